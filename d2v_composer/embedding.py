@@ -27,10 +27,10 @@ from d2v_composer.data.index import INDEX, fetch_index, is_mds, read_index
 from d2v_composer.data.labeled import map_in_workers
 from d2v_composer.data.modality import Modality, collate, list_files, read_sample_file
 from d2v_composer.data.shards import Shards
+from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
 from d2v_composer.models.precision import precision_of
-from d2v_composer.models.transformer import Transformer
 from d2v_composer.system.errors import InputError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import is_remote
 from d2v_composer.system.files import check_out_file, sole_user, write_atomically
@@ -140,7 +140,7 @@ class Embedding(NamedTuple):
 
 
 def embed_collection(
-    model: Transformer,
+    model: Backbone,
     collection: SampleCollection,
     out: Path,
     options: EmbeddingOptions,
@@ -266,16 +266,16 @@ def _finish(shape: tuple[int, int], dtype: np.dtype, ids: NDArray, out: Path, fo
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _embed(model: Transformer, batch: tuple[Tensor, ...], options: EmbeddingOptions, device: str) -> NDArray:
+def _embed(model: Backbone, batch: tuple[Tensor, ...], options: EmbeddingOptions, device: str) -> NDArray:
     dtype = choose_precision(options.precision).autocast_dtype
-    inputs, *lengths = (each.to(device, non_blocking=True) for each in batch)
+    values, *others = (each.to(device, non_blocking=True) for each in batch)
     with torch.inference_mode(), precision_of(dtype, device):
-        embeddings = model.embed(inputs, options.pooling, options.representation, *lengths)
+        embeddings = model.embed(values, options.pooling, options.representation, *others)
         embeddings = normalize(embeddings, dim=1) if options.normalize else embeddings
         return embeddings.to(getattr(torch, options.dtype)).cpu().numpy()
 
 
-def hash_weights(model: Transformer) -> str:
+def hash_weights(model: Backbone) -> str:
     """Return a hash of a model's sizes and weights, not of its file, which a run in progress may have replaced."""
     digest = hashlib.sha256(repr((model.encoder.config, model.config)).encode())
     for name, tensor in sorted(model.state_dict().items()):

@@ -29,7 +29,8 @@ from torch.utils._pytree import tree_map
 
 from d2v_composer.benchmarks.step import build_model
 from d2v_composer.models import execution
-from d2v_composer.models.targets import Regression, norm_mean
+from d2v_composer.models.encoder import Inputs
+from d2v_composer.models.targets import norm_mean
 from d2v_composer.report.tables import format_table
 
 GPU = torch.device("cuda", 0)
@@ -63,11 +64,12 @@ def benchmark(size: str = "base", batch_size: int = 256, residual: str = "full")
         with torch.autocast("cpu", torch.bfloat16):
             # ALiBi's bias is kept from the first step on.
             model.teacher.block_contexts(torch.zeros(1, encoder.num_tokens(inputs.shape[1:]), encoder.config.embed_dim))
-            x_BTD, target_BTD = model.frozen_pass(inputs)
+            tokens, targets = model.frozen_pass(Inputs(inputs))
             planner.part = "student, forward"
-            prediction_BTD = model.predict(x_BTD)
+            objective = model.objectives["tokens"]
+            regression = objective.regression(model.student.features(tokens), targets["tokens"])
         planner.part = "loss"
-        loss = model.regression_loss(Regression(prediction_BTD, target_BTD))
+        loss = model.total_loss((regression,))
         planner.part = "backward"
         loss.backward()
     rows = [{"part": part, **counts} for part, counts in planner.parts.items()]

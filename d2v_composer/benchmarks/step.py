@@ -218,9 +218,9 @@ def naive_loss(teacher: Any, student: Any, images: Tensor) -> Tensor:
     with patch.object(attention, "attend", attend):
         with torch.no_grad():
             _, layers = teacher.forward_blocks(teacher.encode(images))
-            target = norm_mean(layers[-teacher.config.average_top_k_layers :], student.final_layer_norm)
+            target = norm_mean(layers[-teacher.config.average_top_k_layers :], student.layer_mean.final_layer_norm)
         _, layers = student.forward_blocks(student.encode(images))
-        return mse_loss(norm_mean(layers, student.final_layer_norm), target)
+        return mse_loss(norm_mean(layers, student.layer_mean.final_layer_norm), target)
 
 
 def attend(query_BHTK: Tensor, key_BHTK: Tensor, value_BHTK: Tensor, bias: Tensor | None) -> Tensor:

@@ -29,8 +29,8 @@ def join_student(config: TrainConfig, teacher: Teacher) -> DistillationModel:
     check_fit(config, teacher)
     targets, precision = config.targets, choose_precision(config.precision)
     with errors_of("student"):
-        options = {"normalization": targets.normalization, "final_layer_norm": targets.final_layer_norm}
-        student = teacher.build_student(**config.student.model_dump(), **options)
+        layer_mean = targets.model_dump(include={"normalization", "final_layer_norm"})
+        student = teacher.build_student(**config.student.model_dump(), **layer_mean)
     teacher.encoder.half_residual = config.half_residual
     uses_fsdp = config.parallelism_config.fsdp is not None
     if uses_fsdp:

@@ -117,6 +117,8 @@ def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
     num_weights, macs = sum(map(torch.numel, encoder.parameters())), encoder.forward_macs()
     costs = {encoder.baseline: (0, 0.0), "encoder": (num_weights, GFLOP_PER_MAC * macs)}
     for name, each in models.items():
-        costs[name] = (sum(map(torch.numel, each.parameters())), GFLOP_PER_MAC * (macs + each.forward_macs()))
-    candidates = [Candidate(name, embed, *costs[name]) for name, embed in build_embeds(encoder, models).items()]
+        macs = each.encoder.forward_macs() + each.forward_macs()
+        costs[name] = (sum(map(torch.numel, each.parameters())), GFLOP_PER_MAC * macs)
+    embeds = build_embeds(model, models, model.layer_mean)
+    candidates = [Candidate(name, embed, *costs[name]) for name, embed in embeds.items()]
     return Comparison(model, candidates, embedding, build_augmentation(loader, encoder.config, config.seed, True))

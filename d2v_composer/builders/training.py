@@ -253,7 +253,7 @@ def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, d
     retrieval = config.retrieval
     with errors_of("retrieval"):
         primary = choose_embedding(model.student, retrieval.pooling, retrieval.representation).name
-    embeds = build_embeds(model.teacher.encoder, {"student": model.student, "teacher": model.teacher})
+    embeds = build_embeds(model.teacher, {"student": model.student, "teacher": model.teacher}, model.layer_mean)
     if unknown := [name for name in retrieval.baselines if name not in embeds]:
         allowed = ", ".join(name for name in embeds if name != "student")
         raise InputError(f"retrieval.baselines: must be among {allowed} with this teacher, got {unknown[0]}")

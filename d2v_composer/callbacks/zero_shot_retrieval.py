@@ -38,7 +38,8 @@ class ZeroShotRetrieval(Callback):
     The model, in any Composer run, needs a method ``embed_all`` or ``embed``; or pass the function ``embed``. It takes
     (B, 3, height, width) uint8 images, already on the model's device, resizes and normalizes them, and returns one
     embedding, (B, D), or a dict of several by name. With clips of sound it takes (B, L) float32 and, only if some are
-    padded, their lengths, (B,) int64. It is called in eval mode, under inference mode, in the run's precision.
+    padded, the number of samples of each, (B,) int64. It is called in eval mode, under inference mode, in the run's
+    precision.
 
     Logged: ``metrics/{dataset}/bank_{train|test}/top{k}`` for the primary embedding,
     ``metrics/{dataset}/bank_{train|test}/top{k}/{embedding}`` for every named embedding, the same below

@@ -25,9 +25,10 @@ from d2v_composer.checkpoints.student_file import (
     sizes_of,
 )
 from d2v_composer.models.attention import Alibi
+from d2v_composer.models.encoder import Tokens
 from d2v_composer.models.names import Pooling, Representation
-from d2v_composer.models.sizes import EncoderConfig, ImageEncoderConfig, check_choice
-from d2v_composer.models.student import Student, StudentConfig
+from d2v_composer.models.sizes import EncoderConfig, ImageEncoderConfig, StudentConfig, check_choice
+from d2v_composer.models.student import Student
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import out_file
 
@@ -214,7 +215,7 @@ class TimmStudent(Student):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images, (B, 3, S, S), normalized as in ``pretrained_cfg``, or waveforms to features, (B, T, D)."""
-        return self.represent(self.encode(x), self.representation)
+        return self.represent(self.features(Tokens(self.encode(x))), self.representation)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map features to logits, (B, num_classes), or with ``pre_logits`` or no head to pooled features, (B, D)."""

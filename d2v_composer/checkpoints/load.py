@@ -116,9 +116,9 @@ def load_student(path: str | Path) -> Student:
 
     Returns:
         A :class:`~d2v_composer.models.student.Student` in eval mode and float32: the frozen encoder and the trained
-        blocks. :meth:`~d2v_composer.models.transformer.Transformer.embed` computes an embedding; its ``provenance``
-        is the record of the run. On a GPU, torch rounds convolutions to 10 bits unless
-        ``torch.backends.cudnn.allow_tf32`` is false; it is left as it is.
+        blocks. :meth:`~d2v_composer.models.backbone.Backbone.embed` computes an embedding; its ``provenance`` is the
+        record of the run. On a GPU, torch rounds convolutions to 10 bits unless ``torch.backends.cudnn.allow_tf32`` is
+        false; it is left as it is.
 
     Raises:
         InputError: The file does not exist, or does not hold a student.
@@ -182,8 +182,6 @@ def load_any(
             raise InputError(f"{path}: is not a student, so a teacher ({teacher_path}) is not allowed")
     elif weights != "model":  # the student's record says which its teacher has
         raise InputError(f"weights: {path} is a student, which has no {weights} weights; use model")
-    elif teacher is not None:
-        teacher.follow(model)
     return model, teacher
 
 
@@ -257,12 +255,11 @@ def _load_trained(
         raise InputError(f"{error}; if the teacher of {path} has moved, give its new path: {NAME_IT}") from error
 
     def build() -> Student:
-        targets = config["targets"]
-        options = {"normalization": targets["normalization"], "final_layer_norm": targets.get("final_layer_norm")}
-        return teacher.build_student(**sizes, **options)
+        layer_mean = {name: config["targets"].get(name) for name in ("normalization", "final_layer_norm")}
+        return teacher.build_student(**sizes, **layer_mean)
 
-    named = {name.removeprefix("student."): tensor for name, tensor in tensors.items()}
-    own = {name: tensor for name, tensor in named.items() if not name.startswith("exit.")}
+    prefix = "student."  # the others are the objectives' heads
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     check_fits(path, lambda: own_parts(build()), own)
     student = build()
     own_parts(student).load_state_dict(own)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from d2v_composer.models.data2vec2 import ENCODERS
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.names import Pooling, Representation
-from d2v_composer.models.sizes import EncoderConfig, TimmEncoderConfig, check_choice, find_kind
-from d2v_composer.models.student import Student, StudentConfig
+from d2v_composer.models.sizes import EncoderConfig, StudentConfig, TimmEncoderConfig, check_choice, find_kind
+from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, reading, reason

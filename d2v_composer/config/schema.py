@@ -14,11 +14,20 @@ import torch
 from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, JsonValue, PlainValidator, model_validator
 from typing_extensions import Self
 
-from d2v_composer.models.names import DATA2VEC2, PREFIX, Pooling, PrecisionChoice, Prediction, Representation, Weights
+from d2v_composer.models.names import (
+    DATA2VEC2,
+    PREFIX,
+    ExtraTokens,
+    Normalization,
+    Pooling,
+    PrecisionChoice,
+    Prediction,
+    Representation,
+    TargetSource,
+    Weights,
+)
 from d2v_composer.models.sizes import parse_image_size
 from d2v_composer.models.student import Init
-from d2v_composer.models.targets import Normalization
-from d2v_composer.models.teacher import ExtraTokens, TargetSource
 from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
 from d2v_composer.system.fetch import find_missing_file
 from d2v_composer.system.processes import num_nodes, num_ranks

@@ -90,7 +90,7 @@ class LabeledSet(NamedTuple):
     def fingerprint(self) -> str:
         """Return a hash of the labels, to identify the set. Pixels are left out: they vary with the decoder.
 
-        Without labels it is by the mean pixel, a whole number, and by the lengths of clips.
+        Without labels it is by the mean pixel, a whole number, and by the length of clips.
         """
         labels = [split.labels.tolist() for split in (self.train, self.test)]
         if not self.has_labels:
@@ -382,10 +382,10 @@ def train_batches(
 
 
 def collate_labeled(pairs: Sequence[tuple[Tensor, Any]]) -> list[Tensor]:
-    """Return a batch of samples with labels: inputs, labels and, if some are padded, the lengths."""
+    """Return a batch of samples with labels: inputs, labels and, if some are padded, what :func:`collate` adds."""
     samples, labels = zip(*pairs, strict=True)
-    inputs, *lengths = collate(samples)
-    return [inputs, torch.tensor([int(label) for label in labels]), *lengths]
+    values, *others = collate(samples)
+    return [values, torch.tensor([int(label) for label in labels]), *others]
 
 
 def worker_options(num_workers: int, prefetch_factor: int, for_gpu: bool, timeout: float = 0) -> dict[str, Any]:

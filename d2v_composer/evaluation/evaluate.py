@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils.weak import WeakIdKeyDictionary
 
 from d2v_composer.data.labeled import Augmentation, LabeledSet
 from d2v_composer.evaluation.labeled_retrieval import Embed, embed_set, look_up, probes_on
 from d2v_composer.evaluation.metrics import BANKS, PROBES, Measure, metric_key
 from d2v_composer.evaluation.nearest_neighbors import NUM_NEIGHBORS
-from d2v_composer.models.encoder import Encoder
+from d2v_composer.models.backbone import Backbone
+from d2v_composer.models.encoder import Encoder, Inputs, Tokens
+from d2v_composer.models.layer_mean import LayerMean
 from d2v_composer.models.precision import precision_of
-from d2v_composer.models.transformer import Transformer, poolings
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file, write_atomically
@@ -121,36 +121,39 @@ def resample(*hits: NDArray[np.bool_ | np.float64]) -> NDArray[np.float64]:
     return drawn @ kinds / num_queries
 
 
-def build_embeds(encoder: Encoder, models: Mapping[str, Transformer]) -> dict[str, Embed]:
-    """Return embed functions: the encoder's baseline, ``encoder`` (its output in every pooling), each model on it.
+def build_embeds(first: Backbone, models: Mapping[str, Backbone], layer_mean: LayerMean) -> dict[str, Embed]:
+    """Return embed functions: the encoder's baseline, ``encoder`` (its output in every pooling), each model.
 
     A tensor that is passed again, to another of them, is not encoded again: autocast must be the same for all. The
-    encoder's output lives as long as its inputs.
+    encoder's output lives as long as its inputs. A compiled model needs a graph for each size, so smaller batches are
+    filled up to the largest so far.
 
-    A compiled model needs a graph for each size. So black images, or silence, fill a smaller batch up to the largest so
-    far, and padded clips get one of eight lengths from a power of two to the next.
+    Args:
+        first: The model on the encoder that is compared.
+        models: Name → model.
+        layer_mean: How ``layer_mean`` of all models is computed.
     """
-    encoded, largest = WeakIdKeyDictionary(), 0
+    encoder, encoded, largest = first.encoder, WeakIdKeyDictionary(), 0
 
-    def encode(inputs: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def encode(own: Encoder, inputs: Inputs) -> Tokens:
         nonlocal largest
-        if inputs not in encoded:
-            largest = max(largest, len(inputs))
-            missing, length, more = largest - len(inputs), inputs.shape[-1], 0
-            if lengths is not None:
-                lengths, more = pad(lengths, (0, missing), value=length), -length % (1 << length.bit_length() - 4)
-            amounts = (0, more) + (0, 0) * (inputs.ndim - 2) + (0, missing)
-            filled = pad(inputs, amounts) if any(amounts) else inputs  # pad would copy them
-            encoded[inputs] = encoder(filled, lengths), encoder.padding_mask(lengths, filled.shape[-1])
-        return encoded[inputs]
+        largest = max(largest, len(inputs.values))
+        known: Any = encoded.setdefault(inputs.values, {})
+        if own not in known:
+            known[own] = own(inputs.filled_up(largest - len(inputs.values)))
+        return known[own]
 
-    def embed_with(embed: Callable[..., Any], inputs: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
-        return {name: each[: len(inputs)] for name, each in embed(*encode(inputs, lengths)).items()}
+    def embed_with(own: Encoder, embed: Callable[[Tokens], dict[str, Tensor]], *inputs: Tensor) -> dict[str, Tensor]:
+        found = embed(encode(own, Inputs(*inputs)))
+        return {name: each[: len(inputs[0])] for name, each in found.items()}
 
+    def pool(tokens: Tokens) -> dict[str, Tensor]:
+        return first.features(tokens).poolings(tokens.x, "output_")
+
+    embeds = {name: (each.encoder, partial(each.embed_encoded, layer_mean=layer_mean)) for name, each in models.items()}
     return {
-        encoder.baseline: encoder.raw,
-        "encoder": partial(embed_with, lambda x, mask: poolings(x, "output", encoder.config, mask)),
-        **{name: partial(embed_with, model.embed_encoded) for name, model in models.items()},
+        encoder.baseline: lambda *inputs: encoder.raw(Inputs(*inputs)),
+        **{name: partial(embed_with, *each) for name, each in {"encoder": (encoder, pool), **embeds}.items()},
     }
 
 

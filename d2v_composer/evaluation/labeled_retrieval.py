@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 Embed = Callable[..., Tensor | dict[str, Tensor]]
 """Embeds a batch on the model's device → (B, D), or several embeddings by name.
 
-A batch is images, (B, 3, height, width) uint8; or clips, (B, L) float32, and, if some are padded, their lengths, (B,)
-int64, as a second argument.
+A batch is images, (B, 3, height, width) uint8; or clips, (B, L) float32, and, only if some are padded, the number of
+samples of each, (B,) int64, as a second argument.
 """
 ModelT = TypeVar("ModelT", bound=Hashable)
 
@@ -74,7 +74,7 @@ def embed_set(
 ) -> dict[ModelT, EmbeddedSet]:
     """Embed this rank's share of all parts with every model, in one pass over the samples.
 
-    Clips of similar lengths share a batch; the longest come first.
+    Clips of a similar length share a batch; the longest come first.
 
     Args:
         embeds: Model → embed function.
@@ -99,11 +99,11 @@ def embed_set(
             if augment is not None and part in VIEWS:
                 view = VIEWS.index(part)
                 batch = [augment(sample, i, view) for i, sample in zip(indices.tolist(), batch, strict=True)]
-            inputs, *lengths = collate(batch)
-            inputs = to_device(inputs)
-            lengths = [each.to(inputs.device) for each in lengths]
+            values, *others = collate(batch)
+            values = to_device(values)
+            inputs = [values, *(each.to(values.device) for each in others)]
             for model, embed in embeds.items():
-                embeddings = embed(inputs, *lengths)
+                embeddings = embed(*inputs)
                 embeddings = {"": embeddings} if isinstance(embeddings, Tensor) else embeddings
                 batches[model].append({name: each.float().cpu() for name, each in embeddings.items()})
         for model, found in batches.items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, pad
 
-from d2v_composer.models.encoder import Data2Vec2Encoder
+from d2v_composer.models.encoder import Data2Vec2Encoder, Inputs
 from d2v_composer.models.sizes import SAMPLE_RATE, AudioEncoderConfig
 from d2v_composer.models.targets import instance_norm, mean_over_time
 
@@ -56,17 +56,17 @@ class AudioEncoder(Data2Vec2Encoder):
         self.relative_positional_encoder = nn.ModuleDict(before) if config.conv_pos_pre_ln else convolutions
         self.add_blocks(config)
 
-    def prepare(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def prepare(self, values: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Normalize each clip over its samples to mean 0 and variance 1; padding becomes 0."""
-        if inputs.ndim != 2 or not inputs.is_floating_point() or inputs.shape[1] < self.config.min_samples():
+        if values.ndim != 2 or not values.is_floating_point() or values.shape[1] < self.config.min_samples():
             raise ValueError(
                 f"waveforms must be (B, L) float in [-1, 1] of at least {self.config.min_samples()} samples; got "
-                f"{tuple(inputs.shape)} {str(inputs.dtype).removeprefix('torch.')}"
+                f"{tuple(values.shape)} {str(values.dtype).removeprefix('torch.')}"
             )
         if lengths is None:
-            return layer_norm(inputs.float(), inputs.shape[1:])
-        padding_BL = beyond(lengths, inputs.shape[1])
-        return instance_norm(inputs[..., None], padding_mask=padding_BL)[0][..., 0].masked_fill(padding_BL, 0)
+            return layer_norm(values.float(), values.shape[1:])
+        padding_BL = beyond(lengths, values.shape[1])
+        return instance_norm(values[..., None], padding_mask=padding_BL)[0][..., 0].masked_fill(padding_BL, 0)
 
     def padding_mask(self, lengths: Tensor | None, num_samples: int | None = None) -> Tensor | None:
         if lengths is None:
@@ -80,8 +80,8 @@ class AudioEncoder(Data2Vec2Encoder):
         num_frames = self.config.num_frames(int(lengths.max()) if num_samples is None else num_samples)
         return pad(beyond(self.config.num_frames(lengths), num_frames), (self.config.num_extra_tokens, 0))
 
-    def embed_tokens(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        x_BND, padding_mask = self.local_features(inputs, lengths), self.padding_mask(lengths, inputs.shape[1])
+    def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
+        x_BND = self.local_features(inputs.values, inputs.lengths)
         padding_BN = None if padding_mask is None else padding_mask[:, self.config.num_extra_tokens :]
         return self.add_extra_tokens(x_BND + self.positions(x_BND, padding_BN))
 
@@ -135,9 +135,9 @@ class AudioEncoder(Data2Vec2Encoder):
     def noise(self, count: int) -> Tensor:
         return 0.1 * torch.randn(count, 5 * SAMPLE_RATE)
 
-    def raw(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def raw(self, inputs: Inputs) -> Tensor:
         """Return the mean of the log-mel spectrogram over time, (B, M)."""
-        log_mel_BNM = log_mel(inputs, lengths)
+        log_mel_BNM, lengths = log_mel(*inputs), inputs.lengths
         padding_BN = None if lengths is None else beyond((lengths - FRAME) // HOP + 1, log_mel_BNM.shape[1])
         return mean_over_time(log_mel_BNM, padding_mask=padding_BN)[:, 0]
 

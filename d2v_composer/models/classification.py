@@ -13,8 +13,9 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from d2v_composer.models.distillation import check_tensors, cpu_autocast
+from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.names import Pooling, Representation
-from d2v_composer.models.transformer import Transformer, poolings
+from d2v_composer.models.transformer import Transformer
 
 Batch = Sequence[Tensor]
 # data2vec's positions are a fixed table of sines, not weights.
@@ -36,7 +37,7 @@ class Classifier(ComposerModel):
         num_classes: C.
         representation: Representation of the embedding.
         pooling: Pooling of the embedding; default as for
-            :meth:`~d2v_composer.models.transformer.Transformer.embed`.
+            :meth:`~d2v_composer.models.backbone.Backbone.embed`.
         train_encoder: Train the encoder too, except fixed positions.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
 
@@ -58,8 +59,7 @@ class Classifier(ComposerModel):
         super().__init__()
         self.backbone = backbone
         self.representation: Representation = representation
-        self.embedding = f"{representation}_{pooling or backbone.default_pooling}"
-        self.train_encoder = train_encoder
+        self.pooling = pooling or backbone.default_pooling
         self.cpu_bf16 = cpu_bf16
         self.head = nn.Linear(backbone.embed_dim, num_classes)
         for parameter in self.head.parameters():
@@ -82,22 +82,19 @@ class Classifier(ComposerModel):
     def forward(self, batch: Batch) -> Tensor:
         """Compute the logits of a batch, (B, C) float32."""
         with cpu_autocast(self.cpu_bf16):
-            inputs, _, *lengths = batch
-            return self.head(self.embed(inputs, *lengths)).float()
+            values, _, *others = batch
+            return self.head(self.embed(Inputs(values, *others))).float()
 
-    def embed(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def embed(self, inputs: Inputs) -> Tensor:
         """Compute the embeddings of images or waveforms, (B, D), with gradient."""
-        encoder = self.backbone.encoder
-        encode = encoder.encode_with_gradient if self.train_encoder else encoder
-        padding_mask = encoder.padding_mask(lengths, inputs.shape[-1])
-        x_BTD = self.backbone.represent(encode(inputs, lengths), self.representation, padding_mask)
-        return poolings(x_BTD, self.representation, encoder.config, padding_mask)[self.embedding]
+        features = self.backbone.features(self.backbone.encoder(inputs))
+        return features.poolings(self.backbone.represent(features, self.representation))[self.pooling]
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:
         """Resize and normalize the images of a batch, on their device; waveforms stay as they are."""
-        inputs, *others = batch
-        return self.backbone.encoder.to_mix(inputs), *others
+        values, *others = batch
+        return self.backbone.encoder.normalized(values), *others
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return the cross entropy, a scalar."""
@@ -115,7 +112,7 @@ class Classifier(ComposerModel):
 
     def _freeze_unused(self) -> None:
         """Freeze parameters that get no gradient from a batch of one image."""
-        self.embed(self.backbone.encoder.example(1)).sum().backward()
+        self.embed(Inputs(self.backbone.encoder.example(1))).sum().backward()
         for parameter in self.backbone.parameters():
             parameter.requires_grad_(parameter.grad is not None)
             parameter.grad = None

@@ -60,6 +60,7 @@ class Data2Vec2(Teacher):
         depth = len(blocks) - first_blocks
         top_k = min(self.config.average_top_k_layers, depth)
         self.config = replace(self.config, prenet_depth=first_blocks, depth=depth, average_top_k_layers=top_k)
+        self.layer_mean = self.layer_mean.changed(average_top_k_layers=top_k)
         self.encoder.config = encoder_config(self.config)
         self.encoder.context_encoder["blocks"] = nn.ModuleList(blocks[:first_blocks])
         self.blocks = nn.ModuleList(blocks[first_blocks:])

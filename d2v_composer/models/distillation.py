@@ -1,182 +1,123 @@
-"""The model that Composer trains: teacher and student on one encoder.
+"""The model that Composer trains: a student and its objectives.
 
 Shapes: B inputs, S pixels per side, E extra tokens, N patches or frames, T = E + N tokens, D channels, L layers.
 """
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 from composer.models import ComposerModel
-from torch import Tensor
+from torch import Tensor, nn
 
-from d2v_composer.models.attention import init_linear_layers, linear_weights
-from d2v_composer.models.names import Prediction
-from d2v_composer.models.sizes import check_choice
+from d2v_composer.models.encoder import Encoder, Frozen, Inputs, Tokens
+from d2v_composer.models.layer_mean import LayerMean
+from d2v_composer.models.names import ExtraTokens, Prediction, TargetSource
+from d2v_composer.models.objective import LayerRegression, Objective
 from d2v_composer.models.student import Student
-from d2v_composer.models.targets import Regression, regression_loss
-from d2v_composer.models.teacher import ExtraTokens, TargetSource, Teacher
+from d2v_composer.models.targets import Regression
+from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.errors import InputError
 
 Batch = Tensor | Mapping[str, Any]
 EmbeddingT = TypeVar("EmbeddingT")
 
-FROZEN = ("teacher.", "student.encoder.")
 
+class Distillation(ComposerModel):
+    """Train a student by a weighted sum of objectives.
 
-class DistillationModel(ComposerModel):
-    """Regress the teacher's targets with the student's prediction; the encoder runs once per step for both.
+        Inputs ─ encoder ─┬─ teacher ─ Features ─ target ─────┐
+                          │                                   ├─ loss · weight, summed over objectives
+                          └─ student ─ Features ─ prediction ─┘
 
-    The loss is the mean of (prediction - target)² over inputs, tokens and channels. Target and prediction are
-    ``norm_mean(F) = LayerNorm(mean_l InstanceNorm(F_l))``, with F_l the FFN output of block l: the teacher's last K
-    blocks for the target, the student's blocks for the prediction. InstanceNorm is over the tokens of an image,
-    LayerNorm over the channels of a token; both have no weights, eps 1e-5, and compute in float32.
+    An encoder runs once per step for all models that hold it, and a teacher once for all objectives that have it.
 
-    Source: the target is data2vec 2.0's (Baevski et al. 2022, arXiv:2212.07525, section 3; fairseq's ``make_targets``).
-    Shared encoder and loss over all tokens are those of the thesis chapter *distilled unimodal data2vec 2.0*
-    (github.com/TimCares/MasterThesis).
-
-    The student's config may replace InstanceNorm by LayerNorm. The teacher's ``layer_mean`` embeddings then follow, so
-    that both compare.
-
-    A batch is a dict with ``image``, or the images themselves: (B, 3, S, S), float already normalized or uint8. With an
-    audio teacher it has ``audio``, (B, L) float, and, if clips are padded, ``lengths``, (B,) int64. Labels and other
-    entries are not read.
-
-    Checkpoints hold only what trains: the student without its encoder. Loading verifies that they are complete, even
-    with ``strict=False``, which Composer uses.
+    Checkpoints hold only what trains: neither teachers nor a frozen encoder. Loading verifies that they are complete,
+    even with ``strict=False``, which Composer uses.
 
     Args:
-        teacher: Frozen.
-        student: On the teacher's encoder.
-        prediction: ``layer_mean``: norm_mean of the student's FFN outputs, like the target; ``last_block``: the last
-            block's output, not normalized.
-        extra_tokens: ``regress`` all tokens alike; ``drop``, as in data2vec 2.0's pre-training: exclude the extra
-            tokens from InstanceNorm and the loss, and regress CLS, if there is one, to the mean
-            target with weight 0.01; ``only``: regress no patch.
-        average_top_k_layers: Number of the teacher's last blocks in the target; default the teacher's.
+        student: What trains. Its encoder is a teacher's, or its own.
+        objectives: Name → objective. The first one's results are what callbacks see.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
-        target_source: F of the target: the teacher's FFN outputs, ``ffn``, or its blocks' outputs, ``block``.
-        final_layer_norm: End target, prediction and ``layer_mean`` with a LayerNorm; default the student's config,
-            which is by default the teacher's.
 
     Attributes:
-        regression_loss: :func:`~d2v_composer.models.targets.regression_loss`, or its compiled version.
+        layer_mean: How the ``layer_mean`` embeddings are computed that are compared.
         forward_methods: Methods besides ``forward`` that run encoder or blocks, for FSDP's hooks.
-
-    Raises:
-        ValueError: Teacher and student do not share an encoder, or an option's value is unknown.
-
-    Example:
-        >>> teacher = load_teacher("teacher.safetensors")
-        >>> model = DistillationModel(teacher, teacher.build_student(depth=2))
-        >>> loss = model.loss(model(images), images)  # or pass the model to Composer's Trainer
     """
 
     forward_methods = ("compute",)
+    layer_mean: LayerMean
 
-    def __init__(
-        self,
-        teacher: Teacher,
-        student: Student,
-        prediction: Prediction = "layer_mean",
-        extra_tokens: ExtraTokens = "regress",
-        average_top_k_layers: int | None = None,
-        cpu_bf16: bool = False,
-        target_source: TargetSource = "ffn",
-        final_layer_norm: bool | None = None,
-    ) -> None:
+    def __init__(self, student: Student, objectives: Mapping[str, Objective], cpu_bf16: bool = False) -> None:
         super().__init__()
-        if student.encoder is not teacher.encoder:
-            raise ValueError("teacher and student must share one encoder: build the student with teacher.build_student")
-        check_choice("prediction", prediction, Prediction)
-        check_choice("extra_tokens", extra_tokens, ExtraTokens)
-        check_choice("target_source", target_source, TargetSource)
-        if extra_tokens == "only" and not student.num_extra_tokens:
-            raise ValueError("extra_tokens: 'only' needs extra tokens, and this teacher has none")
-        self.teacher = teacher
         self.student = student
-        self.prediction = prediction
-        self.extra_tokens: ExtraTokens = extra_tokens
-        self.average_top_k_layers = average_top_k_layers
+        self.objectives: Any = nn.ModuleDict(objectives)
+        self.objectives._fsdp_wrap = False
+        self.layer_mean = student.layer_mean
         self.cpu_bf16 = cpu_bf16
-        self.target_source: TargetSource = target_source
-        if final_layer_norm is not None:
-            student.config = replace(student.config, final_layer_norm=final_layer_norm)
-            student.final_layer_norm = final_layer_norm
-        teacher.follow(student)
-        self.regression_loss = regression_loss
-        if student.embed_dim < teacher.embed_dim and isinstance(student.exit, torch.nn.Identity):
-            student.exit = init_linear_layers(torch.nn.Linear(student.embed_dim, teacher.embed_dim))
         # No FFN output depends on the last norm, and DDP refuses trainable parameters without gradient.
-        student.blocks[-1].norm2.requires_grad_(prediction == "last_block")
+        student.blocks[-1].norm2.requires_grad_(any(each.needs_output for each in objectives.values()))
         # Frozen, and equal on all ranks: DDP would broadcast them before every forward pass.
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
+        frozen = frozen_prefixes(self)
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers() if name.startswith(frozen)]
         # Hooks instead of overrides: DDP's wrapper calls only the hooks of inner modules.
         self.register_state_dict_post_hook(keep_trained_tensors)
         self.register_load_state_dict_pre_hook(check_tensors)
         self.register_load_state_dict_post_hook(expect_no_frozen_tensors)
 
+    @property
+    def teachers(self) -> list[Teacher]:
+        """The teachers of the objectives, each once."""
+        return list(dict.fromkeys(each.teacher for each in self.objectives.values()))
+
     def forward(self, batch: Batch) -> Regression:
-        """Compute prediction and target of a batch."""
+        """Compute prediction and target of each objective from a batch."""
         with cpu_autocast(self.cpu_bf16):
-            inputs, lengths = self.inputs_of(batch)
-            x_BTD, target = self.frozen_pass(inputs, lengths)
-            padding_mask = self.teacher.padding_mask(lengths, inputs.shape[-1])
-            prediction = self.predict(x_BTD, padding_mask)
-        has_cls_loss = self.extra_tokens == "drop" and self.student.has_cls_token
-        cls_prediction = prediction[:, 0] if has_cls_loss else None
-        padding_mask = None if padding_mask is None else padding_mask[:, self.regressed]
-        return Regression(prediction[:, self.regressed], target, cls_prediction, padding_mask)
+            inputs = self.inputs_of(batch)
+            tokens, targets = self.frozen_pass(inputs)
+            features = self.student.features(self.student.encoder(inputs) if tokens is None else tokens)
+            features = features.for_readers(len(targets))
+            first, *others = (each.regression(features, targets[name]) for name, each in self.objectives.items())
+        return first._replace(others=tuple(others))
 
-    def inputs_of(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Return the inputs of a batch, and their lengths if some are padded."""
-        if isinstance(batch, Tensor):
-            return batch, None
-        return batch[self.teacher.encoder.config.modality], batch.get("lengths")
+    def inputs_of(self, batch: Batch) -> Inputs:
+        """Return the inputs of a batch."""
+        return Inputs.of(batch, self.student.encoder.config.modality)
 
-    def frozen_pass(self, inputs: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the encoder's output and the target, without gradient."""
-        x_BTD, mask = self.teacher.encode(inputs, lengths), self.teacher.padding_mask(lengths, inputs.shape[-1])
-        options = self.extra_tokens, self.average_top_k_layers, self.target_source
-        normalizations = self.student.normalization, self.student.final_layer_norm
-        return x_BTD, self.teacher.targets(x_BTD, *options, *normalizations, mask)
+    @torch.no_grad()
+    def frozen_pass(self, inputs: Inputs) -> tuple[Tokens | None, dict[str, Tensor]]:
+        """Return the tokens of the student, unless its encoder is its own, and the target of each objective."""
+        encoded: dict[Encoder, Tokens] = {}
+        targets = {}
+        for teacher in self.teachers:
+            if teacher.encoder not in encoded:
+                encoded[teacher.encoder] = teacher.encoder(inputs)
+            targets.update(self.targets_of(teacher, encoded[teacher.encoder]))
+        return encoded.get(self.student.encoder), targets
 
-    @property
-    def ignored_tokens(self) -> int:
-        """Number of leading tokens excluded from target and statistics."""
-        return self.student.num_extra_tokens if self.extra_tokens == "drop" else 0
-
-    @property
-    def regressed(self) -> slice:
-        """The tokens in the loss."""
-        return slice(self.student.num_extra_tokens) if self.extra_tokens == "only" else slice(self.ignored_tokens, None)
-
-    def predict(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Compute the student's prediction from the encoder's output, (B, T, D)."""
-        student = self.student
-        if self.prediction == "last_block":
-            return student.exit(student.forward_blocks(x_BTD, padding_mask)[0])
-        # The same statistics as the target's: of the patches alone if extra tokens are dropped.
-        layers = map(student.exit, student.ffn_outputs(x_BTD, padding_mask))
-        return student.layer_mean(layers, self.ignored_tokens, padding_mask)
+    def targets_of(self, teacher: Teacher, tokens: Tokens) -> dict[str, Tensor]:
+        """Return the target of each objective that has a teacher, from its encoder's tokens."""
+        wanted = {name: each for name, each in self.objectives.items() if each.teacher is teacher}
+        features = teacher.features(tokens).for_readers(len(wanted))
+        return {name: each.target(features) for name, each in wanted.items()}
 
     def loss(self, outputs: Regression, batch: Batch) -> Tensor:
-        """Return the mean squared error, a scalar; ``batch`` is unused."""
-        return self.regression_loss(outputs)
+        """Return the weighted sum of the objectives' losses, a scalar; ``batch`` is unused."""
+        return self.total_loss((outputs, *outputs.others))
+
+    def total_loss(self, regressions: tuple[Regression, ...]) -> Tensor:
+        """Return the weighted sum of the objectives' losses, from the result of each."""
+        pairs = zip(self.objectives.values(), regressions, strict=True)
+        return cast("Tensor", sum(objective.weight * objective.loss(each) for objective, each in pairs))
 
     def get_metrics(self, is_train: bool) -> dict[str, Any]:
         return {}  # a callback measures retrieval; the Trainer logs the loss
 
-    def embed_all(self, images: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the student's embeddings; see :meth:`~d2v_composer.models.transformer.Transformer.embed_all`."""
-        return self.in_precision(self.student.embed_all)(images, lengths)
-
-    def retrieval_baselines(self) -> dict[str, Callable[..., dict[str, Tensor]]]:
-        """Return the models to compare the student with: the teacher."""
-        return {"teacher": self.in_precision(self.teacher.embed_all)}
+    def embed_all(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Return the student's embeddings; see :meth:`~d2v_composer.models.backbone.Backbone.embed_all`."""
+        return self.compute(partial(self.student.embed_all, layer_mean=self.layer_mean), *inputs)
 
     def in_precision(self, function: Callable[..., EmbeddingT]) -> Callable[..., EmbeddingT]:
         """Wrap a function of this model's parts so that it runs in the model's precision."""
@@ -190,17 +131,86 @@ class DistillationModel(ComposerModel):
 
     def flops_per_batch(self, batch: Batch) -> int:
         """Return the operations of a training step (2 per multiply-accumulate), in linear layers and attention."""
-        inputs, _ = self.inputs_of(batch)
-        encoder, shape = self.teacher.encoder, inputs.shape[1:]
-        macs = (
-            encoder.forward_macs(shape)
-            + self.teacher.forward_macs(shape)
-            + self.student.forward_macs(shape)
-            + self.student.backward_macs(shape)
-        )
-        num_exits = 1 if self.prediction == "last_block" else len(self.student.blocks)
-        macs += 3 * num_exits * encoder.num_tokens(shape) * linear_weights(self.student.exit)
+        inputs, student = self.inputs_of(batch).values, self.student
+        shape, models = inputs.shape[1:], [*self.teachers, student]
+        parts = [*dict.fromkeys(model.encoder for model in models), *models]
+        macs = sum(part.forward_macs(shape) for part in parts) + student.backward_macs(shape)
+        num_tokens = student.encoder.num_tokens(shape)
+        macs += 3 * sum(objective.forward_macs(num_tokens) for objective in self.objectives.values())
         return 2 * macs * len(inputs)
+
+
+class DistillationModel(Distillation):
+    """Regress the teacher's targets with the student's prediction; the encoder runs once per step for both.
+
+    The loss is the mean of (prediction - target)² over inputs, tokens and channels. Target and prediction are
+    ``norm_mean(F) = LayerNorm(mean_l InstanceNorm(F_l))``, with F_l the FFN output of block l: the teacher's last K
+    blocks for the target, the student's blocks for the prediction. InstanceNorm is over the tokens of an image,
+    LayerNorm over the channels of a token; both have no weights, eps 1e-5, and compute in float32.
+
+    Source: the target is data2vec 2.0's (Baevski et al. 2022, arXiv:2212.07525, section 3; fairseq's ``make_targets``).
+    Shared encoder and loss over all tokens are those of the thesis chapter *distilled unimodal data2vec 2.0*
+    (github.com/TimCares/MasterThesis).
+
+    The student's config may replace InstanceNorm by LayerNorm. The ``layer_mean`` embeddings of the teacher that
+    :meth:`retrieval_baselines` gives are then computed so, too, so that both compare.
+
+    A batch is a dict with ``image``, or the images themselves: (B, 3, S, S), float already normalized or uint8. With an
+    audio teacher it has ``audio``, (B, L) float, and, if clips are padded, ``lengths``, (B,) int64. Labels and other
+    entries are not read.
+
+    Args:
+        teacher: Frozen.
+        student: On the teacher's encoder, or on one of its own with as many tokens.
+        prediction: ``layer_mean``: norm_mean of the student's FFN outputs, like the target; ``last_block``: the last
+            block's output, not normalized.
+        extra_tokens: ``regress`` all tokens alike; ``drop``, as in data2vec 2.0's pre-training: exclude the extra
+            tokens from InstanceNorm and the loss, and regress CLS, if there is one, to the mean
+            target with weight 0.01; ``only``: regress no patch.
+        average_top_k_layers: Number of the teacher's last blocks in the target; default the teacher's.
+        cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
+        target_source: F of the target: the teacher's FFN outputs, ``ffn``, or its blocks' outputs, ``block``.
+        final_layer_norm: End target, prediction and ``layer_mean`` with a LayerNorm; default the student's config,
+            which is by default the teacher's.
+
+    Raises:
+        ValueError: An option's value is unknown, or does not fit the teacher.
+
+    Example:
+        >>> teacher = load_teacher("teacher.safetensors")
+        >>> model = DistillationModel(teacher, teacher.build_student(depth=2))
+        >>> loss = model.loss(model(images), images)  # or pass the model to Composer's Trainer
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        student: Student,
+        prediction: Prediction = "layer_mean",
+        extra_tokens: ExtraTokens = "regress",
+        average_top_k_layers: int | None = None,
+        cpu_bf16: bool = False,
+        target_source: TargetSource = "ffn",
+        final_layer_norm: bool | None = None,
+    ) -> None:
+        options = {"average_top_k_layers": average_top_k_layers, "final_layer_norm": final_layer_norm}
+        layer_mean = student.layer_mean.changed(source=target_source, extra_tokens=extra_tokens, **options)
+        objective = LayerRegression(teacher, student, layer_mean, prediction)
+        super().__init__(student, {"tokens": objective}, cpu_bf16)
+        self.layer_mean = layer_mean
+
+    @property
+    def teacher(self) -> Teacher:
+        return self.objectives["tokens"].teacher
+
+    @property
+    def ignored_tokens(self) -> int:
+        """Number of leading tokens excluded from target and statistics."""
+        return self.student.num_extra_tokens if self.layer_mean.extra_tokens == "drop" else 0
+
+    def retrieval_baselines(self) -> dict[str, Callable[..., dict[str, Tensor]]]:
+        """Return the models to compare the student with: the teacher."""
+        return {"teacher": self.in_precision(partial(self.teacher.embed_all, layer_mean=self.layer_mean))}
 
 
 def cpu_autocast(is_on: bool) -> AbstractContextManager[Any]:
@@ -209,13 +219,20 @@ def cpu_autocast(is_on: bool) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16) if is_on else nullcontext()
 
 
-def keep_trained_tensors(module: torch.nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    """Remove all tensors that do not train from a state dict."""
-    for name in [name for name in state_dict if name.startswith(tuple(prefix + frozen for frozen in FROZEN))]:
+def frozen_prefixes(module: nn.Module, prefix: str = "") -> tuple[str, ...]:
+    """Return what the names of tensors in a module's frozen parts start with."""
+    parts = module.named_modules(prefix=prefix, remove_duplicate=False)
+    return tuple(f"{name}." for name, part in parts if isinstance(part, Frozen) and part.is_frozen)
+
+
+def keep_trained_tensors(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    """Remove the tensors of frozen parts from a state dict."""
+    frozen = frozen_prefixes(module, prefix.removesuffix("."))
+    for name in [name for name in state_dict if name.startswith(frozen)]:
         del state_dict[name]
 
 
-def check_tensors(module: torch.nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
+def check_tensors(module: nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
     """Check that a state dict has exactly a module's tensors, because Composer may load without ``strict``.
 
     Raises:
@@ -231,6 +248,6 @@ def check_tensors(module: torch.nn.Module, state_dict: dict, prefix: str, *args:
         raise InputError(f"tensor {name}: checkpoint has {shapes[0]}, model has {shapes[1]}")
 
 
-def expect_no_frozen_tensors(module: torch.nn.Module, incompatible_keys: Any) -> None:
+def expect_no_frozen_tensors(module: nn.Module, incompatible_keys: Any) -> None:
     """Let strict loading accept a state dict without the frozen parts."""
     incompatible_keys.missing_keys.clear()

@@ -1,32 +1,74 @@
-"""The frozen encoder that teacher and student share; it turns inputs into tokens. Its subclasses know the modality.
+"""Encoders turn inputs into tokens; teacher and student may share one. Their subclasses know the modality.
 
 Shapes: B inputs, E extra tokens, N patches or frames, T = E + N tokens, D channels.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from typing_extensions import Self
 
 from d2v_composer.models.attention import Alibi, Block, attention_bias, autocast_dtype
 from d2v_composer.models.sizes import Data2Vec2EncoderConfig, EncoderConfig
 
 
-class Frozen(nn.Module):
-    """A module that stays in eval mode and gets no gradient. Call :meth:`freeze` once the parameters exist.
+class Inputs(NamedTuple):
+    """A batch as an encoder reads it."""
 
-    ``Trainer.fit`` and ``model_eval_mode`` call ``model.train(mode=True)`` on the whole model; here it has no effect.
+    values: Tensor
+    """Images, (B, 3, S, S) float, already normalized; or uint8 of any size, which the encoder resizes (antialias) and
+    normalizes. Or waveforms, (B, L) float, which it normalizes."""
+    lengths: Tensor | None = None
+    """Samples of each waveform of a padded batch, (B,) int64; ``None``: nothing is padded."""
+
+    @classmethod
+    def of(cls, batch: Tensor | Mapping[str, Any], name: str) -> "Inputs":
+        """Return the inputs of a batch: it is the values, or has them under a name."""
+        return cls(batch) if isinstance(batch, Tensor) else cls(batch[name], batch.get("lengths"))
+
+    def filled_up(self, missing: int) -> "Inputs":
+        """Return the batch with black images or silence at its end, and padded clips at one of a few sizes.
+
+        A compiled model needs a graph for each size; there are eight from a power of two to the next.
+        """
+        values, lengths = self
+        size, more = values.shape[-1], 0
+        if lengths is not None:
+            lengths, more = pad(lengths, (0, missing), value=size), -size % (1 << size.bit_length() - 4)
+        amounts = (0, more) + (0, 0) * (values.ndim - 2) + (0, missing)
+        return Inputs(pad(values, amounts) if any(amounts) else values, lengths)  # pad would copy them
+
+
+class Tokens(NamedTuple):
+    """What an encoder makes of a batch."""
+
+    x: Tensor
+    """(B, T, D)"""
+    padding_mask: Tensor | None = None
+    """(B, T) bool, true for tokens that are padding; ``None``: no token is."""
+
+
+class Frozen(nn.Module):
+    """A module that, once :meth:`freeze` was called, stays in eval mode and gets no gradient.
+
+    ``Trainer.fit`` and ``model_eval_mode`` call ``model.train(mode=True)`` on the whole model; it has no effect then.
     """
 
+    is_frozen = False
+
     def freeze(self) -> Self:
+        for part in self.modules():
+            if isinstance(part, Frozen):
+                part.is_frozen = True
         self.requires_grad_(False)
         return self.eval()
 
     def train(self, mode: bool = True) -> Self:
-        return super().train(False)
+        return super().train(mode and not self.is_frozen)
 
     def cast_weights(self, dtype: torch.dtype) -> Self:
         """Cast the weights of linear and convolution layers to autocast's dtype once, instead of in every step.
@@ -42,6 +84,8 @@ class Frozen(nn.Module):
 class Encoder(Frozen):
     """Inputs to tokens, then blocks. A subclass knows its modality, and all that follows needs not.
 
+    Models that hold the same encoder share it: a step runs it once. It trains unless it is frozen.
+
     Attributes:
         alibi: The bias of its blocks, if they have one.
         alibi_scale: Learned factors of that bias.
@@ -50,6 +94,7 @@ class Encoder(Frozen):
         input_name: What an exported program calls them.
     """
 
+    _fsdp_wrap = True
     alibi: Alibi | None
     alibi_scale: Tensor | None
     baseline: ClassVar[str]
@@ -67,20 +112,20 @@ class Encoder(Frozen):
         """The blocks, typed as the subclass's kind of block."""
 
     @abstractmethod
-    def prepare(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Resize or normalize raw inputs.
+    def prepare(self, values: Tensor) -> Tensor:
+        """Resize or normalize raw inputs, none of which is padded.
 
         Raises:
             ValueError: The inputs have another shape or dtype.
         """
 
-    def to_mix(self, inputs: Tensor) -> Tensor:
-        """Return inputs in a form that :meth:`forward` takes and that Composer's algorithms may average: float."""
-        return inputs
+    def normalized(self, values: Tensor) -> Tensor:
+        """Return inputs that :meth:`forward` takes and that Composer's algorithms may average: float."""
+        return values
 
     @abstractmethod
-    def embed_tokens(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Return the first block's input, (B, T, D), from inputs as in :meth:`forward`."""
+    def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
+        """Return the first block's input, (B, T, D)."""
 
     @abstractmethod
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
@@ -103,7 +148,7 @@ class Encoder(Frozen):
         """Return random inputs as before :meth:`prepare`, to measure with: uint8 images, or clips of five seconds."""
 
     @abstractmethod
-    def raw(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def raw(self, inputs: Inputs) -> Tensor:
         """Return an embedding that takes no model, (B, features): the baseline of all others."""
 
     @property
@@ -132,32 +177,19 @@ class Encoder(Frozen):
             del self.alibi_scale
             self.register_buffer("alibi_scale", scale)
 
-    @torch.no_grad()
-    def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Encode inputs; those of several lengths are padded.
-
-        Args:
-            inputs: Images, (B, 3, S, S) float, already normalized; or uint8 of any size, resized (antialias) and
-                normalized here. Or waveforms, (B, L) float, which are normalized here.
-            lengths: Samples of each padded waveform, (B,) int64; ``None``: nothing is padded.
-
-        Returns:
-            (B, T, D), without gradient.
+    def forward(self, inputs: Inputs) -> Tokens:
+        """Encode inputs, and derive the padding mask of all that follows.
 
         Raises:
             ValueError: The inputs have another shape or dtype, or are too short.
         """
-        return self.encode_with_gradient(inputs, lengths)
-
-    def encode_with_gradient(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Encode inputs as :meth:`forward` does, with gradients for the parts that train."""
-        x_BTD = self.embed_tokens(inputs, lengths)
+        padding_mask = self.padding_mask(inputs.lengths, inputs.values.shape[-1])
+        x_BTD = self.embed_tokens(inputs, padding_mask)
         if self.half_residual:
             x_BTD = x_BTD.to(autocast_dtype(x_BTD))
-        contexts = self.block_contexts(x_BTD, self.padding_mask(lengths, inputs.shape[-1]))
-        for block, context in zip(self.block_list, contexts, strict=False):
+        for block, context in zip(self.block_list, self.block_contexts(x_BTD, padding_mask), strict=False):
             x_BTD, _ = block(x_BTD, context)
-        return x_BTD
+        return Tokens(x_BTD, padding_mask)
 
     def forward_macs(self, shape: Sequence[int] | None = None) -> int:
         """Return the multiply-accumulates for one input of a shape; default the usual one."""

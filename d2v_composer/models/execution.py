@@ -17,22 +17,25 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils._pytree import tree_map_only
 
+from d2v_composer.models.attention import FfnBlock
 from d2v_composer.models.encoder import Encoder
-from d2v_composer.models.targets import instance_norm_mean, norm_mean, regression_loss
+from d2v_composer.models.targets import instance_norm_mean, norm_mean
+from d2v_composer.models.transformer import Transformer
 
 if TYPE_CHECKING:
-    from d2v_composer.models.distillation import DistillationModel  # imports Composer
+    from d2v_composer.models.distillation import Distillation  # imports Composer
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 # Graphs of a function: one for each input shape, need of gradients, and mode; beyond them a compiled run would fail.
-# Sound comes in up to 16 lengths, padded or not. torch's default limit is 8, and 256 for all instances of a function.
+# Sound comes in up to 16 sizes, padded or not. torch's default limit is 8, and 256 for all instances of a function.
 MAX_GRAPHS = 1024
 
 
-def compile_model(model: "DistillationModel", joins_frozen_blocks: bool = True, choice: bool | str = True) -> None:
+def compile_model(model: "Distillation", joins_frozen_blocks: bool = True, choice: bool | str = True) -> None:
     """Compile, in place, the parts of a step and of an evaluation: blocks, patch embedding, norm_mean, loss.
 
     Blocks are graphs of their own: equal blocks share a compilation; DDP reduces a block's gradients while the next
@@ -51,19 +54,24 @@ def compile_model(model: "DistillationModel", joins_frozen_blocks: bool = True, 
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MAX_GRAPHS
     # Do not split graphs for DDP: blocks are small enough.
     torch._dynamo.config.optimize_ddp = False
-    encoder, teacher, student = model.teacher.encoder, model.teacher, model.student
-    encoder.embed_tokens = compiled(encoder.embed_tokens, mode)
-    for block in [*encoder.block_list, *teacher.block_list, *student.block_list]:
-        block.forward = compiled(block.forward, mode)
-    for transformer in (teacher, student):
-        transformer.norm_mean = compiled_norm_mean
-    model.regression_loss = compiled(regression_loss, mode)
+    parts: list[Any] = list(model.modules())
+    encoders = [part for part in parts if isinstance(part, Encoder)]
+    for part in parts:
+        if isinstance(part, Encoder):
+            part.embed_tokens = compiled(part.embed_tokens, mode)
+        elif isinstance(part, FfnBlock):
+            part.forward = compiled(part.forward, mode)
+        elif hasattr(part, "layer_mean"):
+            part.layer_mean = part.layer_mean.changed(norm_mean=compiled_norm_mean)
+    model.total_loss = compiled(model.total_loss, mode)
     if joins_frozen_blocks and not torch.cuda.is_available():
-        encoder.forward = compiled_with_weights(encoder.forward, mode)
-        teacher.targets = compiled_with_weights(teacher.targets, mode)
+        for encoder in encoders:
+            if encoder.is_frozen:
+                encoder.forward = compiled_with_weights(encoder.forward, mode)
+        model.targets_of = compiled_with_weights(model.targets_of, mode)
     elif joins_frozen_blocks:
         # Not with ALiBi, whose first pass keeps the bias: it would be in the graph's memory.
-        is_captured = mode is None and encoder.alibi is None
+        is_captured = mode is None and all(encoder.alibi is None for encoder in encoders)
         model.frozen_pass = captured(model.frozen_pass) if is_captured else compiled(model.frozen_pass, mode)
 
 
@@ -86,13 +94,13 @@ def compiled_with_weights(frozen_pass: Callable[P, R], mode: str | None) -> Call
     return call
 
 
-def captured(frozen_pass: Callable[P, tuple[Tensor, Tensor]]) -> Callable[P, tuple[Tensor, Tensor]]:
+def captured(frozen_pass: Callable[P, R]) -> Callable[P, R]:
     """Compile a function without gradient as a CUDA graph; if it cannot be one, Inductor silently runs it as usual."""
     function = compiled(frozen_pass, options={"triton.cudagraphs": True})
 
-    def call(*args: P.args, **kwargs: P.kwargs) -> tuple[Tensor, Tensor]:
-        x_BTD, target = function(*args, **kwargs)
-        return x_BTD.clone(), target.clone()  # the next replay overwrites the graph's own results
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        # The next replay overwrites the graph's own results.
+        return tree_map_only(Tensor, Tensor.clone, function(*args, **kwargs))
 
     return call
 
@@ -163,7 +171,7 @@ def shard_unit(unit: nn.Module, mp_policy: MixedPrecisionPolicy, **options: Any)
     return fully_shard(unit, mp_policy=policy, **options)
 
 
-def join_units(model: "DistillationModel", mesh: DeviceMesh | None) -> None:
+def join_units(model: "Distillation", mesh: DeviceMesh | None) -> None:
     """Make the model the FSDP root of the units that Composer wrapped.
 
     Otherwise each unit is a root. FSDP keeps a root's weights gathered after forward, for the backward pass that
@@ -180,8 +188,9 @@ def join_units(model: "DistillationModel", mesh: DeviceMesh | None) -> None:
     for unit in sharded_units(model).values():
         is_trained = any(parameter.requires_grad for parameter in cast("nn.Module", unit).parameters())
         unit.set_unshard_in_backward(is_trained)
-    for blocks in (model.teacher.encoder.block_list, model.teacher.block_list, model.student.block_list):
-        for block, following in pairwise(cast("list[FSDPModule]", blocks)):
+    for part in model.modules():
+        blocks = part.block_list if isinstance(part, Encoder | Transformer) else []
+        for block, following in pairwise(blocks):
             block.set_modules_to_forward_prefetch([following])  # gathered before this block computes
     # The first root to run claims the units below it; run this one before any part of the model.
     model.compute(torch.detach, torch.zeros(1))

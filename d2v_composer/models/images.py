@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear
 
-from d2v_composer.models.encoder import Data2Vec2Encoder, Encoder
+from d2v_composer.models.encoder import Data2Vec2Encoder, Encoder, Inputs
 from d2v_composer.models.sizes import ImageConfig, ImageEncoderConfig, height_and_width
 
 SIDE_OF_PIXELS = 32  # CIFAR's
@@ -51,27 +51,27 @@ class Images(Encoder):
         self.register_buffer("image_mean", torch.tensor(config.image_mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(config.image_std).view(1, -1, 1, 1), persistent=False)
 
-    def prepare(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def prepare(self, values: Tensor) -> Tensor:
         """Resize and normalize uint8 images; return float images unchanged."""
         channels, size = self.config.in_chans, height_and_width(self.config.image_size)
-        is_uint8, is_batch = inputs.dtype == torch.uint8, inputs.ndim == 4 and inputs.shape[1] == channels
-        if not is_batch or not (is_uint8 or (inputs.is_floating_point() and inputs.shape[2:] == size)):
+        is_uint8, is_batch = values.dtype == torch.uint8, values.ndim == 4 and values.shape[1] == channels
+        if not is_batch or not (is_uint8 or (values.is_floating_point() and values.shape[2:] == size)):
             raise ValueError(
                 f"images must be (B, {channels}, H, W) uint8, or (B, {channels}, {size[0]}, {size[1]}) float and "
-                f"normalized; got {tuple(inputs.shape)} {str(inputs.dtype).removeprefix('torch.')}"
+                f"normalized; got {tuple(values.shape)} {str(values.dtype).removeprefix('torch.')}"
             )
         if not is_uint8:
             if not torch.compiler.is_compiling() and self.is_first:
-                self.is_first, (low, high) = False, inputs.aminmax()
+                self.is_first, (low, high) = False, values.aminmax()
                 if 0 <= low < high <= 1:
                     log.warning("float images from 0 to 1: expected normalized ones, or uint8 images")
-            return inputs
-        if inputs.shape[2:] != size:
-            inputs = resize(inputs, size, self.config.interpolation)
-        return inputs.float().sub_(255 * self.image_mean).div_(255 * self.image_std)
+            return values
+        if values.shape[2:] != size:
+            values = resize(values, size, self.config.interpolation)
+        return values.float().sub_(255 * self.image_mean).div_(255 * self.image_std)
 
-    def to_mix(self, inputs: Tensor) -> Tensor:
-        return self.prepare(inputs)
+    def normalized(self, values: Tensor) -> Tensor:
+        return self.prepare(values)
 
     def num_tokens(self, shape: Sequence[int] | None = None) -> int:
         return self.config.num_tokens
@@ -85,10 +85,10 @@ class Images(Encoder):
     def noise(self, count: int) -> Tensor:
         return torch.randint(0, 256, self.example(count).shape, dtype=torch.uint8)
 
-    def raw(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def raw(self, inputs: Inputs) -> Tensor:
         """Return the encoder's input, shrunk to CIFAR's size: at 224 px an image would have 150,528 channels."""
         size = [min(SIDE_OF_PIXELS, side) for side in height_and_width(self.config.image_size)]
-        return interpolate(self.prepare(inputs), size, mode="area").flatten(1)
+        return interpolate(self.prepare(inputs.values), size, mode="area").flatten(1)
 
 
 class ImageEncoder(Images, Data2Vec2Encoder):
@@ -106,8 +106,8 @@ class ImageEncoder(Images, Data2Vec2Encoder):
         )
         self.add_blocks(config)
 
-    def embed_tokens(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        x_BND = self.local_encoder["proj"](self.prepare(inputs)).flatten(2).transpose(1, 2)
+    def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
+        x_BND = self.local_encoder["proj"](self.prepare(inputs.values)).flatten(2).transpose(1, 2)
         return self.add_extra_tokens(x_BND + self.fixed_positional_encoder["positions"])
 
 

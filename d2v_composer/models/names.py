@@ -13,5 +13,15 @@ PrecisionChoice = Literal["auto", "fp32", "amp_fp16", "amp_bf16"]
 """``auto`` is the fastest that the machine has instructions for."""
 Prediction = Literal["layer_mean", "last_block"]
 """What is regressed to the target: norm_mean of the student's FFN outputs, or the last block's output."""
+Normalization = Literal["instance", "layer"]
+"""Normalization of each layer before the average.
+
+``instance`` is over time (fairseq's ``instance_norm_target_layer``, the image models'). ``layer`` is over channels
+(``layer_norm_target_layer``): it keeps each channel's mean over time, which a mean pooling sees.
+"""
+TargetSource = Literal["ffn", "block"]
+"""Layers of the target: the teacher's FFN outputs, or its blocks' outputs."""
+ExtraTokens = Literal["regress", "drop", "only"]
+"""What becomes of CLS and registers in the loss."""
 Weights = Literal["model", "ema"]
 """Weights of a teacher's file: the trained ones, or their moving average."""

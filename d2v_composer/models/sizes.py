@@ -15,6 +15,8 @@ from functools import cached_property
 from reprlib import repr as short  # a list in a file may hold another one a million times
 from typing import Any, ClassVar, Literal, get_args
 
+from d2v_composer.models.names import Normalization
+
 ImageSize = int | tuple[int, int]
 """Pixels per side of a square, or (height, width)."""
 
@@ -263,6 +265,7 @@ class Data2Vec2Sizes(Data2Vec2EncoderConfig):
     depth: int = 8
     average_top_k_layers: int = 8
     """Number of last blocks in the target, as in pre-training."""
+    normalization = "instance"
     final_layer_norm = True
 
     def __post_init__(self) -> None:
@@ -361,6 +364,7 @@ class TimmTeacherConfig(TimmEncoderConfig):
 
     depth: int
     """Number of blocks after the encoder."""
+    normalization = "instance"
     final_layer_norm = True
     encoder_class = TimmEncoderConfig
 
@@ -368,6 +372,31 @@ class TimmTeacherConfig(TimmEncoderConfig):
     def average_top_k_layers(self) -> int:
         """Number of layers that the target averages: all blocks."""
         return self.depth
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """Sizes of a student, and how its ``layer_mean`` is computed; all other sizes are the encoder's.
+
+    Raises:
+        ValueError: A size is out of range, or ``normalization`` is unknown.
+    """
+
+    depth: int = 5
+    mlp_ratio: float = 3.0
+    alibi: bool = True
+    normalization: Normalization = "instance"
+    """Normalization of each layer in target, prediction and ``layer_mean``."""
+    embed_dim: int | None = None
+    """Channels of blocks and embeddings, at most the encoder's; default: the encoder's."""
+    final_layer_norm: bool = True
+    """End target, prediction and ``layer_mean`` with a LayerNorm."""
+
+    def __post_init__(self) -> None:
+        check_whole("student depth", self.depth, 1, MAX_DEPTH)
+        for name in ("alibi", "final_layer_norm"):
+            check_flag(f"student {name}", getattr(self, name))
+        check_choice("student normalization", self.normalization, Normalization)
 
 
 ImageConfig = ImageEncoderConfig | TimmEncoderConfig

@@ -5,22 +5,17 @@ Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), section 3; fairseq
 """
 
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import layer_norm, mse_loss
 
+from d2v_composer.models.names import Normalization
+
 NORM_EPS = 1e-5
 CLS_LOSS_WEIGHT = 0.01  # data2vec 2.0's `cls_loss` of the image models
-
-Normalization = Literal["instance", "layer"]
-"""Normalization of each layer before the average.
-
-``instance`` is over time (fairseq's ``instance_norm_target_layer``, the image models'). ``layer`` is over channels
-(``layer_norm_target_layer``): it keeps each channel's mean over time, which a mean pooling sees.
-"""
 
 
 class Regression(NamedTuple):
@@ -34,6 +29,8 @@ class Regression(NamedTuple):
     """(B, D), if CLS is regressed to the mean target instead of its own."""
     padding_mask: Tensor | None = None
     """(B, T) bool: true for tokens that the loss leaves out."""
+    others: "tuple[Regression, ...]" = ()
+    """Those of further objectives."""
 
 
 def mean_over_time(x_BTD: Tensor, num_extra_tokens: int = 0, padding_mask: Tensor | None = None) -> Tensor:

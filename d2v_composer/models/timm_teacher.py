@@ -17,6 +17,8 @@ from timm.models import Beit, Eva, VisionTransformer
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from d2v_composer.models.attention import fsdp_unit
+from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.images import Images, PatchProjection
 from d2v_composer.models.names import PREFIX
 from d2v_composer.models.sizes import (
@@ -200,8 +202,8 @@ class TimmEncoder(Images):
     def block_list(self) -> list[Any]:
         return list(self.blocks)
 
-    def embed_tokens(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        return self.stem.forward_features(self.prepare(inputs))
+    def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
+        return self.stem.forward_features(self.prepare(inputs.values))
 
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
         return self.contexts(x_BTD)
@@ -211,7 +213,7 @@ class TimmEncoder(Images):
         shape = self.example(1).shape
         image = (torch.arange(math.prod(shape)) * 7919 % 251).to(torch.uint8).view(shape)
         with torch.autocast("cpu", enabled=False):
-            output = deepcopy(self).cpu().float()(image).flatten()
+            output = deepcopy(self).cpu().float()(Inputs(image)).x.flatten()
         return tuple(output[torch.arange(NUM_OUTPUTS) * OUTPUT_STEP % len(output)].tolist())
 
 
@@ -232,7 +234,7 @@ class TimmTeacher(Teacher):
         encoder = TimmEncoder(encoder_config(config), parts)
         super().__init__(encoder, parts.blocks[first:], config, provenance)
         self.contexts = parts.contexts.of_blocks(first, num_blocks)
-        self.norm = parts.norm
+        self.norm = fsdp_unit(parts.norm)  # as part of the root, it would stay gathered
         self.freeze()
 
     def cast_weights(self, dtype: torch.dtype) -> Self:
@@ -242,17 +244,8 @@ class TimmTeacher(Teacher):
                 part.to(dtype)
         return super().cast_weights(dtype)
 
-    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """Make the final norm an FSDP unit too; as part of the root, it would stay gathered."""
-        return super().fsdp_wrap_fn(module) or (module is self.norm and any(True for _ in module.parameters()))
-
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
         return self.contexts(x_BTD)
-
-    def forward_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Return the output of timm's ``forward_features``, including its norm, and the FFN outputs, (B, T, D) each."""
-        output_BTD, ffn_outputs = super().forward_blocks(x, padding_mask)
-        return self.norm(output_BTD), ffn_outputs
 
     def init_sources(self, init: Init) -> Sequence[nn.Module]:
         blocks, name = [block.block for block in self.block_list], self.config.model

@@ -16,7 +16,7 @@ While :func:`lean_engine` is active, because the GPU waits for what the host doe
 
 Insides of packages that are used only where they belong:
 
-- ``models/transformer.py`` sets ``_fsdp_wrap`` and ``fsdp_wrap_fn`` (Composer 0.32.1): FSDP units are the encoder and
+- ``models`` sets ``_fsdp_wrap`` (Composer 0.32.1): FSDP units are the encoder and
   the blocks. ``models/execution.py`` sets options of torch 2.7's Dynamo and Inductor.
 - ``data/streaming.py`` calls Streaming 0.13.0's ``generate_work``, which orders the samples.
 - ``system/ranks.py`` uses the default store of torch 2.7's process group; ``system/fetch.py`` botocore's

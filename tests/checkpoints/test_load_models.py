@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from d2v_composer import load_student, load_teacher
+from d2v_composer.builders.models import build_comparison
 from d2v_composer.checkpoints.load import load_any, save_student
 from d2v_composer.commands import embed, evaluate
 from d2v_composer.commands import export as export_student
+from d2v_composer.config.load import load_evaluate_config
 from d2v_composer.models.data2vec2 import Data2Vec2
+from d2v_composer.models.targets import norm_mean
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, ROOT, load_checkpoint
 
@@ -65,17 +68,23 @@ def test_a_student_has_no_weights_to_choose(uninterrupted: Path, tmp_path: Path)
     assert refusal(load_any, student, "ema", str(TEACHER)) == said  # its record says which its teacher has
 
 
-def test_a_checkpoint_gives_student_and_teacher_the_normalization_of_its_run(
-    uninterrupted: Path, tmp_path: Path
-) -> None:
+def test_a_teacher_is_compared_in_the_normalization_of_the_students_run(uninterrupted: Path, tmp_path: Path) -> None:
     contents = load_checkpoint(uninterrupted / "latest-rank0.pt")
     targets = contents["state"]["callbacks"]["RunRecord"]["record"]["config"]["targets"]
     assert targets["normalization"] == "instance"
     targets["normalization"] = "layer"
     torch.save(contents, tmp_path / "checkpoint.pt")
-    for model in load_any(tmp_path / "checkpoint.pt"):
-        assert model is not None
-        assert model.normalization == "layer"
+    config = load_evaluate_config([str(ROOT / "yamls" / "evaluate.yaml"), f"model={tmp_path / 'checkpoint.pt'}"])
+    model, candidates, *_ = build_comparison(config, "cpu")
+    assert model.layer_mean.normalization == "layer"
+    embeds = {candidate.name: candidate.embed for candidate in candidates}
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    teacher: Any = load_teacher(TEACHER)
+    _, layers = teacher.forward_blocks(teacher.encode(images))
+    expected, plain = (norm_mean(layers, normalization=each).mean(dim=1) for each in ("layer", "instance"))
+    found: Any = embeds["teacher"](images)
+    torch.testing.assert_close(found["layer_mean_mean"], expected)
+    assert not torch.allclose(expected, plain, atol=0.01)
 
 
 def test_a_student_keeps_the_number_of_shared_blocks(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def half(sample: Tensor, number: int, view: int) -> Tensor:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_each_clip_is_embedded_as_if_alone(teacher: Any, world_size: int) -> None:
     models = {"student": teacher.build_student(depth=1).eval(), "teacher": teacher}
-    embeds, samples = build_embeds(teacher.encoder, models), clips()
+    embeds, samples = build_embeds(teacher, models, teacher.layer_mean), clips()
     assert list(embeds) == ["log_mel", "encoder", "student", "teacher"]
     shapes = set()
 

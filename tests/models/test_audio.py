@@ -21,6 +21,7 @@ from d2v_composer.models.audio import log_mel
 from d2v_composer.models.classification import Classifier
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.execution import compile_model
 from d2v_composer.models.sizes import AudioEncoderConfig, Data2Vec2AudioConfig, parse_convolutions
 from d2v_composer.models.targets import norm_mean, regression_loss
@@ -76,19 +77,19 @@ def test_the_loss_of_a_padded_batch_is_that_of_its_clips(teacher: Any) -> None:
 def test_embeddings_do_not_depend_on_padding(options: dict[str, Any]) -> None:
     teacher = random_teacher(**options)
     waveforms, student = sound(), teacher.build_student(depth=1, alibi=False, normalization="layer")
-    teacher.normalization = "layer"  # whose means over frames are not 0
-    for model in (teacher, student):
-        embeddings = model.embed_all(waveforms, LENGTHS)
+    embed = partial(teacher.embed_all, layer_mean=student.layer_mean)  # of "layer", whose means over frames are not 0
+    for embed_all in (embed, student.embed_all):
+        embeddings = embed_all(waveforms, LENGTHS)
         assert list(embeddings) == [
             f"{representation}_{pooling}"
             for representation, pooling in itertools.product(("output", "layer_mean"), ("mean", "mean_patches"))
         ]
         for i, length in enumerate(LENGTHS):
-            for name, alone in model.embed_all(waveforms[i : i + 1, :length]).items():
+            for name, alone in embed_all(waveforms[i : i + 1, :length]).items():
                 torch.testing.assert_close(embeddings[name][i : i + 1], alone, rtol=0, atol=TOLERANCE)
-    raw = teacher.encoder.raw(waveforms, LENGTHS)
+    raw = teacher.encoder.raw(Inputs(waveforms, LENGTHS))
     for i, length in enumerate(LENGTHS):
-        torch.testing.assert_close(raw[i : i + 1], teacher.encoder.raw(waveforms[i : i + 1, :length]))
+        torch.testing.assert_close(raw[i : i + 1], teacher.encoder.raw(Inputs(waveforms[i : i + 1, :length])))
 
 
 def test_the_groups_of_the_default_extractor_are_torchs() -> None:

@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.encoder import Inputs, Tokens
 from d2v_composer.models.execution import captured, compile_model
 from helpers import QUICKSTART
 
@@ -75,11 +76,14 @@ def test_a_half_residual_stream_ends_before_the_student(model: DistillationModel
     images = batches[0, :2]
     assert halved.teacher.encode(images).dtype == torch.float32  # outside autocast
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected, (x, target) = model.frozen_pass(images)[1], halved.frozen_pass(images)
+        _, expected = model.frozen_pass(Inputs(images))
+        tokens, targets = halved.frozen_pass(Inputs(images))
+        assert tokens is not None
+        x, target = tokens.x, targets["tokens"]
         assert all(output.dtype == torch.bfloat16 for output, _ in halved.teacher.iterate_blocks(x))
         assert all(output.dtype == torch.float32 for output, _ in halved.student.iterate_blocks(x))
     assert (target.dtype, x.dtype) == (torch.float32, torch.bfloat16)
-    assert torch.cosine_similarity(target, expected, dim=-1).mean() > 0.999
+    assert torch.cosine_similarity(target, expected["tokens"], dim=-1).mean() > 0.999
 
 
 @pytest.mark.parametrize(
@@ -91,17 +95,19 @@ def test_a_gpu_starts_the_frozen_pass_as_one_graph(
     """Its results are copies: the next replay overwrites the graph's own."""
     asked: list[dict[str, Any]] = []
     x_BTD, target = torch.zeros(1), torch.ones(1)
+    results = Tokens(x_BTD), {"tokens": target}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "compile", lambda _, **given: asked.append(given) or (lambda *_: (x_BTD, target)))
+    monkeypatch.setattr(torch, "compile", lambda _, **given: asked.append(given) or (lambda *_: results))
     compiled = copy.deepcopy(model)
     compile_model(compiled, **options)
     graphs = [given for given in asked if given.get("options") == {"triton.cudagraphs": True}]
     assert len(graphs) == is_captured
     if is_captured:
-        results = compiled.frozen_pass(torch.empty(0))
-        assert results == (x_BTD, target)
-        assert results[0].data_ptr() != x_BTD.data_ptr()
-        assert results[1].data_ptr() != target.data_ptr()
+        tokens, targets = compiled.frozen_pass(Inputs(torch.empty(0)))
+        assert tokens is not None
+        for found, own in ((tokens.x, x_BTD), (targets["tokens"], target)):
+            assert torch.equal(found, own)
+            assert found.data_ptr() != own.data_ptr()
 
 
 @pytest.mark.slow
@@ -109,7 +115,11 @@ def test_a_pass_that_cannot_be_a_cuda_graph_computes_the_same(model: Distillatio
     run = captured(model.frozen_pass)
     with torch.no_grad():
         for images in (batches[0], batches[1], batches[0, :5]):
-            torch.testing.assert_close(run(images), model.frozen_pass(images), rtol=1e-4, atol=1e-4)
+            (tokens, targets), (expected, wanted) = run(Inputs(images)), model.frozen_pass(Inputs(images))
+            assert tokens is not None
+            assert expected is not None
+            torch.testing.assert_close(tokens.x, expected.x, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(targets, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

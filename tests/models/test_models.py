@@ -93,7 +93,7 @@ def test_dropped_extra_tokens_mirror_the_target(teacher: Data2Vec2) -> None:
     images = images_for(teacher)
     regression = DistillationModel(teacher, student, extra_tokens="drop")(images)
     x = teacher.encode(images)
-    patches_only = norm_mean(layer[:, 1:] for layer in student.ffn_outputs(x))
+    patches_only = norm_mean(layer[:, 1:] for layer in student.forward_blocks(x)[1])
     torch.testing.assert_close(regression.prediction, patches_only)
     torch.testing.assert_close(regression.target, teacher.targets(x, "drop"))
     assert regression.cls_prediction is not None
@@ -157,7 +157,7 @@ def test_ddp_broadcasts_no_constant(teacher: Data2Vec2) -> None:
 def test_a_student_starts_from_the_teachers_blocks(teacher: Data2Vec2) -> None:
     whole = teacher.build_student(depth=2, mlp_ratio=4.0, alibi=False, init="teacher_blocks")
     x = teacher.encode(images_for(teacher))
-    for ours, theirs in zip(whole.ffn_outputs(x), teacher.ffn_outputs(x), strict=False):
+    for ours, theirs in zip(whole.forward_blocks(x)[1], teacher.forward_blocks(x)[1], strict=False):
         torch.testing.assert_close(ours, theirs)
     attention = teacher.build_student(depth=2, init="teacher_attention")
     torch.testing.assert_close(attention.block_list[1].attn.qkv.weight, teacher.block_list[1].attn.qkv.weight)
@@ -183,17 +183,18 @@ def test_a_narrow_student(teacher: Data2Vec2) -> None:
     student, images = teacher.build_student(depth=2, embed_dim=20), images_for(teacher)
     model = DistillationModel(teacher, student)
     x = teacher.encode(images)
-    layers = list(student.ffn_outputs(x))
+    layers = student.forward_blocks(x)[1]
     widths = {tensor.shape[-1] for tensor in (*layers, *model.embed_all(images).values())}
     assert widths == {20}
     torch.testing.assert_close(student.embed(images, "mean", "layer_mean"), norm_mean(layers).mean(1))
-    torch.testing.assert_close(model.predict(x), norm_mean(student.exit(layer) for layer in layers))
+    head = model.objectives["tokens"].head
+    torch.testing.assert_close(model(images).prediction, norm_mean(head(layer) for layer in layers))
     checkpoint = model.state_dict()
     again = DistillationModel(teacher, teacher.build_student(depth=2, embed_dim=20))
     again.load_state_dict(checkpoint)
-    torch.testing.assert_close(again.predict(x), model.predict(x))
-    with pytest.raises(InputError, match=r"tensor student\.exit\.bias: checkpoint has none"):
-        again.load_state_dict({name: checkpoint[name] for name in checkpoint if not name.startswith("student.exit.b")})
+    torch.testing.assert_close(again(images).prediction, model(images).prediction)
+    with pytest.raises(InputError, match=r"tensor objectives\.tokens\.head\.bias: checkpoint has none"):
+        again.load_state_dict({name: checkpoint[name] for name in checkpoint if not name.endswith("head.bias")})
 
 
 def test_widths_of_a_student(teacher: Data2Vec2) -> None:

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.encoder import Tokens
 from d2v_composer.models.sizes import TimmTeacherConfig
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, teacher_config
 from d2v_composer.system.errors import InputError
@@ -94,7 +95,7 @@ def test_a_teacher_computes_what_timm_does(name: str) -> None:
     with torch.no_grad():
         x = teacher.encode(images)
         output, ffn_outputs = teacher.forward_blocks(x)
-        *_, last = teacher.target_layers(x, "block")
+        *_, last = teacher.features(Tokens(x)).layers("block")
         assert torch.equal(teacher.norm(last), output)
     assert_equal_to_1e_5(output, features)
     assert len(ffn_outputs) == config.depth == len(added) - config.first_blocks

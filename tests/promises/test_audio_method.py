@@ -1,5 +1,6 @@
 """Promise 1 for audio: the reference's numbers, float32; a clip in a padded batch gives what it gives alone."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,8 @@ def compute(teacher: Any, waveforms: Tensor, lengths: Tensor | None = None) -> d
     padding_BN = None if mask is None else mask[:, teacher.num_extra_tokens :]
     found["local_features"] = encoder.local_features(waveforms, lengths)
     found["positions"] = encoder.positions(found["local_features"], padding_BN)
-    x = found["encoder_norm"] = encoder.embed_tokens(waveforms, lengths)
+    inputs: Any = SimpleNamespace(values=waveforms, lengths=lengths)
+    x = found["encoder_norm"] = encoder.embed_tokens(inputs, mask)
     for i, (block, bias) in enumerate(zip(encoder.block_list, encoder.block_contexts(x, mask), strict=True)):
         x, found[f"prenet_ffn_{i}"] = block(x, bias)
         found[f"prenet_block_{i}"] = x

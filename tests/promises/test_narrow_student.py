@@ -36,7 +36,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
 def test_a_killed_run_resumes_bit_for_bit_and_two_ranks_train_as_one(
     narrow: Path, small_data: Path, tmp_path: Path
 ) -> None:
-    """3, 8, 10: and a checkpoint holds entrance, blocks and exit."""
+    """3, 8, 10: and a checkpoint holds entrance, blocks and the objective's head."""
     arguments = small_run(tmp_path / "killed", small_data, NARROW)
     train_until_killed(arguments, "batch_start 9")
     run_training(*arguments)
@@ -45,8 +45,8 @@ def test_a_killed_run_resumes_bit_for_bit_and_two_ranks_train_as_one(
     assert own == {
         "student.entrance.weight": (20, 48),
         "student.entrance.bias": (20,),
-        "student.exit.weight": (48, 20),
-        "student.exit.bias": (48,),
+        "objectives.tokens.head.weight": (48, 20),
+        "objectives.tokens.head.bias": (48,),
     }
     run_ranks(*train_command(small_run(tmp_path / "ranks", small_data, NARROW))[1:])
     assert_same_losses(losses_of(tmp_path / "ranks"), losses_of(narrow), num_steps=14)
@@ -54,7 +54,7 @@ def test_a_killed_run_resumes_bit_for_bit_and_two_ranks_train_as_one(
 
 @pytest.mark.slow
 def test_sharded_ranks_train_as_one_process(narrow: Path, small_data: Path, tmp_path: Path) -> None:
-    """8: entrance and exit too are held in shares."""
+    """8: entrance and head too are held in shares."""
     arguments = small_run(tmp_path, small_data, NARROW, "parallelism_config.fsdp={}")
     run_ranks(ROOT / "tests" / "programs" / "fsdp_on_cpu.py", *arguments)
     assert_same_losses(losses_of(tmp_path), losses_of(narrow), num_steps=14)
@@ -76,4 +76,4 @@ def test_evaluate_embed_and_export_read_the_narrow_embedding(narrow: Path, label
     assert evaluated.returncode == 0, evaluated.stderr
     student, trained = load_student(exported), load_checkpoint(checkpoint)["state"]["model"]
     assert torch.equal(student.state_dict()["entrance.weight"], trained["student.entrance.weight"])
-    assert not any(name.startswith("exit") for name in student.state_dict())
+    assert not any("head" in name for name in student.state_dict())

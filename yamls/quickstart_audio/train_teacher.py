@@ -164,7 +164,7 @@ def train_blocks(teacher: Data2Vec2, clips: Clips) -> None:
 
     def embed(sound_BL: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
-            output_BTD, layers = teacher.forward_blocks(teacher.encoder(sound_BL))
+            output_BTD, layers = teacher.forward_blocks(teacher.encode(sound_BL))
         return output_BTD.float().mean(dim=1), norm_mean(layers, 0, "layer", final_layer_norm=False).mean(dim=1)
 
     def compute_loss() -> Tensor:

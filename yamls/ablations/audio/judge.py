@@ -20,19 +20,21 @@ from d2v_composer.checkpoints.load import load_any
 from d2v_composer.data.audio import decode_clip
 from d2v_composer.evaluation.evaluate import accuracy_interval
 from d2v_composer.evaluation.without_labels import common_shares, nearest_others
+from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.student import Student
+from d2v_composer.models.teacher import Teacher
 
 BATCH_SIZE = 16
 
 
-def judge(student: Student, teacher: Student, clips: Tensor) -> dict[str, np.ndarray]:
+def judge(student: Student, teacher: Teacher, clips: Tensor) -> dict[str, np.ndarray]:
     """Return the measures of each clip, from clips of one length, (B, L)."""
     predicted, wanted = [], []
     with torch.inference_mode():
         for batch in clips.split(BATCH_SIZE):
-            x_BTD = student.encode(batch)
+            tokens = student.encoder(Inputs(batch))
             for model, found in ((student, predicted), (teacher, wanted)):
-                found.append(model.layer_mean(model.forward_blocks(x_BTD)[1]))
+                found.append(student.layer_mean.embedding(model.features(tokens)))
     prediction_BTD, target_BTD = torch.cat(predicted), torch.cat(wanted)
     variance = (target_BTD - target_BTD.mean(dim=(0, 1))).square().mean()
     nearest = [nearest_others(each.mean(dim=1)) for each in (prediction_BTD, target_BTD)]
@@ -46,7 +48,6 @@ def main(speech: str, *checkpoints: str) -> None:
     print("run,seconds,measure,value,low,high")
     for checkpoint in checkpoints:
         student, teacher = load_any(checkpoint)
-        teacher.normalization = student.normalization
         for seconds in (1, 2, 5, 10):
             files = sorted(Path(speech, f"{seconds}s").glob("*.flac"))
             clips = torch.stack([torch.from_numpy(decode_clip(path.read_bytes(), str(path))) for path in files])

@@ -1,0 +1,166 @@
+"""Models that turn inputs into features, and features into embeddings: the base of teachers and students.
+
+Shapes: B inputs, T tokens, D channels.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from d2v_composer.models.encoder import Encoder, Inputs, Tokens
+from d2v_composer.models.features import Features
+from d2v_composer.models.layer_mean import LayerMean
+from d2v_composer.models.names import Pooling, Representation
+
+
+@contextmanager
+def frozen_use() -> Iterator[None]:
+    """Compute without gradients; this is safe even if a training step follows in the same autocast region.
+
+    Autocast would keep the trained weights that it casts here, without gradient, and use them in that step.
+    """
+    caches_casts = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(caches_casts and not torch.is_grad_enabled())
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(caches_casts)
+
+
+class Backbone(nn.Module, ABC):
+    """An encoder, and what turns its tokens into features.
+
+    Args:
+        encoder: Not copied: other models may hold it too.
+        embed_dim: Channels of features and embeddings.
+        layer_mean: How this model computes its ``layer_mean`` embeddings.
+    """
+
+    # Composer's FSDP: this module is not a unit; the encoder and the blocks are, because each is called separately.
+    _fsdp_wrap = False
+
+    def __init__(self, encoder: Encoder, embed_dim: int, layer_mean: LayerMean) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.embed_dim = embed_dim
+        self.layer_mean = layer_mean
+
+    @abstractmethod
+    def features(self, tokens: Tokens) -> Features:
+        """Return the features of the encoder's tokens; they are computed when they are read."""
+
+    @abstractmethod
+    def forward_macs(self, shape: Sequence[int] | None = None) -> int:
+        """Return the multiply-accumulates for one input, without the encoder; default the usual one."""
+
+    @property
+    def num_extra_tokens(self) -> int:
+        return self.encoder.config.num_extra_tokens
+
+    @property
+    def has_cls_token(self) -> bool:
+        return self.encoder.config.has_cls_token
+
+    @property
+    def embedding_names(self) -> list[str]:
+        """The names of all embeddings."""
+        return self.layer_mean.names(self.has_cls_token)
+
+    @property
+    def default_pooling(self) -> Pooling:
+        """``cls``, or ``mean_patches`` of a model without that token."""
+        return "cls" if self.has_cls_token else "mean_patches"
+
+    def padding_mask(self, lengths: Tensor | None, num_samples: int | None = None) -> Tensor | None:
+        """Return which tokens are padding, (B, T) bool; see :meth:`~d2v_composer.models.encoder.Encoder.padding_mask`.
+
+        Example:
+            >>> teacher.padding_mask(None)  # nothing is padded
+        """
+        return self.encoder.padding_mask(lengths, num_samples)
+
+    def encode(self, images: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Run the encoder: images or waveforms as for :meth:`embed` → (B, T, D), without gradient.
+
+        Example:
+            >>> x = teacher.encode(images)
+            >>> x.shape  # 64 patches and CLS
+            torch.Size([2, 65, 192])
+        """
+        with frozen_use():
+            return self.encoder(Inputs(images, lengths)).x
+
+    def represent(self, features: Features, representation: Representation) -> Tensor:
+        """Return a representation, (B, T, D), with gradient."""
+        if representation == "output":
+            return features.output
+        return self.layer_mean.average(features.layers(), features)
+
+    def embed_all(
+        self, images: Tensor, lengths: Tensor | None = None, *, layer_mean: LayerMean | None = None
+    ) -> dict[str, Tensor]:
+        """Compute every embedding in one forward pass, without gradient; for gradients, use :meth:`represent`.
+
+        Args:
+            images, lengths: As for :meth:`embed`.
+            layer_mean: How to compute ``layer_mean``, to compare with another model; default: as this one does.
+
+        Returns:
+            ``{representation}_{pooling}`` → (B, D) float32. Representations: ``output`` of the last block, and
+            ``layer_mean``, norm_mean of the FFN outputs. Poolings: ``cls`` (if the model has that token), ``mean``
+            and ``mean_patches``.
+
+        Raises:
+            ValueError: The images have another shape or dtype.
+
+        Example:
+            >>> embeddings = student.embed_all(images)
+            >>> list(embeddings)[:3]
+            ['output_cls', 'output_mean', 'output_mean_patches']
+        """
+        with frozen_use():
+            return self.embed_encoded(self.encoder(Inputs(images, lengths)), layer_mean)
+
+    def embed_encoded(self, tokens: Tokens, layer_mean: LayerMean | None = None) -> dict[str, Tensor]:
+        """Compute every embedding from the encoder's tokens, without gradient; see :meth:`embed_all`."""
+        with frozen_use():
+            return (layer_mean or self.layer_mean).embeddings(self.features(tokens))
+
+    def embed(
+        self,
+        images: Tensor,
+        pooling: Pooling | None = None,
+        representation: Representation = "output",
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Return one embedding of each image or clip, (B, D) float32, without gradient.
+
+        Args:
+            images: (B, 3, height, width) uint8 of any size, which is resized and normalized here; or (B, 3, S, S)
+                float of the model's size, already normalized: pixels from 0 to 1, minus ``encoder.config.image_mean``,
+                over ``encoder.config.image_std``, by channel. For data2vec 2.0 these are ImageNet's, (0.485, 0.456,
+                0.406) and (0.229, 0.224, 0.225), for a timm model its own. For an audio model waveforms: (B, L) float
+                from -1 to 1, 16 kHz mono, normalized here.
+            pooling: ``cls``, ``mean`` of all tokens, or ``mean_patches`` (of frames, too); default: ``cls``, or
+                ``mean_patches`` of a model without that token, such as any of audio.
+            representation: ``output`` of the last block, or ``layer_mean``, norm_mean of the FFN outputs, which the
+                loss regresses.
+            lengths: Samples of each waveform of a padded batch, (B,) int64.
+
+        Raises:
+            ValueError: The model has no such embedding, or the images have another shape or dtype.
+
+        Example:
+            >>> embeddings = student.embed(images, pooling="mean")
+            >>> embeddings.shape
+            torch.Size([2, 192])
+        """
+        embeddings = self.embed_all(images, lengths)
+        name = f"{representation}_{pooling or self.default_pooling}"
+        if name not in embeddings:
+            raise ValueError(f"no embedding {name!r}; this model has: {', '.join(embeddings)}")
+        return embeddings[name]

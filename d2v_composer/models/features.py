@@ -1,0 +1,79 @@
+"""What a model computes from tokens, and its poolings.
+
+Shapes: B inputs, T tokens, D channels.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from d2v_composer.models.names import TargetSource
+from d2v_composer.models.targets import mean_over_time
+
+ResultT = TypeVar("ResultT")
+Layers = Iterable[tuple[Tensor, Tensor]]
+"""Each block's output and FFN output, (B, T, D) each."""
+
+
+@dataclass(eq=False)
+class Features:
+    """The results of a model's blocks, which run when they are read, and again when they are read again.
+
+    So a layer is freed once it was used, and nothing is computed that nobody reads.
+    """
+
+    run: Callable[[bool], Layers]
+    """Runs the blocks; if its argument is false, without the last block's output, which is then ``None``."""
+    num_layers: int
+    """Number of blocks."""
+    norm: Callable[[Tensor], Tensor]
+    """Follows the last block."""
+    num_extra_tokens: int
+    """Number of leading tokens that are neither patches nor frames."""
+    has_cls_token: bool
+    """The first of these is CLS."""
+    padding_mask: Tensor | None = None
+    """(B, T), true for padding."""
+
+    def layers(self, source: TargetSource = "ffn") -> Iterator[Tensor]:
+        """Yield the FFN output of each block, or its output, (B, T, D)."""
+        if source == "ffn":
+            return (ffn_output for _, ffn_output in self.run(False))
+        return (output for output, _ in self.run(True))
+
+    @property
+    def output(self) -> Tensor:
+        """The model's output, (B, T, D): the last block's, after the final norm if there is one."""
+        output: Any = None
+        for output, _ in self.run(True):  # noqa: B007  (the last one)
+            pass
+        return self.norm(output)
+
+    def with_output(self, read: Callable[[Iterator[Tensor]], ResultT]) -> tuple[Tensor, ResultT]:
+        """Run the blocks once: return the output, and what a function makes of the FFN outputs as they come."""
+        output: Any = None
+
+        def ffn_outputs() -> Iterator[Tensor]:
+            nonlocal output
+            for output, ffn_output in self.run(True):  # noqa: B007
+                yield ffn_output
+
+        result = read(ffn_outputs())
+        return self.norm(output), result
+
+    def for_readers(self, count: int) -> "Features":
+        """Return features for so many readers: several share one run, whose results are all in memory at once."""
+        if count == 1:
+            return self
+        layers = list(self.run(True))
+        return replace(self, run=lambda _: layers)
+
+    def poolings(self, x_BTD: Tensor, prefix: str = "") -> dict[str, Tensor]:
+        """Return every pooling of (B, T, D) by prefix and name: (B, D) float32."""
+        x_BTD = x_BTD.float()
+        pooled = {"cls": x_BTD[:, 0]} if self.has_cls_token else {}
+        pooled["mean"] = mean_over_time(x_BTD, 0, self.padding_mask)[:, 0]
+        pooled["mean_patches"] = mean_over_time(x_BTD, self.num_extra_tokens, self.padding_mask)[:, 0]
+        return {f"{prefix}{name}": each for name, each in pooled.items()}

@@ -1,0 +1,90 @@
+"""What is regressed, and is an embedding too: the mean of a model's normalized layers.
+
+Shapes: B inputs, E extra tokens, N patches or frames, T = E + N tokens, D channels.
+"""
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from d2v_composer.models.features import Features
+from d2v_composer.models.names import ExtraTokens, Normalization, TargetSource
+from d2v_composer.models.sizes import check_choice, check_whole
+from d2v_composer.models.targets import norm_mean
+
+
+class LayerMean(NamedTuple):
+    """How layers become target, prediction and ``layer_mean`` embeddings: chosen once, so that all of them compare."""
+
+    normalization: Normalization = "instance"
+    """Normalization of each layer: ``instance`` over tokens, or ``layer`` over channels."""
+    final_layer_norm: bool = True
+    """End with a LayerNorm; data2vec 2.0's audio models do not."""
+    source: TargetSource = "ffn"
+    """Layers of the target: FFN outputs, or the blocks' outputs, ``block``."""
+    average_top_k_layers: int | None = None
+    """Number of last blocks in the target; ``None``: all."""
+    extra_tokens: ExtraTokens = "regress"
+    """``regress`` them like patches; ``drop`` them before InstanceNorm, as data2vec 2.0's pre-training does; or regress
+    them ``only``."""
+    norm_mean: Callable[..., Tensor] = norm_mean
+    """:func:`~d2v_composer.models.targets.norm_mean`, or its compiled version."""
+
+    @classmethod
+    def of(cls, config: Any) -> "LayerMean":
+        """Return what the config of a teacher or a student says."""
+        return cls(config.normalization, config.final_layer_norm)
+
+    def changed(self, **options: Any) -> "LayerMean":
+        """Return the same with other values; ``None`` changes nothing.
+
+        Raises:
+            ValueError: A value is unknown.
+        """
+        changed = self._replace(**{name: value for name, value in options.items() if value is not None})
+        for name, choices in (
+            ("normalization", Normalization),
+            ("source", TargetSource),
+            ("extra_tokens", ExtraTokens),
+        ):
+            check_choice(name, getattr(changed, name), choices)
+        return changed
+
+    def target(self, features: Features) -> Tensor:
+        """Compute the target from a teacher's features: (B, T, D) float32, or what is regressed of it.
+
+        Raises:
+            ValueError: There are fewer layers.
+        """
+        top_k = features.num_layers if self.average_top_k_layers is None else self.average_top_k_layers
+        check_whole("average_top_k_layers", top_k, 1, features.num_layers)
+        layers = islice(features.layers(self.source), features.num_layers - top_k, None)
+        regressed = self.regressed(features)
+        return self.average(layers, features, regressed.start)[:, regressed]
+
+    def average(self, layers: Iterable[Tensor], features: Features, num_dropped: int = 0) -> Tensor:
+        """Compute the mean of layers, (B, T, D) float32; the first tokens and padding do not count in statistics."""
+        return self.norm_mean(layers, num_dropped, self.normalization, self.final_layer_norm, features.padding_mask)
+
+    def regressed(self, features: Features) -> slice:
+        """Return the tokens in the loss."""
+        first = features.num_extra_tokens if self.extra_tokens == "drop" else 0
+        return slice(first, features.num_extra_tokens if self.extra_tokens == "only" else None)
+
+    def embeddings(self, features: Features) -> dict[str, Tensor]:
+        """Compute every embedding of a model, (B, D) float32, by name: poolings of its output and of its layers."""
+        output, mean = features.with_output(lambda layers: self.average(layers, features))
+        both = features.poolings(output, "output_") | features.poolings(mean, "layer_mean_")
+        return {name: both[name] for name in self.names(features.has_cls_token)}
+
+    def names(self, has_cls_token: bool) -> list[str]:
+        """Return the names of all embeddings.
+
+        Without a final LayerNorm, the mean over tokens of an instance-normalized layer is 0, which embeds nothing.
+        """
+        names = ["cls", "mean", "mean_patches"][not has_cls_token :]
+        is_zero = self.normalization == "instance" and not self.final_layer_norm
+        of_layers = [name for name in names if name == "cls" or not is_zero]
+        return [*(f"output_{name}" for name in names), *(f"layer_mean_{name}" for name in of_layers)]

@@ -1,0 +1,180 @@
+"""Students with an encoder of their own, several objectives, several teachers: what no command offers yet."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cosine_similarity
+from torch.utils.flop_counter import FlopCounterMode
+
+from d2v_composer import load_teacher
+from d2v_composer.models.distillation import Distillation, DistillationModel
+from d2v_composer.models.encoder import Inputs
+from d2v_composer.models.execution import compile_model
+from d2v_composer.models.features import Features
+from d2v_composer.models.images import Images
+from d2v_composer.models.objective import LayerRegression, Objective
+from d2v_composer.models.sizes import StudentConfig
+from d2v_composer.models.student import Student
+from d2v_composer.models.targets import Regression
+from helpers import GOLDEN
+
+STUDENT = StudentConfig(depth=2, mlp_ratio=2.0)
+
+
+class TinyConvolution(Images):
+    """One convolution with BatchNorm, and a CLS token; as many tokens as a teacher's encoder gives."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.convolution = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, config.patch_size)
+        self.norm = nn.BatchNorm2d(config.embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
+        self.patch_weights = self.convolution.weight.numel()
+
+    @property
+    def block_list(self) -> list[Any]:
+        return []
+
+    def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
+        x_BND = self.norm(self.convolution(self.prepare(inputs.values))).flatten(2).transpose(1, 2)
+        return torch.cat([self.cls_token.expand(len(x_BND), -1, -1), x_BND], dim=1)
+
+    def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
+        return []
+
+
+class PooledCosine(Objective):
+    """Regress the mean of a teacher's output over patches, by its cosine."""
+
+    needs_output = True
+
+    def target(self, features: Features) -> Tensor:
+        return features.poolings(features.output)["mean_patches"]
+
+    def regression(self, features: Features, target: Tensor) -> Regression:
+        return Regression(self.head(features.poolings(features.output)["mean_patches"]), target)
+
+    def loss(self, regression: Regression) -> Tensor:
+        return 1 - cosine_similarity(regression.prediction, regression.target).mean()
+
+    def forward_macs(self, num_tokens: int) -> int:
+        return self.head.weight.numel()  # pyright: ignore[reportCallIssue, reportReturnType]
+
+
+@pytest.fixture
+def teacher() -> Any:
+    return load_teacher(GOLDEN / "tiny_base.pt")
+
+
+def images(count: int = 4) -> Tensor:
+    return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def train(model: Distillation, steps: int = 8) -> list[float]:
+    model.train()
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
+    for _ in range(steps):
+        loss = model.loss(model(images()), images())
+        loss.backward()
+        assert all(each.grad is not None for each in trained)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def count_calls(*modules: nn.Module) -> Counter[nn.Module]:
+    calls: Counter[nn.Module] = Counter()
+    for module in modules:
+        module.register_forward_hook(lambda module, *_: calls.update([module]))
+    return calls
+
+
+def test_a_student_trains_its_own_encoder(teacher: Any) -> None:
+    torch.manual_seed(0)
+    student = Student(TinyConvolution(teacher.encoder.config), STUDENT)
+    model = DistillationModel(teacher, student)
+    calls = count_calls(student.encoder, teacher.encoder)
+    before = {name: each.clone() for name, each in student.encoder.state_dict().items()}
+    losses = train(model)
+    assert calls == {student.encoder: len(losses), teacher.encoder: len(losses)}
+    assert losses[-1] < 0.9 * losses[0]
+    after = student.encoder.state_dict()
+    assert all(not torch.equal(after[name], each) for name, each in before.items())  # running statistics too
+    assert not teacher.encoder.training
+    checkpoint = model.state_dict()
+    assert set(checkpoint) == {f"student.{name}" for name in student.state_dict()}
+    again = DistillationModel(teacher, Student(TinyConvolution(teacher.encoder.config), STUDENT))
+    again.load_state_dict(checkpoint)
+    for name, embedding in again.eval().embed_all(images()).items():
+        torch.testing.assert_close(embedding, model.eval().embed_all(images())[name])
+
+
+def test_a_frozen_encoder_of_its_own_is_no_part_of_a_checkpoint(teacher: Any) -> None:
+    student = Student(TinyConvolution(teacher.encoder.config).freeze(), STUDENT)
+    model = DistillationModel(teacher, student)
+    train(model, 1)
+    assert set(model.state_dict()) == {f"student.blocks.{name}" for name in student.blocks.state_dict()}
+
+
+def test_the_cost_of_a_step_with_an_encoder_of_its_own(teacher: Any) -> None:
+    model = DistillationModel(teacher, Student(TinyConvolution(teacher.encoder.config), STUDENT))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.loss(model(images()), images()).backward()
+    assert model.flops_per_batch(images()) == counter.get_total_flops()
+
+
+def two_objectives(teacher: Any, other: Any) -> Distillation:
+    """Tokens of a teacher, and the pooled output of another one or of the same."""
+    torch.manual_seed(0)
+    student = teacher.build_student(depth=2)
+    tokens = LayerRegression(teacher, student, student.layer_mean)
+    head = nn.Linear(student.embed_dim, other.embed_dim)
+    return Distillation(student, {"tokens": tokens, "pooled": PooledCosine(other, head, weight=0.5)})
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_objectives_add_up_and_each_encoder_and_teacher_runs_once(teacher: Any, same: bool) -> None:
+    other = teacher if same else load_teacher(GOLDEN / "tiny_topk_noprenet.pt")
+    model = two_objectives(teacher, other)
+    parts = {*teacher.block_list, *other.block_list, *model.student.block_list, teacher.encoder, other.encoder}
+    calls = count_calls(*parts)
+    results = model(images())
+    assert calls == dict.fromkeys(parts, 1)
+    (pooled,) = results.others
+    losses = [each.loss(found) for each, found in zip(model.objectives.values(), (results, pooled), strict=True)]
+    torch.testing.assert_close(model.loss(results, images()), losses[0] + 0.5 * losses[1])
+    alone = DistillationModel(teacher, model.student)(images())
+    torch.testing.assert_close((results.prediction, results.target), (alone.prediction, alone.target))
+    output, _ = other.forward_blocks(other.encode(images()))
+    torch.testing.assert_close(pooled.target, output[:, 1:].mean(dim=1))
+    model.student.block_list[-1].norm2.requires_grad_()
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    heads = {f"objectives.pooled.head.{name}" for name in ("weight", "bias")}
+    assert set(model.state_dict()) == heads | {f"student.blocks.{name}" for name in model.student.blocks.state_dict()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("same", "on_gpu"), [(True, False), (False, True)])
+def test_all_of_it_compiles_to_whole_graphs(
+    teacher: Any, same: bool, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = teacher if same else load_teacher(GOLDEN / "tiny_topk_noprenet.pt")
+    fresh = load_teacher(GOLDEN / "tiny_base.pt")
+    student = Student(TinyConvolution(teacher.encoder.config), STUDENT)
+    models = two_objectives(teacher, other), DistillationModel(fresh, student)
+    expected = [model.loss(model(images()), images()) for model in models]
+    options: Any = {"fullgraph": True, "backend": "eager"}
+    monkeypatch.setattr(torch, "compile", lambda function, compiled=torch.compile, **_: compiled(function, **options))
+    for model, loss in zip(models, expected, strict=True):
+        torch._dynamo.reset()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+            compile_model(model)
+        torch.testing.assert_close(model.loss(model(images()), images()), loss)
