@@ -6,6 +6,7 @@ Shapes: B inputs, T tokens, D channels.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,18 +37,24 @@ class Backbone(nn.Module, ABC):
 
     Args:
         encoder: Not copied: other models may hold it too.
-        embed_dim: Channels of features and embeddings.
+        config: The sizes of what follows it.
+        provenance: Origin of the weights, stored in files that are derived from them.
+
+    Attributes:
+        embed_dim: Channels of features and embeddings; the encoder's, unless a student is narrower.
         layer_mean: How this model computes its ``layer_mean`` embeddings.
     """
 
     # Composer's FSDP: this module is not a unit; the encoder and the blocks are, because each is called separately.
     _fsdp_wrap = False
 
-    def __init__(self, encoder: Encoder, embed_dim: int, layer_mean: LayerMean) -> None:
+    def __init__(self, encoder: Encoder, config: Any, provenance: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.encoder = encoder
-        self.embed_dim = embed_dim
-        self.layer_mean = layer_mean
+        self.config: Any = config  # of the subclass's kind
+        self.provenance = provenance or {}
+        self.embed_dim: int = encoder.config.embed_dim
+        self.layer_mean = LayerMean.of(config)
 
     @abstractmethod
     def features(self, tokens: Tokens) -> Features:

@@ -14,6 +14,7 @@ from d2v_composer.models.attention import Block
 from d2v_composer.models.audio import AudioEncoder
 from d2v_composer.models.encoder import Data2Vec2Encoder
 from d2v_composer.models.images import ImageEncoder
+from d2v_composer.models.layer_mean import LayerMean
 from d2v_composer.models.sizes import (
     AudioEncoderConfig,
     Data2Vec2TeacherConfig,
@@ -60,7 +61,7 @@ class Data2Vec2(Teacher):
         depth = len(blocks) - first_blocks
         top_k = min(self.config.average_top_k_layers, depth)
         self.config = replace(self.config, prenet_depth=first_blocks, depth=depth, average_top_k_layers=top_k)
-        self.layer_mean = self.layer_mean.changed(average_top_k_layers=top_k)
+        self.layer_mean = LayerMean.of(self.config)
         self.encoder.config = encoder_config(self.config)
         self.encoder.context_encoder["blocks"] = nn.ModuleList(blocks[:first_blocks])
         self.blocks = nn.ModuleList(blocks[first_blocks:])

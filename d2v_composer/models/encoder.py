@@ -73,10 +73,11 @@ class Frozen(nn.Module):
     def cast_weights(self, dtype: torch.dtype) -> Self:
         """Cast the weights of linear and convolution layers to autocast's dtype once, instead of in every step.
 
-        LayerNorms, positions and extra tokens keep float32, in which autocast computes with them.
+        Others that say ``is_cast``, too. Norms, positions and extra tokens keep float32, in which autocast computes
+        with them.
         """
         for layer in self.modules():
-            if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
+            if getattr(layer, "is_cast", isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)):
                 layer.to(dtype)
         return self
 

@@ -35,7 +35,7 @@ class LayerMean(NamedTuple):
     @classmethod
     def of(cls, config: Any) -> "LayerMean":
         """Return what the config of a teacher or a student says."""
-        return cls(config.normalization, config.final_layer_norm)
+        return cls(config.normalization, config.final_layer_norm, average_top_k_layers=config.average_top_k_layers)
 
     def changed(self, **options: Any) -> "LayerMean":
         """Return the same with other values; ``None`` changes nothing.

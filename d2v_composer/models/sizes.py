@@ -391,6 +391,7 @@ class StudentConfig:
     """Channels of blocks and embeddings, at most the encoder's; default: the encoder's."""
     final_layer_norm: bool = True
     """End target, prediction and ``layer_mean`` with a LayerNorm."""
+    average_top_k_layers = None  # a target's
 
     def __post_init__(self) -> None:
         check_whole("student depth", self.depth, 1, MAX_DEPTH)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from d2v_composer.models.attention import Block, attention_bias, fsdp_unit, init_linear_layers, linear_weights
 from d2v_composer.models.encoder import Encoder, build_alibi
-from d2v_composer.models.layer_mean import LayerMean
 from d2v_composer.models.sizes import MAX_WIDTH, StudentConfig, check_number, check_whole
 from d2v_composer.models.transformer import Transformer
 
@@ -48,9 +47,8 @@ class Student(Transformer):
         blocks = [
             Block(dim, num_heads, hidden_dim, norm_eps, has_entrance and number == 0) for number in range(config.depth)
         ]
-        super().__init__(encoder, blocks, dim, LayerMean.of(config))
-        self.config = config
-        self.provenance = provenance or {}
+        super().__init__(encoder, blocks, config, provenance)
+        self.embed_dim = dim
         self.alibi = build_alibi(encoder.config, num_heads, num_heads if config.alibi else 0)
         init_linear_layers(self.blocks)
         self.entrance = fsdp_unit(init_linear_layers(nn.Linear(width, dim))) if dim < width else nn.Identity()

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2v_composer.models.attention import FfnBlock
-from d2v_composer.models.encoder import Encoder, Frozen, Tokens
-from d2v_composer.models.layer_mean import LayerMean
+from d2v_composer.models.encoder import Frozen, Tokens
 from d2v_composer.models.names import ExtraTokens
-from d2v_composer.models.sizes import StudentConfig, TeacherConfig, check_choice
+from d2v_composer.models.sizes import StudentConfig, check_choice
 from d2v_composer.models.student import Init, Student
 from d2v_composer.models.transformer import Transformer
 
@@ -29,14 +27,6 @@ class Teacher(Transformer, Frozen):
         provenance: Origin of the weights, stored with what is derived from them; at least ``source``, ``sha256`` and
             ``licence``.
     """
-
-    def __init__(
-        self, encoder: Encoder, blocks: Sequence[FfnBlock], config: TeacherConfig, provenance: dict[str, Any] | None
-    ) -> None:
-        layer_mean = LayerMean.of(config).changed(average_top_k_layers=config.average_top_k_layers)
-        super().__init__(encoder, blocks, config.embed_dim, layer_mean)
-        self.config: Any = config  # of the subclass's kind
-        self.provenance = provenance or {}
 
     @abstractmethod
     def init_sources(self, init: Init) -> Sequence[nn.Module]:

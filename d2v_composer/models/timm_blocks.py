@@ -125,6 +125,8 @@ class FixedContexts(nn.Module):
 class RelativeBias(FixedContexts):
     """Biases of the attention scores, (1 or L, 1, H, T, T); the table's rows are padded as the kernels require."""
 
+    is_cast = True  # the attention computes in that dtype
+
     def select(self, table: Tensor, x_BTD: Tensor) -> Tensor:
         return table.to(autocast_dtype(x_BTD))[..., : table.shape[-2]]
 

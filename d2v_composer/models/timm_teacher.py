@@ -15,7 +15,6 @@ from timm.data.config import resolve_data_config
 from timm.layers.patch_embed import PatchEmbed
 from timm.models import Beit, Eva, VisionTransformer
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from d2v_composer.models.attention import fsdp_unit
 from d2v_composer.models.encoder import Inputs
@@ -33,7 +32,7 @@ from d2v_composer.models.sizes import (
 )
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.models.timm_blocks import FixedContexts, RelativeBias, TimmBlock, check_block, take_contexts
+from d2v_composer.models.timm_blocks import FixedContexts, TimmBlock, check_block, take_contexts
 
 CLASSES = (VisionTransformer, Eva, Beit)
 # What a file says of itself. Weights of another tag may have another preprocessing: the file's counts.
@@ -236,13 +235,6 @@ class TimmTeacher(Teacher):
         self.contexts = parts.contexts.of_blocks(first, num_blocks)
         self.norm = fsdp_unit(parts.norm)  # as part of the root, it would stay gathered
         self.freeze()
-
-    def cast_weights(self, dtype: torch.dtype) -> Self:
-        """Cast relative biases too, because the attention computes in this dtype."""
-        for part in self.modules():
-            if isinstance(part, RelativeBias):
-                part.to(dtype)
-        return super().cast_weights(dtype)
 
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
         return self.contexts(x_BTD)

@@ -15,17 +15,14 @@ from d2v_composer.models.attention import FfnBlock
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.encoder import Encoder, Tokens
 from d2v_composer.models.features import Features
-from d2v_composer.models.layer_mean import LayerMean
 
 
 class Transformer(Backbone):
     """Blocks that return their FFN outputs, on an encoder.
 
     Args:
-        encoder: Not copied: other models may hold it too.
-        blocks: The blocks after it.
-        embed_dim: Their channels: the encoder's, unless a student is narrower.
-        layer_mean: How this model computes its ``layer_mean`` embeddings.
+        encoder, config, provenance: As for :class:`~d2v_composer.models.backbone.Backbone`.
+        blocks: The blocks after the encoder.
 
     Attributes:
         norm: Follows the last block; an Identity unless the model has a final norm.
@@ -33,8 +30,10 @@ class Transformer(Backbone):
 
     norm: nn.Module
 
-    def __init__(self, encoder: Encoder, blocks: Sequence[FfnBlock], embed_dim: int, layer_mean: LayerMean) -> None:
-        super().__init__(encoder, embed_dim, layer_mean)
+    def __init__(
+        self, encoder: Encoder, blocks: Sequence[FfnBlock], config: Any, provenance: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__(encoder, config, provenance)
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.Identity()
 
@@ -60,11 +59,15 @@ class Transformer(Backbone):
             yield x, ffn_output_BTD
 
     def features(self, tokens: Tokens) -> Features:
-        def run(needs_last_output: bool) -> Iterator[tuple[Tensor, Tensor]]:
-            return self.iterate_blocks(tokens.x, needs_last_output, tokens.padding_mask)
-
-        shape = self.num_extra_tokens, self.has_cls_token, tokens.padding_mask
-        return Features(run, len(self.blocks), self.norm, *shape)
+        x, padding_mask = tokens
+        return Features(
+            lambda needs_last_output: self.iterate_blocks(x, needs_last_output, padding_mask),
+            len(self.blocks),
+            self.norm,
+            self.num_extra_tokens,
+            self.has_cls_token,
+            padding_mask,
+        )
 
     def forward_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Return the model's output and every FFN output, (B, T, D) each, from :meth:`encode`'s (B, T, D).
