@@ -140,7 +140,7 @@ def build_embeds(first: Backbone, models: Mapping[str, Backbone], layer_mean: La
         largest = max(largest, len(inputs.values))
         known: Any = encoded.setdefault(inputs.values, {})
         if own not in known:
-            known[own] = own(inputs.filled_up(largest - len(inputs.values)))
+            known[own] = own(own.windows(inputs.filled_up(largest - len(inputs.values))))
         return known[own]
 
     def embed_with(own: Encoder, embed: Callable[[Tokens], dict[str, Tensor]], *inputs: Tensor) -> dict[str, Tensor]:

@@ -130,7 +130,7 @@ class Backbone(nn.Module, ABC):
             ['output_cls', 'output_mean', 'output_mean_patches']
         """
         with frozen_use():
-            return self.embed_encoded(self.encoder(Inputs(images, lengths)), layer_mean)
+            return self.embed_encoded(self.encoder(self.encoder.windows(Inputs(images, lengths))), layer_mean)
 
     def embed_encoded(self, tokens: Tokens, layer_mean: LayerMean | None = None) -> dict[str, Tensor]:
         """Compute every embedding from the encoder's tokens, without gradient; see :meth:`embed_all`."""

@@ -36,6 +36,8 @@ class Features:
     """The first of these is CLS."""
     padding_mask: Tensor | None = None
     """(B, T), true for padding."""
+    shares: Tensor | None = None
+    """As of :class:`~d2v_composer.models.encoder.Inputs`."""
 
     def layers(self, source: TargetSource = "ffn") -> Iterator[Tensor]:
         """Yield the FFN output of each block, or its output, (B, T, D)."""
@@ -71,9 +73,14 @@ class Features:
         return replace(self, run=lambda _: layers)
 
     def poolings(self, x_BTD: Tensor, prefix: str = "") -> dict[str, Tensor]:
-        """Return every pooling of (B, T, D) by prefix and name: (B, D) float32."""
+        """Return every pooling of (B, T, D) by prefix and name: (B, D) float32; of windows, each clip's mean."""
         x_BTD = x_BTD.float()
         pooled = {"cls": x_BTD[:, 0]} if self.has_cls_token else {}
         pooled["mean"] = mean_over_time(x_BTD, 0, self.padding_mask)[:, 0]
         pooled["mean_patches"] = mean_over_time(x_BTD, self.num_extra_tokens, self.padding_mask)[:, 0]
+        if self.shares is not None:
+            weights_BW1 = self.shares[..., None]
+            pooled = {
+                name: (weights_BW1 * each.unflatten(0, self.shares.shape)).sum(1) for name, each in pooled.items()
+            }
         return {f"{prefix}{name}": each for name, each in pooled.items()}

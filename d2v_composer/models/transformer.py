@@ -59,7 +59,7 @@ class Transformer(Backbone):
             yield x, ffn_output_BTD
 
     def features(self, tokens: Tokens) -> Features:
-        x, padding_mask = tokens
+        x, padding_mask, shares = tokens
         return Features(
             lambda needs_last_output: self.iterate_blocks(x, needs_last_output, padding_mask),
             len(self.blocks),
@@ -67,6 +67,7 @@ class Transformer(Backbone):
             self.num_extra_tokens,
             self.has_cls_token,
             padding_mask,
+            shares,
         )
 
     def forward_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
