@@ -443,7 +443,38 @@ class StudentConfig:
         check_choice("student normalization", self.normalization, Normalization)
 
 
-ImageConfig = ImageEncoderConfig | TimmEncoderConfig
+@dataclass(frozen=True, kw_only=True)
+class TimmNetworkConfig(ImageSizes):
+    """A student that is a timm model, its preprocessing, and what it regresses.
+
+    Raises:
+        ValueError: ``normalization`` is unknown.
+    """
+
+    model: str
+    """``timm/NAME``, NAME as ``timm.create_model`` takes it."""
+    image_size: ImageSize
+    in_chans: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    interpolation: str
+    timm: str
+    """timm version that built it."""
+    normalization: Normalization = "layer"
+    """Normalization of each layer in target and prediction."""
+    final_layer_norm: bool = True
+    """End target and prediction with a LayerNorm."""
+    # The same for all, and thus not stored.
+    num_extra_tokens = 0
+    has_cls_token = True  # the pooled feature
+    average_top_k_layers = None  # a target's
+
+    def __post_init__(self) -> None:
+        check_pixel_statistics(self.in_chans, self.image_mean, self.image_std)
+        check_choice("student normalization", self.normalization, Normalization)
+
+
+ImageConfig = ImageEncoderConfig | TimmEncoderConfig | TimmNetworkConfig
 EncoderConfig = ImageConfig | AudioEncoderConfig | EatEncoderConfig
 TeacherConfig = Data2Vec2TeacherConfig | TimmTeacherConfig
 
