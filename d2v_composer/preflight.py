@@ -21,11 +21,10 @@ from composer.utils.file_helpers import list_remote_objects
 from composer.utils.object_store import S3ObjectStore
 
 from d2v_composer.builders.data import count_samples, read_train_data
-from d2v_composer.builders.distillation import build_teacher
 from d2v_composer.builders.models import build_labeled_sets
+from d2v_composer.builders.run import build_teacher
+from d2v_composer.checkpoints.checkpoint import LATEST, LOG
 from d2v_composer.checkpoints.load import load_any, load_student, save_student
-from d2v_composer.checkpoints.resume import LOG
-from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.images import Images
 from d2v_composer.data.index import fetch_index

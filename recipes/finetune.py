@@ -25,8 +25,8 @@ if __name__ == "__main__":
 from composer import Callback, Trainer
 
 from d2v_composer.builders.finetune import EVALUATOR, build_finetuning
-from d2v_composer.builders.fit import fit_and_close, join_and_seed, write_run_report
-from d2v_composer.checkpoints.safe_load import LATEST, read_checkpoint
+from d2v_composer.builders.run import fit_and_close, join_and_seed, write_run_report
+from d2v_composer.checkpoints.checkpoint import LATEST
 from d2v_composer.config.load import load_finetune_config
 from d2v_composer.config.schema import FinetuneConfig
 from d2v_composer.data.modalities import modality_of
@@ -46,8 +46,8 @@ def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
     """
     config = load_finetune_config(argv)
     join_and_seed(config)
-    with patched_composer(read_checkpoint):
-        built = build_finetuning(config)
+    built = build_finetuning(config)
+    with patched_composer(built.checkpoint and built.checkpoint.contents):
         built.trainer_arguments["callbacks"].extend(callbacks)
         trainer = Trainer(**built.trainer_arguments)
     fit_and_close(trainer, config, built.header, lambda: report(trainer, config, built.model))

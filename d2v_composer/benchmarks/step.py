@@ -24,8 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.profiler import profile
 
 from d2v_composer.benchmarks.measure import describe, interleave
-from d2v_composer.builders.run import build_trainer_arguments
-from d2v_composer.builders.training import build_algorithms, build_optimizer, build_scheduler
+from d2v_composer.builders.run import build_algorithms, build_optimizer, build_scheduler, build_trainer_arguments
 from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
@@ -172,7 +171,7 @@ def in_trainer(
         schedulers=build_scheduler(config, steps),
         algorithms=build_algorithms(config.algorithms),
         spin_dataloaders=False,
-        **build_trainer_arguments(config, model, RunRecord({"data": {"modality": modality}}, None, ()), []),
+        **build_trainer_arguments(config, model, RunRecord({"data": {"modality": modality}}, None, ()), [])[0],
     )
 
     def run(times: int) -> Tensor:

@@ -12,16 +12,16 @@ from torch.utils.data import DataLoader
 
 from d2v_composer.builders.data import build_train_loader, check_memory, read_train_index
 from d2v_composer.builders.models import build_augmentation, load_trained_model
-from d2v_composer.builders.run import build_trainer_arguments
-from d2v_composer.builders.training import (
-    FIXED_IN_A_FINETUNING,
+from d2v_composer.builders.run import (
+    FIXED_IN_ANY_RUN,
     build_algorithms,
     build_optimizer,
     build_run_record,
     build_scheduler,
+    build_trainer_arguments,
 )
 from d2v_composer.callbacks.algorithms import SeededBatches
-from d2v_composer.checkpoints.load import without_head
+from d2v_composer.checkpoints.checkpoint import Checkpoint
 from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embedding, sizes_of
 from d2v_composer.config.schema import FinetuneConfig, TrainLoaderConfig
 from d2v_composer.data.index import describe_data
@@ -44,6 +44,22 @@ from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.ranks import node_leaders_first
+
+FIXED_BY_A_CHECKPOINT = (
+    *FIXED_IN_ANY_RUN,
+    "config.first_blocks",
+    "config.image_size",
+    "config.dataset.column",
+    "config.dataset.label_column",
+    "config.train_encoder",
+    "config.train_loader.stream",
+    "config.optimizer",
+    "model.representation",
+    "model.pooling",
+    "model.sha256",
+    "model.num_classes",
+    "data.test_sha256",
+)
 
 
 class FinetuneImages(NamedTuple):
@@ -139,6 +155,8 @@ class BuiltFinetuning(NamedTuple):
     trainer_arguments: dict[str, Any]
     """Arguments of Composer's Trainer."""
     model: Classifier
+    checkpoint: Checkpoint | None
+    """What the run goes on from."""
     header: dict[str, str]
     """Lines at the top of the run's log."""
 
@@ -154,7 +172,7 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
     with node_leaders_first("the model"):
         backbone, _ = load_trained_model(config)
     if isinstance(backbone, Student):
-        backbone = without_head(backbone)  # of an earlier fine-tuning run
+        backbone.head = None  # of an earlier fine-tuning run
     embedding = choose_embedding(backbone, config.pooling, config.representation)
     modality = modality_of(backbone.encoder.config)
     for name in ("mixup", "cutmix") if modality.has_lengths else ():
@@ -166,7 +184,8 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
     model = Classifier(backbone, images.num_classes, *embedding, config.train_encoder, cpu_bf16)
     tested = eval_batches(images.test, config.device_eval_batch_size)
     data = {"modality": modality.name, **images.about, "test_sha256": hash_samples(images.test)}
-    record = build_run_record(config, FIXED_IN_A_FINETUNING, model=about, data=data)
+    record = build_run_record(config, FIXED_BY_A_CHECKPOINT, model=about, data=data)
+    common, checkpoint = build_trainer_arguments(config, model, record, [SeededBatches(config.seed)])
     arguments = {
         "train_dataloader": DataSpec(images.train_loader, microbatch_transforms=model.prepare),
         "eval_dataloader": Evaluator(label=EVALUATOR, dataloader=DataSpec(tested, microbatch_transforms=model.prepare)),
@@ -174,14 +193,14 @@ def build_finetuning(config: FinetuneConfig) -> BuiltFinetuning:
         "optimizers": build_optimizer(config.optimizer, model, model.depth_of_trained, config.optimizer.layer_decay),
         "schedulers": build_scheduler(config, len(images.train_loader)),
         "algorithms": build_algorithms(config.algorithms),
-        **build_trainer_arguments(config, model, record, [SeededBatches(config.seed)]),
+        **common,
     }
     header = {
         modality.unit: f"{images.about['samples']:,} for training, {len(images.test.labels):,} for testing, "
         f"{images.num_classes} classes",
         "start": config.model,
     }
-    return BuiltFinetuning(arguments, model, header)
+    return BuiltFinetuning(arguments, model, checkpoint, header)
 
 
 def describe_model(
@@ -199,6 +218,4 @@ def describe_model(
     }
     if isinstance(backbone, Student):
         about["sizes"] = sizes_of(backbone)
-        if config.train_encoder and "outputs" in about["sizes"]["encoder"]:
-            about["sizes"]["encoder"]["outputs"] = []  # those of the encoder before
     return about

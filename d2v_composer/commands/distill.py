@@ -86,7 +86,7 @@ def distill(arguments: Namespace, argv: Sequence[str]) -> None:
     relaunch_on_gpus("distill", *argv)
     used = config or read_settings(arguments)
 
-    from d2v_composer.checkpoints.safe_load import LATEST
+    from d2v_composer.checkpoints.checkpoint import LATEST
 
     fit(used, when_built=lambda: write_settings(arguments, used))
     if global_rank() == 0:
@@ -130,9 +130,8 @@ def make_plan(arguments: Namespace) -> Plan:
     Raises:
         InputError: The samples, the teacher or a change cannot be used.
     """
-    from d2v_composer.builders.distillation import build_teacher, join_student
     from d2v_composer.builders.models import build_augmentation
-    from d2v_composer.builders.training import build_callbacks, choose_embeds
+    from d2v_composer.builders.run import build_callbacks, build_teacher, choose_embeds, join_student
     from d2v_composer.data.index import INDEX, SUMMARY
     from d2v_composer.data.modalities import modality_of
 

@@ -88,14 +88,15 @@ def export(
         raise InputError(f"{source}: is a teacher; expected a training checkpoint or an exported student")
     embedding = choose_embedding(student, pooling, representation)
     print(f"embedding: {embedding.name}")
-    head = student.state_dict().get("head.weight")
     if int8:
         export_int8(Embedder(student, embedding), out, calibrate)
         step = PROGRAMS[".onnx"].format(str(out))
     elif out.suffix == ".safetensors":
-        write_card = plan_model_card(student, source, out) if head is None else None
+        write_card = plan_model_card(student, source, out) if student.head is None else None
         save_student(student, out)
-        step = TIMM.format(str(out), len(head)) if head is not None else d2v("embed", out, "SOURCE", "embeddings.npy")
+        step = d2v("embed", out, "SOURCE", "embeddings.npy")
+        if student.head is not None:
+            step = TIMM.format(str(out), len(student.state_dict()["head.bias"]))
         if write_card is not None:
             print(write_card())
     else:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from d2v_composer.callbacks import ZeroShotRetrieval
     from d2v_composer.config.schema import TrainConfig
+    from d2v_composer.models.teacher import Teacher
 
 
 def main(argv: Sequence[str]) -> None:
@@ -65,26 +66,29 @@ def train(argv: Sequence[str], callbacks: "Sequence[Callback]" = ()) -> "Trainer
 
 
 def fit(
-    config: "TrainConfig", callbacks: "Sequence[Callback]" = (), when_built: Callable[[], object] = lambda: None
+    config: "TrainConfig",
+    callbacks: "Sequence[Callback]" = (),
+    *,
+    teacher: "Teacher | None" = None,
+    when_built: Callable[[], object] = lambda: None,
 ) -> "Trainer":
     """Train a student, from the run's last checkpoint if there is one, and report.
 
     Args:
         config: The run's.
         callbacks: Further callbacks.
+        teacher: The config's teacher, if it is loaded already.
         when_built: Called on each rank before the training, when no bad input can end the run anymore.
     """
     from composer import Trainer
 
-    from d2v_composer.builders.fit import fit_and_close, join_and_seed
-    from d2v_composer.builders.run import build_run
-    from d2v_composer.checkpoints.safe_load import read_checkpoint
+    from d2v_composer.builders.run import build_run, fit_and_close, join_and_seed
     from d2v_composer.models.execution import join_units, shard_unit
     from d2v_composer.system.third_party import patched_composer
 
     join_and_seed(config)
-    with patched_composer(read_checkpoint, shard_unit):
-        run = build_run(config)
+    run = build_run(config, teacher)
+    with patched_composer(run.checkpoint and run.checkpoint.contents, shard_unit):
         run.trainer_arguments["callbacks"].extend(callbacks)
         trainer = Trainer(**run.trainer_arguments)
     if trainer.state.fsdp_config is not None:
@@ -96,7 +100,7 @@ def fit(
 
 def report(trainer: "Trainer", config: "TrainConfig", retrieval: "ZeroShotRetrieval | None") -> None:
     """Print the retrieval table, and write the report into the run's folder."""
-    from d2v_composer.builders.fit import write_run_report
+    from d2v_composer.builders.run import write_run_report
     from d2v_composer.report.tables import retrieval_table
 
     if retrieval is not None and retrieval.history:
@@ -108,7 +112,7 @@ def name_next_steps(config: "TrainConfig") -> None:
     """Print how to evaluate and export the student."""
     import yaml
 
-    from d2v_composer.checkpoints.safe_load import LATEST
+    from d2v_composer.checkpoints.checkpoint import LATEST
 
     if config.run_folder is None:
         return
