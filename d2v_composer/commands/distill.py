@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from d2v_composer.config.schema import TrainConfig
     from d2v_composer.data.convert import SampleSource
     from d2v_composer.data.modality import Modality
+    from d2v_composer.models.teacher import Teacher
 
 # A tenth of them are twenty: each needs ten neighbors among the others, and some may be unreadable.
 FEWEST = 200
@@ -50,12 +51,18 @@ FETCHED = ".fetched"
 
 
 class Plan(NamedTuple):
-    """The run of a call and its samples, checked before anything is written."""
+    """What a call will do, checked before anything is written."""
 
     config: "TrainConfig"
-    modality: "Modality"
-    """The teacher's samples."""
+    teacher: "Teacher"
     source: "SampleSource"
+
+    @property
+    def modality(self) -> "Modality":
+        """Format of the teacher's samples."""
+        from d2v_composer.data.modalities import modality_of
+
+        return modality_of(self.teacher.config)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -80,15 +87,18 @@ def main(argv: Sequence[str]) -> None:
 
 def distill(arguments: Namespace, argv: Sequence[str]) -> None:
     """Plan and prepare a run, or go on with one, on every GPU; then export its student."""
-    config = None
+    plan = None
     if not (is_launched() or has_begun(arguments)):
-        config = prepare(arguments, make_plan(arguments))
+        prepare(arguments, plan := make_plan(arguments))
     relaunch_on_gpus("distill", *argv)
-    used = config or read_settings(arguments)
 
+    from d2v_composer.builders.run import build_teacher
     from d2v_composer.checkpoints.checkpoint import LATEST
 
-    fit(used, when_built=lambda: write_settings(arguments, used))
+    config = read_settings(arguments) if plan is None else plan.config
+    # Before the seed is set, in every call: a student's random weights come after it.
+    teacher = plan.teacher if plan is not None else None if is_launched() else build_teacher(config.teacher)
+    fit(config, teacher=teacher, when_built=lambda: write_settings(arguments, config))
     if global_rank() == 0:
         export(str(arguments.out / LATEST), arguments.out / STUDENT_FILE)
 
@@ -156,7 +166,7 @@ def make_plan(arguments: Namespace) -> Plan:
             if found | kept != found:
                 raise InputError(f"{samples / split}: was not converted with {kept}; choose another --out")
     print(f"chosen for {number} {modality.unit}: {', '.join(f'{key}={value}' for key, value in chosen.items())}")
-    return Plan(config, modality, source)
+    return Plan(config, teacher, source)
 
 
 def list_source(arguments: Namespace, modality: "Modality", fetched: Path) -> "SampleSource":
@@ -177,8 +187,8 @@ def list_source(arguments: Namespace, modality: "Modality", fetched: Path) -> "S
     return SampleSource(Path(source), files, None, others, modality=type(modality))
 
 
-def prepare(arguments: Namespace, plan: Plan) -> "TrainConfig":
-    """Write the settings and convert the samples, except for what an interrupted call already did; return the config.
+def prepare(arguments: Namespace, plan: Plan) -> None:
+    """Write the settings and convert the samples, except for what an interrupted call already did.
 
     Raises:
         InputError: Another call or run uses OUT, or too few samples are left to train on.
@@ -189,7 +199,8 @@ def prepare(arguments: Namespace, plan: Plan) -> "TrainConfig":
     from d2v_composer.data.modality import name_counts
     from d2v_composer.system.fetch import is_remote
 
-    (config, modality, source), samples = plan, arguments.out / plan.modality.unit
+    config, modality, source = plan.config, plan.modality, plan.source
+    samples = arguments.out / modality.unit
     lock, fetched, workers = FolderLock(RunFolder(arguments.out)), samples / FETCHED, os.cpu_count() or 1
     if has_begun(arguments):  # meanwhile
         raise InputError(f"{arguments.out}: another call has begun to train there; run the command again")
@@ -212,7 +223,6 @@ def prepare(arguments: Namespace, plan: Plan) -> "TrainConfig":
     if is_remote(arguments.source):
         shutil.rmtree(fetched, ignore_errors=True)
     lock.release()
-    return config
 
 
 def configure(
