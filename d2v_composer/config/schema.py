@@ -500,19 +500,6 @@ class ModelConfig(TimmSizes):
     ``output``."""
 
 
-class FinetuneLoaderConfig(ShardLoaderConfig):
-    """Train images of a fine-tuning run."""
-
-    stream: bool = False
-    """Read the train images of an MDS data set from its shards in every epoch, instead of once into memory. With
-    ``remote``, ROOT/train is the cache."""
-
-    def contradictions(self) -> Iterator[str]:
-        for name in ("remote", "timeout", "shuffle", "shuffle_block_size", "num_canonical_nodes", "cache_limit"):
-            if not self.stream and getattr(self, name) != ShardLoaderConfig.model_fields[name].default:
-                yield f".{name}: needs train_loader.stream=true"
-
-
 class LayerwiseOptimizerConfig(OptimizerConfig):
     """torch.optim.AdamW with a learning rate for each depth."""
 
@@ -562,8 +549,8 @@ class FinetuneConfig(TrainerConfig, ModelConfig):
     train_encoder: bool = False
     """Train the encoder too, except BEiT's relative position biases."""
     dataset: LabeledSetConfig
-    """The labeled set: its train images are for training, its test images for evaluation."""
-    train_loader: FinetuneLoaderConfig = FinetuneLoaderConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    """The MDS data set: the images in ROOT/train are for training, those in ROOT/test for evaluation. With
+    ``train_loader.remote``, ROOT/train is the cache."""
     eval_interval: Interval = "1ep"
     """Time between evaluations, in batches or epochs; there is always one at the end of the run."""
     optimizer: LayerwiseOptimizerConfig = LayerwiseOptimizerConfig()
@@ -571,8 +558,9 @@ class FinetuneConfig(TrainerConfig, ModelConfig):
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
-        if self.train_loader.stream and self.dataset.format != "mds":
-            yield f".train_loader.stream: must be false unless dataset.format is mds, got {self.dataset.format}"
+        if self.dataset.format != "mds":
+            advice = "write ROOT/train and ROOT/test by d2v convert-images or convert-audio"
+            yield f".dataset.format: must be mds, got {self.dataset.format}; {advice}"
         if self.dataset.label_column is None:
             yield ".dataset.label_column: must name a column: fine-tuning needs labels"
         if self.callbacks.get("health") is not None:

@@ -34,7 +34,7 @@ def keys_of(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
         (TrainConfig, ["quickstart.yaml"], ["teacher.checkpoint"], {"teacher.checkpoint"}),
         (
             FinetuneConfig,
-            ["finetune.yaml", f"model={QUICKSTART / 'teacher.safetensors'}", "train_loader.stream=true"],
+            ["finetune.yaml", f"model={QUICKSTART / 'teacher.safetensors'}"],
             ["dataset.root", "model"],
             {"model", "checkpoint", "teacher"},
         ),
