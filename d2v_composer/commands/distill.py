@@ -146,7 +146,8 @@ def make_plan(arguments: Namespace) -> Plan:
     from d2v_composer.data.modalities import modality_of
 
     # The changes are checked before the teacher is fetched.
-    teacher = build_teacher(configure(arguments, arguments.out, ALWAYS).teacher)
+    unsized = configure(arguments, arguments.out, ALWAYS).teacher
+    teacher = build_teacher(unsized)
     modality = modality_of(teacher.config)
     samples = arguments.out / modality.unit
     with TemporaryDirectory() as folder:
@@ -155,6 +156,8 @@ def make_plan(arguments: Namespace) -> Plan:
         raise InputError(f"{arguments.source}: expected at least {FEWEST} {modality.unit}, got {number}")
     chosen = choose(number, teacher.config)
     config = configure(arguments, samples, chosen)
+    if config.teacher != unsized:  # a timm model for smaller images
+        teacher = build_teacher(config.teacher)
     choose_embeds(config, join_student(config, teacher))
     build_augmentation(config.train_loader, teacher.config, config.seed)
     build_callbacks(config)
