@@ -197,8 +197,6 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
         teacher = teacher or build_teacher(config.teacher)
     model = join_student(config, teacher)
     if config.compile:
-        if (missing := find_missing()) is not None:
-            raise InputError(f"compile: {missing}; install it, or set compile=false")
         uses_fsdp = config.parallelism_config.fsdp is not None
         compile_model(model, joins_frozen_blocks=not uses_fsdp, choice=config.compile)
     if config.activation_checkpointing:
@@ -215,6 +213,8 @@ def join_student(config: TrainConfig, teacher: Teacher) -> DistillationModel:
     targets, precision, depth = config.targets, choose_precision(config.precision), teacher.config.depth
     if (top_k := targets.average_top_k_layers) is not None and top_k > depth:
         raise InputError(f"targets.average_top_k_layers: must be at most the teacher's depth {depth}, got {top_k}")
+    if config.compile and (missing := find_missing()) is not None:
+        raise InputError(f"compile: {missing}; install it, or set compile=false")
     with errors_of("student"):
         layer_mean = targets.model_dump(include={"normalization", "final_layer_norm"})
         student = teacher.build_student(**config.student.model_dump(), **layer_mean)

@@ -11,7 +11,17 @@ from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, JsonValue, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainValidator,
+    model_validator,
+)
 from typing_extensions import Self
 
 from d2v_composer.models.names import (
@@ -151,6 +161,14 @@ def arguments_of(known: Mapping[str, str]) -> AfterValidator:
     return checked(check)
 
 
+def refuse_number(value: Any) -> Any:
+    """Refuse a number where true and false are allowed: 0 equals False, and a Literal accepts what is equal."""
+    if type(value) in (int, float):
+        raise ValueError(f"must be true, false or a name, got {value}")
+    return value
+
+
+NOT_A_NUMBER = BeforeValidator(refuse_number)
 IS_RANGE = must("be two numbers, the smaller one first", lambda pair: pair[0] <= pair[1])
 IS_TEACHER = must(f"be {DATA2VEC2} or timm/NAME", lambda name: name == DATA2VEC2 or name.startswith(PREFIX))
 IS_PRINTABLE = must("be printable characters", lambda text: bool(text) and text.isprintable())
@@ -452,7 +470,7 @@ class TrainerConfig(RunConfig):
 class TrainConfig(TrainerConfig):
     """Fields of ``d2v train``, ``d2v distill``, recipes/train.py and recipes/preflight.py."""
 
-    compile: Literal[False, True, "default", "max-autotune-no-cudagraphs"] = False
+    compile: Annotated[Literal[False, True, "default", "max-autotune-no-cudagraphs"], NOT_A_NUMBER] = False
     """true: use torch.compile, on a GPU with one CUDA graph for encoder and target. ``default``: without CUDA graphs.
     ``max-autotune-no-cudagraphs``: also try Triton's matrix products, which takes minutes longer at the start."""
     half_residual: bool = False
