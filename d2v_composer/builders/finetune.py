@@ -18,7 +18,7 @@ from d2v_composer.builders.run import (
     build_optimizer,
     build_run_record,
     build_scheduler,
-    build_trainer_arguments,
+    build_trainer,
     fit_and_close,
     join_and_seed,
     write_run_report,
@@ -40,7 +40,6 @@ from d2v_composer.report.tables import format_table
 from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.ranks import node_leaders_first
-from d2v_composer.system.third_party import patched_composer
 
 FIXED_BY_A_CHECKPOINT = (
     *FIXED_IN_ANY_RUN,
@@ -95,20 +94,19 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trai
     model = Classifier(backbone, data.num_classes, *embedding, config.train_encoder, cpu_bf16)
     tested = eval_batches(data.test, config.device_eval_batch_size)
     record = build_run_record(config, FIXED_BY_A_CHECKPOINT, model=about, data=data.about)
-    arguments, checkpoint = build_trainer_arguments(config, model, record, [SeededBatches(config.seed)])
-    arguments["callbacks"].extend(callbacks)
-    with patched_composer(checkpoint and checkpoint.contents):
-        trainer = Trainer(
-            train_dataloader=DataSpec(data.train_loader, microbatch_transforms=model.prepare),
-            eval_dataloader=Evaluator(
-                label=EVALUATOR, dataloader=DataSpec(tested, microbatch_transforms=model.prepare)
-            ),
-            eval_interval=config.eval_interval,
-            optimizers=build_optimizer(config.optimizer, model, model.depth_of_trained, config.optimizer.layer_decay),
-            schedulers=build_scheduler(config, len(data.train_loader)),
-            algorithms=build_algorithms(config.algorithms),
-            **arguments,
-        )
+    trainer = build_trainer(
+        config,
+        model,
+        record,
+        [SeededBatches(config.seed)],
+        callbacks,
+        train_dataloader=DataSpec(data.train_loader, microbatch_transforms=model.prepare),
+        eval_dataloader=Evaluator(label=EVALUATOR, dataloader=DataSpec(tested, microbatch_transforms=model.prepare)),
+        eval_interval=config.eval_interval,
+        optimizers=build_optimizer(config.optimizer, model, model.depth_of_trained, config.optimizer.layer_decay),
+        schedulers=build_scheduler(config, len(data.train_loader)),
+        algorithms=build_algorithms(config.algorithms),
+    )
     header = {
         modality.unit: f"{data.about['samples']:,} for training, {len(data.test.labels):,} for testing, "
         f"{data.num_classes} classes",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
@@ -55,8 +55,16 @@ from d2v_composer.evaluation.evaluate import build_embeds
 from d2v_composer.evaluation.labeled_retrieval import Embed
 from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.models.distillation import DistillationModel, check_tensors
-from d2v_composer.models.execution import choose_precision, compile_model, find_missing, name_precision
+from d2v_composer.models.execution import (
+    choose_precision,
+    compile_model,
+    find_missing,
+    join_units,
+    name_precision,
+    shard_unit,
+)
 from d2v_composer.models.teacher import Teacher
+from d2v_composer.report.tables import retrieval_table
 from d2v_composer.system.addresses import Address, RunFolder, hide_secrets
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError, RunError, errors_of, find_full_disk, reading, reason
@@ -64,7 +72,7 @@ from d2v_composer.system.fetch import cache_folder
 from d2v_composer.system.machine import describe_machine, package_versions
 from d2v_composer.system.processes import allow_open_files, if_interrupted, num_nodes
 from d2v_composer.system.ranks import join_ranks, node_leaders_first, rank_zero_first
-from d2v_composer.system.third_party import lean_engine
+from d2v_composer.system.third_party import lean_engine, patched_composer
 
 # Name in the section ``algorithms`` → what its fields are the arguments of.
 ALGORITHMS = {
@@ -98,31 +106,26 @@ FIXED_BY_A_CHECKPOINT = (
 )
 
 
-class BuiltRun(NamedTuple):
-    """A run that is ready to train."""
-
-    trainer_arguments: dict[str, Any]
-    """Arguments of Composer's Trainer."""
-    model: DistillationModel
-    retrieval: ZeroShotRetrieval | None
-    checkpoint: Checkpoint | None
-    """What the run goes on from."""
-    header: dict[str, str]
-    """Lines at the top of the run's log."""
-
-
-def build_run(config: TrainConfig, teacher: Teacher | None = None) -> BuiltRun:
-    """Build everything that a run needs, and lock its folder.
-
-    Call it on every rank, after they have joined.
+def train_student(
+    config: TrainConfig,
+    callbacks: Sequence[Callback] = (),
+    *,
+    teacher: Teacher | None = None,
+    when_built: Callable[[], object] = lambda: None,
+) -> Trainer:
+    """Train a student, from the run's last checkpoint if there is one, and report. Call it on every rank.
 
     Args:
         config: The run's.
+        callbacks: Further callbacks, besides the YAML's.
         teacher: The config's teacher, if it is loaded already.
+        when_built: Called before the training, when no bad input can end the run anymore.
 
     Raises:
         InputError: A file, data set or setting cannot be used.
+        RunError: The run failed in a foreseen way.
     """
+    join_and_seed(config)
     model = build_model(config, teacher)
     modality, loader = modality_of(model.teacher.config), config.train_loader
     train_data = read_train_index(loader, modality, config.global_train_batch_size)
@@ -131,32 +134,56 @@ def build_run(config: TrainConfig, teacher: Teacher | None = None) -> BuiltRun:
     train_loader = build_train_loader(
         loader, modality, train_data, transform, *sizes, is_compiled=config.compile is not False
     )
-    retrieval = build_retrieval(config, model)
+    retrieval, fsdp = build_retrieval(config, model), config.parallelism_config.fsdp
     data = {"modality": modality.name, "location": loader.remote or loader.local, **describe_data(*train_data)}
     record = build_run_record(config, FIXED_BY_A_CHECKPOINT, teacher=model.teacher.provenance, data=data)
-    common, checkpoint = build_trainer_arguments(config, model, record, [] if retrieval is None else [retrieval])
-    arguments = {
-        "train_dataloader": train_loader,
-        "optimizers": build_optimizer(config.optimizer, model),
-        "schedulers": build_scheduler(config, len(train_loader)),
-        "algorithms": build_algorithms(config.algorithms),
-        "parallelism_config": build_parallelism(config),
-        **common,
-    }
+    trainer = build_trainer(
+        config,
+        model,
+        record,
+        [] if retrieval is None else [retrieval],
+        callbacks,
+        train_dataloader=train_loader,
+        optimizers=build_optimizer(config.optimizer, model),
+        schedulers=build_scheduler(config, len(train_loader)),
+        algorithms=build_algorithms(config.algorithms),
+        # Even with FSDP, a checkpoint is a single file.
+        parallelism_config=fsdp and ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="full", **fsdp.model_dump())),
+    )
+    if trainer.state.fsdp_config is not None:
+        join_units(model, trainer.state.fsdp_config.device_mesh)
+    when_built()
     header = {modality.unit: f"{data['samples']:,} in {data['location']}"}
     if retrieval is not None:
         sets = ", ".join(retrieval.datasets)
         header["retrieval"] = f"{sets} every {config.retrieval.interval}, primary embedding {retrieval.primary}"
-    return BuiltRun(arguments, model, retrieval, checkpoint, header)
+
+    def report() -> None:
+        if retrieval is not None and retrieval.history:
+            print(f"\n{retrieval_table(retrieval)}")
+        write_run_report(trainer, config, retrieval)
+
+    fit_and_close(trainer, config, header, report)
+    return trainer
 
 
-def build_trainer_arguments(
-    config: TrainerConfig, model: ComposerModel, record: RunRecord, others: list[Callback]
-) -> tuple[dict[str, Any], Checkpoint | None]:
-    """Build the Trainer's arguments that are the same in every run, and lock the run's folder.
+def build_trainer(
+    config: TrainerConfig,
+    model: ComposerModel,
+    record: RunRecord,
+    own: Sequence[Callback] = (),
+    callbacks: Sequence[Callback] = (),
+    **arguments: Any,
+) -> Trainer:
+    """Build the Trainer with what is the same in every run, and lock the run's folder.
 
-    Returns:
-        The arguments, and the checkpoint that the run goes on from: its content is for the Trainer, which reads none.
+    Args:
+        config: The run's.
+        model: What it trains.
+        record: What it writes about itself.
+        own: Callbacks of this kind of run, which a checkpoint may have saved.
+        callbacks: Further callbacks, besides the YAML's.
+        **arguments: The Trainer's other arguments.
 
     Raises:
         InputError: The folder is in use, or the checkpoint is another run's; or a callback or logger cannot be used.
@@ -170,21 +197,26 @@ def build_trainer_arguments(
     checkpoint = find_checkpoint(config)
     precision = choose_precision(config.precision).trainer
     if checkpoint is not None:
-        check_resume(checkpoint, model, [record, *others])
-    arguments = {
-        "model": model,
-        "max_duration": config.max_duration,
-        "callbacks": [record, Throughput(), NanGuard(), checkpoints, *others, *chosen],
-        "loggers": [*build_loggers(config, unit), *([] if uploads is None else [uploads])],
-        "progress_bar": False,  # ours is among the loggers
-        "precision": precision,
-        "device_train_microbatch_size": config.device_train_microbatch_size,
-        "seed": config.seed,
-        "run_name": config.run_name,
-        "load_path": checkpoint and str(checkpoint.path),  # instead of Composer's autoresume
-        "load_ignore_keys": partial(drop_unused_scaler, precision=precision),
-    }
-    return arguments, checkpoint
+        with errors_of(str(checkpoint.path)):  # before a file is written or a tensor loaded
+            for callback in (record, *own):  # another program has saved others: its tensors are compared
+                if saved := checkpoint.saved_by(type(callback).__name__):
+                    callback.load_state_dict(dict(saved))
+            check_tensors(model, checkpoint.tensors, "")
+    with patched_composer(checkpoint and checkpoint.contents, shard_unit):
+        return Trainer(
+            model=model,
+            max_duration=config.max_duration,
+            callbacks=[record, Throughput(), NanGuard(), checkpoints, *own, *chosen, *callbacks],
+            loggers=[*build_loggers(config, unit), *([] if uploads is None else [uploads])],
+            progress_bar=False,  # ours is among the loggers
+            precision=precision,
+            device_train_microbatch_size=config.device_train_microbatch_size,
+            seed=config.seed,
+            run_name=config.run_name,
+            load_path=checkpoint and str(checkpoint.path),  # instead of Composer's autoresume
+            load_ignore_keys=partial(drop_unused_scaler, precision=precision),
+            **arguments,
+        )
 
 
 def build_model(config: TrainConfig, teacher: Teacher | None = None) -> DistillationModel:
@@ -298,12 +330,6 @@ def build_algorithms(config: AlgorithmsConfig) -> list[Algorithm]:
     """Build the algorithms in the order of the section ``algorithms``, and the logger of the gradient norm."""
     chosen = {name: section for name, section in config if section is not None}
     return [*(ALGORITHMS[name](**section.model_dump()) for name, section in chosen.items()), GradientNorm()]
-
-
-def build_parallelism(config: TrainConfig) -> ParallelismConfig | None:
-    """Build the section ``parallelism_config``; even with FSDP, a checkpoint is a single file."""
-    fsdp = config.parallelism_config.fsdp
-    return None if fsdp is None else ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="full", **fsdp.model_dump()))
 
 
 def build_callbacks(config: TrainerConfig) -> list[Callback]:
@@ -473,19 +499,6 @@ def _share_newest(folder: RunFolder, resumes: bool) -> Checkpoint | None:
             if sha256(path) != digest:
                 raise InputError(f"{address or path}: differs from the checkpoint with that name on node 0")
         return newest or read_checkpoint(path)
-
-
-def check_resume(checkpoint: Checkpoint, model: torch.nn.Module, callbacks: Sequence[Callback]) -> None:
-    """Compare the run with the checkpoint that it goes on from, before a file is written or a tensor loaded.
-
-    Raises:
-        InputError: Names the settings or tensors that differ.
-    """
-    with errors_of(str(checkpoint.path)):
-        for callback in callbacks:  # another program has saved others: its tensors are compared
-            if saved := checkpoint.saved_by(type(callback).__name__):
-                callback.load_state_dict(dict(saved))
-        check_tensors(model, checkpoint.tensors, "")
 
 
 def join_and_seed(config: TrainerConfig) -> None:

@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from d2v_composer.commands.export import export
-from d2v_composer.commands.train import fit, relaunch_on_gpus
+from d2v_composer.commands.train import relaunch_on_gpus
 from d2v_composer.models.names import DATA2VEC2, PREFIX
 from d2v_composer.models.sizes import TeacherConfig, TimmTeacherConfig, height_and_width
 from d2v_composer.system.addresses import MARK, STUDENT_FILE, RunFolder, hide_secrets
@@ -92,13 +92,13 @@ def distill(arguments: Namespace, argv: Sequence[str]) -> None:
         prepare(arguments, plan := make_plan(arguments))
     relaunch_on_gpus("distill", *argv)
 
-    from d2v_composer.builders.run import build_teacher
+    from d2v_composer.builders.run import build_teacher, train_student
     from d2v_composer.checkpoints.checkpoint import LATEST
 
     config = read_settings(arguments) if plan is None else plan.config
     # Before the seed is set, in every call: a student's random weights come after it.
     teacher = plan.teacher if plan is not None else None if is_launched() else build_teacher(config.teacher)
-    fit(config, teacher=teacher, when_built=lambda: write_settings(arguments, config))
+    train_student(config, teacher=teacher, when_built=lambda: write_settings(arguments, config))
     if global_rank() == 0:
         export(str(arguments.out / LATEST), arguments.out / STUDENT_FILE)
 
