@@ -200,16 +200,18 @@ class Rehearsal:
 
     def check_disk_space(self) -> str:
         """Check that the disk has space for the checkpoints; the rehearsal itself checks this for its cache."""
-        config, kept = self.config, self.config.save_num_checkpoints_to_keep
+        config, num_to_keep = self.config, self.config.save_num_checkpoints_to_keep
         if config.save_folder is None:
             return "none: save_folder is null"
         saved = self.in_batches(config.max_duration) // self.in_batches(config.save_interval) + 1
-        most = saved if kept < 0 else min(kept + 1, saved)  # the next is written before the oldest goes
+        at_a_time = (
+            saved if num_to_keep < 0 else min(num_to_keep + 1, saved)
+        )  # the next is written before the oldest goes
         size, free = self.latest.stat().st_size, shutil.disk_usage(self.latest.parent).free / 1e9
-        needed = size * most / 1e9
+        needed = size * at_a_time / 1e9
         found = (
-            f"{saved} checkpoints of {size / 1e6:,.0f} MB, {'all' if kept < 0 else kept} kept: they need at most "
-            f"{needed:.1f} GB at a time, and {free:.1f} GB is free"
+            f"{saved} checkpoints of {size / 1e6:,.0f} MB, {'all' if num_to_keep < 0 else num_to_keep} kept: they need "
+            f"at most {needed:.1f} GB at a time, and {free:.1f} GB is free"
         )
         if needed > free:
             raise InputError(f"{config.save_folder}: {found}")

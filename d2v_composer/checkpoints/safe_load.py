@@ -19,9 +19,9 @@ from d2v_composer.system.errors import InputError, reason
 from d2v_composer.system.fetch import LARGEST_FILE
 
 # Bytes of pickled Python objects, without the tensors' numbers. A data2vec 2.0 checkpoint has 0.3 MB.
-LARGEST_PICKLE = 8 << 20
+MAX_PICKLE_BYTES = 8 << 20
 # Tuples within a tuple. Each may hold the same one twice, and hashing 60 of them would take 2^60 steps.
-MOST_TUPLES = 1000
+MAX_TUPLES = 1000
 # torch knows this function, which allocates as many bytes as the file asks for; the names in Python 3 and 2.
 ALLOCATES = ("builtins bytearray", "__builtin__ bytearray")
 DIRECTORY = 0x10  # a bit of a ZIP entry's attributes
@@ -108,8 +108,8 @@ def _inspect(path: Path) -> None:
         if (broken := archive.testzip()) is not None:  # torch maps the tensors into memory without a look
             raise ValueError(f"the checksum of its {broken} is wrong")
         pickled = archive.getinfo(f"{entries[0].filename.partition('/')[0]}/data.pkl")
-        if pickled.file_size > LARGEST_PICKLE:
-            raise ValueError(f"its pickle has {pickled.file_size} bytes; the limit is {LARGEST_PICKLE}")
+        if pickled.file_size > MAX_PICKLE_BYTES:
+            raise ValueError(f"its pickle has {pickled.file_size} bytes; the limit is {MAX_PICKLE_BYTES}")
         _check_pickle(archive.read(pickled))
 
 
@@ -134,8 +134,8 @@ def _check_pickle(pickled: bytes) -> None:
             marks.append(len(stack))
         elif opcode.name.startswith("TUPLE"):
             stack.append(1 + sum(taken))
-            if stack[-1] > MOST_TUPLES:
-                raise ValueError(f"more than {MOST_TUPLES} nested tuples")
+            if stack[-1] > MAX_TUPLES:
+                raise ValueError(f"more than {MAX_TUPLES} nested tuples")
         elif "PUT" in opcode.name:
             memo[argument] = stack[-1]
         elif "GET" in opcode.name:

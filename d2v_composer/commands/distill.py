@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from d2v_composer.models.teacher import Teacher
 
 # A tenth of them are twenty: each needs ten neighbors among the others, and some may be unreadable.
-FEWEST = 200
+MIN_SAMPLES = 200
 # The chapter's, on ImageNet: 30,000 batches of 256.
-EPOCHS, MOST_BATCHES = 6, 30_000
+EPOCHS, MAX_BATCHES = 6, 30_000
 # Chosen for any teacher and number of samples.
 ALWAYS = {"precision": "auto", "scheduler.t_warmup": "0.1dur"}
 SETTINGS, HELD_OUT = "distill.yaml", "held_out"
@@ -152,8 +152,8 @@ def make_plan(arguments: Namespace) -> Plan:
     samples = arguments.out / modality.unit
     with TemporaryDirectory() as folder:
         source = list_source(arguments, modality, Path(folder))
-    if (number := len(source.files)) < FEWEST:
-        raise InputError(f"{arguments.source}: expected at least {FEWEST} {modality.unit}, got {number}")
+    if (number := len(source.files)) < MIN_SAMPLES:
+        raise InputError(f"{arguments.source}: expected at least {MIN_SAMPLES} {modality.unit}, got {number}")
     chosen = choose(number, teacher.config)
     config = configure(arguments, samples, chosen)
     if config.teacher != unsized:  # a timm model for smaller images
@@ -294,13 +294,13 @@ def choose(num_samples: int, teacher: "TeacherConfig") -> dict[str, Any]:
     from d2v_composer.data.modalities import modality_of
 
     num_gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
-    fewest, side, lr = (3000, 224, 0.384) if num_gpus else (600, 112, 0.768)
+    min_batches, side, lr = (3000, 224, 0.384) if num_gpus else (600, 112, 0.768)
     own = modality_of(teacher).choices(num_gpus > 0)
     batch = own["global_train_batch_size"]
     while batch > max(num_samples // 8, num_gpus):
         batch //= 2
     batch = max(batch - batch % max(num_gpus, 1), num_gpus)
-    num_batches = min(max(EPOCHS * num_samples * 9 // 10 // batch, fewest), MOST_BATCHES)
+    num_batches = min(max(EPOCHS * num_samples * 9 // 10 // batch, min_batches), MAX_BATCHES)
     chosen = {
         **own,
         **ALWAYS,

@@ -62,7 +62,7 @@ LOGGERS = {
 }
 
 # Also the largest seed: ranks and epochs add to it, and numpy's seeds end at 2^32.
-LARGEST_INT = (1 << 31) - 1
+MAX_INT = (1 << 31) - 1
 
 
 class Section(BaseModel):
@@ -175,8 +175,8 @@ IS_PRINTABLE = must("be printable characters", lambda text: bool(text) and text.
 Text = Annotated[str, Field(strict=False, coerce_numbers_to_str=True), IS_PRINTABLE]  # run_name=2026
 AddressText = Annotated[Text, checked(Address.parse)]
 LocalFolder = Annotated[Text, must("be a folder on this machine", lambda folder: "://" not in folder)]
-Whole = Annotated[int, Field(ge=0, le=LARGEST_INT)]
-Count = Annotated[int, Field(ge=1, le=LARGEST_INT)]
+Whole = Annotated[int, Field(ge=0, le=MAX_INT)]
+Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 # Many processes or blocks, or a wide layer, beyond which a number is a slip.
