@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, get_args
 import yaml
 from torch import Tensor
 
-from d2v_composer.checkpoints.safe_load import LATEST, load_untrusted, read_newest
+from d2v_composer.checkpoints.checkpoint import LATEST, LOG, Checkpoint, read_newest
+from d2v_composer.checkpoints.safe_load import load_untrusted
 from d2v_composer.data.labeled import LabeledSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.data.modality import Modality
@@ -69,7 +70,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         InputError: It is not the folder of a run, or its newest checkpoint is corrupt.
     """
-    record_file, log_file, checkpoint = folder / "run.yaml", folder / "log.jsonl", folder / LATEST
+    record_file, log_file, checkpoint = folder / "run.yaml", folder / LOG, folder / LATEST
     images = {}
     with reading(record_file):
         run = Run(yaml.safe_load(record_file.read_bytes()), {}, {}, {})
@@ -78,9 +79,8 @@ def read_run(folder: Path) -> Run:
         run = run._replace(log=read_jsonl(log_file))
     if checkpoint.is_file():
         with reading(checkpoint):
-            callbacks = read_newest(checkpoint, load_untrusted)["state"]["callbacks"]
-            measured = callbacks.get("ZeroShotRetrieval", {"neighbors": {}, "images": {}})
-            images, run = measured["images"], run._replace(neighbors=measured["neighbors"])
+            found = Checkpoint(checkpoint, read_newest(checkpoint, load_untrusted)).saved_by("ZeroShotRetrieval")
+            images, run = found.get("images", {}), run._replace(neighbors=found.get("neighbors", {}))
     datasets = {}
     for name, labeled in retrieval["datasets"].items():
         options = {"download": False, "max_images": retrieval["max_images"]}
