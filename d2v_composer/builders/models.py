@@ -2,17 +2,17 @@
 
 import sys
 from dataclasses import asdict
-from typing import NamedTuple
 
 import torch
 
 from d2v_composer.checkpoints.load import Models, load_any
-from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embedding, distillation_of, lookup
+from d2v_composer.checkpoints.student_file import choose_embedding, distillation_of, lookup
 from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ModelConfig, ShardLoaderConfig
 from d2v_composer.data.labeled import Augmentation, LabeledSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES, modality_of
 from d2v_composer.data.modality import Modality
-from d2v_composer.evaluation.evaluate import Candidate, build_embeds
+from d2v_composer.evaluation.evaluate import Candidate, Comparison, build_embeds
+from d2v_composer.evaluation.labeled_retrieval import Lookup
 from d2v_composer.models.sizes import EncoderConfig
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
@@ -31,19 +31,6 @@ def load_trained_model(config: ModelConfig) -> Models:
 
 
 GFLOP_PER_MAC = 2e-9
-
-
-class Comparison(NamedTuple):
-    """The embeddings that an evaluation compares."""
-
-    model: Student | Teacher
-    """The evaluated model."""
-    candidates: list[Candidate]
-    """Models to compare, on the device and in eval mode."""
-    embedding: PrimaryEmbedding
-    """Primary embedding of the model."""
-    augment: Augmentation
-    """Augmentation of the model's run."""
 
 
 def build_labeled_sets(lookup: LookupConfig, modality: Modality) -> dict[str, LabeledSet]:
@@ -95,7 +82,7 @@ def build_untrained(model: Student | Teacher, teacher: Teacher | None) -> Studen
     return None
 
 
-def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
+def build_comparison(config: EvaluateConfig, device: str) -> tuple[Student | Teacher, Comparison]:
     """Load a model and what to compare it with: pixels, the encoder alone, an untrained student, the teacher if known.
 
     Raises:
@@ -121,4 +108,7 @@ def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
         costs[name] = (sum(map(torch.numel, each.parameters())), GFLOP_PER_MAC * macs)
     embeds = build_embeds(model, models, model.layer_mean)
     candidates = [Candidate(name, embed, *costs[name]) for name, embed in embeds.items()]
-    return Comparison(model, candidates, embedding, build_augmentation(loader, encoder.config, config.seed, True))
+    augment = build_augmentation(loader, encoder.config, config.seed, True)
+    options = config.ks, config.probes, augment, config.device_eval_batch_size
+    settings = Lookup(embedding.name, *options, None if teacher is None else "teacher")
+    return model, Comparison(candidates, list(models), settings)

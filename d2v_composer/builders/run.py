@@ -74,7 +74,7 @@ def build_run(config: TrainConfig) -> BuiltRun:
     header = {modality.unit: f"{data['samples']:,} in {data['location']}"}
     if retrieval is not None:
         sets = ", ".join(retrieval.datasets)
-        header["retrieval"] = f"{sets} every {config.retrieval.interval}, primary embedding {retrieval.primary}"
+        header["retrieval"] = f"{sets} every {config.retrieval.interval}, primary embedding {retrieval.lookup.primary}"
     return BuiltRun(arguments, model, retrieval, header)
 
 

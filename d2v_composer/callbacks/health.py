@@ -85,7 +85,7 @@ class Health(Callback):
         self.grace = Time.from_timestring(grace)
         self.losses: list[float] = []
         self.lowest_loss = math.inf
-        self.scale = self.previous_scale = 0.0
+        self.scale = 0.0
         self.present: set[str] = set()
         self.microbatch: Any = None
 
@@ -119,7 +119,6 @@ class Health(Callback):
         values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
         loss = sum(self.losses) / len(self.losses)
         self.losses = []
-        self.previous_scale, self.scale = self.scale, loss_scale(state)
         present = dict(self.diagnose(values, loss, state))
         if math.isfinite(loss):
             self.lowest_loss = min(self.lowest_loss, loss)
@@ -165,5 +164,6 @@ class Health(Callback):
             )
         if not_finite := [name for name, value in {"loss": loss, **values}.items() if not math.isfinite(value)]:
             yield "non_finite", f"not finite: {', '.join(not_finite)}"
-        if self.scale < self.previous_scale:
-            yield "scaler_skips", f"the loss scale fell from {self.previous_scale:g} to {self.scale:g}"
+        before, self.scale = self.scale, loss_scale(state)
+        if self.scale < before:
+            yield "scaler_skips", f"the loss scale fell from {before:g} to {self.scale:g}"

@@ -1,7 +1,7 @@
 """The linear probe is scikit-learn's in hard cases too; tests/promises/test_numbers.py has real images."""
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from d2v_composer import linear_probe_accuracy
 from d2v_composer.data.labeled import LabeledSamples, LabeledSet
 from d2v_composer.evaluation import linear_probe
-from d2v_composer.evaluation.labeled_retrieval import look_up
+from d2v_composer.evaluation.labeled_retrieval import Lookup, measure_embeddings
 from d2v_composer.evaluation.linear_probe import STRENGTHS, fit_linear_probe
 
 
@@ -119,12 +119,11 @@ def test_a_warning_names_model_and_data_once(caplog: pytest.LogCaptureFixture, m
     data = blobs(40, 6)
     labeled = LabeledSet(LabeledSamples(data.train, data.train_labels), LabeledSamples(data.test, data.test_labels))
     for dataset in ("first", "first", "second"):
-        embedded = {
-            model: {"train": {"a": data.train, "b": data.train}, "test": {"a": data.test, "b": data.test}}
-            for model in (None, "teacher")
-        }
-        options = {"probes": ["linear"], "dataset": dataset, "teachers": {}}
-        assert len(list(look_up(embedded, labeled, "a", (1,), lambda tensor: tensor, **options))) == 8
+        embeds = dict.fromkeys(("", "teacher"), lambda samples: {"a": samples, "b": samples})
+        lookup = Lookup("a", (1,), ["linear"], augment=None, batch_size=1000, teacher="teacher")
+        options: dict[str, Any] = {"to_device": lambda tensor: tensor, "teachers": {}, "neighbors": {}}
+        found = list(measure_embeddings(embeds, dataset, labeled, lookup, **options))
+        assert len(found) == 2 * 2 * 3
     assert [message.partition(" after")[0] for message in caplog.messages] == [
         f"{dataset}, {model} (a): linear probe: not converged"
         for dataset in ("first", "second")
