@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,15 +12,14 @@ from composer.utils import dist
 from torch import Tensor
 
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
-from d2v_composer.evaluation.labeled_retrieval import Embed, Lookup, measure_embeddings
-from d2v_composer.evaluation.metrics import PROBES, metric_key
+from d2v_composer.evaluation.labeled_retrieval import Candidate, Embed, Lookup, Neighbors, measure_embeddings
+from d2v_composer.evaluation.metrics import PROBES, TEACHER, metric_key
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
     from d2v_composer.data.labeled import Augmentation, LabeledSet  # and with it all that reads images
 
-TEACHER = "teacher"
 # Attributes in checkpoints.
 KEPT = ("history", "baseline_metrics", "teacher_neighbors", "neighbors", "was_stopped")
 Metrics = dict[str, float]
@@ -120,29 +118,34 @@ class ZeroShotRetrieval(Callback):
         self.is_due = due_every(interval, {Event.BATCH_END, Event.EPOCH_END})
         self.history: list[dict[str, Any]] = []
         self.baseline_metrics: dict[str, float] = {}
-        self.teacher_neighbors: dict[str, dict[str, Tensor]] = {}
-        self.neighbors: dict[str, dict[str, Tensor]] = {}
+        self.teacher_neighbors: Neighbors = {}
+        self.neighbors: Neighbors = {}
         self.should_stop: Callable[[], bool] = lambda: False
         self.was_stopped = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if self.baselines is None:
             self.baselines = getattr(unwrapped(state), "retrieval_baselines", dict)()
-        self.lookup = self.lookup._replace(teacher=TEACHER if TEACHER in self.baselines else None)
+        self.student = Candidate("student", self.embed or embed_method(unwrapped(state)), neighbors=self.neighbors)
+        candidates = {name: Candidate(name, embed) for name, embed in self.baselines.items()}
+        if (teacher := candidates.get(TEACHER)) is not None:
+            teacher.nearest_others = self.teacher_neighbors
+        self.lookup = self.lookup._replace(teacher=teacher)
         keys = {
-            metric_key(dataset, measure, baseline=baseline)
-            for baseline, (dataset, labeled) in product(self.baselines, self.datasets.items())
+            metric_key(dataset, measure, baseline=name)
+            for name in candidates
+            for dataset, labeled in self.datasets.items()
             for measure in self.lookup.measures(labeled)
         }
-        embeds: dict[str, Embed] = {}
+        measured: list[Candidate] = []
         if keys <= self.baseline_metrics.keys():
             logger.log_metrics(self.baseline_metrics)
         else:  # not measured yet, or a resume adds some
-            self.baseline_metrics, embeds = {}, {**self.baselines}
+            self.baseline_metrics, measured = {}, [*candidates.values()]
         if self.at_start and state.timestamp.batch == 0:
-            embeds[""] = self.embed or embed_method(unwrapped(state))
-        if embeds:
-            self.measure(embeds, state, logger)
+            measured.append(self.student)
+        if measured:
+            self.measure(measured, state, logger)
         if self.was_stopped:
             self.evaluate(state, logger)
 
@@ -184,14 +187,15 @@ class ZeroShotRetrieval(Callback):
             return
         self.was_stopped = True
         with suppress(_StoppedError):
-            self.measure({"": self.embed or embed_method(unwrapped(state))}, state, logger)
+            self.measure([self.student], state, logger)
             self.was_stopped = False
 
-    def measure(self, embeds: Mapping[str, Embed], state: State, logger: Logger) -> None:
-        """Measure, keep and log the accuracies of baselines and (under '') the model."""
+    def measure(self, candidates: Sequence[Candidate], state: State, logger: Logger) -> None:
+        """Measure, keep and log the accuracies of the student and of baselines."""
         start, ranks = time.monotonic(), Ranks(dist.get_global_rank(), dist.get_world_size())
         model, was_training = state.model, state.model.training
-        metrics: dict[str, Metrics] = {baseline: {} for baseline in embeds}
+        baselines: Metrics = {}
+        student: Metrics = {}
 
         def to_device(tensor: Tensor) -> Tensor:
             if self.should_stop():  # before each batch of images, and each search
@@ -204,29 +208,21 @@ class ZeroShotRetrieval(Callback):
             without_gradient = torch.no_grad() if state.fsdp_enabled else torch.inference_mode()
             with without_gradient, get_precision_context(state.precision, state.precision_config):
                 for dataset, labeled in self.datasets.items():
-                    for name, _, measure, embedding, is_primary, hits in measure_embeddings(
-                        embeds,
-                        dataset,
-                        labeled,
-                        self.lookup,
-                        to_device=to_device,
-                        ranks=ranks,
-                        progress=f"retrieval {dataset}" if self.progress_bar and ranks.rank == 0 else None,
-                        teachers=self.teacher_neighbors,
-                        neighbors=self.neighbors,
-                    ):
-                        for short_or_named in ("", embedding) if is_primary else (embedding,):
-                            key = metric_key(dataset, measure, short_or_named, name)
-                            metrics[name][key] = hits.double().mean().item()
+                    progress = f"retrieval {dataset}" if self.progress_bar and ranks.rank == 0 else None
+                    options = self.lookup, to_device, ranks, progress
+                    for result in measure_embeddings(candidates, dataset, labeled, *options):
+                        is_student = result.candidate is self.student
+                        found, baseline = (student, "") if is_student else (baselines, result.candidate.name)
+                        for name in ("", result.embedding) if result.is_primary else (result.embedding,):
+                            key = metric_key(dataset, result.measure, name, baseline)
+                            found[key] = result.hits.double().mean().item()
         finally:
             model.train(was_training)
         logger.log_metrics({"time/zero_shot_retrieval": time.monotonic() - start})
-        for name, found in metrics.items():
-            if name:
-                self.baseline_metrics |= found
-            else:
-                self.history.append({"batch": int(state.timestamp.batch), "metrics": found})
-        logger.log_metrics({key: accuracy for found in metrics.values() for key, accuracy in found.items()})
+        self.baseline_metrics |= baselines
+        if self.student in candidates:
+            self.history.append({"batch": int(state.timestamp.batch), "metrics": student})
+        logger.log_metrics(baselines | student)
 
 
 def embed_method(model: torch.nn.Module) -> Embed:

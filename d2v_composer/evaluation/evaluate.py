@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from d2v_composer.data.labeled import LabeledSet
-from d2v_composer.evaluation.labeled_retrieval import Embed, Lookup, Result, measure_embeddings
-from d2v_composer.evaluation.metrics import BANKS, Log, Measure, read_accuracies, retrieval_from
+from d2v_composer.evaluation.labeled_retrieval import Candidate, Lookup, Result, measure_embeddings
+from d2v_composer.evaluation.metrics import BANKS, TEACHER, Log, Measure, read_accuracies, retrieval_from
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.encoder import Encoder, Inputs, Tokens
 from d2v_composer.models.layer_mean import LayerMean
@@ -33,6 +33,7 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file, write_atomically
 
 NUM_RESAMPLES = 2000
+GFLOP_PER_MAC = 2e-9
 GAP_CLOSED = "teacher gap closed"
 
 
@@ -66,17 +67,6 @@ def gap_closed(untrained: float, student: float, teacher: float) -> float | None
     return None if teacher <= untrained else float((student - untrained) / (teacher - untrained))
 
 
-def gap_ends(log: Log, dataset: str, embedding: str, k: int) -> dict[str, tuple[float, float]]:
-    """Return bank → the accuracies of the untrained student and the teacher, for banks in which the log has both."""
-    found = {}
-    for bank in BANKS:
-        options = log, dataset, retrieval_from(bank, k), embedding
-        student, teacher = read_accuracies(*options), read_accuracies(*options, "teacher")
-        if 0 in student and teacher:
-            found[bank] = student[0], teacher[max(teacher)]
-    return found
-
-
 def gap_closed_by_step(
     log: Log, dataset: str, embedding: str, k: int = 1, baselines: Log | None = None
 ) -> dict[int, float]:
@@ -93,11 +83,12 @@ def gap_closed_by_step(
     Returns:
         Empty if either is missing, or there is no gap at all.
     """
-    ends = gap_ends(log if baselines is None else baselines, dataset, embedding, k)
     found: dict[int, list[float]] = {}
-    for bank, (untrained, teacher) in ends.items():
-        for step, accuracy in read_accuracies(log, dataset, retrieval_from(bank, k), embedding).items():
-            closed = gap_closed(untrained, accuracy, teacher)
+    for bank in BANKS:
+        options = dataset, retrieval_from(bank, k), embedding
+        untrained, teacher = (read_accuracies(baselines or log, *options, baseline=name) for name in ("", TEACHER))
+        for step, accuracy in read_accuracies(log, *options).items() if 0 in untrained and teacher else ():
+            closed = gap_closed(untrained[0], accuracy, teacher[max(teacher)])
             if closed is not None:
                 found.setdefault(step, []).append(closed)
     return {step: mean(found[step]) for step in sorted(found)}
@@ -117,8 +108,8 @@ def resample(*hits: NDArray[np.bool_ | np.float64]) -> NDArray[np.float64]:
     return drawn @ kinds / num_queries
 
 
-def build_embeds(first: Backbone, models: Mapping[str, Backbone], layer_mean: LayerMean) -> dict[str, Embed]:
-    """Return embed functions: the encoder's baseline, ``encoder`` (its output in every pooling), each model.
+def build_candidates(first: Backbone, models: Mapping[str, Backbone], layer_mean: LayerMean) -> list[Candidate]:
+    """Return what is compared: the encoder's baseline, ``encoder`` (its output in every pooling), then each model.
 
     A tensor that is passed again, to another of them, is not encoded again: autocast must be the same for all. The
     encoder's output lives as long as its inputs. A compiled model needs a graph for each size, so smaller batches are
@@ -146,20 +137,18 @@ def build_embeds(first: Backbone, models: Mapping[str, Backbone], layer_mean: La
     def pool(tokens: Tokens) -> dict[str, Tensor]:
         return first.features(tokens).poolings(tokens.x, "output_")
 
-    embeds = {name: (each.encoder, partial(each.embed_encoded, layer_mean=layer_mean)) for name, each in models.items()}
-    return {
-        encoder.baseline: lambda *inputs: encoder.raw(Inputs(*inputs)),
-        **{name: partial(embed_with, *each) for name, each in {"encoder": (encoder, pool), **embeds}.items()},
-    }
+    def candidate(name: str, model: Backbone | Encoder, own: Encoder, embed: Callable[..., Any]) -> Candidate:
+        gflop = GFLOP_PER_MAC * sum(part.forward_macs() for part in {model, own})
+        return Candidate(name, partial(embed_with, own, embed), sum(map(torch.numel, model.parameters())), gflop)
 
-
-class Candidate(NamedTuple):
-    """A model to compare."""
-
-    name: str
-    embed: Embed
-    num_parameters: int
-    gflop_per_image: float
+    return [
+        Candidate(encoder.baseline, lambda *inputs: encoder.raw(Inputs(*inputs))),
+        candidate("encoder", encoder, encoder, pool),
+        *(
+            candidate(name, each, each.encoder, partial(each.embed_encoded, layer_mean=layer_mean))
+            for name, each in models.items()
+        ),
+    ]
 
 
 class Comparison(NamedTuple):
@@ -167,8 +156,8 @@ class Comparison(NamedTuple):
 
     candidates: list[Candidate]
     """Models on the device, in eval mode."""
-    gap: list[str]
-    """Names of the untrained student, the student and the teacher, as far as they are among the candidates."""
+    gap: list[Candidate]
+    """The untrained student, the student and the teacher; without all three, there is no gap to close."""
     lookup: Lookup
 
 
@@ -186,14 +175,14 @@ class Evaluation(NamedTuple):
         The teacher gap closed, as :data:`GAP_CLOSED`, is ``None`` if there is no gap; it is missing if one of the three
         models is.
         """
-        columns: dict[Measure, dict[str, Any]] = {}
+        columns: dict[Measure, dict[Candidate, Any]] = {}
         for each in self.results:
             if each.dataset == dataset and each.is_primary:
-                columns.setdefault(each.measure, {})[each.model] = each.hits.numpy()
-        gap = self.comparison.gap if len(self.comparison.gap) == 3 else []
+                columns.setdefault(each.measure, {})[each.candidate] = each.hits.numpy()
+        gap = self.comparison.gap
         return {
-            measure: {name: accuracy_interval(each) for name, each in hits.items()}
-            | ({GAP_CLOSED: gap_closed_interval(*(hits[name] for name in gap))} if gap else {})
+            measure: {each.name: accuracy_interval(hit) for each, hit in hits.items()}
+            | ({GAP_CLOSED: gap_closed_interval(*(hits[each] for each in gap))} if gap else {})
             for measure, hits in columns.items()
         }
 
@@ -204,7 +193,7 @@ class Evaluation(NamedTuple):
         """
         rows = [
             {
-                "candidate": model,
+                "candidate": candidate.name,
                 "dataset": dataset,
                 "bank": measure.bank,
                 "embedding": embedding,
@@ -212,7 +201,7 @@ class Evaluation(NamedTuple):
                 "k": measure.k,
                 **accuracy_interval(hits.numpy())._asdict(),
             }
-            for model, dataset, measure, embedding, _, hits in self.results
+            for candidate, dataset, measure, embedding, _, hits in self.results
         ]
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, fieldnames=list(rows[0]))
@@ -229,8 +218,8 @@ class Evaluation(NamedTuple):
                 if (closed := cells.get(GAP_CLOSED)) is not None
             ],
             "candidates": [
-                {"name": name, "parameters": num_parameters, "gflop_per_image": gflop}
-                for name, _, num_parameters, gflop in self.comparison.candidates
+                {"name": each.name, "parameters": each.num_parameters, "gflop_per_image": each.gflop}
+                for each in self.comparison.candidates
             ],
         }
         write_atomically(folder / "evaluation.json", json.dumps(hide_secrets(about) | found, indent=1) + "\n")
@@ -272,19 +261,10 @@ def evaluate(
         device: cpu or cuda.
         autocast_dtype: Enables autocast with this dtype.
     """
-    embeds = {each.name: each.embed for each in comparison.candidates}
+    names, move = ", ".join(each.name for each in comparison.candidates), partial(torch.Tensor.to, device=device)
     results: list[Result] = []
     for name, labeled in datasets.items():
-        print(f"embedding {sum(labeled.num_samples):,} samples of {name}: {', '.join(embeds)}", file=sys.stderr)
+        print(f"embedding {sum(labeled.num_samples):,} samples of {name}: {names}", file=sys.stderr)
         with torch.inference_mode(), precision_of(autocast_dtype, device):
-            results += measure_embeddings(
-                embeds,
-                name,
-                labeled,
-                comparison.lookup,
-                to_device=partial(torch.Tensor.to, device=device),
-                progress=name,
-                teachers={},
-                neighbors={},
-            )
+            results += measure_embeddings(comparison.candidates, name, labeled, comparison.lookup, move, progress=name)
     return Evaluation(comparison, {name: each.class_names for name, each in datasets.items()}, results)

@@ -4,8 +4,9 @@ Several ranks share the work. Shapes: B images of a batch, N of a split, Q queri
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -55,6 +56,22 @@ warn_once = cache(logging.getLogger(__name__).warning)
 """Logs a warning, unless the process has logged it before: a run measures its student many times."""
 EmbeddedSet = dict[str, dict[str, Tensor]]
 """Part ('train', 'test', the ``VIEWS`` of test) → embedding → this rank's share, (share, D) float32 on the host."""
+Neighbors = dict[str, dict[str, Tensor]]
+
+
+@dataclass(eq=False)
+class Candidate:
+    """A model to compare with others, and what was last found with it."""
+
+    name: str
+    embed: Embed
+    num_parameters: int = 0
+    gflop: float = 0.0
+    """For one input."""
+    neighbors: Neighbors = field(default_factory=dict)
+    """Data set → bank → the nearest bank images of each query in the primary embedding, (Q, K) int32."""
+    nearest_others: Neighbors = field(default_factory=dict)
+    """Data set → embedding → the nearest others of each test image, (N, ``NUM_COMMON``) int32."""
 
 
 class Lookup(NamedTuple):
@@ -70,8 +87,8 @@ class Lookup(NamedTuple):
     """Makes an image's views."""
     batch_size: int
     """Images embedded at once on each rank."""
-    teacher: str | None = None
-    """The model that agreement compares with; ``None``: agreement is left out."""
+    teacher: Candidate | None = None
+    """What agreement compares with; ``None``: agreement is left out."""
 
     def measures(self, labeled: "LabeledSet") -> list[Measure]:
         """Return what is measured on a set: retrieval first, then the probes."""
@@ -96,116 +113,106 @@ class Lookup(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One measure of one model's embedding on one data set."""
+    """One measure of one candidate's embedding on one data set."""
 
-    model: str
+    candidate: Candidate
     dataset: str
     measure: Measure
     embedding: str
     """Name of the embedding; '' if it is the only one and has no name."""
     is_primary: bool
-    """True for the model's primary embedding."""
+    """True for the candidate's primary embedding."""
     hits: Tensor
     """For each query, on the host: (Q,) bool, or the share of common neighbors, (Q,) float64."""
 
 
 def embed_set(
-    embeds: Mapping[str, Embed],
+    candidates: Sequence[Candidate],
     labeled: "LabeledSet",
     batch_size: int,
     to_device: Callable[[Tensor], Tensor],
     ranks: Ranks = ONE_RANK,
     progress: str | None = None,
     augment: "Augmentation | None" = None,
-) -> dict[str, EmbeddedSet]:
-    """Embed this rank's share of all parts with every model, in one pass over the samples.
+) -> dict[Candidate, EmbeddedSet]:
+    """Embed this rank's share of all parts with every candidate, in one pass over the samples.
 
     Clips of a similar length share a batch; the longest come first.
 
     Args:
-        embeds: Model → embed function.
+        candidates: Models on the device.
         labeled: The images.
         batch_size: Images embedded at once on each rank.
-        to_device: Moves a tensor to the model's device.
+        to_device: Moves a tensor to the models' device.
         ranks: The processes that share the images.
         progress: The label of the progress bar; ``None``: no bar.
         augment: Makes two views of each test image, which depend on its number; ``None``: no views.
     """
-    embedded: dict[str, EmbeddedSet] = {model: {} for model in embeds}
     parts = ({"train": labeled.train} if labeled.has_labels else {}) | {"test": labeled.test}
     parts |= {} if augment is None else dict.fromkeys(VIEWS, labeled.test)
+    embedded: dict[Candidate, EmbeddedSet] = {each: {part: {} for part in parts} for each in candidates}
     for part, (samples, _) in parts.items():
-        batches: dict[str, list[dict[str, Tensor]]] = {model: [] for model in embeds}
         share = ranks.share(len(samples))
         sizes = torch.tensor([samples[i].shape[-1] for i in share.tolist()])
-        order = sizes.argsort(descending=True, stable=True)
-        shares = share[order].split(batch_size)
-        for indices in progress_bar(shares, desc=f"{progress} {part}", unit="batches", disable=progress is None):
-            batch = [samples[i] for i in indices.tolist()]
+        batches = sizes.argsort(descending=True, stable=True).split(batch_size)
+        for places in progress_bar(batches, desc=f"{progress} {part}", unit="batches", disable=progress is None):
+            numbers = share[places].tolist()
+            batch = [samples[i] for i in numbers]
             if augment is not None and part in VIEWS:
-                view = VIEWS.index(part)
-                batch = [augment(sample, i, view) for i, sample in zip(indices.tolist(), batch, strict=True)]
+                batch = [augment(samples[i], i, VIEWS.index(part)) for i in numbers]
             values, *others = collate(batch)
             values = to_device(values)
             inputs = [values, *(each.to(values.device) for each in others)]
-            for model, embed in embeds.items():
-                embeddings = embed(*inputs)
-                embeddings = {"": embeddings} if isinstance(embeddings, Tensor) else embeddings
-                batches[model].append({name: each.float().cpu() for name, each in embeddings.items()})
-        for model, found in batches.items():
-            # Popped, so that not all are held twice.
-            names, back = list(found[0]), order.argsort()
-            embedded[model][part] = {name: torch.cat([each.pop(name) for each in found])[back] for name in names}
+            for candidate in candidates:
+                embeddings, found = candidate.embed(*inputs), embedded[candidate][part]
+                for name, each in ({"": embeddings} if isinstance(embeddings, Tensor) else embeddings).items():
+                    if name not in found:
+                        found[name] = torch.empty(len(share), each.shape[1])
+                    found[name][places] = each.float().cpu()
     return embedded
 
 
 def measure_embeddings(
-    embeds: Mapping[str, Embed],
+    candidates: Sequence[Candidate],
     dataset: str,
     labeled: "LabeledSet",
     lookup: Lookup,
-    *,
     to_device: Callable[[Tensor], Tensor],
     ranks: Ranks = ONE_RANK,
     progress: str | None = None,
-    teachers: dict[str, dict[str, Tensor]],
-    neighbors: dict[str, dict[str, Tensor]],
 ) -> Iterator[Result]:
-    """Embed a set with every model; look up the test images among themselves, and each split in the other.
+    """Embed a set with every candidate; look up the test images among themselves, and each split in the other.
 
     Each rank takes its share of the queries. One embedding is looked up at a time: all take gigabytes.
 
     Args:
-        embeds: Model → embed function; '' is the model in training.
+        candidates: Models on the device. The teacher need not be among them if it was measured before.
         dataset: The set's name.
         labeled: The set.
-        lookup: The model '' must have its primary embedding; another may have a fallback for it.
+        lookup: How it is looked up.
         to_device: Moves a tensor to the device that embeds and searches.
         ranks: The processes that share the work.
         progress: The label of the progress bar; ``None``: no bar.
-        teachers: Data set → embedding of the teacher, '' the primary one → the neighbors of each test image, (N, K)
-            int32; filled if the teacher is among the models, and read for all.
-        neighbors: Filled with those of the model '' in its primary embedding: data set → bank → (Q, K) int32.
     """
-    wanted, ks = {each.name for each in lookup.measures(labeled)}, lookup.ks
+    wanted, ks, teacher = {each.name for each in lookup.measures(labeled)}, lookup.ks, lookup.teacher
     views = lookup.augment if "instance" in wanted else None
-    embedded = embed_set(embeds, labeled, lookup.batch_size, to_device, ranks, progress, views)
+    embedded = embed_set(candidates, labeled, lookup.batch_size, to_device, ranks, progress, views)
     labels = {split: to_device(getattr(labeled, split).labels) for split in BANKS}
-    for model in sorted(embedded, key=lambda model: model != lookup.teacher):  # with which the others are compared
-        parts = embedded[model]
-        main = find_primary(lookup.primary, parts["test"], fall_back=model != "")
+    for candidate in sorted(candidates, key=lambda each: each is not teacher):  # with which the others are compared
+        parts = embedded[candidate]
+        primary = find_primary(lookup.primary, parts["test"])
         for name in list(parts["test"]):
             images = {
                 part: ranks.gather(to_device(shares.pop(name)), labeled.num_samples[part != "train"])
                 for part, shares in parts.items()
             }
             hits: dict[Measure, Tensor] = {}
-            if "agreement" in wanted:
+            if teacher is not None and "agreement" in wanted:
                 nearest = nearest_others(images["test"], ranks=ranks)
-                known = teachers.setdefault(dataset, {})
-                if model == lookup.teacher:
-                    known |= dict.fromkeys(["", name] if name == main else [name], nearest.int().cpu())
-                hits[AGREEMENT] = common_shares(nearest, known["" if name == main or name not in known else name])
+                candidate.nearest_others.setdefault(dataset, {})[name] = nearest.int().cpu()
+                known = teacher.nearest_others[dataset]
+                is_own = name in known and name != primary
+                hits[AGREEMENT] = common_shares(nearest, known[name if is_own else find_primary(lookup.primary, known)])
             if views is not None:
                 found = instance_hits(*(images[view] for view in VIEWS), ks, ranks)
                 hits |= {instance_retrieval(k): hit for k, hit in found.items()}
@@ -214,8 +221,8 @@ def measure_embeddings(
                 num_voters = min(NUM_NEIGHBORS, len(labels[bank])) if "knn" in fitted else 0
                 nearest = exact_neighbors(images[bank], ranks.take_share(images[query]), max(*ks, num_voters))
                 indices = ranks.gather(nearest.indices[:, : max(ks)], len(labels[query]))
-                if not model and name == main:
-                    neighbors.setdefault(dataset, {})[bank] = indices.int().cpu()
+                if name == primary:
+                    candidate.neighbors.setdefault(dataset, {})[bank] = indices.int().cpu()
                 found = retrieval_hits(indices, labels[bank], labels[query], ks)
                 hits |= {retrieval_from(bank, k): hit for k, hit in found.items()}
                 if num_voters:
@@ -224,9 +231,10 @@ def measure_embeddings(
                         voted = ranks.gather(vote(voters, labels[bank], temperature), len(labels[query]))
                         hits[measure] = voted == labels[query]
                 if "linear" in fitted:  # each rank fits it alone: a probe takes seconds
-                    about = f"{dataset}, {model or 'student'} ({name or 'only embedding'}): %s"
-                    warn = partial(warn_once, about) if name == main and ranks.rank == 0 else bool
-                    probe = fit_linear_probe(images[bank], labels[bank], warn=warn)
+                    probe = fit_linear_probe(images[bank], labels[bank])
                     hits[LINEAR] = probe.predict(images[query]) == labels[query]
+                    if probe.doubt and name == primary and ranks.rank == 0:
+                        about = f"{dataset}, {candidate.name} ({name or 'only embedding'})"
+                        warn_once(f"{about}: linear probe: {probe.doubt}")
             for measure, hit in hits.items():
-                yield Result(model, dataset, measure, name, name == main, hit.cpu())
+                yield Result(candidate, dataset, measure, name, name == primary, hit.cpu())

@@ -11,6 +11,8 @@ from d2v_composer.evaluation.nearest_neighbors import NUM_NEIGHBORS
 from d2v_composer.evaluation.without_labels import NUM_COMMON
 
 BANKS = ("train", "test")
+TEACHER = "teacher"
+"""The name of the baseline with which agreement and the gap closed compare, in keys and tables."""
 # Logged below health/ as 0 or 1.
 HEALTH_STATES = ("collapse", "dead", "diverging", "non_finite", "scaler_skips")
 Log = Mapping[str, Mapping[int, float]]
@@ -68,18 +70,18 @@ def read_accuracies(
     return log.get(metric_key(dataset, measure, embedding, baseline), {})
 
 
-def find_primary(primary: str, names: Collection[str], *, fall_back: bool) -> str:
+def find_primary(primary: str, names: Collection[str]) -> str:
     """Return the name of the embedding to report as a model's primary embedding.
 
     Args:
-        primary: The embedding asked for.
+        primary: The embedding asked for. In place of a mean of layers, the output will do: the bare encoder has no
+            layers to average.
         names: The model's embeddings; a single one without a name ('') is its own primary embedding.
-        fall_back: Accept the output for a mean of layers: the bare encoder has none to average.
 
     Raises:
         ValueError: The model has no such embedding.
     """
-    for name in (primary, primary.replace("layer_mean", "output") if fall_back else primary, ""):
+    for name in (primary, primary.replace("layer_mean", "output"), ""):
         if name in names:
             return name
     raise ValueError(f"primary embedding must be one of {', '.join(names)}, got {primary!r}")

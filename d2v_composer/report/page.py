@@ -17,7 +17,7 @@ from torch import Tensor
 from d2v_composer.data.labeled import LabeledSet
 from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.evaluate import gap_closed
-from d2v_composer.evaluation.metrics import AGREEMENT, HEALTH_STATES, read_accuracies, retrieval_from
+from d2v_composer.evaluation.metrics import AGREEMENT, HEALTH_STATES, TEACHER, read_accuracies, retrieval_from
 from d2v_composer.report.plots import STYLE, WIDTH, accuracy_plots, confusion_plot, curves
 from d2v_composer.report.run import Run, latest
 from d2v_composer.system.files import write_atomically
@@ -92,14 +92,15 @@ def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
     for name in run.retrieval["datasets"]:
         k = min(run.retrieval["ks"])
         for measure, label in (retrieval_from("train", k), f"top-{k}, bank train"), (AGREEMENT, AGREEMENT.heading):
-            student, teacher = (read_accuracies(run.log, name, measure, baseline=model) for model in ("", "teacher"))
-            values = {"untrained": student.get(0), "student": latest(student), "teacher": latest(teacher)}
-            shown = {model: round(100 * value, 1) for model, value in values.items() if value is not None}
-            if "student" not in shown:
+            student, teacher = (read_accuracies(run.log, name, measure, baseline=model) for model in ("", TEACHER))
+            values = student.get(0), latest(student), latest(teacher)
+            before, after, best = (None if value is None else round(100 * value, 1) for value in values)
+            if after is None:
                 continue
-            notes = [f"{model} {value:.1f} %" for model, value in shown.items() if model != "student"]
-            yield f"{name} {label}", f"{shown['student']:.1f} %", ", ".join(notes)
-            if len(shown) == len(values) and (closed := gap_closed(**shown)) is not None:
+            others = {"untrained": before, TEACHER: best}
+            notes = [f"{model} {value:.1f} %" for model, value in others.items() if value is not None]
+            yield f"{name} {label}", f"{after:.1f} %", ", ".join(notes)
+            if before is not None and best is not None and (closed := gap_closed(before, after, best)) is not None:
                 yield "teacher gap closed", f"{100 * closed:.0f} %", f"{name}, {label}"
 
 

@@ -16,11 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-from d2v_composer.evaluation.evaluate import gap_closed_by_step, gap_ends
+from d2v_composer.evaluation.evaluate import gap_closed_by_step
 from d2v_composer.evaluation.metrics import (
     AGREEMENT,
     BANKS,
     PROBES,
+    TEACHER,
     Measure,
     instance_retrieval,
     read_accuracies,
@@ -30,7 +31,7 @@ from d2v_composer.report.run import EMBEDDINGS, Run
 
 WIDTH, HEIGHT = 6.4, 3.9
 # '' is the student.
-MODEL_COLORS = {"": "C0", "teacher": "C1", "encoder": "C3", "pixels": "C2", "log_mel": "C2"}
+MODEL_COLORS = {"": "C0", TEACHER: "C1", "encoder": "C3", "pixels": "C2", "log_mel": "C2"}
 STYLE: dict[Any, Any] = {
     **style.library["tableau-colorblind10"],
     "axes.grid": True,
@@ -47,7 +48,7 @@ CURVES = {
     "gradient_norm": ("Gradient norm before clipping", "log", "l2_norm/grad/global"),
     "throughput": ("Throughput in {}/s", "", "throughput/images_per_sec"),
     "data_wait": ("Fraction of the time spent waiting for {}", "%", "throughput/data_wait"),
-    "cosine": ("Cosine of prediction and target", "", "health/cosine*"),
+    "cosine": ("Cosine of prediction and target", "", "health/cosine"),
     "variance": ("Variance over the {}", "", "health/*_variance"),
     "effective_rank": ("Effective rank of the predictions", "", "health/effective_rank"),
 }
@@ -76,21 +77,11 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
         for name, (title, measures) in plots.items():
             if lines := _accuracies(run, dataset, measures):
                 yield name, plot(f"{dataset}, {title}", "%", lines)
-        gaps = {
-            name: max([0.0, *(end - start for start, end in gap_ends(run.log, dataset, name, ks[0]).values())])
-            for name in EMBEDDINGS
-        }
-        primary = "{representation}_{pooling}".format(**run.retrieval)
-        # Of a small gap, the part that is closed says little.
-        shown = [name for name, gap in gaps.items() if gap and (name == primary or gap > max(gaps.values()) / 3)]
-        if shown:
-            lines = {name: (gap_closed_by_step(run.log, dataset, name, ks[0]), {}) for name in shown}
+        gaps = {name: (gap_closed_by_step(run.log, dataset, name, ks[0]), {}) for name in EMBEDDINGS}
+        if lines := {name: line for name, line in gaps.items() if line[0]}:
             figure = plot(f"Teacher gap closed on {dataset}, top-{ks[0]}", "%", lines)
             figure.axes[0].axhline(1, color="k", linewidth=1)
             figure.axes[0].set_ylim(-0.3, 1.3)
-            if left_out := [name for name, gap in gaps.items() if gap and name not in shown]:
-                note = f"Not shown because the gap is below a third of the largest: {', '.join(left_out)}"
-                figure.supxlabel(note, fontsize="small")
             yield f"gap_closed_{dataset}", figure
 
 
@@ -118,8 +109,6 @@ def plot(title: str, scale: str, lines: Mapping[str, Line]) -> Figure:
     figure = Figure(figsize=(WIDTH, HEIGHT))
     axes = figure.subplots()
     axes.set(title=title, xlabel="batch")
-    if len(lines) > 10:
-        axes.set_prop_cycle(color=mpl.colormaps["viridis"](np.linspace(0, 0.9, len(lines))))
     for label, (values, look) in lines.items():
         if not isinstance(values, Mapping):
             axes.axhline(values, label=label, **look)

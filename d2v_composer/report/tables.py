@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from d2v_composer.evaluation.evaluate import GAP_CLOSED, Evaluation, Interval, gap_closed, gap_closed_by_step
-from d2v_composer.evaluation.metrics import BANKS, Log, Measure, metric_key, read_accuracies, retrieval_from
+from d2v_composer.evaluation.metrics import BANKS, TEACHER, Log, Measure, metric_key, read_accuracies, retrieval_from
 from d2v_composer.report.run import EMBEDDINGS
 
 if TYPE_CHECKING:
@@ -31,18 +31,17 @@ def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
 
     The student before training is included if the run measured it (``retrieval.at_start``).
     """
-    first, last = retrieval.history[0], retrieval.history[-1]
-    before, after, teacher = "student before", "student after", "teacher"
-    found = {name: (name, retrieval.baseline_metrics) for name in retrieval.baselines or {}}
-    best = found.pop(teacher, (teacher, {}))
-    found |= {before: ("", {} if first["batch"] else first["metrics"]), after: ("", last["metrics"]), teacher: best}
+    first, last, others = retrieval.history[0], retrieval.history[-1], retrieval.baseline_metrics
+    before, after = "student before", "student after"
+    found = {name: (name, others) for name in retrieval.baselines or {} if name != TEACHER}
+    found |= {before: ("", {} if first["batch"] else first["metrics"]), after: ("", last["metrics"])}
     tables = []
     for dataset, labeled in retrieval.datasets.items():
         columns = retrieval.lookup.measures(labeled)
         rows: dict[str, list[float]] = {}
-        for name, (baseline, metrics) in found.items():
+        for name, (baseline, metrics) in (found | {TEACHER: (TEACHER, others)}).items():
             keys = [metric_key(dataset, measure, baseline=baseline) for measure in columns]
-            if all(key in metrics for key in keys):  # a resume may ask for another set, k or probe
+            if metrics.keys() >= {*keys}:  # a resume may ask for another set, k or probe
                 rows[name] = [round(100 * metrics[key], 1) for key in keys]  # the gap is that of the numbers shown
         if not rows:
             continue
@@ -50,13 +49,10 @@ def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
         what = CLASSIFIED if labeled.has_labels else UNLABELED
         title = f"{what} on {dataset}, {retrieval.lookup.primary}, batch {last['batch']}, {UNITS[what]}"
         tables.append(_table(title, columns, cells))
-        if {before, after, teacher} <= rows.keys():
-            closed = gap_closed(rows[before][0], rows[after][0], rows[teacher][0])
-            said = (
-                "none: the teacher is no better than the student before training"
-                if closed is None
-                else f"{100 * closed:.0f} %"
-            )
+        if {before, after, TEACHER} <= rows.keys():
+            closed = gap_closed(*(rows[name][0] for name in (before, after, TEACHER)))
+            none = "none: the teacher is no better than the student before training"
+            said = none if closed is None else f"{100 * closed:.0f} %"
             tables[-1] += f"\nteacher gap closed ({columns[0].heading}): {said}"
     return "\n\n".join(tables)
 
@@ -66,7 +62,7 @@ def evaluation_tables(evaluation: Evaluation, each: str) -> str:
 
     Args:
         evaluation: The results.
-        each: What a model's computation is counted for: image or second.
+        each: What a candidate's computation is counted for: image or second.
     """
     candidates, parts = evaluation.comparison.candidates, []
     for dataset in evaluation.class_names:
@@ -75,13 +71,13 @@ def evaluation_tables(evaluation: Evaluation, each: str) -> str:
             columns = [measure for measure in pivot if _kind(measure) == what]
             rows = {
                 name: [_percent(pivot[measure].get(name)) for measure in columns]
-                for name in [*(candidate.name for candidate in candidates), GAP_CLOSED]
+                for name in [*(one.name for one in candidates), GAP_CLOSED]
                 if any(pivot[measure].get(name) for measure in columns)
             }
             if columns:
                 title = f"{what} on {dataset}, {evaluation.comparison.lookup.primary}, {unit} [95 % interval]"
                 parts.append(_table(title, columns, rows))
-    costs = [[name, f"{number / 1e6:.2f}", f"{gflop:.2f}"] for name, _, number, gflop in candidates]
+    costs = [[one.name, f"{one.num_parameters / 1e6:.2f}", f"{one.gflop:.2f}"] for one in candidates]
     return "\n\n".join([*parts, format_table(["", "M parameters", f"GFLOP/{each}"], costs)])
 
 
@@ -113,7 +109,7 @@ def study_table(logs: Mapping[str, Log]) -> str:
     names = [name for name in EMBEDDINGS if _top1(first, name) != "–"]
     lines = [["untrained", *(_top1(first, name, step=0) for name in names)]]
     for run, log in logs.items():
-        has_own = _top1(log, names[0], "teacher") != "–"
+        has_own = _top1(log, names[0], TEACHER) != "–"
         cells = []
         for name in names:
             closed = gap_closed_by_step(log, DATASET, name, baselines=log if has_own else first)
@@ -124,8 +120,8 @@ def study_table(logs: Mapping[str, Log]) -> str:
         lines.append([run, *cells, f"{loss:.3f}", seconds])
         if has_own and log is not first:
             lines.append(["– its untrained", *(_top1(log, name, step=0) for name in names)])
-            lines.append(["– its teacher", *(_top1(log, name, "teacher") for name in names)])
-    lines.append(["teacher", *(_top1(first, name, "teacher") for name in names)])
+            lines.append(["– its teacher", *(_top1(log, name, TEACHER) for name in names)])
+    lines.append([TEACHER, *(_top1(first, name, TEACHER) for name in names)])
     return format_table(["bank train / bank test", *names, "loss", "s"], lines, "github")
 
 
