@@ -48,9 +48,7 @@ CURVES = {
     "gradient_norm": ("Gradient norm before clipping", "log", "l2_norm/grad/global"),
     "throughput": ("Throughput in {}/s", "", "throughput/images_per_sec"),
     "data_wait": ("Fraction of the time spent waiting for {}", "%", "throughput/data_wait"),
-    "cosine": ("Cosine of prediction and target", "", "health/cosine"),
     "variance": ("Variance over the {}", "", "health/*_variance"),
-    "effective_rank": ("Effective rank of the predictions", "", "health/effective_rank"),
 }
 
 

@@ -59,7 +59,7 @@ def test_train(trained: Path) -> None:
     losses = losses_of(trained)
     assert list(losses) == [0, 1, 2, 3]
     logged = (trained / "log.jsonl").read_text()
-    for key in ("metrics/four/teacher/bank_train/top1", "health/cosine", "four/bank_test/top1/layer_mean_cls"):
+    for key in ("metrics/four/teacher/bank_train/top1", "health/target_variance", "four/bank_test/top1/layer_mean_cls"):
         assert key in logged, key
 
 

@@ -81,8 +81,7 @@ def browser() -> Iterator[Browser]:
 def test_training_ends_with_a_report(run_folder: Path) -> None:
     pictures = {path.stem for path in (run_folder / "report").glob("*.png")}
     assert pictures - {"gap_closed_squares"} == {  # if the random teacher is better
-        *("loss", "learning_rate", "gradient_norm", "throughput", "data_wait"),
-        *("cosine", "variance", "effective_rank"),
+        *("loss", "learning_rate", "gradient_norm", "throughput", "data_wait", "variance"),
         *("retrieval_squares_bank_train", "retrieval_squares_bank_test", "probes_squares", "confusion_squares"),
         "without_labels_squares",
         *(f"gallery_squares_{i}" for i in (1, 2, 3)),
@@ -185,7 +184,7 @@ def test_the_page_fits_a_browser_window(browser: Browser, run_folder: Path, widt
     assert page.title() == "mine"
     assert page.evaluate("document.documentElement.scrollWidth") == width
     shown = page.eval_on_selector_all("img", "all => all.map(img => [img.complete && img.naturalWidth, img.width])")
-    assert len(shown) == len(list((run_folder / "report").glob("*.png"))) >= 16
+    assert len(shown) == len(list((run_folder / "report").glob("*.png"))) >= 14
     assert all(natural > 0 and 0.7 * min(width, 500) < displayed <= width for natural, displayed in shown)
     columns = page.eval_on_selector_all("figure", "all => new Set(all.map(f => Math.round(f.offsetLeft))).size")
     assert columns == (2 if width > 1000 else 1)
