@@ -213,7 +213,13 @@ class TeacherConfig(TimmSizes):
 
 
 class StudentOptions(Section):
-    """The student's blocks: the arguments of ``Teacher.build_student``."""
+    """The student: the arguments of ``Teacher.build_student``."""
+
+    model: Annotated[Text, must("be timm/NAME", lambda name: name.startswith(PREFIX))] | None = None
+    """null: blocks on the teacher's encoder, as in the chapter. timm/NAME: that model whole, of any architecture whose
+    features have a grid; the fields below, except ``pretrained``, must keep their defaults."""
+    pretrained: bool = False
+    """With a model: start from timm's weights, from the Hugging Face hub."""
 
     depth: Up1000 = 5
     """Number of blocks."""
@@ -240,9 +246,10 @@ class TargetsConfig(Section):
     """Number of the teacher's last blocks in the target; null: the teacher's own setting."""
     source: TargetSource = "ffn"
     """``ffn``: the teacher's FFN outputs. ``block``: its blocks' outputs (in a pre-norm ViT, the residual stream)."""
-    normalization: Normalization = "instance"
+    normalization: Normalization | None = None
     """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in the
-    chapter. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses."""
+    chapter. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. null: ``instance``; with
+    ``student.model``, ``layer``."""
     final_layer_norm: bool | None = None
     """End target, prediction and ``layer_mean`` with a LayerNorm. ``null``: as the teacher's own pre-training, false
     for data2vec 2.0's audio models."""

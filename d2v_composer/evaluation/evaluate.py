@@ -143,7 +143,7 @@ def build_candidates(first: Backbone, models: Mapping[str, Backbone], layer_mean
 
     return [
         Candidate(encoder.baseline, lambda *inputs: encoder.raw(Inputs(*inputs))),
-        candidate("encoder", encoder, encoder, pool),
+        *([candidate("encoder", encoder, encoder, pool)] if first.block_list else []),  # not if it is all of the model
         *(
             candidate(name, each, each.encoder, partial(each.embed_encoded, layer_mean=layer_mean))
             for name, each in models.items()

@@ -30,7 +30,6 @@ class Student(Transformer):
 
     Attributes:
         entrance: D → d; the identity at the encoder's width.
-        head: What classifies the embeddings of a fine-tuned student, d → classes, or ``None``.
 
     Raises:
         ValueError: The sizes do not fit the encoder's.
@@ -50,7 +49,6 @@ class Student(Transformer):
         ]
         super().__init__(encoder, blocks, config, provenance)
         self.embed_dim = dim
-        self.head: Any = None  # a module
         self.alibi = build_alibi(encoder.config, num_heads, num_heads if config.alibi else 0)
         init_linear_layers(self.blocks)
         self.entrance = fsdp_unit(init_linear_layers(nn.Linear(width, dim))) if dim < width else nn.Identity()
