@@ -105,7 +105,7 @@ def save_student(student: Student, out: Path) -> None:
         sample: Any = encoder
         sizes["encoder"] = asdict(replace(encoder.config, timm=now, outputs=sample.sample_outputs()))
     tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes, primary)}
-    kind = "student" if student.head is None else "classifier"
+    kind = "classifier" if "head.weight" in tensors else "student"
     write_model_file(out, kind, sizes, student.provenance, tensors)
 
 
