@@ -103,9 +103,6 @@ def check_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
         if (path := folders[row] / "run.yaml").exists():
             with reading(path):
                 before, record = yaml.safe_load(path.read_text()), build_run_record(load_config(arguments), ("config",))
-                before["config"]["save_folder"] = record.record["config"][
-                    "save_folder"
-                ]  # an earlier release's is another
                 if changes := record.changes(before):
                     raise InputError(f"{row}: {changes}; choose another --out, or remove {folders[row]}")
 

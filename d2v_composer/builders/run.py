@@ -51,9 +51,9 @@ from d2v_composer.config.schema import (
 )
 from d2v_composer.data.index import describe_data
 from d2v_composer.data.modalities import MODALITIES, modality_of
-from d2v_composer.evaluation.evaluate import build_embeds
+from d2v_composer.evaluation.evaluate import build_candidates
 from d2v_composer.evaluation.labeled_retrieval import Embed
-from d2v_composer.evaluation.metrics import read_jsonl
+from d2v_composer.evaluation.metrics import TEACHER, read_jsonl
 from d2v_composer.models.distillation import DistillationModel, check_tensors
 from d2v_composer.models.execution import (
     choose_precision,
@@ -156,7 +156,7 @@ def train_student(
     header = {modality.unit: f"{data['samples']:,} in {data['location']}"}
     if retrieval is not None:
         sets = ", ".join(retrieval.datasets)
-        header["retrieval"] = f"{sets} every {config.retrieval.interval}, primary embedding {retrieval.primary}"
+        header["retrieval"] = f"{sets} every {config.retrieval.interval}, primary embedding {retrieval.lookup.primary}"
 
     def report() -> None:
         if retrieval is not None and retrieval.history:
@@ -410,19 +410,18 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
     retrieval = config.retrieval
     if not any(retrieval.datasets.values()):
         return None
-    primary, embeds = choose_embeds(config, model)
+    primary, student, baselines = choose_embeds(config, model)
+    sizes = model.teacher.config
     with node_leaders_first("the data sets for retrieval"):
-        sizes = model.teacher.config
         datasets = build_labeled_sets(retrieval, modality_of(sizes))
-    embeds = {name: model.in_precision(embed) for name, embed in embeds.items()}
     with errors_of("retrieval"):
         return ZeroShotRetrieval(
             datasets,
             retrieval.interval,
             retrieval.ks,
-            embed=embeds["student"],
+            embed=student,
             primary=primary,
-            baselines={name: embeds[name] for name in retrieval.baselines},
+            baselines=baselines,
             at_start=retrieval.at_start,
             probes=retrieval.probes,
             augment=build_augmentation(config.train_loader, sizes, config.seed, for_views=True),
@@ -431,8 +430,8 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
         )
 
 
-def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, dict[str, Embed]]:
-    """Return the name of the primary embedding, and what computes those of student and baselines.
+def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, Embed, dict[str, Embed]]:
+    """Return the name of the primary embedding, and what computes those of the student and of each baseline.
 
     Raises:
         InputError: The section ``retrieval`` names others.
@@ -440,11 +439,13 @@ def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, d
     retrieval = config.retrieval
     with errors_of("retrieval"):
         primary = choose_embedding(model.student, retrieval.pooling, retrieval.representation).name
-    embeds = build_embeds(model.teacher, {"student": model.student, "teacher": model.teacher}, model.layer_mean)
-    if unknown := [name for name in retrieval.baselines if name not in embeds]:
-        allowed = ", ".join(name for name in embeds if name != "student")
+    models = {TEACHER: model.teacher, "student": model.student}
+    *others, student = build_candidates(model.teacher, models, model.layer_mean)
+    known = {each.name: model.in_precision(each.embed) for each in others}
+    if unknown := [name for name in retrieval.baselines if name not in known]:
+        allowed = ", ".join(known)
         raise InputError(f"retrieval.baselines: must be among {allowed} with this teacher, got {unknown[0]}")
-    return primary, embeds
+    return primary, model.in_precision(student.embed), {name: known[name] for name in retrieval.baselines}
 
 
 def find_checkpoint(config: TrainerConfig) -> Checkpoint | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d
 
 from d2v_composer.data.modality import Modality, decoding
-from d2v_composer.models.audio import log_mel
+from d2v_composer.models.audio import LogMel
 from d2v_composer.models.sizes import SAMPLE_RATE
 from d2v_composer.system.errors import UnreadableSampleError
 
@@ -173,7 +173,8 @@ class Audio(Modality):
 
     def picture(self, sample: Tensor) -> Tensor:
         """Return a square log-mel spectrogram, high pitches on top, of what :meth:`sound` plays."""
-        log_mel_NM = log_mel(sample[None, : LONGEST_HEARD * SAMPLE_RATE])[0]
+        log_mel_1NM, _ = LogMel()(sample[None, : LONGEST_HEARD * SAMPLE_RATE])
+        log_mel_NM = log_mel_1NM[0]
         return adaptive_avg_pool1d(log_mel_NM.T.flip(0), len(log_mel_NM.T))
 
     def sound(self, sample: Tensor) -> bytes:

@@ -11,14 +11,13 @@ import jinja2
 import matplotlib as mpl
 import torch
 import yaml
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from d2v_composer.data.labeled import LabeledSet
 from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.evaluate import gap_closed
-from d2v_composer.evaluation.metrics import AGREEMENT, HEALTH_STATES
+from d2v_composer.evaluation.metrics import AGREEMENT, HEALTH_STATES, TEACHER, read_accuracies, retrieval_from
 from d2v_composer.report.plots import STYLE, WIDTH, accuracy_plots, confusion_plot, curves
 from d2v_composer.report.run import Run, latest
 from d2v_composer.system.files import write_atomically
@@ -40,15 +39,15 @@ def write_report(run: Run, folder: Path) -> list[Path]:
     Returns:
         The written files, the page first.
     """
-    found = {title: plots for title, plots in _sections(run) if plots}
     sections = {
         title: [(name, _png(figure), *(clips or [()])) for name, figure, *clips in plots]
-        for title, plots in found.items()
+        for title, plots in _sections(run)
+        if plots
     }
     template = Path(__file__).with_name("page.html").read_text("utf-8")
     page = jinja2.Template(template, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).render(
         record=run.record,
-        num_batches=int(run.last("time/batch") or 0),
+        num_batches=int(latest(run.log.get("time/batch", {})) or 0),
         warnings=list(_warnings(run)),
         tiles=list(_tiles(run)),
         sections=sections,
@@ -88,19 +87,20 @@ def _png(figure: Figure) -> bytes:
 def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
     """Yield the numbers at the top of the page: label, value, note."""
     for k in (1, 5):
-        if (accuracy := run.last(f"metrics/test/top{k}")) is not None:
+        if (accuracy := latest(run.log.get(f"metrics/test/top{k}", {}))) is not None:
             yield f"top-{k} on the test {run.modality.unit}", f"{100 * accuracy:.1f} %", ""
     for name in run.retrieval["datasets"]:
         k = min(run.retrieval["ks"])
-        for measure, label in {k: f"top-{k}, bank train", AGREEMENT: "neighbor agreement"}.items():
-            student, teacher = (run.accuracies(name, "train", measure, model) for model in (None, "teacher"))
-            values = {"untrained": student.get(0), "student": latest(student), "teacher": latest(teacher)}
-            shown = {model: round(100 * value, 1) for model, value in values.items() if value is not None}
-            if "student" not in shown:
+        for measure, label in (retrieval_from("train", k), f"top-{k}, bank train"), (AGREEMENT, AGREEMENT.heading):
+            student, teacher = (read_accuracies(run.log, name, measure, baseline=model) for model in ("", TEACHER))
+            values = student.get(0), latest(student), latest(teacher)
+            before, after, best = (None if value is None else round(100 * value, 1) for value in values)
+            if after is None:
                 continue
-            notes = [f"{model} {value:.1f} %" for model, value in shown.items() if model != "student"]
-            yield f"{name} {label}", f"{shown['student']:.1f} %", ", ".join(notes)
-            if len(shown) == len(values) and (closed := gap_closed(**shown)) is not None:
+            others = {"untrained": before, TEACHER: best}
+            notes = [f"{model} {value:.1f} %" for model, value in others.items() if value is not None]
+            yield f"{name} {label}", f"{after:.1f} %", ", ".join(notes)
+            if before is not None and best is not None and (closed := gap_closed(before, after, best)) is not None:
                 yield "teacher gap closed", f"{100 * closed:.0f} %", f"{name}, {label}"
 
 
@@ -136,16 +136,12 @@ def gallery(modality: Modality, labeled: LabeledSet, chosen: Tensor, nearest: Te
             mark, color = ("✓", "tab:green") if bank.labels[index] == label else ("✗", "tab:red")
             shown.append((bank.samples[index], f"{mark} {class_names[bank.labels[index]]}", color))
         for axes, (sample, text, color) in zip(row, shown, strict=True):
-            _show(axes, modality.picture(sample), text, color)
+            axes.imshow(modality.picture(sample).numpy(), interpolation="nearest")
+            axes.grid(visible=False)
+            axes.set(xticks=[], yticks=[])
+            axes.set_xlabel(text, color=color, fontsize=10)
+            for spine in axes.spines.values():
+                spine.set(visible=True, color=color, linewidth=3)
         clips.append([(text, heard) for sample, text, _ in shown if (heard := modality.sound(sample)) is not None])
     figure.suptitle(f"query, then its nearest {modality.unit}")
     return figure, list(filter(None, clips))
-
-
-def _show(axes: Axes, picture: Tensor, text: str, color: str) -> None:
-    axes.imshow(picture.numpy(), interpolation="nearest")
-    axes.grid(visible=False)
-    axes.set(xticks=[], yticks=[])
-    axes.set_xlabel(text, color=color, fontsize=10)
-    for spine in axes.spines.values():
-        spine.set(visible=True, color=color, linewidth=3)
