@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.data2vec2 import ENCODERS
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.names import Pooling, Representation
@@ -230,7 +231,7 @@ DEFAULT_PRIMARY = PrimaryEmbedding("output", "cls")
 
 
 def choose_embedding(
-    model: Student | Teacher, pooling: Pooling | None, representation: Representation | None
+    model: Backbone, pooling: Pooling | None, representation: Representation | None
 ) -> PrimaryEmbedding:
     """Return the requested embedding; ``None`` means as in the primary embedding of the model's run.
 
