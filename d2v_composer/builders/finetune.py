@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from d2v_composer.builders.data import build_train_loader, read_train_index
+from d2v_composer.builders.fit import fit_and_close, join_and_seed, write_run_report
 from d2v_composer.builders.models import build_augmentation, load_trained_model
 from d2v_composer.builders.run import (
     FIXED_IN_ANY_RUN,
@@ -19,9 +20,6 @@ from d2v_composer.builders.run import (
     build_run_record,
     build_scheduler,
     build_trainer,
-    fit_and_close,
-    join_and_seed,
-    write_run_report,
 )
 from d2v_composer.callbacks.algorithms import SeededBatches
 from d2v_composer.checkpoints.checkpoint import LATEST

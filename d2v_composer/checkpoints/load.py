@@ -104,7 +104,7 @@ def save_student(student: Backbone, out: Path) -> None:
     """
     primary = stored_primary(student.provenance)
     sizes, encoder = sizes_of(student), student.encoder
-    kind = "student" if student.head is None else "classifier"
+    kind = "classifier" if isinstance(student.head, nn.Linear) else "student"  # timm's may be an Identity
     if isinstance(student.config, TimmNetworkConfig):
         if student.head is not None and primary.pooling != "cls":
             raise InputError(f"{out}: timm's classifier reads output_cls; this one was trained on {primary.name}")
