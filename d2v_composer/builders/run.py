@@ -27,7 +27,6 @@ from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.resume import drop_unused_scaler
 from d2v_composer.config.schema import TrainConfig, TrainerConfig
-from d2v_composer.data.index import describe_data
 from d2v_composer.data.modalities import MODALITIES, modality_of
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.execution import choose_precision
@@ -54,14 +53,12 @@ def build_run(config: TrainConfig) -> BuiltRun:
     """
     model = build_model(config)
     modality, loader = modality_of(model.teacher.config), config.train_loader
-    train_data = read_train_index(loader, modality, config.global_train_batch_size)
+    index = read_train_index(loader, modality, config.global_train_batch_size)
     transform = build_augmentation(loader, model.teacher.config, config.seed).transform
     sizes = config.global_train_batch_size, config.seed
-    train_loader = build_train_loader(
-        loader, modality, train_data, transform, *sizes, is_compiled=config.compile is not False
-    )
+    train_loader = build_train_loader(loader, index, transform, *sizes, is_compiled=config.compile is not False)
     retrieval = build_retrieval(config, model)
-    data = {"modality": modality.name, "location": loader.remote or loader.local, **describe_data(*train_data)}
+    data = {"modality": modality.name, "location": loader.remote or loader.local, **index.describe()}
     record = build_run_record(config, FIXED_BY_A_CHECKPOINT, teacher=model.teacher.provenance, data=data)
     arguments = {
         "train_dataloader": train_loader,

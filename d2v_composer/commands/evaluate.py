@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> "Evaluation":
     from d2v_composer.evaluation.evaluate import Evaluation, check_out, evaluate
     from d2v_composer.evaluation.labeled_retrieval import check_size
     from d2v_composer.models.execution import choose_precision
+    from d2v_composer.report.model_card import WORDS
     from d2v_composer.report.tables import evaluation_tables
     from d2v_composer.system.machine import describe_machine, package_versions
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str]) -> "Evaluation":
     options = config.device_eval_batch_size, embedding.name, augment, choose_precision(config.precision).autocast_dtype
     retrievals = list(evaluate(candidates, datasets, config.ks, device, *options, config.probes))
     class_names = {name: labeled.class_names for name, labeled in datasets.items()}
-    evaluation = Evaluation(candidates, retrievals, embedding.name, class_names, modality.words()["each"])
+    evaluation = Evaluation(candidates, retrievals, embedding.name, class_names, WORDS[modality.name]["each"])
     tables = evaluation_tables(evaluation)
     print(tables)
     if config.out is not None:

@@ -1,6 +1,8 @@
 """Batches of clips of similar length: each sample once, the same on any number of ranks, little padding."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +10,12 @@ import torch
 from numpy.typing import NDArray
 from streaming.base.world import World
 
-from d2v_composer.data.images import Images
-from d2v_composer.data.index import describe_data, read_lengths
+from d2v_composer.data.audio import Audio
+from d2v_composer.data.mds import Index
 from d2v_composer.data.modality import collate
 from d2v_composer.data.streaming import EpochOrder, LengthOrder, padded_sizes
 from d2v_composer.system.errors import InputError
+from helpers import write_mds
 
 SEED, EPOCH = 17, 3
 Lengths = NDArray[np.int64]
@@ -62,7 +65,7 @@ def test_an_epoch_has_each_sample_once_and_the_same_batches_on_any_ranks(canonic
             assert np.array_equal(found.reshape(-1, 48), expected[first:])
         owners = global_batches(order, 48, nodes, ranks)
         assert not any(set(owners[:, 0].ravel()) & set(owners[:, node].ravel()) for node in range(1, nodes))
-    order.shuffle_seed += 1
+    order.seed += 1
     assert not np.array_equal(global_batches(order, 48, 1, 1).reshape(-1, 48), expected)
 
 
@@ -71,7 +74,7 @@ def test_a_nodes_samples_are_its_part_of_streamings_order() -> None:
     lengths = prompts(np.random.default_rng(1), 4000)
     ours = build_order(lengths, 64, shuffle_block_size=500, num_canonical_nodes=4)
     theirs = EpochOrder(
-        ours.samples_per_shard,
+        ours.shard_sizes,
         batch_size=64,
         shuffle_block_size=500,
         num_canonical_nodes=4,
@@ -103,7 +106,7 @@ def test_little_is_padding(
     frames, valid = (np.array(samples) // 320 - 1 for samples in (padded, batches[:400]))
     share = 1 - valid.sum() / (frames.sum() * batch_size)
     assert share < 0.1
-    unsorted = EpochOrder.arrange(order, EPOCH, 0, World(1, 1, 1, 0)).reshape(-1, batch_size)
+    unsorted = order.draw(EPOCH)[: len(batches) * batch_size].reshape(-1, batch_size)
     assert 1 - lengths[unsorted].mean() / lengths[unsorted].max(axis=1).mean() > 2 * share
 
 
@@ -126,7 +129,14 @@ def test_collate_pads_to_a_size() -> None:
     assert lengths.tolist() == [3, 5]
     assert [each.shape[-1] for each in collate(samples, [4])] == [5, 2]  # longer than all sizes
     assert len(collate([torch.ones(4), torch.ones(4)], [4])) == 1
-    assert not Images.has_lengths
+
+
+def open_clips(folder: Path, summary: str | None) -> Index:
+    """Three clips, and the summary of their conversion."""
+    write_mds(folder, [bytes(9)] * 3)
+    if summary is not None:
+        (folder / "conversion.json").write_text(summary)
+    return Index(folder, Audio(), "image")
 
 
 @pytest.mark.parametrize(
@@ -140,15 +150,13 @@ def test_collate_pads_to_a_size() -> None:
         ("[]", "conversion.json"),
     ],
 )
-def test_lengths_must_be_there(tmp_path, summary: str | None, problem: str) -> None:
-    if summary is not None:
-        (tmp_path / "conversion.json").write_text(summary)
+def test_lengths_must_be_there(tmp_path: Path, summary: str | None, problem: str) -> None:
     with pytest.raises(InputError, match=problem) as raised:
-        read_lengths(tmp_path, 3)
+        _ = open_clips(tmp_path, summary).lengths
     assert "\n" not in str(raised.value)
 
 
-def test_other_lengths_are_another_data_set() -> None:
-    shards = [{"samples": 2, "raw_data": {"bytes": 9}}]
-    digests = {describe_data(shards, lengths)["sha256"] for lengths in (None, np.array([1, 2]), np.array([2, 1]))}
-    assert len(digests) == 3
+def test_other_lengths_are_another_data_set(tmp_path: Path) -> None:
+    summaries = [json.dumps({"lengths": lengths}) for lengths in ([1, 2, 3], [2, 1, 3])]
+    digests = {open_clips(tmp_path / str(i), each).describe()["sha256"] for i, each in enumerate(summaries)}
+    assert len(digests) == 2

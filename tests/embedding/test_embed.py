@@ -182,7 +182,7 @@ def test_embeds_from_an_object_store(
 
 def test_a_worker_that_is_killed_is_one_line(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by the kernel if memory runs short."""
-    monkeypatch.setattr(embedding, "read_sample_file", lambda path: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr("d2v_composer.data.source.read_sample_file", lambda path: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RunError, match=r"^reading failed \(DataLoader worker \(pid.*resumes$"):
         embed(TEACHER, photos, tmp_path / "photos.npy", workers=1)
 
@@ -301,7 +301,7 @@ def test_a_pipe_is_unreadable(tmp_path: Path) -> None:
         read_sample_file(tmp_path / "pipe.jpg")
 
 
-STEPS = [(os, "posix_fallocate"), (np, "save"), (Path, "unlink"), (Path, "replace"), (shutil, "rmtree")]
+STEPS = [(os, "fsync"), (np, "save"), (Path, "unlink"), (Path, "replace"), (shutil, "rmtree")]
 
 
 @pytest.mark.parametrize(("owner", "name"), STEPS, ids=[name for _, name in STEPS])
@@ -329,7 +329,7 @@ def test_resumes_to_the_same_bytes_from_any_step(
     assert not (tmp_path / ".out.npy.partial").exists()
 
 
-def test_a_full_disk_is_one_line_before_the_first_image(tmp_path: Path, photos: Path) -> None:
+def test_a_full_disk_is_one_line(tmp_path: Path, photos: Path) -> None:
     out = tmp_path / "out.npy"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (7000, hard))  # the file needs 41 rows of 192 bytes
