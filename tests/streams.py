@@ -21,7 +21,7 @@ def open_images(local: Path, remote: Path | str | None = None, **options: Any) -
     if remote is not None and not (local / "index.json").exists():
         fetch_index(str(remote), local, 1)
     index = Index(local, Images(), remote=None if remote is None else str(remote))
-    return StreamingSamples(index, RandomResizedCropFlip(24), **{"batch_size": 16, "timeout": 1, "seed": 5, **options})
+    return StreamingSamples(index, RandomResizedCropFlip(24), **{"timeout": 1, "seed": 5, **options})
 
 
 @contextmanager

@@ -115,7 +115,7 @@ def build_ours(local: Path, remote: str | None, options: dict[str, Any]) -> Data
     if remote is not None:
         fetch_index(remote, local)
     index = Index(local, Images(), remote=remote)
-    dataset = StreamingSamples(index, RandomResizedCropFlip(IMAGE_SIZE), batch_size=BATCH_SIZE, seed=SEED)
+    dataset = StreamingSamples(index, RandomResizedCropFlip(IMAGE_SIZE), seed=SEED)
     return DataLoader(dataset, sampler=dataset.order, **options)
 
 

@@ -98,13 +98,13 @@ def build_train_loader(
             transform,
             seed=seed,
             num_classes=num_classes,
-            batch_size=batch_size // dist.get_world_size(),
+            global_batch_size=batch_size,
             epoch_size=len(index) // batch_size * batch_size,
             **options,
         )
     return DataLoader(
         dataset,
-        batch_size=dataset.order.batch_size,
+        batch_size=batch_size // dist.get_world_size(),
         sampler=dataset.order,
         collate_fn=collate,
         **worker_options(

@@ -54,7 +54,7 @@ def test_trains_on_a_data_set_of_streamings_own_converter(files: list[Path], tmp
     pixels = torch.cat([batch["image"] for batch in batches])
     assert sorted(ids.tolist()) == list(range(NUM_SAMPLES))
     index = Index(write_as_streaming(tmp_path / "ours", files, "bytes"), Images(24), "x")
-    ours = StreamingSamples(index, RandomResizedCropFlip(24), batch_size=16, seed=5)
+    ours = StreamingSamples(index, RandomResizedCropFlip(24), seed=5)
     expected = {sample["sample_id"]: sample["image"] for sample in ours}
     assert all(torch.equal(image, expected[i]) for i, image in zip(ids.tolist(), pixels, strict=True))
 
