@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -105,12 +104,7 @@ def find_samples(
         known = {row[0]: row[1].strip().partition(end)[0] for row in rows}
         names = [known.get(path) or known.get(os.path.splitext(path)[0], "") for path in paths]
         class_names = class_names or sorted({*names} - {""})
-    allowed = {*class_names}
-    for path, name in zip(paths, names, strict=True):
-        if name not in allowed:
-            expected = f"expected one of the classes {', '.join(class_names):.80}; got {name!r}"
-            raise InputError(f"{root / path}: {expected}; --labels none stores no classes")
-    return found.with_classes(names, class_names)
+    return found.with_classes(names, class_names, "--labels none stores no classes")
 
 
 def _cifar10_images(folder: Path, split: str) -> Source:
@@ -153,26 +147,24 @@ def hold_out(source: Source, record: Path, workers: int = 0) -> tuple[dict[str, 
     Returns:
         The two parts, and the number of copies that this call has found.
     """
-    ids = [str(each) for each in source.ids.tolist()]
+    ids, sizes = source.ids.astype(str), source.sizes
     if record.exists():
         held = {*json.loads(record.read_bytes())}
     else:
-        by_hash = sorted(ids, key=lambda each: hashlib.sha256(os.fsencode(each)).digest())
+        by_hash = sorted(ids.tolist(), key=lambda each: hashlib.sha256(os.fsencode(each)).digest())
         held = {*by_hash[: min(len(ids) // 10, MAX_HELD_OUT)]}
-    sizes = source.sizes.tolist()
-    counts = Counter(sizes)
-    held_sizes = {size for each, size in zip(ids, sizes, strict=True) if each in held and counts[size] > 1}
-    alike = [number for number, size in enumerate(sizes) if size in held_sizes]
-    found = map_in_workers(partial(_digest, source), alike, workers if alike else 0)
-    bar = progress_bar(found, total=len(alike), desc="comparing", unit=source.modality.unit)
-    digests = {ids[number]: digest for number, digest in zip(alike, bar, strict=True)}
-    copied = {digests[each] for each in held & digests.keys()} - {None}
-    test = held | {each for each, digest in digests.items() if digest in copied}
-    write_atomically(record, json.dumps(sorted(test)))
-    parts = {"test": [], "train": []}
-    for number, each in enumerate(ids):
-        parts["test" if each in test else "train"].append(number)
-    return {split: source.select(numbers) for split, numbers in parts.items()}, len(test - held)
+    is_held, (found, counts) = np.isin(ids, [*held]), np.unique(sizes, return_counts=True)
+    alike = np.flatnonzero(np.isin(sizes, np.intersect1d(sizes[is_held], found[counts > 1]))).tolist()
+    digests = map_in_workers(partial(_digest, source), alike, workers if alike else 0)
+    bar = progress_bar(digests, total=len(alike), desc="comparing", unit=source.modality.unit)
+    digested = dict(zip(alike, bar, strict=True))
+    of_held = {digest for number, digest in digested.items() if is_held[number]} - {None}
+    copies = [number for number, digest in digested.items() if digest in of_held and not is_held[number]]
+    write_atomically(record, json.dumps(sorted(held | {*ids[copies].tolist()})))
+    is_held[copies] = True
+    return {"test": source.select(np.flatnonzero(is_held)), "train": source.select(np.flatnonzero(~is_held))}, len(
+        copies
+    )
 
 
 def _digest(source: Source, number: int) -> bytes | None:
@@ -266,7 +258,10 @@ class _Task(NamedTuple):
             writer.shards = [None] * number  # their number becomes the next one's name
             for each in self.groups[number].tolist():
                 try:
-                    stored, length = self._encode(each)
+                    stored, length = source.load(each), None
+                    if not source.keeps_files:
+                        with reading(source.name(each)):
+                            stored, length = source.modality.encode(stored, source.name(each), **self.options)
                 except UnreadableSampleError as error:
                     if not self.skip_unreadable:
                         skips = f"--skip-unreadable skips such {source.modality.unit}"
@@ -283,13 +278,6 @@ class _Task(NamedTuple):
         done["etag"] = self.etags.get(name)
         write_atomically(record, json.dumps(done))
         return done
-
-    def _encode(self, number: int) -> tuple[bytes, int | None]:
-        name, stored = self.source.name(number), self.source.load(number)
-        with reading(name):
-            if self.source.keeps_files:
-                return stored, None
-            return self.source.modality.encode(stored, name, **self.options)
 
 
 def work_folder(out: str) -> Path:

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
@@ -198,15 +199,14 @@ def _open_splits(
     if alone.is_dir() and not any(map(list_subfolders, filter(Path.is_dir, folders))):
         if alone == root and list_subfolders(root):
             log.warning("%s: has no labels, which are in train/CLASS and test/CLASS: its folders are no classes", root)
-        source = open_folder(alone, modality)
-        _tell_left_out(source.root, source.left_out)
-        return [source]
+        return [_tell_left_out(open_folder(alone, modality))]
     return _open_class_folders(root, modality)
 
 
-def _tell_left_out(folder: str, left_out: Mapping[str, int]) -> None:
-    if left_out:
-        log.warning("%s: left out: %s", folder, name_counts(left_out))
+def _tell_left_out(source: Source, **others: int) -> Source:
+    if left_out := {**source.left_out, **others}:
+        log.warning("%s: left out: %s", source.root, name_counts(left_out))
+    return source
 
 
 def _open_class_folders(root: Path, modality: Modality) -> list[Source]:
@@ -217,17 +217,13 @@ def _open_class_folders(root: Path, modality: Modality) -> list[Source]:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; {layout}")
         source = open_folder(folder, modality)
-        in_classes = [number for number, path in enumerate(source.ids) if "/" in path]
-        num_beside = len(source) - len(in_classes)
-        beside = {f"{modality.unit} beside the class folders": num_beside} if num_beside else {}
-        _tell_left_out(source.root, {**source.left_out, **beside})
-        if not in_classes:
+        chosen = source.select([number for number, path in enumerate(source.ids) if "/" in path])
+        num_beside = len(source) - len(chosen)
+        _tell_left_out(source, **({f"{modality.unit} beside the class folders": num_beside} if num_beside else {}))
+        if not len(chosen):
             raise InputError(f"{folder}: no {modality.unit} in its class folders; {layout}")
         class_names = class_names or list_classes(folder, modality)
-        names = [path.split("/", 1)[0] for path in source.ids[in_classes]]
-        if unknown := sorted(set(names) - set(class_names)):
-            raise InputError(f"{folder / unknown[0]}: this class is not in the train folder; {layout}")
-        splits.append(source.select(in_classes).with_classes(names, class_names))
+        splits.append(chosen.with_classes([path.split("/")[0] for path in chosen.ids], class_names, layout))
     return splits
 
 
@@ -240,21 +236,16 @@ def _open_speech_commands(root: Path, modality: Modality) -> list[Source]:
     with reading(root):
         if not (root / TEST_LIST).exists():
             raise InputError(f"{root}: no {TEST_LIST}; unpack {SPEECH_COMMANDS} there")
-        test, validation = ({*(root / name).read_text().split()} for name in (TEST_LIST, VALIDATION_LIST))
+        test, validation = ((root / name).read_text().split() for name in (TEST_LIST, VALIDATION_LIST))
     source = open_folder(root, modality)
-    paths = source.ids.tolist()
-    clips = [number for number, path in enumerate(paths) if "/" in path and path[0] != "_"]
-    splits = [
-        [number for number in clips if paths[number] not in test and paths[number] not in validation],
-        [number for number in clips if paths[number] in test],
-    ]
-    if not all(splits):
+    clips = source.select([number for number, path in enumerate(source.ids) if "/" in path and path[0] != "_"])
+    words = [path.split("/")[0] for path in clips.ids]
+    clips = clips.with_classes(words, sorted({*words}), "")
+    is_test = np.isin(clips.ids, test)
+    splits = [clips.select(np.flatnonzero(each)) for each in (~is_test & ~np.isin(clips.ids, validation), is_test)]
+    if not all(map(len, splits)):
         raise InputError(f"{root}: expected clips of {TEST_LIST} and others, WORD/*.wav; got {len(clips)} clips")
-    words = [[paths[number].split("/")[0] for number in numbers] for numbers in splits]
-    class_names = sorted({word for split in words for word in split})
-    return [
-        source.select(numbers).with_classes(names, class_names) for numbers, names in zip(splits, words, strict=True)
-    ]
+    return splits
 
 
 def _load(source: Source, max_images: int | None) -> LabeledSamples:

@@ -76,7 +76,7 @@ class Source:
         """
         return self.modality.decode(self.load(number), self.name(number))
 
-    def select(self, numbers: Sequence[int]) -> Self:
+    def select(self, numbers: Sequence[int] | NDArray[np.int64]) -> Self:
         """Return some of the samples."""
         chosen = np.asarray(numbers, np.int64)
         load, label = self.load, self.label
@@ -87,9 +87,17 @@ class Source:
             label=None if label is None else lambda number: label(int(chosen[number])),
         )
 
-    def with_classes(self, names: Sequence[str], class_names: Sequence[str]) -> Self:
-        """Return the samples with labels: the place of each one's class, (N,), among all classes."""
+    def with_classes(self, names: Sequence[str], class_names: Sequence[str], hint: str) -> Self:
+        """Return the samples with labels: the place of each one's class, (N,), among all classes.
+
+        Raises:
+            InputError: A class is not among them; the line ends with ``hint``.
+        """
         places = {name: place for place, name in enumerate(class_names)}
+        for number, name in enumerate(names):
+            if name not in places:
+                expected = f"expected one of the classes {', '.join(class_names):.80}; got {name!r}"
+                raise InputError(f"{self.name(number)}: {expected}; {hint}")
         labels = np.array([places[name] for name in names], np.int64)
         return replace(self, label=lambda number: int(labels[number]), class_names=tuple(class_names))
 
@@ -165,28 +173,6 @@ def open_folder(root: Path, modality: Modality) -> Source:
         InputError: There are none.
         OSError: A folder cannot be listed.
     """
-    files, left_out = _list_files(root, modality)
-
-    def load(number: int) -> bytes:
-        path = root / paths[number]
-        with reading(path):
-            return read_sample_file(path)
-
-    paths = np.array([path for path, *_ in files])
-    return Source(
-        root=str(root),
-        modality=modality,
-        ids=paths,
-        load=load,
-        sizes=np.array([num_bytes for _, num_bytes, _ in files], np.int64),
-        marks=np.array([int(_sha256(file)[:15], 16) for file in files], np.int64),
-        fingerprint=_sha256(root.resolve()),
-        left_out=left_out,
-    )
-
-
-def _list_files(root: Path, modality: Modality) -> tuple[list[tuple[str, int, int]], dict[str, int]]:
-    """Return path, bytes and time of change of each file, and the number of others by kind."""
     files, others, seen = list[tuple[str, int, int]](), Counter[str](), set[object]()
     named, links = deque([root]), deque[Path]()
     while named or links:
@@ -215,7 +201,24 @@ def _list_files(root: Path, modality: Modality) -> tuple[list[tuple[str, int, in
     if not files:
         supported, found = ", ".join(modality.suffixes), name_counts(others)
         raise InputError(f"{root}: no {modality.unit}; supported suffixes are {supported}; other files: {found}")
-    return sorted(files), dict(sorted(others.items()))
+    files.sort()
+    paths = np.array([path for path, *_ in files])
+
+    def load(number: int) -> bytes:
+        path = root / paths[number]
+        with reading(path):
+            return read_sample_file(path)
+
+    return Source(
+        root=str(root),
+        modality=modality,
+        ids=paths,
+        load=load,
+        sizes=np.array([num_bytes for _, num_bytes, _ in files], np.int64),
+        marks=np.array([int(_sha256(file)[:15], 16) for file in files], np.int64),
+        fingerprint=_sha256(root.resolve()),
+        left_out=dict(sorted(others.items())),
+    )
 
 
 def name_counts(left_out: Mapping[str, int]) -> str:
