@@ -21,11 +21,10 @@ from composer.utils.file_helpers import list_remote_objects
 from composer.utils.object_store import S3ObjectStore
 
 from d2v_composer.builders.data import open_index
-from d2v_composer.builders.distillation import build_teacher
 from d2v_composer.builders.models import build_labeled_sets
+from d2v_composer.builders.run import build_teacher
+from d2v_composer.checkpoints.checkpoint import LATEST, LOG
 from d2v_composer.checkpoints.load import load_any, load_student, save_student
-from d2v_composer.checkpoints.resume import LOG
-from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.images import Images
 from d2v_composer.data.modalities import modality_of
@@ -55,17 +54,29 @@ def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> b
     Returns:
         True if all checks passed.
     """
-    with closing(Rehearsal(argv, config, train_script)) as rehearsal, if_interrupted(rehearsal.close):
+    with closing(Rehearsal(argv, config, train_script)) as run, if_interrupted(run.close):
         print_row("check", "verdict", "found")
-        passed = False not in [check(*row) for row in rehearsal.checks().items()]
-        for name, phase in rehearsal.phases().items():
-            if passed:
-                passed = check(name, phase)
-            else:
+        checks = {
+            "models": run.check_models,
+            "data": run.check_data,
+            "save_folder": run.check_rights,
+            "labeled sets": run.check_labeled_sets,
+        }
+        passed = False not in [check(name, look) for name, look in checks.items()]
+        phases = {
+            "training": run.train,
+            "SIGTERM": run.stop,
+            "resume": run.resume,
+            "export": run.export,
+            "checkpoints": run.check_disk_space,
+        }
+        for name, phase in phases.items():
+            if not passed:
                 print_row(name, "skipped", "fix the failure above first")
+            passed = passed and check(name, phase)
         if passed:
             print("\nThe whole run will need (if nothing else used the machine during the rehearsal):")
-            print(rehearsal.needs(), flush=True)
+            print(run.needs(), flush=True)
     return passed
 
 
@@ -98,33 +109,14 @@ class Rehearsal:
         self.temporary = TemporaryDirectory()
         self.output = Path(self.temporary.name, "output.txt")
         self.save_folder = f"{config.run_folder or self.temporary.name}/{FOLDER}"
-        self.address, self.folder = Address.parse(self.save_folder), RunFolder.parse(self.save_folder).local
-        self.log = self.folder / LOG
-        self.cache = Path(config.train_loader.local, FOLDER)
+        self.folder, self.cache = RunFolder.parse(self.save_folder), Path(config.train_loader.local, FOLDER)
+        self.log, self.latest = self.folder.local / LOG, self.folder.local / LATEST
         self.process: subprocess.Popen[Any] | None = None
-        self.checkpoint_bytes = 0
         # The pace is the mean of these last intervals. Before them come torch.compile and, on a GPU, the batches that
         # were loaded meanwhile: a slow loader shows only after them.
         loader, on_gpu = config.train_loader, torch.cuda.is_available()
         self.intervals = 10 if on_gpu else 1
         self.batches = (self.intervals + 1) * INTERVAL + on_gpu * loader.num_workers * loader.prefetch_factor
-
-    def checks(self) -> dict[str, Callable[[], str]]:
-        return {
-            "models": self.check_models,
-            "data": self.check_data,
-            "save_folder": self.check_rights,
-            "labeled sets": self.check_labeled_sets,
-        }
-
-    def phases(self) -> dict[str, Callable[[], str]]:
-        return {
-            "training": self.train,
-            "SIGTERM": self.stop,
-            "resume": self.resume,
-            "export": self.export,
-            "checkpoints": self.check_disk_space,
-        }
 
     def check_models(self) -> str:
         teacher = build_teacher(self.config.teacher)
@@ -154,9 +146,9 @@ class Rehearsal:
         self.remove()  # what a killed preflight left
         if (folder := self.config.run_folder) is not None:
             check_owned(folder.local, MARK, "save_folder")
-        if self.address.scheme != "s3":
+        scheme, bucket, path = Address.parse(self.save_folder)
+        if scheme != "s3":
             return "the rehearsal writes and reads it"
-        _, bucket, path = self.address
         client, target = S3ObjectStore(bucket).client, {"Bucket": bucket, "Key": f"{path}/rights"}
         client.put_object(**target, Body=b"preflight")
         client.get_object(**target)
@@ -187,8 +179,8 @@ class Rehearsal:
     def resume(self) -> str:
         """Resume with the YAML's intervals, and train long enough to measure the speed."""
         batch = self.num_batches()
-        if self.address.is_remote:
-            for copy in self.folder.glob("*.pt"):  # the store's must do, as on another machine
+        if self.folder.address is not None:
+            for copy in self.folder.local.glob("*.pt"):  # the store's must do, as on another machine
                 copy.unlink()
         self.start(f"max_duration={batch + self.batches}ba")
         if (status := self.wait(PHASE_SECONDS)) != 0:
@@ -196,13 +188,12 @@ class Rehearsal:
         if f" at batch {batch}\n" not in self.output.read_text(errors="replace"):
             raise self.fault(f"the run started over instead of resuming at batch {batch}")
         self.logged = read_jsonl(self.log)
-        self.checkpoint_bytes = (self.folder / LATEST).stat().st_size
         return f"from batch {batch}, {self.batches} more batches, then retrieval"
 
     def export(self) -> str:
         """Export the student of the newest checkpoint, and load it again."""
         out = Path(self.temporary.name, "student.safetensors")
-        student, _ = load_any(str(self.folder / LATEST), teacher_path=self.config.teacher.checkpoint)
+        student, _ = load_any(self.latest, teacher_path=self.config.teacher.checkpoint)
         assert isinstance(student, Student)  # a checkpoint has one
         save_student(student, out)
         load_student(out)
@@ -210,18 +201,21 @@ class Rehearsal:
 
     def check_disk_space(self) -> str:
         """Check that the disk has space for the checkpoints; the rehearsal itself checks this for its cache."""
-        config, kept = self.config, self.config.save_num_checkpoints_to_keep
+        config, num_to_keep = self.config, self.config.save_num_checkpoints_to_keep
         if config.save_folder is None:
             return "none: save_folder is null"
         saved = self.in_batches(config.max_duration) // self.in_batches(config.save_interval) + 1
-        most = saved if kept < 0 else min(kept + 1, saved)  # the next is written before the oldest goes
-        needed, free = self.checkpoint_bytes * most / 1e9, shutil.disk_usage(self.folder).free / 1e9
+        at_a_time = (
+            saved if num_to_keep < 0 else min(num_to_keep + 1, saved)
+        )  # the next is written before the oldest goes
+        size, free = self.latest.stat().st_size, shutil.disk_usage(self.latest.parent).free / 1e9
+        needed = size * at_a_time / 1e9
         found = (
-            f"{saved} checkpoints of {self.checkpoint_bytes / 1e6:,.0f} MB, {'all' if kept < 0 else kept} kept: they "
-            f"need at most {needed:.1f} GB at a time, and {free:.1f} GB is free"
+            f"{saved} checkpoints of {size / 1e6:,.0f} MB, {'all' if num_to_keep < 0 else num_to_keep} kept: they need "
+            f"at most {needed:.1f} GB at a time, and {free:.1f} GB is free"
         )
         if needed > free:
-            raise InputError(f"{self.folder.parent}: {found}")
+            raise InputError(f"{config.save_folder}: {found}")
         return found
 
     def num_batches(self) -> int:
@@ -268,9 +262,9 @@ class Rehearsal:
 
     def remove(self) -> None:
         """Remove the rehearsal's files."""
-        for folder in (self.folder, self.cache):
+        for folder in (self.folder.local, self.cache):
             shutil.rmtree(folder, ignore_errors=True)
-        scheme, bucket, path = self.address
+        scheme, bucket, path = Address.parse(self.save_folder)
         if scheme == "s3":  # Composer cannot delete a file of another store
             store = S3ObjectStore(bucket)
             for key in store.list_objects(f"{path}/"):

@@ -18,7 +18,7 @@ from composer.utils import dist
 from tqdm import tqdm
 
 from d2v_composer.callbacks.trainer_state import unwrapped
-from d2v_composer.checkpoints.resume import upload
+from d2v_composer.checkpoints.checkpoint import upload
 from d2v_composer.system.errors import RunError, writing
 
 # metrics/DATASET/[BASELINE/]bank_train/topK: the accuracy of the primary embedding; or that of a fine-tuned classifier.

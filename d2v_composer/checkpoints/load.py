@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_newest
 from d2v_composer.checkpoints.fairseq import load_data2vec2
-from d2v_composer.checkpoints.safe_load import fetch_model, is_trained, load_untrusted, read_newest
+from d2v_composer.checkpoints.safe_load import is_trained, load_untrusted
 from d2v_composer.checkpoints.student_file import (
     CONFIG_TENSOR,
-    PrimaryEmbedding,
     build_encoder,
+    build_loaded,
     check_fits,
     check_outputs,
     check_same_encoder,
@@ -104,7 +105,7 @@ def save_student(student: Student, out: Path) -> None:
         sample: Any = encoder
         sizes["encoder"] = asdict(replace(encoder.config, timm=now, outputs=sample.sample_outputs()))
     tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes, primary)}
-    kind = "classifier" if "head.weight" in tensors else "student"
+    kind = "student" if student.head is None else "classifier"
     write_model_file(out, kind, sizes, student.provenance, tensors)
 
 
@@ -135,10 +136,18 @@ def load_student(path: str | Path) -> Student:
     stored = read_model_file(file)
     stored.expect(path, "student")
     sizes, _ = pop_sizes(path, stored.tensors)
-    encoder_config, student_config = check_student(path, sizes, stored.tensors)
-    student = Student(build_encoder(encoder_config), student_config, stored.provenance)
-    student.load_state_dict(stored.tensors)
+    student = _build_student(path, sizes, stored.tensors, stored.provenance)
     check_outputs(path, student.encoder)
+    return student
+
+
+def _build_student(
+    source: str | Path, sizes: dict[str, Any], tensors: dict[str, Tensor], provenance: dict[str, Any]
+) -> Student:
+    """Build a student from sizes and tensors of a file, in eval mode."""
+    encoder_config, student_config = check_student(source, sizes, tensors)
+    student = Student(build_encoder(encoder_config), student_config, provenance)
+    student.load_state_dict(tensors)
     return student.eval()
 
 
@@ -189,7 +198,7 @@ def _load_file(path: str | Path, file: Path, weights: Weights, teacher_path: str
     """Load ``file``, the local copy of ``path``."""
     kind, contents = (read_model_file(file).kind, {}) if is_safetensors(file) else ("", load_untrusted(file))
     if is_trained(contents):
-        return _load_checkpoint(file, contents, teacher_path)
+        return _load_checkpoint(Checkpoint(file, contents), teacher_path)
     if kind == "student":
         return _with_teacher(load_student(path), teacher_path)
     if not kind and isinstance(contents, dict) and "cfg" not in contents:  # weights without sizes, such as timm's
@@ -217,31 +226,26 @@ def _with_teacher(student: Student, path: str | None) -> Models:
     return student, teacher
 
 
-def _load_checkpoint(path: Path, contents: Any, teacher_path: str | None) -> Models:
+def _load_checkpoint(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
     """Load the models in a checkpoint from ``recipes/train.py`` or ``recipes/finetune.py``."""
     try:
-        state = contents["state"]
-        record, tensors = state["callbacks"]["RunRecord"]["record"], dict(state["model"])
-        if "model" in record:
-            return _with_teacher(_load_finetuned(path, record, tensors), teacher_path)
-        if retrieved := state["callbacks"].get("ZeroShotRetrieval", {}).get("history"):
-            baselines = state["callbacks"]["ZeroShotRetrieval"]["baseline_metrics"]
-            batch = int(state["timestamp"]["Timestamp"]["batch"])
-            results = {"batch": batch, "first": retrieved[0], "last": retrieved[-1], "baselines": baselines}
-            record = record | {"results": results}
-        return _load_trained(path, record, tensors, teacher_path)
+        if "model" in checkpoint.record:
+            return _with_teacher(_load_finetuned(checkpoint), teacher_path)
+        return _load_trained(checkpoint, teacher_path)
     except InputError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path}: not a checkpoint written by recipes/train.py ({type(error).__name__}: {error})"
+            f"{checkpoint.path}: not a checkpoint written by recipes/train.py ({type(error).__name__}: {error})"
         ) from error
 
 
-def _load_trained(
-    path: Path, record: dict[str, Any], tensors: dict[str, Tensor], teacher_path: str | None
-) -> tuple[Student, Teacher]:
-    """Load a training run's student, with the run's record as provenance, and its teacher."""
+def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> tuple[Student, Teacher]:
+    """Load a training run's student, with the run's record and results as provenance, and its teacher."""
+    path, record, retrieval = checkpoint.path, dict(checkpoint.record), checkpoint.saved_by("ZeroShotRetrieval")
+    if measured := retrieval.get("history"):
+        results = {"first": measured[0], "last": measured[-1], "baselines": retrieval["baseline_metrics"]}
+        record["results"] = {"batch": checkpoint.trained("batch"), **results}
     config = record["config"]
     settings, sizes = config["teacher"], config["student"] | {"init": "random"}
     options = {name: settings[name] for name in ("model", "first_blocks", "image_size")}
@@ -259,11 +263,11 @@ def _load_trained(
         return teacher.build_student(**sizes, **layer_mean)
 
     prefix = "student."  # the others are the objectives' heads
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    own = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)}
     check_fits(path, lambda: own_parts(build()), own)
     student = build()
     own_parts(student).load_state_dict(own)
-    student.provenance = dict(record)
+    student.provenance = record
     return student.eval(), teacher
 
 
@@ -272,27 +276,13 @@ def own_parts(student: Student) -> nn.ModuleDict:
     return nn.ModuleDict({name: part for name, part in student.named_children() if name != "encoder"})
 
 
-def _load_finetuned(path: Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> Student:
-    """Load a fine-tuned student with its head, as a timm model; the run's record is its provenance."""
-    from d2v_composer.checkpoints.export import TimmStudent  # timm takes seconds to import
-
-    about = record["model"]
-    if about["kind"] != "student":
+def _load_finetuned(checkpoint: Checkpoint) -> Student:
+    """Load a fine-tuned student with its head; the run's record is its provenance."""
+    path, record, tensors = checkpoint.path, checkpoint.record, dict(checkpoint.tensors)
+    if record["model"]["kind"] != "student":
         raise InputError(f"{path}: is a fine-tuned teacher; only a fine-tuned student can be exported or embed images")
-    named, sizes = {name.removeprefix("backbone."): each for name, each in tensors.items()}, about["sizes"]
-    if "outputs" in sizes["encoder"]:  # an encoder that was trained, too, computes something else
-        sizes = sizes | {"encoder": sizes["encoder"] | {"outputs": []}}
-    configs = check_student(path, sizes, {name: named[name] for name in named if not name.startswith("head.")})
-    student = TimmStudent(*configs, num_classes=len(named["head.bias"]))
-    student.load_state_dict(named | {CONFIG_TENSOR: config_tensor(sizes, PrimaryEmbedding.parse(about))})
-    student.provenance = record
-    return student.eval()
-
-
-def without_head(student: Student) -> Student:
-    """Return a fine-tuned student without its head, on the same encoder and blocks; any other student is unchanged."""
-    if type(student) is Student:
-        return student
-    plain = Student(student.encoder, student.config, student.provenance)
-    plain.blocks, plain.entrance = student.blocks, student.entrance
-    return plain.eval()
+    head = {name: tensors.pop(f"head.{name}") for name in ("weight", "bias")}
+    own = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
+    student = _build_student(path, record["model"]["sizes"], own, record)
+    student.head = build_loaded(path, lambda: nn.Linear(student.embed_dim, len(head["bias"])), head)
+    return student

@@ -33,7 +33,7 @@ CONFIG_TENSOR = "config_json"
 # Sizes of a student that files lack, unless they have another value.
 USUAL: dict[str, Any] = {"embed_dim": None, "final_layer_norm": True}
 # Characters of sizes or provenance. Ours have some thousands; parsed, they take 25 times as many bytes.
-LARGEST_JSON = 4 << 20
+MAX_JSON_CHARACTERS = 4 << 20
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A teacher's file may hold float16 or bfloat16 numbers.
 ROUNDING = 0.01
@@ -109,8 +109,8 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     Raises:
         ValueError: It is too long, or not an object.
     """
-    if len(text) > LARGEST_JSON:
-        raise ValueError(f"its metadata has {len(text)} characters; the limit is {LARGEST_JSON}")
+    if len(text) > MAX_JSON_CHARACTERS:
+        raise ValueError(f"its metadata has {len(text)} characters; the limit is {MAX_JSON_CHARACTERS}")
     return dict(json.loads(text).items())
 
 

@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from d2v_composer.commands.export import export
-from d2v_composer.commands.train import fit, relaunch_on_gpus
+from d2v_composer.commands.train import relaunch_on_gpus
 from d2v_composer.models.names import DATA2VEC2, PREFIX
 from d2v_composer.models.sizes import TeacherConfig, TimmTeacherConfig, height_and_width, parse_image_size
 from d2v_composer.system.addresses import MARK, STUDENT_FILE, RunFolder, hide_secrets
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from d2v_composer.config.schema import TrainConfig
     from d2v_composer.data.modality import Modality
     from d2v_composer.data.source import Source
+    from d2v_composer.models.teacher import Teacher
 
 # A tenth of them are twenty: each needs ten neighbors among the others, and some may be unreadable.
 MIN_SAMPLES = 200
@@ -50,12 +51,18 @@ FETCHED = ".fetched"
 
 
 class Plan(NamedTuple):
-    """The run of a call and its samples, checked before anything is written."""
+    """What a call will do, checked before anything is written."""
 
     config: "TrainConfig"
-    modality: "Modality"
-    """The teacher's samples."""
+    teacher: "Teacher"
     source: "Source"
+
+    @property
+    def modality(self) -> "Modality":
+        """Format of the teacher's samples."""
+        from d2v_composer.data.modalities import modality_of
+
+        return modality_of(self.teacher.config)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -80,15 +87,18 @@ def main(argv: Sequence[str]) -> None:
 
 def distill(arguments: Namespace, argv: Sequence[str]) -> None:
     """Plan and prepare a run, or go on with one, on every GPU; then export its student."""
-    config = None
+    plan = None
     if not (is_launched() or has_begun(arguments)):
-        config = prepare(arguments, make_plan(arguments))
+        prepare(arguments, plan := make_plan(arguments))
     relaunch_on_gpus("distill", *argv)
-    used = config or read_settings(arguments)
 
-    from d2v_composer.checkpoints.safe_load import LATEST
+    from d2v_composer.builders.run import build_teacher, train_student
+    from d2v_composer.checkpoints.checkpoint import LATEST
 
-    fit(used, when_built=lambda: write_settings(arguments, used))
+    config = read_settings(arguments) if plan is None else plan.config
+    # Before the seed is set, in every call: a student's random weights come after it.
+    teacher = plan.teacher if plan is not None else None if is_launched() else build_teacher(config.teacher)
+    train_student(config, teacher=teacher, when_built=lambda: write_settings(arguments, config))
     if global_rank() == 0:
         export(str(arguments.out / LATEST), arguments.out / STUDENT_FILE)
 
@@ -130,14 +140,14 @@ def make_plan(arguments: Namespace) -> Plan:
     Raises:
         InputError: The samples, the teacher or a change cannot be used.
     """
-    from d2v_composer.builders.distillation import build_teacher, join_student
     from d2v_composer.builders.models import build_augmentation
-    from d2v_composer.builders.training import build_callbacks, choose_embeds
+    from d2v_composer.builders.run import build_callbacks, build_teacher, choose_embeds, join_student
     from d2v_composer.data.mds import INDEX, SUMMARY
     from d2v_composer.data.modalities import modality_of
 
     # The changes are checked before the teacher is fetched.
-    teacher = build_teacher(configure(arguments, arguments.out, ALWAYS).teacher)
+    unsized = configure(arguments, arguments.out, ALWAYS).teacher
+    teacher = build_teacher(unsized)
     modality = modality_of(teacher.config)
     samples = arguments.out / modality.unit
     with TemporaryDirectory() as folder:
@@ -146,6 +156,8 @@ def make_plan(arguments: Namespace) -> Plan:
         raise InputError(f"{arguments.source}: expected at least {MIN_SAMPLES} {modality.unit}, got {number}")
     chosen = choose(number, teacher.config)
     config = configure(arguments, samples, chosen)
+    if config.teacher != unsized:  # a timm model for smaller images
+        teacher = build_teacher(config.teacher)
     choose_embeds(config, join_student(config, teacher))
     build_augmentation(config.train_loader, teacher.config, config.seed)
     build_callbacks(config)
@@ -157,7 +169,7 @@ def make_plan(arguments: Namespace) -> Plan:
             if found | kept != found:
                 raise InputError(f"{samples / split}: was not converted with {kept}; choose another --out")
     print(f"chosen for {number} {modality.unit}: {', '.join(f'{key}={value}' for key, value in chosen.items())}")
-    return Plan(config, modality, source)
+    return Plan(config, teacher, source)
 
 
 def list_source(arguments: Namespace, modality: "Modality", fetched: Path) -> "Source":
@@ -173,8 +185,8 @@ def list_source(arguments: Namespace, modality: "Modality", fetched: Path) -> "S
     return open_source(arguments.source, modality, column=arguments.column, cache=cache)
 
 
-def prepare(arguments: Namespace, plan: Plan) -> "TrainConfig":
-    """Write the settings and convert the samples, except for what an interrupted call already did; return the config.
+def prepare(arguments: Namespace, plan: Plan) -> None:
+    """Write the settings and convert the samples, except for what an interrupted call already did.
 
     Raises:
         InputError: Another call or run uses OUT, or too few samples are left to train on.
@@ -185,7 +197,8 @@ def prepare(arguments: Namespace, plan: Plan) -> "TrainConfig":
     from d2v_composer.data.source import name_counts
     from d2v_composer.system.fetch import is_remote
 
-    (config, modality, source), samples = plan, arguments.out / plan.modality.unit
+    config, modality, source = plan.config, plan.modality, plan.source
+    samples = arguments.out / modality.unit
     lock, fetched, workers = FolderLock(RunFolder(arguments.out)), samples / FETCHED, os.cpu_count() or 1
     if has_begun(arguments):  # meanwhile
         raise InputError(f"{arguments.out}: another call has begun to train there; run the command again")
@@ -208,7 +221,6 @@ def prepare(arguments: Namespace, plan: Plan) -> "TrainConfig":
     if is_remote(arguments.source):
         shutil.rmtree(fetched, ignore_errors=True)
     lock.release()
-    return config
 
 
 def configure(
@@ -277,13 +289,13 @@ def choose(num_samples: int, teacher: "TeacherConfig") -> dict[str, Any]:
     from d2v_composer.data.modalities import modality_of
 
     num_gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
-    fewest, side, lr = (3000, 224, 0.384) if num_gpus else (600, 112, 0.768)
+    min_batches, side, lr = (3000, 224, 0.384) if num_gpus else (600, 112, 0.768)
     own = choose_for(modality_of(teacher).name, num_gpus > 0)
     batch = own["global_train_batch_size"]
     while batch > max(num_samples // 8, num_gpus):
         batch //= 2
     batch = max(batch - batch % max(num_gpus, 1), num_gpus)
-    num_batches = min(max(EPOCHS * num_samples * 9 // 10 // batch, fewest), MAX_BATCHES)
+    num_batches = min(max(EPOCHS * num_samples * 9 // 10 // batch, min_batches), MAX_BATCHES)
     chosen = {
         **own,
         **ALWAYS,

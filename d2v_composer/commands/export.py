@@ -36,7 +36,7 @@ PROGRAMS = {
 # How to load a fine-tuned student.
 TIMM = "import timm, d2v_composer; model = timm.create_model('d2v2_student', checkpoint_path={!r}, num_classes={})"
 # Images for int8; every fifth calibrates, the others show what is lost.
-INT8_IMAGES, LEAST_IMAGES = 640, 20
+MAX_INT8_IMAGES, MIN_INT8_IMAGES = 640, 20
 
 
 def main(argv: Sequence[str]) -> None:
@@ -88,14 +88,15 @@ def export(
         raise InputError(f"{source}: is a teacher; expected a training checkpoint or an exported student")
     embedding = choose_embedding(student, pooling, representation)
     print(f"embedding: {embedding.name}")
-    head = student.state_dict().get("head.weight")
     if int8:
         export_int8(Embedder(student, embedding), out, calibrate)
         step = PROGRAMS[".onnx"].format(str(out))
     elif out.suffix == ".safetensors":
-        write_card = plan_model_card(student, source, out) if head is None else None
+        write_card = plan_model_card(student, source, out) if student.head is None else None
         save_student(student, out)
-        step = TIMM.format(str(out), len(head)) if head is not None else d2v("embed", out, "SOURCE", "embeddings.npy")
+        step = d2v("embed", out, "SOURCE", "embeddings.npy")
+        if student.head is not None:
+            step = TIMM.format(str(out), len(student.state_dict()["head.bias"]))
         if write_card is not None:
             print(write_card())
     else:
@@ -160,10 +161,10 @@ def read_images(student: "Student", source: str | None) -> "Tensor":
     modality, images = modality_of(student.encoder.config), []
     if source is not None:
         found = open_source(source, modality)
-        images = [found.decode(i) for i in evenly_spaced(len(found), INT8_IMAGES)]
+        images = [found.decode(i) for i in evenly_spaced(len(found), MAX_INT8_IMAGES)]
     elif found := [*filter(None, (lookup(student.provenance, "config.retrieval.datasets") or {}).values())]:
-        options = found[0] | {"download": False, "max_images": INT8_IMAGES}
+        options = found[0] | {"download": False, "max_images": MAX_INT8_IMAGES}
         images = load_labeled_set(modality=modality, **options).test.samples
-    if len(images) < LEAST_IMAGES:
-        raise InputError(f"--int8: needs at least {LEAST_IMAGES} images, got {len(images)}; use --calibrate FOLDER")
+    if len(images) < MIN_INT8_IMAGES:
+        raise InputError(f"--int8: needs at least {MIN_INT8_IMAGES} images, got {len(images)}; use --calibrate FOLDER")
     return student.encoder.prepare(torch.stack(list(images)))

@@ -1,11 +1,11 @@
-"""Load labeled samples into memory, for retrieval and fine-tuning, and make batches of them."""
+"""Load labeled samples into memory, for retrieval and the tests of fine-tuning, and make batches of them."""
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from typing_extensions import override
+from torch.utils.data import DataLoader
 from xxhash import xxh3_128_digest
 
 from d2v_composer.data.images import Images
@@ -27,7 +26,6 @@ from d2v_composer.data.source import (
     name_counts,
     open_folder,
     open_mds,
-    worker_options,
 )
 from d2v_composer.models.sizes import ImageSize
 from d2v_composer.system.errors import InputError, reading, reason
@@ -38,7 +36,6 @@ CIFAR = ("cifar10", "cifar100")
 HOLDS = {**dict.fromkeys(CIFAR, "image"), "speech_commands": "audio"}
 SPEECH_COMMANDS = "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
 TEST_LIST, VALIDATION_LIST = "testing_list.txt", "validation_list.txt"
-Place = tuple[int, int]
 
 log = logging.getLogger(__name__)
 
@@ -287,49 +284,6 @@ class Augmentation(NamedTuple):
     def __call__(self, sample: Tensor, *place: int) -> Tensor:
         """Augment a sample with random numbers that depend only on the seed and two whole numbers."""
         return self.transform(sample, sample_rng(self.seed, *place))
-
-
-@dataclass(eq=False)
-class AugmentedSamples(Dataset[tuple[Tensor, Tensor]]):
-    """Augmented samples in memory with their labels, int64.
-
-    A sample's index is its epoch and its id. Its augmentation depends on (seed, epoch, id) alone: it is the same for
-    any number of workers and ranks, and after any resume.
-    """
-
-    labeled: LabeledSamples
-    augment: Augmentation
-
-    def __len__(self) -> int:
-        return len(self.labeled.labels)
-
-    def __getitem__(self, place: Place) -> tuple[Tensor, Tensor]:
-        epoch, i = place
-        return self.augment(self.labeled.samples[i], epoch, i), self.labeled.labels[i]
-
-
-class EpochSampler(DistributedSampler[Place]):
-    """This rank's share of an epoch, as :class:`AugmentedSamples` expects it; Composer sets the epoch."""
-
-    @override
-    def __iter__(self) -> Iterator[Place]:
-        return ((self.epoch, i) for i in super().__iter__())  # pyright: ignore[reportReturnType]: numbers
-
-
-def train_batches(
-    dataset: AugmentedSamples, global_batch_size: int, num_workers: int, prefetch_factor: int
-) -> DataLoader:
-    """Return the loader for this rank's augmented batches.
-
-    A batch of all ranks together has the same images on any number of ranks. An epoch is the largest whole number of
-    batches.
-    """
-    from composer.utils import dist  # takes seconds, and only fine-tuning needs it
-
-    ranks = dist.get_world_size()
-    sampler = EpochSampler(dataset, ranks, dist.get_global_rank(), seed=dataset.augment.seed, drop_last=True)  # pyright: ignore[reportArgumentType]: its items are places
-    options = {"drop_last": True, **worker_options(num_workers, prefetch_factor, torch.cuda.is_available())}
-    return DataLoader(dataset, global_batch_size // ranks, sampler=sampler, collate_fn=collate_labeled, **options)
 
 
 def collate_labeled(pairs: Sequence[tuple[Tensor, Any]]) -> list[Tensor]:

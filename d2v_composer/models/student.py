@@ -30,6 +30,7 @@ class Student(Transformer):
 
     Attributes:
         entrance: D → d; the identity at the encoder's width.
+        head: What classifies the embeddings of a fine-tuned student, d → classes, or ``None``.
 
     Raises:
         ValueError: The sizes do not fit the encoder's.
@@ -49,9 +50,13 @@ class Student(Transformer):
         ]
         super().__init__(encoder, blocks, config, provenance)
         self.embed_dim = dim
+        self.head: Any = None  # a module
         self.alibi = build_alibi(encoder.config, num_heads, num_heads if config.alibi else 0)
         init_linear_layers(self.blocks)
         self.entrance = fsdp_unit(init_linear_layers(nn.Linear(width, dim))) if dim < width else nn.Identity()
+
+    def train_what_is_read(self, output: bool, pooled: bool) -> None:
+        self.blocks[-1].norm2.requires_grad_(output or pooled)  # no FFN output depends on it
 
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
         return [attention_bias(self.alibi, x_BTD, padding_mask)] * len(self.blocks)

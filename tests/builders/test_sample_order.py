@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from d2v_composer.builders.data import build_train_loader
-from d2v_composer.builders.training import FIXED_IN_ANY_RUN
+from d2v_composer.builders.run import FIXED_IN_ANY_RUN
 from d2v_composer.config.schema import TrainLoaderConfig
 from d2v_composer.data.audio import Audio
 from d2v_composer.data.images import Images

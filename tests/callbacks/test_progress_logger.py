@@ -15,7 +15,7 @@ from composer.loggers import InMemoryLogger, Logger, LoggerDestination
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from d2v_composer.builders.training import build_algorithms
+from d2v_composer.builders.run import build_algorithms
 from d2v_composer.callbacks import GradientNorm, ProgressLogger, Throughput
 from d2v_composer.config.schema import AlgorithmsConfig
 from foreign_models import Linear, fit

@@ -46,14 +46,14 @@ def test_every_fault_before_training_is_named(
         *small_preflight(tmp_path / "run", data, tmp_path),
         f"teacher.checkpoint={tmp_path / 'teacher.pt'}",
     )
-    for name, look in run.checks().items():
+    for name, look in {"models": run.check_models, "data": run.check_data, "sets": run.check_labeled_sets}.items():
         check(name, look)
     rows = capsys.readouterr().out.splitlines()
     found = {row[:14].strip(): row[23:] for row in rows if row[15:21] == "FAILED"}
-    assert found.keys() == {"models", "data", "labeled sets"}
+    assert found.keys() == {"models", "data", "sets"}
     assert "teacher.pt: " in found["models"]
     assert "missing" in found["data"]
-    assert "train/index.json: cannot be read: " in found["labeled sets"]
+    assert "train/index.json: cannot be read: " in found["sets"]
 
 
 def test_the_needs_of_the_whole_run(
@@ -68,7 +68,10 @@ def test_the_needs_of_the_whole_run(
         "save_interval=1000ba",
         "save_num_checkpoints_to_keep=3",
     )
-    run.ranks, run.num_labeled, run.checkpoint_bytes = 8, [512], 354_500_000
+    run.ranks, run.num_labeled = 8, [512]
+    run.latest.parent.mkdir(parents=True)
+    with run.latest.open("wb") as checkpoint:
+        checkpoint.truncate(354_500_000)
     run.num_samples = 5000 * 256 + 255
     measured = {"throughput/images_per_sec": 1280, "throughput/data_wait": 0.2, "time/zero_shot_retrieval": 8}
     run.logged = {key: {0: 1.0, 9: float(value)} for key, value in measured.items()}

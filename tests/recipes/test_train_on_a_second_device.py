@@ -188,13 +188,13 @@ def test_an_evaluation_measures_as_on_the_host(here: Path, labeled: Path) -> Non
     """With a checkpoint and all its comparisons."""
     datasets = {"small": load_labeled_set("mds", labeled, image_size=32, interpolation="bicubic")}
     yaml = str(ROOT / "yamls" / "evaluate.yaml")
-    config = load_evaluate_config([yaml, f"model={here / 'latest-rank0.pt'}"])
+    config = load_evaluate_config([yaml, f"model={here / 'latest-rank0.pt'}", "device_eval_batch_size=40"])
     accuracies = []
     for device in ("xla", "cpu"):
-        comparison = build_comparison(config, device)
-        options = comparison.embedding.name, comparison.augment
-        found = evaluate(comparison.candidates, datasets, (1, 3), device, 40, *options)
-        accuracies.append([(each.candidate, each.bank, each.embedding, each.hits[1].mean()) for each in found])
+        found = evaluate(build_comparison(config, device)[1], datasets, device).results
+        accuracies.append(
+            [(each.candidate.name, each.measure, each.embedding, each.hits.double().mean()) for each in found]
+        )
     assert [each[:3] for each in accuracies[0]] == [each[:3] for each in accuracies[1]]
     on_device, on_host = ([each[3] for each in found] for found in accuracies)
     np.testing.assert_allclose(on_device, on_host, atol=0.05)
