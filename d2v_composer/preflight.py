@@ -286,7 +286,7 @@ class Rehearsal:
     def needs(self) -> str:
         """Return the lines about the speed, the time and the number of nodes of the whole run."""
         config, batches = self.config, self.in_batches(self.config.max_duration)
-        logged = (self.logged[f"throughput/{name}"] for name in ("images_per_sec", "data_wait"))
+        logged = (self.logged[f"throughput/{name}"] for name in ("samples_per_sec", "data_wait"))
         paces, waits = ([*each.values()][-self.intervals :] for each in logged)
         pace = harmonic_mean(paces)
         waiting = pace * fmean(map(truediv, waits, paces))  # of the time, not of the intervals
