@@ -288,7 +288,7 @@ def test_the_table_of_a_study_compares_each_row_with_its_own_baselines() -> None
                     log[metric_key("cifar10", retrieval_from(bank, 1), embedding, baseline)] = dict(enumerate(values))
         return log
 
-    speed = {"throughput/images_per_sec": {0: 8.0}}
+    speed = {"throughput/samples_per_sec": {0: 8.0}}
     printed = study_table(
         {
             "base": log_of(student=[0.2, 0.3], teacher=[0.4]) | speed,
