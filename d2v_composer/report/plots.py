@@ -20,7 +20,9 @@ from d2v_composer.evaluation.evaluate import gap_closed_by_step
 from d2v_composer.evaluation.metrics import (
     AGREEMENT,
     BANKS,
-    PROBES,
+    KNN,
+    KNN_MAJORITY,
+    LINEAR,
     TEACHER,
     Measure,
     instance_retrieval,
@@ -68,10 +70,11 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
     """Yield the file names and figures of each data set's retrieval, probes and teacher gap closed over the steps."""
     for dataset in run.retrieval["datasets"]:
         ks = sorted(run.retrieval["ks"])
-        plots = {f"retrieval_{dataset}_bank_{bank}": (f"bank {bank}", [retrieval_from(bank, ks[0])]) for bank in BANKS}
-        probes = [*PROBES["knn"], *PROBES["linear"]]
-        plots[f"probes_{dataset}"] = "probes fitted on train, measured on test", probes
-        plots[f"without_labels_{dataset}"] = "measured without labels", [AGREEMENT, *map(instance_retrieval, ks)]
+        plots = {
+            **{f"retrieval_{dataset}_bank_{bank}": (f"bank {bank}", [retrieval_from(bank, ks[0])]) for bank in BANKS},
+            f"probes_{dataset}": ("probes fitted on train, measured on test", [KNN, KNN_MAJORITY, LINEAR]),
+            f"without_labels_{dataset}": ("measured without labels", [AGREEMENT, *map(instance_retrieval, ks)]),
+        }
         for name, (title, measures) in plots.items():
             if lines := _accuracies(run, dataset, measures):
                 yield name, plot(f"{dataset}, {title}", "%", lines)
