@@ -1,7 +1,4 @@
-"""Plot a run as matplotlib figures.
-
-Shapes: Q queries.
-"""
+"""Plot a run as matplotlib figures."""
 
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,11 +7,9 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import torch
 from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from torch import Tensor
 
 from d2v_composer.evaluation.evaluate import gap_closed_by_step
 from d2v_composer.evaluation.metrics import (
@@ -126,29 +121,4 @@ def plot(title: str, scale: str, lines: Mapping[str, Line]) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     if len(lines) > 1:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
-
-
-@mpl.rc_context({**STYLE, "axes.grid": False})
-def confusion_plot(labels: Tensor, found: Tensor, class_names: Sequence[str]) -> Figure:
-    """Plot how often queries of a class find each class, in % of the class's queries.
-
-    Args:
-        labels: Labels of the queries, (Q,) int64.
-        found: Labels of their nearest neighbors, (Q,) int64.
-        class_names: The name of each label.
-    """
-    size = len(class_names)
-    counts = torch.bincount(labels * size + found, minlength=size**2).view(size, size).numpy()
-    shares = 100 * counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-    figure = Figure(figsize=(WIDTH, WIDTH))
-    axes = figure.subplots()
-    figure.colorbar(axes.imshow(shares, cmap="Blues", vmin=0), ax=axes, shrink=0.75, format="%d %%")
-    if size <= 20:
-        axes.set_xticks(range(size), class_names, rotation=45, ha="right")
-        axes.set_yticks(range(size), class_names)
-        for (i, j), share in np.ndenumerate(shares):
-            color = "w" if share > 0.6 * shares.max() else "k"
-            axes.text(j, i, f"{share:.0f}", ha="center", va="center", fontsize=8, color=color)
-    axes.set(title="Class of the nearest neighbor", ylabel="class of the query")
     return figure
