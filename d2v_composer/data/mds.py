@@ -193,13 +193,13 @@ class Index:
         if not 0 < 4 * entry["samples"] <= raw.bytes:
             raise InputError(f"{self.source}: its {INDEX} claims {entry['samples']} samples in {raw.bytes} bytes")
         if self.remote is None:
-            self._check_file(raw, zipped)
+            self._check_file(*filter(None, (raw, zipped)))
         decoders = [ENCODINGS[encoding] if name in wanted else None for name, encoding in encodings.items()]
         columns = list(zip(encodings, entry["column_sizes"], decoders, strict=True))
         return Shard(entry["samples"], raw, zipped, entry["compression"], columns)
 
-    def _check_file(self, *files: ShardFile | None) -> None:
-        for file in filter(None, files):
+    def _check_file(self, *files: ShardFile) -> None:
+        for file in files:
             if (path := self.folder / file.basename).is_file():
                 if (size := path.stat().st_size) != file.bytes:
                     raise InputError(f"{path}: the shard has {size} bytes, but the index says {file.bytes}")
