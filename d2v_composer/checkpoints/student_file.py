@@ -183,7 +183,7 @@ def check_numbers(tensors: Mapping[str, Tensor]) -> None:
 
 
 def loading_fault(error: Exception) -> str:
-    """Return an error's only line, or the first fault below the title line of load_state_dict's error."""
+    """Reduce an error to one line; for load_state_dict's, the first mismatch."""
     return (str(error).splitlines()[1:] or [reason(error)])[0].strip()[:300]
 
 

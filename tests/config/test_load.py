@@ -179,8 +179,8 @@ def test_the_first_rank_reports_for_all(monkeypatch: pytest.MonkeyPatch) -> None
 
 FILES = {
     "seed: 1\nseed: 2\n": "found duplicate key seed",
-    "- a\n- b\n": "expected keys and values",
-    "seed: [1\n": "not a YAML of keys and values",
+    "- a\n- b\n": "expected a YAML mapping",
+    "seed: [1\n": "not a YAML mapping",
     "student: [1]\n": "student: must be a section of keys and values, got [1]",
 }
 
