@@ -1,7 +1,6 @@
 """Build the models that an evaluation compares, and its labeled sets."""
 
 import sys
-from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -88,7 +87,7 @@ def build_untrained(model: Student | Teacher, teacher: Teacher | None) -> Studen
         return model.build_student()
     init = lookup(distillation_of(model.provenance), "config.student.init") or "random"
     if teacher is not None:
-        return teacher.build_student(**asdict(model.config), init=init)
+        return teacher.build_student(**model.config.model_dump(), init=init)
     if init == "random":
         return Student(model.encoder, model.config)
     print(f"no untrained student: it began as {init}, which needs teacher=PATH", file=sys.stderr)

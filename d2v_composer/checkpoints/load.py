@@ -1,6 +1,5 @@
 """Load teachers and students from files, and write them."""
 
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,8 @@ def save_student(student: Student, out: Path) -> None:
         from timm import __version__ as now
 
         sample: Any = encoder
-        sizes["encoder"] = asdict(replace(encoder.config, timm=now, outputs=sample.sample_outputs()))
+        now_computed = encoder.config.changed(timm=now, outputs=sample.sample_outputs())
+        sizes["encoder"] = now_computed.model_dump(mode="json")
     tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes, primary)}
     kind = "classifier" if "head.weight" in tensors else "student"
     write_model_file(out, kind, sizes, student.provenance, tensors)

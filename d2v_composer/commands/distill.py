@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from d2v_composer.commands.export import export
 from d2v_composer.commands.train import fit, relaunch_on_gpus
 from d2v_composer.models.names import DATA2VEC2, PREFIX
-from d2v_composer.models.sizes import TeacherConfig, TimmTeacherConfig, height_and_width
+from d2v_composer.models.sizes import TeacherConfig, TimmEncoderConfig, height_and_width
 from d2v_composer.system.addresses import MARK, STUDENT_FILE, RunFolder, hide_secrets
 from d2v_composer.system.command_line import make_parser
 from d2v_composer.system.errors import InputError, errors_of, reading
@@ -283,7 +283,7 @@ def choose(num_samples: int, teacher: "TeacherConfig") -> dict[str, Any]:
 
     num_gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     fewest, side, lr = (3000, 224, 0.384) if num_gpus else (600, 112, 0.768)
-    own = modality_of(teacher).choices(num_gpus > 0)
+    own = modality_of(teacher.encoder).choices(num_gpus > 0)
     batch = own["global_train_batch_size"]
     while batch > max(num_samples // 8, num_gpus):
         batch //= 2
@@ -306,7 +306,7 @@ def choose(num_samples: int, teacher: "TeacherConfig") -> dict[str, Any]:
         "save_interval": f"{min(num_batches // 6, 1000)}ba",
         "save_num_checkpoints_to_keep": 2,
     }
-    if isinstance(teacher, TimmTeacherConfig):
+    if isinstance(teacher.encoder, TimmEncoderConfig):
         height, width = height_and_width(teacher.image_size)
         patch = height // teacher.grid_size[0]
         if height == width:  # else the model's own

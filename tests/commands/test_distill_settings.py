@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from d2v_composer.commands import distill
-from d2v_composer.models.sizes import Data2Vec2Config
+from d2v_composer.models.sizes import ImageEncoderConfig, TeacherConfig
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,8 @@ def test_sizes_follow_from_images_teacher_and_device(
     monkeypatch: pytest.MonkeyPatch, num_gpus: int, num_images: int, expected: tuple[str, int, float]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
-    chosen = distill.choose(num_images, Data2Vec2Config(embed_dim=192))
+    teacher = TeacherConfig(encoder=ImageEncoderConfig(embed_dim=192), depth=8, average_top_k_layers=8)
+    chosen = distill.choose(num_images, teacher)
     found = tuple(chosen[key] for key in ("max_duration", "global_train_batch_size", "optimizer.lr"))
     assert found == expected
     assert "teacher.image_size" not in chosen
