@@ -98,6 +98,7 @@ FIXED_BY_A_CHECKPOINT = (
     "config.student",
     "config.prediction",
     "config.targets",
+    "config.objectives",
     "config.optimizer",
     "teacher.sha256",
 )
@@ -253,7 +254,14 @@ def join_student(config: TrainConfig, teacher: Teacher) -> DistillationModel:
         teacher.cast_weights(precision.dtype)
     with errors_of("targets"):
         return DistillationModel(
-            teacher, student, config.prediction, targets.extra_tokens, top_k, precision.cpu_bf16, targets.source
+            teacher,
+            student,
+            config.prediction,
+            targets.extra_tokens,
+            top_k,
+            precision.cpu_bf16,
+            targets.source,
+            **config.objectives.tokens.model_dump(),
         )
 
 

@@ -34,6 +34,7 @@ from d2v_composer.models.names import (
     Prediction,
     Representation,
     TargetSource,
+    TokenLoss,
     Weights,
 )
 from d2v_composer.models.sizes import BlockSizes, parse_image_size
@@ -244,6 +245,22 @@ class TargetsConfig(Section):
     final_layer_norm: bool | None = None
     """End target, prediction and ``layer_mean`` with a LayerNorm. ``null``: as the teacher's own pre-training, false
     for data2vec 2.0's audio models."""
+
+
+class TokensConfig(Section):
+    """The regression of the target, token by token."""
+
+    loss: TokenLoss = "mse"
+    """Distance of a token's prediction from its target: ``mse``, as in the chapter, or ``cosine_smooth_l1``, 0.9 · (1 -
+    cosine similarity) + 0.1 · smooth L1, as in AM-RADIO."""
+    cls_weight: Fraction | None = None
+    """The share of CLS in the loss; null: 1 / T, as of any of the T tokens."""
+
+
+class ObjectivesConfig(Section):
+    """What the student learns."""
+
+    tokens: TokensConfig = TokensConfig()
 
 
 class ShardLoaderConfig(Section):
@@ -482,6 +499,7 @@ class TrainConfig(TrainerConfig):
     """``layer_mean``: the normalized mean of the student's FFN outputs, as in the chapter. ``last_block``: its last
     block's output, not normalized."""
     targets: TargetsConfig = TargetsConfig()
+    objectives: ObjectivesConfig = ObjectivesConfig()
     train_loader: TrainLoaderConfig  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
     optimizer: OptimizerConfig = OptimizerConfig()
     algorithms: AlgorithmsConfig = AlgorithmsConfig()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.encoder import Encoder, Frozen, Inputs, Tokens
 from d2v_composer.models.layer_mean import LayerMean
-from d2v_composer.models.names import ExtraTokens, Prediction, TargetSource
+from d2v_composer.models.names import ExtraTokens, Prediction, TargetSource, TokenLoss
 from d2v_composer.models.objective import GridRegression, LayerRegression, Objective
 from d2v_composer.models.targets import Regression
 from d2v_composer.models.teacher import Teacher
@@ -173,6 +173,9 @@ class DistillationModel(Distillation):
         target_source: F of the target: the teacher's FFN outputs, ``ffn``, or its blocks' outputs, ``block``.
         final_layer_norm: End target, prediction and ``layer_mean`` with a LayerNorm; default the student's config,
             which is by default the teacher's.
+        loss: Distance of a token's prediction from its target: ``mse``, or ``cosine_smooth_l1``, 0.9 · (1 - cosine
+            similarity) + 0.1 · smooth L1.
+        cls_weight: The share of CLS in the loss, which is 1 / T by default, as of any other token.
 
     Raises:
         ValueError: An option's value is unknown, or does not fit the teacher.
@@ -193,11 +196,13 @@ class DistillationModel(Distillation):
         cpu_bf16: bool = False,
         target_source: TargetSource = "ffn",
         final_layer_norm: bool | None = None,
+        loss: TokenLoss = "mse",
+        cls_weight: float | None = None,
     ) -> None:
         options = {"average_top_k_layers": average_top_k_layers, "final_layer_norm": final_layer_norm}
         layer_mean = student.layer_mean.changed(source=target_source, extra_tokens=extra_tokens, **options)
         kind = LayerRegression if isinstance(student, Transformer) else GridRegression
-        objective = kind(teacher, student, layer_mean, prediction)
+        objective = kind(teacher, student, layer_mean, prediction, loss=loss, cls_weight=cls_weight)
         super().__init__(student, {"tokens": objective}, cpu_bf16)
         self.layer_mean = layer_mean
 

@@ -21,6 +21,8 @@ Normalization = Literal["instance", "layer"]
 """
 TargetSource = Literal["ffn", "block"]
 """Layers of the target: the teacher's FFN outputs, or its blocks' outputs."""
+TokenLoss = Literal["mse", "cosine_smooth_l1"]
+"""Distance of a token's prediction from its target."""
 ExtraTokens = Literal["regress", "drop", "only"]
 """What becomes of CLS and registers in the loss."""
 Weights = Literal["model", "ema"]

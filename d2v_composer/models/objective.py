@@ -13,7 +13,7 @@ from d2v_composer.models.attention import fsdp_unit, init_linear_layers, linear_
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.features import Features
 from d2v_composer.models.layer_mean import LayerMean
-from d2v_composer.models.names import Prediction
+from d2v_composer.models.names import Prediction, TokenLoss
 from d2v_composer.models.sizes import check_choice
 from d2v_composer.models.targets import Regression, regression_loss
 from d2v_composer.models.teacher import Teacher
@@ -68,6 +68,8 @@ class LayerRegression(Objective):
         layer_mean: Target and prediction.
         prediction: ``layer_mean``: of the student's FFN outputs, like the target; ``last_block``: its output.
         weight: Of the term.
+        loss: Distance of a token's prediction from its target.
+        cls_weight: The share of CLS in the term; default as of any other token.
 
     Raises:
         ValueError: An option's value is unknown, or does not fit the teacher.
@@ -80,14 +82,20 @@ class LayerRegression(Objective):
         layer_mean: LayerMean,
         prediction: Prediction = "layer_mean",
         weight: float = 1.0,
+        loss: TokenLoss = "mse",
+        cls_weight: float | None = None,
     ) -> None:
         check_choice("prediction", prediction, Prediction)
+        check_choice("loss", loss, TokenLoss)
+        if cls_weight is not None and (layer_mean.extra_tokens != "regress" or not teacher.has_cls_token):
+            raise ValueError("cls_weight: needs a teacher with CLS, and extra_tokens 'regress'")
         if layer_mean.extra_tokens == "only" and not teacher.num_extra_tokens:
             raise ValueError("extra_tokens: 'only' needs extra tokens, and this teacher has none")
         super().__init__(teacher, self.build_head(teacher, student), weight)
         top_k = layer_mean.average_top_k_layers or teacher.layer_mean.average_top_k_layers
         self.layer_mean = layer_mean.changed(average_top_k_layers=top_k)
         self.prediction: Prediction = prediction
+        self.token_loss, self.cls_weight = loss, cls_weight
         self.needs_output = prediction == "last_block"
         self.num_predicted = 1 if self.needs_output else student.num_layers
 
@@ -117,7 +125,7 @@ class LayerRegression(Objective):
         return Regression(prediction[:, regressed], target, prediction[:, 0] if has_cls_loss else None, mask)
 
     def loss(self, regression: Regression) -> Tensor:
-        return regression_loss(regression)
+        return regression_loss(regression, self.token_loss, self.cls_weight)
 
     def forward_macs(self, num_tokens: int) -> int:
         return self.num_predicted * num_tokens * linear_weights(self.head)

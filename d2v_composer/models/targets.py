@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, cast, get_args
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import layer_norm, mse_loss
+from torch.nn.functional import cosine_similarity, layer_norm, mse_loss, smooth_l1_loss
 
-from d2v_composer.models.names import Normalization
+from d2v_composer.models.names import Normalization, TokenLoss
 
 NORM_EPS = 1e-5
 CLS_LOSS_WEIGHT = 0.01  # data2vec 2.0's `cls_loss` of the image models
@@ -174,19 +174,39 @@ def instance_norm_gradient(
     return ((grad_BTD - through_statistics_BTD) * scale_B1D).to(layer_BTD.dtype)
 
 
-def regression_loss(regression: Regression) -> Tensor:
-    """Return the mean squared error over all time steps and channels, plus 0.01 × that of ``cls_prediction``.
+def token_errors(prediction_BTD: Tensor, target_BTD: Tensor, loss: TokenLoss) -> Tensor:
+    """Return the distance of each token's prediction from its target, (B, T, 1).
+
+    ``cosine_smooth_l1`` is 0.9 · (1 - cosine similarity) + 0.1 · smooth L1, the mean over channels, as AM-RADIO has it
+    for its spatial features (Ranzinger et al. 2024, arXiv:2312.06709, section 3.3).
+    """
+    if loss == "mse":
+        return (prediction_BTD - target_BTD).square().mean(dim=-1, keepdim=True)
+    cosine_BT1 = cosine_similarity(prediction_BTD, target_BTD, dim=-1)[..., None]
+    distance_BT1 = smooth_l1_loss(prediction_BTD, target_BTD, reduction="none").mean(dim=-1, keepdim=True)
+    return 0.9 * (1 - cosine_BT1) + 0.1 * distance_BT1
+
+
+def regression_loss(regression: Regression, loss: TokenLoss = "mse", cls_weight: float | None = None) -> Tensor:
+    """Return the mean distance over all tokens, plus 0.01 × the mean squared error of ``cls_prediction``.
 
     Padding does not count, and each input of a padded batch counts alike, however short: so the mean over ranks and
     microbatches, which have as many inputs, is that of the whole batch.
+
+    Args:
+        regression: Prediction and target.
+        loss: Distance of a token.
+        cls_weight: The share of the first token, CLS, in the loss; default as of any other token.
     """
     prediction, target, mask = regression.prediction.float(), regression.target, regression.padding_mask
-    if mask is None:
-        loss = mse_loss(prediction, target)
+    if loss == "mse" and cls_weight is None and mask is None:
+        total = mse_loss(prediction, target)
     else:
-        error_BT1 = (prediction - target).square().mean(dim=-1, keepdim=True)
-        loss = mean_over_time(error_BT1, padding_mask=mask).mean()
+        error_BT1 = token_errors(prediction, target, loss)
+        total = mean_over_time(error_BT1, cls_weight is not None, mask).mean()
+        if cls_weight is not None:
+            total = cls_weight * error_BT1[:, 0].mean() + (1 - cls_weight) * total
     if regression.cls_prediction is None:
-        return loss
+        return total
     mean_target_BD = mean_over_time(target, padding_mask=mask)[:, 0]
-    return loss + CLS_LOSS_WEIGHT * mse_loss(regression.cls_prediction.float(), mean_target_BD)
+    return total + CLS_LOSS_WEIGHT * mse_loss(regression.cls_prediction.float(), mean_target_BD)

@@ -178,3 +178,29 @@ def test_all_of_it_compiles_to_whole_graphs(
             patch.setattr(torch.cuda, "is_available", lambda: on_gpu)
             compile_model(model)
         torch.testing.assert_close(model.loss(model(images()), images()), loss)
+
+
+def test_the_share_of_cls(teacher: Any) -> None:
+    """1 / T is as of any token; half of the loss is that of all patches."""
+    torch.manual_seed(0)
+    student = teacher.build_student(depth=2)
+    usual, same, half = (DistillationModel(teacher, student, cls_weight=each) for each in (None, 1 / 17, 0.5))
+    regression = usual(images())
+    errors_BT = (regression.prediction - regression.target).square().mean(dim=-1)
+    assert errors_BT.shape[1] == 17
+    torch.testing.assert_close(same.loss(regression, images()), usual.loss(regression, images()))
+    expected = (errors_BT[:, 0].mean() + errors_BT[:, 1:].mean()) / 2
+    torch.testing.assert_close(half.loss(regression, images()), expected)
+    with pytest.raises(ValueError, match="cls_weight: needs a teacher with CLS"):
+        DistillationModel(teacher, student, cls_weight=0.5, extra_tokens="drop")
+
+
+def test_cosine_and_smooth_l1(teacher: Any) -> None:
+    model = DistillationModel(teacher, teacher.build_student(depth=2), loss="cosine_smooth_l1")
+    regression = model(images())
+    ours, theirs = regression.prediction, regression.target
+    difference = (ours - theirs).abs()
+    smooth_l1 = torch.where(difference < 1, difference.square() / 2, difference - 0.5).mean()
+    cosine = (ours * theirs).sum(dim=-1) / (ours.norm(dim=-1) * theirs.norm(dim=-1))
+    torch.testing.assert_close(model.loss(regression, images()), 0.9 * (1 - cosine).mean() + 0.1 * smooth_l1)
+    assert train(model)[-1] < 0.9 * model.loss(regression, images())
