@@ -20,16 +20,16 @@ from composer.utils import dist
 from composer.utils.file_helpers import list_remote_objects
 from composer.utils.object_store import S3ObjectStore
 
-from d2v_composer.builders.data import count_samples, read_train_data
+from d2v_composer.builders.data import open_index
 from d2v_composer.builders.models import build_labeled_sets
 from d2v_composer.builders.run import build_teacher
 from d2v_composer.checkpoints.checkpoint import LATEST, LOG
 from d2v_composer.checkpoints.load import load_any, load_student, save_student
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.images import Images
-from d2v_composer.data.index import fetch_index
 from d2v_composer.data.modalities import modality_of
 from d2v_composer.data.modality import Modality
+from d2v_composer.data.shards import fetch_index
 from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.system.addresses import MARK, Address, RunFolder
 from d2v_composer.system.errors import InputError, RunError, reason
@@ -101,7 +101,7 @@ class Rehearsal:
 
     def __init__(self, argv: Sequence[str], config: TrainConfig, train_script: Path) -> None:
         self.command, self.config, self.ranks = [str(train_script), *argv], config, dist.get_local_world_size()
-        self.shards: list[dict[str, Any]] = []
+        self.num_samples = 0
         self.num_labeled: list[int] = []
         self.modality: Modality = Images(224)  # unless the teacher can be loaded, and says otherwise
         self.logged: dict[str, dict[int, float]] = {}
@@ -128,16 +128,17 @@ class Rehearsal:
         folder = Path(self.temporary.name if remote else loader.local)
         if remote is not None:
             fetch_index(remote, folder)
-        self.shards, _ = read_train_data(loader, folder, self.modality)
+        index = open_index(loader, folder, self.modality)
+        self.num_samples = index.describe()["samples"]
         if remote is not None:
             stored = {Path(key).name for key in list_remote_objects(f"{remote.rstrip('/')}/")}
-            names = [Path((shard["zip_data"] or shard["raw_data"])["basename"]).name for shard in self.shards]
+            names = [Path((shard.zipped or shard.raw).basename).name for shard in index.shards]
             if missing := [name for name in names if name not in stored]:
                 raise InputError(
                     f"{remote}: {len(missing)} of {len(names)} shards are missing; the first is {missing[0]}"
                 )
-        gigabytes = sum(shard["raw_data"]["bytes"] for shard in self.shards) / 1e9
-        return f"{count_samples(self.shards)} samples in {len(self.shards)} shards ({gigabytes:,.1f} GB), all present"
+        gigabytes = sum(shard.raw.bytes for shard in index.shards) / 1e9
+        return f"{self.num_samples} samples in {len(index.shards)} shards ({gigabytes:,.1f} GB), all present"
 
     def check_rights(self) -> str:
         """Write, read, list and delete a small file in S3; boto3's error names the operation that is denied."""
@@ -155,7 +156,7 @@ class Rehearsal:
 
     def check_labeled_sets(self) -> str:
         """Load the labeled sets at a small size; download CIFAR if the run would."""
-        sets = build_labeled_sets(self.config.retrieval, self.modality.shown(32))
+        sets = build_labeled_sets(self.config.retrieval, self.modality.of_side(32))
         self.num_labeled = [sum(labeled.num_samples) for labeled in sets.values()]
         return f"{sum(self.num_labeled)} {self.modality.unit} in {', '.join(sets) or 'no set'}"
 
@@ -277,13 +278,13 @@ class Rehearsal:
 
     def in_batches(self, duration: str) -> int:
         """Convert a duration, such as 600ba or 100ep, to batches."""
-        per_unit = count_samples(self.shards) // self.config.global_train_batch_size if duration.endswith("ep") else 1
+        per_unit = self.num_samples // self.config.global_train_batch_size if duration.endswith("ep") else 1
         return int(duration[:-2]) * per_unit
 
     def needs(self) -> str:
         """Return the lines about the speed, the time and the number of nodes of the whole run."""
         config, batches = self.config, self.in_batches(self.config.max_duration)
-        logged = (self.logged[f"throughput/{name}"] for name in ("images_per_sec", "data_wait"))
+        logged = (self.logged[f"throughput/{name}"] for name in ("samples_per_sec", "data_wait"))
         paces, waits = ([*each.values()][-self.intervals :] for each in logged)
         pace = harmonic_mean(paces)
         waiting = pace * fmean(map(truediv, waits, paces))  # of the time, not of the intervals

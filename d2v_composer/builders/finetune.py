@@ -25,10 +25,8 @@ from d2v_composer.callbacks.algorithms import SeededBatches
 from d2v_composer.checkpoints.checkpoint import LATEST
 from d2v_composer.checkpoints.student_file import choose_embedding, sizes_of
 from d2v_composer.config.schema import FinetuneConfig, TrainLoaderConfig
-from d2v_composer.data.index import describe_data
 from d2v_composer.data.labeled import LabeledSamples, eval_batches, load_mds, read_class_names
 from d2v_composer.data.modalities import modality_of
-from d2v_composer.data.streaming import LabelColumn
 from d2v_composer.embedding import hash_weights
 from d2v_composer.models.classification import Classifier
 from d2v_composer.models.execution import choose_precision
@@ -151,23 +149,21 @@ def build_data(config: FinetuneConfig, sizes: EncoderConfig) -> LabeledData:
     """
     dataset, root, modality = config.dataset, Path(config.dataset.root), modality_of(sizes)
     loader = TrainLoaderConfig(**config.train_loader.model_dump(), local=str(root / "train"), column=dataset.column)
-    train_data = read_train_index(loader, modality, config.global_train_batch_size, dataset.label_column)
+    index = read_train_index(loader, modality, config.global_train_batch_size, dataset.label_column)
     with node_leaders_first("the test samples and the classes"):
         test = load_mds(root / "test", modality, dataset.column, dataset.label_column)
         class_names = read_class_names(root)
     num_classes = count_classes(root, class_names, test.labels)
-    labels = LabelColumn(str(dataset.label_column), num_classes)
     transform = build_augmentation(loader, sizes, config.seed).transform
-    train_loader = build_train_loader(
-        loader, modality, train_data, transform, config.global_train_batch_size, config.seed, labels
-    )
+    sizes_and_seed = config.global_train_batch_size, config.seed
+    train_loader = build_train_loader(loader, index, transform, *sizes_and_seed, num_classes=num_classes)
     digest = hashlib.sha256()
     for each in (*test.samples, test.labels):
         digest.update(each.contiguous().numpy().data)
     about = {
         "modality": modality.name,
         "location": loader.remote or loader.local,
-        **describe_data(*train_data),
+        **index.describe(),
         "test_sha256": digest.hexdigest(),
     }
     return LabeledData(train_loader, test, class_names, num_classes, about)

@@ -48,7 +48,6 @@ from d2v_composer.config.schema import (
     TrainConfig,
     TrainerConfig,
 )
-from d2v_composer.data.index import describe_data
 from d2v_composer.data.modalities import MODALITIES, modality_of
 from d2v_composer.evaluation.evaluate import build_candidates
 from d2v_composer.evaluation.labeled_retrieval import Embed
@@ -126,14 +125,12 @@ def train_student(
     join_and_seed(config)
     model = build_model(config, teacher)
     modality, loader = modality_of(model.teacher.config), config.train_loader
-    train_data = read_train_index(loader, modality, config.global_train_batch_size)
+    index = read_train_index(loader, modality, config.global_train_batch_size)
     transform = build_augmentation(loader, model.teacher.config, config.seed).transform
     sizes = config.global_train_batch_size, config.seed
-    train_loader = build_train_loader(
-        loader, modality, train_data, transform, *sizes, is_compiled=config.compile is not False
-    )
+    train_loader = build_train_loader(loader, index, transform, *sizes, is_compiled=config.compile is not False)
     retrieval, fsdp = build_retrieval(config, model), config.parallelism_config.fsdp
-    data = {"modality": modality.name, "location": loader.remote or loader.local, **describe_data(*train_data)}
+    data = {"modality": modality.name, "location": loader.remote or loader.local, **index.describe()}
     record = build_run_record(config, FIXED_BY_A_CHECKPOINT, teacher=model.teacher.provenance, data=data)
     trainer = build_trainer(
         config,

@@ -156,12 +156,12 @@ def read_images(student: "Backbone", source: str | None) -> "Tensor":
     from d2v_composer.checkpoints.student_file import lookup
     from d2v_composer.data.labeled import evenly_spaced, load_labeled_set
     from d2v_composer.data.modalities import modality_of
-    from d2v_composer.embedding import open_collection
+    from d2v_composer.data.source import open_source
 
     modality, images = modality_of(student.encoder.config), []
     if source is not None:
-        collection = open_collection(source, modality)
-        images = [collection.load(i) for i in evenly_spaced(len(collection.ids), MAX_INT8_IMAGES)]
+        found = open_source(source, modality)
+        images = [found.decode(i) for i in evenly_spaced(len(found), MAX_INT8_IMAGES)]
     elif found := [*filter(None, (lookup(student.provenance, "config.retrieval.datasets") or {}).values())]:
         options = found[0] | {"download": False, "max_images": MAX_INT8_IMAGES}
         images = load_labeled_set(modality=modality, **options).test.samples

@@ -359,7 +359,7 @@ class LabeledSetConfig(Section):
     same classes in both. mds: ROOT, with the MDS folders ROOT/train and ROOT/test. speech_commands: what
     speech_commands_v0.02.tar.gz unpacks to; its validation clips are not used."""
     download: bool = False
-    """Download CIFAR or Speech Commands if it is missing."""
+    """Download CIFAR if it is missing."""
     column: Text | None = None
     """Column of images or sound in an MDS data set; null: ``image`` or ``audio``."""
     label_column: Text | None = "label"

@@ -27,6 +27,30 @@ NOT_FREE = re.compile(r"unknown|cc-by-nc(-sa|-nd)?-[234]\.0")
 NOT_STATED = ("not-stated", "the-file-s", "as-the-source-s")
 
 
+# What a card says of a modality: the hub's pipeline_tag and its tag, the kind of model, one sample, what a computation
+# is counted for, how samples are prepared, and a batch's shape.
+WORDS = {
+    "image": {
+        "pipeline_tag": "image-feature-extraction",
+        "tag": "vision-transformer",
+        "kind": "vision transformer",
+        "one": "an image",
+        "each": "image",
+        "prepared": "resized to {} x {} pixels (height x width), without cropping",
+        "shape": "(B, 3, any, any) uint8",
+    },
+    "audio": {
+        "pipeline_tag": "feature-extraction",
+        "tag": "audio",
+        "kind": "transformer for sound",
+        "one": "a clip of sound",
+        "each": "second of sound",
+        "prepared": "16 kHz mono of any length, in [-1, 1]; the model normalizes them",
+        "shape": "(B, samples) float32; if padded with zeros, also lengths=(B,)",
+    },
+}
+
+
 def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
     """Prepare README.md, before the student is written; return what writes it and returns a line that says so.
 
@@ -69,7 +93,7 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
             student=student,
             parameters=lambda model: sum(map(torch.numel, model.parameters())),
             unit=modality.unit,
-            words=modality.words(),
+            words=WORDS[modality.name],
             network=network,
             timm_arguments=student.encoder.timm_arguments() if network else "",
             embedding=embedding,

@@ -38,7 +38,7 @@ class Run(NamedTuple):
     @property
     def modality(self) -> Modality:
         """The kind of samples, in a gallery's size; of a record without one, images."""
-        return MODALITIES[self.record["data"].get("modality", "image")].shown(SHOWN_SIZE)
+        return MODALITIES[self.record["data"].get("modality", "image")].of_side(SHOWN_SIZE)
 
     @property
     def retrieval(self) -> Mapping[str, Any]:

@@ -97,7 +97,7 @@ def test_throughput_excludes_callbacks_and_counts_waiting(monkeypatch: pytest.Mo
     monkeypatch.setattr("d2v_composer.callbacks.logging.time", clock)
     loader = DataLoader(Numbers(clock), batch_size=2)
     logged = train(loader, callbacks=[Throughput(every=3), Work(clock)])
-    assert [value for _, value in logged["throughput/images_per_sec"]] == pytest.approx([40, 40])
+    assert [value for _, value in logged["throughput/samples_per_sec"]] == pytest.approx([40, 40])
     assert [value for _, value in logged["throughput/data_wait"]] == pytest.approx([0.8, 0.8])
 
 

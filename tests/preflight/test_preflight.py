@@ -72,8 +72,8 @@ def test_the_needs_of_the_whole_run(
     run.latest.parent.mkdir(parents=True)
     with run.latest.open("wb") as checkpoint:
         checkpoint.truncate(354_500_000)
-    run.shards = [{"samples": 5000 * 256 + 255}]
-    measured = {"throughput/images_per_sec": 1280, "throughput/data_wait": 0.2, "time/zero_shot_retrieval": 8}
+    run.num_samples = 5000 * 256 + 255
+    measured = {"throughput/samples_per_sec": 1280, "throughput/data_wait": 0.2, "time/zero_shot_retrieval": 8}
     run.logged = {key: {0: 1.0, 9: float(value)} for key, value in measured.items()}
     text = run.needs()
     assert "1,280 images/s on 8 rank(s), 20% of the time" in text
@@ -90,11 +90,11 @@ def test_the_pace_on_a_gpu_is_that_of_a_hundred_batches(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     store = "train_loader.remote=s3://bucket/images"
     run = rehearsal(*small_preflight(tmp_path, small_data, labeled), "train_loader.num_workers=10", store)
-    run.shards = [{"samples": 96}]
+    run.num_samples = 96
     assert run.batches == 10 + 100 + 10 * 2
     paces, waits = [9e9, 9e9, *[2000.0] * 9, 200.0], [0.0] * 11 + [0.9]
     run.logged = {
-        "throughput/images_per_sec": {10 * i: pace for i, pace in enumerate(paces)},
+        "throughput/samples_per_sec": {10 * i: pace for i, pace in enumerate(paces)},
         "throughput/data_wait": {10 * i: wait for i, wait in enumerate(waits)},
     }
     needs = run.needs()
