@@ -26,7 +26,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from d2v_composer.commands.export import export
 from d2v_composer.commands.train import relaunch_on_gpus
 from d2v_composer.models.names import DATA2VEC2, PREFIX
-from d2v_composer.models.sizes import EatConfig, TeacherConfig, TimmTeacherConfig, height_and_width, parse_image_size
+from d2v_composer.models.sizes import (
+    EatEncoderConfig,
+    TeacherConfig,
+    TimmEncoderConfig,
+    height_and_width,
+    parse_image_size,
+)
 from d2v_composer.system.addresses import MARK, STUDENT_FILE, RunFolder, hide_secrets
 from d2v_composer.system.command_line import make_parser
 from d2v_composer.system.errors import InputError, errors_of, reading
@@ -62,7 +68,7 @@ class Plan(NamedTuple):
         """Format of the teacher's samples."""
         from d2v_composer.data.modalities import modality_of
 
-        return modality_of(self.teacher.config)
+        return modality_of(self.teacher.encoder.config)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -291,7 +297,7 @@ def choose(num_samples: int, teacher: "TeacherConfig", student: str | None) -> d
 
     num_gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     min_batches, side, lr = (3000, 224, 0.384) if num_gpus else (600, 112, 0.768)
-    own = choose_for(modality_of(teacher).name, num_gpus > 0)
+    own = choose_for(modality_of(teacher.encoder).name, num_gpus > 0)
     batch = own["global_train_batch_size"]
     while batch > max(num_samples // 8, num_gpus):
         batch //= 2
@@ -314,13 +320,13 @@ def choose(num_samples: int, teacher: "TeacherConfig", student: str | None) -> d
         "save_interval": f"{min(num_batches // 6, 1000)}ba",
         "save_num_checkpoints_to_keep": 2,
     }
-    if isinstance(teacher, TimmTeacherConfig):
+    if isinstance(teacher.encoder, TimmEncoderConfig):
         height, width = height_and_width(teacher.image_size)
         patch = height // teacher.grid_size[0]
         if height == width:  # else the model's own
             chosen["teacher.image_size"] = min(height, side // patch * patch)
         chosen["train_loader.crop_scale"] = [0.7, 1.0]  # better than 0.35 in yamls/ablations/timm
-    if isinstance(teacher, EatConfig):  # it would cut off the rest
+    if isinstance(teacher.encoder, EatEncoderConfig):  # it would cut off the rest
         chosen["train_loader.crop_seconds"] = min(own["train_loader.crop_seconds"], teacher.target_length / 100)
     return chosen
 

@@ -74,7 +74,7 @@ def test_overrides_change_single_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SLIPS = {
-    "student.dept=3": "student.dept: no such key; did you mean depth? (allowed: model, pretrained, depth, mlp_ratio",
+    "student.dept=3": "student.dept: no such key; did you mean depth? (allowed: depth, mlp_ratio, alibi, ",
     "callbacks.speed_monitor={window: 3}": "callbacks.speed_monitor.window: no such argument; did you mean window_s",
     "callbacks.speed_monitor={window_size: .inf}": "callbacks.speed_monitor.window_size.float: must be a finite",
     "optimizer.lr=.nan": "optimizer.lr: must be a finite number, got nan",

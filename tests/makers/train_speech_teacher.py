@@ -16,7 +16,6 @@ import argparse
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -30,23 +29,22 @@ from d2v_composer.embedding import hash_weights
 from d2v_composer.models.attention import init_linear_layers
 from d2v_composer.models.audio import NUM_MELS, AudioEncoder, LogMel
 from d2v_composer.models.data2vec2 import Data2Vec2
-from d2v_composer.models.sizes import SAMPLE_RATE, Data2Vec2AudioConfig
+from d2v_composer.models.sizes import SAMPLE_RATE, AudioEncoderConfig, TeacherConfig
 from d2v_composer.models.targets import norm_mean
 
 # The strides and windows of the released models, in narrow.
-CONFIG = Data2Vec2AudioConfig(
+ENCODER = AudioEncoderConfig(
     embed_dim=128,
     num_heads=4,
     norm_eps=1e-5,
     num_alibi_heads=4,
     alibi_scale_shape=(1, 1, 4, 1, 1),
     prenet_depth=0,
-    depth=6,
-    average_top_k_layers=6,
     feature_encoder_spec="[(32, 10, 5)] + [(64, 3, 2)] * 4 + [(96, 2, 2)] * 2",
     conv_pos_width=38,
     conv_pos_depth=2,
 )
+CONFIG = TeacherConfig(encoder=ENCODER, depth=6, average_top_k_layers=6, final_layer_norm=False)
 BATCH, SHORTEST, LONGEST = 64, 0.45, 1.1  # pieces, their seconds
 ENCODER_STEPS, STEPS, WARMUP = 400, 500, 80
 LEARNING_RATE, WEIGHT_DECAY, CLIP, TEMPERATURE = 1e-3, 0.05, 3.0, 0.1
@@ -132,7 +130,7 @@ def train(phase: str, optimizer: torch.optim.Optimizer, steps: int, compute_loss
 
 def train_encoder(encoder: AudioEncoder, clips: Clips) -> None:
     """Regress the log-mel spectrogram, each band with mean 0 and variance 1, from the convolutions' outputs."""
-    head, statistics = nn.Linear(CONFIG.embed_dim, NUM_MELS), []
+    head, statistics = nn.Linear(ENCODER.embed_dim, NUM_MELS), []
 
     def compute_loss() -> Tensor:
         pieces_BL = torch.cat([clips.draw(0.8, package, 6) for package in clips.packages])
@@ -198,7 +196,7 @@ def main() -> None:
         "license": "CC BY-SA 3.0, as the speech that it was trained on",
     }
     tensors = {name: tensor.half() for name, tensor in teacher.state_dict().items()}
-    write_model_file(arguments.out, "teacher", asdict(CONFIG), provenance, tensors)
+    write_model_file(arguments.out, "teacher", CONFIG.model_dump(mode="json"), provenance, tensors)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from d2v_composer.checkpoints.fairseq import LICENSE_NOTE, LICENSES
 from d2v_composer.commands import evaluate, export
 from d2v_composer.embedding import hash_weights
 from d2v_composer.models.images import ImageEncoder
-from d2v_composer.models.sizes import Data2Vec2AudioConfig, ImageEncoderConfig
+from d2v_composer.models.sizes import AudioEncoderConfig, ImageEncoderConfig
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.report.model_card import MARK, name_license, plan_model_card
 from d2v_composer.system.errors import InputError
@@ -69,7 +69,7 @@ def test_a_student_without_a_record_has_a_card(tmp_path: Path) -> None:
 
 
 def test_a_student_of_sound_says_how_it_takes_clips(tmp_path: Path) -> None:
-    license = LICENSES[Data2Vec2AudioConfig]
+    license = LICENSES[AudioEncoderConfig]
     teacher = load_teacher(GOLDEN / "audio_base.pt")
     student = Student(teacher.encoder, StudentConfig(depth=2), {"teacher": teacher.provenance, "data": {"samples": 96}})
     assert teacher.provenance["license"] == license
