@@ -471,10 +471,11 @@ def find_checkpoint(config: TrainerConfig) -> Checkpoint | None:
         if is_remote and dist.get_local_rank() == 0:
             download_checkpoint(config.load_path, path)
         found, length = read_checkpoint(path), config.max_duration
+    with reading(path):
         if found.trained({"ba": "batch", "ep": "epoch"}[length[-2:]]) >= int(length[:-2]):
             raise InputError(
-                f"{config.load_path}: batch {found.trained('batch')} is not before max_duration {length}; set a larger "
-                "one"
+                f"load_path: {config.load_path}: batch {found.trained('batch')} is not before max_duration {length}; "
+                "set a larger one"
             )
     return found
 

@@ -31,10 +31,10 @@ from d2v_composer.system.errors import InputError, reading
 EncoderKind = ImageEncoderConfig | AudioEncoderConfig | EatEncoderConfig
 # Name of the encoder in a checkpoint → its kind.
 ENCODERS: dict[str, type[EncoderKind]] = {"IMAGE": ImageEncoderConfig, "AUDIO": AudioEncoderConfig}
-LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are"
-LICENCES = {
-    ImageEncoderConfig: f"{LICENCE_NOTE} CC BY-NC 4.0",
-    AudioEncoderConfig: f"{LICENCE_NOTE} MIT for audio",
+LICENSE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are"
+LICENSES = {
+    ImageEncoderConfig: f"{LICENSE_NOTE} CC BY-NC 4.0",
+    AudioEncoderConfig: f"{LICENSE_NOTE} MIT for audio",
     EatEncoderConfig: "as the source's; EAT's code is MIT, and says nothing of its weights",
 }
 # data2vec's defaults of the number of blocks, and of those in the target.
@@ -89,8 +89,8 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
     # Only pre-training uses these: data2vec 2.0's decoder, and the heads of its and EAT's losses.
     left = (f"{prefix}decoder.", "shared_decoder.", "recon_proj.", "cls_proj.", "center")
     used = {ours: stored[name] for ours, name in renamed.items() if not name.startswith(left)}
-    licence = LICENCES[kind]
-    provenance = {"source": file_name(path), "sha256": sha256(file), "weights": weights, "licence": licence}
+    license = LICENSES[kind]
+    provenance = {"source": file_name(path), "sha256": sha256(file), "weights": weights, "license": license}
     teacher = build_loaded(path, lambda: Data2Vec2(config, provenance), used)
     return teacher, [name for name in stored if name.startswith(left)]
 
@@ -167,7 +167,7 @@ def convert_teacher(
     out: Path,
     weights: Weights = "model",
     dtype: torch.dtype = torch.float32,
-    licence: str | None = None,
+    license: str | None = None,
     **spectrogram: float,
 ) -> tuple[Data2Vec2, list[str]]:
     """Convert a fairseq checkpoint to a safetensors file.
@@ -177,7 +177,7 @@ def convert_teacher(
         out: The file to write.
         weights: The weights to keep.
         dtype: Stored dtype; a loaded teacher is float32 in any case.
-        licence: A note on the weights' licence for the metadata.
+        license: A note on the weights' license for the metadata.
         spectrogram: For EAT: ``target_length``, ``log_mel_mean``, ``log_mel_std``; default the file's, and AudioSet's.
 
     Returns:
@@ -197,7 +197,7 @@ def convert_teacher(
     teacher.config = teacher.config.changed(encoder=teacher.encoder.config)
     teacher.provenance |= {
         "dtype": str(dtype).removeprefix("torch."),
-        "licence": licence or teacher.provenance["licence"],
+        "license": license or teacher.provenance["license"],
         "converted": datetime.date.today().isoformat(),
     }
     tensors = {name: tensor.to(dtype) for name, tensor in teacher.state_dict().items()}

@@ -108,7 +108,8 @@ def read_model_file(path: Path) -> ModelFile:
         version, newest = metadata["format_version"], FORMAT_VERSIONS[kind]
         if int(version) > newest:
             raise ValueError(f"its format version is {version}; this package reads up to {newest}")
-        return ModelFile(kind, parse_object(metadata["config"]), parse_object(metadata["provenance"]), tensors)
+        provenance = metadata["provenance"].replace('"licence": ', '"license": ')  # of earlier versions
+        return ModelFile(kind, parse_object(metadata["config"]), parse_object(provenance), tensors)
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:

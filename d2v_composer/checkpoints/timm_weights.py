@@ -71,14 +71,14 @@ def load_timm_teacher(
         load_weights(built, model, stored)
     except Exception as error:
         raise InputError(f"{file}: not weights of {model}: {loading_fault(error)}") from error
-    licence = pretrained.get("license") or "not stated by timm"
+    license = pretrained.get("license") or "not stated by timm"
     provenance = {
         "model": model,
         "tag": pretrained.get("tag") if path is None else None,
         "timm": timm.__version__,
         "source": f"hub:{pretrained['hf_hub_id']}" if path is None else file_name(path),
         "sha256": sha256(file),
-        "licence": licence if path is None else f"the file's; timm states for its own: {licence}",
+        "license": license if path is None else f"the file's; timm states for its own: {license}",
     }
     return TimmTeacher(built, config, provenance)
 

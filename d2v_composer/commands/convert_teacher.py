@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="dtype of the stored weights"
     )
-    parser.add_argument("--licence", help="a note on the weights' license, stored in the file")
+    parser.add_argument("--license", help="a note on the weights' license, stored in the file")
     eat = parser.add_argument_group("EAT, whose spectrograms have a fixed length")
     eat.add_argument("--target-length", type=int, metavar="FRAMES", help="a multiple of 16; default: the file's")
     eat.add_argument("--log-mel-mean", type=float, metavar="X", help="of the data; default: AudioSet's, -4.268")
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     dtype = getattr(torch, arguments.dtype)
     names = ("target_length", "log_mel_mean", "log_mel_std")
     spectrogram = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    options = arguments.weights, dtype, arguments.licence
+    options = arguments.weights, dtype, arguments.license
     teacher, left = convert_teacher(arguments.source, arguments.out, *options, **spectrogram)
     config, provenance, out = teacher.config, teacher.provenance, arguments.out
     print(f"{provenance['source']} (sha256 {provenance['sha256']})")

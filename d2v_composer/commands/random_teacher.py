@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
         is_drawn = tensor.ndim > 1 and not name.endswith("alibi_scale")
         tensor.normal_(std=0.02) if is_drawn else tensor.fill_(not name.endswith("bias"))
     sha256 = hashlib.sha256(f"random {size}".encode()).hexdigest()
-    provenance = {"source": f"random {size}", "sha256": sha256, "weights": "model", "licence": "none: random weights"}
+    provenance = {"source": f"random {size}", "sha256": sha256, "weights": "model", "license": "none: random weights"}
     write_model_file(out, "teacher", config.model_dump(mode="json") if config else {}, provenance, tensors)
     print(f"wrote {out}: {sum(map(torch.numel, tensors.values())) / 1e6:.1f} M random weights")
     teacher = shlex.join([f"teacher.model={kind}", f"teacher.checkpoint={out.resolve()}"])

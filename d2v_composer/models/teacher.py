@@ -25,7 +25,7 @@ class Teacher(Transformer, Frozen):
         blocks: The blocks after it.
         config: The sizes.
         provenance: Origin of the weights, stored with what is derived from them; at least ``source``, ``sha256`` and
-            ``licence``.
+            ``license``.
     """
 
     @abstractmethod

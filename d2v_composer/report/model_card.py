@@ -20,10 +20,10 @@ from d2v_composer.system.errors import reading, writing
 from d2v_composer.system.files import check_out_file, write_atomically
 
 MARK = "d2v export wrote this file and replaces it: remove this line to keep your changes"
-# Licences that allow commercial use, and the others that the hub has a name for.
+# Licenses that allow commercial use, and the others that the hub has a name for.
 FREE = ("apache-2.0", "bsd-3-clause", "cc-by-4.0", "mit")
 NOT_FREE = re.compile(r"unknown|cc-by-nc(-sa|-nd)?-[234]\.0")
-# How a note begins if nobody stated the licence of these weights.
+# How a note begins if nobody stated the license of these weights.
 NOT_STATED = ("not-stated", "the-file-s", "as-the-source-s")
 
 
@@ -80,14 +80,14 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
     with reading(source):
         record = {"teacher": {}, "data": {}, "versions": {}, "command": "not recorded"}
         record |= hide_secrets(student.provenance)  # an older one has some
-        teacher = {"model": "", "source": "", "licence": ""} | record["teacher"]
-        licence = name_licence(teacher["licence"] or "")
+        teacher = {"model": "", "source": "", "license": ""} | record["teacher"]
+        license = name_license(teacher["license"] or "")
         template = Path(__file__).with_name("model_card.md").read_text("utf-8")
         card = jinja2.Template(template, undefined=jinja2.StrictUndefined, trim_blocks=True).render(
             mark=MARK,
-            licence=licence,
-            is_free=licence in FREE,
-            is_named_by_hub=licence in FREE or NOT_FREE.fullmatch(licence) is not None,
+            license=license,
+            is_free=license in FREE,
+            is_named_by_hub=license in FREE or NOT_FREE.fullmatch(license) is not None,
             teacher=teacher,
             record=record,
             student=student,
@@ -108,12 +108,12 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
     def write() -> str:
         with writing(readme):
             write_atomically(readme, card)
-        return f"wrote {readme}: the model card; license: {licence}"
+        return f"wrote {readme}: the model card; license: {license}"
 
     return write
 
 
-def name_licence(stated: str) -> str:
+def name_license(stated: str) -> str:
     """Return the hub's name of a license, from the note stored with a teacher's weights.
 
     A note that says anything more than a license's name has a name of its own: what it adds may be a restriction.

@@ -18,7 +18,7 @@ from d2v_composer.commands import convert_teacher as convert_command
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, refused_by
+from helpers import GOLDEN, QUICKSTART, refused_by
 
 NAMES = ["tiny_base", "tiny_alibi", "tiny_topk_noprenet"]
 QKV = "blocks.1.attn.qkv.weight"
@@ -89,11 +89,11 @@ def test_a_teacher_stored_in_16_bits_is_float32_and_close(tmp_path: Path) -> Non
 
 def test_metadata_and_report_name_source_and_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "teacher.safetensors"
-    arguments = [golden(), path, "--weights", "ema", "--licence", "none, random numbers"]
+    arguments = [golden(), path, "--weights", "ema", "--license", "none, random numbers"]
     convert_command.main([str(part) for part in arguments])
     provenance = json.loads(read_metadata(path)["provenance"])
     digest = hashlib.sha256(golden().read_bytes()).hexdigest()
-    expected = {"source": "tiny_base.pt", "sha256": digest, "weights": "ema", "licence": "none, random numbers"}
+    expected = {"source": "tiny_base.pt", "sha256": digest, "weights": "ema", "license": "none, random numbers"}
     assert expected.items() <= provenance.items()
     assert load_teacher(path, "ema").provenance == provenance
     stored = torch.load(golden(), weights_only=True)["model"]["_ema"]
@@ -102,6 +102,14 @@ def test_metadata_and_report_name_source_and_tensors(tmp_path: Path, capsys: pyt
     assert f"used {len(stored) - len(decoder)} tensors" in printed
     for group in {name.rsplit(".", 1)[0] for name in decoder}:
         assert group in printed.partition(f"left {len(decoder)} tensors")[2]
+
+
+def test_files_of_earlier_versions_state_their_license() -> None:
+    """Under the key that they had."""
+    assert b"licence" in (QUICKSTART / "teacher.safetensors").read_bytes()
+    provenance = load_teacher(QUICKSTART / "teacher.safetensors").provenance
+    assert provenance["license"] == "Apache-2.0, as this repository"
+    assert "licence" not in provenance
 
 
 # Corrupt files, other contents.

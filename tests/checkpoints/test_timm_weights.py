@@ -131,7 +131,7 @@ def test_provenance(file: Path) -> None:
         "tag": None,
         "timm": timm.__version__,
         "source": "weights.safetensors",
-        "licence": "the file's; timm states for its own: apache-2.0",
+        "license": "the file's; timm states for its own: apache-2.0",
     }
     sizes: Any = teacher.config
     found = (sizes.embed_dim, sizes.num_heads, sizes.depth, sizes.num_extra_tokens, sizes.image_size)
@@ -159,8 +159,8 @@ def test_pretrained_weights_come_from_the_hubs_cache(offline: Path, file: Path, 
     assert torch.equal(
         features(teacher, images_of(160, 160)), features(load_teacher(file, model=MODEL), images_of(160, 160))
     )
-    found = {name: teacher.provenance[name] for name in ("tag", "source", "licence")}
-    assert found == {"tag": "r160_in1k", "source": "hub:timm/test_vit.r160_in1k", "licence": "apache-2.0"}
+    found = {name: teacher.provenance[name] for name in ("tag", "source", "license")}
+    assert found == {"tag": "r160_in1k", "source": "hub:timm/test_vit.r160_in1k", "license": "apache-2.0"}
     _, same = load_any(MODEL)
     assert same is not None
     assert same.provenance == teacher.provenance

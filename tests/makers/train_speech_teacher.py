@@ -193,7 +193,7 @@ def main() -> None:
         "sha256": hash_weights(teacher),
         "weights": "model",
         "dtype": "float16",
-        "licence": "CC BY-SA 3.0, as the speech that it was trained on",
+        "license": "CC BY-SA 3.0, as the speech that it was trained on",
     }
     tensors = {name: tensor.half() for name, tensor in teacher.state_dict().items()}
     write_model_file(arguments.out, "teacher", CONFIG.model_dump(mode="json"), provenance, tensors)

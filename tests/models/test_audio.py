@@ -244,7 +244,7 @@ def test_half_precision_is_close(teacher: Any) -> None:
 def test_a_converted_teacher_and_a_students_file_compute_the_same(teacher: Any, tmp_path: Path) -> None:
     converted, left = convert_teacher(BASE, tmp_path / "teacher.safetensors")
     assert all(".decoder." in name for name in left)
-    assert "MIT" in converted.provenance["licence"]
+    assert "MIT" in converted.provenance["license"]
     again = load_teacher(tmp_path / "teacher.safetensors")
     assert again.config == teacher.config
     x = teacher.encode(sound(), LENGTHS)

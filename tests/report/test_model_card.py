@@ -1,4 +1,4 @@
-"""The model card beside an exported student: its licence, results and sizes; another README.md stays."""
+"""The model card beside an exported student: its license, results and sizes; another README.md stays."""
 
 import json
 from pathlib import Path
@@ -9,13 +9,13 @@ import torch
 import yaml
 
 from d2v_composer import load_student, load_teacher
-from d2v_composer.checkpoints.fairseq import LICENCE_NOTE, LICENCES
+from d2v_composer.checkpoints.fairseq import LICENSE_NOTE, LICENSES
 from d2v_composer.commands import evaluate, export
 from d2v_composer.embedding import hash_weights
 from d2v_composer.models.images import ImageEncoder
-from d2v_composer.models.sizes import ImageEncoderConfig
+from d2v_composer.models.sizes import AudioEncoderConfig, ImageEncoderConfig
 from d2v_composer.models.student import Student, StudentConfig
-from d2v_composer.report.model_card import MARK, name_licence, plan_model_card
+from d2v_composer.report.model_card import MARK, name_license, plan_model_card
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, ROOT, small_run
 from recipes import train
@@ -36,7 +36,7 @@ def written(folder: Path, **provenance: Any) -> tuple[dict[str, Any], str]:
         ("apache-2.0", "apache-2.0"),
         ("Apache-2.0, as this repository", "apache-2.0"),
         ("CC-BY-NC-4.0", "cc-by-nc-4.0"),
-        (LICENCE_NOTE, "unknown"),
+        (LICENSE_NOTE, "unknown"),
         ("MIT, weights for research only", "mit-weights-for-research-only"),
         ("CC BY-NC-SA 4.0", "cc-by-nc-sa-4.0"),
         ("the file's; timm states for its own: apache-2.0", "unknown"),
@@ -47,10 +47,10 @@ def written(folder: Path, **provenance: Any) -> tuple[dict[str, Any], str]:
         ("not MIT", "not-mit"),
     ],
 )
-def test_the_licence_is_named_as_it_is_stated(stated: str, name: str, tmp_path: Path) -> None:
+def test_the_license_is_named_as_it_is_stated(stated: str, name: str, tmp_path: Path) -> None:
     """And comes first unless it allows commercial use."""
-    assert name_licence(stated) == name
-    front, text = written(tmp_path, teacher={"licence": stated, "source": "hub:timm/vit.tag@main", "model": "timm/vit"})
+    assert name_license(stated) == name
+    front, text = written(tmp_path, teacher={"license": stated, "source": "hub:timm/vit.tag@main", "model": "timm/vit"})
     is_on_hub = name in ("apache-2.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "unknown")
     assert front["license"] == (name if is_on_hub else "other")
     assert front.get("license_name") == (None if is_on_hub else name)
@@ -69,10 +69,10 @@ def test_a_student_without_a_record_has_a_card(tmp_path: Path) -> None:
 
 
 def test_a_student_of_sound_says_how_it_takes_clips(tmp_path: Path) -> None:
-    licence = f"{LICENCE_NOTE} {LICENCES['audio']}"
+    license = LICENSES[AudioEncoderConfig]
     teacher = load_teacher(GOLDEN / "audio_base.pt")
     student = Student(teacher.encoder, StudentConfig(depth=2), {"teacher": teacher.provenance, "data": {"samples": 96}})
-    assert teacher.provenance["licence"] == licence
+    assert teacher.provenance["license"] == license
     out = tmp_path / "student.safetensors"
     assert "wrote" in plan_model_card(student, str(tmp_path / "none.pt"), out)()
     _, front, text = (tmp_path / "README.md").read_text().split("---\n", 2)
@@ -86,7 +86,7 @@ def test_a_student_of_sound_says_how_it_takes_clips(tmp_path: Path) -> None:
     ):
         assert said in text, said
     assert "student.embed(clips, " in text
-    assert licence in text
+    assert license in text
     assert "image" not in text
 
 
