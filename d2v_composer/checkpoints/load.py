@@ -294,5 +294,5 @@ def without_head(student: Student) -> Student:
     if type(student) is Student:
         return student
     plain = Student(student.encoder, student.config, student.provenance)
-    plain.blocks, plain.entrance = student.blocks, student.entrance
+    plain.blocks, plain.input_proj = student.blocks, student.input_proj
     return plain.eval()

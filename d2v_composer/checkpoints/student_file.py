@@ -331,6 +331,8 @@ def pop_sizes(source: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], 
     """
     if (stored := tensors.pop(CONFIG_TENSOR, None)) is None:
         raise InputError(f"{source}: no tensor {CONFIG_TENSOR}: not a file written by d2v export")
+    for name in [each for each in tensors if each.startswith("entrance.")]:  # its name in earlier versions
+        tensors[name.replace("entrance", "input_proj")] = tensors.pop(name)
     with reading(source):
         sizes = parse_object(stored.cpu().numpy().tobytes())
         return sizes, PrimaryEmbedding.parse(sizes.pop("primary"))

@@ -348,6 +348,13 @@ def test_wrong_sizes_are_refused(name: str, tmp_path: Path) -> None:
     assert name in refused or "not learned" in refused
 
 
+def test_long_clips_of_eat_embed_in_a_batch_as_alone() -> None:
+    eat: Any = load_teacher(GOLDEN / "eat_base.pt")
+    clips = sound(torch.tensor([2, 2]) * eat.encoder.window)
+    alone = torch.cat([eat.embed(clip[None]) for clip in clips])
+    torch.testing.assert_close(eat.embed(clips), alone, rtol=0, atol=TOLERANCE)
+
+
 def test_fine_tuned_files_are_refused(tmp_path: Path) -> None:
     checkpoint = torch.load(BASE, weights_only=True)
     tensors = {name: each for name, each in checkpoint["model"].items() if isinstance(each, Tensor)}
