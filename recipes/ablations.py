@@ -96,16 +96,13 @@ def check_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
     Raises:
         InputError: Names the settings that differ.
     """
-    from d2v_composer.builders.training import build_run_record
+    from d2v_composer.builders.run import build_run_record
     from d2v_composer.config.load import load_config
 
     for row, (_, _, *arguments) in commands.items():
         if (path := folders[row] / "run.yaml").exists():
             with reading(path):
                 before, record = yaml.safe_load(path.read_text()), build_run_record(load_config(arguments), ("config",))
-                before["config"]["save_folder"] = record.record["config"][
-                    "save_folder"
-                ]  # an earlier release's is another
                 if changes := record.changes(before):
                     raise InputError(f"{row}: {changes}; choose another --out, or remove {folders[row]}")
 

@@ -1,18 +1,20 @@
 """Build the models that an evaluation compares, and its labeled sets."""
 
 import sys
-from typing import NamedTuple
 
 import torch
 
 from d2v_composer.checkpoints.load import Models, load_any
-from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embedding, distillation_of, lookup
+from d2v_composer.checkpoints.student_file import choose_embedding, distillation_of, lookup
 from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ModelConfig, ShardLoaderConfig
 from d2v_composer.data.labeled import Augmentation, LabeledSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES, modality_of
 from d2v_composer.data.modality import Modality
-from d2v_composer.evaluation.evaluate import Candidate, build_embeds
-from d2v_composer.models.sizes import EncoderConfig
+from d2v_composer.evaluation.evaluate import Comparison, build_candidates
+from d2v_composer.evaluation.labeled_retrieval import Lookup
+from d2v_composer.evaluation.metrics import TEACHER
+from d2v_composer.models.backbone import Backbone
+from d2v_composer.models.sizes import EncoderConfig, TimmNetworkConfig
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.errors import InputError, reading
@@ -27,22 +29,6 @@ def load_trained_model(config: ModelConfig) -> Models:
     """
     sizes = config.model_dump(include={"checkpoint", "first_blocks", "image_size"})
     return load_any(config.model, config.weights, config.teacher, **sizes)
-
-
-GFLOP_PER_MAC = 2e-9
-
-
-class Comparison(NamedTuple):
-    """The embeddings that an evaluation compares."""
-
-    model: Student | Teacher
-    """The evaluated model."""
-    candidates: list[Candidate]
-    """Models to compare, on the device and in eval mode."""
-    embedding: PrimaryEmbedding
-    """Primary embedding of the model."""
-    augment: Augmentation
-    """Augmentation of the model's run."""
 
 
 def build_labeled_sets(lookup: LookupConfig, modality: Modality) -> dict[str, LabeledSet]:
@@ -81,10 +67,15 @@ def build_augmentation(
     return Augmentation(modality.augmentation(for_views=for_views, **options), seed)
 
 
-def build_untrained(model: Student | Teacher, teacher: Teacher | None) -> Student | None:
+def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None:
     """Build a student as a model's run began with it, or a teacher's default one; ``None``: that needs the teacher."""
     if isinstance(model, Teacher):
         return model.build_student()
+    if isinstance(model.config, TimmNetworkConfig):
+        from d2v_composer.models.timm_network import NetworkStudent, TimmNetwork  # timm takes seconds to import
+
+        is_pretrained = lookup(distillation_of(model.provenance), "config.student.pretrained") or False
+        return NetworkStudent(TimmNetwork(model.config, is_pretrained), model.config)
     init = lookup(distillation_of(model.provenance), "config.student.init") or "random"
     if teacher is not None:
         return teacher.build_student(**model.config.model_dump(), init=init)
@@ -94,30 +85,26 @@ def build_untrained(model: Student | Teacher, teacher: Teacher | None) -> Studen
     return None
 
 
-def build_comparison(config: EvaluateConfig, device: str) -> Comparison:
+def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Comparison]:
     """Load a model and what to compare it with: pixels, the encoder alone, an untrained student, the teacher if known.
 
     Raises:
         InputError: A file cannot be used, or the model has no such embedding.
     """
     model, teacher = load_trained_model(config)
+    sizes = model.encoder.config
     with torch.random.fork_rng(), reading(config.model):
         torch.manual_seed(config.seed)
         untrained = build_untrained(model, teacher)
         recorded = lookup(model.provenance, "config.train_loader") or {}
-        options = modality_of(model.encoder.config).options & recorded.keys()
+        options = modality_of(sizes).options & recorded.keys()
         loader = ShardLoaderConfig(**{name: recorded[name] for name in options})
-    student = model if isinstance(model, Student) else None
-    embedding = choose_embedding(model, config.pooling, config.representation)
-    named = {"untrained student": untrained, "student": student, "teacher": teacher}
+    primary = choose_embedding(model, config.pooling, config.representation).name
+    student = None if isinstance(model, Teacher) else model
+    named = {"untrained student": untrained, "student": student, TEACHER: teacher}
     models = {name: each.eval().to(device) for name, each in named.items() if each is not None}
-    encoder = model.encoder
-    # Number of weights, and GFLOP per image.
-    num_weights, macs = sum(map(torch.numel, encoder.parameters())), encoder.forward_macs()
-    costs = {encoder.baseline: (0, 0.0), "encoder": (num_weights, GFLOP_PER_MAC * macs)}
-    for name, each in models.items():
-        macs = each.encoder.forward_macs() + each.forward_macs()
-        costs[name] = (sum(map(torch.numel, each.parameters())), GFLOP_PER_MAC * macs)
-    embeds = build_embeds(model, models, model.layer_mean)
-    candidates = [Candidate(name, embed, *costs[name]) for name, embed in embeds.items()]
-    return Comparison(model, candidates, embedding, build_augmentation(loader, encoder.config, config.seed, True))
+    candidates = build_candidates(teacher or model, models, model.layer_mean)
+    reference = None if teacher is None else candidates[-1]
+    augment = build_augmentation(loader, sizes, config.seed, for_views=True)
+    how = Lookup(primary, config.ks, config.probes, augment, config.device_eval_batch_size, reference)
+    return model, Comparison(candidates, candidates[-3:] if len(models) == 3 else [], how)

@@ -13,7 +13,6 @@ from composer.core import Callback, Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from d2v_composer.callbacks.trainer_state import due_every, loss_scale
 from d2v_composer.evaluation.metrics import HEALTH_STATES
@@ -25,24 +24,6 @@ COLLAPSED_SHARE = 0.01
 DIVERGED_RATIO = 1.5
 
 log = logging.getLogger(__name__)
-
-
-def effective_rank(embeddings_BD: Tensor) -> Tensor:
-    """Return the number of directions that the embeddings of a batch fill, a scalar from 1 to min(B - 1, D).
-
-    It is exp of the entropy of the centered singular values' shares (Roy and Vetterli 2007, "The effective rank");
-    0 if all embeddings are equal, NaN if one is not finite.
-    """
-    embeddings = embeddings_BD.double()  # squares of singular values need it; float32 may be TF32 on a GPU
-    if not embeddings.isfinite().all():
-        return embeddings_BD.new_tensor(math.nan)
-    centered = embeddings - embeddings.mean(dim=0)
-    shorter = min(centered, centered.T, key=len)
-    singular_values = torch.linalg.eigvalsh(shorter @ shorter.T).clamp(min=0).sqrt()  # svdvals is slow on a GPU
-    total = singular_values.sum()
-    # The rounding errors of equal embeddings do not count as a direction.
-    rank = torch.special.entr(singular_values / total).sum().exp()
-    return torch.where(total > 1e-5 * embeddings.norm(), rank, 0).float()
 
 
 def variance_over_inputs(x_BTD: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -58,8 +39,6 @@ class Health(Callback):
 
     - ``prediction_variance``, ``target_variance``: over the batch, mean of all tokens and channels; the target's is
       the loss of the best prediction that is the same for all inputs;
-    - ``effective_rank`` of the predictions' means over tokens, see :func:`effective_rank`;
-    - ``cosine`` of prediction and target, mean over the batch and its tokens;
     - ``collapse``, ``dead``, ``diverging``, ``non_finite``, ``scaler_skips``: 1 in this state, else 0.
 
     The start of a state is logged as a warning: *collapse*, the prediction hardly varies over the batch; *dead*, after
@@ -85,7 +64,7 @@ class Health(Callback):
         self.grace = Time.from_timestring(grace)
         self.losses: list[float] = []
         self.lowest_loss = math.inf
-        self.scale = self.previous_scale = 0.0
+        self.scale = 0.0
         self.present: set[str] = set()
         self.microbatch: Any = None
 
@@ -115,11 +94,9 @@ class Health(Callback):
     def measure(self, state: State, logger: Logger) -> None:
         """Measure, log, and warn about each state that was not there at the last measurement."""
         metrics = self.compare(self.regression(state.outputs, self.microbatch))
-        # Waits for the device only once.
-        values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+        values = {name: value.item() for name, value in metrics.items()}
         loss = sum(self.losses) / len(self.losses)
         self.losses = []
-        self.previous_scale, self.scale = self.scale, loss_scale(state)
         present = dict(self.diagnose(values, loss, state))
         if math.isfinite(loss):
             self.lowest_loss = min(self.lowest_loss, loss)
@@ -131,20 +108,13 @@ class Health(Callback):
         self.present = set(present)
 
     def compare(self, outputs: Regression) -> dict[str, Tensor]:
-        """Compare prediction and target; the shape (B, D) counts as one token."""
-        prediction, target = (
-            tensor.float() if tensor.ndim == 3 else tensor.float()[:, None]
-            for tensor in (outputs.prediction, outputs.target)
-        )
-        cosine_BT1, mask = cosine_similarity(prediction, target, dim=2)[..., None], outputs.padding_mask
-        metrics = {
-            "cosine": mean_over_time(cosine_BT1, padding_mask=mask).mean(),
-            "effective_rank": effective_rank(mean_over_time(prediction, padding_mask=mask)[:, 0]),
+        """Return the variances; the shape (B, D) counts as one token."""
+        tensors = {"prediction": outputs.prediction.float(), "target": outputs.target.float()}
+        return {
+            f"{name}_variance": variance_over_inputs(x if x.ndim == 3 else x[:, None], outputs.padding_mask)
+            for name, x in tensors.items()
+            if len(x) > 1  # one input has no variance
         }
-        if len(target) > 1:  # one input has no variance
-            metrics["prediction_variance"] = variance_over_inputs(prediction, mask)
-            metrics["target_variance"] = variance_over_inputs(target, mask)
-        return metrics
 
     def diagnose(self, values: dict[str, float], loss: float, state: State) -> Iterator[tuple[str, str]]:
         """Yield the name of each state that the run is in, with the reason."""
@@ -165,5 +135,6 @@ class Health(Callback):
             )
         if not_finite := [name for name, value in {"loss": loss, **values}.items() if not math.isfinite(value)]:
             yield "non_finite", f"not finite: {', '.join(not_finite)}"
-        if self.scale < self.previous_scale:
-            yield "scaler_skips", f"the loss scale fell from {self.previous_scale:g} to {self.scale:g}"
+        before, self.scale = self.scale, loss_scale(state)
+        if self.scale < before:
+            yield "scaler_skips", f"the loss scale fell from {before:g} to {self.scale:g}"

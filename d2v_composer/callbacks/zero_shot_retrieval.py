@@ -1,9 +1,8 @@
 """Measure during training how good the representations are: zero-shot retrieval, probes, agreement with the teacher."""
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,16 +12,16 @@ from composer.utils import dist
 from torch import Tensor
 
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
-from d2v_composer.evaluation.labeled_retrieval import Embed, check_size, embed_set, look_up, probes_on
-from d2v_composer.evaluation.metrics import PROBES, Measure, measures_of, metric_key
+from d2v_composer.evaluation.labeled_retrieval import Candidate, Embed, Lookup, Neighbors, measure_embeddings
+from d2v_composer.evaluation.metrics import PROBES, TEACHER, metric_key
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
     from d2v_composer.data.labeled import Augmentation, LabeledSet  # and with it all that reads images
 
-Metrics = dict[str, float]
-"""Metric key → accuracy."""
+# Attributes in checkpoints.
+KEPT = ("history", "baseline_metrics", "teacher_neighbors", "neighbors", "was_stopped")
 
 
 class _StoppedError(Exception):
@@ -102,47 +101,49 @@ class ZeroShotRetrieval(Callback):
     ) -> None:
         if not PROBES.keys() >= set(probes):
             raise ValueError(f"probes must be among {', '.join(PROBES)}, got {', '.join(probes)}")
-        if "agreement" in probes and baselines is not None and "teacher" not in baselines:
+        if "agreement" in probes and baselines is not None and TEACHER not in baselines:
             raise ValueError("agreement needs a baseline named teacher")
+        self.lookup = Lookup(primary, tuple(ks), probes, augment, device_batch_size)
         for name, labeled in datasets.items():
-            check_size(name, labeled, ks, probes)
+            self.lookup.check(name, labeled)
             if augment is None and ("instance" in probes or not labeled.has_labels):
                 raise ValueError(f"{name}: instance retrieval needs augment")
         self.datasets = dict(datasets)
-        self.ks = tuple(ks)
         self.embed = embed
-        self.primary = primary
         self.baselines = baselines
         self.at_start = at_start
-        self.probes = probes
-        self.augment = augment
-        self.device_batch_size = device_batch_size
         self.progress_bar = progress_bar
         self.is_due = due_every(interval, {Event.BATCH_END, Event.EPOCH_END})
         self.history: list[dict[str, Any]] = []
         self.baseline_metrics: dict[str, float] = {}
-        self.teacher_neighbors: dict[str, dict[str, Tensor]] = {}
-        self.neighbors: dict[str, dict[str, Tensor]] = {}
+        self.teacher_neighbors: Neighbors = {}
+        self.neighbors: Neighbors = {}
         self.should_stop: Callable[[], bool] = lambda: False
         self.was_stopped = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if self.baselines is None:
             self.baselines = getattr(unwrapped(state), "retrieval_baselines", dict)()
+        self.student = Candidate("student", self.embed or embed_method(unwrapped(state)), neighbors=self.neighbors)
+        candidates = {name: Candidate(name, embed) for name, embed in self.baselines.items()}
+        if (teacher := candidates.get(TEACHER)) is not None:
+            teacher.nearest_others = self.teacher_neighbors
+        self.lookup = self.lookup._replace(teacher=teacher)
         keys = {
-            metric_key(dataset, *measure, baseline=baseline)
-            for dataset, baseline in product(self.datasets, self.baselines)
-            for measure in self.measures(dataset)
+            metric_key(dataset, measure, baseline=name)
+            for name in candidates
+            for dataset, labeled in self.datasets.items()
+            for measure in self.lookup.measures(labeled)
         }
-        embeds: dict[str | None, Embed] = {}
+        measured: list[Candidate] = []
         if keys <= self.baseline_metrics.keys():
             logger.log_metrics(self.baseline_metrics)
         else:  # not measured yet, or a resume adds some
-            self.baseline_metrics, embeds = {}, {**self.baselines}
+            self.baseline_metrics, measured = {}, [*candidates.values()]
         if self.at_start and state.timestamp.batch == 0:
-            embeds[None] = self.embed or embed_method(unwrapped(state))
-        if embeds:
-            self.record(self.measure(embeds, state, logger), state, logger)
+            measured.append(self.student)
+        if measured:
+            self.measure(measured, state, logger)
         if self.was_stopped:
             self.evaluate(state, logger)
 
@@ -155,15 +156,8 @@ class ZeroShotRetrieval(Callback):
             self.evaluate(state, logger)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "history": self.history,
-            "baseline_metrics": self.baseline_metrics,
-            "primary": self.primary,
-            "teacher_neighbors": self.teacher_neighbors,
-            "neighbors": self.neighbors,
-            "images": {name: labeled.fingerprint() for name, labeled in self.datasets.items()},
-            "was_stopped": self.was_stopped,
-        }
+        images = {name: labeled.fingerprint() for name, labeled in self.datasets.items()}
+        return {name: getattr(self, name) for name in KEPT} | {"primary": self.lookup.primary, "images": images}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the measurements.
@@ -171,10 +165,10 @@ class ZeroShotRetrieval(Callback):
         Raises:
             InputError: The accuracies cannot be compared with those before.
         """
-        if state["primary"] != self.primary:  # that of the short keys
+        if state["primary"] != self.lookup.primary:  # that of the short keys
             raise InputError(
                 f"retrieval.representation, retrieval.pooling: checkpoint has {state['primary']}, config has "
-                f"{self.primary}; every embedding is logged under its own key"
+                f"{self.lookup.primary}; every embedding is logged under its own key"
             )
         for name, labeled in self.datasets.items():
             if state["images"].get(name) not in (None, labeled.fingerprint()):
@@ -182,81 +176,50 @@ class ZeroShotRetrieval(Callback):
                     f"retrieval.datasets.{name}: its images differ from the checkpoint's; give the set another "
                     "name, or restore it and max_images"
                 )
-        self.history, self.baseline_metrics = state["history"], state["baseline_metrics"]
-        self.neighbors, self.was_stopped = state["neighbors"], state["was_stopped"]
-        self.teacher_neighbors = state.get("teacher_neighbors", {})  # older checkpoints have none
-
-    def probes_on(self, dataset: str) -> list[str]:
-        """Return the probes that run on a data set."""
-        return probes_on(self.datasets[dataset], self.probes, has_teacher="teacher" in (self.baselines or {}))
-
-    def measures(self, dataset: str) -> list[tuple[str, Measure]]:
-        """Return each measure taken on a set, with its bank."""
-        return measures_of(self.datasets[dataset].has_labels, self.ks, self.probes_on(dataset))
+        for name in KEPT:
+            setattr(self, name, state[name])
 
     def evaluate(self, state: State, logger: Logger) -> None:
         """Measure and log the model, unless this was done for this batch or the run should stop."""
         if self.history and self.history[-1]["batch"] == int(state.timestamp.batch):
             return
-        embed = self.embed or embed_method(unwrapped(state))
         self.was_stopped = True
         with suppress(_StoppedError):
-            self.record(self.measure({None: embed}, state, logger), state, logger)
+            self.measure([self.student], state, logger)
             self.was_stopped = False
 
-    def record(self, measured: Mapping[str | None, Metrics], state: State, logger: Logger) -> None:
-        """Keep and log the accuracies of baselines and (under ``None``) the model."""
-        for baseline, metrics in measured.items():
-            if baseline is None:
-                self.history.append({"batch": int(state.timestamp.batch), "metrics": metrics})
-            else:
-                self.baseline_metrics |= metrics
-        logger.log_metrics({key: accuracy for metrics in measured.values() for key, accuracy in metrics.items()})
-
-    def measure(self, embeds: Mapping[str | None, Embed], state: State, logger: Logger) -> dict[str | None, Metrics]:
-        """Return the accuracies of baselines and (under ``None``) the model by key; log the time."""
-        start = time.monotonic()
+    def measure(self, candidates: Sequence[Candidate], state: State, logger: Logger) -> None:
+        """Measure, keep and log the accuracies of the student and of baselines."""
+        start, ranks = time.monotonic(), Ranks(dist.get_global_rank(), dist.get_world_size())
         model, was_training = state.model, state.model.training
-        metrics: dict[str | None, Metrics] = {baseline: {} for baseline in embeds}
-        model.eval()
-        try:
-            # Tensors that FSDP gathers in inference mode cannot be used in training.
-            without_gradient = torch.no_grad() if state.fsdp_enabled else torch.inference_mode()
-            with without_gradient, get_precision_context(state.precision, state.precision_config):
-                for dataset in self.datasets:
-                    for baseline, key, accuracy in self.measure_set(dataset, embeds, state):
-                        metrics[baseline][key] = accuracy
-        finally:
-            model.train(was_training)
-        logger.log_metrics({"time/zero_shot_retrieval": time.monotonic() - start})
-        return metrics
-
-    def measure_set(
-        self, dataset: str, embeds: Mapping[str | None, Embed], state: State
-    ) -> Iterator[tuple[str | None, str, float]]:
-        """Yield baseline, key and accuracy on one set, in both directions, for every embedding."""
-        labeled, ranks = self.datasets[dataset], Ranks(dist.get_global_rank(), dist.get_world_size())
-        progress = f"retrieval {dataset}" if self.progress_bar and ranks.rank == 0 else None
+        baselines, student = {}, {}
 
         def to_device(tensor: Tensor) -> Tensor:
             if self.should_stop():  # before each batch of images, and each search
                 raise _StoppedError
             return state.device.tensor_to_device(tensor)
 
-        probes = self.probes_on(dataset)
-        augment = self.augment if "instance" in probes else None
-        embedded = embed_set(embeds, labeled, self.device_batch_size, to_device, ranks, progress, augment)
-        teachers = self.teacher_neighbors.setdefault(dataset, {})
-        options = labeled, self.primary, self.ks, to_device, ranks, probes
-        for baseline, found in look_up(embedded, *options, dataset=dataset, teachers=teachers):
-            names = [found.embedding or None]
-            if found.is_primary:
-                names.append(None)  # the short key
-                if baseline is None and found.bank:
-                    self.neighbors.setdefault(dataset, {})[found.bank] = found.nearest.int().cpu()
-            for name, (measure, hits) in product(names, found.hits.items()):
-                key = metric_key(dataset, found.bank, measure, name, baseline)
-                yield baseline, key, hits.double().mean().item()
+        model.eval()
+        try:
+            # Tensors that FSDP gathers in inference mode cannot be used in training.
+            without_gradient = torch.no_grad() if state.fsdp_enabled else torch.inference_mode()
+            with without_gradient, get_precision_context(state.precision, state.precision_config):
+                for dataset, labeled in self.datasets.items():
+                    progress = f"retrieval {dataset}" if self.progress_bar and ranks.rank == 0 else None
+                    options = self.lookup, to_device, ranks, progress
+                    for result in measure_embeddings(candidates, dataset, labeled, *options):
+                        is_student = result.candidate is self.student
+                        found, baseline = (student, "") if is_student else (baselines, result.candidate.name)
+                        for name in ("", result.embedding) if result.is_primary else (result.embedding,):
+                            key = metric_key(dataset, result.measure, name, baseline)
+                            found[key] = result.hits.double().mean().item()
+        finally:
+            model.train(was_training)
+        logger.log_metrics({"time/zero_shot_retrieval": time.monotonic() - start})
+        self.baseline_metrics |= baselines
+        if self.student in candidates:
+            self.history.append({"batch": int(state.timestamp.batch), "metrics": student})
+        logger.log_metrics(baselines | student)
 
 
 def embed_method(model: torch.nn.Module) -> Embed:
@@ -265,7 +228,7 @@ def embed_method(model: torch.nn.Module) -> Embed:
     Raises:
         ValueError: It has neither.
     """
-    for name in ("embed_all", "embed"):
-        if callable(getattr(model, name, None)):
-            return getattr(model, name)
-    raise ValueError(f"{type(model).__name__} has no method embed_all or embed: pass ZeroShotRetrieval(embed=…)")
+    embed = getattr(model, "embed_all", None) or getattr(model, "embed", None)
+    if embed is None:
+        raise ValueError(f"{type(model).__name__} has no method embed_all or embed: pass ZeroShotRetrieval(embed=…)")
+    return embed

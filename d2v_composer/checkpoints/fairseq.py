@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2v_composer.checkpoints.safe_load import Stub, fetch_model, is_trained, load_untrusted
+from d2v_composer.checkpoints.checkpoint import fetch_model
+from d2v_composer.checkpoints.safe_load import Stub, is_trained, load_untrusted
 from d2v_composer.checkpoints.student_file import (
     build_loaded,
     is_safetensors,

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.data2vec2 import ENCODERS
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.names import Pooling, Representation
@@ -24,6 +25,7 @@ from d2v_composer.models.sizes import (
     StudentConfig,
     StudentSizes,
     TimmEncoderConfig,
+    TimmNetworkConfig,
     check_choice,
     upgrade,
 )
@@ -38,6 +40,7 @@ FORMAT_VERSIONS: dict[str, int] = {"teacher": 2, "student": 3, "classifier": 2}
 CONFIG_TENSOR = "config_json"
 # Characters of sizes or provenance. Ours have some thousands; parsed, they take 25 times as many bytes.
 MAX_JSON = 4 << 20
+BATCHES_SEEN = "num_batches_tracked"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A teacher's file may hold float16 or bfloat16 numbers.
 ROUNDING = 0.01
@@ -169,6 +172,8 @@ def check_numbers(tensors: Mapping[str, Tensor]) -> None:
         ValueError: One does not.
     """
     for name, tensor in tensors.items():
+        if name.endswith(BATCHES_SEEN):  # of a BatchNorm, a whole number
+            continue
         if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(f"tensor {name} is not a dense floating-point tensor")
         # An expanded tensor would grow to any size when it is copied.
@@ -177,7 +182,7 @@ def check_numbers(tensors: Mapping[str, Tensor]) -> None:
 
 
 def loading_fault(error: Exception) -> str:
-    """Return an error's only line, or the first fault below the title line of load_state_dict's error."""
+    """Reduce an error to one line; for load_state_dict's, the first mismatch."""
     return (str(error).splitlines()[1:] or [reason(error)])[0].strip()[:300]
 
 
@@ -235,7 +240,7 @@ DEFAULT_PRIMARY = PrimaryEmbedding("output", "cls")
 
 
 def choose_embedding(
-    model: Student | Teacher, pooling: Pooling | None, representation: Representation | None
+    model: Backbone, pooling: Pooling | None, representation: Representation | None
 ) -> PrimaryEmbedding:
     """Return the requested embedding; ``None`` means as in the primary embedding of the model's run.
 
@@ -295,8 +300,10 @@ def build_encoder(config: EncoderConfig) -> Encoder:
     return TimmEncoder(config).freeze()
 
 
-def sizes_of(student: Student) -> dict[str, Any]:
+def sizes_of(student: Backbone) -> dict[str, Any]:
     """Return the sizes of a student and its encoder, for JSON."""
+    if isinstance(student.config, TimmNetworkConfig):
+        return {"network": student.config.model_dump(mode="json")}
     return StudentSizes(encoder=student.encoder.config, student=student.config).model_dump(mode="json")
 
 

@@ -23,10 +23,9 @@ from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
     from d2v_composer.config.schema import EvaluateConfig
-    from d2v_composer.evaluation.evaluate import Evaluation
 
 
-def main(argv: Sequence[str]) -> "Evaluation":
+def main(argv: Sequence[str]) -> None:
     """Print the tables, and write them to ``out``."""
     command_line.show_help(argv, __doc__)
 
@@ -36,36 +35,32 @@ def main(argv: Sequence[str]) -> "Evaluation":
     from d2v_composer.config.load import load_evaluate_config
     from d2v_composer.data.modalities import modality_of
     from d2v_composer.embedding import hash_weights
-    from d2v_composer.evaluation.evaluate import Evaluation, check_out, evaluate
-    from d2v_composer.evaluation.labeled_retrieval import check_size
+    from d2v_composer.evaluation.evaluate import check_out, evaluate
     from d2v_composer.models.execution import choose_precision
+    from d2v_composer.report.model_card import WORDS
     from d2v_composer.report.tables import evaluation_tables
     from d2v_composer.system.machine import describe_machine, package_versions
 
     config = load_evaluate_config(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, candidates, embedding, augment = build_comparison(config, device)
+    model, comparison = build_comparison(config, device)
     weights = hash_weights(model)
     if config.out is not None:
         check_out(Path(config.out), weights)
-    if "agreement" in config.probes and candidates[-1].name != "teacher":
+    if "agreement" in config.probes and comparison.lookup.teacher is None:
         raise InputError("probes: agreement needs the teacher; name it with teacher=PATH")
     modality = modality_of(model.encoder.config)
     datasets = build_labeled_sets(config, modality)
     for name, labeled in datasets.items():
-        check_size(name, labeled, config.ks, config.probes)
-    print(f"embedding: {embedding.name}")
-    options = config.device_eval_batch_size, embedding.name, augment, choose_precision(config.precision).autocast_dtype
-    retrievals = list(evaluate(candidates, datasets, config.ks, device, *options, config.probes))
-    class_names = {name: labeled.class_names for name, labeled in datasets.items()}
-    evaluation = Evaluation(candidates, retrievals, embedding.name, class_names, modality.words()["each"])
-    tables = evaluation_tables(evaluation)
+        comparison.lookup.check(name, labeled)
+    print(f"embedding: {comparison.lookup.primary}")
+    evaluation = evaluate(comparison, datasets, device, choose_precision(config.precision).autocast_dtype)
+    tables = evaluation_tables(evaluation, WORDS[modality.name]["each"])
     print(tables)
     if config.out is not None:
         about = {"machine": describe_machine(), "versions": package_versions(), "weights": weights, "tables": tables}
         evaluation.write(Path(config.out), {"config": config.model_dump(mode="json"), **about})
     print_next(next_step(config, modality.unit.upper()))
-    return evaluation
 
 
 def next_step(config: "EvaluateConfig", samples: str) -> str:

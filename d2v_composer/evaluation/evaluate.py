@@ -7,9 +7,8 @@ import csv
 import io
 import json
 import os
-import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,10 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from d2v_composer.data.labeled import Augmentation, LabeledSet
-from d2v_composer.evaluation.labeled_retrieval import Embed, embed_set, look_up, probes_on
-from d2v_composer.evaluation.metrics import BANKS, PROBES, Measure, metric_key
-from d2v_composer.evaluation.nearest_neighbors import NUM_NEIGHBORS
+from d2v_composer.data.labeled import LabeledSet
+from d2v_composer.evaluation.labeled_retrieval import Candidate, Lookup, Result, measure_embeddings
+from d2v_composer.evaluation.metrics import BANKS, TEACHER, Log, Measure, read_accuracies, retrieval_from
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.encoder import Encoder, Inputs, Tokens
 from d2v_composer.models.layer_mean import LayerMean
@@ -35,9 +33,8 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file, write_atomically
 
 NUM_RESAMPLES = 2000
-
-Log = Mapping[str, Mapping[int, float]]
-"""Key → step → value."""
+GFLOP_PER_MAC = 2e-9
+GAP_CLOSED = "teacher gap closed"
 
 
 class Interval(NamedTuple):
@@ -55,10 +52,9 @@ def accuracy_interval(hits: NDArray[np.bool_ | np.float64]) -> Interval:
 
 def gap_closed_interval(*hits: NDArray[np.bool_ | np.float64]) -> Interval | None:
     """Return :func:`gap_closed` with its interval, from the three models' hits on the same queries, (Q,) each."""
-    value = gap_closed(*(each.mean() for each in hits))
+    value, *resampled = (gap_closed(*each) for each in ([each.mean() for each in hits], *resample(*hits)))
     if value is None:
         return None
-    resampled = [gap_closed(*accuracies) for accuracies in resample(*hits)]
     return Interval(value, *np.percentile([each for each in resampled if each is not None], [2.5, 97.5]).tolist())
 
 
@@ -68,17 +64,6 @@ def gap_closed(untrained: float, student: float, teacher: float) -> float | None
     ``None`` if the teacher is no better than the untrained student.
     """
     return None if teacher <= untrained else float((student - untrained) / (teacher - untrained))
-
-
-def gap_ends(log: Log, dataset: str, embedding: str, k: int) -> dict[str, tuple[float, float]]:
-    """Return bank → the accuracies of the untrained student and the teacher, for banks in which the log has both."""
-    found = {}
-    for bank in BANKS:
-        untrained = log.get(metric_key(dataset, bank, k, embedding), {}).get(0)
-        teacher = log.get(metric_key(dataset, bank, k, embedding, "teacher"), {})
-        if untrained is not None and teacher:
-            found[bank] = untrained, teacher[max(teacher)]
-    return found
 
 
 def gap_closed_by_step(
@@ -97,11 +82,12 @@ def gap_closed_by_step(
     Returns:
         Empty if either is missing, or there is no gap at all.
     """
-    ends = gap_ends(log if baselines is None else baselines, dataset, embedding, k)
     found: dict[int, list[float]] = {}
-    for bank, (untrained, teacher) in ends.items():
-        for step, accuracy in log.get(metric_key(dataset, bank, k, embedding), {}).items():
-            closed = gap_closed(untrained, accuracy, teacher)
+    for bank in BANKS:
+        options = dataset, retrieval_from(bank, k), embedding
+        untrained, teacher = (read_accuracies(baselines or log, *options, baseline=name) for name in ("", TEACHER))
+        for step, accuracy in read_accuracies(log, *options).items() if 0 in untrained and teacher else ():
+            closed = gap_closed(untrained[0], accuracy, teacher[max(teacher)])
             if closed is not None:
                 found.setdefault(step, []).append(closed)
     return {step: mean(found[step]) for step in sorted(found)}
@@ -121,8 +107,8 @@ def resample(*hits: NDArray[np.bool_ | np.float64]) -> NDArray[np.float64]:
     return drawn @ kinds / num_queries
 
 
-def build_embeds(first: Backbone, models: Mapping[str, Backbone], layer_mean: LayerMean) -> dict[str, Embed]:
-    """Return embed functions: the encoder's baseline, ``encoder`` (its output in every pooling), each model.
+def build_candidates(first: Backbone, models: Mapping[str, Backbone], layer_mean: LayerMean) -> list[Candidate]:
+    """Return what is compared: the encoder's baseline, ``encoder`` (its output in every pooling), then each model.
 
     A tensor that is passed again, to another of them, is not encoded again: autocast must be the same for all. The
     encoder's output lives as long as its inputs. A compiled model needs a graph for each size, so smaller batches are
@@ -143,72 +129,67 @@ def build_embeds(first: Backbone, models: Mapping[str, Backbone], layer_mean: La
             known[own] = own(own.windows(inputs.filled_up(largest - len(inputs.values))))
         return known[own]
 
-    def embed_with(own: Encoder, embed: Callable[[Tokens], dict[str, Tensor]], *inputs: Tensor) -> dict[str, Tensor]:
-        found = embed(encode(own, Inputs(*inputs)))
-        return {name: each[: len(inputs[0])] for name, each in found.items()}
+    def candidate(name: str, model: Backbone | Encoder, own: Encoder, embed: Callable[..., Any]) -> Candidate:
+        def embed_inputs(*inputs: Tensor) -> dict[str, Tensor]:
+            found = embed(encode(own, Inputs(*inputs)))
+            return {name: each[: len(inputs[0])] for name, each in found.items()}
 
-    def pool(tokens: Tokens) -> dict[str, Tensor]:
-        return first.features(tokens).poolings(tokens.x, "output_")
+        gflop = GFLOP_PER_MAC * sum(part.forward_macs() for part in {model, own})
+        return Candidate(name, embed_inputs, sum(map(torch.numel, model.parameters())), gflop)
 
-    embeds = {name: (each.encoder, partial(each.embed_encoded, layer_mean=layer_mean)) for name, each in models.items()}
-    return {
-        encoder.baseline: lambda *inputs: encoder.raw(Inputs(*inputs)),
-        **{name: partial(embed_with, *each) for name, each in {"encoder": (encoder, pool), **embeds}.items()},
-    }
+    return [
+        Candidate(encoder.baseline, lambda *inputs: encoder.raw(Inputs(*inputs))),
+        # Not if the encoder is all of the model.
+        *(
+            [
+                candidate(
+                    "encoder", encoder, encoder, lambda tokens: first.features(tokens).poolings(tokens.x, "output_")
+                )
+            ]
+            if first.block_list
+            else []
+        ),
+        *(
+            candidate(name, each, each.encoder, partial(each.embed_encoded, layer_mean=layer_mean))
+            for name, each in models.items()
+        ),
+    ]
 
 
-class Candidate(NamedTuple):
-    """A model to compare."""
+class Comparison(NamedTuple):
+    """The models that an evaluation compares, and how."""
 
-    name: str
-    embed: Embed
-    num_parameters: int
-    gflop_per_image: float
-
-
-class Retrieval(NamedTuple):
-    """The result of one candidate on one data set, in one direction, with one embedding."""
-
-    candidate: str
-    dataset: str
-    bank: str
-    embedding: str
-    """Name of the embedding; '' if the candidate has only one."""
-    is_primary: bool
-    hits: dict[Measure, NDArray[np.bool_ | np.float64]]
-    """Hits, as in :class:`~d2v_composer.evaluation.labeled_retrieval.Found`."""
-
-    def accuracy(self, measure: Measure) -> Interval:
-        return accuracy_interval(self.hits[measure])
+    candidates: list[Candidate]
+    """Models on the device, in eval mode."""
+    gap: list[Candidate]
+    """The untrained student, the student and the teacher; without all three, there is no gap to close."""
+    lookup: Lookup
 
 
 class Evaluation(NamedTuple):
     """All results of an evaluation."""
 
-    candidates: list[Candidate]
-    retrievals: list[Retrieval]
-    primary: str
-    """The embedding that the tables show."""
+    comparison: Comparison
     class_names: Mapping[str, Sequence[str]]
     """Data set → the name of each label; empty if the labels are only numbers."""
-    each: str = "image"
-    """What a model's computation is counted for."""
+    results: list[Result]
 
-    def measures(self, dataset: str) -> list[tuple[str, Measure]]:
-        """Return every (bank, measure) pair of a data set."""
-        found = [each for each in self.retrievals if each.dataset == dataset]
-        return list(dict.fromkeys((each.bank, measure) for each in found for measure in each.hits))
+    def pivot(self, dataset: str) -> dict[Measure, dict[str, Interval | None]]:
+        """Return measure → accuracy by candidate, with its primary embedding or the fallback, and the gap closed.
 
-    @property
-    def primaries(self) -> dict[tuple[str, str, str], Retrieval]:
-        """Results with the primary embedding, or with its fallback, by candidate, data set and bank."""
-        return {(each.candidate, each.dataset, each.bank): each for each in self.retrievals if each.is_primary}
-
-    def gap_closed(self, dataset: str, bank: str, measure: Measure) -> Interval | None:
-        """Return the teacher gap closed; ``None`` if there is no gap, or one of the three models was not evaluated."""
-        found = [self.primaries.get((name, dataset, bank)) for name in ("untrained student", "student", "teacher")]
-        hits = [each.hits[measure] for each in found if each is not None]
-        return gap_closed_interval(*hits) if len(hits) == len(found) else None
+        The teacher gap closed, as :data:`GAP_CLOSED`, is ``None`` if there is no gap; it is missing if one of the three
+        models is.
+        """
+        columns: dict[Measure, dict[Candidate, Any]] = {}
+        for each in self.results:
+            if each.dataset == dataset and each.is_primary:
+                columns.setdefault(each.measure, {})[each.candidate] = each.hits.numpy()
+        gap = self.comparison.gap
+        return {
+            measure: {each.name: accuracy_interval(hit) for each, hit in hits.items()}
+            | ({GAP_CLOSED: gap_closed_interval(*(hits[each] for each in gap))} if gap else {})
+            for measure, hits in columns.items()
+        }
 
     def write(self, folder: Path, about: dict[str, Any]) -> None:
         """Write ``evaluation.json``, with further entries but no secrets, and ``evaluation.csv``, each atomically.
@@ -217,33 +198,33 @@ class Evaluation(NamedTuple):
         """
         rows = [
             {
-                "candidate": each.candidate,
-                "dataset": each.dataset,
-                "bank": each.bank,
-                "embedding": each.embedding,
-                **describe_measure(measure),
-                **each.accuracy(measure)._asdict(),
+                "candidate": candidate.name,
+                "dataset": dataset,
+                "bank": measure.bank,
+                "embedding": embedding,
+                "measure": measure.name,
+                "k": measure.k,
+                **accuracy_interval(hits.numpy())._asdict(),
             }
-            for each in self.retrievals
-            for measure in each.hits
+            for candidate, dataset, measure, embedding, _, hits in self.results
         ]
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
         found = {
-            "primary": self.primary,
+            "primary": self.comparison.lookup.primary,
             "class_names": self.class_names,
             "results": rows,
             "teacher_gap_closed": [
-                {"dataset": dataset, "bank": bank, **describe_measure(measure), **closed._asdict()}
+                {"dataset": dataset, "bank": measure.bank, "measure": measure.name, "k": measure.k, **closed._asdict()}
                 for dataset in self.class_names
-                for bank, measure in self.measures(dataset)
-                if (closed := self.gap_closed(dataset, bank, measure)) is not None
+                for measure, cells in self.pivot(dataset).items()
+                if (closed := cells.get(GAP_CLOSED)) is not None
             ],
             "candidates": [
-                {"name": name, "parameters": num_parameters, "gflop_per_image": gflop}
-                for name, _, num_parameters, gflop in self.candidates
+                {"name": each.name, "parameters": each.num_parameters, "gflop_per_image": each.gflop}
+                for each in self.comparison.candidates
             ],
         }
         write_atomically(folder / "evaluation.json", json.dumps(hide_secrets(about) | found, indent=1) + "\n")
@@ -271,47 +252,24 @@ def check_out(folder: Path, weights: str) -> None:
             raise InputError(f"out: {path} is not of these weights; remove it, or choose another folder")
 
 
-def describe_measure(measure: Measure) -> dict[str, str | int | None]:
-    """Return the table cells of a measure: 'retrieval' and k, or the probe and its number of neighbors."""
-    if isinstance(measure, int):
-        return {"measure": "retrieval", "k": measure}
-    voters = {"linear/top1": None, **dict.fromkeys(PROBES["knn"], NUM_NEIGHBORS)}
-    name, k = re.split("@|/top", measure)
-    return {"measure": name, "k": voters.get(measure, int(k))}
-
-
 def evaluate(
-    candidates: Sequence[Candidate],
+    comparison: Comparison,
     datasets: Mapping[str, LabeledSet],
-    ks: Sequence[int],
     device: str,
-    batch_size: int,
-    primary: str,
-    augment: Augmentation,
     autocast_dtype: torch.dtype | None = None,
-    probes: Collection[str] = (),
-) -> Iterator[Retrieval]:
+) -> Evaluation:
     """Embed every image once per candidate, look up each split's images in the other split, and run the probes.
 
     Args:
-        candidates: Models on ``device``, in eval mode.
+        comparison: Models on ``device``.
         datasets: Name → images.
-        ks: The k to count hits for; each at most the size of the smallest split.
         device: cpu or cuda.
-        batch_size: Images embedded at once.
-        primary: The primary embedding.
-        augment: Makes an image's views.
         autocast_dtype: Enables autocast with this dtype.
-        probes: Names of ``PROBES``; without labels, those that need none. Agreement needs the candidate teacher.
     """
-    embeds, to_device = {name: embed for name, embed, *_ in candidates}, partial(torch.Tensor.to, device=device)
-    for dataset, labeled in datasets.items():
-        wanted = probes_on(labeled, probes, has_teacher="teacher" in embeds)
-        print(f"embedding {sum(labeled.num_samples):,} samples of {dataset}: {', '.join(embeds)}", file=sys.stderr)
+    names, move = ", ".join(each.name for each in comparison.candidates), partial(torch.Tensor.to, device=device)
+    results: list[Result] = []
+    for name, labeled in datasets.items():
+        print(f"embedding {sum(labeled.num_samples):,} samples of {name}: {names}", file=sys.stderr)
         with torch.inference_mode(), precision_of(autocast_dtype, device):
-            views = augment if "instance" in wanted else None
-            embedded = embed_set(embeds, labeled, batch_size, to_device, progress=dataset, augment=views)
-        options = {"probes": wanted, "dataset": dataset, "teachers": {}}
-        for name, found in look_up(embedded, labeled, primary, ks, to_device, **options):
-            hits = {measure: hit.cpu().numpy() for measure, hit in found.hits.items()}
-            yield Retrieval(name, dataset, found.bank, found.embedding, found.is_primary, hits)
+            results += measure_embeddings(comparison.candidates, name, labeled, comparison.lookup, move, progress=name)
+    return Evaluation(comparison, {name: each.class_names for name, each in datasets.items()}, results)

@@ -4,16 +4,29 @@ Several ranks share the work. Shapes: B images of a batch, N of a split, Q queri
 """
 
 import logging
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from functools import cache, partial
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from d2v_composer.data.modality import collate
 from d2v_composer.evaluation.linear_probe import fit_linear_probe
-from d2v_composer.evaluation.metrics import AGREEMENT, BANKS, PROBES, WITHOUT_LABELS, Measure, find_primary
+from d2v_composer.evaluation.metrics import (
+    AGREEMENT,
+    BANKS,
+    KNN,
+    KNN_MAJORITY,
+    LINEAR,
+    PROBES,
+    WITHOUT_LABELS,
+    Measure,
+    find_primary,
+    instance_retrieval,
+    retrieval_from,
+)
 from d2v_composer.evaluation.nearest_neighbors import (
     NUM_NEIGHBORS,
     ONE_RANK,
@@ -37,169 +50,191 @@ Embed = Callable[..., Tensor | dict[str, Tensor]]
 A batch is images, (B, 3, height, width) uint8; or clips, (B, L) float32, and, only if some are padded, the number of
 samples of each, (B,) int64, as a second argument.
 """
-ModelT = TypeVar("ModelT", bound=Hashable)
 
 VIEWS = ("first view", "second view")
 warn_once = cache(logging.getLogger(__name__).warning)
 """Logs a warning, unless the process has logged it before: a run measures its student many times."""
 EmbeddedSet = dict[str, dict[str, Tensor]]
 """Part ('train', 'test', the ``VIEWS`` of test) → embedding → this rank's share, (share, D) float32 on the host."""
+Neighbors = dict[str, dict[str, Tensor]]
 
 
-class Found(NamedTuple):
-    """The neighbors of one split's images in the other split, or of the test images among themselves."""
+@dataclass(eq=False)
+class Candidate:
+    """A model to compare with others, and what was last found with it."""
 
+    name: str
+    embed: Embed
+    num_parameters: int = 0
+    gflop: float = 0.0
+    """For one input."""
+    neighbors: Neighbors = field(default_factory=dict)
+    """Data set → bank → the nearest bank images of each query in the primary embedding, (Q, K) int32."""
+    nearest_others: Neighbors = field(default_factory=dict)
+    """Data set → embedding → the nearest others of each test image, (N, ``NUM_COMMON``) int32."""
+
+
+class Lookup(NamedTuple):
+    """How sets are looked up."""
+
+    primary: str
+    """The embedding to report as a model's own."""
+    ks: Sequence[int]
+    """The k to count hits for; each at most the size of the smallest split."""
+    probes: Collection[str]
+    """Names of ``PROBES``, which judge the test images, too; without labels, all run that need none."""
+    augment: "Augmentation | None"
+    """Makes an image's views."""
+    batch_size: int
+    """Images embedded at once on each rank."""
+    teacher: Candidate | None = None
+    """What agreement compares with; ``None``: agreement is left out."""
+
+    def measures(self, labeled: "LabeledSet") -> list[Measure]:
+        """Return what is measured on a set: retrieval first, then the probes."""
+        measures = [retrieval_from(bank, k) for bank in BANKS for k in self.ks] if labeled.has_labels else []
+        for probe in self.probes if labeled.has_labels else WITHOUT_LABELS:
+            measures += PROBES[probe] or map(instance_retrieval, self.ks)
+        return [each for each in measures if self.teacher is not None or each != AGREEMENT]
+
+    def check(self, name: str, labeled: "LabeledSet") -> None:
+        """Check that a set has enough images to look up.
+
+        Raises:
+            InputError: It has too few.
+        """
+        smallest, num_test, ks = min(filter(None, labeled.num_samples)), labeled.num_samples[1], self.ks
+        if not 1 <= min(ks) <= max(ks) <= smallest:
+            raise InputError(
+                f"ks: must be from 1 to {smallest}, the number of images in {name}'s smaller split; got {list(ks)}"
+            )
+        if num_test <= NUM_COMMON and ("agreement" in self.probes or not labeled.has_labels):
+            raise InputError(f"datasets.{name}: agreement needs more than {NUM_COMMON} images, got {num_test}")
+
+
+class Result(NamedTuple):
+    """One measure of one candidate's embedding on one data set."""
+
+    candidate: Candidate
+    dataset: str
+    measure: Measure
     embedding: str
     """Name of the embedding; '' if it is the only one and has no name."""
     is_primary: bool
-    """True for the model's primary embedding."""
-    bank: str
-    """The split that was searched; '' for the test images among themselves."""
-    nearest: Tensor
-    """(Q, K) int64: bank indices, nearest first; within the test images, only if agreement is measured."""
-    hits: dict[Measure, Tensor]
-    """k → (Q,) bool: whether any of the k nearest has the query's label; with bank 'train', also what a probe measures
-    → (Q,) bool: whether it gives the query its label. With bank '', what needs no labels → the share of common
-    neighbors, (Q,) float64, or whether the other view is among the k nearest, (Q,) bool."""
+    """True for the candidate's primary embedding."""
+    hits: Tensor
+    """For each query, on the host: (Q,) bool, or the share of common neighbors, (Q,) float64."""
 
 
 def embed_set(
-    embeds: Mapping[ModelT, Embed],
+    candidates: Sequence[Candidate],
     labeled: "LabeledSet",
     batch_size: int,
     to_device: Callable[[Tensor], Tensor],
     ranks: Ranks = ONE_RANK,
     progress: str | None = None,
     augment: "Augmentation | None" = None,
-) -> dict[ModelT, EmbeddedSet]:
-    """Embed this rank's share of all parts with every model, in one pass over the samples.
+) -> dict[Candidate, EmbeddedSet]:
+    """Embed this rank's share of all parts with every candidate, in one pass over the samples.
 
     Clips of a similar length share a batch; the longest come first.
 
     Args:
-        embeds: Model → embed function.
+        candidates: Models on the device.
         labeled: The images.
         batch_size: Images embedded at once on each rank.
-        to_device: Moves a tensor to the model's device.
+        to_device: Moves a tensor to the models' device.
         ranks: The processes that share the images.
         progress: The label of the progress bar; ``None``: no bar.
         augment: Makes two views of each test image, which depend on its number; ``None``: no views.
     """
-    embedded: dict[ModelT, EmbeddedSet] = {model: {} for model in embeds}
     parts = ({"train": labeled.train} if labeled.has_labels else {}) | {"test": labeled.test}
     parts |= {} if augment is None else dict.fromkeys(VIEWS, labeled.test)
+    embedded: dict[Candidate, EmbeddedSet] = {each: {part: {} for part in parts} for each in candidates}
     for part, (samples, _) in parts.items():
-        batches: dict[ModelT, list[dict[str, Tensor]]] = {model: [] for model in embeds}
         share = ranks.share(len(samples))
         sizes = torch.tensor([samples[i].shape[-1] for i in share.tolist()])
-        order = sizes.argsort(descending=True, stable=True)
-        shares = share[order].split(batch_size)
-        for indices in progress_bar(shares, desc=f"{progress} {part}", unit="batches", disable=progress is None):
-            batch = [samples[i] for i in indices.tolist()]
+        batches = sizes.argsort(descending=True, stable=True).split(batch_size)
+        for places in progress_bar(batches, desc=f"{progress} {part}", unit="batches", disable=progress is None):
+            numbers = share[places].tolist()
+            batch = [samples[i] for i in numbers]
             if augment is not None and part in VIEWS:
-                view = VIEWS.index(part)
-                batch = [augment(sample, i, view) for i, sample in zip(indices.tolist(), batch, strict=True)]
+                batch = [augment(samples[i], i, VIEWS.index(part)) for i in numbers]
             values, *others = collate(batch)
             values = to_device(values)
             inputs = [values, *(each.to(values.device) for each in others)]
-            for model, embed in embeds.items():
-                embeddings = embed(*inputs)
-                embeddings = {"": embeddings} if isinstance(embeddings, Tensor) else embeddings
-                batches[model].append({name: each.float().cpu() for name, each in embeddings.items()})
-        for model, found in batches.items():
-            # Popped, so that not all are held twice.
-            names, back = list(found[0]), order.argsort()
-            embedded[model][part] = {name: torch.cat([each.pop(name) for each in found])[back] for name in names}
+            for candidate in candidates:
+                embeddings, found = candidate.embed(*inputs), embedded[candidate][part]
+                for name, each in ({"": embeddings} if isinstance(embeddings, Tensor) else embeddings).items():
+                    if name not in found:
+                        found[name] = torch.empty(len(share), each.shape[1])
+                    found[name][places] = each.float().cpu()
     return embedded
 
 
-def probes_on(labeled: "LabeledSet", probes: Collection[str], *, has_teacher: bool) -> list[str]:
-    """Return the probes to run on a set; without labels, all probes that need none."""
-    wanted = probes if labeled.has_labels else WITHOUT_LABELS
-    return [probe for probe in wanted if has_teacher or probe != "agreement"]
-
-
-def check_size(name: str, labeled: "LabeledSet", ks: Sequence[int], probes: Collection[str]) -> None:
-    """Check that a set has enough images to look up.
-
-    Raises:
-        InputError: It has too few.
-    """
-    smallest, num_test = min(filter(None, labeled.num_samples)), labeled.num_samples[1]
-    if not 1 <= min(ks) <= max(ks) <= smallest:
-        raise InputError(
-            f"ks: must be from 1 to {smallest}, the number of images in {name}'s smaller split; got {list(ks)}"
-        )
-    if num_test <= NUM_COMMON and ("agreement" in probes or not labeled.has_labels):
-        raise InputError(f"datasets.{name}: agreement needs more than {NUM_COMMON} images, got {num_test}")
-
-
-def look_up(
-    embedded: Mapping[ModelT, EmbeddedSet],
+def measure_embeddings(
+    candidates: Sequence[Candidate],
+    dataset: str,
     labeled: "LabeledSet",
-    primary: str,
-    ks: Sequence[int],
+    lookup: Lookup,
     to_device: Callable[[Tensor], Tensor],
     ranks: Ranks = ONE_RANK,
-    probes: Collection[str] = (),
-    *,
-    dataset: str,
-    teachers: dict[str, Tensor],
-) -> Iterator[tuple[ModelT, Found]]:
-    """Look up the test images among themselves, and each split in the other, one embedding at a time.
+    progress: str | None = None,
+) -> Iterator[Result]:
+    """Embed a set with every candidate; look up the test images among themselves, and each split in the other.
 
-    Each rank takes its share of the queries.
+    Each rank takes its share of the queries. One embedding is looked up at a time: all take gigabytes.
 
     Args:
-        embedded: Model → result of :func:`embed_set`; emptied, since all images in all embeddings take gigabytes.
-        labeled: The labels, if there are any.
-        primary: The primary embedding; the model ``None`` must have it, another may have a fallback for it.
-        ks: The k to count hits for.
-        to_device: Moves a tensor to the device that searches.
-        ranks: As given to :func:`embed_set`.
-        probes: Names of ``PROBES``, which judge the test images, too; agreement needs the model 'teacher', here or
-            before.
-        dataset: The set's name, for warnings.
-        teachers: Embedding of the teacher, '' the primary one → the neighbors of each test image, (N, K) int32; filled
-            if 'teacher' is among the models, and read for all.
+        candidates: Models on the device. The teacher need not be among them if it was measured before.
+        dataset: The set's name.
+        labeled: The set.
+        lookup: How it is looked up.
+        to_device: Moves a tensor to the device that embeds and searches.
+        ranks: The processes that share the work.
+        progress: The label of the progress bar; ``None``: no bar.
     """
-    for model in sorted(embedded, key=lambda model: model != "teacher"):  # with which the others are compared
-        parts = embedded[model]
-        main = find_primary(primary, parts["test"], fall_back=model is not None)
+    wanted, ks, teacher = {each.name for each in lookup.measures(labeled)}, lookup.ks, lookup.teacher
+    views = lookup.augment if "instance" in wanted else None
+    embedded = embed_set(candidates, labeled, lookup.batch_size, to_device, ranks, progress, views)
+    labels = {split: to_device(getattr(labeled, split).labels) for split in BANKS}
+    for candidate in sorted(candidates, key=lambda each: each is not teacher):  # with which the others are compared
+        parts = embedded[candidate]
+        primary = find_primary(lookup.primary, parts["test"])
         for name in list(parts["test"]):
             images = {
                 part: ranks.gather(to_device(shares.pop(name)), labeled.num_samples[part != "train"])
                 for part, shares in parts.items()
             }
-            nearest = images["test"].new_empty(0)
             hits: dict[Measure, Tensor] = {}
-            if "agreement" in probes:
+            if teacher is not None and "agreement" in wanted:
                 nearest = nearest_others(images["test"], ranks=ranks)
-                if model == "teacher":
-                    teachers |= dict.fromkeys(["", name] if name == main else [name], nearest.int().cpu())
-                hits[AGREEMENT] = common_shares(nearest, teachers["" if name == main or name not in teachers else name])
-            if "instance" in probes:
-                first, second = (images[view] for view in VIEWS)
-                hits |= {f"instance/top{k}": hit for k, hit in instance_hits(first, second, ks, ranks).items()}
-            if hits:
-                yield model, Found(name, name == main, "", nearest, hits)
-            if not labeled.has_labels:
-                continue
-            labels = {split: to_device(getattr(labeled, split).labels) for split in BANKS}
-            for bank, query in (BANKS, BANKS[::-1]):
-                fitted = probes if bank == "train" else ()
+                candidate.nearest_others.setdefault(dataset, {})[name] = nearest.int().cpu()
+                known = teacher.nearest_others[dataset]
+                is_own = name in known and name != primary
+                hits[AGREEMENT] = common_shares(nearest, known[name if is_own else find_primary(lookup.primary, known)])
+            if views is not None:
+                found = instance_hits(*(images[view] for view in VIEWS), ks, ranks)
+                hits |= {instance_retrieval(k): hit for k, hit in found.items()}
+            for bank, query in (BANKS, BANKS[::-1]) if labeled.has_labels else ():
+                fitted = wanted if bank == "train" else ()
                 num_voters = min(NUM_NEIGHBORS, len(labels[bank])) if "knn" in fitted else 0
-                neighbors = exact_neighbors(images[bank], ranks.take_share(images[query]), max(*ks, num_voters))
-                nearest = ranks.gather(neighbors.indices[:, : max(ks)], len(labels[query]))
-                hits = {**retrieval_hits(nearest, labels[bank], labels[query], ks)}
+                nearest = exact_neighbors(images[bank], ranks.take_share(images[query]), max(*ks, num_voters))
+                indices = ranks.gather(nearest.indices[:, : max(ks)], len(labels[query]))
+                if name == primary:
+                    candidate.neighbors.setdefault(dataset, {})[bank] = indices.int().cpu()
+                found = retrieval_hits(indices, labels[bank], labels[query], ks)
+                hits |= {retrieval_from(bank, k): hit for k, hit in found.items()}
                 if num_voters:
-                    voters = TopK(*(each[:, :num_voters] for each in neighbors))
-                    for measure, temperature in zip(PROBES["knn"], (TEMPERATURE, None), strict=True):
+                    voters = TopK(*(each[:, :num_voters] for each in nearest))
+                    for measure, temperature in ((KNN, TEMPERATURE), (KNN_MAJORITY, None)):
                         voted = ranks.gather(vote(voters, labels[bank], temperature), len(labels[query]))
                         hits[measure] = voted == labels[query]
                 if "linear" in fitted:  # each rank fits it alone: a probe takes seconds
-                    about = f"{dataset}, {model or 'student'} ({name or 'only embedding'}): %s"
-                    warn = partial(warn_once, about) if name == main and ranks.rank == 0 else bool
-                    probe = fit_linear_probe(images[bank], labels[bank], warn=warn)
-                    hits["linear/top1"] = probe.predict(images[query]) == labels[query]
-                yield model, Found(name, name == main, bank, nearest, hits)
+                    probe = fit_linear_probe(images[bank], labels[bank])
+                    hits[LINEAR] = probe.predict(images[query]) == labels[query]
+                    if probe.doubt and name == primary and ranks.rank == 0:
+                        about = f"{dataset}, {candidate.name} ({name or 'only embedding'})"
+                        warn_once(f"{about}: linear probe: {probe.doubt}")
+            for measure, hit in hits.items():
+                yield Result(candidate, dataset, measure, name, name == primary, hit.cpu())

@@ -6,8 +6,6 @@ LogisticRegression with C = 1 / (strength · N) behind its StandardScaler.
 Shapes: N training images, Q queries, D channels, C classes.
 """
 
-import logging
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,8 +20,6 @@ STRENGTHS = tuple(10.0**exponent for exponent in range(1, -8, -1))
 TOLERANCE, TOLERANCE_OF_CHOICE = 1e-6, 1e-3
 MAX_EVALUATIONS = 600
 
-log = logging.getLogger(__name__)
-
 
 class LinearProbe(NamedTuple):
     """A fitted classifier of embeddings."""
@@ -35,6 +31,8 @@ class LinearProbe(NamedTuple):
     bias: Tensor
     """(C,) float64."""
     strength: float
+    doubt: str = ""
+    """Why it may not be the best; '' if nothing says so."""
 
     def predict(self, embeddings: Tensor) -> Tensor:
         """Predict the labels of embeddings, (Q, D) → (Q,)."""
@@ -63,9 +61,7 @@ def linear_probe_accuracy(
     return (probe.predict(test) == test_labels.to(test.device)).double().mean().item()
 
 
-def fit_linear_probe(
-    train: Tensor, labels: Tensor, strength: float | None = None, warn: Callable[[str], object] = log.warning
-) -> LinearProbe:
+def fit_linear_probe(train: Tensor, labels: Tensor, strength: float | None = None) -> LinearProbe:
     """Fit a linear probe by L-BFGS in float32; the result is reproducible on the same machine.
 
     The strength is the one of ``STRENGTHS`` that classifies a random tenth of the images best, without them in the fit;
@@ -76,7 +72,6 @@ def fit_linear_probe(
         train: (N, D), any float dtype, on the device that computes. It needs twice as much memory again.
         labels: (N,) int.
         strength: L2 penalty strength; default: chosen.
-        warn: Told why the probe may not be the best; default: the log's warnings.
     """
     # A callback measures in inference mode, in which nothing has a gradient.
     with torch.inference_mode(False), torch.enable_grad(), precision_of(None, train.device.type):
@@ -90,35 +85,34 @@ def fit_linear_probe(
         x_ND = ((x_ND - mean_D) * scale_D).nan_to_num(0, 0, 0)  # an embedding that overflows must not end a run
         variances_D, directions_DD = torch.linalg.eigh(x_ND.T @ x_ND / len(x_ND))
         x_ND, variances_D = x_ND @ directions_DD, variances_D.clamp(min=0)
+        doubt = ""
         if strength is None:
             num_held_out = max(1, len(x_ND) // 10)
             fitted, held_out = slice(max(1, len(x_ND) - num_held_out)), slice(-num_held_out, None)
             accuracies: list[float] = []
             for strength in STRENGTHS:
                 part = x_ND[fitted], targets_N[fitted]
-                weight_CD, bias_C = _fit(*part, variances_D, len(classes), strength, TOLERANCE_OF_CHOICE, bool)
+                weight_CD, bias_C, _ = _fit(*part, variances_D, len(classes), strength, TOLERANCE_OF_CHOICE)
                 found = (x_ND[held_out] @ weight_CD.T + bias_C).argmax(dim=1)
                 accuracies.append((found == targets_N[held_out]).float().mean().item())
                 if len(accuracies) > 2 and max(accuracies[-2:]) < max(accuracies):
                     break
             strength = STRENGTHS[accuracies.index(max(accuracies))]
             if strength in (STRENGTHS[0], STRENGTHS[-1]) and accuracies.count(max(accuracies)) == 1:
-                warn(f"linear probe: the best strength, {strength:g}, is at the edge of those tried")
-        weight_CD, bias_C = _fit(x_ND, targets_N, variances_D, len(classes), strength, TOLERANCE, warn)
+                doubt = f"the best strength, {strength:g}, is at the edge of those tried"
+        weight_CD, bias_C, converged = _fit(x_ND, targets_N, variances_D, len(classes), strength, TOLERANCE)
+        if not converged:
+            doubt = f"not converged after {MAX_EVALUATIONS} evaluations at strength {strength:g}"
         weight_CD = (weight_CD @ directions_DD.T * scale_D).double()
-        return LinearProbe(classes.to(train.device), weight_CD, bias_C - weight_CD @ mean_D.double(), strength)
+        return LinearProbe(classes.to(train.device), weight_CD, bias_C - weight_CD @ mean_D.double(), strength, doubt)
 
 
 def _fit(
-    x_ND: Tensor,
-    targets_N: Tensor,
-    variances_D: Tensor,
-    num_classes: int,
-    strength: float,
-    tolerance: float,
-    warn: Callable[[str], object],
-) -> tuple[Tensor, Tensor]:
+    x_ND: Tensor, targets_N: Tensor, variances_D: Tensor, num_classes: int, strength: float, tolerance: float
+) -> tuple[Tensor, Tensor, bool]:
     """Fit weights, (C, D), and bias, (C,), to standardized embeddings, rotated to their principal directions.
+
+    The third result is whether the solver converged.
 
     At zero weights, the loss has the curvature variance / C + strength along each direction. The solver's unknowns are
     the weights there times the root of it: all problems are alike then, and collinear channels do not slow it down.
@@ -144,6 +138,4 @@ def _fit(
         return total.item()
 
     solver.step(loss)
-    if solver.state[u_CD]["func_evals"] >= MAX_EVALUATIONS:
-        warn(f"linear probe: not converged after {MAX_EVALUATIONS} evaluations at strength {strength:g}")
-    return (scale_D * u_CD).detach(), bias_C.detach()
+    return (scale_D * u_CD).detach(), bias_C.detach(), solver.state[u_CD]["func_evals"] < MAX_EVALUATIONS

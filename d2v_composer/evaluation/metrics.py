@@ -3,66 +3,88 @@
 import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from itertools import product
 from operator import index
 from pathlib import Path
+from typing import NamedTuple
 
-log = logging.getLogger(__name__)
+from d2v_composer.evaluation.nearest_neighbors import NUM_NEIGHBORS
+from d2v_composer.evaluation.without_labels import NUM_COMMON
 
 BANKS = ("train", "test")
-AGREEMENT = "agreement@10"
-# Name in a config → what it measures: DINO's weighted vote of the nearest neighbors and their majority; a classifier;
-# the neighbors in common with the teacher; and, for each k of a retrieval, an image's views.
-PROBES: Mapping[str, Sequence[str]] = {
-    "knn": ("knn/top1", "knn_majority/top1"),
-    "linear": ("linear/top1",),
-    "agreement": (AGREEMENT,),
-    "instance": ("instance/top{k}",),
-}
-WITHOUT_LABELS = ("agreement", "instance")
-Measure = int | str
-"""The k of a retrieval, or what a probe measures on the test split."""
+TEACHER = "teacher"
+"""The name of the baseline with which agreement and the gap closed compare, in keys and tables."""
 # Logged below health/ as 0 or 1.
 HEALTH_STATES = ("collapse", "dead", "diverging", "non_finite", "scaler_skips")
+Log = Mapping[str, Mapping[int, float]]
+"""Key → step → value."""
 
 
-def measures_of(has_labels: bool, ks: Sequence[int], probes: Collection[str]) -> list[tuple[str, Measure]]:
-    """Return each measure taken on a set, with its bank: retrieval first, then the probes.
+class Measure(NamedTuple):
+    """What is measured on the queries of a set."""
 
-    Classifiers are fitted to the train split; what needs no labels looks up the test images among themselves, bank ''.
-    """
-    measures: list[tuple[str, Measure]] = [*product(BANKS, ks)] if has_labels else []
-    for probe in probes:
-        names = dict.fromkeys(name.format(k=k) for name in PROBES[probe] for k in ks)
-        measures += product(["" if probe in WITHOUT_LABELS else "train"], names)
-    return measures
-
-
-def metric_key(
-    dataset: str, bank: str, measure: Measure, embedding: str | None = None, baseline: str | None = None
-) -> str:
-    """Return the log key of an accuracy; ``embedding`` defaults to the primary embedding."""
-    measured = measure if isinstance(measure, str) else f"bank_{bank}/top{measure}"
-    parts = ["metrics", dataset, baseline, measured, embedding]
-    return "/".join(part for part in parts if part is not None)
+    bank: str
+    """The split that is searched, or that a classifier is fitted to; '' for the test images among themselves."""
+    name: str
+    k: int | None
+    """The number of neighbors; ``None``: a classifier has none."""
+    key: str
+    """Its part of a log key."""
+    heading: str
+    """The heading of its column in tables."""
 
 
-def find_primary(primary: str, names: Collection[str], *, fall_back: bool) -> str:
+def retrieval_from(bank: str, k: int) -> Measure:
+    """Return the measure: whether any of the k nearest images of the bank has a query's label."""
+    return Measure(bank, "retrieval", k, f"bank_{bank}/top{k}", f"bank {bank} top-{k}")
+
+
+def instance_retrieval(k: int) -> Measure:
+    """Return the measure: whether a view of an image finds the other one among its k nearest."""
+    return Measure("", "instance", k, f"instance/top{k}", f"instance top-{k}")
+
+
+KNN = Measure("train", "knn", NUM_NEIGHBORS, "knn/top1", "20-NN weighted")
+KNN_MAJORITY = Measure("train", "knn_majority", NUM_NEIGHBORS, "knn_majority/top1", "20-NN majority")
+LINEAR = Measure("train", "linear", None, "linear/top1", "linear probe")
+AGREEMENT = Measure("", "agreement", NUM_COMMON, "agreement@10", "neighbor agreement")
+# Name in a config → what it measures: DINO's weighted vote of the nearest neighbors and their majority; a classifier;
+# the neighbors in common with the teacher; and, for each k of a retrieval, an image's views.
+PROBES: Mapping[str, Sequence[Measure]] = {
+    "knn": (KNN, KNN_MAJORITY),
+    "linear": (LINEAR,),
+    "agreement": (AGREEMENT,),
+    "instance": (),
+}
+WITHOUT_LABELS = ("agreement", "instance")
+
+
+def metric_key(dataset: str, measure: Measure, embedding: str = "", baseline: str = "") -> str:
+    """Return the log key of an accuracy; ``embedding`` defaults to the primary embedding, ``baseline`` to the model."""
+    return "/".join(filter(None, ["metrics", dataset, baseline, measure.key, embedding]))
+
+
+def read_accuracies(
+    log: Log, dataset: str, measure: Measure, embedding: str = "", baseline: str = ""
+) -> Mapping[int, float]:
+    """Return step → accuracy, as logged under :func:`metric_key`; empty if it was not."""
+    return log.get(metric_key(dataset, measure, embedding, baseline), {})
+
+
+def find_primary(primary: str, names: Collection[str]) -> str:
     """Return the name of the embedding to report as a model's primary embedding.
 
     Args:
-        primary: The embedding asked for.
+        primary: The embedding asked for. In place of a mean of layers, the output will do: the bare encoder has no
+            layers to average.
         names: The model's embeddings; a single one without a name ('') is its own primary embedding.
-        fall_back: Accept the output for a mean of layers: the bare encoder has none to average.
 
     Raises:
         ValueError: The model has no such embedding.
     """
-    fallbacks = [primary.replace("layer_mean", "output")] if fall_back else []
-    found = next((name for name in [primary, *fallbacks, ""] if name in names), None)
-    if found is None:
-        raise ValueError(f"primary embedding must be one of {', '.join(names)}, got {primary!r}")
-    return found
+    for name in (primary, primary.replace("layer_mean", "output"), ""):
+        if name in names:
+            return name
+    raise ValueError(f"primary embedding must be one of {', '.join(names)}, got {primary!r}")
 
 
 def read_jsonl(path: Path) -> dict[str, dict[int, float]]:
@@ -82,5 +104,5 @@ def read_jsonl(path: Path) -> dict[str, dict[int, float]]:
         for key, value in values.items():
             series.setdefault(key, {})[step] = value
     if num_corrupt:
-        log.warning("%s: skipped %d corrupt lines of %d", path, num_corrupt, len(lines))
+        logging.getLogger(__name__).warning("%s: skipped %d corrupt lines of %d", path, num_corrupt, len(lines))
     return series

@@ -54,6 +54,8 @@ class Tokens(NamedTuple):
     """(B, T) bool, true for tokens that are padding; ``None``: no token is."""
     shares: Tensor | None = None
     """As of :class:`Inputs`."""
+    pooled: Tensor | None = None
+    """(B, P), of a model that pools its features itself."""
 
 
 class Frozen(nn.Module):
@@ -110,6 +112,11 @@ class Encoder(Frozen):
         self.config: Any = config  # of the subclass's kind
         self.alibi = self.alibi_scale = None
         self.half_residual = False
+
+    @property
+    def embed_dim(self) -> int:
+        """D."""
+        return self.config.embed_dim
 
     @property
     @abstractmethod

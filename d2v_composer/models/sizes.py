@@ -425,8 +425,27 @@ class StudentConfig(BlockSizes, Config):
     average_top_k_layers: ClassVar = None  # a target's
 
 
+class TimmNetworkConfig(ImageConfig):
+    """A student that is a timm model: which one, its preprocessing, and what it regresses."""
+
+    kind: Literal["network"] = "network"
+    model: str
+    """``timm/NAME``, NAME as ``timm.create_model`` takes it."""
+    image_size: ImageSize
+    interpolation: Literal["bicubic", "bilinear"]
+    timm: str
+    """timm version that built it."""
+    normalization: Normalization = "layer"
+    """Normalization of each layer in target and prediction."""
+    final_layer_norm: bool = True
+    """End target and prediction with a LayerNorm."""
+    num_extra_tokens: ClassVar = 0
+    has_cls_token: ClassVar = True  # the pooled feature
+    average_top_k_layers: ClassVar = None  # a target's
+
+
 class StudentSizes(Config):
-    """What a student's file says. For students of several kinds, ``student`` is a union like ``EncoderConfig``."""
+    """What the file of a student of blocks on an encoder says."""
 
     encoder: EncoderConfig
     student: StudentConfig

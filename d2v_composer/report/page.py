@@ -11,20 +11,23 @@ import jinja2
 import matplotlib as mpl
 import torch
 import yaml
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool1d
 
+from d2v_composer.data.audio import encode_flac
 from d2v_composer.data.labeled import LabeledSet
-from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.evaluate import gap_closed
-from d2v_composer.evaluation.metrics import AGREEMENT, HEALTH_STATES
-from d2v_composer.report.plots import STYLE, WIDTH, accuracy_plots, confusion_plot, curves
+from d2v_composer.evaluation.metrics import AGREEMENT, HEALTH_STATES, TEACHER, read_accuracies, retrieval_from
+from d2v_composer.models.audio import LogMel
+from d2v_composer.models.sizes import SAMPLE_RATE
+from d2v_composer.report.plots import STYLE, WIDTH, accuracy_plots, curves
 from d2v_composer.report.run import Run, latest
 from d2v_composer.system.files import write_atomically
 
 DPI = 150
 GALLERY_FIGURES, QUERIES_A_FIGURE, NEIGHBORS_SHOWN = 3, 4, 3
+HEARD = 10 * SAMPLE_RATE  # samples of a clip that are played and drawn
 
 
 Clips = Sequence[Sequence[tuple[str, bytes]]]
@@ -35,20 +38,20 @@ def write_report(run: Run, folder: Path) -> list[Path]:
     """Write ``report.html`` and its plots as ``report/*.png`` into a run's folder.
 
     The plots' names are fixed: ``retrieval_DATASET_bank_{train,test}``, ``gap_closed_DATASET``, ``probes_DATASET``,
-    ``confusion_DATASET``, ``gallery_DATASET_{1,2,3}``, ``loss`` and the other curves.
+    ``gallery_DATASET_{1,2,3}``, ``loss`` and the other curves.
 
     Returns:
         The written files, the page first.
     """
-    found = {title: plots for title, plots in _sections(run) if plots}
     sections = {
         title: [(name, _png(figure), *(clips or [()])) for name, figure, *clips in plots]
-        for title, plots in found.items()
+        for title, plots in _sections(run)
+        if plots
     }
     template = Path(__file__).with_name("page.html").read_text("utf-8")
     page = jinja2.Template(template, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).render(
         record=run.record,
-        num_batches=int(run.last("time/batch") or 0),
+        num_batches=int(latest(run.log.get("time/batch", {})) or 0),
         warnings=list(_warnings(run)),
         tiles=list(_tiles(run)),
         sections=sections,
@@ -69,14 +72,12 @@ def _sections(run: Run) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
     for name, labeled in run.datasets.items():
         if name not in run.neighbors:
             continue
-        nearest, (bank, queries, class_names) = run.neighbors[name]["train"].long(), labeled
-        confusion = confusion_plot(queries.labels, bank.labels[nearest[:, 0]], class_names)
+        nearest = run.neighbors[name]["train"].long()
         chosen = torch.randperm(len(nearest), generator=torch.Generator().manual_seed(0))  # the same in every run
         parts = chosen[: GALLERY_FIGURES * QUERIES_A_FIGURE].split(QUERIES_A_FIGURE)
-        shown = [gallery(run.modality, labeled, part, nearest[part, :NEIGHBORS_SHOWN]) for part in parts]
-        galleries = [(f"gallery_{name}_{i}", *each) for i, each in enumerate(shown, 1)]
+        shown = [gallery(run.modality.unit, labeled, part, nearest[part, :NEIGHBORS_SHOWN]) for part in parts]
         title = f"Nearest {run.modality.unit} of {name}'s queries (bank train)"
-        yield title, [(f"confusion_{name}", confusion), *galleries]
+        yield title, [(f"gallery_{name}_{i}", *each) for i, each in enumerate(shown, 1)]
 
 
 def _png(figure: Figure) -> bytes:
@@ -88,19 +89,20 @@ def _png(figure: Figure) -> bytes:
 def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
     """Yield the numbers at the top of the page: label, value, note."""
     for k in (1, 5):
-        if (accuracy := run.last(f"metrics/test/top{k}")) is not None:
+        if (accuracy := latest(run.log.get(f"metrics/test/top{k}", {}))) is not None:
             yield f"top-{k} on the test {run.modality.unit}", f"{100 * accuracy:.1f} %", ""
     for name in run.retrieval["datasets"]:
         k = min(run.retrieval["ks"])
-        for measure, label in {k: f"top-{k}, bank train", AGREEMENT: "neighbor agreement"}.items():
-            student, teacher = (run.accuracies(name, "train", measure, model) for model in (None, "teacher"))
-            values = {"untrained": student.get(0), "student": latest(student), "teacher": latest(teacher)}
-            shown = {model: round(100 * value, 1) for model, value in values.items() if value is not None}
-            if "student" not in shown:
+        for measure, label in (retrieval_from("train", k), f"top-{k}, bank train"), (AGREEMENT, AGREEMENT.heading):
+            student, teacher = (read_accuracies(run.log, name, measure, baseline=model) for model in ("", TEACHER))
+            values = student.get(0), latest(student), latest(teacher)
+            before, after, best = (None if value is None else round(100 * value, 1) for value in values)
+            if after is None:
                 continue
-            notes = [f"{model} {value:.1f} %" for model, value in shown.items() if model != "student"]
-            yield f"{name} {label}", f"{shown['student']:.1f} %", ", ".join(notes)
-            if len(shown) == len(values) and (closed := gap_closed(**shown)) is not None:
+            others = {"untrained": before, TEACHER: best}
+            notes = [f"{model} {value:.1f} %" for model, value in others.items() if value is not None]
+            yield f"{name} {label}", f"{after:.1f} %", ", ".join(notes)
+            if before is not None and best is not None and (closed := gap_closed(before, after, best)) is not None:
                 yield "teacher gap closed", f"{100 * closed:.0f} %", f"{name}, {label}"
 
 
@@ -113,11 +115,11 @@ def _warnings(run: Run) -> Iterator[str]:
 
 
 @mpl.rc_context(STYLE)
-def gallery(modality: Modality, labeled: LabeledSet, chosen: Tensor, nearest: Tensor) -> tuple[Figure, Clips]:
+def gallery(unit: str, labeled: LabeledSet, chosen: Tensor, nearest: Tensor) -> tuple[Figure, Clips]:
     """Show test samples, one per row, and their nearest train samples, marked as right (tick) or wrong (cross).
 
     Args:
-        modality: How they are shown.
+        unit: What several samples are called.
         labeled: A data set.
         chosen: Indices of the test samples, (Q,).
         nearest: Indices of their nearest train samples, nearest first, (Q, K).
@@ -136,16 +138,28 @@ def gallery(modality: Modality, labeled: LabeledSet, chosen: Tensor, nearest: Te
             mark, color = ("✓", "tab:green") if bank.labels[index] == label else ("✗", "tab:red")
             shown.append((bank.samples[index], f"{mark} {class_names[bank.labels[index]]}", color))
         for axes, (sample, text, color) in zip(row, shown, strict=True):
-            _show(axes, modality.picture(sample), text, color)
-        clips.append([(text, heard) for sample, text, _ in shown if (heard := modality.sound(sample)) is not None])
-    figure.suptitle(f"query, then its nearest {modality.unit}")
+            axes.imshow(picture(sample).numpy(), interpolation="nearest")
+            axes.grid(visible=False)
+            axes.set(xticks=[], yticks=[])
+            axes.set_xlabel(text, color=color, fontsize=10)
+            for spine in axes.spines.values():
+                spine.set(visible=True, color=color, linewidth=3)
+        clips.append([(text, encode_flac(sample[:HEARD].numpy())) for sample, text, _ in shown if sample.ndim == 1])
+    figure.suptitle(f"query, then its nearest {unit}")
     return figure, list(filter(None, clips))
 
 
-def _show(axes: Axes, picture: Tensor, text: str, color: str) -> None:
-    axes.imshow(picture.numpy(), interpolation="nearest")
-    axes.grid(visible=False)
-    axes.set(xticks=[], yticks=[])
-    axes.set_xlabel(text, color=color, fontsize=10)
-    for spine in axes.spines.values():
-        spine.set(visible=True, color=color, linewidth=3)
+def picture(sample: Tensor) -> Tensor:
+    """Return a picture of a sample as matplotlib draws it.
+
+    Args:
+        sample: An image, (3, height, width) uint8, or a clip, (L,).
+
+    Returns:
+        (height, width, 3) uint8; of a clip, a square log-mel spectrogram, high pitches on top.
+    """
+    if sample.ndim == 3:
+        return sample.permute(1, 2, 0)
+    log_mel_1NM, _ = LogMel()(sample[None, :HEARD])
+    log_mel_NM = log_mel_1NM[0]
+    return adaptive_avg_pool1d(log_mel_NM.T.flip(0), len(log_mel_NM.T))

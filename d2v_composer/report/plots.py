@@ -1,7 +1,4 @@
-"""Plot a run as matplotlib figures.
-
-Shapes: Q queries.
-"""
+"""Plot a run as matplotlib figures."""
 
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,19 +7,28 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import torch
 from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from torch import Tensor
 
-from d2v_composer.evaluation.evaluate import gap_closed_by_step, gap_ends
-from d2v_composer.evaluation.metrics import BANKS, WITHOUT_LABELS, measures_of
+from d2v_composer.evaluation.evaluate import gap_closed_by_step
+from d2v_composer.evaluation.metrics import (
+    AGREEMENT,
+    BANKS,
+    KNN,
+    KNN_MAJORITY,
+    LINEAR,
+    TEACHER,
+    Measure,
+    instance_retrieval,
+    read_accuracies,
+    retrieval_from,
+)
 from d2v_composer.report.run import EMBEDDINGS, Run
-from d2v_composer.report.tables import PROBE_HEADS, measure_head
 
 WIDTH, HEIGHT = 6.4, 3.9
-MODEL_COLORS = {"student": "C0", "teacher": "C1", "encoder": "C3", "pixels": "C2", "log_mel": "C2"}
+# '' is the student.
+MODEL_COLORS = {"": "C0", TEACHER: "C1", "encoder": "C3", "pixels": "C2", "log_mel": "C2"}
 STYLE: dict[Any, Any] = {
     **style.library["tableau-colorblind10"],
     "axes.grid": True,
@@ -37,11 +43,9 @@ CURVES = {
     "loss": ("Loss", "log", "loss/train/total", "metrics/test/loss"),
     "learning_rate": ("Learning rate", "", "lr-AdamW/group0"),
     "gradient_norm": ("Gradient norm before clipping", "log", "l2_norm/grad/global"),
-    "throughput": ("Throughput in {}/s", "", "throughput/images_per_sec"),
+    "throughput": ("Throughput in {}/s", "", "throughput/samples_per_sec"),
     "data_wait": ("Fraction of the time spent waiting for {}", "%", "throughput/data_wait"),
-    "cosine": ("Cosine of prediction and target", "", "health/cosine*"),
     "variance": ("Variance over the {}", "", "health/*_variance"),
-    "effective_rank": ("Effective rank of the predictions", "", "health/effective_rank"),
 }
 
 
@@ -61,39 +65,31 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
     """Yield the file names and figures of each data set's retrieval, probes and teacher gap closed over the steps."""
     for dataset in run.retrieval["datasets"]:
         ks = sorted(run.retrieval["ks"])
-        for bank in BANKS:
-            if lines := _accuracies(run, dataset, bank, {ks[0]: f"top-{ks[0]}"}):
-                yield f"retrieval_{dataset}_bank_{bank}", plot(f"{dataset}, bank {bank}", "%", lines)
-        if lines := _accuracies(run, dataset, "train", PROBE_HEADS):
-            yield f"probes_{dataset}", plot(f"{dataset}, probes fitted on train, measured on test", "%", lines)
-        without_labels = {measure: measure_head(str(measure)) for _, measure in measures_of(False, ks, WITHOUT_LABELS)}
-        if lines := _accuracies(run, dataset, "", without_labels):
-            yield f"without_labels_{dataset}", plot(f"{dataset}, measured without labels", "%", lines)
-        ends = {name: gap_ends(run.log, dataset, name, ks[0]).values() for name in EMBEDDINGS}
-        gaps = {name: max([0.0, *(teacher - untrained for untrained, teacher in each)]) for name, each in ends.items()}
-        primary = "{representation}_{pooling}".format(**run.retrieval)
-        # Of a small gap, the part that is closed says little.
-        shown = [name for name, gap in gaps.items() if gap and (name == primary or gap > max(gaps.values()) / 3)]
-        if shown:
-            lines = {name: (gap_closed_by_step(run.log, dataset, name, ks[0]), {}) for name in shown}
+        plots = {
+            **{f"retrieval_{dataset}_bank_{bank}": (f"bank {bank}", [retrieval_from(bank, ks[0])]) for bank in BANKS},
+            f"probes_{dataset}": ("probes fitted on train, measured on test", [KNN, KNN_MAJORITY, LINEAR]),
+            f"without_labels_{dataset}": ("measured without labels", [AGREEMENT, *map(instance_retrieval, ks)]),
+        }
+        for name, (title, measures) in plots.items():
+            if lines := _accuracies(run, dataset, measures):
+                yield name, plot(f"{dataset}, {title}", "%", lines)
+        gaps = {name: (gap_closed_by_step(run.log, dataset, name, ks[0]), {}) for name in EMBEDDINGS}
+        if lines := {name: line for name, line in gaps.items() if line[0]}:
             figure = plot(f"Teacher gap closed on {dataset}, top-{ks[0]}", "%", lines)
             figure.axes[0].axhline(1, color="k", linewidth=1)
             figure.axes[0].set_ylim(-0.3, 1.3)
-            if left_out := [name for name, gap in gaps.items() if gap and name not in shown]:
-                note = f"Not shown because the gap is below a third of the largest: {', '.join(left_out)}"
-                figure.supxlabel(note, fontsize="small")
             yield f"gap_closed_{dataset}", figure
 
 
-def _accuracies(run: Run, dataset: str, bank: str, measures: Mapping[Any, str]) -> dict[str, Line]:
+def _accuracies(run: Run, dataset: str, measures: Sequence[Measure]) -> dict[str, Line]:
     """Return the student's lines and the baselines' levels: a color per model, a line style per measure."""
     lines = {}
-    for (measure, label), dashes in zip(measures.items(), cycle(["-", "--", ":", "-."])):
+    for measure, dashes in zip(measures, cycle(["-", "--", ":", "-."])):
+        label = measure.heading.removeprefix(f"bank {measure.bank} ")  # the title says it
         for model, color in MODEL_COLORS.items():
-            values = run.accuracies(dataset, bank, measure, None if model == "student" else model)
-            if values:
+            if values := read_accuracies(run.log, dataset, measure, baseline=model):
                 look = {"color": color, "linestyle": dashes}
-                lines[f"{model}, {label}"] = values if model == "student" else values[max(values)], look
+                lines[f"{model or 'student'}, {label}"] = values[max(values)] if model else values, look
     return lines
 
 
@@ -109,8 +105,6 @@ def plot(title: str, scale: str, lines: Mapping[str, Line]) -> Figure:
     figure = Figure(figsize=(WIDTH, HEIGHT))
     axes = figure.subplots()
     axes.set(title=title, xlabel="batch")
-    if len(lines) > 10:
-        axes.set_prop_cycle(color=mpl.colormaps["viridis"](np.linspace(0, 0.9, len(lines))))
     for label, (values, look) in lines.items():
         if not isinstance(values, Mapping):
             axes.axhline(values, label=label, **look)
@@ -127,29 +121,4 @@ def plot(title: str, scale: str, lines: Mapping[str, Line]) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     if len(lines) > 1:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
-
-
-@mpl.rc_context({**STYLE, "axes.grid": False})
-def confusion_plot(labels: Tensor, found: Tensor, class_names: Sequence[str]) -> Figure:
-    """Plot how often queries of a class find each class, in % of the class's queries.
-
-    Args:
-        labels: Labels of the queries, (Q,) int64.
-        found: Labels of their nearest neighbors, (Q,) int64.
-        class_names: The name of each label.
-    """
-    size = len(class_names)
-    counts = torch.bincount(labels * size + found, minlength=size**2).view(size, size).numpy()
-    shares = 100 * counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-    figure = Figure(figsize=(WIDTH, WIDTH))
-    axes = figure.subplots()
-    figure.colorbar(axes.imshow(shares, cmap="Blues", vmin=0), ax=axes, shrink=0.75, format="%d %%")
-    if size <= 20:
-        axes.set_xticks(range(size), class_names, rotation=45, ha="right")
-        axes.set_yticks(range(size), class_names)
-        for (i, j), share in np.ndenumerate(shares):
-            color = "w" if share > 0.6 * shares.max() else "k"
-            axes.text(j, i, f"{share:.0f}", ha="center", va="center", fontsize=8, color=color)
-    axes.set(title="Class of the nearest neighbor", ylabel="class of the query")
     return figure

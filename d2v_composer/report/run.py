@@ -7,11 +7,12 @@ from typing import Any, NamedTuple, get_args
 import yaml
 from torch import Tensor
 
-from d2v_composer.checkpoints.safe_load import LATEST, load_untrusted, read_newest
+from d2v_composer.checkpoints.checkpoint import LATEST, LOG, Checkpoint, read_newest
+from d2v_composer.checkpoints.safe_load import load_untrusted
 from d2v_composer.data.labeled import LabeledSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.data.modality import Modality
-from d2v_composer.evaluation.metrics import Measure, metric_key, read_jsonl
+from d2v_composer.evaluation.metrics import Log, read_jsonl
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.system.errors import InputError, reading
 
@@ -28,8 +29,7 @@ class Run(NamedTuple):
 
     record: Mapping[str, Any]
     """The sections of run.yaml: config, command, versions, hardware, data, and teacher or model."""
-    log: Mapping[str, Mapping[int, float]]
-    """key → step → value."""
+    log: Log
     neighbors: Mapping[str, Mapping[str, Tensor]]
     """Neighbors, as in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
     datasets: Mapping[str, LabeledSet]
@@ -38,21 +38,13 @@ class Run(NamedTuple):
     @property
     def modality(self) -> Modality:
         """The kind of samples, in a gallery's size; of a record without one, images."""
-        return MODALITIES[self.record["data"].get("modality", "image")].shown(SHOWN_SIZE)
+        return MODALITIES[self.record["data"].get("modality", "image")].of_side(SHOWN_SIZE)
 
     @property
     def retrieval(self) -> Mapping[str, Any]:
         """The section ``retrieval`` of the config; in a fine-tuning run, it has no data sets."""
         config = self.record["config"]
         return {"datasets": {}} if "dataset" in config else config["retrieval"]
-
-    def last(self, key: str) -> float | None:
-        """Return the latest value of a key; ``None`` if it was never logged."""
-        return latest(self.log.get(key, {}))
-
-    def accuracies(self, dataset: str, bank: str, measure: Measure, baseline: str | None = None) -> Mapping[int, float]:
-        """Return a dict from step to the accuracy of the student's or a baseline's primary embedding."""
-        return self.log.get(metric_key(dataset, bank, measure, baseline=baseline), {})
 
 
 def latest(values: Mapping[int, float]) -> float | None:
@@ -69,27 +61,25 @@ def read_run(folder: Path) -> Run:
     Raises:
         InputError: It is not the folder of a run, or its newest checkpoint is corrupt.
     """
-    record_file, log_file, checkpoint = folder / "run.yaml", folder / "log.jsonl", folder / LATEST
-    images = {}
+    record_file, log_file, checkpoint = folder / "run.yaml", folder / LOG, folder / LATEST
+    measured: dict[str, Any] = {"neighbors": {}, "images": {}}
     with reading(record_file):
         run = Run(yaml.safe_load(record_file.read_bytes()), {}, {}, {})
         retrieval, modality = run.retrieval, run.modality
     with reading(log_file):
-        run = run._replace(log=read_jsonl(log_file))
+        log = read_jsonl(log_file)
     if checkpoint.is_file():
         with reading(checkpoint):
-            callbacks = read_newest(checkpoint, load_untrusted)["state"]["callbacks"]
-            measured = callbacks.get("ZeroShotRetrieval", {"neighbors": {}, "images": {}})
-            images, run = measured["images"], run._replace(neighbors=measured["neighbors"])
+            measured |= Checkpoint(checkpoint, read_newest(checkpoint, load_untrusted)).saved_by("ZeroShotRetrieval")
     datasets = {}
     for name, labeled in retrieval["datasets"].items():
         options = {"download": False, "max_images": retrieval["max_images"]}
         try:
-            if labeled is not None and name in run.neighbors:
+            if labeled is not None and name in measured["neighbors"]:
                 found = load_labeled_set(modality=modality, **labeled | options).numbered()
-                if images.get(name) != found.fingerprint():
+                if measured["images"].get(name) != found.fingerprint():
                     raise InputError(f"its {modality.unit} differ from those that the run measured")
                 datasets[name] = found
         except InputError as error:
             print(f"report: no gallery for {name}: {error}")
-    return run._replace(datasets=datasets)
+    return run._replace(log=log, neighbors=measured["neighbors"], datasets=datasets)

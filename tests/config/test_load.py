@@ -79,6 +79,8 @@ SLIPS = {
     "callbacks.speed_monitor={window_size: .inf}": "callbacks.speed_monitor.window_size.float: must be a finite",
     "optimizer.lr=.nan": "optimizer.lr: must be a finite number, got nan",
     "student=null": "student: must be a section of keys and values, got null",
+    "compile=0": "compile: must be true, false or a name, got 0",
+    "compile=1.0": "compile: must be true, false or a name, got 1.0",
     "student.alibi=1": "student.alibi: must be a valid boolean, got 1",
     "save_num_checkpoints_to_keep=0": "save_num_checkpoints_to_keep: must be at least 1, or -1 for all, got 0",
     "device_train_microbatch_size=half": "device_train_microbatch_size: must be at least 1, 'auto' or null, got 'half'",
@@ -177,8 +179,8 @@ def test_the_first_rank_reports_for_all(monkeypatch: pytest.MonkeyPatch) -> None
 
 FILES = {
     "seed: 1\nseed: 2\n": "found duplicate key seed",
-    "- a\n- b\n": "expected keys and values",
-    "seed: [1\n": "not a YAML of keys and values",
+    "- a\n- b\n": "expected a YAML mapping",
+    "seed: [1\n": "not a YAML mapping",
     "student: [1]\n": "student: must be a section of keys and values, got [1]",
 }
 

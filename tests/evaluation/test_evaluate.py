@@ -25,7 +25,7 @@ from d2v_composer.evaluation.evaluate import (
     gap_closed_by_step,
     gap_closed_interval,
 )
-from d2v_composer.evaluation.metrics import metric_key
+from d2v_composer.evaluation.metrics import metric_key, retrieval_from
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, QUICKSTART, ROOT, encoded_image
 
@@ -152,8 +152,9 @@ def test_the_gap_closed_is_paired_by_query() -> None:
 
 
 def log_of(student: dict[str, dict[int, float]], teacher: dict[str, float]) -> dict[str, dict[int, float]]:
-    log = {metric_key("cifar10", bank, 1, CLS): values for bank, values in student.items()}
-    return log | {metric_key("cifar10", bank, 1, CLS, "teacher"): {0: value} for bank, value in teacher.items()}
+    measures = {bank: retrieval_from(bank, 1) for bank in student}
+    log = {metric_key("cifar10", measures[bank], CLS): values for bank, values in student.items()}
+    return log | {metric_key("cifar10", measures[bank], CLS, "teacher"): {0: each} for bank, each in teacher.items()}
 
 
 STUDENT = {"train": {0: 0.2, 10: 0.3}, "test": {0: 0.1, 10: 0.2}}

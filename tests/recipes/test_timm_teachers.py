@@ -59,7 +59,7 @@ def test_train(trained: Path) -> None:
     losses = losses_of(trained)
     assert list(losses) == [0, 1, 2, 3]
     logged = (trained / "log.jsonl").read_text()
-    for key in ("metrics/four/teacher/bank_train/top1", "health/cosine", "four/bank_test/top1/layer_mean_cls"):
+    for key in ("metrics/four/teacher/bank_train/top1", "health/target_variance", "four/bank_test/top1/layer_mean_cls"):
         assert key in logged, key
 
 
@@ -70,9 +70,8 @@ def test_export_evaluate_and_embed(
     export_student.main([str(trained / "latest-rank0.pt"), str(student)])
     datasets = f"datasets={{four: {{format: mds, root: {labeled}}}}}"
     arguments = [str(ROOT / "yamls" / "evaluate.yaml"), f"model={student}", f"teacher={teacher}", datasets]
-    evaluation = evaluate.main([*arguments, "precision=fp32"])
-    assert evaluation is not None
-    names = [candidate.name for candidate in evaluation.candidates]
+    evaluate.main([*arguments, "precision=fp32", f"out={tmp_path}"])
+    names = [each["name"] for each in json.loads((tmp_path / "evaluation.json").read_text())["candidates"]]
     assert names == ["pixels", "encoder", "untrained student", "student", "teacher"]
     embed.main([str(student), str(labeled / "test"), str(tmp_path / "embeddings.npy")])
     assert np.load(tmp_path / "embeddings.npy").shape == (48, 64)

@@ -1,6 +1,6 @@
 """Train the teacher of the quickstart with sound, without labels: a small data2vec 2.0 audio model.
 
-    python yamls/quickstart_audio/train_teacher.py speech/all_clips teacher.safetensors
+    python tests/makers/train_speech_teacher.py speech/all_clips teacher.safetensors
 
 1. The encoder's convolutions learn to tell the log-mel spectrogram, frame by frame. Then the encoder is frozen, its
    positional convolutions still random: what is to be learned is left to the blocks.
@@ -9,7 +9,7 @@
    from one voice, so that the voice does not help. The loss is InfoNCE on the mean over time of the last block's output
    and of the layers' mean, which a student regresses.
 
-A file's name up to the first "-" is its package; prepare.py leaves the judged words out.
+A file's name up to the first "-" is its package; prepare_speech.py leaves the judged words out.
 """
 
 import argparse
@@ -189,7 +189,7 @@ def main() -> None:
     teacher.blocks.requires_grad_()
     train_blocks(teacher, clips)
     provenance = {
-        "source": "yamls/quickstart_audio/train_teacher.py",
+        "source": "tests/makers/train_speech_teacher.py",
         "sha256": hash_weights(teacher),
         "weights": "model",
         "dtype": "float16",
