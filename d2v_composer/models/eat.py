@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from d2v_composer.models.audio import FRAME, HOP, LogMel, Sound
+from d2v_composer.models.configs import EAT_PATCH, NUM_MELS, EatEncoderConfig
 from d2v_composer.models.encoder import Data2Vec2Encoder, Inputs
 from d2v_composer.models.images import PatchProjection
-from d2v_composer.models.sizes import EAT_PATCH, NUM_MELS, EatEncoderConfig
 
 
 class EatEncoder(Sound, Data2Vec2Encoder):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from d2v_composer.models.attention import Block, attention_bias, fsdp_unit, init_linear_layers, linear_weights
+from d2v_composer.models.configs import MAX_WIDTH, StudentConfig, check_whole
 from d2v_composer.models.encoder import Encoder, build_alibi
-from d2v_composer.models.sizes import MAX_WIDTH, StudentConfig, check_whole
 from d2v_composer.models.transformer import Transformer
 
 Init = Literal["random", "teacher_attention", "teacher_blocks"]
