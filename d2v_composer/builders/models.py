@@ -14,7 +14,7 @@ from d2v_composer.evaluation.evaluate import Comparison, build_candidates
 from d2v_composer.evaluation.labeled_retrieval import Lookup
 from d2v_composer.evaluation.metrics import TEACHER
 from d2v_composer.models.backbone import Backbone
-from d2v_composer.models.sizes import EncoderConfig, TimmNetworkConfig
+from d2v_composer.models.configs import EncoderConfig, TimmNetworkConfig
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.errors import InputError, reading

@@ -26,9 +26,9 @@ from d2v_composer.checkpoints.student_file import (
 )
 from d2v_composer.models.attention import Alibi
 from d2v_composer.models.backbone import Backbone
+from d2v_composer.models.configs import EncoderConfig, ImageEncoderConfig, StudentConfig, check_choice
 from d2v_composer.models.encoder import Tokens
 from d2v_composer.models.names import Pooling, Representation
-from d2v_composer.models.sizes import EncoderConfig, ImageEncoderConfig, StudentConfig, check_choice
 from d2v_composer.models.student import Student
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import out_file

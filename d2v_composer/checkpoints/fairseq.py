@@ -17,20 +17,19 @@ from d2v_composer.checkpoints.student_file import (
     sha256,
     write_model_file,
 )
-from d2v_composer.models.data2vec2 import Data2Vec2
-from d2v_composer.models.names import Weights
-from d2v_composer.models.sizes import (
+from d2v_composer.models.configs import (
     AudioEncoderConfig,
     EatEncoderConfig,
     ImageEncoderConfig,
     TeacherConfig,
 )
+from d2v_composer.models.data2vec2 import Data2Vec2
+from d2v_composer.models.names import Weights
 from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError, reading
 
-EncoderKind = ImageEncoderConfig | AudioEncoderConfig | EatEncoderConfig
 # Name of the encoder in a checkpoint → its kind.
-ENCODERS: dict[str, type[EncoderKind]] = {"IMAGE": ImageEncoderConfig, "AUDIO": AudioEncoderConfig}
+ENCODERS: dict[str, type[Any]] = {"IMAGE": ImageEncoderConfig, "AUDIO": AudioEncoderConfig}
 LICENSE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are"
 LICENSES = {
     ImageEncoderConfig: f"{LICENSE_NOTE} CC BY-NC 4.0",
@@ -114,7 +113,7 @@ def _fields(section: dict[Any, Any]) -> dict[Any, Any]:
     }
 
 
-def _read_config(kind: type[EncoderKind], model: dict[Any, Any], section: dict[Any, Any]) -> TeacherConfig:
+def _read_config(kind: type[Any], model: dict[Any, Any], section: dict[Any, Any]) -> TeacherConfig:
     """Read the sizes, except a scale's shape; fields that the file lacks have data2vec's defaults.
 
     Raises:

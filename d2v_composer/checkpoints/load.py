@@ -28,8 +28,8 @@ from d2v_composer.checkpoints.student_file import (
     write_model_file,
 )
 from d2v_composer.models.backbone import Backbone
+from d2v_composer.models.configs import ImageSize, TimmEncoderConfig, TimmNetworkConfig
 from d2v_composer.models.names import DATA2VEC2, PREFIX, Weights
-from d2v_composer.models.sizes import ImageSize, TimmEncoderConfig, TimmNetworkConfig
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.command_line import d2v

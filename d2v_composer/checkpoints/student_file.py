@@ -16,10 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d2v_composer.models.backbone import Backbone
-from d2v_composer.models.data2vec2 import ENCODERS
-from d2v_composer.models.encoder import Encoder
-from d2v_composer.models.names import Pooling, Representation
-from d2v_composer.models.sizes import (
+from d2v_composer.models.configs import (
     Config,
     EncoderConfig,
     StudentConfig,
@@ -29,6 +26,9 @@ from d2v_composer.models.sizes import (
     check_choice,
     upgrade,
 )
+from d2v_composer.models.data2vec2 import ENCODERS
+from d2v_composer.models.encoder import Encoder
+from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets
@@ -204,7 +204,7 @@ def read_config(config_class: type[ConfigT], sizes: dict[str, Any]) -> ConfigT:
     """Read the sizes in a file of any version.
 
     Raises:
-        ValueError: A field is missing, which would get its default; or as :class:`~d2v_composer.models.sizes.Config`.
+        ValueError: A field is missing, which would get its default; or as :class:`~d2v_composer.models.configs.Config`.
     """
     config = config_class(**upgrade(sizes))
     for each in (config, *vars(config).values()):
@@ -339,6 +339,8 @@ def pop_sizes(source: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], 
     """
     if (stored := tensors.pop(CONFIG_TENSOR, None)) is None:
         raise InputError(f"{source}: no tensor {CONFIG_TENSOR}: not a file written by d2v export")
+    for name in [each for each in tensors if each.startswith("entrance.")]:  # its name in earlier versions
+        tensors[name.replace("entrance", "input_proj")] = tensors.pop(name)
     with reading(source):
         sizes = parse_object(stored.cpu().numpy().tobytes())
         return sizes, PrimaryEmbedding.parse(sizes.pop("primary"))

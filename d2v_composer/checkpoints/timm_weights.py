@@ -27,7 +27,7 @@ from d2v_composer.checkpoints.student_file import (
     read_model_file,
     sha256,
 )
-from d2v_composer.models.sizes import ImageSize
+from d2v_composer.models.configs import ImageSize
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, materialize, teacher_config
 from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError

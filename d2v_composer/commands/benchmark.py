@@ -26,7 +26,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from d2v_composer.models.sizes import RELEASED
+from d2v_composer.models.configs import RELEASED
 from d2v_composer.system.command_line import make_parser, whole
 from d2v_composer.system.files import write_atomically
 

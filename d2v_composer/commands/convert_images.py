@@ -62,7 +62,7 @@ def convert_and_report(arguments: Namespace, source: "Source", yaml: str, **opti
     """Convert, and print a report that names the YAML for the next step."""
     from d2v_composer.data.convert import convert
     from d2v_composer.data.source import name_counts
-    from d2v_composer.models.sizes import SAMPLE_RATE
+    from d2v_composer.models.configs import SAMPLE_RATE
 
     start = time.monotonic()
     conversion = convert(

@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from d2v_composer.commands.export import export
 from d2v_composer.commands.train import relaunch_on_gpus
-from d2v_composer.models.names import DATA2VEC2, PREFIX
-from d2v_composer.models.sizes import (
+from d2v_composer.models.configs import (
     EatEncoderConfig,
     TeacherConfig,
     TimmEncoderConfig,
     height_and_width,
     parse_image_size,
 )
+from d2v_composer.models.names import DATA2VEC2, PREFIX
 from d2v_composer.system.addresses import MARK, STUDENT_FILE, RunFolder, hide_secrets
 from d2v_composer.system.command_line import make_parser
 from d2v_composer.system.errors import InputError, errors_of, reading

@@ -11,8 +11,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from d2v_composer.models.configs import RELEASED, ImageConfig
 from d2v_composer.models.names import DATA2VEC2
-from d2v_composer.models.sizes import RELEASED, ImageConfig
 from d2v_composer.system.command_line import make_parser, print_next
 from d2v_composer.system.errors import errors_of
 from d2v_composer.system.files import check_out_file

@@ -24,6 +24,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
+from d2v_composer.models.configs import BlockSizes, parse_image_size
 from d2v_composer.models.names import (
     DATA2VEC2,
     PREFIX,
@@ -37,7 +38,6 @@ from d2v_composer.models.names import (
     TokenLoss,
     Weights,
 )
-from d2v_composer.models.sizes import BlockSizes, parse_image_size
 from d2v_composer.models.student import Init
 from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
 from d2v_composer.system.fetch import find_missing_file

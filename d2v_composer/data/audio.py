@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v_composer.data.modality import Modality, decoding
-from d2v_composer.models.sizes import SAMPLE_RATE
+from d2v_composer.models.configs import SAMPLE_RATE
 from d2v_composer.system.errors import UnreadableSampleError
 
 FORMATS = ("FLAC", "WAV", "WAVEX", "RF64", "OGG", "MP3")

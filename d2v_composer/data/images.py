@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from d2v_composer.data.modality import Modality, decoding
-from d2v_composer.models.sizes import ImageSize, height_and_width
+from d2v_composer.models.configs import ImageSize, height_and_width
 from d2v_composer.system.errors import UnreadableSampleError
 
 CROP_ATTEMPTS = 10

@@ -27,7 +27,7 @@ from d2v_composer.data.source import (
     open_folder,
     open_mds,
 )
-from d2v_composer.models.sizes import ImageSize
+from d2v_composer.models.configs import ImageSize
 from d2v_composer.system.errors import InputError, reading, reason
 
 Format = Literal["cifar10", "cifar100", "folder", "mds", "speech_commands"]

@@ -3,7 +3,7 @@
 from d2v_composer.data.audio import Audio
 from d2v_composer.data.images import Images
 from d2v_composer.data.modality import Modality
-from d2v_composer.models.sizes import EncoderConfig
+from d2v_composer.models.configs import EncoderConfig
 
 MODALITIES: dict[str, type[Modality]] = {each.name: each for each in (Images, Audio)}
 

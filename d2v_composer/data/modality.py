@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import Self
 
-from d2v_composer.models.sizes import EncoderConfig
+from d2v_composer.models.configs import EncoderConfig
 from d2v_composer.system.errors import UnreadableSampleError
 
 MAX_BYTES = 1 << 30  # of a file, which is read whole

@@ -215,16 +215,16 @@ class Mlp(nn.Module):
 class Block(FfnBlock):
     """``a = norm1(x + attention(x)); t = mlp(a); x' = norm2(a + t)``; ``t`` is the FFN output, ``x'`` has x's dtype.
 
-    With ``has_entrance``, ``x`` is the input behind a LayerNorm of its own: a pre-norm residual stream has no bounded
+    With ``has_input_norm``, ``x`` is the input behind a LayerNorm of its own: a pre-norm residual stream has no bounded
     scale.
     """
 
     def __init__(
-        self, embed_dim: int, num_heads: int, mlp_hidden_dim: int, norm_eps: float, has_entrance: bool = False
+        self, embed_dim: int, num_heads: int, mlp_hidden_dim: int, norm_eps: float, has_input_norm: bool = False
     ) -> None:
         super().__init__()
         self.attention_width = embed_dim
-        self.norm0 = nn.LayerNorm(embed_dim, eps=norm_eps) if has_entrance else None
+        self.norm0 = nn.LayerNorm(embed_dim, eps=norm_eps) if has_input_norm else None
         self.norm1 = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.attn = Attention(embed_dim, num_heads)
         self.norm2 = nn.LayerNorm(embed_dim, eps=norm_eps)

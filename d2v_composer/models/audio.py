@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, pad
 
+from d2v_composer.models.configs import NUM_MELS, SAMPLE_RATE, AudioEncoderConfig
 from d2v_composer.models.encoder import Data2Vec2Encoder, Encoder, Inputs
-from d2v_composer.models.sizes import NUM_MELS, SAMPLE_RATE, AudioEncoderConfig
 from d2v_composer.models.targets import instance_norm, mean_over_time
 
 # A log-mel spectrogram as Kaldi computes it: samples of a frame and between frames, points of the Fourier transform.

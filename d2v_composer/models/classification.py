@@ -127,6 +127,6 @@ class Classifier(ComposerModel):
         for number, block in enumerate(blocks, 1):
             if any(weight is each for each in block.parameters()):
                 return number
-        if name.startswith("backbone.entrance."):  # to the first block of a narrow student
+        if name.startswith("backbone.input_proj."):  # to the first block of a narrow student
             return len(self.backbone.encoder.block_list) + 1
         return 0 if name.startswith("backbone.encoder.") else len(blocks) + 1

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from d2v_composer.models.attention import Block
 from d2v_composer.models.audio import AudioEncoder
-from d2v_composer.models.eat import EatEncoder
-from d2v_composer.models.encoder import Data2Vec2Encoder
-from d2v_composer.models.images import ImageEncoder
-from d2v_composer.models.layer_mean import LayerMean
-from d2v_composer.models.sizes import (
+from d2v_composer.models.configs import (
     AudioEncoderConfig,
     EatEncoderConfig,
     ImageEncoderConfig,
     TeacherConfig,
     check_whole,
 )
+from d2v_composer.models.eat import EatEncoder
+from d2v_composer.models.encoder import Data2Vec2Encoder
+from d2v_composer.models.images import ImageEncoder
+from d2v_composer.models.layer_mean import LayerMean
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from d2v_composer.models.audio import FRAME, HOP, LogMel, Sound
+from d2v_composer.models.configs import EAT_PATCH, NUM_MELS, EatEncoderConfig
 from d2v_composer.models.encoder import Data2Vec2Encoder, Inputs
 from d2v_composer.models.images import PatchProjection
-from d2v_composer.models.sizes import EAT_PATCH, NUM_MELS, EatEncoderConfig
 
 
 class EatEncoder(Sound, Data2Vec2Encoder):
@@ -48,7 +48,7 @@ class EatEncoder(Sound, Data2Vec2Encoder):
             return inputs
         missing = (num_windows - 1) * hop + self.window - waveforms.shape[1]
         starts = torch.arange(num_windows, device=waveforms.device) * hop
-        ends = torch.tensor([waveforms.shape[1]]).to(waveforms.device) if lengths is None else lengths
+        ends = torch.full_like(waveforms[:, 0], waveforms.shape[1], dtype=torch.int64) if lengths is None else lengths
         lengths_BW = (ends[:, None] - starts).clamp(0, self.window)
         num_frames_BW = (lengths_BW - FRAME).div(HOP, rounding_mode="floor").add(1).clamp(min=0).float()
         parts = pad(waveforms, (0, max(missing, 0))).unfold(1, self.window, hop).flatten(0, 1)

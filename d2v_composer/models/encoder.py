@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from typing_extensions import Self
 
 from d2v_composer.models.attention import Alibi, Block, attention_bias, autocast_dtype
-from d2v_composer.models.sizes import Config, Data2Vec2EncoderConfig, EncoderConfig
+from d2v_composer.models.configs import Config, Data2Vec2EncoderConfig, EncoderConfig
 
 
 class Inputs(NamedTuple):

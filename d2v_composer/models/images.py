@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear
 
+from d2v_composer.models.configs import ImageConfig, ImageEncoderConfig, height_and_width
 from d2v_composer.models.encoder import Data2Vec2Encoder, Encoder, Inputs
-from d2v_composer.models.sizes import ImageConfig, ImageEncoderConfig, height_and_width
 
 SIDE_OF_PIXELS = 32  # CIFAR's
 

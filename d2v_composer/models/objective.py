@@ -11,10 +11,10 @@ from torch.nn.functional import interpolate
 
 from d2v_composer.models.attention import fsdp_unit, init_linear_layers, linear_weights
 from d2v_composer.models.backbone import Backbone
+from d2v_composer.models.configs import check_choice
 from d2v_composer.models.features import Features
 from d2v_composer.models.layer_mean import LayerMean
 from d2v_composer.models.names import Prediction, TokenLoss
-from d2v_composer.models.sizes import check_choice
 from d2v_composer.models.targets import Regression, regression_loss
 from d2v_composer.models.teacher import Teacher
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from d2v_composer.models.attention import Block, attention_bias, fsdp_unit, init_linear_layers, linear_weights
+from d2v_composer.models.configs import MAX_WIDTH, StudentConfig, check_whole
 from d2v_composer.models.encoder import Encoder, build_alibi
-from d2v_composer.models.sizes import MAX_WIDTH, StudentConfig, check_whole
 from d2v_composer.models.transformer import Transformer
 
 Init = Literal["random", "teacher_attention", "teacher_blocks"]
@@ -20,7 +20,7 @@ Init = Literal["random", "teacher_attention", "teacher_blocks"]
 class Student(Transformer):
     """The student: an encoder, and blocks that train.
 
-    A student narrower than its encoder reads the tokens through a linear layer, ``entrance``. Its heads have at least
+    A student narrower than its encoder reads the tokens through a linear layer, ``input_proj``. Its heads have at least
     as many channels as the encoder's, and there is at least one.
 
     Args:
@@ -29,7 +29,7 @@ class Student(Transformer):
         provenance: Origin of teacher and student, stored in exported files.
 
     Attributes:
-        entrance: D → d; the identity at the encoder's width.
+        input_proj: D → d; the identity at the encoder's width.
 
     Raises:
         ValueError: The sizes do not fit the encoder's.
@@ -43,15 +43,13 @@ class Student(Transformer):
         num_heads = next(number for number in range(most_heads, 0, -1) if dim % number == 0)
         hidden_dim = int(dim * config.mlp_ratio)
         check_whole("mlp_ratio x embed_dim", hidden_dim, 1, MAX_WIDTH)
-        has_entrance = not encoder.config.is_normalized
-        blocks = [
-            Block(dim, num_heads, hidden_dim, norm_eps, has_entrance and number == 0) for number in range(config.depth)
-        ]
+        has_input_norm = not encoder.config.is_normalized
+        blocks = [Block(dim, num_heads, hidden_dim, norm_eps, has_input_norm and i == 0) for i in range(config.depth)]
         super().__init__(encoder, blocks, config, provenance)
         self.embed_dim = dim
         self.alibi = build_alibi(encoder.config, num_heads, num_heads if config.alibi else 0)
         init_linear_layers(self.blocks)
-        self.entrance = fsdp_unit(init_linear_layers(nn.Linear(width, dim))) if dim < width else nn.Identity()
+        self.input_proj = fsdp_unit(init_linear_layers(nn.Linear(width, dim))) if dim < width else nn.Identity()
 
     def train_what_is_read(self, output: bool, pooled: bool) -> None:
         self.blocks[-1].norm2.requires_grad_(output or pooled)  # no FFN output depends on it
@@ -62,13 +60,13 @@ class Student(Transformer):
     def iterate_blocks(
         self, x: Tensor, needs_last_output: bool = True, padding_mask: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        x = self.entrance(x)
+        x = self.input_proj(x)
         if torch.is_autocast_enabled(x.device.type):  # the residual stream is float32; a weight may be gathered in half
             x = x.float()
         return super().iterate_blocks(x, needs_last_output, padding_mask)
 
     def forward_macs(self, shape: Sequence[int] | None = None) -> int:
-        return super().forward_macs(shape) + self.encoder.num_tokens(shape) * linear_weights(self.entrance)
+        return super().forward_macs(shape) + self.encoder.num_tokens(shape) * linear_weights(self.input_proj)
 
     def backward_macs(self, shape: Sequence[int] | None = None) -> int:
         """Return the backward pass's multiply-accumulates: twice the forward pass's, minus the input gradient's."""
@@ -76,5 +74,5 @@ class Student(Transformer):
             encoder = 2 * self.encoder.forward_macs(shape) - self.encoder.stem_macs(shape)
             return encoder + 2 * self.forward_macs(shape)
         first = self.block_list[0]
-        reads_input = linear_weights(self.entrance) or (first.norm0 is None and linear_weights(first.attn.qkv))
+        reads_input = linear_weights(self.input_proj) or (first.norm0 is None and linear_weights(first.attn.qkv))
         return 2 * self.forward_macs(shape) - self.encoder.num_tokens(shape) * reads_input

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2v_composer.models.configs import StudentConfig, TimmNetworkConfig, check_choice
 from d2v_composer.models.encoder import Frozen, Tokens
 from d2v_composer.models.names import ExtraTokens
-from d2v_composer.models.sizes import StudentConfig, TimmNetworkConfig, check_choice
 from d2v_composer.models.student import Init, Student
 from d2v_composer.models.transformer import Transformer
 
@@ -76,7 +76,7 @@ class Teacher(Transformer, Frozen):
             model: ``timm/NAME``: that model instead of blocks, of any architecture whose features have a grid. All of
                 it trains; it takes images of this teacher's size, normalized as for this teacher.
             pretrained: Start from timm's weights of ``model``.
-            **sizes: Fields of :class:`~d2v_composer.models.sizes.StudentConfig`, such as ``depth``, ``mlp_ratio`` and
+            **sizes: Fields of :class:`~d2v_composer.models.configs.StudentConfig`, such as ``depth``, ``mlp_ratio`` and
                 ``alibi``; default the chapter's, and ``final_layer_norm`` the teacher's.
 
         Returns:

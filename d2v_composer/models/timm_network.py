@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2v_composer.models.backbone import Backbone
+from d2v_composer.models.configs import TimmNetworkConfig, height_and_width
 from d2v_composer.models.encoder import Inputs, Tokens
 from d2v_composer.models.features import Features
 from d2v_composer.models.images import Images
 from d2v_composer.models.names import PREFIX
-from d2v_composer.models.sizes import TimmNetworkConfig, height_and_width
 
 
 def create_network(config: TimmNetworkConfig, pretrained: bool = False) -> Any:

@@ -16,10 +16,7 @@ from timm.models import Beit, Eva, VisionTransformer
 from torch import Tensor, nn
 
 from d2v_composer.models.attention import fsdp_unit
-from d2v_composer.models.encoder import Inputs
-from d2v_composer.models.images import Images, PatchProjection
-from d2v_composer.models.names import PREFIX
-from d2v_composer.models.sizes import (
+from d2v_composer.models.configs import (
     MAX_PATCHES,
     ImageSize,
     TeacherConfig,
@@ -28,6 +25,9 @@ from d2v_composer.models.sizes import (
     height_and_width,
     parse_image_size,
 )
+from d2v_composer.models.encoder import Inputs
+from d2v_composer.models.images import Images, PatchProjection
+from d2v_composer.models.names import PREFIX
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.models.timm_blocks import FixedContexts, TimmBlock, check_block, take_contexts

@@ -20,7 +20,7 @@ from d2v_composer.data.labeled import LabeledSet
 from d2v_composer.evaluation.evaluate import gap_closed
 from d2v_composer.evaluation.metrics import AGREEMENT, HEALTH_STATES, TEACHER, read_accuracies, retrieval_from
 from d2v_composer.models.audio import LogMel
-from d2v_composer.models.sizes import SAMPLE_RATE
+from d2v_composer.models.configs import SAMPLE_RATE
 from d2v_composer.report.plots import STYLE, WIDTH, accuracy_plots, curves
 from d2v_composer.report.run import Run, latest
 from d2v_composer.system.files import write_atomically

@@ -22,7 +22,7 @@ from d2v_composer.benchmarks.step import check_losses
 from d2v_composer.commands import benchmark
 from d2v_composer.config import schema
 from d2v_composer.config.load import load_config
-from d2v_composer.models.sizes import RELEASED
+from d2v_composer.models.configs import RELEASED
 from d2v_composer.system.errors import InputError, RunError
 from gated_store import GatedStore
 

@@ -19,7 +19,7 @@ from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.export import TimmStudent
 from d2v_composer.checkpoints.fairseq import convert_teacher
 from d2v_composer.checkpoints.load import save_student
-from d2v_composer.models.sizes import ImageEncoderConfig, height_and_width
+from d2v_composer.models.configs import ImageEncoderConfig, height_and_width
 from d2v_composer.models.student import StudentConfig
 from d2v_composer.models.transformer import Transformer
 from d2v_composer.system.errors import InputError

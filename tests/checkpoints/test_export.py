@@ -23,8 +23,8 @@ from d2v_composer.checkpoints.load import save_student
 from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embedding
 from d2v_composer.commands import embed as embed_command
 from d2v_composer.commands import export as export_student
+from d2v_composer.models.configs import ImageEncoderConfig, height_and_width
 from d2v_composer.models.images import ImageEncoder
-from d2v_composer.models.sizes import ImageEncoderConfig, height_and_width
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError, RunError
 

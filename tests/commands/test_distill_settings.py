@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from d2v_composer.commands import distill
-from d2v_composer.models.sizes import ImageEncoderConfig, TeacherConfig
+from d2v_composer.models.configs import ImageEncoderConfig, TeacherConfig
 from helpers import encoded_image
 
 

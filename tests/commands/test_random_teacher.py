@@ -9,7 +9,7 @@ import torch
 from d2v_composer.benchmarks.step import SMALL
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.commands import random_teacher
-from d2v_composer.models.sizes import RELEASED
+from d2v_composer.models.configs import RELEASED
 from d2v_composer.system.errors import InputError
 
 

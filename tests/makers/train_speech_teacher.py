@@ -28,8 +28,8 @@ from d2v_composer.checkpoints.student_file import write_model_file
 from d2v_composer.embedding import hash_weights
 from d2v_composer.models.attention import init_linear_layers
 from d2v_composer.models.audio import NUM_MELS, AudioEncoder, LogMel
+from d2v_composer.models.configs import SAMPLE_RATE, AudioEncoderConfig, TeacherConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
-from d2v_composer.models.sizes import SAMPLE_RATE, AudioEncoderConfig, TeacherConfig
 from d2v_composer.models.targets import norm_mean
 
 # The strides and windows of the released models, in narrow.

@@ -19,11 +19,11 @@ from d2v_composer.checkpoints.load import load_student, load_teacher, save_stude
 from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.models.audio import LogMel
 from d2v_composer.models.classification import Classifier
+from d2v_composer.models.configs import RELEASED, AudioEncoderConfig, TeacherConfig, parse_convolutions
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.execution import compile_model
-from d2v_composer.models.sizes import RELEASED, AudioEncoderConfig, TeacherConfig, parse_convolutions
 from d2v_composer.models.targets import norm_mean, regression_loss
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, refused_by, time_limit
@@ -346,6 +346,13 @@ def test_wrong_sizes_are_refused(name: str, tmp_path: Path) -> None:
     torch.save(checkpoint, tmp_path / "teacher.pt")
     refused = refused_by(load_teacher, tmp_path / "teacher.pt")
     assert name in refused or "not learned" in refused
+
+
+def test_long_clips_of_eat_embed_in_a_batch_as_alone() -> None:
+    eat: Any = load_teacher(GOLDEN / "eat_base.pt")
+    clips = sound(torch.tensor([2, 2]) * eat.encoder.window)
+    alone = torch.cat([eat.embed(clip[None]) for clip in clips])
+    torch.testing.assert_close(eat.embed(clips), alone, rtol=0, atol=TOLERANCE)
 
 
 def test_fine_tuned_files_are_refused(tmp_path: Path) -> None:

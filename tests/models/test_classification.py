@@ -45,7 +45,7 @@ def test_the_learning_rate_decays_from_the_head_to_the_patches() -> None:
     assert groups[0]["lr"] == found["head.weight"]["lr"] == 1
     assert found["backbone.blocks.1.mlp.fc1.weight"]["lr"] == 1 / 2
     assert found["backbone.blocks.0.mlp.fc1.weight"]["lr"] == 1 / 4
-    assert found["backbone.entrance.weight"]["lr"] == 1 / 4
+    assert found["backbone.input_proj.weight"]["lr"] == 1 / 4
     first = len(model.backbone.encoder.block_list)
     assert found["backbone.encoder.context_encoder.blocks.0.attn.qkv.weight"]["lr"] == 0.5 ** (2 + first)
     assert found["backbone.encoder.local_encoder.proj.weight"]["lr"] == 0.5 ** (3 + first)

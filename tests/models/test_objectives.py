@@ -11,13 +11,13 @@ from torch.nn.functional import cosine_similarity
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2v_composer import load_teacher
+from d2v_composer.models.configs import StudentConfig
 from d2v_composer.models.distillation import Distillation, DistillationModel
 from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.execution import compile_model
 from d2v_composer.models.features import Features
 from d2v_composer.models.images import Images
 from d2v_composer.models.objective import LayerRegression, Objective
-from d2v_composer.models.sizes import StudentConfig
 from d2v_composer.models.student import Student
 from d2v_composer.models.targets import Regression
 from helpers import GOLDEN

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.utils import clip_grad_norm_
 
+from d2v_composer.models.configs import ImageEncoderConfig, TeacherConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.sizes import ImageEncoderConfig, TeacherConfig
 from helpers import peak_allocated
 
 MIB = 2**20

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from d2v_composer.checkpoints.student_file import choose_embedding
+from d2v_composer.models.configs import TeacherConfig
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.encoder import Tokens
-from d2v_composer.models.sizes import TeacherConfig
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, teacher_config
 from d2v_composer.system.errors import InputError
 

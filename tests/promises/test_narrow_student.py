@@ -36,15 +36,15 @@ def narrow(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
 def test_a_killed_run_resumes_bit_for_bit_and_two_ranks_train_as_one(
     narrow: Path, small_data: Path, tmp_path: Path
 ) -> None:
-    """3, 8, 10: and a checkpoint holds entrance, blocks and the objective's head."""
+    """3, 8, 10: and a checkpoint holds the input projection, blocks and the objective's head."""
     arguments = small_run(tmp_path / "killed", small_data, NARROW)
     train_until_killed(arguments, "batch_start 9")
     run_training(*arguments)
     assert_same_student(tmp_path / "killed", narrow)
     own = {name: tensor.shape for name, tensor in student_of(narrow).items() if ".blocks." not in name}
     assert own == {
-        "student.entrance.weight": (20, 48),
-        "student.entrance.bias": (20,),
+        "student.input_proj.weight": (20, 48),
+        "student.input_proj.bias": (20,),
         "objectives.tokens.head.weight": (48, 20),
         "objectives.tokens.head.bias": (48,),
     }
@@ -54,7 +54,7 @@ def test_a_killed_run_resumes_bit_for_bit_and_two_ranks_train_as_one(
 
 @pytest.mark.slow
 def test_sharded_ranks_train_as_one_process(narrow: Path, small_data: Path, tmp_path: Path) -> None:
-    """8: entrance and head too are held in shares."""
+    """8: input projection and head too are held in shares."""
     arguments = small_run(tmp_path, small_data, NARROW, "parallelism_config.fsdp={}")
     run_ranks(ROOT / "tests" / "programs" / "fsdp_on_cpu.py", *arguments)
     assert_same_losses(losses_of(tmp_path), losses_of(narrow), num_steps=14)
@@ -75,5 +75,5 @@ def test_evaluate_embed_and_export_read_the_narrow_embedding(narrow: Path, label
     evaluated = d2v("evaluate", ROOT / "yamls" / "evaluate.yaml", f"model={checkpoint}", datasets)
     assert evaluated.returncode == 0, evaluated.stderr
     student, trained = load_student(exported), load_checkpoint(checkpoint)["state"]["model"]
-    assert torch.equal(student.state_dict()["entrance.weight"], trained["student.entrance.weight"])
+    assert torch.equal(student.state_dict()["input_proj.weight"], trained["student.input_proj.weight"])
     assert not any("head" in name for name in student.state_dict())

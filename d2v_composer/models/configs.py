@@ -62,9 +62,9 @@ def parse_image_size(image_size: Any) -> ImageSize:
     Raises:
         ValueError: It is neither a number of pixels, nor two, nor text such as '112x168'.
     """
-    shape = image_size if isinstance(image_size, tuple) else (image_size,)
     if isinstance(image_size, str) and re.fullmatch(r"\d{1,9}(x\d{1,9})?", image_size):
-        shape = tuple(map(int, image_size.split("x")))
+        image_size = tuple(map(int, image_size.split("x")))
+    shape = image_size if isinstance(image_size, tuple) else (image_size,)
     if len(shape) not in (1, 2):
         raise ValueError(f"image_size must be a whole number, or height and width, got {short(image_size)}")
     for size in shape:
@@ -356,23 +356,41 @@ class TeacherConfig(Config):
             raise ValueError(f"alibi_scale_shape must be for {num_blocks} blocks or for 1, got {short(shape)}")
 
 
-def _released(depth: int, top_k: int, **sizes: Any) -> TeacherConfig:
-    encoder = ImageEncoderConfig(num_extra_tokens=1, **sizes)
-    return TeacherConfig(encoder=encoder, depth=depth, average_top_k_layers=top_k)
-
-
-def _released_audio(depth: int, top_k: int, num_heads: int = 12, **sizes: Any) -> TeacherConfig:
-    heads: dict[str, Any] = {"num_alibi_heads": num_heads, "alibi_scale_shape": (1, 1, num_heads, 1, 1)}
-    encoder = AudioEncoderConfig(num_heads=num_heads, norm_eps=1e-5, **heads, **sizes)
-    return TeacherConfig(encoder=encoder, depth=depth, average_top_k_layers=top_k, final_layer_norm=False)
-
-
 RELEASED = {
-    "base": _released(10, 10, prenet_depth=2),
-    "large": _released(24, 18, embed_dim=1024, num_heads=16, prenet_depth=0),
-    "huge": _released(32, 24, embed_dim=1280, num_heads=16, patch_size=14, prenet_depth=0),
-    "base_audio": _released_audio(12, 8, prenet_depth=0),
-    "large_audio": _released_audio(16, 16, 16, embed_dim=1024, prenet_depth=8),
+    "base": TeacherConfig(
+        encoder=ImageEncoderConfig(num_extra_tokens=1, prenet_depth=2), depth=10, average_top_k_layers=10
+    ),
+    "large": TeacherConfig(
+        encoder=ImageEncoderConfig(embed_dim=1024, num_heads=16, num_extra_tokens=1, prenet_depth=0),
+        depth=24,
+        average_top_k_layers=18,
+    ),
+    "huge": TeacherConfig(
+        encoder=ImageEncoderConfig(embed_dim=1280, num_heads=16, num_extra_tokens=1, patch_size=14, prenet_depth=0),
+        depth=32,
+        average_top_k_layers=24,
+    ),
+    "base_audio": TeacherConfig(
+        encoder=AudioEncoderConfig(
+            norm_eps=1e-5, num_alibi_heads=12, alibi_scale_shape=(1, 1, 12, 1, 1), prenet_depth=0
+        ),
+        depth=12,
+        average_top_k_layers=8,
+        final_layer_norm=False,
+    ),
+    "large_audio": TeacherConfig(
+        encoder=AudioEncoderConfig(
+            embed_dim=1024,
+            num_heads=16,
+            norm_eps=1e-5,
+            num_alibi_heads=16,
+            alibi_scale_shape=(1, 1, 16, 1, 1),
+            prenet_depth=8,
+        ),
+        depth=16,
+        average_top_k_layers=16,
+        final_layer_norm=False,
+    ),
     "base_eat": TeacherConfig(
         encoder=EatEncoderConfig(num_extra_tokens=1, prenet_depth=0), depth=12, average_top_k_layers=12
     ),
@@ -427,7 +445,7 @@ class TimmNetworkConfig(ImageConfig):
 
 
 class StudentSizes(Config):
-    """What a student's file says. For students of several kinds, ``student`` is a union like ``EncoderConfig``."""
+    """What the file of a student of blocks on an encoder says."""
 
     encoder: EncoderConfig
     student: StudentConfig
