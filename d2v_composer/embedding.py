@@ -6,11 +6,10 @@ Shapes: N samples, D channels.
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -23,93 +22,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from d2v_composer.data.index import INDEX, fetch_index, is_mds, read_index
-from d2v_composer.data.labeled import map_in_workers
-from d2v_composer.data.modality import Modality, collate, list_files, read_sample_file
-from d2v_composer.data.shards import Shards
+from d2v_composer.data.modality import collate
+from d2v_composer.data.source import Source, map_in_workers
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
 from d2v_composer.models.precision import precision_of
-from d2v_composer.system.errors import InputError, UnreadableSampleError, reading, writing
-from d2v_composer.system.fetch import is_remote
+from d2v_composer.system.errors import InputError, UnreadableSampleError, writing
 from d2v_composer.system.files import check_out_file, sole_user, write_atomically
 from d2v_composer.system.progress import progress_bar
 
 LOCK_SECONDS = 10.0  # the workers of a killed run exit within a second
 PART = 1024  # samples between two records of the progress
 HEADER_BYTES = 128  # of a .npy file with an array of two dimensions
-
-
-class SampleCollection(NamedTuple):
-    """Samples in a fixed order."""
-
-    unit: str
-    """What several are called: images or clips."""
-    ids: NDArray
-    """Id of each one, (N,) unicode or int64. Not a list: a forked worker that reads its objects copies their memory."""
-    source: str
-    """Hash of where the samples are, and of an MDS data set's index."""
-    marks: NDArray[np.int64]
-    """A number for each sample, (N,), that is another one if its file changes."""
-    load: Callable[[int], Tensor]
-    """Returns a sample by index, as :meth:`Modality.decode` does; raises UnreadableSampleError."""
-    others: Mapping[str, int] = {}
-    """Number of files that are left out, by kind."""
-
-
-def open_collection(
-    source: str,
-    modality: Modality,
-    *,
-    local: Path | None = None,
-    cache_limit: int | None = None,
-    column: str | None = None,
-) -> SampleCollection:
-    """Open the images or clips of any source.
-
-    Args:
-        source: A folder with an MDS ``index.json`` or an object store's address: an MDS data set, whose ids are the
-            samples' numbers. Another folder: the files in it and its subfolders, whose ids are their paths.
-        modality: What the samples are.
-        local: The cache for the shards of a remote data set.
-        cache_limit: Maximum size of the cache, in bytes; default no limit.
-        column: The column of an MDS data set that holds the samples; default: the modality's name.
-
-    Raises:
-        InputError: The source cannot be used.
-    """
-    if is_remote(source) == (local is None):
-        raise InputError(f"{source}: --local is needed for an object store's shards, and for nothing else")
-    root, column = local or Path(source), column or modality.name
-    if local is not None:
-        fetch_index(source, local)
-    elif not is_mds(root):
-        with reading(root):
-            files, others = list_files(root, modality)
-        paths = np.array([file.path for file in files])
-        marks = np.array([int(_sha256(file)[:15], 16) for file in files])
-
-        def load_file(index: int) -> Tensor:
-            path = root / paths[index]
-            return modality.decode(read_sample_file(path), str(path))
-
-        return SampleCollection(modality.unit, paths, _sha256(root.resolve()), marks, load_file, others)
-
-    read_index(root, column, modality, option="--column", source=source, shards_may_be_missing=local is not None)
-    with reading(source):  # fails if the cache limit is too small for the shards
-        samples = Shards(local=root, remote=local and source, columns=[column], cache_limit=cache_limit)
-
-    def load_sample(index: int) -> Tensor:
-        return modality.decode(samples[index][column], f"sample {index} of {source}")
-
-    contents = _sha256(source if local else root.resolve(), (root / INDEX).read_bytes(), column)
-    ids = np.arange(len(samples))
-    return SampleCollection(modality.unit, ids, contents, ids, load_sample)
-
-
-def _sha256(*contents: object) -> str:
-    return hashlib.sha256(repr(contents).encode()).hexdigest()
 
 
 class EmbeddingOptions(NamedTuple):
@@ -139,9 +64,9 @@ class Embedding(NamedTuple):
     """Time taken by the other samples."""
 
 
-def embed_collection(
+def embed_source(
     model: Backbone,
-    collection: SampleCollection,
+    source: Source,
     out: Path,
     options: EmbeddingOptions,
     *,
@@ -149,14 +74,14 @@ def embed_collection(
     workers: int = 0,
     skip_unreadable: bool = False,
 ) -> Embedding:
-    """Embed every sample of a collection into a file, or resume an interrupted run.
+    """Embed every sample of a source into a file, or resume an interrupted run.
 
     OUT appears when it is complete, and replaces an old one; NAME.ids.npy appears just before. Until then the rows are
     in a hidden folder next to it. If files of the source changed, came or went, a run resumes before the first of them.
 
     Args:
         model: The model in eval mode, on the device.
-        collection: The samples.
+        source: The samples.
         out: NAME.npy, (N, D), with the ids, (N,), in NAME.ids.npy. See :func:`check_out`.
         options: The settings.
         device: cpu or cuda.
@@ -168,41 +93,46 @@ def embed_collection(
             interrupted run had other settings.
         RunError: The disk or a shard fails, or a worker was killed.
     """
-    num_images, channels = len(collection.ids), model.embed_dim
-    plan = {"model": hash_weights(model), "source": collection.source, "device": device, **options._asdict()}
-    folder, size = _partial_folder(out), options.batch_size
+    num_samples, size, unit = len(source), options.batch_size, source.modality.unit
+    plan = {"model": hash_weights(model), "source": source.fingerprint, "device": device, **options._asdict()}
+    folder, dtype = _partial_folder(out), np.dtype(options.dtype)
+    rows = folder / "embeddings.npy"
     with writing(out), sole_user(folder / ".lock", LOCK_SECONDS) as alone:
         if not alone:
             raise InputError(f"{out}: another process is writing it")
-        progress, rows = _start_or_resume(folder, plan, collection, channels)
-        resumed, start = progress["images"], time.monotonic()
-        batches = [range(first, min(first + size, num_images)) for first in range(resumed, num_images, size)]
-        loaded = map_in_workers(partial(_load, collection), batches, workers, device == "cuda")
-        with progress_bar(total=num_images, initial=resumed, desc="embedding", unit=collection.unit) as bar:
-            for batch, (inputs, skipped) in zip(batches, loaded, strict=True):
-                if skipped and not skip_unreadable:
-                    raise InputError(f"{skipped[0][1]}; --skip-unreadable skips such {collection.unit}")
+        progress = _start_or_resume(folder, plan, source.marks)
+        resumed, skipped, start = progress["images"], progress["skipped"], time.monotonic()
+        batches = [range(first, min(first + size, num_samples)) for first in range(resumed, num_samples, size)]
+        loaded = map_in_workers(partial(_load, source), batches, workers, device == "cuda")
+        with (
+            rows.open("ab") as file,
+            progress_bar(total=num_samples, initial=resumed, desc="embedding", unit=unit) as bar,
+        ):
+            # Rows follow a header that is written at the end; those after the last record are computed again.
+            file.truncate(HEADER_BYTES + (resumed - len(skipped)) * model.embed_dim * dtype.itemsize)
+            for batch, (inputs, unreadable) in zip(batches, loaded, strict=True):
+                if unreadable and not skip_unreadable:
+                    raise InputError(f"{unreadable[0][1]}; --skip-unreadable skips such {unit}")
                 if inputs:
                     embeddings = _embed(model, inputs, options, device)
                     if not np.isfinite(embeddings).all():
-                        named = f"{collection.ids[batch.start]}, or one after it in its batch"
+                        named = f"{source.ids[batch.start]}, or one after it in its batch"
                         how = f"--precision {options.precision} and --dtype {options.dtype}"
                         raise InputError(f"{named}: its embedding is not finite with {how}")
-                    first = batch.start - len(progress["skipped"])
-                    rows[first : first + len(embeddings)] = embeddings
-                progress["skipped"] += skipped
+                    file.write(embeddings.tobytes())
+                skipped += unreadable
                 if batch.stop - progress["images"] >= PART or batch is batches[-1]:
                     progress["images"] = batch.stop
-                    rows.flush()
+                    file.flush()
+                    os.fsync(file.fileno())
                     write_atomically(folder / "progress.json", json.dumps(progress))
                 bar.update(len(batch))
         seconds = time.monotonic() - start
-        ids = np.delete(collection.ids, [index for index, _ in progress["skipped"]])
-        del rows  # Windows renames no file that is mapped, and removes none that is open, such as the lock
-        _finish((len(ids), channels), np.dtype(options.dtype), ids, out, folder)
+        ids = np.delete(source.ids, [number for number, _ in skipped])
+        _finish((len(ids), model.embed_dim), dtype, ids, out, folder)
     with suppress(OSError):
         folder.rmdir()
-    return Embedding(len(ids), channels, [reason for _, reason in progress["skipped"]], resumed, seconds)
+    return Embedding(len(ids), model.embed_dim, [reason for _, reason in skipped], resumed, seconds)
 
 
 def check_out(out: Path, *, overwrite: bool) -> None:
@@ -226,39 +156,31 @@ def _ids_file(out: Path) -> Path:
     return out.with_suffix(".ids.npy")
 
 
-def _start_or_resume(
-    folder: Path, plan: dict[str, Any], collection: SampleCollection, channels: int
-) -> tuple[dict[str, Any], np.memmap]:
-    """Return the progress and the rows, (N, D), of the file; ``skipped`` lists unreadable samples: index and reason."""
-    path, recorded, listed = (folder / name for name in ("embeddings.npy", "progress.json", "marks"))
-    progress, marks, size = {"plan": plan, "images": 0, "skipped": []}, collection.marks, plan["batch_size"]
-    if recorded.exists() and path.exists():
+def _start_or_resume(folder: Path, plan: dict[str, Any], marks: NDArray[np.int64]) -> dict[str, Any]:
+    """Return the progress; ``skipped`` lists unreadable samples: number and reason."""
+    recorded, listed = folder / "progress.json", folder / "marks"
+    progress, size = {"plan": plan, "images": 0, "skipped": []}, plan["batch_size"]
+    if recorded.exists() and (folder / "embeddings.npy").exists():
         progress = json.loads(recorded.read_bytes())
         if changed := [key.replace("_", " ") for key in plan if progress["plan"].get(key) != plan[key]]:
             another = f"an interrupted run had a different {', '.join(changed)}"
             raise InputError(f"{folder}: {another}; delete that folder, or choose another OUT")
         before = np.frombuffer(listed.read_bytes(), np.int64)
-        if not np.array_equal(before, marks):
-            both = min(len(before), len(marks))
-            num_same = int(np.append(before[:both] != marks[:both], True).argmax())
+        both = min(len(before), len(marks))
+        num_same = int(np.append(before[:both] != marks[:both], True).argmax())
+        if num_same < max(len(before), len(marks)):
             kept = min(num_same, progress["images"]) // size * size  # whole batches
             progress |= {"images": kept, "skipped": [each for each in progress["skipped"] if each[0] < kept]}
             write_atomically(recorded, json.dumps(progress))
     write_atomically(listed, marks.tobytes())
-    mode = "r+" if path.exists() else "w+"
-    rows = np.memmap(path, plan["dtype"], mode, HEADER_BYTES, (len(marks), channels))
-    with path.open("r+b") as file, suppress(AttributeError):  # macOS and Windows cannot
-        # Reserve all blocks: a full disk is an error now, not a SIGBUS while the map is written.
-        os.posix_fallocate(file.fileno(), 0, HEADER_BYTES + rows.nbytes)
-    return progress, rows
+    return progress
 
 
 def _finish(shape: tuple[int, int], dtype: np.dtype, ids: NDArray, out: Path, folder: Path) -> None:
     """Move the complete file to ``out``, replacing an old one, and remove the folder."""
     complete = folder / "embeddings.npy"
-    with complete.open("r+b") as file:  # skipped samples leave fewer rows than were reserved
+    with complete.open("r+b") as file:
         npy.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
-        file.truncate(file.tell() + math.prod(shape) * dtype.itemsize)
     np.save(folder / "ids.npy", ids)
     out.unlink(missing_ok=True)  # new ids must not be beside old embeddings
     (folder / "ids.npy").replace(_ids_file(out))
@@ -284,12 +206,12 @@ def hash_weights(model: Backbone) -> str:
     return digest.hexdigest()
 
 
-def _load(collection: SampleCollection, indices: Sequence[int]) -> tuple[tuple[Tensor, ...], list[tuple[int, str]]]:
-    """Load a batch as :func:`collate` does, and the index and reason of each unreadable sample."""
+def _load(source: Source, numbers: Sequence[int]) -> tuple[tuple[Tensor, ...], list[tuple[int, str]]]:
+    """Load a batch as :func:`collate` does, and the number and reason of each unreadable sample."""
     samples, skipped = [], []
-    for index in indices:
+    for number in numbers:
         try:
-            samples.append(collection.load(index))
+            samples.append(source.decode(number))
         except UnreadableSampleError as error:
-            skipped.append((index, str(error)))
+            skipped.append((number, str(error)))
     return collate(samples) if samples else (), skipped

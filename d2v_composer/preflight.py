@@ -20,19 +20,17 @@ from composer.utils import dist
 from composer.utils.file_helpers import list_remote_objects
 from composer.utils.object_store import S3ObjectStore
 
-from d2v_composer.builders.data import count_samples, read_train_data
-from d2v_composer.builders.distillation import build_teacher
+from d2v_composer.builders.data import open_index
 from d2v_composer.builders.models import build_labeled_sets
+from d2v_composer.builders.run import build_teacher
+from d2v_composer.checkpoints.checkpoint import LATEST, LOG
 from d2v_composer.checkpoints.load import load_any, load_student, save_student
-from d2v_composer.checkpoints.resume import LOG
-from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.images import Images
-from d2v_composer.data.index import fetch_index
 from d2v_composer.data.modalities import modality_of
 from d2v_composer.data.modality import Modality
+from d2v_composer.data.shards import fetch_index
 from d2v_composer.evaluation.metrics import read_jsonl
-from d2v_composer.models.student import Student
 from d2v_composer.system.addresses import MARK, Address, RunFolder
 from d2v_composer.system.errors import InputError, RunError, reason
 from d2v_composer.system.files import check_owned
@@ -55,17 +53,29 @@ def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> b
     Returns:
         True if all checks passed.
     """
-    with closing(Rehearsal(argv, config, train_script)) as rehearsal, if_interrupted(rehearsal.close):
+    with closing(Rehearsal(argv, config, train_script)) as run, if_interrupted(run.close):
         print_row("check", "verdict", "found")
-        passed = False not in [check(*row) for row in rehearsal.checks().items()]
-        for name, phase in rehearsal.phases().items():
-            if passed:
-                passed = check(name, phase)
-            else:
+        checks = {
+            "models": run.check_models,
+            "data": run.check_data,
+            "save_folder": run.check_rights,
+            "labeled sets": run.check_labeled_sets,
+        }
+        passed = False not in [check(name, look) for name, look in checks.items()]
+        phases = {
+            "training": run.train,
+            "SIGTERM": run.stop,
+            "resume": run.resume,
+            "export": run.export,
+            "checkpoints": run.check_disk_space,
+        }
+        for name, phase in phases.items():
+            if not passed:
                 print_row(name, "skipped", "fix the failure above first")
+            passed = passed and check(name, phase)
         if passed:
             print("\nThe whole run will need (if nothing else used the machine during the rehearsal):")
-            print(rehearsal.needs(), flush=True)
+            print(run.needs(), flush=True)
     return passed
 
 
@@ -91,40 +101,21 @@ class Rehearsal:
 
     def __init__(self, argv: Sequence[str], config: TrainConfig, train_script: Path) -> None:
         self.command, self.config, self.ranks = [str(train_script), *argv], config, dist.get_local_world_size()
-        self.shards: list[dict[str, Any]] = []
+        self.num_samples = 0
         self.num_labeled: list[int] = []
         self.modality: Modality = Images(224)  # unless the teacher can be loaded, and says otherwise
         self.logged: dict[str, dict[int, float]] = {}
         self.temporary = TemporaryDirectory()
         self.output = Path(self.temporary.name, "output.txt")
         self.save_folder = f"{config.run_folder or self.temporary.name}/{FOLDER}"
-        self.address, self.folder = Address.parse(self.save_folder), RunFolder.parse(self.save_folder).local
-        self.log = self.folder / LOG
-        self.cache = Path(config.train_loader.local, FOLDER)
+        self.folder, self.cache = RunFolder.parse(self.save_folder), Path(config.train_loader.local, FOLDER)
+        self.log, self.latest = self.folder.local / LOG, self.folder.local / LATEST
         self.process: subprocess.Popen[Any] | None = None
-        self.checkpoint_bytes = 0
         # The pace is the mean of these last intervals. Before them come torch.compile and, on a GPU, the batches that
         # were loaded meanwhile: a slow loader shows only after them.
         loader, on_gpu = config.train_loader, torch.cuda.is_available()
         self.intervals = 10 if on_gpu else 1
         self.batches = (self.intervals + 1) * INTERVAL + on_gpu * loader.num_workers * loader.prefetch_factor
-
-    def checks(self) -> dict[str, Callable[[], str]]:
-        return {
-            "models": self.check_models,
-            "data": self.check_data,
-            "save_folder": self.check_rights,
-            "labeled sets": self.check_labeled_sets,
-        }
-
-    def phases(self) -> dict[str, Callable[[], str]]:
-        return {
-            "training": self.train,
-            "SIGTERM": self.stop,
-            "resume": self.resume,
-            "export": self.export,
-            "checkpoints": self.check_disk_space,
-        }
 
     def check_models(self) -> str:
         teacher = build_teacher(self.config.teacher)
@@ -137,25 +128,26 @@ class Rehearsal:
         folder = Path(self.temporary.name if remote else loader.local)
         if remote is not None:
             fetch_index(remote, folder)
-        self.shards, _ = read_train_data(loader, folder, self.modality)
+        index = open_index(loader, folder, self.modality)
+        self.num_samples = index.describe()["samples"]
         if remote is not None:
             stored = {Path(key).name for key in list_remote_objects(f"{remote.rstrip('/')}/")}
-            names = [Path((shard["zip_data"] or shard["raw_data"])["basename"]).name for shard in self.shards]
+            names = [Path((shard.zipped or shard.raw).basename).name for shard in index.shards]
             if missing := [name for name in names if name not in stored]:
                 raise InputError(
                     f"{remote}: {len(missing)} of {len(names)} shards are missing; the first is {missing[0]}"
                 )
-        gigabytes = sum(shard["raw_data"]["bytes"] for shard in self.shards) / 1e9
-        return f"{count_samples(self.shards)} samples in {len(self.shards)} shards ({gigabytes:,.1f} GB), all present"
+        gigabytes = sum(shard.raw.bytes for shard in index.shards) / 1e9
+        return f"{self.num_samples} samples in {len(index.shards)} shards ({gigabytes:,.1f} GB), all present"
 
     def check_rights(self) -> str:
         """Write, read, list and delete a small file in S3; boto3's error names the operation that is denied."""
         self.remove()  # what a killed preflight left
         if (folder := self.config.run_folder) is not None:
             check_owned(folder.local, MARK, "save_folder")
-        if self.address.scheme != "s3":
+        scheme, bucket, path = Address.parse(self.save_folder)
+        if scheme != "s3":
             return "the rehearsal writes and reads it"
-        _, bucket, path = self.address
         client, target = S3ObjectStore(bucket).client, {"Bucket": bucket, "Key": f"{path}/rights"}
         client.put_object(**target, Body=b"preflight")
         client.get_object(**target)
@@ -164,7 +156,7 @@ class Rehearsal:
 
     def check_labeled_sets(self) -> str:
         """Load the labeled sets at a small size; download CIFAR if the run would."""
-        sets = build_labeled_sets(self.config.retrieval, self.modality.shown(32))
+        sets = build_labeled_sets(self.config.retrieval, self.modality.of_side(32))
         self.num_labeled = [sum(labeled.num_samples) for labeled in sets.values()]
         return f"{sum(self.num_labeled)} {self.modality.unit} in {', '.join(sets) or 'no set'}"
 
@@ -186,8 +178,8 @@ class Rehearsal:
     def resume(self) -> str:
         """Resume with the YAML's intervals, and train long enough to measure the speed."""
         batch = self.num_batches()
-        if self.address.is_remote:
-            for copy in self.folder.glob("*.pt"):  # the store's must do, as on another machine
+        if self.folder.address is not None:
+            for copy in self.folder.local.glob("*.pt"):  # the store's must do, as on another machine
                 copy.unlink()
         self.start(f"max_duration={batch + self.batches}ba")
         if (status := self.wait(PHASE_SECONDS)) != 0:
@@ -195,32 +187,33 @@ class Rehearsal:
         if f" at batch {batch}\n" not in self.output.read_text(errors="replace"):
             raise self.fault(f"the run started over instead of resuming at batch {batch}")
         self.logged = read_jsonl(self.log)
-        self.checkpoint_bytes = (self.folder / LATEST).stat().st_size
         return f"from batch {batch}, {self.batches} more batches, then retrieval"
 
     def export(self) -> str:
         """Export the student of the newest checkpoint, and load it again."""
         out = Path(self.temporary.name, "student.safetensors")
-        student, _ = load_any(str(self.folder / LATEST), teacher_path=self.config.teacher.checkpoint)
-        assert isinstance(student, Student)  # a checkpoint has one
+        student, _ = load_any(self.latest, teacher_path=self.config.teacher.checkpoint)
         save_student(student, out)
         load_student(out)
         return f"{out.stat().st_size / 1e6:.1f} MB, loads without the teacher"
 
     def check_disk_space(self) -> str:
         """Check that the disk has space for the checkpoints; the rehearsal itself checks this for its cache."""
-        config, kept = self.config, self.config.save_num_checkpoints_to_keep
+        config, num_to_keep = self.config, self.config.save_num_checkpoints_to_keep
         if config.save_folder is None:
             return "none: save_folder is null"
         saved = self.in_batches(config.max_duration) // self.in_batches(config.save_interval) + 1
-        most = saved if kept < 0 else min(kept + 1, saved)  # the next is written before the oldest goes
-        needed, free = self.checkpoint_bytes * most / 1e9, shutil.disk_usage(self.folder).free / 1e9
+        at_a_time = (
+            saved if num_to_keep < 0 else min(num_to_keep + 1, saved)
+        )  # the next is written before the oldest goes
+        size, free = self.latest.stat().st_size, shutil.disk_usage(self.latest.parent).free / 1e9
+        needed = size * at_a_time / 1e9
         found = (
-            f"{saved} checkpoints of {self.checkpoint_bytes / 1e6:,.0f} MB, {'all' if kept < 0 else kept} kept: they "
-            f"need at most {needed:.1f} GB at a time, and {free:.1f} GB is free"
+            f"{saved} checkpoints of {size / 1e6:,.0f} MB, {'all' if num_to_keep < 0 else num_to_keep} kept: they need "
+            f"at most {needed:.1f} GB at a time, and {free:.1f} GB is free"
         )
         if needed > free:
-            raise InputError(f"{self.folder.parent}: {found}")
+            raise InputError(f"{config.save_folder}: {found}")
         return found
 
     def num_batches(self) -> int:
@@ -267,9 +260,9 @@ class Rehearsal:
 
     def remove(self) -> None:
         """Remove the rehearsal's files."""
-        for folder in (self.folder, self.cache):
+        for folder in (self.folder.local, self.cache):
             shutil.rmtree(folder, ignore_errors=True)
-        scheme, bucket, path = self.address
+        scheme, bucket, path = Address.parse(self.save_folder)
         if scheme == "s3":  # Composer cannot delete a file of another store
             store = S3ObjectStore(bucket)
             for key in store.list_objects(f"{path}/"):
@@ -285,13 +278,13 @@ class Rehearsal:
 
     def in_batches(self, duration: str) -> int:
         """Convert a duration, such as 600ba or 100ep, to batches."""
-        per_unit = count_samples(self.shards) // self.config.global_train_batch_size if duration.endswith("ep") else 1
+        per_unit = self.num_samples // self.config.global_train_batch_size if duration.endswith("ep") else 1
         return int(duration[:-2]) * per_unit
 
     def needs(self) -> str:
         """Return the lines about the speed, the time and the number of nodes of the whole run."""
         config, batches = self.config, self.in_batches(self.config.max_duration)
-        logged = (self.logged[f"throughput/{name}"] for name in ("images_per_sec", "data_wait"))
+        logged = (self.logged[f"throughput/{name}"] for name in ("samples_per_sec", "data_wait"))
         paces, waits = ([*each.values()][-self.intervals :] for each in logged)
         pace = harmonic_mean(paces)
         waiting = pace * fmean(map(truediv, waits, paces))  # of the time, not of the intervals

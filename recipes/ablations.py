@@ -96,7 +96,7 @@ def check_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
     Raises:
         InputError: Names the settings that differ.
     """
-    from d2v_composer.builders.training import build_run_record
+    from d2v_composer.builders.run import build_run_record
     from d2v_composer.config.load import load_config
 
     for row, (_, _, *arguments) in commands.items():

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from d2v_composer.data.images import RandomResizedCropFlip
+from d2v_composer.data.images import Images, RandomResizedCropFlip
+from d2v_composer.data.mds import Index
+from d2v_composer.data.shards import fetch_index
 from d2v_composer.data.streaming import StreamingSamples
 from d2v_composer.system.processes import die_with_parent
 from helpers import time_limit
@@ -16,9 +18,10 @@ from helpers import time_limit
 
 def open_images(local: Path, remote: Path | str | None = None, **options: Any) -> StreamingSamples:
     """Crops of 24 pixels in batches of 16; an unreachable store is retried for a second."""
-    remote = None if remote is None else str(remote)
-    options = {"batch_size": 16, "timeout": 1, "seed": 5} | options
-    return StreamingSamples(local=local, remote=remote, transform=RandomResizedCropFlip(24), **options)
+    if remote is not None and not (local / "index.json").exists():
+        fetch_index(str(remote), local, 1)
+    index = Index(local, Images(), remote=None if remote is None else str(remote))
+    return StreamingSamples(index, RandomResizedCropFlip(24), **{"timeout": 1, "seed": 5, **options})
 
 
 @contextmanager

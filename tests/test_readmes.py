@@ -24,7 +24,7 @@ FOLDERS = (".github", "recipes", "yamls", "tests", "d2v_composer")
 PAGES = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("**/*.md"))])
 MOST_LINES = {
     "README.md": 150,
-    "recipes/guides/audio.md": 120,
+    "recipes/guides/audio.md": 135,
     "recipes/guides/comparison.md": 60,
     "recipes/guides/distill.md": 150,
     "recipes/guides/evaluate.md": 120,

@@ -21,7 +21,9 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from d2v_composer.benchmarks.measure import describe, interleave, one_core
-from d2v_composer.data.images import RandomResizedCropFlip
+from d2v_composer.data.images import Images, RandomResizedCropFlip
+from d2v_composer.data.mds import Index
+from d2v_composer.data.shards import fetch_index
 from d2v_composer.data.streaming import StreamingSamples
 from d2v_composer.system.errors import reading
 
@@ -110,8 +112,10 @@ def write_shards(images: list[bytes], out: str) -> None:
 
 def build_ours(local: Path, remote: str | None, options: dict[str, Any]) -> DataLoader:
     """Return a loader of our shards; with ``remote``, ``local`` is the cache."""
-    transform = RandomResizedCropFlip(IMAGE_SIZE)
-    dataset = StreamingSamples(local=local, remote=remote, batch_size=BATCH_SIZE, transform=transform, seed=SEED)
+    if remote is not None:
+        fetch_index(remote, local)
+    index = Index(local, Images(), remote=remote)
+    dataset = StreamingSamples(index, RandomResizedCropFlip(IMAGE_SIZE), seed=SEED)
     return DataLoader(dataset, sampler=dataset.order, **options)
 
 

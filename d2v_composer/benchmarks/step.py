@@ -16,7 +16,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from composer import Trainer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import instance_norm, layer_norm, mse_loss
@@ -24,8 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.profiler import profile
 
 from d2v_composer.benchmarks.measure import describe, interleave
-from d2v_composer.builders.run import build_trainer_arguments
-from d2v_composer.builders.training import build_algorithms, build_optimizer, build_scheduler
+from d2v_composer.builders.run import build_algorithms, build_optimizer, build_scheduler, build_trainer
 from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
@@ -166,13 +164,15 @@ def in_trainer(
     model.cpu_bf16 = choose_precision(config.precision).cpu_bf16
     modality = model.teacher.encoder.config.modality
     batch = {modality: images.cpu().pin_memory() if images.is_cuda else images}
-    trainer = Trainer(
+    trainer = build_trainer(
+        config,
+        model,
+        RunRecord({"data": {"modality": modality}}, None, ()),
         train_dataloader=[batch] * steps,
         optimizers=optimizer,
         schedulers=build_scheduler(config, steps),
         algorithms=build_algorithms(config.algorithms),
         spin_dataloaders=False,
-        **build_trainer_arguments(config, model, RunRecord({"data": {"modality": modality}}, None, ()), []),
     )
 
     def run(times: int) -> Tensor:

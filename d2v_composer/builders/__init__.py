@@ -1,1 +1,1 @@
-"""Turn a checked config into the arguments of Composer's Trainer; the entry point is ``run.build_run``."""
+"""Runs of Composer's Trainer, from a checked config to the report: ``run.train_student``, ``finetune.finetune``."""

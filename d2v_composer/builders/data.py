@@ -1,27 +1,22 @@
 """Build the loader of training samples, and check the disk space and shared memory that it needs on a node."""
 
+import math
+import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from composer.utils import dist
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from d2v_composer.config.schema import ShardLoaderConfig, TrainLoaderConfig
-from d2v_composer.data.index import check_room, describe_data, fetch_index, read_index, read_lengths
-from d2v_composer.data.labeled import collate_labeled, worker_options
+from d2v_composer.data.labeled import collate_labeled
+from d2v_composer.data.mds import Index
 from d2v_composer.data.modality import Modality, Transform
-from d2v_composer.data.streaming import (
-    LabelColumn,
-    StreamingSamples,
-    check_shared_memory,
-    collate_clips,
-    padded_sizes,
-    shared_memory_needed,
-)
+from d2v_composer.data.shards import fetch_index
+from d2v_composer.data.source import worker_options
+from d2v_composer.data.streaming import StreamingSamples, collate_clips, padded_sizes
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.processes import num_nodes
 from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
@@ -29,19 +24,17 @@ from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
 # Grace beyond two shard timeouts before a silent worker counts as hung.
 HANGING_SECONDS = 300
 # Time for a store to answer at the start, if the data set's index is not in the cache.
-INDEX_SECONDS = 60.0
+START_SECONDS = 60.0
 # Fields of the section that are StreamingSamples' arguments.
 PASSED_ON = {"shuffle", "shuffle_block_size", "num_canonical_nodes", "cache_limit", "timeout"}
-
-
-TrainData = tuple[list[dict[str, Any]], NDArray[np.int64] | None]
-"""The index's shards, and the length of each sample, (N,); ``None`` if all have one size."""
+# Shared memory, on Linux. The queues and events of one worker are semaphores, of a page each.
+SHARED_MEMORY, SEMAPHORES, PAGE = Path("/dev/shm"), 16, 4096
 
 
 def read_train_index(
     loader: TrainLoaderConfig, modality: Modality, batch_size: int, label_column: str | None = None
-) -> TrainData:
-    """Return the shards in the training samples' index, and the lengths; fetch those of a remote data set first.
+) -> Index:
+    """Read the index of the training samples, and the lengths of clips; fetch those of a remote data set first.
 
     Raises:
         InputError: The data cannot be used, is smaller than a batch, or differs between nodes.
@@ -49,51 +42,38 @@ def read_train_index(
     local = Path(loader.local)
     with node_leaders_first("the data set's index"):
         if loader.remote is not None and dist.get_local_rank() == 0:  # the other ranks share its folder
-            fetch_index(loader.remote, local, min(loader.timeout, INDEX_SECONDS))
+            fetch_index(loader.remote, local, min(loader.timeout, START_SECONDS))
     with errors_of("train_loader.local" if label_column is None else "dataset.root", InputError):
-        shards, lengths = read_train_data(loader, local, modality, label_column)
+        index = open_index(loader, local, modality, label_column)
+        digest = index.describe()["sha256"]
     # With other data on a node, some samples would be read twice, others never.
-    found = dist.all_gather_object((dist.get_node_rank(), describe_data(shards, lengths)["sha256"]))
+    found = dist.all_gather_object((dist.get_node_rank(), digest))
     if others := sorted({node for node, digest in found if digest != found[0][1]}):
         raise InputError(f"{local}: the data set on node {others[0]} differs from the one on node 0")
-    if (num_samples := count_samples(shards)) < batch_size:
+    if len(index) < batch_size:
         raise InputError(
-            f"{local}: has {num_samples} samples, fewer than one batch of global_train_batch_size {batch_size}"
+            f"{local}: has {len(index)} samples, fewer than one batch of global_train_batch_size {batch_size}"
         )
-    return shards, lengths
+    return index
 
 
-def read_train_data(
-    loader: TrainLoaderConfig, folder: Path, modality: Modality, label_column: str | None = None
-) -> TrainData:
-    """Read the index of the training samples, and the lengths, in a folder."""
-    shards = read_index(
-        folder,
-        loader.column or modality.name,
-        modality,
-        option="train_loader.column" if label_column is None else "dataset.column and dataset.label_column",
-        source=loader.remote,
-        other_columns=() if label_column is None else (label_column,),
-        shards_may_be_missing=loader.remote is not None,
-    )
-    return shards, read_lengths(folder, count_samples(shards), loader.remote) if modality.has_lengths else None
-
-
-def count_samples(shards: list[dict[str, Any]]) -> int:
-    return sum(shard["samples"] for shard in shards)
+def open_index(loader: TrainLoaderConfig, folder: Path, modality: Modality, label_column: str | None = None) -> Index:
+    """Read the index of the training samples in a folder."""
+    option = "train_loader.column" if label_column is None else "dataset.column and dataset.label_column"
+    return Index(folder, modality, loader.column, labels=label_column, option=option, remote=loader.remote)
 
 
 def build_train_loader(
     loader: TrainLoaderConfig,
-    modality: Modality,
-    data: TrainData,
+    index: Index,
     transform: Transform,
     batch_size: int,
     seed: int,
-    labels: LabelColumn | None = None,
+    *,
+    num_classes: int = 1,
     is_compiled: bool = False,
 ) -> DataLoader:
-    """Build this rank's loader from ``train_loader``: augmented samples, with labels if ``labels`` is set.
+    """Build this rank's loader from ``train_loader``: augmented samples, with labels if the index has them.
 
     Clips are padded to the longest in a batch of a rank, and for a compiled model to one of few sizes.
 
@@ -103,32 +83,28 @@ def build_train_loader(
     Raises:
         InputError: The node has too little disk space or shared memory, or the cache limit is too small.
     """
-    local, (shards, lengths) = Path(loader.local), data
     if loader.remote is not None:
-        raise_on_all_ranks(check_room(shards, local, loader.cache_limit, 1 / num_nodes()))
+        raise_on_all_ranks(check_room(index, loader.cache_limit, 1 / num_nodes()))
     check_memory(loader, batch_size, transform.sample_bytes)
-    options = loader.model_dump(include=PASSED_ON)
-    collate = None
-    if lengths is not None and transform.longest is not None:
-        options["lengths"] = np.minimum(lengths, transform.longest)
+    options, collate = loader.model_dump(include=PASSED_ON), None
+    if index.lengths is not None and transform.longest is not None:
+        options["lengths"] = np.minimum(index.lengths, transform.longest)
         sizes = padded_sizes(options["lengths"]) if is_compiled else []
-        collate = partial(collate_clips, name=modality.name, sizes=sizes) if labels is None else collate_labeled
+        name = index.modality.name
+        collate = partial(collate_clips, name=name, sizes=sizes) if index.labels is None else collate_labeled
     with errors_of("train_loader", InputError):
         dataset = StreamingSamples(
-            local=local,
-            remote=loader.remote,
-            batch_size=batch_size // dist.get_world_size(),
-            transform=transform,
-            name=modality.name,
-            column=loader.column or modality.name,
+            index,
+            transform,
             seed=seed,
-            epoch_size=count_samples(shards) // batch_size * batch_size,
-            labels=labels,
+            num_classes=num_classes,
+            global_batch_size=batch_size,
+            epoch_size=len(index) // batch_size * batch_size,
             **options,
         )
     return DataLoader(
         dataset,
-        batch_size=dataset.order.batch_size,
+        batch_size=batch_size // dist.get_world_size(),
         sampler=dataset.order,
         collate_fn=collate,
         **worker_options(
@@ -139,12 +115,37 @@ def build_train_loader(
     )
 
 
+def check_room(index: Index, cache_limit: int | None, share: float) -> str | None:
+    """Return an error message if the disk lacks space for what a node still has to fetch of its share, 0 to 1."""
+    sizes = {index.folder / shard.raw.basename: shard.raw.bytes for shard in index.shards}
+    wanted = int(share * sum(sizes.values()))
+    needed = min(wanted, cache_limit or wanted) - sum(size for path, size in sizes.items() if path.is_file())
+    if needed <= (free := shutil.disk_usage(index.folder).free):
+        return None
+    return (
+        f"{index.folder}: {needed / 1e9:.1f} GB of shards must still be fetched, but only {free / 1e9:.1f} GB is free; "
+        "free disk space, or set a cache limit"
+    )
+
+
 def check_memory(loader: ShardLoaderConfig, batch_size: int, sample_bytes: int) -> None:
     """Check that the node has the shared memory for its ranks' batches.
+
+    SIGBUS would silently kill a process that writes more than is free.
 
     Raises:
         InputError: It is too small on some node.
     """
-    batch_bytes = batch_size // dist.get_world_size() * sample_bytes
-    needed = shared_memory_needed(dist.get_local_world_size(), loader.num_workers, loader.prefetch_factor, batch_bytes)
-    raise_on_all_ranks(check_shared_memory(needed))
+    batch_bytes, workers = batch_size // dist.get_world_size() * sample_bytes, loader.num_workers
+    # Beside those made in advance, each rank has one in the making and one in use.
+    batches = (workers * loader.prefetch_factor + 2) * (batch_bytes + PAGE) if workers else 0
+    needed = dist.get_local_world_size() * (batches + workers * SEMAPHORES * PAGE)
+    problem = None
+    if SHARED_MEMORY.is_dir() and (usage := shutil.disk_usage(SHARED_MEMORY)).free < needed:
+        size = f"{math.ceil((usage.used + needed) / 2**20)}m"
+        problem = (
+            f"{SHARED_MEMORY}: {usage.free:,} of {usage.total:,} bytes are free, but training data needs {needed:,}; "
+            f"enlarge it (docker run --shm-size={size}, or mount -o remount,size={size} {SHARED_MEMORY}), or lower "
+            "train_loader.num_workers or prefetch_factor"
+        )
+    raise_on_all_ranks(problem)

@@ -1,4 +1,4 @@
-"""Run a Trainer: join the ranks, print what will be done, train, and write the report."""
+"""Join the ranks, train, write the report, and close the Trainer."""
 
 import re
 import sys
@@ -13,7 +13,7 @@ from d2v_composer.callbacks.checkpointing import Checkpoints
 from d2v_composer.callbacks.logging import Uploads, num_batches
 from d2v_composer.callbacks.trainer_state import find_callback
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
-from d2v_composer.checkpoints.resume import LOG
+from d2v_composer.checkpoints.checkpoint import LOG
 from d2v_composer.config.schema import TrainerConfig
 from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.models.execution import name_precision

@@ -10,7 +10,7 @@ import platform
 import signal
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 from composer.utils.checkpoint import save_checkpoint
-from composer.utils.object_store import S3ObjectStore
 from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
@@ -28,19 +27,10 @@ from tqdm import tqdm
 from d2v_composer.callbacks.logging import Uploads
 from d2v_composer.callbacks.trainer_state import find_callback, loss_scale
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
-from d2v_composer.checkpoints.resume import (
-    LOG,
-    list_names,
-    newest_first,
-    open_store,
-    point_at,
-    upload,
-    upload_checkpoint,
-)
-from d2v_composer.checkpoints.safe_load import LATEST
+from d2v_composer.checkpoints.checkpoint import LATEST, LOG, prune, prune_store, publish, upload, upload_checkpoint
 from d2v_composer.system import processes
 from d2v_composer.system.addresses import MARK, RunFolder
-from d2v_composer.system.errors import InputError, RunError, reason, writing
+from d2v_composer.system.errors import InputError, RunError, writing
 from d2v_composer.system.files import acquire, check_owned
 from d2v_composer.system.ranks import rank_zero_first
 
@@ -225,38 +215,6 @@ class Checkpoints(Callback):
     def post_close(self) -> None:
         if self.lock is not None:
             self.lock.release()
-
-
-def publish(partial: Path, checkpoint: Path) -> None:
-    """Rename a complete checkpoint, then point ``latest-rank0.pt`` at it; readers find the old or the new one."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())  # in case the machine fails
-    partial.replace(checkpoint)
-    point_at(checkpoint)
-
-
-def prune(folder: Path, num_to_keep: int) -> None:
-    """Remove the outdated checkpoints from a folder."""
-    names = [path.name for path in folder.iterdir()]
-    for name in outdated(names, (folder / LATEST).readlink().name, num_to_keep):
-        (folder / name).unlink(missing_ok=True)
-
-
-def prune_store(address: str, pointed_at: str, num_to_keep: int) -> None:
-    """Remove the outdated checkpoints from a run's folder in S3; a failure must not stop the run."""
-    store, key = open_store(address)
-    if not isinstance(store, S3ObjectStore):  # Composer's other clients cannot delete
-        return
-    try:
-        for name in outdated(list_names(address), pointed_at, num_to_keep):
-            store.client.delete_object(Bucket=store.bucket, Key=f"{key}/{name}".lstrip("/"))
-    except Exception as error:  # noqa: BLE001
-        log.warning("%s: could not remove old checkpoints (%s)", address, reason(error))
-
-
-def outdated(names: Iterable[str], pointed_at: str, num_to_keep: int) -> list[str]:
-    """Return the names of the checkpoints to remove: never the pointer's target or a newer one."""
-    return [] if num_to_keep < 0 else newest_first(names, pointed_at)[num_to_keep:]
 
 
 # Workers of a killed run may hold its lock for a while.

@@ -18,7 +18,7 @@ from composer.utils import dist
 from tqdm import tqdm
 
 from d2v_composer.callbacks.trainer_state import unwrapped
-from d2v_composer.checkpoints.resume import upload
+from d2v_composer.checkpoints.checkpoint import upload
 from d2v_composer.system.errors import RunError, writing
 
 # metrics/DATASET/[BASELINE/]bank_train/topK: the accuracy of the primary embedding; or that of a fine-tuned classifier.
@@ -28,7 +28,7 @@ BELOW_AN_ACCURACY = re.compile(r"(/top\d+)/")
 # Logged number → how progress shows it.
 SHOWN = {
     "loss/train/total": "loss {:.4f}",
-    "throughput/images_per_sec": "{:.0f} {unit}/s",
+    "throughput/samples_per_sec": "{:.0f} {unit}/s",
     "throughput/data_wait": "data wait {:.0%}",
 }
 SECONDS_BETWEEN_LINES = 10.0
@@ -241,7 +241,7 @@ class Throughput(Callback):
 
     Composer's SpeedMonitor counts those as training time, and waits for the device. Logged, as means over the interval:
 
-    - ``throughput/images_per_sec``: images, or clips of sound, over all ranks;
+    - ``throughput/samples_per_sec``: images, or clips of sound, over all ranks;
     - ``throughput/data_wait``: the share of the time, from 0 to 1, in which rank 0 waited for its next batch;
     - ``throughput/device/mfu``: operations over those that the GPU is made for, if Composer knows these and the model
       has ``flops_per_batch``.
@@ -284,7 +284,7 @@ class Throughput(Callback):
         self.waited += self.got_at - self.asked_at
         if int(state.timestamp.batch) % self.every == 0:
             speed = (int(state.timestamp.sample) - self.first_image) / self.seconds
-            metrics = {"throughput/images_per_sec": speed, "throughput/data_wait": self.waited / self.seconds}
+            metrics = {"throughput/samples_per_sec": speed, "throughput/data_wait": self.waited / self.seconds}
             if self.flops_at_peak:
                 metrics["throughput/device/mfu"] = self.flops / self.seconds / self.flops_at_peak
             logger.log_metrics(metrics)

@@ -14,8 +14,8 @@ from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import write_atomically
 
-# Words for keys that are no field of a YAML.
-WORDS = {
+# What a message calls a key that is no field of a YAML.
+SHOWN_AS = {
     "teacher.sha256": "teacher.checkpoint (its sha256)",
     "model.sha256": "model (its sha256)",
     "model.representation": "representation",
@@ -73,4 +73,4 @@ def find_changes(key: str, before: Any, now: Any) -> Iterator[str]:
         for name in dict.fromkeys([*now, *before]):
             yield from find_changes(f"{key}.{name}", before.get(name), now.get(name))
     elif before != now:
-        yield f"{WORDS.get(key, key.removeprefix('config.'))}: checkpoint has {before}, config has {now}"
+        yield f"{SHOWN_AS.get(key, key.removeprefix('config.'))}: checkpoint has {before}, config has {now}"

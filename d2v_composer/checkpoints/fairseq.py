@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2v_composer.checkpoints.safe_load import Stub, fetch_model, is_trained, load_untrusted
+from d2v_composer.checkpoints.checkpoint import fetch_model
+from d2v_composer.checkpoints.safe_load import Stub, is_trained, load_untrusted
 from d2v_composer.checkpoints.student_file import (
     build_loaded,
     is_safetensors,
@@ -24,6 +25,8 @@ from d2v_composer.models.sizes import (
     Data2Vec2AudioConfig,
     Data2Vec2Config,
     Data2Vec2TeacherConfig,
+    EatConfig,
+    encoder_config,
     find_kind,
 )
 from d2v_composer.system.addresses import file_name
@@ -33,7 +36,11 @@ ENCODER = "encoder."
 # Name of the encoder in a checkpoint → kind of model.
 MODALITIES: dict[str, type[Data2Vec2TeacherConfig]] = {"IMAGE": Data2Vec2Config, "AUDIO": Data2Vec2AudioConfig}
 LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are"
-LICENCES = {"image": "CC BY-NC 4.0", "audio": "MIT for audio"}
+LICENCES = {
+    Data2Vec2Config: f"{LICENCE_NOTE} CC BY-NC 4.0",
+    Data2Vec2AudioConfig: f"{LICENCE_NOTE} MIT for audio",
+    EatConfig: "as the source's; EAT's code is MIT, and says nothing of its weights",
+}
 # Number of last blocks in the target if a file does not say it: all of an image model's, and data2vec's own default.
 TOP_K = {"image": MAX_DEPTH, "audio": Data2Vec2AudioConfig.average_top_k_layers}
 # Fields of our config in cfg["model"]; others are in the modality's section of cfg["model"]["modalities"].
@@ -80,14 +87,17 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
         stored[scale] = stored[scale][None]
     section = _section(_section(sizes, "modalities"), kind.modality) or {}
     with reading(path):
-        config = _read_config(kind, _fields(sizes), _fields(section))
+        fields_of_encoder = _fields(section)
+        if kind is Data2Vec2Config and fields_of_encoder.get("in_chans") == 1:  # EAT's images are spectrograms
+            kind = EatConfig
+        config = _read_config(kind, _fields(sizes), fields_of_encoder)
         if config.num_alibi_heads:
             config = replace(config, alibi_scale_shape=tuple(stored[scale].shape))
     renamed = {f"{ENCODER}{name.removeprefix(prefix)}" if name.startswith(prefix) else name: name for name in stored}
-    # Only pre-training uses these: data2vec 2.0's decoder and the heads of its losses.
-    left = (f"{prefix}decoder.", "shared_decoder.", "recon_proj.", "cls_proj.")
+    # Only pre-training uses these: data2vec 2.0's decoder, and the heads of its and EAT's losses.
+    left = (f"{prefix}decoder.", "shared_decoder.", "recon_proj.", "cls_proj.", "center")
     used = {ours: stored[name] for ours, name in renamed.items() if not name.startswith(left)}
-    licence = f"{LICENCE_NOTE} {LICENCES[kind.modality]}"
+    licence = LICENCES[kind]
     provenance = {"source": file_name(path), "sha256": sha256(file), "weights": weights, "licence": licence}
     teacher = build_loaded(path, lambda: Data2Vec2(config, provenance), used)
     return teacher, [name for name in stored if name.startswith(left)]
@@ -166,6 +176,7 @@ def convert_teacher(
     weights: Weights = "model",
     dtype: torch.dtype = torch.float32,
     licence: str | None = None,
+    **spectrogram: float,
 ) -> tuple[Data2Vec2, list[str]]:
     """Convert a fairseq checkpoint to a safetensors file.
 
@@ -175,6 +186,7 @@ def convert_teacher(
         weights: The weights to keep.
         dtype: Stored dtype; a loaded teacher is float32 in any case.
         licence: A note on the weights' licence for the metadata.
+        spectrogram: For EAT: ``target_length``, ``log_mel_mean``, ``log_mel_std``; default the file's, and AudioSet's.
 
     Returns:
         As :func:`read_fairseq_checkpoint`.
@@ -186,6 +198,11 @@ def convert_teacher(
     if is_safetensors(file):
         raise InputError(f"{source}: is already a safetensors file; expected a fairseq checkpoint")
     teacher, left = read_fairseq_checkpoint(source, file, weights)
+    if spectrogram and not isinstance(teacher.config, EatConfig):
+        raise InputError(f"{source}: is not an EAT checkpoint, which alone takes {', '.join(spectrogram)}")
+    with reading(source):
+        teacher.config = replace(teacher.config, **spectrogram)
+    teacher.encoder.config = encoder_config(teacher.config)
     teacher.provenance |= {
         "dtype": str(dtype).removeprefix("torch."),
         "licence": licence or teacher.provenance["licence"],

@@ -2,16 +2,17 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
+from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_newest
 from d2v_composer.checkpoints.fairseq import load_data2vec2
-from d2v_composer.checkpoints.safe_load import fetch_model, is_trained, load_untrusted, read_newest
+from d2v_composer.checkpoints.safe_load import is_trained, load_untrusted
 from d2v_composer.checkpoints.student_file import (
     CONFIG_TENSOR,
-    PrimaryEmbedding,
     build_encoder,
+    build_loaded,
     check_fits,
     check_outputs,
     check_same_encoder,
@@ -22,20 +23,22 @@ from d2v_composer.checkpoints.student_file import (
     is_safetensors,
     lookup,
     pop_sizes,
+    read_config,
     read_model_file,
     sizes_of,
     stored_primary,
     write_model_file,
 )
+from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.names import DATA2VEC2, PREFIX, Weights
-from d2v_composer.models.sizes import ImageSize, TimmEncoderConfig
+from d2v_composer.models.sizes import ImageSize, TimmEncoderConfig, TimmNetworkConfig
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.command_line import d2v
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.fetch import is_remote
 
-Models = tuple[Student | Teacher, Teacher | None]
+Models = tuple[Backbone, Teacher | None]
 NAME_IT = "--teacher PATH, or teacher=PATH after a YAML"
 
 
@@ -91,34 +94,43 @@ def load_teacher(
     return teacher
 
 
-def save_student(student: Student, out: Path) -> None:
+def save_student(student: Backbone, out: Path) -> None:
     """Write a student with all that :func:`load_student` needs: encoder, blocks, sizes, preprocessing, provenance.
 
-    One with a head is written as a classifier, for timm.
+    One with a head is written as a classifier, for timm. A student that is a timm model is written under timm's names.
+
+    Raises:
+        InputError: A classifier reads another embedding than timm's would.
     """
     primary = stored_primary(student.provenance)
     sizes, encoder = sizes_of(student), student.encoder
+    kind = "classifier" if isinstance(student.head, nn.Linear) else "student"  # timm's may be an Identity
+    if isinstance(student.config, TimmNetworkConfig):
+        if student.head is not None and primary.pooling != "cls":
+            raise InputError(f"{out}: timm's classifier reads output_cls; this one was trained on {primary.name}")
+        write_model_file(out, kind, sizes, student.provenance, cast("Any", encoder).timm_tensors(student.head))
+        return
     if isinstance(encoder.config, TimmEncoderConfig):
         from timm import __version__ as now
 
         sample: Any = encoder
         sizes["encoder"] = asdict(replace(encoder.config, timm=now, outputs=sample.sample_outputs()))
     tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes, primary)}
-    kind = "classifier" if "head.weight" in tensors else "student"
     write_model_file(out, kind, sizes, student.provenance, tensors)
 
 
-def load_student(path: str | Path) -> Student:
+def load_student(path: str | Path) -> Any:
     """Load an exported student; it needs no teacher, checkpoint or YAML.
 
     Args:
         path: A file of ``d2v export``: a local path, https://, or an object store's address (cached until it changes).
 
     Returns:
-        A :class:`~d2v_composer.models.student.Student` in eval mode and float32: the frozen encoder and the trained
-        blocks. :meth:`~d2v_composer.models.backbone.Backbone.embed` computes an embedding; its ``provenance`` is the
-        record of the run. On a GPU, torch rounds convolutions to 10 bits unless ``torch.backends.cudnn.allow_tf32`` is
-        false; it is left as it is.
+        A :class:`~d2v_composer.models.student.Student`, the frozen encoder and the trained blocks, or a
+        :class:`~d2v_composer.models.timm_network.NetworkStudent`; in eval mode and float32.
+        :meth:`~d2v_composer.models.backbone.Backbone.embed` computes an embedding; its ``provenance`` is the record of
+        the run. On a GPU, torch rounds convolutions to 10 bits unless ``torch.backends.cudnn.allow_tf32`` is false; it
+        is left as it is.
 
     Raises:
         InputError: The file does not exist, or does not hold a student.
@@ -134,11 +146,28 @@ def load_student(path: str | Path) -> Student:
         raise InputError(f"{path}: expected an exported student; export a training checkpoint first: {command}")
     stored = read_model_file(file)
     stored.expect(path, "student")
+    if "network" in stored.config:
+        tensors = {f"encoder.model.{name}": each for name, each in stored.tensors.items()}
+        return _build_student(path, stored.config, tensors, stored.provenance)
     sizes, _ = pop_sizes(path, stored.tensors)
-    encoder_config, student_config = check_student(path, sizes, stored.tensors)
-    student = Student(build_encoder(encoder_config), student_config, stored.provenance)
-    student.load_state_dict(stored.tensors)
+    student = _build_student(path, sizes, stored.tensors, stored.provenance)
     check_outputs(path, student.encoder)
+    return student
+
+
+def _build_student(
+    source: str | Path, sizes: dict[str, Any], tensors: dict[str, Tensor], provenance: dict[str, Any]
+) -> Any:
+    """Build a student from sizes and tensors of a file, in eval mode."""
+    if "network" in sizes:
+        from d2v_composer.models.timm_network import NetworkStudent, TimmNetwork  # timm takes seconds to import
+
+        with reading(source):
+            config = read_config(TimmNetworkConfig, sizes["network"])
+        return build_loaded(source, lambda: NetworkStudent(TimmNetwork(config), config, provenance), tensors).eval()
+    encoder_config, student_config = check_student(source, sizes, tensors)
+    student = Student(build_encoder(encoder_config), student_config, provenance)
+    student.load_state_dict(tensors)
     return student.eval()
 
 
@@ -177,7 +206,7 @@ def load_any(
             return _load_file(path, fetch_model(file), weights, teacher_path)
 
         model, teacher = load(fetch_model(path)) if is_remote(path) else read_newest(Path(path), load)
-    if not isinstance(model, Student):
+    if isinstance(model, Teacher):
         if teacher_path is not None:
             raise InputError(f"{path}: is not a student, so a teacher ({teacher_path}) is not allowed")
     elif weights != "model":  # the student's record says which its teacher has
@@ -189,7 +218,7 @@ def _load_file(path: str | Path, file: Path, weights: Weights, teacher_path: str
     """Load ``file``, the local copy of ``path``."""
     kind, contents = (read_model_file(file).kind, {}) if is_safetensors(file) else ("", load_untrusted(file))
     if is_trained(contents):
-        return _load_checkpoint(file, contents, teacher_path)
+        return _load_checkpoint(Checkpoint(file, contents), teacher_path)
     if kind == "student":
         return _with_teacher(load_student(path), teacher_path)
     if not kind and isinstance(contents, dict) and "cfg" not in contents:  # weights without sizes, such as timm's
@@ -201,47 +230,49 @@ def _load_file(path: str | Path, file: Path, weights: Weights, teacher_path: str
     return teacher, teacher
 
 
-def _with_teacher(student: Student, path: str | None) -> Models:
+def _with_teacher(student: Backbone, path: str | None) -> Models:
     """Load the teacher of an exported or fine-tuned student from ``path``; ``None``: no teacher."""
     if path is None:
         return student, None
     record = distillation_of(student.provenance)
     sizes: Any = student.encoder.config
-    file, options = path, {"first_blocks": sizes.prenet_depth}
-    if isinstance(sizes, TimmEncoderConfig):
-        file = None if path == sizes.model else path  # the name of a timm model stands for its pretrained weights
-        options |= {"model": sizes.model, "image_size": sizes.image_size}
+    file, is_shared = path, not isinstance(sizes, TimmNetworkConfig)
+    if not is_shared:  # its teacher is another model
+        settings = lookup(record, "config.teacher") or {}
+        options = {name: settings[name] for name in ("model", "first_blocks", "image_size") if name in settings}
+    elif isinstance(sizes, TimmEncoderConfig):
+        options = {"first_blocks": sizes.prenet_depth, "model": sizes.model, "image_size": sizes.image_size}
+    else:
+        options = {"first_blocks": sizes.prenet_depth}
+    if path == options.get("model"):
+        file = None  # the name of a timm model stands for its pretrained weights
     teacher = load_teacher(file, lookup(record, "teacher.weights") or "model", **options)
     check_same_teacher(path, teacher, record)
-    check_same_encoder(path, teacher.encoder, student.encoder)
+    if is_shared:
+        check_same_encoder(path, teacher.encoder, student.encoder)
     return student, teacher
 
 
-def _load_checkpoint(path: Path, contents: Any, teacher_path: str | None) -> Models:
+def _load_checkpoint(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
     """Load the models in a checkpoint from ``recipes/train.py`` or ``recipes/finetune.py``."""
     try:
-        state = contents["state"]
-        record, tensors = state["callbacks"]["RunRecord"]["record"], dict(state["model"])
-        if "model" in record:
-            return _with_teacher(_load_finetuned(path, record, tensors), teacher_path)
-        if retrieved := state["callbacks"].get("ZeroShotRetrieval", {}).get("history"):
-            baselines = state["callbacks"]["ZeroShotRetrieval"]["baseline_metrics"]
-            batch = int(state["timestamp"]["Timestamp"]["batch"])
-            results = {"batch": batch, "first": retrieved[0], "last": retrieved[-1], "baselines": baselines}
-            record = record | {"results": results}
-        return _load_trained(path, record, tensors, teacher_path)
+        if "model" in checkpoint.record:
+            return _with_teacher(_load_finetuned(checkpoint), teacher_path)
+        return _load_trained(checkpoint, teacher_path)
     except InputError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path}: not a checkpoint written by recipes/train.py ({type(error).__name__}: {error})"
+            f"{checkpoint.path}: not a checkpoint written by recipes/train.py ({type(error).__name__}: {error})"
         ) from error
 
 
-def _load_trained(
-    path: Path, record: dict[str, Any], tensors: dict[str, Tensor], teacher_path: str | None
-) -> tuple[Student, Teacher]:
-    """Load a training run's student, with the run's record as provenance, and its teacher."""
+def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> tuple[Backbone, Teacher]:
+    """Load a training run's student, with the run's record and results as provenance, and its teacher."""
+    path, record, retrieval = checkpoint.path, dict(checkpoint.record), checkpoint.saved_by("ZeroShotRetrieval")
+    if measured := retrieval.get("history"):
+        results = {"first": measured[0], "last": measured[-1], "baselines": retrieval["baseline_metrics"]}
+        record["results"] = {"batch": checkpoint.trained("batch"), **results}
     config = record["config"]
     settings, sizes = config["teacher"], config["student"] | {"init": "random"}
     options = {name: settings[name] for name in ("model", "first_blocks", "image_size")}
@@ -254,45 +285,32 @@ def _load_trained(
             raise
         raise InputError(f"{error}; if the teacher of {path} has moved, give its new path: {NAME_IT}") from error
 
-    def build() -> Student:
+    def build() -> Backbone:
         layer_mean = {name: config["targets"].get(name) for name in ("normalization", "final_layer_norm")}
         return teacher.build_student(**sizes, **layer_mean)
 
     prefix = "student."  # the others are the objectives' heads
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    own = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)}
     check_fits(path, lambda: own_parts(build()), own)
     student = build()
     own_parts(student).load_state_dict(own)
-    student.provenance = dict(record)
+    student.provenance = record
     return student.eval(), teacher
 
 
-def own_parts(student: Student) -> nn.ModuleDict:
-    """Return a student without its encoder, to load a state dict into."""
-    return nn.ModuleDict({name: part for name, part in student.named_children() if name != "encoder"})
+def own_parts(student: Backbone) -> nn.ModuleDict:
+    """Return a student without its teacher's encoder, to load a state dict into."""
+    is_shared = student.encoder.is_frozen
+    return nn.ModuleDict({name: part for name, part in student.named_children() if name != "encoder" or not is_shared})
 
 
-def _load_finetuned(path: Path, record: dict[str, Any], tensors: dict[str, Tensor]) -> Student:
-    """Load a fine-tuned student with its head, as a timm model; the run's record is its provenance."""
-    from d2v_composer.checkpoints.export import TimmStudent  # timm takes seconds to import
-
-    about = record["model"]
-    if about["kind"] != "student":
+def _load_finetuned(checkpoint: Checkpoint) -> Backbone:
+    """Load a fine-tuned student with its head; the run's record is its provenance."""
+    path, record, tensors = checkpoint.path, checkpoint.record, dict(checkpoint.tensors)
+    if record["model"]["kind"] != "student":
         raise InputError(f"{path}: is a fine-tuned teacher; only a fine-tuned student can be exported or embed images")
-    named, sizes = {name.removeprefix("backbone."): each for name, each in tensors.items()}, about["sizes"]
-    if "outputs" in sizes["encoder"]:  # an encoder that was trained, too, computes something else
-        sizes = sizes | {"encoder": sizes["encoder"] | {"outputs": []}}
-    configs = check_student(path, sizes, {name: named[name] for name in named if not name.startswith("head.")})
-    student = TimmStudent(*configs, num_classes=len(named["head.bias"]))
-    student.load_state_dict(named | {CONFIG_TENSOR: config_tensor(sizes, PrimaryEmbedding.parse(about))})
-    student.provenance = record
-    return student.eval()
-
-
-def without_head(student: Student) -> Student:
-    """Return a fine-tuned student without its head, on the same encoder and blocks; any other student is unchanged."""
-    if type(student) is Student:
-        return student
-    plain = Student(student.encoder, student.config, student.provenance)
-    plain.blocks, plain.entrance = student.blocks, student.entrance
-    return plain.eval()
+    head = {name: tensors.pop(f"head.{name}") for name in ("weight", "bias")}
+    own = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
+    student = _build_student(path, record["model"]["sizes"], own, record)
+    student.head = build_loaded(path, lambda: nn.Linear(head["weight"].shape[1], len(head["bias"])), head)
+    return student

@@ -17,10 +17,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.data2vec2 import ENCODERS
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.names import Pooling, Representation
-from d2v_composer.models.sizes import EncoderConfig, StudentConfig, TimmEncoderConfig, check_choice, find_kind
+from d2v_composer.models.sizes import (
+    EncoderConfig,
+    StudentConfig,
+    TimmEncoderConfig,
+    TimmNetworkConfig,
+    check_choice,
+    find_kind,
+)
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets
@@ -33,7 +41,8 @@ CONFIG_TENSOR = "config_json"
 # Sizes of a student that files lack, unless they have another value.
 USUAL: dict[str, Any] = {"embed_dim": None, "final_layer_norm": True}
 # Characters of sizes or provenance. Ours have some thousands; parsed, they take 25 times as many bytes.
-LARGEST_JSON = 4 << 20
+MAX_JSON_CHARACTERS = 4 << 20
+BATCHES_SEEN = "num_batches_tracked"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A teacher's file may hold float16 or bfloat16 numbers.
 ROUNDING = 0.01
@@ -109,8 +118,8 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     Raises:
         ValueError: It is too long, or not an object.
     """
-    if len(text) > LARGEST_JSON:
-        raise ValueError(f"its metadata has {len(text)} characters; the limit is {LARGEST_JSON}")
+    if len(text) > MAX_JSON_CHARACTERS:
+        raise ValueError(f"its metadata has {len(text)} characters; the limit is {MAX_JSON_CHARACTERS}")
     return dict(json.loads(text).items())
 
 
@@ -164,6 +173,8 @@ def check_numbers(tensors: Mapping[str, Tensor]) -> None:
         ValueError: One does not.
     """
     for name, tensor in tensors.items():
+        if name.endswith(BATCHES_SEEN):  # of a BatchNorm, a whole number
+            continue
         if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(f"tensor {name} is not a dense floating-point tensor")
         # An expanded tensor would grow to any size when it is copied.
@@ -230,7 +241,7 @@ DEFAULT_PRIMARY = PrimaryEmbedding("output", "cls")
 
 
 def choose_embedding(
-    model: Student | Teacher, pooling: Pooling | None, representation: Representation | None
+    model: Backbone, pooling: Pooling | None, representation: Representation | None
 ) -> PrimaryEmbedding:
     """Return the requested embedding; ``None`` means as in the primary embedding of the model's run.
 
@@ -290,8 +301,10 @@ def build_encoder(config: EncoderConfig) -> Encoder:
     return TimmEncoder(config).freeze()
 
 
-def sizes_of(student: Student) -> dict[str, Any]:
+def sizes_of(student: Backbone) -> dict[str, Any]:
     """Return the sizes of a student and its encoder, without the usual values of what older files lack."""
+    if isinstance(student.config, TimmNetworkConfig):
+        return {"network": asdict(student.config)}
     encoder: Any = student.encoder.config
     sizes = {name: each for name, each in asdict(student.config).items() if (name, each) not in USUAL.items()}
     return {"encoder": asdict(encoder), "student": sizes}

@@ -17,7 +17,8 @@ import timm
 from timm.models import Beit, Eva, beit, eva, vision_transformer
 from torch import Tensor
 
-from d2v_composer.checkpoints.safe_load import fetch_model, load_untrusted
+from d2v_composer.checkpoints.checkpoint import fetch_model
+from d2v_composer.checkpoints.safe_load import load_untrusted
 from d2v_composer.checkpoints.student_file import (
     FLOATS,
     check_numbers,

@@ -32,11 +32,12 @@ def main(argv: Sequence[str]) -> "Conversion":
     arguments = parser.parse_args(argv)
 
     from d2v_composer.data.audio import Audio
-    from d2v_composer.data.convert import find_samples, list_samples
-    from d2v_composer.data.index import is_mds
+    from d2v_composer.data.convert import find_samples
+    from d2v_composer.data.mds import is_mds
+    from d2v_composer.data.source import open_source
 
     if is_mds(Path(arguments.source)):
-        source = list_samples(arguments.source, arguments.column, Path(arguments.source), Audio)
+        source = open_source(arguments.source, Audio(), column=arguments.column)
     else:
-        source = find_samples(arguments.source, arguments.split, arguments.labels, Audio)
+        source = find_samples(arguments.source, arguments.split, arguments.labels, Audio())
     return convert_and_report(arguments, source, "distill_audio")

@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 from d2v_composer.system.command_line import make_parser, print_next, size, whole
 
 if TYPE_CHECKING:
-    from d2v_composer.data.convert import Conversion, SampleSource
+    from d2v_composer.data.convert import Conversion
+    from d2v_composer.data.source import Source
 
 
 def main(argv: Sequence[str]) -> "Conversion":
@@ -57,10 +58,10 @@ def add_options(parser: ArgumentParser, sample: str, source: str) -> None:
     add("--skip-unreadable", action="store_true", help=f"skip {sample}s that are missing or corrupt, and list them")
 
 
-def convert_and_report(arguments: Namespace, source: "SampleSource", yaml: str, **options: Any) -> "Conversion":
+def convert_and_report(arguments: Namespace, source: "Source", yaml: str, **options: Any) -> "Conversion":
     """Convert, and print a report that names the YAML for the next step."""
     from d2v_composer.data.convert import convert
-    from d2v_composer.data.modality import name_counts
+    from d2v_composer.data.source import name_counts
     from d2v_composer.models.sizes import SAMPLE_RATE
 
     start = time.monotonic()
@@ -76,12 +77,12 @@ def convert_and_report(arguments: Namespace, source: "SampleSource", yaml: str, 
     if conversion.resumed:
         print(f"resumed an interrupted conversion after {conversion.resumed} shards")
     hours = f" ({sum(conversion.lengths) / SAMPLE_RATE / 3600:,.2f} hours)" if conversion.lengths else ""
-    classes = "no labels" if source.classes is None else f"{len(source.classes)} classes"
+    classes = "no labels" if source.label is None else f"{len(source.class_names)} classes"
     print(
         f"wrote {arguments.out}: {conversion.samples} {source.modality.unit}{hours}, {classes}, "
         f"{conversion.bytes / 1e6:.1f} MB in {conversion.shards} shards, in {time.monotonic() - start:.0f} s"
     )
-    print("other files:", name_counts(source.ignored))
+    print("other files:", name_counts(source.left_out))
     print("\n  ".join([f"skipped as unreadable: {len(conversion.skipped) or 'none'}", *conversion.skipped]))
     out = arguments.out
     data = f"train_loader.remote={out}" if "://" in out else f"train_loader.local={Path(out).resolve()}"

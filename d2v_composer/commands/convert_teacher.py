@@ -3,6 +3,7 @@
     d2v convert-teacher base_imagenet.pt teacher.safetensors
     d2v convert-teacher https://dl.fbaipublicfiles.com/fairseq/data2vec2/base_imagenet.pt teacher.safetensors
     d2v convert-teacher base_libri.pt small.safetensors --weights ema --dtype float16
+    d2v convert-teacher EAT-base.pt teacher.safetensors --target-length 512 --log-mel-mean -6.627 --log-mel-std 5.359
 
 Reading a checkpoint runs none of its code. A report names the tensors used and left out.
 """
@@ -28,6 +29,10 @@ def main(argv: Sequence[str]) -> None:
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="dtype of the stored weights"
     )
     parser.add_argument("--licence", help="a note on the weights' license, stored in the file")
+    eat = parser.add_argument_group("EAT, whose spectrograms have a fixed length")
+    eat.add_argument("--target-length", type=int, metavar="FRAMES", help="a multiple of 16; default: the file's")
+    eat.add_argument("--log-mel-mean", type=float, metavar="X", help="of the data; default: AudioSet's, -4.268")
+    eat.add_argument("--log-mel-std", type=float, metavar="X", help="its deviation; default: AudioSet's, 4.569")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     arguments = parser.parse_args(argv)
     check_out_file(arguments.out, overwrite=arguments.overwrite)
@@ -37,7 +42,10 @@ def main(argv: Sequence[str]) -> None:
     from d2v_composer.checkpoints.fairseq import convert_teacher
 
     dtype = getattr(torch, arguments.dtype)
-    teacher, left = convert_teacher(arguments.source, arguments.out, arguments.weights, dtype, arguments.licence)
+    names = ("target_length", "log_mel_mean", "log_mel_std")
+    spectrogram = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    options = arguments.weights, dtype, arguments.licence
+    teacher, left = convert_teacher(arguments.source, arguments.out, *options, **spectrogram)
     config, provenance, out = teacher.config, teacher.provenance, arguments.out
     print(f"{provenance['source']} (sha256 {provenance['sha256']})")
     inputs = " x ".join(map(str, teacher.encoder.example(1).shape[1:]))

@@ -24,9 +24,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from d2v_composer.commands.export import export
-from d2v_composer.commands.train import fit, relaunch_on_gpus
+from d2v_composer.commands.train import relaunch_on_gpus
 from d2v_composer.models.names import DATA2VEC2, PREFIX
-from d2v_composer.models.sizes import TeacherConfig, TimmTeacherConfig, height_and_width
+from d2v_composer.models.sizes import TeacherConfig, TimmTeacherConfig, height_and_width, parse_image_size
 from d2v_composer.system.addresses import MARK, STUDENT_FILE, RunFolder, hide_secrets
 from d2v_composer.system.command_line import make_parser
 from d2v_composer.system.errors import InputError, errors_of, reading
@@ -35,13 +35,14 @@ from d2v_composer.system.processes import global_rank, is_launched
 
 if TYPE_CHECKING:
     from d2v_composer.config.schema import TrainConfig
-    from d2v_composer.data.convert import SampleSource
     from d2v_composer.data.modality import Modality
+    from d2v_composer.data.source import Source
+    from d2v_composer.models.teacher import Teacher
 
 # A tenth of them are twenty: each needs ten neighbors among the others, and some may be unreadable.
-FEWEST = 200
+MIN_SAMPLES = 200
 # The chapter's, on ImageNet: 30,000 batches of 256.
-EPOCHS, MOST_BATCHES = 6, 30_000
+EPOCHS, MAX_BATCHES = 6, 30_000
 # Chosen for any teacher and number of samples.
 ALWAYS = {"precision": "auto", "scheduler.t_warmup": "0.1dur"}
 SETTINGS, HELD_OUT = "distill.yaml", "held_out"
@@ -50,12 +51,18 @@ FETCHED = ".fetched"
 
 
 class Plan(NamedTuple):
-    """The run of a call and its samples, checked before anything is written."""
+    """What a call will do, checked before anything is written."""
 
     config: "TrainConfig"
-    modality: "Modality"
-    """The teacher's samples."""
-    source: "SampleSource"
+    teacher: "Teacher"
+    source: "Source"
+
+    @property
+    def modality(self) -> "Modality":
+        """Format of the teacher's samples."""
+        from d2v_composer.data.modalities import modality_of
+
+        return modality_of(self.teacher.config)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -80,15 +87,18 @@ def main(argv: Sequence[str]) -> None:
 
 def distill(arguments: Namespace, argv: Sequence[str]) -> None:
     """Plan and prepare a run, or go on with one, on every GPU; then export its student."""
-    config = None
+    plan = None
     if not (is_launched() or has_begun(arguments)):
-        config = prepare(arguments, make_plan(arguments))
+        prepare(arguments, plan := make_plan(arguments))
     relaunch_on_gpus("distill", *argv)
-    used = config or read_settings(arguments)
 
-    from d2v_composer.checkpoints.safe_load import LATEST
+    from d2v_composer.builders.run import build_teacher, train_student
+    from d2v_composer.checkpoints.checkpoint import LATEST
 
-    fit(used, when_built=lambda: write_settings(arguments, used))
+    config = read_settings(arguments) if plan is None else plan.config
+    # Before the seed is set, in every call: a student's random weights come after it.
+    teacher = plan.teacher if plan is not None else None if is_launched() else build_teacher(config.teacher)
+    train_student(config, teacher=teacher, when_built=lambda: write_settings(arguments, config))
     if global_rank() == 0:
         export(str(arguments.out / LATEST), arguments.out / STUDENT_FILE)
 
@@ -130,67 +140,65 @@ def make_plan(arguments: Namespace) -> Plan:
     Raises:
         InputError: The samples, the teacher or a change cannot be used.
     """
-    from d2v_composer.builders.distillation import build_teacher, join_student
     from d2v_composer.builders.models import build_augmentation
-    from d2v_composer.builders.training import build_callbacks, choose_embeds
-    from d2v_composer.data.index import INDEX, SUMMARY
+    from d2v_composer.builders.run import build_callbacks, build_teacher, choose_embeds, join_student
+    from d2v_composer.data.mds import INDEX, SUMMARY
     from d2v_composer.data.modalities import modality_of
 
     # The changes are checked before the teacher is fetched.
-    teacher = build_teacher(configure(arguments, arguments.out, ALWAYS).teacher)
+    unsized = configure(arguments, arguments.out, ALWAYS).teacher
+    teacher = build_teacher(unsized)
     modality = modality_of(teacher.config)
     samples = arguments.out / modality.unit
     with TemporaryDirectory() as folder:
         source = list_source(arguments, modality, Path(folder))
-    if (number := len(source.files)) < FEWEST:
-        raise InputError(f"{arguments.source}: expected at least {FEWEST} {modality.unit}, got {number}")
+    if (number := len(source)) < MIN_SAMPLES:
+        raise InputError(f"{arguments.source}: expected at least {MIN_SAMPLES} {modality.unit}, got {number}")
     chosen = choose(number, teacher.config)
     config = configure(arguments, samples, chosen)
+    if config.teacher != unsized:  # a timm model for smaller images
+        teacher = build_teacher(config.teacher)
     choose_embeds(config, join_student(config, teacher))
     build_augmentation(config.train_loader, teacher.config, config.seed)
     build_callbacks(config)
     for split in ("test", "train"):
-        summary, kept = samples / split / SUMMARY, modality.kept(config, split == "test")
+        summary, kept = samples / split / SUMMARY, encoding(modality, config, split == "test")
         if (samples / split / INDEX).exists():
             with reading(summary):
                 found = json.loads(summary.read_bytes())
             if found | kept != found:
                 raise InputError(f"{samples / split}: was not converted with {kept}; choose another --out")
     print(f"chosen for {number} {modality.unit}: {', '.join(f'{key}={value}' for key, value in chosen.items())}")
-    return Plan(config, modality, source)
+    return Plan(config, teacher, source)
 
 
-def list_source(arguments: Namespace, modality: "Modality", fetched: Path) -> "SampleSource":
+def list_source(arguments: Namespace, modality: "Modality", fetched: Path) -> "Source":
     """List the samples of SOURCE; ``fetched`` is for the files of a data set in a store.
 
     Raises:
         InputError: There are none, or they cannot be read.
     """
-    from d2v_composer.data.convert import SampleSource, list_samples
-    from d2v_composer.data.index import is_mds
-    from d2v_composer.data.modality import list_files
+    from d2v_composer.data.source import open_source
     from d2v_composer.system.fetch import is_remote
 
-    source = arguments.source
-    if is_remote(source) or is_mds(Path(source)):
-        return list_samples(source, arguments.column or modality.name, fetched, type(modality))
-    files, others = list_files(Path(source), modality)
-    return SampleSource(Path(source), files, None, others, modality=type(modality))
+    cache = fetched if is_remote(arguments.source) else None
+    return open_source(arguments.source, modality, column=arguments.column, cache=cache)
 
 
-def prepare(arguments: Namespace, plan: Plan) -> "TrainConfig":
-    """Write the settings and convert the samples, except for what an interrupted call already did; return the config.
+def prepare(arguments: Namespace, plan: Plan) -> None:
+    """Write the settings and convert the samples, except for what an interrupted call already did.
 
     Raises:
         InputError: Another call or run uses OUT, or too few samples are left to train on.
     """
     from d2v_composer.callbacks.checkpointing import FolderLock
     from d2v_composer.data.convert import convert, hold_out
-    from d2v_composer.data.index import INDEX, SUMMARY
-    from d2v_composer.data.modality import name_counts
+    from d2v_composer.data.mds import INDEX, SUMMARY
+    from d2v_composer.data.source import name_counts
     from d2v_composer.system.fetch import is_remote
 
-    (config, modality, source), samples = plan, arguments.out / plan.modality.unit
+    config, modality, source = plan.config, plan.modality, plan.source
+    samples = arguments.out / modality.unit
     lock, fetched, workers = FolderLock(RunFolder(arguments.out)), samples / FETCHED, os.cpu_count() or 1
     if has_begun(arguments):  # meanwhile
         raise InputError(f"{arguments.out}: another call has begun to train there; run the command again")
@@ -199,21 +207,20 @@ def prepare(arguments: Namespace, plan: Plan) -> "TrainConfig":
     if splits := [split for split in ("test", "train") if not (samples / split / INDEX).exists()]:
         if is_remote(arguments.source):
             source = list_source(arguments, modality, fetched)
-        print(f"other files: {name_counts(source.ignored)}")
+        print(f"other files: {name_counts(source.left_out)}")
         parts, num_copies = hold_out(source, samples / f"{HELD_OUT}.json", workers)
         print(f"copies of held-out {modality.unit}, also held out: {num_copies}")
-        if (left := len(parts["train"].files)) < (size := config.global_train_batch_size):
+        if (left := len(parts["train"])) < (size := config.global_train_batch_size):
             left_to_train = f"the number of {modality.unit} left to train on"
             raise InputError(f"global_train_batch_size: must be at most {left}, {left_to_train}; got {size}")
         for split in splits:
-            options = {"workers": workers, **modality.kept(config, split == "test")}
+            options = {"workers": workers, **encoding(modality, config, split == "test")}
             done = convert(parts[split], samples / split, **options, skip_unreadable=True)
             found = f"{done.samples} {modality.unit}, {len(done.skipped)} unreadable"
             print(f"{samples / split}: {found}; see its {SUMMARY}")
     if is_remote(arguments.source):
         shutil.rmtree(fetched, ignore_errors=True)
     lock.release()
-    return config
 
 
 def configure(
@@ -282,13 +289,13 @@ def choose(num_samples: int, teacher: "TeacherConfig") -> dict[str, Any]:
     from d2v_composer.data.modalities import modality_of
 
     num_gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
-    fewest, side, lr = (3000, 224, 0.384) if num_gpus else (600, 112, 0.768)
-    own = modality_of(teacher).choices(num_gpus > 0)
+    min_batches, side, lr = (3000, 224, 0.384) if num_gpus else (600, 112, 0.768)
+    own = choose_for(modality_of(teacher).name, num_gpus > 0)
     batch = own["global_train_batch_size"]
     while batch > max(num_samples // 8, num_gpus):
         batch //= 2
     batch = max(batch - batch % max(num_gpus, 1), num_gpus)
-    num_batches = min(max(EPOCHS * num_samples * 9 // 10 // batch, fewest), MOST_BATCHES)
+    num_batches = min(max(EPOCHS * num_samples * 9 // 10 // batch, min_batches), MAX_BATCHES)
     chosen = {
         **own,
         **ALWAYS,
@@ -313,3 +320,32 @@ def choose(num_samples: int, teacher: "TeacherConfig") -> dict[str, Any]:
             chosen["teacher.image_size"] = min(height, side // patch * patch)
         chosen["train_loader.crop_scale"] = [0.7, 1.0]  # better than 0.35 in yamls/ablations/timm
     return chosen
+
+
+def choose_for(modality: str, on_gpu: bool) -> dict[str, Any]:
+    """Return the settings that depend on what the samples are."""
+    if modality == "audio":
+        return {
+            "global_train_batch_size": 64 if on_gpu else 32,
+            "device_eval_batch_size": 64 if on_gpu else 32,
+            "train_loader.crop_seconds": 15.6 if on_gpu else 2.0,
+            "train_loader.shuffle_block_size": 8192,
+            "retrieval.baselines": ["log_mel", "encoder", "teacher"],
+        }
+    return {
+        "global_train_batch_size": 256 if on_gpu else 32,
+        "device_eval_batch_size": 256 if on_gpu else 64,
+        "train_loader.crop_scale": [0.35, 1.0],
+        "retrieval.baselines": ["pixels", "encoder", "teacher"],
+    }
+
+
+def encoding(modality: "Modality", config: "TrainConfig", held_out: bool) -> dict[str, Any]:
+    """Return the options of a conversion that keep what the run needs of samples."""
+    from d2v_composer.data.audio import MAX_SECONDS_WHOLE
+    from d2v_composer.data.images import Images
+
+    if isinstance(modality, Images):
+        image_size = parse_image_size(config.teacher.image_size or modality.image_size)
+        return {"resize": max(height_and_width(image_size)) * 8 // 7}  # 256 for 224
+    return {"most_seconds": min(config.train_loader.crop_seconds, MAX_SECONDS_WHOLE)} if held_out else {}

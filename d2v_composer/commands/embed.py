@@ -35,30 +35,35 @@ def main(argv: Sequence[str]) -> "Embedding":
     from d2v_composer.checkpoints.load import load_any
     from d2v_composer.checkpoints.student_file import choose_embedding
     from d2v_composer.data.modalities import modality_of
-    from d2v_composer.data.modality import name_counts
-    from d2v_composer.embedding import EmbeddingOptions, check_out, embed_collection, open_collection
+    from d2v_composer.data.source import name_counts, open_source
+    from d2v_composer.embedding import EmbeddingOptions, check_out, embed_source
     from d2v_composer.models.execution import name_precision
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    arguments.precision = name_precision(arguments.precision)
-    if arguments.precision == "amp_fp16" and device == "cpu":
+    device, given = "cuda" if torch.cuda.is_available() else "cpu", vars(arguments)
+    precision = name_precision(arguments.precision)
+    if precision == "amp_fp16" and device == "cpu":
         raise InputError("--precision: amp_fp16 needs a GPU; on a CPU, use fp32, amp_bf16 or auto")
     check_out(out, overwrite=arguments.overwrite)
-    timm = {name: getattr(arguments, name) for name in ("checkpoint", "first_blocks", "image_size")}
+    timm = {name: given[name] for name in ("checkpoint", "first_blocks", "image_size")}
     model, _ = load_any(arguments.model, arguments.weights, arguments.teacher, **timm)
     chosen = choose_embedding(model, arguments.pooling, arguments.representation)
-    arguments.representation, arguments.pooling = chosen
     modality = modality_of(model.encoder.config)
-    arguments.batch_size = arguments.batch_size or modality.batch_size
-    place = {name: getattr(arguments, name) for name in ("local", "cache_limit", "column")}
-    collection = open_collection(arguments.source, modality, **place)
+    place = {"column": arguments.column, "cache": arguments.local, "cache_limit": arguments.cache_limit}
+    source = open_source(arguments.source, modality, **place)
     print(f"embedding: {chosen.name}")
-    options = EmbeddingOptions(**{name: getattr(arguments, name) for name in EmbeddingOptions._fields})
-    how = {name: getattr(arguments, name) for name in ("workers", "skip_unreadable")}
-    embedding = embed_collection(model.eval().to(device), collection, out, options, device=device, **how)
+    batch_size = arguments.batch_size or modality.batch_size
+    options = EmbeddingOptions(
+        **chosen._asdict(),
+        precision=precision,
+        normalize=arguments.normalize,
+        dtype=arguments.dtype,
+        batch_size=batch_size,
+    )
+    how = {name: given[name] for name in ("workers", "skip_unreadable")}
+    embedding = embed_source(model.eval().to(device), source, out, options, device=device, **how)
     if embedding.resumed:
         print(f"resumed an interrupted run after {embedding.resumed} {modality.unit}")
-    print("other files:", name_counts(collection.others))
+    print("other files:", name_counts(source.left_out))
     print("\n  ".join([f"skipped as unreadable: {len(embedding.skipped) or 'none'}", *embedding.skipped]))
     num_now = embedding.images + len(embedding.skipped) - embedding.resumed
     rate = f", {num_now / embedding.seconds:.0f} {modality.unit}/s" if num_now else ""

@@ -37,6 +37,7 @@ def main(argv: Sequence[str]) -> None:
     from d2v_composer.embedding import hash_weights
     from d2v_composer.evaluation.evaluate import check_out, evaluate
     from d2v_composer.models.execution import choose_precision
+    from d2v_composer.report.model_card import WORDS
     from d2v_composer.report.tables import evaluation_tables
     from d2v_composer.system.machine import describe_machine, package_versions
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
         comparison.lookup.check(name, labeled)
     print(f"embedding: {comparison.lookup.primary}")
     evaluation = evaluate(comparison, datasets, device, choose_precision(config.precision).autocast_dtype)
-    tables = evaluation_tables(evaluation, modality.words()["each"])
+    tables = evaluation_tables(evaluation, WORDS[modality.name]["each"])
     print(tables)
     if config.out is not None:
         about = {"machine": describe_machine(), "versions": package_versions(), "weights": weights, "tables": tables}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from d2v_composer.checkpoints.export import Embedder
-    from d2v_composer.models.student import Student
+    from d2v_composer.models.backbone import Backbone
 
 # Suffix → how to load the file, in Python.
 PROGRAMS = {
@@ -36,7 +36,7 @@ PROGRAMS = {
 # How to load a fine-tuned student.
 TIMM = "import timm, d2v_composer; model = timm.create_model('d2v2_student', checkpoint_path={!r}, num_classes={})"
 # Images for int8; every fifth calibrates, the others show what is lost.
-INT8_IMAGES, LEAST_IMAGES = 640, 20
+MAX_INT8_IMAGES, MIN_INT8_IMAGES = 640, 20
 
 
 def main(argv: Sequence[str]) -> None:
@@ -80,22 +80,23 @@ def export(
     from d2v_composer.checkpoints.export import Embedder, export_onnx, export_program
     from d2v_composer.checkpoints.load import load_any, save_student
     from d2v_composer.checkpoints.student_file import choose_embedding
-    from d2v_composer.models.student import Student
+    from d2v_composer.models.teacher import Teacher
     from d2v_composer.report.model_card import plan_model_card
 
     student, _ = load_any(source, teacher_path=teacher)
-    if not isinstance(student, Student):
+    if isinstance(student, Teacher):
         raise InputError(f"{source}: is a teacher; expected a training checkpoint or an exported student")
     embedding = choose_embedding(student, pooling, representation)
     print(f"embedding: {embedding.name}")
-    head = student.state_dict().get("head.weight")
     if int8:
         export_int8(Embedder(student, embedding), out, calibrate)
         step = PROGRAMS[".onnx"].format(str(out))
     elif out.suffix == ".safetensors":
-        write_card = plan_model_card(student, source, out) if head is None else None
+        write_card = plan_model_card(student, source, out) if student.head is None else None
         save_student(student, out)
-        step = TIMM.format(str(out), len(head)) if head is not None else d2v("embed", out, "SOURCE", "embeddings.npy")
+        step = d2v("embed", out, "SOURCE", "embeddings.npy")
+        if student.head is not None:
+            step = TIMM.format(str(out), len(student.state_dict()["head.bias"]))
         if write_card is not None:
             print(write_card())
     else:
@@ -144,7 +145,7 @@ def export_int8(embedder: "Embedder", out: Path, source: str | None) -> None:
     )
 
 
-def read_images(student: "Student", source: str | None) -> "Tensor":
+def read_images(student: "Backbone", source: str | None) -> "Tensor":
     """Return normalized images, (N, 3, S, S), from a folder or from the run's retrieval data.
 
     Raises:
@@ -155,15 +156,15 @@ def read_images(student: "Student", source: str | None) -> "Tensor":
     from d2v_composer.checkpoints.student_file import lookup
     from d2v_composer.data.labeled import evenly_spaced, load_labeled_set
     from d2v_composer.data.modalities import modality_of
-    from d2v_composer.embedding import open_collection
+    from d2v_composer.data.source import open_source
 
     modality, images = modality_of(student.encoder.config), []
     if source is not None:
-        collection = open_collection(source, modality)
-        images = [collection.load(i) for i in evenly_spaced(len(collection.ids), INT8_IMAGES)]
+        found = open_source(source, modality)
+        images = [found.decode(i) for i in evenly_spaced(len(found), MAX_INT8_IMAGES)]
     elif found := [*filter(None, (lookup(student.provenance, "config.retrieval.datasets") or {}).values())]:
-        options = found[0] | {"download": False, "max_images": INT8_IMAGES}
+        options = found[0] | {"download": False, "max_images": MAX_INT8_IMAGES}
         images = load_labeled_set(modality=modality, **options).test.samples
-    if len(images) < LEAST_IMAGES:
-        raise InputError(f"--int8: needs at least {LEAST_IMAGES} images, got {len(images)}; use --calibrate FOLDER")
+    if len(images) < MIN_INT8_IMAGES:
+        raise InputError(f"--int8: needs at least {MIN_INT8_IMAGES} images, got {len(images)}; use --calibrate FOLDER")
     return student.encoder.prepare(torch.stack(list(images)))

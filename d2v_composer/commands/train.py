@@ -13,7 +13,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from d2v_composer.system import command_line
@@ -24,7 +24,6 @@ from d2v_composer.system.processes import is_launched
 if TYPE_CHECKING:
     from composer import Callback, Trainer
 
-    from d2v_composer.callbacks import ZeroShotRetrieval
     from d2v_composer.config.schema import TrainConfig
 
 
@@ -56,59 +55,20 @@ def train(argv: Sequence[str], callbacks: "Sequence[Callback]" = ()) -> "Trainer
         argv: A YAML and its overrides.
         callbacks: Further callbacks, besides the YAML's.
     """
+    from d2v_composer.builders.run import train_student
     from d2v_composer.config.load import load_config
 
     config = load_config(argv)
-    trainer = fit(config, callbacks)
+    trainer = train_student(config, callbacks)
     name_next_steps(config)
     return trainer
-
-
-def fit(
-    config: "TrainConfig", callbacks: "Sequence[Callback]" = (), when_built: Callable[[], object] = lambda: None
-) -> "Trainer":
-    """Train a student, from the run's last checkpoint if there is one, and report.
-
-    Args:
-        config: The run's.
-        callbacks: Further callbacks.
-        when_built: Called on each rank before the training, when no bad input can end the run anymore.
-    """
-    from composer import Trainer
-
-    from d2v_composer.builders.fit import fit_and_close, join_and_seed
-    from d2v_composer.builders.run import build_run
-    from d2v_composer.checkpoints.safe_load import read_checkpoint
-    from d2v_composer.models.execution import join_units, shard_unit
-    from d2v_composer.system.third_party import patched_composer
-
-    join_and_seed(config)
-    with patched_composer(read_checkpoint, shard_unit):
-        run = build_run(config)
-        run.trainer_arguments["callbacks"].extend(callbacks)
-        trainer = Trainer(**run.trainer_arguments)
-    if trainer.state.fsdp_config is not None:
-        join_units(run.model, trainer.state.fsdp_config.device_mesh)
-    when_built()
-    fit_and_close(trainer, config, run.header, lambda: report(trainer, config, run.retrieval))
-    return trainer
-
-
-def report(trainer: "Trainer", config: "TrainConfig", retrieval: "ZeroShotRetrieval | None") -> None:
-    """Print the retrieval table, and write the report into the run's folder."""
-    from d2v_composer.builders.fit import write_run_report
-    from d2v_composer.report.tables import retrieval_table
-
-    if retrieval is not None and retrieval.history:
-        print(f"\n{retrieval_table(retrieval)}")
-    write_run_report(trainer, config, retrieval)
 
 
 def name_next_steps(config: "TrainConfig") -> None:
     """Print how to evaluate and export the student."""
     import yaml
 
-    from d2v_composer.checkpoints.safe_load import LATEST
+    from d2v_composer.checkpoints.checkpoint import LATEST
 
     if config.run_folder is None:
         return

@@ -11,7 +11,17 @@ from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, JsonValue, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainValidator,
+    model_validator,
+)
 from typing_extensions import Self
 
 from d2v_composer.models.names import (
@@ -52,7 +62,7 @@ LOGGERS = {
 }
 
 # Also the largest seed: ranks and epochs add to it, and numpy's seeds end at 2^32.
-LARGEST_INT = (1 << 31) - 1
+MAX_INT = (1 << 31) - 1
 
 
 class Section(BaseModel):
@@ -151,14 +161,22 @@ def arguments_of(known: Mapping[str, str]) -> AfterValidator:
     return checked(check)
 
 
+def refuse_number(value: Any) -> Any:
+    """Refuse a number where true and false are allowed: 0 equals False, and a Literal accepts what is equal."""
+    if type(value) in (int, float):
+        raise ValueError(f"must be true, false or a name, got {value}")
+    return value
+
+
+NOT_A_NUMBER = BeforeValidator(refuse_number)
 IS_RANGE = must("be two numbers, the smaller one first", lambda pair: pair[0] <= pair[1])
 IS_TEACHER = must(f"be {DATA2VEC2} or timm/NAME", lambda name: name == DATA2VEC2 or name.startswith(PREFIX))
 IS_PRINTABLE = must("be printable characters", lambda text: bool(text) and text.isprintable())
 Text = Annotated[str, Field(strict=False, coerce_numbers_to_str=True), IS_PRINTABLE]  # run_name=2026
 AddressText = Annotated[Text, checked(Address.parse)]
 LocalFolder = Annotated[Text, must("be a folder on this machine", lambda folder: "://" not in folder)]
-Whole = Annotated[int, Field(ge=0, le=LARGEST_INT)]
-Count = Annotated[int, Field(ge=1, le=LARGEST_INT)]
+Whole = Annotated[int, Field(ge=0, le=MAX_INT)]
+Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 # Many processes or blocks, or a wide layer, beyond which a number is a slip.
@@ -195,7 +213,13 @@ class TeacherConfig(TimmSizes):
 
 
 class StudentOptions(Section):
-    """The student's blocks: the arguments of ``Teacher.build_student``."""
+    """The student: the arguments of ``Teacher.build_student``."""
+
+    model: Annotated[Text, must("be timm/NAME", lambda name: name.startswith(PREFIX))] | None = None
+    """null: blocks on the teacher's encoder, as in the chapter. timm/NAME: that model whole, of any architecture whose
+    features have a grid; the fields below, except ``pretrained``, must keep their defaults."""
+    pretrained: bool = False
+    """With a model: start from timm's weights, from the Hugging Face hub."""
 
     depth: Up1000 = 5
     """Number of blocks."""
@@ -222,9 +246,10 @@ class TargetsConfig(Section):
     """Number of the teacher's last blocks in the target; null: the teacher's own setting."""
     source: TargetSource = "ffn"
     """``ffn``: the teacher's FFN outputs. ``block``: its blocks' outputs (in a pre-norm ViT, the residual stream)."""
-    normalization: Normalization = "instance"
+    normalization: Normalization | None = None
     """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in the
-    chapter. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses."""
+    chapter. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. null: ``instance``; with
+    ``student.model``, ``layer``."""
     final_layer_norm: bool | None = None
     """End target, prediction and ``layer_mean`` with a LayerNorm. ``null``: as the teacher's own pre-training, false
     for data2vec 2.0's audio models."""
@@ -334,7 +359,7 @@ class LabeledSetConfig(Section):
     same classes in both. mds: ROOT, with the MDS folders ROOT/train and ROOT/test. speech_commands: what
     speech_commands_v0.02.tar.gz unpacks to; its validation clips are not used."""
     download: bool = False
-    """Download CIFAR or Speech Commands if it is missing."""
+    """Download CIFAR if it is missing."""
     column: Text | None = None
     """Column of images or sound in an MDS data set; null: ``image`` or ``audio``."""
     label_column: Text | None = "label"
@@ -452,7 +477,7 @@ class TrainerConfig(RunConfig):
 class TrainConfig(TrainerConfig):
     """Fields of ``d2v train``, ``d2v distill``, recipes/train.py and recipes/preflight.py."""
 
-    compile: Literal[False, True, "default", "max-autotune-no-cudagraphs"] = False
+    compile: Annotated[Literal[False, True, "default", "max-autotune-no-cudagraphs"], NOT_A_NUMBER] = False
     """true: use torch.compile, on a GPU with one CUDA graph for encoder and target. ``default``: without CUDA graphs.
     ``max-autotune-no-cudagraphs``: also try Triton's matrix products, which takes minutes longer at the start."""
     half_residual: bool = False
@@ -498,19 +523,6 @@ class ModelConfig(TimmSizes):
     representation: Representation | None = None
     """Representation of the primary embedding: ``output`` or ``layer_mean``; null: as in the model's run, else
     ``output``."""
-
-
-class FinetuneLoaderConfig(ShardLoaderConfig):
-    """Train images of a fine-tuning run."""
-
-    stream: bool = False
-    """Read the train images of an MDS data set from its shards in every epoch, instead of once into memory. With
-    ``remote``, ROOT/train is the cache."""
-
-    def contradictions(self) -> Iterator[str]:
-        for name in ("remote", "timeout", "shuffle", "shuffle_block_size", "num_canonical_nodes", "cache_limit"):
-            if not self.stream and getattr(self, name) != ShardLoaderConfig.model_fields[name].default:
-                yield f".{name}: needs train_loader.stream=true"
 
 
 class LayerwiseOptimizerConfig(OptimizerConfig):
@@ -562,8 +574,8 @@ class FinetuneConfig(TrainerConfig, ModelConfig):
     train_encoder: bool = False
     """Train the encoder too, except BEiT's relative position biases."""
     dataset: LabeledSetConfig
-    """The labeled set: its train images are for training, its test images for evaluation."""
-    train_loader: FinetuneLoaderConfig = FinetuneLoaderConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    """The MDS data set: the images in ROOT/train are for training, those in ROOT/test for evaluation. With
+    ``train_loader.remote``, ROOT/train is the cache."""
     eval_interval: Interval = "1ep"
     """Time between evaluations, in batches or epochs; there is always one at the end of the run."""
     optimizer: LayerwiseOptimizerConfig = LayerwiseOptimizerConfig()
@@ -571,8 +583,9 @@ class FinetuneConfig(TrainerConfig, ModelConfig):
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
-        if self.train_loader.stream and self.dataset.format != "mds":
-            yield f".train_loader.stream: must be false unless dataset.format is mds, got {self.dataset.format}"
+        if self.dataset.format != "mds":
+            advice = "write ROOT/train and ROOT/test by d2v convert-images or convert-audio"
+            yield f".dataset.format: must be mds, got {self.dataset.format}; {advice}"
         if self.dataset.label_column is None:
             yield ".dataset.label_column: must name a column: fine-tuning needs labels"
         if self.callbacks.get("health") is not None:

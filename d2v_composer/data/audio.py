@@ -4,7 +4,7 @@ import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
@@ -12,22 +12,19 @@ import soxr
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool1d
 
 from d2v_composer.data.modality import Modality, decoding
-from d2v_composer.models.audio import log_mel
 from d2v_composer.models.sizes import SAMPLE_RATE
 from d2v_composer.system.errors import UnreadableSampleError
 
 FORMATS = ("FLAC", "WAV", "WAVEX", "RF64", "OGG", "MP3")
 KIND = "a FLAC, WAV, OGG or MP3 file"
-MOST_CHANNELS, SAMPLE_RATES = 16, (4_000, 384_000)
+MAX_CHANNELS, SAMPLE_RATES = 16, (4_000, 384_000)
 # Two frames, of which a target needs both.
-FEWEST_SAMPLES = 720
+MIN_SAMPLES = 720
 # A file's; what a model takes whole is far shorter, since attention grows with its square.
-LONGEST, LONGEST_WHOLE = 3600, 60  # seconds
-LONGEST_HEARD = 10  # seconds, in a report
-LOUDEST = 10  # an encoder may overshoot 1
+MAX_SECONDS, MAX_SECONDS_WHOLE = 3600, 60  # seconds
+MAX_LOUDNESS = 10  # an encoder may overshoot 1
 UNKNOWN = (1 << 63) - 1  # libsndfile's length of a FLAC that was written to a pipe
 BLOCK = 1 << 18  # samples of each channel decoded at a time
 
@@ -42,8 +39,8 @@ def open_clip(encoded: bytes, longest: int) -> soundfile.SoundFile:
     low, high = SAMPLE_RATES
     if file.format not in FORMATS:
         raise UnreadableSampleError(f"is {file.format}, not one of {', '.join(FORMATS)}")
-    if file.channels > MOST_CHANNELS:
-        raise UnreadableSampleError(f"has {file.channels} channels, more than {MOST_CHANNELS}")
+    if file.channels > MAX_CHANNELS:
+        raise UnreadableSampleError(f"has {file.channels} channels, more than {MAX_CHANNELS}")
     if not low <= file.samplerate <= high:
         raise UnreadableSampleError(f"has {file.samplerate} samples a second; allowed are {low} to {high}")
     if file.frames == UNKNOWN:
@@ -91,11 +88,11 @@ def read_span(file: soundfile.SoundFile, start: int, count: int) -> NDArray[np.f
     resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32")  # changes nothing at 16 kHz
     blocks = [resampler.resample_chunk(block) for block in read_blocks(file, count)]
     clip = np.concatenate([*blocks, resampler.resample_chunk(np.zeros(0, np.float32), last=True)])
-    if len(clip) < FEWEST_SAMPLES:
-        raise UnreadableSampleError(f"has {len(clip)} samples at 16 kHz; allowed are at least {FEWEST_SAMPLES}")
+    if len(clip) < MIN_SAMPLES:
+        raise UnreadableSampleError(f"has {len(clip)} samples at 16 kHz; allowed are at least {MIN_SAMPLES}")
     if not np.isfinite(clip).all():
         raise UnreadableSampleError("has samples that are not finite")
-    if (loudest := np.abs(clip).max()) > LOUDEST:
+    if (loudest := np.abs(clip).max()) > MAX_LOUDNESS:
         raise UnreadableSampleError(f"has samples up to {loudest:,.0f}; allowed are -1 to 1")
     return clip
 
@@ -111,7 +108,7 @@ class RandomCrop(NamedTuple):
     """The training augmentation of a clip: a random span of at most so many samples."""
 
     longest: int
-    most: float = 1.0
+    max_share: float = 1.0
     """Share of a clip that a crop may have."""
 
     @property
@@ -128,10 +125,10 @@ class RandomCrop(NamedTuple):
             UnreadableSampleError: The file cannot be decoded.
         """
         if isinstance(sample, Tensor):
-            count = min(self.longest, max(round(self.most * len(sample)), FEWEST_SAMPLES))
+            count = min(self.longest, max(round(self.max_share * len(sample)), MIN_SAMPLES))
             start = int(rng.integers(max(len(sample) - count, 0) + 1))
             return sample[start : start + count]
-        with decoding(sample, source, KIND), open_clip(sample, LONGEST) as file:
+        with decoding(sample, source, KIND), open_clip(sample, MAX_SECONDS) as file:
             count = min(file.frames, math.ceil(self.longest * file.samplerate / SAMPLE_RATE))
             clip = read_span(file, int(rng.integers(file.frames - count + 1)), count)
             return torch.from_numpy(clip[: self.longest])
@@ -144,7 +141,6 @@ class Audio(Modality):
     name = "audio"
     unit = "clips"
     suffixes = (".flac", ".wav", ".ogg", ".oga", ".opus", ".mp3")
-    columns: ClassVar = {"audio": "bytes"}
     encodings = ("bytes",)
     options = frozenset({"crop_seconds"})
     batch_size = 4  # a minute each takes 2 GB
@@ -152,55 +148,24 @@ class Audio(Modality):
 
     def decode(self, stored: bytes, source: str) -> Tensor:
         """Decode a clip to (L,) float32; silence, which trains nothing, can be embedded."""
-        with decoding(stored, source, KIND), open_clip(stored, LONGEST_WHOLE) as file:
+        with decoding(stored, source, KIND), open_clip(stored, MAX_SECONDS_WHOLE) as file:
             return torch.from_numpy(read_span(file, 0, file.frames))
 
     @classmethod
-    def encode(cls, stored: bytes, source: str, **options: Any) -> dict[str, Any]:
+    def encode(cls, stored: bytes, source: str, **options: Any) -> tuple[bytes, int]:
         """Keep a 16 kHz mono FLAC, WAV or OGG file; of all others, store 16 kHz mono FLAC of 16 bits.
 
         Of longer clips, only the first ``most_seconds`` are kept.
         """
-        with decoding(stored, source, KIND), open_clip(stored, LONGEST) as file:
+        with decoding(stored, source, KIND), open_clip(stored, MAX_SECONDS) as file:
             whole = read_span(file, 0, file.frames)
             if whole.min() == whole.max():
                 raise UnreadableSampleError("is silent")
             is_plain = (file.samplerate, file.channels) == (SAMPLE_RATE, 1) and file.format != "MP3"
-        clip = whole[: round(options.get("most_seconds", LONGEST) * SAMPLE_RATE)]
+        clip = whole[: round(options.get("most_seconds", MAX_SECONDS) * SAMPLE_RATE)]
         if not is_plain or len(clip) < len(whole):
             stored = encode_flac(clip)
-        return {"audio": stored, "length": len(clip)}
-
-    def picture(self, sample: Tensor) -> Tensor:
-        """Return a square log-mel spectrogram, high pitches on top, of what :meth:`sound` plays."""
-        log_mel_NM = log_mel(sample[None, : LONGEST_HEARD * SAMPLE_RATE])[0]
-        return adaptive_avg_pool1d(log_mel_NM.T.flip(0), len(log_mel_NM.T))
-
-    def sound(self, sample: Tensor) -> bytes:
-        return encode_flac(sample[: LONGEST_HEARD * SAMPLE_RATE].numpy())
-
-    def words(self) -> dict[str, str]:
-        return {
-            "pipeline_tag": "feature-extraction",
-            "tag": "audio",
-            "kind": "transformer for sound",
-            "one": "a clip of sound",
-            "each": "second of sound",
-            "prepared": "16 kHz mono of any length, in [-1, 1]; the model normalizes them",
-            "shape": "(B, samples) float32; if padded with zeros, also lengths=(B,)",
-        }
-
-    def choices(self, on_gpu: bool) -> dict[str, Any]:
-        return {
-            "global_train_batch_size": 64 if on_gpu else 32,
-            "device_eval_batch_size": 64 if on_gpu else 32,
-            "train_loader.crop_seconds": 15.6 if on_gpu else 2.0,
-            "train_loader.shuffle_block_size": 8192,
-            "retrieval.baselines": ["log_mel", "encoder", "teacher"],
-        }
-
-    def kept(self, config: Any, held_out: bool) -> dict[str, Any]:
-        return {"most_seconds": min(config.train_loader.crop_seconds, LONGEST_WHOLE)} if held_out else {}
+        return stored, len(clip)
 
     def augmentation(self, *, for_views: bool = False, **options: Any) -> RandomCrop:
         # Views are halves: of a clip that a crop takes whole, both would be the same.

@@ -13,8 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -28,11 +27,10 @@ from streaming import MDSWriter
 from streaming.base.storage import CloudUploader
 
 from d2v_composer.data.images import Images
-from d2v_composer.data.index import INDEX, SUMMARY, fetch_index, read_index
-from d2v_composer.data.labeled import load_labeled_set, map_in_workers
-from d2v_composer.data.mds import ShardFile
-from d2v_composer.data.modality import Modality, SampleFile, list_classes, list_files, list_subfolders, read_sample_file
-from d2v_composer.data.shards import Shards
+from d2v_composer.data.labeled import load_labeled_set
+from d2v_composer.data.mds import INDEX, SUMMARY, ShardFile
+from d2v_composer.data.modality import Modality
+from d2v_composer.data.source import Source, list_classes, list_subfolders, map_in_workers, open_folder
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, reason, writing
 from d2v_composer.system.fetch import cache_folder, download_existing, is_remote, list_etags
 from d2v_composer.system.files import sole_user, write_atomically
@@ -49,41 +47,13 @@ HASHES = ["sha1", "xxh64"]
 BYTES_PER_SQUARE = 0.4
 ATTEMPTS = 6  # half a minute with Streaming's back-off
 LOCK_SECONDS = 10.0
-MOST_HELD_OUT = 5000
-
-
-class SampleSource(NamedTuple):
-    """Images or sound of a folder or an MDS data set, or CIFAR-10."""
-
-    root: Path | str
-    """Folder, or address in a store."""
-    files: list[SampleFile]
-    """Samples sorted by path. Either all have a label, or none has one."""
-    classes: list[str] | None
-    """Name of each label; ``None`` without labels."""
-    ignored: dict[str, int]
-    """Number of other files by suffix."""
-    load: Callable[[int], Any] | None = None
-    """Returns a sample by number, as a file's bytes or a PIL image; the paths in ``files`` are then these numbers."""
-    keeps_files: bool = False
-    """Store what ``load`` returns unchanged, even if it is not a JPEG."""
-    modality: type[Modality] = Images
-
-    def read(self, file: SampleFile) -> bytes | Image.Image:
-        """Return a sample as it is stored.
-
-        Raises:
-            UnreadableSampleError: It is missing or too large.
-            InputError, RunError: The machine cannot read it, or its shard is corrupt.
-        """
-        path = f"{self.root}/{file.path}"
-        with reading(path):
-            return read_sample_file(Path(path)) if self.load is None else self.load(int(file.path))
+MAX_HELD_OUT = 5000
+IMAGES = Images()  # of any size: a conversion does not decode them to a model's
 
 
 def find_samples(
-    source: str | Path, split: str | None = None, labels: str | Path | None = None, modality: type[Modality] = Images
-) -> SampleSource:
+    source: str | Path, split: str | None = None, labels: str | Path | None = None, modality: Modality = IMAGES
+) -> Source:
     """List the images or the sound of a data set.
 
     ``cifar10:FOLDER`` is torchvision's CIFAR-10, which is downloaded to FOLDER if it is missing there.
@@ -119,69 +89,54 @@ def find_samples(
     elif split is None and not list_subfolders(root) and (beside := {*list_classes(splits, modality)} - {*SPLITS}):
         found = f"train is a split, or a class like {', '.join(sorted(beside)):.80}"
         raise InputError(f"{source}: {found}: choose with --split train or --split none")
-    files, ignored = list_files(root, modality)
-    if labels is None and not any("/" in file.path for file in files):
+    found = open_folder(root, modality)
+    paths = found.ids.tolist()
+    if labels is None and not any("/" in path for path in paths):
         labels = listed if (listed := source / f"LOC_{chosen}_solution.csv").is_file() else NONE
     if labels == NONE:
-        return SampleSource(root, files, None, ignored, modality=modality)
-    classes = list_classes(train if train.is_dir() else root, modality)
-    names = [file.path.split("/")[0] for file in files]
+        return found
+    class_names = list_classes(train if train.is_dir() else root, modality)
+    names = [path.split("/")[0] for path in paths]
     if labels is not None:
         with reading(labels), open(labels, encoding="utf-8-sig", newline="") as file:
             rows = [row for row in csv.reader(file) if len(row) > 1]
         end = " " if KAGGLE_LABELS.fullmatch(Path(labels).name) else "\n"  # in Kaggle's, boxes follow the class
         known = {row[0]: row[1].strip().partition(end)[0] for row in rows}
-        names = [known.get(file.path) or known.get(os.path.splitext(file.path)[0], "") for file in files]
-        classes = classes or sorted({*names} - {""})
-    number = {name: label for label, name in enumerate(classes)}
-    for file, name in zip(files, names, strict=True):
-        if name not in number:
-            expected = f"expected one of the classes {', '.join(classes):.80}; got {name!r}"
-            raise InputError(f"{root / file.path}: {expected}; --labels none stores no classes")
-    labeled = [file._replace(label=number[name]) for file, name in zip(files, names, strict=True)]
-    return SampleSource(root, labeled, classes, ignored, modality=modality)
+        names = [known.get(path) or known.get(os.path.splitext(path)[0], "") for path in paths]
+        class_names = class_names or sorted({*names} - {""})
+    return found.with_classes(names, class_names, "--labels none stores no classes")
 
 
-def _cifar10_images(folder: Path, split: str) -> SampleSource:
+def _cifar10_images(folder: Path, split: str) -> Source:
     if split not in ("train", "test"):
         raise InputError(f"{CIFAR10}{folder}: no split {split!r}; available: train, test")
     labeled = load_labeled_set("cifar10", folder, download=True)
     images, labels = getattr(labeled, split)
-    files = [SampleFile(f"{i:05}", images[0].numel(), 0, label) for i, label in enumerate(labels.tolist())]
-    classes = list(labeled.class_names)
+    numbers = np.arange(len(images))
 
     def load(number: int) -> bytes:
         buffer = io.BytesIO()
         Image.fromarray(images[number].permute(1, 2, 0).numpy()).save(buffer, "PNG")
         return buffer.getvalue()
 
-    return SampleSource(folder / split, files, classes, {}, load, keeps_files=True)
-
-
-def list_samples(source: str, column: str, cache: Path, modality: type[Modality]) -> SampleSource:
-    """List the samples of an MDS data set, without their labels; ``cache`` is for the shards of one in a store.
-
-    Raises:
-        InputError: The index cannot be read, or has no such column.
-    """
-    remote = source if is_remote(source) else None
-    folder = Path(source) if remote is None else cache
-    if remote is not None:
-        fetch_index(remote, folder)
-    shards = read_index(
-        folder, column, modality, option="--column", source=source, shards_may_be_missing=remote is not None
+    return Source(
+        root=f"{CIFAR10}{folder}/{split}",
+        modality=IMAGES,
+        ids=numbers,
+        load=load,
+        label=lambda number: int(labels[number]),
+        class_names=labeled.class_names,
+        sizes=np.full(len(images), images[0].numel()),
+        marks=numbers,
+        fingerprint=split,
+        keeps_files=True,
     )
-    samples = Shards(local=folder, remote=remote, columns=[column])
-    sizes = [shard["raw_data"]["bytes"] // shard["samples"] for shard in shards for _ in range(shard["samples"])]
-    files = [SampleFile(str(number), size, 0, None) for number, size in enumerate(sizes)]
-    root = Path(source) if remote is None else source
-    return SampleSource(root, files, None, {}, lambda number: samples[number][column], modality=modality)
 
 
-def hold_out(source: SampleSource, record: Path, workers: int = 0) -> tuple[dict[str, SampleSource], int]:
+def hold_out(source: Source, record: Path, workers: int = 0) -> tuple[dict[str, Source], int]:
     """Split samples into ``test`` (a tenth, at most 5,000, and all exact copies of them) and ``train`` (the rest).
 
-    A hash of its path chooses a sample. The paths of ``test`` are kept in the file ``record``: one that comes or goes
+    A hash of its id chooses a sample. The ids of ``test`` are kept in the file ``record``: one that comes or goes
     before the next call moves no other, but copies of these samples.
 
     Args:
@@ -192,31 +147,30 @@ def hold_out(source: SampleSource, record: Path, workers: int = 0) -> tuple[dict
     Returns:
         The two parts, and the number of copies that this call has found.
     """
+    ids, sizes = source.ids.astype(str), source.sizes
     if record.exists():
         held = {*json.loads(record.read_bytes())}
     else:
-        paths = [file.path for file in source.files]
-        paths.sort(key=lambda path: hashlib.sha256(os.fsencode(path)).digest())
-        held = {*paths[: min(len(paths) // 10, MOST_HELD_OUT)]}
-    counts = Counter(file.num_bytes for file in source.files)
-    sizes = {file.num_bytes for file in source.files if file.path in held and counts[file.num_bytes] > 1}
-    alike = [file for file in source.files if file.num_bytes in sizes]
-    found = map_in_workers(partial(_digest, source), alike, workers if alike else 0)
-    bar = progress_bar(found, total=len(alike), desc="comparing", unit=source.modality.unit)
-    digests = dict(zip([file.path for file in alike], bar, strict=True))
-    copied = {digests[path] for path in held & digests.keys()} - {None}
-    test = held | {path for path, digest in digests.items() if digest in copied}
-    write_atomically(record, json.dumps(sorted(test)))
-    parts = {"test": [], "train": []}
-    for file in source.files:
-        parts["test" if file.path in test else "train"].append(file)
-    return {split: source._replace(files=files) for split, files in parts.items()}, len(test - held)
+        by_hash = sorted(ids.tolist(), key=lambda each: hashlib.sha256(os.fsencode(each)).digest())
+        held = {*by_hash[: min(len(ids) // 10, MAX_HELD_OUT)]}
+    is_held, (found, counts) = np.isin(ids, [*held]), np.unique(sizes, return_counts=True)
+    alike = np.flatnonzero(np.isin(sizes, np.intersect1d(sizes[is_held], found[counts > 1]))).tolist()
+    digests = map_in_workers(partial(_digest, source), alike, workers if alike else 0)
+    bar = progress_bar(digests, total=len(alike), desc="comparing", unit=source.modality.unit)
+    digested = dict(zip(alike, bar, strict=True))
+    of_held = {digest for number, digest in digested.items() if is_held[number]} - {None}
+    copies = [number for number, digest in digested.items() if digest in of_held and not is_held[number]]
+    write_atomically(record, json.dumps(sorted(held | {*ids[copies].tolist()})))
+    is_held[copies] = True
+    return {"test": source.select(np.flatnonzero(is_held)), "train": source.select(np.flatnonzero(~is_held))}, len(
+        copies
+    )
 
 
-def _digest(source: SampleSource, file: SampleFile) -> bytes | None:
+def _digest(source: Source, number: int) -> bytes | None:
     """Return a hash of a sample as it is stored; ``None`` if it cannot be read."""
     try:
-        stored = source.read(file)
+        stored = source.load(number)
     except UnreadableSampleError:
         return None
     return hashlib.sha256(stored if isinstance(stored, bytes) else stored.tobytes()).digest()
@@ -225,7 +179,7 @@ def _digest(source: SampleSource, file: SampleFile) -> bytes | None:
 class _Task(NamedTuple):
     """Settings of a conversion, which its workers inherit."""
 
-    source: SampleSource
+    source: Source
     groups: list[NDArray[np.int64]]
     """Numbers of the samples in each shard."""
     options: dict[str, Any]
@@ -296,23 +250,27 @@ class _Task(NamedTuple):
             )
             if is_whole and (self.skip_unreadable or not done["skipped"]):
                 return done | {"is_kept": True}
-        files = [self.source.files[i] for i in self.groups[number]]
-        columns = dict(self.source.modality.columns) | ({} if files[0].label is None else {"label": "int"})
+        source, column = self.source, self.source.modality.name
+        columns = {column: "bytes"} | ({} if source.label is None else {"label": "int"})
         done = {"entry": None, "skipped": [], "lengths": []}
         with self.published(name) as path:
             writer = MDSWriter(columns=columns, out=str(path.parent), hashes=HASHES, size_limit=None)
             writer.shards = [None] * number  # their number becomes the next one's name
-            for file in files:
+            for each in self.groups[number].tolist():
                 try:
-                    sample = self._encode(file)
-                    writer.write(sample | {"label": file.label})
-                    done["lengths"] += [sample["length"]] if "length" in sample else []
+                    stored, length = source.load(each), None
+                    if not source.keeps_files:
+                        with reading(source.name(each)):
+                            stored, length = source.modality.encode(stored, source.name(each), **self.options)
                 except UnreadableSampleError as error:
                     if not self.skip_unreadable:
-                        raise InputError(
-                            f"{error}; --skip-unreadable skips such {self.source.modality.unit}"
-                        ) from error
-                    done["skipped"].append(str(error).removeprefix(f"{self.source.root}/"))
+                        skips = f"--skip-unreadable skips such {source.modality.unit}"
+                        raise InputError(f"{error}; {skips}") from error
+                    done["skipped"].append(str(error).removeprefix(f"{source.root}/"))
+                    continue
+                label = {} if source.label is None else {"label": source.label(each)}
+                writer.write({column: stored, **label})
+                done["lengths"] += [] if length is None else [length]
             if writer.new_samples:  # not finish(), which writes an index: an unfinished data set has none
                 writer.flush_shard()
                 done["entry"] = writer.shards[-1]
@@ -320,11 +278,6 @@ class _Task(NamedTuple):
         done["etag"] = self.etags.get(name)
         write_atomically(record, json.dumps(done))
         return done
-
-    def _encode(self, file: SampleFile) -> dict[str, Any]:
-        name, modality, stored = f"{self.source.root}/{file.path}", self.source.modality, self.source.read(file)
-        with reading(name):
-            return {modality.name: stored} if self.source.keeps_files else modality.encode(stored, name, **self.options)
 
 
 def work_folder(out: str) -> Path:
@@ -350,7 +303,7 @@ class Conversion(NamedTuple):
 
 
 def convert(
-    source: SampleSource,
+    source: Source,
     out: str | Path,
     *,
     seed: int = 0,
@@ -377,13 +330,15 @@ def convert(
     """
     out = str(out).rstrip("/")
     work, folder, unit = work_folder(out), Path(out), source.modality.unit
-    root = source.root if isinstance(source.root, str) else source.root.resolve()
-    if source.load is None and work.is_relative_to(root):
+    if source.has_paths and work.is_relative_to(Path(source.root).resolve()):
         raise InputError(f"{out}: is inside the folder of {unit}, {source.root}")
     if not work.is_dir() and not (folder / INDEX).exists() and folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{out}: is not empty, and holds no interrupted conversion")
     groups = _groups(source, options.get("resize"), seed, shard_bytes)
-    settings = repr((root, source.files, source.modality.name, options, seed, shard_bytes))
+    labels = source.label and [*map(source.label, range(len(source)))]
+    settings = repr(
+        (source.fingerprint, source.marks.tolist(), labels, source.modality.name, options, seed, shard_bytes)
+    )
     records = work / hashlib.sha256(settings.encode()).hexdigest()[:16]
     task = _Task(source, groups, options, skip_unreadable, out, work, records, {})
     with sole_user(work / "lock", LOCK_SECONDS) as alone:
@@ -392,14 +347,14 @@ def convert(
         task.check_out()
         shards = []
         left = if_interrupted(lambda: "finished shards are kept; the same command resumes")
-        with left, progress_bar(total=len(source.files), desc="converting", unit=unit) as bar:
+        with left, progress_bar(total=len(source), desc="converting", unit=unit) as bar:
             done = map_in_workers(task.finish_shard, range(len(groups)), workers)
             for group, shard in zip(groups, done, strict=True):
                 shards.append(shard)
                 bar.update(len(group))
         entries = [shard["entry"] for shard in shards if shard["entry"] is not None]
         if not entries:
-            raise InputError(f"{source.root}: none of the {len(source.files)} {unit} can be read")
+            raise InputError(f"{source.root}: none of the {len(source)} {unit} can be read")
         etags = {each["entry"]["raw_data"]["basename"]: each.get("etag") for each in shards if each["entry"]}
         for path in folder.glob("shard.*.mds"):
             if path.name not in etags:  # of an interrupted conversion with other settings
@@ -412,7 +367,8 @@ def convert(
         skipped = [line for shard in shards for line in shard["skipped"]]
         lengths = [length for shard in shards for length in shard["lengths"]]
         num_samples = sum(entry["samples"] for entry in entries)
-        summary = {unit: num_samples, "classes": source.classes, "skipped": skipped, "seed": seed, **options}
+        class_names = None if source.label is None else source.class_names
+        summary = {unit: num_samples, "classes": class_names, "skipped": skipped, "seed": seed, **options}
         summary |= {"lengths": lengths} if lengths else {}
         for name, content in ((SUMMARY, summary), (INDEX, {"version": 2, "shards": entries})):
             with task.published(name) as path:
@@ -423,13 +379,12 @@ def convert(
     return Conversion(num_samples, lengths, num_bytes, len(entries), skipped, num_kept)
 
 
-def _groups(source: SampleSource, resize: int | None, seed: int, shard_bytes: int) -> list[NDArray[np.int64]]:
+def _groups(source: Source, resize: int | None, seed: int, shard_bytes: int) -> list[NDArray[np.int64]]:
     """Return the numbers of the samples in each shard of about ``shard_bytes``, in random order."""
-    sizes = np.array([file.num_bytes for file in source.files])
+    sizes, order = source.sizes, np.arange(len(source))
     if resize:
         sizes = np.minimum(sizes, resize**2 * BYTES_PER_SQUARE)
-    order = np.arange(len(sizes))
-    if source.load is None:
+    if source.has_paths:
         order = np.random.default_rng(seed).permutation(order)
     shards = sizes[order].cumsum() // shard_bytes
     return np.split(order, np.flatnonzero(np.diff(shards)) + 1)
@@ -446,5 +401,4 @@ def convert_cifar10(images: Path, out: Path, num_train: int = 50_000, num_test: 
     for split, num_images in (("train", num_train), ("test", num_test)):
         if not (out / split / INDEX).exists():
             source = find_samples(f"{CIFAR10}{images}", split)
-            source = source._replace(files=source.files[:num_images])
-            convert(source, out / split, workers=os.cpu_count() or 1)
+            convert(source.select(range(min(num_images, len(source)))), out / split, workers=os.cpu_count() or 1)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -17,9 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from d2v_composer.data.mds import IMAGES
 from d2v_composer.data.modality import Modality, decoding
-from d2v_composer.models.sizes import ImageSize, height_and_width, parse_image_size
+from d2v_composer.models.sizes import ImageSize, height_and_width
 from d2v_composer.system.errors import UnreadableSampleError
 
 CROP_ATTEMPTS = 10
@@ -264,15 +263,14 @@ class Images(Modality):
         interpolation: Pillow's filter: bicubic or bilinear.
     """
 
-    image_size: ImageSize
+    image_size: ImageSize = 224
     interpolation: str = "bicubic"
     name = "image"
     unit = "images"
     # What torchvision's ImageFolder reads, and more.
     suffixes = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", *KNOWN)
     needs = NEEDS
-    columns: ClassVar = {"image": "bytes"}
-    encodings = tuple(IMAGES)
+    encodings = ("bytes", "jpeg", "png", "pil")
     options = frozenset({"crop_scale", "crop_ratio", "flip"})
     batch_size = 256
 
@@ -289,40 +287,12 @@ class Images(Modality):
         return to_tensor(image)
 
     @classmethod
-    def encode(cls, stored: bytes | Image.Image, source: str, **options: Any) -> dict[str, Any]:
-        return {"image": as_rgb_jpeg(stored, source, **options)}
+    def encode(cls, stored: bytes | Image.Image, source: str, **options: Any) -> tuple[bytes, None]:
+        return as_rgb_jpeg(stored, source, **options), None
 
     @classmethod
-    def shown(cls, side: int) -> "Images":
+    def of_side(cls, side: int) -> "Images":
         return cls(side)
-
-    def picture(self, sample: Tensor) -> Tensor:
-        return sample.permute(1, 2, 0)
-
-    def words(self) -> dict[str, str]:
-        return {
-            "pipeline_tag": "image-feature-extraction",
-            "tag": "vision-transformer",
-            "kind": "vision transformer",
-            "one": "an image",
-            "each": "image",
-            "prepared": "resized to {} x {} pixels (height x width), without cropping".format(
-                *height_and_width(self.image_size)
-            ),
-            "shape": "(B, 3, any, any) uint8",
-        }
-
-    def choices(self, on_gpu: bool) -> dict[str, Any]:
-        return {
-            "global_train_batch_size": 256 if on_gpu else 32,
-            "device_eval_batch_size": 256 if on_gpu else 64,
-            "train_loader.crop_scale": [0.35, 1.0],
-            "retrieval.baselines": ["pixels", "encoder", "teacher"],
-        }
-
-    def kept(self, config: Any, held_out: bool) -> dict[str, Any]:
-        image_size = parse_image_size(config.teacher.image_size or self.image_size)
-        return {"resize": max(height_and_width(image_size)) * 8 // 7}  # 256 for 224
 
     def augmentation(self, *, for_views: bool = False, **options: Any) -> RandomResizedCropFlip:
         scale, ratio, flip = (options[name] for name in ("crop_scale", "crop_ratio", "flip"))

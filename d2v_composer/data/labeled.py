@@ -1,43 +1,34 @@
-"""Load labeled samples into memory, for retrieval and fine-tuning, and make batches of them."""
+"""Load labeled samples into memory, for retrieval and the tests of fine-tuning, and make batches of them."""
 
 import hashlib
 import json
 import logging
-import os
-import sys
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from typing_extensions import override
+from torch.utils.data import DataLoader
 from xxhash import xxh3_128_digest
 
 from d2v_composer.data.images import Images
-from d2v_composer.data.index import SUMMARY, read_index
-from d2v_composer.data.modality import (
-    Modality,
-    SampleFile,
-    Transform,
-    collate,
+from d2v_composer.data.mds import SUMMARY, Index
+from d2v_composer.data.modality import Modality, Transform, collate, sample_rng
+from d2v_composer.data.source import (
+    Source,
     list_classes,
-    list_files,
     list_subfolders,
     name_counts,
-    read_sample_file,
-    sample_rng,
+    open_folder,
+    open_mds,
 )
-from d2v_composer.data.shards import Shards
 from d2v_composer.models.sizes import ImageSize
-from d2v_composer.system.errors import InputError, RunError, reading, reason
-from d2v_composer.system.fetch import fetch
-from d2v_composer.system.processes import die_with_parent
+from d2v_composer.system.errors import InputError, reading, reason
 
 Format = Literal["cifar10", "cifar100", "folder", "mds", "speech_commands"]
 CIFAR = ("cifar10", "cifar100")
@@ -45,16 +36,15 @@ CIFAR = ("cifar10", "cifar100")
 HOLDS = {**dict.fromkeys(CIFAR, "image"), "speech_commands": "audio"}
 SPEECH_COMMANDS = "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
 TEST_LIST, VALIDATION_LIST = "testing_list.txt", "validation_list.txt"
-Place = tuple[int, int]
 
 log = logging.getLogger(__name__)
 
 
-def evenly_spaced(total: int, most: int | None) -> Sequence[int]:
-    """Return at most ``most`` of the numbers below ``total``, evenly spaced; ``None``: all."""
-    if most is None or most >= total:
+def evenly_spaced(total: int, maximum: int | None) -> Sequence[int]:
+    """Return at most ``maximum`` of the numbers below ``total``, evenly spaced; ``None``: all."""
+    if maximum is None or maximum >= total:
         return range(total)
-    return [number * total // most for number in range(most)]
+    return [number * total // maximum for number in range(maximum)]
 
 
 class LabeledSamples(NamedTuple):
@@ -135,14 +125,14 @@ def load_labeled_set(
 
     Args:
         format: ``cifar10`` or ``cifar100``: torchvision's files in ``root``; ``folder``: root/train/CLASS/… and
-            root/test/CLASS/…; ``mds``: root/train and root/test; ``speech_commands``: what
-            its archive unpacks to. Without labels only root/test is read, or the whole root if it has neither split.
+            root/test/CLASS/…; ``mds``: root/train and root/test; ``speech_commands``: what its archive unpacks to.
+            Without labels only root/test is read, or the whole root if it has neither split.
         root: The folder.
         modality: What the samples are; default: images.
         image_size: Images of a folder or of MDS are resized to this many pixels a side. CIFAR keeps its size: it is
             resized in batches on the device.
         interpolation: How they are resized: bicubic or bilinear, as the model's config says.
-        download: Fetch CIFAR or Speech Commands if it is missing.
+        download: Fetch CIFAR if it is missing.
         column: The column of an MDS data set that holds the samples; default: the modality's name.
         label_column: The column of an MDS data set that holds the labels; ``None``: it has no labels.
         max_images: Load at most this many images of each split, evenly spaced; the others of a folder or of MDS are not
@@ -155,24 +145,12 @@ def load_labeled_set(
     root, modality = Path(root), modality or Images(image_size, interpolation)
     if (held := HOLDS.get(format, modality.name)) != modality.name:
         raise InputError(f"{root}: {format} has samples of the modality {held}, and the model takes {modality.unit}")
-    options = modality, column, label_column, max_images
-    splits = root / "train", root / "test"
-    alone = splits[1] if any(split.is_dir() for split in splits) else root  # the images of a set without labels
     if format in CIFAR:
         labeled = _load_cifar(format, root, download, max_images)
-    elif format == "speech_commands":
-        labeled = _load_speech_commands(root, modality, download, max_images)
-    elif format == "folder" and alone.is_dir() and not any(map(list_subfolders, filter(Path.is_dir, splits))):
-        if alone == root and list_subfolders(root):
-            log.warning("%s: has no labels, which are in train/CLASS and test/CLASS: its folders are no classes", root)
-        labeled = LabeledSet.without_labels(_load_folder(alone, modality, max_images))
-    elif format == "folder":
-        labeled = _load_folders(root, modality, max_images)
-    elif label_column is None:
-        labeled = LabeledSet.without_labels(load_mds(alone, *options))
     else:
-        train, test = (load_mds(split, *options) for split in splits)
-        labeled = LabeledSet(train, test, read_class_names(root))
+        sources = _open_splits(format, root, modality, column, label_column)
+        splits = [_load(source, max_images) for source in sources]
+        labeled = LabeledSet(*splits, sources[0].class_names) if splits[1:] else LabeledSet.without_labels(*splits)
     for split in (labeled.train, labeled.test) if labeled.has_labels else ():
         # Labels may recur at the very spacing of the images chosen, and then all are hits.
         if 1 < len(split.labels) == max_images and bool((split.labels == split.labels[0]).all()):
@@ -201,113 +179,83 @@ def _load_cifar(format: Format, root: Path, download: bool, max_images: int | No
     return LabeledSet(train, test, tuple(splits[0].classes))
 
 
-def _load_speech_commands(root: Path, modality: Modality, download: bool, max_images: int | None) -> LabeledSet:
-    """Load Speech Commands v2 (Warden 2018, arXiv:1804.03209): one-second clips of 35 words.
+def _open_splits(
+    format: Format, root: Path, modality: Modality, column: str | None, label_column: str | None
+) -> list[Source]:
+    """Open train and test, with labels; or the only samples of a set without labels."""
+    folders = root / "train", root / "test"
+    alone = folders[1] if any(map(Path.is_dir, folders)) else root
+    if format == "speech_commands":
+        return _open_speech_commands(root, modality)
+    if format == "mds" and label_column is None:
+        return [open_mds(Index(alone, modality, column))]
+    if format == "mds":
+        option, class_names = "column and label_column", read_class_names(root)
+        indices = [Index(folder, modality, column, labels=label_column, option=option) for folder in folders]
+        return [replace(open_mds(index), class_names=class_names) for index in indices]
+    if alone.is_dir() and not any(map(list_subfolders, filter(Path.is_dir, folders))):
+        if alone == root and list_subfolders(root):
+            log.warning("%s: has no labels, which are in train/CLASS and test/CLASS: its folders are no classes", root)
+        return [_tell_left_out(open_folder(alone, modality))]
+    return _open_class_folders(root, modality)
+
+
+def _tell_left_out(source: Source, **others: int) -> Source:
+    if left_out := {**source.left_out, **others}:
+        log.warning("%s: left out: %s", source.root, name_counts(left_out))
+    return source
+
+
+def _open_class_folders(root: Path, modality: Modality) -> list[Source]:
+    file = f"CLASS/*{modality.suffixes[0]}"
+    layout = f"expected {root}/train/{file} and {root}/test/{file}, with the same classes"
+    splits, class_names = list[Source](), list[str]()
+    for folder in (root / "train", root / "test"):
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; {layout}")
+        source = open_folder(folder, modality)
+        chosen = source.select([number for number, path in enumerate(source.ids) if "/" in path])
+        num_beside = len(source) - len(chosen)
+        _tell_left_out(source, **({f"{modality.unit} beside the class folders": num_beside} if num_beside else {}))
+        if not len(chosen):
+            raise InputError(f"{folder}: no {modality.unit} in its class folders; {layout}")
+        class_names = class_names or list_classes(folder, modality)
+        splits.append(chosen.with_classes([path.split("/")[0] for path in chosen.ids], class_names, layout))
+    return splits
+
+
+def _open_speech_commands(root: Path, modality: Modality) -> list[Source]:
+    """Open Speech Commands v2 (Warden 2018, arXiv:1804.03209): one-second clips of 35 words.
 
     Test is what its testing_list.txt names, train what neither that nor its validation_list.txt names; the validation
     clips and the background noise are not used.
     """
     with reading(root):
-        if download:
-            root.mkdir(parents=True, exist_ok=True)
-            with FileLock(root / ".download.lock"):
-                if not (root / TEST_LIST).exists():
-                    with tarfile.open(fetch(SPEECH_COMMANDS)) as tar:
-                        # The list comes last: it says that all clips are there.
-                        tar.extractall(root, sorted(tar, key=lambda member: TEST_LIST in member.name), filter="data")
-        elif not (root / TEST_LIST).exists():
-            raise InputError(f"{root}: no {TEST_LIST}; set download: true, or unpack {SPEECH_COMMANDS} there")
-        paths = sorted(root.glob("[a-z]*/*.wav"))  # not _background_noise_/…
-        test, validation = (
-            {root / path for path in (root / name).read_text().split()} for name in (TEST_LIST, VALIDATION_LIST)
-        )
-    splits = [path for path in paths if path not in test | validation], [path for path in paths if path in test]
-    if not all(splits):
-        raise InputError(f"{root}: expected clips of {TEST_LIST} and others, WORD/*.wav; got {len(paths)} clips")
-    names = sorted({path.parent.name for path in paths})
-    chosen = [[split[i] for i in evenly_spaced(len(split), max_images)] for split in splits]
-    files = ([(path, names.index(path.parent.name)) for path in split] for split in chosen)
-    train, held_out = (_read_files(split, modality) for split in files)
-    return LabeledSet(train, held_out, tuple(names))
+        if not (root / TEST_LIST).exists():
+            raise InputError(f"{root}: no {TEST_LIST}; unpack {SPEECH_COMMANDS} there")
+        test, validation = ((root / name).read_text().split() for name in (TEST_LIST, VALIDATION_LIST))
+    source = open_folder(root, modality)
+    clips = source.select([number for number, path in enumerate(source.ids) if "/" in path and path[0] != "_"])
+    words = [path.split("/")[0] for path in clips.ids]
+    clips = clips.with_classes(words, sorted({*words}), "")
+    is_test = np.isin(clips.ids, test)
+    splits = [clips.select(np.flatnonzero(each)) for each in (~is_test & ~np.isin(clips.ids, validation), is_test)]
+    if not all(map(len, splits)):
+        raise InputError(f"{root}: expected clips of {TEST_LIST} and others, WORD/*.wav; got {len(clips)} clips")
+    return splits
 
 
-def _load_folder(folder: Path, modality: Modality, max_images: int | None) -> LabeledSamples:
-    """Load a folder's samples without labels."""
-    files = _list_aloud(folder, modality)
-    chosen = [folder / files[i].path for i in evenly_spaced(len(files), max_images)]
-    return _read_files([(path, 0) for path in chosen], modality)
+def _load(source: Source, max_images: int | None) -> LabeledSamples:
+    numbers = evenly_spaced(len(source), max_images)
+    labels = [0 if source.label is None else source.label(number) for number in numbers]
+    samples = source.modality.stack(map(source.decode, numbers), len(numbers))
+    return LabeledSamples(samples, torch.tensor(labels, dtype=torch.int64))
 
 
-def _list_aloud(folder: Path, modality: Modality, in_classes: bool = False) -> list[SampleFile]:
-    """List files, or those in class folders, and say what is left out."""
-    files, others = list_files(folder, modality)
-    chosen = [file for file in files if "/" in file.path or not in_classes]
-    if num_beside := len(files) - len(chosen):
-        others[f"{modality.unit} beside the class folders"] = num_beside
-    if others:
-        log.warning("%s: left out: %s", folder, name_counts(others))
-    return chosen
-
-
-def _load_folders(root: Path, modality: Modality, max_images: int | None) -> LabeledSet:
-    file = f"CLASS/*{modality.suffixes[0]}"
-    layout = f"expected {root}/train/{file} and {root}/test/{file}, with the same classes"
-    splits: list[LabeledSamples] = []
-    class_names: list[str] = []
-    for folder in (root / "train", root / "test"):
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder; {layout}")
-        paths = [file.path for file in _list_aloud(folder, modality, in_classes=True)]
-        if not paths:
-            raise InputError(f"{folder}: no {modality.unit} in its class folders; {layout}")
-        class_names = class_names or list_classes(folder, modality)
-        names = [path.split("/", 1)[0] for path in paths]
-        if unknown := sorted(set(names) - set(class_names)):
-            raise InputError(f"{folder / unknown[0]}: this class is not in the train folder; {layout}")
-        chosen = [(folder / paths[i], class_names.index(names[i])) for i in evenly_spaced(len(paths), max_images)]
-        splits.append(_read_files(chosen, modality))
-    return LabeledSet(splits[0], splits[1], tuple(class_names))
-
-
-def _read_files(files: list[tuple[Path, int]], modality: Modality) -> LabeledSamples:
-    samples = modality.stack((modality.decode(read_sample_file(path), str(path)) for path, _ in files), len(files))
-    return LabeledSamples(samples, torch.tensor([label for _, label in files], dtype=torch.int64))
-
-
-def load_mds(
-    folder: Path,
-    modality: Modality,
-    column: str | None,
-    label_column: str | None,
-    max_images: int | None = None,
-) -> LabeledSamples:
-    """Load one split of an MDS data set (see :func:`load_labeled_set`); shards that are not needed are not read."""
-    column, others = column or modality.name, () if label_column is None else (label_column,)
-    read_index(folder, column, modality, option="column and label_column", other_columns=others)
-    shards = Shards(local=folder, columns=(column, *others))
-    chosen = evenly_spaced(len(shards), max_images)
-    labels = torch.zeros(len(chosen), dtype=torch.int64)
-
-    def decoded() -> Iterator[Tensor]:
-        for i, number in enumerate(chosen):
-            sample, source = shards[number], f"sample {number} of {folder}"
-            if label_column is not None:
-                labels[i] = whole_label(sample[label_column], source)
-            yield modality.decode(sample[column], source)
-
-    return LabeledSamples(modality.stack(decoded(), len(chosen)), labels)
-
-
-def whole_label(value: Any, source: str) -> int:
-    """Return a label as a whole number.
-
-    Raises:
-        InputError: It is no whole number.
-    """
-    with suppress(TypeError, ValueError, OverflowError):
-        if (label := int(value)) == float(value):
-            return label
-    raise InputError(f"{source}: its label must be a whole number, got {value!r:.40}")
+def load_mds(folder: Path, modality: Modality, column: str | None, label_column: str | None) -> LabeledSamples:
+    """Load one split of an MDS data set (see :func:`load_labeled_set`)."""
+    index = Index(folder, modality, column, labels=label_column, option="column and label_column")
+    return _load(open_mds(index), None)
 
 
 def read_class_names(root: Path) -> tuple[str, ...]:
@@ -338,102 +286,11 @@ class Augmentation(NamedTuple):
         return self.transform(sample, sample_rng(self.seed, *place))
 
 
-@dataclass(eq=False)
-class AugmentedSamples(Dataset[tuple[Tensor, Tensor]]):
-    """Augmented samples in memory with their labels, int64.
-
-    A sample's index is its epoch and its id. Its augmentation depends on (seed, epoch, id) alone: it is the same for
-    any number of workers and ranks, and after any resume.
-    """
-
-    labeled: LabeledSamples
-    augment: Augmentation
-
-    def __len__(self) -> int:
-        return len(self.labeled.labels)
-
-    def __getitem__(self, place: Place) -> tuple[Tensor, Tensor]:
-        epoch, i = place
-        return self.augment(self.labeled.samples[i], epoch, i), self.labeled.labels[i]
-
-
-class EpochSampler(DistributedSampler[Place]):
-    """This rank's share of an epoch, as :class:`AugmentedSamples` expects it; Composer sets the epoch."""
-
-    @override
-    def __iter__(self) -> Iterator[Place]:
-        return ((self.epoch, i) for i in super().__iter__())  # pyright: ignore[reportReturnType]: numbers
-
-
-def train_batches(
-    dataset: AugmentedSamples, global_batch_size: int, num_workers: int, prefetch_factor: int
-) -> DataLoader:
-    """Return the loader for this rank's augmented batches.
-
-    A batch of all ranks together has the same images on any number of ranks. An epoch is the largest whole number of
-    batches.
-    """
-    from composer.utils import dist  # takes seconds, and only fine-tuning needs it
-
-    ranks = dist.get_world_size()
-    sampler = EpochSampler(dataset, ranks, dist.get_global_rank(), seed=dataset.augment.seed, drop_last=True)  # pyright: ignore[reportArgumentType]: its items are places
-    options = {"drop_last": True, **worker_options(num_workers, prefetch_factor, torch.cuda.is_available())}
-    return DataLoader(dataset, global_batch_size // ranks, sampler=sampler, collate_fn=collate_labeled, **options)
-
-
 def collate_labeled(pairs: Sequence[tuple[Tensor, Any]]) -> list[Tensor]:
     """Return a batch of samples with labels: inputs, labels and, if some are padded, what :func:`collate` adds."""
     samples, labels = zip(*pairs, strict=True)
     values, *others = collate(samples)
     return [values, torch.tensor([int(label) for label in labels]), *others]
-
-
-def worker_options(num_workers: int, prefetch_factor: int, for_gpu: bool, timeout: float = 0) -> dict[str, Any]:
-    """Return DataLoader arguments for workers that prepare batches in advance; with 0, this process prepares them.
-
-    So it does on Windows, which cannot fork, and on macOS, where a process with threads must not.
-    """
-    options = {"pin_memory": for_gpu}  # which creates a CUDA context
-    if not num_workers or not hasattr(os, "fork") or sys.platform == "darwin":
-        return options
-    return options | {
-        "num_workers": num_workers,
-        "timeout": timeout,
-        "prefetch_factor": prefetch_factor,
-        "persistent_workers": True,
-        "multiprocessing_context": "fork",
-        "worker_init_fn": lambda _: die_with_parent(),
-    }
-
-
-def map_in_workers(
-    function: Callable[[Any], Any], items: Sequence[Any], workers: int, for_gpu: bool = False
-) -> Iterator[Any]:
-    """Yield a function's result for each item, in order, computed ahead by worker processes.
-
-    Raises:
-        RunError: A worker was killed.
-        Exception: The function's; other than ours, with the worker's traceback as its text.
-    """
-
-    def call(item: Any) -> tuple[Any, Exception | None]:
-        try:
-            return function(item), None
-        except (InputError, RunError) as problem:
-            return None, problem
-
-    options = worker_options(workers, 2, for_gpu)
-    try:
-        # Without a name, it ends with the loop: an error that torch raises would hold it, and its workers the lock.
-        for result, problem in DataLoader(items, batch_size=None, collate_fn=call, **options):  # pyright: ignore[reportArgumentType]: items have a length
-            if problem is not None:
-                raise problem
-            yield result
-    except (OSError, RuntimeError) as error:
-        cause = str(error).strip().splitlines()[-1]
-        if isinstance(error, RuntimeError) and not cause.startswith("DataLoader worker (pid"):
-            raise
-        raise RunError(f"reading failed ({cause}): the same command resumes") from error
 
 
 def eval_batches(labeled: LabeledSamples, batch_size: int) -> DataLoader:

@@ -1,18 +1,26 @@
-"""Read samples from MDS shards, MosaicML Streaming's format, as Streaming 0.13.0 writes them.
+"""Read MDS, MosaicML Streaming's format, as Streaming 0.13.0 writes it: an index, and the samples of its shards.
 
 A shard is the number of its samples N, the N + 1 offsets of the samples in the file, a description, and the samples. A
 sample is the sizes of those columns that have no fixed size, then the columns. All these numbers are uint32.
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+import json
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 from PIL import Image
-from typing_extensions import Self
+
+from d2v_composer.data.modality import Modality
+from d2v_composer.system.errors import InputError, reading
+
+INDEX = "index.json"
+SUMMARY = "conversion.json"
 
 
 def _read_pil(data: bytes) -> Image.Image:
@@ -26,11 +34,10 @@ def _number(dtype: str) -> Callable[[bytes], int | float]:
     return lambda data: np.frombuffer(data, dtype)[0].item()
 
 
-# Encodings of a column of images: files, which we decode only with decoders that we allow, and raw pixels.
-IMAGES: dict[str, Callable[[bytes], Any]] = {"bytes": bytes, "jpeg": bytes, "png": bytes, "pil": _read_pil}
 NUMBERS = [*(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float16", "float32", "float64"]
-ENCODINGS = {
-    **IMAGES,
+ENCODINGS: dict[str, Callable[[bytes], Any]] = {
+    **dict.fromkeys(("bytes", "jpeg", "png"), bytes),  # files, which we decode only with decoders that we allow
+    "pil": _read_pil,
     **{dtype: _number(dtype) for dtype in NUMBERS},
     "int": _number("int64"),
     "str": bytes.decode,
@@ -61,7 +68,7 @@ class ShardFile(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Index entry for a shard."""
+    """Index entry for a shard; :class:`Index` makes it."""
 
     samples: int
     raw: ShardFile
@@ -69,18 +76,6 @@ class Shard(NamedTuple):
     compression: str | None
     columns: list[tuple[str, int | None, Callable[[bytes], Any] | None]]
     """Name, bytes (``None``: they vary) and decoder (``None``: not read) of each column."""
-
-    @classmethod
-    def parse(cls, entry: Mapping[str, Any], wanted: Collection[str]) -> Self:
-        """Parse an index entry, to read only the wanted columns.
-
-        Raises:
-            LookupError, TypeError, ValueError: It is corrupt, or of another format, whose keys are others.
-        """
-        raw, zipped = (entry[kind] and ShardFile(**entry[kind]) for kind in ("raw_data", "zip_data"))
-        found = zip(entry["column_names"], entry["column_sizes"], entry["column_encodings"], strict=True)
-        columns = [(name, size, ENCODINGS[encoding] if name in wanted else None) for name, size, encoding in found]
-        return cls(entry["samples"], raw, zipped, entry["compression"], columns)
 
     def read(self, path: Path, number: int) -> dict[str, Any]:
         """Read the wanted columns of a sample from the shard's raw file.
@@ -107,3 +102,117 @@ class Shard(NamedTuple):
         if at != len(data):  # a slice beyond the end is short, in silence
             raise ValueError(f"its columns have {at} bytes, but the sample has {len(data)}")
         return sample
+
+
+class Index:
+    """The index of a data set, parsed and checked: what it lists can be read.
+
+    Args:
+        folder: The folder of the ``index.json``, which is the cache of a data set in a store.
+        modality: What the samples are.
+        column: The column of samples; default: the modality's name.
+        labels: A column of labels, which the samples must have.
+        option: The setting that chooses the columns, for errors.
+        remote: The data set's address, if its shards are fetched later. Otherwise each must be there in its full size.
+
+    Raises:
+        InputError: The index is missing or corrupt, lists no samples or lacks a column, the column cannot hold such
+            samples, or a shard is missing or has another size.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        modality: Modality,
+        column: str | None = None,
+        *,
+        labels: str | None = None,
+        option: str = "column",
+        remote: str | None = None,
+    ) -> None:
+        self.folder, self.remote, self.modality = folder, remote and remote.rstrip("/"), modality
+        self.column, self.labels, self._option = column or modality.name, labels, option
+        if not is_mds(folder):
+            found = "not an MDS data set" if folder.is_dir() else "no such folder"
+            raise InputError(f"{folder}: no MDS {INDEX}: {found}")
+        with reading(folder / INDEX):
+            self.shards = [self._parse(entry) for entry in json.loads((folder / INDEX).read_bytes())["shards"]]
+        if not self.shards:
+            raise InputError(f"{self.source}: the data set is empty: its {INDEX} lists no samples")
+
+    def __len__(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def source(self) -> str:
+        """Where the data set is: its address or its folder."""
+        return self.remote or str(self.folder)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64] | None:
+        """The lengths of the samples, (N,), from the summary of their conversion; ``None`` if all have one size.
+
+        Raises:
+            InputError: The summary is missing or corrupt, or has not all lengths.
+        """
+        if not self.modality.has_lengths:
+            return None
+        lengths, path = np.zeros(0, np.int64), self.folder / SUMMARY
+        if path.is_file():
+            with reading(path):
+                lengths = np.array(json.loads(path.read_bytes()).get("lengths", []), np.int64).ravel()
+        if len(lengths) != len(self):
+            expected = f"expected the lengths of {len(self)} samples in {SUMMARY}, got {len(lengths)}"
+            raise InputError(f"{self.source}: {expected}; convert the data set with d2v convert-audio")
+        return lengths
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the content of the data set; its location and file names do not matter."""
+        contents: list[Any] = [(shard.samples, shard.raw.bytes, shard.raw.hashes) for shard in self.shards]
+        contents += [] if self.lengths is None else self.lengths.tolist()
+        digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+        return {"sha256": digest, "samples": len(self), "shards": len(self.shards)}
+
+    def _parse(self, entry: Mapping[str, Any]) -> Shard:
+        raw, zipped = (entry[kind] and ShardFile(**entry[kind]) for kind in ("raw_data", "zip_data"))
+        for file in filter(None, (raw, zipped)):
+            if Path(file.basename).is_absolute() or ".." in Path(file.basename).parts:
+                raise InputError(f"{self.source}: its {INDEX} names a file outside the folder: {file.basename}")
+        encodings = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
+        if "pkl" in encodings.values():
+            raise InputError(f"{self.source}: has a column of pickles, which may run code and are not supported")
+        wanted = {self.column: self.modality.encodings} | ({} if self.labels is None else {self.labels: ENCODINGS})
+        for name, known in wanted.items():
+            if name not in encodings:
+                found = f"the data set has: {', '.join(encodings)}; choose one with {self._option}"
+                raise InputError(f"{self.source}: no column {name!r}; {found}")
+            if encodings[name] not in known:
+                expected = f"expected one of {', '.join(known)}"
+                raise InputError(f"{self.source}: its column {name!r} is {encodings[name]}; {expected}")
+        # Each sample takes at least the four bytes of its offset; a larger number would take memory for no samples.
+        if not 0 < 4 * entry["samples"] <= raw.bytes:
+            raise InputError(f"{self.source}: its {INDEX} claims {entry['samples']} samples in {raw.bytes} bytes")
+        if self.remote is None:
+            self._check_file(raw, zipped)
+        decoders = [ENCODINGS[encoding] if name in wanted else None for name, encoding in encodings.items()]
+        columns = list(zip(encodings, entry["column_sizes"], decoders, strict=True))
+        return Shard(entry["samples"], raw, zipped, entry["compression"], columns)
+
+    def _check_file(self, *files: ShardFile | None) -> None:
+        for file in filter(None, files):
+            if (path := self.folder / file.basename).is_file():
+                if (size := path.stat().st_size) != file.bytes:
+                    raise InputError(f"{path}: the shard has {size} bytes, but the index says {file.bytes}")
+                return
+        raise InputError(f"{self.folder / files[0].basename}: the shard is missing")
+
+
+def is_mds(folder: Path) -> bool:
+    """Return True if a folder holds an MDS data set, maybe a damaged one, and not another program's ``index.json``."""
+    if not (folder / INDEX).is_file():
+        return False
+    try:
+        index = json.loads((folder / INDEX).read_bytes())
+    except (RecursionError, ValueError):
+        return True
+    return isinstance(index, dict) and "shards" in index

@@ -1,14 +1,12 @@
-"""Find, decode, store, augment and show samples; a subclass of Modality does so for images or for sound."""
+"""Decode, store, augment and batch samples; a subclass of Modality does so for images or for sound."""
 
 import errno
-import os
 import stat
 from abc import ABC, abstractmethod
-from collections import Counter, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -17,9 +15,9 @@ from torch.nn.functional import pad
 from typing_extensions import Self
 
 from d2v_composer.models.sizes import EncoderConfig
-from d2v_composer.system.errors import InputError, UnreadableSampleError
+from d2v_composer.system.errors import UnreadableSampleError
 
-MOST_BYTES = 1 << 30  # of a file, which is read whole
+MAX_BYTES = 1 << 30  # of a file, which is read whole
 
 
 class Transform(Protocol):
@@ -46,18 +44,16 @@ class Modality(ABC):
         unit: What messages call several samples.
         suffixes: Of the files that a folder's scan takes.
         needs: Suffix of files that cannot be decoded here → the package that can.
-        columns: Name → encoding of the columns of a converted data set, beside the label.
         encodings: The encodings of a column that can be read.
         options: Fields of ``train_loader`` that are arguments of :meth:`augmentation`.
         batch_size: Samples that ``d2v embed`` embeds at once.
-        has_lengths: True if :meth:`encode` returns a ``length`` too, which a converted data set's summary lists.
+        has_lengths: True if samples have lengths, which a converted data set's summary lists.
     """
 
     name: ClassVar[str]
     unit: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
     needs: ClassVar[Mapping[str, str]] = {}
-    columns: ClassVar[Mapping[str, str]]
     encodings: ClassVar[Collection[str]]
     options: ClassVar[frozenset[str]]
     batch_size: ClassVar[int]
@@ -65,12 +61,12 @@ class Modality(ABC):
 
     @classmethod
     def of(cls, config: EncoderConfig) -> Self:
-        """Return the modality as an encoder takes it."""
+        """Build the modality for an encoder's config."""
         return cls()
 
     @classmethod
-    def shown(cls, side: int) -> Self:
-        """Return the modality with samples that are small enough to look at; images of this many pixels a side."""
+    def of_side(cls, side: int) -> Self:
+        """Return the modality with images of this many pixels a side; other samples stay as they are."""
         return cls()
 
     @abstractmethod
@@ -87,34 +83,12 @@ class Modality(ABC):
 
     @classmethod
     @abstractmethod
-    def encode(cls, stored: Any, source: str, **options: Any) -> dict[str, Any]:
-        """Return the values of :attr:`columns` for a sample of a converted data set, which every reader can decode.
+    def encode(cls, stored: Any, source: str, **options: Any) -> tuple[bytes, int | None]:
+        """Return a sample of a converted data set as a file that every reader can decode, and its length if they vary.
 
         Raises:
             UnreadableSampleError: It cannot be decoded.
         """
-
-    @abstractmethod
-    def picture(self, sample: Tensor) -> Tensor:
-        """Return a picture of a sample as matplotlib draws it: (height, width, 3) uint8, or (height, width) float."""
-
-    def sound(self, sample: Tensor) -> bytes | None:
-        """Return a FLAC file of a sample that can be heard."""
-        return None
-
-    @abstractmethod
-    def words(self) -> dict[str, str]:
-        """Return what a model card says of samples and of models that take them: the hub's ``pipeline_tag`` and its
-        ``tag``, the ``kind`` of model, ``one`` sample, ``each`` of what computation is counted for, how samples are
-        ``prepared``, and a batch's ``shape``."""
-
-    @abstractmethod
-    def choices(self, on_gpu: bool) -> dict[str, Any]:
-        """Return the settings of a run that ``d2v distill`` chooses for such samples, by dotted name."""
-
-    @abstractmethod
-    def kept(self, config: Any, held_out: bool) -> dict[str, Any]:
-        """Return the options of :meth:`encode` that keep what a run with this config needs of samples."""
 
     @abstractmethod
     def augmentation(self, *, for_views: bool = False, **options: Any) -> Transform:
@@ -123,77 +97,6 @@ class Modality(ABC):
     def stack(self, samples: Iterator[Tensor], count: int) -> Tensor | list[Tensor]:
         """Return decoded samples in memory."""
         return list(samples)
-
-
-class SampleFile(NamedTuple):
-    """A file in a folder."""
-
-    path: str
-    """Relative to the folder, with slashes."""
-    num_bytes: int
-    mtime_ns: int
-    label: int | None
-
-
-def list_files(root: Path, modality: Modality | type[Modality]) -> tuple[list[SampleFile], dict[str, int]]:
-    """List a modality's files in a folder and its subfolders, sorted by path, and count what is left out by its kind.
-
-    Links are followed, but each file and each folder is listed once: by its own name, or by the first of several.
-    Hidden files and folders are left out.
-
-    Raises:
-        InputError: There are none.
-        OSError: A folder cannot be listed.
-    """
-    files, others, seen = list[SampleFile](), Counter[str](), set[object]()
-    named, links = deque([root]), deque[Path]()
-    while named or links:
-        path = (named or links).popleft()
-        # A dangling link counts as unreadable when it is read, as a corrupt file does.
-        status = path.stat() if path.exists() else path.lstat()
-        mode, suffix = status.st_mode, path.suffix.lower()
-        is_folder = path is root or stat.S_ISDIR(mode)
-        identity = (status.st_dev, status.st_ino) if status.st_ino else path.resolve()  # some file systems have none
-        if not (is_folder or stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
-            others["special files"] += 1
-        elif not is_folder and suffix not in modality.suffixes:
-            needed = modality.needs.get(suffix)
-            others[f"{suffix} (needs {needed})" if needed else suffix or "without suffix"] += 1
-        elif identity in seen:
-            others["links to files or folders already listed"] += 1
-        elif is_folder:
-            for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
-                if entry.name.startswith("."):
-                    others["hidden"] += 1
-                else:
-                    (links if entry.is_symlink() else named).append(Path(entry.path))
-        else:
-            name = path.relative_to(root).as_posix()
-            files.append(SampleFile(name, status.st_size, status.st_mtime_ns, label=None))
-        seen.add(identity)
-    if not files:
-        supported, found = ", ".join(modality.suffixes), name_counts(others)
-        raise InputError(f"{root}: no {modality.unit}; supported suffixes are {supported}; other files: {found}")
-    return sorted(files), dict(sorted(others.items()))
-
-
-def list_subfolders(folder: Path) -> list[str]:
-    """Return the sorted names of the subfolders that are not hidden."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def name_counts(others: Mapping[str, int]) -> str:
-    """Return what :func:`list_files` left out, in words."""
-    return ", ".join(f"{count:,} {kind}" for kind, count in others.items()) or "none"
-
-
-def list_classes(folder: Path, modality: Modality | type[Modality]) -> list[str]:
-    """Return the sorted names of the subfolders that are not hidden and hold files of a modality."""
-    return [
-        name
-        for name in list_subfolders(folder)
-        if any(path.suffix.lower() in modality.suffixes for path in (folder / name).rglob("[!.]*"))
-    ]
 
 
 def read_sample_file(path: Path) -> bytes:
@@ -207,8 +110,8 @@ def read_sample_file(path: Path) -> bytes:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # reading a pipe could wait for ever
             raise UnreadableSampleError(f"{path}: is not a regular file")
-        if status.st_size > MOST_BYTES:
-            raise UnreadableSampleError(f"{path}: has {status.st_size:,} bytes, more than {MOST_BYTES:,}")
+        if status.st_size > MAX_BYTES:
+            raise UnreadableSampleError(f"{path}: has {status.st_size:,} bytes, more than {MAX_BYTES:,}")
         return path.read_bytes()
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP):

@@ -14,33 +14,69 @@ import threading
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import get_worker_info
 
-from d2v_composer.data.index import INDEX, fetch_index
-from d2v_composer.data.mds import Shard
+from d2v_composer.data.mds import INDEX, SUMMARY, Index
+from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, ShardError, reading, reason, writing
 from d2v_composer.system.fetch import transfer
 from d2v_composer.system.files import PARTIAL, find_partials, partial_file, sole_user
-from d2v_composer.system.retry import retry
+from d2v_composer.system.retry import is_lasting, is_local, retry
 
-# How long a store may send nothing, or almost nothing, before the request is repeated.
-REQUEST_SECONDS = 20
+# How long a store may send nothing, or almost nothing, before the request is repeated: for an index, for a shard.
+INDEX_REQUEST_SECONDS, REQUEST_SECONDS = 60.0, 20
 # How often a thread that waits for another one's shard looks again.
 POLL_SECONDS = 0.02
 # Shards that a machine fetches ahead at a time. One connection to an object store delivers about what one core decodes.
-FEWEST_AHEAD, MOST_AHEAD = 4, 64
+MIN_AHEAD, MAX_AHEAD = 4, 64
 # The cache's folder of lock files: one for each shard, and one for the room.
 LOCKS = ".locks"
 # The end of a file beside a partial one: its shard will take room.
 RESERVED = "reserved"
 
 log = logging.getLogger(__name__)
+
+
+def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0) -> None:
+    """Fetch the index of a remote data set, and the summary of its conversion if it has one, into its cache.
+
+    If the store is unreachable, use files that are here, with a warning; shards are verified by the index.
+
+    Args:
+        remote: The data set's address.
+        local: The cache.
+        retry_timeout: How long an unreachable store is retried if no such file is here, in seconds.
+
+    Raises:
+        InputError: The index is missing or corrupt, the store is unreachable, or ``local`` is another data set's cache.
+    """
+    for name in (INDEX, SUMMARY):
+        index, address = local / name, f"{remote.rstrip('/')}/{name}"
+        here = index.read_bytes() if index.exists() else None
+        try:
+            with partial_file(index) as fetched:
+                timeout = retry_timeout if here is None else 0.0
+                retry(partial(transfer, address, fetched, INDEX_REQUEST_SECONDS), address, timeout, lasting_attempts=1)
+                with reading(address):
+                    json.loads(fetched.read_bytes())
+                if here not in (None, fetched.read_bytes()):
+                    raise InputError(f"{local}: holds shards of a data set other than {remote}; choose another folder")
+        except InputError:
+            raise
+        except Exception as error:
+            message = f"{hide_secrets(address)}: cannot be fetched ({reason(error)})"
+            if not is_lasting(error) and not is_local(error) and here is not None:
+                log.warning("%s; using the file in %s", message, local)
+            elif name == INDEX or not is_lasting(error):
+                raise InputError(message) from error
+            return
 
 
 class NoRoomError(Exception):
@@ -51,39 +87,25 @@ class Shards:
     """Samples of an MDS data set, by number.
 
     Args:
-        local: The data set, or the cache of a remote one. Processes and runs may share a cache.
-        remote: The address in an object store, or ``None``.
-        columns: The columns to read, which the data set has.
-        cache_limit: Maximum size of the cache of a remote data set, in bytes; default: no limit.
+        index: What it holds. Processes and runs may share the cache of a data set in a store.
+        cache_limit: Maximum size of this cache, in bytes; default: no limit.
         timeout: How long an unreachable store is retried, in seconds.
 
     Attributes:
-        shards: What the index says of each shard.
         limit: The cache limit in bytes; 0: none.
 
     Raises:
-        InputError: The index cannot be read, or ``cache_limit`` is too small, or set for a local data set.
+        InputError: ``cache_limit`` is too small, or set for a local data set.
     """
 
-    def __init__(
-        self,
-        *,
-        local: str | Path,
-        remote: str | None = None,
-        columns: Collection[str],
-        cache_limit: int | None = None,
-        timeout: float = 600.0,
-    ) -> None:
-        self.local, self.remote, self.timeout = Path(local), remote and remote.rstrip("/"), timeout
-        self.limit = cache_limit or 0
+    def __init__(self, index: Index, *, cache_limit: int | None = None, timeout: float = 600.0) -> None:
+        self.index, self.limit, self.timeout = index, cache_limit or 0, timeout
+        self.local, self.remote, self.shards = index.folder, index.remote, index.shards
         # Its shards would be evicted, and lost.
-        if self.limit and Path(remote or local).resolve() == self.local.resolve():
-            raise InputError(f"cache_limit: only for the cache of a remote data set; {local} is the data set itself")
-        index = self.local / INDEX
-        if remote is not None and not index.exists():
-            fetch_index(remote, self.local, timeout)
-        with reading(index):
-            self.shards = [Shard.parse(entry, columns) for entry in json.loads(index.read_bytes())["shards"]]
+        if self.limit and Path(index.source).resolve() == self.local.resolve():
+            raise InputError(
+                f"cache_limit: only for the cache of a remote data set; {self.local} is the data set itself"
+            )
         if any(shard.zipped for shard in self.shards):
             from streaming.base.compression import decompress  # it imports a package for each kind
 
@@ -93,7 +115,7 @@ class Shards:
         self._known = set(self._paths)
         self._locks = self.local / LOCKS
         self._largest = max(shard.raw.bytes for shard in self.shards)
-        self._room = self.limit - index.stat().st_size
+        self._room = self.limit - (self.local / INDEX).stat().st_size
         if self.limit and self._room < 4 * self._largest:
             smallest = 4 * self._largest + self.limit - self._room
             raise InputError(
@@ -103,11 +125,8 @@ class Shards:
         self._verified: set[int] = set()
         self._ahead: deque[int] = deque()
         self._threads: list[threading.Thread] = []
-        if remote is not None:
+        if self.remote is not None:
             self._remove_abandoned()
-
-    def __len__(self) -> int:
-        return self._ends[-1]
 
     def __getitem__(self, sample_id: int) -> dict[str, Any]:
         """Return a sample as column → value: images as files or raw pixels, labels as numbers.
@@ -169,7 +188,7 @@ class Shards:
         """Return the number of prefetch threads for this process: the machine's, divided among its processes."""
         worker = get_worker_info()
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * (worker.num_workers if worker else 1)
-        on_machine = max(FEWEST_AHEAD, min(os.cpu_count() or 1, MOST_AHEAD))
+        on_machine = max(MIN_AHEAD, min(os.cpu_count() or 1, MAX_AHEAD))
         if self.limit:  # at least half of it is for shards that are needed now
             return min(on_machine, self.limit // (2 * self._largest)) // processes
         return max(1, on_machine // processes)

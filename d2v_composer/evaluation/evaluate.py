@@ -126,8 +126,11 @@ def build_candidates(first: Backbone, models: Mapping[str, Backbone], layer_mean
         largest = max(largest, len(inputs.values))
         known: Any = encoded.setdefault(inputs.values, {})
         if own not in known:
-            known[own] = own(inputs.filled_up(largest - len(inputs.values)))
+            known[own] = own(own.windows(inputs.filled_up(largest - len(inputs.values))))
         return known[own]
+
+    def pool(tokens: Tokens) -> dict[str, Tensor]:
+        return first.features(tokens).poolings(tokens.x, "output_")
 
     def candidate(name: str, model: Backbone | Encoder, own: Encoder, embed: Callable[..., Any]) -> Candidate:
         def embed_inputs(*inputs: Tensor) -> dict[str, Tensor]:
@@ -139,7 +142,8 @@ def build_candidates(first: Backbone, models: Mapping[str, Backbone], layer_mean
 
     return [
         Candidate(encoder.baseline, lambda *inputs: encoder.raw(Inputs(*inputs))),
-        candidate("encoder", encoder, encoder, lambda tokens: first.features(tokens).poolings(tokens.x, "output_")),
+        # Not if it is all of the model.
+        *([candidate("encoder", encoder, encoder, pool)] if first.block_list else []),
         *(
             candidate(name, each, each.encoder, partial(each.embed_encoded, layer_mean=layer_mean))
             for name, each in models.items()

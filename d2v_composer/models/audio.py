@@ -4,6 +4,7 @@ Shapes: B clips, L samples, C channels of convolutions, E extra tokens, N frames
 Source: fairseq's ``data2vec/models/modalities/audio.py`` and ``wav2vec2.py``.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -11,15 +12,48 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, pad
 
-from d2v_composer.models.encoder import Data2Vec2Encoder, Inputs
-from d2v_composer.models.sizes import SAMPLE_RATE, AudioEncoderConfig
+from d2v_composer.models.encoder import Data2Vec2Encoder, Encoder, Inputs
+from d2v_composer.models.sizes import NUM_MELS, SAMPLE_RATE, AudioEncoderConfig
 from d2v_composer.models.targets import instance_norm, mean_over_time
 
 # A log-mel spectrogram as Kaldi computes it: samples of a frame and between frames, points of the Fourier transform.
-FRAME, HOP, NUM_POINTS, NUM_MELS, LOWEST_HERTZ, LOG_FLOOR = 400, 160, 512, 128, 20.0, torch.finfo(torch.float32).eps
+FRAME, HOP, NUM_POINTS, LOWEST_HERTZ, LOG_FLOOR = 400, 160, 512, 20.0, torch.finfo(torch.float32).eps
 
 
-class AudioEncoder(Data2Vec2Encoder):
+class Sound(Encoder):
+    """The part of an encoder that is alike for all models of sound.
+
+    Attributes:
+        min_samples: Of a waveform.
+    """
+
+    baseline = "log_mel"
+    input_name = "waveforms"
+    min_samples: int = FRAME
+
+    def prepare(self, values: Tensor) -> Tensor:
+        """Check waveforms, and return them as float32."""
+        if values.ndim != 2 or not values.is_floating_point() or values.shape[1] < self.min_samples:
+            raise ValueError(
+                f"waveforms must be (B, L) float in [-1, 1] of at least {self.min_samples} samples; got "
+                f"{tuple(values.shape)} {str(values.dtype).removeprefix('torch.')}"
+            )
+        return values.float()
+
+    def example(self, count: int) -> Tensor:
+        """Return a second of silence for each clip."""
+        return torch.zeros(count, SAMPLE_RATE)
+
+    def noise(self, count: int) -> Tensor:
+        return 0.1 * torch.randn(count, 5 * SAMPLE_RATE)
+
+    def raw(self, inputs: Inputs) -> Tensor:
+        """Return the mean of the log-mel spectrogram over time, (B, M)."""
+        log_mel_BNM, padding_BN = LogMel().to(inputs.values.device)(inputs.values, inputs.lengths)
+        return mean_over_time(log_mel_BNM, padding_mask=padding_BN)[:, 0]
+
+
+class AudioEncoder(Sound, Data2Vec2Encoder):
     """Convolutions, projection, positional convolutions, extra tokens, LayerNorm, ``prenet_depth`` blocks.
 
     Inputs are waveforms, (B, L) float in [-1, 1], 16 kHz mono, not normalized. What lies behind a clip's end changes
@@ -27,11 +61,10 @@ class AudioEncoder(Data2Vec2Encoder):
     """
 
     config: AudioEncoderConfig
-    baseline = "log_mel"
-    input_name = "waveforms"
 
     def __init__(self, config: AudioEncoderConfig) -> None:
         super().__init__(config)
+        self.min_samples = config.min_samples()
         dim, channels, layers = config.embed_dim, 1, []
         for number, (width, kernel, stride) in enumerate(config.convolutions):
             layer: dict[str, nn.Module] = {"0": nn.Conv1d(channels, width, kernel, stride, bias=False)}
@@ -58,15 +91,11 @@ class AudioEncoder(Data2Vec2Encoder):
 
     def prepare(self, values: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Normalize each clip over its samples to mean 0 and variance 1; padding becomes 0."""
-        if values.ndim != 2 or not values.is_floating_point() or values.shape[1] < self.config.min_samples():
-            raise ValueError(
-                f"waveforms must be (B, L) float in [-1, 1] of at least {self.config.min_samples()} samples; got "
-                f"{tuple(values.shape)} {str(values.dtype).removeprefix('torch.')}"
-            )
+        waveforms = super().prepare(values)
         if lengths is None:
-            return layer_norm(values.float(), values.shape[1:])
-        padding_BL = beyond(lengths, values.shape[1])
-        return instance_norm(values[..., None], padding_mask=padding_BL)[0][..., 0].masked_fill(padding_BL, 0)
+            return layer_norm(waveforms, waveforms.shape[1:])
+        padding_BL = beyond(lengths, waveforms.shape[1])
+        return instance_norm(waveforms[..., None], padding_mask=padding_BL)[0][..., 0].masked_fill(padding_BL, 0)
 
     def padding_mask(self, lengths: Tensor | None, num_samples: int | None = None) -> Tensor | None:
         if lengths is None:
@@ -74,8 +103,8 @@ class AudioEncoder(Data2Vec2Encoder):
         if lengths.device.type == "cpu" and not torch.compiler.is_compiling():  # never wait for a device
             shortest, longest = (int(each) for each in lengths.aminmax())
             num_samples = longest if num_samples is None else num_samples
-            if shortest < self.config.min_samples() or longest > num_samples:
-                allowed = f"from {self.config.min_samples()} to {num_samples} samples"
+            if shortest < self.min_samples or longest > num_samples:
+                allowed = f"from {self.min_samples} to {num_samples} samples"
                 raise ValueError(f"lengths must be {allowed}, got {shortest} to {longest}")
         num_frames = self.config.num_frames(int(lengths.max()) if num_samples is None else num_samples)
         return pad(beyond(self.config.num_frames(lengths), num_frames), (self.config.num_extra_tokens, 0))
@@ -128,51 +157,49 @@ class AudioEncoder(Data2Vec2Encoder):
         # Two frames, because torch.export treats a size of one as constant.
         return super().free_axes | {1: ("time", self.config.min_samples(num_frames=2), 1 << 24)}
 
-    def example(self, count: int) -> Tensor:
-        """Return a second of silence for each clip."""
-        return torch.zeros(count, SAMPLE_RATE)
-
-    def noise(self, count: int) -> Tensor:
-        return 0.1 * torch.randn(count, 5 * SAMPLE_RATE)
-
-    def raw(self, inputs: Inputs) -> Tensor:
-        """Return the mean of the log-mel spectrogram over time, (B, M)."""
-        log_mel_BNM, lengths = log_mel(*inputs), inputs.lengths
-        padding_BN = None if lengths is None else beyond((lengths - FRAME) // HOP + 1, log_mel_BNM.shape[1])
-        return mean_over_time(log_mel_BNM, padding_mask=padding_BN)[:, 0]
-
 
 def beyond(lengths: Tensor, size: int) -> Tensor:
     """Return which of ``size`` positions are past each clip's length, (B, size) bool."""
     return torch.arange(size, device=lengths.device) >= lengths[:, None]
 
 
-def log_mel(waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """Return Kaldi's log-mel spectrograms, (B, N, M): a frame each 10 ms; only whole frames, without noise or energy.
+class LogMel(nn.Module):
+    """Compute Kaldi's log-mel spectrograms, a frame each 10 ms; only whole frames, without noise or energy."""
 
-    Args:
-        waveforms: (B, L) float in [-1, 1], 16 kHz.
-        lengths: (B,) samples; frames past them are to be ignored.
-    """
-    padding_BL = None if lengths is None else beyond(lengths, waveforms.shape[1])
-    waveforms = waveforms.float()
-    waveforms = waveforms - mean_over_time(waveforms[..., None], padding_mask=padding_BL)[..., 0]
-    frames_BNF = waveforms.unfold(1, FRAME, HOP)
-    frames_BNF = frames_BNF - frames_BNF.mean(dim=-1, keepdim=True)
-    before_BNF = torch.cat([frames_BNF[..., :1], frames_BNF[..., :-1]], dim=-1)
-    window_F = torch.hann_window(FRAME, periodic=False, device=waveforms.device)
-    power = torch.fft.rfft((frames_BNF - 0.97 * before_BNF) * window_F, NUM_POINTS).abs().square()
-    return (power @ mel_filters().to(waveforms.device)).clamp(min=LOG_FLOOR).log()
+    window: Tensor
+    filters: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("window", torch.hann_window(FRAME, periodic=False), persistent=False)
+        self.register_buffer("filters", mel_filters(), persistent=False)
+
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return spectrograms, (B, N, M) float32, and which frames are padding, (B, N) bool or ``None``.
+
+        Args:
+            waveforms: (B, L) float in [-1, 1], 16 kHz.
+            lengths: (B,) samples; ``None``: nothing is padded.
+        """
+        padding_BL = None if lengths is None else beyond(lengths, waveforms.shape[1])
+        waveforms = waveforms.float()
+        waveforms = waveforms - mean_over_time(waveforms[..., None], padding_mask=padding_BL)[..., 0]
+        frames_BNF = waveforms.unfold(1, FRAME, HOP)
+        padding_BN = None if lengths is None else beyond((lengths - FRAME) // HOP + 1, frames_BNF.shape[1])
+        frames_BNF = frames_BNF - frames_BNF.mean(dim=-1, keepdim=True)
+        before_BNF = torch.cat([frames_BNF[..., :1], frames_BNF[..., :-1]], dim=-1)
+        windowed_BNF = (frames_BNF - 0.97 * before_BNF) * self.window
+        power_BNP = torch.fft.rfft(windowed_BNF, NUM_POINTS).abs().square()
+        with torch.autocast(waveforms.device.type, enabled=False):  # powers span more than half precision holds
+            mels_BNM = power_BNP @ self.filters
+        return mels_BNM.clamp(min=LOG_FLOOR).log(), padding_BN
 
 
 def mel_filters() -> Tensor:
     """Return Kaldi's triangles, equally spaced in mel, (NUM_POINTS / 2 + 1, M); in float32, like Kaldi's."""
 
-    def to_mel(hertz: Tensor) -> Tensor:
-        return 1127 * (1 + hertz / 700).log()
-
-    mels_P1 = to_mel(torch.arange(NUM_POINTS // 2 + 1)[:, None] * (SAMPLE_RATE / NUM_POINTS))
-    lowest, highest = to_mel(torch.tensor([LOWEST_HERTZ, SAMPLE_RATE / 2], dtype=torch.float64)).tolist()
+    mels_P1 = 1127 * (1 + torch.arange(NUM_POINTS // 2 + 1)[:, None] * (SAMPLE_RATE / NUM_POINTS) / 700).log()
+    lowest, highest = (1127 * math.log(1 + hertz / 700) for hertz in (LOWEST_HERTZ, SAMPLE_RATE / 2))
     width = (highest - lowest) / (NUM_MELS + 1)
     left_M = lowest + torch.arange(NUM_MELS) * width
     return torch.minimum((mels_P1 - left_M) / width, (left_M + 2 * width - mels_P1) / width).clamp(min=0)

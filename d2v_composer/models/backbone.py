@@ -43,6 +43,7 @@ class Backbone(nn.Module, ABC):
     Attributes:
         embed_dim: Channels of features and embeddings; the encoder's, unless a student is narrower.
         layer_mean: How this model computes its ``layer_mean`` embeddings.
+        head: What classifies the embeddings of a fine-tuned student, d → classes, or ``None``.
     """
 
     # Composer's FSDP: this module is not a unit; the encoder and the blocks are, because each is called separately.
@@ -53,16 +54,42 @@ class Backbone(nn.Module, ABC):
         self.encoder = encoder
         self.config: Any = config  # of the subclass's kind
         self.provenance = provenance or {}
-        self.embed_dim: int = encoder.config.embed_dim
+        self.embed_dim = encoder.embed_dim
         self.layer_mean = LayerMean.of(config)
+        self.head: Any = None  # a module
 
     @abstractmethod
     def features(self, tokens: Tokens) -> Features:
         """Return the features of the encoder's tokens; they are computed when they are read."""
 
+    def train_what_is_read(self, output: bool, pooled: bool) -> None:
+        """Freeze the parameters on which no loss depends: DDP refuses trained ones without gradient.
+
+        Args:
+            output: A loss reads the model's output, and not its FFN outputs alone.
+            pooled: A loss reads its pooled feature.
+        """
+
     @abstractmethod
     def forward_macs(self, shape: Sequence[int] | None = None) -> int:
         """Return the multiply-accumulates for one input, without the encoder; default the usual one."""
+
+    def backward_macs(self, shape: Sequence[int] | None = None) -> int:
+        """Return the backward pass's multiply-accumulates for one input, with those of an encoder that trains."""
+        return 2 * self.forward_macs(shape)
+
+    @property
+    def block_list(self) -> list[Any]:
+        """The blocks after the encoder."""
+        return []
+
+    def checkpoint_activations(self, enable: bool = True) -> None:
+        """Turn recomputation of activations in the backward pass, instead of keeping them, on or off."""
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers of its features."""
+        return 1
 
     @property
     def num_extra_tokens(self) -> int:
@@ -130,7 +157,7 @@ class Backbone(nn.Module, ABC):
             ['output_cls', 'output_mean', 'output_mean_patches']
         """
         with frozen_use():
-            return self.embed_encoded(self.encoder(Inputs(images, lengths)), layer_mean)
+            return self.embed_encoded(self.encoder(self.encoder.windows(Inputs(images, lengths))), layer_mean)
 
     def embed_encoded(self, tokens: Tokens, layer_mean: LayerMean | None = None) -> dict[str, Tensor]:
         """Compute every embedding from the encoder's tokens, without gradient; see :meth:`embed_all`."""

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from d2v_composer.models.attention import Block
 from d2v_composer.models.audio import AudioEncoder
+from d2v_composer.models.eat import EatEncoder
 from d2v_composer.models.encoder import Data2Vec2Encoder
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.layer_mean import LayerMean
 from d2v_composer.models.sizes import (
     AudioEncoderConfig,
     Data2Vec2TeacherConfig,
+    EatEncoderConfig,
     ImageEncoderConfig,
     check_whole,
     encoder_config,
@@ -25,7 +27,11 @@ from d2v_composer.models.sizes import (
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
 
-ENCODERS: dict[type[Any], type[Data2Vec2Encoder]] = {ImageEncoderConfig: ImageEncoder, AudioEncoderConfig: AudioEncoder}
+ENCODERS: dict[type[Any], type[Data2Vec2Encoder]] = {
+    ImageEncoderConfig: ImageEncoder,
+    AudioEncoderConfig: AudioEncoder,
+    EatEncoderConfig: EatEncoder,
+}
 
 
 class Data2Vec2(Teacher):

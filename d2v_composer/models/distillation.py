@@ -12,13 +12,14 @@ import torch
 from composer.models import ComposerModel
 from torch import Tensor, nn
 
+from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.encoder import Encoder, Frozen, Inputs, Tokens
 from d2v_composer.models.layer_mean import LayerMean
 from d2v_composer.models.names import ExtraTokens, Prediction, TargetSource
-from d2v_composer.models.objective import LayerRegression, Objective
-from d2v_composer.models.student import Student
+from d2v_composer.models.objective import GridRegression, LayerRegression, Objective
 from d2v_composer.models.targets import Regression
 from d2v_composer.models.teacher import Teacher
+from d2v_composer.models.transformer import Transformer
 from d2v_composer.system.errors import InputError
 
 Batch = Tensor | Mapping[str, Any]
@@ -50,15 +51,15 @@ class Distillation(ComposerModel):
     forward_methods = ("compute",)
     layer_mean: LayerMean
 
-    def __init__(self, student: Student, objectives: Mapping[str, Objective], cpu_bf16: bool = False) -> None:
+    def __init__(self, student: Backbone, objectives: Mapping[str, Objective], cpu_bf16: bool = False) -> None:
         super().__init__()
         self.student = student
         self.objectives: Any = nn.ModuleDict(objectives)
         self.objectives._fsdp_wrap = False
         self.layer_mean = student.layer_mean
         self.cpu_bf16 = cpu_bf16
-        # No FFN output depends on the last norm, and DDP refuses trainable parameters without gradient.
-        student.blocks[-1].norm2.requires_grad_(any(each.needs_output for each in objectives.values()))
+        reads = [(each.needs_output, each.needs_pooled) for each in objectives.values()]
+        student.train_what_is_read(*map(any, zip(*reads, strict=True)))
         # Frozen, and equal on all ranks: DDP would broadcast them before every forward pass.
         frozen = frozen_prefixes(self)
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers() if name.startswith(frozen)]
@@ -185,7 +186,7 @@ class DistillationModel(Distillation):
     def __init__(
         self,
         teacher: Teacher,
-        student: Student,
+        student: Backbone,
         prediction: Prediction = "layer_mean",
         extra_tokens: ExtraTokens = "regress",
         average_top_k_layers: int | None = None,
@@ -195,7 +196,8 @@ class DistillationModel(Distillation):
     ) -> None:
         options = {"average_top_k_layers": average_top_k_layers, "final_layer_norm": final_layer_norm}
         layer_mean = student.layer_mean.changed(source=target_source, extra_tokens=extra_tokens, **options)
-        objective = LayerRegression(teacher, student, layer_mean, prediction)
+        kind = LayerRegression if isinstance(student, Transformer) else GridRegression
+        objective = kind(teacher, student, layer_mean, prediction)
         super().__init__(student, {"tokens": objective}, cpu_bf16)
         self.layer_mean = layer_mean
 

@@ -24,6 +24,8 @@ class Inputs(NamedTuple):
     normalizes. Or waveforms, (B, L) float, which it normalizes."""
     lengths: Tensor | None = None
     """Samples of each waveform of a padded batch, (B,) int64; ``None``: nothing is padded."""
+    shares: Tensor | None = None
+    """The share of each of W windows in the embeddings of B clips, (B, W), if ``values`` are windows, (B·W, …)."""
 
     @classmethod
     def of(cls, batch: Tensor | Mapping[str, Any], name: str) -> "Inputs":
@@ -35,7 +37,7 @@ class Inputs(NamedTuple):
 
         A compiled model needs a graph for each size; there are eight from a power of two to the next.
         """
-        values, lengths = self
+        values, lengths, _ = self
         size, more = values.shape[-1], 0
         if lengths is not None:
             lengths, more = pad(lengths, (0, missing), value=size), -size % (1 << size.bit_length() - 4)
@@ -50,6 +52,10 @@ class Tokens(NamedTuple):
     """(B, T, D)"""
     padding_mask: Tensor | None = None
     """(B, T) bool, true for tokens that are padding; ``None``: no token is."""
+    shares: Tensor | None = None
+    """As of :class:`Inputs`."""
+    pooled: Tensor | None = None
+    """(B, P), of a model that pools its features itself."""
 
 
 class Frozen(nn.Module):
@@ -108,6 +114,11 @@ class Encoder(Frozen):
         self.half_residual = False
 
     @property
+    def embed_dim(self) -> int:
+        """D."""
+        return self.config.embed_dim
+
+    @property
     @abstractmethod
     def block_list(self) -> list[Any]:
         """The blocks, typed as the subclass's kind of block."""
@@ -157,6 +168,10 @@ class Encoder(Frozen):
         """The dimensions of inputs that an exported program leaves free: name, smallest and largest size."""
         return {0: ("batch", 1, 1 << 16)}
 
+    def windows(self, inputs: Inputs) -> Inputs:
+        """Divide inputs that are longer than the encoder reads, so that embeddings are of all of each."""
+        return inputs
+
     def padding_mask(self, lengths: Tensor | None, num_samples: int | None = None) -> Tensor | None:
         """Return which tokens are padding, (B, T) bool, of inputs with these lengths; ``None``: no token is.
 
@@ -190,7 +205,7 @@ class Encoder(Frozen):
             x_BTD = x_BTD.to(autocast_dtype(x_BTD))
         for block, context in zip(self.block_list, self.block_contexts(x_BTD, padding_mask), strict=False):
             x_BTD, _ = block(x_BTD, context)
-        return Tokens(x_BTD, padding_mask)
+        return Tokens(x_BTD, padding_mask, inputs.shares)
 
     def forward_macs(self, shape: Sequence[int] | None = None) -> int:
         """Return the multiply-accumulates for one input of a shape; default the usual one."""

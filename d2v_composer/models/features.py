@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, cat
 
 from d2v_composer.models.names import TargetSource
 from d2v_composer.models.targets import mean_over_time
@@ -36,6 +36,10 @@ class Features:
     """The first of these is CLS."""
     padding_mask: Tensor | None = None
     """(B, T), true for padding."""
+    shares: Tensor | None = None
+    """As of :class:`~d2v_composer.models.encoder.Inputs`."""
+    pooled: Tensor | None = None
+    """(B, P), the model's own pooled feature, in place of CLS."""
 
     def layers(self, source: TargetSource = "ffn") -> Iterator[Tensor]:
         """Yield the FFN output of each block, or its output, (B, T, D)."""
@@ -63,6 +67,20 @@ class Features:
         result = read(ffn_outputs())
         return self.norm(output), result
 
+    def without_registers(self) -> "Features":
+        """Return features without the extra tokens that are not CLS."""
+        num_kept = int(self.has_cls_token)
+        if self.num_extra_tokens == num_kept:
+            return self
+
+        def keep(x_BTD: Any) -> Any:  # the last block's output may be missing
+            return None if x_BTD is None else cat([x_BTD[:, :num_kept], x_BTD[:, self.num_extra_tokens :]], dim=1)
+
+        def run(needs_last_output: bool) -> Layers:
+            return ((keep(output), keep(ffn_output)) for output, ffn_output in self.run(needs_last_output))
+
+        return replace(self, run=run, num_extra_tokens=num_kept)
+
     def for_readers(self, count: int) -> "Features":
         """Return features for so many readers: several share one run, whose results are all in memory at once."""
         if count == 1:
@@ -71,9 +89,15 @@ class Features:
         return replace(self, run=lambda _: layers)
 
     def poolings(self, x_BTD: Tensor, prefix: str = "") -> dict[str, Tensor]:
-        """Return every pooling of (B, T, D) by prefix and name: (B, D) float32."""
+        """Return every pooling of (B, T, D) by prefix and name: (B, D) float32; of windows, each clip's mean."""
         x_BTD = x_BTD.float()
-        pooled = {"cls": x_BTD[:, 0]} if self.has_cls_token else {}
+        cls_BP = x_BTD[:, 0] if self.pooled is None else self.pooled.float()
+        pooled = {"cls": cls_BP} if self.has_cls_token else {}
         pooled["mean"] = mean_over_time(x_BTD, 0, self.padding_mask)[:, 0]
         pooled["mean_patches"] = mean_over_time(x_BTD, self.num_extra_tokens, self.padding_mask)[:, 0]
+        if self.shares is not None:
+            weights_BW1 = self.shares[..., None]
+            pooled = {
+                name: (weights_BW1 * each.unflatten(0, self.shares.shape)).sum(1) for name, each in pooled.items()
+            }
         return {f"{prefix}{name}": each for name, each in pooled.items()}

@@ -75,6 +75,8 @@ class LayerMean(NamedTuple):
 
     def embeddings(self, features: Features) -> dict[str, Tensor]:
         """Compute every embedding of a model, (B, D) float32, by name: poolings of its output and of its layers."""
+        if features.pooled is not None:
+            return features.poolings(features.output, "output_")
         output, mean = features.with_output(lambda layers: self.average(layers, features))
         both = features.poolings(output, "output_") | features.poolings(mean, "layer_mean_")
         return {name: both[name] for name in self.names(features.has_cls_token)}

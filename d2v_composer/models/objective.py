@@ -4,15 +4,17 @@ Shapes: B inputs, T tokens, D channels of the teacher, d of a student of another
 """
 
 from abc import ABC, abstractmethod
+from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor, cat, nn
+from torch.nn.functional import interpolate
 
 from d2v_composer.models.attention import fsdp_unit, init_linear_layers, linear_weights
+from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.features import Features
 from d2v_composer.models.layer_mean import LayerMean
 from d2v_composer.models.names import Prediction
 from d2v_composer.models.sizes import check_choice
-from d2v_composer.models.student import Student
 from d2v_composer.models.targets import Regression, regression_loss
 from d2v_composer.models.teacher import Teacher
 
@@ -27,10 +29,12 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         needs_output: The prediction depends on the student's output, and not on its FFN outputs alone.
+        needs_pooled: It depends on the student's own pooled feature.
     """
 
     _fsdp_wrap = False
     needs_output: bool
+    needs_pooled = False
 
     def __init__(self, teacher: Teacher, head: nn.Module, weight: float = 1.0) -> None:
         super().__init__()
@@ -72,7 +76,7 @@ class LayerRegression(Objective):
     def __init__(
         self,
         teacher: Teacher,
-        student: Student,
+        student: Backbone,
         layer_mean: LayerMean,
         prediction: Prediction = "layer_mean",
         weight: float = 1.0,
@@ -80,23 +84,31 @@ class LayerRegression(Objective):
         check_choice("prediction", prediction, Prediction)
         if layer_mean.extra_tokens == "only" and not teacher.num_extra_tokens:
             raise ValueError("extra_tokens: 'only' needs extra tokens, and this teacher has none")
-        widths = student.embed_dim, teacher.embed_dim
-        head = nn.Identity() if widths[0] == widths[1] else init_linear_layers(nn.Linear(*widths))
-        super().__init__(teacher, head, weight)
+        super().__init__(teacher, self.build_head(teacher, student), weight)
         top_k = layer_mean.average_top_k_layers or teacher.layer_mean.average_top_k_layers
         self.layer_mean = layer_mean.changed(average_top_k_layers=top_k)
+        self.prediction: Prediction = prediction
         self.needs_output = prediction == "last_block"
-        self.num_predicted = 1 if self.needs_output else student.config.depth
+        self.num_predicted = 1 if self.needs_output else student.num_layers
+
+    def build_head(self, teacher: Teacher, student: Backbone) -> nn.Module:
+        """Build what leads from a layer of the student to the teacher's width."""
+        widths = student.embed_dim, teacher.embed_dim
+        return nn.Identity() if widths[0] == widths[1] else init_linear_layers(nn.Linear(*widths))
 
     def target(self, features: Features) -> Tensor:
         return self.layer_mean.target(features)
 
     def predict(self, features: Features) -> Tensor:
         """Compute the prediction of all tokens, (B, T, D)."""
-        if self.needs_output:
-            return self.head(features.output)
+        if self.prediction == "last_block":
+            return self.project(features.output)
         num_dropped = self.layer_mean.regressed(features).start  # the target's statistics
-        return self.layer_mean.average(map(self.head, features.layers()), features, num_dropped)
+        return self.layer_mean.average(map(self.project, features.layers()), features, num_dropped)
+
+    def project(self, layer_BTd: Tensor) -> Tensor:
+        """Return a layer of the student in the teacher's width."""
+        return self.head(layer_BTd)
 
     def regression(self, features: Features, target: Tensor) -> Regression:
         prediction, regressed = self.predict(features), self.layer_mean.regressed(features)
@@ -109,3 +121,65 @@ class LayerRegression(Objective):
 
     def forward_macs(self, num_tokens: int) -> int:
         return self.num_predicted * num_tokens * linear_weights(self.head)
+
+
+class GridRegression(LayerRegression):
+    """Regress it with a student that has a feature map of its own, whatever its size, and a pooled feature.
+
+    Registers are left out of target and statistics, because the student has nothing like them.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.needs_output, self.needs_pooled = True, self.teacher.has_cls_token
+
+    def build_head(self, teacher: Teacher, student: Backbone) -> nn.Module:
+        config = teacher.encoder.config
+        return init_linear_layers(GridHead(student.encoder, teacher.embed_dim, config.grid_size, config.has_cls_token))
+
+    def target(self, features: Features) -> Tensor:
+        return super().target(features.without_registers())
+
+    def project(self, layer_BTd: Tensor) -> Tensor:
+        return layer_BTd  # already the teacher's
+
+    def regression(self, features: Features, target: Tensor) -> Regression:
+        x_BTD, has_cls_token = self.head(features.output, features.pooled), self.teacher.has_cls_token
+        tokens = Features(lambda _: [(x_BTD, x_BTD)], 1, nn.Identity(), int(has_cls_token), has_cls_token)
+        return super().regression(tokens, target)
+
+    def forward_macs(self, num_tokens: int) -> int:
+        return cast("GridHead", self.head).forward_macs()
+
+
+class GridHead(nn.Module):
+    """Predict a teacher's tokens from a network's features: CLS from the pooled feature, patches from the grid.
+
+    The grid is resized to the teacher's, bilinearly.
+
+    Args:
+        encoder: The network, a :class:`~d2v_composer.models.timm_network.TimmNetwork`.
+        dim: D, the teacher's channels.
+        grid_size: The teacher's grid.
+        has_cls_token: The teacher has CLS.
+    """
+
+    def __init__(self, encoder: Any, dim: int, grid_size: tuple[int, int], has_cls_token: bool) -> None:
+        super().__init__()
+        self.sizes = encoder.grid_size, grid_size
+        self.patches = nn.Linear(encoder.num_channels, dim)
+        self.cls = nn.Linear(encoder.num_pooled, dim) if has_cls_token else None
+
+    def forward(self, x_BNC: Tensor, pooled_BP: Tensor) -> Tensor:
+        """Return (B, T, D): CLS, if there is one, and the patches."""
+        own, wanted = self.sizes
+        x_BND = self.patches(x_BNC)
+        if own != wanted:  # a linear layer of each cell and bilinear weights, which add up to 1, commute
+            grid_BDHW = x_BND.transpose(1, 2).unflatten(2, own)
+            x_BND = interpolate(grid_BDHW.float(), wanted, mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
+        return x_BND if self.cls is None else cat([self.cls(pooled_BP)[:, None].to(x_BND.dtype), x_BND], dim=1)
+
+    def forward_macs(self) -> int:
+        """Return the multiply-accumulates for one image."""
+        cells = self.sizes[0][0] * self.sizes[0][1]
+        return cells * self.patches.weight.numel() + (0 if self.cls is None else self.cls.weight.numel())

@@ -29,6 +29,8 @@ LONGEST_SPEC = 1000  # characters
 
 SAMPLE_RATE = 16_000
 """Samples of a waveform in a second."""
+NUM_MELS, EAT_PATCH = 128, 16
+"""Channels of a log-mel spectrogram, and frames and channels of EAT's patches."""
 
 
 def check_whole(name: str, value: Any, minimum: int, maximum: int) -> None:
@@ -176,8 +178,17 @@ class ImageEncoderConfig(Data2Vec2EncoderConfig, ImageSizes):
         return side, side
 
 
+class SoundSizes:
+    """What the configs of all encoders of sound have in common."""
+
+    modality = "audio"
+    sample_rate = SAMPLE_RATE
+    timm_preprocessing: ClassVar[dict[str, Any]] = {}
+    recipe = "yamls/distill_audio.yaml"
+
+
 @dataclass(frozen=True, kw_only=True)
-class AudioEncoderConfig(Data2Vec2EncoderConfig):
+class AudioEncoderConfig(SoundSizes, Data2Vec2EncoderConfig):
     """Sizes of a data2vec 2.0 audio encoder."""
 
     extractor_mode: str = "layer_norm"
@@ -188,11 +199,7 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig):
     conv_pos_groups: int = 16
     conv_pos_depth: int = 5
     conv_pos_pre_ln: bool = False
-    modality = "audio"
-    sample_rate = SAMPLE_RATE
     preprocessing = ("sample_rate",)
-    timm_preprocessing: ClassVar[dict[str, Any]] = {}
-    recipe = "yamls/distill_audio.yaml"
     num_columns = 1
     has_cls_token = False  # its extra tokens are registers
 
@@ -259,6 +266,34 @@ def parse_convolutions(spec: Any) -> list[tuple[int, int, int]]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EatEncoderConfig(SoundSizes, Data2Vec2EncoderConfig):
+    """Sizes of an EAT encoder, and what normalizes its spectrograms; the defaults are AudioSet's."""
+
+    target_length: int = 1024
+    """Frames of a spectrogram, one each 10 ms."""
+    max_length: int = 768
+    """Rows of patches for which there are positions."""
+    log_mel_mean: float = -4.268
+    log_mel_std: float = 4.569
+    preprocessing = ("sample_rate", "target_length", "log_mel_mean", "log_mel_std")
+    num_columns = NUM_MELS // EAT_PATCH
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_whole("max_length", self.max_length, 1, MAX_PATCHES)
+        check_whole("target_length", self.target_length, EAT_PATCH, EAT_PATCH * self.max_length)
+        if self.target_length % EAT_PATCH:
+            raise ValueError(f"target_length must be a multiple of {EAT_PATCH}, got {self.target_length}")
+        check_number("log_mel_mean", self.log_mel_mean, -100, 100)
+        check_number("log_mel_std", self.log_mel_std, 1e-3, 100)
+
+    @property
+    def has_cls_token(self) -> bool:
+        """True if there are extra tokens. The first is CLS."""
+        return self.num_extra_tokens > 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Data2Vec2Sizes(Data2Vec2EncoderConfig):
     """Sizes of the blocks after a data2vec 2.0 encoder."""
 
@@ -294,7 +329,14 @@ class Data2Vec2AudioConfig(Data2Vec2Sizes, AudioEncoderConfig):
     encoder_class = AudioEncoderConfig
 
 
-Data2Vec2TeacherConfig = Data2Vec2Config | Data2Vec2AudioConfig
+@dataclass(frozen=True, kw_only=True)
+class EatConfig(Data2Vec2Sizes, EatEncoderConfig):
+    """Sizes of an EAT model."""
+
+    encoder_class = EatEncoderConfig
+
+
+Data2Vec2TeacherConfig = Data2Vec2Config | Data2Vec2AudioConfig | EatConfig
 
 
 def _released(**sizes: Any) -> Data2Vec2Config:
@@ -312,8 +354,9 @@ RELEASED: dict[str, Data2Vec2TeacherConfig] = {
     "huge": _released(embed_dim=1280, num_heads=16, patch_size=14, prenet_depth=0, depth=32, average_top_k_layers=24),
     "base_audio": _released_audio(prenet_depth=0, depth=12, average_top_k_layers=8),
     "large_audio": _released_audio(embed_dim=1024, num_heads=16, prenet_depth=8, depth=16, average_top_k_layers=16),
+    "base_eat": EatConfig(num_extra_tokens=1, prenet_depth=0, depth=12, average_top_k_layers=12),
 }
-"""Sizes of Meta's models; those without a modality are of images."""
+"""Sizes of Meta's models and of EAT's; those without a modality are of images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -400,14 +443,46 @@ class StudentConfig:
         check_choice("student normalization", self.normalization, Normalization)
 
 
-ImageConfig = ImageEncoderConfig | TimmEncoderConfig
-EncoderConfig = ImageConfig | AudioEncoderConfig
+@dataclass(frozen=True, kw_only=True)
+class TimmNetworkConfig(ImageSizes):
+    """A student that is a timm model, its preprocessing, and what it regresses.
+
+    Raises:
+        ValueError: ``normalization`` is unknown.
+    """
+
+    model: str
+    """``timm/NAME``, NAME as ``timm.create_model`` takes it."""
+    image_size: ImageSize
+    in_chans: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    interpolation: str
+    timm: str
+    """timm version that built it."""
+    normalization: Normalization = "layer"
+    """Normalization of each layer in target and prediction."""
+    final_layer_norm: bool = True
+    """End target and prediction with a LayerNorm."""
+    # The same for all, and thus not stored.
+    num_extra_tokens = 0
+    has_cls_token = True  # the pooled feature
+    average_top_k_layers = None  # a target's
+
+    def __post_init__(self) -> None:
+        check_pixel_statistics(self.in_chans, self.image_mean, self.image_std)
+        check_choice("student normalization", self.normalization, Normalization)
+
+
+ImageConfig = ImageEncoderConfig | TimmEncoderConfig | TimmNetworkConfig
+EncoderConfig = ImageConfig | AudioEncoderConfig | EatEncoderConfig
 TeacherConfig = Data2Vec2TeacherConfig | TimmTeacherConfig
 
 # A field that only one kind of config has, of teachers and of their encoders → the kind of teacher.
 KINDS: dict[str, type[TeacherConfig]] = {
     "model": TimmTeacherConfig,
     "feature_encoder_spec": Data2Vec2AudioConfig,
+    "target_length": EatConfig,
     "patch_size": Data2Vec2Config,
 }
 

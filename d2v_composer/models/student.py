@@ -53,6 +53,9 @@ class Student(Transformer):
         init_linear_layers(self.blocks)
         self.entrance = fsdp_unit(init_linear_layers(nn.Linear(width, dim))) if dim < width else nn.Identity()
 
+    def train_what_is_read(self, output: bool, pooled: bool) -> None:
+        self.blocks[-1].norm2.requires_grad_(output or pooled)  # no FFN output depends on it
+
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
         return [attention_bias(self.alibi, x_BTD, padding_mask)] * len(self.blocks)
 

@@ -5,6 +5,7 @@ Shapes: B inputs, E extra tokens, N patches, T = E + N tokens, D channels.
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from d2v_composer.models.encoder import Frozen, Tokens
 from d2v_composer.models.names import ExtraTokens
-from d2v_composer.models.sizes import StudentConfig, check_choice
+from d2v_composer.models.sizes import StudentConfig, TimmNetworkConfig, check_choice
 from d2v_composer.models.student import Init, Student
 from d2v_composer.models.transformer import Transformer
 
@@ -65,14 +66,23 @@ class Teacher(Transformer, Frozen):
         layer_mean = self.layer_mean.changed(extra_tokens=extra_tokens, **options)
         return layer_mean.target(self.features(Tokens(x, padding_mask)))
 
-    def build_student(self, init: Init = "random", **sizes: Any) -> Student:
-        """Build a trainable student that shares this teacher's encoder.
+    def build_student(
+        self, init: Init = "random", model: str | None = None, pretrained: bool = False, **sizes: Any
+    ) -> Any:
+        """Build a trainable student: blocks on this teacher's encoder, or a timm model.
 
         Args:
             init: ``random`` (the chapter), or copy the teacher's first blocks: ``teacher_attention``, or
                 ``teacher_blocks`` if the MLP ratios agree.
+            model: ``timm/NAME``: that model instead of blocks, of any architecture whose features have a grid. All of
+                it trains; it takes images of this teacher's size, normalized as for this teacher.
+            pretrained: Start from timm's weights of ``model``.
             **sizes: Fields of :class:`~d2v_composer.models.sizes.StudentConfig`, such as ``depth``, ``mlp_ratio`` and
                 ``alibi``; default the chapter's, and ``final_layer_norm`` the teacher's.
+
+        Returns:
+            A :class:`~d2v_composer.models.student.Student`, or with ``model`` a
+            :class:`~d2v_composer.models.timm_network.NetworkStudent`.
 
         Raises:
             ValueError: A size is out of range or, for a copy, differs from the teacher's; or an option is unknown.
@@ -84,6 +94,10 @@ class Teacher(Transformer, Frozen):
         """
         check_choice("init", init, Init)
         given = {name: value for name, value in sizes.items() if value is not None}
+        if model is not None:
+            return self.build_network(model, pretrained, **given, **({} if init == "random" else {"init": init}))
+        if pretrained:
+            raise ValueError("pretrained: only with a model, timm/NAME")
         config = StudentConfig(**{"final_layer_norm": self.layer_mean.final_layer_norm, **given})
         student = Student(self.encoder, config, provenance={"teacher": self.provenance})
         if init == "random":
@@ -98,3 +112,21 @@ class Teacher(Transformer, Frozen):
         except RuntimeError as error:  # its first line is a title
             raise ValueError(f"init {init} needs the teacher's sizes: {str(error).splitlines()[1].strip()}") from error
         return student
+
+    def build_network(self, model: str, pretrained: bool, **options: Any) -> Any:
+        """Build a student that is a timm model; see :meth:`build_student`."""
+        usual = {each.name: each.default for each in fields(StudentConfig)}
+        options = {name: each for name, each in options.items() if name == "normalization" or each != usual.get(name)}
+        if not_its := sorted(options.keys() - {"normalization", "final_layer_norm"}):
+            raise ValueError(f"{not_its[0]}: is for blocks on the teacher's encoder; leave it out with model {model}")
+        own = self.encoder.config
+        if own.modality != "image":
+            raise ValueError(f"model: {model} takes images, and this teacher {own.modality}")
+        from timm import __version__  # takes seconds to import
+
+        from d2v_composer.models.timm_network import NetworkStudent, TimmNetwork
+
+        names = ("image_size", "in_chans", "image_mean", "image_std", "interpolation")
+        preprocessing = {name: getattr(own, name) for name in names}
+        config = TimmNetworkConfig(model=model, timm=__version__, **preprocessing, **options)
+        return NetworkStudent(TimmNetwork(config, pretrained), config, {"teacher": self.provenance})

@@ -38,6 +38,10 @@ class Transformer(Backbone):
         self.norm = nn.Identity()
 
     @property
+    def num_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
     def block_list(self) -> list[Any]:
         """:attr:`blocks`, typed as the subclass's kind of block."""
         return list(self.blocks)
@@ -59,14 +63,15 @@ class Transformer(Backbone):
             yield x, ffn_output_BTD
 
     def features(self, tokens: Tokens) -> Features:
-        x, padding_mask = tokens
+        x, padding_mask, shares, _ = tokens
         return Features(
             lambda needs_last_output: self.iterate_blocks(x, needs_last_output, padding_mask),
-            len(self.blocks),
+            self.num_layers,
             self.norm,
             self.num_extra_tokens,
             self.has_cls_token,
             padding_mask,
+            shares,
         )
 
     def forward_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:

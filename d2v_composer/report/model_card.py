@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import torch
@@ -13,7 +14,6 @@ from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.data.modalities import modality_of
 from d2v_composer.embedding import hash_weights
 from d2v_composer.evaluation.evaluate import read_evaluation
-from d2v_composer.models.student import Student
 from d2v_composer.report.run import EMBEDDINGS
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import reading, writing
@@ -27,7 +27,31 @@ NOT_FREE = re.compile(r"unknown|cc-by-nc(-sa|-nd)?-[234]\.0")
 NOT_STATED = ("not-stated", "the-file-s", "as-the-source-s")
 
 
-def plan_model_card(student: Student, source: str, out: Path) -> Callable[[], str]:
+# What a card says of a modality: the hub's pipeline_tag and its tag, the kind of model, one sample, what a computation
+# is counted for, how samples are prepared, and a batch's shape.
+WORDS = {
+    "image": {
+        "pipeline_tag": "image-feature-extraction",
+        "tag": "vision-transformer",
+        "kind": "vision transformer",
+        "one": "an image",
+        "each": "image",
+        "prepared": "resized to {} x {} pixels (height x width), without cropping",
+        "shape": "(B, 3, any, any) uint8",
+    },
+    "audio": {
+        "pipeline_tag": "feature-extraction",
+        "tag": "audio",
+        "kind": "transformer for sound",
+        "one": "a clip of sound",
+        "each": "second of sound",
+        "prepared": "16 kHz mono of any length, in [-1, 1]; the model normalizes them",
+        "shape": "(B, samples) float32; if padded with zeros, also lengths=(B,)",
+    },
+}
+
+
+def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
     """Prepare README.md, before the student is written; return what writes it and returns a line that says so.
 
     One that d2v export did not write is kept, and so is the card of another student file in the folder.
@@ -52,6 +76,7 @@ def plan_model_card(student: Student, source: str, out: Path) -> Callable[[], st
     if described != out.name and out.with_name(described).exists():
         return lambda: f"kept {readme}: it describes {described}; a student in another folder gets its own"
     modality = modality_of(student.encoder.config)
+    network, embedding = getattr(student.config, "model", None), choose_embedding(student, None, None)
     with reading(source):
         record = {"teacher": {}, "data": {}, "versions": {}, "command": "not recorded"}
         record |= hide_secrets(student.provenance)  # an older one has some
@@ -68,8 +93,11 @@ def plan_model_card(student: Student, source: str, out: Path) -> Callable[[], st
             student=student,
             parameters=lambda model: sum(map(torch.numel, model.parameters())),
             unit=modality.unit,
-            words=modality.words(),
-            embedding=choose_embedding(student, None, None),
+            words=WORDS[modality.name],
+            network=network,
+            timm_arguments=student.encoder.timm_arguments() if network else "",
+            embedding=embedding,
+            width=student.embed(student.encoder.example(1), embedding.pooling, embedding.representation).shape[1],
             tables=read_evaluation(Path(source).parent, hash_weights(student)).get("tables", ""),
             results=record.get("results"),
             other_embeddings=tuple(EMBEDDINGS),

@@ -13,17 +13,21 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool1d
 
+from d2v_composer.data.audio import encode_flac
 from d2v_composer.data.labeled import LabeledSet
-from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.evaluate import gap_closed
 from d2v_composer.evaluation.metrics import AGREEMENT, HEALTH_STATES, TEACHER, read_accuracies, retrieval_from
+from d2v_composer.models.audio import LogMel
+from d2v_composer.models.sizes import SAMPLE_RATE
 from d2v_composer.report.plots import STYLE, WIDTH, accuracy_plots, curves
 from d2v_composer.report.run import Run, latest
 from d2v_composer.system.files import write_atomically
 
 DPI = 150
 GALLERY_FIGURES, QUERIES_A_FIGURE, NEIGHBORS_SHOWN = 3, 4, 3
+HEARD = 10 * SAMPLE_RATE  # samples of a clip that are played and drawn
 
 
 Clips = Sequence[Sequence[tuple[str, bytes]]]
@@ -71,7 +75,7 @@ def _sections(run: Run) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
         nearest = run.neighbors[name]["train"].long()
         chosen = torch.randperm(len(nearest), generator=torch.Generator().manual_seed(0))  # the same in every run
         parts = chosen[: GALLERY_FIGURES * QUERIES_A_FIGURE].split(QUERIES_A_FIGURE)
-        shown = [gallery(run.modality, labeled, part, nearest[part, :NEIGHBORS_SHOWN]) for part in parts]
+        shown = [gallery(run.modality.unit, labeled, part, nearest[part, :NEIGHBORS_SHOWN]) for part in parts]
         title = f"Nearest {run.modality.unit} of {name}'s queries (bank train)"
         yield title, [(f"gallery_{name}_{i}", *each) for i, each in enumerate(shown, 1)]
 
@@ -111,11 +115,11 @@ def _warnings(run: Run) -> Iterator[str]:
 
 
 @mpl.rc_context(STYLE)
-def gallery(modality: Modality, labeled: LabeledSet, chosen: Tensor, nearest: Tensor) -> tuple[Figure, Clips]:
+def gallery(unit: str, labeled: LabeledSet, chosen: Tensor, nearest: Tensor) -> tuple[Figure, Clips]:
     """Show test samples, one per row, and their nearest train samples, marked as right (tick) or wrong (cross).
 
     Args:
-        modality: How they are shown.
+        unit: What several samples are called.
         labeled: A data set.
         chosen: Indices of the test samples, (Q,).
         nearest: Indices of their nearest train samples, nearest first, (Q, K).
@@ -134,12 +138,28 @@ def gallery(modality: Modality, labeled: LabeledSet, chosen: Tensor, nearest: Te
             mark, color = ("✓", "tab:green") if bank.labels[index] == label else ("✗", "tab:red")
             shown.append((bank.samples[index], f"{mark} {class_names[bank.labels[index]]}", color))
         for axes, (sample, text, color) in zip(row, shown, strict=True):
-            axes.imshow(modality.picture(sample).numpy(), interpolation="nearest")
+            axes.imshow(picture(sample).numpy(), interpolation="nearest")
             axes.grid(visible=False)
             axes.set(xticks=[], yticks=[])
             axes.set_xlabel(text, color=color, fontsize=10)
             for spine in axes.spines.values():
                 spine.set(visible=True, color=color, linewidth=3)
-        clips.append([(text, heard) for sample, text, _ in shown if (heard := modality.sound(sample)) is not None])
-    figure.suptitle(f"query, then its nearest {modality.unit}")
+        clips.append([(text, encode_flac(sample[:HEARD].numpy())) for sample, text, _ in shown if sample.ndim == 1])
+    figure.suptitle(f"query, then its nearest {unit}")
     return figure, list(filter(None, clips))
+
+
+def picture(sample: Tensor) -> Tensor:
+    """Return a picture of a sample as matplotlib draws it.
+
+    Args:
+        sample: An image, (3, height, width) uint8, or a clip, (L,).
+
+    Returns:
+        (height, width, 3) uint8; of a clip, a square log-mel spectrogram, high pitches on top.
+    """
+    if sample.ndim == 3:
+        return sample.permute(1, 2, 0)
+    log_mel_1NM, _ = LogMel()(sample[None, :HEARD])
+    log_mel_NM = log_mel_1NM[0]
+    return adaptive_avg_pool1d(log_mel_NM.T.flip(0), len(log_mel_NM.T))

@@ -43,7 +43,7 @@ CURVES = {
     "loss": ("Loss", "log", "loss/train/total", "metrics/test/loss"),
     "learning_rate": ("Learning rate", "", "lr-AdamW/group0"),
     "gradient_norm": ("Gradient norm before clipping", "log", "l2_norm/grad/global"),
-    "throughput": ("Throughput in {}/s", "", "throughput/images_per_sec"),
+    "throughput": ("Throughput in {}/s", "", "throughput/samples_per_sec"),
     "data_wait": ("Fraction of the time spent waiting for {}", "%", "throughput/data_wait"),
     "variance": ("Variance over the {}", "", "health/*_variance"),
 }

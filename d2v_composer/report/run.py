@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, get_args
 import yaml
 from torch import Tensor
 
-from d2v_composer.checkpoints.safe_load import LATEST, load_untrusted, read_newest
+from d2v_composer.checkpoints.checkpoint import LATEST, LOG, Checkpoint, read_newest
+from d2v_composer.checkpoints.safe_load import load_untrusted
 from d2v_composer.data.labeled import LabeledSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.data.modality import Modality
@@ -37,7 +38,7 @@ class Run(NamedTuple):
     @property
     def modality(self) -> Modality:
         """The kind of samples, in a gallery's size; of a record without one, images."""
-        return MODALITIES[self.record["data"].get("modality", "image")].shown(SHOWN_SIZE)
+        return MODALITIES[self.record["data"].get("modality", "image")].of_side(SHOWN_SIZE)
 
     @property
     def retrieval(self) -> Mapping[str, Any]:
@@ -60,7 +61,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         InputError: It is not the folder of a run, or its newest checkpoint is corrupt.
     """
-    record_file, log_file, checkpoint = folder / "run.yaml", folder / "log.jsonl", folder / LATEST
+    record_file, log_file, checkpoint = folder / "run.yaml", folder / LOG, folder / LATEST
     measured: dict[str, Any] = {"neighbors": {}, "images": {}}
     with reading(record_file):
         run = Run(yaml.safe_load(record_file.read_bytes()), {}, {}, {})
@@ -69,8 +70,7 @@ def read_run(folder: Path) -> Run:
         log = read_jsonl(log_file)
     if checkpoint.is_file():
         with reading(checkpoint):
-            callbacks = read_newest(checkpoint, load_untrusted)["state"]["callbacks"]
-            measured |= callbacks.get("ZeroShotRetrieval", {})
+            measured |= Checkpoint(checkpoint, read_newest(checkpoint, load_untrusted)).saved_by("ZeroShotRetrieval")
     datasets = {}
     for name, labeled in retrieval["datasets"].items():
         options = {"download": False, "max_images": retrieval["max_images"]}

@@ -114,7 +114,7 @@ def study_table(logs: Mapping[str, Log]) -> str:
         for name in names:
             closed = gap_closed_by_step(log, DATASET, name, baselines=log if has_own else first)
             cells.append(f"{_top1(log, name)} ({f'{100 * closed[max(closed)]:.0f} %' if closed else '–'})")
-        losses, paces = log["loss/train/total"], log.get("throughput/images_per_sec", {}).values()
+        losses, paces = log["loss/train/total"], log.get("throughput/samples_per_sec", {}).values()
         loss = mean(losses[step] for step in sorted(losses)[-100:])
         seconds = f"{max(log['time/sample'].values()) * mean(1 / pace for pace in paces):.0f}" if paces else "–"
         lines.append([run, *cells, f"{loss:.3f}", seconds])

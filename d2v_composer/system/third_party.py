@@ -4,8 +4,8 @@ While :func:`patched_composer` is active:
 
 - ``dist.get_node_signal_file_name``: the name of a signal file includes the node. Composer gives all nodes the same
   name, and in a shared folder each node deletes the others' file.
-- ``checkpoint._torch_load_with_validation``: checkpoints are read with ``weights_only``, as Composer does after 0.32.1
-  (#3937). Composer 0.32.1 unpickles all that a file names.
+- ``checkpoint._torch_load_with_validation``: a checkpoint is the caller's, who has read and checked it. Composer 0.32.1
+  unpickles all that a file names.
 - ``fsdp2.fully_shard``: the caller's, to which Composer gives no choice.
 
 While :func:`lean_engine` is active, because the GPU waits for what the host does in each batch:
@@ -40,11 +40,11 @@ MONITORED = (Event.AFTER_TRAIN_BATCH, Event.BATCH_END)
 
 
 @contextmanager
-def patched_composer(read_checkpoint: Callable[..., Any], shard: Callable[..., Any] = fully_shard) -> Iterator[None]:
+def patched_composer(loaded: Any, shard: Callable[..., Any] = fully_shard) -> Iterator[None]:
     """Patch Composer while a Trainer is constructed in the ``with`` block.
 
     Args:
-        read_checkpoint: Loads a checkpoint, given its path and, by keyword, torch.load's ``map_location``.
+        loaded: Contents of the checkpoint at the Trainer's ``load_path``.
         shard: Shards a module, as torch's ``fully_shard`` does.
     """
     common_name = dist.get_node_signal_file_name
@@ -54,7 +54,7 @@ def patched_composer(read_checkpoint: Callable[..., Any], shard: Callable[..., A
 
     with (
         patch.object(dist, "get_node_signal_file_name", name_of_this_node),
-        patch.object(checkpoint, "_torch_load_with_validation", read_checkpoint),
+        patch.object(checkpoint, "_torch_load_with_validation", lambda *_, **__: loaded),
         patch.object(fsdp2, "fully_shard", shard),
     ):
         yield

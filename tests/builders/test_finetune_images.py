@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from d2v_composer import load_teacher
-from d2v_composer.builders.finetune import build_images, count_classes
-from d2v_composer.config.schema import FinetuneConfig, FinetuneLoaderConfig, LabeledSetConfig
+from d2v_composer.builders.finetune import build_data, count_classes
+from d2v_composer.config.schema import FinetuneConfig, LabeledSetConfig, ShardLoaderConfig
 from d2v_composer.models.sizes import EncoderConfig
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, encoded_image, write_mds
@@ -26,7 +26,7 @@ def write_streamed(tmp_path: Path, *classes: list[str] | None) -> FinetuneConfig
         if names is not None:
             (folder / "conversion.json").write_text(json.dumps({"classes": names}))
     options: dict[str, Any] = {"remote": str(train), "crop_scale": (1, 1), "crop_ratio": (1, 1), "flip": 0}
-    loader = FinetuneLoaderConfig(stream=True, num_workers=0, **options)
+    loader = ShardLoaderConfig(num_workers=0, **options)
     dataset = LabeledSetConfig(format="mds", root=str(root))
     return FinetuneConfig(model="x", dataset=dataset, train_loader=loader, global_train_batch_size=4)
 
@@ -39,7 +39,7 @@ def sizes() -> EncoderConfig:
 def test_streamed_and_test_images_have_their_labels_and_the_classes_of_train(
     tmp_path: Path, sizes: EncoderConfig
 ) -> None:
-    images = build_images(write_streamed(tmp_path, ["ant", "bee", "cat"], ["ant", "bee", "cat"]), sizes)
+    images = build_data(write_streamed(tmp_path, ["ant", "bee", "cat"], ["ant", "bee", "cat"]), sizes)
     assert images.test.labels.tolist() == [1, 2]
     assert (images.class_names, images.num_classes) == (("ant", "bee", "cat"), 3)
     (batch,) = images.train_loader
@@ -53,10 +53,10 @@ def test_classes_of_streamed_and_test_images_are_compared(tmp_path: Path, sizes:
     """Those of a data set from another program have no names."""
     swapped = write_streamed(tmp_path / "swapped", ["ant", "bee", "cat"], ["cat", "bee", "ant"])
     with pytest.raises(InputError, match="train and test name their classes differently"):
-        build_images(swapped, sizes)
+        build_data(swapped, sizes)
     unnamed = write_streamed(tmp_path / "unnamed", None, None)
     for _ in range(2):  # then from the cache
-        assert build_images(unnamed, sizes).class_names == ()
+        assert build_data(unnamed, sizes).class_names == ()
 
 
 def test_classes_are_counted_by_names_and_labels() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from d2v_composer.builders.training import build_run_record
+from d2v_composer.builders.run import build_run_record
 from d2v_composer.config.load import defaults, load_checked
 from d2v_composer.config.schema import FinetuneConfig, RunConfig, TrainConfig
 from d2v_composer.system.errors import InputError
@@ -34,7 +34,7 @@ def keys_of(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
         (TrainConfig, ["quickstart.yaml"], ["teacher.checkpoint"], {"teacher.checkpoint"}),
         (
             FinetuneConfig,
-            ["finetune.yaml", f"model={QUICKSTART / 'teacher.safetensors'}", "train_loader.stream=true"],
+            ["finetune.yaml", f"model={QUICKSTART / 'teacher.safetensors'}"],
             ["dataset.root", "model"],
             {"model", "checkpoint", "teacher"},
         ),

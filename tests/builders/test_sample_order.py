@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from d2v_composer.builders.data import build_train_loader
-from d2v_composer.builders.training import FIXED_IN_ANY_RUN
+from d2v_composer.builders.run import FIXED_IN_ANY_RUN
 from d2v_composer.config.schema import TrainLoaderConfig
 from d2v_composer.data.audio import Audio
 from d2v_composer.data.images import Images
+from d2v_composer.data.mds import Index
 from d2v_composer.data.modality import Modality
 from helpers import write_mds
 
@@ -36,18 +37,18 @@ LOCATION = {"local", "remote", "cache_limit"}
 def order_of(folder: Path, modality: Modality, is_compiled: bool = False, **changes: Any) -> list[int]:
     """Return the samples of two epochs."""
     config = TrainLoaderConfig(local=str(folder), **{"column": "image", "num_workers": 0, **changes})
-    lengths = np.random.default_rng(0).integers(800, 8000, NUM_SAMPLES) if modality.has_lengths else None
     transform = modality.augmentation(**config.model_dump(include=set(modality.options)))
-    shards = json.loads((folder / "index.json").read_text())["shards"]
-    loader: Any = build_train_loader(
-        config, modality, (shards, lengths), transform, BATCH_SIZE, seed=17, is_compiled=is_compiled
-    )
+    index = Index(folder, modality, "image")
+    loader: Any = build_train_loader(config, index, transform, BATCH_SIZE, seed=17, is_compiled=is_compiled)
     return [sample.sample_id for _ in range(2) for sample in loader.sampler]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_mds(tmp_path_factory.mktemp("order"), [bytes(600)] * NUM_SAMPLES)
+    folder = write_mds(tmp_path_factory.mktemp("order"), [bytes(600)] * NUM_SAMPLES)
+    lengths = np.random.default_rng(0).integers(800, 8000, NUM_SAMPLES).tolist()
+    (folder / "conversion.json").write_text(json.dumps({"lengths": lengths}))
+    return folder
 
 
 @pytest.mark.parametrize("modality", [Images(32), Audio()], ids=["image", "audio"])

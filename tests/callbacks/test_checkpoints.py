@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from d2v_composer.callbacks.checkpointing import Checkpoints, FolderLock, outdated, prune_store
+from d2v_composer.callbacks.checkpointing import Checkpoints, FolderLock
 from d2v_composer.callbacks.logging import Uploads
-from d2v_composer.checkpoints.safe_load import LATEST
+from d2v_composer.checkpoints.checkpoint import LATEST, outdated, prune_store
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError, RunError
 from gated_store import GatedStore

@@ -15,7 +15,7 @@ from composer.loggers import InMemoryLogger, Logger, LoggerDestination
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from d2v_composer.builders.training import build_algorithms
+from d2v_composer.builders.run import build_algorithms
 from d2v_composer.callbacks import GradientNorm, ProgressLogger, Throughput
 from d2v_composer.config.schema import AlgorithmsConfig
 from foreign_models import Linear, fit
@@ -97,7 +97,7 @@ def test_throughput_excludes_callbacks_and_counts_waiting(monkeypatch: pytest.Mo
     monkeypatch.setattr("d2v_composer.callbacks.logging.time", clock)
     loader = DataLoader(Numbers(clock), batch_size=2)
     logged = train(loader, callbacks=[Throughput(every=3), Work(clock)])
-    assert [value for _, value in logged["throughput/images_per_sec"]] == pytest.approx([40, 40])
+    assert [value for _, value in logged["throughput/samples_per_sec"]] == pytest.approx([40, 40])
     assert [value for _, value in logged["throughput/data_wait"]] == pytest.approx([0.8, 0.8])
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from d2v_composer.checkpoints import load
+from d2v_composer.checkpoints.checkpoint import LATEST
 from d2v_composer.checkpoints.load import load_any
-from d2v_composer.checkpoints.safe_load import LATEST
 from d2v_composer.system.errors import InputError
 from helpers import student_of
 

@@ -1,10 +1,17 @@
 """d2v distill: the settings that it chooses; tests/promises/test_distill.py has the rest."""
 
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from d2v_composer.commands import distill
 from d2v_composer.models.sizes import Data2Vec2Config
+from helpers import encoded_image
 
 
 @pytest.mark.parametrize(
@@ -25,3 +32,16 @@ def test_sizes_follow_from_images_teacher_and_device(
     found = tuple(chosen[key] for key in ("max_duration", "global_train_batch_size", "optimizer.lr"))
     assert found == expected
     assert "teacher.image_size" not in chosen
+
+
+def test_the_teacher_of_the_plan_has_the_size_that_it_chose(tmp_path: Path) -> None:
+    """It is the run's: a timm model's own images are larger."""
+    weights, photos = tmp_path / "weights.safetensors", tmp_path / "photos"
+    save_file(timm.create_model("test_vit").state_dict(), weights)
+    photos.mkdir()
+    for i in range(200):
+        (photos / f"{i}.jpg").write_bytes(encoded_image(0))
+    changes = [f"teacher.checkpoint={weights}"]
+    paths: dict[str, Any] = {"source": str(photos), "out": tmp_path / "run"}
+    plan = distill.make_plan(Namespace(teacher="timm/test_vit", changes=changes, column=None, **paths))
+    assert plan.config.teacher.image_size == plan.teacher.config.image_size == 112

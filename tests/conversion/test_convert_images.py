@@ -22,6 +22,7 @@ from d2v_composer.data import convert
 from d2v_composer.data.convert import CIFAR10, convert_cifar10, find_samples, work_folder
 from d2v_composer.data.images import as_rgb_jpeg, decode_rgb
 from d2v_composer.data.labeled import LabeledSamples, LabeledSet, load_labeled_set
+from d2v_composer.data.source import Source
 from d2v_composer.system import retry
 from d2v_composer.system.errors import InputError, RunError
 from d2v_composer.system.fetch import cache_folder
@@ -83,6 +84,11 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def labels_of(source: Source) -> list[int]:
+    assert source.label is not None
+    return [source.label(number) for number in range(len(source))]
+
+
 def test_converts_train_folders(source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     out = tmp_path / "out"
     result = main([str(source), str(out), *SMALL_SHARDS])
@@ -119,7 +125,7 @@ def test_val_takes_its_labels_from_a_file(tmp_path: Path, name: str, lines: list
         with pytest.raises(InputError, match=want):
             find_samples(tmp_path, "val")
     else:
-        assert [file.label for file in find_samples(tmp_path, "val").files] == want
+        assert labels_of(find_samples(tmp_path, "val")) == want
     result = main([str(tmp_path), str(tmp_path / "out"), "--split", "val", "--labels", "none", "--workers", "1"])
     assert result.samples == 2
     assert all(sample.keys() == {"image"} for sample in samples(tmp_path / "out"))
@@ -131,17 +137,17 @@ def test_class_names_of_a_file_may_have_several_words(tmp_path: Path) -> None:
     lines = ["image,class", "a.jpg,sea lion", 'b.jpg,"lion, sea"', "c.jpg, sea horse "]
     labels = write(tmp_path / "labels.csv", "\n".join(lines).encode())
     found = find_samples(tmp_path / "in", labels=labels)
-    assert found.classes == ["lion, sea", "sea horse", "sea lion"]
-    assert [file.label for file in found.files] == [2, 0, 1]
+    assert found.class_names == ("lion, sea", "sea horse", "sea lion")
+    assert labels_of(found) == [2, 0, 1]
 
 
 def test_a_class_may_have_the_name_of_a_split(tmp_path: Path) -> None:
     for name in ("car/1.jpg", "plane/1.jpg", "train/1.jpg"):
         write(tmp_path / name, encoded_image(0))
     found = find_samples(tmp_path, "none")
-    assert (found.classes, [file.label for file in found.files]) == (["car", "plane", "train"], [0, 1, 2])
+    assert (found.class_names, labels_of(found)) == (("car", "plane", "train"), [0, 1, 2])
     found = find_samples(tmp_path, "train")
-    assert (found.classes, [file.path for file in found.files]) == (None, ["1.jpg"])
+    assert (found.label, found.ids.tolist()) == (None, ["1.jpg"])
 
 
 def test_a_folder_without_images_is_no_class(tmp_path: Path) -> None:
@@ -151,7 +157,7 @@ def test_a_folder_without_images_is_no_class(tmp_path: Path) -> None:
     write(tmp_path / "train" / "dog" / "._1.jpg", b"what macOS leaves in archives")
     for split, labels in {"train": [0, 1], "test": [1]}.items():
         found = find_samples(tmp_path, split)
-        assert (found.classes, [file.label for file in found.files]) == (["bee", "cat"], labels)
+        assert (found.class_names, labels_of(found)) == (("bee", "cat"), labels)
     assert load_labeled_set("folder", tmp_path, image_size=32).class_names == ("bee", "cat")
 
 

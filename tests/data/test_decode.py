@@ -192,10 +192,10 @@ def register_heif_opener():
 PROGRAM = """
 from pathlib import Path
 from d2v_composer.data.images import Images, decode_rgb
-from d2v_composer.data.modality import list_files
+from d2v_composer.data.source import open_folder
 
-files, others = list_files(Path("."), Images)
-print([file.path for file in files], others, decode_rgb(Path("0.heic").read_bytes(), "0.heic").size)
+found = open_folder(Path("."), Images())
+print(found.ids.tolist(), found.left_out, decode_rgb(Path("0.heic").read_bytes(), "0.heic").size)
 """
 
 

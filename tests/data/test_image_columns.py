@@ -13,8 +13,9 @@ from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.config.load import load_config
 from d2v_composer.data.images import Images, RandomResizedCropFlip, decode_rgb
 from d2v_composer.data.labeled import load_labeled_set
+from d2v_composer.data.mds import Index
+from d2v_composer.data.source import open_source
 from d2v_composer.data.streaming import StreamingSamples
-from d2v_composer.embedding import open_collection
 from d2v_composer.system.errors import InputError
 from helpers import encoded_image, small_run
 
@@ -41,8 +42,8 @@ def write_as_streaming(folder: Path, files: list[Path], encoding: str) -> Path:
 
 def train_loader(data: Path, *overrides: str) -> Any:
     config = load_config(small_run(data.parent / "run", data, *overrides))
-    shards = read_train_index(config.train_loader, Images(24), 16)
-    return build_train_loader(config.train_loader, Images(24), shards, RandomResizedCropFlip(24), 16, seed=5)
+    index = read_train_index(config.train_loader, Images(24), 16)
+    return build_train_loader(config.train_loader, index, RandomResizedCropFlip(24), 16, seed=5)
 
 
 @pytest.mark.parametrize("encoding", ["bytes", "jpeg", "png", "pil"])
@@ -52,13 +53,8 @@ def test_trains_on_a_data_set_of_streamings_own_converter(files: list[Path], tmp
     ids = torch.cat([batch["sample_id"] for batch in batches])
     pixels = torch.cat([batch["image"] for batch in batches])
     assert sorted(ids.tolist()) == list(range(NUM_SAMPLES))
-    ours = StreamingSamples(
-        local=write_as_streaming(tmp_path / "ours", files, "bytes"),
-        batch_size=16,
-        transform=RandomResizedCropFlip(24),
-        column="x",
-        seed=5,
-    )
+    index = Index(write_as_streaming(tmp_path / "ours", files, "bytes"), Images(24), "x")
+    ours = StreamingSamples(index, RandomResizedCropFlip(24), seed=5)
     expected = {sample["sample_id"]: sample["image"] for sample in ours}
     assert all(torch.equal(image, expected[i]) for i, image in zip(ids.tolist(), pixels, strict=True))
 
@@ -68,20 +64,19 @@ def test_embeds_and_retrieves_from_a_chosen_column(files: list[Path], tmp_path: 
     for split in ("train", "test"):
         write_as_streaming(tmp_path / split, files, encoding)
     expected = decode_rgb(files[3].read_bytes(), "file").getdata()
-    collection = open_collection(str(tmp_path / "train"), Images(32), column="x")
+    source = open_source(str(tmp_path / "train"), Images(32), column="x")
     labeled = load_labeled_set("mds", tmp_path, image_size=32, interpolation="bicubic", column="x", label_column="y")
-    for pixels in (collection.load(3), labeled.train.samples[3]):
+    for pixels in (source.decode(3), labeled.train.samples[3]):
         assert torch.equal(pixels.flatten(1).T, torch.tensor(list(expected), dtype=torch.uint8))
     assert labeled.test.labels.tolist() == [i % 4 for i in range(NUM_SAMPLES)]
-    as_integers = open_collection(str(tmp_path / "test"), Images(32), column="x")
-    assert as_integers.source != collection.source
+    assert open_source(str(tmp_path / "test"), Images(32), column="x").fingerprint != source.fingerprint
 
 
 def test_names_a_column_that_is_missing_or_has_no_images(files: list[Path], tmp_path: Path) -> None:
     data = write_as_streaming(tmp_path / "train", files, "jpeg")
     readers: dict[str, Callable[[], Any]] = {
         "train_loader.column": lambda: train_loader(data),
-        "--column": lambda: open_collection(str(data), Images(32)),
+        "--column": lambda: open_source(str(data), Images(32)),
         "column and label_column": lambda: load_labeled_set("mds", tmp_path, image_size=32, interpolation="bicubic"),
     }
     for option, read in readers.items():

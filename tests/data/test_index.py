@@ -12,10 +12,10 @@ from d2v_composer.builders import data as builders_data
 from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainLoaderConfig
-from d2v_composer.data import index as data_index
-from d2v_composer.data import streaming
+from d2v_composer.data import shards
 from d2v_composer.data.images import Images, RandomResizedCropFlip
-from d2v_composer.data.index import fetch_index, read_index
+from d2v_composer.data.mds import Index
+from d2v_composer.data.shards import fetch_index
 from d2v_composer.system.errors import InputError
 from helpers import small_run
 
@@ -24,10 +24,10 @@ Usage = namedtuple("Usage", ["total", "used", "free"])
 
 def test_a_cache_on_a_full_disk_is_refused(many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loader = TrainLoaderConfig(local=str(tmp_path / "cache"), remote=str(many_shards), num_workers=0)
-    shards = read_train_index(loader, Images(24), 16)
+    index = read_train_index(loader, Images(24), 16)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 1000))
     with pytest.raises(InputError, match=r"cache: 0\.0 GB of shards must still be fetched, but only 0\.0 GB is free"):
-        build_train_loader(loader, Images(24), shards, RandomResizedCropFlip(24), 16, seed=1)
+        build_train_loader(loader, index, RandomResizedCropFlip(24), 16, seed=1)
 
 
 def test_nodes_with_other_data_are_refused(small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,14 +43,14 @@ def test_another_programs_index_is_named(tmp_path: Path) -> None:
     for content in ('{"pages": []}', "[]"):
         (tmp_path / "index.json").write_text(content)
         with pytest.raises(InputError, match=rf"^{tmp_path}: no MDS index\.json: not an MDS data set$"):
-            read_index(tmp_path, "image", Images, option="--column")
+            Index(tmp_path, Images())
 
 
 def test_the_index_in_a_cache_suffices_if_the_store_is_unreachable(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also for a data set of another program, which has no summary."""
-    monkeypatch.setattr(data_index, "transfer", Mock(side_effect=ConnectionError("no network")))
+    monkeypatch.setattr(shards, "transfer", Mock(side_effect=ConnectionError("no network")))
     with pytest.raises(InputError, match=r"s3://bucket/x/index\.json: cannot be fetched \(no network\)"):
         fetch_index("s3://bucket/x", tmp_path)
     shutil.copy(small_data / "index.json", tmp_path)
@@ -65,11 +65,10 @@ def test_refuses_to_start_with_too_little_shared_memory(
     """A worker would be killed by SIGBUS."""
     options = ("train_loader.num_workers=2", "train_loader.prefetch_factor=6")
     loader = load_config(small_run(tmp_path, small_data, *options)).train_loader
-    shards = read_train_index(loader, Images(24), 16)
-    monkeypatch.setattr(streaming.shutil, "disk_usage", lambda _: Usage(64 << 20, 60 << 20, 4 << 20))
-    build_train_loader(loader, Images(24), shards, RandomResizedCropFlip(24), 16, seed=1)
+    index = read_train_index(loader, Images(24), 16)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(64 << 20, 60 << 20, 4 << 20))
+    build_train_loader(loader, index, RandomResizedCropFlip(24), 16, seed=1)
     with pytest.raises(InputError, match=r"^/dev/shm: 4,194,304 of 67,108,864 bytes are free, .* needs 33,9") as caught:
-        build_train_loader(
-            loader, Images(24), shards, RandomResizedCropFlip(224), 16, seed=1
-        )  # 16 x 3 x 224 x 224 bytes, 14 times
+        # 16 x 3 x 224 x 224 bytes, 14 times
+        build_train_loader(loader, index, RandomResizedCropFlip(224), 16, seed=1)
     assert "docker run --shm-size=" in str(caught.value)

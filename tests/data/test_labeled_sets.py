@@ -26,7 +26,7 @@ def write_image(path: Path, seed: int = 0) -> None:
         (["train/a.jpg"], "train: no images in its class folders"),
         (["train/cat/a.jpg"], "test: no such folder"),
         (["train/cat/a.jpg", "test/a.jpg"], "test: no images in its class folders"),
-        (["train/cat/a.jpg", "test/dog/a.jpg"], "test/dog: this class is not in the train folder"),
+        (["train/cat/a.jpg", "test/dog/a.jpg"], "test/dog/a.jpg: expected one of the classes cat; got 'dog'"),
     ],
 )
 def test_the_layout_of_a_folder_is_told(tmp_path: Path, images: list[str], fault: str) -> None:

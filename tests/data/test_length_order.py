@@ -1,6 +1,9 @@
 """Batches of clips of similar length: each sample once, the same on any number of ranks, little padding."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -8,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from streaming.base.world import World
 
-from d2v_composer.data.images import Images
-from d2v_composer.data.index import describe_data, read_lengths
+from d2v_composer.data.audio import Audio
+from d2v_composer.data.mds import Index
 from d2v_composer.data.modality import collate
-from d2v_composer.data.streaming import EpochOrder, LengthOrder, padded_sizes
+from d2v_composer.data.streaming import EpochOrder, padded_sizes
 from d2v_composer.system.errors import InputError
+from helpers import write_mds
 
 SEED, EPOCH = 17, 3
 Lengths = NDArray[np.int64]
@@ -29,28 +33,32 @@ def prompts(rng: np.random.Generator, number: int) -> Lengths:
     return (16_000 * np.exp(rng.normal(0.2, 0.5, number)).clip(0.3, 8)).astype(int)
 
 
-def build_order(lengths: Lengths, batch_size: int, **options: int | bool) -> LengthOrder:
-    number = len(lengths)
-    shard_sizes = np.diff(np.arange(0, number // 100 + 2) * number // (number // 100 + 1))
-    epoch_size = number // batch_size * batch_size
-    return LengthOrder(shard_sizes, lengths=lengths, batch_size=batch_size, epoch_size=epoch_size, seed=SEED, **options)  # pyright: ignore[reportArgumentType]
+def build_order(lengths: Lengths | None, number: int, batch_size: int, **options: int | bool) -> EpochOrder:
+    shard_sizes, epoch_size = (
+        np.diff(np.arange(0, number // 100 + 2) * number // (number // 100 + 1)),
+        number // batch_size * batch_size,
+    )
+    return EpochOrder(
+        shard_sizes, lengths=lengths, global_batch_size=batch_size, epoch_size=epoch_size, seed=SEED, **options
+    )  # pyright: ignore[reportArgumentType]
 
 
-def global_batches(order: EpochOrder, batch_size: int, nodes: int, ranks: int, first_sample: int = 0) -> NDArray:
+def global_batches(order: EpochOrder, nodes: int, ranks: int, first_sample: int = 0) -> NDArray:
     """Return the samples of each global batch, (batches, nodes, samples of a node)."""
-    order.batch_size = batch_size // (nodes * ranks)
-    work = order.arrange(EPOCH, first_sample, World(nodes, ranks, 1, 0))
-    assert work.shape[:3] == (nodes, ranks, 1)
-    return work.transpose(3, 2, 0, 1, 4).reshape(-1, nodes, batch_size // nodes)
+    worlds = [World(nodes, ranks, 1, rank) for rank in range(nodes * ranks)]
+    drawn = order.draw(EPOCH)
+    with patch.object(order, "draw", lambda _: drawn):  # once, not for each rank
+        shares = np.array([order.share(EPOCH, first_sample, world) for world in worlds])
+    by_batch = shares.reshape(len(worlds), -1, order.global_batch_size // len(worlds)).transpose(1, 0, 2)
+    return by_batch.reshape(-1, nodes, order.global_batch_size // nodes)
 
 
 @pytest.mark.parametrize("canonical_nodes", [1, 2, 4])
 def test_an_epoch_has_each_sample_once_and_the_same_batches_on_any_ranks(canonical_nodes: int) -> None:
     """3, 4, 8: also in an epoch that is resumed after any batch; a node keeps its part of the order."""
-    order = build_order(
-        prompts(np.random.default_rng(1), 1000), 48, shuffle_block_size=200, num_canonical_nodes=canonical_nodes
-    )
-    expected = global_batches(order, 48, 1, 1).reshape(-1, 48)
+    lengths = prompts(np.random.default_rng(1), 1000)
+    order = build_order(lengths, 1000, 48, shuffle_block_size=200, num_canonical_nodes=canonical_nodes)
+    expected = np.sort(global_batches(order, 1, 1).reshape(-1, 48))
     counts = np.bincount(expected.ravel(), minlength=1000)
     assert counts.max() == 1
     assert counts.sum() == 960
@@ -58,27 +66,19 @@ def test_an_epoch_has_each_sample_once_and_the_same_batches_on_any_ranks(canonic
         if canonical_nodes % nodes:
             continue
         for first in (0, 1, 7, 19):
-            found = global_batches(order, 48, nodes, ranks, first * 48)
-            assert np.array_equal(found.reshape(-1, 48), expected[first:])
-        owners = global_batches(order, 48, nodes, ranks)
+            found = global_batches(order, nodes, ranks, first * 48)
+            assert np.array_equal(np.sort(found.reshape(-1, 48)), expected[first:])
+        owners = global_batches(order, nodes, ranks)
         assert not any(set(owners[:, 0].ravel()) & set(owners[:, node].ravel()) for node in range(1, nodes))
-    order.shuffle_seed += 1
-    assert not np.array_equal(global_batches(order, 48, 1, 1).reshape(-1, 48), expected)
+    order.seed += 1
+    assert not np.array_equal(np.sort(global_batches(order, 1, 1).reshape(-1, 48)), expected)
 
 
 def test_a_nodes_samples_are_its_part_of_streamings_order() -> None:
     """8: so its shards are too."""
     lengths = prompts(np.random.default_rng(1), 4000)
-    ours = build_order(lengths, 64, shuffle_block_size=500, num_canonical_nodes=4)
-    theirs = EpochOrder(
-        ours.samples_per_shard,
-        batch_size=64,
-        shuffle_block_size=500,
-        num_canonical_nodes=4,
-        seed=SEED,
-        epoch_size=ours.epoch_size,
-    )
-    parts = [global_batches(order, 64, 4, 1) for order in (ours, theirs)]
+    options = {"shuffle_block_size": 500, "num_canonical_nodes": 4}
+    parts = [global_batches(build_order(each, 4000, 64, **options), 4, 1) for each in (lengths, None)]
     for node in range(4):
         assert set(parts[0][:, node].ravel()) == set(parts[1][:, node].ravel())
         # Also window by window: no shard is needed much earlier or later than in Streaming's order.
@@ -95,28 +95,30 @@ def test_little_is_padding(
 ) -> None:
     """At most 10 % of the frames, for a compiled model with at most 16 different lengths."""
     lengths = np.minimum(draw(np.random.default_rng(2), number), crop)
-    order = build_order(lengths, batch_size, shuffle_block_size=8192, num_canonical_nodes=nodes)
-    batches = lengths[global_batches(order, batch_size, 1, 1).reshape(-1, batch_size)]
+    order = build_order(lengths, number, batch_size, shuffle_block_size=8192, num_canonical_nodes=nodes)
+    batches = lengths[global_batches(order, 1, 1).reshape(-1, batch_size)]
     sizes = padded_sizes(lengths) if is_compiled else []
     padded = [collate([torch.empty(0, length) for length in batch], sizes)[0].shape[-1] for batch in batches[:400]]
     assert not is_compiled or len(set(padded)) <= 16
     frames, valid = (np.array(samples) // 320 - 1 for samples in (padded, batches[:400]))
     share = 1 - valid.sum() / (frames.sum() * batch_size)
     assert share < 0.1
-    unsorted = EpochOrder.arrange(order, EPOCH, 0, World(1, 1, 1, 0)).reshape(-1, batch_size)
+    order.lengths = None
+    unsorted = order.draw(EPOCH).reshape(-1, batch_size)
     assert 1 - lengths[unsorted].mean() / lengths[unsorted].max(axis=1).mean() > 2 * share
 
 
 def test_batches_of_all_lengths_come_at_all_times() -> None:
     lengths = read_speech(np.random.default_rng(2), 20_000)
-    batches = lengths[global_batches(build_order(lengths, 32, shuffle_block_size=4096), 32, 1, 1).reshape(-1, 32)]
+    order = build_order(lengths, 20_000, 32, shuffle_block_size=4096)
+    batches = lengths[global_batches(order, 1, 1).reshape(-1, 32)]
     thirds = [part.mean() for part in np.array_split(batches[:120], 3)]
     assert max(thirds) < 1.15 * min(thirds)
 
 
 def test_without_shuffle_the_order_is_streamings() -> None:
-    order = build_order(prompts(np.random.default_rng(1), 500), 20, shuffle=False)
-    assert global_batches(order, 20, 1, 1).ravel().tolist() == list(range(500))
+    order = build_order(prompts(np.random.default_rng(1), 500), 500, 20, shuffle=False)
+    assert global_batches(order, 1, 1).ravel().tolist() == list(range(500))
 
 
 def test_collate_pads_to_a_size() -> None:
@@ -126,7 +128,14 @@ def test_collate_pads_to_a_size() -> None:
     assert lengths.tolist() == [3, 5]
     assert [each.shape[-1] for each in collate(samples, [4])] == [5, 2]  # longer than all sizes
     assert len(collate([torch.ones(4), torch.ones(4)], [4])) == 1
-    assert not Images.has_lengths
+
+
+def open_clips(folder: Path, summary: str | None) -> Index:
+    """Three clips, and the summary of their conversion."""
+    write_mds(folder, [bytes(9)] * 3)
+    if summary is not None:
+        (folder / "conversion.json").write_text(summary)
+    return Index(folder, Audio(), "image")
 
 
 @pytest.mark.parametrize(
@@ -140,15 +149,13 @@ def test_collate_pads_to_a_size() -> None:
         ("[]", "conversion.json"),
     ],
 )
-def test_lengths_must_be_there(tmp_path, summary: str | None, problem: str) -> None:
-    if summary is not None:
-        (tmp_path / "conversion.json").write_text(summary)
+def test_lengths_must_be_there(tmp_path: Path, summary: str | None, problem: str) -> None:
     with pytest.raises(InputError, match=problem) as raised:
-        read_lengths(tmp_path, 3)
+        _ = open_clips(tmp_path, summary).lengths
     assert "\n" not in str(raised.value)
 
 
-def test_other_lengths_are_another_data_set() -> None:
-    shards = [{"samples": 2, "raw_data": {"bytes": 9}}]
-    digests = {describe_data(shards, lengths)["sha256"] for lengths in (None, np.array([1, 2]), np.array([2, 1]))}
-    assert len(digests) == 3
+def test_other_lengths_are_another_data_set(tmp_path: Path) -> None:
+    summaries = [json.dumps({"lengths": lengths}) for lengths in ([1, 2, 3], [2, 1, 3])]
+    digests = {open_clips(tmp_path / str(i), each).describe()["sha256"] for i, each in enumerate(summaries)}
+    assert len(digests) == 2

@@ -1,6 +1,7 @@
 """Our reader of MDS beside Streaming's own, on what its writer writes; shards that are cut short or contradict."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from PIL import Image
 from streaming import MDSWriter
 from streaming.base.format.mds import MDSReader
 
-from d2v_composer.data.mds import ENCODINGS, IMAGES, NUMBERS, Shard
+from d2v_composer.data.images import Images
+from d2v_composer.data.mds import ENCODINGS, NUMBERS, Index, Shard
+from d2v_composer.system.errors import InputError
 from helpers import encoded_image
 
 SIZES = (3, 17, 40)
@@ -38,19 +41,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def entry_of(folder: Path) -> dict[str, Any]:
-    [entry] = json.loads((folder / "index.json").read_text())["shards"]
-    return entry
+def shard_of(folder: Path, labels: str | None = None) -> Shard:
+    [shard] = Index(folder, Images(), "a bytes", labels=labels).shards
+    return shard
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_reads_what_streaming_reads(folder: Path, encoding: str) -> None:
-    shard = Shard.parse(entry_of(folder), [f"a {encoding}"])
-    theirs = MDSReader.from_json(str(folder), None, entry_of(folder))
+    shard, [entry] = shard_of(folder, f"a {encoding}"), json.loads((folder / "index.json").read_text())["shards"]
+    theirs = MDSReader.from_json(str(folder), None, entry)
     for i in range(len(SIZES)):
-        [found] = shard.read(folder / shard.raw.basename, i).values()
-        expected = theirs[i][f"a {encoding}"]
-        if encoding not in IMAGES or encoding == "bytes":
+        found, expected = shard.read(folder / shard.raw.basename, i)[f"a {encoding}"], theirs[i][f"a {encoding}"]
+        if encoding not in Images.encodings or encoding == "bytes":
             assert found == expected
         elif encoding == "pil":
             assert (found.mode, found.size, found.tobytes()) == (expected.mode, expected.size, expected.tobytes())
@@ -64,17 +66,22 @@ def test_reads_what_streaming_reads(folder: Path, encoding: str) -> None:
         lambda entry: entry["column_sizes"].pop(),
         lambda entry: entry["column_encodings"].__setitem__(0, "unknown"),
         lambda entry: entry["raw_data"].pop("hashes"),
+        lambda entry: entry["raw_data"].update(basename="sub/../../shard.mds"),
     ],
 )
-def test_refuses_an_entry_of_another_kind(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    entry = entry_of(folder)
-    change(entry)
-    with pytest.raises((LookupError, TypeError, ValueError)):
-        Shard.parse(entry, entry["column_names"])
+def test_refuses_an_entry_of_another_kind(
+    folder: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    data = shutil.copytree(folder, tmp_path / "data")
+    index = json.loads((data / "index.json").read_text())
+    change(index["shards"][0])
+    (data / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=f"^{data}[^\n]*$"):
+        shard_of(data)
 
 
 def test_refuses_a_sample_of_another_size(folder: Path, tmp_path: Path) -> None:
-    shard = Shard.parse(entry_of(folder), ["a bytes"])
+    shard = shard_of(folder)
     contents, path = bytearray((folder / shard.raw.basename).read_bytes()), tmp_path / "shard.mds"
     contents[8] ^= 1  # the second offset
     path.write_bytes(contents)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -21,9 +22,11 @@ EPOCH = 3
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_the_order_is_streamings(many_shards: Path, shuffle: bool) -> None:
-    options: dict[str, Any] = {"batch_size": 10, "shuffle_block_size": 40, "epoch_size": 90, "num_canonical_nodes": 1}
+    options: dict[str, Any] = {"shuffle_block_size": 40, "epoch_size": 90, "num_canonical_nodes": 1}
     options["shuffle"] = shuffle
-    theirs = StreamingDataset(local=str(many_shards), shuffle_algo="py1e", shuffle_seed=SEED, predownload=16, **options)
+    theirs = StreamingDataset(
+        local=str(many_shards), shuffle_algo="py1e", shuffle_seed=SEED, batch_size=10, predownload=16, **options
+    )
     ours = open_images(many_shards, seed=SEED, **options)
     for epoch in range(3):
         samples = list(ours.order)
@@ -34,10 +37,11 @@ def test_the_order_is_streamings(many_shards: Path, shuffle: bool) -> None:
 
 def global_batches(order: EpochOrder, num_nodes: int, first_sample: int = 0) -> NDArray[np.int64]:
     """The samples of each global batch, (batches, samples)."""
-    order.batch_size = GLOBAL_BATCH // (num_nodes * RANKS_PER_NODE)
-    work = order.arrange(EPOCH, first_sample, World(num_nodes, RANKS_PER_NODE, 1, 0))
-    assert work.shape[:3] == (num_nodes, RANKS_PER_NODE, 1)
-    return work.transpose(3, 2, 0, 1, 4).reshape(-1, GLOBAL_BATCH)
+    worlds = [World(num_nodes, RANKS_PER_NODE, 1, rank) for rank in range(num_nodes * RANKS_PER_NODE)]
+    drawn = order.draw(EPOCH)
+    with patch.object(order, "draw", lambda _: drawn):  # once, not for each rank
+        shares = np.array([order.share(EPOCH, first_sample, world) for world in worlds])
+    return shares.reshape(len(worlds), -1, GLOBAL_BATCH // len(worlds)).transpose(1, 0, 2).reshape(-1, GLOBAL_BATCH)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +51,7 @@ def test_reads_each_sample_once_on_512_ranks(num_shards: int, num_samples: int) 
     """And 384 ranks resume in the middle of the epoch."""
     num_batches = num_samples // GLOBAL_BATCH
     sizes = np.diff(np.arange(num_shards + 1) * num_samples // num_shards)
-    order = EpochOrder(sizes, batch_size=6, num_canonical_nodes=NODES, epoch_size=num_batches * GLOBAL_BATCH, seed=SEED)
+    order = EpochOrder(sizes, num_canonical_nodes=NODES, epoch_size=num_batches * GLOBAL_BATCH, seed=SEED)
     batches = global_batches(order, NODES)
     assert len(batches) == num_batches
     seen = np.bincount(batches.ravel(), minlength=num_samples)
@@ -55,6 +59,5 @@ def test_reads_each_sample_once_on_512_ranks(num_shards: int, num_samples: int) 
     assert seen.max() == 1
 
     trained = num_batches // 2
-    order.load_state_dict(order.state_dict(0) | {"epoch": EPOCH, "initial_physical_nodes": NODES})
     rest = global_batches(order, FEWER_NODES, trained * GLOBAL_BATCH)
     assert np.array_equal(np.sort(rest), np.sort(batches[trained:]))

@@ -1,19 +1,16 @@
-"""Speech Commands: its archive, unpacked or downloaded, by its own lists."""
+"""Speech Commands: its unpacked archive, by its own lists."""
 
-import io
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from d2v_composer.data import labeled
 from d2v_composer.data.audio import Audio
 from d2v_composer.data.images import Images
 from d2v_composer.data.labeled import LabeledSet, load_labeled_set
 from d2v_composer.system.errors import InputError
-from helpers import encoded_clip, truncated
+from helpers import encoded_clip
 
 WORDS = ("go", "no", "up")
 TRAIN = [f"{word}/{i}_nohash_0.wav" for word in WORDS for i in (0, 1, 2)]
@@ -41,17 +38,6 @@ def unpacked(files: dict[str, bytes], tmp_path: Path) -> Path:
     return root
 
 
-@pytest.fixture
-def archive(files: dict[str, bytes], tmp_path: Path) -> Path:
-    path = tmp_path / "speech_commands_v0.02.tar.gz"
-    with tarfile.open(path, "w:gz") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(f"./{name}")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
 def load(root: Path, **options: Any) -> LabeledSet:
     return load_labeled_set("speech_commands", root, Audio(), **options)
 
@@ -68,46 +54,8 @@ def test_the_splits_are_those_of_its_lists(unpacked: Path, files: dict[str, byte
     assert [split.labels.tolist() for split in few[:2]] == [[0, 1], [0, 2]]
 
 
-def test_a_download_is_unpacked_once_and_whole(
-    unpacked: Path, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(labeled, "SPEECH_COMMANDS", str(archive))
-    make_file, new = tarfile.TarFile.makefile, tmp_path / "new"
-
-    def end_early(*arguments: Any) -> None:
-        if len([*new.rglob("*.wav")]) == 10:
-            raise KeyboardInterrupt
-        make_file(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tarfile.TarFile, "makefile", end_early)
-        with pytest.raises(KeyboardInterrupt):
-            load(new, download=True)
-    with pytest.raises(InputError, match=r"new: no testing_list\.txt"):  # what is there is not taken for all
-        load(new)
-    found, wanted = load(new, download=True), load(unpacked)
-    assert found.fingerprint() == wanted.fingerprint()
-    for split, expected in zip(found[:2], wanted[:2], strict=True):
-        assert all(torch.equal(*pair) for pair in zip(split.samples, expected.samples, strict=True))
-    archive.unlink()
-    assert load(new, download=True).fingerprint() == wanted.fingerprint()
-
-
-def test_an_archive_writes_nothing_outside(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with tarfile.open(archive, "w:gz") as tar:
-        outside = tarfile.TarInfo("../outside.wav")
-        outside.size = 4
-        tar.addfile(outside, io.BytesIO(b"evil"))
-    monkeypatch.setattr(labeled, "SPEECH_COMMANDS", str(archive))
-    with pytest.raises(InputError, match=r"new: cannot be read: .*outside"):
-        load(tmp_path / "new", download=True)
-    assert not (tmp_path / "outside.wav").exists()
-
-
-def test_what_is_wrong_is_one_line(
-    unpacked: Path, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(InputError, match=r"nowhere: no testing_list\.txt; set download: true, or unpack https://"):
+def test_what_is_wrong_is_one_line(unpacked: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere: no testing_list\.txt; unpack https://\S+ there$"):
         load(tmp_path / "nowhere")
     with pytest.raises(
         InputError, match="speech_commands has samples of the modality audio, and the model takes images"
@@ -118,10 +66,6 @@ def test_what_is_wrong_is_one_line(
     (unpacked / "go" / "0_nohash_0.wav").write_bytes(b"RIFF")
     with pytest.raises(InputError, match=r"unpacked/go/0_nohash_0\.wav: not a FLAC, WAV, OGG or MP3 file"):
         load(unpacked)
-    archive.write_bytes(truncated(archive.read_bytes()))
-    monkeypatch.setattr(labeled, "SPEECH_COMMANDS", str(archive))
-    with pytest.raises(InputError, match="nowhere: cannot be read: "):
-        load(tmp_path / "nowhere", download=True)
     (unpacked / "testing_list.txt").write_text("")
     with pytest.raises(InputError, match=r"unpacked: expected clips of testing_list\.txt and others, .* got 15 clips"):
         load(unpacked)

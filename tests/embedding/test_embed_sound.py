@@ -1,18 +1,15 @@
-"""Embed a folder of sound: each clip as if alone, the same bytes after an interruption, unreadable files named."""
+"""Embed a folder of sound: each clip as if alone, unreadable files named."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from d2v_composer import embedding, load_teacher
+from d2v_composer import load_teacher
 from d2v_composer.commands import embed as embed_command
 from d2v_composer.data.audio import Audio
 from d2v_composer.embedding import Embedding
-from d2v_composer.models.transformer import Transformer
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, encoded_clip, truncated
 
@@ -38,11 +35,8 @@ def embed(source: Path, out: Path, *options: str) -> Embedding:
     return embed_command.main([*arguments, *options])
 
 
-def test_clips_are_embedded_as_if_alone_and_to_the_same_bytes_after_an_interruption(
-    sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(embedding, "PART", 8)
-    whole, out, teacher = tmp_path / "whole.npy", tmp_path / "out.npy", load_teacher(TEACHER)
+def test_clips_are_embedded_as_if_alone(sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, teacher = tmp_path / "whole.npy", load_teacher(TEACHER)
     embed(sounds, whole)
     assert f"wrote {whole}: {NUM_CLIPS} embeddings of 48 channels" in (said := capsys.readouterr().out)
     assert " clips/s\n" in said
@@ -53,21 +47,6 @@ def test_clips_are_embedded_as_if_alone_and_to_the_same_bytes_after_an_interrupt
             clip = Audio().decode((sounds / path).read_bytes(), path)
             expected = teacher.embed(clip[None], pooling="mean")[0]
             torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=2e-5)
-
-    method, calls = Transformer.embed, iter(range(NUM_CLIPS))
-
-    def embed_some(*arguments: Any) -> Tensor:
-        if next(calls) == 3:
-            raise KeyboardInterrupt
-        return method(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Transformer, "embed", embed_some)
-        with pytest.raises(KeyboardInterrupt):
-            embed(sounds, out)
-    assert embed(sounds, out).resumed == 8
-    assert "resumed an interrupted run after 8 clips\n" in capsys.readouterr().out
-    assert out.read_bytes() == whole.read_bytes()
 
 
 def test_files_that_lie_stop_or_are_skipped(sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from d2v_composer import load_teacher
-from d2v_composer.builders.training import build_retrieval
+from d2v_composer.builders.run import build_retrieval
 from d2v_composer.commands import convert_audio
 from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.config.load import load_config

@@ -13,6 +13,7 @@ from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.data.audio import Audio
 from d2v_composer.data.shards import Shards
 from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.models.encoder import Inputs
 from helpers import ROOT
 
 FOLDER = ROOT / "yamls" / "quickstart_audio"
@@ -64,7 +65,7 @@ def test_targets_differ_only_in_quiet_crops() -> None:
             span = slice(second * SECOND, second * SECOND + CROP)
             with torch.no_grad():
                 alone, of_clip = (
-                    model.frozen_pass(each[:, span])[1]
+                    model.frozen_pass(Inputs(each[:, span]))[1]["tokens"]
                     for model, each in zip(models, (quiet, layer_norm(quiet, quiet.shape[1:])), strict=True)
                 )
             found[decibels, second] = ((alone - of_clip).square().mean() / of_clip.var()).item()

@@ -46,14 +46,14 @@ def test_every_fault_before_training_is_named(
         *small_preflight(tmp_path / "run", data, tmp_path),
         f"teacher.checkpoint={tmp_path / 'teacher.pt'}",
     )
-    for name, look in run.checks().items():
+    for name, look in {"models": run.check_models, "data": run.check_data, "sets": run.check_labeled_sets}.items():
         check(name, look)
     rows = capsys.readouterr().out.splitlines()
     found = {row[:14].strip(): row[23:] for row in rows if row[15:21] == "FAILED"}
-    assert found.keys() == {"models", "data", "labeled sets"}
+    assert found.keys() == {"models", "data", "sets"}
     assert "teacher.pt: " in found["models"]
     assert "missing" in found["data"]
-    assert "train/index.json: cannot be read: " in found["labeled sets"]
+    assert "train/index.json: cannot be read: " in found["sets"]
 
 
 def test_the_needs_of_the_whole_run(
@@ -68,9 +68,12 @@ def test_the_needs_of_the_whole_run(
         "save_interval=1000ba",
         "save_num_checkpoints_to_keep=3",
     )
-    run.ranks, run.num_labeled, run.checkpoint_bytes = 8, [512], 354_500_000
-    run.shards = [{"samples": 5000 * 256 + 255}]
-    measured = {"throughput/images_per_sec": 1280, "throughput/data_wait": 0.2, "time/zero_shot_retrieval": 8}
+    run.ranks, run.num_labeled = 8, [512]
+    run.latest.parent.mkdir(parents=True)
+    with run.latest.open("wb") as checkpoint:
+        checkpoint.truncate(354_500_000)
+    run.num_samples = 5000 * 256 + 255
+    measured = {"throughput/samples_per_sec": 1280, "throughput/data_wait": 0.2, "time/zero_shot_retrieval": 8}
     run.logged = {key: {0: 1.0, 9: float(value)} for key, value in measured.items()}
     text = run.needs()
     assert "1,280 images/s on 8 rank(s), 20% of the time" in text
@@ -87,11 +90,11 @@ def test_the_pace_on_a_gpu_is_that_of_a_hundred_batches(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     store = "train_loader.remote=s3://bucket/images"
     run = rehearsal(*small_preflight(tmp_path, small_data, labeled), "train_loader.num_workers=10", store)
-    run.shards = [{"samples": 96}]
+    run.num_samples = 96
     assert run.batches == 10 + 100 + 10 * 2
     paces, waits = [9e9, 9e9, *[2000.0] * 9, 200.0], [0.0] * 11 + [0.9]
     run.logged = {
-        "throughput/images_per_sec": {10 * i: pace for i, pace in enumerate(paces)},
+        "throughput/samples_per_sec": {10 * i: pace for i, pace in enumerate(paces)},
         "throughput/data_wait": {10 * i: wait for i, wait in enumerate(waits)},
     }
     needs = run.needs()

@@ -14,8 +14,7 @@ import pytest
 import torch
 import yaml
 
-from d2v_composer.builders.distillation import build_model
-from d2v_composer.builders.training import build_run_record
+from d2v_composer.builders.run import build_model, build_run_record
 from d2v_composer.checkpoints import timm_weights
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig

@@ -25,7 +25,8 @@ from d2v_composer.commands import export as export_student
 from d2v_composer.config.load import load_evaluate_config
 from d2v_composer.data.images import Images
 from d2v_composer.data.labeled import load_labeled_set
-from d2v_composer.embedding import EmbeddingOptions, embed_collection, open_collection
+from d2v_composer.data.source import open_source
+from d2v_composer.embedding import EmbeddingOptions, embed_source
 from d2v_composer.evaluation.evaluate import evaluate
 from d2v_composer.evaluation.metrics import read_jsonl
 from helpers import ROOT, load_checkpoint, losses_of, small_run, student_of
@@ -207,7 +208,7 @@ def test_an_exported_student_embeds_as_on_the_host(here: Path, labeled: Path, tm
     for device in ("xla", "cpu"):
         out = tmp_path / f"{device}.npy"
         options = EmbeddingOptions(batch_size=40)
-        collection = open_collection(str(labeled / "test"), Images.of(student.encoder.config))
-        embed_collection(student.to(device), collection, out, options, device=device, workers=0)
+        source = open_source(str(labeled / "test"), Images.of(student.encoder.config))
+        embed_source(student.to(device), source, out, options, device=device, workers=0)
         embedded.append(np.load(out))
     np.testing.assert_allclose(*embedded, atol=1e-4)

@@ -16,7 +16,7 @@ import yaml
 from playwright.sync_api import Browser, sync_playwright
 from torchvision.io import write_png
 
-from d2v_composer.checkpoints.safe_load import LATEST
+from d2v_composer.checkpoints.checkpoint import LATEST
 from d2v_composer.commands import report
 from d2v_composer.data.audio import Audio
 from d2v_composer.data.labeled import load_labeled_set
@@ -239,7 +239,7 @@ def test_galleries_show_the_neighbors_that_were_counted(run_folder: Path) -> Non
     nearest = run.neighbors["squares"]["train"].long()
     hits = bank.labels[nearest[:, 0]] == queries.labels
     assert hits.double().mean().item() == run.log["metrics/squares/bank_train/top1"][14]
-    figure, clips = gallery(run.modality, run.datasets["squares"], torch.arange(4), nearest[:4, :1])
+    figure, clips = gallery(run.modality.unit, run.datasets["squares"], torch.arange(4), nearest[:4, :1])
     assert clips == []
     for query, found, hit in zip(figure.axes[::2], figure.axes[1::2], hits, strict=False):
         assert query.get_xlabel() in names
@@ -274,7 +274,7 @@ def test_the_table_of_a_study_compares_each_row_with_its_own_baselines() -> None
                     log[metric_key("cifar10", retrieval_from(bank, 1), embedding, baseline)] = dict(enumerate(values))
         return log
 
-    speed = {"throughput/images_per_sec": {0: 8.0}}
+    speed = {"throughput/samples_per_sec": {0: 8.0}}
     printed = study_table(
         {
             "base": log_of(student=[0.2, 0.3], teacher=[0.4]) | speed,

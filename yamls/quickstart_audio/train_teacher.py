@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy, interpolate, mse_loss, normalize
 from d2v_composer.checkpoints.student_file import write_model_file
 from d2v_composer.embedding import hash_weights
 from d2v_composer.models.attention import init_linear_layers
-from d2v_composer.models.audio import NUM_MELS, AudioEncoder, log_mel
+from d2v_composer.models.audio import NUM_MELS, AudioEncoder, LogMel
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.sizes import SAMPLE_RATE, Data2Vec2AudioConfig
 from d2v_composer.models.targets import norm_mean
@@ -137,7 +137,7 @@ def train_encoder(encoder: AudioEncoder, clips: Clips) -> None:
     def compute_loss() -> Tensor:
         pieces_BL = torch.cat([clips.draw(0.8, package, 6) for package in clips.packages])
         sound_BL = perturb(pieces_BL, clips.rng)
-        target_BNM = log_mel(encoder.prepare(sound_BL))[:, ::FRAMES_PER_HOP]
+        target_BNM = LogMel()(encoder.prepare(sound_BL))[0][:, ::FRAMES_PER_HOP]
         if not statistics:
             statistics.extend([target_BNM.mean(dim=(0, 1)), target_BNM.std(dim=(0, 1)).clamp(min=0.3)])
         with torch.autocast("cpu", torch.bfloat16):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from d2v_composer.checkpoints.load import load_any
-from d2v_composer.data.audio import decode_clip
+from d2v_composer.data.audio import Audio
 from d2v_composer.evaluation.evaluate import accuracy_interval
 from d2v_composer.evaluation.without_labels import common_shares, nearest_others
 from d2v_composer.models.encoder import Inputs
@@ -50,7 +50,7 @@ def main(speech: str, *checkpoints: str) -> None:
         student, teacher = load_any(checkpoint)
         for seconds in (1, 2, 5, 10):
             files = sorted(Path(speech, f"{seconds}s").glob("*.flac"))
-            clips = torch.stack([torch.from_numpy(decode_clip(path.read_bytes(), str(path))) for path in files])
+            clips = torch.stack([Audio().decode(path.read_bytes(), str(path)) for path in files])
             for measure, values in judge(student, teacher, clips).items():
                 interval = ",".join(f"{100 * each:.2f}" for each in accuracy_interval(values))
                 print(f"{Path(checkpoint).parent.name},{seconds},{measure},{interval}", flush=True)

@@ -1,35 +1,117 @@
-"""Select the checkpoint from which a run resumes: its newest complete one. Files with other names are ignored.
+"""The checkpoints of a run: their names, and how they are read, published, selected, uploaded and removed.
 
-Composer's own autoresume loads the target of ``latest-rank0.pt`` with all the code that it names, and cannot tell a
-store that denies access from one without checkpoints.
+Files with other names are ignored. Composer's own autoresume loads the target of ``latest-rank0.pt`` with all the code
+that it names, and cannot tell a store that denies access from one without checkpoints.
 """
 
+import datetime
 import logging
+import os
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from composer.utils import ObjectStore, maybe_create_object_store_from_uri, parse_uri
-from composer.utils.file_helpers import create_symlink_file
+import numpy as np
+import torch
+from torch import Tensor
+from torch.torch_version import TorchVersion
 
-from d2v_composer.checkpoints.safe_load import LATEST, CorruptCheckpointError, check_checkpoint
+from d2v_composer.checkpoints.safe_load import check_archive, fault_of
 from d2v_composer.system.addresses import MARK, RunFolder
-from d2v_composer.system.errors import InputError, RunError, reason
-from d2v_composer.system.fetch import RETRY_SECONDS, download_existing
+from d2v_composer.system.errors import InputError, RunError, reading, reason
+from d2v_composer.system.fetch import RETRY_SECONDS, download_existing, fetch, is_remote
 from d2v_composer.system.retry import is_missing, retry
 
+if TYPE_CHECKING:
+    from composer.utils import ObjectStore
+
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
-LOG = "log.jsonl"
+LATEST = "latest-rank0.pt"
 # Composer's pointer in a store: a small file with a key.
 STORED_POINTER = f"{LATEST}.symlink"
+LOG = "log.jsonl"
+# A run may save a newer checkpoint and remove the one that is being read; its pointer is missing for a moment.
+READ_ATTEMPTS, READ_PAUSE = 20, 0.05
+RECONSTRUCT = np.array(0).__reduce__()[0]
+# Globals of our checkpoints beyond those that torch allows; numpy 1 has another name for its function.
+OUR_GLOBALS = [
+    datetime.timedelta,
+    np.dtype,
+    np.ndarray,
+    RECONSTRUCT,
+    (RECONSTRUCT, "numpy.core.multiarray._reconstruct"),
+    TorchVersion,
+    *(type(np.dtype(name)) for name in ("uint32", "uint64", "int64", "float64")),
+]
+# Composer evaluates a checkpoint's entries for algorithms as Python expressions.
+OUR_ALGORITHMS = {"CutMix", "GradientClipping", "GradientNorm", "LabelSmoothing", "MixUp"}
+
+ReadT = TypeVar("ReadT")
 
 log = logging.getLogger(__name__)
 
 
-def find_newest_checkpoint(folder: RunFolder, *, resumes: bool = True, uploads: bool = False) -> Path | None:
-    """Return a run's newest complete checkpoint, from its local folder or its store; ``None`` if there is none.
+class CorruptCheckpointError(InputError):
+    """A truncated or corrupt checkpoint; a resumed run uses the one before it."""
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that was read."""
+
+    path: Path
+    contents: dict[str, Any]
+    """As Composer saves it; if the file is a stranger's, anything."""
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What the model saved."""
+        return self.contents["state"]["model"]
+
+    def trained(self, unit: str) -> int:
+        """Return how long the run has trained, in ``batch`` or ``epoch``."""
+        return int(self.contents["state"]["timestamp"]["Timestamp"][unit])
+
+    def saved_by(self, callback: str) -> Mapping[str, Any]:
+        """Return what a callback saved, given its class's name; empty if the run had none."""
+        return self.contents["state"]["callbacks"].get(callback, {})
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The record of the run."""
+        return self.saved_by("RunRecord")["record"]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a run's checkpoint: verify its checksums, then its contents, without running its code.
+
+    Raises:
+        CorruptCheckpointError: It is truncated or corrupt.
+        InputError: It cannot be read, or ``recipes/train.py`` did not write it.
+    """
+    check_archive(path, CorruptCheckpointError)
+    foreign = f"{path}: is not a checkpoint written by recipes/train.py"
+    try:
+        with torch.serialization.safe_globals(OUR_GLOBALS):
+            # Without mmap, torch reads as many numbers as the pickle says, even if the record has fewer.
+            found = Checkpoint(path, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        algorithms, tensors = [name for name, _ in found.contents["state"]["algorithms"]], list(found.tensors.values())
+    except Exception as error:
+        if isinstance(error, RuntimeError):  # torch's reader of archives
+            raise CorruptCheckpointError(f"{path}: truncated or corrupt ({fault_of(error)})") from error
+        raise InputError(f"{foreign} ({fault_of(error)})") from error
+    if not OUR_ALGORITHMS.issuperset(algorithms):
+        raise InputError(f"{foreign}: it has the algorithms {algorithms}; allowed are {sorted(OUR_ALGORITHMS)}")
+    # Composer does not load strictly: it would train on from random weights.
+    if not tensors or not all(isinstance(each, Tensor) and each.isfinite().all() for each in tensors):
+        raise InputError(f"{foreign}: its state.model must hold tensors of finite numbers, and nothing else")
+    return found
+
+
+def find_newest(folder: RunFolder, *, resumes: bool = True, uploads: bool = False) -> Checkpoint | None:
+    """Read a run's newest complete checkpoint, from its local folder or its store; ``None`` if there is none.
 
     ``latest-rank0.pt`` points at it from then on. A log in the store that is longer than the local one replaces it:
     another machine went on.
@@ -59,13 +141,13 @@ def find_newest_checkpoint(folder: RunFolder, *, resumes: bool = True, uploads: 
         )
     for name in newest_first({*here, *there}):
         path = folder.local / name
-        if name in here and _is_complete(path):
+        if name in here and (found := _read_complete(path)) is not None:
             if folder.address is not None and (uploads or there[:1] != [name]):
                 upload_checkpoint(path, folder.address)
             break
         if name in there:
             download_checkpoint(f"{folder.address}/{name}", path)
-            if _is_complete(path):
+            if (found := _read_complete(path)) is not None:
                 break
     else:
         if here or there:
@@ -78,7 +160,49 @@ def find_newest_checkpoint(folder: RunFolder, *, resumes: bool = True, uploads: 
         if not ours.exists() or stored.stat().st_size > ours.stat().st_size:
             stored.replace(ours)
         stored.unlink(missing_ok=True)
-    return path
+    return found
+
+
+def _read_complete(path: Path) -> Checkpoint | None:
+    try:
+        return read_checkpoint(path)
+    except CorruptCheckpointError as error:
+        log.warning("%s: skipped", error)
+        return None
+
+
+def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
+    """Read a file, or the target of a run's pointer; retry if the run has replaced it meanwhile.
+
+    Raises:
+        InputError, OSError: ``read``'s, of a file that is still the newest.
+    """
+    for attempt in range(READ_ATTEMPTS):
+        with reading(path):
+            file = path.resolve()
+        try:
+            return read(file)
+        except (InputError, OSError):
+            if attempt == READ_ATTEMPTS - 1 or (file.exists() and path.resolve() == file):
+                raise
+            time.sleep(READ_PAUSE)
+    raise AssertionError  # the last attempt returned or raised
+
+
+def fetch_model(path: str | Path) -> Path:
+    """Return a file's local path, as :func:`fetch` does; for a run's folder, the error names its newest checkpoint."""
+    with reading(path):
+        if not is_remote(path) and (newest := Path(path) / LATEST).exists():
+            raise InputError(f"{path}: is the folder of a run, not a model's file; its newest checkpoint is {newest}")
+    return fetch(path)
+
+
+def publish(partial: Path, checkpoint: Path) -> None:
+    """Rename a complete checkpoint, then point ``latest-rank0.pt`` at it; readers find the old or the new one."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())  # in case the machine fails
+    partial.replace(checkpoint)
+    point_at(checkpoint)
 
 
 def point_at(checkpoint: Path) -> None:
@@ -87,6 +211,32 @@ def point_at(checkpoint: Path) -> None:
     pointer.unlink(missing_ok=True)
     pointer.symlink_to(checkpoint.name)
     pointer.replace(checkpoint.with_name(LATEST))
+
+
+def prune(folder: Path, num_to_keep: int) -> None:
+    """Remove the outdated checkpoints from a folder."""
+    names = [path.name for path in folder.iterdir()]
+    for name in outdated(names, (folder / LATEST).readlink().name, num_to_keep):
+        (folder / name).unlink(missing_ok=True)
+
+
+def prune_store(address: str, pointed_at: str, num_to_keep: int) -> None:
+    """Remove the outdated checkpoints from a run's folder in S3; a failure must not stop the run."""
+    store, key = open_store(address)
+    from composer.utils.object_store import S3ObjectStore
+
+    if not isinstance(store, S3ObjectStore):  # Composer's other clients cannot delete
+        return
+    try:
+        for name in outdated(list_names(address), pointed_at, num_to_keep):
+            store.client.delete_object(Bucket=store.bucket, Key=f"{key}/{name}".lstrip("/"))
+    except Exception as error:  # noqa: BLE001
+        log.warning("%s: could not remove old checkpoints (%s)", address, reason(error))
+
+
+def outdated(names: Iterable[str], pointed_at: str, num_to_keep: int) -> list[str]:
+    """Return the names of the checkpoints to remove: never the pointer's target or a newer one."""
+    return [] if num_to_keep < 0 else newest_first(names, pointed_at)[num_to_keep:]
 
 
 def newest_first(names: Iterable[str], pointed_at: str | None = None) -> list[str]:
@@ -106,15 +256,6 @@ def newest_first(names: Iterable[str], pointed_at: str | None = None) -> list[st
 def _age(name: str) -> tuple[int, ...]:
     """Return the batch and epoch numbers in a checkpoint's name."""
     return tuple(int(number) for number in reversed(re.findall(r"\d+", name)[:2]))
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        check_checkpoint(checkpoint)
-    except CorruptCheckpointError as error:
-        log.warning("%s: skipped", error)
-        return False
-    return True
 
 
 def _stored_checkpoints(address: str) -> list[str]:
@@ -171,8 +312,10 @@ def _download(address: str, path: Path) -> bool:
         ) from error
 
 
-def open_store(address: str) -> tuple[ObjectStore, str]:
+def open_store(address: str) -> "tuple[ObjectStore, str]":
     """Return the store's client and the object key for an address."""
+    from composer.utils import maybe_create_object_store_from_uri, parse_uri
+
     store = maybe_create_object_store_from_uri(address)
     assert store is not None  # a run's store is one of Composer's
     return store, parse_uri(address)[2]
@@ -204,6 +347,9 @@ def upload(path: Path, address: str, denial_passes: bool = True) -> None:
 
 def upload_checkpoint(path: Path, address: str) -> None:
     """Upload a checkpoint to a run's folder in a store, then the pointer to it; see :func:`upload`."""
+    from composer.utils import parse_uri
+    from composer.utils.file_helpers import create_symlink_file
+
     upload(path, f"{address}/{path.name}")
     with TemporaryDirectory() as folder:
         create_symlink_file(parse_uri(f"{address}/{path.name}")[2], pointer := Path(folder) / STORED_POINTER)

@@ -1,0 +1,292 @@
+"""Samples by number, in a folder of files or an MDS data set, local or in a store; and workers that read them."""
+
+import hashlib
+import os
+import stat
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import Self
+
+from d2v_composer.data.mds import INDEX, Index, is_mds
+from d2v_composer.data.modality import Modality, read_sample_file
+from d2v_composer.data.shards import Shards, fetch_index
+from d2v_composer.system.errors import InputError, RunError, reading
+from d2v_composer.system.fetch import is_remote
+from d2v_composer.system.processes import die_with_parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Samples of one kind in a fixed order. What numbers them from 0 makes a source.
+
+    Attributes:
+        root: The folder or the address.
+        modality: What the samples are.
+        ids: (N,) paths relative to the folder, or numbers. Not a list: a forked worker that reads its objects copies
+            their memory.
+        load: Returns a sample by number as it is stored: a file's bytes, or what a column holds.
+        label: Returns a sample's class by number; ``None`` without labels.
+        class_names: Name of each class, if they have names.
+        sizes: (N,) int64, about how many bytes a sample has.
+        marks: (N,) int64, a number for each sample that is another one if its file changes.
+        fingerprint: Hash of where the samples are, and of an MDS data set's index.
+        left_out: Number of other files by kind.
+        keeps_files: A conversion stores what ``load`` returns unchanged.
+    """
+
+    root: str
+    modality: Modality
+    ids: NDArray[Any]
+    load: Callable[[int], Any]
+    label: Callable[[int], int] | None = None
+    class_names: tuple[str, ...] = ()
+    sizes: NDArray[np.int64]
+    marks: NDArray[np.int64]
+    fingerprint: str
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    keeps_files: bool = False
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def has_paths(self) -> bool:
+        """True if the samples are files, which are listed by name: a conversion shuffles them."""
+        return self.ids.dtype.kind == "U"
+
+    def name(self, number: int) -> str:
+        """Return what an error calls a sample."""
+        return f"{self.root}/{self.ids[number]}" if self.has_paths else f"sample {self.ids[number]} of {self.root}"
+
+    def decode(self, number: int) -> Tensor:
+        """Return a sample as :meth:`Modality.decode` does.
+
+        Raises:
+            UnreadableSampleError: It cannot be decoded.
+        """
+        return self.modality.decode(self.load(number), self.name(number))
+
+    def select(self, numbers: Sequence[int] | NDArray[np.int64]) -> Self:
+        """Return some of the samples."""
+        chosen = np.asarray(numbers, np.int64)
+        load, label = self.load, self.label
+        return replace(
+            self,
+            **{name: getattr(self, name)[chosen] for name in ("ids", "sizes", "marks")},
+            load=lambda number: load(int(chosen[number])),
+            label=None if label is None else lambda number: label(int(chosen[number])),
+        )
+
+    def with_classes(self, names: Sequence[str], class_names: Sequence[str], hint: str) -> Self:
+        """Return the samples with labels: the place of each one's class, (N,), among all classes.
+
+        Raises:
+            InputError: A class is not among them; the line ends with ``hint``.
+        """
+        places = {name: place for place, name in enumerate(class_names)}
+        for number, name in enumerate(names):
+            if name not in places:
+                expected = f"expected one of the classes {', '.join(class_names):.80}; got {name!r}"
+                raise InputError(f"{self.name(number)}: {expected}; {hint}")
+        labels = np.array([places[name] for name in names], np.int64)
+        return replace(self, label=lambda number: int(labels[number]), class_names=tuple(class_names))
+
+
+def open_source(
+    source: str,
+    modality: Modality,
+    *,
+    column: str | None = None,
+    cache: Path | None = None,
+    cache_limit: int | None = None,
+) -> Source:
+    """Open the samples of a folder, or of an MDS data set, without their labels.
+
+    Args:
+        source: A folder with an MDS ``index.json`` or an object store's address: an MDS data set, whose ids are the
+            samples' numbers. Another folder: the files in it and its subfolders, whose ids are their paths.
+        modality: What the samples are.
+        column: The column of an MDS data set that holds the samples; default: the modality's name.
+        cache: The folder for the shards of a data set in a store.
+        cache_limit: Maximum size of the cache, in bytes; default: no limit.
+
+    Raises:
+        InputError: The source cannot be used.
+    """
+    remote = source if is_remote(source) else None
+    if (remote is None) != (cache is None):
+        raise InputError(f"{source}: --local is needed for an object store's shards, and for nothing else")
+    if remote is not None and cache is not None:
+        fetch_index(remote, cache)
+    elif not is_mds(Path(source)):
+        return open_folder(Path(source), modality)
+    return open_mds(Index(cache or Path(source), modality, column, option="--column", remote=remote), cache_limit)
+
+
+def open_mds(index: Index, cache_limit: int | None = None) -> Source:
+    """Open the samples of an MDS data set, with labels if the index has a column of labels."""
+    shards, place = Shards(index, cache_limit=cache_limit), index.remote or index.folder.resolve()
+    numbers = np.arange(len(index))
+    return Source(
+        root=index.source,
+        modality=index.modality,
+        ids=numbers,
+        load=lambda number: shards[number][index.column],
+        label=None
+        if index.labels is None
+        else lambda number: whole_label(shards[number][index.labels], f"sample {number} of {index.source}"),
+        sizes=np.concatenate([np.full(each.samples, each.raw.bytes // each.samples) for each in index.shards]),
+        marks=numbers,
+        fingerprint=_sha256(place, (index.folder / INDEX).read_bytes(), index.column),
+    )
+
+
+def whole_label(value: Any, source: str) -> int:
+    """Return a label as a whole number.
+
+    Raises:
+        InputError: It is no whole number.
+    """
+    with suppress(TypeError, ValueError, OverflowError):
+        if (label := int(value)) == float(value):
+            return label
+    raise InputError(f"{source}: its label must be a whole number, got {value!r:.40}")
+
+
+def open_folder(root: Path, modality: Modality) -> Source:
+    """Open a modality's files in a folder and its subfolders, sorted by path, and count what is left out by its kind.
+
+    Links are followed, but each file and each folder is listed once: by its own name, or by the first of several.
+    Hidden files and folders are left out.
+
+    Raises:
+        InputError: There are none.
+        OSError: A folder cannot be listed.
+    """
+    files, others, seen = list[tuple[str, int, int]](), Counter[str](), set[object]()
+    named, links = deque([root]), deque[Path]()
+    while named or links:
+        path = (named or links).popleft()
+        # A dangling link counts as unreadable when it is read, as a corrupt file does.
+        status = path.stat() if path.exists() else path.lstat()
+        mode, suffix = status.st_mode, path.suffix.lower()
+        is_folder = path is root or stat.S_ISDIR(mode)
+        identity = (status.st_dev, status.st_ino) if status.st_ino else path.resolve()  # some file systems have none
+        if not (is_folder or stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
+            others["special files"] += 1
+        elif not is_folder and suffix not in modality.suffixes:
+            needed = modality.needs.get(suffix)
+            others[f"{suffix} (needs {needed})" if needed else suffix or "without suffix"] += 1
+        elif identity in seen:
+            others["links to files or folders already listed"] += 1
+        elif is_folder:
+            for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+                if entry.name.startswith("."):
+                    others["hidden"] += 1
+                else:
+                    (links if entry.is_symlink() else named).append(Path(entry.path))
+        else:
+            files.append((path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns))
+        seen.add(identity)
+    if not files:
+        supported, found = ", ".join(modality.suffixes), name_counts(others)
+        raise InputError(f"{root}: no {modality.unit}; supported suffixes are {supported}; other files: {found}")
+    files.sort()
+    paths = np.array([path for path, *_ in files])
+
+    def load(number: int) -> bytes:
+        path = root / paths[number]
+        with reading(path):
+            return read_sample_file(path)
+
+    return Source(
+        root=str(root),
+        modality=modality,
+        ids=paths,
+        load=load,
+        sizes=np.array([num_bytes for _, num_bytes, _ in files], np.int64),
+        marks=np.array([int(_sha256(file)[:15], 16) for file in files], np.int64),
+        fingerprint=_sha256(root.resolve()),
+        left_out=dict(sorted(others.items())),
+    )
+
+
+def name_counts(left_out: Mapping[str, int]) -> str:
+    """Return what a source leaves out, in words."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in left_out.items()) or "none"
+
+
+def list_subfolders(folder: Path) -> list[str]:
+    """Return the sorted names of the subfolders that are not hidden."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def list_classes(folder: Path, modality: Modality) -> list[str]:
+    """Return the sorted names of the subfolders that are not hidden and hold files of a modality."""
+    return [
+        name
+        for name in list_subfolders(folder)
+        if any(path.suffix.lower() in modality.suffixes for path in (folder / name).rglob("[!.]*"))
+    ]
+
+
+def worker_options(num_workers: int, prefetch_factor: int, for_gpu: bool, timeout: float = 0) -> dict[str, Any]:
+    """Return DataLoader arguments for workers that prepare batches in advance; with 0, this process prepares them.
+
+    So it does on Windows, which cannot fork, and on macOS, where a process with threads must not.
+    """
+    options = {"pin_memory": for_gpu}  # which creates a CUDA context
+    if not num_workers or not hasattr(os, "fork") or sys.platform == "darwin":
+        return options
+    return options | {
+        "num_workers": num_workers,
+        "timeout": timeout,
+        "prefetch_factor": prefetch_factor,
+        "persistent_workers": True,
+        "multiprocessing_context": "fork",
+        "worker_init_fn": lambda _: die_with_parent(),
+    }
+
+
+def map_in_workers(
+    function: Callable[[Any], Any], items: Sequence[Any], workers: int, for_gpu: bool = False
+) -> Iterator[Any]:
+    """Yield a function's result for each item, in order, computed ahead by worker processes.
+
+    Raises:
+        RunError: A worker was killed.
+        Exception: The function's; other than ours, with the worker's traceback as its text.
+    """
+
+    def call(item: Any) -> tuple[Any, Exception | None]:
+        try:
+            return function(item), None
+        except (InputError, RunError) as problem:
+            return None, problem
+
+    options = worker_options(workers, 2, for_gpu)
+    try:
+        # Without a name, it ends with the loop: an error that torch raises would hold it, and its workers the lock.
+        for result, problem in DataLoader(items, batch_size=None, collate_fn=call, **options):  # pyright: ignore[reportArgumentType]: items have a length
+            if problem is not None:
+                raise problem
+            yield result
+    except (OSError, RuntimeError) as error:
+        cause = str(error).strip().splitlines()[-1]
+        if isinstance(error, RuntimeError) and not cause.startswith("DataLoader worker (pid"):
+            raise
+        raise RunError(f"reading failed ({cause}): the same command resumes") from error
+
+
+def _sha256(*contents: object) -> str:
+    return hashlib.sha256(repr(contents).encode()).hexdigest()

@@ -1,0 +1,205 @@
+"""Students of any architecture: timm models that give a grid of features, all of whose weights train.
+
+Shapes: B images, S pixels per side, N cells of the grid, T tokens of a teacher, C channels, P of the pooled feature.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from d2v_composer.models.backbone import Backbone
+from d2v_composer.models.encoder import Inputs, Tokens
+from d2v_composer.models.features import Features
+from d2v_composer.models.images import Images
+from d2v_composer.models.names import PREFIX
+from d2v_composer.models.sizes import TimmNetworkConfig, height_and_width
+
+
+def create_network(config: TimmNetworkConfig, pretrained: bool = False) -> Any:
+    """Build timm's model with its own classifier, whose weights are zero: no loss reads it.
+
+    Raises:
+        ValueError: timm has no such model, or not at this image size, or no weights of it.
+    """
+    name = config.model.removeprefix(PREFIX)
+    if name == config.model or not timm.is_model(name):
+        raise ValueError(f"model: no model {config.model!r}; expected timm/NAME, with NAME from timm.list_models()")
+    options: dict[str, Any] = {"pretrained": pretrained, "in_chans": config.in_chans}
+    try:
+        try:
+            model: Any = timm.create_model(name, img_size=height_and_width(config.image_size), **options)
+        except TypeError:  # it takes images of any size
+            model = timm.create_model(name, **options)
+    except (AssertionError, OSError, RuntimeError) as error:
+        raise ValueError(f"model: {config.model}: {str(error).splitlines()[0]}") from error
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.startswith(classifier_prefixes(model)):
+            nn.init.zeros_(parameter)
+    return model
+
+
+def classifier_prefixes(model: Any) -> tuple[str, ...]:
+    """Return what the names of a timm model's classifier start with."""
+    names = model.pretrained_cfg["classifier"]
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+
+
+class TimmNetwork(Images):
+    """A whole timm model as an encoder: the cells of its last feature map are the tokens.
+
+    Args:
+        config: Which model, and the preprocessing.
+        pretrained: Start from timm's weights, from the Hugging Face hub or its cache.
+
+    Raises:
+        ValueError: There is no such model, or its features have no grid.
+    """
+
+    config: TimmNetworkConfig
+
+    def __init__(self, config: TimmNetworkConfig, pretrained: bool = False) -> None:
+        super().__init__(config)
+        self.model = create_network(config, pretrained)
+        self.patch_weights = 0
+        shape = height_and_width(config.image_size)
+        with torch.no_grad(), torch.device("meta"):
+            # A second model: this one's buffers may be real.
+            built = create_network(config).eval()
+            try:
+                features = built.forward_features(torch.zeros(1, config.in_chans, *shape))
+                pooled = built.forward_head(features, pre_logits=True)
+                self.num_prefix_tokens = getattr(built, "num_prefix_tokens", 0)
+                self.grid_size = self.find_grid(features, built)
+            except (AttributeError, TypeError, RuntimeError, ValueError) as error:
+                raise ValueError(f"model: {config.model} gives no grid of features for {shape} pixels") from error
+        self.num_channels, self.num_pooled = self.cells(features).shape[-1], pooled.shape[-1]
+
+    @property
+    def embed_dim(self) -> int:
+        return self.num_channels
+
+    def find_grid(self, features: Tensor, model: Any) -> tuple[int, int]:
+        """Return (height, width) of features, which are a map or tokens.
+
+        Raises:
+            ValueError: They are neither.
+        """
+        if features.ndim == 4:
+            height, width = features.shape[1:3] if self.is_channels_last else features.shape[2:]
+            return height, width
+        num_cells = features.shape[1] - self.num_prefix_tokens
+        known = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        side = round(num_cells**0.5)
+        grid = (side, side) if known is None or known[0] * known[1] != num_cells else (known[0], known[1])
+        if features.ndim != 3 or grid[0] * grid[1] != num_cells:
+            raise ValueError(features.shape)
+        return grid
+
+    @property
+    def is_channels_last(self) -> bool:
+        return getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+
+    def cells(self, features: Tensor) -> Tensor:
+        """Return the features of a timm model as (B, N, C)."""
+        if features.ndim == 3:
+            return features[:, self.num_prefix_tokens :]
+        return features.flatten(1, 2) if self.is_channels_last else features.flatten(2).transpose(1, 2)
+
+    def timm_arguments(self) -> str:
+        """Return the arguments with which ``timm.create_model`` builds this model."""
+        name = self.config.model.removeprefix(PREFIX)
+        with torch.device("meta"):
+            usual, own = timm.create_model(name).state_dict(), self.model.state_dict()
+        is_usual = all(tensor.shape == own[key].shape for key, tensor in usual.items())
+        return f'"{name}"' + ("" if is_usual else f", img_size={height_and_width(self.config.image_size)}")
+
+    def timm_tensors(self, head: nn.Linear | None = None) -> dict[str, Tensor]:
+        """Return the state dict of timm's model, with a classifier of the pooled feature in place of its own."""
+        tensors = self.model.state_dict()
+        if head is not None:
+            for prefix in classifier_prefixes(self.model):
+                weight = tensors[f"{prefix}weight"]  # of a linear layer, or of a convolution
+                tensors[f"{prefix}weight"] = head.weight.detach().reshape(-1, *weight.shape[1:])
+                tensors[f"{prefix}bias"] = head.bias.detach()
+        return tensors
+
+    @property
+    def block_list(self) -> list[Any]:
+        return []
+
+    def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
+        return []
+
+    def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
+        """Return timm's features: (B, C, height, width), (B, height, width, C) or (B, T, C)."""
+        return self.model.forward_features(self.prepare(inputs.values))
+
+    def forward(self, inputs: Inputs) -> Tokens:
+        features = self.embed_tokens(inputs)
+        return Tokens(self.cells(features), pooled=self.model.forward_head(features, pre_logits=True))
+
+    def num_tokens(self, shape: Sequence[int] | None = None) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+    @cached_property
+    def macs(self) -> tuple[int, int]:
+        """The multiply-accumulates of a forward pass, and of forward and backward pass, for one image."""
+        found = []
+        shape = (1, self.config.in_chans, *height_and_width(self.config.image_size))
+        with torch.device("meta"):
+            model = create_network(self.config).eval()
+            for needs_gradient in (False, True):
+                with torch.set_grad_enabled(needs_gradient), FlopCounterMode(display=False) as counter:
+                    features = model.forward_features(torch.zeros(shape))
+                    total = features.sum() + model.forward_head(features, pre_logits=True).sum()
+                    if needs_gradient:
+                        total.backward()
+                found.append(counter.get_total_flops() // 2)
+        return found[0], found[1]
+
+    def stem_macs(self, shape: Sequence[int] | None = None) -> int:
+        return self.macs[0]
+
+
+class NetworkStudent(Backbone):
+    """A student that is a timm model, with an encoder of its own: all of it.
+
+    Its embeddings are those of timm: ``output_cls`` is ``forward_head(…, pre_logits=True)``, ``output_mean`` and
+    ``output_mean_patches`` are the mean of the feature map.
+
+    """
+
+    encoder: TimmNetwork
+
+    @property
+    def embedding_names(self) -> list[str]:
+        return ["output_cls", "output_mean", "output_mean_patches"]
+
+    def features(self, tokens: Tokens) -> Features:
+        return Features(lambda _: [(tokens.x, tokens.x)], 1, nn.Identity(), 0, True, pooled=tokens.pooled)
+
+    def train_what_is_read(self, output: bool, pooled: bool) -> None:
+        """Freeze what no loss reads, such as the classifier: DDP refuses trained parameters without gradient."""
+        was_training = self.training
+        tokens = self.eval().encoder(Inputs(self.encoder.example(1)))
+        assert tokens.pooled is not None
+        (tokens.x.sum() * output + tokens.pooled.sum() * pooled).backward()
+        self.train(was_training)
+        for parameter in self.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+            parameter.grad = None
+
+    def checkpoint_activations(self, enable: bool = True) -> None:
+        self.encoder.model.set_grad_checkpointing(enable)
+
+    def forward_macs(self, shape: Sequence[int] | None = None) -> int:
+        return 0  # the encoder's
+
+    def backward_macs(self, shape: Sequence[int] | None = None) -> int:
+        forward, both = self.encoder.macs
+        return both - forward

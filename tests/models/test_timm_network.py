@@ -1,0 +1,126 @@
+"""A student of any architecture: a timm model whose features have a grid."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from d2v_composer import DistillationModel, load_teacher
+from d2v_composer.models.execution import compile_model
+from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, materialize, teacher_config
+from helpers import GOLDEN
+
+# Features as (B, C, height, width), with a wider pooled feature, as (B, height, width, C), as tokens with CLS.
+MODELS = {
+    "resnet10t": (1, 1),
+    "mobilenetv3_small_050": (1, 1),
+    "mambaout_femto": (1, 1),
+    "vit_tiny_patch16_224": (2, 2),
+}
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Any:
+    return load_teacher(GOLDEN / "tiny_base.pt")
+
+
+@pytest.fixture(scope="module")
+def teacher_with_registers() -> TimmTeacher:
+    """CLS, four registers, 4 × 4 patches."""
+    torch.manual_seed(0)
+    model = "timm/vit_little_patch16_reg4_gap_256"
+    built: Any = materialize(build_timm_model("timm/vit_small_patch14_reg4_dinov2", 56))
+    for parameter in built.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return TimmTeacher(built, teacher_config(model, built), {})
+
+
+def images(count: int = 4, size: int = 32) -> Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_trains_whole(teacher: Any, name: str) -> None:
+    """All that a loss reads, and nothing else: DDP accepts no trained parameter without gradient."""
+    torch.manual_seed(0)
+    student = teacher.build_student(model=f"timm/{name}")
+    model = DistillationModel(teacher, student).train()
+    assert student.encoder.grid_size == MODELS[name]
+    trained = {key: each for key, each in model.named_parameters() if each.requires_grad}
+    frozen = [key for key, each in student.named_parameters() if not each.requires_grad]
+    assert all("head.fc" in key or "classifier" in key or ".fc." in key or ".head." in key for key in frozen)
+    optimizer, losses = torch.optim.AdamW(trained.values(), lr=1e-3), []
+    for _ in range(4):
+        losses.append(model.loss(model(images()), images()))
+        losses[-1].backward()
+        assert all(each.grad is not None for each in trained.values())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.8 * losses[0]
+    assert {key.split(".")[0] for key in model.state_dict()} == {"student", "objectives"}
+    embeddings = student.eval().embed_all(images())
+    assert list(embeddings) == student.embedding_names
+
+
+def test_what_one_gets_is_timms(teacher: Any) -> None:
+    student = teacher.build_student(model="timm/mobilenetv3_small_050").eval()
+    theirs: Any = timm.create_model("mobilenetv3_small_050").eval()
+    theirs.load_state_dict(student.encoder.model.state_dict())
+    with torch.no_grad():
+        features = theirs.forward_features(student.encoder.prepare(images()))
+        pooled = theirs.forward_head(features, pre_logits=True)
+        assert not theirs(student.encoder.prepare(images())).any()  # its classifier knows no classes
+    torch.testing.assert_close(student.embed(images(), "cls"), pooled)
+    torch.testing.assert_close(student.embed(images(), "mean"), features.mean(dim=(2, 3)))
+
+
+def test_registers_are_left_out(teacher_with_registers: TimmTeacher) -> None:
+    teacher, pictures = teacher_with_registers, images(2, 56)
+    model = DistillationModel(teacher, teacher.build_student(model="timm/resnet10t"), target_source="block")
+    _, targets = model.frozen_pass(model.inputs_of(pictures))
+    layers = [block for block, _ in teacher.iterate_blocks(teacher.encode(pictures))]
+    kept = [torch.cat([each[:, :1], each[:, 5:]], dim=1) for each in layers]
+    normalized = [torch.nn.functional.layer_norm(each, each.shape[-1:], eps=1e-5) for each in kept]
+    expected = torch.nn.functional.layer_norm(torch.stack(normalized).mean(dim=0), kept[0].shape[-1:], eps=1e-5)
+    torch.testing.assert_close(targets["tokens"], expected)
+    assert model(pictures).prediction.shape == expected.shape
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
+def test_the_cost_of_a_step(teacher: Any, name: str) -> None:
+    model = DistillationModel(teacher, teacher.build_student(model=f"timm/{name}")).eval()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.loss(model(images()), images()).backward()
+    assert model.flops_per_batch(images()) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.slow
+def test_it_can_be_compiled(teacher: Any) -> None:
+    torch.manual_seed(0)
+    model = DistillationModel(teacher, teacher.build_student(model="timm/resnet10t"))
+    expected = model.loss(model(images()), images())
+    compile_model(model)
+    torch.testing.assert_close(model.loss(model(images()), images()), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "timm/no_such"}, "no model 'timm/no_such'"),
+        ({"model": "resnet18"}, "no model 'resnet18'; expected timm/NAME"),
+        ({"model": "timm/coat_tiny"}, "timm/coat_tiny gives no grid of features for"),
+        ({"model": "timm/resnet10t", "depth": 3}, "depth"),
+    ],
+)
+def test_what_cannot_be(teacher: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        teacher.build_student(**options)
+
+
+def test_a_teacher_of_sound_has_no_such_student() -> None:
+    with pytest.raises(ValueError, match="takes images, and this teacher audio"):
+        load_teacher(GOLDEN / "audio_base.pt").build_student(model="timm/resnet10t")
