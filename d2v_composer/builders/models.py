@@ -1,7 +1,6 @@
 """Build the models that an evaluation compares, and its labeled sets."""
 
 import sys
-from dataclasses import asdict
 
 import torch
 
@@ -79,7 +78,7 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
         return NetworkStudent(TimmNetwork(model.config, is_pretrained), model.config)
     init = lookup(distillation_of(model.provenance), "config.student.init") or "random"
     if teacher is not None:
-        return teacher.build_student(**asdict(model.config), init=init)
+        return teacher.build_student(**model.config.model_dump(), init=init)
     if init == "random":
         return Student(model.encoder, model.config)
     print(f"no untrained student: it began as {init}, which needs teacher=PATH", file=sys.stderr)

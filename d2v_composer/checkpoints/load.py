@@ -1,6 +1,5 @@
 """Load teachers and students from files, and write them."""
 
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +22,6 @@ from d2v_composer.checkpoints.student_file import (
     is_safetensors,
     lookup,
     pop_sizes,
-    read_config,
     read_model_file,
     sizes_of,
     stored_primary,
@@ -114,7 +112,8 @@ def save_student(student: Backbone, out: Path) -> None:
         from timm import __version__ as now
 
         sample: Any = encoder
-        sizes["encoder"] = asdict(replace(encoder.config, timm=now, outputs=sample.sample_outputs()))
+        now_computed = encoder.config.changed(timm=now, outputs=sample.sample_outputs())
+        sizes["encoder"] = now_computed.model_dump(mode="json")
     tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes, primary)}
     write_model_file(out, kind, sizes, student.provenance, tensors)
 
@@ -163,7 +162,7 @@ def _build_student(
         from d2v_composer.models.timm_network import NetworkStudent, TimmNetwork  # timm takes seconds to import
 
         with reading(source):
-            config = read_config(TimmNetworkConfig, sizes["network"])
+            config = TimmNetworkConfig(**sizes["network"])
         return build_loaded(source, lambda: NetworkStudent(TimmNetwork(config), config, provenance), tensors).eval()
     encoder_config, student_config = check_student(source, sizes, tensors)
     student = Student(build_encoder(encoder_config), student_config, provenance)

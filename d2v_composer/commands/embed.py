@@ -51,14 +51,8 @@ def main(argv: Sequence[str]) -> "Embedding":
     place = {"column": arguments.column, "cache": arguments.local, "cache_limit": arguments.cache_limit}
     source = open_source(arguments.source, modality, **place)
     print(f"embedding: {chosen.name}")
-    batch_size = arguments.batch_size or modality.batch_size
-    options = EmbeddingOptions(
-        **chosen._asdict(),
-        precision=precision,
-        normalize=arguments.normalize,
-        dtype=arguments.dtype,
-        batch_size=batch_size,
-    )
+    given |= {"precision": precision, "batch_size": arguments.batch_size or modality.batch_size, **chosen._asdict()}
+    options = EmbeddingOptions(**{name: given[name] for name in EmbeddingOptions._fields})
     how = {name: given[name] for name in ("workers", "skip_unreadable")}
     embedding = embed_source(model.eval().to(device), source, out, options, device=device, **how)
     if embedding.resumed:

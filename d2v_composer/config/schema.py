@@ -36,7 +36,7 @@ from d2v_composer.models.names import (
     TargetSource,
     Weights,
 )
-from d2v_composer.models.sizes import parse_image_size
+from d2v_composer.models.sizes import BlockSizes, parse_image_size
 from d2v_composer.models.student import Init
 from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
 from d2v_composer.system.fetch import find_missing_file
@@ -212,7 +212,7 @@ class TeacherConfig(TimmSizes):
     """Weights to take from a data2vec2 file: ``model``, as trained, or ``ema``, their moving average."""
 
 
-class StudentOptions(Section):
+class StudentOptions(BlockSizes, Section):
     """The student: the arguments of ``Teacher.build_student``."""
 
     model: Annotated[Text, must("be timm/NAME", lambda name: name.startswith(PREFIX))] | None = None
@@ -221,18 +221,9 @@ class StudentOptions(Section):
     pretrained: bool = False
     """With a model: start from timm's weights, from the Hugging Face hub."""
 
-    depth: Up1000 = 5
-    """Number of blocks."""
-    mlp_ratio: Positive = 3.0
-    """Ratio of a block's MLP width to its number of channels."""
-    alibi: bool = True
-    """Add the 2-D ALiBi bias to attention, as in the chapter."""
     init: Init = "random"
     """``random``, as in the chapter. ``teacher_attention``: copy the attention of the teacher's first blocks.
     ``teacher_blocks``: copy those blocks whole."""
-    embed_dim: Count | None = None
-    """Channels of blocks and embeddings, at most the encoder's; null: the encoder's. A narrower student has a linear
-    layer before its blocks and, only for the regression, one after them."""
 
 
 class TargetsConfig(Section):

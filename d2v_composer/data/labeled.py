@@ -150,7 +150,9 @@ def load_labeled_set(
     else:
         sources = _open_splits(format, root, modality, column, label_column)
         splits = [_load(source, max_images) for source in sources]
-        labeled = LabeledSet(*splits, sources[0].class_names) if splits[1:] else LabeledSet.without_labels(*splits)
+        labeled = LabeledSet.without_labels(splits[0])
+        if splits[1:]:
+            labeled = LabeledSet(splits[0], splits[1], sources[0].class_names)
     for split in (labeled.train, labeled.test) if labeled.has_labels else ():
         # Labels may recur at the very spacing of the images chosen, and then all are hits.
         if 1 < len(split.labels) == max_images and bool((split.labels == split.labels[0]).all()):

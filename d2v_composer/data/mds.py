@@ -133,8 +133,8 @@ class Index:
         self.folder, self.remote, self.modality = folder, remote and remote.rstrip("/"), modality
         self.column, self.labels, self._option = column or modality.name, labels, option
         if not is_mds(folder):
-            found = "not an MDS data set" if folder.is_dir() else "no such folder"
-            raise InputError(f"{folder}: no MDS {INDEX}: {found}")
+            problem = f"{folder}: no MDS {INDEX}: {'not an MDS data set' if folder.is_dir() else 'no such folder'}"
+            raise InputError(problem)
         with reading(folder / INDEX):
             self.shards = [self._parse(entry) for entry in json.loads((folder / INDEX).read_bytes())["shards"]]
         if not self.shards:
@@ -184,8 +184,10 @@ class Index:
         wanted = {self.column: self.modality.encodings} | ({} if self.labels is None else {self.labels: ENCODINGS})
         for name, known in wanted.items():
             if name not in encodings:
-                found = f"the data set has: {', '.join(encodings)}; choose one with {self._option}"
-                raise InputError(f"{self.source}: no column {name!r}; {found}")
+                names, option = ", ".join(encodings), self._option
+                raise InputError(
+                    f"{self.source}: no column {name!r}; the data set has: {names}; choose one with {option}"
+                )
             if encodings[name] not in known:
                 expected = f"expected one of {', '.join(known)}"
                 raise InputError(f"{self.source}: its column {name!r} is {encodings[name]}; {expected}")
@@ -193,13 +195,13 @@ class Index:
         if not 0 < 4 * entry["samples"] <= raw.bytes:
             raise InputError(f"{self.source}: its {INDEX} claims {entry['samples']} samples in {raw.bytes} bytes")
         if self.remote is None:
-            self._check_file(raw, zipped)
+            self._check_file(*filter(None, (raw, zipped)))
         decoders = [ENCODINGS[encoding] if name in wanted else None for name, encoding in encodings.items()]
         columns = list(zip(encodings, entry["column_sizes"], decoders, strict=True))
         return Shard(entry["samples"], raw, zipped, entry["compression"], columns)
 
-    def _check_file(self, *files: ShardFile | None) -> None:
-        for file in filter(None, files):
+    def _check_file(self, *files: ShardFile) -> None:
+        for file in files:
             if (path := self.folder / file.basename).is_file():
                 if (size := path.stat().st_size) != file.bytes:
                     raise InputError(f"{path}: the shard has {size} bytes, but the index says {file.bytes}")

@@ -137,14 +137,16 @@ def open_mds(index: Index, cache_limit: int | None = None) -> Source:
     """Open the samples of an MDS data set, with labels if the index has a column of labels."""
     shards, place = Shards(index, cache_limit=cache_limit), index.remote or index.folder.resolve()
     numbers = np.arange(len(index))
+
+    def label(number: int) -> int:
+        return whole_label(shards[number][index.labels or ""], f"sample {number} of {index.source}")
+
     return Source(
         root=index.source,
         modality=index.modality,
         ids=numbers,
         load=lambda number: shards[number][index.column],
-        label=None
-        if index.labels is None
-        else lambda number: whole_label(shards[number][index.labels], f"sample {number} of {index.source}"),
+        label=label if index.labels else None,
         sizes=np.concatenate([np.full(each.samples, each.raw.bytes // each.samples) for each in index.shards]),
         marks=numbers,
         fingerprint=_sha256(place, (index.folder / INDEX).read_bytes(), index.column),

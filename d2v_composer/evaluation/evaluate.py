@@ -142,7 +142,7 @@ def build_candidates(first: Backbone, models: Mapping[str, Backbone], layer_mean
 
     return [
         Candidate(encoder.baseline, lambda *inputs: encoder.raw(Inputs(*inputs))),
-        # Not if it is all of the model.
+        # Not if the encoder is all of the model.
         *([candidate("encoder", encoder, encoder, pool)] if first.block_list else []),
         *(
             candidate(name, each, each.encoder, partial(each.embed_encoded, layer_mean=layer_mean))

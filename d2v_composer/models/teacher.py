@@ -5,7 +5,6 @@ Shapes: B inputs, E extra tokens, N patches, T = E + N tokens, D channels.
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -115,7 +114,7 @@ class Teacher(Transformer, Frozen):
 
     def build_network(self, model: str, pretrained: bool, **options: Any) -> Any:
         """Build a student that is a timm model; see :meth:`build_student`."""
-        usual = {each.name: each.default for each in fields(StudentConfig)}
+        usual = {name: each.default for name, each in StudentConfig.model_fields.items()}
         options = {name: each for name, each in options.items() if name == "normalization" or each != usual.get(name)}
         if not_its := sorted(options.keys() - {"normalization", "final_layer_norm"}):
             raise ValueError(f"{not_its[0]}: is for blocks on the teacher's encoder; leave it out with model {model}")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -33,7 +34,7 @@ def prompts(rng: np.random.Generator, number: int) -> Lengths:
     return (16_000 * np.exp(rng.normal(0.2, 0.5, number)).clip(0.3, 8)).astype(int)
 
 
-def build_order(lengths: Lengths | None, number: int, batch_size: int, **options: int | bool) -> EpochOrder:
+def build_order(lengths: Lengths | None, number: int, batch_size: int, **options: Any) -> EpochOrder:
     shard_sizes, epoch_size = (
         np.diff(np.arange(0, number // 100 + 2) * number // (number // 100 + 1)),
         number // batch_size * batch_size,
