@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from d2v_composer.data.labeled import LabeledSet
+from d2v_composer.data.labeled import EvaluationSet
 from d2v_composer.evaluation.labeled_retrieval import Candidate, Lookup, Result, measure_embeddings
 from d2v_composer.evaluation.metrics import BANKS, TEACHER, Log, Measure, read_accuracies, retrieval_from
 from d2v_composer.models.backbone import Backbone
@@ -249,7 +249,7 @@ def check_out(folder: Path, weights: str) -> None:
 
 def evaluate(
     comparison: Comparison,
-    datasets: Mapping[str, LabeledSet],
+    datasets: Mapping[str, EvaluationSet],
     device: str,
     autocast_dtype: torch.dtype | None = None,
 ) -> Evaluation:
