@@ -7,7 +7,7 @@ import torch
 from d2v_composer.checkpoints.load import Models, load_any
 from d2v_composer.checkpoints.student_file import choose_embedding, distillation_of, lookup
 from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ModelConfig, ShardLoaderConfig
-from d2v_composer.data.labeled import Augmentation, LabeledSet, load_labeled_set
+from d2v_composer.data.labeled import Augmentation, EvaluationSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES, modality_of
 from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.evaluate import Comparison, build_candidates
@@ -31,7 +31,7 @@ def load_trained_model(config: ModelConfig) -> Models:
     return load_any(config.model, config.weights, config.teacher, **sizes)
 
 
-def build_labeled_sets(lookup: LookupConfig, modality: Modality) -> dict[str, LabeledSet]:
+def build_labeled_sets(lookup: LookupConfig, modality: Modality) -> dict[str, EvaluationSet]:
     """Load the data sets of a section ``datasets``, except the ones that null turns off.
 
     A line says how many test images are also among the train images, which makes accuracies too high.

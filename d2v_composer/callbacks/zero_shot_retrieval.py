@@ -18,7 +18,7 @@ from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
-    from d2v_composer.data.labeled import Augmentation, LabeledSet  # and with it all that reads images
+    from d2v_composer.data.labeled import Augmentation, EvaluationSet  # and with it all that reads images
 
 # Attributes in checkpoints.
 KEPT = ("history", "baseline_metrics", "teacher_neighbors", "neighbors", "was_stopped")
@@ -86,7 +86,7 @@ class ZeroShotRetrieval(Callback):
 
     def __init__(
         self,
-        datasets: "Mapping[str, LabeledSet]",
+        datasets: "Mapping[str, EvaluationSet]",
         interval: str = "5000ba",
         ks: Sequence[int] = (1, 3),
         *,

@@ -56,7 +56,7 @@ class LabeledSamples(NamedTuple):
     """(N,) int64."""
 
 
-class LabeledSet(NamedTuple):
+class EvaluationSet(NamedTuple):
     """Two splits, each the bank for the other's queries; or only test images, without labels (all 0)."""
 
     train: LabeledSamples
@@ -64,14 +64,14 @@ class LabeledSet(NamedTuple):
     class_names: tuple[str, ...] = ()
     """Name of each label; empty if the labels are only numbers."""
 
-    def numbered(self) -> "LabeledSet":
+    def numbered(self) -> "EvaluationSet":
         """Renumber the labels from 0 without gaps, and keep their names, because tables have a row for each label."""
         if not self.has_labels:
             return self
         found, numbers = torch.cat([self.train.labels, self.test.labels]).unique(return_inverse=True)
         known = dict(enumerate(self.class_names))
         train, test = numbers.split(self.num_samples)
-        return LabeledSet(
+        return EvaluationSet(
             self.train._replace(labels=train),
             self.test._replace(labels=test),
             tuple(known.get(label, str(label)) for label in found.tolist()),
@@ -94,7 +94,7 @@ class LabeledSet(NamedTuple):
         return sum(map({*train}.__contains__, test))
 
     @classmethod
-    def without_labels(cls, samples: LabeledSamples) -> "LabeledSet":
+    def without_labels(cls, samples: LabeledSamples) -> "EvaluationSet":
         """Return a set of samples without labels."""
         return cls(LabeledSamples(samples.samples[:0], samples.labels[:0]), samples)
 
@@ -120,7 +120,7 @@ def load_labeled_set(
     column: str | None = None,
     label_column: str | None = "label",
     max_images: int | None = None,
-) -> LabeledSet:
+) -> EvaluationSet:
     """Load a labeled set, or a set without labels: a folder without class folders, or MDS without ``label_column``.
 
     Args:
@@ -150,9 +150,9 @@ def load_labeled_set(
     else:
         sources = _open_splits(format, root, modality, column, label_column)
         splits = [_load(source, max_images) for source in sources]
-        labeled = LabeledSet.without_labels(splits[0])
+        labeled = EvaluationSet.without_labels(splits[0])
         if splits[1:]:
-            labeled = LabeledSet(splits[0], splits[1], sources[0].class_names)
+            labeled = EvaluationSet(splits[0], splits[1], sources[0].class_names)
     for split in (labeled.train, labeled.test) if labeled.has_labels else ():
         # Labels may recur at the very spacing of the images chosen, and then all are hits.
         if 1 < len(split.labels) == max_images and bool((split.labels == split.labels[0]).all()):
@@ -160,7 +160,7 @@ def load_labeled_set(
     return labeled
 
 
-def _load_cifar(format: Format, root: Path, download: bool, max_images: int | None) -> LabeledSet:
+def _load_cifar(format: Format, root: Path, download: bool, max_images: int | None) -> EvaluationSet:
     from torchvision.datasets import CIFAR10, CIFAR100  # takes a second
 
     dataset_class = CIFAR10 if format == "cifar10" else CIFAR100
@@ -178,7 +178,7 @@ def _load_cifar(format: Format, root: Path, download: bool, max_images: int | No
         LabeledSamples(torch.from_numpy(split.data[those]).permute(0, 3, 1, 2), torch.tensor(split.targets)[those])
         for split, those in zip(splits, chosen, strict=True)
     )
-    return LabeledSet(train, test, tuple(splits[0].classes))
+    return EvaluationSet(train, test, tuple(splits[0].classes))
 
 
 def _open_splits(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from d2v_composer.data.labeled import LabeledSet
+from d2v_composer.data.labeled import EvaluationSet
 from d2v_composer.evaluation.labeled_retrieval import Candidate, Lookup, Result, measure_embeddings
 from d2v_composer.evaluation.metrics import BANKS, TEACHER, Log, Measure, read_accuracies, retrieval_from
 from d2v_composer.models.backbone import Backbone
@@ -129,6 +129,9 @@ def build_candidates(first: Backbone, models: Mapping[str, Backbone], layer_mean
             known[own] = own(own.windows(inputs.filled_up(largest - len(inputs.values))))
         return known[own]
 
+    def pool(tokens: Tokens) -> dict[str, Tensor]:
+        return first.features(tokens).poolings(tokens.x, "output_")
+
     def candidate(name: str, model: Backbone | Encoder, own: Encoder, embed: Callable[..., Any]) -> Candidate:
         def embed_inputs(*inputs: Tensor) -> dict[str, Tensor]:
             found = embed(encode(own, Inputs(*inputs)))
@@ -140,15 +143,7 @@ def build_candidates(first: Backbone, models: Mapping[str, Backbone], layer_mean
     return [
         Candidate(encoder.baseline, lambda *inputs: encoder.raw(Inputs(*inputs))),
         # Not if the encoder is all of the model.
-        *(
-            [
-                candidate(
-                    "encoder", encoder, encoder, lambda tokens: first.features(tokens).poolings(tokens.x, "output_")
-                )
-            ]
-            if first.block_list
-            else []
-        ),
+        *([candidate("encoder", encoder, encoder, pool)] if first.block_list else []),
         *(
             candidate(name, each, each.encoder, partial(each.embed_encoded, layer_mean=layer_mean))
             for name, each in models.items()
@@ -254,7 +249,7 @@ def check_out(folder: Path, weights: str) -> None:
 
 def evaluate(
     comparison: Comparison,
-    datasets: Mapping[str, LabeledSet],
+    datasets: Mapping[str, EvaluationSet],
     device: str,
     autocast_dtype: torch.dtype | None = None,
 ) -> Evaluation:

@@ -42,7 +42,7 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.progress import progress_bar
 
 if TYPE_CHECKING:
-    from d2v_composer.data.labeled import Augmentation, LabeledSet
+    from d2v_composer.data.labeled import Augmentation, EvaluationSet
 
 Embed = Callable[..., Tensor | dict[str, Tensor]]
 """Embeds a batch on the model's device → (B, D), or several embeddings by name.
@@ -90,14 +90,14 @@ class Lookup(NamedTuple):
     teacher: Candidate | None = None
     """What agreement compares with; ``None``: agreement is left out."""
 
-    def measures(self, labeled: "LabeledSet") -> list[Measure]:
+    def measures(self, labeled: "EvaluationSet") -> list[Measure]:
         """Return what is measured on a set: retrieval first, then the probes."""
         measures = [retrieval_from(bank, k) for bank in BANKS for k in self.ks] if labeled.has_labels else []
         for probe in self.probes if labeled.has_labels else WITHOUT_LABELS:
             measures += PROBES[probe] or map(instance_retrieval, self.ks)
         return [each for each in measures if self.teacher is not None or each != AGREEMENT]
 
-    def check(self, name: str, labeled: "LabeledSet") -> None:
+    def check(self, name: str, labeled: "EvaluationSet") -> None:
         """Check that a set has enough images to look up.
 
         Raises:
@@ -128,7 +128,7 @@ class Result(NamedTuple):
 
 def embed_set(
     candidates: Sequence[Candidate],
-    labeled: "LabeledSet",
+    labeled: "EvaluationSet",
     batch_size: int,
     to_device: Callable[[Tensor], Tensor],
     ranks: Ranks = ONE_RANK,
@@ -175,7 +175,7 @@ def embed_set(
 def measure_embeddings(
     candidates: Sequence[Candidate],
     dataset: str,
-    labeled: "LabeledSet",
+    labeled: "EvaluationSet",
     lookup: Lookup,
     to_device: Callable[[Tensor], Tensor],
     ranks: Ranks = ONE_RANK,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d
 
 from d2v_composer.data.audio import encode_flac
-from d2v_composer.data.labeled import LabeledSet
+from d2v_composer.data.labeled import EvaluationSet
 from d2v_composer.evaluation.evaluate import gap_closed
 from d2v_composer.evaluation.metrics import AGREEMENT, HEALTH_STATES, TEACHER, read_accuracies, retrieval_from
 from d2v_composer.models.audio import LogMel
@@ -115,7 +115,7 @@ def _warnings(run: Run) -> Iterator[str]:
 
 
 @mpl.rc_context(STYLE)
-def gallery(unit: str, labeled: LabeledSet, chosen: Tensor, nearest: Tensor) -> tuple[Figure, Clips]:
+def gallery(unit: str, labeled: EvaluationSet, chosen: Tensor, nearest: Tensor) -> tuple[Figure, Clips]:
     """Show test samples, one per row, and their nearest train samples, marked as right (tick) or wrong (cross).
 
     Args:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from d2v_composer.checkpoints.checkpoint import LATEST, LOG, Checkpoint, read_newest
 from d2v_composer.checkpoints.safe_load import load_untrusted
-from d2v_composer.data.labeled import LabeledSet, load_labeled_set
+from d2v_composer.data.labeled import EvaluationSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.metrics import Log, read_jsonl
@@ -32,7 +32,7 @@ class Run(NamedTuple):
     log: Log
     neighbors: Mapping[str, Mapping[str, Tensor]]
     """Neighbors, as in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
-    datasets: Mapping[str, LabeledSet]
+    datasets: Mapping[str, EvaluationSet]
     """The samples that can still be read; each label has a name."""
 
     @property

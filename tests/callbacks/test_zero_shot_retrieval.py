@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from d2v_composer import knn_accuracy, neighbor_agreement
 from d2v_composer.callbacks import ZeroShotRetrieval
 from d2v_composer.data.images import RandomResizedCropFlip
-from d2v_composer.data.labeled import Augmentation, LabeledSamples, LabeledSet
+from d2v_composer.data.labeled import Augmentation, EvaluationSet, LabeledSamples
 from d2v_composer.evaluation.nearest_neighbors import retrieval_accuracy
 from d2v_composer.report.tables import retrieval_table
 from d2v_composer.system.errors import InputError
@@ -63,7 +63,7 @@ def train(model: Classifier, callback: ZeroShotRetrieval, max_duration: str) -> 
 def test_evaluates_at_the_interval_and_at_the_end(
     interval: str, max_duration: str, at_start: bool, batches: list[int]
 ) -> None:
-    labeled = LabeledSet(numbered_images(9, 0), numbered_images(5, 100))
+    labeled = EvaluationSet(numbered_images(9, 0), numbered_images(5, 100))
     callback = ZeroShotRetrieval({"set": labeled}, interval, at_start=at_start, device_batch_size=4)
     model = Watched()
     train(model, callback, max_duration)
@@ -80,7 +80,7 @@ def two_embeddings(images: Tensor) -> dict[str, Tensor]:
 
 
 def test_a_resume_may_add_probes_but_keeps_its_primary_embedding() -> None:
-    labeled = LabeledSet(numbered_images(90, 0), numbered_images(50, 100))
+    labeled = EvaluationSet(numbered_images(90, 0), numbered_images(50, 100))
     options: dict[str, Any] = {"embed": two_embeddings, "baselines": {"teacher": two_embeddings}}
     first = ZeroShotRetrieval({"set": labeled}, "10ba", primary="whole", **options)
     train(Watched(), first, "10ba")
@@ -113,10 +113,10 @@ def test_a_resume_may_add_probes_but_keeps_its_primary_embedding() -> None:
 
 def test_a_resume_with_other_images_is_refused_unless_they_have_another_name() -> None:
     """Else a teacher's accuracy among few images would stand beside a student's among many."""
-    labeled = LabeledSet(numbered_images(90, 0), numbered_images(50, 100))
+    labeled = EvaluationSet(numbered_images(90, 0), numbered_images(50, 100))
     state = ZeroShotRetrieval({"set": labeled}).state_dict()
     train, test = (LabeledSamples(each.samples[:40], each.labels[:40]) for each in (labeled.train, labeled.test))
-    fewer = LabeledSet(train, test)
+    fewer = EvaluationSet(train, test)
     with pytest.raises(InputError, match=r"^retrieval\.datasets\.set: its images differ from the checkpoint's"):
         ZeroShotRetrieval({"set": fewer}).load_state_dict(state)
     ZeroShotRetrieval({"set": labeled, "fewer": fewer}).load_state_dict(state)
@@ -136,9 +136,9 @@ def corner(images: Tensor) -> Tensor:
 @pytest.mark.parametrize("has_labels", [True, False])
 def test_judges_without_labels(has_labels: bool) -> None:
     """As the functions do; a set without labels is judged so alone, and a resume keeps the teacher's neighbors."""
-    labeled = LabeledSet(numbered_images(60, 0), numbered_images(50, 100))
+    labeled = EvaluationSet(numbered_images(60, 0), numbered_images(50, 100))
     images = labeled.test.samples
-    labeled = labeled if has_labels else LabeledSet.without_labels(labeled.test)
+    labeled = labeled if has_labels else EvaluationSet.without_labels(labeled.test)
     calls: list[int] = []
 
     def teacher(images: Tensor) -> dict[str, Tensor]:
@@ -186,7 +186,7 @@ def test_judges_without_labels(has_labels: bool) -> None:
 
 
 def test_baselines_are_measured_once_in_one_pass() -> None:
-    labeled = LabeledSet(numbered_images(9, 0), numbered_images(5, 100))
+    labeled = EvaluationSet(numbered_images(9, 0), numbered_images(5, 100))
     events: list[str] = []
 
     def embed_as(name: str, images: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ def test_baselines_are_measured_once_in_one_pass() -> None:
 
 def test_a_baseline_without_layer_mean_falls_back_to_its_output() -> None:
     """As the bare encoder, which has no layers to average."""
-    labeled = LabeledSet(numbered_images(90, 0), numbered_images(50, 100))
+    labeled = EvaluationSet(numbered_images(90, 0), numbered_images(50, 100))
     students = {"layer_mean_cls": pixels, "output_cls": lambda images: pixels(images[..., :2, :2])}
     callback = ZeroShotRetrieval(
         {"set": labeled},
@@ -230,7 +230,7 @@ def test_a_baseline_without_layer_mean_falls_back_to_its_output() -> None:
 
 
 def test_refuses_a_model_without_embed_and_a_k_that_is_too_large() -> None:
-    labeled = LabeledSet(numbered_images(9, 0), numbered_images(5, 100))
+    labeled = EvaluationSet(numbered_images(9, 0), numbered_images(5, 100))
     model = Watched()
     model.embed = None  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ValueError, match="Watched has no method embed_all or embed"):
@@ -243,6 +243,6 @@ def test_refuses_a_model_without_embed_and_a_k_that_is_too_large() -> None:
         ZeroShotRetrieval({"set": labeled}, probes=["instance"])
     with pytest.raises(ValueError, match="set: agreement needs more than 10 images, got 5"):
         ZeroShotRetrieval({"set": labeled}, probes=["agreement"])
-    more = LabeledSet(numbered_images(9, 0), numbered_images(11, 100))
+    more = EvaluationSet(numbered_images(9, 0), numbered_images(11, 100))
     with pytest.raises(ValueError, match="agreement needs a baseline named teacher"):
         ZeroShotRetrieval({"set": more}, probes=["agreement"], baselines={"pixels": pixels})

@@ -21,7 +21,7 @@ from d2v_composer.commands import convert_images
 from d2v_composer.data import convert
 from d2v_composer.data.convert import CIFAR10, convert_cifar10, find_samples, work_folder
 from d2v_composer.data.images import as_rgb_jpeg, decode_rgb
-from d2v_composer.data.labeled import LabeledSamples, LabeledSet, load_labeled_set
+from d2v_composer.data.labeled import EvaluationSet, LabeledSamples, load_labeled_set
 from d2v_composer.data.source import Source
 from d2v_composer.system import retry
 from d2v_composer.system.errors import InputError, RunError
@@ -371,7 +371,9 @@ def test_cifar10_keeps_its_pixels_labels_and_order(
     torch.manual_seed(0)
     pixels = {split: torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8) for split in ("train", "test")}
     labels = torch.tensor([1, 0, 1, 1, 0])
-    whole = LabeledSet(*(LabeledSamples(pixels[split], labels) for split in ("train", "test")), class_names=("a", "b"))
+    whole = EvaluationSet(
+        *(LabeledSamples(pixels[split], labels) for split in ("train", "test")), class_names=("a", "b")
+    )
     monkeypatch.setattr(convert, "load_labeled_set", lambda *arguments, **options: whole)
     out = tmp_path / "out"
     for split in ("train", "test"):

@@ -8,7 +8,7 @@ import torch
 
 from d2v_composer.data.audio import Audio
 from d2v_composer.data.images import Images
-from d2v_composer.data.labeled import LabeledSet, load_labeled_set
+from d2v_composer.data.labeled import EvaluationSet, load_labeled_set
 from d2v_composer.system.errors import InputError
 from helpers import encoded_clip
 
@@ -38,7 +38,7 @@ def unpacked(files: dict[str, bytes], tmp_path: Path) -> Path:
     return root
 
 
-def load(root: Path, **options: Any) -> LabeledSet:
+def load(root: Path, **options: Any) -> EvaluationSet:
     return load_labeled_set("speech_commands", root, Audio(), **options)
 
 

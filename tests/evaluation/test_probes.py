@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from d2v_composer import linear_probe_accuracy
-from d2v_composer.data.labeled import LabeledSamples, LabeledSet
+from d2v_composer.data.labeled import EvaluationSet, LabeledSamples
 from d2v_composer.evaluation import linear_probe
 from d2v_composer.evaluation.labeled_retrieval import Candidate, Lookup, measure_embeddings
 from d2v_composer.evaluation.linear_probe import STRENGTHS, fit_linear_probe
@@ -111,7 +111,7 @@ def test_a_warning_names_model_and_data_once(caplog: pytest.LogCaptureFixture, m
     """A run measures its student many times; an embedding that no table shows is not named."""
     monkeypatch.setattr(linear_probe, "MAX_EVALUATIONS", 2)
     data = blobs(40, 6)
-    labeled = LabeledSet(LabeledSamples(data.train, data.train_labels), LabeledSamples(data.test, data.test_labels))
+    labeled = EvaluationSet(LabeledSamples(data.train, data.train_labels), LabeledSamples(data.test, data.test_labels))
     student, teacher = (Candidate(name, lambda x: {"a": x, "b": x}) for name in ("student", "teacher"))
     lookup = Lookup("a", (1,), ["linear"], augment=None, batch_size=1000, teacher=teacher)
     for dataset in ("first", "first", "second"):

@@ -14,7 +14,7 @@ from d2v_composer.commands import convert_audio
 from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.config.load import load_config
 from d2v_composer.data.audio import Audio
-from d2v_composer.data.labeled import LabeledSamples, LabeledSet, load_labeled_set
+from d2v_composer.data.labeled import EvaluationSet, LabeledSamples, load_labeled_set
 from d2v_composer.evaluation.evaluate import build_candidates
 from d2v_composer.evaluation.labeled_retrieval import VIEWS, Candidate, embed_set
 from d2v_composer.evaluation.nearest_neighbors import Ranks
@@ -38,8 +38,8 @@ def clips(lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
     return [0.1 * torch.randn(length, generator=generator) for length in lengths]
 
 
-def without_labels(samples: list[Tensor]) -> LabeledSet:
-    return LabeledSet.without_labels(LabeledSamples(samples, torch.zeros(len(samples), dtype=torch.int64)))
+def without_labels(samples: list[Tensor]) -> EvaluationSet:
+    return EvaluationSet.without_labels(LabeledSamples(samples, torch.zeros(len(samples), dtype=torch.int64)))
 
 
 def half(sample: Tensor, number: int, view: int) -> Tensor:

@@ -239,7 +239,7 @@ def test_galleries_show_the_neighbors_that_were_counted(run_folder: Path) -> Non
     nearest = run.neighbors["squares"]["train"].long()
     hits = bank.labels[nearest[:, 0]] == queries.labels
     assert hits.double().mean().item() == run.log["metrics/squares/bank_train/top1"][14]
-    figure, clips = gallery(run.modality, run.datasets["squares"], torch.arange(4), nearest[:4, :1])
+    figure, clips = gallery(run.modality.unit, run.datasets["squares"], torch.arange(4), nearest[:4, :1])
     assert clips == []
     for query, found, hit in zip(figure.axes[::2], figure.axes[1::2], hits, strict=False):
         assert query.get_xlabel() in names
