@@ -65,6 +65,7 @@ def benchmark(size: str = "base", batch_size: int = 256, residual: str = "full")
             # ALiBi's bias is kept from the first step on.
             model.teacher.block_contexts(torch.zeros(1, encoder.num_tokens(inputs.shape[1:]), encoder.config.embed_dim))
             tokens, targets = model.frozen_pass(Inputs(inputs))
+            assert tokens is not None  # the student's encoder is the teacher's
             planner.part = "student, forward"
             objective = model.objectives["tokens"]
             regression = objective.regression(model.student.features(tokens), targets["tokens"])

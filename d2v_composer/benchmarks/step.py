@@ -32,7 +32,7 @@ from d2v_composer.models.attention import init_linear_layers
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.execution import PRECISIONS, choose_precision, compile_model, find_missing, name_precision
-from d2v_composer.models.sizes import RELEASED, Data2Vec2Config
+from d2v_composer.models.sizes import RELEASED, ImageEncoderConfig, TeacherConfig
 from d2v_composer.models.targets import NORM_EPS
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.processes import obey_signals
@@ -50,8 +50,10 @@ SDP = ["flash_attention", "efficient_attention", "cudnn_attention", "math"]
 ATTENTION = re.compile("_scaled_dot_product_|flash|fmha|sdpa|flex_attention")
 
 # A teacher's sizes, and the student's depth.
-SMALL = Data2Vec2Config(
-    embed_dim=192, num_heads=6, depth=6, average_top_k_layers=6, num_extra_tokens=1, image_size=32, patch_size=4
+SMALL = TeacherConfig(
+    encoder=ImageEncoderConfig(embed_dim=192, num_heads=6, num_extra_tokens=1, image_size=32, patch_size=4),
+    depth=6,
+    average_top_k_layers=6,
 )
 SIZES = {**{name: (config, 5) for name, config in RELEASED.items()}, "quickstart": (SMALL, 3)}
 

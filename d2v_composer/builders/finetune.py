@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from d2v_composer.builders.data import build_train_loader, read_train_index
+from d2v_composer.builders.fit import fit_and_close, join_and_seed, write_run_report
 from d2v_composer.builders.models import build_augmentation, load_trained_model
 from d2v_composer.builders.run import (
     FIXED_IN_ANY_RUN,
@@ -19,9 +20,6 @@ from d2v_composer.builders.run import (
     build_run_record,
     build_scheduler,
     build_trainer,
-    fit_and_close,
-    join_and_seed,
-    write_run_report,
 )
 from d2v_composer.callbacks.algorithms import SeededBatches
 from d2v_composer.checkpoints.checkpoint import LATEST
@@ -33,7 +31,7 @@ from d2v_composer.embedding import hash_weights
 from d2v_composer.models.classification import Classifier
 from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.sizes import EncoderConfig
-from d2v_composer.models.student import Student
+from d2v_composer.models.teacher import Teacher
 from d2v_composer.report.tables import format_table
 from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.errors import InputError
@@ -70,8 +68,7 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trai
     join_and_seed(config)
     with node_leaders_first("the model"):
         backbone, _ = load_trained_model(config)
-    if isinstance(backbone, Student):
-        backbone.head = None  # of an earlier fine-tuning run
+    is_student, backbone.head = not isinstance(backbone, Teacher), None  # a head is of an earlier fine-tuning run
     embedding = choose_embedding(backbone, config.pooling, config.representation)
     modality = modality_of(backbone.encoder.config)
     for name in ("mixup", "cutmix") if modality.has_lengths else ():
@@ -79,14 +76,14 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trai
             raise InputError(f"algorithms.{name}: must be null, because the model takes {modality.unit}")
     data = build_data(config, backbone.encoder.config)
     about = {
-        "kind": "student" if isinstance(backbone, Student) else "teacher",
+        "kind": "student" if is_student else "teacher",
         "path": config.model,
         "sha256": hash_weights(backbone),
         **embedding._asdict(),
         "num_classes": data.num_classes,
         "class_names": list(data.class_names),
         "provenance": backbone.provenance,
-        **({"sizes": sizes_of(backbone)} if isinstance(backbone, Student) else {}),  # for its export
+        **({"sizes": sizes_of(backbone)} if is_student else {}),  # for its export
     }
     cpu_bf16 = choose_precision(config.precision).cpu_bf16
     model = Classifier(backbone, data.num_classes, *embedding, config.train_encoder, cpu_bf16)
@@ -112,7 +109,7 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trai
     }
     fit_and_close(trainer, config, header, lambda: report(trainer, config, model, modality.unit))
     folder = config.run_folder
-    if folder is not None and isinstance(backbone, Student):
+    if folder is not None and is_student:
         print_next(d2v("export", folder.local / LATEST, folder.local / "classifier.safetensors"))
     return trainer
 

@@ -1,7 +1,6 @@
 """Build the models that an evaluation compares, and its labeled sets."""
 
 import sys
-from dataclasses import asdict
 
 import torch
 
@@ -14,7 +13,8 @@ from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.evaluate import Comparison, build_candidates
 from d2v_composer.evaluation.labeled_retrieval import Lookup
 from d2v_composer.evaluation.metrics import TEACHER
-from d2v_composer.models.sizes import EncoderConfig
+from d2v_composer.models.backbone import Backbone
+from d2v_composer.models.sizes import EncoderConfig, TimmNetworkConfig
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.errors import InputError, reading
@@ -67,20 +67,25 @@ def build_augmentation(
     return Augmentation(modality.augmentation(for_views=for_views, **options), seed)
 
 
-def build_untrained(model: Student | Teacher, teacher: Teacher | None) -> Student | None:
+def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None:
     """Build a student as a model's run began with it, or a teacher's default one; ``None``: that needs the teacher."""
     if isinstance(model, Teacher):
         return model.build_student()
+    if isinstance(model.config, TimmNetworkConfig):
+        from d2v_composer.models.timm_network import NetworkStudent, TimmNetwork  # timm takes seconds to import
+
+        is_pretrained = lookup(distillation_of(model.provenance), "config.student.pretrained") or False
+        return NetworkStudent(TimmNetwork(model.config, is_pretrained), model.config)
     init = lookup(distillation_of(model.provenance), "config.student.init") or "random"
     if teacher is not None:
-        return teacher.build_student(**asdict(model.config), init=init)
+        return teacher.build_student(**model.config.model_dump(), init=init)
     if init == "random":
         return Student(model.encoder, model.config)
     print(f"no untrained student: it began as {init}, which needs teacher=PATH", file=sys.stderr)
     return None
 
 
-def build_comparison(config: EvaluateConfig, device: str) -> tuple[Student | Teacher, Comparison]:
+def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Comparison]:
     """Load a model and what to compare it with: pixels, the encoder alone, an untrained student, the teacher if known.
 
     Raises:
@@ -95,10 +100,10 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Student | Tea
         options = modality_of(sizes).options & recorded.keys()
         loader = ShardLoaderConfig(**{name: recorded[name] for name in options})
     primary = choose_embedding(model, config.pooling, config.representation).name
-    student = model if isinstance(model, Student) else None
+    student = None if isinstance(model, Teacher) else model
     named = {"untrained student": untrained, "student": student, TEACHER: teacher}
     models = {name: each.eval().to(device) for name, each in named.items() if each is not None}
-    candidates = build_candidates(model, models, model.layer_mean)
+    candidates = build_candidates(teacher or model, models, model.layer_mean)
     reference = None if teacher is None else candidates[-1]
     augment = build_augmentation(loader, sizes, config.seed, for_views=True)
     how = Lookup(primary, config.ks, config.probes, augment, config.device_eval_batch_size, reference)

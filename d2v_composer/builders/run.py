@@ -1,4 +1,4 @@
-"""A run from top to bottom: config → model, data, arguments of the Trainer; then train, report, close."""
+"""A run from top to bottom: config → model, data, Trainer; ``fit.py`` trains, reports and closes."""
 
 import hashlib
 import os
@@ -12,22 +12,21 @@ from pkgutil import resolve_name
 from typing import Any
 
 import torch
-import yaml
 from composer import Trainer
 from composer.algorithms import CutMix, LabelSmoothing, MixUp
 from composer.core import Algorithm, Callback, Time, TimeUnit
 from composer.loggers import LoggerDestination
 from composer.models import ComposerModel
 from composer.optim import ComposerScheduler, CosineAnnealingScheduler, CosineAnnealingWithWarmupScheduler
-from composer.utils import FSDP2Config, ParallelismConfig, dist, reproducibility
+from composer.utils import FSDP2Config, ParallelismConfig, dist
 
 from d2v_composer.builders.data import build_train_loader, read_train_index
+from d2v_composer.builders.fit import fit_and_close, join_and_seed, write_run_report
 from d2v_composer.builders.models import build_augmentation, build_labeled_sets
 from d2v_composer.callbacks.algorithms import GradientClipping, GradientNorm
 from d2v_composer.callbacks.checkpointing import Checkpoints, NanGuard
-from d2v_composer.callbacks.logging import ProgressLogger, Throughput, Uploads, num_batches
+from d2v_composer.callbacks.logging import ProgressLogger, Throughput, Uploads
 from d2v_composer.callbacks.run_record import RunRecord
-from d2v_composer.callbacks.trainer_state import find_callback
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.checkpoint import (
     LOG,
@@ -52,7 +51,7 @@ from d2v_composer.config.schema import (
 from d2v_composer.data.modalities import MODALITIES, modality_of
 from d2v_composer.evaluation.evaluate import build_candidates
 from d2v_composer.evaluation.labeled_retrieval import Embed
-from d2v_composer.evaluation.metrics import TEACHER, read_jsonl
+from d2v_composer.evaluation.metrics import TEACHER
 from d2v_composer.models.distillation import DistillationModel, check_tensors
 from d2v_composer.models.execution import (
     choose_precision,
@@ -65,13 +64,12 @@ from d2v_composer.models.execution import (
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.report.tables import retrieval_table
 from d2v_composer.system.addresses import Address, RunFolder, hide_secrets
-from d2v_composer.system.command_line import d2v
-from d2v_composer.system.errors import InputError, RunError, errors_of, find_full_disk, reading, reason
+from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.fetch import cache_folder
 from d2v_composer.system.machine import describe_machine, package_versions
-from d2v_composer.system.processes import allow_open_files, if_interrupted, num_nodes
-from d2v_composer.system.ranks import join_ranks, node_leaders_first, rank_zero_first
-from d2v_composer.system.third_party import lean_engine, patched_composer
+from d2v_composer.system.processes import num_nodes
+from d2v_composer.system.ranks import node_leaders_first, rank_zero_first
+from d2v_composer.system.third_party import patched_composer
 
 # Name in the section ``algorithms`` → what its fields are the arguments of.
 ALGORITHMS = {
@@ -229,7 +227,8 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
         uses_fsdp = config.parallelism_config.fsdp is not None
         compile_model(model, joins_frozen_blocks=not uses_fsdp, choice=config.compile)
     if config.activation_checkpointing:
-        model.student.checkpoint_activations()
+        student: Any = model.student
+        student.checkpoint_activations()
     return model
 
 
@@ -497,98 +496,3 @@ def _share_newest(folder: RunFolder, resumes: bool) -> Checkpoint | None:
             if sha256(path) != digest:
                 raise InputError(f"{address or path}: differs from the checkpoint with that name on node 0")
         return newest or read_checkpoint(path)
-
-
-def join_and_seed(config: TrainerConfig) -> None:
-    """Raise the open-file limit, join the ranks, and seed. Call it first, on every rank."""
-    allow_open_files()
-    join_ranks(0 if config.train_loader.remote is None else config.train_loader.timeout)
-    reproducibility.seed_all(config.seed)
-
-
-def fit_and_close(
-    trainer: Trainer, config: TrainerConfig, header: Mapping[str, str], report: Callable[[], None]
-) -> None:
-    """Train to the end, report on rank 0, wait for the uploads, and close the Trainer.
-
-    The log opens with the run, its device, the lines of ``header`` (name → text), its model and its length.
-    """
-    # Only now: each DeviceGPU that Composer constructs allows TF32.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-    try:
-        _fit(trainer, config, header)
-        if dist.get_global_rank() == 0:
-            report()
-        with rank_zero_first("uploads"):  # they may take minutes, which no collective would wait
-            if (uploads := find_callback(trainer.state, Uploads)) is not None:
-                uploads.wait()
-            trainer.engine.close()
-    except BaseException as error:
-        # Not trainer.close(), which waits for all ranks: some may not have failed.
-        trainer.engine.close()
-        if (fault := find_full_disk(error)) is not None:
-            raise RunError(f"{config.run_folder}: cannot be written: {fault.strerror}") from error
-        if isinstance(error, RuntimeError) and re.match(r"DataLoader worker .* (killed by|exited)", str(error)):
-            raise RunError(f"{reason(error)}; the same command resumes") from error
-        raise
-    trainer.close()
-
-
-def _fit(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]) -> None:
-    if trainer.state.timestamp < config.max_duration:
-        if dist.get_global_rank() == 0:
-            print(_describe(trainer, config, header))
-        checkpoints = find_callback(trainer.state, Checkpoints)
-        assert checkpoints is not None
-        checkpoints.begin_training()
-        with lean_engine(trainer):
-            trainer.fit()
-        checkpoints.end_training(trainer.state)
-        return
-    if dist.get_global_rank() == 0:  # Composer would raise an error
-        print(f"{config.run_folder}: this run is complete at {config.max_duration}; a new run needs another folder")
-    # Composer saves the last checkpoint before the last evaluation, which a kill may have cut short.
-    if trainer.state.evaluators:
-        trainer.eval()
-
-
-def _describe(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]) -> str:
-    """Return the lines at the top of a run's log: its name, device, model and duration."""
-    state, steps, micro = trainer.state, num_batches(trainer.state), config.device_train_microbatch_size
-    trained = sum(weight.numel() for weight in state.model.parameters() if weight.requires_grad)
-    device = torch.cuda.get_device_name() if state.device.name == "gpu" else f"{torch.get_num_threads()} CPU threads"
-    lines = {
-        "run": f"{config.run_name}, {'not saved' if config.run_folder is None else f'saved in {config.run_folder}'}",
-        "device": f"{dist.get_world_size()} × {device}, {name_precision(config.precision)}",
-        **header,
-        "model": f"{trained / 1e6:.1f} M trained weights",
-        "training": f"{steps:,} steps ({steps / int(state.dataloader_len or 1):.1f} epochs), batches of "
-        f"{config.global_train_batch_size}" + ("" if micro is None else f", microbatches: {micro}"),
-    }
-    if state.timestamp.batch > 0:
-        lines["resumed"] = f"from {state.load_path} at batch {int(state.timestamp.batch)}"
-    return hide_secrets("\n".join(f"{name:10}{text}" for name, text in lines.items()))
-
-
-def write_run_report(trainer: Trainer, config: TrainerConfig, retrieval: ZeroShotRetrieval | None = None) -> None:
-    """Write the report into the run's folder, unless the config has none, and upload it with the checkpoints."""
-    if not config.report or config.run_folder is None or not (config.run_folder.local / LOG).is_file():
-        return
-    from d2v_composer.report.page import write_report  # matplotlib takes a second to import
-    from d2v_composer.report.run import Run
-
-    folder = config.run_folder.local
-    neighbors, datasets = ({}, {}) if retrieval is None else (retrieval.neighbors, retrieval.datasets)
-    try:
-        with if_interrupted(
-            lambda: f"the model is saved, but its report is not; to write it, run {d2v('report', folder)}"
-        ):
-            record = yaml.safe_load((folder / "run.yaml").read_text())
-            written = write_report(Run(record, read_jsonl(folder / LOG), neighbors, datasets), folder)
-    except Exception as error:  # noqa: BLE001  (training has finished: an unreadable log or a full disk must not fail it)
-        problem = f"could not be written ({type(error).__name__}: {reason(error)})"
-        print(f"report: {problem}; to try again, run {d2v('report', folder)}", file=sys.stderr)
-        return
-    print(f"report: {written[0]}")
-    for path in written:
-        trainer.logger.upload_file(str(path.relative_to(folder)), path, overwrite=True)  # if the folder is in a store

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 # Attributes in checkpoints.
 KEPT = ("history", "baseline_metrics", "teacher_neighbors", "neighbors", "was_stopped")
-Metrics = dict[str, float]
-"""Metric key → accuracy."""
 
 
 class _StoppedError(Exception):
@@ -194,8 +192,7 @@ class ZeroShotRetrieval(Callback):
         """Measure, keep and log the accuracies of the student and of baselines."""
         start, ranks = time.monotonic(), Ranks(dist.get_global_rank(), dist.get_world_size())
         model, was_training = state.model, state.model.training
-        baselines: Metrics = {}
-        student: Metrics = {}
+        baselines, student = {}, {}
 
         def to_device(tensor: Tensor) -> Tensor:
             if self.should_stop():  # before each batch of images, and each search

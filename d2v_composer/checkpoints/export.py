@@ -25,6 +25,7 @@ from d2v_composer.checkpoints.student_file import (
     sizes_of,
 )
 from d2v_composer.models.attention import Alibi
+from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.encoder import Tokens
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.sizes import EncoderConfig, ImageEncoderConfig, StudentConfig, check_choice
@@ -60,11 +61,13 @@ class Embedder(nn.Module):
         primary: The embedding.
     """
 
-    def __init__(self, student: Student, primary: PrimaryEmbedding) -> None:
+    def __init__(self, student: Backbone, primary: PrimaryEmbedding) -> None:
         super().__init__()
         self.student = copy.deepcopy(student).cpu().requires_grad_(False).eval()
-        for part in (self.student, self.student.encoder):
-            part.alibi = None if part.alibi is None else TracedAlibi(part.alibi)
+        parts: Any = (self.student, self.student.encoder)
+        for part in parts:
+            if getattr(part, "alibi", None) is not None:
+                part.alibi = TracedAlibi(part.alibi)
         self.primary = primary
 
     def forward(self, inputs: Tensor) -> Tensor:

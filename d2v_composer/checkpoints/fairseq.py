@@ -1,7 +1,6 @@
 """Read fairseq's data2vec 2.0 checkpoints, and load and convert teachers."""
 
 import datetime
-from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +20,25 @@ from d2v_composer.checkpoints.student_file import (
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.names import Weights
 from d2v_composer.models.sizes import (
-    MAX_DEPTH,
-    Data2Vec2AudioConfig,
-    Data2Vec2Config,
-    Data2Vec2TeacherConfig,
-    EatConfig,
-    encoder_config,
-    find_kind,
+    AudioEncoderConfig,
+    EatEncoderConfig,
+    ImageEncoderConfig,
+    TeacherConfig,
 )
 from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError, reading
 
-ENCODER = "encoder."
-# Name of the encoder in a checkpoint → kind of model.
-MODALITIES: dict[str, type[Data2Vec2TeacherConfig]] = {"IMAGE": Data2Vec2Config, "AUDIO": Data2Vec2AudioConfig}
+EncoderKind = ImageEncoderConfig | AudioEncoderConfig | EatEncoderConfig
+# Name of the encoder in a checkpoint → its kind.
+ENCODERS: dict[str, type[EncoderKind]] = {"IMAGE": ImageEncoderConfig, "AUDIO": AudioEncoderConfig}
 LICENCE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are"
 LICENCES = {
-    Data2Vec2Config: f"{LICENCE_NOTE} CC BY-NC 4.0",
-    Data2Vec2AudioConfig: f"{LICENCE_NOTE} MIT for audio",
-    EatConfig: "as the source's; EAT's code is MIT, and says nothing of its weights",
+    ImageEncoderConfig: f"{LICENCE_NOTE} CC BY-NC 4.0",
+    AudioEncoderConfig: f"{LICENCE_NOTE} MIT for audio",
+    EatEncoderConfig: "as the source's; EAT's code is MIT, and says nothing of its weights",
 }
-# Number of last blocks in the target if a file does not say it: all of an image model's, and data2vec's own default.
-TOP_K = {"image": MAX_DEPTH, "audio": Data2Vec2AudioConfig.average_top_k_layers}
-# Fields of our config in cfg["model"]; others are in the modality's section of cfg["model"]["modalities"].
-MODEL_FIELDS = ("embed_dim", "num_heads", "mlp_ratio", "norm_eps", "depth", "final_layer_norm")
-OTHER_NAMES = {"image_size": "input_size", "final_layer_norm": "layer_norm_targets"}
-# What is read in another way, or not at all.
-NOT_SIZES = ("average_top_k_layers", "num_alibi_heads", "alibi_scale_shape", "image_mean", "image_std")
+# data2vec's defaults of the number of blocks, and of those in the target.
+DEPTH = TOP_K = 8
 
 
 def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> tuple[Data2Vec2, list[str]]:
@@ -68,7 +59,7 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
     if stored is None or sizes is None:
         raise InputError(f"{path}: not a fairseq data2vec 2.0 checkpoint: it has no dicts 'model' and cfg['model']")
     stored = {name: each for name, each in stored.items() if isinstance(name, str)}
-    prefixes = {f"modality_encoders.{name}.": kind for name, kind in MODALITIES.items()}
+    prefixes = {f"modality_encoders.{name}.": kind for name, kind in ENCODERS.items()}
     prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in stored)), None)
     if prefix is None:
         what = "not a data2vec 2.0 checkpoint of images or audio, or fine-tuned"
@@ -88,12 +79,13 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
     section = _section(_section(sizes, "modalities"), kind.modality) or {}
     with reading(path):
         fields_of_encoder = _fields(section)
-        if kind is Data2Vec2Config and fields_of_encoder.get("in_chans") == 1:  # EAT's images are spectrograms
-            kind = EatConfig
+        if kind is ImageEncoderConfig and fields_of_encoder.get("in_chans") == 1:  # EAT's images are spectrograms
+            kind = EatEncoderConfig
         config = _read_config(kind, _fields(sizes), fields_of_encoder)
         if config.num_alibi_heads:
-            config = replace(config, alibi_scale_shape=tuple(stored[scale].shape))
-    renamed = {f"{ENCODER}{name.removeprefix(prefix)}" if name.startswith(prefix) else name: name for name in stored}
+            encoder = config.encoder.changed(alibi_scale_shape=tuple(stored[scale].shape))
+            config = config.changed(encoder=encoder)
+    renamed = {f"encoder.{name.removeprefix(prefix)}" if name.startswith(prefix) else name: name for name in stored}
     # Only pre-training uses these: data2vec 2.0's decoder, and the heads of its and EAT's losses.
     left = (f"{prefix}decoder.", "shared_decoder.", "recon_proj.", "cls_proj.", "center")
     used = {ours: stored[name] for ours, name in renamed.items() if not name.startswith(left)}
@@ -122,10 +114,8 @@ def _fields(section: dict[Any, Any]) -> dict[Any, Any]:
     }
 
 
-def _read_config(
-    kind: type[Data2Vec2TeacherConfig], model: dict[Any, Any], section: dict[Any, Any]
-) -> Data2Vec2TeacherConfig:
-    """Read the sizes, except a scale's shape; fields that the file lacks keep the config's defaults, data2vec's.
+def _read_config(kind: type[EncoderKind], model: dict[Any, Any], section: dict[Any, Any]) -> TeacherConfig:
+    """Read the sizes, except a scale's shape; fields that the file lacks have data2vec's defaults.
 
     Raises:
         ValueError: They are not those of a supported teacher.
@@ -137,18 +127,20 @@ def _read_config(
         raise ValueError(
             "ALiBi is supported only as the released models use it: alibi_dims 2, alibi_distance manhattan, not learned"
         )
-    found: dict[str, Any] = {}
-    for ours in {each.name for each in fields(kind)} - set(NOT_SIZES):
-        theirs, values = OTHER_NAMES.get(ours, ours), model if ours in MODEL_FIELDS else section
-        if theirs in values:
-            found[ours] = values[theirs]
-    # Clamped to the depth, as fairseq's slice does.
-    depth = kind(**found, average_top_k_layers=1).depth
-    top_k = model.get("average_top_k_layers", TOP_K[kind.modality])
-    found["average_top_k_layers"] = min(top_k, depth) if isinstance(top_k, int) else top_k
+    # The section has what only the modality's encoder has, the model all else.
+    values: dict[str, Any] = section | model | {"num_alibi_heads": 0}
+    if "input_size" in section:
+        values["image_size"] = section["input_size"]
+    encoder = kind(**{name: values[name] for name in kind.model_fields if name in values})
     if section.get("use_alibi_encoder"):
-        found["num_alibi_heads"] = section.get("num_alibi_heads", kind(**found).num_heads)
-    return kind(**found)
+        encoder = encoder.changed(num_alibi_heads=section.get("num_alibi_heads", encoder.num_heads))
+    depth = model.get("depth", DEPTH)
+    # Images: all, if the file does not say it. Clamped to the depth, as fairseq's slice does.
+    top_k = model.get("average_top_k_layers", depth if kind.modality == "image" else TOP_K)
+    if isinstance(top_k, int) and isinstance(depth, int):
+        top_k = min(top_k, depth)
+    final_layer_norm = kind is not AudioEncoderConfig or model.get("layer_norm_targets", False)
+    return TeacherConfig(encoder=encoder, depth=depth, average_top_k_layers=top_k, final_layer_norm=final_layer_norm)
 
 
 def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
@@ -164,7 +156,7 @@ def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
     stored.expect(path, "teacher")
     with reading(path):
         found = stored.provenance["weights"]
-        config = read_config(find_kind(stored.config), stored.config)
+        config = read_config(TeacherConfig, stored.config)
     if found != weights:
         raise InputError(f"{path}: was converted with --weights {found}, and has no {weights} weights")
     return build_loaded(path, lambda: Data2Vec2(config, stored.provenance), stored.tensors)
@@ -198,16 +190,16 @@ def convert_teacher(
     if is_safetensors(file):
         raise InputError(f"{source}: is already a safetensors file; expected a fairseq checkpoint")
     teacher, left = read_fairseq_checkpoint(source, file, weights)
-    if spectrogram and not isinstance(teacher.config, EatConfig):
+    if spectrogram and not isinstance(teacher.encoder.config, EatEncoderConfig):
         raise InputError(f"{source}: is not an EAT checkpoint, which alone takes {', '.join(spectrogram)}")
     with reading(source):
-        teacher.config = replace(teacher.config, **spectrogram)
-    teacher.encoder.config = encoder_config(teacher.config)
+        teacher.encoder.config = teacher.encoder.config.changed(**spectrogram)
+    teacher.config = teacher.config.changed(encoder=teacher.encoder.config)
     teacher.provenance |= {
         "dtype": str(dtype).removeprefix("torch."),
         "licence": licence or teacher.provenance["licence"],
         "converted": datetime.date.today().isoformat(),
     }
     tensors = {name: tensor.to(dtype) for name, tensor in teacher.state_dict().items()}
-    write_model_file(out, "teacher", asdict(teacher.config), teacher.provenance, tensors)
+    write_model_file(out, "teacher", teacher.config.model_dump(mode="json"), teacher.provenance, tensors)
     return teacher, left

@@ -1,8 +1,7 @@
 """Load teachers and students from files, and write them."""
 
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -28,15 +27,16 @@ from d2v_composer.checkpoints.student_file import (
     stored_primary,
     write_model_file,
 )
+from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.names import DATA2VEC2, PREFIX, Weights
-from d2v_composer.models.sizes import ImageSize, TimmEncoderConfig
+from d2v_composer.models.sizes import ImageSize, TimmEncoderConfig, TimmNetworkConfig
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.command_line import d2v
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.fetch import is_remote
 
-Models = tuple[Student | Teacher, Teacher | None]
+Models = tuple[Backbone, Teacher | None]
 NAME_IT = "--teacher PATH, or teacher=PATH after a YAML"
 
 
@@ -92,34 +92,44 @@ def load_teacher(
     return teacher
 
 
-def save_student(student: Student, out: Path) -> None:
+def save_student(student: Backbone, out: Path) -> None:
     """Write a student with all that :func:`load_student` needs: encoder, blocks, sizes, preprocessing, provenance.
 
-    One with a head is written as a classifier, for timm.
+    One with a head is written as a classifier, for timm. A student that is a timm model is written under timm's names.
+
+    Raises:
+        InputError: A classifier reads another embedding than timm's would.
     """
     primary = stored_primary(student.provenance)
     sizes, encoder = sizes_of(student), student.encoder
+    kind = "classifier" if isinstance(student.head, nn.Linear) else "student"  # timm's may be an Identity
+    if isinstance(student.config, TimmNetworkConfig):
+        if student.head is not None and primary.pooling != "cls":
+            raise InputError(f"{out}: timm's classifier reads output_cls; this one was trained on {primary.name}")
+        write_model_file(out, kind, sizes, student.provenance, cast("Any", encoder).timm_tensors(student.head))
+        return
     if isinstance(encoder.config, TimmEncoderConfig):
         from timm import __version__ as now
 
         sample: Any = encoder
-        sizes["encoder"] = asdict(replace(encoder.config, timm=now, outputs=sample.sample_outputs()))
+        now_computed = encoder.config.changed(timm=now, outputs=sample.sample_outputs())
+        sizes["encoder"] = now_computed.model_dump(mode="json")
     tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes, primary)}
-    kind = "student" if student.head is None else "classifier"
     write_model_file(out, kind, sizes, student.provenance, tensors)
 
 
-def load_student(path: str | Path) -> Student:
+def load_student(path: str | Path) -> Any:
     """Load an exported student; it needs no teacher, checkpoint or YAML.
 
     Args:
         path: A file of ``d2v export``: a local path, https://, or an object store's address (cached until it changes).
 
     Returns:
-        A :class:`~d2v_composer.models.student.Student` in eval mode and float32: the frozen encoder and the trained
-        blocks. :meth:`~d2v_composer.models.backbone.Backbone.embed` computes an embedding; its ``provenance`` is the
-        record of the run. On a GPU, torch rounds convolutions to 10 bits unless ``torch.backends.cudnn.allow_tf32`` is
-        false; it is left as it is.
+        A :class:`~d2v_composer.models.student.Student`, the frozen encoder and the trained blocks, or a
+        :class:`~d2v_composer.models.timm_network.NetworkStudent`; in eval mode and float32.
+        :meth:`~d2v_composer.models.backbone.Backbone.embed` computes an embedding; its ``provenance`` is the record of
+        the run. On a GPU, torch rounds convolutions to 10 bits unless ``torch.backends.cudnn.allow_tf32`` is false; it
+        is left as it is.
 
     Raises:
         InputError: The file does not exist, or does not hold a student.
@@ -135,6 +145,9 @@ def load_student(path: str | Path) -> Student:
         raise InputError(f"{path}: expected an exported student; export a training checkpoint first: {command}")
     stored = read_model_file(file)
     stored.expect(path, "student")
+    if "network" in stored.config:
+        tensors = {f"encoder.model.{name}": each for name, each in stored.tensors.items()}
+        return _build_student(path, stored.config, tensors, stored.provenance)
     sizes, _ = pop_sizes(path, stored.tensors)
     student = _build_student(path, sizes, stored.tensors, stored.provenance)
     check_outputs(path, student.encoder)
@@ -143,8 +156,14 @@ def load_student(path: str | Path) -> Student:
 
 def _build_student(
     source: str | Path, sizes: dict[str, Any], tensors: dict[str, Tensor], provenance: dict[str, Any]
-) -> Student:
+) -> Any:
     """Build a student from sizes and tensors of a file, in eval mode."""
+    if "network" in sizes:
+        from d2v_composer.models.timm_network import NetworkStudent, TimmNetwork  # timm takes seconds to import
+
+        with reading(source):
+            config = TimmNetworkConfig(**sizes["network"])
+        return build_loaded(source, lambda: NetworkStudent(TimmNetwork(config), config, provenance), tensors).eval()
     encoder_config, student_config = check_student(source, sizes, tensors)
     student = Student(build_encoder(encoder_config), student_config, provenance)
     student.load_state_dict(tensors)
@@ -186,7 +205,7 @@ def load_any(
             return _load_file(path, fetch_model(file), weights, teacher_path)
 
         model, teacher = load(fetch_model(path)) if is_remote(path) else read_newest(Path(path), load)
-    if not isinstance(model, Student):
+    if isinstance(model, Teacher):
         if teacher_path is not None:
             raise InputError(f"{path}: is not a student, so a teacher ({teacher_path}) is not allowed")
     elif weights != "model":  # the student's record says which its teacher has
@@ -210,19 +229,26 @@ def _load_file(path: str | Path, file: Path, weights: Weights, teacher_path: str
     return teacher, teacher
 
 
-def _with_teacher(student: Student, path: str | None) -> Models:
+def _with_teacher(student: Backbone, path: str | None) -> Models:
     """Load the teacher of an exported or fine-tuned student from ``path``; ``None``: no teacher."""
     if path is None:
         return student, None
     record = distillation_of(student.provenance)
     sizes: Any = student.encoder.config
-    file, options = path, {"first_blocks": sizes.prenet_depth}
-    if isinstance(sizes, TimmEncoderConfig):
-        file = None if path == sizes.model else path  # the name of a timm model stands for its pretrained weights
-        options |= {"model": sizes.model, "image_size": sizes.image_size}
+    file, is_shared = path, not isinstance(sizes, TimmNetworkConfig)
+    if not is_shared:  # its teacher is another model
+        settings = lookup(record, "config.teacher") or {}
+        options = {name: settings[name] for name in ("model", "first_blocks", "image_size") if name in settings}
+    elif isinstance(sizes, TimmEncoderConfig):
+        options = {"first_blocks": sizes.prenet_depth, "model": sizes.model, "image_size": sizes.image_size}
+    else:
+        options = {"first_blocks": sizes.prenet_depth}
+    if path == options.get("model"):
+        file = None  # the name of a timm model stands for its pretrained weights
     teacher = load_teacher(file, lookup(record, "teacher.weights") or "model", **options)
     check_same_teacher(path, teacher, record)
-    check_same_encoder(path, teacher.encoder, student.encoder)
+    if is_shared:
+        check_same_encoder(path, teacher.encoder, student.encoder)
     return student, teacher
 
 
@@ -240,7 +266,7 @@ def _load_checkpoint(checkpoint: Checkpoint, teacher_path: str | None) -> Models
         ) from error
 
 
-def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> tuple[Student, Teacher]:
+def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> tuple[Backbone, Teacher]:
     """Load a training run's student, with the run's record and results as provenance, and its teacher."""
     path, record, retrieval = checkpoint.path, dict(checkpoint.record), checkpoint.saved_by("ZeroShotRetrieval")
     if measured := retrieval.get("history"):
@@ -258,7 +284,7 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> tuple[Stu
             raise
         raise InputError(f"{error}; if the teacher of {path} has moved, give its new path: {NAME_IT}") from error
 
-    def build() -> Student:
+    def build() -> Backbone:
         layer_mean = {name: config["targets"].get(name) for name in ("normalization", "final_layer_norm")}
         return teacher.build_student(**sizes, **layer_mean)
 
@@ -271,12 +297,13 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> tuple[Stu
     return student.eval(), teacher
 
 
-def own_parts(student: Student) -> nn.ModuleDict:
-    """Return a student without its encoder, to load a state dict into."""
-    return nn.ModuleDict({name: part for name, part in student.named_children() if name != "encoder"})
+def own_parts(student: Backbone) -> nn.ModuleDict:
+    """Return a student without its teacher's encoder, to load a state dict into."""
+    is_shared = student.encoder.is_frozen
+    return nn.ModuleDict({name: part for name, part in student.named_children() if name != "encoder" or not is_shared})
 
 
-def _load_finetuned(checkpoint: Checkpoint) -> Student:
+def _load_finetuned(checkpoint: Checkpoint) -> Backbone:
     """Load a fine-tuned student with its head; the run's record is its provenance."""
     path, record, tensors = checkpoint.path, checkpoint.record, dict(checkpoint.tensors)
     if record["model"]["kind"] != "student":
@@ -284,5 +311,5 @@ def _load_finetuned(checkpoint: Checkpoint) -> Student:
     head = {name: tensors.pop(f"head.{name}") for name in ("weight", "bias")}
     own = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
     student = _build_student(path, record["model"]["sizes"], own, record)
-    student.head = build_loaded(path, lambda: nn.Linear(student.embed_dim, len(head["bias"])), head)
+    student.head = build_loaded(path, lambda: nn.Linear(head["weight"].shape[1], len(head["bias"])), head)
     return student

@@ -3,12 +3,10 @@
 A student's sizes are in a tensor too, ``config_json``: timm reads the tensors alone.
 """
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -17,29 +15,39 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.data2vec2 import ENCODERS
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.names import Pooling, Representation
-from d2v_composer.models.sizes import EncoderConfig, StudentConfig, TimmEncoderConfig, check_choice, find_kind
+from d2v_composer.models.sizes import (
+    Config,
+    EncoderConfig,
+    StudentConfig,
+    StudentSizes,
+    TimmEncoderConfig,
+    TimmNetworkConfig,
+    check_choice,
+    upgrade,
+)
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.files import check_out_file, out_file
 
-FORMAT_VERSIONS: dict[str, int] = {"teacher": 1, "student": 2, "classifier": 1}
-"""Version 2 of a student's file names its primary embedding in ``config_json``."""
+FORMAT_VERSIONS: dict[str, int] = {"teacher": 2, "student": 3, "classifier": 2}
+"""The newest: sizes name their kinds. Version 2 of a student's file added its primary embedding to ``config_json``."""
 CONFIG_TENSOR = "config_json"
-# Sizes of a student that files lack, unless they have another value.
-USUAL: dict[str, Any] = {"embed_dim": None, "final_layer_norm": True}
 # Characters of sizes or provenance. Ours have some thousands; parsed, they take 25 times as many bytes.
-MAX_JSON_CHARACTERS = 4 << 20
+MAX_JSON = 4 << 20
+BATCHES_SEEN = "num_batches_tracked"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A teacher's file may hold float16 or bfloat16 numbers.
 ROUNDING = 0.01
 # Relative to the norm. Training in bfloat16 rounds the encoder's weights.
 OUTPUT_TOLERANCE = 1e-3
 
+ConfigT = TypeVar("ConfigT", bound=Config)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -109,8 +117,8 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     Raises:
         ValueError: It is too long, or not an object.
     """
-    if len(text) > MAX_JSON_CHARACTERS:
-        raise ValueError(f"its metadata has {len(text)} characters; the limit is {MAX_JSON_CHARACTERS}")
+    if len(text) > MAX_JSON:
+        raise ValueError(f"its metadata has {len(text)} characters; the limit is {MAX_JSON}")
     return dict(json.loads(text).items())
 
 
@@ -164,6 +172,8 @@ def check_numbers(tensors: Mapping[str, Tensor]) -> None:
         ValueError: One does not.
     """
     for name, tensor in tensors.items():
+        if name.endswith(BATCHES_SEEN):  # of a BatchNorm, a whole number
+            continue
         if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(f"tensor {name} is not a dense floating-point tensor")
         # An expanded tensor would grow to any size when it is copied.
@@ -172,7 +182,7 @@ def check_numbers(tensors: Mapping[str, Tensor]) -> None:
 
 
 def loading_fault(error: Exception) -> str:
-    """Return an error's only line, or the first fault below the title line of load_state_dict's error."""
+    """Reduce an error to one line; for load_state_dict's, the first mismatch."""
     return (str(error).splitlines()[1:] or [reason(error)])[0].strip()[:300]
 
 
@@ -189,17 +199,17 @@ def check_same_encoder(source: Any, found: nn.Module, expected: nn.Module) -> No
             raise InputError(f"{source}: its encoder is not the student's: {name} differs")
 
 
-def read_config(config_class: type[Any], fields: Any) -> Any:
-    """Build a config from a file's JSON, in which tuples are lists.
+def read_config(config_class: type[ConfigT], sizes: dict[str, Any]) -> ConfigT:
+    """Read the sizes in a file of any version.
 
     Raises:
-        ValueError: A field is missing, which would get the class's default, or out of range.
-        TypeError: A field is unknown.
+        ValueError: A field is missing, which would get its default; or as :class:`~d2v_composer.models.sizes.Config`.
     """
-    if missing := {field.name for field in dataclasses.fields(config_class)} - dict(fields).keys():
-        raise ValueError(f"{min(missing)} is missing")
-    values: dict[str, Any] = {name: tuple(each) if isinstance(each, list) else each for name, each in fields.items()}
-    return config_class(**values)
+    config = config_class(**upgrade(sizes))
+    for each in (config, *vars(config).values()):
+        if isinstance(each, Config) and (missing := type(each).model_fields.keys() - each.model_fields_set):
+            raise ValueError(f"{min(missing)} is missing")
+    return config
 
 
 class PrimaryEmbedding(NamedTuple):
@@ -230,7 +240,7 @@ DEFAULT_PRIMARY = PrimaryEmbedding("output", "cls")
 
 
 def choose_embedding(
-    model: Student | Teacher, pooling: Pooling | None, representation: Representation | None
+    model: Backbone, pooling: Pooling | None, representation: Representation | None
 ) -> PrimaryEmbedding:
     """Return the requested embedding; ``None`` means as in the primary embedding of the model's run.
 
@@ -290,11 +300,11 @@ def build_encoder(config: EncoderConfig) -> Encoder:
     return TimmEncoder(config).freeze()
 
 
-def sizes_of(student: Student) -> dict[str, Any]:
-    """Return the sizes of a student and its encoder, without the usual values of what older files lack."""
-    encoder: Any = student.encoder.config
-    sizes = {name: each for name, each in asdict(student.config).items() if (name, each) not in USUAL.items()}
-    return {"encoder": asdict(encoder), "student": sizes}
+def sizes_of(student: Backbone) -> dict[str, Any]:
+    """Return the sizes of a student and its encoder, for JSON."""
+    if isinstance(student.config, TimmNetworkConfig):
+        return {"network": student.config.model_dump(mode="json")}
+    return StudentSizes(encoder=student.encoder.config, student=student.config).model_dump(mode="json")
 
 
 def check_outputs(source: Any, encoder: Encoder) -> None:
@@ -330,11 +340,11 @@ def pop_sizes(source: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], 
         raise InputError(f"{source}: no tensor {CONFIG_TENSOR}: not a file written by d2v export")
     with reading(source):
         sizes = parse_object(stored.cpu().numpy().tobytes())
-        return sizes, PrimaryEmbedding.parse(sizes["primary"])
+        return sizes, PrimaryEmbedding.parse(sizes.pop("primary"))
 
 
 def check_student(
-    source: Any, sizes: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    source: Any, sizes: dict[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[EncoderConfig, StudentConfig]:
     """Check a student's sizes and tensors. Every reader of such a file calls this first.
 
@@ -342,7 +352,6 @@ def check_student(
         InputError: As in :func:`check_fits`.
     """
     with reading(source):
-        kind = find_kind(sizes["encoder"]).encoder_class
-        configs = read_config(kind, sizes["encoder"]), read_config(StudentConfig, USUAL | sizes["student"])
-    check_fits(source, lambda: Student(build_encoder(configs[0]), configs[1]), tensors)
-    return configs
+        found = read_config(StudentSizes, sizes)
+    check_fits(source, lambda: Student(build_encoder(found.encoder), found.student), tensors)
+    return found.encoder, found.student

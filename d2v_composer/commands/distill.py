@@ -26,7 +26,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from d2v_composer.commands.export import export
 from d2v_composer.commands.train import relaunch_on_gpus
 from d2v_composer.models.names import DATA2VEC2, PREFIX
-from d2v_composer.models.sizes import TeacherConfig, TimmTeacherConfig, height_and_width, parse_image_size
+from d2v_composer.models.sizes import (
+    EatEncoderConfig,
+    TeacherConfig,
+    TimmEncoderConfig,
+    height_and_width,
+    parse_image_size,
+)
 from d2v_composer.system.addresses import MARK, STUDENT_FILE, RunFolder, hide_secrets
 from d2v_composer.system.command_line import make_parser
 from d2v_composer.system.errors import InputError, errors_of, reading
@@ -62,7 +68,7 @@ class Plan(NamedTuple):
         """Format of the teacher's samples."""
         from d2v_composer.data.modalities import modality_of
 
-        return modality_of(self.teacher.config)
+        return modality_of(self.teacher.encoder.config)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -146,17 +152,17 @@ def make_plan(arguments: Namespace) -> Plan:
     from d2v_composer.data.modalities import modality_of
 
     # The changes are checked before the teacher is fetched.
-    unsized = configure(arguments, arguments.out, ALWAYS).teacher
-    teacher = build_teacher(unsized)
+    unsized = configure(arguments, arguments.out, ALWAYS)
+    teacher = build_teacher(unsized.teacher)
     modality = modality_of(teacher.config)
     samples = arguments.out / modality.unit
     with TemporaryDirectory() as folder:
         source = list_source(arguments, modality, Path(folder))
     if (number := len(source)) < MIN_SAMPLES:
         raise InputError(f"{arguments.source}: expected at least {MIN_SAMPLES} {modality.unit}, got {number}")
-    chosen = choose(number, teacher.config)
+    chosen = choose(number, teacher.config, unsized.student.model)
     config = configure(arguments, samples, chosen)
-    if config.teacher != unsized:  # a timm model for smaller images
+    if config.teacher != unsized.teacher:  # a timm model for smaller images
         teacher = build_teacher(config.teacher)
     choose_embeds(config, join_student(config, teacher))
     build_augmentation(config.train_loader, teacher.config, config.seed)
@@ -274,12 +280,13 @@ def absolute(place: str) -> str:
     return place if "://" in place or place.startswith(PREFIX) else os.path.abspath(place)
 
 
-def choose(num_samples: int, teacher: "TeacherConfig") -> dict[str, Any]:
+def choose(num_samples: int, teacher: "TeacherConfig", student: str | None) -> dict[str, Any]:
     """Choose sizes and duration: the quickstart's on a CPU, the chapter's on GPUs.
 
     Args:
         num_samples: Images or clips of the source.
         teacher: The teacher's sizes.
+        student: The timm model that is the student, if it is one.
 
     Returns:
         Dotted key → value; all else has its default.
@@ -290,7 +297,7 @@ def choose(num_samples: int, teacher: "TeacherConfig") -> dict[str, Any]:
 
     num_gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     min_batches, side, lr = (3000, 224, 0.384) if num_gpus else (600, 112, 0.768)
-    own = choose_for(modality_of(teacher).name, num_gpus > 0)
+    own = choose_for(modality_of(teacher.encoder).name, num_gpus > 0)
     batch = own["global_train_batch_size"]
     while batch > max(num_samples // 8, num_gpus):
         batch //= 2
@@ -306,19 +313,21 @@ def choose(num_samples: int, teacher: "TeacherConfig") -> dict[str, Any]:
         "retrieval.interval": f"{num_batches // 2}ba",
         "retrieval.at_start": True,
         # Without a LayerNorm at the target's end, the mean of a layer over tokens is 0.
-        "retrieval.representation": "layer_mean" if teacher.final_layer_norm else "output",
+        "retrieval.representation": "layer_mean" if teacher.final_layer_norm and student is None else "output",
         "retrieval.pooling": "cls" if teacher.has_cls_token else "mean",
         "callbacks": {"health": {"interval": "100ba"}, "lr_monitor": {}},
         "loggers": {"jsonl": {}},
         "save_interval": f"{min(num_batches // 6, 1000)}ba",
         "save_num_checkpoints_to_keep": 2,
     }
-    if isinstance(teacher, TimmTeacherConfig):
+    if isinstance(teacher.encoder, TimmEncoderConfig):
         height, width = height_and_width(teacher.image_size)
         patch = height // teacher.grid_size[0]
         if height == width:  # else the model's own
             chosen["teacher.image_size"] = min(height, side // patch * patch)
         chosen["train_loader.crop_scale"] = [0.7, 1.0]  # better than 0.35 in yamls/ablations/timm
+    if isinstance(teacher.encoder, EatEncoderConfig):  # it would cut off the rest
+        chosen["train_loader.crop_seconds"] = min(own["train_loader.crop_seconds"], teacher.target_length / 100)
     return chosen
 
 

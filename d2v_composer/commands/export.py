@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from d2v_composer.checkpoints.export import Embedder
-    from d2v_composer.models.student import Student
+    from d2v_composer.models.backbone import Backbone
 
 # Suffix → how to load the file, in Python.
 PROGRAMS = {
@@ -80,11 +80,11 @@ def export(
     from d2v_composer.checkpoints.export import Embedder, export_onnx, export_program
     from d2v_composer.checkpoints.load import load_any, save_student
     from d2v_composer.checkpoints.student_file import choose_embedding
-    from d2v_composer.models.student import Student
+    from d2v_composer.models.teacher import Teacher
     from d2v_composer.report.model_card import plan_model_card
 
     student, _ = load_any(source, teacher_path=teacher)
-    if not isinstance(student, Student):
+    if isinstance(student, Teacher):
         raise InputError(f"{source}: is a teacher; expected a training checkpoint or an exported student")
     embedding = choose_embedding(student, pooling, representation)
     print(f"embedding: {embedding.name}")
@@ -145,7 +145,7 @@ def export_int8(embedder: "Embedder", out: Path, source: str | None) -> None:
     )
 
 
-def read_images(student: "Student", source: str | None) -> "Tensor":
+def read_images(student: "Backbone", source: str | None) -> "Tensor":
     """Return normalized images, (N, 3, S, S), from a folder or from the run's retrieval data.
 
     Raises:

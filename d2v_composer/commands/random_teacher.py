@@ -9,11 +9,10 @@ SIZE is base, large or huge, as in data2vec 2.0's image models, base_audio, larg
 import hashlib
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from d2v_composer.models.names import DATA2VEC2
-from d2v_composer.models.sizes import RELEASED, ImageEncoderConfig
+from d2v_composer.models.sizes import RELEASED, ImageConfig
 from d2v_composer.system.command_line import make_parser, print_next
 from d2v_composer.system.errors import errors_of
 from d2v_composer.system.files import check_out_file
@@ -45,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
         tensor.normal_(std=0.02) if is_drawn else tensor.fill_(not name.endswith("bias"))
     sha256 = hashlib.sha256(f"random {size}".encode()).hexdigest()
     provenance = {"source": f"random {size}", "sha256": sha256, "weights": "model", "licence": "none: random weights"}
-    write_model_file(out, "teacher", asdict(config) if config else {}, provenance, tensors)
+    write_model_file(out, "teacher", config.model_dump(mode="json") if config else {}, provenance, tensors)
     print(f"wrote {out}: {sum(map(torch.numel, tensors.values())) / 1e6:.1f} M random weights")
     teacher = shlex.join([f"teacher.model={kind}", f"teacher.checkpoint={out.resolve()}"])
-    print_next(f"composer recipes/preflight.py {(config or ImageEncoderConfig).recipe} {teacher}")
+    print_next(f"composer recipes/preflight.py {(config or ImageConfig).recipe} {teacher}")

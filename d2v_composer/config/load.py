@@ -79,9 +79,9 @@ def merge(schema: type[Section], argv: Sequence[str], own: Mapping[str, Any], pr
         try:
             from_file = OmegaConf.load(path)
         except yaml.YAMLError as error:
-            raise InputError(f"{path}: not a YAML of keys and values: {' '.join(str(error).split())}") from error
+            raise InputError(f"{path}: not a YAML mapping: {' '.join(str(error).split())}") from error
     if not isinstance(from_file, DictConfig):
-        raise InputError(f"{path}: expected keys and values, as in yamls/")
+        raise InputError(f"{path}: expected a YAML mapping, as in yamls/")
     values: Any = OmegaConf.to_container(from_file)
     values = values.get("config", values)  # of a run's record, run.yaml
     merged = OmegaConf.create(layered(defaults(schema), values))

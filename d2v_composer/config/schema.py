@@ -36,7 +36,7 @@ from d2v_composer.models.names import (
     TargetSource,
     Weights,
 )
-from d2v_composer.models.sizes import parse_image_size
+from d2v_composer.models.sizes import BlockSizes, parse_image_size
 from d2v_composer.models.student import Init
 from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
 from d2v_composer.system.fetch import find_missing_file
@@ -212,21 +212,18 @@ class TeacherConfig(TimmSizes):
     """Weights to take from a data2vec2 file: ``model``, as trained, or ``ema``, their moving average."""
 
 
-class StudentOptions(Section):
-    """The student's blocks: the arguments of ``Teacher.build_student``."""
+class StudentOptions(BlockSizes, Section):
+    """The student: the arguments of ``Teacher.build_student``."""
 
-    depth: Up1000 = 5
-    """Number of blocks."""
-    mlp_ratio: Positive = 3.0
-    """Ratio of a block's MLP width to its number of channels."""
-    alibi: bool = True
-    """Add the 2-D ALiBi bias to attention, as in the chapter."""
+    model: Annotated[Text, must("be timm/NAME", lambda name: name.startswith(PREFIX))] | None = None
+    """null: blocks on the teacher's encoder, as in the chapter. timm/NAME: that model whole, of any architecture whose
+    features have a grid; the fields below, except ``pretrained``, must keep their defaults."""
+    pretrained: bool = False
+    """With a model: start from timm's weights, from the Hugging Face hub."""
+
     init: Init = "random"
     """``random``, as in the chapter. ``teacher_attention``: copy the attention of the teacher's first blocks.
     ``teacher_blocks``: copy those blocks whole."""
-    embed_dim: Count | None = None
-    """Channels of blocks and embeddings, at most the encoder's; null: the encoder's. A narrower student has a linear
-    layer before its blocks and, only for the regression, one after them."""
 
 
 class TargetsConfig(Section):
@@ -240,9 +237,10 @@ class TargetsConfig(Section):
     """Number of the teacher's last blocks in the target; null: the teacher's own setting."""
     source: TargetSource = "ffn"
     """``ffn``: the teacher's FFN outputs. ``block``: its blocks' outputs (in a pre-norm ViT, the residual stream)."""
-    normalization: Normalization = "instance"
+    normalization: Normalization | None = None
     """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in the
-    chapter. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses."""
+    chapter. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. null: ``instance``; with
+    ``student.model``, ``layer``."""
     final_layer_norm: bool | None = None
     """End target, prediction and ``layer_mean`` with a LayerNorm. ``null``: as the teacher's own pre-training, false
     for data2vec 2.0's audio models."""

@@ -52,10 +52,9 @@ def accuracy_interval(hits: NDArray[np.bool_ | np.float64]) -> Interval:
 
 def gap_closed_interval(*hits: NDArray[np.bool_ | np.float64]) -> Interval | None:
     """Return :func:`gap_closed` with its interval, from the three models' hits on the same queries, (Q,) each."""
-    value = gap_closed(*(each.mean() for each in hits))
+    value, *resampled = (gap_closed(*each) for each in ([each.mean() for each in hits], *resample(*hits)))
     if value is None:
         return None
-    resampled = [gap_closed(*accuracies) for accuracies in resample(*hits)]
     return Interval(value, *np.percentile([each for each in resampled if each is not None], [2.5, 97.5]).tolist())
 
 
@@ -130,20 +129,26 @@ def build_candidates(first: Backbone, models: Mapping[str, Backbone], layer_mean
             known[own] = own(own.windows(inputs.filled_up(largest - len(inputs.values))))
         return known[own]
 
-    def embed_with(own: Encoder, embed: Callable[[Tokens], dict[str, Tensor]], *inputs: Tensor) -> dict[str, Tensor]:
-        found = embed(encode(own, Inputs(*inputs)))
-        return {name: each[: len(inputs[0])] for name, each in found.items()}
-
-    def pool(tokens: Tokens) -> dict[str, Tensor]:
-        return first.features(tokens).poolings(tokens.x, "output_")
-
     def candidate(name: str, model: Backbone | Encoder, own: Encoder, embed: Callable[..., Any]) -> Candidate:
+        def embed_inputs(*inputs: Tensor) -> dict[str, Tensor]:
+            found = embed(encode(own, Inputs(*inputs)))
+            return {name: each[: len(inputs[0])] for name, each in found.items()}
+
         gflop = GFLOP_PER_MAC * sum(part.forward_macs() for part in {model, own})
-        return Candidate(name, partial(embed_with, own, embed), sum(map(torch.numel, model.parameters())), gflop)
+        return Candidate(name, embed_inputs, sum(map(torch.numel, model.parameters())), gflop)
 
     return [
         Candidate(encoder.baseline, lambda *inputs: encoder.raw(Inputs(*inputs))),
-        candidate("encoder", encoder, encoder, pool),
+        # Not if the encoder is all of the model.
+        *(
+            [
+                candidate(
+                    "encoder", encoder, encoder, lambda tokens: first.features(tokens).poolings(tokens.x, "output_")
+                )
+            ]
+            if first.block_list
+            else []
+        ),
         *(
             candidate(name, each, each.encoder, partial(each.embed_encoded, layer_mean=layer_mean))
             for name, each in models.items()

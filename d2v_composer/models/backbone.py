@@ -43,6 +43,7 @@ class Backbone(nn.Module, ABC):
     Attributes:
         embed_dim: Channels of features and embeddings; the encoder's, unless a student is narrower.
         layer_mean: How this model computes its ``layer_mean`` embeddings.
+        head: What classifies the embeddings of a fine-tuned student, d → classes, or ``None``.
     """
 
     # Composer's FSDP: this module is not a unit; the encoder and the blocks are, because each is called separately.
@@ -55,6 +56,7 @@ class Backbone(nn.Module, ABC):
         self.provenance = provenance or {}
         self.embed_dim = encoder.embed_dim
         self.layer_mean = LayerMean.of(config)
+        self.head: Any = None  # a module
 
     @abstractmethod
     def features(self, tokens: Tokens) -> Features:
@@ -75,6 +77,14 @@ class Backbone(nn.Module, ABC):
     def backward_macs(self, shape: Sequence[int] | None = None) -> int:
         """Return the backward pass's multiply-accumulates for one input, with those of an encoder that trains."""
         return 2 * self.forward_macs(shape)
+
+    @property
+    def block_list(self) -> list[Any]:
+        """The blocks after the encoder."""
+        return []
+
+    def checkpoint_activations(self, enable: bool = True) -> None:
+        """Turn recomputation of activations in the backward pass, instead of keeping them, on or off."""
 
     @property
     def num_layers(self) -> int:

@@ -12,10 +12,10 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.distillation import check_tensors, cpu_autocast
 from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.names import Pooling, Representation
-from d2v_composer.models.transformer import Transformer
 
 Batch = Sequence[Tensor]
 # data2vec's positions are a fixed table of sines, not weights.
@@ -49,7 +49,7 @@ class Classifier(ComposerModel):
 
     def __init__(
         self,
-        backbone: Transformer,
+        backbone: Backbone,
         num_classes: int,
         representation: Representation = "output",
         pooling: Pooling | None = None,
@@ -61,9 +61,13 @@ class Classifier(ComposerModel):
         self.representation: Representation = representation
         self.pooling = pooling or backbone.default_pooling
         self.cpu_bf16 = cpu_bf16
-        self.head = nn.Linear(backbone.embed_dim, num_classes)
+        with torch.no_grad():
+            width = self.embed(Inputs(backbone.encoder.example(1))).shape[-1]
+        self.head = nn.Linear(width, num_classes)
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
+        if not train_encoder:
+            backbone.encoder.freeze()  # a BatchNorm's statistics, too
         backbone.requires_grad_(True)
         for name, parameter in backbone.encoder.named_parameters():
             parameter.requires_grad_(train_encoder and not name.startswith(FIXED))

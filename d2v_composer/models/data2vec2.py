@@ -5,7 +5,6 @@ Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), fairseq ``data2vec
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,11 +17,10 @@ from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.layer_mean import LayerMean
 from d2v_composer.models.sizes import (
     AudioEncoderConfig,
-    Data2Vec2TeacherConfig,
     EatEncoderConfig,
     ImageEncoderConfig,
+    TeacherConfig,
     check_whole,
-    encoder_config,
 )
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
@@ -42,17 +40,17 @@ class Data2Vec2(Teacher):
         provenance: Origin of the weights, stored with what is derived from them.
     """
 
-    config: Data2Vec2TeacherConfig
+    config: TeacherConfig
     encoder: Data2Vec2Encoder
 
-    def __init__(self, config: Data2Vec2TeacherConfig, provenance: dict[str, Any] | None = None) -> None:
+    def __init__(self, config: TeacherConfig, provenance: dict[str, Any] | None = None) -> None:
         hidden_dim = int(config.embed_dim * config.mlp_ratio)
         blocks = [Block(config.embed_dim, config.num_heads, hidden_dim, config.norm_eps) for _ in range(config.depth)]
-        super().__init__(ENCODERS[config.encoder_class](encoder_config(config)), blocks, config, provenance)
+        super().__init__(ENCODERS[type(config.encoder)](config.encoder), blocks, config, provenance)
         self.freeze()
 
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
-        prenet_depth = self.config.prenet_depth
+        prenet_depth = self.encoder.config.prenet_depth
         layers = range(prenet_depth, prenet_depth + self.config.depth)
         return self.encoder.block_contexts(x_BTD, padding_mask, layers)
 
@@ -66,9 +64,10 @@ class Data2Vec2(Teacher):
         check_whole("first_blocks", first_blocks, 0, len(blocks) - 1)
         depth = len(blocks) - first_blocks
         top_k = min(self.config.average_top_k_layers, depth)
-        self.config = replace(self.config, prenet_depth=first_blocks, depth=depth, average_top_k_layers=top_k)
+        encoder = self.encoder.config.changed(prenet_depth=first_blocks)
+        self.config = self.config.changed(encoder=encoder, depth=depth, average_top_k_layers=top_k)
         self.layer_mean = LayerMean.of(self.config)
-        self.encoder.config = encoder_config(self.config)
+        self.encoder.config = encoder
         self.encoder.context_encoder["blocks"] = nn.ModuleList(blocks[:first_blocks])
         self.blocks = nn.ModuleList(blocks[first_blocks:])
         self.freeze()

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from typing_extensions import Self
 
 from d2v_composer.models.attention import Alibi, Block, attention_bias, autocast_dtype
-from d2v_composer.models.sizes import Data2Vec2EncoderConfig, EncoderConfig
+from d2v_composer.models.sizes import Config, Data2Vec2EncoderConfig, EncoderConfig
 
 
 class Inputs(NamedTuple):
@@ -107,7 +107,7 @@ class Encoder(Frozen):
     baseline: ClassVar[str]
     input_name: ClassVar[str]
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.config: Any = config  # of the subclass's kind
         self.alibi = self.alibi_scale = None

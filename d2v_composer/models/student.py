@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from d2v_composer.models.attention import Block, attention_bias, fsdp_unit, init_linear_layers, linear_weights
 from d2v_composer.models.encoder import Encoder, build_alibi
-from d2v_composer.models.sizes import MAX_WIDTH, StudentConfig, check_number, check_whole
+from d2v_composer.models.sizes import MAX_WIDTH, StudentConfig, check_whole
 from d2v_composer.models.transformer import Transformer
 
 Init = Literal["random", "teacher_attention", "teacher_blocks"]
@@ -30,7 +30,6 @@ class Student(Transformer):
 
     Attributes:
         entrance: D → d; the identity at the encoder's width.
-        head: What classifies the embeddings of a fine-tuned student, d → classes, or ``None``.
 
     Raises:
         ValueError: The sizes do not fit the encoder's.
@@ -42,15 +41,14 @@ class Student(Transformer):
         check_whole("student.embed_dim", dim, 1, width)
         most_heads = max(1, dim * encoder.config.num_heads // width)
         num_heads = next(number for number in range(most_heads, 0, -1) if dim % number == 0)
-        check_number("mlp_ratio", config.mlp_ratio, 1 / dim, MAX_WIDTH / dim)
         hidden_dim = int(dim * config.mlp_ratio)
+        check_whole("mlp_ratio x embed_dim", hidden_dim, 1, MAX_WIDTH)
         has_entrance = not encoder.config.is_normalized
         blocks = [
             Block(dim, num_heads, hidden_dim, norm_eps, has_entrance and number == 0) for number in range(config.depth)
         ]
         super().__init__(encoder, blocks, config, provenance)
         self.embed_dim = dim
-        self.head: Any = None  # a module
         self.alibi = build_alibi(encoder.config, num_heads, num_heads if config.alibi else 0)
         init_linear_layers(self.blocks)
         self.entrance = fsdp_unit(init_linear_layers(nn.Linear(width, dim))) if dim < width else nn.Identity()

@@ -94,7 +94,9 @@ class Teacher(Transformer, Frozen):
         check_choice("init", init, Init)
         given = {name: value for name, value in sizes.items() if value is not None}
         if model is not None:
-            return self.build_network(model, pretrained, **given)
+            return self.build_network(model, pretrained, **given, **({} if init == "random" else {"init": init}))
+        if pretrained:
+            raise ValueError("pretrained: only with a model, timm/NAME")
         config = StudentConfig(**{"final_layer_norm": self.layer_mean.final_layer_norm, **given})
         student = Student(self.encoder, config, provenance={"teacher": self.provenance})
         if init == "random":
@@ -112,6 +114,8 @@ class Teacher(Transformer, Frozen):
 
     def build_network(self, model: str, pretrained: bool, **options: Any) -> Any:
         """Build a student that is a timm model; see :meth:`build_student`."""
+        usual = {name: each.default for name, each in StudentConfig.model_fields.items()}
+        options = {name: each for name, each in options.items() if name == "normalization" or each != usual.get(name)}
         if not_its := sorted(options.keys() - {"normalization", "final_layer_norm"}):
             raise ValueError(f"{not_its[0]}: is for blocks on the teacher's encoder; leave it out with model {model}")
         own = self.encoder.config

@@ -33,7 +33,7 @@ def create_network(config: TimmNetworkConfig, pretrained: bool = False) -> Any:
     try:
         try:
             model: Any = timm.create_model(name, img_size=height_and_width(config.image_size), **options)
-        except TypeError:  # a convolutional network takes any size
+        except TypeError:  # it takes images of any size
             model = timm.create_model(name, **options)
     except (AssertionError, OSError, RuntimeError) as error:
         raise ValueError(f"model: {config.model}: {str(error).splitlines()[0]}") from error
@@ -110,6 +110,24 @@ class TimmNetwork(Images):
             return features[:, self.num_prefix_tokens :]
         return features.flatten(1, 2) if self.is_channels_last else features.flatten(2).transpose(1, 2)
 
+    def timm_arguments(self) -> str:
+        """Return the arguments with which ``timm.create_model`` builds this model."""
+        name = self.config.model.removeprefix(PREFIX)
+        with torch.device("meta"):
+            usual, own = timm.create_model(name).state_dict(), self.model.state_dict()
+        is_usual = all(tensor.shape == own[key].shape for key, tensor in usual.items())
+        return f'"{name}"' + ("" if is_usual else f", img_size={height_and_width(self.config.image_size)}")
+
+    def timm_tensors(self, head: nn.Linear | None = None) -> dict[str, Tensor]:
+        """Return the state dict of timm's model, with a classifier of the pooled feature in place of its own."""
+        tensors = self.model.state_dict()
+        if head is not None:
+            for prefix in classifier_prefixes(self.model):
+                weight = tensors[f"{prefix}weight"]  # of a linear layer, or of a convolution
+                tensors[f"{prefix}weight"] = head.weight.detach().reshape(-1, *weight.shape[1:])
+                tensors[f"{prefix}bias"] = head.bias.detach()
+        return tensors
+
     @property
     def block_list(self) -> list[Any]:
         return []
@@ -175,6 +193,9 @@ class NetworkStudent(Backbone):
         for parameter in self.parameters():
             parameter.requires_grad_(parameter.grad is not None)
             parameter.grad = None
+
+    def checkpoint_activations(self, enable: bool = True) -> None:
+        self.encoder.model.set_grad_checkpointing(enable)
 
     def forward_macs(self, shape: Sequence[int] | None = None) -> int:
         return 0  # the encoder's

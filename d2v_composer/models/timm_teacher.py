@@ -6,7 +6,6 @@ Shapes: B images, T tokens, D channels, L blocks.
 import math
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar, cast
 
 import timm
@@ -23,10 +22,9 @@ from d2v_composer.models.names import PREFIX
 from d2v_composer.models.sizes import (
     MAX_PATCHES,
     ImageSize,
+    TeacherConfig,
     TimmEncoderConfig,
-    TimmTeacherConfig,
     check_whole,
-    encoder_config,
     height_and_width,
     parse_image_size,
 )
@@ -92,7 +90,7 @@ def create_on_meta(name: str, **options: Any) -> Any:
         raise ValueError(f"timm/{name}: {error}") from error
 
 
-def teacher_config(model: str, built: Any, first_blocks: int | None = None) -> TimmTeacherConfig:
+def teacher_config(model: str, built: Any, first_blocks: int | None = None) -> TeacherConfig:
     """Return the sizes of a built model.
 
     Args:
@@ -107,10 +105,9 @@ def teacher_config(model: str, built: Any, first_blocks: int | None = None) -> T
     first_blocks = round(num_blocks / 6) if first_blocks is None else first_blocks
     check_whole("first_blocks", first_blocks, 0, num_blocks - 1)
     data = resolve_data_config(pretrained_cfg=built.pretrained_cfg)
-    return TimmTeacherConfig(
+    encoder = TimmEncoderConfig(
         model=model,
         first_blocks=first_blocks,
-        depth=num_blocks - first_blocks,
         embed_dim=built.embed_dim,
         num_heads=built.blocks[0].attn.num_heads,
         num_extra_tokens=built.num_prefix_tokens,
@@ -123,6 +120,8 @@ def teacher_config(model: str, built: Any, first_blocks: int | None = None) -> T
         interpolation=data["interpolation"],
         timm=timm.__version__,
     )
+    depth = num_blocks - first_blocks
+    return TeacherConfig(encoder=encoder, depth=depth, average_top_k_layers=depth)
 
 
 class TimmParts(NamedTuple):
@@ -176,14 +175,9 @@ class TimmEncoder(Images):
         if parts is None:
             model = build_timm_model(config.model, config.image_size)
             sizes = teacher_config(config.model, model, config.first_blocks)
-            own = {name: getattr(config, name) for name in OF_A_FILE}
-            found = replace(encoder_config(sizes), **own)
-            if config != found:
-                name = next(name for name, value in vars(found).items() if value != getattr(config, name))
-                raise ValueError(
-                    f"{config.model} has {name} {getattr(found, name)} in timm {timm.__version__}, not "
-                    f"{getattr(config, name)}"
-                )
+            for name, found in sizes.encoder:
+                if name not in OF_A_FILE and found != (given := getattr(config, name)):
+                    raise ValueError(f"{config.model} has {name} {found} in timm {timm.__version__}, not {given}")
             parts = TimmParts.of(model)
         self.stem: Any = parts.stem
         patches: Any = self.stem.patch_embed.proj
@@ -225,12 +219,12 @@ class TimmTeacher(Teacher):
         provenance: Origin of the weights, stored with what is derived from them.
     """
 
-    config: TimmTeacherConfig
+    config: TeacherConfig
 
-    def __init__(self, model: nn.Module, config: TimmTeacherConfig, provenance: dict[str, Any] | None = None) -> None:
+    def __init__(self, model: nn.Module, config: TeacherConfig, provenance: dict[str, Any] | None = None) -> None:
         parts = TimmParts.of(model)
         first, num_blocks = config.first_blocks, len(parts.blocks)
-        encoder = TimmEncoder(encoder_config(config), parts)
+        encoder = TimmEncoder(cast("TimmEncoderConfig", config.encoder), parts)
         super().__init__(encoder, parts.blocks[first:], config, provenance)
         self.contexts = parts.contexts.of_blocks(first, num_blocks)
         self.norm = fsdp_unit(parts.norm)  # as part of the root, it would stay gathered

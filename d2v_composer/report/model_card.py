@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import torch
@@ -13,7 +14,6 @@ from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.data.modalities import modality_of
 from d2v_composer.embedding import hash_weights
 from d2v_composer.evaluation.evaluate import read_evaluation
-from d2v_composer.models.student import Student
 from d2v_composer.report.run import EMBEDDINGS
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import reading, writing
@@ -51,7 +51,7 @@ WORDS = {
 }
 
 
-def plan_model_card(student: Student, source: str, out: Path) -> Callable[[], str]:
+def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
     """Prepare README.md, before the student is written; return what writes it and returns a line that says so.
 
     One that d2v export did not write is kept, and so is the card of another student file in the folder.
@@ -76,6 +76,7 @@ def plan_model_card(student: Student, source: str, out: Path) -> Callable[[], st
     if described != out.name and out.with_name(described).exists():
         return lambda: f"kept {readme}: it describes {described}; a student in another folder gets its own"
     modality = modality_of(student.encoder.config)
+    network, embedding = getattr(student.config, "model", None), choose_embedding(student, None, None)
     with reading(source):
         record = {"teacher": {}, "data": {}, "versions": {}, "command": "not recorded"}
         record |= hide_secrets(student.provenance)  # an older one has some
@@ -93,7 +94,10 @@ def plan_model_card(student: Student, source: str, out: Path) -> Callable[[], st
             parameters=lambda model: sum(map(torch.numel, model.parameters())),
             unit=modality.unit,
             words=WORDS[modality.name],
-            embedding=choose_embedding(student, None, None),
+            network=network,
+            timm_arguments=student.encoder.timm_arguments() if network else "",
+            embedding=embedding,
+            width=student.embed(student.encoder.example(1), embedding.pooling, embedding.representation).shape[1],
             tables=read_evaluation(Path(source).parent, hash_weights(student)).get("tables", ""),
             results=record.get("results"),
             other_embeddings=tuple(EMBEDDINGS),

@@ -21,7 +21,7 @@ from d2v_composer.evaluation.evaluate import gap_closed
 from d2v_composer.evaluation.metrics import AGREEMENT, HEALTH_STATES, TEACHER, read_accuracies, retrieval_from
 from d2v_composer.models.audio import LogMel
 from d2v_composer.models.sizes import SAMPLE_RATE
-from d2v_composer.report.plots import STYLE, WIDTH, accuracy_plots, confusion_plot, curves
+from d2v_composer.report.plots import STYLE, WIDTH, accuracy_plots, curves
 from d2v_composer.report.run import Run, latest
 from d2v_composer.system.files import write_atomically
 
@@ -38,7 +38,7 @@ def write_report(run: Run, folder: Path) -> list[Path]:
     """Write ``report.html`` and its plots as ``report/*.png`` into a run's folder.
 
     The plots' names are fixed: ``retrieval_DATASET_bank_{train,test}``, ``gap_closed_DATASET``, ``probes_DATASET``,
-    ``confusion_DATASET``, ``gallery_DATASET_{1,2,3}``, ``loss`` and the other curves.
+    ``gallery_DATASET_{1,2,3}``, ``loss`` and the other curves.
 
     Returns:
         The written files, the page first.
@@ -72,14 +72,12 @@ def _sections(run: Run) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
     for name, labeled in run.datasets.items():
         if name not in run.neighbors:
             continue
-        nearest, (bank, queries, class_names) = run.neighbors[name]["train"].long(), labeled
-        confusion = confusion_plot(queries.labels, bank.labels[nearest[:, 0]], class_names)
+        nearest = run.neighbors[name]["train"].long()
         chosen = torch.randperm(len(nearest), generator=torch.Generator().manual_seed(0))  # the same in every run
         parts = chosen[: GALLERY_FIGURES * QUERIES_A_FIGURE].split(QUERIES_A_FIGURE)
         shown = [gallery(run.modality.unit, labeled, part, nearest[part, :NEIGHBORS_SHOWN]) for part in parts]
-        galleries = [(f"gallery_{name}_{i}", *each) for i, each in enumerate(shown, 1)]
         title = f"Nearest {run.modality.unit} of {name}'s queries (bank train)"
-        yield title, [(f"confusion_{name}", confusion), *galleries]
+        yield title, [(f"gallery_{name}_{i}", *each) for i, each in enumerate(shown, 1)]
 
 
 def _png(figure: Figure) -> bytes:

@@ -1,7 +1,4 @@
-"""Plot a run as matplotlib figures.
-
-Shapes: Q queries.
-"""
+"""Plot a run as matplotlib figures."""
 
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,17 +7,17 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import torch
 from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from torch import Tensor
 
 from d2v_composer.evaluation.evaluate import gap_closed_by_step
 from d2v_composer.evaluation.metrics import (
     AGREEMENT,
     BANKS,
-    PROBES,
+    KNN,
+    KNN_MAJORITY,
+    LINEAR,
     TEACHER,
     Measure,
     instance_retrieval,
@@ -68,10 +65,11 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
     """Yield the file names and figures of each data set's retrieval, probes and teacher gap closed over the steps."""
     for dataset in run.retrieval["datasets"]:
         ks = sorted(run.retrieval["ks"])
-        plots = {f"retrieval_{dataset}_bank_{bank}": (f"bank {bank}", [retrieval_from(bank, ks[0])]) for bank in BANKS}
-        probes = [*PROBES["knn"], *PROBES["linear"]]
-        plots[f"probes_{dataset}"] = "probes fitted on train, measured on test", probes
-        plots[f"without_labels_{dataset}"] = "measured without labels", [AGREEMENT, *map(instance_retrieval, ks)]
+        plots = {
+            **{f"retrieval_{dataset}_bank_{bank}": (f"bank {bank}", [retrieval_from(bank, ks[0])]) for bank in BANKS},
+            f"probes_{dataset}": ("probes fitted on train, measured on test", [KNN, KNN_MAJORITY, LINEAR]),
+            f"without_labels_{dataset}": ("measured without labels", [AGREEMENT, *map(instance_retrieval, ks)]),
+        }
         for name, (title, measures) in plots.items():
             if lines := _accuracies(run, dataset, measures):
                 yield name, plot(f"{dataset}, {title}", "%", lines)
@@ -123,29 +121,4 @@ def plot(title: str, scale: str, lines: Mapping[str, Line]) -> Figure:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     if len(lines) > 1:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
-
-
-@mpl.rc_context({**STYLE, "axes.grid": False})
-def confusion_plot(labels: Tensor, found: Tensor, class_names: Sequence[str]) -> Figure:
-    """Plot how often queries of a class find each class, in % of the class's queries.
-
-    Args:
-        labels: Labels of the queries, (Q,) int64.
-        found: Labels of their nearest neighbors, (Q,) int64.
-        class_names: The name of each label.
-    """
-    size = len(class_names)
-    counts = torch.bincount(labels * size + found, minlength=size**2).view(size, size).numpy()
-    shares = 100 * counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-    figure = Figure(figsize=(WIDTH, WIDTH))
-    axes = figure.subplots()
-    figure.colorbar(axes.imshow(shares, cmap="Blues", vmin=0), ax=axes, shrink=0.75, format="%d %%")
-    if size <= 20:
-        axes.set_xticks(range(size), class_names, rotation=45, ha="right")
-        axes.set_yticks(range(size), class_names)
-        for (i, j), share in np.ndenumerate(shares):
-            color = "w" if share > 0.6 * shares.max() else "k"
-            axes.text(j, i, f"{share:.0f}", ha="center", va="center", fontsize=8, color=color)
-    axes.set(title="Class of the nearest neighbor", ylabel="class of the query")
     return figure

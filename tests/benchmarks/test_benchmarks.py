@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import threading
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,9 +56,10 @@ def test_data_beside_image_folder(
 @pytest.fixture
 def small_audio(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a size, small as the quickstart's, with a block in the encoder."""
-    sizes: dict[str, Any] = {"embed_dim": 192, "prenet_depth": 1, "depth": 2, "average_top_k_layers": 2}
-    sizes["feature_encoder_spec"] = "[(32, 10, 5)] + [(32, 3, 2)] * 4 + [(32, 2, 2)] * 2"
-    small = replace(RELEASED["base_audio"], **sizes), 1
+    base = RELEASED["base_audio"]
+    spec = "[(32, 10, 5)] + [(32, 3, 2)] * 4 + [(32, 2, 2)] * 2"
+    encoder = base.encoder.changed(embed_dim=192, prenet_depth=1, feature_encoder_spec=spec)
+    small = base.changed(encoder=encoder, depth=2, average_top_k_layers=2), 1
     monkeypatch.setitem(step_benchmark.SIZES, "base_audio", small)
     return "base_audio"
 

@@ -2,7 +2,6 @@
 
 import json
 import resource
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def wide_or_narrow(exported: Path, tmp_path_factory: pytest.TempPathFactory, req
     if request.param is None:
         return exported
     wide = load_student(exported)
-    narrow = Student(wide.encoder, replace(wide.config, embed_dim=request.param), wide.provenance)
+    narrow = Student(wide.encoder, wide.config.changed(embed_dim=request.param), wide.provenance)
     path = tmp_path_factory.mktemp("narrow") / "student.safetensors"
     save_student(narrow, path)
     return path

@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +224,7 @@ def test_an_exported_student_needs_no_teacher(name: str, tmp_path: Path) -> None
     """Its preprocessing is the file's own: another tag of the same model may have another one."""
     weights = save(random_vit(name), tmp_path / "weights.safetensors")
     teacher = load_teacher(weights, model=f"timm/{name}", image_size=(64, 96))
-    config: Any = replace(teacher.encoder.config, image_mean=(0.1, 0.2, 0.3), interpolation="bilinear")  # pyright: ignore
+    config = teacher.encoder.config.changed(image_mean=(0.1, 0.2, 0.3), interpolation="bilinear")
     encoder = TimmEncoder(config).freeze()
     encoder.load_state_dict(teacher.encoder.state_dict())
     student = Student(encoder, teacher.build_student(depth=2).config).eval()
@@ -240,7 +239,7 @@ def test_an_exported_student_needs_no_teacher(name: str, tmp_path: Path) -> None
         model: Any = timm.create_model("d2v2_student", checkpoint_path=str(tmp_path / "student.safetensors")).eval()
         assert_close(model(encoder.prepare(images)), expected["output_cls"])
     found: Any = again.encoder.config
-    assert replace(found, outputs=()) == config
+    assert found.changed(outputs=()) == config
     assert not any(parameter.requires_grad for parameter in again.encoder.parameters())
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from d2v_composer.commands import distill
-from d2v_composer.models.sizes import Data2Vec2Config
+from d2v_composer.models.sizes import ImageEncoderConfig, TeacherConfig
 from helpers import encoded_image
 
 
@@ -28,7 +28,8 @@ def test_sizes_follow_from_images_teacher_and_device(
     monkeypatch: pytest.MonkeyPatch, num_gpus: int, num_images: int, expected: tuple[str, int, float]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
-    chosen = distill.choose(num_images, Data2Vec2Config(embed_dim=192))
+    teacher = TeacherConfig(encoder=ImageEncoderConfig(embed_dim=192), depth=8, average_top_k_layers=8)
+    chosen = distill.choose(num_images, teacher)
     found = tuple(chosen[key] for key in ("max_duration", "global_train_batch_size", "optimizer.lr"))
     assert found == expected
     assert "teacher.image_size" not in chosen

@@ -74,7 +74,7 @@ def test_overrides_change_single_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SLIPS = {
-    "student.dept=3": "student.dept: no such key; did you mean depth? (allowed: depth, mlp_ratio, alibi, init",
+    "student.dept=3": "student.dept: no such key; did you mean depth? (allowed: depth, mlp_ratio, alibi, ",
     "callbacks.speed_monitor={window: 3}": "callbacks.speed_monitor.window: no such argument; did you mean window_s",
     "callbacks.speed_monitor={window_size: .inf}": "callbacks.speed_monitor.window_size.float: must be a finite",
     "optimizer.lr=.nan": "optimizer.lr: must be a finite number, got nan",
@@ -179,8 +179,8 @@ def test_the_first_rank_reports_for_all(monkeypatch: pytest.MonkeyPatch) -> None
 
 FILES = {
     "seed: 1\nseed: 2\n": "found duplicate key seed",
-    "- a\n- b\n": "expected keys and values",
-    "seed: [1\n": "not a YAML of keys and values",
+    "- a\n- b\n": "expected a YAML mapping",
+    "seed: [1\n": "not a YAML mapping",
     "student: [1]\n": "student: must be a section of keys and values, got [1]",
 }
 

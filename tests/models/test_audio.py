@@ -23,7 +23,7 @@ from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.execution import compile_model
-from d2v_composer.models.sizes import AudioEncoderConfig, Data2Vec2AudioConfig, parse_convolutions
+from d2v_composer.models.sizes import RELEASED, AudioEncoderConfig, TeacherConfig, parse_convolutions
 from d2v_composer.models.targets import norm_mean, regression_loss
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, refused_by, time_limit
@@ -47,9 +47,10 @@ def sound(lengths: Tensor = LENGTHS, seed: int = 0) -> Tensor:
 
 def random_teacher(**sizes: Any) -> Any:
     torch.manual_seed(0)
-    small: dict[str, Any] = {"embed_dim": 16, "num_heads": 4, "prenet_depth": 1, "depth": 2, "average_top_k_layers": 2}
+    small: dict[str, Any] = {"embed_dim": 16, "num_heads": 4, "prenet_depth": 1}
     small |= {"feature_encoder_spec": "[(16, 10, 5)] + [(16, 3, 2)] * 2", "conv_pos_groups": 4, "num_alibi_heads": 4}
-    return Data2Vec2(Data2Vec2AudioConfig(**(small | sizes)))
+    encoder = AudioEncoderConfig(**(small | sizes))
+    return Data2Vec2(TeacherConfig(encoder=encoder, depth=2, average_top_k_layers=2, final_layer_norm=False))
 
 
 def test_the_loss_of_a_padded_batch_is_that_of_its_clips(teacher: Any) -> None:
@@ -268,20 +269,15 @@ def test_an_older_layout_of_alibis_scale(teacher: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "counts"),
+    ("size", "counts"),
     [
-        ({"depth": 12, "prenet_depth": 0}, (93_163_532, 85_054_464, 8_109_068)),
-        (
-            {"embed_dim": 1024, "num_heads": 16, "depth": 16, "prenet_depth": 8},
-            (313_275_408, 201_539_584, 111_735_824),
-        ),
+        ("base_audio", (93_163_532, 85_054_464, 8_109_068)),
+        ("large_audio", (313_275_408, 201_539_584, 111_735_824)),
     ],
 )
-def test_released_sizes(sizes: dict[str, Any], counts: tuple[int, ...]) -> None:
-    heads = sizes.get("num_heads", 12)
+def test_released_sizes(size: str, counts: tuple[int, ...]) -> None:
     with torch.device("meta"):
-        config = Data2Vec2AudioConfig(**sizes, num_alibi_heads=heads, alibi_scale_shape=(1, 1, heads, 1, 1))
-        teacher = Data2Vec2(config)
+        teacher = Data2Vec2(RELEASED[size])
     assert counts == tuple(
         sum(map(torch.numel, part.parameters())) for part in (teacher, teacher.blocks, teacher.encoder)
     )

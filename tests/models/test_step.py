@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.sizes import Data2Vec2Config
+from d2v_composer.models.sizes import ImageEncoderConfig, TeacherConfig
 from helpers import peak_allocated
 
 MIB = 2**20
@@ -21,10 +21,8 @@ MIB = 2**20
 def build_model(embed_dim: int = 96, depth: int = 3) -> DistillationModel:
     """Small, with as many time steps as the paper's."""
     torch.manual_seed(0)
-    config = Data2Vec2Config(
-        embed_dim=embed_dim, num_heads=4, prenet_depth=2, num_extra_tokens=1, depth=depth, average_top_k_layers=depth
-    )
-    teacher = Data2Vec2(config)
+    encoder = ImageEncoderConfig(embed_dim=embed_dim, num_heads=4, prenet_depth=2, num_extra_tokens=1)
+    teacher = Data2Vec2(TeacherConfig(encoder=encoder, depth=depth, average_top_k_layers=depth))
     return DistillationModel(teacher, teacher.build_student(depth=depth))
 
 

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.encoder import Tokens
-from d2v_composer.models.sizes import TimmTeacherConfig
+from d2v_composer.models.sizes import TeacherConfig
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, teacher_config
 from d2v_composer.system.errors import InputError
 
@@ -58,13 +58,13 @@ def randomise(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def build(name: str) -> tuple[nn.Module, TimmTeacherConfig]:
+def build(name: str) -> tuple[nn.Module, TeacherConfig]:
     options, first_blocks = MODELS[name]
     model = randomise(timm.create_model(name, num_classes=0, **options))
     return model, teacher_config(f"timm/{name}", model, first_blocks)
 
 
-def images_for(config: TimmTeacherConfig, count: int = 2) -> Tensor:
+def images_for(config: TeacherConfig, count: int = 2) -> Tensor:
     size = config.image_size
     shape = (size, size) if isinstance(size, int) else size
     return torch.randn(count, 3, *shape, generator=torch.Generator().manual_seed(1))

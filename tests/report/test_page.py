@@ -23,7 +23,7 @@ from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.evaluation.metrics import BANKS, metric_key, read_jsonl, retrieval_from
 from d2v_composer.report import page
 from d2v_composer.report.page import gallery, write_report
-from d2v_composer.report.plots import accuracy_plots, confusion_plot
+from d2v_composer.report.plots import accuracy_plots
 from d2v_composer.report.run import EMBEDDINGS, read_run
 from d2v_composer.report.tables import study_table
 from d2v_composer.system.command_line import d2v
@@ -82,7 +82,7 @@ def test_training_ends_with_a_report(run_folder: Path) -> None:
     pictures = {path.stem for path in (run_folder / "report").glob("*.png")}
     assert pictures - {"gap_closed_squares"} == {  # if the random teacher is better
         *("loss", "learning_rate", "gradient_norm", "throughput", "data_wait", "variance"),
-        *("retrieval_squares_bank_train", "retrieval_squares_bank_test", "probes_squares", "confusion_squares"),
+        *("retrieval_squares_bank_train", "retrieval_squares_bank_test", "probes_squares"),
         "without_labels_squares",
         *(f"gallery_squares_{i}" for i in (1, 2, 3)),
     }
@@ -184,7 +184,7 @@ def test_the_page_fits_a_browser_window(browser: Browser, run_folder: Path, widt
     assert page.title() == "mine"
     assert page.evaluate("document.documentElement.scrollWidth") == width
     shown = page.eval_on_selector_all("img", "all => all.map(img => [img.complete && img.naturalWidth, img.width])")
-    assert len(shown) == len(list((run_folder / "report").glob("*.png"))) >= 14
+    assert len(shown) == len(list((run_folder / "report").glob("*.png"))) >= 13
     assert all(natural > 0 and 0.7 * min(width, 500) < displayed <= width for natural, displayed in shown)
     columns = page.eval_on_selector_all("figure", "all => new Set(all.map(f => Math.round(f.offsetLeft))).size")
     assert columns == (2 if width > 1000 else 1)
@@ -197,7 +197,7 @@ def test_the_page_fits_a_browser_window(browser: Browser, run_folder: Path, widt
 
 
 def test_draws_an_interrupted_run_without_its_images(run_folder: Path, tmp_path: Path) -> None:
-    """With a truncated line, NaN and a warning, but no checkpoint."""
+    """With lines that are truncated or no entries, NaN and a warning, but no checkpoint."""
     folder = tmp_path / "run"
     folder.mkdir()
     record = yaml.safe_load((run_folder / "run.yaml").read_text())
@@ -205,10 +205,11 @@ def test_draws_an_interrupted_run_without_its_images(run_folder: Path, tmp_path:
     (folder / "run.yaml").write_text(yaml.safe_dump(record))
     lines = (run_folder / "log.jsonl").read_text().splitlines()
     more = [json.dumps({"step": step, "loss/train/total": float("nan"), "health/diverging": 1.0}) for step in (7, 9)]
-    (folder / "log.jsonl").write_text("\n".join([*lines[: len(lines) // 2], *more, '{"step": 8, "loss/tr']))
+    text = "\n".join([*lines[: len(lines) // 2], *more, '{"step": 8, "loss/tr'])
+    (folder / "log.jsonl").write_bytes(text.encode() + b"\n\xff\n7\n")
     written = report.main([str(folder)])
     assert {path.stem for path in written} >= {"report", "loss", "retrieval_squares_bank_train"}
-    assert not any("gallery" in path.stem or "confusion" in path.stem for path in written)
+    assert not any("gallery" in path.stem for path in written)
     assert "diverging at batches 7 to 9" in (folder / "report.html").read_text()
 
 
@@ -224,14 +225,14 @@ def test_a_data_set_that_was_rebuilt_has_no_gallery(
     record["config"]["retrieval"]["datasets"]["squares"]["root"] = str(rebuilt)
     (folder / "run.yaml").write_text(yaml.safe_dump(record))
     written = report.main([str(folder)])
-    assert not any("gallery" in path.stem or "confusion" in path.stem for path in written)
+    assert not any("gallery" in path.stem for path in written)
     assert (
         "report: no gallery for squares: its images differ from those that the run measured\n"
         in capsys.readouterr().out
     )
 
 
-def test_galleries_and_confusion_show_the_neighbors_that_were_counted(run_folder: Path) -> None:
+def test_galleries_show_the_neighbors_that_were_counted(run_folder: Path) -> None:
     run = read_run(run_folder)
     bank, queries, names = run.datasets["squares"]
     assert names == ("<ship>", "cat", "dog")
@@ -244,34 +245,19 @@ def test_galleries_and_confusion_show_the_neighbors_that_were_counted(run_folder
         assert query.get_xlabel() in names
         assert found.get_xlabel() == f"{'✓' if hit else '✗'} {found.get_xlabel()[2:]}"
         assert (found.get_xlabel()[2:] == query.get_xlabel()) == hit
-    found = queries.labels.clone()
-    first = (found == 0).nonzero()[:4, 0]  # of 8
-    found[first] = 2
-    figure = confusion_plot(queries.labels, found, names)
-    texts = [text.get_text() for text in figure.axes[0].texts]
-    assert texts == ["50", "0", "50", "0", "100", "0", "0", "0", "100"]
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(names)
 
 
 def test_training_succeeds_even_if_its_report_fails(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """With a corrupt line of an earlier process in its log, then with a full disk."""
     folder = tmp_path / "run"
-    short = ("scheduler.t_warmup=1ba", "student.depth=1", "report=true")
-    train.main(small_run(folder, small_data, "max_duration=2ba", *short))
-    (folder / "report.html").unlink()
-    with (folder / "log.jsonl").open("ab") as log:
-        log.write(b"\xff\n7\n")
-    train.main(small_run(folder, small_data, "max_duration=3ba", *short))
-    assert (folder / "report.html").is_file()
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(page, "write_report", fail)
-    trainer = train.main(small_run(folder, small_data, "max_duration=4ba", *short))
-    assert trainer.state.timestamp.batch == 4
+    trainer = train.main(small_run(folder, small_data, "max_duration=2ba", "scheduler.t_warmup=1ba", "report=true"))
+    assert trainer.state.timestamp.batch == 2
     assert capfd.readouterr().err.splitlines()[-1] == (
         "report: could not be written (OSError: [Errno 28] No space left on device); "
         f"to try again, run {d2v('report', folder)}"

@@ -1,6 +1,6 @@
 """Judge students of sound on clips of several lengths: how much of the target they miss, and whom they resemble.
 
-    python yamls/ablations/audio/judge.py speech/long runs/ablations/audio/*/latest-rank0.pt
+    python tests/makers/judge_clips.py speech/long runs/ablations/audio/*/latest-rank0.pt
 
 SPEECH/1s, 2s, 5s and 10s hold the first seconds of the same clips. Prints CSV: for each run and length, with the 95 %
 interval over the clips, in %,

@@ -2,7 +2,7 @@
 
     apt-get download asterisk-core-sounds-{en,es,fr,it,ru}-g722
     pip install av
-    python yamls/quickstart_audio/prepare.py . speech
+    python tests/makers/prepare_speech.py . speech
 
 In DEBS are the packages, 1.6.1-1; OUT becomes
 

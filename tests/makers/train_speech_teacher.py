@@ -1,6 +1,6 @@
 """Train the teacher of the quickstart with sound, without labels: a small data2vec 2.0 audio model.
 
-    python yamls/quickstart_audio/train_teacher.py speech/all_clips teacher.safetensors
+    python tests/makers/train_speech_teacher.py speech/all_clips teacher.safetensors
 
 1. The encoder's convolutions learn to tell the log-mel spectrogram, frame by frame. Then the encoder is frozen, its
    positional convolutions still random: what is to be learned is left to the blocks.
@@ -9,14 +9,13 @@
    from one voice, so that the voice does not help. The loss is InfoNCE on the mean over time of the last block's output
    and of the layers' mean, which a student regresses.
 
-A file's name up to the first "-" is its package; prepare.py leaves the judged words out.
+A file's name up to the first "-" is its package; prepare_speech.py leaves the judged words out.
 """
 
 import argparse
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -30,23 +29,22 @@ from d2v_composer.embedding import hash_weights
 from d2v_composer.models.attention import init_linear_layers
 from d2v_composer.models.audio import NUM_MELS, AudioEncoder, LogMel
 from d2v_composer.models.data2vec2 import Data2Vec2
-from d2v_composer.models.sizes import SAMPLE_RATE, Data2Vec2AudioConfig
+from d2v_composer.models.sizes import SAMPLE_RATE, AudioEncoderConfig, TeacherConfig
 from d2v_composer.models.targets import norm_mean
 
 # The strides and windows of the released models, in narrow.
-CONFIG = Data2Vec2AudioConfig(
+ENCODER = AudioEncoderConfig(
     embed_dim=128,
     num_heads=4,
     norm_eps=1e-5,
     num_alibi_heads=4,
     alibi_scale_shape=(1, 1, 4, 1, 1),
     prenet_depth=0,
-    depth=6,
-    average_top_k_layers=6,
     feature_encoder_spec="[(32, 10, 5)] + [(64, 3, 2)] * 4 + [(96, 2, 2)] * 2",
     conv_pos_width=38,
     conv_pos_depth=2,
 )
+CONFIG = TeacherConfig(encoder=ENCODER, depth=6, average_top_k_layers=6, final_layer_norm=False)
 BATCH, SHORTEST, LONGEST = 64, 0.45, 1.1  # pieces, their seconds
 ENCODER_STEPS, STEPS, WARMUP = 400, 500, 80
 LEARNING_RATE, WEIGHT_DECAY, CLIP, TEMPERATURE = 1e-3, 0.05, 3.0, 0.1
@@ -132,7 +130,7 @@ def train(phase: str, optimizer: torch.optim.Optimizer, steps: int, compute_loss
 
 def train_encoder(encoder: AudioEncoder, clips: Clips) -> None:
     """Regress the log-mel spectrogram, each band with mean 0 and variance 1, from the convolutions' outputs."""
-    head, statistics = nn.Linear(CONFIG.embed_dim, NUM_MELS), []
+    head, statistics = nn.Linear(ENCODER.embed_dim, NUM_MELS), []
 
     def compute_loss() -> Tensor:
         pieces_BL = torch.cat([clips.draw(0.8, package, 6) for package in clips.packages])
@@ -191,14 +189,14 @@ def main() -> None:
     teacher.blocks.requires_grad_()
     train_blocks(teacher, clips)
     provenance = {
-        "source": "yamls/quickstart_audio/train_teacher.py",
+        "source": "tests/makers/train_speech_teacher.py",
         "sha256": hash_weights(teacher),
         "weights": "model",
         "dtype": "float16",
         "licence": "CC BY-SA 3.0, as the speech that it was trained on",
     }
     tensors = {name: tensor.half() for name, tensor in teacher.state_dict().items()}
-    write_model_file(arguments.out, "teacher", asdict(CONFIG), provenance, tensors)
+    write_model_file(arguments.out, "teacher", CONFIG.model_dump(mode="json"), provenance, tensors)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,133 @@
+"""A timm model as the student, from a YAML to a file that timm alone loads."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+
+from d2v_composer import load_student
+from helpers import (
+    ROOT,
+    d2v,
+    encoded_image,
+    failure,
+    run_command,
+    run_training,
+    small_run,
+    student_of,
+    train_command,
+    train_until_killed,
+    write_mds,
+)
+
+NETWORK = ["student.depth=5", "student.model=timm/test_byobnet", "retrieval.representation=output"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mds(tmp_path_factory.mktemp("data") / "mds", [encoded_image(seed) for seed in range(64)])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    run_training(*small_run(folder, data, *NETWORK))
+    return folder
+
+
+def test_timm_alone_loads_it(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "student.safetensors"
+    d2v("export", trained / "latest-rank0.pt", out)
+    student: Any = load_student(out)
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    np.save(tmp_path / "images.npy", student.encoder.prepare(images).numpy())
+    code = """
+import sys, numpy, timm, torch
+model = timm.create_model("test_byobnet", checkpoint_path=sys.argv[1]).eval()
+with torch.no_grad():
+    embeddings = model.forward_head(model.forward_features(torch.from_numpy(numpy.load(sys.argv[2]))), pre_logits=True)
+numpy.save(sys.argv[3], embeddings)
+assert not any(name.startswith(("d2v_composer", "composer", "streaming")) for name in sys.modules)
+"""
+    found = tmp_path / "embeddings.npy"
+    subprocess.run([sys.executable, "-c", code, out, tmp_path / "images.npy", found], check=True)
+    torch.testing.assert_close(torch.from_numpy(np.load(found)), student.embed(images, "cls"))
+    card = (tmp_path / "README.md").read_text()
+    assert 'timm.create_model("test_byobnet", checkpoint_path="student.safetensors")' in card
+    assert "teacher's own" not in card
+
+
+def test_what_takes_a_student_takes_it(trained: Path, tmp_path: Path) -> None:
+    out, images = tmp_path / "student.safetensors", tmp_path / "images"
+    d2v("export", trained / "latest-rank0.pt", out)
+    images.mkdir()
+    for seed in range(20):
+        (images / f"{seed}.jpg").write_bytes(encoded_image(seed))
+    d2v("embed", out, images, tmp_path / "embeddings.npy")
+    assert len(np.load(tmp_path / "embeddings.npy")) == 20
+    d2v("export", out, tmp_path / "student.onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    student: Any = load_student(out)
+    batch = student.encoder.prepare(torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8))
+    (found,) = onnxruntime.InferenceSession(tmp_path / "student.onnx").run(None, {"images": batch.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), student.embed(batch, "cls"), rtol=1e-4, atol=1e-5)
+    sets = f"datasets={{mine: {{format: folder, root: {images}}}}}"
+    evaluated = d2v("evaluate", f"model={out}", sets, f"out={tmp_path / 'evaluated.json'}")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "untrained student" in evaluated.stdout
+
+
+def test_a_killed_run_resumes_bit_for_bit(trained: Path, data: Path, tmp_path: Path) -> None:
+    """BatchNorm's statistics, too."""
+    arguments = small_run(tmp_path / "run", data, *NETWORK)
+    train_until_killed(arguments, "batch_start 9")
+    run_training(*arguments)
+    expected, found = student_of(trained), student_of(tmp_path / "run")
+    assert any(name.endswith("running_mean") for name in expected)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("student.depth=3", "student: depth: is for blocks on the teacher's encoder"),
+        ("student.init=teacher_blocks", "student: init: is for blocks on the teacher's encoder"),
+        ("student.model=resnet18", "student.model: must be timm/NAME"),
+        ("student.model=timm/no_such", "student: model: no model 'timm/no_such'"),
+    ],
+)
+def test_what_cannot_be(data: Path, tmp_path: Path, change: str, message: str) -> None:
+    ended = run_command(*train_command(small_run(tmp_path / "run", data, *NETWORK, change)))
+    assert message in failure(ended, 2)
+
+
+def test_a_classifier_is_timms_own(trained: Path, tmp_path: Path) -> None:
+    for split, count in (("train", 32), ("test", 16)):
+        labels = [seed % 2 for seed in range(count)]
+        write_mds(tmp_path / "labeled" / split, [encoded_image(seed) for seed in range(count)], labels)
+    changes = [
+        f"model={trained / 'latest-rank0.pt'}",
+        f"dataset={{format: mds, root: {tmp_path / 'labeled'}}}",
+        f"save_folder={tmp_path / 'tuned'}",
+        "train_encoder=true",
+        "max_duration=6ba",
+        "global_train_batch_size=8",
+        "precision=fp32",
+        "scheduler.t_warmup=1ba",
+        "train_loader.num_workers=0",
+    ]
+    ended = run_command(sys.executable, ROOT / "recipes" / "finetune.py", ROOT / "yamls" / "finetune.yaml", *changes)
+    assert ended.returncode == 0, ended.stderr
+    out = tmp_path / "classifier.safetensors"
+    d2v("export", tmp_path / "tuned" / "latest-rank0.pt", out)
+    model: Any = timm.create_model("test_byobnet", num_classes=2, checkpoint_path=str(out)).eval()
+    assert model.get_classifier().weight.any()
+    assert yaml.safe_load((tmp_path / "tuned" / "run.yaml").read_text())["model"]["pooling"] == "cls"
