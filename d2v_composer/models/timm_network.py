@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.encoder import Inputs, Tokens
 from d2v_composer.models.features import Features
-from d2v_composer.models.images import Images
+from d2v_composer.models.images import PixelEncoder
 from d2v_composer.models.names import PREFIX
 from d2v_composer.models.sizes import TimmNetworkConfig, height_and_width
 
@@ -49,7 +49,7 @@ def classifier_prefixes(model: Any) -> tuple[str, ...]:
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
-class TimmNetwork(Images):
+class TimmNetwork(PixelEncoder):
     """A whole timm model as an encoder: the cells of its last feature map are the tokens.
 
     Args:

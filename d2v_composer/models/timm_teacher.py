@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from d2v_composer.models.attention import fsdp_unit
 from d2v_composer.models.encoder import Inputs
-from d2v_composer.models.images import Images, PatchProjection
+from d2v_composer.models.images import PatchProjection, PixelEncoder
 from d2v_composer.models.names import PREFIX
 from d2v_composer.models.sizes import (
     MAX_PATCHES,
@@ -156,7 +156,7 @@ def materialize(module: ModuleT) -> ModuleT:
     return module
 
 
-class TimmEncoder(Images):
+class TimmEncoder(PixelEncoder):
     """A timm ViT's encoder: everything before its blocks, and the first blocks.
 
     Args:
