@@ -36,7 +36,7 @@ LOCAL, WARM = "ours, local disk", "ours, S3 warm"
 # ImageNet's most common sizes and their shares. Crops of sharp photographs have ImageNet's 110 KB at this quality.
 SIZES = {(500, 375): 0.50, (375, 500): 0.16, (500, 333): 0.16, (333, 500): 0.06, (400, 300): 0.06, (300, 300): 0.06}
 QUALITY = 99
-SMALLEST_CROP = 0.6  # side, as a share of the largest crop's
+MIN_CROP = 0.6  # side, as a share of the largest crop's
 
 
 def benchmark(
@@ -95,7 +95,7 @@ def make_photos(folder: Path, num_images: int) -> Path:
     for i in range(num_images):
         rng = random.Random(i)
         photo, [(width, height)] = photographs[i % len(photographs)], rng.choices([*SIZES], [*SIZES.values()])
-        scale = min(photo.width / width, photo.height / height) * rng.uniform(SMALLEST_CROP, 1)
+        scale = min(photo.width / width, photo.height / height) * rng.uniform(MIN_CROP, 1)
         left, top = rng.uniform(0, photo.width - width * scale), rng.uniform(0, photo.height - height * scale)
         box = (left, top, left + width * scale, top + height * scale)
         crop = photo.resize((width, height), Image.Resampling.BICUBIC, box)

@@ -31,7 +31,7 @@ class PatchProjection(nn.Conv2d):
         return linear(patches.flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
-class Images(Encoder):
+class PixelEncoder(Encoder):
     """The part of an encoder that is alike for all kinds of image models.
 
     Attributes:
@@ -91,7 +91,7 @@ class Images(Encoder):
         return interpolate(self.prepare(inputs.values), size, mode="area").flatten(1)
 
 
-class ImageEncoder(Images, Data2Vec2Encoder):
+class ImageEncoder(PixelEncoder, Data2Vec2Encoder):
     """Patch embedding, fixed positions, extra tokens, LayerNorm, ``prenet_depth`` blocks."""
 
     config: ImageEncoderConfig

@@ -16,7 +16,7 @@ from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import TimmNetworkConfig, height_and_width
 from d2v_composer.models.encoder import Inputs, Tokens
 from d2v_composer.models.features import Features
-from d2v_composer.models.images import Images
+from d2v_composer.models.images import PixelEncoder
 from d2v_composer.models.names import PREFIX
 
 
@@ -49,7 +49,7 @@ def classifier_prefixes(model: Any) -> tuple[str, ...]:
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
-class TimmNetwork(Images):
+class TimmNetwork(PixelEncoder):
     """A whole timm model as an encoder: the cells of its last feature map are the tokens.
 
     Args:

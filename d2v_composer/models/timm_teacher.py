@@ -26,7 +26,7 @@ from d2v_composer.models.configs import (
     parse_image_size,
 )
 from d2v_composer.models.encoder import Inputs
-from d2v_composer.models.images import Images, PatchProjection
+from d2v_composer.models.images import PatchProjection, PixelEncoder
 from d2v_composer.models.names import PREFIX
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
@@ -156,7 +156,7 @@ def materialize(module: ModuleT) -> ModuleT:
     return module
 
 
-class TimmEncoder(Images):
+class TimmEncoder(PixelEncoder):
     """A timm ViT's encoder: everything before its blocks, and the first blocks.
 
     Args:

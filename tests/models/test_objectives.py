@@ -16,7 +16,7 @@ from d2v_composer.models.distillation import Distillation, DistillationModel
 from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.execution import compile_model
 from d2v_composer.models.features import Features
-from d2v_composer.models.images import Images
+from d2v_composer.models.images import PixelEncoder
 from d2v_composer.models.objective import LayerRegression, Objective
 from d2v_composer.models.student import Student
 from d2v_composer.models.targets import Regression
@@ -25,7 +25,7 @@ from helpers import GOLDEN
 STUDENT = StudentConfig(depth=2, mlp_ratio=2.0)
 
 
-class TinyConvolution(Images):
+class TinyConvolution(PixelEncoder):
     """One convolution with BatchNorm, and a CLS token; as many tokens as a teacher's encoder gives."""
 
     def __init__(self, config: Any) -> None:
