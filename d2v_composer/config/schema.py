@@ -218,7 +218,7 @@ class StudentOptions(BlockSizes, Section):
 
     model: Annotated[Text, must("be timm/NAME", lambda name: name.startswith(PREFIX))] | None = None
     """null: blocks on the teacher's encoder, as in the chapter. timm/NAME: that model whole, of any architecture whose
-    features have a grid; the fields below, except ``pretrained``, must keep their defaults."""
+    features have a grid; the other fields, except ``pretrained``, must keep their defaults."""
     pretrained: bool = False
     """With a model: start from timm's weights, from the Hugging Face hub."""
 

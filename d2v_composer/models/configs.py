@@ -62,9 +62,9 @@ def parse_image_size(image_size: Any) -> ImageSize:
     Raises:
         ValueError: It is neither a number of pixels, nor two, nor text such as '112x168'.
     """
-    if isinstance(image_size, str) and re.fullmatch(r"\d{1,9}(x\d{1,9})?", image_size):
-        image_size = tuple(map(int, image_size.split("x")))
     shape = image_size if isinstance(image_size, tuple) else (image_size,)
+    if isinstance(image_size, str) and re.fullmatch(r"\d{1,9}(x\d{1,9})?", image_size):
+        shape = tuple(map(int, image_size.split("x")))
     if len(shape) not in (1, 2):
         raise ValueError(f"image_size must be a whole number, or height and width, got {short(image_size)}")
     for size in shape:

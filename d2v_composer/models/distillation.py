@@ -53,7 +53,7 @@ class Distillation(ComposerModel):
 
     def __init__(self, student: Backbone, objectives: Mapping[str, Objective], cpu_bf16: bool = False) -> None:
         super().__init__()
-        self.student = student
+        self.student: Any = student  # of the kind that is given
         self.objectives: Any = nn.ModuleDict(objectives)
         self.objectives._fsdp_wrap = False
         self.layer_mean = student.layer_mean

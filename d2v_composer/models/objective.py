@@ -95,7 +95,8 @@ class LayerRegression(Objective):
         top_k = layer_mean.average_top_k_layers or teacher.layer_mean.average_top_k_layers
         self.layer_mean = layer_mean.changed(average_top_k_layers=top_k)
         self.prediction: Prediction = prediction
-        self.token_loss, self.cls_weight = loss, cls_weight
+        self.token_loss: TokenLoss = loss
+        self.cls_weight = cls_weight
         self.needs_output = prediction == "last_block"
         self.num_predicted = 1 if self.needs_output else student.num_layers
 

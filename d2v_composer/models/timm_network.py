@@ -195,7 +195,7 @@ class NetworkStudent(Backbone):
             parameter.grad = None
 
     def checkpoint_activations(self, enable: bool = True) -> None:
-        self.encoder.model.set_grad_checkpointing(enable)
+        self.encoder.model.set_grad_checkpointing(enable)  # an AssertionError if timm has none for this model
 
     def forward_macs(self, shape: Sequence[int] | None = None) -> int:
         return 0  # the encoder's

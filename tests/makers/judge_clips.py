@@ -34,7 +34,8 @@ def judge(student: Student, teacher: Teacher, clips: Tensor) -> dict[str, np.nda
         for batch in clips.split(BATCH_SIZE):
             tokens = student.encoder(Inputs(batch))
             for model, found in ((student, predicted), (teacher, wanted)):
-                found.append(student.layer_mean.embedding(model.features(tokens)))
+                features = model.features(tokens)
+                found.append(student.layer_mean.average(features.layers(), features))
     prediction_BTD, target_BTD = torch.cat(predicted), torch.cat(wanted)
     variance = (target_BTD - target_BTD.mean(dim=(0, 1))).square().mean()
     nearest = [nearest_others(each.mean(dim=1)) for each in (prediction_BTD, target_BTD)]

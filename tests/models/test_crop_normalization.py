@@ -11,7 +11,8 @@ from torch.nn.functional import layer_norm
 
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.data.audio import Audio
-from d2v_composer.data.shards import Shards
+from d2v_composer.data.mds import Index
+from d2v_composer.data.source import open_mds
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.encoder import Inputs
 from helpers import ROOT
@@ -23,8 +24,8 @@ CLIP, CROP = 10 * SECOND, 2 * SECOND
 
 def read_speech() -> Tensor:
     """The shipped speech in clips of ten seconds, (N, L)."""
-    shards = Shards(local=FOLDER / "clips", columns=["audio"])
-    speech = torch.cat([Audio().decode(shards[i]["audio"], "clip") for i in range(len(shards))])
+    source = open_mds(Index(FOLDER / "clips", Audio()))
+    speech = torch.cat([Audio().decode(source.load(i), "clip") for i in range(len(source.ids))])
     return speech[: len(speech) // CLIP * CLIP].view(-1, CLIP)
 
 
