@@ -25,8 +25,9 @@ LEVELS = [
 ]
 LEVEL_OF_ROOM = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 MAX_LINES_OF_FILE, MAX_LINES_OF_FUNCTION = 600, 80
-# Tokens of package and recipes. It only falls: a feature pays for itself, or raises it in a commit that says why.
-CEILING = 107_550
+# Tokens of package, recipes and the Python in yamls/. It only falls: a feature pays for itself, or raises it in a commit
+# that says why.
+CEILING = 110_250
 COUNTED = {tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING}
 
 
@@ -119,7 +120,7 @@ def test_files_and_functions_are_short() -> None:
 
 def test_the_whole_does_not_grow() -> None:
     num_tokens = 0
-    for path in MODULES.values():
+    for path in (*MODULES.values(), *(ROOT / "yamls").rglob("*.py")):
         with tokenize.open(path) as file:
             num_tokens += sum(token.type in COUNTED for token in tokenize.generate_tokens(file.readline))
     assert num_tokens <= CEILING

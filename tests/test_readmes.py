@@ -14,6 +14,7 @@ import reference
 from d2v_composer.commands.__main__ import COMMANDS
 from d2v_composer.commands.fields import main as print_fields
 from d2v_composer.config import schema as fields
+from d2v_composer.config import types
 from d2v_composer.config.load import find_section, load_config, load_evaluate_config, load_finetune_config
 from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabeledSetConfig, Section, TrainConfig
 from d2v_composer.system.errors import InputError
@@ -150,7 +151,7 @@ def problems(program: str, argv: Sequence[str]) -> Iterator[str]:
 @pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "yamls").rglob("*.yaml"))], ids=name_of)
 def test_commands_are_right(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fields, "has_gpu", lambda: True)
-    monkeypatch.setattr(fields, "find_missing_file", lambda address: None)
+    monkeypatch.setattr(types, "find_missing_file", lambda address: None)
     wrong = {shlex.join(command): list(problems(command[0], command[1:])) for command in commands(page)}
     assert {command: lines for command, lines in wrong.items() if lines} == {}
 

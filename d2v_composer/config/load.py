@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, RunConfig, Section, TrainConfig, suggest
+from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, RunConfig, Section, TrainConfig
+from d2v_composer.config.types import suggest
 from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.processes import let_first_rank_report
 

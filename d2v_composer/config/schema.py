@@ -3,28 +3,46 @@
 The names are those of MosaicML's own recipes. Durations are Composer time strings: '5000ba' batches, '2ep' epochs.
 """
 
-import difflib
-import inspect
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pkgutil import resolve_name
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
 import torch
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
-    JsonValue,
     PlainValidator,
     model_validator,
 )
 from typing_extensions import Self
 
-from d2v_composer.models.configs import BlockSizes, parse_image_size
+from d2v_composer.config.types import (
+    IS_TEACHER,
+    NOT_A_NUMBER,
+    AddressText,
+    Arguments,
+    Batches,
+    Beta,
+    Count,
+    Fraction,
+    Interval,
+    LocalFolder,
+    Microbatch,
+    Positive,
+    Range,
+    Text,
+    Up1000,
+    WarmUp,
+    Whole,
+    arguments_of,
+    check_file,
+    checked,
+    must,
+    read_image_size,
+)
+from d2v_composer.models.configs import BlockSizes
 from d2v_composer.models.names import (
     DATA2VEC2,
     PREFIX,
@@ -39,8 +57,7 @@ from d2v_composer.models.names import (
     Weights,
 )
 from d2v_composer.models.student import Init
-from d2v_composer.system.addresses import Address, RunFolder, check_path, check_run_name
-from d2v_composer.system.fetch import find_missing_file
+from d2v_composer.system.addresses import RunFolder, check_run_name
 from d2v_composer.system.processes import num_nodes, num_ranks
 
 # Names of the callbacks and loggers that a YAML may choose → their classes, imported when chosen.
@@ -62,9 +79,6 @@ LOGGERS = {
     "wandb": "composer.loggers:WandBLogger",
 }
 
-# Also the largest seed: ranks and epochs add to it, and numpy's seeds end at 2^32.
-MAX_INT = (1 << 31) - 1
-
 
 class Section(BaseModel):
     """A section of a YAML: unknown keys, other types and non-finite numbers are errors."""
@@ -84,44 +98,6 @@ class Section(BaseModel):
         return self
 
 
-def suggest(name: str, allowed: Sequence[str]) -> str:
-    """Return the hint that follows an unknown name: the nearest name, and all allowed ones."""
-    nearest = difflib.get_close_matches(name, allowed, n=1)
-    return f"{f'; did you mean {nearest[0]}?' if nearest else ''} (allowed: {', '.join(allowed) or 'none'})"
-
-
-def checked(check: Callable[[Any], object]) -> AfterValidator:
-    """Validate with a function that raises ValueError."""
-
-    def validate(value: Any) -> Any:
-        check(value)
-        return value
-
-    return AfterValidator(validate)
-
-
-def must(rule: str, holds: Callable[[Any], object]) -> AfterValidator:
-    """Validate with one rule, which reads 'be …' or 'have …'."""
-
-    def validate(value: Any) -> Any:
-        if not holds(value):
-            raise ValueError(f"must {rule}, got {value!r}")
-        return value
-
-    return AfterValidator(validate)
-
-
-def duration(pattern: str, example: str) -> AfterValidator:
-    """Validate a Composer time string: 'ba' batches, 'ep' epochs, 'dur' a fraction of the run."""
-    return must(f"be a duration such as {example}", re.compile(pattern).fullmatch)
-
-
-def read_image_size(size: Any) -> int | str:
-    """Normalize an image size, because a resume compares it."""
-    parsed = parse_image_size(size)
-    return parsed if isinstance(parsed, int) else "x".join(map(str, parsed))
-
-
 def check_precision(choice: str) -> None:
     """Raise ValueError if this machine cannot compute in a precision."""
     if choice == "amp_fp16" and not has_gpu():
@@ -133,63 +109,7 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def check_file(address: str) -> None:
-    """Raise ValueError if there is no such local file, or Composer would not read it."""
-    if not Address.parse(address).is_remote:
-        check_path(address)
-    if (missing := find_missing_file(address)) is not None:
-        raise ValueError(f"{address}: {missing}")
-
-
-def arguments_of(known: Mapping[str, str]) -> AfterValidator:
-    """Validate a mapping from the names of callbacks or loggers to their arguments."""
-
-    def check(chosen: Mapping[str, Mapping[str, Any] | None]) -> None:
-        lines: list[str] = []
-        for name, arguments in chosen.items():
-            if name not in known:
-                lines.append(f".{name}: no such name{suggest(name, list(known))}")
-            elif arguments:
-                allowed = list(inspect.signature(resolve_name(known[name])).parameters)
-                wrong = [argument for argument in arguments if argument not in allowed]
-                lines += [f".{name}.{argument}: no such argument{suggest(argument, allowed)}" for argument in wrong]
-                # Composer would divide by them.
-                numbers = {argument: value for argument, value in arguments.items() if type(value) in (int, float)}
-                lines += [f".{name}.{each}: must be > 0, got {value}" for each, value in numbers.items() if value <= 0]
-        if lines:
-            raise ValueError("\n".join(lines))
-
-    return checked(check)
-
-
-def refuse_number(value: Any) -> Any:
-    """Refuse a number where true and false are allowed: 0 equals False, and a Literal accepts what is equal."""
-    if type(value) in (int, float):
-        raise ValueError(f"must be true, false or a name, got {value}")
-    return value
-
-
-NOT_A_NUMBER = BeforeValidator(refuse_number)
-IS_RANGE = must("be two numbers, the smaller one first", lambda pair: pair[0] <= pair[1])
-IS_TEACHER = must(f"be {DATA2VEC2} or timm/NAME", lambda name: name == DATA2VEC2 or name.startswith(PREFIX))
-IS_PRINTABLE = must("be printable characters", lambda text: bool(text) and text.isprintable())
-Text = Annotated[str, Field(strict=False, coerce_numbers_to_str=True), IS_PRINTABLE]  # run_name=2026
-AddressText = Annotated[Text, checked(Address.parse)]
-LocalFolder = Annotated[Text, must("be a folder on this machine", lambda folder: "://" not in folder)]
-Whole = Annotated[int, Field(ge=0, le=MAX_INT)]
-Count = Annotated[int, Field(ge=1, le=MAX_INT)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-# Many processes or blocks, or a wide layer, beyond which a number is a slip.
-Up1000 = Annotated[int, Field(ge=1, le=1000)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Range = Annotated[tuple[Positive, Positive], Field(strict=False), IS_RANGE]  # a YAML has lists
 Precision = Annotated[PrecisionChoice, checked(check_precision)]
-Batches = Annotated[Text, duration(r"[1-9]\d{,8}ba", "'5ba'")]
-Interval = Annotated[Text, duration(r"[1-9]\d{,8}(ba|ep)", "'5ba' or '5ep'")]
-WarmUp = Annotated[Text, duration(r"\d{1,9}(ba|ep)|0?\.\d+dur|[01](\.0*)?dur", "'5ba', '5ep' or '0.1dur'")]
-Arguments = dict[str, dict[str, JsonValue] | None]
-Microbatch = Annotated[Any, must("be at least 1, 'auto' or null", lambda n: n == "auto" or (type(n) is int and n > 0))]
 
 
 class TimmSizes(Section):

@@ -22,8 +22,8 @@ EARLIER = GOLDEN / "earlier"
 EXPECTED: dict[str, Any] = dict(np.load(EARLIER / "expected.npz"))
 
 
-def expect(found: torch.Tensor, name: str) -> None:
-    np.testing.assert_allclose(found.numpy(), EXPECTED[name], rtol=0, atol=2e-5)
+def expect(found: torch.Tensor, name: str, atol: float = 2e-5) -> None:
+    np.testing.assert_allclose(found.numpy(), EXPECTED[name], rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("kind", ["image", "audio", "eat"])
@@ -33,7 +33,8 @@ def test_teachers(kind: str) -> None:
         torch.from_numpy(EXPECTED[f"{kind}_inputs"]),
     )
     expect(teacher.embed(inputs, "mean"), f"{kind}_teacher")
-    expect(teacher.targets(teacher.encode(inputs)), f"{kind}_targets")
+    # Some channels vary by 2e-7 over an image: InstanceNorm multiplies rounding, which depends on the threads, by 300.
+    expect(teacher.targets(teacher.encode(inputs)), f"{kind}_targets", atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["image", "audio", "eat", "timm"])
