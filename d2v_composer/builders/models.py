@@ -1,6 +1,7 @@
 """Build the models that an evaluation compares, and its labeled sets."""
 
 import sys
+from pathlib import Path
 
 import torch
 
@@ -15,9 +16,10 @@ from d2v_composer.evaluation.labeled_retrieval import Lookup
 from d2v_composer.evaluation.metrics import TEACHER
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import EncoderConfig, TimmNetworkConfig
+from d2v_composer.models.names import PREFIX
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.system.errors import InputError, reading
+from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.processes import global_rank
 
 
@@ -85,6 +87,24 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
     return None
 
 
+def load_rival(place: str, modality: str) -> Backbone:
+    """Load a further model to compare: a file's, or timm's own of a name.
+
+    Raises:
+        InputError: It cannot be loaded, or takes other samples.
+    """
+    with errors_of("rivals"):
+        if place.startswith(PREFIX) and not Path(place).exists():
+            from d2v_composer.models.timm_network import load_pretrained  # timm takes seconds to import
+
+            model: Backbone = load_pretrained(place)
+        else:
+            model, _ = load_any(place)
+        if (found := model.encoder.config.modality) != modality:
+            raise InputError(f"{place} takes {found}, and the model {modality}")
+    return model
+
+
 def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Comparison]:
     """Load a model and what to compare it with: pixels, the encoder alone, an untrained student, the teacher if known.
 
@@ -102,9 +122,11 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Com
     primary = choose_embedding(model, config.pooling, config.representation).name
     student = None if isinstance(model, Teacher) else model
     named = {"untrained student": untrained, "student": student, TEACHER: teacher}
-    models = {name: each.eval().to(device) for name, each in named.items() if each is not None}
+    known = {name: each for name, each in named.items() if each is not None}
+    rivals = {name: load_rival(name, sizes.modality) for name in config.rivals}
+    models = {name: each.eval().to(device) for name, each in {**rivals, **known}.items()}
     candidates = build_candidates(teacher or model, models, model.layer_mean)
     reference = None if teacher is None else candidates[-1]
     augment = build_augmentation(loader, sizes, config.seed, for_views=True)
     how = Lookup(primary, config.ks, config.probes, augment, config.device_eval_batch_size, reference)
-    return model, Comparison(candidates, candidates[-3:] if len(models) == 3 else [], how)
+    return model, Comparison(candidates, candidates[-3:] if len(known) == 3 else [], how)

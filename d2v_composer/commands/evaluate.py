@@ -6,14 +6,17 @@ usage: d2v evaluate [FILE.yaml] model=PATH [key=value …]
     d2v evaluate model=student.safetensors 'datasets={cifar10: {format: cifar10, root: datasets, download: true}}'
     d2v evaluate yamls/evaluate.yaml model=base_imagenet.pt weights=ema representation=output out=evaluation
     d2v evaluate yamls/evaluate.yaml model=timm/vit_small_patch14_dinov2 checkpoint=dinov2.safetensors image_size=112
+    d2v evaluate yamls/evaluate.yaml model=student.safetensors 'rivals=[timm/resnet18.a1_in1k, narrow.safetensors]'
 
 The model is a teacher's file, a training checkpoint, an exported student, or a timm ViT. The tables show
 retrieval and what ``probes='[knn, linear, agreement, instance]'`` adds (the last two need no labels), in the primary
-embedding of the model's run unless pooling and representation choose another one. ``out`` receives the results of all
-embeddings as JSON and CSV. `d2v fields evaluation` lists all fields.
+embedding of the model's run unless pooling and representation choose another one. ``rivals`` are further models in the
+same tables, with their size and speed. ``out`` receives the results of all embeddings as JSON and CSV. `d2v fields
+evaluation` lists all fields.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +25,16 @@ from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from torch import Tensor
+
     from d2v_composer.config.schema import EvaluateConfig
+    from d2v_composer.evaluation.labeled_retrieval import Candidate
+
+
+BATCH_SIZES = (1, 64)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -54,13 +66,41 @@ def main(argv: Sequence[str]) -> None:
     for name, labeled in datasets.items():
         comparison.lookup.check(name, labeled)
     print(f"embedding: {comparison.lookup.primary}")
-    evaluation = evaluate(comparison, datasets, device, choose_precision(config.precision).autocast_dtype)
+    autocast_dtype = choose_precision(config.precision).autocast_dtype
+    evaluation = evaluate(comparison, datasets, device, autocast_dtype)
+    if config.rivals:
+        measure_speed(comparison.candidates, model.encoder.noise, device, autocast_dtype)
     tables = evaluation_tables(evaluation, WORDS[modality.name]["each"])
     print(tables)
     if config.out is not None:
         about = {"machine": describe_machine(), "versions": package_versions(), "weights": weights, "tables": tables}
         evaluation.write(Path(config.out), {"config": config.model_dump(mode="json"), **about})
     print_next(next_step(config, modality.unit.upper()))
+
+
+def measure_speed(
+    candidates: "Sequence[Candidate]",
+    noise: "Callable[[int], Tensor]",
+    device: str,
+    autocast_dtype: "torch.dtype | None",
+) -> None:
+    """Measure how many samples a second each model embeds, in turns: the median over rounds."""
+    import numpy as np
+    import torch
+
+    from d2v_composer.benchmarks.measure import interleave
+    from d2v_composer.models.precision import precision_of
+
+    models = {each.name: each for each in candidates if each.num_parameters}
+
+    def embed(candidate: "Candidate", size: int) -> object:
+        return candidate.embed(noise(size).to(device))  # of the same tensor, candidates would share an encoder's tokens
+
+    for size in BATCH_SIZES:
+        passes = {name: (partial(embed, each, size), size) for name, each in models.items()}
+        with torch.inference_mode(), precision_of(autocast_dtype, device):
+            for name, rates in interleave(passes, repeats=5).items():
+                models[name].rates[size] = float(np.median(rates))
 
 
 def next_step(config: "EvaluateConfig", samples: str) -> str:

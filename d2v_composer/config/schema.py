@@ -526,6 +526,9 @@ class EvaluateConfig(RunConfig, LookupConfig, ModelConfig):
 
     out: LocalFolder | None = None
     """Folder for evaluation.json and evaluation.csv."""
+    rivals: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """Further models in the same tables: timm/NAME, with timm's weights and preprocessing, or paths or addresses of
+    students and teachers. Then the speed of all is measured, too."""
 
     def contradictions(self) -> Iterator[str]:
         if not any(self.datasets.values()):

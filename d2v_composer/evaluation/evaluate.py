@@ -218,7 +218,12 @@ class Evaluation(NamedTuple):
                 if (closed := cells.get(GAP_CLOSED)) is not None
             ],
             "candidates": [
-                {"name": each.name, "parameters": each.num_parameters, "gflop_per_image": each.gflop}
+                {
+                    "name": each.name,
+                    "parameters": each.num_parameters,
+                    "gflop_per_image": each.gflop,
+                    "per_second": each.rates,
+                }
                 for each in self.comparison.candidates
             ],
         }

@@ -68,6 +68,8 @@ class Candidate:
     num_parameters: int = 0
     gflop: float = 0.0
     """For one input."""
+    rates: dict[int, float] = field(default_factory=dict)
+    """Batch size → inputs per second, if it was measured."""
     neighbors: Neighbors = field(default_factory=dict)
     """Data set → bank → the nearest bank images of each query in the primary embedding, (Q, K) int32."""
     nearest_others: Neighbors = field(default_factory=dict)

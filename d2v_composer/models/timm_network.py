@@ -9,11 +9,12 @@ from typing import Any
 
 import timm
 import torch
+from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2v_composer.models.backbone import Backbone
-from d2v_composer.models.configs import TimmNetworkConfig, height_and_width
+from d2v_composer.models.configs import TimmNetworkConfig, height_and_width, parse_image_size
 from d2v_composer.models.encoder import Inputs, Tokens
 from d2v_composer.models.features import Features
 from d2v_composer.models.images import PixelEncoder
@@ -41,6 +42,21 @@ def create_network(config: TimmNetworkConfig, pretrained: bool = False) -> Any:
         if parameter_name.startswith(classifier_prefixes(model)):
             nn.init.zeros_(parameter)
     return model
+
+
+def load_pretrained(model: str) -> "NetworkStudent":
+    """Load a timm model with timm's weights and preprocessing, to compare others with it.
+
+    Raises:
+        ValueError: timm has no such model or no weights of it, or its features have no grid.
+    """
+    found = timm.get_pretrained_cfg(model.removeprefix(PREFIX), allow_unregistered=False)
+    data = resolve_data_config(pretrained_cfg=found.to_dict() if found else {})
+    in_chans, *shape = data["input_size"]
+    sizes = {"in_chans": in_chans, "image_mean": data["mean"], "image_std": data["std"]}
+    options = {"image_size": parse_image_size(tuple(shape)), "interpolation": data["interpolation"], **sizes}
+    config = TimmNetworkConfig(model=model, timm=timm.__version__, **options)
+    return NetworkStudent(TimmNetwork(config, pretrained=True), config)
 
 
 def classifier_prefixes(model: Any) -> tuple[str, ...]:

@@ -77,8 +77,15 @@ def evaluation_tables(evaluation: Evaluation, each: str) -> str:
             if columns:
                 title = f"{what} on {dataset}, {evaluation.comparison.lookup.primary}, {unit} [95 % interval]"
                 parts.append(_table(title, columns, rows))
-    costs = [[one.name, f"{one.num_parameters / 1e6:.2f}", f"{one.gflop:.2f}"] for one in candidates]
-    return "\n\n".join([*parts, format_table(["", "M parameters", f"GFLOP/{each}"], costs)])
+    sizes = list(dict.fromkeys(size for one in candidates for size in one.rates))
+    head = ["", "M parameters", "MB in float32", f"GFLOP/{each}", *(f"{each}s/s, batch {size}" for size in sizes)]
+    costs = [
+        [one.name, f"{millions:.2f}", f"{4 * millions:.1f}", f"{one.gflop:.2f}"]
+        + [f"{one.rates[size]:.1f}" if size in one.rates else "–" for size in sizes]
+        for one in candidates
+        for millions in (one.num_parameters / 1e6,)
+    ]
+    return "\n\n".join([*parts, format_table(head, costs)])
 
 
 def _table(title: str, columns: Sequence[Measure], rows: Mapping[str, Sequence[str]]) -> str:

@@ -1,5 +1,6 @@
 """A timm model as the student, from a YAML to a file that timm alone loads."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 
 from d2v_composer import load_student
 from helpers import (
+    GOLDEN,
     ROOT,
     d2v,
     encoded_image,
@@ -81,6 +83,27 @@ def test_what_takes_a_student_takes_it(trained: Path, tmp_path: Path) -> None:
     evaluated = d2v("evaluate", f"model={out}", sets, f"out={tmp_path / 'evaluated.json'}")
     assert evaluated.returncode == 0, evaluated.stderr
     assert "untrained student" in evaluated.stdout
+
+
+def test_rivals_stand_in_the_same_tables(trained: Path, tmp_path: Path) -> None:
+    """With size and speed; one that takes other samples is refused."""
+    images, out = tmp_path / "images", tmp_path / "evaluated"
+    images.mkdir()
+    for seed in range(20):
+        (images / f"{seed}.jpg").write_bytes(encoded_image(seed))
+    model, rival = trained / "latest-rank0.pt", GOLDEN / "tiny_alibi.pt"
+    arguments = [f"model={model}", f"datasets={{mine: {{format: folder, root: {images}}}}}", "probes=[instance]"]
+    evaluated = d2v("evaluate", *arguments, f"rivals=[{rival}]", f"out={out}")
+    assert evaluated.returncode == 0, evaluated.stderr
+    found = json.loads((out / "evaluation.json").read_text())
+    (rated,) = [each for each in found["candidates"] if each["name"] == str(rival)]
+    assert rated["parameters"] > 0
+    assert all(rated["per_second"][size] > 0 for size in ("1", "64"))
+    assert {row["candidate"] for row in found["results"]} >= {str(rival), "student", "teacher"}
+    assert len(found["candidates"]) == 1 + len([each for each in found["candidates"] if each["per_second"]])  # pixels
+    refused = d2v("evaluate", *arguments, f"rivals=[{GOLDEN / 'audio_base.pt'}]")
+    assert "rivals: " in failure(refused, 2)
+    assert "takes audio, and the model image" in refused.stderr
 
 
 def test_a_killed_run_resumes_bit_for_bit(trained: Path, data: Path, tmp_path: Path) -> None:
