@@ -40,12 +40,12 @@ NUM_IMAGES = 96
 D2V = ("-m", "d2v_composer.commands")
 
 
-def write_mds(folder: Path, images: list[bytes], labels: list[int] | None = None) -> Path:
+def write_mds(folder: Path, images: list[bytes], labels: list[int] | None = None, shard_bytes: int = 1 << 15) -> Path:
     """Write encoded images as an MDS folder of several shards."""
     from streaming import MDSWriter  # the core's tests run without it
 
     columns = {"image": "bytes"} | ({} if labels is None else {"label": "int"})
-    with MDSWriter(out=str(folder), columns=columns, size_limit=1 << 15) as writer:
+    with MDSWriter(out=str(folder), columns=columns, size_limit=shard_bytes) as writer:
         for i, image in enumerate(images):
             writer.write({"image": image} | ({} if labels is None else {"label": labels[i]}))
     return folder

@@ -77,7 +77,11 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
         from d2v_composer.models.timm_network import NetworkStudent, TimmNetwork  # timm takes seconds to import
 
         is_pretrained = lookup(distillation_of(model.provenance), "config.student.pretrained") or False
-        return NetworkStudent(TimmNetwork(model.config, is_pretrained), model.config)
+        try:
+            return NetworkStudent(TimmNetwork(model.config, is_pretrained), model.config)
+        except ValueError as error:  # the hub cannot be reached
+            print(f"no untrained student: {error}", file=sys.stderr)
+            return None
     init = lookup(distillation_of(model.provenance), "config.student.init") or "random"
     if teacher is not None:
         return teacher.build_student(**model.config.model_dump(), init=init)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from d2v_composer.callbacks.trainer_state import due_every, loss_scale
 from d2v_composer.evaluation.metrics import HEALTH_STATES
-from d2v_composer.models.targets import Regression, mean_over_time
+from d2v_composer.models.targets import Regression, mean_over_time, regression_loss
 
 # Share of the target's variance below which the prediction counts as the same for all inputs.
 COLLAPSED_SHARE = 0.01
@@ -38,11 +38,12 @@ class Health(Callback):
     Logged, below ``health/``:
 
     - ``prediction_variance``, ``target_variance``: over the batch, mean of all tokens and channels; the target's is
-      the loss of the best prediction that is the same for all inputs;
+      the squared error of the best prediction that is the same for all inputs;
+    - ``prediction_error``: the mean squared error, whatever the loss is;
     - ``collapse``, ``dead``, ``diverging``, ``non_finite``, ``scaler_skips``: 1 in this state, else 0.
 
     The start of a state is logged as a warning: *collapse*, the prediction hardly varies over the batch; *dead*, after
-    ``grace`` the loss is no better than such a prediction's; *diverging*, the mean loss since the last measurement is
+    ``grace`` the error is no better than such a prediction's; *diverging*, the mean loss since the last measurement is
     more than 1.5 times the lowest such mean; *non_finite*, some numbers are infinite or NaN; *scaler_skips*, the loss
     scale fell, and each time a step was skipped.
 
@@ -108,17 +109,19 @@ class Health(Callback):
         self.present = set(present)
 
     def compare(self, outputs: Regression) -> dict[str, Tensor]:
-        """Return the variances; the shape (B, D) counts as one token."""
-        tensors = {"prediction": outputs.prediction.float(), "target": outputs.target.float()}
-        return {
+        """Return the error and the variances; the shape (B, D) counts as one token."""
+        prediction, target = outputs.prediction.float(), outputs.target.float()
+        error = regression_loss(Regression(prediction, target, padding_mask=outputs.padding_mask))
+        return {"prediction_error": error} | {
             f"{name}_variance": variance_over_inputs(x if x.ndim == 3 else x[:, None], outputs.padding_mask)
-            for name, x in tensors.items()
+            for name, x in {"prediction": prediction, "target": target}.items()
             if len(x) > 1  # one input has no variance
         }
 
     def diagnose(self, values: dict[str, float], loss: float, state: State) -> Iterator[tuple[str, str]]:
         """Yield the name of each state that the run is in, with the reason."""
         prediction, target = (values.get(f"{name}_variance", math.nan) for name in ("prediction", "target"))
+        error = values["prediction_error"]
         if prediction < COLLAPSED_SHARE * target:
             yield (
                 "collapse",
@@ -126,8 +129,8 @@ class Health(Callback):
             )
         in_parts = self.grace.unit == TimeUnit.DURATION
         elapsed = state.get_elapsed_duration() if in_parts else state.timestamp.get(self.grace.unit)
-        if math.isfinite(loss) and loss >= target and elapsed is not None and elapsed >= self.grace:
-            yield "dead", f"the loss {loss:.4g} is no better than the {target:.4g} of a constant prediction"
+        if math.isfinite(error) and error >= target and elapsed is not None and elapsed >= self.grace:
+            yield "dead", f"the squared error {error:.4g} is no better than the {target:.4g} of a constant prediction"
         if math.isfinite(loss) and loss > DIVERGED_RATIO * self.lowest_loss:
             yield (
                 "diverging",

@@ -273,7 +273,7 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> tuple[Bac
         results = {"first": measured[0], "last": measured[-1], "baselines": retrieval["baseline_metrics"]}
         record["results"] = {"batch": checkpoint.trained("batch"), **results}
     config = record["config"]
-    settings, sizes = config["teacher"], config["student"] | {"init": "random"}
+    settings, sizes = config["teacher"], config["student"] | {"init": "random", "pretrained": False}
     options = {name: settings[name] for name in ("model", "first_blocks", "image_size")}
     file = None if teacher_path == options["model"] else teacher_path or settings["checkpoint"]
     try:

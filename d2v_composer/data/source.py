@@ -147,7 +147,7 @@ def open_mds(index: Index, cache_limit: int | None = None) -> Source:
         ids=numbers,
         load=lambda number: shards[number][index.column],
         label=label if index.labels else None,
-        sizes=np.concatenate([np.full(each.samples, each.raw.bytes // each.samples) for each in index.shards]),
+        sizes=np.full(len(index), sum(each.raw.bytes for each in index.shards) // len(index)),  # all may be copies
         marks=numbers,
         fingerprint=_sha256(place, (index.folder / INDEX).read_bytes(), index.column),
     )
@@ -238,7 +238,11 @@ def list_classes(folder: Path, modality: Modality) -> list[str]:
     return [
         name
         for name in list_subfolders(folder)
-        if any(path.suffix.lower() in modality.suffixes for path in (folder / name).rglob("[!.]*"))
+        if any(
+            path.suffix.lower() in modality.suffixes
+            for path in (folder / name).rglob("[!.]*")
+            if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        )
     ]
 
 
@@ -284,7 +288,7 @@ def map_in_workers(
                 raise problem
             yield result
     except (OSError, RuntimeError) as error:
-        cause = str(error).strip().splitlines()[-1]
+        cause = (str(error).strip() or type(error).__name__).splitlines()[-1]
         if isinstance(error, RuntimeError) and not cause.startswith("DataLoader worker (pid"):
             raise
         raise RunError(f"reading failed ({cause}): the same command resumes") from error

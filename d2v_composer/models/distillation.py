@@ -142,7 +142,7 @@ class Distillation(ComposerModel):
 
 
 class DistillationModel(Distillation):
-    """Regress the teacher's targets with the student's prediction; the encoder runs once per step for both.
+    """Regress the teacher's targets with the student's prediction; an encoder that both have runs once per step.
 
     The loss is the mean of (prediction - target)² over inputs, tokens and channels. Target and prediction are
     ``norm_mean(F) = LayerNorm(mean_l InstanceNorm(F_l))``, with F_l the FFN output of block l: the teacher's last K
@@ -209,11 +209,6 @@ class DistillationModel(Distillation):
     @property
     def teacher(self) -> Teacher:
         return self.objectives["tokens"].teacher
-
-    @property
-    def ignored_tokens(self) -> int:
-        """Number of leading tokens excluded from target and statistics."""
-        return self.student.num_extra_tokens if self.layer_mean.extra_tokens == "drop" else 0
 
     def retrieval_baselines(self) -> dict[str, Callable[..., dict[str, Tensor]]]:
         """Return the models to compare the student with: the teacher."""

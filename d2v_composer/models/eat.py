@@ -48,7 +48,8 @@ class EatEncoder(Sound, Data2Vec2Encoder):
             return inputs
         missing = (num_windows - 1) * hop + self.window - waveforms.shape[1]
         starts = torch.arange(num_windows, device=waveforms.device) * hop
-        ends = torch.full_like(waveforms[:, 0], waveforms.shape[1], dtype=torch.int64) if lengths is None else lengths
+        whole = torch.full_like(waveforms[:, 0], waveforms.shape[1], dtype=torch.int64)
+        ends = whole if lengths is None else lengths.clamp(min=FRAME)
         lengths_BW = (ends[:, None] - starts).clamp(0, self.window)
         num_frames_BW = (lengths_BW - FRAME).div(HOP, rounding_mode="floor").add(1).clamp(min=0).float()
         parts = pad(waveforms, (0, max(missing, 0))).unfold(1, self.window, hop).flatten(0, 1)

@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
         values, lengths, _ = self
         size, more = values.shape[-1], 0
         if lengths is not None:
-            lengths, more = pad(lengths, (0, missing), value=size), -size % (1 << size.bit_length() - 4)
+            lengths, more = pad(lengths, (0, missing), value=size), -size % (1 << max(size.bit_length() - 4, 0))
         amounts = (0, more) + (0, 0) * (values.ndim - 2) + (0, missing)
         return Inputs(pad(values, amounts) if any(amounts) else values, lengths)  # pad would copy them
 

@@ -133,13 +133,15 @@ class LayerRegression(Objective):
 
 
 class GridRegression(LayerRegression):
-    """Regress it with a student that has a feature map of its own, whatever its size, and a pooled feature.
+    """Regress the mean of the teacher's layers with a student that has a feature map of any size, and a pooled feature.
 
     Registers are left out of target and statistics, because the student has nothing like them.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        if self.layer_mean.extra_tokens == "only" and not self.teacher.has_cls_token:
+            raise ValueError("extra_tokens: 'only' needs CLS, and this teacher has none")
         self.needs_output, self.needs_pooled = True, self.teacher.has_cls_token
 
     def build_head(self, teacher: Teacher, student: Backbone) -> nn.Module:

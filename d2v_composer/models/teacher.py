@@ -121,9 +121,10 @@ class Teacher(Transformer, Frozen):
         own = self.encoder.config
         if own.modality != "image":
             raise ValueError(f"model: {model} takes images, and this teacher {own.modality}")
-        from timm import __version__  # takes seconds to import
+        with torch.device("cpu"):  # torch._dynamo cannot be imported on the meta device
+            from timm import __version__  # takes seconds to import
 
-        from d2v_composer.models.timm_network import NetworkStudent, TimmNetwork
+            from d2v_composer.models.timm_network import NetworkStudent, TimmNetwork
 
         names = ("image_size", "in_chans", "image_mean", "image_std", "interpolation")
         preprocessing = {name: getattr(own, name) for name in names}

@@ -1,4 +1,4 @@
-"""Students of any architecture: timm models that give a grid of features, all of whose weights train.
+"""Students of any architecture: timm models that give a grid of features, and train but for their classifier.
 
 Shapes: B images, S pixels per side, N cells of the grid, T tokens of a teacher, C channels, P of the pooled feature.
 """
@@ -19,6 +19,7 @@ from d2v_composer.models.encoder import Inputs, Tokens
 from d2v_composer.models.features import Features
 from d2v_composer.models.images import PixelEncoder
 from d2v_composer.models.names import PREFIX
+from d2v_composer.system.errors import reason
 
 
 def create_network(config: TimmNetworkConfig, pretrained: bool = False) -> Any:
@@ -36,8 +37,8 @@ def create_network(config: TimmNetworkConfig, pretrained: bool = False) -> Any:
             model: Any = timm.create_model(name, img_size=height_and_width(config.image_size), **options)
         except TypeError:  # it takes images of any size
             model = timm.create_model(name, **options)
-    except (AssertionError, OSError, RuntimeError) as error:
-        raise ValueError(f"model: {config.model}: {str(error).splitlines()[0]}") from error
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"model: {config.model}: {reason(error)}") from error
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.startswith(classifier_prefixes(model)):
             nn.init.zeros_(parameter)
@@ -91,7 +92,7 @@ class TimmNetwork(PixelEncoder):
                 pooled = built.forward_head(features, pre_logits=True)
                 self.num_prefix_tokens = getattr(built, "num_prefix_tokens", 0)
                 self.grid_size = self.find_grid(features, built)
-            except (AttributeError, TypeError, RuntimeError, ValueError) as error:
+            except (AssertionError, AttributeError, TypeError, RuntimeError, ValueError) as error:
                 raise ValueError(f"model: {config.model} gives no grid of features for {shape} pixels") from error
         self.num_channels, self.num_pooled = self.cells(features).shape[-1], pooled.shape[-1]
 
@@ -204,7 +205,8 @@ class NetworkStudent(Backbone):
         was_training = self.training
         tokens = self.eval().encoder(Inputs(self.encoder.example(1)))
         assert tokens.pooled is not None
-        (tokens.x.sum() * output + tokens.pooled.sum() * pooled).backward()
+        read = [each.sum() for each, is_read in ((tokens.x, output), (tokens.pooled, pooled)) if is_read]
+        torch.stack(read).sum().backward()
         self.train(was_training)
         for parameter in self.parameters():
             parameter.requires_grad_(parameter.grad is not None)

@@ -79,7 +79,7 @@ def test_a_healthy_run_has_no_warnings(caplog: pytest.LogCaptureFixture) -> None
         (
             "dead",
             Regressor(shift=1.2),
-            r"dead at batch 5: the loss 1.\d+ is no better than the [01].\d+ of a constant prediction",
+            r"dead at batch 5: the squared error 1.\d+ is no better than the [01].\d+ of a constant prediction",
         ),
         ("diverging", Regressor(errors=dict.fromkeys(range(10, 20), 0.2)), "diverging at batch 15: the loss 0.04 ex"),
         ("non_finite", Regressor(errors={9: math.inf}), "non_finite at batch 10: not finite: loss, "),
@@ -121,14 +121,14 @@ def test_logs_every_number_of_a_distillation(small_data: Path, tmp_path: Path) -
     train_recipe.main(small_run(tmp_path, small_data, *options))
     log = read_jsonl(tmp_path / "log.jsonl")
     measured = {key.removeprefix("health/"): values for key, values in log.items() if key.startswith("health/")}
-    assert measured.keys() == {*HEALTH_STATES, "prediction_variance", "target_variance"}
+    assert measured.keys() == {*HEALTH_STATES, "prediction_error", "prediction_variance", "target_variance"}
     for name, values in measured.items():
         assert list(values) == [7, 14], name
     assert measured["collapse"] == measured["non_finite"] == {7: 0.0, 14: 0.0}
 
 
 def test_one_input_has_no_variance_and_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
-    assert train(Regressor(), Health("5ba"), batch_size=1).keys() == {*HEALTH_STATES}
+    assert train(Regressor(), Health("5ba"), batch_size=1).keys() == {*HEALTH_STATES, "prediction_error"}
     assert warnings_of(caplog) == []
 
 

@@ -10,6 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2v_composer import DistillationModel, load_teacher
+from d2v_composer.models.configs import ImageEncoderConfig, TeacherConfig
+from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.execution import compile_model
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, materialize, teacher_config
 from helpers import GOLDEN
@@ -96,6 +98,20 @@ def test_the_cost_of_a_step(teacher: Any, name: str) -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.loss(model(images()), images()).backward()
     assert model.flops_per_batch(images()) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_what_only_the_pooled_feature_needs_does_not_train_without_cls() -> None:
+    torch.manual_seed(0)
+    encoder = ImageEncoderConfig(embed_dim=32, num_heads=2, image_size=32, patch_size=8, prenet_depth=1)
+    teacher = Data2Vec2(TeacherConfig(encoder=encoder, depth=2, average_top_k_layers=2), {})
+    assert not teacher.has_cls_token
+    student = teacher.build_student(model="timm/mobilenetv3_small_050")
+    model = DistillationModel(teacher, student)
+    model.loss(model(images()), images()).backward()
+    assert not student.encoder.model.conv_head.weight.requires_grad
+    assert all(each.grad is not None for each in model.parameters() if each.requires_grad)
+    with pytest.raises(ValueError, match="extra_tokens: 'only' needs"):
+        DistillationModel(teacher, student, extra_tokens="only")
 
 
 @pytest.mark.slow

@@ -1,0 +1,34 @@
+"""Samples by number, whatever holds them."""
+
+from pathlib import Path
+
+import pytest
+
+from d2v_composer.data.convert import hold_out
+from d2v_composer.data.images import Images
+from d2v_composer.data.source import Source, list_classes, open_source
+from helpers import encoded_image, write_mds
+
+
+def images_of(source: Source) -> set[bytes]:
+    return {source.load(number) for number in range(len(source))}
+
+
+@pytest.mark.parametrize("shard_bytes", [3 << 10, 1 << 20])
+def test_copies_of_held_out_samples_are_held_out_in_mds_too(tmp_path: Path, shard_bytes: int) -> None:
+    """Each of 100 images is there twice, in small shards or in one."""
+    images = [encoded_image(seed // 2) for seed in range(200)]
+    write_mds(tmp_path / "mds", images, shard_bytes=shard_bytes)
+    source = open_source(str(tmp_path / "mds"), Images())
+    parts, num_copies = hold_out(source, tmp_path / "held_out.json")
+    test, train = (images_of(parts[part]) for part in ("test", "train"))
+    assert not test & train
+    assert num_copies == len(parts["test"]) - 20
+    assert len(parts["test"]) + len(parts["train"]) == 200
+
+
+def test_a_class_is_a_folder_with_images_that_are_not_hidden(tmp_path: Path) -> None:
+    for name in ("a/.thumbs/x.jpg", "b/deep/x.jpg", ".c/x.jpg", "d/x.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"")
+    assert list_classes(tmp_path, Images()) == ["b"]
