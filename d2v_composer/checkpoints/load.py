@@ -101,19 +101,19 @@ def save_student(student: Backbone, out: Path) -> None:
         InputError: A classifier reads another embedding than timm's would.
     """
     primary = stored_primary(student.provenance)
-    sizes, encoder = sizes_of(student), student.encoder
+    sizes, encoder = sizes_of(student), cast("Any", student.encoder)
     kind = "classifier" if isinstance(student.head, nn.Linear) else "student"  # timm's may be an Identity
-    if isinstance(student.config, TimmNetworkConfig):
-        if student.head is not None and primary.pooling != "cls":
-            raise InputError(f"{out}: timm's classifier reads output_cls; this one was trained on {primary.name}")
-        write_model_file(out, kind, sizes, student.provenance, cast("Any", encoder).timm_tensors(student.head))
-        return
-    if isinstance(encoder.config, TimmEncoderConfig):
+    is_network = isinstance(student.config, TimmNetworkConfig)
+    if is_network or isinstance(encoder.config, TimmEncoderConfig):
         from timm import __version__ as now
 
-        sample: Any = encoder
-        now_computed = encoder.config.changed(timm=now, outputs=sample.sample_outputs())
-        sizes["encoder"] = now_computed.model_dump(mode="json")
+        now_computed = encoder.config.changed(timm=now, outputs=encoder.sample_outputs())
+        sizes["network" if is_network else "encoder"] = now_computed.model_dump(mode="json")
+    if is_network:
+        if student.head is not None and primary.pooling != "cls":
+            raise InputError(f"{out}: timm's classifier reads output_cls; this one was trained on {primary.name}")
+        write_model_file(out, kind, sizes, student.provenance, encoder.timm_tensors(student.head))
+        return
     tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes, primary)}
     write_model_file(out, kind, sizes, student.provenance, tensors)
 
@@ -147,9 +147,10 @@ def load_student(path: str | Path) -> Any:
     stored.expect(path, "student")
     if "network" in stored.config:
         tensors = {f"encoder.model.{name}": each for name, each in stored.tensors.items()}
-        return _build_student(path, stored.config, tensors, stored.provenance)
-    sizes, _ = pop_sizes(path, stored.tensors)
-    student = _build_student(path, sizes, stored.tensors, stored.provenance)
+        student = _build_student(path, stored.config, tensors, stored.provenance)
+    else:
+        sizes, _ = pop_sizes(path, stored.tensors)
+        student = _build_student(path, sizes, stored.tensors, stored.provenance)
     check_outputs(path, student.encoder)
     return student
 

@@ -435,6 +435,9 @@ class TimmNetworkConfig(ImageConfig):
     interpolation: Literal["bicubic", "bilinear"]
     timm: str
     """timm version that built it."""
+    outputs: Tuple[float] = ()
+    """A few outputs for a fixed image, in an exported file: another version of timm may silently build something else
+    under the same name."""
     normalization: Normalization = "layer"
     """Normalization of each layer in target and prediction."""
     final_layer_norm: bool = True

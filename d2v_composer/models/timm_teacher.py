@@ -5,7 +5,6 @@ Shapes: B images, T tokens, D channels, L blocks.
 
 import math
 from collections.abc import Sequence
-from copy import deepcopy
 from typing import Any, NamedTuple, TypeVar, cast
 
 import timm
@@ -36,8 +35,6 @@ CLASSES = (VisionTransformer, Eva, Beit)
 # What a file says of itself. Weights of another tag may have another preprocessing: the file's counts.
 OF_A_FILE = ("image_mean", "image_std", "interpolation", "timm", "outputs")
 ATTENTION_TENSORS = "proj.bias, proj.weight, qkv.bias, qkv.weight"  # of a student's attention
-# An encoder's outputs in a file: how many, and the prime that spreads them over tokens and channels.
-NUM_OUTPUTS, OUTPUT_STEP = 32, 1_000_003
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -200,14 +197,6 @@ class TimmEncoder(PixelEncoder):
 
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
         return self.contexts(x_BTD)
-
-    def sample_outputs(self) -> tuple[float, ...]:
-        """Return a few outputs for a fixed image, computed by a copy of this encoder on a CPU in float32."""
-        shape = self.example(1).shape
-        image = (torch.arange(math.prod(shape)) * 7919 % 251).to(torch.uint8).view(shape)
-        with torch.autocast("cpu", enabled=False):
-            output = deepcopy(self).cpu().float()(Inputs(image)).x.flatten()
-        return tuple(output[torch.arange(NUM_OUTPUTS) * OUTPUT_STEP % len(output)].tolist())
 
 
 class TimmTeacher(Teacher):

@@ -11,8 +11,11 @@ import pytest
 import timm
 import torch
 import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from d2v_composer import load_student
+from d2v_composer.system.errors import InputError
 from helpers import (
     GOLDEN,
     ROOT,
@@ -63,6 +66,17 @@ assert not any(name.startswith(("d2v_composer", "composer", "streaming")) for na
     card = (tmp_path / "README.md").read_text()
     assert 'timm.create_model("test_byobnet", checkpoint_path="student.safetensors")' in card
     assert "teacher's own" not in card
+
+
+def test_another_version_of_timm_must_compute_the_same(trained: Path, tmp_path: Path) -> None:
+    """A changed weight stands for a changed model."""
+    out = tmp_path / "student.safetensors"
+    d2v("export", trained / "latest-rank0.pt", out)
+    with safe_open(out, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file({name: 2 * each if name == "stem.conv.weight" else each for name, each in tensors.items()}, out, metadata)
+    with pytest.raises(InputError, match="the installed timm gives different results for timm/test_byobnet"):
+        load_student(out)
 
 
 def test_what_takes_a_student_takes_it(trained: Path, tmp_path: Path) -> None:
