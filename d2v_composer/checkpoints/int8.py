@@ -14,11 +14,11 @@ from torch import Tensor
 from d2v_composer.system.files import out_file
 
 BATCH_SIZE = 32
-LINEAR = ["MatMul", "Gemm"]
+LINEAR = ["Conv", "Gemm", "MatMul"]
 
 
 def quantize(program: Path, out: Path, images: Tensor) -> None:
-    """Write an ONNX program whose linear layers compute with int8 weights and uint8 inputs.
+    """Write an ONNX program whose linear layers and convolutions compute with int8 weights and uint8 inputs.
 
     Args:
         program: The one in float32.

@@ -83,16 +83,20 @@ def test_what_takes_a_student_takes_it(trained: Path, tmp_path: Path) -> None:
     out, images = tmp_path / "student.safetensors", tmp_path / "images"
     d2v("export", trained / "latest-rank0.pt", out)
     images.mkdir()
-    for seed in range(20):
+    for seed in range(100):
         (images / f"{seed}.jpg").write_bytes(encoded_image(seed))
     d2v("embed", out, images, tmp_path / "embeddings.npy")
-    assert len(np.load(tmp_path / "embeddings.npy")) == 20
+    assert len(np.load(tmp_path / "embeddings.npy")) == 100
     d2v("export", out, tmp_path / "student.onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     student: Any = load_student(out)
     batch = student.encoder.prepare(torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8))
     (found,) = onnxruntime.InferenceSession(tmp_path / "student.onnx").run(None, {"images": batch.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), student.embed(batch, "cls"), rtol=1e-4, atol=1e-5)
+    ended = d2v("export", out, tmp_path / "int8.onnx", "--int8", "--calibrate", images)
+    assert ended.returncode == 0, ended.stderr
+    sizes = [(tmp_path / f"{name}.onnx").stat().st_size for name in ("int8", "student")]
+    assert sizes[0] < 0.6 * sizes[1]  # of convolutions
     sets = f"datasets={{mine: {{format: folder, root: {images}}}}}"
     evaluated = d2v("evaluate", f"model={out}", sets, f"out={tmp_path / 'evaluated.json'}")
     assert evaluated.returncode == 0, evaluated.stderr
