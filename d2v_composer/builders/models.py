@@ -19,6 +19,7 @@ from d2v_composer.models.configs import EncoderConfig, TimmNetworkConfig
 from d2v_composer.models.names import PREFIX
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
+from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.processes import global_rank
 
@@ -127,7 +128,9 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Com
     student = None if isinstance(model, Teacher) else model
     named = {"untrained student": untrained, "student": student, TEACHER: teacher}
     known = {name: each for name, each in named.items() if each is not None}
-    rivals = {name: load_rival(name, sizes.modality) for name in config.rivals}
+    rivals = {hide_secrets(place): load_rival(place, sizes.modality) for place in config.rivals}
+    if taken := sorted(rivals.keys() & known.keys()):
+        raise InputError(f"rivals: {taken[0]!r} is another row of the tables; name the file ./{taken[0]}")
     models = {name: each.eval().to(device) for name, each in {**rivals, **known}.items()}
     candidates = build_candidates(teacher or model, models, model.layer_mean)
     reference = None if teacher is None else candidates[-1]

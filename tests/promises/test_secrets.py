@@ -1,5 +1,6 @@
 """Promise 25: a password or token given to a command stands in none of its files, nor in what it prints."""
 
+import json
 import shutil
 import subprocess
 import threading
@@ -83,11 +84,13 @@ def test_a_run_and_what_is_made_of_it(web: Web, labeled: Path, tmp_path: Path) -
     assert "at batch 2" in again.stdout, again.stderr
     assert sorted(losses_of(tmp_path / "run")) == [0, 1, 2, 3]
     checkpoint, moved = tmp_path / "run" / "latest-rank0.pt", web.address("tiny_base.pt")
+    rivals = f"rivals={json.dumps([moved])}"
     assert_no_secrets(
         tmp_path,
         first,
         again,
         d2v("evaluate", f"model={checkpoint}", f"teacher={moved}", sets, f"out={tmp_path / 'run'}"),
+        d2v("evaluate", f"model={checkpoint}", f"teacher={moved}", sets, f"out={tmp_path / 'run'}", rivals),
         d2v("export", checkpoint, tmp_path / "student.safetensors", "--teacher", moved),
         d2v("report", tmp_path / "run"),
     )

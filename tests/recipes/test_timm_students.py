@@ -1,6 +1,7 @@
 """A timm model as the student, from a YAML to a file that timm alone loads."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,15 @@ NETWORK = ["student.depth=5", "student.model=timm/test_byobnet", "retrieval.repr
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_mds(tmp_path_factory.mktemp("data") / "mds", [encoded_image(seed) for seed in range(64)])
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 100 images."""
+    folder = tmp_path_factory.mktemp("images")
+    for seed in range(100):
+        (folder / f"{seed}.jpg").write_bytes(encoded_image(seed))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +89,9 @@ def test_another_version_of_timm_must_compute_the_same(trained: Path, tmp_path: 
         load_student(out)
 
 
-def test_what_takes_a_student_takes_it(trained: Path, tmp_path: Path) -> None:
-    out, images = tmp_path / "student.safetensors", tmp_path / "images"
+def test_what_takes_a_student_takes_it(trained: Path, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "student.safetensors"
     d2v("export", trained / "latest-rank0.pt", out)
-    images.mkdir()
-    for seed in range(100):
-        (images / f"{seed}.jpg").write_bytes(encoded_image(seed))
     d2v("embed", out, images, tmp_path / "embeddings.npy")
     assert len(np.load(tmp_path / "embeddings.npy")) == 100
     d2v("export", out, tmp_path / "student.onnx")
@@ -103,12 +110,9 @@ def test_what_takes_a_student_takes_it(trained: Path, tmp_path: Path) -> None:
     assert "untrained student" in evaluated.stdout
 
 
-def test_rivals_stand_in_the_same_tables(trained: Path, tmp_path: Path) -> None:
+def test_rivals_stand_in_the_same_tables(trained: Path, images: Path, tmp_path: Path) -> None:
     """With size and speed; one that takes other samples is refused."""
-    images, out = tmp_path / "images", tmp_path / "evaluated"
-    images.mkdir()
-    for seed in range(20):
-        (images / f"{seed}.jpg").write_bytes(encoded_image(seed))
+    out = tmp_path / "evaluated"
     model, rival = trained / "latest-rank0.pt", GOLDEN / "tiny_alibi.pt"
     arguments = [f"model={model}", f"datasets={{mine: {{format: folder, root: {images}}}}}", "probes=[instance]"]
     evaluated = d2v("evaluate", *arguments, f"rivals=[{rival}]", f"out={out}")
@@ -122,6 +126,9 @@ def test_rivals_stand_in_the_same_tables(trained: Path, tmp_path: Path) -> None:
     refused = d2v("evaluate", *arguments, f"rivals=[{GOLDEN / 'audio_base.pt'}]")
     assert "rivals: " in failure(refused, 2)
     assert "takes audio, and the model image" in refused.stderr
+    shutil.copy(rival, tmp_path / "teacher")
+    taken = d2v("evaluate", *arguments, "rivals=[teacher]", cwd=tmp_path)
+    assert "rivals: 'teacher' is another row of the tables; name the file ./teacher" in failure(taken, 2)
 
 
 def test_a_killed_run_resumes_bit_for_bit(trained: Path, data: Path, tmp_path: Path) -> None:
