@@ -67,7 +67,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What the model saved."""
+        """The state dict of the model."""
         return self.contents["state"]["model"]
 
     def trained(self, unit: str) -> int:

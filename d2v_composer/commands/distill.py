@@ -57,7 +57,7 @@ FETCHED = ".fetched"
 
 
 class Plan(NamedTuple):
-    """What a call will do, checked before anything is written."""
+    """The config, teacher and samples of a call, checked before anything is written."""
 
     config: "TrainConfig"
     teacher: "Teacher"

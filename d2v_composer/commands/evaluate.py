@@ -93,11 +93,12 @@ def measure_speed(
 
     models = {each.name: each for each in candidates if each.num_parameters}
 
-    def embed(candidate: "Candidate", size: int) -> object:
-        return candidate.embed(noise(size).to(device))  # of the same tensor, candidates would share an encoder's tokens
+    def embed(candidate: "Candidate", batch: "Tensor") -> object:
+        return candidate.embed(batch[:])  # of the same tensor, candidates would share an encoder's tokens
 
     for size in BATCH_SIZES:
-        passes = {name: (partial(embed, each, size), size) for name, each in models.items()}
+        batch = noise(size).to(device)
+        passes = {name: (partial(embed, each, batch), size) for name, each in models.items()}
         with torch.inference_mode(), precision_of(autocast_dtype, device):
             for name, rates in interleave(passes, repeats=5).items():
                 models[name].rates[size] = float(np.median(rates))

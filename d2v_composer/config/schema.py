@@ -178,7 +178,7 @@ class TokensConfig(Section):
 
 
 class ObjectivesConfig(Section):
-    """What the student learns."""
+    """The terms of the loss."""
 
     tokens: TokensConfig = TokensConfig()
 

@@ -20,7 +20,7 @@ Log = Mapping[str, Mapping[int, float]]
 
 
 class Measure(NamedTuple):
-    """What is measured on the queries of a set."""
+    """A measure of the queries of a set."""
 
     bank: str
     """The split that is searched, or that a classifier is fitted to; '' for the test images among themselves."""

@@ -83,6 +83,7 @@ class Backbone(nn.Module, ABC):
         """The blocks after the encoder."""
         return []
 
+    @abstractmethod
     def checkpoint_activations(self, enable: bool = True) -> None:
         """Turn recomputation of activations in the backward pass, instead of keeping them, on or off."""
 

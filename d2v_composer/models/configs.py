@@ -138,7 +138,7 @@ class Data2Vec2EncoderConfig(Config):
 
 
 class ImageConfig(Config):
-    """What the configs of all image encoders have in common."""
+    """Fields of all image encoders."""
 
     in_chans: Width = 3
     image_mean: Tuple[Annotated[float, Field(ge=0, le=1)]] = (0.485, 0.456, 0.406)
@@ -194,7 +194,7 @@ class ImageEncoderConfig(Data2Vec2EncoderConfig, ImageConfig):
 
 
 class SoundConfig(Config):
-    """What the configs of all encoders of sound have in common."""
+    """Fields of all encoders of sound."""
 
     modality: ClassVar = "audio"
     sample_rate: ClassVar = SAMPLE_RATE
@@ -399,7 +399,7 @@ RELEASED = {
 
 
 class BlockSizes(BaseModel):
-    """What a YAML and a file say of a student's blocks."""
+    """Sizes of a student's blocks, as a YAML and a file have them."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 

@@ -46,7 +46,7 @@ class Inputs(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What an encoder makes of a batch."""
+    """An encoder's output for a batch."""
 
     x: Tensor
     """(B, T, D)"""

@@ -1,4 +1,4 @@
-"""What a model computes from tokens, and its poolings.
+"""Features that a model computes from tokens, and their poolings.
 
 Shapes: B inputs, T tokens, D channels.
 """

@@ -1,4 +1,4 @@
-"""What is regressed, and is an embedding too: the mean of a model's normalized layers.
+"""The mean of a model's normalized layers: target, prediction and embedding.
 
 Shapes: B inputs, E extra tokens, N patches or frames, T = E + N tokens, D channels.
 """

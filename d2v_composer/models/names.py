@@ -27,3 +27,17 @@ ExtraTokens = Literal["regress", "drop", "only"]
 """What becomes of CLS and registers in the loss."""
 Weights = Literal["model", "ema"]
 """Weights of a teacher's file: the trained ones, or their moving average."""
+
+
+def timm_name(model: str) -> str:
+    """Return the NAME of ``timm/NAME``.
+
+    Raises:
+        ValueError: It has another form, or timm has no such model.
+    """
+    import timm  # takes seconds
+
+    name = model.removeprefix(PREFIX)
+    if name == model or not timm.is_model(name):
+        raise ValueError(f"no model {model!r}; expected timm/NAME, with NAME from timm.list_models()")
+    return name

@@ -129,4 +129,8 @@ class Teacher(Transformer, Frozen):
         names = ("image_size", "in_chans", "image_mean", "image_std", "interpolation")
         preprocessing = {name: getattr(own, name) for name in names}
         config = TimmNetworkConfig(model=model, timm=__version__, **preprocessing, **options)
-        return NetworkStudent(TimmNetwork(config, pretrained), config, {"teacher": self.provenance})
+        try:
+            network = TimmNetwork(config, pretrained)
+        except ValueError as error:
+            raise ValueError(f"model: {error}") from error
+        return NetworkStudent(network, config, {"teacher": self.provenance})

@@ -18,7 +18,7 @@ from d2v_composer.models.configs import TimmNetworkConfig, height_and_width, par
 from d2v_composer.models.encoder import Inputs, Tokens
 from d2v_composer.models.features import Features
 from d2v_composer.models.images import PixelEncoder
-from d2v_composer.models.names import PREFIX
+from d2v_composer.models.names import timm_name
 from d2v_composer.system.errors import reason
 
 
@@ -28,9 +28,7 @@ def create_network(config: TimmNetworkConfig, pretrained: bool = False) -> Any:
     Raises:
         ValueError: timm has no such model, or not at this image size, or no weights of it.
     """
-    name = config.model.removeprefix(PREFIX)
-    if name == config.model or not timm.is_model(name):
-        raise ValueError(f"model: no model {config.model!r}; expected timm/NAME, with NAME from timm.list_models()")
+    name = timm_name(config.model)
     options: dict[str, Any] = {"pretrained": pretrained, "in_chans": config.in_chans}
     try:
         try:
@@ -38,7 +36,7 @@ def create_network(config: TimmNetworkConfig, pretrained: bool = False) -> Any:
         except TypeError:  # it takes images of any size
             model = timm.create_model(name, **options)
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"model: {config.model}: {reason(error)}") from error
+        raise ValueError(f"{config.model}: {reason(error)}") from error
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.startswith(classifier_prefixes(model)):
             nn.init.zeros_(parameter)
@@ -51,7 +49,7 @@ def load_pretrained(model: str) -> "NetworkStudent":
     Raises:
         ValueError: timm has no such model or no weights of it, or its features have no grid.
     """
-    found = timm.get_pretrained_cfg(model.removeprefix(PREFIX), allow_unregistered=False)
+    found = timm.get_pretrained_cfg(timm_name(model))
     data = resolve_data_config(pretrained_cfg=found.to_dict() if found else {})
     in_chans, *shape = data["input_size"]
     sizes = {"in_chans": in_chans, "image_mean": data["mean"], "image_std": data["std"]}
@@ -93,7 +91,7 @@ class TimmNetwork(PixelEncoder):
                 self.num_prefix_tokens = getattr(built, "num_prefix_tokens", 0)
                 self.grid_size = self.find_grid(features, built)
             except (AssertionError, AttributeError, TypeError, RuntimeError, ValueError) as error:
-                raise ValueError(f"model: {config.model} gives no grid of features for {shape} pixels") from error
+                raise ValueError(f"{config.model} gives no grid of features for {shape} pixels") from error
         self.num_channels, self.num_pooled = self.cells(features).shape[-1], pooled.shape[-1]
 
     @property
@@ -129,7 +127,7 @@ class TimmNetwork(PixelEncoder):
 
     def timm_arguments(self) -> str:
         """Return the arguments with which ``timm.create_model`` builds this model."""
-        name = self.config.model.removeprefix(PREFIX)
+        name = timm_name(self.config.model)
         with torch.device("meta"):
             usual, own = timm.create_model(name).state_dict(), self.model.state_dict()
         is_usual = all(tensor.shape == own[key].shape for key, tensor in usual.items())
@@ -166,18 +164,14 @@ class TimmNetwork(PixelEncoder):
     @cached_property
     def macs(self) -> tuple[int, int]:
         """The multiply-accumulates of a forward pass, and of forward and backward pass, for one image."""
-        found = []
         shape = (1, self.config.in_chans, *height_and_width(self.config.image_size))
-        with torch.device("meta"):
+        with torch.device("meta"), torch.enable_grad(), FlopCounterMode(display=False) as counter:
             model = create_network(self.config).eval()
-            for needs_gradient in (False, True):
-                with torch.set_grad_enabled(needs_gradient), FlopCounterMode(display=False) as counter:
-                    features = model.forward_features(torch.zeros(shape))
-                    total = features.sum() + model.forward_head(features, pre_logits=True).sum()
-                    if needs_gradient:
-                        total.backward()
-                found.append(counter.get_total_flops() // 2)
-        return found[0], found[1]
+            features = model.forward_features(torch.zeros(shape))
+            total = features.sum() + model.forward_head(features, pre_logits=True).sum()
+            forward = counter.get_total_flops() // 2
+            total.backward()
+        return forward, counter.get_total_flops() // 2
 
     def stem_macs(self, shape: Sequence[int] | None = None) -> int:
         return self.macs[0]
@@ -188,7 +182,6 @@ class NetworkStudent(Backbone):
 
     Its embeddings are those of timm: ``output_cls`` is ``forward_head(…, pre_logits=True)``, ``output_mean`` and
     ``output_mean_patches`` are the mean of the feature map.
-
     """
 
     encoder: TimmNetwork

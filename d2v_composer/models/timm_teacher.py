@@ -26,7 +26,7 @@ from d2v_composer.models.configs import (
 )
 from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.images import PatchProjection, PixelEncoder
-from d2v_composer.models.names import PREFIX
+from d2v_composer.models.names import timm_name
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.models.timm_blocks import FixedContexts, TimmBlock, check_block, take_contexts
@@ -49,9 +49,7 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None) -> n
     Raises:
         ValueError: There is no such model, or it cannot be a teacher, or not at this size.
     """
-    name = model.removeprefix(PREFIX)
-    if name == model or not timm.is_model(name):
-        raise ValueError(f"no model {model!r}; expected timm/NAME, with NAME from timm.list_models()")
+    name = timm_name(model)
     built = create_on_meta(name)
     if not isinstance(built, CLASSES):
         allowed = ", ".join(kind.__name__ for kind in CLASSES)
