@@ -108,6 +108,7 @@ def test_the_plan_of_a_step_without_a_gpu(tmp_path: Path, capsys: pytest.Capture
     assert full["step"]["bytes"] - half["step"]["bytes"] > 5 * 8 * 2 * 8 * 65 * 192
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_step_in_the_trainer_with_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Trainer finds the loss of the bare loop; the trace opens in Perfetto, and the result names the kernels."""

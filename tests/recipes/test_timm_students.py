@@ -89,6 +89,7 @@ def test_another_version_of_timm_must_compute_the_same(trained: Path, tmp_path: 
         load_student(out)
 
 
+@pytest.mark.slow
 def test_what_takes_a_student_takes_it(trained: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "student.safetensors"
     d2v("export", trained / "latest-rank0.pt", out)
@@ -110,6 +111,7 @@ def test_what_takes_a_student_takes_it(trained: Path, images: Path, tmp_path: Pa
     assert "untrained student" in evaluated.stdout
 
 
+@pytest.mark.slow
 def test_rivals_stand_in_the_same_tables(trained: Path, images: Path, tmp_path: Path) -> None:
     """With size and speed; one that takes other samples is refused."""
     out = tmp_path / "evaluated"
