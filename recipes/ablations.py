@@ -29,8 +29,6 @@ from d2v_composer.system.processes import defer_signals, if_interrupted, obey_si
 ROOT = Path(__file__).parent.parent
 STUDIES = ROOT / "yamls" / "ablations"
 POLL_SECONDS = 0.5
-# What a row may have besides fields of the YAMLs.
-NUM_IMAGES = "num_images"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -64,8 +62,9 @@ def main(argv: Sequence[str]) -> None:
     commands = {name: train_command(study, rows[name], given, folders[name], images) for name in rows}
     check_rows(commands, folders)
     convert_cifar10(arguments.images, images, *(() if arguments.whole else (10_000, 2_000)))
-    for number in {*filter(None, (row.get(NUM_IMAGES) for row in rows.values()))}:
-        convert_cifar10(arguments.images, first_images(images, number), number, 0)
+    for row in rows.values():
+        if number := row.get("num_images"):
+            convert_cifar10(arguments.images, first_images(images, row), number, 0)
     train_rows(commands, folders)
     print(study_table({name: read_jsonl(folder / "log.jsonl") for name, folder in folders.items()}))
     print_next(d2v("report", next(iter(folders.values()))))
@@ -88,9 +87,8 @@ def read_rows(study: Path, names: Sequence[str] | None = None) -> dict[str, Mapp
         rows = yaml.safe_load(path.read_text())
     if not (rows and isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())):
         raise InputError(f"{path}: expected a line 'name: {{key: value}}' per row")
-    for name, row in rows.items():
-        if NUM_IMAGES in row and not (type(number := row[NUM_IMAGES]) is int and number > 0):
-            raise InputError(f"{path}: {name}: {NUM_IMAGES} must be a number of images, got {number!r}")
+    if not all(isinstance(row.get("num_images", 1), int) for row in rows.values()):
+        raise InputError(f"{path}: num_images must be a number")
     chosen = [next(iter(rows)), *(rows if names is None else names)]
     for name in chosen:
         if name not in rows:
@@ -148,20 +146,20 @@ def train_command(study: Path, row: Mapping[str, Any], changes: Sequence[str], f
     own = {
         "run_name": folder.name,
         "save_folder": folder.with_name("{run_name}"),
-        "train_loader.local": first_images(images, row.get(NUM_IMAGES)) / "train",
+        "train_loader.local": first_images(images, row) / "train",
         "retrieval.datasets.cifar10.root": images,
     }
     base, overrides = str(study / "base.yaml"), [f"{key}={value}" for key, value in own.items()]
     return [sys.executable, str(ROOT / "recipes" / "train.py"), base, *changes, *as_overrides(row), *overrides]
 
 
-def first_images(images: Path, number: int | None) -> Path:
-    """Return the folder with the first images of CIFAR-10; ``None``: ``images``, with which all rows are measured."""
-    return images if number is None else images.with_name(f"cifar10_{number}")
+def first_images(images: Path, row: Mapping[str, Any]) -> Path:
+    """Return the folder of the images that a row trains on; all rows are measured on ``images``."""
+    return images.with_name(f"cifar10_{row['num_images']}") if "num_images" in row else images
 
 
 def as_overrides(row: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in row.items() if key != NUM_IMAGES]
+    return [f"{key}={json.dumps(value)}" for key, value in row.items() if key != "num_images"]
 
 
 if __name__ == "__main__":

@@ -62,8 +62,6 @@ from d2v_composer.models.execution import (
     shard_unit,
 )
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.report.answer import answer
-from d2v_composer.report.run import Run
 from d2v_composer.report.tables import retrieval_table
 from d2v_composer.system.addresses import Address, RunFolder, hide_secrets
 from d2v_composer.system.errors import InputError, errors_of, reading
@@ -161,7 +159,6 @@ def train_student(
     def report() -> None:
         if retrieval is not None and retrieval.history:
             print(f"\n{retrieval_table(retrieval)}")
-            print(answer(Run(record.record, retrieval.log, {}, {}, retrieval.hits)))
         write_run_report(trainer, config, retrieval)
 
     fit_and_close(trainer, config, header, report)

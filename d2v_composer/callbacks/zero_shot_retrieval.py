@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
 from d2v_composer.evaluation.labeled_retrieval import Candidate, Embed, Lookup, Neighbors, measure_embeddings
-from d2v_composer.evaluation.metrics import PROBES, TEACHER, UNTRAINED, Log, metric_key
+from d2v_composer.evaluation.metrics import PROBES, TEACHER, UNTRAINED, metric_key
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.system.errors import InputError
 
@@ -123,16 +123,6 @@ class ZeroShotRetrieval(Callback):
         self.hits: dict[str, Tensor] = {}
         self.should_stop: Callable[[], bool] = lambda: False
         self.was_stopped = False
-
-    @property
-    def log(self) -> Log:
-        """All accuracies, as they were logged."""
-        measured = [{"batch": 0, "metrics": self.baseline_metrics}, *self.history]
-        log: dict[str, dict[int, float]] = {}
-        for entry in measured:
-            for key, accuracy in entry["metrics"].items():
-                log.setdefault(key, {})[entry["batch"]] = accuracy
-        return log
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if self.baselines is None:

@@ -52,7 +52,7 @@ def write_report(run: Run, folder: Path) -> list[Path]:
         record=run.record,
         num_batches=int(latest(run.log.get("time/batch", {})) or 0),
         warnings=list(_warnings(run)),
-        answer=answer(run),
+        answer=" ".join(answer(run)),
         tiles=list(_tiles(run)),
         sections=sections,
         base64=base64.b64encode,

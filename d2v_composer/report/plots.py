@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from d2v_composer.evaluation.evaluate import Evaluation, gap_closed_by_step
 from d2v_composer.evaluation.metrics import (
@@ -103,34 +103,28 @@ def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Fi
         batch_size: The batch size of the speed.
         unit: What several samples are called.
     """
-    comparison, datasets = evaluation.comparison, [*evaluation.class_names]
-    rates = {each.name: each.rates[batch_size] for each in comparison.candidates if each.rates}
+    datasets, top = [*evaluation.class_names], min(evaluation.comparison.lookup.ks)
+    rates = {each.name: each.rates[batch_size] for each in evaluation.comparison.candidates if each.rates}
     names, speeds = sorted(rates, key=lambda name: rates[name]), sorted(rates.values())
-    top, figure = min(comparison.lookup.ks), Figure(figsize=(1.3 * WIDTH, 1.3 * HEIGHT * len(datasets)))
     measures = [*(retrieval_from(bank, top) for bank in BANKS), KNN, LINEAR, AGREEMENT, instance_retrieval(top)]
+    figure = Figure(figsize=(8, 5 * len(datasets)))
     for dataset, axes in zip(datasets, figure.subplots(len(datasets), squeeze=False).flat, strict=True):
         pivot = evaluation.pivot(dataset)
         found = {each.heading: np.array([pivot[each][name] for name in names]) for each in measures if each in pivot}
         for heading, intervals in found.items():
             values, lows, highs = intervals.T
-            axes.errorbar(speeds, values, (values - lows, highs - values), label=heading, marker="o", capsize=3)
-        highest = np.max([*found.values()], axis=0)[:, 2]
-        lowest = np.min([*found.values()], axis=0)[:, 1]
-        for i, (name, speed) in enumerate(zip(names, speeds, strict=True)):
+            axes.errorbar(speeds, values, (values - lows, highs - values), label=heading, marker="o")
+        for i, ends in enumerate(zip(*found.values(), strict=True)):
             # Neighbors have theirs on different sides: untrained and trained student are equally fast.
-            height, side, offset = (lowest[i], "top", -4) if i % 2 else (highest[i], "bottom", 4)
-            box = {"fc": "w", "lw": 0, "pad": 1, "alpha": 0.7}
-            look = {"ha": "center", "va": side, "fontsize": 9, "bbox": box}
-            axes.annotate(name, (speed, height), (0, offset), textcoords="offset points", **look)
+            height, side = (np.min(ends), "top") if i % 2 else (np.max(ends), "bottom")
+            axes.text(speeds[i], height, f"\n{names[i]}\n", ha="center", va=side, linespacing=0.5)
         axes.set(
             title=f"Quality over speed on {dataset}, with 95 % intervals",
             xlabel=f"{unit} per second on this machine, in batches of {batch_size}",
             ylabel="accuracy",
             xscale="log",
         )
-        axes.margins(x=0.15, y=0.12)
-        for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            set_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        axes.margins(0.15)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure

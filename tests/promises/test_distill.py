@@ -105,7 +105,6 @@ def distilled(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     said = distill(photos, out)
     assert "optimizer.lr=0.016" in said  # 0.768 / 48 channels
     assert "other files: none" in said
-    assert re.search(r"^On held_out, the student finds \d+ % \[\d+, \d+\] of the neighbors", said, re.MULTILINE)
     assert " embed " in said.splitlines()[-1]
     return out
 
