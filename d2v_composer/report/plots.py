@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogFormatter, PercentFormatter
 
 from d2v_composer.evaluation.evaluate import Evaluation, gap_closed_by_step
 from d2v_composer.evaluation.metrics import (
@@ -117,7 +117,8 @@ def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Fi
         for i, ends in enumerate(zip(*found.values(), strict=True)):
             # Neighbors have theirs on different sides: untrained and trained student are equally fast.
             height, side = (np.min(ends), "top") if i % 2 else (np.max(ends), "bottom")
-            axes.text(speeds[i], height, f"\n{names[i]}\n", ha="center", va=side, linespacing=0.5)
+            box = {"fc": "w", "lw": 0, "pad": -3, "alpha": 0.7}
+            axes.text(speeds[i], height, f"\n{names[i]}\n", ha="center", va=side, linespacing=0.6, size=8, bbox=box)
         axes.set(
             title=f"Quality over speed on {dataset}, with 95 % intervals",
             xlabel=f"{unit} per second on this machine, in batches of {batch_size}",
@@ -125,6 +126,8 @@ def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Fi
             xscale="log",
         )
         axes.margins(0.15)
+        for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            set_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
