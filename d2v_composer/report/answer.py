@@ -38,8 +38,8 @@ def _kept(run: Run, measure: Measure, keys: list[str]) -> str:
     said = f"the student closes {value:.0f} % of the teacher gap, 95 % interval {low:.0f} to {high:.0f} ({shown})"
     if value >= ENOUGH:
         return said
-    first, last = sorted({0: 0.0, **(curve := run.log[keys[1]])})[-2:]
-    gain = 1e4 * (curve[last] - curve.get(first, 0)) / (teacher - untrained)
+    (first, before), (last, after) = sorted(({0: untrained / 100} | {**run.log[keys[1]]}).items())[-2:]
+    gain = 1e4 * (after - before) / (teacher - untrained)
     more = "" if run.record["config"]["student"].get("model") else "more teacher.first_blocks or "  # timm's has its own
     tried = "longer training" if gain >= RISING else f"{more}smaller batches of as many samples in all"
     return f"{said}; to keep more, try {tried}: the last {last - first} batches closed {gain:.0f} %"

@@ -12,7 +12,6 @@ import pytest
 import timm
 import torch
 import yaml
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -121,7 +120,7 @@ def test_rivals_stand_in_the_same_tables(trained: Path, images: Path, tmp_path: 
     found = json.loads((out / "evaluation.json").read_text())
     (rated,) = [each for each in found["candidates"] if each["name"] == str(rival)]
     assert rated["parameters"] > 0
-    assert Image.open(out / "evaluation.png").width > 500
+    assert (out / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     assert all(rated["per_second"][size] > 0 for size in ("1", "64"))
     assert {row["candidate"] for row in found["results"]} >= {str(rival), "student", "teacher"}
     assert len(found["candidates"]) == 1 + len([each for each in found["candidates"] if each["per_second"]])  # pixels
