@@ -49,7 +49,7 @@ from d2v_composer.config.schema import (
     TrainerConfig,
 )
 from d2v_composer.data.modalities import MODALITIES, modality_of
-from d2v_composer.evaluation.evaluate import build_candidates
+from d2v_composer.evaluation.evaluate import build_candidates, cost
 from d2v_composer.evaluation.labeled_retrieval import Embed
 from d2v_composer.evaluation.metrics import TEACHER
 from d2v_composer.models.distillation import DistillationModel, check_tensors
@@ -132,7 +132,9 @@ def train_student(
     train_loader = build_train_loader(loader, index, transform, *sizes, is_compiled=config.compile is not False)
     retrieval, fsdp = build_retrieval(config, model), config.parallelism_config.fsdp
     data = {"modality": modality.name, "location": loader.remote or loader.local, **index.describe()}
-    record = build_run_record(config, FIXED_BY_A_CHECKPOINT, teacher=model.teacher.provenance, data=data)
+    costs = {name: cost(each, each.encoder) for name, each in (("student", model.student), (TEACHER, model.teacher))}
+    about = {"teacher": model.teacher.provenance, "data": data, "costs": costs}
+    record = build_run_record(config, FIXED_BY_A_CHECKPOINT, **about)
     trainer = build_trainer(
         config,
         model,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
 from d2v_composer.evaluation.labeled_retrieval import Candidate, Embed, Lookup, Neighbors, measure_embeddings
-from d2v_composer.evaluation.metrics import PROBES, TEACHER, metric_key
+from d2v_composer.evaluation.metrics import PROBES, TEACHER, UNTRAINED, metric_key
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.system.errors import InputError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from d2v_composer.data.labeled import Augmentation, EvaluationSet  # and with it all that reads images
 
 # Attributes in checkpoints.
-KEPT = ("history", "baseline_metrics", "teacher_neighbors", "neighbors", "was_stopped")
+KEPT = ("history", "baseline_metrics", "teacher_neighbors", "neighbors", "hits", "was_stopped")
 
 
 class _StoppedError(Exception):
@@ -74,6 +74,8 @@ class ZeroShotRetrieval(Callback):
         neighbors: The neighbors that the last evaluation found with the primary embedding: data set → bank ('train',
             'test') → (Q, K) int32, the bank indices of each query's nearest images, nearest first, K the largest of
             ``ks``; kept in checkpoints.
+        hits: Short key → hits of the queries, for intervals: of the baselines, of the student as last measured and, as
+            the baseline ``untrained``, of the student before training; kept in checkpoints.
         should_stop: Asked before each batch of images; True leaves the evaluation, and the run that resumes measures it
             first. On several ranks it must return the same to all.
         was_stopped: Whether that happened in this batch; kept in checkpoints.
@@ -118,6 +120,7 @@ class ZeroShotRetrieval(Callback):
         self.baseline_metrics: dict[str, float] = {}
         self.teacher_neighbors: Neighbors = {}
         self.neighbors: Neighbors = {}
+        self.hits: dict[str, Tensor] = {}
         self.should_stop: Callable[[], bool] = lambda: False
         self.was_stopped = False
 
@@ -177,7 +180,7 @@ class ZeroShotRetrieval(Callback):
                     "name, or restore it and max_images"
                 )
         for name in KEPT:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))  # earlier versions had no hits
 
     def evaluate(self, state: State, logger: Logger) -> None:
         """Measure and log the model, unless this was done for this batch or the run should stop."""
@@ -210,6 +213,9 @@ class ZeroShotRetrieval(Callback):
                     for result in measure_embeddings(candidates, dataset, labeled, *options):
                         is_student = result.candidate is self.student
                         found, baseline = (student, "") if is_student else (baselines, result.candidate.name)
+                        if result.is_primary:
+                            of = UNTRAINED if is_student and state.timestamp.batch == 0 else baseline
+                            self.hits[metric_key(dataset, result.measure, baseline=of)] = result.hits
                         for name in ("", result.embedding) if result.is_primary else (result.embedding,):
                             key = metric_key(dataset, result.measure, name, baseline)
                             found[key] = result.hits.double().mean().item()

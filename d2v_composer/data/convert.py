@@ -399,6 +399,6 @@ def convert_cifar10(images: Path, out: Path, num_train: int = 50_000, num_test: 
         InputError: CIFAR-10 cannot be downloaded or is corrupt, or ``out`` cannot be written.
     """
     for split, num_images in (("train", num_train), ("test", num_test)):
-        if not (out / split / INDEX).exists():
+        if num_images and not (out / split / INDEX).exists():
             source = find_samples(f"{CIFAR10}{images}", split)
             convert(source.select(range(min(num_images, len(source)))), out / split, workers=os.cpu_count() or 1)

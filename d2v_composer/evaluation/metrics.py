@@ -13,6 +13,8 @@ from d2v_composer.evaluation.without_labels import NUM_COMMON
 BANKS = ("train", "test")
 TEACHER = "teacher"
 """The name of the baseline with which agreement and the gap closed compare, in keys and tables."""
+UNTRAINED = "untrained"
+"""The student before training, in keys."""
 # Logged below health/ as 0 or 1.
 HEALTH_STATES = ("collapse", "dead", "diverging", "non_finite", "scaler_skips")
 Log = Mapping[str, Mapping[int, float]]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from d2v_composer.evaluation.evaluate import GAP_CLOSED, Evaluation, Interval, gap_closed, gap_closed_by_step
+from d2v_composer.evaluation.evaluate import GAP_CLOSED, Evaluation, Interval, gap_closed_by_step
 from d2v_composer.evaluation.metrics import BANKS, TEACHER, Log, Measure, metric_key, read_accuracies, retrieval_from
 from d2v_composer.report.run import EMBEDDINGS
 
@@ -27,7 +27,7 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str 
 
 
 def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
-    """Return a table per data set: accuracy of the baselines and of the student, and the teacher gap closed.
+    """Return a table per data set: accuracy of the baselines and of the student.
 
     The student before training is included if the run measured it (``retrieval.at_start``).
     """
@@ -38,22 +38,16 @@ def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
     tables = []
     for dataset, labeled in retrieval.datasets.items():
         columns = retrieval.lookup.measures(labeled)
-        rows: dict[str, list[float]] = {}
+        rows: dict[str, list[str]] = {}
         for name, (baseline, metrics) in (found | {TEACHER: (TEACHER, others)}).items():
             keys = [metric_key(dataset, measure, baseline=baseline) for measure in columns]
             if metrics.keys() >= {*keys}:  # a resume may ask for another set, k or probe
-                rows[name] = [round(100 * metrics[key], 1) for key in keys]  # the gap is that of the numbers shown
+                rows[name] = [f"{100 * metrics[key]:.1f}" for key in keys]
         if not rows:
             continue
-        cells = {name: [f"{value:.1f}" for value in row] for name, row in rows.items()}
         what = CLASSIFIED if labeled.has_labels else UNLABELED
         title = f"{what} on {dataset}, {retrieval.lookup.primary}, batch {last['batch']}, {UNITS[what]}"
-        tables.append(_table(title, columns, cells))
-        if {before, after, TEACHER} <= rows.keys():
-            closed = gap_closed(*(rows[name][0] for name in (before, after, TEACHER)))
-            none = "none: the teacher is no better than the student before training"
-            said = none if closed is None else f"{100 * closed:.0f} %"
-            tables[-1] += f"\nteacher gap closed ({columns[0].heading}): {said}"
+        tables.append(_table(title, columns, rows))
     return "\n\n".join(tables)
 
 

@@ -122,6 +122,7 @@ def test_rivals_stand_in_the_same_tables(trained: Path, images: Path, tmp_path: 
     found = json.loads((out / "evaluation.json").read_text())
     (rated,) = [each for each in found["candidates"] if each["name"] == str(rival)]
     assert rated["parameters"] > 0
+    assert (out / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     assert all(rated["per_second"][size] > 0 for size in ("1", "64"))
     assert {row["candidate"] for row in found["results"]} >= {str(rival), "student", "teacher"}
     assert len(found["candidates"]) == 1 + len([each for each in found["candidates"] if each["per_second"]])  # pixels
