@@ -29,7 +29,7 @@ def _kept(run: Run, measure: Measure, keys: list[str]) -> str:
     untrained, student, teacher = (100 * float(each.mean()) for each in hits)
     shown = f"untrained {untrained:.1f} %, student {student:.1f} %, teacher {teacher:.1f} %; {measure.heading}"
     shown += ", {representation}_{pooling}".format(**run.retrieval)
-    costs = run.record.get("costs")
+    costs = run.record.get("costs") or {}
     for name, key, scale in COSTS if costs else ():
         shown += f"; {scale * costs['student'][key]:.2f} {name}, teacher {scale * costs[TEACHER][key]:.2f}"
     if (closed := gap_closed_interval(*hits)) is None:

@@ -30,7 +30,8 @@ def test_each_measure_is_a_line_through_the_models_in_order_of_speed() -> None:
         f"Quality over speed on {name}, with 95 % intervals" for name in ("first", "second")
     ]
     for axes in figure.axes:
-        lines = {each.get_label(): np.asarray(each.lines[0].get_xydata()) for each in axes.containers}
+        containers: Any = axes.containers
+        lines = {each.get_label(): np.asarray(each.lines[0].get_xydata()) for each in containers}
         assert lines.keys() == {"bank train top-1", "linear probe"}
         assert lines["bank train top-1"] == pytest.approx(np.array([[30, 0.6], [900, 0.4]]))
         assert lines["linear probe"] == pytest.approx(np.array([[30, 0.8], [900, 0.6]]))
