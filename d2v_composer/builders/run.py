@@ -27,6 +27,7 @@ from d2v_composer.callbacks.algorithms import GradientClipping, GradientNorm
 from d2v_composer.callbacks.checkpointing import Checkpoints, NanGuard
 from d2v_composer.callbacks.logging import ProgressLogger, Throughput, Uploads
 from d2v_composer.callbacks.run_record import RunRecord
+from d2v_composer.callbacks.target_statistics import TargetStatistics
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.checkpoint import (
     LOG,
@@ -130,6 +131,9 @@ def train_student(
     transform = build_augmentation(loader, model.teacher.config, config.seed).transform
     sizes = config.global_train_batch_size, config.seed
     train_loader = build_train_loader(loader, index, transform, *sizes, is_compiled=config.compile is not False)
+    if config.targets.normalization == "dataset":
+        measure = TargetStatistics(config.targets.dataset_batches or 100, config.device_eval_batch_size)
+        callbacks = [measure, *callbacks]
     retrieval, fsdp = build_retrieval(config, model), config.parallelism_config.fsdp
     data = {"modality": modality.name, "location": loader.remote or loader.local, **index.describe()}
     costs = {name: cost(each, each.encoder) for name, each in (("student", model.student), (TEACHER, model.teacher))}
@@ -264,6 +268,7 @@ def join_student(config: TrainConfig, teacher: Teacher) -> DistillationModel:
             precision.cpu_bf16,
             targets.source,
             **config.objectives.tokens.model_dump(),
+            dataset_norm=targets.normalization == "dataset",
         )
 
 

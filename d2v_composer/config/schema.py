@@ -47,11 +47,11 @@ from d2v_composer.models.names import (
     DATA2VEC2,
     PREFIX,
     ExtraTokens,
-    Normalization,
     Pooling,
     PrecisionChoice,
     Prediction,
     Representation,
+    TargetNormalization,
     TargetSource,
     TokenLoss,
     Weights,
@@ -158,10 +158,13 @@ class TargetsConfig(Section):
     """Number of the teacher's last blocks in the target; null: the teacher's own setting."""
     source: TargetSource = "ffn"
     """``ffn``: the teacher's FFN outputs. ``block``: its blocks' outputs (in a pre-norm ViT, the residual stream)."""
-    normalization: Normalization | None = None
+    normalization: TargetNormalization | None = None
     """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in the
-    chapter. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. null: ``instance``; with
-    ``student.model``, ``layer``."""
+    chapter. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. ``dataset``: in the
+    target, each channel by a fixed mean and deviation, measured before the first step; in prediction and
+    ``layer_mean``, which have no such numbers, ``layer``. null: ``instance``; with ``student.model``, ``layer``."""
+    dataset_batches: Count | None = None
+    """Number of the run's first batches on which ``dataset`` is measured, at most an epoch's; null: 100."""
     final_layer_norm: bool | None = None
     """End target, prediction and ``layer_mean`` with a LayerNorm. ``null``: as the teacher's own pre-training, false
     for data2vec 2.0's audio models."""

@@ -3,13 +3,14 @@
 Shapes: B inputs, S pixels per side, E extra tokens, N patches or frames, T = E + N tokens, D channels, L layers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
 from composer.models import ComposerModel
+from composer.utils import dist
 from torch import Tensor, nn
 
 from d2v_composer.models.backbone import Backbone
@@ -176,6 +177,8 @@ class DistillationModel(Distillation):
         loss: Distance of a token's prediction from its target: ``mse``, or ``cosine_smooth_l1``, 0.9 · (1 - cosine
             similarity) + 0.1 · smooth L1.
         cls_weight: The share of CLS in the loss, which is 1 / T by default, as of any other token.
+        dataset_norm: Normalize the layers of the target, and of nothing else, by a fixed mean and deviation of each
+            channel instead; :meth:`measure_targets` sets them.
 
     Raises:
         ValueError: An option's value is unknown, or does not fit the teacher.
@@ -198,17 +201,31 @@ class DistillationModel(Distillation):
         final_layer_norm: bool | None = None,
         loss: TokenLoss = "mse",
         cls_weight: float | None = None,
+        dataset_norm: bool = False,
     ) -> None:
         options = {"average_top_k_layers": average_top_k_layers, "final_layer_norm": final_layer_norm}
         layer_mean = student.layer_mean.changed(source=target_source, extra_tokens=extra_tokens, **options)
         kind = LayerRegression if isinstance(student, Transformer) else GridRegression
-        objective = kind(teacher, student, layer_mean, prediction, loss=loss, cls_weight=cls_weight)
+        objective = kind(
+            teacher, student, layer_mean, prediction, loss=loss, cls_weight=cls_weight, dataset_norm=dataset_norm
+        )
         super().__init__(student, {"tokens": objective}, cpu_bf16)
         self.layer_mean = layer_mean
 
     @property
     def teacher(self) -> Teacher:
         return self.objectives["tokens"].teacher
+
+    @torch.no_grad()
+    def measure_targets(self, batches: Iterable[Batch]) -> None:
+        """Measure the numbers of ``dataset_norm``, before training, on as many batches of each rank."""
+        tokens, teacher = self.objectives["tokens"], self.teacher
+        tokens.dataset_norm.measures = True
+        for batch in batches:
+            inputs = self.inputs_of(batch)
+            self.compute(lambda *inputs: tokens.target(teacher.features(teacher.encoder(Inputs(*inputs)))), *inputs)
+        tokens.dataset_norm.measures = False
+        dist.all_reduce(tokens.dataset_norm.moments)
 
     def retrieval_baselines(self) -> dict[str, Callable[..., dict[str, Tensor]]]:
         """Return the models to compare the student with: the teacher."""

@@ -19,6 +19,8 @@ Normalization = Literal["instance", "layer"]
 ``instance`` is over time (fairseq's ``instance_norm_target_layer``, the image models'). ``layer`` is over channels
 (``layer_norm_target_layer``): it keeps each channel's mean over time, which a mean pooling sees.
 """
+TargetNormalization = Literal["instance", "layer", "dataset"]
+"""The same of a target; ``dataset`` is by fixed numbers of each layer and channel."""
 TargetSource = Literal["ffn", "block"]
 """Layers of the target: the teacher's FFN outputs, or its blocks' outputs."""
 TokenLoss = Literal["mse", "cosine_smooth_l1"]

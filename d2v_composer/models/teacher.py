@@ -93,6 +93,8 @@ class Teacher(Transformer, Frozen):
         """
         check_choice("init", init, Init)
         given = {name: value for name, value in sizes.items() if value is not None}
+        if given.get("normalization") == "dataset":  # a target's alone
+            given["normalization"] = "layer"
         if model is not None:
             return self.build_network(model, pretrained, **given, **({} if init == "random" else {"init": init}))
         if pretrained:

@@ -64,6 +64,11 @@ def small_audio(monkeypatch: pytest.MonkeyPatch) -> str:
     return "base_audio"
 
 
+def test_a_step_takes_no_other_student() -> None:
+    with pytest.raises(InputError, match=r"student\.model: must be null: --size names the models, got timm/resnet18"):
+        step_benchmark.benchmark("quickstart", compiles=False, overrides=["student.model=timm/resnet18"])
+
+
 @pytest.mark.parametrize(
     ("size", "options"),
     [

@@ -20,10 +20,13 @@ from d2v_composer.system.errors import InputError
 from helpers import (
     GOLDEN,
     ROOT,
+    assert_same_losses,
     d2v,
     encoded_image,
     failure,
+    losses_of,
     run_command,
+    run_ranks,
     run_training,
     small_run,
     student_of,
@@ -144,6 +147,22 @@ def test_a_killed_run_resumes_bit_for_bit(trained: Path, data: Path, tmp_path: P
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    folder = tmp_path_factory.mktemp("ranks") / "run"
+    options = [*NETWORK, "max_duration=10ba", "save_num_checkpoints_to_keep=-1"]
+    run_ranks(*train_command(small_run(folder, data, *options))[1:])
+    return folder
+
+
+@pytest.mark.slow
+def test_sharded_ranks_train_as_whole_ones(on_two_ranks: Path, data: Path, tmp_path: Path) -> None:
+    arguments = small_run(tmp_path, data, *NETWORK, "max_duration=10ba", "parallelism_config.fsdp={}")
+    run_ranks(ROOT / "tests" / "programs" / "fsdp_on_cpu.py", *arguments)
+    assert_same_losses(losses_of(tmp_path), losses_of(on_two_ranks), num_steps=10)
+    assert student_of(tmp_path).keys() == student_of(on_two_ranks).keys()
 
 
 @pytest.mark.parametrize(
