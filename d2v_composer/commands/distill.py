@@ -34,7 +34,7 @@ from d2v_composer.models.configs import (
 )
 from d2v_composer.models.names import DATA2VEC2, PREFIX
 from d2v_composer.system.addresses import MARK, STUDENT_FILE, RunFolder, hide_secrets
-from d2v_composer.system.command_line import make_parser
+from d2v_composer.system.command_line import COLUMN, SOURCES, make_parser
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.files import check_out_file, check_owned, write_atomically
 from d2v_composer.system.processes import global_rank, is_launched
@@ -75,12 +75,11 @@ def main(argv: Sequence[str]) -> None:
     """Choose settings, convert samples, train, report and export."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    sources = "a folder of images, sound or MDS shards, or the shards' address: s3://, …"
-    add("source", type=absolute, metavar="SOURCE", help=sources)
+    add("source", type=absolute, metavar="SOURCE", help=f"a folder of images or sound, or {SOURCES}")
     add("changes", metavar="key=value", nargs="*", help="settings to change")
     add("--teacher", type=absolute, required=True, help="a data2vec 2.0 teacher's file or address, or timm/NAME")
     add("--out", type=absolute, required=True, metavar="DIR", help="the folder for samples, run and student")
-    add("--column", metavar="NAME", help="the MDS column of images or sound; default: image or audio")
+    add("--column", metavar="NAME", help=COLUMN)
     arguments = parser.parse_intermixed_args(argv)
     arguments.out = Path(arguments.out)
     if any(change.startswith("save_folder=") for change in arguments.changes):
@@ -184,7 +183,7 @@ def list_source(arguments: Namespace, modality: "Modality", fetched: Path) -> "S
     Raises:
         InputError: There are none, or they cannot be read.
     """
-    from d2v_composer.data.source import open_source
+    from d2v_composer.data.containers import open_source
     from d2v_composer.system.fetch import is_remote
 
     cache = fetched if is_remote(arguments.source) else None
