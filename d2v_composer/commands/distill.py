@@ -4,12 +4,14 @@
     d2v distill recordings --teacher base_libri.pt --out runs/recordings
     d2v distill photos --teacher teacher.safetensors --out runs/photos max_duration=20ep student.depth=3
     d2v distill s3://bucket/photos/train --teacher teacher.safetensors --out runs/photos
+    d2v distill 'hf://datasets/ORG/NAME/data/train-*' --teacher teacher.safetensors --out runs/photos
 
-SOURCE is a folder of images, or of sound for a teacher of sound, or an MDS data set, local or in a store. A tenth of
-its samples, at most 5,000, and all exact copies of these measure the student and are never trained on. Sizes and
-duration follow from the number of samples, the teacher and the device. DIR, which must be new or empty, receives
-distill.yaml (every setting, to read and for d2v train), images/ or clips/, the run with its report.html, and
-student.safetensors. key=value changes a setting; `d2v fields training` lists them.
+SOURCE is a folder of images, or of sound for a teacher of sound; or MDS, Parquet files or WebDataset tars, local or in
+a store; or a data set on the Hugging Face hub. A tenth of its samples, at most 5,000, and all exact copies of these
+measure the student and are never trained on. Sizes and duration follow from the number of samples, the teacher and the
+device. DIR, which must be new or empty, receives distill.yaml (every setting, to read and for d2v train), images/ or
+clips/, the run with its report.html, and student.safetensors. key=value changes a setting; `d2v fields training` lists
+them.
 Run the same command again to resume after any interruption.
 """
 
@@ -123,7 +125,7 @@ def has_begun(arguments: Namespace) -> bool:
     from d2v_composer.system.fetch import is_remote
 
     source, out, path = arguments.source, arguments.out, arguments.out / SETTINGS
-    if not is_remote(source) and out.resolve().is_relative_to(Path(source).resolve(strict=True)):
+    if not is_remote(source) and out.resolve().is_relative_to(Path(source).resolve(strict="*" not in source)):
         raise InputError(f"{out}: is inside the folder of samples, {source}")
     check_out_file(path)
     with errors_of("--out", ValueError):
@@ -197,7 +199,7 @@ def prepare(arguments: Namespace, plan: Plan) -> None:
         InputError: Another call or run uses OUT, or too few samples are left to train on.
     """
     from d2v_composer.callbacks.checkpointing import FolderLock
-    from d2v_composer.data.convert import convert, hold_out
+    from d2v_composer.data.convert import convert, foresee, hold_out
     from d2v_composer.data.mds import INDEX, SUMMARY
     from d2v_composer.data.source import name_counts
     from d2v_composer.system.fetch import is_remote
@@ -215,9 +217,11 @@ def prepare(arguments: Namespace, plan: Plan) -> None:
         print(f"other files: {name_counts(source.left_out)}")
         parts, num_copies = hold_out(source, samples / f"{HELD_OUT}.json", workers)
         print(f"copies of held-out {modality.unit}, also held out: {num_copies}")
-        if (left := len(parts["train"])) < (size := config.global_train_batch_size):
+        if (left := len(parts["train"])) < (batch := config.global_train_batch_size):
             left_to_train = f"the number of {modality.unit} left to train on"
-            raise InputError(f"global_train_batch_size: must be at most {left}, {left_to_train}; got {size}")
+            raise InputError(f"global_train_batch_size: must be at most {left}, {left_to_train}; got {batch}")
+        size, seconds = foresee(parts["train"], workers, **encoding(modality, config, False))
+        print(f"converting {left:,} {modality.unit}: about {size / 1e6:,.0f} MB, {seconds / 60:,.0f} min")
         for split in splits:
             options = {"workers": workers, **encoding(modality, config, split == "test")}
             done = convert(parts[split], samples / split, **options, skip_unreadable=True)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v_composer.data.mds import Index, is_mds
+from d2v_composer.data.mds import INDEX, Index, is_mds
 from d2v_composer.data.modality import MAX_BYTES, Modality, read_sample_file
 from d2v_composer.data.shards import fetch_index
 from d2v_composer.data.source import (
@@ -131,6 +131,10 @@ def open_source(
 
 
 def _has_index(remote: str, cache: Path) -> bool:
+    if "*" in remote or remote.lower().endswith(SUFFIXES):
+        return False
+    if fetch.HUB.fullmatch(remote) and INDEX not in fetch.list_folder(remote)[1]:
+        return False
     try:
         fetch_index(remote, cache)
     except InputError as error:

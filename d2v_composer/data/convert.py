@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -28,7 +29,7 @@ from streaming.base.storage import CloudUploader
 
 from d2v_composer.data.containers import SPLITS, find_files, open_source, open_split
 from d2v_composer.data.images import Images
-from d2v_composer.data.labeled import load_labeled_set
+from d2v_composer.data.labeled import evenly_spaced, load_labeled_set
 from d2v_composer.data.mds import INDEX, SUMMARY, ShardFile, is_mds
 from d2v_composer.data.modality import Modality
 from d2v_composer.data.source import Source, list_classes, list_subfolders, map_in_workers, open_folder
@@ -190,6 +191,25 @@ def _digest(source: Source, number: int) -> bytes | None:
     except UnreadableSampleError:
         return None
     return hashlib.sha256(stored if isinstance(stored, bytes) else stored.tobytes()).digest()
+
+
+def foresee(source: Source, workers: int, **options: Any) -> tuple[float, float]:
+    """Return about how many bytes and seconds a conversion takes, from a few neighbors at each of four places.
+
+    Args:
+        source: The samples.
+        workers: Processes that will convert.
+        **options: The encoding's; see :func:`convert`.
+    """
+    num_bytes, seconds, count = 0, 0.0, 0
+    for first in evenly_spaced(len(source), 4):
+        for number in range(first, min(first + 8, len(source))):
+            start = time.monotonic()
+            with suppress(UnreadableSampleError), reading(source.name(number)):
+                num_bytes += len(source.modality.encode(source.load(number), "", **options)[0])
+            # The first one waits for what its neighbors share: a row group, or a shard.
+            seconds, count = seconds + (time.monotonic() - start) * (number > first), count + 1
+    return num_bytes * len(source) / count, seconds * len(source) / count / workers
 
 
 class _Task(NamedTuple):

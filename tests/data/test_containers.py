@@ -10,19 +10,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import reset_sessions
 from streaming.base.format.mds import MDSReader
 
 from containers import FEATURES, write_all, write_parquet, write_tar
-from d2v_composer.commands import convert_images, embed
+from d2v_composer.commands import convert_images, embed, evaluate
 from d2v_composer.data.containers import open_source
 from d2v_composer.data.convert import Conversion
 from d2v_composer.data.images import Images
+from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.system.command_line import explain
 from d2v_composer.system.errors import InputError
 from gated_store import GatedStore
-from helpers import GOLDEN, QUICKSTART, encoded_image, truncated
+from helpers import GOLDEN, QUICKSTART, encoded_image, truncated, write_mds
 from hub_stub import serve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -215,18 +217,42 @@ def test_splits_and_classes(tmp_path: Path) -> None:
 def test_embed_goes_on_before_the_file_that_changed(tmp_path: Path) -> None:
     """A changed Parquet file, tar or image has another mark, and so has a file that came."""
     sources = write_all(tmp_path, [encoded_image(i) for i in range(9)], [0] * 9)
-    for kind, changed in {
-        "bytes": "bytes/00001.parquet",
-        "tars": "tars/00001.tar",
-        "paths": "folder/00003.png",
-    }.items():
+    files = {"bytes": "bytes/00001.parquet", "tars": "tars/00001.tar", "paths": "folder/00003.png"}
+    for kind, changed in files.items():
         before = open_source(sources[kind][0], Images()).marks
         assert len(np.unique(before)) == 9
         os.utime(tmp_path / changed, (1, 1))
         after = open_source(sources[kind][0], Images()).marks
-        assert (
-            (before == after).tolist() == [i < 4 for i in range(9)] if kind != "paths" else [i != 3 for i in range(9)]
+        assert np.flatnonzero(before != after).tolist() == ([3] if kind == "paths" else [4, 5, 6, 7])
+
+
+def test_an_evaluation_reads_parquet_files_as_it_reads_mds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the hub's files of names, of train and validation; the labels' names come from the files, too."""
+    for split, name, count in (("train", "train", 60), ("test", "validation", 30)):
+        images, labels = (
+            [encoded_image(i + 100 * (split == "test")) for i in range(count)],
+            [i % 3 for i in range(count)],
         )
+        write_mds(tmp_path / "mds" / split, images, labels)
+        structs = [{"bytes": image, "path": None} for image in images]
+        path = tmp_path / "parquet" / "data" / f"{name}-00000-of-00001.parquet"
+        write_parquet(path, {"image": structs, "label": labels}, features=FEATURES)
+    roots = {"mds": tmp_path / "mds", "parquet": f"{tmp_path}/parquet"}
+    found = {format: load_labeled_set(format, root, image_size=32) for format, root in roots.items()}  # pyright: ignore[reportArgumentType]
+    for ours, theirs in zip(found["parquet"][:2], found["mds"][:2], strict=True):
+        assert torch.equal(ours.samples, theirs.samples)
+        assert torch.equal(ours.labels, theirs.labels)
+    assert found["parquet"].class_names == tuple(FEATURES["label"]["names"])
+    alone = load_labeled_set("parquet", roots["parquet"], image_size=32, label_column=None, max_images=7)
+    assert (alone.num_samples, alone.has_labels) == ((0, 7), False)
+    datasets = {format: {"format": format, "root": str(root)} for format, root in roots.items()}
+    evaluate.main([f"model={GOLDEN / 'tiny_base.pt'}", f"datasets={json.dumps(datasets)}"])
+    tables = re.findall(r"^Zero-shot retrieval on (\w+)(,.*?)\n\n", capsys.readouterr().out, re.DOTALL | re.MULTILINE)
+    assert dict(tables).keys() == roots.keys()
+    assert dict(tables)["parquet"] == dict(tables)["mds"]
+    write_parquet(tmp_path / "one" / "train.parquet", {"image": [IMAGE], "label": [0]})
+    with pytest.raises(InputError, match=r"no split 'test'; available: train$"):
+        load_labeled_set("parquet", tmp_path / "one")
 
 
 def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 from streaming import MDSWriter, StreamingDataset
 
+from containers import write_parquet
 from d2v_composer import load_student
 from gated_store import GatedStore
 from helpers import (
@@ -437,6 +438,23 @@ def test_a_data_set_of_any_column_and_mode_is_distilled(tmp_path: Path) -> None:
     held, trained = (samples_of(out / "images" / split) for split in ("test", "train"))
     assert len(held + trained) == NUM_IMAGES + 10
     assert not {*held} & {*trained}
+
+
+def test_parquet_files_are_distilled(tmp_path: Path) -> None:
+    """4, 8: each row once, copies on one side, a bad one counted; before, it says how large the conversion is."""
+    out, images = tmp_path / "run", [encoded_image(i % NUM_IMAGES) for i in range(NUM_IMAGES + 10)]
+    images[7] = b"no image"
+    for name, rows in {"a": images[:100], "b": images[100:]}.items():
+        write_parquet(tmp_path / "in" / f"{name}.parquet", {"photo": rows, "caption": ["a"] * len(rows)})
+    said = distill(f"{tmp_path}/in/*.parquet", out, changes=(*SHORT, "max_duration=2ba"))
+    counts = dict(re.findall(r"^(.+): (.*)$", said, re.MULTILINE))
+    number, size = re.findall(r"^converting (\d+) images: about (\d+) MB, 0 min$", said, re.MULTILINE)[0]
+    held, trained = (samples_of(out / "images" / split) for split in ("test", "train"))
+    assert sorted(held + trained) == sorted(image for image in images if image != images[7])
+    assert not {*held} & {*trained}
+    assert int(number) in (len(trained), len(trained) + 1)
+    assert abs(int(size) - sum(map(len, trained)) / 1e6) < 1
+    assert counts["other files"] == "none"
 
 
 @pytest.fixture(scope="module")
