@@ -16,7 +16,7 @@ The clips are in SOURCE/SPLIT or SOURCE. Labels come from class folders, a CSV f
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from d2v_composer.commands.convert_images import add_options, convert_and_report, find_source
+from d2v_composer.commands.convert_images import add_options, convert_and_report
 from d2v_composer.system.command_line import SOURCES, make_parser
 
 if TYPE_CHECKING:
@@ -31,4 +31,4 @@ def main(argv: Sequence[str]) -> "Conversion":
 
     from d2v_composer.data.audio import Audio
 
-    return convert_and_report(arguments, find_source(arguments, Audio()), "distill_audio")
+    return convert_and_report(arguments, Audio(), "distill_audio")

@@ -30,7 +30,6 @@ from d2v_composer.system.command_line import COLUMN, SOURCES, make_parser, print
 if TYPE_CHECKING:
     from d2v_composer.data.convert import Conversion
     from d2v_composer.data.modality import Modality
-    from d2v_composer.data.source import Source
 
 
 def main(argv: Sequence[str]) -> "Conversion":
@@ -44,9 +43,8 @@ def main(argv: Sequence[str]) -> "Conversion":
 
     from d2v_composer.data.convert import IMAGES
 
-    source = find_source(arguments, IMAGES)
     yaml = "cifar10" if arguments.source.startswith("cifar10:") else "distill"
-    return convert_and_report(arguments, source, yaml, resize=arguments.resize, quality=arguments.quality)
+    return convert_and_report(arguments, IMAGES, yaml, resize=arguments.resize, quality=arguments.quality)
 
 
 def add_options(parser: ArgumentParser, sample: str, source: str) -> None:
@@ -64,20 +62,14 @@ def add_options(parser: ArgumentParser, sample: str, source: str) -> None:
     add("--skip-unreadable", action="store_true", help=f"skip {sample}s that are missing or corrupt, and list them")
 
 
-def find_source(arguments: Namespace, modality: "Modality") -> "Source":
-    """List the samples that the arguments name."""
-    from d2v_composer.data.convert import find_samples
-
-    given = (arguments.source, arguments.split, arguments.labels, modality, arguments.column, arguments.label_column)
-    return find_samples(*given)
-
-
-def convert_and_report(arguments: Namespace, source: "Source", yaml: str, **options: Any) -> "Conversion":
+def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **options: Any) -> "Conversion":
     """Convert, and print a report that names the YAML for the next step."""
-    from d2v_composer.data.convert import convert
+    from d2v_composer.data.convert import convert, find_samples
     from d2v_composer.data.source import name_counts
     from d2v_composer.models.configs import SAMPLE_RATE
 
+    names = "source", "split", "labels", "column", "label_column"
+    source = find_samples(modality=modality, **{name: getattr(arguments, name) for name in names})
     start = time.monotonic()
     conversion = convert(
         source,

@@ -185,10 +185,11 @@ def list_source(arguments: Namespace, modality: "Modality", fetched: Path) -> "S
     Raises:
         InputError: There are none, or they cannot be read.
     """
-    from d2v_composer.data.containers import open_source
+    from d2v_composer.data.containers import find_files, open_source
     from d2v_composer.system.fetch import is_remote
 
-    cache = fetched if is_remote(arguments.source) else None
+    is_mds = is_remote(arguments.source) and find_files(arguments.source, modality) is None
+    cache = fetched if is_mds else None
     return open_source(arguments.source, modality, column=arguments.column, cache=cache)
 
 

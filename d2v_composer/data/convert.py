@@ -27,7 +27,7 @@ from PIL import Image
 from streaming import MDSWriter
 from streaming.base.storage import CloudUploader
 
-from d2v_composer.data.containers import SPLITS, find_files, open_source, open_split
+from d2v_composer.data.containers import SPLITS, find_files, open_source
 from d2v_composer.data.images import Images
 from d2v_composer.data.labeled import evenly_spaced, load_labeled_set
 from d2v_composer.data.mds import INDEX, SUMMARY, ShardFile, is_mds
@@ -87,13 +87,12 @@ def find_samples(
     """
     if str(source).startswith(CIFAR10):
         return _cifar10_images(Path(str(source).removeprefix(CIFAR10)), split or "train")
-    files = None if is_mds(Path(source)) else find_files(str(source), modality)
-    if files is not None and labels not in (None, NONE):
-        raise InputError(f"--labels: only for a folder of {modality.unit}; got {source}; use --label-column")
-    if files is not None:
-        return open_split(files, split, modality, column, label_column)
-    if column or label_column or is_mds(Path(source)):
-        return open_source(str(source), modality, column=column, label_column=label_column)
+    files = None if is_mds(Path(source)) else find_files(str(source), modality, column, label_column)
+    if files or column or label_column or is_mds(Path(source)) or is_remote(source):
+        if labels not in (None, NONE):
+            raise InputError(f"--labels: only for a folder; for {source}, use --label-column")
+        opened = partial(open_source, str(source), modality, column=column, label_column=label_column)
+        return files.open_split(split) if files else opened()
     source = Path(source)
     splits = source / KAGGLE if (source / KAGGLE).is_dir() else source
     chosen, train = split or "train", splits if split == NONE else splits / "train"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from xxhash import xxh3_128_digest
 
-from d2v_composer.data.containers import find_files, open_split
+from d2v_composer.data.containers import find_files
 from d2v_composer.data.images import Images
 from d2v_composer.data.mds import SUMMARY, Index
 from d2v_composer.data.modality import Modality, Transform, collate, sample_rng
@@ -187,11 +187,11 @@ def _load_cifar(format: Format, root: Path, download: bool, max_images: int | No
 
 def _open_parquet(root: str | Path, modality: Modality, column: str | None, label_column: str | None) -> list[Source]:
     """Open train and test, with labels; or the only samples of a set without labels."""
-    if (files := find_files(str(root), modality)) is None:
+    if (files := find_files(str(root), modality, column, label_column)) is None:
         raise InputError(f"{root}: no Parquet files or tars")
     test = next(filter(files.of_split, ("test", "validation", "val")), None)
     splits = [test] if label_column is None else ["train", test or "test"]
-    return [_tell_left_out(open_split(files, split, modality, column, label_column)) for split in splits]
+    return [_tell_left_out(files.open_split(split)) for split in splits]
 
 
 def _open_splits(

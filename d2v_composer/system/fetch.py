@@ -33,6 +33,8 @@ LEAST_RATE = 1024
 ASK_SECONDS = 60.0
 # A model or a data set on the Hugging Face hub: kind, repository, revision and file or folder.
 HUB = re.compile(r"hf://(datasets/|(?!datasets/))([^/@]+/[^/@]+)(?:@(refs/[^/]+/[^/]+|[^/]+))?(?:/(.+))?")
+# Addresses of what can be listed.
+LISTED = ("s3://", "hf://datasets/")
 
 log = logging.getLogger(__name__)
 
@@ -274,10 +276,10 @@ def list_folder(folder: str) -> tuple[str, list[str]]:
             return folder, sorted(retry(lambda: _list_s3(folder), folder, READ_SECONDS, lasting_attempts=1))
         except Exception as error:
             raise InputError(f"{folder}: cannot be listed ({reason(error)})") from error
-    if (on_hub := HUB.fullmatch(folder)) is None or not on_hub[1]:
-        raise InputError(f"{folder}: only s3:// and hf://datasets/ can be listed; name a file")
     from huggingface_hub import HfApi, snapshot_download
 
+    if (on_hub := HUB.fullmatch(folder)) is None:
+        raise InputError(f"{folder}: expected hf://datasets/ORG/NAME[@REVISION][/FOLDER]")
     _, repository, revision, inside = on_hub.groups()
     inside = f"{inside}/" if inside else ""
     try:
