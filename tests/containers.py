@@ -3,7 +3,7 @@
 import io
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ FEATURES = {
 }
 
 
-def write_parquet(path: Path, columns: dict[str, Sequence[Any]], rows: int = 50, features: Any = None) -> Path:
+def write_parquet(path: Path, columns: Mapping[str, Any], rows: int = 50, features: Any = None) -> Path:
     """Write a Parquet file with row groups of so many rows, and the hub's metadata if there are features."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.table(columns)
+    table = pa.table(dict(columns))
     if features is not None:
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     pq.write_table(table, path, row_group_size=rows)

@@ -341,8 +341,8 @@ def _members(file: BinaryIO) -> Iterator[_Member]:
     Raises:
         ValueError: The tar is damaged.
     """
-    path, at = b"", 0
-    while file.seek(at) >= 0 and any(header := file.read(512)):
+    path, at, header = b"", 0, file.read(512)
+    while any(header):
 
         def number(field: slice, header: bytes = header) -> int:
             return int(header[field].strip(b" \0") or b"0", 8)
@@ -360,6 +360,8 @@ def _members(file: BinaryIO) -> Iterator[_Member]:
             path = path or b"/".join(filter(None, (each.partition(b"\0")[0] for each in (folder, header[:100]))))
             yield _Member(path.decode(errors="replace"), kind in b"0\0", offset, size)
         path = path if kind in b"LxgK" else b""
+        file.seek(at)
+        header = file.read(512)
     if len(header) < 512:
         raise ValueError("it is truncated")
 

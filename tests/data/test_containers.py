@@ -15,8 +15,10 @@ import pyarrow as pa
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.utils import reset_sessions
+from huggingface_hub.utils._http import reset_sessions
+from streaming import StreamingDataset
 from streaming.base.format.mds import MDSReader
+from torch.utils.data import DataLoader
 
 from containers import FEATURES, write_all, write_parquet, write_tar
 from d2v_composer.commands import convert_images, embed, evaluate
@@ -50,7 +52,7 @@ def test_the_same_images_from_everywhere(
         monkeypatch.setenv(name, value)
     cifar10 = open_source(str(QUICKSTART / "cifar10" / "train"), Images(), label_column="label")
     assert cifar10.label is not None
-    images, labels = ([load(number) for number in range(count)] for load in (cifar10.load, cifar10.label))
+    images, labels = [cifar10.load(number) for number in range(count)], [cifar10.label(i) for i in range(count)]
     sources = write_all(tmp_path / "in", images, labels)
     bucket = f"containers-{count}"
     address = object_store.create_bucket(bucket)
@@ -342,3 +344,20 @@ def test_without_pyarrow_it_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ModuleNotFoundError) as caught:
         converted(path, tmp_path / "out")
     assert explain(caught.value) == (2, [f"error: {caught.value}: pip install 'd2v-composer[parquet]'"])
+
+
+@pytest.mark.slow
+def test_litdata_and_a_data_loader_read_what_we_write(tmp_path: Path) -> None:
+    """As the guide says: without another conversion."""
+    litdata = pytest.importorskip("litdata")
+    source = write_parquet(
+        tmp_path / "x.parquet", {"image": [encoded_image(i) for i in range(40)], "label": [*range(40)]}
+    )
+    converted(source, tmp_path / "out", "--label-column", "label", "--shard-size", "10kb")
+    theirs = litdata.StreamingDataset(str(tmp_path / "out"))
+    assert sorted((bytes(each["image"]), int(each["label"])) for each in theirs) == stored(tmp_path / "out")
+    dataset: Any = StreamingDataset(local=str(tmp_path / "out"), shuffle=False, batch_size=8)
+    batches = DataLoader(dataset, batch_size=8, collate_fn=lambda samples: samples)
+    assert sorted((each["image"], int(each["label"])) for batch in batches for each in batch) == stored(
+        tmp_path / "out"
+    )
