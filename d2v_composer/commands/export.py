@@ -154,9 +154,9 @@ def read_images(student: "Backbone", source: str | None) -> "Tensor":
     import torch
 
     from d2v_composer.checkpoints.student_file import lookup
+    from d2v_composer.data.containers import open_source
     from d2v_composer.data.labeled import evenly_spaced, load_labeled_set
     from d2v_composer.data.modalities import modality_of
-    from d2v_composer.data.source import open_source
 
     modality, images = modality_of(student.encoder.config), []
     if source is not None:

@@ -283,19 +283,25 @@ class ParallelismConfig(Section):
 class LabeledSetConfig(Section):
     """A labeled set to measure embeddings on: train and test images, or test images without labels."""
 
-    format: Literal["cifar10", "cifar100", "folder", "mds", "speech_commands"]
-    """``cifar10``, ``cifar100``, ``folder``, ``mds`` or ``speech_commands``."""
-    root: LocalFolder
+    format: Literal["cifar10", "cifar100", "folder", "mds", "parquet", "speech_commands"]
+    """``cifar10``, ``cifar100``, ``folder``, ``mds``, ``parquet`` or ``speech_commands``."""
+    root: AddressText
     """CIFAR: the folder of torchvision's files. folder: ROOT, with images in ROOT/train/CLASS and ROOT/test/CLASS, the
-    same classes in both. mds: ROOT, with the MDS folders ROOT/train and ROOT/test. speech_commands: what
-    speech_commands_v0.02.tar.gz unpacks to; its validation clips are not used."""
+    same classes in both. mds: ROOT, with the MDS folders ROOT/train and ROOT/test. parquet: a folder, a glob, an
+    address in S3 or hf://datasets/ORG/NAME, with Parquet files or WebDataset tars whose names say train, and test or
+    validation. speech_commands: what speech_commands_v0.02.tar.gz unpacks to; its validation clips are not used."""
     download: bool = False
     """Download CIFAR if it is missing."""
     column: Text | None = None
-    """Column of images or sound in an MDS data set; null: ``image`` or ``audio``."""
+    """Column of images or sound. null: in mds ``image`` or ``audio``, in parquet the only one."""
     label_column: Text | None = "label"
-    """Column of labels in an MDS data set; null: none. Without labels (null, or a folder without class folders), only
-    the probes that need none run, on the images in ROOT/test or, if ROOT has no splits, in all of ROOT."""
+    """Column of labels in mds or parquet, of tars ``cls`` or ``json:KEY``; null: none. Without labels (null, or a
+    folder without class folders), only the probes that need none run, on the images in ROOT/test or, if ROOT has no
+    splits, in all of ROOT."""
+
+    def contradictions(self) -> Iterator[str]:
+        if self.format != "parquet" and "://" in self.root:
+            yield f".root: must be a folder on this machine, got {self.root!r}"
 
 
 class LookupConfig(Section):

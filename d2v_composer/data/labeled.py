@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from xxhash import xxh3_128_digest
 
+from d2v_composer.data.containers import find_files
 from d2v_composer.data.images import Images
 from d2v_composer.data.mds import SUMMARY, Index
 from d2v_composer.data.modality import Modality, Transform, collate, sample_rng
@@ -30,7 +32,7 @@ from d2v_composer.data.source import (
 from d2v_composer.models.configs import ImageSize
 from d2v_composer.system.errors import InputError, reading, reason
 
-Format = Literal["cifar10", "cifar100", "folder", "mds", "speech_commands"]
+Format = Literal["cifar10", "cifar100", "folder", "mds", "parquet", "speech_commands"]
 CIFAR = ("cifar10", "cifar100")
 # What a format holds, if not any modality.
 HOLDS = {**dict.fromkeys(CIFAR, "image"), "speech_commands": "audio"}
@@ -125,16 +127,17 @@ def load_labeled_set(
 
     Args:
         format: ``cifar10`` or ``cifar100``: torchvision's files in ``root``; ``folder``: root/train/CLASS/… and
-            root/test/CLASS/…; ``mds``: root/train and root/test; ``speech_commands``: what its archive unpacks to.
-            Without labels only root/test is read, or the whole root if it has neither split.
-        root: The folder.
+            root/test/CLASS/…; ``mds``: root/train and root/test; ``parquet``: Parquet files or tars with the splits in
+            their names; ``speech_commands``: what its archive unpacks to. Without labels only root/test is read, or the
+            whole root if it has neither split.
+        root: The folder; of Parquet files also an address.
         modality: What the samples are; default: images.
         image_size: Images of a folder or of MDS are resized to this many pixels a side. CIFAR keeps its size: it is
             resized in batches on the device.
         interpolation: How they are resized: bicubic or bilinear, as the model's config says.
         download: Fetch CIFAR if it is missing.
-        column: The column of an MDS data set that holds the samples; default: the modality's name.
-        label_column: The column of an MDS data set that holds the labels; ``None``: it has no labels.
+        column: The column that holds the samples; see :func:`~d2v_composer.data.containers.open_source`.
+        label_column: The column that holds the labels; ``None``: there are none.
         max_images: Load at most this many images of each split, evenly spaced; the others of a folder or of MDS are not
             even read.
 
@@ -142,13 +145,14 @@ def load_labeled_set(
         InputError: The set is missing or corrupt, has no images or another modality's; or those chosen are all of one
             class.
     """
-    root, modality = Path(root), modality or Images(image_size, interpolation)
+    modality = modality or Images(image_size, interpolation)
     if (held := HOLDS.get(format, modality.name)) != modality.name:
         raise InputError(f"{root}: {format} has samples of the modality {held}, and the model takes {modality.unit}")
     if format in CIFAR:
-        labeled = _load_cifar(format, root, download, max_images)
+        labeled = _load_cifar(format, Path(root), download, max_images)
     else:
-        sources = _open_splits(format, root, modality, column, label_column)
+        open_splits = _open_parquet if format == "parquet" else partial(_open_splits, format)
+        sources = open_splits(root, modality, column, label_column)
         splits = [_load(source, max_images) for source in sources]
         labeled = EvaluationSet.without_labels(splits[0])
         if splits[1:]:
@@ -181,10 +185,20 @@ def _load_cifar(format: Format, root: Path, download: bool, max_images: int | No
     return EvaluationSet(train, test, tuple(splits[0].classes))
 
 
+def _open_parquet(root: str | Path, modality: Modality, column: str | None, label_column: str | None) -> list[Source]:
+    """Open train and test, with labels; or the only samples of a set without labels."""
+    if (files := find_files(str(root), modality, column, label_column)) is None:
+        raise InputError(f"{root}: no Parquet files or tars")
+    test = next(filter(files.of_split, ("test", "validation", "val")), None)
+    splits = [test] if label_column is None else ["train", test or "test"]
+    return [_tell_left_out(files.open_split(split)) for split in splits]
+
+
 def _open_splits(
-    format: Format, root: Path, modality: Modality, column: str | None, label_column: str | None
+    format: Format, root: str | Path, modality: Modality, column: str | None, label_column: str | None
 ) -> list[Source]:
     """Open train and test, with labels; or the only samples of a set without labels."""
+    root = Path(root)
     folders = root / "train", root / "test"
     alone = folders[1] if any(map(Path.is_dir, folders)) else root
     if format == "speech_commands":
