@@ -21,6 +21,7 @@ from helpers import (
     GOLDEN,
     ROOT,
     assert_same_losses,
+    assert_same_student,
     d2v,
     encoded_image,
     failure,
@@ -155,6 +156,16 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     options = [*NETWORK, "max_duration=10ba", "save_num_checkpoints_to_keep=-1"]
     run_ranks(*train_command(small_run(folder, data, *options))[1:])
     return folder
+
+
+def test_two_ranks_train_and_resume_bit_for_bit(on_two_ranks: Path, trained: Path, data: Path, tmp_path: Path) -> None:
+    """Each normalizes by its own half of a batch; the other rank resumes with rank 0's statistics."""
+    losses, alone = losses_of(on_two_ranks), losses_of(trained)
+    assert losses[9] < 0.3 * losses[0]
+    assert losses[0] == pytest.approx(alone[0], rel=0.03)
+    load = f"load_path={on_two_ranks / 'ep1-ba6-rank0.pt'}"
+    run_ranks(*train_command(small_run(tmp_path / "run", data, *NETWORK, "max_duration=10ba", load))[1:])
+    assert_same_student(tmp_path / "run", on_two_ranks)
 
 
 @pytest.mark.slow
