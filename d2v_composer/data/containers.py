@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import tarfile
 from array import array
 from bisect import bisect_right
 from collections import Counter
@@ -36,7 +37,7 @@ from d2v_composer.system.errors import InputError, UnreadableSampleError, readin
 from d2v_composer.system.progress import progress_bar
 
 # A folder that has both is img2dataset's, whose samples are in the tars.
-TAR, PARQUET = SUFFIXES = (".tar", ".parquet")
+SUFFIXES = (TAR := ".tar", ".parquet")
 SPLITS = ("train", "val", "validation", "test")
 CHOOSE = "choose one with --column, or column in a YAML"
 # Types of Parquet columns that can hold samples: bytes, or the hub's struct of bytes and path; or paths.
@@ -110,6 +111,7 @@ class Files:
         Raises:
             InputError: A file cannot be read, a column is missing or ambiguous, or there are no samples.
         """
+        _row_group.cache_clear()  # a file may have changed
         read = self._read_tar if self.paths[0].lower().endswith(TAR) else self._read_parquet
         listed = map_in_workers(read, self.paths, min(len(self.paths) - 1, os.cpu_count() or 1))
         parts: list[_Part] = [*progress_bar(listed, total=len(self.paths), desc="listing", unit="files")]
@@ -135,9 +137,10 @@ class Files:
         )
         if self.label_column is None:
             return source
-        return number_labels(
-            source, [each for part in parts for each in part.labels], parts[0].class_names, class_names
-        )
+        labels, names = [label for part in parts for label in part.labels], {tuple(part.class_names) for part in parts}
+        if len(names) > 1:
+            raise InputError(f"{self.root}: its files name the classes of {self.label_column} differently")
+        return number_labels(source, labels, names.pop(), class_names)
 
     def _read_tar(self, path: str) -> _Part:
         """List a tar's samples: adjacent members whose names are equal up to the first dot.
@@ -149,16 +152,15 @@ class Files:
         left_out, keys, offsets, sizes, labels = Counter[str](), list[str](), array("q"), array("q"), list[Any]()
         labeled, _, key_of_label = (self.label_column or "").partition(":")
         with reading(name), local.open("rb") as file:
-            named = ((MEMBER.fullmatch(each.name) if each.is_file else None, each) for each in _members(file))
-            for key, group in groupby(named, lambda pair: pair[0] and pair[0][1]):
+            for key, group in groupby(_members(file), lambda member: member[0] and member[0][1]):
                 members = [*group]
-                fields = {match[2]: member for match, member in members if match}
-                left_out["members without a key"] += sum(match is None for match, _ in members)
-                known = [field for field in fields if f".{field}".lower().endswith(self.modality.suffixes)]
-                images = [field for field in known if field == (self.column or field)]
+                fields = {match[2]: place for match, *place in members if match}
+                suited = [field for field in fields if f".{field}".lower().endswith(self.modality.suffixes)]
+                images = [field for field in suited if field == (self.column or field)]
                 left_out.update(f".{field}" for field in fields if field not in (*images, labeled))
-                if key is None or not images:
+                if not images:
                     left_out[f"keys without {self.modality.unit}"] += key is not None
+                    left_out["members without a key"] += len(members) - len(fields)
                     continue
                 if len(images) > 1:
                     raise InputError(f"{name}/{key}: has {' and '.join(images)}; {CHOOSE}")
@@ -167,15 +169,13 @@ class Files:
                 if labeled:
                     if labeled not in fields:
                         raise InputError(f"{name}/{key}: has no .{labeled} with its label; it has {', '.join(fields)}")
-                    file.seek(fields[labeled].offset)
-                    text = file.read(fields[labeled].size).decode().strip()
-                    is_number = text.removeprefix("-").isdecimal()
-                    labels.append(
-                        json.loads(text).get(key_of_label) if key_of_label else int(text) if is_number else text
-                    )
+                    file.seek(fields[labeled][0])
+                    label = file.read(fields[labeled][1]).decode().strip()
+                    label = json.loads(label).get(key_of_label) if key_of_label else label
+                    labels.append(int(label) if re.fullmatch(r"-?\d+", str(label)) else label)
                 keys.append(key)
-                offsets.append(fields[images[0]].offset)
-                sizes.append(fields[images[0]].size)
+                offsets.append(fields[images[0]][0])
+                sizes.append(fields[images[0]][1])
         if twice := next((key for key, count in Counter(keys).items() if count > 1), None):
             raise InputError(f"{name}: has the key {twice!r} twice, not together")
         if (statistics := local.with_name(f"{local.stem}_stats.json")).exists():  # img2dataset's
@@ -326,43 +326,19 @@ def _marks(local: Path, path: str, count: int) -> NDArray[np.int64]:
     return mark_of(path, status.st_size, status.st_mtime_ns) + np.arange(count)
 
 
-class _Member(NamedTuple):
-    """A file in a tar, or another entry that is no folder."""
-
-    name: str
-    is_file: bool
-    offset: int
-    size: int
-
-
-def _members(file: BinaryIO) -> Iterator[_Member]:
-    """Yield the members of a tar; tarfile, which also reads other fields, takes several times as long.
+def _members(file: BinaryIO) -> Iterator[tuple[re.Match[str] | None, int, int]]:
+    """Yield a tar's members but folders: key and suffixes, ``None`` if it is no file of a sample; offset and size.
 
     Raises:
-        ValueError: The tar is damaged.
+        ValueError: The tar ends too early. tarfile's errors if it is damaged.
     """
-    path, at, header = b"", 0, file.read(512)
-    while any(header):
-
-        def number(field: slice, header: bytes = header) -> int:
-            return int(header[field].strip(b" \0") or b"0", 8)
-
-        if sum(header) - sum(header[148:156]) + 8 * 32 != number(slice(148, 156)):
-            raise ValueError(f"no header at byte {at}")
-        kind, size, offset = header[156:157], number(slice(124, 136)), at + 512
-        at = offset + -(-size // 512) * 512
-        if kind == b"L":  # GNU's and POSIX's long names
-            path = file.read(size).rstrip(b"\0")
-        elif kind == b"x":
-            path = b"".join(re.findall(rb"(?m)^\d+ path=(.*)$", file.read(size)))
-        elif kind not in b"5gK":
-            folder = header[345:500] if header[257:263] == b"ustar\0" else b""
-            path = path or b"/".join(filter(None, (each.partition(b"\0")[0] for each in (folder, header[:100]))))
-            yield _Member(path.decode(errors="replace"), kind in b"0\0", offset, size)
-        path = path if kind in b"LxgK" else b""
-        file.seek(at)
-        header = file.read(512)
-    if len(header) < 512:
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # it would keep all
+            if not member.isdir():
+                yield MEMBER.fullmatch(member.name) if member.isreg() else None, member.offset_data, member.size
+    file.seek(-1024, os.SEEK_END)
+    if any(file.read()):  # tarfile misses a cut between two members
         raise ValueError("it is truncated")
 
 

@@ -247,6 +247,25 @@ def test_splits_and_classes(tmp_path: Path) -> None:
     assert names_of(tmp_path / "two") == [f"class {label}" for label in range(10)]
 
 
+def test_files_that_do_not_fit_together_are_one_line(tmp_path: Path) -> None:
+    others = {"label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}
+    for name, features in {"a": FEATURES, "b": others}.items():
+        write_parquet(tmp_path / "x" / f"{name}.parquet", {"image": [IMAGE], "label": [1]}, features=features)
+    assert converted(tmp_path / "x", tmp_path / "unlabeled").samples == 2
+    with pytest.raises(InputError, match=r"/x: its files name the classes of label differently"):
+        converted(tmp_path / "x", tmp_path / "out", "--label-column", "label")
+    write_parquet(tmp_path / "x" / "c.parquet", {"photo": [1]})
+    with pytest.raises(InputError, match=r"c.parquet: expected one column of images, as bytes or paths; 0 fit: photo"):
+        converted(tmp_path / "x", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_written_again_is_read_again(tmp_path: Path) -> None:
+    for seed in range(2):
+        path = write_parquet(tmp_path / "x.parquet", {"image": [encoded_image(seed)]})
+        assert open_source(str(path), Images()).load(0) == encoded_image(seed)
+
+
 def test_embed_goes_on_before_the_file_that_changed(tmp_path: Path) -> None:
     """A changed Parquet file, tar or image has another mark, and so has a file that came."""
     sources = write_all(tmp_path, [encoded_image(i) for i in range(9)], [0] * 9)
@@ -331,6 +350,10 @@ def test_a_store_without_samples_is_one_line(
     for source in (f"{address}/a", f"{address}/a/*.tar"):
         with pytest.raises(InputError, match=f"^{re.escape(source)}: no Parquet files or tars$"):
             converted(source, tmp_path / "out")
+    write_parquet(tmp_path / "paths.parquet", {"path": ["b.jpg"]})
+    object_store.client().upload_file(str(tmp_path / "paths.parquet"), "containers-none", "b/paths.parquet")
+    with pytest.raises(InputError, match=r"its column 'path' has paths, which only a local file may have"):
+        converted(f"{address}/b", tmp_path / "out")
     with pytest.raises(InputError, match=r"a/x.tar: cannot be fetched"):
         converted(f"{address}/a/x.tar", tmp_path / "out")
     with pytest.raises(InputError, match=r"gs://bucket/a: --local is needed for an object store's shards"):
@@ -354,7 +377,13 @@ def test_litdata_and_a_data_loader_read_what_we_write(tmp_path: Path) -> None:
         tmp_path / "x.parquet", {"image": [encoded_image(i) for i in range(40)], "label": [*range(40)]}
     )
     converted(source, tmp_path / "out", "--label-column", "label", "--shard-size", "10kb")
-    theirs = litdata.StreamingDataset(str(tmp_path / "out"))
+    (tmp_path / "links").mkdir()
+    for path in (tmp_path / "out").glob("shard.*"):
+        (tmp_path / "links" / path.name).symlink_to(path)
+    index = json.loads((tmp_path / "out" / "index.json").read_bytes())
+    index["shards"] = [shard | {"zip_data": shard["raw_data"]} for shard in index["shards"]]
+    (tmp_path / "links" / "index.json").write_text(json.dumps(index))
+    theirs = litdata.StreamingDataset(str(tmp_path / "links"))
     assert sorted((bytes(each["image"]), int(each["label"])) for each in theirs) == stored(tmp_path / "out")
     dataset: Any = StreamingDataset(local=str(tmp_path / "out"), shuffle=False, batch_size=8)
     batches = DataLoader(dataset, batch_size=8, collate_fn=lambda samples: samples)
