@@ -222,7 +222,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
         InputError: The teacher's file cannot be used, or another setting does not fit it.
     """
     with node_leaders_first("the teacher"):
-        teacher = teacher or build_teacher(config.teacher)
+        teacher = teacher or build_teacher(config)
     model = join_student(config, teacher)
     if config.compile:
         uses_fsdp = config.parallelism_config.fsdp is not None
@@ -240,13 +240,15 @@ def join_student(config: TrainConfig, teacher: Teacher) -> DistillationModel:
         InputError: A setting does not fit it.
     """
     targets, precision, depth = config.targets, choose_precision(config.precision), teacher.config.depth
+    objectives = config.objectives
     if (top_k := targets.average_top_k_layers) is not None and top_k > depth:
         raise InputError(f"targets.average_top_k_layers: must be at most the teacher's depth {depth}, got {top_k}")
     if config.compile and (missing := find_missing()) is not None:
         raise InputError(f"compile: {missing}; install it, or set compile=false")
     with errors_of("student"):
         layer_mean = targets.model_dump(include={"normalization", "final_layer_norm"})
-        student = teacher.build_student(**config.student.model_dump(), **layer_mean)
+        projected = objectives.has_embedding
+        student = teacher.build_student(**config.student.model_dump(), projected=projected, **layer_mean)
     teacher.encoder.half_residual = config.half_residual
     if config.parallelism_config.fsdp is not None:
         teacher.encoder.keep_scale_whole()
@@ -261,18 +263,20 @@ def join_student(config: TrainConfig, teacher: Teacher) -> DistillationModel:
             top_k,
             precision.cpu_bf16,
             targets.source,
-            **config.objectives.tokens.model_dump(),
+            **objectives.tokens.model_dump(),
+            embedding_weight=objectives.embedding.weight if objectives.embedding else 0.0,
         )
 
 
-def build_teacher(config: TeacherConfig) -> Teacher:
-    """Load the teacher that the section ``teacher`` describes.
+def build_teacher(config: TrainConfig) -> Teacher:
+    """Load the teacher that the section ``teacher`` describes, with its image embedding if an objective needs it.
 
     Raises:
         InputError: Its file cannot be used.
     """
+    section = config.teacher.model_dump()
     try:
-        return load_teacher(config.checkpoint, **config.model_dump(exclude={"checkpoint"}))
+        return load_teacher(section.pop("checkpoint"), **section, projected=config.objectives.has_embedding)
     except InputError as error:
         key = "teacher." if str(error).startswith(tuple(TeacherConfig.model_fields)) else "teacher.checkpoint: "
         raise InputError(f"{key}{error}") from error
@@ -417,7 +421,7 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
     primary, student, baselines = choose_embeds(config, model)
     sizes = model.teacher.config
     with node_leaders_first("the data sets for retrieval"):
-        datasets = build_labeled_sets(retrieval, modality_of(sizes))
+        datasets = build_labeled_sets(retrieval, modality_of(sizes), model.student.projected_width)
     with errors_of("retrieval"):
         return ZeroShotRetrieval(
             datasets,

@@ -233,7 +233,12 @@ class PrimaryEmbedding(NamedTuple):
         """
         check_choice("representation", fields["representation"], Representation)
         check_choice("pooling", fields["pooling"], Pooling)
-        return cls(fields["representation"], fields["pooling"])
+        return cls.of(fields["representation"], fields["pooling"])
+
+    @classmethod
+    def of(cls, representation: Representation, pooling: Pooling) -> "PrimaryEmbedding":
+        """Return the embedding with these two; ``projected`` has its own pooling, under the name ``cls``."""
+        return cls(representation, "cls" if representation == "projected" else pooling)
 
 
 DEFAULT_PRIMARY = PrimaryEmbedding("output", "cls")
@@ -250,8 +255,8 @@ def choose_embedding(
     """
     primary = stored_primary(model.provenance)
     if primary.pooling == "cls" and not model.has_cls_token:
-        primary = primary._replace(pooling=model.default_pooling)
-    chosen = PrimaryEmbedding(representation or primary.representation, pooling or primary.pooling)
+        primary = PrimaryEmbedding.of(primary.representation, model.default_pooling)
+    chosen = PrimaryEmbedding.of(representation or primary.representation, pooling or primary.pooling)
     if chosen.name not in model.embedding_names:
         allowed = ", ".join(model.embedding_names)
         raise InputError(f"representation and pooling: this model has no {chosen.name}; it has {allowed}")

@@ -63,7 +63,7 @@ def compile_model(model: "Distillation", joins_frozen_blocks: bool = True, choic
             part.forward = compiled(part.forward, mode)
         elif hasattr(part, "layer_mean"):
             part.layer_mean = part.layer_mean.changed(norm_mean=compiled_norm_mean)
-    model.total_loss = compiled(model.total_loss, mode)
+    model.losses = compiled(model.losses, mode)
     if joins_frozen_blocks and not torch.cuda.is_available():
         for encoder in encoders:
             if encoder.is_frozen:

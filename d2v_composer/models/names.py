@@ -7,7 +7,9 @@ DATA2VEC2 = "data2vec2"
 PREFIX = "timm/"
 """Prefix of a timm model's name."""
 Pooling = Literal["cls", "mean", "mean_patches"]
-Representation = Literal["output", "layer_mean"]
+Representation = Literal["output", "layer_mean", "projected"]
+PROJECTED = "projected_cls"
+"""The embedding in the space of the teacher's own image embedding, whatever it pools."""
 PrecisionName = Literal["fp32", "amp_bf16", "amp_fp16"]
 PrecisionChoice = Literal["auto", "fp32", "amp_fp16", "amp_bf16"]
 """``auto`` is the fastest that the machine has instructions for."""
