@@ -28,7 +28,7 @@ from d2v_composer.models.configs import (
 )
 from d2v_composer.models.data2vec2 import ENCODERS
 from d2v_composer.models.encoder import Encoder
-from d2v_composer.models.names import Pooling, Representation
+from d2v_composer.models.names import Pooling, Representation, embedding_name
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets
@@ -222,7 +222,7 @@ class PrimaryEmbedding(NamedTuple):
     @property
     def name(self) -> str:
         """Name in metrics, such as layer_mean_cls."""
-        return f"{self.representation}_{self.pooling}"
+        return embedding_name(self.representation, self.pooling)
 
     @classmethod
     def parse(cls, fields: Any) -> "PrimaryEmbedding":
@@ -233,12 +233,7 @@ class PrimaryEmbedding(NamedTuple):
         """
         check_choice("representation", fields["representation"], Representation)
         check_choice("pooling", fields["pooling"], Pooling)
-        return cls.of(fields["representation"], fields["pooling"])
-
-    @classmethod
-    def of(cls, representation: Representation, pooling: Pooling) -> "PrimaryEmbedding":
-        """Return the embedding with these two; ``projected`` has its own pooling, under the name ``cls``."""
-        return cls(representation, "cls" if representation == "projected" else pooling)
+        return cls(fields["representation"], fields["pooling"])
 
 
 DEFAULT_PRIMARY = PrimaryEmbedding("output", "cls")
@@ -255,8 +250,8 @@ def choose_embedding(
     """
     primary = stored_primary(model.provenance)
     if primary.pooling == "cls" and not model.has_cls_token:
-        primary = PrimaryEmbedding.of(primary.representation, model.default_pooling)
-    chosen = PrimaryEmbedding.of(representation or primary.representation, pooling or primary.pooling)
+        primary = primary._replace(pooling=model.default_pooling)
+    chosen = PrimaryEmbedding(representation or primary.representation, pooling or primary.pooling)
     if chosen.name not in model.embedding_names:
         allowed = ", ".join(model.embedding_names)
         raise InputError(f"representation and pooling: this model has no {chosen.name}; it has {allowed}")

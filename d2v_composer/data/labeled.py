@@ -166,21 +166,21 @@ def load_labeled_set(
         # Labels may recur at the very spacing of the images chosen, and then all are hits.
         if 1 < len(split.labels) == max_images and bool((split.labels == split.labels[0]).all()):
             raise InputError(f"{root}: max_images={max_images} selects only one class; choose another value")
-    if class_embeddings is not None:
+    if class_embeddings is not None and labeled.has_labels:
         labeled = labeled._replace(class_embeddings=_read_class_embeddings(Path(class_embeddings), labeled))
     return labeled
 
 
 def _read_class_embeddings(path: Path, labeled: EvaluationSet) -> Tensor:
     """Read the embedding of each class, (C, P) float32."""
-    if not labeled.has_labels:
-        raise InputError(f"class_embeddings: {path} is for labels, and these samples have none")
     with reading(path):
         rows = torch.from_numpy(np.load(path)).float()
-    num_classes = len(labeled.class_names) or int(max(labeled.train.labels.max(), labeled.test.labels.max())) + 1
-    is_whole = len(rows) == num_classes or (len(rows) > num_classes and not labeled.class_names)
-    if rows.ndim != 2 or not is_whole or not rows.isfinite().all():
-        raise InputError(f"{path}: expected finite numbers, a row for each of {num_classes} classes, got {rows.shape}")
+    # Labels without names may be of more classes than these samples.
+    num_labels = max(int(each.labels.max()) + 1 for each in labeled[:2])
+    num_classes = len(labeled.class_names) or max(num_labels, len(rows))
+    if rows.ndim != 2 or len(rows) != num_classes or not rows.isfinite().all():
+        expected = f"finite numbers, a row for each of {num_classes} classes"
+        raise InputError(f"{path}: expected {expected}, got {tuple(rows.shape)}")
     return rows
 
 

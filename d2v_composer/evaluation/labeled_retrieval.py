@@ -100,10 +100,8 @@ class Lookup(NamedTuple):
         for probe in self.probes if labeled.has_labels else WITHOUT_LABELS:
             found = PROBES[probe]
             measures += map(found, self.ks) if callable(found) else found
-        lacking = [] if self.teacher is not None else [AGREEMENT]
-        num_classes = 0 if labeled.class_embeddings is None else len(labeled.class_embeddings)
-        lacking += [zero_shot(k) for k in self.ks if k > num_classes]
-        return [each for each in measures if each not in lacking]
+        needs = {AGREEMENT.name: self.teacher, "zero_shot": labeled.class_embeddings}
+        return [each for each in measures if needs.get(each.name, labeled) is not None]
 
     def check(self, name: str, labeled: "EvaluationSet") -> None:
         """Check that a set has enough images to look up.
@@ -246,11 +244,9 @@ def measure_embeddings(
                         about = f"{dataset}, {candidate.name} ({name or 'only embedding'})"
                         warn_once(f"{about}: linear probe: {probe.doubt}")
             if name == PROJECTED and classes is not None and classes.shape[1] == images["test"].shape[1]:
-                possible = [k for k in ks if k <= len(classes)]
-                nearest = exact_neighbors(classes, ranks.take_share(images["test"]), max(possible))
+                nearest = exact_neighbors(classes, ranks.take_share(images["test"]), min(max(ks), len(classes)))
                 indices = ranks.gather(nearest.indices, len(labels["test"]))
-                numbers = torch.arange(len(classes), device=indices.device)
-                found = retrieval_hits(indices, numbers, labels["test"], possible)
+                found = retrieval_hits(indices, to_device(torch.arange(len(classes))), labels["test"], ks)
                 hits |= {zero_shot(k): hit for k, hit in found.items()}
             for measure, hit in hits.items():
                 is_primary = name == primary or measure.name == "zero_shot"

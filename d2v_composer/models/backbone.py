@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from d2v_composer.models.encoder import Encoder, Inputs, Tokens
 from d2v_composer.models.features import Features
 from d2v_composer.models.layer_mean import LayerMean
-from d2v_composer.models.names import PROJECTED, Pooling, Representation
+from d2v_composer.models.names import PROJECTED, Pooling, Representation, embedding_name
 
 
 @contextmanager
@@ -214,8 +214,7 @@ class Backbone(nn.Module, ABC):
             torch.Size([2, 192])
         """
         embeddings = self.embed_all(images, lengths)
-        is_projected = representation == "projected"
-        name = PROJECTED if is_projected else f"{representation}_{pooling or self.default_pooling}"
+        name = embedding_name(representation, pooling or self.default_pooling)
         if name not in embeddings:
             raise ValueError(f"no embedding {name!r}; this model has: {', '.join(embeddings)}")
         return embeddings[name]

@@ -31,6 +31,11 @@ Weights = Literal["model", "ema"]
 """Weights of a teacher's file: the trained ones, or their moving average."""
 
 
+def embedding_name(representation: Representation, pooling: Pooling) -> str:
+    """Return the name of an embedding; ``projected`` has a pooling of its own."""
+    return PROJECTED if representation == "projected" else f"{representation}_{pooling}"
+
+
 def timm_name(model: str) -> str:
     """Return the NAME of ``timm/NAME``.
 

@@ -275,7 +275,11 @@ def test_its_image_embedding_is_timms(name: str, outputs: int) -> None:
 
 def test_which_of_timms_models_have_a_projection() -> None:
     """All whose names say that they have a text tower, and no classifier."""
-    names = [name for module in ("vision_transformer", "eva", "beit") for name in timm.list_models(module=module, pretrained=True)]
+    names = [
+        name
+        for module in ("vision_transformer", "eva", "beit")
+        for name in timm.list_models(module=module, pretrained=True)
+    ]
     outputs = {name: projection_width(timm.get_pretrained_cfg(name).num_classes) for name in names}
     with_projection = {name for name, count in outputs.items() if count}
     assert len(with_projection) > 50
