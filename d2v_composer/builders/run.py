@@ -247,8 +247,8 @@ def join_student(config: TrainConfig, teacher: Teacher) -> DistillationModel:
         raise InputError(f"compile: {missing}; install it, or set compile=false")
     with errors_of("student"):
         layer_mean = targets.model_dump(include={"normalization", "final_layer_norm"})
-        projected = objectives.has_embedding
-        student = teacher.build_student(**config.student.model_dump(), projected=projected, **layer_mean)
+        layer_mean["projected"] = objectives.embedding.weight > 0
+        student = teacher.build_student(**config.student.model_dump(), **layer_mean)
     teacher.encoder.half_residual = config.half_residual
     if config.parallelism_config.fsdp is not None:
         teacher.encoder.keep_scale_whole()
@@ -264,7 +264,7 @@ def join_student(config: TrainConfig, teacher: Teacher) -> DistillationModel:
             precision.cpu_bf16,
             targets.source,
             **objectives.tokens.model_dump(),
-            embedding_weight=objectives.embedding.weight if objectives.embedding else 0.0,
+            embedding_weight=objectives.embedding.weight,
         )
 
 
@@ -276,7 +276,7 @@ def build_teacher(config: TrainConfig) -> Teacher:
     """
     section = config.teacher.model_dump()
     try:
-        return load_teacher(section.pop("checkpoint"), **section, projected=config.objectives.has_embedding)
+        return load_teacher(section.pop("checkpoint"), **section, projected=config.objectives.embedding.weight > 0)
     except InputError as error:
         key = "teacher." if str(error).startswith(tuple(TeacherConfig.model_fields)) else "teacher.checkpoint: "
         raise InputError(f"{key}{error}") from error

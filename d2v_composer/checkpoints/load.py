@@ -116,7 +116,7 @@ def save_student(student: Backbone, out: Path) -> None:
         now_computed = encoder.config.changed(timm=now, outputs=encoder.sample_outputs())
         sizes["network" if is_network else "encoder"] = now_computed.model_dump(mode="json")
     if is_network:
-        if student.head is not None and primary.pooling != "cls":
+        if student.head is not None and primary.name != "output_cls":
             raise InputError(f"{out}: timm's classifier reads output_cls; this one was trained on {primary.name}")
         write_model_file(out, kind, sizes, student.provenance, encoder.timm_tensors(student.head))
         return

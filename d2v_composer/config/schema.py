@@ -183,25 +183,19 @@ class TokensConfig(Section):
 class EmbeddingConfig(Section):
     """The regression of the teacher's own image embedding: 1 - cosine similarity of ``projected_cls``."""
 
-    weight: Weight = 1.0
-    """Weight of the term; 0: it is left out."""
+    weight: Weight = 0.0
+    """Weight of the term; 0: it is left out. It keeps a student in the space of its teacher's text tower."""
 
 
 class ObjectivesConfig(Section):
     """The terms of the loss."""
 
     tokens: TokensConfig = TokensConfig()
-    embedding: EmbeddingConfig | None = None
-    """{}: regress the teacher's image embedding, too, in the space of its text tower if it has one; null: do not."""
+    embedding: EmbeddingConfig = EmbeddingConfig()
 
     def contradictions(self) -> Iterator[str]:
-        if not self.tokens.weight and not self.has_embedding:
-            yield ".tokens.weight: must be positive without an embedding's weight, got 0"
-
-    @property
-    def has_embedding(self) -> bool:
-        """True if there is such a term, so that teacher and student have the embedding."""
-        return self.embedding is not None and self.embedding.weight > 0
+        if not self.tokens.weight + self.embedding.weight:
+            yield ".tokens.weight: must be positive unless objectives.embedding.weight is, got 0"
 
 
 class ShardLoaderConfig(Section):

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from d2v_composer.models.attention import FfnBlock
 from d2v_composer.models.encoder import Encoder
+from d2v_composer.models.projection import Projection
 from d2v_composer.models.targets import instance_norm_mean, norm_mean
 from d2v_composer.models.transformer import Transformer
 
@@ -185,9 +186,11 @@ def join_units(model: "Distillation", mesh: DeviceMesh | None) -> None:
     fully_shard(model, mesh=mesh)  # it has no weights outside its units
     for name in model.forward_methods:
         register_fsdp_forward_method(model, name)
+    # Gradients pass a frozen one, too.
+    projections = {part for each in model.modules() if isinstance(each, Projection) for part in each.modules()}
     for unit in sharded_units(model).values():
         is_trained = any(parameter.requires_grad for parameter in cast("nn.Module", unit).parameters())
-        unit.set_unshard_in_backward(is_trained)
+        unit.set_unshard_in_backward(is_trained or unit in projections)
     for part in model.modules():
         blocks = part.block_list if isinstance(part, Encoder | Transformer) else []
         for block, following in pairwise(blocks):

@@ -5,7 +5,7 @@ Shapes: B images, S pixels per side, N cells of the grid, T tokens of a teacher,
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -29,7 +29,8 @@ def create_network(config: TimmNetworkConfig, pretrained: bool = False) -> Any:
         ValueError: timm has no such model, or not at this image size, or no weights of it.
     """
     name = timm_name(config.model)
-    options: dict[str, Any] = {"pretrained": pretrained, "in_chans": config.in_chans, **head_options(config)}
+    options: dict[str, Any] = {"pretrained": pretrained, "in_chans": config.in_chans}
+    options["num_classes"] = config.projection  # None: timm's own
     try:
         try:
             model: Any = timm.create_model(name, img_size=height_and_width(config.image_size), **options)
@@ -41,11 +42,6 @@ def create_network(config: TimmNetworkConfig, pretrained: bool = False) -> Any:
         if parameter_name.startswith(classifier_prefixes(model)):
             nn.init.zeros_(parameter)
     return model
-
-
-def head_options(config: TimmNetworkConfig) -> dict[str, int]:
-    """Return the argument of ``timm.create_model`` that makes its classifier the projection, if there is one."""
-    return {} if config.projection is None else {"num_classes": config.projection}
 
 
 def load_pretrained(model: str) -> "NetworkStudent":
@@ -144,13 +140,12 @@ class TimmNetwork(PixelEncoder):
 
     def timm_arguments(self) -> str:
         """Return the arguments with which ``timm.create_model`` builds this model."""
-        name = timm_name(self.config.model)
+        name, classes = timm_name(self.config.model), cast("Any", self.config.projection)
         with torch.device("meta"):
-            usual, own = timm.create_model(name, **head_options(self.config)).state_dict(), self.model.state_dict()
+            usual, own = timm.create_model(name, num_classes=classes).state_dict(), self.model.state_dict()
         is_usual = all(tensor.shape == own[key].shape for key, tensor in usual.items())
-        options = {} if is_usual else {"img_size": height_and_width(self.config.image_size)}
-        options |= head_options(self.config)
-        return ", ".join([f'"{name}"', *(f"{key}={each}" for key, each in options.items())])
+        size = "" if is_usual else f", img_size={height_and_width(self.config.image_size)}"
+        return f'"{name}"{size}' + (f", num_classes={classes}" if classes else "")
 
     def timm_tensors(self, head: nn.Linear | None = None) -> dict[str, Tensor]:
         """Return the state dict of timm's model, with a classifier of the pooled feature in place of its own."""
