@@ -57,13 +57,10 @@ def build_labeled_sets(lookup: LookupConfig, modality: Modality, width: int) -> 
         for name, labeled in lookup.datasets.items()
         if labeled is not None
     }
-    rows = {name: each.class_embeddings for name, each in sets.items() if each.class_embeddings is not None}
-    if "zero_shot" in lookup.probes:
-        if not rows:
-            raise InputError("probes: zero_shot needs class_embeddings in the section of a data set")
-        for name, each in rows.items():
-            if each.shape[1] != width:
-                raise InputError(f"datasets.{name}.class_embeddings: expected {width} columns, got {each.shape[1]}")
+    widths = {each.class_embeddings.shape[1] for each in sets.values() if each.class_embeddings is not None}
+    if "zero_shot" in lookup.probes and widths != {width}:
+        found = " and ".join(map(str, sorted(widths))) or "none"
+        raise InputError(f"probes: zero_shot needs class_embeddings of a data set, with {width} columns; got {found}")
     for name, labeled in sets.items() if global_rank() == 0 else ():
         if shared := labeled.count_shared():
             found = f"{shared} of {len(labeled.test.labels)} test {modality.unit}"

@@ -73,14 +73,13 @@ class EvaluationSet(NamedTuple):
         found, numbers = torch.cat([self.train.labels, self.test.labels]).unique(return_inverse=True)
         known = dict(enumerate(self.class_names))
         train, test = numbers.split(self.num_samples)
-        rows = self.class_embeddings
-        if rows is not None:  # those of classes without images stay, too, as wrong answers
-            others = torch.tensor(sorted({*range(len(rows))} - {*found.tolist()}), dtype=torch.int64)
-            rows = rows[torch.cat([found, others])]
+        rows, labels = self.class_embeddings, found.tolist()
+        if rows is not None:  # those of classes without images come last, as wrong answers
+            rows = rows[sorted(range(len(rows)), key=lambda label: label not in labels)]
         return EvaluationSet(
             self.train._replace(labels=train),
             self.test._replace(labels=test),
-            tuple(known.get(label, str(label)) for label in found.tolist()),
+            tuple(known.get(label, str(label)) for label in labels),
             rows,
         )
 

@@ -101,6 +101,8 @@ class Teacher(Transformer, Frozen):
         check_choice("init", init, Init)
         given = {name: value for name, value in sizes.items() if value is not None}
         if projected:
+            if self.projection is None:
+                raise ValueError("projected: load the teacher with projected=True")
             given["projection"] = self.projection.num_outputs if model is None else self.projected_width
         if model is not None:
             return self.build_network(model, pretrained, **given, **({} if init == "random" else {"init": init}))

@@ -198,7 +198,7 @@ def test_sharded_ranks_train_as_one_process(trained: Path, teacher: Path, small_
 @pytest.mark.parametrize(
     ("shape", "change", "message"),
     [
-        ((4, 64), "", "datasets.four.class_embeddings: expected 128 columns, got 64"),
+        ((4, 64), "", "class_embeddings of a data set, with 128 columns; got 64"),
         ((3, 128), "", "classes.npy: expected finite numbers, a row for each of 4 classes, got (3, 128)"),
         (None, "", "classes.npy: cannot be read: No such file or directory"),
         ((4, 128), "objectives.embedding.weight=0", "probes: zero_shot needs the embedding projected_cls"),
@@ -207,7 +207,11 @@ def test_sharded_ranks_train_as_one_process(trained: Path, teacher: Path, small_
             "objectives={tokens: {weight: 0}, embedding: {weight: 0}}",
             "objectives.tokens.weight: must be",
         ),
-        ((4, 128), "retrieval.datasets.four.class_embeddings=null", "probes: zero_shot needs class_embeddings"),
+        (
+            (4, 128),
+            "retrieval.datasets.four.class_embeddings=null",
+            "with 128 columns; got none",
+        ),
     ],
 )
 def test_what_cannot_be(
