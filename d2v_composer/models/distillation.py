@@ -114,9 +114,10 @@ class Distillation(ComposerModel):
 
     def losses(self, regressions: tuple[Regression, ...]) -> dict[str, Tensor]:
         """Return each objective's loss by name, and the weighted sum as ``total``, from the result of each."""
-        found = [each.loss(result) for each, result in zip(self.objectives.values(), regressions, strict=True)]
-        total = sum(each.weight * loss for each, loss in zip(self.objectives.values(), found, strict=True))
-        return {**dict(zip(self.objectives, found, strict=True)), "total": cast("Tensor", total)}
+        pairs = zip(self.objectives.items(), regressions, strict=True)
+        found = {name: each.loss(result) for (name, each), result in pairs}
+        total = sum(each.weight * found[name] for name, each in self.objectives.items())
+        return found | {"total": cast("Tensor", total)}
 
     def get_metrics(self, is_train: bool) -> dict[str, Any]:
         return {}  # a callback measures retrieval; the Trainer logs the loss

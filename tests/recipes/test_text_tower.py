@@ -11,7 +11,7 @@ from helpers import ROOT, log_of, run_command, run_training
 @pytest.mark.slow
 def test_zero_shot_is_kept(tmp_path: Path) -> None:
     """Minutes on one core: chance is 0.1, and a student before training is near it."""
-    made = run_command(sys.executable, ROOT / "tests" / "makers" / "clip_pair.py", tmp_path)
+    made = run_command(sys.executable, ROOT / "tests" / "makers" / "clip_pair.py", tmp_path, timeout=900)
     assert made.returncode == 0, made.stderr
     run_training(
         str(ROOT / "yamls" / "quickstart.yaml"),
@@ -29,6 +29,7 @@ def test_zero_shot_is_kept(tmp_path: Path) -> None:
         "precision=fp32",
         "report=false",
         f"save_folder={tmp_path / 'run'}",
+        timeout=900,
     )
     log = log_of(tmp_path / "run")
     student, teacher = (log[f"metrics/cifar10/{name}zero_shot/top1"] for name in ("", "teacher/"))
