@@ -131,7 +131,7 @@ def train_student(
     transform = build_augmentation(loader, model.teacher.config, config.seed).transform
     sizes = config.global_train_batch_size, config.seed
     train_loader = build_train_loader(loader, index, transform, *sizes, is_compiled=config.compile is not False)
-    if config.targets.normalization == "dataset":
+    if config.targets.normalization == "dataset" and config.objectives.tokens.weight:
         measure = TargetStatistics(config.targets.dataset_batches or 100, config.device_eval_batch_size)
         callbacks = [measure, *callbacks]
     retrieval, fsdp = build_retrieval(config, model), config.parallelism_config.fsdp
@@ -228,7 +228,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
         InputError: The teacher's file cannot be used, or another setting does not fit it.
     """
     with node_leaders_first("the teacher"):
-        teacher = teacher or build_teacher(config.teacher)
+        teacher = teacher or build_teacher(config)
     model = join_student(config, teacher)
     if config.compile:
         uses_fsdp = config.parallelism_config.fsdp is not None
@@ -246,12 +246,14 @@ def join_student(config: TrainConfig, teacher: Teacher) -> DistillationModel:
         InputError: A setting does not fit it.
     """
     targets, precision, depth = config.targets, choose_precision(config.precision), teacher.config.depth
+    objectives = config.objectives
     if (top_k := targets.average_top_k_layers) is not None and top_k > depth:
         raise InputError(f"targets.average_top_k_layers: must be at most the teacher's depth {depth}, got {top_k}")
     if config.compile and (missing := find_missing()) is not None:
         raise InputError(f"compile: {missing}; install it, or set compile=false")
     with errors_of("student"):
         layer_mean = targets.model_dump(include={"normalization", "final_layer_norm"})
+        layer_mean["projected"] = objectives.embedding.weight > 0
         student = teacher.build_student(**config.student.model_dump(), **layer_mean)
     teacher.encoder.half_residual = config.half_residual
     if config.parallelism_config.fsdp is not None:
@@ -267,19 +269,21 @@ def join_student(config: TrainConfig, teacher: Teacher) -> DistillationModel:
             top_k,
             precision.cpu_bf16,
             targets.source,
-            **config.objectives.tokens.model_dump(),
+            **objectives.tokens.model_dump(),
+            embedding_weight=objectives.embedding.weight,
             dataset_norm=targets.normalization == "dataset",
         )
 
 
-def build_teacher(config: TeacherConfig) -> Teacher:
-    """Load the teacher that the section ``teacher`` describes.
+def build_teacher(config: TrainConfig) -> Teacher:
+    """Load the teacher that the section ``teacher`` describes, with its image embedding if an objective needs it.
 
     Raises:
         InputError: Its file cannot be used.
     """
+    section = config.teacher.model_dump()
     try:
-        return load_teacher(config.checkpoint, **config.model_dump(exclude={"checkpoint"}))
+        return load_teacher(section.pop("checkpoint"), **section, projected=config.objectives.embedding.weight > 0)
     except InputError as error:
         key = "teacher." if str(error).startswith(tuple(TeacherConfig.model_fields)) else "teacher.checkpoint: "
         raise InputError(f"{key}{error}") from error
@@ -424,7 +428,7 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
     primary, student, baselines = choose_embeds(config, model)
     sizes = model.teacher.config
     with node_leaders_first("the data sets for retrieval"):
-        datasets = build_labeled_sets(retrieval, modality_of(sizes))
+        datasets = build_labeled_sets(retrieval, modality_of(sizes), model.student.projected_width)
     with errors_of("retrieval"):
         return ZeroShotRetrieval(
             datasets,

@@ -43,7 +43,7 @@ class ZeroShotRetrieval(Callback):
     Logged: ``metrics/{dataset}/bank_{train|test}/top{k}`` for the primary embedding,
     ``metrics/{dataset}/bank_{train|test}/top{k}/{embedding}`` for every named embedding, the same below
     ``metrics/{dataset}/{baseline}/`` for each baseline, and ``time/zero_shot_retrieval`` in seconds. Probes have
-    ``{knn|knn_majority|linear}/top1``, ``agreement@10`` and ``instance/top{k}`` in place of
+    ``{knn|knn_majority|linear}/top1``, ``agreement@10`` and ``{instance|zero_shot}/top{k}`` in place of
     ``bank_{train|test}/top{k}``.
 
     Args:
@@ -60,7 +60,8 @@ class ZeroShotRetrieval(Callback):
             and the majority), ``linear``, by a logistic regression (seconds for each embedding). Or look up test images
             among themselves, without labels: ``agreement``, the share of each one's 10 nearest that the baseline named
             teacher finds, too, in the embedding of the same name (for the primary embedding, in its primary one), and
-            ``instance``, whether one augmented view of it finds the other.
+            ``instance``, whether one augmented view of it finds the other. Or ``zero_shot``, whether the text embedding
+            of a test image's class is the nearest to its ``projected_cls``, in sets with ``class_embeddings``.
         augment: Makes these views.
         device_batch_size: Images embedded at once on each device.
         progress_bar: Show a bar on rank 0's terminal.
@@ -137,6 +138,7 @@ class ZeroShotRetrieval(Callback):
             for name in candidates
             for dataset, labeled in self.datasets.items()
             for measure in self.lookup.measures(labeled)
+            if name == TEACHER or measure.name != "zero_shot"  # pixels have no projection
         }
         measured: list[Candidate] = []
         if keys <= self.baseline_metrics.keys():

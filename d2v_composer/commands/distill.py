@@ -104,7 +104,7 @@ def distill(arguments: Namespace, argv: Sequence[str]) -> None:
 
     config = read_settings(arguments) if plan is None else plan.config
     # Before the seed is set, in every call: a student's random weights come after it.
-    teacher = plan.teacher if plan is not None else None if is_launched() else build_teacher(config.teacher)
+    teacher = plan.teacher if plan is not None else None if is_launched() else build_teacher(config)
     train_student(config, teacher=teacher, when_built=lambda: write_settings(arguments, config))
     if global_rank() == 0:
         export(str(arguments.out / LATEST), arguments.out / STUDENT_FILE)
@@ -154,7 +154,7 @@ def make_plan(arguments: Namespace) -> Plan:
 
     # The changes are checked before the teacher is fetched.
     unsized = configure(arguments, arguments.out, ALWAYS)
-    teacher = build_teacher(unsized.teacher)
+    teacher = build_teacher(unsized)
     modality = modality_of(teacher.config)
     samples = arguments.out / modality.unit
     with TemporaryDirectory() as folder:
@@ -164,7 +164,7 @@ def make_plan(arguments: Namespace) -> Plan:
     chosen = choose(number, teacher.config, unsized.student.model)
     config = configure(arguments, samples, chosen)
     if config.teacher != unsized.teacher:  # a timm model for smaller images
-        teacher = build_teacher(config.teacher)
+        teacher = build_teacher(config)
     choose_embeds(config, join_student(config, teacher))
     build_augmentation(config.train_loader, teacher.config, config.seed)
     build_callbacks(config)

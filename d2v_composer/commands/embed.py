@@ -47,7 +47,8 @@ def main(argv: Sequence[str]) -> "Embedding":
         raise InputError("--precision: amp_fp16 needs a GPU; on a CPU, use fp32, amp_bf16 or auto")
     check_out(out, overwrite=arguments.overwrite)
     timm = {name: given[name] for name in ("checkpoint", "first_blocks", "image_size")}
-    model, _ = load_any(arguments.model, arguments.weights, arguments.teacher, **timm)
+    projected = arguments.representation == "projected"
+    model, _ = load_any(arguments.model, arguments.weights, arguments.teacher, **timm, projected=projected)
     chosen = choose_embedding(model, arguments.pooling, arguments.representation)
     modality = modality_of(model.encoder.config)
     place = {"column": arguments.column, "cache": arguments.local, "cache_limit": arguments.cache_limit}

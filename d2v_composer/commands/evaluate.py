@@ -9,10 +9,10 @@ usage: d2v evaluate [FILE.yaml] model=PATH [key=value …]
     d2v evaluate yamls/evaluate.yaml model=student.safetensors 'rivals=[timm/resnet18.a1_in1k, narrow.safetensors]'
 
 The model is a teacher's file, a training checkpoint, an exported student, or a timm ViT. The tables show
-retrieval and what ``probes='[knn, linear, agreement, instance]'`` adds (the last two need no labels), in the primary
-embedding of the model's run unless pooling and representation choose another one. ``rivals`` are further models in the
-same tables, with their size and speed. ``out`` receives the results of all embeddings as JSON and CSV and, with
-rivals, a picture of quality over speed. `d2v fields evaluation` lists all fields.
+retrieval and what ``probes='[knn, linear, agreement, instance, zero_shot]'`` adds (agreement and instance need no
+labels), in the primary embedding of the model's run unless pooling and representation choose another one. ``rivals``
+are further models in the same tables, with their size and speed. ``out`` receives the results of all embeddings as JSON
+and CSV and, with rivals, a picture of quality over speed. `d2v fields evaluation` lists all fields.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     if "agreement" in config.probes and comparison.lookup.teacher is None:
         raise InputError("probes: agreement needs the teacher; name it with teacher=PATH")
     modality = modality_of(model.encoder.config)
-    datasets = build_labeled_sets(config, modality)
+    datasets = build_labeled_sets(config, modality, model.projected_width)
     for name, labeled in datasets.items():
         comparison.lookup.check(name, labeled)
     print(f"embedding: {comparison.lookup.primary}")

@@ -163,7 +163,7 @@ def read_images(student: "Backbone", source: str | None) -> "Tensor":
         found = open_source(source, modality)
         images = [found.decode(i) for i in evenly_spaced(len(found), MAX_INT8_IMAGES)]
     elif found := [*filter(None, (lookup(student.provenance, "config.retrieval.datasets") or {}).values())]:
-        options = found[0] | {"download": False, "max_images": MAX_INT8_IMAGES}
+        options = found[0] | {"download": False, "max_images": MAX_INT8_IMAGES, "class_embeddings": None}
         images = load_labeled_set(modality=modality, **options).test.samples
     if len(images) < MIN_INT8_IMAGES:
         raise InputError(f"--int8: needs at least {MIN_INT8_IMAGES} images, got {len(images)}; use --calibrate FOLDER")

@@ -65,6 +65,8 @@ class EvaluationSet(NamedTuple):
     test: LabeledSamples
     class_names: tuple[str, ...] = ()
     """Name of each label; empty if the labels are only numbers."""
+    class_embeddings: Tensor | None = None
+    """(C, P) float32, of each label, from a text tower."""
 
     def numbered(self) -> "EvaluationSet":
         """Renumber the labels from 0 without gaps, and keep their names, because tables have a row for each label."""
@@ -73,10 +75,14 @@ class EvaluationSet(NamedTuple):
         found, numbers = torch.cat([self.train.labels, self.test.labels]).unique(return_inverse=True)
         known = dict(enumerate(self.class_names))
         train, test = numbers.split(self.num_samples)
+        rows, labels = self.class_embeddings, found.tolist()
+        if rows is not None:  # those of classes without images come last, as wrong answers
+            rows = rows[sorted(range(len(rows)), key=lambda label: label not in labels)]
         return EvaluationSet(
             self.train._replace(labels=train),
             self.test._replace(labels=test),
-            tuple(known.get(label, str(label)) for label in found.tolist()),
+            tuple(known.get(label, str(label)) for label in labels),
+            rows,
         )
 
     def fingerprint(self) -> str:
@@ -122,6 +128,7 @@ def load_labeled_set(
     column: str | None = None,
     label_column: str | None = "label",
     max_images: int | None = None,
+    class_embeddings: str | Path | None = None,
 ) -> EvaluationSet:
     """Load a labeled set, or a set without labels: a folder without class folders, or MDS without ``label_column``.
 
@@ -140,6 +147,7 @@ def load_labeled_set(
         label_column: The column that holds the labels; ``None``: there are none.
         max_images: Load at most this many images of each split, evenly spaced; the others of a folder or of MDS are not
             even read.
+        class_embeddings: A .npy with a text tower's embedding of each class, in the order of the class names.
 
     Raises:
         InputError: The set is missing or corrupt, has no images or another modality's; or those chosen are all of one
@@ -161,7 +169,22 @@ def load_labeled_set(
         # Labels may recur at the very spacing of the images chosen, and then all are hits.
         if 1 < len(split.labels) == max_images and bool((split.labels == split.labels[0]).all()):
             raise InputError(f"{root}: max_images={max_images} selects only one class; choose another value")
+    if class_embeddings is not None and labeled.has_labels:
+        labeled = labeled._replace(class_embeddings=_read_class_embeddings(Path(class_embeddings), labeled))
     return labeled
+
+
+def _read_class_embeddings(path: Path, labeled: EvaluationSet) -> Tensor:
+    """Read the embedding of each class, (C, P) float32."""
+    with reading(path):
+        rows = torch.from_numpy(np.load(path)).float()
+    # Labels without names may be of more classes than these samples.
+    num_labels = max(int(each.labels.max()) + 1 for each in labeled[:2])
+    num_classes = len(labeled.class_names) or max(num_labels, len(rows))
+    if rows.ndim != 2 or len(rows) != num_classes or not rows.isfinite().all():
+        expected = f"finite numbers, a row for each of {num_classes} classes"
+        raise InputError(f"{path}: expected {expected}, got {tuple(rows.shape)}")
+    return rows
 
 
 def _load_cifar(format: Format, root: Path, download: bool, max_images: int | None) -> EvaluationSet:

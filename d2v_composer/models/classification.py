@@ -92,7 +92,7 @@ class Classifier(ComposerModel):
     def embed(self, inputs: Inputs) -> Tensor:
         """Compute the embeddings of images or waveforms, (B, D), with gradient."""
         features = self.backbone.features(self.backbone.encoder(inputs))
-        return features.poolings(self.backbone.represent(features, self.representation))[self.pooling]
+        return self.backbone.pooled(features, self.representation, self.pooling)
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:

@@ -12,7 +12,7 @@ from torch import Tensor
 from d2v_composer.models.configs import check_choice, check_whole
 from d2v_composer.models.dataset_norm import DatasetNorm
 from d2v_composer.models.features import Features
-from d2v_composer.models.names import ExtraTokens, Normalization, TargetSource
+from d2v_composer.models.names import PROJECTED, ExtraTokens, Normalization, TargetSource
 from d2v_composer.models.targets import norm_mean
 
 
@@ -81,13 +81,21 @@ class LayerMean(NamedTuple):
         first = features.num_extra_tokens if self.extra_tokens == "drop" else 0
         return slice(first, features.num_extra_tokens if self.extra_tokens == "only" else None)
 
-    def embeddings(self, features: Features) -> dict[str, Tensor]:
-        """Compute every embedding of a model, (B, D) float32, by name: poolings of its output and of its layers."""
+    def embeddings(
+        self, features: Features, project: Callable[[Features, Tensor], Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Compute every embedding of a model, (B, D) float32, by name: poolings of its output and of its layers.
+
+        ``project`` computes ``projected_cls`` of features and output.
+        """
         if features.pooled is not None:
-            return features.poolings(features.output, "output_")
-        output, mean = features.with_output(lambda layers: self.average(layers, features))
-        both = features.poolings(output, "output_") | features.poolings(mean, "layer_mean_")
-        return {name: both[name] for name in self.names(features.has_cls_token)}
+            output = features.output
+            found = features.poolings(output, "output_")
+        else:
+            output, mean = features.with_output(lambda layers: self.average(layers, features))
+            both = features.poolings(output, "output_") | features.poolings(mean, "layer_mean_")
+            found = {name: both[name] for name in self.names(features.has_cls_token)}
+        return found if project is None else found | {PROJECTED: project(features, output).float()}
 
     def names(self, has_cls_token: bool) -> list[str]:
         """Return the names of all embeddings.

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from typing import Any, cast
 
 from torch import Tensor, cat, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import cosine_similarity, interpolate
 
 from d2v_composer.models.attention import fsdp_unit, init_linear_layers, linear_weights
 from d2v_composer.models.backbone import Backbone
@@ -165,6 +165,35 @@ class GridRegression(LayerRegression):
 
     def forward_macs(self, num_tokens: int) -> int:
         return cast("GridHead", self.head).forward_macs()
+
+
+class EmbeddingRegression(Objective):
+    """Regress the teacher's own image embedding, ``projected_cls``: the loss is 1 - cosine similarity.
+
+    Args:
+        teacher: Frozen; it and the student have that embedding.
+        student: What regresses it.
+        weight: Of the term.
+    """
+
+    needs_output = False
+    needs_pooled = True
+
+    def __init__(self, teacher: Teacher, student: Backbone, weight: float = 1.0) -> None:
+        super().__init__(teacher, nn.Identity(), weight)
+        self.projects = teacher.project, student.project
+
+    def target(self, features: Features) -> Tensor:
+        return self.projects[0](features, features.output).float()
+
+    def regression(self, features: Features, target: Tensor) -> Regression:
+        return Regression(self.projects[1](features, features.output).float(), target)
+
+    def loss(self, regression: Regression) -> Tensor:
+        return 1 - cosine_similarity(regression.prediction, regression.target).mean()
+
+    def forward_macs(self, num_tokens: int) -> int:
+        return 0  # the models'
 
 
 class GridHead(nn.Module):

@@ -121,7 +121,7 @@ def gallery(unit: str, labeled: EvaluationSet, chosen: Tensor, nearest: Tensor) 
     Returns:
         The figure, and a row of clips for each of its rows if the samples can be heard.
     """
-    bank, queries, class_names = labeled
+    bank, queries, class_names, _ = labeled
     figure = Figure(figsize=(WIDTH, 1.72 * len(chosen)))
     grid = figure.subplots(len(chosen), nearest.shape[1] + 1, squeeze=False)
     clips = []

@@ -24,6 +24,7 @@ from d2v_composer.evaluation.metrics import (
     instance_retrieval,
     read_accuracies,
     retrieval_from,
+    zero_shot,
 )
 from d2v_composer.report.run import EMBEDDINGS, Run
 
@@ -69,6 +70,7 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
         plots = {
             **{f"retrieval_{dataset}_bank_{bank}": (f"bank {bank}", [retrieval_from(bank, ks[0])]) for bank in BANKS},
             f"probes_{dataset}": ("probes fitted on train, measured on test", [KNN, KNN_MAJORITY, LINEAR]),
+            f"zero_shot_{dataset}": ("nearest text embedding of a class", [*map(zero_shot, ks)]),
             f"without_labels_{dataset}": ("measured without labels", [AGREEMENT, *map(instance_retrieval, ks)]),
         }
         for name, (title, measures) in plots.items():

@@ -75,7 +75,7 @@ def read_run(folder: Path) -> Run:
             measured |= Checkpoint(checkpoint, read_newest(checkpoint, load_untrusted)).saved_by("ZeroShotRetrieval")
     datasets = {}
     for name, labeled in retrieval["datasets"].items():
-        options = {"download": False, "max_images": retrieval["max_images"]}
+        options = {"download": False, "max_images": retrieval["max_images"], "class_embeddings": None}
         try:
             if labeled is not None and name in measured["neighbors"]:
                 found = load_labeled_set(modality=modality, **labeled | options).numbered()

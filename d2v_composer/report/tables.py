@@ -8,6 +8,7 @@ from tabulate import tabulate
 
 from d2v_composer.evaluation.evaluate import GAP_CLOSED, Evaluation, Interval, gap_closed_by_step
 from d2v_composer.evaluation.metrics import BANKS, TEACHER, Log, Measure, metric_key, read_accuracies, retrieval_from
+from d2v_composer.models.names import PROJECTED
 from d2v_composer.report.run import EMBEDDINGS
 
 if TYPE_CHECKING:
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 
 CLASSIFIED, UNLABELED = "Zero-shot retrieval", "Measured without labels"
 FITTED = "Probes fitted on train, measured on test"
+NAMED = "Zero-shot classification of test by text embeddings of the classes"
 # The title of a table → what its numbers are.
-UNITS = {CLASSIFIED: "accuracy in %", FITTED: "accuracy in %", UNLABELED: "in %"}
+UNITS = {CLASSIFIED: "accuracy in %", FITTED: "accuracy in %", NAMED: "accuracy in %", UNLABELED: "in %"}
 DATASET = "cifar10"
 
 
@@ -41,8 +43,8 @@ def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
         rows: dict[str, list[str]] = {}
         for name, (baseline, metrics) in (found | {TEACHER: (TEACHER, others)}).items():
             keys = [metric_key(dataset, measure, baseline=baseline) for measure in columns]
-            if metrics.keys() >= {*keys}:  # a resume may ask for another set, k or probe
-                rows[name] = [f"{100 * metrics[key]:.1f}" for key in keys]
+            if keys[0] in metrics:  # a resume may ask for another set, k or probe
+                rows[name] = [f"{100 * metrics[key]:.1f}" if key in metrics else "–" for key in keys]
         if not rows:
             continue
         what = CLASSIFIED if labeled.has_labels else UNLABELED
@@ -69,7 +71,8 @@ def evaluation_tables(evaluation: Evaluation, each: str) -> str:
                 if any(pivot[measure].get(name) for measure in columns)
             }
             if columns:
-                title = f"{what} on {dataset}, {evaluation.comparison.lookup.primary}, {unit} [95 % interval]"
+                embedding = PROJECTED if what == NAMED else evaluation.comparison.lookup.primary
+                title = f"{what} on {dataset}, {embedding}, {unit} [95 % interval]"
                 parts.append(_table(title, columns, rows))
     sizes = list(dict.fromkeys(size for one in candidates for size in one.rates))
     head = ["", "M parameters", "MB in float32", f"GFLOP/{each}", *(f"{each}s/s, batch {size}" for size in sizes)]
@@ -88,7 +91,8 @@ def _table(title: str, columns: Sequence[Measure], rows: Mapping[str, Sequence[s
 
 
 def _kind(measure: Measure) -> str:
-    return UNLABELED if not measure.bank else CLASSIFIED if measure.name == "retrieval" else FITTED
+    kinds = {"": UNLABELED, "classes": NAMED}
+    return kinds.get(measure.bank, CLASSIFIED if measure.name == "retrieval" else FITTED)
 
 
 def _percent(interval: Interval | None) -> str:
