@@ -219,10 +219,8 @@ class DistillationModel(Distillation):
         kind = LayerRegression if isinstance(student, Transformer) else GridRegression
         objectives: dict[str, Objective] = {}
         if weight:
-            options = {"loss": loss, "cls_weight": cls_weight, "dataset_norm": dataset_norm}
-            objectives["tokens"] = kind(teacher, student, layer_mean, prediction, weight, **options)
-                teacher, student, layer_mean, prediction, weight, loss, cls_weight, dataset_norm
-            )
+            of_loss = weight, loss, cls_weight, dataset_norm
+            objectives["tokens"] = kind(teacher, student, layer_mean, prediction, *of_loss)
         if embedding_weight:
             objectives["embedding"] = EmbeddingRegression(teacher, student, embedding_weight)
         super().__init__(student, objectives, cpu_bf16)
