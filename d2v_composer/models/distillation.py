@@ -118,7 +118,7 @@ class Distillation(ComposerModel):
         pairs = zip(self.objectives.items(), regressions, strict=True)
         found = {name: each.loss(result) for (name, each), result in pairs}
         total = sum(each.weight * found[name] for name, each in self.objectives.items())
-        return found | {"total": cast("Tensor", total)}
+        return {**found, "total": cast("Tensor", total)}
 
     def get_metrics(self, is_train: bool) -> dict[str, Any]:
         return {}  # a callback measures retrieval; the Trainer logs the loss
