@@ -87,12 +87,16 @@ def find_samples(
     """
     if str(source).startswith(CIFAR10):
         return _cifar10_images(Path(str(source).removeprefix(CIFAR10)), split or "train")
-    files = None if is_mds(Path(source)) else find_files(str(source), modality, column, label_column)
-    if files or column or label_column or is_mds(Path(source)) or is_remote(source):
+    is_local_mds = is_mds(Path(source))
+    files = None if is_local_mds else find_files(str(source), modality, column, label_column)
+    if files is None and is_remote(source):
+        raise InputError(f"{source}: expected Parquet files or tars, or MDS in a folder on this machine")
+    if files or is_local_mds or column or label_column:
         if labels not in (None, NONE):
             raise InputError(f"--labels: only for a folder; for {source}, use --label-column")
-        opened = partial(open_source, str(source), modality, column=column, label_column=label_column)
-        return files.open_split(split) if files else opened()
+        if files is not None:
+            return files.open_split(split)
+        return open_source(str(source), modality, column=column, label_column=label_column)
     source = Path(source)
     splits = source / KAGGLE if (source / KAGGLE).is_dir() else source
     chosen, train = split or "train", splits if split == NONE else splits / "train"

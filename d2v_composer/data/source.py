@@ -31,8 +31,8 @@ class Source:
     Attributes:
         root: The folder or the address.
         modality: What the samples are.
-        ids: (N,) paths relative to the folder, or numbers. Not a list: a forked worker that reads its objects copies
-            their memory.
+        ids: (N,) names below ``root``, such as paths, or numbers. Not a list: a forked worker that reads its objects
+            copies their memory.
         load: Returns a sample by number as it is stored: a file's bytes, or what a column holds.
         label: Returns a sample's class by number; ``None`` without labels.
         class_names: Name of each class, if they have names.
