@@ -204,7 +204,7 @@ def measure_embeddings(
     views = lookup.augment if "instance" in wanted else None
     embedded = embed_set(candidates, labeled, lookup.batch_size, to_device, ranks, progress, views)
     labels = {split: to_device(getattr(labeled, split).labels) for split in BANKS}
-    classes = to_device(labeled.class_embeddings) if "zero_shot" in wanted else None
+    classes = labeled.class_embeddings if "zero_shot" in wanted else None
     for candidate in sorted(candidates, key=lambda each: each is not teacher):  # with which the others are compared
         parts = embedded[candidate]
         primary = find_primary(lookup.primary, parts["test"])
@@ -244,7 +244,8 @@ def measure_embeddings(
                         about = f"{dataset}, {candidate.name} ({name or 'only embedding'})"
                         warn_once(f"{about}: linear probe: {probe.doubt}")
             if name == PROJECTED and classes is not None and classes.shape[1] == images["test"].shape[1]:
-                nearest = exact_neighbors(classes, ranks.take_share(images["test"]), min(max(ks), len(classes)))
+                most = min(max(ks), len(classes))
+                nearest = exact_neighbors(to_device(classes), ranks.take_share(images["test"]), most)
                 indices = ranks.gather(nearest.indices, len(labels["test"]))
                 found = retrieval_hits(indices, to_device(torch.arange(len(classes))), labels["test"], ks)
                 hits |= {zero_shot(k): hit for k, hit in found.items()}
