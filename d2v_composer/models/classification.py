@@ -59,7 +59,7 @@ class Classifier(ComposerModel):
         super().__init__()
         self.backbone = backbone
         self.representation: Representation = representation
-        self.pooling = pooling or backbone.default_pooling
+        self.pooling: Pooling = pooling or backbone.default_pooling
         self.cpu_bf16 = cpu_bf16
         with torch.no_grad():
             width = self.embed(Inputs(backbone.encoder.example(1))).shape[-1]

@@ -95,7 +95,7 @@ class LayerRegression(Objective):
         if layer_mean.extra_tokens == "only" and not teacher.num_extra_tokens:
             raise ValueError("extra_tokens: 'only' needs extra tokens, and this teacher has none")
         super().__init__(teacher, self.build_head(teacher, student), weight)
-        top_k = layer_mean.average_top_k_layers or teacher.layer_mean.average_top_k_layers
+        top_k = layer_mean.average_top_k_layers or teacher.config.average_top_k_layers
         self.layer_mean = layer_mean.changed(average_top_k_layers=top_k)
         self.dataset_norm = DatasetNorm(top_k, teacher.embed_dim) if dataset_norm else None
         self.prediction: Prediction = prediction
