@@ -13,18 +13,19 @@ from functools import lru_cache, partial
 from glob import glob
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2v_composer.data.mds import INDEX, Index, is_mds
-from d2v_composer.data.modality import Modality, read_sample_file
+from d2v_composer.data.modality import Modality
 from d2v_composer.data.shards import fetch_index
 from d2v_composer.data.source import (
     Source,
     hash_of,
     list_folder,
+    load_file,
     map_in_workers,
     mark_of,
     name_counts,
@@ -158,7 +159,7 @@ class Files:
                 suited = [field for field in fields if f".{field}".lower().endswith(self.modality.suffixes)]
                 images = [field for field in suited if field == (self.column or field)]
                 left_out.update(f".{field}" for field in fields if field not in (*images, labeled))
-                if not images:
+                if key is None or not images:
                     left_out[f"keys without {self.modality.unit}"] += key is not None
                     left_out["members without a key"] += len(members) - len(fields)
                     continue
@@ -222,11 +223,12 @@ class Files:
             elif fetch.is_remote(self.root):
                 raise InputError(f"{name}: its column {known[0]!r} has paths, which only a local file may have")
             else:
-                paths = [str(local.parent / (each or "")) for each in file.read(known)[0].to_pylist()]
-                status = [os.stat(each) if os.path.isfile(each) else None for each in paths]
+                paths = np.array([each or "" for each in file.read(known)[0].to_pylist()], str)
+                places = [local.parent / each for each in paths]
+                status = [each.stat() if each.is_file() else None for each in places]
                 sizes = np.array([each.st_size if each else 0 for each in status])
                 marks = marks + [mark_of(each and (each.st_size, each.st_mtime_ns)) for each in status]
-                load = partial(_load_path, np.array(paths))
+                load = partial(load_file, local.parent, paths)
         return _Part(ids, sizes, marks, load, labels, class_names)
 
 
@@ -334,7 +336,7 @@ def _members(file: BinaryIO) -> Iterator[tuple[re.Match[str] | None, int, int]]:
     """
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
-            tar.members.clear()  # it would keep all
+            cast("Any", tar).members.clear()  # it would keep all
             if not member.isdir():
                 yield MEMBER.fullmatch(member.name) if member.isreg() else None, member.offset_data, member.size
     file.seek(-1024, os.SEEK_END)
@@ -346,11 +348,6 @@ def _load_member(name: str, local: Path, offsets: NDArray[np.int64], sizes: NDAr
     with reading(name), local.open("rb") as file:
         file.seek(offsets[number])
         return file.read(sizes[number])
-
-
-def _load_path(paths: NDArray[Any], row: int) -> bytes:
-    with reading(paths[row]):
-        return read_sample_file(Path(paths[row]))
 
 
 def _load_row(name: str, local: Path, column: str, starts: list[int], row: int) -> bytes:

@@ -8,6 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -214,23 +215,28 @@ def open_folder(root: Path, modality: Modality) -> Source:
         supported, found = ", ".join(modality.suffixes), name_counts(others)
         raise InputError(f"{root}: no {modality.unit}; supported suffixes are {supported}; other files: {found}")
     paths = np.array([path for path, *_ in files])
-
-    def load(number: int) -> bytes:
-        path = root / paths[number]
-        with reading(path):
-            return read_sample_file(path)
-
     return Source(
         root=str(root),
         modality=modality,
         ids=paths,
-        load=load,
+        load=partial(load_file, root, paths),
         sizes=np.array([num_bytes for _, num_bytes, _ in files], np.int64),
         marks=np.array([mark_of(file) for file in files], np.int64),
         fingerprint=hash_of(root.resolve()),
         left_out=others,
         is_folder=True,
     )
+
+
+def load_file(folder: Path, paths: NDArray[Any], number: int) -> bytes:
+    """Read one of the files in a folder.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    path = folder / paths[number]
+    with reading(path):
+        return read_sample_file(path)
 
 
 def name_counts(left_out: Mapping[str, int]) -> str:
