@@ -103,7 +103,9 @@ class Rehearsal:
         self.command, self.config, self.ranks = [str(train_script), *argv], config, dist.get_local_world_size()
         self.num_samples = 0
         self.num_labeled: list[int] = []
-        self.modality: Modality = Images(224)  # unless the teacher can be loaded, and says otherwise
+        # Unless the teacher can be loaded, and says otherwise.
+        self.modality: Modality = Images(224)
+        self.projected_width = 0
         self.logged: dict[str, dict[int, float]] = {}
         self.temporary = TemporaryDirectory()
         self.output = Path(self.temporary.name, "output.txt")

@@ -241,7 +241,7 @@ def test_refuses_a_model_without_embed_and_a_k_that_is_too_large() -> None:
         train(model, ZeroShotRetrieval({"set": labeled}, "1ba"), "1ba")
     with pytest.raises(ValueError, match="ks: must be from 1 to 5, the number of images in set's smaller split"):
         ZeroShotRetrieval({"set": labeled}, ks=(1, 6))
-    with pytest.raises(ValueError, match="probes must be among knn, linear, agreement, instance, got knm"):
+    with pytest.raises(ValueError, match="probes must be among knn, linear, agreement, instance, zero_shot, got knm"):
         ZeroShotRetrieval({"set": labeled}, probes=["knm"])
     with pytest.raises(ValueError, match="set: instance retrieval needs augment"):
         ZeroShotRetrieval({"set": labeled}, probes=["instance"])

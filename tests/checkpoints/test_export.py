@@ -138,7 +138,7 @@ def test_timm_refuses_other_files(exported: Path, tmp_path: Path) -> None:
         timm.create_model("d2v2_student", checkpoint_path=str(old))
     with pytest.raises(ValueError, match="global_pool must be one of token, avg, mean, got 'max'"):
         timm.create_model("d2v2_student", global_pool="max")
-    with pytest.raises(ValueError, match="representation must be one of output, layer_mean, got 'max'"):
+    with pytest.raises(ValueError, match="representation must be one of output, layer_mean, projected, got 'max'"):
         timm.create_model("d2v2_student", representation="max")
 
 

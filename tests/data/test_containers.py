@@ -329,13 +329,15 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest
             converted("hf://datasets/org/a/none", tmp_path / "none")
         with pytest.raises(InputError, match=r"hf://datasets/org/c: cannot be listed"):
             converted("hf://datasets/org/c", tmp_path / "none")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    reset_sessions()
-    assert converted("hf://datasets/org/a", tmp_path / "offline").samples == 3
-    assert "hf://datasets/org/a: cannot be listed" in caplog.text
-    assert "using what the hub's cache has of it, maybe not all" in caplog.text
-    with pytest.raises(InputError, match=r"^hf://datasets/org/d: cannot be listed"):
-        converted("hf://datasets/org/d", tmp_path / "none")
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        reset_sessions()
+        assert converted("hf://datasets/org/a", tmp_path / "offline").samples == 3
+        assert "hf://datasets/org/a: cannot be listed" in caplog.text
+        assert "using what the hub's cache has of it, maybe not all" in caplog.text
+        with pytest.raises(InputError, match=r"^hf://datasets/org/d: cannot be listed"):
+            converted("hf://datasets/org/d", tmp_path / "none")
+    reset_sessions()  # they keep being offline
     assert not (tmp_path / "none").exists()
 
 
