@@ -96,6 +96,7 @@ def embed_source(
     num_samples, size, unit = len(source), options.batch_size, source.modality.unit
     plan = {"model": hash_weights(model), "source": source.fingerprint, "device": device, **options._asdict()}
     folder, dtype = _partial_folder(out), np.dtype(options.dtype)
+    width = _embed(model, (model.encoder.example(1),), options, device).shape[1]
     rows = folder / "embeddings.npy"
     with writing(out), sole_user(folder / ".lock", LOCK_SECONDS) as alone:
         if not alone:
@@ -109,7 +110,7 @@ def embed_source(
             progress_bar(total=num_samples, initial=resumed, desc="embedding", unit=unit) as bar,
         ):
             # Rows follow a header that is written at the end; those after the last record are computed again.
-            file.truncate(HEADER_BYTES + (resumed - len(skipped)) * model.embed_dim * dtype.itemsize)
+            file.truncate(HEADER_BYTES + (resumed - len(skipped)) * width * dtype.itemsize)
             for batch, (inputs, unreadable) in zip(batches, loaded, strict=True):
                 if unreadable and not skip_unreadable:
                     raise InputError(f"{unreadable[0][1]}; --skip-unreadable skips such {unit}")
@@ -129,10 +130,10 @@ def embed_source(
                 bar.update(len(batch))
         seconds = time.monotonic() - start
         ids = np.delete(source.ids, [number for number, _ in skipped])
-        _finish((len(ids), model.embed_dim), dtype, ids, out, folder)
+        _finish((len(ids), width), dtype, ids, out, folder)
     with suppress(OSError):
         folder.rmdir()
-    return Embedding(len(ids), model.embed_dim, [reason for _, reason in skipped], resumed, seconds)
+    return Embedding(len(ids), width, [reason for _, reason in skipped], resumed, seconds)
 
 
 def check_out(out: Path, *, overwrite: bool) -> None:

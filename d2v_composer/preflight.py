@@ -118,8 +118,8 @@ class Rehearsal:
         self.batches = (self.intervals + 1) * INTERVAL + on_gpu * loader.num_workers * loader.prefetch_factor
 
     def check_models(self) -> str:
-        teacher = build_teacher(self.config.teacher)
-        self.modality = modality_of(teacher.config)
+        teacher = build_teacher(self.config)
+        self.modality, self.projected_width = modality_of(teacher.config), teacher.projected_width
         return f"teacher with {sum(map(torch.numel, teacher.parameters())) / 1e6:.1f} M parameters"
 
     def check_data(self) -> str:
@@ -156,7 +156,7 @@ class Rehearsal:
 
     def check_labeled_sets(self) -> str:
         """Load the labeled sets at a small size; download CIFAR if the run would."""
-        sets = build_labeled_sets(self.config.retrieval, self.modality.of_side(32))
+        sets = build_labeled_sets(self.config.retrieval, self.modality.of_side(32), self.projected_width)
         self.num_labeled = [sum(labeled.num_samples) for labeled in sets.values()]
         return f"{sum(self.num_labeled)} {self.modality.unit} in {', '.join(sets) or 'no set'}"
 

@@ -6,8 +6,9 @@
     python recipes/ablations.py --rows "depth 1" --rows "depth 2"      # and the first row
     python recipes/ablations.py --images /data/cifar --out /mnt/runs/ablations
 
-A study is a folder with base.yaml (a run) and rows.yaml (each row's changes to it). Each row is a run of
-recipes/train.py in its own folder. If interrupted, a run saves, and the same command resumes it.
+A study is a folder with base.yaml (a run) and rows.yaml (each row's changes to it; ``num_images: N`` trains it on
+CIFAR-10's first N images). Each row is a run of recipes/train.py in its own folder. If interrupted, a run saves, and
+the same command resumes it.
 """
 
 import json
@@ -61,6 +62,9 @@ def main(argv: Sequence[str]) -> None:
     commands = {name: train_command(study, rows[name], given, folders[name], images) for name in rows}
     check_rows(commands, folders)
     convert_cifar10(arguments.images, images, *(() if arguments.whole else (10_000, 2_000)))
+    for row in rows.values():
+        if number := row.get("num_images"):
+            convert_cifar10(arguments.images, first_images(images, row), number, 0)
     train_rows(commands, folders)
     print(study_table({name: read_jsonl(folder / "log.jsonl") for name, folder in folders.items()}))
     print_next(d2v("report", next(iter(folders.values()))))
@@ -83,6 +87,8 @@ def read_rows(study: Path, names: Sequence[str] | None = None) -> dict[str, Mapp
         rows = yaml.safe_load(path.read_text())
     if not (rows and isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())):
         raise InputError(f"{path}: expected a line 'name: {{key: value}}' per row")
+    if not all(isinstance(row.get("num_images", 1), int) for row in rows.values()):
+        raise InputError(f"{path}: num_images must be a number")
     chosen = [next(iter(rows)), *(rows if names is None else names)]
     for name in chosen:
         if name not in rows:
@@ -140,15 +146,20 @@ def train_command(study: Path, row: Mapping[str, Any], changes: Sequence[str], f
     own = {
         "run_name": folder.name,
         "save_folder": folder.with_name("{run_name}"),
-        "train_loader.local": images / "train",
+        "train_loader.local": first_images(images, row) / "train",
         "retrieval.datasets.cifar10.root": images,
     }
     base, overrides = str(study / "base.yaml"), [f"{key}={value}" for key, value in own.items()]
     return [sys.executable, str(ROOT / "recipes" / "train.py"), base, *changes, *as_overrides(row), *overrides]
 
 
+def first_images(images: Path, row: Mapping[str, Any]) -> Path:
+    """Return the folder of the images that a row trains on; all rows are measured on ``images``."""
+    return images.with_name(f"cifar10_{row['num_images']}") if "num_images" in row else images
+
+
 def as_overrides(row: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in row.items()]
+    return [f"{key}={json.dumps(value)}" for key, value in row.items() if key != "num_images"]
 
 
 if __name__ == "__main__":

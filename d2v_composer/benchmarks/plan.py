@@ -70,7 +70,7 @@ def benchmark(size: str = "base", batch_size: int = 256, residual: str = "full")
             objective = model.objectives["tokens"]
             regression = objective.regression(model.student.features(tokens), targets["tokens"])
         planner.part = "loss"
-        loss = model.total_loss((regression,))
+        loss = model.losses((regression,))["total"]
         planner.part = "backward"
         loss.backward()
     rows = [{"part": part, **counts} for part, counts in planner.parts.items()]

@@ -85,7 +85,7 @@ def benchmark(
         overrides: Settings of distill.yaml, such as ``half_residual=true``.
 
     Raises:
-        InputError: There is no compiler.
+        InputError: There is no compiler, or ``overrides`` name a student.
         RuntimeError: The contenders find different losses.
     """
     on_gpu = torch.cuda.is_available()
@@ -97,6 +97,8 @@ def benchmark(
     # A list of batches does not tell their size. On a CPU, memory_monitor warns.
     batch = [f"device_train_microbatch_size={batch_size}", *([] if on_gpu else ["callbacks.memory_monitor=null"])]
     config = load_config([str(DISTILL), f"precision={precision}", f"compile={compiles}", *CHANGES, *batch, *overrides])
+    if config.student.model is not None:
+        raise InputError(f"student.model: must be null: --size names the models, got {config.student.model}")
     torch.manual_seed(0)
     model = build_model(size)
     encoder = model.teacher.encoder

@@ -100,21 +100,22 @@ def write_run_report(trainer: Trainer, config: TrainerConfig, retrieval: ZeroSho
     """Write the report into the run's folder, unless the config has none, and upload it with the checkpoints."""
     if not config.report or config.run_folder is None or not (config.run_folder.local / LOG).is_file():
         return
+    from d2v_composer.report.answer import answer
     from d2v_composer.report.page import write_report  # matplotlib takes a second to import
     from d2v_composer.report.run import Run
 
     folder = config.run_folder.local
-    neighbors, datasets = ({}, {}) if retrieval is None else (retrieval.neighbors, retrieval.datasets)
+    measured = ({}, {}, {}) if retrieval is None else (retrieval.neighbors, retrieval.datasets, retrieval.hits)
     try:
         with if_interrupted(
             lambda: f"the model is saved, but its report is not; to write it, run {d2v('report', folder)}"
         ):
             record = yaml.safe_load((folder / "run.yaml").read_text())
-            written = write_report(Run(record, read_jsonl(folder / LOG), neighbors, datasets), folder)
+            written = write_report(run := Run(record, read_jsonl(folder / LOG), *measured), folder)
     except Exception as error:  # noqa: BLE001  (training has finished: an unreadable log or a full disk must not fail it)
         problem = f"could not be written ({type(error).__name__}: {reason(error)})"
         print(f"report: {problem}; to try again, run {d2v('report', folder)}", file=sys.stderr)
         return
-    print(f"report: {written[0]}")
+    print(*answer(run), f"report: {written[0]}", sep="\n")
     for path in written:
         trainer.logger.upload_file(str(path.relative_to(folder)), path, overwrite=True)  # if the folder is in a store

@@ -16,7 +16,7 @@ from d2v_composer.evaluation.labeled_retrieval import Lookup
 from d2v_composer.evaluation.metrics import TEACHER
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import EncoderConfig, TimmNetworkConfig
-from d2v_composer.models.names import PREFIX
+from d2v_composer.models.names import PREFIX, PROJECTED
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets
@@ -24,29 +24,43 @@ from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.processes import global_rank
 
 
-def load_trained_model(config: ModelConfig) -> Models:
+def load_trained_model(config: ModelConfig, projected: bool = False) -> Models:
     """Load a model and its teacher; see :func:`~d2v_composer.checkpoints.load.load_any`.
+
+    ``projected``: a teacher with its image embedding, even if ``representation`` names another.
 
     Raises:
         InputError: A file cannot be used.
     """
     sizes = config.model_dump(include={"checkpoint", "first_blocks", "image_size"})
-    return load_any(config.model, config.weights, config.teacher, **sizes)
+    projected = projected or config.representation == "projected"
+    return load_any(config.model, config.weights, config.teacher, **sizes, projected=projected)
 
 
-def build_labeled_sets(lookup: LookupConfig, modality: Modality) -> dict[str, EvaluationSet]:
+def build_labeled_sets(lookup: LookupConfig, modality: Modality, width: int) -> dict[str, EvaluationSet]:
     """Load the data sets of a section ``datasets``, except the ones that null turns off.
 
     A line says how many test images are also among the train images, which makes accuracies too high.
 
+    Args:
+        lookup: The section.
+        modality: What the samples are.
+        width: Of the model's ``projected_cls``; 0: it has none.
+
     Raises:
         InputError: A data set cannot be used.
     """
+    if "zero_shot" in lookup.probes and not width:
+        raise InputError(f"probes: zero_shot needs the embedding {PROJECTED}: train with objectives.embedding.weight=1")
     sets = {
         name: load_labeled_set(modality=modality, **labeled.model_dump(), max_images=lookup.max_images).numbered()
         for name, labeled in lookup.datasets.items()
         if labeled is not None
     }
+    widths = {each.class_embeddings.shape[1] for each in sets.values() if each.class_embeddings is not None}
+    if "zero_shot" in lookup.probes and widths != {width}:
+        found = " and ".join(map(str, sorted(widths))) or "none"
+        raise InputError(f"probes: zero_shot needs class_embeddings of a data set, with {width} columns; got {found}")
     for name, labeled in sets.items() if global_rank() == 0 else ():
         if shared := labeled.count_shared():
             found = f"{shared} of {len(labeled.test.labels)} test {modality.unit}"
@@ -73,7 +87,7 @@ def build_augmentation(
 def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None:
     """Build a student as a model's run began with it, or a teacher's default one; ``None``: that needs the teacher."""
     if isinstance(model, Teacher):
-        return model.build_student()
+        return model.build_student(projected=model.projected_width > 0)
     if isinstance(model.config, TimmNetworkConfig):
         from d2v_composer.models.timm_network import NetworkStudent, TimmNetwork  # timm takes seconds to import
 
@@ -87,7 +101,7 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
     if teacher is not None:
         return teacher.build_student(**model.config.model_dump(), init=init)
     if init == "random":
-        return Student(model.encoder, model.config)
+        return Student(model.encoder, model.config, projection=model.projection)
     print(f"no untrained student: it began as {init}, which needs teacher=PATH", file=sys.stderr)
     return None
 
@@ -116,7 +130,7 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Com
     Raises:
         InputError: A file cannot be used, or the model has no such embedding.
     """
-    model, teacher = load_trained_model(config)
+    model, teacher = load_trained_model(config, "zero_shot" in config.probes)
     sizes = model.encoder.config
     with torch.random.fork_rng(), reading(config.model):
         torch.manual_seed(config.seed)

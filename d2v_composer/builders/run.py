@@ -27,6 +27,7 @@ from d2v_composer.callbacks.algorithms import GradientClipping, GradientNorm
 from d2v_composer.callbacks.checkpointing import Checkpoints, NanGuard
 from d2v_composer.callbacks.logging import ProgressLogger, Throughput, Uploads
 from d2v_composer.callbacks.run_record import RunRecord
+from d2v_composer.callbacks.target_statistics import TargetStatistics
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.checkpoint import (
     LOG,
@@ -49,7 +50,7 @@ from d2v_composer.config.schema import (
     TrainerConfig,
 )
 from d2v_composer.data.modalities import MODALITIES, modality_of
-from d2v_composer.evaluation.evaluate import build_candidates
+from d2v_composer.evaluation.evaluate import build_candidates, cost
 from d2v_composer.evaluation.labeled_retrieval import Embed
 from d2v_composer.evaluation.metrics import TEACHER
 from d2v_composer.models.distillation import DistillationModel, check_tensors
@@ -130,9 +131,14 @@ def train_student(
     transform = build_augmentation(loader, model.teacher.config, config.seed).transform
     sizes = config.global_train_batch_size, config.seed
     train_loader = build_train_loader(loader, index, transform, *sizes, is_compiled=config.compile is not False)
+    if config.targets.normalization == "dataset" and config.objectives.tokens.weight:
+        measure = TargetStatistics(config.targets.dataset_batches or 100, config.device_eval_batch_size)
+        callbacks = [measure, *callbacks]
     retrieval, fsdp = build_retrieval(config, model), config.parallelism_config.fsdp
     data = {"modality": modality.name, "location": loader.remote or loader.local, **index.describe()}
-    record = build_run_record(config, FIXED_BY_A_CHECKPOINT, teacher=model.teacher.provenance, data=data)
+    costs = {name: cost(each, each.encoder) for name, each in (("student", model.student), (TEACHER, model.teacher))}
+    about = {"teacher": model.teacher.provenance, "data": data, "costs": costs}
+    record = build_run_record(config, FIXED_BY_A_CHECKPOINT, **about)
     trainer = build_trainer(
         config,
         model,
@@ -222,7 +228,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
         InputError: The teacher's file cannot be used, or another setting does not fit it.
     """
     with node_leaders_first("the teacher"):
-        teacher = teacher or build_teacher(config.teacher)
+        teacher = teacher or build_teacher(config)
     model = join_student(config, teacher)
     if config.compile:
         uses_fsdp = config.parallelism_config.fsdp is not None
@@ -240,12 +246,14 @@ def join_student(config: TrainConfig, teacher: Teacher) -> DistillationModel:
         InputError: A setting does not fit it.
     """
     targets, precision, depth = config.targets, choose_precision(config.precision), teacher.config.depth
+    objectives = config.objectives
     if (top_k := targets.average_top_k_layers) is not None and top_k > depth:
         raise InputError(f"targets.average_top_k_layers: must be at most the teacher's depth {depth}, got {top_k}")
     if config.compile and (missing := find_missing()) is not None:
         raise InputError(f"compile: {missing}; install it, or set compile=false")
     with errors_of("student"):
         layer_mean = targets.model_dump(include={"normalization", "final_layer_norm"})
+        layer_mean["projected"] = objectives.embedding.weight > 0
         student = teacher.build_student(**config.student.model_dump(), **layer_mean)
     teacher.encoder.half_residual = config.half_residual
     if config.parallelism_config.fsdp is not None:
@@ -261,18 +269,21 @@ def join_student(config: TrainConfig, teacher: Teacher) -> DistillationModel:
             top_k,
             precision.cpu_bf16,
             targets.source,
-            **config.objectives.tokens.model_dump(),
+            **objectives.tokens.model_dump(),
+            embedding_weight=objectives.embedding.weight,
+            dataset_norm=targets.normalization == "dataset",
         )
 
 
-def build_teacher(config: TeacherConfig) -> Teacher:
-    """Load the teacher that the section ``teacher`` describes.
+def build_teacher(config: TrainConfig) -> Teacher:
+    """Load the teacher that the section ``teacher`` describes, with its image embedding if an objective needs it.
 
     Raises:
         InputError: Its file cannot be used.
     """
+    section = config.teacher.model_dump()
     try:
-        return load_teacher(config.checkpoint, **config.model_dump(exclude={"checkpoint"}))
+        return load_teacher(section.pop("checkpoint"), **section, projected=config.objectives.embedding.weight > 0)
     except InputError as error:
         key = "teacher." if str(error).startswith(tuple(TeacherConfig.model_fields)) else "teacher.checkpoint: "
         raise InputError(f"{key}{error}") from error
@@ -417,7 +428,7 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
     primary, student, baselines = choose_embeds(config, model)
     sizes = model.teacher.config
     with node_leaders_first("the data sets for retrieval"):
-        datasets = build_labeled_sets(retrieval, modality_of(sizes))
+        datasets = build_labeled_sets(retrieval, modality_of(sizes), model.student.projected_width)
     with errors_of("retrieval"):
         return ZeroShotRetrieval(
             datasets,

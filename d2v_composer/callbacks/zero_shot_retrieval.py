@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
 from d2v_composer.evaluation.labeled_retrieval import Candidate, Embed, Lookup, Neighbors, measure_embeddings
-from d2v_composer.evaluation.metrics import PROBES, TEACHER, metric_key
+from d2v_composer.evaluation.metrics import PROBES, TEACHER, UNTRAINED, metric_key
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.system.errors import InputError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from d2v_composer.data.labeled import Augmentation, EvaluationSet  # and with it all that reads images
 
 # Attributes in checkpoints.
-KEPT = ("history", "baseline_metrics", "teacher_neighbors", "neighbors", "was_stopped")
+KEPT = ("history", "baseline_metrics", "teacher_neighbors", "neighbors", "hits", "was_stopped")
 
 
 class _StoppedError(Exception):
@@ -43,7 +43,7 @@ class ZeroShotRetrieval(Callback):
     Logged: ``metrics/{dataset}/bank_{train|test}/top{k}`` for the primary embedding,
     ``metrics/{dataset}/bank_{train|test}/top{k}/{embedding}`` for every named embedding, the same below
     ``metrics/{dataset}/{baseline}/`` for each baseline, and ``time/zero_shot_retrieval`` in seconds. Probes have
-    ``{knn|knn_majority|linear}/top1``, ``agreement@10`` and ``instance/top{k}`` in place of
+    ``{knn|knn_majority|linear}/top1``, ``agreement@10`` and ``{instance|zero_shot}/top{k}`` in place of
     ``bank_{train|test}/top{k}``.
 
     Args:
@@ -60,7 +60,8 @@ class ZeroShotRetrieval(Callback):
             and the majority), ``linear``, by a logistic regression (seconds for each embedding). Or look up test images
             among themselves, without labels: ``agreement``, the share of each one's 10 nearest that the baseline named
             teacher finds, too, in the embedding of the same name (for the primary embedding, in its primary one), and
-            ``instance``, whether one augmented view of it finds the other.
+            ``instance``, whether one augmented view of it finds the other. Or ``zero_shot``, whether the text embedding
+            of a test image's class is the nearest to its ``projected_cls``, in sets with ``class_embeddings``.
         augment: Makes these views.
         device_batch_size: Images embedded at once on each device.
         progress_bar: Show a bar on rank 0's terminal.
@@ -74,6 +75,8 @@ class ZeroShotRetrieval(Callback):
         neighbors: The neighbors that the last evaluation found with the primary embedding: data set → bank ('train',
             'test') → (Q, K) int32, the bank indices of each query's nearest images, nearest first, K the largest of
             ``ks``; kept in checkpoints.
+        hits: Short key → hits of the queries, for intervals: of the baselines, of the student as last measured and, as
+            the baseline ``untrained``, of the student before training; kept in checkpoints.
         should_stop: Asked before each batch of images; True leaves the evaluation, and the run that resumes measures it
             first. On several ranks it must return the same to all.
         was_stopped: Whether that happened in this batch; kept in checkpoints.
@@ -118,6 +121,7 @@ class ZeroShotRetrieval(Callback):
         self.baseline_metrics: dict[str, float] = {}
         self.teacher_neighbors: Neighbors = {}
         self.neighbors: Neighbors = {}
+        self.hits: dict[str, Tensor] = {}
         self.should_stop: Callable[[], bool] = lambda: False
         self.was_stopped = False
 
@@ -134,6 +138,7 @@ class ZeroShotRetrieval(Callback):
             for name in candidates
             for dataset, labeled in self.datasets.items()
             for measure in self.lookup.measures(labeled)
+            if name == TEACHER or measure.name != "zero_shot"  # pixels have no projection
         }
         measured: list[Candidate] = []
         if keys <= self.baseline_metrics.keys():
@@ -177,7 +182,7 @@ class ZeroShotRetrieval(Callback):
                     "name, or restore it and max_images"
                 )
         for name in KEPT:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))  # earlier versions had no hits
 
     def evaluate(self, state: State, logger: Logger) -> None:
         """Measure and log the model, unless this was done for this batch or the run should stop."""
@@ -210,6 +215,9 @@ class ZeroShotRetrieval(Callback):
                     for result in measure_embeddings(candidates, dataset, labeled, *options):
                         is_student = result.candidate is self.student
                         found, baseline = (student, "") if is_student else (baselines, result.candidate.name)
+                        if result.is_primary:
+                            of = UNTRAINED if is_student and state.timestamp.batch == 0 else baseline
+                            self.hits[metric_key(dataset, result.measure, baseline=of)] = result.hits
                         for name in ("", result.embedding) if result.is_primary else (result.embedding,):
                             key = metric_key(dataset, result.measure, name, baseline)
                             found[key] = result.hits.double().mean().item()

@@ -180,7 +180,8 @@ class TimmStudent(Student):
         num_classes: Outputs of the head; 0: no head, the pooled features are the output.
         global_pool: ``token``: CLS; ``avg``: the mean of the patches; ``mean``: of all time steps. Default: the
             file's primary embedding.
-        representation: The features: ``output`` of the last block, or ``layer_mean``. Default: the file's own.
+        representation: The features: ``output`` of the last block, or ``layer_mean``; ``projected``: the output, which
+            the file's projection pools. Default: the file's own.
     """
 
     def __init__(
@@ -192,7 +193,6 @@ class TimmStudent(Student):
         representation: Representation | None = None,
     ) -> None:
         super().__init__(build_encoder(encoder_config), student_config or StudentConfig())
-        self.num_features = self.head_hidden_size = self.embed_dim
         self.pretrained_cfg = self.default_cfg = pretrained_cfg(encoder_config)
         self.asked_pool = global_pool
         self.asked_representation: Representation | None = representation
@@ -217,8 +217,12 @@ class TimmStudent(Student):
             raise ValueError(f"global_pool must be one of {', '.join(allowed)}, got {pool!r}")
         self.representation: Representation = representation
         self.global_pool = pool
+        is_projected = representation == "projected"
+        self.num_features = self.head_hidden_size = self.projected_width if is_projected else self.embed_dim
         # No FFN output depends on the last norm, and DDP refuses trainable parameters without gradient.
-        self.block_list[-1].norm2.requires_grad_(representation == "output")
+        self.block_list[-1].norm2.requires_grad_(representation != "layer_mean")
+        if self.projection is not None and not self.projection.is_frozen:
+            self.projection.requires_grad_(is_projected)
         stored = config_tensor(sizes_of(self), PrimaryEmbedding(representation, POOLINGS[pool]))
         setattr(self, CONFIG_TENSOR, stored.to(next(self.parameters()).device))
 
@@ -241,12 +245,16 @@ class TimmStudent(Student):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images, (B, 3, S, S), normalized as in ``pretrained_cfg``, or waveforms to features, (B, T, D)."""
-        return self.represent(self.features(Tokens(self.encode(x))), self.representation)
+        is_projected = self.representation == "projected"
+        return self.represent(self.features(Tokens(self.encode(x))), "output" if is_projected else self.representation)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map features to logits, (B, num_classes), or with ``pre_logits`` or no head to pooled features, (B, D)."""
         first = 0 if self.global_pool == "mean" else self.num_extra_tokens
-        pooled = x[:, 0] if self.global_pool == "token" else x[:, first:].mean(dim=1)
+        if self.representation == "projected":
+            pooled = self.project(self.features(Tokens(x)), x)
+        else:
+            pooled = x[:, 0] if self.global_pool == "token" else x[:, first:].mean(dim=1)
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -268,7 +276,10 @@ class TimmStudent(Student):
         configs = check_student(CONFIG_TENSOR, sizes, tensors)
         if configs != (self.encoder.config, self.config):
             TimmStudent.__init__(self, *configs, self.num_classes, self.asked_pool, self.asked_representation)
+        width = self.num_features
         self.set_features(primary)
+        if self.num_features != width:
+            self.reset_classifier(self.num_classes)
         own_head = {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
         tensors |= own_head | (head if own_head else {}) | {CONFIG_TENSOR: getattr(self, CONFIG_TENSOR)}
         result = super().load_state_dict(tensors, strict, assign)

@@ -30,6 +30,7 @@ from d2v_composer.checkpoints.student_file import (
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import ImageSize, TimmEncoderConfig, TimmNetworkConfig
 from d2v_composer.models.names import DATA2VEC2, PREFIX, Weights
+from d2v_composer.models.projection import build_projection
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.command_line import d2v
@@ -47,6 +48,7 @@ def load_teacher(
     model: str = DATA2VEC2,
     first_blocks: int | None = None,
     image_size: ImageSize | str | None = None,
+    projected: bool = False,
 ) -> Teacher:
     """Load a frozen teacher, in eval mode and float32.
 
@@ -59,6 +61,8 @@ def load_teacher(
         first_blocks: Blocks in the shared encoder; default: a sixth of a timm model's, those of the modality encoder in
             data2vec 2.0.
         image_size: timm: pixels per side, or height and width: (112, 168) or '112x168'; default timm's for this model.
+        projected: Give it ``projected_cls``, its own image embedding: what timm's ``forward_head`` computes, with the
+            projection to a text tower's space if there is one; of data2vec 2.0, CLS or the mean of its output.
 
     Returns:
         A :class:`~d2v_composer.models.teacher.Teacher`; its ``config`` has the sizes, its ``provenance`` the origin.
@@ -76,7 +80,7 @@ def load_teacher(
             raise InputError(f"weights: {model} has no {weights} weights; use model")
         from d2v_composer.checkpoints.timm_weights import load_timm_teacher  # timm takes seconds to import
 
-        return load_timm_teacher(path, model, first_blocks, image_size)
+        return load_timm_teacher(path, model, first_blocks, image_size, projected)
     if model != DATA2VEC2:
         raise InputError(f"model: must be {DATA2VEC2} or timm/NAME, got {model!r}")
     if path is None:
@@ -89,6 +93,8 @@ def load_teacher(
             teacher.share_blocks(first_blocks)
         except ValueError as error:
             raise InputError(str(error)) from error
+    if projected:
+        teacher.projection = build_projection(teacher.encoder, teacher.embed_dim, 0)
     return teacher
 
 
@@ -110,7 +116,7 @@ def save_student(student: Backbone, out: Path) -> None:
         now_computed = encoder.config.changed(timm=now, outputs=encoder.sample_outputs())
         sizes["network" if is_network else "encoder"] = now_computed.model_dump(mode="json")
     if is_network:
-        if student.head is not None and primary.pooling != "cls":
+        if student.head is not None and primary.name != "output_cls":
             raise InputError(f"{out}: timm's classifier reads output_cls; this one was trained on {primary.name}")
         write_model_file(out, kind, sizes, student.provenance, encoder.timm_tensors(student.head))
         return
@@ -179,6 +185,7 @@ def load_any(
     checkpoint: str | Path | None = None,
     first_blocks: int | None = None,
     image_size: ImageSize | str | None = None,
+    projected: bool = False,
 ) -> Models:
     """Load the model of any supported file, and its teacher.
 
@@ -188,6 +195,7 @@ def load_any(
         weights: Weights to take from a teacher's file.
         teacher_path: The student's teacher; for a checkpoint, the default is the path used in training.
         checkpoint, first_blocks, image_size: For ``timm/NAME``, as for :func:`load_teacher`; checkpoint is its path.
+        projected: Of a teacher's file, as for :func:`load_teacher`.
 
     Returns:
         A student and its teacher, ``None`` if it is not known; or a teacher twice.
@@ -197,13 +205,13 @@ def load_any(
     """
     sizes: dict[str, Any] = {"first_blocks": first_blocks, "image_size": image_size}
     if str(path).startswith(PREFIX) and not Path(path).exists():
-        model = teacher = load_teacher(checkpoint, weights, model=str(path), **sizes)
+        model = teacher = load_teacher(checkpoint, weights, model=str(path), projected=projected, **sizes)
     elif given := [name for name, value in {"checkpoint": checkpoint, **sizes}.items() if value is not None]:
         raise InputError(f"{' and '.join(given)}: only for timm/NAME models, got {path}")
     else:
 
         def load(file: Path) -> Models:
-            return _load_file(path, fetch_model(file), weights, teacher_path)
+            return _load_file(path, fetch_model(file), weights, teacher_path, projected)
 
         model, teacher = load(fetch_model(path)) if is_remote(path) else read_newest(Path(path), load)
     if isinstance(model, Teacher):
@@ -214,7 +222,7 @@ def load_any(
     return model, teacher
 
 
-def _load_file(path: str | Path, file: Path, weights: Weights, teacher_path: str | None) -> Models:
+def _load_file(path: str | Path, file: Path, weights: Weights, teacher_path: str | None, projected: bool) -> Models:
     """Load ``file``, the local copy of ``path``."""
     kind, contents = (read_model_file(file).kind, {}) if is_safetensors(file) else ("", load_untrusted(file))
     if is_trained(contents):
@@ -226,7 +234,7 @@ def _load_file(path: str | Path, file: Path, weights: Weights, teacher_path: str
             f"{path}: does not name its model; if it has the weights of a timm model, give timm/NAME as the model and "
             "this file as its checkpoint"
         )
-    teacher = load_teacher(path, weights)
+    teacher = load_teacher(path, weights, projected=projected)
     return teacher, teacher
 
 
@@ -246,7 +254,8 @@ def _with_teacher(student: Backbone, path: str | None) -> Models:
         options = {"first_blocks": sizes.prenet_depth}
     if path == options.get("model"):
         file = None  # the name of a timm model stands for its pretrained weights
-    teacher = load_teacher(file, lookup(record, "teacher.weights") or "model", **options)
+    projected = student.projected_width > 0
+    teacher = load_teacher(file, lookup(record, "teacher.weights") or "model", **options, projected=projected)
     check_same_teacher(path, teacher, record)
     if is_shared:
         check_same_encoder(path, teacher.encoder, student.encoder)
@@ -276,6 +285,7 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> tuple[Bac
     config = record["config"]
     settings, sizes = config["teacher"], config["student"] | {"init": "random", "pretrained": False}
     options = {name: settings[name] for name in ("model", "first_blocks", "image_size")}
+    options["projected"] = sizes["projected"] = bool(lookup(config, "objectives.embedding.weight"))
     file = None if teacher_path == options["model"] else teacher_path or settings["checkpoint"]
     try:
         teacher = load_teacher(file, settings["weights"], **options)
@@ -299,9 +309,9 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> tuple[Bac
 
 
 def own_parts(student: Backbone) -> nn.ModuleDict:
-    """Return a student without its teacher's encoder, to load a state dict into."""
-    is_shared = student.encoder.is_frozen
-    return nn.ModuleDict({name: part for name, part in student.named_children() if name != "encoder" or not is_shared})
+    """Return a student without what is its teacher's, to load a state dict into."""
+    own = {name: part for name, part in student.named_children() if not getattr(part, "is_frozen", False)}
+    return nn.ModuleDict(own)
 
 
 def _load_finetuned(checkpoint: Checkpoint) -> Backbone:

@@ -28,7 +28,7 @@ from d2v_composer.models.configs import (
 )
 from d2v_composer.models.data2vec2 import ENCODERS
 from d2v_composer.models.encoder import Encoder
-from d2v_composer.models.names import Pooling, Representation
+from d2v_composer.models.names import Pooling, Representation, embedding_name
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets
@@ -222,7 +222,7 @@ class PrimaryEmbedding(NamedTuple):
     @property
     def name(self) -> str:
         """Name in metrics, such as layer_mean_cls."""
-        return f"{self.representation}_{self.pooling}"
+        return embedding_name(self.representation, self.pooling)
 
     @classmethod
     def parse(cls, fields: Any) -> "PrimaryEmbedding":

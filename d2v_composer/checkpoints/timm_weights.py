@@ -28,6 +28,7 @@ from d2v_composer.checkpoints.student_file import (
     sha256,
 )
 from d2v_composer.models.configs import ImageSize
+from d2v_composer.models.timm_network import projection_width
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, materialize, teacher_config
 from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError
@@ -38,7 +39,7 @@ HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 NESTED = ("state_dict_ema", "model_ema", "model", "state_dict", "module", "teacher", "encoder")
 # What they put before the names: DDP, torch.compile, and DINO beside its heads.
 WRAPPERS = re.compile(r"^(module\.)?(_orig_mod\.)?(backbone\.)?")
-# Parts of timm's models after the final norm: no teacher needs them.
+# Parts of timm's models after the final norm.
 HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")
 # Tensors that a model of another kind has before or in its blocks. Leaving one out would change what it computes.
 TOKENS = ("patch_embed.", "cls_token", "reg_token", "dist_token", "pos_embed", "norm_pre.")
@@ -52,6 +53,7 @@ def load_timm_teacher(
     model: str,
     first_blocks: int | None = None,
     image_size: ImageSize | str | None = None,
+    projected: bool = False,
 ) -> TimmTeacher:
     """Load a frozen teacher ``timm/NAME``; see :func:`~d2v_composer.checkpoints.load.load_teacher`.
 
@@ -66,9 +68,12 @@ def load_timm_teacher(
     pretrained: Mapping[str, Any] = built.pretrained_cfg  # pyright: ignore[reportAssignmentType]: timm sets it
     file = fetch_pretrained(model, pretrained) if path is None else fetch_model(path)
     stored = read_state_dict(file)
+    if projected:
+        num_classes = len(stored["head.weight"]) if "head.weight" in stored else pretrained["num_classes"]
+        built = build_timm_model(model, config.image_size, projection_width(num_classes))
     materialize(built)
     try:
-        load_weights(built, model, stored)
+        load_weights(built, model, stored, () if projected else HEADS)
     except Exception as error:
         raise InputError(f"{file}: not weights of {model}: {loading_fault(error)}") from error
     license = pretrained.get("license") or "not stated by timm"
@@ -80,7 +85,7 @@ def load_timm_teacher(
         "sha256": sha256(file),
         "license": license if path is None else f"the file's; timm states for its own: {license}",
     }
-    return TimmTeacher(built, config, provenance)
+    return TimmTeacher(built, config, provenance, projected)
 
 
 def fetch_pretrained(model: str, pretrained: Mapping[str, Any]) -> Path:
@@ -115,8 +120,10 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     return {name: each.float() if each.dtype in FLOATS else each for name, each in tensors.items()}
 
 
-def load_weights(built: Any, model: str, stored: dict[str, Tensor]) -> None:
+def load_weights(built: Any, model: str, stored: dict[str, Tensor], left_out: tuple[str, ...] = HEADS) -> None:
     """Load a file's tensors through timm's filter, which renames them and resamples positions to the model's grid.
+
+    ``left_out``: how the names of those begin that are not loaded.
 
     Raises:
         Exception: These are not weights of such a model.
@@ -135,10 +142,11 @@ def load_weights(built: Any, model: str, stored: dict[str, Tensor]) -> None:
         tensors = checkpoint_filter(built, model)(named, built)
     if biases and not any(name.endswith(BIASES) for name in tensors):
         raise ValueError(f"the model has no {biases[0]}; use a timm model with a name ending in _qkvb")
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEADS)}
-    check_numbers({name: tensor for name, tensor in tensors.items() if name.startswith(TRUNK)})
+    left_out += () if built.num_classes else HEADS[:2]  # classes
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(left_out)}
+    check_numbers({name: tensor for name, tensor in tensors.items() if name.startswith((*TRUNK, *HEADS))})
     missing, unknown = built.load_state_dict(tensors, strict=False)
-    wrong = [name for name in missing if not name.startswith(HEADS)]
+    wrong = [name for name in missing if not name.startswith(left_out)]
     if wrong or (wrong := [name for name in unknown if name.startswith(TRUNK)]):
         raise ValueError(f"tensor {wrong[0]} is {'missing' if wrong[0] in missing else 'unknown'}")
 

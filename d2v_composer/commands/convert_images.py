@@ -3,6 +3,8 @@
     d2v convert-images /data/ILSVRC s3://bucket/imagenet/train --resize 256
     d2v convert-images /data/ILSVRC s3://bucket/imagenet/val --resize 256 --split val
     d2v convert-images photos datasets/photos --labels none --workers 8
+    d2v convert-images 'laion/*.tar' s3://bucket/laion/train --skip-unreadable
+    d2v convert-images hf://datasets/ORG/NAME datasets/birds/train --label-column label
     d2v convert-images cifar10:datasets datasets/cifar10/train
     d2v convert-images cifar10:datasets datasets/cifar10/test --split test
 
@@ -11,7 +13,8 @@ For an S3-compatible store, set S3_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRE
 An interrupted conversion leaves no index.json, so no reader takes it for a data set. Run the same command again to
 resume it; with other settings it starts over.
 The images are in SOURCE/SPLIT, SOURCE/ILSVRC/Data/CLS-LOC/SPLIT (Kaggle's archive) or SOURCE. Labels come from class
-folders with images in them, Kaggle's LOC_SPLIT_solution.csv, or a CSV file with lines 'image,class'.
+folders with images in them, Kaggle's LOC_SPLIT_solution.csv, a CSV file with lines 'image,class', or --label-column.
+Of Parquet files and tars, SPLIT is in the names.
 """
 
 import os
@@ -22,27 +25,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2v_composer.system.command_line import make_parser, print_next, size, whole
+from d2v_composer.system.command_line import COLUMN, SOURCES, make_parser, print_next, size, whole
 
 if TYPE_CHECKING:
     from d2v_composer.data.convert import Conversion
-    from d2v_composer.data.source import Source
+    from d2v_composer.data.modality import Modality
 
 
 def main(argv: Sequence[str]) -> "Conversion":
     """Convert, and print a report."""
     parser = make_parser(__doc__)
-    add_options(parser, "image", source="a folder of images, or cifar10:FOLDER")
+    add_options(parser, "image", source=f"a folder of images, cifar10:FOLDER, or {SOURCES}")
     add = parser.add_argument
     add("--resize", type=whole(1, 65500), metavar="N", help="shrink the short side to N pixels; default: no change")
     add("--quality", type=whole(1, 100), default=90, help="quality of re-encoded JPEGs; default: 90")
     arguments = parser.parse_args(argv)
 
-    from d2v_composer.data.convert import find_samples
+    from d2v_composer.data.convert import IMAGES
 
-    source = find_samples(arguments.source, arguments.split, arguments.labels)
     yaml = "cifar10" if arguments.source.startswith("cifar10:") else "distill"
-    return convert_and_report(arguments, source, yaml, resize=arguments.resize, quality=arguments.quality)
+    return convert_and_report(arguments, IMAGES, yaml, resize=arguments.resize, quality=arguments.quality)
 
 
 def add_options(parser: ArgumentParser, sample: str, source: str) -> None:
@@ -52,18 +54,22 @@ def add_options(parser: ArgumentParser, sample: str, source: str) -> None:
     add("out", metavar="OUT", help="a folder, s3://bucket/prefix, gs://, …")
     add("--split", help="the split's folder, or none if SOURCE has no splits; default: train")
     add("--labels", help=f"a CSV file with lines '{sample},class', or none for no labels")
+    add("--column", metavar="NAME", help=COLUMN)
+    add("--label-column", metavar="NAME", help="the column of labels; of tars, cls or json:KEY; default: no labels")
     add("--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="worker processes; default: one per core")
     add("--seed", type=whole(0, 1 << 32), default=0, help=f"seed for the order of the {sample}s; default: 0")
     add("--shard-size", type=size, default="64mb", help="approximate size of a shard; default: 64mb")
     add("--skip-unreadable", action="store_true", help=f"skip {sample}s that are missing or corrupt, and list them")
 
 
-def convert_and_report(arguments: Namespace, source: "Source", yaml: str, **options: Any) -> "Conversion":
+def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **options: Any) -> "Conversion":
     """Convert, and print a report that names the YAML for the next step."""
-    from d2v_composer.data.convert import convert
+    from d2v_composer.data.convert import convert, find_samples
     from d2v_composer.data.source import name_counts
     from d2v_composer.models.configs import SAMPLE_RATE
 
+    names = "source", "split", "labels", "column", "label_column"
+    source = find_samples(modality=modality, **{name: getattr(arguments, name) for name in names})
     start = time.monotonic()
     conversion = convert(
         source,
@@ -77,7 +83,8 @@ def convert_and_report(arguments: Namespace, source: "Source", yaml: str, **opti
     if conversion.resumed:
         print(f"resumed an interrupted conversion after {conversion.resumed} shards")
     hours = f" ({sum(conversion.lengths) / SAMPLE_RATE / 3600:,.2f} hours)" if conversion.lengths else ""
-    classes = "no labels" if source.label is None else f"{len(source.class_names)} classes"
+    classes = f"{len(source.class_names)} classes" if source.class_names else "labels without names"
+    classes = "no labels" if source.label is None else classes
     print(
         f"wrote {arguments.out}: {conversion.samples} {source.modality.unit}{hours}, {classes}, "
         f"{conversion.bytes / 1e6:.1f} MB in {conversion.shards} shards, in {time.monotonic() - start:.0f} s"

@@ -4,12 +4,14 @@
     d2v distill recordings --teacher base_libri.pt --out runs/recordings
     d2v distill photos --teacher teacher.safetensors --out runs/photos max_duration=20ep student.depth=3
     d2v distill s3://bucket/photos/train --teacher teacher.safetensors --out runs/photos
+    d2v distill 'hf://datasets/ORG/NAME/data/train-*' --teacher teacher.safetensors --out runs/photos
 
-SOURCE is a folder of images, or of sound for a teacher of sound, or an MDS data set, local or in a store. A tenth of
-its samples, at most 5,000, and all exact copies of these measure the student and are never trained on. Sizes and
-duration follow from the number of samples, the teacher and the device. DIR, which must be new or empty, receives
-distill.yaml (every setting, to read and for d2v train), images/ or clips/, the run with its report.html, and
-student.safetensors. key=value changes a setting; `d2v fields training` lists them.
+SOURCE is a folder of images, or of sound for a teacher of sound; or MDS, Parquet files or WebDataset tars, local or in
+a store; or a data set on the Hugging Face hub. A tenth of its samples, at most 5,000, and all exact copies of these
+measure the student and are never trained on. Sizes and duration follow from the number of samples, the teacher and the
+device. DIR, which must be new or empty, receives distill.yaml (every setting, to read and for d2v train), images/ or
+clips/, the run with its report.html, and student.safetensors. key=value changes a setting; `d2v fields training` lists
+them.
 Run the same command again to resume after any interruption.
 """
 
@@ -34,7 +36,7 @@ from d2v_composer.models.configs import (
 )
 from d2v_composer.models.names import DATA2VEC2, PREFIX
 from d2v_composer.system.addresses import MARK, STUDENT_FILE, RunFolder, hide_secrets
-from d2v_composer.system.command_line import make_parser
+from d2v_composer.system.command_line import COLUMN, SOURCES, make_parser
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.files import check_out_file, check_owned, write_atomically
 from d2v_composer.system.processes import global_rank, is_launched
@@ -75,12 +77,11 @@ def main(argv: Sequence[str]) -> None:
     """Choose settings, convert samples, train, report and export."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    sources = "a folder of images, sound or MDS shards, or the shards' address: s3://, …"
-    add("source", type=absolute, metavar="SOURCE", help=sources)
+    add("source", type=absolute, metavar="SOURCE", help=f"a folder of images or sound, or {SOURCES}")
     add("changes", metavar="key=value", nargs="*", help="settings to change")
     add("--teacher", type=absolute, required=True, help="a data2vec 2.0 teacher's file or address, or timm/NAME")
     add("--out", type=absolute, required=True, metavar="DIR", help="the folder for samples, run and student")
-    add("--column", metavar="NAME", help="the MDS column of images or sound; default: image or audio")
+    add("--column", metavar="NAME", help=COLUMN)
     arguments = parser.parse_intermixed_args(argv)
     arguments.out = Path(arguments.out)
     if any(change.startswith("save_folder=") for change in arguments.changes):
@@ -103,7 +104,7 @@ def distill(arguments: Namespace, argv: Sequence[str]) -> None:
 
     config = read_settings(arguments) if plan is None else plan.config
     # Before the seed is set, in every call: a student's random weights come after it.
-    teacher = plan.teacher if plan is not None else None if is_launched() else build_teacher(config.teacher)
+    teacher = plan.teacher if plan is not None else None if is_launched() else build_teacher(config)
     train_student(config, teacher=teacher, when_built=lambda: write_settings(arguments, config))
     if global_rank() == 0:
         export(str(arguments.out / LATEST), arguments.out / STUDENT_FILE)
@@ -124,7 +125,7 @@ def has_begun(arguments: Namespace) -> bool:
     from d2v_composer.system.fetch import is_remote
 
     source, out, path = arguments.source, arguments.out, arguments.out / SETTINGS
-    if not is_remote(source) and out.resolve().is_relative_to(Path(source).resolve(strict=True)):
+    if not is_remote(source) and out.resolve().is_relative_to(Path(source).resolve(strict="*" not in source)):
         raise InputError(f"{out}: is inside the folder of samples, {source}")
     check_out_file(path)
     with errors_of("--out", ValueError):
@@ -153,7 +154,7 @@ def make_plan(arguments: Namespace) -> Plan:
 
     # The changes are checked before the teacher is fetched.
     unsized = configure(arguments, arguments.out, ALWAYS)
-    teacher = build_teacher(unsized.teacher)
+    teacher = build_teacher(unsized)
     modality = modality_of(teacher.config)
     samples = arguments.out / modality.unit
     with TemporaryDirectory() as folder:
@@ -163,7 +164,7 @@ def make_plan(arguments: Namespace) -> Plan:
     chosen = choose(number, teacher.config, unsized.student.model)
     config = configure(arguments, samples, chosen)
     if config.teacher != unsized.teacher:  # a timm model for smaller images
-        teacher = build_teacher(config.teacher)
+        teacher = build_teacher(config)
     choose_embeds(config, join_student(config, teacher))
     build_augmentation(config.train_loader, teacher.config, config.seed)
     build_callbacks(config)
@@ -184,10 +185,11 @@ def list_source(arguments: Namespace, modality: "Modality", fetched: Path) -> "S
     Raises:
         InputError: There are none, or they cannot be read.
     """
-    from d2v_composer.data.source import open_source
+    from d2v_composer.data.containers import find_files, open_source
     from d2v_composer.system.fetch import is_remote
 
-    cache = fetched if is_remote(arguments.source) else None
+    is_mds = is_remote(arguments.source) and find_files(arguments.source, modality) is None
+    cache = fetched if is_mds else None
     return open_source(arguments.source, modality, column=arguments.column, cache=cache)
 
 
@@ -198,7 +200,7 @@ def prepare(arguments: Namespace, plan: Plan) -> None:
         InputError: Another call or run uses OUT, or too few samples are left to train on.
     """
     from d2v_composer.callbacks.checkpointing import FolderLock
-    from d2v_composer.data.convert import convert, hold_out
+    from d2v_composer.data.convert import convert, foresee, hold_out
     from d2v_composer.data.mds import INDEX, SUMMARY
     from d2v_composer.data.source import name_counts
     from d2v_composer.system.fetch import is_remote
@@ -216,9 +218,11 @@ def prepare(arguments: Namespace, plan: Plan) -> None:
         print(f"other files: {name_counts(source.left_out)}")
         parts, num_copies = hold_out(source, samples / f"{HELD_OUT}.json", workers)
         print(f"copies of held-out {modality.unit}, also held out: {num_copies}")
-        if (left := len(parts["train"])) < (size := config.global_train_batch_size):
+        if (left := len(parts["train"])) < (batch := config.global_train_batch_size):
             left_to_train = f"the number of {modality.unit} left to train on"
-            raise InputError(f"global_train_batch_size: must be at most {left}, {left_to_train}; got {size}")
+            raise InputError(f"global_train_batch_size: must be at most {left}, {left_to_train}; got {batch}")
+        size, seconds = foresee(parts["train"], workers, **encoding(modality, config, False))
+        print(f"converting {left:,} {modality.unit}: about {size / 1e6:,.0f} MB, {seconds / 60:,.0f} min")
         for split in splits:
             options = {"workers": workers, **encoding(modality, config, split == "test")}
             done = convert(parts[split], samples / split, **options, skip_unreadable=True)

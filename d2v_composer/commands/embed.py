@@ -6,8 +6,9 @@
     d2v embed base_libri.pt speech speech.npy
     d2v embed timm/vit_small_patch14_dinov2 photos photos.npy --checkpoint dinov2.safetensors --image-size 112
 
-Read NAME.npy, (N, D), with np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy: a file's path relative to SOURCE, or
-its number in an MDS data set. Images are resized to the model's size without cropping; clips are embedded whole.
+Read NAME.npy, (N, D), with np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy: a file's path relative to SOURCE,
+FILE.parquet#ROW, FILE.tar/KEY, or the number in an MDS data set. Images are resized to the model's size without
+cropping; clips are embedded whole.
 An interrupted run leaves no OUT; run the same command again to resume it.
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from d2v_composer.models.names import Pooling, PrecisionChoice, Representation, Weights
-from d2v_composer.system.command_line import make_parser, print_next, size, whole
+from d2v_composer.system.command_line import COLUMN, SOURCES, make_parser, print_next, size, whole
 from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ def main(argv: Sequence[str]) -> "Embedding":
 
     from d2v_composer.checkpoints.load import load_any
     from d2v_composer.checkpoints.student_file import choose_embedding
+    from d2v_composer.data.containers import open_source
     from d2v_composer.data.modalities import modality_of
-    from d2v_composer.data.source import name_counts, open_source
+    from d2v_composer.data.source import name_counts
     from d2v_composer.embedding import EmbeddingOptions, check_out, embed_source
     from d2v_composer.models.execution import name_precision
 
@@ -45,7 +47,8 @@ def main(argv: Sequence[str]) -> "Embedding":
         raise InputError("--precision: amp_fp16 needs a GPU; on a CPU, use fp32, amp_bf16 or auto")
     check_out(out, overwrite=arguments.overwrite)
     timm = {name: given[name] for name in ("checkpoint", "first_blocks", "image_size")}
-    model, _ = load_any(arguments.model, arguments.weights, arguments.teacher, **timm)
+    projected = arguments.representation == "projected"
+    model, _ = load_any(arguments.model, arguments.weights, arguments.teacher, **timm, projected=projected)
     chosen = choose_embedding(model, arguments.pooling, arguments.representation)
     modality = modality_of(model.encoder.config)
     place = {"column": arguments.column, "cache": arguments.local, "cache_limit": arguments.cache_limit}
@@ -70,7 +73,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a checkpoint, an exported student or a teacher: a path, s3://, …; or timm/NAME")
-    add("source", metavar="SOURCE", help="a folder of images, sound or MDS shards, or the shards' address: s3://, …")
+    add("source", metavar="SOURCE", help=f"a folder of images or sound, or {SOURCES}")
     add("out", metavar="OUT", type=Path, help="a file: NAME.npy")
     add("--teacher", help="the checkpoint's teacher, if it has moved since the training run")
     add("--weights", choices=get_args(Weights), default="model", help="a teacher's weights; default: model")
@@ -98,9 +101,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default=os.cpu_count() or 1,
         help="processes that decode, on Linux; default: one per core",
     )
-    add("--local", type=Path, metavar="FOLDER", help="folder that caches the shards of a remote SOURCE")
+    add("--local", type=Path, metavar="FOLDER", help="folder that caches the shards of a remote MDS data set")
     add("--cache-limit", type=size, metavar="SIZE", help="maximum size of --local, such as 60gb; default: no limit")
-    add("--column", metavar="NAME", help="the MDS column of images or sound; default: image or audio")
+    add("--column", metavar="NAME", help=COLUMN)
     add("--skip-unreadable", action="store_true", help="skip unreadable files and list them")
     add("--overwrite", action="store_true", help="replace OUT if it exists, once the new one is complete")
     return parser.parse_args(argv)

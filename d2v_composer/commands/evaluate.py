@@ -9,10 +9,10 @@ usage: d2v evaluate [FILE.yaml] model=PATH [key=value …]
     d2v evaluate yamls/evaluate.yaml model=student.safetensors 'rivals=[timm/resnet18.a1_in1k, narrow.safetensors]'
 
 The model is a teacher's file, a training checkpoint, an exported student, or a timm ViT. The tables show
-retrieval and what ``probes='[knn, linear, agreement, instance]'`` adds (the last two need no labels), in the primary
-embedding of the model's run unless pooling and representation choose another one. ``rivals`` are further models in the
-same tables, with their size and speed. ``out`` receives the results of all embeddings as JSON and CSV. `d2v fields
-evaluation` lists all fields.
+retrieval and what ``probes='[knn, linear, agreement, instance, zero_shot]'`` adds (agreement and instance need no
+labels), in the primary embedding of the model's run unless pooling and representation choose another one. ``rivals``
+are further models in the same tables, with their size and speed. ``out`` receives the results of all embeddings as JSON
+and CSV and, with rivals, a picture of quality over speed. `d2v fields evaluation` lists all fields.
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from d2v_composer.system import command_line
 from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.errors import InputError
+from d2v_composer.system.files import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     if "agreement" in config.probes and comparison.lookup.teacher is None:
         raise InputError("probes: agreement needs the teacher; name it with teacher=PATH")
     modality = modality_of(model.encoder.config)
-    datasets = build_labeled_sets(config, modality)
+    datasets = build_labeled_sets(config, modality, model.projected_width)
     for name, labeled in datasets.items():
         comparison.lookup.check(name, labeled)
     print(f"embedding: {comparison.lookup.primary}")
@@ -75,6 +76,11 @@ def main(argv: Sequence[str]) -> None:
     if config.out is not None:
         about = {"machine": describe_machine(), "versions": package_versions(), "weights": weights, "tables": tables}
         evaluation.write(Path(config.out), {"config": config.model_dump(mode="json"), **about})
+        if config.rivals:
+            from d2v_composer.report.plots import quality_over_speed, to_png  # matplotlib takes a second
+
+            picture = to_png(quality_over_speed(evaluation, BATCH_SIZES[-1], modality.unit))
+            write_atomically(Path(config.out) / "evaluation.png", picture)
     print_next(next_step(config, modality.unit.upper()))
 
 

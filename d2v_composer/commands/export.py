@@ -154,16 +154,16 @@ def read_images(student: "Backbone", source: str | None) -> "Tensor":
     import torch
 
     from d2v_composer.checkpoints.student_file import lookup
+    from d2v_composer.data.containers import open_source
     from d2v_composer.data.labeled import evenly_spaced, load_labeled_set
     from d2v_composer.data.modalities import modality_of
-    from d2v_composer.data.source import open_source
 
     modality, images = modality_of(student.encoder.config), []
     if source is not None:
         found = open_source(source, modality)
         images = [found.decode(i) for i in evenly_spaced(len(found), MAX_INT8_IMAGES)]
     elif found := [*filter(None, (lookup(student.provenance, "config.retrieval.datasets") or {}).values())]:
-        options = found[0] | {"download": False, "max_images": MAX_INT8_IMAGES}
+        options = found[0] | {"download": False, "max_images": MAX_INT8_IMAGES, "class_embeddings": None}
         images = load_labeled_set(modality=modality, **options).test.samples
     if len(images) < MIN_INT8_IMAGES:
         raise InputError(f"--int8: needs at least {MIN_INT8_IMAGES} images, got {len(images)}; use --calibrate FOLDER")

@@ -35,6 +35,7 @@ from d2v_composer.config.types import (
     Text,
     Up1000,
     WarmUp,
+    Weight,
     Whole,
     arguments_of,
     check_file,
@@ -47,11 +48,11 @@ from d2v_composer.models.names import (
     DATA2VEC2,
     PREFIX,
     ExtraTokens,
-    Normalization,
     Pooling,
     PrecisionChoice,
     Prediction,
     Representation,
+    TargetNormalization,
     TargetSource,
     TokenLoss,
     Weights,
@@ -158,10 +159,13 @@ class TargetsConfig(Section):
     """Number of the teacher's last blocks in the target; null: the teacher's own setting."""
     source: TargetSource = "ffn"
     """``ffn``: the teacher's FFN outputs. ``block``: its blocks' outputs (in a pre-norm ViT, the residual stream)."""
-    normalization: Normalization | None = None
+    normalization: TargetNormalization | None = None
     """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in the
-    chapter. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. null: ``instance``; with
-    ``student.model``, ``layer``."""
+    chapter. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. ``dataset``: in the
+    target, each channel by a fixed mean and deviation, measured before the first step; in prediction and
+    ``layer_mean``, which have no such numbers, ``layer``. null: ``instance``; with ``student.model``, ``layer``."""
+    dataset_batches: Count | None = None
+    """Number of the run's first batches on which ``dataset`` is measured, at most an epoch's; null: 100."""
     final_layer_norm: bool | None = None
     """End target, prediction and ``layer_mean`` with a LayerNorm. ``null``: as the teacher's own pre-training, false
     for data2vec 2.0's audio models."""
@@ -175,12 +179,26 @@ class TokensConfig(Section):
     cosine similarity) + 0.1 · smooth L1, as in AM-RADIO."""
     cls_weight: Fraction | None = None
     """The share of CLS in the loss; null: 1 / T, as of any of the T tokens."""
+    weight: Weight = 1.0
+    """Weight of the term; 0: it is left out."""
+
+
+class EmbeddingConfig(Section):
+    """The regression of the teacher's own image embedding: 1 - cosine similarity of ``projected_cls``."""
+
+    weight: Weight = 0.0
+    """Weight of the term; 0: it is left out. It keeps a student in the space of its teacher's text tower."""
 
 
 class ObjectivesConfig(Section):
     """The terms of the loss."""
 
     tokens: TokensConfig = TokensConfig()
+    embedding: EmbeddingConfig = EmbeddingConfig()
+
+    def contradictions(self) -> Iterator[str]:
+        if not self.tokens.weight + self.embedding.weight:
+            yield ".tokens.weight: must be positive unless objectives.embedding.weight is, got 0"
 
 
 class ShardLoaderConfig(Section):
@@ -280,19 +298,28 @@ class ParallelismConfig(Section):
 class LabeledSetConfig(Section):
     """A labeled set to measure embeddings on: train and test images, or test images without labels."""
 
-    format: Literal["cifar10", "cifar100", "folder", "mds", "speech_commands"]
-    """``cifar10``, ``cifar100``, ``folder``, ``mds`` or ``speech_commands``."""
-    root: LocalFolder
+    format: Literal["cifar10", "cifar100", "folder", "mds", "parquet", "speech_commands"]
+    """``cifar10``, ``cifar100``, ``folder``, ``mds``, ``parquet`` or ``speech_commands``."""
+    root: AddressText
     """CIFAR: the folder of torchvision's files. folder: ROOT, with images in ROOT/train/CLASS and ROOT/test/CLASS, the
-    same classes in both. mds: ROOT, with the MDS folders ROOT/train and ROOT/test. speech_commands: what
-    speech_commands_v0.02.tar.gz unpacks to; its validation clips are not used."""
+    same classes in both. mds: ROOT, with the MDS folders ROOT/train and ROOT/test. parquet: a folder, a glob, an
+    address in S3 or hf://datasets/ORG/NAME, with Parquet files or WebDataset tars whose names say train, and test or
+    validation. speech_commands: what speech_commands_v0.02.tar.gz unpacks to; its validation clips are not used."""
     download: bool = False
     """Download CIFAR if it is missing."""
     column: Text | None = None
-    """Column of images or sound in an MDS data set; null: ``image`` or ``audio``."""
+    """Column of images or sound. null: in mds ``image`` or ``audio``, in parquet the only one."""
     label_column: Text | None = "label"
-    """Column of labels in an MDS data set; null: none. Without labels (null, or a folder without class folders), only
-    the probes that need none run, on the images in ROOT/test or, if ROOT has no splits, in all of ROOT."""
+    """Column of labels in mds or parquet, of tars ``cls`` or ``json:KEY``; null: none. Without labels (null, or a
+    folder without class folders), only the probes that need none run, on the images in ROOT/test or, if ROOT has no
+    splits, in all of ROOT."""
+    class_embeddings: Text | None = None
+    """A .npy, (C, P) float: for the probe ``zero_shot``, a text tower's embedding of each class, in the order of the
+    class names."""
+
+    def contradictions(self) -> Iterator[str]:
+        if self.format != "parquet" and "://" in self.root:
+            yield f".root: must be a folder on this machine, got {self.root!r}"
 
 
 class LookupConfig(Section):
@@ -300,9 +327,10 @@ class LookupConfig(Section):
 
     ks: Annotated[list[Count], Field(min_length=1)] = [1, 3]
     """Report top-k accuracy for each k: the fraction of queries whose k nearest images include one with their label."""
-    probes: list[Literal["knn", "linear", "agreement", "instance"]] = []
+    probes: list[Literal["knn", "linear", "agreement", "instance", "zero_shot"]] = []
     """Further measures on the test images. ``knn`` and ``linear`` classify them from the train images. ``agreement``
-    (neighbors in common with the teacher) and ``instance`` (augmented views of one image) need no labels."""
+    (neighbors in common with the teacher) and ``instance`` (augmented views of one image) need no labels. ``zero_shot``
+    looks up the nearest of a set's ``class_embeddings``."""
     datasets: dict[str, LabeledSetConfig | None] = {}
     """Name → labeled set; null turns one off."""
     max_images: Count | None = None
@@ -315,8 +343,8 @@ class RetrievalConfig(LookupConfig):
     pooling: Pooling = "cls"
     """Pooling of the primary embedding: ``cls``, ``mean`` of all tokens, or ``mean_patches``."""
     representation: Representation = "output"
-    """Representation of the primary embedding: ``output`` of the last block, or ``layer_mean``, the normalized mean of
-    the FFN outputs."""
+    """Representation of the primary embedding: ``output`` of the last block, ``layer_mean``, the normalized mean of
+    the FFN outputs, or ``projected``, the image embedding that ``objectives.embedding`` regresses."""
     interval: Interval = "5000ba"
     """Time between measurements, in batches or epochs; there is always one at the end of the run."""
     at_start: bool = False
@@ -450,8 +478,8 @@ class ModelConfig(TimmSizes):
     """Pooling of the primary embedding: ``cls``, ``mean`` or ``mean_patches``; null: as in the model's run, else
     ``cls``."""
     representation: Representation | None = None
-    """Representation of the primary embedding: ``output`` or ``layer_mean``; null: as in the model's run, else
-    ``output``."""
+    """Representation of the primary embedding: ``output``, ``layer_mean`` or ``projected``; null: as in the model's
+    run, else ``output``."""
 
 
 class LayerwiseOptimizerConfig(OptimizerConfig):

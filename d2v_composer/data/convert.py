@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -26,9 +27,10 @@ from PIL import Image
 from streaming import MDSWriter
 from streaming.base.storage import CloudUploader
 
+from d2v_composer.data.containers import SPLITS, find_files, open_source
 from d2v_composer.data.images import Images
-from d2v_composer.data.labeled import load_labeled_set
-from d2v_composer.data.mds import INDEX, SUMMARY, ShardFile
+from d2v_composer.data.labeled import evenly_spaced, load_labeled_set
+from d2v_composer.data.mds import INDEX, SUMMARY, ShardFile, is_mds
 from d2v_composer.data.modality import Modality
 from d2v_composer.data.source import Source, list_classes, list_subfolders, map_in_workers, open_folder
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, reason, writing
@@ -38,7 +40,6 @@ from d2v_composer.system.processes import if_interrupted
 from d2v_composer.system.progress import progress_bar
 
 KAGGLE = "ILSVRC/Data/CLS-LOC"
-SPLITS = ("train", "val", "validation", "test")
 KAGGLE_LABELS = re.compile(r"LOC_\w+_solution\.csv")
 NONE = "none"
 CIFAR10 = "cifar10:"
@@ -52,7 +53,12 @@ IMAGES = Images()  # of any size: a conversion does not decode them to a model's
 
 
 def find_samples(
-    source: str | Path, split: str | None = None, labels: str | Path | None = None, modality: Modality = IMAGES
+    source: str | Path,
+    split: str | None = None,
+    labels: str | Path | None = None,
+    modality: Modality = IMAGES,
+    column: str | None = None,
+    label_column: str | None = None,
 ) -> Source:
     """List the images or the sound of a data set.
 
@@ -66,17 +72,31 @@ def find_samples(
     ground truth file of ILSVRC's devkit is not supported: it has no file names, and its numbers are not in the order of
     the train folder's classes.
 
+    Of Parquet files and tars, a split is the files that have its name as a word.
+
     Args:
-        source: The folder, or ``cifar10:FOLDER``.
+        source: The folder, ``cifar10:FOLDER``, or what :func:`~d2v_composer.data.containers.open_source` opens.
         split: The split's folder, or ``none`` if all folders are classes; default ``train``.
-        labels: A CSV file, or ``none`` for samples without labels.
+        labels: A CSV file, or ``none`` for samples without labels. Only for a folder.
         modality: What the samples are.
+        column: The column of samples, as for :func:`~d2v_composer.data.containers.open_source`.
+        label_column: The column of labels, likewise.
 
     Raises:
         InputError: There are no samples, or the split or the labels are ambiguous.
     """
     if str(source).startswith(CIFAR10):
         return _cifar10_images(Path(str(source).removeprefix(CIFAR10)), split or "train")
+    is_local_mds = is_mds(Path(source))
+    files = None if is_local_mds else find_files(str(source), modality, column, label_column)
+    if files is None and is_remote(source):
+        raise InputError(f"{source}: expected Parquet files or tars, or MDS in a folder on this machine")
+    if files or is_local_mds or column or label_column:
+        if labels not in (None, NONE):
+            raise InputError(f"--labels: only for a folder; for {source}, use --label-column")
+        if files is not None:
+            return files.open_split(split)
+        return open_source(str(source), modality, column=column, label_column=label_column)
     source = Path(source)
     splits = source / KAGGLE if (source / KAGGLE).is_dir() else source
     chosen, train = split or "train", splits if split == NONE else splits / "train"
@@ -174,6 +194,25 @@ def _digest(source: Source, number: int) -> bytes | None:
     except UnreadableSampleError:
         return None
     return hashlib.sha256(stored if isinstance(stored, bytes) else stored.tobytes()).digest()
+
+
+def foresee(source: Source, workers: int, **options: Any) -> tuple[float, float]:
+    """Return about how many bytes and seconds a conversion takes, from a few neighbors at each of four places.
+
+    Args:
+        source: The samples.
+        workers: Processes that will convert.
+        **options: The encoding's; see :func:`convert`.
+    """
+    num_bytes, seconds, count = 0, 0.0, 0
+    for first in evenly_spaced(len(source), 4):
+        for number in range(first, min(first + 8, len(source))):
+            start = time.monotonic()
+            with suppress(UnreadableSampleError), reading(source.name(number)):
+                num_bytes += len(source.modality.encode(source.load(number), "", **options)[0])
+            # The first one waits for what its neighbors share: a row group, or a shard.
+            seconds, count = seconds + (time.monotonic() - start) * (number > first), count + 1
+    return num_bytes * len(source) / count, seconds * len(source) / count / workers
 
 
 class _Task(NamedTuple):
@@ -330,7 +369,7 @@ def convert(
     """
     out = str(out).rstrip("/")
     work, folder, unit = work_folder(out), Path(out), source.modality.unit
-    if source.has_paths and work.is_relative_to(Path(source.root).resolve()):
+    if source.is_folder and work.is_relative_to(Path(source.root).resolve()):
         raise InputError(f"{out}: is inside the folder of {unit}, {source.root}")
     if not work.is_dir() and not (folder / INDEX).exists() and folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{out}: is not empty, and holds no interrupted conversion")
@@ -384,7 +423,7 @@ def _groups(source: Source, resize: int | None, seed: int, shard_bytes: int) -> 
     sizes, order = source.sizes, np.arange(len(source))
     if resize:
         sizes = np.minimum(sizes, resize**2 * BYTES_PER_SQUARE)
-    if source.has_paths:
+    if source.is_folder:
         order = np.random.default_rng(seed).permutation(order)
     shards = sizes[order].cumsum() // shard_bytes
     return np.split(order, np.flatnonzero(np.diff(shards)) + 1)
@@ -399,6 +438,6 @@ def convert_cifar10(images: Path, out: Path, num_train: int = 50_000, num_test: 
         InputError: CIFAR-10 cannot be downloaded or is corrupt, or ``out`` cannot be written.
     """
     for split, num_images in (("train", num_train), ("test", num_test)):
-        if not (out / split / INDEX).exists():
+        if num_images and not (out / split / INDEX).exists():
             source = find_samples(f"{CIFAR10}{images}", split)
             convert(source.select(range(min(num_images, len(source)))), out / split, workers=os.cpu_count() or 1)

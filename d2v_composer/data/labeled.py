@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from xxhash import xxh3_128_digest
 
+from d2v_composer.data.containers import find_files
 from d2v_composer.data.images import Images
 from d2v_composer.data.mds import SUMMARY, Index
 from d2v_composer.data.modality import Modality, Transform, collate, sample_rng
@@ -30,7 +32,7 @@ from d2v_composer.data.source import (
 from d2v_composer.models.configs import ImageSize
 from d2v_composer.system.errors import InputError, reading, reason
 
-Format = Literal["cifar10", "cifar100", "folder", "mds", "speech_commands"]
+Format = Literal["cifar10", "cifar100", "folder", "mds", "parquet", "speech_commands"]
 CIFAR = ("cifar10", "cifar100")
 # What a format holds, if not any modality.
 HOLDS = {**dict.fromkeys(CIFAR, "image"), "speech_commands": "audio"}
@@ -63,6 +65,8 @@ class EvaluationSet(NamedTuple):
     test: LabeledSamples
     class_names: tuple[str, ...] = ()
     """Name of each label; empty if the labels are only numbers."""
+    class_embeddings: Tensor | None = None
+    """(C, P) float32, of each label, from a text tower."""
 
     def numbered(self) -> "EvaluationSet":
         """Renumber the labels from 0 without gaps, and keep their names, because tables have a row for each label."""
@@ -71,10 +75,14 @@ class EvaluationSet(NamedTuple):
         found, numbers = torch.cat([self.train.labels, self.test.labels]).unique(return_inverse=True)
         known = dict(enumerate(self.class_names))
         train, test = numbers.split(self.num_samples)
+        rows, labels = self.class_embeddings, found.tolist()
+        if rows is not None:  # those of classes without images come last, as wrong answers
+            rows = rows[sorted(range(len(rows)), key=lambda label: label not in labels)]
         return EvaluationSet(
             self.train._replace(labels=train),
             self.test._replace(labels=test),
-            tuple(known.get(label, str(label)) for label in found.tolist()),
+            tuple(known.get(label, str(label)) for label in labels),
+            rows,
         )
 
     def fingerprint(self) -> str:
@@ -120,35 +128,39 @@ def load_labeled_set(
     column: str | None = None,
     label_column: str | None = "label",
     max_images: int | None = None,
+    class_embeddings: str | Path | None = None,
 ) -> EvaluationSet:
     """Load a labeled set, or a set without labels: a folder without class folders, or MDS without ``label_column``.
 
     Args:
         format: ``cifar10`` or ``cifar100``: torchvision's files in ``root``; ``folder``: root/train/CLASS/… and
-            root/test/CLASS/…; ``mds``: root/train and root/test; ``speech_commands``: what its archive unpacks to.
-            Without labels only root/test is read, or the whole root if it has neither split.
-        root: The folder.
+            root/test/CLASS/…; ``mds``: root/train and root/test; ``parquet``: Parquet files or tars with the splits in
+            their names; ``speech_commands``: what its archive unpacks to. Without labels only root/test is read, or the
+            whole root if it has neither split.
+        root: The folder; of Parquet files also an address.
         modality: What the samples are; default: images.
         image_size: Images of a folder or of MDS are resized to this many pixels a side. CIFAR keeps its size: it is
             resized in batches on the device.
         interpolation: How they are resized: bicubic or bilinear, as the model's config says.
         download: Fetch CIFAR if it is missing.
-        column: The column of an MDS data set that holds the samples; default: the modality's name.
-        label_column: The column of an MDS data set that holds the labels; ``None``: it has no labels.
+        column: The column that holds the samples; see :func:`~d2v_composer.data.containers.open_source`.
+        label_column: The column that holds the labels; ``None``: there are none.
         max_images: Load at most this many images of each split, evenly spaced; the others of a folder or of MDS are not
             even read.
+        class_embeddings: A .npy with a text tower's embedding of each class, in the order of the class names.
 
     Raises:
         InputError: The set is missing or corrupt, has no images or another modality's; or those chosen are all of one
             class.
     """
-    root, modality = Path(root), modality or Images(image_size, interpolation)
+    modality = modality or Images(image_size, interpolation)
     if (held := HOLDS.get(format, modality.name)) != modality.name:
         raise InputError(f"{root}: {format} has samples of the modality {held}, and the model takes {modality.unit}")
     if format in CIFAR:
-        labeled = _load_cifar(format, root, download, max_images)
+        labeled = _load_cifar(format, Path(root), download, max_images)
     else:
-        sources = _open_splits(format, root, modality, column, label_column)
+        open_splits = _open_parquet if format == "parquet" else partial(_open_splits, format)
+        sources = open_splits(root, modality, column, label_column)
         splits = [_load(source, max_images) for source in sources]
         labeled = EvaluationSet.without_labels(splits[0])
         if splits[1:]:
@@ -157,7 +169,22 @@ def load_labeled_set(
         # Labels may recur at the very spacing of the images chosen, and then all are hits.
         if 1 < len(split.labels) == max_images and bool((split.labels == split.labels[0]).all()):
             raise InputError(f"{root}: max_images={max_images} selects only one class; choose another value")
+    if class_embeddings is not None and labeled.has_labels:
+        labeled = labeled._replace(class_embeddings=_read_class_embeddings(Path(class_embeddings), labeled))
     return labeled
+
+
+def _read_class_embeddings(path: Path, labeled: EvaluationSet) -> Tensor:
+    """Read the embedding of each class, (C, P) float32."""
+    with reading(path):
+        rows = torch.from_numpy(np.load(path)).float()
+    # Labels without names may be of more classes than these samples.
+    num_labels = max(int(each.labels.max()) + 1 for each in labeled[:2])
+    num_classes = len(labeled.class_names) or max(num_labels, len(rows))
+    if rows.ndim != 2 or len(rows) != num_classes or not rows.isfinite().all():
+        expected = f"finite numbers, a row for each of {num_classes} classes"
+        raise InputError(f"{path}: expected {expected}, got {tuple(rows.shape)}")
+    return rows
 
 
 def _load_cifar(format: Format, root: Path, download: bool, max_images: int | None) -> EvaluationSet:
@@ -181,10 +208,20 @@ def _load_cifar(format: Format, root: Path, download: bool, max_images: int | No
     return EvaluationSet(train, test, tuple(splits[0].classes))
 
 
+def _open_parquet(root: str | Path, modality: Modality, column: str | None, label_column: str | None) -> list[Source]:
+    """Open train and test, with labels; or the only samples of a set without labels."""
+    if (files := find_files(str(root), modality, column, label_column)) is None:
+        raise InputError(f"{root}: no Parquet files or tars")
+    test = next(filter(files.of_split, ("test", "validation", "val")), None)
+    splits = [test] if label_column is None else ["train", test or "test"]
+    return [_tell_left_out(files.open_split(split)) for split in splits]
+
+
 def _open_splits(
-    format: Format, root: Path, modality: Modality, column: str | None, label_column: str | None
+    format: Format, root: str | Path, modality: Modality, column: str | None, label_column: str | None
 ) -> list[Source]:
     """Open train and test, with labels; or the only samples of a set without labels."""
+    root = Path(root)
     folders = root / "train", root / "test"
     alone = folders[1] if any(map(Path.is_dir, folders)) else root
     if format == "speech_commands":

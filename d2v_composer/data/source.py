@@ -5,11 +5,12 @@ import os
 import stat
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import Self
 
-from d2v_composer.data.mds import INDEX, Index, is_mds
+from d2v_composer.data.mds import INDEX, Index
 from d2v_composer.data.modality import Modality, read_sample_file
-from d2v_composer.data.shards import Shards, fetch_index
+from d2v_composer.data.shards import Shards
 from d2v_composer.system.errors import InputError, RunError, reading
-from d2v_composer.system.fetch import is_remote
 from d2v_composer.system.processes import die_with_parent
 
 
@@ -32,8 +32,8 @@ class Source:
     Attributes:
         root: The folder or the address.
         modality: What the samples are.
-        ids: (N,) paths relative to the folder, or numbers. Not a list: a forked worker that reads its objects copies
-            their memory.
+        ids: (N,) names below ``root``, such as paths, or numbers. Not a list: a forked worker that reads its objects
+            copies their memory.
         load: Returns a sample by number as it is stored: a file's bytes, or what a column holds.
         label: Returns a sample's class by number; ``None`` without labels.
         class_names: Name of each class, if they have names.
@@ -42,6 +42,7 @@ class Source:
         fingerprint: Hash of where the samples are, and of an MDS data set's index.
         left_out: Number of other files by kind.
         keeps_files: A conversion stores what ``load`` returns unchanged.
+        is_folder: The samples are files in a folder, which are listed by name: a conversion shuffles them.
     """
 
     root: str
@@ -55,18 +56,15 @@ class Source:
     fingerprint: str
     left_out: Mapping[str, int] = field(default_factory=dict)
     keeps_files: bool = False
+    is_folder: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def has_paths(self) -> bool:
-        """True if the samples are files, which are listed by name: a conversion shuffles them."""
-        return self.ids.dtype.kind == "U"
-
     def name(self, number: int) -> str:
         """Return what an error calls a sample."""
-        return f"{self.root}/{self.ids[number]}" if self.has_paths else f"sample {self.ids[number]} of {self.root}"
+        has_names = self.ids.dtype.kind == "U"
+        return f"{self.root}/{self.ids[number]}" if has_names else f"sample {self.ids[number]} of {self.root}"
 
     def decode(self, number: int) -> Tensor:
         """Return a sample as :meth:`Modality.decode` does.
@@ -102,37 +100,6 @@ class Source:
         return replace(self, label=lambda number: int(labels[number]), class_names=tuple(class_names))
 
 
-def open_source(
-    source: str,
-    modality: Modality,
-    *,
-    column: str | None = None,
-    cache: Path | None = None,
-    cache_limit: int | None = None,
-) -> Source:
-    """Open the samples of a folder, or of an MDS data set, without their labels.
-
-    Args:
-        source: A folder with an MDS ``index.json`` or an object store's address: an MDS data set, whose ids are the
-            samples' numbers. Another folder: the files in it and its subfolders, whose ids are their paths.
-        modality: What the samples are.
-        column: The column of an MDS data set that holds the samples; default: the modality's name.
-        cache: The folder for the shards of a data set in a store.
-        cache_limit: Maximum size of the cache, in bytes; default: no limit.
-
-    Raises:
-        InputError: The source cannot be used.
-    """
-    remote = source if is_remote(source) else None
-    if (remote is None) != (cache is None):
-        raise InputError(f"{source}: --local is needed for an object store's shards, and for nothing else")
-    if remote is not None and cache is not None:
-        fetch_index(remote, cache)
-    elif not is_mds(Path(source)):
-        return open_folder(Path(source), modality)
-    return open_mds(Index(cache or Path(source), modality, column, option="--column", remote=remote), cache_limit)
-
-
 def open_mds(index: Index, cache_limit: int | None = None) -> Source:
     """Open the samples of an MDS data set, with labels if the index has a column of labels."""
     shards, place = Shards(index, cache_limit=cache_limit), index.remote or index.folder.resolve()
@@ -149,7 +116,7 @@ def open_mds(index: Index, cache_limit: int | None = None) -> Source:
         label=label if index.labels else None,
         sizes=np.full(len(index), sum(each.raw.bytes for each in index.shards) // len(index)),  # all may be copies
         marks=numbers,
-        fingerprint=_sha256(place, (index.folder / INDEX).read_bytes(), index.column),
+        fingerprint=hash_of(place, (index.folder / INDEX).read_bytes(), index.column),
     )
 
 
@@ -165,14 +132,47 @@ def whole_label(value: Any, source: str) -> int:
     raise InputError(f"{source}: its label must be a whole number, got {value!r:.40}")
 
 
-def open_folder(root: Path, modality: Modality) -> Source:
-    """Open a modality's files in a folder and its subfolders, sorted by path, and count what is left out by its kind.
+def number_labels(
+    source: Source, labels: Sequence[Any], class_names: Sequence[str], known: Callable[[], Sequence[str]]
+) -> Source:
+    """Return a source with labels: whole numbers, or names of classes.
+
+    Args:
+        source: The samples.
+        labels: A label for each.
+        class_names: The names of numbers, if they have names.
+        known: Returns all names of classes, if the labels are names; empty: those that occur, sorted.
+
+    Raises:
+        InputError: A label is neither, or not among the names.
+    """
+    if all(isinstance(label, str) for label in labels):
+        return source.with_classes(labels, known() or sorted({*labels}), "each class must be in the train split")
+    numbers = np.array([whole_label(label, source.name(number)) for number, label in enumerate(labels)], np.int64)
+    return replace(source, label=lambda number: int(numbers[number]), class_names=tuple(class_names))
+
+
+class Listing(NamedTuple):
+    """Files in a folder and its subfolders."""
+
+    files: list[tuple[str, int, int]]
+    """Path in the folder, bytes and time of the last change, in ns, of each, sorted."""
+    others: dict[str, int]
+    """Number of other files by kind."""
+
+
+def list_folder(root: Path, suffixes: Collection[str], needs: Mapping[str, str] | None = None) -> Listing:
+    """List the files with these suffixes in a folder and its subfolders, and count what is left out by its kind.
 
     Links are followed, but each file and each folder is listed once: by its own name, or by the first of several.
     Hidden files and folders are left out.
 
+    Args:
+        root: The folder.
+        suffixes: In lowercase.
+        needs: Suffix of files that cannot be decoded here → the package that can.
+
     Raises:
-        InputError: There are none.
         OSError: A folder cannot be listed.
     """
     files, others, seen = list[tuple[str, int, int]](), Counter[str](), set[object]()
@@ -186,8 +186,8 @@ def open_folder(root: Path, modality: Modality) -> Source:
         identity = (status.st_dev, status.st_ino) if status.st_ino else path.resolve()  # some file systems have none
         if not (is_folder or stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
             others["special files"] += 1
-        elif not is_folder and suffix not in modality.suffixes:
-            needed = modality.needs.get(suffix)
+        elif not is_folder and suffix not in suffixes:
+            needed = (needs or {}).get(suffix)
             others[f"{suffix} (needs {needed})" if needed else suffix or "without suffix"] += 1
         elif identity in seen:
             others["links to files or folders already listed"] += 1
@@ -200,27 +200,43 @@ def open_folder(root: Path, modality: Modality) -> Source:
         else:
             files.append((path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns))
         seen.add(identity)
+    return Listing(sorted(files), dict(sorted(others.items())))
+
+
+def open_folder(root: Path, modality: Modality) -> Source:
+    """Open a modality's files in a folder and its subfolders; see :func:`list_folder`.
+
+    Raises:
+        InputError: There are none.
+        OSError: A folder cannot be listed.
+    """
+    files, others = list_folder(root, modality.suffixes, modality.needs)
     if not files:
         supported, found = ", ".join(modality.suffixes), name_counts(others)
         raise InputError(f"{root}: no {modality.unit}; supported suffixes are {supported}; other files: {found}")
-    files.sort()
     paths = np.array([path for path, *_ in files])
-
-    def load(number: int) -> bytes:
-        path = root / paths[number]
-        with reading(path):
-            return read_sample_file(path)
-
     return Source(
         root=str(root),
         modality=modality,
         ids=paths,
-        load=load,
+        load=partial(load_file, root, paths),
         sizes=np.array([num_bytes for _, num_bytes, _ in files], np.int64),
-        marks=np.array([int(_sha256(file)[:15], 16) for file in files], np.int64),
-        fingerprint=_sha256(root.resolve()),
-        left_out=dict(sorted(others.items())),
+        marks=np.array([mark_of(file) for file in files], np.int64),
+        fingerprint=hash_of(root.resolve()),
+        left_out=others,
+        is_folder=True,
     )
+
+
+def load_file(folder: Path, paths: NDArray[Any], number: int) -> bytes:
+    """Read one of the files in a folder.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    path = folder / paths[number]
+    with reading(path):
+        return read_sample_file(path)
 
 
 def name_counts(left_out: Mapping[str, int]) -> str:
@@ -294,5 +310,11 @@ def map_in_workers(
         raise RunError(f"reading failed ({cause}): the same command resumes") from error
 
 
-def _sha256(*contents: object) -> str:
+def hash_of(*contents: object) -> str:
+    """Return a hash of values by their ``repr``."""
     return hashlib.sha256(repr(contents).encode()).hexdigest()
+
+
+def mark_of(*contents: object) -> int:
+    """Return a hash as a whole number for :attr:`Source.marks`."""
+    return int(hash_of(*contents)[:15], 16)

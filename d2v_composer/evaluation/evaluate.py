@@ -107,6 +107,12 @@ def resample(*hits: NDArray[np.bool_ | np.float64]) -> NDArray[np.float64]:
     return drawn @ kinds / num_queries
 
 
+def cost(model: Backbone | Encoder, encoder: Encoder) -> dict[str, Any]:
+    """Return a model's number of parameters, and its GFLOP for one input, both with its encoder."""
+    gflop = GFLOP_PER_MAC * sum(part.forward_macs() for part in {model, encoder})
+    return {"num_parameters": sum(map(torch.numel, model.parameters())), "gflop": gflop}
+
+
 def build_candidates(first: Backbone, models: Mapping[str, Backbone], layer_mean: LayerMean) -> list[Candidate]:
     """Return what is compared: the encoder's baseline, ``encoder`` (its output in every pooling), then each model.
 
@@ -137,8 +143,7 @@ def build_candidates(first: Backbone, models: Mapping[str, Backbone], layer_mean
             found = embed(encode(own, Inputs(*inputs)))
             return {name: each[: len(inputs[0])] for name, each in found.items()}
 
-        gflop = GFLOP_PER_MAC * sum(part.forward_macs() for part in {model, own})
-        return Candidate(name, embed_inputs, sum(map(torch.numel, model.parameters())), gflop)
+        return Candidate(name, embed_inputs, **cost(model, own))
 
     return [
         Candidate(encoder.baseline, lambda *inputs: encoder.raw(Inputs(*inputs))),
@@ -246,7 +251,7 @@ def check_out(folder: Path, weights: str) -> None:
     Raises:
         InputError: One of these does not hold.
     """
-    for path in (folder / "evaluation.json", folder / "evaluation.csv"):
+    for path in (folder / f"evaluation.{suffix}" for suffix in ("json", "csv", "png")):
         check_out_file(path)
         if os.path.lexists(path) and not read_evaluation(folder, weights):
             raise InputError(f"out: {path} is not of these weights; remove it, or choose another folder")

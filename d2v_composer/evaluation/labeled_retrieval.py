@@ -26,6 +26,7 @@ from d2v_composer.evaluation.metrics import (
     find_primary,
     instance_retrieval,
     retrieval_from,
+    zero_shot,
 )
 from d2v_composer.evaluation.nearest_neighbors import (
     NUM_NEIGHBORS,
@@ -38,6 +39,7 @@ from d2v_composer.evaluation.nearest_neighbors import (
     vote,
 )
 from d2v_composer.evaluation.without_labels import NUM_COMMON, common_shares, instance_hits, nearest_others
+from d2v_composer.models.names import PROJECTED
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.progress import progress_bar
 
@@ -96,8 +98,10 @@ class Lookup(NamedTuple):
         """Return what is measured on a set: retrieval first, then the probes."""
         measures = [retrieval_from(bank, k) for bank in BANKS for k in self.ks] if labeled.has_labels else []
         for probe in self.probes if labeled.has_labels else WITHOUT_LABELS:
-            measures += PROBES[probe] or map(instance_retrieval, self.ks)
-        return [each for each in measures if self.teacher is not None or each != AGREEMENT]
+            found = PROBES[probe]
+            measures += map(found, self.ks) if callable(found) else found
+        needs = {AGREEMENT.name: self.teacher, "zero_shot": labeled.class_embeddings}
+        return [each for each in measures if needs.get(each.name, labeled) is not None]
 
     def check(self, name: str, labeled: "EvaluationSet") -> None:
         """Check that a set has enough images to look up.
@@ -123,7 +127,7 @@ class Result(NamedTuple):
     embedding: str
     """Name of the embedding; '' if it is the only one and has no name."""
     is_primary: bool
-    """True for the candidate's primary embedding."""
+    """True for the candidate's primary embedding; ``zero_shot`` has but one."""
     hits: Tensor
     """For each query, on the host: (Q,) bool, or the share of common neighbors, (Q,) float64."""
 
@@ -200,6 +204,7 @@ def measure_embeddings(
     views = lookup.augment if "instance" in wanted else None
     embedded = embed_set(candidates, labeled, lookup.batch_size, to_device, ranks, progress, views)
     labels = {split: to_device(getattr(labeled, split).labels) for split in BANKS}
+    classes = labeled.class_embeddings if "zero_shot" in wanted else None
     for candidate in sorted(candidates, key=lambda each: each is not teacher):  # with which the others are compared
         parts = embedded[candidate]
         primary = find_primary(lookup.primary, parts["test"])
@@ -238,5 +243,12 @@ def measure_embeddings(
                     if probe.doubt and name == primary and ranks.rank == 0:
                         about = f"{dataset}, {candidate.name} ({name or 'only embedding'})"
                         warn_once(f"{about}: linear probe: {probe.doubt}")
+            if name == PROJECTED and classes is not None and classes.shape[1] == images["test"].shape[1]:
+                most = min(max(ks), len(classes))
+                nearest = exact_neighbors(to_device(classes), ranks.take_share(images["test"]), most)
+                indices = ranks.gather(nearest.indices, len(labels["test"]))
+                found = retrieval_hits(indices, to_device(torch.arange(len(classes))), labels["test"], ks)
+                hits |= {zero_shot(k): hit for k, hit in found.items()}
             for measure, hit in hits.items():
-                yield Result(candidate, dataset, measure, name, name == primary, hit.cpu())
+                is_primary = name == primary or measure.name == "zero_shot"
+                yield Result(candidate, dataset, measure, name, is_primary, hit.cpu())

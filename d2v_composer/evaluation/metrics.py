@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import index
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from d2v_composer.evaluation.without_labels import NUM_COMMON
 BANKS = ("train", "test")
 TEACHER = "teacher"
 """The name of the baseline with which agreement and the gap closed compare, in keys and tables."""
+UNTRAINED = "untrained"
+"""The student before training, in keys."""
 # Logged below health/ as 0 or 1.
 HEALTH_STATES = ("collapse", "dead", "diverging", "non_finite", "scaler_skips")
 Log = Mapping[str, Mapping[int, float]]
@@ -23,7 +26,8 @@ class Measure(NamedTuple):
     """A measure of the queries of a set."""
 
     bank: str
-    """The split that is searched, or that a classifier is fitted to; '' for the test images among themselves."""
+    """The split that is searched, or that a classifier is fitted to; '' for the test images among themselves, classes
+    for text embeddings of the classes."""
     name: str
     k: int | None
     """The number of neighbors; ``None``: a classifier has none."""
@@ -43,17 +47,23 @@ def instance_retrieval(k: int) -> Measure:
     return Measure("", "instance", k, f"instance/top{k}", f"instance top-{k}")
 
 
+def zero_shot(k: int) -> Measure:
+    """Return the measure: whether the text embedding of a test image's class is among the k nearest of all classes."""
+    return Measure("classes", "zero_shot", k, f"zero_shot/top{k}", f"zero-shot top-{k}")
+
+
 KNN = Measure("train", "knn", NUM_NEIGHBORS, "knn/top1", "20-NN weighted")
 KNN_MAJORITY = Measure("train", "knn_majority", NUM_NEIGHBORS, "knn_majority/top1", "20-NN majority")
 LINEAR = Measure("train", "linear", None, "linear/top1", "linear probe")
 AGREEMENT = Measure("", "agreement", NUM_COMMON, "agreement@10", "neighbor agreement")
 # Name in a config → what it measures: DINO's weighted vote of the nearest neighbors and their majority; a classifier;
-# the neighbors in common with the teacher; and, for each k of a retrieval, an image's views.
-PROBES: Mapping[str, Sequence[Measure]] = {
+# the neighbors in common with the teacher; and, for each k of a retrieval, an image's views and its class by text.
+PROBES: Mapping[str, Sequence[Measure] | Callable[[int], Measure]] = {
     "knn": (KNN, KNN_MAJORITY),
     "linear": (LINEAR,),
     "agreement": (AGREEMENT,),
-    "instance": (),
+    "instance": instance_retrieval,
+    "zero_shot": zero_shot,
 }
 WITHOUT_LABELS = ("agreement", "instance")
 
@@ -74,14 +84,14 @@ def find_primary(primary: str, names: Collection[str]) -> str:
     """Return the name of the embedding to report as a model's primary embedding.
 
     Args:
-        primary: The embedding asked for. In place of a mean of layers, the output will do: the bare encoder has no
-            layers to average.
+        primary: The embedding asked for. For ``layer_mean`` and ``projected``, the output will do: the bare encoder has
+            neither.
         names: The model's embeddings; a single one without a name ('') is its own primary embedding.
 
     Raises:
         ValueError: The model has no such embedding.
     """
-    for name in (primary, primary.replace("layer_mean", "output"), ""):
+    for name in (primary, re.sub("^(layer_mean|projected)", "output", primary), "output_mean_patches", ""):
         if name in names:
             return name
     raise ValueError(f"primary embedding must be one of {', '.join(names)}, got {primary!r}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from d2v_composer.models.encoder import Encoder, Inputs, Tokens
 from d2v_composer.models.features import Features
 from d2v_composer.models.layer_mean import LayerMean
-from d2v_composer.models.names import Pooling, Representation
+from d2v_composer.models.names import PROJECTED, Pooling, Representation, embedding_name
 
 
 @contextmanager
@@ -44,6 +44,7 @@ class Backbone(nn.Module, ABC):
         embed_dim: Channels of features and embeddings; the encoder's, unless a student is narrower.
         layer_mean: How this model computes its ``layer_mean`` embeddings.
         head: What classifies the embeddings of a fine-tuned student, d → classes, or ``None``.
+        projection: A :class:`~d2v_composer.models.projection.Projection`, or ``None``.
     """
 
     # Composer's FSDP: this module is not a unit; the encoder and the blocks are, because each is called separately.
@@ -57,6 +58,7 @@ class Backbone(nn.Module, ABC):
         self.embed_dim = encoder.embed_dim
         self.layer_mean = LayerMean.of(config)
         self.head: Any = None  # a module
+        self.projection: Any = None  # a module
 
     @abstractmethod
     def features(self, tokens: Tokens) -> Features:
@@ -103,7 +105,16 @@ class Backbone(nn.Module, ABC):
     @property
     def embedding_names(self) -> list[str]:
         """The names of all embeddings."""
-        return self.layer_mean.names(self.has_cls_token)
+        return [*self.layer_mean.names(self.has_cls_token), *([PROJECTED] if self.projected_width else [])]
+
+    @property
+    def projected_width(self) -> int:
+        """P, the channels of ``projected_cls``; 0 without this embedding."""
+        return 0 if self.projection is None else self.projection.num_outputs or self.encoder.embed_dim
+
+    def project(self, features: Features, output: Tensor) -> Tensor:
+        """Return the embedding ``projected_cls``, (B, P), of the model's features and output, with gradient."""
+        return self.projection(features, output)
 
     @property
     def default_pooling(self) -> Pooling:
@@ -129,8 +140,14 @@ class Backbone(nn.Module, ABC):
         with frozen_use():
             return self.encoder(Inputs(images, lengths)).x
 
+    def pooled(self, features: Features, representation: Representation, pooling: Pooling) -> Tensor:
+        """Return an embedding, (B, D) float32, with gradient."""
+        if representation == "projected":
+            return self.project(features, features.output).float()
+        return features.poolings(self.represent(features, representation))[pooling]
+
     def represent(self, features: Features, representation: Representation) -> Tensor:
-        """Return a representation, (B, T, D), with gradient."""
+        """Return a representation, ``output`` or ``layer_mean``, (B, T, D), with gradient."""
         if representation == "output":
             return features.output
         return self.layer_mean.average(features.layers(), features)
@@ -147,7 +164,8 @@ class Backbone(nn.Module, ABC):
         Returns:
             ``{representation}_{pooling}`` → (B, D) float32. Representations: ``output`` of the last block, and
             ``layer_mean``, norm_mean of the FFN outputs. Poolings: ``cls`` (if the model has that token), ``mean``
-            and ``mean_patches``.
+            and ``mean_patches``. ``projected_cls``, (B, P), is in the space of the teacher's own image embedding, if
+            the model has one.
 
         Raises:
             ValueError: The images have another shape or dtype.
@@ -163,7 +181,8 @@ class Backbone(nn.Module, ABC):
     def embed_encoded(self, tokens: Tokens, layer_mean: LayerMean | None = None) -> dict[str, Tensor]:
         """Compute every embedding from the encoder's tokens, without gradient; see :meth:`embed_all`."""
         with frozen_use():
-            return (layer_mean or self.layer_mean).embeddings(self.features(tokens))
+            project = self.project if self.projected_width else None
+            return (layer_mean or self.layer_mean).embeddings(self.features(tokens), project)
 
     def embed(
         self,
@@ -182,8 +201,8 @@ class Backbone(nn.Module, ABC):
                 from -1 to 1, 16 kHz mono, normalized here.
             pooling: ``cls``, ``mean`` of all tokens, or ``mean_patches`` (of frames, too); default: ``cls``, or
                 ``mean_patches`` of a model without that token, such as any of audio.
-            representation: ``output`` of the last block, or ``layer_mean``, norm_mean of the FFN outputs, which the
-                loss regresses.
+            representation: ``output`` of the last block, ``layer_mean``, norm_mean of the FFN outputs, which the loss
+                regresses, or ``projected``, which has a pooling of its own.
             lengths: Samples of each waveform of a padded batch, (B,) int64.
 
         Raises:
@@ -195,7 +214,7 @@ class Backbone(nn.Module, ABC):
             torch.Size([2, 192])
         """
         embeddings = self.embed_all(images, lengths)
-        name = f"{representation}_{pooling or self.default_pooling}"
+        name = embedding_name(representation, pooling or self.default_pooling)
         if name not in embeddings:
             raise ValueError(f"no embedding {name!r}; this model has: {', '.join(embeddings)}")
         return embeddings[name]

@@ -59,7 +59,7 @@ class Classifier(ComposerModel):
         super().__init__()
         self.backbone = backbone
         self.representation: Representation = representation
-        self.pooling = pooling or backbone.default_pooling
+        self.pooling: Pooling = pooling or backbone.default_pooling
         self.cpu_bf16 = cpu_bf16
         with torch.no_grad():
             width = self.embed(Inputs(backbone.encoder.example(1))).shape[-1]
@@ -92,7 +92,7 @@ class Classifier(ComposerModel):
     def embed(self, inputs: Inputs) -> Tensor:
         """Compute the embeddings of images or waveforms, (B, D), with gradient."""
         features = self.backbone.features(self.backbone.encoder(inputs))
-        return features.poolings(self.backbone.represent(features, self.representation))[self.pooling]
+        return self.backbone.pooled(features, self.representation, self.pooling)
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:

@@ -35,6 +35,7 @@ NUM_MELS, EAT_PATCH = 128, 16
 
 Depth = Annotated[int, Field(ge=1, le=MAX_DEPTH)]
 Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+NumOutputs = Annotated[int, Field(ge=0, le=MAX_WIDTH)]
 T = TypeVar("T")
 Tuple = Annotated[tuple[T, ...], Field(strict=False)]  # JSON has lists
 
@@ -422,6 +423,9 @@ class StudentConfig(BlockSizes, Config):
     """Normalization of each layer in target, prediction and ``layer_mean``."""
     final_layer_norm: bool = True
     """End target, prediction and ``layer_mean`` with a LayerNorm."""
+    projection: NumOutputs | None = None
+    """Width of the layer that ends ``projected_cls``: of the teacher's head, or of a narrower student's own; 0: the
+    encoder's. ``None``: there is no such embedding."""
     average_top_k_layers: ClassVar = None  # a target's
 
 
@@ -442,6 +446,8 @@ class TimmNetworkConfig(ImageConfig):
     """Normalization of each layer in target and prediction."""
     final_layer_norm: bool = True
     """End target and prediction with a LayerNorm."""
+    projection: Width | None = None
+    """Outputs of timm's classifier, which are ``projected_cls``; ``None``: it is not trained."""
     num_extra_tokens: ClassVar = 0
     has_cls_token: ClassVar = True  # the pooled feature
     average_top_k_layers: ClassVar = None  # a target's
@@ -458,6 +464,9 @@ class StudentSizes(Config):
 KIND_OF_FIELD = {"model": "timm", "feature_encoder_spec": "audio", "target_length": "eat", "patch_size": "image"}
 
 
+USUAL = {"kind": "blocks", "embed_dim": None, "final_layer_norm": True, "projection": None}
+
+
 def upgrade(sizes: dict[str, Any]) -> dict[str, Any]:
     """Return the sizes in a teacher's or a student's file of any version as this version writes them.
 
@@ -468,6 +477,6 @@ def upgrade(sizes: dict[str, Any]) -> dict[str, Any]:
         own = {name: value for name, value in sizes.items() if name not in of_encoder}
         sizes = {"encoder": of_encoder, "final_layer_norm": True} | own
     elif "student" in sizes:
-        sizes = sizes | {"student": {"kind": "blocks", "embed_dim": None, "final_layer_norm": True} | sizes["student"]}
+        sizes = sizes | {"student": USUAL | sizes["student"]}
     kinds = [{"kind": kind} for name, kind in KIND_OF_FIELD.items() if name in sizes["encoder"]]
     return sizes | {"encoder": kinds[0] | sizes["encoder"]} if kinds else sizes

@@ -3,20 +3,21 @@
 Shapes: B inputs, S pixels per side, E extra tokens, N patches or frames, T = E + N tokens, D channels, L layers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
 from composer.models import ComposerModel
+from composer.utils import dist
 from torch import Tensor, nn
 
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.encoder import Encoder, Frozen, Inputs, Tokens
 from d2v_composer.models.layer_mean import LayerMean
 from d2v_composer.models.names import ExtraTokens, Prediction, TargetSource, TokenLoss
-from d2v_composer.models.objective import GridRegression, LayerRegression, Objective
+from d2v_composer.models.objective import EmbeddingRegression, GridRegression, LayerRegression, Objective
 from d2v_composer.models.targets import Regression
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.models.transformer import Transformer
@@ -104,14 +105,20 @@ class Distillation(ComposerModel):
         features = teacher.features(tokens).for_readers(len(wanted))
         return {name: each.target(features) for name, each in wanted.items()}
 
-    def loss(self, outputs: Regression, batch: Batch) -> Tensor:
-        """Return the weighted sum of the objectives' losses, a scalar; ``batch`` is unused."""
-        return self.total_loss((outputs, *outputs.others))
+    def loss(self, outputs: Regression, batch: Batch) -> Any:
+        """Return the weighted sum of the objectives' losses, a scalar; ``batch`` is unused.
 
-    def total_loss(self, regressions: tuple[Regression, ...]) -> Tensor:
-        """Return the weighted sum of the objectives' losses, from the result of each."""
-        pairs = zip(self.objectives.values(), regressions, strict=True)
-        return cast("Tensor", sum(objective.weight * objective.loss(each) for objective, each in pairs))
+        Of several objectives, a dict of the scalars that Composer logs: each one's by its name, and ``total``.
+        """
+        losses = self.losses((outputs, *outputs.others))
+        return losses if outputs.others else losses["total"]
+
+    def losses(self, regressions: tuple[Regression, ...]) -> dict[str, Tensor]:
+        """Return each objective's loss by name, and the weighted sum as ``total``, from the result of each."""
+        pairs = zip(self.objectives.items(), regressions, strict=True)
+        found = {name: each.loss(result) for (name, each), result in pairs}
+        total = sum(each.weight * found[name] for name, each in self.objectives.items())
+        return {**found, "total": cast("Tensor", total)}
 
     def get_metrics(self, is_train: bool) -> dict[str, Any]:
         return {}  # a callback measures retrieval; the Trainer logs the loss
@@ -176,6 +183,11 @@ class DistillationModel(Distillation):
         loss: Distance of a token's prediction from its target: ``mse``, or ``cosine_smooth_l1``, 0.9 · (1 - cosine
             similarity) + 0.1 · smooth L1.
         cls_weight: The share of CLS in the loss, which is 1 / T by default, as of any other token.
+        dataset_norm: Normalize the layers of the target, and of nothing else, by a fixed mean and deviation of each
+            channel instead; :meth:`measure_targets` sets them.
+        weight: Of all this; 0: it is no part of the loss.
+        embedding_weight: Of 1 - cosine similarity to the teacher's own image embedding, ``projected_cls``, which
+            teacher and student must have; 0: it is no part of the loss.
 
     Raises:
         ValueError: An option's value is unknown, or does not fit the teacher.
@@ -198,17 +210,36 @@ class DistillationModel(Distillation):
         final_layer_norm: bool | None = None,
         loss: TokenLoss = "mse",
         cls_weight: float | None = None,
+        dataset_norm: bool = False,
+        weight: float = 1.0,
+        embedding_weight: float = 0.0,
     ) -> None:
         options = {"average_top_k_layers": average_top_k_layers, "final_layer_norm": final_layer_norm}
         layer_mean = student.layer_mean.changed(source=target_source, extra_tokens=extra_tokens, **options)
         kind = LayerRegression if isinstance(student, Transformer) else GridRegression
-        objective = kind(teacher, student, layer_mean, prediction, loss=loss, cls_weight=cls_weight)
-        super().__init__(student, {"tokens": objective}, cpu_bf16)
+        objectives: dict[str, Objective] = {}
+        if weight:
+            of_loss = weight, loss, cls_weight, dataset_norm
+            objectives["tokens"] = kind(teacher, student, layer_mean, prediction, *of_loss)
+        if embedding_weight:
+            objectives["embedding"] = EmbeddingRegression(teacher, student, embedding_weight)
+        super().__init__(student, objectives, cpu_bf16)
         self.layer_mean = layer_mean
 
     @property
     def teacher(self) -> Teacher:
-        return self.objectives["tokens"].teacher
+        return self.teachers[0]
+
+    @torch.no_grad()
+    def measure_targets(self, batches: Iterable[Batch]) -> None:
+        """Measure the numbers of ``dataset_norm``, before training, on as many batches of each rank."""
+        tokens, teacher = self.objectives["tokens"], self.teacher
+        tokens.dataset_norm.measures = True
+        for batch in batches:
+            inputs = self.inputs_of(batch)
+            self.compute(lambda *inputs: tokens.target(teacher.features(teacher.encoder(Inputs(*inputs)))), *inputs)
+        tokens.dataset_norm.measures = False
+        dist.all_reduce(tokens.dataset_norm.moments)
 
     def retrieval_baselines(self) -> dict[str, Callable[..., dict[str, Tensor]]]:
         """Return the models to compare the student with: the teacher."""

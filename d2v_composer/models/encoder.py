@@ -123,6 +123,14 @@ class Encoder(Frozen):
     def block_list(self) -> list[Any]:
         """The blocks, typed as the subclass's kind of block."""
 
+    def build_head(self, num_outputs: int) -> Any:
+        """Build the head of a teacher on this encoder, to load a state dict into; ``None``: it only pools.
+
+        Args:
+            num_outputs: As of :class:`~d2v_composer.models.projection.Projection`.
+        """
+        return None
+
     @abstractmethod
     def prepare(self, values: Tensor) -> Tensor:
         """Resize or normalize raw inputs, none of which is padded.

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from d2v_composer.models.attention import FfnBlock
 from d2v_composer.models.encoder import Encoder
+from d2v_composer.models.projection import Projection
 from d2v_composer.models.targets import instance_norm_mean, norm_mean
 from d2v_composer.models.transformer import Transformer
 
@@ -63,7 +64,7 @@ def compile_model(model: "Distillation", joins_frozen_blocks: bool = True, choic
             part.forward = compiled(part.forward, mode)
         elif hasattr(part, "layer_mean"):
             part.layer_mean = part.layer_mean.changed(norm_mean=compiled_norm_mean)
-    model.total_loss = compiled(model.total_loss, mode)
+    model.losses = compiled(model.losses, mode)
     if joins_frozen_blocks and not torch.cuda.is_available():
         for encoder in encoders:
             if encoder.is_frozen:
@@ -185,9 +186,11 @@ def join_units(model: "Distillation", mesh: DeviceMesh | None) -> None:
     fully_shard(model, mesh=mesh)  # it has no weights outside its units
     for name in model.forward_methods:
         register_fsdp_forward_method(model, name)
+    # Gradients pass a frozen one, too.
+    projections = {part for each in model.modules() if isinstance(each, Projection) for part in each.modules()}
     for unit in sharded_units(model).values():
         is_trained = any(parameter.requires_grad for parameter in cast("nn.Module", unit).parameters())
-        unit.set_unshard_in_backward(is_trained)
+        unit.set_unshard_in_backward(is_trained or unit in projections)
     for part in model.modules():
         blocks = part.block_list if isinstance(part, Encoder | Transformer) else []
         for block, following in pairwise(blocks):

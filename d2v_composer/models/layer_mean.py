@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from d2v_composer.models.configs import check_choice, check_whole
+from d2v_composer.models.dataset_norm import DatasetNorm
 from d2v_composer.models.features import Features
-from d2v_composer.models.names import ExtraTokens, Normalization, TargetSource
+from d2v_composer.models.names import PROJECTED, ExtraTokens, Normalization, TargetSource
 from d2v_composer.models.targets import norm_mean
 
 
@@ -52,8 +53,12 @@ class LayerMean(NamedTuple):
             check_choice(name, getattr(changed, name), choices)
         return changed
 
-    def target(self, features: Features) -> Tensor:
+    def target(self, features: Features, norm: DatasetNorm | None = None) -> Tensor:
         """Compute the target from a teacher's features: (B, T, D) float32, or what is regressed of it.
+
+        Args:
+            features: The teacher's.
+            norm: Normalizes each layer, instead of ``normalization``.
 
         Raises:
             ValueError: There are fewer layers.
@@ -62,7 +67,10 @@ class LayerMean(NamedTuple):
         check_whole("average_top_k_layers", top_k, 1, features.num_layers)
         layers = islice(features.layers(self.source), features.num_layers - top_k, None)
         regressed = self.regressed(features)
-        return self.average(layers, features, regressed.start)[:, regressed]
+        if norm is None:
+            return self.average(layers, features, regressed.start)[:, regressed]
+        layers = norm(layers, regressed.start, features.padding_mask)
+        return self.norm_mean(layers, 0, None, self.final_layer_norm)[:, regressed]
 
     def average(self, layers: Iterable[Tensor], features: Features, num_dropped: int = 0) -> Tensor:
         """Compute the mean of layers, (B, T, D) float32; the first tokens and padding do not count in statistics."""
@@ -73,13 +81,21 @@ class LayerMean(NamedTuple):
         first = features.num_extra_tokens if self.extra_tokens == "drop" else 0
         return slice(first, features.num_extra_tokens if self.extra_tokens == "only" else None)
 
-    def embeddings(self, features: Features) -> dict[str, Tensor]:
-        """Compute every embedding of a model, (B, D) float32, by name: poolings of its output and of its layers."""
+    def embeddings(
+        self, features: Features, project: Callable[[Features, Tensor], Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Compute every embedding of a model, (B, D) float32, by name: poolings of its output and of its layers.
+
+        ``project`` computes ``projected_cls`` of features and output.
+        """
         if features.pooled is not None:
-            return features.poolings(features.output, "output_")
-        output, mean = features.with_output(lambda layers: self.average(layers, features))
-        both = features.poolings(output, "output_") | features.poolings(mean, "layer_mean_")
-        return {name: both[name] for name in self.names(features.has_cls_token)}
+            output = features.output
+            found = features.poolings(output, "output_")
+        else:
+            output, mean = features.with_output(lambda layers: self.average(layers, features))
+            both = features.poolings(output, "output_") | features.poolings(mean, "layer_mean_")
+            found = {name: both[name] for name in self.names(features.has_cls_token)}
+        return found if project is None else found | {PROJECTED: project(features, output).float()}
 
     def names(self, has_cls_token: bool) -> list[str]:
         """Return the names of all embeddings.

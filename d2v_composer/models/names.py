@@ -7,7 +7,9 @@ DATA2VEC2 = "data2vec2"
 PREFIX = "timm/"
 """Prefix of a timm model's name."""
 Pooling = Literal["cls", "mean", "mean_patches"]
-Representation = Literal["output", "layer_mean"]
+Representation = Literal["output", "layer_mean", "projected"]
+PROJECTED = "projected_cls"
+"""The embedding in the space of the teacher's own image embedding, whatever it pools."""
 PrecisionName = Literal["fp32", "amp_bf16", "amp_fp16"]
 PrecisionChoice = Literal["auto", "fp32", "amp_fp16", "amp_bf16"]
 """``auto`` is the fastest that the machine has instructions for."""
@@ -19,6 +21,8 @@ Normalization = Literal["instance", "layer"]
 ``instance`` is over time (fairseq's ``instance_norm_target_layer``, the image models'). ``layer`` is over channels
 (``layer_norm_target_layer``): it keeps each channel's mean over time, which a mean pooling sees.
 """
+TargetNormalization = Literal["instance", "layer", "dataset"]
+"""The same of a target; ``dataset`` is by fixed numbers of each layer and channel."""
 TargetSource = Literal["ffn", "block"]
 """Layers of the target: the teacher's FFN outputs, or its blocks' outputs."""
 TokenLoss = Literal["mse", "cosine_smooth_l1"]
@@ -27,6 +31,11 @@ ExtraTokens = Literal["regress", "drop", "only"]
 """What becomes of CLS and registers in the loss."""
 Weights = Literal["model", "ema"]
 """Weights of a teacher's file: the trained ones, or their moving average."""
+
+
+def embedding_name(representation: Representation, pooling: Pooling) -> str:
+    """Return the name of an embedding; ``projected`` has a pooling of its own."""
+    return PROJECTED if representation == "projected" else f"{representation}_{pooling}"
 
 
 def timm_name(model: str) -> str:

@@ -7,11 +7,12 @@ from abc import ABC, abstractmethod
 from typing import Any, cast
 
 from torch import Tensor, cat, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import cosine_similarity, interpolate
 
 from d2v_composer.models.attention import fsdp_unit, init_linear_layers, linear_weights
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import check_choice
+from d2v_composer.models.dataset_norm import DatasetNorm
 from d2v_composer.models.features import Features
 from d2v_composer.models.layer_mean import LayerMean
 from d2v_composer.models.names import Prediction, TokenLoss
@@ -70,6 +71,7 @@ class LayerRegression(Objective):
         weight: Of the term.
         loss: Distance of a token's prediction from its target.
         cls_weight: The share of CLS in the term; default as of any other token.
+        dataset_norm: Normalize the target's layers by fixed numbers instead, which must be measured first.
 
     Raises:
         ValueError: An option's value is unknown, or does not fit the teacher.
@@ -84,6 +86,7 @@ class LayerRegression(Objective):
         weight: float = 1.0,
         loss: TokenLoss = "mse",
         cls_weight: float | None = None,
+        dataset_norm: bool = False,
     ) -> None:
         check_choice("prediction", prediction, Prediction)
         check_choice("loss", loss, TokenLoss)
@@ -92,8 +95,9 @@ class LayerRegression(Objective):
         if layer_mean.extra_tokens == "only" and not teacher.num_extra_tokens:
             raise ValueError("extra_tokens: 'only' needs extra tokens, and this teacher has none")
         super().__init__(teacher, self.build_head(teacher, student), weight)
-        top_k = layer_mean.average_top_k_layers or teacher.layer_mean.average_top_k_layers
+        top_k = layer_mean.average_top_k_layers or teacher.config.average_top_k_layers
         self.layer_mean = layer_mean.changed(average_top_k_layers=top_k)
+        self.dataset_norm = DatasetNorm(top_k, teacher.embed_dim) if dataset_norm else None
         self.prediction: Prediction = prediction
         self.token_loss: TokenLoss = loss
         self.cls_weight = cls_weight
@@ -106,7 +110,7 @@ class LayerRegression(Objective):
         return nn.Identity() if widths[0] == widths[1] else init_linear_layers(nn.Linear(*widths))
 
     def target(self, features: Features) -> Tensor:
-        return self.layer_mean.target(features)
+        return self.layer_mean.target(features, self.dataset_norm)
 
     def predict(self, features: Features) -> Tensor:
         """Compute the prediction of all tokens, (B, T, D)."""
@@ -161,6 +165,35 @@ class GridRegression(LayerRegression):
 
     def forward_macs(self, num_tokens: int) -> int:
         return cast("GridHead", self.head).forward_macs()
+
+
+class EmbeddingRegression(Objective):
+    """Regress the teacher's own image embedding, ``projected_cls``: the loss is 1 - cosine similarity.
+
+    Args:
+        teacher: Frozen; it and the student have that embedding.
+        student: What regresses it.
+        weight: Of the term.
+    """
+
+    needs_output = False
+    needs_pooled = True
+
+    def __init__(self, teacher: Teacher, student: Backbone, weight: float = 1.0) -> None:
+        super().__init__(teacher, nn.Identity(), weight)
+        self.projects = teacher.project, student.project
+
+    def target(self, features: Features) -> Tensor:
+        return self.projects[0](features, features.output).float()
+
+    def regression(self, features: Features, target: Tensor) -> Regression:
+        return Regression(self.projects[1](features, features.output).float(), target)
+
+    def loss(self, regression: Regression) -> Tensor:
+        return 1 - cosine_similarity(regression.prediction, regression.target).mean()
+
+    def forward_macs(self, num_tokens: int) -> int:
+        return 0  # the models'
 
 
 class GridHead(nn.Module):

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from d2v_composer.models.attention import Block, attention_bias, fsdp_unit, init_linear_layers, linear_weights
 from d2v_composer.models.configs import MAX_WIDTH, StudentConfig, check_whole
 from d2v_composer.models.encoder import Encoder, build_alibi
+from d2v_composer.models.features import Features
+from d2v_composer.models.projection import Projection, build_projection
 from d2v_composer.models.transformer import Transformer
 
 Init = Literal["random", "teacher_attention", "teacher_blocks"]
@@ -27,6 +29,7 @@ class Student(Transformer):
         encoder: The teacher's, or one of its own.
         config: Sizes.
         provenance: Origin of teacher and student, stored in exported files.
+        projection: The teacher's, if the config has one; a narrower student has its own, a linear layer.
 
     Attributes:
         input_proj: D → d; the identity at the encoder's width.
@@ -35,7 +38,13 @@ class Student(Transformer):
         ValueError: The sizes do not fit the encoder's.
     """
 
-    def __init__(self, encoder: Encoder, config: StudentConfig, provenance: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        config: StudentConfig,
+        provenance: dict[str, Any] | None = None,
+        projection: Projection | None = None,
+    ) -> None:
         width, norm_eps = encoder.config.embed_dim, encoder.config.norm_eps
         dim = width if config.embed_dim is None else config.embed_dim
         check_whole("student.embed_dim", dim, 1, width)
@@ -50,6 +59,12 @@ class Student(Transformer):
         self.alibi = build_alibi(encoder.config, num_heads, num_heads if config.alibi else 0)
         init_linear_layers(self.blocks)
         self.input_proj = fsdp_unit(init_linear_layers(nn.Linear(width, dim))) if dim < width else nn.Identity()
+        if config.projection is not None:
+            is_shared = projection is not None and dim == width
+            self.projection = projection if is_shared else build_projection(encoder, dim, config.projection)
+
+    def project(self, features: Features, output: Tensor) -> Tensor:
+        return super().project(features, self.projection.norm(output))
 
     def train_what_is_read(self, output: bool, pooled: bool) -> None:
         self.blocks[-1].norm2.requires_grad_(output or pooled)  # no FFN output depends on it

@@ -63,7 +63,7 @@ def instance_norm(
 def normalize(
     layer_BTD: Tensor,
     num_extra_tokens: int = 0,
-    normalization: Normalization = "instance",
+    normalization: Normalization | None = "instance",
     padding_mask: Tensor | None = None,
 ) -> Tensor:
     """Normalize one layer, (B, T, D) float32; LayerNorm ignores ``num_extra_tokens`` and ``padding_mask``.
@@ -73,6 +73,8 @@ def normalize(
     """
     if normalization == "instance":
         return instance_norm(layer_BTD, num_extra_tokens, padding_mask)[0]
+    if normalization is None:
+        return layer_BTD.float()
     if normalization == "layer":
         return layer_norm(layer_BTD.float(), layer_BTD.shape[-1:], eps=NORM_EPS)
     raise ValueError(f"normalization must be {' or '.join(get_args(Normalization))}, got {normalization!r}")
@@ -81,7 +83,7 @@ def normalize(
 def norm_mean(
     layers: Iterable[Tensor],
     num_extra_tokens: int = 0,
-    normalization: Normalization = "instance",
+    normalization: Normalization | None = "instance",
     final_layer_norm: bool = True,
     padding_mask: Tensor | None = None,
 ) -> Tensor:
@@ -90,7 +92,8 @@ def norm_mean(
     Args:
         layers: FFN outputs, (B, T, D) each, any float dtype. From a generator, only one at a time is in memory.
         num_extra_tokens: Leading time steps excluded from InstanceNorm's statistics.
-        normalization: Normalization of each layer: ``instance``, InstanceNorm over time, or ``layer``, LayerNorm.
+        normalization: Normalization of each layer: ``instance``, InstanceNorm over time, or ``layer``, LayerNorm; or
+            ``None``: they are normalized already.
         final_layer_norm: Apply the last LayerNorm; data2vec 2.0's audio models do not.
         padding_mask: (B, T), true for padding, which is excluded from the statistics too. What it gets means nothing.
 

@@ -66,7 +66,12 @@ class Teacher(Transformer, Frozen):
         return layer_mean.target(self.features(Tokens(x, padding_mask)))
 
     def build_student(
-        self, init: Init = "random", model: str | None = None, pretrained: bool = False, **sizes: Any
+        self,
+        init: Init = "random",
+        model: str | None = None,
+        pretrained: bool = False,
+        projected: bool = False,
+        **sizes: Any,
     ) -> Any:
         """Build a trainable student: blocks on this teacher's encoder, or a timm model.
 
@@ -76,6 +81,8 @@ class Teacher(Transformer, Frozen):
             model: ``timm/NAME``: that model instead of blocks, of any architecture whose features have a grid. All of
                 it trains; it takes images of this teacher's size, normalized as for this teacher.
             pretrained: Start from timm's weights of ``model``.
+            projected: Give it the embedding ``projected_cls``, in the space of this teacher's: by this teacher's own
+                frozen head; of a narrower student or a timm model by a linear layer, which trains.
             **sizes: Fields of :class:`~d2v_composer.models.configs.StudentConfig`, such as ``depth``, ``mlp_ratio`` and
                 ``alibi``; default the chapter's, and ``final_layer_norm`` the teacher's.
 
@@ -93,12 +100,18 @@ class Teacher(Transformer, Frozen):
         """
         check_choice("init", init, Init)
         given = {name: value for name, value in sizes.items() if value is not None}
+        if given.get("normalization") == "dataset":  # a target's alone
+            given["normalization"] = "layer"
+        if projected:
+            if self.projection is None:
+                raise ValueError("projected: load the teacher with projected=True")
+            given["projection"] = self.projection.num_outputs if model is None else self.projected_width
         if model is not None:
             return self.build_network(model, pretrained, **given, **({} if init == "random" else {"init": init}))
         if pretrained:
             raise ValueError("pretrained: only with a model, timm/NAME")
         config = StudentConfig(**{"final_layer_norm": self.layer_mean.final_layer_norm, **given})
-        student = Student(self.encoder, config, provenance={"teacher": self.provenance})
+        student = Student(self.encoder, config, {"teacher": self.provenance}, self.projection)
         if init == "random":
             return student
         sources = self.init_sources(init)
@@ -116,7 +129,7 @@ class Teacher(Transformer, Frozen):
         """Build a student that is a timm model; see :meth:`build_student`."""
         usual = {name: each.default for name, each in StudentConfig.model_fields.items()}
         options = {name: each for name, each in options.items() if name == "normalization" or each != usual.get(name)}
-        if not_its := sorted(options.keys() - {"normalization", "final_layer_norm"}):
+        if not_its := sorted(options.keys() - {"normalization", "final_layer_norm", "projection"}):
             raise ValueError(f"{not_its[0]}: is for blocks on the teacher's encoder; leave it out with model {model}")
         own = self.encoder.config
         if own.modality != "image":

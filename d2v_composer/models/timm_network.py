@@ -5,7 +5,7 @@ Shapes: B images, S pixels per side, N cells of the grid, T tokens of a teacher,
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -18,18 +18,19 @@ from d2v_composer.models.configs import TimmNetworkConfig, height_and_width, par
 from d2v_composer.models.encoder import Inputs, Tokens
 from d2v_composer.models.features import Features
 from d2v_composer.models.images import PixelEncoder
-from d2v_composer.models.names import timm_name
+from d2v_composer.models.names import PROJECTED, timm_name
 from d2v_composer.system.errors import reason
 
 
 def create_network(config: TimmNetworkConfig, pretrained: bool = False) -> Any:
-    """Build timm's model with its own classifier, whose weights are zero: no loss reads it.
+    """Build timm's model; its classifier's weights are zero, unless it is the projection: no loss reads it.
 
     Raises:
         ValueError: timm has no such model, or not at this image size, or no weights of it.
     """
     name = timm_name(config.model)
     options: dict[str, Any] = {"pretrained": pretrained, "in_chans": config.in_chans}
+    options["num_classes"] = config.projection  # None: timm's own
     try:
         try:
             model: Any = timm.create_model(name, img_size=height_and_width(config.image_size), **options)
@@ -37,7 +38,7 @@ def create_network(config: TimmNetworkConfig, pretrained: bool = False) -> Any:
             model = timm.create_model(name, **options)
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{config.model}: {reason(error)}") from error
-    for parameter_name, parameter in model.named_parameters():
+    for parameter_name, parameter in model.named_parameters() if config.projection is None else ():
         if parameter_name.startswith(classifier_prefixes(model)):
             nn.init.zeros_(parameter)
     return model
@@ -54,8 +55,18 @@ def load_pretrained(model: str) -> "NetworkStudent":
     in_chans, *shape = data["input_size"]
     sizes = {"in_chans": in_chans, "image_mean": data["mean"], "image_std": data["std"]}
     options = {"image_size": parse_image_size(tuple(shape)), "interpolation": data["interpolation"], **sizes}
+    options["projection"] = projection_width(found.num_classes if found else None) or None
     config = TimmNetworkConfig(model=model, timm=timm.__version__, **options)
     return NetworkStudent(TimmNetwork(config, pretrained=True), config)
+
+
+def projection_width(num_classes: int | None) -> int:
+    """Return the width of the projection that ends one of timm's models with so many classes; 0: it has none.
+
+    A projection's width is a multiple of 64. No classifier in timm has such a number of classes, which are not an
+    embedding.
+    """
+    return 0 if num_classes is None or num_classes % 64 else num_classes
 
 
 def classifier_prefixes(model: Any) -> tuple[str, ...]:
@@ -93,6 +104,8 @@ class TimmNetwork(PixelEncoder):
             except (AssertionError, AttributeError, TypeError, RuntimeError, ValueError) as error:
                 raise ValueError(f"{config.model} gives no grid of features for {shape} pixels") from error
         self.num_channels, self.num_pooled = self.cells(features).shape[-1], pooled.shape[-1]
+        if config.projection is not None and not isinstance(built.get_classifier(), nn.Linear):
+            raise ValueError(f"{config.model} has no classifier of one linear layer, which could be its projection")
 
     @property
     def embed_dim(self) -> int:
@@ -127,11 +140,12 @@ class TimmNetwork(PixelEncoder):
 
     def timm_arguments(self) -> str:
         """Return the arguments with which ``timm.create_model`` builds this model."""
-        name = timm_name(self.config.model)
+        name, classes = timm_name(self.config.model), cast("Any", self.config.projection)
         with torch.device("meta"):
-            usual, own = timm.create_model(name).state_dict(), self.model.state_dict()
+            usual, own = timm.create_model(name, num_classes=classes).state_dict(), self.model.state_dict()
         is_usual = all(tensor.shape == own[key].shape for key, tensor in usual.items())
-        return f'"{name}"' + ("" if is_usual else f", img_size={height_and_width(self.config.image_size)}")
+        size = "" if is_usual else f", img_size={height_and_width(self.config.image_size)}"
+        return f'"{name}"{size}' + (f", num_classes={classes}" if classes else "")
 
     def timm_tensors(self, head: nn.Linear | None = None) -> dict[str, Tensor]:
         """Return the state dict of timm's model, with a classifier of the pooled feature in place of its own."""
@@ -168,7 +182,7 @@ class TimmNetwork(PixelEncoder):
         with torch.device("meta"), torch.enable_grad(), FlopCounterMode(display=False) as counter:
             model = create_network(self.config).eval()
             features = model.forward_features(torch.zeros(shape))
-            total = features.sum() + model.forward_head(features, pre_logits=True).sum()
+            total = features.sum() + model.forward_head(features, pre_logits=self.config.projection is None).sum()
             forward = counter.get_total_flops() // 2
             total.backward()
         return forward, counter.get_total_flops() // 2
@@ -181,14 +195,22 @@ class NetworkStudent(Backbone):
     """A student that is a timm model, with an encoder of its own: all of it.
 
     Its embeddings are those of timm: ``output_cls`` is ``forward_head(…, pre_logits=True)``, ``output_mean`` and
-    ``output_mean_patches`` are the mean of the feature map.
+    ``output_mean_patches`` are the mean of the feature map; ``projected_cls``, if there is one, is what the model
+    returns, as its classifier is the projection.
     """
 
     encoder: TimmNetwork
 
     @property
     def embedding_names(self) -> list[str]:
-        return ["output_cls", "output_mean", "output_mean_patches"]
+        return ["output_cls", "output_mean", "output_mean_patches", *([PROJECTED] if self.projected_width else [])]
+
+    @property
+    def projected_width(self) -> int:
+        return self.config.projection or 0
+
+    def project(self, features: Features, output: Tensor) -> Tensor:
+        return self.encoder.model.get_classifier()(features.pooled)
 
     def features(self, tokens: Tokens) -> Features:
         return Features(lambda _: [(tokens.x, tokens.x)], 1, nn.Identity(), 0, True, pooled=tokens.pooled)
@@ -199,6 +221,8 @@ class NetworkStudent(Backbone):
         tokens = self.eval().encoder(Inputs(self.encoder.example(1)))
         assert tokens.pooled is not None
         read = [each.sum() for each, is_read in ((tokens.x, output), (tokens.pooled, pooled)) if is_read]
+        if self.projected_width:
+            read.append(self.project(self.features(tokens), tokens.x).sum())
         torch.stack(read).sum().backward()
         self.train(was_training)
         for parameter in self.parameters():

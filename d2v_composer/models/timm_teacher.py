@@ -3,6 +3,7 @@
 Shapes: B images, T tokens, D channels, L blocks.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar, cast
@@ -14,7 +15,7 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models import Beit, Eva, VisionTransformer
 from torch import Tensor, nn
 
-from d2v_composer.models.attention import fsdp_unit
+from d2v_composer.models.attention import fsdp_unit, linear_weights
 from d2v_composer.models.configs import (
     MAX_PATCHES,
     ImageSize,
@@ -25,8 +26,10 @@ from d2v_composer.models.configs import (
     parse_image_size,
 )
 from d2v_composer.models.encoder import Inputs
+from d2v_composer.models.features import Features
 from d2v_composer.models.images import PatchProjection, PixelEncoder
 from d2v_composer.models.names import timm_name
+from d2v_composer.models.projection import Projection
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.models.timm_blocks import FixedContexts, TimmBlock, check_block, take_contexts
@@ -34,17 +37,20 @@ from d2v_composer.models.timm_blocks import FixedContexts, TimmBlock, check_bloc
 CLASSES = (VisionTransformer, Eva, Beit)
 # What a file says of itself. Weights of another tag may have another preprocessing: the file's counts.
 OF_A_FILE = ("image_mean", "image_std", "interpolation", "timm", "outputs")
+# Parts of a model after its final norm.
+HEAD = ("attn_pool", "fc_norm", "head_drop", "head")
 ATTENTION_TENSORS = "proj.bias, proj.weight, qkv.bias, qkv.weight"  # of a student's attention
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def build_timm_model(model: str, image_size: ImageSize | str | None = None) -> nn.Module:
+def build_timm_model(model: str, image_size: ImageSize | str | None = None, num_outputs: int = 0) -> nn.Module:
     """Build a timm model on the meta device, without a classifier; :func:`materialize` gives it memory.
 
     Args:
         model: ``timm/NAME``.
         image_size: Default: the size of timm's data config, less what is left of a patch.
+        num_outputs: Of the projection that ends it; 0: there is none.
 
     Raises:
         ValueError: There is no such model, or it cannot be a teacher, or not at this size.
@@ -69,7 +75,7 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None) -> n
         expected, found = (" x ".join(map(str, each)) for each in (patch, shape))
         raise ValueError(f"image_size must be a multiple of the patch size, {expected} pixels, got {found}")
     check_whole("number of patches", math.prod(shape) // math.prod(patch), 1, MAX_PATCHES)
-    return create_on_meta(name, num_classes=0, img_size=shape).eval()
+    return create_on_meta(name, num_classes=num_outputs, img_size=shape).eval()
 
 
 def create_on_meta(name: str, **options: Any) -> Any:
@@ -151,6 +157,30 @@ def materialize(module: ModuleT) -> ModuleT:
     return module
 
 
+class TimmHead(Projection):
+    """A timm model's own head, from its final norm to its projection: timm's code, and no other part of the model.
+
+    Args:
+        model: The model, before it is taken apart.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.num_outputs = model.num_classes
+        self.norm = fsdp_unit(copy.deepcopy(model.norm))
+        self.model = copy.copy(model)
+        self.model._modules = {name: getattr(model, name, None) for name in HEAD}
+        self.model._parameters, self.model._buffers = {}, {}
+        fsdp_unit(self)
+
+    def forward(self, features: Features, output_BTD: Tensor) -> Tensor:
+        return self.model.forward_head(output_BTD)
+
+    def forward_macs(self, num_tokens: int) -> int:
+        keys_and_values = linear_weights(getattr(self.model.attn_pool, "kv", nn.Identity()))
+        return super().forward_macs(num_tokens) + (num_tokens - 1) * keys_and_values
+
+
 class TimmEncoder(PixelEncoder):
     """A timm ViT's encoder: everything before its blocks, and the first blocks.
 
@@ -190,6 +220,9 @@ class TimmEncoder(PixelEncoder):
     def block_list(self) -> list[Any]:
         return list(self.blocks)
 
+    def build_head(self, num_outputs: int) -> TimmHead:
+        return materialize(TimmHead(build_timm_model(self.config.model, self.config.image_size, num_outputs)))
+
     def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
         return self.stem.forward_features(self.prepare(inputs.values))
 
@@ -204,16 +237,24 @@ class TimmTeacher(Teacher):
         model: A timm model with its weights; it is taken apart.
         config: Its sizes.
         provenance: Origin of the weights, stored with what is derived from them.
+        projected: Keep its head, for the embedding ``projected_cls``.
     """
 
     config: TeacherConfig
 
-    def __init__(self, model: nn.Module, config: TeacherConfig, provenance: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TeacherConfig,
+        provenance: dict[str, Any] | None = None,
+        projected: bool = False,
+    ) -> None:
+        head = TimmHead(model) if projected else None
         parts = TimmParts.of(model)
         first, num_blocks = config.first_blocks, len(parts.blocks)
         encoder = TimmEncoder(cast("TimmEncoderConfig", config.encoder), parts)
         super().__init__(encoder, parts.blocks[first:], config, provenance)
-        self.contexts = parts.contexts.of_blocks(first, num_blocks)
+        self.contexts, self.projection = parts.contexts.of_blocks(first, num_blocks), head
         self.norm = fsdp_unit(parts.norm)  # as part of the root, it would stay gathered
         self.freeze()
 

@@ -99,4 +99,5 @@ class Transformer(Backbone):
 
     def forward_macs(self, shape: Sequence[int] | None = None) -> int:
         num_tokens = self.encoder.num_tokens(shape)
-        return sum(block.forward_macs(num_tokens) for block in self.block_list)
+        parts = [*self.block_list, *([] if self.projection is None else [self.projection])]
+        return sum(part.forward_macs(num_tokens) for part in parts)

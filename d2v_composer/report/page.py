@@ -1,7 +1,6 @@
 """Write a run's report as one HTML file that contains its plots; write the plots as PNG files too."""
 
 import base64
-import io
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,11 +20,11 @@ from d2v_composer.evaluation.evaluate import gap_closed
 from d2v_composer.evaluation.metrics import AGREEMENT, HEALTH_STATES, TEACHER, read_accuracies, retrieval_from
 from d2v_composer.models.audio import LogMel
 from d2v_composer.models.configs import SAMPLE_RATE
-from d2v_composer.report.plots import STYLE, WIDTH, accuracy_plots, curves
+from d2v_composer.report.answer import answer
+from d2v_composer.report.plots import STYLE, WIDTH, accuracy_plots, curves, to_png
 from d2v_composer.report.run import Run, latest
 from d2v_composer.system.files import write_atomically
 
-DPI = 150
 GALLERY_FIGURES, QUERIES_A_FIGURE, NEIGHBORS_SHOWN = 3, 4, 3
 HEARD = 10 * SAMPLE_RATE  # samples of a clip that are played and drawn
 
@@ -44,7 +43,7 @@ def write_report(run: Run, folder: Path) -> list[Path]:
         The written files, the page first.
     """
     sections = {
-        title: [(name, _png(figure), *(clips or [()])) for name, figure, *clips in plots]
+        title: [(name, to_png(figure), *(clips or [()])) for name, figure, *clips in plots]
         for title, plots in _sections(run)
         if plots
     }
@@ -53,6 +52,7 @@ def write_report(run: Run, folder: Path) -> list[Path]:
         record=run.record,
         num_batches=int(latest(run.log.get("time/batch", {})) or 0),
         warnings=list(_warnings(run)),
+        answer=" ".join(answer(run)),
         tiles=list(_tiles(run)),
         sections=sections,
         base64=base64.b64encode,
@@ -78,12 +78,6 @@ def _sections(run: Run) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
         shown = [gallery(run.modality.unit, labeled, part, nearest[part, :NEIGHBORS_SHOWN]) for part in parts]
         title = f"Nearest {run.modality.unit} of {name}'s queries (bank train)"
         yield title, [(f"gallery_{name}_{i}", *each) for i, each in enumerate(shown, 1)]
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    return buffer.getvalue()
 
 
 def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
@@ -127,7 +121,7 @@ def gallery(unit: str, labeled: EvaluationSet, chosen: Tensor, nearest: Tensor) 
     Returns:
         The figure, and a row of clips for each of its rows if the samples can be heard.
     """
-    bank, queries, class_names = labeled
+    bank, queries, class_names, _ = labeled
     figure = Figure(figsize=(WIDTH, 1.72 * len(chosen)))
     grid = figure.subplots(len(chosen), nearest.shape[1] + 1, squeeze=False)
     clips = []

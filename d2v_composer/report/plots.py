@@ -1,6 +1,7 @@
 """Plot a run as matplotlib figures."""
 
 import fnmatch
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any
@@ -9,9 +10,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogFormatter, PercentFormatter
 
-from d2v_composer.evaluation.evaluate import gap_closed_by_step
+from d2v_composer.evaluation.evaluate import Evaluation, gap_closed_by_step
 from d2v_composer.evaluation.metrics import (
     AGREEMENT,
     BANKS,
@@ -23,10 +24,11 @@ from d2v_composer.evaluation.metrics import (
     instance_retrieval,
     read_accuracies,
     retrieval_from,
+    zero_shot,
 )
 from d2v_composer.report.run import EMBEDDINGS, Run
 
-WIDTH, HEIGHT = 6.4, 3.9
+WIDTH, HEIGHT, DPI = 6.4, 3.9, 150
 # '' is the student.
 MODEL_COLORS = {"": "C0", TEACHER: "C1", "encoder": "C3", "pixels": "C2", "log_mel": "C2"}
 STYLE: dict[Any, Any] = {
@@ -68,6 +70,7 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
         plots = {
             **{f"retrieval_{dataset}_bank_{bank}": (f"bank {bank}", [retrieval_from(bank, ks[0])]) for bank in BANKS},
             f"probes_{dataset}": ("probes fitted on train, measured on test", [KNN, KNN_MAJORITY, LINEAR]),
+            f"zero_shot_{dataset}": ("nearest text embedding of a class", [*map(zero_shot, ks)]),
             f"without_labels_{dataset}": ("measured without labels", [AGREEMENT, *map(instance_retrieval, ks)]),
         }
         for name, (title, measures) in plots.items():
@@ -91,6 +94,52 @@ def _accuracies(run: Run, dataset: str, measures: Sequence[Measure]) -> dict[str
                 look = {"color": color, "linestyle": dashes}
                 lines[f"{model or 'student'}, {label}"] = values[max(values)] if model else values, look
     return lines
+
+
+@mpl.rc_context(STYLE)
+def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Figure:
+    """Plot each model's accuracies, with 95 % intervals, over its speed: a panel for each data set.
+
+    Args:
+        evaluation: The results; models whose speed was not measured are left out.
+        batch_size: The batch size of the speed.
+        unit: What several samples are called.
+    """
+    datasets, top = [*evaluation.class_names], min(evaluation.comparison.lookup.ks)
+    rates = {each.name: each.rates[batch_size] for each in evaluation.comparison.candidates if each.rates}
+    names, speeds = sorted(rates, key=lambda name: rates[name]), sorted(rates.values())
+    measures = [*(retrieval_from(bank, top) for bank in BANKS), KNN, LINEAR, AGREEMENT, instance_retrieval(top)]
+    figure = Figure(figsize=(8, 5 * len(datasets)))
+    for dataset, axes in zip(datasets, figure.subplots(len(datasets), squeeze=False).flat, strict=True):
+        pivot = evaluation.pivot(dataset)
+        found = {each.heading: np.array([pivot[each][name] for name in names]) for each in measures if each in pivot}
+        for heading, intervals in found.items():
+            values, lows, highs = intervals.T
+            axes.errorbar(speeds, values, (values - lows, highs - values), label=heading, marker="o")
+        for i, ends in enumerate(zip(*found.values(), strict=True)):
+            # Neighbors have theirs on different sides: untrained and trained student are equally fast.
+            height, side = (np.min(ends), "top") if i % 2 else (np.max(ends), "bottom")
+            box = {"fc": "w", "lw": 0, "pad": -3, "alpha": 0.7}
+            axes.text(speeds[i], height, f"\n{names[i]}\n", ha="center", va=side, linespacing=0.6, size=8, bbox=box)
+        axes.set(
+            title=f"Quality over speed on {dataset}, with 95 % intervals",
+            xlabel=f"{unit} per second on this machine, in batches of {batch_size}",
+            ylabel="accuracy",
+            xscale="log",
+        )
+        axes.margins(0.15)
+        for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            set_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def to_png(figure: Figure) -> bytes:
+    """Return a figure as the contents of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
 
 
 @mpl.rc_context(STYLE)

@@ -34,6 +34,8 @@ class Run(NamedTuple):
     """Neighbors, as in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
     datasets: Mapping[str, EvaluationSet]
     """The samples that can still be read; each label has a name."""
+    hits: Mapping[str, Tensor]
+    """Hits, as in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
 
     @property
     def modality(self) -> Modality:
@@ -62,9 +64,9 @@ def read_run(folder: Path) -> Run:
         InputError: It is not the folder of a run, or its newest checkpoint is corrupt.
     """
     record_file, log_file, checkpoint = folder / "run.yaml", folder / LOG, folder / LATEST
-    measured: dict[str, Any] = {"neighbors": {}, "images": {}}
+    measured: dict[str, Any] = {"neighbors": {}, "images": {}, "hits": {}}
     with reading(record_file):
-        run = Run(yaml.safe_load(record_file.read_bytes()), {}, {}, {})
+        run = Run(yaml.safe_load(record_file.read_bytes()), {}, {}, {}, {})
         retrieval, modality = run.retrieval, run.modality
     with reading(log_file):
         log = read_jsonl(log_file)
@@ -73,7 +75,7 @@ def read_run(folder: Path) -> Run:
             measured |= Checkpoint(checkpoint, read_newest(checkpoint, load_untrusted)).saved_by("ZeroShotRetrieval")
     datasets = {}
     for name, labeled in retrieval["datasets"].items():
-        options = {"download": False, "max_images": retrieval["max_images"]}
+        options = {"download": False, "max_images": retrieval["max_images"], "class_embeddings": None}
         try:
             if labeled is not None and name in measured["neighbors"]:
                 found = load_labeled_set(modality=modality, **labeled | options).numbered()
@@ -82,4 +84,4 @@ def read_run(folder: Path) -> Run:
                 datasets[name] = found
         except InputError as error:
             print(f"report: no gallery for {name}: {error}")
-    return run._replace(log=log, neighbors=measured["neighbors"], datasets=datasets)
+    return run._replace(log=log, neighbors=measured["neighbors"], datasets=datasets, hits=measured["hits"])

@@ -18,8 +18,12 @@ from typing import Any, NoReturn
 
 from d2v_composer.system import processes
 from d2v_composer.system.addresses import hide_secrets
-from d2v_composer.system.errors import InputError, RunError, find_full_disk, lacks_train, reason
+from d2v_composer.system.errors import InputError, RunError, find_extra, find_full_disk, reason
 from d2v_composer.system.files import shorten_socket_paths
+
+# What a SOURCE may be besides a folder of files, and the help of its --column.
+SOURCES = "MDS, Parquet files, tars (FILE, folder or glob, or in a store: s3://, …), or hf://datasets/ORG/NAME"
+COLUMN = "the column of samples; of tars, their suffix; default: the only one; of MDS, image or audio"
 
 
 def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
@@ -55,7 +59,7 @@ def explain(error: BaseException) -> tuple[int | None, list[str]]:
         found = [str(problem).strip().splitlines()[-1] for problem in error.args]
         kind = f"{type(error).__module__}.{type(error).__name__}: "
         return 2 if isinstance(error, InputError) else 1, [f"error: {line.removeprefix(kind)}" for line in found]
-    if lacks_train(error):
+    if find_extra(error):
         return 2, [f"error: {reason(error)}"]
     if (fault := find_full_disk(error)) is not None:
         return 1, [f"error: {fault.filename or 'a file'}: cannot be written: {fault.strerror}"]

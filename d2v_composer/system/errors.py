@@ -9,8 +9,11 @@ from d2v_composer.system.addresses import hide_secrets
 
 # The local disk is full, or the user's share of it.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What an installation without the extra 'train' lacks.
-OF_TRAIN = {"boto3", "botocore", "composer", "streaming", "torchmetrics"}
+# What an installation lacks without an extra, and this extra.
+EXTRAS = {
+    **dict.fromkeys(("boto3", "botocore", "composer", "streaming", "torchmetrics"), "train"),
+    "pyarrow": "parquet",
+}
 
 
 class _ShownError(Exception):
@@ -45,15 +48,15 @@ class ShardError(RunError):
 
 def reason(error: BaseException) -> str:
     """Return an error's first line, without secrets; for a missing package, also how to install it."""
-    if lacks_train(error):
-        return f"{error}: pip install 'd2v-composer[train]'"
+    if (extra := find_extra(error)) is not None:
+        return f"{error}: pip install 'd2v-composer[{extra}]'"
     lines = str(error).strip().splitlines()
     return hide_secrets(lines[0]) if lines else type(error).__name__
 
 
-def lacks_train(error: BaseException) -> bool:
-    """Return True if an import needs the extra 'train'."""
-    return isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in OF_TRAIN
+def find_extra(error: BaseException) -> str | None:
+    """Return the extra that an import needs."""
+    return EXTRAS.get((error.name or "").partition(".")[0]) if isinstance(error, ModuleNotFoundError) else None
 
 
 def find_full_disk(error: BaseException | None) -> OSError | None:

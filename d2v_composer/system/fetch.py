@@ -31,8 +31,10 @@ LARGEST_FILE = 32 << 30
 LEAST_RATE = 1024
 # A command may need a file several times: it asks once, and uses one version.
 ASK_SECONDS = 60.0
-# A model on the Hugging Face hub; Streaming reads data sets, hf://datasets/….
-HUB = re.compile(r"hf://(?!datasets/)([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")
+# A model or a data set on the Hugging Face hub: kind, repository, revision and file or folder.
+HUB = re.compile(r"hf://(datasets/|(?!datasets/))([^/@]+/[^/@]+)(?:@(refs/[^/]+/[^/]+|[^/]+))?(?:/(.+))?")
+# Addresses of what can be listed.
+LISTED = ("s3://", "hf://datasets/")
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,8 @@ def fetch(address: str | Path) -> Path:
         address: A path, https://…, or an object store's address that mosaicml-streaming reads: s3://, gs://, oci://,
             azure://, …. Remote files are cached in :func:`cache_folder`. A presigned address with a new signature is
             the same file; signatures, logins and queries are not written to the disk. Or hf://ORG/NAME, a student on
-            the Hugging Face hub; hf://ORG/NAME@REVISION/FILE for another revision and file.
+            the Hugging Face hub; hf://ORG/NAME@REVISION/FILE for another revision and file; hf://datasets/… for a data
+            set's.
 
     Raises:
         InputError: The file does not exist, or cannot be fetched.
@@ -81,8 +84,10 @@ def fetch(address: str | Path) -> Path:
         return Path(address)
     address = str(address)
     if on_hub := HUB.fullmatch(address):
-        repository, revision, name = on_hub.groups()
-        return fetch_from_hub(repository, [name or STUDENT_FILE], revision)
+        kind, repository, revision, name = on_hub.groups()
+        return fetch_from_hub(
+            repository, [name or STUDENT_FILE], revision, **({"repo_type": "dataset"} if kind else {})
+        )
     name = f"{hashlib.sha256(identity(address).encode()).hexdigest()[:16]}-{file_name(address)[-100:]}"
     path = cache_folder() / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +125,7 @@ def _renew(address: str, path: Path) -> None:
         retry(attempt, address, READ_SECONDS if known is None else 0, lasting_attempts=1)
 
 
-def fetch_from_hub(repository: str, names: Sequence[str], revision: str | None = None) -> Path:
+def fetch_from_hub(repository: str, names: Sequence[str], revision: str | None = None, **options: Any) -> Path:
     """Return the first of these files found in the Hugging Face hub's cache, else on the hub.
 
     The hub's own variables hold: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
@@ -133,7 +138,7 @@ def fetch_from_hub(repository: str, names: Sequence[str], revision: str | None =
     problem = ""
     for from_cache, name in product((True, False), names):
         try:
-            return Path(hf_hub_download(repository, name, revision=revision, local_files_only=from_cache))
+            return Path(hf_hub_download(repository, name, revision=revision, local_files_only=from_cache, **options))
         except (OSError, ValueError) as error:
             problem = reason(error)[:200]
     found = f"no {' or '.join(names)} in {repository} on the Hugging Face hub or in its cache"
@@ -253,6 +258,45 @@ def _transfer_from_s3(address: str, path: Path, timeout: float, known: str | Non
     return version
 
 
+def list_folder(folder: str) -> tuple[str, list[str]]:
+    """List the files in a folder in S3, or of a data set on the Hugging Face hub, and in its subfolders.
+
+    Args:
+        folder: The address, without a slash at the end.
+
+    Returns:
+        The address, on the hub with the commit; and the sorted paths below it. If the hub is not reachable, those of
+        the files in its cache, with a warning.
+
+    Raises:
+        InputError: It cannot be listed.
+    """
+    if folder.startswith("s3://"):
+        try:
+            return folder, sorted(retry(lambda: _list_s3(folder), folder, READ_SECONDS, lasting_attempts=1))
+        except Exception as error:
+            raise InputError(f"{folder}: cannot be listed ({reason(error)})") from error
+    from huggingface_hub import HfApi, snapshot_download
+
+    if (on_hub := HUB.fullmatch(folder)) is None:
+        raise InputError(f"{folder}: expected hf://datasets/ORG/NAME[@REVISION][/FOLDER]")
+    _, repository, revision, inside = on_hub.groups()
+    inside = f"{inside}/" if inside else ""
+    try:
+        found = HfApi().dataset_info(repository, revision=revision, timeout=READ_SECONDS)
+        commit, paths = found.sha, [each.rfilename for each in found.siblings or ()]
+    except (OSError, ValueError) as error:
+        problem = f"{folder}: cannot be listed ({reason(error)[:200]})"
+        try:
+            cached = snapshot_download(repository, repo_type="dataset", revision=revision, local_files_only=True)
+        except (OSError, ValueError):
+            raise InputError(problem) from error
+        commit, paths = Path(cached).name, [each.relative_to(cached).as_posix() for each in Path(cached).rglob("*.*")]
+        log.warning("%s; using what the hub's cache has of it, maybe not all", problem)
+    root = f"hf://datasets/{repository}@{commit}/{inside}".rstrip("/")
+    return root, sorted(path.removeprefix(inside) for path in paths if path.startswith(inside))
+
+
 def list_etags(folder: str, name: str = "") -> dict[str, str]:
     """Return the ETags of the objects in a folder in S3, by name, without its subfolders; nothing of other folders.
 
@@ -263,19 +307,18 @@ def list_etags(folder: str, name: str = "") -> dict[str, str]:
     Raises:
         RunError: The store cannot be listed.
     """
-    if not folder.startswith("s3://"):
-        return {}
-    bucket, _, key = f"{folder.removeprefix('s3://')}/".partition("/")
-
-    def attempt() -> dict[str, str]:
-        client = s3_client(READ_SECONDS, os.environ.get("S3_ENDPOINT_URL"), os.getpid())
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key + name, Delimiter="/")
-        return {entry["Key"].removeprefix(key): entry["ETag"] for page in pages for entry in page.get("Contents", ())}
-
     try:
-        return retry(attempt, folder, RETRY_SECONDS)
+        is_s3 = folder.startswith("s3://")
+        return retry(lambda: _list_s3(folder, name, "/"), folder, RETRY_SECONDS) if is_s3 else {}
     except Exception as error:
         raise RunError(f"{folder}: cannot be listed: {reason(error)}") from error
+
+
+def _list_s3(folder: str, name: str = "", delimiter: str = "") -> dict[str, str]:
+    bucket, _, key = f"{folder.removeprefix('s3://')}/".partition("/")
+    client = s3_client(READ_SECONDS, os.environ.get("S3_ENDPOINT_URL"), os.getpid())
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key + name, Delimiter=delimiter)
+    return {entry["Key"].removeprefix(key): entry["ETag"] for page in pages for entry in page.get("Contents", ())}
 
 
 @functools.cache

@@ -64,6 +64,11 @@ def small_audio(monkeypatch: pytest.MonkeyPatch) -> str:
     return "base_audio"
 
 
+def test_a_step_takes_no_other_student() -> None:
+    with pytest.raises(InputError, match=r"student\.model: must be null: --size names the models, got timm/resnet18"):
+        step_benchmark.benchmark("quickstart", compiles=False, overrides=["student.model=timm/resnet18"])
+
+
 @pytest.mark.parametrize(
     ("size", "options"),
     [
@@ -108,6 +113,7 @@ def test_the_plan_of_a_step_without_a_gpu(tmp_path: Path, capsys: pytest.Capture
     assert full["step"]["bytes"] - half["step"]["bytes"] > 5 * 8 * 2 * 8 * 65 * 192
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_step_in_the_trainer_with_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Trainer finds the loss of the bare loop; the trace opens in Perfetto, and the result names the kernels."""

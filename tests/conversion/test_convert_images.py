@@ -388,5 +388,7 @@ def test_cifar10_keeps_its_pixels_labels_and_order(
         assert torch.equal(getattr(found, split).samples, pixels[split])
         assert torch.equal(getattr(found, split).labels, labels)
         assert torch.equal(getattr(sample, split).samples, pixels[split][:num_images])
+    convert_cifar10(tmp_path, tmp_path / "few", 2, 0)
+    assert [path.name for path in (tmp_path / "few").iterdir()] == ["train"]
     with pytest.raises(InputError, match="no split 'val'; available: train, test"):
         main([f"{CIFAR10}{tmp_path}", str(out / "val"), "--split", "val"])

@@ -91,7 +91,8 @@ def test_the_commands_compute_what_the_models_do(here: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="takes away what Linux has")
-@pytest.mark.parametrize("system", [pytest.param("macos", marks=pytest.mark.slow), "windows"])
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["macos", "windows"])
 def test_other_systems_give_the_same_bytes(here: Path, system: str) -> None:
     folder = here.with_name(system)
     folder.mkdir()

@@ -11,10 +11,10 @@ from streaming import MDSWriter
 
 from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.config.load import load_config
+from d2v_composer.data.containers import open_source
 from d2v_composer.data.images import Images, RandomResizedCropFlip, decode_rgb
 from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.data.mds import Index
-from d2v_composer.data.source import open_source
 from d2v_composer.data.streaming import StreamingSamples
 from d2v_composer.system.errors import InputError
 from helpers import encoded_image, small_run

@@ -10,7 +10,7 @@ import torch
 from streaming import MDSWriter
 
 from d2v_composer.data.images import Images
-from d2v_composer.data.labeled import load_labeled_set
+from d2v_composer.data.labeled import EvaluationSet, LabeledSamples, load_labeled_set
 from d2v_composer.system.errors import InputError, ShardError
 from helpers import encoded_image, write_mds
 
@@ -169,3 +169,14 @@ def test_cifar_is_thinned_evenly(
         stored = Cifar("", is_train, False)
         assert torch.equal(split.samples.permute(0, 2, 3, 1), torch.from_numpy(stored.data[chosen]))
         assert split.labels.tolist() == [stored.targets[i] for i in chosen]
+
+
+def test_class_embeddings_follow_their_labels() -> None:
+    """Those of classes without images come last: they are wrong answers."""
+    images = torch.zeros(2, 3, 1, 1, dtype=torch.uint8)
+    train, test = (LabeledSamples(images, torch.tensor(labels)) for labels in ([4, 1], [1, 3]))
+    found = EvaluationSet(train, test, tuple("abcde"), torch.eye(5)).numbered()
+    assert found.class_names == ("b", "d", "e")
+    assert found.test.labels.tolist() == [0, 1]
+    assert found.class_embeddings is not None
+    assert found.class_embeddings.argmax(dim=1).tolist() == [1, 3, 4, 0, 2]

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from d2v_composer.data.containers import open_source
 from d2v_composer.data.convert import hold_out
 from d2v_composer.data.images import Images
-from d2v_composer.data.source import Source, list_classes, open_source
+from d2v_composer.data.source import Source, list_classes
 from helpers import encoded_image, write_mds
 
 

@@ -325,7 +325,8 @@ def test_an_embedding_that_is_not_finite_is_refused(
 @pytest.mark.parametrize(
     ("source", "out", "options", "message"),
     [
-        ("s3://bucket/images", "o.npy", [], "s3://bucket/images: --local is needed for an object store's shards"),
+        ("s3://bucket/images", "o.npy", [], "s3://bucket/images: cannot be listed (Unable to locate credentials)"),
+        ("*.tar", "o.npy", [], "*.tar: no Parquet files or tars"),
         ("photos", "o.npy", ["--local", "c"], "photos: --local is needed for an object store's shards, and for noth"),
         ("photos", "o.csv", [], "o.csv: must end in .npy"),
         ("photos", "half.npy", [], "half.ids.npy: already exists: choose another file, or "),

@@ -201,6 +201,7 @@ def test_a_classifier_of_padded_clips(teacher: Any, train_encoder: bool) -> None
     assert any("local_encoder" in name for name in trained) == train_encoder
 
 
+@pytest.mark.slow
 def test_more_lengths_than_torch_compiles_by_default(teacher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is a graph of its own. Beyond the limit a run would fail, and not go on without compiling."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))

@@ -14,7 +14,8 @@ from helpers import GOLDEN
 
 def build_classifier(representation: Representation = "output", *, train_encoder: bool) -> Classifier:
     """Return one of a student that is narrower than its encoder."""
-    student = load_teacher(GOLDEN / "tiny_base.pt").build_student(depth=2, embed_dim=24)
+    teacher = load_teacher(GOLDEN / "tiny_base.pt", projected=True)
+    student = teacher.build_student(depth=2, embed_dim=24, projected=representation == "projected")
     return Classifier(student, 3, representation, train_encoder=train_encoder)
 
 

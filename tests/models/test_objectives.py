@@ -74,12 +74,17 @@ def images(count: int = 4) -> Tensor:
     return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
+def total(model: Distillation) -> Tensor:
+    loss = model.loss(model(images()), images())
+    return loss["total"] if isinstance(loss, dict) else loss
+
+
 def train(model: Distillation, steps: int = 8) -> list[float]:
     model.train()
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
     for _ in range(steps):
-        loss = model.loss(model(images()), images())
+        loss = total(model)
         loss.backward()
         assert all(each.grad is not None for each in trained)
         optimizer.step()
@@ -148,7 +153,8 @@ def test_objectives_add_up_and_each_encoder_and_teacher_runs_once(teacher: Any, 
     assert calls == dict.fromkeys(parts, 1)
     (pooled,) = results.others
     losses = [each.loss(found) for each, found in zip(model.objectives.values(), (results, pooled), strict=True)]
-    torch.testing.assert_close(model.loss(results, images()), losses[0] + 0.5 * losses[1])
+    sums = {"tokens": losses[0], "pooled": losses[1], "total": losses[0] + 0.5 * losses[1]}
+    torch.testing.assert_close(model.loss(results, images()), sums)
     alone = DistillationModel(teacher, model.student)(images())
     torch.testing.assert_close((results.prediction, results.target), (alone.prediction, alone.target))
     output, _ = other.forward_blocks(other.encode(images()))
@@ -169,7 +175,7 @@ def test_all_of_it_compiles_to_whole_graphs(
     fresh = load_teacher(GOLDEN / "tiny_base.pt")
     student = Student(TinyConvolution(teacher.encoder.config), STUDENT)
     models = two_objectives(teacher, other), DistillationModel(fresh, student)
-    expected = [model.loss(model(images()), images()) for model in models]
+    expected = [total(model) for model in models]
     options: Any = {"fullgraph": True, "backend": "eager"}
     monkeypatch.setattr(torch, "compile", lambda function, compiled=torch.compile, **_: compiled(function, **options))
     for model, loss in zip(models, expected, strict=True):
@@ -177,7 +183,7 @@ def test_all_of_it_compiles_to_whole_graphs(
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: on_gpu)
             compile_model(model)
-        torch.testing.assert_close(model.loss(model(images()), images()), loss)
+        torch.testing.assert_close(total(model), loss)
 
 
 def test_the_share_of_cls(teacher: Any) -> None:
@@ -204,3 +210,40 @@ def test_cosine_and_smooth_l1(teacher: Any) -> None:
     cosine = (ours * theirs).sum(dim=-1) / (ours.norm(dim=-1) * theirs.norm(dim=-1))
     torch.testing.assert_close(model.loss(regression, images()), 0.9 * (1 - cosine).mean() + 0.1 * smooth_l1)
     assert train(model)[-1] < 0.9 * model.loss(regression, images())
+
+
+def test_the_image_embedding_of_data2vec() -> None:
+    """CLS of the output, by its cosine; alone or beside the tokens, and of a narrower student through a layer."""
+    teacher = load_teacher(GOLDEN / "tiny_base.pt", projected=True)
+    torch.manual_seed(0)
+    student = teacher.build_student(depth=2, projected=True)
+    model = DistillationModel(teacher, student, weight=0.5, embedding_weight=2.0)
+    results = model(images())
+    theirs, _ = teacher.forward_blocks(teacher.encode(images()))
+    ours, _ = student.forward_blocks(student.encode(images()))
+    torch.testing.assert_close(results.others[0].target, theirs[:, 0])
+    torch.testing.assert_close(student.embed(images(), representation="projected"), ours[:, 0])
+    products = (ours[:, 0] * theirs[:, 0]).sum(dim=1) / (ours[:, 0].norm(dim=1) * theirs[:, 0].norm(dim=1))
+    tokens = DistillationModel(teacher, student)
+    expected = {"tokens": tokens.loss(tokens(images()), images()), "embedding": 1 - products.mean()}
+    weighted = 0.5 * expected["tokens"] + 2 * expected["embedding"]
+    torch.testing.assert_close(dict(model.loss(results, images())), expected | {"total": weighted})
+    narrow = teacher.build_student(depth=2, embed_dim=24, projected=True)
+    alone = DistillationModel(teacher, narrow, weight=0, embedding_weight=1.0)
+    output, _ = narrow.forward_blocks(narrow.encode(images()))
+    projected = alone(images()).prediction
+    torch.testing.assert_close(projected, narrow.projection.linear(output[:, 0]))
+    assert projected.shape == theirs[:, 0].shape
+    losses = train(alone)  # each trained parameter has a gradient
+    assert losses[-1] < 0.5 * losses[0]
+    assert any(name.startswith("student.projection.") for name in alone.state_dict())
+
+
+def test_the_image_embedding_of_sound_leaves_out_padding() -> None:
+    teacher = load_teacher(GOLDEN / "audio_base.pt", projected=True)
+    model = DistillationModel(teacher, teacher.build_student(depth=1, projected=True), embedding_weight=1.0)
+    clips, lengths = torch.rand(2, 4000, generator=torch.Generator().manual_seed(1)) - 0.5, torch.tensor([4000, 2500])
+    found = model({"audio": clips, "lengths": lengths}).others[0].target
+    torch.testing.assert_close(found, teacher.embed(clips, "mean_patches", lengths=lengths))
+    alone = teacher.embed(clips[1:, :2500], "mean_patches")
+    torch.testing.assert_close(found[1:], alone, rtol=1e-3, atol=1e-4)

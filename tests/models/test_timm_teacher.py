@@ -1,17 +1,20 @@
 """Teachers from timm compute what timm computes: features, FFN outputs, positions at other sizes."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.models.configs import TeacherConfig
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.encoder import Tokens
+from d2v_composer.models.encoder import Inputs, Tokens
+from d2v_composer.models.timm_network import projection_width
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, teacher_config
 from d2v_composer.system.errors import InputError
 
@@ -226,3 +229,59 @@ def test_flops_are_those_of_the_blocks() -> None:
     dim, steps = 48, 17
     assert teacher.block_list[0].forward_macs(steps) == steps * 12 * dim**2 + 2 * steps**2 * dim
     assert teacher.encoder.forward_macs() == 16 * dim * 3 * 14**2 + teacher.block_list[0].forward_macs(steps)
+
+
+# Name → outputs of the projection. CLS; attention pooling; the mean, with CLS before it; CLS without a projection.
+HEADS = {
+    "vit_base_patch16_clip_224": 64,
+    "vit_base_patch16_siglip_224": 0,
+    "vit_pe_core_tiny_patch16_384": 64,
+    "vit_base_patch16_siglip_gap_224": 0,
+    "vit_small_patch14_dinov2": 0,
+}
+
+
+@pytest.mark.parametrize(("name", "outputs"), HEADS.items())
+def test_its_image_embedding_is_timms(name: str, outputs: int) -> None:
+    """And a student ends with its head, which stays as it is."""
+    options, first_blocks = MODELS[name]
+    model: Any = randomise(timm.create_model(name, num_classes=outputs, **options))
+    config = teacher_config(f"timm/{name}", model, first_blocks)
+    images = images_for(config)
+    with torch.no_grad():
+        expected = model.forward_head(model.forward_features(images))
+        norm = nn.Identity() if isinstance(model.norm, nn.Identity) else nn.LayerNorm(48, model.norm.eps)
+        norm.load_state_dict(model.norm.state_dict())
+    teacher = TimmTeacher(model, config, projected=True)
+    assert_equal_to_1e_5(teacher.embed_all(images)["projected_cls"], expected)
+    assert teacher.projected_width == expected.shape[1]
+    torch.manual_seed(0)
+    student = teacher.build_student(depth=1, projected=True)
+    distillation = DistillationModel(teacher, student, embedding_weight=1.0)
+    assert_equal_to_1e_5(distillation(images).others[0].target, expected)
+    output = student.features(student.encoder(Inputs(images))).output
+    with torch.no_grad():
+        theirs = teacher.projection.model.forward_head(norm(output))
+    assert_equal_to_1e_5(student.embed(images, representation="projected"), theirs)
+    distillation.loss(distillation(images), images)["total"].backward()
+    assert all(each.grad is not None for each in distillation.parameters() if each.requires_grad)
+    assert {name.split(".")[1] for name in distillation.state_dict()} == {"blocks"}
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        teacher.embed_all(images[:1])
+    assert 2 * (teacher.encoder.forward_macs() + teacher.forward_macs()) == pytest.approx(
+        counter.get_total_flops(), rel=0.01
+    )
+
+
+def test_which_of_timms_models_have_a_projection() -> None:
+    """All whose names say that they have a text tower, and no classifier."""
+    names = [
+        name
+        for module in ("vision_transformer", "eva", "beit")
+        for name in timm.list_models(module=module, pretrained=True)
+    ]
+    outputs = {name: projection_width(cast("Any", timm.get_pretrained_cfg(name)).num_classes) for name in names}
+    with_projection = {name for name, count in outputs.items() if count}
+    assert len(with_projection) > 50
+    has_text = {name for name in names if ("_clip_" in name or "_pe_core_" in name) and "ft_in" not in name}
+    assert with_projection == has_text

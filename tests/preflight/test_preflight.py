@@ -134,9 +134,15 @@ def test_faults_of_a_store_are_named(
 
 
 @pytest.mark.slow
-def test_a_good_run_passes_and_nothing_is_left(store: GatedStore, tmp_path: Path, labeled: Path) -> None:
+@pytest.mark.parametrize(
+    "student", [[], ["student.depth=5", "student.model=timm/test_byobnet"]], ids=["blocks", "timm"]
+)
+def test_a_good_run_passes_and_nothing_is_left(
+    store: GatedStore, tmp_path: Path, labeled: Path, student: list[str]
+) -> None:
     """It resumes from a store."""
-    before, command = store.objects(BUCKET).keys(), (sys.executable, PREFLIGHT, *remote_preflight(tmp_path, labeled))
+    arguments = [*remote_preflight(tmp_path, labeled), *student, "retrieval.representation=output"]
+    before, command = store.objects(BUCKET).keys(), (sys.executable, PREFLIGHT, *arguments)
     result = run_command(*command, timeout=600, cwd=tmp_path, environment=store.environment)
     assert result.returncode == 0, result.stdout + result.stderr
     table, _, needed = result.stdout.partition("\n\n")

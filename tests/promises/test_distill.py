@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 from streaming import MDSWriter, StreamingDataset
 
+from containers import write_parquet
 from d2v_composer import load_student
 from gated_store import GatedStore
 from helpers import (
@@ -437,6 +438,28 @@ def test_a_data_set_of_any_column_and_mode_is_distilled(tmp_path: Path) -> None:
     held, trained = (samples_of(out / "images" / split) for split in ("test", "train"))
     assert len(held + trained) == NUM_IMAGES + 10
     assert not {*held} & {*trained}
+
+
+def test_parquet_files_in_a_store_are_distilled(object_store: GatedStore, tmp_path: Path) -> None:
+    """4, 8: each row once, copies on one side, a bad one counted; before, it says how large the conversion is."""
+    out, images = tmp_path / "run", [encoded_image(i % NUM_IMAGES) for i in range(NUM_IMAGES + 10)]
+    images[7] = b"no image"
+    address = object_store.create_bucket("distill-parquet")
+    for name, rows in {"a": images[:100], "b": images[100:]}.items():
+        path = write_parquet(tmp_path / "in" / f"{name}.parquet", {"photo": rows, "caption": ["a"] * len(rows)})
+        object_store.client().upload_file(str(path), "distill-parquet", f"in/{name}.parquet")
+    environment = object_store.environment | {"TORCH_HOME": str(tmp_path / "torch")}
+    ended = d2v(*command(f"{address}/in", out, *SHORT, "max_duration=2ba"), environment=environment)
+    assert ended.returncode == 0, ended.stderr
+    counts = dict(re.findall(r"^(.+): (.*)$", ended.stdout, re.MULTILINE))
+    number, size = re.findall(r"^converting (\d+) images: about (\d+) MB, 0 min$", ended.stdout, re.MULTILINE)[0]
+    held, trained = (samples_of(out / "images" / split) for split in ("test", "train"))
+    assert sorted(held + trained) == sorted(image for image in images if image != images[7])
+    assert not {*held} & {*trained}
+    assert int(number) in (len(trained), len(trained) + 1)
+    assert abs(int(size) - sum(map(len, trained)) / 1e6) < 1
+    assert counts["other files"] == "none"
+    assert {path.name for path in (out / "images").iterdir()} == {"held_out.json", "test", "train"}
 
 
 @pytest.fixture(scope="module")

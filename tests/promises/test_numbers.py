@@ -179,7 +179,8 @@ def test_an_evaluation_replaces_only_its_own(labeled: Path, tmp_path: Path) -> N
     command = "evaluate", datasets, "ks=[1]", "max_images=20", f"model={GOLDEN / 'tiny_base.pt'}"
     out = tmp_path / "out"
     out.mkdir()
-    for name, content in (("evaluation.csv", "mine"), ("evaluation.json", "mine"), ("evaluation.json", '{"a": 1}')):
+    taken = [(f"evaluation.{suffix}", "mine") for suffix in ("csv", "json", "png")]
+    for name, content in (*taken, ("evaluation.json", '{"a": 1}')):
         (out / name).write_text(content)
         ended = d2v(*command, f"out={out}")
         expected = f"error: out: {out / name} is not of these weights; remove it, or choose another folder"

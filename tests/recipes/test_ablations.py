@@ -40,7 +40,7 @@ def test_a_wrong_argument_is_one_line(arguments: list[str], message: str) -> Non
     assert str(raised.value).startswith(message)
 
 
-@pytest.mark.parametrize("rows", ["", "- seed: 18", "a: {seed: 18", "a: 18"])
+@pytest.mark.parametrize("rows", ["", "- seed: 18", "a: {seed: 18", "a: 18", "a: {num_images: x}"])
 def test_a_malformed_study_is_one_line(rows: str, tmp_path: Path) -> None:
     (tmp_path / "rows.yaml").write_text(rows)
     assert f"{tmp_path / 'rows.yaml'}: " in refused_by(read_rows, tmp_path)
@@ -56,6 +56,29 @@ def test_a_row_wins_over_the_changes_of_all_rows_and_keeps_its_own_folder(tmp_pa
     assert (config.seed, config.run_folder, config.run_name) == (18, RunFolder(folder), "a")
     assert config.train_loader.local == str(images / "train")
     assert (config.retrieval.max_images, config.train_loader.crop_scale) == (None, (0.5, 1.0))
+
+
+def test_a_row_trains_on_the_first_images_and_is_measured_on_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each split that it needs, the command converts as many."""
+    (tmp_path / "rows.yaml").write_text("base: {}\nfew: {num_images: 500, seed: 18}")
+    row, images = read_rows(tmp_path)["few"], QUICKSTART / "cifar10"
+    command = ablations.train_command(tmp_path, row, [], tmp_path / "few", images)
+    config = load_config([str(QUICKSTART.parent / "quickstart.yaml"), *command[3:]])
+    assert (config.seed, config.train_loader.local) == (18, str(QUICKSTART / "cifar10_500" / "train"))
+    assert getattr(config.retrieval.datasets["cifar10"], "root", None) == str(images)
+    converted = Mock()
+    monkeypatch.setattr(convert, "convert_cifar10", converted)
+    monkeypatch.setattr(ablations, "check_rows", Mock())
+    monkeypatch.setattr(ablations, "train_rows", Mock(side_effect=InterruptedError))
+    with pytest.raises(InterruptedError):
+        ablations.main([str(tmp_path), "--whole", "--images", "data", "--out", str(tmp_path)])
+    data = Path("data")
+    assert [each.args for each in converted.call_args_list] == [
+        (data, data / "cifar10"),
+        (data, data / "cifar10_500", 500, 0),
+    ]
 
 
 # A run that waits for SIGTERM, and saves.
@@ -145,14 +168,14 @@ def config_of(study: Path, row: Mapping[str, Any]) -> TrainConfig:
 
 
 def reading_of(config: TrainConfig) -> tuple[Any, ...]:
-    return config.targets.normalization, config.teacher.first_blocks, config.student.embed_dim
+    return config.targets.normalization, config.teacher.first_blocks, config.student.embed_dim, config.student.model
 
 
 @pytest.mark.parametrize("path", sorted(ablations.STUDIES.glob("*/rows.yaml")), ids=lambda path: path.parent.name)
 def test_every_row_is_a_valid_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its config is right, and teacher and student of its sizes can be built, here without weights."""
 
-    def load_timm_teacher(path: None, model: str, first_blocks: int, image_size: int) -> TimmTeacher:
+    def load_timm_teacher(path: None, model: str, first_blocks: int, image_size: int, _: bool) -> TimmTeacher:
         built = build_timm_model(model, image_size)
         return TimmTeacher(built, teacher_config(model, built, first_blocks))
 
@@ -163,9 +186,10 @@ def test_every_row_is_a_valid_run(path: Path, monkeypatch: pytest.MonkeyPatch) -
         is_another_reading = reading_of(config) != reading_of(base)
         measures_baselines = config.retrieval.at_start and "teacher" in config.retrieval.baselines
         assert measures_baselines == (name == "base" or is_another_reading), name
-        with torch.device("meta") if config.teacher.checkpoint is None else nullcontext():
-            model = build_model(config)
-        assert len(model.student.blocks) == config.student.depth, name
+        if config.student.model is None:
+            with torch.device("meta") if config.teacher.checkpoint is None else nullcontext():
+                model = build_model(config)
+            assert len(model.student.blocks) == config.student.depth, name
 
 
 def test_choices_are_compared_at_equal_compute() -> None:

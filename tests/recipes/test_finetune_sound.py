@@ -22,7 +22,7 @@ def test_batches_have_lengths_only_if_clips_are_padded() -> None:
     assert others.tolist() == [2, 3]
 
 
-@pytest.mark.parametrize("train_encoder", ["false", "true"])
+@pytest.mark.parametrize("train_encoder", ["false", pytest.param("true", marks=pytest.mark.slow)])
 def test_a_teacher_of_sound_learns_words(train_encoder: str, tmp_path: Path) -> None:
     write_words(tmp_path / "words", {"train": 16, "test": 8})
     for split in ("train", "test"):

@@ -65,6 +65,7 @@ def run(folder: Path, data: Path, *overrides: str, callback: Callback | None = N
     return watch
 
 
+@pytest.mark.slow
 def test_the_losses_are_nearly_those_of_float32(
     uninterrupted: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,10 +20,14 @@ from d2v_composer.system.errors import InputError
 from helpers import (
     GOLDEN,
     ROOT,
+    assert_same_losses,
+    assert_same_student,
     d2v,
     encoded_image,
     failure,
+    losses_of,
     run_command,
+    run_ranks,
     run_training,
     small_run,
     student_of,
@@ -89,6 +93,7 @@ def test_another_version_of_timm_must_compute_the_same(trained: Path, tmp_path: 
         load_student(out)
 
 
+@pytest.mark.slow
 def test_what_takes_a_student_takes_it(trained: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "student.safetensors"
     d2v("export", trained / "latest-rank0.pt", out)
@@ -110,6 +115,7 @@ def test_what_takes_a_student_takes_it(trained: Path, images: Path, tmp_path: Pa
     assert "untrained student" in evaluated.stdout
 
 
+@pytest.mark.slow
 def test_rivals_stand_in_the_same_tables(trained: Path, images: Path, tmp_path: Path) -> None:
     """With size and speed; one that takes other samples is refused."""
     out = tmp_path / "evaluated"
@@ -120,6 +126,7 @@ def test_rivals_stand_in_the_same_tables(trained: Path, images: Path, tmp_path: 
     found = json.loads((out / "evaluation.json").read_text())
     (rated,) = [each for each in found["candidates"] if each["name"] == str(rival)]
     assert rated["parameters"] > 0
+    assert (out / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     assert all(rated["per_second"][size] > 0 for size in ("1", "64"))
     assert {row["candidate"] for row in found["results"]} >= {str(rival), "student", "teacher"}
     assert len(found["candidates"]) == 1 + len([each for each in found["candidates"] if each["per_second"]])  # pixels
@@ -141,6 +148,32 @@ def test_a_killed_run_resumes_bit_for_bit(trained: Path, data: Path, tmp_path: P
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    folder = tmp_path_factory.mktemp("ranks") / "run"
+    options = [*NETWORK, "max_duration=10ba", "save_num_checkpoints_to_keep=-1"]
+    run_ranks(*train_command(small_run(folder, data, *options))[1:])
+    return folder
+
+
+def test_two_ranks_train_and_resume_bit_for_bit(on_two_ranks: Path, trained: Path, data: Path, tmp_path: Path) -> None:
+    """Each normalizes by its own half of a batch; the other rank resumes with rank 0's statistics."""
+    losses, alone = losses_of(on_two_ranks), losses_of(trained)
+    assert losses[9] < 0.3 * losses[0]
+    assert losses[0] == pytest.approx(alone[0], rel=0.03)
+    load = f"load_path={on_two_ranks / 'ep1-ba6-rank0.pt'}"
+    run_ranks(*train_command(small_run(tmp_path / "run", data, *NETWORK, "max_duration=10ba", load))[1:])
+    assert_same_student(tmp_path / "run", on_two_ranks)
+
+
+@pytest.mark.slow
+def test_sharded_ranks_train_as_whole_ones(on_two_ranks: Path, data: Path, tmp_path: Path) -> None:
+    arguments = small_run(tmp_path, data, *NETWORK, "max_duration=10ba", "parallelism_config.fsdp={}")
+    run_ranks(ROOT / "tests" / "programs" / "fsdp_on_cpu.py", *arguments)
+    assert_same_losses(losses_of(tmp_path), losses_of(on_two_ranks), num_steps=10)
+    assert student_of(tmp_path).keys() == student_of(on_two_ranks).keys()
 
 
 @pytest.mark.parametrize(

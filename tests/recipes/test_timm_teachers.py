@@ -81,6 +81,7 @@ def test_export_evaluate_and_embed(
     assert capsys.readouterr().out.count("48 embeddings of 64 channels") == 2
 
 
+@pytest.mark.slow
 def test_programs_of_the_student(trained: Path, tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("student.safetensors", "student.onnx", "student.pt2")]
     for path in paths:

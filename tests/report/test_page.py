@@ -64,7 +64,9 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path, image
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as stdout:
         patch.setattr(sys, "argv", ["recipes/train.py", *arguments])
         train.main(arguments)
-    assert f"report: {folder / 'report.html'}" in stdout.getvalue()
+    said, report = stdout.getvalue().splitlines()[-4:-2]
+    assert said.startswith(("On squares, the student closes ", "On squares, there is no teacher gap to close ("))
+    assert report == f"report: {folder / 'report.html'}"
     return folder
 
 
@@ -112,10 +114,19 @@ def test_the_page_and_its_plots_show_the_log(run_folder: Path, tmp_path: Path) -
     ks = run.record["config"]["retrieval"]["ks"]
     measures = [retrieval_from(bank, k) for bank in BANKS for k in ks]
     log = {metric_key("squares", measure, *of): each for of, each in accuracies.items() for measure in measures}
-    run = run._replace(log=log)
+    hits, measure = {"untrained": 0.2, "": 0.4, "teacher": 0.6}, retrieval_from("train", min(ks))
+    known = {metric_key("squares", measure, baseline=name): torch.arange(100) < 100 * hits[name] for name in hits}
+    run = run._replace(log=log, hits=known)
     write_report(run, tmp_path)
     page = (tmp_path / "report.html").read_text()
-    for shown in ("untrained 20.0 %", "teacher 60.0 %", "40.0 %", "50 %", "teacher gap closed"):
+    for shown in (
+        "untrained 20.0 %",
+        "teacher 60.0 %",
+        "40.0 %",
+        "50 %",
+        "teacher gap closed",
+        "On squares, the student closes 50 % of the teacher gap",
+    ):
         assert shown in page, shown
     drawn = {
         name: {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in figure.axes[0].lines}
@@ -189,7 +200,7 @@ def test_the_page_fits_a_browser_window(browser: Browser, run_folder: Path, widt
     columns = page.eval_on_selector_all("figure", "all => new Set(all.map(f => Math.round(f.offsetLeft))).size")
     assert columns == (2 if width > 1000 else 1)
     assert page.locator("h1").is_visible()
-    assert page.locator("summary").count() == 6
+    assert page.locator("summary").count() == 7
     page.locator("summary", has_text="Config").click()
     assert page.locator("pre", has_text="global_train_batch_size: 16").is_visible()
     assert complaints == []
@@ -234,7 +245,7 @@ def test_a_data_set_that_was_rebuilt_has_no_gallery(
 
 def test_galleries_show_the_neighbors_that_were_counted(run_folder: Path) -> None:
     run = read_run(run_folder)
-    bank, queries, names = run.datasets["squares"]
+    bank, queries, names, _ = run.datasets["squares"]
     assert names == ("<ship>", "cat", "dog")
     nearest = run.neighbors["squares"]["train"].long()
     hits = bank.labels[nearest[:, 0]] == queries.labels

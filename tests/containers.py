@@ -1,0 +1,74 @@
+"""The same samples in a folder, Parquet files, tars and MDS."""
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from helpers import write_mds
+
+FEATURES = {
+    "image": {"_type": "Image"},
+    "label": {"_type": "ClassLabel", "names": [f"class {label}" for label in range(10)]},
+}
+
+
+def write_parquet(path: Path, columns: Mapping[str, Any], rows: int = 50, features: Any = None) -> Path:
+    """Write a Parquet file with row groups of so many rows, and the hub's metadata if there are features."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.table(dict(columns))
+    if features is not None:
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, path, row_group_size=rows)
+    return path
+
+
+def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_all(root: Path, images: Sequence[bytes], labels: Sequence[int], num_files: int = 3) -> dict[str, list[str]]:
+    """Write the same images several times; the files of a set hold unequal numbers of them.
+
+    Returns:
+        The name of each kind of source → SOURCE and the options of its labels.
+    """
+    size = len(images) // num_files + 1
+    spans = [slice(first, first + size) for first in range(0, len(images), size)]
+    flat = root / "folder"
+    flat.mkdir(parents=True)
+    for number, image in enumerate(images):
+        (flat / f"{number:05}.png").write_bytes(image)
+    rows = [f"{number:05}.png,{label}" for number, label in enumerate(labels)]
+    (root / "labels.csv").write_text("\n".join(rows))
+    for file, span in enumerate(spans):
+        name, some = f"{file:05}.parquet", {"label": labels[span], "caption": ["a"] * len(labels[span])}
+        write_parquet(root / "bytes" / name, {"image": images[span], **some})
+        structs = [{"bytes": image, "path": None} for image in images[span]]
+        write_parquet(root / "struct" / name, {"image": structs, **some}, features=FEATURES)
+        paths = [f"../folder/{number:05}.png" for number in range(len(images))[span]]
+        write_parquet(root / "paths" / name, {"image": paths, "label": labels[span]})
+        members = [
+            (f"{number:05}.{suffix}", content)
+            for number in range(len(images))[span]
+            for suffix, content in (("png", images[number]), ("cls", str(labels[number]).encode()), ("txt", b"a"))
+        ]
+        write_tar(root / "tars" / f"{file:05}.tar", members)
+    write_mds(root / "mds", list(images), list(labels))
+    options = {
+        "folder": ["--labels", str(root / "labels.csv")],
+        **{name: ["--label-column", "label"] for name in ("bytes", "struct", "paths", "mds")},
+        "tars": ["--label-column", "cls"],
+    }
+    return {name: [str(root / name), *given] for name, given in options.items()}

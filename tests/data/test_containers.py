@@ -1,0 +1,391 @@
+"""Parquet files and tars are sources as folders and MDS are: locally, in a store and on the hub."""
+
+import io
+import json
+import os
+import re
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from huggingface_hub import constants
+from huggingface_hub.utils._http import reset_sessions
+from streaming import StreamingDataset
+from streaming.base.format.mds import MDSReader
+from torch.utils.data import DataLoader
+
+from containers import FEATURES, write_all, write_parquet, write_tar
+from d2v_composer.commands import convert_images, embed, evaluate
+from d2v_composer.data.containers import open_source
+from d2v_composer.data.convert import Conversion
+from d2v_composer.data.images import Images
+from d2v_composer.data.labeled import load_labeled_set
+from d2v_composer.system.command_line import explain
+from d2v_composer.system.errors import InputError
+from gated_store import GatedStore
+from helpers import GOLDEN, QUICKSTART, encoded_image, truncated, write_mds
+from hub_stub import serve
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def stored(folder: Path) -> list[tuple[bytes, int]]:
+    """The images and labels of a converted data set, sorted."""
+    index = json.loads((folder / "index.json").read_bytes())
+    shards = [MDSReader.from_json(str(folder), None, shard) for shard in index["shards"]]
+    return sorted((sample["image"], int(sample["label"])) for shard in shards for sample in shard)
+
+
+@pytest.mark.parametrize(("count", "workers"), [(60, "0"), pytest.param(2000, "2", marks=pytest.mark.slow)])
+def test_the_same_images_from_everywhere(
+    count: int, workers: str, object_store: GatedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One set of converted samples, and the same bits as embeddings, whatever the images lie in."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    for name, value in object_store.environment.items():
+        monkeypatch.setenv(name, value)
+    cifar10 = open_source(str(QUICKSTART / "cifar10" / "train"), Images(), label_column="label")
+    assert cifar10.label is not None
+    images, labels = [cifar10.load(number) for number in range(count)], [cifar10.label(i) for i in range(count)]
+    sources = write_all(tmp_path / "in", images, labels)
+    bucket = f"containers-{count}"
+    address = object_store.create_bucket(bucket)
+    for kind in ("struct", "tars"):
+        for path in (tmp_path / "in" / kind).iterdir():
+            object_store.client().upload_file(str(path), bucket, f"sets/{kind}/{path.name}")
+        sources[f"s3 {kind}"] = [f"{address}/sets/{kind}", *sources[kind][1:]]
+    sources["s3 glob"] = [f"{address}/sets/*/*.parquet", *sources["struct"][1:]]
+    hub = tmp_path / "hub" / "org" / "birds" / "main" / "data"
+    hub.parent.mkdir(parents=True)
+    (tmp_path / "in" / "struct").rename(hub)
+    sources["hub"] = ["hf://datasets/org/birds", *sources["struct"][1:]]
+    sources["struct"][0] = str(hub)
+    found, embedded = {}, {}
+    with serve(tmp_path / "hub", tmp_path / "cache", monkeypatch) as server:
+        for kind, (source, *options) in sources.items():
+            if kind != "mds":
+                assert converted(source, tmp_path / "out" / kind, *options).samples == count
+                found[kind] = stored(tmp_path / "out" / kind)
+            out = tmp_path / f"{kind}.npy"
+            embed.main([str(GOLDEN / "tiny_base.pt"), source, str(out), "--workers", workers])
+            embedded[kind] = np.load(out)
+            assert len(np.unique(np.load(tmp_path / f"{kind}.ids.npy"))) == count
+        assert len(server.asked) == 3  # once each, and then from the cache
+    assert len(found["folder"]) == len(embedded["folder"]) == count
+    assert {kind for kind in found if found[kind] != found["folder"]} == set()
+    assert {kind for kind in embedded if not np.array_equal(embedded[kind], embedded["folder"])} == set()
+
+
+def converted(source: Path | str, out: Path, *options: str) -> Conversion:
+    return convert_images.main([str(source), str(out), "--workers", "1", *options])
+
+
+def names_of(out: Path) -> list[str] | None:
+    return json.loads((out / "conversion.json").read_bytes())["classes"]
+
+
+def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """img2dataset's folder: tars, their tables and statistics; failed downloads are not in the tars."""
+    folder = tmp_path / "laion"
+    members = [(f"{i:05}.{suffix}", encoded_image(i)) for i in range(9) for suffix in ("jpg", "txt", "json")]
+    strange = [
+        ("./._00001.jpg", b""),
+        ("sub/notes", b""),
+        ("00011.json", b"{}"),
+        ("./a.b/00010.seg.JPG", encoded_image(10)),
+    ]
+    write_tar(folder / "00000.tar", [*members, *strange])
+    write_parquet(folder / "00000.parquet", {"url": ["a"]})
+    (folder / "00000_stats.json").write_text(json.dumps({"count": 15, "successes": 9, "failed_to_download": 6}))
+    assert converted(folder, tmp_path / "out").samples == 10
+    others = "11 .json, 1 .parquet, 9 .txt, 6 failed downloads, 1 keys without images, 2 members without a key"
+    assert f"other files: {others}\n" in capsys.readouterr().out
+    source = open_source(str(folder), Images())
+    assert source.ids.tolist()[-2:] == ["00000.tar/00008", "00000.tar/a.b/00010"]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "struct", "paths", "tars"])
+def test_unreadable_samples_are_named_and_counted(kind: str, tmp_path: Path) -> None:
+    images = [encoded_image(i) for i in range(8)]
+    images[3] = b"no image"
+    write_all(tmp_path, images, [0] * 8, num_files=2)
+    if kind in ("bytes", "struct"):  # img2dataset's failed entries
+        write_parquet(tmp_path / kind / "null.parquet", {"image": pa.array([None, images[0]], pa.binary())})
+    name = "00000.tar/00003" if kind == "tars" else "00000.parquet#3"
+    with pytest.raises(InputError, match=rf"{tmp_path}/{kind}/{name}: not an image .*--skip-unreadable"):
+        converted(tmp_path / kind, tmp_path / "refused")
+    done = converted(tmp_path / kind, tmp_path / "out", "--skip-unreadable")
+    assert done.samples == 7 + (kind in ("bytes", "struct"))
+    assert len(done.skipped) == 1 + (kind in ("bytes", "struct"))
+    assert done.skipped[-1].endswith("null.parquet#0: is null") == (kind in ("bytes", "struct"))
+
+
+IMAGE = encoded_image(0)
+TWO_COLUMNS = {"image": [IMAGE], "depth": [IMAGE], "caption": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "line"),
+    [
+        (
+            TWO_COLUMNS,
+            "",
+            "expected one column of images, as bytes or paths; 2 fit: image, depth; choose",
+        ),
+        (TWO_COLUMNS, "--column mask", "mask is missing: image, depth, caption"),
+        ({"size": [1.0]}, "", "expected one column of images, as bytes or paths; 0 fit: size; choose"),
+        ({"size": [1.0]}, "--column size", "size is double: size"),
+        ({"url": ["a"], "text": ["b"]}, "", "2 fit: url, text"),
+        ({"image": [IMAGE]}, "--label-column label", "no column 'label' of labels; the columns are image"),
+        ({"image": [IMAGE], "label": [0.5]}, "--label-column label", "x.parquet#0: its label must be a whole number"),
+        ({"image": [IMAGE], "label": [None]}, "--label-column label", "x.parquet#0: its label must be .*, got None"),
+        ({"image": [IMAGE]}, "--split test", "no split 'test'; available: none; omit --split"),
+        ({"image": [IMAGE]}, "--labels a.csv", "--labels: only for a folder; for .*x.parquet"),
+        ({"image": pa.array([], pa.binary())}, "", "no images in 1 files"),
+    ],
+)
+def test_a_wrong_parquet_file_is_one_line(columns: dict, options: str, line: str, tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet", columns)
+    with pytest.raises(InputError, match=line):
+        converted(path, tmp_path / "out", *options.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("members", "options", "line"),
+    [
+        (["a.jpg", "a.png"], "", r"x.tar/a: has jpg and png; choose one with --column"),
+        (["a.jpg", "b.jpg", "a.jpg"], "", r"x.tar: has the key 'a' twice, not together"),
+        (["a.jpg", "a.txt"], "--label-column cls", r"x.tar/a: has no .cls with its label; it has jpg, txt"),
+        (["a.jpg", "a.json"], "--label-column json:class", r"x.tar/a: its label must be a whole number, got None"),
+        (["a.jpg", "a.jpg"], "", r"x.tar: has a.jpg or another member of a twice"),
+        (["a.txt"], "", r"no images in 1 files; other files: 1 .txt, 1 keys without images"),
+    ],
+)
+def test_a_wrong_tar_is_one_line(members: list[str], options: str, line: str, tmp_path: Path) -> None:
+    contents = {"json": b"{}", "txt": b"a"}
+    path = write_tar(tmp_path / "x.tar", [(name, contents.get(name.rpartition(".")[2], IMAGE)) for name in members])
+    with pytest.raises(InputError, match=line):
+        converted(path, tmp_path / "out", *options.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_is_read_as_tarfile_reads_it(format: int, tmp_path: Path) -> None:
+    """Long names, names that are not ASCII, folders and links, times that need a header of their own."""
+    names = ["a.jpg", f"{'folder/' * 30}b.jpg", f"{'c' * 90}.jpg", f"{'d' * 95}/e.jpg", "ü/é.jpg"]
+    with tarfile.open(tmp_path / "x.tar", "w", format=format) as tar:
+        for number, name in enumerate(names[2:] if format == tarfile.USTAR_FORMAT else names):
+            image = encoded_image(number, size=16 + number)
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = len(image), 1.5 if format == tarfile.PAX_FORMAT else 1  # pyright: ignore[reportAttributeAccessIssue]
+            tar.addfile(member, io.BytesIO(image))
+            folder, link = tarfile.TarInfo(f"folder {number}"), tarfile.TarInfo(f"link{number}.jpg")
+            folder.type, link.type, link.linkname = tarfile.DIRTYPE, tarfile.SYMTYPE, "e" * 120
+            tar.addfile(folder)
+            tar.addfile(link) if format != tarfile.USTAR_FORMAT else None
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        known = {f"x.tar/{each.name[:-4]}": cast("Any", tar.extractfile(each)).read() for each in tar if each.isreg()}
+    source = open_source(str(tmp_path / "x.tar"), Images())
+    assert {source.ids[number]: source.load(number) for number in range(len(source))} == known
+    others = {} if format == tarfile.USTAR_FORMAT else {"members without a key": len(known)}
+    assert source.left_out == others
+
+
+@pytest.mark.parametrize("kind", ["bytes/00001.parquet", "tars/00001.tar"])
+@pytest.mark.parametrize("damage", [truncated, lambda content: b"", lambda content: b"\x1f\x8b" + content[2:-4]])
+def test_a_damaged_file_is_named_before_anything_is_written(
+    kind: str, damage: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    write_all(tmp_path, [encoded_image(i) for i in range(9)], [0] * 9)
+    path = tmp_path / kind
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError, match=f"^{path}: (cannot be read: |is truncated)"):
+        converted(path.parent, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_row_group_is_named(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet", {"image": [encoded_image(i) for i in range(8)]}, rows=4)
+    content = bytearray(path.read_bytes())
+    content[8:40] = bytes(32)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"^{path}, row group 0: cannot be read: "):
+        converted(path, tmp_path / "out", "--skip-unreadable")
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_splits_and_classes(tmp_path: Path) -> None:
+    """Names of classes are those of train; in numbers, the hub's; a split is a word of a file's name."""
+    for name, labels in {"train-0": "bca", "test-0": "c", "validation-0": "d", "contest": "z"}.items():
+        columns = {"image": [encoded_image(i) for i in range(len(labels))], "label": list(labels)}
+        write_parquet(tmp_path / "sets" / f"{name}.parquet", columns)
+    labeled = ("--label-column", "label")
+    converted(tmp_path / "sets", tmp_path / "train", *labeled)
+    assert [label for _, label in sorted(stored(tmp_path / "train"))].count(0) == 1
+    assert names_of(tmp_path / "train") == ["a", "b", "c"]
+    converted(tmp_path / "sets", tmp_path / "test", "--split", "test", *labeled)
+    assert ([label for _, label in stored(tmp_path / "test")], names_of(tmp_path / "test")) == ([2], ["a", "b", "c"])
+    with pytest.raises(InputError, match=r"validation-0.parquet#0: expected one of the classes a, b, c; got 'd'"):
+        converted(tmp_path / "sets", tmp_path / "val", "--split", "validation", *labeled)
+    with pytest.raises(InputError, match=r"no split 'dev'; available: train, validation, test$"):
+        converted(tmp_path / "sets", tmp_path / "val", "--split", "dev")
+    assert converted(tmp_path / "sets", tmp_path / "all", "--split", "none").samples == 6
+    members = [("a.jpg", IMAGE), ("a.json", b'{"class": "x"}'), ("b.json", b'{"class": "w"}'), ("b.jpg", IMAGE)]
+    converted(write_tar(tmp_path / "x.tar", members), tmp_path / "json", "--label-column", "json:class")
+    assert names_of(tmp_path / "json") == ["w", "x"]
+    assert [label for _, label in stored(tmp_path / "json")] == [0, 1]
+    two = write_parquet(tmp_path / "two.parquet", {"image": [IMAGE], "label": [3]}, features=FEATURES)
+    converted(two, tmp_path / "two", *labeled)
+    assert names_of(tmp_path / "two") == [f"class {label}" for label in range(10)]
+
+
+def test_files_that_do_not_fit_together_are_one_line(tmp_path: Path) -> None:
+    others = {"label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}
+    for name, features in {"a": FEATURES, "b": others}.items():
+        write_parquet(tmp_path / "x" / f"{name}.parquet", {"image": [IMAGE], "label": [1]}, features=features)
+    assert converted(tmp_path / "x", tmp_path / "unlabeled").samples == 2
+    with pytest.raises(InputError, match=r"/x: its files name the classes of label differently"):
+        converted(tmp_path / "x", tmp_path / "out", "--label-column", "label")
+    write_parquet(tmp_path / "x" / "c.parquet", {"photo": [1]})
+    with pytest.raises(InputError, match=r"c.parquet: expected one column of images, as bytes or paths; 0 fit: photo"):
+        converted(tmp_path / "x", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_written_again_is_read_again(tmp_path: Path) -> None:
+    for seed in range(2):
+        path = write_parquet(tmp_path / "x.parquet", {"image": [encoded_image(seed)]})
+        assert open_source(str(path), Images()).load(0) == encoded_image(seed)
+
+
+def test_embed_goes_on_before_the_file_that_changed(tmp_path: Path) -> None:
+    """A changed Parquet file, tar or image has another mark, and so has a file that came."""
+    sources = write_all(tmp_path, [encoded_image(i) for i in range(9)], [0] * 9)
+    files = {"bytes": "bytes/00001.parquet", "tars": "tars/00001.tar", "paths": "folder/00003.png"}
+    for kind, changed in files.items():
+        before = open_source(sources[kind][0], Images()).marks
+        assert len(np.unique(before)) == 9
+        os.utime(tmp_path / changed, (1, 1))
+        after = open_source(sources[kind][0], Images()).marks
+        assert np.flatnonzero(before != after).tolist() == ([3] if kind == "paths" else [4, 5, 6, 7])
+
+
+def test_an_evaluation_reads_parquet_files_as_it_reads_mds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the hub's files of names, of train and validation; the labels' names come from the files, too."""
+    for split, name, count in (("train", "train", 60), ("test", "validation", 30)):
+        images, labels = (
+            [encoded_image(i + 100 * (split == "test")) for i in range(count)],
+            [i % 3 for i in range(count)],
+        )
+        write_mds(tmp_path / "mds" / split, images, labels)
+        structs = [{"bytes": image, "path": None} for image in images]
+        path = tmp_path / "parquet" / "data" / f"{name}-00000-of-00001.parquet"
+        write_parquet(path, {"image": structs, "label": labels}, features=FEATURES)
+    roots = {"mds": tmp_path / "mds", "parquet": f"{tmp_path}/parquet"}
+    found = {format: load_labeled_set(format, root, image_size=32) for format, root in roots.items()}  # pyright: ignore[reportArgumentType]
+    for ours, theirs in zip(found["parquet"][:2], found["mds"][:2], strict=True):
+        assert torch.equal(ours.samples, theirs.samples)
+        assert torch.equal(ours.labels, theirs.labels)
+    assert found["parquet"].class_names == tuple(FEATURES["label"]["names"])
+    alone = load_labeled_set("parquet", roots["parquet"], image_size=32, label_column=None, max_images=7)
+    assert (alone.num_samples, alone.has_labels) == ((0, 7), False)
+    datasets = {format: {"format": format, "root": str(root)} for format, root in roots.items()}
+    evaluate.main([f"model={GOLDEN / 'tiny_base.pt'}", f"datasets={json.dumps(datasets)}"])
+    tables = re.findall(r"^Zero-shot retrieval on (\w+)(,.*?)\n\n", capsys.readouterr().out, re.DOTALL | re.MULTILINE)
+    assert dict(tables).keys() == roots.keys()
+    assert dict(tables)["parquet"] == dict(tables)["mds"]
+    write_parquet(tmp_path / "one" / "train.parquet", {"image": [IMAGE], "label": [0]})
+    with pytest.raises(InputError, match=r"no split 'test'; available: train$"):
+        load_labeled_set("parquet", tmp_path / "one")
+
+
+def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A commit's files are fetched once; without them, the bot's; offline, what the cache has, with a warning."""
+    hub, columns = tmp_path / "hub" / "org", {"image": [IMAGE] * 3}
+    write_parquet(hub / "a" / "main" / "data" / "train-0.parquet", columns)
+    write_parquet(hub / "a" / "main" / "data" / "test-0.parquet", {"image": [IMAGE] * 4})
+    write_parquet(hub / "a" / "v2" / "train.parquet", {"image": [IMAGE] * 5})
+    (hub / "b" / "main").mkdir(parents=True)
+    (hub / "b" / "main" / "birds.zip").write_bytes(b"")
+    write_parquet(hub / "b" / "refs" / "convert" / "parquet" / "default" / "train" / "0.parquet", columns)
+    with serve(tmp_path / "hub", tmp_path / "cache", monkeypatch) as server:
+        for address, count in {"a": 3, "a@v2": 5, "a/data/test-0.parquet": 4, "a/data/te*": 4, "b": 3}.items():
+            out = tmp_path / address.replace("/", "-").replace("*", "")
+            assert converted(f"hf://datasets/org/{address}", out).samples == count
+        assert sorted(server.asked) == [
+            "data/test-0.parquet",
+            "data/train-0.parquet",
+            "default/train/0.parquet",
+            "train.parquet",
+        ]
+        with pytest.raises(InputError, match=r"hf://datasets/org/a/none: no Parquet files or tars"):
+            converted("hf://datasets/org/a/none", tmp_path / "none")
+        with pytest.raises(InputError, match=r"hf://datasets/org/c: cannot be listed"):
+            converted("hf://datasets/org/c", tmp_path / "none")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    reset_sessions()
+    assert converted("hf://datasets/org/a", tmp_path / "offline").samples == 3
+    assert "hf://datasets/org/a: cannot be listed" in caplog.text
+    assert "using what the hub's cache has of it, maybe not all" in caplog.text
+    with pytest.raises(InputError, match=r"^hf://datasets/org/d: cannot be listed"):
+        converted("hf://datasets/org/d", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_store_without_samples_is_one_line(
+    object_store: GatedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in object_store.environment.items():
+        monkeypatch.setenv(name, value)
+    address = object_store.create_bucket("containers-none")
+    object_store.client().put_object(Bucket="containers-none", Key="a/b.jpg", Body=IMAGE)
+    for source in (f"{address}/a", f"{address}/a/*.tar"):
+        with pytest.raises(InputError, match=f"^{re.escape(source)}: no Parquet files or tars$"):
+            converted(source, tmp_path / "out")
+    write_parquet(tmp_path / "paths.parquet", {"path": ["b.jpg"]})
+    object_store.client().upload_file(str(tmp_path / "paths.parquet"), "containers-none", "b/paths.parquet")
+    with pytest.raises(InputError, match=r"its column 'path' has paths, which only a local file may have"):
+        converted(f"{address}/b", tmp_path / "out")
+    with pytest.raises(InputError, match=r"a/x.tar: cannot be fetched"):
+        converted(f"{address}/a/x.tar", tmp_path / "out")
+    with pytest.raises(InputError, match=r"gs://bucket/a: expected Parquet files or tars, or MDS in a folder on"):
+        converted("gs://bucket/a", tmp_path / "out")
+
+
+def test_without_pyarrow_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_parquet(tmp_path / "x.parquet", {"image": [IMAGE]})
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, "pyarrow.parquet")
+    with pytest.raises(ModuleNotFoundError) as caught:
+        converted(path, tmp_path / "out")
+    assert explain(caught.value) == (2, [f"error: {caught.value}: pip install 'd2v-composer[parquet]'"])
+
+
+@pytest.mark.slow
+def test_litdata_and_a_data_loader_read_what_we_write(tmp_path: Path) -> None:
+    """As the guide says: without another conversion."""
+    litdata = pytest.importorskip("litdata")
+    source = write_parquet(
+        tmp_path / "x.parquet", {"image": [encoded_image(i) for i in range(40)], "label": [*range(40)]}
+    )
+    converted(source, tmp_path / "out", "--label-column", "label", "--shard-size", "10kb")
+    (tmp_path / "links").mkdir()
+    for path in (tmp_path / "out").glob("shard.*"):
+        (tmp_path / "links" / path.name).symlink_to(path)
+    index = json.loads((tmp_path / "out" / "index.json").read_bytes())
+    index["shards"] = [shard | {"zip_data": shard["raw_data"]} for shard in index["shards"]]
+    (tmp_path / "links" / "index.json").write_text(json.dumps(index))
+    theirs = litdata.StreamingDataset(str(tmp_path / "links"))
+    assert sorted((bytes(each["image"]), int(each["label"])) for each in theirs) == stored(tmp_path / "out")
+    dataset: Any = StreamingDataset(local=str(tmp_path / "out"), shuffle=False, batch_size=8)
+    batches = DataLoader(dataset, batch_size=8, collate_fn=lambda samples: samples)
+    assert sorted((each["image"], int(each["label"])) for batch in batches for each in batch) == stored(
+        tmp_path / "out"
+    )
