@@ -245,7 +245,7 @@ def test_a_data_set_that_was_rebuilt_has_no_gallery(
 
 def test_galleries_show_the_neighbors_that_were_counted(run_folder: Path) -> None:
     run = read_run(run_folder)
-    bank, queries, names = run.datasets["squares"]
+    bank, queries, names, _ = run.datasets["squares"]
     assert names == ("<ship>", "cat", "dog")
     nearest = run.neighbors["squares"]["train"].long()
     hits = bank.labels[nearest[:, 0]] == queries.labels
