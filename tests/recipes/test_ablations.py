@@ -205,7 +205,15 @@ def test_choices_are_compared_at_equal_compute() -> None:
 
 
 @pytest.mark.parametrize(
-    ("results", "study"), [("data2vec2", "data2vec2"), ("choices", "choices"), ("width", "choices"), ("timm", "timm")]
+    ("results", "study"),
+    [
+        ("data2vec2", "data2vec2"),
+        ("choices", "choices"),
+        ("width", "choices"),
+        ("timm", "timm"),
+        ("objectives", "data2vec2"),
+        ("objectives", "timm"),
+    ],
 )
 def test_results_are_those_of_a_studys_rows(results: str, study: str) -> None:
     with (ablations.STUDIES / f"{results}.csv").open() as file:
@@ -226,4 +234,4 @@ def test_the_readmes_tables_show_what_the_csv_of_their_section_holds() -> None:
                 held = [value for result in results if name in result for value in result]
                 assert {*re.findall(r"-?[\d.]+", " ".join(cells))} <= {*held}, (named[1], name)
             checked.append(named[1])
-    assert checked == ["data2vec2", "choices", "width", "cifar10", "timm", "timm_epoch", "audio"]
+    assert checked == ["data2vec2", "choices", "width", "cifar10", "timm", "timm_epoch", "objectives", "audio"]
