@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import yaml
@@ -105,7 +106,7 @@ def write_run_report(trainer: Trainer, config: TrainerConfig, retrieval: ZeroSho
     from d2v_composer.report.run import Run
 
     folder = config.run_folder.local
-    measured = ({}, {}, {}) if retrieval is None else (retrieval.neighbors, retrieval.datasets, retrieval.hits)
+    measured: Any = () if retrieval is None else (retrieval.neighbors, retrieval.datasets, retrieval.hits)
     try:
         with if_interrupted(
             lambda: f"the model is saved, but its report is not; to write it, run {d2v('report', folder)}"

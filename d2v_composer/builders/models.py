@@ -89,11 +89,11 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
     if isinstance(model, Teacher):
         return model.build_student(projected=model.projected_width > 0)
     if isinstance(model.config, TimmNetworkConfig):
-        from d2v_composer.models.timm_network import NetworkStudent, TimmNetwork  # timm takes seconds to import
+        from d2v_composer.models.timm_network import NetworkStudent  # timm takes seconds to import
 
         is_pretrained = lookup(distillation_of(model.provenance), "config.student.pretrained") or False
         try:
-            return NetworkStudent(TimmNetwork(model.config, is_pretrained), model.config)
+            return NetworkStudent(model.config, pretrained=is_pretrained)
         except ValueError as error:  # the hub cannot be reached
             print(f"no untrained student: {error}", file=sys.stderr)
             return None

@@ -45,7 +45,7 @@ from d2v_composer.config.schema import (
     LOGGERS,
     AlgorithmsConfig,
     OptimizerConfig,
-    TeacherConfig,
+    TeacherSection,
     TrainConfig,
     TrainerConfig,
 )
@@ -136,7 +136,7 @@ def train_student(
         callbacks = [measure, *callbacks]
     retrieval, fsdp = build_retrieval(config, model), config.parallelism_config.fsdp
     data = {"modality": modality.name, "location": loader.remote or loader.local, **index.describe()}
-    costs = {name: cost(each, each.encoder) for name, each in (("student", model.student), (TEACHER, model.teacher))}
+    costs = {"student": cost(model.student), TEACHER: cost(model.teacher)}
     about = {"teacher": model.teacher.provenance, "data": data, "costs": costs}
     record = build_run_record(config, FIXED_BY_A_CHECKPOINT, **about)
     trainer = build_trainer(
@@ -285,7 +285,7 @@ def build_teacher(config: TrainConfig) -> Teacher:
     try:
         return load_teacher(section.pop("checkpoint"), **section, projected=config.objectives.embedding.weight > 0)
     except InputError as error:
-        key = "teacher." if str(error).startswith(tuple(TeacherConfig.model_fields)) else "teacher.checkpoint: "
+        key = "teacher." if str(error).startswith(tuple(TeacherSection.model_fields)) else "teacher.checkpoint: "
         raise InputError(f"{key}{error}") from error
 
 

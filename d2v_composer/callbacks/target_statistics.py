@@ -31,8 +31,8 @@ class TargetStatistics(Callback):
         model: Any = unwrapped(state)
         loader: Any = state.dataloader
         split, to_device = ensure_data_spec(loader).split_batch, state.device.batch_to_device
-        options: Any = {"desc": "targets", "unit": "batches", "disable": dist.get_global_rank() > 0}
-        batches = progress_bar(islice(loader, self.num_batches), **options)
+        is_shown = dist.get_global_rank() == 0
+        batches = progress_bar(islice(loader, self.num_batches), desc="targets", unit="batches", disable=not is_shown)
         with get_precision_context(state.precision, state.precision_config):
             model.measure_targets(part for batch in batches for part in split(to_device(batch), self.device_batch_size))
         loader.dataset.load_state_dict(loader.dataset.state_dict(0, from_beginning=True))

@@ -222,8 +222,7 @@ class TimmStudent(Student):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images, (B, 3, S, S), normalized as in ``pretrained_cfg``, or waveforms to features, (B, T, D)."""
-        is_projected = self.representation == "projected"
-        return self.represent(self.features(Tokens(self.encode(x))), "output" if is_projected else self.representation)
+        return self.represent(self.features(Tokens(self.encode(x))), self.representation)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map features to logits, (B, num_classes), or with ``pre_logits`` or no head to pooled features, (B, D)."""

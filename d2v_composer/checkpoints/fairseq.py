@@ -29,7 +29,7 @@ from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError, reading
 
 # Name of the encoder in a checkpoint → its kind.
-ENCODERS: dict[str, type[Any]] = {"IMAGE": ImageEncoderConfig, "AUDIO": AudioEncoderConfig}
+ENCODER_NAMES: dict[str, type[Any]] = {"IMAGE": ImageEncoderConfig, "AUDIO": AudioEncoderConfig}
 LICENSE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are"
 LICENSES = {
     ImageEncoderConfig: f"{LICENSE_NOTE} CC BY-NC 4.0",
@@ -58,7 +58,7 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
     if stored is None or sizes is None:
         raise InputError(f"{path}: not a fairseq data2vec 2.0 checkpoint: it has no dicts 'model' and cfg['model']")
     stored = {name: each for name, each in stored.items() if isinstance(name, str)}
-    prefixes = {f"modality_encoders.{name}.": kind for name, kind in ENCODERS.items()}
+    prefixes = {f"modality_encoders.{name}.": kind for name, kind in ENCODER_NAMES.items()}
     prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in stored)), None)
     if prefix is None:
         what = "not a data2vec 2.0 checkpoint of images or audio, or fine-tuned"

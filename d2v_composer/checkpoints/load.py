@@ -28,9 +28,9 @@ from d2v_composer.checkpoints.student_file import (
     write_model_file,
 )
 from d2v_composer.models.backbone import Backbone
-from d2v_composer.models.configs import ImageSize, TimmEncoderConfig, TimmNetworkConfig
+from d2v_composer.models.configs import ImageSize, TimmConfig, TimmNetworkConfig
 from d2v_composer.models.names import DATA2VEC2, PREFIX, Weights
-from d2v_composer.models.projection import build_projection
+from d2v_composer.models.projection import Projection
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.command_line import d2v
@@ -94,7 +94,7 @@ def load_teacher(
         except ValueError as error:
             raise InputError(str(error)) from error
     if projected:
-        teacher.projection = build_projection(teacher.encoder, teacher.embed_dim, 0)
+        teacher.projection = Projection(teacher.default_pooling).freeze()
     return teacher
 
 
@@ -109,13 +109,12 @@ def save_student(student: Backbone, out: Path) -> None:
     primary = stored_primary(student.provenance)
     sizes, encoder = sizes_of(student), cast("Any", student.encoder)
     kind = "classifier" if isinstance(student.head, nn.Linear) else "student"  # timm's may be an Identity
-    is_network = isinstance(student.config, TimmNetworkConfig)
-    if is_network or isinstance(encoder.config, TimmEncoderConfig):
+    if isinstance(encoder.config, TimmConfig):
         from timm import __version__ as now
 
         now_computed = encoder.config.changed(timm=now, outputs=encoder.sample_outputs())
-        sizes["network" if is_network else "encoder"] = now_computed.model_dump(mode="json")
-    if is_network:
+        sizes[next(iter(sizes))] = now_computed.model_dump(mode="json")
+    if "network" in sizes:
         if student.head is not None and primary.name != "output_cls":
             raise InputError(f"{out}: timm's classifier reads output_cls; this one was trained on {primary.name}")
         write_model_file(out, kind, sizes, student.provenance, encoder.timm_tensors(student.head))
@@ -151,12 +150,12 @@ def load_student(path: str | Path) -> Any:
         raise InputError(f"{path}: expected an exported student; export a training checkpoint first: {command}")
     stored = read_model_file(file)
     stored.expect(path, "student")
-    if "network" in stored.config:
-        tensors = {f"encoder.model.{name}": each for name, each in stored.tensors.items()}
-        student = _build_student(path, stored.config, tensors, stored.provenance)
+    _, sizes, provenance, tensors = stored
+    if "network" in sizes:
+        tensors = {f"encoder.model.{name}": each for name, each in tensors.items()}
     else:
-        sizes, _ = pop_sizes(path, stored.tensors)
-        student = _build_student(path, sizes, stored.tensors, stored.provenance)
+        sizes, _ = pop_sizes(path, tensors)
+    student = _build_student(path, sizes, tensors, provenance)
     check_outputs(path, student.encoder)
     return student
 
@@ -166,11 +165,11 @@ def _build_student(
 ) -> Any:
     """Build a student from sizes and tensors of a file, in eval mode."""
     if "network" in sizes:
-        from d2v_composer.models.timm_network import NetworkStudent, TimmNetwork  # timm takes seconds to import
+        from d2v_composer.models.timm_network import NetworkStudent  # timm takes seconds to import
 
         with reading(source):
             config = TimmNetworkConfig(**sizes["network"])
-        return build_loaded(source, lambda: NetworkStudent(TimmNetwork(config), config, provenance), tensors).eval()
+        return build_loaded(source, lambda: NetworkStudent(config, provenance), tensors).eval()
     encoder_config, student_config = check_student(source, sizes, tensors)
     student = Student(build_encoder(encoder_config), student_config, provenance)
     student.load_state_dict(tensors)
@@ -183,9 +182,8 @@ def load_any(
     teacher_path: str | None = None,
     *,
     checkpoint: str | Path | None = None,
-    first_blocks: int | None = None,
-    image_size: ImageSize | str | None = None,
     projected: bool = False,
+    **sizes: Any,
 ) -> Models:
     """Load the model of any supported file, and its teacher.
 
@@ -194,8 +192,9 @@ def load_any(
             student, or a training checkpoint.
         weights: Weights to take from a teacher's file.
         teacher_path: The student's teacher; for a checkpoint, the default is the path used in training.
-        checkpoint, first_blocks, image_size: For ``timm/NAME``, as for :func:`load_teacher`; checkpoint is its path.
-        projected: Of a teacher's file, as for :func:`load_teacher`.
+        checkpoint: For ``timm/NAME``, as the path of :func:`load_teacher`.
+        projected: Of a teacher, as for :func:`load_teacher`.
+        **sizes: For ``timm/NAME``, ``first_blocks`` and ``image_size`` of :func:`load_teacher`.
 
     Returns:
         A student and its teacher, ``None`` if it is not known; or a teacher twice.
@@ -203,7 +202,6 @@ def load_any(
     Raises:
         InputError: The file is corrupt, or not supported.
     """
-    sizes: dict[str, Any] = {"first_blocks": first_blocks, "image_size": image_size}
     if str(path).startswith(PREFIX) and not Path(path).exists():
         model = teacher = load_teacher(checkpoint, weights, model=str(path), projected=projected, **sizes)
     elif given := [name for name, value in {"checkpoint": checkpoint, **sizes}.items() if value is not None]:
@@ -244,18 +242,13 @@ def _with_teacher(student: Backbone, path: str | None) -> Models:
         return student, None
     record = distillation_of(student.provenance)
     sizes: Any = student.encoder.config
-    file, is_shared = path, not isinstance(sizes, TimmNetworkConfig)
-    if not is_shared:  # its teacher is another model
-        settings = lookup(record, "config.teacher") or {}
-        options = {name: settings[name] for name in ("model", "first_blocks", "image_size") if name in settings}
-    elif isinstance(sizes, TimmEncoderConfig):
-        options = {"first_blocks": sizes.prenet_depth, "model": sizes.model, "image_size": sizes.image_size}
-    else:
-        options = {"first_blocks": sizes.prenet_depth}
-    if path == options.get("model"):
-        file = None  # the name of a timm model stands for its pretrained weights
-    projected = student.projected_width > 0
-    teacher = load_teacher(file, lookup(record, "teacher.weights") or "model", **options, projected=projected)
+    is_shared = isinstance(student, Student)
+    settings = dict(sizes) | {"first_blocks": sizes.prenet_depth} if is_shared else lookup(record, "config.teacher")
+    names = ("first_blocks", "model", "image_size") if isinstance(sizes, TimmConfig) else ("first_blocks",)
+    options: Any = {name: settings[name] for name in names if name in (settings or {})}
+    file = None if path == options.get("model") else path  # of a timm model, the name stands for its pretrained weights
+    weights, projected = lookup(record, "teacher.weights") or "model", student.projected_width > 0
+    teacher = load_teacher(file, weights, **options, projected=projected)
     check_same_teacher(path, teacher, record)
     if is_shared:
         check_same_encoder(path, teacher.encoder, student.encoder)

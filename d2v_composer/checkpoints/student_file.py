@@ -21,6 +21,7 @@ from d2v_composer.models.configs import (
     EncoderConfig,
     StudentConfig,
     StudentSizes,
+    TimmConfig,
     TimmEncoderConfig,
     TimmNetworkConfig,
     check_choice,
@@ -315,7 +316,7 @@ def check_outputs(source: Any, encoder: Encoder) -> None:
         InputError: It computes something else.
     """
     config = encoder.config
-    if not isinstance(config, TimmEncoderConfig | TimmNetworkConfig) or not config.outputs:
+    if not isinstance(config, TimmConfig) or not config.outputs:
         return
     with reading(source):
         expected, found = (torch.tensor(each) for each in (config.outputs, cast("Any", encoder).sample_outputs()))

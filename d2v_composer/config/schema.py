@@ -122,7 +122,7 @@ class TimmSizes(Section):
     """timm: pixels per side, or HEIGHTxWIDTH; null: the model's own."""
 
 
-class TeacherConfig(TimmSizes):
+class TeacherSection(TimmSizes):
     """The frozen teacher."""
 
     model: Annotated[Text, IS_TEACHER] = DATA2VEC2
@@ -441,7 +441,7 @@ class TrainConfig(TrainerConfig):
     activation_checkpointing: bool = False
     """Recompute the student's blocks in the backward pass instead of keeping their activations."""
     parallelism_config: ParallelismConfig = ParallelismConfig()
-    teacher: TeacherConfig
+    teacher: TeacherSection
     student: StudentOptions = StudentOptions()
     prediction: Prediction = "layer_mean"
     """``layer_mean``: the normalized mean of the student's FFN outputs, as in the chapter. ``last_block``: its last

@@ -107,9 +107,9 @@ def resample(*hits: NDArray[np.bool_ | np.float64]) -> NDArray[np.float64]:
     return drawn @ kinds / num_queries
 
 
-def cost(model: Backbone | Encoder, encoder: Encoder) -> dict[str, Any]:
+def cost(model: Backbone | Encoder) -> dict[str, Any]:
     """Return a model's number of parameters, and its GFLOP for one input, both with its encoder."""
-    gflop = GFLOP_PER_MAC * sum(part.forward_macs() for part in {model, encoder})
+    gflop = GFLOP_PER_MAC * sum(part.forward_macs() for part in {model, getattr(model, "encoder", model)})
     return {"num_parameters": sum(map(torch.numel, model.parameters())), "gflop": gflop}
 
 
@@ -143,7 +143,7 @@ def build_candidates(first: Backbone, models: Mapping[str, Backbone], layer_mean
             found = embed(encode(own, Inputs(*inputs)))
             return {name: each[: len(inputs[0])] for name, each in found.items()}
 
-        return Candidate(name, embed_inputs, **cost(model, own))
+        return Candidate(name, embed_inputs, **cost(model))
 
     return [
         Candidate(encoder.baseline, lambda *inputs: encoder.raw(Inputs(*inputs))),

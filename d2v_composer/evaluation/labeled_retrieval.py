@@ -26,7 +26,6 @@ from d2v_composer.evaluation.metrics import (
     find_primary,
     instance_retrieval,
     retrieval_from,
-    zero_shot,
 )
 from d2v_composer.evaluation.nearest_neighbors import (
     NUM_NEIGHBORS,
@@ -205,6 +204,7 @@ def measure_embeddings(
     embedded = embed_set(candidates, labeled, lookup.batch_size, to_device, ranks, progress, views)
     labels = {split: to_device(getattr(labeled, split).labels) for split in BANKS}
     classes = labeled.class_embeddings if "zero_shot" in wanted else None
+    labels["classes"] = torch.arange(0 if classes is None else len(classes)).to(labels["test"])
     for candidate in sorted(candidates, key=lambda each: each is not teacher):  # with which the others are compared
         parts = embedded[candidate]
         primary = find_primary(lookup.primary, parts["test"])
@@ -223,12 +223,17 @@ def measure_embeddings(
             if views is not None:
                 found = instance_hits(*(images[view] for view in VIEWS), ks, ranks)
                 hits |= {instance_retrieval(k): hit for k, hit in found.items()}
-            for bank, query in (BANKS, BANKS[::-1]) if labeled.has_labels else ():
+            searches = [BANKS, BANKS[::-1]] if labeled.has_labels else []
+            if name == PROJECTED and classes is not None and classes.shape[1] == images["test"].shape[1]:
+                images["classes"] = to_device(classes)
+                searches.append(("classes", "test"))
+            for bank, query in searches:
                 fitted = wanted if bank == "train" else ()
                 num_voters = min(NUM_NEIGHBORS, len(labels[bank])) if "knn" in fitted else 0
-                nearest = exact_neighbors(images[bank], ranks.take_share(images[query]), max(*ks, num_voters))
+                most = min(max(*ks, num_voters), len(labels[bank]))
+                nearest = exact_neighbors(images[bank], ranks.take_share(images[query]), most)
                 indices = ranks.gather(nearest.indices[:, : max(ks)], len(labels[query]))
-                if name == primary:
+                if name == primary and bank in BANKS:
                     candidate.neighbors.setdefault(dataset, {})[bank] = indices.int().cpu()
                 found = retrieval_hits(indices, labels[bank], labels[query], ks)
                 hits |= {retrieval_from(bank, k): hit for k, hit in found.items()}
@@ -243,12 +248,6 @@ def measure_embeddings(
                     if probe.doubt and name == primary and ranks.rank == 0:
                         about = f"{dataset}, {candidate.name} ({name or 'only embedding'})"
                         warn_once(f"{about}: linear probe: {probe.doubt}")
-            if name == PROJECTED and classes is not None and classes.shape[1] == images["test"].shape[1]:
-                most = min(max(ks), len(classes))
-                nearest = exact_neighbors(to_device(classes), ranks.take_share(images["test"]), most)
-                indices = ranks.gather(nearest.indices, len(labels["test"]))
-                found = retrieval_hits(indices, to_device(torch.arange(len(classes))), labels["test"], ks)
-                hits |= {zero_shot(k): hit for k, hit in found.items()}
             for measure, hit in hits.items():
                 is_primary = name == primary or measure.name == "zero_shot"
                 yield Result(candidate, dataset, measure, name, is_primary, hit.cpu())

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from operator import index
 from pathlib import Path
 from typing import NamedTuple
@@ -38,18 +39,15 @@ class Measure(NamedTuple):
 
 
 def retrieval_from(bank: str, k: int) -> Measure:
-    """Return the measure: whether any of the k nearest images of the bank has a query's label."""
+    """Return the measure: whether any of the k nearest of the bank has a query's label."""
+    if bank == "classes":
+        return Measure(bank, "zero_shot", k, f"zero_shot/top{k}", f"zero-shot top-{k}")
     return Measure(bank, "retrieval", k, f"bank_{bank}/top{k}", f"bank {bank} top-{k}")
 
 
 def instance_retrieval(k: int) -> Measure:
     """Return the measure: whether a view of an image finds the other one among its k nearest."""
     return Measure("", "instance", k, f"instance/top{k}", f"instance top-{k}")
-
-
-def zero_shot(k: int) -> Measure:
-    """Return the measure: whether the text embedding of a test image's class is among the k nearest of all classes."""
-    return Measure("classes", "zero_shot", k, f"zero_shot/top{k}", f"zero-shot top-{k}")
 
 
 KNN = Measure("train", "knn", NUM_NEIGHBORS, "knn/top1", "20-NN weighted")
@@ -63,7 +61,7 @@ PROBES: Mapping[str, Sequence[Measure] | Callable[[int], Measure]] = {
     "linear": (LINEAR,),
     "agreement": (AGREEMENT,),
     "instance": instance_retrieval,
-    "zero_shot": zero_shot,
+    "zero_shot": partial(retrieval_from, "classes"),
 }
 WITHOUT_LABELS = ("agreement", "instance")
 

@@ -147,10 +147,10 @@ class Backbone(nn.Module, ABC):
         return features.poolings(self.represent(features, representation))[pooling]
 
     def represent(self, features: Features, representation: Representation) -> Tensor:
-        """Return a representation, ``output`` or ``layer_mean``, (B, T, D), with gradient."""
-        if representation == "output":
-            return features.output
-        return self.layer_mean.average(features.layers(), features)
+        """Return a representation, (B, T, D), with gradient; of ``projected``, the output that is projected."""
+        if representation == "layer_mean":
+            return self.layer_mean.average(features.layers(), features)
+        return features.output
 
     def embed_all(
         self, images: Tensor, lengths: Tensor | None = None, *, layer_mean: LayerMean | None = None

@@ -299,26 +299,31 @@ class EatEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
         check_whole("target_length", self.target_length, EAT_PATCH, EAT_PATCH * self.max_length)
 
 
-class TimmEncoderConfig(ImageConfig):
+class TimmConfig(ImageConfig):
+    """Fields of all encoders that timm builds."""
+
+    model: str
+    """``timm/NAME``, NAME as ``timm.create_model`` takes it."""
+    image_size: ImageSize
+    interpolation: Literal["bicubic", "bilinear"]
+    timm: str
+    """timm version that built it."""
+    outputs: Tuple[float] = ()
+    """A few outputs for a fixed image, in an exported file: another version of timm may silently build something else
+    under the same name."""
+
+
+class TimmEncoderConfig(TimmConfig):
     """Sizes of a timm ViT's encoder. The model's name gives all others, and TimmEncoder compares these with it."""
 
     kind: Literal["timm"] = "timm"
-    model: str
-    """``timm/NAME``, NAME as ``timm.create_model`` takes it."""
     first_blocks: int
     """Number of blocks in the encoder."""
     embed_dim: int
     num_heads: int
     num_extra_tokens: int
     has_cls_token: bool
-    image_size: ImageSize
     grid_size: Annotated[tuple[int, int], Field(strict=False)]
-    interpolation: Literal["bicubic", "bilinear"]
-    timm: str
-    """timm version that built the encoder."""
-    outputs: Tuple[float] = ()
-    """A few outputs for a fixed image, in an exported file: another version of timm may silently build something else
-    under the same name."""
     is_normalized: ClassVar = False
     norm_eps: ClassVar = 1e-6
 
@@ -429,19 +434,10 @@ class StudentConfig(BlockSizes, Config):
     average_top_k_layers: ClassVar = None  # a target's
 
 
-class TimmNetworkConfig(ImageConfig):
+class TimmNetworkConfig(TimmConfig):
     """A student that is a timm model: which one, its preprocessing, and what it regresses."""
 
     kind: Literal["network"] = "network"
-    model: str
-    """``timm/NAME``, NAME as ``timm.create_model`` takes it."""
-    image_size: ImageSize
-    interpolation: Literal["bicubic", "bilinear"]
-    timm: str
-    """timm version that built it."""
-    outputs: Tuple[float] = ()
-    """A few outputs for a fixed image, in an exported file: another version of timm may silently build something else
-    under the same name."""
     normalization: Normalization = "layer"
     """Normalization of each layer in target and prediction."""
     final_layer_norm: bool = True

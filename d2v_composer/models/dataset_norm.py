@@ -3,12 +3,12 @@
 Shapes: B inputs, T tokens, D channels, L layers.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from d2v_composer.models.targets import NORM_EPS, mean_over_time
+from d2v_composer.models.targets import NORM_EPS, average, mean_over_time
 
 
 class DatasetNorm(nn.Module):
@@ -35,13 +35,21 @@ class DatasetNorm(nn.Module):
         super().__init__()
         self.register_buffer("moments", torch.zeros(num_layers, 3, dim, dtype=torch.float64))
 
-    def forward(self, layers: Iterable[Tensor], num_extra_tokens: int, padding_mask: Tensor | None) -> Iterator[Tensor]:
-        """Yield each layer normalized, (B, T, D) float32; the first tokens and padding do not count in the moments."""
-        for layer_BTD, moments_3D in zip(layers, self.moments, strict=True):
+    def forward(
+        self, layers: Iterable[Tensor], num_extra_tokens: int, _: str, final_layer_norm: bool, mask: Tensor | None
+    ) -> Tensor:
+        """Compute :func:`~d2v_composer.models.targets.norm_mean`, whose arguments these are, with this normalization.
+
+        The first tokens and padding do not count in the moments.
+        """
+
+        def normalize(layer_BTD: Tensor, moments_3D: Tensor) -> Tensor:
             if self.measures:
                 powers = (layer_BTD.double() ** power for power in range(3))
-                means_3B1D = [mean_over_time(each, num_extra_tokens, padding_mask) for each in powers]
+                means_3B1D = [mean_over_time(each, num_extra_tokens, mask) for each in powers]
                 moments_3D += torch.stack(means_3B1D).sum(dim=(1, 2))
             mean_D, square_D = moments_3D[1:] / moments_3D[0]
             scale_D = (square_D - mean_D.square() + NORM_EPS).rsqrt()
-            yield (layer_BTD - mean_D.float()) * scale_D.float()
+            return (layer_BTD - mean_D.float()) * scale_D.float()
+
+        return average(map(normalize, layers, self.moments), final_layer_norm)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.encoder import Encoder, Frozen, Inputs, Tokens
 from d2v_composer.models.layer_mean import LayerMean
-from d2v_composer.models.names import ExtraTokens, Prediction, TargetSource, TokenLoss
+from d2v_composer.models.names import ExtraTokens, Prediction, TargetSource
 from d2v_composer.models.objective import EmbeddingRegression, GridRegression, LayerRegression, Objective
 from d2v_composer.models.targets import Regression
 from d2v_composer.models.teacher import Teacher
@@ -180,14 +180,12 @@ class DistillationModel(Distillation):
         target_source: F of the target: the teacher's FFN outputs, ``ffn``, or its blocks' outputs, ``block``.
         final_layer_norm: End target, prediction and ``layer_mean`` with a LayerNorm; default the student's config,
             which is by default the teacher's.
-        loss: Distance of a token's prediction from its target: ``mse``, or ``cosine_smooth_l1``, 0.9 · (1 - cosine
-            similarity) + 0.1 · smooth L1.
-        cls_weight: The share of CLS in the loss, which is 1 / T by default, as of any other token.
-        dataset_norm: Normalize the layers of the target, and of nothing else, by a fixed mean and deviation of each
-            channel instead; :meth:`measure_targets` sets them.
         weight: Of all this; 0: it is no part of the loss.
         embedding_weight: Of 1 - cosine similarity to the teacher's own image embedding, ``projected_cls``, which
             teacher and student must have; 0: it is no part of the loss.
+        **options: ``loss``, ``cls_weight`` and ``dataset_norm`` of
+            :class:`~d2v_composer.models.objective.LayerRegression`; :meth:`measure_targets` sets the numbers of the
+            last.
 
     Raises:
         ValueError: An option's value is unknown, or does not fit the teacher.
@@ -208,19 +206,20 @@ class DistillationModel(Distillation):
         cpu_bf16: bool = False,
         target_source: TargetSource = "ffn",
         final_layer_norm: bool | None = None,
-        loss: TokenLoss = "mse",
-        cls_weight: float | None = None,
-        dataset_norm: bool = False,
         weight: float = 1.0,
         embedding_weight: float = 0.0,
+        **options: Any,
     ) -> None:
-        options = {"average_top_k_layers": average_top_k_layers, "final_layer_norm": final_layer_norm}
-        layer_mean = student.layer_mean.changed(source=target_source, extra_tokens=extra_tokens, **options)
+        layer_mean = student.layer_mean.changed(
+            source=target_source,
+            extra_tokens=extra_tokens,
+            average_top_k_layers=average_top_k_layers,
+            final_layer_norm=final_layer_norm,
+        )
         kind = LayerRegression if isinstance(student, Transformer) else GridRegression
         objectives: dict[str, Objective] = {}
         if weight:
-            of_loss = weight, loss, cls_weight, dataset_norm
-            objectives["tokens"] = kind(teacher, student, layer_mean, prediction, *of_loss)
+            objectives["tokens"] = kind(teacher, student, layer_mean, prediction, weight, **options)
         if embedding_weight:
             objectives["embedding"] = EmbeddingRegression(teacher, student, embedding_weight)
         super().__init__(student, objectives, cpu_bf16)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from d2v_composer.models.configs import check_choice, check_whole
-from d2v_composer.models.dataset_norm import DatasetNorm
 from d2v_composer.models.features import Features
 from d2v_composer.models.names import PROJECTED, ExtraTokens, Normalization, TargetSource
 from d2v_composer.models.targets import norm_mean
@@ -31,7 +30,8 @@ class LayerMean(NamedTuple):
     """``regress`` them like patches; ``drop`` them before InstanceNorm, as data2vec 2.0's pre-training does; or regress
     them ``only``."""
     norm_mean: Callable[..., Tensor] = norm_mean
-    """:func:`~d2v_composer.models.targets.norm_mean`, or its compiled version."""
+    """:func:`~d2v_composer.models.targets.norm_mean`, or its compiled version; or a
+    :class:`~d2v_composer.models.dataset_norm.DatasetNorm`, in which case ``normalization`` is not used."""
 
     @classmethod
     def of(cls, config: Any) -> "LayerMean":
@@ -53,12 +53,8 @@ class LayerMean(NamedTuple):
             check_choice(name, getattr(changed, name), choices)
         return changed
 
-    def target(self, features: Features, norm: DatasetNorm | None = None) -> Tensor:
+    def target(self, features: Features) -> Tensor:
         """Compute the target from a teacher's features: (B, T, D) float32, or what is regressed of it.
-
-        Args:
-            features: The teacher's.
-            norm: Normalizes each layer, instead of ``normalization``.
 
         Raises:
             ValueError: There are fewer layers.
@@ -67,10 +63,7 @@ class LayerMean(NamedTuple):
         check_whole("average_top_k_layers", top_k, 1, features.num_layers)
         layers = islice(features.layers(self.source), features.num_layers - top_k, None)
         regressed = self.regressed(features)
-        if norm is None:
-            return self.average(layers, features, regressed.start)[:, regressed]
-        layers = norm(layers, regressed.start, features.padding_mask)
-        return self.norm_mean(layers, 0, None, self.final_layer_norm)[:, regressed]
+        return self.average(layers, features, regressed.start)[:, regressed]
 
     def average(self, layers: Iterable[Tensor], features: Features, num_dropped: int = 0) -> Tensor:
         """Compute the mean of layers, (B, T, D) float32; the first tokens and padding do not count in statistics."""

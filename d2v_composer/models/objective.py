@@ -34,8 +34,7 @@ class Objective(nn.Module, ABC):
     """
 
     _fsdp_wrap = False
-    needs_output: bool
-    needs_pooled = False
+    needs_output = needs_pooled = False
 
     def __init__(self, teacher: Teacher, head: nn.Module, weight: float = 1.0) -> None:
         super().__init__()
@@ -55,9 +54,9 @@ class Objective(nn.Module, ABC):
     def loss(self, regression: Regression) -> Tensor:
         """Return the distance, a scalar."""
 
-    @abstractmethod
     def forward_macs(self, num_tokens: int) -> int:
-        """Return the multiply-accumulates of the head for one input."""
+        """Return the multiply-accumulates of the head for one input; default: there are none."""
+        return 0
 
 
 class LayerRegression(Objective):
@@ -110,7 +109,8 @@ class LayerRegression(Objective):
         return nn.Identity() if widths[0] == widths[1] else init_linear_layers(nn.Linear(*widths))
 
     def target(self, features: Features) -> Tensor:
-        return self.layer_mean.target(features, self.dataset_norm)
+        norm_mean = self.dataset_norm or self.layer_mean.norm_mean
+        return self.layer_mean._replace(norm_mean=norm_mean).target(features)
 
     def predict(self, features: Features) -> Tensor:
         """Compute the prediction of all tokens, (B, T, D)."""
@@ -176,7 +176,6 @@ class EmbeddingRegression(Objective):
         weight: Of the term.
     """
 
-    needs_output = False
     needs_pooled = True
 
     def __init__(self, teacher: Teacher, student: Backbone, weight: float = 1.0) -> None:
@@ -191,9 +190,6 @@ class EmbeddingRegression(Objective):
 
     def loss(self, regression: Regression) -> Tensor:
         return 1 - cosine_similarity(regression.prediction, regression.target).mean()
-
-    def forward_macs(self, num_tokens: int) -> int:
-        return 0  # the models'
 
 
 class GridHead(nn.Module):

@@ -3,12 +3,10 @@
 Shapes: B inputs, T tokens, D channels, P of the embedding.
 """
 
-from typing import cast
-
 from torch import Tensor, nn
 
-from d2v_composer.models.attention import fsdp_unit, init_linear_layers, linear_weights
-from d2v_composer.models.encoder import Encoder, Frozen
+from d2v_composer.models.attention import fsdp_unit, linear_weights
+from d2v_composer.models.encoder import Frozen
 from d2v_composer.models.features import Features
 from d2v_composer.models.names import Pooling
 
@@ -40,18 +38,3 @@ class Projection(Frozen):
     def forward_macs(self, num_tokens: int) -> int:
         """Return the multiply-accumulates for one input."""
         return linear_weights(self)
-
-
-def build_projection(encoder: Encoder, dim: int, num_outputs: int) -> Projection:
-    """Build the projection of a model on an encoder: a linear layer that trains if it is narrower, or a teacher's head.
-
-    Args:
-        encoder: The teacher's.
-        dim: The model's width.
-        num_outputs: The head's.
-    """
-    pooling: Pooling = "cls" if encoder.config.has_cls_token else "mean_patches"
-    if dim < encoder.embed_dim:
-        linear = nn.Linear(dim, num_outputs or encoder.embed_dim)
-        return Projection(pooling, cast("nn.Linear", init_linear_layers(linear)))
-    return (encoder.build_head(num_outputs) or Projection(pooling)).freeze()

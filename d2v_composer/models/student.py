@@ -13,7 +13,7 @@ from d2v_composer.models.attention import Block, attention_bias, fsdp_unit, init
 from d2v_composer.models.configs import MAX_WIDTH, StudentConfig, check_whole
 from d2v_composer.models.encoder import Encoder, build_alibi
 from d2v_composer.models.features import Features
-from d2v_composer.models.projection import Projection, build_projection
+from d2v_composer.models.projection import Projection
 from d2v_composer.models.transformer import Transformer
 
 Init = Literal["random", "teacher_attention", "teacher_blocks"]
@@ -59,9 +59,14 @@ class Student(Transformer):
         self.alibi = build_alibi(encoder.config, num_heads, num_heads if config.alibi else 0)
         init_linear_layers(self.blocks)
         self.input_proj = fsdp_unit(init_linear_layers(nn.Linear(width, dim))) if dim < width else nn.Identity()
-        if config.projection is not None:
-            is_shared = projection is not None and dim == width
-            self.projection = projection if is_shared else build_projection(encoder, dim, config.projection)
+        if config.projection is None:
+            return
+        if dim < width:
+            linear: Any = init_linear_layers(nn.Linear(dim, config.projection or width))
+            self.projection = Projection(self.default_pooling, linear)
+        else:
+            head = projection or encoder.build_head(config.projection) or Projection(self.default_pooling)
+            self.projection = head.freeze()
 
     def project(self, features: Features, output: Tensor) -> Tensor:
         return super().project(features, self.projection.norm(output))

@@ -63,7 +63,7 @@ def instance_norm(
 def normalize(
     layer_BTD: Tensor,
     num_extra_tokens: int = 0,
-    normalization: Normalization | None = "instance",
+    normalization: Normalization = "instance",
     padding_mask: Tensor | None = None,
 ) -> Tensor:
     """Normalize one layer, (B, T, D) float32; LayerNorm ignores ``num_extra_tokens`` and ``padding_mask``.
@@ -73,8 +73,6 @@ def normalize(
     """
     if normalization == "instance":
         return instance_norm(layer_BTD, num_extra_tokens, padding_mask)[0]
-    if normalization is None:
-        return layer_BTD.float()
     if normalization == "layer":
         return layer_norm(layer_BTD.float(), layer_BTD.shape[-1:], eps=NORM_EPS)
     raise ValueError(f"normalization must be {' or '.join(get_args(Normalization))}, got {normalization!r}")
@@ -83,7 +81,7 @@ def normalize(
 def norm_mean(
     layers: Iterable[Tensor],
     num_extra_tokens: int = 0,
-    normalization: Normalization | None = "instance",
+    normalization: Normalization = "instance",
     final_layer_norm: bool = True,
     padding_mask: Tensor | None = None,
 ) -> Tensor:
@@ -92,8 +90,7 @@ def norm_mean(
     Args:
         layers: FFN outputs, (B, T, D) each, any float dtype. From a generator, only one at a time is in memory.
         num_extra_tokens: Leading time steps excluded from InstanceNorm's statistics.
-        normalization: Normalization of each layer: ``instance``, InstanceNorm over time, or ``layer``, LayerNorm; or
-            ``None``: they are normalized already.
+        normalization: Normalization of each layer: ``instance``, InstanceNorm over time, or ``layer``, LayerNorm.
         final_layer_norm: Apply the last LayerNorm; data2vec 2.0's audio models do not.
         padding_mask: (B, T), true for padding, which is excluded from the statistics too. What it gets means nothing.
 
@@ -102,12 +99,12 @@ def norm_mean(
     """
     if normalization == "instance" and torch.is_grad_enabled():
         return instance_norm_mean(num_extra_tokens, final_layer_norm, padding_mask, *layers)
-    mean_BTD = average(normalize(layer_BTD, num_extra_tokens, normalization, padding_mask) for layer_BTD in layers)
-    return layer_norm(mean_BTD, mean_BTD.shape[-1:], eps=NORM_EPS) if final_layer_norm else mean_BTD
+    normalized = (normalize(layer_BTD, num_extra_tokens, normalization, padding_mask) for layer_BTD in layers)
+    return average(normalized, final_layer_norm)
 
 
-def average(layers: Iterable[Tensor]) -> Tensor:
-    """Return the mean of layers; from a generator, only one at a time is in memory."""
+def average(layers: Iterable[Tensor], final_layer_norm: bool = False) -> Tensor:
+    """Return the mean of layers, after LayerNorm if asked; from a generator, only one at a time is in memory."""
     sum_BTD: Tensor | None = None
     num_layers = 0
     for layer_BTD in layers:
@@ -115,7 +112,8 @@ def average(layers: Iterable[Tensor]) -> Tensor:
         num_layers += 1
     if sum_BTD is None:
         raise ValueError("norm_mean needs at least one layer")
-    return sum_BTD / num_layers
+    mean_BTD = sum_BTD / num_layers
+    return layer_norm(mean_BTD, mean_BTD.shape[-1:], eps=NORM_EPS) if final_layer_norm else mean_BTD
 
 
 def instance_norm_mean(

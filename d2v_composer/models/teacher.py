@@ -137,13 +137,12 @@ class Teacher(Transformer, Frozen):
         with torch.device("cpu"):  # torch._dynamo cannot be imported on the meta device
             from timm import __version__  # takes seconds to import
 
-            from d2v_composer.models.timm_network import NetworkStudent, TimmNetwork
+            from d2v_composer.models.timm_network import NetworkStudent
 
         names = ("image_size", "in_chans", "image_mean", "image_std", "interpolation")
         preprocessing = {name: getattr(own, name) for name in names}
         config = TimmNetworkConfig(model=model, timm=__version__, **preprocessing, **options)
         try:
-            network = TimmNetwork(config, pretrained)
+            return NetworkStudent(config, {"teacher": self.provenance}, pretrained)
         except ValueError as error:
             raise ValueError(f"model: {error}") from error
-        return NetworkStudent(network, config, {"teacher": self.provenance})

@@ -29,8 +29,8 @@ def create_network(config: TimmNetworkConfig, pretrained: bool = False) -> Any:
         ValueError: timm has no such model, or not at this image size, or no weights of it.
     """
     name = timm_name(config.model)
-    options: dict[str, Any] = {"pretrained": pretrained, "in_chans": config.in_chans}
-    options["num_classes"] = config.projection  # None: timm's own
+    # No number of classes: timm's own.
+    options: Any = {"pretrained": pretrained, "in_chans": config.in_chans, "num_classes": config.projection}
     try:
         try:
             model: Any = timm.create_model(name, img_size=height_and_width(config.image_size), **options)
@@ -53,11 +53,17 @@ def load_pretrained(model: str) -> "NetworkStudent":
     found = timm.get_pretrained_cfg(timm_name(model))
     data = resolve_data_config(pretrained_cfg=found.to_dict() if found else {})
     in_chans, *shape = data["input_size"]
-    sizes = {"in_chans": in_chans, "image_mean": data["mean"], "image_std": data["std"]}
-    options = {"image_size": parse_image_size(tuple(shape)), "interpolation": data["interpolation"], **sizes}
-    options["projection"] = projection_width(found.num_classes if found else None) or None
-    config = TimmNetworkConfig(model=model, timm=timm.__version__, **options)
-    return NetworkStudent(TimmNetwork(config, pretrained=True), config)
+    config = TimmNetworkConfig(
+        model=model,
+        timm=timm.__version__,
+        in_chans=in_chans,
+        image_size=parse_image_size(tuple(shape)),
+        image_mean=data["mean"],
+        image_std=data["std"],
+        interpolation=data["interpolation"],
+        projection=projection_width(found.num_classes if found else None) or None,
+    )
+    return NetworkStudent(config, pretrained=True)
 
 
 def projection_width(num_classes: int | None) -> int:
@@ -197,9 +203,18 @@ class NetworkStudent(Backbone):
     Its embeddings are those of timm: ``output_cls`` is ``forward_head(…, pre_logits=True)``, ``output_mean`` and
     ``output_mean_patches`` are the mean of the feature map; ``projected_cls``, if there is one, is what the model
     returns, as its classifier is the projection.
+
+    Args:
+        config, pretrained: As of :class:`TimmNetwork`.
+        provenance: As of :class:`~d2v_composer.models.backbone.Backbone`.
     """
 
     encoder: TimmNetwork
+
+    def __init__(
+        self, config: TimmNetworkConfig, provenance: dict[str, Any] | None = None, pretrained: bool = False
+    ) -> None:
+        super().__init__(TimmNetwork(config, pretrained), config, provenance)
 
     @property
     def embedding_names(self) -> list[str]:

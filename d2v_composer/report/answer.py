@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from d2v_composer.evaluation.evaluate import gap_closed_interval
 from d2v_composer.evaluation.metrics import AGREEMENT, TEACHER, UNTRAINED, Measure, metric_key, retrieval_from
+from d2v_composer.models.names import embedding_name
 from d2v_composer.report.run import Run
 
 # In % of the teacher gap: a student that closes less gets advice; to train longer, if so much of it came last.
@@ -28,7 +29,7 @@ def _kept(run: Run, measure: Measure, keys: list[str]) -> str:
     hits = [run.hits[key].numpy() for key in keys]
     untrained, student, teacher = (100 * float(each.mean()) for each in hits)
     shown = f"untrained {untrained:.1f} %, student {student:.1f} %, teacher {teacher:.1f} %; {measure.heading}"
-    shown += ", {representation}_{pooling}".format(**run.retrieval)
+    shown += f", {embedding_name(run.retrieval['representation'], run.retrieval['pooling'])}"
     costs = run.record.get("costs") or {}
     for name, key, scale in COSTS if costs else ():
         shown += f"; {scale * costs['student'][key]:.2f} {name}, teacher {scale * costs[TEACHER][key]:.2f}"

@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from d2v_composer.evaluation.evaluate import Evaluation, gap_closed_by_step
 from d2v_composer.evaluation.metrics import (
@@ -24,7 +24,6 @@ from d2v_composer.evaluation.metrics import (
     instance_retrieval,
     read_accuracies,
     retrieval_from,
-    zero_shot,
 )
 from d2v_composer.report.run import EMBEDDINGS, Run
 
@@ -70,7 +69,7 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
         plots = {
             **{f"retrieval_{dataset}_bank_{bank}": (f"bank {bank}", [retrieval_from(bank, ks[0])]) for bank in BANKS},
             f"probes_{dataset}": ("probes fitted on train, measured on test", [KNN, KNN_MAJORITY, LINEAR]),
-            f"zero_shot_{dataset}": ("nearest text embedding of a class", [*map(zero_shot, ks)]),
+            f"zero_shot_{dataset}": ("nearest text embedding of a class", [retrieval_from("classes", k) for k in ks]),
             f"without_labels_{dataset}": ("measured without labels", [AGREEMENT, *map(instance_retrieval, ks)]),
         }
         for name, (title, measures) in plots.items():
@@ -105,22 +104,22 @@ def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Fi
         batch_size: The batch size of the speed.
         unit: What several samples are called.
     """
-    datasets, top = [*evaluation.class_names], min(evaluation.comparison.lookup.ks)
-    rates = {each.name: each.rates[batch_size] for each in evaluation.comparison.candidates if each.rates}
-    names, speeds = sorted(rates, key=lambda name: rates[name]), sorted(rates.values())
-    measures = [*(retrieval_from(bank, top) for bank in BANKS), KNN, LINEAR, AGREEMENT, instance_retrieval(top)]
+    datasets, ks = [*evaluation.class_names], evaluation.comparison.lookup.ks
+    larger = tuple(f"top{k}" for k in ks if k > min(ks))
+    speeds = {each.name: each.rates[batch_size] for each in evaluation.comparison.candidates if each.rates}
     figure = Figure(figsize=(8, 5 * len(datasets)))
     for dataset, axes in zip(datasets, figure.subplots(len(datasets), squeeze=False).flat, strict=True):
-        pivot = evaluation.pivot(dataset)
-        found = {each.heading: np.array([pivot[each][name] for name in names]) for each in measures if each in pivot}
-        for heading, intervals in found.items():
-            values, lows, highs = intervals.T
-            axes.errorbar(speeds, values, (values - lows, highs - values), label=heading, marker="o")
-        for i, ends in enumerate(zip(*found.values(), strict=True)):
-            # Neighbors have theirs on different sides: untrained and trained student are equally fast.
-            height, side = (np.min(ends), "top") if i % 2 else (np.max(ends), "bottom")
-            box = {"fc": "w", "lw": 0, "pad": -3, "alpha": 0.7}
-            axes.text(speeds[i], height, f"\n{names[i]}\n", ha="center", va=side, linespacing=0.6, size=8, bbox=box)
+        best: dict[str, float] = {}
+        for measure, cells in evaluation.pivot(dataset).items():
+            if measure.key.endswith(larger):
+                continue
+            names = sorted(cells.keys() & speeds, key=lambda name: speeds[name])
+            values, lows, highs = np.array([cells[name] for name in names]).T
+            places = [speeds[name] for name in names]
+            axes.errorbar(places, values, (values - lows, highs - values), label=measure.heading, marker="o")
+            best |= {name: max(best.get(name, 0), high) for name, high in zip(names, highs, strict=True)}
+        for name, height in best.items():  # slanted, as several models may be about as fast
+            axes.annotate(name, (speeds[name], height), (0, 4), textcoords="offset points", size=8, rotation=30)
         axes.set(
             title=f"Quality over speed on {dataset}, with 95 % intervals",
             xlabel=f"{unit} per second on this machine, in batches of {batch_size}",
@@ -128,8 +127,7 @@ def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Fi
             xscale="log",
         )
         axes.margins(0.15)
-        for set_formatter in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            set_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        axes.tick_params("x", which="both", labelsize=8)  # of two decades, it has names such as 3 × 10²
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure

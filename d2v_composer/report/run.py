@@ -30,11 +30,11 @@ class Run(NamedTuple):
     record: Mapping[str, Any]
     """The sections of run.yaml: config, command, versions, hardware, data, and teacher or model."""
     log: Log
-    neighbors: Mapping[str, Mapping[str, Tensor]]
+    neighbors: Mapping[str, Mapping[str, Tensor]] = {}
     """Neighbors, as in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
-    datasets: Mapping[str, EvaluationSet]
+    datasets: Mapping[str, EvaluationSet] = {}
     """The samples that can still be read; each label has a name."""
-    hits: Mapping[str, Tensor]
+    hits: Mapping[str, Tensor] = {}
     """Hits, as in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
 
     @property
@@ -66,7 +66,7 @@ def read_run(folder: Path) -> Run:
     record_file, log_file, checkpoint = folder / "run.yaml", folder / LOG, folder / LATEST
     measured: dict[str, Any] = {"neighbors": {}, "images": {}, "hits": {}}
     with reading(record_file):
-        run = Run(yaml.safe_load(record_file.read_bytes()), {}, {}, {}, {})
+        run = Run(yaml.safe_load(record_file.read_bytes()), {})
         retrieval, modality = run.retrieval, run.modality
     with reading(log_file):
         log = read_jsonl(log_file)

@@ -80,3 +80,9 @@ def test_no_gap_and_a_record_of_an_earlier_version() -> None:
 def test_nothing_is_said_of_what_was_not_measured() -> None:
     run = run_of(TOP1, 0.6, 0.2, 0.4)
     assert [*answer(run._replace(hits={key: hit for key, hit in run.hits.items() if "untrained" not in key}))] == []
+
+
+def test_the_projected_embedding_has_a_pooling_of_its_own() -> None:
+    run = run_of(TOP1, 0.6, 0.2, 0.4)
+    run.record["config"]["retrieval"] |= {"representation": "projected", "pooling": "mean"}
+    assert "bank train top-1, projected_cls;" in next(answer(run))
