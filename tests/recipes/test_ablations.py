@@ -186,7 +186,7 @@ def test_every_row_is_a_valid_run(path: Path, monkeypatch: pytest.MonkeyPatch) -
         is_another_reading = reading_of(config) != reading_of(base)
         measures_baselines = config.retrieval.at_start and "teacher" in config.retrieval.baselines
         assert measures_baselines == (name == "base" or is_another_reading), name
-        if config.student.model is None and not config.objectives.has_embedding:  # those need weights
+        if config.student.model is None and not config.objectives.embedding.weight:  # those need weights
             with torch.device("meta") if config.teacher.checkpoint is None else nullcontext():
                 model = build_model(config)
             assert len(model.student.blocks) == config.student.depth, name
