@@ -53,8 +53,12 @@ class LayerMean(NamedTuple):
             check_choice(name, getattr(changed, name), choices)
         return changed
 
-    def target(self, features: Features) -> Tensor:
+    def target(self, features: Features, norm_mean: Callable[..., Tensor] | None = None) -> Tensor:
         """Compute the target from a teacher's features: (B, T, D) float32, or what is regressed of it.
+
+        Args:
+            features: The teacher's.
+            norm_mean: In place of the attribute.
 
         Raises:
             ValueError: There are fewer layers.
@@ -63,7 +67,9 @@ class LayerMean(NamedTuple):
         check_whole("average_top_k_layers", top_k, 1, features.num_layers)
         layers = islice(features.layers(self.source), features.num_layers - top_k, None)
         regressed = self.regressed(features)
-        return self.average(layers, features, regressed.start)[:, regressed]
+        norm_mean = self.norm_mean if norm_mean is None else norm_mean
+        options = self.normalization, self.final_layer_norm, features.padding_mask
+        return norm_mean(layers, regressed.start, *options)[:, regressed]
 
     def average(self, layers: Iterable[Tensor], features: Features, num_dropped: int = 0) -> Tensor:
         """Compute the mean of layers, (B, T, D) float32; the first tokens and padding do not count in statistics."""

@@ -109,8 +109,7 @@ class LayerRegression(Objective):
         return nn.Identity() if widths[0] == widths[1] else init_linear_layers(nn.Linear(*widths))
 
     def target(self, features: Features) -> Tensor:
-        norm_mean = self.dataset_norm or self.layer_mean.norm_mean
-        return self.layer_mean._replace(norm_mean=norm_mean).target(features)
+        return self.layer_mean.target(features, self.dataset_norm)
 
     def predict(self, features: Features) -> Tensor:
         """Compute the prediction of all tokens, (B, T, D)."""
