@@ -90,13 +90,16 @@ def with_sizes(source: Path, text: str) -> Path:
 
 
 def embeddings(model: Transformer) -> Tensor:
-    """Return all embeddings of the same images, as uint8 and as normalized floats."""
+    """Return all embeddings of the same images, as uint8 and as normalized floats.
+
+    ``projected_cls`` is left out: without a linear layer, a file may have it or not.
+    """
     size, _ = height_and_width(model.encoder.config.image_size)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, size + 8, size), generator=generator, dtype=torch.uint8)
     with torch.inference_mode():
         both = (model.embed_all(images), model.embed_all(images[..., :size, :].float() / 255))
-        return torch.cat([embedding for each in both for embedding in each.values()])
+        return torch.cat([each[name] for each in both for name in each if name != "projected_cls"])
 
 
 def timm_model(path: Path) -> Transformer:
