@@ -61,11 +61,11 @@ for each in RESAMPLED_BILINEARLY:
     register_small_vit(each)
 
 
-def random_vit(name: str, **options: Any) -> Any:
-    """Build a model of timm's with random weights, none of them 0 or 1."""
+def random_vit(name: str, noise: float = 0.1, **options: Any) -> Any:
+    """Build a model of timm's with random weights, none of them 0 or 1: noise is added to timm's own."""
     torch.manual_seed(0)
     model: Any = timm.create_model(name, **{"num_classes": 0, **options})
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            parameter.add_(noise * torch.randn_like(parameter))
     return model.eval()

@@ -137,8 +137,7 @@ def train_student(
     retrieval, fsdp = build_retrieval(config, model), config.parallelism_config.fsdp
     data = {"modality": modality.name, "location": loader.remote or loader.local, **index.describe()}
     costs = {"student": cost(model.student), TEACHER: cost(model.teacher)}
-    about = {"teacher": model.teacher.provenance, "data": data, "costs": costs}
-    record = build_run_record(config, FIXED_BY_A_CHECKPOINT, **about)
+    record = build_run_record(config, FIXED_BY_A_CHECKPOINT, teacher=model.teacher.provenance, data=data, costs=costs)
     trainer = build_trainer(
         config,
         model,

@@ -188,9 +188,10 @@ def list_source(arguments: Namespace, modality: "Modality", fetched: Path) -> "S
     from d2v_composer.data.containers import find_files, open_source
     from d2v_composer.system.fetch import is_remote
 
-    is_mds = is_remote(arguments.source) and find_files(arguments.source, modality) is None
-    cache = fetched if is_mds else None
-    return open_source(arguments.source, modality, column=arguments.column, cache=cache)
+    remote, column = is_remote(arguments.source), arguments.column
+    if remote and (files := find_files(arguments.source, modality, column)):
+        return files.open()
+    return open_source(arguments.source, modality, column=column, cache=fetched if remote else None)
 
 
 def prepare(arguments: Namespace, plan: Plan) -> None:

@@ -459,7 +459,7 @@ class StudentSizes(Config):
 # A field that only one kind of encoder has → the kind, which files of earlier versions do not name.
 KIND_OF_FIELD = {"model": "timm", "feature_encoder_spec": "audio", "target_length": "eat", "patch_size": "image"}
 
-
+# Values of a student's fields that files of earlier versions lack.
 USUAL = {"kind": "blocks", "embed_dim": None, "final_layer_norm": True, "projection": None}
 
 

@@ -1,4 +1,4 @@
-"""What makes a model's embedding ``projected_cls`` of its output: pooling, and what follows it.
+"""Compute a model's embedding ``projected_cls`` from its output: pool it, then map it.
 
 Shapes: B inputs, T tokens, D channels, P of the embedding.
 """

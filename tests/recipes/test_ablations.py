@@ -61,7 +61,7 @@ def test_a_row_wins_over_the_changes_of_all_rows_and_keeps_its_own_folder(tmp_pa
 def test_a_row_trains_on_the_first_images_and_is_measured_on_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of each split that it needs, the command converts as many."""
+    """And the command converts as many images of each split as the rows need."""
     (tmp_path / "rows.yaml").write_text("base: {}\nfew: {num_images: 500, seed: 18}")
     row, images = read_rows(tmp_path)["few"], QUICKSTART / "cifar10"
     command = ablations.train_command(tmp_path, row, [], tmp_path / "few", images)

@@ -33,6 +33,7 @@ from helpers import (
     train_command,
     train_until_killed,
 )
+from small_vits import random_vit
 
 PROJECTED = ["--representation", "projected"]
 
@@ -40,13 +41,8 @@ PROJECTED = ["--representation", "projected"]
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of timm's test_vit with a projection to 128 channels, as of CLIP."""
-    torch.manual_seed(0)
-    model = timm.create_model("test_vit", num_classes=128)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
     path = tmp_path_factory.mktemp("timm") / "test_vit.safetensors"
-    save_file(model.state_dict(), path)
+    save_file(random_vit("test_vit", noise=0.05, num_classes=128).state_dict(), path)
     return path
 
 

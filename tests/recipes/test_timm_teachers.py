@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-import timm
 import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
@@ -27,13 +26,8 @@ PROGRAMS = Path(__file__).parents[1] / "programs"
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of timm's test_vit: 6 blocks of width 64, patches of 16 pixels."""
-    torch.manual_seed(0)
-    model = timm.create_model("test_vit", num_classes=0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
     path = tmp_path_factory.mktemp("timm") / "test_vit.safetensors"
-    save_file(model.state_dict(), path)
+    save_file(random_vit("test_vit", noise=0.05).state_dict(), path)
     return path
 
 
