@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from d2v_composer.commands import convert_images, embed, merge
 from d2v_composer.data.convert import convert, find_samples
 from d2v_composer.data.mds import INDEX, SUMMARY
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import download_existing, fetch, list_folder, transfer
 from d2v_composer.system.retry import is_lasting
 from emulators import CONTAINER, azure_store, google_store
-from helpers import assert_same_student, encoded_image, run_command, small_run, traced
+from helpers import GOLDEN, assert_same_student, encoded_image, run_command, small_run, traced
 from streams import open_images, read_epoch
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Google's packages warn of Python 3.10
@@ -93,3 +94,19 @@ def test_a_killed_run_resumes_on_another_machine(
     assert ended.returncode == 0, ended.stderr
     assert re.search(r"resumed.* at batch (5|10)\b", ended.stdout)
     assert_same_student(there / "runs" / "a", uninterrupted)
+
+
+def test_parts_are_merged(store: str, tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(encoded_image(number))
+    teacher, options = str(GOLDEN / "tiny_base.pt"), ["--batch-size", "1", "--workers", "0"]
+    for part in ("1/2", "0/2"):
+        convert_images.main([str(tmp_path), f"{store}/merged", "--shard-size", "1kb", "--workers", "1", "--part", part])
+        embed.main([teacher, str(tmp_path), f"{store}/merged.npy", *options, "--part", part])
+    merge.main([f"{store}/merged"])
+    merge.main([f"{store}/merged.npy"])
+    assert read_epoch(open_images(tmp_path / "cache", f"{store}/merged", timeout=2), workers=1) == [*range(4)]
+    embed.main([teacher, str(tmp_path), str(tmp_path / "whole.npy"), *options])
+    assert fetch(f"{store}/merged.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    with pytest.raises(InputError, match=r"merged\.npy: already exists"):
+        merge.main([f"{store}/merged.npy"])
