@@ -1,4 +1,4 @@
-"""Try a run before it starts: check its parts, train it briefly with a SIGTERM and a resume, and compute what it needs."""
+"""Try a run before it starts: check its parts, train briefly with a SIGTERM and a resume, compute what it needs."""
 
 import shutil
 import signal

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     train, ranks = Path(__file__).with_name("train.py"), dist.get_local_world_size()
     if dist.get_world_size() > ranks:
         raise InputError(
-            f"to train on several nodes, run the preflight on one, with composer -n {ranks} recipes/preflight.py FILE.yaml …"
+            f"to train on several nodes, try it on one, with composer -n {ranks} recipes/preflight.py FILE.yaml …"
         )
     if not preflight(argv, load_config(argv), train):
         sys.exit(1)
