@@ -195,7 +195,7 @@ class ImageEncoderConfig(Data2Vec2EncoderConfig, ImageConfig):
 
 
 class SoundConfig(Config):
-    """Fields of all encoders of sound."""
+    """Fields of all audio encoders."""
 
     modality: ClassVar = "audio"
     sample_rate: ClassVar = SAMPLE_RATE
@@ -346,7 +346,7 @@ class TeacherConfig(Config):
     average_top_k_layers: int
     """Number of last blocks in the target, as in pre-training."""
     final_layer_norm: bool = True
-    """The target ends with a LayerNorm, ``layer_norm_targets`` in data2vec's pre-training of sound."""
+    """The target ends with a LayerNorm, ``layer_norm_targets`` in data2vec's pre-training on audio."""
     normalization: ClassVar = "instance"
 
     def __getattr__(self, name: str) -> Any:
