@@ -242,7 +242,7 @@ class Rehearsal:
             self.process = start_program(command, stdout=output, stderr=subprocess.STDOUT)
 
     def wait(self, seconds: float, batches: float = inf) -> int | None:
-        """Wait until the run has trained so many batches, exits or takes too long; return its exit status."""
+        """Wait until the run has trained ``batches``, exits or takes ``seconds``; return its exit status."""
         assert self.process is not None
         deadline = time.monotonic() + seconds
         while self.process.poll() is None and self.num_batches() < batches and time.monotonic() < deadline:

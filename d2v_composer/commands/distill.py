@@ -257,7 +257,7 @@ def configure(
 
 
 def read_settings(arguments: Namespace) -> "TrainConfig":
-    """Return the config of a run that was prepared.
+    """Return the config in the ``distill.yaml`` that an earlier call wrote.
 
     Raises:
         InputError: A change of a setting is wrong.

@@ -105,7 +105,7 @@ def encode_flac(clip: NDArray[np.float32]) -> bytes:
 
 
 class RandomCrop(NamedTuple):
-    """The training augmentation of a clip: a random span of at most so many samples."""
+    """The training augmentation of a clip: a random span of at most ``longest`` samples."""
 
     longest: int
     max_share: float = 1.0

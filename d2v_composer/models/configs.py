@@ -74,7 +74,7 @@ def parse_image_size(image_size: Any) -> ImageSize:
 
 
 class Config(BaseModel):
-    """Sizes and options, which never change.
+    """Base of all configs of models: sizes and options, checked once and frozen.
 
     Raises:
         ValueError: One line: a field is unknown, missing, of another type or out of range, or contradicts another.
@@ -228,7 +228,7 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
 
     @property
     def has_cls_token(self) -> bool:
-        """False: its extra tokens are registers."""
+        """Whether the first token is CLS: never, the extra tokens are registers."""
         return False
 
     @cached_property
