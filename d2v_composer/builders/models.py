@@ -79,7 +79,7 @@ def build_augmentation(
     modality = modality_of(sizes)
     for name in sorted(frozenset().union(*(each.options for each in MODALITIES.values())) - modality.options):
         if (value := getattr(loader, name)) != ShardLoaderConfig.model_fields[name].default:
-            raise InputError(f"train_loader.{name}: the teacher takes {modality.unit}, which have none; got {value}")
+            raise InputError(f"train_loader.{name}: not for the teacher's {modality.unit}; got {value}")
     options = loader.model_dump(include=set(modality.options))
     return Augmentation(modality.augmentation(for_views=for_views, **options), seed)
 

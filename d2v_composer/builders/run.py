@@ -239,7 +239,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
 
 
 def join_student(config: TrainConfig, teacher: Teacher) -> DistillationModel:
-    """Build the model on a teacher.
+    """Build the student and its objectives on a teacher, as one model.
 
     Raises:
         InputError: A setting does not fit it.
@@ -347,7 +347,7 @@ def build_algorithms(config: AlgorithmsConfig) -> list[Algorithm]:
 
 
 def build_callbacks(config: TrainerConfig) -> list[Callback]:
-    """Build the section ``callbacks``.
+    """Build the callbacks that the section ``callbacks`` names.
 
     Raises:
         InputError: A callback does not accept the value of an argument.

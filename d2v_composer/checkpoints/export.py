@@ -240,7 +240,7 @@ class TimmStudent(Student):
         self.checkpoint_activations(enable)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load an exported student's or this model's tensors, always with the checks of :func:`load_student`.
+        """Load the tensors of an exported student or of this model; :func:`load_student`'s checks always apply.
 
         Raises:
             InputError: The file is too old to have sizes, or its tensors do not fit them.

@@ -59,7 +59,7 @@ def is_trained(contents: Any) -> bool:
 
 
 def check_archive(path: Path, kind: type[InputError] = InputError) -> None:
-    """Check what torch does not before it reads an archive: sizes, checksums, and the pickle.
+    """Check an archive before torch reads it: its sizes, checksums and pickle, which torch does not check.
 
     Raises:
         InputError: The file cannot be read, or as a ``kind``: it is truncated or corrupt, or would take too much time

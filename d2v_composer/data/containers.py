@@ -273,7 +273,7 @@ def open_source(
     if not (cache or is_local_mds) and (files := find_files(source, modality, column, label_column)) is not None:
         return replace(files, part=part).open()
     if (remote is None) != (cache is None):
-        raise InputError(f"{source}: --local is needed for an object store's shards, and for nothing else")
+        raise InputError(f"{source}: give --local with shards in an object store, and only then")
     if remote is not None and cache is not None:
         fetch_index(remote, cache)
     elif not is_local_mds:

@@ -92,7 +92,7 @@ class Modality(ABC):
 
     @abstractmethod
     def augmentation(self, *, for_views: bool = False, **options: Any) -> Transform:
-        """Return the training augmentation with these ``options``, or what makes views of a sample that differ."""
+        """Return the training augmentation with these ``options``, or with ``for_views`` one for instance retrieval."""
 
     def stack(self, samples: Iterator[Tensor], count: int) -> Tensor | list[Tensor]:
         """Return decoded samples in memory."""

@@ -166,7 +166,7 @@ class Listing(NamedTuple):
 
 
 def list_folder(root: Path, suffixes: Collection[str], needs: Mapping[str, str] | None = None) -> Listing:
-    """List the files with these suffixes in a folder and its subfolders, and count what is left out by its kind.
+    """List the files with these suffixes in a folder and its subfolders, and count the others by suffix.
 
     Links are followed, but each file and each folder is listed once: by its own name, or by the first of several.
     Hidden files and folders are left out.

@@ -17,7 +17,7 @@ from d2v_composer.models.configs import Config, Data2Vec2EncoderConfig, EncoderC
 
 
 class Inputs(NamedTuple):
-    """A batch as an encoder reads it."""
+    """A batch for an encoder: samples and, if they are padded, their lengths."""
 
     values: Tensor
     """Images, (B, 3, S, S) float, already normalized; or uint8 of any size, which the encoder resizes (antialias) and
@@ -124,7 +124,7 @@ class Encoder(Frozen):
         """The blocks, typed as the subclass's kind of block."""
 
     def build_head(self, num_outputs: int) -> Any:
-        """Build the head of a teacher on this encoder, to load a state dict into; ``None``: it only pools.
+        """Build the head of a teacher on this encoder, without its weights; ``None`` if the teacher only pools.
 
         Args:
             num_outputs: As of :class:`~d2v_composer.models.projection.Projection`.

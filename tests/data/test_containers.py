@@ -334,7 +334,7 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest
         reset_sessions()
         assert converted("hf://datasets/org/a", tmp_path / "offline").samples == 3
         assert "hf://datasets/org/a: cannot be listed" in caplog.text
-        assert "using what the hub's cache has of it, maybe not all" in caplog.text
+        assert "using the files in the hub's cache, which may not be all" in caplog.text
         with pytest.raises(InputError, match=r"^hf://datasets/org/d: cannot be listed"):
             converted("hf://datasets/org/d", tmp_path / "none")
     reset_sessions()  # they keep being offline
