@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -96,7 +96,7 @@ def embed_source(
     num_samples, size, unit = len(source), options.batch_size, source.modality.unit
     plan = {"model": hash_weights(model), "source": source.fingerprint, "device": device, **options._asdict()}
     folder, dtype = _partial_folder(out), np.dtype(options.dtype)
-    width = _embed(model, (model.encoder.example(1),), options, device).shape[1]
+    width = embed_batch(model, (model.encoder.example(1),), options, device).shape[1]
     rows = folder / "embeddings.npy"
     with writing(out), sole_user(folder / ".lock", LOCK_SECONDS) as alone:
         if not alone:
@@ -104,7 +104,7 @@ def embed_source(
         progress = _start_or_resume(folder, plan, source.marks)
         resumed, skipped, start = progress["images"], progress["skipped"], time.monotonic()
         batches = [range(first, min(first + size, num_samples)) for first in range(resumed, num_samples, size)]
-        loaded = map_in_workers(partial(_load, source), batches, workers, device == "cuda")
+        loaded = map_in_workers(partial(load_batch, source.decode), batches, workers, device == "cuda")
         with (
             rows.open("ab") as file,
             progress_bar(total=num_samples, initial=resumed, desc="embedding", unit=unit) as bar,
@@ -115,7 +115,7 @@ def embed_source(
                 if unreadable and not skip_unreadable:
                     raise InputError(f"{unreadable[0][1]}; --skip-unreadable skips such {unit}")
                 if inputs:
-                    embeddings = _embed(model, inputs, options, device)
+                    embeddings = embed_batch(model, inputs, options, device)
                     if not np.isfinite(embeddings).all():
                         named = f"{source.ids[batch.start]}, or one after it in its batch"
                         how = f"--precision {options.precision} and --dtype {options.dtype}"
@@ -189,7 +189,8 @@ def _finish(shape: tuple[int, int], dtype: np.dtype, ids: NDArray, out: Path, fo
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _embed(model: Backbone, batch: tuple[Tensor, ...], options: EmbeddingOptions, device: str) -> NDArray:
+def embed_batch(model: Backbone, batch: tuple[Tensor, ...], options: EmbeddingOptions, device: str) -> NDArray:
+    """Embed a batch of :func:`load_batch`: (N, D)."""
     dtype = choose_precision(options.precision).autocast_dtype
     values, *others = (each.to(device, non_blocking=True) for each in batch)
     with torch.inference_mode(), precision_of(dtype, device):
@@ -207,12 +208,19 @@ def hash_weights(model: Backbone) -> str:
     return digest.hexdigest()
 
 
-def _load(source: Source, numbers: Sequence[int]) -> tuple[tuple[Tensor, ...], list[tuple[int, str]]]:
-    """Load a batch as :func:`collate` does, and the number and reason of each unreadable sample."""
+def load_batch(
+    decode: Callable[[int], Tensor], numbers: Sequence[int]
+) -> tuple[tuple[Tensor, ...], list[tuple[int, str]]]:
+    """Load a batch as :func:`collate` does, and the number and reason of each unreadable sample.
+
+    Args:
+        decode: Returns a sample by number, as :meth:`Source.decode`.
+        numbers: Of the samples.
+    """
     samples, skipped = [], []
     for number in numbers:
         try:
-            samples.append(source.decode(number))
+            samples.append(decode(number))
         except UnreadableSampleError as error:
             skipped.append((number, str(error)))
     return collate(samples) if samples else (), skipped

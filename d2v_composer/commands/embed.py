@@ -18,9 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from d2v_composer.models.names import Pooling, PrecisionChoice, Representation, Weights
+from d2v_composer.models.names import Pooling, PrecisionChoice, Representation, Weights, embedding_name
 from d2v_composer.system.command_line import COLUMN, SOURCES, make_parser, print_next, size, whole
-from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
     from d2v_composer.embedding import Embedding
@@ -31,33 +30,19 @@ def main(argv: Sequence[str]) -> "Embedding":
     arguments = parse(argv)
     out = arguments.out
 
-    import torch
-
-    from d2v_composer.checkpoints.load import load_any
-    from d2v_composer.checkpoints.student_file import choose_embedding
     from d2v_composer.data.containers import open_source
-    from d2v_composer.data.modalities import modality_of
     from d2v_composer.data.source import name_counts
-    from d2v_composer.embedding import EmbeddingOptions, check_out, embed_source
-    from d2v_composer.models.execution import name_precision
+    from d2v_composer.embedder import Embedder
+    from d2v_composer.embedding import check_out, embed_source
 
-    device, given = "cuda" if torch.cuda.is_available() else "cpu", vars(arguments)
-    precision = name_precision(arguments.precision)
-    if precision == "amp_fp16" and device == "cpu":
-        raise InputError("--precision: amp_fp16 needs a GPU; on a CPU, use fp32, amp_bf16 or auto")
     check_out(out, overwrite=arguments.overwrite)
-    timm = {name: given[name] for name in ("checkpoint", "first_blocks", "image_size")}
-    projected = arguments.representation == "projected"
-    model, _ = load_any(arguments.model, arguments.weights, arguments.teacher, **timm, projected=projected)
-    chosen = choose_embedding(model, arguments.pooling, arguments.representation)
-    modality = modality_of(model.encoder.config)
-    place = {"column": arguments.column, "cache": arguments.local, "cache_limit": arguments.cache_limit}
-    source = open_source(arguments.source, modality, **place)
-    print(f"embedding: {chosen.name}")
-    given |= {"precision": precision, "batch_size": arguments.batch_size or modality.batch_size, **chosen._asdict()}
-    options = EmbeddingOptions(**{name: given[name] for name in EmbeddingOptions._fields})
+    given = vars(arguments)
+    model, modality, options, device = Embedder(*(given[name] for name in Embedder.__match_args__)).load()
+    cache, limit = arguments.local, arguments.cache_limit
+    source = open_source(arguments.source, modality, column=arguments.column, cache=cache, cache_limit=limit)
+    print(f"embedding: {embedding_name(options.representation, options.pooling)}")
     how = {name: given[name] for name in ("workers", "skip_unreadable")}
-    embedding = embed_source(model.eval().to(device), source, out, options, device=device, **how)
+    embedding = embed_source(model, source, out, options, device=device, **how)
     if embedding.resumed:
         print(f"resumed an interrupted run after {embedding.resumed} {modality.unit}")
     print("other files:", name_counts(source.left_out))

@@ -1,0 +1,41 @@
+"""Embed images or clips on a Ray cluster, or on all cores and GPUs of this machine.
+
+    pip install -e '.[ray]'
+    python recipes/ray_embed.py student.safetensors photos embeddings
+    python recipes/ray_embed.py hf://ORG/NAME s3://bucket/parquet s3://bucket/embeddings image
+    python recipes/ray_embed.py hf://ORG/NAME s3://bucket/tars s3://bucket/embeddings .jpg
+
+usage: ray_embed.py MODEL SOURCE OUT [COLUMN]
+
+SOURCE is a folder of files; of Parquet files, whose samples are in COLUMN; or of WebDataset tars, whose samples have
+the suffix COLUMN. OUT is a new folder of Parquet files: the rows of SOURCE in their order, without the samples, with
+the columns embedding and error. Every machine must reach MODEL, SOURCE and OUT.
+"""
+
+import sys
+
+import ray
+
+from d2v_composer import Embedder
+
+
+def main(model: str, source: str, out: str, column: str = "") -> None:
+    """Embed all samples."""
+    if not column:
+        rows, column = ray.data.read_binary_files(source, include_paths=True), "bytes"
+    elif column[0] == ".":
+        rows, column = ray.data.read_webdataset(source, decoder=None), column[1:]
+    else:
+        rows = ray.data.read_parquet(source)
+    rows.map_batches(
+        Embedder,
+        fn_constructor_args=[model, column],
+        batch_size=64,
+        batch_format="pyarrow",
+        concurrency=(1, 1000),  # at most; Ray starts those that the cluster holds, and keeps cores to read
+        num_gpus=0.25 if "GPU" in ray.cluster_resources() else 0,  # four share a GPU, and each decodes on a core
+    ).drop_columns([column]).write_parquet(out, mode="error")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
