@@ -8,8 +8,9 @@
 usage: ray_embed.py MODEL SOURCE OUT [COLUMN]
 
 SOURCE is a folder of files; of Parquet files, whose samples are in COLUMN; or of WebDataset tars, whose samples have
-the suffix COLUMN. OUT is a new folder of Parquet files: the rows of SOURCE in their order, without the samples, with
-the columns embedding and error. Every machine must reach MODEL, SOURCE and OUT.
+the suffix COLUMN. OUT is a new folder of Parquet files with the rows of SOURCE, in any order: without the samples, with
+the columns embedding and error. A file's row has its path, a tar's its __key__; give rows of Parquet an id. Every
+machine must reach MODEL, SOURCE and OUT. The cluster needs two cores.
 """
 
 import sys
@@ -32,7 +33,8 @@ def main(model: str, source: str, out: str, column: str = "") -> None:
         fn_constructor_args=[model, column],
         batch_size=64,
         batch_format="pyarrow",
-        concurrency=(1, 1000),  # at most; Ray starts those that the cluster holds, and keeps cores to read
+        # Ray starts as many as the cluster holds, and keeps cores to read.
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=1000),
         num_gpus=0.25 if "GPU" in ray.cluster_resources() else 0,  # four share a GPU, and each decodes on a core
     ).drop_columns([column]).write_parquet(out, mode="error")
 
