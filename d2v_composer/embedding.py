@@ -1,17 +1,18 @@
-"""Embed a collection of images or clips into one file; a killed run loses at most one part of its work.
+"""Embed a collection of images or clips into one file, by one process or several; parts of it are merged.
 
-A run resumes at a whole number of batches, so that a batch does not depend on what was computed before it.
-Shapes: N samples, D channels.
+The batches depend on the source alone. A process embeds a few batches, a chunk, and writes it to a file whose name says
+what is in it. So a killed run loses at most one chunk of each process, whatever changed since, and any number of
+processes ends with the same bytes. Shapes: N samples, D channels.
 """
 
 import hashlib
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,18 +24,21 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from d2v_composer.data.modality import collate
-from d2v_composer.data.source import Source, map_in_workers
+from d2v_composer.data.parts import TABLES, Parts
+from d2v_composer.data.source import Source, hash_of, map_in_workers
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
 from d2v_composer.models.precision import precision_of
 from d2v_composer.system.errors import InputError, UnreadableSampleError, writing
-from d2v_composer.system.files import check_out_file, sole_user, write_atomically
+from d2v_composer.system.fetch import cache_folder, download_existing, is_remote, list_etags, upload
+from d2v_composer.system.files import check_out_file, partial_file, sole_user, write_atomically
+from d2v_composer.system.processes import global_rank, num_ranks
 from d2v_composer.system.progress import progress_bar
 
 LOCK_SECONDS = 10.0  # the workers of a killed run exit within a second
-PART = 1024  # samples between two records of the progress
-HEADER_BYTES = 128  # of a .npy file with an array of two dimensions
+CHUNK = 1024  # samples that a killed process loses at most
+POLL_SECONDS = 0.2
 
 
 class EmbeddingOptions(NamedTuple):
@@ -64,129 +68,265 @@ class Embedding(NamedTuple):
     """Time taken by the other samples."""
 
 
+class _Chunk(NamedTuple):
+    """Some batches, and the file of their embeddings: ``rows``; ``numbers`` and ``reasons`` of unreadable samples."""
+
+    batches: Sequence[range]
+    path: Path
+
+    @property
+    def samples(self) -> range:
+        return range(self.batches[0].start, self.batches[-1].stop)
+
+    def read(self, name: str) -> NDArray:
+        with np.load(self.path) as arrays:
+            return arrays[name]
+
+    def read_block(self, source: Source) -> tuple[NDArray, NDArray]:
+        """Return ids and embeddings."""
+        first, end = self.samples.start, self.samples.stop
+        return np.delete(source.ids[first:end], self.read("numbers") - first), self.read("rows")
+
+    def write(self, rows: Sequence[NDArray], unreadable: Sequence[tuple[int, str]]) -> None:
+        numbers = np.array([number for number, _ in unreadable], int)
+        reasons = np.array([reason for _, reason in unreadable], str)
+        with partial_file(self.path) as partial_path, partial_path.open("wb") as file:
+            np.savez(file, rows=np.concatenate(rows), numbers=numbers, reasons=reasons)
+
+
 def embed_source(
     model: Backbone,
     source: Source,
-    out: Path,
+    out: str | Path,
     options: EmbeddingOptions,
     *,
     device: str = "cpu",
     workers: int = 0,
     skip_unreadable: bool = False,
+    part: Mapping[str, Any] | None = None,
 ) -> Embedding:
-    """Embed every sample of a source into a file, or resume an interrupted run.
+    """Embed every sample of a source, or of its part, into a file, or resume an interrupted run.
 
-    OUT appears when it is complete, and replaces an old one; NAME.ids.npy appears just before. Until then the rows are
-    in a hidden folder next to it. If files of the source changed, came or went, a run resumes before the first of them.
+    OUT appears when it is complete, and replaces an old one; NAME.ids.npy appears just before. Until then chunks of
+    rows are in a hidden folder next to it, or for a store in our cache. If files of the source changed, came or went,
+    a run embeds the chunks again that have other samples now. All ranks of a run call this; the first writes the file.
 
     Args:
         model: The model in eval mode, on the device.
         source: The samples.
-        out: NAME.npy, (N, D), with the ids, (N,), in NAME.ids.npy. See :func:`check_out`.
+        out: NAME.npy, (N, D), with the ids, (N,), in NAME.ids.npy; or NAME.parquet with both. See :func:`check_out`.
         options: The settings.
         device: cpu or cuda.
         workers: Processes that decode samples.
         skip_unreadable: Skip and list unreadable samples instead of stopping.
+        part: What is recorded of a part; see :class:`~d2v_composer.data.parts.Parts`.
 
     Raises:
         InputError: A sample is unreadable, an embedding is not finite, another process writes the file, or an
             interrupted run had other settings.
-        RunError: The disk or a shard fails, or a worker was killed.
+        RunError: The disk, the store or a shard fails, or a worker was killed.
     """
-    num_samples, size, unit = len(source), options.batch_size, source.modality.unit
-    plan = {"model": hash_weights(model), "source": source.fingerprint, "device": device, **options._asdict()}
-    folder, dtype = _partial_folder(out), np.dtype(options.dtype)
+    out, rank = str(out), global_rank()
+    place = source.root if is_remote(source.root) else Path(source.root).resolve()
+    plan = {"model": hash_weights(model), "source": hash_of(place), "device": device, **options._asdict()}
     width = embed_batch(model, (model.encoder.example(1),), options, device).shape[1]
-    rows = folder / "embeddings.npy"
+    folder, unit = _partial_folder(out), source.modality.unit
+    chunks = _cut(source, plan, folder)
+    with writing(out), sole_user(folder / f".lock{rank or ''}", LOCK_SECONDS) as alone:
+        if not alone:
+            raise InputError(f"{out}: another process is writing it")
+        if rank == 0:
+            _check_plan(folder, plan)
+        start, resumed, total = time.monotonic(), _num_done(chunks), sum(len(chunk.samples) for chunk in chunks)
+        with progress_bar(total=total, initial=resumed, desc="embedding", unit=unit) as bar:
+            mine = [chunk for chunk in chunks[rank :: num_ranks()] if not chunk.path.exists()]
+            batches = [(chunk, batch) for chunk in mine for batch in chunk.batches]
+            loaded = map_in_workers(
+                partial(load_batch, source.decode), [batch for _, batch in batches], workers, device == "cuda"
+            )
+            rows, skipped = list[NDArray](), list[tuple[int, str]]()
+            for (chunk, batch), (inputs, unreadable) in zip(batches, loaded, strict=True):
+                skipped += unreadable
+                _check_skipped([reason for _, reason in skipped], skip_unreadable, unit)
+                rows.append(
+                    embed_batch(model, inputs, options, device) if inputs else np.zeros((0, width), options.dtype)
+                )
+                if not np.isfinite(rows[-1]).all():
+                    named = f"{source.ids[batch.start]}, or one after it in its batch"
+                    how = f"--precision {options.precision} and --dtype {options.dtype}"
+                    raise InputError(f"{named}: its embedding is not finite with {how}")
+                bar.update(len(batch))
+                if batch is chunk.batches[-1]:
+                    chunk.write(rows, skipped)
+                    rows, skipped = [], []
+                    bar.update(_num_done(chunks) - bar.n)  # of all ranks
+            while rank == 0 and bar.n < total:  # the other ranks embed the rest
+                time.sleep(POLL_SECONDS)
+                bar.update(_num_done(chunks) - bar.n)
+        seconds = time.monotonic() - start
+        if rank > 0:
+            return Embedding(total, width, [], resumed, seconds)
+        reasons = [reason for chunk in chunks for reason in chunk.read("reasons").tolist()]
+        _check_skipped(reasons, skip_unreadable, unit)  # an interrupted run may have skipped them
+        embedding = Embedding(total - len(reasons), width, reasons, resumed, seconds)
+        blocks = (chunk.read_block(source) for chunk in chunks)
+        _write_table(out, blocks, embedding, np.dtype(options.dtype), part)
+    with suppress(OSError):
+        folder.rmdir()
+    return embedding
+
+
+def _cut(source: Source, plan: Mapping[str, Any], folder: Path) -> list[_Chunk]:
+    """Cut a source, or its part, into batches, and these into chunks, which are named by what their rows depend on."""
+    size, chunks = plan["batch_size"], list[_Chunk]()
+    batches = source.part.of([range(first, min(first + size, len(source))) for first in range(0, len(source), size)])
+    for first in range(0, len(batches), per_chunk := max(1, CHUNK // size)):
+        some = batches[first : first + per_chunk]
+        marks = source.marks[some[0].start : some[-1].stop]
+        chunks.append(_Chunk(some, folder / f"{hash_of(plan, marks.tobytes())[:32]}.npz"))
+    return chunks
+
+
+def _num_done(chunks: Sequence[_Chunk]) -> int:
+    return sum(len(chunk.samples) for chunk in chunks if chunk.path.exists())
+
+
+def _check_skipped(reasons: Sequence[str], skip_unreadable: bool, unit: str) -> None:
+    if reasons and not skip_unreadable:
+        raise InputError(f"{reasons[0]}; --skip-unreadable skips such {unit}")
+
+
+def _check_plan(folder: Path, plan: Mapping[str, Any]) -> None:
+    recorded = folder / "plan.json"
+    before = json.loads(recorded.read_bytes()) if recorded.exists() else plan
+    if changed := [key.replace("_", " ") for key in plan if before.get(key) != plan[key]]:
+        another = f"an interrupted run had a different {', '.join(changed)}"
+        raise InputError(f"{folder}: {another}; delete that folder, or choose another OUT")
+    write_atomically(recorded, json.dumps(plan))
+
+
+def merge(out: str, *, overwrite: bool = False) -> Embedding:
+    """Make one file of its parts, which stay where they are.
+
+    Raises:
+        InputError: A part is missing, is there twice or was not made like the others, or ``out`` exists.
+        RunError: The disk or the store fails.
+    """
+    check_out(out, overwrite=overwrite)
+    parts, folder = Parts(out), _partial_folder(out)
+    records = parts.read_all()
+    first = next(iter(records.values()))
+
+    def here(address: str) -> Path:
+        if not is_remote(out):
+            return Path(address)
+        path = folder / address.rpartition("/")[2]
+        download_existing(address, path)
+        return path
+
     with writing(out), sole_user(folder / ".lock", LOCK_SECONDS) as alone:
         if not alone:
             raise InputError(f"{out}: another process is writing it")
-        progress = _start_or_resume(folder, plan, source.marks)
-        resumed, skipped, start = progress["images"], progress["skipped"], time.monotonic()
-        batches = [range(first, min(first + size, num_samples)) for first in range(resumed, num_samples, size)]
-        loaded = map_in_workers(partial(load_batch, source.decode), batches, workers, device == "cuda")
-        with (
-            rows.open("ab") as file,
-            progress_bar(total=num_samples, initial=resumed, desc="embedding", unit=unit) as bar,
-        ):
-            # Rows follow a header that is written at the end; those after the last record are computed again.
-            file.truncate(HEADER_BYTES + (resumed - len(skipped)) * width * dtype.itemsize)
-            for batch, (inputs, unreadable) in zip(batches, loaded, strict=True):
-                if unreadable and not skip_unreadable:
-                    raise InputError(f"{unreadable[0][1]}; --skip-unreadable skips such {unit}")
-                if inputs:
-                    embeddings = embed_batch(model, inputs, options, device)
-                    if not np.isfinite(embeddings).all():
-                        named = f"{source.ids[batch.start]}, or one after it in its batch"
-                        how = f"--precision {options.precision} and --dtype {options.dtype}"
-                        raise InputError(f"{named}: its embedding is not finite with {how}")
-                    file.write(embeddings.tobytes())
-                skipped += unreadable
-                if batch.stop - progress["images"] >= PART or batch is batches[-1]:
-                    progress["images"] = batch.stop
-                    file.flush()
-                    os.fsync(file.fileno())
-                    write_atomically(folder / "progress.json", json.dumps(progress))
-                bar.update(len(batch))
-        seconds = time.monotonic() - start
-        ids = np.delete(source.ids, [number for number, _ in skipped])
-        _finish((len(ids), width), dtype, ids, out, folder)
+        skipped = [reason for record in records.values() for reason in record["skipped"]]
+        embedding = Embedding(sum(each["images"] for each in records.values()), first["channels"], skipped, 0, 0.0)
+        blocks = (block for part in records for block in _read_blocks(parts.path(part), here))
+        _write_table(out, blocks, embedding, np.dtype(first["part"]["dtype"]))
     with suppress(OSError):
         folder.rmdir()
-    return Embedding(len(ids), width, [reason for _, reason in skipped], resumed, seconds)
+    return embedding
 
 
-def check_out(out: Path, *, overwrite: bool) -> None:
+def _read_blocks(address: str, here: Callable[[str], Path]) -> Iterator[tuple[NDArray, NDArray]]:
+    """Yield ids and embeddings of a file."""
+    if address.endswith(".npy"):
+        ids, rows = np.load(here(_ids_file(address))), np.load(here(address), mmap_mode="r")
+        for first in range(0, len(ids), CHUNK):
+            yield ids[first : first + CHUNK], rows[first : first + CHUNK]
+        return
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(here(address)) as file:
+        for batch in file.iter_batches(CHUNK):
+            embeddings: Any = batch["embedding"]
+            yield np.array(batch["id"].to_pylist()), embeddings.flatten().to_numpy().reshape(len(batch), -1)
+
+
+def _write_table(
+    out: str,
+    blocks: Iterable[tuple[NDArray, NDArray]],
+    embedding: Embedding,
+    dtype: np.dtype,
+    part: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ids and embeddings, move them to ``out``, replacing an old file, and remove the folder of chunks."""
+    folder, complete = _partial_folder(out), _partial_folder(out) / "embeddings"
+    shape, all_ids, files = (embedding.images, embedding.channels), [], {}
+    if out.endswith(".npy"):
+        with complete.open("wb") as file:
+            npy.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+            for ids, rows in blocks:
+                file.write(rows.tobytes())
+                all_ids += [ids] if len(ids) else []
+        np.save(folder / "ids.npy", np.concatenate(all_ids) if all_ids else np.array([], str))
+        files[_ids_file(out)] = folder / "ids.npy"
+    else:
+        _write_parquet(complete, blocks, embedding.channels, dtype)
+    if part is not None:
+        write_atomically(folder / "record.json", json.dumps({"part": part} | embedding._asdict()))
+        files[f"{out.rpartition('.')[0]}.json"] = folder / "record.json"
+    if not is_remote(out):
+        Path(out).unlink(missing_ok=True)  # new ids must not be beside old embeddings
+    for address, path in (files | {out: complete}).items():
+        if is_remote(out):
+            upload(path, address)
+        else:
+            path.replace(Path(address))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_parquet(path: Path, blocks: Iterable[tuple[NDArray, NDArray]], width: int, dtype: np.dtype) -> None:
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetWriter
+
+    blocks = iter(blocks)
+    first = next(blocks, (np.array([], str), np.zeros((0, width), dtype)))
+    id_type = pa.string() if first[0].dtype.kind == "U" else pa.int64()
+    schema = pa.schema([("id", id_type), ("embedding", pa.list_(pa.from_numpy_dtype(dtype), width))])
+    with ParquetWriter(path, schema) as writer:
+        for ids, rows in chain([first], blocks):
+            embeddings = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), width)
+            writer.write_batch(pa.record_batch([pa.array(ids.tolist(), id_type), embeddings], schema))
+
+
+def check_out(out: str, *, overwrite: bool) -> None:
     """Check, before the work starts, that embeddings can be written.
 
     Raises:
-        InputError: The suffix is not .npy, the file exists, or it cannot be written.
+        InputError: The suffix is neither .npy nor .parquet, the file exists, or it cannot be written.
     """
-    if out.suffix != ".npy":
-        raise InputError(f"{out}: must end in .npy")
-    check_out_file(out, overwrite=overwrite)
-    # With our folder next to it, the ids are ours: a run was killed between the two files.
-    check_out_file(_ids_file(out), overwrite=overwrite or _partial_folder(out).exists())
+    if not out.endswith(TABLES):
+        raise InputError(f"{out}: must end in {' or '.join(TABLES)}")
+    if out.endswith(".parquet"):
+        import pyarrow  # noqa: F401  (if it is missing, this error says what to install)
+    if not is_remote(out):
+        check_out_file(Path(out), overwrite=overwrite)
+        if out.endswith(".npy"):
+            # With our folder next to it, the ids are ours: a run was killed between the two files.
+            check_out_file(Path(_ids_file(out)), overwrite=overwrite or _partial_folder(out).exists())
+    elif not out.startswith("s3://"):
+        raise InputError(f"{out}: expected a local file, or one in S3")
+    elif out.rpartition("/")[2] in list_etags(*out.rpartition("/")[::2]) and not overwrite:
+        raise InputError(f"{out}: already exists: choose another file, or append --overwrite")
 
 
-def _partial_folder(out: Path) -> Path:
-    return out.with_name(f".{out.name}.partial")
+def _partial_folder(out: str) -> Path:
+    if is_remote(out):
+        return cache_folder() / "embeddings" / hash_of(out)[:16]
+    return Path(out).with_name(f".{Path(out).name}.partial")
 
 
-def _ids_file(out: Path) -> Path:
-    return out.with_suffix(".ids.npy")
-
-
-def _start_or_resume(folder: Path, plan: dict[str, Any], marks: NDArray[np.int64]) -> dict[str, Any]:
-    """Return the progress; ``skipped`` lists unreadable samples: number and reason."""
-    recorded, listed = folder / "progress.json", folder / "marks"
-    progress, size = {"plan": plan, "images": 0, "skipped": []}, plan["batch_size"]
-    if recorded.exists() and (folder / "embeddings.npy").exists():
-        progress = json.loads(recorded.read_bytes())
-        if changed := [key.replace("_", " ") for key in plan if progress["plan"].get(key) != plan[key]]:
-            another = f"an interrupted run had a different {', '.join(changed)}"
-            raise InputError(f"{folder}: {another}; delete that folder, or choose another OUT")
-        before = np.frombuffer(listed.read_bytes(), np.int64)
-        both = min(len(before), len(marks))
-        num_same = int(np.append(before[:both] != marks[:both], True).argmax())
-        if num_same < max(len(before), len(marks)):
-            kept = min(num_same, progress["images"]) // size * size  # whole batches
-            progress |= {"images": kept, "skipped": [each for each in progress["skipped"] if each[0] < kept]}
-            write_atomically(recorded, json.dumps(progress))
-    write_atomically(listed, marks.tobytes())
-    return progress
-
-
-def _finish(shape: tuple[int, int], dtype: np.dtype, ids: NDArray, out: Path, folder: Path) -> None:
-    """Move the complete file to ``out``, replacing an old one, and remove the folder."""
-    complete = folder / "embeddings.npy"
-    with complete.open("r+b") as file:
-        npy.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
-    np.save(folder / "ids.npy", ids)
-    out.unlink(missing_ok=True)  # new ids must not be beside old embeddings
-    (folder / "ids.npy").replace(_ids_file(out))
-    complete.replace(out)
-    shutil.rmtree(folder, ignore_errors=True)
+def _ids_file(out: str) -> str:
+    return f"{out.removesuffix('.npy')}.ids.npy"
 
 
 def embed_batch(model: Backbone, batch: tuple[Tensor, ...], options: EmbeddingOptions, device: str) -> NDArray:

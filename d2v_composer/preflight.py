@@ -133,8 +133,9 @@ class Rehearsal:
         index = open_index(loader, folder, self.modality)
         self.num_samples = index.describe()["samples"]
         if remote is not None:
-            stored = {Path(key).name for key in list_remote_objects(f"{remote.rstrip('/')}/")}
-            names = [Path((shard.zipped or shard.raw).basename).name for shard in index.shards]
+            place = f"{Address.parse(remote).path}/"
+            stored = {key.removeprefix(place) for key in list_remote_objects(f"{remote.rstrip('/')}/")}
+            names = [(shard.zipped or shard.raw).basename for shard in index.shards]
             if missing := [name for name in names if name not in stored]:
                 raise InputError(
                     f"{remote}: {len(missing)} of {len(names)} shards are missing; the first is {missing[0]}"

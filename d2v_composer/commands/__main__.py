@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": "compare a model with its teacher and baselines",
     "export": "export a student as safetensors, ONNX or torch.export",
     "embed": "embed a collection of images",
+    "merge": "merge the parts of a conversion or of embeddings",
     "benchmark": "measure the speed of training, data and retrieval against baselines",
     "env": "print what a bug report needs: versions, machine, missing packages",
 }

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from d2v_composer.data.convert import Conversion
 
 
-def main(argv: Sequence[str]) -> "Conversion":
+def main(argv: Sequence[str]) -> "Conversion | None":
     """Convert, and print a report."""
     parser = make_parser(__doc__)
     add_options(parser, "clip", source=f"a folder of sound, or {SOURCES}")

@@ -25,14 +25,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2v_composer.system.command_line import COLUMN, SOURCES, make_parser, print_next, size, whole
+from d2v_composer.system.command_line import COLUMN, PART, SOURCES, d2v, make_parser, print_next, size, whole
+from d2v_composer.system.part import ALL, Part
 
 if TYPE_CHECKING:
     from d2v_composer.data.convert import Conversion
     from d2v_composer.data.modality import Modality
 
 
-def main(argv: Sequence[str]) -> "Conversion":
+def main(argv: Sequence[str]) -> "Conversion | None":
     """Convert, and print a report."""
     parser = make_parser(__doc__)
     add_options(parser, "image", source=f"a folder of images, cifar10:FOLDER, or {SOURCES}")
@@ -59,21 +60,33 @@ def add_options(parser: ArgumentParser, sample: str, source: str) -> None:
     add("--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="worker processes; default: one per core")
     add("--seed", type=whole(0, 1 << 32), default=0, help=f"seed for the order of the {sample}s; default: 0")
     add("--shard-size", type=size, default="64mb", help="approximate size of a shard; default: 64mb")
+    add("--part", type=Part.parse, metavar="I/N", help=PART)
     add("--skip-unreadable", action="store_true", help=f"skip {sample}s that are missing or corrupt, and list them")
 
 
-def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **options: Any) -> "Conversion":
+def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **options: Any) -> "Conversion | None":
     """Convert, and print a report that names the YAML for the next step."""
     from d2v_composer.data.convert import convert, find_samples
-    from d2v_composer.data.source import name_counts
+    from d2v_composer.data.parts import Parts, plan_of
+    from d2v_composer.data.source import hash_of, name_counts
     from d2v_composer.models.configs import SAMPLE_RATE
 
-    names = "source", "split", "labels", "column", "label_column"
-    source = find_samples(modality=modality, **{name: getattr(arguments, name) for name in names})
-    start = time.monotonic()
+    names, part, out = ("source", "split", "labels", "column", "label_column"), arguments.part, arguments.out
+    source = find_samples(modality=modality, part=part or ALL, **{name: getattr(arguments, name) for name in names})
+    start, plan = time.monotonic(), None
+    if part is not None:
+        settings = {"seed": arguments.seed, "shard_size": arguments.shard_size, **options}
+        classes = None if source.label is None else source.class_names
+        plan = plan_of(source, part, classes=hash_of(classes), **settings)
+        parts = Parts(out)
+        if record := parts.find(part, plan):
+            print(f"part {part.number} of {part.count} is there: {record[source.modality.unit]} {source.modality.unit}")
+            return None
+        out = parts.path(part)
     conversion = convert(
         source,
-        arguments.out,
+        out,
+        plan=plan,
         seed=arguments.seed,
         workers=arguments.workers,
         shard_bytes=arguments.shard_size,
@@ -86,12 +99,14 @@ def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **
     classes = f"{len(source.class_names)} classes" if source.class_names else "labels without names"
     classes = "no labels" if source.label is None else classes
     print(
-        f"wrote {arguments.out}: {conversion.samples} {source.modality.unit}{hours}, {classes}, "
+        f"wrote {out}: {conversion.samples} {source.modality.unit}{hours}, {classes}, "
         f"{conversion.bytes / 1e6:.1f} MB in {conversion.shards} shards, in {time.monotonic() - start:.0f} s"
     )
     print("other files:", name_counts(source.left_out))
     print("\n  ".join([f"skipped as unreadable: {len(conversion.skipped) or 'none'}", *conversion.skipped]))
-    out = arguments.out
+    if part is not None:
+        print_next(d2v("merge", arguments.out))
+        return conversion
     data = f"train_loader.remote={out}" if "://" in out else f"train_loader.local={Path(out).resolve()}"
     print_next(f"composer recipes/train.py yamls/{yaml}.yaml {shlex.quote(data)}")
     return conversion

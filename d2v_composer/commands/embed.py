@@ -5,43 +5,64 @@
     d2v embed base_imagenet.pt s3://bucket/imagenet/train imagenet.npy --local /mnt/nvme/imagenet
     d2v embed base_libri.pt speech speech.npy
     d2v embed timm/vit_small_patch14_dinov2 photos photos.npy --checkpoint dinov2.safetensors --image-size 112
+    d2v embed student.safetensors 's3://bucket/laion/*.tar' s3://bucket/laion.parquet --part 3/16
+    composer -n 2 -m d2v_composer.commands embed student.safetensors photos photos.npy
 
 Read NAME.npy, (N, D), with np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy: a file's path relative to SOURCE,
-FILE.parquet#ROW, FILE.tar/KEY, or the number in an MDS data set. Images are resized to the model's size without
-cropping; clips are embedded whole.
+FILE.parquet#ROW, FILE.tar/KEY, or the number in an MDS data set. NAME.parquet has the columns id and embedding.
+Images are resized to the model's size without cropping; clips are embedded whole.
+All GPUs of this machine work if Composer is installed, or as many processes as its launcher starts, to the same bytes.
 An interrupted run leaves no OUT; run the same command again to resume it.
 """
 
 import argparse
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from d2v_composer.commands.train import relaunch_on_gpus
 from d2v_composer.models.names import Pooling, PrecisionChoice, Representation, Weights, embedding_name
-from d2v_composer.system.command_line import COLUMN, SOURCES, make_parser, print_next, size, whole
+from d2v_composer.system.command_line import COLUMN, PART, SOURCES, d2v, make_parser, print_next, size, whole
+from d2v_composer.system.part import ALL, Part
+from d2v_composer.system.processes import local_rank, local_ranks
 
 if TYPE_CHECKING:
     from d2v_composer.embedding import Embedding
 
 
-def main(argv: Sequence[str]) -> "Embedding":
-    """Embed, and print a report."""
+def main(argv: Sequence[str]) -> "Embedding | None":
+    """Embed on every GPU of this machine, and print a report."""
     arguments = parse(argv)
-    out = arguments.out
+    if find_spec("composer"):
+        relaunch_on_gpus("embed", *argv)
+    out, part, parts = arguments.out, arguments.part, None
+
+    import torch
 
     from d2v_composer.data.containers import open_source
+    from d2v_composer.data.parts import Parts, plan_of
     from d2v_composer.data.source import name_counts
     from d2v_composer.embedder import Embedder
-    from d2v_composer.embedding import check_out, embed_source
+    from d2v_composer.embedding import check_out, embed_source, hash_weights
 
-    check_out(out, overwrite=arguments.overwrite)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    if part is not None:
+        out, parts = Parts(out).path(part), Parts(out)
+    check_out(out, overwrite=arguments.overwrite or part is not None)
     given = vars(arguments)
     model, modality, options, device = Embedder(*(given[name] for name in Embedder.__match_args__)).load()
-    cache, limit = arguments.local, arguments.cache_limit
-    source = open_source(arguments.source, modality, column=arguments.column, cache=cache, cache_limit=limit)
+    place = {"column": arguments.column, "cache": arguments.local, "cache_limit": arguments.cache_limit}
+    source = open_source(arguments.source, modality, **place, part=part or ALL)
     print(f"embedding: {embedding_name(options.representation, options.pooling)}")
     how = {name: given[name] for name in ("workers", "skip_unreadable")}
+    if parts is not None:
+        how["part"] = plan_of(source, part, model=hash_weights(model), device=device, **options._asdict())
+        if record := parts.find(part, how["part"]):
+            print(f"part {part.number} of {part.count} is there: {record['images']} {modality.unit}")
+            return None
     embedding = embed_source(model, source, out, options, device=device, **how)
     if embedding.resumed:
         print(f"resumed an interrupted run after {embedding.resumed} {modality.unit}")
@@ -50,8 +71,15 @@ def main(argv: Sequence[str]) -> "Embedding":
     num_now = embedding.images + len(embedding.skipped) - embedding.resumed
     rate = f", {num_now / embedding.seconds:.0f} {modality.unit}/s" if num_now else ""
     print(f"wrote {out}: {embedding.images} embeddings of {embedding.channels} channels{rate}")
-    print_next(f"import numpy; embeddings = numpy.load({str(out)!r}, mmap_mode='r')")
+    print_next(d2v("merge", arguments.out) if part else reading_of(out))
     return embedding
+
+
+def reading_of(out: str) -> str:
+    """Return the line of Python that reads embeddings."""
+    if out.endswith(".parquet"):
+        return f"import pandas; embeddings = pandas.read_parquet({out!r})"
+    return f"import numpy; embeddings = numpy.load({out!r}, mmap_mode='r')"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -59,7 +87,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a checkpoint, an exported student or a teacher: a path, s3://, …; or timm/NAME")
     add("source", metavar="SOURCE", help=f"a folder of images or sound, or {SOURCES}")
-    add("out", metavar="OUT", type=Path, help="a file: NAME.npy")
+    add("out", metavar="OUT", help="a file: NAME.npy or NAME.parquet, here or in S3")
     add("--teacher", help="the checkpoint's teacher, if it has moved since the training run")
     add("--weights", choices=get_args(Weights), default="model", help="a teacher's weights; default: model")
     add("--checkpoint", metavar="FILE", help="a timm model's weights; default: timm's pretrained ones")
@@ -83,12 +111,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--workers",
         type=whole(0, 1024),
-        default=os.cpu_count() or 1,
+        default=max(1, (os.cpu_count() or 1) // local_ranks()),
         help="processes that decode, on Linux; default: one per core",
     )
     add("--local", type=Path, metavar="FOLDER", help="folder that caches the shards of a remote MDS data set")
     add("--cache-limit", type=size, metavar="SIZE", help="maximum size of --local, such as 60gb; default: no limit")
     add("--column", metavar="NAME", help=COLUMN)
+    add("--part", type=Part.parse, metavar="I/N", help=PART)
     add("--skip-unreadable", action="store_true", help="skip unreadable files and list them")
     add("--overwrite", action="store_true", help="replace OUT if it exists, once the new one is complete")
     return parser.parse_args(argv)

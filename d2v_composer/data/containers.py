@@ -35,6 +35,7 @@ from d2v_composer.data.source import (
 )
 from d2v_composer.system import fetch
 from d2v_composer.system.errors import InputError, UnreadableSampleError, reading
+from d2v_composer.system.part import ALL, Part
 from d2v_composer.system.progress import progress_bar
 
 # A folder that has both is img2dataset's, whose samples are in the tars.
@@ -49,7 +50,7 @@ MEMBER = re.compile(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]+)")
 CONVERTED = "refs/convert/parquet"
 
 
-class _Part(NamedTuple):
+class _Listed(NamedTuple):
     """The samples of a file, as in a :class:`Source`."""
 
     ids: NDArray[Any]
@@ -72,6 +73,7 @@ class Files:
         modality: What the samples are.
         column: See :func:`open_source`.
         label_column: Likewise.
+        part: What to open: some of the files if there are enough, or else all, of whose samples it is a part.
     """
 
     root: str
@@ -80,6 +82,7 @@ class Files:
     modality: Modality
     column: str | None
     label_column: str | None
+    part: Part = ALL
 
     def of_split(self, split: str) -> list[str]:
         """Return the paths that have a split's name as a word."""
@@ -100,7 +103,7 @@ class Files:
         chosen = chosen or self.paths
         others = Counter(self.left_out) + Counter({"of other splits": len(self.paths) - len(chosen)})
         return replace(self, paths=chosen, left_out=others).open(
-            lambda: replace(self, paths=train).open().class_names if train not in ([], chosen) else ()
+            lambda: replace(self, paths=train, part=ALL).open().class_names if train not in ([], chosen) else ()
         )
 
     def open(self, class_names: Callable[[], Sequence[str]] = tuple) -> Source:
@@ -113,12 +116,14 @@ class Files:
             InputError: A file cannot be read, a column is missing or ambiguous, or there are no samples.
         """
         _row_group.cache_clear()  # a file may have changed
-        read = self._read_tar if self.paths[0].lower().endswith(TAR) else self._read_parquet
-        listed = map_in_workers(read, self.paths, min(len(self.paths) - 1, os.cpu_count() or 1))
-        parts: list[_Part] = [*progress_bar(listed, total=len(self.paths), desc="listing", unit="files")]
+        of_files = 1 < self.part.count <= len(self.paths)
+        paths = self.part.of(self.paths) if of_files else self.paths
+        read = self._read_tar if paths[0].lower().endswith(TAR) else self._read_parquet
+        listed = map_in_workers(read, paths, min(len(paths) - 1, os.cpu_count() or 1))
+        parts: list[_Listed] = [*progress_bar(listed, total=len(paths), desc="listing", unit="files")]
         left_out = dict(sorted(sum((Counter(part.left_out) for part in parts), Counter(self.left_out)).items()))
         ends = np.cumsum([len(part.ids) for part in parts]).tolist()
-        if not ends[-1]:
+        if not (ends[-1] or of_files):
             found = f"in {len(parts)} files; other files: {name_counts(left_out)}"
             raise InputError(f"{self.root}: no {self.modality.unit} {found}")
 
@@ -126,6 +131,8 @@ class Files:
             part = bisect_right(ends, number)
             return parts[part].load(number - ends[part] + len(parts[part].sizes))
 
+        is_remote, root = fetch.is_remote(self.root), Path(self.root)
+        place = self.root if is_remote else [(root / path).stat().st_size for path in self.paths]
         source = Source(
             root=self.root,
             modality=self.modality,
@@ -133,17 +140,20 @@ class Files:
             load=load,
             sizes=np.concatenate([part.sizes for part in parts]),
             marks=np.concatenate([part.marks for part in parts]),
-            fingerprint=hash_of(self.root if fetch.is_remote(self.root) else Path(self.root).resolve(), self.column),
+            content=hash_of(place, self.paths, self.column, None if of_files else ends),
             left_out=left_out,
+            part=ALL if of_files else self.part,
         )
         if self.label_column is None:
             return source
         labels, names = [label for part in parts for label in part.labels], {tuple(part.class_names) for part in parts}
         if len(names) > 1:
             raise InputError(f"{self.root}: its files name the classes of {self.label_column} differently")
-        return number_labels(source, labels, names.pop(), class_names)
+        whole = replace(self, part=ALL)  # which has all names
+        known = (lambda: class_names() or whole.open().class_names) if of_files else class_names
+        return number_labels(source, labels, names.pop(), known)
 
-    def _read_tar(self, path: str) -> _Part:
+    def _read_tar(self, path: str) -> _Listed:
         """List a tar's samples: adjacent members whose names are equal up to the first dot.
 
         Raises:
@@ -184,10 +194,10 @@ class Files:
                 counts = json.loads(statistics.read_bytes())
                 left_out["failed downloads"] += counts["count"] - counts["successes"]
         load = partial(_load_member, name, local, np.array(offsets), np.array(sizes))
-        ids, marks = np.array([f"{path}/{key}" for key in keys], str), _marks(local, path, len(keys))
-        return _Part(ids, np.array(sizes), marks, load, labels, left_out=+left_out)
+        ids, marks = np.array([f"{path}/{key}" for key in keys], str), _marks(local, path, self.column, len(keys))
+        return _Listed(ids, np.array(sizes), marks, load, labels, left_out=+left_out)
 
-    def _read_parquet(self, path: str) -> _Part:
+    def _read_parquet(self, path: str) -> _Listed:
         """List a Parquet file's rows.
 
         Raises:
@@ -213,7 +223,7 @@ class Files:
             hub = json.loads((schema.metadata or {}).get(b"huggingface", "{}")).get("info", {}).get("features", {})
             class_names = hub.get(label, {}).get("names", ())
             ids = np.array([f"{path}#{row}" for row in range(metadata.num_rows)], str)
-            marks = _marks(local, path, len(ids))
+            marks = _marks(local, path, self.column, len(ids))
             if known[0] in of_bytes:
                 groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
                 rows = [group.num_rows for group in groups]
@@ -229,7 +239,7 @@ class Files:
                 sizes = np.array([each.st_size if each else 0 for each in status])
                 marks = marks + [mark_of(each and (each.st_size, each.st_mtime_ns)) for each in status]
                 load = partial(load_file, local.parent, paths)
-        return _Part(ids, sizes, marks, load, labels, class_names)
+        return _Listed(ids, sizes, marks, load, labels, class_names)
 
 
 def open_source(
@@ -240,6 +250,7 @@ def open_source(
     label_column: str | None = None,
     cache: Path | None = None,
     cache_limit: int | None = None,
+    part: Part = ALL,
 ) -> Source:
     """Open the samples of a folder, an MDS data set, Parquet files or tars.
 
@@ -253,13 +264,14 @@ def open_source(
         label_column: The column of labels, in tars ``cls`` or ``json:KEY``; default: no labels.
         cache: The folder for the shards of an MDS data set in a store.
         cache_limit: Maximum size of the cache, in bytes; default: no limit.
+        part: Open the files of a part alone; if there are fewer files than parts, all, with the part noted.
 
     Raises:
         InputError: The source cannot be used.
     """
     remote, is_local_mds = source if fetch.is_remote(source) else None, is_mds(Path(source))
     if not (cache or is_local_mds) and (files := find_files(source, modality, column, label_column)) is not None:
-        return files.open()
+        return replace(files, part=part).open()
     if (remote is None) != (cache is None):
         raise InputError(f"{source}: --local is needed for an object store's shards, and for nothing else")
     if remote is not None and cache is not None:
@@ -267,9 +279,9 @@ def open_source(
     elif not is_local_mds:
         if column or label_column:
             raise InputError(f"{source}: a folder of {modality.unit} has no columns; omit --column")
-        return open_folder(Path(source), modality)
+        return replace(open_folder(Path(source), modality), part=part)
     index = Index(cache or Path(source), modality, column, labels=label_column, option="--column", remote=remote)
-    return open_mds(index, cache_limit)
+    return replace(open_mds(index, cache_limit), part=part)
 
 
 def find_files(
@@ -323,9 +335,9 @@ def find_files(
     return None if kind is None else Files(root, paths, left_out, modality, column, label_column)
 
 
-def _marks(local: Path, path: str, count: int) -> NDArray[np.int64]:
+def _marks(local: Path, path: str, column: str | None, count: int) -> NDArray[np.int64]:
     status = local.stat()
-    return mark_of(path, status.st_size, status.st_mtime_ns) + np.arange(count)
+    return mark_of(path, column, status.st_size, status.st_mtime_ns) + np.arange(count)
 
 
 def _members(file: BinaryIO) -> Iterator[tuple[re.Match[str] | None, int, int]]:

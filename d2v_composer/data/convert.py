@@ -14,8 +14,9 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,10 +33,12 @@ from d2v_composer.data.images import Images
 from d2v_composer.data.labeled import evenly_spaced, load_labeled_set
 from d2v_composer.data.mds import INDEX, SUMMARY, ShardFile, is_mds
 from d2v_composer.data.modality import Modality
+from d2v_composer.data.parts import Parts
 from d2v_composer.data.source import Source, list_classes, list_subfolders, map_in_workers, open_folder
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, reason, writing
-from d2v_composer.system.fetch import cache_folder, download_existing, is_remote, list_etags
+from d2v_composer.system.fetch import UPLOAD_ATTEMPTS, cache_folder, download_existing, is_remote, list_etags
 from d2v_composer.system.files import sole_user, write_atomically
+from d2v_composer.system.part import ALL, Part
 from d2v_composer.system.processes import if_interrupted
 from d2v_composer.system.progress import progress_bar
 
@@ -46,7 +49,6 @@ CIFAR10 = "cifar10:"
 HASHES = ["sha1", "xxh64"]
 # A resized JPEG has 0.3 bytes per pixel, at an aspect ratio of 4:3. Only the size of shards depends on it.
 BYTES_PER_SQUARE = 0.4
-ATTEMPTS = 6  # half a minute with Streaming's back-off
 LOCK_SECONDS = 10.0
 MAX_HELD_OUT = 5000
 IMAGES = Images()  # of any size: a conversion does not decode them to a model's
@@ -59,6 +61,7 @@ def find_samples(
     modality: Modality = IMAGES,
     column: str | None = None,
     label_column: str | None = None,
+    part: Part = ALL,
 ) -> Source:
     """List the images or the sound of a data set.
 
@@ -81,12 +84,13 @@ def find_samples(
         modality: What the samples are.
         column: The column of samples, as for :func:`~d2v_composer.data.containers.open_source`.
         label_column: The column of labels, likewise.
+        part: What to open, likewise.
 
     Raises:
         InputError: There are no samples, or the split or the labels are ambiguous.
     """
     if str(source).startswith(CIFAR10):
-        return _cifar10_images(Path(str(source).removeprefix(CIFAR10)), split or "train")
+        return replace(_cifar10_images(Path(str(source).removeprefix(CIFAR10)), split or "train"), part=part)
     is_local_mds = is_mds(Path(source))
     files = None if is_local_mds else find_files(str(source), modality, column, label_column)
     if files is None and is_remote(source):
@@ -95,8 +99,8 @@ def find_samples(
         if labels not in (None, NONE):
             raise InputError(f"--labels: only for a folder; for {source}, use --label-column")
         if files is not None:
-            return files.open_split(split)
-        return open_source(str(source), modality, column=column, label_column=label_column)
+            return replace(files, part=part).open_split(split)
+        return open_source(str(source), modality, column=column, label_column=label_column, part=part)
     source = Path(source)
     splits = source / KAGGLE if (source / KAGGLE).is_dir() else source
     chosen, train = split or "train", splits if split == NONE else splits / "train"
@@ -109,7 +113,7 @@ def find_samples(
     elif split is None and not list_subfolders(root) and (beside := {*list_classes(splits, modality)} - {*SPLITS}):
         found = f"train is a split, or a class like {', '.join(sorted(beside)):.80}"
         raise InputError(f"{source}: {found}: choose with --split train or --split none")
-    found = open_folder(root, modality)
+    found = replace(open_folder(root, modality), part=part)
     paths = found.ids.tolist()
     if labels is None and not any("/" in path for path in paths):
         labels = listed if (listed := source / f"LOC_{chosen}_solution.csv").is_file() else NONE
@@ -148,7 +152,7 @@ def _cifar10_images(folder: Path, split: str) -> Source:
         class_names=labeled.class_names,
         sizes=np.full(len(images), images[0].numel()),
         marks=numbers,
-        fingerprint=split,
+        content=split,
         keeps_files=True,
     )
 
@@ -242,7 +246,7 @@ class _Task(NamedTuple):
         is_finished = (Path(self.out) / INDEX).exists()
         if is_remote(self.out):
             try:
-                with self.published(INDEX):  # nothing is written, but the uploader asks for the bucket
+                with _published(self.out, INDEX, self.work):  # nothing is written, but the uploader asks for the bucket
                     self.etags.update(list_etags(self.out))
                     is_finished = download_existing(f"{self.out}/{INDEX}", self.work / INDEX)
             except Exception as error:
@@ -250,27 +254,6 @@ class _Task(NamedTuple):
         if is_finished:
             shutil.rmtree(self.work, ignore_errors=True)  # if the conversion was killed after its index
             raise InputError(f"{self.out}: holds a finished data set: remove it, or choose another OUT")
-
-    @contextmanager
-    def published(self, name: str) -> Iterator[Path]:
-        """Yield a local path to write to. When the ``with`` block ends, publish the file if one was written.
-
-        Raises:
-            RunError: The disk or the store fails.
-        """
-        with writing(self.out), TemporaryDirectory(dir=self.work) as folder:
-            uploader = CloudUploader.get((folder, self.out), retry=ATTEMPTS) if is_remote(self.out) else None
-            path = Path(folder, name)
-            yield path
-            if uploader is None:
-                with suppress(FileNotFoundError):
-                    path.replace(Path(self.out) / name)
-            elif path.exists():
-                try:
-                    uploader.upload_file(name)
-                    self.etags.update(list_etags(self.out, name))
-                except Exception as error:
-                    raise RunError(f"{self.out}: cannot be written: {reason(error)}") from error
 
     def finish_shard(self, number: int) -> dict[str, Any]:
         """Write a group's shard, unless it exists.
@@ -292,7 +275,7 @@ class _Task(NamedTuple):
         source, column = self.source, self.source.modality.name
         columns = {column: "bytes"} | ({} if source.label is None else {"label": "int"})
         done = {"entry": None, "skipped": [], "lengths": []}
-        with self.published(name) as path:
+        with _published(self.out, name, self.work) as path:
             writer = MDSWriter(columns=columns, out=str(path.parent), hashes=HASHES, size_limit=None)
             writer.shards = [None] * number  # their number becomes the next one's name
             for each in self.groups[number].tolist():
@@ -314,6 +297,7 @@ class _Task(NamedTuple):
                 writer.flush_shard()
                 done["entry"] = writer.shards[-1]
             writer.executor.shutdown()
+        self.etags.update(list_etags(self.out, name) if done["entry"] else {})
         done["etag"] = self.etags.get(name)
         write_atomically(record, json.dumps(done))
         return done
@@ -349,6 +333,7 @@ def convert(
     workers: int = 1,
     shard_bytes: int = 1 << 26,
     skip_unreadable: bool = False,
+    plan: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Conversion:
     """Write samples to an MDS data set with their modality's columns (``image`` or ``audio``) and, if known, ``label``.
@@ -360,6 +345,7 @@ def convert(
         workers: Processes that convert.
         shard_bytes: The approximate size of a shard.
         skip_unreadable: Skip and list unreadable samples instead of stopping.
+        plan: The record of a part, which may be empty; see :class:`~d2v_composer.data.parts.Parts`.
         **options: Of images: ``resize``, the pixels to which a longer short side is shrunk (``None``: keep the files'
             bytes), and ``quality``, 1 to 100, of JPEGs that are encoded again. Of sound: ``most_seconds`` of a clip.
 
@@ -373,11 +359,9 @@ def convert(
         raise InputError(f"{out}: is inside the folder of {unit}, {source.root}")
     if not work.is_dir() and not (folder / INDEX).exists() and folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{out}: is not empty, and holds no interrupted conversion")
-    groups = _groups(source, options.get("resize"), seed, shard_bytes)
+    groups = source.part.of(_groups(source, options.get("resize"), seed, shard_bytes))
     labels = source.label and [*map(source.label, range(len(source)))]
-    settings = repr(
-        (source.fingerprint, source.marks.tolist(), labels, source.modality.name, options, seed, shard_bytes)
-    )
+    settings = repr((source.marks.tolist(), labels, source.modality.name, options, seed, shard_bytes))
     records = work / hashlib.sha256(settings.encode()).hexdigest()[:16]
     task = _Task(source, groups, options, skip_unreadable, out, work, records, {})
     with sole_user(work / "lock", LOCK_SECONDS) as alone:
@@ -386,13 +370,13 @@ def convert(
         task.check_out()
         shards = []
         left = if_interrupted(lambda: "finished shards are kept; the same command resumes")
-        with left, progress_bar(total=len(source), desc="converting", unit=unit) as bar:
+        with left, progress_bar(total=sum(map(len, groups)), desc="converting", unit=unit) as bar:
             done = map_in_workers(task.finish_shard, range(len(groups)), workers)
             for group, shard in zip(groups, done, strict=True):
                 shards.append(shard)
                 bar.update(len(group))
         entries = [shard["entry"] for shard in shards if shard["entry"] is not None]
-        if not entries:
+        if not (entries or plan):
             raise InputError(f"{source.root}: none of the {len(source)} {unit} can be read")
         etags = {each["entry"]["raw_data"]["basename"]: each.get("etag") for each in shards if each["entry"]}
         for path in folder.glob("shard.*.mds"):
@@ -408,14 +392,78 @@ def convert(
         num_samples = sum(entry["samples"] for entry in entries)
         class_names = None if source.label is None else source.class_names
         summary = {unit: num_samples, "classes": class_names, "skipped": skipped, "seed": seed, **options}
-        summary |= {"lengths": lengths} if lengths else {}
-        for name, content in ((SUMMARY, summary), (INDEX, {"version": 2, "shards": entries})):
-            with task.published(name) as path:
-                path.write_text(json.dumps(content, sort_keys=True))
+        summary |= ({"lengths": lengths} if lengths else {}) | ({"part": plan} if plan else {})
+        _write_index(out, work, summary, {"version": 2, "shards": entries})
         shutil.rmtree(work)
     num_bytes = sum(entry["raw_data"]["bytes"] for entry in entries)
     num_kept = sum("is_kept" in shard for shard in shards)
     return Conversion(num_samples, lengths, num_bytes, len(entries), skipped, num_kept)
+
+
+def merge(out: str) -> Conversion:
+    """Make one MDS data set of all its parts, whose shards stay where they are.
+
+    Raises:
+        InputError: A part is missing, is there twice or was not made like the others, a shard is missing or has another
+            size, or ``out`` holds another data set.
+        RunError: The disk or the store fails.
+    """
+    parts, entries = Parts(out), []
+    records, names, is_local = parts.read_all(), parts.list_names(), not is_remote(out)
+    for part in records:
+        for entry in parts.load(f"{parts.path(part)}/{INDEX}")["shards"]:
+            raw = entry["raw_data"]
+            path = Path(parts.folder, part.name, raw["basename"])
+            if f"{part.name}/{path.name}" not in names or (is_local and path.stat().st_size != raw["bytes"]):
+                raise InputError(f"{parts.path(part)}: {path.name} is missing or damaged; remove this part")
+            entries.append(entry | {"raw_data": raw | {"basename": f"parts/{part.name}/{path.name}"}})
+    summary = next(iter(records.values()))
+    unit = summary.pop("part")["unit"]
+    summary[unit] = sum(record[unit] for record in records.values())
+    for name in ("skipped", "lengths"):
+        summary[name] = [each for record in records.values() for each in record.get(name, ())]
+    if not summary["lengths"]:  # of images
+        del summary["lengths"]
+    if not entries:
+        raise InputError(f"{parts.folder}: no part has {unit} that can be read")
+    if parts.load(f"{parts.out}/{INDEX}") not in (None, index := {"version": 2, "shards": entries}):
+        raise InputError(f"{parts.out}: holds another data set; remove its {INDEX}")
+    _write_index(parts.out, Path(parts.folder) if is_local else None, summary, index)
+    num_bytes = sum(entry["raw_data"]["bytes"] for entry in entries)
+    return Conversion(summary[unit], summary.get("lengths", []), num_bytes, len(entries), summary["skipped"], 0)
+
+
+def _write_index(out: str, work: Path | None, summary: Mapping[str, Any], index: Mapping[str, Any]) -> None:
+    """Finish a data set: the index comes last."""
+    for name, content in ((SUMMARY, summary), (INDEX, index)):
+        with _published(out, name, work) as path:
+            path.write_text(json.dumps(content, sort_keys=True))
+
+
+@contextmanager
+def _published(out: str, name: str, work: Path | None) -> Iterator[Path]:
+    """Yield a local path to write to. When the ``with`` block ends, publish the file if one was written.
+
+    Args:
+        out: The folder, or its address in a store.
+        name: The file's.
+        work: A folder on the disk of a local ``out``; of a store, any.
+
+    Raises:
+        RunError: The disk or the store fails.
+    """
+    with writing(out), TemporaryDirectory(dir=work) as folder:
+        uploader = CloudUploader.get((folder, out), retry=UPLOAD_ATTEMPTS) if is_remote(out) else None
+        path = Path(folder, name)
+        yield path
+        if uploader is None:
+            with suppress(FileNotFoundError):
+                path.replace(Path(out) / name)
+        elif path.exists():
+            try:
+                uploader.upload_file(name)
+            except Exception as error:
+                raise RunError(f"{out}: cannot be written: {reason(error)}") from error
 
 
 def _groups(source: Source, resize: int | None, seed: int, shard_bytes: int) -> list[NDArray[np.int64]]:

@@ -193,11 +193,15 @@ class Shards:
             return min(on_machine, self.limit // (2 * self._largest)) // processes
         return max(1, on_machine // processes)
 
+    def _lock_of(self, path: Path) -> Path:
+        """Return the lock of a shard, from its path or that of a temporary file beside it."""
+        return self._locks / PARTIAL.sub("", str(path.relative_to(self.local)))
+
     def _remove_abandoned(self, suffix: str = "") -> None:
         """Remove the temporary files of killed processes, which no longer hold their locks."""
         for left in find_partials(self._known):
             if left.name.endswith(suffix):
-                with sole_user(self._locks / PARTIAL.sub("", left.name)) as is_abandoned:
+                with sole_user(self._lock_of(left)) as is_abandoned:
                     if is_abandoned:
                         left.unlink(missing_ok=True)
 
@@ -238,7 +242,7 @@ class Shards:
             if (fault := shard.raw.find_fault(fetched)) is not None:
                 raise ValueError(f"the download does not match the index: {fault}")
 
-        with writing(self.local), sole_user(self._locks / path.name) as is_ours:
+        with writing(self.local), sole_user(self._lock_of(path)) as is_ours:
             if is_ours and path.is_file() and (fault := shard.raw.find_fault(path)) is not None:
                 log.warning("%s; fetching it again", fault)
                 path.unlink()

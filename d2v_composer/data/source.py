@@ -22,6 +22,7 @@ from d2v_composer.data.mds import INDEX, Index
 from d2v_composer.data.modality import Modality, read_sample_file
 from d2v_composer.data.shards import Shards
 from d2v_composer.system.errors import InputError, RunError, reading
+from d2v_composer.system.part import ALL, Part
 from d2v_composer.system.processes import die_with_parent
 
 
@@ -39,10 +40,12 @@ class Source:
         class_names: Name of each class, if they have names.
         sizes: (N,) int64, about how many bytes a sample has.
         marks: (N,) int64, a number for each sample that is another one if its file changes.
-        fingerprint: Hash of where the samples are, and of an MDS data set's index.
+        content: Hash of the names of all files, or of an MDS data set's index, wherever they are; the same for each
+            part.
         left_out: Number of other files by kind.
         keeps_files: A conversion stores what ``load`` returns unchanged.
         is_folder: The samples are files in a folder, which are listed by name: a conversion shuffles them.
+        part: Which of their shards or batches a command makes.
     """
 
     root: str
@@ -53,10 +56,11 @@ class Source:
     class_names: tuple[str, ...] = ()
     sizes: NDArray[np.int64]
     marks: NDArray[np.int64]
-    fingerprint: str
+    content: str
     left_out: Mapping[str, int] = field(default_factory=dict)
     keeps_files: bool = False
     is_folder: bool = False
+    part: Part = ALL
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -102,8 +106,8 @@ class Source:
 
 def open_mds(index: Index, cache_limit: int | None = None) -> Source:
     """Open the samples of an MDS data set, with labels if the index has a column of labels."""
-    shards, place = Shards(index, cache_limit=cache_limit), index.remote or index.folder.resolve()
-    numbers = np.arange(len(index))
+    shards, numbers = Shards(index, cache_limit=cache_limit), np.arange(len(index))
+    content = hash_of((index.folder / INDEX).read_bytes(), index.column)
 
     def label(number: int) -> int:
         return whole_label(shards[number][index.labels or ""], f"sample {number} of {index.source}")
@@ -115,8 +119,8 @@ def open_mds(index: Index, cache_limit: int | None = None) -> Source:
         load=lambda number: shards[number][index.column],
         label=label if index.labels else None,
         sizes=np.full(len(index), sum(each.raw.bytes for each in index.shards) // len(index)),  # all may be copies
-        marks=numbers,
-        fingerprint=hash_of(place, (index.folder / INDEX).read_bytes(), index.column),
+        marks=mark_of(content) + numbers,
+        content=content,
     )
 
 
@@ -222,7 +226,7 @@ def open_folder(root: Path, modality: Modality) -> Source:
         load=partial(load_file, root, paths),
         sizes=np.array([num_bytes for _, num_bytes, _ in files], np.int64),
         marks=np.array([mark_of(file) for file in files], np.int64),
-        fingerprint=hash_of(root.resolve()),
+        content=hash_of([(path, num_bytes) for path, num_bytes, _ in files]),
         left_out=others,
         is_folder=True,
     )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import closing, suppress
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import requests
@@ -24,6 +25,7 @@ from d2v_composer.system.retry import CONNECT_SECONDS, is_missing, retry
 
 # Timeout of an answer and of each part of a file.
 READ_SECONDS = 30.0
+UPLOAD_ATTEMPTS = 6  # half a minute with Streaming's back-off
 # Time for retries of a run's own file.
 RETRY_SECONDS = 600.0
 LARGEST_FILE = 32 << 30
@@ -178,6 +180,24 @@ def download_existing(address: str, path: Path, retry_timeout: float = RETRY_SEC
             return False
         raise
     return True
+
+
+def upload(path: Path, address: str) -> None:
+    """Upload a file; its name in the store may be another.
+
+    Raises:
+        RunError: The store fails.
+    """
+    from streaming.base.storage import CloudUploader
+
+    folder, _, name = address.rpartition("/")
+    try:
+        with TemporaryDirectory() as staged:
+            uploader = CloudUploader.get((staged, folder), keep_local=True, retry=UPLOAD_ATTEMPTS)
+            Path(staged, name).symlink_to(path.resolve())
+            uploader.upload_file(name)
+    except Exception as error:
+        raise RunError(f"{address}: cannot be written: {reason(error)}") from error
 
 
 def transfer(address: str, path: Path, timeout: float, known: str | None = None) -> str:

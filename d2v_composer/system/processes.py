@@ -236,9 +236,18 @@ def num_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_ranks() -> int:
+    """Return the number of ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def num_nodes() -> int:
     """Return the number of machines in the run; all have the same number of ranks."""
-    return num_ranks() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return num_ranks() // local_ranks()
 
 
 def let_first_rank_report() -> None:
@@ -246,7 +255,7 @@ def let_first_rank_report() -> None:
 
     When it has ended, Composer's launcher ends the others by SIGTERM, so that they do not print the error as well.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if local_rank() != 0:
         # The launcher prints nothing of a process that the signal killed.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])

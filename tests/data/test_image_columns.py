@@ -69,7 +69,6 @@ def test_embeds_and_retrieves_from_a_chosen_column(files: list[Path], tmp_path: 
     for pixels in (source.decode(3), labeled.train.samples[3]):
         assert torch.equal(pixels.flatten(1).T, torch.tensor(list(expected), dtype=torch.uint8))
     assert labeled.test.labels.tolist() == [i % 4 for i in range(NUM_SAMPLES)]
-    assert open_source(str(tmp_path / "test"), Images(32), column="x").fingerprint != source.fingerprint
 
 
 def test_names_a_column_that_is_missing_or_has_no_images(files: list[Path], tmp_path: Path) -> None:

@@ -1,0 +1,117 @@
+"""Parts of a conversion or of embeddings, which any scheduler makes, in any order, on any machine, and how they merge.
+
+A part is there once its last file is. Beside it stands its record: which part it is, and of what and how it was made.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from d2v_composer.data.mds import INDEX, SUMMARY
+from d2v_composer.data.source import Source
+from d2v_composer.system.errors import InputError, reading
+from d2v_composer.system.fetch import download_existing, is_remote, list_folder
+from d2v_composer.system.part import Part
+
+TABLES = (".npy", ".parquet")
+
+
+def plan_of(source: Source, part: Part, **settings: Any) -> dict[str, Any]:
+    """Return what is recorded of a part: which it is, and what all must share: source, version and settings."""
+    same = {"unit": source.modality.unit, "source": source.content, "version": version("d2v-composer")}
+    return part._asdict() | same | settings
+
+
+class Parts:
+    """The parts of an OUT: OUT/parts/00003-of-00016 of an MDS data set, OUT.parts/00003-of-00016.npy of embeddings.
+
+    Args:
+        out: A folder or a file, local or in S3.
+
+    Attributes:
+        folder: The folder of the parts.
+        suffix: Of embeddings.
+    """
+
+    def __init__(self, out: str) -> None:
+        self.out = out.rstrip("/")
+        self.suffix = next((suffix for suffix in TABLES if out.endswith(suffix)), "")
+        self.folder = f"{self.out}.parts" if self.suffix else f"{self.out}/parts"
+        self._last, self._record = (self.suffix, ".json") if self.suffix else (f"/{INDEX}", f"/{SUMMARY}")
+
+    def path(self, part: Part) -> str:
+        """Return where a part is."""
+        return f"{self.folder}/{part.name}{self.suffix}"
+
+    def record_path(self, part: Part) -> str:
+        return f"{self.folder}/{part.name}{self._record}"
+
+    def find(self, part: Part, plan: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the record of a part, or ``None`` if it must be made.
+
+        Raises:
+            InputError: It was made of something else or otherwise, or the folder of an MDS data set has other files.
+        """
+        if f"{part.name}{self._last}" in self.list_names():
+            record = self._read(part)
+            self._check(part, record, plan, "this command")
+            return record
+        if not self.suffix:
+            out = Path(self.out)
+            others = [INDEX] if self.load(f"{self.out}/{INDEX}") else []
+            if not is_remote(self.out) and out.is_dir():
+                others = [path.name for path in out.iterdir() if path.name != "parts"]
+            if others:
+                raise InputError(f"{self.out}: holds something else than parts: {others[0]}; choose another OUT")
+        return None
+
+    def read_all(self) -> dict[Part, dict[str, Any]]:
+        """Return the record of each part, in order.
+
+        Raises:
+            InputError: A part is missing, is there twice, or was not made like the others.
+        """
+        pattern = re.compile(rf"(\d{{5,}})-of-(\d{{5,}}){re.escape(self._last)}")
+        found = sorted(Part(*map(int, match.groups())) for match in map(pattern.fullmatch, self.list_names()) if match)
+        if not found:
+            raise InputError(f"{self.folder}: no finished parts")
+        counts = sorted({part.count for part in found})
+        if len(counts) > 1:
+            raise InputError(f"{self.folder}: has parts of {' and of '.join(map(str, counts))}; remove those of one")
+        if missing := sorted({*range(counts[0])} - {part.number for part in found}):
+            raise InputError(f"{self.folder}: missing of {counts[0]} parts: {', '.join(map(str, missing))}")
+        records = {part: self._read(part) for part in found}
+        for part, record in records.items():
+            self._check(part, record, records[found[0]]["part"], found[0].name)
+        return records
+
+    def list_names(self) -> set[str]:
+        """Return the paths of all files below the folder."""
+        if is_remote(self.folder):
+            return {*list_folder(self.folder)[1]}
+        return {path.relative_to(self.folder).as_posix() for path in Path(self.folder).rglob("*") if path.is_file()}
+
+    def _read(self, part: Part) -> dict[str, Any]:
+        with reading(self.record_path(part)):
+            record = self.load(self.record_path(part))
+            record["part"]["number"]
+        return record
+
+    def _check(self, part: Part, record: Mapping[str, Any], plan: Mapping[str, Any], whose: str) -> None:
+        has = record["part"]
+        if (has["number"], has["count"]) != part:
+            raise InputError(f"{self.path(part)}: is part {has['number']} of {has['count']}")
+        if others := [key for key in plan if key != "number" and has.get(key) != plan[key]]:
+            raise InputError(f"{self.path(part)}: was made with another {', '.join(others)} than {whose}; remove it")
+
+    @staticmethod
+    def load(address: str) -> Any:
+        """Return the content of a JSON file; ``None`` if there is no such file."""
+        with TemporaryDirectory() as folder:
+            path = Path(folder, INDEX) if is_remote(address) else Path(address)
+            is_there = download_existing(address, path) if is_remote(address) else path.is_file()
+            return json.loads(path.read_bytes()) if is_there else None

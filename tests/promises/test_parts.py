@@ -1,0 +1,230 @@
+"""Parts of a conversion and of embeddings, in any order and killed, make what one command would have made."""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from streaming import StreamingDataset
+
+from containers import write_all
+from gated_store import GatedStore
+from helpers import (
+    D2V,
+    GOLDEN,
+    d2v,
+    encoded_image,
+    failure,
+    run_ranks,
+    start_python,
+    started_ranks,
+    wait_until,
+    write_mds,
+)
+
+NUM_IMAGES = 60
+TEACHER = GOLDEN / "tiny_base.pt"
+CONVERT = ("--shard-size", "9kb", "--workers", "1")
+EMBED = ("--batch-size", "4", "--workers", "0")
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    images = [encoded_image(number) for number in range(NUM_IMAGES)]
+    return write_all(tmp_path_factory.mktemp("sources"), images, [number % 4 for number in range(NUM_IMAGES)], 4)
+
+
+def succeed(*arguments: str | Path, **options: Any) -> str:
+    ended = d2v(*arguments, **options)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+def make_parts(count: int, *command: str | Path, kill: bool = True, **options: Any) -> None:
+    """Make the parts in random order; kill one at a random moment and start it again."""
+    dice = random.Random(count)
+    numbers = dice.sample(range(count), count)
+    if kill:
+        killed = start_python(*D2V, *command, "--part", f"{numbers[0]}/{count}", **options)
+        time.sleep(dice.uniform(0.5, 2))
+        killed.kill()
+    for number in numbers:
+        succeed(*command, "--part", f"{number}/{count}", **options)
+
+
+def shards_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the shards in the index, without their names, which tell the parts."""
+    shards = json.loads((folder / "index.json").read_bytes())["shards"]
+    return [shard | {"raw_data": shard["raw_data"] | {"basename": ""}} for shard in shards]
+
+
+def samples_of(folder: Path) -> list[tuple[bytes, int]]:
+    """Read a data set as Streaming does."""
+    return sorted((each["image"], each["label"]) for each in StreamingDataset(local=str(folder), batch_size=1))
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        ("folder", 3),
+        *(slow(*each) for each in itertools.product(("folder", "tars", "mds"), (1, 16))),
+        *(slow(kind, 3) for kind in ("tars", "struct")),
+    ],
+)
+def test_parts_of_a_conversion(sources: dict[str, list[str]], tmp_path: Path, kind: str, count: int) -> None:
+    """Files are shared if there are enough, and else whole shards, which are then those of one command."""
+    source, *options = sources[kind]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    succeed("convert-images", source, whole, *options, *CONVERT)
+    make_parts(count, "convert-images", source, out, *options, *CONVERT)
+    assert not (out / "index.json").exists()
+    assert f"wrote {out}: {NUM_IMAGES} samples" in succeed("merge", out)
+    assert samples_of(out) == samples_of(whole)
+    if kind != "tars" or count != 3:
+        assert shards_of(out) == shards_of(whole)
+        assert (out / "conversion.json").read_bytes() == (whole / "conversion.json").read_bytes()
+    before = contents_of(out)
+    assert "is there" in succeed("convert-images", source, out, *options, *CONVERT, "--part", f"{count - 1}/{count}")
+    succeed("merge", out)
+    assert contents_of(out) == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "suffix"),
+    [
+        ("folder", 3, ".npy"),
+        ("tars", 3, ".parquet"),
+        *(slow(*each) for each in itertools.product(("folder", "bytes", "mds"), (1, 16), (".npy", ".parquet"))),
+    ],
+)
+def test_parts_of_embeddings(sources: dict[str, list[str]], tmp_path: Path, kind: str, count: int, suffix: str) -> None:
+    """Batches are shared, so that the rows have the same bits; files, whose batches are others, to the last digits."""
+    source, whole, out = sources[kind][0], tmp_path / f"whole{suffix}", tmp_path / f"out{suffix}"
+    succeed("embed", TEACHER, source, whole, *EMBED)
+    make_parts(count, "embed", TEACHER, source, out, *EMBED)
+    assert not out.exists()
+    assert f"wrote {out}: {NUM_IMAGES} embeddings of 48 channels" in succeed("merge", out)
+    found, expected = map(read_table, (out, whole))
+    assert found[0] == expected[0]
+    if kind == "tars":
+        np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=2e-6)
+    else:
+        np.testing.assert_array_equal(found[1], expected[1])
+    if suffix == ".npy" and kind != "tars":
+        assert contents_of(tmp_path)["out.npy"] == whole.read_bytes()
+    assert "is there" in succeed("embed", TEACHER, source, out, *EMBED, "--part", f"0/{count}")
+    message = failure(d2v("merge", out), 2)
+    assert message == f"error: {out}: already exists: choose another file, or append --overwrite"
+
+
+def read_table(path: Path) -> tuple[list[Any], np.ndarray]:
+    """Return ids and embeddings."""
+    if path.suffix == ".npy":
+        return np.load(path.with_suffix(".ids.npy")).tolist(), np.load(path)
+    table: Any = pq.read_table(path)
+    assert table.column_names == ["id", "embedding"]
+    return table["id"].to_pylist(), np.array(table["embedding"].to_pylist(), np.float32)
+
+
+def test_parts_that_do_not_fit_are_one_line(sources: dict[str, list[str]], tmp_path: Path) -> None:
+    source, *options = sources["folder"]
+    out, table = tmp_path / "out", tmp_path / "table.npy"
+    for number in (0, 2):
+        succeed("convert-images", source, out, *options, *CONVERT, "--part", f"{number}/3")
+        succeed("embed", TEACHER, source, table, *EMBED, "--part", f"{number}/3")
+    for each, folder in ((out, out / "parts"), (table, tmp_path / "table.npy.parts")):
+        assert failure(d2v("merge", each), 2) == f"error: {folder}: missing of 3 parts: 1"
+    # A foreign part: of other images, or made otherwise.
+    other = sources["bytes"]
+    again = "convert-images", *other, out, *CONVERT, "--part", "2/3"
+    another = "was made with another source, classes than this command; remove it"
+    assert failure(d2v(*again), 2).endswith(f"00002-of-00003: {another}")
+    settings = ("--normalize", "--part", "1/3")
+    succeed("embed", TEACHER, source, table, *EMBED, *settings)
+    assert failure(d2v("merge", table), 2).endswith(
+        "00001-of-00003.npy: was made with another normalize than 00000-of-00003; remove it"
+    )
+    # A doubled part.
+    shutil.copytree(out / "parts" / "00002-of-00003", out / "parts" / "00001-of-00003")
+    assert failure(d2v("merge", out), 2) == f"error: {out}/parts/00001-of-00003: is part 2 of 3"
+    shutil.rmtree(out / "parts" / "00001-of-00003")
+    succeed("convert-images", source, out, *options, *CONVERT, "--part", "0/2")
+    assert failure(d2v("merge", out), 2) == f"error: {out}/parts: has parts of 2 and of 3; remove those of one"
+    shutil.rmtree(out / "parts" / "00000-of-00002")
+    # A damaged part, and files that are not ours.
+    succeed("convert-images", source, out, *options, *CONVERT, "--part", "1/3")
+    shard = next((out / "parts" / "00001-of-00003").glob("*.mds"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert failure(d2v("merge", out), 2).endswith(f"{shard.name} is missing or damaged; remove this part")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    message = failure(d2v("convert-images", source, tmp_path / "mine", *options, "--part", "0/2"), 2)
+    assert message == f"error: {tmp_path}/mine: holds something else than parts: notes.txt; choose another OUT"
+    assert os.listdir(tmp_path / "mine") == ["notes.txt"]
+    assert failure(d2v("embed", TEACHER, source, table, "--part", "3/3"), 2) == (
+        "error: argument --part: must be I/N with I from 0 to N - 1, got '3/3'"
+    )
+
+
+def test_ranks_embed_to_the_same_bytes(tmp_path: Path) -> None:
+    """Killed with two ranks, a run goes on with one."""
+    data = write_mds(tmp_path / "data", [encoded_image(number % 50, size=16) for number in range(3000)])
+    whole, out = tmp_path / "whole.npy", tmp_path / "out.npy"
+    command = *D2V, "embed", TEACHER, data
+    options = ("--batch-size", "64", "--workers", "0")
+    succeed(*command[2:], whole, *options)
+    with started_ranks(*command, out, *options, ranks=2) as ranks:
+        wait_until(lambda: [*tmp_path.glob(".out.npy.partial/*.npz")], seconds=60)
+        for each in ranks:
+            each.kill()
+    assert "resumed an interrupted run after " in succeed(*command[2:], out, *options)
+    assert out.read_bytes() == whole.read_bytes()
+    run_ranks(*command, out, *options, "--overwrite")
+    assert out.read_bytes() == whole.read_bytes()
+    assert not (tmp_path / ".out.npy.partial").exists()
+
+
+@pytest.mark.slow
+def test_parts_in_a_store(sources: dict[str, list[str]], object_store: GatedStore, tmp_path: Path) -> None:
+    """Each on a machine that has nothing in common with the others but the store."""
+    source, *options = sources["tars"]
+    bucket = object_store.create_bucket("parts")
+    succeed("convert-images", source, tmp_path / "whole", *options, *CONVERT)
+    succeed("embed", TEACHER, source, tmp_path / "whole.npy", *EMBED)
+    for number in (2, 0, 1):
+        reach = {"environment": object_store.environment | {"TORCH_HOME": str(tmp_path / f"home{number}")}}
+        succeed("convert-images", source, f"{bucket}/data", *options, *CONVERT, "--part", f"{number}/3", **reach)
+        succeed("embed", TEACHER, source, f"{bucket}/table.npy", *EMBED, "--part", f"{number}/3", **reach)
+        if number != 1:
+            for each in ("data", "table.npy"):
+                assert "missing of 3 parts: " in failure(d2v("merge", f"{bucket}/{each}", **reach), 2)
+    for each in ("data", "table.npy"):
+        succeed("merge", f"{bucket}/{each}", **reach)
+    objects = object_store.objects("parts")
+    for name in ("table.npy", "table.ids.npy"):
+        (tmp_path / name).write_bytes(objects[name])
+    found, expected = map(read_table, (tmp_path / "table.npy", tmp_path / "whole.npy"))
+    assert found[0] == expected[0]
+    np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=2e-6)
+    for name, content in objects.items():
+        if name.startswith("data/"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(content)
+    assert samples_of(tmp_path / "data") == samples_of(tmp_path / "whole")
+    message = failure(d2v("embed", TEACHER, source, f"{bucket}/table.npy", *EMBED, **reach), 2)
+    assert message == f"error: {bucket}/table.npy: already exists: choose another file, or append --overwrite"
