@@ -18,7 +18,7 @@ An interrupted run leaves no OUT; run the same command again to resume it.
 import argparse
 import os
 from collections.abc import Sequence
-from importlib.util import find_spec
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> "Embedding | None":
     """Embed on every GPU of this machine, and print a report."""
     arguments = parse(argv)
-    if find_spec("composer"):
+    with suppress(ModuleNotFoundError):  # without Composer, one GPU
         relaunch_on_gpus("embed", *argv)
     out, part, parts = arguments.out, arguments.part, None
 

@@ -36,11 +36,12 @@ def main(argv: Sequence[str]) -> None:
 
 def relaunch_on_gpus(*arguments: str) -> None:
     """With several GPUs, replace this process with Composer's launcher, which runs the d2v command on each."""
-    import composer.cli  # noqa: F401  (if it is missing, this error says what to install, the launcher's does not)
     import torch
 
     if is_launched() or torch.cuda.device_count() < 2:
         return
+    import composer.cli  # noqa: F401  (if it is missing, this error says what to install, the launcher's does not)
+
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])  # the launcher would inherit the mask
     program = [sys.executable, "-m", "composer.cli", "-m", "d2v_composer.commands"]
     # The launcher expands a leading ~ and $NAME: each is passed as a variable that stands for the character.
