@@ -34,7 +34,7 @@ def main(model: str, source: str, out: str, column: str = "") -> None:
         batch_size=64,
         batch_format="pyarrow",
         # Ray starts as many as the cluster holds, and keeps cores to read.
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=1000),
+        compute=ray.data.ActorPoolStrategy(max_size=1000),
         num_gpus=0.25 if "GPU" in ray.cluster_resources() else 0,  # four share a GPU, and each decodes on a core
     ).drop_columns([column]).write_parquet(out, mode="error")
 

@@ -54,8 +54,14 @@ def main(argv: Sequence[str]) -> "Embedding | None":
     check_out(out, overwrite=arguments.overwrite or part is not None)
     given = vars(arguments)
     model, modality, options, device = Embedder(*(given[name] for name in Embedder.__match_args__)).load()
-    place = {"column": arguments.column, "cache": arguments.local, "cache_limit": arguments.cache_limit}
-    source = open_source(arguments.source, modality, **place, part=part or ALL)
+    source = open_source(
+        arguments.source,
+        modality,
+        column=arguments.column,
+        cache=arguments.local,
+        cache_limit=arguments.cache_limit,
+        part=part or ALL,
+    )
     print(f"embedding: {embedding_name(options.representation, options.pooling)}")
     how = {name: given[name] for name in ("workers", "skip_unreadable")}
     if parts is not None:
