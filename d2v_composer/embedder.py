@@ -86,8 +86,8 @@ class Embedder:
             return {**batch, "embedding": embeddings if any(errors) else np.array(embeddings), "error": errors}
         import pyarrow  # an extra
 
-        width = model.projected_width if options.representation == "projected" else model.embed_dim
-        kind = pyarrow.list_(pyarrow.from_numpy_dtype(options.dtype), width)
+        # Not of a fixed size, which Spark cannot read.
+        kind = pyarrow.list_(pyarrow.from_numpy_dtype(options.dtype))
         batch = batch.append_column("embedding", pyarrow.array(embeddings, kind))
         return batch.append_column("error", pyarrow.array(errors, "string"))
 

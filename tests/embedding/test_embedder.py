@@ -104,7 +104,7 @@ def test_arrow_batches_have_one_schema_whatever_is_unreadable(kind: Any, expecte
     embed = Embedder(TEACHER, batch_size=BATCH, dtype="float16", normalize=True)
     batches = [embed(kind({"image": files})) for files in (IMAGES, [*IMAGES[:8], b"x", *IMAGES[9:]], [b"", None])]
     assert {batch.schema for batch in batches} == {
-        pa.schema([("image", pa.binary()), ("embedding", pa.list_(pa.float16(), 48)), ("error", pa.string())])
+        pa.schema([("image", pa.binary()), ("embedding", pa.list_(pa.float16())), ("error", pa.string())])
     }
     assert [batch["error"].null_count for batch in batches] == [11, 10, 0]
     assert [batch["embedding"].null_count for batch in batches] == [0, 1, 2]
