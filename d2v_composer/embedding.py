@@ -31,7 +31,7 @@ from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
 from d2v_composer.models.precision import precision_of
 from d2v_composer.system.errors import InputError, UnreadableSampleError, writing
-from d2v_composer.system.fetch import cache_folder, download_existing, is_remote, list_etags, upload
+from d2v_composer.system.fetch import cache_folder, download_existing, is_remote, list_etags, list_folder, upload
 from d2v_composer.system.files import check_out_file, partial_file, sole_user, write_atomically
 from d2v_composer.system.processes import global_rank, num_ranks
 from d2v_composer.system.progress import progress_bar
@@ -313,9 +313,10 @@ def check_out(out: str, *, overwrite: bool) -> None:
         if out.endswith(".npy"):
             # With our folder next to it, the ids are ours: a run was killed between the two files.
             check_out_file(Path(_ids_file(out)), overwrite=overwrite or _partial_folder(out).exists())
-    elif not out.startswith("s3://"):
-        raise InputError(f"{out}: expected a local file, or one in S3")
-    elif out.rpartition("/")[2] in list_etags(*out.rpartition("/")[::2]) and not overwrite:
+        return
+    folder, _, name = out.rpartition("/")
+    names = list_etags(folder, name) if out.startswith("s3://") else list_folder(folder)[1]  # of all objects in it
+    if name in names and not overwrite:
         raise InputError(f"{out}: already exists: choose another file, or append --overwrite")
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,11 +22,8 @@ from torch.torch_version import TorchVersion
 from d2v_composer.checkpoints.safe_load import check_archive, fault_of
 from d2v_composer.system.addresses import MARK, RunFolder
 from d2v_composer.system.errors import InputError, RunError, reading, reason
-from d2v_composer.system.fetch import RETRY_SECONDS, download_existing, fetch, is_remote
+from d2v_composer.system.fetch import RETRY_SECONDS, download_existing, fetch, is_remote, list_names, open_store
 from d2v_composer.system.retry import is_missing, retry
-
-if TYPE_CHECKING:
-    from composer.utils import ObjectStore
 
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
 LATEST = "latest-rank0.pt"
@@ -310,21 +307,6 @@ def _download(address: str, path: Path) -> bool:
             f"{address}: cannot be read ({reason(error)}), so the newest checkpoint is unknown: a run in a store needs "
             "permission to read and list objects"
         ) from error
-
-
-def open_store(address: str) -> "tuple[ObjectStore, str]":
-    """Return the store's client and the object key for an address."""
-    from composer.utils import maybe_create_object_store_from_uri, parse_uri
-
-    store = maybe_create_object_store_from_uri(address)
-    assert store is not None  # a run's store is one of Composer's
-    return store, parse_uri(address)[2]
-
-
-def list_names(address: str) -> list[str]:
-    """Return the names of the files below a store's folder; the client's errors pass unchanged."""
-    store, prefix = open_store(f"{address}/")
-    return [key.removeprefix(prefix) for key in store.list_objects(prefix) if key != prefix]  # a console's empty folder
 
 
 def upload(path: Path, address: str, denial_passes: bool = True) -> None:

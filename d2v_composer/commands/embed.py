@@ -93,7 +93,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a checkpoint, an exported student or a teacher: a path, s3://, …; or timm/NAME")
     add("source", metavar="SOURCE", help=f"a folder of images or sound, or {SOURCES}")
-    add("out", metavar="OUT", help="a file: NAME.npy or NAME.parquet, here or in S3")
+    add("out", metavar="OUT", help="a file: NAME.npy or NAME.parquet, here or in a store")
     add("--teacher", help="the checkpoint's teacher, if it has moved since the training run")
     add("--weights", choices=get_args(Weights), default="model", help="a teacher's weights; default: model")
     add("--checkpoint", metavar="FILE", help="a timm model's weights; default: timm's pretrained ones")

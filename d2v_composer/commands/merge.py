@@ -18,7 +18,7 @@ def main(argv: Sequence[str]) -> None:
     """Merge, and print a report."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("out", metavar="OUT", help="the OUT of the parts: a folder, NAME.npy or NAME.parquet, here or in S3")
+    add("out", metavar="OUT", help="the OUT of the parts: a folder, NAME.npy or NAME.parquet, here or in a store")
     add("--overwrite", action="store_true", help="replace embeddings in OUT")
     arguments = parser.parse_args(argv)
 

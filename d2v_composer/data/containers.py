@@ -290,8 +290,8 @@ def find_files(
     """List the Parquet files or tars of a source.
 
     Args:
-        source: A file, a folder or a glob, local, in S3, or hf://datasets/ORG/NAME[@REVISION][/FOLDER]; in other stores
-            a file.
+        source: A file, a folder or a glob; local, in a store of :data:`~d2v_composer.system.addresses.STORES`, or
+            hf://datasets/ORG/NAME[@REVISION][/FOLDER]; in other stores a file.
         modality: What the samples are.
         column: See :func:`open_source`.
         label_column: Likewise.

@@ -30,7 +30,7 @@ class Parts:
     """The parts of an OUT: OUT/parts/00003-of-00016 of an MDS data set, OUT.parts/00003-of-00016.npy of embeddings.
 
     Args:
-        out: A folder or a file, local or in S3.
+        out: A folder or a file, local or in a store.
 
     Attributes:
         folder: The folder of the parts.

@@ -235,7 +235,6 @@ class Shards:
             raise ShardError(f"{path}: the shard is missing")
 
         def attempt() -> None:
-            fetched.unlink(missing_ok=True)  # Streaming's downloaders keep a file that is there
             transfer(address, fetched, min(self.timeout, REQUEST_SECONDS))
             if shard.zipped:
                 fetched.write_bytes(self._decompress(shard.compression, fetched.read_bytes()))

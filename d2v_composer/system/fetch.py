@@ -11,17 +11,20 @@ from contextlib import closing, suppress
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import requests
 import torch
 from filelock import FileLock
 
-from d2v_composer.system.addresses import STUDENT_FILE, Address, file_name, hide_secrets, identity
+from d2v_composer.system.addresses import STORES, STUDENT_FILE, Address, file_name, hide_secrets, identity
 from d2v_composer.system.errors import InputError, RunError, reason
 from d2v_composer.system.files import partial_file, write_atomically
 from d2v_composer.system.progress import progress_bar
 from d2v_composer.system.retry import CONNECT_SECONDS, is_missing, retry
+
+if TYPE_CHECKING:
+    from composer.utils import ObjectStore
 
 # Timeout of an answer and of each part of a file.
 READ_SECONDS = 30.0
@@ -36,7 +39,7 @@ ASK_SECONDS = 60.0
 # A model or a data set on the Hugging Face hub: kind, repository, revision and file or folder.
 HUB = re.compile(r"hf://(datasets/|(?!datasets/))([^/@]+/[^/@]+)(?:@(refs/[^/]+/[^/]+|[^/]+))?(?:/(.+))?")
 # Addresses of what can be listed.
-LISTED = ("s3://", "hf://datasets/")
+LISTED = (*(f"{scheme}://" for scheme in STORES), "hf://datasets/")
 
 log = logging.getLogger(__name__)
 
@@ -225,7 +228,9 @@ def transfer(address: str, path: Path, timeout: float, known: str | None = None)
         return _transfer_from_s3(address, path, timeout, known)
     from streaming.base.storage import CloudDownloader  # takes seconds
 
-    CloudDownloader.direct_download(address, str(path), timeout)
+    path.unlink(missing_ok=True)  # it would keep a part of the file
+    # Its uploader and Composer take azure://CONTAINER/KEY, its downloader azure://ACCOUNT/CONTAINER/KEY.
+    CloudDownloader.direct_download(re.sub(r"^azure://(?=[^./]+/)", "azure://-/", address), str(path), timeout)
     return ""
 
 
@@ -279,10 +284,10 @@ def _transfer_from_s3(address: str, path: Path, timeout: float, known: str | Non
 
 
 def list_folder(folder: str) -> tuple[str, list[str]]:
-    """List the files in a folder in S3, or of a data set on the Hugging Face hub, and in its subfolders.
+    """List the files in a folder in a store, or of a data set on the Hugging Face hub, and in its subfolders.
 
     Args:
-        folder: The address, without a slash at the end.
+        folder: The address, one of :data:`LISTED`, without a slash at the end.
 
     Returns:
         The address, on the hub with the commit; and the sorted paths below it. If the hub is not reachable, those of
@@ -291,9 +296,10 @@ def list_folder(folder: str) -> tuple[str, list[str]]:
     Raises:
         InputError: It cannot be listed.
     """
-    if folder.startswith("s3://"):
+    if not folder.startswith("hf://"):
+        names = _list_s3 if folder.startswith("s3://") else list_names
         try:
-            return folder, sorted(retry(lambda: _list_s3(folder), folder, READ_SECONDS, lasting_attempts=1))
+            return folder, sorted(retry(lambda: names(folder), folder, READ_SECONDS, lasting_attempts=1))
         except Exception as error:
             raise InputError(f"{folder}: cannot be listed ({reason(error)})") from error
     from huggingface_hub import HfApi, snapshot_download
@@ -339,6 +345,21 @@ def _list_s3(folder: str, name: str = "", delimiter: str = "") -> dict[str, str]
     client = s3_client(READ_SECONDS, os.environ.get("S3_ENDPOINT_URL"), os.getpid())
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key + name, Delimiter=delimiter)
     return {entry["Key"].removeprefix(key): entry["ETag"] for page in pages for entry in page.get("Contents", ())}
+
+
+def open_store(address: str) -> "tuple[ObjectStore, str]":
+    """Return the store's client and the object key for an address."""
+    from composer.utils import maybe_create_object_store_from_uri, parse_uri
+
+    store = maybe_create_object_store_from_uri(address)
+    assert store is not None  # a run's store is one of Composer's
+    return store, parse_uri(address)[2]
+
+
+def list_names(address: str) -> list[str]:
+    """Return the names of the files below a store's folder; the client's errors pass unchanged."""
+    store, prefix = open_store(f"{address}/")
+    return [key.removeprefix(prefix) for key in store.list_objects(prefix) if key != prefix]  # a console's empty folder
 
 
 @functools.cache

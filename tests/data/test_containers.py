@@ -357,8 +357,8 @@ def test_a_store_without_samples_is_one_line(
         converted(f"{address}/b", tmp_path / "out")
     with pytest.raises(InputError, match=r"a/x.tar: cannot be fetched"):
         converted(f"{address}/a/x.tar", tmp_path / "out")
-    with pytest.raises(InputError, match=r"gs://bucket/a: expected Parquet files or tars, or MDS in a folder on"):
-        converted("gs://bucket/a", tmp_path / "out")
+    with pytest.raises(InputError, match=r"sftp://host/a: expected Parquet files or tars, or MDS in a folder on"):
+        converted("sftp://host/a", tmp_path / "out")
 
 
 def test_without_pyarrow_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

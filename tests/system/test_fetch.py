@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from streaming.base.storage import CloudDownloader
 
 from d2v_composer.builders.run import build_run_record
 from d2v_composer.checkpoints.load import load_any, load_teacher
@@ -201,6 +202,29 @@ def test_a_file_without_a_version_is_named(
     assert f"delete {path}" in said
     path.unlink()
     assert fetch(address).read_bytes() == FILE[::-1]
+
+
+@pytest.mark.parametrize(
+    ("address", "asked"),
+    [
+        ("azure://container/a/f", "azure://-/container/a/f"),  # the downloader takes the first part for the account
+        ("azure://account.blob.core.windows.net/container/f", "azure://account.blob.core.windows.net/container/f"),
+        ("gs://bucket/a/f", "gs://bucket/a/f"),
+    ],
+)
+def test_a_part_of_a_file_does_not_pass_as_the_file(
+    address: str, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streaming's downloaders keep a file that is there; test_other_stores has real stores."""
+
+    def download(remote: str, local: str, timeout: float) -> None:
+        if not Path(local).exists():
+            Path(local).write_text(remote)
+
+    monkeypatch.setattr(CloudDownloader, "get", lambda remote: Mock(download=download))
+    (path := tmp_path / "file").write_bytes(b"left by an attempt before")
+    transfer(address, path, 1)
+    assert path.read_text() == asked
 
 
 def test_an_unreachable_host_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
