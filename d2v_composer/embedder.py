@@ -101,7 +101,8 @@ class Embedder:
         Raises:
             InputError: The model cannot be loaded, has no such embedding, or needs a GPU.
         """
-        device, precision = "cuda" if torch.cuda.is_available() else "cpu", name_precision(self.precision)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        precision: Any = name_precision(self.precision)
         if precision == "amp_fp16" and device == "cpu":
             raise InputError("precision: amp_fp16 needs a GPU; on a CPU, use fp32, amp_bf16 or auto")
         model, _ = load_any(

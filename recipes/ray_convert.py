@@ -11,7 +11,7 @@ killed, the same one goes on.
 
 import sys
 
-import ray
+import ray  # pyright: ignore[reportMissingImports]  (an extra)
 
 from d2v_composer.commands import convert_images, merge
 

@@ -15,7 +15,7 @@ machine must reach MODEL, SOURCE and OUT. The cluster needs two cores.
 
 import sys
 
-import ray
+import ray  # pyright: ignore[reportMissingImports]  (an extra)
 
 from d2v_composer import Embedder
 
@@ -36,7 +36,7 @@ def main(model: str, source: str, out: str, column: str = "") -> None:
         # Ray starts as many as the cluster holds, and keeps cores to read.
         compute=ray.data.ActorPoolStrategy(max_size=1000),
         num_gpus=0.25 if "GPU" in ray.cluster_resources() else 0,  # four share a GPU, and each decodes on a core
-    ).drop_columns([column]).write_parquet(out, mode="error")
+    ).drop_columns([column]).write_parquet(out, mode=ray.data.SaveMode.ERROR)
 
 
 if __name__ == "__main__":

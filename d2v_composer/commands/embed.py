@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> "Embedding | None":
     )
     print(f"embedding: {embedding_name(options.representation, options.pooling)}")
     how = {name: given[name] for name in ("workers", "skip_unreadable")}
-    if parts is not None:
+    if part and parts:
         how["part"] = plan_of(source, part, model=hash_weights(model), device=device, **options._asdict())
         if record := parts.find(part, how["part"]):
             print(f"part {part.number} of {part.count} is there: {record['images']} {modality.unit}")

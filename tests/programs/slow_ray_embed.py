@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import ray
+import ray  # pyright: ignore[reportMissingImports]  (an extra)
 
 from d2v_composer import Embedder
 from recipes import ray_embed
