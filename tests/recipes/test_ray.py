@@ -65,7 +65,7 @@ def cluster() -> Iterator[None]:
     variables = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]), "OMP_NUM_THREADS": "1"}
     # Without the address, Ray may bind one that a sandbox does not route, and wait.
     options = {"include_dashboard": False, "log_to_driver": False, "runtime_env": {"env_vars": variables}}
-    ray.init(num_cpus=3, _node_ip_address="127.0.0.1", **options)
+    ray.init("local", num_cpus=3, _node_ip_address="127.0.0.1", **options)
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
