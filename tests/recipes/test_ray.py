@@ -95,12 +95,15 @@ def names_of(table: Any) -> list[str]:
 
 @pytest.mark.parametrize(("kind", "column"), [("files", ""), ("rows", "image"), ("tars", ".jpg")])
 @pytest.mark.usefixtures("cluster")
-def test_ray_embeds_every_kind_of_source_as_the_command(sources: Path, tmp_path: Path, kind: str, column: str) -> None:
+def test_ray_embeds_every_kind_of_source_as_the_command(
+    sources: Path, tmp_path: Path, kind: str, column: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     from recipes import ray_embed
 
     out = tmp_path / "out"
     ray_embed.main(MODEL, str(sources / kind), str(out), column)
     check(out, sources / "expected.npy")
+    assert "in the column error: 1\n" in capsys.readouterr().out
     with pytest.raises(ValueError, match="already exists"):  # nothing is mixed
         ray_embed.main(MODEL, str(sources / kind), str(out), column)
 
