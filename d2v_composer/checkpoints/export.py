@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from timm.models import build_model_with_cfg
@@ -30,7 +30,7 @@ from d2v_composer.models.configs import EncoderConfig, ImageEncoderConfig, Stude
 from d2v_composer.models.encoder import Tokens
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.student import Student
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.files import out_file
 
 OPSET = 18
@@ -79,6 +79,29 @@ def describe(embedder: Embedder) -> dict[str, str]:
     config = embedder.student.encoder.config
     preprocessing = {name: getattr(config, name) for name in config.preprocessing}
     return {"preprocessing": json.dumps(preprocessing), "embedding": embedder.primary.name}
+
+
+def read_description(path: Path) -> tuple[PrimaryEmbedding, bool]:
+    """Return which embedding a program computes, and whether it computes in int8.
+
+    Raises:
+        InputError: It cannot be read, or ``d2v export`` did not write it.
+    """
+    with reading(path):
+        is_int8, stored = False, {"embedding": ""}
+        if path.suffix == ".onnx":
+            check_packages(path, "onnx")
+            import onnx
+
+            model = onnx.load(path)
+            is_int8 = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+            stored |= {entry.key: entry.value for entry in model.metadata_props}
+        else:
+            torch.export.load(path, extra_files=stored)
+        for representation in get_args(Representation):
+            if (pooling := stored["embedding"].removeprefix(f"{representation}_")) in get_args(Pooling):
+                return PrimaryEmbedding(representation, pooling), is_int8
+    raise InputError(f"{path}: does not name its embedding: not a file written by d2v export")
 
 
 def export_onnx(embedder: Embedder, path: Path) -> None:
