@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +30,11 @@ KIT, ARRAYS = "kit.json", "kit.npz"
 RATED = (1, 16)
 """Batch sizes whose speed is measured, for so long each."""
 SECONDS = 0.5
+NUMBERS = {"seconds": ".1f", "megabytes": ".0f", "cosine": ".6f", "mean_cosine": ".6f", "difference": ".1e"}
+NUMBERS |= {"agreement": ".3f"}
+WIDTH = 17
+HEAD = "  ".join(f"{name:{WIDTH}}" if name == "runtime" else f"{name:>{WIDTH}}" for name in ("runtime", *NUMBERS))
+HEAD += "".join(f"  {f'inputs/s at {size}':>{WIDTH}}" for size in RATED)
 
 
 class Runtime(NamedTuple):
@@ -42,18 +47,6 @@ class Runtime(NamedTuple):
     """From a file's path to what embeds: (B, …) float32 → (B, D)."""
     is_float32: bool = True
     """It computes in float32, as PyTorch did; others may round as their device does."""
-    provider: str = "CPU"
-    """Of onnxruntime."""
-
-    def is_installed(self) -> bool:
-        """Return True if this machine has the runtime, and the device."""
-        if find_spec(self.package) is None:
-            return False
-        if self.package != "onnxruntime":
-            return True
-        import onnxruntime
-
-        return f"{self.provider}ExecutionProvider" in onnxruntime.get_available_providers()
 
 
 class Kit(NamedTuple):
@@ -82,10 +75,10 @@ def read_kit(folder: Path = Path(__file__).parent) -> Kit:
     return Kit(**kit | {"file": str(folder / kit["file"]), "batches": batches})
 
 
-def load_onnxruntime(file: str, provider: str = "CPU") -> Embed:
-    import onnxruntime
+def load_onnxruntime(file: str) -> Embed:
+    import onnxruntime  # of its builds for GPUs or Apple's chips, the fastest provider: --difference must be larger
 
-    session = onnxruntime.InferenceSession(file, providers=[f"{provider}ExecutionProvider"])
+    session = onnxruntime.InferenceSession(file, providers=onnxruntime.get_available_providers())
     (given,) = session.get_inputs()
     return lambda x: session.run(None, {given.name: x})[0]
 
@@ -107,12 +100,6 @@ def load_program(file: str, compiles: bool = False) -> Embed:
 
 RUNTIMES = {
     "onnxruntime": Runtime(".onnx", "onnxruntime", load_onnxruntime),
-    **{
-        f"onnxruntime-{each.lower()}": Runtime(
-            ".onnx", "onnxruntime", partial(load_onnxruntime, provider=each), False, each
-        )
-        for each in ("CUDA", "Tensorrt", "CoreML")
-    },
     "openvino": Runtime(".onnx", "openvino", load_openvino, False),  # bfloat16 where the processor has it
     "openvino-float32": Runtime(".onnx", "openvino", partial(load_openvino, INFERENCE_PRECISION_HINT="f32")),
     "torch.export": Runtime(".pt2", "torch", load_program),
@@ -180,26 +167,30 @@ def rates(embed: Embed, kit: Kit) -> list[float]:
     return found
 
 
+def line(name: str, found: Mapping[str, Any], speeds: Sequence[float]) -> str:
+    """Return a runtime's line of the table, below :data:`HEAD`."""
+    cells = [f"{found[key]:{form}}" if key in found else "" for key, form in NUMBERS.items()]
+    cells += [f"{speed:.1f}" for speed in speeds]
+    return "  ".join(
+        [f"{name:{WIDTH}}", *(f"{cell:>{WIDTH}}" for cell in cells), "FAILED" if found["faults"] else "ok"]
+    )
+
+
 def main() -> int:
-    """Print a line for each runtime, and return the exit status."""
+    """Print the table and what is wrong, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runtime", action="append", choices=RUNTIMES, help="may be repeated; default: all")
-    chosen, kit, is_wrong = parser.parse_args().runtime, read_kit(), False
-    known = {name: each for name, each in RUNTIMES.items() if kit.file.endswith(each.suffix)}
-    for name in chosen or known:
-        if not known[name].is_installed():
-            print(f"{name}: not installed")
-            is_wrong |= chosen is not None
-            continue
-        embed = known[name].load(kit.file)
-        found = check(embed, kit, known[name].is_float32)
-        faults = found.pop("faults")
-        numbers = ", ".join(f"{what.replace('_', ' ')} {each:.6f}" for what, each in found.items())
-        speeds = " and ".join(f"{each:.1f}" for each in rates(embed, kit))
-        verdict = f"FAILED: {'; '.join(faults)}" if faults else "ok"
-        print(f"{name}: {verdict}; {numbers}; {speeds} inputs/s in batches of {' and '.join(map(str, RATED))}")
-        is_wrong |= bool(faults)
-    return int(is_wrong)
+    kit, faults = read_kit(), []
+    print(HEAD)
+    for name in parser.parse_args().runtime or RUNTIMES:
+        runtime = RUNTIMES[name]
+        if find_spec(runtime.package) and kit.file.endswith(runtime.suffix):
+            embed = runtime.load(kit.file)
+            found = check(embed, kit, runtime.is_float32)
+            print(line(name, found, rates(embed, kit)))
+            faults += [f"{name}: {fault}" for fault in found["faults"]]
+    print("\n".join(faults))
+    return len(faults)
 
 
 if __name__ == "__main__":

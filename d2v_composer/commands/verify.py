@@ -23,12 +23,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2v_composer.checkpoints import check_program
-from d2v_composer.checkpoints.check_program import RATED, RUNTIMES, Kit, read_kit
+from d2v_composer.checkpoints.check_program import RUNTIMES, Kit, read_kit
 from d2v_composer.system.command_line import make_parser
 from d2v_composer.system.errors import InputError, RunError, reason, writing
 from d2v_composer.system.files import check_out_file, write_atomically
@@ -44,7 +45,6 @@ COSINE, COSINE_INT8, DIFFERENCE = 0.999, 0.98, 1e-4
 # Modality → samples that ship.
 SHIPPED = {"image": "quickstart/cifar10/test", "audio": "quickstart_audio/words/test"}
 PYTORCH = {"PyTorch": False, "PyTorch, compiled": True}
-HEAD = ["runtime", "loads in s", "peak MB", "least cosine", "mean", "difference", "agreement"]
 
 _loaded: check_program.Embed
 """In a worker process, the program that it has loaded."""
@@ -90,23 +90,24 @@ def verify(
 
     from d2v_composer.checkpoints.export import Embedder, read_description
     from d2v_composer.checkpoints.load import load_student
-    from d2v_composer.report.tables import format_table
     from d2v_composer.system.machine import describe_machine, package_versions
 
     embedding, is_int8 = read_description(exported)
     limits = cosine or (COSINE_INT8 if is_int8 else COSINE), None if is_int8 else difference
     task = Kit(str(exported), make_batches(Embedder(load_student(own), embedding), images), *limits)
     if kit is not None:
-        write_kit(task, kit)
-        script = Path(check_program.__file__).name
+        with writing(kit):
+            kit.mkdir(parents=True)
+            script = Path(shutil.copy(check_program.__file__, kit)).name
+            shutil.copy(exported, kit)
+            task.write(kit)
         print(f"wrote {kit}: copy it to the other machine, and run `python {script}` in it")
         return
     loads = {name: partial(RUNTIMES[name].load, str(exported)) for name in chosen}
     loads |= {name: partial(load_pytorch, own, embedding, compiles) for name, compiles in PYTORCH.items()}
     found = measure(task, loads)
-    size = f"{exported.stat().st_size / 1e6:.1f} MB, {embedding.name}"
-    print(f"{exported}: {size}, {len(task.batches[-1][0])} samples, cosine at least {task.cosine}")
-    print(format_table([*HEAD, *(f"samples/s at {size}" for size in RATED), ""], [*map(row, found.items())]))
+    print(f"{exported}: {exported.stat().st_size / 1e6:.1f} MB, {embedding.name}", check_program.HEAD, sep="\n")
+    print(*(check_program.line(name, each, each["rates"]) for name, each in found.items()), sep="\n")
     about = {"machine": describe_machine(), "versions": package_versions(*(each.package for each in RUNTIMES.values()))}
     write_atomically(report, json.dumps({"embedding": embedding.name, **about, "runtimes": found}, indent=1) + "\n")
     if faults := [f"{exported}: {name}: {'; '.join(each['faults'])}" for name, each in found.items() if each["faults"]]:
@@ -117,20 +118,17 @@ def choose_runtimes(exported: Path, names: Sequence[str] | None) -> list[str]:
     """Return the runtimes of a file that are installed, and name the others.
 
     Raises:
-        InputError: None is known, or one of ``names`` is not installed or takes other files.
+        InputError: There is none, or one of ``names`` is not installed or takes other files.
     """
-    known = {name: each for name, each in RUNTIMES.items() if each.suffix == exported.suffix}
+    known = {name: each.package for name, each in RUNTIMES.items() if each.suffix == exported.suffix}
     if not known:
         raise InputError(f"{exported}: must end in .onnx or .pt2")
-    for name in names or ():
-        if name not in known:
-            raise InputError(f"--runtime: {name} takes no {exported.suffix} file (allowed: {', '.join(known)})")
-    missing = {name: each.package for name, each in known.items() if not each.is_installed()}
-    if refused := [name for name in names or () if name in missing]:
-        raise InputError(f"--runtime: {refused[0]} is not installed: pip install {missing[refused[0]]}")
-    for name, package in missing.items() if names is None else ():
-        print(f"{name}: not checked, {package} is not installed or has no such device")
-    return [name for name in known if name in (names or known.keys() - missing.keys())]
+    found = [name for name, package in known.items() if find_spec(package)]
+    if refused := [name for name in names or () if name not in found]:
+        raise InputError(f"--runtime: {refused[0]} is not installed, or takes no {exported.suffix} file")
+    for name in known.keys() - found:
+        print(f"{name}: not checked; pip install {known[name]}")
+    return found if names is None else [*names]
 
 
 def make_batches(embedder: "Embedder", source: str | None) -> list[tuple[Any, Any]]:
@@ -143,9 +141,9 @@ def make_batches(embedder: "Embedder", source: str | None) -> list[tuple[Any, An
     """
     import torch
 
+    from d2v_composer.data.containers import open_source
     from d2v_composer.data.labeled import evenly_spaced
     from d2v_composer.data.modalities import modality_of
-    from d2v_composer.data.source import open_source
 
     encoder = embedder.student.encoder
     modality = modality_of(encoder.config)
@@ -161,18 +159,6 @@ def make_batches(embedder: "Embedder", source: str | None) -> list[tuple[Any, An
         batches += [batch[:7, : shortest * 3 // 4], batch[:7].repeat(1, 2)]
     with torch.inference_mode():
         return [(each.numpy(), embedder(each).numpy()) for each in batches]
-
-
-def write_kit(kit: Kit, folder: Path) -> None:
-    """Write a folder that checks the file by itself; it appears when it is complete."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with writing(folder), tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        made = Path(temporary, folder.name)
-        made.mkdir()
-        kit.write(made)
-        for file in (kit.file, check_program.__file__):
-            shutil.copy(file, made)
-        made.rename(folder)
 
 
 def load_pytorch(student: Path, embedding: "PrimaryEmbedding", compiles: bool) -> check_program.Embed:
@@ -233,13 +219,3 @@ def check_in_worker(load: Callable[[], check_program.Embed], folder: Path, is_fl
 def rate_in_worker(folder: Path) -> list[float]:
     """Measure the loaded program's samples/s for each batch size."""
     return check_program.rates(_loaded, read_kit(folder))
-
-
-def row(found: tuple[str, dict[str, Any]]) -> list[str]:
-    """Format a runtime's numbers."""
-    name, each = found
-    cells = {"seconds": ".1f", "megabytes": ".0f", "cosine": ".6f", "mean_cosine": ".6f", "difference": ".1e"}
-    cells |= {"agreement": ".3f"}
-    numbers = [f"{each[key]:{form}}" if key in each else "" for key, form in cells.items()]
-    rates = [f"{rate:.1f}" for rate in each["rates"]] or [""] * len(RATED)
-    return [name, *numbers, *rates, "FAILED" if each["faults"] else "ok"]

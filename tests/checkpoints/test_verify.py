@@ -129,7 +129,7 @@ def test_bad_input_is_one_line(student: Path, tmp_path: Path) -> None:
     program = student.with_suffix(".onnx")
     for arguments, problem in (
         ([student], "must end in .onnx or .pt2"),
-        ([program, "--runtime", "torch.export"], "torch.export takes no .onnx file"),
+        ([program, "--runtime", "torch.export"], "torch.export is not installed, or takes no .onnx file"),
         ([program, "--student", tmp_path / "none.safetensors"], "none.safetensors: no such file; name the student"),
         ([program, "--kit", tmp_path], "is a folder"),
     ):
@@ -155,7 +155,7 @@ def test_the_command_and_the_kits_script(student: Path, kit: Kit, tmp_path: Path
     code += "runpy.run_path('check_program.py', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("onnxruntime: ok; ")
+    assert [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("onnxruntime ")] == ["ok"]
 
     other = tmp_path / "other.safetensors"
     torch.manual_seed(1)
