@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from timm.models import build_model_with_cfg
@@ -20,6 +20,7 @@ from d2v_composer.checkpoints.student_file import (
     build_encoder,
     check_outputs,
     check_student,
+    choose_embedding,
     config_tensor,
     pop_sizes,
     sizes_of,
@@ -81,27 +82,28 @@ def describe(embedder: Embedder) -> dict[str, str]:
     return {"preprocessing": json.dumps(preprocessing), "embedding": embedder.primary.name}
 
 
-def read_description(path: Path) -> tuple[PrimaryEmbedding, bool]:
-    """Return which embedding a program computes, and whether it computes in int8.
+def read_description(path: Path, student: Backbone) -> tuple[str, bool]:
+    """Return the name of the embedding that a student's exported file computes, and True if it does so in int8.
 
     Raises:
-        InputError: It cannot be read, or ``d2v export`` did not write it.
+        InputError: It cannot be read, or the student has no such embedding.
     """
+    stored, is_int8 = {"embedding": ""}, False
     with reading(path):
-        is_int8, stored = False, {"embedding": ""}
         if path.suffix == ".onnx":
             check_packages(path, "onnx")
             import onnx
 
             model = onnx.load(path)
+            stored |= {each.key: each.value for each in model.metadata_props}
             is_int8 = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
-            stored |= {entry.key: entry.value for entry in model.metadata_props}
-        else:
+        elif path.suffix == ".pt2":
             torch.export.load(path, extra_files=stored)
-        for representation in get_args(Representation):
-            if (pooling := stored["embedding"].removeprefix(f"{representation}_")) in get_args(Pooling):
-                return PrimaryEmbedding(representation, pooling), is_int8
-    raise InputError(f"{path}: does not name its embedding: not a file written by d2v export")
+        elif path.suffix == ".safetensors":
+            stored["embedding"] = choose_embedding(student, None, None).name
+    if stored["embedding"] not in student.embedding_names:
+        raise InputError(f"{path}: must be an .onnx, .pt2 or .safetensors file that d2v export wrote of this student")
+    return stored["embedding"], is_int8
 
 
 def export_onnx(embedder: Embedder, path: Path) -> None:

@@ -1,221 +1,182 @@
-"""Check what an exported file computes in each runtime of this machine, against PyTorch.
+"""Measure what an exported file computes in each runtime of this machine, against PyTorch.
 
     d2v verify student.onnx
-    d2v verify student.onnx --runtime onnxruntime --runtime openvino --images photos
+    d2v verify student.onnx --runtime openvino --images photos
     d2v verify student-int8.onnx --student student.safetensors
     d2v verify student.onnx --kit kit
 
-EXPORTED is an .onnx or .pt2 file of `d2v export`, and STUDENT the .safetensors file of the same student. For each
-runtime, the table has the seconds to load the file and the peak memory of its process; the least and the mean cosine to
-PyTorch's embeddings, the largest difference of a number, as a share of the largest number, and the neighbor agreement
-with PyTorch; and the samples/s in batches of 1 and of 16. The exit status is 1 if a runtime misses a limit, gives
-numbers that are not finite, the same embedding for every sample, or another one in another batch. EXPORTED.json gets
-the numbers. --kit writes a folder to take to a machine whose runtime is not here: its script prints the same numbers,
-and needs only numpy and that runtime.
+EXPORTED is an .onnx or .pt2 file, which needs the same student's .safetensors file, or a .safetensors file. Loading a
+.pt2 file runs the code in it. The table shows the least and mean cosine to PyTorch's embeddings; the largest
+difference of a number, and the largest change of one by other inputs in its batch, both as shares of the largest
+number; the spread of the embeddings as a share of PyTorch's; the neighbor agreement with PyTorch; and samples/s in
+batches of 1 and of 16. The exit status is 1 if one is out of its range. The numbers go to EXPORTED.verify.json and to
+the model card beside the file. --kit writes a folder for a machine whose runtime is not here: its script prints the
+same numbers, and needs only numpy and the runtime.
 """
 
 import json
+import os
 import shutil
+import sys
 import tempfile
-import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, suppress
-from functools import partial
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from subprocess import PIPE, Popen
+from typing import TYPE_CHECKING
 
 from d2v_composer.checkpoints import check_program
-from d2v_composer.checkpoints.check_program import RUNTIMES, Kit, read_kit
 from d2v_composer.system.command_line import make_parser
-from d2v_composer.system.errors import InputError, RunError, reason, writing
-from d2v_composer.system.files import check_out_file, write_atomically
-from d2v_composer.system.processes import die_with_parent
+from d2v_composer.system.errors import InputError, RunError
+from d2v_composer.system.files import check_out_file, check_owned, write_atomically
+from d2v_composer.system.processes import if_interrupted
+from d2v_composer.system.progress import progress_bar
 
 if TYPE_CHECKING:
-    from d2v_composer.checkpoints.export import Embedder
-    from d2v_composer.checkpoints.student_file import PrimaryEmbedding
+    from torch import Tensor
 
-BATCHES = (1, 7, 64)
-ROUNDS = 3
-COSINE, COSINE_INT8, DIFFERENCE = 0.999, 0.98, 1e-4
-# Modality → samples that ship.
-SHIPPED = {"image": "quickstart/cifar10/test", "audio": "quickstart_audio/words/test"}
-PYTORCH = {"PyTorch": False, "PyTorch, compiled": True}
+    from d2v_composer.models.backbone import Backbone
 
-_loaded: check_program.Embed
-"""In a worker process, the program that it has loaded."""
+# Name → suffix of the files, and package.
+RUNTIMES = {
+    "onnxruntime": (".onnx", "onnxruntime"),
+    "openvino": (".onnx", "openvino"),
+    "openvino-float32": (".onnx", "openvino"),
+    "torch.export": (".pt2", "torch"),
+    "pytorch": (".safetensors", "torch"),
+}
+# A program's input → samples that ship in the folder of YAMLs.
+SHIPPED = {"images": "quickstart/cifar10/test", "waveforms": "quickstart_audio/words/test"}
+MAX_SAMPLES, MIN_SAMPLES, ROUNDS = 64, 20, 3
 
 
 def main(argv: Sequence[str]) -> None:
-    """Check a file, and print the table."""
+    """Measure a file."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("exported", metavar="EXPORTED", type=Path, help="a file of d2v export: .onnx or .pt2")
+    add("exported", metavar="EXPORTED", type=Path, help="a file of d2v export: .onnx, .pt2 or .safetensors")
     add("--student", type=Path, help="the same student's .safetensors file; default: EXPORTED with that suffix")
     add("--runtime", action="append", choices=RUNTIMES, help="may be repeated; default: all that are installed")
-    add("--images", metavar="FOLDER", help="images, sound or MDS shards to embed; default: CIFAR-10's, or 51 words")
-    about = f"least cosine to PyTorch's embeddings; default: {COSINE}, of an int8 file {COSINE_INT8}"
-    add("--cosine", type=float, help=about)
-    about = f"in float32, largest difference of a number, as a share of the largest one; default: {DIFFERENCE}"
-    add("--difference", type=float, default=DIFFERENCE, help=about)
-    add("--kit", type=Path, metavar="FOLDER", help="write this new folder instead of checking here")
-    verify(**vars(parser.parse_args(argv)))
+    add("--images", metavar="FOLDER", help="images, sound or MDS shards; default: CIFAR-10's, or words, that ship")
+    add("--cosine", type=float, help="least cosine to PyTorch; default: 0.999, of an int8 file 0.98")
+    add("--difference", type=float, help="largest difference; default: 0.0001, of an int8 file any")
+    add("--kit", type=Path, metavar="FOLDER", help="write this folder instead of measuring")
+    arguments = vars(parser.parse_args(argv))
+    path = arguments.pop("student") or arguments["exported"].with_suffix(".safetensors")
+    if not path.exists():
+        raise InputError(f"{path}: no such file; name the student of this program by --student")
+
+    from d2v_composer.checkpoints.load import load_student
+
+    verify(student=load_student(path), **arguments)
 
 
 def verify(
     exported: Path,
+    student: "Backbone",
     *,
-    student: Path | None = None,
     runtime: Sequence[str] | None = None,
     images: str | None = None,
     cosine: float | None = None,
-    difference: float = DIFFERENCE,
+    difference: float | None = None,
     kit: Path | None = None,
 ) -> None:
-    """Check an exported file; the arguments are the command's.
+    """Measure a file of a student; the other arguments are the command's.
 
     Raises:
         InputError: A file cannot be used, or a chosen runtime is not installed or takes other files.
-        RunError: A runtime misses a limit.
+        RunError: A runtime fails, or misses a limit.
     """
-    chosen, own = choose_runtimes(exported, runtime), student or exported.with_suffix(".safetensors")
-    report = exported.with_name(f"{exported.name}.json")
-    check_out_file(report if kit is None else kit, overwrite=kit is None)
-    if not own.exists():
-        raise InputError(f"{own}: no such file; name the student that {exported} was exported from: --student FILE")
+    import numpy as np
 
-    from d2v_composer.checkpoints.export import Embedder, read_description
-    from d2v_composer.checkpoints.load import load_student
+    from d2v_composer.checkpoints.export import read_description
+    from d2v_composer.checkpoints.load import save_student
+    from d2v_composer.report.model_card import add_section
+    from d2v_composer.report.tables import format_table
     from d2v_composer.system.machine import describe_machine, package_versions
 
-    embedding, is_int8 = read_description(exported)
-    limits = cosine or (COSINE_INT8 if is_int8 else COSINE), None if is_int8 else difference
-    task = Kit(str(exported), make_batches(Embedder(load_student(own), embedding), images), *limits)
-    if kit is not None:
-        with writing(kit):
-            kit.mkdir(parents=True)
-            script = Path(shutil.copy(check_program.__file__, kit)).name
-            shutil.copy(exported, kit)
-            task.write(kit)
-        print(f"wrote {kit}: copy it to the other machine, and run `python {script}` in it")
-        return
-    loads = {name: partial(RUNTIMES[name].load, str(exported)) for name in chosen}
-    loads |= {name: partial(load_pytorch, own, embedding, compiles) for name, compiles in PYTORCH.items()}
-    found = measure(task, loads)
-    print(f"{exported}: {exported.stat().st_size / 1e6:.1f} MB, {embedding.name}", check_program.HEAD, sep="\n")
-    print(*(check_program.line(name, each, each["rates"]) for name, each in found.items()), sep="\n")
-    about = {"machine": describe_machine(), "versions": package_versions(*(each.package for each in RUNTIMES.values()))}
-    write_atomically(report, json.dumps({"embedding": embedding.name, **about, "runtimes": found}, indent=1) + "\n")
-    if faults := [f"{exported}: {name}: {'; '.join(each['faults'])}" for name, each in found.items() if each["faults"]]:
-        raise RunError(*faults)
-
-
-def choose_runtimes(exported: Path, names: Sequence[str] | None) -> list[str]:
-    """Return the runtimes of a file that are installed, and name the others.
-
-    Raises:
-        InputError: There is none, or one of ``names`` is not installed or takes other files.
-    """
-    known = {name: each.package for name, each in RUNTIMES.items() if each.suffix == exported.suffix}
-    if not known:
-        raise InputError(f"{exported}: must end in .onnx or .pt2")
-    found = [name for name, package in known.items() if find_spec(package)]
-    if refused := [name for name in names or () if name not in found]:
+    embedding, is_int8 = read_description(exported, student)
+    installed = [each for each, (suffix, name) in RUNTIMES.items() if suffix == exported.suffix and find_spec(name)]
+    if refused := [name for name in runtime or () if name not in installed]:
         raise InputError(f"--runtime: {refused[0]} is not installed, or takes no {exported.suffix} file")
-    for name in known.keys() - found:
-        print(f"{name}: not checked; pip install {known[name]}")
-    return found if names is None else [*names]
+    report, script = exported.with_name(f"{exported.name}.verify.json"), Path(check_program.__file__)
+    yamls = script.parents[1] / "yamls"
+    check_out_file(report)
+    if kit is not None:
+        check_owned(kit, "kit.json", "--kit")
+    limits = {"cosine": cosine or (0.98 if is_int8 else 0.999), "difference": difference or (9 if is_int8 else 1e-4)}
+    batch = read_samples(student, images or str(yamls / SHIPPED[student.encoder.input_name]), MAX_SAMPLES)
+    inputs = [batch, batch[:7, : batch.shape[1] // 2]] if len(student.encoder.free_axes) > 1 else [batch]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = kit or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez(folder / "kit.npz", *inputs, np.concatenate([student.embed_all(each)[embedding] for each in inputs]))
+        (folder / "kit.json").write_text(json.dumps({"embedding": embedding, **limits}, indent=1))
+        shutil.copy(script, folder)
+        if kit is not None:
+            shutil.copy(exported, kit)
+            print(f"wrote {kit}: in it, run python {script.name} RUNTIME {exported.name}")
+            return
+        save_student(student, folder / "pytorch.safetensors")
+        files = {"pytorch": folder / "pytorch.safetensors"} | dict.fromkeys(runtime or installed, exported.absolute())
+        found, faults = measure(folder / script.name, files)
+    rows = [[name, *map("{:.5g}".format, each.values())] for name, each in found.items()]
+    table = format_table(["", *max(found.values(), key=len)], rows)
+    table += f"\n{exported.name}: {exported.stat().st_size / 1e6:.1f} MB, {embedding}"
+    print(table)
+    about = {"embedding": embedding, "machine": describe_machine(), "faults": faults, "runtimes": found}
+    about["versions"] = package_versions("onnxruntime", "openvino")
+    write_atomically(report, json.dumps(about, indent=1) + "\n")
+    add_section(exported.with_name("README.md"), f"{exported.name} in each runtime", f"```\n{table}\n```\n")
+    if faults:
+        raise RunError(*(f"{exported}: {name}: {fault}" for name, fault in faults.items()))
 
 
-def make_batches(embedder: "Embedder", source: str | None) -> list[tuple[Any, Any]]:
-    """Return inputs and PyTorch's embeddings of batches of several sizes and, of sound, several lengths.
+def read_samples(student: "Backbone", source: str | None, maximum: int) -> "Tensor":
+    """Return samples as a program takes them, (N, 3, S, S) or (N, L), from a folder or the run's retrieval data.
 
-    The inputs of a batch are the first ones of a larger one.
+    Clips of sound are cut to the shortest.
 
     Raises:
-        InputError: The samples cannot be read.
+        InputError: There are too few, or they cannot be read.
     """
     import torch
 
+    from d2v_composer.checkpoints.student_file import lookup
     from d2v_composer.data.containers import open_source
-    from d2v_composer.data.labeled import evenly_spaced
+    from d2v_composer.data.labeled import evenly_spaced, load_labeled_set
     from d2v_composer.data.modalities import modality_of
 
-    encoder = embedder.student.encoder
-    modality = modality_of(encoder.config)
-    place = source or str(Path(__file__).parents[1] / "yamls" / SHIPPED[modality.name])
-    found = open_source(place, modality)
-    samples = [found.decode(i) for i in evenly_spaced(len(found), max(BATCHES))]
-    if len(samples) < 2:
-        raise InputError(f"{place}: expected at least 2 {modality.unit}, got {len(samples)}")
-    shortest = min(each.shape[-1] for each in samples)
-    batch = encoder.prepare(torch.stack([each[..., :shortest] for each in samples]))
-    batches = [batch[:size] for size in BATCHES]
-    if len(encoder.free_axes) > 1:
-        batches += [batch[:7, : shortest * 3 // 4], batch[:7].repeat(1, 2)]
-    with torch.inference_mode():
-        return [(each.numpy(), embedder(each).numpy()) for each in batches]
+    modality, samples = modality_of(student.encoder.config), []
+    if source is not None:
+        found = open_source(source, modality)
+        samples = [found.decode(i) for i in evenly_spaced(len(found), maximum)]
+    elif found := [*filter(None, (lookup(student.provenance, "config.retrieval.datasets") or {}).values())]:
+        options = found[0] | {"download": False, "max_images": maximum, "class_embeddings": None}
+        samples = load_labeled_set(modality=modality, **options).test.samples
+    if len(samples) < MIN_SAMPLES:
+        found = f"needs at least {MIN_SAMPLES} {modality.unit}, got {len(samples)}"
+        raise InputError(f"{found}; use --images FOLDER, or for --int8 --calibrate FOLDER")
+    length = min(each.shape[-1] for each in samples)
+    return student.encoder.normalized(torch.stack([each[..., :length] for each in samples]))
 
 
-def load_pytorch(student: Path, embedding: "PrimaryEmbedding", compiles: bool) -> check_program.Embed:
-    """Load a student in PyTorch."""
-    import torch
-
-    from d2v_composer.checkpoints.export import Embedder
-    from d2v_composer.checkpoints.load import load_student
-
-    warnings.filterwarnings("ignore", "Dynamo does not know how to trace", UserWarning)
-    model = Embedder(load_student(student), embedding)
-    embed = torch.compile(model) if compiles else model
-    return lambda inputs: embed(torch.from_numpy(inputs)).numpy()
-
-
-def measure(kit: Kit, loads: Mapping[str, Callable[[], check_program.Embed]]) -> dict[str, dict[str, Any]]:
-    """Check each program in a process of its own, then measure their speeds in turns: the median over rounds.
+def measure(script: Path, files: Mapping[str, Path]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Run the script for each runtime in a process of its own, in turns.
 
     Returns:
-        Name → what :func:`check_program.check` returns, ``seconds``, ``megabytes`` and ``rates``. Of one that cannot be
-        loaded or run, only ``faults``.
+        Runtime → the median over rounds of each number, none if one failed; runtime → what is wrong.
     """
-    found: dict[str, dict[str, Any]] = {}
-    context = get_context("spawn")
-    with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-        kit.write(Path(folder))
-        workers = {}
-        for name, load in loads.items():
-            worker = stack.enter_context(ProcessPoolExecutor(1, context, die_with_parent))
-            is_float32 = name not in RUNTIMES or RUNTIMES[name].is_float32
-            try:
-                found[name] = worker.submit(check_in_worker, load, Path(folder), is_float32).result()
-                workers[name] = worker
-            except Exception as error:  # noqa: BLE001  (the runtime's, or it died)
-                found[name] = {"faults": [f"{type(error).__name__}: {reason(error)}"]}
-        for _ in range(ROUNDS):
-            for name, worker in workers.items():
-                rates = worker.submit(rate_in_worker, Path(folder)).result()
-                found[name].setdefault("rates", []).append(rates)
-    for each in found.values():
-        each["rates"] = [sorted(rates)[ROUNDS // 2] for rates in zip(*each.get("rates", ()), strict=True)]
-    return found
-
-
-def check_in_worker(load: Callable[[], check_program.Embed], folder: Path, is_float32: bool) -> dict[str, Any]:
-    """Load a program, and check it."""
-    global _loaded
-    start = time.perf_counter()
-    _loaded = load()
-    seconds = time.perf_counter() - start
-    found = check_program.check(_loaded, read_kit(folder), is_float32)
-    with suppress(OSError):  # Linux alone has it; what getrusage says begins with this process's parent
-        status = Path("/proc/self/status").read_text()
-        found["megabytes"] = int(status.partition("VmHWM:")[2].split()[0]) / 1e3
-    return found | {"seconds": seconds}
-
-
-def rate_in_worker(folder: Path) -> list[float]:
-    """Measure the loaded program's samples/s for each batch size."""
-    return check_program.rates(_loaded, read_kit(folder))
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in files}
+    found, faults, path = {}, {}, os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for name in progress_bar(ROUNDS * list(files), desc="measuring", unit="runs"):
+        command = [sys.executable, str(script), name, str(files[name])]
+        with Popen(command, stdout=PIPE, stderr=PIPE, text=True, env=path) as process, if_interrupted(process.kill):
+            said, errors = process.communicate()
+        rounds[name].append(json.loads("{" + (said.partition("{")[2] or "}")))
+        if process.returncode:
+            faults[name] = (errors.splitlines() or [f"exit status {process.returncode}"])[-1]
+    for name, runs in rounds.items():
+        found[name] = {key: median(run[key] for run in runs) for key in min(runs, key=len)}
+    return found, faults
