@@ -3,8 +3,9 @@
 import copy
 import io
 import json
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.files import out_file
 
 OPSET = 18
+# Control flow, and operators whose outputs' shapes depend on data.
+DATA_DEPENDENT = {"If", "Loop", "Scan", "NonZero", "Unique", "Compress", "NonMaxSuppression"}
+FLOAT64 = 11  # in ONNX
+
+log = logging.getLogger(__name__)
 
 
 class TracedAlibi(Alibi):
@@ -126,9 +132,32 @@ def export_onnx(embedder: Embedder, path: Path) -> None:
             verbose=False,
         )
     assert program is not None  # without a file name, torch returns the program
+    if faults := lint(program.model_proto, embedder.student.encoder.free_axes.keys()):
+        log.warning("%s: some runtimes refuse or miscompute this: %s", path, "; ".join(faults))
     program.model.metadata_props.update(describe(embedder))
     with out_file(path) as partial:
         program.save(partial)
+
+
+def lint(model: Any, free_axes: Set[int]) -> list[str]:
+    """Return what an ONNX model has that some runtimes refuse or compute otherwise.
+
+    Args:
+        model: An ``onnx.ModelProto``.
+        free_axes: The axes of its input that may have any size.
+    """
+    graph, faults = model.graph, [f"operators of {each.domain}" for each in model.opset_import if each.domain]
+    faults += sorted(DATA_DEPENDENT.intersection(node.op_type for node in graph.node))
+    sizes = enumerate(graph.input[0].type.tensor_type.shape.dim)
+    if (free := {axis for axis, size in sizes if not size.HasField("dim_value")}) != free_axes:
+        faults.append(f"axes {sorted(free)} of any size, expected {sorted(free_axes)}")
+    types = {each.data_type for each in graph.initializer} | {
+        each.type.tensor_type.elem_type for each in graph.value_info
+    }
+    if FLOAT64 in types:
+        faults.append("float64")
+    large = [each.raw_data for each in graph.initializer if len(each.raw_data) > 1024]
+    return faults + ["weights stored twice"] * (len(set(large)) < len(large))
 
 
 def check_packages(path: Path, *names: str) -> None:

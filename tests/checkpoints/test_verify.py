@@ -16,15 +16,20 @@ import torch
 from onnx import helper, numpy_helper
 
 from d2v_composer import load_student, load_teacher
+from d2v_composer.checkpoints.export import lint
 from d2v_composer.checkpoints.int8 import quantize
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import export, verify
 from d2v_composer.models.configs import ImageEncoderConfig
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.student import Student, StudentConfig
+from d2v_composer.models.timm_teacher import TimmTeacher, teacher_config
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, ROOT
+from small_vits import RESAMPLED_BILINEARLY, random_vit
 
+SMALL_VITS = [*RESAMPLED_BILINEARLY, "small_beit", "small_mixed_rope", "small_dinov3", "small_dinov3_without_bias"]
+SMALL_VITS += ["narrow"]  # a student narrower than small_dinov3
 PHOTOS = ROOT / "yamls/quickstart/cifar10/test"
 
 
@@ -173,6 +178,36 @@ def test_bad_input_is_one_line(student: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+def test_lint_names_what_runtimes_refuse(student: Path) -> None:
+    """One fault after the other is put into the graph of a program without any."""
+    model = onnx.load(student.with_suffix(".onnx"))
+    assert lint(model, {0}) == []
+    assert lint(model, {0, 1}) == ["axes [0] of any size, expected [0, 1]"]
+    model.graph.node.append(helper.make_node("NonZero", ["embedding"], ["where"]))
+    assert lint(model, {0}) == ["NonZero"]
+    weights = numpy_helper.from_array(np.zeros((32, 32)), "doubles")
+    model.graph.initializer.append(weights)
+    assert lint(model, {0}) == ["NonZero", "float64"]
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros((32, 32)), "again"))
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    assert lint(model, {0}) == ["operators of com.microsoft", "NonZero", "float64", "weights stored twice"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL_VITS)
+def test_students_of_timm_teachers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Relative biases, rotary positions, registers and a narrow student: nothing to refuse, and the same embeddings."""
+    model, sizes = random_vit(name.replace("narrow", "small_dinov3")), {"embed_dim": 16} if name == "narrow" else {}
+    teacher = TimmTeacher(model, teacher_config(f"timm/{name.replace('narrow', 'small_dinov3')}", model, 1))
+    path, program = tmp_path / "student.safetensors", tmp_path / "student.onnx"
+    save_student(teacher.build_student(depth=1, **sizes), path)
+    export.main([str(path), str(program)])
+    assert "some runtimes" not in caplog.text
+    assert run_kit(write_kit(program, path, tmp_path / "kit"), program, monkeypatch) is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
 def test_the_command_measures_beside_pytorch(student: Path, tmp_path: Path, suffix: str) -> None:
@@ -207,11 +242,12 @@ def test_the_command_measures_beside_pytorch(student: Path, tmp_path: Path, suff
 
 
 @pytest.mark.slow
-def test_sound(tmp_path: Path) -> None:
+def test_sound(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     own = tmp_path / "student.safetensors"
     save_student(load_teacher(GOLDEN / "audio_base.pt", first_blocks=1).build_student(depth=1), own)
     export.main([str(own), str(tmp_path / "student.onnx"), "--verify"])
+    assert "some runtimes" not in caplog.text
     found = json.loads((tmp_path / "student.onnx.verify.json").read_text())
     assert found["faults"] == {}
     assert {"pytorch", "onnxruntime"} <= set(found["runtimes"])
