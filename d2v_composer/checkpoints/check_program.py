@@ -26,7 +26,7 @@ def load(runtime: str, file: str, embedding: str) -> Any:
         session = onnxruntime.InferenceSession(file, providers=onnxruntime.get_available_providers())
         return lambda x: session.run(None, {session.get_inputs()[0].name: x})[0]
     if runtime.startswith("openvino"):
-        import openvino
+        import openvino  # pyright: ignore[reportMissingImports]
 
         config = {"INFERENCE_PRECISION_HINT": "f32"} if runtime == "openvino-float32" else {}
         model = openvino.Core().compile_model(file, "CPU", config)
@@ -36,7 +36,7 @@ def load(runtime: str, file: str, embedding: str) -> Any:
     if runtime == "torch.export":
         program: Any = torch.export.load(file).module()
         return lambda x: program(torch.from_numpy(x)).numpy()
-    from d2v_composer import load_student
+    from d2v_composer.checkpoints.load import load_student
 
     student = load_student(file)
     return lambda x: student.embed_all(torch.from_numpy(x))[embedding].numpy()

@@ -199,8 +199,9 @@ def test_students_of_timm_teachers(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Relative biases, rotary positions, registers and a narrow student: nothing to refuse, and the same embeddings."""
-    model, sizes = random_vit(name.replace("narrow", "small_dinov3")), {"embed_dim": 16} if name == "narrow" else {}
-    teacher = TimmTeacher(model, teacher_config(f"timm/{name.replace('narrow', 'small_dinov3')}", model, 1))
+    teachers, sizes = name.replace("narrow", "small_dinov3"), {"embed_dim": 16} if name == "narrow" else {}
+    model = random_vit(teachers)
+    teacher: Any = TimmTeacher(model, teacher_config(f"timm/{teachers}", model, 1))
     path, program = tmp_path / "student.safetensors", tmp_path / "student.onnx"
     save_student(teacher.build_student(depth=1, **sizes), path)
     export.main([str(path), str(program)])
