@@ -151,10 +151,8 @@ def lint(model: Any, free_axes: Set[int]) -> list[str]:
     sizes = enumerate(graph.input[0].type.tensor_type.shape.dim)
     if (free := {axis for axis, size in sizes if not size.HasField("dim_value")}) != free_axes:
         faults.append(f"axes {sorted(free)} of any size, expected {sorted(free_axes)}")
-    types = {each.data_type for each in graph.initializer} | {
-        each.type.tensor_type.elem_type for each in graph.value_info
-    }
-    if FLOAT64 in types:
+    types = [each.type.tensor_type.elem_type for each in graph.value_info]
+    if FLOAT64 in types + [each.data_type for each in graph.initializer]:
         faults.append("float64")
     large = [each.raw_data for each in graph.initializer if len(each.raw_data) > 1024]
     return faults + ["weights stored twice"] * (len(set(large)) < len(large))

@@ -46,8 +46,9 @@ RUNTIMES = {
     "torch.export": (".pt2", "torch"),
     "pytorch": (".safetensors", "torch"),
 }
-# A program's input → samples that ship in the folder of YAMLs.
-SHIPPED = {"images": "quickstart/cifar10/test", "waveforms": "quickstart_audio/words/test"}
+# A program's input → samples that ship.
+YAMLS = f"{Path(__file__).parents[1]}/yamls"
+SHIPPED = {"images": f"{YAMLS}/quickstart/cifar10/test", "waveforms": f"{YAMLS}/quickstart_audio/words/test"}
 MAX_SAMPLES, MIN_SAMPLES, ROUNDS = 64, 20, 3
 
 
@@ -101,12 +102,11 @@ def verify(
     if refused := [name for name in runtime or () if name not in installed]:
         raise InputError(f"--runtime: {refused[0]} is not installed, or takes no {exported.suffix} file")
     report, script = exported.with_name(f"{exported.name}.verify.json"), Path(check_program.__file__)
-    yamls = script.parents[1] / "yamls"
     check_out_file(report)
     if kit is not None:
         check_owned(kit, "kit.json", "--kit")
     limits = {"cosine": cosine or (0.98 if is_int8 else 0.999), "difference": difference or (9 if is_int8 else 1e-4)}
-    batch = read_samples(student, images or str(yamls / SHIPPED[student.encoder.input_name]), MAX_SAMPLES)
+    batch = read_samples(student, images or SHIPPED[student.encoder.input_name], MAX_SAMPLES)
     inputs = [batch, batch[:7, : batch.shape[1] // 2]] if len(student.encoder.free_axes) > 1 else [batch]
     with tempfile.TemporaryDirectory() as temporary:
         folder = kit or Path(temporary)

@@ -194,6 +194,15 @@ def test_lint_names_what_runtimes_refuse(student: Path) -> None:
     assert lint(model, {0}) == ["operators of com.microsoft", "NonZero", "float64", "weights stored twice"]
 
 
+def test_an_export_warns_of_what_lint_finds(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("d2v_composer.checkpoints.export.DATA_DEPENDENT", {"Softmax", "If"})
+    export.main([str(student), str(tmp_path / "student.onnx")])
+    assert "student.onnx: some runtimes refuse or miscompute this: Softmax" in caplog.text
+    assert (tmp_path / "student.onnx").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL_VITS)
 def test_students_of_timm_teachers(
