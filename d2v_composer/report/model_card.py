@@ -121,6 +121,13 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
     return write
 
 
+def add_section(readme: Path, heading: str, text: str) -> None:
+    """Add a section to a card, or replace it; a README.md that d2v export did not write is kept."""
+    if readme.exists() and MARK in (card := readme.read_text("utf-8", "replace")):
+        old = rf"\n\n## {re.escape(heading)}\n.*?(?=\n## |\Z)"
+        write_atomically(readme, re.sub(old, "", card, flags=re.DOTALL) + f"\n\n## {heading}\n\n{text}")
+
+
 def name_license(stated: str) -> str:
     """Return the hub's name of a license, from the note stored with a teacher's weights.
 
