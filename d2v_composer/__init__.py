@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
     from d2v_composer.checkpoints.load import load_student, load_teacher
+    from d2v_composer.embedder import Embedder
     from d2v_composer.evaluation.linear_probe import linear_probe_accuracy
     from d2v_composer.evaluation.nearest_neighbors import knn_accuracy, retrieval_accuracy
     from d2v_composer.evaluation.without_labels import neighbor_agreement
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DistillationModel",
+    "Embedder",
     "ZeroShotRetrieval",
     "d2v2_student",
     "knn_accuracy",
@@ -38,6 +40,7 @@ __version__ = metadata.version("d2v-composer")
 
 MODULES = {
     "DistillationModel": "models.distillation",
+    "Embedder": "embedder",
     "ZeroShotRetrieval": "callbacks.zero_shot_retrieval",
     "knn_accuracy": "evaluation.nearest_neighbors",
     "linear_probe_accuracy": "evaluation.linear_probe",

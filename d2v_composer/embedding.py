@@ -129,7 +129,7 @@ def embed_source(
     out, rank = str(out), global_rank()
     place = source.root if is_remote(source.root) else Path(source.root).resolve()
     plan = {"model": hash_weights(model), "source": hash_of(place), "device": device, **options._asdict()}
-    width = _embed(model, (model.encoder.example(1),), options, device).shape[1]
+    width = embed_batch(model, (model.encoder.example(1),), options, device).shape[1]
     folder, unit = _partial_folder(out), source.modality.unit
     chunks = _cut(source, plan, folder)
     with writing(out), sole_user(folder / f".lock{rank or ''}", LOCK_SECONDS) as alone:
@@ -141,12 +141,16 @@ def embed_source(
         with progress_bar(total=total, initial=resumed, desc="embedding", unit=unit) as bar:
             mine = [chunk for chunk in chunks[rank :: num_ranks()] if not chunk.path.exists()]
             batches = [(chunk, batch) for chunk in mine for batch in chunk.batches]
-            loaded = map_in_workers(partial(_load, source), [batch for _, batch in batches], workers, device == "cuda")
+            loaded = map_in_workers(
+                partial(load_batch, source.decode), [batch for _, batch in batches], workers, device == "cuda"
+            )
             rows, skipped = list[NDArray](), list[tuple[int, str]]()
             for (chunk, batch), (inputs, unreadable) in zip(batches, loaded, strict=True):
                 skipped += unreadable
                 _check_skipped([reason for _, reason in skipped], skip_unreadable, unit)
-                rows.append(_embed(model, inputs, options, device) if inputs else np.zeros((0, width), options.dtype))
+                rows.append(
+                    embed_batch(model, inputs, options, device) if inputs else np.zeros((0, width), options.dtype)
+                )
                 if not np.isfinite(rows[-1]).all():
                     named = f"{source.ids[batch.start]}, or one after it in its batch"
                     how = f"--precision {options.precision} and --dtype {options.dtype}"
@@ -326,7 +330,8 @@ def _ids_file(out: str) -> str:
     return f"{out.removesuffix('.npy')}.ids.npy"
 
 
-def _embed(model: Backbone, batch: tuple[Tensor, ...], options: EmbeddingOptions, device: str) -> NDArray:
+def embed_batch(model: Backbone, batch: tuple[Tensor, ...], options: EmbeddingOptions, device: str) -> NDArray:
+    """Embed a batch of :func:`load_batch`: (N, D)."""
     dtype = choose_precision(options.precision).autocast_dtype
     values, *others = (each.to(device, non_blocking=True) for each in batch)
     with torch.inference_mode(), precision_of(dtype, device):
@@ -344,12 +349,19 @@ def hash_weights(model: Backbone) -> str:
     return digest.hexdigest()
 
 
-def _load(source: Source, numbers: Sequence[int]) -> tuple[tuple[Tensor, ...], list[tuple[int, str]]]:
-    """Load a batch as :func:`collate` does, and the number and reason of each unreadable sample."""
+def load_batch(
+    decode: Callable[[int], Tensor], numbers: Sequence[int]
+) -> tuple[tuple[Tensor, ...], list[tuple[int, str]]]:
+    """Load a batch as :func:`collate` does, and the number and reason of each unreadable sample.
+
+    Args:
+        decode: Returns a sample by number, as :meth:`Source.decode`.
+        numbers: Of the samples.
+    """
     samples, skipped = [], []
     for number in numbers:
         try:
-            samples.append(source.decode(number))
+            samples.append(decode(number))
         except UnreadableSampleError as error:
             skipped.append((number, str(error)))
     return collate(samples) if samples else (), skipped

@@ -12,7 +12,7 @@ import d2v_composer
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.models.transformer import Transformer
-from helpers import QUICKSTART, ROOT
+from helpers import QUICKSTART, ROOT, encoded_image
 from reference import PUBLIC, resolve
 
 METHODS = (
@@ -36,10 +36,11 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     student = teacher.build_student(depth=2).eval()
     save_student(student, folder / "student.safetensors")
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    files = [encoded_image(seed) for seed in range(2)]
     names = {name: getattr(d2v_composer, name) for name in PUBLIC["d2v_composer"]}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        yield {"torch": torch, "teacher": teacher, "student": student, "images": images, **names}
+        yield {"torch": torch, "teacher": teacher, "student": student, "images": images, "files": files, **names}
 
 
 @pytest.mark.parametrize("documented", [d2v_composer, *NAMES, *METHODS], ids=lambda each: each.__name__)

@@ -15,7 +15,7 @@ LEVELS = [
     ("models",),
     ("checkpoints", "data"),
     ("embedding.py", "evaluation"),
-    ("callbacks",),
+    ("callbacks", "embedder.py"),
     ("report", "config"),
     ("builders",),
     ("preflight.py", "benchmarks"),
@@ -72,7 +72,7 @@ def imported(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
 def level_of(module: str) -> tuple[int, str]:
     package, _, rest = module.partition(".")
     room = "recipes" if package == "recipes" else rest.partition(".")[0] or "d2v_composer/__init__.py"
-    room = f"{room}.py" if room in ("embedding", "preflight") else room
+    room = f"{room}.py" if room in ("embedder", "embedding", "preflight") else room
     return LEVEL_OF_ROOM[room], room
 
 

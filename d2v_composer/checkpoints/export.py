@@ -3,8 +3,9 @@
 import copy
 import io
 import json
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from d2v_composer.checkpoints.student_file import (
     build_encoder,
     check_outputs,
     check_student,
+    choose_embedding,
     config_tensor,
     pop_sizes,
     sizes_of,
@@ -30,10 +32,15 @@ from d2v_composer.models.configs import EncoderConfig, ImageEncoderConfig, Stude
 from d2v_composer.models.encoder import Tokens
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.student import Student
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.files import out_file
 
 OPSET = 18
+# Control flow, and operators whose outputs' shapes depend on data.
+DATA_DEPENDENT = {"If", "Loop", "Scan", "NonZero", "Unique", "Compress", "NonMaxSuppression"}
+FLOAT64 = 11  # in ONNX
+
+log = logging.getLogger(__name__)
 
 
 class TracedAlibi(Alibi):
@@ -81,6 +88,30 @@ def describe(embedder: Embedder) -> dict[str, str]:
     return {"preprocessing": json.dumps(preprocessing), "embedding": embedder.primary.name}
 
 
+def read_description(path: Path, student: Backbone) -> tuple[str, bool]:
+    """Return the name of the embedding that a student's exported file computes, and True if it does so in int8.
+
+    Raises:
+        InputError: It cannot be read, or the student has no such embedding.
+    """
+    stored, is_int8 = {"embedding": ""}, False
+    with reading(path):
+        if path.suffix == ".onnx":
+            check_packages(path, "onnx")
+            import onnx
+
+            model = onnx.load(path)
+            stored |= {each.key: each.value for each in model.metadata_props}
+            is_int8 = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+        elif path.suffix == ".pt2":
+            torch.export.load(path, extra_files=stored)
+        elif path.suffix == ".safetensors":
+            stored["embedding"] = choose_embedding(student, None, None).name
+    if stored["embedding"] not in student.embedding_names:
+        raise InputError(f"{path}: must be an .onnx, .pt2 or .safetensors file that d2v export wrote of this student")
+    return stored["embedding"], is_int8
+
+
 def export_onnx(embedder: Embedder, path: Path) -> None:
     """Write ONNX, opset 18: ``images`` or ``waveforms``, as :class:`Embedder` takes them → ``embedding`` (batch, D).
 
@@ -101,9 +132,30 @@ def export_onnx(embedder: Embedder, path: Path) -> None:
             verbose=False,
         )
     assert program is not None  # without a file name, torch returns the program
+    if faults := lint(program.model_proto, embedder.student.encoder.free_axes.keys()):
+        log.warning("%s: some runtimes refuse or miscompute this: %s", path, "; ".join(faults))
     program.model.metadata_props.update(describe(embedder))
     with out_file(path) as partial:
         program.save(partial)
+
+
+def lint(model: Any, free_axes: Set[int]) -> list[str]:
+    """Return what an ONNX model has that some runtimes refuse or compute otherwise.
+
+    Args:
+        model: An ``onnx.ModelProto``.
+        free_axes: The axes of its input that may have any size.
+    """
+    graph, faults = model.graph, [f"operators of {each.domain}" for each in model.opset_import if each.domain]
+    faults += sorted(DATA_DEPENDENT.intersection(node.op_type for node in graph.node))
+    sizes = enumerate(graph.input[0].type.tensor_type.shape.dim)
+    if (free := {axis for axis, size in sizes if not size.HasField("dim_value")}) != free_axes:
+        faults.append(f"axes {sorted(free)} of any size, expected {sorted(free_axes)}")
+    types = [each.type.tensor_type.elem_type for each in graph.value_info]
+    if FLOAT64 in types + [each.data_type for each in graph.initializer]:
+        faults.append("float64")
+    large = [each.raw_data for each in graph.initializer if len(each.raw_data) > 1024]
+    return faults + ["weights stored twice"] * (len(set(large)) < len(large))
 
 
 def check_packages(path: Path, *names: str) -> None:

@@ -24,6 +24,7 @@ COMMANDS = {
     "report": "write a run's curves, tables and images to one HTML page",
     "evaluate": "compare a model with its teacher and baselines",
     "export": "export a student as safetensors, ONNX or torch.export",
+    "verify": "check what an exported file computes in each runtime",
     "embed": "embed a collection of images",
     "merge": "merge the parts of a conversion or of embeddings",
     "benchmark": "measure the speed of training, data and retrieval against baselines",

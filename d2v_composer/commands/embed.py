@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from d2v_composer.commands.train import relaunch_on_gpus
-from d2v_composer.models.names import Pooling, PrecisionChoice, Representation, Weights
+from d2v_composer.models.names import Pooling, PrecisionChoice, Representation, Weights, embedding_name
 from d2v_composer.system.command_line import COLUMN, PART, SOURCES, d2v, make_parser, print_next, size, whole
-from d2v_composer.system.errors import InputError
 from d2v_composer.system.part import ALL, Part
 from d2v_composer.system.processes import local_rank, local_ranks
 
@@ -42,42 +41,35 @@ def main(argv: Sequence[str]) -> "Embedding | None":
 
     import torch
 
-    from d2v_composer.checkpoints.load import load_any
-    from d2v_composer.checkpoints.student_file import choose_embedding
     from d2v_composer.data.containers import open_source
-    from d2v_composer.data.modalities import modality_of
     from d2v_composer.data.parts import Parts, plan_of
     from d2v_composer.data.source import name_counts
-    from d2v_composer.embedding import EmbeddingOptions, check_out, embed_source, hash_weights
-    from d2v_composer.models.execution import name_precision
+    from d2v_composer.embedder import Embedder
+    from d2v_composer.embedding import check_out, embed_source, hash_weights
 
-    device, given = "cuda" if torch.cuda.is_available() else "cpu", vars(arguments)
-    if device == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-    precision = name_precision(arguments.precision)
-    if precision == "amp_fp16" and device == "cpu":
-        raise InputError("--precision: amp_fp16 needs a GPU; on a CPU, use fp32, amp_bf16 or auto")
     if part is not None:
         out, parts = Parts(out).path(part), Parts(out)
     check_out(out, overwrite=arguments.overwrite or part is not None)
-    timm = {name: given[name] for name in ("checkpoint", "first_blocks", "image_size")}
-    projected = arguments.representation == "projected"
-    model, _ = load_any(arguments.model, arguments.weights, arguments.teacher, **timm, projected=projected)
-    chosen = choose_embedding(model, arguments.pooling, arguments.representation)
-    modality = modality_of(model.encoder.config)
-    place = {"column": arguments.column, "cache": arguments.local, "cache_limit": arguments.cache_limit}
-    place |= {"part": part or ALL}
-    source = open_source(arguments.source, modality, **place)
-    print(f"embedding: {chosen.name}")
-    given |= {"precision": precision, "batch_size": arguments.batch_size or modality.batch_size, **chosen._asdict()}
-    options = EmbeddingOptions(**{name: given[name] for name in EmbeddingOptions._fields})
+    given = vars(arguments)
+    model, modality, options, device = Embedder(*(given[name] for name in Embedder.__match_args__)).load()
+    source = open_source(
+        arguments.source,
+        modality,
+        column=arguments.column,
+        cache=arguments.local,
+        cache_limit=arguments.cache_limit,
+        part=part or ALL,
+    )
+    print(f"embedding: {embedding_name(options.representation, options.pooling)}")
     how = {name: given[name] for name in ("workers", "skip_unreadable")}
-    if parts is not None:
+    if part and parts:
         how["part"] = plan_of(source, part, model=hash_weights(model), device=device, **options._asdict())
         if record := parts.find(part, how["part"]):
             print(f"part {part.number} of {part.count} is there: {record['images']} {modality.unit}")
             return None
-    embedding = embed_source(model.eval().to(device), source, out, options, device=device, **how)
+    embedding = embed_source(model, source, out, options, device=device, **how)
     if embedding.resumed:
         print(f"resumed an interrupted run after {embedding.resumed} {modality.unit}")
     print("other files:", name_counts(source.left_out))

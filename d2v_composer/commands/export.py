@@ -17,16 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from d2v_composer.commands import verify as verification
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.system.command_line import d2v, make_parser, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from d2v_composer.checkpoints.export import Embedder
-    from d2v_composer.models.backbone import Backbone
 
 # Suffix → how to load the file, in Python.
 PROGRAMS = {
@@ -36,7 +34,7 @@ PROGRAMS = {
 # How to load a fine-tuned student.
 TIMM = "import timm, d2v_composer; model = timm.create_model('d2v2_student', checkpoint_path={!r}, num_classes={})"
 # Images for int8; every fifth calibrates, the others show what is lost.
-MAX_INT8_IMAGES, MIN_INT8_IMAGES = 640, 20
+MAX_INT8_IMAGES = 640
 
 
 def main(argv: Sequence[str]) -> None:
@@ -53,6 +51,7 @@ def main(argv: Sequence[str]) -> None:
     )
     about = "images or MDS shards to calibrate --int8; default: the run's retrieval images"
     parser.add_argument("--calibrate", metavar="FOLDER", help=about)
+    parser.add_argument("--verify", action="store_true", help="then measure OUT in each runtime, as d2v verify does")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     arguments = vars(parser.parse_args(argv))
     check_out_file(arguments["out"], overwrite=arguments.pop("overwrite"))
@@ -68,6 +67,7 @@ def export(
     representation: Representation | None = None,
     int8: bool = False,
     calibrate: str | None = None,
+    verify: bool = False,
 ) -> None:
     """Export a student, and print what was written; the arguments are the command's."""
     if out.suffix not in (".safetensors", *PROGRAMS):
@@ -105,6 +105,8 @@ def export(
         step = PROGRAMS[out.suffix].format(str(out))
     size = sum(parameter.numel() for parameter in student.parameters())
     print(f"wrote {out}: {size / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB")
+    if verify:
+        verification.verify(out, student, images=calibrate)
     print_next(step)
 
 
@@ -124,7 +126,7 @@ def export_int8(embedder: "Embedder", out: Path, source: str | None) -> None:
     encoder = embedder.student.encoder
     if len(encoder.free_axes) > 1:  # what calibrates it would have one length
         raise InputError(f"--int8: only for images; this model takes {encoder.input_name}")
-    images = read_images(embedder.student, source)
+    images = verification.read_samples(embedder.student, source, MAX_INT8_IMAGES)
     is_measured = torch.arange(len(images)) % 5 > 0
     measured = images[is_measured]
     with tempfile.TemporaryDirectory() as folder:
@@ -143,28 +145,3 @@ def export_int8(embedder: "Embedder", out: Path, source: str | None) -> None:
         f"neighbor agreement {neighbor_agreement(exact, found):.3f}; "
         f"{rate_int8:.0f} images/s, {rate:.0f} in float32; {out.stat().st_size / 1e6:.1f} MB, {size:.1f} in float32"
     )
-
-
-def read_images(student: "Backbone", source: str | None) -> "Tensor":
-    """Return normalized images, (N, 3, S, S), from a folder or from the run's retrieval data.
-
-    Raises:
-        InputError: There are too few, or they cannot be read.
-    """
-    import torch
-
-    from d2v_composer.checkpoints.student_file import lookup
-    from d2v_composer.data.containers import open_source
-    from d2v_composer.data.labeled import evenly_spaced, load_labeled_set
-    from d2v_composer.data.modalities import modality_of
-
-    modality, images = modality_of(student.encoder.config), []
-    if source is not None:
-        found = open_source(source, modality)
-        images = [found.decode(i) for i in evenly_spaced(len(found), MAX_INT8_IMAGES)]
-    elif found := [*filter(None, (lookup(student.provenance, "config.retrieval.datasets") or {}).values())]:
-        options = found[0] | {"download": False, "max_images": MAX_INT8_IMAGES, "class_embeddings": None}
-        images = load_labeled_set(modality=modality, **options).test.samples
-    if len(images) < MIN_INT8_IMAGES:
-        raise InputError(f"--int8: needs at least {MIN_INT8_IMAGES} images, got {len(images)}; use --calibrate FOLDER")
-    return student.encoder.prepare(torch.stack(list(images)))

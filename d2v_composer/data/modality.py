@@ -134,7 +134,7 @@ def decoding(stored: Any, source: str, kind: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
             raise
-        detail = f"{len(stored)} bytes" if isinstance(stored, bytes) else f"mode {stored.mode}"
+        detail = f"{len(stored)} bytes" if isinstance(stored, bytes) else f"{stored!r:.50}"
         raise UnreadableSampleError(f"{source}: not {kind} that can be read ({detail})") from error
 
 

@@ -97,7 +97,7 @@ class Alibi(nn.Module):
         """Compute the bias for T tokens, (1, H, T, T) float32, where the slopes are; default on the CPU."""
         slopes_H = self.slopes() if slopes_H is None else slopes_H
         # Not arange: a program that torch.export writes would name the device.
-        index_N = slopes_H.new_ones(num_tokens - self.num_extra_tokens).cumsum(0) - 1
+        index_N = slopes_H.new_full((num_tokens - self.num_extra_tokens,), 1.0).cumsum(0) - 1
         distance_NN = manhattan_distance(index_N, self.num_columns)
         return pad(-slopes_H[:, None, None] * distance_NN, (self.num_extra_tokens, 0) * 2)[None]
 

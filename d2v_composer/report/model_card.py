@@ -10,10 +10,11 @@ from typing import Any
 import jinja2
 import torch
 
-from d2v_composer.checkpoints.student_file import choose_embedding
+from d2v_composer.checkpoints.student_file import choose_embedding, lookup
 from d2v_composer.data.modalities import modality_of
 from d2v_composer.embedding import hash_weights
 from d2v_composer.evaluation.evaluate import read_evaluation
+from d2v_composer.models.names import timm_name
 from d2v_composer.report.run import EMBEDDINGS
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import reading, writing
@@ -24,7 +25,7 @@ MARK = "d2v export wrote this file and replaces it: remove this line to keep you
 FREE = ("apache-2.0", "bsd-3-clause", "cc-by-4.0", "mit")
 NOT_FREE = re.compile(r"unknown|cc-by-nc(-sa|-nd)?-[234]\.0")
 # How a note begins if nobody stated the license of these weights.
-NOT_STATED = ("not-stated", "the-file-s", "as-the-source-s")
+NOT_STATED = ("not-stated", "the-file-s", "as-the-source-s", "nothing")
 
 
 # What a card says of a modality: the hub's pipeline_tag and its tag, the kind of model, one sample, what a computation
@@ -81,7 +82,13 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
         record = {"teacher": {}, "data": {}, "versions": {}, "command": "not recorded"}
         record |= hide_secrets(student.provenance)  # an older one has some
         teacher = {"model": "", "source": "", "license": ""} | record["teacher"]
-        license = name_license(teacher["license"] or "")
+        stated, start = [teacher["license"] or ""], None
+        if network and lookup(record, "config.student.pretrained"):
+            import timm  # which takes seconds
+
+            start = timm.get_pretrained_cfg(timm_name(network)).license or "nothing"
+            stated.append(start)
+        license = "-and-".join(dict.fromkeys(map(name_license, stated)))
         template = Path(__file__).with_name("model_card.md").read_text("utf-8")
         card = jinja2.Template(template, undefined=jinja2.StrictUndefined, trim_blocks=True).render(
             mark=MARK,
@@ -89,6 +96,7 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
             is_free=license in FREE,
             is_named_by_hub=license in FREE or NOT_FREE.fullmatch(license) is not None,
             teacher=teacher,
+            start=start,
             record=record,
             student=student,
             parameters=lambda model: sum(map(torch.numel, model.parameters())),
@@ -111,6 +119,13 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
         return f"wrote {readme}: the model card; license: {license}"
 
     return write
+
+
+def add_section(readme: Path, heading: str, text: str) -> None:
+    """Add a section to a card, or replace it; a README.md that d2v export did not write is kept."""
+    if readme.exists() and MARK in (card := readme.read_text("utf-8", "replace")):
+        old = rf"\n\n## {re.escape(heading)}\n.*?(?=\n## |\Z)"
+        write_atomically(readme, re.sub(old, "", card, flags=re.DOTALL) + f"\n\n## {heading}\n\n{text}")
 
 
 def name_license(stated: str) -> str:

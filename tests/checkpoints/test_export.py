@@ -170,7 +170,7 @@ def test_int8(exported: Path, small_data: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_int8_needs_images(exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--int8: needs at least 20 images, got 0; use --calibrate FOLDER"):
+    with pytest.raises(InputError, match="needs at least 20 images, got 0; use --images FOLDER, or for --int8 "):
         export(exported, tmp_path / "student.onnx", "--int8")
     for out, options in (("a.pt2", ["--int8"]), ("a.onnx", ["--calibrate", "photos"])):
         with pytest.raises(InputError, match=f"{out}: --int8 is only for .onnx, and --calibrate only for --int8"):

@@ -330,7 +330,7 @@ def test_an_embedding_that_is_not_finite_is_refused(
         ("photos", "o.npy", ["--local", "c"], "photos: give --local with shards in an object store, and only then"),
         ("photos", "o.csv", [], "o.csv: must end in .npy or .parquet"),
         ("photos", "half.npy", [], "half.ids.npy: already exists: choose another file, or "),
-        ("photos", "o.npy", ["--precision", "amp_fp16"], "--precision: amp_fp16 needs a GPU"),
+        ("photos", "o.npy", ["--precision", "amp_fp16"], "precision: amp_fp16 needs a GPU"),
         ("photos", "o.npy", ["--batch-size", "0"], "argument --batch-size: must be from 1 to 1048576, got '0'"),
     ],
 )

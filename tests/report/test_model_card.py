@@ -17,7 +17,7 @@ from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.report.model_card import MARK, name_license, plan_model_card
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, ROOT, small_run
+from helpers import GOLDEN, QUICKSTART, ROOT, small_run
 from recipes import train
 
 
@@ -170,3 +170,13 @@ def test_a_checkpoint_says_that_its_results_are_older(
         out = tmp_path / str(batch) / "student.safetensors"
         export.main([str(checkpoint), str(out)])
         assert said in out.with_name("README.md").read_text()
+
+
+@pytest.mark.parametrize(("pretrained", "license"), [(True, "apache-2.0-and-cc-by-nc-4.0"), (False, "apache-2.0")])
+def test_weights_that_a_student_started_from_have_a_license_too(pretrained: bool, license: str, tmp_path: Path) -> None:
+    student = load_teacher(QUICKSTART / "teacher.safetensors").build_student(model="timm/convnextv2_atto.fcmae")
+    student.provenance["config"] = {"student": {"pretrained": pretrained}}
+    plan_model_card(student, str(tmp_path / "none.pt"), tmp_path / "mine.safetensors")()
+    card = (tmp_path / "README.md").read_text()
+    assert f"license_name: {license}\n" in card if pretrained else f"license: {license}\n" in card
+    assert ("no commercial use" in card) == ("timm's weights" in card) == pretrained

@@ -1,0 +1,79 @@
+"""Measure an exported file in a runtime against PyTorch, in a folder of `d2v verify --kit`: numpy is enough.
+
+    python check_program.py onnxruntime student.onnx
+
+kit.npz has inputs and last, PyTorch's embeddings of all; kit.json what is demanded, and exit status 1 says that it is
+missed. For another runtime, add its lines to `load`.
+"""
+
+import json
+import sys
+import time
+import timeit
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FOLDER = Path(__file__).parent
+
+
+def load(runtime: str, file: str, embedding: str) -> Any:
+    """Return a function of inputs, float32: (B, …) → (B, D)."""
+    if runtime == "onnxruntime":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(file, providers=onnxruntime.get_available_providers())
+        return lambda x: session.run(None, {session.get_inputs()[0].name: x})[0]
+    if runtime.startswith("openvino"):
+        import openvino  # pyright: ignore[reportMissingImports]
+
+        config = {"INFERENCE_PRECISION_HINT": "f32"} if runtime == "openvino-float32" else {}
+        model = openvino.Core().compile_model(file, "CPU", config)
+        return lambda x: model(x)[0]
+    import torch
+
+    if runtime == "torch.export":
+        program: Any = torch.export.load(file).module()
+        return lambda x: program(torch.from_numpy(x)).numpy()
+    from d2v_composer.checkpoints.load import load_student
+
+    student = load_student(file)
+    return lambda x: student.embed_all(torch.from_numpy(x))[embedding].numpy()
+
+
+def measure(runtime: str, file: str, embedding: str) -> dict[str, Any]:
+    """Return the numbers by name."""
+    start = time.perf_counter()
+    embed = load(runtime, file, embedding)
+    seconds, (*inputs, theirs) = time.perf_counter() - start, np.load(FOLDER / "kit.npz").values()
+    outputs = [embed(x) for x in inputs]
+    changes = [np.abs(embed(x[:n]) - y[:n]).max() for x, y in zip(inputs, outputs, strict=True) for n in (1, 7)]
+    rates = [n / np.median(timeit.repeat(lambda n=n: embed(inputs[0][:n]), number=1, repeat=9)) for n in (1, 16)]
+    ours, largest = np.concatenate(outputs), np.abs(theirs).max()
+    units = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (ours, theirs)]
+    nearest = [np.argsort(unit @ unit.T - 3 * np.eye(len(unit)))[:, -10:] for unit in units]
+    cosines = (units[0] * units[1]).sum(axis=1)
+    status = Path("/proc/self/status")  # of Linux
+    return {
+        "load s": seconds,
+        "peak MB": int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e3 if status.exists() else 0,
+        "cosine": cosines.min(),
+        "mean": cosines.mean(),
+        "difference": np.abs(ours - theirs).max() / largest,
+        "by batch": np.max(changes) / largest,
+        "agreement": np.mean([np.isin(*each).mean() for each in zip(*nearest, strict=True)]),
+        "/s at 1": rates[0],
+        "/s at 16": rates[1],
+    }
+
+
+if __name__ == "__main__":
+    kit, runtime = json.loads((FOLDER / "kit.json").read_text()), sys.argv[1]
+    found = measure(runtime, sys.argv[2], kit["embedding"])
+    print(json.dumps(found, indent=1, default=float))
+    limits = {"cosine": (kit["cosine"], 1.001), "agreement": (0.5, 1), "by batch": (0, 0.01)}
+    if runtime != "openvino":  # which computes in bfloat16 where the processor has it
+        limits["difference"] = (0, kit["difference"])
+    wrong = [key for key, (low, high) in limits.items() if not low <= found[key] <= high]  # NaN is not
+    sys.exit("; ".join("{} {:.4g}, expected {} to {}".format(key, found[key], *limits[key]) for key in wrong) or None)

@@ -1,0 +1,134 @@
+"""Embed batches of a table, for engines that run a function over a data set: Ray Data, Hugging Face datasets, Spark."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from time import time_ns
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from d2v_composer.checkpoints.load import load_any
+from d2v_composer.checkpoints.student_file import choose_embedding
+from d2v_composer.data.modalities import modality_of
+from d2v_composer.data.modality import Modality, read_sample_file
+from d2v_composer.embedding import EmbeddingOptions, embed_batch, load_batch
+from d2v_composer.models.execution import name_precision
+from d2v_composer.models.names import Pooling, PrecisionChoice, Representation, Weights
+from d2v_composer.system.errors import InputError
+
+
+@dataclass(unsafe_hash=True)
+class Embedder:
+    """Embed a column of images or clips; an engine calls it with batches, on as many machines as it has.
+
+    A process loads the model at its first batch, onto the GPU that the engine gives it. It embeds as ``d2v embed``
+    does: the same batch gives the same bits. Let an engine that writes files give Arrow batches
+    (``batch_format="pyarrow"``, ``with_format("arrow")``, ``mapInArrow``): their columns have the same types whether or
+    not a sample of the batch is unreadable.
+
+    Args:
+        model: As MODEL of ``d2v embed``; every machine must reach it.
+        column: The samples, each a file's bytes, the hub's struct of bytes and path, or a path; images also as
+            (height, width, 3) uint8 or PIL. Default: ``image`` or ``audio``.
+        batch_size: Samples that the model takes at once; default: 256 images, or 4 clips.
+        pooling: This option and the others are those of ``d2v embed``.
+
+    Example:
+        >>> from d2v_composer import Embedder
+        >>> embed = Embedder("student.safetensors", column="image", batch_size=64)
+        >>> columns = embed({"image": files})  # also has "embedding", (N, D); "error", None or why it is unreadable
+    """
+
+    model: str
+    column: str | None = None
+    batch_size: int | None = None
+    pooling: Pooling | None = None
+    representation: Representation | None = None
+    precision: PrecisionChoice = "fp32"
+    normalize: bool = False
+    dtype: str = "float32"
+    weights: Weights = "model"
+    teacher: str | None = None
+    checkpoint: str | None = None
+    first_blocks: int | None = None
+    image_size: str | None = None
+    made: int = field(default_factory=time_ns, init=False)
+    """When: an embedder is equal to its copies in other processes, and to no other, whose file may have changed."""
+
+    def __call__(self, batch: Any) -> Any:
+        """Add the columns ``embedding`` and ``error`` to a batch.
+
+        Args:
+            batch: A dict of columns, or an Arrow table or record batch.
+
+        Returns:
+            The same kind of batch. An unreadable sample has no embedding (null), and the others no error. In a dict,
+            the embeddings are (N, D), or with an unreadable sample a list.
+
+        Raises:
+            InputError: As :meth:`load`.
+        """
+        model, modality, options, device = self.load()
+        column, size = self.column or modality.name, options.batch_size
+        samples, embeddings, errors = [*batch[column]], [], []
+        for start in range(0, len(samples), size):
+            part = samples[start : start + size]
+            numbers = range(len(part))
+            inputs, unreadable = load_batch(partial(_decode, part, column, modality), numbers)
+            reasons, rows = dict(unreadable), iter(embed_batch(model, inputs, options, device) if inputs else ())
+            embeddings += (None if number in reasons else next(rows) for number in numbers)
+            errors += map(reasons.get, numbers)
+        if isinstance(batch, Mapping):
+            return {**batch, "embedding": embeddings if any(errors) else np.array(embeddings), "error": errors}
+        import pyarrow  # an extra
+
+        # Not of a fixed size, which Spark cannot read.
+        kind = pyarrow.list_(pyarrow.from_numpy_dtype(options.dtype))
+        batch = batch.append_column("embedding", pyarrow.array(embeddings, kind))
+        return batch.append_column("error", pyarrow.array(errors, "string"))
+
+    @lru_cache(1)  # noqa: B019  (an engine may ship copies to one process, one with each task)
+    def load(self) -> tuple[Any, Modality, EmbeddingOptions, str]:
+        """Load the model, in eval mode, onto the GPU if there is one, and choose the embedding.
+
+        Returns:
+            The model, its samples, the settings, and the device: cpu or cuda.
+
+        Raises:
+            InputError: The model cannot be loaded, has no such embedding, or needs a GPU.
+        """
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        precision: Any = name_precision(self.precision)
+        if precision == "amp_fp16" and device == "cpu":
+            raise InputError("precision: amp_fp16 needs a GPU; on a CPU, use fp32, amp_bf16 or auto")
+        model, _ = load_any(
+            self.model,
+            self.weights,
+            self.teacher,
+            checkpoint=self.checkpoint,
+            first_blocks=self.first_blocks,
+            image_size=self.image_size,
+            projected=self.representation == "projected",
+        )
+        modality = modality_of(model.encoder.config)
+        representation, pooling = choose_embedding(model, self.pooling, self.representation)
+        options = EmbeddingOptions(
+            pooling, representation, precision, self.normalize, self.dtype, self.batch_size or modality.batch_size
+        )
+        return model.eval().to(device), modality, options, device
+
+
+def _decode(samples: list[Any], column: str, modality: Modality, number: int) -> torch.Tensor:
+    sample = samples[number]
+    sample = getattr(sample, "as_py", lambda: sample)()  # Arrow's
+    if isinstance(sample, Mapping):
+        sample = sample["bytes"] or sample["path"]
+    if isinstance(sample, str):
+        sample = read_sample_file(Path(sample))
+    if isinstance(sample, np.ndarray):
+        sample = Image.fromarray(sample)
+    return modality.decode(sample, column)

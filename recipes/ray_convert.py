@@ -1,0 +1,32 @@
+"""Convert images to MDS on a Ray cluster, as d2v convert-images does on one machine.
+
+    pip install -e '.[ray]'
+    python recipes/ray_convert.py s3://bucket/tars s3://bucket/shards --resize 256
+
+usage: ray_convert.py SOURCE OUT [options of d2v convert-images]
+
+Every machine must reach SOURCE and OUT. A part that dies with its machine is made again on another; if this command is
+killed, the same one goes on.
+"""
+
+import sys
+
+import ray  # pyright: ignore[reportMissingImports]  (an extra)
+
+from d2v_composer.commands import convert_images, merge
+
+PARTS = 64  # each is the work of one core
+
+
+convert = ray.remote(convert_images.main)
+
+
+def main(*argv: str) -> None:
+    """Convert all parts but those that are there, and merge them."""
+    commands = ([*argv, "--workers", "1", "--part", f"{part}/{PARTS}"] for part in range(PARTS))
+    ray.get([convert.remote(command) for command in commands])
+    merge.main([argv[1]])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

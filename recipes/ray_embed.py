@@ -1,0 +1,45 @@
+"""Embed images or clips on a Ray cluster, or on all cores and GPUs of this machine.
+
+    pip install -e '.[ray]'
+    python recipes/ray_embed.py student.safetensors photos embeddings
+    python recipes/ray_embed.py hf://ORG/NAME s3://bucket/parquet s3://bucket/embeddings image
+    python recipes/ray_embed.py hf://ORG/NAME s3://bucket/tars s3://bucket/embeddings .jpg
+
+usage: ray_embed.py MODEL SOURCE OUT [COLUMN]
+
+SOURCE is a folder of files; of Parquet files, whose samples are in COLUMN; or of WebDataset tars, whose samples have
+the suffix COLUMN. OUT is a new folder of Parquet files with the rows of SOURCE, in any order: without the samples, with
+the columns embedding and error. A file's row has its path, a tar's its __key__; give rows of Parquet an id. Every
+machine must reach MODEL, SOURCE and OUT. The cluster needs two cores.
+"""
+
+import sys
+
+import ray  # pyright: ignore[reportMissingImports]  (an extra)
+
+from d2v_composer import Embedder
+
+
+def main(model: str, source: str, out: str, column: str = "") -> None:
+    """Embed all samples."""
+    if not column:
+        rows, column = ray.data.read_binary_files(source, include_paths=True), "bytes"
+    elif column[0] == ".":
+        rows, column = ray.data.read_webdataset(source, decoder=None), column[1:]
+    else:
+        rows = ray.data.read_parquet(source)
+    rows.map_batches(
+        Embedder,
+        fn_constructor_args=[model, column],
+        batch_size=64,
+        batch_format="pyarrow",
+        # Ray starts as many as the cluster holds, and keeps cores to read.
+        compute=ray.data.ActorPoolStrategy(max_size=1000),
+        num_gpus=0.25 if "GPU" in ray.cluster_resources() else 0,  # four share a GPU, and each decodes on a core
+    ).drop_columns([column]).write_parquet(out, mode=ray.data.SaveMode.ERROR)
+    unreadable = ray.data.read_parquet(out, columns=["error"]).filter(lambda row: row["error"] is not None)
+    print(f"wrote {out}; unreadable samples, each with its reason in the column error: {unreadable.count()}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

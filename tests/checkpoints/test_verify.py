@@ -1,0 +1,270 @@
+"""d2v verify finds what is wrong with an exported file, and a kit finds the same without this package."""
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper, numpy_helper
+
+from d2v_composer import load_student, load_teacher
+from d2v_composer.checkpoints.export import lint
+from d2v_composer.checkpoints.int8 import quantize
+from d2v_composer.checkpoints.load import save_student
+from d2v_composer.commands import export, verify
+from d2v_composer.models.configs import ImageEncoderConfig
+from d2v_composer.models.images import ImageEncoder
+from d2v_composer.models.student import Student, StudentConfig
+from d2v_composer.models.timm_teacher import TimmTeacher, teacher_config
+from d2v_composer.system.errors import InputError
+from helpers import GOLDEN, ROOT
+from small_vits import RESAMPLED_BILINEARLY, random_vit
+
+SMALL_VITS = [*RESAMPLED_BILINEARLY, "small_beit", "small_mixed_rope", "small_dinov3", "small_dinov3_without_bias"]
+SMALL_VITS += ["narrow"]  # a student narrower than small_dinov3
+PHOTOS = ROOT / "yamls/quickstart/cifar10/test"
+
+
+def random_student(path: Path, seed: int) -> Path:
+    """A small one with random weights."""
+    torch.manual_seed(seed)
+    config = ImageEncoderConfig(embed_dim=32, num_heads=2, prenet_depth=1, image_size=32)
+    student = Student(ImageEncoder(config).freeze(), StudentConfig(depth=1))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save_student(student, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student, and beside it the same in ONNX."""
+    path = random_student(tmp_path_factory.mktemp("student") / "student.safetensors", seed=0)
+    export.main([str(path), str(path.with_suffix(".onnx"))])
+    return path
+
+
+def write_kit(program: Path, student: Path, folder: Path) -> Path:
+    verify.main([str(program), "--student", str(student), "--kit", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kit(student: Path) -> Path:
+    return write_kit(student.with_suffix(".onnx"), student, student.with_name("kit"))
+
+
+def run_kit(kit: Path, program: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return what the kit's script ends with: None, or what is wrong."""
+    monkeypatch.setattr(sys, "argv", ["check_program.py", "onnxruntime", str(program)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(kit / "check_program.py"), run_name="__main__")
+    return ended.value.code
+
+
+def changed(program: Path, change: Callable[[onnx.ModelProto], None], path: Path) -> Path:
+    model = onnx.load(program)
+    change(model)
+    onnx.save(model, path)
+    return path
+
+
+def test_a_kit_runs_without_this_package(kit: Path) -> None:
+    code = "import runpy, sys; sys.modules.update(d2v_composer=None, torch=None); "
+    code += "sys.argv[1:] = ['onnxruntime', 'student.onnx']; runpy.run_path('check_program.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=kit, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["cosine"] > 0.99999
+    assert found["agreement"] > 0.99
+    assert 0 < found["difference"] < 1e-5
+    assert min(found["/s at 1"], found["/s at 16"], found["load s"], found["peak MB"]) > 0
+
+
+def test_another_epsilon_is_found(kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        norms = [node for node in model.graph.node if node.op_type == "LayerNormalization"]
+        [epsilon] = [each for each in norms[-1].attribute if each.name == "epsilon"]
+        epsilon.f = 1e-2
+
+    wrong = run_kit(kit, changed(kit / "student.onnx", change, tmp_path / "epsilon.onnx"), monkeypatch)
+    assert wrong.startswith("difference ")
+    assert wrong.endswith("expected 0 to 0.0001")
+
+
+def test_what_depends_on_the_batch_is_found(kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        graph = model.graph
+        for node in graph.node:
+            node.output[:] = ["alone" if name == "embedding" else name for name in node.output]
+        constants = {"batch_axis": np.array([0]), "share": np.array(0.5, np.float32)}
+        graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+        graph.node.extend(
+            [
+                helper.make_node("ReduceMean", ["alone", "batch_axis"], ["mean"], keepdims=1),
+                helper.make_node("Mul", ["mean", "share"], ["part"]),
+                helper.make_node("Sub", ["alone", "part"], ["embedding"]),
+            ]
+        )
+
+    wrong = run_kit(kit, changed(kit / "student.onnx", change, tmp_path / "batch.onnx"), monkeypatch)
+    assert "by batch " in wrong
+
+
+def test_another_student_is_found(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = random_student(tmp_path / "other.safetensors", seed=1)
+    kit = write_kit(student.with_suffix(".onnx"), other, tmp_path / "kit")
+    assert run_kit(kit, kit / "student.onnx", monkeypatch).startswith("cosine ")
+
+
+def test_a_bad_scale_in_int8_is_found(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "int8.onnx"
+    images = verify.read_samples(load_student(student), str(PHOTOS), 64)
+    quantize(student.with_suffix(".onnx"), program, images)
+    kit = write_kit(program, student, tmp_path / "kit")
+    assert run_kit(kit, program, monkeypatch) is None
+
+    def change(model: onnx.ModelProto) -> None:
+        scales = [each for each in model.graph.initializer if each.name.endswith("_scale") and len(each.dims)]
+        scales[-1].CopyFrom(numpy_helper.from_array(8 * numpy_helper.to_array(scales[-1]), scales[-1].name))
+
+    wrong = run_kit(kit, changed(program, change, tmp_path / "bad.onnx"), monkeypatch)
+    assert wrong.startswith("cosine ")
+    assert "expected 0.98 to " in wrong
+
+
+@pytest.mark.parametrize(("op", "fault"), [("Mul", "agreement"), ("Div", "cosine nan")])
+def test_numbers_that_say_nothing_are_found(
+    kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, op: str, fault: str
+) -> None:
+    """The same embedding for every input, which is 0, and NaN, which is 0 / 0."""
+
+    def change(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            node.output[:] = ["alone" if name == "embedding" else name for name in node.output]
+        one = numpy_helper.from_array(np.ones(32, np.float32), "ones")
+        model.graph.initializer.append(one)
+        model.graph.node.append(helper.make_node("Sub", ["alone", "alone"], ["zero"]))
+        last = ["zero", "ones"] if op == "Mul" else ["zero", "zero"]
+        end = helper.make_node("Add" if op == "Mul" else op, last, ["embedding"])
+        model.graph.node.append(end)
+
+    limits = json.loads((kit / "kit.json").read_text()) | {"cosine": -1 if op == "Mul" else 0.999}
+    own = tmp_path / "kit"
+    shutil.copytree(kit, own)
+    (own / "kit.json").write_text(json.dumps(limits))
+    assert fault in run_kit(own, changed(kit / "student.onnx", change, tmp_path / "nothing.onnx"), monkeypatch)
+
+
+def test_bad_input_is_one_line(student: Path, tmp_path: Path) -> None:
+    program, text = student.with_suffix(".onnx"), tmp_path / "student.txt"
+    (tmp_path / "mine").touch()
+    for arguments, problem in (
+        ([text, "--student", student], "must be an .onnx, .pt2 or .safetensors file that d2v export wrote of this stu"),
+        ([program, "--runtime", "torch.export"], "torch.export is not installed, or takes no .onnx file"),
+        ([program, "--student", tmp_path / "none.safetensors"], "none.safetensors: no such file; name the student"),
+        ([program, "--kit", tmp_path], "holds files that are not ours"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            verify.main(list(map(str, arguments)))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_lint_names_what_runtimes_refuse(student: Path) -> None:
+    """One fault after the other is put into the graph of a program without any."""
+    model = onnx.load(student.with_suffix(".onnx"))
+    assert lint(model, {0}) == []
+    assert lint(model, {0, 1}) == ["axes [0] of any size, expected [0, 1]"]
+    model.graph.node.append(helper.make_node("NonZero", ["embedding"], ["where"]))
+    assert lint(model, {0}) == ["NonZero"]
+    weights = numpy_helper.from_array(np.zeros((32, 32)), "doubles")
+    model.graph.initializer.append(weights)
+    assert lint(model, {0}) == ["NonZero", "float64"]
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros((32, 32)), "again"))
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    assert lint(model, {0}) == ["operators of com.microsoft", "NonZero", "float64", "weights stored twice"]
+
+
+def test_an_export_warns_of_what_lint_finds(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("d2v_composer.checkpoints.export.DATA_DEPENDENT", {"Softmax", "If"})
+    export.main([str(student), str(tmp_path / "student.onnx")])
+    assert "student.onnx: some runtimes refuse or miscompute this: Softmax" in caplog.text
+    assert (tmp_path / "student.onnx").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL_VITS)
+def test_students_of_timm_teachers(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Relative biases, rotary positions, registers and a narrow student: nothing to refuse, and the same embeddings."""
+    teachers, sizes = name.replace("narrow", "small_dinov3"), {"embed_dim": 16} if name == "narrow" else {}
+    model = random_vit(teachers)
+    teacher: Any = TimmTeacher(model, teacher_config(f"timm/{teachers}", model, 1))
+    path, program = tmp_path / "student.safetensors", tmp_path / "student.onnx"
+    save_student(teacher.build_student(depth=1, **sizes), path)
+    export.main([str(path), str(program)])
+    assert "some runtimes" not in caplog.text
+    assert run_kit(write_kit(program, path, tmp_path / "kit"), program, monkeypatch) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_the_command_measures_beside_pytorch(student: Path, tmp_path: Path, suffix: str) -> None:
+    """After an export, with a section in the card; with another student, status 1 names the runtime and the number."""
+    own, program = tmp_path / "student.safetensors", tmp_path / f"student.{suffix}"
+    d2v = [sys.executable, "-m", "d2v_composer.commands"]
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*d2v, *map(str, arguments)], capture_output=True, text=True, check=False)
+
+    runtime = {"onnx": "onnxruntime", "pt2": "torch.export"}[suffix]
+    assert run("export", student, own, "--verify").returncode == 0
+    done = run("export", own, program, "--verify")
+    assert done.returncode == 0, done.stderr
+    table = {line.split()[0]: line.split() for line in done.stdout.splitlines()}
+    assert set(table) >= {"pytorch", runtime}
+    found = json.loads((tmp_path / f"{program.name}.verify.json").read_text())
+    assert found["faults"] == {}
+    assert found["runtimes"]["pytorch"]["difference"] == 0
+    assert found["versions"]["onnxruntime"]
+    card = (tmp_path / "README.md").read_text()
+    assert card.count(f"## {program.name} in each runtime") == card.count("## student.safetensors in each runtime") == 1
+
+    other = random_student(tmp_path / "other.safetensors", seed=1)
+    done = run("verify", program, "--student", other, "--runtime", runtime)
+    assert done.returncode == 1
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {program}: {runtime}: cosine ")
+    again = (tmp_path / "README.md").read_text()
+    assert again.count("in each runtime") == 2
+    assert again != card
+
+
+@pytest.mark.slow
+def test_sound(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    own = tmp_path / "student.safetensors"
+    save_student(load_teacher(GOLDEN / "audio_base.pt", first_blocks=1).build_student(depth=1), own)
+    export.main([str(own), str(tmp_path / "student.onnx")])
+    runtimes = ["onnxruntime", *(["openvino-float32"] if find_spec("openvino") else [])]
+    verify.main([str(tmp_path / "student.onnx"), *(word for name in runtimes for word in ("--runtime", name))])
+    assert "some runtimes" not in caplog.text
+    found = json.loads((tmp_path / "student.onnx.verify.json").read_text())
+    assert found["faults"] == {}
+    assert list(found["runtimes"]) == ["pytorch", *runtimes]
+    kit = write_kit(tmp_path / "student.onnx", own, tmp_path / "kit")
+    clips, shorter, embeddings = np.load(kit / "kit.npz").values()
+    assert len(embeddings) == len(clips) + len(shorter)
+    assert shorter.shape[1] < clips.shape[1]

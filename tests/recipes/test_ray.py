@@ -1,0 +1,252 @@
+"""Embed and convert on a real Ray cluster of this machine, while processes and a node die.
+
+Ray, datasets and pyspark are in no extra but their own: without them these tests skip. ``.ci/run`` installs them.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import psutil
+import pytest
+
+from containers import write_parquet, write_tar
+from d2v_composer import Embedder
+from d2v_composer.commands import convert_images
+from d2v_composer.system.errors import InputError
+from helpers import GOLDEN, ROOT, command_environment, d2v, encoded_image, free_port, wait_until
+
+ray = pytest.importorskip("ray")
+pytest.importorskip("ray.data")
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # Ray's own
+
+MODEL = str(GOLDEN / "tiny_base.pt")
+NUM_IMAGES, BAD = 600, 123
+IMAGES = [encoded_image(seed) for seed in range(NUM_IMAGES)]
+IMAGES[BAD] = b"not an image"
+# Another order of sums.
+TOLERANCE = {"rtol": 0, "atol": 2e-5}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images as files, as rows of Parquet and in tars, and as ``d2v embed`` embeds them; read-only."""
+    root = tmp_path_factory.mktemp("sources")
+    (root / "files").mkdir()
+    names = [f"{number:04}" for number in range(NUM_IMAGES)]
+    for name, image in zip(names, IMAGES, strict=True):
+        (root / "files" / f"{name}.jpg").write_bytes(image)
+    for first in range(0, NUM_IMAGES, 100):
+        images, ids = IMAGES[first : first + 100], names[first : first + 100]
+        structs = [{"bytes": image, "path": None} for image in images]
+        write_parquet(root / "rows" / f"{first}.parquet", {"image": structs, "id": ids})
+        write_tar(
+            root / "tars" / f"{first}.tar", [(f"{name}.jpg", image) for name, image in zip(ids, images, strict=True)]
+        )
+    ended = d2v("embed", MODEL, root / "files", root / "expected.npy", "--skip-unreadable", "--workers", "0")
+    assert ended.returncode == 0, ended.stderr
+    return root
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A cluster of this process's: two cores for actors, one for those who read."""
+    # Workers find the package and the recipes as this process does.
+    variables = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]), "OMP_NUM_THREADS": "1"}
+    # Without the address, Ray may bind one that a sandbox does not route, and wait.
+    options = {"include_dashboard": False, "log_to_driver": False, "runtime_env": {"env_vars": variables}}
+    ray.init("local", num_cpus=3, _node_ip_address="127.0.0.1", **options)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield
+    ray.shutdown()
+
+
+def check(out: Path, expected: Path) -> None:
+    """Compare a folder of Parquet files with the embeddings of ``d2v embed``."""
+    import pyarrow.dataset
+
+    table = pyarrow.dataset.dataset(out, format="parquet").to_table()
+    rows = dict(
+        zip(names_of(table), zip(table["embedding"].to_pylist(), table["error"].to_pylist(), strict=True), strict=True)
+    )
+    assert table.num_rows == len(rows) == NUM_IMAGES
+    assert sorted(rows) == [f"{number:04}" for number in range(NUM_IMAGES)]
+    embedding, error = rows.pop(f"{BAD:04}")
+    assert embedding is None
+    assert error.endswith(": not an image that can be read (12 bytes)")
+    assert {error for _, error in rows.values()} == {None}
+    np.testing.assert_allclose([rows[name][0] for name in sorted(rows)], np.load(expected), **TOLERANCE)
+
+
+def names_of(table: Any) -> list[str]:
+    column = next(name for name in ("id", "path", "__key__") if name in table.column_names)
+    return [Path(name).stem for name in table[column].to_pylist()]
+
+
+@pytest.mark.parametrize(("kind", "column"), [("files", ""), ("rows", "image"), ("tars", ".jpg")])
+@pytest.mark.usefixtures("cluster")
+def test_ray_embeds_every_kind_of_source_as_the_command(
+    sources: Path, tmp_path: Path, kind: str, column: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from recipes import ray_embed
+
+    out = tmp_path / "out"
+    ray_embed.main(MODEL, str(sources / kind), str(out), column)
+    check(out, sources / "expected.npy")
+    assert "in the column error: 1\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="already exists"):  # nothing is mixed
+        ray_embed.main(MODEL, str(sources / kind), str(out), column)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_ray_loses_nothing_if_workers_are_killed(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recipes import ray_embed
+
+    killed = tmp_path / "killed"
+    killed.mkdir()
+
+    class Dying(Embedder):
+        def __call__(self, batch: Any) -> Any:
+            embedded = super().__call__(batch)
+            for name in ("0150", "0310", "0590"):
+                if name in batch["id"].to_pylist() and not (killed / name).exists():
+                    (killed / name).touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return embedded
+
+    monkeypatch.setattr(ray_embed, "Embedder", Dying)
+    ray_embed.main(MODEL, str(sources / "rows"), str(tmp_path / "out"), "image")
+    assert len(list(killed.iterdir())) == 3
+    check(tmp_path / "out", sources / "expected.npy")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_ray_converts_as_the_command_while_tasks_are_killed(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recipes import ray_convert
+
+    whole, out, killed = tmp_path / "whole", tmp_path / "out", tmp_path / "killed"
+    killed.mkdir()
+    skip = "--skip-unreadable"
+
+    def convert(argv: list[str]) -> None:
+        mark = killed / argv[-1].replace("/", "of")
+        if argv[-1] in ("1/5", "3/5") and not mark.exists():
+            mark.touch()
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        convert_images.main(argv)
+
+    monkeypatch.setattr(ray_convert, "convert", ray.remote(convert))
+    monkeypatch.setattr(ray_convert, "PARTS", 5)
+    ended = d2v("convert-images", sources / "rows", whole, "--workers", "1", skip)
+    assert ended.returncode == 0, ended.stderr
+    ray_convert.main(str(sources / "rows"), str(out), skip)
+    assert len(list(killed.iterdir())) == 2
+    assert samples_of(out) == samples_of(whole)
+    assert len(samples_of(out)) == NUM_IMAGES - 1
+    with pytest.raises(InputError, match="was made with another source than this command"):
+        ray_convert.main(str(sources / "files"), str(out), skip)
+
+
+def samples_of(folder: Path) -> list[bytes]:
+    from streaming import StreamingDataset
+
+    return sorted(each["image"] for each in StreamingDataset(local=str(folder), batch_size=1))
+
+
+class Node(NamedTuple):
+    """A node of a cluster, in processes of its own."""
+
+    process: subprocess.Popen[bytes]
+
+    @classmethod
+    def start(cls, log: Path, environment: dict[str, str], *options: str) -> "Node":
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats", *options]
+        with log.open("wb") as file:
+            return cls(subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True))
+
+    def kill(self) -> None:
+        """Kill all its processes at once, as a power cut does."""
+        for each in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        self.process.wait()
+
+
+def test_ray_loses_nothing_if_a_node_is_killed(sources: Path, tmp_path: Path) -> None:
+    address, seen, out = f"127.0.0.1:{free_port()}", tmp_path / "seen", tmp_path / "out"
+    seen.mkdir()
+    environment = command_environment() | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "0" * 64,
+    }
+    nodes, of_node = list[Node](), ("--num-cpus=2", "--node-ip-address")
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # a socket's path has at most 107 characters
+        head = ("--head", f"--port={address.partition(':')[2]}", "--include-dashboard=false", f"--temp-dir={short}")
+        try:
+            nodes.append(Node.start(tmp_path / "head.txt", environment, *head, *of_node, "127.0.0.1"))
+            wait_until(lambda: "will now block" in (tmp_path / "head.txt").read_text(), 60)
+            second = (f"--address={address}", *of_node, "127.0.0.2")
+            nodes.append(Node.start(tmp_path / "second.txt", environment, *second))
+            wait_until(lambda: "will now block" in (tmp_path / "second.txt").read_text(), 60)
+            driver = [sys.executable, str(ROOT / "tests" / "programs" / "slow_ray_embed.py"), str(seen)]
+            driver += [MODEL, str(sources / "rows"), str(out), "image"]
+            log = (tmp_path / "driver.txt").open("wb")
+            ray_address = {"RAY_ADDRESS": address}
+            with log, subprocess.Popen(driver, env=environment | ray_address, stdout=log, stderr=log) as running:
+                try:
+                    wait_until(lambda: (seen / "127.0.0.2").exists() or running.poll() is not None, 120)
+                    assert running.poll() is None, (tmp_path / "driver.txt").read_text()
+                    nodes.pop().kill()
+                    assert running.wait(240) == 0, (tmp_path / "driver.txt").read_text()
+                finally:
+                    running.kill()
+        finally:
+            for node in reversed(nodes):
+                node.kill()
+    check(out, sources / "expected.npy")
+
+
+def test_datasets_map_embeds_as_the_command(sources: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.load_dataset("parquet", data_dir=str(sources / "rows"), cache_dir=str(tmp_path), split="train")
+    embed = Embedder(MODEL)
+    mapped = rows.with_format("arrow").map(embed, batched=True, batch_size=64, num_proc=2, remove_columns="image")
+    mapped.to_parquet(tmp_path / "out" / "rows.parquet")
+    check(tmp_path / "out", sources / "expected.npy")
+    assert mapped.features["embedding"].feature.dtype == "float32"
+    # Of rows that are not Arrow's, the types are those of the first batch.
+    plain = rows.map(embed, batched=True, batch_size=NUM_IMAGES)
+    assert plain[BAD]["embedding"] is None
+    assert plain[0]["embedding"] == mapped.with_format(None)[0]["embedding"]
+
+
+def test_spark_embeds_as_the_command(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sql = pytest.importorskip("pyspark.sql")
+    if shutil.which("java") is None:
+        pytest.skip("pyspark needs Java")
+    monkeypatch.setenv("PYSPARK_PYTHON", sys.executable)
+    local = {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1", "spark.ui.enabled": "false"}
+    spark = sql.SparkSession.builder.master("local[2]").config(map=local).getOrCreate()
+    try:
+        rows, embed = spark.read.parquet(str(sources / "rows")), Embedder(MODEL)
+        schema = "image struct<bytes: binary, path: string>, id string, embedding array<float>, error string"
+        embedded = rows.mapInArrow(lambda batches: map(embed, batches), schema)
+        embedded.drop("image").write.parquet(str(tmp_path / "out"))
+    finally:
+        spark.stop()
+    check(tmp_path / "out", sources / "expected.npy")
