@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     add("exported", metavar="EXPORTED", type=Path, help="a file of d2v export: .onnx, .pt2 or .safetensors")
     add("--student", type=Path, help="the same student's .safetensors file; default: EXPORTED with that suffix")
     add("--runtime", action="append", choices=RUNTIMES, help="may be repeated; default: all that are installed")
-    add("--images", metavar="FOLDER", help="images, sound or MDS shards; default: CIFAR-10's, or words, that ship")
+    add("--images", metavar="FOLDER", help="images, audio or MDS shards; default: CIFAR-10's, or words, that ship")
     add("--cosine", type=float, help="least cosine to PyTorch; default: 0.999, of an int8 file 0.98")
     add("--difference", type=float, help="largest difference; default: 0.0001, of an int8 file any")
     add("--kit", type=Path, metavar="FOLDER", help="write this folder instead of measuring")
@@ -136,7 +136,7 @@ def verify(
 def read_samples(student: "Backbone", source: str | None, maximum: int) -> "Tensor":
     """Return samples as a program takes them, (N, 3, S, S) or (N, L), from a folder or the run's retrieval data.
 
-    Clips of sound are cut to the shortest.
+    Audio clips are cut to the shortest.
 
     Raises:
         InputError: There are too few, or they cannot be read.
