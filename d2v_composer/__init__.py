@@ -1,4 +1,4 @@
-"""Distill a frozen data2vec 2.0 teacher of images or sound, or a timm ViT, into a small student.
+"""Distill a frozen data2vec 2.0 teacher of images or audio, or a timm ViT, into a small student.
 
 Example:
     >>> from d2v_composer import load_student

@@ -1,4 +1,4 @@
-"""Rehearse a run: check its parts, train it briefly with a SIGTERM and a resume, and compute what it needs."""
+"""Try a run before it starts: check its parts, train briefly with a SIGTERM and a resume, compute what it needs."""
 
 import shutil
 import signal
@@ -37,7 +37,7 @@ from d2v_composer.system.files import check_owned
 from d2v_composer.system.processes import if_interrupted, start_program
 
 FOLDER = ".d2v-preflight"
-"""Name of a rehearsal's folder, in the run's folder and cache; it is removed at the start and at the end."""
+"""Name of a preflight's folder, in the run's folder and cache; it is removed at the start and at the end."""
 STOP_AFTER_BATCHES = 3
 INTERVAL = 10  # batches from one logged pace to the next
 IMAGES_PER_SET = 128
@@ -46,7 +46,7 @@ PHASE_SECONDS, STOP_SECONDS = 3600.0, 120.0  # compiling takes minutes, the time
 
 
 def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> bool:
-    """Check and rehearse a run, and print a table and what the whole run will need.
+    """Check and try a run, and print a table and what the whole run will need.
 
     Call it in one process, before a process group exists.
 
@@ -74,7 +74,7 @@ def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> b
                 print_row(name, "skipped", "fix the failure above first")
             passed = passed and check(name, phase)
         if passed:
-            print("\nThe whole run will need (if nothing else used the machine during the rehearsal):")
+            print("\nThe whole run will need (if nothing else used the machine during the preflight):")
             print(run.needs(), flush=True)
     return passed
 
@@ -150,7 +150,7 @@ class Rehearsal:
             check_owned(folder.local, MARK, "save_folder")
         scheme, bucket, path = Address.parse(self.save_folder)
         if scheme != "s3":
-            return "the rehearsal writes and reads it"
+            return "the preflight writes and reads it"
         client, target = S3ObjectStore(bucket).client, {"Bucket": bucket, "Key": f"{path}/rights"}
         client.put_object(**target, Body=b"preflight")
         client.get_object(**target)
@@ -201,7 +201,7 @@ class Rehearsal:
         return f"{out.stat().st_size / 1e6:.1f} MB, loads without the teacher"
 
     def check_disk_space(self) -> str:
-        """Check that the disk has space for the checkpoints; the rehearsal itself checks this for its cache."""
+        """Check that the disk has space for the checkpoints; the preflight itself checks this for its cache."""
         config, num_to_keep = self.config, self.config.save_num_checkpoints_to_keep
         if config.save_folder is None:
             return "none: save_folder is null"
@@ -242,7 +242,7 @@ class Rehearsal:
             self.process = start_program(command, stdout=output, stderr=subprocess.STDOUT)
 
     def wait(self, seconds: float, batches: float = inf) -> int | None:
-        """Wait until the run has trained so many batches, exits or takes too long; return its exit status."""
+        """Wait until the run has trained ``batches``, exits or takes ``seconds``; return its exit status."""
         assert self.process is not None
         deadline = time.monotonic() + seconds
         while self.process.poll() is None and self.num_batches() < batches and time.monotonic() < deadline:
@@ -262,7 +262,7 @@ class Rehearsal:
         return RunError(f"{what}: {next((line for line in reversed(lines) if 'rror' in line), 'see its last lines')}")
 
     def remove(self) -> None:
-        """Remove the rehearsal's files."""
+        """Remove the preflight's files."""
         for folder in (self.folder.local, self.cache):
             shutil.rmtree(folder, ignore_errors=True)
         scheme, bucket, path = Address.parse(self.save_folder)

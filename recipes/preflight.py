@@ -1,4 +1,4 @@
-"""Rehearse a run, with its own arguments: permissions, disk space, a small run, SIGTERM, resume, export.
+"""Try a run before it starts, with its own arguments: permissions, disk space, a small run, SIGTERM, resume, export.
 
 usage: composer recipes/preflight.py FILE.yaml [dotted.key=value …]
 
@@ -27,13 +27,13 @@ from d2v_composer.system.errors import InputError
 
 
 def main(argv: Sequence[str]) -> None:
-    """Rehearse in the first process, which starts other ranks itself."""
+    """Run the preflight in the first process, which starts other ranks itself."""
     if dist.get_local_rank() != 0:
         return
     train, ranks = Path(__file__).with_name("train.py"), dist.get_local_world_size()
     if dist.get_world_size() > ranks:
         raise InputError(
-            f"to train on several nodes, rehearse on one, with composer -n {ranks} recipes/preflight.py FILE.yaml …"
+            f"to train on several nodes, try it on one, with composer -n {ranks} recipes/preflight.py FILE.yaml …"
         )
     if not preflight(argv, load_config(argv), train):
         sys.exit(1)

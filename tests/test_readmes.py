@@ -24,6 +24,7 @@ from recipes import ablations
 FOLDERS = (".github", "recipes", "yamls", "tests", "d2v_composer")
 PAGES = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("**/*.md"))])
 MOST_LINES = {
+    "CONTRIBUTING.md": 95,
     "README.md": 150,
     "recipes/guides/audio.md": 135,
     "recipes/guides/clusters.md": 100,
@@ -32,6 +33,7 @@ MOST_LINES = {
     "recipes/guides/distill.md": 150,
     "recipes/guides/evaluate.md": 120,
     "recipes/guides/export-and-embed.md": 120,
+    "recipes/guides/extending.md": 100,
     "recipes/guides/finetune.md": 120,
     "recipes/guides/hardware.md": 80,
     "recipes/guides/imagenet.md": 150,

@@ -102,7 +102,7 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
         return teacher.build_student(**model.config.model_dump(), init=init)
     if init == "random":
         return Student(model.encoder, model.config, projection=model.projection)
-    print(f"no untrained student: it began as {init}, which needs teacher=PATH", file=sys.stderr)
+    print(f"untrained student left out: it began as {init}; to measure it, give teacher=PATH", file=sys.stderr)
     return None
 
 
@@ -120,7 +120,7 @@ def load_rival(place: str, modality: str) -> Backbone:
         else:
             model, _ = load_any(place)
         if (found := model.encoder.config.modality) != modality:
-            raise InputError(f"{place} takes {found}, and the model {modality}")
+            raise InputError(f"{place} takes {found}, but the model takes {modality}")
     return model
 
 

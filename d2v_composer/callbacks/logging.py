@@ -241,7 +241,7 @@ class Throughput(Callback):
 
     Composer's SpeedMonitor counts those as training time, and waits for the device. Logged, as means over the interval:
 
-    - ``throughput/samples_per_sec``: images, or clips of sound, over all ranks;
+    - ``throughput/samples_per_sec``: images, or audio clips, over all ranks;
     - ``throughput/data_wait``: the share of the time, from 0 to 1, in which rank 0 waited for its next batch;
     - ``throughput/device/mfu``: operations over those that the GPU is made for, if Composer knows these and the model
       has ``flops_per_batch``.

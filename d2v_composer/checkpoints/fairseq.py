@@ -52,9 +52,7 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
     checkpoint = load_untrusted(file)
     stored, sizes = _section(checkpoint, "model"), _section(_section(checkpoint, "cfg"), "model")
     if is_trained(checkpoint):
-        raise InputError(
-            f"{path}: is a training checkpoint; expected a teacher; its teacher is named in the run.yaml beside it"
-        )
+        raise InputError(f"{path} is a training checkpoint, not a teacher; the run.yaml beside it names its teacher")
     if stored is None or sizes is None:
         raise InputError(f"{path}: not a fairseq data2vec 2.0 checkpoint: it has no dicts 'model' and cfg['model']")
     stored = {name: each for name, each in stored.items() if isinstance(name, str)}

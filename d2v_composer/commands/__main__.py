@@ -19,7 +19,7 @@ COMMANDS = {
     "convert-teacher": "convert a fairseq checkpoint to a safetensors file",
     "random-teacher": "write a teacher with random weights, for trials and benchmarks",
     "convert-images": "convert a folder of images to MDS shards, in a folder or a store",
-    "convert-audio": "convert a folder of sound to MDS shards, in a folder or a store",
+    "convert-audio": "convert a folder of audio to MDS shards, in a folder or a store",
     "fields": "print every field of a YAML with its default and description",
     "report": "write a run's curves, tables and images to one HTML page",
     "evaluate": "compare a model with its teacher and baselines",

@@ -1,4 +1,4 @@
-"""Convert LibriSpeech, any folder of sound, or an MDS data set of sound to MDS shards.
+"""Convert LibriSpeech, any folder of audio files, or an audio data set in MDS to MDS shards.
 
     d2v convert-audio /data/LibriSpeech s3://bucket/librispeech/train --labels none
     d2v convert-audio speech_commands datasets/speech_commands/test --split test
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> "Conversion | None":
     """Convert, and print a report."""
     parser = make_parser(__doc__)
-    add_options(parser, "clip", source=f"a folder of sound, or {SOURCES}")
+    add_options(parser, "clip", source=f"a folder of audio files, or {SOURCES}")
     arguments = parser.parse_args(argv)
 
     from d2v_composer.data.audio import Audio

@@ -1,4 +1,4 @@
-"""Distill a student from images or sound alone: no labels, no YAML, no clone.
+"""Distill a student from images or audio alone: no labels, no YAML, no clone.
 
     d2v distill photos --teacher timm/vit_small_patch14_dinov2.lvd142m --out runs/photos
     d2v distill recordings --teacher base_libri.pt --out runs/recordings
@@ -6,7 +6,7 @@
     d2v distill s3://bucket/photos/train --teacher teacher.safetensors --out runs/photos
     d2v distill 'hf://datasets/ORG/NAME/data/train-*' --teacher teacher.safetensors --out runs/photos
 
-SOURCE is a folder of images, or of sound for a teacher of sound; or MDS, Parquet files or WebDataset tars, local or in
+SOURCE is a folder of images, or of audio for an audio teacher; or MDS, Parquet files or WebDataset tars, local or in
 a store; or a data set on the Hugging Face hub. A tenth of its samples, at most 5,000, and all exact copies of these
 measure the student and are never trained on. Sizes and duration follow from the number of samples, the teacher and the
 device. DIR, which must be new or empty, receives distill.yaml (every setting, to read and for d2v train), images/ or
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
     """Choose settings, convert samples, train, report and export."""
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("source", type=absolute, metavar="SOURCE", help=f"a folder of images or sound, or {SOURCES}")
+    add("source", type=absolute, metavar="SOURCE", help=f"a folder of images or audio files, or {SOURCES}")
     add("changes", metavar="key=value", nargs="*", help="settings to change")
     add("--teacher", type=absolute, required=True, help="a data2vec 2.0 teacher's file or address, or timm/NAME")
     add("--out", type=absolute, required=True, metavar="DIR", help="the folder for samples, run and student")
@@ -257,7 +257,7 @@ def configure(
 
 
 def read_settings(arguments: Namespace) -> "TrainConfig":
-    """Return the config of a run that was prepared.
+    """Return the config in the ``distill.yaml`` that an earlier call wrote.
 
     Raises:
         InputError: A change of a setting is wrong.

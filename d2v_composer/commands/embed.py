@@ -1,4 +1,4 @@
-"""Embed a collection of images or clips of sound.
+"""Embed a collection of images or audio clips.
 
     d2v embed student.safetensors photos photos.npy
     d2v embed runs/quickstart/latest-rank0.pt photos photos.npy --normalize --dtype float16
@@ -92,7 +92,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a checkpoint, an exported student or a teacher: a path, s3://, …; or timm/NAME")
-    add("source", metavar="SOURCE", help=f"a folder of images or sound, or {SOURCES}")
+    add("source", metavar="SOURCE", help=f"a folder of images or audio files, or {SOURCES}")
     add("out", metavar="OUT", help="a file: NAME.npy or NAME.parquet, here or in a store")
     add("--teacher", help="the checkpoint's teacher, if it has moved since the training run")
     add("--weights", choices=get_args(Weights), default="model", help="a teacher's weights; default: model")

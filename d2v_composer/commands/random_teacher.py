@@ -1,4 +1,4 @@
-"""Write a teacher with random weights, the same each time, to rehearse and measure without the real one.
+"""Write a teacher with random weights, the same each time, to try and measure runs without the real one.
 
     d2v random-teacher base teacher.safetensors
     d2v random-teacher timm/vit_base_patch14_dinov2 teacher.safetensors

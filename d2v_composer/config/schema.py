@@ -216,7 +216,7 @@ class ShardLoaderConfig(Section):
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
     crop_seconds: Annotated[float, Field(ge=0.045, le=3600)] = 15.6
-    """Of sound: the longest clip; of a longer one, a random crop. Shorter ones are padded to the longest in a batch."""
+    """Of audio: the longest clip; of a longer one, a random crop. Shorter ones are padded to the longest in a batch."""
     remote: AddressText | None = None
     """Address of the MDS data set (s3://, gs://, …); null: it is on this machine."""
     timeout: Annotated[float, Field(ge=1, le=1e6)] = 600.0
@@ -308,7 +308,7 @@ class LabeledSetConfig(Section):
     download: bool = False
     """Download CIFAR if it is missing."""
     column: Text | None = None
-    """Column of images or sound. null: in mds ``image`` or ``audio``, in parquet the only one."""
+    """Column of images or audio. null: in mds ``image`` or ``audio``, in parquet the only one."""
     label_column: Text | None = "label"
     """Column of labels in mds or parquet, of tars ``cls`` or ``json:KEY``; null: none. Without labels (null, or a
     folder without class folders), only the probes that need none run, on the images in ROOT/test or, if ROOT has no
@@ -350,7 +350,7 @@ class RetrievalConfig(LookupConfig):
     at_start: bool = False
     """Measure the untrained student too."""
     baselines: list[Literal["pixels", "log_mel", "encoder", "teacher"]] = ["teacher"]
-    """Models to compare the student with, each measured once: ``pixels`` (of sound, the mean ``log_mel`` spectrum), the
+    """Models to compare the student with, each measured once: ``pixels`` (of audio, the mean ``log_mel`` spectrum), the
     frozen ``encoder``, the ``teacher``."""
 
 

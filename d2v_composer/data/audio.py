@@ -1,4 +1,4 @@
-"""Sound as samples: decode clips to 16 kHz mono, and crop them."""
+"""Audio as samples: decode clips to 16 kHz mono, and crop them."""
 
 import io
 import math
@@ -105,7 +105,7 @@ def encode_flac(clip: NDArray[np.float32]) -> bytes:
 
 
 class RandomCrop(NamedTuple):
-    """The training augmentation of a clip: a random span of at most so many samples."""
+    """The training augmentation of a clip: a random span of at most ``longest`` samples."""
 
     longest: int
     max_share: float = 1.0
@@ -136,7 +136,7 @@ class RandomCrop(NamedTuple):
 
 @dataclass(frozen=True)
 class Audio(Modality):
-    """Clips of sound, 16 kHz mono, of any length."""
+    """Audio clips, 16 kHz mono, of any length."""
 
     name = "audio"
     unit = "clips"

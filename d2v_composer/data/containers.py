@@ -176,7 +176,7 @@ class Files:
                 if len(images) > 1:
                     raise InputError(f"{name}/{key}: has {' and '.join(images)}; {CHOOSE}")
                 if len(fields) < len(members):
-                    raise InputError(f"{name}: has {key}.{images[0]} or another member of {key} twice")
+                    raise InputError(f"{name}: has two members {key}.{images[0]}, or two others of one name for {key}")
                 if labeled:
                     if labeled not in fields:
                         raise InputError(f"{name}/{key}: has no .{labeled} with its label; it has {', '.join(fields)}")

@@ -1,4 +1,4 @@
-"""Convert images or sound to MDS shards, in a folder or directly in an object store, all or nothing.
+"""Convert images or audio to MDS shards, in a folder or directly in an object store, all or nothing.
 
 The samples are cut into groups beforehand, from the seed and the file sizes. A worker turns a group into one shard and
 writes a record of it. A conversion that starts again keeps the shards that are still there as their records say. The
@@ -63,7 +63,7 @@ def find_samples(
     label_column: str | None = None,
     part: Part = ALL,
 ) -> Source:
-    """List the images or the sound of a data set.
+    """List the images or the clips of a data set.
 
     ``cifar10:FOLDER`` is torchvision's CIFAR-10, which is downloaded to FOLDER if it is missing there.
 
@@ -260,7 +260,7 @@ class _Task(NamedTuple):
 
         Returns:
             Its record: ``entry`` in the index, ``None`` if none of its samples was readable, its ``etag`` in S3, the
-            ``skipped`` samples, and of sound the ``lengths`` of the others. And if it existed: ``is_kept``.
+            ``skipped`` samples, and of audio the ``lengths`` of the others. And if it existed: ``is_kept``.
         """
         record, name = self.records / f"{number}.json", f"shard.{number:05}.mds"
         if record.exists():
@@ -315,7 +315,7 @@ class Conversion(NamedTuple):
 
     samples: int
     lengths: list[int]
-    """Of each sample of sound."""
+    """Of each audio clip."""
     bytes: int
     """Total size of the shards."""
     shards: int
@@ -347,7 +347,7 @@ def convert(
         skip_unreadable: Skip and list unreadable samples instead of stopping.
         plan: The record of a part, which may be empty; see :class:`~d2v_composer.data.parts.Parts`.
         **options: Of images: ``resize``, the pixels to which a longer short side is shrunk (``None``: keep the files'
-            bytes), and ``quality``, 1 to 100, of JPEGs that are encoded again. Of sound: ``most_seconds`` of a clip.
+            bytes), and ``quality``, 1 to 100, of JPEGs that are encoded again. Of audio: ``most_seconds`` of a clip.
 
     Raises:
         InputError: A sample is unreadable, or ``out`` cannot be written or holds a data set.

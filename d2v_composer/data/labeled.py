@@ -234,7 +234,7 @@ def _open_splits(
         return [replace(open_mds(index), class_names=class_names) for index in indices]
     if alone.is_dir() and not any(map(list_subfolders, filter(Path.is_dir, folders))):
         if alone == root and list_subfolders(root):
-            log.warning("%s: has no labels, which are in train/CLASS and test/CLASS: its folders are no classes", root)
+            log.warning("%s: found no labels; to have some, sort the files into train/CLASS and test/CLASS", root)
         return [_tell_left_out(open_folder(alone, modality))]
     return _open_class_folders(root, modality)
 

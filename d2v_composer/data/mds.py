@@ -68,7 +68,7 @@ class ShardFile(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Index entry for a shard; :class:`Index` makes it."""
+    """One shard's entry in an index, checked by :class:`Index`."""
 
     samples: int
     raw: ShardFile

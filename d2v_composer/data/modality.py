@@ -1,4 +1,4 @@
-"""Decode, store, augment and batch samples; a subclass of Modality does so for images or for sound."""
+"""Decode, store, augment and batch samples; a subclass of Modality does so for images or for audio."""
 
 import errno
 import stat

@@ -20,11 +20,11 @@ from d2v_composer.evaluation.metrics import (
     KNN,
     KNN_MAJORITY,
     LINEAR,
-    PROBES,
     WITHOUT_LABELS,
     Measure,
     find_primary,
     instance_retrieval,
+    probes_at,
     retrieval_from,
 )
 from d2v_composer.evaluation.nearest_neighbors import (
@@ -96,9 +96,7 @@ class Lookup(NamedTuple):
     def measures(self, labeled: "EvaluationSet") -> list[Measure]:
         """Return what is measured on a set: retrieval first, then the probes."""
         measures = [retrieval_from(bank, k) for bank in BANKS for k in self.ks] if labeled.has_labels else []
-        for probe in self.probes if labeled.has_labels else WITHOUT_LABELS:
-            found = PROBES[probe]
-            measures += map(found, self.ks) if callable(found) else found
+        measures += probes_at(self.ks, self.probes if labeled.has_labels else WITHOUT_LABELS)
         needs = {AGREEMENT.name: self.teacher, "zero_shot": labeled.class_embeddings}
         return [each for each in measures if needs.get(each.name, labeled) is not None]
 

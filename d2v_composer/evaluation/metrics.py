@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from operator import index
 from pathlib import Path
@@ -64,6 +64,12 @@ PROBES: Mapping[str, Sequence[Measure] | Callable[[int], Measure]] = {
     "zero_shot": partial(retrieval_from, "classes"),
 }
 WITHOUT_LABELS = ("agreement", "instance")
+
+
+def probes_at(ks: Sequence[int], probes: Iterable[str] = tuple(PROBES)) -> list[Measure]:
+    """Return the measures of the probes, for each k of those that have one."""
+    found = [PROBES[name] for name in probes]
+    return [measure for each in found for measure in (map(each, ks) if callable(each) else each)]
 
 
 def metric_key(dataset: str, measure: Measure, embedding: str = "", baseline: str = "") -> str:

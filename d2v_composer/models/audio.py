@@ -1,4 +1,4 @@
-"""Sound as a modality: what an encoder does with waveforms, and data2vec 2.0's audio encoder.
+"""Audio as a modality: what an encoder does with waveforms, and data2vec 2.0's audio encoder.
 
 Shapes: B clips, L samples, C channels of convolutions, E extra tokens, N frames, T = E + N tokens, D channels, M mels.
 Source: fairseq's ``data2vec/models/modalities/audio.py`` and ``wav2vec2.py``.
@@ -21,7 +21,7 @@ FRAME, HOP, NUM_POINTS, LOWEST_HERTZ, LOG_FLOOR = 400, 160, 512, 20.0, torch.fin
 
 
 class Sound(Encoder):
-    """The part of an encoder that is alike for all models of sound.
+    """The part of an encoder that is alike for all audio models.
 
     Attributes:
         min_samples: Of a waveform.

@@ -118,7 +118,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     def default_pooling(self) -> Pooling:
-        """``cls``, or ``mean_patches`` of a model without that token."""
+        """``cls``; if the model has no CLS token, ``mean_patches``."""
         return "cls" if self.has_cls_token else "mean_patches"
 
     def padding_mask(self, lengths: Tensor | None, num_samples: int | None = None) -> Tensor | None:

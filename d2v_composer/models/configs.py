@@ -74,7 +74,7 @@ def parse_image_size(image_size: Any) -> ImageSize:
 
 
 class Config(BaseModel):
-    """Sizes and options, which never change.
+    """Base of all configs of models: sizes and options, checked once and frozen.
 
     Raises:
         ValueError: One line: a field is unknown, missing, of another type or out of range, or contradicts another.
@@ -195,7 +195,7 @@ class ImageEncoderConfig(Data2Vec2EncoderConfig, ImageConfig):
 
 
 class SoundConfig(Config):
-    """Fields of all encoders of sound."""
+    """Fields of all audio encoders."""
 
     modality: ClassVar = "audio"
     sample_rate: ClassVar = SAMPLE_RATE
@@ -228,7 +228,7 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
 
     @property
     def has_cls_token(self) -> bool:
-        """False: its extra tokens are registers."""
+        """Whether the first token is CLS: never, the extra tokens are registers."""
         return False
 
     @cached_property
@@ -346,7 +346,7 @@ class TeacherConfig(Config):
     average_top_k_layers: int
     """Number of last blocks in the target, as in pre-training."""
     final_layer_norm: bool = True
-    """The target ends with a LayerNorm, ``layer_norm_targets`` in data2vec's pre-training of sound."""
+    """The target ends with a LayerNorm, ``layer_norm_targets`` in data2vec's pre-training on audio."""
     normalization: ClassVar = "instance"
 
     def __getattr__(self, name: str) -> Any:

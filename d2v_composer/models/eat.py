@@ -69,7 +69,7 @@ class EatEncoder(Sound, Data2Vec2Encoder):
         return self.local_encoder["proj"](spectrogram_BFM[:, None]).flatten(2).transpose(1, 2)
 
     def spectrogram(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Compute normalized log-mel spectrograms, (B, F, M); zeros that fill one up are normalized, too."""
+        """Compute log-mel spectrograms, (B, F, M), filled up with zeros, then normalized."""
         log_mel_BFM, padding_BF = self.log_mel(waveforms[:, : self.window], lengths)
         if padding_BF is not None:
             log_mel_BFM = log_mel_BFM.masked_fill(padding_BF[..., None], 0)

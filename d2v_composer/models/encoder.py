@@ -153,7 +153,7 @@ class Encoder(Frozen):
 
     @abstractmethod
     def num_tokens(self, shape: Sequence[int] | None = None) -> int:
-        """Return T for an input of a shape; default the usual one."""
+        """Return the number of tokens of an input; default: of one in the usual shape."""
 
     @abstractmethod
     def stem_macs(self, shape: Sequence[int] | None = None) -> int:
@@ -177,7 +177,7 @@ class Encoder(Frozen):
         return {0: ("batch", 1, 1 << 16)}
 
     def windows(self, inputs: Inputs) -> Inputs:
-        """Divide inputs that are longer than the encoder reads, so that embeddings are of all of each."""
+        """Divide inputs that are longer than the encoder reads, so that an embedding covers all of them."""
         return inputs
 
     def padding_mask(self, lengths: Tensor | None, num_samples: int | None = None) -> Tensor | None:
@@ -255,7 +255,7 @@ class Data2Vec2Encoder(Encoder):
     def block_contexts(
         self, x_BTD: Tensor, padding_mask: Tensor | None = None, layers: range | None = None
     ) -> list[Tensor | None]:
-        """Return the attention biases of some layers, of which the teacher's follow this encoder's; default its own."""
+        """Return the attention bias of each layer; the teacher's layers follow the encoder's, which are the default."""
         layers = range(len(self.block_list)) if layers is None else layers
         scales = [None] if self.alibi_scale is None else self.alibi_scale
         if len(scales) == 1:

@@ -32,7 +32,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # Graphs of a function: one for each input shape, need of gradients, and mode; beyond them a compiled run would fail.
-# Sound comes in up to 16 sizes, padded or not. torch's default limit is 8, and 256 for all instances of a function.
+# Audio comes in up to 16 sizes, padded or not. torch's default limit is 8, and 256 for all instances of a function.
 MAX_GRAPHS = 1024
 
 

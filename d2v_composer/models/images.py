@@ -67,7 +67,7 @@ class PixelEncoder(Encoder):
             if not torch.compiler.is_compiling() and self.is_first:
                 self.is_first, (low, high) = False, values.aminmax()
                 if 0 <= low < high <= 1:
-                    log.warning("float images from 0 to 1: expected normalized ones, or uint8 images")
+                    log.warning("float images must be normalized, got values from 0 to 1; or give uint8 images")
             return values
         if values.shape[2:] != size:
             values = resize(values, size, self.config.interpolation)

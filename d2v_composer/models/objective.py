@@ -119,7 +119,7 @@ class LayerRegression(Objective):
         return self.layer_mean.average(map(self.project, features.layers()), features, num_dropped)
 
     def project(self, layer_BTd: Tensor) -> Tensor:
-        """Return a layer of the student in the teacher's width."""
+        """Project a layer of the student, (B, T, d), to the teacher's width, (B, T, D)."""
         return self.head(layer_BTd)
 
     def regression(self, features: Features, target: Tensor) -> Regression:

@@ -1,4 +1,4 @@
-"""Students of any architecture: timm models that give a grid of features, and train but for their classifier.
+"""Students of any architecture: timm models with a grid of features; all but the classifier trains.
 
 Shapes: B images, S pixels per side, N cells of the grid, T tokens of a teacher, C channels, P of the pooled feature.
 """

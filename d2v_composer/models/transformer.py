@@ -48,7 +48,7 @@ class Transformer(Backbone):
 
     @abstractmethod
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
-        """Return each block's context for an input: an attention bias, unless its kind needs another.
+        """Return each block's context for an input: an attention bias or, for instance, rotary positions.
 
         It is (1, H, T, T), or (B, H, T, T) with ``padding_mask``, (B, T), of keys to leave out.
         """

@@ -43,9 +43,9 @@ WORDS = {
     "audio": {
         "pipeline_tag": "feature-extraction",
         "tag": "audio",
-        "kind": "transformer for sound",
-        "one": "a clip of sound",
-        "each": "second of sound",
+        "kind": "audio transformer",
+        "one": "an audio clip",
+        "each": "second of audio",
         "prepared": "16 kHz mono of any length, in [-1, 1]; the model normalizes them",
         "shape": "(B, samples) float32; if padded with zeros, also lengths=(B,)",
     },

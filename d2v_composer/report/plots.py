@@ -1,6 +1,5 @@
 """Plot a run as matplotlib figures."""
 
-import fnmatch
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
@@ -10,7 +9,6 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from d2v_composer.evaluation.evaluate import Evaluation, gap_closed_by_step
 from d2v_composer.evaluation.metrics import (
@@ -28,8 +26,14 @@ from d2v_composer.evaluation.metrics import (
 from d2v_composer.report.run import EMBEDDINGS, Run
 
 WIDTH, HEIGHT, DPI = 6.4, 3.9, 150
-# '' is the student.
-MODEL_COLORS = {"": "C0", TEACHER: "C1", "encoder": "C3", "pixels": "C2", "log_mel": "C2"}
+# Model in log keys, '' for the student → its name in legends, and its color.
+MODELS = {
+    "": ("student", "C0"),
+    TEACHER: ("teacher", "C1"),
+    "encoder": ("encoder alone", "C3"),
+    "pixels": ("pixels", "C2"),
+    "log_mel": ("log-mel spectrum", "C2"),
+}
 STYLE: dict[Any, Any] = {
     **style.library["tableau-colorblind10"],
     "axes.grid": True,
@@ -38,15 +42,19 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
-# File name → title with the samples' unit, unit ("%" of a share) or scale, and the log's keys.
+# File name → title with the samples' unit, unit ("%" of a share) or scale, and log key → its name in the legend.
 CURVES = {
-    "accuracy": ("Accuracy on the test {}", "%", "metrics/test/top*"),
-    "loss": ("Loss", "log", "loss/train/total", "metrics/test/loss"),
-    "learning_rate": ("Learning rate", "", "lr-AdamW/group0"),
-    "gradient_norm": ("Gradient norm before clipping", "log", "l2_norm/grad/global"),
-    "throughput": ("Throughput in {}/s", "", "throughput/samples_per_sec"),
-    "data_wait": ("Fraction of the time spent waiting for {}", "%", "throughput/data_wait"),
-    "variance": ("Variance over the {}", "", "health/*_variance"),
+    "accuracy": ("Accuracy on the test {}", "%", {"metrics/test/top1": "top-1", "metrics/test/top5": "top-5"}),
+    "loss": ("Loss", "log", {"loss/train/total": "training", "metrics/test/loss": "test"}),
+    "learning_rate": ("Learning rate", "", {"lr-AdamW/group0": ""}),
+    "gradient_norm": ("Gradient norm before clipping", "log", {"l2_norm/grad/global": ""}),
+    "throughput": ("Speed in {}/s", "", {"throughput/samples_per_sec": ""}),
+    "data_wait": ("Share of the time spent waiting for {}", "%", {"throughput/data_wait": ""}),
+    "variance": (
+        "Variance over the {}",
+        "",
+        {"health/prediction_variance": "student's prediction", "health/target_variance": "teacher's target"},
+    ),
 }
 
 
@@ -56,8 +64,8 @@ Line = tuple[Mapping[int, float] | float, dict[str, Any]]
 
 def curves(run: Run) -> Iterator[tuple[str, Figure]]:
     """Yield the file name and figure of each plot over steps for which the log has values."""
-    for name, (title, scale, *keys) in CURVES.items():
-        lines = {key: (run.log[key], {}) for wanted in keys for key in fnmatch.filter(run.log, wanted)}
+    for name, (title, scale, labels) in CURVES.items():
+        lines = {label: (run.log[key], {}) for key, label in labels.items() if key in run.log}
         if lines:
             yield name, plot(title.format(run.modality.unit), scale, lines)
 
@@ -66,32 +74,56 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
     """Yield the file names and figures of each data set's retrieval, probes and teacher gap closed over the steps."""
     for dataset in run.retrieval["datasets"]:
         ks = sorted(run.retrieval["ks"])
+        found = f"Does it find the right {run.modality.unit}?"
+        fitted, named = "Do classifiers find the right class?", "Is the text of its class the nearest?"
         plots = {
-            **{f"retrieval_{dataset}_bank_{bank}": (f"bank {bank}", [retrieval_from(bank, ks[0])]) for bank in BANKS},
-            f"probes_{dataset}": ("probes fitted on train, measured on test", [KNN, KNN_MAJORITY, LINEAR]),
-            f"zero_shot_{dataset}": ("nearest text embedding of a class", [retrieval_from("classes", k) for k in ks]),
-            f"without_labels_{dataset}": ("measured without labels", [AGREEMENT, *map(instance_retrieval, ks)]),
+            **{
+                f"retrieval_{dataset}_bank_{bank}": (
+                    f"{found}\n{{}}, bank {bank}, top-{ks[0]}",
+                    [retrieval_from(bank, ks[0])],
+                )
+                for bank in BANKS
+            },
+            f"probes_{dataset}": (f"{fitted}\n{{}}, fitted to train", [KNN, KNN_MAJORITY, LINEAR]),
+            f"zero_shot_{dataset}": (f"{named}\n{{}}", [retrieval_from("classes", k) for k in ks]),
+            f"without_labels_{dataset}": (
+                "Does it find what its teacher finds?\n{}, without labels",
+                [AGREEMENT, *map(instance_retrieval, ks)],
+            ),
         }
         for name, (title, measures) in plots.items():
             if lines := _accuracies(run, dataset, measures):
-                yield name, plot(f"{dataset}, {title}", "%", lines)
+                figure = plot(title.format(dataset), "%", lines)
+                for start in (read_accuracies(run.log, dataset, each).get(0) for each in measures):
+                    if start is not None:
+                        figure.axes[0].annotate("untrained", (0, start), (5, -4), textcoords="offset points", va="top")
+                yield name, figure
         gaps = {name: (gap_closed_by_step(run.log, dataset, name, ks[0]), {}) for name in EMBEDDINGS}
         if lines := {name: line for name, line in gaps.items() if line[0]}:
-            figure = plot(f"Teacher gap closed on {dataset}, top-{ks[0]}", "%", lines)
-            figure.axes[0].axhline(1, color="k", linewidth=1)
-            figure.axes[0].set_ylim(-0.3, 1.3)
-            yield f"gap_closed_{dataset}", figure
+            yield (
+                f"gap_closed_{dataset}",
+                gap_plot(f"How much of the teacher gap is closed?\n{dataset}, top-{ks[0]}", lines),
+            )
+
+
+def gap_plot(title: str, lines: Mapping[str, Line]) -> Figure:
+    """Plot the teacher gap closed over the training steps, with lines for the untrained student and the teacher."""
+    levels: dict[str, Line] = {"teacher": (1, {"color": "k"}), "untrained": (0, {"color": "k", "linestyle": ":"})}
+    figure = plot(title, "%", {**lines, **levels})
+    low, high = figure.axes[0].get_ylim()
+    figure.axes[0].set_ylim(max(low, -0.3), min(high, 1.3))  # where the gap is small, a share may be anything
+    return figure
 
 
 def _accuracies(run: Run, dataset: str, measures: Sequence[Measure]) -> dict[str, Line]:
     """Return the student's lines and the baselines' levels: a color per model, a line style per measure."""
     lines = {}
     for measure, dashes in zip(measures, cycle(["-", "--", ":", "-."])):
-        label = measure.heading.removeprefix(f"bank {measure.bank} ")  # the title says it
-        for model, color in MODEL_COLORS.items():
+        label = f", {measure.heading}" if len(measures) > 1 else ""  # else the title says it
+        for model, (name, color) in MODELS.items():
             if values := read_accuracies(run.log, dataset, measure, baseline=model):
                 look = {"color": color, "linestyle": dashes}
-                lines[f"{model or 'student'}, {label}"] = values[max(values)] if model else values, look
+                lines[name + label] = values[max(values)] if model else values, look
     return lines
 
 
@@ -128,9 +160,14 @@ def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Fi
         )
         axes.margins(0.15)
         axes.tick_params("x", which="both", labelsize=8)  # of two decades, it has names such as 3 × 10²
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.set_major_formatter(percent)
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+def percent(share: float, _: object = None) -> str:
+    """Return the label of a tick at a share."""
+    return f"{round(100 * share, 6) + 0:g} %"  # + 0: no -0
 
 
 def to_png(figure: Figure) -> bytes:
@@ -151,7 +188,7 @@ def plot(title: str, scale: str, lines: Mapping[str, Line]) -> Figure:
     """
     figure = Figure(figsize=(WIDTH, HEIGHT))
     axes = figure.subplots()
-    axes.set(title=title, xlabel="batch")
+    axes.set(title=title, xlabel="training step")
     for label, (values, look) in lines.items():
         if not isinstance(values, Mapping):
             axes.axhline(values, label=label, **look)
@@ -162,10 +199,10 @@ def plot(title: str, scale: str, lines: Mapping[str, Line]) -> Figure:
         [line] = axes.plot(steps[width - 1 :], means, label=label, marker="." if len(steps) < 50 else "", **look)
         if width > 1:
             axes.plot(steps, numbers, color=line.get_color(), alpha=0.3, linewidth=0.7)
-    if axes.dataLim.y0 > 0:
-        axes.set(yscale="log") if scale == "log" else axes.set_ylim(bottom=0)
     if scale == "%":
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.yaxis.set_major_formatter(percent)
+    elif axes.dataLim.y0 > 0:
+        axes.set(yscale="log") if scale == "log" else axes.set_ylim(bottom=0)
     if len(lines) > 1:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure

@@ -39,7 +39,7 @@ class Run(NamedTuple):
 
     @property
     def modality(self) -> Modality:
-        """The kind of samples, in a gallery's size; of a record without one, images."""
+        """The samples' modality, with images in a gallery's size; a record that names none has images."""
         return MODALITIES[self.record["data"].get("modality", "image")].of_side(SHOWN_SIZE)
 
     @property

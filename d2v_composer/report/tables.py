@@ -1,15 +1,32 @@
 """Format the results of a run, an evaluation and a study as text tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from d2v_composer.evaluation.evaluate import GAP_CLOSED, Evaluation, Interval, gap_closed_by_step
-from d2v_composer.evaluation.metrics import BANKS, TEACHER, Log, Measure, metric_key, read_accuracies, retrieval_from
+from d2v_composer.evaluation.evaluate import (
+    GAP_CLOSED,
+    Evaluation,
+    Interval,
+    accuracy_interval,
+    gap_closed_by_step,
+    gap_closed_interval,
+)
+from d2v_composer.evaluation.metrics import (
+    BANKS,
+    TEACHER,
+    UNTRAINED,
+    Log,
+    Measure,
+    metric_key,
+    probes_at,
+    read_accuracies,
+    retrieval_from,
+)
 from d2v_composer.models.names import PROJECTED
-from d2v_composer.report.run import EMBEDDINGS
+from d2v_composer.report.run import EMBEDDINGS, Run
 
 if TYPE_CHECKING:
     from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
@@ -88,6 +105,37 @@ def evaluation_tables(evaluation: Evaluation, each: str) -> str:
 def _table(title: str, columns: Sequence[Measure], rows: Mapping[str, Sequence[str]]) -> str:
     head = ["", *(measure.heading for measure in columns)]
     return f"{title}\n{format_table(head, [[name, *cells] for name, cells in rows.items()])}"
+
+
+def run_tables(run: Run) -> Iterator[tuple[str, list[list[str]]]]:
+    """Yield each data set's name and what the run measured on it: a head, and a row for each model.
+
+    Cells are of the primary embedding, in % with 95 % intervals. The last row is the teacher gap closed.
+    """
+    k, costs = min(run.retrieval.get("ks", [1])), run.record.get("costs") or {}
+    models = {name: [name] for name in ("pixels", "log_mel", "encoder", UNTRAINED)}
+    models |= {"student": [""], TEACHER: [TEACHER], GAP_CLOSED: [UNTRAINED, "", TEACHER]}
+    for dataset in run.retrieval["datasets"]:
+        measures = [*(retrieval_from(bank, k) for bank in BANKS), *probes_at([k])]
+        columns = [each for each in measures if metric_key(dataset, each) in run.hits]
+        rows = [["", *(each.heading for each in columns), "M parameters", "GFLOP"]]
+        for name, compared in models.items():
+            cells = [_interval(run, dataset, measure, compared) for measure in columns]
+            cost = costs.get("student" if name == UNTRAINED else name)
+            sizes = [f"{cost['num_parameters'] / 1e6:.2f}", f"{cost['gflop']:.2f}"] if cost else ["", ""]
+            if {*cells} - {"–"}:
+                rows.append([name, *cells, *sizes])
+        if columns:
+            yield dataset, rows
+
+
+def _interval(run: Run, dataset: str, measure: Measure, names: Sequence[str]) -> str:
+    """Return a model's accuracy or, of untrained student, student and teacher, the teacher gap closed."""
+    hits = [run.hits.get(metric_key(dataset, measure, baseline=name)) for name in names]
+    found = [each.numpy() for each in hits if each is not None]
+    if len(found) < len(names):
+        return "–"
+    return _percent(accuracy_interval(*found) if len(found) == 1 else gap_closed_interval(*found))
 
 
 def _kind(measure: Measure) -> str:

@@ -32,7 +32,7 @@ def refusal(load: Callable[..., Any], *arguments: Any) -> str:
 
 def test_load_teacher_names_a_training_checkpoint(uninterrupted: Path) -> None:
     checkpoint = uninterrupted / "latest-rank0.pt"
-    assert "is a training checkpoint; expected a teacher; " in refusal(load_teacher, checkpoint)
+    assert "is a training checkpoint, not a teacher; " in refusal(load_teacher, checkpoint)
 
 
 @pytest.mark.parametrize("load", [load_student, load_teacher, load_any])

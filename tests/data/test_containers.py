@@ -164,7 +164,7 @@ def test_a_wrong_parquet_file_is_one_line(columns: dict, options: str, line: str
         (["a.jpg", "b.jpg", "a.jpg"], "", r"x.tar: has the key 'a' twice, not together"),
         (["a.jpg", "a.txt"], "--label-column cls", r"x.tar/a: has no .cls with its label; it has jpg, txt"),
         (["a.jpg", "a.json"], "--label-column json:class", r"x.tar/a: its label must be a whole number, got None"),
-        (["a.jpg", "a.jpg"], "", r"x.tar: has a.jpg or another member of a twice"),
+        (["a.jpg", "a.jpg"], "", r"x.tar: has two members a.jpg, or two others of one name for a"),
         (["a.txt"], "", r"no images in 1 files; other files: 1 .txt, 1 keys without images"),
     ],
 )

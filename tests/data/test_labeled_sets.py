@@ -96,7 +96,7 @@ def test_class_folders_without_splits_are_said_to_be_none(tmp_path: Path, caplog
         write_image(tmp_path / name)
     assert not load_labeled_set("folder", tmp_path, image_size=32).has_labels
     [said] = caplog.messages
-    assert said.startswith(f"{tmp_path}: has no labels, which are in train/CLASS and test/CLASS")
+    assert said.startswith(f"{tmp_path}: found no labels; to have some, sort the files into train/CLASS")
 
 
 @pytest.mark.parametrize("folder", ["", "test"])

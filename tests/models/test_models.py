@@ -245,7 +245,7 @@ def test_pixels_from_0_to_1_are_named_once(teacher: Data2Vec2, caplog: pytest.Lo
     pixels = torch.rand(teacher.encoder.example(2).shape, generator=torch.Generator().manual_seed(1))
     for images in (pixels, pixels):
         teacher.encode(images)
-    assert caplog.messages == ["float images from 0 to 1: expected normalized ones, or uint8 images"]
+    assert caplog.messages == ["float images must be normalized, got values from 0 to 1; or give uint8 images"]
     caplog.clear()
     other = load_data2vec2(GOLDEN / "tiny_base.pt", "model")
     for images in ((255 * pixels).byte(), pixels - 0.5, pixels):

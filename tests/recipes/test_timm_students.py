@@ -132,7 +132,7 @@ def test_rivals_stand_in_the_same_tables(trained: Path, images: Path, tmp_path: 
     assert len(found["candidates"]) == 1 + len([each for each in found["candidates"] if each["per_second"]])  # pixels
     refused = d2v("evaluate", *arguments, f"rivals=[{GOLDEN / 'audio_base.pt'}]")
     assert "rivals: " in failure(refused, 2)
-    assert "takes audio, and the model image" in refused.stderr
+    assert "takes audio, but the model takes image" in refused.stderr
     shutil.copy(rival, tmp_path / "teacher")
     taken = d2v("evaluate", *arguments, "rivals=[teacher]", cwd=tmp_path)
     assert "rivals: 'teacher' is another row of the tables; name the file ./teacher" in failure(taken, 2)

@@ -1,4 +1,4 @@
-"""The sentence that says whether a student is worth it: its numbers, and its advice by the curve's slope."""
+"""The verdict that says whether a student is worth it: its numbers, and its advice by the curve's slope."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ SIZES = {
     "student": {"num_parameters": 2_770_000, "gflop": 0.379},
     "teacher": {"num_parameters": 3_630_000, "gflop": 0.486},
 }
-COSTS = "; 2.77 M parameters, teacher 3.63; 11.08 MB in float32, teacher 14.52; 0.38 GFLOP, teacher 0.49"
+COSTS = "It has 2.77 M parameters (teacher: 3.63), 11.08 MB in float32 (teacher: 14.52), 0.38 GFLOP (teacher: 0.49)."
 SMALLER = "smaller batches of as many samples in all"
 
 
@@ -42,16 +42,23 @@ def closed(run: Run, measure: Measure) -> str:
     return f"{value:.0f} % of the teacher gap, 95 % interval {low:.0f} to {high:.0f}"
 
 
+def scores(measure: str, untrained: float, student: float, teacher: float) -> str:
+    return (
+        f"The student scores {student:.1f} % ({measure}, layer_mean_cls); untrained it scored {untrained:.1f} %, "
+        f"and its teacher scores {teacher:.1f} %."
+    )
+
+
 @pytest.mark.parametrize(
     ("curve", "model", "advice"),
     [
-        ((0.2, 0.3, 0.4), None, "; to keep more, try longer training: the last 300 batches closed 25 %"),
+        ((0.2, 0.3, 0.4), None, " To keep more, try longer training: the last 300 batches closed 25 %."),
         (
             (0.2, 0.396, 0.4),
             None,
-            f"; to keep more, try more teacher.first_blocks or {SMALLER}: the last 300 batches closed 1 %",
+            f" To keep more, try more teacher.first_blocks or {SMALLER}: the last 300 batches closed 1 %.",
         ),
-        ((0.2, 0.408, 0.4), "timm/resnet18", f"; to keep more, try {SMALLER}: the last 300 batches closed -2 %"),
+        ((0.2, 0.408, 0.4), "timm/resnet18", f" To keep more, try {SMALLER}: the last 300 batches closed -2 %."),
         ((0.2, 0.5, 0.58), None, ""),
     ],
     ids=["rising", "flat", "a CNN, falling", "enough"],
@@ -60,21 +67,20 @@ def test_a_student_with_labels(curve: tuple[float, ...], model: str | None, advi
     run = run_of(TOP1, 0.6, *curve, model=model)
     kept = closed(run, TOP1)
     assert kept.startswith(f"{100 * (curve[-1] - 0.2) / 0.4:.0f} % ")
-    shown = f"untrained 20.0 %, student {100 * curve[-1]:.1f} %, teacher 60.0 %; bank train top-1, layer_mean_cls"
-    assert [*answer(run)] == [f"On set, the student closes {kept} ({shown}{COSTS}){advice}."]
+    shown = scores("bank train top-1", 20, 100 * curve[-1], 60)
+    assert [*answer(run)] == [f"On set, the student closes {kept}. {shown} {COSTS}{advice}"]
 
 
 def test_a_student_without_labels() -> None:
     run = run_of(AGREEMENT, 1.0, 0.2, 0.5, 0.56)
-    shown = "untrained 20.0 %, student 56.0 %, teacher 100.0 %; neighbor agreement, layer_mean_cls"
-    longer = "to keep more, try longer training: the last 300 batches closed 8 %"
-    assert [*answer(run)] == [f"On set, the student closes {closed(run, AGREEMENT)} ({shown}{COSTS}); {longer}."]
+    longer = "To keep more, try longer training: the last 300 batches closed 8 %."
+    shown = scores("neighbor agreement", 20, 56, 100)
+    assert [*answer(run)] == [f"On set, the student closes {closed(run, AGREEMENT)}. {shown} {COSTS} {longer}"]
 
 
 def test_no_gap_and_a_record_of_an_earlier_version() -> None:
-    shown = "untrained 30.0 %, student 40.0 %, teacher 30.0 %; bank train top-1, layer_mean_cls"
     run = run_of(TOP1, 0.3, 0.3, 0.4, costs=None)
-    assert [*answer(run)] == [f"On set, there is no teacher gap to close ({shown})."]
+    assert [*answer(run)] == [f"On set, there is no teacher gap to close. {scores('bank train top-1', 30, 40, 30)}"]
 
 
 def test_nothing_is_said_of_what_was_not_measured() -> None:
@@ -85,4 +91,4 @@ def test_nothing_is_said_of_what_was_not_measured() -> None:
 def test_the_projected_embedding_has_a_pooling_of_its_own() -> None:
     run = run_of(TOP1, 0.6, 0.2, 0.4)
     run.record["config"]["retrieval"] |= {"representation": "projected", "pooling": "mean"}
-    assert "bank train top-1, projected_cls;" in next(answer(run))
+    assert "(bank train top-1, projected_cls);" in next(answer(run))

@@ -80,8 +80,8 @@ def test_a_student_of_sound_says_how_it_takes_clips(tmp_path: Path) -> None:
     assert (found["pipeline_tag"], found["tags"][-1]) == ("feature-extraction", "audio")
     for said in (
         "trained it on 96 clips",
-        "maps a clip of sound",
-        "GFLOP per second of sound",
+        "maps an audio clip",
+        "GFLOP per second of audio",
         "| clips | 16 kHz mono",
     ):
         assert said in text, said
