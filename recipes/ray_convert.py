@@ -11,6 +11,11 @@ killed, the same one goes on.
 
 import sys
 
+from d2v_composer.system.command_line import show_help
+
+if __name__ == "__main__":
+    show_help(sys.argv[1:], __doc__)
+
 import ray  # pyright: ignore[reportMissingImports]  (an extra)
 
 from d2v_composer.commands import convert_images, merge

@@ -15,6 +15,11 @@ machine must reach MODEL, SOURCE and OUT. The cluster needs two cores.
 
 import sys
 
+from d2v_composer.system.command_line import show_help
+
+if __name__ == "__main__":
+    show_help(sys.argv[1:], __doc__)
+
 import ray  # pyright: ignore[reportMissingImports]  (an extra)
 
 from d2v_composer import Embedder
