@@ -90,10 +90,10 @@ class Parts:
         return records
 
     def list_names(self) -> set[str]:
-        """Return the paths of all files below the folder."""
+        """Return the paths of what is below the folder."""
         if is_remote(self.folder):
             return {*list_folder(self.folder)[1]}
-        return {path.relative_to(self.folder).as_posix() for path in Path(self.folder).rglob("*") if path.is_file()}
+        return {path.relative_to(self.folder).as_posix() for path in Path(self.folder).rglob("*")}
 
     def _read(self, part: Part) -> dict[str, Any]:
         with reading(self.record_path(part)):
@@ -110,8 +110,12 @@ class Parts:
 
     @staticmethod
     def load(address: str) -> Any:
-        """Return the content of a JSON file; ``None`` if there is no such file."""
-        with TemporaryDirectory() as folder:
+        """Return the content of a JSON file; ``None`` if there is no such file.
+
+        Raises:
+            InputError: It cannot be read.
+        """
+        with reading(address), TemporaryDirectory() as folder:
             path = Path(folder, INDEX) if is_remote(address) else Path(address)
             is_there = download_existing(address, path) if is_remote(address) else path.is_file()
             return json.loads(path.read_bytes()) if is_there else None
