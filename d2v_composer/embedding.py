@@ -24,14 +24,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from d2v_composer.data.modality import collate
-from d2v_composer.data.parts import TABLES, Parts
+from d2v_composer.data.parts import TABLES, Parts, bring
 from d2v_composer.data.source import Source, hash_of, map_in_workers
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
 from d2v_composer.models.precision import precision_of
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
-from d2v_composer.system.fetch import cache_folder, download_existing, is_remote, list_etags, list_folder, upload
+from d2v_composer.system.fetch import cache_folder, is_remote, list_etags, list_folder, upload
 from d2v_composer.system.files import acquire, check_out_file, partial_file, sole_user, write_atomically
 from d2v_composer.system.processes import global_rank, num_ranks
 from d2v_composer.system.progress import progress_bar
@@ -223,29 +223,20 @@ def merge(out: str, *, overwrite: bool = False) -> Embedding:
     parts, folder = Parts(out), _partial_folder(out)
     records = parts.read_all()
     first = next(iter(records.values()))
-
-    def here(address: str) -> Path:
-        if not is_remote(out):
-            return Path(address)
-        path = folder / address.rpartition("/")[2]
-        download_existing(address, path)
-        return path
-
     with writing(out), sole_user(folder / ".lock", LOCK_SECONDS) as alone:
         if not alone:
             raise InputError(f"{out}: another process is writing it")
         skipped = [reason for record in records.values() for reason in record["skipped"]]
         embedding = Embedding(sum(each["images"] for each in records.values()), first["channels"], skipped, 0, 0.0)
-        blocks = (
-            block for part, record in records.items() for block in _read_part(parts.path(part), record["images"], here)
-        )
+        counts = {parts.path(part): record["images"] for part, record in records.items()}
+        blocks = (block for part in counts.items() for block in _read_part(*part, folder))
         _write_table(out, blocks, embedding, np.dtype(first["part"]["dtype"]))
     with suppress(OSError):
         folder.rmdir()
     return embedding
 
 
-def _read_part(address: str, count: int, here: Callable[[str], Path]) -> Iterator[tuple[NDArray, NDArray]]:
+def _read_part(address: str, count: int, folder: Path) -> Iterator[tuple[NDArray, NDArray]]:
     """Yield ids and embeddings of a part, which its record counts.
 
     Raises:
@@ -253,7 +244,7 @@ def _read_part(address: str, count: int, here: Callable[[str], Path]) -> Iterato
     """
     with reading(address):
         if address.endswith(".npy"):
-            ids, rows = np.load(here(_ids_file(address))), np.load(here(address), mmap_mode="r")
+            ids, rows = np.load(bring(_ids_file(address), folder)), np.load(bring(address, folder), mmap_mode="r")
             if not len(ids) == len(rows) == count:
                 raise ValueError(f"expected {count} ids and embeddings, got {len(ids)} and {len(rows)}")
             for first in range(0, count, CHUNK):
@@ -261,7 +252,7 @@ def _read_part(address: str, count: int, here: Callable[[str], Path]) -> Iterato
             return
         from pyarrow.parquet import ParquetFile
 
-        with ParquetFile(here(address)) as file:
+        with ParquetFile(bring(address, folder)) as file:
             for batch in file.iter_batches(CHUNK):
                 embeddings: Any = batch["embedding"]
                 yield np.array(batch["id"].to_pylist()), embeddings.flatten().to_numpy().reshape(len(batch), -1)
