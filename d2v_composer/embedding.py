@@ -24,21 +24,22 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from d2v_composer.data.modality import collate
-from d2v_composer.data.parts import TABLES, Parts
+from d2v_composer.data.parts import TABLES, Parts, bring
 from d2v_composer.data.source import Source, hash_of, map_in_workers
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
 from d2v_composer.models.precision import precision_of
-from d2v_composer.system.errors import InputError, UnreadableSampleError, writing
-from d2v_composer.system.fetch import cache_folder, download_existing, is_remote, list_etags, list_folder, upload
-from d2v_composer.system.files import check_out_file, partial_file, sole_user, write_atomically
+from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
+from d2v_composer.system.fetch import cache_folder, is_remote, list_etags, list_folder, upload
+from d2v_composer.system.files import acquire, check_out_file, partial_file, sole_user, write_atomically
 from d2v_composer.system.processes import global_rank, num_ranks
 from d2v_composer.system.progress import progress_bar
 
 LOCK_SECONDS = 10.0  # the workers of a killed run exit within a second
 CHUNK = 1024  # samples that a killed process loses at most
 POLL_SECONDS = 0.2
+RANK_SECONDS = 300.0  # by then a rank has begun, or never will
 
 
 class EmbeddingOptions(NamedTuple):
@@ -128,7 +129,7 @@ def embed_source(
     """
     out, rank = str(out), global_rank()
     place = source.root if is_remote(source.root) else Path(source.root).resolve()
-    plan = {"model": hash_weights(model), "source": hash_of(place), "device": device, **options._asdict()}
+    plan = part or {"model": hash_weights(model), "source": hash_of(place), "device": device, **options._asdict()}
     width = embed_batch(model, (model.encoder.example(1),), options, device).shape[1]
     folder, unit = _partial_folder(out), source.modality.unit
     chunks = _cut(source, plan, folder)
@@ -160,9 +161,15 @@ def embed_source(
                     chunk.write(rows, skipped)
                     rows, skipped = [], []
                     bar.update(_num_done(chunks) - bar.n)  # of all ranks
+            alive = time.monotonic()
             while rank == 0 and bar.n < total:  # the other ranks embed the rest
                 time.sleep(POLL_SECONDS)
                 bar.update(_num_done(chunks) - bar.n)
+                if time.monotonic() - alive > RANK_SECONDS:
+                    if all(acquire(folder / f".lock{other}") for other in range(1, num_ranks())):
+                        lost = f"the other ranks have ended without {total - bar.n} of the {unit}"
+                        raise RunError(f"{out}: {lost}: all must see the same SOURCE, and the same {folder}")
+                    alive = time.monotonic()
         seconds = time.monotonic() - start
         if rank > 0:
             return Embedding(total, width, [], resumed, seconds)
@@ -216,39 +223,39 @@ def merge(out: str, *, overwrite: bool = False) -> Embedding:
     parts, folder = Parts(out), _partial_folder(out)
     records = parts.read_all()
     first = next(iter(records.values()))
-
-    def here(address: str) -> Path:
-        if not is_remote(out):
-            return Path(address)
-        path = folder / address.rpartition("/")[2]
-        download_existing(address, path)
-        return path
-
     with writing(out), sole_user(folder / ".lock", LOCK_SECONDS) as alone:
         if not alone:
             raise InputError(f"{out}: another process is writing it")
         skipped = [reason for record in records.values() for reason in record["skipped"]]
         embedding = Embedding(sum(each["images"] for each in records.values()), first["channels"], skipped, 0, 0.0)
-        blocks = (block for part in records for block in _read_blocks(parts.path(part), here))
+        counts = {parts.path(part): record["images"] for part, record in records.items()}
+        blocks = (block for part in counts.items() for block in _read_part(*part, folder))
         _write_table(out, blocks, embedding, np.dtype(first["part"]["dtype"]))
     with suppress(OSError):
         folder.rmdir()
     return embedding
 
 
-def _read_blocks(address: str, here: Callable[[str], Path]) -> Iterator[tuple[NDArray, NDArray]]:
-    """Yield ids and embeddings of a file."""
-    if address.endswith(".npy"):
-        ids, rows = np.load(here(_ids_file(address))), np.load(here(address), mmap_mode="r")
-        for first in range(0, len(ids), CHUNK):
-            yield ids[first : first + CHUNK], rows[first : first + CHUNK]
-        return
-    from pyarrow.parquet import ParquetFile
+def _read_part(address: str, count: int, folder: Path) -> Iterator[tuple[NDArray, NDArray]]:
+    """Yield ids and embeddings of a part, which its record counts.
 
-    with ParquetFile(here(address)) as file:
-        for batch in file.iter_batches(CHUNK):
-            embeddings: Any = batch["embedding"]
-            yield np.array(batch["id"].to_pylist()), embeddings.flatten().to_numpy().reshape(len(batch), -1)
+    Raises:
+        InputError: It is damaged.
+    """
+    with reading(address):
+        if address.endswith(".npy"):
+            ids, rows = np.load(bring(_ids_file(address), folder)), np.load(bring(address, folder), mmap_mode="r")
+            if not len(ids) == len(rows) == count:
+                raise ValueError(f"expected {count} ids and embeddings, got {len(ids)} and {len(rows)}")
+            for first in range(0, count, CHUNK):
+                yield ids[first : first + CHUNK], rows[first : first + CHUNK]
+            return
+        from pyarrow.parquet import ParquetFile
+
+        with ParquetFile(bring(address, folder)) as file:
+            for batch in file.iter_batches(CHUNK):
+                embeddings: Any = batch["embedding"]
+                yield np.array(batch["id"].to_pylist()), embeddings.flatten().to_numpy().reshape(len(batch), -1)
 
 
 def _write_table(

@@ -75,9 +75,10 @@ def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **
     source = find_samples(modality=modality, part=part or ALL, **{name: getattr(arguments, name) for name in names})
     start, plan = time.monotonic(), None
     if part is not None:
-        settings = {"seed": arguments.seed, "shard_size": arguments.shard_size, **options}
+        settings = {name: getattr(arguments, name) for name in ("seed", "shard_size", "label_column")} | options
+        listed = os.path.isfile(arguments.labels or "") and Path(arguments.labels).read_bytes()
         classes = None if source.label is None else source.class_names
-        plan = plan_of(source, part, classes=hash_of(classes), **settings)
+        plan = plan_of(source, part, labels=hash_of(classes, listed), **settings)
         parts = Parts(out)
         if record := parts.find(part, plan):
             print(f"part {part.number} of {part.count} is there: {record[source.modality.unit]} {source.modality.unit}")

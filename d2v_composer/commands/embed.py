@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> "Embedding | None":
     arguments = parse(argv)
     with suppress(ModuleNotFoundError):  # without Composer, one GPU
         relaunch_on_gpus("embed", *argv)
-    out, part, parts = arguments.out, arguments.part, None
+    out, part, plan = arguments.out, arguments.part, None
 
     import torch
 
@@ -49,8 +49,9 @@ def main(argv: Sequence[str]) -> "Embedding | None":
 
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
+    parts = Parts(out)
     if part is not None:
-        out, parts = Parts(out).path(part), Parts(out)
+        out = parts.path(part)
     check_out(out, overwrite=arguments.overwrite or part is not None)
     given = vars(arguments)
     model, modality, options, device = Embedder(*(given[name] for name in Embedder.__match_args__)).load()
@@ -63,13 +64,13 @@ def main(argv: Sequence[str]) -> "Embedding | None":
         part=part or ALL,
     )
     print(f"embedding: {embedding_name(options.representation, options.pooling)}")
-    how = {name: given[name] for name in ("workers", "skip_unreadable")}
-    if part and parts:
-        how["part"] = plan_of(source, part, model=hash_weights(model), device=device, **options._asdict())
-        if record := parts.find(part, how["part"]):
+    if part is not None:
+        plan = plan_of(source, part, model=hash_weights(model), device=device, **options._asdict())
+        if record := parts.find(part, plan):
             print(f"part {part.number} of {part.count} is there: {record['images']} {modality.unit}")
             return None
-    embedding = embed_source(model, source, out, options, device=device, **how)
+    how = {name: given[name] for name in ("workers", "skip_unreadable")}
+    embedding = embed_source(model, source, out, options, device=device, part=plan, **how)
     if embedding.resumed:
         print(f"resumed an interrupted run after {embedding.resumed} {modality.unit}")
     print("other files:", name_counts(source.left_out))

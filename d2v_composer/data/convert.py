@@ -36,7 +36,7 @@ from d2v_composer.data.modality import Modality
 from d2v_composer.data.parts import Parts
 from d2v_composer.data.source import Source, list_classes, list_subfolders, map_in_workers, open_folder
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, reason, writing
-from d2v_composer.system.fetch import UPLOAD_ATTEMPTS, cache_folder, download_existing, is_remote, list_etags
+from d2v_composer.system.fetch import cache_folder, download_existing, is_remote, list_etags, upload
 from d2v_composer.system.files import sole_user, write_atomically
 from d2v_composer.system.part import ALL, Part
 from d2v_composer.system.processes import if_interrupted
@@ -246,9 +246,10 @@ class _Task(NamedTuple):
         is_finished = (Path(self.out) / INDEX).exists()
         if is_remote(self.out):
             try:
-                with _published(self.out, INDEX, self.work):  # nothing is written, but the uploader asks for the bucket
-                    self.etags.update(list_etags(self.out))
-                    is_finished = download_existing(f"{self.out}/{INDEX}", self.work / INDEX)
+                with TemporaryDirectory() as folder:
+                    CloudUploader.get((folder, self.out))  # which asks for the bucket
+                self.etags.update(list_etags(self.out))
+                is_finished = download_existing(f"{self.out}/{INDEX}", self.work / INDEX)
             except Exception as error:
                 raise InputError(f"{self.out}: cannot be written ({reason(error)})") from error
         if is_finished:
@@ -453,17 +454,12 @@ def _published(out: str, name: str, work: Path | None) -> Iterator[Path]:
         RunError: The disk or the store fails.
     """
     with writing(out), TemporaryDirectory(dir=work) as folder:
-        uploader = CloudUploader.get((folder, out), retry=UPLOAD_ATTEMPTS) if is_remote(out) else None
         path = Path(folder, name)
         yield path
-        if uploader is None:
-            with suppress(FileNotFoundError):
-                path.replace(Path(out) / name)
+        if path.exists() and is_remote(out):
+            upload(path, f"{out}/{name}")
         elif path.exists():
-            try:
-                uploader.upload_file(name)
-            except Exception as error:
-                raise RunError(f"{out}: cannot be written: {reason(error)}") from error
+            path.replace(Path(out, name))
 
 
 def _groups(source: Source, resize: int | None, seed: int, shard_bytes: int) -> list[NDArray[np.int64]]:

@@ -114,7 +114,7 @@ def read_sample_file(path: Path) -> bytes:
             raise UnreadableSampleError(f"{path}: has {status.st_size:,} bytes, more than {MAX_BYTES:,}")
         return path.read_bytes()
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ELOOP):
+        if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG):
             raise UnreadableSampleError(f"{path}: cannot be read ({error.strerror})") from error
         raise
 

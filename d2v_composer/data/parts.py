@@ -26,6 +26,15 @@ def plan_of(source: Source, part: Part, **settings: Any) -> dict[str, Any]:
     return part._asdict() | same | settings
 
 
+def bring(address: str, folder: Path) -> Path:
+    """Return the path of a file, downloaded to a folder if it is in a store; there is none if the file is missing."""
+    if not is_remote(address):
+        return Path(address)
+    path = folder / address.rpartition("/")[2]
+    download_existing(address, path)
+    return path
+
+
 class Parts:
     """The parts of an OUT: OUT/parts/00003-of-00016 of an MDS data set, OUT.parts/00003-of-00016.npy of embeddings.
 
@@ -47,9 +56,6 @@ class Parts:
         """Return where a part is."""
         return f"{self.folder}/{part.name}{self.suffix}"
 
-    def record_path(self, part: Part) -> str:
-        return f"{self.folder}/{part.name}{self._record}"
-
     def find(self, part: Part, plan: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the record of a part, or ``None`` if it must be made.
 
@@ -57,16 +63,13 @@ class Parts:
             InputError: It was made of something else or otherwise, or the folder of an MDS data set has other files.
         """
         if f"{part.name}{self._last}" in self.list_names():
-            record = self._read(part)
-            self._check(part, record, plan, "this command")
-            return record
+            return self._read(part, plan, "this command")
         if not self.suffix:
-            out = Path(self.out)
-            others = [INDEX] if self.load(f"{self.out}/{INDEX}") else []
-            if not is_remote(self.out) and out.is_dir():
-                others = [path.name for path in out.iterdir() if path.name != "parts"]
-            if others:
-                raise InputError(f"{self.out}: holds something else than parts: {others[0]}; choose another OUT")
+            others = [path.name for path in Path(self.out).glob("*") if path.name != "parts"]  # of a store: none
+            if others or self.load(f"{self.out}/{INDEX}"):
+                raise InputError(
+                    f"{self.out}: holds something else than parts: {[*others, INDEX][0]}; choose another OUT"
+                )
         return None
 
     def read_all(self) -> dict[Part, dict[str, Any]]:
@@ -84,34 +87,34 @@ class Parts:
             raise InputError(f"{self.folder}: has parts of {' and of '.join(map(str, counts))}; remove those of one")
         if missing := sorted({*range(counts[0])} - {part.number for part in found}):
             raise InputError(f"{self.folder}: missing of {counts[0]} parts: {', '.join(map(str, missing))}")
-        records = {part: self._read(part) for part in found}
-        for part, record in records.items():
-            self._check(part, record, records[found[0]]["part"], found[0].name)
-        return records
+        first = self._read(found[0], {}, "")
+        return {part: self._read(part, first["part"], found[0].name) for part in found}
 
     def list_names(self) -> set[str]:
-        """Return the paths of all files below the folder."""
+        """Return the paths of what is below the folder."""
         if is_remote(self.folder):
             return {*list_folder(self.folder)[1]}
-        return {path.relative_to(self.folder).as_posix() for path in Path(self.folder).rglob("*") if path.is_file()}
+        return {path.relative_to(self.folder).as_posix() for path in Path(self.folder).rglob("*")}
 
-    def _read(self, part: Part) -> dict[str, Any]:
-        with reading(self.record_path(part)):
-            record = self.load(self.record_path(part))
-            record["part"]["number"]
-        return record
-
-    def _check(self, part: Part, record: Mapping[str, Any], plan: Mapping[str, Any], whose: str) -> None:
-        has = record["part"]
-        if (has["number"], has["count"]) != part:
-            raise InputError(f"{self.path(part)}: is part {has['number']} of {has['count']}")
-        if others := [key for key in plan if key != "number" and has.get(key) != plan[key]]:
-            raise InputError(f"{self.path(part)}: was made with another {', '.join(others)} than {whose}; remove it")
+    def _read(self, part: Part, plan: Mapping[str, Any], whose: str) -> dict[str, Any]:
+        with reading(address := f"{self.folder}/{part.name}{self._record}"):
+            record = self.load(address)
+            has = record["part"]
+            if (has["number"], has["count"]) != part:
+                raise InputError(f"{self.path(part)}: is part {has['number']} of {has['count']}")
+            if others := [key for key in plan if key != "number" and has.get(key) != plan[key]]:
+                raise InputError(
+                    f"{self.path(part)}: was made with another {', '.join(others)} than {whose}; remove it"
+                )
+            return record
 
     @staticmethod
     def load(address: str) -> Any:
-        """Return the content of a JSON file; ``None`` if there is no such file."""
-        with TemporaryDirectory() as folder:
-            path = Path(folder, INDEX) if is_remote(address) else Path(address)
-            is_there = download_existing(address, path) if is_remote(address) else path.is_file()
-            return json.loads(path.read_bytes()) if is_there else None
+        """Return the content of a JSON file; ``None`` if there is no such file.
+
+        Raises:
+            InputError: It cannot be read.
+        """
+        with reading(address), TemporaryDirectory() as folder:
+            path = bring(address, Path(folder))
+            return json.loads(path.read_bytes()) if path.is_file() else None

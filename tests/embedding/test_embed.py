@@ -246,6 +246,23 @@ def test_a_second_process_for_one_file_is_refused(photos: Path, tmp_path: Path) 
         second.result()
 
 
+def test_a_rank_whose_share_does_not_come_is_one_line(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one has ended, as if it had found other files; while it works, the first one waits."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(embedding, "RANK_SECONDS", 0.1)
+    out = tmp_path / "out.npy"
+    with time_limit(30), ThreadPoolExecutor() as pool:
+        with sole_user(tmp_path / ".out.npy.partial" / ".lock1"):
+            first = pool.submit(embed, TEACHER, photos, out, *SMALL_BATCHES)
+            time.sleep(2)
+            assert first.running()
+        with pytest.raises(RunError, match=r"^.*out\.npy: the other ranks have ended without 17 of the images: all"):
+            first.result()
+    assert not out.exists()
+
+
 def test_a_pipe_is_unreadable(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     with time_limit(5), pytest.raises(InputError, match=r"pipe\.jpg: is not a regular file"):

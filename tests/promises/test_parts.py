@@ -152,7 +152,7 @@ def test_parts_that_do_not_fit_are_one_line(sources: dict[str, list[str]], tmp_p
     # A foreign part: of other images, or made otherwise.
     other = sources["bytes"]
     again = "convert-images", *other, out, *CONVERT, "--part", "2/3"
-    another = "was made with another source, classes than this command; remove it"
+    another = "was made with another source, labels, label_column than this command; remove it"
     assert failure(d2v(*again), 2).endswith(f"00002-of-00003: {another}")
     settings = ("--normalize", "--part", "1/3")
     succeed("embed", TEACHER, source, table, *EMBED, *settings)
@@ -171,6 +171,20 @@ def test_parts_that_do_not_fit_are_one_line(sources: dict[str, list[str]], tmp_p
     shard = next((out / "parts" / "00001-of-00003").glob("*.mds"))
     shard.write_bytes(shard.read_bytes()[:-1])
     assert failure(d2v("merge", out), 2).endswith(f"{shard.name} is missing or damaged; remove this part")
+    # A damaged index, damaged rows, and rows of another run than their ids.
+    index = out / "parts" / "00000-of-00003" / "index.json"
+    index.write_bytes(index.read_bytes()[:-1])
+    assert failure(d2v("merge", out), 2).startswith(f"error: {index}: cannot be read: ")
+    rows = tmp_path / "table.npy.parts" / "00002-of-00003.npy"
+    ids = rows.with_suffix(".ids.npy")
+    rows.with_name("00001-of-00003.npy").unlink()
+    succeed("embed", TEACHER, source, table, *EMBED, "--part", "1/3")
+    whole_rows, whole_ids = rows.read_bytes(), np.load(ids)
+    for bad_rows, bad_ids in ((whole_rows[:-1], whole_ids), (whole_rows, whole_ids[:-1])):
+        rows.write_bytes(bad_rows)
+        np.save(ids, bad_ids)
+        assert failure(d2v("merge", table), 2).startswith(f"error: {rows}: cannot be read: ")
+        assert not table.exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
     message = failure(d2v("convert-images", source, tmp_path / "mine", *options, "--part", "0/2"), 2)
@@ -179,6 +193,33 @@ def test_parts_that_do_not_fit_are_one_line(sources: dict[str, list[str]], tmp_p
     assert failure(d2v("embed", TEACHER, source, table, "--part", "3/3"), 2) == (
         "error: argument --part: must be I/N with I from 0 to N - 1, got '3/3'"
     )
+
+
+def test_parts_with_other_labels_are_not_merged(sources: dict[str, list[str]], tmp_path: Path) -> None:
+    """Of another column, or another CSV file with the same classes."""
+    (tmp_path / "other.csv").write_text("\n".join(f"{number:05}.png,{-number % 4}" for number in range(NUM_IMAGES)))
+    (folder, *by_csv), (tars, *by_column) = sources["folder"], sources["tars"]
+    for source, first, second in (
+        (folder, by_csv, ["--labels", str(tmp_path / "other.csv")]),
+        (tars, by_column, ["--label-column", "txt"]),
+    ):
+        out = tmp_path / Path(source).name
+        succeed("convert-images", source, out, *first, *CONVERT, "--part", "0/2")
+        succeed("convert-images", source, out, *second, *CONVERT, "--part", "1/2")
+        message = failure(d2v("merge", out), 2)
+        assert message.endswith(" than 00000-of-00002; remove it")
+        assert "00001-of-00002: was made with another label" in message
+
+
+def test_a_killed_part_goes_on_where_its_source_has_another_path(tmp_path: Path) -> None:
+    images = [encoded_image(number % 50, size=16) for number in range(1200)]
+    here, there = write_mds(tmp_path / "here", images), tmp_path / "there"
+    command = (*D2V, "embed", TEACHER, here, tmp_path / "out.npy", "--batch-size", "64", "--part", "0/1")
+    killed = start_python(*command)
+    wait_until(lambda: [*tmp_path.glob("out.npy.parts/.*.partial/*.npz")], seconds=60)
+    killed.kill()
+    here.rename(there)
+    assert "resumed an interrupted run after " in succeed(*command[2:4], there, *command[5:])
 
 
 def test_ranks_embed_to_the_same_bytes(tmp_path: Path) -> None:
