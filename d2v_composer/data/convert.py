@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -223,7 +223,7 @@ class _Task(NamedTuple):
     """Settings of a conversion, which its workers inherit."""
 
     source: Source
-    groups: list[NDArray[np.int64]]
+    groups: Sequence[NDArray[np.int64]]
     """Numbers of the samples in each shard."""
     options: dict[str, Any]
     """The encoding's."""

@@ -86,7 +86,7 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
         if network and lookup(record, "config.student.pretrained"):
             import timm  # which takes seconds
 
-            start = timm.get_pretrained_cfg(timm_name(network)).license or "nothing"
+            start = getattr(timm.get_pretrained_cfg(timm_name(network)), "license", None) or "nothing"
             stated.append(start)
         license = "-and-".join(dict.fromkeys(map(name_license, stated)))
         template = Path(__file__).with_name("model_card.md").read_text("utf-8")
