@@ -31,7 +31,7 @@ from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
 from d2v_composer.models.precision import precision_of
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
-from d2v_composer.system.fetch import cache_folder, is_remote, list_etags, list_folder, upload
+from d2v_composer.system.fetch import cache_folder, is_remote, list_etags, list_folder, put
 from d2v_composer.system.files import acquire, check_out_file, partial_file, sole_user, write_atomically
 from d2v_composer.system.processes import global_rank, num_ranks
 from d2v_composer.system.progress import progress_bar
@@ -284,10 +284,7 @@ def _write_table(
     if not is_remote(out):
         Path(out).unlink(missing_ok=True)  # new ids must not be beside old embeddings
     for address, path in (files | {out: complete}).items():
-        if is_remote(out):
-            upload(path, address)
-        else:
-            path.replace(Path(address))
+        put(path, address)
     shutil.rmtree(folder, ignore_errors=True)
 
 
