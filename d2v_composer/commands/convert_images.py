@@ -90,7 +90,7 @@ def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **
         labels = hash_of(source.label is None, source.class_names, listed)
         parts, plan = Parts(out), plan_of(source, part, labels=labels, **settings)
         if parts.has(part, plan):
-            print(f"part {part.number} of {part.count} is there")
+            print(f"part {part.number} of {part.total} is there")
             return None
         out = parts.path(part)
     conversion = convert(

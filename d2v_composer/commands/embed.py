@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> "Embedding | None":
     if part is not None:
         plan = plan_of(source, part, model=hash_weights(model), device=device, **options._asdict())
         if parts.has(part, plan):
-            print(f"part {part.number} of {part.count} is there")
+            print(f"part {part.number} of {part.total} is there")
             return None
     how = {name: given[name] for name in ("workers", "skip_unreadable")}
     embedding = embed_source(model, source, out, options, device=device, part=plan, **how)

@@ -83,7 +83,7 @@ class Parts:
         found = sorted(Part(*map(int, match.groups())) for match in map(pattern.fullmatch, self.list_names()) if match)
         if not found:
             raise InputError(f"{self.folder}: no finished parts")
-        counts = sorted({part.count for part in found})
+        counts = sorted({part.total for part in found})
         if len(counts) > 1:
             raise InputError(f"{self.folder}: has parts of {' and of '.join(map(str, counts))}; remove those of one")
         if missing := sorted({*range(counts[0])} - {part.number for part in found}):
@@ -101,8 +101,8 @@ class Parts:
         with reading(address := f"{self.folder}/{part.name}{self._record}"):
             record = self.load(address)
             has = record["part"]
-            if (has["number"], has["count"]) != part:
-                raise InputError(f"{self.path(part)}: is part {has['number']} of {has['count']}")
+            if (has["number"], has["total"]) != part:
+                raise InputError(f"{self.path(part)}: is part {has['number']} of {has['total']}")
             if others := [key for key in plan if key != "number" and has.get(key) != plan[key]]:
                 raise InputError(
                     f"{self.path(part)}: was made with another {', '.join(others)} than {whose}; remove it"
