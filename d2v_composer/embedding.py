@@ -283,6 +283,9 @@ def _write_table(
         files[f"{out.rpartition('.')[0]}.json"] = folder / "record.json"
     if not is_remote(out):
         Path(out).unlink(missing_ok=True)  # new ids must not be beside old embeddings
+    elif part is None and _is_in_store(out):  # not every store's client can delete
+        (empty := folder / "empty").touch()
+        put(empty, out)
     for address, path in (files | {out: complete}).items():
         put(path, address)
     shutil.rmtree(folder, ignore_errors=True)
@@ -318,10 +321,13 @@ def check_out(out: str, *, overwrite: bool) -> None:
             # With our folder next to it, the ids are ours: a run was killed between the two files.
             check_out_file(Path(_ids_file(out)), overwrite=overwrite or _partial_folder(out).exists())
         return
-    folder, _, name = out.rpartition("/")
-    names = list_etags(folder, name) if out.startswith("s3://") else list_folder(folder)[1]  # of all objects in it
-    if name in names and not overwrite:
+    if _is_in_store(out) and not overwrite:
         raise InputError(f"{out}: already exists: choose another file, or append --overwrite")
+
+
+def _is_in_store(out: str) -> bool:
+    folder, _, name = out.rpartition("/")
+    return name in (list_etags(folder, name) if out.startswith("s3://") else list_folder(folder)[1])
 
 
 def _partial_folder(out: str) -> Path:

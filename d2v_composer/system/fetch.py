@@ -194,7 +194,7 @@ def put(path: Path, address: str) -> None:
         OSError: The disk fails.
     """
     if not is_remote(address):
-        path.replace(address)
+        path.replace(Path(address))
         return
     from streaming.base.storage import CloudUploader
 

@@ -297,6 +297,34 @@ def test_resumes_to_the_same_bytes_from_any_step(
     assert not (tmp_path / ".out.npy.partial").exists()
 
 
+def test_new_ids_are_never_beside_old_embeddings_in_a_store(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while it replaces them; the same command goes on."""
+    out, stored = "s3://bucket/out.npy", {"s3://bucket/out.npy": b"old", "s3://bucket/out.ids.npy": b"old"}
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(embedding, "list_etags", lambda folder, name: {each.rpartition("/")[2]: "" for each in stored})
+
+    def upload(path: Path, address: str) -> None:
+        stored[address] = path.read_bytes()
+
+    def upload_until_killed(path: Path, address: str) -> None:
+        if address == out and path.stat().st_size:
+            raise KeyboardInterrupt
+        upload(path, address)
+
+    monkeypatch.setattr(embedding, "put", upload_until_killed)
+    command = (str(TEACHER), str(photos), out, "--workers", "0", *SMALL_BATCHES, "--overwrite")
+    with pytest.raises(KeyboardInterrupt):
+        embed_command.main(command)
+    assert stored[out] == b""
+    assert stored["s3://bucket/out.ids.npy"] != b"old"
+    monkeypatch.setattr(embedding, "put", upload)
+    assert embed_command.main(command).resumed == 41
+    embed(TEACHER, photos, tmp_path / "whole.npy", *SMALL_BATCHES)
+    assert stored[out] == (tmp_path / "whole.npy").read_bytes()
+
+
 def test_a_full_disk_is_one_line(tmp_path: Path, photos: Path) -> None:
     out = tmp_path / "out.npy"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
