@@ -161,15 +161,8 @@ def embed_source(
                     chunk.write(rows, skipped)
                     rows, skipped = [], []
                     bar.update(_num_done(chunks) - bar.n)  # of all ranks
-            alive = time.monotonic()
-            while rank == 0 and bar.n < total:  # the other ranks embed the rest
-                time.sleep(POLL_SECONDS)
-                bar.update(_num_done(chunks) - bar.n)
-                if time.monotonic() - alive > RANK_SECONDS:
-                    if all(acquire(folder / f".lock{other}") for other in range(1, num_ranks())):
-                        lost = f"the other ranks have ended without {total - bar.n} of the {unit}"
-                        raise RunError(f"{out}: {lost}: all must see the same SOURCE, and the same {folder}")
-                    alive = time.monotonic()
+            if rank == 0:
+                _wait(chunks, bar, folder)
         seconds = time.monotonic() - start
         if rank > 0:
             return Embedding(total, width, [], resumed, seconds)
@@ -196,6 +189,23 @@ def _cut(source: Source, plan: Mapping[str, Any], folder: Path) -> list[_Chunk]:
 
 def _num_done(chunks: Sequence[_Chunk]) -> int:
     return sum(len(chunk.samples) for chunk in chunks if chunk.path.exists())
+
+
+def _wait(chunks: Sequence[_Chunk], bar: Any, folder: Path) -> None:
+    """Wait until the other ranks have embedded the rest.
+
+    Raises:
+        RunError: They have ended without it.
+    """
+    start = time.monotonic()
+    while bar.n < bar.total:
+        time.sleep(POLL_SECONDS)
+        bar.update(_num_done(chunks) - bar.n)
+        if time.monotonic() - start > RANK_SECONDS:
+            if all(acquire(folder / f".lock{other}") for other in range(1, num_ranks())):
+                lost = f"the other ranks have ended without {bar.total - bar.n} samples"
+                raise RunError(f"{folder}: {lost}: all must see the same SOURCE, and this folder")
+            start = time.monotonic()
 
 
 def _check_skipped(reasons: Sequence[str], skip_unreadable: bool, unit: str) -> None:
