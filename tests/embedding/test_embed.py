@@ -29,7 +29,7 @@ from d2v_composer.data.modality import read_sample_file
 from d2v_composer.embedding import Embedding
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.transformer import Transformer
-from d2v_composer.system.errors import InputError, RunError
+from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError
 from d2v_composer.system.files import sole_user
 from gated_store import GatedStore
 from helpers import GOLDEN, NUM_IMAGES, QUICKSTART, ROOT, encoded_image, time_limit
@@ -69,7 +69,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def embed(model: Path, source: Path | str, out: Path, *options: str | Path, workers: int = 0) -> Embedding:
     """Call ``d2v embed`` in this process."""
-    return embed_command.main([str(each) for each in (model, source, out, "--workers", workers, *options)])
+    result = embed_command.main([str(each) for each in (model, source, out, "--workers", workers, *options)])
+    assert result is not None
+    return result
 
 
 def loaded(out: Path) -> tuple[list, NDArray]:
@@ -267,6 +269,8 @@ def test_a_pipe_is_unreadable(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     with time_limit(5), pytest.raises(InputError, match=r"pipe\.jpg: is not a regular file"):
         read_sample_file(tmp_path / "pipe.jpg")
+    with pytest.raises(UnreadableSampleError, match="cannot be read"):  # a column of paths may hold anything
+        read_sample_file(tmp_path / ("x" * 300))
 
 
 STEPS = [(os, "fsync"), (np, "save"), (Path, "unlink"), (Path, "replace"), (shutil, "rmtree")]
@@ -321,7 +325,9 @@ def test_new_ids_are_never_beside_old_embeddings_in_a_store(
     assert stored[out] == b""
     assert stored["s3://bucket/out.ids.npy"] != b"old"
     monkeypatch.setattr(embedding, "put", upload)
-    assert embed_command.main(command).resumed == 41
+    result = embed_command.main(command)
+    assert result is not None
+    assert result.resumed == 41
     assert stored[out] == (tmp_path / "whole.npy").read_bytes()
 
 
