@@ -31,7 +31,7 @@ from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
 from d2v_composer.models.precision import precision_of
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
-from d2v_composer.system.fetch import cache_folder, is_remote, list_etags, list_folder, upload
+from d2v_composer.system.fetch import cache_folder, is_remote, list_etags, list_folder, put
 from d2v_composer.system.files import acquire, check_out_file, partial_file, sole_user, write_atomically
 from d2v_composer.system.processes import global_rank, num_ranks
 from d2v_composer.system.progress import progress_bar
@@ -161,15 +161,8 @@ def embed_source(
                     chunk.write(rows, skipped)
                     rows, skipped = [], []
                     bar.update(_num_done(chunks) - bar.n)  # of all ranks
-            alive = time.monotonic()
-            while rank == 0 and bar.n < total:  # the other ranks embed the rest
-                time.sleep(POLL_SECONDS)
-                bar.update(_num_done(chunks) - bar.n)
-                if time.monotonic() - alive > RANK_SECONDS:
-                    if all(acquire(folder / f".lock{other}") for other in range(1, num_ranks())):
-                        lost = f"the other ranks have ended without {total - bar.n} of the {unit}"
-                        raise RunError(f"{out}: {lost}: all must see the same SOURCE, and the same {folder}")
-                    alive = time.monotonic()
+            if rank == 0:
+                _wait(chunks, bar, folder)
         seconds = time.monotonic() - start
         if rank > 0:
             return Embedding(total, width, [], resumed, seconds)
@@ -196,6 +189,23 @@ def _cut(source: Source, plan: Mapping[str, Any], folder: Path) -> list[_Chunk]:
 
 def _num_done(chunks: Sequence[_Chunk]) -> int:
     return sum(len(chunk.samples) for chunk in chunks if chunk.path.exists())
+
+
+def _wait(chunks: Sequence[_Chunk], bar: Any, folder: Path) -> None:
+    """Wait until the other ranks have embedded the rest.
+
+    Raises:
+        RunError: They have ended without it.
+    """
+    start = time.monotonic()
+    while bar.n < bar.total:
+        time.sleep(POLL_SECONDS)
+        bar.update(_num_done(chunks) - bar.n)
+        if time.monotonic() - start > RANK_SECONDS:
+            if all(acquire(folder / f".lock{other}") for other in range(1, num_ranks())):
+                lost = f"the other ranks have ended without {bar.total - bar.n} samples"
+                raise RunError(f"{folder}: {lost}: all must see the same SOURCE, and this folder")
+            start = time.monotonic()
 
 
 def _check_skipped(reasons: Sequence[str], skip_unreadable: bool, unit: str) -> None:
@@ -283,11 +293,11 @@ def _write_table(
         files[f"{out.rpartition('.')[0]}.json"] = folder / "record.json"
     if not is_remote(out):
         Path(out).unlink(missing_ok=True)  # new ids must not be beside old embeddings
+    elif part is None and _is_in_store(out):  # not every store's client can delete
+        (empty := folder / "empty").touch()
+        put(empty, out)
     for address, path in (files | {out: complete}).items():
-        if is_remote(out):
-            upload(path, address)
-        else:
-            path.replace(Path(address))
+        put(path, address)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -321,10 +331,13 @@ def check_out(out: str, *, overwrite: bool) -> None:
             # With our folder next to it, the ids are ours: a run was killed between the two files.
             check_out_file(Path(_ids_file(out)), overwrite=overwrite or _partial_folder(out).exists())
         return
-    folder, _, name = out.rpartition("/")
-    names = list_etags(folder, name) if out.startswith("s3://") else list_folder(folder)[1]  # of all objects in it
-    if name in names and not overwrite:
+    if _is_in_store(out) and not overwrite:
         raise InputError(f"{out}: already exists: choose another file, or append --overwrite")
+
+
+def _is_in_store(out: str) -> bool:
+    folder, _, name = out.rpartition("/")
+    return name in (list_etags(folder, name) if out.startswith("s3://") else list_folder(folder)[1])
 
 
 def _partial_folder(out: str) -> Path:

@@ -25,7 +25,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2v_composer.system.command_line import COLUMN, PART, SOURCES, d2v, make_parser, print_next, size, whole
+from d2v_composer.system.command_line import (
+    COLUMN,
+    PART,
+    SOURCES,
+    d2v,
+    make_parser,
+    print_next,
+    print_skipped,
+    size,
+    whole,
+)
 from d2v_composer.system.part import ALL, Part
 
 if TYPE_CHECKING:
@@ -77,11 +87,10 @@ def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **
     if part is not None:
         settings = {name: getattr(arguments, name) for name in ("seed", "shard_size", "label_column")} | options
         listed = os.path.isfile(arguments.labels or "") and Path(arguments.labels).read_bytes()
-        classes = None if source.label is None else source.class_names
-        plan = plan_of(source, part, labels=hash_of(classes, listed), **settings)
-        parts = Parts(out)
-        if record := parts.find(part, plan):
-            print(f"part {part.number} of {part.count} is there: {record[source.modality.unit]} {source.modality.unit}")
+        labels = hash_of(source.label is None, source.class_names, listed)
+        parts, plan = Parts(out), plan_of(source, part, labels=labels, **settings)
+        if parts.has(part, plan):
+            print(f"part {part.number} of {part.total} is there")
             return None
         out = parts.path(part)
     conversion = convert(
@@ -104,10 +113,12 @@ def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **
         f"{conversion.bytes / 1e6:.1f} MB in {conversion.shards} shards, in {time.monotonic() - start:.0f} s"
     )
     print("other files:", name_counts(source.left_out))
-    print("\n  ".join([f"skipped as unreadable: {len(conversion.skipped) or 'none'}", *conversion.skipped]))
-    if part is not None:
-        print_next(d2v("merge", arguments.out))
-        return conversion
-    data = f"train_loader.remote={out}" if "://" in out else f"train_loader.local={Path(out).resolve()}"
-    print_next(f"composer recipes/train.py yamls/{yaml}.yaml {shlex.quote(data)}")
+    print_skipped(conversion.skipped)
+    print_next(training_on(out, yaml) if part is None else d2v("merge", arguments.out))
     return conversion
+
+
+def training_on(out: str, yaml: str) -> str:
+    """Return the command that trains on a data set."""
+    data = f"train_loader.remote={out}" if "://" in out else f"train_loader.local={Path(out).resolve()}"
+    return f"composer recipes/train.py yamls/{yaml}.yaml {shlex.quote(data)}"

@@ -24,7 +24,17 @@ from typing import TYPE_CHECKING, get_args
 
 from d2v_composer.commands.train import relaunch_on_gpus
 from d2v_composer.models.names import Pooling, PrecisionChoice, Representation, Weights, embedding_name
-from d2v_composer.system.command_line import COLUMN, PART, SOURCES, d2v, make_parser, print_next, size, whole
+from d2v_composer.system.command_line import (
+    COLUMN,
+    PART,
+    SOURCES,
+    d2v,
+    make_parser,
+    print_next,
+    print_skipped,
+    size,
+    whole,
+)
 from d2v_composer.system.part import ALL, Part
 from d2v_composer.system.processes import local_rank, local_ranks
 
@@ -66,15 +76,15 @@ def main(argv: Sequence[str]) -> "Embedding | None":
     print(f"embedding: {embedding_name(options.representation, options.pooling)}")
     if part is not None:
         plan = plan_of(source, part, model=hash_weights(model), device=device, **options._asdict())
-        if record := parts.find(part, plan):
-            print(f"part {part.number} of {part.count} is there: {record['images']} {modality.unit}")
+        if parts.has(part, plan):
+            print(f"part {part.number} of {part.total} is there")
             return None
     how = {name: given[name] for name in ("workers", "skip_unreadable")}
     embedding = embed_source(model, source, out, options, device=device, part=plan, **how)
     if embedding.resumed:
         print(f"resumed an interrupted run after {embedding.resumed} {modality.unit}")
     print("other files:", name_counts(source.left_out))
-    print("\n  ".join([f"skipped as unreadable: {len(embedding.skipped) or 'none'}", *embedding.skipped]))
+    print_skipped(embedding.skipped)
     num_now = embedding.images + len(embedding.skipped) - embedding.resumed
     rate = f", {num_now / embedding.seconds:.0f} {modality.unit}/s" if num_now else ""
     print(f"wrote {out}: {embedding.images} embeddings of {embedding.channels} channels{rate}")
@@ -84,9 +94,8 @@ def main(argv: Sequence[str]) -> "Embedding | None":
 
 def reading_of(out: str) -> str:
     """Return the line of Python that reads embeddings."""
-    if out.endswith(".parquet"):
-        return f"import pandas; embeddings = pandas.read_parquet({out!r})"
-    return f"import numpy; embeddings = numpy.load({out!r}, mmap_mode='r')"
+    table = f"pandas.read_parquet({out!r})" if out.endswith(".parquet") else f"numpy.load({out!r}, mmap_mode='r')"
+    return f"import {table.partition('.')[0]}; embeddings = {table}"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

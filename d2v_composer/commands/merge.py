@@ -11,7 +11,9 @@ stay in OUT/parts. The parts of embeddings, in OUT.parts, are no longer needed.
 
 from collections.abc import Sequence
 
-from d2v_composer.system.command_line import make_parser
+from d2v_composer.commands.convert_images import training_on
+from d2v_composer.commands.embed import reading_of
+from d2v_composer.system.command_line import make_parser, print_next, print_skipped
 
 
 def main(argv: Sequence[str]) -> None:
@@ -24,15 +26,18 @@ def main(argv: Sequence[str]) -> None:
 
     from d2v_composer.data.parts import TABLES
 
-    if arguments.out.endswith(TABLES):
+    out = arguments.out
+    if out.endswith(TABLES):
         from d2v_composer.embedding import merge
 
-        embedding = merge(arguments.out, overwrite=arguments.overwrite)
-        wrote, skipped = f"{embedding.images} embeddings of {embedding.channels} channels", embedding.skipped
+        merged = merge(out, overwrite=arguments.overwrite)
+        wrote, following = f"{merged.images} embeddings of {merged.channels} channels", reading_of(out)
     else:
         from d2v_composer.data import convert
 
-        conversion = convert.merge(arguments.out)
-        wrote, skipped = f"{conversion.samples} samples in {conversion.shards} shards", conversion.skipped
-    print(f"wrote {arguments.out}: {wrote}")
-    print("\n  ".join([f"skipped as unreadable: {len(skipped) or 'none'}", *skipped]))
+        merged = convert.merge(out)
+        wrote = f"{merged.samples} samples in {merged.shards} shards"
+        following = training_on(out, "distill_audio" if merged.lengths else "distill")
+    print(f"wrote {out}: {wrote}")
+    print_skipped(merged.skipped)
+    print_next(following)

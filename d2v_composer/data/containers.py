@@ -116,7 +116,7 @@ class Files:
             InputError: A file cannot be read, a column is missing or ambiguous, or there are no samples.
         """
         _row_group.cache_clear()  # a file may have changed
-        of_files = 1 < self.part.count <= len(self.paths)
+        of_files = 1 < self.part.total <= len(self.paths)
         paths = self.part.of(self.paths) if of_files else self.paths
         read = self._read_tar if paths[0].lower().endswith(TAR) else self._read_parquet
         listed = map_in_workers(read, paths, min(len(paths) - 1, os.cpu_count() or 1))

@@ -36,7 +36,7 @@ from d2v_composer.data.modality import Modality
 from d2v_composer.data.parts import Parts
 from d2v_composer.data.source import Source, list_classes, list_subfolders, map_in_workers, open_folder
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, reason, writing
-from d2v_composer.system.fetch import cache_folder, download_existing, is_remote, list_etags, upload
+from d2v_composer.system.fetch import cache_folder, download_existing, is_remote, list_etags, put
 from d2v_composer.system.files import sole_user, write_atomically
 from d2v_composer.system.part import ALL, Part
 from d2v_composer.system.processes import if_interrupted
@@ -422,9 +422,8 @@ def merge(out: str) -> Conversion:
     unit = summary.pop("part")["unit"]
     summary[unit] = sum(record[unit] for record in records.values())
     for name in ("skipped", "lengths"):
-        summary[name] = [each for record in records.values() for each in record.get(name, ())]
-    if not summary["lengths"]:  # of images
-        del summary["lengths"]
+        if listed := [each for record in records.values() for each in record.get(name, ())]:
+            summary[name] = listed
     if not entries:
         raise InputError(f"{parts.folder}: no part has {unit} that can be read")
     if parts.load(f"{parts.out}/{INDEX}") not in (None, index := {"version": 2, "shards": entries}):
@@ -456,10 +455,8 @@ def _published(out: str, name: str, work: Path | None) -> Iterator[Path]:
     with writing(out), TemporaryDirectory(dir=work) as folder:
         path = Path(folder, name)
         yield path
-        if path.exists() and is_remote(out):
-            upload(path, f"{out}/{name}")
-        elif path.exists():
-            path.replace(Path(out, name))
+        if path.exists():
+            put(path, f"{out}/{name}")
 
 
 def _groups(source: Source, resize: int | None, seed: int, shard_bytes: int) -> list[NDArray[np.int64]]:

@@ -56,21 +56,22 @@ class Parts:
         """Return where a part is."""
         return f"{self.folder}/{part.name}{self.suffix}"
 
-    def find(self, part: Part, plan: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the record of a part, or ``None`` if it must be made.
+    def has(self, part: Part, plan: Mapping[str, Any]) -> bool:
+        """Return True if a part is there; else it can be made.
 
         Raises:
             InputError: It was made of something else or otherwise, or the folder of an MDS data set has other files.
         """
         if f"{part.name}{self._last}" in self.list_names():
-            return self._read(part, plan, "this command")
+            self._read(part, plan, "this command")
+            return True
         if not self.suffix:
             others = [path.name for path in Path(self.out).glob("*") if path.name != "parts"]  # of a store: none
             if others or self.load(f"{self.out}/{INDEX}"):
                 raise InputError(
                     f"{self.out}: holds something else than parts: {[*others, INDEX][0]}; choose another OUT"
                 )
-        return None
+        return False
 
     def read_all(self) -> dict[Part, dict[str, Any]]:
         """Return the record of each part, in order.
@@ -82,7 +83,7 @@ class Parts:
         found = sorted(Part(*map(int, match.groups())) for match in map(pattern.fullmatch, self.list_names()) if match)
         if not found:
             raise InputError(f"{self.folder}: no finished parts")
-        counts = sorted({part.count for part in found})
+        counts = sorted({part.total for part in found})
         if len(counts) > 1:
             raise InputError(f"{self.folder}: has parts of {' and of '.join(map(str, counts))}; remove those of one")
         if missing := sorted({*range(counts[0])} - {part.number for part in found}):
@@ -100,8 +101,8 @@ class Parts:
         with reading(address := f"{self.folder}/{part.name}{self._record}"):
             record = self.load(address)
             has = record["part"]
-            if (has["number"], has["count"]) != part:
-                raise InputError(f"{self.path(part)}: is part {has['number']} of {has['count']}")
+            if (has["number"], has["total"]) != part:
+                raise InputError(f"{self.path(part)}: is part {has['number']} of {has['total']}")
             if others := [key for key in plan if key != "number" and has.get(key) != plan[key]]:
                 raise InputError(
                     f"{self.path(part)}: was made with another {', '.join(others)} than {whose}; remove it"

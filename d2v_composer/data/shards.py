@@ -28,6 +28,7 @@ from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, ShardError, reading, reason, writing
 from d2v_composer.system.fetch import transfer
 from d2v_composer.system.files import PARTIAL, find_partials, partial_file, sole_user
+from d2v_composer.system.processes import local_ranks
 from d2v_composer.system.retry import is_lasting, is_local, retry
 
 # How long a store may send nothing, or almost nothing, before the request is repeated: for an index, for a shard.
@@ -187,7 +188,7 @@ class Shards:
     def _num_ahead(self) -> int:
         """Return the number of prefetch threads for this process: the machine's, divided among its processes."""
         worker = get_worker_info()
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * (worker.num_workers if worker else 1)
+        processes = local_ranks() * (worker.num_workers if worker else 1)
         on_machine = max(MIN_AHEAD, min(os.cpu_count() or 1, MAX_AHEAD))
         if self.limit:  # at least half of it is for shards that are needed now
             return min(on_machine, self.limit // (2 * self._largest)) // processes

@@ -129,6 +129,11 @@ def print_next(*steps: str) -> None:
         print("\n".join(f"next: {hide_secrets(step)}" for step in steps), flush=True)
 
 
+def print_skipped(reasons: Sequence[str]) -> None:
+    """Print how many samples were skipped, and why each."""
+    print("\n  ".join([f"skipped as unreadable: {len(reasons) or 'none'}", *reasons]))
+
+
 def d2v(*arguments: str | Path) -> str:
     """Return a command line of d2v that this shell can run, even if the environment is not activated."""
     is_active = shutil.which("d2v") == str(Path(sys.executable).with_name("d2v"))

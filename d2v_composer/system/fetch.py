@@ -20,6 +20,7 @@ from filelock import FileLock
 from d2v_composer.system.addresses import STORES, STUDENT_FILE, Address, file_name, hide_secrets, identity
 from d2v_composer.system.errors import InputError, RunError, reason
 from d2v_composer.system.files import partial_file, write_atomically
+from d2v_composer.system.processes import local_rank
 from d2v_composer.system.progress import progress_bar
 from d2v_composer.system.retry import CONNECT_SECONDS, is_missing, retry
 
@@ -97,7 +98,7 @@ def fetch(address: str | Path) -> Path:
     path = cache_folder() / name
     path.parent.mkdir(parents=True, exist_ok=True)
     is_asked = time.monotonic() - _asked.get(path, -ASK_SECONDS) < ASK_SECONDS
-    is_asked |= os.environ.get("LOCAL_RANK", "0") != "0"  # by the node's first rank
+    is_asked |= local_rank() > 0  # by the node's first rank
     with FileLock(f"{path}.lock"):  # other processes of this machine wait and find the file
         try:
             if not (is_asked and path.exists()):
@@ -185,12 +186,16 @@ def download_existing(address: str, path: Path, retry_timeout: float = RETRY_SEC
     return True
 
 
-def upload(path: Path, address: str) -> None:
-    """Upload a file; its name in the store may be another.
+def put(path: Path, address: str) -> None:
+    """Move a file to its final path, or upload it to a store, under any name.
 
     Raises:
         RunError: The store fails.
+        OSError: The disk fails.
     """
+    if not is_remote(address):
+        path.replace(Path(address))
+        return
     from streaming.base.storage import CloudUploader
 
     folder, _, name = address.rpartition("/")

@@ -1,12 +1,9 @@
 """Parts of work that machines share."""
 
 from argparse import ArgumentTypeError
-from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from typing_extensions import Self
-
-Item = TypeVar("Item")
 
 
 class Part(NamedTuple):
@@ -14,7 +11,7 @@ class Part(NamedTuple):
 
     number: int
     """From 0."""
-    count: int
+    total: int
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -26,11 +23,11 @@ class Part(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.number:05}-of-{self.count:05}"
+        return f"{self.number:05}-of-{self.total:05}"
 
-    def of(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return this part of a sequence."""
-        first, end = (len(items) * number // self.count for number in (self.number, self.number + 1))
+    def of(self, items: list[Any]) -> list[Any]:
+        """Return this part of a list."""
+        first, end = (len(items) * number // self.total for number in (self.number, self.number + 1))
         return items[first:end]
 
 

@@ -29,7 +29,7 @@ from d2v_composer.data.modality import read_sample_file
 from d2v_composer.embedding import Embedding
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.transformer import Transformer
-from d2v_composer.system.errors import InputError, RunError
+from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError
 from d2v_composer.system.files import sole_user
 from gated_store import GatedStore
 from helpers import GOLDEN, NUM_IMAGES, QUICKSTART, ROOT, encoded_image, time_limit
@@ -69,7 +69,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def embed(model: Path, source: Path | str, out: Path, *options: str | Path, workers: int = 0) -> Embedding:
     """Call ``d2v embed`` in this process."""
-    return embed_command.main([str(each) for each in (model, source, out, "--workers", workers, *options)])
+    result = embed_command.main([str(each) for each in (model, source, out, "--workers", workers, *options)])
+    assert result is not None
+    return result
 
 
 def loaded(out: Path) -> tuple[list, NDArray]:
@@ -258,7 +260,7 @@ def test_a_rank_whose_share_does_not_come_is_one_line(
             first = pool.submit(embed, TEACHER, photos, out, *SMALL_BATCHES)
             time.sleep(2)
             assert first.running()
-        with pytest.raises(RunError, match=r"^.*out\.npy: the other ranks have ended without 17 of the images: all"):
+        with pytest.raises(RunError, match=r"out\.npy\.partial: the other ranks have ended without 17 samples: all"):
             first.result()
     assert not out.exists()
 
@@ -267,6 +269,8 @@ def test_a_pipe_is_unreadable(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     with time_limit(5), pytest.raises(InputError, match=r"pipe\.jpg: is not a regular file"):
         read_sample_file(tmp_path / "pipe.jpg")
+    with pytest.raises(UnreadableSampleError, match="cannot be read"):  # a column of paths may hold anything
+        read_sample_file(tmp_path / ("x" * 300))
 
 
 STEPS = [(os, "fsync"), (np, "save"), (Path, "unlink"), (Path, "replace"), (shutil, "rmtree")]
@@ -295,6 +299,36 @@ def test_resumes_to_the_same_bytes_from_any_step(
     assert out.read_bytes() == whole.read_bytes()
     assert loaded(out)[0] == image_paths(photos / "b")
     assert not (tmp_path / ".out.npy.partial").exists()
+
+
+def test_new_ids_are_never_beside_old_embeddings_in_a_store(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while it replaces them; the same command goes on."""
+    out, stored = "s3://bucket/out.npy", {"s3://bucket/out.npy": b"old", "s3://bucket/out.ids.npy": b"old"}
+    embed(TEACHER, photos, tmp_path / "whole.npy", *SMALL_BATCHES)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(embedding, "list_etags", lambda folder, name: {each.rpartition("/")[2]: "" for each in stored})
+
+    def upload(path: Path, address: str) -> None:
+        stored[address] = path.read_bytes()
+
+    def upload_until_killed(path: Path, address: str) -> None:
+        if address == out and path.stat().st_size:
+            raise KeyboardInterrupt
+        upload(path, address)
+
+    monkeypatch.setattr(embedding, "put", upload_until_killed)
+    command = (str(TEACHER), str(photos), out, "--workers", "0", *SMALL_BATCHES, "--overwrite")
+    with pytest.raises(KeyboardInterrupt):
+        embed_command.main(command)
+    assert stored[out] == b""
+    assert stored["s3://bucket/out.ids.npy"] != b"old"
+    monkeypatch.setattr(embedding, "put", upload)
+    result = embed_command.main(command)
+    assert result is not None
+    assert result.resumed == 41
+    assert stored[out] == (tmp_path / "whole.npy").read_bytes()
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, photos: Path) -> None:

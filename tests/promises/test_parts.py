@@ -93,7 +93,9 @@ def test_parts_of_a_conversion(sources: dict[str, list[str]], tmp_path: Path, ki
     succeed("convert-images", source, whole, *options, *CONVERT)
     make_parts(count, "convert-images", source, out, *options, *CONVERT)
     assert not (out / "index.json").exists()
-    assert f"wrote {out}: {NUM_IMAGES} samples" in succeed("merge", out)
+    report = succeed("merge", out)
+    assert f"wrote {out}: {NUM_IMAGES} samples" in report
+    assert f"next: composer recipes/train.py yamls/distill.yaml train_loader.local={out}" in report
     assert samples_of(out) == samples_of(whole)
     if kind == "folder" or count != 3:  # not of files
         assert shards_of(out) == shards_of(whole)
