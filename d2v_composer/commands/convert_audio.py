@@ -14,17 +14,14 @@ The clips are in SOURCE/SPLIT or SOURCE. Labels come from class folders, a CSV f
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from d2v_composer.commands.convert_images import add_options, convert_and_report
 from d2v_composer.system.command_line import SOURCES, make_parser
 
-if TYPE_CHECKING:
-    from d2v_composer.data.convert import Conversion
 
-
-def main(argv: Sequence[str]) -> "Conversion | None":
-    """Convert, and print a report."""
+def main(argv: Sequence[str]) -> Any:
+    """Convert, print a report, and return the result; ``None`` if the part is there."""
     parser = make_parser(__doc__)
     add_options(parser, "clip", source=f"a folder of audio files, or {SOURCES}")
     arguments = parser.parse_args(argv)

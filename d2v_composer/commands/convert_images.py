@@ -39,12 +39,11 @@ from d2v_composer.system.command_line import (
 from d2v_composer.system.part import ALL, Part
 
 if TYPE_CHECKING:
-    from d2v_composer.data.convert import Conversion
     from d2v_composer.data.modality import Modality
 
 
-def main(argv: Sequence[str]) -> "Conversion | None":
-    """Convert, and print a report."""
+def main(argv: Sequence[str]) -> Any:
+    """Convert, print a report, and return the result; ``None`` if the part is there."""
     parser = make_parser(__doc__)
     add_options(parser, "image", source=f"a folder of images, cifar10:FOLDER, or {SOURCES}")
     add = parser.add_argument
@@ -74,7 +73,7 @@ def add_options(parser: ArgumentParser, sample: str, source: str) -> None:
     add("--skip-unreadable", action="store_true", help=f"skip {sample}s that are missing or corrupt, and list them")
 
 
-def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **options: Any) -> "Conversion | None":
+def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **options: Any) -> Any:
     """Convert, and print a report that names the YAML for the next step."""
     from d2v_composer.data.convert import convert, find_samples
     from d2v_composer.data.parts import Parts, plan_of

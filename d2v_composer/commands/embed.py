@@ -20,7 +20,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import Any, get_args
 
 from d2v_composer.commands.train import relaunch_on_gpus
 from d2v_composer.models.names import Pooling, PrecisionChoice, Representation, Weights, embedding_name
@@ -38,12 +38,9 @@ from d2v_composer.system.command_line import (
 from d2v_composer.system.part import ALL, Part
 from d2v_composer.system.processes import local_rank, local_ranks
 
-if TYPE_CHECKING:
-    from d2v_composer.embedding import Embedding
 
-
-def main(argv: Sequence[str]) -> "Embedding | None":
-    """Embed on every GPU of this machine, and print a report."""
+def main(argv: Sequence[str]) -> Any:
+    """Embed on every GPU, print a report, and return the result; ``None`` if the part is there."""
     arguments = parse(argv)
     with suppress(ModuleNotFoundError):  # without Composer, one GPU
         relaunch_on_gpus("embed", *argv)
