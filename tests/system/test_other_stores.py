@@ -15,7 +15,16 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import download_existing, fetch, list_folder, transfer
 from d2v_composer.system.retry import is_lasting
 from emulators import CONTAINER, azure_store, google_store
-from helpers import GOLDEN, assert_same_student, encoded_image, run_command, small_run, traced
+from helpers import (
+    GOLDEN,
+    assert_same_student,
+    encoded_image,
+    run_command,
+    small_run,
+    started_ranks,
+    traced,
+    wait_until,
+)
 from streams import open_images, read_epoch
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Google's packages warn of Python 3.10
@@ -88,8 +97,11 @@ def test_a_killed_run_resumes_on_another_machine(
     arguments = [sys.executable, *traced(options)]
     (here := tmp_path / "here").mkdir()
     (there := tmp_path / "there").mkdir()
-    ended = run_command(*arguments, cwd=here, environment={"AT": "batch_start 12 kill"})
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    with started_ranks(*arguments[1:], ranks=1, environment={"AT": "batch_start 12 hang"}, folders=[here]) as [killed]:
+        # Uploads run beside the training, and a fast one would be killed before them.
+        wait_until(lambda: "ep1-ba10-rank0.pt" in list_folder(f"{store}/runs/a")[1], seconds=60)
+        killed.kill()
+        assert killed.wait(30) == -signal.SIGKILL, killed.stderr
     ended = run_command(*arguments, cwd=there)
     assert ended.returncode == 0, ended.stderr
     assert re.search(r"resumed.* at batch (5|10)\b", ended.stdout)
