@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -31,7 +32,7 @@ from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
 from d2v_composer.models.precision import precision_of
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
-from d2v_composer.system.fetch import cache_folder, is_remote, list_etags, list_folder, put
+from d2v_composer.system.fetch import cache_folder, exists, is_remote, put
 from d2v_composer.system.files import acquire, check_out_file, partial_file, sole_user, write_atomically
 from d2v_composer.system.processes import global_rank, num_ranks
 from d2v_composer.system.progress import progress_bar
@@ -74,6 +75,8 @@ class _Chunk(NamedTuple):
 
     batches: Sequence[range]
     path: Path
+    rank: int
+    """Which embeds it."""
 
     @property
     def samples(self) -> range:
@@ -138,10 +141,11 @@ def embed_source(
             raise InputError(f"{out}: another process is writing it")
         if rank == 0:
             _check_plan(folder, plan)
-        start, resumed, total = time.monotonic(), _num_done(chunks), sum(len(chunk.samples) for chunk in chunks)
+        start, left = time.monotonic(), [chunk for chunk in chunks if not chunk.path.exists()]
+        total, to_do = (sum(len(chunk.samples) for chunk in some) for some in (chunks, left))
+        theirs, resumed = deque(chunk for chunk in left if chunk.rank != rank), total - to_do
         with progress_bar(total=total, initial=resumed, desc="embedding", unit=unit) as bar:
-            mine = [chunk for chunk in chunks[rank :: num_ranks()] if not chunk.path.exists()]
-            batches = [(chunk, batch) for chunk in mine for batch in chunk.batches]
+            batches = [(chunk, batch) for chunk in left if chunk.rank == rank for batch in chunk.batches]
             loaded = map_in_workers(
                 partial(load_batch, source.decode), [batch for _, batch in batches], workers, device == "cuda"
             )
@@ -160,9 +164,9 @@ def embed_source(
                 if batch is chunk.batches[-1]:
                     chunk.write(rows, skipped)
                     rows, skipped = [], []
-                    bar.update(_num_done(chunks) - bar.n)  # of all ranks
+                    _count(theirs, bar)
             if rank == 0:
-                _wait(chunks, bar, folder)
+                _wait(theirs, bar, folder)
         seconds = time.monotonic() - start
         if rank > 0:
             return Embedding(total, width, [], resumed, seconds)
@@ -183,29 +187,34 @@ def _cut(source: Source, plan: Mapping[str, Any], folder: Path) -> list[_Chunk]:
     for first in range(0, len(batches), per_chunk := max(1, CHUNK // size)):
         some = batches[first : first + per_chunk]
         marks = source.marks[some[0].start : some[-1].stop]
-        chunks.append(_Chunk(some, folder / f"{hash_of(plan, marks.tobytes())[:32]}.npz"))
+        name = f"{hash_of(plan, marks.tobytes())[:32]}.npz"
+        chunks.append(_Chunk(some, folder / name, len(chunks) % num_ranks()))
     return chunks
 
 
-def _num_done(chunks: Sequence[_Chunk]) -> int:
-    return sum(len(chunk.samples) for chunk in chunks if chunk.path.exists())
+def _count(theirs: deque[_Chunk], bar: Any) -> None:
+    """Count what the other ranks have embedded since the last call: their first chunks that are there."""
+    while theirs and theirs[0].path.exists():
+        bar.update(len(theirs.popleft().samples))
 
 
-def _wait(chunks: Sequence[_Chunk], bar: Any, folder: Path) -> None:
+def _wait(theirs: deque[_Chunk], bar: Any, folder: Path) -> None:
     """Wait until the other ranks have embedded the rest.
 
     Raises:
         RunError: They have ended without it.
     """
-    start = time.monotonic()
-    while bar.n < bar.total:
+    deadline = time.monotonic() + RANK_SECONDS
+    while theirs:
         time.sleep(POLL_SECONDS)
-        bar.update(_num_done(chunks) - bar.n)
-        if time.monotonic() - start > RANK_SECONDS:
+        _count(theirs, bar)
+        if time.monotonic() > deadline:
             if all(acquire(folder / f".lock{other}") for other in range(1, num_ranks())):
-                lost = f"the other ranks have ended without {bar.total - bar.n} samples"
-                raise RunError(f"{folder}: {lost}: all must see the same SOURCE, and this folder")
-            start = time.monotonic()
+                raise RunError(
+                    f"{folder}: the other ranks have ended without {bar.total - bar.n} samples: all must see the same "
+                    "SOURCE, and this folder"
+                )
+            deadline += RANK_SECONDS
 
 
 def _check_skipped(reasons: Sequence[str], skip_unreadable: bool, unit: str) -> None:
@@ -238,9 +247,8 @@ def merge(out: str, *, overwrite: bool = False) -> Embedding:
             raise InputError(f"{out}: another process is writing it")
         skipped = [reason for record in records.values() for reason in record["skipped"]]
         embedding = Embedding(sum(each["images"] for each in records.values()), first["channels"], skipped, 0, 0.0)
-        counts = {parts.path(part): record["images"] for part, record in records.items()}
-        blocks = (block for part in counts.items() for block in _read_part(*part, folder))
-        _write_table(out, blocks, embedding, np.dtype(first["part"]["dtype"]))
+        read = (_read_part(parts.path(part), record["images"], folder) for part, record in records.items())
+        _write_table(out, chain.from_iterable(read), embedding, np.dtype(first["part"]["dtype"]))
     with suppress(OSError):
         folder.rmdir()
     return embedding
@@ -276,14 +284,14 @@ def _write_table(
     part: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ids and embeddings, move them to ``out``, replacing an old file, and remove the folder of chunks."""
-    folder, complete = _partial_folder(out), _partial_folder(out) / "embeddings"
+    complete = (folder := _partial_folder(out)) / "embeddings"
     shape, all_ids, files = (embedding.images, embedding.channels), [], {}
     if out.endswith(".npy"):
         with complete.open("wb") as file:
             npy.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
             for ids, rows in blocks:
                 file.write(rows.tobytes())
-                all_ids += [ids] if len(ids) else []
+                all_ids.append(ids)
         np.save(folder / "ids.npy", np.concatenate(all_ids) if all_ids else np.array([], str))
         files[_ids_file(out)] = folder / "ids.npy"
     else:
@@ -293,7 +301,7 @@ def _write_table(
         files[f"{out.rpartition('.')[0]}.json"] = folder / "record.json"
     if not is_remote(out):
         Path(out).unlink(missing_ok=True)  # new ids must not be beside old embeddings
-    elif part is None and _is_in_store(out):  # not every store's client can delete
+    elif part is None and exists(out):  # not every store's client can delete
         (empty := folder / "empty").touch()
         put(empty, out)
     for address, path in (files | {out: complete}).items():
@@ -330,14 +338,8 @@ def check_out(out: str, *, overwrite: bool) -> None:
         if out.endswith(".npy"):
             # With our folder next to it, the ids are ours: a run was killed between the two files.
             check_out_file(Path(_ids_file(out)), overwrite=overwrite or _partial_folder(out).exists())
-        return
-    if _is_in_store(out) and not overwrite:
+    elif exists(out) and not overwrite:
         raise InputError(f"{out}: already exists: choose another file, or append --overwrite")
-
-
-def _is_in_store(out: str) -> bool:
-    folder, _, name = out.rpartition("/")
-    return name in (list_etags(folder, name) if out.startswith("s3://") else list_folder(folder)[1])
 
 
 def _partial_folder(out: str) -> Path:

@@ -83,7 +83,7 @@ def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **
     names, part, out = ("source", "split", "labels", "column", "label_column"), arguments.part, arguments.out
     source = find_samples(modality=modality, part=part or ALL, **{name: getattr(arguments, name) for name in names})
     start, plan = time.monotonic(), None
-    if part is not None:
+    if part:
         settings = {name: getattr(arguments, name) for name in ("seed", "shard_size", "label_column")} | options
         listed = os.path.isfile(arguments.labels or "") and Path(arguments.labels).read_bytes()
         labels = hash_of(source.label is None, source.class_names, listed)
@@ -113,7 +113,7 @@ def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **
     )
     print("other files:", name_counts(source.left_out))
     print_skipped(conversion.skipped)
-    print_next(training_on(out, yaml) if part is None else d2v("merge", arguments.out))
+    print_next(d2v("merge", arguments.out) if part else training_on(out, yaml))
     return conversion
 
 

@@ -57,11 +57,10 @@ def main(argv: Sequence[str]) -> Any:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     parts = Parts(out)
-    if part is not None:
+    if part:
         out = parts.path(part)
-    check_out(out, overwrite=arguments.overwrite or part is not None)
-    given = vars(arguments)
-    model, modality, options, device = Embedder(*(given[name] for name in Embedder.__match_args__)).load()
+    check_out(out, overwrite=arguments.overwrite or bool(part))
+    model, modality, options, device = Embedder(*(getattr(arguments, name) for name in Embedder.__match_args__)).load()
     source = open_source(
         arguments.source,
         modality,
@@ -71,13 +70,21 @@ def main(argv: Sequence[str]) -> Any:
         part=part or ALL,
     )
     print(f"embedding: {embedding_name(options.representation, options.pooling)}")
-    if part is not None:
+    if part:
         plan = plan_of(source, part, model=hash_weights(model), device=device, **options._asdict())
         if parts.has(part, plan):
             print(f"part {part.number} of {part.total} is there")
             return None
-    how = {name: given[name] for name in ("workers", "skip_unreadable")}
-    embedding = embed_source(model, source, out, options, device=device, part=plan, **how)
+    embedding = embed_source(
+        model,
+        source,
+        out,
+        options,
+        device=device,
+        workers=arguments.workers,
+        skip_unreadable=arguments.skip_unreadable,
+        part=plan,
+    )
     if embedding.resumed:
         print(f"resumed an interrupted run after {embedding.resumed} {modality.unit}")
     print("other files:", name_counts(source.left_out))

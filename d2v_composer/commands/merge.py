@@ -19,14 +19,15 @@ from d2v_composer.system.command_line import make_parser, print_next, print_skip
 def main(argv: Sequence[str]) -> None:
     """Merge, and print a report."""
     parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("out", metavar="OUT", help="the OUT of the parts: a folder, NAME.npy or NAME.parquet, here or in a store")
-    add("--overwrite", action="store_true", help="replace embeddings in OUT")
+    parser.add_argument(
+        "out", metavar="OUT", help="the parts' OUT: a folder, NAME.npy or NAME.parquet, here or in a store"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace embeddings in OUT")
     arguments = parser.parse_args(argv)
+    out = arguments.out
 
     from d2v_composer.data.parts import TABLES
 
-    out = arguments.out
     if out.endswith(TABLES):
         from d2v_composer.embedding import merge
 

@@ -410,12 +410,12 @@ def merge(out: str) -> Conversion:
         RunError: The disk or the store fails.
     """
     parts, entries = Parts(out), []
-    records, names, is_local = parts.read_all(), parts.list_names(), not is_remote(out)
+    records, is_local = parts.read_all(), not is_remote(out)
     for part in records:
         for entry in parts.load(f"{parts.path(part)}/{INDEX}")["shards"]:
             raw = entry["raw_data"]
             path = Path(parts.folder, part.name, raw["basename"])
-            if f"{part.name}/{path.name}" not in names or (is_local and path.stat().st_size != raw["bytes"]):
+            if f"{part.name}/{path.name}" not in parts.names or (is_local and path.stat().st_size != raw["bytes"]):
                 raise InputError(f"{parts.path(part)}: {path.name} is missing or damaged; remove this part")
             entries.append(entry | {"raw_data": raw | {"basename": f"parts/{part.name}/{path.name}"}})
     summary = next(iter(records.values()))

@@ -6,6 +6,7 @@ A part is there once its last file is. Beside it stands its record: which part i
 import json
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +15,7 @@ from typing import Any
 from d2v_composer.data.mds import INDEX, SUMMARY
 from d2v_composer.data.source import Source
 from d2v_composer.system.errors import InputError, reading
-from d2v_composer.system.fetch import download_existing, is_remote, list_folder
+from d2v_composer.system.fetch import download_existing, exists, is_remote, list_folder
 from d2v_composer.system.part import Part
 
 TABLES = (".npy", ".parquet")
@@ -48,7 +49,7 @@ class Parts:
 
     def __init__(self, out: str) -> None:
         self.out = out.rstrip("/")
-        self.suffix = next((suffix for suffix in TABLES if out.endswith(suffix)), "")
+        self.suffix = Path(out).suffix if out.endswith(TABLES) else ""
         self.folder = f"{self.out}.parts" if self.suffix else f"{self.out}/parts"
         self._last, self._record = (self.suffix, ".json") if self.suffix else (f"/{INDEX}", f"/{SUMMARY}")
 
@@ -62,7 +63,7 @@ class Parts:
         Raises:
             InputError: It was made of something else or otherwise, or the folder of an MDS data set has other files.
         """
-        if f"{part.name}{self._last}" in self.list_names():
+        if exists(f"{self.folder}/{part.name}{self._last}"):
             self._read(part, plan, "this command")
             return True
         if not self.suffix:
@@ -80,7 +81,7 @@ class Parts:
             InputError: A part is missing, is there twice, or was not made like the others.
         """
         pattern = re.compile(rf"(\d{{5,}})-of-(\d{{5,}}){re.escape(self._last)}")
-        found = sorted(Part(*map(int, match.groups())) for match in map(pattern.fullmatch, self.list_names()) if match)
+        found = sorted(Part(*map(int, match.groups())) for match in map(pattern.fullmatch, self.names) if match)
         if not found:
             raise InputError(f"{self.folder}: no finished parts")
         counts = sorted({part.total for part in found})
@@ -91,8 +92,9 @@ class Parts:
         first = self._read(found[0], {}, "")
         return {part: self._read(part, first["part"], found[0].name) for part in found}
 
-    def list_names(self) -> set[str]:
-        """Return the paths of what is below the folder."""
+    @cached_property
+    def names(self) -> set[str]:
+        """The paths of what is below the folder."""
         if is_remote(self.folder):
             return {*list_folder(self.folder)[1]}
         return {path.relative_to(self.folder).as_posix() for path in Path(self.folder).rglob("*")}

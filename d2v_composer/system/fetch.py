@@ -186,6 +186,18 @@ def download_existing(address: str, path: Path, retry_timeout: float = RETRY_SEC
     return True
 
 
+def exists(address: str) -> bool:
+    """Return True if there is a file, local or in a store.
+
+    Raises:
+        InputError, RunError: The store cannot be listed.
+    """
+    if not is_remote(address):
+        return os.path.isfile(address)
+    folder, _, name = address.rpartition("/")
+    return name in (list_etags(folder, name) if address.startswith("s3://") else list_folder(folder)[1])
+
+
 def put(path: Path, address: str) -> None:
     """Move a file to its final path, or upload it to a store, under any name.
 

@@ -198,7 +198,7 @@ def test_parts_that_do_not_fit_are_one_line(sources: dict[str, list[str]], tmp_p
 
 
 def test_parts_with_other_labels_are_not_merged(sources: dict[str, list[str]], tmp_path: Path) -> None:
-    """Of another column, or another CSV file with the same classes."""
+    """Labels may come from another column, or from another CSV file with the same classes."""
     (tmp_path / "other.csv").write_text("\n".join(f"{number:05}.png,{-number % 4}" for number in range(NUM_IMAGES)))
     (folder, *by_csv), (tars, *by_column) = sources["folder"], sources["tars"]
     for source, first, second in (
