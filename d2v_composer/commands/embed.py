@@ -35,6 +35,7 @@ from d2v_composer.system.command_line import (
     size,
     whole,
 )
+from d2v_composer.system.errors import InputError
 from d2v_composer.system.part import ALL, Part
 from d2v_composer.system.processes import local_rank, local_ranks
 
@@ -59,6 +60,9 @@ def main(argv: Sequence[str]) -> Any:
     parts = Parts(out)
     if part:
         out = parts.path(part)
+    with suppress(FileNotFoundError):
+        if Path(out).samefile(arguments.source):
+            raise InputError(f"{out}: is the source")
     check_out(out, overwrite=arguments.overwrite or bool(part))
     model, modality, options, device = Embedder(*(getattr(arguments, name) for name in Embedder.__match_args__)).load()
     source = open_source(

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from containers import write_parquet
 from d2v_composer import embedding, load_teacher
 from d2v_composer.checkpoints.fairseq import load_data2vec2
 from d2v_composer.checkpoints.load import save_student
@@ -398,6 +399,17 @@ def test_bad_input_is_refused_in_one_line(
         embed(TEACHER, source, Path(out), *options)
     assert "\n" not in str(caught.value)
     assert set(os.listdir()) == before
+
+
+def test_out_is_not_the_source(tmp_path: Path) -> None:
+    """Its images would be replaced by their embeddings, even under another name."""
+    source = write_parquet(tmp_path / "images.parquet", {"image": [encoded_image(number) for number in range(4)]})
+    (tmp_path / "link.parquet").symlink_to(source)
+    before = source.read_bytes()
+    for out in (source, tmp_path / "link.parquet"):
+        with pytest.raises(InputError, match=rf"^{out}: is the source$"):
+            embed(TEACHER, source, out, "--overwrite")
+    assert source.read_bytes() == before
 
 
 def test_near_duplicates_as_in_the_guide(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
