@@ -194,29 +194,32 @@ def test_ray_loses_nothing_if_a_node_is_killed(sources: Path, tmp_path: Path) ->
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "0" * 64,
     }
-    nodes, of_node = list[Node](), ("--num-cpus=2", "--node-ip-address")
+    nodes = dict[str, Node]()
+
+    def start(ip: str, *options: str) -> None:
+        nodes[ip] = Node.start(tmp_path / ip, environment, "--node-ip-address", ip, *options)
+        wait_until(lambda: "will now block" in (tmp_path / ip).read_text(), 60)
+
     with tempfile.TemporaryDirectory(dir="/tmp") as short:  # a socket's path has at most 107 characters
-        head = ("--head", f"--port={address.partition(':')[2]}", "--include-dashboard=false", f"--temp-dir={short}")
+        port, driver = f"--port={address.partition(':')[2]}", ROOT / "tests" / "programs" / "slow_ray_embed.py"
+        command = [sys.executable, str(driver), str(seen), MODEL, str(sources / "rows"), str(out), "image"]
         try:
-            nodes.append(Node.start(tmp_path / "head.txt", environment, *head, *of_node, "127.0.0.1"))
-            wait_until(lambda: "will now block" in (tmp_path / "head.txt").read_text(), 60)
-            second = (f"--address={address}", *of_node, "127.0.0.2")
-            nodes.append(Node.start(tmp_path / "second.txt", environment, *second))
-            wait_until(lambda: "will now block" in (tmp_path / "second.txt").read_text(), 60)
-            driver = [sys.executable, str(ROOT / "tests" / "programs" / "slow_ray_embed.py"), str(seen)]
-            driver += [MODEL, str(sources / "rows"), str(out), "image"]
-            log = (tmp_path / "driver.txt").open("wb")
-            ray_address = {"RAY_ADDRESS": address}
-            with log, subprocess.Popen(driver, env=environment | ray_address, stdout=log, stderr=log) as running:
-                try:
-                    wait_until(lambda: (seen / "127.0.0.2").exists() or running.poll() is not None, 120)
-                    assert running.poll() is None, (tmp_path / "driver.txt").read_text()
-                    nodes.pop().kill()
-                    assert running.wait(240) == 0, (tmp_path / "driver.txt").read_text()
-                finally:
-                    running.kill()
+            start("127.0.0.1", "--head", port, "--num-cpus=0", "--include-dashboard=false", f"--temp-dir={short}")
+            # Ray may embed all on one of them, so the one that dies is one that has begun.
+            for ip in ("127.0.0.2", "127.0.0.3"):
+                start(ip, f"--address={address}", "--num-cpus=2")
+            with (tmp_path / "driver.txt").open("wb") as log:
+                running = subprocess.Popen(command, env=environment | {"RAY_ADDRESS": address}, stdout=log, stderr=log)
+            try:
+                wait_until(lambda: any(seen.iterdir()) or running.poll() is not None, 120)
+                assert running.poll() is None, (tmp_path / "driver.txt").read_text()
+                nodes.pop(next(seen.iterdir()).name).kill()
+                assert running.wait(240) == 0, (tmp_path / "driver.txt").read_text()
+            finally:
+                running.kill()
+                running.wait()
         finally:
-            for node in reversed(nodes):
+            for node in reversed(nodes.values()):
                 node.kill()
     check(out, sources / "expected.npy")
 
