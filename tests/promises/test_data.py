@@ -113,7 +113,9 @@ def test_epochs_are_whole_though_killed(
     kill_at = random.randint(BATCHES_PER_EPOCH + 1, 2 * BATCHES_PER_EPOCH - 1)
     kill = {"AT": f"batch_start {kill_at} kill"}
     with recorded(tmp_path, cache, *overrides, ranks=ranks, environment=store.environment | kill) as programs:
-        wait_until(lambda: any(program.poll() == -signal.SIGKILL for program in programs), seconds=120)
+        wait_until(lambda: programs[0].poll() == -signal.SIGKILL, seconds=120)
+        for other in programs[1:]:  # 18: without a traceback
+            assert "another rank has ended" in failure(other, other.wait(60))
     assert kill_at - 1 <= max(read_record(tmp_path)) <= kill_at  # the other rank may have had the batch
     largest = 0
     with recorded(tmp_path, cache, *overrides, ranks=3 - ranks, environment=store.environment) as programs:
