@@ -131,9 +131,12 @@ def test_rivals_stand_in_the_same_tables(trained: Path, images: Path, tmp_path: 
     evaluated = d2v("evaluate", *arguments, f"rivals=[{rival}]", f"out={out}")
     assert evaluated.returncode == 0, evaluated.stderr
     found = json.loads((out / "evaluation.json").read_text())
+    shown = (out / "evaluation.png").read_bytes()
+    assert d2v("evaluate", *arguments, f"out={out}").returncode == 0
+    assert not (out / "evaluation.png").exists()
     (rated,) = [each for each in found["candidates"] if each["name"] == str(rival)]
     assert rated["parameters"] > 0
-    assert (out / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    assert shown.startswith(b"\x89PNG")
     assert all(rated["per_second"][size] > 0 for size in ("1", "64"))
     assert {row["candidate"] for row in found["results"]} >= {str(rival), "student", "teacher"}
     assert len(found["candidates"]) == 1 + len([each for each in found["candidates"] if each["per_second"]])  # pixels
