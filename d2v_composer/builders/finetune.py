@@ -21,7 +21,7 @@ from d2v_composer.builders.run import (
     build_scheduler,
     build_trainer,
 )
-from d2v_composer.callbacks.algorithms import SeededBatches
+from d2v_composer.callbacks.algorithms import SeededBatches, SharedStatistics
 from d2v_composer.checkpoints.checkpoint import LATEST
 from d2v_composer.checkpoints.student_file import choose_embedding, sizes_of
 from d2v_composer.config.schema import FinetuneConfig, TrainLoaderConfig
@@ -93,7 +93,7 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trai
         config,
         model,
         record,
-        [SeededBatches(config.seed)],
+        [SeededBatches(config.seed), SharedStatistics()],
         callbacks,
         train_dataloader=DataSpec(data.train_loader, microbatch_transforms=model.prepare),
         eval_dataloader=Evaluator(label=EVALUATOR, dataloader=DataSpec(tested, microbatch_transforms=model.prepare)),

@@ -1,4 +1,4 @@
-"""Clip the gradient, log its norm before clipping, and seed each batch."""
+"""Clip the gradient, log its norm before clipping, seed each batch, and evaluate alike on all ranks."""
 
 import numpy as np
 import torch
@@ -73,3 +73,12 @@ class SeededBatches(Callback):
     def batch_start(self, state: State, logger: Logger) -> None:
         place = (self.seed, int(state.timestamp.batch), dist.get_global_rank())
         seed_all(int(np.random.SeedSequence(place).generate_state(1)[0]))
+
+
+class SharedStatistics(Callback):
+    """Evaluate with rank 0's statistics of BatchNorm, which a checkpoint has: after a batch each rank has its own."""
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        for name, buffer in state.model.named_buffers():
+            if "running_" in name:
+                dist.broadcast(buffer, 0)

@@ -11,6 +11,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
 
+from d2v_composer.callbacks.algorithms import SharedStatistics
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
 from d2v_composer.evaluation.labeled_retrieval import Candidate, Embed, Lookup, Neighbors, measure_embeddings
 from d2v_composer.evaluation.metrics import PROBES, TEACHER, UNTRAINED, metric_key
@@ -205,6 +206,7 @@ class ZeroShotRetrieval(Callback):
             return state.device.tensor_to_device(tensor)
 
         model.eval()
+        SharedStatistics().eval_start(state, logger)
         try:
             # Tensors that FSDP gathers in inference mode cannot be used in training.
             without_gradient = torch.no_grad() if state.fsdp_enabled else torch.inference_mode()

@@ -296,12 +296,14 @@ class TimmStudent(Student):
 
         Raises:
             InputError: The file is too old to have sizes, or its tensors do not fit them.
-            ValueError: The pooling asked for needs a CLS token that the file's model lacks.
+            ValueError: The file's model lacks the projection or the CLS token that was asked for.
         """
         tensors = dict(state_dict)
         sizes, primary = pop_sizes(CONFIG_TENSOR, tensors)
         head = {name: tensors.pop(name) for name in list(tensors) if name.startswith("head.")}
         configs = check_student(CONFIG_TENSOR, sizes, tensors)
+        if self.asked_representation == "projected" and configs[1].projection is None:
+            raise ValueError("representation: this student has no projection; expected output or layer_mean")
         if configs != (self.encoder.config, self.config):
             TimmStudent.__init__(self, *configs, self.num_classes, self.asked_pool, self.asked_representation)
         width = self.num_features

@@ -26,7 +26,7 @@ from d2v_composer.models.configs import (
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.names import Weights
 from d2v_composer.system.addresses import file_name
-from d2v_composer.system.errors import InputError, reading
+from d2v_composer.system.errors import InputError, errors_of, reading
 
 # Name of the encoder in a checkpoint → its kind.
 ENCODER_NAMES: dict[str, type[Any]] = {"IMAGE": ImageEncoderConfig, "AUDIO": AudioEncoderConfig}
@@ -189,7 +189,7 @@ def convert_teacher(
     teacher, left = read_fairseq_checkpoint(source, file, weights)
     if spectrogram and not isinstance(teacher.encoder.config, EatEncoderConfig):
         raise InputError(f"{source}: is not an EAT checkpoint, which alone takes {', '.join(spectrogram)}")
-    with reading(source):
+    with errors_of(str(source)):
         teacher.encoder.config = teacher.encoder.config.changed(**spectrogram)
     teacher.config = teacher.config.changed(encoder=teacher.encoder.config)
     teacher.provenance |= {

@@ -60,9 +60,6 @@ def main(argv: Sequence[str]) -> Any:
     parts = Parts(out)
     if part:
         out = parts.path(part)
-    with suppress(FileNotFoundError):
-        if Path(out).samefile(arguments.source):
-            raise InputError(f"{out}: is the source")
     check_out(out, overwrite=arguments.overwrite or bool(part))
     model, modality, options, device = Embedder(*(getattr(arguments, name) for name in Embedder.__match_args__)).load()
     source = open_source(
@@ -73,6 +70,9 @@ def main(argv: Sequence[str]) -> Any:
         cache_limit=arguments.cache_limit,
         part=part or ALL,
     )
+    path = os.path.relpath(os.path.realpath(out), os.path.realpath(source.root))
+    if f"{path}#0" in source.ids:
+        raise InputError(f"{out}: is among the source's files")
     print(f"embedding: {embedding_name(options.representation, options.pooling)}")
     if part:
         plan = plan_of(source, part, model=hash_weights(model), device=device, **options._asdict())

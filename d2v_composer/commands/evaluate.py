@@ -75,12 +75,13 @@ def main(argv: Sequence[str]) -> None:
     print(tables)
     if config.out is not None:
         about = {"machine": describe_machine(), "versions": package_versions(), "weights": weights, "tables": tables}
-        evaluation.write(Path(config.out), {"config": config.model_dump(mode="json"), **about})
+        picture = Path(config.out) / "evaluation.png"
+        picture.unlink(missing_ok=True)  # an earlier call's, of other numbers
+        evaluation.write(picture.parent, {"config": config.model_dump(mode="json"), **about})
         if config.rivals:
             from d2v_composer.report.plots import quality_over_speed, to_png  # matplotlib takes a second
 
-            picture = to_png(quality_over_speed(evaluation, BATCH_SIZES[-1], modality.unit))
-            write_atomically(Path(config.out) / "evaluation.png", picture)
+            write_atomically(picture, to_png(quality_over_speed(evaluation, BATCH_SIZES[-1], modality.unit)))
     print_next(next_step(config, modality.unit.upper()))
 
 

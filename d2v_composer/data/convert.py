@@ -214,8 +214,8 @@ def foresee(source: Source, workers: int, **options: Any) -> tuple[float, float]
             start = time.monotonic()
             with suppress(UnreadableSampleError), reading(source.name(number)):
                 num_bytes += len(source.modality.encode(source.load(number), "", **options)[0])
-            # The first one waits for what its neighbors share: a row group, or a shard.
-            seconds, count = seconds + (time.monotonic() - start) * (number > first), count + 1
+            # The first one waits for what its neighbors share, a row group or a shard: the other seven stand for it.
+            seconds, count = seconds + (time.monotonic() - start) * (number > first) * 8 / 7, count + 1
     return num_bytes * len(source) / count, seconds * len(source) / count / workers
 
 

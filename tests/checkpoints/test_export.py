@@ -136,6 +136,8 @@ def test_timm_refuses_other_files(exported: Path, tmp_path: Path) -> None:
     save_file(tensors, old)
     with pytest.raises(InputError, match="no tensor config_json: not a file written by d2v export"):
         timm.create_model("d2v2_student", checkpoint_path=str(old))
+    with pytest.raises(ValueError, match="representation: this student has no projection"):
+        timm.create_model("d2v2_student", checkpoint_path=str(exported), representation="projected")
     with pytest.raises(ValueError, match="global_pool must be one of token, avg, mean, got 'max'"):
         timm.create_model("d2v2_student", global_pool="max")
     with pytest.raises(ValueError, match="representation must be one of output, layer_mean, projected, got 'max'"):

@@ -401,14 +401,16 @@ def test_bad_input_is_refused_in_one_line(
     assert set(os.listdir()) == before
 
 
-def test_out_is_not_the_source(tmp_path: Path) -> None:
+def test_out_is_no_file_of_the_source(tmp_path: Path) -> None:
     """Its images would be replaced by their embeddings, even under another name."""
+    write_parquet(tmp_path / "more.parquet", {"image": [encoded_image(number) for number in range(4)]})
     source = write_parquet(tmp_path / "images.parquet", {"image": [encoded_image(number) for number in range(4)]})
     (tmp_path / "link.parquet").symlink_to(source)
     before = source.read_bytes()
     for out in (source, tmp_path / "link.parquet"):
-        with pytest.raises(InputError, match=rf"^{out}: is the source$"):
-            embed(TEACHER, source, out, "--overwrite")
+        for given in (source, tmp_path, tmp_path / "*es.parquet"):
+            with pytest.raises(InputError, match=rf"^{out}: is among the source's files$"):
+                embed(TEACHER, given, out, "--overwrite")
     assert source.read_bytes() == before
 
 

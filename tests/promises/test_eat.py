@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from d2v_composer import DistillationModel, load_student, load_teacher
-from helpers import GOLDEN, d2v, encoded_clip
+from helpers import GOLDEN, d2v, encoded_clip, failure
 
 CHECKPOINT = GOLDEN / "eat_base.pt"
 CLOSE = {"rtol": 0, "atol": 3e-5}
@@ -62,6 +62,8 @@ def test_another_length(tmp_path: Path, arrays: dict[str, Tensor]) -> None:
     d2v("convert-teacher", CHECKPOINT, tmp_path / "own.safetensors", *own)
     config = load_teacher(tmp_path / "own.safetensors").config
     assert (config.log_mel_mean, config.log_mel_std) == (-6.627, 5.359)
+    wrong = d2v("convert-teacher", CHECKPOINT, tmp_path / "wrong.safetensors", "--target-length", "15")
+    assert failure(wrong, 2) == f"error: {CHECKPOINT}: target_length must be a multiple of 16, got 15"
 
 
 def test_student(arrays: dict[str, Tensor], clips: tuple[Tensor, Tensor]) -> None:

@@ -12,10 +12,16 @@ import pytest
 import timm
 import torch
 import yaml
+from composer import Callback
+from composer.core import State
+from composer.loggers import Logger
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from d2v_composer import load_student
+from d2v_composer.checkpoints.load import load_any
+from d2v_composer.commands.train import train
+from d2v_composer.data.images import Images
 from d2v_composer.system.errors import InputError
 from helpers import (
     GOLDEN,
@@ -25,6 +31,7 @@ from helpers import (
     d2v,
     encoded_image,
     failure,
+    log_of,
     losses_of,
     run_command,
     run_ranks,
@@ -124,9 +131,12 @@ def test_rivals_stand_in_the_same_tables(trained: Path, images: Path, tmp_path: 
     evaluated = d2v("evaluate", *arguments, f"rivals=[{rival}]", f"out={out}")
     assert evaluated.returncode == 0, evaluated.stderr
     found = json.loads((out / "evaluation.json").read_text())
+    shown = (out / "evaluation.png").read_bytes()
+    assert d2v("evaluate", *arguments, f"out={out}").returncode == 0
+    assert not (out / "evaluation.png").exists()
     (rated,) = [each for each in found["candidates"] if each["name"] == str(rival)]
     assert rated["parameters"] > 0
-    assert (out / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    assert shown.startswith(b"\x89PNG")
     assert all(rated["per_second"][size] > 0 for size in ("1", "64"))
     assert {row["candidate"] for row in found["results"]} >= {str(rival), "student", "teacher"}
     assert len(found["candidates"]) == 1 + len([each for each in found["candidates"] if each["per_second"]])  # pixels
@@ -151,9 +161,18 @@ def test_a_killed_run_resumes_bit_for_bit(trained: Path, data: Path, tmp_path: P
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+def unlabeled(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A set for retrieval."""
+    root = tmp_path_factory.mktemp("unlabeled")
+    for split in ("train", "test"):
+        write_mds(root / split, [encoded_image(seed) for seed in range(48)])
+    return f"datasets={{mine: {{format: mds, root: {root}, label_column: null}}}}"
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory, data: Path, unlabeled: str) -> Path:
     folder = tmp_path_factory.mktemp("ranks") / "run"
-    options = [*NETWORK, "max_duration=10ba", "save_num_checkpoints_to_keep=-1"]
+    options = [*NETWORK, "max_duration=10ba", "save_num_checkpoints_to_keep=-1", f"retrieval.{unlabeled}"]
     run_ranks(*train_command(small_run(folder, data, *options))[1:])
     return folder
 
@@ -166,6 +185,36 @@ def test_two_ranks_train_and_resume_bit_for_bit(on_two_ranks: Path, trained: Pat
     load = f"load_path={on_two_ranks / 'ep1-ba6-rank0.pt'}"
     run_ranks(*train_command(small_run(tmp_path / "run", data, *NETWORK, "max_duration=10ba", load))[1:])
     assert_same_student(tmp_path / "run", on_two_ranks)
+
+
+def test_ranks_measure_what_is_saved(on_two_ranks: Path, unlabeled: str, tmp_path: Path) -> None:
+    """With rank 0's statistics of BatchNorm, although each rank has its own after a batch."""
+    arguments = [f"model={on_two_ranks / 'latest-rank0.pt'}", unlabeled, f"out={tmp_path}", "precision=fp32"]
+    ended = d2v("evaluate", *arguments)
+    assert ended.returncode == 0, ended.stderr
+    rows = json.loads((tmp_path / "evaluation.json").read_text())["results"]
+    of_student = [each for each in rows if (each["candidate"], each["measure"]) == ("student", "agreement")]
+    found = {each["embedding"]: each["value"] for each in of_student}
+    assert found
+    for embedding, share in found.items():
+        measured = log_of(on_two_ranks)[f"metrics/mine/agreement@10/{embedding}"][10]
+        assert measured == pytest.approx(share), embedding
+
+
+@pytest.mark.slow
+def test_ranks_may_normalize_together(trained: Path, data: Path, tmp_path: Path) -> None:
+    """By the guide's callback; torch does so on GPUs alone, and one process as ever."""
+
+    class Together(Callback):
+        def init(self, state: State, logger: Logger) -> None:
+            timm.layers.convert_sync_batchnorm(state.model)
+
+    trainer = train(small_run(tmp_path / "run", data, *NETWORK), [Together()])
+    assert any(isinstance(each, torch.nn.SyncBatchNorm) for each in trainer.state.model.modules())
+    found, expected = student_of(tmp_path / "run"), student_of(trained)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -191,6 +240,7 @@ def test_what_cannot_be(data: Path, tmp_path: Path, change: str, message: str) -
 
 
 def test_a_classifier_is_timms_own(trained: Path, tmp_path: Path) -> None:
+    """The ranks have tested what is exported."""
     for split, count in (("train", 32), ("test", 16)):
         labels = [seed % 2 for seed in range(count)]
         write_mds(tmp_path / "labeled" / split, [encoded_image(seed) for seed in range(count)], labels)
@@ -205,10 +255,14 @@ def test_a_classifier_is_timms_own(trained: Path, tmp_path: Path) -> None:
         "scheduler.t_warmup=1ba",
         "train_loader.num_workers=0",
     ]
-    ended = run_command(sys.executable, ROOT / "recipes" / "finetune.py", ROOT / "yamls" / "finetune.yaml", *changes)
-    assert ended.returncode == 0, ended.stderr
+    run_ranks(ROOT / "recipes" / "finetune.py", ROOT / "yamls" / "finetune.yaml", *changes)
     out = tmp_path / "classifier.safetensors"
     d2v("export", tmp_path / "tuned" / "latest-rank0.pt", out)
     model: Any = timm.create_model("test_byobnet", num_classes=2, checkpoint_path=str(out)).eval()
     assert model.get_classifier().weight.any()
+    classifier, _ = load_any(tmp_path / "tuned" / "latest-rank0.pt")
+    images = torch.stack([Images().decode(encoded_image(seed), "") for seed in range(16)])
+    logits = classifier.head(classifier.embed(images, "cls"))
+    loss = torch.nn.functional.cross_entropy(logits, torch.arange(16) % 2).item()
+    assert log_of(tmp_path / "tuned")["metrics/test/loss"][6] == pytest.approx(loss, rel=1e-4)
     assert yaml.safe_load((tmp_path / "tuned" / "run.yaml").read_text())["model"]["pooling"] == "cls"
