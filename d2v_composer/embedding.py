@@ -211,8 +211,8 @@ def _wait(theirs: deque[_Chunk], bar: Any, folder: Path) -> None:
         if time.monotonic() > deadline:
             if all(acquire(folder / f".lock{other}") for other in range(1, num_ranks())):
                 raise RunError(
-                    f"{folder}: the other ranks have ended without {bar.total - bar.n} samples: all must see the same "
-                    "SOURCE, and this folder"
+                    f"{folder}: the other ranks left out {bar.total - bar.n} samples; all ranks must see the same "
+                    "SOURCE and this folder"
                 )
             deadline += RANK_SECONDS
 
@@ -339,7 +339,7 @@ def check_out(out: str, *, overwrite: bool) -> None:
             # With our folder next to it, the ids are ours: a run was killed between the two files.
             check_out_file(Path(_ids_file(out)), overwrite=overwrite or _partial_folder(out).exists())
     elif exists(out) and not overwrite:
-        raise InputError(f"{out}: already exists: choose another file, or append --overwrite")
+        raise InputError(f"{out} already exists; choose another file, or append --overwrite")
 
 
 def _partial_folder(out: str) -> Path:

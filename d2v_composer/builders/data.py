@@ -52,7 +52,7 @@ def read_train_index(
         raise InputError(f"{local}: the data set on node {others[0]} differs from the one on node 0")
     if len(index) < batch_size:
         raise InputError(
-            f"{local}: has {len(index)} samples, fewer than one batch of global_train_batch_size {batch_size}"
+            f"{local} has {len(index)} samples, fewer than one batch of global_train_batch_size {batch_size}"
         )
     return index
 

@@ -68,7 +68,7 @@ class ModelFile(NamedTuple):
         """
         if self.kind != kind:
             found = f"a {self.kind} file" if self.kind in FORMAT_VERSIONS else "not a d2v_composer file"
-            raise InputError(f"{path}: is {found}; expected a {kind} file")
+            raise InputError(f"{path} is {found}; expected a {kind} file")
 
 
 def write_model_file(

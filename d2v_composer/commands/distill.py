@@ -126,7 +126,7 @@ def has_begun(arguments: Namespace) -> bool:
 
     source, out, path = arguments.source, arguments.out, arguments.out / SETTINGS
     if not is_remote(source) and out.resolve().is_relative_to(Path(source).resolve(strict="*" not in source)):
-        raise InputError(f"{out}: is inside the folder of samples, {source}")
+        raise InputError(f"{out} is inside the folder of samples, {source}; choose another --out")
     check_out_file(path)
     with errors_of("--out", ValueError):
         RunFolder.parse(str(out))
@@ -134,10 +134,10 @@ def has_begun(arguments: Namespace) -> bool:
     with reading(out):
         if not path.exists():
             if any(not name.startswith((MARK, SETTINGS)) for name in (os.listdir(out) if out.exists() else ())):
-                raise InputError(f"{out}: holds a run of another command; choose another --out")
+                raise InputError(f"{out} holds a run of another command; choose another --out")
             return False
         if (found := path.read_text().partition("\n")[0][2:]) != command_of(arguments):
-            raise InputError(f"{out}: was made by {found!r}; choose another --out")
+            raise InputError(f"{out} was made by {found!r}; choose another --out")
         return (out / "run.yaml").exists()
 
 
@@ -174,8 +174,8 @@ def make_plan(arguments: Namespace) -> Plan:
             with reading(summary):
                 found = json.loads(summary.read_bytes())
             if found | kept != found:
-                raise InputError(f"{samples / split}: was not converted with {kept}; choose another --out")
-    print(f"chosen for {number} {modality.unit}: {', '.join(f'{key}={value}' for key, value in chosen.items())}")
+                raise InputError(f"{samples / split} was not converted with {kept}; choose another --out")
+    print(f"settings for {number} {modality.unit}: {', '.join(f'{key}={value}' for key, value in chosen.items())}")
     return Plan(config, teacher, source)
 
 
@@ -210,7 +210,7 @@ def prepare(arguments: Namespace, plan: Plan) -> None:
     samples = arguments.out / modality.unit
     lock, fetched, workers = FolderLock(RunFolder(arguments.out)), samples / FETCHED, os.cpu_count() or 1
     if has_begun(arguments):  # meanwhile
-        raise InputError(f"{arguments.out}: another call has begun to train there; run the command again")
+        raise InputError(f"{arguments.out}: another process has begun to train there; run the command again")
     write_settings(arguments, config)
     print(f"all settings, including yours, are in {arguments.out / SETTINGS}")
     if splits := [split for split in ("test", "train") if not (samples / split / INDEX).exists()]:

@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> Any:
         out = parts.path(part)
     with suppress(FileNotFoundError):
         if Path(out).samefile(arguments.source):
-            raise InputError(f"{out}: is the source")
+            raise InputError(f"{out} is the source; choose another OUT")
     check_out(out, overwrite=arguments.overwrite or bool(part))
     model, modality, options, device = Embedder(*(getattr(arguments, name) for name in Embedder.__match_args__)).load()
     source = open_source(
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> Any:
     if part:
         plan = plan_of(source, part, model=hash_weights(model), device=device, **options._asdict())
         if parts.has(part, plan):
-            print(f"part {part.number} of {part.total} is there")
+            print(f"part {part.number} of {part.total} exists already")
             return None
     embedding = embed_source(
         model,

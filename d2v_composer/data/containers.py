@@ -174,12 +174,12 @@ class Files:
                     left_out["members without a key"] += len(members) - len(fields)
                     continue
                 if len(images) > 1:
-                    raise InputError(f"{name}/{key}: has {' and '.join(images)}; {CHOOSE}")
+                    raise InputError(f"{name}/{key} has {' and '.join(images)}; {CHOOSE}")
                 if len(fields) < len(members):
-                    raise InputError(f"{name}: has two members {key}.{images[0]}, or two others of one name for {key}")
+                    raise InputError(f"{name} has two members {key}.{images[0]}, or two others of {key} with one name")
                 if labeled:
                     if labeled not in fields:
-                        raise InputError(f"{name}/{key}: has no .{labeled} with its label; it has {', '.join(fields)}")
+                        raise InputError(f"{name}/{key} has no .{labeled} with its label; it has {', '.join(fields)}")
                     file.seek(fields[labeled][0])
                     label = file.read(fields[labeled][1]).decode().strip()
                     label = json.loads(label).get(key_of_label) if key_of_label else label
@@ -188,7 +188,7 @@ class Files:
                 offsets.append(fields[images[0]][0])
                 sizes.append(fields[images[0]][1])
         if twice := next((key for key, count in Counter(keys).items() if count > 1), None):
-            raise InputError(f"{name}: has the key {twice!r} twice, not together")
+            raise InputError(f"{name} has the key {twice!r} twice, with other samples between")
         if (statistics := local.with_name(f"{local.stem}_stats.json")).exists():  # img2dataset's
             with reading(statistics):
                 counts = json.loads(statistics.read_bytes())
@@ -231,7 +231,7 @@ class Files:
                 sizes = np.repeat(np.array(means, np.int64), rows)
                 load = partial(_load_row, name, local, known[0], np.cumsum([0, *rows]).tolist())
             elif fetch.is_remote(self.root):
-                raise InputError(f"{name}: its column {known[0]!r} has paths, which only a local file may have")
+                raise InputError(f"{name}: column {known[0]!r} holds paths, which are allowed only in a local file")
             else:
                 paths = np.array([each or "" for each in file.read(known)[0].to_pylist()], str)
                 places = [local.parent / each for each in paths]
@@ -368,7 +368,7 @@ def _load_row(name: str, local: Path, column: str, starts: list[int], row: int) 
         value = _row_group(local, column, group)[row - starts[group]].as_py()
     value = value["bytes"] if isinstance(value, dict) else value
     if value is None:
-        raise UnreadableSampleError(f"{name}#{row}: is null")
+        raise UnreadableSampleError(f"{name}#{row} is null")
     return value
 
 

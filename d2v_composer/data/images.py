@@ -47,9 +47,9 @@ def open_image(encoded: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnreadableSampleError(f"has more than {limit} pixels") from error
+        raise UnreadableSampleError(f"more than {limit} pixels") from error
     if limit is not None and image.width * image.height > limit:
-        raise UnreadableSampleError(f"has {image.width} x {image.height} pixels, more than {limit}")
+        raise UnreadableSampleError(f"{image.width} x {image.height} pixels, more than {limit}")
     return image
 
 

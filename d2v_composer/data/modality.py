@@ -109,9 +109,9 @@ def read_sample_file(path: Path) -> bytes:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # reading a pipe could wait for ever
-            raise UnreadableSampleError(f"{path}: is not a regular file")
+            raise UnreadableSampleError(f"{path} is not a regular file")
         if status.st_size > MAX_BYTES:
-            raise UnreadableSampleError(f"{path}: has {status.st_size:,} bytes, more than {MAX_BYTES:,}")
+            raise UnreadableSampleError(f"{path} has {status.st_size:,} bytes, more than {MAX_BYTES:,}")
         return path.read_bytes()
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG):
@@ -135,7 +135,7 @@ def decoding(stored: Any, source: str, kind: str) -> Iterator[None]:
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
             raise
         detail = f"{len(stored)} bytes" if isinstance(stored, bytes) else f"{stored!r:.50}"
-        raise UnreadableSampleError(f"{source}: not {kind} that can be read ({detail})") from error
+        raise UnreadableSampleError(f"{source}: cannot decode as {kind} ({detail})") from error
 
 
 def sample_rng(seed: int, epoch: int, sample_id: int) -> np.random.Generator:

@@ -70,7 +70,7 @@ class Parts:
             others = [path.name for path in Path(self.out).glob("*") if path.name != "parts"]  # of a store: none
             if others or self.load(f"{self.out}/{INDEX}"):
                 raise InputError(
-                    f"{self.out}: holds something else than parts: {[*others, INDEX][0]}; choose another OUT"
+                    f"{self.out} holds something other than parts: {[*others, INDEX][0]}; choose another OUT"
                 )
         return False
 
@@ -86,9 +86,9 @@ class Parts:
             raise InputError(f"{self.folder}: no finished parts")
         counts = sorted({part.total for part in found})
         if len(counts) > 1:
-            raise InputError(f"{self.folder}: has parts of {' and of '.join(map(str, counts))}; remove those of one")
+            raise InputError(f"{self.folder} has parts of {' and of '.join(map(str, counts))}; keep only one set")
         if missing := sorted({*range(counts[0])} - {part.number for part in found}):
-            raise InputError(f"{self.folder}: missing of {counts[0]} parts: {', '.join(map(str, missing))}")
+            raise InputError(f"{self.folder}: of {counts[0]} parts, these are missing: {', '.join(map(str, missing))}")
         first = self._read(found[0], {}, "")
         return {part: self._read(part, first["part"], found[0].name) for part in found}
 
@@ -104,11 +104,9 @@ class Parts:
             record = self.load(address)
             has = record["part"]
             if (has["number"], has["total"]) != part:
-                raise InputError(f"{self.path(part)}: is part {has['number']} of {has['total']}")
+                raise InputError(f"{self.path(part)} holds part {has['number']} of {has['total']}; remove it")
             if others := [key for key in plan if key != "number" and has.get(key) != plan[key]]:
-                raise InputError(
-                    f"{self.path(part)}: was made with another {', '.join(others)} than {whose}; remove it"
-                )
+                raise InputError(f"{self.path(part)} was made with another {', '.join(others)} than {whose}; remove it")
             return record
 
     @staticmethod

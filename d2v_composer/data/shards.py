@@ -68,7 +68,7 @@ def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0) -> None:
                 with reading(address):
                     json.loads(fetched.read_bytes())
                 if here not in (None, fetched.read_bytes()):
-                    raise InputError(f"{local}: holds shards of a data set other than {remote}; choose another folder")
+                    raise InputError(f"{local} holds shards of a data set other than {remote}; choose another folder")
         except InputError:
             raise
         except Exception as error:
@@ -105,7 +105,7 @@ class Shards:
         # Its shards would be evicted, and lost.
         if self.limit and Path(index.source).resolve() == self.local.resolve():
             raise InputError(
-                f"cache_limit: only for the cache of a remote data set; {self.local} is the data set itself"
+                f"cache_limit: needs a remote data set, but {self.local} is the data set itself, not its cache"
             )
         if any(shard.zipped for shard in self.shards):
             from streaming.base.compression import decompress  # it imports a package for each kind
@@ -258,9 +258,7 @@ class Shards:
             except NoRoomError:
                 return False
             except Exception as error:
-                raise ShardError(
-                    f"{address}: the shard cannot be fetched: {reason(error)} (to {self.local})"
-                ) from error
+                raise ShardError(f"{address}: the shard cannot be fetched to {self.local}: {reason(error)}") from error
         self._verified.add(shard_id)
         return True
 

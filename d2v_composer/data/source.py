@@ -311,7 +311,7 @@ def map_in_workers(
         cause = (str(error).strip() or type(error).__name__).splitlines()[-1]
         if isinstance(error, RuntimeError) and not cause.startswith("DataLoader worker (pid"):
             raise
-        raise RunError(f"reading failed ({cause}): the same command resumes") from error
+        raise RunError(f"reading failed ({cause}); the same command resumes") from error
 
 
 def hash_of(*contents: object) -> str:

@@ -90,7 +90,7 @@ class LayerRegression(Objective):
         check_choice("prediction", prediction, Prediction)
         check_choice("loss", loss, TokenLoss)
         if cls_weight is not None and (layer_mean.extra_tokens != "regress" or not teacher.has_cls_token):
-            raise ValueError("cls_weight: needs a teacher with CLS, and extra_tokens 'regress'")
+            raise ValueError("cls_weight: allowed only with extra_tokens 'regress' and a teacher that has CLS")
         if layer_mean.extra_tokens == "only" and not teacher.num_extra_tokens:
             raise ValueError("extra_tokens: 'only' needs extra tokens, and this teacher has none")
         super().__init__(teacher, self.build_head(teacher, student), weight)

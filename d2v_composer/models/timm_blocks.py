@@ -38,7 +38,7 @@ def check_block(block: nn.Module) -> None:
     """Raise ValueError if a block's kind is not supported."""
     if type(block) not in KINDS:
         allowed = ", ".join(sorted({kind.__name__ for kind in KINDS}))
-        raise ValueError(f"blocks of kind {type(block).__name__} are not supported; use one of {allowed}")
+        raise ValueError(f"blocks of class {type(block).__name__} are not supported; expected one of {allowed}")
 
 
 @torch.no_grad()

@@ -335,7 +335,7 @@ def list_folder(folder: str) -> tuple[str, list[str]]:
         except (OSError, ValueError):
             raise InputError(problem) from error
         commit, paths = Path(cached).name, [each.relative_to(cached).as_posix() for each in Path(cached).rglob("*.*")]
-        log.warning("%s; using the files in the hub's cache, which may not be all", problem)
+        log.warning("%s; using the files in the hub's cache, which may be incomplete", problem)
     root = f"hf://datasets/{repository}@{commit}/{inside}".rstrip("/")
     return root, sorted(path.removeprefix(inside) for path in paths if path.startswith(inside))
 

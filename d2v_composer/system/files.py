@@ -35,9 +35,9 @@ def check_out_file(path: Path, *, overwrite: bool = True) -> None:
     if re.match(r"\w\w+:/", path.as_posix()):  # not C:/
         raise InputError(f"{path}: expected a local file, not one in an object store")
     if path.is_dir():
-        raise InputError(f"{path}: is a folder; expected a file to write")
+        raise InputError(f"{path} is a folder; expected a file to write")
     if not overwrite and os.path.lexists(path):
-        raise InputError(f"{path}: already exists: choose another file, or append --overwrite")
+        raise InputError(f"{path} already exists; choose another file, or append --overwrite")
     folder = path.parent.absolute()
     existing = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
     try:  # permissions do not show a read-only file system, nor what root may not do
