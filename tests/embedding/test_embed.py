@@ -226,7 +226,7 @@ def test_resumes_where_the_source_changed(tmp_path: Path, change: Callable[[Path
     source.mkdir()
     for i in range(18):
         (source / f"{i:02}.jpg").write_bytes(b"" if i == 13 else encoded_image(i))
-    with pytest.raises(InputError, match=r"13\.jpg: not an image"):
+    with pytest.raises(InputError, match=r"13\.jpg: cannot decode as an image"):
         embed(TEACHER, source, out, *SMALL_BATCHES)
     change(source)
     options = (*SMALL_BATCHES, "--skip-unreadable")
