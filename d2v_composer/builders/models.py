@@ -85,7 +85,7 @@ def build_augmentation(
 
 
 def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None:
-    """Build a student as a model's run began with it, or a teacher's default one; ``None``: that needs the teacher."""
+    """Build the student with which a model's run began, or a teacher's default one; ``None`` without a needed teacher."""
     if isinstance(model, Teacher):
         return model.build_student(projected=model.projected_width > 0)
     if isinstance(model.config, TimmNetworkConfig):
@@ -107,7 +107,7 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
 
 
 def load_rival(place: str, modality: str) -> Backbone:
-    """Load a further model to compare: a file's, or timm's own of a name.
+    """Load a further model to compare, from a file or, as ``timm/NAME``, from timm.
 
     Raises:
         InputError: It cannot be loaded, or takes other samples.

@@ -185,7 +185,7 @@ class ZeroShotRetrieval(Callback):
             setattr(self, name, state.get(name, getattr(self, name)))  # earlier versions had no hits
 
     def evaluate(self, state: State, logger: Logger) -> None:
-        """Measure and log the model, unless this was done for this batch or the run should stop."""
+        """Measure and log the model, unless this batch was measured already or the run should stop."""
         if self.history and self.history[-1]["batch"] == int(state.timestamp.batch):
             return
         self.was_stopped = True

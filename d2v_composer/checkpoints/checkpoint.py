@@ -299,7 +299,7 @@ def _read_pointer(address: str) -> str | None:
 
 
 def _download(address: str, path: Path) -> bool:
-    """Download a file; return False if it does not exist. If the store is unreachable, retry."""
+    """Download a file, with retries while the store is unreachable; return False if it does not exist."""
     try:
         return download_existing(address, path)
     except Exception as error:

@@ -101,7 +101,7 @@ def _section(container: Any, name: str) -> dict[Any, Any] | None:
 
 
 def _fields(section: dict[Any, Any]) -> dict[Any, Any]:
-    """Return a section's fields that are set, without the interpolated ones, which equal our defaults."""
+    """Return the fields that a section sets, but not interpolated ones: they equal our defaults."""
     values = {name: each.get("_val") if isinstance(each, Stub) else each for name, each in section.items()}
     # Not str(each): a list may hold another one twice, 60 times over.
     return {
@@ -112,7 +112,7 @@ def _fields(section: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _read_config(kind: type[Any], model: dict[Any, Any], section: dict[Any, Any]) -> TeacherConfig:
-    """Read the sizes, except a scale's shape; fields that the file lacks have data2vec's defaults.
+    """Read a teacher's sizes, with data2vec's defaults for missing fields; the shape of ALiBi's scale comes later.
 
     Raises:
         ValueError: They are not those of a supported teacher.

@@ -302,7 +302,7 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> tuple[Bac
 
 
 def own_parts(student: Backbone) -> nn.ModuleDict:
-    """Return a student without what is its teacher's, to load a state dict into."""
+    """Return the parts of a student that are not shared with its teacher, to load a state dict into."""
     own = {name: part for name, part in student.named_children() if not getattr(part, "is_frozen", False)}
     return nn.ModuleDict(own)
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> Any:
-    """Convert, print a report, and return the result; ``None`` if the part is there."""
+    """Convert, print a report, and return the result; ``None`` if the part exists already."""
     parser = make_parser(__doc__)
     add_options(parser, "image", source=f"a folder of images, cifar10:FOLDER, or {SOURCES}")
     add = parser.add_argument
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> Any:
 
 
 def add_options(parser: ArgumentParser, sample: str, source: str) -> None:
-    """Add the options that the commands for all kinds of samples have."""
+    """Add the options that all conversions share, of images or audio."""
     add = parser.add_argument
     add("source", metavar="SOURCE", help=source)
     add("out", metavar="OUT", help="a folder, s3://bucket/prefix, gs://, …")

@@ -111,13 +111,13 @@ def distill(arguments: Namespace, argv: Sequence[str]) -> None:
 
 
 def command_of(arguments: Namespace) -> str:
-    """Return the command without OUT and changes, which the first line of the settings keeps."""
+    """Return the command, without OUT and changes, for the first line of the settings file."""
     column = ["--column", arguments.column] if arguments.column else []
     return hide_secrets(shlex.join(["d2v", "distill", arguments.source, "--teacher", arguments.teacher, *column]))
 
 
 def has_begun(arguments: Namespace) -> bool:
-    """Return True if OUT holds this command's run, and its training has begun; then its settings are decided.
+    """Return True if OUT holds this command's run and its training has begun, so that its settings are fixed.
 
     Raises:
         InputError: OUT is the user's or another command's, or cannot be written.
@@ -180,7 +180,7 @@ def make_plan(arguments: Namespace) -> Plan:
 
 
 def list_source(arguments: Namespace, modality: "Modality", fetched: Path) -> "Source":
-    """List the samples of SOURCE; ``fetched`` is for the files of a data set in a store.
+    """List the samples of SOURCE; ``fetched`` is a folder for files that must be downloaded.
 
     Raises:
         InputError: There are none, or they cannot be read.
@@ -337,7 +337,7 @@ def choose(num_samples: int, teacher: "TeacherConfig", student: str | None) -> d
 
 
 def choose_for(modality: str, on_gpu: bool) -> dict[str, Any]:
-    """Return the settings that depend on what the samples are."""
+    """Return the settings that depend on the modality of the samples."""
     if modality == "audio":
         return {
             "global_train_batch_size": 64 if on_gpu else 32,
@@ -355,7 +355,7 @@ def choose_for(modality: str, on_gpu: bool) -> dict[str, Any]:
 
 
 def encoding(modality: "Modality", config: "TrainConfig", held_out: bool) -> dict[str, Any]:
-    """Return the options of a conversion that keep what the run needs of samples."""
+    """Return the options with which a conversion keeps the size or length that the run needs."""
     from d2v_composer.data.audio import MAX_SECONDS_WHOLE
     from d2v_composer.data.images import Images
 

@@ -41,7 +41,7 @@ from d2v_composer.system.processes import local_rank, local_ranks
 
 
 def main(argv: Sequence[str]) -> Any:
-    """Embed on every GPU, print a report, and return the result; ``None`` if the part is there."""
+    """Embed on every GPU, print a report, and return the result; ``None`` if the part exists already."""
     arguments = parse(argv)
     with suppress(ModuleNotFoundError):  # without Composer, one GPU
         relaunch_on_gpus("embed", *argv)

@@ -89,7 +89,7 @@ class Files:
         return [path for path in self.paths if re.search(rf"(?<![a-z]){split}(?![a-z])", path.lower())]
 
     def open_split(self, split: str | None) -> Source:
-        """Open the samples of a split, by default ``train``, or all if no file is called so; ``none``: all.
+        """Open the samples of a split: by default ``train``, or all if no file has that name; ``none``: all.
 
         Names of classes are those of ``train``, if there is one.
 
@@ -107,7 +107,7 @@ class Files:
         )
 
     def open(self, class_names: Callable[[], Sequence[str]] = tuple) -> Source:
-        """Open all samples, in the order of the files and in theirs; remote files are fetched first.
+        """Open all samples, file by file, in each file's order; remote files are fetched first.
 
         Args:
             class_names: Returns the names of classes, if the labels are names; empty: those that occur.
@@ -341,7 +341,7 @@ def _marks(local: Path, path: str, column: str | None, count: int) -> NDArray[np
 
 
 def _members(file: BinaryIO) -> Iterator[tuple[re.Match[str] | None, int, int]]:
-    """Yield a tar's members but folders: key and suffixes, ``None`` if it is no file of a sample; offset and size.
+    """Yield each file in a tar: key and suffixes (``None`` if it belongs to no sample), offset and size.
 
     Raises:
         ValueError: The tar ends too early. tarfile's errors if it is damaged.
@@ -374,7 +374,7 @@ def _load_row(name: str, local: Path, column: str, starts: list[int], row: int) 
 
 @lru_cache(maxsize=1)
 def _row_group(local: Path, column: str, group: int) -> Any:
-    """Read a row group's samples; each process keeps one."""
+    """Read a row group's samples; each process caches its last one."""
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(local, page_checksum_verification=True) as file:

@@ -201,7 +201,7 @@ def _digest(source: Source, number: int) -> bytes | None:
 
 
 def foresee(source: Source, workers: int, **options: Any) -> tuple[float, float]:
-    """Return about how many bytes and seconds a conversion takes, from a few neighbors at each of four places.
+    """Estimate the bytes and seconds that a conversion takes, from a few samples at each of four places.
 
     Args:
         source: The samples.
@@ -305,7 +305,7 @@ class _Task(NamedTuple):
 
 
 def work_folder(out: str) -> Path:
-    """Return the local folder for an unfinished conversion, whose output is a folder or in an object store."""
+    """Return the local folder for an unfinished conversion to OUT, a folder or an address in a store."""
     if is_remote(out):
         return cache_folder() / "conversions" / hashlib.sha256(out.encode()).hexdigest()[:16]
     return Path(out).resolve() / ".converting"
@@ -402,7 +402,7 @@ def convert(
 
 
 def merge(out: str) -> Conversion:
-    """Make one MDS data set of all its parts, whose shards stay where they are.
+    """Join all parts to one MDS data set, without moving their shards.
 
     Raises:
         InputError: A part is missing, is there twice or was not made like the others, a shard is missing or has another
@@ -434,7 +434,7 @@ def merge(out: str) -> Conversion:
 
 
 def _write_index(out: str, work: Path | None, summary: Mapping[str, Any], index: Mapping[str, Any]) -> None:
-    """Finish a data set: the index comes last."""
+    """Write the index of a data set, which finishes it, after all shards."""
     for name, content in ((SUMMARY, summary), (INDEX, index)):
         with _published(out, name, work) as path:
             path.write_text(json.dumps(content, sort_keys=True))

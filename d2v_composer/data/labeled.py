@@ -108,7 +108,7 @@ class EvaluationSet(NamedTuple):
 
     @property
     def has_labels(self) -> bool:
-        """True unless there are only test images, without labels."""
+        """True if the set has labels; False if it has only test images."""
         return len(self.train.labels) > 0
 
     @property
@@ -326,14 +326,14 @@ class Augmentation(NamedTuple):
 
 
 def collate_labeled(pairs: Sequence[tuple[Tensor, Any]]) -> list[Tensor]:
-    """Return a batch of samples with labels: inputs, labels and, if some are padded, what :func:`collate` adds."""
+    """Return a batch of samples with labels: inputs, labels and, if some samples are padded, their lengths."""
     samples, labels = zip(*pairs, strict=True)
     values, *others = collate(samples)
     return [values, torch.tensor([int(label) for label in labels]), *others]
 
 
 def eval_batches(labeled: LabeledSamples, batch_size: int) -> DataLoader:
-    """Return the loader for this rank's share of all samples, not augmented; Composer drops the last ranks' padding."""
+    """Return the loader of this rank's share of the samples, not augmented; Composer drops the padding at the end."""
     from composer.utils import dist
 
     dataset: Any = list(zip(*labeled, strict=True))

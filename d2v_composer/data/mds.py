@@ -145,7 +145,7 @@ class Index:
 
     @property
     def source(self) -> str:
-        """Where the data set is: its address or its folder."""
+        """The address or the folder of the data set."""
         return self.remote or str(self.folder)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Parts of a conversion or of embeddings, which any scheduler makes, in any order, on any machine, and how they merge.
+"""Make parts of a conversion or of embeddings, in any order, on any machine, and merge them.
 
 A part is there once its last file is. Beside it stands its record: which part it is, and of what and how it was made.
 """
@@ -22,13 +22,13 @@ TABLES = (".npy", ".parquet")
 
 
 def plan_of(source: Source, part: Part, **settings: Any) -> dict[str, Any]:
-    """Return what is recorded of a part: which it is, and what all must share: source, version and settings."""
+    """Return a part's record: its number, and the source, version and settings that all parts must share."""
     same = {"unit": source.modality.unit, "source": source.content, "version": version("d2v-composer")}
     return part._asdict() | same | settings
 
 
 def bring(address: str, folder: Path) -> Path:
-    """Return the path of a file, downloaded to a folder if it is in a store; there is none if the file is missing."""
+    """Return the path of a file, downloaded to a folder if it is in a store; a missing file leaves no file there."""
     if not is_remote(address):
         return Path(address)
     path = folder / address.rpartition("/")[2]
@@ -54,11 +54,11 @@ class Parts:
         self._last, self._record = (self.suffix, ".json") if self.suffix else (f"/{INDEX}", f"/{SUMMARY}")
 
     def path(self, part: Part) -> str:
-        """Return where a part is."""
+        """Return the path or address of a part."""
         return f"{self.folder}/{part.name}{self.suffix}"
 
     def has(self, part: Part, plan: Mapping[str, Any]) -> bool:
-        """Return True if a part is there; else it can be made.
+        """Return True if a part exists; otherwise check that it can be made.
 
         Raises:
             InputError: It was made of something else or otherwise, or the folder of an MDS data set has other files.
@@ -94,7 +94,7 @@ class Parts:
 
     @cached_property
     def names(self) -> set[str]:
-        """The paths of what is below the folder."""
+        """The paths of all files below the folder, relative to it."""
         if is_remote(self.folder):
             return {*list_folder(self.folder)[1]}
         return {path.relative_to(self.folder).as_posix() for path in Path(self.folder).rglob("*")}

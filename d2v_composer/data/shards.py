@@ -195,7 +195,7 @@ class Shards:
         return max(1, on_machine // processes)
 
     def _lock_of(self, path: Path) -> Path:
-        """Return the lock of a shard, from its path or that of a temporary file beside it."""
+        """Return the lock of a shard, given its path or the path of a temporary file beside it."""
         return self._locks / PARTIAL.sub("", str(path.relative_to(self.local)))
 
     def _remove_abandoned(self, suffix: str = "") -> None:
@@ -224,7 +224,7 @@ class Shards:
         return False
 
     def _fetch(self, shard_id: int, timeout: float) -> bool:
-        """Fetch and verify a shard.
+        """Fetch and verify a shard, unless another thread does.
 
         Returns:
             False if another thread is fetching it, or if shards that are being fetched take the room in the cache.

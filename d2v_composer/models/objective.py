@@ -1,4 +1,4 @@
-"""Objectives: what a student regresses of a teacher.
+"""The terms of the loss: what a student regresses, and how far it is off.
 
 Shapes: B inputs, T tokens, D channels of the teacher, d of a student of another width, L layers.
 """
@@ -104,7 +104,7 @@ class LayerRegression(Objective):
         self.num_predicted = 1 if self.needs_output else student.num_layers
 
     def build_head(self, teacher: Teacher, student: Backbone) -> nn.Module:
-        """Build what leads from a layer of the student to the teacher's width."""
+        """Build the layer that maps the student's width to the teacher's."""
         widths = student.embed_dim, teacher.embed_dim
         return nn.Identity() if widths[0] == widths[1] else init_linear_layers(nn.Linear(*widths))
 

@@ -18,7 +18,7 @@ from d2v_composer.models.transformer import Transformer
 
 
 class Teacher(Transformer, Frozen):
-    """A teacher, in eval mode. Call :meth:`freeze` once the parameters exist.
+    """Base of teachers, in eval mode. Call :meth:`freeze` once the parameters exist.
 
     Args:
         encoder: Shared with the students.

@@ -1,4 +1,4 @@
-"""Write local files atomically, so that readers and restarts find them complete or not at all; lock files."""
+"""Write local files atomically, so that readers and restarts find them complete or not at all, and lock them."""
 
 import errno
 import logging
@@ -47,7 +47,7 @@ def check_out_file(path: Path, *, overwrite: bool = True) -> None:
 
 
 def check_owned(folder: Path, mark: str, key: str) -> None:
-    """Check that a folder is missing, empty, or ours: its first user of this package left the file ``mark`` there.
+    """Check that a folder is missing, empty, or ours, which the file ``mark`` in it shows.
 
     Raises:
         InputError: It holds other files, which are not mixed with ours.
