@@ -96,7 +96,7 @@ def compiled_with_weights(frozen_pass: Callable[P, R], mode: str | None) -> Call
 
 
 def captured(frozen_pass: Callable[P, R]) -> Callable[P, R]:
-    """Compile a function without gradient as a CUDA graph; if that is impossible, Inductor silently runs it as usual."""
+    """Compile a function without gradient as a CUDA graph; if that is impossible, Inductor runs it as usual."""
     function = compiled(frozen_pass, options={"triton.cudagraphs": True})
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
