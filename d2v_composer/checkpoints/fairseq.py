@@ -155,7 +155,10 @@ def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
         found = stored.provenance["weights"]
         config = read_config(TeacherConfig, stored.config)
     if found != weights:
-        raise InputError(f"{path} has no {weights} weights, only {found}; convert it again with --weights {weights}")
+        raise InputError(
+            f"{path} was converted with --weights {found}, and has no {weights} weights; convert it again with "
+            f"--weights {weights}"
+        )
     return build_loaded(path, lambda: Data2Vec2(config, stored.provenance), stored.tensors)
 
 

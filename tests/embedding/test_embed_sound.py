@@ -59,7 +59,7 @@ def test_files_that_lie_stop_or_are_skipped(sounds: Path, tmp_path: Path, capsys
     for name, (content, _) in bad.items():
         (sounds / name).write_bytes(content)
     (sounds / "b" / "silent.flac").write_bytes(encoded_clip(1, 4000, volume=0))
-    with pytest.raises(InputError, match=r"\A\S+half\.flac: not a .*; --skip-unreadable skips such clips\Z"):
+    with pytest.raises(InputError, match=r"\A\S+half\.flac: cannot decode .*; --skip-unreadable skips such clips\Z"):
         embed(sounds, tmp_path / "out.npy")
     result = embed(sounds, tmp_path / "out.npy", "--skip-unreadable")
     assert (result.images, len(result.skipped)) == (NUM_CLIPS + 1, len(bad))
