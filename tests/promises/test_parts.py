@@ -157,7 +157,7 @@ def test_parts_that_do_not_fit_are_one_line(sources: dict[str, list[str]], tmp_p
     other = sources["bytes"]
     again = "convert-images", *other, out, *CONVERT, "--part", "2/3"
     another = "was made with another source, labels, label_column than this command; remove it"
-    assert failure(d2v(*again), 2).endswith(f"00002-of-00003: {another}")
+    assert failure(d2v(*again), 2).endswith(f"00002-of-00003 {another}")
     settings = ("--normalize", "--part", "1/3")
     succeed("embed", TEACHER, source, table, *EMBED, *settings)
     assert failure(d2v("merge", table), 2).endswith(
