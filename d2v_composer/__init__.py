@@ -83,7 +83,7 @@ def d2v2_student(pretrained: bool = False, **kwargs: Any) -> Any:
 
 
 class _FindTimm:
-    """Find timm as usual, and register the student in timm once timm is imported, not merely looked up."""
+    """Import hook that finds timm as usual, and registers the student once timm is really imported."""
 
     def find_spec(self, fullname: str, *args: Any) -> ModuleSpec | None:
         spec = PathFinder.find_spec(fullname, *args) if fullname == "timm" else None

@@ -71,7 +71,7 @@ class Embedding(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """Some batches, and the file of their embeddings: ``rows``; ``numbers`` and ``reasons`` of unreadable samples."""
+    """Consecutive batches, and the file with their ``rows`` and, of unreadable samples, ``numbers`` and ``reasons``."""
 
     batches: Sequence[range]
     path: Path
@@ -87,7 +87,7 @@ class _Chunk(NamedTuple):
             return arrays[name]
 
     def read_block(self, source: Source) -> tuple[NDArray, NDArray]:
-        """Return ids and embeddings."""
+        """Return the ids and embeddings of the chunk's readable samples."""
         first, end = self.samples.start, self.samples.stop
         return np.delete(source.ids[first:end], self.read("numbers") - first), self.read("rows")
 
@@ -181,7 +181,7 @@ def embed_source(
 
 
 def _cut(source: Source, plan: Mapping[str, Any], folder: Path) -> list[_Chunk]:
-    """Cut a source, or its part, into batches, and these into chunks, which are named by what their rows depend on."""
+    """Cut a source, or its part, into chunks of batches; a chunk's name is a hash of all that its rows depend on."""
     size, chunks = plan["batch_size"], list[_Chunk]()
     batches = source.part.of([range(first, min(first + size, len(source))) for first in range(0, len(source), size)])
     for first in range(0, len(batches), per_chunk := max(1, CHUNK // size)):
@@ -193,13 +193,13 @@ def _cut(source: Source, plan: Mapping[str, Any], folder: Path) -> list[_Chunk]:
 
 
 def _count(theirs: deque[_Chunk], bar: Any) -> None:
-    """Count what the other ranks have embedded since the last call: their first chunks that are there."""
+    """Count the samples that the other ranks have embedded since the last call."""
     while theirs and theirs[0].path.exists():
         bar.update(len(theirs.popleft().samples))
 
 
 def _wait(theirs: deque[_Chunk], bar: Any, folder: Path) -> None:
-    """Wait until the other ranks have embedded the rest.
+    """Wait until the other ranks have embedded their samples.
 
     Raises:
         RunError: They have ended without it.
@@ -211,8 +211,8 @@ def _wait(theirs: deque[_Chunk], bar: Any, folder: Path) -> None:
         if time.monotonic() > deadline:
             if all(acquire(folder / f".lock{other}") for other in range(1, num_ranks())):
                 raise RunError(
-                    f"{folder}: the other ranks have ended without {bar.total - bar.n} samples: all must see the same "
-                    "SOURCE, and this folder"
+                    f"{folder}: the other ranks left out {bar.total - bar.n} samples; all ranks must see the same "
+                    "SOURCE and this folder"
                 )
             deadline += RANK_SECONDS
 
@@ -232,7 +232,7 @@ def _check_plan(folder: Path, plan: Mapping[str, Any]) -> None:
 
 
 def merge(out: str, *, overwrite: bool = False) -> Embedding:
-    """Make one file of its parts, which stay where they are.
+    """Join all parts to one file, without removing them.
 
     Raises:
         InputError: A part is missing, is there twice or was not made like the others, or ``out`` exists.
@@ -255,7 +255,7 @@ def merge(out: str, *, overwrite: bool = False) -> Embedding:
 
 
 def _read_part(address: str, count: int, folder: Path) -> Iterator[tuple[NDArray, NDArray]]:
-    """Yield ids and embeddings of a part, which its record counts.
+    """Yield the ids and embeddings of a part, and check their number against the part's record.
 
     Raises:
         InputError: It is damaged.
@@ -339,7 +339,7 @@ def check_out(out: str, *, overwrite: bool) -> None:
             # With our folder next to it, the ids are ours: a run was killed between the two files.
             check_out_file(Path(_ids_file(out)), overwrite=overwrite or _partial_folder(out).exists())
     elif exists(out) and not overwrite:
-        raise InputError(f"{out}: already exists: choose another file, or append --overwrite")
+        raise InputError(f"{out} already exists; choose another file, or append --overwrite")
 
 
 def _partial_folder(out: str) -> Path:
@@ -374,7 +374,7 @@ def hash_weights(model: Backbone) -> str:
 def load_batch(
     decode: Callable[[int], Tensor], numbers: Sequence[int]
 ) -> tuple[tuple[Tensor, ...], list[tuple[int, str]]]:
-    """Load a batch as :func:`collate` does, and the number and reason of each unreadable sample.
+    """Load a batch for :func:`embed_batch`, with the number and reason of each unreadable sample.
 
     Args:
         decode: Returns a sample by number, as :meth:`Source.decode`.

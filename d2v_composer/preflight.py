@@ -46,7 +46,7 @@ PHASE_SECONDS, STOP_SECONDS = 3600.0, 120.0  # compiling takes minutes, the time
 
 
 def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> bool:
-    """Check and try a run, and print a table and what the whole run will need.
+    """Check and try a run; print a table, and the time and nodes that the whole run will need.
 
     Call it in one process, before a process group exists.
 

@@ -96,7 +96,7 @@ def read_rows(study: Path, names: Sequence[str] | None = None) -> dict[str, Mapp
 
 
 def check_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path]) -> None:
-    """Check that the rows that were begun before have the settings of this call.
+    """Check that rows begun by an earlier call have this call's settings.
 
     Raises:
         InputError: Names the settings that differ.

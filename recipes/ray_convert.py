@@ -27,7 +27,7 @@ convert = ray.remote(convert_images.main)
 
 
 def main(*argv: str) -> None:
-    """Convert all parts but those that are there, and merge them."""
+    """Convert the missing parts, and merge all."""
     commands = ([*argv, "--workers", "1", "--part", f"{part}/{PARTS}"] for part in range(PARTS))
     ray.get([convert.remote(command) for command in commands])
     merge.main([argv[1]])

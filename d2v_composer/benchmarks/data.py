@@ -120,7 +120,7 @@ def build_ours(local: Path, remote: str | None, options: dict[str, Any]) -> Data
 
 
 def augment() -> Callable[[Any], Tensor]:
-    """Return the usual transform of PIL images, as in most tutorials."""
+    """Return the training transform of PIL images that most tutorials use."""
     bicubic = transforms.InterpolationMode.BICUBIC
     return transforms.Compose(
         [
@@ -133,7 +133,7 @@ def augment() -> Callable[[Any], Tensor]:
 
 
 def take_all(loader: Any, num_images: int) -> None:
-    """Read one epoch.
+    """Read every batch of one epoch.
 
     Raises:
         RuntimeError: The loader delivers something else than all images.

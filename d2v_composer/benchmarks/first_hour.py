@@ -152,7 +152,7 @@ def format_result(result: Mapping[str, Any]) -> str:
 
 
 def run_step(command: str, out: Path, file: str) -> tuple[str, list[str]]:
-    """Run a command until it exits or its time is up; return the verdict and the notable lines of its output."""
+    """Run a command, within its time limit; return the verdict and the notable lines of the output."""
     output = out / f"{file}.txt"
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

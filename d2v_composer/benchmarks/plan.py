@@ -46,7 +46,7 @@ BYTES_PER_MS = 3.35e9
 
 
 def benchmark(size: str = "base", batch_size: int = 256, residual: str = "full") -> dict[str, Any]:
-    """Plan a step in bfloat16, part by part."""
+    """Count the kernels and bytes of each part of a step in bfloat16."""
     planner = Planner()
     with ExitStack() as stack:
         for name, stub in planner.stubs().items():
@@ -88,7 +88,7 @@ def format_result(result: Mapping[str, Any]) -> str:
 
 
 class Planner(FakeTensorMode):
-    """Fake tensors, and a torch.compile backend that plans graphs and counts the ones that run.
+    """A torch.compile backend on fake tensors, which plans graphs and counts the ones that run.
 
     Attributes:
         part: The part of the step that runs.

@@ -44,7 +44,7 @@ def benchmark(
 
 
 def multiply(bank_ND: Tensor, queries_QD: Tensor) -> None:
-    """Do the minimum work of any search: multiply every query by every bank vector, and keep nothing."""
+    """Multiply every query by every bank vector, and keep nothing: the least work of any search."""
     buffer = bank_ND.new_empty(len(queries_QD), PRODUCT_PART)
     with precision_of(None, bank_ND.device.type):
         for part in bank_ND.split(PRODUCT_PART):

@@ -214,7 +214,7 @@ def build_model(size: str) -> DistillationModel:
 
 
 def naive_loss(teacher: Any, student: Any, images: Tensor) -> Tensor:
-    """Compute the loss of a batch of images as a user's first version would.
+    """Compute the loss of a batch of images without any optimization.
 
     Two whole models with an encoder each, every layer's output kept, attention in eager mode; ``layer_mean``
     prediction, all tokens regressed.

@@ -34,7 +34,7 @@ SHARED_MEMORY, SEMAPHORES, PAGE = Path("/dev/shm"), 16, 4096
 def read_train_index(
     loader: TrainLoaderConfig, modality: Modality, batch_size: int, label_column: str | None = None
 ) -> Index:
-    """Read the index of the training samples, and the lengths of clips; fetch those of a remote data set first.
+    """Read the index of the training samples, and the lengths of clips, from a folder or a store.
 
     Raises:
         InputError: The data cannot be used, is smaller than a batch, or differs between nodes.
@@ -52,7 +52,7 @@ def read_train_index(
         raise InputError(f"{local}: the data set on node {others[0]} differs from the one on node 0")
     if len(index) < batch_size:
         raise InputError(
-            f"{local}: has {len(index)} samples, fewer than one batch of global_train_batch_size {batch_size}"
+            f"{local} has {len(index)} samples, fewer than one batch of global_train_batch_size {batch_size}"
         )
     return index
 
@@ -116,7 +116,7 @@ def build_train_loader(
 
 
 def check_room(index: Index, cache_limit: int | None, share: float) -> str | None:
-    """Return an error message if the disk lacks space for what a node still has to fetch of its share, 0 to 1."""
+    """Return an error message if the disk lacks space for a node's ``share``, 0 to 1, of the shards."""
     sizes = {index.folder / shard.raw.basename: shard.raw.bytes for shard in index.shards}
     wanted = int(share * sum(sizes.values()))
     needed = min(wanted, cache_limit or wanted) - sum(size for path, size in sizes.items() if path.is_file())

@@ -1,4 +1,4 @@
-"""Fine-tune a classifier: config → backbone, data, arguments of the Trainer; then train, report, close."""
+"""Build a fine-tuning run from its config (backbone, data, Trainer); then train, report and close."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

@@ -88,7 +88,7 @@ def _describe(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]
         "run": f"{config.run_name}, {'not saved' if config.run_folder is None else f'saved in {config.run_folder}'}",
         "device": f"{dist.get_world_size()} × {device}, {name_precision(config.precision)}",
         **header,
-        "model": f"{trained / 1e6:.1f} M trained weights",
+        "model": f"{trained / 1e6:.1f} M trained parameters",
         "training": f"{steps:,} steps ({steps / int(state.dataloader_len or 1):.1f} epochs), batches of "
         f"{config.global_train_batch_size}" + ("" if micro is None else f", microbatches: {micro}"),
     }

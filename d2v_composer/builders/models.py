@@ -79,13 +79,13 @@ def build_augmentation(
     modality = modality_of(sizes)
     for name in sorted(frozenset().union(*(each.options for each in MODALITIES.values())) - modality.options):
         if (value := getattr(loader, name)) != ShardLoaderConfig.model_fields[name].default:
-            raise InputError(f"train_loader.{name}: not for the teacher's {modality.unit}; got {value}")
+            raise InputError(f"train_loader.{name}: must be left out for a teacher of {modality.unit}; got {value}")
     options = loader.model_dump(include=set(modality.options))
     return Augmentation(modality.augmentation(for_views=for_views, **options), seed)
 
 
 def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None:
-    """Build a student as a model's run began with it, or a teacher's default one; ``None``: that needs the teacher."""
+    """Build the student with which a model's run began, or a teacher's default; ``None`` if that needs the teacher."""
     if isinstance(model, Teacher):
         return model.build_student(projected=model.projected_width > 0)
     if isinstance(model.config, TimmNetworkConfig):
@@ -95,19 +95,19 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
         try:
             return NetworkStudent(model.config, pretrained=is_pretrained)
         except ValueError as error:  # the hub cannot be reached
-            print(f"no untrained student: {error}", file=sys.stderr)
+            print(f"the untrained student is not measured: {error}", file=sys.stderr)
             return None
     init = lookup(distillation_of(model.provenance), "config.student.init") or "random"
     if teacher is not None:
         return teacher.build_student(**model.config.model_dump(), init=init)
     if init == "random":
         return Student(model.encoder, model.config, projection=model.projection)
-    print(f"untrained student left out: it began as {init}; to measure it, give teacher=PATH", file=sys.stderr)
+    print(f"the untrained student is not measured: init {init} needs the teacher; give teacher=PATH", file=sys.stderr)
     return None
 
 
 def load_rival(place: str, modality: str) -> Backbone:
-    """Load a further model to compare: a file's, or timm's own of a name.
+    """Load a further model to compare, from a file or, as ``timm/NAME``, from timm.
 
     Raises:
         InputError: It cannot be loaded, or takes other samples.

@@ -176,7 +176,7 @@ def build_trainer(
     callbacks: Sequence[Callback] = (),
     **arguments: Any,
 ) -> Trainer:
-    """Build the Trainer with what is the same in every run, and lock the run's folder.
+    """Build the Trainer with the arguments that all runs share, and lock the run's folder.
 
     Args:
         config: The run's.
@@ -445,7 +445,7 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
 
 
 def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, Embed, dict[str, Embed]]:
-    """Return the name of the primary embedding, and what computes those of the student and of each baseline.
+    """Return the primary embedding's name, and the functions that embed with student and baselines.
 
     Raises:
         InputError: The section ``retrieval`` names others.

@@ -12,12 +12,12 @@ from torch.distributed.tensor import DTensor
 
 
 def trained(state: State) -> list[Tensor]:
-    """Return the parameters that the optimizers train, without iterating over the model, most of which is frozen."""
+    """Return the parameters that the optimizers train; this skips the model's many frozen ones."""
     return [each for optimizer in state.optimizers for group in optimizer.param_groups for each in group["params"]]
 
 
 class GradientClipping(algorithms.GradientClipping):
-    """Composer's GradientClipping by the global norm, but without iterating over the whole model in each batch.
+    """Composer's GradientClipping by the global norm, over the trained parameters alone.
 
     Args:
         clipping_threshold: Largest norm.

@@ -150,7 +150,7 @@ class Checkpoints(Callback):
             prune_store(uploads.address, checkpoint.name, self.num_to_keep)
 
     def should_stop(self) -> bool:
-        """Return True, on all ranks, if a retrieval should be skipped or cut short."""
+        """Return True on all ranks if the run is stopping, so that a retrieval must be skipped or cut short."""
         return self._is_stopping() and not self.is_last_batch
 
     def _is_stopping(self) -> bool:

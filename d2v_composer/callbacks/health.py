@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def variance_over_inputs(x_BTD: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-    """Return the variance over a batch's inputs, a scalar: the mean of all channels and of tokens that all have."""
+    """Return the variance over a batch's inputs, averaged over channels and tokens that all inputs have: a scalar."""
     mask = None if padding_mask is None else padding_mask.any(dim=0, keepdim=True)
     return mean_over_time(x_BTD.var(dim=0, keepdim=True), padding_mask=mask).mean()
 
@@ -93,7 +93,7 @@ class Health(Callback):
 
     @torch.no_grad()
     def measure(self, state: State, logger: Logger) -> None:
-        """Measure, log, and warn about each state that was not there at the last measurement."""
+        """Measure and log, and warn about each state that has begun since the last measurement."""
         metrics = self.compare(self.regression(state.outputs, self.microbatch))
         values = {name: value.item() for name, value in metrics.items()}
         loss = sum(self.losses) / len(self.losses)
@@ -109,7 +109,7 @@ class Health(Callback):
         self.present = set(present)
 
     def compare(self, outputs: Regression) -> dict[str, Tensor]:
-        """Return the error and the variances; the shape (B, D) counts as one token."""
+        """Return the squared error and the variances by name; a result (B, D) counts as one token."""
         prediction, target = outputs.prediction.float(), outputs.target.float()
         error = regression_loss(Regression(prediction, target, padding_mask=outputs.padding_mask))
         return {"prediction_error": error} | {
@@ -119,7 +119,7 @@ class Health(Callback):
         }
 
     def diagnose(self, values: dict[str, float], loss: float, state: State) -> Iterator[tuple[str, str]]:
-        """Yield the name of each state that the run is in, with the reason."""
+        """Yield the name of each bad state that the run is in, and the reason."""
         prediction, target = (values.get(f"{name}_variance", math.nan) for name in ("prediction", "target"))
         error = values["prediction_error"]
         if prediction < COLLAPSED_SHARE * target:

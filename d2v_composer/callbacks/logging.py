@@ -98,7 +98,7 @@ class ProgressLogger(LoggerDestination):
             self.bar.close()
 
     def print_line(self, batch: int, total: int) -> None:
-        """Print one plain line if the next one is due."""
+        """Print the progress as a plain line, at most every ten seconds."""
         now = time.monotonic()
         if batch < total and now - self.last_line_at < SECONDS_BETWEEN_LINES:
             return
@@ -191,7 +191,7 @@ class Uploads(LoggerDestination):
             upload(path, f"{self.address}/{path.name}")
 
     def start(self, task: Callable[..., None], *arguments: Any) -> None:
-        """Call a function in the thread, unless an upload failed before: this one would be retried just as long."""
+        """Start an upload in the thread, unless an earlier upload failed, since this one would fail, too."""
 
         def run() -> None:
             if self.has_failed:

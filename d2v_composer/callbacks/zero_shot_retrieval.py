@@ -174,7 +174,7 @@ class ZeroShotRetrieval(Callback):
         if state["primary"] != self.lookup.primary:  # that of the short keys
             raise InputError(
                 f"retrieval.representation, retrieval.pooling: checkpoint has {state['primary']}, config has "
-                f"{self.lookup.primary}; every embedding is logged under its own key"
+                f"{self.lookup.primary}; set it back, since the log has every embedding under its own key"
             )
         for name, labeled in self.datasets.items():
             if state["images"].get(name) not in (None, labeled.fingerprint()):
@@ -186,7 +186,7 @@ class ZeroShotRetrieval(Callback):
             setattr(self, name, state.get(name, getattr(self, name)))  # earlier versions had no hits
 
     def evaluate(self, state: State, logger: Logger) -> None:
-        """Measure and log the model, unless this was done for this batch or the run should stop."""
+        """Measure and log the model, unless this batch was measured already or the run should stop."""
         if self.history and self.history[-1]["batch"] == int(state.timestamp.batch):
             return
         self.was_stopped = True

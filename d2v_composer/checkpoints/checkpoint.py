@@ -89,7 +89,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         InputError: It cannot be read, or ``recipes/train.py`` did not write it.
     """
     check_archive(path, CorruptCheckpointError)
-    foreign = f"{path}: is not a checkpoint written by recipes/train.py"
+    foreign = f"{path} is not a checkpoint written by recipes/train.py"
     try:
         with torch.serialization.safe_globals(OUR_GLOBALS):
             # Without mmap, torch reads as many numbers as the pickle says, even if the record has fewer.
@@ -100,10 +100,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise CorruptCheckpointError(f"{path}: truncated or corrupt ({fault_of(error)})") from error
         raise InputError(f"{foreign} ({fault_of(error)})") from error
     if not OUR_ALGORITHMS.issuperset(algorithms):
-        raise InputError(f"{foreign}: it has the algorithms {algorithms}; allowed are {sorted(OUR_ALGORITHMS)}")
+        raise InputError(f"{foreign}: expected no algorithms but {sorted(OUR_ALGORITHMS)}, got {algorithms}")
     # Composer does not load strictly: it would train on from random weights.
     if not tensors or not all(isinstance(each, Tensor) and each.isfinite().all() for each in tensors):
-        raise InputError(f"{foreign}: its state.model must hold tensors of finite numbers, and nothing else")
+        raise InputError(f"{foreign}: expected only tensors of finite numbers in state.model")
     return found
 
 
@@ -190,7 +190,7 @@ def fetch_model(path: str | Path) -> Path:
     """Return a file's local path, as :func:`fetch` does; for a run's folder, the error names its newest checkpoint."""
     with reading(path):
         if not is_remote(path) and (newest := Path(path) / LATEST).exists():
-            raise InputError(f"{path}: is the folder of a run, not a model's file; its newest checkpoint is {newest}")
+            raise InputError(f"{path} is the folder of a run, not a model's file; its newest checkpoint is {newest}")
     return fetch(path)
 
 
@@ -299,7 +299,7 @@ def _read_pointer(address: str) -> str | None:
 
 
 def _download(address: str, path: Path) -> bool:
-    """Download a file; return False if it does not exist. If the store is unreachable, retry."""
+    """Download a file, with retries while the store is unreachable; return False if it does not exist."""
     try:
         return download_existing(address, path)
     except Exception as error:

@@ -140,7 +140,7 @@ def export_onnx(embedder: Embedder, path: Path) -> None:
 
 
 def lint(model: Any, free_axes: Set[int]) -> list[str]:
-    """Return what an ONNX model has that some runtimes refuse or compute otherwise.
+    """List what some runtimes refuse or miscompute in an ONNX model.
 
     Args:
         model: An ``onnx.ModelProto``.
@@ -323,7 +323,7 @@ def pretrained_cfg(config: EncoderConfig) -> dict[str, Any]:
 
 
 def build_timm_student(pretrained: bool = False, **kwargs: Any) -> TimmStudent:
-    """Build the chapter's student for timm; loading a file changes its sizes (see :class:`TimmStudent`)."""
+    """Build the chapter's student for timm; it takes the sizes of any file that it loads (see :class:`TimmStudent`)."""
     not_ours: Any = ("in_chans", "img_size")  # timm's defaults; the file has its own
     kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or pretrained_cfg(PAPER_ENCODER)  # timm gives None
     return build_model_with_cfg(TimmStudent, "d2v2_student", pretrained, kwargs_filter=not_ours, **kwargs)

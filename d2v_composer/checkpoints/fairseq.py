@@ -59,13 +59,13 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
     prefixes = {f"modality_encoders.{name}.": kind for name, kind in ENCODER_NAMES.items()}
     prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in stored)), None)
     if prefix is None:
-        what = "not a data2vec 2.0 checkpoint of images or audio, or fine-tuned"
+        what = "fine-tuned, or not a data2vec 2.0 checkpoint of images or audio"
         raise InputError(f"{path}: {what}; use a pre-trained one with {' or '.join(f'{each}*' for each in prefixes)}")
     kind = prefixes[prefix]
     if weights == "ema":
         averaged = _section(stored, "_ema")
         if averaged is None:
-            raise InputError(f"{path}: has no EMA weights ('_ema'); use weights=model")
+            raise InputError(f"{path} has no EMA weights ('_ema'); use weights=model")
         # Unless ema_local_encoder is true, the averaged model computes on the trained one's local features.
         local = tuple(f"{prefix}{part}." for part in ("local_encoder", "project_features"))
         stored = {name: each for name, each in stored.items() if name.startswith(local)} | averaged
@@ -101,7 +101,7 @@ def _section(container: Any, name: str) -> dict[Any, Any] | None:
 
 
 def _fields(section: dict[Any, Any]) -> dict[Any, Any]:
-    """Return a section's fields that are set, without the interpolated ones, which equal our defaults."""
+    """Return the fields that a section sets, but not interpolated ones: they equal our defaults."""
     values = {name: each.get("_val") if isinstance(each, Stub) else each for name, each in section.items()}
     # Not str(each): a list may hold another one twice, 60 times over.
     return {
@@ -112,7 +112,7 @@ def _fields(section: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _read_config(kind: type[Any], model: dict[Any, Any], section: dict[Any, Any]) -> TeacherConfig:
-    """Read the sizes, except a scale's shape; fields that the file lacks have data2vec's defaults.
+    """Read a teacher's sizes, with data2vec's defaults for missing fields; the shape of ALiBi's scale comes later.
 
     Raises:
         ValueError: They are not those of a supported teacher.
@@ -155,7 +155,10 @@ def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
         found = stored.provenance["weights"]
         config = read_config(TeacherConfig, stored.config)
     if found != weights:
-        raise InputError(f"{path}: was converted with --weights {found}, and has no {weights} weights")
+        raise InputError(
+            f"{path} was converted with --weights {found}, and has no {weights} weights; convert it again with "
+            f"--weights {weights}"
+        )
     return build_loaded(path, lambda: Data2Vec2(config, stored.provenance), stored.tensors)
 
 
@@ -185,10 +188,10 @@ def convert_teacher(
     """
     file = fetch_model(source)
     if is_safetensors(file):
-        raise InputError(f"{source}: is already a safetensors file; expected a fairseq checkpoint")
+        raise InputError(f"{source} is already a safetensors file; expected a fairseq checkpoint")
     teacher, left = read_fairseq_checkpoint(source, file, weights)
     if spectrogram and not isinstance(teacher.encoder.config, EatEncoderConfig):
-        raise InputError(f"{source}: is not an EAT checkpoint, which alone takes {', '.join(spectrogram)}")
+        raise InputError(f"{source} is not an EAT checkpoint; leave out {', '.join(spectrogram)}")
     with errors_of(str(source)):
         teacher.encoder.config = teacher.encoder.config.changed(**spectrogram)
     teacher.config = teacher.config.changed(encoder=teacher.encoder.config)

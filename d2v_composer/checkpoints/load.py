@@ -116,7 +116,7 @@ def save_student(student: Backbone, out: Path) -> None:
         sizes[next(iter(sizes))] = now_computed.model_dump(mode="json")
     if "network" in sizes:
         if student.head is not None and primary.name != "output_cls":
-            raise InputError(f"{out}: timm's classifier reads output_cls; this one was trained on {primary.name}")
+            raise InputError(f"{out}: timm's classifier reads output_cls, but this one was trained on {primary.name}")
         write_model_file(out, kind, sizes, student.provenance, encoder.timm_tensors(student.head))
         return
     tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes, primary)}
@@ -205,7 +205,7 @@ def load_any(
     if str(path).startswith(PREFIX) and not Path(path).exists():
         model = teacher = load_teacher(checkpoint, weights, model=str(path), projected=projected, **sizes)
     elif given := [name for name, value in {"checkpoint": checkpoint, **sizes}.items() if value is not None]:
-        raise InputError(f"{' and '.join(given)}: only for timm/NAME models, got {path}")
+        raise InputError(f"{' and '.join(given)}: only for timm/NAME models; got {path}")
     else:
 
         def load(file: Path) -> Models:
@@ -214,7 +214,7 @@ def load_any(
         model, teacher = load(fetch_model(path)) if is_remote(path) else read_newest(Path(path), load)
     if isinstance(model, Teacher):
         if teacher_path is not None:
-            raise InputError(f"{path}: is not a student, so a teacher ({teacher_path}) is not allowed")
+            raise InputError(f"{path} is not a student, so a teacher ({teacher_path}) is not allowed")
     elif weights != "model":  # the student's record says which its teacher has
         raise InputError(f"weights: {path} is a student, which has no {weights} weights; use model")
     return model, teacher
@@ -229,7 +229,7 @@ def _load_file(path: str | Path, file: Path, weights: Weights, teacher_path: str
         return _with_teacher(load_student(path), teacher_path)
     if not kind and isinstance(contents, dict) and "cfg" not in contents:  # weights without sizes, such as timm's
         raise InputError(
-            f"{path}: does not name its model; if it has the weights of a timm model, give timm/NAME as the model and "
+            f"{path} does not name its model; if it has the weights of a timm model, give timm/NAME as the model and "
             "this file as its checkpoint"
         )
     teacher = load_teacher(path, weights, projected=projected)
@@ -302,7 +302,7 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> tuple[Bac
 
 
 def own_parts(student: Backbone) -> nn.ModuleDict:
-    """Return a student without what is its teacher's, to load a state dict into."""
+    """Return the parts of a student that are not shared with its teacher, to load a state dict into."""
     own = {name: part for name, part in student.named_children() if not getattr(part, "is_frozen", False)}
     return nn.ModuleDict(own)
 
@@ -311,7 +311,7 @@ def _load_finetuned(checkpoint: Checkpoint) -> Backbone:
     """Load a fine-tuned student with its head; the run's record is its provenance."""
     path, record, tensors = checkpoint.path, checkpoint.record, dict(checkpoint.tensors)
     if record["model"]["kind"] != "student":
-        raise InputError(f"{path}: is a fine-tuned teacher; only a fine-tuned student can be exported or embed images")
+        raise InputError(f"{path} is a fine-tuned teacher; only a fine-tuned student can be exported or embed images")
     head = {name: tensors.pop(f"head.{name}") for name in ("weight", "bias")}
     own = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
     student = _build_student(path, record["model"]["sizes"], own, record)

@@ -86,7 +86,7 @@ def fault_of(error: Exception) -> str:
 
 
 def _inspect(path: Path) -> None:
-    """Before torch reads an archive, check what torch does not: sizes, checksums, and the pickle.
+    """Check the sizes, checksums and pickle of an archive, which torch does not check.
 
     Raises:
         ValueError: It would take too much time or memory, or a checksum is wrong.

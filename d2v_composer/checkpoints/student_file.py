@@ -61,14 +61,14 @@ class ModelFile(NamedTuple):
     tensors: dict[str, Tensor]
 
     def expect(self, path: str | Path, kind: str) -> None:
-        """Check the kind of model.
+        """Check that the file holds a model of this kind: teacher, student or classifier.
 
         Raises:
             InputError: It is another one.
         """
         if self.kind != kind:
             found = f"a {self.kind} file" if self.kind in FORMAT_VERSIONS else "not a d2v_composer file"
-            raise InputError(f"{path}: is {found}; expected a {kind} file")
+            raise InputError(f"{path} is {found}; expected a {kind} file")
 
 
 def write_model_file(
@@ -267,13 +267,13 @@ def lookup(record: Any, key: str) -> Any:
 
 
 def distillation_of(provenance: Any) -> Any:
-    """Return the record of the run that distilled a student, also of one that was fine-tuned since."""
+    """Return the record of the run that distilled a student, even if it was fine-tuned since."""
     before = lookup(provenance, "model.provenance")
     return provenance if before is None else distillation_of(before)
 
 
 def check_same_teacher(source: Any, found: Teacher, record: Any) -> None:
-    """Compare a teacher with the one in the record of a student's distillation, if that names its own.
+    """Check that a teacher is the one that a student's record names, if it names one.
 
     Raises:
         InputError: It comes from another file; a converted file counts as the original.
@@ -350,7 +350,7 @@ def pop_sizes(source: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], 
 def check_student(
     source: Any, sizes: dict[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[EncoderConfig, StudentConfig]:
-    """Check a student's sizes and tensors. Every reader of such a file calls this first.
+    """Check a student file's sizes and tensors. Call this before anything else reads them.
 
     Raises:
         InputError: As in :func:`check_fits`.

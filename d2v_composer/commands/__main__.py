@@ -33,7 +33,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str]) -> Any:
-    """Call a command's ``main``, and import no other command's module."""
+    """Run a command; import only its own module."""
     name, *rest = argv or [""]
     if name not in COMMANDS:
         parse(argv)

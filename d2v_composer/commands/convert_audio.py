@@ -21,7 +21,7 @@ from d2v_composer.system.command_line import SOURCES, make_parser
 
 
 def main(argv: Sequence[str]) -> Any:
-    """Convert, print a report, and return the result; ``None`` if the part is there."""
+    """Convert, print a report, and return the result; ``None`` if the part exists already."""
     parser = make_parser(__doc__)
     add_options(parser, "clip", source=f"a folder of audio files, or {SOURCES}")
     arguments = parser.parse_args(argv)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> Any:
-    """Convert, print a report, and return the result; ``None`` if the part is there."""
+    """Convert, print a report, and return the result; ``None`` if the part exists already."""
     parser = make_parser(__doc__)
     add_options(parser, "image", source=f"a folder of images, cifar10:FOLDER, or {SOURCES}")
     add = parser.add_argument
@@ -58,14 +58,14 @@ def main(argv: Sequence[str]) -> Any:
 
 
 def add_options(parser: ArgumentParser, sample: str, source: str) -> None:
-    """Add the options that the commands for all kinds of samples have."""
+    """Add the options that all conversions share, of images or audio."""
     add = parser.add_argument
     add("source", metavar="SOURCE", help=source)
     add("out", metavar="OUT", help="a folder, s3://bucket/prefix, gs://, …")
     add("--split", help="the split's folder, or none if SOURCE has no splits; default: train")
     add("--labels", help=f"a CSV file with lines '{sample},class', or none for no labels")
     add("--column", metavar="NAME", help=COLUMN)
-    add("--label-column", metavar="NAME", help="the column of labels; of tars, cls or json:KEY; default: no labels")
+    add("--label-column", metavar="NAME", help="the column of labels, or for tars cls or json:KEY; default: no labels")
     add("--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="worker processes; default: one per core")
     add("--seed", type=whole(0, 1 << 32), default=0, help=f"seed for the order of the {sample}s; default: 0")
     add("--shard-size", type=size, default="64mb", help="approximate size of a shard; default: 64mb")
@@ -89,7 +89,7 @@ def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **
         labels = hash_of(source.label is None, source.class_names, listed)
         parts, plan = Parts(out), plan_of(source, part, labels=labels, **settings)
         if parts.has(part, plan):
-            print(f"part {part.number} of {part.total} is there")
+            print(f"part {part.number} of {part.total} exists already")
             return None
         out = parts.path(part)
     conversion = convert(

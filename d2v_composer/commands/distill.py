@@ -111,13 +111,13 @@ def distill(arguments: Namespace, argv: Sequence[str]) -> None:
 
 
 def command_of(arguments: Namespace) -> str:
-    """Return the command without OUT and changes, which the first line of the settings keeps."""
+    """Return the command, without OUT and changes, for the first line of the settings file."""
     column = ["--column", arguments.column] if arguments.column else []
     return hide_secrets(shlex.join(["d2v", "distill", arguments.source, "--teacher", arguments.teacher, *column]))
 
 
 def has_begun(arguments: Namespace) -> bool:
-    """Return True if OUT holds this command's run, and its training has begun; then its settings are decided.
+    """Return True if OUT holds this command's run and its training has begun, so that its settings are fixed.
 
     Raises:
         InputError: OUT is the user's or another command's, or cannot be written.
@@ -126,7 +126,7 @@ def has_begun(arguments: Namespace) -> bool:
 
     source, out, path = arguments.source, arguments.out, arguments.out / SETTINGS
     if not is_remote(source) and out.resolve().is_relative_to(Path(source).resolve(strict="*" not in source)):
-        raise InputError(f"{out}: is inside the folder of samples, {source}")
+        raise InputError(f"{out} is inside the folder of samples, {source}; choose another --out")
     check_out_file(path)
     with errors_of("--out", ValueError):
         RunFolder.parse(str(out))
@@ -134,10 +134,10 @@ def has_begun(arguments: Namespace) -> bool:
     with reading(out):
         if not path.exists():
             if any(not name.startswith((MARK, SETTINGS)) for name in (os.listdir(out) if out.exists() else ())):
-                raise InputError(f"{out}: holds a run of another command; choose another --out")
+                raise InputError(f"{out} holds a run of another command; choose another --out")
             return False
         if (found := path.read_text().partition("\n")[0][2:]) != command_of(arguments):
-            raise InputError(f"{out}: was made by {found!r}; choose another --out")
+            raise InputError(f"{out} was made by {found!r}; choose another --out")
         return (out / "run.yaml").exists()
 
 
@@ -174,13 +174,13 @@ def make_plan(arguments: Namespace) -> Plan:
             with reading(summary):
                 found = json.loads(summary.read_bytes())
             if found | kept != found:
-                raise InputError(f"{samples / split}: was not converted with {kept}; choose another --out")
-    print(f"chosen for {number} {modality.unit}: {', '.join(f'{key}={value}' for key, value in chosen.items())}")
+                raise InputError(f"{samples / split} was not converted with {kept}; choose another --out")
+    print(f"settings for {number} {modality.unit}: {', '.join(f'{key}={value}' for key, value in chosen.items())}")
     return Plan(config, teacher, source)
 
 
 def list_source(arguments: Namespace, modality: "Modality", fetched: Path) -> "Source":
-    """List the samples of SOURCE; ``fetched`` is for the files of a data set in a store.
+    """List the samples of SOURCE; ``fetched`` is a folder for files that must be downloaded.
 
     Raises:
         InputError: There are none, or they cannot be read.
@@ -210,7 +210,7 @@ def prepare(arguments: Namespace, plan: Plan) -> None:
     samples = arguments.out / modality.unit
     lock, fetched, workers = FolderLock(RunFolder(arguments.out)), samples / FETCHED, os.cpu_count() or 1
     if has_begun(arguments):  # meanwhile
-        raise InputError(f"{arguments.out}: another call has begun to train there; run the command again")
+        raise InputError(f"{arguments.out}: another process has begun to train there; run the command again")
     write_settings(arguments, config)
     print(f"all settings, including yours, are in {arguments.out / SETTINGS}")
     if splits := [split for split in ("test", "train") if not (samples / split / INDEX).exists()]:
@@ -337,7 +337,7 @@ def choose(num_samples: int, teacher: "TeacherConfig", student: str | None) -> d
 
 
 def choose_for(modality: str, on_gpu: bool) -> dict[str, Any]:
-    """Return the settings that depend on what the samples are."""
+    """Return the settings that depend on the modality of the samples."""
     if modality == "audio":
         return {
             "global_train_batch_size": 64 if on_gpu else 32,
@@ -355,7 +355,7 @@ def choose_for(modality: str, on_gpu: bool) -> dict[str, Any]:
 
 
 def encoding(modality: "Modality", config: "TrainConfig", held_out: bool) -> dict[str, Any]:
-    """Return the options of a conversion that keep what the run needs of samples."""
+    """Return the options with which a conversion keeps the size or length that the run needs."""
     from d2v_composer.data.audio import MAX_SECONDS_WHOLE
     from d2v_composer.data.images import Images
 

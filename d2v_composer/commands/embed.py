@@ -41,7 +41,7 @@ from d2v_composer.system.processes import local_rank, local_ranks
 
 
 def main(argv: Sequence[str]) -> Any:
-    """Embed on every GPU, print a report, and return the result; ``None`` if the part is there."""
+    """Embed on every GPU, print a report, and return the result; ``None`` if the part exists already."""
     arguments = parse(argv)
     with suppress(ModuleNotFoundError):  # without Composer, one GPU
         relaunch_on_gpus("embed", *argv)
@@ -72,12 +72,12 @@ def main(argv: Sequence[str]) -> Any:
     )
     path = os.path.relpath(os.path.realpath(out), os.path.realpath(source.root))
     if f"{path}#0" in source.ids:
-        raise InputError(f"{out}: is among the source's files")
+        raise InputError(f"{out} is among the source's files; choose another OUT")
     print(f"embedding: {embedding_name(options.representation, options.pooling)}")
     if part:
         plan = plan_of(source, part, model=hash_weights(model), device=device, **options._asdict())
         if parts.has(part, plan):
-            print(f"part {part.number} of {part.total} is there")
+            print(f"part {part.number} of {part.total} exists already")
             return None
     embedding = embed_source(
         model,

@@ -12,7 +12,7 @@ from d2v_composer.system.command_line import make_parser
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print a name and its value on each line."""
+    """Print versions, machine and missing packages, one a line."""
     make_parser(__doc__).parse_args(argv)
 
     import torch.version

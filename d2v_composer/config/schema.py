@@ -117,7 +117,7 @@ class TimmSizes(Section):
     """Sizes of a timm model."""
 
     first_blocks: Whole | None = None
-    """Blocks in the shared encoder; null: a sixth of a timm model's blocks, or data2vec2's modality encoder."""
+    """Blocks in the shared encoder; null: a sixth of a timm model's blocks; in data2vec2, its modality encoder's."""
     image_size: Annotated[int | str, PlainValidator(read_image_size)] | None = None
     """timm: pixels per side, or HEIGHTxWIDTH; null: the model's own."""
 
@@ -138,8 +138,8 @@ class StudentOptions(BlockSizes, Section):
     """The student: the arguments of ``Teacher.build_student``."""
 
     model: Annotated[Text, must("be timm/NAME", lambda name: name.startswith(PREFIX))] | None = None
-    """null: blocks on the teacher's encoder, as in the chapter. timm/NAME: that model whole, of any architecture whose
-    features have a grid; the other fields, except ``pretrained``, must keep their defaults."""
+    """null: blocks on the teacher's encoder, as in the chapter. timm/NAME: that whole model, of any architecture whose
+    features form a grid; the other fields, except ``pretrained``, must keep their defaults."""
     pretrained: bool = False
     """With a model: start from timm's weights, from the Hugging Face hub."""
 
@@ -161,14 +161,14 @@ class TargetsConfig(Section):
     """``ffn``: the teacher's FFN outputs. ``block``: its blocks' outputs (in a pre-norm ViT, the residual stream)."""
     normalization: TargetNormalization | None = None
     """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in the
-    chapter. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. ``dataset``: in the
-    target, each channel by a fixed mean and deviation, measured before the first step; in prediction and
-    ``layer_mean``, which have no such numbers, ``layer``. null: ``instance``; with ``student.model``, ``layer``."""
+    chapter. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. ``dataset``: each
+    channel of the target by a fixed mean and deviation, measured before the first step, but prediction and
+    ``layer_mean`` as with ``layer``. null: ``instance``; with ``student.model``, ``layer``."""
     dataset_batches: Count | None = None
     """Number of the run's first batches on which ``dataset`` is measured, at most an epoch's; null: 100."""
     final_layer_norm: bool | None = None
-    """End target, prediction and ``layer_mean`` with a LayerNorm. ``null``: as the teacher's own pre-training, false
-    for data2vec 2.0's audio models."""
+    """End target, prediction and ``layer_mean`` with a LayerNorm. null: as in the teacher's pre-training, which is
+    false for data2vec 2.0's audio models."""
 
 
 class TokensConfig(Section):
@@ -178,7 +178,7 @@ class TokensConfig(Section):
     """Distance of a token's prediction from its target: ``mse``, as in the chapter, or ``cosine_smooth_l1``, 0.9 · (1 -
     cosine similarity) + 0.1 · smooth L1, as in AM-RADIO."""
     cls_weight: Fraction | None = None
-    """The share of CLS in the loss; null: 1 / T, as of any of the T tokens."""
+    """Share of CLS in the loss; null: 1 / T, the share of any of the T tokens."""
     weight: Weight = 1.0
     """Weight of the term; 0: it is left out."""
 
@@ -216,7 +216,8 @@ class ShardLoaderConfig(Section):
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
     crop_seconds: Annotated[float, Field(ge=0.045, le=3600)] = 15.6
-    """Of audio: the longest clip; of a longer one, a random crop. Shorter ones are padded to the longest in a batch."""
+    """Audio: length of the longest clip. Longer clips are cropped at random; shorter ones are padded to the longest in
+    a batch."""
     remote: AddressText | None = None
     """Address of the MDS data set (s3://, gs://, …); null: it is on this machine."""
     timeout: Annotated[float, Field(ge=1, le=1e6)] = 600.0
@@ -310,7 +311,7 @@ class LabeledSetConfig(Section):
     column: Text | None = None
     """Column of images or audio. null: in mds ``image`` or ``audio``, in parquet the only one."""
     label_column: Text | None = "label"
-    """Column of labels in mds or parquet, of tars ``cls`` or ``json:KEY``; null: none. Without labels (null, or a
+    """Column of labels in mds or parquet (in tars, ``cls`` or ``json:KEY``); null: none. Without labels (null, or a
     folder without class folders), only the probes that need none run, on the images in ROOT/test or, if ROOT has no
     splits, in all of ROOT."""
     class_embeddings: Text | None = None
@@ -350,8 +351,8 @@ class RetrievalConfig(LookupConfig):
     at_start: bool = False
     """Measure the untrained student too."""
     baselines: list[Literal["pixels", "log_mel", "encoder", "teacher"]] = ["teacher"]
-    """Models to compare the student with, each measured once: ``pixels`` (of audio, the mean ``log_mel`` spectrum), the
-    frozen ``encoder``, the ``teacher``."""
+    """Models to compare the student with, each measured once: ``pixels`` (for audio, ``log_mel``, the mean
+    spectrum), the frozen ``encoder``, the ``teacher``."""
 
 
 class RunConfig(Section):
@@ -392,8 +393,8 @@ class TrainerConfig(RunConfig):
     report: bool = True
     """Write report.html at the end of the run; ``d2v report`` writes one at any time."""
     save_folder: Annotated[Text, checked(RunFolder.parse)] | None = "runs/{run_name}"
-    """Folder of the run's checkpoints, log and record, on this machine or in an object store, in which nothing else may
-    be; null: save nothing. ``{run_name}`` stands for the name."""
+    """Folder of the run's checkpoints, log and record, on this machine or in an object store. It may hold nothing
+    else. null: save nothing. ``{run_name}`` stands for the name."""
     # In batches only: a resume from an epoch's end would replay that epoch's order and shift all later ones.
     save_interval: Batches = "1000ba"
     """Time between checkpoints, in batches."""

@@ -35,7 +35,7 @@ def checked(check: Callable[[Any], object]) -> AfterValidator:
 
 
 def must(rule: str, holds: Callable[[Any], object]) -> AfterValidator:
-    """Validate with one rule, which reads 'be …' or 'have …'."""
+    """Validate with one rule, whose text continues 'must …', such as 'be at most 1'."""
 
     def validate(value: Any) -> Any:
         if not holds(value):
@@ -51,7 +51,7 @@ def duration(pattern: str, example: str) -> AfterValidator:
 
 
 def read_image_size(size: Any) -> int | str:
-    """Normalize an image size, because a resume compares it."""
+    """Return an image size in one form, so that a resume can compare it."""
     parsed = parse_image_size(size)
     return parsed if isinstance(parsed, int) else "x".join(map(str, parsed))
 
@@ -86,7 +86,7 @@ def arguments_of(known: Mapping[str, str]) -> AfterValidator:
 
 
 def refuse_number(value: Any) -> Any:
-    """Refuse a number where true and false are allowed: 0 equals False, and a Literal accepts what is equal."""
+    """Refuse 0 and 1 where true, false or a name is allowed; a Literal would accept them."""
     if type(value) in (int, float):
         raise ValueError(f"must be true, false or a name, got {value}")
     return value

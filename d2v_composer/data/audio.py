@@ -38,20 +38,20 @@ def open_clip(encoded: bytes, longest: int) -> soundfile.SoundFile:
     file = soundfile.SoundFile(io.BytesIO(encoded))
     low, high = SAMPLE_RATES
     if file.format not in FORMATS:
-        raise UnreadableSampleError(f"is {file.format}, not one of {', '.join(FORMATS)}")
+        raise UnreadableSampleError(f"the format is {file.format}; allowed are {', '.join(FORMATS)}")
     if file.channels > MAX_CHANNELS:
-        raise UnreadableSampleError(f"has {file.channels} channels, more than {MAX_CHANNELS}")
+        raise UnreadableSampleError(f"{file.channels} channels, more than {MAX_CHANNELS}")
     if not low <= file.samplerate <= high:
-        raise UnreadableSampleError(f"has {file.samplerate} samples a second; allowed are {low} to {high}")
+        raise UnreadableSampleError(f"{file.samplerate} samples a second; allowed are {low} to {high}")
     if file.frames == UNKNOWN:
-        raise UnreadableSampleError("does not say how long it is; encode it to a file, not to a pipe")
+        raise UnreadableSampleError("the header states no length; encode to a file, not to a pipe")
     if file.frames > longest * file.samplerate:
-        raise UnreadableSampleError(f"has {file.frames / file.samplerate:,.0f} s, more than {longest}")
+        raise UnreadableSampleError(f"{file.frames / file.samplerate:,.0f} s long, more than {longest}")
     if file.format == "OGG":  # libsndfile ends without an error where the file does
         page = encoded[encoded.rfind(b"OggS") :]
         is_last = len(page) > 27 and page[5] & 4
         if not is_last or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
-            raise UnreadableSampleError("is truncated: it has no last page")
+            raise UnreadableSampleError("truncated: the last page is missing")
     return file
 
 
@@ -64,7 +64,7 @@ def read_blocks(file: soundfile.SoundFile, count: int) -> Iterator[NDArray[np.fl
     while count:
         block = file.read(min(count, BLOCK), dtype="float32", always_2d=True).mean(axis=1)
         if not len(block):
-            raise UnreadableSampleError(f"is truncated: it ends {count:,} samples too early")
+            raise UnreadableSampleError(f"truncated: the last {count:,} samples are missing")
         count -= len(block)
         yield block
 
@@ -89,11 +89,11 @@ def read_span(file: soundfile.SoundFile, start: int, count: int) -> NDArray[np.f
     blocks = [resampler.resample_chunk(block) for block in read_blocks(file, count)]
     clip = np.concatenate([*blocks, resampler.resample_chunk(np.zeros(0, np.float32), last=True)])
     if len(clip) < MIN_SAMPLES:
-        raise UnreadableSampleError(f"has {len(clip)} samples at 16 kHz; allowed are at least {MIN_SAMPLES}")
+        raise UnreadableSampleError(f"{len(clip)} samples at 16 kHz; allowed are at least {MIN_SAMPLES}")
     if not np.isfinite(clip).all():
-        raise UnreadableSampleError("has samples that are not finite")
+        raise UnreadableSampleError("some samples are not finite")
     if (loudest := np.abs(clip).max()) > MAX_LOUDNESS:
-        raise UnreadableSampleError(f"has samples up to {loudest:,.0f}; allowed are -1 to 1")
+        raise UnreadableSampleError(f"samples up to {loudest:,.0f}; allowed are -1 to 1")
     return clip
 
 

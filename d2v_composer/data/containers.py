@@ -89,7 +89,7 @@ class Files:
         return [path for path in self.paths if re.search(rf"(?<![a-z]){split}(?![a-z])", path.lower())]
 
     def open_split(self, split: str | None) -> Source:
-        """Open the samples of a split, by default ``train``, or all if no file is called so; ``none``: all.
+        """Open the samples of a split: by default ``train``, or all if no file has that name; ``none``: all.
 
         Names of classes are those of ``train``, if there is one.
 
@@ -107,7 +107,7 @@ class Files:
         )
 
     def open(self, class_names: Callable[[], Sequence[str]] = tuple) -> Source:
-        """Open all samples, in the order of the files and in theirs; remote files are fetched first.
+        """Open all samples, file by file, in each file's order; remote files are fetched first.
 
         Args:
             class_names: Returns the names of classes, if the labels are names; empty: those that occur.
@@ -174,12 +174,12 @@ class Files:
                     left_out["members without a key"] += len(members) - len(fields)
                     continue
                 if len(images) > 1:
-                    raise InputError(f"{name}/{key}: has {' and '.join(images)}; {CHOOSE}")
+                    raise InputError(f"{name}/{key} has {' and '.join(images)}; {CHOOSE}")
                 if len(fields) < len(members):
-                    raise InputError(f"{name}: has two members {key}.{images[0]}, or two others of one name for {key}")
+                    raise InputError(f"{name} has two members {key}.{images[0]}, or two others of {key} with one name")
                 if labeled:
                     if labeled not in fields:
-                        raise InputError(f"{name}/{key}: has no .{labeled} with its label; it has {', '.join(fields)}")
+                        raise InputError(f"{name}/{key} has no .{labeled} with its label; it has {', '.join(fields)}")
                     file.seek(fields[labeled][0])
                     label = file.read(fields[labeled][1]).decode().strip()
                     label = json.loads(label).get(key_of_label) if key_of_label else label
@@ -188,7 +188,7 @@ class Files:
                 offsets.append(fields[images[0]][0])
                 sizes.append(fields[images[0]][1])
         if twice := next((key for key, count in Counter(keys).items() if count > 1), None):
-            raise InputError(f"{name}: has the key {twice!r} twice, not together")
+            raise InputError(f"{name} has the key {twice!r} twice, with other samples between")
         if (statistics := local.with_name(f"{local.stem}_stats.json")).exists():  # img2dataset's
             with reading(statistics):
                 counts = json.loads(statistics.read_bytes())
@@ -231,7 +231,7 @@ class Files:
                 sizes = np.repeat(np.array(means, np.int64), rows)
                 load = partial(_load_row, name, local, known[0], np.cumsum([0, *rows]).tolist())
             elif fetch.is_remote(self.root):
-                raise InputError(f"{name}: its column {known[0]!r} has paths, which only a local file may have")
+                raise InputError(f"{name}: column {known[0]!r} holds paths, which are allowed only in a local file")
             else:
                 paths = np.array([each or "" for each in file.read(known)[0].to_pylist()], str)
                 places = [local.parent / each for each in paths]
@@ -341,7 +341,7 @@ def _marks(local: Path, path: str, column: str | None, count: int) -> NDArray[np
 
 
 def _members(file: BinaryIO) -> Iterator[tuple[re.Match[str] | None, int, int]]:
-    """Yield a tar's members but folders: key and suffixes, ``None`` if it is no file of a sample; offset and size.
+    """Yield each file in a tar: key and suffixes (``None`` if it belongs to no sample), offset and size.
 
     Raises:
         ValueError: The tar ends too early. tarfile's errors if it is damaged.
@@ -368,13 +368,13 @@ def _load_row(name: str, local: Path, column: str, starts: list[int], row: int) 
         value = _row_group(local, column, group)[row - starts[group]].as_py()
     value = value["bytes"] if isinstance(value, dict) else value
     if value is None:
-        raise UnreadableSampleError(f"{name}#{row}: is null")
+        raise UnreadableSampleError(f"{name}#{row} is null")
     return value
 
 
 @lru_cache(maxsize=1)
 def _row_group(local: Path, column: str, group: int) -> Any:
-    """Read a row group's samples; each process keeps one."""
+    """Read a row group's samples; each process caches its last one."""
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(local, page_checksum_verification=True) as file:

@@ -97,7 +97,7 @@ def find_samples(
         raise InputError(f"{source}: expected Parquet files or tars, or MDS in a folder on this machine")
     if files or is_local_mds or column or label_column:
         if labels not in (None, NONE):
-            raise InputError(f"--labels: only for a folder; for {source}, use --label-column")
+            raise InputError(f"--labels: applies only to a folder; for {source}, use --label-column")
         if files is not None:
             return replace(files, part=part).open_split(split)
         return open_source(str(source), modality, column=column, label_column=label_column, part=part)
@@ -112,7 +112,7 @@ def find_samples(
         root = source
     elif split is None and not list_subfolders(root) and (beside := {*list_classes(splits, modality)} - {*SPLITS}):
         found = f"train is a split, or a class like {', '.join(sorted(beside)):.80}"
-        raise InputError(f"{source}: {found}: choose with --split train or --split none")
+        raise InputError(f"{source}: {found}; choose with --split train or --split none")
     found = replace(open_folder(root, modality), part=part)
     paths = found.ids.tolist()
     if labels is None and not any("/" in path for path in paths):
@@ -201,7 +201,7 @@ def _digest(source: Source, number: int) -> bytes | None:
 
 
 def foresee(source: Source, workers: int, **options: Any) -> tuple[float, float]:
-    """Return about how many bytes and seconds a conversion takes, from a few neighbors at each of four places.
+    """Estimate the bytes and seconds that a conversion takes, from a few samples at each of four places.
 
     Args:
         source: The samples.
@@ -254,7 +254,7 @@ class _Task(NamedTuple):
                 raise InputError(f"{self.out}: cannot be written ({reason(error)})") from error
         if is_finished:
             shutil.rmtree(self.work, ignore_errors=True)  # if the conversion was killed after its index
-            raise InputError(f"{self.out}: holds a finished data set: remove it, or choose another OUT")
+            raise InputError(f"{self.out} holds a finished data set; remove it, or choose another OUT")
 
     def finish_shard(self, number: int) -> dict[str, Any]:
         """Write a group's shard, unless it exists.
@@ -305,7 +305,7 @@ class _Task(NamedTuple):
 
 
 def work_folder(out: str) -> Path:
-    """Return the local folder for an unfinished conversion, whose output is a folder or in an object store."""
+    """Return the local folder for an unfinished conversion to OUT, a folder or an address in a store."""
     if is_remote(out):
         return cache_folder() / "conversions" / hashlib.sha256(out.encode()).hexdigest()[:16]
     return Path(out).resolve() / ".converting"
@@ -357,9 +357,9 @@ def convert(
     out = str(out).rstrip("/")
     work, folder, unit = work_folder(out), Path(out), source.modality.unit
     if source.is_folder and work.is_relative_to(Path(source.root).resolve()):
-        raise InputError(f"{out}: is inside the folder of {unit}, {source.root}")
+        raise InputError(f"{out} is inside the folder of {unit}, {source.root}")
     if not work.is_dir() and not (folder / INDEX).exists() and folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"{out}: is not empty, and holds no interrupted conversion")
+        raise InputError(f"{out} is not empty, and holds no interrupted conversion; choose another OUT")
     groups = source.part.of(_groups(source, options.get("resize"), seed, shard_bytes))
     labels = source.label and [*map(source.label, range(len(source)))]
     settings = repr((source.marks.tolist(), labels, source.modality.name, options, seed, shard_bytes))
@@ -402,7 +402,7 @@ def convert(
 
 
 def merge(out: str) -> Conversion:
-    """Make one MDS data set of all its parts, whose shards stay where they are.
+    """Join all parts to one MDS data set, without moving their shards.
 
     Raises:
         InputError: A part is missing, is there twice or was not made like the others, a shard is missing or has another
@@ -427,14 +427,14 @@ def merge(out: str) -> Conversion:
     if not entries:
         raise InputError(f"{parts.folder}: no part has {unit} that can be read")
     if parts.load(f"{parts.out}/{INDEX}") not in (None, index := {"version": 2, "shards": entries}):
-        raise InputError(f"{parts.out}: holds another data set; remove its {INDEX}")
+        raise InputError(f"{parts.out} holds another data set; remove its {INDEX}")
     _write_index(parts.out, Path(parts.folder) if is_local else None, summary, index)
     num_bytes = sum(entry["raw_data"]["bytes"] for entry in entries)
     return Conversion(summary[unit], summary.get("lengths", []), num_bytes, len(entries), summary["skipped"], 0)
 
 
 def _write_index(out: str, work: Path | None, summary: Mapping[str, Any], index: Mapping[str, Any]) -> None:
-    """Finish a data set: the index comes last."""
+    """Write the index of a data set, which finishes it, after all shards."""
     for name, content in ((SUMMARY, summary), (INDEX, index)):
         with _published(out, name, work) as path:
             path.write_text(json.dumps(content, sort_keys=True))

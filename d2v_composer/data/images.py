@@ -47,14 +47,14 @@ def open_image(encoded: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnreadableSampleError(f"has more than {limit} pixels") from error
+        raise UnreadableSampleError(f"more than {limit} pixels") from error
     if limit is not None and image.width * image.height > limit:
-        raise UnreadableSampleError(f"has {image.width} x {image.height} pixels, more than {limit}")
+        raise UnreadableSampleError(f"{image.width} x {image.height} pixels, more than {limit}")
     return image
 
 
 def turn_of(exif: bytes) -> Image.Transpose | None:
-    """Return what turns an image upright; ``None`` if its EXIF record does not say that it is turned."""
+    """Return the transposition that turns an image upright; ``None`` if its EXIF record asks for none."""
     with suppress(Exception):  # without a record, or with a corrupt one
         record = Image.Exif()
         record.load(exif)
@@ -256,7 +256,7 @@ class RandomResizedCropFlip(NamedTuple):
 
 @dataclass(frozen=True)
 class Images(Modality):
-    """Images, all of which are resized; the aspect ratio is not kept.
+    """Images, resized to one size; the aspect ratio is not kept.
 
     Attributes:
         image_size: Pixels per side, or (height, width).

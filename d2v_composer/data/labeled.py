@@ -108,7 +108,7 @@ class EvaluationSet(NamedTuple):
 
     @property
     def has_labels(self) -> bool:
-        """True unless there are only test images, without labels."""
+        """True if the set has labels; False if it has only test images."""
         return len(self.train.labels) > 0
 
     @property
@@ -155,7 +155,7 @@ def load_labeled_set(
     """
     modality = modality or Images(image_size, interpolation)
     if (held := HOLDS.get(format, modality.name)) != modality.name:
-        raise InputError(f"{root}: {format} has samples of the modality {held}, and the model takes {modality.unit}")
+        raise InputError(f"{root}: {format} holds samples of the modality {held}, but the model takes {modality.unit}")
     if format in CIFAR:
         labeled = _load_cifar(format, Path(root), download, max_images)
     else:
@@ -241,7 +241,7 @@ def _open_splits(
 
 def _tell_left_out(source: Source, **others: int) -> Source:
     if left_out := {**source.left_out, **others}:
-        log.warning("%s: left out: %s", source.root, name_counts(left_out))
+        log.warning("%s: left out %s", source.root, name_counts(left_out))
     return source
 
 
@@ -257,7 +257,7 @@ def _open_class_folders(root: Path, modality: Modality) -> list[Source]:
         num_beside = len(source) - len(chosen)
         _tell_left_out(source, **({f"{modality.unit} beside the class folders": num_beside} if num_beside else {}))
         if not len(chosen):
-            raise InputError(f"{folder}: no {modality.unit} in its class folders; {layout}")
+            raise InputError(f"{folder}: no {modality.unit} in the class folders; {layout}")
         class_names = class_names or list_classes(folder, modality)
         splits.append(chosen.with_classes([path.split("/")[0] for path in chosen.ids], class_names, layout))
     return splits
@@ -326,14 +326,14 @@ class Augmentation(NamedTuple):
 
 
 def collate_labeled(pairs: Sequence[tuple[Tensor, Any]]) -> list[Tensor]:
-    """Return a batch of samples with labels: inputs, labels and, if some are padded, what :func:`collate` adds."""
+    """Return a batch of samples with labels: inputs, labels and, if some samples are padded, their lengths."""
     samples, labels = zip(*pairs, strict=True)
     values, *others = collate(samples)
     return [values, torch.tensor([int(label) for label in labels]), *others]
 
 
 def eval_batches(labeled: LabeledSamples, batch_size: int) -> DataLoader:
-    """Return the loader for this rank's share of all samples, not augmented; Composer drops the last ranks' padding."""
+    """Return the loader of this rank's share of the samples, not augmented; Composer drops the padding at the end."""
     from composer.utils import dist
 
     dataset: Any = list(zip(*labeled, strict=True))

@@ -26,7 +26,7 @@ SUMMARY = "conversion.json"
 def _read_pil(data: bytes) -> Image.Image:
     width, height, mode_size = np.frombuffer(data[:12], np.uint32).tolist()
     if width * height > 8 * len(data):  # Pillow allocates them first; mode 1 has 8 pixels in a byte
-        raise ValueError(f"it has {len(data)} bytes for {width} x {height} pixels")
+        raise ValueError(f"{len(data)} bytes for {width} x {height} pixels")
     return Image.frombytes(data[12 : 12 + mode_size].decode(), (width, height), data[12 + mode_size :])
 
 
@@ -56,7 +56,7 @@ class ShardFile(NamedTuple):
     def find_fault(self, path: Path) -> str | None:
         """Return an error message if a file differs from its entry, or ``None``."""
         if (size := path.stat().st_size) != self.bytes:
-            return f"{path}: has {size} bytes, but the index says {self.bytes}"
+            return f"{path} has {size} bytes, but the index says {self.bytes}"
         # Of several hashes, those of xxhash take the least time.
         for algorithm in sorted(self.hashes, key=lambda name: not name.startswith("xxh"))[:1]:
             content = path.read_bytes()
@@ -88,7 +88,7 @@ class Shard(NamedTuple):
             file.seek(4 * (1 + number))
             begin, end = np.frombuffer(file.read(8), np.uint32).tolist()
             if not begin < end <= self.raw.bytes:
-                raise ValueError(f"its offsets are {begin} and {end}")
+                raise ValueError(f"sample from offset {begin} to {end}")
             file.seek(begin)
             data = file.read(end - begin)
         num_varying = sum(size is None for _, size, _ in self.columns)
@@ -100,7 +100,7 @@ class Shard(NamedTuple):
                 sample[name] = decode(data[at : at + size])
             at += size
         if at != len(data):  # a slice beyond the end is short, in silence
-            raise ValueError(f"its columns have {at} bytes, but the sample has {len(data)}")
+            raise ValueError(f"columns of {at} bytes in a sample of {len(data)} bytes")
         return sample
 
 
@@ -138,14 +138,14 @@ class Index:
         with reading(folder / INDEX):
             self.shards = [self._parse(entry) for entry in json.loads((folder / INDEX).read_bytes())["shards"]]
         if not self.shards:
-            raise InputError(f"{self.source}: the data set is empty: its {INDEX} lists no samples")
+            raise InputError(f"{self.source}: {INDEX} lists no samples")
 
     def __len__(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
     @property
     def source(self) -> str:
-        """Where the data set is: its address or its folder."""
+        """The address or the folder of the data set."""
         return self.remote or str(self.folder)
 
     @cached_property
@@ -180,7 +180,7 @@ class Index:
                 raise InputError(f"{self.source}: its {INDEX} names a file outside the folder: {file.basename}")
         encodings = dict(zip(entry["column_names"], entry["column_encodings"], strict=True))
         if "pkl" in encodings.values():
-            raise InputError(f"{self.source}: has a column of pickles, which may run code and are not supported")
+            raise InputError(f"{self.source} has a column of pickles, which are not supported: they may run code")
         wanted = {self.column: self.modality.encodings} | ({} if self.labels is None else {self.labels: ENCODINGS})
         for name, known in wanted.items():
             if name not in encodings:

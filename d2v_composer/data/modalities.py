@@ -1,4 +1,4 @@
-"""Find the modality of an encoder, or by its name."""
+"""Find a modality by an encoder's config or by name."""
 
 from d2v_composer.data.audio import Audio
 from d2v_composer.data.images import Images
@@ -9,5 +9,5 @@ MODALITIES: dict[str, type[Modality]] = {each.name: each for each in (Images, Au
 
 
 def modality_of(config: EncoderConfig) -> Modality:
-    """Return the samples that an encoder takes."""
+    """Return the modality of the samples that an encoder takes."""
     return MODALITIES[config.modality].of(config)

@@ -30,14 +30,14 @@ class Transform(Protocol):
 
     @property
     def longest(self) -> int | None:
-        """Its length; ``None`` if all results have one size."""
+        """Length of the longest result; ``None`` if all results have one size."""
         ...
 
     def __call__(self, sample: Any, rng: np.random.Generator, source: str = "sample") -> Tensor: ...
 
 
 class Modality(ABC):
-    """A kind of samples; a subclass's attributes are how a model takes them.
+    """Images or audio: how samples are decoded, stored, augmented and batched.
 
     Attributes:
         name: Name of the entry in a batch, and of the column in an MDS data set.
@@ -66,7 +66,7 @@ class Modality(ABC):
 
     @classmethod
     def of_side(cls, side: int) -> Self:
-        """Return the modality with images of this many pixels a side; other samples stay as they are."""
+        """Return the modality with images of this many pixels per side; audio stays unchanged."""
         return cls()
 
     @abstractmethod
@@ -84,7 +84,7 @@ class Modality(ABC):
     @classmethod
     @abstractmethod
     def encode(cls, stored: Any, source: str, **options: Any) -> tuple[bytes, int | None]:
-        """Return a sample of a converted data set as a file that every reader can decode, and its length if they vary.
+        """Return a sample as a file that every reader can decode, and the sample's length if lengths vary.
 
         Raises:
             UnreadableSampleError: It cannot be decoded.
@@ -95,7 +95,7 @@ class Modality(ABC):
         """Return the training augmentation with these ``options``, or with ``for_views`` one for instance retrieval."""
 
     def stack(self, samples: Iterator[Tensor], count: int) -> Tensor | list[Tensor]:
-        """Return decoded samples in memory."""
+        """Collect decoded samples in memory."""
         return list(samples)
 
 
@@ -109,9 +109,9 @@ def read_sample_file(path: Path) -> bytes:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # reading a pipe could wait for ever
-            raise UnreadableSampleError(f"{path}: is not a regular file")
+            raise UnreadableSampleError(f"{path} is not a regular file")
         if status.st_size > MAX_BYTES:
-            raise UnreadableSampleError(f"{path}: has {status.st_size:,} bytes, more than {MAX_BYTES:,}")
+            raise UnreadableSampleError(f"{path} has {status.st_size:,} bytes, more than {MAX_BYTES:,}")
         return path.read_bytes()
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG):
@@ -135,7 +135,7 @@ def decoding(stored: Any, source: str, kind: str) -> Iterator[None]:
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
             raise
         detail = f"{len(stored)} bytes" if isinstance(stored, bytes) else f"{stored!r:.50}"
-        raise UnreadableSampleError(f"{source}: not {kind} that can be read ({detail})") from error
+        raise UnreadableSampleError(f"{source}: cannot decode as {kind} ({detail})") from error
 
 
 def sample_rng(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
@@ -144,7 +144,7 @@ def sample_rng(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
 
 
 def collate(samples: Sequence[Tensor], sizes: Sequence[int] = ()) -> tuple[Tensor, ...]:
-    """Return a batch's inputs; and if samples were padded with zeros at the end, the lengths, (B,) int64.
+    """Return a batch's inputs and, if samples were padded with zeros at the end, the lengths, (B,) int64.
 
     Args:
         samples: They differ at most in their last dimension.

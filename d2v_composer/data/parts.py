@@ -1,4 +1,4 @@
-"""Parts of a conversion or of embeddings, which any scheduler makes, in any order, on any machine, and how they merge.
+"""Make parts of a conversion or of embeddings, in any order, on any machine, and merge them.
 
 A part is there once its last file is. Beside it stands its record: which part it is, and of what and how it was made.
 """
@@ -22,13 +22,13 @@ TABLES = (".npy", ".parquet")
 
 
 def plan_of(source: Source, part: Part, **settings: Any) -> dict[str, Any]:
-    """Return what is recorded of a part: which it is, and what all must share: source, version and settings."""
+    """Return a part's record: its number, and the source, version and settings that all parts must share."""
     same = {"unit": source.modality.unit, "source": source.content, "version": version("d2v-composer")}
     return part._asdict() | same | settings
 
 
 def bring(address: str, folder: Path) -> Path:
-    """Return the path of a file, downloaded to a folder if it is in a store; there is none if the file is missing."""
+    """Return the path of a file, downloaded to a folder if it is in a store; a missing file leaves no file there."""
     if not is_remote(address):
         return Path(address)
     path = folder / address.rpartition("/")[2]
@@ -54,11 +54,11 @@ class Parts:
         self._last, self._record = (self.suffix, ".json") if self.suffix else (f"/{INDEX}", f"/{SUMMARY}")
 
     def path(self, part: Part) -> str:
-        """Return where a part is."""
+        """Return the path or address of a part."""
         return f"{self.folder}/{part.name}{self.suffix}"
 
     def has(self, part: Part, plan: Mapping[str, Any]) -> bool:
-        """Return True if a part is there; else it can be made.
+        """Return True if a part exists; otherwise check that it can be made.
 
         Raises:
             InputError: It was made of something else or otherwise, or the folder of an MDS data set has other files.
@@ -70,7 +70,7 @@ class Parts:
             others = [path.name for path in Path(self.out).glob("*") if path.name != "parts"]  # of a store: none
             if others or self.load(f"{self.out}/{INDEX}"):
                 raise InputError(
-                    f"{self.out}: holds something else than parts: {[*others, INDEX][0]}; choose another OUT"
+                    f"{self.out} holds something other than parts: {[*others, INDEX][0]}; choose another OUT"
                 )
         return False
 
@@ -86,15 +86,15 @@ class Parts:
             raise InputError(f"{self.folder}: no finished parts")
         counts = sorted({part.total for part in found})
         if len(counts) > 1:
-            raise InputError(f"{self.folder}: has parts of {' and of '.join(map(str, counts))}; remove those of one")
+            raise InputError(f"{self.folder} has parts of {' and of '.join(map(str, counts))}; keep only one set")
         if missing := sorted({*range(counts[0])} - {part.number for part in found}):
-            raise InputError(f"{self.folder}: missing of {counts[0]} parts: {', '.join(map(str, missing))}")
+            raise InputError(f"{self.folder}: of {counts[0]} parts, these are missing: {', '.join(map(str, missing))}")
         first = self._read(found[0], {}, "")
         return {part: self._read(part, first["part"], found[0].name) for part in found}
 
     @cached_property
     def names(self) -> set[str]:
-        """The paths of what is below the folder."""
+        """The paths of all files below the folder, relative to it."""
         if is_remote(self.folder):
             return {*list_folder(self.folder)[1]}
         return {path.relative_to(self.folder).as_posix() for path in Path(self.folder).rglob("*")}
@@ -104,11 +104,9 @@ class Parts:
             record = self.load(address)
             has = record["part"]
             if (has["number"], has["total"]) != part:
-                raise InputError(f"{self.path(part)}: is part {has['number']} of {has['total']}")
+                raise InputError(f"{self.path(part)} holds part {has['number']} of {has['total']}; remove it")
             if others := [key for key in plan if key != "number" and has.get(key) != plan[key]]:
-                raise InputError(
-                    f"{self.path(part)}: was made with another {', '.join(others)} than {whose}; remove it"
-                )
+                raise InputError(f"{self.path(part)} was made with another {', '.join(others)} than {whose}; remove it")
             return record
 
     @staticmethod

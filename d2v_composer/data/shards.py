@@ -68,7 +68,7 @@ def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0) -> None:
                 with reading(address):
                     json.loads(fetched.read_bytes())
                 if here not in (None, fetched.read_bytes()):
-                    raise InputError(f"{local}: holds shards of a data set other than {remote}; choose another folder")
+                    raise InputError(f"{local} holds shards of a data set other than {remote}; choose another folder")
         except InputError:
             raise
         except Exception as error:
@@ -105,7 +105,7 @@ class Shards:
         # Its shards would be evicted, and lost.
         if self.limit and Path(index.source).resolve() == self.local.resolve():
             raise InputError(
-                f"cache_limit: only for the cache of a remote data set; {self.local} is the data set itself"
+                f"cache_limit: needs a remote data set, but {self.local} is the data set itself, not its cache"
             )
         if any(shard.zipped for shard in self.shards):
             from streaming.base.compression import decompress  # it imports a package for each kind
@@ -195,7 +195,7 @@ class Shards:
         return max(1, on_machine // processes)
 
     def _lock_of(self, path: Path) -> Path:
-        """Return the lock of a shard, from its path or that of a temporary file beside it."""
+        """Return the lock of a shard, given its path or the path of a temporary file beside it."""
         return self._locks / PARTIAL.sub("", str(path.relative_to(self.local)))
 
     def _remove_abandoned(self, suffix: str = "") -> None:
@@ -224,7 +224,7 @@ class Shards:
         return False
 
     def _fetch(self, shard_id: int, timeout: float) -> bool:
-        """Fetch and verify a shard.
+        """Fetch and verify a shard, unless another thread does.
 
         Returns:
             False if another thread is fetching it, or if shards that are being fetched take the room in the cache.
@@ -258,9 +258,7 @@ class Shards:
             except NoRoomError:
                 return False
             except Exception as error:
-                raise ShardError(
-                    f"{address}: the shard cannot be fetched: {reason(error)} (to {self.local})"
-                ) from error
+                raise ShardError(f"{address}: the shard cannot be fetched to {self.local}: {reason(error)}") from error
         self._verified.add(shard_id)
         return True
 

@@ -28,7 +28,7 @@ from d2v_composer.system.processes import die_with_parent
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Samples of one kind in a fixed order. What numbers them from 0 makes a source.
+    """Samples of one modality in a fixed order, numbered from 0.
 
     Attributes:
         root: The folder or the address.
@@ -66,12 +66,12 @@ class Source:
         return len(self.ids)
 
     def name(self, number: int) -> str:
-        """Return what an error calls a sample."""
+        """Return the name of a sample for error messages."""
         has_names = self.ids.dtype.kind == "U"
         return f"{self.root}/{self.ids[number]}" if has_names else f"sample {self.ids[number]} of {self.root}"
 
     def decode(self, number: int) -> Tensor:
-        """Return a sample as :meth:`Modality.decode` does.
+        """Load and decode a sample; see :meth:`Modality.decode`.
 
         Raises:
             UnreadableSampleError: It cannot be decoded.
@@ -79,7 +79,7 @@ class Source:
         return self.modality.decode(self.load(number), self.name(number))
 
     def select(self, numbers: Sequence[int] | NDArray[np.int64]) -> Self:
-        """Return some of the samples."""
+        """Return a source of these samples alone."""
         chosen = np.asarray(numbers, np.int64)
         load, label = self.load, self.label
         return replace(
@@ -90,7 +90,7 @@ class Source:
         )
 
     def with_classes(self, names: Sequence[str], class_names: Sequence[str], hint: str) -> Self:
-        """Return the samples with labels: the place of each one's class, (N,), among all classes.
+        """Return the samples with labels: the position of each sample's class among all classes, (N,).
 
         Raises:
             InputError: A class is not among them; the line ends with ``hint``.
@@ -139,7 +139,7 @@ def whole_label(value: Any, source: str) -> int:
 def number_labels(
     source: Source, labels: Sequence[Any], class_names: Sequence[str], known: Callable[[], Sequence[str]]
 ) -> Source:
-    """Return a source with labels: whole numbers, or names of classes.
+    """Return a source with the labels that a file holds: whole numbers, or names of classes.
 
     Args:
         source: The samples.
@@ -244,7 +244,7 @@ def load_file(folder: Path, paths: NDArray[Any], number: int) -> bytes:
 
 
 def name_counts(left_out: Mapping[str, int]) -> str:
-    """Return what a source leaves out, in words."""
+    """Return the kinds and counts of files that a source leaves out, as text."""
     return ", ".join(f"{count:,} {kind}" for kind, count in left_out.items()) or "none"
 
 
@@ -311,7 +311,7 @@ def map_in_workers(
         cause = (str(error).strip() or type(error).__name__).splitlines()[-1]
         if isinstance(error, RuntimeError) and not cause.startswith("DataLoader worker (pid"):
             raise
-        raise RunError(f"reading failed ({cause}): the same command resumes") from error
+        raise RunError(f"reading failed ({cause}); the same command resumes") from error
 
 
 def hash_of(*contents: object) -> str:

@@ -112,7 +112,7 @@ class EpochOrder(DistributedSampler[Sample]):
         return self._with_shards_ahead(self._epoch, ids.tolist(), shards.tolist())
 
     def share(self, epoch: int, first_sample: int, world: World) -> NDArray[np.int64]:
-        """Return a rank's samples of an epoch without its first ones, which are counted over all ranks."""
+        """Return a rank's samples of an epoch after the first ``first_sample`` samples of all ranks."""
         left = self.draw(epoch)[first_sample:].reshape(-1, world.ranks_per_node, world.num_nodes)
         return left[:, world.rank_of_node, world.node]
 
@@ -134,7 +134,7 @@ class EpochOrder(DistributedSampler[Sample]):
         return order.T.ravel()
 
     def _by_length(self, order: NDArray[np.int64], lengths: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-        """Sort the order of each canonical node, (nodes, samples), by length within windows."""
+        """Sort each canonical node's samples, (nodes, samples), by length within windows."""
         node_batch, windows = self.global_batch_size // len(order), []
         size = max(1, self.shuffle_block_size // self.global_batch_size) * node_batch
         for begin in range(0, order.shape[1], size):

@@ -114,7 +114,7 @@ def cost(model: Backbone | Encoder) -> dict[str, Any]:
 
 
 def build_candidates(first: Backbone, models: Mapping[str, Backbone], layer_mean: LayerMean) -> list[Candidate]:
-    """Return what is compared: the encoder's baseline, ``encoder`` (its output in every pooling), then each model.
+    """Return the candidates: pixels or spectrum, ``encoder`` (its output in every pooling), then each model.
 
     A tensor that is passed again, to another of them, is not encoded again: autocast must be the same for all. The
     encoder's output lives as long as its inputs. A compiled model needs a graph for each size, so smaller batches are
@@ -157,7 +157,7 @@ def build_candidates(first: Backbone, models: Mapping[str, Backbone], layer_mean
 
 
 class Comparison(NamedTuple):
-    """The models that an evaluation compares, and how."""
+    """The models that an evaluation compares, and the settings of its measures."""
 
     candidates: list[Candidate]
     """Models on the device, in eval mode."""
@@ -246,7 +246,7 @@ def read_evaluation(folder: Path, weights: str) -> dict[str, Any]:
 
 
 def check_out(folder: Path, weights: str) -> None:
-    """Check, before minutes of work, that results can be written, and replace none but those of the same weights.
+    """Check, before the work starts, that results can be written and replace only results of the same weights.
 
     Raises:
         InputError: One of these does not hold.

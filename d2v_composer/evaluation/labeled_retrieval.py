@@ -62,7 +62,7 @@ Neighbors = dict[str, dict[str, Tensor]]
 
 @dataclass(eq=False)
 class Candidate:
-    """A model to compare with others, and what was last found with it."""
+    """A model to compare with others, and its last results."""
 
     name: str
     embed: Embed
@@ -78,7 +78,7 @@ class Candidate:
 
 
 class Lookup(NamedTuple):
-    """How sets are looked up."""
+    """Settings of retrieval and probes."""
 
     primary: str
     """The embedding to report as a model's own."""
@@ -94,14 +94,14 @@ class Lookup(NamedTuple):
     """What agreement compares with; ``None``: agreement is left out."""
 
     def measures(self, labeled: "EvaluationSet") -> list[Measure]:
-        """Return what is measured on a set: retrieval first, then the probes."""
+        """Return the measures for a set: retrieval first, then the probes."""
         measures = [retrieval_from(bank, k) for bank in BANKS for k in self.ks] if labeled.has_labels else []
         measures += probes_at(self.ks, self.probes if labeled.has_labels else WITHOUT_LABELS)
         needs = {AGREEMENT.name: self.teacher, "zero_shot": labeled.class_embeddings}
         return [each for each in measures if needs.get(each.name, labeled) is not None]
 
     def check(self, name: str, labeled: "EvaluationSet") -> None:
-        """Check that a set has enough images to look up.
+        """Check that a set has enough images for every k.
 
         Raises:
             InputError: It has too few.

@@ -39,14 +39,14 @@ class Measure(NamedTuple):
 
 
 def retrieval_from(bank: str, k: int) -> Measure:
-    """Return the measure: whether any of the k nearest of the bank has a query's label."""
+    """Return the measure of retrieval: a query is a hit if any of its k nearest in the bank has its label."""
     if bank == "classes":
         return Measure(bank, "zero_shot", k, f"zero_shot/top{k}", f"zero-shot top-{k}")
     return Measure(bank, "retrieval", k, f"bank_{bank}/top{k}", f"bank {bank} top-{k}")
 
 
 def instance_retrieval(k: int) -> Measure:
-    """Return the measure: whether a view of an image finds the other one among its k nearest."""
+    """Return the measure of instance retrieval: a view is a hit if the image's other view is among its k nearest."""
     return Measure("", "instance", k, f"instance/top{k}", f"instance top-{k}")
 
 
@@ -67,7 +67,7 @@ WITHOUT_LABELS = ("agreement", "instance")
 
 
 def probes_at(ks: Sequence[int], probes: Iterable[str] = tuple(PROBES)) -> list[Measure]:
-    """Return the measures of the probes, for each k of those that have one."""
+    """Return the measures of the probes, one for each k if a probe has a k."""
     found = [PROBES[name] for name in probes]
     return [measure for each in found for measure in (map(each, ks) if callable(each) else each)]
 

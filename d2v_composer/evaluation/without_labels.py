@@ -55,7 +55,7 @@ def nearest_others(images: Tensor, k: int = NUM_COMMON, ranks: Ranks = ONE_RANK)
 
 
 def common_shares(nearest: Tensor, others: Tensor) -> Tensor:
-    """Return the share of each image's neighbors that two models have in common, (N, K) twice → (N,) float64."""
+    """Return the share of each image's K neighbors, (N, K), that two models have in common: (N,) float64."""
     return (nearest[:, :, None] == others.to(nearest.device)[:, None]).any(dim=2).double().mean(dim=1)
 
 

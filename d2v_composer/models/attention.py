@@ -122,12 +122,12 @@ def attention_bias(
 
 
 def aligned(bias: Tensor) -> Tensor:
-    """Return the bias with rows aligned for the attention kernels, except in a program that takes any length."""
+    """Return the bias with rows aligned for the attention kernels; in a program of any length, unchanged."""
     return bias if isinstance(bias.shape[-1], torch.SymInt) else pad_rows(bias)[..., : bias.shape[-1]]
 
 
 def pad_rows(bias: Tensor) -> Tensor:
-    """Pad the rows with zeros until the kernels' alignment divides their length."""
+    """Pad the rows with zeros to a multiple of the kernels' alignment."""
     return pad(bias, (0, -bias.shape[-1] % ROW_ALIGNMENT))
 
 
@@ -144,7 +144,7 @@ def fsdp_unit(module: nn.Module) -> nn.Module:
 
 
 class FfnBlock(nn.Module, ABC):
-    """A block of any kind that returns its FFN output.
+    """Base of blocks that return their FFN output, too.
 
     Attributes:
         attention_width: Channels of all heads together.

@@ -1,4 +1,4 @@
-"""Audio as a modality: what an encoder does with waveforms, and data2vec 2.0's audio encoder.
+"""Encode waveforms: the part that all audio encoders share, and data2vec 2.0's audio encoder.
 
 Shapes: B clips, L samples, C channels of convolutions, E extra tokens, N frames, T = E + N tokens, D channels, M mels.
 Source: fairseq's ``data2vec/models/modalities/audio.py`` and ``wav2vec2.py``.
@@ -21,7 +21,7 @@ FRAME, HOP, NUM_POINTS, LOWEST_HERTZ, LOG_FLOOR = 400, 160, 512, 20.0, torch.fin
 
 
 class Sound(Encoder):
-    """The part of an encoder that is alike for all audio models.
+    """The part that all audio encoders share: checks, padding and baseline of waveforms.
 
     Attributes:
         min_samples: Of a waveform.
@@ -129,7 +129,7 @@ class AudioEncoder(Sound, Data2Vec2Encoder):
         return self.project_features["2"](self.project_features["1"](x_BCN.transpose(1, 2)))
 
     def positions(self, x_BND: Tensor, padding_BN: Tensor | None = None) -> Tensor:
-        """Return what the positional convolutions add to the local features, (B, N, D)."""
+        """Return the positional convolutions' output, (B, N, D), which is added to the local features."""
         convolutions: Any = self.relative_positional_encoder
         if self.config.conv_pos_pre_ln:
             x_BND, convolutions = convolutions["0"](x_BND), convolutions["1"]
@@ -159,7 +159,7 @@ class AudioEncoder(Sound, Data2Vec2Encoder):
 
 
 def beyond(lengths: Tensor, size: int) -> Tensor:
-    """Return which of ``size`` positions are past each clip's length, (B, size) bool."""
+    """Return a mask of the positions past each clip's length, (B, size) bool."""
     return torch.arange(size, device=lengths.device) >= lengths[:, None]
 
 

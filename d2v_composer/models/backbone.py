@@ -33,7 +33,7 @@ def frozen_use() -> Iterator[None]:
 
 
 class Backbone(nn.Module, ABC):
-    """An encoder, and what turns its tokens into features.
+    """Base of models: an encoder, and layers that turn its tokens into features.
 
     Args:
         encoder: Not copied: other models may hold it too.
@@ -62,10 +62,10 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def features(self, tokens: Tokens) -> Features:
-        """Return the features of the encoder's tokens; they are computed when they are read."""
+        """Return the features of the encoder's tokens; each is computed when it is read."""
 
     def train_what_is_read(self, output: bool, pooled: bool) -> None:
-        """Freeze the parameters on which no loss depends: DDP refuses trained ones without gradient.
+        """Freeze the parameters on which no loss depends, since DDP refuses trained parameters without gradient.
 
         Args:
             output: A loss reads the model's output, and not its FFN outputs alone.
@@ -74,10 +74,10 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def forward_macs(self, shape: Sequence[int] | None = None) -> int:
-        """Return the multiply-accumulates for one input, without the encoder; default the usual one."""
+        """Return the multiply-accumulates for one input after the encoder; default: as :meth:`Encoder.num_tokens`."""
 
     def backward_macs(self, shape: Sequence[int] | None = None) -> int:
-        """Return the backward pass's multiply-accumulates for one input, with those of an encoder that trains."""
+        """Return the backward pass's multiply-accumulates for one input, including an encoder that trains."""
         return 2 * self.forward_macs(shape)
 
     @property
@@ -87,11 +87,11 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def checkpoint_activations(self, enable: bool = True) -> None:
-        """Turn recomputation of activations in the backward pass, instead of keeping them, on or off."""
+        """Recompute activations in the backward pass (``enable``), or keep them in memory."""
 
     @property
     def num_layers(self) -> int:
-        """Number of layers of its features."""
+        """Number of layers in the features."""
         return 1
 
     @property
@@ -147,7 +147,7 @@ class Backbone(nn.Module, ABC):
         return features.poolings(self.represent(features, representation))[pooling]
 
     def represent(self, features: Features, representation: Representation) -> Tensor:
-        """Return a representation, (B, T, D), with gradient; of ``projected``, the output that is projected."""
+        """Return a representation, (B, T, D), with gradient; for ``projected``, the output before its projection."""
         if representation == "layer_mean":
             return self.layer_mean.average(features.layers(), features)
         return features.output

@@ -93,7 +93,7 @@ class Config(BaseModel):
         """Raise ValueError if values contradict each other; each alone is within its limits."""
 
     def changed(self, **values: Any) -> Self:
-        """Return the same with other values."""
+        """Return a copy with these values changed."""
         return type(self)(**(self.model_dump() | values))
 
 
@@ -228,7 +228,7 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
 
     @property
     def has_cls_token(self) -> bool:
-        """Whether the first token is CLS: never, the extra tokens are registers."""
+        """False: the extra tokens of an audio encoder are registers."""
         return False
 
     @cached_property
@@ -237,14 +237,14 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
         return parse_convolutions(self.feature_encoder_spec)
 
     def min_samples(self, num_frames: int = 1) -> int:
-        """Return the number of samples of the shortest waveform that gives a number of frames."""
+        """Return the length in samples of the shortest waveform that gives so many frames."""
         samples = num_frames
         for _, kernel, stride in reversed(self.convolutions):
             samples = (samples - 1) * stride + kernel
         return samples
 
     def num_frames(self, num_samples: Any, num_convolutions: int | None = None) -> Any:
-        """Return the number of frames of waveforms, an int or a tensor, after all convolutions or the first ones."""
+        """Return how many frames ``num_samples`` (int or tensor) give after all convolutions or the first few."""
         for _, kernel, stride in self.convolutions[:num_convolutions]:
             num_samples = (num_samples - kernel) // stride + 1
         return num_samples
@@ -314,7 +314,7 @@ class TimmConfig(ImageConfig):
 
 
 class TimmEncoderConfig(TimmConfig):
-    """Sizes of a timm ViT's encoder. The model's name gives all others, and TimmEncoder compares these with it."""
+    """Sizes of a timm ViT's encoder. TimmEncoder checks them against the model of that name."""
 
     kind: Literal["timm"] = "timm"
     first_blocks: int
@@ -339,7 +339,7 @@ EncoderConfig = Annotated[
 
 
 class TeacherConfig(Config):
-    """Sizes of a teacher: its encoder's, which are attributes of this, too, and those of the blocks after it."""
+    """Sizes of a teacher: of its blocks, and of its encoder, whose fields are attributes here, too."""
 
     encoder: EncoderConfig
     depth: Depth
@@ -450,7 +450,7 @@ class TimmNetworkConfig(TimmConfig):
 
 
 class StudentSizes(Config):
-    """What the file of a student of blocks on an encoder says."""
+    """Sizes in the file of a student that has blocks on an encoder."""
 
     encoder: EncoderConfig
     student: StudentConfig
@@ -464,7 +464,7 @@ USUAL = {"kind": "blocks", "embed_dim": None, "final_layer_norm": True, "project
 
 
 def upgrade(sizes: dict[str, Any]) -> dict[str, Any]:
-    """Return the sizes in a teacher's or a student's file of any version as this version writes them.
+    """Convert the sizes in a file of any earlier version to this version's form.
 
     Earlier versions name no kind, leave out a student's usual values, and mix a teacher's sizes with its encoder's.
     """

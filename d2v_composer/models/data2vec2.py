@@ -55,7 +55,7 @@ class Data2Vec2(Teacher):
         return self.encoder.block_contexts(x_BTD, padding_mask, layers)
 
     def share_blocks(self, first_blocks: int) -> None:
-        """Move blocks between encoder and teacher until the encoder has the given number.
+        """Move blocks between encoder and teacher, so that the encoder has this number of blocks.
 
         Raises:
             ValueError: ``first_blocks`` leaves no block to the teacher.

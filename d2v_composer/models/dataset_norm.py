@@ -1,4 +1,4 @@
-"""Normalization by fixed numbers, which are measured once on samples of the data.
+"""Normalize layers by a fixed mean and deviation of each channel, measured once on the data.
 
 Shapes: B inputs, T tokens, D channels, L layers.
 """

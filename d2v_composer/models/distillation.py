@@ -90,7 +90,7 @@ class Distillation(ComposerModel):
 
     @torch.no_grad()
     def frozen_pass(self, inputs: Inputs) -> tuple[Tokens | None, dict[str, Tensor]]:
-        """Return the tokens of the student, unless its encoder is its own, and the target of each objective."""
+        """Return the shared encoder's tokens, ``None`` if the student has its own, and each objective's target."""
         encoded: dict[Encoder, Tokens] = {}
         targets = {}
         for teacher in self.teachers:
@@ -114,7 +114,7 @@ class Distillation(ComposerModel):
         return losses if outputs.others else losses["total"]
 
     def losses(self, regressions: tuple[Regression, ...]) -> dict[str, Tensor]:
-        """Return each objective's loss by name, and the weighted sum as ``total``, from the result of each."""
+        """Return each objective's loss by name, and the weighted sum as ``total``."""
         pairs = zip(self.objectives.items(), regressions, strict=True)
         found = {name: each.loss(result) for (name, each), result in pairs}
         total = sum(each.weight * found[name] for name, each in self.objectives.items())
@@ -231,7 +231,7 @@ class DistillationModel(Distillation):
 
     @torch.no_grad()
     def measure_targets(self, batches: Iterable[Batch]) -> None:
-        """Measure the numbers of ``dataset_norm``, before training, on as many batches of each rank."""
+        """Measure mean and deviation of ``dataset_norm`` before training; each rank must give as many batches."""
         tokens, teacher = self.objectives["tokens"], self.teacher
         tokens.dataset_norm.measures = True
         for batch in batches:
@@ -252,7 +252,7 @@ def cpu_autocast(is_on: bool) -> AbstractContextManager[Any]:
 
 
 def frozen_prefixes(module: nn.Module, prefix: str = "") -> tuple[str, ...]:
-    """Return what the names of tensors in a module's frozen parts start with."""
+    """Return the prefixes of the names of tensors in a module's frozen parts."""
     parts = module.named_modules(prefix=prefix, remove_duplicate=False)
     return tuple(f"{name}." for name, part in parts if isinstance(part, Frozen) and part.is_frozen)
 

@@ -40,7 +40,7 @@ class EatEncoder(Sound, Data2Vec2Encoder):
         return (self.config.target_length - 1) * HOP + FRAME
 
     def windows(self, inputs: Inputs) -> Inputs:
-        """Divide clips longer than a spectrogram into windows, (B·W, window), that follow each other."""
+        """Divide clips that are longer than a spectrogram into consecutive windows, (B·W, window)."""
         waveforms, lengths, _ = inputs
         hop = self.config.target_length * HOP
         num_windows = -(-((waveforms.shape[1] - FRAME) // HOP + 1) // self.config.target_length)
@@ -57,7 +57,7 @@ class EatEncoder(Sound, Data2Vec2Encoder):
         return Inputs(parts, lengths_BW.flatten().clamp(min=FRAME), shares_BW)
 
     def padding_mask(self, lengths: Tensor | None, num_samples: int | None = None) -> None:
-        """Return ``None``: what fills up a spectrogram counts like sound."""
+        """Return ``None``: the zeros that fill up a spectrogram count like sound."""
 
     def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
         x_BND = self.local_features(inputs.values, inputs.lengths)

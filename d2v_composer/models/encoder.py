@@ -1,4 +1,4 @@
-"""Encoders turn inputs into tokens; teacher and student may share one. Their subclasses know the modality.
+"""Base of encoders, which turn inputs into tokens; teacher and student may share one.
 
 Shapes: B inputs, E extra tokens, N patches or frames, T = E + N tokens, D channels.
 """
@@ -29,7 +29,7 @@ class Inputs(NamedTuple):
 
     @classmethod
     def of(cls, batch: Tensor | Mapping[str, Any], name: str) -> "Inputs":
-        """Return the inputs of a batch: it is the values, or has them under a name."""
+        """Return the inputs of a batch: a tensor, or a dict with the tensor under ``name``."""
         return cls(batch) if isinstance(batch, Tensor) else cls(batch[name], batch.get("lengths"))
 
     def filled_up(self, missing: int) -> "Inputs":
@@ -89,7 +89,7 @@ class Frozen(nn.Module):
 
 
 class Encoder(Frozen):
-    """Inputs to tokens, then blocks. A subclass knows its modality, and all that follows needs not.
+    """Base of encoders: inputs to tokens, then blocks. Only the subclasses depend on the modality.
 
     Models that hold the same encoder share it: a step runs it once. It trains unless it is frozen.
 
@@ -121,7 +121,7 @@ class Encoder(Frozen):
     @property
     @abstractmethod
     def block_list(self) -> list[Any]:
-        """The blocks, typed as the subclass's kind of block."""
+        """The encoder's blocks."""
 
     def build_head(self, num_outputs: int) -> Any:
         """Build the head of a teacher on this encoder, without its weights; ``None`` if the teacher only pools.
@@ -140,7 +140,7 @@ class Encoder(Frozen):
         """
 
     def normalized(self, values: Tensor) -> Tensor:
-        """Return inputs that :meth:`forward` takes and that Composer's algorithms may average: float."""
+        """Return inputs as floats, which :meth:`forward` takes and Composer's MixUp can average."""
         return values
 
     @abstractmethod
@@ -153,7 +153,7 @@ class Encoder(Frozen):
 
     @abstractmethod
     def num_tokens(self, shape: Sequence[int] | None = None) -> int:
-        """Return the number of tokens of an input; default: of one in the usual shape."""
+        """Return the number of tokens of an input; default: the config's image, or a second of audio."""
 
     @abstractmethod
     def stem_macs(self, shape: Sequence[int] | None = None) -> int:
@@ -169,7 +169,7 @@ class Encoder(Frozen):
 
     @abstractmethod
     def raw(self, inputs: Inputs) -> Tensor:
-        """Return an embedding that takes no model, (B, features): the baseline of all others."""
+        """Return an embedding that no model computes, (B, features), as a baseline for all models."""
 
     @property
     def free_axes(self) -> dict[int, tuple[str, int, int]]:
@@ -195,14 +195,14 @@ class Encoder(Frozen):
         return None
 
     def keep_scale_whole(self) -> None:
-        """Make ALiBi's scale a buffer: FSDP would gather it for this encoder alone, and a teacher's blocks read it."""
+        """Make ALiBi's scale a buffer, which FSDP does not shard, because a teacher's blocks read it, too."""
         if self.alibi_scale is not None:
             scale = self.alibi_scale.detach()
             del self.alibi_scale
             self.register_buffer("alibi_scale", scale)
 
     def forward(self, inputs: Inputs) -> Tokens:
-        """Encode inputs, and derive the padding mask of all that follows.
+        """Encode inputs, and derive the padding mask for the model's other parts.
 
         Raises:
             ValueError: The inputs have another shape or dtype, or are too short.
@@ -216,7 +216,7 @@ class Encoder(Frozen):
         return Tokens(x_BTD, padding_mask, inputs.shares)
 
     def forward_macs(self, shape: Sequence[int] | None = None) -> int:
-        """Return the multiply-accumulates for one input of a shape; default the usual one."""
+        """Return the multiply-accumulates for one input; default: the config's image, or a second of audio."""
         num_tokens = self.num_tokens(shape)
         return self.stem_macs(shape) + sum(block.forward_macs(num_tokens) for block in self.block_list)
 
@@ -230,7 +230,7 @@ class Data2Vec2Encoder(Encoder):
     extra_tokens: nn.Parameter | None
 
     def add_blocks(self, config: Data2Vec2EncoderConfig) -> None:
-        """Add what follows the subclass's layers. The order of all is that of the random numbers."""
+        """Add the layers after the subclass's own; their order fixes the random initial weights."""
         dim, hidden_dim = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
         self.extra_tokens = (
             nn.Parameter(torch.zeros(1, config.num_extra_tokens, dim)) if config.num_extra_tokens else None
@@ -255,7 +255,7 @@ class Data2Vec2Encoder(Encoder):
     def block_contexts(
         self, x_BTD: Tensor, padding_mask: Tensor | None = None, layers: range | None = None
     ) -> list[Tensor | None]:
-        """Return the attention bias of each layer; the teacher's layers follow the encoder's, which are the default."""
+        """Return the attention bias of each layer of the encoder, or also of a teacher's layers after it."""
         layers = range(len(self.block_list)) if layers is None else layers
         scales = [None] if self.alibi_scale is None else self.alibi_scale
         if len(scales) == 1:

@@ -37,7 +37,7 @@ MAX_GRAPHS = 1024
 
 
 def compile_model(model: "Distillation", joins_frozen_blocks: bool = True, choice: bool | str = True) -> None:
-    """Compile, in place, the parts of a step and of an evaluation: blocks, patch embedding, norm_mean, loss.
+    """Compile a model's blocks, patch embedding, norm_mean and loss in place, for steps and evaluations.
 
     Blocks are graphs of their own: equal blocks share a compilation; DDP reduces a block's gradients while the next
     ones are computed; activation checkpointing and FSDP work on blocks.
@@ -96,7 +96,7 @@ def compiled_with_weights(frozen_pass: Callable[P, R], mode: str | None) -> Call
 
 
 def captured(frozen_pass: Callable[P, R]) -> Callable[P, R]:
-    """Compile a function without gradient as a CUDA graph; if it cannot be one, Inductor silently runs it as usual."""
+    """Compile a function without gradient as a CUDA graph; if that is impossible, Inductor runs it as usual."""
     function = compiled(frozen_pass, options={"triton.cudagraphs": True})
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -162,7 +162,7 @@ def choose_precision(choice: str) -> Precision:
 
 
 def shard_unit(unit: nn.Module, mp_policy: MixedPrecisionPolicy, **options: Any) -> FSDPModule:
-    """Shard an FSDP unit like torch's ``fully_shard``, but such that it computes the same as under DDP and autocast.
+    """Shard an FSDP unit with torch's ``fully_shard``, so that it computes the same as under DDP and autocast.
 
     Composer's policy casts each unit's input to half precision, and with it the residual stream, which starts at the
     encoder's positions.

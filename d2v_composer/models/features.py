@@ -19,7 +19,7 @@ Layers = Iterable[tuple[Tensor, Tensor]]
 
 @dataclass(eq=False)
 class Features:
-    """The results of a model's blocks, which run when they are read, and again when they are read again.
+    """The results of a model's blocks, which run again each time a result is read.
 
     So a layer is freed once it was used, and nothing is computed that nobody reads.
     """
@@ -42,7 +42,7 @@ class Features:
     """(B, P), the model's own pooled feature, in place of CLS."""
 
     def layers(self, source: TargetSource = "ffn") -> Iterator[Tensor]:
-        """Yield the FFN output of each block, or its output, (B, T, D)."""
+        """Yield each block's FFN output, or its output, (B, T, D)."""
         if source == "ffn":
             return (ffn_output for _, ffn_output in self.run(False))
         return (output for output, _ in self.run(True))
@@ -56,7 +56,7 @@ class Features:
         return self.norm(output)
 
     def with_output(self, read: Callable[[Iterator[Tensor]], ResultT]) -> tuple[Tensor, ResultT]:
-        """Run the blocks once: return the output, and what a function makes of the FFN outputs as they come."""
+        """Run the blocks once; return the output, and the result of ``read`` on the FFN outputs, one at a time."""
         output: Any = None
 
         def ffn_outputs() -> Iterator[Tensor]:
@@ -82,14 +82,14 @@ class Features:
         return replace(self, run=run, num_extra_tokens=num_kept)
 
     def for_readers(self, count: int) -> "Features":
-        """Return features for so many readers: several share one run, whose results are all in memory at once."""
+        """Return features for ``count`` readers; several share one run, which keeps all results in memory."""
         if count == 1:
             return self
         layers = list(self.run(True))
         return replace(self, run=lambda _: layers)
 
     def poolings(self, x_BTD: Tensor, prefix: str = "") -> dict[str, Tensor]:
-        """Return every pooling of (B, T, D) by prefix and name: (B, D) float32; of windows, each clip's mean."""
+        """Return every pooling of (B, T, D) by prefix and name, (B, D) float32; windows are averaged over the clip."""
         x_BTD = x_BTD.float()
         cls_BP = x_BTD[:, 0] if self.pooled is None else self.pooled.float()
         pooled = {"cls": cls_BP} if self.has_cls_token else {}

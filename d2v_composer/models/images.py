@@ -1,4 +1,4 @@
-"""Images as a modality: what an encoder does with pixels, and data2vec 2.0's image encoder.
+"""Encode images: the part that all image encoders share, and data2vec 2.0's image encoder.
 
 Shapes: B images, S pixels per side (or height and width), N patches, T tokens, D channels.
 """
@@ -35,7 +35,7 @@ class PatchProjection(nn.Conv2d):
 
 
 class PixelEncoder(Encoder):
-    """The part of an encoder that is alike for all kinds of image models.
+    """The part that all image encoders share: resizing, normalization and baseline.
 
     Attributes:
         patch_weights: Weights of the projection of a patch.
@@ -89,7 +89,7 @@ class PixelEncoder(Encoder):
         return torch.randint(0, 256, self.example(count).shape, dtype=torch.uint8)
 
     def raw(self, inputs: Inputs) -> Tensor:
-        """Return the encoder's input, shrunk to CIFAR's size: at 224 px an image would have 150,528 channels."""
+        """Return the encoder's input, shrunk to CIFAR's 32 px, since a 224 px image would have 150,528 channels."""
         size = [min(SIDE_OF_PIXELS, side) for side in height_and_width(self.config.image_size)]
         return interpolate(self.prepare(inputs.values), size, mode="area").flatten(1)
 

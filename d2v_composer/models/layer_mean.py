@@ -16,7 +16,7 @@ from d2v_composer.models.targets import norm_mean
 
 
 class LayerMean(NamedTuple):
-    """How layers become target, prediction and ``layer_mean`` embeddings: chosen once, so that all of them compare."""
+    """The settings by which layers become target, prediction and ``layer_mean`` embeddings, the same for all three."""
 
     normalization: Normalization = "instance"
     """Normalization of each layer: ``instance`` over tokens, or ``layer`` over channels."""
@@ -35,11 +35,11 @@ class LayerMean(NamedTuple):
 
     @classmethod
     def of(cls, config: Any) -> "LayerMean":
-        """Return what the config of a teacher or a student says."""
+        """Build the settings in a teacher's or a student's config."""
         return cls(config.normalization, config.final_layer_norm, average_top_k_layers=config.average_top_k_layers)
 
     def changed(self, **options: Any) -> "LayerMean":
-        """Return the same with other values; ``None`` changes nothing.
+        """Return a copy with other values; ``None`` keeps a value.
 
         Raises:
             ValueError: A value is unknown.
@@ -54,7 +54,7 @@ class LayerMean(NamedTuple):
         return changed
 
     def target(self, features: Features, norm_mean: Callable[..., Tensor] | None = None) -> Tensor:
-        """Compute the target from a teacher's features: (B, T, D) float32, or what is regressed of it.
+        """Compute the target from a teacher's features: the regressed tokens of (B, T, D), float32.
 
         Args:
             features: The teacher's.
@@ -72,11 +72,11 @@ class LayerMean(NamedTuple):
         return norm_mean(layers, regressed.start, *options)[:, regressed]
 
     def average(self, layers: Iterable[Tensor], features: Features, num_dropped: int = 0) -> Tensor:
-        """Compute the mean of layers, (B, T, D) float32; the first tokens and padding do not count in statistics."""
+        """Compute the mean of layers, (B, T, D) float32; statistics skip padding and ``num_dropped`` first tokens."""
         return self.norm_mean(layers, num_dropped, self.normalization, self.final_layer_norm, features.padding_mask)
 
     def regressed(self, features: Features) -> slice:
-        """Return the tokens in the loss."""
+        """Return the slice of tokens that the loss counts."""
         first = features.num_extra_tokens if self.extra_tokens == "drop" else 0
         return slice(first, features.num_extra_tokens if self.extra_tokens == "only" else None)
 

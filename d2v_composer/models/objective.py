@@ -1,4 +1,4 @@
-"""Objectives: what a student regresses of a teacher.
+"""The terms of the loss: what a student regresses, and how far it is off.
 
 Shapes: B inputs, T tokens, D channels of the teacher, d of a student of another width, L layers.
 """
@@ -90,7 +90,7 @@ class LayerRegression(Objective):
         check_choice("prediction", prediction, Prediction)
         check_choice("loss", loss, TokenLoss)
         if cls_weight is not None and (layer_mean.extra_tokens != "regress" or not teacher.has_cls_token):
-            raise ValueError("cls_weight: needs a teacher with CLS, and extra_tokens 'regress'")
+            raise ValueError("cls_weight: allowed only with extra_tokens 'regress' and a teacher that has CLS")
         if layer_mean.extra_tokens == "only" and not teacher.num_extra_tokens:
             raise ValueError("extra_tokens: 'only' needs extra tokens, and this teacher has none")
         super().__init__(teacher, self.build_head(teacher, student), weight)
@@ -104,7 +104,7 @@ class LayerRegression(Objective):
         self.num_predicted = 1 if self.needs_output else student.num_layers
 
     def build_head(self, teacher: Teacher, student: Backbone) -> nn.Module:
-        """Build what leads from a layer of the student to the teacher's width."""
+        """Build the layer that maps the student's width to the teacher's."""
         widths = student.embed_dim, teacher.embed_dim
         return nn.Identity() if widths[0] == widths[1] else init_linear_layers(nn.Linear(*widths))
 

@@ -1,4 +1,4 @@
-"""Compute in a precision, whatever this process allows."""
+"""Compute in a given precision, even if the process allows TF32 or autocast."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -34,7 +34,7 @@ class Regression(NamedTuple):
 
 
 def mean_over_time(x_BTD: Tensor, num_extra_tokens: int = 0, padding_mask: Tensor | None = None) -> Tensor:
-    """Return the mean over the tokens that count, (B, 1, D): neither extra tokens nor, (B, T) true, padding."""
+    """Return the mean over tokens, (B, 1, D), without extra tokens and padding, (B, T) true."""
     x_BTD = x_BTD[:, num_extra_tokens:]
     if padding_mask is None:
         return x_BTD.mean(dim=1, keepdim=True)
@@ -104,7 +104,7 @@ def norm_mean(
 
 
 def average(layers: Iterable[Tensor], final_layer_norm: bool = False) -> Tensor:
-    """Return the mean of layers, after LayerNorm if asked; from a generator, only one at a time is in memory."""
+    """Return the mean of layers, with a LayerNorm if asked; from a generator, one at a time is in memory."""
     sum_BTD: Tensor | None = None
     num_layers = 0
     for layer_BTD in layers:

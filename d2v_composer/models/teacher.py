@@ -18,7 +18,7 @@ from d2v_composer.models.transformer import Transformer
 
 
 class Teacher(Transformer, Frozen):
-    """A teacher, in eval mode. Call :meth:`freeze` once the parameters exist.
+    """Base of teachers, in eval mode. Call :meth:`freeze` once the parameters exist.
 
     Args:
         encoder: Shared with the students.
@@ -104,12 +104,12 @@ class Teacher(Transformer, Frozen):
             given["normalization"] = "layer"
         if projected:
             if self.projection is None:
-                raise ValueError("projected: load the teacher with projected=True")
+                raise ValueError("projected: this teacher has no projection; load it with projected=True")
             given["projection"] = self.projection.num_outputs if model is None else self.projected_width
         if model is not None:
             return self.build_network(model, pretrained, **given, **({} if init == "random" else {"init": init}))
         if pretrained:
-            raise ValueError("pretrained: only with a model, timm/NAME")
+            raise ValueError("pretrained: must be false without a model timm/NAME")
         config = StudentConfig(**{"final_layer_norm": self.layer_mean.final_layer_norm, **given})
         student = Student(self.encoder, config, {"teacher": self.provenance}, self.projection)
         if init == "random":
@@ -130,7 +130,7 @@ class Teacher(Transformer, Frozen):
         usual = {name: each.default for name, each in StudentConfig.model_fields.items()}
         options = {name: each for name, each in options.items() if name == "normalization" or each != usual.get(name)}
         if not_its := sorted(options.keys() - {"normalization", "final_layer_norm", "projection"}):
-            raise ValueError(f"{not_its[0]}: is for blocks on the teacher's encoder; leave it out with model {model}")
+            raise ValueError(f"{not_its[0]}: applies only to blocks on the teacher's encoder; leave it out for {model}")
         own = self.encoder.config
         if own.modality != "image":
             raise ValueError(f"model: {model} takes images, and this teacher {own.modality}")

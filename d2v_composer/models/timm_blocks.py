@@ -15,7 +15,7 @@ from d2v_composer.models.attention import FfnBlock, autocast_dtype, pad_rows
 
 
 class Kind(NamedTuple):
-    """How a class of blocks computes."""
+    """The differences in computation of a class of blocks."""
 
     context: str = ""
     """The attention's argument that takes the context; empty: none."""
@@ -35,15 +35,15 @@ KINDS: dict[type[nn.Module], Kind] = {
 
 
 def check_block(block: nn.Module) -> None:
-    """Raise ValueError if a block's kind is not supported."""
+    """Raise ValueError if a block's class is not supported."""
     if type(block) not in KINDS:
         allowed = ", ".join(sorted({kind.__name__ for kind in KINDS}))
-        raise ValueError(f"blocks of kind {type(block).__name__} are not supported; use one of {allowed}")
+        raise ValueError(f"blocks of class {type(block).__name__} are not supported; expected one of {allowed}")
 
 
 @torch.no_grad()
 def fuse_biases(attention: Any) -> None:
-    """Give the projection a single bias; timm joins the biases of queries, keys and values at every call."""
+    """Join the biases of queries, keys and values to one, which timm does at every call."""
     if getattr(attention, "q_bias", None) is not None:
         joined = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
         attention.qkv.bias = nn.Parameter(joined, requires_grad=False)
@@ -118,7 +118,7 @@ class FixedContexts(nn.Module):
         return contexts * self.num_blocks if len(contexts) == 1 else contexts
 
     def select(self, table: Tensor, x_BTD: Tensor) -> Tensor:
-        """Return the table in the form that blocks take, (1 or L, …)."""
+        """Return the table with a first axis of blocks, (1 or L, …)."""
         return table
 
 

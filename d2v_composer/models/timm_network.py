@@ -23,7 +23,7 @@ from d2v_composer.system.errors import reason
 
 
 def create_network(config: TimmNetworkConfig, pretrained: bool = False) -> Any:
-    """Build timm's model; its classifier's weights are zero, unless it is the projection: no loss reads it.
+    """Build timm's model; a classifier that no loss reads is set to zero.
 
     Raises:
         ValueError: timm has no such model, or not at this image size, or no weights of it.
@@ -67,7 +67,7 @@ def load_pretrained(model: str) -> "NetworkStudent":
 
 
 def projection_width(num_classes: int | None) -> int:
-    """Return the width of the projection that ends one of timm's models with so many classes; 0: it has none.
+    """Return the width of a timm model's final projection, told by its number of classes; 0: no projection.
 
     A projection's width is a multiple of 64. No classifier in timm has such a number of classes, which are not an
     embedding.
@@ -76,7 +76,7 @@ def projection_width(num_classes: int | None) -> int:
 
 
 def classifier_prefixes(model: Any) -> tuple[str, ...]:
-    """Return what the names of a timm model's classifier start with."""
+    """Return the prefixes of the names of a timm model's classifier tensors."""
     names = model.pretrained_cfg["classifier"]
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
@@ -118,7 +118,7 @@ class TimmNetwork(PixelEncoder):
         return self.num_channels
 
     def find_grid(self, features: Tensor, model: Any) -> tuple[int, int]:
-        """Return (height, width) of features, which are a map or tokens.
+        """Return the grid (height, width) of a feature map, or of tokens.
 
         Raises:
             ValueError: They are neither.
@@ -154,7 +154,7 @@ class TimmNetwork(PixelEncoder):
         return f'"{name}"{size}' + (f", num_classes={classes}" if classes else "")
 
     def timm_tensors(self, head: nn.Linear | None = None) -> dict[str, Tensor]:
-        """Return the state dict of timm's model, with a classifier of the pooled feature in place of its own."""
+        """Return the state dict of timm's model, with this classifier of the pooled feature in place of timm's."""
         tensors = self.model.state_dict()
         if head is not None:
             for prefix in classifier_prefixes(self.model):
@@ -198,7 +198,7 @@ class TimmNetwork(PixelEncoder):
 
 
 class NetworkStudent(Backbone):
-    """A student that is a timm model, with an encoder of its own: all of it.
+    """A student that is a timm model; the whole model is its encoder.
 
     Its embeddings are those of timm: ``output_cls`` is ``forward_head(…, pre_logits=True)``, ``output_mean`` and
     ``output_mean_patches`` are the mean of the feature map; ``projected_cls``, if there is one, is what the model
@@ -231,7 +231,7 @@ class NetworkStudent(Backbone):
         return Features(lambda _: [(tokens.x, tokens.x)], 1, nn.Identity(), 0, True, pooled=tokens.pooled)
 
     def train_what_is_read(self, output: bool, pooled: bool) -> None:
-        """Freeze what no loss reads, such as the classifier: DDP refuses trained parameters without gradient."""
+        """Freeze parameters that no loss reads, such as the classifier's, which DDP would refuse."""
         was_training = self.training
         tokens = self.eval().encoder(Inputs(self.encoder.example(1)))
         assert tokens.pooled is not None

@@ -137,7 +137,7 @@ class TimmParts(NamedTuple):
 
     @classmethod
     def of(cls, model: Any) -> "TimmParts":
-        """Take a model apart, in place: the code before the blocks stays timm's own."""
+        """Take a model apart, in place; timm's own code still computes everything before the blocks."""
         contexts = take_contexts(model)
         blocks, norm = [TimmBlock(block) for block in model.blocks], model.norm
         model.blocks = nn.Sequential()
@@ -158,7 +158,7 @@ def materialize(module: ModuleT) -> ModuleT:
 
 
 class TimmHead(Projection):
-    """A timm model's own head, from its final norm to its projection: timm's code, and no other part of the model.
+    """The head of a timm model, from the final norm to the projection, in timm's code.
 
     Args:
         model: The model, before it is taken apart.

@@ -43,7 +43,7 @@ class Transformer(Backbone):
 
     @property
     def block_list(self) -> list[Any]:
-        """:attr:`blocks`, typed as the subclass's kind of block."""
+        """The blocks after the encoder."""
         return list(self.blocks)
 
     @abstractmethod
@@ -87,7 +87,7 @@ class Transformer(Backbone):
         return self.features(Tokens(x, padding_mask)).with_output(list)
 
     def checkpoint_activations(self, enable: bool = True) -> None:
-        """Turn recomputation of each block's activations in the backward pass, instead of keeping them, on or off."""
+        """Recompute each block's activations in the backward pass (``enable``), or keep them in memory."""
         for block in self.block_list:
             if isinstance(block.forward, partial):  # an earlier call's
                 block.forward = block.forward.args[0]

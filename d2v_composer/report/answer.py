@@ -46,5 +46,5 @@ def _kept(run: Run, measure: Measure, keys: list[str]) -> str:
     (first, before), (last, after) = sorted(({0: untrained / 100} | {**run.log[keys[1]]}).items())[-2:]
     gain = 1e4 * (after - before) / (teacher - untrained)
     more = "" if run.record["config"]["student"].get("model") else "more teacher.first_blocks or "  # timm's has its own
-    tried = "longer training" if gain >= RISING else f"{more}smaller batches of as many samples in all"
+    tried = "longer training" if gain >= RISING else f"{more}smaller batches for the same number of samples"
     return f"{said} To keep more, try {tried}: the last {last - first} batches closed {gain:.0f} %."

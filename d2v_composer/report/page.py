@@ -127,5 +127,5 @@ def picture(sample: Tensor) -> bytes:
 
 
 def sound(sample: Tensor) -> bytes:
-    """Return a clip, (L,), as a FLAC file; of an image, nothing."""
+    """Return a clip, (L,), as a FLAC file; for an image, no bytes."""
     return encode_flac(sample[:HEARD].numpy()) if sample.ndim == 1 else b""

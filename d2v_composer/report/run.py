@@ -39,7 +39,7 @@ class Run(NamedTuple):
 
     @property
     def modality(self) -> Modality:
-        """The samples' modality, with images in a gallery's size; a record that names none has images."""
+        """The modality of the samples, with images of a gallery's size; images if the record names none."""
         return MODALITIES[self.record["data"].get("modality", "image")].of_side(SHOWN_SIZE)
 
     @property

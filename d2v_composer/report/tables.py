@@ -130,7 +130,7 @@ def run_tables(run: Run) -> Iterator[tuple[str, list[list[str]]]]:
 
 
 def _interval(run: Run, dataset: str, measure: Measure, names: Sequence[str]) -> str:
-    """Return a model's accuracy or, of untrained student, student and teacher, the teacher gap closed."""
+    """Format a model's accuracy or, for untrained student, student and teacher, the teacher gap closed."""
     hits = [run.hits.get(metric_key(dataset, measure, baseline=name)) for name in names]
     found = [each.numpy() for each in hits if each is not None]
     if len(found) < len(names):

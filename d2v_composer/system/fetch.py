@@ -115,7 +115,7 @@ def fetch(address: str | Path) -> Path:
 
 
 def _renew(address: str, path: Path) -> None:
-    """Fetch a file, unless it is cached in the version that its server names."""
+    """Fetch a file, unless its current version is cached."""
     version_file = path.with_name(f"{path.name}.version")
     known = version_file.read_text() if version_file.exists() and path.exists() else None
     if known == "":
@@ -335,13 +335,13 @@ def list_folder(folder: str) -> tuple[str, list[str]]:
         except (OSError, ValueError):
             raise InputError(problem) from error
         commit, paths = Path(cached).name, [each.relative_to(cached).as_posix() for each in Path(cached).rglob("*.*")]
-        log.warning("%s; using the files in the hub's cache, which may not be all", problem)
+        log.warning("%s; using the files in the hub's cache, which may be incomplete", problem)
     root = f"hf://datasets/{repository}@{commit}/{inside}".rstrip("/")
     return root, sorted(path.removeprefix(inside) for path in paths if path.startswith(inside))
 
 
 def list_etags(folder: str, name: str = "") -> dict[str, str]:
-    """Return the ETags of the objects in a folder in S3, by name, without its subfolders; nothing of other folders.
+    """Return the ETags of the objects in a folder in S3, by name, without subfolders; for any other folder, none.
 
     Args:
         folder: The address, without a slash at the end.

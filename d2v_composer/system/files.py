@@ -1,4 +1,4 @@
-"""Write local files atomically, so that readers and restarts find them complete or not at all; lock files."""
+"""Write local files atomically, so that readers and restarts find them complete or not at all, and lock them."""
 
 import errno
 import logging
@@ -35,9 +35,9 @@ def check_out_file(path: Path, *, overwrite: bool = True) -> None:
     if re.match(r"\w\w+:/", path.as_posix()):  # not C:/
         raise InputError(f"{path}: expected a local file, not one in an object store")
     if path.is_dir():
-        raise InputError(f"{path}: is a folder; expected a file to write")
+        raise InputError(f"{path} is a folder; expected a file to write")
     if not overwrite and os.path.lexists(path):
-        raise InputError(f"{path}: already exists: choose another file, or append --overwrite")
+        raise InputError(f"{path} already exists; choose another file, or append --overwrite")
     folder = path.parent.absolute()
     existing = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
     try:  # permissions do not show a read-only file system, nor what root may not do
@@ -47,7 +47,7 @@ def check_out_file(path: Path, *, overwrite: bool = True) -> None:
 
 
 def check_owned(folder: Path, mark: str, key: str) -> None:
-    """Check that a folder is missing, empty, or ours: its first user of this package left the file ``mark`` there.
+    """Check that a folder is missing, empty, or ours, which the file ``mark`` in it shows.
 
     Raises:
         InputError: It holds other files, which are not mixed with ours.

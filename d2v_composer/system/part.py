@@ -1,4 +1,4 @@
-"""Parts of work that machines share."""
+"""Parts of work that is shared among machines."""
 
 from argparse import ArgumentTypeError
 from typing import Any, NamedTuple

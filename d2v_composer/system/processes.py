@@ -83,7 +83,7 @@ def obey_signals() -> None:
 
 
 def forget_signals() -> None:
-    """Restore the signal handlers of a program that is not ours; a command keeps ours, since it is about to exit."""
+    """Restore the handlers of a foreign program; a command keeps ours, since it is about to exit."""
     global _is_deferred, _received
     if not _is_watching:
         _restore_handlers()
@@ -116,7 +116,7 @@ def end_by_signal(signum: signal.Signals) -> None:
 
 
 def _set_handlers() -> dict[signal.Signals, Any]:
-    """Receive the signals in the main thread, and return what received each before."""
+    """Set the handler of the signals in the main thread, and return the former handlers."""
     return {signum: signal.signal(signum, lambda number, _: _receive(number)) for signum in _not_ignored()}
 
 
@@ -157,7 +157,7 @@ def _print(line: str, stream: Any) -> None:
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies; for a worker's initializer. torch's also look for it.
+    """Ask Linux to kill this process when its parent dies; an initializer for worker processes.
 
     The signal comes when the thread that started this process ends: start workers from a thread that lives as long.
     """
@@ -195,7 +195,7 @@ def allow_open_files() -> None:
 
 
 class _Pipe(io.FileIO):
-    """A pipe that becomes /dev/null when its reader leaves, for child processes too."""
+    """A pipe that becomes /dev/null when its reader exits, for child processes, too."""
 
     def write(self, data: Any) -> int | None:
         try:

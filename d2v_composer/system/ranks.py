@@ -83,7 +83,7 @@ def leaders_first(leaders: Collection[int], what: str) -> Iterator[None]:
 
 @contextmanager
 def _outcome(store: Any, key: str) -> Iterator[None]:
-    """Write heartbeats to the store while the ``with`` block runs, then its outcome."""
+    """Write heartbeats to the store while the ``with`` block runs, then the block's outcome."""
     ended, outcome = threading.Event(), OK
 
     def beat() -> None:
@@ -106,7 +106,7 @@ def _outcome(store: Any, key: str) -> Iterator[None]:
 
 
 def _wait(store: Any, key: str, who: str) -> None:
-    """Wait for a leader's outcome."""
+    """Wait for a leader to end its block, and raise its error."""
     last, deadline = "", time.monotonic() + SILENT_SECONDS
     while last != OK:
         try:

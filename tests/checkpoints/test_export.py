@@ -243,7 +243,7 @@ def test_the_file_is_whole_or_as_before(exported: Path, tmp_path: Path, suffix: 
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
     out.write_text("mine")
-    with pytest.raises(InputError, match=rf"student\.{suffix}: already exists: choose another file, or append --overw"):
+    with pytest.raises(InputError, match=rf"student\.{suffix} already exists; choose another file, or append --overw"):
         export(exported, out)
     assert out.read_text() == "mine"
     export(exported, out, "--overwrite")

@@ -37,7 +37,7 @@ def test_load_teacher_names_a_training_checkpoint(uninterrupted: Path) -> None:
 
 @pytest.mark.parametrize("load", [load_student, load_teacher, load_any])
 def test_a_runs_folder_is_no_model(load: Callable[..., Any], uninterrupted: Path) -> None:
-    expected = f"{uninterrupted}: is the folder of a run, not a model's file; its newest checkpoint is "
+    expected = f"{uninterrupted} is the folder of a run, not a model's file; its newest checkpoint is "
     assert refusal(load, uninterrupted) == f"{expected}{uninterrupted / 'latest-rank0.pt'}"
 
 

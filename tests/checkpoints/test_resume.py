@@ -79,7 +79,7 @@ def test_no_code_of_a_checkpoint_runs(run_folder: Path, small_data: Path, tmp_pa
     expression = f"__import__('os').system('touch {tmp_path}/canary')"
     checkpoint["state"]["algorithms"] = [("BlurPool", {"repr": f"BlurPool if {expression} else 0"})]
     torch.save(checkpoint, newest)
-    with pytest.raises(InputError, match=f"^load_path: {newest}: is not a checkpoint written by recipes/train.py"):
+    with pytest.raises(InputError, match=f"^load_path: {newest} is not a checkpoint written by recipes/train.py"):
         train.main(small_run(tmp_path / "another", small_data, f"load_path={newest}"))
     assert not (tmp_path / "canary").exists()
 

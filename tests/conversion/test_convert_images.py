@@ -170,7 +170,7 @@ def test_a_folder_without_images_is_no_class(tmp_path: Path) -> None:
         (["a/1.jpg", "2.jpg"], [], "2.jpg: expected one of the classes a; got '2.jpg'; --labels none"),
         (["train/a/1.jpg", "val/b/1.jpg"], ["--split", "val"], "1.jpg: expected one of the classes a; got 'b'"),
         (["1.jpg"], ["--quality", "0"], "--quality"),
-        (["car/1.jpg", "train/1.jpg"], [], "in: train is a split, or a class like car: choose with --split train or"),
+        (["car/1.jpg", "train/1.jpg"], [], "in: train is a split, or a class like car; choose with --split train or"),
     ],
 )
 def test_ambiguous_input_is_one_line(tmp_path: Path, files: list[str], options: list[str], message: str):
@@ -233,7 +233,7 @@ def test_finished_shards_are_kept_if_they_are_whole_and_of_the_same_settings(sou
     damaged, out, whole = shutil.copytree(source, tmp_path / "in"), tmp_path / "out", encoded_image(1, size=48)
     write(damaged / "train" / CLASSES[0] / "cut.JPEG", whole[: len(whole) // 2])
     write(damaged / "train" / CLASSES[1] / "empty.JPEG", b"")
-    named = r"/train/n014\d+/(cut|empty)\.JPEG: not an image that can be read .*--skip-unreadable"
+    named = r"/train/n014\d+/(cut|empty)\.JPEG: cannot decode as an image .*--skip-unreadable"
     for shard_size in ("4kb", "10kb"):
         with pytest.raises(InputError, match=named):
             main([str(damaged), str(out), "--shard-size", shard_size, "--workers", "1"])
@@ -266,7 +266,7 @@ def test_what_the_machine_cannot_read_is_not_skipped(source: Path, tmp_path: Pat
 
 def test_a_killed_worker_ends_the_conversion(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("d2v_composer.data.images.as_rgb_jpeg", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(RunError, match=r"DataLoader worker .*: the same command resumes"):
+    with pytest.raises(RunError, match=r"DataLoader worker .*; the same command resumes"):
         main([str(source), str(tmp_path / "out"), *SMALL_SHARDS])
 
 

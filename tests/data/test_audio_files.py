@@ -20,7 +20,7 @@ from d2v_composer.data.modality import read_sample_file, sample_rng
 from d2v_composer.system.errors import UnreadableSampleError
 
 RATE = 16_000
-ALLOWED = "not a FLAC, WAV, OGG or MP3 file that can be read"
+ALLOWED = "cannot decode as a FLAC, WAV, OGG or MP3 file"
 
 
 def noise(count: int, channels: int = 1) -> NDArray[np.float32]:
@@ -51,25 +51,28 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "mp4.wav": (VIDEO, f"{ALLOWED} ({len(VIDEO)} bytes)"),
     "avi.wav": (AVI, f"{ALLOWED} ({len(AVI)} bytes)"),
     "empty.flac": (b"", f"{ALLOWED} (0 bytes)"),
-    "aiff.wav": (encoded(noise(RATE), format="AIFF"), "is AIFF, not one of FLAC, WAV, WAVEX, RF64, OGG, MP3"),
-    "200.wav": (encoded(noise(800, 200), format="WAV"), "has 200 channels, more than 16"),
-    "1hz.wav": (encoded(noise(800), 1, "WAV"), "has 1 samples a second; allowed are 4000 to 384000"),
-    "10h.flac": (with_length(FLAC, HOURS), "has 36,000 s, more than"),
-    "piped.flac": (with_length(FLAC, 0), "does not say how long it is; encode it to a file, not to a pipe"),
+    "aiff.wav": (
+        encoded(noise(RATE), format="AIFF"),
+        "the format is AIFF; allowed are FLAC, WAV, WAVEX, RF64, OGG",
+    ),
+    "200.wav": (encoded(noise(800, 200), format="WAV"), "200 channels, more than 16"),
+    "1hz.wav": (encoded(noise(800), 1, "WAV"), "1 samples a second; allowed are 4000 to 384000"),
+    "10h.flac": (with_length(FLAC, HOURS), "36,000 s long, more than"),
+    "piped.flac": (with_length(FLAC, 0), "the header states no length; encode to a file, not to a pipe"),
     "lying.flac": (with_length(FLAC, 2 * RATE), ALLOWED),
     "half.flac": (FLAC[: len(FLAC) // 2], ALLOWED),
-    "half.mp3": (MP3[: len(MP3) // 2], "is truncated: it ends"),
-    "half.ogg": (VORBIS[: len(VORBIS) // 2], "is truncated: it has no last page"),
-    "most.ogg": (VORBIS[:-9], "is truncated: it has no last page"),
-    "nan.wav": (encoded(np.full(RATE, np.nan, np.float32), format="WAV", subtype="FLOAT"), "has samples that are not"),
-    "inf.wav": (encoded(np.full(RATE, np.inf, np.float32), format="WAV", subtype="FLOAT"), "has samples that are not"),
+    "half.mp3": (MP3[: len(MP3) // 2], "truncated: the last"),
+    "half.ogg": (VORBIS[: len(VORBIS) // 2], "truncated: the last page is missing"),
+    "most.ogg": (VORBIS[:-9], "truncated: the last page is missing"),
+    "nan.wav": (encoded(np.full(RATE, np.nan, np.float32), format="WAV", subtype="FLOAT"), "some samples are not"),
+    "inf.wav": (encoded(np.full(RATE, np.inf, np.float32), format="WAV", subtype="FLOAT"), "some samples are not"),
     "int.wav": (
         encoded(1000 * noise(RATE), format="WAV", subtype="FLOAT"),
-        f"has samples up to {1000 * np.abs(noise(RATE)).max():.0f}; allowed are -1 to 1",
+        f"samples up to {1000 * np.abs(noise(RATE)).max():.0f}; allowed are -1 to 1",
     ),
-    "none.wav": (encoded(noise(0), format="WAV"), "has 0 samples at 16 kHz; allowed are at least 720"),
-    "719.wav": (encoded(noise(719), format="WAV"), "has 719 samples at 16 kHz; allowed are at least 720"),
-    "719.flac": (encoded(noise(1438), 32_000), "has 719 samples at 16 kHz; allowed are at least 720"),
+    "none.wav": (encoded(noise(0), format="WAV"), "0 samples at 16 kHz; allowed are at least 720"),
+    "719.wav": (encoded(noise(719), format="WAV"), "719 samples at 16 kHz; allowed are at least 720"),
+    "719.flac": (encoded(noise(1438), 32_000), "719 samples at 16 kHz; allowed are at least 720"),
 }
 
 
@@ -96,7 +99,7 @@ def test_a_file_too_large_is_not_read(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.write(header[:40] + struct.pack("<I", 2 * HOURS))
         file.truncate(len(header) + 2 * HOURS)
-    with pytest.raises(UnreadableSampleError, match=r"10h.wav: has 1,152,000,044 bytes, more than 1,073,741,824$"):
+    with pytest.raises(UnreadableSampleError, match=r"10h.wav has 1,152,000,044 bytes, more than 1,073,741,824$"):
         read_sample_file(path)
 
 

@@ -23,9 +23,9 @@ def write_image(path: Path, seed: int = 0) -> None:
 @pytest.mark.parametrize(
     ("images", "fault"),
     [
-        (["train/a.jpg"], "train: no images in its class folders"),
+        (["train/a.jpg"], "train: no images in the class folders"),
         (["train/cat/a.jpg"], "test: no such folder"),
-        (["train/cat/a.jpg", "test/a.jpg"], "test: no images in its class folders"),
+        (["train/cat/a.jpg", "test/a.jpg"], "test: no images in the class folders"),
         (["train/cat/a.jpg", "test/dog/a.jpg"], "test/dog/a.jpg: expected one of the classes cat; got 'dog'"),
     ],
 )
@@ -87,7 +87,7 @@ def test_what_a_folder_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCapt
         write_image(tmp_path / name)
     (tmp_path / "test" / "notes.txt").touch()
     load_labeled_set("folder", tmp_path, image_size=32)
-    left_out = [f"{tmp_path}/train: left out: 2 images beside the class folders", f"{tmp_path}/test: left out: 1 .txt"]
+    left_out = [f"{tmp_path}/train: left out 2 images beside the class folders", f"{tmp_path}/test: left out 1 .txt"]
     assert caplog.messages == left_out
 
 

@@ -148,7 +148,7 @@ def test_a_limit_below_what_is_mixed_is_told(
 ) -> None:
     data = shutil.copytree(many_shards, tmp_path / "data")
     for remote in (None, data):
-        with pytest.raises(InputError, match="cache_limit: only for the cache of a remote data set"):
+        with pytest.raises(InputError, match="cache_limit: needs a remote data set"):
             open_images(data, remote, cache_limit=30_000)
     with pytest.raises(
         InputError, match="cache_limit must be at least 25490 bytes, the size of the index and four shards"

@@ -58,13 +58,13 @@ def test_what_is_wrong_is_one_line(unpacked: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere: no testing_list\.txt; unpack https://\S+ there$"):
         load(tmp_path / "nowhere")
     with pytest.raises(
-        InputError, match="speech_commands has samples of the modality audio, and the model takes images"
+        InputError, match="speech_commands holds samples of the modality audio, but the model takes images"
     ):
         load_labeled_set("speech_commands", unpacked, Images(32))
-    with pytest.raises(InputError, match="cifar10 has samples of the modality image, and the model takes clips"):
+    with pytest.raises(InputError, match="cifar10 holds samples of the modality image, but the model takes clips"):
         load_labeled_set("cifar10", unpacked, Audio())
     (unpacked / "go" / "0_nohash_0.wav").write_bytes(b"RIFF")
-    with pytest.raises(InputError, match=r"unpacked/go/0_nohash_0\.wav: not a FLAC, WAV, OGG or MP3 file"):
+    with pytest.raises(InputError, match=r"unpacked/go/0_nohash_0\.wav: cannot decode as a FLAC, WAV, OGG or MP3 file"):
         load(unpacked)
     (unpacked / "testing_list.txt").write_text("")
     with pytest.raises(InputError, match=r"unpacked: expected clips of testing_list\.txt and others, .* got 15 clips"):

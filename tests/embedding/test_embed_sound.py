@@ -51,15 +51,15 @@ def test_clips_are_embedded_as_if_alone(sounds: Path, tmp_path: Path, capsys: py
 
 def test_files_that_lie_stop_or_are_skipped(sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = {
-        "a/video.wav": (b"\0\0\0\x20ftypisom" + bytes(300), "not a FLAC, WAV, OGG or MP3 file that can be read"),
-        "a/half.flac": (truncated(encoded_clip(1, 16000)), "not a FLAC, WAV, OGG or MP3 file that can be read"),
-        "b/short.wav": (encoded_clip(1, 719, format="WAV"), "has 719 samples at 16 kHz; allowed are at least 720"),
-        "b/long.flac": (encoded_clip(1, 4000 * 61, rate=4000), "has 61 s, more than 60"),
+        "a/video.wav": (b"\0\0\0\x20ftypisom" + bytes(300), "cannot decode as a FLAC, WAV, OGG or MP3 file"),
+        "a/half.flac": (truncated(encoded_clip(1, 16000)), "cannot decode as a FLAC, WAV, OGG or MP3 file"),
+        "b/short.wav": (encoded_clip(1, 719, format="WAV"), "719 samples at 16 kHz; allowed are at least 720"),
+        "b/long.flac": (encoded_clip(1, 4000 * 61, rate=4000), "61 s long, more than 60"),
     }
     for name, (content, _) in bad.items():
         (sounds / name).write_bytes(content)
     (sounds / "b" / "silent.flac").write_bytes(encoded_clip(1, 4000, volume=0))
-    with pytest.raises(InputError, match=r"\A\S+half\.flac: not a .*; --skip-unreadable skips such clips\Z"):
+    with pytest.raises(InputError, match=r"\A\S+half\.flac: cannot decode .*; --skip-unreadable skips such clips\Z"):
         embed(sounds, tmp_path / "out.npy")
     result = embed(sounds, tmp_path / "out.npy", "--skip-unreadable")
     assert (result.images, len(result.skipped)) == (NUM_CLIPS + 1, len(bad))

@@ -91,8 +91,8 @@ def test_unreadable_samples_are_null_and_say_why(tmp_path: Path) -> None:
     assert [number for number, row in enumerate(embeddings) if row is None] == [*bad, 13, 14]
     assert [number for number, error in enumerate(errors) if error is not None] == [*bad, 13, 14]
     np.testing.assert_array_equal([row for row in embeddings if row is not None], rows)
-    assert errors[3] == "image: not an image that can be read (12 bytes)"
-    assert errors[13] == "image: not an image that can be read (None)"
+    assert errors[3] == "image: cannot decode as an image (12 bytes)"
+    assert errors[13] == "image: cannot decode as an image (None)"
     assert errors[14] == f"{missing}: cannot be read (No such file or directory)"
     nothing = embed({"image": [b"", b"x"]})
     assert nothing["embedding"] == [None, None]
@@ -128,7 +128,7 @@ def test_clips_of_sound(tmp_path: Path) -> None:
     rows = by_command(tmp_path, model, clips, ".flac", "--pooling", "mean")
     columns = Embedder(model, batch_size=BATCH, pooling="mean")({"audio": [*clips, b"RIFF"]})
     np.testing.assert_array_equal(columns["embedding"][:-1], rows)
-    assert columns["error"][-1] == "audio: not a FLAC, WAV, OGG or MP3 file that can be read (4 bytes)"
+    assert columns["error"][-1] == "audio: cannot decode as a FLAC, WAV, OGG or MP3 file (4 bytes)"
 
 
 def test_copies_in_a_process_load_the_model_once_and_a_new_one_reads_a_new_file(

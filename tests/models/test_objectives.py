@@ -197,7 +197,7 @@ def test_the_share_of_cls(teacher: Any) -> None:
     torch.testing.assert_close(same.loss(regression, images()), usual.loss(regression, images()))
     expected = (errors_BT[:, 0].mean() + errors_BT[:, 1:].mean()) / 2
     torch.testing.assert_close(half.loss(regression, images()), expected)
-    with pytest.raises(ValueError, match="cls_weight: needs a teacher with CLS"):
+    with pytest.raises(ValueError, match="cls_weight: allowed only with extra_tokens 'regress' and a teacher"):
         DistillationModel(teacher, student, cls_weight=0.5, extra_tokens="drop")
 
 

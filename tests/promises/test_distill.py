@@ -311,14 +311,14 @@ def test_what_is_not_ours_stays(project: Path, photos: Path) -> None:
         (photos, ".", "--out: .*project holds files that are not ours, such as "),
         ("images/source", ".", "--out: .*project holds files that are not ours, such as "),
         ("images/source", "images", "--out: .*images holds files that are not ours, such as source"),
-        ("images/source", "images/source", "source: is inside the folder of samples, "),
-        ("images/source", "images/source/run", "run: is inside the folder of samples, "),
-        ("images/source", "into", "into: is inside the folder of samples, "),
+        ("images/source", "images/source", "source is inside the folder of samples, "),
+        ("images/source", "images/source/run", "run is inside the folder of samples, "),
+        ("images/source", "into", "into is inside the folder of samples, "),
         (photos, "link", "--out: .*link holds files that are not ours, such as train"),
         (photos, "gone", "gone/distill.yaml: cannot be written"),
         (photos, "clips/train/index.json", "index.json/distill.yaml: cannot be written"),
         (photos, "copied", "--out: .*copied holds files that are not ours, such as distill.yaml"),
-        (photos, "run", "run: holds a run of another command; choose another --out"),
+        (photos, "run", "run holds a run of another command; choose another --out"),
         (photos, "new[1]", r"--out: expected only letters, .*new\[1\]'"),
         (photos, "s3://bucket/run", "expected a local file, not one in an object store"),
     ):
@@ -362,7 +362,7 @@ def test_a_refused_change_before_the_training_changes_nothing(photos: Path, dist
     for changes, problem in (
         (["student.embed_dim=9999"], "student.embed_dim must be a whole number from 1 to 48, got 9999"),
         (["targets.average_top_k_layers=9"], "targets.average_top_k_layers: must be at most the teacher's depth"),
-        (["train_loader.crop_seconds=5"], "train_loader.crop_seconds: not for the teacher's images; got 5"),
+        (["train_loader.crop_seconds=5"], "train_loader.crop_seconds: must be left out for a teacher of images; got 5"),
         (["retrieval.baselines=[log_mel]"], "retrieval.baselines: must be among pixels, encoder, teacher with"),
         (["student.depth=0", "retrieval.pooling=max"], r"student.depth: .*\n.*retrieval.pooling: "),
     ):
@@ -518,7 +518,7 @@ def test_a_folder_of_sound_becomes_a_student(sounds: Path, tmp_path: Path) -> No
     out = tmp_path / "run"
     changes = (*SHORT, "train_loader.crop_seconds=0.2", "student.depth=2")
     said = distill(sounds, out, changes=changes, teacher=GOLDEN / "audio_base.pt")
-    assert "chosen for 200 clips: " in said
+    assert "settings for 200 clips: " in said
     assert "other files: 1 .jpg" in said
     assert load_student(out / "student.safetensors").config.depth == 2
     assert set(log_of(out)["metrics/held_out/log_mel/agreement@10"]) >= {0}
@@ -546,7 +546,7 @@ def test_samples_of_other_settings_are_not_mixed(sounds: Path, tmp_path: Path) -
     program.kill()
     before = contents_of(out)
     line = refused(sounds, out, *SHORT, "train_loader.crop_seconds=0.3", teacher=teacher)
-    assert line.endswith("clips/test: was not converted with {'most_seconds': 0.3}; choose another --out")
+    assert line.endswith("clips/test was not converted with {'most_seconds': 0.3}; choose another --out")
     assert contents_of(out) == before
 
 

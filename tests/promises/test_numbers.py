@@ -150,7 +150,7 @@ def test_the_untrained_student_is_the_runs(of_teacher_blocks: Path, labeled: Pat
         found = {
             (row["bank"], row["embedding"]): row["value"] for row in rows if row["candidate"] == "untrained student"
         }
-        said = "untrained student left out: it began as teacher_blocks; to measure it, give teacher=PATH\n"
+        said = "the untrained student is not measured: init teacher_blocks needs the teacher; give teacher=PATH\n"
         assert (said in ended.stderr) == (not found) == (len(options) == 1)
         for (bank, embedding), value in found.items():
             assert value == pytest.approx(logged[f"metrics/small/bank_{bank}/top1/{embedding}"][0])

@@ -101,7 +101,9 @@ def test_parts_of_a_conversion(sources: dict[str, list[str]], tmp_path: Path, ki
         assert shards_of(out) == shards_of(whole)
         assert (out / "conversion.json").read_bytes() == (whole / "conversion.json").read_bytes()
     before = contents_of(out)
-    assert "is there" in succeed("convert-images", source, out, *options, *CONVERT, "--part", f"{count - 1}/{count}")
+    assert "exists already" in succeed(
+        "convert-images", source, out, *options, *CONVERT, "--part", f"{count - 1}/{count}"
+    )
     succeed("merge", out)
     assert contents_of(out) == before
 
@@ -129,9 +131,9 @@ def test_parts_of_embeddings(sources: dict[str, list[str]], tmp_path: Path, kind
         np.testing.assert_array_equal(found[1], expected[1])
     if suffix == ".npy" and kind != "tars":
         assert contents_of(tmp_path)["out.npy"] == whole.read_bytes()
-    assert "is there" in succeed("embed", TEACHER, source, out, *EMBED, "--part", f"0/{count}")
+    assert "exists already" in succeed("embed", TEACHER, source, out, *EMBED, "--part", f"0/{count}")
     message = failure(d2v("merge", out), 2)
-    assert message == f"error: {out}: already exists: choose another file, or append --overwrite"
+    assert message == f"error: {out} already exists; choose another file, or append --overwrite"
 
 
 def read_table(path: Path) -> tuple[list[Any], np.ndarray]:
@@ -150,23 +152,23 @@ def test_parts_that_do_not_fit_are_one_line(sources: dict[str, list[str]], tmp_p
         succeed("convert-images", source, out, *options, *CONVERT, "--part", f"{number}/3")
         succeed("embed", TEACHER, source, table, *EMBED, "--part", f"{number}/3")
     for each, folder in ((out, out / "parts"), (table, tmp_path / "table.npy.parts")):
-        assert failure(d2v("merge", each), 2) == f"error: {folder}: missing of 3 parts: 1"
+        assert failure(d2v("merge", each), 2) == f"error: {folder}: of 3 parts, these are missing: 1"
     # A foreign part: of other images, or made otherwise.
     other = sources["bytes"]
     again = "convert-images", *other, out, *CONVERT, "--part", "2/3"
     another = "was made with another source, labels, label_column than this command; remove it"
-    assert failure(d2v(*again), 2).endswith(f"00002-of-00003: {another}")
+    assert failure(d2v(*again), 2).endswith(f"00002-of-00003 {another}")
     settings = ("--normalize", "--part", "1/3")
     succeed("embed", TEACHER, source, table, *EMBED, *settings)
     assert failure(d2v("merge", table), 2).endswith(
-        "00001-of-00003.npy: was made with another normalize than 00000-of-00003; remove it"
+        "00001-of-00003.npy was made with another normalize than 00000-of-00003; remove it"
     )
     # A doubled part.
     shutil.copytree(out / "parts" / "00002-of-00003", out / "parts" / "00001-of-00003")
-    assert failure(d2v("merge", out), 2) == f"error: {out}/parts/00001-of-00003: is part 2 of 3"
+    assert failure(d2v("merge", out), 2) == f"error: {out}/parts/00001-of-00003 holds part 2 of 3; remove it"
     shutil.rmtree(out / "parts" / "00001-of-00003")
     succeed("convert-images", source, out, *options, *CONVERT, "--part", "0/2")
-    assert failure(d2v("merge", out), 2) == f"error: {out}/parts: has parts of 2 and of 3; remove those of one"
+    assert failure(d2v("merge", out), 2) == f"error: {out}/parts has parts of 2 and of 3; keep only one set"
     shutil.rmtree(out / "parts" / "00000-of-00002")
     # A damaged part, and files that are not ours.
     succeed("convert-images", source, out, *options, *CONVERT, "--part", "1/3")
@@ -190,7 +192,7 @@ def test_parts_that_do_not_fit_are_one_line(sources: dict[str, list[str]], tmp_p
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
     message = failure(d2v("convert-images", source, tmp_path / "mine", *options, "--part", "0/2"), 2)
-    assert message == f"error: {tmp_path}/mine: holds something else than parts: notes.txt; choose another OUT"
+    assert message == f"error: {tmp_path}/mine holds something other than parts: notes.txt; choose another OUT"
     assert os.listdir(tmp_path / "mine") == ["notes.txt"]
     assert failure(d2v("embed", TEACHER, source, table, "--part", "3/3"), 2) == (
         "error: argument --part: must be I/N with I from 0 to N - 1, got '3/3'"
@@ -210,7 +212,7 @@ def test_parts_with_other_labels_are_not_merged(sources: dict[str, list[str]], t
         succeed("convert-images", source, out, *second, *CONVERT, "--part", "1/2")
         message = failure(d2v("merge", out), 2)
         assert message.endswith(" than 00000-of-00002; remove it")
-        assert "00001-of-00002: was made with another label" in message
+        assert "00001-of-00002 was made with another label" in message
 
 
 def test_a_killed_part_goes_on_where_its_source_has_another_path(tmp_path: Path) -> None:
@@ -255,7 +257,7 @@ def test_parts_in_a_store(sources: dict[str, list[str]], object_store: GatedStor
         succeed("embed", TEACHER, source, f"{bucket}/table.npy", *EMBED, "--part", f"{number}/3", **reach)
         if number != 1:
             for each in ("data", "table.npy"):
-                assert "missing of 3 parts: " in failure(d2v("merge", f"{bucket}/{each}", **reach), 2)
+                assert "of 3 parts, these are missing: " in failure(d2v("merge", f"{bucket}/{each}", **reach), 2)
     for each in ("data", "table.npy"):
         succeed("merge", f"{bucket}/{each}", **reach)
     objects = object_store.objects("parts")
@@ -270,4 +272,4 @@ def test_parts_in_a_store(sources: dict[str, list[str]], object_store: GatedStor
             (tmp_path / name).write_bytes(content)
     assert samples_of(tmp_path / "data") == samples_of(tmp_path / "whole")
     message = failure(d2v("embed", TEACHER, source, f"{bucket}/table.npy", *EMBED, **reach), 2)
-    assert message == f"error: {bucket}/table.npy: already exists: choose another file, or append --overwrite"
+    assert message == f"error: {bucket}/table.npy already exists; choose another file, or append --overwrite"

@@ -198,7 +198,7 @@ def test_a_run_that_cannot_be_is_one_line(finetuned: Path, student: Path, labele
     """Too few images, before anything is written, and a resume with other features."""
     arguments = small_finetuning(tmp_path / "run", student, labeled)
     line = failure(finetune(*arguments, "global_train_batch_size=97", status=2), 2)
-    assert line.endswith("train: has 96 samples, fewer than one batch of global_train_batch_size 97")
+    assert line.endswith("train has 96 samples, fewer than one batch of global_train_batch_size 97")
     assert not (tmp_path / "run").exists()
     line = failure(finetune(*arguments, "pooling=mean", f"load_path={finetuned / 'ep1-ba10-rank0.pt'}", status=2), 2)
     assert "pooling: checkpoint has cls, config has mean" in line

@@ -83,7 +83,7 @@ def check(out: Path, expected: Path) -> None:
     assert sorted(rows) == [f"{number:04}" for number in range(NUM_IMAGES)]
     embedding, error = rows.pop(f"{BAD:04}")
     assert embedding is None
-    assert error.endswith(": not an image that can be read (12 bytes)")
+    assert error.endswith(": cannot decode as an image (12 bytes)")
     assert {error for _, error in rows.values()} == {None}
     np.testing.assert_allclose([rows[name][0] for name in sorted(rows)], np.load(expected), **TOLERANCE)
 

@@ -228,8 +228,8 @@ def test_sharded_ranks_train_as_whole_ones(on_two_ranks: Path, data: Path, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("student.depth=3", "student: depth: is for blocks on the teacher's encoder"),
-        ("student.init=teacher_blocks", "student: init: is for blocks on the teacher's encoder"),
+        ("student.depth=3", "student: depth: applies only to blocks on the teacher's encoder"),
+        ("student.init=teacher_blocks", "student: init: applies only to blocks on the teacher's encoder"),
         ("student.model=resnet18", "student.model: must be timm/NAME"),
         ("student.model=timm/no_such", "student: model: no model 'timm/no_such'"),
     ],

@@ -16,7 +16,7 @@ SIZES = {
     "teacher": {"num_parameters": 3_630_000, "gflop": 0.486},
 }
 COSTS = "It has 2.77 M parameters (teacher: 3.63), 11.08 MB in float32 (teacher: 14.52), 0.38 GFLOP (teacher: 0.49)."
-SMALLER = "smaller batches of as many samples in all"
+SMALLER = "smaller batches for the same number of samples"
 
 
 def run_of(measure: Measure, teacher: float, *curve: float, model: str | None = None, **record: Any) -> Run:

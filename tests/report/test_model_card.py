@@ -144,7 +144,7 @@ def test_a_card_belongs_to_the_student_that_it_describes(
     checkpoint, readme = uninterrupted / "latest-rank0.pt", tmp_path / "README.md"
     first, second = tmp_path / "my student.safetensors", tmp_path / "second.safetensors"
     readme.mkdir()
-    with pytest.raises(InputError, match=rf"^{readme}: is a folder; expected a file to write"):
+    with pytest.raises(InputError, match=rf"^{readme} is a folder; expected a file to write"):
         export.main([str(checkpoint), str(first)])
     assert not first.exists()  # refused before it is written
     readme.rmdir()
