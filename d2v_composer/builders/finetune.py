@@ -154,9 +154,14 @@ def build_data(config: FinetuneConfig, sizes: EncoderConfig) -> LabeledData:
         test = load_mds(root / "test", modality, dataset.column, dataset.label_column)
         class_names = read_class_names(root)
     num_classes = count_classes(root, class_names, test.labels)
-    transform = build_augmentation(loader, sizes, config.seed).transform
-    sizes_and_seed = config.global_train_batch_size, config.seed
-    train_loader = build_train_loader(loader, index, transform, *sizes_and_seed, num_classes=num_classes)
+    train_loader = build_train_loader(
+        loader,
+        index,
+        build_augmentation(loader, sizes, config.seed).transform,
+        config.global_train_batch_size,
+        config.seed,
+        num_classes=num_classes,
+    )
     digest = hashlib.sha256()
     for each in (*test.samples, test.labels):
         digest.update(each.contiguous().numpy().data)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from composer.core import Callback, Event, State, get_precision_context
 from composer.loggers import Logger
-from composer.utils import dist
+from composer.utils import dist, model_eval_mode
 from torch import Tensor
 
 from d2v_composer.callbacks.algorithms import SharedStatistics
@@ -197,7 +197,6 @@ class ZeroShotRetrieval(Callback):
     def measure(self, candidates: Sequence[Candidate], state: State, logger: Logger) -> None:
         """Measure, keep and log the accuracies of the student and of baselines."""
         start, ranks = time.monotonic(), Ranks(dist.get_global_rank(), dist.get_world_size())
-        model, was_training = state.model, state.model.training
         baselines, student = {}, {}
 
         def to_device(tensor: Tensor) -> Tensor:
@@ -205,26 +204,23 @@ class ZeroShotRetrieval(Callback):
                 raise _StoppedError
             return state.device.tensor_to_device(tensor)
 
-        model.eval()
         SharedStatistics().eval_start(state, logger)
-        try:
-            # Tensors that FSDP gathers in inference mode cannot be used in training.
-            without_gradient = torch.no_grad() if state.fsdp_enabled else torch.inference_mode()
-            with without_gradient, get_precision_context(state.precision, state.precision_config):
-                for dataset, labeled in self.datasets.items():
-                    progress = f"retrieval {dataset}" if self.progress_bar and ranks.rank == 0 else None
-                    options = self.lookup, to_device, ranks, progress
-                    for result in measure_embeddings(candidates, dataset, labeled, *options):
-                        is_student = result.candidate is self.student
-                        found, baseline = (student, "") if is_student else (baselines, result.candidate.name)
-                        if result.is_primary:
-                            of = UNTRAINED if is_student and state.timestamp.batch == 0 else baseline
-                            self.hits[metric_key(dataset, result.measure, baseline=of)] = result.hits
-                        for name in ("", result.embedding) if result.is_primary else (result.embedding,):
-                            key = metric_key(dataset, result.measure, name, baseline)
-                            found[key] = result.hits.double().mean().item()
-        finally:
-            model.train(was_training)
+        # Tensors that FSDP gathers in inference mode cannot be used in training.
+        without_gradient = torch.no_grad() if state.fsdp_enabled else torch.inference_mode()
+        precision = get_precision_context(state.precision, state.precision_config)
+        with model_eval_mode(state.model), without_gradient, precision:
+            for dataset, labeled in self.datasets.items():
+                progress = f"retrieval {dataset}" if self.progress_bar and ranks.rank == 0 else None
+                options = self.lookup, to_device, ranks, progress
+                for result in measure_embeddings(candidates, dataset, labeled, *options):
+                    is_student = result.candidate is self.student
+                    found, baseline = (student, "") if is_student else (baselines, result.candidate.name)
+                    if result.is_primary:
+                        of = UNTRAINED if is_student and state.timestamp.batch == 0 else baseline
+                        self.hits[metric_key(dataset, result.measure, baseline=of)] = result.hits
+                    for name in ("", result.embedding) if result.is_primary else (result.embedding,):
+                        key = metric_key(dataset, result.measure, name, baseline)
+                        found[key] = result.hits.double().mean().item()
         logger.log_metrics({"time/zero_shot_retrieval": time.monotonic() - start})
         self.baseline_metrics |= baselines
         if self.student in candidates:

@@ -28,8 +28,11 @@ from d2v_composer.models.names import Weights
 from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError, errors_of, reading
 
-# Name of the encoder in a checkpoint → its kind.
-ENCODER_NAMES: dict[str, type[Any]] = {"IMAGE": ImageEncoderConfig, "AUDIO": AudioEncoderConfig}
+# How the names of an encoder's tensors begin → its kind.
+PREFIXES: dict[str, type[Any]] = {
+    "modality_encoders.IMAGE.": ImageEncoderConfig,
+    "modality_encoders.AUDIO.": AudioEncoderConfig,
+}
 LICENSE_NOTE = "as the source's; the data2vec 2.0 checkpoints released by Meta are"
 LICENSES = {
     ImageEncoderConfig: f"{LICENSE_NOTE} CC BY-NC 4.0",
@@ -55,13 +58,11 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
         raise InputError(f"{path} is a training checkpoint, not a teacher; the run.yaml beside it names its teacher")
     if stored is None or sizes is None:
         raise InputError(f"{path}: not a fairseq data2vec 2.0 checkpoint: it has no dicts 'model' and cfg['model']")
-    stored = {name: each for name, each in stored.items() if isinstance(name, str)}
-    prefixes = {f"modality_encoders.{name}.": kind for name, kind in ENCODER_NAMES.items()}
-    prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in stored)), None)
+    prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in stored)), None)
     if prefix is None:
         what = "fine-tuned, or not a data2vec 2.0 checkpoint of images or audio"
-        raise InputError(f"{path}: {what}; use a pre-trained one with {' or '.join(f'{each}*' for each in prefixes)}")
-    kind = prefixes[prefix]
+        raise InputError(f"{path}: {what}; use a pre-trained one with {' or '.join(f'{each}*' for each in PREFIXES)}")
+    kind = PREFIXES[prefix]
     if weights == "ema":
         averaged = _section(stored, "_ema")
         if averaged is None:
@@ -69,7 +70,7 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
         # Unless ema_local_encoder is true, the averaged model computes on the trained one's local features.
         local = tuple(f"{prefix}{part}." for part in ("local_encoder", "project_features"))
         stored = {name: each for name, each in stored.items() if name.startswith(local)} | averaged
-    stored = {name: tensor for name, tensor in stored.items() if isinstance(name, str) and isinstance(tensor, Tensor)}
+    stored = {name: tensor for name, tensor in stored.items() if isinstance(tensor, Tensor)}
     scale = f"{prefix}alibi_scale"
     if scale in stored and stored[scale].ndim == 4:  # an older layout
         stored[scale] = stored[scale][None]
@@ -86,18 +87,19 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
     # Only pre-training uses these: data2vec 2.0's decoder, and the heads of its and EAT's losses.
     left = (f"{prefix}decoder.", "shared_decoder.", "recon_proj.", "cls_proj.", "center")
     used = {ours: stored[name] for ours, name in renamed.items() if not name.startswith(left)}
-    license = LICENSES[kind]
-    provenance = {"source": file_name(path), "sha256": sha256(file), "weights": weights, "license": license}
+    provenance = {"source": file_name(path), "sha256": sha256(file), "weights": weights, "license": LICENSES[kind]}
     teacher = build_loaded(path, lambda: Data2Vec2(config, provenance), used)
     return teacher, [name for name in stored if name.startswith(left)]
 
 
-def _section(container: Any, name: str) -> dict[Any, Any] | None:
-    """Return a section, a dict or another program's object, as a dict; ``None`` if there is none."""
+def _section(container: Any, name: str) -> dict[str, Any] | None:
+    """Return what has a name in a section, a dict or another program's object; ``None`` if there is none."""
     # dict's own methods: a pickle may set attributes of an OrderedDict, such as `items`.
     section = dict.get(container, name) if isinstance(container, dict) else None
     section = dict.get(section, "_content", section) if isinstance(section, Stub) else section  # OmegaConf's
-    return dict(dict.items(section)) if isinstance(section, dict) else None
+    if isinstance(section, dict):
+        return {name: each for name, each in dict.items(section) if isinstance(name, str)}
+    return None
 
 
 def _fields(section: dict[Any, Any]) -> dict[Any, Any]:

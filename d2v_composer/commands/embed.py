@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> Any:
         cache_limit=arguments.cache_limit,
         part=part or ALL,
     )
-    path = os.path.relpath(os.path.realpath(out), os.path.realpath(source.root))
+    path = os.path.relpath(*map(os.path.realpath, (out, source.root)))
     if f"{path}#0" in source.ids:
         raise InputError(f"{out} is among the source's files; choose another OUT")
     print(f"embedding: {embedding_name(options.representation, options.pooling)}")

@@ -34,7 +34,7 @@ from d2v_composer.data.labeled import evenly_spaced, load_labeled_set
 from d2v_composer.data.mds import INDEX, SUMMARY, ShardFile, is_mds
 from d2v_composer.data.modality import Modality
 from d2v_composer.data.parts import Parts
-from d2v_composer.data.source import Source, list_classes, list_subfolders, map_in_workers, open_folder
+from d2v_composer.data.source import Source, hash_of, list_classes, list_subfolders, map_in_workers, open_folder
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, reason, writing
 from d2v_composer.system.fetch import cache_folder, download_existing, is_remote, list_etags, put
 from d2v_composer.system.files import sole_user, write_atomically
@@ -307,7 +307,7 @@ class _Task(NamedTuple):
 def work_folder(out: str) -> Path:
     """Return the local folder for an unfinished conversion to OUT, a folder or an address in a store."""
     if is_remote(out):
-        return cache_folder() / "conversions" / hashlib.sha256(out.encode()).hexdigest()[:16]
+        return cache_folder() / "conversions" / hash_of(out)[:16]
     return Path(out).resolve() / ".converting"
 
 
@@ -362,8 +362,7 @@ def convert(
         raise InputError(f"{out} is not empty, and holds no interrupted conversion; choose another OUT")
     groups = source.part.of(_groups(source, options.get("resize"), seed, shard_bytes))
     labels = source.label and [*map(source.label, range(len(source)))]
-    settings = repr((source.marks.tolist(), labels, source.modality.name, options, seed, shard_bytes))
-    records = work / hashlib.sha256(settings.encode()).hexdigest()[:16]
+    records = work / hash_of(source.marks.tolist(), labels, source.modality.name, options, seed, shard_bytes)[:16]
     task = _Task(source, groups, options, skip_unreadable, out, work, records, {})
     with sole_user(work / "lock", LOCK_SECONDS) as alone:
         if not alone:

@@ -61,17 +61,19 @@ class Classifier(ComposerModel):
         self.representation: Representation = representation
         self.pooling: Pooling = pooling or backbone.default_pooling
         self.cpu_bf16 = cpu_bf16
-        with torch.no_grad():
-            width = self.embed(Inputs(backbone.encoder.example(1))).shape[-1]
-        self.head = nn.Linear(width, num_classes)
-        for parameter in self.head.parameters():
-            nn.init.zeros_(parameter)
         if not train_encoder:
             backbone.encoder.freeze()  # a BatchNorm's statistics, too
         backbone.requires_grad_(True)
         for name, parameter in backbone.encoder.named_parameters():
             parameter.requires_grad_(train_encoder and not name.startswith(FIXED))
-        self._freeze_unused()
+        embedding = self.embed(Inputs(backbone.encoder.example(1)))
+        embedding.sum().backward()
+        for parameter in backbone.parameters():  # freeze what gets no gradient from an input
+            parameter.requires_grad_(parameter.grad is not None)
+            parameter.grad = None
+        self.head = nn.Linear(embedding.shape[-1], num_classes)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
         self.depth_of_trained = {
             name: self._depth(name) for name, parameter in self.named_parameters() if parameter.requires_grad
         }
@@ -113,13 +115,6 @@ class Classifier(ComposerModel):
             metric.update(self.loss(outputs, batch), weight=len(outputs))
         else:
             metric.update(outputs, batch[1])
-
-    def _freeze_unused(self) -> None:
-        """Freeze parameters that get no gradient from a batch of one image."""
-        self.embed(Inputs(self.backbone.encoder.example(1))).sum().backward()
-        for parameter in self.backbone.parameters():
-            parameter.requires_grad_(parameter.grad is not None)
-            parameter.grad = None
 
     def _depth(self, name: str) -> int:
         blocks = [*self.backbone.encoder.block_list, *self.backbone.block_list]

@@ -204,10 +204,11 @@ def test_ranks_measure_what_is_saved(on_two_ranks: Path, unlabeled: str, tmp_pat
 @pytest.mark.slow
 def test_ranks_may_normalize_together(trained: Path, data: Path, tmp_path: Path) -> None:
     """By the guide's callback; torch does so on GPUs alone, and one process as ever."""
+    layers: Any = timm.layers
 
     class Together(Callback):
         def init(self, state: State, logger: Logger) -> None:
-            timm.layers.convert_sync_batchnorm(state.model)
+            layers.convert_sync_batchnorm(state.model)
 
     trainer = train(small_run(tmp_path / "run", data, *NETWORK), [Together()])
     assert any(isinstance(each, torch.nn.SyncBatchNorm) for each in trainer.state.model.modules())
