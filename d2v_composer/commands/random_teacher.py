@@ -19,7 +19,7 @@ from d2v_composer.system.files import check_out_file
 
 
 def main(argv: Sequence[str]) -> None:
-    """Draw the weights and write the file."""
+    """Write the teacher, and print its size and the next step."""
     parser = make_parser(__doc__)
     parser.add_argument("size", metavar="SIZE")
     parser.add_argument("out", metavar="OUT.safetensors", type=Path)
