@@ -211,8 +211,7 @@ def _wait(theirs: deque[_Chunk], bar: Any, folder: Path) -> None:
         if time.monotonic() > deadline:
             if all(acquire(folder / f".lock{other}") for other in range(1, num_ranks())):
                 raise RunError(
-                    f"{folder}: the other ranks left out {bar.total - bar.n} samples; all ranks must see the same "
-                    "SOURCE and this folder"
+                    f"{folder}: the other ranks left out {bar.total - bar.n} samples; all need SOURCE and this folder"
                 )
             deadline += RANK_SECONDS
 

@@ -318,7 +318,7 @@ class TimmStudent(Student):
 
 
 def pretrained_cfg(config: EncoderConfig) -> dict[str, Any]:
-    """Return what timm knows of the model, with the preprocessing for its ``resolve_data_config``."""
+    """Return timm's record of the model, with the preprocessing for timm's ``resolve_data_config``."""
     return {"architecture": "d2v2_student", "num_classes": 0, "classifier": "head", **config.timm_preprocessing}
 
 

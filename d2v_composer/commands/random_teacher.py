@@ -19,7 +19,7 @@ from d2v_composer.system.files import check_out_file
 
 
 def main(argv: Sequence[str]) -> None:
-    """Draw the weights and write the file."""
+    """Write the teacher, and print its size and the next step."""
     parser = make_parser(__doc__)
     parser.add_argument("size", metavar="SIZE")
     parser.add_argument("out", metavar="OUT.safetensors", type=Path)
@@ -45,6 +45,6 @@ def main(argv: Sequence[str]) -> None:
     sha256 = hashlib.sha256(f"random {size}".encode()).hexdigest()
     provenance = {"source": f"random {size}", "sha256": sha256, "weights": "model", "license": "none: random weights"}
     write_model_file(out, "teacher", config.model_dump(mode="json") if config else {}, provenance, tensors)
-    print(f"wrote {out}: {sum(map(torch.numel, tensors.values())) / 1e6:.1f} M random weights")
+    print(f"wrote {out}: {sum(map(torch.numel, tensors.values())) / 1e6:.1f} M random parameters")
     teacher = shlex.join([f"teacher.model={kind}", f"teacher.checkpoint={out.resolve()}"])
     print_next(f"composer recipes/preflight.py {(config or ImageConfig).recipe} {teacher}")

@@ -51,7 +51,7 @@ CONVERTED = "refs/convert/parquet"
 
 
 class _Listed(NamedTuple):
-    """The samples of a file, as in a :class:`Source`."""
+    """The samples of one file; the fields are as in :class:`Source`."""
 
     ids: NDArray[Any]
     sizes: NDArray[np.int64]

@@ -1,4 +1,4 @@
-"""Samples by number, in a folder of files or an MDS data set, local or in a store; and workers that read them."""
+"""Read samples by number, from a folder of files or an MDS data set, local or in a store, with worker processes."""
 
 import hashlib
 import os

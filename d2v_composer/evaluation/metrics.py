@@ -24,7 +24,7 @@ Log = Mapping[str, Mapping[int, float]]
 
 
 class Measure(NamedTuple):
-    """A measure of the queries of a set."""
+    """A measure that scores each query of a data set."""
 
     bank: str
     """The split that is searched, or that a classifier is fitted to; '' for the test images among themselves, classes
@@ -80,7 +80,7 @@ def metric_key(dataset: str, measure: Measure, embedding: str = "", baseline: st
 def read_accuracies(
     log: Log, dataset: str, measure: Measure, embedding: str = "", baseline: str = ""
 ) -> Mapping[int, float]:
-    """Return step → accuracy, as logged under :func:`metric_key`; empty if it was not."""
+    """Return step → accuracy from a log; empty if the accuracy was not logged. See :func:`metric_key`."""
     return log.get(metric_key(dataset, measure, embedding, baseline), {})
 
 

@@ -133,7 +133,7 @@ class Teacher(Transformer, Frozen):
             raise ValueError(f"{not_its[0]}: applies only to blocks on the teacher's encoder; leave it out for {model}")
         own = self.encoder.config
         if own.modality != "image":
-            raise ValueError(f"model: {model} takes images, and this teacher {own.modality}")
+            raise ValueError(f"model: {model} takes images, but this teacher takes {own.modality}")
         with torch.device("cpu"):  # torch._dynamo cannot be imported on the meta device
             from timm import __version__  # takes seconds to import
 

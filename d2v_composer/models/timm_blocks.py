@@ -89,7 +89,7 @@ class TimmBlock(FfnBlock):
 
 
 class FixedContexts(nn.Module):
-    """Contexts of some blocks, in a buffer that moves with the model and is stored in exported files.
+    """The contexts of blocks, in a buffer that moves with the model and is stored in exported files.
 
     Args:
         table: (1 or L, …): one context for all blocks, or one for each; ``None``: they need none.

@@ -116,7 +116,7 @@ def gap_plot(title: str, lines: Mapping[str, Line]) -> Figure:
 
 
 def _accuracies(run: Run, dataset: str, measures: Sequence[Measure]) -> dict[str, Line]:
-    """Return the student's lines and the baselines' levels: a color per model, a line style per measure."""
+    """Return the student's curves and the baselines' levels, with a color per model and a line style per measure."""
     lines = {}
     for measure, dashes in zip(measures, cycle(["-", "--", ":", "-."])):
         label = f", {measure.heading}" if len(measures) > 1 else ""  # else the title says it

@@ -138,5 +138,5 @@ def test_what_cannot_be(teacher: Any, options: dict[str, Any], message: str) -> 
 
 
 def test_a_teacher_of_sound_has_no_such_student() -> None:
-    with pytest.raises(ValueError, match="takes images, and this teacher audio"):
+    with pytest.raises(ValueError, match="takes images, but this teacher takes audio"):
         load_teacher(GOLDEN / "audio_base.pt").build_student(model="timm/resnet10t")
