@@ -21,21 +21,28 @@ BATCH_SIZE = 32
 
 
 def load(program: str) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
-    """Return a function, (B, 3, height, width) float32 → (B, D), and how images are prepared for it."""
+    """Return a function of prepared images, which returns their embeddings, (B, D), and how to prepare them."""
     session = onnxruntime.InferenceSession(program, providers=onnxruntime.get_available_providers())
     preprocessing = json.loads(session.get_modelmeta().custom_metadata_map["preprocessing"])
     return lambda images: session.run(None, {"images": images})[0], preprocessing
 
 
-def read_image(path: Path, image_size: Any, image_mean: Any, image_std: Any, interpolation: str) -> np.ndarray:
-    """Decode an image, upright, resize it without keeping its aspect ratio, and normalize it."""
+def prepare(path: Path, how: dict[str, Any]) -> np.ndarray:
+    """Decode an image, upright, and resize it without keeping its aspect ratio; normalize it if the program does not.
+
+    Returns:
+        (3, height, width) float32; if the program normalizes, (height, width, 3) uint8.
+    """
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode[0] in "IF":
         raise ValueError(f"{path}: expected 8 bits per color, got Pillow's mode {image.mode}")
-    height, width = np.broadcast_to(image_size, 2).tolist()
-    image = image.convert("RGB").resize((width, height), Image.Resampling[interpolation.upper()])
-    normalized = (np.asarray(image, np.float32) / 255 - np.float32(image_mean)) / np.float32(image_std)
-    return normalized.transpose(2, 0, 1)
+    height, width = np.broadcast_to(how["image_size"], 2).tolist()
+    pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling[how["interpolation"].upper()]))
+    if "image_mean" not in how:
+        return pixels
+    return ((pixels / np.float32(255) - np.float32(how["image_mean"])) / np.float32(how["image_std"])).transpose(
+        2, 0, 1
+    )
 
 
 def main(program: str, folder: str, out: str) -> None:
@@ -43,7 +50,7 @@ def main(program: str, folder: str, out: str) -> None:
     paths = [path for path in Path(folder).rglob("[!.]*") if path.suffix.lower() in SUFFIXES]
     ids = sorted(path.relative_to(folder).as_posix() for path in paths)
     batches = [ids[first : first + BATCH_SIZE] for first in range(0, len(ids), BATCH_SIZE)]
-    rows = [embed(np.stack([read_image(Path(folder, name), **preprocessing) for name in batch])) for batch in batches]
+    rows = [embed(np.stack([prepare(Path(folder, name), preprocessing) for name in batch])) for batch in batches]
     np.save(out, np.concatenate(rows))
     np.save(f"{out.removesuffix('.npy')}.ids.npy", np.array(ids))
 
