@@ -418,7 +418,7 @@ def test_near_duplicates_as_in_the_guide(photos: Path, tmp_path: Path, monkeypat
     source = shutil.copytree(photos, tmp_path / "photos")
     shutil.copyfile(source / "03.jpg", source / "b" / "copy.jpg")
     embed(QUICKSTART / "teacher.safetensors", source, tmp_path / "photos.npy")
-    section = (ROOT / "recipes" / "guides" / "export-and-embed.md").read_text().split("### Near-duplicates")[1]
+    section = (ROOT / "recipes" / "guides" / "search.md").read_text().split("## Near-duplicates")[1]
     [code] = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     found: dict = {}

@@ -1,0 +1,59 @@
+"""Embed a folder of images with an exported student where neither torch nor this package is installed.
+
+    pip install numpy onnxruntime pillow
+    python onnx_embed.py student.onnx photos photos.npy
+
+photos.npy has a row for each image, (N, D), and photos.ids.npy its path in the folder, as `d2v embed` writes them.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+BATCH_SIZE = 32
+
+
+def load(program: str) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
+    """Return a function of prepared images, which returns their embeddings, (B, D), and how to prepare them."""
+    session = onnxruntime.InferenceSession(program, providers=onnxruntime.get_available_providers())
+    preprocessing = json.loads(session.get_modelmeta().custom_metadata_map["preprocessing"])
+    return lambda images: session.run(None, {"images": images})[0], preprocessing
+
+
+def prepare(path: Path, how: dict[str, Any]) -> np.ndarray:
+    """Decode an image, upright, and resize it without keeping its aspect ratio; normalize it if the program does not.
+
+    Returns:
+        (3, height, width) float32; if the program normalizes, (height, width, 3) uint8.
+    """
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode[0] in "IF":
+        raise ValueError(f"{path}: expected 8 bits per color, got Pillow's mode {image.mode}")
+    height, width = np.broadcast_to(how["image_size"], 2).tolist()
+    pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling[how["interpolation"].upper()]))
+    if "image_mean" not in how:
+        return pixels
+    return ((pixels / np.float32(255) - np.float32(how["image_mean"])) / np.float32(how["image_std"])).transpose(
+        2, 0, 1
+    )
+
+
+def main(program: str, folder: str, out: str) -> None:
+    embed, preprocessing = load(program)
+    paths = [path for path in Path(folder).rglob("[!.]*") if path.suffix.lower() in SUFFIXES]
+    ids = sorted(path.relative_to(folder).as_posix() for path in paths)
+    batches = [ids[first : first + BATCH_SIZE] for first in range(0, len(ids), BATCH_SIZE)]
+    rows = [embed(np.stack([prepare(Path(folder, name), preprocessing) for name in batch])) for batch in batches]
+    np.save(out, np.concatenate(rows))
+    np.save(f"{out.removesuffix('.npy')}.ids.npy", np.array(ids))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
