@@ -219,8 +219,9 @@ def test_ranks_may_normalize_together(trained: Path, data: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_sharded_ranks_train_as_whole_ones(on_two_ranks: Path, data: Path, tmp_path: Path) -> None:
-    arguments = small_run(tmp_path, data, *NETWORK, "max_duration=10ba", "parallelism_config.fsdp={}")
+def test_sharded_ranks_train_as_whole_ones(on_two_ranks: Path, data: Path, unlabeled: str, tmp_path: Path) -> None:
+    options = ["max_duration=10ba", "parallelism_config.fsdp={}", f"retrieval.{unlabeled}"]
+    arguments = small_run(tmp_path, data, *NETWORK, *options)
     run_ranks(ROOT / "tests" / "programs" / "fsdp_on_cpu.py", *arguments)
     assert_same_losses(losses_of(tmp_path), losses_of(on_two_ranks), num_steps=10)
     assert student_of(tmp_path).keys() == student_of(on_two_ranks).keys()
