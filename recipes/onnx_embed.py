@@ -20,7 +20,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 BATCH_SIZE = 32
 
 
-def load(program: str) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
+def load(program: str) -> tuple[Callable[[np.ndarray], Any], dict[str, Any]]:
     """Return a function of prepared images, which returns their embeddings, (B, D), and how to prepare them."""
     session = onnxruntime.InferenceSession(program, providers=onnxruntime.get_available_providers())
     preprocessing = json.loads(session.get_modelmeta().custom_metadata_map["preprocessing"])
