@@ -20,7 +20,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 BATCH_SIZE = 32
 
 
-def load(program: str) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
+def load(program: str) -> tuple[Callable[[np.ndarray], Any], dict[str, Any]]:
     """Return a function of prepared images, which returns their embeddings, (B, D), and how to prepare them."""
     session = onnxruntime.InferenceSession(program, providers=onnxruntime.get_available_providers())
     preprocessing = json.loads(session.get_modelmeta().custom_metadata_map["preprocessing"])
@@ -40,9 +40,8 @@ def prepare(path: Path, how: dict[str, Any]) -> np.ndarray:
     pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling[how["interpolation"].upper()]))
     if "image_mean" not in how:
         return pixels
-    return ((pixels / np.float32(255) - np.float32(how["image_mean"])) / np.float32(how["image_std"])).transpose(
-        2, 0, 1
-    )
+    mean, std = np.float32(how["image_mean"]), np.float32(how["image_std"])
+    return ((pixels / np.float32(255) - mean) / std).transpose(2, 0, 1)
 
 
 def main(program: str, folder: str, out: str) -> None:
