@@ -170,7 +170,7 @@ def test_bad_input_is_one_line(student: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").touch()
     for arguments, problem in (
         ([text, "--student", student], "must be an .onnx, .pt2 or .safetensors file that d2v export wrote of this stu"),
-        ([program, "--runtime", "torch.export"], "torch.export is not installed, or takes no .onnx file"),
+        ([program, "--runtime", "torch.export"], "torch.export is not installed, or takes no .onnx file; write --kit"),
         ([program, "--student", tmp_path / "none.safetensors"], "none.safetensors: no such file; name the student"),
         ([program, "--kit", tmp_path], "holds files that are not ours"),
     ):
@@ -217,6 +217,34 @@ def test_students_of_timm_teachers(
     export.main([str(path), str(program)])
     assert "some runtimes" not in caplog.text
     assert run_kit(write_kit(program, path, tmp_path / "kit"), program, monkeypatch) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--int8", "--calibrate", str(PHOTOS)]], ids=["float32", "int8"])
+def test_programs_of_pixels(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
+    """The kit's inputs are the pixels, and another order of their channels is found."""
+    program = tmp_path / "student.onnx"
+    export.main([str(student), str(program), "--preprocessing", "in", *options])
+    kit = write_kit(program, student, tmp_path / "kit")
+    assert run_kit(kit, program, monkeypatch) is None
+    pixels, expected = np.load(kit / "kit.npz").values()
+    assert (pixels.dtype, pixels.shape) == (np.uint8, (64, 32, 32, 3))
+    np.savez(kit / "kit.npz", pixels[..., ::-1], expected)
+    assert run_kit(kit, program, monkeypatch).startswith("cosine ")
+
+
+@pytest.mark.slow
+def test_compiled_programs(student: Path, tmp_path: Path) -> None:
+    """By torch.compile and AOTInductor, only if they are named."""
+    program = tmp_path / "student.pt2"
+    export.main([str(student), str(program)])
+    for named in ([], ["torch.compile", "aotinductor"]):
+        verify.main([str(program), "--student", str(student), *(f"--runtime={name}" for name in named)])
+        found = json.loads((tmp_path / "student.pt2.verify.json").read_text())
+        assert found["faults"] == {}
+        assert list(found["runtimes"]) == ["pytorch", *(named or ["torch.export"])]
+    assert all(each["load s"] > 0 for each in found["runtimes"].values())
+    assert 0 < found["runtimes"]["aotinductor"]["difference"] < 1e-5
 
 
 @pytest.mark.slow
