@@ -31,8 +31,19 @@ def load(runtime: str, file: str, embedding: str) -> Any:
         config = {"INFERENCE_PRECISION_HINT": "f32"} if runtime == "openvino-float32" else {}
         model = openvino.Core().compile_model(file, "CPU", config)
         return lambda x: model(x)[0]
+    if runtime == "litert":  # of one sample
+        from ai_edge_litert.interpreter import Interpreter  # pyright: ignore[reportMissingImports]
+
+        runner = Interpreter(file).get_signature_runner()
+        [name] = runner.get_input_details()
+        return lambda x: np.concatenate([next(iter(runner(**{name: row[None]}).values())) for row in x])
     import torch
 
+    if runtime == "executorch":
+        from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
+
+        method = Runtime.get().load_program(file).load_method("forward")
+        return lambda x: method.execute([torch.from_numpy(x)])[0].numpy().copy()
     if runtime == "pytorch":
         from d2v_composer.checkpoints.load import load_student
 
