@@ -39,6 +39,8 @@ OPSET = 18
 # Control flow, and operators whose outputs' shapes depend on data.
 DATA_DEPENDENT = {"If", "Loop", "Scan", "NonZero", "Unique", "Compress", "NonMaxSuppression"}
 FLOAT64 = 11  # in ONNX
+# How a file says that its program takes pixels.
+PIXELS = "uint8, (B, H, W, channels)"
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +68,10 @@ class Embedder(nn.Module):
     Args:
         student: Copied.
         primary: The embedding.
+        takes_pixels: Inputs are images as decoders and cameras give them: (B, S, S, 3) uint8.
     """
 
-    def __init__(self, student: Backbone, primary: PrimaryEmbedding) -> None:
+    def __init__(self, student: Backbone, primary: PrimaryEmbedding, takes_pixels: bool = False) -> None:
         super().__init__()
         self.student = copy.deepcopy(student).cpu().requires_grad_(False).eval()
         parts: Any = (self.student, self.student.encoder)
@@ -76,8 +79,16 @@ class Embedder(nn.Module):
             if getattr(part, "alibi", None) is not None:
                 part.alibi = TracedAlibi(part.alibi)
         self.primary = primary
+        self.takes_pixels = takes_pixels
+
+    def example(self, count: int) -> Tensor:
+        """Return inputs of zeros."""
+        inputs = self.student.encoder.example(count)
+        return inputs.movedim(1, -1).to(torch.uint8).contiguous() if self.takes_pixels else inputs
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self.takes_pixels:
+            inputs = inputs.movedim(-1, 1)
         return self.student.embed(inputs, self.primary.pooling, self.primary.representation)
 
 
@@ -85,16 +96,18 @@ def describe(embedder: Embedder) -> dict[str, str]:
     """Return the preprocessing of inputs that the program expects, as JSON, and the name of the embedding."""
     config = embedder.student.encoder.config
     preprocessing = {name: getattr(config, name) for name in config.preprocessing}
+    if embedder.takes_pixels:
+        preprocessing = {name: preprocessing[name] for name in ("image_size", "interpolation")} | {"inputs": PIXELS}
     return {"preprocessing": json.dumps(preprocessing), "embedding": embedder.primary.name}
 
 
-def read_description(path: Path, student: Backbone) -> tuple[str, bool]:
-    """Return the name of the embedding that a student's exported file computes, and True if it does so in int8.
+def read_description(path: Path, student: Backbone) -> tuple[str, bool, bool]:
+    """Return which embedding a student's exported file computes, whether in int8, and whether from pixels.
 
     Raises:
         InputError: It cannot be read, or the student has no such embedding.
     """
-    stored, is_int8 = {"embedding": ""}, False
+    stored, is_int8 = {"embedding": "", "preprocessing.json": ""}, False
     with reading(path):
         if path.suffix == ".onnx":
             check_packages(path, "onnx")
@@ -109,7 +122,7 @@ def read_description(path: Path, student: Backbone) -> tuple[str, bool]:
             stored["embedding"] = choose_embedding(student, None, None).name
     if stored["embedding"] not in student.embedding_names:
         raise InputError(f"{path}: must be an .onnx, .pt2 or .safetensors file that d2v export wrote of this student")
-    return stored["embedding"], is_int8
+    return stored["embedding"], is_int8, any(PIXELS in each for each in stored.values())
 
 
 def export_onnx(embedder: Embedder, path: Path) -> None:
@@ -121,18 +134,20 @@ def export_onnx(embedder: Embedder, path: Path) -> None:
         InputError: The packages ``onnx`` and ``onnxscript`` are not installed, or the disk is full.
     """
     check_packages(path, "onnx", "onnxscript")
+    free_axes = embedder.student.encoder.free_axes
     with warnings.catch_warnings():  # torch 2.13 warns of its own LeafSpec
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
         program = torch.onnx.export(
             trace(embedder),
             input_names=[embedder.student.encoder.input_name],
             output_names=["embedding"],
+            dynamic_shapes={"inputs": {axis: name for axis, (name, *_) in free_axes.items()}},
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
         )
     assert program is not None  # without a file name, torch returns the program
-    if faults := lint(program.model_proto, embedder.student.encoder.free_axes.keys()):
+    if faults := lint(program.model_proto, free_axes.keys()):
         log.warning("%s: some runtimes refuse or miscompute this: %s", path, "; ".join(faults))
     program.model.metadata_props.update(describe(embedder))
     with out_file(path) as partial:
@@ -154,7 +169,8 @@ def lint(model: Any, free_axes: Set[int]) -> list[str]:
     types = [each.type.tensor_type.elem_type for each in graph.value_info]
     if FLOAT64 in types + [each.data_type for each in graph.initializer]:
         faults.append("float64")
-    large = [each.raw_data for each in graph.initializer if len(each.raw_data) > 1024]
+    # Not those that are all zeros, ones or a mask.
+    large = [each.raw_data for each in graph.initializer if len(set(each.raw_data[1024:4096])) > 9]
     return faults + ["weights stored twice"] * (len(set(large)) < len(large))
 
 
@@ -184,10 +200,11 @@ def export_program(embedder: Embedder, path: Path) -> None:
 
 def trace(embedder: Embedder) -> torch.export.ExportedProgram:
     """Trace the program for any number of inputs, and for waveforms of any length."""
-    encoder = embedder.student.encoder
-    free = {axis: torch.export.Dim(name, min=low, max=high) for axis, (name, low, high) in encoder.free_axes.items()}
-    inputs = encoder.example(2)  # torch.export treats a batch size of one as constant
-    with torch.no_grad():
+    free_axes = embedder.student.encoder.free_axes
+    free = {axis: torch.export.Dim(name, min=low, max=high) for axis, (name, low, high) in free_axes.items()}
+    inputs = embedder.example(2)  # torch.export treats a batch size of one as constant
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unable to find the path of the module")  # timm's, and it does not matter
         return torch.export.export(embedder, (inputs,), dynamic_shapes={"inputs": free}, strict=False)
 
 

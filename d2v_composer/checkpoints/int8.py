@@ -1,14 +1,10 @@
-"""Quantize an exported student to int8 with onnxruntime.
-
-Shapes: N images, S pixels per side, D channels.
-"""
+"""Quantize an exported student to int8 with onnxruntime."""
 
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from d2v_composer.system.files import out_file
@@ -23,7 +19,7 @@ def quantize(program: Path, out: Path, images: Tensor) -> None:
     Args:
         program: The one in float32.
         out: The file to write.
-        images: Normalized, (N, 3, S, S). They set the range of each layer's inputs.
+        images: As the program takes them. They set the range of each layer's inputs.
 
     Raises:
         RunError: The disk is full.
@@ -51,9 +47,3 @@ def quantize(program: Path, out: Path, images: Tensor) -> None:
             weight_type=QuantType.QInt8,
             extra_options={"OpTypesToExcludeOutputQuantization": LINEAR},
         )
-
-
-def embed(session: Any, images: Tensor) -> Tensor:
-    """Embed normalized images, (N, 3, S, S), with a program in onnxruntime: (N, D) float32."""
-    batches = (session.run(None, {"images": batch.numpy()})[0] for batch in images.split(BATCH_SIZE))
-    return torch.cat(list(map(torch.from_numpy, batches)))

@@ -2,29 +2,26 @@
 
     d2v export runs/distill/latest-rank0.pt student.safetensors
     d2v export student.safetensors student.onnx
-    d2v export student.safetensors student.pt2 --pooling mean
+    d2v export student.safetensors student.pt2 --pooling mean --preprocessing in
     d2v export student.safetensors student.onnx --int8 --calibrate photos
 
 OUT's suffix selects the format: ``.safetensors`` for ``load_student`` and timm, ``.onnx``, ``.pt2`` for torch.export.
 The last two hold a program that computes one embedding, by default the primary one, and no record of
-the run. For an audio student it takes clips of any length, but of the same length in a batch. A README.md beside a
+the run. Its images must be normalized, unless --preprocessing in puts that into the program. For an audio student it
+takes clips of any length, but of the same length in a batch. A README.md beside a
 .safetensors file describes it for the Hugging Face hub.
 """
 
 import tempfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import Literal, get_args
 
 from d2v_composer.commands import verify as verification
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.system.command_line import d2v, make_parser, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file
-
-if TYPE_CHECKING:
-    from d2v_composer.checkpoints.export import Embedder
 
 # Suffix → how to load the file, in Python.
 PROGRAMS = {
@@ -33,8 +30,8 @@ PROGRAMS = {
 }
 # How to load a fine-tuned student.
 TIMM = "import timm, d2v_composer; model = timm.create_model('d2v2_student', checkpoint_path={!r}, num_classes={})"
-# Images for int8; every fifth calibrates, the others show what is lost.
-MAX_INT8_IMAGES = 640
+MAX_INT8_IMAGES = 128
+Preprocessing = Literal["in", "out"]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -46,9 +43,10 @@ def main(argv: Sequence[str]) -> None:
     for option, choices in (("--pooling", Pooling), ("--representation", Representation)):
         about = "only for .onnx and .pt2; default: as in the run's primary embedding"
         parser.add_argument(option, choices=get_args(choices), help=about)
-    parser.add_argument(
-        "--int8", action="store_true", help="only for .onnx: quantize linear layers to 8 bits, with onnxruntime"
-    )
+    about = "in: only for .onnx and .pt2, which then take images as decoded, (B, S, S, 3) uint8; default: out"
+    parser.add_argument("--preprocessing", choices=get_args(Preprocessing), default="out", help=about)
+    about = "only for .onnx: quantize linear layers to 8 bits, with onnxruntime, and measure what is lost there"
+    parser.add_argument("--int8", action="store_true", help=about)
     about = "images or MDS shards to calibrate --int8; default: the run's retrieval images"
     parser.add_argument("--calibrate", metavar="FOLDER", help=about)
     parser.add_argument("--verify", action="store_true", help="then measure OUT in each runtime, as d2v verify does")
@@ -65,6 +63,7 @@ def export(
     teacher: str | None = None,
     pooling: Pooling | None = None,
     representation: Representation | None = None,
+    preprocessing: Preprocessing = "out",
     int8: bool = False,
     calibrate: str | None = None,
     verify: bool = False,
@@ -72,12 +71,14 @@ def export(
     """Export a student, and print what was written; the arguments are the command's."""
     if out.suffix not in (".safetensors", *PROGRAMS):
         raise InputError(f"{out}: must end in .safetensors, .onnx or .pt2")
-    if out.suffix == ".safetensors" and (pooling or representation):
-        raise InputError(f"{out}: holds every embedding; --pooling and --representation are only for .onnx and .pt2")
+    takes_pixels = preprocessing == "in"
+    if out.suffix == ".safetensors" and (pooling or representation or takes_pixels):
+        options = "--pooling, --representation and --preprocessing"
+        raise InputError(f"{out}: holds every embedding; {options} are only for .onnx and .pt2")
     if (int8 and out.suffix != ".onnx") or (calibrate and not int8):
         raise InputError(f"{out}: --int8 is only for .onnx, and --calibrate only for --int8")
 
-    from d2v_composer.checkpoints.export import Embedder, export_onnx, export_program
+    from d2v_composer.checkpoints.export import Embedder, check_packages, export_onnx, export_program
     from d2v_composer.checkpoints.load import load_any, save_student
     from d2v_composer.checkpoints.student_file import choose_embedding
     from d2v_composer.models.teacher import Teacher
@@ -86,12 +87,12 @@ def export(
     student, _ = load_any(source, teacher_path=teacher)
     if isinstance(student, Teacher):
         raise InputError(f"{source}: is a teacher; expected a training checkpoint or an exported student")
+    if (int8 or takes_pixels) and len(student.encoder.free_axes) > 1:  # what calibrates would have one length
+        option = "--int8" if int8 else "--preprocessing in"
+        raise InputError(f"{option}: only for images; this model takes {student.encoder.input_name}, not normalized")
     embedding = choose_embedding(student, pooling, representation)
     print(f"embedding: {embedding.name}")
-    if int8:
-        export_int8(Embedder(student, embedding), out, calibrate)
-        step = PROGRAMS[".onnx"].format(str(out))
-    elif out.suffix == ".safetensors":
+    if out.suffix == ".safetensors":
         write_card = plan_model_card(student, source, out) if student.head is None else None
         save_student(student, out)
         step = d2v("embed", out, "SOURCE", "embeddings.npy")
@@ -100,48 +101,21 @@ def export(
         if write_card is not None:
             print(write_card())
     else:
-        write = export_onnx if out.suffix == ".onnx" else export_program
-        write(Embedder(student, embedding), out)
+        embedder = Embedder(student, embedding, takes_pixels)
+        if int8:
+            check_packages(out, "onnxruntime")
+            from d2v_composer.checkpoints.int8 import quantize
+
+            images = verification.read_samples(student, calibrate, MAX_INT8_IMAGES, takes_pixels)
+            with tempfile.TemporaryDirectory() as folder:
+                export_onnx(embedder, program := Path(folder) / "float32.onnx")
+                quantize(program, out, images)
+        else:
+            write = export_onnx if out.suffix == ".onnx" else export_program
+            write(embedder, out)
         step = PROGRAMS[out.suffix].format(str(out))
     size = sum(parameter.numel() for parameter in student.parameters())
     print(f"wrote {out}: {size / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB")
-    if verify:
-        verification.verify(out, student, images=calibrate)
+    if verify or int8:
+        verification.verify(out, student, runtime=None if verify else ["onnxruntime"], images=calibrate)
     print_next(step)
-
-
-def export_int8(embedder: "Embedder", out: Path, source: str | None) -> None:
-    """Write the student's program in int8, and print its speed and how close its embeddings are to float32."""
-    from d2v_composer.checkpoints.export import check_packages, export_onnx
-
-    check_packages(out, "onnxruntime")
-    import torch
-    from onnxruntime import InferenceSession
-    from torch.nn.functional import cosine_similarity
-
-    from d2v_composer.benchmarks.measure import interleave
-    from d2v_composer.checkpoints.int8 import BATCH_SIZE, embed, quantize
-    from d2v_composer.evaluation.without_labels import neighbor_agreement
-
-    encoder = embedder.student.encoder
-    if len(encoder.free_axes) > 1:  # what calibrates it would have one length
-        raise InputError(f"--int8: only for images; this model takes {encoder.input_name}")
-    images = verification.read_samples(embedder.student, source, MAX_INT8_IMAGES)
-    is_measured = torch.arange(len(images)) % 5 > 0
-    measured = images[is_measured]
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "float32.onnx"
-        export_onnx(embedder, program)
-        quantize(program, out, images[~is_measured])
-        embeds = [partial(embed, InferenceSession(path)) for path in (program, out)]
-        size = program.stat().st_size / 1e6
-    exact, found = (each(measured) for each in embeds)
-    cosines, batch = cosine_similarity(exact, found), measured[:BATCH_SIZE]
-    passes = {str(i): (partial(each, batch), len(batch)) for i, each in enumerate(embeds)}
-    rate, rate_int8 = (each.max() for each in interleave(passes, repeats=5).values())
-    print(
-        f"int8 compared with float32 on {len(measured)} images, calibrated with {len(images) - len(measured)} others: "
-        f"mean cosine {cosines.mean():.5f}, minimum {cosines.min():.5f}; "
-        f"neighbor agreement {neighbor_agreement(exact, found):.3f}; "
-        f"{rate_int8:.0f} images/s, {rate:.0f} in float32; {out.stat().st_size / 1e6:.1f} MB, {size:.1f} in float32"
-    )

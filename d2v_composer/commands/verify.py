@@ -44,8 +44,12 @@ RUNTIMES = {
     "openvino": (".onnx", "openvino"),
     "openvino-float32": (".onnx", "openvino"),
     "torch.export": (".pt2", "torch"),
+    "torch.compile": (".pt2", "torch"),
+    "aotinductor": (".pt2", "torch"),
     "pytorch": (".safetensors", "torch"),
 }
+# These compile for a minute or more.
+ONLY_IF_NAMED = {"torch.compile", "aotinductor"}
 # A program's input → samples that ship.
 YAMLS = f"{Path(__file__).parents[1]}/yamls"
 SHIPPED = {"images": f"{YAMLS}/quickstart/cifar10/test", "waveforms": f"{YAMLS}/quickstart_audio/words/test"}
@@ -58,7 +62,8 @@ def main(argv: Sequence[str]) -> None:
     add = parser.add_argument
     add("exported", metavar="EXPORTED", type=Path, help="a file of d2v export: .onnx, .pt2 or .safetensors")
     add("--student", type=Path, help="the same student's .safetensors file; default: EXPORTED with that suffix")
-    add("--runtime", action="append", choices=RUNTIMES, help="may be repeated; default: all that are installed")
+    about = "may be repeated; default: all that are installed, but for torch.compile and aotinductor"
+    add("--runtime", action="append", choices=RUNTIMES, help=about)
     add("--images", metavar="FOLDER", help="images, audio or MDS shards; default: CIFAR-10's, or words, that ship")
     add("--cosine", type=float, help="least cosine to PyTorch; default: 0.999, of an int8 file 0.98")
     add("--difference", type=float, help="largest difference; default: 0.0001, of an int8 file any")
@@ -97,21 +102,24 @@ def verify(
     from d2v_composer.report.tables import format_table
     from d2v_composer.system.machine import describe_machine, package_versions
 
-    embedding, is_int8 = read_description(exported, student)
+    embedding, is_int8, takes_pixels = read_description(exported, student)
     installed = [each for each, (suffix, name) in RUNTIMES.items() if suffix == exported.suffix and find_spec(name)]
     if refused := [name for name in runtime or () if name not in installed]:
-        raise InputError(f"--runtime: {refused[0]} is not installed, or takes no {exported.suffix} file")
+        way = "write --kit FOLDER, and run its script in the runtime's own environment"
+        raise InputError(f"--runtime: {refused[0]} is not installed, or takes no {exported.suffix} file; {way}")
+    chosen = runtime or [name for name in installed if name not in ONLY_IF_NAMED]
     report, script = exported.with_name(f"{exported.name}.verify.json"), Path(check_program.__file__)
     check_out_file(report)
     if kit is not None:
         check_owned(kit, "kit.json", "--kit")
     limits = {"cosine": cosine or (0.98 if is_int8 else 0.999), "difference": difference or (9 if is_int8 else 1e-4)}
-    batch = read_samples(student, images or SHIPPED[student.encoder.input_name], MAX_SAMPLES)
+    batch = read_samples(student, images or SHIPPED[student.encoder.input_name], MAX_SAMPLES, takes_pixels)
     inputs = [batch, batch[:7, : batch.shape[1] // 2]] if len(student.encoder.free_axes) > 1 else [batch]
+    samples = [each.movedim(-1, 1) if takes_pixels else each for each in inputs]
     with tempfile.TemporaryDirectory() as temporary:
         folder = kit or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        np.savez(folder / "kit.npz", *inputs, np.concatenate([student.embed_all(each)[embedding] for each in inputs]))
+        np.savez(folder / "kit.npz", *inputs, np.concatenate([student.embed_all(each)[embedding] for each in samples]))
         (folder / "kit.json").write_text(json.dumps({"embedding": embedding, **limits}, indent=1))
         shutil.copy(script, folder)
         if kit is not None:
@@ -119,7 +127,7 @@ def verify(
             print(f"wrote {kit}: in it, run python {script.name} RUNTIME {exported.name}")
             return
         save_student(student, folder / "pytorch.safetensors")
-        files = {"pytorch": folder / "pytorch.safetensors"} | dict.fromkeys(runtime or installed, exported.absolute())
+        files = {"pytorch": folder / "pytorch.safetensors"} | dict.fromkeys(chosen, exported.absolute())
         found, faults = measure(folder / script.name, files)
     rows = [[name, *map("{:.5g}".format, each.values())] for name, each in found.items()]
     table = format_table(["", *max(found.values(), key=len)], rows)
@@ -133,10 +141,10 @@ def verify(
         raise RunError(*(f"{exported}: {name}: {fault}" for name, fault in faults.items()))
 
 
-def read_samples(student: "Backbone", source: str | None, maximum: int) -> "Tensor":
-    """Return samples as a program takes them, (N, 3, S, S) or (N, L), from a folder or the run's retrieval data.
+def read_samples(student: "Backbone", source: str | None, maximum: int, takes_pixels: bool = False) -> "Tensor":
+    """Return samples as a program takes them, from a folder or the run's retrieval data.
 
-    Audio clips are cut to the shortest.
+    Audio clips are cut to the shortest, (N, L). Images are normalized, (N, 3, S, S), or (N, S, S, 3) uint8.
 
     Raises:
         InputError: There are too few, or they cannot be read.
@@ -147,6 +155,8 @@ def read_samples(student: "Backbone", source: str | None, maximum: int) -> "Tens
     from d2v_composer.data.containers import open_source
     from d2v_composer.data.labeled import evenly_spaced, load_labeled_set
     from d2v_composer.data.modalities import modality_of
+    from d2v_composer.models.configs import height_and_width
+    from d2v_composer.models.images import resize
 
     modality, samples = modality_of(student.encoder.config), []
     if source is not None:
@@ -159,7 +169,11 @@ def read_samples(student: "Backbone", source: str | None, maximum: int) -> "Tens
         found = f"needs at least {MIN_SAMPLES} {modality.unit}, got {len(samples)}"
         raise InputError(f"{found}; use --images FOLDER, or for --int8 --calibrate FOLDER")
     length = min(each.shape[-1] for each in samples)
-    return student.encoder.normalized(torch.stack([each[..., :length] for each in samples]))
+    batch = torch.stack([each[..., :length] for each in samples])
+    if takes_pixels:
+        config = student.encoder.config
+        return resize(batch, height_and_width(config.image_size), config.interpolation).movedim(1, -1).contiguous()
+    return student.encoder.normalized(batch)
 
 
 def measure(script: Path, files: Mapping[str, Path]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:

@@ -87,6 +87,11 @@ def test_a_classifier_in_timm(exported: Path, tmp_path: Path) -> None:
     assert torch.equal(model.forward_head(model.forward_features(waveforms), True), model.embed(waveforms))
 
 
-def test_int8_is_for_images(exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--int8: only for images; this model takes waveforms"):
-        export(exported, tmp_path / "student.onnx", "--int8")
+def test_options_that_are_for_images(exported: Path, tmp_path: Path) -> None:
+    """A program of waveforms normalizes them itself."""
+    for options in (["--int8"], ["--preprocessing", "in"]):
+        with pytest.raises(
+            InputError, match=f"{' '.join(options)}: only for images; this model takes waveforms, not no"
+        ):
+            export(exported, tmp_path / "student.onnx", *options)
+    assert not list(tmp_path.iterdir())

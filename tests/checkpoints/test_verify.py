@@ -31,6 +31,8 @@ from small_vits import RESAMPLED_BILINEARLY, random_vit
 
 SMALL_VITS = [*RESAMPLED_BILINEARLY, "small_beit", "small_mixed_rope", "small_dinov3", "small_dinov3_without_bias"]
 SMALL_VITS += ["narrow"]  # a student narrower than small_dinov3
+NETWORKS = ["resnet10t", "convnext_atto", "mobilenetv4_conv_small_035", "test_efficientnet", "repvit_m0_9"]
+NETWORKS += ["swin_tiny_patch4_window7_224"]
 PHOTOS = ROOT / "yamls/quickstart/cifar10/test"
 
 
@@ -64,9 +66,9 @@ def kit(student: Path) -> Path:
     return write_kit(student.with_suffix(".onnx"), student, student.with_name("kit"))
 
 
-def run_kit(kit: Path, program: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def run_kit(kit: Path, program: Path, monkeypatch: pytest.MonkeyPatch, runtime: str = "onnxruntime") -> Any:
     """Return what the kit's script ends with: None, or what is wrong."""
-    monkeypatch.setattr(sys, "argv", ["check_program.py", "onnxruntime", str(program)])
+    monkeypatch.setattr(sys, "argv", ["check_program.py", runtime, str(program)])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(kit / "check_program.py"), run_name="__main__")
     return ended.value.code
@@ -170,7 +172,7 @@ def test_bad_input_is_one_line(student: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").touch()
     for arguments, problem in (
         ([text, "--student", student], "must be an .onnx, .pt2 or .safetensors file that d2v export wrote of this stu"),
-        ([program, "--runtime", "torch.export"], "torch.export is not installed, or takes no .onnx file"),
+        ([program, "--runtime", "torch.export"], "torch.export is not installed, or takes no .onnx file; write --kit"),
         ([program, "--student", tmp_path / "none.safetensors"], "none.safetensors: no such file; name the student"),
         ([program, "--kit", tmp_path], "holds files that are not ours"),
     ):
@@ -186,10 +188,12 @@ def test_lint_names_what_runtimes_refuse(student: Path) -> None:
     assert lint(model, {0, 1}) == ["axes [0] of any size, expected [0, 1]"]
     model.graph.node.append(helper.make_node("NonZero", ["embedding"], ["where"]))
     assert lint(model, {0}) == ["NonZero"]
-    weights = numpy_helper.from_array(np.zeros((32, 32)), "doubles")
-    model.graph.initializer.append(weights)
+    numbers = {"doubles": np.zeros((32, 32)), "weights": np.random.default_rng(0).normal(size=(32, 32))}
+    for name, each in numbers.items():
+        model.graph.initializer.append(numpy_helper.from_array(each, name))
+    model.graph.initializer.append(numpy_helper.from_array(numbers["doubles"], "zeros, such as biases at first"))
     assert lint(model, {0}) == ["NonZero", "float64"]
-    model.graph.initializer.append(numpy_helper.from_array(np.zeros((32, 32)), "again"))
+    model.graph.initializer.append(numpy_helper.from_array(numbers["weights"], "again"))
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     assert lint(model, {0}) == ["operators of com.microsoft", "NonZero", "float64", "weights stored twice"]
 
@@ -204,19 +208,50 @@ def test_an_export_warns_of_what_lint_finds(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SMALL_VITS)
-def test_students_of_timm_teachers(
+@pytest.mark.parametrize("name", [*SMALL_VITS, *NETWORKS])
+def test_students_of_timm_teachers_and_timm_students(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Relative biases, rotary positions, registers and a narrow student: nothing to refuse, and the same embeddings."""
-    teachers, sizes = name.replace("narrow", "small_dinov3"), {"embed_dim": 16} if name == "narrow" else {}
-    model = random_vit(teachers)
-    teacher: Any = TimmTeacher(model, teacher_config(f"timm/{teachers}", model, 1))
+    """Relative biases, rotary positions, registers, a narrow student, windows: the same embeddings, no warning."""
+    torch.manual_seed(0)
+    if name in NETWORKS:
+        student = load_teacher(GOLDEN / "tiny_base.pt").build_student(model=f"timm/{name}")
+    else:
+        kind, sizes = name.replace("narrow", "small_dinov3"), {"embed_dim": 16} if name == "narrow" else {}
+        model = random_vit(kind)
+        teacher: Any = TimmTeacher(model, teacher_config(f"timm/{kind}", model, 1))
+        student = teacher.build_student(depth=1, **sizes)
     path, program = tmp_path / "student.safetensors", tmp_path / "student.onnx"
-    save_student(teacher.build_student(depth=1, **sizes), path)
+    save_student(student, path)
     export.main([str(path), str(program)])
     assert "some runtimes" not in caplog.text
     assert run_kit(write_kit(program, path, tmp_path / "kit"), program, monkeypatch) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--int8", "--calibrate", str(PHOTOS)]], ids=["float32", "int8"])
+def test_programs_of_pixels(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
+    """The kit's inputs are the pixels, and another order of their channels is found."""
+    program = tmp_path / "student.onnx"
+    export.main([str(student), str(program), "--preprocessing", "in", *options])
+    kit = write_kit(program, student, tmp_path / "kit")
+    assert run_kit(kit, program, monkeypatch) is None
+    pixels, expected = np.load(kit / "kit.npz").values()
+    assert (pixels.dtype, pixels.shape) == (np.uint8, (64, 32, 32, 3))
+    np.savez(kit / "kit.npz", pixels[..., ::-1], expected)
+    assert run_kit(kit, program, monkeypatch).startswith("cosine ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["torch.compile", "aotinductor"])
+def test_compiled_programs(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str) -> None:
+    """In batches of 1, 7, 16 and 64, of one compilation or two."""
+    program = tmp_path / "student.pt2"
+    export.main([str(student), str(program)])
+    kit = write_kit(program, student, tmp_path / "kit")
+    assert run_kit(kit, program, monkeypatch, runtime) is None
+    other = random_student(tmp_path / "other.safetensors", seed=1)
+    assert run_kit(write_kit(program, other, kit), program, monkeypatch, runtime).startswith("cosine ")
 
 
 @pytest.mark.slow
@@ -235,6 +270,7 @@ def test_the_command_measures_beside_pytorch(student: Path, tmp_path: Path, suff
     assert done.returncode == 0, done.stderr
     table = {line.split()[0]: line.split() for line in done.stdout.splitlines()}
     assert set(table) >= {"pytorch", runtime}
+    assert not {"torch.compile", "aotinductor"}.intersection(table)  # only if they are named
     found = json.loads((tmp_path / f"{program.name}.verify.json").read_text())
     assert found["faults"] == {}
     assert found["runtimes"]["pytorch"]["difference"] == 0
