@@ -328,6 +328,7 @@ def client(object_store: GatedStore, monkeypatch: pytest.MonkeyPatch) -> Any:
     return object_store.client()
 
 
+@pytest.mark.slow
 def test_a_shard_in_a_store_is_kept_only_if_it_is_there(
     source: Path, tmp_path: Path, object_store: GatedStore, client: Any
 ) -> None:
@@ -352,6 +353,7 @@ def test_a_shard_in_a_store_is_kept_only_if_it_is_there(
     assert object_store.objects("resumed", "train/") == tree(tmp_path / "local")
 
 
+@pytest.mark.slow
 def test_what_vanishes_from_a_store_during_a_conversion_ends_it(
     source: Path, object_store: GatedStore, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

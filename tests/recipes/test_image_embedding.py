@@ -104,6 +104,7 @@ def test_losses_and_zero_shot_are_logged(
     assert {name.split(".")[1] for name in student_of(trained)} == {"blocks"}  # the head is frozen
 
 
+@pytest.mark.slow
 def test_files_have_the_teachers_head(exported: Path, teacher: Path, labeled: Path, tmp_path: Path) -> None:
     tensors, theirs = load_file(exported), load_file(teacher)
     assert torch.equal(tensors["projection.model.head.weight"], theirs["head.weight"])
@@ -140,6 +141,7 @@ def test_an_evaluation_compares_zero_shot(exported: Path, teacher: Path, classes
     assert all(row["embedding"] == "projected_cls" and row["low"] <= row["value"] for row in found.values())
 
 
+@pytest.mark.slow
 def test_timm_alone_loads_an_aligned_student(
     teacher: Path, classes: Path, small_data: Path, labeled: Path, tmp_path: Path
 ) -> None:
