@@ -30,7 +30,7 @@ from recipes.ablations import as_overrides, read_rows
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "nowhere/rows.yaml: cannot be read: No such file or directory"),
+        (["nowhere"], "nowhere/rows.yaml cannot be read: No such file or directory"),
         (["--rows", "no such"], "--rows: no such row 'no such' (allowed: base, another seed, "),
     ],
 )
