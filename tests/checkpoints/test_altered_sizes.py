@@ -134,7 +134,7 @@ def test_altered_sizes_are_refused(load: Callable[[Path], Any], step: int, expor
             found = embeddings(load(altered))
         except InputError as error:
             num_refused += 1
-            start = "config_json: " if load is timm_model else str(altered)
+            start = "config_json " if load is timm_model else str(altered)
             if "\n" in str(error) or not str(error).startswith(start) or len(str(error)) > 500:
                 wrong.append((name, what, str(error)))
         except Exception as error:  # noqa: BLE001
