@@ -211,7 +211,8 @@ def _wait(theirs: deque[_Chunk], bar: Any, folder: Path) -> None:
         if time.monotonic() > deadline:
             if all(acquire(folder / f".lock{other}") for other in range(1, num_ranks())):
                 raise RunError(
-                    f"{folder}: the other ranks left out {bar.total - bar.n} samples; all need SOURCE and this folder"
+                    f"{folder}: the other ranks left out {bar.total - bar.n} samples; all ranks must reach "
+                    "SOURCE and this folder"
                 )
             deadline += RANK_SECONDS
 
@@ -329,7 +330,7 @@ def check_out(out: str, *, overwrite: bool) -> None:
         InputError: The suffix is neither .npy nor .parquet, the file exists, or it cannot be written.
     """
     if not out.endswith(TABLES):
-        raise InputError(f"{out}: must end in {' or '.join(TABLES)}")
+        raise InputError(f"{out} must end in {' or '.join(TABLES)}")
     if out.endswith(".parquet"):
         import pyarrow  # noqa: F401  (if it is missing, this error says what to install)
     if not is_remote(out):

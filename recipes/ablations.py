@@ -87,7 +87,7 @@ def read_rows(study: Path, names: Sequence[str] | None = None) -> dict[str, Mapp
         rows = yaml.safe_load(path.read_text())
     is_study = rows and isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())
     if not (is_study and all(isinstance(row.get("num_images", 1), int) for row in rows.values())):
-        raise InputError(f"{path}: expected a line 'name: {{key: value}}' per row, num_images a whole number")
+        raise InputError(f"{path}: expected a line 'name: {{key: value}}' for each row, with a whole num_images")
     chosen = [next(iter(rows)), *(rows if names is None else names)]
     for name in chosen:
         if name not in rows:

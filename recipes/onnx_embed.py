@@ -21,7 +21,7 @@ BATCH_SIZE = 32
 
 
 def load(program: str) -> tuple[Callable[[np.ndarray], Any], dict[str, Any]]:
-    """Return a function of prepared images, which returns their embeddings, (B, D), and how to prepare them."""
+    """Return a function from prepared images to embeddings, (B, D), and the settings for :func:`prepare`."""
     session = onnxruntime.InferenceSession(program, providers=onnxruntime.get_available_providers())
     preprocessing = json.loads(session.get_modelmeta().custom_metadata_map["preprocessing"])
     return lambda images: session.run(None, {"images": images})[0], preprocessing

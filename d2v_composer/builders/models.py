@@ -85,7 +85,7 @@ def build_augmentation(
 
 
 def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None:
-    """Build the student with which a model's run began, or a teacher's default; ``None`` if that needs the teacher."""
+    """Build the student with which a model's run began, or a teacher's default; ``None`` if this needs the teacher."""
     if isinstance(model, Teacher):
         return model.build_student(projected=model.projected_width > 0)
     if isinstance(model.config, TimmNetworkConfig):

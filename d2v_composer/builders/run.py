@@ -485,7 +485,7 @@ def find_checkpoint(config: TrainerConfig) -> Checkpoint | None:
         if found.trained({"ba": "batch", "ep": "epoch"}[length[-2:]]) >= int(length[:-2]):
             raise InputError(
                 f"load_path: {config.load_path}: batch {found.trained('batch')} is not before max_duration {length}; "
-                "set a larger one"
+                "set a larger max_duration"
             )
     return found
 
@@ -513,5 +513,5 @@ def _share_newest(folder: RunFolder, resumes: bool) -> Checkpoint | None:
             if address is not None:
                 download_checkpoint(address, path)
             if sha256(path) != digest:
-                raise InputError(f"{address or path}: differs from the checkpoint with that name on node 0")
+                raise InputError(f"{address or path} differs from the checkpoint with that name on node 0")
         return newest or read_checkpoint(path)

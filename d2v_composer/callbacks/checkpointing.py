@@ -241,7 +241,7 @@ class FolderLock:
             said = self.path.read_text(errors="replace") if self.path.exists() else ""
             lock = acquire(self.path, wait=LOCK_WAIT_SECONDS)
         except OSError as error:
-            raise InputError(f"save_folder: {folder.local}: cannot be written ({error.strerror})") from error
+            raise InputError(f"save_folder: {folder.local} cannot be written ({error.strerror})") from error
         other, user = [*said.splitlines(), "", "it"][:2]
         if lock is None:
             raise InputError(

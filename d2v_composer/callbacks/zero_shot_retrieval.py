@@ -174,7 +174,7 @@ class ZeroShotRetrieval(Callback):
         if state["primary"] != self.lookup.primary:  # that of the short keys
             raise InputError(
                 f"retrieval.representation, retrieval.pooling: checkpoint has {state['primary']}, config has "
-                f"{self.lookup.primary}; set it back, since the log has every embedding under its own key"
+                f"{self.lookup.primary}; keep the checkpoint's: the log has every embedding anyway"
             )
         for name, labeled in self.datasets.items():
             if state["images"].get(name) not in (None, labeled.fingerprint()):

@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent
 
 
 def load(runtime: str, file: str, embedding: str) -> Any:
-    """Return a function of inputs, float32 or uint8 images: (B, …) → (B, D)."""
+    """Return a function that maps inputs, (B, …) float32 or uint8, to embeddings, (B, D)."""
     if runtime == "onnxruntime":
         import onnxruntime
 
@@ -64,7 +64,7 @@ def load(runtime: str, file: str, embedding: str) -> Any:
 
 
 def measure(runtime: str, file: str, embedding: str) -> dict[str, Any]:
-    """Return the numbers by name."""
+    """Return the measured numbers by name."""
     start = time.perf_counter()
     *inputs, theirs = np.load(FOLDER / "kit.npz").values()
     embed = load(runtime, file, embedding)

@@ -100,7 +100,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise CorruptCheckpointError(f"{path}: truncated or corrupt ({fault_of(error)})") from error
         raise InputError(f"{foreign} ({fault_of(error)})") from error
     if not OUR_ALGORITHMS.issuperset(algorithms):
-        raise InputError(f"{foreign}: expected no algorithms but {sorted(OUR_ALGORITHMS)}, got {algorithms}")
+        raise InputError(f"{foreign}: expected no algorithms except {sorted(OUR_ALGORITHMS)}, got {algorithms}")
     # Composer does not load strictly: it would train on from random weights.
     if not tensors or not all(isinstance(each, Tensor) and each.isfinite().all() for each in tensors):
         raise InputError(f"{foreign}: expected only tensors of finite numbers in state.model")
@@ -263,7 +263,7 @@ def _stored_checkpoints(address: str) -> list[str]:
         if is_missing(error):
             return []
         raise InputError(
-            f"{address}: cannot be listed ({reason(error)}), so the newest checkpoint is unknown"
+            f"{address} cannot be listed ({reason(error)}), so the newest checkpoint is unknown"
         ) from error
     if STORED_POINTER in names:
         return newest_first(names, _read_pointer(f"{address}/{STORED_POINTER}"))
@@ -304,7 +304,7 @@ def _download(address: str, path: Path) -> bool:
         return download_existing(address, path)
     except Exception as error:
         raise InputError(
-            f"{address}: cannot be read ({reason(error)}), so the newest checkpoint is unknown: a run in a store needs "
+            f"{address} cannot be read ({reason(error)}), so the newest checkpoint is unknown: a run in a store needs "
             "permission to read and list objects"
         ) from error
 
@@ -324,7 +324,7 @@ def upload(path: Path, address: str, denial_passes: bool = True) -> None:
         store, key = open_store(address)
         retry(lambda: store.upload_object(key, str(path)), address, RETRY_SECONDS, denial_passes=denial_passes)
     except Exception as error:
-        raise RunError(f"{address}: cannot be written ({reason(error)})") from error
+        raise RunError(f"{address} cannot be written ({reason(error)})") from error
 
 
 def upload_checkpoint(path: Path, address: str) -> None:

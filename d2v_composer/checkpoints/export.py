@@ -121,7 +121,7 @@ def read_description(path: Path, student: Backbone) -> tuple[str, bool, bool]:
         elif path.suffix == ".safetensors":
             stored["embedding"] = choose_embedding(student, None, None).name
     if stored["embedding"] not in student.embedding_names:
-        raise InputError(f"{path}: must be an .onnx, .pt2 or .safetensors file that d2v export wrote of this student")
+        raise InputError(f"{path} must be an .onnx, .pt2 or .safetensors file that d2v export wrote from this student")
     return stored["embedding"], is_int8, any(PIXELS in each for each in stored.values())
 
 
@@ -181,7 +181,7 @@ def check_packages(path: Path, *names: str) -> None:
         InputError: One is not.
     """
     if missing := [name for name in names if find_spec(name) is None]:
-        raise InputError(f"{path}: needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+        raise InputError(f"{path} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def export_program(embedder: Embedder, path: Path) -> None:

@@ -93,7 +93,7 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
 
 
 def _section(container: Any, name: str) -> dict[str, Any] | None:
-    """Return what has a name in a section, a dict or another program's object; ``None`` if there is none."""
+    """Return the value of a name in a section (a dict or another program's object); ``None`` if it is missing."""
     # dict's own methods: a pickle may set attributes of an OrderedDict, such as `items`.
     section = dict.get(container, name) if isinstance(container, dict) else None
     section = dict.get(section, "_content", section) if isinstance(section, Stub) else section  # OmegaConf's

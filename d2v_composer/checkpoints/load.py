@@ -77,7 +77,7 @@ def load_teacher(
     """
     if model.startswith(PREFIX):
         if weights != "model":
-            raise InputError(f"weights: {model} has no {weights} weights; use model")
+            raise InputError(f"weights: {model} has no {weights} weights; set weights=model")
         from d2v_composer.checkpoints.timm_weights import load_timm_teacher  # timm takes seconds to import
 
         return load_timm_teacher(path, model, first_blocks, image_size, projected)
@@ -216,7 +216,7 @@ def load_any(
         if teacher_path is not None:
             raise InputError(f"{path} is not a student, so a teacher ({teacher_path}) is not allowed")
     elif weights != "model":  # the student's record says which its teacher has
-        raise InputError(f"weights: {path} is a student, which has no {weights} weights; use model")
+        raise InputError(f"weights: {path} is a student, which has no {weights} weights; set weights=model")
     return model, teacher
 
 
@@ -237,7 +237,7 @@ def _load_file(path: str | Path, file: Path, weights: Weights, teacher_path: str
 
 
 def _with_teacher(student: Backbone, path: str | None) -> Models:
-    """Load the teacher of an exported or fine-tuned student from ``path``; ``None``: no teacher."""
+    """Load the teacher of an exported or fine-tuned student from ``path``, or none for ``None``."""
     if path is None:
         return student, None
     record = distillation_of(student.provenance)

@@ -74,7 +74,7 @@ def _reading(path: Path, kind: type[InputError]) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:
         raise kind(f"{path}: truncated, or not a PyTorch checkpoint ({fault_of(error)})") from error
 

@@ -244,7 +244,7 @@ DEFAULT_PRIMARY = PrimaryEmbedding("output", "cls")
 def choose_embedding(
     model: Backbone, pooling: Pooling | None, representation: Representation | None
 ) -> PrimaryEmbedding:
-    """Return the requested embedding; ``None`` means as in the primary embedding of the model's run.
+    """Return the requested embedding; for each ``None``, take the part of the model's primary embedding.
 
     Raises:
         InputError: The model has no such embedding.

@@ -70,11 +70,11 @@ def export(
 ) -> None:
     """Export a student, and print what was written; the arguments are the command's."""
     if out.suffix not in (".safetensors", *PROGRAMS):
-        raise InputError(f"{out}: must end in .safetensors, .onnx or .pt2")
+        raise InputError(f"{out} must end in .safetensors, .onnx or .pt2")
     takes_pixels = preprocessing == "in"
     if out.suffix == ".safetensors" and (pooling or representation or takes_pixels):
         options = "--pooling, --representation and --preprocessing"
-        raise InputError(f"{out}: holds every embedding; {options} are only for .onnx and .pt2")
+        raise InputError(f"{out}: a .safetensors file holds every embedding; {options} are only for .onnx and .pt2")
     if (int8 and out.suffix != ".onnx") or (calibrate and not int8):
         raise InputError(f"{out}: --int8 is only for .onnx, and --calibrate only for --int8")
 
@@ -86,7 +86,7 @@ def export(
 
     student, _ = load_any(source, teacher_path=teacher)
     if isinstance(student, Teacher):
-        raise InputError(f"{source}: is a teacher; expected a training checkpoint or an exported student")
+        raise InputError(f"{source} is a teacher; expected a training checkpoint or an exported student")
     if (int8 or takes_pixels) and len(student.encoder.free_axes) > 1:  # what calibrates would have one length
         option = "--int8" if int8 else "--preprocessing in"
         raise InputError(f"{option}: only for images; this model takes {student.encoder.input_name}, not normalized")

@@ -1,12 +1,12 @@
-"""Merge the parts that commands with --part I/N made: of a conversion, or of embeddings.
+"""Merge the parts of a conversion or of embeddings, made by commands with --part I/N.
 
     d2v convert-images photos s3://bucket/photos --part 0/16      # and 1/16, …, in any order, on any machine
     d2v merge s3://bucket/photos
     d2v embed student.safetensors photos photos.npy --part 0/16
     d2v merge photos.npy
 
-OUT becomes what one command would have made, if all parts are there and were made alike. The shards of a conversion
-stay in OUT/parts. The parts of embeddings, in OUT.parts, are no longer needed.
+OUT becomes what one command would have made, if all parts exist and have the same settings. The shards of a
+conversion stay in OUT/parts. The parts of embeddings, in OUT.parts, are no longer needed.
 """
 
 from collections.abc import Sequence

@@ -57,7 +57,7 @@ MAX_SAMPLES, MIN_SAMPLES, ROUNDS = 64, 20, 3
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure a file."""
+    """Measure an exported file in each runtime, or write the kit for another machine."""
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("exported", metavar="EXPORTED", type=Path, help="a file of d2v export: .onnx, .pt2 or .safetensors")
@@ -88,7 +88,7 @@ def verify(
     difference: float | None = None,
     kit: Path | None = None,
 ) -> None:
-    """Measure a file of a student; the other arguments are the command's.
+    """Measure a student's exported file; the other arguments are the command's.
 
     Raises:
         InputError: A file cannot be used, or a chosen runtime is not installed or takes other files.

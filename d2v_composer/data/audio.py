@@ -38,11 +38,11 @@ def open_clip(encoded: bytes, longest: int) -> soundfile.SoundFile:
     file = soundfile.SoundFile(io.BytesIO(encoded))
     low, high = SAMPLE_RATES
     if file.format not in FORMATS:
-        raise UnreadableSampleError(f"the format is {file.format}; allowed are {', '.join(FORMATS)}")
+        raise UnreadableSampleError(f"the format is {file.format}, expected one of {', '.join(FORMATS)}")
     if file.channels > MAX_CHANNELS:
         raise UnreadableSampleError(f"{file.channels} channels, more than {MAX_CHANNELS}")
     if not low <= file.samplerate <= high:
-        raise UnreadableSampleError(f"{file.samplerate} samples a second; allowed are {low} to {high}")
+        raise UnreadableSampleError(f"{file.samplerate} samples a second, expected {low} to {high}")
     if file.frames == UNKNOWN:
         raise UnreadableSampleError("the header states no length; encode to a file, not to a pipe")
     if file.frames > longest * file.samplerate:
@@ -89,11 +89,11 @@ def read_span(file: soundfile.SoundFile, start: int, count: int) -> NDArray[np.f
     blocks = [resampler.resample_chunk(block) for block in read_blocks(file, count)]
     clip = np.concatenate([*blocks, resampler.resample_chunk(np.zeros(0, np.float32), last=True)])
     if len(clip) < MIN_SAMPLES:
-        raise UnreadableSampleError(f"{len(clip)} samples at 16 kHz; allowed are at least {MIN_SAMPLES}")
+        raise UnreadableSampleError(f"{len(clip)} samples at 16 kHz, expected at least {MIN_SAMPLES}")
     if not np.isfinite(clip).all():
         raise UnreadableSampleError("some samples are not finite")
     if (loudest := np.abs(clip).max()) > MAX_LOUDNESS:
-        raise UnreadableSampleError(f"samples up to {loudest:,.0f}; allowed are -1 to 1")
+        raise UnreadableSampleError(f"samples up to {loudest:,.0f}, expected -1 to 1")
     return clip
 
 
@@ -160,7 +160,7 @@ class Audio(Modality):
         with decoding(stored, source, KIND), open_clip(stored, MAX_SECONDS) as file:
             whole = read_span(file, 0, file.frames)
             if whole.min() == whole.max():
-                raise UnreadableSampleError("is silent")
+                raise UnreadableSampleError("the clip is silent")
             is_plain = (file.samplerate, file.channels) == (SAMPLE_RATE, 1) and file.format != "MP3"
         clip = whole[: round(options.get("most_seconds", MAX_SECONDS) * SAMPLE_RATE)]
         if not is_plain or len(clip) < len(whole):

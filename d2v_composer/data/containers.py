@@ -51,7 +51,7 @@ CONVERTED = "refs/convert/parquet"
 
 
 class _Listed(NamedTuple):
-    """The samples of one file; the fields are as in :class:`Source`."""
+    """Samples of one file, with the fields of :class:`Source`."""
 
     ids: NDArray[Any]
     sizes: NDArray[np.int64]
@@ -89,7 +89,7 @@ class Files:
         return [path for path in self.paths if re.search(rf"(?<![a-z]){split}(?![a-z])", path.lower())]
 
     def open_split(self, split: str | None) -> Source:
-        """Open the samples of a split: by default ``train``, or all if no file has that name; ``none``: all.
+        """Open the samples of a split. The default is ``train``, or all if no file has that name; ``none`` means all.
 
         Names of classes are those of ``train``, if there is one.
 

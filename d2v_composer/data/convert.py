@@ -251,7 +251,7 @@ class _Task(NamedTuple):
                 self.etags.update(list_etags(self.out))
                 is_finished = download_existing(f"{self.out}/{INDEX}", self.work / INDEX)
             except Exception as error:
-                raise InputError(f"{self.out}: cannot be written ({reason(error)})") from error
+                raise InputError(f"{self.out} cannot be written ({reason(error)})") from error
         if is_finished:
             shutil.rmtree(self.work, ignore_errors=True)  # if the conversion was killed after its index
             raise InputError(f"{self.out} holds a finished data set; remove it, or choose another OUT")

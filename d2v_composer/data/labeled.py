@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 def evenly_spaced(total: int, maximum: int | None) -> Sequence[int]:
-    """Return at most ``maximum`` of the numbers below ``total``, evenly spaced; ``None``: all."""
+    """Return at most ``maximum`` of the numbers below ``total``, evenly spaced, or all for ``None``."""
     if maximum is None or maximum >= total:
         return range(total)
     return [number * total // maximum for number in range(maximum)]
@@ -113,7 +113,7 @@ class EvaluationSet(NamedTuple):
 
     @property
     def num_samples(self) -> tuple[int, int]:
-        """Number of images in train and test."""
+        """Number of samples in train and test."""
         return len(self.train.labels), len(self.test.labels)
 
 

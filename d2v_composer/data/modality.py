@@ -92,7 +92,7 @@ class Modality(ABC):
 
     @abstractmethod
     def augmentation(self, *, for_views: bool = False, **options: Any) -> Transform:
-        """Return the training augmentation with these ``options``, or with ``for_views`` one for instance retrieval."""
+        """Return the training augmentation, given ``options``, or the views' augmentation for instance retrieval."""
 
     def stack(self, samples: Iterator[Tensor], count: int) -> Tensor | list[Tensor]:
         """Collect decoded samples in memory."""
@@ -100,7 +100,7 @@ class Modality(ABC):
 
 
 def read_sample_file(path: Path) -> bytes:
-    """Read a file.
+    """Return the bytes of a sample's file.
 
     Raises:
         UnreadableSampleError: The file does not exist, is a dangling link, a pipe or the like, or too large.
@@ -115,7 +115,7 @@ def read_sample_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG):
-            raise UnreadableSampleError(f"{path}: cannot be read ({error.strerror})") from error
+            raise UnreadableSampleError(f"{path} cannot be read ({error.strerror})") from error
         raise
 
 

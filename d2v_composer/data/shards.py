@@ -72,7 +72,7 @@ def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0) -> None:
         except InputError:
             raise
         except Exception as error:
-            message = f"{hide_secrets(address)}: cannot be fetched ({reason(error)})"
+            message = f"{hide_secrets(address)} cannot be fetched ({reason(error)})"
             if not is_lasting(error) and not is_local(error) and here is not None:
                 log.warning("%s; using the file in %s", message, local)
             elif name == INDEX or not is_lasting(error):

@@ -249,12 +249,12 @@ def check_out(folder: Path, weights: str) -> None:
     """Check, before the work starts, that results can be written and replace only results of the same weights.
 
     Raises:
-        InputError: One of these does not hold.
+        InputError: A file cannot be written, or has the results of other weights.
     """
     for path in (folder / f"evaluation.{suffix}" for suffix in ("json", "csv", "png")):
         check_out_file(path)
         if os.path.lexists(path) and not read_evaluation(folder, weights):
-            raise InputError(f"out: {path} is not of these weights; remove it, or choose another folder")
+            raise InputError(f"out: {path} has the results of other weights; remove it, or choose another folder")
 
 
 def evaluate(

@@ -74,7 +74,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def forward_macs(self, shape: Sequence[int] | None = None) -> int:
-        """Return the multiply-accumulates for one input after the encoder; default: as :meth:`Encoder.num_tokens`."""
+        """Return the multiply-accumulates for one input after the encoder, by default :meth:`Encoder.num_tokens`'s."""
 
     def backward_macs(self, shape: Sequence[int] | None = None) -> int:
         """Return the backward pass's multiply-accumulates for one input, including an encoder that trains."""

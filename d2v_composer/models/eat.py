@@ -36,7 +36,7 @@ class EatEncoder(Sound, Data2Vec2Encoder):
 
     @property
     def window(self) -> int:
-        """Samples of a whole spectrogram."""
+        """Number of samples that a whole spectrogram covers."""
         return (self.config.target_length - 1) * HOP + FRAME
 
     def windows(self, inputs: Inputs) -> Inputs:

@@ -153,7 +153,7 @@ class Encoder(Frozen):
 
     @abstractmethod
     def num_tokens(self, shape: Sequence[int] | None = None) -> int:
-        """Return the number of tokens of an input; default: the config's image, or a second of audio."""
+        """Return the number of tokens of an input: by default, of the config's image or of a second of audio."""
 
     @abstractmethod
     def stem_macs(self, shape: Sequence[int] | None = None) -> int:
@@ -181,7 +181,7 @@ class Encoder(Frozen):
         return inputs
 
     def padding_mask(self, lengths: Tensor | None, num_samples: int | None = None) -> Tensor | None:
-        """Return which tokens are padding, (B, T) bool, of inputs with these lengths; ``None``: no token is.
+        """Return which tokens are padding, (B, T) bool, of inputs with these lengths; ``None`` if none is.
 
         Args:
             lengths: (B,) int64; ``None``: nothing is padded.
@@ -216,7 +216,7 @@ class Encoder(Frozen):
         return Tokens(x_BTD, padding_mask, inputs.shares)
 
     def forward_macs(self, shape: Sequence[int] | None = None) -> int:
-        """Return the multiply-accumulates for one input; default: the config's image, or a second of audio."""
+        """Return the multiply-accumulates for one input: by default, the config's image or a second of audio."""
         num_tokens = self.num_tokens(shape)
         return self.stem_macs(shape) + sum(block.forward_macs(num_tokens) for block in self.block_list)
 

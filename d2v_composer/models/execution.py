@@ -139,7 +139,7 @@ class Precision(NamedTuple):
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """Dtype of autocast; ``None``: no autocast."""
+        """Dtype of autocast; ``None`` turns autocast off."""
         return None if self.dtype == torch.float32 else self.dtype
 
 

@@ -82,7 +82,7 @@ class Features:
         return replace(self, run=run, num_extra_tokens=num_kept)
 
     def for_readers(self, count: int) -> "Features":
-        """Return features for ``count`` readers; several share one run, which keeps all results in memory."""
+        """Return features for ``count`` readers, which share one run of the blocks, kept in memory."""
         if count == 1:
             return self
         layers = list(self.run(True))

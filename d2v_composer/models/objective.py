@@ -55,7 +55,7 @@ class Objective(nn.Module, ABC):
         """Return the distance, a scalar."""
 
     def forward_macs(self, num_tokens: int) -> int:
-        """Return the multiply-accumulates of the head for one input; default: there are none."""
+        """Return the multiply-accumulates of the head for one input; by default, there is no head."""
         return 0
 
 

@@ -67,7 +67,7 @@ def load_pretrained(model: str) -> "NetworkStudent":
 
 
 def projection_width(num_classes: int | None) -> int:
-    """Return the width of a timm model's final projection, told by its number of classes; 0: no projection.
+    """Return the width of a timm model's final projection, judged by its number of classes; 0 if it has none.
 
     A projection's width is a multiple of 64. No classifier in timm has such a number of classes, which are not an
     embedding.
@@ -111,7 +111,7 @@ class TimmNetwork(PixelEncoder):
                 raise ValueError(f"{config.model} gives no grid of features for {shape} pixels") from error
         self.num_channels, self.num_pooled = self.cells(features).shape[-1], pooled.shape[-1]
         if config.projection is not None and not isinstance(built.get_classifier(), nn.Linear):
-            raise ValueError(f"{config.model} has no classifier of one linear layer, which could be its projection")
+            raise ValueError(f"{config.model} cannot have a projection: its classifier is not a single linear layer")
 
     @property
     def embed_dim(self) -> int:

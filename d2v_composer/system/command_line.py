@@ -63,7 +63,7 @@ def explain(error: BaseException) -> tuple[int | None, list[str]]:
     if find_extra(error):
         return 2, [f"error: {reason(error)}"]
     if (fault := find_full_disk(error)) is not None:
-        return 1, [f"error: {fault.filename or 'a file'}: cannot be written: {fault.strerror}"]
+        return 1, [f"error: {fault.filename or 'a file'} cannot be written: {fault.strerror}"]
     if isinstance(error, RuntimeError) and "by peer" in str(error):  # gloo, of a peer
         return 1, ["error: another rank has ended; its own message says why"]
     if isinstance(error, OSError) and error.filename is not None:  # the machine's, such as a file in the way

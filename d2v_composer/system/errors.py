@@ -55,7 +55,7 @@ def reason(error: BaseException) -> str:
 
 
 def find_extra(error: BaseException) -> str | None:
-    """Return the extra that an import needs."""
+    """Return the extra of this package that installs a missing import."""
     return EXTRAS.get((error.name or "").partition(".")[0]) if isinstance(error, ModuleNotFoundError) else None
 
 
@@ -81,7 +81,7 @@ def reading(path: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         said = error.strerror if isinstance(error, OSError) and error.strerror else reason(error)
-        raise InputError(f"{path}: cannot be read: {said}") from error
+        raise InputError(f"{path} cannot be read: {said}") from error
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror or reason(error)}") from error
+        raise RunError(f"{path} cannot be written: {error.strerror or reason(error)}") from error
 
 
 @contextmanager

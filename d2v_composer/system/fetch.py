@@ -104,7 +104,7 @@ def fetch(address: str | Path) -> Path:
             if not (is_asked and path.exists()):
                 _renew(address, path)
         except Exception as error:
-            problem = f"{hide_secrets(address)}: cannot be fetched ({reason(error)})"
+            problem = f"{hide_secrets(address)} cannot be fetched ({reason(error)})"
             if not path.exists():
                 raise InputError(problem) from error
             since = time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime))
@@ -155,7 +155,7 @@ def find_missing_file(address: str) -> str | None:
     """Return an error message if there is no file at a local path; ``None`` for a file or a remote address."""
     if is_remote(address) or os.path.isfile(address):
         return None
-    return "is a folder, not a file" if os.path.isdir(address) else "no such file"
+    return "a folder, not a file" if os.path.isdir(address) else "no such file"
 
 
 def download_existing(address: str, path: Path, retry_timeout: float = RETRY_SECONDS) -> bool:
@@ -217,7 +217,7 @@ def put(path: Path, address: str) -> None:
             Path(staged, name).symlink_to(path.resolve())
             uploader.upload_file(name)
     except Exception as error:
-        raise RunError(f"{address}: cannot be written: {reason(error)}") from error
+        raise RunError(f"{address} cannot be written: {reason(error)}") from error
 
 
 def transfer(address: str, path: Path, timeout: float, known: str | None = None) -> str:
@@ -301,7 +301,7 @@ def _transfer_from_s3(address: str, path: Path, timeout: float, known: str | Non
 
 
 def list_folder(folder: str) -> tuple[str, list[str]]:
-    """List the files in a folder in a store, or of a data set on the Hugging Face hub, and in its subfolders.
+    """List the files below a folder in a store, or below a data set on the Hugging Face hub.
 
     Args:
         folder: The address, one of :data:`LISTED`, without a slash at the end.
@@ -318,7 +318,7 @@ def list_folder(folder: str) -> tuple[str, list[str]]:
         try:
             return folder, sorted(retry(lambda: names(folder), folder, READ_SECONDS, lasting_attempts=1))
         except Exception as error:
-            raise InputError(f"{folder}: cannot be listed ({reason(error)})") from error
+            raise InputError(f"{folder} cannot be listed ({reason(error)})") from error
     from huggingface_hub import HfApi, snapshot_download
 
     if (on_hub := HUB.fullmatch(folder)) is None:
@@ -329,7 +329,7 @@ def list_folder(folder: str) -> tuple[str, list[str]]:
         found = HfApi().dataset_info(repository, revision=revision, timeout=READ_SECONDS)
         commit, paths = found.sha, [each.rfilename for each in found.siblings or ()]
     except (OSError, ValueError) as error:
-        problem = f"{folder}: cannot be listed ({reason(error)[:200]})"
+        problem = f"{folder} cannot be listed ({reason(error)[:200]})"
         try:
             cached = snapshot_download(repository, repo_type="dataset", revision=revision, local_files_only=True)
         except (OSError, ValueError):
@@ -354,7 +354,7 @@ def list_etags(folder: str, name: str = "") -> dict[str, str]:
         is_s3 = folder.startswith("s3://")
         return retry(lambda: _list_s3(folder, name, "/"), folder, RETRY_SECONDS) if is_s3 else {}
     except Exception as error:
-        raise RunError(f"{folder}: cannot be listed: {reason(error)}") from error
+        raise RunError(f"{folder} cannot be listed: {reason(error)}") from error
 
 
 def _list_s3(folder: str, name: str = "", delimiter: str = "") -> dict[str, str]:

@@ -43,7 +43,7 @@ def check_out_file(path: Path, *, overwrite: bool = True) -> None:
     try:  # permissions do not show a read-only file system, nor what root may not do
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {existing}: {error.strerror}") from error
+        raise InputError(f"{path} cannot be written: {existing}: {error.strerror}") from error
 
 
 def check_owned(folder: Path, mark: str, key: str) -> None:

@@ -74,7 +74,7 @@ def is_local(error: BaseException) -> bool:
 
 
 def is_lasting(error: BaseException) -> bool:
-    """Return True if a fault is unlikely to pass."""
+    """Return True if a retry is unlikely to help."""
     known = isinstance(error, LASTING) or type(error).__name__ in LASTING_NAMES
     return not _is_unreachable(error) and (known or _status(error) in LASTING_STATUS)
 

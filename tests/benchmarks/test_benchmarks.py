@@ -210,7 +210,7 @@ def test_contenders_that_find_something_else_are_an_error() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data", "--images", "absent"], "absent: cannot be read: No such file or directory"),
+        (["data", "--images", "absent"], "absent cannot be read: No such file or directory"),
         (["retrieval", "--k", "21", "--bank", "20"], "--k: must be at most --bank 20, got 21"),
     ],
 )

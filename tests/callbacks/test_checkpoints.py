@@ -67,7 +67,7 @@ def test_a_failed_upload_ends_the_run_and_gives_up_the_others(caplog: pytest.Log
     uploads, done = Uploads("s3://bucket/run"), []
 
     def fail() -> None:
-        raise RunError("s3://bucket/run: cannot be written")
+        raise RunError("s3://bucket/run cannot be written")
 
     for task in (partial(done.append, 1), fail, partial(done.append, 2)):
         uploads.start(task)
@@ -79,7 +79,7 @@ def test_a_failed_upload_ends_the_run_and_gives_up_the_others(caplog: pytest.Log
     again = Uploads("s3://bucket/run")
     again.start(fail)
     again.post_close()  # it must not hide why a run failed
-    assert caplog.messages == ["s3://bucket/run: cannot be written"]
+    assert caplog.messages == ["s3://bucket/run cannot be written"]
 
 
 def test_a_folder_is_of_one_address(tmp_path: Path) -> None:

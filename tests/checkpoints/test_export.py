@@ -215,12 +215,10 @@ def test_torch_export(wide_or_narrow: Path, images: Tensor, tmp_path: Path) -> N
 
 
 def test_unsupported_files_and_options_are_refused(exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"student.txt: must end in .safetensors, .onnx or .pt2"):
+    with pytest.raises(InputError, match=r"student.txt must end in .safetensors, .onnx or .pt2"):
         export(exported, tmp_path / "student.txt")
     for options in (("--pooling", "mean"), ("--preprocessing", "in")):
-        with pytest.raises(
-            InputError, match=r"student.safetensors: holds every embedding; --pooling, --representation"
-        ):
+        with pytest.raises(InputError, match=r"a .safetensors file holds every embedding; --pooling, --representation"):
             export(exported, tmp_path / "student.safetensors", *options)
     without_cls = tmp_path / "without_cls.safetensors"
     config = ImageEncoderConfig(embed_dim=16, num_heads=2, prenet_depth=1, image_size=32)
@@ -257,7 +255,7 @@ def test_the_file_is_whole_or_as_before(exported: Path, tmp_path: Path, suffix: 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
-        with pytest.raises(RunError, match=rf"^{out}: cannot be written: .*File too large"):
+        with pytest.raises(RunError, match=rf"^{out} cannot be written: .*File too large"):
             export(exported, out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

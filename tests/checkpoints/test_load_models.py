@@ -62,9 +62,9 @@ def test_a_student_has_no_weights_to_choose(uninterrupted: Path, tmp_path: Path)
     student = tmp_path / "student.safetensors"
     save_student(load_teacher(TEACHER).build_student(depth=1), student)
     for path in (student, uninterrupted / "latest-rank0.pt"):
-        said = f"weights: {path} is a student, which has no ema weights; use model"
+        said = f"weights: {path} is a student, which has no ema weights; set weights=model"
         assert refusal(embed.main, [str(path), str(tmp_path), str(tmp_path / "out.npy"), "--weights", "ema"]) == said
-    said = f"weights: {student} is a student, which has no ema weights; use model"
+    said = f"weights: {student} is a student, which has no ema weights; set weights=model"
     assert refusal(load_any, student, "ema", str(TEACHER)) == said  # its record says which its teacher has
 
 

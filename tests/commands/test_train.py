@@ -45,7 +45,7 @@ def relaunched(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[list[s
         with pytest.raises(SystemExit):
             train.main(arguments)
         patch.setenv("LOCAL_RANK", "0")
-        with pytest.raises(ValueError, match=r"no\.yaml: cannot be read"):
+        with pytest.raises(ValueError, match=r"no\.yaml cannot be read"):
             train.main([str(GOLDEN / "no.yaml"), "seed=3"])
     [program] = started
     return program

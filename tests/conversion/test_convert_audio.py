@@ -68,7 +68,7 @@ def test_names_what_cannot_be_used(sounds: Path, tmp_path: Path) -> None:
     bad = {
         "corrupt.flac": (b"fLaC" + bytes(90), "cannot decode as a FLAC, WAV, OGG or MP3 file"),
         "short.wav": (encoded_clip(2, 719, format="WAV"), "719 samples at 16 kHz"),
-        "silent.wav": (encoded_clip(3, 4000, format="WAV", volume=0), "is silent"),
+        "silent.wav": (encoded_clip(3, 4000, format="WAV", volume=0), "the clip is silent"),
         "long.flac": (encoded_clip(4, 4000 * 3601, rate=4000, volume=0), "more than 3600"),
     }
     for name, (content, problem) in bad.items():

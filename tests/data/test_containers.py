@@ -206,7 +206,7 @@ def test_a_damaged_file_is_named_before_anything_is_written(
     write_all(tmp_path, [encoded_image(i) for i in range(9)], [0] * 9)
     path = tmp_path / kind
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=f"^{path}: (cannot be read: |truncated)"):
+    with pytest.raises(InputError, match=f"^{path}(: truncated| cannot be read: )"):
         converted(path.parent, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -216,7 +216,7 @@ def test_a_damaged_row_group_is_named(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[8:40] = bytes(32)
     path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"^{path}, row group 0: cannot be read: "):
+    with pytest.raises(InputError, match=rf"^{path}, row group 0 cannot be read: "):
         converted(path, tmp_path / "out", "--skip-unreadable")
     assert not (tmp_path / "out" / "index.json").exists()
 
@@ -327,15 +327,15 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest
         ]
         with pytest.raises(InputError, match=r"hf://datasets/org/a/none: no Parquet files or tars"):
             converted("hf://datasets/org/a/none", tmp_path / "none")
-        with pytest.raises(InputError, match=r"hf://datasets/org/c: cannot be listed"):
+        with pytest.raises(InputError, match=r"hf://datasets/org/c cannot be listed"):
             converted("hf://datasets/org/c", tmp_path / "none")
     with monkeypatch.context() as offline:
         offline.setattr(constants, "HF_HUB_OFFLINE", True)
         reset_sessions()
         assert converted("hf://datasets/org/a", tmp_path / "offline").samples == 3
-        assert "hf://datasets/org/a: cannot be listed" in caplog.text
+        assert "hf://datasets/org/a cannot be listed" in caplog.text
         assert "using the files in the hub's cache, which may be incomplete" in caplog.text
-        with pytest.raises(InputError, match=r"^hf://datasets/org/d: cannot be listed"):
+        with pytest.raises(InputError, match=r"^hf://datasets/org/d cannot be listed"):
             converted("hf://datasets/org/d", tmp_path / "none")
     reset_sessions()  # they keep being offline
     assert not (tmp_path / "none").exists()
@@ -355,7 +355,7 @@ def test_a_store_without_samples_is_one_line(
     object_store.client().upload_file(str(tmp_path / "paths.parquet"), "containers-none", "b/paths.parquet")
     with pytest.raises(InputError, match=r"column 'path' holds paths, which are allowed only in a local file"):
         converted(f"{address}/b", tmp_path / "out")
-    with pytest.raises(InputError, match=r"a/x.tar: cannot be fetched"):
+    with pytest.raises(InputError, match=r"a/x.tar cannot be fetched"):
         converted(f"{address}/a/x.tar", tmp_path / "out")
     with pytest.raises(InputError, match=r"sftp://host/a: expected Parquet files or tars, or MDS in a folder on"):
         converted("sftp://host/a", tmp_path / "out")

@@ -51,7 +51,7 @@ def test_the_index_in_a_cache_suffices_if_the_store_is_unreachable(
 ) -> None:
     """Also for a data set of another program, which has no summary."""
     monkeypatch.setattr(shards, "transfer", Mock(side_effect=ConnectionError("no network")))
-    with pytest.raises(InputError, match=r"s3://bucket/x/index\.json: cannot be fetched \(no network\)"):
+    with pytest.raises(InputError, match=r"s3://bucket/x/index\.json cannot be fetched \(no network\)"):
         fetch_index("s3://bucket/x", tmp_path)
     shutil.copy(small_data / "index.json", tmp_path)
     fetch_index("s3://bucket/x", tmp_path)

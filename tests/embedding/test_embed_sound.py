@@ -53,7 +53,7 @@ def test_files_that_lie_stop_or_are_skipped(sounds: Path, tmp_path: Path, capsys
     bad = {
         "a/video.wav": (b"\0\0\0\x20ftypisom" + bytes(300), "cannot decode as a FLAC, WAV, OGG or MP3 file"),
         "a/half.flac": (truncated(encoded_clip(1, 16000)), "cannot decode as a FLAC, WAV, OGG or MP3 file"),
-        "b/short.wav": (encoded_clip(1, 719, format="WAV"), "719 samples at 16 kHz; allowed are at least 720"),
+        "b/short.wav": (encoded_clip(1, 719, format="WAV"), "719 samples at 16 kHz, expected at least 720"),
         "b/long.flac": (encoded_clip(1, 4000 * 61, rate=4000), "61 s long, more than 60"),
     }
     for name, (content, _) in bad.items():

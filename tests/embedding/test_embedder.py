@@ -93,7 +93,7 @@ def test_unreadable_samples_are_null_and_say_why(tmp_path: Path) -> None:
     np.testing.assert_array_equal([row for row in embeddings if row is not None], rows)
     assert errors[3] == "image: cannot decode as an image (12 bytes)"
     assert errors[13] == "image: cannot decode as an image (None)"
-    assert errors[14] == f"{missing}: cannot be read (No such file or directory)"
+    assert errors[14] == f"{missing} cannot be read (No such file or directory)"
     nothing = embed({"image": [b"", b"x"]})
     assert nothing["embedding"] == [None, None]
 

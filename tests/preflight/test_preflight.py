@@ -53,7 +53,7 @@ def test_every_fault_before_training_is_named(
     assert found.keys() == {"models", "data", "sets"}
     assert "teacher.pt: " in found["models"]
     assert "missing" in found["data"]
-    assert "train/index.json: cannot be read: " in found["sets"]
+    assert "train/index.json cannot be read: " in found["sets"]
 
 
 def test_the_needs_of_the_whole_run(

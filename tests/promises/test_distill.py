@@ -315,8 +315,8 @@ def test_what_is_not_ours_stays(project: Path, photos: Path) -> None:
         ("images/source", "images/source/run", "run is inside the folder of samples, "),
         ("images/source", "into", "into is inside the folder of samples, "),
         (photos, "link", "--out: .*link holds files that are not ours, such as train"),
-        (photos, "gone", "gone/distill.yaml: cannot be written"),
-        (photos, "clips/train/index.json", "index.json/distill.yaml: cannot be written"),
+        (photos, "gone", "gone/distill.yaml cannot be written"),
+        (photos, "clips/train/index.json", "index.json/distill.yaml cannot be written"),
         (photos, "copied", "--out: .*copied holds files that are not ours, such as distill.yaml"),
         (photos, "run", "run holds a run of another command; choose another --out"),
         (photos, "new[1]", r"--out: expected only letters, .*new\[1\]'"),
@@ -401,7 +401,7 @@ def test_bad_input_is_one_line(photos: Path, tmp_path: Path) -> None:
             "retrieval.baselines: must be among pixels, ",
         ),
         (photos, out, TEACHER, ["callbacks.health={interval: no}"], "callbacks.health "),
-        (photos, "/proc/run", TEACHER, [], "/proc/run/distill.yaml: cannot be written"),
+        (photos, "/proc/run", TEACHER, [], "/proc/run/distill.yaml cannot be written"),
     ):
         line = refused(source, to, *changes, teacher=teacher)
         assert re.search(problem, line), line

@@ -499,5 +499,5 @@ def test_an_exported_student_computes_the_same(uninterrupted: Path, exported: Pa
 def test_a_teacher_cannot_be_exported(tmp_path: Path) -> None:
     """18."""
     line = failure(d2v("export", TEACHER, tmp_path / "none.safetensors"), 2)
-    assert f"{TEACHER}: is a teacher" in line
+    assert f"{TEACHER} is a teacher" in line
     assert not (tmp_path / "none.safetensors").exists()

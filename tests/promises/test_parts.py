@@ -178,7 +178,7 @@ def test_parts_that_do_not_fit_are_one_line(sources: dict[str, list[str]], tmp_p
     # A damaged index, damaged rows, and rows of another run than their ids.
     index = out / "parts" / "00000-of-00003" / "index.json"
     index.write_bytes(index.read_bytes()[:-1])
-    assert failure(d2v("merge", out), 2).startswith(f"error: {index}: cannot be read: ")
+    assert failure(d2v("merge", out), 2).startswith(f"error: {index} cannot be read: ")
     rows = tmp_path / "table.npy.parts" / "00002-of-00003.npy"
     ids = rows.with_suffix(".ids.npy")
     rows.with_name("00001-of-00003.npy").unlink()
@@ -187,7 +187,7 @@ def test_parts_that_do_not_fit_are_one_line(sources: dict[str, list[str]], tmp_p
     for bad_rows, bad_ids in ((whole_rows[:-1], whole_ids), (whole_rows, whole_ids[:-1])):
         rows.write_bytes(bad_rows)
         np.save(ids, bad_ids)
-        assert failure(d2v("merge", table), 2).startswith(f"error: {rows}: cannot be read: ")
+        assert failure(d2v("merge", table), 2).startswith(f"error: {rows} cannot be read: ")
         assert not table.exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()

@@ -198,7 +198,7 @@ def test_sharded_ranks_train_as_one_process(trained: Path, teacher: Path, small_
     [
         ((4, 64), "", "class_embeddings of a data set, with 128 columns; got 64"),
         ((3, 128), "", "classes.npy: expected finite numbers, a row for each of 4 classes, got (3, 128)"),
-        (None, "", "classes.npy: cannot be read: No such file or directory"),
+        (None, "", "classes.npy cannot be read: No such file or directory"),
         ((4, 128), "objectives.embedding.weight=0", "probes: zero_shot needs the embedding projected_cls"),
         (
             (4, 128),

@@ -121,6 +121,6 @@ def test_errors_show_no_secrets() -> None:
     error = InputError("https://user:hunter2@host/f?token=topsecret: no such file")
     assert explain(error) == (2, ["error: https://host/f: no such file"])
     assert str(RunError("s3://key:hunter2@bucket/f: full")) == "s3://bucket/f: full"
-    shown = r"^https://host/f: cannot be read: No such file or directory$"
+    shown = r"^https://host/f cannot be read: No such file or directory$"
     with pytest.raises(InputError, match=shown), reading("https://user:hunter2@host/f"):
         Path("nowhere").read_bytes()

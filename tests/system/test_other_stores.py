@@ -76,7 +76,7 @@ def test_missing_and_denied_files_are_told_apart(
     converted: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not download_existing(f"{converted}/none", tmp_path / "none", 0)
-    with pytest.raises(InputError, match=rf"{store}/none/index.json: cannot be fetched"):
+    with pytest.raises(InputError, match=rf"{store}/none/index.json cannot be fetched"):
         fetch(f"{store}/none/index.json")
     (tmp_path / "left").write_bytes(b"of an attempt before")
     transfer(f"{converted}/index.json", tmp_path / "left", 10)
