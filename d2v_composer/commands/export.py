@@ -6,10 +6,10 @@
     d2v export student.safetensors student.onnx --int8 --calibrate photos
 
 OUT's suffix selects the format: ``.safetensors`` for ``load_student`` and timm, ``.onnx``, ``.pt2`` for torch.export.
-The last two hold a program that computes one embedding, by default the primary one, and no record of
-the run. Its images must be normalized, unless --preprocessing in puts that into the program. For an audio student it
-takes clips of any length, but of the same length in a batch. A README.md beside a
-.safetensors file describes it for the Hugging Face hub.
+The last two hold a program that computes one embedding, by default the primary one, and no record of the run. Its
+images must be normalized, unless --preprocessing in puts that into the program. For an audio student it takes clips of
+any length, but of the same length in a batch. A README.md beside a .safetensors file describes it for the Hugging Face
+hub.
 """
 
 import tempfile
