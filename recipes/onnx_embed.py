@@ -7,8 +7,8 @@ photos.npy has a row for each image, (N, D), and photos.ids.npy its path in the 
 """
 
 import json
-import sys
-from collections.abc import Callable
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 BATCH_SIZE = 32
 
 
-def load(program: str) -> tuple[Callable[[np.ndarray], Any], dict[str, Any]]:
+def load(program: str) -> tuple[Any, dict[str, Any]]:
     """Return a function from prepared images to embeddings, (B, D), and the settings for :func:`prepare`."""
     session = onnxruntime.InferenceSession(program, providers=onnxruntime.get_available_providers())
     preprocessing = json.loads(session.get_modelmeta().custom_metadata_map["preprocessing"])
@@ -46,8 +46,8 @@ def prepare(path: Path, how: dict[str, Any]) -> np.ndarray:
 
 def main(program: str, folder: str, out: str) -> None:
     embed, preprocessing = load(program)
-    paths = [path for path in Path(folder).rglob("[!.]*") if path.suffix.lower() in SUFFIXES]
-    ids = sorted(path.relative_to(folder).as_posix() for path in paths)
+    names = glob("**", root_dir=folder, recursive=True)  # without hidden ones
+    ids = sorted(Path(name).as_posix() for name in names if name.lower().endswith(SUFFIXES))
     batches = [ids[first : first + BATCH_SIZE] for first in range(0, len(ids), BATCH_SIZE)]
     rows = [embed(np.stack([prepare(Path(folder, name), preprocessing) for name in batch])) for batch in batches]
     np.save(out, np.concatenate(rows))
@@ -55,4 +55,7 @@ def main(program: str, folder: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    for name in ("program", "folder", "out"):
+        parser.add_argument(name)
+    main(**vars(parser.parse_args()))

@@ -47,13 +47,8 @@ def load(runtime: str, file: str, embedding: str) -> Any:
     if runtime == "pytorch":
         from d2v_composer.checkpoints.load import load_student
 
-        student = load_student(file)
-
-        def embed(x: Any) -> Any:
-            images = x if x.dtype == np.float32 else x.transpose(0, 3, 1, 2)
-            return student.embed_all(torch.from_numpy(images))[embedding].numpy()
-
-        return embed
+        embed, axes = load_student(file).embed_all, (0, 3, 1, 2)
+        return lambda x: embed(torch.from_numpy(x if x.dtype == np.float32 else x.transpose(axes)))[embedding].numpy()
     program: Any = torch.export.load(file)
     run: Any = program.module()
     if runtime == "torch.compile":

@@ -97,7 +97,8 @@ def describe(embedder: Embedder) -> dict[str, str]:
     config = embedder.student.encoder.config
     preprocessing = {name: getattr(config, name) for name in config.preprocessing}
     if embedder.takes_pixels:
-        preprocessing = {name: preprocessing[name] for name in ("image_size", "interpolation")} | {"inputs": PIXELS}
+        del preprocessing["image_mean"], preprocessing["image_std"]
+        preprocessing["inputs"] = PIXELS
     return {"preprocessing": json.dumps(preprocessing), "embedding": embedder.primary.name}
 
 
@@ -190,8 +191,8 @@ def export_program(embedder: Embedder, path: Path) -> None:
     Raises:
         InputError: The disk is full.
     """
-    description = describe(embedder)
-    extra = {"preprocessing.json": description["preprocessing"], "embedding": description["embedding"]}
+    extra = describe(embedder)
+    extra["preprocessing.json"] = extra.pop("preprocessing")
     archive = io.BytesIO()  # on a full disk, the writer of torch 2.13 would abort the process
     torch.export.save(trace(embedder), archive, extra_files=extra)
     with out_file(path) as partial:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from d2v_composer.system.files import out_file
 
-BATCH_SIZE = 32
 LINEAR = ["Conv", "Gemm", "MatMul"]
 
 
@@ -28,7 +27,7 @@ def quantize(program: Path, out: Path, images: Tensor) -> None:
     from onnxruntime.quantization import QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    feeds = ({"images": batch.numpy()} for batch in images.split(BATCH_SIZE))
+    feeds = ({"images": batch.numpy()} for batch in images.split(32))
     reader: Any = SimpleNamespace(get_next=lambda: next(feeds, None))
     with tempfile.TemporaryDirectory() as folder, out_file(out) as partial:
         prepared = Path(folder) / "prepared.onnx"

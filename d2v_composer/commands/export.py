@@ -15,7 +15,7 @@ hub.
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from d2v_composer.commands import verify as verification
 from d2v_composer.models.names import Pooling, Representation
@@ -30,8 +30,8 @@ PROGRAMS = {
 }
 # How to load a fine-tuned student.
 TIMM = "import timm, d2v_composer; model = timm.create_model('d2v2_student', checkpoint_path={!r}, num_classes={})"
-MAX_INT8_IMAGES = 128
-Preprocessing = Literal["in", "out"]
+# Every second one calibrates; d2v verify measures with others.
+MAX_INT8_IMAGES = 256
 
 
 def main(argv: Sequence[str]) -> None:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
         about = "only for .onnx and .pt2; default: as in the run's primary embedding"
         parser.add_argument(option, choices=get_args(choices), help=about)
     about = "in: only for .onnx and .pt2, which then take images as decoded, (B, S, S, 3) uint8; default: out"
-    parser.add_argument("--preprocessing", choices=get_args(Preprocessing), default="out", help=about)
+    parser.add_argument("--preprocessing", choices=("in", "out"), default="out", help=about)
     about = "only for .onnx: quantize linear layers to 8 bits, with onnxruntime, and measure what is lost there"
     parser.add_argument("--int8", action="store_true", help=about)
     about = "images or MDS shards to calibrate --int8; default: the run's retrieval images"
@@ -63,7 +63,7 @@ def export(
     teacher: str | None = None,
     pooling: Pooling | None = None,
     representation: Representation | None = None,
-    preprocessing: Preprocessing = "out",
+    preprocessing: str = "out",
     int8: bool = False,
     calibrate: str | None = None,
     verify: bool = False,
@@ -73,8 +73,10 @@ def export(
         raise InputError(f"{out} must end in .safetensors, .onnx or .pt2")
     takes_pixels = preprocessing == "in"
     if out.suffix == ".safetensors" and (pooling or representation or takes_pixels):
-        options = "--pooling, --representation and --preprocessing"
-        raise InputError(f"{out}: a .safetensors file holds every embedding; {options} are only for .onnx and .pt2")
+        raise InputError(
+            f"{out}: a .safetensors file holds every embedding; --pooling, --representation and --preprocessing are only "
+            "for .onnx and .pt2"
+        )
     if (int8 and out.suffix != ".onnx") or (calibrate and not int8):
         raise InputError(f"{out}: --int8 is only for .onnx, and --calibrate only for --int8")
 
@@ -89,7 +91,7 @@ def export(
         raise InputError(f"{source} is a teacher; expected a training checkpoint or an exported student")
     if (int8 or takes_pixels) and len(student.encoder.free_axes) > 1:  # what calibrates would have one length
         option = "--int8" if int8 else "--preprocessing in"
-        raise InputError(f"{option}: only for images; this model takes {student.encoder.input_name}, not normalized")
+        raise InputError(f"{option}: only for images; this model takes {student.encoder.input_name}")
     embedding = choose_embedding(student, pooling, representation)
     print(f"embedding: {embedding.name}")
     if out.suffix == ".safetensors":
@@ -109,7 +111,7 @@ def export(
             images = verification.read_samples(student, calibrate, MAX_INT8_IMAGES, takes_pixels)
             with tempfile.TemporaryDirectory() as folder:
                 export_onnx(embedder, program := Path(folder) / "float32.onnx")
-                quantize(program, out, images)
+                quantize(program, out, images[1::2])
         else:
             write = export_onnx if out.suffix == ".onnx" else export_program
             write(embedder, out)
@@ -117,5 +119,6 @@ def export(
     size = sum(parameter.numel() for parameter in student.parameters())
     print(f"wrote {out}: {size / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB")
     if verify or int8:
-        verification.verify(out, student, runtime=None if verify else ["onnxruntime"], images=calibrate)
+        images = calibrate if int8 else verification.SHIPPED[student.encoder.input_name]
+        verification.verify(out, student, runtime=None if verify else ["onnxruntime"], images=images)
     print_next(step)

@@ -75,20 +75,21 @@ def main(argv: Sequence[str]) -> None:
 
     from d2v_composer.checkpoints.load import load_student
 
-    verify(student=load_student(path), **arguments)
+    student, images = load_student(path), arguments.pop("images")
+    verify(student=student, images=images or SHIPPED[student.encoder.input_name], **arguments)
 
 
 def verify(
     exported: Path,
     student: "Backbone",
     *,
+    images: str | None,
     runtime: Sequence[str] | None = None,
-    images: str | None = None,
     cosine: float | None = None,
     difference: float | None = None,
     kit: Path | None = None,
 ) -> None:
-    """Measure a student's exported file; the other arguments are the command's.
+    """Measure a student's exported file; the arguments are the command's, but no ``images`` are the run's retrieval data.
 
     Raises:
         InputError: A file cannot be used, or a chosen runtime is not installed or takes other files.
@@ -105,15 +106,17 @@ def verify(
     embedding, is_int8, takes_pixels = read_description(exported, student)
     installed = [each for each, (suffix, name) in RUNTIMES.items() if suffix == exported.suffix and find_spec(name)]
     if refused := [name for name in runtime or () if name not in installed]:
-        way = "write --kit FOLDER, and run its script in the runtime's own environment"
-        raise InputError(f"--runtime: {refused[0]} is not installed, or takes no {exported.suffix} file; {way}")
+        raise InputError(
+            f"--runtime: {refused[0]} is not installed, or takes no {exported.suffix} file; write --kit FOLDER, and "
+            "run its script in the runtime's own environment"
+        )
     chosen = runtime or [name for name in installed if name not in ONLY_IF_NAMED]
     report, script = exported.with_name(f"{exported.name}.verify.json"), Path(check_program.__file__)
     check_out_file(report)
     if kit is not None:
         check_owned(kit, "kit.json", "--kit")
     limits = {"cosine": cosine or (0.98 if is_int8 else 0.999), "difference": difference or (9 if is_int8 else 1e-4)}
-    batch = read_samples(student, images or SHIPPED[student.encoder.input_name], MAX_SAMPLES, takes_pixels)
+    batch = read_samples(student, images, MAX_SAMPLES, takes_pixels)
     inputs = [batch, batch[:7, : batch.shape[1] // 2]] if len(student.encoder.free_axes) > 1 else [batch]
     samples = [each.movedim(-1, 1) if takes_pixels else each for each in inputs]
     with tempfile.TemporaryDirectory() as temporary:
@@ -172,7 +175,7 @@ def read_samples(student: "Backbone", source: str | None, maximum: int, takes_pi
     batch = torch.stack([each[..., :length] for each in samples])
     if takes_pixels:
         config = student.encoder.config
-        return resize(batch, height_and_width(config.image_size), config.interpolation).movedim(1, -1).contiguous()
+        return resize(batch, height_and_width(config.image_size), config.interpolation).movedim(1, -1)
     return student.encoder.normalized(batch)
 
 

@@ -90,8 +90,6 @@ def test_a_classifier_in_timm(exported: Path, tmp_path: Path) -> None:
 def test_options_that_are_for_images(exported: Path, tmp_path: Path) -> None:
     """A program of waveforms normalizes them itself."""
     for options in (["--int8"], ["--preprocessing", "in"]):
-        with pytest.raises(
-            InputError, match=f"{' '.join(options)}: only for images; this model takes waveforms, not no"
-        ):
+        with pytest.raises(InputError, match=f"{' '.join(options)}: only for images; this model takes waveforms$"):
             export(exported, tmp_path / "student.onnx", *options)
     assert not list(tmp_path.iterdir())

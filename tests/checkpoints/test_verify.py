@@ -17,6 +17,7 @@ import torch
 from onnx import helper, numpy_helper
 
 from d2v_composer import load_student, load_teacher
+from d2v_composer.checkpoints import int8
 from d2v_composer.checkpoints.export import lint
 from d2v_composer.checkpoints.int8 import quantize
 from d2v_composer.checkpoints.load import save_student
@@ -240,6 +241,30 @@ def test_programs_of_pixels(student: Path, tmp_path: Path, monkeypatch: pytest.M
     assert (pixels.dtype, pixels.shape) == (np.uint8, (64, 32, 32, 3))
     np.savez(kit / "kit.npz", pixels[..., ::-1], expected)
     assert run_kit(kit, program, monkeypatch).startswith("cosine ")
+
+
+@pytest.mark.slow
+def test_int8_is_measured_with_other_images_of_the_run(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --calibrate; none of them calibrated, and what ships is not read."""
+    own, seen, read = tmp_path / "student.safetensors", list[set[bytes]](), verify.read_samples
+    loaded = load_student(student)
+    datasets = {"mine": {"format": "mds", "root": str(PHOTOS.parent)}}
+    loaded.provenance |= {"config": {"retrieval": {"datasets": datasets}}}
+    save_student(loaded, own)
+
+    def see(images: Any) -> Any:
+        seen.append({each.numpy().tobytes() for each in images})
+        return images
+
+    monkeypatch.setattr(verify, "read_samples", lambda *arguments: see(read(*arguments)))
+    monkeypatch.setattr(int8, "quantize", lambda program, out, images: quantize(program, out, see(images)))
+    monkeypatch.setattr(verify, "SHIPPED", {"images": str(tmp_path / "none")})
+    export.main([str(own), str(tmp_path / "int8.onnx"), "--int8"])
+    _, calibrating, measured = seen
+    assert (len(calibrating), len(measured)) == (128, 64)
+    assert calibrating.isdisjoint(measured)
 
 
 @pytest.mark.slow

@@ -405,10 +405,12 @@ def test_out_is_no_file_of_the_source(tmp_path: Path) -> None:
     """Its images would be replaced by their embeddings, even under another name."""
     write_parquet(tmp_path / "more.parquet", {"image": [encoded_image(number) for number in range(4)]})
     source = write_parquet(tmp_path / "images.parquet", {"image": [encoded_image(number) for number in range(4)]})
-    (tmp_path / "link.parquet").symlink_to(source)
+    (tmp_path / "links").mkdir()
+    for link in ("link.parquet", "links/1.parquet"):
+        (tmp_path / link).symlink_to(source)
     before = source.read_bytes()
     for out in (source, tmp_path / "link.parquet"):
-        for given in (source, tmp_path, tmp_path / "*es.parquet"):
+        for given in (source, tmp_path, tmp_path / "*es.parquet", tmp_path / "links"):
             with pytest.raises(InputError, match=rf"^{out} is among the source's files; choose another OUT$"):
                 embed(TEACHER, given, out, "--overwrite")
     assert source.read_bytes() == before

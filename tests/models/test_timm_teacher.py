@@ -203,7 +203,11 @@ def test_a_student_starts_from_an_attention_of_its_kind() -> None:
         ("timm/vit_smal", None, "no model 'timm/vit_smal'"),
         ("timm/vit_small_patch14_dinov2.mine", None, r"Invalid pretrained tag \(mine\)"),
         ("timm/resnet18", None, "is a ResNet; only timm's classes VisionTransformer, Eva, Beit can be teachers"),
-        ("timm/vit_base_patch16_xp_224", None, "class ParallelScalingBlock are not supported; expected one of Block, Eva"),
+        (
+            "timm/vit_base_patch16_xp_224",
+            None,
+            "class ParallelScalingBlock are not supported; expected one of Block, Eva",
+        ),
         ("timm/vit_small_patch14_dinov2", 100, "must be a multiple of the patch size, 14 x 14 pixels, got 100 x 100"),
         ("timm/vit_small_patch14_dinov2", 14 * 1000, "patches must be a whole number from 1 to 16384, got 1000000"),
     ],
