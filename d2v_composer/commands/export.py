@@ -74,8 +74,8 @@ def export(
     takes_pixels = preprocessing == "in"
     if out.suffix == ".safetensors" and (pooling or representation or takes_pixels):
         raise InputError(
-            f"{out}: a .safetensors file holds every embedding; --pooling, --representation and --preprocessing are only "
-            "for .onnx and .pt2"
+            f"{out}: a .safetensors file holds every embedding; --pooling, --representation and --preprocessing are "
+            "only for .onnx and .pt2"
         )
     if (int8 and out.suffix != ".onnx") or (calibrate and not int8):
         raise InputError(f"{out}: --int8 is only for .onnx, and --calibrate only for --int8")

@@ -89,7 +89,7 @@ def verify(
     difference: float | None = None,
     kit: Path | None = None,
 ) -> None:
-    """Measure a student's exported file; the arguments are the command's, but no ``images`` are the run's retrieval data.
+    """Measure a student's exported file, without ``images`` on the run's retrieval data.
 
     Raises:
         InputError: A file cannot be used, or a chosen runtime is not installed or takes other files.
