@@ -26,6 +26,7 @@ def tf32_is_allowed() -> Iterator[None]:
         each.allow_tf32 = allowed
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tf32_is_allowed")
 def test_float32_is_not_tf32(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()

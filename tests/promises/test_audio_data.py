@@ -209,6 +209,7 @@ def test_a_conversion_is_whole_or_nothing(sounds: Path, tmp_path: Path) -> None:
     assert {dataset[i]["audio"] for i in range(len(dataset))} == originals
 
 
+@pytest.mark.slow
 def test_a_run_from_a_store(sounds: Path, uninterrupted: Path, object_store: GatedStore, tmp_path: Path) -> None:
     """4, 6: converted to a store and trained from it, the losses of a folder; without the lengths, one line."""
     address, reach = object_store.create_bucket("sound"), object_store.environment

@@ -348,6 +348,7 @@ def test_a_conversion_is_whole_or_nothing(photos: Path, tmp_path: Path) -> None:
     assert Counter(int(dataset[i]["label"]) for i in range(len(dataset))) == {0: 1000, 1: 999}
 
 
+@pytest.mark.slow
 def test_a_conversion_to_a_store_writes_what_is_not_there(store: GatedStore, photos: Path, tmp_path: Path) -> None:
     """9: killed, and the store emptied before the same command goes on."""
     remote, bucket, client = "s3://cloud/converted", "cloud", store.client()

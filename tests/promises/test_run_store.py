@@ -59,6 +59,7 @@ def variables(store: GatedStore, tmp_path: Path) -> dict[str, str]:
     return store.environment | {"TORCH_HOME": str(tmp_path / "torch")}
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_on_another_machine(
     store: GatedStore, variables: dict[str, str], uninterrupted: Path, tmp_path: Path
 ) -> None:
