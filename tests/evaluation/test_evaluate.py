@@ -35,6 +35,7 @@ CLS = "layer_mean_cls"
 DATASETS = f"datasets={{small: {{format: mds, root: {QUICKSTART / 'cifar10'}}}}}"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
     uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,6 +96,7 @@ def test_embeddings_of_a_long_clip_are_the_mean_of_its_windows() -> None:
     assert student.embed(torch.stack([long, short]), lengths=torch.tensor([len(long), 300])).isfinite().all()
 
 
+@pytest.mark.slow
 def test_distill_takes_it(tmp_path: Path) -> None:
     """From a folder of sound to a student's file that embeds, also for another program."""
     sounds = tmp_path / "sounds"

@@ -67,6 +67,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_timm_alone_loads_it(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "student.safetensors"
     d2v("export", trained / "latest-rank0.pt", out)
