@@ -45,13 +45,16 @@ def prepare(path: Path, how: dict[str, Any]) -> np.ndarray:
 
 
 def main(program: str, folder: str, out: str) -> None:
+    outs = [Path(out.removesuffix(".npy") + suffix) for suffix in (".npy", ".ids.npy")]
+    if found := [*filter(Path.exists, outs)]:
+        raise SystemExit(f"{found[0]} exists; choose another OUT")
     embed, preprocessing = load(program)
     names = glob("**", root_dir=folder, recursive=True)  # without hidden ones
     ids = sorted(Path(name).as_posix() for name in names if name.lower().endswith(SUFFIXES))
     batches = [ids[first : first + BATCH_SIZE] for first in range(0, len(ids), BATCH_SIZE)]
     rows = [embed(np.stack([prepare(Path(folder, name), preprocessing) for name in batch])) for batch in batches]
-    np.save(out, np.concatenate(rows))
-    np.save(f"{out.removesuffix('.npy')}.ids.npy", np.array(ids))
+    np.save(outs[0], np.concatenate(rows))
+    np.save(outs[1], np.array(ids))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from d2v_composer.models.configs import ImageEncoderConfig
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.student import Student, StudentConfig
 from helpers import ROOT
+from recipes import onnx_embed
 
 GUIDES = ROOT / "recipes" / "guides"
 PHOTOS = Path(skimage.__file__).parent / "data"
@@ -97,6 +98,15 @@ def check_program(folder: Path, name: str, replaced: str = "") -> None:
 
 def test_onnxruntime_alone_embeds_as_the_command_does(folder: Path) -> None:
     check_program(folder, "alone")
+
+
+@pytest.mark.parametrize("name", ["photos.npy", "photos.ids.npy"])
+def test_onnxruntime_alone_replaces_nothing(tmp_path: Path, name: str) -> None:
+    """It says so before it reads a file."""
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(SystemExit, match=rf"^{tmp_path / name} exists; choose another OUT$"):
+        onnx_embed.main("none.onnx", "none", str(tmp_path / "photos.npy"))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.slow
