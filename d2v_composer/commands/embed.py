@@ -70,8 +70,8 @@ def main(argv: Sequence[str]) -> Any:
         cache_limit=arguments.cache_limit,
         part=part or ALL,
     )
-    files = {os.path.realpath(f"{source.root}/{each[:-2]}") for each in map(str, source.ids) if each.endswith("#0")}
-    if os.path.realpath(out) in files:
+    files = (f"{source.root}/{each[:-2]}" for each in map(str, source.ids) if each.endswith("#0"))
+    if arguments.overwrite and os.path.realpath(out) in map(os.path.realpath, files):
         raise InputError(f"{out} is among the source's files; choose another OUT")
     print(f"embedding: {embedding_name(options.representation, options.pooling)}")
     if part:
