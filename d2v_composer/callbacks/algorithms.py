@@ -75,10 +75,15 @@ class SeededBatches(Callback):
         seed_all(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
 
+def share_statistics(model: torch.nn.Module) -> None:
+    """Give all ranks rank 0's statistics of BatchNorm, which a checkpoint has: after a batch each rank has its own."""
+    for name, buffer in model.named_buffers():
+        if "running_" in name:
+            dist.broadcast(buffer, 0)
+
+
 class SharedStatistics(Callback):
-    """Evaluate with rank 0's statistics of BatchNorm, which a checkpoint has: after a batch each rank has its own."""
+    """Share BatchNorm's statistics before each evaluation."""
 
     def eval_start(self, state: State, logger: Logger) -> None:
-        for name, buffer in state.model.named_buffers():
-            if "running_" in name:
-                dist.broadcast(buffer, 0)
+        share_statistics(state.model)

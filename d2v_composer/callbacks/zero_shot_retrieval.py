@@ -11,7 +11,7 @@ from composer.loggers import Logger
 from composer.utils import dist, model_eval_mode
 from torch import Tensor
 
-from d2v_composer.callbacks.algorithms import SharedStatistics
+from d2v_composer.callbacks.algorithms import share_statistics
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
 from d2v_composer.evaluation.labeled_retrieval import Candidate, Embed, Lookup, Neighbors, measure_embeddings
 from d2v_composer.evaluation.metrics import PROBES, TEACHER, UNTRAINED, metric_key
@@ -204,7 +204,7 @@ class ZeroShotRetrieval(Callback):
                 raise _StoppedError
             return state.device.tensor_to_device(tensor)
 
-        SharedStatistics().eval_start(state, logger)
+        share_statistics(state.model)
         # Tensors that FSDP gathers in inference mode cannot be used in training.
         without_gradient = torch.no_grad() if state.fsdp_enabled else torch.inference_mode()
         precision = get_precision_context(state.precision, state.precision_config)
