@@ -1,4 +1,4 @@
-"""What the order of samples depends on is fixed by a checkpoint: each field of train_loader, of images and of sound."""
+"""A checkpoint fixes what the order of samples depends on: each field of train_loader, for images and audio."""
 
 import json
 from pathlib import Path

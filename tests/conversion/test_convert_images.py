@@ -332,7 +332,7 @@ def client(object_store: GatedStore, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_shard_in_a_store_is_kept_only_if_it_is_there(
     source: Path, tmp_path: Path, object_store: GatedStore, client: Any
 ) -> None:
-    """Whatever the local record says: of a removed, a replaced, and another conversion's shard."""
+    """A removed, replaced or foreign shard is written again, whatever the local record says."""
     damaged = shutil.copytree(source, tmp_path / "in")
     write(damaged / "train" / CLASSES[2] / "cut.JPEG", b"")
     remote = f"{object_store.create_bucket('resumed')}/train"

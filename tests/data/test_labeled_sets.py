@@ -146,7 +146,7 @@ def test_labels_are_whole_numbers(tmp_path: Path) -> None:
 
 
 class Cifar:
-    """What torchvision's CIFAR10 is like, with seven images of three classes."""
+    """A stand-in for torchvision's CIFAR10, with seven images of three classes."""
 
     classes, url = ("a", "b", "c"), "https://host/cifar.tar.gz"
 
