@@ -16,8 +16,8 @@ from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.data.modalities import modality_of
 from d2v_composer.data.modality import Modality, read_sample_file
 from d2v_composer.embedding import EmbeddingOptions, embed_batch, load_batch
-from d2v_composer.models.execution import name_precision
 from d2v_composer.models.names import Pooling, PrecisionChoice, Representation, Weights
+from d2v_composer.models.precision import name_precision
 from d2v_composer.system.errors import InputError
 
 

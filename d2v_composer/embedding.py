@@ -28,9 +28,8 @@ from d2v_composer.data.modality import collate
 from d2v_composer.data.parts import TABLES, Parts, bring
 from d2v_composer.data.source import Source, hash_of, map_in_workers
 from d2v_composer.models.backbone import Backbone
-from d2v_composer.models.execution import choose_precision
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
-from d2v_composer.models.precision import precision_of
+from d2v_composer.models.precision import choose_precision, precision_of
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, exists, is_remote, put
 from d2v_composer.system.files import acquire, check_out_file, partial_file, sole_user, write_atomically

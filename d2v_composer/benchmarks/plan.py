@@ -28,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_map
 
 from d2v_composer.benchmarks.step import build_model
-from d2v_composer.models import execution
+from d2v_composer.models import compilation
 from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.targets import norm_mean
 from d2v_composer.report.tables import format_table
@@ -51,14 +51,14 @@ def benchmark(size: str = "base", batch_size: int = 256, residual: str = "full")
     with ExitStack() as stack:
         for name, stub in planner.stubs().items():
             stack.enter_context(patch(name, stub))
-        stack.enter_context(patch.object(execution, "_norm_mean_of_list", execution.compiled(norm_mean)))
+        stack.enter_context(patch.object(compilation, "_norm_mean_of_list", compilation.compiled(norm_mean)))
         stack.enter_context(inductor.patch(fx_graph_cache=False))
         stack.enter_context(planner)
         model = build_model(size)
         model.teacher.cast_weights(torch.bfloat16)
         model.teacher.encoder.half_residual = residual == "half"
         with patch("torch.cuda.is_available", lambda: True):
-            execution.compile_model(model)
+            compilation.compile_model(model)
         encoder = model.teacher.encoder
         inputs = encoder.noise(batch_size)
         with torch.autocast("cpu", torch.bfloat16):

@@ -30,7 +30,7 @@ from d2v_composer.data.modalities import modality_of
 from d2v_composer.embedding import hash_weights
 from d2v_composer.models.classification import Classifier
 from d2v_composer.models.configs import EncoderConfig
-from d2v_composer.models.execution import choose_precision
+from d2v_composer.models.precision import choose_precision
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.report.tables import format_table
 from d2v_composer.system.command_line import d2v, print_next

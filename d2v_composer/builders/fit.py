@@ -17,7 +17,7 @@ from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.checkpoint import LOG
 from d2v_composer.config.schema import TrainerConfig
 from d2v_composer.evaluation.metrics import read_jsonl
-from d2v_composer.models.execution import name_precision
+from d2v_composer.models.precision import name_precision
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import RunError, find_full_disk, reason

@@ -18,7 +18,7 @@ from composer.core import Algorithm, Callback, Time, TimeUnit
 from composer.loggers import LoggerDestination
 from composer.models import ComposerModel
 from composer.optim import ComposerScheduler, CosineAnnealingScheduler, CosineAnnealingWithWarmupScheduler
-from composer.utils import FSDP2Config, ParallelismConfig, dist
+from composer.utils import dist
 
 from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.builders.fit import fit_and_close, join_and_seed, write_run_report
@@ -53,15 +53,9 @@ from d2v_composer.data.modalities import MODALITIES, modality_of
 from d2v_composer.evaluation.evaluate import build_candidates, cost
 from d2v_composer.evaluation.labeled_retrieval import Embed
 from d2v_composer.evaluation.metrics import TEACHER
+from d2v_composer.models.compilation import compile_model, find_missing
 from d2v_composer.models.distillation import DistillationModel, check_tensors
-from d2v_composer.models.execution import (
-    choose_precision,
-    compile_model,
-    find_missing,
-    join_units,
-    name_precision,
-    shard_unit,
-)
+from d2v_composer.models.precision import choose_precision, name_precision
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.report.tables import retrieval_table
 from d2v_composer.system.addresses import Address, RunFolder, hide_secrets
@@ -134,7 +128,7 @@ def train_student(
     if config.targets.normalization == "dataset" and config.objectives.tokens.weight:
         measure = TargetStatistics(config.targets.dataset_batches or 100, config.device_eval_batch_size)
         callbacks = [measure, *callbacks]
-    retrieval, fsdp = build_retrieval(config, model), config.parallelism_config.fsdp
+    retrieval = build_retrieval(config, model)
     data = {"modality": modality.name, "location": loader.remote or loader.local, **index.describe()}
     costs = {"student": cost(model.student), TEACHER: cost(model.teacher)}
     record = build_run_record(config, FIXED_BY_A_CHECKPOINT, teacher=model.teacher.provenance, data=data, costs=costs)
@@ -148,11 +142,7 @@ def train_student(
         optimizers=build_optimizer(config.optimizer, model),
         schedulers=build_scheduler(config, len(train_loader)),
         algorithms=build_algorithms(config.algorithms),
-        # Even with FSDP, a checkpoint is a single file.
-        parallelism_config=fsdp and ParallelismConfig(fsdp2=FSDP2Config(state_dict_type="full", **fsdp.model_dump())),
     )
-    if trainer.state.fsdp_config is not None:
-        join_units(model, trainer.state.fsdp_config.device_mesh)
     when_built()
     header = {modality.unit: f"{data['samples']:,} in {data['location']}"}
     if retrieval is not None:
@@ -203,7 +193,7 @@ def build_trainer(
                 if saved := checkpoint.saved_by(type(callback).__name__):
                     callback.load_state_dict(dict(saved))
             check_tensors(model, checkpoint.tensors, "")
-    with patched_composer(checkpoint and checkpoint.contents, shard_unit):
+    with patched_composer(checkpoint and checkpoint.contents):
         return Trainer(
             model=model,
             max_duration=config.max_duration,
@@ -230,8 +220,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
         teacher = teacher or build_teacher(config)
     model = join_student(config, teacher)
     if config.compile:
-        uses_fsdp = config.parallelism_config.fsdp is not None
-        compile_model(model, joins_frozen_blocks=not uses_fsdp, choice=config.compile)
+        compile_model(model, config.compile)
     if config.activation_checkpointing:
         with errors_of("activation_checkpointing"):  # timm has none for some models
             model.student.checkpoint_activations()
@@ -255,10 +244,7 @@ def join_student(config: TrainConfig, teacher: Teacher) -> DistillationModel:
         layer_mean["projected"] = objectives.embedding.weight > 0
         student = teacher.build_student(**config.student.model_dump(), **layer_mean)
     teacher.encoder.half_residual = config.half_residual
-    if config.parallelism_config.fsdp is not None:
-        teacher.encoder.keep_scale_whole()
-    else:  # FSDP casts what it gathers, and needs one dtype in a block
-        teacher.cast_weights(precision.dtype)
+    teacher.cast_weights(precision.dtype)
     with errors_of("targets"):
         return DistillationModel(
             teacher,

@@ -8,7 +8,6 @@ from composer.loggers import Logger
 from composer.utils import dist
 from composer.utils.reproducibility import seed_all
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 
 def trained(state: State) -> list[Tensor]:
@@ -53,8 +52,7 @@ class GradientNorm(Algorithm):
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         gradients = [each.grad for each in trained(state) if each.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        logger.log_metrics({"l2_norm/grad/global": (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()})
+        logger.log_metrics({"l2_norm/grad/global": torch.nn.utils.get_total_norm(gradients).item()})
 
 
 class SeededBatches(Callback):

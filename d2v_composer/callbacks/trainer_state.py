@@ -7,10 +7,9 @@ import torch
 from composer.core import Callback, Event, State, Time
 from composer.utils import create_interval_scheduler
 from torch._dynamo.eval_frame import OptimizedModule
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-WRAPPERS = (DistributedDataParallel, FullyShardedDataParallel, OptimizedModule)
+WRAPPERS = (DistributedDataParallel, OptimizedModule)
 
 CallbackT = TypeVar("CallbackT", bound=Callback)
 
@@ -41,7 +40,7 @@ def loss_scale(state: State) -> float:
 
 
 def unwrapped(state: State) -> torch.nn.Module:
-    """Return the bare model: the wrappers of DDP, FSDP and torch.compile pass on only ``forward``."""
+    """Return the bare model: the wrappers of DDP and torch.compile pass on only ``forward``."""
     model: Any = state.model
     while isinstance(model, WRAPPERS):
         model = model._orig_mod if isinstance(model, OptimizedModule) else model.module

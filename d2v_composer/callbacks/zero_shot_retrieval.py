@@ -205,10 +205,8 @@ class ZeroShotRetrieval(Callback):
             return state.device.tensor_to_device(tensor)
 
         share_statistics(state.model)
-        # Tensors that FSDP gathers in inference mode cannot be used in training.
-        without_gradient = torch.no_grad() if state.fsdp_enabled else torch.inference_mode()
         precision = get_precision_context(state.precision, state.precision_config)
-        with model_eval_mode(state.model), without_gradient, precision:
+        with model_eval_mode(state.model), torch.no_grad(), precision:
             for dataset, labeled in self.datasets.items():
                 progress = f"retrieval {dataset}" if self.progress_bar and ranks.rank == 0 else None
                 options = self.lookup, to_device, ranks, progress

@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     from d2v_composer.data.modalities import modality_of
     from d2v_composer.embedding import hash_weights
     from d2v_composer.evaluation.evaluate import check_out, evaluate
-    from d2v_composer.models.execution import choose_precision
+    from d2v_composer.models.precision import choose_precision
     from d2v_composer.report.model_card import WORDS
     from d2v_composer.report.tables import evaluation_tables
     from d2v_composer.system.machine import describe_machine, package_versions

@@ -280,22 +280,6 @@ class AlgorithmsConfig(Section):
     """Clip the gradient by its global norm."""
 
 
-class FSDPConfig(Section):
-    """torch's fully_shard (FSDP2), through Composer."""
-
-    reshard_after_forward: bool = True
-    """Free a block's weights after its forward pass and gather them again for its backward pass."""
-    mixed_precision: Literal["DEFAULT", "PURE", "FULL"] = "DEFAULT"
-    """Precision of gathered weights and reduced gradients, by Composer's name: ``DEFAULT``, ``PURE`` or ``FULL``."""
-
-
-class ParallelismConfig(Section):
-    """How the weights are distributed over the devices."""
-
-    fsdp: FSDPConfig | None = None
-    """{}: shard the weights over the GPUs, with torch's FSDP2; null: every GPU holds all of them (DDP)."""
-
-
 class LabeledSetConfig(Section):
     """A labeled set to measure embeddings on: train and test images, or test images without labels."""
 
@@ -441,7 +425,6 @@ class TrainConfig(TrainerConfig):
     """Keep the residual stream of encoder and teacher in the precision's dtype instead of float32."""
     activation_checkpointing: bool = False
     """Recompute the student's blocks in the backward pass instead of keeping their activations."""
-    parallelism_config: ParallelismConfig = ParallelismConfig()
     teacher: TeacherSection
     student: StudentOptions = StudentOptions()
     prediction: Prediction = "layer_mean"
@@ -453,14 +436,6 @@ class TrainConfig(TrainerConfig):
     optimizer: OptimizerConfig = OptimizerConfig()
     algorithms: AlgorithmsConfig = AlgorithmsConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
-
-    def contradictions(self) -> Iterator[str]:
-        yield from super().contradictions()
-        with_fsdp = self.parallelism_config.fsdp is not None
-        if with_fsdp and self.device_train_microbatch_size == "auto":
-            yield ".device_train_microbatch_size: Composer does not support 'auto' with FSDP; give a number or null"
-        if with_fsdp and not has_gpu():
-            yield ".parallelism_config.fsdp: needs GPUs: between CPUs torch adds gradients instead of averaging them"
 
 
 class ModelConfig(TimmSizes):

@@ -7,7 +7,6 @@ Shapes: B images, E extra tokens, T tokens, D channels, H heads, K = D/H channel
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -137,12 +136,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def fsdp_unit(module: nn.Module) -> nn.Module:
-    """Mark a module whose weights Composer's FSDP gathers for each call and frees after it; return the module."""
-    cast("Any", module)._fsdp_wrap = any(True for _ in module.parameters())
-    return module
-
-
 class FfnBlock(nn.Module, ABC):
     """Base of blocks that return their FFN output, too.
 
@@ -150,7 +143,6 @@ class FfnBlock(nn.Module, ABC):
         attention_width: Channels of all heads together.
     """
 
-    _fsdp_wrap = True
     attention_width: int
 
     @abstractmethod

@@ -47,9 +47,6 @@ class Backbone(nn.Module, ABC):
         projection: A :class:`~d2v_composer.models.projection.Projection`, or ``None``.
     """
 
-    # Composer's FSDP: this module is not a unit; the encoder and the blocks are, because each is called separately.
-    _fsdp_wrap = False
-
     def __init__(self, encoder: Encoder, config: Any, provenance: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.encoder = encoder

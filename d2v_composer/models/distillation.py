@@ -46,17 +46,14 @@ class Distillation(ComposerModel):
 
     Attributes:
         layer_mean: How the ``layer_mean`` embeddings are computed that are compared.
-        forward_methods: Methods besides ``forward`` that run encoder or blocks, for FSDP's hooks.
     """
 
-    forward_methods = ("compute",)
     layer_mean: LayerMean
 
     def __init__(self, student: Backbone, objectives: Mapping[str, Objective], cpu_bf16: bool = False) -> None:
         super().__init__()
         self.student: Any = student  # of the kind that is given
         self.objectives: Any = nn.ModuleDict(objectives)
-        self.objectives._fsdp_wrap = False
         self.layer_mean = student.layer_mean
         self.cpu_bf16 = cpu_bf16
         reads = [(each.needs_output, each.needs_pooled) for each in objectives.values()]
@@ -129,8 +126,7 @@ class Distillation(ComposerModel):
 
     def in_precision(self, function: Callable[..., EmbeddingT]) -> Callable[..., EmbeddingT]:
         """Wrap a function of this model's parts so that it runs in the model's precision."""
-        # Look up the method at each call: FSDP replaces it after evaluations are set up.
-        return lambda *inputs: self.compute(function, *inputs)
+        return partial(self.compute, function)
 
     def compute(self, function: Callable[..., EmbeddingT], *inputs: Tensor | None) -> EmbeddingT:
         """Call a function in the model's precision; see :meth:`in_precision`."""

@@ -101,7 +101,6 @@ class Encoder(Frozen):
         input_name: What an exported program calls them.
     """
 
-    _fsdp_wrap = True
     alibi: Alibi | None
     alibi_scale: Tensor | None
     baseline: ClassVar[str]
@@ -193,13 +192,6 @@ class Encoder(Frozen):
         if lengths is not None:
             raise ValueError(f"lengths: {self.config.modality} inputs have none")
         return None
-
-    def keep_scale_whole(self) -> None:
-        """Make ALiBi's scale a buffer, which FSDP does not shard, because a teacher's blocks read it, too."""
-        if self.alibi_scale is not None:
-            scale = self.alibi_scale.detach()
-            del self.alibi_scale
-            self.register_buffer("alibi_scale", scale)
 
     def forward(self, inputs: Inputs) -> Tokens:
         """Encode inputs, and derive the padding mask for the model's other parts.

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor, cat, nn
 from torch.nn.functional import cosine_similarity, interpolate
 
-from d2v_composer.models.attention import fsdp_unit, init_linear_layers, linear_weights
+from d2v_composer.models.attention import init_linear_layers, linear_weights
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import check_choice
 from d2v_composer.models.dataset_norm import DatasetNorm
@@ -33,13 +33,12 @@ class Objective(nn.Module, ABC):
         needs_pooled: It depends on the student's own pooled feature.
     """
 
-    _fsdp_wrap = False
     needs_output = needs_pooled = False
 
     def __init__(self, teacher: Teacher, head: nn.Module, weight: float = 1.0) -> None:
         super().__init__()
         self.teacher = teacher
-        self.head = fsdp_unit(head)
+        self.head = head
         self.weight = weight
 
     @abstractmethod

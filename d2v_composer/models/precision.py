@@ -1,10 +1,45 @@
-"""Compute in a given precision, even if the process allows TF32 or autocast."""
+"""Choose the precision in which a model computes on this machine, and compute in it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+# Name → compute dtype of linear layers.
+PRECISIONS = {"fp32": torch.float32, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
+
+
+class Precision(NamedTuple):
+    dtype: torch.dtype
+    """Dtype in which linear layers compute."""
+    trainer: str
+    """Precision of Composer's Trainer."""
+    cpu_bf16: bool
+    """The model autocasts to bfloat16 itself: on a CPU, the Trainer does not support amp_bf16."""
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Dtype of autocast; ``None`` turns autocast off."""
+        return None if self.dtype == torch.float32 else self.dtype
+
+
+def name_precision(choice: str, on_gpu: bool | None = None) -> str:
+    """Resolve a precision: ``auto`` is the fastest one for which the GPU or the CPU has instructions."""
+    if choice != "auto":
+        return choice
+    if torch.cuda.is_available() if on_gpu is None else on_gpu:
+        return "amp_bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "amp_fp16"
+    # A CPU emulates bfloat16 without such instructions: a matrix product took a hundred times as long as in float32.
+    # Each x86 with AMX has AVX-512's, too; other architectures compute in float32.
+    return "amp_bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def choose_precision(choice: str) -> Precision:
+    """Return the settings for computing in a precision on this machine's GPU, or on its CPU if it has none."""
+    name = name_precision(choice)
+    cpu_bf16 = name == "amp_bf16" and not torch.cuda.is_available()
+    return Precision(PRECISIONS[name], "fp32" if cpu_bf16 else name, cpu_bf16)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ Shapes: B inputs, T tokens, D channels, P of the embedding.
 
 from torch import Tensor, nn
 
-from d2v_composer.models.attention import fsdp_unit, linear_weights
+from d2v_composer.models.attention import linear_weights
 from d2v_composer.models.encoder import Frozen
 from d2v_composer.models.features import Features
 from d2v_composer.models.names import Pooling
@@ -29,7 +29,6 @@ class Projection(Frozen):
         self.linear = nn.Identity() if linear is None else linear
         self.num_outputs = 0 if linear is None else linear.out_features
         self.norm: nn.Module = nn.Identity()
-        fsdp_unit(self)
 
     def forward(self, features: Features, output_BTD: Tensor) -> Tensor:
         """Return the embeddings, (B, P)."""

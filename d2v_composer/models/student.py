@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from d2v_composer.models.attention import Block, attention_bias, fsdp_unit, init_linear_layers, linear_weights
+from d2v_composer.models.attention import Block, attention_bias, init_linear_layers, linear_weights
 from d2v_composer.models.configs import MAX_WIDTH, StudentConfig, check_whole
 from d2v_composer.models.encoder import Encoder, build_alibi
 from d2v_composer.models.features import Features
@@ -58,7 +58,7 @@ class Student(Transformer):
         self.embed_dim = dim
         self.alibi = build_alibi(encoder.config, num_heads, num_heads if config.alibi else 0)
         init_linear_layers(self.blocks)
-        self.input_proj = fsdp_unit(init_linear_layers(nn.Linear(width, dim))) if dim < width else nn.Identity()
+        self.input_proj = init_linear_layers(nn.Linear(width, dim)) if dim < width else nn.Identity()
         if config.projection is None:
             return
         if dim < width:
@@ -81,7 +81,7 @@ class Student(Transformer):
         self, x: Tensor, needs_last_output: bool = True, padding_mask: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         x = self.input_proj(x)
-        if torch.is_autocast_enabled(x.device.type):  # the residual stream is float32; a weight may be gathered in half
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream is float32
             x = x.float()
         return super().iterate_blocks(x, needs_last_output, padding_mask)
 

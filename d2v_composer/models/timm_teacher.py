@@ -15,7 +15,7 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models import Beit, Eva, VisionTransformer
 from torch import Tensor, nn
 
-from d2v_composer.models.attention import fsdp_unit, linear_weights
+from d2v_composer.models.attention import linear_weights
 from d2v_composer.models.configs import (
     MAX_PATCHES,
     ImageSize,
@@ -167,11 +167,10 @@ class TimmHead(Projection):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.num_outputs = model.num_classes
-        self.norm = fsdp_unit(copy.deepcopy(model.norm))
+        self.norm = copy.deepcopy(model.norm)
         self.model = copy.copy(model)
         self.model._modules = {name: getattr(model, name, None) for name in HEAD}
         self.model._parameters, self.model._buffers = {}, {}
-        fsdp_unit(self)
 
     def forward(self, features: Features, output_BTD: Tensor) -> Tensor:
         return self.model.forward_head(output_BTD)
@@ -255,7 +254,7 @@ class TimmTeacher(Teacher):
         encoder = TimmEncoder(cast("TimmEncoderConfig", config.encoder), parts)
         super().__init__(encoder, parts.blocks[first:], config, provenance)
         self.contexts, self.projection = parts.contexts.of_blocks(first, num_blocks), head
-        self.norm = fsdp_unit(parts.norm)  # as part of the root, it would stay gathered
+        self.norm = parts.norm
         self.freeze()
 
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:

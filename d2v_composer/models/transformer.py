@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from d2v_composer.models.attention import FfnBlock
 from d2v_composer.models.backbone import Backbone
@@ -88,11 +87,13 @@ class Transformer(Backbone):
 
     def checkpoint_activations(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass (``enable``), or keep them in memory."""
+        from torch.utils.checkpoint import checkpoint  # takes a quarter of a second
+
         for block in self.block_list:
             if isinstance(block.forward, partial):  # an earlier call's
                 block.forward = block.forward.args[0]
             if enable:
-                # Wraps forward, and so runs inside FSDP's hooks. Nothing in a block is random.
+                # Nothing in a block is random.
                 block.forward = partial(  # pyright: ignore[reportAttributeAccessIssue]: checkpoint's type is too wide
                     checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
                 )

@@ -6,7 +6,6 @@ While :func:`patched_composer` is active:
   name, and in a shared folder each node deletes the others' file.
 - ``checkpoint._torch_load_with_validation``: a checkpoint is the caller's, who has read and checked it. Composer 0.32.1
   unpickles all that a file names.
-- ``fsdp2.fully_shard``: the caller's, to which Composer gives no choice.
 
 While :func:`lean_engine` is active, because the GPU waits for what the host does in each batch:
 
@@ -16,36 +15,32 @@ While :func:`lean_engine` is active, because the GPU waits for what the host doe
 
 Insides of packages that are used only where they belong:
 
-- ``models`` sets ``_fsdp_wrap`` (Composer 0.32.1): FSDP units are the encoder and
-  the blocks. ``models/execution.py`` sets options of torch 2.7's Dynamo and Inductor.
+- ``models/compilation.py`` sets options of torch 2.7's Dynamo and Inductor.
 - ``data/streaming.py`` calls Streaming 0.13.0's ``generate_work``, which orders the samples.
 - ``system/ranks.py`` uses the default store of torch 2.7's process group; ``system/fetch.py`` botocore's
   ``_raw_stream``, because botocore's own reads block until full.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
 from composer import Callback, Event, State, Trainer
 from composer.callbacks import LRMonitor, MemoryMonitor, RuntimeEstimator
-from composer.distributed import fsdp2
 from composer.utils import checkpoint, dist
-from torch.distributed.fsdp import fully_shard
 
 MONITORS = (LRMonitor, MemoryMonitor, RuntimeEstimator)
 MONITORED = (Event.AFTER_TRAIN_BATCH, Event.BATCH_END)
 
 
 @contextmanager
-def patched_composer(loaded: Any, shard: Callable[..., Any] = fully_shard) -> Iterator[None]:
+def patched_composer(loaded: Any) -> Iterator[None]:
     """Patch Composer while a Trainer is constructed in the ``with`` block.
 
     Args:
         loaded: Contents of the checkpoint at the Trainer's ``load_path``.
-        shard: Shards a module, as torch's ``fully_shard`` does.
     """
     common_name = dist.get_node_signal_file_name
 
@@ -55,7 +50,6 @@ def patched_composer(loaded: Any, shard: Callable[..., Any] = fully_shard) -> It
     with (
         patch.object(dist, "get_node_signal_file_name", name_of_this_node),
         patch.object(checkpoint, "_torch_load_with_validation", lambda *_, **__: loaded),
-        patch.object(fsdp2, "fully_shard", shard),
     ):
         yield
 

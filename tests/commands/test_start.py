@@ -7,9 +7,18 @@ import sys
 from pathlib import Path
 
 from d2v_composer.commands.__main__ import COMMANDS
-from helpers import ROOT
+from helpers import GOLDEN, ROOT, encoded_image
 
-HEAVY = ("composer", "matplotlib", "streaming", "timm", "torch", "torchvision")
+HEAVY = (
+    "composer",
+    "matplotlib",
+    "streaming",
+    "timm",
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torchvision",
+)
 
 # Runs each command line of a JSON list, as its script would, and prints the heavy modules that are imported after it.
 RUN = """
@@ -57,6 +66,12 @@ del sys.modules["d2v_composer"]
 import d2v_composer
 sys.exit(0 if timm.is_model("d2v2_student") else "timm was imported first")
 """
+
+
+def test_embed_imports_what_it_uses(tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_bytes(encoded_image(0))
+    command = ["d2v", "embed", str(GOLDEN / "tiny_base.pt"), str(tmp_path), "photo.npy", "--workers", "0"]
+    assert imported_after([command], tmp_path) == [{"torch"}]
 
 
 def test_a_report_imports_what_it_uses_and_timm_knows_the_student(uninterrupted: Path, tmp_path: Path) -> None:

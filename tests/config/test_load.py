@@ -117,7 +117,6 @@ CONTRADICTIONS = {
     ),
     ("precision=amp_fp16",): "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or",
     ("device_train_microbatch_size=auto",): "device_train_microbatch_size: 'auto' needs a GPU",
-    ("parallelism_config.fsdp={}",): "parallelism_config.fsdp: needs GPUs",
 }
 
 
@@ -135,15 +134,6 @@ def test_nodes_may_divide_the_canonical_ones_or_share_a_local_data_set(monkeypat
     remote = load("train_loader.remote=s3://bucket/images", "train_loader.num_canonical_nodes=4")
     local = load("train_loader.num_canonical_nodes=1")
     assert [each.train_loader.num_canonical_nodes for each in (remote, local)] == [4, 1]
-
-
-def test_fsdp_needs_a_number_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schema, "has_gpu", lambda: True)
-    fsdp = load("parallelism_config.fsdp={reshard_after_forward: false}").parallelism_config.fsdp
-    assert fsdp is not None
-    assert not fsdp.reshard_after_forward
-    (line,) = problems_of(QUICKSTART_YAML, "parallelism_config.fsdp={}", "device_train_microbatch_size=auto")
-    assert line.startswith("device_train_microbatch_size: Composer does not support 'auto' with FSDP")
 
 
 def test_all_slips_are_listed_at_once(tmp_path: Path) -> None:

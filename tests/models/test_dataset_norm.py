@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from d2v_composer import load_teacher
+from d2v_composer.models.compilation import compile_model
 from d2v_composer.models.distillation import DistillationModel
-from d2v_composer.models.execution import compile_model
 from helpers import GOLDEN
 
 

@@ -11,10 +11,10 @@ from torch.nn.functional import cosine_similarity
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2v_composer import load_teacher
+from d2v_composer.models.compilation import compile_model
 from d2v_composer.models.configs import StudentConfig
 from d2v_composer.models.distillation import Distillation, DistillationModel
 from d2v_composer.models.encoder import Inputs
-from d2v_composer.models.execution import compile_model
 from d2v_composer.models.features import Features
 from d2v_composer.models.images import PixelEncoder
 from d2v_composer.models.objective import LayerRegression, Objective

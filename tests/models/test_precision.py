@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from d2v_composer.models.execution import choose_precision, name_precision
+from d2v_composer.models.precision import choose_precision, name_precision
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2v_composer import DistillationModel, load_teacher
+from d2v_composer.models.compilation import compile_model
 from d2v_composer.models.configs import ImageEncoderConfig, TeacherConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
-from d2v_composer.models.execution import compile_model
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, materialize, teacher_config
 from helpers import GOLDEN
 

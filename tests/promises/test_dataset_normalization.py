@@ -14,7 +14,6 @@ from torch.nn.functional import layer_norm
 from d2v_composer import DistillationModel, load_student, load_teacher
 from helpers import (
     GOLDEN,
-    ROOT,
     assert_same_losses,
     assert_same_student,
     d2v,
@@ -98,13 +97,6 @@ def test_the_exported_file_needs_no_numbers(whole: Path, small_data: Path, tmp_p
     student: Any = load_student(out)
     assert student.config.normalization == "layer"
     assert not any("moments" in name for name in student.state_dict())
-
-
-@pytest.mark.slow
-def test_sharded_ranks_train_as_one_process(whole: Path, small_data: Path, tmp_path: Path) -> None:
-    arguments = small_run(tmp_path, small_data, *DATASET, TWO, "parallelism_config.fsdp={}")
-    run_ranks(ROOT / "tests" / "programs" / "fsdp_on_cpu.py", *arguments)
-    assert_same_losses(losses_of(tmp_path), losses_of(whole), num_steps=14)
 
 
 @pytest.mark.slow

@@ -52,14 +52,6 @@ def test_a_killed_run_resumes_bit_for_bit_and_two_ranks_train_as_one(
     assert_same_losses(losses_of(tmp_path / "ranks"), losses_of(narrow), num_steps=14)
 
 
-@pytest.mark.slow
-def test_sharded_ranks_train_as_one_process(narrow: Path, small_data: Path, tmp_path: Path) -> None:
-    """8: input projection and head too are held in shares."""
-    arguments = small_run(tmp_path, small_data, NARROW, "parallelism_config.fsdp={}")
-    run_ranks(ROOT / "tests" / "programs" / "fsdp_on_cpu.py", *arguments)
-    assert_same_losses(losses_of(tmp_path), losses_of(narrow), num_steps=14)
-
-
 def test_evaluate_embed_and_export_read_the_narrow_embedding(narrow: Path, labeled: Path, tmp_path: Path) -> None:
     """17, 21: from the checkpoint and from its exported file."""
     checkpoint, exported = narrow / "latest-rank0.pt", tmp_path / "student.safetensors"

@@ -1,20 +1,24 @@
 """amp_fp16, the default precision: a loss scaler and no closure, rehearsed on a CPU."""
 
+import importlib
 import math
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from composer import Callback, Logger, State
+from composer.core import precision
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
-from helpers import ROOT, load_checkpoint, losses_of, run_ranks, small_run
-from programs.float16_on_cpu import Overflow, allow_float16
+from d2v_composer.config import schema
+from helpers import losses_of, small_run
 from recipes import train
 
-PROGRAMS = ROOT / "tests" / "programs"
 # Gradients overflow at the first steps, and again when the scale has grown.
 SCALER = {"init_scale": 2.0**20, "growth_interval": 3, "growth_factor": 64.0}
 FLOAT16 = ("precision=amp_fp16", "callbacks.health={interval: 1ba}", "device_train_microbatch_size=6")
@@ -54,7 +58,24 @@ class NotFinite(Callback):
 
 @pytest.fixture
 def float16(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    allow_float16(monkeypatch.setattr, **SCALER)
+    allow_float16(monkeypatch, **SCALER)
+
+
+def allow_float16(monkeypatch: pytest.MonkeyPatch, **scaler: float) -> None:
+    """Let Composer train in amp_fp16 on a CPU, with the arguments of a GradScaler.
+
+    Composer refuses float16 there. Here it casts by autocast, scales the loss by torch's GradScaler, and steps without
+    a closure, the path of the default precision on GPUs.
+    """
+    trainer = importlib.import_module("composer.trainer.trainer")
+    autocast = SimpleNamespace(
+        cuda=torch.cuda, float16=torch.float16, autocast=lambda _, dtype: torch.autocast("cpu", dtype)
+    )
+    monkeypatch.setattr(schema, "has_gpu", lambda: True)
+    monkeypatch.setattr(precision, "DeviceCPU", ())  # no device is one that refuses
+    monkeypatch.setattr(precision, "is_xla_installed", lambda: True)
+    monkeypatch.setattr(precision, "torch", autocast)
+    monkeypatch.setattr(trainer, "GradScaler", partial(GradScaler, "cpu", **scaler))
 
 
 def run(folder: Path, data: Path, *overrides: str, callback: Callback | None = None) -> Watch:
@@ -69,7 +90,7 @@ def run(folder: Path, data: Path, *overrides: str, callback: Callback | None = N
 def test_the_losses_are_nearly_those_of_float32(
     uninterrupted: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    allow_float16(monkeypatch.setattr)
+    allow_float16(monkeypatch)
     watch = run(tmp_path, small_data)
     assert watch.steps == list(range(15))
     assert {each["scale"] for each in watch.scales} == {2.0**16}
@@ -97,23 +118,8 @@ def test_an_overflow_skips_the_step_and_a_resume_has_the_scale(small_data: Path,
 
 @pytest.mark.usefixtures("float16")
 def test_a_scale_at_its_floor_ends_the_run(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    allow_float16(monkeypatch.setattr, init_scale=2.0**-10)
+    allow_float16(monkeypatch, init_scale=2.0**-10)
     with pytest.raises(
         FloatingPointError, match=r"^batch 5: the loss scale fell to 6\.1\S+e-05 because the gradients are not"
     ):
         run(tmp_path, small_data, callback=NotFinite())
-
-
-@pytest.mark.slow
-def test_sharded_ranks_skip_the_same_step(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Although the gradient overflows in one rank's share alone."""
-    allow_float16(monkeypatch.setattr)
-    run(tmp_path / "one", small_data, callback=Overflow())
-    sharded = ("parallelism_config.fsdp={}", "device_train_microbatch_size=3")
-    arguments = small_run(tmp_path / "two", small_data, *FLOAT16, *sharded)
-    run_ranks(PROGRAMS / "float16_on_cpu.py", PROGRAMS / "fsdp_on_cpu.py", *arguments)
-    for name in ("one", "two"):
-        state = load_checkpoint(tmp_path / name / "latest-rank0.pt")["state"]
-        assert state["scaler"]["GradScaler"]["scale"] == 2.0**15
-        assert {float(each["step"]) for each in state["optimizers"]["AdamW"]["state"].values()} == {13.0}
-    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=2e-3)

@@ -18,7 +18,6 @@ from torch.testing import assert_close
 from d2v_composer import load_student, load_teacher
 from d2v_composer.data.labeled import load_labeled_set
 from helpers import (
-    ROOT,
     assert_same_losses,
     assert_same_student,
     d2v,
@@ -181,16 +180,6 @@ def test_a_narrower_student_learns_a_projection(teacher: Path, small_data: Path,
     assert_same_student(tmp_path / "killed", tmp_path / "run")
     run_ranks(*train_command(arguments(tmp_path / "ranks", small_data, teacher, *changes))[1:])
     assert_same_losses(losses_of(tmp_path / "ranks"), losses_of(tmp_path / "run"), num_steps=4)
-
-
-@pytest.mark.slow
-def test_sharded_ranks_train_as_one_process(trained: Path, teacher: Path, small_data: Path, tmp_path: Path) -> None:
-    """Gradients pass a frozen head whose weights are held in shares."""
-    run_ranks(
-        ROOT / "tests" / "programs" / "fsdp_on_cpu.py",
-        *arguments(tmp_path, small_data, teacher, "parallelism_config.fsdp={}"),
-    )
-    assert_same_losses(losses_of(tmp_path), losses_of(trained), num_steps=4)
 
 
 @pytest.mark.parametrize(

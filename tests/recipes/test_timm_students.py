@@ -26,7 +26,6 @@ from d2v_composer.system.errors import InputError
 from helpers import (
     GOLDEN,
     ROOT,
-    assert_same_losses,
     assert_same_student,
     d2v,
     encoded_image,
@@ -217,15 +216,6 @@ def test_ranks_may_normalize_together(trained: Path, data: Path, tmp_path: Path)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.slow
-def test_sharded_ranks_train_as_whole_ones(on_two_ranks: Path, data: Path, unlabeled: str, tmp_path: Path) -> None:
-    options = ["max_duration=10ba", "parallelism_config.fsdp={}", f"retrieval.{unlabeled}"]
-    arguments = small_run(tmp_path, data, *NETWORK, *options)
-    run_ranks(ROOT / "tests" / "programs" / "fsdp_on_cpu.py", *arguments)
-    assert_same_losses(losses_of(tmp_path), losses_of(on_two_ranks), num_steps=10)
-    assert student_of(tmp_path).keys() == student_of(on_two_ranks).keys()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from d2v_composer import load_student
 from d2v_composer.commands import embed, evaluate
 from d2v_composer.commands import export as export_student
 from d2v_composer.system.errors import InputError
-from helpers import ROOT, losses_of, run_command, run_ranks, small_run
+from helpers import ROOT, losses_of, run_command, small_run
 from recipes import train
 from small_vits import random_vit
 
@@ -89,20 +89,6 @@ def test_programs_of_the_student(trained: Path, tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(paths[1])
     found: Any = session.run(None, {"images": images.numpy()})[0]
     assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["small_beit", "small_mixed_rope", "small_dinov3"])
-def test_sharded_position_encodings_compute_the_same(name: str, small_data: Path, tmp_path: Path) -> None:
-    """Relative biases of a block and of all, learned and fixed rotary positions."""
-    weights = tmp_path / f"{name}.safetensors"
-    save_file({key: tensor.contiguous() for key, tensor in random_vit(name).state_dict().items()}, weights)
-    teacher = [f"teacher.model=timm/{name}", f"teacher.checkpoint={weights}", "teacher.image_size=48x64"]
-    whole = small_run(tmp_path / "whole", small_data, *teacher, "max_duration=4ba")
-    train.main(whole)
-    sharded = [*whole, f"save_folder={tmp_path / 'sharded'}", "parallelism_config.fsdp={}"]
-    run_ranks(PROGRAMS / "fsdp_on_cpu.py", *sharded)
-    assert losses_of(tmp_path / "sharded") == pytest.approx(losses_of(tmp_path / "whole"), rel=1e-5)
 
 
 @pytest.mark.slow

@@ -1,0 +1,117 @@
+"""Compile a distillation model block by block, with torch.compile."""
+
+import atexit
+import functools
+import importlib
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch._inductor import config as inductor
+from torch.utils._pytree import tree_map_only
+
+from d2v_composer.models.attention import FfnBlock
+from d2v_composer.models.encoder import Encoder
+from d2v_composer.models.targets import instance_norm_mean, norm_mean
+
+if TYPE_CHECKING:
+    from d2v_composer.models.distillation import Distillation  # imports Composer
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Graphs of a function: one for each input shape, need of gradients, and mode; beyond them a compiled run would fail.
+# Audio comes in up to 16 sizes, padded or not. torch's default limit is 8, and 256 for all instances of a function.
+MAX_GRAPHS = 1024
+
+
+def compile_model(model: "Distillation", choice: bool | str = True) -> None:
+    """Compile a model's blocks, patch embedding, norm_mean and loss in place, for steps and evaluations.
+
+    Blocks are graphs of their own: equal blocks share a compilation; DDP reduces a block's gradients while the next
+    ones are computed; activation checkpointing works on blocks.
+
+    Args:
+        model: Changed; its weights may still move to a GPU.
+        choice: A mode of torch.compile. With ``True``, a GPU starts the joined blocks as one CUDA graph.
+    """
+    mode = choice if isinstance(choice, str) else None
+    compiling = importlib.import_module("torch._inductor.async_compile")
+    # At exit, torch would wait for the kernels that are being compiled. These processes end by themselves after them.
+    atexit.unregister(compiling.shutdown_compile_workers)
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MAX_GRAPHS
+    # Do not split graphs for DDP: blocks are small enough.
+    torch._dynamo.config.optimize_ddp = False
+    parts: list[Any] = list(model.modules())
+    encoders = [part for part in parts if isinstance(part, Encoder)]
+    for part in parts:
+        if isinstance(part, Encoder):
+            part.embed_tokens = compiled(part.embed_tokens, mode)
+        elif isinstance(part, FfnBlock):
+            part.forward = compiled(part.forward, mode)
+        elif hasattr(part, "layer_mean"):
+            part.layer_mean = part.layer_mean.changed(norm_mean=compiled_norm_mean)
+    model.losses = compiled(model.losses, mode)
+    if not torch.cuda.is_available():
+        for encoder in encoders:
+            if encoder.is_frozen:
+                encoder.forward = compiled_with_weights(encoder.forward, mode)
+        model.targets_of = compiled_with_weights(model.targets_of, mode)
+    else:
+        # Not with ALiBi, whose first pass keeps the bias: it would be in the graph's memory.
+        is_captured = mode is None and all(encoder.alibi is None for encoder in encoders)
+        model.frozen_pass = captured(model.frozen_pass) if is_captured else compiled(model.frozen_pass, mode)
+
+
+def compiled(function: Callable[P, R], mode: str | None = None, **options: Any) -> Callable[P, R]:
+    """Compile a function as a single graph for each input shape; calling it fails if that is impossible."""
+    # By default torch makes a dimension symbolic in all later graphs once it has seen two sizes of it.
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode, **options)
+
+
+def compiled_with_weights(frozen_pass: Callable[P, R], mode: str | None) -> Callable[P, R]:
+    """Compile a function without gradient together with its weights, which must not change afterwards."""
+    function = compiled(frozen_pass, mode)
+
+    @functools.wraps(frozen_pass)
+    @torch.no_grad()
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with inductor.patch(freezing=True):  # read when the first call compiles
+            return function(*args, **kwargs)
+
+    return call
+
+
+def captured(frozen_pass: Callable[P, R]) -> Callable[P, R]:
+    """Compile a function without gradient as a CUDA graph; if that is impossible, Inductor runs it as usual."""
+    function = compiled(frozen_pass, options={"triton.cudagraphs": True})
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        # The next replay overwrites the graph's own results.
+        return tree_map_only(Tensor, Tensor.clone, function(*args, **kwargs))
+
+    return call
+
+
+torch.compiler.allow_in_graph(instance_norm_mean)
+_norm_mean_of_list = compiled(norm_mean)
+
+
+def compiled_norm_mean(layers: Iterable[Tensor], *options: Any) -> Tensor:
+    """Compute norm_mean in one pass over all layers, which are all in memory at once."""
+    return _norm_mean_of_list(list(layers), *options)
+
+
+def find_missing() -> str | None:
+    """Return what torch.compile needs but this machine lacks ('needs …'), or ``None``."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        return "needs a C++ compiler, and neither g++ nor clang++ was found"
+    headers = sysconfig.get_path("include")
+    if not Path(headers, "Python.h").is_file():
+        return f"needs Python's headers (python3-dev), and {headers} has no Python.h"
+    return None
