@@ -44,12 +44,8 @@ RUNTIMES = {
     "openvino": (".onnx", "openvino"),
     "openvino-float32": (".onnx", "openvino"),
     "torch.export": (".pt2", "torch"),
-    "torch.compile": (".pt2", "torch"),
-    "aotinductor": (".pt2", "torch"),
     "pytorch": (".safetensors", "torch"),
 }
-# These compile for a minute or more.
-ONLY_IF_NAMED = {"torch.compile", "aotinductor"}
 # A program's input → samples that ship.
 YAMLS = f"{Path(__file__).parents[1]}/yamls"
 SHIPPED = {"images": f"{YAMLS}/quickstart/cifar10/test", "waveforms": f"{YAMLS}/quickstart_audio/words/test"}
@@ -62,8 +58,7 @@ def main(argv: Sequence[str]) -> None:
     add = parser.add_argument
     add("exported", metavar="EXPORTED", type=Path, help="a file of d2v export: .onnx, .pt2 or .safetensors")
     add("--student", type=Path, help="the same student's .safetensors file; default: EXPORTED with that suffix")
-    about = "may be repeated; default: all that are installed, but for torch.compile and aotinductor"
-    add("--runtime", action="append", choices=RUNTIMES, help=about)
+    add("--runtime", action="append", choices=RUNTIMES, help="may be repeated; default: all that are installed")
     add("--images", metavar="FOLDER", help="images, audio or MDS shards; default: CIFAR-10's, or words, that ship")
     add("--cosine", type=float, help="least cosine to PyTorch; default: 0.999, of an int8 file 0.98")
     add("--difference", type=float, help="largest difference; default: 0.0001, of an int8 file any")
@@ -110,7 +105,6 @@ def verify(
             f"--runtime: {refused[0]} is not installed, or takes no {exported.suffix} file; write --kit FOLDER, and "
             "run its script in the runtime's own environment"
         )
-    chosen = runtime or [name for name in installed if name not in ONLY_IF_NAMED]
     report, script = exported.with_name(f"{exported.name}.verify.json"), Path(check_program.__file__)
     check_out_file(report)
     if kit is not None:
@@ -130,7 +124,7 @@ def verify(
             print(f"wrote {kit}: in it, run python {script.name} RUNTIME {exported.name}")
             return
         save_student(student, folder / "pytorch.safetensors")
-        files = {"pytorch": folder / "pytorch.safetensors"} | dict.fromkeys(chosen, exported.absolute())
+        files = {"pytorch": folder / "pytorch.safetensors"} | dict.fromkeys(runtime or installed, exported.absolute())
         found, faults = measure(folder / script.name, files)
     rows = [[name, *map("{:.5g}".format, each.values())] for name, each in found.items()]
     table = format_table(["", *max(found.values(), key=len)], rows)
