@@ -24,8 +24,6 @@ SHOWN_AS = {
     "data.sha256": "train_loader or dataset (sha256 of the samples)",
     "data.test_sha256": "dataset (sha256 of the test samples)",
 }
-# What runs did before there were these keys: they go on.
-BEFORE = {"config.objectives.tokens.weight": 1.0, "config.objectives.embedding": {"weight": 0.0}}
 
 
 class RunRecord(Callback):
@@ -73,7 +71,6 @@ def find_changes(key: str, before: Any, now: Any) -> Iterator[str]:
     """Describe each changed field at or below a dotted key."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in dict.fromkeys([*now, *before]):
-            own = f"{key}.{name}"
-            yield from find_changes(own, before.get(name, BEFORE.get(own)), now.get(name))
+            yield from find_changes(f"{key}.{name}", before.get(name), now.get(name))
     elif before != now:
         yield f"{SHOWN_AS.get(key, key.removeprefix('config.'))}: checkpoint has {before}, config has {now}"

@@ -183,7 +183,7 @@ class ZeroShotRetrieval(Callback):
                     "name, or restore it and max_images"
                 )
         for name in KEPT:
-            setattr(self, name, state.get(name, getattr(self, name)))  # earlier versions had no hits
+            setattr(self, name, state[name])
 
     def evaluate(self, state: State, logger: Logger) -> None:
         """Measure and log the model, unless this batch was measured already or the run should stop."""

@@ -278,7 +278,7 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> tuple[Bac
     config = record["config"]
     settings, sizes = config["teacher"], config["student"] | {"init": "random", "pretrained": False}
     options = {name: settings[name] for name in ("model", "first_blocks", "image_size")}
-    options["projected"] = sizes["projected"] = bool(lookup(config, "objectives.embedding.weight"))
+    options["projected"] = sizes["projected"] = config["objectives"]["embedding"]["weight"] > 0
     file = None if teacher_path == options["model"] else teacher_path or settings["checkpoint"]
     try:
         teacher = load_teacher(file, settings["weights"], **options)
@@ -289,7 +289,7 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> tuple[Bac
         raise InputError(f"{error}; if the teacher of {path} has moved, give its new path: {NAME_IT}") from error
 
     def build() -> Backbone:
-        layer_mean = {name: config["targets"].get(name) for name in ("normalization", "final_layer_norm")}
+        layer_mean = {name: config["targets"][name] for name in ("normalization", "final_layer_norm")}
         return teacher.build_student(**sizes, **layer_mean)
 
     prefix = "student."  # the others are the objectives' heads

@@ -25,7 +25,6 @@ from d2v_composer.models.configs import (
     TimmEncoderConfig,
     TimmNetworkConfig,
     check_choice,
-    upgrade,
 )
 from d2v_composer.models.data2vec2 import ENCODERS
 from d2v_composer.models.encoder import Encoder
@@ -37,7 +36,7 @@ from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.files import check_out_file, out_file
 
 FORMAT_VERSIONS: dict[str, int] = {"teacher": 2, "student": 3, "classifier": 2}
-"""The newest: sizes name their kinds. Version 2 of a student's file added its primary embedding to ``config_json``."""
+"""What this package writes, and all that it reads."""
 CONFIG_TENSOR = "config_json"
 # Characters of sizes or provenance. Ours have some thousands; parsed, they take 25 times as many bytes.
 MAX_JSON = 4 << 20
@@ -97,7 +96,7 @@ def read_model_file(path: Path) -> ModelFile:
     """Read any safetensors file.
 
     Raises:
-        InputError: It is truncated or corrupt, or from a newer version of this package.
+        InputError: It is truncated or corrupt, or of another format version.
     """
     with reading(path):
         with safe_open(path, framework="pt") as file:
@@ -106,11 +105,9 @@ def read_model_file(path: Path) -> ModelFile:
         program, _, kind = metadata.get("format", "").partition(".")
         if program != "d2v_composer":
             return ModelFile("", {}, {}, tensors)
-        version, newest = metadata["format_version"], FORMAT_VERSIONS[kind]
-        if int(version) > newest:
-            raise ValueError(f"its format version is {version}; this package reads up to {newest}")
-        provenance = metadata["provenance"].replace('"licence": ', '"license": ')  # of earlier versions
-        return ModelFile(kind, parse_object(metadata["config"]), parse_object(provenance), tensors)
+        if (version := metadata["format_version"]) != str(ours := FORMAT_VERSIONS[kind]):
+            raise ValueError(f"its format version is {version}; this package reads {ours}")
+        return ModelFile(kind, parse_object(metadata["config"]), parse_object(metadata["provenance"]), tensors)
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
@@ -202,12 +199,12 @@ def check_same_encoder(source: Any, found: nn.Module, expected: nn.Module) -> No
 
 
 def read_config(config_class: type[ConfigT], sizes: dict[str, Any]) -> ConfigT:
-    """Read the sizes in a file of any version.
+    """Read the sizes in a file.
 
     Raises:
         ValueError: A field is missing, which would get its default; or as :class:`~d2v_composer.models.configs.Config`.
     """
-    config = config_class(**upgrade(sizes))
+    config = config_class(**sizes)
     for each in (config, *vars(config).values()):
         if isinstance(each, Config) and (missing := type(each).model_fields.keys() - each.model_fields_set):
             raise ValueError(f"{min(missing)} is missing")
@@ -340,8 +337,6 @@ def pop_sizes(source: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], 
     """
     if (stored := tensors.pop(CONFIG_TENSOR, None)) is None:
         raise InputError(f"{source}: no tensor {CONFIG_TENSOR}: not a file written by d2v export")
-    for name in [each for each in tensors if each.startswith("entrance.")]:  # its name in earlier versions
-        tensors[name.replace("entrance", "input_proj")] = tensors.pop(name)
     with reading(source):
         sizes = parse_object(stored.cpu().numpy().tobytes())
         return sizes, PrimaryEmbedding.parse(sizes.pop("primary"))

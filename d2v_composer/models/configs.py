@@ -454,25 +454,3 @@ class StudentSizes(Config):
 
     encoder: EncoderConfig
     student: StudentConfig
-
-
-# A field that only one kind of encoder has → the kind, which files of earlier versions do not name.
-KIND_OF_FIELD = {"model": "timm", "feature_encoder_spec": "audio", "target_length": "eat", "patch_size": "image"}
-
-# Values of a student's fields that files of earlier versions lack.
-USUAL = {"kind": "blocks", "embed_dim": None, "final_layer_norm": True, "projection": None}
-
-
-def upgrade(sizes: dict[str, Any]) -> dict[str, Any]:
-    """Convert the sizes in a file of any earlier version to this version's form.
-
-    Earlier versions name no kind, leave out a student's usual values, and mix a teacher's sizes with its encoder's.
-    """
-    if "encoder" not in sizes:
-        of_encoder = {name: value for name, value in sizes.items() if name not in TeacherConfig.model_fields}
-        own = {name: value for name, value in sizes.items() if name not in of_encoder}
-        sizes = {"encoder": of_encoder, "final_layer_norm": True} | own
-    elif "student" in sizes:
-        sizes = sizes | {"student": USUAL | sizes["student"]}
-    kinds = [{"kind": kind} for name, kind in KIND_OF_FIELD.items() if name in sizes["encoder"]]
-    return sizes | {"encoder": kinds[0] | sizes["encoder"]} if kinds else sizes

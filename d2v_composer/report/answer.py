@@ -31,12 +31,12 @@ def _kept(run: Run, measure: Measure, keys: list[str]) -> str:
     embedding = embedding_name(run.retrieval["representation"], run.retrieval["pooling"])
     shown = f"The student scores {student:.1f} % ({measure.heading}, {embedding}); untrained it scored "
     shown += f"{untrained:.1f} %, and its teacher scores {teacher:.1f} %."
-    if costs := run.record.get("costs"):
-        sizes = [
-            f"{scale * costs['student'][key]:.2f} {name} (teacher: {scale * costs[TEACHER][key]:.2f})"
-            for name, key, scale in COSTS
-        ]
-        shown += f" It has {', '.join(sizes)}."
+    costs = run.record["costs"]
+    sizes = [
+        f"{scale * costs['student'][key]:.2f} {name} (teacher: {scale * costs[TEACHER][key]:.2f})"
+        for name, key, scale in COSTS
+    ]
+    shown += f" It has {', '.join(sizes)}."
     if (closed := gap_closed_interval(*hits)) is None:
         return f"there is no teacher gap to close. {shown}"
     value, low, high = (100 * each for each in closed)
@@ -45,6 +45,6 @@ def _kept(run: Run, measure: Measure, keys: list[str]) -> str:
         return said
     (first, before), (last, after) = sorted(({0: untrained / 100} | {**run.log[keys[1]]}).items())[-2:]
     gain = 1e4 * (after - before) / (teacher - untrained)
-    more = "" if run.record["config"]["student"].get("model") else "more teacher.first_blocks or "  # timm's has its own
+    more = "" if run.record["config"]["student"]["model"] else "more teacher.first_blocks or "  # timm's has its own
     tried = "longer training" if gain >= RISING else f"{more}smaller batches for the same number of samples"
     return f"{said} To keep more, try {tried}: the last {last - first} batches closed {gain:.0f} %."

@@ -16,7 +16,6 @@ from d2v_composer.embedding import hash_weights
 from d2v_composer.evaluation.evaluate import read_evaluation
 from d2v_composer.models.names import timm_name
 from d2v_composer.report.run import EMBEDDINGS
-from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import reading, writing
 from d2v_composer.system.files import check_out_file, write_atomically
 
@@ -80,7 +79,7 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
     network, embedding = getattr(student.config, "model", None), choose_embedding(student, None, None)
     with reading(source):
         record = {"teacher": {}, "data": {}, "versions": {}, "command": "not recorded"}
-        record |= hide_secrets(student.provenance)  # an older one has some
+        record |= student.provenance
         teacher = {"model": "", "source": "", "license": ""} | record["teacher"]
         stated, start = [teacher["license"] or ""], None
         if network and lookup(record, "config.student.pretrained"):

@@ -39,8 +39,8 @@ class Run(NamedTuple):
 
     @property
     def modality(self) -> Modality:
-        """The modality of the samples, with images of a gallery's size; images if the record names none."""
-        return MODALITIES[self.record["data"].get("modality", "image")].of_side(SHOWN_SIZE)
+        """The modality of the samples, with images of a gallery's size."""
+        return MODALITIES[self.record["data"]["modality"]].of_side(SHOWN_SIZE)
 
     @property
     def retrieval(self) -> Mapping[str, Any]:

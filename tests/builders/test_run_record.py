@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from d2v_composer.builders.run import FIXED_BY_A_CHECKPOINT, build_run_record
+from d2v_composer.builders.run import build_run_record
 from d2v_composer.config.load import defaults, load_checked
 from d2v_composer.config.schema import FinetuneConfig, RunConfig, TrainConfig
 from d2v_composer.system.errors import InputError
@@ -63,18 +63,3 @@ def test_no_field_gives_a_secret_away(
                 assert key in record["command"]
             assert not [part for part in PARTS if part in shown], f"{key}={address}: {shown}"
     assert taken >= {*expected, "train_loader.remote", "load_path", *LOGGERS}
-
-
-def test_a_run_of_an_earlier_version_goes_on() -> None:
-    """A key that it did not have stands for what it did; another value is refused."""
-
-    def record_of(*changes: str) -> Any:
-        config: Any = load_checked(TrainConfig, [str(ROOT / "yamls" / "quickstart.yaml"), *changes])
-        return build_run_record(config, FIXED_BY_A_CHECKPOINT, teacher={"sha256": "a"})
-
-    before = json.loads(json.dumps(record_of().record, default=str))
-    del before["config"]["objectives"]["embedding"], before["config"]["objectives"]["tokens"]["weight"]
-    assert record_of().changes(before) == ""
-    changed = record_of("objectives.embedding.weight=0.5", "objectives.tokens.weight=2.0").changes(before)
-    assert "objectives.tokens.weight: checkpoint has 1.0, config has 2.0" in changed
-    assert "objectives.embedding.weight: checkpoint has 0.0, config has 0.5" in changed

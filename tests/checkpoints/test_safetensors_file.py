@@ -18,7 +18,7 @@ from d2v_composer.commands import convert_teacher as convert_command
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, QUICKSTART, refused_by
+from helpers import GOLDEN, refused_by
 
 NAMES = ["tiny_base", "tiny_alibi", "tiny_topk_noprenet"]
 QKV = "blocks.1.attn.qkv.weight"
@@ -104,14 +104,6 @@ def test_metadata_and_report_name_source_and_tensors(tmp_path: Path, capsys: pyt
         assert group in printed.partition(f"left {len(decoder)} tensors")[2]
 
 
-def test_files_of_earlier_versions_state_their_license() -> None:
-    """Under the key that they had."""
-    assert b"licence" in (QUICKSTART / "teacher.safetensors").read_bytes()
-    provenance = load_teacher(QUICKSTART / "teacher.safetensors").provenance
-    assert provenance["license"] == "Apache-2.0, as this repository"
-    assert "licence" not in provenance
-
-
 # Corrupt files, other contents.
 
 
@@ -121,11 +113,17 @@ def test_truncated_files_and_other_metadata_are_refused(converted: Path, exporte
         for fraction in (0.0, 0.01, 0.999):
             path.write_bytes(content[: int(fraction * len(content))])
             refused_by(load, path)
-        for metadata in ({"provenance": ""}, {"provenance": "[]"}, {"format_version": "10"}):
+        for metadata in ({"provenance": ""}, {"provenance": "[]"}):
             path.write_bytes(content)
             refused_by(load, rewrite(path, **metadata))
     for config in ("", "[]", '{"depth": 3}', "[" * 100_000):
-        refused_by(load_teacher, rewrite(converted, format_version="1", config=config))
+        refused_by(load_teacher, rewrite(converted, config=config))
+
+
+@pytest.mark.parametrize("version", ["1", "10"])
+def test_a_file_of_another_format_version_is_refused(version: str, converted: Path) -> None:
+    rewrite(converted, format_version=version)
+    assert f"its format version is {version}; this package reads 2" in refused_by(load_teacher, converted)
 
 
 def test_the_other_kind_of_file_is_refused(converted: Path, exported: Path) -> None:

@@ -20,7 +20,7 @@ RECORD = {
     "config": {"run_name": "né", "max_duration": "2ba", "retrieval": {"datasets": {}, "max_images": None}},
     "command": "composer recipes/train.py",
     "hardware": {"ranks": 1, "cpu": "a CPU", "gpu": ""},
-    "data": {},
+    "data": {"modality": "image"},
 }
 
 
