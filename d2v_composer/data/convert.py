@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -160,44 +159,52 @@ def _cifar10_images(folder: Path, split: str) -> Source:
 def hold_out(source: Source, record: Path, workers: int = 0) -> tuple[dict[str, Source], int]:
     """Split samples into ``test`` (a tenth, at most 5,000, and all exact copies of them) and ``train`` (the rest).
 
-    A hash of its id chooses a sample. The ids of ``test`` are kept in the file ``record``: one that comes or goes
-    before the next call moves no other, but copies of these samples.
+    A hash of its id chooses a sample. The file ``record`` keeps the hashes of the contents: a repeated call holds these
+    out, whatever the samples are called by then.
 
     Args:
         source: The samples.
         record: A JSON file.
-        workers: Processes that read the samples that may be copies, by their size.
+        workers: Processes that read samples to compare them.
 
     Returns:
-        The two parts, and the number of copies that this call has found.
+        The two parts, and the number of copies among the samples of ``test``.
     """
-    ids, sizes = source.ids.astype(str), source.sizes
-    if record.exists():
-        held = {*json.loads(record.read_bytes())}
-    else:
-        by_hash = sorted(ids.tolist(), key=lambda each: hashlib.sha256(os.fsencode(each)).digest())
-        held = {*by_hash[: min(len(ids) // 10, MAX_HELD_OUT)]}
-    is_held, (found, counts) = np.isin(ids, [*held]), np.unique(sizes, return_counts=True)
-    alike = np.flatnonzero(np.isin(sizes, np.intersect1d(sizes[is_held], found[counts > 1]))).tolist()
-    digests = map_in_workers(partial(_digest, source), alike, workers if alike else 0)
-    bar = progress_bar(digests, total=len(alike), desc="comparing", unit=source.modality.unit)
-    digested = dict(zip(alike, bar, strict=True))
-    of_held = {digest for number, digest in digested.items() if is_held[number]} - {None}
-    copies = [number for number, digest in digested.items() if digest in of_held and not is_held[number]]
-    write_atomically(record, json.dumps(sorted(held | {*ids[copies].tolist()})))
-    is_held[copies] = True
-    return {"test": source.select(np.flatnonzero(is_held)), "train": source.select(np.flatnonzero(~is_held))}, len(
-        copies
-    )
+    by_hash = sorted(range(len(source)), key=lambda number: _sha256(os.fsencode(str(source.ids[number]))))
+    numbers = sorted(by_hash[: min(len(source) // 10, MAX_HELD_OUT)])
+    hashed, is_new = _hash_contents(source, numbers, workers), not record.exists()
+    if is_new:
+        write_atomically(record, json.dumps(sorted({sha256 for _, sha256 in hashed.values()} - {""})))
+    held = {*json.loads(record.read_bytes())}
+    # If a source knows the sizes of its samples, a copy has the size of one of these.
+    is_sized = is_new and all(source.sizes[number] == size for number, (size, _) in hashed.items())
+    may_be_copies = np.isin(source.sizes, source.sizes[numbers]) if is_sized else np.full(len(source), True)
+    may_be_copies[numbers] = False
+    hashed |= _hash_contents(source, np.flatnonzero(may_be_copies).tolist(), workers)
+    test = sorted(number for number, (_, sha256) in hashed.items() if sha256 in held)
+    num_copies = len(test) - len({hashed[number] for number in test})
+    train = np.delete(np.arange(len(source)), test)
+    return {"test": source.select(test), "train": source.select(train)}, num_copies
 
 
-def _digest(source: Source, number: int) -> bytes | None:
-    """Return a hash of a sample as it is stored; ``None`` if it cannot be read."""
-    try:
-        stored = source.load(number)
-    except UnreadableSampleError:
-        return None
-    return hashlib.sha256(stored if isinstance(stored, bytes) else stored.tobytes()).digest()
+def _hash_contents(source: Source, numbers: Sequence[int], workers: int) -> dict[int, tuple[int, str]]:
+    """Return the size and hash of each of these samples as it is stored; no hash of one that cannot be read."""
+
+    def hash_content(number: int) -> tuple[int, str]:
+        try:
+            stored = source.load(number)
+        except UnreadableSampleError:
+            return int(source.sizes[number]), ""
+        content = stored if isinstance(stored, bytes) else stored.tobytes()
+        return len(content), _sha256(content)
+
+    hashes = map_in_workers(hash_content, numbers, workers if numbers else 0)
+    bar = progress_bar(hashes, total=len(numbers), desc="comparing", unit=source.modality.unit)
+    return dict(zip(numbers, bar, strict=True))
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def foresee(source: Source, workers: int, **options: Any) -> tuple[float, float]:

@@ -269,20 +269,22 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     assert others in d2v("convert-images", folder, tmp_path / "mds", "--labels", "none", "--skip-unreadable").stdout
 
 
-def test_a_file_that_comes_later_is_not_trained_on_if_it_is_a_copy(photos: Path, tmp_path: Path) -> None:
-    """8: and the choice of the others stays."""
+def test_what_was_held_out_is_not_trained_on(photos: Path, tmp_path: Path) -> None:
+    """8: after a kill between the two conversions, under whatever names it comes back; a new image is."""
     source, out = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "run"
-    with started("shard", source, out):
+    with started("held-out samples", source, out):
         pass
-    held = json.loads((out / "images" / "held_out.json").read_bytes())
-    shutil.copy(source / held[0], source / "copy.jpg")
+    held = samples_of(out / "images" / "test")
+    for number, path in enumerate([*source.rglob("*.jpg")]):
+        path.rename(source / f"{number}.jpg")
+    (source / "copy.jpg").write_bytes(held[0])
     (source / "new.jpg").write_bytes(encoded_image(1000))
-    (source / held[1]).unlink()
     distill(source, out, changes=(*SHORT, "max_duration=2ba"))
-    assert json.loads((out / "images" / "held_out.json").read_bytes()) == sorted([*held, "copy.jpg"])
+    assert samples_of(out / "images" / "test") == held
     trained = samples_of(out / "images" / "train")
+    assert not {*held} & {*trained}
+    assert len(trained) == NUM_IMAGES - len(held) + 1
     assert encoded_image(1000) in trained
-    assert (source / held[0]).read_bytes() not in trained
 
 
 @pytest.fixture
