@@ -104,7 +104,7 @@ def train_student(
     callbacks: Sequence[Callback] = (),
     *,
     teacher: Teacher | None = None,
-    when_built: Callable[[], object] = lambda: None,
+    when_built: Callable[[Trainer], object] = lambda trainer: None,
 ) -> Trainer:
     """Train a student, from the run's last checkpoint if there is one, and report. Call it on every rank.
 
@@ -112,7 +112,7 @@ def train_student(
         config: The run's.
         callbacks: Further callbacks, besides the YAML's.
         teacher: The config's teacher, if it is loaded already.
-        when_built: Called before the training, when no bad input can end the run anymore.
+        when_built: Called with the Trainer before the training, when no bad input can end the run anymore.
 
     Raises:
         InputError: A file, data set or setting cannot be used.
@@ -143,7 +143,7 @@ def train_student(
         schedulers=build_scheduler(config, len(train_loader)),
         algorithms=build_algorithms(config.algorithms),
     )
-    when_built()
+    when_built(trainer)
     header = {modality.unit: f"{data['samples']:,} in {data['location']}"}
     if retrieval is not None:
         sets = ", ".join(retrieval.datasets)

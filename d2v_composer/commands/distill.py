@@ -21,6 +21,7 @@ import shlex
 import shutil
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,6 +43,8 @@ from d2v_composer.system.files import check_out_file, check_owned, write_atomica
 from d2v_composer.system.processes import global_rank, is_launched
 
 if TYPE_CHECKING:
+    from composer import Trainer
+
     from d2v_composer.config.schema import TrainConfig
     from d2v_composer.data.modality import Modality
     from d2v_composer.data.source import Source
@@ -84,8 +87,8 @@ def main(argv: Sequence[str]) -> None:
     add("--column", metavar="NAME", help=COLUMN)
     arguments = parser.parse_intermixed_args(argv)
     arguments.out = Path(arguments.out)
-    if any(change.startswith("save_folder=") for change in arguments.changes):
-        raise InputError("save_folder: use --out instead")
+    if any(change.startswith(("run_name=", "save_folder=")) for change in arguments.changes):
+        raise InputError("run_name and save_folder: use --out instead")
     try:
         distill(arguments, argv)
     except InputError as error:  # settings that follow from --out
@@ -105,7 +108,7 @@ def distill(arguments: Namespace, argv: Sequence[str]) -> None:
     config = read_settings(arguments) if plan is None else plan.config
     # Before the seed is set, in every call: a student's random weights come after it.
     teacher = plan.teacher if plan is not None else None if is_launched() else build_teacher(config)
-    train_student(config, teacher=teacher, when_built=lambda: write_settings(arguments, config))
+    train_student(config, teacher=teacher, when_built=partial(settle, arguments, config))
     if global_rank() == 0:
         export(str(arguments.out / LATEST), arguments.out / STUDENT_FILE)
 
@@ -247,7 +250,7 @@ def configure(
     is_timm = arguments.teacher.startswith(PREFIX)
     own = {
         "run_name": arguments.out.name,
-        "save_folder": str(arguments.out),
+        "save_folder": str(arguments.out.with_name("{run_name}")),  # a copy of the settings may name another run
         "teacher.model": arguments.teacher if is_timm else DATA2VEC2,
         "teacher.checkpoint": None if is_timm else arguments.teacher,
         "train_loader.local": str(samples / "train"),
@@ -270,14 +273,34 @@ def read_settings(arguments: Namespace) -> "TrainConfig":
     return configure(arguments, arguments.out / samples.name, {}, path)
 
 
+def settle(arguments: Namespace, config: "TrainConfig", trainer: "Trainer") -> None:
+    """Write the settings with which the run goes on; of a finished run they stay.
+
+    Raises:
+        InputError: A change comes after the run's end.
+    """
+    from d2v_composer.callbacks.run_record import find_changes
+
+    if trainer.state.timestamp < config.max_duration:
+        write_settings(arguments, config)
+        return
+    before = read_settings(Namespace(**vars(arguments) | {"changes": []}))
+    if changes := "; ".join(find_changes("config", shown(before), shown(config))):
+        raise InputError(f"{arguments.out} holds a finished run: {changes}; choose another --out")
+
+
 def write_settings(arguments: Namespace, config: "TrainConfig") -> None:
     """Write all settings of the run, on rank 0."""
     import yaml
 
     if global_rank() == 0:
-        used = hide_secrets(config.model_dump(mode="json"))
-        settings = yaml.safe_dump(used, sort_keys=False, allow_unicode=True)
+        settings = yaml.safe_dump(shown(config), sort_keys=False, allow_unicode=True)
         write_atomically(arguments.out / SETTINGS, f"# {command_of(arguments)}\n{settings}")
+
+
+def shown(config: "TrainConfig") -> Any:
+    """Return all settings as plain values, without secrets."""
+    return hide_secrets(config.model_dump(mode="json"))
 
 
 def absolute(place: str) -> str:

@@ -337,6 +337,14 @@ def test_a_refused_change_changes_nothing(copied: Path, distilled: Path, photos:
         (["student.embed_dim=9999"], "student.embed_dim must be a whole number from 1 to 48, got 9999"),
         (["seed=1", "optimizer.lr=0.1"], "seed: checkpoint has 17, config has 1; optimizer.lr: "),
         (["optimiser.lr=1"], "optimiser: no such key; did you mean optimizer"),
+        (
+            ["retrieval.ks=[1,5]"],
+            r"holds a finished run: retrieval.ks: checkpoint has \[1, 3\], config has \[1, 5\]; .*",
+        ),
+        (
+            ["max_duration=2ba"],
+            "holds a finished run: max_duration: checkpoint has 4ba, config has 2ba; choose another --out",
+        ),
     ):
         line = refused(photos, copied, *SHORT, *changes)
         assert re.search(problem, line), line
@@ -350,6 +358,16 @@ def test_a_refused_change_changes_nothing(copied: Path, distilled: Path, photos:
     assert_same_student(copied, distilled)
     distill(photos, copied, changes=("max_duration=6ba",))  # what a resume may change
     assert yaml.safe_load((copied / "distill.yaml").read_text())["max_duration"] == "6ba"
+
+
+@pytest.mark.parametrize("settings", ["distill.yaml", "run.yaml"])
+def test_a_copy_of_the_settings_trains_another_run(settings: str, distilled: Path, tmp_path: Path) -> None:
+    """7, 10: in the folder of its own name, beside OUT."""
+    before, copy = contents_of(distilled), shutil.copy(distilled / settings, tmp_path / "mine.yaml")
+    ended = d2v("train", copy, f"run_name={settings}", "max_duration=2ba")
+    assert f"saved in {distilled.parent / settings}\n" in ended.stdout, ended.stderr
+    assert "ba2-rank0.pt" in (distilled.parent / settings / "latest-rank0.pt").readlink().name
+    assert contents_of(distilled) == before
 
 
 def test_a_refused_change_before_the_training_changes_nothing(photos: Path, distilled: Path, tmp_path: Path) -> None:
@@ -394,7 +412,7 @@ def test_bad_input_is_one_line(photos: Path, tmp_path: Path) -> None:
         (none, out, TEACHER, [], r"none: no images; .*; other files: 3 \.heic \(needs pillow-heif\)$"),
         (photos, out, "none.pt", [], "teacher.checkpoint: .*/none.pt: no such file$"),
         (photos, out, "timm/vit", [], "teacher.*no model 'timm/vit'"),
-        (photos, out, TEACHER, ["save_folder=here"], "save_folder: use --out instead$"),
+        (photos, out, TEACHER, ["run_name=here"], "run_name and save_folder: use --out instead$"),
         (
             photos,
             out,
