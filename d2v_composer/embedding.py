@@ -6,6 +6,7 @@ processes ends with the same bytes. Shapes: N samples, D channels.
 """
 
 import hashlib
+import io
 import json
 import shutil
 import time
@@ -31,8 +32,8 @@ from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
 from d2v_composer.models.precision import choose_precision, precision_of
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
-from d2v_composer.system.fetch import cache_folder, exists, is_remote, put
-from d2v_composer.system.files import acquire, check_out_file, partial_file, sole_user, write_atomically
+from d2v_composer.system.fetch import cache_folder, check_outputs, exists, is_remote, put
+from d2v_composer.system.files import acquire, sole_user, write_atomically
 from d2v_composer.system.processes import global_rank, num_ranks
 from d2v_composer.system.progress import progress_bar
 
@@ -40,6 +41,7 @@ LOCK_SECONDS = 10.0  # the workers of a killed run exit within a second
 CHUNK = 1024  # samples that a killed process loses at most
 POLL_SECONDS = 0.2
 RANK_SECONDS = 300.0  # by then a rank has begun, or never will
+MOVING = "moving"  # in the folder of chunks, since OUT was checked for the last time
 
 
 class EmbeddingOptions(NamedTuple):
@@ -93,8 +95,9 @@ class _Chunk(NamedTuple):
     def write(self, rows: Sequence[NDArray], unreadable: Sequence[tuple[int, str]]) -> None:
         numbers = np.array([number for number, _ in unreadable], int)
         reasons = np.array([reason for _, reason in unreadable], str)
-        with partial_file(self.path) as partial_path, partial_path.open("wb") as file:
-            np.savez(file, rows=np.concatenate(rows), numbers=numbers, reasons=reasons)
+        archive = io.BytesIO()  # on a full disk, numpy's writer hides the error behind another
+        np.savez(archive, rows=np.concatenate(rows), numbers=numbers, reasons=reasons)
+        write_atomically(self.path, archive.getvalue())
 
 
 def embed_source(
@@ -106,6 +109,7 @@ def embed_source(
     device: str = "cpu",
     workers: int = 0,
     skip_unreadable: bool = False,
+    overwrite: bool = False,
     part: Mapping[str, Any] | None = None,
 ) -> Embedding:
     """Embed every sample of a source, or of its part, into a file, or resume an interrupted run.
@@ -122,11 +126,12 @@ def embed_source(
         device: cpu or cuda.
         workers: Processes that decode samples.
         skip_unreadable: Skip and list unreadable samples instead of stopping.
+        overwrite: Replace ``out``.
         part: What is recorded of a part; see :class:`~d2v_composer.data.parts.Parts`.
 
     Raises:
-        InputError: A sample is unreadable, an embedding is not finite, another process writes the file, or an
-            interrupted run had other settings.
+        InputError: A sample is unreadable, an embedding is not finite, another process writes the file or has written
+            it, or an interrupted run had other settings.
         RunError: The disk, the store or a shard fails, or a worker was killed.
     """
     out, rank = str(out), global_rank()
@@ -135,10 +140,11 @@ def embed_source(
     width = embed_batch(model, (model.encoder.example(1),), options, device).shape[1]
     folder, unit = _partial_folder(out), source.modality.unit
     chunks = _cut(source, plan, folder)
-    with writing(out), sole_user(folder / f".lock{rank or ''}", LOCK_SECONDS) as alone:
+    with writing(folder), sole_user(folder / f".lock{rank or ''}", LOCK_SECONDS) as alone:
         if not alone:
             raise InputError(f"{out}: another process is writing it")
         if rank == 0:
+            check_out(out, overwrite=overwrite, part=part)
             _check_plan(folder, plan)
         start, left = time.monotonic(), [chunk for chunk in chunks if not chunk.path.exists()]
         total, to_do = (sum(len(chunk.samples) for chunk in some) for some in (chunks, left))
@@ -173,7 +179,7 @@ def embed_source(
         _check_skipped(reasons, skip_unreadable, unit)  # an interrupted run may have skipped them
         embedding = Embedding(total - len(reasons), width, reasons, resumed, seconds)
         blocks = (chunk.read_block(source) for chunk in chunks)
-        _write_table(out, blocks, embedding, np.dtype(options.dtype), part)
+        _write_table(out, blocks, embedding, np.dtype(options.dtype), overwrite, part)
     with suppress(OSError):
         folder.rmdir()
     return embedding
@@ -241,13 +247,13 @@ def merge(out: str, *, overwrite: bool = False) -> Embedding:
     parts, folder = Parts(out), _partial_folder(out)
     records = parts.read_all()
     first = next(iter(records.values()))
-    with writing(out), sole_user(folder / ".lock", LOCK_SECONDS) as alone:
+    with writing(folder), sole_user(folder / ".lock", LOCK_SECONDS) as alone:
         if not alone:
             raise InputError(f"{out}: another process is writing it")
         skipped = [reason for record in records.values() for reason in record["skipped"]]
         embedding = Embedding(sum(each["images"] for each in records.values()), first["channels"], skipped, 0, 0.0)
         read = (_read_part(parts.path(part), record["images"], folder) for part, record in records.items())
-        _write_table(out, chain.from_iterable(read), embedding, np.dtype(first["part"]["dtype"]))
+        _write_table(out, chain.from_iterable(read), embedding, np.dtype(first["part"]["dtype"]), overwrite)
     with suppress(OSError):
         folder.rmdir()
     return embedding
@@ -280,9 +286,14 @@ def _write_table(
     blocks: Iterable[tuple[NDArray, NDArray]],
     embedding: Embedding,
     dtype: np.dtype,
+    overwrite: bool,
     part: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write ids and embeddings, move them to ``out``, replacing an old file, and remove the folder of chunks."""
+    """Write ids and embeddings, move them to ``out``, and remove the folder of chunks.
+
+    Raises:
+        InputError: As in :func:`check_out`: they have come meanwhile.
+    """
     complete = (folder := _partial_folder(out)) / "embeddings"
     shape, all_ids, files = (embedding.images, embedding.channels), [], {}
     if out.endswith(".npy"):
@@ -295,9 +306,11 @@ def _write_table(
         files[_ids_file(out)] = folder / "ids.npy"
     else:
         _write_parquet(complete, blocks, embedding.channels, dtype)
-    if part is not None:
+    if part is not None:  # first, as it tells whose the others are
         write_atomically(folder / "record.json", json.dumps({"part": part} | embedding._asdict()))
-        files[f"{out.rpartition('.')[0]}.json"] = folder / "record.json"
+        files = {_record_of(out): folder / "record.json"} | files
+    check_out(out, overwrite=overwrite, part=part)
+    (folder / MOVING).touch()
     if not is_remote(out):
         Path(out).unlink(missing_ok=True)  # new ids must not be beside old embeddings
     elif part is None and exists(out):  # not every store's client can delete
@@ -322,23 +335,27 @@ def _write_parquet(path: Path, blocks: Iterable[tuple[NDArray, NDArray]], width:
             writer.write_batch(pa.record_batch([pa.array(ids.tolist(), id_type), embeddings], schema))
 
 
-def check_out(out: str, *, overwrite: bool) -> None:
-    """Check, before the work starts, that embeddings can be written.
+def check_out(out: str, *, overwrite: bool, part: Mapping[str, Any] | None = None) -> None:
+    """Check, before the work starts and again before they are moved there, that embeddings can be written.
+
+    What a killed run has begun to move to ``out`` is ours, as its folder shows, or of a part its record.
 
     Raises:
-        InputError: The suffix is neither .npy nor .parquet, the file exists, or it cannot be written.
+        InputError: The suffix is neither .npy nor .parquet, a file exists, or it cannot be written.
     """
     if not out.endswith(TABLES):
         raise InputError(f"{out} must end in {' or '.join(TABLES)}")
-    if out.endswith(".parquet"):
+    outputs = [out]
+    if out.endswith(".npy"):
+        outputs.append(_ids_file(out))
+    else:
         import pyarrow  # noqa: F401  (if it is missing, this error says what to install)
-    if not is_remote(out):
-        check_out_file(Path(out), overwrite=overwrite)
-        if out.endswith(".npy"):
-            # With our folder next to it, the ids are ours: a run was killed between the two files.
-            check_out_file(Path(_ids_file(out)), overwrite=overwrite or _partial_folder(out).exists())
-    elif exists(out) and not overwrite:
-        raise InputError(f"{out} already exists; choose another file, or append --overwrite")
+    is_ours = (_partial_folder(out) / MOVING).exists()
+    if part is not None:
+        outputs.append(record := _record_of(out))
+        with reading(record):
+            is_ours = is_ours or (exists(record) and "part" in Parts.load(record))
+    check_outputs(*outputs, overwrite=overwrite or is_ours)
 
 
 def _partial_folder(out: str) -> Path:
@@ -349,6 +366,10 @@ def _partial_folder(out: str) -> Path:
 
 def _ids_file(out: str) -> str:
     return f"{out.removesuffix('.npy')}.ids.npy"
+
+
+def _record_of(out: str) -> str:
+    return f"{out.rpartition('.')[0]}.json"
 
 
 def embed_batch(model: Backbone, batch: tuple[Tensor, ...], options: EmbeddingOptions, device: str) -> NDArray:

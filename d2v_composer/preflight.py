@@ -31,13 +31,12 @@ from d2v_composer.data.modalities import modality_of
 from d2v_composer.data.modality import Modality
 from d2v_composer.data.shards import fetch_index
 from d2v_composer.evaluation.metrics import read_jsonl
-from d2v_composer.system.addresses import MARK, Address, RunFolder
+from d2v_composer.system.addresses import MARK, PREFLIGHT, Address, RunFolder
 from d2v_composer.system.errors import InputError, RunError, reason
+from d2v_composer.system.fetch import names_in
 from d2v_composer.system.files import check_owned
 from d2v_composer.system.processes import if_interrupted, start_program
 
-FOLDER = ".d2v-preflight"
-"""Name of a preflight's folder, in the run's folder and cache; it is removed at the start and at the end."""
 STOP_AFTER_BATCHES = 3
 INTERVAL = 10  # batches from one logged pace to the next
 IMAGES_PER_SET = 128
@@ -109,8 +108,8 @@ class Rehearsal:
         self.logged: dict[str, dict[int, float]] = {}
         self.temporary = TemporaryDirectory()
         self.output = Path(self.temporary.name, "output.txt")
-        self.save_folder = f"{config.run_folder or self.temporary.name}/{FOLDER}"
-        self.folder, self.cache = RunFolder.parse(self.save_folder), Path(config.train_loader.local, FOLDER)
+        self.save_folder = f"{config.run_folder or self.temporary.name}/{PREFLIGHT}"
+        self.folder, self.cache = RunFolder.parse(self.save_folder), Path(config.train_loader.local, PREFLIGHT)
         self.log, self.latest = self.folder.local / LOG, self.folder.local / LATEST
         self.process: subprocess.Popen[Any] | None = None
         # The pace is the mean of these last intervals. Before them come torch.compile and, on a GPU, the batches that
@@ -147,7 +146,7 @@ class Rehearsal:
         """Write, read, list and delete a small file in S3; boto3's error names the operation that is denied."""
         self.remove()  # what a killed preflight left
         if (folder := self.config.run_folder) is not None:
-            check_owned(folder.local, MARK, "save_folder")
+            check_owned(folder.local, names_in(folder.local), MARK, "save_folder")
         scheme, bucket, path = Address.parse(self.save_folder)
         if scheme != "s3":
             return "the preflight writes and reads it"

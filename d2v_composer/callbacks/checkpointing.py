@@ -20,7 +20,6 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 from composer.utils.checkpoint import save_checkpoint
-from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,7 +30,8 @@ from d2v_composer.checkpoints.checkpoint import LATEST, LOG, prune, prune_store,
 from d2v_composer.system import processes
 from d2v_composer.system.addresses import MARK, RunFolder
 from d2v_composer.system.errors import InputError, RunError, writing
-from d2v_composer.system.files import acquire, check_owned
+from d2v_composer.system.fetch import names_in
+from d2v_composer.system.files import acquire, check_owned, missing_parts, release
 from d2v_composer.system.ranks import rank_zero_first
 
 NOTICE = "Interrupted: saving after this batch; a second Ctrl-C stops the run immediately, without saving"
@@ -235,8 +235,8 @@ class FolderLock:
 
     def __init__(self, folder: RunFolder) -> None:
         self.path = folder.local / MARK
-        check_owned(folder.local, MARK, "save_folder")
-        made = [each for each in (self.path, *self.path.parents) if not each.exists()]
+        check_owned(folder.local, names_in(folder.local), MARK, "save_folder")
+        made = missing_parts(self.path)
         try:
             said = self.path.read_text(errors="replace") if self.path.exists() else ""
             lock = acquire(self.path, wait=LOCK_WAIT_SECONDS)
@@ -262,16 +262,6 @@ class FolderLock:
             return True
         except OSError:  # a file system that is away for a moment must not end the run
             return False
-
-
-def release(lock: FileLock, made: list[Path]) -> None:
-    """Unlock a run's folder, and remove the file and the folders that the lock made if nothing was added to them."""
-    with suppress(OSError):
-        if made and [*made[0].parent.iterdir()] == made[:1]:
-            made[0].unlink()
-            for folder in made[1:]:
-                folder.rmdir()
-    lock.release()
 
 
 # fairseq's --min-loss-scale: below it every step is skipped.

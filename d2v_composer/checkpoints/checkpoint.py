@@ -6,7 +6,6 @@ that it names, and cannot tell a store that denies access from one without check
 
 import datetime
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +22,7 @@ from d2v_composer.checkpoints.safe_load import check_archive, fault_of
 from d2v_composer.system.addresses import MARK, RunFolder
 from d2v_composer.system.errors import InputError, RunError, reading, reason
 from d2v_composer.system.fetch import RETRY_SECONDS, download_existing, fetch, is_remote, list_names, open_store
+from d2v_composer.system.files import check_owned, move
 from d2v_composer.system.retry import is_missing, retry
 
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
@@ -155,7 +155,7 @@ def find_newest(folder: RunFolder, *, resumes: bool = True, uploads: bool = Fals
     ours, stored = folder.local / LOG, folder.local / f"{LOG}.stored"
     if folder.address is not None and _download(f"{folder.address}/{LOG}", stored):
         if not ours.exists() or stored.stat().st_size > ours.stat().st_size:
-            stored.replace(ours)
+            move(stored, ours)
         stored.unlink(missing_ok=True)
     return found
 
@@ -196,9 +196,7 @@ def fetch_model(path: str | Path) -> Path:
 
 def publish(partial: Path, checkpoint: Path) -> None:
     """Rename a complete checkpoint, then point ``latest-rank0.pt`` at it; readers find the old or the new one."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())  # in case the machine fails
-    partial.replace(checkpoint)
+    move(partial, checkpoint)
     point_at(checkpoint)
 
 
@@ -207,7 +205,7 @@ def point_at(checkpoint: Path) -> None:
     pointer = checkpoint.with_name(".latest.partial")
     pointer.unlink(missing_ok=True)
     pointer.symlink_to(checkpoint.name)
-    pointer.replace(checkpoint.with_name(LATEST))
+    move(pointer, checkpoint.with_name(LATEST), sync=False)
 
 
 def prune(folder: Path, num_to_keep: int) -> None:
@@ -267,10 +265,7 @@ def _stored_checkpoints(address: str) -> list[str]:
         ) from error
     if STORED_POINTER in names:
         return newest_first(names, _read_pointer(f"{address}/{STORED_POINTER}"))
-    if names and MARK not in names:
-        raise InputError(
-            f"save_folder: {address} holds files that are not ours, such as {names[0]}; choose another folder"
-        )
+    check_owned(address, names, MARK, "save_folder")
     return []
 
 

@@ -33,7 +33,7 @@ from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, reading, reason
-from d2v_composer.system.files import check_out_file, out_file
+from d2v_composer.system.files import out_file
 
 FORMAT_VERSIONS: dict[str, int] = {"teacher": 2, "student": 3, "classifier": 2}
 """What this package writes, and all that it reads."""
@@ -76,7 +76,7 @@ def write_model_file(
     """Write a complete file, or leave ``path`` as it was.
 
     Raises:
-        InputError: The path cannot be written.
+        RunError: The disk is full or fails.
     """
     metadata = {
         "format": f"d2v_composer.{kind}",
@@ -84,7 +84,6 @@ def write_model_file(
         "config": json.dumps(config),
         "provenance": json.dumps(hide_secrets(provenance)),
     }
-    check_out_file(path)
     with out_file(path) as partial:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)

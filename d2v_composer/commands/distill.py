@@ -125,7 +125,7 @@ def has_begun(arguments: Namespace) -> bool:
     Raises:
         InputError: OUT is the user's or another command's, or cannot be written.
     """
-    from d2v_composer.system.fetch import is_remote
+    from d2v_composer.system.fetch import is_remote, names_in
 
     source, out, path = arguments.source, arguments.out, arguments.out / SETTINGS
     if not is_remote(source) and out.resolve().is_relative_to(Path(source).resolve(strict="*" not in source)):
@@ -133,10 +133,10 @@ def has_begun(arguments: Namespace) -> bool:
     check_out_file(path)
     with errors_of("--out", ValueError):
         RunFolder.parse(str(out))
-    check_owned(out, MARK, "--out")
+    check_owned(out, names := names_in(out), MARK, "--out")
     with reading(out):
         if not path.exists():
-            if any(not name.startswith((MARK, SETTINGS)) for name in (os.listdir(out) if out.exists() else ())):
+            if any(not name.startswith((MARK, SETTINGS)) for name in names):
                 raise InputError(f"{out} holds a run of another command; choose another --out")
             return False
         if (found := path.read_text().partition("\n")[0][2:]) != command_of(arguments):
@@ -152,7 +152,6 @@ def make_plan(arguments: Namespace) -> Plan:
     """
     from d2v_composer.builders.models import build_augmentation
     from d2v_composer.builders.run import build_callbacks, build_teacher, choose_embeds, join_student
-    from d2v_composer.data.mds import INDEX, SUMMARY
     from d2v_composer.data.modalities import modality_of
 
     # The changes are checked before the teacher is fetched.
@@ -171,13 +170,6 @@ def make_plan(arguments: Namespace) -> Plan:
     choose_embeds(config, join_student(config, teacher))
     build_augmentation(config.train_loader, teacher.config, config.seed)
     build_callbacks(config)
-    for split in ("test", "train"):
-        summary, kept = samples / split / SUMMARY, encoding(modality, config, split == "test")
-        if (samples / split / INDEX).exists():
-            with reading(summary):
-                found = json.loads(summary.read_bytes())
-            if found | kept != found:
-                raise InputError(f"{samples / split} was not converted with {kept}; choose another --out")
     print(f"settings for {number} {modality.unit}: {', '.join(f'{key}={value}' for key, value in chosen.items())}")
     return Plan(config, teacher, source)
 
@@ -214,9 +206,19 @@ def prepare(arguments: Namespace, plan: Plan) -> None:
     lock, fetched, workers = FolderLock(RunFolder(arguments.out)), samples / FETCHED, os.cpu_count() or 1
     if has_begun(arguments):  # meanwhile
         raise InputError(f"{arguments.out}: another process has begun to train there; run the command again")
+    splits = []
+    for split in ("test", "train"):
+        summary, kept = samples / split / SUMMARY, encoding(modality, config, split == "test")
+        if not (samples / split / INDEX).exists():
+            splits.append(split)
+            continue
+        with reading(summary):
+            found = json.loads(summary.read_bytes())
+        if found | kept != found:
+            raise InputError(f"{samples / split} was not converted with {kept}; choose another --out")
     write_settings(arguments, config)
     print(f"all settings, including yours, are in {arguments.out / SETTINGS}")
-    if splits := [split for split in ("test", "train") if not (samples / split / INDEX).exists()]:
+    if splits:
         if is_remote(arguments.source):
             source = list_source(arguments, modality, fetched)
         print(f"other files: {name_counts(source.left_out)}")

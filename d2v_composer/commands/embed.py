@@ -87,6 +87,7 @@ def main(argv: Sequence[str]) -> Any:
         device=device,
         workers=arguments.workers,
         skip_unreadable=arguments.skip_unreadable,
+        overwrite=arguments.overwrite,
         part=plan,
     )
     if embedding.resumed:

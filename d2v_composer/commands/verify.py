@@ -96,6 +96,7 @@ def verify(
     from d2v_composer.checkpoints.load import save_student
     from d2v_composer.report.model_card import add_section
     from d2v_composer.report.tables import format_table
+    from d2v_composer.system.fetch import names_in
     from d2v_composer.system.machine import describe_machine, package_versions
 
     embedding, is_int8, takes_pixels = read_description(exported, student)
@@ -108,7 +109,7 @@ def verify(
     report, script = exported.with_name(f"{exported.name}.verify.json"), Path(check_program.__file__)
     check_out_file(report)
     if kit is not None:
-        check_owned(kit, "kit.json", "--kit")
+        check_owned(kit, names_in(kit), "kit.json", "--kit")
     limits = {"cosine": cosine or (0.98 if is_int8 else 0.999), "difference": difference or (9 if is_int8 else 1e-4)}
     batch = read_samples(student, images, MAX_SAMPLES, takes_pixels)
     inputs = [batch, batch[:7, : batch.shape[1] // 2]] if len(student.encoder.free_axes) > 1 else [batch]

@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from streaming import MDSWriter
-from streaming.base.storage import CloudUploader
 
 from d2v_composer.data.containers import SPLITS, find_files, open_source
 from d2v_composer.data.images import Images
@@ -34,9 +33,9 @@ from d2v_composer.data.mds import INDEX, SUMMARY, ShardFile, is_mds
 from d2v_composer.data.modality import Modality
 from d2v_composer.data.parts import Parts
 from d2v_composer.data.source import Source, hash_of, list_classes, list_subfolders, map_in_workers, open_folder
-from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, reason, writing
-from d2v_composer.system.fetch import cache_folder, download_existing, is_remote, list_etags, put
-from d2v_composer.system.files import sole_user, write_atomically
+from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
+from d2v_composer.system.fetch import cache_folder, is_remote, list_etags, names_in, put
+from d2v_composer.system.files import check_owned, sole_user, write_atomically
 from d2v_composer.system.part import ALL, Part
 from d2v_composer.system.processes import if_interrupted
 from d2v_composer.system.progress import progress_bar
@@ -244,25 +243,6 @@ class _Task(NamedTuple):
     etags: dict[str, str]
     """Those of the objects in ``out``, by name, as far as this process knows; only S3's."""
 
-    def check_out(self) -> None:
-        """Check that ``out`` can be written, and holds no finished data set.
-
-        Raises:
-            InputError: One of these does not hold.
-        """
-        is_finished = (Path(self.out) / INDEX).exists()
-        if is_remote(self.out):
-            try:
-                with TemporaryDirectory() as folder:
-                    CloudUploader.get((folder, self.out))  # which asks for the bucket
-                self.etags.update(list_etags(self.out))
-                is_finished = download_existing(f"{self.out}/{INDEX}", self.work / INDEX)
-            except Exception as error:
-                raise InputError(f"{self.out} cannot be written ({reason(error)})") from error
-        if is_finished:
-            shutil.rmtree(self.work, ignore_errors=True)  # if the conversion was killed after its index
-            raise InputError(f"{self.out} holds a finished data set; remove it, or choose another OUT")
-
     def finish_shard(self, number: int) -> dict[str, Any]:
         """Write a group's shard, unless it exists.
 
@@ -318,6 +298,21 @@ def work_folder(out: str) -> Path:
     return Path(out).resolve() / ".converting"
 
 
+def _check_out(out: str, work: Path) -> None:
+    """Check that OUT, local or in a store, is new or has an interrupted conversion, which its summary shows.
+
+    Raises:
+        InputError: It holds a finished data set or anything else, or cannot be listed.
+    """
+    names = {*names_in(out)} - {work.name}
+    if INDEX in names:
+        shutil.rmtree(work, ignore_errors=True)  # if the conversion was killed after its index
+        raise InputError(f"{out} holds a finished data set; remove it, or choose another OUT")
+    with reading(f"{out}/{SUMMARY}"):
+        is_ours = SUMMARY in names and "seed" in Parts.load(f"{out}/{SUMMARY}")
+    check_owned(out, names, SUMMARY if is_ours else "", "OUT")
+
+
 class Conversion(NamedTuple):
     """Result of a conversion."""
 
@@ -365,16 +360,18 @@ def convert(
     work, folder, unit = work_folder(out), Path(out), source.modality.unit
     if source.is_folder and work.is_relative_to(Path(source.root).resolve()):
         raise InputError(f"{out} is inside the folder of {unit}, {source.root}")
-    if not work.is_dir() and not (folder / INDEX).exists() and folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"{out} is not empty, and holds no interrupted conversion; choose another OUT")
+    _check_out(out, work)
     groups = source.part.of(_groups(source, options.get("resize"), seed, shard_bytes))
     labels = source.label and [*map(source.label, range(len(source)))]
     records = work / hash_of(source.marks.tolist(), labels, source.modality.name, options, seed, shard_bytes)[:16]
-    task = _Task(source, groups, options, skip_unreadable, out, work, records, {})
+    class_names = None if source.label is None else source.class_names
+    summary = {"classes": class_names, "seed": seed, **options} | ({"part": plan} if plan else {})
     with sole_user(work / "lock", LOCK_SECONDS) as alone:
         if not alone:
             raise InputError(f"{out}: another conversion is writing there")
-        task.check_out()
+        _check_out(out, work)
+        _write_json(out, work, {SUMMARY: summary})  # from now on, it says that OUT is ours
+        task = _Task(source, groups, options, skip_unreadable, out, work, records, list_etags(out))
         shards = []
         left = if_interrupted(lambda: "finished shards are kept; the same command resumes")
         with left, progress_bar(total=sum(map(len, groups)), desc="converting", unit=unit) as bar:
@@ -397,10 +394,8 @@ def convert(
         skipped = [line for shard in shards for line in shard["skipped"]]
         lengths = [length for shard in shards for length in shard["lengths"]]
         num_samples = sum(entry["samples"] for entry in entries)
-        class_names = None if source.label is None else source.class_names
-        summary = {unit: num_samples, "classes": class_names, "skipped": skipped, "seed": seed, **options}
-        summary |= ({"lengths": lengths} if lengths else {}) | ({"part": plan} if plan else {})
-        _write_index(out, work, summary, {"version": 2, "shards": entries})
+        summary |= {unit: num_samples, "skipped": skipped} | ({"lengths": lengths} if lengths else {})
+        _write_json(out, work, {SUMMARY: summary, INDEX: {"version": 2, "shards": entries}})
         shutil.rmtree(work)
     num_bytes = sum(entry["raw_data"]["bytes"] for entry in entries)
     num_kept = sum("is_kept" in shard for shard in shards)
@@ -432,16 +427,18 @@ def merge(out: str) -> Conversion:
             summary[name] = listed
     if not entries:
         raise InputError(f"{parts.folder}: no part has {unit} that can be read")
-    if parts.load(f"{parts.out}/{INDEX}") not in (None, index := {"version": 2, "shards": entries}):
-        raise InputError(f"{parts.out} holds another data set; remove its {INDEX}")
-    _write_index(parts.out, Path(parts.folder) if is_local else None, summary, index)
+    files = {SUMMARY: summary, INDEX: {"version": 2, "shards": entries}}
+    for name, content in files.items():
+        if parts.load(f"{parts.out}/{name}") not in (None, content):
+            raise InputError(f"{parts.out} holds another data set; remove its {name}")
+    _write_json(parts.out, Path(parts.folder) if is_local else None, files)
     num_bytes = sum(entry["raw_data"]["bytes"] for entry in entries)
     return Conversion(summary[unit], summary.get("lengths", []), num_bytes, len(entries), summary["skipped"], 0)
 
 
-def _write_index(out: str, work: Path | None, summary: Mapping[str, Any], index: Mapping[str, Any]) -> None:
-    """Write the index of a data set, which finishes it, after all shards."""
-    for name, content in ((SUMMARY, summary), (INDEX, index)):
+def _write_json(out: str, work: Path | None, files: Mapping[str, Any]) -> None:
+    """Write files by name; the index, which finishes a data set, comes last."""
+    for name, content in files.items():
         with _published(out, name, work) as path:
             path.write_text(json.dumps(content, sort_keys=True))
 

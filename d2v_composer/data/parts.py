@@ -15,7 +15,7 @@ from typing import Any
 from d2v_composer.data.mds import INDEX, SUMMARY
 from d2v_composer.data.source import Source
 from d2v_composer.system.errors import InputError, reading
-from d2v_composer.system.fetch import download_existing, exists, is_remote, list_folder
+from d2v_composer.system.fetch import download_existing, exists, is_remote, list_folder, names_in
 from d2v_composer.system.part import Part
 
 TABLES = (".npy", ".parquet")
@@ -66,12 +66,8 @@ class Parts:
         if exists(f"{self.folder}/{part.name}{self._last}"):
             self._read(part, plan, "this command")
             return True
-        if not self.suffix:
-            others = [path.name for path in Path(self.out).glob("*") if path.name != "parts"]  # of a store: none
-            if others or self.load(f"{self.out}/{INDEX}"):
-                raise InputError(
-                    f"{self.out} holds something other than parts: {[*others, INDEX][0]}; choose another OUT"
-                )
+        if not self.suffix and (others := {name.partition("/")[0] for name in names_in(self.out)} - {"parts"}):
+            raise InputError(f"{self.out} holds something other than parts: {min(others)}; choose another OUT")
         return False
 
     def read_all(self) -> dict[Part, dict[str, Any]]:

@@ -12,6 +12,8 @@ from typing_extensions import Self
 STUDENT_FILE = "student.safetensors"
 # The file of a run's lock; a folder that has it is a run's, and in a store too.
 MARK = ".in_use"
+# A preflight's folder in the folder and cache of its run, which it removes at its start and end.
+PREFLIGHT = ".d2v-preflight"
 # Stores to which Composer can write.
 STORES = ("s3", "gs", "oci", "azure", "dbfs")
 WEB = ("http", "https")

@@ -18,8 +18,8 @@ import torch
 from filelock import FileLock
 
 from d2v_composer.system.addresses import STORES, STUDENT_FILE, Address, file_name, hide_secrets, identity
-from d2v_composer.system.errors import InputError, RunError, reason
-from d2v_composer.system.files import partial_file, write_atomically
+from d2v_composer.system.errors import InputError, RunError, reading, reason
+from d2v_composer.system.files import check_out_file, move, partial_file, write_atomically
 from d2v_composer.system.processes import local_rank
 from d2v_composer.system.progress import progress_bar
 from d2v_composer.system.retry import CONNECT_SECONDS, is_missing, retry
@@ -198,6 +198,33 @@ def exists(address: str) -> bool:
     return name in (list_etags(folder, name) if address.startswith("s3://") else list_folder(folder)[1])
 
 
+def names_in(folder: str | Path) -> list[str]:
+    """Return the names or paths of what is in a folder, local or in a store; none if there is no such folder.
+
+    Raises:
+        InputError: It cannot be listed.
+    """
+    if is_remote(folder):
+        return [name for name in list_folder(str(folder))[1] if name]  # without a console's empty folder
+    with reading(folder):
+        return os.listdir(folder) if os.path.lexists(folder) else []
+
+
+def check_outputs(*outputs: str, overwrite: bool) -> None:
+    """Check that the files which a command writes, local or in a store, are new or may be replaced.
+
+    Call it before the work starts, and again under the command's lock before they are written.
+
+    Raises:
+        InputError: One exists, or cannot be written.
+    """
+    for output in outputs:
+        if not is_remote(output):
+            check_out_file(Path(output), overwrite=overwrite)
+        elif not overwrite and exists(output):
+            raise InputError(f"{output} already exists; choose another file, or append --overwrite")
+
+
 def put(path: Path, address: str) -> None:
     """Move a file to its final path, or upload it to a store, under any name.
 
@@ -206,7 +233,7 @@ def put(path: Path, address: str) -> None:
         OSError: The disk fails.
     """
     if not is_remote(address):
-        path.replace(Path(address))
+        move(path, Path(address))
         return
     from streaming.base.storage import CloudUploader
 

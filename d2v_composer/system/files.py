@@ -1,4 +1,7 @@
-"""Write local files atomically, so that readers and restarts find them complete or not at all, and lock them."""
+"""Write local files atomically, so that readers and restarts find them complete or not at all, and lock them.
+
+Each file of ours gets its name in :func:`move`.
+"""
 
 import errno
 import logging
@@ -8,13 +11,14 @@ import re
 import secrets
 import stat
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from d2v_composer.system.errors import InputError, reading, writing
+from d2v_composer.system.addresses import PREFLIGHT
+from d2v_composer.system.errors import InputError, writing
 
 # NAME.PROCESS-NUMBER.partial; downloaders append suffixes of their own. It ends like no file that we look for.
 PARTIAL = re.compile(r"\.\d+-\d+\.partial(\.tmp|\.\w{8})?$")
@@ -25,9 +29,14 @@ LONGEST_SOCKET_FOLDER = 70
 
 log = logging.getLogger(__name__)
 
+_free: set[Path] = set()
+"""Paths at which a command found no file: it replaces none that came there since."""
+
 
 def check_out_file(path: Path, *, overwrite: bool = True) -> None:
     """Check, before the work starts, that a file can be written; its folder may not exist yet.
+
+    Without ``overwrite``, :func:`move` refuses, too, if the file exists by then.
 
     Raises:
         InputError: The path is a folder or an object store's address, its folder is not writable, or it exists.
@@ -36,8 +45,10 @@ def check_out_file(path: Path, *, overwrite: bool = True) -> None:
         raise InputError(f"{path}: expected a local file, not one in an object store")
     if path.is_dir():
         raise InputError(f"{path} is a folder; expected a file to write")
-    if not overwrite and os.path.lexists(path):
-        raise InputError(f"{path} already exists; choose another file, or append --overwrite")
+    _free.discard(path)
+    if not overwrite:
+        _check_free(path)
+        _free.add(path)
     folder = path.parent.absolute()
     existing = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
     try:  # permissions do not show a read-only file system, nor what root may not do
@@ -46,19 +57,46 @@ def check_out_file(path: Path, *, overwrite: bool = True) -> None:
         raise InputError(f"{path} cannot be written: {existing}: {error.strerror}") from error
 
 
-def check_owned(folder: Path, mark: str, key: str) -> None:
-    """Check that a folder is missing, empty, or ours, which the file ``mark`` in it shows.
+def _check_free(path: Path) -> None:
+    if os.path.lexists(path):
+        raise InputError(f"{path} already exists; choose another file, or append --overwrite")
+
+
+def move(partial: Path, path: Path, *, sync: bool = True) -> None:
+    """Give a complete file its name, and replace an old one.
+
+    Args:
+        partial: The file, in a folder on the same disk.
+        path: Its name.
+        sync: Flush the file to the disk before, so that it survives a power failure.
+
+    Raises:
+        InputError: :func:`check_out_file` found no file there, and now there is one.
+    """
+    if sync:
+        with partial.open("r+b") as file:  # Windows flushes no file that is open for reading
+            os.fsync(file.fileno())
+    if path in _free:
+        _check_free(path)
+        _free.remove(path)
+    partial.replace(path)
+
+
+def check_owned(folder: Path | str, names: Iterable[str], mark: str, key: str) -> None:
+    """Check that a folder, local or in a store, is missing, empty, or ours, which the file ``mark`` in it shows.
+
+    Args:
+        folder: Its path or address.
+        names: The names or paths of what is in it.
+        mark: The name of a file that only we write there.
+        key: The setting that chooses the folder, for the error.
 
     Raises:
         InputError: It holds other files, which are not mixed with ours.
     """
-    with reading(folder):
-        if os.path.lexists(folder / mark) or not os.path.lexists(folder):
-            return
-        if (other := next(folder.iterdir(), None)) is not None:
-            raise InputError(
-                f"{key}: {folder} holds files that are not ours, such as {other.name}; choose another folder"
-            )
+    inside = {name.partition("/")[0] for name in names}
+    if mark not in inside and (foreign := sorted(inside - {PREFLIGHT})):
+        raise InputError(f"{key}: {folder} holds files that are not ours, such as {foreign[0]}; choose another folder")
 
 
 @contextmanager
@@ -70,16 +108,13 @@ def partial_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
 
     Args:
         path: The final path. Missing folders are made.
-        sync: Flush the file to the disk before the rename, so that it survives a power failure.
+        sync: See :func:`move`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.randbits(32)}.partial")
     try:
         yield partial
-        if sync:
-            with partial.open("r+b") as file:  # Windows flushes no file that is open for reading
-                os.fsync(file.fileno())
-        partial.replace(path)
+        move(partial, path, sync=sync)
     except BaseException:
         with suppress(OSError):  # the first error matters more
             for left in (each for each in path.parent.iterdir() if each.name.startswith(partial.name)):
@@ -142,15 +177,30 @@ def acquire(path: Path, wait: float = 0) -> FileLock | None:
     return lock
 
 
+def missing_parts(path: Path) -> list[Path]:
+    """Return a file and those folders above it that do not exist yet."""
+    return [each for each in (path, *path.parents) if not each.exists()]
+
+
+def release(lock: FileLock, made: Sequence[Path]) -> None:
+    """Unlock a file, and remove what :func:`missing_parts` returned before if nothing was added to it."""
+    with suppress(OSError):
+        if made and [*made[0].parent.iterdir()] == [made[0]]:
+            made[0].unlink()
+            for folder in made[1:]:
+                folder.rmdir()
+    lock.release()
+
+
 @contextmanager
 def sole_user(path: Path, wait: float = 0) -> Iterator[bool]:
     """Lock a file as with :func:`acquire` until the ``with`` block ends; yield ``False`` if it is locked elsewhere."""
-    lock = acquire(path, wait)
+    made, lock = missing_parts(path), acquire(path, wait)
     try:
         yield lock is not None
     finally:
         if lock is not None:
-            lock.release()
+            release(lock, made)
 
 
 def shorten_socket_paths() -> None:

@@ -30,6 +30,7 @@ from d2v_composer.data.modality import read_sample_file
 from d2v_composer.embedding import Embedding
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.transformer import Transformer
+from d2v_composer.system import fetch
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError
 from d2v_composer.system.files import sole_user
 from gated_store import GatedStore
@@ -332,16 +333,24 @@ def test_new_ids_are_never_beside_old_embeddings_in_a_store(
     assert stored[out] == (tmp_path / "whole.npy").read_bytes()
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path, photos: Path) -> None:
-    out = tmp_path / "out.npy"
+@pytest.mark.parametrize("place", ["folder", "store"])
+@pytest.mark.parametrize("limit", [7000, 1000], ids=["file", "chunk"])
+def test_a_full_disk_is_one_line(
+    tmp_path: Path, photos: Path, limit: int, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """14: the line names a folder on that disk, also if OUT is in a store; 41 rows of 192 bytes, 8 in a chunk."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(fetch, "list_etags", lambda *_: {})  # nothing is in the store
+    out = str(tmp_path / "out.npy") if place == "folder" else "s3://bucket/out.npy"
+    command = (str(TEACHER), str(photos), out, "--workers", "0", *SMALL_BATCHES)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (7000, hard))  # the file needs 41 rows of 192 bytes
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(RunError, match=f"^{out} cannot be written: File too large$"):
-            embed(TEACHER, photos, out, *SMALL_BATCHES)
+        with pytest.raises(RunError, match=rf"^{tmp_path}\S+ cannot be written: File too large$"):
+            embed_command.main(command)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert embed(TEACHER, photos, out, *SMALL_BATCHES).images == 41
+    assert place == "store" or embed_command.main(command).images == 41  # where there is room again
 
 
 def test_unreadable_images_stop_or_are_skipped(

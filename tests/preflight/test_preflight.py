@@ -15,7 +15,7 @@ from d2v_composer.config.load import load_config
 from d2v_composer.preflight import Rehearsal, check
 from d2v_composer.system.errors import InputError
 from gated_store import GatedStore
-from helpers import ROOT, run_command, small_run, traced, wait_until
+from helpers import ROOT, run_command, run_training, small_run, traced, wait_until
 from recipes import preflight
 
 PREFLIGHT = ROOT / "recipes" / "preflight.py"
@@ -181,6 +181,21 @@ def test_a_preflight_that_is_stopped_leaves_no_process(tmp_path: Path, small_dat
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
     assert not psutil.wait_procs(children, timeout=20)[1]
+
+
+@pytest.mark.parametrize("is_remote", [False, True], ids=["folder", "store"])
+def test_what_a_killed_preflight_left_does_not_stop_its_run(
+    store: GatedStore, small_data: Path, tmp_path: Path, is_remote: bool
+) -> None:
+    left = tmp_path / "runs" / "killed" / ".d2v-preflight"
+    left.mkdir(parents=True)
+    (left / "log.jsonl").touch()
+    store.client().put_object(Bucket=BUCKET, Key="runs/killed/.d2v-preflight/log.jsonl", Body=b"")
+    folder = f"s3://{BUCKET}/runs/killed" if is_remote else "runs/killed"
+    short = ("max_duration=1ba", "scheduler.t_warmup=0ba")
+    arguments = small_run(left, small_data, f"save_folder={folder}", *short)
+    run_training(*arguments, cwd=tmp_path, environment=store.environment)
+    assert (left.parent / "latest-rank0.pt").exists()
 
 
 def test_several_nodes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

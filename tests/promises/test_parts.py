@@ -93,6 +93,9 @@ def test_parts_of_a_conversion(sources: dict[str, list[str]], tmp_path: Path, ki
     succeed("convert-images", source, whole, *options, *CONVERT)
     make_parts(count, "convert-images", source, out, *options, *CONVERT)
     assert not (out / "index.json").exists()
+    (out / "conversion.json").write_text("{}")
+    assert failure(d2v("merge", out), 2) == f"error: {out} holds another data set; remove its conversion.json"
+    (out / "conversion.json").unlink()
     report = succeed("merge", out)
     assert f"wrote {out}: {NUM_IMAGES} samples" in report
     assert f"next: composer recipes/train.py yamls/distill.yaml train_loader.local={out}" in report
