@@ -62,12 +62,12 @@ def fit_and_close(
 
 
 def _fit(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]) -> None:
+    checkpoints = find_callback(trainer.state, Checkpoints)
+    assert checkpoints is not None
+    checkpoints.begin()
     if trainer.state.timestamp < config.max_duration:
         if dist.get_global_rank() == 0:
             print(_describe(trainer, config, header))
-        checkpoints = find_callback(trainer.state, Checkpoints)
-        assert checkpoints is not None
-        checkpoints.begin_training()
         with lean_engine(trainer):
             trainer.fit()
         checkpoints.end_training(trainer.state)

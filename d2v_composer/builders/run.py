@@ -185,14 +185,16 @@ def build_trainer(
     # First lock the folder, then select the checkpoint in it: another run could still write one.
     advice = "; the same command resumes" if config.autoresume else ""
     checkpoints = Checkpoints(folder, config.save_interval, config.save_num_checkpoints_to_keep, uploads, advice)
-    checkpoint = find_checkpoint(config)
-    precision = choose_precision(config.precision).trainer
-    if checkpoint is not None:
-        with errors_of(str(checkpoint.path)):  # before a file is written or a tensor loaded
+
+    def accept(found: Checkpoint) -> None:
+        """Check that the run may go on from a checkpoint, before a file is written or a tensor loaded."""
+        with errors_of(str(found.path)):
             for callback in (record, *own):  # another program has saved others: its tensors are compared
-                if saved := checkpoint.saved_by(type(callback).__name__):
+                if saved := found.saved_by(type(callback).__name__):
                     callback.load_state_dict(dict(saved))
-            check_tensors(model, checkpoint.tensors, "")
+            check_tensors(model, found.tensors, "")
+
+    checkpoint, precision = find_checkpoint(config, accept), choose_precision(config.precision).trainer
     with patched_composer(checkpoint and checkpoint.contents):
         return Trainer(
             model=model,
@@ -448,15 +450,17 @@ def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, E
     return primary, model.in_precision(student.embed), {name: known[name] for name in retrieval.baselines}
 
 
-def find_checkpoint(config: TrainerConfig) -> Checkpoint | None:
+def find_checkpoint(config: TrainerConfig, accept: Callable[[Checkpoint], None]) -> Checkpoint | None:
     """Read the run's newest checkpoint or, for a new run, the one in ``load_path``: the same one on every rank.
+
+    ``accept`` raises on each rank if the run cannot go on from it.
 
     Raises:
         InputError: It is corrupt, cannot be read, leaves nothing to train, or ``recipes/train.py`` did not write it; or
             the folder has one, and ``autoresume`` is false.
     """
     folder = config.run_folder
-    if folder is not None and (newest := _share_newest(folder, config.autoresume)) is not None:
+    if folder is not None and (newest := _share_newest(folder, config.autoresume, accept)) is not None:
         return newest
     if config.load_path is None:
         return None
@@ -473,10 +477,11 @@ def find_checkpoint(config: TrainerConfig) -> Checkpoint | None:
                 f"load_path: {config.load_path}: batch {found.trained('batch')} is not before max_duration {length}; "
                 "set a larger max_duration"
             )
+    accept(found)
     return found
 
 
-def _share_newest(folder: RunFolder, resumes: bool) -> Checkpoint | None:
+def _share_newest(folder: RunFolder, resumes: bool, accept: Callable[[Checkpoint], None]) -> Checkpoint | None:
     """Bring rank 0's newest checkpoint to every node, and read it; ``None`` for a new run.
 
     Raises:
@@ -486,7 +491,7 @@ def _share_newest(folder: RunFolder, resumes: bool) -> Checkpoint | None:
     newest, shared = None, [("", "")]
     with rank_zero_first("the newest checkpoint"):
         if dist.get_global_rank() == 0:
-            newest = find_newest(folder, resumes=resumes, uploads=on_several_nodes)
+            newest = find_newest(folder, accept, resumes=resumes, uploads=on_several_nodes)
             if newest is not None:
                 shared = [(newest.path.name, sha256(newest.path) if on_several_nodes else "")]
     dist.broadcast_object_list(shared)
@@ -500,4 +505,6 @@ def _share_newest(folder: RunFolder, resumes: bool) -> Checkpoint | None:
                 download_checkpoint(address, path)
             if sha256(path) != digest:
                 raise InputError(f"{address or path} differs from the checkpoint with that name on node 0")
-        return newest or read_checkpoint(path)
+        if newest is None:
+            accept(newest := read_checkpoint(path))
+        return newest

@@ -26,7 +26,16 @@ from tqdm import tqdm
 from d2v_composer.callbacks.logging import Uploads
 from d2v_composer.callbacks.trainer_state import find_callback, loss_scale
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
-from d2v_composer.checkpoints.checkpoint import LATEST, LOG, prune, prune_store, publish, upload, upload_checkpoint
+from d2v_composer.checkpoints.checkpoint import (
+    LATEST,
+    LOG,
+    prune,
+    prune_store,
+    publish,
+    upload,
+    upload_checkpoint,
+    upload_missing,
+)
 from d2v_composer.system import processes
 from d2v_composer.system.addresses import MARK, RunFolder
 from d2v_composer.system.errors import InputError, RunError, writing
@@ -58,7 +67,7 @@ class Checkpoints(Callback):
     A run whose folder was removed also stops after its batch, with an error.
 
     Pass no ``save_folder`` to the Trainer, and this callback before ZeroShotRetrieval and after other callbacks. Call
-    :meth:`begin_training` before the Trainer's ``fit``, and :meth:`end_training` after it.
+    :meth:`begin` before the Trainer's ``fit``, and :meth:`end_training` after it.
 
     Args:
         folder: The run's folder, which is locked from now on; ``None`` saves nothing.
@@ -169,18 +178,22 @@ class Checkpoints(Callback):
         self.stopped_by = (*STOPS, None)[code]
         return code
 
-    def begin_training(self) -> None:
-        """Begin a new log if no checkpoint is continued, and write the first file to the run's store.
+    def begin(self) -> None:
+        """Mark the folder, here and in the store, as the run's, now that nothing can refuse the run.
+
+        Begin a new log if no checkpoint is continued; else let the store have it.
 
         Raises:
             RunError: The store denies it.
         """
         with rank_zero_first("save_folder"):
             if self.folder is not None and self.lock is not None:
+                self.lock.mark(self.folder.address or "")
                 if not (self.folder.local / LATEST).exists():  # of a run that was killed before its first checkpoint
                     (self.folder.local / LOG).unlink(missing_ok=True)
                 if self.folder.address is not None:
                     upload(self.lock.path, f"{self.folder.address}/{MARK}", denial_passes=False)
+                    upload_missing(self.folder)
 
     def end_training(self, state: State) -> None:
         """Exit if a signal arrived since the last batch; all is saved, so later signals end the process immediately.
@@ -252,7 +265,11 @@ class FolderLock:
             self.path.write_text(said)  # the lock may have emptied it
             this = folder.address or "this run"
             raise InputError(f"save_folder: {folder.local} holds the files of {other}, not of {this}")
-        self.path.write_text(f"{folder.address or ''}\nprocess {os.getpid()} of {platform.node()}\n")
+        self.mark((folder.address or "") if made else other)
+
+    def mark(self, address: str) -> None:
+        """Write the store, if any, whose files the folder holds copies of, and who uses it."""
+        self.path.write_text(f"{address}\nprocess {os.getpid()} of {platform.node()}\n")
 
     def is_removed(self) -> bool:
         """Return True if the folder or its lock was removed, even if the path now names a new file."""

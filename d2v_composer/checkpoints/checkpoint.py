@@ -9,6 +9,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeVar
@@ -22,7 +23,7 @@ from d2v_composer.checkpoints.safe_load import check_archive, fault_of
 from d2v_composer.system.addresses import MARK, RunFolder
 from d2v_composer.system.errors import InputError, RunError, reading, reason
 from d2v_composer.system.fetch import RETRY_SECONDS, download_existing, fetch, is_remote, list_names, open_store
-from d2v_composer.system.files import check_owned, move
+from d2v_composer.system.files import check_owned, move, partial_file
 from d2v_composer.system.retry import is_missing, retry
 
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
@@ -107,24 +108,28 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return found
 
 
-def find_newest(folder: RunFolder, *, resumes: bool = True, uploads: bool = False) -> Checkpoint | None:
+def find_newest(
+    folder: RunFolder, accept: Callable[[Checkpoint], object], *, resumes: bool = True, uploads: bool = False
+) -> Checkpoint | None:
     """Read a run's newest complete checkpoint, from its local folder or its store; ``None`` if there is none.
 
-    ``latest-rank0.pt`` points at it from then on. A log in the store that is longer than the local one replaces it:
-    another machine went on.
+    Once it is accepted, ``latest-rank0.pt`` points at it. A log in the store that is longer than the local one replaces
+    it: another machine went on.
 
     Candidates are the targets of the two pointers ``latest-rank0.pt`` and the checkpoints before them; without a
     pointer, all local ones. Truncated or corrupt ones are skipped with a warning.
 
     Args:
         folder: The run's folder.
+        accept: Raises if the run is another one, before anything changes.
         resumes: It may have checkpoints.
-        uploads: Upload a local checkpoint even if the store has one of that name: after a change of machines it may
-            be another.
+        uploads: Upload a local checkpoint, for other nodes, even if the store has one of that name: after a change of
+            machines it may be another.
 
     Raises:
         InputError: The store cannot be read or holds other files, no checkpoint is complete, ``recipes/train.py`` did
             not write it, or there is one and not ``resumes``.
+        Exception: ``accept``'s.
         RunError: The store cannot be written.
     """
     pointer = folder.local / LATEST
@@ -138,13 +143,17 @@ def find_newest(folder: RunFolder, *, resumes: bool = True, uploads: bool = Fals
         )
     for name in newest_first({*here, *there}):
         path = folder.local / name
-        if name in here and (found := _read_complete(path)) is not None:
-            if folder.address is not None and (uploads or there[:1] != [name]):
-                upload_checkpoint(path, folder.address)
-            break
-        if name in there:
-            download_checkpoint(f"{folder.address}/{name}", path)
-            if (found := _read_complete(path)) is not None:
+        with suppress(CorruptCheckpointError):
+            if name in here:
+                accept(found := _read_complete(path))
+                if uploads and folder.address is not None:
+                    upload_checkpoint(path, folder.address)
+                break
+        with suppress(CorruptCheckpointError):
+            if name in there:
+                with partial_file(path) as fetched:
+                    download_checkpoint(f"{folder.address}/{name}", fetched)
+                    accept(found := _read_complete(fetched)._replace(path=path))
                 break
     else:
         if here or there:
@@ -160,12 +169,12 @@ def find_newest(folder: RunFolder, *, resumes: bool = True, uploads: bool = Fals
     return found
 
 
-def _read_complete(path: Path) -> Checkpoint | None:
+def _read_complete(path: Path) -> Checkpoint:
     try:
         return read_checkpoint(path)
     except CorruptCheckpointError as error:
         log.warning("%s: skipped", error)
-        return None
+        raise
 
 
 def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
@@ -267,6 +276,17 @@ def _stored_checkpoints(address: str) -> list[str]:
         return newest_first(names, _read_pointer(f"{address}/{STORED_POINTER}"))
     check_owned(address, names, MARK, "save_folder")
     return []
+
+
+def upload_missing(folder: RunFolder) -> None:
+    """Upload a run's newest checkpoint, unless the run's store has it: a run was killed before, or had no store.
+
+    Raises:
+        RunError: The store cannot be written.
+    """
+    newest = (folder.local / LATEST).resolve()
+    if folder.address is not None and newest.exists() and newest.name not in _stored_checkpoints(folder.address)[:1]:
+        upload_checkpoint(newest, folder.address)
 
 
 def download_checkpoint(address: str, path: Path) -> None:

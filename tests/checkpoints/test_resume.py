@@ -29,7 +29,7 @@ def run_folder(uninterrupted: Path, tmp_path: Path) -> Path:
 
 
 def newest_in(folder: Path, address: str | None = None) -> Path | None:
-    found = find_newest(RunFolder(folder, address))
+    found = find_newest(RunFolder(folder, address), lambda checkpoint: None)
     return found and found.path
 
 
@@ -143,6 +143,8 @@ def test_a_resumed_run_keeps_the_longer_log_and_uploads_its_checkpoint(
     monkeypatch.setattr(checkpoints, "list_names", lambda address: [])
     monkeypatch.setattr(checkpoints, "upload_checkpoint", lambda *arguments: uploaded.append(arguments))
     assert newest_in(run_folder, "s3://bucket/run") == run_folder / "ep2-ba14-rank0.pt"
+    assert uploaded == []
+    checkpoints.upload_missing(RunFolder(run_folder, "s3://bucket/run"))  # when the training begins
     assert uploaded == [(run_folder / "ep2-ba14-rank0.pt", "s3://bucket/run")]
     assert path.read_text() == expected
 

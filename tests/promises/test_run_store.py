@@ -139,6 +139,40 @@ def test_a_folder_in_a_store_that_holds_other_files_is_refused(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_refused_run_uploads_nothing_and_the_right_ones_work_next(
+    store: GatedStore, small_data: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """11: with the folder of a run that had no store so far, which goes on without, and then with one."""
+    local, remote = Path("runs") / "moved", f"s3://{BUCKET}/runs/moved"
+    shutil.copytree(uninterrupted, tmp_path / local, symlinks=True)
+    refused = train_command(small_run(local, small_data, f"save_folder={remote}", "seed=18"))
+    ended = run_command(*refused, cwd=tmp_path, environment=store.environment)
+    assert "seed: checkpoint has 17, config has 18" in failure(ended, 2)
+    assert store.objects(BUCKET, "runs/moved/") == {}
+    assert "this run is complete" in run_training(*small_run(local, small_data), cwd=tmp_path).stdout
+    run_training(
+        *small_run(Path(remote), small_data, f"save_folder={remote}"), cwd=tmp_path, environment=store.environment
+    )
+    stored = store.objects(BUCKET, "runs/moved/")
+    assert stored[POINTER].decode().strip() == "runs/moved/ep2-ba14-rank0.pt"
+    assert {".in_use", "ep2-ba14-rank0.pt", "log.jsonl"} <= stored.keys()
+    again = run_command(*train_command(small_run(local, small_data)), cwd=tmp_path)
+    assert f"holds the files of {remote}, not of this run" in failure(again, 2)
+
+
+def test_a_refused_run_leaves_no_copy_of_a_stores_checkpoint(
+    store: GatedStore, small_data: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """11: it would lie beside another run's, or become another run's."""
+    prefix, name = "runs/copied", "ep2-ba14-rank0.pt"
+    store.client().upload_file(str(uninterrupted / name), BUCKET, f"{prefix}/{name}")
+    store.client().put_object(Bucket=BUCKET, Key=f"{prefix}/{POINTER}", Body=f"{prefix}/{name}".encode())
+    arguments = small_run(Path("unused"), small_data, f"save_folder=s3://{BUCKET}/{prefix}", "seed=18")
+    ended = run_command(*train_command(arguments), cwd=tmp_path, environment=store.environment)
+    assert "seed: checkpoint has 17, config has 18" in failure(ended, 2)
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.slow
 def test_a_damaged_newest_checkpoint_of_a_store_is_skipped(
     store: GatedStore, variables: dict[str, str], uninterrupted: Path, small_data: Path, tmp_path: Path
