@@ -32,14 +32,13 @@ from d2v_composer.checkpoints.checkpoint import (
     prune,
     prune_store,
     publish,
-    upload,
     upload_checkpoint,
     upload_missing,
 )
 from d2v_composer.system import processes
 from d2v_composer.system.addresses import MARK, RunFolder
 from d2v_composer.system.errors import InputError, RunError, writing
-from d2v_composer.system.fetch import names_in
+from d2v_composer.system.fetch import names_in, put
 from d2v_composer.system.files import acquire, check_owned, missing_parts, release
 from d2v_composer.system.ranks import rank_zero_first
 
@@ -192,7 +191,7 @@ class Checkpoints(Callback):
                 if not (self.folder.local / LATEST).exists():  # of a run that was killed before its first checkpoint
                     (self.folder.local / LOG).unlink(missing_ok=True)
                 if self.folder.address is not None:
-                    upload(self.lock.path, f"{self.folder.address}/{MARK}", denial_passes=False)
+                    put(self.lock.path, f"{self.folder.address}/{MARK}")
                     upload_missing(self.folder)
 
     def end_training(self, state: State) -> None:

@@ -18,8 +18,8 @@ from composer.utils import dist
 from tqdm import tqdm
 
 from d2v_composer.callbacks.trainer_state import unwrapped
-from d2v_composer.checkpoints.checkpoint import upload
 from d2v_composer.system.errors import RunError, writing
+from d2v_composer.system.fetch import put
 
 # metrics/DATASET/[BASELINE/]bank_train/topK: the accuracy of the primary embedding; or that of a fine-tuned classifier.
 ACCURACY = re.compile(r"metrics/(?:test|([^/]+)/(?:([^/]+)/)?bank_train)/top(\d+)")
@@ -183,12 +183,12 @@ class Uploads(LoggerDestination):
 
     def upload_file(self, state: State, remote_file_name: str, file_path: Path, *, overwrite: bool = False) -> None:
         """Upload a file for any callback to a path below the run's folder."""
-        self.start(upload, Path(file_path), f"{self.address}/{remote_file_name}")
+        self.start(put, Path(file_path), f"{self.address}/{remote_file_name}", True)
 
     def upload(self, path: Path) -> None:
         """Upload a file in the run's folder now, if it exists."""
         if path.exists():
-            upload(path, f"{self.address}/{path.name}")
+            put(path, f"{self.address}/{path.name}", denial_passes=True)
 
     def start(self, task: Callable[..., None], *arguments: Any) -> None:
         """Start an upload in the thread, unless an earlier upload failed, since this one would fail, too."""

@@ -21,8 +21,8 @@ from torch.torch_version import TorchVersion
 
 from d2v_composer.checkpoints.safe_load import check_archive, fault_of
 from d2v_composer.system.addresses import MARK, RunFolder
-from d2v_composer.system.errors import InputError, RunError, reading, reason
-from d2v_composer.system.fetch import RETRY_SECONDS, download_existing, fetch, is_remote, list_names, open_store
+from d2v_composer.system.errors import InputError, reading, reason
+from d2v_composer.system.fetch import RETRY_SECONDS, download_existing, fetch, is_remote, list_names, open_store, put
 from d2v_composer.system.files import check_owned, move, partial_file
 from d2v_composer.system.retry import is_missing, retry
 
@@ -324,33 +324,15 @@ def _download(address: str, path: Path) -> bool:
         ) from error
 
 
-def upload(path: Path, address: str, denial_passes: bool = True) -> None:
-    """Upload a file, and retry for ten minutes while the store is unreachable or denies it.
-
-    Args:
-        path: The file.
-        address: Its address in the store.
-        denial_passes: False for a run's first file: a denial that comes later may be a fault of the store's.
-
-    Raises:
-        RunError: The store cannot be written.
-    """
-    try:
-        store, key = open_store(address)
-        retry(lambda: store.upload_object(key, str(path)), address, RETRY_SECONDS, denial_passes=denial_passes)
-    except Exception as error:
-        raise RunError(f"{address} cannot be written ({reason(error)})") from error
-
-
 def upload_checkpoint(path: Path, address: str) -> None:
-    """Upload a checkpoint to a run's folder in a store, then the pointer to it; see :func:`upload`."""
+    """Upload a checkpoint to a run's folder in a store, then the pointer to it."""
     from composer.utils import parse_uri
     from composer.utils.file_helpers import create_symlink_file
 
-    upload(path, f"{address}/{path.name}")
+    put(path, f"{address}/{path.name}", denial_passes=True)
     with TemporaryDirectory() as folder:
         create_symlink_file(parse_uri(f"{address}/{path.name}")[2], pointer := Path(folder) / STORED_POINTER)
-        upload(pointer, f"{address}/{STORED_POINTER}")
+        put(pointer, f"{address}/{STORED_POINTER}", denial_passes=True)
 
 
 def drop_unused_scaler(checkpoint: dict[str, Any], precision: str) -> None:

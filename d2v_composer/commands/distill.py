@@ -68,13 +68,6 @@ class Plan(NamedTuple):
     teacher: "Teacher"
     source: "Source"
 
-    @property
-    def modality(self) -> "Modality":
-        """Format of the teacher's samples."""
-        from d2v_composer.data.modalities import modality_of
-
-        return modality_of(self.teacher.encoder.config)
-
 
 def main(argv: Sequence[str]) -> None:
     """Choose settings, convert samples, train, report and export."""
@@ -201,7 +194,7 @@ def prepare(arguments: Namespace, plan: Plan) -> None:
     from d2v_composer.data.source import name_counts
     from d2v_composer.system.fetch import is_remote
 
-    config, modality, source = plan.config, plan.modality, plan.source
+    config, source, modality = plan.config, plan.source, plan.source.modality
     samples = arguments.out / modality.unit
     lock, fetched, workers = FolderLock(RunFolder(arguments.out)), samples / FETCHED, os.cpu_count() or 1
     if has_begun(arguments):  # meanwhile

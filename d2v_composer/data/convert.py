@@ -343,7 +343,7 @@ def convert(
 
     Args:
         source: The samples; see :func:`find_samples`. CIFAR-10's become PNGs, in their order.
-        out: A folder, or an address in any store that mosaicml-streaming can write: s3://, gs://, …
+        out: A folder, or an address in any store that Composer can write: s3://, gs://, …
         seed: The seed of the order.
         workers: Processes that convert.
         shard_bytes: The approximate size of a shard.

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import closing, suppress
 from itertools import product
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import requests
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 # Timeout of an answer and of each part of a file.
 READ_SECONDS = 30.0
-UPLOAD_ATTEMPTS = 6  # half a minute with Streaming's back-off
 # Time for retries of a run's own file.
 RETRY_SECONDS = 600.0
 LARGEST_FILE = 32 << 30
@@ -225,26 +223,26 @@ def check_outputs(*outputs: str, overwrite: bool) -> None:
             raise InputError(f"{output} already exists; choose another file, or append --overwrite")
 
 
-def put(path: Path, address: str) -> None:
-    """Move a file to its final path, or upload it to a store, under any name.
+def put(path: Path, address: str, denial_passes: bool = False) -> None:
+    """Move a file to its final path, or upload it to a store; retry for ten minutes while the store is unreachable.
+
+    Args:
+        path: The file.
+        address: Its final path or address.
+        denial_passes: Retry, too, while the store denies the upload: this may be a fault of a store that allowed one.
 
     Raises:
-        RunError: The store fails.
+        RunError: The store cannot be written.
         OSError: The disk fails.
     """
     if not is_remote(address):
         move(path, Path(address))
         return
-    from streaming.base.storage import CloudUploader
-
-    folder, _, name = address.rpartition("/")
     try:
-        with TemporaryDirectory() as staged:
-            uploader = CloudUploader.get((staged, folder), keep_local=True, retry=UPLOAD_ATTEMPTS)
-            Path(staged, name).symlink_to(path.resolve())
-            uploader.upload_file(name)
+        store, key = open_store(address)
+        retry(lambda: store.upload_object(key, str(path)), address, RETRY_SECONDS, denial_passes=denial_passes)
     except Exception as error:
-        raise RunError(f"{address} cannot be written: {reason(error)}") from error
+        raise RunError(f"{address} cannot be written ({reason(error)})") from error
 
 
 def transfer(address: str, path: Path, timeout: float, known: str | None = None) -> str:
