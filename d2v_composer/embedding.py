@@ -12,7 +12,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -140,9 +140,7 @@ def embed_source(
     width = embed_batch(model, (model.encoder.example(1),), options, device).shape[1]
     folder, unit = _partial_folder(out), source.modality.unit
     chunks = _cut(source, plan, folder)
-    with writing(folder), sole_user(folder / f".lock{rank or ''}", LOCK_SECONDS) as alone:
-        if not alone:
-            raise InputError(f"{out}: another process is writing it")
+    with _sole_writer(out, folder, f".lock{rank or ''}"):
         if rank == 0:
             check_out(out, overwrite=overwrite, part=part)
             _check_plan(folder, plan)
@@ -180,9 +178,23 @@ def embed_source(
         embedding = Embedding(total - len(reasons), width, reasons, resumed, seconds)
         blocks = (chunk.read_block(source) for chunk in chunks)
         _write_table(out, blocks, embedding, np.dtype(options.dtype), overwrite, part)
+    return embedding
+
+
+@contextmanager
+def _sole_writer(out: str, folder: Path, lock: str = ".lock") -> Iterator[None]:
+    """Hold a lock in the folder of chunks while the ``with`` block runs; afterwards, remove the folder if it is empty.
+
+    Raises:
+        InputError: Another process holds the lock.
+        RunError: The disk is full or fails.
+    """
+    with writing(folder), sole_user(folder / lock, LOCK_SECONDS) as alone:
+        if not alone:
+            raise InputError(f"{out}: another process is writing it")
+        yield
     with suppress(OSError):
         folder.rmdir()
-    return embedding
 
 
 def _cut(source: Source, plan: Mapping[str, Any], folder: Path) -> list[_Chunk]:
@@ -247,15 +259,11 @@ def merge(out: str, *, overwrite: bool = False) -> Embedding:
     parts, folder = Parts(out), _partial_folder(out)
     records = parts.read_all()
     first = next(iter(records.values()))
-    with writing(folder), sole_user(folder / ".lock", LOCK_SECONDS) as alone:
-        if not alone:
-            raise InputError(f"{out}: another process is writing it")
+    with _sole_writer(out, folder):
         skipped = [reason for record in records.values() for reason in record["skipped"]]
         embedding = Embedding(sum(each["images"] for each in records.values()), first["channels"], skipped, 0, 0.0)
         read = (_read_part(parts.path(part), record["images"], folder) for part, record in records.items())
         _write_table(out, chain.from_iterable(read), embedding, np.dtype(first["part"]["dtype"]), overwrite)
-    with suppress(OSError):
-        folder.rmdir()
     return embedding
 
 

@@ -57,6 +57,11 @@ EPOCHS, MAX_BATCHES = 6, 30_000
 # Chosen for any teacher and number of samples.
 ALWAYS = {"precision": "auto", "scheduler.t_warmup": "0.1dur"}
 SETTINGS, HELD_OUT = "distill.yaml", "held_out"
+# What a run's results depend on, besides what its checkpoint fixes.
+DECIDES = (
+    *(f"config.{name}" for name in ("max_duration", "precision", "scheduler", "algorithms", "retrieval")),
+    *(f"config.train_loader.{name}" for name in ("crop_scale", "crop_ratio", "flip")),
+)
 # In the folder of samples: the shards of a data set in a store, until they are converted.
 FETCHED = ".fetched"
 
@@ -269,18 +274,18 @@ def read_settings(arguments: Namespace) -> "TrainConfig":
 
 
 def settle(arguments: Namespace, config: "TrainConfig", trainer: "Trainer") -> None:
-    """Write the settings with which the run goes on; of a finished run they stay.
+    """Write the settings with which the run goes on; a finished run's settings stay.
 
     Raises:
-        InputError: A change comes after the run's end.
+        InputError: The run has finished, and its results would depend on a change.
     """
-    from d2v_composer.callbacks.run_record import find_changes
+    from d2v_composer.callbacks.run_record import RunRecord
 
     if trainer.state.timestamp < config.max_duration:
         write_settings(arguments, config)
         return
     before = read_settings(Namespace(**vars(arguments) | {"changes": []}))
-    if changes := "; ".join(find_changes("config", shown(before), shown(config))):
+    if changes := RunRecord({"config": shown(config)}, None, DECIDES).changes({"config": shown(before)}):
         raise InputError(f"{arguments.out} holds a finished run: {changes}; choose another --out")
 
 
