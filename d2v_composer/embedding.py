@@ -89,8 +89,8 @@ class _Chunk(NamedTuple):
 
     def read_block(self, source: Source) -> tuple[NDArray, NDArray]:
         """Return the ids and embeddings of the chunk's readable samples."""
-        first, end = self.samples.start, self.samples.stop
-        return np.delete(source.ids[first:end], self.read("numbers") - first), self.read("rows")
+        ids = np.array([source.ids[number] for number in self.samples])
+        return np.delete(ids, self.read("numbers") - self.samples.start), self.read("rows")
 
     def write(self, rows: Sequence[NDArray], unreadable: Sequence[tuple[int, str]]) -> None:
         numbers = np.array([number for number, _ in unreadable], int)

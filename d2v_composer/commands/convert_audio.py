@@ -10,7 +10,7 @@ OUT/conversion.json lists the length of every clip: training puts clips of simil
 An interrupted conversion leaves no index.json, so no reader takes it for a data set. Run the same command again to
 resume it; with other settings it starts over.
 The clips are in SOURCE/SPLIT or SOURCE. Labels come from class folders, a CSV file with lines 'clip,class', or
---label-column. Of Parquet files and tars, SPLIT is in the names.
+--label-column. Of Parquet files and tars, SPLIT is a word of their names, or else of their folders' names.
 """
 
 from collections.abc import Sequence

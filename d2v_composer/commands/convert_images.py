@@ -14,7 +14,7 @@ An interrupted conversion leaves no index.json, so no reader takes it for a data
 resume it; with other settings it starts over.
 The images are in SOURCE/SPLIT, SOURCE/ILSVRC/Data/CLS-LOC/SPLIT (Kaggle's archive) or SOURCE. Labels come from class
 folders with images in them, Kaggle's LOC_SPLIT_solution.csv, a CSV file with lines 'image,class', or --label-column.
-Of Parquet files and tars, SPLIT is in the names.
+Of Parquet files and tars, SPLIT is a word of their names, or else of their folders' names.
 """
 
 import os
@@ -92,6 +92,7 @@ def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **
             print(f"part {part.number} of {part.total} exists already")
             return None
         out = parts.path(part)
+    print("other files:", name_counts(source.left_out))
     conversion = convert(
         source,
         out,
@@ -111,7 +112,6 @@ def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **
         f"wrote {out}: {conversion.samples} {source.modality.unit}{hours}, {classes}, "
         f"{conversion.bytes / 1e6:.1f} MB in {conversion.shards} shards, in {time.monotonic() - start:.0f} s"
     )
-    print("other files:", name_counts(source.left_out))
     print_skipped(conversion.skipped)
     print_next(d2v("merge", arguments.out) if part else training_on(out, yaml))
     return conversion

@@ -79,6 +79,7 @@ def main(argv: Sequence[str]) -> Any:
         if parts.has(part, plan):
             print(f"part {part.number} of {part.total} exists already")
             return None
+    print("other files:", name_counts(source.left_out))
     embedding = embed_source(
         model,
         source,
@@ -92,7 +93,6 @@ def main(argv: Sequence[str]) -> Any:
     )
     if embedding.resumed:
         print(f"resumed an interrupted run after {embedding.resumed} {modality.unit}")
-    print("other files:", name_counts(source.left_out))
     print_skipped(embedding.skipped)
     num_now = embedding.images + len(embedding.skipped) - embedding.resumed
     rate = f", {num_now / embedding.seconds:.0f} {modality.unit}/s" if num_now else ""

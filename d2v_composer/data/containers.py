@@ -10,21 +10,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from glob import glob
-from itertools import groupby
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from d2v_composer.data.listing import Pinned, list_files
 from d2v_composer.data.mds import INDEX, Index, is_mds
 from d2v_composer.data.modality import Modality
 from d2v_composer.data.shards import fetch_index
 from d2v_composer.data.source import (
+    Names,
     Source,
     hash_of,
-    list_folder,
     load_file,
     map_in_workers,
     mark_of,
@@ -35,25 +35,27 @@ from d2v_composer.data.source import (
 )
 from d2v_composer.system import fetch
 from d2v_composer.system.errors import InputError, UnreadableSampleError, reading
+from d2v_composer.system.fetch import File
 from d2v_composer.system.part import ALL, Part
 from d2v_composer.system.progress import progress_bar
 
-# A folder that has both is img2dataset's, whose samples are in the tars.
-SUFFIXES = (TAR := ".tar", ".parquet")
-SPLITS = ("train", "val", "validation", "test")
+TAR, PARQUET = ".tar", ".parquet"
+CONTAINERS = {TAR: "tars", PARQUET: "Parquet files"}
+SPLITS, NONE = ("train", "val", "validation", "test"), "none"
 CHOOSE = "choose one with --column, or column in a YAML"
 # Types of Parquet columns that can hold samples: bytes, or the hub's struct of bytes and path; or paths.
 BYTES, PATH = r"(?:large_)?binary|struct<.*\bbytes: (?:large_)?binary.*>", "(?:large_)?string"
 # A tar's member: key and suffixes.
 MEMBER = re.compile(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]+)")
-# The branch of a data set on the hub to which its bot converts all others.
-CONVERTED = "refs/convert/parquet"
+# After a tar's last member come two blocks of zeros, and more that fill a record.
+LEAST_ZEROS, MOST_ZEROS = 1024, 1 << 16
 
 
 class _Listed(NamedTuple):
     """Samples of one file, with the fields of :class:`Source`."""
 
-    ids: NDArray[Any]
+    file: File
+    ids: Names
     sizes: NDArray[np.int64]
     marks: NDArray[np.int64]
     load: Callable[[int], bytes]
@@ -64,12 +66,14 @@ class _Listed(NamedTuple):
 
 @dataclass(frozen=True)
 class Files:
-    """Parquet files, or tars.
+    """Files of one kind that hold samples, or are samples.
 
     Attributes:
-        root: Folder or address.
-        paths: Sorted paths in it.
+        root: A folder or an address.
+        files: Files in it.
         left_out: Number of other files by kind.
+        is_chosen: The user named a file or a glob.
+        kind: The files' suffix; empty: they are samples in a folder.
         modality: What the samples are.
         column: See :func:`open_source`.
         label_column: Likewise.
@@ -77,33 +81,49 @@ class Files:
     """
 
     root: str
-    paths: list[str]
+    files: list[File]
     left_out: Mapping[str, int]
+    is_chosen: bool
+    kind: str
     modality: Modality
     column: str | None
     label_column: str | None
     part: Part = ALL
 
-    def of_split(self, split: str) -> list[str]:
-        """Return the paths that have a split's name as a word."""
-        return [path for path in self.paths if re.search(rf"(?<![a-z]){split}(?![a-z])", path.lower())]
+    def of_split(self, split: str) -> list[File]:
+        """Return the files of a split: its name is a word of the file's name, or else of its folders' names.
+
+        Raises:
+            InputError: A file may be of two splits.
+        """
+        chosen = []
+        for file in self.files:
+            folders, _, name = file.path.lower().rpartition("/")
+            words = _splits_in(name, split) or _splits_in(folders, split)
+            if len(words.intersection(SPLITS)) > 1:
+                either = " or ".join(sorted(words))
+                raise InputError(f"{self.root}/{file.path}: is it of {either}? Choose files by a glob")
+            chosen += [file] if split.lower() in words else []
+        return chosen
 
     def open_split(self, split: str | None) -> Source:
-        """Open the samples of a split. The default is ``train``, or all if no file has that name; ``none`` means all.
+        """Open the samples of a split; ``none`` means all. The default is ``train``, or all if no file names a split.
 
         Names of classes are those of ``train``, if there is one.
 
         Raises:
-            InputError: As :meth:`open`, or no file is called so.
+            InputError: As :meth:`open`, or no file is of this split.
         """
-        chosen, train = self.paths if split == "none" else self.of_split(split or "train"), self.of_split("train")
-        if not chosen and split is not None:
-            known = ", ".join(filter(self.of_split, SPLITS)) or "none; omit --split"
-            raise InputError(f"{self.root}: no split {split!r}; available: {known}")
-        chosen = chosen or self.paths
-        others = Counter(self.left_out) + Counter({"of other splits": len(self.paths) - len(chosen)})
-        return replace(self, paths=chosen, left_out=others).open(
-            lambda: replace(self, paths=train, part=ALL).open().class_names if train not in ([], chosen) else ()
+        chosen, train = ([] if split == NONE else self.of_split(each or "train") for each in (split, None))
+        if not chosen and split != NONE:
+            known = [*filter(self.of_split, SPLITS)]
+            if split or len(known) > self.is_chosen:  # a user who names a test file means it
+                available = ", ".join(known) or "none; omit --split"
+                raise InputError(f"{self.root}: no split {split or 'train'!r}; available: {available}")
+        chosen = chosen or self.files
+        others = Counter(self.left_out) + Counter({"of other splits": len(self.files) - len(chosen)})
+        return replace(self, files=chosen, left_out=others).open(
+            lambda: replace(self, files=train, part=ALL).open().class_names if train not in ([], chosen) else ()
         )
 
     def open(self, class_names: Callable[[], Sequence[str]] = tuple) -> Source:
@@ -115,12 +135,14 @@ class Files:
         Raises:
             InputError: A file cannot be read, a column is missing or ambiguous, or there are no samples.
         """
-        _row_group.cache_clear()  # a file may have changed
-        of_files = 1 < self.part.total <= len(self.paths)
-        paths = self.part.of(self.paths) if of_files else self.paths
-        read = self._read_tar if paths[0].lower().endswith(TAR) else self._read_parquet
-        listed = map_in_workers(read, paths, min(len(paths) - 1, os.cpu_count() or 1))
-        parts: list[_Listed] = [*progress_bar(listed, total=len(paths), desc="listing", unit="files")]
+        if not self.kind:
+            if self.column or self.label_column:
+                raise InputError(f"{self.root}: a folder of {self.modality.unit} has no columns; omit --column")
+            return replace(open_folder(Path(self.root), self.modality, self.files, self.left_out), part=self.part)
+        of_files = 1 < self.part.total <= len(self.files)
+        files = self.part.of(self.files) if of_files else self.files
+        listed = map_in_workers(self._list, files, min(len(files) - 1, os.cpu_count() or 1))
+        parts: list[_Listed] = [*progress_bar(listed, total=len(files), desc="listing", unit="files")]
         left_out = dict(sorted(sum((Counter(part.left_out) for part in parts), Counter(self.left_out)).items()))
         ends = np.cumsum([len(part.ids) for part in parts]).tolist()
         if not (ends[-1] or of_files):
@@ -131,16 +153,15 @@ class Files:
             part = bisect_right(ends, number)
             return parts[part].load(number - ends[part] + len(parts[part].sizes))
 
-        is_remote, root = fetch.is_remote(self.root), Path(self.root)
-        place = self.root if is_remote else [(root / path).stat().st_size for path in self.paths]
+        contents = self.files if of_files else [part.file for part in parts]
         source = Source(
             root=self.root,
             modality=self.modality,
-            ids=np.concatenate([part.ids for part in parts]),
+            ids=Names(chain.from_iterable(part.ids for part in parts)),
             load=load,
             sizes=np.concatenate([part.sizes for part in parts]),
             marks=np.concatenate([part.marks for part in parts]),
-            content=hash_of(place, self.paths, self.column, None if of_files else ends),
+            content=hash_of(fetch.is_remote(self.root) and self.root, [file[:3] for file in contents], self.column),
             left_out=left_out,
             part=ALL if of_files else self.part,
         )
@@ -153,60 +174,62 @@ class Files:
         known = (lambda: class_names() or whole.open().class_names) if of_files else class_names
         return number_labels(source, labels, names.pop(), known)
 
-    def _read_tar(self, path: str) -> _Listed:
-        """List a tar's samples: adjacent members whose names are equal up to the first dot.
+    def _list(self, file: File) -> _Listed:
+        """List the samples of a file.
 
         Raises:
-            InputError: The tar is damaged, a sample has several images or no label, or two have one key.
+            InputError: It is damaged, or its samples or labels are not what the user wants.
         """
-        name, local = f"{self.root}/{path}", fetch.fetch(f"{self.root}/{path}")
+        pinned = Pinned.of(self.root, file)
+        return pinned.read(partial(self._list_tar if self.kind == TAR else self._list_parquet, pinned))
+
+    def _marks(self, pinned: Pinned, count: int) -> NDArray[np.int64]:
+        return mark_of(pinned.file, self.column) + np.arange(count)
+
+    def _list_tar(self, pinned: Pinned, file: BinaryIO) -> _Listed:
+        name = pinned.name
         left_out, keys, offsets, sizes, labels = Counter[str](), list[str](), array("q"), array("q"), list[Any]()
         labeled, _, key_of_label = (self.label_column or "").partition(":")
-        with reading(name), local.open("rb") as file:
-            for key, group in groupby(_members(file), lambda member: member[0] and member[0][1]):
-                members = [*group]
-                fields = {match[2]: place for match, *place in members if match}
-                suited = [field for field in fields if f".{field}".lower().endswith(self.modality.suffixes)]
-                images = [field for field in suited if field == (self.column or field)]
-                left_out.update(f".{field}" for field in fields if field not in (*images, labeled))
-                if key is None or not images:
-                    left_out[f"keys without {self.modality.unit}"] += key is not None
-                    left_out["members without a key"] += len(members) - len(fields)
-                    continue
-                if len(images) > 1:
-                    raise InputError(f"{name}/{key} has {' and '.join(images)}; {CHOOSE}")
-                if len(fields) < len(members):
-                    raise InputError(f"{name} has two members {key}.{images[0]}, or two others of {key} with one name")
-                if labeled:
-                    if labeled not in fields:
-                        raise InputError(f"{name}/{key} has no .{labeled} with its label; it has {', '.join(fields)}")
-                    file.seek(fields[labeled][0])
-                    label = file.read(fields[labeled][1]).decode().strip()
-                    label = json.loads(label).get(key_of_label) if key_of_label else label
-                    labels.append(int(label) if re.fullmatch(r"-?\d+", str(label)) else label)
-                keys.append(key)
-                offsets.append(fields[images[0]][0])
-                sizes.append(fields[images[0]][1])
+        for key, members in read_tar(file):
+            fields = {suffix: place for suffix, *place in members}
+            suited = [suffix for suffix in fields if f".{suffix}".lower().endswith(self.modality.suffixes)]
+            images = [suffix for suffix in suited if suffix == (self.column or suffix)]
+            if key is None:
+                left_out["members without a key"] += len(members)
+                continue
+            left_out.update(f".{suffix}" for suffix, *_ in members if suffix not in (*images, labeled))
+            if not images:
+                left_out[f"keys without {self.modality.unit}"] += 1
+                continue
+            if len(images) > 1:
+                raise InputError(f"{name}/{key} has {' and '.join(images)}; {CHOOSE}")
+            if len(fields) < len(members):
+                raise InputError(f"{name} has two members {key}.{images[0]}, or two others of {key} with one name")
+            if labeled:
+                if labeled not in fields:
+                    raise InputError(f"{name}/{key} has no .{labeled} with its label; it has {', '.join(fields)}")
+                file.seek(fields[labeled][0])
+                label = file.read(fields[labeled][1]).decode().strip()
+                label = json.loads(label).get(key_of_label) if key_of_label else label
+                labels.append(int(label) if re.fullmatch(r"-?\d+", str(label)) else label)
+            keys.append(key)
+            offsets.append(fields[images[0]][0])
+            sizes.append(fields[images[0]][1])
         if twice := next((key for key, count in Counter(keys).items() if count > 1), None):
             raise InputError(f"{name} has the key {twice!r} twice, with other samples between")
-        if (statistics := local.with_name(f"{local.stem}_stats.json")).exists():  # img2dataset's
+        if (statistics := pinned.path.with_name(f"{pinned.path.stem}_stats.json")).exists():  # img2dataset's
             with reading(statistics):
                 counts = json.loads(statistics.read_bytes())
                 left_out["failed downloads"] += counts["count"] - counts["successes"]
-        load = partial(_load_member, name, local, np.array(offsets), np.array(sizes))
-        ids, marks = np.array([f"{path}/{key}" for key in keys], str), _marks(local, path, self.column, len(keys))
-        return _Listed(ids, np.array(sizes), marks, load, labels, left_out=+left_out)
+        ids, marks = Names(f"{pinned.file.path}/{key}" for key in keys), self._marks(pinned, len(keys))
+        load = partial(_load_member, pinned, np.array(offsets), np.array(sizes))
+        return _Listed(pinned.file, ids, np.array(sizes), marks, load, labels, left_out=+left_out)
 
-    def _read_parquet(self, path: str) -> _Listed:
-        """List a Parquet file's rows.
-
-        Raises:
-            InputError: The file is damaged, or a column is missing, of another type, or ambiguous.
-        """
+    def _list_parquet(self, pinned: Pinned, opened: BinaryIO) -> _Listed:
         import pyarrow.parquet
 
-        name, local, label = f"{self.root}/{path}", fetch.fetch(f"{self.root}/{path}"), self.label_column
-        with reading(name), pyarrow.parquet.ParquetFile(local) as file:
+        name, path, folder, label = pinned.name, pinned.file.path, pinned.path.parent, self.label_column
+        with pyarrow.parquet.ParquetFile(opened) as file:
             schema, metadata = file.schema_arrow, file.metadata
             types = {field.name: str(field.type) for field in schema}
             of_bytes, of_paths = ([each for each in types if re.fullmatch(kind, types[each])] for kind in (BYTES, PATH))
@@ -222,24 +245,23 @@ class Files:
             labels = file.read([label])[0].to_pylist() if label else []
             hub = json.loads((schema.metadata or {}).get(b"huggingface", "{}")).get("info", {}).get("features", {})
             class_names = hub.get(label, {}).get("names", ())
-            ids = np.array([f"{path}#{row}" for row in range(metadata.num_rows)], str)
-            marks = _marks(local, path, self.column, len(ids))
+            ids = Names(f"{path}#{row}" for row in range(metadata.num_rows))
+            marks = self._marks(pinned, len(ids))
             if known[0] in of_bytes:
                 groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
                 rows = [group.num_rows for group in groups]
                 means = [group.total_byte_size // max(group.num_rows, 1) for group in groups]
                 sizes = np.repeat(np.array(means, np.int64), rows)
-                load = partial(_load_row, name, local, known[0], np.cumsum([0, *rows]).tolist())
-            elif fetch.is_remote(self.root):
+                load = partial(_load_row, pinned, known[0], np.cumsum([0, *rows]).tolist())
+            elif fetch.is_remote(name):
                 raise InputError(f"{name}: column {known[0]!r} holds paths, which are allowed only in a local file")
             else:
-                paths = np.array([each or "" for each in file.read(known)[0].to_pylist()], str)
-                places = [local.parent / each for each in paths]
-                status = [each.stat() if each.is_file() else None for each in places]
-                sizes = np.array([each.st_size if each else 0 for each in status])
-                marks = marks + [mark_of(each and (each.st_size, each.st_mtime_ns)) for each in status]
-                load = partial(load_file, local.parent, paths)
-        return _Listed(ids, sizes, marks, load, labels, class_names)
+                paths = Names(each or "" for each in file.read(known)[0].to_pylist())
+                places = [(each, folder / each) for each in paths]
+                files = [File.of(each, place) if os.path.isfile(place) else None for each, place in places]
+                sizes, own = np.array([each.size if each else 0 for each in files]), np.array([*map(mark_of, files)])
+                marks, load = marks + own, partial(load_file, folder, paths, own)
+        return _Listed(pinned.file, ids, sizes, marks, load, labels, class_names)
 
 
 def open_source(
@@ -276,106 +298,121 @@ def open_source(
         raise InputError(f"{source}: give --local with shards in an object store, and only then")
     if remote is not None and cache is not None:
         fetch_index(remote, cache)
-    elif not is_local_mds:
-        if column or label_column:
-            raise InputError(f"{source}: a folder of {modality.unit} has no columns; omit --column")
-        return replace(open_folder(Path(source), modality), part=part)
     index = Index(cache or Path(source), modality, column, labels=label_column, option="--column", remote=remote)
     return replace(open_mds(index, cache_limit), part=part)
 
 
 def find_files(
-    source: str, modality: Modality, column: str | None = None, label_column: str | None = None
+    source: str,
+    modality: Modality,
+    column: str | None = None,
+    label_column: str | None = None,
+    kinds: Sequence[str] = ("", *CONTAINERS),
 ) -> Files | None:
-    """List the Parquet files or tars of a source.
+    """List the files of a source that are of one kind: Parquet files, tars or, in a folder here, samples.
+
+    Parquet files beside tars of the same names are img2dataset's tables, and left out.
 
     Args:
-        source: A file, a folder or a glob; local, in a store of :data:`~d2v_composer.system.addresses.STORES`, or
-            hf://datasets/ORG/NAME[@REVISION][/FOLDER]; in other stores a file.
+        source: See :func:`~d2v_composer.data.listing.list_files`.
         modality: What the samples are.
         column: See :func:`open_source`.
         label_column: Likewise.
+        kinds: Which to look for; empty: samples.
 
     Returns:
-        The files; ``None`` for a folder that may be another kind of source: it has none, or files of the modality too;
-        remote: it has an MDS index, or cannot be listed.
+        The files; ``None`` for an address with an MDS index, or that cannot be listed.
 
     Raises:
-        InputError: There are none, or the store cannot be listed.
+        InputError: There are none in a store or of a glob, they are of several kinds, or they cannot be listed.
     """
-    is_remote, left_out = fetch.is_remote(source), {}
-    head, star, _ = source.partition("*")
-    root, pattern = source.rstrip("/"), ""
-    if star or (source.lower().endswith(SUFFIXES) and not os.path.isdir(source)):
-        root = os.path.dirname(head)
-        pattern, root = source.removeprefix(root).lstrip("/"), root or "."
-    if pattern and not star:
-        found = [pattern]
-    elif is_remote and not source.startswith(fetch.LISTED):
+    is_remote = fetch.is_remote(source)
+    samples = () if is_remote or "" not in kinds else modality.suffixes
+    if (listing := list_files(source, (*samples, *filter(None, kinds)), modality.needs)) is None:
         return None
-    elif is_remote:
-        root, found = fetch.list_folder(root)
-        matches = re.escape(pattern or "**/*").replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*")
-        found = [path for path in found if re.fullmatch(matches, path)]
-    elif pattern:
-        found = sorted(glob(pattern, root_dir=root, recursive=True))
-    elif any(name.lower().endswith(modality.suffixes) for _, _, names in os.walk(root) for name in names):
-        return None
-    else:
-        listed, left_out = list_folder(Path(root), SUFFIXES) if os.path.isdir(root) else ([], {})
-        found = [path for path, *_ in listed]
-    kinds = [PurePosixPath(path).suffix.lower() for path in found]
-    kind = next((suffix for suffix in SUFFIXES if suffix in kinds), None)
-    if kind is None and (on_hub := fetch.HUB.fullmatch(source)) and not on_hub[3] and not on_hub[4]:
-        return find_files(f"{source}@{CONVERTED}", modality, column, label_column)
-    if kind is None and (is_remote or star) and INDEX not in found:
-        raise InputError(f"{source}: no Parquet files or tars")
-    left_out = Counter(left_out) + Counter(each or "without suffix" for each in kinds if each != kind)
-    paths = [path for path, each in zip(found, kinds, strict=True) if each == kind]
-    return None if kind is None else Files(root, paths, left_out, modality, column, label_column)
+    by_kind = dict[str, list[File]]()
+    for file in listing.files:
+        suffix = PurePosixPath(file.path).suffix.lower()
+        by_kind.setdefault(suffix if suffix in CONTAINERS else "", []).append(file)
+    stems = [{os.path.splitext(file.path)[0] for file in by_kind.get(kind, ())} for kind in (TAR, PARQUET)]
+    tables = by_kind.pop(PARQUET) if stems[0] and stems[0] >= stems[1] > set() else []
+    if len(by_kind) > 1:
+        counts = " and ".join(f"{len(files)} {CONTAINERS.get(kind, modality.unit)}" for kind, files in by_kind.items())
+        suffixes = [PurePosixPath(files[0].path).suffix for files in by_kind.values()]
+        globs = " or ".join(f"'{listing.root}/**/*{suffix}'" for suffix in suffixes)
+        raise InputError(f"{source} holds {counts}; choose the samples by a glob: {globs}")
+    if not by_kind and (is_remote or "*" in source):
+        is_store = not ("*" in source or source.startswith("hf://"))
+        if is_store and fetch.exists(f"{listing.root}/{INDEX}"):
+            return None
+        raise InputError(f"{source}: no Parquet files or tars{f', nor {modality.unit}' if samples else ''}")
+    kind, files = next(iter(by_kind.items()), ("", []))
+    left_out = Counter(listing.left_out) + Counter({PARQUET: len(tables)})
+    return Files(listing.root, files, left_out, listing.is_chosen, kind, modality, column, label_column)
 
 
-def _marks(local: Path, path: str, column: str | None, count: int) -> NDArray[np.int64]:
-    status = local.stat()
-    return mark_of(path, column, status.st_size, status.st_mtime_ns) + np.arange(count)
+def _splits_in(text: str, split: str) -> set[str]:
+    """Return the words in a text that name a split."""
+    words = (*SPLITS, split.lower())
+    return {word for word in words if re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z])", text)}
 
 
-def _members(file: BinaryIO) -> Iterator[tuple[re.Match[str] | None, int, int]]:
-    """Yield each file in a tar: key and suffixes (``None`` if it belongs to no sample), offset and size.
+def read_tar(file: BinaryIO) -> Iterator[tuple[str | None, list[tuple[str, int, int]]]]:
+    """Yield the samples of a tar: adjacent members whose names are equal up to the first dot.
+
+    Yields:
+        The key, ``None`` for members that belong to no sample; and suffix, offset and size of each member.
 
     Raises:
-        ValueError: The tar ends too early. tarfile's errors if it is damaged.
+        ValueError: The tar is damaged, cut, or joined to another, or has a sparse member. tarfile's errors likewise.
     """
+    key, members = None, list[tuple[str, int, int]]()
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
             cast("Any", tar).members.clear()  # it would keep all
-            if not member.isdir():
-                yield MEMBER.fullmatch(member.name) if member.isreg() else None, member.offset_data, member.size
-    file.seek(-1024, os.SEEK_END)
-    if any(file.read()):  # tarfile misses a cut between two members
-        raise ValueError("it is truncated")
+            if member.issparse():
+                raise ValueError(f"its member {member.name} is sparse; pack it without tar's option -S")
+            if member.isdir():
+                continue
+            name = MEMBER.fullmatch(member.name) if member.isreg() else None
+            if members and (name and name[1]) != key:
+                yield key, members
+                members = []
+            key = name and name[1]
+            members.append((name[2] if name else "", member.offset_data, member.size))
+        # tarfile takes a damaged header for the end, and misses a cut between two members.
+        file.seek(tar.offset)
+        rest = file.read(MOST_ZEROS + 1)
+    if any(rest) or not LEAST_ZEROS <= len(rest) <= MOST_ZEROS:
+        raise ValueError(f"at byte {tar.offset} is no member, nor its end: it is damaged, cut, or joined to another")
+    if members:
+        yield key, members
 
 
-def _load_member(name: str, local: Path, offsets: NDArray[np.int64], sizes: NDArray[np.int64], number: int) -> bytes:
-    with reading(name), local.open("rb") as file:
+def _load_member(pinned: Pinned, offsets: NDArray[np.int64], sizes: NDArray[np.int64], number: int) -> bytes:
+    def read(file: BinaryIO) -> bytes:
         file.seek(offsets[number])
         return file.read(sizes[number])
 
+    return pinned.read(read)
 
-def _load_row(name: str, local: Path, column: str, starts: list[int], row: int) -> bytes:
+
+def _load_row(pinned: Pinned, column: str, starts: list[int], row: int) -> bytes:
     group = bisect_right(starts, row) - 1
-    with reading(f"{name}, row group {group}"):
-        value = _row_group(local, column, group)[row - starts[group]].as_py()
+    value = _row_group(pinned, column, group)[row - starts[group]].as_py()
     value = value["bytes"] if isinstance(value, dict) else value
     if value is None:
-        raise UnreadableSampleError(f"{name}#{row} is null")
+        raise UnreadableSampleError(f"{pinned.name}#{row} is null")
     return value
 
 
 @lru_cache(maxsize=1)
-def _row_group(local: Path, column: str, group: int) -> Any:
+def _row_group(pinned: Pinned, column: str, group: int) -> Any:
     """Read a row group's samples; each process caches its last one."""
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(local, page_checksum_verification=True) as file:
-        return file.read_row_group(group, [column], use_threads=False)[0]
+    def read(file: BinaryIO) -> Any:
+        with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as opened:
+            return opened.read_row_group(group, [column], use_threads=False)[0]
+
+    return pinned.read(read, f", row group {group}")

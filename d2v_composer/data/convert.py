@@ -26,13 +26,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from streaming import MDSWriter
 
-from d2v_composer.data.containers import SPLITS, find_files, open_source
+from d2v_composer.data.containers import NONE, SPLITS, find_files, open_source
 from d2v_composer.data.images import Images
 from d2v_composer.data.labeled import evenly_spaced, load_labeled_set
 from d2v_composer.data.mds import INDEX, SUMMARY, ShardFile, is_mds
 from d2v_composer.data.modality import Modality
 from d2v_composer.data.parts import Parts
-from d2v_composer.data.source import Source, hash_of, list_classes, list_subfolders, map_in_workers, open_folder
+from d2v_composer.data.source import Source, hash_of, list_classes, list_subfolders, map_in_workers
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, is_remote, list_etags, names_in, put
 from d2v_composer.system.files import check_owned, sole_user, write_atomically
@@ -42,7 +42,6 @@ from d2v_composer.system.progress import progress_bar
 
 KAGGLE = "ILSVRC/Data/CLS-LOC"
 KAGGLE_LABELS = re.compile(r"LOC_\w+_solution\.csv")
-NONE = "none"
 CIFAR10 = "cifar10:"
 HASHES = ["sha1", "xxh64"]
 # A resized JPEG has 0.3 bytes per pixel, at an aspect ratio of 4:3. Only the size of shards depends on it.
@@ -73,7 +72,7 @@ def find_samples(
     ground truth file of ILSVRC's devkit is not supported: it has no file names, and its numbers are not in the order of
     the train folder's classes.
 
-    Of Parquet files and tars, a split is the files that have its name as a word.
+    Of Parquet files and tars, see :meth:`~d2v_composer.data.containers.Files.open_split`.
 
     Args:
         source: The folder, ``cifar10:FOLDER``, or what :func:`~d2v_composer.data.containers.open_source` opens.
@@ -89,35 +88,36 @@ def find_samples(
     """
     if str(source).startswith(CIFAR10):
         return replace(_cifar10_images(Path(str(source).removeprefix(CIFAR10)), split or "train"), part=part)
-    is_local_mds = is_mds(Path(source))
-    files = None if is_local_mds else find_files(str(source), modality, column, label_column)
-    if files is None and is_remote(source):
-        raise InputError(f"{source}: expected Parquet files or tars, or MDS in a folder on this machine")
-    if files or is_local_mds or column or label_column:
-        if labels not in (None, NONE):
-            raise InputError(f"--labels: applies only to a folder; for {source}, use --label-column")
-        if files is not None:
-            return replace(files, part=part).open_split(split)
-        return open_source(str(source), modality, column=column, label_column=label_column, part=part)
-    source = Path(source)
-    splits = source / KAGGLE if (source / KAGGLE).is_dir() else source
+    splits = Path(source, KAGGLE) if Path(source, KAGGLE).is_dir() else Path(source)
     chosen, train = split or "train", splits if split == NONE else splits / "train"
     root = train if chosen == NONE else splits / chosen
-    if not root.is_dir():
+    is_split, files = root.is_dir(), None
+    if not is_mds(Path(source)):
+        files = find_files(str(root if is_split else source), modality, column, label_column)
+        if files is None:
+            raise InputError(f"{source}: expected Parquet files or tars, or MDS in a folder on this machine")
+    if files is None or files.kind:
+        if labels not in (None, NONE):
+            raise InputError(f"--labels: applies only to a folder; for {source}, use --label-column")
+        if files is None:
+            return open_source(str(source), modality, column=column, label_column=label_column, part=part)
+        if is_split:  # names of classes are those of another split
+            files = find_files(str(source), modality, column, label_column, [files.kind]) or files
+        return replace(files, part=part).open_split(split)
+    if not is_split:
         others = [name for name in SPLITS if (splits / name).is_dir()]
         if others or chosen != "train":
             raise InputError(f"{source}: no split {chosen!r}; available: {', '.join(others) or 'none; omit --split'}")
-        root = source
     elif split is None and not list_subfolders(root) and (beside := {*list_classes(splits, modality)} - {*SPLITS}):
         found = f"train is a split, or a class like {', '.join(sorted(beside)):.80}"
         raise InputError(f"{source}: {found}; choose with --split train or --split none")
-    found = replace(open_folder(root, modality), part=part)
-    paths = found.ids.tolist()
+    found = replace(files, part=part).open()
+    paths = [*found.ids]
     if labels is None and not any("/" in path for path in paths):
-        labels = listed if (listed := source / f"LOC_{chosen}_solution.csv").is_file() else NONE
+        labels = listed if (listed := Path(source, f"LOC_{chosen}_solution.csv")).is_file() else NONE
     if labels == NONE:
         return found
-    class_names = list_classes(train if train.is_dir() else root, modality)
+    class_names = list_classes(train if train.is_dir() else Path(found.root), modality)
     names = [path.split("/")[0] for path in paths]
     if labels is not None:
         with reading(labels), open(labels, encoding="utf-8-sig", newline="") as file:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from xxhash import xxh3_128_digest
 
-from d2v_composer.data.containers import find_files
+from d2v_composer.data.containers import CONTAINERS, find_files
 from d2v_composer.data.images import Images
 from d2v_composer.data.mds import SUMMARY, Index
 from d2v_composer.data.modality import Modality, Transform, collate, sample_rng
@@ -210,7 +210,8 @@ def _load_cifar(format: Format, root: Path, download: bool, max_images: int | No
 
 def _open_parquet(root: str | Path, modality: Modality, column: str | None, label_column: str | None) -> list[Source]:
     """Open train and test, with labels; or the only samples of a set without labels."""
-    if (files := find_files(str(root), modality, column, label_column)) is None:
+    files = find_files(str(root), modality, column, label_column, [*CONTAINERS])
+    if files is None or not files.kind:
         raise InputError(f"{root}: no Parquet files or tars")
     test = next(filter(files.of_split, ("test", "validation", "val")), None)
     splits = [test] if label_column is None else ["train", test or "test"]
@@ -277,8 +278,8 @@ def _open_speech_commands(root: Path, modality: Modality) -> list[Source]:
     clips = source.select([number for number, path in enumerate(source.ids) if "/" in path and path[0] != "_"])
     words = [path.split("/")[0] for path in clips.ids]
     clips = clips.with_classes(words, sorted({*words}), "")
-    is_test = np.isin(clips.ids, test)
-    splits = [clips.select(np.flatnonzero(each)) for each in (~is_test & ~np.isin(clips.ids, validation), is_test)]
+    is_test, is_used = np.isin([*clips.ids], test), ~np.isin([*clips.ids], test + validation)
+    splits = [clips.select(np.flatnonzero(each)) for each in (is_used, is_test)]
     if not all(map(len, splits)):
         raise InputError(f"{root}: expected clips of {TEST_LIST} and others, WORD/*.wav; got {len(clips)} clips")
     return splits

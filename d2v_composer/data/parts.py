@@ -15,7 +15,7 @@ from typing import Any
 from d2v_composer.data.mds import INDEX, SUMMARY
 from d2v_composer.data.source import Source
 from d2v_composer.system.errors import InputError, reading
-from d2v_composer.system.fetch import download_existing, exists, is_remote, list_folder, names_in
+from d2v_composer.system.fetch import download_existing, exists, is_remote, names_in
 from d2v_composer.system.part import Part
 
 TABLES = (".npy", ".parquet")
@@ -92,7 +92,7 @@ class Parts:
     def names(self) -> set[str]:
         """The paths of all files below the folder, relative to it."""
         if is_remote(self.folder):
-            return {*list_folder(self.folder)[1]}
+            return {*names_in(self.folder)}
         return {path.relative_to(self.folder).as_posix() for path in Path(self.folder).rglob("*")}
 
     def _read(self, part: Part, plan: Mapping[str, Any], whose: str) -> dict[str, Any]:

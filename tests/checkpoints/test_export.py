@@ -4,6 +4,7 @@ import json
 import resource
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import huggingface_hub
 import numpy as np
@@ -192,6 +193,7 @@ def test_a_student_comes_from_the_hub(
             raise OSError("not in the cache")
         return str(exported)
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", Mock())
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert_close(primary(load_student("hf://org/photos"), images), primary(load_student(exported), images))
     embed_command.main(["hf://org/photos@v2/a/b.safetensors", str(small_data), str(tmp_path / "embeddings.npy")])

@@ -146,7 +146,7 @@ def test_a_class_may_have_the_name_of_a_split(tmp_path: Path) -> None:
     found = find_samples(tmp_path, "none")
     assert (found.class_names, labels_of(found)) == (("car", "plane", "train"), [0, 1, 2])
     found = find_samples(tmp_path, "train")
-    assert (found.label, found.ids.tolist()) == (None, ["1.jpg"])
+    assert (found.label, [*found.ids]) == (None, ["1.jpg"])
 
 
 def test_a_folder_without_images_is_no_class(tmp_path: Path) -> None:

@@ -4,8 +4,11 @@ import io
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +26,7 @@ from torch.utils.data import DataLoader
 from containers import FEATURES, write_all, write_parquet, write_tar
 from d2v_composer.commands import convert_images, embed, evaluate
 from d2v_composer.data.containers import open_source
-from d2v_composer.data.convert import Conversion
+from d2v_composer.data.convert import Conversion, find_samples
 from d2v_composer.data.images import Images
 from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.system.command_line import explain
@@ -60,7 +63,7 @@ def test_the_same_images_from_everywhere(
         for path in (tmp_path / "in" / kind).iterdir():
             object_store.client().upload_file(str(path), bucket, f"sets/{kind}/{path.name}")
         sources[f"s3 {kind}"] = [f"{address}/sets/{kind}", *sources[kind][1:]]
-    sources["s3 glob"] = [f"{address}/sets/*/*.parquet", *sources["struct"][1:]]
+    sources["s3 glob"] = [f"{address}/**/struct/**", *sources["struct"][1:]]
     hub = tmp_path / "hub" / "org" / "birds" / "main" / "data"
     hub.parent.mkdir(parents=True)
     (tmp_path / "in" / "struct").rename(hub)
@@ -107,7 +110,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
     others = "11 .json, 1 .parquet, 9 .txt, 6 failed downloads, 1 keys without images, 2 members without a key"
     assert f"other files: {others}\n" in capsys.readouterr().out
     source = open_source(str(folder), Images())
-    assert source.ids.tolist()[-2:] == ["00000.tar/00008", "00000.tar/a.b/00010"]
+    assert [*source.ids][-2:] == ["00000.tar/00008", "00000.tar/a.b/00010"]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "struct", "paths", "tars"])
@@ -198,17 +201,53 @@ def test_a_tar_is_read_as_tarfile_reads_it(format: int, tmp_path: Path) -> None:
     assert source.left_out == others
 
 
-@pytest.mark.parametrize("kind", ["bytes/00001.parquet", "tars/00001.tar"])
-@pytest.mark.parametrize("damage", [truncated, lambda content: b"", lambda content: b"\x1f\x8b" + content[2:-4]])
+def without_header(content: bytes, change: bytes | None) -> bytes:
+    """Put other bytes into the header of a tar's second sample."""
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        offset = tar.getmembers()[3].offset
+    changed = bytes([content[offset] ^ 1]) if change is None else change
+    return content[:offset] + changed + content[offset + len(changed) :]
+
+
+WHOLE_DAMAGE = [truncated, lambda content: b"", lambda content: b"\x1f\x8b" + content[2:-4]]
+TAR_DAMAGE = {
+    "a flipped bit": lambda content: without_header(content, None),
+    "a block of zeros": lambda content: without_header(content, bytes(512)),
+    "zeros to the end": lambda content: without_header(content, bytes(len(content) - 4096)) + bytes(1 << 17),
+    "joined": lambda content: content + content,
+    "more": lambda content: content + b"more",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [
+        *(pytest.param("tars/00001.tar", change, id=name) for name, change in TAR_DAMAGE.items()),
+        *((kind, each) for kind in ("bytes/00001.parquet", "tars/00001.tar") for each in WHOLE_DAMAGE),
+    ],
+)
 def test_a_damaged_file_is_named_before_anything_is_written(
     kind: str, damage: Callable[[bytes], bytes], tmp_path: Path
 ) -> None:
+    """Or one that is longer than it says: no sample after the damage is left out."""
     write_all(tmp_path, [encoded_image(i) for i in range(9)], [0] * 9)
     path = tmp_path / kind
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=f"^{path}(: truncated| cannot be read: )"):
+    with pytest.raises(InputError, match=f"^{path} cannot be read: "):
         converted(path.parent, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="needs GNU tar")
+def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
+    """Its holes are not in the tar, so that its bytes there are not the file's."""
+    (tmp_path / "a.jpg").write_bytes(bytes(1 << 20))
+    os.truncate(tmp_path / "a.jpg", 1 << 22)
+    with (tmp_path / "a.jpg").open("r+b") as file:
+        file.write(encoded_image(0))
+    subprocess.run(["tar", "-S", "--hole-detection=raw", "-cf", "x.tar", "a.jpg"], cwd=tmp_path, check=True)
+    with pytest.raises(InputError, match=r"x\.tar cannot be read: its member a\.jpg is sparse"):
+        open_source(str(tmp_path / "x.tar"), Images())
 
 
 def test_a_damaged_row_group_is_named(tmp_path: Path) -> None:
@@ -244,6 +283,91 @@ def test_splits_and_classes(tmp_path: Path) -> None:
     two = write_parquet(tmp_path / "two.parquet", {"image": [IMAGE], "label": [3]}, features=FEATURES)
     converted(two, tmp_path / "two", *labeled)
     assert names_of(tmp_path / "two") == [f"class {label}" for label in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "expected"),
+    [
+        (["train_val/train-0", "train_val/val-0"], "train", ["train_val/train-0"]),
+        (["train_test/train-0", "train_test/test-0"], "test", ["train_test/test-0"]),
+        (["train/0", "val/0", "val/train-1"], None, ["train/0", "val/train-1"]),
+        (["0", "1"], None, ["0", "1"]),
+        (["dev-clean-0", "train-clean-0"], "DEV-clean", ["dev-clean-0"]),
+        (["train-0", "val-0"], "none", ["train-0", "val-0"]),
+        (["train_test-0"], "none", ["train_test-0"]),
+        (["training-0", "validation-0"], None, "no split 'train'; available: validation$"),
+        (["val-0", "test-0"], None, "no split 'train'; available: val, test$"),
+        (["test-0"], None, "no split 'train'; available: test$"),
+        (["train-0"], "(", "no split '\\('; available: train$"),
+        (["0"], "val", "no split 'val'; available: none; omit --split$"),
+        (["train_test-0", "val-0"], "val", "x/train_test-0.tar: is it of test or train\\? Choose files by a glob"),
+        (["train/val/0"], None, "x/train/val/0.tar: is it of train or val"),
+    ],
+)
+def test_a_split_is_a_word_of_the_files_name_or_else_of_its_folders(
+    files: list[str], split: str | None, expected: list[str] | str, tmp_path: Path
+) -> None:
+    for file in files:
+        write_tar(tmp_path / "x" / f"{file}.tar", [("a.jpg", IMAGE)])
+    if isinstance(expected, list):
+        source = find_samples(tmp_path / "x", split)
+        assert [*source.ids] == [f"{file}.tar/a" for file in expected]
+        return
+    with pytest.raises(InputError, match=expected):
+        find_samples(tmp_path / "x", split)
+
+
+def test_a_link_makes_no_sample_twice(tmp_path: Path) -> None:
+    """As the links of the hub's cache, to one file in two snapshots; and a link to the folder itself."""
+    blobs, snapshots = tmp_path / "cache" / "blobs", tmp_path / "cache" / "snapshots"
+    blobs.mkdir(parents=True)
+    write_parquet(tmp_path / "x.parquet", {"image": [IMAGE] * 3}).rename(blobs / "f00")
+    for commit in "ab":
+        (snapshots / commit / "data").mkdir(parents=True)
+        (snapshots / commit / "data" / "x.parquet").symlink_to(blobs / "f00")
+    (snapshots / "all").symlink_to(snapshots)
+    globs = ("*/data/*.parquet", "**/x.parquet", "all/b/**", "**/all/**/b/*/x.parquet", "**/**")
+    for source in ("", "snapshots", *(f"snapshots/{glob}" for glob in globs)):
+        assert len(open_source(str(tmp_path / "cache" / source), Images())) == 3
+    assert len(open_source(f"{snapshots}/a/data/x.parquet", Images())) == 3
+
+
+def test_a_folder_of_several_kinds_is_refused_unless_one_is_chosen(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    for number in range(2):
+        write_tar(folder / "a" / f"{number}.tar", [(f"{i}.jpg", IMAGE) for i in range(5)])
+    (folder / "preview.jpg").write_bytes(IMAGE)
+    globs = rf"'{folder}/\*\*/\*.tar' or '{folder}/\*\*/\*.jpg'"
+    for open_it in (lambda source: open_source(source, Images()), find_samples):
+        with pytest.raises(InputError, match=rf"x holds 2 tars and 1 images; choose the samples by a glob: {globs}$"):
+            open_it(str(folder))
+        assert len(open_it(f"{folder}/**/*.tar")) == 10
+        assert [*open_it(f"{folder}/**/*.jpg").ids] == ["preview.jpg"]
+    write_parquet(folder / "a" / "0.parquet", {"url": ["a"]})  # img2dataset's table of a tar
+    assert open_source(f"{folder}/a", Images()).left_out == {".parquet": 1}
+    write_parquet(folder / "a" / "2.parquet", {"image": [IMAGE] * 2})
+    with pytest.raises(InputError, match="x/a holds 2 Parquet files and 2 tars"):
+        open_source(f"{folder}/a", Images())
+    (folder / "b" / ".thumbs").mkdir(parents=True)
+    (folder / "b" / ".thumbs" / "a.jpg").write_bytes(IMAGE)
+    write_parquet(folder / "b" / "0.parquet", {"image": [IMAGE] * 2})
+    assert [*open_source(f"{folder}/b", Images()).ids] == ["0.parquet#0", "0.parquet#1"]
+    (folder / "train" / "dog").mkdir(parents=True)  # what is beside a split is not of it, such as archives
+    (folder / "train" / "dog" / "0.jpg").write_bytes(IMAGE)
+    assert [*find_samples(folder).ids] == ["dog/0.jpg"]
+
+
+def test_a_long_key_costs_no_more_memory_than_it_has(tmp_path: Path) -> None:
+    """An array of names gives each of them the room of the longest: 400 MB here."""
+    names = [f"{number:05}" for number in range(50_000)]
+    names[7] = "k" * 2000
+    write_tar(tmp_path / "x.tar", [(f"{name}.jpg", b"") for name in names])
+    tracemalloc.start()
+    source = open_source(str(tmp_path / "x.tar"), Images())
+    assert [*source.select(range(6, 9)).ids] == [f"x.tar/{name}" for name in names[6:9]]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e8
 
 
 def test_files_that_do_not_fit_together_are_one_line(tmp_path: Path) -> None:
@@ -341,6 +465,33 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest
     assert not (tmp_path / "none").exists()
 
 
+def test_what_the_hub_has_twice_or_not_whole_must_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub, bot = tmp_path / "hub" / "org", "@refs/convert/parquet"
+    for path in ("cut/default/partial-train/0", "cut/default/test/0", "two/a/train/0", "two/b/train/0"):
+        name, _, rest = path.partition("/")
+        (hub / name / "main").mkdir(parents=True, exist_ok=True)
+        write_parquet(hub / name / "refs" / "convert" / "parquet" / f"{rest}.parquet", {"image": [IMAGE]})
+    for language in ("en", "fr"):
+        write_parquet(hub / "card" / "main" / language / "0.parquet", {"image": [IMAGE]})
+    card = "---\nconfigs:\n- config_name: english\n- config_name: french\n---\n"
+    (hub / "card" / "main" / "README.md").write_text(card)
+    address = "hf://datasets/org"
+    refused = {
+        f"cut{bot}": f"has converted only the first part of it; to take that, give {address}/cut{bot}/default/partial-",
+        "cut": f"cut{bot}: the hub has converted only the first part of it",
+        f"cut{bot}/default": "has converted only the first part of it",
+        "two": f"two{bot} has the configurations a, b; append a glob or one of the folders a/train, b/train$",
+        "card": "card has the configurations english, french; append a glob or one of the folders en, fr$",
+    }
+    named = (f"cut{bot}/default/partial-train", f"cut{bot}/default/test", f"two{bot}/a", "card/fr", "card/en/*.parquet")
+    with serve(tmp_path / "hub", tmp_path / "cache", monkeypatch):
+        for name, line in refused.items():
+            with pytest.raises(InputError, match=line):
+                open_source(f"{address}/{name}", Images())
+        for name in named:
+            assert len(open_source(f"{address}/{name}", Images())) == 1
+
+
 def test_a_store_without_samples_is_one_line(
     object_store: GatedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,6 +499,7 @@ def test_a_store_without_samples_is_one_line(
         monkeypatch.setenv(name, value)
     address = object_store.create_bucket("containers-none")
     object_store.client().put_object(Bucket="containers-none", Key="a/b.jpg", Body=IMAGE)
+    object_store.client().put_object(Bucket="containers-none", Key="a/", Body=b"")
     for source in (f"{address}/a", f"{address}/a/*.tar"):
         with pytest.raises(InputError, match=f"^{re.escape(source)}: no Parquet files or tars$"):
             converted(source, tmp_path / "out")
@@ -355,7 +507,7 @@ def test_a_store_without_samples_is_one_line(
     object_store.client().upload_file(str(tmp_path / "paths.parquet"), "containers-none", "b/paths.parquet")
     with pytest.raises(InputError, match=r"column 'path' holds paths, which are allowed only in a local file"):
         converted(f"{address}/b", tmp_path / "out")
-    with pytest.raises(InputError, match=r"a/x.tar cannot be fetched"):
+    with pytest.raises(InputError, match=r"a/x.tar: no Parquet files or tars"):
         converted(f"{address}/a/x.tar", tmp_path / "out")
     with pytest.raises(InputError, match=r"sftp://host/a: expected Parquet files or tars, or MDS in a folder on"):
         converted("sftp://host/a", tmp_path / "out")

@@ -195,7 +195,7 @@ from d2v_composer.data.images import Images, decode_rgb
 from d2v_composer.data.source import open_folder
 
 found = open_folder(Path("."), Images())
-print(found.ids.tolist(), found.left_out, decode_rgb(Path("0.heic").read_bytes(), "0.heic").size)
+print([*found.ids], found.left_out, decode_rgb(Path("0.heic").read_bytes(), "0.heic").size)
 """
 
 
