@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from d2v_composer.data.modality import collate
-from d2v_composer.data.parts import TABLES, Parts, bring
+from d2v_composer.data.parts import TABLES, Parts, bring, plan_of
 from d2v_composer.data.source import Source, hash_of, map_in_workers
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
@@ -34,6 +35,7 @@ from d2v_composer.models.precision import choose_precision, precision_of
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, check_outputs, exists, is_remote, put
 from d2v_composer.system.files import acquire, sole_user, write_atomically
+from d2v_composer.system.part import ALL
 from d2v_composer.system.processes import global_rank, num_ranks
 from d2v_composer.system.progress import progress_bar
 
@@ -136,7 +138,8 @@ def embed_source(
     """
     out, rank = str(out), global_rank()
     place = source.root if is_remote(source.root) else Path(source.root).resolve()
-    plan = part or {"model": hash_weights(model), "source": hash_of(place), "device": device, **options._asdict()}
+    made = plan_of(source, ALL, model=hash_weights(model), device=device, **options._asdict())
+    plan = part or made | {"source": hash_of(place)}  # of which some files may change
     width = embed_batch(model, (model.encoder.example(1),), options, device).shape[1]
     folder, unit = _partial_folder(out), source.modality.unit
     chunks = _cut(source, plan, folder)
@@ -149,9 +152,8 @@ def embed_source(
         theirs, resumed = deque(chunk for chunk in left if chunk.rank != rank), total - to_do
         with progress_bar(total=total, initial=resumed, desc="embedding", unit=unit) as bar:
             batches = [(chunk, batch) for chunk in left if chunk.rank == rank for batch in chunk.batches]
-            loaded = map_in_workers(
-                partial(load_batch, source.decode), [batch for _, batch in batches], workers, device == "cuda"
-            )
+            load = partial(load_batch, source.decode)
+            loaded = map_in_workers(load, [batch for _, batch in batches], workers, device == "cuda")
             rows, skipped = list[NDArray](), list[tuple[int, str]]()
             for (chunk, batch), (inputs, unreadable) in zip(batches, loaded, strict=True):
                 skipped += unreadable
@@ -262,31 +264,37 @@ def merge(out: str, *, overwrite: bool = False) -> Embedding:
     with _sole_writer(out, folder):
         skipped = [reason for record in records.values() for reason in record["skipped"]]
         embedding = Embedding(sum(each["images"] for each in records.values()), first["channels"], skipped, 0, 0.0)
-        read = (_read_part(parts.path(part), record["images"], folder) for part, record in records.items())
+        read = (_read_part(parts.path(part), record, folder) for part, record in records.items())
         _write_table(out, chain.from_iterable(read), embedding, np.dtype(first["part"]["dtype"]), overwrite)
     return embedding
 
 
-def _read_part(address: str, count: int, folder: Path) -> Iterator[tuple[NDArray, NDArray]]:
-    """Yield the ids and embeddings of a part, and check their number against the part's record.
+def _read_part(address: str, record: Mapping[str, Any], folder: Path) -> Iterator[tuple[NDArray, NDArray]]:
+    """Yield the ids and embeddings of a part.
 
     Raises:
-        InputError: It is damaged.
+        InputError: Its files are damaged, or not those that its record describes.
     """
+    is_array = address.endswith(".npy")
     with reading(address):
-        if address.endswith(".npy"):
-            ids, rows = np.load(bring(_ids_file(address), folder)), np.load(bring(address, folder), mmap_mode="r")
-            if not len(ids) == len(rows) == count:
-                raise ValueError(f"expected {count} ids and embeddings, got {len(ids)} and {len(rows)}")
-            for first in range(0, count, CHUNK):
+        files = [bring(each, folder) for each in ([_ids_file(address)] if is_array else []) + [address]]
+        if [*map(_digest, files)] != record["digests"]:
+            raise ValueError("it is not the file that its record describes; remove this part")
+        if is_array:
+            ids, rows = (np.load(file, mmap_mode="r") for file in files)
+            for first in range(0, len(ids), CHUNK):
                 yield ids[first : first + CHUNK], rows[first : first + CHUNK]
             return
         from pyarrow.parquet import ParquetFile
 
-        with ParquetFile(bring(address, folder)) as file:
+        with ParquetFile(*files) as file:
             for batch in file.iter_batches(CHUNK):
                 embeddings: Any = batch["embedding"]
                 yield np.array(batch["id"].to_pylist()), embeddings.flatten().to_numpy().reshape(len(batch), -1)
+
+
+def _digest(path: Path) -> str:
+    return xxhash.xxh3_128_hexdigest(np.memmap(path, mode="r").data)
 
 
 def _write_table(
@@ -302,20 +310,24 @@ def _write_table(
     Raises:
         InputError: As in :func:`check_out`: they have come meanwhile.
     """
-    complete = (folder := _partial_folder(out)) / "embeddings"
-    shape, all_ids, files = (embedding.images, embedding.channels), [], {}
+    complete, files = (folder := _partial_folder(out)) / "embeddings", {}
     if out.endswith(".npy"):
-        with complete.open("wb") as file:
-            npy.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
-            for ids, rows in blocks:
-                file.write(rows.tobytes())
+        shape, all_ids = (embedding.images, embedding.channels), list[NDArray]()
+
+        def rows() -> Iterator[NDArray]:
+            for ids, embeddings in blocks:
                 all_ids.append(ids)
-        np.save(folder / "ids.npy", np.concatenate(all_ids) if all_ids else np.array([], str))
+                yield embeddings
+
+        _write_array(complete, rows(), shape, dtype)
+        # Each id takes the room of the longest, but only on the disk.
+        _write_array(folder / "ids.npy", all_ids, shape[:1], np.result_type(*all_ids or [np.array([], str)]))
         files[_ids_file(out)] = folder / "ids.npy"
     else:
         _write_parquet(complete, blocks, embedding.channels, dtype)
     if part is not None:  # first, as it tells whose the others are
-        write_atomically(folder / "record.json", json.dumps({"part": part} | embedding._asdict()))
+        digests = [*map(_digest, [*files.values(), complete])]
+        write_atomically(folder / "record.json", json.dumps({"part": part, "digests": digests} | embedding._asdict()))
         files = {_record_of(out): folder / "record.json"} | files
     check_out(out, overwrite=overwrite, part=part)
     (folder / MOVING).touch()
@@ -327,6 +339,14 @@ def _write_table(
     for address, path in (files | {out: complete}).items():
         put(path, address)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_array(path: Path, blocks: Iterable[NDArray], shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Write an array to a .npy, block by block."""
+    with path.open("wb") as file:
+        npy.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+        for block in blocks:
+            file.write(block.astype(dtype, copy=False).tobytes())
 
 
 def _write_parquet(path: Path, blocks: Iterable[tuple[NDArray, NDArray]], width: int, dtype: np.dtype) -> None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -363,7 +364,8 @@ def convert(
     _check_out(out, work)
     groups = source.part.of(_groups(source, options.get("resize"), seed, shard_bytes))
     labels = source.label and [*map(source.label, range(len(source)))]
-    records = work / hash_of(source.marks.tolist(), labels, source.modality.name, options, seed, shard_bytes)[:16]
+    made = source.marks.tolist(), labels, source.modality.name, options, seed, shard_bytes, version("d2v-composer")
+    records = work / hash_of(*made)[:16]
     class_names = None if source.label is None else source.class_names
     summary = {"classes": class_names, "seed": seed, **options} | ({"part": plan} if plan else {})
     with sole_user(work / "lock", LOCK_SECONDS) as alone:

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -11,7 +12,7 @@ import pytest
 from streaming import StreamingDataset
 
 from containers import write_all, write_tar
-from d2v_composer.commands import convert_images, merge
+from d2v_composer.commands import convert_images, embed, merge
 from d2v_composer.data.containers import open_source
 from d2v_composer.data.images import Images
 from d2v_composer.data.source import Source
@@ -19,11 +20,12 @@ from d2v_composer.system import fetch as fetch_module
 from d2v_composer.system.errors import InputError, RunError
 from d2v_composer.system.fetch import cache_folder, exists, fetch, list_store
 from gated_store import GatedStore
-from helpers import encoded_image, truncated
+from helpers import GOLDEN, encoded_image, truncated
 from hub_stub import serve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+TEACHER = str(GOLDEN / "tiny_base.pt")
 IMAGES, OTHERS = ([encoded_image(seed) for seed in seeds] for seeds in (range(6), range(10, 16)))
 SIZE = max(map(len, [*IMAGES, *OTHERS]))
 # Of one size: a decoder ignores what follows a JPEG.
@@ -158,6 +160,23 @@ def test_parts_of_a_source_that_changed_are_not_joined(kind: str, tmp_path: Path
     merge.main([str(out)])
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+def test_a_part_is_compared_with_its_record(suffix: str, tmp_path: Path) -> None:
+    write_all(tmp_path, IMAGES, [0] * 6)
+    for out, source in (("a", "folder"), ("b", "tars")):
+        for number in range(2):
+            options = ["--part", f"{number}/2", "--batch-size", "2", "--workers", "0"]
+            embed.main([TEACHER, str(tmp_path / source), str(tmp_path / f"{out}{suffix}"), *options])
+    part = f"00001-of-00002{suffix}"
+    other = tmp_path / f"b{suffix}.parts" / part
+    for path in (other, other.with_suffix(".ids.npy")):
+        if path.exists():
+            shutil.copy(path, tmp_path / f"a{suffix}.parts")
+    with pytest.raises(InputError, match=rf"{part} cannot be read: it is not the file that its record describes"):
+        merge.main([str(tmp_path / f"a{suffix}")])
+    assert not (tmp_path / f"a{suffix}").exists()
+
+
 @pytest.fixture
 def interrupted(tmp_path: Path) -> list[str]:
     """The arguments of a conversion of a/ that has ended at its third shard."""
@@ -177,3 +196,17 @@ def test_an_interrupted_conversion_goes_on_with_its_own_source(interrupted: list
     assert convert_images.main([str(tmp_path / "b"), *interrupted[1:]]).resumed == 0
     stored = StreamingDataset(local=str(tmp_path / "out"), batch_size=1)
     assert sorted(each["image"] for each in stored) == sorted(OTHERS)
+
+
+@pytest.mark.parametrize(("package", "resumes"), [("0.1.0", True), ("9", False)])
+def test_an_interrupted_call_goes_on_with_its_own_version(
+    package: str, resumes: bool, interrupted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = [TEACHER, str(tmp_path / "a"), str(tmp_path / "a.npy"), "--batch-size", "2", "--workers", "0"]
+    with pytest.raises(InputError, match=r"5\.jpg: cannot decode as an image"):
+        embed.main(table)
+    for module in ("convert", "parts"):
+        monkeypatch.setattr(f"d2v_composer.data.{module}.version", lambda _: package)
+    assert (convert_images.main(interrupted).resumed > 0) == resumes
+    with nullcontext() if resumes else pytest.raises(InputError, match="an interrupted run had a different version"):
+        embed.main([*table, "--skip-unreadable"])

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -275,7 +276,7 @@ def test_a_pipe_is_unreadable(tmp_path: Path) -> None:
         read_sample_file(tmp_path / ("x" * 300))
 
 
-STEPS = [(os, "fsync"), (np, "save"), (Path, "unlink"), (Path, "replace"), (shutil, "rmtree")]
+STEPS = [(os, "fsync"), (npy, "write_array_header_1_0"), (Path, "unlink"), (Path, "replace"), (shutil, "rmtree")]
 
 
 @pytest.mark.parametrize(("owner", "name"), STEPS, ids=[name for _, name in STEPS])
