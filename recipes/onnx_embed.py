@@ -8,7 +8,7 @@ photos.npy has a row for each image, (N, D), and photos.ids.npy its path in the 
 
 import json
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from glob import glob
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,30 @@ def prepare(path: Path, how: dict[str, Any]) -> np.ndarray:
     return ((pixels / np.float32(255) - mean) / std).transpose(2, 0, 1)
 
 
+def list_images(root: Path) -> list[str]:
+    """List the images in a folder, without hidden ones: each file and each folder once, a link only if it adds one."""
+    named, links, seen, images = deque([root]), deque[Path](), set[tuple[int, int]](), list[str]()
+    while named or links:
+        path = (named or links).popleft()
+        status = path.stat()
+        place = status.st_dev, status.st_ino
+        if place not in seen and path.is_dir():
+            for entry in path.glob("[!.]*"):
+                (links if entry.is_symlink() else named).append(entry)
+        elif place not in seen and path.name.lower().endswith(SUFFIXES):
+            images.append(path.relative_to(root).as_posix())
+        else:
+            continue
+        seen.add(place)
+    return sorted(images)
+
+
 def main(program: str, folder: str, out: str) -> None:
     outs = [Path(out.removesuffix(".npy") + suffix) for suffix in (".npy", ".ids.npy")]
     if found := [*filter(Path.exists, outs)]:
         raise SystemExit(f"{found[0]} exists; choose another OUT")
     embed, preprocessing = load(program)
-    names = glob("**", root_dir=folder, recursive=True)  # without hidden ones
-    ids = sorted(Path(name).as_posix() for name in names if name.lower().endswith(SUFFIXES))
+    ids = list_images(Path(folder))
     batches = [ids[first : first + BATCH_SIZE] for first in range(0, len(ids), BATCH_SIZE)]
     rows = [embed(np.stack([prepare(Path(folder, name), preprocessing) for name in batch])) for batch in batches]
     np.save(outs[0], np.concatenate(rows))

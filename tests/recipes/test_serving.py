@@ -22,6 +22,8 @@ from playwright.sync_api import Page, sync_playwright
 
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed, export
+from d2v_composer.data.containers import open_source
+from d2v_composer.data.images import Images
 from d2v_composer.models.configs import ImageEncoderConfig
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.student import Student, StudentConfig
@@ -98,6 +100,19 @@ def check_program(folder: Path, name: str, replaced: str = "") -> None:
 
 def test_onnxruntime_alone_embeds_as_the_command_does(folder: Path) -> None:
     check_program(folder, "alone")
+
+
+def test_onnxruntime_alone_lists_what_the_command_lists(tmp_path: Path) -> None:
+    """Each image once, whatever links there are: to its folder, to a parent, to another folder, to itself."""
+    photos, others = tmp_path / "photos" / "a" / "b", tmp_path / "others"
+    for folder in (photos, others, photos / ".trash"):
+        folder.mkdir(parents=True)
+        (folder / f"{folder.name}.jpg").touch()
+    for name, target in {"0": "photos", "1": "photos/a", "2": "others", "3.jpg": "photos/a/b/b.jpg"}.items():
+        (photos.parent / name).symlink_to(tmp_path / target)
+    expected = ["a/2/others.jpg", "a/b/b.jpg"]
+    assert onnx_embed.list_images(tmp_path / "photos") == expected
+    assert [*open_source(str(tmp_path / "photos"), Images()).ids] == expected
 
 
 @pytest.mark.parametrize("name", ["photos.npy", "photos.ids.npy"])
