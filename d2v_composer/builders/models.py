@@ -13,7 +13,7 @@ from d2v_composer.data.modalities import MODALITIES, modality_of
 from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.evaluate import Comparison, build_candidates
 from d2v_composer.evaluation.labeled_retrieval import Lookup
-from d2v_composer.evaluation.metrics import TEACHER
+from d2v_composer.evaluation.metrics import GAP
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import EncoderConfig, TimmNetworkConfig
 from d2v_composer.models.names import PREFIX, PROJECTED
@@ -140,8 +140,7 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Com
         loader = ShardLoaderConfig(**{name: recorded[name] for name in options})
     primary = choose_embedding(model, config.pooling, config.representation).name
     student = None if isinstance(model, Teacher) else model
-    named = {"untrained student": untrained, "student": student, TEACHER: teacher}
-    known = {name: each for name, each in named.items() if each is not None}
+    known = {name: each for name, each in zip(GAP, (untrained, student, teacher), strict=True) if each is not None}
     rivals = {hide_secrets(place): load_rival(place, sizes.modality) for place in config.rivals}
     if taken := sorted(rivals.keys() & known.keys()):
         raise InputError(f"rivals: {taken[0]!r} is another row of the tables; name the file ./{taken[0]}")
@@ -150,4 +149,4 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Com
     reference = None if teacher is None else candidates[-1]
     augment = build_augmentation(loader, sizes, config.seed, for_views=True)
     how = Lookup(primary, config.ks, config.probes, augment, config.device_eval_batch_size, reference)
-    return model, Comparison(candidates, candidates[-3:] if len(known) == 3 else [], how)
+    return model, Comparison(candidates, how)

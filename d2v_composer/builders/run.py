@@ -52,7 +52,7 @@ from d2v_composer.config.schema import (
 from d2v_composer.data.modalities import MODALITIES, modality_of
 from d2v_composer.evaluation.evaluate import build_candidates, cost
 from d2v_composer.evaluation.labeled_retrieval import Embed
-from d2v_composer.evaluation.metrics import TEACHER
+from d2v_composer.evaluation.metrics import STUDENT, TEACHER
 from d2v_composer.models.compilation import compile_model, find_missing
 from d2v_composer.models.distillation import DistillationModel, check_tensors
 from d2v_composer.models.precision import choose_precision, name_precision
@@ -130,7 +130,7 @@ def train_student(
         callbacks = [measure, *callbacks]
     retrieval = build_retrieval(config, model)
     data = {"modality": modality.name, "location": loader.remote or loader.local, **index.describe()}
-    costs = {"student": cost(model.student), TEACHER: cost(model.teacher)}
+    costs = {STUDENT: cost(model.student), TEACHER: cost(model.teacher)}
     record = build_run_record(config, FIXED_BY_A_CHECKPOINT, teacher=model.teacher.provenance, data=data, costs=costs)
     trainer = build_trainer(
         config,
@@ -441,7 +441,7 @@ def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, E
     retrieval = config.retrieval
     with errors_of("retrieval"):
         primary = choose_embedding(model.student, retrieval.pooling, retrieval.representation).name
-    models = {TEACHER: model.teacher, "student": model.student}
+    models = {TEACHER: model.teacher, STUDENT: model.student}
     *others, student = build_candidates(model.teacher, models, model.layer_mean)
     known = {each.name: model.in_precision(each.embed) for each in others}
     if unknown := [name for name in retrieval.baselines if name not in known]:

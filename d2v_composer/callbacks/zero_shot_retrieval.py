@@ -13,8 +13,8 @@ from torch import Tensor
 
 from d2v_composer.callbacks.algorithms import share_statistics
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
-from d2v_composer.evaluation.labeled_retrieval import Candidate, Embed, Lookup, Neighbors, measure_embeddings
-from d2v_composer.evaluation.metrics import PROBES, TEACHER, UNTRAINED, metric_key
+from d2v_composer.evaluation.labeled_retrieval import Candidate, Embed, Lookup, Neighbors, Result, measure_embeddings
+from d2v_composer.evaluation.metrics import PROBES, STUDENT, TEACHER, UNTRAINED, metric_key
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.system.errors import InputError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from d2v_composer.data.labeled import Augmentation, EvaluationSet  # and with it all that reads images
 
 # Attributes in checkpoints.
-KEPT = ("history", "baseline_metrics", "teacher_neighbors", "neighbors", "hits", "was_stopped")
+KEPT = ("history", "baseline_metrics", "teacher_neighbors", "neighbors", "was_stopped")
 
 
 class _StoppedError(Exception):
@@ -76,8 +76,8 @@ class ZeroShotRetrieval(Callback):
         neighbors: The neighbors that the last evaluation found with the primary embedding: data set → bank ('train',
             'test') → (Q, K) int32, the bank indices of each query's nearest images, nearest first, K the largest of
             ``ks``; kept in checkpoints.
-        hits: Short key → hits of the queries, for intervals: of the baselines, of the student as last measured and, as
-            the baseline ``untrained``, of the student before training; kept in checkpoints.
+        results: What tables and the report show, in the primary embedding: of the baselines, of the student before
+            training and of the student as last measured, with its batch; kept in checkpoints.
         should_stop: Asked before each batch of images; True leaves the evaluation, and the run that resumes measures it
             first. On several ranks it must return the same to all.
         was_stopped: Whether that happened in this batch; kept in checkpoints.
@@ -122,27 +122,27 @@ class ZeroShotRetrieval(Callback):
         self.baseline_metrics: dict[str, float] = {}
         self.teacher_neighbors: Neighbors = {}
         self.neighbors: Neighbors = {}
-        self.hits: dict[str, Tensor] = {}
+        self.results: list[Result] = []
         self.should_stop: Callable[[], bool] = lambda: False
         self.was_stopped = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if self.baselines is None:
             self.baselines = getattr(unwrapped(state), "retrieval_baselines", dict)()
-        self.student = Candidate("student", self.embed or embed_method(unwrapped(state)), neighbors=self.neighbors)
+        self.student = Candidate(STUDENT, self.embed or embed_method(unwrapped(state)))
         candidates = {name: Candidate(name, embed) for name, embed in self.baselines.items()}
         if (teacher := candidates.get(TEACHER)) is not None:
             teacher.nearest_others = self.teacher_neighbors
         self.lookup = self.lookup._replace(teacher=teacher)
-        keys = {
-            metric_key(dataset, measure, baseline=name)
+        wanted = {
+            (name, dataset, measure)
             for name in candidates
             for dataset, labeled in self.datasets.items()
             for measure in self.lookup.measures(labeled)
             if name == TEACHER or measure.name != "zero_shot"  # pixels have no projection
         }
         measured: list[Candidate] = []
-        if keys <= self.baseline_metrics.keys():
+        if wanted <= {each[:3] for each in self.results}:
             logger.log_metrics(self.baseline_metrics)
         else:  # not measured yet, or a resume adds some
             self.baseline_metrics, measured = {}, [*candidates.values()]
@@ -163,7 +163,8 @@ class ZeroShotRetrieval(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         images = {name: labeled.fingerprint() for name, labeled in self.datasets.items()}
-        return {name: getattr(self, name) for name in KEPT} | {"primary": self.lookup.primary, "images": images}
+        kept = {name: getattr(self, name) for name in KEPT} | {"results": [each.plain() for each in self.results]}
+        return {**kept, "primary": self.lookup.primary, "images": images}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the measurements.
@@ -184,6 +185,7 @@ class ZeroShotRetrieval(Callback):
                 )
         for name in KEPT:
             setattr(self, name, state[name])
+        self.results = [Result.of(*each) for each in state["results"]]
 
     def evaluate(self, state: State, logger: Logger) -> None:
         """Measure and log the model, unless this batch was measured already or the run should stop."""
@@ -195,9 +197,12 @@ class ZeroShotRetrieval(Callback):
             self.was_stopped = False
 
     def measure(self, candidates: Sequence[Candidate], state: State, logger: Logger) -> None:
-        """Measure, keep and log the accuracies of the student and of baselines."""
+        """Measure the student and baselines on all sets; then keep and log the results, which are of one batch."""
         start, ranks = time.monotonic(), Ranks(dist.get_global_rank(), dist.get_world_size())
-        baselines, student = {}, {}
+        batch, found = int(state.timestamp.batch), list[Result]()
+        self.student.name = STUDENT if batch else UNTRAINED
+        for each in candidates:
+            each.neighbors, each.nearest_others = {}, {}
 
         def to_device(tensor: Tensor) -> Tensor:
             if self.should_stop():  # before each batch of images, and each search
@@ -210,20 +215,23 @@ class ZeroShotRetrieval(Callback):
             for dataset, labeled in self.datasets.items():
                 progress = f"retrieval {dataset}" if self.progress_bar and ranks.rank == 0 else None
                 options = self.lookup, to_device, ranks, progress
-                for result in measure_embeddings(candidates, dataset, labeled, *options):
-                    is_student = result.candidate is self.student
-                    found, baseline = (student, "") if is_student else (baselines, result.candidate.name)
-                    if result.is_primary:
-                        of = UNTRAINED if is_student and state.timestamp.batch == 0 else baseline
-                        self.hits[metric_key(dataset, result.measure, baseline=of)] = result.hits
-                    for name in ("", result.embedding) if result.is_primary else (result.embedding,):
-                        key = metric_key(dataset, result.measure, name, baseline)
-                        found[key] = result.hits.double().mean().item()
+                found += measure_embeddings(candidates, dataset, labeled, *options)
+        metrics: dict[str, dict[str, float]] = {each.name: {} for each in candidates}
+        for row, dataset, measure, embedding, is_primary, hits, _ in found:
+            for name in ("", embedding) if is_primary else (embedding,):
+                metrics[row][metric_key(dataset, measure, name, row)] = hits.double().mean().item()
+        self.results = [each for each in self.results if each.row not in metrics]
+        self.results += [each._replace(batch=batch) for each in found if each.is_primary]
         logger.log_metrics({"time/zero_shot_retrieval": time.monotonic() - start})
-        self.baseline_metrics |= baselines
-        if self.student in candidates:
-            self.history.append({"batch": int(state.timestamp.batch), "metrics": student})
-        logger.log_metrics(baselines | student)
+        for each in candidates:
+            logger.log_metrics(metrics[each.name])
+            if each is self.student:
+                self.history.append({"batch": batch, "metrics": metrics[each.name]})
+                self.neighbors = each.neighbors
+            else:
+                self.baseline_metrics |= metrics[each.name]
+            if each is self.lookup.teacher:
+                self.teacher_neighbors = each.nearest_others
 
 
 def embed_method(model: torch.nn.Module) -> Embed:

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from d2v_composer.data.labeled import EvaluationSet
 from d2v_composer.evaluation.labeled_retrieval import Candidate, Lookup, Result, measure_embeddings
-from d2v_composer.evaluation.metrics import BANKS, TEACHER, Log, Measure, read_accuracies, retrieval_from
+from d2v_composer.evaluation.metrics import BANKS, GAP, Log, Measure, read_accuracies, retrieval_from
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.encoder import Encoder, Inputs, Tokens
 from d2v_composer.models.layer_mean import LayerMean
@@ -45,17 +45,33 @@ class Interval(NamedTuple):
     high: float
 
 
+class GapClosed(NamedTuple):
+    """The teacher gap closed with its 95 % percentile interval."""
+
+    value: float
+    low: float
+    high: float
+    without_gap: int
+    """Resamples that are left out, because in them the teacher is no better than the untrained student."""
+
+    def left_out(self) -> str:
+        """Say how many resamples are left out; '' for none."""
+        return f" ({self.without_gap:,} of {NUM_RESAMPLES:,} resamples have no gap)" if self.without_gap else ""
+
+
 def accuracy_interval(hits: NDArray[np.bool_ | np.float64]) -> Interval:
     """Return the mean of the queries' hits (or fractions), (Q,), with its interval."""
     return Interval(float(hits.mean()), *np.percentile(resample(hits), [2.5, 97.5]).tolist())
 
 
-def gap_closed_interval(*hits: NDArray[np.bool_ | np.float64]) -> Interval | None:
+def gap_closed_interval(*hits: NDArray[np.bool_ | np.float64]) -> GapClosed | None:
     """Return :func:`gap_closed` with its interval, from the three models' hits on the same queries, (Q,) each."""
     value, *resampled = (gap_closed(*each) for each in ([each.mean() for each in hits], *resample(*hits)))
     if value is None:
         return None
-    return Interval(value, *np.percentile([each for each in resampled if each is not None], [2.5, 97.5]).tolist())
+    known = [each for each in resampled if each is not None]
+    low, high = np.percentile(known, [2.5, 97.5]).tolist()
+    return GapClosed(value, low, high, len(resampled) - len(known))
 
 
 def gap_closed(untrained: float, student: float, teacher: float) -> float | None:
@@ -85,7 +101,7 @@ def gap_closed_by_step(
     found: dict[int, list[float]] = {}
     for bank in BANKS:
         options = dataset, retrieval_from(bank, k), embedding
-        untrained, teacher = (read_accuracies(baselines or log, *options, baseline=name) for name in ("", TEACHER))
+        untrained, _, teacher = (read_accuracies(baselines or log, *options, row) for row in GAP)
         for step, accuracy in read_accuracies(log, *options).items() if 0 in untrained and teacher else ():
             closed = gap_closed(untrained[0], accuracy, teacher[max(teacher)])
             if closed is not None:
@@ -161,9 +177,24 @@ class Comparison(NamedTuple):
 
     candidates: list[Candidate]
     """Models on the device, in eval mode."""
-    gap: list[Candidate]
-    """The untrained student, the student and the teacher; without all three, there is no gap to close."""
     lookup: Lookup
+
+
+def pivot(results: Iterable[Result], dataset: str) -> dict[Measure, dict[str, Interval | GapClosed | None]]:
+    """Return measure → row → accuracy on a data set, in each model's primary embedding.
+
+    The teacher gap closed, in the row :data:`GAP_CLOSED`, is ``None`` if there is no gap; it is missing if one of the
+    three models is.
+    """
+    columns: dict[Measure, dict[str, NDArray[Any]]] = {}
+    for each in results:
+        if each.dataset == dataset and each.is_primary:
+            columns.setdefault(each.measure, {})[each.row] = each.hits.numpy()
+    return {
+        measure: {row: accuracy_interval(hits) for row, hits in rows.items()}
+        | ({GAP_CLOSED: gap_closed_interval(*(rows[row] for row in GAP))} if rows.keys() >= {*GAP} else {})
+        for measure, rows in columns.items()
+    }
 
 
 class Evaluation(NamedTuple):
@@ -174,23 +205,6 @@ class Evaluation(NamedTuple):
     """Data set → the name of each label; empty if the labels are only numbers."""
     results: list[Result]
 
-    def pivot(self, dataset: str) -> dict[Measure, dict[str, Interval | None]]:
-        """Return measure → accuracy by candidate, with its primary embedding or the fallback, and the gap closed.
-
-        The teacher gap closed, as :data:`GAP_CLOSED`, is ``None`` if there is no gap; it is missing if one of the three
-        models is.
-        """
-        columns: dict[Measure, dict[Candidate, Any]] = {}
-        for each in self.results:
-            if each.dataset == dataset and each.is_primary:
-                columns.setdefault(each.measure, {})[each.candidate] = each.hits.numpy()
-        gap = self.comparison.gap
-        return {
-            measure: {each.name: accuracy_interval(hit) for each, hit in hits.items()}
-            | ({GAP_CLOSED: gap_closed_interval(*(hits[each] for each in gap))} if gap else {})
-            for measure, hits in columns.items()
-        }
-
     def write(self, folder: Path, about: dict[str, Any]) -> None:
         """Write ``evaluation.json``, with further entries but no secrets, and ``evaluation.csv``, each atomically.
 
@@ -198,15 +212,15 @@ class Evaluation(NamedTuple):
         """
         rows = [
             {
-                "candidate": candidate.name,
-                "dataset": dataset,
-                "bank": measure.bank,
-                "embedding": embedding,
-                "measure": measure.name,
-                "k": measure.k,
-                **accuracy_interval(hits.numpy())._asdict(),
+                "candidate": each.row,
+                "dataset": each.dataset,
+                "bank": each.measure.bank,
+                "embedding": each.embedding,
+                "measure": each.measure.name,
+                "k": each.measure.k,
+                **accuracy_interval(each.hits.numpy())._asdict(),
             }
-            for candidate, dataset, measure, embedding, _, hits in self.results
+            for each in self.results
         ]
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, fieldnames=list(rows[0]))
@@ -219,7 +233,7 @@ class Evaluation(NamedTuple):
             "teacher_gap_closed": [
                 {"dataset": dataset, "bank": measure.bank, "measure": measure.name, "k": measure.k, **closed._asdict()}
                 for dataset in self.class_names
-                for measure, cells in self.pivot(dataset).items()
+                for measure, cells in pivot(self.results, dataset).items()
                 if (closed := cells.get(GAP_CLOSED)) is not None
             ],
             "candidates": [

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +20,10 @@ from d2v_composer.evaluation.metrics import (
     KNN,
     KNN_MAJORITY,
     LINEAR,
-    WITHOUT_LABELS,
     Measure,
     find_primary,
     instance_retrieval,
-    probes_at,
+    measures_at,
     retrieval_from,
 )
 from d2v_composer.evaluation.nearest_neighbors import (
@@ -62,9 +61,10 @@ Neighbors = dict[str, dict[str, Tensor]]
 
 @dataclass(eq=False)
 class Candidate:
-    """A model to compare with others, and its last results."""
+    """A model to compare with others, and what its last measurement found."""
 
     name: str
+    """Its row in tables."""
     embed: Embed
     num_parameters: int = 0
     gflop: float = 0.0
@@ -95,9 +95,8 @@ class Lookup(NamedTuple):
 
     def measures(self, labeled: "EvaluationSet") -> list[Measure]:
         """Return the measures for a set: retrieval first, then the probes."""
-        measures = [retrieval_from(bank, k) for bank in BANKS for k in self.ks] if labeled.has_labels else []
-        measures += probes_at(self.ks, self.probes if labeled.has_labels else WITHOUT_LABELS)
         needs = {AGREEMENT.name: self.teacher, "zero_shot": labeled.class_embeddings}
+        measures = measures_at(self.ks, self.probes, labeled.has_labels)
         return [each for each in measures if needs.get(each.name, labeled) is not None]
 
     def check(self, name: str, labeled: "EvaluationSet") -> None:
@@ -116,9 +115,10 @@ class Lookup(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One measure of one candidate's embedding on one data set."""
+    """One measure of one row's embedding on one data set."""
 
-    candidate: Candidate
+    row: str
+    """The candidate's name."""
     dataset: str
     measure: Measure
     embedding: str
@@ -127,6 +127,17 @@ class Result(NamedTuple):
     """True for the candidate's primary embedding; ``zero_shot`` has but one."""
     hits: Tensor
     """For each query, on the host: (Q,) bool, or the share of common neighbors, (Q,) float64."""
+    batch: int = 0
+    """Batches after which a run measured it."""
+
+    def plain(self) -> list[Any]:
+        """Return the fields as plain values, for a checkpoint; :meth:`of` reads them."""
+        return [*self._replace(measure=tuple(self.measure))]
+
+    @classmethod
+    def of(cls, row: str, dataset: str, measure: Sequence[Any], *others: Any) -> "Result":
+        """Build a result from :meth:`plain`'s values."""
+        return cls(row, dataset, Measure(*measure), *others)
 
 
 def embed_set(
@@ -248,4 +259,4 @@ def measure_embeddings(
                         warn_once(f"{about}: linear probe: {probe.doubt}")
             for measure, hit in hits.items():
                 is_primary = name == primary or measure.name == "zero_shot"
-                yield Result(candidate, dataset, measure, name, is_primary, hit.cpu())
+                yield Result(candidate.name, dataset, measure, name, is_primary, hit.cpu())

@@ -13,10 +13,10 @@ from d2v_composer.evaluation.nearest_neighbors import NUM_NEIGHBORS
 from d2v_composer.evaluation.without_labels import NUM_COMMON
 
 BANKS = ("train", "test")
-TEACHER = "teacher"
-"""The name of the baseline with which agreement and the gap closed compare, in keys and tables."""
-UNTRAINED = "untrained"
-"""The student before training, in keys."""
+UNTRAINED, STUDENT, TEACHER = GAP = ("untrained student", "student", "teacher")
+"""The models between which the teacher gap lies; agreement compares with the teacher."""
+ROWS = ("pixels", "log_mel", "encoder", *GAP)
+"""A run's models by name, in the order of tables; log keys, tables, report and plots have the same names."""
 # Logged below health/ as 0 or 1.
 HEALTH_STATES = ("collapse", "dead", "diverging", "non_finite", "scaler_skips")
 Log = Mapping[str, Mapping[int, float]]
@@ -66,22 +66,24 @@ PROBES: Mapping[str, Sequence[Measure] | Callable[[int], Measure]] = {
 WITHOUT_LABELS = ("agreement", "instance")
 
 
-def probes_at(ks: Sequence[int], probes: Iterable[str] = tuple(PROBES)) -> list[Measure]:
-    """Return the measures of the probes, one for each k if a probe has a k."""
-    found = [PROBES[name] for name in probes]
-    return [measure for each in found for measure in (map(each, ks) if callable(each) else each)]
+def measures_at(ks: Sequence[int], probes: Iterable[str] = tuple(PROBES), has_labels: bool = True) -> list[Measure]:
+    """Return the measures of a set in the order of tables: retrieval with labels, then the probes, for each k."""
+    found = [PROBES[name] for name in (probes if has_labels else WITHOUT_LABELS)]
+    probed = [measure for each in found for measure in (map(each, ks) if callable(each) else each)]
+    return [retrieval_from(bank, k) for bank in BANKS for k in ks if has_labels] + probed
 
 
-def metric_key(dataset: str, measure: Measure, embedding: str = "", baseline: str = "") -> str:
-    """Return the log key of an accuracy; ``embedding`` defaults to the primary embedding, ``baseline`` to the model."""
-    return "/".join(filter(None, ["metrics", dataset, baseline, measure.key, embedding]))
+def metric_key(dataset: str, measure: Measure, embedding: str = "", row: str = STUDENT) -> str:
+    """Return the log key of an accuracy; by default of the primary embedding. The student's key names no model."""
+    model = "" if row in (UNTRAINED, STUDENT) else row
+    return "/".join(filter(None, ["metrics", dataset, model, measure.key, embedding]))
 
 
 def read_accuracies(
-    log: Log, dataset: str, measure: Measure, embedding: str = "", baseline: str = ""
+    log: Log, dataset: str, measure: Measure, embedding: str = "", row: str = STUDENT
 ) -> Mapping[int, float]:
     """Return step → accuracy from a log; empty if the accuracy was not logged. See :func:`metric_key`."""
-    return log.get(metric_key(dataset, measure, embedding, baseline), {})
+    return log.get(metric_key(dataset, measure, embedding, row), {})
 
 
 def find_primary(primary: str, names: Collection[str]) -> str:

@@ -1,9 +1,18 @@
 """Answer whether a student is worth it: what it keeps of its teacher, what it costs, and what to try next."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from d2v_composer.evaluation.evaluate import gap_closed_interval
-from d2v_composer.evaluation.metrics import AGREEMENT, TEACHER, UNTRAINED, Measure, metric_key, retrieval_from
+from d2v_composer.evaluation.evaluate import GAP_CLOSED, pivot
+from d2v_composer.evaluation.metrics import (
+    AGREEMENT,
+    GAP,
+    STUDENT,
+    TEACHER,
+    Measure,
+    read_accuracies,
+    retrieval_from,
+)
 from d2v_composer.models.names import embedding_name
 from d2v_composer.report.run import Run
 
@@ -18,18 +27,18 @@ def answer(run: Run) -> Iterator[str]:
     It is about retrieval or, without labels, about the neighbor agreement with the teacher.
     """
     for dataset in run.retrieval["datasets"]:
+        found = pivot(run.results, dataset)
         for measure in (retrieval_from("train", min(run.retrieval["ks"])), AGREEMENT):
-            keys = [metric_key(dataset, measure, baseline=name) for name in (UNTRAINED, "", TEACHER)]
-            if keys[1] in run.log and run.hits.keys() >= {*keys}:
-                yield f"On {dataset}, {_kept(run, measure, keys)}"
+            if GAP_CLOSED in found.get(measure, ()):
+                yield f"On {dataset}, {_kept(run, dataset, measure, found[measure])}"
                 break
 
 
-def _kept(run: Run, measure: Measure, keys: list[str]) -> str:
-    hits = [run.hits[key].numpy() for key in keys]
-    untrained, student, teacher = (100 * float(each.mean()) for each in hits)
+def _kept(run: Run, dataset: str, measure: Measure, rows: Mapping[str, Any]) -> str:
+    untrained, student, teacher = (100 * rows[row].value for row in GAP)
+    [batch] = {each.batch for each in run.results if each.row == STUDENT}
     embedding = embedding_name(run.retrieval["representation"], run.retrieval["pooling"])
-    shown = f"The student scores {student:.1f} % ({measure.heading}, {embedding}); untrained it scored "
+    shown = f"The student scores {student:.1f} % ({measure.heading}, {embedding}, batch {batch}); untrained it scored "
     shown += f"{untrained:.1f} %, and its teacher scores {teacher:.1f} %."
     costs = run.record["costs"]
     sizes = [
@@ -37,14 +46,16 @@ def _kept(run: Run, measure: Measure, keys: list[str]) -> str:
         for name, key, scale in COSTS
     ]
     shown += f" It has {', '.join(sizes)}."
-    if (closed := gap_closed_interval(*hits)) is None:
+    if (closed := rows[GAP_CLOSED]) is None:
         return f"there is no teacher gap to close. {shown}"
-    value, low, high = (100 * each for each in closed)
-    said = f"the student closes {value:.0f} % of the teacher gap, 95 % interval {low:.0f} to {high:.0f}. {shown}"
+    value, low, high = (100 * each for each in closed[:3])
+    said = f"the student closes {value:.0f} % of the teacher gap, 95 % interval {low:.0f} to {high:.0f}"
+    said += f"{closed.left_out()}. {shown}"
     if value >= ENOUGH:
         return said
-    (first, before), (last, after) = sorted(({0: untrained / 100} | {**run.log[keys[1]]}).items())[-2:]
-    gain = 1e4 * (after - before) / (teacher - untrained)
+    logged = read_accuracies(run.log, dataset, measure)  # of an interrupted run also of later batches
+    first, before = max({0: untrained / 100, **{step: each for step, each in logged.items() if step < batch}}.items())
+    gain = 100 * (student - 100 * before) / (teacher - untrained)
     more = "" if run.record["config"]["student"]["model"] else "more teacher.first_blocks or "  # timm's has its own
     tried = "longer training" if gain >= RISING else f"{more}smaller batches for the same number of samples"
-    return f"{said} To keep more, try {tried}: the last {last - first} batches closed {gain:.0f} %."
+    return f"{said} To keep more, try {tried}: the last {batch - first} batches closed {gain:.0f} %."

@@ -10,14 +10,16 @@ import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from d2v_composer.evaluation.evaluate import Evaluation, gap_closed_by_step
+from d2v_composer.evaluation.evaluate import Evaluation, gap_closed_by_step, pivot
 from d2v_composer.evaluation.metrics import (
     AGREEMENT,
     BANKS,
     KNN,
     KNN_MAJORITY,
     LINEAR,
+    STUDENT,
     TEACHER,
+    UNTRAINED,
     Measure,
     instance_retrieval,
     read_accuracies,
@@ -26,14 +28,7 @@ from d2v_composer.evaluation.metrics import (
 from d2v_composer.report.run import EMBEDDINGS, Run
 
 WIDTH, HEIGHT, DPI = 6.4, 3.9, 150
-# Model in log keys, '' for the student → its name in legends, and its color.
-MODELS = {
-    "": ("student", "C0"),
-    TEACHER: ("teacher", "C1"),
-    "encoder": ("encoder alone", "C3"),
-    "pixels": ("pixels", "C2"),
-    "log_mel": ("log-mel spectrum", "C2"),
-}
+COLORS = {STUDENT: "C0", TEACHER: "C1", "encoder": "C3", "pixels": "C2", "log_mel": "C2"}
 STYLE: dict[Any, Any] = {
     **style.library["tableau-colorblind10"],
     "axes.grid": True,
@@ -96,7 +91,7 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
                 figure = plot(title.format(dataset), "%", lines)
                 for start in (read_accuracies(run.log, dataset, each).get(0) for each in measures):
                     if start is not None:
-                        figure.axes[0].annotate("untrained", (0, start), (5, -4), textcoords="offset points", va="top")
+                        figure.axes[0].annotate(UNTRAINED, (0, start), (5, -4), textcoords="offset points", va="top")
                 yield name, figure
         gaps = {name: (gap_closed_by_step(run.log, dataset, name, ks[0]), {}) for name in EMBEDDINGS}
         if lines := {name: line for name, line in gaps.items() if line[0]}:
@@ -108,7 +103,7 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
 
 def gap_plot(title: str, lines: Mapping[str, Line]) -> Figure:
     """Plot the teacher gap closed over the training steps, with lines for the untrained student and the teacher."""
-    levels: dict[str, Line] = {"teacher": (1, {"color": "k"}), "untrained": (0, {"color": "k", "linestyle": ":"})}
+    levels: dict[str, Line] = {TEACHER: (1, {"color": "k"}), UNTRAINED: (0, {"color": "k", "linestyle": ":"})}
     figure = plot(title, "%", {**lines, **levels})
     low, high = figure.axes[0].get_ylim()
     figure.axes[0].set_ylim(max(low, -0.3), min(high, 1.3))  # where the gap is small, a share may be anything
@@ -120,10 +115,10 @@ def _accuracies(run: Run, dataset: str, measures: Sequence[Measure]) -> dict[str
     lines = {}
     for measure, dashes in zip(measures, cycle(["-", "--", ":", "-."])):
         label = f", {measure.heading}" if len(measures) > 1 else ""  # else the title says it
-        for model, (name, color) in MODELS.items():
-            if values := read_accuracies(run.log, dataset, measure, baseline=model):
+        for row, color in COLORS.items():
+            if values := read_accuracies(run.log, dataset, measure, row=row):
                 look = {"color": color, "linestyle": dashes}
-                lines[name + label] = values[max(values)] if model else values, look
+                lines[row + label] = values if row == STUDENT else values[max(values)], look
     return lines
 
 
@@ -142,7 +137,7 @@ def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Fi
     figure = Figure(figsize=(8, 5 * len(datasets)))
     for dataset, axes in zip(datasets, figure.subplots(len(datasets), squeeze=False).flat, strict=True):
         best: dict[str, float] = {}
-        for measure, cells in evaluation.pivot(dataset).items():
+        for measure, cells in pivot(evaluation.results, dataset).items():
             if measure.key.endswith(larger):
                 continue
             names = sorted(cells.keys() & speeds, key=lambda name: speeds[name])

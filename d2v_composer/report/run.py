@@ -1,6 +1,6 @@
 """Read a run's folder: its record, its log, and the neighbors that its last retrieval found."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -12,6 +12,7 @@ from d2v_composer.checkpoints.safe_load import load_untrusted
 from d2v_composer.data.labeled import EvaluationSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.data.modality import Modality
+from d2v_composer.evaluation.labeled_retrieval import Result
 from d2v_composer.evaluation.metrics import Log, read_jsonl
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.system.errors import InputError, reading
@@ -34,8 +35,8 @@ class Run(NamedTuple):
     """Neighbors, as in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
     datasets: Mapping[str, EvaluationSet] = {}
     """The samples that can still be read; each label has a name."""
-    hits: Mapping[str, Tensor] = {}
-    """Hits, as in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
+    results: Sequence[Result] = ()
+    """Results, as in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
 
     @property
     def modality(self) -> Modality:
@@ -64,7 +65,7 @@ def read_run(folder: Path) -> Run:
         InputError: It is not the folder of a run, or its newest checkpoint is corrupt.
     """
     record_file, log_file, checkpoint = folder / "run.yaml", folder / LOG, folder / LATEST
-    measured: dict[str, Any] = {"neighbors": {}, "images": {}, "hits": {}}
+    measured: dict[str, Any] = {"neighbors": {}, "images": {}, "results": []}
     with reading(record_file):
         run = Run(yaml.safe_load(record_file.read_bytes()), {})
         retrieval, modality = run.retrieval, run.modality
@@ -84,4 +85,5 @@ def read_run(folder: Path) -> Run:
                 datasets[name] = found
         except InputError as error:
             print(f"report: no gallery for {name}: {error}")
-    return run._replace(log=log, neighbors=measured["neighbors"], datasets=datasets, hits=measured["hits"])
+    results = [Result.of(*each) for each in measured["results"]]
+    return run._replace(log=log, neighbors=measured["neighbors"], datasets=datasets, results=results)

@@ -6,22 +6,16 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from d2v_composer.evaluation.evaluate import (
-    GAP_CLOSED,
-    Evaluation,
-    Interval,
-    accuracy_interval,
-    gap_closed_by_step,
-    gap_closed_interval,
-)
+from d2v_composer.evaluation.evaluate import GAP_CLOSED, Evaluation, GapClosed, Interval, gap_closed_by_step, pivot
 from d2v_composer.evaluation.metrics import (
     BANKS,
+    ROWS,
+    STUDENT,
     TEACHER,
     UNTRAINED,
     Log,
     Measure,
-    metric_key,
-    probes_at,
+    measures_at,
     read_accuracies,
     retrieval_from,
 )
@@ -48,25 +42,20 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str 
 def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
     """Return a table per data set: accuracy of the baselines and of the student.
 
-    The student before training is included if the run measured it (``retrieval.at_start``).
+    The untrained student is included if the run measured it (``retrieval.at_start``).
     """
-    first, last, others = retrieval.history[0], retrieval.history[-1], retrieval.baseline_metrics
-    before, after = "student before", "student after"
-    found = {name: (name, others) for name in retrieval.baselines or {} if name != TEACHER}
-    found |= {before: ("", {} if first["batch"] else first["metrics"]), after: ("", last["metrics"])}
-    tables = []
+    tables, results = [], retrieval.results
+    names = sorted({each.row: 0 for each in results}, key=lambda row: ROWS.index(row) if row in ROWS else -1)
+    batch = max((each.batch for each in results if each.row == STUDENT), default=0)
     for dataset, labeled in retrieval.datasets.items():
-        columns = retrieval.lookup.measures(labeled)
-        rows: dict[str, list[str]] = {}
-        for name, (baseline, metrics) in (found | {TEACHER: (TEACHER, others)}).items():
-            keys = [metric_key(dataset, measure, baseline=baseline) for measure in columns]
-            if keys[0] in metrics:  # a resume may ask for another set, k or probe
-                rows[name] = [f"{100 * metrics[key]:.1f}" if key in metrics else "–" for key in keys]
-        if not rows:
-            continue
-        what = CLASSIFIED if labeled.has_labels else UNLABELED
-        title = f"{what} on {dataset}, {retrieval.lookup.primary}, batch {last['batch']}, {UNITS[what]}"
-        tables.append(_table(title, columns, rows))
+        found = pivot(results, dataset)
+        columns = [measure for measure in measures_at(retrieval.lookup.ks) if measure in found]
+        cells = {name: [found[measure].get(name) for measure in columns] for name in names}
+        rows = {name: [f"{100 * each.value:.1f}" if each else "–" for each in row] for name, row in cells.items()}
+        if columns:
+            what = CLASSIFIED if labeled.has_labels else UNLABELED
+            title = f"{what} on {dataset}, {retrieval.lookup.primary}, batch {batch}, {UNITS[what]}"
+            tables.append(_table(title, columns, rows))
     return "\n\n".join(tables)
 
 
@@ -79,13 +68,13 @@ def evaluation_tables(evaluation: Evaluation, each: str) -> str:
     """
     candidates, parts = evaluation.comparison.candidates, []
     for dataset in evaluation.class_names:
-        pivot = evaluation.pivot(dataset)
+        found = pivot(evaluation.results, dataset)
         for what, unit in UNITS.items():
-            columns = [measure for measure in pivot if _kind(measure) == what]
+            columns = [measure for measure in found if _kind(measure) == what]
             rows = {
-                name: [_percent(pivot[measure].get(name)) for measure in columns]
+                name: [_percent(found[measure].get(name)) for measure in columns]
                 for name in [*(one.name for one in candidates), GAP_CLOSED]
-                if any(pivot[measure].get(name) for measure in columns)
+                if any(found[measure].get(name) for measure in columns)
             }
             if columns:
                 embedding = PROJECTED if what == NAMED else evaluation.comparison.lookup.primary
@@ -113,15 +102,13 @@ def run_tables(run: Run) -> Iterator[tuple[str, list[list[str]]]]:
     Cells are of the primary embedding, in % with 95 % intervals. The last row is the teacher gap closed.
     """
     k, costs = min(run.retrieval.get("ks", [1])), run.record.get("costs") or {}
-    models = {name: [name] for name in ("pixels", "log_mel", "encoder", UNTRAINED)}
-    models |= {"student": [""], TEACHER: [TEACHER], GAP_CLOSED: [UNTRAINED, "", TEACHER]}
     for dataset in run.retrieval["datasets"]:
-        measures = [*(retrieval_from(bank, k) for bank in BANKS), *probes_at([k])]
-        columns = [each for each in measures if metric_key(dataset, each) in run.hits]
+        found = pivot(run.results, dataset)
+        columns = [measure for measure in measures_at([k]) if measure in found]
         rows = [["", *(each.heading for each in columns), "M parameters", "GFLOP"]]
-        for name, compared in models.items():
-            cells = [_interval(run, dataset, measure, compared) for measure in columns]
-            cost = costs.get("student" if name == UNTRAINED else name)
+        for name in (*ROWS, GAP_CLOSED):
+            cells = [_percent(found[measure].get(name)) for measure in columns]
+            cost = costs.get(STUDENT if name == UNTRAINED else name)
             sizes = [f"{cost['num_parameters'] / 1e6:.2f}", f"{cost['gflop']:.2f}"] if cost else ["", ""]
             if {*cells} - {"–"}:
                 rows.append([name, *cells, *sizes])
@@ -129,24 +116,16 @@ def run_tables(run: Run) -> Iterator[tuple[str, list[list[str]]]]:
             yield dataset, rows
 
 
-def _interval(run: Run, dataset: str, measure: Measure, names: Sequence[str]) -> str:
-    """Format a model's accuracy or, for untrained student, student and teacher, the teacher gap closed."""
-    hits = [run.hits.get(metric_key(dataset, measure, baseline=name)) for name in names]
-    found = [each.numpy() for each in hits if each is not None]
-    if len(found) < len(names):
-        return "–"
-    return _percent(accuracy_interval(*found) if len(found) == 1 else gap_closed_interval(*found))
-
-
 def _kind(measure: Measure) -> str:
     kinds = {"": UNLABELED, "classes": NAMED}
     return kinds.get(measure.bank, CLASSIFIED if measure.name == "retrieval" else FITTED)
 
 
-def _percent(interval: Interval | None) -> str:
+def _percent(interval: Interval | GapClosed | None) -> str:
     if interval is None:
         return "–"
-    return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    shown = f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    return shown + (interval.left_out() if isinstance(interval, GapClosed) else "")
 
 
 def study_table(logs: Mapping[str, Log]) -> str:
@@ -160,7 +139,7 @@ def study_table(logs: Mapping[str, Log]) -> str:
     """
     first = next(iter(logs.values()))
     names = [name for name in EMBEDDINGS if _top1(first, name) != "–"]
-    lines = [["untrained", *(_top1(first, name, step=0) for name in names)]]
+    lines = [[UNTRAINED, *(_top1(first, name, step=0) for name in names)]]
     for run, log in logs.items():
         has_own = _top1(log, names[0], TEACHER) != "–"
         cells = []
@@ -172,14 +151,14 @@ def study_table(logs: Mapping[str, Log]) -> str:
         seconds = f"{max(log['time/sample'].values()) * mean(1 / pace for pace in paces):.0f}" if paces else "–"
         lines.append([run, *cells, f"{loss:.3f}", seconds])
         if has_own and log is not first:
-            lines.append(["– its untrained", *(_top1(log, name, step=0) for name in names)])
-            lines.append(["– its teacher", *(_top1(log, name, TEACHER) for name in names)])
+            lines.append([f"– its {UNTRAINED}", *(_top1(log, name, step=0) for name in names)])
+            lines.append([f"– its {TEACHER}", *(_top1(log, name, TEACHER) for name in names)])
     lines.append([TEACHER, *(_top1(first, name, TEACHER) for name in names)])
     return format_table(["bank train / bank test", *names, "loss", "s"], lines, "github")
 
 
-def _top1(log: Log, embedding: str, baseline: str = "", step: int | None = None) -> str:
+def _top1(log: Log, embedding: str, row: str = STUDENT, step: int | None = None) -> str:
     """Return top-1 in % with each bank, at a given step or the last one."""
-    values = [read_accuracies(log, DATASET, retrieval_from(bank, 1), embedding, baseline) for bank in BANKS]
+    values = [read_accuracies(log, DATASET, retrieval_from(bank, 1), embedding, row) for bank in BANKS]
     steps = [max(each, default=0) if step is None else step for each in values]
     return " / ".join(f"{100 * each[at]:.1f}" for each, at in zip(values, steps, strict=True) if at in each) or "–"

@@ -13,7 +13,7 @@ from d2v_composer import knn_accuracy, neighbor_agreement
 from d2v_composer.callbacks import ZeroShotRetrieval
 from d2v_composer.data.images import RandomResizedCropFlip
 from d2v_composer.data.labeled import Augmentation, EvaluationSet, LabeledSamples
-from d2v_composer.evaluation.metrics import AGREEMENT, metric_key, retrieval_from
+from d2v_composer.evaluation.metrics import AGREEMENT, GAP, retrieval_from
 from d2v_composer.evaluation.nearest_neighbors import retrieval_accuracy
 from d2v_composer.report.tables import retrieval_table
 from d2v_composer.system.errors import InputError
@@ -123,6 +123,32 @@ def test_a_resume_with_other_images_is_refused_unless_they_have_another_name() -
     ZeroShotRetrieval({"set": labeled, "fewer": fewer}).load_state_dict(state)
 
 
+def test_a_measurement_cut_short_keeps_the_results_before_it() -> None:
+    """Not some sets of one batch and some of another."""
+    sets = {name: EvaluationSet(numbered_images(9, 0), numbered_images(5, 100)) for name in ("first", "second")}
+    model, asked = Watched(), list[int]()
+
+    def should_stop() -> bool:
+        asked.append(len(model.embedded))
+        return len(model.embedded) > 2 * 28 - 5  # in the second set of the second measurement
+
+    def embed(images: Tensor) -> Tensor:
+        model.embed(images)
+        return pixels(images) if len(model.embedded) <= 28 else pixels(images).square()
+
+    callback = ZeroShotRetrieval(sets, "5ba", embed=embed)
+    callback.should_stop = should_stop
+    train(model, callback, "10ba")
+    alone = ZeroShotRetrieval(sets, "5ba", embed=pixels)
+    train(Watched(), alone, "5ba")
+    assert (max(asked), callback.was_stopped) == (56, True)
+    assert [entry["batch"] for entry in callback.history] == [5]
+    for ours, expected in zip(callback.results, alone.results, strict=True):
+        assert ours[:5] == expected[:5]
+        assert (ours.hits.tolist(), ours.batch) == (expected.hits.tolist(), 5)
+    assert all(torch.equal(callback.neighbors[name]["train"], each["train"]) for name, each in alone.neighbors.items())
+
+
 AUGMENT = Augmentation(RandomResizedCropFlip(8, scale=(0.6, 1)), seed=3)
 
 
@@ -173,11 +199,11 @@ def test_judges_without_labels(has_labels: bool) -> None:
         f"{'Zero-shot retrieval' if has_labels else 'Measured without labels'} on set, whole, batch 5"
     )
     assert table[0].endswith("neighbor agreement    instance top-1    instance top-3")
-    assert [line.split()[0] for line in table[1:]] == ["pixels", "student", "student", "teacher"]
+    assert [line.split("  ")[0] for line in table[1:]] == ["pixels", *GAP]
     measure = retrieval_from("train", 1) if has_labels else AGREEMENT
-    for model, line in {"untrained": table[-3], "": table[-2], "teacher": table[-1]}.items():
-        hits = callback.hits[metric_key("set", measure, baseline=model)].double().mean().item()
-        assert line.split()[1 + (model != "teacher")] == f"{100 * hits:.1f}", model
+    shares = {each.row: each.hits.double().mean() for each in callback.results if each.measure == measure}
+    for row, line in zip(GAP, table[-3:], strict=True):
+        assert line.removeprefix(row).split()[0] == f"{100 * shares[row]:.1f}", row
 
     resumed = ZeroShotRetrieval({"set": labeled}, "5ba", **options)
     resumed.load_state_dict(callback.state_dict())
@@ -186,7 +212,7 @@ def test_judges_without_labels(has_labels: bool) -> None:
     train(Watched(), resumed, "5ba")
     assert resumed.history[-1]["metrics"] == metrics
     assert calls == []
-    assert resumed.hits.keys() == callback.hits.keys()
+    assert {each[:3] for each in resumed.results} == {each[:3] for each in callback.results}
 
 
 def test_baselines_are_measured_once_in_one_pass() -> None:

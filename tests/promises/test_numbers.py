@@ -156,6 +156,18 @@ def test_the_untrained_student_is_the_runs(of_teacher_blocks: Path, labeled: Pat
             assert value == pytest.approx(logged[f"metrics/small/bank_{bank}/top1/{embedding}"][0])
 
 
+def test_a_finished_run_prints_its_table_again(small_data: Path, labeled: Path, tmp_path: Path) -> None:
+    """23: with the rows and measures of the call that trained it, the agreement with the teacher, too."""
+    sets = f"retrieval.datasets={{small: {{format: mds, root: {labeled / 'test'}, label_column: null}}}}"
+    changes = "retrieval.at_start=true", "max_duration=2ba", "scheduler.t_warmup=1ba"
+    tables = [
+        run_training(*small_run(tmp_path / "run", small_data, sets, *changes)).stdout.partition("\n\n")[2]
+        for _ in range(2)
+    ]
+    assert "neighbor agreement" in tables[0]
+    assert tables[0] == tables[1]
+
+
 def test_another_teacher_is_refused(of_teacher_blocks: Path, labeled: Path, tmp_path: Path) -> None:
     """23: for an exported student as for a checkpoint; a converted teacher is the same one."""
     student, converted, other = (tmp_path / f"{name}.safetensors" for name in ("student", "converted", "other"))

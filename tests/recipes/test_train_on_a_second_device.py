@@ -192,9 +192,7 @@ def test_an_evaluation_measures_as_on_the_host(here: Path, labeled: Path) -> Non
     accuracies = []
     for device in ("xla", "cpu"):
         found = evaluate(build_comparison(config, device)[1], datasets, device).results
-        accuracies.append(
-            [(each.candidate.name, each.measure, each.embedding, each.hits.double().mean()) for each in found]
-        )
+        accuracies.append([(each.row, each.measure, each.embedding, each.hits.double().mean()) for each in found])
     assert [each[:3] for each in accuracies[0]] == [each[:3] for each in accuracies[1]]
     on_device, on_host = ([each[3] for each in found] for found in accuracies)
     np.testing.assert_allclose(on_device, on_host, atol=0.05)

@@ -20,7 +20,8 @@ from d2v_composer.checkpoints.checkpoint import LATEST
 from d2v_composer.commands import report
 from d2v_composer.data.audio import Audio
 from d2v_composer.data.labeled import load_labeled_set
-from d2v_composer.evaluation.metrics import BANKS, metric_key, read_jsonl, retrieval_from
+from d2v_composer.evaluation.labeled_retrieval import Result
+from d2v_composer.evaluation.metrics import BANKS, GAP, STUDENT, metric_key, read_jsonl, retrieval_from
 from d2v_composer.report import page
 from d2v_composer.report.page import gallery, write_report
 from d2v_composer.report.plots import accuracy_plots
@@ -102,20 +103,20 @@ def test_the_page_and_its_plots_show_the_log(run_folder: Path, tmp_path: Path) -
     primary = "{representation}_{pooling}".format(**run.record["config"]["retrieval"])
     [weak, *_] = {*EMBEDDINGS} - {primary}
     accuracies = {
-        ("", ""): {0: 0.2, 14: 0.4},
-        (primary, ""): {0: 0.2, 14: 0.4},
+        ("", STUDENT): {0: 0.2, 14: 0.4},
+        (primary, STUDENT): {0: 0.2, 14: 0.4},
         ("", "teacher"): {0: 0.6},
         (primary, "teacher"): {0: 0.6},
         ("", "pixels"): {0: 0.1},
-        (weak, ""): {0: 0.2, 14: 0.4},
+        (weak, STUDENT): {0: 0.2, 14: 0.4},
         (weak, "teacher"): {0: 0.3},
     }
     ks = run.record["config"]["retrieval"]["ks"]
     measures = [retrieval_from(bank, k) for bank in BANKS for k in ks]
     log = {metric_key("squares", measure, *of): each for of, each in accuracies.items() for measure in measures}
-    hits, measure = {"untrained": 0.2, "": 0.4, "teacher": 0.6}, retrieval_from("train", min(ks))
-    known = {metric_key("squares", measure, baseline=name): torch.arange(100) < 100 * hits[name] for name in hits}
-    run = run._replace(log=log, hits=known)
+    measure, shares = retrieval_from("train", min(ks)), zip(GAP, (20, 40, 60), strict=True)
+    results = [Result(row, "squares", measure, "", True, torch.arange(100) < share, 14) for row, share in shares]
+    run = run._replace(log=log, results=results)
     write_report(run, tmp_path)
     page = (tmp_path / "report.html").read_text()
     for shown in (
@@ -153,7 +154,8 @@ def sound_run(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     record["config"]["retrieval"]["datasets"] = {"tones": {"format": "folder", "root": str(folder / "tones")}}
     nearest = {"train": torch.tensor([[0, 1, 2]] * 4 + [[3, 4, 5]]), "test": torch.zeros(6, 3)}
     images = {"tones": load_labeled_set("folder", folder / "tones", Audio()).numbered().fingerprint()}
-    state = {"callbacks": {"ZeroShotRetrieval": {"neighbors": {"tones": nearest}, "images": images}}}
+    saved = {"neighbors": {"tones": nearest}, "images": images, "results": []}
+    state = {"callbacks": {"ZeroShotRetrieval": saved}}
     torch.save({"state": state}, folder / LATEST)
     (folder / "run.yaml").write_text(yaml.safe_dump(record))
     shutil.copy(run_folder / "log.jsonl", folder)
@@ -292,8 +294,7 @@ def test_the_table_of_a_study_compares_each_row_with_its_own_baselines() -> None
         for bank in BANKS:
             for embedding in EMBEDDINGS[1:]:  # of a teacher without CLS
                 for name, values in top1.items():
-                    baseline = "" if name == "student" else name
-                    log[metric_key("cifar10", retrieval_from(bank, 1), embedding, baseline)] = dict(enumerate(values))
+                    log[metric_key("cifar10", retrieval_from(bank, 1), embedding, name)] = dict(enumerate(values))
         return log
 
     speed = {"throughput/samples_per_sec": {0: 8.0}}
@@ -307,11 +308,11 @@ def test_the_table_of_a_study_compares_each_row_with_its_own_baselines() -> None
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
     assert head == ["bank train / bank test", *EMBEDDINGS[1:], "loss", "s"]
     assert [row[:2] for row in rows] == [
-        ["untrained", "20.0 / 20.0"],
+        ["untrained student", "20.0 / 20.0"],
         ["base", "30.0 / 30.0 (50 %)"],
         ["another depth", "35.0 / 35.0 (75 %)"],
         ["another reading", "30.0 / 30.0 (80 %)"],
-        ["– its untrained", "10.0 / 10.0"],
+        ["– its untrained student", "10.0 / 10.0"],
         ["– its teacher", "35.0 / 35.0"],
         ["teacher", "40.0 / 40.0"],
     ]

@@ -19,12 +19,12 @@ def test_each_measure_is_a_line_through_the_models_in_order_of_speed() -> None:
     right = {"pixels": 10, "fast": 40, "slow": 60}
     measures = [retrieval_from("train", 1), retrieval_from("train", 3), LINEAR]
     results = [
-        Result(each, dataset, measure, "output_mean", True, torch.arange(100) < right[each.name] + 10 * i)
+        Result(each.name, dataset, measure, "output_mean", True, torch.arange(100) < right[each.name] + 10 * i)
         for each in candidates
         for i, measure in enumerate(measures)
         for dataset in ("first", "second")
     ]
-    comparison = Comparison(candidates, [], Lookup("output_mean", (1, 3), ["linear"], None, 64))
+    comparison = Comparison(candidates, Lookup("output_mean", (1, 3), ["linear"], None, 64))
     figure = quality_over_speed(Evaluation(comparison, {"first": [], "second": []}, results), 64, "images")
     assert [axes.get_title("left") for axes in figure.axes] == [
         f"Quality over speed on {name}, with 95 % intervals" for name in ("first", "second")
