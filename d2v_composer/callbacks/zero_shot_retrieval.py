@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 # Attributes in checkpoints.
 KEPT = ("history", "baseline_metrics", "teacher_neighbors", "neighbors", "was_stopped")
+# What the numbers of a set depend on → what a user restores.
+SOURCES = {
+    "images": "them and max_images",
+    "augmented views": "train_loader.crop_scale, crop_ratio and flip",
+    "class_embeddings": "the file",
+}
 
 
 class _StoppedError(Exception):
@@ -78,6 +84,7 @@ class ZeroShotRetrieval(Callback):
             ``ks``; kept in checkpoints.
         results: What tables and the report show, in the primary embedding: of the baselines, of the student before
             training and of the student as last measured, with its batch; kept in checkpoints.
+        conditions: Data set → what its numbers depend on, of every set that the run ever measured; kept in checkpoints.
         should_stop: Asked before each batch of images; True leaves the evaluation, and the run that resumes measures it
             first. On several ranks it must return the same to all.
         was_stopped: Whether that happened in this batch; kept in checkpoints.
@@ -123,6 +130,7 @@ class ZeroShotRetrieval(Callback):
         self.teacher_neighbors: Neighbors = {}
         self.neighbors: Neighbors = {}
         self.results: list[Result] = []
+        self.conditions = {name: self.lookup.conditions(labeled) for name, labeled in datasets.items()}
         self.should_stop: Callable[[], bool] = lambda: False
         self.was_stopped = False
 
@@ -162,9 +170,8 @@ class ZeroShotRetrieval(Callback):
             self.evaluate(state, logger)
 
     def state_dict(self) -> dict[str, Any]:
-        images = {name: labeled.fingerprint() for name, labeled in self.datasets.items()}
         kept = {name: getattr(self, name) for name in KEPT} | {"results": [each.plain() for each in self.results]}
-        return {**kept, "primary": self.lookup.primary, "images": images}
+        return {**kept, "primary": self.lookup.primary, "conditions": self.conditions}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the measurements.
@@ -177,12 +184,16 @@ class ZeroShotRetrieval(Callback):
                 f"retrieval.representation, retrieval.pooling: checkpoint has {state['primary']}, config has "
                 f"{self.lookup.primary}; keep the checkpoint's: the log has every embedding anyway"
             )
-        for name, labeled in self.datasets.items():
-            if state["images"].get(name) not in (None, labeled.fingerprint()):
-                raise InputError(
-                    f"retrieval.datasets.{name}: its images differ from the checkpoint's; give the set another "
-                    "name, or restore it and max_images"
-                )
+        for name, conditions in self.conditions.items():
+            before = state["conditions"].get(name, {})
+            for what, identity in conditions.items():
+                if before.get(what, identity) != identity:
+                    raise InputError(
+                        f"retrieval.datasets.{name}: its {what} differ from the checkpoint's; give the set another "
+                        f"name, or restore {SOURCES[what]}"
+                    )
+            conditions.update(before)
+        self.conditions = state["conditions"] | self.conditions
         for name in KEPT:
             setattr(self, name, state[name])
         self.results = [Result.of(*each) for each in state["results"]]

@@ -3,6 +3,7 @@
 Several ranks share the work. Shapes: B images of a batch, N of a split, Q queries, D channels.
 """
 
+import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -98,6 +99,16 @@ class Lookup(NamedTuple):
         needs = {AGREEMENT.name: self.teacher, "zero_shot": labeled.class_embeddings}
         measures = measures_at(self.ks, self.probes, labeled.has_labels)
         return [each for each in measures if needs.get(each.name, labeled) is not None]
+
+    def conditions(self, labeled: "EvaluationSet") -> dict[str, str]:
+        """Return what the numbers of a set depend on, besides the models: name → what identifies it."""
+        names, classes = {each.name for each in self.measures(labeled)}, labeled.class_embeddings
+        found = {"images": labeled.fingerprint()}
+        if "instance" in names:
+            found["augmented views"] = repr(self.augment)
+        if "zero_shot" in names and classes is not None:
+            found["class_embeddings"] = hashlib.sha256(classes.numpy().data).hexdigest()
+        return found
 
     def check(self, name: str, labeled: "EvaluationSet") -> None:
         """Check that a set has enough images for every k.

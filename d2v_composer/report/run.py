@@ -65,7 +65,7 @@ def read_run(folder: Path) -> Run:
         InputError: It is not the folder of a run, or its newest checkpoint is corrupt.
     """
     record_file, log_file, checkpoint = folder / "run.yaml", folder / LOG, folder / LATEST
-    measured: dict[str, Any] = {"neighbors": {}, "images": {}, "results": []}
+    measured: dict[str, Any] = {"neighbors": {}, "conditions": {}, "results": []}
     with reading(record_file):
         run = Run(yaml.safe_load(record_file.read_bytes()), {})
         retrieval, modality = run.retrieval, run.modality
@@ -80,7 +80,7 @@ def read_run(folder: Path) -> Run:
         try:
             if labeled is not None and name in measured["neighbors"]:
                 found = load_labeled_set(modality=modality, **labeled | options).numbered()
-                if measured["images"].get(name) != found.fingerprint():
+                if measured["conditions"][name]["images"] != found.fingerprint():
                     raise InputError(f"its {modality.unit} differ from those that the run measured")
                 datasets[name] = found
         except InputError as error:

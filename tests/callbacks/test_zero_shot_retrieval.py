@@ -112,17 +112,6 @@ def test_a_resume_may_add_probes_but_keeps_its_primary_embedding() -> None:
         other.load_state_dict(first.state_dict())
 
 
-def test_a_resume_with_other_images_is_refused_unless_they_have_another_name() -> None:
-    """Else a teacher's accuracy among few images would stand beside a student's among many."""
-    labeled = EvaluationSet(numbered_images(90, 0), numbered_images(50, 100))
-    state = ZeroShotRetrieval({"set": labeled}).state_dict()
-    train, test = (LabeledSamples(each.samples[:40], each.labels[:40]) for each in (labeled.train, labeled.test))
-    fewer = EvaluationSet(train, test)
-    with pytest.raises(InputError, match=r"^retrieval\.datasets\.set: its images differ from the checkpoint's"):
-        ZeroShotRetrieval({"set": fewer}).load_state_dict(state)
-    ZeroShotRetrieval({"set": labeled, "fewer": fewer}).load_state_dict(state)
-
-
 def test_a_measurement_cut_short_keeps_the_results_before_it() -> None:
     """Not some sets of one batch and some of another."""
     sets = {name: EvaluationSet(numbered_images(9, 0), numbered_images(5, 100)) for name in ("first", "second")}
@@ -150,6 +139,37 @@ def test_a_measurement_cut_short_keeps_the_results_before_it() -> None:
 
 
 AUGMENT = Augmentation(RandomResizedCropFlip(8, scale=(0.6, 1)), seed=3)
+
+
+WHOLE = EvaluationSet(numbered_images(90, 0), numbered_images(50, 100), class_embeddings=torch.eye(4))
+FEWER = EvaluationSet(numbered_images(40, 0), numbered_images(40, 100))
+CHANGES: dict[str, tuple[EvaluationSet, Augmentation]] = {
+    "images": (FEWER, AUGMENT),
+    "class_embeddings": (WHOLE._replace(class_embeddings=2 * torch.eye(4)), AUGMENT),
+    "augmented views": (WHOLE, Augmentation(RandomResizedCropFlip(8, scale=(0.5, 1)), seed=3)),
+}
+
+
+@pytest.mark.parametrize("is_dropped_between", [False, True])
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_resume_that_measures_something_else_is_refused(what: str, is_dropped_between: bool) -> None:
+    """Else a teacher's accuracy among few images would stand beside a student's among many."""
+
+    def callback(labeled: EvaluationSet, augment: Augmentation, probes: tuple[str, ...], name: str = "set") -> Any:
+        return ZeroShotRetrieval({name: labeled}, probes=probes, augment=augment)
+
+    probes = "instance", "zero_shot"
+    state = callback(WHOLE, AUGMENT, probes).state_dict()
+    for options in [(WHOLE, AUGMENT, ()), (FEWER, AUGMENT, probes, "other")] if is_dropped_between else ():
+        between = callback(*options)
+        between.load_state_dict(state)
+        state = between.state_dict()
+    callback(WHOLE, AUGMENT, probes).load_state_dict(state)
+    with pytest.raises(InputError, match=rf"^retrieval\.datasets\.set: its {what} differ from the checkpoint's"):
+        callback(*CHANGES[what], probes).load_state_dict(state)
+    callback(*CHANGES[what], probes, "another name").load_state_dict(state)
+    if what != "images":  # nothing that is measured depends on it
+        callback(*CHANGES[what], ()).load_state_dict(state)
 
 
 def views(images: Tensor, number: int) -> Tensor:
