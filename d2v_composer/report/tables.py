@@ -101,10 +101,9 @@ def run_tables(run: Run) -> Iterator[tuple[str, list[list[str]]]]:
 
     Cells are of the primary embedding, in % with 95 % intervals. The last row is the teacher gap closed.
     """
-    k, costs = min(run.retrieval.get("ks", [1])), run.record.get("costs") or {}
     for dataset in run.retrieval["datasets"]:
-        found = pivot(run.results, dataset)
-        columns = [measure for measure in measures_at([k]) if measure in found]
+        found, costs = pivot(run.results, dataset), run.record["costs"]
+        columns = [measure for measure in measures_at([min(run.retrieval["ks"])]) if measure in found]
         rows = [["", *(each.heading for each in columns), "M parameters", "GFLOP"]]
         for name in (*ROWS, GAP_CLOSED):
             cells = [_percent(found[measure].get(name)) for measure in columns]
