@@ -18,8 +18,10 @@ from composer.utils import dist
 from tqdm import tqdm
 
 from d2v_composer.callbacks.trainer_state import unwrapped
+from d2v_composer.evaluation.metrics import read_lines
 from d2v_composer.system.errors import RunError, writing
 from d2v_composer.system.fetch import put
+from d2v_composer.system.files import write_atomically
 
 # metrics/DATASET/[BASELINE/]bank_train/topK: the accuracy of the primary embedding; or that of a fine-tuned classifier.
 ACCURACY = re.compile(r"metrics/(?:test|([^/]+)/(?:([^/]+)/)?bank_train)/top(\d+)")
@@ -131,8 +133,8 @@ def num_batches(state: State) -> int:
 class JSONLLogger(LoggerDestination):
     """Write one line per call of ``log_metrics``, on rank 0: ``{"step": batch, key: value, …}``.
 
-    A restart appends (Composer's FileLogger overwrites the file), so that the batches after the last checkpoint are
-    logged twice: the later line counts, see :func:`~d2v_composer.evaluation.metrics.read_jsonl`.
+    A resume appends (Composer's FileLogger overwrites the file). Its first line removes those of batches after the
+    checkpoint: no file has the weights that they measured.
 
     Args:
         filename: The file; missing folders are created.
@@ -153,6 +155,9 @@ class JSONLLogger(LoggerDestination):
         with writing(self.path):
             if self.file is None:  # opened with the first line, so that a run that fails to start leaves no file
                 self.path.parent.mkdir(parents=True, exist_ok=True)
+                if step and self.path.exists():  # a resume
+                    kept = [line + b"\n" for line, batch, _ in read_lines(self.path) if batch <= step]
+                    write_atomically(self.path, b"".join(kept))
                 self.file = self.path.open("a", buffering=1)  # write whole lines
             self.file.write(json.dumps({"step": step, **numbers}) + "\n")
 

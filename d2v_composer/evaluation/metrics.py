@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from operator import index
 from pathlib import Path
@@ -103,22 +104,25 @@ def find_primary(primary: str, names: Collection[str]) -> str:
     raise ValueError(f"primary embedding must be one of {', '.join(names)}, got {primary!r}")
 
 
-def read_jsonl(path: Path) -> dict[str, dict[int, float]]:
-    """Read a log as key → step → value; if a restart logged a step again, the later value counts.
+def read_lines(path: Path) -> list[tuple[bytes, int, dict[str, float]]]:
+    """Read each line of a log, its step and its values.
 
     Corrupt lines, such as one truncated by a kill, are skipped with a warning.
     """
-    series: dict[str, dict[int, float]] = {}
-    lines, num_corrupt = path.read_bytes().splitlines(), 0
+    lines, found = path.read_bytes().splitlines(), []
     for line in lines:
-        try:
+        with suppress(ValueError, TypeError, AttributeError, KeyError, RecursionError):
             entry = json.loads(line)
-            step, values = index(entry.pop("step")), {key: float(value) for key, value in entry.items()}
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
-            num_corrupt += 1
-            continue
+            found.append((line, index(entry.pop("step")), {key: float(value) for key, value in entry.items()}))
+    if num_corrupt := len(lines) - len(found):
+        logging.getLogger(__name__).warning("%s: skipped %d corrupt lines of %d", path, num_corrupt, len(lines))
+    return found
+
+
+def read_jsonl(path: Path) -> dict[str, dict[int, float]]:
+    """Read a log as key → step → value; if a step was logged again, the later value counts. See :func:`read_lines`."""
+    series: dict[str, dict[int, float]] = {}
+    for _, step, values in read_lines(path):
         for key, value in values.items():
             series.setdefault(key, {})[step] = value
-    if num_corrupt:
-        logging.getLogger(__name__).warning("%s: skipped %d corrupt lines of %d", path, num_corrupt, len(lines))
     return series

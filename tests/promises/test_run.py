@@ -200,6 +200,23 @@ def test_a_signal_in_a_retrieval(small_data: Path, labeled: Path, tmp_path: Path
     assert list(ours) == [0, 5, 10, 14]
 
 
+def test_a_resumes_log_has_no_number_of_weights_that_no_file_holds(
+    small_data: Path, labeled: Path, tmp_path: Path
+) -> None:
+    """10, 23: the retrieval of batch 6 is of weights that the kill took, and the resumed run measures others."""
+    sets, key = f"retrieval.datasets={{small: {{format: mds, root: {labeled}}}}}", "metrics/small/bank_train/top1"
+    arguments = small_run(tmp_path, small_data, sets, "retrieval.baselines=[]", "save_interval=4ba")
+    train_until_killed([*arguments, "retrieval.interval=3ba"], "batch_start 7")
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 7, "loss/tr')
+    assert [*log_of(tmp_path)[key]] == [0, 3, 6]
+    run_training(*arguments, "retrieval.interval=100ba")
+    assert [*log_of(tmp_path)[key]] == [0, 3, 14]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [line["step"] for line in lines if "loss/train/total" in line]
+    assert losses == [0, 1, 2, 3, 4, *range(4, 14)]
+
+
 @pytest.mark.parametrize(
     ("sent", "name"),
     [(signal.SIGTERM, "SIGTERM"), pytest.param(signal.SIGINT, "Interrupted", marks=pytest.mark.slow)],
