@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from typing import Any, cast
 
 from torch import Tensor, cat, nn
-from torch.nn.functional import cosine_similarity, interpolate
+from torch.nn.functional import cosine_similarity, interpolate, normalize
 
 from d2v_composer.models.attention import init_linear_layers, linear_weights
 from d2v_composer.models.backbone import Backbone
@@ -18,6 +18,9 @@ from d2v_composer.models.layer_mean import LayerMean
 from d2v_composer.models.names import Prediction, TokenLoss
 from d2v_composer.models.targets import Regression, regression_loss
 from d2v_composer.models.teacher import Teacher
+
+# Of predictions that point away from their targets.
+LEAST_LENGTH = 1e-3
 
 
 class Objective(nn.Module, ABC):
@@ -181,10 +184,13 @@ class EmbeddingRegression(Objective):
         self.projects = teacher.project, student.project
 
     def target(self, features: Features) -> Tensor:
-        return self.projects[0](features, features.output).float()
+        return normalize(self.projects[0](features, features.output).float())
 
     def regression(self, features: Features, target: Tensor) -> Regression:
-        return Regression(self.projects[1](features, features.output).float(), target)
+        """Return unit vectors, the predictions at the length that fits best: the loss leaves it free."""
+        prediction = normalize(self.projects[1](features, features.output).float())
+        length = (prediction * target).sum(dim=1).mean().clamp(min=LEAST_LENGTH)
+        return Regression(length.detach() * prediction, target)
 
     def loss(self, regression: Regression) -> Tensor:
         return 1 - cosine_similarity(regression.prediction, regression.target).mean()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, mse_loss, normalize
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2v_composer import load_teacher
@@ -231,9 +231,12 @@ def test_the_image_embedding_of_data2vec() -> None:
     narrow = teacher.build_student(depth=2, embed_dim=24, projected=True)
     alone = DistillationModel(teacher, narrow, weight=0, embedding_weight=1.0)
     output, _ = narrow.forward_blocks(narrow.encode(images()))
-    projected = alone(images()).prediction
-    torch.testing.assert_close(projected, narrow.projection.linear(output[:, 0]))
-    assert projected.shape == theirs[:, 0].shape
+    projected, target, *_ = alone(images())
+    expected = normalize(narrow.projection.linear(output[:, 0]))
+    torch.testing.assert_close(normalize(projected), expected)
+    torch.testing.assert_close(target, normalize(theirs[:, 0]))
+    for length in (0.9, 1.1):  # the loss leaves it free, but Health compares with the target
+        assert mse_loss(projected, target) < mse_loss(length * projected, target)
     losses = train(alone)  # each trained parameter has a gradient
     assert losses[-1] < 0.5 * losses[0]
     assert any(name.startswith("student.projection.") for name in alone.state_dict())
