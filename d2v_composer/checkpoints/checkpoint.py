@@ -141,6 +141,7 @@ def find_newest(
         raise InputError(
             f"autoresume: must be true, because {folder} holds a run's checkpoints; a new run needs another save_folder"
         )
+    ours = folder.local / LOG
     for name in newest_first({*here, *there}):
         path = folder.local / name
         with suppress(CorruptCheckpointError):
@@ -154,7 +155,7 @@ def find_newest(
                 with partial_file(path) as fetched:
                     download_checkpoint(f"{folder.address}/{name}", fetched)
                     accept(found := _read_complete(fetched)._replace(path=path))
-                    _download(f"{folder.address}/{LOG}", folder.local / LOG)
+                    _download(f"{folder.address}/{LOG}", ours)
                 break
     else:
         if here or there:
@@ -162,6 +163,8 @@ def find_newest(
         return None
     if pointer.resolve() != path.resolve():  # another machine saved it
         point_at(path)
+    if folder.address is not None and not ours.exists():
+        _download(f"{folder.address}/{LOG}", ours)
     return found
 
 

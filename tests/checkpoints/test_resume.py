@@ -119,13 +119,13 @@ def test_composer_gets_what_was_checked(
 @pytest.mark.parametrize(
     ("ours", "stored", "expected"),
     [
-        ("0 1\n", "0 1\n2 3\n", "0 1\n2 3\n"),  # logged elsewhere since
+        ("0 1\n", "0 1\n2 3\n", "0 1\n"),  # logged elsewhere since, after another checkpoint
         ("0 1\n2\n", "0 1\n", "0 1\n2\n"),  # not uploaded
         (None, "0 1\n", "0 1\n"),  # another machine
         ("0\n", None, "0\n"),  # never uploaded
     ],
 )
-def test_a_resumed_run_keeps_the_longer_log_and_uploads_its_checkpoint(
+def test_a_resumed_run_keeps_its_log_and_uploads_its_checkpoint(
     ours: str | None, stored: str | None, expected: str, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, uploaded = run_folder / "log.jsonl", []
