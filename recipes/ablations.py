@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
@@ -52,7 +53,8 @@ def main(argv: Sequence[str]) -> None:
     study = Path(given.pop(0)) if given and "=" not in given[0] else STUDIES / "data2vec2"
     rows = read_rows(study, arguments.rows)
     out = arguments.out or Path("runs/ablations", study.name)
-    folders = {name: out / name.translate(str.maketrans(" ", "_", "',")) for name in rows}
+    # Another one for each name.
+    folders = {name: out / quote(name, safe=" ,").replace("_", "%5F").replace(" ", "_") for name in rows}
 
     from d2v_composer.data.convert import convert_cifar10  # takes seconds
     from d2v_composer.evaluation.metrics import read_jsonl
@@ -82,12 +84,14 @@ def read_rows(study: Path, names: Sequence[str] | None = None) -> dict[str, Mapp
     Raises:
         InputError: The folder is not a study, or has no such row.
     """
+    from d2v_composer.config.load import read_yaml  # takes seconds
+
     path = study / "rows.yaml"
-    with reading(path):
-        rows = yaml.safe_load(path.read_text())
-    is_study = rows and isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())
+    rows = read_yaml(path)
+    is_study = rows and all(isinstance(name, str) and isinstance(row, dict) for name, row in rows.items())
     if not (is_study and all(isinstance(row.get("num_images", 1), int) for row in rows.values())):
-        raise InputError(f"{path}: expected a line 'name: {{key: value}}' for each row, with a whole num_images")
+        expected = "'name: {key: value}' for each row, with a whole num_images, and a number as the name in quotes"
+        raise InputError(f"{path}: expected a line {expected}")
     chosen = [next(iter(rows)), *(rows if names is None else names)]
     for name in chosen:
         if name not in rows:

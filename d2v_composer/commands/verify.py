@@ -110,7 +110,11 @@ def verify(
     check_out_file(report)
     if kit is not None:
         check_owned(kit, names_in(kit), "kit.json", "--kit")
-    limits = {"cosine": cosine or (0.98 if is_int8 else 0.999), "difference": difference or (9 if is_int8 else 1e-4)}
+    if cosine is None:
+        cosine = 0.98 if is_int8 else 0.999
+    if difference is None:
+        difference = 9 if is_int8 else 1e-4
+    limits = {"cosine": cosine, "difference": difference}
     batch = read_samples(student, images, MAX_SAMPLES, takes_pixels)
     inputs = [batch, batch[:7, : batch.shape[1] // 2]] if len(student.encoder.free_axes) > 1 else [batch]
     samples = [each.movedim(-1, 1) if takes_pixels else each for each in inputs]

@@ -4,7 +4,7 @@ The names are those of MosaicML's own recipes. Durations are Composer time strin
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import (
@@ -19,8 +19,8 @@ from pydantic import (
 from typing_extensions import Self
 
 from d2v_composer.config.types import (
+    IS_MODE,
     IS_TEACHER,
-    NOT_A_NUMBER,
     AddressText,
     Arguments,
     Batches,
@@ -30,6 +30,7 @@ from d2v_composer.config.types import (
     Interval,
     LocalFolder,
     Microbatch,
+    PathText,
     Positive,
     Range,
     Text,
@@ -298,7 +299,7 @@ class LabeledSetConfig(Section):
     """Column of labels in mds or parquet (in tars, ``cls`` or ``json:KEY``); null: none. Without labels (null, or a
     folder without class folders), only the probes that need none run, on the images in ROOT/test or, if ROOT has no
     splits, in all of ROOT."""
-    class_embeddings: Text | None = None
+    class_embeddings: PathText | None = None
     """A .npy, (C, P) float: for the probe ``zero_shot``, a text tower's embedding of each class, in the order of the
     class names."""
 
@@ -376,7 +377,7 @@ class TrainerConfig(RunConfig):
     """Show a progress bar on a terminal; elsewhere, print a line every ten seconds. false: neither."""
     report: bool = True
     """Write report.html at the end of the run; ``d2v report`` writes one at any time."""
-    save_folder: Annotated[Text, checked(RunFolder.parse)] | None = "runs/{run_name}"
+    save_folder: Annotated[PathText, checked(RunFolder.parse)] | None = "runs/{run_name}"
     """Folder of the run's checkpoints, log and record, on this machine or in an object store. It may hold nothing
     else. null: save nothing. ``{run_name}`` stands for the name."""
     # In batches only: a resume from an epoch's end would replay that epoch's order and shift all later ones.
@@ -386,7 +387,7 @@ class TrainerConfig(RunConfig):
     """Number of newest checkpoints to keep; -1: all."""
     autoresume: bool = True
     """Resume from the newest checkpoint in ``save_folder``. false: refuse a folder that has checkpoints."""
-    load_path: Annotated[Text, checked(check_file)] | None = None
+    load_path: Annotated[PathText, checked(check_file)] | None = None
     """Checkpoint to resume from if ``save_folder`` has none."""
 
     @property
@@ -418,7 +419,7 @@ class TrainerConfig(RunConfig):
 class TrainConfig(TrainerConfig):
     """Fields of ``d2v train``, ``d2v distill``, recipes/train.py and recipes/preflight.py."""
 
-    compile: Annotated[Literal[False, True, "default", "max-autotune-no-cudagraphs"], NOT_A_NUMBER] = False
+    compile: Annotated[Any, IS_MODE] = False
     """true: use torch.compile, on a GPU with one CUDA graph for encoder and target. ``default``: without CUDA graphs.
     ``max-autotune-no-cudagraphs``: also try Triton's matrix products, which takes minutes longer at the start."""
     half_residual: bool = False
@@ -441,14 +442,14 @@ class TrainConfig(TrainerConfig):
 class ModelConfig(TimmSizes):
     """A trained model, and which of its embeddings to use."""
 
-    model: Text
+    model: PathText
     """A data2vec 2.0 teacher's file, a training checkpoint or an exported student: a path, https://, s3://, …; or
     timm/NAME."""
     checkpoint: AddressText | None = None
     """Weights of a timm model, a .safetensors or PyTorch file; null: timm's own, from the Hugging Face hub."""
     weights: Weights = "model"
     """Weights to take from a data2vec2 teacher's file: ``model``, as trained, or ``ema``, their moving average."""
-    teacher: Text | None = None
+    teacher: PathText | None = None
     """Path of the student's teacher; null: the path in a training checkpoint, or none for an exported student."""
     pooling: Pooling | None = None
     """Pooling of the primary embedding: ``cls``, ``mean`` or ``mean_patches``; null: as in the model's run, else
@@ -530,7 +531,7 @@ class EvaluateConfig(RunConfig, LookupConfig, ModelConfig):
 
     out: LocalFolder | None = None
     """Folder for evaluation.json and evaluation.csv."""
-    rivals: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    rivals: Annotated[tuple[PathText, ...], Field(strict=False)] = ()
     """Further models in the same tables: timm/NAME, with timm's weights and preprocessing, or paths or addresses of
     students and teachers. Then the speed of all is measured, too."""
 

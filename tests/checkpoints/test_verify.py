@@ -57,8 +57,8 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def write_kit(program: Path, student: Path, folder: Path) -> Path:
-    verify.main([str(program), "--student", str(student), "--kit", str(folder)])
+def write_kit(program: Path, student: Path, folder: Path, *limits: str) -> Path:
+    verify.main([str(program), "--student", str(student), "--kit", str(folder), *limits])
     return folder
 
 
@@ -166,6 +166,13 @@ def test_numbers_that_say_nothing_are_found(
     shutil.copytree(kit, own)
     (own / "kit.json").write_text(json.dumps(limits))
     assert fault in run_kit(own, changed(kit / "student.onnx", change, tmp_path / "nothing.onnx"), monkeypatch)
+
+
+def test_a_limit_of_0_is_no_default(student: Path, tmp_path: Path) -> None:
+    program = student.with_suffix(".onnx")
+    kit = write_kit(program, student, tmp_path / "kit", "--cosine", "0", "--difference", "0")
+    found = json.loads((kit / "kit.json").read_text())
+    assert (found["cosine"], found["difference"]) == (0, 0)
 
 
 def test_bad_input_is_one_line(student: Path, tmp_path: Path) -> None:

@@ -40,10 +40,30 @@ def test_a_wrong_argument_is_one_line(arguments: list[str], message: str) -> Non
     assert str(raised.value).startswith(message)
 
 
-@pytest.mark.parametrize("rows", ["", "- seed: 18", "a: {seed: 18", "a: 18", "a: {num_images: x}"])
+@pytest.mark.parametrize(
+    "rows", ["", "- seed: 18", "a: {seed: 18", "a: 18", "a: {num_images: x}", "0.1: {}", "a: {}\na: {}"]
+)
 def test_a_malformed_study_is_one_line(rows: str, tmp_path: Path) -> None:
     (tmp_path / "rows.yaml").write_text(rows)
     assert str(tmp_path / "rows.yaml") in refused_by(read_rows, tmp_path)
+
+
+def test_each_row_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a name that a run may have."""
+    names = ["base", "crop 0.9,1", "crop 0.91", "crop_0.91", "teacher's", "teachers", "a/b", "ä", "'1.10'"]
+    (tmp_path / "rows.yaml").write_text("".join(f'"{name}": {{}}\n' for name in names))
+    started, check = Mock(side_effect=InterruptedError), Mock()
+    monkeypatch.setattr(convert, "convert_cifar10", started)
+    monkeypatch.setattr(ablations, "check_rows", check)
+    with pytest.raises(InterruptedError):
+        ablations.main([str(tmp_path), "--out", str(tmp_path / "out")])
+    commands, folders = check.call_args.args
+    assert [*folders] == names
+    assert len({*folders.values()}) == len(names)
+    assert folders["crop 0.9,1"] == tmp_path / "out" / "crop_0.9,1"
+    for name, (_, _, _, *overrides) in commands.items():
+        config = load_config([str(QUICKSTART.parent / "quickstart.yaml"), *overrides])
+        assert config.run_folder == RunFolder(folders[name]), name
 
 
 def test_a_row_wins_over_the_changes_of_all_rows_and_keeps_its_own_folder(tmp_path: Path) -> None:
