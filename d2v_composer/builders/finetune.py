@@ -157,7 +157,7 @@ def build_data(config: FinetuneConfig, sizes: EncoderConfig) -> LabeledData:
     train_loader = build_train_loader(
         loader,
         index,
-        build_augmentation(loader, sizes, config.seed).transform,
+        build_augmentation(loader, modality, config.seed).transform,
         config.global_train_batch_size,
         config.seed,
         num_classes=num_classes,

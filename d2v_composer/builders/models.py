@@ -6,16 +6,16 @@ from pathlib import Path
 import torch
 
 from d2v_composer.checkpoints.load import Models, load_any
-from d2v_composer.checkpoints.student_file import choose_embedding, distillation_of, lookup
+from d2v_composer.checkpoints.student_file import choose_embedding, distillation_of, has_tuned_encoder, lookup
 from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ModelConfig, ShardLoaderConfig
 from d2v_composer.data.labeled import Augmentation, EvaluationSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES, modality_of
 from d2v_composer.data.modality import Modality
-from d2v_composer.evaluation.evaluate import Comparison, build_candidates
-from d2v_composer.evaluation.labeled_retrieval import Lookup
-from d2v_composer.evaluation.metrics import GAP
+from d2v_composer.evaluation.evaluate import GAP_CLOSED, Groups, LoadSets, build_candidates, cost
+from d2v_composer.evaluation.labeled_retrieval import Candidate, Lookup
+from d2v_composer.evaluation.metrics import GAP, ROWS
 from d2v_composer.models.backbone import Backbone
-from d2v_composer.models.configs import EncoderConfig, TimmNetworkConfig
+from d2v_composer.models.configs import TimmNetworkConfig
 from d2v_composer.models.names import PREFIX, PROJECTED
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
@@ -69,14 +69,13 @@ def build_labeled_sets(lookup: LookupConfig, modality: Modality, width: int) -> 
 
 
 def build_augmentation(
-    loader: ShardLoaderConfig, sizes: EncoderConfig, seed: int, for_views: bool = False
+    loader: ShardLoaderConfig, modality: Modality, seed: int, for_views: bool = False
 ) -> Augmentation:
     """Build the augmentation of the training samples, or of the views of a sample in an evaluation.
 
     Raises:
         InputError: An option of another modality is set.
     """
-    modality = modality_of(sizes)
     for name in sorted(frozenset().union(*(each.options for each in MODALITIES.values())) - modality.options):
         if (value := getattr(loader, name)) != ShardLoaderConfig.model_fields[name].default:
             raise InputError(f"train_loader.{name}: must be left out for a teacher of {modality.unit}; got {value}")
@@ -100,9 +99,11 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
     init = lookup(distillation_of(model.provenance), "config.student.init") or "random"
     if teacher is not None:
         return teacher.build_student(**model.config.model_dump(), init=init)
-    if init == "random":
+    is_tuned = has_tuned_encoder(model.provenance)
+    if init == "random" and not is_tuned:
         return Student(model.encoder, model.config, projection=model.projection)
-    print(f"the untrained student is not measured: init {init} needs the teacher; give teacher=PATH", file=sys.stderr)
+    needed_by = "a tuned encoder" if is_tuned else f"init {init}"
+    print(f"the untrained student is not measured: {needed_by} needs the teacher; give teacher=PATH", file=sys.stderr)
     return None
 
 
@@ -124,29 +125,44 @@ def load_rival(place: str, modality: str) -> Backbone:
     return model
 
 
-def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Comparison]:
+def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Groups, Lookup, LoadSets]:
     """Load a model and what to compare it with: pixels, the encoder alone, an untrained student, the teacher if known.
+
+    Returns:
+        The model, and :func:`~d2v_composer.evaluation.evaluate.evaluate`'s first arguments.
 
     Raises:
         InputError: A file cannot be used, or the model has no such embedding.
     """
     model, teacher = load_trained_model(config, "zero_shot" in config.probes)
-    sizes = model.encoder.config
+    modality = modality_of(model.encoder.config)
     with torch.random.fork_rng(), reading(config.model):
         torch.manual_seed(config.seed)
         untrained = build_untrained(model, teacher)
         recorded = lookup(model.provenance, "config.train_loader") or {}
-        options = modality_of(sizes).options & recorded.keys()
-        loader = ShardLoaderConfig(**{name: recorded[name] for name in options})
+        loader = ShardLoaderConfig(**{name: recorded[name] for name in modality.options & recorded.keys()})
     primary = choose_embedding(model, config.pooling, config.representation).name
     student = None if isinstance(model, Teacher) else model
     known = {name: each for name, each in zip(GAP, (untrained, student, teacher), strict=True) if each is not None}
-    rivals = {hide_secrets(place): load_rival(place, sizes.modality) for place in config.rivals}
-    if taken := sorted(rivals.keys() & known.keys()):
+    places = [*map(hide_secrets, config.rivals)]
+    if taken := [place for place in places if place in (*ROWS, GAP_CLOSED) or places.count(place) > 1]:
         raise InputError(f"rivals: {taken[0]!r} is another row of the tables; name the file ./{taken[0]}")
-    models = {name: each.eval().to(device) for name, each in {**rivals, **known}.items()}
+    models = {name: each.eval().to(device) for name, each in known.items()}
     candidates = build_candidates(teacher or model, models, model.layer_mean)
     reference = None if teacher is None else candidates[-1]
-    augment = build_augmentation(loader, sizes, config.seed, for_views=True)
-    how = Lookup(primary, config.ks, config.probes, augment, config.device_eval_batch_size, reference)
-    return model, Comparison(candidates, how)
+    if teacher is None and has_tuned_encoder(model.provenance):  # it is no longer the teacher's
+        candidates = [each for each in candidates if each.name != "encoder"]
+    groups = {modality: candidates}
+    for place, name in zip(config.rivals, places, strict=True):
+        rival = load_rival(place, modality.name).eval().to(device)
+        candidate = Candidate(name, rival.embed_all, **cost(rival))
+        groups.setdefault(modality_of(rival.encoder.config), []).append(candidate)
+    how = Lookup(primary, config.ks, config.probes, None, config.device_eval_batch_size, reference)
+
+    def load(taken: Modality) -> tuple[dict[str, EvaluationSet], Augmentation]:
+        sets = build_labeled_sets(config, taken, model.projected_width)
+        for name, labeled in sets.items():
+            how.check(name, labeled)
+        return sets, build_augmentation(loader, taken, config.seed, for_views=True)
+
+    return model, groups, how, load

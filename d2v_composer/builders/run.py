@@ -122,7 +122,7 @@ def train_student(
     model = build_model(config, teacher)
     modality, loader = modality_of(model.teacher.config), config.train_loader
     index = read_train_index(loader, modality, config.global_train_batch_size)
-    transform = build_augmentation(loader, model.teacher.config, config.seed).transform
+    transform = build_augmentation(loader, modality, config.seed).transform
     sizes = config.global_train_batch_size, config.seed
     train_loader = build_train_loader(loader, index, transform, *sizes, is_compiled=config.compile is not False)
     if config.targets.normalization == "dataset" and config.objectives.tokens.weight:
@@ -413,9 +413,9 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
     if not any(retrieval.datasets.values()):
         return None
     primary, student, baselines = choose_embeds(config, model)
-    sizes = model.teacher.config
+    modality = modality_of(model.teacher.config)
     with node_leaders_first("the data sets for retrieval"):
-        datasets = build_labeled_sets(retrieval, modality_of(sizes), model.student.projected_width)
+        datasets = build_labeled_sets(retrieval, modality, model.student.projected_width)
     with errors_of("retrieval"):
         return ZeroShotRetrieval(
             datasets,
@@ -426,7 +426,7 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
             baselines=baselines,
             at_start=retrieval.at_start,
             probes=retrieval.probes,
-            augment=build_augmentation(config.train_loader, sizes, config.seed, for_views=True),
+            augment=build_augmentation(config.train_loader, modality, config.seed, for_views=True),
             device_batch_size=config.device_eval_batch_size,
             progress_bar=config.progress_bar,
         )
@@ -442,7 +442,8 @@ def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, E
     with errors_of("retrieval"):
         primary = choose_embedding(model.student, retrieval.pooling, retrieval.representation).name
     models = {TEACHER: model.teacher, STUDENT: model.student}
-    *others, student = build_candidates(model.teacher, models, model.layer_mean)
+    fill_to = config.device_eval_batch_size if config.compile else 0
+    *others, student = build_candidates(model.teacher, models, model.layer_mean, fill_to)
     known = {each.name: model.in_precision(each.embed) for each in others}
     if unknown := [name for name in retrieval.baselines if name not in known]:
         allowed = ", ".join(known)

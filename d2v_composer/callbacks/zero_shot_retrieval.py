@@ -12,8 +12,17 @@ from composer.utils import dist, model_eval_mode
 from torch import Tensor
 
 from d2v_composer.callbacks.algorithms import share_statistics
+from d2v_composer.callbacks.run_record import find_changes
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
-from d2v_composer.evaluation.labeled_retrieval import Candidate, Embed, Lookup, Neighbors, Result, measure_embeddings
+from d2v_composer.evaluation.labeled_retrieval import (
+    Candidate,
+    Embed,
+    Lookup,
+    Neighbors,
+    Result,
+    measure_embeddings,
+    read_results,
+)
 from d2v_composer.evaluation.metrics import PROBES, STUDENT, TEACHER, UNTRAINED, metric_key
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.system.errors import InputError
@@ -22,13 +31,7 @@ if TYPE_CHECKING:
     from d2v_composer.data.labeled import Augmentation, EvaluationSet  # and with it all that reads images
 
 # Attributes in checkpoints.
-KEPT = ("history", "baseline_metrics", "teacher_neighbors", "neighbors", "was_stopped")
-# What the numbers of a set depend on → what a user restores.
-SOURCES = {
-    "images": "them and max_images",
-    "augmented views": "train_loader.crop_scale, crop_ratio and flip",
-    "class_embeddings": "the file",
-}
+KEPT = ("history", "baseline_metrics", "teacher_neighbors", "neighbors", "conditions", "was_stopped")
 
 
 class _StoppedError(Exception):
@@ -84,7 +87,7 @@ class ZeroShotRetrieval(Callback):
             ``ks``; kept in checkpoints.
         results: What tables and the report show, in the primary embedding: of the baselines, of the student before
             training and of the student as last measured, with its batch; kept in checkpoints.
-        conditions: Data set → what its numbers depend on, of every set that the run ever measured; kept in checkpoints.
+        conditions: What the numbers of every set that the run ever measured depend on; kept in checkpoints.
         should_stop: Asked before each batch of images; True leaves the evaluation, and the run that resumes measures it
             first. On several ranks it must return the same to all.
         was_stopped: Whether that happened in this batch; kept in checkpoints.
@@ -115,8 +118,10 @@ class ZeroShotRetrieval(Callback):
         if "agreement" in probes and baselines is not None and TEACHER not in baselines:
             raise ValueError("agreement needs a baseline named teacher")
         self.lookup = Lookup(primary, tuple(ks), probes, augment, device_batch_size)
+        self.conditions: dict[str, str] = {}
         for name, labeled in datasets.items():
             self.lookup.check(name, labeled)
+            self.conditions |= self.lookup.conditions(name, labeled)
             if augment is None and ("instance" in probes or not labeled.has_labels):
                 raise ValueError(f"{name}: instance retrieval needs augment")
         self.datasets = dict(datasets)
@@ -130,7 +135,6 @@ class ZeroShotRetrieval(Callback):
         self.teacher_neighbors: Neighbors = {}
         self.neighbors: Neighbors = {}
         self.results: list[Result] = []
-        self.conditions = {name: self.lookup.conditions(labeled) for name, labeled in datasets.items()}
         self.should_stop: Callable[[], bool] = lambda: False
         self.was_stopped = False
 
@@ -171,7 +175,7 @@ class ZeroShotRetrieval(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         kept = {name: getattr(self, name) for name in KEPT} | {"results": [each.plain() for each in self.results]}
-        return {**kept, "primary": self.lookup.primary, "conditions": self.conditions}
+        return {**kept, "primary": self.lookup.primary}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the measurements.
@@ -184,19 +188,12 @@ class ZeroShotRetrieval(Callback):
                 f"retrieval.representation, retrieval.pooling: checkpoint has {state['primary']}, config has "
                 f"{self.lookup.primary}; keep the checkpoint's: the log has every embedding anyway"
             )
-        for name, conditions in self.conditions.items():
-            before = state["conditions"].get(name, {})
-            for what, identity in conditions.items():
-                if before.get(what, identity) != identity:
-                    raise InputError(
-                        f"retrieval.datasets.{name}: its {what} differ from the checkpoint's; give the set another "
-                        f"name, or restore {SOURCES[what]}"
-                    )
-            conditions.update(before)
-        self.conditions = state["conditions"] | self.conditions
+        before, now = self.conditions | state["conditions"], state["conditions"] | self.conditions
+        if changes := "; ".join(find_changes("retrieval.datasets", before, now)):
+            raise InputError(f"{changes}; give the set another name, or restore it and max_images")
         for name in KEPT:
             setattr(self, name, state[name])
-        self.results = [Result.of(*each) for each in state["results"]]
+        self.conditions, self.results = now, read_results(state["results"])
 
     def evaluate(self, state: State, logger: Logger) -> None:
         """Measure and log the model, unless this batch was measured already or the run should stop."""

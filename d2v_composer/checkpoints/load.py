@@ -19,6 +19,7 @@ from d2v_composer.checkpoints.student_file import (
     check_student,
     config_tensor,
     distillation_of,
+    has_tuned_encoder,
     is_safetensors,
     lookup,
     pop_sizes,
@@ -250,7 +251,7 @@ def _with_teacher(student: Backbone, path: str | None) -> Models:
     weights, projected = lookup(record, "teacher.weights") or "model", student.projected_width > 0
     teacher = load_teacher(file, weights, **options, projected=projected)
     check_same_teacher(path, teacher, record)
-    if is_shared:
+    if is_shared and not has_tuned_encoder(student.provenance):
         check_same_encoder(path, teacher.encoder, student.encoder)
     return student, teacher
 

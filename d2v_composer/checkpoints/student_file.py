@@ -268,6 +268,12 @@ def distillation_of(provenance: Any) -> Any:
     return provenance if before is None else distillation_of(before)
 
 
+def has_tuned_encoder(provenance: Any) -> bool:
+    """Return True if a fine-tuning run trained a student's encoder too."""
+    before = lookup(provenance, "model.provenance")
+    return before is not None and (lookup(provenance, "config.train_encoder") or has_tuned_encoder(before))
+
+
 def check_same_teacher(source: Any, found: Teacher, record: Any) -> None:
     """Check that a teacher is the one that a student's record names, if it names one.
 

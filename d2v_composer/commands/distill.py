@@ -166,7 +166,7 @@ def make_plan(arguments: Namespace) -> Plan:
     if config.teacher != unsized.teacher:  # a timm model for smaller images
         teacher = build_teacher(config)
     choose_embeds(config, join_student(config, teacher))
-    build_augmentation(config.train_loader, teacher.config, config.seed)
+    build_augmentation(config.train_loader, modality, config.seed)
     build_callbacks(config)
     print(f"settings for {number} {modality.unit}: {', '.join(f'{key}={value}' for key, value in chosen.items())}")
     return Plan(config, teacher, source)
@@ -353,7 +353,7 @@ def choose(num_samples: int, teacher: "TeacherConfig", student: str | None) -> d
         patch = height // teacher.grid_size[0]
         if height == width:  # else the model's own
             chosen["teacher.image_size"] = min(height, side // patch * patch)
-        chosen["train_loader.crop_scale"] = [0.7, 1.0]  # better than 0.35 in yamls/ablations/timm
+        chosen["train_loader.crop_scale"] = [0.7, 1.0]  # not worse than 0.35 in yamls/ablations/timm
     if isinstance(teacher.encoder, EatEncoderConfig):  # it would cut off the rest
         chosen["train_loader.crop_seconds"] = min(own["train_loader.crop_seconds"], teacher.target_length / 100)
     return chosen

@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
 
     import torch
 
-    from d2v_composer.builders.models import build_comparison, build_labeled_sets
+    from d2v_composer.builders.models import build_comparison
     from d2v_composer.config.load import load_evaluate_config
     from d2v_composer.data.modalities import modality_of
     from d2v_composer.embedding import hash_weights
@@ -56,21 +56,18 @@ def main(argv: Sequence[str]) -> None:
 
     config = load_evaluate_config(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, comparison = build_comparison(config, device)
+    model, groups, lookup, load = build_comparison(config, device)
     weights = hash_weights(model)
     if config.out is not None:
         check_out(Path(config.out), weights)
-    if "agreement" in config.probes and comparison.lookup.teacher is None:
+    if "agreement" in config.probes and lookup.teacher is None:
         raise InputError("probes: agreement needs the teacher; name it with teacher=PATH")
     modality = modality_of(model.encoder.config)
-    datasets = build_labeled_sets(config, modality, model.projected_width)
-    for name, labeled in datasets.items():
-        comparison.lookup.check(name, labeled)
-    print(f"embedding: {comparison.lookup.primary}")
+    print(f"embedding: {lookup.primary}")
     autocast_dtype = choose_precision(config.precision).autocast_dtype
-    evaluation = evaluate(comparison, datasets, device, autocast_dtype)
+    evaluation = evaluate(groups, lookup, load, device, autocast_dtype)
     if config.rivals:
-        measure_speed(comparison.candidates, model.encoder.noise, device, autocast_dtype)
+        measure_speed(evaluation.candidates, model.encoder.noise, device, autocast_dtype)
     tables = evaluation_tables(evaluation, WORDS[modality.name]["each"])
     print(tables)
     if config.out is not None:

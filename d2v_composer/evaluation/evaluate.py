@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from d2v_composer.data.labeled import EvaluationSet
+from d2v_composer.data.labeled import Augmentation, EvaluationSet
+from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.labeled_retrieval import Candidate, Lookup, Result, measure_embeddings
-from d2v_composer.evaluation.metrics import BANKS, GAP, Log, Measure, read_accuracies, retrieval_from
+from d2v_composer.evaluation.metrics import BANKS, GAP, ROWS, Log, Measure, metric_key, retrieval_from
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.encoder import Encoder, Inputs, Tokens
 from d2v_composer.models.layer_mean import LayerMean
@@ -35,6 +36,10 @@ from d2v_composer.system.files import check_out_file, write_atomically
 NUM_RESAMPLES = 2000
 GFLOP_PER_MAC = 2e-9
 GAP_CLOSED = "teacher gap closed"
+Groups = Mapping[Modality, Sequence[Candidate]]
+"""Models on the device, in eval mode, by the samples that they take: images of one size."""
+LoadSets = Callable[[Modality], tuple[Mapping[str, EvaluationSet], Augmentation]]
+"""Returns name → samples, and what makes views of them."""
 
 
 class Interval(NamedTuple):
@@ -43,20 +48,8 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
-
-
-class GapClosed(NamedTuple):
-    """The teacher gap closed with its 95 % percentile interval."""
-
-    value: float
-    low: float
-    high: float
-    without_gap: int
-    """Resamples that are left out, because in them the teacher is no better than the untrained student."""
-
-    def left_out(self) -> str:
-        """Say how many resamples are left out; '' for none."""
-        return f" ({self.without_gap:,} of {NUM_RESAMPLES:,} resamples have no gap)" if self.without_gap else ""
+    note: str = ""
+    """How many resamples are left out, in parentheses; '' for none."""
 
 
 def accuracy_interval(hits: NDArray[np.bool_ | np.float64]) -> Interval:
@@ -64,14 +57,15 @@ def accuracy_interval(hits: NDArray[np.bool_ | np.float64]) -> Interval:
     return Interval(float(hits.mean()), *np.percentile(resample(hits), [2.5, 97.5]).tolist())
 
 
-def gap_closed_interval(*hits: NDArray[np.bool_ | np.float64]) -> GapClosed | None:
+def gap_closed_interval(*hits: NDArray[np.bool_ | np.float64]) -> Interval | None:
     """Return :func:`gap_closed` with its interval, from the three models' hits on the same queries, (Q,) each."""
     value, *resampled = (gap_closed(*each) for each in ([each.mean() for each in hits], *resample(*hits)))
     if value is None:
         return None
-    known = [each for each in resampled if each is not None]
-    low, high = np.percentile(known, [2.5, 97.5]).tolist()
-    return GapClosed(value, low, high, len(resampled) - len(known))
+    low, high = np.percentile([each for each in resampled if each is not None], [2.5, 97.5]).tolist()
+    without_gap = resampled.count(None)
+    note = f" ({without_gap:,} of {NUM_RESAMPLES:,} resamples have no gap)" if without_gap else ""
+    return Interval(value, low, high, note)
 
 
 def gap_closed(untrained: float, student: float, teacher: float) -> float | None:
@@ -101,8 +95,8 @@ def gap_closed_by_step(
     found: dict[int, list[float]] = {}
     for bank in BANKS:
         options = dataset, retrieval_from(bank, k), embedding
-        untrained, _, teacher = (read_accuracies(baselines or log, *options, row) for row in GAP)
-        for step, accuracy in read_accuracies(log, *options).items() if 0 in untrained and teacher else ():
+        untrained, _, teacher = ((baselines or log).get(metric_key(*options, row), {}) for row in GAP)
+        for step, accuracy in log.get(metric_key(*options), {}).items() if 0 in untrained and teacher else ():
             closed = gap_closed(untrained[0], accuracy, teacher[max(teacher)])
             if closed is not None:
                 found.setdefault(step, []).append(closed)
@@ -129,26 +123,27 @@ def cost(model: Backbone | Encoder) -> dict[str, Any]:
     return {"num_parameters": sum(map(torch.numel, model.parameters())), "gflop": gflop}
 
 
-def build_candidates(first: Backbone, models: Mapping[str, Backbone], layer_mean: LayerMean) -> list[Candidate]:
+def build_candidates(
+    first: Backbone, models: Mapping[str, Backbone], layer_mean: LayerMean, fill_to: int = 0
+) -> list[Candidate]:
     """Return the candidates: pixels or spectrum, ``encoder`` (its output in every pooling), then each model.
 
     A tensor that is passed again, to another of them, is not encoded again: autocast must be the same for all. The
-    encoder's output lives as long as its inputs. A compiled model needs a graph for each size, so smaller batches are
-    filled up to the largest so far.
+    encoder's output lives as long as its inputs.
 
     Args:
         first: The model on the encoder that is compared.
         models: Name → model.
         layer_mean: How ``layer_mean`` of all models is computed.
+        fill_to: Fill up smaller batches to this size, because a compiled model needs a graph for each size.
     """
-    encoder, encoded, largest = first.encoder, WeakIdKeyDictionary(), 0
+    encoder, encoded = first.encoder, WeakIdKeyDictionary()
 
     def encode(own: Encoder, inputs: Inputs) -> Tokens:
-        nonlocal largest
-        largest = max(largest, len(inputs.values))
         known: Any = encoded.setdefault(inputs.values, {})
         if own not in known:
-            known[own] = own(own.windows(inputs.filled_up(largest - len(inputs.values))))
+            batch = inputs.filled_up(fill_to - len(inputs.values)) if fill_to else inputs
+            known[own] = own(own.windows(batch))
         return known[own]
 
     def pool(tokens: Tokens) -> dict[str, Tensor]:
@@ -172,22 +167,14 @@ def build_candidates(first: Backbone, models: Mapping[str, Backbone], layer_mean
     ]
 
 
-class Comparison(NamedTuple):
-    """The models that an evaluation compares, and the settings of its measures."""
+def pivot(results: Iterable[Result], dataset: str) -> dict[Measure, dict[str, Interval | None]]:
+    """Return measure → row → accuracy on a data set, in each model's primary embedding; other rows follow ``ROWS``.
 
-    candidates: list[Candidate]
-    """Models on the device, in eval mode."""
-    lookup: Lookup
-
-
-def pivot(results: Iterable[Result], dataset: str) -> dict[Measure, dict[str, Interval | GapClosed | None]]:
-    """Return measure → row → accuracy on a data set, in each model's primary embedding.
-
-    The teacher gap closed, in the row :data:`GAP_CLOSED`, is ``None`` if there is no gap; it is missing if one of the
-    three models is.
+    The teacher gap closed, in the last row, :data:`GAP_CLOSED`, is ``None`` if there is no gap; it is missing if one of
+    the three models is.
     """
     columns: dict[Measure, dict[str, NDArray[Any]]] = {}
-    for each in results:
+    for each in sorted(results, key=lambda each: (*ROWS, each.row).index(each.row)):
         if each.dataset == dataset and each.is_primary:
             columns.setdefault(each.measure, {})[each.row] = each.hits.numpy()
     return {
@@ -200,8 +187,9 @@ def pivot(results: Iterable[Result], dataset: str) -> dict[Measure, dict[str, In
 class Evaluation(NamedTuple):
     """All results of an evaluation."""
 
-    comparison: Comparison
-    class_names: Mapping[str, Sequence[str]]
+    candidates: list[Candidate]
+    lookup: Lookup
+    class_names: dict[str, Sequence[str]]
     """Data set → the name of each label; empty if the labels are only numbers."""
     results: list[Result]
 
@@ -210,28 +198,25 @@ class Evaluation(NamedTuple):
 
         Both have a row for each candidate, data set, bank, embedding and k or probe.
         """
+
+        def cell(dataset: str, measure: Measure, interval: Interval) -> dict[str, Any]:
+            place = {"dataset": dataset, "bank": measure.bank, "measure": measure.name, "k": measure.k}
+            return place | interval._asdict()
+
         rows = [
-            {
-                "candidate": each.row,
-                "dataset": each.dataset,
-                "bank": each.measure.bank,
-                "embedding": each.embedding,
-                "measure": each.measure.name,
-                "k": each.measure.k,
-                **accuracy_interval(each.hits.numpy())._asdict(),
-            }
-            for each in self.results
+            {"candidate": row, "embedding": embedding, **cell(dataset, measure, accuracy_interval(hits.numpy()))}
+            for row, dataset, measure, embedding, _, hits, _ in self.results
         ]
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
         found = {
-            "primary": self.comparison.lookup.primary,
+            "primary": self.lookup.primary,
             "class_names": self.class_names,
             "results": rows,
             "teacher_gap_closed": [
-                {"dataset": dataset, "bank": measure.bank, "measure": measure.name, "k": measure.k, **closed._asdict()}
+                cell(dataset, measure, closed)
                 for dataset in self.class_names
                 for measure, cells in pivot(self.results, dataset).items()
                 if (closed := cells.get(GAP_CLOSED)) is not None
@@ -243,7 +228,7 @@ class Evaluation(NamedTuple):
                     "gflop_per_image": each.gflop,
                     "per_second": each.rates,
                 }
-                for each in self.comparison.candidates
+                for each in self.candidates
             ],
         }
         write_atomically(folder / "evaluation.json", json.dumps(hide_secrets(about) | found, indent=1) + "\n")
@@ -272,23 +257,29 @@ def check_out(folder: Path, weights: str) -> None:
 
 
 def evaluate(
-    comparison: Comparison,
-    datasets: Mapping[str, EvaluationSet],
+    groups: Groups,
+    lookup: Lookup,
+    load: LoadSets,
     device: str,
     autocast_dtype: torch.dtype | None = None,
 ) -> Evaluation:
     """Embed every image once per candidate, look up each split's images in the other split, and run the probes.
 
     Args:
-        comparison: Models on ``device``.
-        datasets: Name → images.
+        groups: Models on ``device``.
+        lookup: How each set is looked up, without ``augment``.
+        load: Loads the sets for a group.
         device: cpu or cuda.
         autocast_dtype: Enables autocast with this dtype.
     """
-    names, move = ", ".join(each.name for each in comparison.candidates), partial(torch.Tensor.to, device=device)
-    results: list[Result] = []
-    for name, labeled in datasets.items():
-        print(f"embedding {sum(labeled.num_samples):,} samples of {name}: {names}", file=sys.stderr)
-        with torch.inference_mode(), precision_of(autocast_dtype, device):
-            results += measure_embeddings(comparison.candidates, name, labeled, comparison.lookup, move, progress=name)
-    return Evaluation(comparison, {name: each.class_names for name, each in datasets.items()}, results)
+    evaluation, move = Evaluation([], lookup, {}, []), partial(torch.Tensor.to, device=device)
+    for modality, candidates in groups.items():
+        (datasets, augment), names = load(modality), ", ".join(each.name for each in candidates)
+        evaluation.candidates.extend(candidates)
+        for dataset, labeled in datasets.items():
+            evaluation.class_names[dataset] = labeled.class_names
+            print(f"embedding {sum(labeled.num_samples):,} samples of {dataset}: {names}", file=sys.stderr)
+            options = lookup._replace(augment=augment), move
+            with torch.inference_mode(), precision_of(autocast_dtype, device):
+                evaluation.results.extend(measure_embeddings(candidates, dataset, labeled, *options, progress=dataset))
+    return evaluation

@@ -5,7 +5,7 @@ Several ranks share the work. Shapes: B images of a batch, N of a split, Q queri
 
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -100,14 +100,14 @@ class Lookup(NamedTuple):
         measures = measures_at(self.ks, self.probes, labeled.has_labels)
         return [each for each in measures if needs.get(each.name, labeled) is not None]
 
-    def conditions(self, labeled: "EvaluationSet") -> dict[str, str]:
-        """Return what the numbers of a set depend on, besides the models: name → what identifies it."""
-        names, classes = {each.name for each in self.measures(labeled)}, labeled.class_embeddings
-        found = {"images": labeled.fingerprint()}
-        if "instance" in names:
-            found["augmented views"] = repr(self.augment)
-        if "zero_shot" in names and classes is not None:
-            found["class_embeddings"] = hashlib.sha256(classes.numpy().data).hexdigest()
+    def conditions(self, name: str, labeled: "EvaluationSet") -> dict[str, str]:
+        """Return what the numbers of a set depend on, besides the models: its dotted name → what identifies it."""
+        measured, classes = {each.name for each in self.measures(labeled)}, labeled.class_embeddings
+        found = {f"{name}.images": labeled.fingerprint()}
+        if "instance" in measured:
+            found[f"{name}.augmented views"] = repr(self.augment)
+        if "zero_shot" in measured and classes is not None:
+            found[f"{name}.class_embeddings"] = hashlib.sha256(classes.numpy().data).hexdigest()
         return found
 
     def check(self, name: str, labeled: "EvaluationSet") -> None:
@@ -141,14 +141,14 @@ class Result(NamedTuple):
     batch: int = 0
     """Batches after which a run measured it."""
 
-    def plain(self) -> list[Any]:
-        """Return the fields as plain values, for a checkpoint; :meth:`of` reads them."""
-        return [*self._replace(measure=tuple(self.measure))]
+    def plain(self) -> tuple[Any, ...]:
+        """Return the fields as plain values, for a checkpoint."""
+        return (*self[:2], tuple(self.measure), *self[3:])
 
-    @classmethod
-    def of(cls, row: str, dataset: str, measure: Sequence[Any], *others: Any) -> "Result":
-        """Build a result from :meth:`plain`'s values."""
-        return cls(row, dataset, Measure(*measure), *others)
+
+def read_results(saved: Iterable[Any]) -> list[Result]:
+    """Return the results whose :meth:`Result.plain` was saved."""
+    return [Result(row, dataset, Measure(*measure), *others) for row, dataset, measure, *others in saved]
 
 
 def embed_set(

@@ -80,13 +80,6 @@ def metric_key(dataset: str, measure: Measure, embedding: str = "", row: str = S
     return "/".join(filter(None, ["metrics", dataset, model, measure.key, embedding]))
 
 
-def read_accuracies(
-    log: Log, dataset: str, measure: Measure, embedding: str = "", row: str = STUDENT
-) -> Mapping[int, float]:
-    """Return step → accuracy from a log; empty if the accuracy was not logged. See :func:`metric_key`."""
-    return log.get(metric_key(dataset, measure, embedding, row), {})
-
-
 def find_primary(primary: str, names: Collection[str]) -> str:
     """Return the name of the embedding to report as a model's primary embedding.
 

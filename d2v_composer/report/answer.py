@@ -10,7 +10,7 @@ from d2v_composer.evaluation.metrics import (
     STUDENT,
     TEACHER,
     Measure,
-    read_accuracies,
+    metric_key,
     retrieval_from,
 )
 from d2v_composer.models.names import embedding_name
@@ -50,10 +50,10 @@ def _kept(run: Run, dataset: str, measure: Measure, rows: Mapping[str, Any]) -> 
         return f"there is no teacher gap to close. {shown}"
     value, low, high = (100 * each for each in closed[:3])
     said = f"the student closes {value:.0f} % of the teacher gap, 95 % interval {low:.0f} to {high:.0f}"
-    said += f"{closed.left_out()}. {shown}"
+    said += f"{closed.note}. {shown}"
     if value >= ENOUGH:
         return said
-    logged = read_accuracies(run.log, dataset, measure)  # of an interrupted run also of later batches
+    logged = run.log.get(metric_key(dataset, measure), {})  # of an interrupted run also of later batches
     first, before = max({0: untrained / 100, **{step: each for step, each in logged.items() if step < batch}}.items())
     gain = 100 * (student - 100 * before) / (teacher - untrained)
     more = "" if run.record["config"]["student"]["model"] else "more teacher.first_blocks or "  # timm's has its own

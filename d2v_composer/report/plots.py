@@ -22,7 +22,7 @@ from d2v_composer.evaluation.metrics import (
     UNTRAINED,
     Measure,
     instance_retrieval,
-    read_accuracies,
+    metric_key,
     retrieval_from,
 )
 from d2v_composer.report.run import EMBEDDINGS, Run
@@ -89,7 +89,7 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
         for name, (title, measures) in plots.items():
             if lines := _accuracies(run, dataset, measures):
                 figure = plot(title.format(dataset), "%", lines)
-                for start in (read_accuracies(run.log, dataset, each).get(0) for each in measures):
+                for start in (run.log.get(metric_key(dataset, each), {}).get(0) for each in measures):
                     if start is not None:
                         figure.axes[0].annotate(UNTRAINED, (0, start), (5, -4), textcoords="offset points", va="top")
                 yield name, figure
@@ -116,7 +116,7 @@ def _accuracies(run: Run, dataset: str, measures: Sequence[Measure]) -> dict[str
     for measure, dashes in zip(measures, cycle(["-", "--", ":", "-."])):
         label = f", {measure.heading}" if len(measures) > 1 else ""  # else the title says it
         for row, color in COLORS.items():
-            if values := read_accuracies(run.log, dataset, measure, row=row):
+            if values := run.log.get(metric_key(dataset, measure, row=row), {}):
                 look = {"color": color, "linestyle": dashes}
                 lines[row + label] = values if row == STUDENT else values[max(values)], look
     return lines
@@ -131,9 +131,9 @@ def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Fi
         batch_size: The batch size of the speed.
         unit: What several samples are called.
     """
-    datasets, ks = [*evaluation.class_names], evaluation.comparison.lookup.ks
+    datasets, ks = [*evaluation.class_names], evaluation.lookup.ks
     larger = tuple(f"top{k}" for k in ks if k > min(ks))
-    speeds = {each.name: each.rates[batch_size] for each in evaluation.comparison.candidates if each.rates}
+    speeds = {each.name: each.rates[batch_size] for each in evaluation.candidates if each.rates}
     figure = Figure(figsize=(8, 5 * len(datasets)))
     for dataset, axes in zip(datasets, figure.subplots(len(datasets), squeeze=False).flat, strict=True):
         best: dict[str, float] = {}

@@ -12,7 +12,7 @@ from d2v_composer.checkpoints.safe_load import load_untrusted
 from d2v_composer.data.labeled import EvaluationSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.data.modality import Modality
-from d2v_composer.evaluation.labeled_retrieval import Result
+from d2v_composer.evaluation.labeled_retrieval import Result, read_results
 from d2v_composer.evaluation.metrics import Log, read_jsonl
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.system.errors import InputError, reading
@@ -80,10 +80,10 @@ def read_run(folder: Path) -> Run:
         try:
             if labeled is not None and name in measured["neighbors"]:
                 found = load_labeled_set(modality=modality, **labeled | options).numbered()
-                if measured["conditions"][name]["images"] != found.fingerprint():
+                if measured["conditions"][f"{name}.images"] != found.fingerprint():
                     raise InputError(f"its {modality.unit} differ from those that the run measured")
                 datasets[name] = found
         except InputError as error:
             print(f"report: no gallery for {name}: {error}")
-    results = [Result.of(*each) for each in measured["results"]]
+    results = read_results(measured["results"])
     return run._replace(log=log, neighbors=measured["neighbors"], datasets=datasets, results=results)

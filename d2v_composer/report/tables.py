@@ -1,12 +1,13 @@
 """Format the results of a run, an evaluation and a study as text tables."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from d2v_composer.evaluation.evaluate import GAP_CLOSED, Evaluation, GapClosed, Interval, gap_closed_by_step, pivot
+from d2v_composer.evaluation.evaluate import GAP_CLOSED, Evaluation, Interval, gap_closed_by_step, pivot
+from d2v_composer.evaluation.labeled_retrieval import Result
 from d2v_composer.evaluation.metrics import (
     BANKS,
     ROWS,
@@ -16,7 +17,7 @@ from d2v_composer.evaluation.metrics import (
     Log,
     Measure,
     measures_at,
-    read_accuracies,
+    metric_key,
     retrieval_from,
 )
 from d2v_composer.models.names import PROJECTED
@@ -40,23 +41,10 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str 
 
 
 def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
-    """Return a table per data set: accuracy of the baselines and of the student.
-
-    The untrained student is included if the run measured it (``retrieval.at_start``).
-    """
-    tables, results = [], retrieval.results
-    names = sorted({each.row: 0 for each in results}, key=lambda row: ROWS.index(row) if row in ROWS else -1)
-    batch = max((each.batch for each in results if each.row == STUDENT), default=0)
-    for dataset, labeled in retrieval.datasets.items():
-        found = pivot(results, dataset)
-        columns = [measure for measure in measures_at(retrieval.lookup.ks) if measure in found]
-        cells = {name: [found[measure].get(name) for measure in columns] for name in names}
-        rows = {name: [f"{100 * each.value:.1f}" if each else "–" for each in row] for name, row in cells.items()}
-        if columns:
-            what = CLASSIFIED if labeled.has_labels else UNLABELED
-            title = f"{what} on {dataset}, {retrieval.lookup.primary}, batch {batch}, {UNITS[what]}"
-            tables.append(_table(title, columns, rows))
-    return "\n\n".join(tables)
+    """Return tables of what a run has measured, as of an evaluation, with the student's last batch."""
+    batch = max(each.batch for each in retrieval.results)
+    embedding = f"{retrieval.lookup.primary}, batch {batch}"
+    return "\n\n".join(_accuracy_tables(retrieval.results, retrieval.datasets, embedding))
 
 
 def evaluation_tables(evaluation: Evaluation, each: str) -> str:
@@ -66,20 +54,7 @@ def evaluation_tables(evaluation: Evaluation, each: str) -> str:
         evaluation: The results.
         each: What a candidate's computation is counted for: image or second.
     """
-    candidates, parts = evaluation.comparison.candidates, []
-    for dataset in evaluation.class_names:
-        found = pivot(evaluation.results, dataset)
-        for what, unit in UNITS.items():
-            columns = [measure for measure in found if _kind(measure) == what]
-            rows = {
-                name: [_percent(found[measure].get(name)) for measure in columns]
-                for name in [*(one.name for one in candidates), GAP_CLOSED]
-                if any(found[measure].get(name) for measure in columns)
-            }
-            if columns:
-                embedding = PROJECTED if what == NAMED else evaluation.comparison.lookup.primary
-                title = f"{what} on {dataset}, {embedding}, {unit} [95 % interval]"
-                parts.append(_table(title, columns, rows))
+    candidates = evaluation.candidates
     sizes = list(dict.fromkeys(size for one in candidates for size in one.rates))
     head = ["", "M parameters", "MB in float32", f"GFLOP/{each}", *(f"{each}s/s, batch {size}" for size in sizes)]
     costs = [
@@ -88,12 +63,21 @@ def evaluation_tables(evaluation: Evaluation, each: str) -> str:
         for one in candidates
         for millions in (one.num_parameters / 1e6,)
     ]
-    return "\n\n".join([*parts, format_table(head, costs)])
+    tables = _accuracy_tables(evaluation.results, evaluation.class_names, evaluation.lookup.primary)
+    return "\n\n".join([*tables, format_table(head, costs)])
 
 
-def _table(title: str, columns: Sequence[Measure], rows: Mapping[str, Sequence[str]]) -> str:
-    head = ["", *(measure.heading for measure in columns)]
-    return f"{title}\n{format_table(head, [[name, *cells] for name, cells in rows.items()])}"
+def _accuracy_tables(results: Sequence[Result], datasets: Iterable[str], embedding: str) -> Iterator[str]:
+    """Yield the tables of each data set, with the name of the primary embedding in their titles."""
+    for dataset in datasets:
+        found = pivot(results, dataset)
+        for what, unit in UNITS.items():
+            columns = [measure for measure in found if _kind(measure) == what]
+            names = dict.fromkeys(row for measure in columns for row in found[measure])
+            rows = [[name, *(_percent(found[measure].get(name)) for measure in columns)] for name in names]
+            if columns:
+                title = f"{what} on {dataset}, {PROJECTED if what == NAMED else embedding}, {unit} [95 % interval]"
+                yield f"{title}\n{format_table(['', *(measure.heading for measure in columns)], rows)}"
 
 
 def run_tables(run: Run) -> Iterator[tuple[str, list[list[str]]]]:
@@ -120,11 +104,10 @@ def _kind(measure: Measure) -> str:
     return kinds.get(measure.bank, CLASSIFIED if measure.name == "retrieval" else FITTED)
 
 
-def _percent(interval: Interval | GapClosed | None) -> str:
+def _percent(interval: Interval | None) -> str:
     if interval is None:
         return "–"
-    shown = f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-    return shown + (interval.left_out() if isinstance(interval, GapClosed) else "")
+    return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]{interval.note}"
 
 
 def study_table(logs: Mapping[str, Log]) -> str:
@@ -158,6 +141,6 @@ def study_table(logs: Mapping[str, Log]) -> str:
 
 def _top1(log: Log, embedding: str, row: str = STUDENT, step: int | None = None) -> str:
     """Return top-1 in % with each bank, at a given step or the last one."""
-    values = [read_accuracies(log, DATASET, retrieval_from(bank, 1), embedding, row) for bank in BANKS]
+    values = [log.get(metric_key(DATASET, retrieval_from(bank, 1), embedding, row), {}) for bank in BANKS]
     steps = [max(each, default=0) if step is None else step for each in values]
     return " / ".join(f"{100 * each[at]:.1f}" for each, at in zip(values, steps, strict=True) if at in each) or "–"

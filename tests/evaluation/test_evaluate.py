@@ -3,10 +3,13 @@
 import csv
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 
 from d2v_composer import (
@@ -17,6 +20,8 @@ from d2v_composer import (
     neighbor_agreement,
     retrieval_accuracy,
 )
+from d2v_composer.benchmarks import measure as benchmark
+from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.commands import export as export_student
 from d2v_composer.data.labeled import load_labeled_set
@@ -26,8 +31,10 @@ from d2v_composer.evaluation.evaluate import (
     gap_closed_interval,
 )
 from d2v_composer.evaluation.metrics import metric_key, retrieval_from
+from d2v_composer.models.encoder import Encoder
+from d2v_composer.models.timm_network import NetworkStudent
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, QUICKSTART, ROOT, encoded_image
+from helpers import GOLDEN, QUICKSTART, ROOT, encoded_image, write_mds
 
 YAML = ROOT / "yamls" / "evaluate.yaml"
 TEACHER = QUICKSTART / "teacher.safetensors"
@@ -89,6 +96,72 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
     with torch.inference_mode():
         theirs = teacher.embed(labeled.test.samples, representation="layer_mean")
     assert float(agreements["student"]["value"]) == pytest.approx(neighbor_agreement(queries, theirs))
+
+
+@pytest.fixture(scope="module")
+def rivals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A student with another layer_mean than its teacher, and one that takes larger images."""
+    folder, teacher = tmp_path_factory.mktemp("rivals"), load_teacher(GOLDEN / "tiny_base.pt")
+    network = teacher.build_student(model="timm/test_byobnet").config.changed(image_size=64, interpolation="bilinear")
+    students = {"layer_mean": teacher.build_student(depth=1, normalization="layer"), "output": NetworkStudent(network)}
+    for name, student in students.items():
+        save_student(student, folder / f"{name}.safetensors")
+    return {name: folder / f"{name}.safetensors" for name in students}
+
+
+@pytest.fixture(scope="module")
+def evaluated(rivals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[int]]:
+    """What each student's evaluation gives, and a teacher's in which they are rivals, whose batches are recorded."""
+    folder, sizes = tmp_path_factory.mktemp("evaluated"), list[int]()
+    noise = np.random.default_rng(0).integers(0, 256, (240, 96, 96, 3), dtype=np.uint8)
+    images = [simplejpeg.encode_jpeg(each) for each in noise]
+    for split, chosen in {"train": images[:120], "test": images[120:]}.items():
+        write_mds(folder / split, chosen, [i % 3 for i in range(120)])
+
+    def measure(passes: dict[str, tuple[Callable[[], object], int]], repeats: int) -> dict[str, np.ndarray]:
+        forward = Encoder.__call__
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Encoder, "__call__", lambda *args: sizes.append(len(args[1].values)) or forward(*args))
+            for work, _ in passes.values():
+                work()
+        return {name: np.ones(repeats) for name in passes}
+
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "interleave", measure)
+        for name, model in {**rivals, "rivals": GOLDEN / "tiny_base.pt"}.items():
+            options = [f"rivals=[{','.join(map(str, rivals.values()))}]"] if name == "rivals" else []
+            sets, out = f"datasets={{noise: {{format: mds, root: {folder}}}}}", folder / name
+            evaluate_command.main([f"model={model}", sets, "probes=[instance]", f"out={out}", *options])
+            found[name] = json.loads((out / "evaluation.json").read_text())["results"]
+    return found, sizes
+
+
+@pytest.mark.parametrize("name", ["layer_mean", "output"])
+def test_a_rival_has_the_numbers_of_its_own_evaluation(
+    name: str, rivals: dict[str, Path], evaluated: tuple[dict[str, Any], list[int]]
+) -> None:
+    """It sees images of its own size, and computes layer_mean in its own way."""
+    found, _ = evaluated
+
+    def numbers(of: str, row: str) -> dict[tuple[str, ...], float]:
+        chosen = [each for each in found[of] if each["candidate"] == row and each["embedding"].startswith(name)]
+        return {tuple(each[key] for key in ("embedding", "bank", "measure", "k")): each["value"] for each in chosen}
+
+    ours = numbers("rivals", str(rivals[name]))
+    assert len(ours) == 3 * (2 + 1) * 2
+    assert ours == numbers(name, "student")
+
+
+@pytest.mark.parametrize("places", ["pixels", "encoder", "teacher gap closed", "a.pt, a.pt"])
+def test_a_rival_has_a_row_of_its_own(places: str) -> None:
+    with pytest.raises(InputError, match=r"^rivals: '[\w .]+' is another row of the tables; name the file \./"):
+        evaluate_command.main([str(YAML), f"model={GOLDEN / 'tiny_base.pt'}", f"rivals=[{places}]"])
+
+
+def test_speed_is_of_the_batches_that_it_names(evaluated: tuple[dict[str, Any], list[int]]) -> None:
+    """After larger ones, too."""
+    assert evaluated[1] == [*[1] * 5, *[64] * 5]  # encoder, untrained student, teacher and two rivals
 
 
 def test_a_teacher_is_compared_with_an_untrained_student(capsys: pytest.CaptureFixture[str]) -> None:

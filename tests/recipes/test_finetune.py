@@ -1,5 +1,6 @@
 """The fine-tuning command as a user runs it: it learns, resumes, refuses bad input; timm loads its classifier."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from helpers import (
     GOLDEN,
     QUICKSTART,
     ROOT,
+    d2v,
     encoded_image,
     failure,
     losses_of,
@@ -33,6 +35,7 @@ from helpers import (
     write_mds,
 )
 
+KEYS = ("candidate", "embedding", "bank", "k")
 SCRIPT = ROOT / "recipes" / "finetune.py"
 
 
@@ -86,6 +89,27 @@ def test_blocks_and_head_are_trained_and_the_encoder_keeps_its_bits(finetuned: P
     assert all(torch.equal(before[name], after[f"backbone.{name}"]) for name in encoder)
     assert not any(torch.equal(before[name], after[f"backbone.{name}"]) for name in blocks)
     assert after["head.weight"].abs().max() > 0
+
+
+def test_a_tuned_encoder_stands_in_no_other_models_row(student: Path, labeled: Path, tmp_path: Path) -> None:
+    """An evaluation takes the encoder, also for the untrained student, from the teacher, or leaves both out."""
+    arguments = small_finetuning(tmp_path / "run", student, labeled, "train_encoder=true", "max_duration=2ba")
+    finetune(*arguments, "scheduler.t_warmup=0ba")
+    found, said = {}, ""
+    for name, (model, *options) in {
+        "before": (student, f"teacher={GOLDEN / 'tiny_base.pt'}"),
+        "after": (tmp_path / "run" / "latest-rank0.pt", f"teacher={GOLDEN / 'tiny_base.pt'}"),
+        "alone": (tmp_path / "run" / "latest-rank0.pt",),
+    }.items():
+        sets, out = f"datasets={{small: {{format: mds, root: {labeled}}}}}", tmp_path / name
+        ended = d2v("evaluate", f"model={model}", sets, f"out={out}", "representation=output", *options)
+        assert ended.returncode == 0, ended.stderr
+        said, rows = ended.stderr, json.loads((out / "evaluation.json").read_text())["results"]
+        found[name] = {tuple(row[key] for key in KEYS): row["value"] for row in rows}
+    assert {row for row, *_ in found["alone"]} == {"pixels", "student"}
+    assert "the untrained student is not measured: a tuned encoder needs the teacher; give teacher=PATH" in said
+    changed = {key for key, value in found["before"].items() if found["after"][key] != value}
+    assert {row for row, *_ in changed} == {"student"}
 
 
 def test_a_killed_run_resumes_bit_for_bit(student: Path, labeled: Path, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def sound_run(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     record["config"]["retrieval"]["datasets"] = {"tones": {"format": "folder", "root": str(folder / "tones")}}
     nearest = {"train": torch.tensor([[0, 1, 2]] * 4 + [[3, 4, 5]]), "test": torch.zeros(6, 3)}
     images = load_labeled_set("folder", folder / "tones", Audio()).numbered().fingerprint()
-    saved = {"neighbors": {"tones": nearest}, "conditions": {"tones": {"images": images}}, "results": []}
+    saved = {"neighbors": {"tones": nearest}, "conditions": {"tones.images": images}, "results": []}
     state = {"callbacks": {"ZeroShotRetrieval": saved}}
     torch.save({"state": state}, folder / LATEST)
     (folder / "run.yaml").write_text(yaml.safe_dump(record))

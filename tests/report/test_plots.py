@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2v_composer.evaluation.evaluate import Comparison, Evaluation
+from d2v_composer.evaluation.evaluate import Evaluation
 from d2v_composer.evaluation.labeled_retrieval import Candidate, Lookup, Result
 from d2v_composer.evaluation.metrics import LINEAR, retrieval_from
 from d2v_composer.report.plots import quality_over_speed
@@ -24,8 +24,8 @@ def test_each_measure_is_a_line_through_the_models_in_order_of_speed() -> None:
         for i, measure in enumerate(measures)
         for dataset in ("first", "second")
     ]
-    comparison = Comparison(candidates, Lookup("output_mean", (1, 3), ["linear"], None, 64))
-    figure = quality_over_speed(Evaluation(comparison, {"first": [], "second": []}, results), 64, "images")
+    lookup = Lookup("output_mean", (1, 3), ["linear"], None, 64)
+    figure = quality_over_speed(Evaluation(candidates, lookup, {"first": [], "second": []}, results), 64, "images")
     assert [axes.get_title("left") for axes in figure.axes] == [
         f"Quality over speed on {name}, with 95 % intervals" for name in ("first", "second")
     ]
