@@ -174,8 +174,7 @@ class ZeroShotRetrieval(Callback):
             self.evaluate(state, logger)
 
     def state_dict(self) -> dict[str, Any]:
-        kept = {name: getattr(self, name) for name in KEPT} | {"results": [each.plain() for each in self.results]}
-        return {**kept, "primary": self.lookup.primary}
+        return {name: getattr(self, name) for name in KEPT} | {"results": [each.plain() for each in self.results]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the measurements.
@@ -183,11 +182,6 @@ class ZeroShotRetrieval(Callback):
         Raises:
             InputError: The accuracies cannot be compared with those before.
         """
-        if state["primary"] != self.lookup.primary:  # that of the short keys
-            raise InputError(
-                f"retrieval.representation, retrieval.pooling: checkpoint has {state['primary']}, config has "
-                f"{self.lookup.primary}; keep the checkpoint's: the log has every embedding anyway"
-            )
         before, now = self.conditions | state["conditions"], state["conditions"] | self.conditions
         if changes := "; ".join(find_changes("retrieval.datasets", before, now)):
             raise InputError(f"{changes}; give the set another name, or restore it and max_images")

@@ -21,6 +21,7 @@ from d2v_composer.evaluation.metrics import (
     KNN,
     KNN_MAJORITY,
     LINEAR,
+    STUDENT,
     Measure,
     find_primary,
     instance_retrieval,
@@ -103,7 +104,7 @@ class Lookup(NamedTuple):
     def conditions(self, name: str, labeled: "EvaluationSet") -> dict[str, str]:
         """Return what the numbers of a set depend on, besides the models: its dotted name → what identifies it."""
         measured, classes = {each.name for each in self.measures(labeled)}, labeled.class_embeddings
-        found = {f"{name}.images": labeled.fingerprint()}
+        found = {f"{name}.primary embedding": self.primary, f"{name}.images": labeled.fingerprint()}
         if "instance" in measured:
             found[f"{name}.augmented views"] = repr(self.augment)
         if "zero_shot" in measured and classes is not None:
@@ -149,6 +150,11 @@ class Result(NamedTuple):
 def read_results(saved: Iterable[Any]) -> list[Result]:
     """Return the results whose :meth:`Result.plain` was saved."""
     return [Result(row, dataset, Measure(*measure), *others) for row, dataset, measure, *others in saved]
+
+
+def last_batch(results: Iterable[Result]) -> int:
+    """Return the batch after which a run last measured its student; 0 if it did not."""
+    return max((each.batch for each in results if each.row == STUDENT), default=0)
 
 
 def embed_set(

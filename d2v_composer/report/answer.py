@@ -4,10 +4,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from d2v_composer.evaluation.evaluate import GAP_CLOSED, pivot
+from d2v_composer.evaluation.labeled_retrieval import last_batch
 from d2v_composer.evaluation.metrics import (
     AGREEMENT,
     GAP,
-    STUDENT,
     TEACHER,
     Measure,
     metric_key,
@@ -36,7 +36,7 @@ def answer(run: Run) -> Iterator[str]:
 
 def _kept(run: Run, dataset: str, measure: Measure, rows: Mapping[str, Any]) -> str:
     untrained, student, teacher = (100 * rows[row].value for row in GAP)
-    [batch] = {each.batch for each in run.results if each.row == STUDENT}
+    batch = last_batch(run.results)
     embedding = embedding_name(run.retrieval["representation"], run.retrieval["pooling"])
     shown = f"The student scores {student:.1f} % ({measure.heading}, {embedding}, batch {batch}); untrained it scored "
     shown += f"{untrained:.1f} %, and its teacher scores {teacher:.1f} %."

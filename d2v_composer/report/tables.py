@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from d2v_composer.evaluation.evaluate import GAP_CLOSED, Evaluation, Interval, gap_closed_by_step, pivot
-from d2v_composer.evaluation.labeled_retrieval import Result
+from d2v_composer.evaluation.labeled_retrieval import Result, last_batch
 from d2v_composer.evaluation.metrics import (
     BANKS,
     ROWS,
@@ -42,8 +42,7 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str 
 
 def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
     """Return tables of what a run has measured, as of an evaluation, with the student's last batch."""
-    batch = max(each.batch for each in retrieval.results)
-    embedding = f"{retrieval.lookup.primary}, batch {batch}"
+    embedding = f"{retrieval.lookup.primary}, batch {last_batch(retrieval.results)}"
     return "\n\n".join(_accuracy_tables(retrieval.results, retrieval.datasets, embedding))
 
 
@@ -81,7 +80,7 @@ def _accuracy_tables(results: Sequence[Result], datasets: Iterable[str], embeddi
 
 
 def run_tables(run: Run) -> Iterator[tuple[str, list[list[str]]]]:
-    """Yield each data set's name and what the run measured on it: a head, and a row for each model.
+    """Yield each data set's name, with the student's batch, and what the run measured: a head, a row for each model.
 
     Cells are of the primary embedding, in % with 95 % intervals. The last row is the teacher gap closed.
     """
@@ -96,7 +95,7 @@ def run_tables(run: Run) -> Iterator[tuple[str, list[list[str]]]]:
             if {*cells} - {"–"}:
                 rows.append([name, *cells, *sizes])
         if columns:
-            yield dataset, rows
+            yield f"{dataset}, batch {last_batch(run.results)}", rows
 
 
 def _kind(measure: Measure) -> str:

@@ -109,7 +109,7 @@ def test_a_resume_may_add_probes_but_keeps_its_primary_embedding() -> None:
     assert all(f"{100 * accuracy:.1f} [" in row for row in rows)
 
     other = ZeroShotRetrieval({"set": labeled}, "10ba", primary="corner")
-    with pytest.raises(InputError, match=r"retrieval\.pooling: checkpoint has whole, config has corner"):
+    with pytest.raises(InputError, match=r"set\.primary embedding: checkpoint has whole, config has corner; give the"):
         other.load_state_dict(first.state_dict())
 
 

@@ -98,7 +98,8 @@ def test_resamples_without_a_gap_are_counted() -> None:
     said = re.search(r" closes 0 % .* interval 0 to 0( \((\d+) of 2,000 resamples have no gap\))\. ", next(answer(run)))
     assert said is not None
     assert int(said[2]) == pytest.approx(2000 / math.e, rel=0.1)
-    [(_, rows)] = run_tables(run)
+    [(title, rows)] = run_tables(run)
+    assert title == "set, batch 300"
     assert rows[-1][:2] == ["teacher gap closed", f"0.0 [0.0, 0.0]{said[1]}"]
 
 
