@@ -154,7 +154,7 @@ class ZeroShotRetrieval(Callback):
             if name == TEACHER or measure.name != "zero_shot"  # pixels have no projection
         }
         measured: list[Candidate] = []
-        if wanted <= {each[:3] for each in self.results}:
+        if wanted <= {result[:3] for result in self.results}:
             logger.log_metrics(self.baseline_metrics)
         else:  # not measured yet, or a resume adds some
             self.baseline_metrics, measured = {}, [*candidates.values()]
@@ -174,7 +174,7 @@ class ZeroShotRetrieval(Callback):
             self.evaluate(state, logger)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in KEPT} | {"results": [each.plain() for each in self.results]}
+        return {name: getattr(self, name) for name in KEPT} | {"results": [result.plain() for result in self.results]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the measurements.
@@ -201,10 +201,10 @@ class ZeroShotRetrieval(Callback):
     def measure(self, candidates: Sequence[Candidate], state: State, logger: Logger) -> None:
         """Measure the student and baselines on all sets; then keep and log the results, which are of one batch."""
         start, ranks = time.monotonic(), Ranks(dist.get_global_rank(), dist.get_world_size())
-        batch, found = int(state.timestamp.batch), list[Result]()
+        batch, results = int(state.timestamp.batch), list[Result]()
         self.student.name = STUDENT if batch else UNTRAINED
-        for each in candidates:
-            each.neighbors, each.nearest_others = {}, {}
+        for candidate in candidates:
+            candidate.neighbors, candidate.nearest_others = {}, {}
 
         def to_device(tensor: Tensor) -> Tensor:
             if self.should_stop():  # before each batch of images, and each search
@@ -217,23 +217,23 @@ class ZeroShotRetrieval(Callback):
             for dataset, labeled in self.datasets.items():
                 progress = f"retrieval {dataset}" if self.progress_bar and ranks.rank == 0 else None
                 options = self.lookup, to_device, ranks, progress
-                found += measure_embeddings(candidates, dataset, labeled, *options)
-        metrics: dict[str, dict[str, float]] = {each.name: {} for each in candidates}
-        for row, dataset, measure, embedding, is_primary, hits, _ in found:
+                results += measure_embeddings(candidates, dataset, labeled, *options)
+        metrics: dict[str, dict[str, float]] = {candidate.name: {} for candidate in candidates}
+        for row, dataset, measure, embedding, is_primary, hits, _ in results:
             for name in ("", embedding) if is_primary else (embedding,):
                 metrics[row][metric_key(dataset, measure, name, row)] = hits.double().mean().item()
-        self.results = [each for each in self.results if each.row not in metrics]
-        self.results += [each._replace(batch=batch) for each in found if each.is_primary]
+        self.results = [result for result in self.results if result.row not in metrics]
+        self.results += [result._replace(batch=batch) for result in results if result.is_primary]
         logger.log_metrics({"time/zero_shot_retrieval": time.monotonic() - start})
-        for each in candidates:
-            logger.log_metrics(metrics[each.name])
-            if each is self.student:
-                self.history.append({"batch": batch, "metrics": metrics[each.name]})
-                self.neighbors = each.neighbors
+        for candidate in candidates:
+            logger.log_metrics(metrics[candidate.name])
+            if candidate is self.student:
+                self.history.append({"batch": batch, "metrics": metrics[candidate.name]})
+                self.neighbors = candidate.neighbors
             else:
-                self.baseline_metrics |= metrics[each.name]
-            if each is self.lookup.teacher:
-                self.teacher_neighbors = each.nearest_others
+                self.baseline_metrics |= metrics[candidate.name]
+            if candidate is self.lookup.teacher:
+                self.teacher_neighbors = candidate.nearest_others
 
 
 def embed_method(model: torch.nn.Module) -> Embed:

@@ -174,9 +174,9 @@ def pivot(results: Iterable[Result], dataset: str) -> dict[Measure, dict[str, In
     the three models is.
     """
     columns: dict[Measure, dict[str, NDArray[Any]]] = {}
-    for each in sorted(results, key=lambda each: (*ROWS, each.row).index(each.row)):
-        if each.dataset == dataset and each.is_primary:
-            columns.setdefault(each.measure, {})[each.row] = each.hits.numpy()
+    for result in sorted(results, key=lambda result: (*ROWS, result.row).index(result.row)):
+        if result.dataset == dataset and result.is_primary:
+            columns.setdefault(result.measure, {})[result.row] = result.hits.numpy()
     return {
         measure: {row: accuracy_interval(hits) for row, hits in rows.items()}
         | ({GAP_CLOSED: gap_closed_interval(*(rows[row] for row in GAP))} if rows.keys() >= {*GAP} else {})

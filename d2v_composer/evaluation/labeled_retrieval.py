@@ -103,13 +103,13 @@ class Lookup(NamedTuple):
 
     def conditions(self, name: str, labeled: "EvaluationSet") -> dict[str, str]:
         """Return what the numbers of a set depend on, besides the models: its dotted name → what identifies it."""
-        measured, classes = {each.name for each in self.measures(labeled)}, labeled.class_embeddings
-        found = {f"{name}.primary embedding": self.primary, f"{name}.images": labeled.fingerprint()}
+        measured, classes = {measure.name for measure in self.measures(labeled)}, labeled.class_embeddings
+        conditions = {f"{name}.primary embedding": self.primary, f"{name}.images": labeled.fingerprint()}
         if "instance" in measured:
-            found[f"{name}.augmented views"] = repr(self.augment)
+            conditions[f"{name}.augmented views"] = repr(self.augment)
         if "zero_shot" in measured and classes is not None:
-            found[f"{name}.class_embeddings"] = hashlib.sha256(classes.numpy().data).hexdigest()
-        return found
+            conditions[f"{name}.class_embeddings"] = hashlib.sha256(classes.numpy().data).hexdigest()
+        return conditions
 
     def check(self, name: str, labeled: "EvaluationSet") -> None:
         """Check that a set has enough images for every k.
@@ -154,7 +154,7 @@ def read_results(saved: Iterable[Any]) -> list[Result]:
 
 def last_batch(results: Iterable[Result]) -> int:
     """Return the batch after which a run last measured its student; 0 if it did not."""
-    return max((each.batch for each in results if each.row == STUDENT), default=0)
+    return max((result.batch for result in results if result.row == STUDENT), default=0)
 
 
 def embed_set(

@@ -27,10 +27,10 @@ def answer(run: Run) -> Iterator[str]:
     It is about retrieval or, without labels, about the neighbor agreement with the teacher.
     """
     for dataset in run.retrieval["datasets"]:
-        found = pivot(run.results, dataset)
+        accuracies = pivot(run.results, dataset)
         for measure in (retrieval_from("train", min(run.retrieval["ks"])), AGREEMENT):
-            if GAP_CLOSED in found.get(measure, ()):
-                yield f"On {dataset}, {_kept(run, dataset, measure, found[measure])}"
+            if GAP_CLOSED in accuracies.get(measure, ()):
+                yield f"On {dataset}, {_kept(run, dataset, measure, accuracies[measure])}"
                 break
 
 
@@ -54,7 +54,7 @@ def _kept(run: Run, dataset: str, measure: Measure, rows: Mapping[str, Any]) -> 
     if value >= ENOUGH:
         return said
     logged = run.log.get(metric_key(dataset, measure), {})  # of an interrupted run also of later batches
-    first, before = max({0: untrained / 100, **{step: each for step, each in logged.items() if step < batch}}.items())
+    first, before = max({0: untrained / 100, **{step: value for step, value in logged.items() if step < batch}}.items())
     gain = 100 * (student - 100 * before) / (teacher - untrained)
     more = "" if run.record["config"]["student"]["model"] else "more teacher.first_blocks or "  # timm's has its own
     tried = "longer training" if gain >= RISING else f"{more}smaller batches for the same number of samples"

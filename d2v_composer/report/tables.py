@@ -69,11 +69,11 @@ def evaluation_tables(evaluation: Evaluation, each: str) -> str:
 def _accuracy_tables(results: Sequence[Result], datasets: Iterable[str], embedding: str) -> Iterator[str]:
     """Yield the tables of each data set, with the name of the primary embedding in their titles."""
     for dataset in datasets:
-        found = pivot(results, dataset)
+        accuracies = pivot(results, dataset)
         for what, unit in UNITS.items():
-            columns = [measure for measure in found if _kind(measure) == what]
-            names = dict.fromkeys(row for measure in columns for row in found[measure])
-            rows = [[name, *(_percent(found[measure].get(name)) for measure in columns)] for name in names]
+            columns = [measure for measure in accuracies if _kind(measure) == what]
+            names = dict.fromkeys(row for measure in columns for row in accuracies[measure])
+            rows = [[name, *(_percent(accuracies[measure].get(name)) for measure in columns)] for name in names]
             if columns:
                 title = f"{what} on {dataset}, {PROJECTED if what == NAMED else embedding}, {unit} [95 % interval]"
                 yield f"{title}\n{format_table(['', *(measure.heading for measure in columns)], rows)}"
@@ -85,11 +85,11 @@ def run_tables(run: Run) -> Iterator[tuple[str, list[list[str]]]]:
     Cells are of the primary embedding, in % with 95 % intervals. The last row is the teacher gap closed.
     """
     for dataset in run.retrieval["datasets"]:
-        found, costs = pivot(run.results, dataset), run.record["costs"]
-        columns = [measure for measure in measures_at([min(run.retrieval["ks"])]) if measure in found]
+        accuracies, costs = pivot(run.results, dataset), run.record["costs"]
+        columns = [measure for measure in measures_at([min(run.retrieval["ks"])]) if measure in accuracies]
         rows = [["", *(each.heading for each in columns), "M parameters", "GFLOP"]]
         for name in (*ROWS, GAP_CLOSED):
-            cells = [_percent(found[measure].get(name)) for measure in columns]
+            cells = [_percent(accuracies[measure].get(name)) for measure in columns]
             cost = costs.get(STUDENT if name == UNTRAINED else name)
             sizes = [f"{cost['num_parameters'] / 1e6:.2f}", f"{cost['gflop']:.2f}"] if cost else ["", ""]
             if {*cells} - {"–"}:
