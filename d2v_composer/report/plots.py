@@ -141,7 +141,7 @@ def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Fi
             if measure.key.endswith(larger):
                 continue
             names = sorted(cells.keys() & speeds, key=lambda name: speeds[name])
-            values, lows, highs = np.array([cells[name] for name in names]).T
+            values, lows, highs = np.array([interval[:3] for name in names if (interval := cells[name])]).T
             places = [speeds[name] for name in names]
             axes.errorbar(places, values, (values - lows, highs - values), label=measure.heading, marker="o")
             best |= {name: max(best.get(name, 0), high) for name, high in zip(names, highs, strict=True)}

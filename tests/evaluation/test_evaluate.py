@@ -216,8 +216,8 @@ def test_an_accuracys_interval_is_that_of_a_binomial() -> None:
 def test_the_gap_closed_is_paired_by_query() -> None:
     rng = np.random.default_rng(0)
     untrained, teacher = rng.random(2000) < 0.3, rng.random(2000) < 0.5
-    assert gap_closed_interval(untrained, teacher, teacher) == (1, 1, 1, 0)
-    assert gap_closed_interval(untrained, untrained, teacher) == (0, 0, 0, 0)
+    assert gap_closed_interval(untrained, teacher, teacher) == (1, 1, 1, "")
+    assert gap_closed_interval(untrained, untrained, teacher) == (0, 0, 0, "")
     half = np.where(np.arange(2000) % 2 == 0, teacher, untrained)
     share = gap_closed_interval(untrained, half, teacher)
     assert share is not None
