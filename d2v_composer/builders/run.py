@@ -51,13 +51,13 @@ from d2v_composer.config.schema import (
 )
 from d2v_composer.data.modalities import MODALITIES, modality_of
 from d2v_composer.evaluation.evaluate import build_candidates, cost
-from d2v_composer.evaluation.labeled_retrieval import Embed
+from d2v_composer.evaluation.labeled_retrieval import Embed, last_batch
 from d2v_composer.evaluation.metrics import STUDENT, TEACHER
 from d2v_composer.models.compilation import compile_model, find_missing
 from d2v_composer.models.distillation import DistillationModel, check_tensors
 from d2v_composer.models.precision import choose_precision, name_precision
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.report.tables import retrieval_table
+from d2v_composer.report.tables import format_tables
 from d2v_composer.system.addresses import Address, RunFolder, hide_secrets
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.fetch import cache_folder
@@ -151,7 +151,8 @@ def train_student(
 
     def report() -> None:
         if retrieval is not None and retrieval.history:
-            print(f"\n{retrieval_table(retrieval)}")
+            embedding = f"{retrieval.lookup.primary}, batch {last_batch(retrieval.results)}"
+            print(f"\n{format_tables(retrieval.results, retrieval.datasets, embedding)}")
         write_run_report(trainer, config, retrieval)
 
     fit_and_close(trainer, config, header, report)

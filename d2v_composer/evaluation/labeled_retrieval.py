@@ -21,11 +21,12 @@ from d2v_composer.evaluation.metrics import (
     KNN,
     KNN_MAJORITY,
     LINEAR,
+    PROBES,
     STUDENT,
+    WITHOUT_LABELS,
     Measure,
     find_primary,
     instance_retrieval,
-    measures_at,
     retrieval_from,
 )
 from d2v_composer.evaluation.nearest_neighbors import (
@@ -97,8 +98,10 @@ class Lookup(NamedTuple):
 
     def measures(self, labeled: "EvaluationSet") -> list[Measure]:
         """Return the measures for a set: retrieval first, then the probes."""
+        measures = [retrieval_from(bank, k) for bank in BANKS for k in self.ks if labeled.has_labels]
+        for probe in map(PROBES.__getitem__, self.probes if labeled.has_labels else WITHOUT_LABELS):
+            measures += map(probe, self.ks) if callable(probe) else probe
         needs = {AGREEMENT.name: self.teacher, "zero_shot": labeled.class_embeddings}
-        measures = measures_at(self.ks, self.probes, labeled.has_labels)
         return [each for each in measures if needs.get(each.name, labeled) is not None]
 
     def conditions(self, name: str, labeled: "EvaluationSet") -> dict[str, str]:

@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from operator import index
@@ -65,13 +65,6 @@ PROBES: Mapping[str, Sequence[Measure] | Callable[[int], Measure]] = {
     "zero_shot": partial(retrieval_from, "classes"),
 }
 WITHOUT_LABELS = ("agreement", "instance")
-
-
-def measures_at(ks: Sequence[int], probes: Iterable[str] = tuple(PROBES), has_labels: bool = True) -> list[Measure]:
-    """Return the measures of a set in the order of tables: retrieval with labels, then the probes, for each k."""
-    found = [PROBES[name] for name in (probes if has_labels else WITHOUT_LABELS)]
-    probed = [measure for each in found for measure in (map(each, ks) if callable(each) else each)]
-    return [retrieval_from(bank, k) for bank in BANKS for k in ks if has_labels] + probed
 
 
 def metric_key(dataset: str, measure: Measure, embedding: str = "", row: str = STUDENT) -> str:

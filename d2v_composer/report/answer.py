@@ -13,7 +13,6 @@ from d2v_composer.evaluation.metrics import (
     metric_key,
     retrieval_from,
 )
-from d2v_composer.models.names import embedding_name
 from d2v_composer.report.run import Run
 
 # In % of the teacher gap: a student that closes less gets advice; to train longer, if so much of it came last.
@@ -37,8 +36,7 @@ def answer(run: Run) -> Iterator[str]:
 def _kept(run: Run, dataset: str, measure: Measure, rows: Mapping[str, Any]) -> str:
     untrained, student, teacher = (100 * rows[row].value for row in GAP)
     batch = last_batch(run.results)
-    embedding = embedding_name(run.retrieval["representation"], run.retrieval["pooling"])
-    shown = f"The student scores {student:.1f} % ({measure.heading}, {embedding}, batch {batch}); untrained it scored "
+    shown = f"The student scores {student:.1f} % ({measure.heading}, {run.primary}); untrained it scored "
     shown += f"{untrained:.1f} %, and its teacher scores {teacher:.1f} %."
     costs = run.record["costs"]
     sizes = [

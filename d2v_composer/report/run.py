@@ -12,9 +12,9 @@ from d2v_composer.checkpoints.safe_load import load_untrusted
 from d2v_composer.data.labeled import EvaluationSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.data.modality import Modality
-from d2v_composer.evaluation.labeled_retrieval import Result, read_results
+from d2v_composer.evaluation.labeled_retrieval import Result, last_batch, read_results
 from d2v_composer.evaluation.metrics import Log, read_jsonl
-from d2v_composer.models.names import Pooling, Representation
+from d2v_composer.models.names import Pooling, Representation, embedding_name
 from d2v_composer.system.errors import InputError, reading
 
 # Side of the images of a folder in a gallery, in pixels.
@@ -48,6 +48,12 @@ class Run(NamedTuple):
         """The section ``retrieval`` of the config; in a fine-tuning run, it has no data sets."""
         config = self.record["config"]
         return {"datasets": {}} if "dataset" in config else config["retrieval"]
+
+    @property
+    def primary(self) -> str:
+        """The primary embedding, and the batch after which the student was measured."""
+        name = embedding_name(self.retrieval["representation"], self.retrieval["pooling"])
+        return f"{name}, batch {last_batch(self.results)}"
 
 
 def latest(values: Mapping[int, float]) -> float | None:

@@ -2,30 +2,23 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import mean
-from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from d2v_composer.evaluation.evaluate import GAP_CLOSED, Evaluation, Interval, gap_closed_by_step, pivot
-from d2v_composer.evaluation.labeled_retrieval import Result, last_batch
+from d2v_composer.evaluation.evaluate import Evaluation, Interval, gap_closed_by_step, pivot
+from d2v_composer.evaluation.labeled_retrieval import Result
 from d2v_composer.evaluation.metrics import (
     BANKS,
-    ROWS,
     STUDENT,
     TEACHER,
     UNTRAINED,
     Log,
     Measure,
-    measures_at,
     metric_key,
     retrieval_from,
 )
 from d2v_composer.models.names import PROJECTED
-from d2v_composer.report.run import EMBEDDINGS, Run
-
-if TYPE_CHECKING:
-    from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
-
+from d2v_composer.report.run import EMBEDDINGS
 
 CLASSIFIED, UNLABELED = "Zero-shot retrieval", "Measured without labels"
 FITTED = "Probes fitted on train, measured on test"
@@ -40,10 +33,28 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str 
     return tabulate(rows, head, style, stralign="right", colalign=("left",), disable_numparse=True)
 
 
-def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
-    """Return tables of what a run has measured, as of an evaluation, with the student's last batch."""
-    embedding = f"{retrieval.lookup.primary}, batch {last_batch(retrieval.results)}"
-    return "\n\n".join(_accuracy_tables(retrieval.results, retrieval.datasets, embedding))
+def accuracy_tables(
+    results: Sequence[Result], datasets: Iterable[str], embedding: str
+) -> Iterator[tuple[str, list[list[str]]]]:
+    """Yield the title of each data set's tables, with the embedding's name, and the lines: a head, then the rows.
+
+    Cells are in %, with 95 % intervals. The last row is the teacher gap closed.
+    """
+    for dataset in datasets:
+        accuracies = pivot(results, dataset)
+        for what, unit in UNITS.items():
+            columns = [measure for measure in accuracies if _kind(measure) == what]
+            names = dict.fromkeys(row for measure in columns for row in accuracies[measure])
+            rows = [[name, *(_percent(accuracies[measure].get(name)) for measure in columns)] for name in names]
+            if columns:
+                title = f"{what} on {dataset}, {PROJECTED if what == NAMED else embedding}, {unit} [95 % interval]"
+                yield title, [["", *(measure.heading for measure in columns)], *rows]
+
+
+def format_tables(results: Sequence[Result], datasets: Iterable[str], embedding: str) -> str:
+    """Format :func:`accuracy_tables` as text."""
+    tables = accuracy_tables(results, datasets, embedding)
+    return "\n\n".join(f"{title}\n{format_table(head, rows)}" for title, (head, *rows) in tables)
 
 
 def evaluation_tables(evaluation: Evaluation, each: str) -> str:
@@ -62,40 +73,8 @@ def evaluation_tables(evaluation: Evaluation, each: str) -> str:
         for one in candidates
         for millions in (one.num_parameters / 1e6,)
     ]
-    tables = _accuracy_tables(evaluation.results, evaluation.class_names, evaluation.lookup.primary)
-    return "\n\n".join([*tables, format_table(head, costs)])
-
-
-def _accuracy_tables(results: Sequence[Result], datasets: Iterable[str], embedding: str) -> Iterator[str]:
-    """Yield the tables of each data set, with the name of the primary embedding in their titles."""
-    for dataset in datasets:
-        accuracies = pivot(results, dataset)
-        for what, unit in UNITS.items():
-            columns = [measure for measure in accuracies if _kind(measure) == what]
-            names = dict.fromkeys(row for measure in columns for row in accuracies[measure])
-            rows = [[name, *(_percent(accuracies[measure].get(name)) for measure in columns)] for name in names]
-            if columns:
-                title = f"{what} on {dataset}, {PROJECTED if what == NAMED else embedding}, {unit} [95 % interval]"
-                yield f"{title}\n{format_table(['', *(measure.heading for measure in columns)], rows)}"
-
-
-def run_tables(run: Run) -> Iterator[tuple[str, list[list[str]]]]:
-    """Yield each data set's name, with the student's batch, and what the run measured: a head, a row for each model.
-
-    Cells are of the primary embedding, in % with 95 % intervals. The last row is the teacher gap closed.
-    """
-    for dataset in run.retrieval["datasets"]:
-        accuracies, costs = pivot(run.results, dataset), run.record["costs"]
-        columns = [measure for measure in measures_at([min(run.retrieval["ks"])]) if measure in accuracies]
-        rows = [["", *(each.heading for each in columns), "M parameters", "GFLOP"]]
-        for name in (*ROWS, GAP_CLOSED):
-            cells = [_percent(accuracies[measure].get(name)) for measure in columns]
-            cost = costs.get(STUDENT if name == UNTRAINED else name)
-            sizes = [f"{cost['num_parameters'] / 1e6:.2f}", f"{cost['gflop']:.2f}"] if cost else ["", ""]
-            if {*cells} - {"–"}:
-                rows.append([name, *cells, *sizes])
-        if columns:
-            yield f"{dataset}, batch {last_batch(run.results)}", rows
+    tables = format_tables(evaluation.results, evaluation.class_names, evaluation.lookup.primary)
+    return f"{tables}\n\n{format_table(head, costs)}"
 
 
 def _kind(measure: Measure) -> str:

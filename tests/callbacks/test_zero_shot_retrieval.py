@@ -16,7 +16,7 @@ from d2v_composer.data.images import RandomResizedCropFlip
 from d2v_composer.data.labeled import Augmentation, EvaluationSet, LabeledSamples
 from d2v_composer.evaluation.metrics import AGREEMENT, GAP
 from d2v_composer.evaluation.nearest_neighbors import retrieval_accuracy
-from d2v_composer.report.tables import retrieval_table
+from d2v_composer.report.tables import format_tables
 from d2v_composer.system.errors import InputError
 from foreign_models import Classifier, fit
 
@@ -104,7 +104,7 @@ def test_a_resume_may_add_probes_but_keeps_its_primary_embedding() -> None:
     assert {f"{key_of_knn}/corner", "metrics/set/linear/top1", "metrics/set/knn_majority/top1"} <= probed.keys()
     assert metrics.items() <= probed.items()  # the retrieval is the same
     assert more.neighbors["set"]["train"].shape == (50, 3)
-    _, head, *rows = retrieval_table(more).split("\n\n")[1].splitlines()
+    _, head, *rows = format_tables(more.results, ["set"], "whole").split("\n\n")[1].splitlines()
     assert re.split(" {2,}", head.strip()) == ["20-NN weighted", "20-NN majority", "linear probe"]
     assert all(f"{100 * accuracy:.1f} [" in row for row in rows)
 
@@ -215,7 +215,7 @@ def test_judges_without_labels(has_labels: bool) -> None:
         assert metrics[f"metrics/set/instance/top{k}"] == pytest.approx(expected)
         assert 0 < expected < 1
     assert ("metrics/set/bank_train/top1" in metrics) == has_labels
-    *retrieval, unlabeled = retrieval_table(callback).split("\n\n")
+    *retrieval, unlabeled = format_tables(callback.results, ["set"], "whole, batch 5").split("\n\n")
     assert [each.partition(",")[0] for each in retrieval] == ["Zero-shot retrieval on set"] * has_labels
     title, head, *table = unlabeled.splitlines()
     assert title == "Measured without labels on set, whole, batch 5, in % [95 % interval]"

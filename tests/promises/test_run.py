@@ -211,7 +211,7 @@ def test_a_resumes_log_has_no_number_of_weights_that_no_file_holds(
         log.write('{"step": 7, "loss/tr')
     assert [*log_of(tmp_path)[key]] == [0, 3, 6]
     assert d2v("report", tmp_path).returncode == 0
-    assert "Results on small, batch 3<" in (tmp_path / "report.html").read_text()
+    assert "Zero-shot retrieval on small, layer_mean_cls, batch 3, " in (tmp_path / "report.html").read_text()
     run_training(*arguments, "retrieval.interval=100ba")
     assert [*log_of(tmp_path)[key]] == [0, 3, 14]
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

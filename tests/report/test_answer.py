@@ -12,7 +12,7 @@ from d2v_composer.evaluation.labeled_retrieval import Result
 from d2v_composer.evaluation.metrics import AGREEMENT, BANKS, GAP, UNTRAINED, Measure, metric_key, retrieval_from
 from d2v_composer.report.answer import answer
 from d2v_composer.report.run import Run
-from d2v_composer.report.tables import run_tables
+from d2v_composer.report.tables import accuracy_tables
 
 TOP1 = retrieval_from("train", 1)
 SIZES = {
@@ -98,8 +98,8 @@ def test_resamples_without_a_gap_are_counted() -> None:
     said = re.search(r" closes 0 % .* interval 0 to 0( \((\d+) of 2,000 resamples have no gap\))\. ", next(answer(run)))
     assert said is not None
     assert int(said[2]) == pytest.approx(2000 / math.e, rel=0.1)
-    [(title, rows)] = run_tables(run)
-    assert title == "set, batch 300"
+    [(title, rows)] = accuracy_tables(run.results, ["set"], run.primary)
+    assert title == "Zero-shot retrieval on set, layer_mean_cls, batch 300, accuracy in % [95 % interval]"
     assert rows[-1][:2] == ["teacher gap closed", f"0.0 [0.0, 0.0]{said[1]}"]
 
 
