@@ -199,6 +199,19 @@ def _sole_writer(out: str, folder: Path, lock: str = ".lock") -> Iterator[None]:
         folder.rmdir()
 
 
+def check_ids(ids: Iterable[Any]) -> None:
+    """Check that Parquet can store the ids of samples.
+
+    Raises:
+        InputError: One is no text.
+    """
+    for name in map(str, ids):
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{name!r} is not UTF-8, as Parquet needs; rename it, or write NAME.npy") from error
+
+
 def _cut(source: Source, plan: Mapping[str, Any], folder: Path) -> list[_Chunk]:
     """Cut a source, or its part, into chunks of batches; a chunk's name is a hash of all that its rows depend on."""
     size, chunks = plan["batch_size"], list[_Chunk]()

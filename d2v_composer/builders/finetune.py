@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.builders.fit import fit_and_close, join_and_seed, write_run_report
-from d2v_composer.builders.models import build_augmentation, load_trained_model
+from d2v_composer.builders.models import build_augmentation, check_network, load_trained_model
 from d2v_composer.builders.run import (
     FIXED_IN_ANY_RUN,
     build_algorithms,
@@ -87,6 +87,7 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trai
     }
     cpu_bf16 = choose_precision(config.precision).cpu_bf16
     model = Classifier(backbone, data.num_classes, *embedding, config.train_encoder, cpu_bf16)
+    check_network("model", backbone, config, embedding, model.head)
     tested = eval_batches(data.test, config.device_eval_batch_size)
     record = build_run_record(config, FIXED_BY_A_CHECKPOINT, model=about, data=data.about)
     trainer = build_trainer(

@@ -1,13 +1,24 @@
 """Build the models that an evaluation compares, and its labeled sets."""
 
+import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-from d2v_composer.checkpoints.load import Models, load_any
-from d2v_composer.checkpoints.student_file import choose_embedding, distillation_of, has_tuned_encoder, lookup
-from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ModelConfig, ShardLoaderConfig
+from d2v_composer.checkpoints.load import Models, convert_to_timm, load_any
+from d2v_composer.checkpoints.student_file import (
+    DEFAULT_PRIMARY,
+    PrimaryEmbedding,
+    choose_embedding,
+    distillation_of,
+    has_tuned_encoder,
+    lookup,
+    sizes_of,
+)
+from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ModelConfig, ShardLoaderConfig, TrainerConfig
 from d2v_composer.data.labeled import Augmentation, EvaluationSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES, modality_of
 from d2v_composer.data.modality import Modality
@@ -16,12 +27,13 @@ from d2v_composer.evaluation.labeled_retrieval import Candidate, Lookup
 from d2v_composer.evaluation.metrics import GAP, ROWS
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import TimmNetworkConfig
+from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.names import PREFIX, PROJECTED
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, errors_of, reading
-from d2v_composer.system.processes import global_rank
+from d2v_composer.system.processes import global_rank, num_ranks
 
 
 def load_trained_model(config: ModelConfig, projected: bool = False) -> Models:
@@ -35,6 +47,41 @@ def load_trained_model(config: ModelConfig, projected: bool = False) -> Models:
     sizes = config.model_dump(include={"checkpoint", "first_blocks", "image_size"})
     projected = projected or config.representation == "projected"
     return load_any(config.model, config.weights, config.teacher, **sizes, projected=projected)
+
+
+def check_network(
+    key: str,
+    student: Any,
+    config: TrainerConfig,
+    embedding: PrimaryEmbedding = DEFAULT_PRIMARY,
+    head: nn.Linear | None = None,
+) -> None:
+    """Check that a student which is a timm model can be trained in a run's batches, and exported then.
+
+    Args:
+        key: The student's in a YAML.
+        student: Other kinds of students are not checked.
+        config: The run's.
+        embedding: What the head reads.
+        head: A classifier, trained with the student.
+
+    Raises:
+        InputError: It cannot.
+    """
+    if not isinstance(student.config, TimmNetworkConfig):
+        return
+    batch_size, micro = config.global_train_batch_size // num_ranks(), config.device_train_microbatch_size
+    smallest = batch_size % micro or micro if isinstance(micro, int) else batch_size
+    with torch.random.fork_rng(devices=[]):
+        trial = copy.deepcopy(student)
+        # BatchNorm needs several values.
+        with errors_of(f"device_train_microbatch_size: {key} cannot be trained on {smallest} at a time"):
+            trial.train().encoder(Inputs(trial.encoder.example(min(smallest, 2))))
+        for name, buffer in trial.named_buffers():
+            if "running_" in name:  # a new BatchNorm changes nothing
+                buffer.add_(torch.rand_like(buffer))
+        trial.head = head and nn.Linear(head.in_features, head.out_features)
+        convert_to_timm(key, trial, sizes_of(trial), embedding)
 
 
 def build_labeled_sets(lookup: LookupConfig, modality: Modality, width: int) -> dict[str, EvaluationSet]:

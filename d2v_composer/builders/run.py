@@ -22,8 +22,8 @@ from composer.utils import dist
 
 from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.builders.fit import fit_and_close, join_and_seed, write_run_report
-from d2v_composer.builders.models import build_augmentation, build_labeled_sets
-from d2v_composer.callbacks.algorithms import GradientClipping, GradientNorm
+from d2v_composer.builders.models import build_augmentation, build_labeled_sets, check_network
+from d2v_composer.callbacks.algorithms import GradientClipping, GradientNorm, SeededBatches
 from d2v_composer.callbacks.checkpointing import Checkpoints, NanGuard
 from d2v_composer.callbacks.logging import ProgressLogger, Throughput, Uploads
 from d2v_composer.callbacks.run_record import RunRecord
@@ -136,7 +136,7 @@ def train_student(
         config,
         model,
         record,
-        [] if retrieval is None else [retrieval],
+        [SeededBatches(config.seed), *([] if retrieval is None else [retrieval])],
         callbacks,
         train_dataloader=train_loader,
         optimizers=build_optimizer(config.optimizer, model),
@@ -246,6 +246,7 @@ def join_student(config: TrainConfig, teacher: Teacher) -> DistillationModel:
         layer_mean = targets.model_dump(include={"normalization", "final_layer_norm"})
         layer_mean["projected"] = objectives.embedding.weight > 0
         student = teacher.build_student(**config.student.model_dump(), **layer_mean)
+    check_network("student.model", student, config)
     teacher.encoder.half_residual = config.half_residual
     teacher.cast_weights(precision.dtype)
     with errors_of("targets"):

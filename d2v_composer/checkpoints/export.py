@@ -14,6 +14,8 @@ import torch
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
+from d2v_composer.checkpoints import check_program
+from d2v_composer.checkpoints.load import load_student
 from d2v_composer.checkpoints.student_file import (
     CONFIG_TENSOR,
     DEFAULT_PRIMARY,
@@ -30,6 +32,7 @@ from d2v_composer.models.attention import Alibi
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import EncoderConfig, ImageEncoderConfig, StudentConfig, check_choice
 from d2v_composer.models.encoder import Tokens
+from d2v_composer.models.images import is_same
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.student import Student
 from d2v_composer.system.errors import InputError, reading
@@ -39,6 +42,7 @@ OPSET = 18
 # Control flow, and operators whose outputs' shapes depend on data.
 DATA_DEPENDENT = {"If", "Loop", "Scan", "NonZero", "Unique", "Compress", "NonMaxSuppression"}
 FLOAT64 = 11  # in ONNX
+MAX_ONNX = 2_000_000_000  # bytes of weights in a file
 # How a file says that its program takes pixels.
 PIXELS = "uint8, (B, H, W, channels)"
 
@@ -73,6 +77,7 @@ class Embedder(nn.Module):
 
     def __init__(self, student: Backbone, primary: PrimaryEmbedding, takes_pixels: bool = False) -> None:
         super().__init__()
+        self.original = student.embed
         self.student = copy.deepcopy(student).cpu().requires_grad_(False).eval()
         parts: Any = (self.student, self.student.encoder)
         for part in parts:
@@ -91,22 +96,41 @@ class Embedder(nn.Module):
             inputs = inputs.movedim(-1, 1)
         return self.student.embed(inputs, self.primary.pooling, self.primary.representation)
 
+    @property
+    def description(self) -> dict[str, str]:
+        """What :func:`describe` says of this program."""
+        return describe(self.student, self.primary.name, self.takes_pixels)
 
-def describe(embedder: Embedder) -> dict[str, str]:
-    """Return the preprocessing of inputs that the program expects, as JSON, and the name of the embedding."""
-    config = embedder.student.encoder.config
+    def check(self, path: Path, partial: Path) -> None:
+        """Check that a program, in ``partial`` until it has its name, computes what the student does, on one input.
+
+        Raises:
+            InputError: It does not.
+        """
+        program = check_program.load("onnxruntime" if path.suffix == ".onnx" else "torch.export", str(partial), "")
+        inputs = self.example(1)
+        inputs = torch.randint_like(inputs, 256) if self.takes_pixels else torch.randn_like(inputs)
+        images = inputs.movedim(-1, 1) if self.takes_pixels else inputs
+        expected = self.original(images, self.primary.pooling, self.primary.representation)
+        if not is_same(torch.from_numpy(program(inputs.numpy())), expected):
+            raise InputError(f"{path}: the program would compute something else than the student")
+
+
+def describe(student: Backbone, embedding: str, takes_pixels: bool) -> dict[str, str]:
+    """Return the preprocessing of inputs that a student's program expects, as JSON, and the name of the embedding."""
+    config = student.encoder.config
     preprocessing = {name: getattr(config, name) for name in config.preprocessing}
-    if embedder.takes_pixels:
+    if takes_pixels:
         del preprocessing["image_mean"], preprocessing["image_std"]
         preprocessing["inputs"] = PIXELS
-    return {"preprocessing": json.dumps(preprocessing), "embedding": embedder.primary.name}
+    return {"preprocessing": json.dumps(preprocessing), "embedding": embedding}
 
 
 def read_description(path: Path, student: Backbone) -> tuple[str, bool, bool]:
     """Return which embedding a student's exported file computes, whether in int8, and whether from pixels.
 
     Raises:
-        InputError: It cannot be read, or the student has no such embedding.
+        InputError: It cannot be read, the student has no such embedding, or the file's preprocessing is another.
     """
     stored, is_int8 = {"embedding": "", "preprocessing.json": ""}, False
     with reading(path):
@@ -120,10 +144,14 @@ def read_description(path: Path, student: Backbone) -> tuple[str, bool, bool]:
         elif path.suffix == ".pt2":
             torch.export.load(path, extra_files=stored)
         elif path.suffix == ".safetensors":
-            stored["embedding"] = choose_embedding(student, None, None).name
-    if stored["embedding"] not in student.embedding_names:
+            stored |= describe(load_student(path), choose_embedding(student, None, None).name, takes_pixels=False)
+    if (embedding := stored["embedding"]) not in student.embedding_names:
         raise InputError(f"{path} must be an .onnx, .pt2 or .safetensors file that d2v export wrote from this student")
-    return stored["embedding"], is_int8, any(PIXELS in each for each in stored.values())
+    preprocessing = stored.get("preprocessing") or stored["preprocessing.json"]
+    takes_pixels = PIXELS in preprocessing
+    if preprocessing != (expected := describe(student, embedding, takes_pixels)["preprocessing"]):
+        raise InputError(f"{path}: its preprocessing is {preprocessing}, but the student's is {expected}")
+    return embedding, is_int8, takes_pixels
 
 
 def export_onnx(embedder: Embedder, path: Path) -> None:
@@ -132,9 +160,15 @@ def export_onnx(embedder: Embedder, path: Path) -> None:
     The metadata are ``preprocessing`` and ``embedding`` of :func:`describe`.
 
     Raises:
-        InputError: The packages ``onnx`` and ``onnxscript`` are not installed, or the disk is full.
+        InputError: A package of the extra ``onnx`` is not installed, the student is too large, or as
+            :meth:`Embedder.check`.
+        RunError: The disk is full.
     """
-    check_packages(path, "onnx", "onnxscript")
+    check_packages(path, "onnx", "onnxruntime", "onnxscript")
+    import onnx
+
+    if (size := sum(tensor.nbytes for tensor in embedder.state_dict().values())) > MAX_ONNX:
+        raise InputError(f"{path}: an ONNX file holds at most 2 GB, and this student has {size / 1e9:.1f}; export .pt2")
     free_axes = embedder.student.encoder.free_axes
     with warnings.catch_warnings():  # torch 2.13 warns of its own LeafSpec
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
@@ -148,11 +182,12 @@ def export_onnx(embedder: Embedder, path: Path) -> None:
             verbose=False,
         )
     assert program is not None  # without a file name, torch returns the program
-    if faults := lint(program.model_proto, free_axes.keys()):
+    program.model.metadata_props.update(embedder.description)
+    if faults := lint(model := program.model_proto, free_axes.keys()):
         log.warning("%s: some runtimes refuse or miscompute this: %s", path, "; ".join(faults))
-    program.model.metadata_props.update(describe(embedder))
     with out_file(path) as partial:
-        program.save(partial)
+        onnx.save(model, partial)  # torch would write weights beside it
+        embedder.check(path, partial)
 
 
 def lint(model: Any, free_axes: Set[int]) -> list[str]:
@@ -189,14 +224,16 @@ def export_program(embedder: Embedder, path: Path) -> None:
     """Write a program for ``torch.export.load(path).module()``; the entries of :func:`describe` are its extra files.
 
     Raises:
-        InputError: The disk is full.
+        InputError: As :meth:`Embedder.check`.
+        RunError: The disk is full.
     """
-    extra = describe(embedder)
+    extra = embedder.description
     extra["preprocessing.json"] = extra.pop("preprocessing")
     archive = io.BytesIO()  # on a full disk, the writer of torch 2.13 would abort the process
     torch.export.save(trace(embedder), archive, extra_files=extra)
     with out_file(path) as partial:
         partial.write_bytes(archive.getbuffer())
+        embedder.check(path, partial)
 
 
 def trace(embedder: Embedder) -> torch.export.ExportedProgram:

@@ -1,8 +1,11 @@
 """Load teachers and students from files, and write them."""
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_newest
@@ -10,6 +13,7 @@ from d2v_composer.checkpoints.fairseq import load_data2vec2
 from d2v_composer.checkpoints.safe_load import is_trained, load_untrusted
 from d2v_composer.checkpoints.student_file import (
     CONFIG_TENSOR,
+    PrimaryEmbedding,
     build_encoder,
     build_loaded,
     check_fits,
@@ -17,6 +21,7 @@ from d2v_composer.checkpoints.student_file import (
     check_same_encoder,
     check_same_teacher,
     check_student,
+    choose_embedding,
     config_tensor,
     distillation_of,
     has_tuned_encoder,
@@ -25,17 +30,17 @@ from d2v_composer.checkpoints.student_file import (
     pop_sizes,
     read_model_file,
     sizes_of,
-    stored_primary,
     write_model_file,
 )
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import ImageSize, TimmConfig, TimmNetworkConfig
-from d2v_composer.models.names import DATA2VEC2, PREFIX, Weights
+from d2v_composer.models.images import is_same
+from d2v_composer.models.names import DATA2VEC2, PREFIX, PROJECTED, Weights, timm_name
 from d2v_composer.models.projection import Projection
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.command_line import d2v
-from d2v_composer.system.errors import InputError, reading
+from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.fetch import is_remote
 
 Models = tuple[Backbone, Teacher | None]
@@ -105,9 +110,8 @@ def save_student(student: Backbone, out: Path) -> None:
     One with a head is written as a classifier, for timm. A student that is a timm model is written under timm's names.
 
     Raises:
-        InputError: A classifier reads another embedding than timm's would.
+        InputError: As :func:`convert_to_timm`.
     """
-    primary = stored_primary(student.provenance)
     sizes, encoder = sizes_of(student), cast("Any", student.encoder)
     kind = "classifier" if isinstance(student.head, nn.Linear) else "student"  # timm's may be an Identity
     if isinstance(encoder.config, TimmConfig):
@@ -115,13 +119,64 @@ def save_student(student: Backbone, out: Path) -> None:
 
         now_computed = encoder.config.changed(timm=now, outputs=encoder.sample_outputs())
         sizes[next(iter(sizes))] = now_computed.model_dump(mode="json")
-    if "network" in sizes:
-        if student.head is not None and primary.name != "output_cls":
-            raise InputError(f"{out}: timm's classifier reads output_cls, but this one was trained on {primary.name}")
-        write_model_file(out, kind, sizes, student.provenance, encoder.timm_tensors(student.head))
-        return
-    tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes, primary)}
+    tensors = convert_to_timm(out, student, sizes, choose_embedding(student, None, None))
     write_model_file(out, kind, sizes, student.provenance, tensors)
+
+
+def convert_to_timm(
+    source: Any, student: Any, sizes: Mapping[str, Any], embedding: PrimaryEmbedding
+) -> dict[str, Tensor]:
+    """Return a student's tensors for timm, once timm has computed with them what the student does, on one input.
+
+    Args:
+        source: Named in errors.
+        student: Perhaps with a head, which reads the embedding.
+        sizes: Sizes as in its file.
+        embedding: What timm computes, if the student has blocks.
+
+    Raises:
+        InputError: timm computes something else.
+    """
+    import timm  # takes seconds
+
+    student = copy.deepcopy(student).cpu().eval()
+    inputs, (name, options) = torch.randn_like(student.encoder.example(1)), timm_arguments(student)
+    rule = "a classifier must be one linear layer on output_cls"
+    with errors_of(f"{source}: timm would compute something else; {rule}"), torch.no_grad():
+        embeddings = student.embed_all(inputs)
+        if "network" in sizes:
+            model: Any = timm.create_model(name, **options)
+            tensors = student.encoder.timm_tensors(model, student.head)
+            pooled, expected = embeddings["output_cls"], embeddings.get(PROJECTED)
+        else:
+            options |= {"encoder_config": student.encoder.config, "student_config": student.config}
+            model = timm.create_model(name, **options)
+            tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(dict(sizes), embedding)}
+            pooled = expected = embeddings[embedding.name]
+        model.load_state_dict(tensors)
+        if isinstance(student.head, nn.Linear):
+            expected = student.head(embeddings[embedding.name])
+        outputs = model.eval()(inputs)
+        features = model.forward_head(model.forward_features(inputs), pre_logits=True)
+        if not (is_same(features, pooled) and is_same(outputs, outputs if expected is None else expected)):
+            raise ValueError("the outputs differ")
+    return tensors
+
+
+def timm_arguments(student: Backbone) -> tuple[str, dict[str, Any]]:
+    """Return the name and the options with which ``timm.create_model`` builds a student, to load its file."""
+    classes = {"num_classes": student.head.out_features} if isinstance(student.head, nn.Linear) else {}
+    if not isinstance(student.config, TimmNetworkConfig):
+        return "d2v2_student", classes
+    return timm_name(student.config.model), cast("Any", student.encoder).options | classes
+
+
+def timm_call(student: Backbone, file: str | Path) -> str:
+    """Return the line of Python with which timm loads a student's file."""
+    name, options = timm_arguments(student)
+    options |= {"checkpoint_path": str(file)}
+    given = [f"{key}={value!r}" for key, value in options.items() if value is not None]
+    return f"timm.create_model({', '.join([repr(name), *given])})"
 
 
 def load_student(path: str | Path) -> Any:

@@ -18,7 +18,6 @@ Of Parquet files and tars, SPLIT is a word of their names, or else of their fold
 """
 
 import os
-import shlex
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from d2v_composer.system.command_line import (
     print_next,
     print_skipped,
     size,
+    training,
     whole,
 )
 from d2v_composer.system.part import ALL, Part
@@ -113,11 +113,10 @@ def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **
         f"{conversion.bytes / 1e6:.1f} MB in {conversion.shards} shards, in {time.monotonic() - start:.0f} s"
     )
     print_skipped(conversion.skipped)
-    print_next(d2v("merge", arguments.out) if part else training_on(out, yaml))
+    print_next(*((d2v("merge", arguments.out),) if part else training_on(out, yaml)))
     return conversion
 
 
-def training_on(out: str, yaml: str) -> str:
-    """Return the command that trains on a data set."""
-    data = f"train_loader.remote={out}" if "://" in out else f"train_loader.local={Path(out).resolve()}"
-    return f"composer recipes/train.py yamls/{yaml}.yaml {shlex.quote(data)}"
+def training_on(out: str, yaml: str) -> tuple[str, str]:
+    """Return the command lines that train on a data set."""
+    return training(yaml, f"train_loader.remote={out}" if "://" in out else f"train_loader.local={Path(out).resolve()}")

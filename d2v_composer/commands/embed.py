@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> Any:
     from d2v_composer.data.parts import Parts, plan_of
     from d2v_composer.data.source import name_counts
     from d2v_composer.embedder import Embedder
-    from d2v_composer.embedding import check_out, embed_source, hash_weights
+    from d2v_composer.embedding import check_ids, check_out, embed_source, hash_weights
 
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
@@ -73,6 +73,8 @@ def main(argv: Sequence[str]) -> Any:
     files = (f"{source.root}/{each[:-2]}" for each in map(str, source.ids) if each.endswith("#0"))
     if arguments.overwrite and os.path.realpath(out) in map(os.path.realpath, files):
         raise InputError(f"{out} is among the source's files; choose another OUT")
+    if out.endswith(".parquet"):
+        check_ids(source.ids)
     print(f"embedding: {embedding_name(options.representation, options.pooling)}")
     if part:
         plan = plan_of(source, part, model=hash_weights(model), device=device, **options._asdict())

@@ -28,8 +28,6 @@ PROGRAMS = {
     ".onnx": "import onnxruntime; session = onnxruntime.InferenceSession({!r})",
     ".pt2": "import torch; program = torch.export.load({!r}).module()",
 }
-# How to load a fine-tuned student.
-TIMM = "import timm, d2v_composer; model = timm.create_model('d2v2_student', checkpoint_path={!r}, num_classes={})"
 # Every second one calibrates; d2v verify measures with others.
 MAX_INT8_IMAGES = 256
 
@@ -80,8 +78,8 @@ def export(
     if (int8 and out.suffix != ".onnx") or (calibrate and not int8):
         raise InputError(f"{out}: --int8 is only for .onnx, and --calibrate only for --int8")
 
-    from d2v_composer.checkpoints.export import Embedder, check_packages, export_onnx, export_program
-    from d2v_composer.checkpoints.load import load_any, save_student
+    from d2v_composer.checkpoints.export import Embedder, export_onnx, export_program
+    from d2v_composer.checkpoints.load import load_any, save_student, timm_call
     from d2v_composer.checkpoints.student_file import choose_embedding
     from d2v_composer.models.teacher import Teacher
     from d2v_composer.report.model_card import plan_model_card
@@ -99,13 +97,12 @@ def export(
         save_student(student, out)
         step = d2v("embed", out, "SOURCE", "embeddings.npy")
         if student.head is not None:
-            step = TIMM.format(str(out), len(student.state_dict()["head.bias"]))
+            step = f"import timm, d2v_composer; model = {timm_call(student, out)}"
         if write_card is not None:
             print(write_card())
     else:
         embedder = Embedder(student, embedding, takes_pixels)
         if int8:
-            check_packages(out, "onnxruntime")
             from d2v_composer.checkpoints.int8 import quantize
 
             images = verification.read_samples(student, calibrate, MAX_INT8_IMAGES, takes_pixels)

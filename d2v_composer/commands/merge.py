@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
         from d2v_composer.embedding import merge
 
         merged = merge(out, overwrite=arguments.overwrite)
-        wrote, following = f"{merged.images} embeddings of {merged.channels} channels", reading_of(out)
+        wrote, following = f"{merged.images} embeddings of {merged.channels} channels", (reading_of(out),)
     else:
         from d2v_composer.data import convert
 
@@ -41,4 +41,4 @@ def main(argv: Sequence[str]) -> None:
         following = training_on(out, "distill_audio" if merged.lengths else "distill")
     print(f"wrote {out}: {wrote}")
     print_skipped(merged.skipped)
-    print_next(following)
+    print_next(*following)

@@ -20,6 +20,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -94,6 +95,7 @@ def verify(
 
     from d2v_composer.checkpoints.export import read_description
     from d2v_composer.checkpoints.load import save_student
+    from d2v_composer.checkpoints.student_file import sha256
     from d2v_composer.report.model_card import add_section
     from d2v_composer.report.tables import format_table
     from d2v_composer.system.fetch import names_in
@@ -125,7 +127,8 @@ def verify(
         (folder / "kit.json").write_text(json.dumps({"embedding": embedding, **limits}, indent=1))
         shutil.copy(script, folder)
         if kit is not None:
-            shutil.copy(exported, kit)
+            with suppress(shutil.SameFileError):  # it lies there
+                shutil.copy(exported, kit)
             print(f"wrote {kit}: in it, run python {script.name} RUNTIME {exported.name}")
             return
         save_student(student, folder / "pytorch.safetensors")
@@ -133,10 +136,11 @@ def verify(
         found, faults = measure(folder / script.name, files)
     rows = [[name, *map("{:.5g}".format, each.values())] for name, each in found.items()]
     table = format_table(["", *max(found.values(), key=len)], rows)
-    table += f"\n{exported.name}: {exported.stat().st_size / 1e6:.1f} MB, {embedding}"
+    digest = sha256(exported)
+    table += f"\n{exported.name}: {exported.stat().st_size / 1e6:.1f} MB, {embedding}, sha256 {digest}"
     print(table)
     about = {"embedding": embedding, "machine": describe_machine(), "faults": faults, "runtimes": found}
-    about["versions"] = package_versions("onnxruntime", "openvino")
+    about |= {"sha256": digest, "versions": package_versions("onnxruntime", "openvino")}
     write_atomically(report, json.dumps(about, indent=1) + "\n")
     add_section(exported.with_name("README.md"), f"{exported.name} in each runtime", f"```\n{table}\n```\n")
     if faults:

@@ -8,6 +8,7 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain
@@ -34,7 +35,7 @@ from d2v_composer.data.source import (
     open_mds,
 )
 from d2v_composer.system import fetch
-from d2v_composer.system.errors import InputError, UnreadableSampleError, reading
+from d2v_composer.system.errors import InputError, UnreadableSampleError
 from d2v_composer.system.fetch import File
 from d2v_composer.system.part import ALL, Part
 from d2v_composer.system.progress import progress_bar
@@ -44,7 +45,7 @@ CONTAINERS = {TAR: "tars", PARQUET: "Parquet files"}
 SPLITS, NONE = ("train", "val", "validation", "test"), "none"
 CHOOSE = "choose one with --column, or column in a YAML"
 # Types of Parquet columns that can hold samples: bytes, or the hub's struct of bytes and path; or paths.
-BYTES, PATH = r"(?:large_)?binary|struct<.*\bbytes: (?:large_)?binary.*>", "(?:large_)?string"
+BYTES, PATH = r"(?:large_)?binary|struct<([^<>]*, )?bytes: (?:large_)?binary\b.*>", "(?:large_)?string"
 # A tar's member: key and suffixes.
 MEMBER = re.compile(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]+)")
 # After a tar's last member come two blocks of zeros, and more that fill a record.
@@ -218,7 +219,7 @@ class Files:
         if twice := next((key for key, count in Counter(keys).items() if count > 1), None):
             raise InputError(f"{name} has the key {twice!r} twice, with other samples between")
         if (statistics := pinned.path.with_name(f"{pinned.path.stem}_stats.json")).exists():  # img2dataset's
-            with reading(statistics):
+            with suppress(LookupError, TypeError, ValueError):  # another program's
                 counts = json.loads(statistics.read_bytes())
                 left_out["failed downloads"] += counts["count"] - counts["successes"]
         ids, marks = Names(f"{pinned.file.path}/{key}" for key in keys), self._marks(pinned, len(keys))

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from d2v_composer.data.modality import Modality, decoding
 from d2v_composer.models.configs import ImageSize, height_and_width
-from d2v_composer.system.errors import UnreadableSampleError
+from d2v_composer.system.errors import InputError, UnreadableSampleError
 
 CROP_ATTEMPTS = 10
 ORIENTATION = 0x0112  # of an EXIF record
@@ -276,6 +276,8 @@ class Images(Modality):
 
     @classmethod
     def of(cls, config: Any) -> "Images":
+        if config.in_chans != 3:
+            raise InputError(f"the model takes images of {config.in_chans} channels, but files are read as RGB")
         return cls(config.image_size, config.interpolation)
 
     def decode(self, stored: bytes | Image.Image, source: str) -> Tensor:

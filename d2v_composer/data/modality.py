@@ -113,6 +113,8 @@ def read_sample_file(path: Path) -> bytes:
         if status.st_size > MAX_BYTES:
             raise UnreadableSampleError(f"{path} has {status.st_size:,} bytes, more than {MAX_BYTES:,}")
         return path.read_bytes()
+    except ValueError as error:  # of a NUL
+        raise UnreadableSampleError(f"{str(path)!r} cannot be read ({error})") from error
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG):
             raise UnreadableSampleError(f"{path} cannot be read ({error.strerror})") from error

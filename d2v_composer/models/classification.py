@@ -67,7 +67,8 @@ class Classifier(ComposerModel):
         for name, parameter in backbone.encoder.named_parameters():
             parameter.requires_grad_(train_encoder and not name.startswith(FIXED))
         embedding = self.embed(Inputs(backbone.encoder.example(1)))
-        embedding.sum().backward()
+        if embedding.requires_grad:  # not if the encoder is all there is
+            embedding.sum().backward()
         for parameter in backbone.parameters():  # freeze what gets no gradient from an input
             parameter.requires_grad_(parameter.grad is not None)
             parameter.grad = None

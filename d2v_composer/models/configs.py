@@ -147,7 +147,7 @@ class ImageConfig(Config):
     image_std: Tuple[Annotated[float, Field(ge=1e-3, le=1)]] = (0.229, 0.224, 0.225)
     modality: ClassVar = "image"
     preprocessing: ClassVar = ("image_size", "image_mean", "image_std", "interpolation")
-    recipe: ClassVar = "yamls/distill.yaml"
+    recipe: ClassVar = "distill"
 
     def check(self) -> None:
         super().check()
@@ -200,7 +200,7 @@ class SoundConfig(Config):
     modality: ClassVar = "audio"
     sample_rate: ClassVar = SAMPLE_RATE
     timm_preprocessing: ClassVar[dict[str, Any]] = {}
-    recipe: ClassVar = "yamls/distill_audio.yaml"
+    recipe: ClassVar = "distill_audio"
 
 
 class AudioEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):

@@ -142,7 +142,8 @@ class Teacher(Transformer, Frozen):
         names = ("image_size", "in_chans", "image_mean", "image_std", "interpolation")
         preprocessing = {name: getattr(own, name) for name in names}
         config = TimmNetworkConfig(model=model, timm=__version__, **preprocessing, **options)
+        start = {"config": {"student": {"pretrained": pretrained}}}  # as in a run's record
         try:
-            return NetworkStudent(config, {"teacher": self.provenance}, pretrained)
+            return NetworkStudent(config, {"teacher": self.provenance, **start}, pretrained)
         except ValueError as error:
             raise ValueError(f"model: {error}") from error

@@ -10,8 +10,9 @@ from typing import Any
 import jinja2
 import torch
 
+from d2v_composer.checkpoints.load import timm_call
 from d2v_composer.checkpoints.student_file import choose_embedding, lookup
-from d2v_composer.data.modalities import modality_of
+from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.embedding import hash_weights
 from d2v_composer.evaluation.evaluate import read_evaluation
 from d2v_composer.models.names import timm_name
@@ -75,7 +76,7 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
         return lambda: f"kept {readme}: d2v export did not write it"
     if described != out.name and out.with_name(described).exists():
         return lambda: f"kept {readme}: it describes {described}; a student in another folder gets its own"
-    modality = modality_of(student.encoder.config)
+    modality = MODALITIES[student.encoder.config.modality]
     network, embedding = getattr(student.config, "model", None), choose_embedding(student, None, None)
     with reading(source):
         record = {"teacher": {}, "data": {}, "versions": {}, "command": "not recorded"}
@@ -102,7 +103,7 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
             unit=modality.unit,
             words=WORDS[modality.name],
             network=network,
-            timm_arguments=student.encoder.timm_arguments() if network else "",
+            timm_call=timm_call(student, out.name),
             embedding=embedding,
             width=student.embed(student.encoder.example(1), embedding.pooling, embedding.representation).shape[1],
             tables=read_evaluation(Path(source).parent, hash_weights(student)).get("tables", ""),

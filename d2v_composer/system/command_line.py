@@ -136,6 +136,11 @@ def print_skipped(reasons: Sequence[str]) -> None:
     print("\n  ".join([f"skipped as unreadable: {len(reasons) or 'none'}", *reasons]))
 
 
+def training(yaml: str, *changes: str) -> tuple[str, str]:
+    """Return the command lines that train as one of the package's YAMLs says, with changes; they need no clone."""
+    return f"{d2v('init', yaml)} > {yaml}.yaml", d2v("train", f"{yaml}.yaml", *changes)
+
+
 def d2v(*arguments: str | Path) -> str:
     """Return a command line of d2v that this shell can run, even if the environment is not activated."""
     is_active = shutil.which("d2v") == str(Path(sys.executable).with_name("d2v"))

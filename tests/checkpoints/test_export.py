@@ -19,7 +19,7 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from d2v_composer import load_student
-from d2v_composer.checkpoints.export import TimmStudent
+from d2v_composer.checkpoints.export import TimmStudent, TracedAlibi
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embedding
 from d2v_composer.commands import embed as embed_command
@@ -156,6 +156,29 @@ def test_onnx(wide_or_narrow: Path, images: Tensor, tmp_path: Path) -> None:
         expected = embed(load_student(wide_or_narrow), batch, representation="output", pooling="mean")
         assert_close(torch.from_numpy(np.asarray(embedding)), expected)
     assert session.get_modelmeta().custom_metadata_map["embedding"] == "output_mean"
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_a_program_computes_the_same_or_is_not_written(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    right = TracedAlibi.unscaled
+    monkeypatch.setattr(TracedAlibi, "unscaled", lambda *arguments: 0.5 * right(*arguments))
+    path = tmp_path / f"student.{suffix}"
+    with pytest.raises(InputError, match=f"{path}: the program would compute something else than the student"):
+        export(exported, path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnx_is_one_file(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would write the weights of a large student beside it."""
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
+    export(exported, tmp_path / "student.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["student.onnx"]
+    monkeypatch.setattr("d2v_composer.checkpoints.export.MAX_ONNX", 1000)
+    with pytest.raises(InputError, match=r"large.onnx: an ONNX file holds at most 2 GB, and this student has 0.0"):
+        export(exported, tmp_path / "large.onnx")
+    assert not (tmp_path / "large.onnx").exists()
 
 
 @pytest.mark.slow

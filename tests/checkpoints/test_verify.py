@@ -1,5 +1,6 @@
 """d2v verify finds what is wrong with an exported file, and a kit finds the same without this package."""
 
+import hashlib
 import json
 import runpy
 import shutil
@@ -82,7 +83,8 @@ def changed(program: Path, change: Callable[[onnx.ModelProto], None], path: Path
     return path
 
 
-def test_a_kit_runs_without_this_package(kit: Path) -> None:
+def test_a_kit_runs_without_this_package(kit: Path, student: Path) -> None:
+    write_kit(kit / "student.onnx", student, kit)  # again, with the copy that lies there
     code = "import runpy, sys; sys.modules.update(d2v_composer=None, torch=None); "
     code += "sys.argv[1:] = ['onnxruntime', 'student.onnx']; runpy.run_path('check_program.py', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=kit, capture_output=True, text=True, check=True)
@@ -187,6 +189,19 @@ def test_bad_input_is_one_line(student: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=problem):
             verify.main(list(map(str, arguments)))
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "safetensors"])
+def test_another_preprocessing_is_found(student: Path, tmp_path: Path, suffix: str) -> None:
+    """What a runtime gets is normalized already, so that the numbers would not show it."""
+    other, program = load_student(student), tmp_path / f"other.{suffix}"
+    other.encoder.config = other.encoder.config.changed(image_mean=(0.5, 0.5, 0.5))
+    save_student(other, other_student := tmp_path / "other.safetensors")
+    export.main([str(other_student), str(program), "--overwrite"])
+    with pytest.raises(
+        InputError, match=rf"{program}: its preprocessing is .*0\.5\], .*, but the student's is .*0\.406"
+    ):
+        verify.main([str(program), "--student", str(student)])
 
 
 def test_lint_names_what_runtimes_refuse(student: Path) -> None:
@@ -294,7 +309,9 @@ def test_the_command_measures_beside_pytorch(student: Path, tmp_path: Path, suff
     assert found["faults"] == {}
     assert found["runtimes"]["pytorch"]["difference"] == 0
     assert found["versions"]["onnxruntime"]
+    assert found["sha256"] == hashlib.sha256(program.read_bytes()).hexdigest()
     card = (tmp_path / "README.md").read_text()
+    assert f"sha256 {found['sha256']}" in card
     assert card.count(f"## {program.name} in each runtime") == card.count("## student.safetensors in each runtime") == 1
 
     other = random_student(tmp_path / "other.safetensors", seed=1)

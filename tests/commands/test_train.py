@@ -1,6 +1,7 @@
 """d2v train and d2v init: the YAMLs travel, and a machine's GPUs are all used."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2v_composer.commands import train
-from helpers import GOLDEN, d2v, losses_of, small_run
+from d2v_composer.commands import init, train
+from d2v_composer.config.load import load_config
+from helpers import GOLDEN, ROOT, d2v, losses_of, small_run
 
 
 def test_a_yaml_that_travels_trains(small_data: Path, tmp_path: Path) -> None:
@@ -24,6 +26,17 @@ def test_a_yaml_that_travels_trains(small_data: Path, tmp_path: Path) -> None:
     assert trained.returncode == 0, trained.stderr
     assert len(losses_of(tmp_path / "run")) == 2
     assert "\ncommand: d2v train my.yaml teacher" in (tmp_path / "run" / "run.yaml").read_text()
+
+
+def test_a_yaml_names_files_in_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(init, "YAMLS", folder := tmp_path / "a #1: {b}")
+    shutil.copytree(ROOT / "yamls", folder, ignore=shutil.ignore_patterns("quickstart*_*", "cifar10"))
+    init.main(["quickstart"])
+    (tmp_path / "my.yaml").write_text(capsys.readouterr().out)
+    config = load_config([str(tmp_path / "my.yaml")])
+    assert config.teacher.checkpoint == str(folder / "quickstart" / "teacher.safetensors")
 
 
 # What Composer's launcher would expand, and what a shell has not.

@@ -105,6 +105,9 @@ def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
     ]
     write_tar(folder / "00000.tar", [*members, *strange])
     write_parquet(folder / "00000.parquet", {"url": ["a"]})
+    (folder / "00000_stats.json").write_text('{"colors": 3}')  # another program's
+    assert converted(folder, tmp_path / "other").samples == 10
+    assert "failed downloads" not in capsys.readouterr().out
     (folder / "00000_stats.json").write_text(json.dumps({"count": 15, "successes": 9, "failed_to_download": 6}))
     assert converted(folder, tmp_path / "out").samples == 10
     others = "11 .json, 1 .parquet, 9 .txt, 6 failed downloads, 1 keys without images, 2 members without a key"
@@ -129,6 +132,13 @@ def test_unreadable_samples_are_named_and_counted(kind: str, tmp_path: Path) -> 
     assert done.skipped[-1].endswith("null.parquet#0 is null") == (kind in ("bytes", "struct"))
 
 
+def test_what_can_be_no_path_stops_no_conversion(tmp_path: Path) -> None:
+    (tmp_path / "0.jpg").write_bytes(encoded_image(0))
+    path = write_parquet(tmp_path / "x.parquet", {"image": ["0.jpg", "x" * 5000, "a\0b"]})
+    done = converted(path, tmp_path / "out", "--skip-unreadable")
+    assert (done.samples, len(done.skipped)) == (1, 2)
+
+
 IMAGE = encoded_image(0)
 TWO_COLUMNS = {"image": [IMAGE], "depth": [IMAGE], "caption": ["a"]}
 
@@ -144,6 +154,7 @@ TWO_COLUMNS = {"image": [IMAGE], "depth": [IMAGE], "caption": ["a"]}
         (TWO_COLUMNS, "--column mask", "mask is missing: image, depth, caption"),
         ({"size": [1.0]}, "", "expected one column of images, as bytes or paths; 0 fit: size; choose"),
         ({"size": [1.0]}, "--column size", "size is double: size"),
+        ({"image": [{"file": {"bytes": IMAGE}}]}, "", "0 fit: image; choose"),
         ({"url": ["a"], "text": ["b"]}, "", "2 fit: url, text"),
         ({"image": [IMAGE]}, "--label-column label", "no column 'label' of labels; the columns are image"),
         ({"image": [IMAGE], "label": [0.5]}, "--label-column label", "x.parquet#0: its label must be a whole number"),

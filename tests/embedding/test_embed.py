@@ -26,10 +26,14 @@ from d2v_composer import embedding, load_teacher
 from d2v_composer.checkpoints.fairseq import load_data2vec2
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed as embed_command
+from d2v_composer.commands import export
 from d2v_composer.data.images import decode_rgb, to_tensor
 from d2v_composer.data.modality import read_sample_file
 from d2v_composer.embedding import Embedding
+from d2v_composer.models.configs import ImageEncoderConfig, StudentConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
+from d2v_composer.models.images import ImageEncoder
+from d2v_composer.models.student import Student
 from d2v_composer.models.transformer import Transformer
 from d2v_composer.system import fetch
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError
@@ -116,6 +120,28 @@ def test_options_change_the_embeddings(teacher: Data2Vec2, photos: Path, tmp_pat
     _, embeddings = loaded(tmp_path / "photos.npy")
     np.testing.assert_allclose(embeddings, normalize(want, dim=1).numpy(), rtol=0, atol=3e-2)
     assert embeddings.dtype == np.float16
+
+
+def test_names_that_are_not_text_are_no_ids_of_parquet(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "caf\udce9.jpg").write_bytes(encoded_image(0))
+    with pytest.raises(
+        InputError, match=r"^'caf\\udce9\.jpg' is not UTF-8, as Parquet needs; rename it, or write NAME"
+    ):
+        embed(TEACHER, tmp_path / "photos", tmp_path / "photos.parquet")
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+    embed(TEACHER, tmp_path / "photos", tmp_path / "photos.npy")
+    assert loaded(tmp_path / "photos.npy")[0] == ["caf\udce9.jpg"]
+
+
+def test_a_model_of_other_channels_is_one_line(photos: Path, tmp_path: Path) -> None:
+    """It is exported as any other."""
+    sizes: Any = {"in_chans": 5, "image_mean": (0.5,) * 5, "image_std": (0.5,) * 5, "image_size": 32}
+    encoder = ImageEncoder(ImageEncoderConfig(embed_dim=32, num_heads=2, prenet_depth=1, **sizes)).freeze()
+    save_student(Student(encoder, StudentConfig(depth=1)), tmp_path / "five.safetensors")
+    export.main([str(tmp_path / "five.safetensors"), str(tmp_path / "again" / "five.safetensors")])
+    with pytest.raises(InputError, match=r"^the model takes images of 5 channels, but files are read as RGB"):
+        embed(tmp_path / "five.safetensors", photos, tmp_path / "photos.npy")
 
 
 def test_another_programs_index_makes_no_mds(photos: Path, tmp_path: Path) -> None:

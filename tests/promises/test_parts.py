@@ -98,7 +98,7 @@ def test_parts_of_a_conversion(sources: dict[str, list[str]], tmp_path: Path, ki
     (out / "conversion.json").unlink()
     report = succeed("merge", out)
     assert f"wrote {out}: {NUM_IMAGES} samples" in report
-    assert f"next: composer recipes/train.py yamls/distill.yaml train_loader.local={out}" in report
+    assert f" train distill.yaml train_loader.local={out}" in report
     assert samples_of(out) == samples_of(whole)
     if kind == "folder" or count != 3:  # not of files
         assert shards_of(out) == shards_of(whole)

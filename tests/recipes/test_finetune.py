@@ -176,7 +176,7 @@ def test_the_classifier_loads_in_timm_with_its_head(finetuned: Path, labeled: Pa
     out = tmp_path / "classifier.safetensors"
     exported = run_command(sys.executable, "-m", "d2v_composer.commands", "export", finetuned / "latest-rank0.pt", out)
     assert exported.returncode == 0, exported.stderr
-    assert "num_classes=4)" in exported.stdout
+    assert "'d2v2_student', num_classes=4, checkpoint_path=" in exported.stdout
     model: Any = timm.create_model("d2v2_student", checkpoint_path=str(out), num_classes=4).eval()
     test = load_labeled_set("mds", labeled, image_size=32, interpolation="bicubic").test
     with torch.no_grad():

@@ -27,7 +27,7 @@ from d2v_composer.data.images import Images
 from d2v_composer.models.configs import ImageEncoderConfig
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.student import Student, StudentConfig
-from helpers import ROOT
+from helpers import ROOT, truncated
 from recipes import onnx_embed
 
 GUIDES = ROOT / "recipes" / "guides"
@@ -77,6 +77,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "photos" / ".trash").mkdir()
     shutil.copyfile(PHOTOS / "cell.png", folder / "photos" / ".trash" / "cell.png")  # hidden
     Image.open(PHOTOS / "astronaut.png").resize((32, 32)).save(folder / "photos" / "small.png")  # the student's size
+    gray = np.asarray(Image.open(PHOTOS / "camera.png"), np.uint16)
+    Image.fromarray(257 * gray).save(folder / "photos" / "sixteen bits.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         export.main(["student.safetensors", "student.onnx"])
@@ -94,7 +96,7 @@ def check_program(folder: Path, name: str, replaced: str = "") -> None:
     run_python(folder, EMBED, replaced, "student.onnx", "photos", f"{name}.npy")
     (ids, ours), (their_ids, theirs) = load(folder, "photos"), load(folder, name)
     assert their_ids == ids
-    assert len(ids) == 7
+    assert len(ids) == 8
     assert (ours * theirs).sum(axis=1).min() > 0.99999
 
 
@@ -122,6 +124,23 @@ def test_onnxruntime_alone_replaces_nothing(tmp_path: Path, name: str) -> None:
     with pytest.raises(SystemExit, match=rf"^{tmp_path / name} exists; choose another OUT$"):
         onnx_embed.main("none.onnx", "none", str(tmp_path / "photos.npy"))
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_onnxruntime_alone_skips_what_it_cannot_read(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    with pytest.raises(SystemExit, match=f"^{photos}: no image can be read; supported suffixes are .jpg, "):
+        onnx_embed.main(str(folder / "student.onnx"), str(photos), str(tmp_path / "photos.npy"))
+    shutil.copy(folder / "photos" / "small.png", photos)
+    (photos / "cut.jpg").write_bytes(truncated((PHOTOS / "rocket.jpg").read_bytes()))
+    onnx_embed.main(str(folder / "student.onnx"), str(photos), str(tmp_path / "photos.npy"))
+    ids, rows = load(tmp_path, "photos")
+    their_ids, theirs = load(folder, "photos")
+    assert ids == ["small.png"]
+    np.testing.assert_allclose(rows[0], theirs[their_ids.index("small.png")], atol=1e-5)
+    assert capsys.readouterr().err.startswith("skipped cut.jpg: image file is truncated")
 
 
 @pytest.mark.slow

@@ -255,6 +255,18 @@ def test_a_data_set_that_was_rebuilt_has_no_gallery(
     )
 
 
+def test_a_class_may_have_a_name_that_is_no_text(run_folder: Path, images: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run_folder, tmp_path / "run", symlinks=True)
+    renamed = shutil.copytree(images, tmp_path / "images")
+    for split in ("train", "test"):
+        (renamed / split / "dog").rename(renamed / split / "do\udce7g")
+    record = yaml.safe_load((folder / "run.yaml").read_text())
+    record["config"]["retrieval"]["datasets"]["squares"]["root"] = str(renamed)
+    (folder / "run.yaml").write_text(yaml.safe_dump(record))
+    report.main([str(folder)])
+    assert r"do\udce7g" in (folder / "report.html").read_text()
+
+
 def test_galleries_show_the_neighbors_that_were_counted(run_folder: Path) -> None:
     run = read_run(run_folder)
     bank, queries, names, _ = run.datasets["squares"]
