@@ -446,11 +446,11 @@ def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, E
     models = {TEACHER: model.teacher, STUDENT: model.student}
     fill_to = config.device_eval_batch_size if config.compile else 0
     *others, student = build_candidates(model.teacher, models, model.layer_mean, fill_to)
-    known = {each.name: model.in_precision(each.embed) for each in others}
+    known = {each.name: partial(model.compute, each.embed) for each in others}
     if unknown := [name for name in retrieval.baselines if name not in known]:
         allowed = ", ".join(known)
         raise InputError(f"retrieval.baselines: must be among {allowed} with this teacher, got {unknown[0]}")
-    return primary, model.in_precision(student.embed), {name: known[name] for name in retrieval.baselines}
+    return primary, partial(model.compute, student.embed), {name: known[name] for name in retrieval.baselines}
 
 
 def find_checkpoint(config: TrainerConfig, accept: Callable[[Checkpoint], None]) -> Checkpoint | None:

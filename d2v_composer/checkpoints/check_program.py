@@ -49,7 +49,7 @@ def load(runtime: str, file: str, embedding: str) -> Any:
 
         embed, axes = load_student(file).embed_all, (0, 3, 1, 2)
         return lambda x: embed(torch.from_numpy(x if x.dtype == np.float32 else x.transpose(axes)))[embedding].numpy()
-    run: Any = torch.export.load(file).module()
+    run = torch.export.load(file).module()
     return lambda x: run(torch.from_numpy(x)).numpy()
 
 

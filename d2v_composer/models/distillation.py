@@ -124,12 +124,8 @@ class Distillation(ComposerModel):
         """Return the student's embeddings; see :meth:`~d2v_composer.models.backbone.Backbone.embed_all`."""
         return self.compute(partial(self.student.embed_all, layer_mean=self.layer_mean), *inputs)
 
-    def in_precision(self, function: Callable[..., EmbeddingT]) -> Callable[..., EmbeddingT]:
-        """Wrap a function of this model's parts so that it runs in the model's precision."""
-        return partial(self.compute, function)
-
     def compute(self, function: Callable[..., EmbeddingT], *inputs: Tensor | None) -> EmbeddingT:
-        """Call a function in the model's precision; see :meth:`in_precision`."""
+        """Call a function of this model's parts in the model's precision."""
         with cpu_autocast(self.cpu_bf16):
             return function(*inputs)
 
@@ -238,7 +234,7 @@ class DistillationModel(Distillation):
 
     def retrieval_baselines(self) -> dict[str, Callable[..., dict[str, Tensor]]]:
         """Return the models to compare the student with: the teacher."""
-        return {"teacher": self.in_precision(partial(self.teacher.embed_all, layer_mean=self.layer_mean))}
+        return {"teacher": partial(self.compute, partial(self.teacher.embed_all, layer_mean=self.layer_mean))}
 
 
 def cpu_autocast(is_on: bool) -> AbstractContextManager[Any]:

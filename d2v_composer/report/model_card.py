@@ -79,8 +79,7 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
     modality = MODALITIES[student.encoder.config.modality]
     network, embedding = getattr(student.config, "model", None), choose_embedding(student, None, None)
     with reading(source):
-        record = {"teacher": {}, "data": {}, "versions": {}, "command": "not recorded"}
-        record |= student.provenance
+        record = {"teacher": {}, "data": {}, "versions": {}, "command": "not recorded"} | student.provenance
         teacher = {"model": "", "source": "", "license": ""} | record["teacher"]
         stated, start = [teacher["license"] or ""], None
         if network and lookup(record, "config.student.pretrained"):
