@@ -14,6 +14,7 @@ from streaming import MDSWriter
 
 from gated_store import GatedStore
 from helpers import NUM_IMAGES, encoded_image, run_training, small_run, write_mds
+from programs.preloaded import know_the_machine
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # else programs that tests start ignore it in the background
 
@@ -22,6 +23,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # Each S3 client reads its JSON models anew, for a quarter of a second; here all of a process share them.
 botocore.session.create_loader = functools.cache(botocore.session.create_loader)
+know_the_machine()
 
 
 @pytest.fixture

@@ -66,6 +66,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "here").mkdir()
     said = run_core(root / "here")
     assert re.search(r"^cpu +\S.*\n(.*\n)*?cores +[1-9]", said, re.MULTILINE)
+    assert {"python", "torch", "extra"} <= {line.partition(" ")[0] for line in said.splitlines()}
     return root / "here"
 
 

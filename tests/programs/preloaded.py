@@ -184,6 +184,13 @@ def run(request: dict[str, Any]) -> None:
     sys.exit(status)  # pyright: ignore[reportArgumentType]
 
 
+def know_the_machine() -> None:
+    """Tell Composer what it asks for: another process, for a second, and at each checkpoint the list of its files."""
+    collect_env = importlib.import_module("composer.utils.collect_env")
+    collect_env.get_cpu_model = lambda: "CPU"
+    collect_env.get_composer_commit_hash = lambda: None
+
+
 def execute(arguments: list[str]) -> None:
     """Run ``python ARGUMENTS``."""
     first, *rest = arguments
@@ -206,9 +213,7 @@ if __name__ == "__main__":
     for name in (*PRELOADED, "d2v_composer.checkpoints.export", "d2v_composer.config.load", "d2v_composer.embedding"):
         with suppress(ImportError):  # its place may change, and a later import takes only longer
             importlib.import_module(name)
-    from composer.utils.collect_env import get_cpu_model
-
-    get_cpu_model()  # a second of another process, and kept
+    know_the_machine()
     gc.collect()
     gc.freeze()  # at its end, a program need not look for garbage among the imports: 1.4 s
     request = serve(socket.socket(fileno=int(sys.argv[1])))

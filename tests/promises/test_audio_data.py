@@ -163,20 +163,6 @@ def test_a_killed_run_ends_bit_for_bit(clips: Path, uninterrupted: Path, tmp_pat
     assert losses_of(tmp_path) == losses_of(uninterrupted / "run")
 
 
-def test_a_run_whose_worker_is_killed_ends_and_resumes(clips: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    """10, 18."""
-    options = ["train_loader.num_workers=1"]
-    with recorded(tmp_path, clips, *options, environment={"AT": "batch_end 8 pause"}) as [program]:
-        wait_until(lambda: "pauses" in program.stdout, seconds=60)
-        for worker in family_of(program.pid)[1:]:
-            worker.kill()
-        assert program.wait(60) == 1
-    assert "worker" in failure(program, 1)
-    with recorded(tmp_path, clips, *options) as programs:
-        assert_succeed(programs)
-    assert read_record(tmp_path) == read_record(uninterrupted)
-
-
 def test_a_data_set_without_lengths_is_refused(clips: Path, tmp_path: Path) -> None:
     """18: in one line that says what to do."""
     data = shutil.copytree(clips, tmp_path / "clips")

@@ -30,6 +30,7 @@ from foreign_models import Classifier, fit
 from helpers import (
     D2V,
     GOLDEN,
+    QUICKSTART,
     ROOT,
     command_environment,
     d2v,
@@ -380,9 +381,7 @@ def try_out(recipe: Recipe, mutation: Mutation, folder: Path, run: Path) -> str 
 @pytest.mark.parametrize(
     ("name", "num"),
     [
-        ("distill", 8),
-        ("evaluate", 4),
-        ("finetune", 4),
+        *((name, 3) for name in ("distill", "evaluate", "finetune")),
         *(pytest.param(name, 150, marks=pytest.mark.slow) for name in ("distill", "quickstart")),
         *(pytest.param(name, None, marks=pytest.mark.campaign) for name in RUNS),
     ],
@@ -430,21 +429,14 @@ assert heavy & set(sys.modules) == {"torch"}
 
 
 def test_serving_needs_no_composer(uninterrupted: Path, tmp_path: Path) -> None:
-    """17, 19: without the packages of the extra 'train'; a command that needs one says how to install it."""
-    run = shutil.copytree(uninterrupted, tmp_path / "run", symlinks=True)
-    images = ROOT / "yamls" / "quickstart" / "cifar10"
-    commands = [
-        f"export {run / 'latest-rank0.pt'} student.safetensors",
-        f"embed student.safetensors {images / 'test'} embeddings.npy --workers 0",
-        f"evaluate model=student.safetensors max_images=60 'datasets={{small: {{format: mds, root: {images}}}}}'",
-        f"report {run}",
-        f"convert-images {images} shards",
-    ]
+    """17, 19: without the packages of the extra 'train'; a command that needs one says how to install it.
+
+    tests/core/test_systems.py has the other commands.
+    """
+    commands = f"export {uninterrupted / 'latest-rank0.pt'} student.safetensors\nconvert-images {QUICKSTART} shards"
     program = ROOT / "tests" / "programs" / "light.py"
     ended = subprocess.run(
-        [sys.executable, program], input="\n".join(commands), capture_output=True, text=True, cwd=tmp_path, timeout=120
+        [sys.executable, program], input=commands, capture_output=True, text=True, cwd=tmp_path, timeout=120
     )
     assert failure(ended, 2) == "error: No module named 'streaming': pip install 'd2v-composer[train]'"
-    assert "untrained student" in ended.stdout
-    assert (tmp_path / "embeddings.npy").stat().st_size > 0
-    assert (run / "report.html").exists()
+    assert (tmp_path / "student.safetensors").exists()

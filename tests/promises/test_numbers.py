@@ -7,7 +7,7 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def similarities(embedded: Embedded) -> NDArray[np.float64]:
     ).T
 
 
-def tensors(embedded: Embedded) -> list[torch.Tensor]:
+def tensors(embedded: Sequence[NDArray[Any]]) -> list[torch.Tensor]:
     return [torch.from_numpy(each).float() if i % 2 == 0 else torch.from_numpy(each) for i, each in enumerate(embedded)]
 
 
@@ -83,9 +83,9 @@ def test_the_linear_probe_is_scikit_learns(embedded: Embedded) -> None:
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    bank, bank_labels, queries, query_labels = embedded
+    bank, bank_labels, queries, query_labels = fewer = [array[:400] for array in embedded]
     strength = 1e-2
-    ours = linear_probe_accuracy(*tensors(embedded), strength=strength)  # pyright: ignore
+    ours = linear_probe_accuracy(*tensors(fewer), strength=strength)  # pyright: ignore
     scaler = StandardScaler().fit(bank)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

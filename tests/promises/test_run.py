@@ -406,10 +406,10 @@ def test_a_run_leaves_two_checkpoints_a_log_and_a_record(uninterrupted: Path) ->
     assert all("step" in line for line in lines)
 
 
-@pytest.fixture(scope="module")
-def saving(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Iterator[tuple[Program, Path]]:
+@pytest.fixture
+def saving(tmp_path: Path, small_data: Path) -> Iterator[tuple[Program, Path]]:
     """A run that trains for ever, saves every third batch, and keeps five checkpoints."""
-    folder = tmp_path_factory.mktemp("saving") / "run"
+    folder = tmp_path / "run"
     options = (*ENDLESS, "save_num_checkpoints_to_keep=5")
     program = start_python(*train_command(small_run(folder, small_data, *options))[1:])
     try:
@@ -419,28 +419,28 @@ def saving(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Iterat
         program.kill()
 
 
-def test_a_second_run_in_a_folder_is_refused(saving: tuple[Program, Path], small_data: Path) -> None:
-    """7, 18: the line names the process to stop."""
+def test_readers_and_a_second_run_beside_a_run_that_saves(
+    saving: tuple[Program, Path], small_data: Path, labeled: Path, tmp_path: Path
+) -> None:
+    """20: evaluate, export, embed and report; 7, 18: a second run is refused, and told which process to stop.
+
+    15: at the end of the first, five checkpoints are left.
+    """
     program, folder = saving
-    line = failure(run_command(*train_command(small_run(folder, small_data, *ENDLESS))), 2)
+    newest, datasets = folder / "latest-rank0.pt", f"datasets={{small: {{format: mds, root: {labeled}}}}}"
+    second = start_python(*train_command(small_run(folder, small_data, *ENDLESS))[1:])  # waits ten seconds
+    for ended in (
+        d2v("export", newest, tmp_path / "student.safetensors"),
+        d2v("embed", newest, labeled / "test", tmp_path / "embeddings.npy", "--workers", "0"),
+        d2v("evaluate", f"model={newest}", datasets, "ks=[1]", f"out={tmp_path / 'out'}"),
+        d2v("report", folder),
+    ):
+        assert ended.returncode == 0, ended.stderr
+    second.wait(60)
+    line = failure(second, 2)
     assert str(folder) in line
     assert f"process {program.pid} of {platform.node()}" in line
     assert program.poll() is None
-
-
-def test_readers_beside_a_run_that_saves(saving: tuple[Program, Path], labeled: Path, tmp_path: Path) -> None:
-    """20: evaluate, export, embed and report, again and again; 15: and at its end five checkpoints are left."""
-    program, folder = saving
-    newest, datasets = folder / "latest-rank0.pt", f"datasets={{small: {{format: mds, root: {labeled}}}}}"
-    for i in range(2):
-        for ended in (
-            d2v("export", newest, tmp_path / f"{i}.safetensors"),
-            d2v("embed", newest, labeled / "test", tmp_path / f"{i}.npy", "--workers", "0"),
-            d2v("evaluate", f"model={newest}", datasets, "ks=[1]", f"out={tmp_path / str(i)}"),
-            d2v("report", folder),
-        ):
-            assert ended.returncode == 0, ended.stderr
-            assert program.poll() is None
     program.send_signal(signal.SIGTERM)
     assert program.wait(timeout=60) == 143, program.stderr
     steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines() if "loss/" in line]

@@ -19,7 +19,6 @@ from d2v_composer import load_student, load_teacher
 from d2v_composer.data.labeled import load_labeled_set
 from helpers import (
     assert_same_losses,
-    assert_same_student,
     d2v,
     failure,
     log_of,
@@ -30,7 +29,6 @@ from helpers import (
     small_run,
     student_of,
     train_command,
-    train_until_killed,
 )
 from small_vits import random_vit
 
@@ -170,14 +168,10 @@ assert not any(name.startswith(("d2v_composer", "composer", "streaming")) for na
 
 
 def test_a_narrower_student_learns_a_projection(teacher: Path, small_data: Path, tmp_path: Path) -> None:
-    """It resumes with the same bits, and trains on two ranks as in one process."""
+    """A checkpoint holds it, and two ranks train as one process."""
     changes = ["student.embed_dim=16", "objectives.tokens.weight=0"]
     run_training(*arguments(tmp_path / "run", small_data, teacher, *changes))
     assert "student.projection.linear.weight" in student_of(tmp_path / "run")
-    killed = arguments(tmp_path / "killed", small_data, teacher, *changes)
-    train_until_killed(killed, "batch_start 3")
-    run_training(*killed)
-    assert_same_student(tmp_path / "killed", tmp_path / "run")
     run_ranks(*train_command(arguments(tmp_path / "ranks", small_data, teacher, *changes))[1:])
     assert_same_losses(losses_of(tmp_path / "ranks"), losses_of(tmp_path / "run"), num_steps=4)
 
