@@ -43,6 +43,7 @@ LOCK_SECONDS = 10.0  # the workers of a killed run exit within a second
 CHUNK = 1024  # samples that a killed process loses at most
 POLL_SECONDS = 0.2
 RANK_SECONDS = 300.0  # by then a rank has begun, or never will
+PLAN = "plan.json"  # beside the chunks
 MOVING = "moving"  # in the folder of chunks, since OUT was checked for the last time
 
 
@@ -167,6 +168,7 @@ def embed_source(
                     raise InputError(f"{named}: its embedding is not finite with {how}")
                 bar.update(len(batch))
                 if batch is chunk.batches[-1]:
+                    write_atomically(folder / PLAN, json.dumps(plan))
                     chunk.write(rows, skipped)
                     rows, skipped = [], []
                     _count(theirs, bar)
@@ -255,12 +257,11 @@ def _check_skipped(reasons: Sequence[str], skip_unreadable: bool, unit: str) -> 
 
 
 def _check_plan(folder: Path, plan: Mapping[str, Any]) -> None:
-    recorded = folder / "plan.json"
+    recorded = folder / PLAN
     before = json.loads(recorded.read_bytes()) if recorded.exists() else plan
     if changed := [key.replace("_", " ") for key in plan if before.get(key) != plan[key]]:
         another = f"an interrupted run had a different {', '.join(changed)}"
         raise InputError(f"{folder}: {another}; delete that folder, or choose another OUT")
-    write_atomically(recorded, json.dumps(plan))
 
 
 def merge(out: str, *, overwrite: bool = False) -> Embedding:

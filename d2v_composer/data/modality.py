@@ -106,6 +106,8 @@ def read_sample_file(path: Path) -> bytes:
         UnreadableSampleError: The file does not exist, is a dangling link, a pipe or the like, or too large.
         OSError: The machine cannot read (no permission, too many open files, a failing disk, …).
     """
+    if "\0" in str(path):
+        raise UnreadableSampleError(f"{str(path)!r} is not a path")
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # reading a pipe could wait for ever
@@ -113,8 +115,6 @@ def read_sample_file(path: Path) -> bytes:
         if status.st_size > MAX_BYTES:
             raise UnreadableSampleError(f"{path} has {status.st_size:,} bytes, more than {MAX_BYTES:,}")
         return path.read_bytes()
-    except ValueError as error:  # of a NUL
-        raise UnreadableSampleError(f"{str(path)!r} cannot be read ({error})") from error
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG):
             raise UnreadableSampleError(f"{path} cannot be read ({error.strerror})") from error
