@@ -186,7 +186,7 @@ def run(request: dict[str, Any]) -> None:
 
 def know_the_machine() -> None:
     """Tell Composer what it asks for: another process, for a second, and at each checkpoint the list of its files."""
-    collect_env = importlib.import_module("composer.utils.collect_env")
+    collect_env: Any = importlib.import_module("composer.utils.collect_env")
     collect_env.get_cpu_model = lambda: "CPU"
     collect_env.get_composer_commit_hash = lambda: None
 
