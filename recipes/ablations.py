@@ -18,7 +18,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import yaml
 
@@ -53,8 +52,7 @@ def main(argv: Sequence[str]) -> None:
     study = Path(given.pop(0)) if given and "=" not in given[0] else STUDIES / "data2vec2"
     rows = read_rows(study, arguments.rows)
     out = arguments.out or Path("runs/ablations", study.name)
-    # Another one for each name.
-    folders = {name: out / quote(name, safe=" ,").replace("_", "%5F").replace(" ", "_") for name in rows}
+    folders = {name: out / name.replace(" ", "_") for name in rows}
 
     from d2v_composer.data.convert import convert_cifar10  # takes seconds
     from d2v_composer.evaluation.metrics import read_jsonl
@@ -105,7 +103,7 @@ def check_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
     Raises:
         InputError: Names the settings that differ.
     """
-    from d2v_composer.builders.run import build_run_record
+    from d2v_composer.builders.trainer import build_run_record
     from d2v_composer.config.load import load_config
 
     for row, (_, _, *arguments) in commands.items():

@@ -23,8 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.profiler import profile
 
 from d2v_composer.benchmarks.measure import describe, interleave
-from d2v_composer.builders.run import build_algorithms, build_optimizer, build_scheduler, build_trainer
-from d2v_composer.callbacks.run_record import RunRecord
+from d2v_composer.builders.trainer import build_optimizer, build_trainer
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.models import attention
@@ -172,11 +171,9 @@ def in_trainer(
     trainer = build_trainer(
         config,
         model,
-        RunRecord({"data": {"modality": modality}}, None, ()),
-        train_dataloader=[batch] * steps,
+        [batch] * steps,
+        {"data": {"modality": modality}},
         optimizers=optimizer,
-        schedulers=build_scheduler(config, steps),
-        algorithms=build_algorithms(config.algorithms),
         spin_dataloaders=False,
     )
 

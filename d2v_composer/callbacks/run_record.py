@@ -1,6 +1,6 @@
 """Record a run's resolved config and versions in its folder and in each checkpoint."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,9 @@ class RunRecord(Callback):
         if changes := self.changes(state["record"]):
             raise InputError(f"{changes}; a new run needs another save_folder, and no load_path")
 
-    def changes(self, before: Mapping[str, Any]) -> str:
-        """Describe what differs from another run's record in the fixed keys."""
-        found = (find_changes(key, lookup(before, key), lookup(self.record, key)) for key in self.fixed)
+    def changes(self, before: Mapping[str, Any], keys: Sequence[str] = ()) -> str:
+        """Describe what differs from another run's record in these keys; default: the fixed ones."""
+        found = (find_changes(key, lookup(before, key), lookup(self.record, key)) for key in keys or self.fixed)
         return "; ".join(change for changes in found for change in changes)
 
 

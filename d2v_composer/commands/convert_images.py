@@ -33,7 +33,7 @@ from d2v_composer.system.command_line import (
     print_next,
     print_skipped,
     size,
-    training,
+    training_on,
     whole,
 )
 from d2v_composer.system.part import ALL, Part
@@ -115,8 +115,3 @@ def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **
     print_skipped(conversion.skipped)
     print_next(*((d2v("merge", arguments.out),) if part else training_on(out, yaml)))
     return conversion
-
-
-def training_on(out: str, yaml: str) -> tuple[str, str]:
-    """Return the command lines that train on a data set."""
-    return training(yaml, f"train_loader.remote={out}" if "://" in out else f"train_loader.local={Path(out).resolve()}")

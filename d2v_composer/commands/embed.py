@@ -22,7 +22,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
-from d2v_composer.commands.train import relaunch_on_gpus
 from d2v_composer.models.names import Pooling, PrecisionChoice, Representation, Weights, embedding_name
 from d2v_composer.system.command_line import (
     COLUMN,
@@ -32,12 +31,13 @@ from d2v_composer.system.command_line import (
     make_parser,
     print_next,
     print_skipped,
+    reading_of,
     size,
     whole,
 )
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.part import ALL, Part
-from d2v_composer.system.processes import local_rank, local_ranks
+from d2v_composer.system.processes import local_rank, local_ranks, relaunch_on_gpus
 
 
 def main(argv: Sequence[str]) -> Any:
@@ -101,12 +101,6 @@ def main(argv: Sequence[str]) -> Any:
     print(f"wrote {out}: {embedding.images} embeddings of {embedding.channels} channels{rate}")
     print_next(d2v("merge", arguments.out) if part else reading_of(out))
     return embedding
-
-
-def reading_of(out: str) -> str:
-    """Return the line of Python that reads embeddings."""
-    table = f"pandas.read_parquet({out!r})" if out.endswith(".parquet") else f"numpy.load({out!r}, mmap_mode='r')"
-    return f"import {table.partition('.')[0]}; embeddings = {table}"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -79,10 +79,10 @@ def export(
         raise InputError(f"{out}: --int8 is only for .onnx, and --calibrate only for --int8")
 
     from d2v_composer.checkpoints.export import Embedder, export_onnx, export_program
-    from d2v_composer.checkpoints.load import load_any, save_student, timm_call
+    from d2v_composer.checkpoints.load import load_any, timm_call
     from d2v_composer.checkpoints.student_file import choose_embedding
     from d2v_composer.models.teacher import Teacher
-    from d2v_composer.report.model_card import plan_model_card
+    from d2v_composer.report.model_card import save_with_card, size_of
 
     student, _ = load_any(source, teacher_path=teacher)
     if isinstance(student, Teacher):
@@ -93,13 +93,10 @@ def export(
     embedding = choose_embedding(student, pooling, representation)
     print(f"embedding: {embedding.name}")
     if out.suffix == ".safetensors":
-        write_card = plan_model_card(student, source, out) if student.head is None else None
-        save_student(student, out)
+        save_with_card(student, source, out)
         step = d2v("embed", out, "SOURCE", "embeddings.npy")
         if student.head is not None:
             step = f"import timm, d2v_composer; model = {timm_call(student, out)}"
-        if write_card is not None:
-            print(write_card())
     else:
         embedder = Embedder(student, embedding, takes_pixels)
         if int8:
@@ -113,8 +110,7 @@ def export(
             write = export_onnx if out.suffix == ".onnx" else export_program
             write(embedder, out)
         step = PROGRAMS[out.suffix].format(str(out))
-    size = sum(parameter.numel() for parameter in student.parameters())
-    print(f"wrote {out}: {size / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB")
+        print(size_of(student, out))
     if verify or int8:
         images = calibrate if int8 else verification.SHIPPED[student.encoder.input_name]
         verification.verify(out, student, runtime=None if verify else ["onnxruntime"], images=images)

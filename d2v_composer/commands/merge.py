@@ -11,9 +11,7 @@ conversion stay in OUT/parts. The parts of embeddings, in OUT.parts, are no long
 
 from collections.abc import Sequence
 
-from d2v_composer.commands.convert_images import training_on
-from d2v_composer.commands.embed import reading_of
-from d2v_composer.system.command_line import make_parser, print_next, print_skipped
+from d2v_composer.system.command_line import make_parser, print_next, print_skipped, reading_of, training_on
 
 
 def main(argv: Sequence[str]) -> None:

@@ -9,17 +9,13 @@ It trains on every GPU of this machine, or on the CPU; in a clone, `composer -n 
 `d2v fields training` lists every field. Run the same command again to resume.
 """
 
-import os
-import re
-import signal
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from d2v_composer.system import command_line
 from d2v_composer.system.addresses import STUDENT_FILE
 from d2v_composer.system.command_line import d2v, print_next
-from d2v_composer.system.processes import is_launched
+from d2v_composer.system.processes import relaunch_on_gpus
 
 if TYPE_CHECKING:
     from composer import Callback, Trainer
@@ -32,21 +28,6 @@ def main(argv: Sequence[str]) -> None:
     command_line.show_help(argv, __doc__)
     relaunch_on_gpus("train", *argv)
     train(argv)
-
-
-def relaunch_on_gpus(*arguments: str) -> None:
-    """With several GPUs, replace this process with Composer's launcher, which runs the d2v command on each."""
-    import torch
-
-    if is_launched() or torch.cuda.device_count() < 2:
-        return
-    import composer.cli  # noqa: F401  (if it is missing, this error says what to install, the launcher's does not)
-
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])  # the launcher would inherit the mask
-    program = [sys.executable, "-m", "composer.cli", "-m", "d2v_composer.commands"]
-    # The launcher expands a leading ~ and $NAME: each is passed as a variable that stands for the character.
-    escaped = [re.sub(r"^~|\$", lambda found: f"${{D2V_{ord(found[0])}}}", each) for each in arguments]
-    os.execve(sys.executable, [*program, *escaped], os.environ | {f"D2V_{ord(each)}": each for each in "~$"})
 
 
 def train(argv: Sequence[str], callbacks: "Sequence[Callback]" = ()) -> "Trainer":

@@ -367,7 +367,9 @@ class TrainerConfig(RunConfig):
     device_train_microbatch_size: Microbatch | None = None
     """Number of images in a device's forward pass; null: its whole batch; 'auto': halved until it fits on the GPU."""
     train_loader: ShardLoaderConfig = ShardLoaderConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    algorithms: AlgorithmsConfig = AlgorithmsConfig()
     callbacks: Annotated[Arguments, arguments_of(CALLBACKS)] = {}
     """Name → arguments, {} for the defaults; null turns one off. Names: health, lr_monitor, memory_monitor,
     nan_monitor, optimizer_monitor, runtime_estimator, speed_monitor, system_metrics_monitor."""
@@ -434,8 +436,6 @@ class TrainConfig(TrainerConfig):
     targets: TargetsConfig = TargetsConfig()
     objectives: ObjectivesConfig = ObjectivesConfig()
     train_loader: TrainLoaderConfig  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
-    optimizer: OptimizerConfig = OptimizerConfig()
-    algorithms: AlgorithmsConfig = AlgorithmsConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
 
 
@@ -512,8 +512,8 @@ class FinetuneConfig(TrainerConfig, ModelConfig):
     ``train_loader.remote``, ROOT/train is the cache."""
     eval_interval: Interval = "1ep"
     """Time between evaluations, in batches or epochs; there is always one at the end of the run."""
-    optimizer: LayerwiseOptimizerConfig = LayerwiseOptimizerConfig()
-    algorithms: ClassifierAlgorithmsConfig = ClassifierAlgorithmsConfig()
+    optimizer: LayerwiseOptimizerConfig = LayerwiseOptimizerConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    algorithms: ClassifierAlgorithmsConfig = ClassifierAlgorithmsConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import torch
 
-from d2v_composer.checkpoints.load import timm_call
+from d2v_composer.checkpoints.load import save_student, timm_call
 from d2v_composer.checkpoints.student_file import choose_embedding, lookup
 from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.embedding import hash_weights
@@ -50,6 +50,21 @@ WORDS = {
         "shape": "(B, samples) float32; if padded with zeros, also lengths=(B,)",
     },
 }
+
+
+def save_with_card(student: Any, source: str, out: Path) -> None:
+    """Write a student to a .safetensors file and, unless it classifies, its card; print a line about each."""
+    write_card = plan_model_card(student, source, out) if student.head is None else None
+    save_student(student, out)
+    if write_card is not None:
+        print(write_card())
+    print(size_of(student, out))
+
+
+def size_of(student: Any, out: Path) -> str:
+    """Return a line about a file that was written."""
+    size = sum(parameter.numel() for parameter in student.parameters())
+    return f"wrote {out}: {size / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB"
 
 
 def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:

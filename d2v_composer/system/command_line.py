@@ -141,6 +141,17 @@ def training(yaml: str, *changes: str) -> tuple[str, str]:
     return f"{d2v('init', yaml)} > {yaml}.yaml", d2v("train", f"{yaml}.yaml", *changes)
 
 
+def training_on(out: str, yaml: str) -> tuple[str, str]:
+    """Return the command lines that train on a data set."""
+    return training(yaml, f"train_loader.remote={out}" if "://" in out else f"train_loader.local={Path(out).resolve()}")
+
+
+def reading_of(out: str) -> str:
+    """Return the line of Python that reads embeddings."""
+    table = f"pandas.read_parquet({out!r})" if out.endswith(".parquet") else f"numpy.load({out!r}, mmap_mode='r')"
+    return f"import {table.partition('.')[0]}; embeddings = {table}"
+
+
 def d2v(*arguments: str | Path) -> str:
     """Return a command line of d2v that this shell can run, even if the environment is not activated."""
     is_active = shutil.which("d2v") == str(Path(sys.executable).with_name("d2v"))

@@ -9,6 +9,7 @@ import ctypes
 import io
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -226,6 +227,21 @@ REPORT_SECONDS = 30.0
 def is_launched() -> bool:
     """Return True if Composer's launcher or torchrun started this process."""
     return "LOCAL_RANK" in os.environ
+
+
+def relaunch_on_gpus(*arguments: str) -> None:
+    """With several GPUs, replace this process with Composer's launcher, which runs the d2v command on each."""
+    import torch
+
+    if is_launched() or torch.cuda.device_count() < 2:
+        return
+    import composer.cli  # noqa: F401  (if it is missing, this error says what to install, the launcher's does not)
+
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])  # the launcher would inherit the mask
+    program = [sys.executable, "-m", "composer.cli", "-m", "d2v_composer.commands"]
+    # The launcher expands a leading ~ and $NAME: each is passed as a variable that stands for the character.
+    escaped = [re.sub(r"^~|\$", lambda found: f"${{D2V_{ord(found[0])}}}", each) for each in arguments]
+    os.execve(sys.executable, [*program, *escaped], os.environ | {f"D2V_{ord(each)}": each for each in "~$"})
 
 
 def global_rank() -> int:

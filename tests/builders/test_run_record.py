@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from d2v_composer.builders.run import build_run_record
+from d2v_composer.builders.trainer import build_run_record
 from d2v_composer.config.load import defaults, load_checked
 from d2v_composer.config.schema import FinetuneConfig, RunConfig, TrainConfig
 from d2v_composer.system.errors import InputError

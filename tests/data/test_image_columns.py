@@ -41,9 +41,9 @@ def write_as_streaming(folder: Path, files: list[Path], encoding: str) -> Path:
 
 
 def train_loader(data: Path, *overrides: str) -> Any:
-    config = load_config(small_run(data.parent / "run", data, *overrides))
+    config = load_config(small_run(data.parent / "run", data, "seed=5", *overrides))
     index = read_train_index(config.train_loader, Images(24), 16)
-    return build_train_loader(config.train_loader, index, RandomResizedCropFlip(24), 16, seed=5)
+    return build_train_loader(config, config.train_loader, index)
 
 
 @pytest.mark.parametrize("encoding", ["bytes", "jpeg", "png", "pil"])

@@ -579,11 +579,12 @@ def test_a_data_set_in_a_store_leaves_no_shards_behind(
     address, changes = "s3://distill/images", (*SHORT, "max_duration=2ba")
     arguments = command(address, out, *changes)
     program = start_python(*D2V, *arguments, environment=environment)
-    wait_until(lambda: any(out.glob("images/.fetched/*.mds")), seconds=60)
+    wait_until(lambda: any(out.glob(".in_use.fetched/*.mds")), seconds=60)
     program.kill()
     ended = d2v(*arguments, environment=environment)
     assert ended.returncode == 0, ended.stderr
     assert {path.name for path in (out / "images").iterdir()} == {"held_out.json", "test", "train"}
+    assert not (out / ".in_use.fetched").exists()
     samples = [sample for split in ("test", "train") for sample in samples_of(out / "images" / split)]
     assert sorted(samples) == sorted(path.read_bytes() for path in photos.rglob("*.jpg"))
 

@@ -106,7 +106,7 @@ def device() -> Iterator[SecondDevice]:
 @pytest.fixture
 def train_there(device: SecondDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make recipes/train.py train on the second device."""
-    monkeypatch.setattr("d2v_composer.builders.run.Trainer", partial(Trainer, device=device))
+    monkeypatch.setattr("d2v_composer.builders.trainer.Trainer", partial(Trainer, device=device))
 
 
 class StopsAt(Callback):

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 )
 from streaming.base.storage import CloudDownloader
 
-from d2v_composer.builders.run import build_run_record
+from d2v_composer.builders.trainer import build_run_record
 from d2v_composer.checkpoints.load import load_any, load_teacher
 from d2v_composer.config.load import load_config
 from d2v_composer.system import fetch as fetch_module
