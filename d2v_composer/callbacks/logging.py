@@ -22,6 +22,7 @@ from d2v_composer.evaluation.metrics import read_lines
 from d2v_composer.system.errors import RunError, writing
 from d2v_composer.system.fetch import put
 from d2v_composer.system.files import write_atomically
+from d2v_composer.system.progress import Lines
 
 # metrics/DATASET/[BASELINE/]bank_train/topK: the accuracy of the primary embedding; or that of a fine-tuned classifier.
 ACCURACY = re.compile(r"metrics/(?:test|([^/]+)/(?:([^/]+)/)?bank_train)/top(\d+)")
@@ -33,7 +34,8 @@ SHOWN = {
     "throughput/samples_per_sec": "{:.0f} {unit}/s",
     "throughput/data_wait": "data wait {:.0%}",
 }
-SECONDS_BETWEEN_LINES = 10.0
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+LINE = "batch {n_fmt}/{total_fmt} ({percentage:.0f} %)  {desc}  left {remaining}"
 
 log = logging.getLogger(__name__)
 
@@ -63,22 +65,14 @@ class ProgressLogger(LoggerDestination):
         self.stream = stream or sys.stderr
         self.bar: tqdm | None = None
         self.latest: dict[str, float] = {}
-        self.first_batch = 0
-        self.started_at = self.last_line_at = 0.0
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        self.first_batch = int(state.timestamp.batch)
-        self.started_at = self.last_line_at = time.monotonic()
-        if self.shows_bar and dist.get_global_rank() == 0:
-            self.bar = tqdm(
-                desc=state.run_name,
-                total=num_batches(state),
-                initial=self.first_batch,
-                unit="ba",
-                file=self.stream,
-                dynamic_ncols=True,
-                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-            )
+        if dist.get_global_rank() == 0:
+            options = {"total": num_batches(state), "initial": int(state.timestamp.batch), "file": self.stream}
+            if self.shows_bar:
+                self.bar = tqdm(desc=state.run_name, dynamic_ncols=True, bar_format=BAR, **options)
+            else:
+                self.bar = Lines(bar_format=LINE, miniters=1, smoothing=0, **options)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         self.latest |= metrics
@@ -89,25 +83,18 @@ class ProgressLogger(LoggerDestination):
                 self.write(f"{kind} at batch {step}: {what}top-{k} {accuracy:.1%}")
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        if self.bar is not None:
+        if self.bar is None:
+            return
+        if self.shows_bar:
             self.bar.set_postfix_str(", ".join(self.status()), refresh=False)
-            self.bar.update()
-        if not self.shows_bar:
-            self.print_line(int(state.timestamp.batch), num_batches(state))
+        else:
+            self.bar.set_description_str("  ".join(self.status()), refresh=False)
+        if not self.bar.update() and self.bar.n == self.bar.total:
+            self.bar.refresh()
 
     def close(self, state: State, logger: Logger) -> None:
         if self.bar is not None:
             self.bar.close()
-
-    def print_line(self, batch: int, total: int) -> None:
-        """Print the progress as a plain line, at most every ten seconds."""
-        now = time.monotonic()
-        if batch < total and now - self.last_line_at < SECONDS_BETWEEN_LINES:
-            return
-        self.last_line_at = now
-        left = (now - self.started_at) / (batch - self.first_batch) * (total - batch)
-        place = f"batch {batch}/{total} ({100 * batch // total} %)"
-        self.write("  ".join([place, *self.status(), f"left {tqdm.format_interval(left)}"]))
 
     def write(self, line: str) -> None:
         """Print a line on rank 0, above the bar."""
