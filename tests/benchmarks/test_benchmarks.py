@@ -136,13 +136,13 @@ def test_first_hour_goes_on_after_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps = [
-        first_hour.Step("batches of {small}", "echo naive 4.5; echo noise; pwd > {file}.txt.pwd"),
-        first_hour.Step("fails", "echo 'error: no luck' >&2; exit 3"),
-        first_hour.Step("hangs", "sleep 600 & sleep 600"),
-        first_hour.Step("needs a GPU", "touch ran", needs_gpu=True),
-        first_hour.Step("last", "true"),
+        {"name": "batches of <small>", "command": "echo naive 4.5; echo noise; pwd > <file>.txt.pwd"},
+        {"name": "fails", "command": "echo 'error: no luck' >&2; exit 3"},
+        {"name": "hangs", "command": "sleep 600 & sleep 600"},
+        {"name": "needs a GPU", "command": "touch ran", "needs_gpu": True},
+        {"name": "last", "command": "true"},
     ]
-    monkeypatch.setattr(first_hour, "STEPS", steps)
+    monkeypatch.setitem(first_hour.TABLE, "steps", steps)
     monkeypatch.setattr(first_hour, "MINUTES", 0.02)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     out = tmp_path / "a folder" / "hour"
@@ -168,14 +168,13 @@ def test_first_hour_goes_on_after_a_failure(
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_first_hours_commands_are_valid(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {name: choices[on_gpu] for name, choices in first_hour.SIZES.items()}
     nothing = SimpleNamespace(benchmark=lambda **_: {}, format_result=lambda _: "")
     monkeypatch.setattr(benchmark, "import_module", lambda _: nothing)
     monkeypatch.setattr(benchmark, "write_atomically", lambda *_: None)
     monkeypatch.setattr(schema, "has_gpu", lambda: True)
     checked = []
-    for each in first_hour.STEPS:
-        command = each.command.format(file="file", **sizes)
+    for step in first_hour.TABLE["steps"]:
+        command = first_hour.fill(step["command"], on_gpu, "file")
         subprocess.run(["sh", "-n", "-c", command], check=True)
         program, *arguments = shlex.split(command)
         if program.endswith("d2v") and arguments[0] == "benchmark":
@@ -184,7 +183,7 @@ def test_first_hours_commands_are_valid(on_gpu: bool, monkeypatch: pytest.Monkey
             load_config(arguments[1:])
         else:
             continue
-        checked.append(each.name)
+        checked.append(step["name"])
     assert len(checked) > 12
 
 
