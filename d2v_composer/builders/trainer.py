@@ -90,9 +90,11 @@ def build_trainer(
         InputError: The folder is in use, or the checkpoint is another run's; or a callback, logger or schedule cannot
             be used.
     """
-    precision, chosen = choose_precision(config.precision).trainer, build_callbacks(config)
-    record, folder = build_run_record(config, fixed, **about), config.run_folder
+    folder, unit = config.run_folder, MODALITIES[about["data"]["modality"]].unit
     uploads = None if folder is None or folder.address is None else Uploads(folder.address)
+    loggers = [*build_loggers(config, unit), *([] if uploads is None else [uploads])]
+    chosen, scheduler = build_callbacks(config), build_scheduler(config, len(train_loader))
+    record, precision = build_run_record(config, fixed, **about), choose_precision(config.precision).trainer
     # First lock the folder, then select the checkpoint in it: another run could still write one.
     advice = "; the same command resumes" if config.autoresume else ""
     checkpoints = Checkpoints(folder, config.save_interval, config.save_num_checkpoints_to_keep, uploads, advice)
@@ -102,16 +104,13 @@ def build_trainer(
             model=model,
             train_dataloader=DataSpec(train_loader, microbatch_transforms=prepare),
             max_duration=config.max_duration,
-            schedulers=build_scheduler(config, len(train_loader)),
+            schedulers=scheduler,
             algorithms=build_algorithms(config.algorithms),
             callbacks=[
                 *(record, Throughput(), NanGuard(), checkpoints),
                 *(SeededBatches(config.seed), *own, *chosen, *callbacks),
             ],
-            loggers=[
-                *build_loggers(config, MODALITIES[about["data"]["modality"]].unit),
-                *([] if uploads is None else [uploads]),
-            ],
+            loggers=loggers,
             progress_bar=False,  # ours is among the loggers
             precision=precision,
             device_train_microbatch_size=config.device_train_microbatch_size,
