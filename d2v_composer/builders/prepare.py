@@ -242,7 +242,9 @@ def settle(request: Request, config: TrainConfig, trainer: Trainer) -> None:
     record = find_callback(trainer.state, RunRecord)
     if record is None or trainer.state.timestamp < config.max_duration:
         write_settings(request, config)
-    elif changes := record.changes(yaml.safe_load((request.out / "run.yaml").read_text()), DECIDES):
+        return
+    before = read_settings(request._replace(changes=()))  # not of run.yaml, which has OUT's place before it was moved
+    if changes := record.changes({"config": before.model_dump(mode="json")}, DECIDES):
         raise InputError(f"{request.out} holds a finished run: {changes}; choose another --out")
 
 

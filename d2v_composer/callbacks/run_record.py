@@ -63,6 +63,7 @@ class RunRecord(Callback):
 
     def changes(self, before: Mapping[str, Any], keys: Sequence[str] = ()) -> str:
         """Describe what differs from another run's record in these keys; default: the fixed ones."""
+        before = hide_secrets(before)
         found = (find_changes(key, lookup(before, key), lookup(self.record, key)) for key in keys or self.fixed)
         return "; ".join(change for changes in found for change in changes)
 
