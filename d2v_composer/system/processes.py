@@ -9,7 +9,6 @@ import ctypes
 import io
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -239,9 +238,7 @@ def relaunch_on_gpus(*arguments: str) -> None:
 
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])  # the launcher would inherit the mask
     program = [sys.executable, "-m", "composer.cli", "-m", "d2v_composer.commands"]
-    # The launcher expands a leading ~ and $NAME: each is passed as a variable that stands for the character.
-    escaped = [re.sub(r"^~|\$", lambda found: f"${{D2V_{ord(found[0])}}}", each) for each in arguments]
-    os.execve(sys.executable, [*program, *escaped], os.environ | {f"D2V_{ord(each)}": each for each in "~$"})
+    os.execv(sys.executable, [*program, *arguments])
 
 
 def global_rank() -> int:
