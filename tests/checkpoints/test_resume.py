@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2v_composer.builders import run
+from d2v_composer.builders import resume
 from d2v_composer.checkpoints import checkpoint as checkpoints
 from d2v_composer.checkpoints.checkpoint import (
     CorruptCheckpointError,
@@ -98,7 +98,7 @@ def test_composer_gets_what_was_checked(
     run_folder: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resume reads its checkpoint once: it runs no code of a file that replaces it after the check."""
-    read, paths = run.find_newest, []
+    read, paths = resume.find_newest, []
 
     def read_and_replace(*arguments: Any, **options: Any) -> Any:
         found = read(*arguments, **options)
@@ -110,7 +110,7 @@ def test_composer_gets_what_was_checked(
         (tmp_path / "replacement.pt").replace(found.path)
         return found
 
-    monkeypatch.setattr(run, "find_newest", read_and_replace)
+    monkeypatch.setattr(resume, "find_newest", read_and_replace)
     trainer = train.main(small_run(run_folder, small_data, "max_duration=15ba"))
     assert (paths, trainer.state.timestamp.batch.value) == ([run_folder / "ep2-ba14-rank0.pt"], 15)
     assert not (tmp_path / "canary").exists()
