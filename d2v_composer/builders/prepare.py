@@ -103,8 +103,8 @@ def prepare(request: Request) -> Plan | None:
         return None
     lock, fetched = FolderLock(RunFolder(request.out)), request.out / FETCHED
     try:
-        if has_begun(request):  # meanwhile
-            raise InputError(f"{request.out}: another process has begun to train there; run the command again")
+        if has_begun(request):  # meanwhile, by the same command
+            return None
         try:
             plan = make_plan(request, fetched)
         except BaseException:
