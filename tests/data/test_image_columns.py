@@ -41,7 +41,8 @@ def write_as_streaming(folder: Path, files: list[Path], encoding: str) -> Path:
 
 
 def train_loader(data: Path, *overrides: str) -> Any:
-    config = load_config(small_run(data.parent / "run", data, "seed=5", *overrides))
+    changes = ("seed=5", "train_loader.crop_scale=[0.08,1.0]", *overrides)
+    config = load_config(small_run(data.parent / "run", data, *changes))
     index = read_train_index(config.train_loader, Images(24), 16)
     return build_train_loader(config, config.train_loader, index)
 
