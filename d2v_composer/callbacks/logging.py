@@ -72,7 +72,7 @@ class ProgressLogger(LoggerDestination):
             if self.shows_bar:
                 self.bar = tqdm(desc=state.run_name, dynamic_ncols=True, bar_format=BAR, **options)
             else:
-                self.bar = Lines(bar_format=LINE, miniters=1, smoothing=0, **options)
+                self.bar = Lines(bar_format=LINE, smoothing=0, **options)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         self.latest |= metrics

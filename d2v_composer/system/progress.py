@@ -20,8 +20,10 @@ class Lines(tqdm):
     """A bar that prints a line every ten seconds instead of overwriting one."""
 
     def __init__(self, *iterable: Any, **options: Any) -> None:
-        seconds = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS}
-        super().__init__(*iterable, leave=False, **seconds, **options)
+        pace = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "miniters": 1}
+        super().__init__(*iterable, leave=False, **pace, **options)
+        # Else tqdm.write would print its line again.
+        self._instances.discard(self)  # pyright: ignore[reportAttributeAccessIssue]: the stub lacks it
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if msg is None:  # tqdm's own format pads the rate
