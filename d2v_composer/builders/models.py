@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from d2v_composer.checkpoints.load import Models, convert_to_timm, load_any
+from d2v_composer.checkpoints.kinds import convert_to_timm
+from d2v_composer.checkpoints.load import Models, load_any
 from d2v_composer.checkpoints.student_file import (
     DEFAULT_PRIMARY,
     PrimaryEmbedding,
@@ -16,7 +17,6 @@ from d2v_composer.checkpoints.student_file import (
     distillation_of,
     has_tuned_encoder,
     lookup,
-    sizes_of,
 )
 from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ModelConfig, ShardLoaderConfig, TrainerConfig
 from d2v_composer.data.labeled import Augmentation, EvaluationSet, load_labeled_set
@@ -81,7 +81,8 @@ def check_network(
             if "running_" in name:  # a new BatchNorm changes nothing
                 buffer.add_(torch.rand_like(buffer))
         trial.head = head and nn.Linear(head.in_features, head.out_features)
-        convert_to_timm(key, trial, sizes_of(trial), embedding)
+        trial.provenance = {"model": embedding._asdict()}
+        convert_to_timm(key, trial)
 
 
 def build_labeled_sets(lookup: LookupConfig, modality: Modality, width: int) -> dict[str, EvaluationSet]:

@@ -8,29 +8,19 @@ import warnings
 from collections.abc import Mapping, Set
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from d2v_composer.checkpoints import check_program
+from d2v_composer.checkpoints.kinds import CONFIG_TENSOR, build_encoder, build_student, config_tensor, sizes_of
 from d2v_composer.checkpoints.load import load_student
-from d2v_composer.checkpoints.student_file import (
-    CONFIG_TENSOR,
-    DEFAULT_PRIMARY,
-    PrimaryEmbedding,
-    build_encoder,
-    check_outputs,
-    check_student,
-    choose_embedding,
-    config_tensor,
-    pop_sizes,
-    sizes_of,
-)
+from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embedding, parse_object, read_config
 from d2v_composer.models.attention import Alibi
 from d2v_composer.models.backbone import Backbone
-from d2v_composer.models.configs import EncoderConfig, ImageEncoderConfig, StudentConfig, check_choice
+from d2v_composer.models.configs import EncoderConfig, StudentSizes, check_choice
 from d2v_composer.models.encoder import Tokens
 from d2v_composer.models.images import is_same
 from d2v_composer.models.names import Pooling, Representation
@@ -246,8 +236,6 @@ def trace(embedder: Embedder) -> torch.export.ExportedProgram:
         return torch.export.export(embedder, (inputs,), dynamic_shapes={"inputs": free}, strict=False)
 
 
-# The chapter's sizes; loading a file replaces them.
-PAPER_ENCODER = ImageEncoderConfig(prenet_depth=2, num_extra_tokens=1)
 # timm's names of poolings; it has none for the mean of all time steps.
 POOLINGS: dict[str, Pooling] = {"token": "cls", "avg": "mean_patches", "mean": "mean"}
 
@@ -255,12 +243,10 @@ POOLINGS: dict[str, Pooling] = {"token": "cls", "avg": "mean_patches", "mean": "
 class TimmStudent(Student):
     """timm's interface to a student: features, pooling, a classifier to fine-tune.
 
-    The encoder stays frozen; the blocks and the head train. Loading a file of ``d2v export`` changes the model to the
-    file's sizes and keeps the head.
+    It is empty until it loads a file of ``d2v export``, which has the sizes. The encoder stays frozen; the blocks and
+    the head train.
 
     Args:
-        encoder_config: The encoder's sizes.
-        student_config: The blocks' sizes.
         num_classes: Outputs of the head; 0: no head, the pooled features are the output.
         global_pool: ``token``: CLS; ``avg``: the mean of the patches; ``mean``: of all time steps. Default: the
             file's primary embedding.
@@ -269,56 +255,40 @@ class TimmStudent(Student):
     """
 
     def __init__(
-        self,
-        encoder_config: EncoderConfig = PAPER_ENCODER,
-        student_config: StudentConfig | None = None,
-        num_classes: int = 0,
-        global_pool: str | None = None,
-        representation: Representation | None = None,
+        self, num_classes: int = 0, global_pool: str | None = None, representation: Representation | None = None
     ) -> None:
-        super().__init__(build_encoder(encoder_config), student_config or StudentConfig())
-        self.pretrained_cfg = self.default_cfg = pretrained_cfg(encoder_config)
-        self.asked_pool = global_pool
+        nn.Module.__init__(self)
+        self.num_classes, self.asked_pool = num_classes, global_pool
         self.asked_representation: Representation | None = representation
-        self.register_buffer(CONFIG_TENSOR, None)  # saved with the tensors
-        self.set_features(DEFAULT_PRIMARY)
-        self.reset_classifier(num_classes)
+        self.loaded: Any = None
 
-    def set_features(self, primary: PrimaryEmbedding) -> None:
-        """Set the features and pooling to the requested ones, or by default to the primary embedding's.
-
-        They are saved with the tensors, so that a loaded model has the same.
+    def set_features(self) -> None:
+        """Choose what the head reads: what was asked for, or else the file's primary embedding.
 
         Raises:
-            ValueError: One is unknown, or needs a CLS token that the model lacks.
+            ValueError: It is unknown, or the model has no such embedding.
         """
-        representation = self.asked_representation or primary.representation
-        check_choice("representation", representation, Representation)
-        allowed = [name for name in POOLINGS if self.has_cls_token or name != "token"]
-        of_primary = next(name for name, pooling in POOLINGS.items() if pooling == primary.pooling)
-        pool = self.asked_pool or (of_primary if of_primary in allowed else "avg")
-        if pool not in allowed:
-            raise ValueError(f"global_pool must be one of {', '.join(allowed)}, got {pool!r}")
-        self.representation: Representation = representation
-        self.global_pool = pool
+        check_choice("global_pool", self.asked_pool or "token", Literal["token", "avg", "mean"])
+        check_choice("representation", self.asked_representation or "output", Representation)
+        pooling = None if self.asked_pool is None else POOLINGS[self.asked_pool]
+        self.embedding = choose_embedding(self, pooling, self.asked_representation)
+        representation, pooling = self.embedding
+        self.global_pool = next(name for name in POOLINGS if POOLINGS[name] == pooling)
         is_projected = representation == "projected"
         self.num_features = self.head_hidden_size = self.projected_width if is_projected else self.embed_dim
-        # No FFN output depends on the last norm, and DDP refuses trainable parameters without gradient.
-        self.block_list[-1].norm2.requires_grad_(representation != "layer_mean")
+        # DDP refuses trainable parameters without gradient.
+        self.train_what_is_read(output=representation != "layer_mean", pooled=False)
         if self.projection is not None and not self.projection.is_frozen:
             self.projection.requires_grad_(is_projected)
-        stored = config_tensor(sizes_of(self), PrimaryEmbedding(representation, POOLINGS[pool]))
-        setattr(self, CONFIG_TENSOR, stored.to(next(self.parameters()).device))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head with a zero-initialized one, or remove it if there are 0 classes.
 
         Raises:
-            ValueError: The pooling is unknown, or needs a CLS token that the model lacks.
+            ValueError: As :meth:`set_features`.
         """
-        if global_pool is not None:
-            self.asked_pool = global_pool
-            self.set_features(PrimaryEmbedding(self.representation, "cls"))
+        self.asked_pool = global_pool or self.asked_pool
+        self.set_features()
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         for parameter in self.head.parameters():
@@ -329,15 +299,13 @@ class TimmStudent(Student):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images, (B, 3, S, S), normalized as in ``pretrained_cfg``, or waveforms to features, (B, T, D)."""
-        return self.represent(self.features(Tokens(self.encode(x))), self.representation)
+        return self.represent(self.features(Tokens(self.encode(x))), self.embedding.representation)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map features to logits, (B, num_classes), or with ``pre_logits`` or no head to pooled features, (B, D)."""
-        first = 0 if self.global_pool == "mean" else self.num_extra_tokens
-        if self.representation == "projected":
-            pooled = self.project(self.features(Tokens(x)), x)
-        else:
-            pooled = x[:, 0] if self.global_pool == "token" else x[:, first:].mean(dim=1)
+        features, (representation, pooling) = self.features(Tokens(x)), self.embedding
+        is_projected = representation == "projected"
+        pooled = self.project(features, x) if is_projected else features.poolings(x)[pooling]
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -346,39 +314,44 @@ class TimmStudent(Student):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.checkpoint_activations(enable)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Save the sizes and the embedding with the tensors, so that a loaded model has the same."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + CONFIG_TENSOR] = config_tensor(sizes_of(self), self.embedding)
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the tensors of an exported student or of this model; :func:`load_student`'s checks always apply.
+        """Load the tensors of an exported student or of this model, which take the file's sizes; all are checked.
 
         Raises:
-            InputError: The file is too old to have sizes, or its tensors do not fit them.
-            ValueError: The file's model lacks the projection or the CLS token that was asked for.
+            InputError: There are no sizes, or the tensors do not fit them.
+            ValueError: As :meth:`set_features`.
         """
         tensors = dict(state_dict)
-        sizes, primary = pop_sizes(CONFIG_TENSOR, tensors)
-        head = {name: tensors.pop(name) for name in list(tensors) if name.startswith("head.")}
-        configs = check_student(CONFIG_TENSOR, sizes, tensors)
-        if self.asked_representation == "projected" and configs[1].projection is None:
-            raise ValueError("representation: this student has no projection; expected output or layer_mean")
-        if configs != (self.encoder.config, self.config):
-            TimmStudent.__init__(self, *configs, self.num_classes, self.asked_pool, self.asked_representation)
-        width = self.num_features
-        self.set_features(primary)
-        if self.num_features != width:
+        if (stored := tensors.pop(CONFIG_TENSOR, None)) is None:
+            raise InputError(f"no tensor {CONFIG_TENSOR}: not a file written by d2v export")
+        with reading(CONFIG_TENSOR):
+            config = parse_object(stored.cpu().numpy().tobytes())
+            primary = PrimaryEmbedding.parse(config.pop("primary"))
+            sizes = read_config(StudentSizes, config)
+        head = {name: tensors.pop(name) for name in [*tensors] if name.startswith("head.")}
+        build_student(CONFIG_TENSOR, sizes, tensors)
+        if self.loaded != (sizes, primary):
+            self.loaded = sizes, primary
+            super().__init__(build_encoder(sizes.encoder), sizes.student, {"model": primary._asdict()})
+            self.pretrained_cfg = self.default_cfg = pretrained_cfg(sizes.encoder)
             self.reset_classifier(self.num_classes)
         own_head = {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
-        tensors |= own_head | (head if own_head else {}) | {CONFIG_TENSOR: getattr(self, CONFIG_TENSOR)}
-        result = super().load_state_dict(tensors, strict, assign)
-        check_outputs(CONFIG_TENSOR, self.encoder)
-        return result
+        return super().load_state_dict(tensors | own_head | (head if own_head else {}), strict, assign)
 
 
-def pretrained_cfg(config: EncoderConfig) -> dict[str, Any]:
+def pretrained_cfg(config: EncoderConfig | None) -> dict[str, Any]:
     """Return timm's record of the model, with the preprocessing for timm's ``resolve_data_config``."""
-    return {"architecture": "d2v2_student", "num_classes": 0, "classifier": "head", **config.timm_preprocessing}
+    preprocessing = {} if config is None else config.timm_preprocessing
+    return {"architecture": "d2v2_student", "num_classes": 0, "classifier": "head", **preprocessing}
 
 
 def build_timm_student(pretrained: bool = False, **kwargs: Any) -> TimmStudent:
-    """Build the chapter's student for timm; it takes the sizes of any file that it loads (see :class:`TimmStudent`)."""
+    """Build a student for timm, to load a file into (see :class:`TimmStudent`)."""
     not_ours: Any = ("in_chans", "img_size")  # timm's defaults; the file has its own
-    kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or pretrained_cfg(PAPER_ENCODER)  # timm gives None
+    kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or pretrained_cfg(None)  # timm gives None
     return build_model_with_cfg(TimmStudent, "d2v2_student", pretrained, kwargs_filter=not_ours, **kwargs)

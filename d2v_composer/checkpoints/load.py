@@ -1,46 +1,32 @@
 """Load teachers and students from files, and write them."""
 
-import copy
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_newest
 from d2v_composer.checkpoints.fairseq import load_data2vec2
+from d2v_composer.checkpoints.kinds import CONFIG_TENSOR, build_student, convert_to_timm, read_sizes
 from d2v_composer.checkpoints.safe_load import is_trained, load_untrusted
 from d2v_composer.checkpoints.student_file import (
-    CONFIG_TENSOR,
-    PrimaryEmbedding,
-    build_encoder,
     build_loaded,
     check_fits,
-    check_outputs,
-    check_same_encoder,
     check_same_teacher,
-    check_student,
-    choose_embedding,
-    config_tensor,
     distillation_of,
-    has_tuned_encoder,
     is_safetensors,
     lookup,
-    pop_sizes,
     read_model_file,
-    sizes_of,
     write_model_file,
 )
 from d2v_composer.models.backbone import Backbone
-from d2v_composer.models.configs import ImageSize, TimmConfig, TimmNetworkConfig
-from d2v_composer.models.images import is_same
-from d2v_composer.models.names import DATA2VEC2, PREFIX, PROJECTED, Weights, timm_name
+from d2v_composer.models.configs import ImageSize, TimmConfig
+from d2v_composer.models.names import DATA2VEC2, PREFIX, Weights
 from d2v_composer.models.projection import Projection
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.command_line import d2v
-from d2v_composer.system.errors import InputError, errors_of, reading
+from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import is_remote
 
 Models = tuple[Backbone, Teacher | None]
@@ -110,73 +96,11 @@ def save_student(student: Backbone, out: Path) -> None:
     One with a head is written as a classifier, for timm. A student that is a timm model is written under timm's names.
 
     Raises:
-        InputError: As :func:`convert_to_timm`.
+        InputError: As :func:`~d2v_composer.checkpoints.kinds.convert_to_timm`.
     """
-    sizes, encoder = sizes_of(student), cast("Any", student.encoder)
     kind = "classifier" if isinstance(student.head, nn.Linear) else "student"  # timm's may be an Identity
-    if isinstance(encoder.config, TimmConfig):
-        from timm import __version__ as now
-
-        now_computed = encoder.config.changed(timm=now, outputs=encoder.sample_outputs())
-        sizes[next(iter(sizes))] = now_computed.model_dump(mode="json")
-    tensors = convert_to_timm(out, student, sizes, choose_embedding(student, None, None))
+    sizes, tensors = convert_to_timm(out, student)
     write_model_file(out, kind, sizes, student.provenance, tensors)
-
-
-def convert_to_timm(
-    source: Any, student: Any, sizes: Mapping[str, Any], embedding: PrimaryEmbedding
-) -> dict[str, Tensor]:
-    """Return a student's tensors for timm, once timm has computed with them what the student does, on one input.
-
-    Args:
-        source: Named in errors.
-        student: Perhaps with a head, which reads the embedding.
-        sizes: Sizes as in its file.
-        embedding: What timm computes, if the student has blocks.
-
-    Raises:
-        InputError: timm computes something else.
-    """
-    import timm  # takes seconds
-
-    student = copy.deepcopy(student).cpu().eval()
-    inputs, (name, options) = torch.randn_like(student.encoder.example(1)), timm_arguments(student)
-    rule = "a classifier must be one linear layer on output_cls"
-    with errors_of(f"{source}: timm would compute something else; {rule}"), torch.no_grad():
-        embeddings = student.embed_all(inputs)
-        if "network" in sizes:
-            model: Any = timm.create_model(name, **options)
-            tensors = student.encoder.timm_tensors(model, student.head)
-            pooled, expected = embeddings["output_cls"], embeddings.get(PROJECTED)
-        else:
-            options |= {"encoder_config": student.encoder.config, "student_config": student.config}
-            model = timm.create_model(name, **options)
-            tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(dict(sizes), embedding)}
-            pooled = expected = embeddings[embedding.name]
-        model.load_state_dict(tensors)
-        if isinstance(student.head, nn.Linear):
-            expected = student.head(embeddings[embedding.name])
-        outputs = model.eval()(inputs)
-        features = model.forward_head(model.forward_features(inputs), pre_logits=True)
-        if not (is_same(features, pooled) and is_same(outputs, outputs if expected is None else expected)):
-            raise ValueError("the outputs differ")
-    return tensors
-
-
-def timm_arguments(student: Backbone) -> tuple[str, dict[str, Any]]:
-    """Return the name and the options with which ``timm.create_model`` builds a student, to load its file."""
-    classes = {"num_classes": student.head.out_features} if isinstance(student.head, nn.Linear) else {}
-    if not isinstance(student.config, TimmNetworkConfig):
-        return "d2v2_student", classes
-    return timm_name(student.config.model), cast("Any", student.encoder).options | classes
-
-
-def timm_call(student: Backbone, file: str | Path) -> str:
-    """Return the line of Python with which timm loads a student's file."""
-    name, options = timm_arguments(student)
-    options |= {"checkpoint_path": str(file)}
-    given = [f"{key}={value!r}" for key, value in options.items() if value is not None]
-    return f"timm.create_model({', '.join([repr(name), *given])})"
 
 
 def load_student(path: str | Path) -> Any:
@@ -206,30 +130,9 @@ def load_student(path: str | Path) -> Any:
         raise InputError(f"{path}: expected an exported student; export a training checkpoint first: {command}")
     stored = read_model_file(file)
     stored.expect(path, "student")
-    _, sizes, provenance, tensors = stored
-    if "network" in sizes:
-        tensors = {f"encoder.model.{name}": each for name, each in tensors.items()}
-    else:
-        sizes, _ = pop_sizes(path, tensors)
-    student = _build_student(path, sizes, tensors, provenance)
-    check_outputs(path, student.encoder)
-    return student
-
-
-def _build_student(
-    source: str | Path, sizes: dict[str, Any], tensors: dict[str, Tensor], provenance: dict[str, Any]
-) -> Any:
-    """Build a student from sizes and tensors of a file, in eval mode."""
-    if "network" in sizes:
-        from d2v_composer.models.timm_network import NetworkStudent  # timm takes seconds to import
-
-        with reading(source):
-            config = TimmNetworkConfig(**sizes["network"])
-        return build_loaded(source, lambda: NetworkStudent(config, provenance), tensors).eval()
-    encoder_config, student_config = check_student(source, sizes, tensors)
-    student = Student(build_encoder(encoder_config), student_config, provenance)
-    student.load_state_dict(tensors)
-    return student.eval()
+    sizes = read_sizes(path, stored.config)
+    tensors = {sizes.prefix + name: tensor for name, tensor in stored.tensors.items() if name != CONFIG_TENSOR}
+    return build_student(path, sizes, tensors, stored.provenance)
 
 
 def load_any(
@@ -306,8 +209,6 @@ def _with_teacher(student: Backbone, path: str | None) -> Models:
     weights, projected = lookup(record, "teacher.weights") or "model", student.projected_width > 0
     teacher = load_teacher(file, weights, **options, projected=projected)
     check_same_teacher(path, teacher, record)
-    if is_shared and not has_tuned_encoder(student.provenance):
-        check_same_encoder(path, teacher.encoder, student.encoder)
     return student, teacher
 
 
@@ -370,6 +271,6 @@ def _load_finetuned(checkpoint: Checkpoint) -> Backbone:
         raise InputError(f"{path} is a fine-tuned teacher; only a fine-tuned student can be exported or embed images")
     head = {name: tensors.pop(f"head.{name}") for name in ("weight", "bias")}
     own = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
-    student = _build_student(path, record["model"]["sizes"], own, record)
+    student = build_student(path, read_sizes(path, record["model"]["sizes"]), own, record)
     student.head = build_loaded(path, lambda: nn.Linear(head["weight"].shape[1], len(head["bias"])), head)
     return student

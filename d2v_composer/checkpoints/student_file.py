@@ -1,14 +1,11 @@
-"""Read and write our own model files: safetensors with a model's kind, sizes, provenance and primary embedding.
-
-A student's sizes are in a tensor too, ``config_json``: timm reads the tensors alone.
-"""
+"""Read and write our own model files: safetensors with a model's kind, sizes and provenance."""
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,19 +15,9 @@ from torch import Tensor, nn
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import (
     Config,
-    EncoderConfig,
-    StudentConfig,
-    StudentSizes,
-    TimmConfig,
-    TimmEncoderConfig,
-    TimmNetworkConfig,
     check_choice,
 )
-from d2v_composer.models.data2vec2 import ENCODERS
-from d2v_composer.models.encoder import Encoder
-from d2v_composer.models.images import is_same
 from d2v_composer.models.names import Pooling, Representation, embedding_name
-from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, reading, reason
@@ -38,12 +25,9 @@ from d2v_composer.system.files import out_file
 
 FORMAT_VERSIONS: dict[str, int] = {"teacher": 2, "student": 3, "classifier": 2}
 """What this package writes, and all that it reads."""
-CONFIG_TENSOR = "config_json"
 # Characters of sizes or provenance. Ours have some thousands; parsed, they take 25 times as many bytes.
 MAX_JSON = 4 << 20
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# A teacher's file may hold float16 or bfloat16 numbers.
-ROUNDING = 0.01
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -181,19 +165,6 @@ def loading_fault(error: Exception) -> str:
     return (str(error).splitlines()[1:] or [reason(error)])[0].strip()[:300]
 
 
-def check_same_encoder(source: Any, found: nn.Module, expected: nn.Module) -> None:
-    """Check that a teacher has the same encoder as a student, apart from rounding in the student's file.
-
-    Raises:
-        InputError: Names the first tensor that differs.
-    """
-    theirs, ours = found.state_dict(), expected.state_dict()
-    for name, tensor in ours.items():
-        is_same_shape = name in theirs and theirs[name].shape == tensor.shape
-        if not is_same_shape or (theirs[name] - tensor).abs().max() > ROUNDING * tensor.abs().max():
-            raise InputError(f"{source}: its encoder is not the student's: {name} differs")
-
-
 def read_config(config_class: type[ConfigT], sizes: dict[str, Any]) -> ConfigT:
     """Read the sizes in a file.
 
@@ -272,13 +243,13 @@ def has_tuned_encoder(provenance: Any) -> bool:
 
 
 def check_same_teacher(source: Any, found: Teacher, record: Any) -> None:
-    """Check that a teacher is the one that a student's record names, if it names one.
+    """Check that a teacher is the one that a student's record names.
 
     Raises:
         InputError: It comes from another file; a converted file counts as the original.
     """
     ours, theirs = lookup(record, "teacher.sha256"), found.provenance["sha256"]
-    if ours not in (None, theirs):
+    if ours != theirs:
         raise InputError(f"{source}: not this student's teacher: sha256 {theirs}, expected {ours}")
 
 
@@ -288,71 +259,3 @@ def stored_primary(provenance: Mapping[str, Any]) -> PrimaryEmbedding:
         with suppress(LookupError, TypeError, ValueError):
             return PrimaryEmbedding.parse(lookup(provenance, key))
     return DEFAULT_PRIMARY
-
-
-def build_encoder(config: EncoderConfig) -> Encoder:
-    """Build a frozen encoder of any kind, to load a state dict into."""
-    if type(config) in ENCODERS:
-        return ENCODERS[type(config)](config).freeze()
-    assert isinstance(config, TimmEncoderConfig)
-    with torch.device("cpu"):  # torch._dynamo cannot be imported on the meta device
-        from d2v_composer.models.timm_teacher import TimmEncoder  # timm takes seconds to import
-
-    return TimmEncoder(config).freeze()
-
-
-def sizes_of(student: Backbone) -> dict[str, Any]:
-    """Return the sizes of a student and its encoder, for JSON."""
-    if isinstance(student.config, TimmNetworkConfig):
-        return {"network": student.config.model_dump(mode="json")}
-    return StudentSizes(encoder=student.encoder.config, student=student.config).model_dump(mode="json")
-
-
-def check_outputs(source: Any, encoder: Encoder) -> None:
-    """Check that a timm encoder from a file computes what it did at export, since timm's version may differ.
-
-    Raises:
-        InputError: It computes something else.
-    """
-    config = encoder.config
-    if not isinstance(config, TimmConfig) or not config.outputs:
-        return
-    with reading(source):
-        expected, found = (torch.tensor(each) for each in (config.outputs, cast("Any", encoder).sample_outputs()))
-        if not is_same(found, expected):
-            raise ValueError(
-                f"the installed timm gives different results for {config.model} than timm {config.timm!r:.30}, "
-                "which exported it: install that version"
-            )
-
-
-def config_tensor(sizes: dict[str, Any], primary: PrimaryEmbedding) -> Tensor:
-    """Return a student's sizes and primary embedding as JSON bytes, uint8."""
-    return torch.tensor(list(json.dumps(sizes | {"primary": primary._asdict()}).encode()), dtype=torch.uint8)
-
-
-def pop_sizes(source: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], PrimaryEmbedding]:
-    """Remove a student's :func:`config_tensor` from its tensors; return the sizes and the primary embedding.
-
-    Raises:
-        InputError: There is none, or it does not hold them.
-    """
-    if (stored := tensors.pop(CONFIG_TENSOR, None)) is None:
-        raise InputError(f"{source}: no tensor {CONFIG_TENSOR}: not a file written by d2v export")
-    with reading(source):
-        sizes = parse_object(stored.cpu().numpy().tobytes())
-        return sizes, PrimaryEmbedding.parse(sizes.pop("primary"))
-
-
-def check_student(
-    source: Any, sizes: dict[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[EncoderConfig, StudentConfig]:
-    """Check a student file's sizes and tensors. Call this before anything else reads them.
-
-    Raises:
-        InputError: As in :func:`check_fits`.
-    """
-    with reading(source):
-        found = read_config(StudentSizes, sizes)
-    check_fits(source, lambda: Student(build_encoder(found.encoder), found.student), tensors)
-    return found.encoder, found.student

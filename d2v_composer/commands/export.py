@@ -79,7 +79,8 @@ def export(
         raise InputError(f"{out}: --int8 is only for .onnx, and --calibrate only for --int8")
 
     from d2v_composer.checkpoints.export import Embedder, export_onnx, export_program
-    from d2v_composer.checkpoints.load import load_any, timm_call
+    from d2v_composer.checkpoints.kinds import timm_call
+    from d2v_composer.checkpoints.load import load_any
     from d2v_composer.checkpoints.student_file import choose_embedding
     from d2v_composer.models.teacher import Teacher
     from d2v_composer.report.model_card import save_with_card, size_of

@@ -454,3 +454,12 @@ class StudentSizes(Config):
 
     encoder: EncoderConfig
     student: StudentConfig
+    prefix: ClassVar = ""
+    """How the model's names of its tensors begin, and the file's do not."""
+
+
+class NetworkSizes(Config):
+    """Sizes in the file of a student that is a timm model."""
+
+    network: TimmNetworkConfig
+    prefix: ClassVar = "encoder.model."

@@ -137,12 +137,13 @@ def test_timm_refuses_other_files(exported: Path, tmp_path: Path) -> None:
     save_file(tensors, old)
     with pytest.raises(InputError, match="no tensor config_json: not a file written by d2v export"):
         timm.create_model("d2v2_student", checkpoint_path=str(old))
-    with pytest.raises(ValueError, match="representation: this student has no projection"):
-        timm.create_model("d2v2_student", checkpoint_path=str(exported), representation="projected")
-    with pytest.raises(ValueError, match="global_pool must be one of token, avg, mean, got 'max'"):
-        timm.create_model("d2v2_student", global_pool="max")
-    with pytest.raises(ValueError, match="representation must be one of output, layer_mean, projected, got 'max'"):
-        timm.create_model("d2v2_student", representation="max")
+    for options, message in (
+        ({"representation": "projected"}, "this model has no projected_cls; it has output_cls, "),
+        ({"global_pool": "max"}, "global_pool must be one of token, avg, mean, got 'max'"),
+        ({"representation": "max"}, "representation must be one of output, layer_mean, projected, got 'max'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            timm.create_model("d2v2_student", checkpoint_path=str(exported), **options)
 
 
 @pytest.mark.slow  # by default test_programs_of_the_student compares one, and int8 starts with another
