@@ -162,7 +162,7 @@ def problems(program: str, argv: Sequence[str]) -> Iterator[str]:
 @pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "yamls").rglob("*.yaml"))], ids=name_of)
 def test_commands_are_right(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fields, "has_gpu", lambda: True)
-    monkeypatch.setattr(types, "find_missing_file", lambda address: None)
+    monkeypatch.setattr(fetch, "find_missing_file", lambda address: None)
     wrong = {shlex.join(command): list(problems(command[0], command[1:])) for command in commands(page)}
     assert {command: lines for command, lines in wrong.items() if lines} == {}
 

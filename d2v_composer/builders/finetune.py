@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from d2v_composer.builders.data import build_train_loader, read_train_index
-from d2v_composer.builders.models import check_network, load_trained_model
+from d2v_composer.builders.models import check_network
 from d2v_composer.builders.trainer import (
     FIXED_IN_ANY_RUN,
     build_optimizer,
@@ -67,7 +67,7 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trai
     """
     join_and_seed(config)
     with node_leaders_first("the model"):
-        backbone, _ = load_trained_model(config)
+        backbone, _ = config.load()
     is_student, backbone.head = not isinstance(backbone, Teacher), None  # a head is of an earlier fine-tuning run
     embedding = choose_embedding(backbone, config.pooling, config.representation)
     modality = modality_of(backbone.encoder.config)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from d2v_composer.checkpoints.kinds import convert_to_timm
-from d2v_composer.checkpoints.load import Models, load_any
+from d2v_composer.checkpoints.load import load_any
 from d2v_composer.checkpoints.student_file import (
     DEFAULT_PRIMARY,
     PrimaryEmbedding,
@@ -18,7 +18,7 @@ from d2v_composer.checkpoints.student_file import (
     has_tuned_encoder,
     lookup,
 )
-from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ModelConfig, ShardLoaderConfig, TrainerConfig
+from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ShardLoaderConfig, TrainerConfig
 from d2v_composer.data.labeled import Augmentation, EvaluationSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES, modality_of
 from d2v_composer.data.modality import Modality
@@ -34,19 +34,6 @@ from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.processes import global_rank, num_ranks
-
-
-def load_trained_model(config: ModelConfig, projected: bool = False) -> Models:
-    """Load a model and its teacher; see :func:`~d2v_composer.checkpoints.load.load_any`.
-
-    ``projected``: a teacher with its image embedding, even if ``representation`` names another.
-
-    Raises:
-        InputError: A file cannot be used.
-    """
-    sizes = config.model_dump(include={"checkpoint", "first_blocks", "image_size"})
-    projected = projected or config.representation == "projected"
-    return load_any(config.model, config.weights, config.teacher, **sizes, projected=projected)
 
 
 def check_network(
@@ -182,7 +169,7 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Gro
     Raises:
         InputError: A file cannot be used, or the model has no such embedding.
     """
-    model, teacher = load_trained_model(config, "zero_shot" in config.probes)
+    model, teacher = config.load("zero_shot" in config.probes)
     modality = modality_of(model.encoder.config)
     with torch.random.fork_rng(), reading(config.model):
         torch.manual_seed(config.seed)

@@ -22,7 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
-from d2v_composer.models.names import Pooling, PrecisionChoice, Representation, Weights, embedding_name
+from d2v_composer.config.reference import ModelReference
+from d2v_composer.models.names import PrecisionChoice, embedding_name
 from d2v_composer.system.command_line import (
     COLUMN,
     PART,
@@ -109,17 +110,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("model", metavar="MODEL", help="a checkpoint, an exported student or a teacher: a path, s3://, …; or timm/NAME")
     add("source", metavar="SOURCE", help=f"a folder of images or audio files, or {SOURCES}")
     add("out", metavar="OUT", help="a file: NAME.npy or NAME.parquet, here or in a store")
-    add("--teacher", help="the checkpoint's teacher, if it has moved since the training run")
-    add("--weights", choices=get_args(Weights), default="model", help="a teacher's weights; default: model")
-    add("--checkpoint", metavar="FILE", help="a timm model's weights; default: timm's pretrained ones")
-    add("--first-blocks", type=int, metavar="N", help="how many of a timm model's first blocks to omit from layer_mean")
-    add("--image-size", metavar="SIZE", help="a timm model's pixels per side, or HEIGHTxWIDTH; default: timm's")
-    add("--pooling", choices=get_args(Pooling), help="default: as in the primary embedding of the model's run")
-    add(
-        "--representation",
-        choices=get_args(Representation),
-        help="default: as in the primary embedding of the model's run",
-    )
+    ModelReference.add_flags(add)
     add("--precision", choices=get_args(PrecisionChoice), default="fp32", help="default: fp32; auto is faster")
     add("--normalize", action="store_true", help="scale embeddings to length 1")
     add(

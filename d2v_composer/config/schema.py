@@ -13,11 +13,11 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
-    PlainValidator,
     model_validator,
 )
 from typing_extensions import Self
 
+from d2v_composer.config.reference import ModelReference, TimmSizes
 from d2v_composer.config.types import (
     IS_MODE,
     IS_TEACHER,
@@ -42,7 +42,6 @@ from d2v_composer.config.types import (
     check_file,
     checked,
     must,
-    read_image_size,
 )
 from d2v_composer.models.configs import BlockSizes
 from d2v_composer.models.names import (
@@ -114,16 +113,7 @@ def has_gpu() -> bool:
 Precision = Annotated[PrecisionChoice, checked(check_precision)]
 
 
-class TimmSizes(Section):
-    """Sizes of a timm model."""
-
-    first_blocks: Whole | None = None
-    """Blocks in the shared encoder; null: a sixth of a timm model's blocks; in data2vec2, its modality encoder's."""
-    image_size: Annotated[int | str, PlainValidator(read_image_size)] | None = None
-    """timm: pixels per side, or HEIGHTxWIDTH; null: the model's own."""
-
-
-class TeacherSection(TimmSizes):
+class TeacherSection(TimmSizes, Section):
     """The frozen teacher."""
 
     model: Annotated[Text, IS_TEACHER] = DATA2VEC2
@@ -439,26 +429,6 @@ class TrainConfig(TrainerConfig):
     retrieval: RetrievalConfig = RetrievalConfig()
 
 
-class ModelConfig(TimmSizes):
-    """A trained model, and which of its embeddings to use."""
-
-    model: PathText
-    """A data2vec 2.0 teacher's file, a training checkpoint or an exported student: a path, https://, s3://, …; or
-    timm/NAME."""
-    checkpoint: AddressText | None = None
-    """Weights of a timm model, a .safetensors or PyTorch file; null: timm's own, from the Hugging Face hub."""
-    weights: Weights = "model"
-    """Weights to take from a data2vec2 teacher's file: ``model``, as trained, or ``ema``, their moving average."""
-    teacher: PathText | None = None
-    """Path of the student's teacher; null: the path in a training checkpoint, or none for an exported student."""
-    pooling: Pooling | None = None
-    """Pooling of the primary embedding: ``cls``, ``mean`` or ``mean_patches``; null: as in the model's run, else
-    ``cls``."""
-    representation: Representation | None = None
-    """Representation of the primary embedding: ``output``, ``layer_mean`` or ``projected``; null: as in the model's
-    run, else ``output``."""
-
-
 class LayerwiseOptimizerConfig(OptimizerConfig):
     """torch.optim.AdamW with a learning rate for each depth."""
 
@@ -502,7 +472,7 @@ class ClassifierAlgorithmsConfig(AlgorithmsConfig):
             yield ".cutmix: Composer cannot mix labels twice: mixup or cutmix must be null"
 
 
-class FinetuneConfig(TrainerConfig, ModelConfig):
+class FinetuneConfig(TrainerConfig, ModelReference):
     """Fields of recipes/finetune.py."""
 
     train_encoder: bool = False
@@ -526,7 +496,7 @@ class FinetuneConfig(TrainerConfig, ModelConfig):
             yield ".callbacks.health: must be null in a fine-tuning run, which has no teacher targets"
 
 
-class EvaluateConfig(RunConfig, LookupConfig, ModelConfig):
+class EvaluateConfig(RunConfig, LookupConfig, ModelReference):
     """Fields of ``d2v evaluate``."""
 
     out: LocalFolder | None = None

@@ -13,7 +13,6 @@ from pydantic import AfterValidator, Field, JsonValue
 from d2v_composer.models.configs import parse_image_size
 from d2v_composer.models.names import DATA2VEC2, PREFIX
 from d2v_composer.system.addresses import Address, check_path
-from d2v_composer.system.fetch import find_missing_file
 
 # Also the largest seed: ranks and epochs add to it, and numpy's seeds end at 2^32.
 MAX_INT = (1 << 31) - 1
@@ -59,6 +58,8 @@ def read_image_size(size: Any) -> int | str:
 
 def check_file(address: str) -> None:
     """Raise ValueError if there is no such local file, or Composer would not read it."""
+    from d2v_composer.system.fetch import find_missing_file  # torch takes seconds to import
+
     if not Address.parse(address).is_remote:
         check_path(address)
     if (missing := find_missing_file(address)) is not None:
