@@ -3,40 +3,34 @@
 import copy
 import io
 import json
-import logging
 import warnings
-from collections.abc import Mapping, Set
-from importlib.util import find_spec
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
-from d2v_composer.checkpoints import check_program
+from d2v_composer.checkpoints.check_program import RUNTIMES
 from d2v_composer.checkpoints.kinds import CONFIG_TENSOR, build_encoder, build_student, config_tensor, sizes_of
 from d2v_composer.checkpoints.load import load_student
 from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embedding, parse_object, read_config
 from d2v_composer.models.attention import Alibi
 from d2v_composer.models.backbone import Backbone
-from d2v_composer.models.configs import EncoderConfig, StudentSizes, check_choice
+from d2v_composer.models.configs import EncoderConfig, StudentSizes
 from d2v_composer.models.encoder import Tokens
 from d2v_composer.models.images import is_same
-from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.student import Student
-from d2v_composer.system.errors import InputError, reading
+from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.files import out_file
 
 OPSET = 18
-# Control flow, and operators whose outputs' shapes depend on data.
-DATA_DEPENDENT = {"If", "Loop", "Scan", "NonZero", "Unique", "Compress", "NonMaxSuppression"}
-FLOAT64 = 11  # in ONNX
 MAX_ONNX = 2_000_000_000  # bytes of weights in a file
 # How a file says that its program takes pixels.
 PIXELS = "uint8, (B, H, W, channels)"
-
-log = logging.getLogger(__name__)
+# Of a .pt2 file, for the values of :func:`describe`.
+EXTRA_FILES = ("preprocessing.json", "embedding")
 
 
 class TracedAlibi(Alibi):
@@ -53,19 +47,19 @@ class TracedAlibi(Alibi):
         return self.build(num_tokens, self.slopes_of_heads).to(dtype)
 
 
-class Embedder(nn.Module):
-    """A copy of a student that maps inputs to embeddings, (B, D) float32.
+class Program(nn.Module):
+    """A copy of a student that maps inputs to embeddings, (B, D) float32, to be traced.
 
     Inputs are normalized images, (B, 3, S, S) float; or waveforms of any but equal length, (B, L) float in [-1, 1] at
     16 kHz: a program knows no padding.
 
     Args:
         student: Copied.
-        primary: The embedding.
+        embedding: What the program computes.
         takes_pixels: Inputs are images as decoders and cameras give them: (B, S, S, 3) uint8.
     """
 
-    def __init__(self, student: Backbone, primary: PrimaryEmbedding, takes_pixels: bool = False) -> None:
+    def __init__(self, student: Backbone, embedding: PrimaryEmbedding, takes_pixels: bool = False) -> None:
         super().__init__()
         self.original = student.embed
         self.student = copy.deepcopy(student).cpu().requires_grad_(False).eval()
@@ -73,7 +67,7 @@ class Embedder(nn.Module):
         for part in parts:
             if getattr(part, "alibi", None) is not None:
                 part.alibi = TracedAlibi(part.alibi)
-        self.primary = primary
+        self.embedding = embedding
         self.takes_pixels = takes_pixels
 
     def example(self, count: int) -> Tensor:
@@ -82,28 +76,30 @@ class Embedder(nn.Module):
         return inputs.movedim(1, -1).to(torch.uint8).contiguous() if self.takes_pixels else inputs
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if self.takes_pixels:
-            inputs = inputs.movedim(-1, 1)
-        return self.student.embed(inputs, self.primary.pooling, self.primary.representation)
+        return self.compute(self.student.embed, inputs)
 
-    @property
-    def description(self) -> dict[str, str]:
-        """What :func:`describe` says of this program."""
-        return describe(self.student, self.primary.name, self.takes_pixels)
-
-    def check(self, path: Path, partial: Path) -> None:
-        """Check that a program, in ``partial`` until it has its name, computes what the student does, on one input.
-
-        Raises:
-            InputError: It does not.
-        """
-        program = check_program.load("onnxruntime" if path.suffix == ".onnx" else "torch.export", str(partial), "")
-        inputs = self.example(1)
-        inputs = torch.randint_like(inputs, 256) if self.takes_pixels else torch.randn_like(inputs)
+    def compute(self, embed: Callable[..., Tensor], inputs: Tensor) -> Tensor:
+        """Compute the program's embedding by a student's ``embed``."""
         images = inputs.movedim(-1, 1) if self.takes_pixels else inputs
-        expected = self.original(images, self.primary.pooling, self.primary.representation)
-        if not is_same(torch.from_numpy(program(inputs.numpy())), expected):
-            raise InputError(f"{path}: the program would compute something else than the student")
+        return embed(images, self.embedding.pooling, self.embedding.representation)
+
+
+def export_program(program: Program, path: Path) -> None:
+    """Write a program as the suffix says, .onnx or .pt2, if it computes what the student does, on one input.
+
+    Raises:
+        InputError: It computes something else, or the student is too large.
+        RunError: The disk is full.
+    """
+    about = describe(program.student, program.embedding.name, program.takes_pixels)
+    with out_file(path) as partial, errors_of(str(path), InputError):
+        (write_onnx if path.suffix == ".onnx" else write_archive)(program, partial, about)
+        load = next(runtime.load for runtime in RUNTIMES.values() if runtime.suffix == path.suffix)
+        inputs = program.example(1)
+        inputs = torch.randint_like(inputs, 256) if program.takes_pixels else torch.randn_like(inputs)
+        outputs = torch.from_numpy(load(str(partial), "")(inputs.numpy()))
+        if not is_same(outputs, program.compute(program.original, inputs)):
+            raise InputError("the program would compute something else than the student")
 
 
 def describe(student: Backbone, embedding: str, takes_pixels: bool) -> dict[str, str]:
@@ -122,122 +118,80 @@ def read_description(path: Path, student: Backbone) -> tuple[str, bool, bool]:
     Raises:
         InputError: It cannot be read, the student has no such embedding, or the file's preprocessing is another.
     """
-    stored, is_int8 = {"embedding": "", "preprocessing.json": ""}, False
+    stored, is_int8 = {"embedding": ""}, False
     with reading(path):
         if path.suffix == ".onnx":
-            check_packages(path, "onnx")
             import onnx
 
             model = onnx.load(path)
             stored |= {each.key: each.value for each in model.metadata_props}
             is_int8 = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
         elif path.suffix == ".pt2":
-            torch.export.load(path, extra_files=stored)
+            torch.export.load(path, extra_files=(stored := dict.fromkeys(EXTRA_FILES, "")))
+            stored["preprocessing"] = stored[EXTRA_FILES[0]]
         elif path.suffix == ".safetensors":
-            stored |= describe(load_student(path), choose_embedding(student, None, None).name, takes_pixels=False)
+            stored = describe(load_student(path), choose_embedding(student, None, None).name, takes_pixels=False)
     if (embedding := stored["embedding"]) not in student.embedding_names:
         raise InputError(f"{path} must be an .onnx, .pt2 or .safetensors file that d2v export wrote from this student")
-    preprocessing = stored.get("preprocessing") or stored["preprocessing.json"]
-    takes_pixels = PIXELS in preprocessing
-    if preprocessing != (expected := describe(student, embedding, takes_pixels)["preprocessing"]):
-        raise InputError(f"{path}: its preprocessing is {preprocessing}, but the student's is {expected}")
+    takes_pixels = PIXELS in stored["preprocessing"]
+    expected = describe(student, embedding, takes_pixels)["preprocessing"]
+    if stored["preprocessing"] != expected:
+        raise InputError(f"{path}: its preprocessing is {stored['preprocessing']}, but the student's is {expected}")
     return embedding, is_int8, takes_pixels
 
 
-def export_onnx(embedder: Embedder, path: Path) -> None:
-    """Write ONNX, opset 18: ``images`` or ``waveforms``, as :class:`Embedder` takes them → ``embedding`` (batch, D).
+def write_onnx(program: Program, path: Path, about: dict[str, str]) -> None:
+    """Write ONNX, opset 18: ``images`` or ``waveforms``, as the program takes them → ``embedding`` (batch, D).
 
-    The metadata are ``preprocessing`` and ``embedding`` of :func:`describe`.
+    Args:
+        program: To trace.
+        path: The file.
+        about: Its metadata, from :func:`describe`.
 
     Raises:
-        InputError: A package of the extra ``onnx`` is not installed, the student is too large, or as
-            :meth:`Embedder.check`.
-        RunError: The disk is full.
+        InputError: The student is too large.
     """
-    check_packages(path, "onnx", "onnxruntime", "onnxscript")
     import onnx
 
-    if (size := sum(tensor.nbytes for tensor in embedder.state_dict().values())) > MAX_ONNX:
-        raise InputError(f"{path}: an ONNX file holds at most 2 GB, and this student has {size / 1e9:.1f}; export .pt2")
-    free_axes = embedder.student.encoder.free_axes
+    if (size := sum(tensor.nbytes for tensor in program.state_dict().values())) > MAX_ONNX:
+        raise InputError(f"an ONNX file holds at most 2 GB, and this student has {size / 1e9:.1f}; export .pt2")
+    free_axes = program.student.encoder.free_axes
     with warnings.catch_warnings():  # torch 2.13 warns of its own LeafSpec
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
-        program = torch.onnx.export(
-            trace(embedder),
-            input_names=[embedder.student.encoder.input_name],
+        traced = torch.onnx.export(
+            trace(program),
+            input_names=[program.student.encoder.input_name],
             output_names=["embedding"],
             dynamic_shapes={"inputs": {axis: name for axis, (name, *_) in free_axes.items()}},
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
         )
-    assert program is not None  # without a file name, torch returns the program
-    program.model.metadata_props.update(embedder.description)
-    if faults := lint(model := program.model_proto, free_axes.keys()):
-        log.warning("%s: some runtimes refuse or miscompute this: %s", path, "; ".join(faults))
-    with out_file(path) as partial:
-        onnx.save(model, partial)  # torch would write weights beside it
-        embedder.check(path, partial)
+    assert traced is not None  # without a file name, torch returns the program
+    traced.model.metadata_props.update(about)
+    onnx.save(traced.model_proto, path)  # torch would write weights beside it
 
 
-def lint(model: Any, free_axes: Set[int]) -> list[str]:
-    """List what some runtimes refuse or miscompute in an ONNX model.
-
-    Args:
-        model: An ``onnx.ModelProto``.
-        free_axes: The axes of its input that may have any size.
-    """
-    graph, faults = model.graph, [f"operators of {each.domain}" for each in model.opset_import if each.domain]
-    faults += sorted(DATA_DEPENDENT.intersection(node.op_type for node in graph.node))
-    sizes = enumerate(graph.input[0].type.tensor_type.shape.dim)
-    if (free := {axis for axis, size in sizes if not size.HasField("dim_value")}) != free_axes:
-        faults.append(f"axes {sorted(free)} of any size, expected {sorted(free_axes)}")
-    types = [each.type.tensor_type.elem_type for each in graph.value_info]
-    if FLOAT64 in types + [each.data_type for each in graph.initializer]:
-        faults.append("float64")
-    # Not those that are all zeros, ones or a mask.
-    large = [each.raw_data for each in graph.initializer if len(set(each.raw_data[1024:4096])) > 9]
-    return faults + ["weights stored twice"] * (len(set(large)) < len(large))
-
-
-def check_packages(path: Path, *names: str) -> None:
-    """Check that the packages needed to write a file are installed.
-
-    Raises:
-        InputError: One is not.
-    """
-    if missing := [name for name in names if find_spec(name) is None]:
-        raise InputError(f"{path} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-
-
-def export_program(embedder: Embedder, path: Path) -> None:
-    """Write a program for ``torch.export.load(path).module()``; the entries of :func:`describe` are its extra files.
-
-    Raises:
-        InputError: As :meth:`Embedder.check`.
-        RunError: The disk is full.
-    """
-    extra = embedder.description
-    extra["preprocessing.json"] = extra.pop("preprocessing")
+def write_archive(program: Program, path: Path, about: dict[str, str]) -> None:
+    """Write a program for ``torch.export.load(path).module()``; ``about`` are its extra files."""
     archive = io.BytesIO()  # on a full disk, the writer of torch 2.13 would abort the process
-    torch.export.save(trace(embedder), archive, extra_files=extra)
-    with out_file(path) as partial:
-        partial.write_bytes(archive.getbuffer())
-        embedder.check(path, partial)
+    extra: Any = dict(zip(EXTRA_FILES, about.values(), strict=True))
+    torch.export.save(trace(program), archive, extra_files=extra)
+    path.write_bytes(archive.getbuffer())
 
 
-def trace(embedder: Embedder) -> torch.export.ExportedProgram:
+def trace(program: Program) -> torch.export.ExportedProgram:
     """Trace the program for any number of inputs, and for waveforms of any length."""
-    free_axes = embedder.student.encoder.free_axes
+    free_axes = program.student.encoder.free_axes
     free = {axis: torch.export.Dim(name, min=low, max=high) for axis, (name, low, high) in free_axes.items()}
-    inputs = embedder.example(2)  # torch.export treats a batch size of one as constant
+    inputs = program.example(2)  # torch.export treats a batch size of one as constant
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Unable to find the path of the module")  # timm's, and it does not matter
-        return torch.export.export(embedder, (inputs,), dynamic_shapes={"inputs": free}, strict=False)
+        return torch.export.export(program, (inputs,), dynamic_shapes={"inputs": free}, strict=False)
 
 
-# timm's names of poolings; it has none for the mean of all time steps.
-POOLINGS: dict[str, Pooling] = {"token": "cls", "avg": "mean_patches", "mean": "mean"}
+# timm's names of poolings.
+POOLINGS = {"token": "cls", "avg": "mean_patches"}
 
 
 class TimmStudent(Student):
@@ -254,41 +208,26 @@ class TimmStudent(Student):
             the file's projection pools. Default: the file's own.
     """
 
-    def __init__(
-        self, num_classes: int = 0, global_pool: str | None = None, representation: Representation | None = None
-    ) -> None:
+    def __init__(self, num_classes: int = 0, global_pool: Any = None, representation: Any = None) -> None:
         nn.Module.__init__(self)
-        self.num_classes, self.asked_pool = num_classes, global_pool
-        self.asked_representation: Representation | None = representation
+        self.num_classes, self.global_pool, self.representation = num_classes, global_pool, representation
         self.loaded: Any = None
-
-    def set_features(self) -> None:
-        """Choose what the head reads: what was asked for, or else the file's primary embedding.
-
-        Raises:
-            ValueError: It is unknown, or the model has no such embedding.
-        """
-        check_choice("global_pool", self.asked_pool or "token", Literal["token", "avg", "mean"])
-        check_choice("representation", self.asked_representation or "output", Representation)
-        pooling = None if self.asked_pool is None else POOLINGS[self.asked_pool]
-        self.embedding = choose_embedding(self, pooling, self.asked_representation)
-        representation, pooling = self.embedding
-        self.global_pool = next(name for name in POOLINGS if POOLINGS[name] == pooling)
-        is_projected = representation == "projected"
-        self.num_features = self.head_hidden_size = self.projected_width if is_projected else self.embed_dim
-        # DDP refuses trainable parameters without gradient.
-        self.train_what_is_read(output=representation != "layer_mean", pooled=False)
-        if self.projection is not None and not self.projection.is_frozen:
-            self.projection.requires_grad_(is_projected)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head with a zero-initialized one, or remove it if there are 0 classes.
 
         Raises:
-            ValueError: As :meth:`set_features`.
+            InputError: The model has no embedding with this pooling and the representation asked for.
         """
-        self.asked_pool = global_pool or self.asked_pool
-        self.set_features()
+        self.global_pool = global_pool or self.global_pool
+        pooling: Any = POOLINGS.get(self.global_pool, self.global_pool)
+        self.embedding = choose_embedding(self, pooling, self.representation)
+        representation = self.embedding.representation
+        # DDP refuses trainable parameters without gradient.
+        self.train_what_is_read(output=representation != "layer_mean", pooled=False)
+        if self.projection is not None and not self.projection.is_frozen:
+            self.projection.requires_grad_(representation == "projected")
+        self.num_features = self.projected_width if representation == "projected" else self.embed_dim
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         for parameter in self.head.parameters():
@@ -320,11 +259,12 @@ class TimmStudent(Student):
         destination[prefix + CONFIG_TENSOR] = config_tensor(sizes_of(self), self.embedding)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the tensors of an exported student or of this model, which take the file's sizes; all are checked.
+        """Load the tensors of an exported student or of this model, and take their sizes; all are checked.
+
+        A new head stays if the file has none.
 
         Raises:
-            InputError: There are no sizes, or the tensors do not fit them.
-            ValueError: As :meth:`set_features`.
+            InputError: There are no sizes, the tensors do not fit them, or as :meth:`reset_classifier`.
         """
         tensors = dict(state_dict)
         if (stored := tensors.pop(CONFIG_TENSOR, None)) is None:
@@ -340,8 +280,8 @@ class TimmStudent(Student):
             super().__init__(build_encoder(sizes.encoder), sizes.student, {"model": primary._asdict()})
             self.pretrained_cfg = self.default_cfg = pretrained_cfg(sizes.encoder)
             self.reset_classifier(self.num_classes)
-        own_head = {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
-        return super().load_state_dict(tensors | own_head | (head if own_head else {}), strict, assign)
+        head = head if self.num_classes else {}
+        return super().load_state_dict(tensors | head, bool(head), assign)
 
 
 def pretrained_cfg(config: EncoderConfig | None) -> dict[str, Any]:

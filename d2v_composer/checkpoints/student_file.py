@@ -172,9 +172,8 @@ def read_config(config_class: type[ConfigT], sizes: dict[str, Any]) -> ConfigT:
         ValueError: A field is missing, which would get its default; or as :class:`~d2v_composer.models.configs.Config`.
     """
     config = config_class(**sizes)
-    for each in (config, *vars(config).values()):
-        if isinstance(each, Config) and (missing := type(each).model_fields.keys() - each.model_fields_set):
-            raise ValueError(f"{min(missing)} is missing")
+    if config.model_dump(mode="json") != sizes:
+        raise ValueError("a size is missing")
     return config
 
 

@@ -78,7 +78,7 @@ def export(
     if (int8 and out.suffix != ".onnx") or (calibrate and not int8):
         raise InputError(f"{out}: --int8 is only for .onnx, and --calibrate only for --int8")
 
-    from d2v_composer.checkpoints.export import Embedder, export_onnx, export_program
+    from d2v_composer.checkpoints.export import Program, export_program
     from d2v_composer.checkpoints.kinds import timm_call
     from d2v_composer.checkpoints.load import load_any
     from d2v_composer.checkpoints.student_file import choose_embedding
@@ -99,17 +99,16 @@ def export(
         if student.head is not None:
             step = f"import timm, d2v_composer; model = {timm_call(student, out)}"
     else:
-        embedder = Embedder(student, embedding, takes_pixels)
+        program = Program(student, embedding, takes_pixels)
         if int8:
             from d2v_composer.checkpoints.int8 import quantize
 
             images = verification.read_samples(student, calibrate, MAX_INT8_IMAGES, takes_pixels)
             with tempfile.TemporaryDirectory() as folder:
-                export_onnx(embedder, program := Path(folder) / "float32.onnx")
-                quantize(program, out, images[1::2])
+                export_program(program, exact := Path(folder) / "float32.onnx")
+                quantize(exact, out, images[1::2])
         else:
-            write = export_onnx if out.suffix == ".onnx" else export_program
-            write(embedder, out)
+            export_program(program, out)
         step = PROGRAMS[out.suffix].format(str(out))
         print(size_of(student, out))
     if verify or int8:

@@ -28,6 +28,7 @@ from subprocess import PIPE, Popen
 from typing import TYPE_CHECKING
 
 from d2v_composer.checkpoints import check_program
+from d2v_composer.checkpoints.check_program import RUNTIMES
 from d2v_composer.system.command_line import make_parser
 from d2v_composer.system.errors import InputError, RunError
 from d2v_composer.system.files import check_out_file, check_owned, write_atomically
@@ -39,14 +40,6 @@ if TYPE_CHECKING:
 
     from d2v_composer.models.backbone import Backbone
 
-# Name → suffix of the files, and package.
-RUNTIMES = {
-    "onnxruntime": (".onnx", "onnxruntime"),
-    "openvino": (".onnx", "openvino"),
-    "openvino-float32": (".onnx", "openvino"),
-    "torch.export": (".pt2", "torch"),
-    "pytorch": (".safetensors", "torch"),
-}
 # A program's input → samples that ship.
 YAMLS = f"{Path(__file__).parents[1]}/yamls"
 SHIPPED = {"images": f"{YAMLS}/quickstart/cifar10/test", "waveforms": f"{YAMLS}/quickstart_audio/words/test"}
@@ -59,7 +52,8 @@ def main(argv: Sequence[str]) -> None:
     add = parser.add_argument
     add("exported", metavar="EXPORTED", type=Path, help="a file of d2v export: .onnx, .pt2 or .safetensors")
     add("--student", type=Path, help="the same student's .safetensors file; default: EXPORTED with that suffix")
-    add("--runtime", action="append", choices=RUNTIMES, help="may be repeated; default: all that are installed")
+    about = ", ".join(f"{name} for {runtime.suffix}" for name, runtime in RUNTIMES.items())
+    add("--runtime", action="append", choices=RUNTIMES, help=f"{about}; may be repeated; default: all installed")
     add("--images", metavar="FOLDER", help="images, audio or MDS shards; default: CIFAR-10's, or words, that ship")
     add("--cosine", type=float, help="least cosine to PyTorch; default: 0.999, of an int8 file 0.98")
     add("--difference", type=float, help="largest difference; default: 0.0001, of an int8 file any")
@@ -102,8 +96,8 @@ def verify(
     from d2v_composer.system.machine import describe_machine, package_versions
 
     embedding, is_int8, takes_pixels = read_description(exported, student)
-    installed = [each for each, (suffix, name) in RUNTIMES.items() if suffix == exported.suffix and find_spec(name)]
-    if refused := [name for name in runtime or () if name not in installed]:
+    suited = [name for name, each in RUNTIMES.items() if each.suffix == exported.suffix and find_spec(each.package)]
+    if refused := [name for name in runtime or () if name not in suited]:
         raise InputError(
             f"--runtime: {refused[0]} is not installed, or takes no {exported.suffix} file; write --kit FOLDER, and "
             "run its script in the runtime's own environment"
@@ -132,7 +126,7 @@ def verify(
             print(f"wrote {kit}: in it, run python {script.name} RUNTIME {exported.name}")
             return
         save_student(student, folder / "pytorch.safetensors")
-        files = {"pytorch": folder / "pytorch.safetensors"} | dict.fromkeys(runtime or installed, exported.absolute())
+        files = {"pytorch": folder / "pytorch.safetensors"} | dict.fromkeys(runtime or suited, exported.absolute())
         found, faults = measure(folder / script.name, files)
     rows = [[name, *map("{:.5g}".format, each.values())] for name, each in found.items()]
     table = format_table(["", *max(found.values(), key=len)], rows)
