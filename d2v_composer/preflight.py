@@ -21,7 +21,8 @@ import yaml
 from composer.utils import dist
 
 from d2v_composer.checkpoints.checkpoint import LATEST, LOG
-from d2v_composer.checkpoints.load import load_any, load_student, save_student
+from d2v_composer.checkpoints.load import load_student, save_student
+from d2v_composer.config.reference import load_any
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.mds import INDEX
 from d2v_composer.data.modalities import MODALITIES
@@ -147,7 +148,7 @@ class Rehearsal:
     def export(self) -> str:
         """Export the student of the newest checkpoint, and load it again."""
         out = Path(self.temporary.name, "student.safetensors")
-        student, _ = load_any(self.latest, teacher_path=self.config.teacher.checkpoint)
+        student, _ = load_any(self.latest, teacher=self.config.teacher.checkpoint)
         save_student(student, out)
         load_student(out)
         return f"{out.stat().st_size / 1e6:.1f} MB, loads without the teacher"

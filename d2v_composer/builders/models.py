@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from d2v_composer.checkpoints.kinds import convert_to_timm
-from d2v_composer.checkpoints.load import load_any
 from d2v_composer.checkpoints.student_file import (
     DEFAULT_PRIMARY,
     PrimaryEmbedding,
@@ -18,6 +17,7 @@ from d2v_composer.checkpoints.student_file import (
     has_tuned_encoder,
     lookup,
 )
+from d2v_composer.config.reference import load_any
 from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ShardLoaderConfig, TrainerConfig
 from d2v_composer.data.labeled import Augmentation, EvaluationSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES, modality_of

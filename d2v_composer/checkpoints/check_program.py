@@ -26,25 +26,25 @@ class Runtime(NamedTuple):
     suffix: str
     """Of its files."""
     package: str
-    load: Callable[[str, str], Any]
-    """Maps a file and an embedding's name to a function: inputs, (B, …) float32 or uint8 → embeddings, (B, D)."""
+    load: Callable[[str], Any]
+    """Maps a file to a function: inputs, (B, …) float32 or uint8 → embeddings, (B, D)."""
 
 
-def load_onnxruntime(file: str, _: str) -> Any:
+def load_onnxruntime(file: str) -> Any:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=onnxruntime.get_available_providers())
     return lambda x: session.run(None, {session.get_inputs()[0].name: x})[0]
 
 
-def load_openvino(file: str, _: str, **config: str) -> Any:
+def load_openvino(file: str, **config: str) -> Any:
     import openvino  # pyright: ignore[reportMissingImports]
 
     model = openvino.Core().compile_model(file, "CPU", config)
     return lambda x: model(x)[0]
 
 
-def load_litert(file: str, _: str) -> Any:
+def load_litert(file: str) -> Any:
     from ai_edge_litert.interpreter import Interpreter  # pyright: ignore[reportMissingImports]
 
     runner = Interpreter(file).get_signature_runner()  # of one sample
@@ -52,7 +52,7 @@ def load_litert(file: str, _: str) -> Any:
     return lambda x: np.concatenate([next(iter(runner(**{name: row[None]}).values())) for row in x])
 
 
-def load_executorch(file: str, _: str) -> Any:
+def load_executorch(file: str) -> Any:
     import torch
     from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 
@@ -60,19 +60,19 @@ def load_executorch(file: str, _: str) -> Any:
     return lambda x: method.execute([torch.from_numpy(x)])[0].numpy().copy()
 
 
-def load_exported(file: str, _: str) -> Any:
+def load_exported(file: str) -> Any:
     import torch
 
     run = torch.export.load(file).module()
     return lambda x: run(torch.from_numpy(x)).numpy()
 
 
-def load_pytorch(file: str, embedding: str) -> Any:
+def load_pytorch(file: str) -> Any:
     import torch
 
     from d2v_composer.checkpoints.load import load_student
 
-    embed, axes = load_student(file).embed_all, (0, 3, 1, 2)
+    embed, embedding, axes = load_student(file).embed_all, read_kit()["embedding"], (0, 3, 1, 2)
     return lambda x: embed(torch.from_numpy(x if x.dtype == np.float32 else x.transpose(axes)))[embedding].numpy()
 
 
@@ -87,11 +87,16 @@ RUNTIMES = {
 }
 
 
-def measure(runtime: str, file: str, embedding: str) -> dict[str, Any]:
+def read_kit() -> dict[str, Any]:
+    """Return the embedding, and what is demanded."""
+    return json.loads((FOLDER / "kit.json").read_text())
+
+
+def measure(runtime: str, file: str) -> dict[str, Any]:
     """Return the measured numbers by name."""
     start = time.perf_counter()
     *inputs, theirs = np.load(FOLDER / "kit.npz").values()
-    embed = RUNTIMES[runtime].load(file, embedding)
+    embed = RUNTIMES[runtime].load(file)
     embed(inputs[0][:1])  # the first call prepares
     seconds = time.perf_counter() - start
     outputs = [embed(x) for x in inputs]
@@ -116,8 +121,8 @@ def measure(runtime: str, file: str, embedding: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    kit, runtime = json.loads((FOLDER / "kit.json").read_text()), sys.argv[1]
-    found = measure(runtime, sys.argv[2], kit["embedding"])
+    kit, (_, runtime, file) = read_kit(), sys.argv
+    found = measure(runtime, file)
     print(json.dumps(found, indent=1, default=float))
     limits = {"cosine": (kit["cosine"], 1.001), "agreement": (0.5, 1), "by batch": (0, 0.01)}
     if runtime != "openvino":  # which computes in bfloat16 where the processor has it

@@ -97,7 +97,7 @@ def export_program(program: Program, path: Path) -> None:
         load = next(runtime.load for runtime in RUNTIMES.values() if runtime.suffix == path.suffix)
         inputs = program.example(1)
         inputs = torch.randint_like(inputs, 256) if program.takes_pixels else torch.randn_like(inputs)
-        outputs = torch.from_numpy(load(str(partial), "")(inputs.numpy()))
+        outputs = torch.from_numpy(load(str(partial))(inputs.numpy()))
         if not is_same(outputs, program.compute(program.original, inputs)):
             raise InputError("the program would compute something else than the student")
 

@@ -135,25 +135,14 @@ def load_student(path: str | Path) -> Any:
     return build_student(path, sizes, tensors, stored.provenance)
 
 
-def load_any(
-    path: str | Path,
-    weights: Weights = "model",
-    teacher_path: str | None = None,
-    *,
-    checkpoint: str | Path | None = None,
-    projected: bool = False,
-    **sizes: Any,
-) -> Models:
-    """Load the model of any supported file, and its teacher.
+def load_file(path: str, weights: Weights = "model", teacher: str | None = None, projected: bool = False) -> Models:
+    """Load the model in any supported file, and its teacher.
 
     Args:
-        path: A data2vec 2.0 teacher's file, as for :func:`load_teacher`, or ``timm/NAME``; an exported or fine-tuned
-            student, or a training checkpoint.
-        weights: Weights to take from a teacher's file.
-        teacher_path: The student's teacher; for a checkpoint, the default is the path used in training.
-        checkpoint: For ``timm/NAME``, as the path of :func:`load_teacher`.
-        projected: Of a teacher, as for :func:`load_teacher`.
-        **sizes: For ``timm/NAME``, ``first_blocks`` and ``image_size`` of :func:`load_teacher`.
+        path: A data2vec 2.0 teacher's file, as for :func:`load_teacher`; an exported or fine-tuned student, or a
+            training checkpoint.
+        weights, projected: For a teacher's file, as for :func:`load_teacher`.
+        teacher: The student's; for a checkpoint, the default is the path used in training.
 
     Returns:
         A student and its teacher, ``None`` if it is not known; or a teacher twice.
@@ -161,38 +150,23 @@ def load_any(
     Raises:
         InputError: The file is corrupt, or not supported.
     """
-    if str(path).startswith(PREFIX) and not Path(path).exists():
-        model = teacher = load_teacher(checkpoint, weights, model=str(path), projected=projected, **sizes)
-    elif given := [name for name, value in {"checkpoint": checkpoint, **sizes}.items() if value is not None]:
-        raise InputError(f"{' and '.join(given)}: only for timm/NAME models; got {path}")
-    else:
 
-        def load(file: Path) -> Models:
-            return _load_file(path, fetch_model(file), weights, teacher_path, projected)
+    def load(file: Path) -> Models:
+        file = fetch_model(file)
+        kind, contents = (read_model_file(file).kind, {}) if is_safetensors(file) else ("", load_untrusted(file))
+        if is_trained(contents):
+            return _load_checkpoint(Checkpoint(file, contents), teacher)
+        if kind == "student":
+            return _with_teacher(load_student(path), teacher)
+        if not kind and isinstance(contents, dict) and "cfg" not in contents:  # weights without sizes, such as timm's
+            raise InputError(
+                f"{path} does not name its model; if it has the weights of a timm model, give timm/NAME as the model "
+                "and this file as its checkpoint"
+            )
+        found = load_teacher(path, weights, projected=projected)
+        return found, found
 
-        model, teacher = load(fetch_model(path)) if is_remote(path) else read_newest(Path(path), load)
-    if isinstance(model, Teacher):
-        if teacher_path is not None:
-            raise InputError(f"{path} is not a student, so a teacher ({teacher_path}) is not allowed")
-    elif weights != "model":  # the student's record says which its teacher has
-        raise InputError(f"weights: {path} is a student, which has no {weights} weights; set weights=model")
-    return model, teacher
-
-
-def _load_file(path: str | Path, file: Path, weights: Weights, teacher_path: str | None, projected: bool) -> Models:
-    """Load ``file``, the local copy of ``path``."""
-    kind, contents = (read_model_file(file).kind, {}) if is_safetensors(file) else ("", load_untrusted(file))
-    if is_trained(contents):
-        return _load_checkpoint(Checkpoint(file, contents), teacher_path)
-    if kind == "student":
-        return _with_teacher(load_student(path), teacher_path)
-    if not kind and isinstance(contents, dict) and "cfg" not in contents:  # weights without sizes, such as timm's
-        raise InputError(
-            f"{path} does not name its model; if it has the weights of a timm model, give timm/NAME as the model and "
-            "this file as its checkpoint"
-        )
-    teacher = load_teacher(path, weights, projected=projected)
-    return teacher, teacher
+    return load(fetch_model(path)) if is_remote(path) else read_newest(Path(path), load)
 
 
 def _with_teacher(student: Backbone, path: str | None) -> Models:

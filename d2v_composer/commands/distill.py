@@ -58,7 +58,7 @@ def distill(request: "Request", argv: Sequence[str]) -> None:
     from d2v_composer.builders.prepare import prepare, read_settings, settle
     from d2v_composer.builders.run import build_teacher, train_student
     from d2v_composer.checkpoints.checkpoint import LATEST
-    from d2v_composer.checkpoints.load import load_any
+    from d2v_composer.config.reference import load_any
     from d2v_composer.report.model_card import save_with_card
 
     plan = None if is_launched() else prepare(request)

@@ -80,12 +80,12 @@ def export(
 
     from d2v_composer.checkpoints.export import Program, export_program
     from d2v_composer.checkpoints.kinds import timm_call
-    from d2v_composer.checkpoints.load import load_any
     from d2v_composer.checkpoints.student_file import choose_embedding
+    from d2v_composer.config.reference import load_any
     from d2v_composer.models.teacher import Teacher
     from d2v_composer.report.model_card import save_with_card, size_of
 
-    student, _ = load_any(source, teacher_path=teacher)
+    student, _ = load_any(source, teacher=teacher)
     if isinstance(student, Teacher):
         raise InputError(f"{source} is a teacher; expected a training checkpoint or an exported student")
     if (int8 or takes_pixels) and len(student.encoder.free_axes) > 1:  # what calibrates would have one length

@@ -1,12 +1,14 @@
 """The model that a user names: its fields in a YAML, its flags on a command line, and what it loads."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, PlainValidator
 
 from d2v_composer.config.types import AddressText, PathText, Whole, read_image_size
-from d2v_composer.models.names import Pooling, Representation, Weights
+from d2v_composer.models.names import PREFIX, Pooling, Representation, Weights
+from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
     from d2v_composer.checkpoints.load import Models
@@ -54,12 +56,36 @@ class ModelReference(TimmSizes):
                 add(f"--{name.replace('_', '-')}", type=kind, choices=choices, default=field.default, help=about)
 
     def load(self, projected: bool = False) -> "Models":
-        """Load the model, and its teacher; see :func:`~d2v_composer.checkpoints.load.load_any`.
+        """Load the model, and its teacher.
 
-        ``projected``: a teacher with its image embedding, even if ``representation`` names another.
+        Args:
+            projected: Give a teacher its image embedding, even if ``representation`` names another.
+
+        Returns:
+            A student and its teacher, ``None`` if it is not known; or a teacher twice.
+
+        Raises:
+            InputError: A file is corrupt, or not supported, or a field does not apply to such a model.
         """
-        from d2v_composer.checkpoints.load import load_any  # torch takes seconds to import
+        from d2v_composer.checkpoints.load import load_file, load_teacher  # torch takes seconds to import
+        from d2v_composer.models.teacher import Teacher
 
-        options = {name: getattr(self, name) for name in ("checkpoint", "first_blocks", "image_size")}
-        projected |= self.representation == "projected"
-        return load_any(self.model, self.weights, self.teacher, **options, projected=projected)
+        path, weights, projected = self.model, self.weights, projected or self.representation == "projected"
+        sizes: Any = {"first_blocks": self.first_blocks, "image_size": self.image_size}
+        if path.startswith(PREFIX) and not Path(path).exists():
+            model = teacher = load_teacher(self.checkpoint, weights, model=path, projected=projected, **sizes)
+        elif given := [name for name, value in {"checkpoint": self.checkpoint, **sizes}.items() if value is not None]:
+            raise InputError(f"{' and '.join(given)}: only for timm/NAME models; got {path}")
+        else:
+            model, teacher = load_file(path, weights, self.teacher, projected)
+        if isinstance(model, Teacher):
+            if self.teacher is not None:
+                raise InputError(f"{path} is not a student, so a teacher ({self.teacher}) is not allowed")
+        elif weights != "model":  # the student's record says which its teacher has
+            raise InputError(f"weights: {path} is a student, which has no {weights} weights; set weights=model")
+        return model, teacher
+
+
+def load_any(model: str | Path, **fields: Any) -> "Models":
+    """Load a model, given fields of :class:`ModelReference`."""
+    return ModelReference.model_construct(model=str(model), **fields).load()

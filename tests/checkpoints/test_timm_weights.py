@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from d2v_composer import load_student, load_teacher
-from d2v_composer.checkpoints.load import load_any, save_student
+from d2v_composer.checkpoints.load import save_student
+from d2v_composer.config.reference import load_any
 from d2v_composer.models import timm_teacher
 from d2v_composer.models.student import Student
 from d2v_composer.models.timm_teacher import TimmEncoder
@@ -282,16 +283,16 @@ def test_another_teacher_than_the_students_is_refused(tmp_path: Path) -> None:
     model, student, path = random_vit(NAME), tmp_path / "student.safetensors", tmp_path / "teacher.safetensors"
     built = load_teacher(save(model, path), model=MODEL).build_student(depth=1)
     save_student(built, student)
-    assert load_any(student, teacher_path=str(path))[1] is not None
+    assert load_any(student, teacher=str(path))[1] is not None
     with torch.no_grad():
         model.blocks[-1].mlp.fc2.weight.mul_(1.1)  # not in the encoder
     other = save(model, tmp_path / "other.safetensors")
     with pytest.raises(
         InputError, match=r"other\.safetensors: not this student's teacher: sha256 \w{64}, expected \w{64}$"
     ):
-        load_any(student, teacher_path=str(other))
+        load_any(student, teacher=str(other))
 
     built.provenance = {}
     save_student(built, student)
     with pytest.raises(InputError, match=r"not this student's teacher: sha256 \w{64}, expected None$"):
-        load_any(student, teacher_path=str(path))
+        load_any(student, teacher=str(path))

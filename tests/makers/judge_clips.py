@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2v_composer.checkpoints.load import load_any
+from d2v_composer.config.reference import load_any
 from d2v_composer.data.audio import Audio
 from d2v_composer.evaluation.evaluate import accuracy_interval
 from d2v_composer.evaluation.without_labels import common_shares, nearest_others

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from d2v_composer import load_teacher
-from d2v_composer.checkpoints.load import load_any, save_student
+from d2v_composer.checkpoints.load import save_student
 from d2v_composer.config.load import load_finetune_config
+from d2v_composer.config.reference import load_any
 from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.system.errors import InputError
@@ -182,7 +183,7 @@ def test_the_classifier_loads_in_timm_with_its_head(finetuned: Path, labeled: Pa
     with torch.no_grad():
         logits = model(model.encoder.prepare(test.samples))
         student, teacher = load_any(finetuned / "latest-rank0.pt")
-        _, named = load_any(finetuned / "latest-rank0.pt", teacher_path=str(GOLDEN / "tiny_base.pt"))
+        _, named = load_any(finetuned / "latest-rank0.pt", teacher=str(GOLDEN / "tiny_base.pt"))
     assert student is not None
     assert teacher is None
     assert named is not None

@@ -18,8 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from d2v_composer import load_student, load_teacher
-from d2v_composer.checkpoints.load import load_any, save_student
+from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands.train import train
+from d2v_composer.config.reference import load_any
 from d2v_composer.data.images import Images
 from d2v_composer.system.errors import InputError
 from helpers import (
