@@ -13,7 +13,14 @@ from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from d2v_composer.checkpoints.check_program import RUNTIMES
-from d2v_composer.checkpoints.kinds import CONFIG_TENSOR, build_encoder, build_student, config_tensor, sizes_of
+from d2v_composer.checkpoints.kinds import (
+    CONFIG_TENSOR,
+    build_encoder,
+    build_student,
+    check_outputs,
+    config_tensor,
+    sizes_of,
+)
 from d2v_composer.checkpoints.load import load_student
 from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embedding, parse_object, read_config
 from d2v_composer.models.attention import Alibi
@@ -274,7 +281,7 @@ class TimmStudent(Student):
             primary = PrimaryEmbedding.parse(config.pop("primary"))
             sizes = read_config(StudentSizes, config)
         head = {name: tensors.pop(name) for name in [*tensors] if name.startswith("head.")}
-        build_student(CONFIG_TENSOR, sizes, tensors)
+        check_outputs(CONFIG_TENSOR, build_student(CONFIG_TENSOR, sizes, tensors).encoder)
         if self.loaded != (sizes, primary):
             self.loaded = sizes, primary
             super().__init__(build_encoder(sizes.encoder), sizes.student, {"model": primary._asdict()})

@@ -62,8 +62,7 @@ def build_student(
     """Build a student with a state dict, in eval mode.
 
     Raises:
-        InputError: As :func:`~d2v_composer.checkpoints.student_file.check_fits`; or a timm encoder computes something
-            else than at export, since timm's version may differ.
+        InputError: As :func:`~d2v_composer.checkpoints.student_file.check_fits`.
     """
 
     def build() -> Backbone:
@@ -74,17 +73,23 @@ def build_student(
 
         return NetworkStudent(sizes.network, provenance)
 
-    student = build_loaded(source, build, tensors).eval()
-    config = student.encoder.config
+    return build_loaded(source, build, tensors).eval()
+
+
+def check_outputs(source: Any, encoder: Any) -> None:
+    """Check that a timm encoder computes what it did at export, since timm's version may differ.
+
+    Raises:
+        InputError: It computes something else.
+    """
+    config = encoder.config
     if isinstance(config, TimmConfig) and config.outputs:
         with reading(source):
-            outputs = cast("Any", student.encoder).sample_outputs()
-            if not is_same(torch.tensor(outputs), torch.tensor(config.outputs)):
+            if not is_same(torch.tensor(encoder.sample_outputs()), torch.tensor(config.outputs)):
                 raise ValueError(
                     f"the installed timm gives different results for {config.model} than timm {config.timm!r:.30}, "
                     "which exported it: install that version"
                 )
-    return student
 
 
 def build_encoder(config: EncoderConfig) -> Encoder:

@@ -7,7 +7,7 @@ from torch import nn
 
 from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_newest
 from d2v_composer.checkpoints.fairseq import load_data2vec2
-from d2v_composer.checkpoints.kinds import CONFIG_TENSOR, build_student, convert_to_timm, read_sizes
+from d2v_composer.checkpoints.kinds import CONFIG_TENSOR, build_student, check_outputs, convert_to_timm, read_sizes
 from d2v_composer.checkpoints.safe_load import is_trained, load_untrusted
 from d2v_composer.checkpoints.student_file import (
     build_loaded,
@@ -132,7 +132,9 @@ def load_student(path: str | Path) -> Any:
     stored.expect(path, "student")
     sizes = read_sizes(path, stored.config)
     tensors = {sizes.prefix + name: tensor for name, tensor in stored.tensors.items() if name != CONFIG_TENSOR}
-    return build_student(path, sizes, tensors, stored.provenance)
+    student = build_student(path, sizes, tensors, stored.provenance)
+    check_outputs(path, student.encoder)
+    return student
 
 
 def load_file(path: str, weights: Weights = "model", teacher: str | None = None, projected: bool = False) -> Models:

@@ -257,8 +257,9 @@ def test_a_classifier_is_timms_own(trained: Path, tmp_path: Path) -> None:
     for split, count in (("train", 32), ("test", 16)):
         labels = [seed % 2 for seed in range(count)]
         write_mds(tmp_path / "labeled" / split, [encoded_image(seed) for seed in range(count)], labels)
+    save_student(load_any(trained / "latest-rank0.pt")[0], tmp_path / "student.safetensors")
     changes = [
-        f"model={trained / 'latest-rank0.pt'}",
+        f"model={tmp_path / 'student.safetensors'}",  # with outputs of the encoder, which changes
         f"dataset={{format: mds, root: {tmp_path / 'labeled'}}}",
         f"save_folder={tmp_path / 'tuned'}",
         "train_encoder=true",
