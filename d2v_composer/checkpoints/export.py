@@ -36,7 +36,7 @@ OPSET = 18
 MAX_ONNX = 2_000_000_000  # bytes of weights in a file
 # How a file says that its program takes pixels.
 PIXELS = "uint8, (B, H, W, channels)"
-# Of a .pt2 file, for the values of :func:`describe`.
+# Of a .pt2 file, for the values of :func:`metadata_of`.
 EXTRA_FILES = ("preprocessing.json", "embedding")
 
 
@@ -98,7 +98,7 @@ def export_program(program: Program, path: Path) -> None:
         InputError: It computes something else, or the student is too large.
         RunError: The disk is full.
     """
-    about = describe(program.student, program.embedding.name, program.takes_pixels)
+    about = metadata_of(program.student, program.embedding.name, program.takes_pixels)
     with out_file(path) as partial, errors_of(str(path), InputError):
         (write_onnx if path.suffix == ".onnx" else write_archive)(program, partial, about)
         load = next(runtime.load for runtime in RUNTIMES.values() if runtime.suffix == path.suffix)
@@ -109,7 +109,7 @@ def export_program(program: Program, path: Path) -> None:
             raise InputError("the program would compute something else than the student")
 
 
-def describe(student: Backbone, embedding: str, takes_pixels: bool) -> dict[str, str]:
+def metadata_of(student: Backbone, embedding: str, takes_pixels: bool) -> dict[str, str]:
     """Return the preprocessing of inputs that a student's program expects, as JSON, and the name of the embedding."""
     config = student.encoder.config
     preprocessing = {name: getattr(config, name) for name in config.preprocessing}
@@ -119,7 +119,7 @@ def describe(student: Backbone, embedding: str, takes_pixels: bool) -> dict[str,
     return {"preprocessing": json.dumps(preprocessing), "embedding": embedding}
 
 
-def read_description(path: Path, student: Backbone) -> tuple[str, bool, bool]:
+def read_metadata(path: Path, student: Backbone) -> tuple[str, bool, bool]:
     """Return which embedding a student's exported file computes, whether in int8, and whether from pixels.
 
     Raises:
@@ -137,11 +137,11 @@ def read_description(path: Path, student: Backbone) -> tuple[str, bool, bool]:
             torch.export.load(path, extra_files=(stored := dict.fromkeys(EXTRA_FILES, "")))
             stored["preprocessing"] = stored[EXTRA_FILES[0]]
         elif path.suffix == ".safetensors":
-            stored = describe(load_student(path), choose_embedding(student, None, None).name, takes_pixels=False)
+            stored = metadata_of(load_student(path), choose_embedding(student, None, None).name, takes_pixels=False)
     if (embedding := stored["embedding"]) not in student.embedding_names:
         raise InputError(f"{path} must be an .onnx, .pt2 or .safetensors file that d2v export wrote from this student")
     takes_pixels = PIXELS in stored["preprocessing"]
-    expected = describe(student, embedding, takes_pixels)["preprocessing"]
+    expected = metadata_of(student, embedding, takes_pixels)["preprocessing"]
     if stored["preprocessing"] != expected:
         raise InputError(f"{path}: its preprocessing is {stored['preprocessing']}, but the student's is {expected}")
     return embedding, is_int8, takes_pixels
@@ -153,7 +153,7 @@ def write_onnx(program: Program, path: Path, about: dict[str, str]) -> None:
     Args:
         program: To trace.
         path: The file.
-        about: Its metadata, from :func:`describe`.
+        about: Its metadata, from :func:`metadata_of`.
 
     Raises:
         InputError: The student is too large.

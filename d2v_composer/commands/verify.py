@@ -87,7 +87,7 @@ def verify(
     """
     import numpy as np
 
-    from d2v_composer.checkpoints.export import read_description
+    from d2v_composer.checkpoints.export import read_metadata
     from d2v_composer.checkpoints.load import save_student
     from d2v_composer.checkpoints.student_file import sha256
     from d2v_composer.report.model_card import add_section
@@ -95,7 +95,7 @@ def verify(
     from d2v_composer.system.fetch import names_in
     from d2v_composer.system.machine import describe_machine, package_versions
 
-    embedding, is_int8, takes_pixels = read_description(exported, student)
+    embedding, is_int8, takes_pixels = read_metadata(exported, student)
     suited = [name for name, each in RUNTIMES.items() if each.suffix == exported.suffix and find_spec(each.package)]
     if refused := [name for name in runtime or () if name not in suited]:
         raise InputError(
