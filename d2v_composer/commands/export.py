@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from d2v_composer.commands import verify as verification
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.system.command_line import d2v, make_parser, print_next
 from d2v_composer.system.errors import InputError
@@ -83,6 +82,7 @@ def export(
     from d2v_composer.checkpoints.student_file import choose_embedding
     from d2v_composer.config.reference import load_any
     from d2v_composer.models.teacher import Teacher
+    from d2v_composer.report import verification
     from d2v_composer.report.model_card import save_with_card, size_of
 
     student, _ = load_any(source, teacher=teacher)

@@ -26,6 +26,7 @@ from d2v_composer.models.configs import ImageEncoderConfig
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.models.timm_teacher import TimmTeacher, teacher_config
+from d2v_composer.report import verification
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, ROOT
 from small_vits import RESAMPLED_BILINEARLY, random_vit
@@ -132,7 +133,7 @@ def test_another_student_is_found(student: Path, tmp_path: Path, monkeypatch: py
 
 def test_a_bad_scale_in_int8_is_found(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "int8.onnx"
-    images = verify.read_samples(load_student(student), str(PHOTOS), 64)
+    images = verification.read_samples(load_student(student), str(PHOTOS), 64)
     quantize(student.with_suffix(".onnx"), program, images)
     kit = write_kit(program, student, tmp_path / "kit")
     assert run_kit(kit, program, monkeypatch) is None
@@ -280,7 +281,7 @@ def test_int8_is_measured_with_other_images_of_the_run(
     student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without --calibrate; none of them calibrated, and what ships is not read."""
-    own, seen, read = tmp_path / "student.safetensors", list[set[bytes]](), verify.read_samples
+    own, seen, read = tmp_path / "student.safetensors", list[set[bytes]](), verification.read_samples
     loaded = load_student(student)
     datasets = {"mine": {"format": "mds", "root": str(PHOTOS.parent)}}
     loaded.provenance |= {"config": {"retrieval": {"datasets": datasets}}}
@@ -290,9 +291,9 @@ def test_int8_is_measured_with_other_images_of_the_run(
         seen.append({each.numpy().tobytes() for each in images})
         return images
 
-    monkeypatch.setattr(verify, "read_samples", lambda *arguments: see(read(*arguments)))
+    monkeypatch.setattr(verification, "read_samples", lambda *arguments: see(read(*arguments)))
     monkeypatch.setattr(int8, "quantize", lambda program, out, images: quantize(program, out, see(images)))
-    monkeypatch.setattr(verify, "SHIPPED", {"images": str(tmp_path / "none")})
+    monkeypatch.setattr(verification, "SHIPPED", {"images": str(tmp_path / "none")})
     export.main([str(own), str(tmp_path / "int8.onnx"), "--int8"])
     _, calibrating, measured = seen
     assert (len(calibrating), len(measured)) == (128, 64)
