@@ -19,7 +19,7 @@ from programs.preloaded import know_the_machine
 signal.signal(signal.SIGINT, signal.default_int_handler)  # else programs that tests start ignore it in the background
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # there are as many processes as cores
+    torch.set_num_threads(1)  # the processes share the cores
 
 # Each S3 client reads its JSON models anew, for a quarter of a second; here all of a process share them.
 botocore.session.create_loader = functools.cache(botocore.session.create_loader)
