@@ -2,7 +2,7 @@
 
 import re
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -181,16 +181,23 @@ def corner(images: Tensor) -> Tensor:
     return pixels(images[..., :4, :4])
 
 
-@pytest.mark.parametrize("has_labels", [True, False])
-def test_judges_without_labels(has_labels: bool) -> None:
-    """As the functions do; a set without labels is judged so alone, and a resume keeps the teacher's neighbors."""
+class Judged(NamedTuple):
+    """A run that judges without labels: student and teacher give each other's embeddings."""
+
+    sets: dict[str, EvaluationSet]
+    options: dict[str, Any]
+    callback: ZeroShotRetrieval
+    images_of_teacher: list[int]
+
+
+@pytest.fixture(params=[True, False], ids=["labels", "no labels"])
+def judged(request: pytest.FixtureRequest) -> Judged:
     labeled = EvaluationSet(numbered_images(60, 0), numbered_images(50, 100))
-    images = labeled.test.samples
-    labeled = labeled if has_labels else EvaluationSet.without_labels(labeled.test)
-    calls: list[int] = []
+    sets = {"set": labeled if request.param else EvaluationSet.without_labels(labeled.test)}
+    images_of_teacher: list[int] = []
 
     def teacher(images: Tensor) -> dict[str, Tensor]:
-        calls.append(len(images))
+        images_of_teacher.append(len(images))
         return {"whole": pixels(images), "corner": corner(images).square()}
 
     def student(images: Tensor) -> dict[str, Tensor]:
@@ -198,9 +205,14 @@ def test_judges_without_labels(has_labels: bool) -> None:
 
     options: dict[str, Any] = {"embed": student, "primary": "whole", "augment": AUGMENT, "device_batch_size": 16}
     options |= {"baselines": {"teacher": teacher, "pixels": corner}, "probes": ["agreement", "instance"]}
-    callback = ZeroShotRetrieval({"set": labeled}, "5ba", at_start=True, **options)
+    callback = ZeroShotRetrieval(sets, "5ba", at_start=True, **options)
     train(Watched(), callback, "5ba")
-    metrics, baselines = callback.history[-1]["metrics"], callback.baseline_metrics
+    return Judged(sets, options, callback, images_of_teacher)
+
+
+def test_judges_without_labels_as_the_functions_do(judged: Judged) -> None:
+    metrics, baselines = judged.callback.history[-1]["metrics"], judged.callback.baseline_metrics
+    images = judged.sets["set"].test.samples
     for embedding, expected in {
         "": neighbor_agreement(corner(images), pixels(images)),
         "/whole": neighbor_agreement(corner(images), pixels(images)),
@@ -214,25 +226,31 @@ def test_judges_without_labels(has_labels: bool) -> None:
     for k, expected in retrieval_accuracy(second, numbers, first, numbers).items():
         assert metrics[f"metrics/set/instance/top{k}"] == pytest.approx(expected)
         assert 0 < expected < 1
-    assert ("metrics/set/bank_train/top1" in metrics) == has_labels
-    *retrieval, unlabeled = format_tables(callback.results, ["set"], "whole, batch 5").split("\n\n")
+
+
+def test_a_set_without_labels_is_judged_so_alone(judged: Judged) -> None:
+    results, has_labels = judged.callback.results, judged.sets["set"].has_labels
+    assert ("metrics/set/bank_train/top1" in judged.callback.history[-1]["metrics"]) == has_labels
+    *retrieval, unlabeled = format_tables(results, ["set"], "whole, batch 5").split("\n\n")
     assert [each.partition(",")[0] for each in retrieval] == ["Zero-shot retrieval on set"] * has_labels
     title, head, *table = unlabeled.splitlines()
     assert title == "Measured without labels on set, whole, batch 5, in % [95 % interval]"
     assert re.split(" {2,}", head.strip()) == ["neighbor agreement", "instance top-1", "instance top-3"]
     assert [line.split("  ")[0] for line in table] == ["pixels", *GAP, "teacher gap closed"]
-    shares = {each.row: each.hits.double().mean() for each in callback.results if each.measure == AGREEMENT}
+    shares = {each.row: each.hits.double().mean() for each in results if each.measure == AGREEMENT}
     for row, line in zip(GAP, table[1:-1], strict=True):
         assert line.removeprefix(row).split()[0] == f"{100 * shares[row]:.1f}", row
 
-    resumed = ZeroShotRetrieval({"set": labeled}, "5ba", **options)
-    resumed.load_state_dict(callback.state_dict())
-    calls.clear()
+
+def test_a_resume_keeps_the_teachers_neighbors(judged: Judged) -> None:
+    resumed = ZeroShotRetrieval(judged.sets, "5ba", **judged.options)
+    resumed.load_state_dict(judged.callback.state_dict())
+    judged.images_of_teacher.clear()
     resumed.history.clear()
     train(Watched(), resumed, "5ba")
-    assert resumed.history[-1]["metrics"] == metrics
-    assert calls == []
-    assert {each[:3] for each in resumed.results} == {each[:3] for each in callback.results}
+    assert resumed.history[-1]["metrics"] == judged.callback.history[-1]["metrics"]
+    assert judged.images_of_teacher == []
+    assert {each[:3] for each in resumed.results} == {each[:3] for each in judged.callback.results}
 
 
 def test_baselines_are_measured_once_in_one_pass() -> None:

@@ -1,6 +1,5 @@
 """A run resumes from its newest complete checkpoint, and from no other program's."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from d2v_composer.checkpoints.checkpoint import (
 )
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError
-from helpers import load_checkpoint, small_run
+from helpers import Canary, load_checkpoint, small_run
 from recipes import train
 
 
@@ -82,16 +81,6 @@ def test_no_code_of_a_checkpoint_runs(run_folder: Path, small_data: Path, tmp_pa
     with pytest.raises(InputError, match=f"^load_path: {newest} is not a checkpoint written by recipes/train.py"):
         train.main(small_run(tmp_path / "another", small_data, f"load_path={newest}"))
     assert not (tmp_path / "canary").exists()
-
-
-class Canary:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.path}",)
 
 
 def test_composer_gets_what_was_checked(

@@ -194,10 +194,14 @@ def test_bad_input_is_one_line(student: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["onnx", "safetensors"])
 def test_another_preprocessing_is_found(student: Path, tmp_path: Path, suffix: str) -> None:
     """What a runtime gets is normalized already, so that the numbers would not show it."""
+
+    def change(model: onnx.ModelProto) -> None:
+        [stored] = [each for each in model.metadata_props if each.key == "preprocessing"]
+        stored.value = stored.value.replace("0.406]", "0.5]", 1)
+
     other, program = load_student(student), tmp_path / f"other.{suffix}"
     other.encoder.config = other.encoder.config.changed(image_mean=(0.5, 0.5, 0.5))
-    save_student(other, other_student := tmp_path / "other.safetensors")
-    export.main([str(other_student), str(program), "--overwrite"])
+    save_student(other, program) if suffix == "safetensors" else changed(student.with_suffix(".onnx"), change, program)
     with pytest.raises(
         InputError, match=rf"{program}: its preprocessing is .*0\.5\], .*, but the student's is .*0\.406"
     ):

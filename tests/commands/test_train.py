@@ -12,7 +12,7 @@ import torch
 
 from d2v_composer.commands import init, train
 from d2v_composer.config.load import load_config
-from helpers import GOLDEN, ROOT, d2v, losses_of, small_run
+from helpers import GOLDEN, ROOT, d2v, losses_of, small_run, succeed
 
 
 def test_a_yaml_that_travels_trains(small_data: Path, tmp_path: Path) -> None:
@@ -21,8 +21,7 @@ def test_a_yaml_that_travels_trains(small_data: Path, tmp_path: Path) -> None:
     assert printed.stderr.rstrip().endswith("train FILE.yaml")
     (tmp_path / "my.yaml").write_text(printed.stdout)
     _, *overrides = small_run(tmp_path / "run", small_data, "max_duration=2ba", "scheduler.t_warmup=0ba")
-    trained = d2v("train", "my.yaml", *overrides, cwd=tmp_path)
-    assert trained.returncode == 0, trained.stderr
+    succeed("train", "my.yaml", *overrides, cwd=tmp_path)
     assert len(losses_of(tmp_path / "run")) == 2
     assert "\ncommand: d2v train my.yaml teacher" in (tmp_path / "run" / "run.yaml").read_text()
 

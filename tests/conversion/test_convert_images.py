@@ -27,7 +27,7 @@ from d2v_composer.system.errors import InputError, RunError
 from d2v_composer.system.fetch import cache_folder
 from d2v_composer.system.files import sole_user
 from gated_store import GatedStore
-from helpers import encoded_image
+from helpers import contents_of, encoded_image, saved
 
 CLASSES = ("n01440764", "n01443537", "n02105855")
 NUM_IMAGES = 90
@@ -55,12 +55,6 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-def saved(image: Image.Image, format: str = "JPEG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
 def samples(folder: Path) -> list[dict]:
     """Verify every shard against the index, and return the samples."""
     index = json.loads((folder / "index.json").read_bytes())
@@ -79,10 +73,6 @@ def originals(source: Path) -> list[bytes]:
     return sorted(path.read_bytes() for path in source.rglob("*.JPEG"))
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def labels_of(source: Source) -> list[int]:
     assert source.label is not None
     return [source.label(number) for number in range(len(source))]
@@ -97,14 +87,14 @@ def test_converts_train_folders(source: Path, tmp_path: Path, capfd: pytest.Capt
     assert len(found) == len(want) == result.samples == NUM_IMAGES
     assert result.skipped == []
     assert result.shards == len(list(out.glob("shard.*.mds"))) > 5
-    assert {name for name in tree(out) if not name.startswith("shard.")} == {"index.json", "conversion.json"}
+    assert {name for name in contents_of(out) if not name.startswith("shard.")} == {"index.json", "conversion.json"}
     # Shuffled over all classes: the first shard has more than one.
     assert len({int(sample["label"]) for sample in found[:12]}) > 1
     assert "90 images, 3 classes" in capfd.readouterr().out
-    before = tree(out)
+    before = contents_of(out)
     with pytest.raises(InputError, match="holds a finished data set"):
         main([str(source), str(out), "--seed", "1"])
-    assert tree(out) == before
+    assert contents_of(out) == before
 
 
 @pytest.mark.parametrize(
@@ -185,7 +175,7 @@ def test_an_unsuitable_out_is_one_line(source: Path, tmp_path: Path):
     write(tmp_path / "full" / "thesis.tex", b"mine")
     with pytest.raises(InputError, match="holds files that are not ours, such as thesis"):
         main([str(source), str(tmp_path / "full")])
-    assert tree(tmp_path / "full") == {"thesis.tex": b"mine"}
+    assert contents_of(tmp_path / "full") == {"thesis.tex": b"mine"}
     with pytest.raises(InputError, match="is inside the folder of images"):
         main([str(source), str(source / "train" / "out")])
     with pytest.raises(InputError, match=r"^ftp://host/folder cannot be listed \("):
@@ -244,7 +234,7 @@ def test_finished_shards_are_kept_if_they_are_whole_and_of_the_same_settings(sou
     assert sorted(line.split(":")[0] for line in result.skipped) == skipped
     assert 0 < result.resumed < result.shards
     main([str(damaged), str(tmp_path / "clean"), *SMALL_SHARDS, "--skip-unreadable"])
-    assert tree(out) == tree(tmp_path / "clean")
+    assert contents_of(out) == contents_of(tmp_path / "clean")
     assert images(out) == originals(source)
 
 
@@ -309,7 +299,7 @@ def test_writes_to_an_object_store(
     main([str(source), str(tmp_path / "local"), *shards])
     assert main([str(source), remote, *shards]).samples == NUM_IMAGES
     # The same data set as on disk, and no copy of it here.
-    assert object_store.objects("conversion", "imagenet/train/") == tree(tmp_path / "local")
+    assert object_store.objects("conversion", "imagenet/train/") == contents_of(tmp_path / "local")
     assert not [path for path in cache_folder().rglob("*") if path.is_file()]
     with pytest.raises(InputError, match="cannot be listed"):
         main([str(source), "s3://no-such-bucket/train"])
@@ -348,7 +338,7 @@ def test_a_shard_in_a_store_is_kept_only_if_it_is_there(
     client.delete_object(Bucket="resumed", Key=f"train/{removed}")
     result = main([*command, "--skip-unreadable"])
     assert 0 < result.resumed == len(finished.keys() - replaced - {removed}) < len(finished) - 1
-    assert object_store.objects("resumed", "train/") == tree(tmp_path / "local")
+    assert object_store.objects("resumed", "train/") == contents_of(tmp_path / "local")
 
 
 @pytest.mark.slow

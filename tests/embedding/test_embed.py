@@ -44,6 +44,7 @@ from helpers import GOLDEN, NUM_IMAGES, QUICKSTART, ROOT, encoded_image, time_li
 TEACHER = GOLDEN / "tiny_base.pt"
 SIZE = 32
 SMALL_BATCHES = ("--batch-size", "4")
+AGAIN = (*SMALL_BATCHES, "--overwrite")
 # Another order of sums.
 TOLERANCE = {"rtol": 0, "atol": 2e-5}
 
@@ -193,17 +194,12 @@ def test_a_worker_that_is_killed_is_one_line(photos: Path, tmp_path: Path, monke
         embed(TEACHER, photos, tmp_path / "photos.npy", workers=1)
 
 
-def test_resumes_to_the_same_bytes_and_replaces_a_file_only_then(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, out = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "photos.npy"
-    folder, ids, whole = tmp_path / ".photos.npy.partial", tmp_path / "photos.ids.npy", tmp_path / "whole.npy"
-    embed(TEACHER, source, whole, *SMALL_BATCHES)
-    for file in (out, ids):
-        file.write_bytes(b"old")
-    with pytest.raises(InputError, match=r"photos\.npy already exists; choose another file, or append --overwrite"):
-        embed(TEACHER, source, out)
-    again = (*SMALL_BATCHES, "--overwrite")
+@pytest.fixture
+def interrupted(photos: Path, tmp_path: Path) -> Path:
+    """The folder of a call that was interrupted after two of its parts: its source, and the files that it replaces."""
+    shutil.copytree(photos, tmp_path / "photos")
+    for name in ("photos.npy", "photos.ids.npy"):
+        (tmp_path / name).write_bytes(b"old")
     embed_images, calls = Transformer.embed, itertools.count()
 
     def embed_some(*arguments: Any) -> Tensor:
@@ -211,31 +207,44 @@ def test_resumes_to_the_same_bytes_and_replaces_a_file_only_then(
             raise KeyboardInterrupt
         return embed_images(*arguments)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Transformer, "embed", embed_some)
         with pytest.raises(KeyboardInterrupt):
-            embed(TEACHER, source, out, *again)
-    assert out.read_bytes() == ids.read_bytes() == b"old"
+            embed(TEACHER, tmp_path / "photos", tmp_path / "photos.npy", *AGAIN)
+    return tmp_path
 
-    # Rows of two different runs would not belong together.
-    other = tmp_path / "other.safetensors"
+
+def test_rows_of_two_different_runs_are_not_joined(interrupted: Path) -> None:
+    source, out, folder = interrupted / "photos", interrupted / "photos.npy", interrupted / ".photos.npy.partial"
+    with pytest.raises(InputError, match=r"photos\.npy already exists; choose another file, or append --overwrite"):
+        embed(TEACHER, source, out)
+    other = interrupted / "other.safetensors"
     save_student(load_teacher(TEACHER).build_student(depth=1), other)
     with pytest.raises(InputError, match=rf"{folder}: an interrupted run had a different model; delete that folder"):
-        embed(other, source, out, *again)
+        embed(other, source, out, *AGAIN)
     with pytest.raises(InputError, match="different source; "):
-        embed(TEACHER, source / "b", out, *again)
+        embed(TEACHER, source / "b", out, *AGAIN)
     with pytest.raises(InputError, match="different pooling, normalize; "):
-        embed(TEACHER, source, out, *again, "--pooling", "mean", "--normalize")
+        embed(TEACHER, source, out, *AGAIN, "--pooling", "mean", "--normalize")
+
+
+def test_resumes_to_the_same_bytes_and_replaces_a_file_only_then(
+    interrupted: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, ids, whole = (interrupted / name for name in ("photos.npy", "photos.ids.npy", "whole.npy"))
+    assert out.read_bytes() == ids.read_bytes() == b"old"
+    embed(TEACHER, photos, whole, *SMALL_BATCHES)
+    source = interrupted / "photos"
     first = source / image_paths(source)[0]
     before = first.stat()
     first.write_bytes(bytes(before.st_size))
     # An image that changed unnoticed and became unreadable proves that finished parts are not embedded again.
     os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert embed(TEACHER, source, out, *again, workers=1).resumed == 16
+    assert embed(TEACHER, source, out, *AGAIN, workers=1).resumed == 16
     assert "resumed an interrupted run after 16 images" in capsys.readouterr().out
     assert out.read_bytes() == whole.read_bytes()
-    assert ids.read_bytes() == (tmp_path / "whole.ids.npy").read_bytes()
-    assert not folder.exists()
+    assert ids.read_bytes() == (interrupted / "whole.ids.npy").read_bytes()
+    assert not (interrupted / ".photos.npy.partial").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """d2v evaluate: accuracies with their intervals, for every kind of model file; the teacher gap closed over a run."""
 
 import csv
+import io
 import json
 import re
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,13 +17,12 @@ import torch
 from d2v_composer import (
     knn_accuracy,
     linear_probe_accuracy,
-    load_student,
     load_teacher,
     neighbor_agreement,
     retrieval_accuracy,
 )
 from d2v_composer.benchmarks import measure as benchmark
-from d2v_composer.checkpoints.load import save_student
+from d2v_composer.checkpoints.load import load_any, save_student
 from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.commands import export as export_student
 from d2v_composer.data.labeled import load_labeled_set
@@ -42,60 +43,78 @@ CLS = "layer_mean_cls"
 DATASETS = f"datasets={{small: {{format: mds, root: {QUICKSTART / 'cifar10'}}}}}"
 
 
+class Evaluated(NamedTuple):
+    """A model's evaluation: what it printed, its JSON, and the rows of its CSV."""
+
+    printed: str
+    found: dict[str, Any]
+    rows: list[dict[str, str]]
+
+
+def evaluate(out: Path, model: Path, *options: str) -> Evaluated:
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        evaluate_command.main([str(YAML), DATASETS, "max_images=60", f"model={model}", f"out={out}", *options])
+    rows = list(csv.DictReader((out / "evaluation.csv").open()))
+    return Evaluated(printed.getvalue(), json.loads((out / "evaluation.json").read_text()), rows)
+
+
+@pytest.fixture(scope="module")
+def of_a_checkpoint(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+    probes = "probes=[knn,linear,agreement,instance]"
+    return evaluate(tmp_path_factory.mktemp("checkpoint"), uninterrupted / "latest-rank0.pt", probes)
+
+
 @pytest.mark.slow
 def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
-    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    of_a_checkpoint: Evaluated, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    checkpoint, student = uninterrupted / "latest-rank0.pt", tmp_path / "student.safetensors"
-    export_student.main([str(checkpoint), str(student)])
-    found, printed, few = {}, {}, (str(YAML), DATASETS, "max_images=60")
-    for model, options in ((checkpoint, ["probes=[knn,linear,agreement,instance]"]), (student, ["pooling=mean"])):
-        capsys.readouterr()
-        evaluate_command.main([*few, f"model={model}", f"out={tmp_path / model.stem}", *options])
-        printed[model] = capsys.readouterr().out
-        found[model] = json.loads((tmp_path / model.stem / "evaluation.json").read_text())
+    student = tmp_path / "student.safetensors"
+    export_student.main([str(uninterrupted / "latest-rank0.pt"), str(student)])
     with pytest.raises(InputError, match="probes: agreement needs the teacher; name it with teacher=PATH"):
-        evaluate_command.main([*few, f"model={student}", "probes=[agreement]"])
-    assert printed[checkpoint].startswith("embedding: layer_mean_cls\nZero-")
-    assert printed[student].startswith("embedding: layer_mean_mean\n")
-    names = [candidate["name"] for candidate in found[checkpoint]["candidates"]]
+        evaluate(tmp_path, student, "probes=[agreement]")
+    of_a_file = evaluate(tmp_path, student, "pooling=mean")
+    assert of_a_checkpoint.printed.startswith("embedding: layer_mean_cls\nZero-")
+    assert of_a_file.printed.startswith("embedding: layer_mean_mean\n")
+    names = [candidate["name"] for candidate in of_a_checkpoint.found["candidates"]]
     assert names == ["pixels", "encoder", "untrained student", "student", "teacher"]
-    assert [candidate["name"] for candidate in found[student]["candidates"]] == names[:-1]  # without a teacher
+    assert [candidate["name"] for candidate in of_a_file.found["candidates"]] == names[:-1]  # without a teacher
+    assert [each.found["primary"] for each in (of_a_checkpoint, of_a_file)] == ["layer_mean_cls", "layer_mean_mean"]
+    assert accuracies(of_a_checkpoint) == accuracies(of_a_file)
 
-    def accuracies(model: Path) -> dict[tuple, tuple]:
-        return {
-            tuple(row[key] for key in ("candidate", "bank", "embedding", "k")): (row["value"], row["low"])
-            for row in found[model]["results"]
-            if row["candidate"] != "teacher" and row["measure"] == "retrieval"
-        }
 
-    assert accuracies(checkpoint) == accuracies(student)
-    assert [each["primary"] for each in found.values()] == ["layer_mean_cls", "layer_mean_mean"]
+def accuracies(evaluated: Evaluated) -> dict[tuple, tuple]:
+    return {
+        tuple(row[key] for key in ("candidate", "bank", "embedding", "k")): (row["value"], row["low"])
+        for row in evaluated.found["results"]
+        if row["candidate"] != "teacher" and row["measure"] == "retrieval"
+    }
 
-    # The student's numbers are those of its own embeddings.
-    loaded = load_student(student)
+
+@pytest.mark.slow
+def test_the_students_numbers_are_those_of_its_embeddings(of_a_checkpoint: Evaluated, uninterrupted: Path) -> None:
+    student, _ = load_any(uninterrupted / "latest-rank0.pt")
     labeled = load_labeled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic", max_images=60)
+    teacher, printed, rows = load_teacher(GOLDEN / "tiny_base.pt"), of_a_checkpoint.printed, of_a_checkpoint.rows
     with torch.inference_mode():
-        bank, queries = (loaded.embed(images.samples, representation="layer_mean") for images in labeled[:2])
+        bank, queries = (student.embed(images.samples, representation="layer_mean") for images in labeled[:2])
+        theirs = teacher.embed(labeled.test.samples, representation="layer_mean")
     sets = bank, labeled.train.labels, queries, labeled.test.labels
     for k, accuracy in retrieval_accuracy(*sets).items():
-        assert accuracies(checkpoint)["student", "train", "layer_mean_cls", k][0] == pytest.approx(accuracy)
-        assert f"{100 * accuracy:.1f} [" in printed[checkpoint]
-    with (tmp_path / checkpoint.stem / "evaluation.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == len(found[checkpoint]["results"]) == (2 * 2 + 3 + 3) * (1 + 3 + 6 + 6 + 6)
+        assert accuracies(of_a_checkpoint)["student", "train", CLS, k][0] == pytest.approx(accuracy)
+        assert f"{100 * accuracy:.1f} [" in printed
+    # Both banks with both k, three probes and three measures without labels, of every model's embeddings.
+    assert len(rows) == len(of_a_checkpoint.found["results"]) == (2 * 2 + 3 + 3) * (1 + 3 + 6 + 6 + 6)
     assert all(0 <= float(row["low"]) <= float(row["value"]) <= float(row["high"]) <= 1 for row in rows)
-    judged = {row["measure"]: row for row in rows if (row["candidate"], row["embedding"]) == ("student", CLS)}
-    assert float(judged["knn"]["value"]) == knn_accuracy(*sets)
-    assert float(judged["linear"]["value"]) == linear_probe_accuracy(*sets)
-    assert "Probes fitted on train, measured on test on small" in printed[checkpoint]
-    assert f"Measured without labels on small, {CLS}, in % [95 % interval]\n" in printed[checkpoint]
-    agreements = {row["candidate"]: row for row in rows if (row["measure"], row["embedding"]) == ("agreement", CLS)}
-    assert [agreements["teacher"][key] for key in ("k", "bank", "value", "low", "high")] == ["10", "", *["1.0"] * 3]
-    teacher = load_teacher(GOLDEN / "tiny_base.pt")
-    with torch.inference_mode():
-        theirs = teacher.embed(labeled.test.samples, representation="layer_mean")
-    assert float(agreements["student"]["value"]) == pytest.approx(neighbor_agreement(queries, theirs))
+    values = {(row["candidate"], row["measure"]): float(row["value"]) for row in rows if row["embedding"] == CLS}
+    assert values["student", "knn"] == knn_accuracy(*sets)
+    assert values["student", "linear"] == linear_probe_accuracy(*sets)
+    assert values["student", "agreement"] == pytest.approx(neighbor_agreement(queries, theirs))
+    assert "Probes fitted on train, measured on test on small" in printed
+    assert f"Measured without labels on small, {CLS}, in % [95 % interval]\n" in printed
+    of_teacher = [row for row in rows if (row["candidate"], row["embedding"]) == ("teacher", CLS)]
+    [teachers] = [row for row in of_teacher if row["measure"] == "agreement"]
+    assert [teachers[key] for key in ("k", "bank", "value", "low", "high")] == ["10", "", *["1.0"] * 3]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from d2v_composer.models.configs import RELEASED, AudioEncoderConfig, TeacherCon
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.encoder import Inputs
-from d2v_composer.models.targets import norm_mean, regression_loss
+from d2v_composer.models.targets import norm_mean
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, assert_same_numbers, refused_by, time_limit
 
@@ -361,16 +361,6 @@ def test_fine_tuned_files_are_refused(tmp_path: Path) -> None:
     checkpoint["model"] = {f"w2v_encoder.w2v_model.{name}": each for name, each in tensors.items()}
     torch.save(checkpoint, tmp_path / "base_960h.pt")
     assert "fine-tuned, or not a data2vec 2.0 checkpoint" in refused_by(load_teacher, tmp_path / "base_960h.pt")
-
-
-def test_a_loss_without_padding_is_plain() -> None:
-    from d2v_composer.models.targets import Regression
-
-    prediction, target = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    nothing = torch.zeros(2, 3, dtype=torch.bool)
-    torch.testing.assert_close(
-        regression_loss(Regression(prediction, target, None, nothing)), regression_loss(Regression(prediction, target))
-    )
 
 
 def test_a_mean_that_is_zero_is_no_embedding(teacher: Any) -> None:

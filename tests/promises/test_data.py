@@ -36,6 +36,7 @@ from helpers import (
     small_run,
     start_python,
     started_ranks,
+    succeed,
     traced,
     train_command,
     truncated,
@@ -320,8 +321,7 @@ def test_a_conversion_is_whole_or_nothing(photos: Path, tmp_path: Path) -> None:
     assert "0500.jpg" in failure(refused, 2)
     assert not (tmp_path / "refused" / "index.json").exists()
     arguments.append("--skip-unreadable")
-    ended = d2v("convert-images", photos, tmp_path / "whole", *arguments)
-    assert ended.returncode == 0, ended.stderr
+    ended = succeed("convert-images", photos, tmp_path / "whole", *arguments)
     assert "0500.jpg" in ended.stdout + ended.stderr
     out = tmp_path / "killed"
     for number in (1, 3):
@@ -332,8 +332,7 @@ def test_a_conversion_is_whole_or_nothing(photos: Path, tmp_path: Path) -> None:
         program.wait(30)
         assert_gone(family)
         assert not (out / "index.json").exists()
-    ended = d2v("convert-images", photos, out, *arguments)
-    assert ended.returncode == 0, ended.stderr
+    succeed("convert-images", photos, out, *arguments)
     assert tree(out) == tree(tmp_path / "whole")
     dataset: Any = StreamingDataset(local=str(out), shuffle=False, batch_size=1)
     assert len(dataset) == 1999
@@ -352,8 +351,7 @@ def test_a_conversion_to_a_store_writes_what_is_not_there(store: GatedStore, pho
     program.wait(30)
     for name in store.objects(bucket, "converted/"):
         client.delete_object(Bucket=bucket, Key=f"converted/{name}")
-    ended = d2v(*command, environment=environment)
-    assert ended.returncode == 0, ended.stderr
+    ended = succeed(*command, environment=environment)
     assert "resumed" not in ended.stdout
     stored = store.objects(bucket, "converted/")
     files = [shard["raw_data"] for shard in json.loads(stored["index.json"])["shards"]]
@@ -366,8 +364,7 @@ def test_embed_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     """21: killed and interrupted at random moments; one line says how to go on."""
     model, source = GOLDEN / "tiny_base.pt", QUICKSTART / "cifar10" / "train"
     options = ("--workers", "1", "--batch-size", "50")
-    ended = d2v("embed", model, source, tmp_path / "whole.npy", *options)
-    assert ended.returncode == 0, ended.stderr
+    succeed("embed", model, source, tmp_path / "whole.npy", *options)
     command = [*D2V, "embed", model, source, tmp_path / "killed.npy", *options]
     for number, sent in enumerate((signal.SIGKILL, signal.SIGINT, signal.SIGTERM)):
         program = start_python(*command)
@@ -379,7 +376,6 @@ def test_embed_resumes_to_the_same_bytes(tmp_path: Path) -> None:
         assert_gone(family)
         assert sent == signal.SIGKILL or program.stderr.splitlines()[-1].startswith(("Interrupted", "SIGTERM"))
         assert not (tmp_path / "killed.npy").exists()
-    ended = d2v(*command[2:])
-    assert ended.returncode == 0, ended.stderr
+    succeed(*command[2:])
     assert (tmp_path / "killed.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
     assert np.isfinite(np.load(tmp_path / "killed.npy")).all()

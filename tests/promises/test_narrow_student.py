@@ -17,6 +17,7 @@ from helpers import (
     run_training,
     small_run,
     student_of,
+    succeed,
     train_command,
 )
 
@@ -53,13 +54,12 @@ def test_evaluate_embed_and_export_read_the_narrow_embedding(narrow: Path, label
     found = {}
     for model in (checkpoint, exported):
         out = tmp_path / f"{model.name}.npy"
-        assert d2v("embed", model, labeled / "test", out).returncode == 0
+        succeed("embed", model, labeled / "test", out)
         found[model] = np.load(out)
     assert found[exported].shape == (48, 20)
     np.testing.assert_allclose(found[exported], found[checkpoint], atol=1e-5)
     datasets = f"datasets={{cifar10: {{format: mds, root: {labeled}}}}}"
-    evaluated = d2v("evaluate", ROOT / "yamls" / "evaluate.yaml", f"model={checkpoint}", datasets)
-    assert evaluated.returncode == 0, evaluated.stderr
+    succeed("evaluate", ROOT / "yamls" / "evaluate.yaml", f"model={checkpoint}", datasets)
     student, trained = load_student(exported), load_checkpoint(checkpoint)["state"]["model"]
     assert torch.equal(student.state_dict()["input_proj.weight"], trained["student.input_proj.weight"])
     assert not any("head" in name for name in student.state_dict())

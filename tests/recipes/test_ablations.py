@@ -200,13 +200,16 @@ def test_every_row_is_a_valid_run(path: Path, monkeypatch: pytest.MonkeyPatch) -
         return TimmTeacher(built, teacher_config(model, built, first_blocks))
 
     monkeypatch.setattr(timm_weights, "load_timm_teacher", load_timm_teacher)
-    base = config_of(path.parent, {})
+    base, built = config_of(path.parent, {}), set[str]()
     for name, row in read_rows(path.parent).items():
         config = config_of(path.parent, row)
         is_another_reading = reading_of(config) != reading_of(base)
         measures_baselines = config.retrieval.at_start and "teacher" in config.retrieval.baselines
         assert measures_baselines == (name == "base" or is_another_reading), name
-        if config.student.model is None and not config.objectives.embedding.weight:  # those need weights
+        models = str((config.teacher, config.student, config.targets, config.objectives, config.prediction))
+        need_weights = config.student.model or config.objectives.embedding.weight
+        if models not in built and not need_weights:
+            built.add(models)
             with torch.device("meta") if config.teacher.checkpoint is None else nullcontext():
                 model = build_model(config)
             assert len(model.student.blocks) == config.student.depth, name

@@ -25,13 +25,13 @@ from helpers import (
     GOLDEN,
     QUICKSTART,
     ROOT,
-    d2v,
     encoded_image,
     failure,
     losses_of,
     run_command,
     run_ranks,
     student_of,
+    succeed,
     train_until_killed,
     write_mds,
 )
@@ -103,8 +103,7 @@ def test_a_tuned_encoder_stands_in_no_other_models_row(student: Path, labeled: P
         "alone": (tmp_path / "run" / "latest-rank0.pt",),
     }.items():
         sets, out = f"datasets={{small: {{format: mds, root: {labeled}}}}}", tmp_path / name
-        ended = d2v("evaluate", f"model={model}", sets, f"out={out}", "representation=output", *options)
-        assert ended.returncode == 0, ended.stderr
+        ended = succeed("evaluate", f"model={model}", sets, f"out={out}", "representation=output", *options)
         said, rows = ended.stderr, json.loads((out / "evaluation.json").read_text())["results"]
         found[name] = {tuple(row[key] for key in KEYS): row["value"] for row in rows}
     assert {row for row, *_ in found["alone"]} == {"pixels", "student"}

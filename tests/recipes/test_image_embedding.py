@@ -28,6 +28,7 @@ from helpers import (
     run_training,
     small_run,
     student_of,
+    succeed,
     train_command,
 )
 from small_vits import random_vit
@@ -73,7 +74,7 @@ def trained(
 @pytest.fixture(scope="module")
 def exported(trained: Path) -> Path:
     path = trained.with_name("student.safetensors")
-    assert d2v("export", trained / "latest-rank0.pt", path).returncode == 0
+    succeed("export", trained / "latest-rank0.pt", path)
     return path
 
 
@@ -113,7 +114,7 @@ def test_files_have_the_teachers_head(exported: Path, teacher: Path, labeled: Pa
     )
     assert_close(expected, normed @ theirs["head.weight"].T + theirs["head.bias"])
     for suffix in ("onnx", "pt2"):  # of the run's primary embedding
-        assert d2v("export", exported, tmp_path / f"student.{suffix}").returncode == 0
+        succeed("export", exported, tmp_path / f"student.{suffix}")
     (found,) = onnxruntime.InferenceSession(tmp_path / "student.onnx").run(None, {"images": images.numpy()})
     assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
     assert_close(torch.export.load(tmp_path / "student.pt2").module()(images), expected)
@@ -145,7 +146,7 @@ def test_timm_alone_loads_an_aligned_student(
     network = ["student.depth=5", "student.model=timm/test_byobnet", "retrieval.representation=output"]
     run_training(*arguments(tmp_path / "run", small_data, teacher, *network, "objectives.tokens.weight=0"))
     out = tmp_path / "student.safetensors"
-    assert d2v("export", tmp_path / "run" / "latest-rank0.pt", out).returncode == 0
+    succeed("export", tmp_path / "run" / "latest-rank0.pt", out)
     student: Any = load_student(out)
     images = torch.randint(0, 256, (4, 3, 48, 64), dtype=torch.uint8)
     np.save(tmp_path / "images.npy", student.encoder.prepare(images).numpy())
@@ -162,7 +163,7 @@ assert not any(name.startswith(("d2v_composer", "composer", "streaming")) for na
     card = (tmp_path / "README.md").read_text()
     assert 'timm.create_model("test_byobnet", num_classes=128, checkpoint_path="student.safetensors")' in card
     assert "aligned = model(images)" in card
-    assert d2v("export", out, tmp_path / "student.onnx", *PROJECTED).returncode == 0
+    succeed("export", out, tmp_path / "student.onnx", *PROJECTED)
     ended = d2v("evaluate", f"model={out}", f"teacher={teacher}", sets_of(labeled, classes), "probes=[zero_shot]")
     assert "zero-shot top-1" in ended.stdout, ended.stderr
 

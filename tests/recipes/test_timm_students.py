@@ -37,6 +37,7 @@ from helpers import (
     run_training,
     small_run,
     student_of,
+    succeed,
     train_command,
     train_until_killed,
     write_mds,
@@ -112,13 +113,11 @@ def test_what_takes_a_student_takes_it(trained: Path, images: Path, tmp_path: Pa
     batch = student.encoder.prepare(torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8))
     (found,) = onnxruntime.InferenceSession(tmp_path / "student.onnx").run(None, {"images": batch.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), student.embed(batch, "cls"), rtol=1e-4, atol=1e-5)
-    ended = d2v("export", out, tmp_path / "int8.onnx", "--int8", "--calibrate", images)
-    assert ended.returncode == 0, ended.stderr
+    succeed("export", out, tmp_path / "int8.onnx", "--int8", "--calibrate", images)
     sizes = [(tmp_path / f"{name}.onnx").stat().st_size for name in ("int8", "student")]
     assert sizes[0] < 0.6 * sizes[1]  # of convolutions
     sets = f"datasets={{mine: {{format: folder, root: {images}}}}}"
-    evaluated = d2v("evaluate", f"model={out}", sets, f"out={tmp_path / 'evaluated.json'}")
-    assert evaluated.returncode == 0, evaluated.stderr
+    evaluated = succeed("evaluate", f"model={out}", sets, f"out={tmp_path / 'evaluated.json'}")
     assert "untrained student" in evaluated.stdout
 
 
@@ -128,11 +127,10 @@ def test_rivals_stand_in_the_same_tables(trained: Path, images: Path, tmp_path: 
     out = tmp_path / "evaluated"
     model, rival = trained / "latest-rank0.pt", GOLDEN / "tiny_alibi.pt"
     arguments = [f"model={model}", f"datasets={{mine: {{format: folder, root: {images}}}}}", "probes=[instance]"]
-    evaluated = d2v("evaluate", *arguments, f"rivals=[{rival}]", f"out={out}")
-    assert evaluated.returncode == 0, evaluated.stderr
+    succeed("evaluate", *arguments, f"rivals=[{rival}]", f"out={out}")
     found = json.loads((out / "evaluation.json").read_text())
     shown = (out / "evaluation.png").read_bytes()
-    assert d2v("evaluate", *arguments, f"out={out}").returncode == 0
+    succeed("evaluate", *arguments, f"out={out}")
     assert not (out / "evaluation.png").exists()
     (rated,) = [each for each in found["candidates"] if each["name"] == str(rival)]
     assert rated["parameters"] > 0
@@ -188,8 +186,7 @@ def test_two_ranks_train_and_resume_bit_for_bit(on_two_ranks: Path, trained: Pat
 def test_ranks_measure_what_is_saved(on_two_ranks: Path, unlabeled: str, tmp_path: Path) -> None:
     """With rank 0's statistics of BatchNorm, although each rank has its own after a batch."""
     arguments = [f"model={on_two_ranks / 'latest-rank0.pt'}", unlabeled, f"out={tmp_path}", "precision=fp32"]
-    ended = d2v("evaluate", *arguments)
-    assert ended.returncode == 0, ended.stderr
+    succeed("evaluate", *arguments)
     rows = json.loads((tmp_path / "evaluation.json").read_text())["results"]
     of_student = [each for each in rows if (each["candidate"], each["measure"]) == ("student", "agreement")]
     found = {each["embedding"]: each["value"] for each in of_student}
