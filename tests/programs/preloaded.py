@@ -169,16 +169,21 @@ def serve(listener: socket.socket, first: socket.socket) -> dict[str, Any]:
                         each.close()
                     for pidfd in running:
                         os.close(pidfd)
-                    with open(os.devnull) as nothing:
-                        os.dup2(nothing.fileno(), STDIN)
-                    for target, descriptor in enumerate(descriptors, start=1):
-                        os.dup2(descriptor, target)
-                        os.close(descriptor)
+                    take_streams(descriptors)
                     return json.loads(message)
                 for descriptor in descriptors:
                     os.close(descriptor)
                 running[os.pidfd_open(pid)] = pid, connections[ready]
                 answer(connections[ready], pid, None)
+
+
+def take_streams(outputs: Sequence[int]) -> None:
+    """Use nothing as the input of this process, and descriptors as its outputs."""
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), STDIN)
+    for target, descriptor in enumerate(outputs, start=1):
+        os.dup2(descriptor, target)
+        os.close(descriptor)
 
 
 def answer(connection: socket.socket, pid: int, status: int | None, megabytes: int = 0) -> None:
