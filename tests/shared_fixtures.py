@@ -82,6 +82,14 @@ def object_store() -> Iterator[GatedStore]:
         yield store
 
 
+@pytest.fixture
+def reachable_store(object_store: GatedStore, monkeypatch: pytest.MonkeyPatch) -> GatedStore:
+    """The same server, which this process reaches too."""
+    for name, value in object_store.environment.items():
+        monkeypatch.setenv(name, value)
+    return object_store
+
+
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
     """Return the folder of a run of 14 batches, 6 an epoch, in one process."""

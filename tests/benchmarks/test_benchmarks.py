@@ -39,12 +39,8 @@ def run(tmp_path: Path, *arguments: str) -> tuple[dict[str, float], dict[str, An
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_data_beside_image_folder(
-    workers: str, tmp_path: Path, object_store: GatedStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in object_store.environment.items():
-        monkeypatch.setenv(name, value)
-    remote = f"{object_store.create_bucket(f'benchmark{workers}')}/images"
+def test_data_beside_image_folder(workers: str, tmp_path: Path, reachable_store: GatedStore) -> None:
+    remote = f"{reachable_store.create_bucket(f'benchmark{workers}')}/images"
     rates, ratios = run(tmp_path, "data", "--num-images", "32", "--workers", workers, "--remote", remote)
     assert list(rates) == ["ImageFolder + PIL", "ours, local disk", "ours, S3 warm"]
     assert ratios == {

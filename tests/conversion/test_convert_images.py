@@ -289,17 +289,15 @@ def test_two_conversions_at_once_are_one_line(source: Path, tmp_path: Path, monk
 
 
 def test_writes_to_an_object_store(
-    source: Path, tmp_path: Path, object_store: GatedStore, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, reachable_store: GatedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A store without the bucket, or without access, is one line."""
-    for name, value in object_store.environment.items():
-        monkeypatch.setenv(name, value)
-    remote = f"{object_store.create_bucket('conversion')}/imagenet/train"
+    remote = f"{reachable_store.create_bucket('conversion')}/imagenet/train"
     shards = ("--shard-size", "50kb", "--workers", "2")
     main([str(source), str(tmp_path / "local"), *shards])
     assert main([str(source), remote, *shards]).samples == NUM_IMAGES
     # The same data set as on disk, and no copy of it here.
-    assert object_store.objects("conversion", "imagenet/train/") == contents_of(tmp_path / "local")
+    assert reachable_store.objects("conversion", "imagenet/train/") == contents_of(tmp_path / "local")
     assert not [path for path in cache_folder().rglob("*") if path.is_file()]
     with pytest.raises(InputError, match="cannot be listed"):
         main([str(source), "s3://no-such-bucket/train"])
@@ -309,11 +307,9 @@ def test_writes_to_an_object_store(
 
 
 @pytest.fixture
-def client(object_store: GatedStore, monkeypatch: pytest.MonkeyPatch) -> Any:
+def client(reachable_store: GatedStore) -> Any:
     """A client of the store, which conversions reach too."""
-    for name, value in object_store.environment.items():
-        monkeypatch.setenv(name, value)
-    return object_store.client()
+    return reachable_store.client()
 
 
 @pytest.mark.slow

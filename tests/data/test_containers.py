@@ -47,21 +47,19 @@ def stored(folder: Path) -> list[tuple[bytes, int]]:
 
 @pytest.mark.parametrize(("count", "workers"), [(60, "0"), pytest.param(2000, "2", marks=pytest.mark.slow)])
 def test_the_same_images_from_everywhere(
-    count: int, workers: str, object_store: GatedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    count: int, workers: str, reachable_store: GatedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One set of converted samples, and the same bits as embeddings, whatever the images lie in."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    for name, value in object_store.environment.items():
-        monkeypatch.setenv(name, value)
     cifar10 = open_source(str(QUICKSTART / "cifar10" / "train"), Images(), label_column="label")
     assert cifar10.label is not None
     images, labels = [cifar10.load(number) for number in range(count)], [cifar10.label(i) for i in range(count)]
     sources = write_all(tmp_path / "in", images, labels)
     bucket = f"containers-{count}"
-    address = object_store.create_bucket(bucket)
+    address = reachable_store.create_bucket(bucket)
     for kind in ("struct", "tars"):
         for path in (tmp_path / "in" / kind).iterdir():
-            object_store.client().upload_file(str(path), bucket, f"sets/{kind}/{path.name}")
+            reachable_store.client().upload_file(str(path), bucket, f"sets/{kind}/{path.name}")
         sources[f"s3 {kind}"] = [f"{address}/sets/{kind}", *sources[kind][1:]]
     sources["s3 glob"] = [f"{address}/**/struct/**", *sources["struct"][1:]]
     hub = tmp_path / "hub" / "org" / "birds" / "main" / "data"
@@ -503,19 +501,15 @@ def test_what_the_hub_has_twice_or_not_whole_must_be_named(tmp_path: Path, monke
             assert len(open_source(f"{address}/{name}", Images())) == 1
 
 
-def test_a_store_without_samples_is_one_line(
-    object_store: GatedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in object_store.environment.items():
-        monkeypatch.setenv(name, value)
-    address = object_store.create_bucket("containers-none")
-    object_store.client().put_object(Bucket="containers-none", Key="a/b.jpg", Body=IMAGE)
-    object_store.client().put_object(Bucket="containers-none", Key="a/", Body=b"")
+def test_a_store_without_samples_is_one_line(reachable_store: GatedStore, tmp_path: Path) -> None:
+    address = reachable_store.create_bucket("containers-none")
+    reachable_store.client().put_object(Bucket="containers-none", Key="a/b.jpg", Body=IMAGE)
+    reachable_store.client().put_object(Bucket="containers-none", Key="a/", Body=b"")
     for source in (f"{address}/a", f"{address}/a/*.tar"):
         with pytest.raises(InputError, match=f"^{re.escape(source)}: no Parquet files or tars$"):
             converted(source, tmp_path / "out")
     write_parquet(tmp_path / "paths.parquet", {"path": ["b.jpg"]})
-    object_store.client().upload_file(str(tmp_path / "paths.parquet"), "containers-none", "b/paths.parquet")
+    reachable_store.client().upload_file(str(tmp_path / "paths.parquet"), "containers-none", "b/paths.parquet")
     with pytest.raises(InputError, match=r"column 'path' holds paths, which are allowed only in a local file"):
         converted(f"{address}/b", tmp_path / "out")
     with pytest.raises(InputError, match=r"a/x.tar: no Parquet files or tars"):

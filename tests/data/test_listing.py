@@ -35,11 +35,9 @@ KINDS = {"tars": "tars/00001.tar", "bytes": "bytes/00001.parquet", "paths": "fol
 
 
 @pytest.fixture
-def store(object_store: GatedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GatedStore:
+def store(reachable_store: GatedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GatedStore:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    for name, value in object_store.environment.items():
-        monkeypatch.setenv(name, value)
-    return object_store
+    return reachable_store
 
 
 def images_of(source: Source) -> list[bytes]:

@@ -25,7 +25,7 @@ from d2v_composer.evaluation.metrics import BANKS, GAP, STUDENT, metric_key, rea
 from d2v_composer.report import page
 from d2v_composer.report.page import gallery, write_report
 from d2v_composer.report.plots import accuracy_plots
-from d2v_composer.report.run import EMBEDDINGS, read_run
+from d2v_composer.report.run import EMBEDDINGS, Run, read_run
 from d2v_composer.report.tables import study_table
 from d2v_composer.system.command_line import d2v
 from helpers import ROOT, small_run
@@ -98,25 +98,25 @@ def test_training_ends_with_a_report(run_folder: Path) -> None:
     assert f"{100 * final:.1f} %" in page
 
 
-def test_the_page_and_its_plots_show_the_log(run_folder: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def accurate(run_folder: Path) -> tuple[Run, str, str]:
+    """The run with accuracies of 20 % before and 40 % after, its primary embedding, and one with a weak teacher."""
     run = read_run(run_folder)
     primary = "{representation}_{pooling}".format(**run.record["config"]["retrieval"])
     [weak, *_] = {*EMBEDDINGS} - {primary}
-    accuracies = {
-        ("", STUDENT): {0: 0.2, 14: 0.4},
-        (primary, STUDENT): {0: 0.2, 14: 0.4},
-        ("", "teacher"): {0: 0.6},
-        (primary, "teacher"): {0: 0.6},
-        ("", "pixels"): {0: 0.1},
-        (weak, STUDENT): {0: 0.2, 14: 0.4},
-        (weak, "teacher"): {0: 0.3},
-    }
+    accuracies = {(embedding, STUDENT): {0: 0.2, 14: 0.4} for embedding in ("", primary, weak)}
+    accuracies |= {(embedding, "teacher"): {0: 0.6} for embedding in ("", primary)}
+    accuracies |= {("", "pixels"): {0: 0.1}, (weak, "teacher"): {0: 0.3}}
     ks = run.record["config"]["retrieval"]["ks"]
     measures = [retrieval_from(bank, k) for bank in BANKS for k in ks]
     log = {metric_key("squares", measure, *of): each for of, each in accuracies.items() for measure in measures}
     measure, shares = retrieval_from("train", min(ks)), zip(GAP, (20, 40, 60), strict=True)
     results = [Result(row, "squares", measure, "", True, torch.arange(100) < share, 14) for row, share in shares]
-    run = run._replace(log=log, results=results)
+    return run._replace(log=log, results=results), primary, weak
+
+
+def test_the_page_and_its_plots_show_the_log(accurate: tuple[Run, str, str], tmp_path: Path) -> None:
+    run, primary, weak = accurate
     write_report(run, tmp_path)
     page = (tmp_path / "report.html").read_text()
     for shown in (
