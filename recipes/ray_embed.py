@@ -25,8 +25,8 @@ if __name__ == "__main__":
 import ray  # pyright: ignore[reportMissingImports]  (an extra)
 
 from d2v_composer import Embedder
-from d2v_composer.data.containers import TAR, read_tar
 from d2v_composer.data.listing import list_files
+from d2v_composer.data.tars import read_tar
 from d2v_composer.system.errors import reading
 from d2v_composer.system.fetch import fetch
 
@@ -49,7 +49,7 @@ def main(model: str, source: str, out: str, column: str = "") -> None:
         rows, column = ray.data.read_binary_files(source, include_paths=True), "bytes"
     elif column[0] == ".":
         # Ray's own reader takes damage for the end of a tar.
-        root, files, *_ = list_files(source, (TAR,), {}) or (source, [])
+        root, files, *_ = list_files(source, (".tar",), {}) or (source, [])
         tars = [{"address": f"{root}/{file.path}", "version": file.version} for file in files]
         rows, column = ray.data.from_items(tars).flat_map(read_samples), column[1:]
     else:

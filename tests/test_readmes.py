@@ -181,6 +181,7 @@ def test_generated_pages_are_todays() -> None:
     """If this fails, run ``python tests/reference.py``."""
     assert reference.fields_page() == reference.FIELDS.read_text()
     assert reference.commands_page() == reference.COMMANDS.read_text()
+    assert reference.sources_page() == reference.SOURCES.read_text()
 
 
 def test_d2v_fields_prints_a_section(capsys: pytest.CaptureFixture[str]) -> None:

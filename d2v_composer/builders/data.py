@@ -44,11 +44,8 @@ def read_train_index(
     with node_leaders_first("the data set's index"):
         if loader.remote is not None and dist.get_local_rank() == 0:  # the other ranks share its folder
             fetch_index(loader.remote, local, min(loader.timeout, START_SECONDS))
-    section, columns = "train_loader.local", "train_loader.column"
-    if label_column is not None:
-        section, columns = "dataset.root", "dataset.column and dataset.label_column"
-    with errors_of(section, InputError):
-        index = Index(local, modality, loader.column, labels=label_column, option=columns, remote=loader.remote)
+    with errors_of("train_loader.local" if label_column is None else "dataset.root", InputError):
+        index = Index(local, modality, loader.column, labels=label_column, remote=loader.remote)
         digest = index.describe()["sha256"]
     # With other data on a node, some samples would be read twice, others never.
     found = dist.all_gather_object((dist.get_node_rank(), digest))

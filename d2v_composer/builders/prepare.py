@@ -21,12 +21,12 @@ from d2v_composer.callbacks.trainer_state import find_callback
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data.audio import MAX_SECONDS_WHOLE
-from d2v_composer.data.containers import find_files, open_source
 from d2v_composer.data.convert import convert, foresee, hold_out
 from d2v_composer.data.images import Images
 from d2v_composer.data.mds import INDEX, SUMMARY
 from d2v_composer.data.modalities import modality_of
 from d2v_composer.data.modality import Modality
+from d2v_composer.data.open import find_files, open_source
 from d2v_composer.data.source import Source, name_counts
 from d2v_composer.models.configs import (
     EatEncoderConfig,

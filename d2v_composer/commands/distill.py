@@ -6,8 +6,8 @@
     d2v distill s3://bucket/photos/train --teacher teacher.safetensors --out runs/photos
     d2v distill 'hf://datasets/ORG/NAME/data/train-*' --teacher teacher.safetensors --out runs/photos
 
-SOURCE is a folder of images, or of audio for an audio teacher; or MDS, Parquet files or WebDataset tars, local or in
-a store; or a data set on the Hugging Face hub. A tenth of its samples, at most 5,000, and all exact copies of these
+SOURCE is a folder of images, or of audio for an audio teacher; or another source of d2v embed, local or in a store; or
+a data set on the Hugging Face hub. A tenth of its samples, at most 5,000, and all exact copies of these
 measure the student and are never trained on. Sizes and duration follow from the number of samples, the teacher and the
 device. DIR, which must be new or empty, receives distill.yaml (every setting, to read and for d2v train), images/ or
 clips/, the run with its report.html, and student.safetensors. key=value changes a setting; `d2v fields training` lists
@@ -21,9 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from d2v_composer.data.containers import COLUMN, SOURCES
 from d2v_composer.models.names import PREFIX
 from d2v_composer.system.addresses import STUDENT_FILE
-from d2v_composer.system.command_line import COLUMN, SOURCES, d2v, make_parser, print_next
+from d2v_composer.system.command_line import d2v, make_parser, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.processes import global_rank, is_launched, relaunch_on_gpus
 

@@ -8,8 +8,8 @@
     d2v embed student.safetensors 's3://bucket/laion/*.tar' s3://bucket/laion.parquet --part 3/16
     composer -n 2 -m d2v_composer.commands embed student.safetensors photos photos.npy
 
-Read NAME.npy, (N, D), with np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy: a file's path relative to SOURCE,
-FILE.parquet#ROW, FILE.tar/KEY, or the number in an MDS data set. NAME.parquet has the columns id and embedding.
+Read NAME.npy, (N, D), with np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy. NAME.parquet has the columns id and
+embedding.
 Images are resized to the model's size without cropping; clips are embedded whole.
 All GPUs of this machine work if Composer is installed, or as many processes as its launcher starts, to the same bytes.
 An interrupted run leaves no OUT; run the same command again to resume it.
@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from d2v_composer.config.reference import ModelReference
+from d2v_composer.data.containers import COLUMN, IDS, SOURCES
 from d2v_composer.models.names import PrecisionChoice, embedding_name
 from d2v_composer.system.command_line import (
-    COLUMN,
     PART,
-    SOURCES,
     d2v,
     make_parser,
     print_next,
@@ -50,7 +49,7 @@ def main(argv: Sequence[str]) -> Any:
 
     import torch
 
-    from d2v_composer.data.containers import open_source
+    from d2v_composer.data.open import open_source
     from d2v_composer.data.parts import Parts, plan_of
     from d2v_composer.data.source import name_counts
     from d2v_composer.embedder import Embedder
@@ -109,7 +108,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("model", metavar="MODEL", help="a checkpoint, an exported student or a teacher: a path, s3://, …; or timm/NAME")
     add("source", metavar="SOURCE", help=f"a folder of images or audio files, or {SOURCES}")
-    add("out", metavar="OUT", help="a file: NAME.npy or NAME.parquet, here or in a store")
+    add(
+        "out",
+        metavar="OUT",
+        help=f"a file: NAME.npy or NAME.parquet, here or in a store; the ids are {IDS}, a path or MDS's number",
+    )
     ModelReference.add_flags(add)
     add("--precision", choices=get_args(PrecisionChoice), default="fp32", help="default: fp32; auto is faster")
     add("--normalize", action="store_true", help="scale embeddings to length 1")

@@ -43,6 +43,7 @@ from d2v_composer.config.types import (
     checked,
     must,
 )
+from d2v_composer.data.containers import FORMAT, FORMATS, LOCAL
 from d2v_composer.models.configs import BlockSizes
 from d2v_composer.models.names import (
     DATA2VEC2,
@@ -274,27 +275,25 @@ class AlgorithmsConfig(Section):
 class LabeledSetConfig(Section):
     """A labeled set to measure embeddings on: train and test images, or test images without labels."""
 
-    format: Literal["cifar10", "cifar100", "folder", "mds", "parquet", "speech_commands"]
-    """``cifar10``, ``cifar100``, ``folder``, ``mds``, ``parquet`` or ``speech_commands``."""
+    format: Annotated[Literal[FORMATS] | None, Field(description=FORMAT)] = None  # pyright: ignore[reportInvalidTypeForm]
     root: AddressText
-    """CIFAR: the folder of torchvision's files. folder: ROOT, with images in ROOT/train/CLASS and ROOT/test/CLASS, the
-    same classes in both. mds: ROOT, with the MDS folders ROOT/train and ROOT/test. parquet: a folder, a glob, an
-    address in S3 or hf://datasets/ORG/NAME, with Parquet files or WebDataset tars whose names say train, and test or
-    validation. speech_commands: what speech_commands_v0.02.tar.gz unpacks to; its validation clips are not used."""
+    """CIFAR: the folder of torchvision's files. speech_commands: what speech_commands_v0.02.tar.gz unpacks to; its
+    validation clips are not used. Others: a folder with MDS in ROOT/train and ROOT/test, or with the same folders of
+    classes in both; or a SOURCE of ``d2v embed``, whose files or folders say train, and test or validation."""
     download: bool = False
     """Download CIFAR if it is missing."""
     column: Text | None = None
-    """Column of images or audio. null: in mds ``image`` or ``audio``, in parquet the only one."""
+    """Column of images or audio. null: in MDS ``image`` or ``audio``, else the only one."""
     label_column: Text | None = "label"
-    """Column of labels in mds or parquet (in tars, ``cls`` or ``json:KEY``); null: none. Without labels (null, or a
-    folder without class folders), only the probes that need none run, on the images in ROOT/test or, if ROOT has no
-    splits, in all of ROOT."""
+    """Column of labels (in tars, ``cls`` or ``json:KEY``), unless folders are classes; null: none. Without labels
+    (null, or a folder without class folders), only the probes that need none run, on the test split or, if ROOT has no
+    splits, on all of ROOT."""
     class_embeddings: PathText | None = None
     """A .npy, (C, P) float: for the probe ``zero_shot``, a text tower's embedding of each class, in the order of the
     class names."""
 
     def contradictions(self) -> Iterator[str]:
-        if self.format != "parquet" and "://" in self.root:
+        if self.format in LOCAL and "://" in self.root:
             yield f".root: must be a folder on this machine, got {self.root!r}"
 
 
@@ -487,7 +486,7 @@ class FinetuneConfig(TrainerConfig, ModelReference):
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
-        if self.dataset.format != "mds":
+        if self.dataset.format not in (None, "mds"):
             advice = "write ROOT/train and ROOT/test by d2v convert-images or convert-audio"
             yield f".dataset.format: must be mds, got {self.dataset.format}; {advice}"
         if self.dataset.label_column is None:

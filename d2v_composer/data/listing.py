@@ -4,7 +4,7 @@ import logging
 import os
 import stat
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple, TypeVar
@@ -18,6 +18,8 @@ from d2v_composer.system.files import write_atomically
 
 # The branch of a data set on the hub to which its bot converts all others.
 CONVERTED = "refs/convert/parquet"
+# What is left out, besides suffixes.
+LINKS, SPECIAL = "links to files or folders already listed", "special files"
 
 log = logging.getLogger(__name__)
 
@@ -94,13 +96,16 @@ class Pinned(NamedTuple):
 
 
 def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str]) -> Listing | None:
-    """List the files of a source as :func:`list_folder` does, wherever they are.
+    """List the files of a source with these suffixes, and count the others by suffix.
+
+    Hidden files and folders are left out. Links are followed, but each file and each folder is listed once: by its own
+    name, or by the first of several.
 
     Args:
         source: A file, a folder or a glob, in which ``**`` stands for any number of folders; local, in a store of
             :data:`~d2v_composer.system.addresses.STORES`, or hf://datasets/ORG/NAME[@REVISION][/FOLDER].
-        suffixes: Likewise.
-        needs: Likewise.
+        suffixes: In lowercase.
+        needs: Suffix of files that cannot be decoded here → the package that can.
 
     Returns:
         The files; ``None`` for an address that is a folder in another store.
@@ -113,32 +118,34 @@ def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str])
     if star or (source.lower().endswith(suffixes) if is_remote(source) else os.path.isfile(source)):
         root = os.path.dirname(head)
         pattern, root = source.removeprefix(root).lstrip("/"), root or "."
-    is_chosen, glob = pattern != "", pattern.split("/") if pattern else ["**"]
-    name = "" if star else pattern
+    name, glob = "" if star else pattern, pattern.split("/") if pattern else ["**"]
+    left_out, places = Counter[str](), dict[object, File]()
     if not is_remote(source):
         with reading(source):
-            if name:
-                return Listing(root, [File.of(name, source)], {}, is_chosen)
-            return list_folder(Path(root), suffixes, needs, glob)._replace(is_chosen=is_chosen)
-    if source.startswith("hf://"):
-        root, files = _list_hub(root, suffixes, pattern)
-    elif source.startswith(tuple(f"{scheme}://" for scheme in STORES)):
-        files = list_store(root, name)
-    elif name:
-        files = [File(name)]
+            found = [(File.of(name, source), None)] if name else [*_list_disk(root, glob, left_out)]
     else:
-        return None
-    listed, left_out = list[File](), Counter[str]()
-    for file in files:
+        if source.startswith("hf://"):
+            root, files = _list_hub(root, suffixes, pattern)
+        elif source.startswith(tuple(f"{scheme}://" for scheme in STORES)):
+            files = list_store(root, name)
+        elif name:
+            files = [File(name)]
+        else:
+            return None
+        found = [(file, file.path) for file in files]
+    for file, place in found:
         parts, suffix = file.path.split("/"), PurePosixPath(file.path).suffix.lower()
-        if file.path == name or len(glob) in used_up(glob, parts):
-            if any(part.startswith(".") for part in parts):
-                left_out["hidden"] += 1
-            elif suffix in suffixes:
-                listed.append(file)
-            else:
-                left_out[suffix or "without suffix"] += 1
-    return Listing(root, listed, left_out, is_chosen)
+        if file.path != name and len(glob) not in used_up(glob, parts):
+            continue
+        if any(part.startswith(".") for part in parts):
+            left_out["hidden"] += 1
+        elif place == SPECIAL:
+            left_out[SPECIAL] += 1
+        elif file.path != name and suffix not in suffixes:
+            left_out[f"{suffix} (needs {needs[suffix]})" if suffix in needs else suffix or "without suffix"] += 1
+        elif places.setdefault(place, file) is not file:
+            left_out[LINKS] += 1
+    return Listing(root, sorted(places.values()), dict(sorted(left_out.items())), pattern != "")
 
 
 def used_up(glob: Sequence[str], parts: Sequence[str]) -> frozenset[int]:
@@ -152,58 +159,38 @@ def used_up(glob: Sequence[str], parts: Sequence[str]) -> frozenset[int]:
     return frozenset(counts)
 
 
-def list_folder(
-    root: Path,
-    suffixes: Sequence[str],
-    needs: Mapping[str, str],
-    glob: Sequence[str] = ["**"],
-) -> Listing:
-    """List the files with these suffixes in a folder and its subfolders, and count the others by suffix.
+def _list_disk(root: str, glob: Sequence[str], left_out: Counter[str]) -> Iterator[tuple[File, object]]:
+    """Yield what is in a folder and those subfolders that may hold files of a glob; links come last.
 
-    Hidden files and folders are left out. Links are followed, but each file and each folder is listed once: by its own
-    name, or by the first of several.
-
-    Args:
-        root: The folder.
-        suffixes: In lowercase.
-        needs: Suffix of files that cannot be decoded here → the package that can.
-        glob: The parts of a glob that the files fit.
+    Yields:
+        A file, and what is equal for all of its names; or a hidden file or folder, which may be listed no further.
 
     Raises:
         OSError: A folder cannot be listed.
     """
-    files, left_out, seen = list[File](), Counter[str](), set[object]()
-    named, links = deque([""]), deque[str]()
+    seen, named, links = set[object](), deque([""]), deque[str]()
     while named or links:
         path = (named or links).popleft()
         place, parts = os.path.join(root, path), path.split("/") if path else []
+        if parts and parts[-1].startswith("."):
+            yield File(path), path
+            continue
         # A dangling link counts as unreadable when it is read, as a corrupt file does.
         status = os.stat(place) if os.path.exists(place) else os.lstat(place)
-        mode, suffix = status.st_mode, os.path.splitext(path)[1].lower()
-        is_folder, counts = not path or stat.S_ISDIR(mode), used_up(glob, parts)
-        if not (counts - {len(glob)} if is_folder else len(glob) in counts):
-            continue
-        # Some file systems have no inodes. What is in a folder may fit a glob by one of its names, and not by another.
+        # Some file systems have no inodes.
         identity = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(place)
-        identity = identity, is_folder and counts
-        if not (is_folder or stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
-            left_out["special files"] += 1
-        elif not is_folder and suffix not in suffixes:
-            needed = needs.get(suffix)
-            left_out[f"{suffix} (needs {needed})" if needed else suffix or "without suffix"] += 1
-        elif identity in seen:
-            left_out["links to files or folders already listed"] += 1
-        else:
-            seen.add(identity)
-            if not is_folder:
-                files.append(File.of(path, place) if stat.S_ISREG(mode) else File(path))
-                continue
+        if path and not stat.S_ISDIR(status.st_mode):
+            is_file, is_link = stat.S_ISREG(status.st_mode), stat.S_ISLNK(status.st_mode)
+            yield File.of(path, place) if is_file else File(path), identity if is_file or is_link else SPECIAL
+            continue
+        # What is in a folder may fit a glob by one of its names, and not by another.
+        counts = used_up(glob, parts)
+        if (identity, counts) in seen:
+            left_out[LINKS] += 1
+        elif counts - {len(glob)}:
+            seen.add((identity, counts))
             for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
-                if entry.name.startswith("."):
-                    left_out["hidden"] += 1
-                else:
-                    (links if entry.is_symlink() else named).append("/".join([*parts, entry.name]))
-    return Listing(str(root), sorted(files), dict(sorted(left_out.items())))
+                (links if entry.is_symlink() else named).append("/".join([*parts, entry.name]))
 
 
 def _list_hub(folder: str, suffixes: tuple[str, ...], chosen: str) -> tuple[str, list[File]]:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import Self
 
-from d2v_composer.data.listing import list_folder
 from d2v_composer.data.mds import INDEX, Index
 from d2v_composer.data.modality import Modality, read_sample_file
 from d2v_composer.data.shards import Shards
@@ -61,7 +60,7 @@ class Source:
             the same for each part.
         left_out: Number of other files by kind.
         keeps_files: A conversion stores what ``load`` returns unchanged.
-        is_folder: The samples are files in a folder, which are listed by name: a conversion shuffles them.
+        in_folders: The samples are listed by their paths in a folder or in zips: a conversion shuffles them.
         part: Which of their shards or batches a command makes.
     """
 
@@ -76,7 +75,7 @@ class Source:
     content: str
     left_out: Mapping[str, int] = field(default_factory=dict)
     keeps_files: bool = False
-    is_folder: bool = False
+    in_folders: bool = False
     part: Part = ALL
 
     def __len__(self) -> int:
@@ -123,6 +122,29 @@ class Source:
         return replace(self, label=lambda number: int(labels[number]), class_names=tuple(class_names))
 
 
+class Columns(NamedTuple):
+    """What to read of a file with many samples."""
+
+    modality: Modality
+    samples: str | None = None
+    """Column of the samples; default: the only one."""
+    labels: str | None = None
+    """Column of their labels; default: they have none."""
+
+
+class Listed(NamedTuple):
+    """Samples of one file or folder, with the fields of :class:`Source`."""
+
+    ids: Names
+    sizes: NDArray[np.int64]
+    marks: NDArray[np.int64]
+    load: Callable[[int], bytes]
+    labels: Sequence[Any]
+    """Of samples in folders, their paths."""
+    class_names: Sequence[str] = ()
+    left_out: Mapping[str, int] = {}
+
+
 def open_mds(index: Index, cache_limit: int | None = None) -> Source:
     """Open the samples of an MDS data set, with labels if the index has a column of labels."""
     shards, numbers = Shards(index, cache_limit=cache_limit), np.arange(len(index))
@@ -138,7 +160,7 @@ def open_mds(index: Index, cache_limit: int | None = None) -> Source:
         load=lambda number: shards[number][index.column],
         label=label if index.labels else None,
         sizes=np.full(len(index), sum(each.raw.bytes for each in index.shards) // len(index)),  # all may be copies
-        marks=mark_of(content) + numbers,
+        marks=marks_of(len(index), content),
         content=content,
     )
 
@@ -175,38 +197,11 @@ def number_labels(
     return replace(source, label=lambda number: int(numbers[number]), class_names=tuple(class_names))
 
 
-def open_folder(
-    root: Path, modality: Modality, files: Sequence[File] = (), left_out: Mapping[str, int] | None = None
-) -> Source:
-    """Open a modality's files in a folder and its subfolders.
-
-    Args:
-        root: The folder.
-        modality: What the samples are.
-        files: The files; default: what :func:`~d2v_composer.data.listing.list_folder` lists.
-        left_out: Number of other files by kind, if they have been listed.
-
-    Raises:
-        InputError: There are none.
-        OSError: A folder cannot be listed.
-    """
-    if left_out is None:
-        _, files, left_out, _ = list_folder(root, modality.suffixes, modality.needs)
-    if not files:
-        supported, found = ", ".join(modality.suffixes), name_counts(left_out)
-        raise InputError(f"{root}: no {modality.unit}; supported suffixes are {supported}; other files: {found}")
+def list_folder(root: Path, files: Sequence[File]) -> Listed:
+    """List the files in a folder that are samples."""
     paths, marks = Names(file.path for file in files), np.array([*map(mark_of, files)], np.int64)
-    return Source(
-        root=str(root),
-        modality=modality,
-        ids=paths,
-        load=partial(load_file, root, paths, marks),
-        sizes=np.array([file.size for file in files], np.int64),
-        marks=marks,
-        content=hash_of([file[:3] for file in files]),
-        left_out=left_out,
-        is_folder=True,
-    )
+    sizes = np.array([file.size for file in files], np.int64)
+    return Listed(paths, sizes, marks, partial(load_file, root, paths, marks), [*paths])
 
 
 def load_file(folder: Path, paths: Names, marks: NDArray[np.int64], number: int) -> bytes:
@@ -227,24 +222,6 @@ def load_file(folder: Path, paths: Names, marks: NDArray[np.int64], number: int)
 def name_counts(left_out: Mapping[str, int]) -> str:
     """Return the kinds and counts of files that a source leaves out, as text."""
     return ", ".join(f"{count:,} {kind}" for kind, count in left_out.items()) or "none"
-
-
-def list_subfolders(folder: Path) -> list[str]:
-    """Return the sorted names of the subfolders that are not hidden."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def list_classes(folder: Path, modality: Modality) -> list[str]:
-    """Return the sorted names of the subfolders that are not hidden and hold files of a modality."""
-    return [
-        name
-        for name in list_subfolders(folder)
-        if any(
-            path.suffix.lower() in modality.suffixes
-            for path in (folder / name).rglob("[!.]*")
-            if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        )
-    ]
 
 
 def worker_options(num_workers: int, prefetch_factor: int, for_gpu: bool, timeout: float = 0) -> dict[str, Any]:
@@ -293,6 +270,11 @@ def map_in_workers(
         if isinstance(error, RuntimeError) and not cause.startswith("DataLoader worker (pid"):
             raise
         raise RunError(f"reading failed ({cause}); the same command resumes") from error
+
+
+def marks_of(count: int, *contents: object) -> NDArray[np.int64]:
+    """Return the marks of the samples in one file, as whose content they change."""
+    return mark_of(*contents) + np.arange(count)
 
 
 def hash_of(*contents: object) -> str:

@@ -21,9 +21,9 @@ from d2v_composer.checkpoints.check_program import RUNTIMES
 from d2v_composer.checkpoints.export import read_metadata
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.checkpoints.student_file import lookup, sha256
-from d2v_composer.data.containers import open_source
 from d2v_composer.data.labeled import evenly_spaced, load_labeled_set
 from d2v_composer.data.modalities import modality_of
+from d2v_composer.data.open import open_source
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import height_and_width
 from d2v_composer.models.images import resize

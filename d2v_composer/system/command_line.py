@@ -21,9 +21,6 @@ from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, RunError, find_extra, find_full_disk, reason
 from d2v_composer.system.files import shorten_socket_paths
 
-# What a SOURCE may be besides a folder of files, and the help of its --column.
-SOURCES = "MDS, Parquet files, tars (FILE, folder or glob, or in a store: s3://, …), or hf://datasets/ORG/NAME"
-COLUMN = "the column of samples, or for tars their suffix; default: the only one, or for MDS image or audio"
 PART = "make part I of N (I from 0), on any machine; then d2v merge OUT joins the parts to what one command would make"
 
 

@@ -13,8 +13,8 @@ from streaming import StreamingDataset
 
 from containers import write_all, write_tar
 from d2v_composer.commands import convert_images, embed, merge
-from d2v_composer.data.containers import open_source
 from d2v_composer.data.images import Images
+from d2v_composer.data.open import open_source
 from d2v_composer.data.source import Source
 from d2v_composer.system import fetch as fetch_module
 from d2v_composer.system.errors import InputError, RunError
@@ -31,7 +31,13 @@ SIZE = max(map(len, [*IMAGES, *OTHERS]))
 # Of one size: a decoder ignores what follows a JPEG.
 IMAGES, OTHERS = ([image.ljust(SIZE, b"\0") for image in images] for images in (IMAGES, OTHERS))
 CHANGED = r"has changed since it was listed; run the same command again"
-KINDS = {"tars": "tars/00001.tar", "bytes": "bytes/00001.parquet", "paths": "folder/00005.png", "folder": "00005.png"}
+KINDS = {
+    "tars": "tars/00001.tar",
+    "zips": "zips/00001.zip",
+    "bytes": "bytes/00001.parquet",
+    "paths": "folder/00005.png",
+    "folder": "00005.png",
+}
 
 
 @pytest.fixture
@@ -47,7 +53,7 @@ def images_of(source: Source) -> list[bytes]:
 def replace(path: Path, by: Path) -> None:
     """Replace a file by one of the same time and, unless it is compressed, of the same size."""
     status = path.stat()
-    assert by.stat().st_size == status.st_size or path.suffix == ".parquet"
+    assert by.stat().st_size == status.st_size or path.suffix in (".parquet", ".zip")
     os.utime(by, ns=(status.st_atime_ns, status.st_mtime_ns))
     by.replace(path)
 
@@ -139,7 +145,7 @@ def test_an_empty_answer_is_not_an_empty_folder(store: GatedStore) -> None:
         assert store.faults["empty"] == []
 
 
-@pytest.mark.parametrize("kind", ["tars", "folder"])
+@pytest.mark.parametrize("kind", ["tars", "zips", "folder"])
 def test_parts_of_a_source_that_changed_are_not_joined(kind: str, tmp_path: Path) -> None:
     """Even if the changed file has the same size."""
     write_all(tmp_path, IMAGES, [0] * 6, num_files=2)

@@ -419,8 +419,13 @@ def test_an_embedding_that_is_not_finite_is_refused(
     ("source", "out", "options", "message"),
     [
         ("s3://bucket/images", "o.npy", [], "s3://bucket/images cannot be listed (Unable to locate credentials)"),
-        ("*.tar", "o.npy", [], "*.tar: no Parquet files or tars"),
-        ("photos", "o.npy", ["--local", "c"], "photos: give --local with shards in an object store, and only then"),
+        ("*.tar", "o.npy", [], "*.tar: no Parquet files, tars or zips"),
+        (
+            "photos",
+            "o.npy",
+            ["--local", "c"],
+            "photos: expected Parquet files, tars or zips, or MDS in a folder; in a store only for",
+        ),
         ("photos", "o.csv", [], "o.csv must end in .npy or .parquet"),
         ("photos", "half.npy", [], "half.ids.npy already exists; choose another file, or "),
         ("photos", "o.npy", ["--precision", "amp_fp16"], "precision: amp_fp16 needs a GPU"),

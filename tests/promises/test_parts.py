@@ -75,7 +75,7 @@ def samples_of(folder: Path) -> list[tuple[bytes, int]]:
     [
         ("folder", 3),
         *(slow(*each) for each in itertools.product(("folder", "tars", "mds"), (1, 16))),
-        *(slow(kind, 3) for kind in ("tars", "struct")),
+        *(slow(kind, 3) for kind in ("tars", "zips", "struct")),
     ],
 )
 def test_parts_of_a_conversion(sources: dict[str, list[str]], tmp_path: Path, kind: str, count: int) -> None:

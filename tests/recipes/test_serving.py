@@ -22,8 +22,8 @@ from playwright.sync_api import Page, sync_playwright
 
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed, export
-from d2v_composer.data.containers import open_source
 from d2v_composer.data.images import Images
+from d2v_composer.data.open import open_source
 from d2v_composer.models.configs import ImageEncoderConfig
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.student import Student, StudentConfig

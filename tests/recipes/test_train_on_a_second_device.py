@@ -23,8 +23,8 @@ from d2v_composer.builders.models import build_comparison
 from d2v_composer.checkpoints.load import load_student
 from d2v_composer.commands import export as export_student
 from d2v_composer.config.load import load_evaluate_config
-from d2v_composer.data.containers import open_source
 from d2v_composer.data.images import Images
+from d2v_composer.data.open import open_source
 from d2v_composer.embedding import EmbeddingOptions, embed_source
 from d2v_composer.evaluation.evaluate import evaluate
 from d2v_composer.evaluation.metrics import read_jsonl
