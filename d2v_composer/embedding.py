@@ -61,7 +61,7 @@ class EmbeddingOptions(NamedTuple):
     """Samples per batch; another batch size rounds differently."""
 
 
-class Embedding(NamedTuple):
+class Embedded(NamedTuple):
     """Result of a run."""
 
     images: int
@@ -114,7 +114,7 @@ def embed_source(
     skip_unreadable: bool = False,
     overwrite: bool = False,
     part: Mapping[str, Any] | None = None,
-) -> Embedding:
+) -> Embedded:
     """Embed every sample of a source, or of its part, into a file, or resume an interrupted run.
 
     OUT appears when it is complete, and replaces an old one; NAME.ids.npy appears just before. Until then chunks of
@@ -176,10 +176,10 @@ def embed_source(
                 _wait(theirs, bar, folder)
         seconds = time.monotonic() - start
         if rank > 0:
-            return Embedding(total, width, [], resumed, seconds)
+            return Embedded(total, width, [], resumed, seconds)
         reasons = [reason for chunk in chunks for reason in chunk.read("reasons").tolist()]
         _check_skipped(reasons, skip_unreadable, unit)  # an interrupted run may have skipped them
-        embedding = Embedding(total - len(reasons), width, reasons, resumed, seconds)
+        embedding = Embedded(total - len(reasons), width, reasons, resumed, seconds)
         blocks = (chunk.read_block(source) for chunk in chunks)
         _write_table(out, blocks, embedding, np.dtype(options.dtype), overwrite, part)
     return embedding
@@ -264,7 +264,7 @@ def _check_plan(folder: Path, plan: Mapping[str, Any]) -> None:
         raise InputError(f"{folder}: {another}; delete that folder, or choose another OUT")
 
 
-def merge(out: str, *, overwrite: bool = False) -> Embedding:
+def merge(out: str, *, overwrite: bool = False) -> Embedded:
     """Join all parts to one file, without removing them.
 
     Raises:
@@ -277,7 +277,7 @@ def merge(out: str, *, overwrite: bool = False) -> Embedding:
     first = next(iter(records.values()))
     with _sole_writer(out, folder):
         skipped = [reason for record in records.values() for reason in record["skipped"]]
-        embedding = Embedding(sum(each["images"] for each in records.values()), first["channels"], skipped, 0, 0.0)
+        embedding = Embedded(sum(each["images"] for each in records.values()), first["channels"], skipped, 0, 0.0)
         read = (_read_part(parts.path(part), record, folder) for part, record in records.items())
         _write_table(out, chain.from_iterable(read), embedding, np.dtype(first["part"]["dtype"]), overwrite)
     return embedding
@@ -314,7 +314,7 @@ def _digest(path: Path) -> str:
 def _write_table(
     out: str,
     blocks: Iterable[tuple[NDArray, NDArray]],
-    embedding: Embedding,
+    embedding: Embedded,
     dtype: np.dtype,
     overwrite: bool,
     part: Mapping[str, Any] | None = None,

@@ -10,8 +10,6 @@ from torch import nn
 
 from d2v_composer.checkpoints.kinds import convert_to_timm
 from d2v_composer.checkpoints.student_file import (
-    DEFAULT_PRIMARY,
-    PrimaryEmbedding,
     choose_embedding,
     distillation_of,
     has_tuned_encoder,
@@ -22,13 +20,15 @@ from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ShardLoader
 from d2v_composer.data.labeled import Augmentation, EvaluationSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES, modality_of
 from d2v_composer.data.modality import Modality
-from d2v_composer.evaluation.evaluate import GAP_CLOSED, Groups, LoadSets, build_candidates, cost
-from d2v_composer.evaluation.labeled_retrieval import Candidate, Lookup
-from d2v_composer.evaluation.metrics import GAP, ROWS
+from d2v_composer.evaluation.evaluate import Evaluation, cost, share_encoders
+from d2v_composer.evaluation.labeled_retrieval import Lookup
+from d2v_composer.evaluation.results import GAP_CLOSED
+from d2v_composer.evaluation.rows import GAP, ROWS
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import TimmNetworkConfig
+from d2v_composer.models.embeddings import PROJECTED, Embedding
 from d2v_composer.models.encoder import Inputs
-from d2v_composer.models.names import PREFIX, PROJECTED
+from d2v_composer.models.names import PREFIX
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets
@@ -40,7 +40,7 @@ def check_network(
     key: str,
     student: Any,
     config: TrainerConfig,
-    embedding: PrimaryEmbedding = DEFAULT_PRIMARY,
+    embedding: Embedding | None = None,
     head: nn.Linear | None = None,
 ) -> None:
     """Check that a student which is a timm model can be trained in a run's batches, and exported then.
@@ -68,7 +68,7 @@ def check_network(
             if "running_" in name:  # a new BatchNorm changes nothing
                 buffer.add_(torch.rand_like(buffer))
         trial.head = head and nn.Linear(head.in_features, head.out_features)
-        trial.provenance = {"model": embedding._asdict()}
+        trial.provenance = {"model": embedding and embedding._asdict()}
         convert_to_timm(key, trial)
 
 
@@ -160,11 +160,8 @@ def load_rival(place: str, modality: str) -> Backbone:
     return model
 
 
-def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Groups, Lookup, LoadSets]:
+def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Evaluation]:
     """Load a model and what to compare it with: pixels, the encoder alone, an untrained student, the teacher if known.
-
-    Returns:
-        The model, and :func:`~d2v_composer.evaluation.evaluate.evaluate`'s first arguments.
 
     Raises:
         InputError: A file cannot be used, or the model has no such embedding.
@@ -177,22 +174,21 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Gro
         recorded = lookup(model.provenance, "config.train_loader") or {}
         loader = ShardLoaderConfig(**{name: recorded[name] for name in modality.options & recorded.keys()})
     primary = choose_embedding(model, config.pooling, config.representation).name
-    student = None if isinstance(model, Teacher) else model
-    known = {name: each for name, each in zip(GAP, (untrained, student, teacher), strict=True) if each is not None}
     places = [*map(hide_secrets, config.rivals)]
     if taken := [place for place in places if place in (*ROWS, GAP_CLOSED) or places.count(place) > 1]:
         raise InputError(f"rivals: {taken[0]!r} is another row of the tables; name the file ./{taken[0]}")
-    models = {name: each.eval().to(device) for name, each in known.items()}
-    candidates = build_candidates(teacher or model, models, model.layer_mean)
-    reference = None if teacher is None else candidates[-1]
+    compared = zip(GAP, (untrained, None if isinstance(model, Teacher) else model, teacher), strict=True)
+    models = {name: each.eval().to(device) for name, each in compared if each is not None}
+    first = teacher or model
+    embeds = share_encoders(first, models, model.layer_mean)
     if teacher is None and has_tuned_encoder(model.provenance):  # it is no longer the teacher's
-        candidates = [each for each in candidates if each.name != "encoder"]
-    groups = {modality: candidates}
+        embeds.pop("encoder", None)
+    groups, parts = {modality: embeds}, {"encoder": first.encoder, **models}
     for place, name in zip(config.rivals, places, strict=True):
-        rival = load_rival(place, modality.name).eval().to(device)
-        candidate = Candidate(name, rival.embed_all, **cost(rival))
-        groups.setdefault(modality_of(rival.encoder.config), []).append(candidate)
-    how = Lookup(primary, config.ks, config.probes, None, config.device_eval_batch_size, reference)
+        parts[name] = rival = load_rival(place, modality.name).eval().to(device)
+        groups.setdefault(modality_of(rival.encoder.config), {})[name] = rival.embed_all
+    of_teacher = None if teacher is None else {}
+    how = Lookup(primary, config.ks, config.probes, None, config.device_eval_batch_size, of_teacher)
 
     def load(taken: Modality) -> tuple[dict[str, EvaluationSet], Augmentation]:
         sets = build_labeled_sets(config, taken, model.projected_width)
@@ -200,4 +196,5 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Gro
             how.check(name, labeled)
         return sets, build_augmentation(loader, taken, config.seed, for_views=True)
 
-    return model, groups, how, load
+    costs = {name: cost(parts.get(name)) for group in groups.values() for name in group}
+    return model, Evaluation(groups, costs, how, load, {}, [], {})

@@ -22,9 +22,10 @@ from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.config.schema import TeacherSection, TrainConfig
 from d2v_composer.data.modalities import modality_of
-from d2v_composer.evaluation.evaluate import build_candidates, cost
-from d2v_composer.evaluation.labeled_retrieval import Embed, last_batch
-from d2v_composer.evaluation.metrics import STUDENT, TEACHER
+from d2v_composer.evaluation.evaluate import cost, share_encoders
+from d2v_composer.evaluation.labeled_retrieval import Embed
+from d2v_composer.evaluation.results import last_batch
+from d2v_composer.evaluation.rows import STUDENT, TEACHER
 from d2v_composer.models.compilation import compile_model, find_missing
 from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.precision import choose_precision
@@ -209,9 +210,10 @@ def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, E
         primary = choose_embedding(model.student, retrieval.pooling, retrieval.representation).name
     models = {TEACHER: model.teacher, STUDENT: model.student}
     fill_to = config.device_eval_batch_size if config.compile else 0
-    *others, student = build_candidates(model.teacher, models, model.layer_mean, fill_to)
-    known = {each.name: partial(model.compute, each.embed) for each in others}
+    shared = share_encoders(model.teacher, models, model.layer_mean, fill_to)
+    known = {name: partial(model.compute, embed) for name, embed in shared.items()}
+    student = known.pop(STUDENT)
     if unknown := [name for name in retrieval.baselines if name not in known]:
         allowed = ", ".join(known)
         raise InputError(f"retrieval.baselines: must be among {allowed} with this teacher, got {unknown[0]}")
-    return primary, partial(model.compute, student.embed), {name: known[name] for name in retrieval.baselines}
+    return primary, student, {name: known[name] for name in retrieval.baselines}

@@ -14,17 +14,10 @@ from torch import Tensor
 from d2v_composer.callbacks.algorithms import share_statistics
 from d2v_composer.callbacks.run_record import find_changes
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
-from d2v_composer.evaluation.labeled_retrieval import (
-    Candidate,
-    Embed,
-    Lookup,
-    Neighbors,
-    Result,
-    measure_embeddings,
-    read_results,
-)
-from d2v_composer.evaluation.metrics import PROBES, STUDENT, TEACHER, UNTRAINED, metric_key
+from d2v_composer.evaluation.labeled_retrieval import Embed, Lookup, Neighbors, measure_embeddings
 from d2v_composer.evaluation.nearest_neighbors import Ranks
+from d2v_composer.evaluation.results import Result, read_results
+from d2v_composer.evaluation.rows import PROBES, STUDENT, TEACHER, UNTRAINED, metric_key, rows_of
 from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
@@ -141,27 +134,23 @@ class ZeroShotRetrieval(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         if self.baselines is None:
             self.baselines = getattr(unwrapped(state), "retrieval_baselines", dict)()
-        self.student = Candidate(STUDENT, self.embed or embed_method(unwrapped(state)))
-        candidates = {name: Candidate(name, embed) for name, embed in self.baselines.items()}
-        if (teacher := candidates.get(TEACHER)) is not None:
-            teacher.nearest_others = self.teacher_neighbors
-        self.lookup = self.lookup._replace(teacher=teacher)
+        self.student = self.embed or embed_method(unwrapped(state))
+        if TEACHER in self.baselines:
+            self.lookup = self.lookup._replace(teacher=self.teacher_neighbors)
         wanted = {
-            (name, dataset, measure)
-            for name in candidates
+            (row.title, dataset, measure)
+            for row in rows_of(self.baselines)
             for dataset, labeled in self.datasets.items()
             for measure in self.lookup.measures(labeled)
-            if name == TEACHER or measure.name != "zero_shot"  # pixels have no projection
+            if row.title == TEACHER or measure.name != "zero_shot"  # pixels have no projection
         }
-        measured: list[Candidate] = []
+        moves = [True] if self.at_start and state.timestamp.batch == 0 else []
         if wanted <= {result[:3] for result in self.results}:
             logger.log_metrics(self.baseline_metrics)
         else:  # not measured yet, or a resume adds some
-            self.baseline_metrics, measured = {}, [*candidates.values()]
-        if self.at_start and state.timestamp.batch == 0:
-            measured.append(self.student)
-        if measured:
-            self.measure(measured, state, logger)
+            moves.append(False)
+        if moves:
+            self.measure(moves, state, logger)
         if self.was_stopped:
             self.evaluate(state, logger)
 
@@ -195,45 +184,48 @@ class ZeroShotRetrieval(Callback):
             return
         self.was_stopped = True
         with suppress(_StoppedError):
-            self.measure([self.student], state, logger)
+            self.measure([True], state, logger)
             self.was_stopped = False
 
-    def measure(self, candidates: Sequence[Candidate], state: State, logger: Logger) -> None:
-        """Measure the student and baselines on all sets; then keep and log the results, which are of one batch."""
+    def measure(self, moves: Collection[bool], state: State, logger: Logger) -> None:
+        """Measure the rows that move, those that do not, or both, on all sets; then keep and log the results."""
         start, ranks = time.monotonic(), Ranks(dist.get_global_rank(), dist.get_world_size())
         batch, results = int(state.timestamp.batch), list[Result]()
-        self.student.name = STUDENT if batch else UNTRAINED
-        for candidate in candidates:
-            candidate.neighbors, candidate.nearest_others = {}, {}
+        student = STUDENT if batch else UNTRAINED
+        embeds = {**(self.baselines or {}), student: self.student}
+        rows = {row.title: row for row in rows_of(embeds) if row.moves in moves}
 
         def to_device(tensor: Tensor) -> Tensor:
             if self.should_stop():  # before each batch of images, and each search
                 raise _StoppedError
             return state.device.tensor_to_device(tensor)
 
+        progress = "retrieval " if self.progress_bar and ranks.rank == 0 else None
+        lookup = self.lookup._replace(to_device=to_device, ranks=ranks, progress=progress)
         share_statistics(state.model)
         precision = get_precision_context(state.precision, state.precision_config)
         with model_eval_mode(state.model), torch.no_grad(), precision:
             for dataset, labeled in self.datasets.items():
-                progress = f"retrieval {dataset}" if self.progress_bar and ranks.rank == 0 else None
-                options = self.lookup, to_device, ranks, progress
-                results += measure_embeddings(candidates, dataset, labeled, *options)
-        metrics: dict[str, dict[str, float]] = {candidate.name: {} for candidate in candidates}
-        for row, dataset, measure, embedding, is_primary, hits, _ in results:
-            for name in ("", embedding) if is_primary else (embedding,):
-                metrics[row][metric_key(dataset, measure, name, row)] = hits.double().mean().item()
-        self.results = [result for result in self.results if result.row not in metrics]
-        self.results += [result._replace(batch=batch) for result in results if result.is_primary]
+                results += measure_embeddings([*rows.values()], embeds, dataset, labeled, lookup)
+        self.results = [result for result in self.results if result.row not in rows]
+        self.results += [result._replace(batch=batch, nearest=None) for result in results if result.is_primary]
         logger.log_metrics({"time/zero_shot_retrieval": time.monotonic() - start})
-        for candidate in candidates:
-            logger.log_metrics(metrics[candidate.name])
-            if candidate is self.student:
-                self.history.append({"batch": batch, "metrics": metrics[candidate.name]})
-                self.neighbors = candidate.neighbors
-            else:
-                self.baseline_metrics |= metrics[candidate.name]
-            if candidate is self.lookup.teacher:
-                self.teacher_neighbors = candidate.nearest_others
+        for moving in sorted(moves):
+            metrics = {
+                metric_key(result.dataset, result.measure, name, result.row): result.hits.double().mean().item()
+                for result in results
+                if rows[result.row].moves == moving
+                for name in (("", result.embedding) if result.is_primary else (result.embedding,))
+            }
+            logger.log_metrics(metrics)
+            if not moving:
+                self.baseline_metrics = metrics
+                continue
+            self.history.append({"batch": batch, "metrics": metrics})
+            self.neighbors = {}
+            for result in results:
+                if result.row == student and result.nearest is not None:
+                    self.neighbors.setdefault(result.dataset, {})[result.measure.bank] = result.nearest
 
 
 def embed_method(model: torch.nn.Module) -> Embed:

@@ -22,10 +22,11 @@ from d2v_composer.checkpoints.kinds import (
     sizes_of,
 )
 from d2v_composer.checkpoints.load import load_student
-from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embedding, parse_object, read_config
+from d2v_composer.checkpoints.student_file import choose_embedding, parse_object, read_config
 from d2v_composer.models.attention import Alibi
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import EncoderConfig, StudentSizes
+from d2v_composer.models.embeddings import Embedding
 from d2v_composer.models.encoder import Tokens
 from d2v_composer.models.images import is_same
 from d2v_composer.models.student import Student
@@ -66,7 +67,7 @@ class Program(nn.Module):
         takes_pixels: Inputs are images as decoders and cameras give them: (B, S, S, 3) uint8.
     """
 
-    def __init__(self, student: Backbone, embedding: PrimaryEmbedding, takes_pixels: bool = False) -> None:
+    def __init__(self, student: Backbone, embedding: Embedding, takes_pixels: bool = False) -> None:
         super().__init__()
         self.original = student.embed
         self.student = copy.deepcopy(student).cpu().requires_grad_(False).eval()
@@ -278,7 +279,7 @@ class TimmStudent(Student):
             raise InputError(f"no tensor {CONFIG_TENSOR}: not a file written by d2v export")
         with reading(CONFIG_TENSOR):
             config = parse_object(stored.cpu().numpy().tobytes())
-            primary = PrimaryEmbedding.parse(config.pop("primary"))
+            primary = Embedding.parse(config.pop("primary"))
             sizes = read_config(StudentSizes, config)
         head = {name: tensors.pop(name) for name in [*tensors] if name.startswith("head.")}
         check_outputs(CONFIG_TENSOR, build_student(CONFIG_TENSOR, sizes, tensors).encoder)

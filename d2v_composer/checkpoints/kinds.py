@@ -13,12 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from d2v_composer.checkpoints.student_file import (
-    PrimaryEmbedding,
-    build_loaded,
-    choose_embedding,
-    read_config,
-)
+from d2v_composer.checkpoints.student_file import build_loaded, choose_embedding, read_config
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import (
     EncoderConfig,
@@ -29,9 +24,10 @@ from d2v_composer.models.configs import (
     TimmNetworkConfig,
 )
 from d2v_composer.models.data2vec2 import ENCODERS
+from d2v_composer.models.embeddings import PROJECTED, Embedding
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.images import is_same
-from d2v_composer.models.names import PROJECTED, timm_name
+from d2v_composer.models.names import timm_name
 from d2v_composer.models.student import Student
 from d2v_composer.system.errors import errors_of, reading
 
@@ -142,7 +138,7 @@ def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], dict[str
     return sizes, tensors
 
 
-def config_tensor(sizes: dict[str, Any], primary: PrimaryEmbedding) -> Tensor:
+def config_tensor(sizes: dict[str, Any], primary: Embedding) -> Tensor:
     """Return a student's sizes and primary embedding as JSON bytes, uint8."""
     return torch.tensor(list(json.dumps(sizes | {"primary": primary._asdict()}).encode()), dtype=torch.uint8)
 

@@ -206,8 +206,11 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> tuple[Bac
     """Load a training run's student, with the run's record and results as provenance, and its teacher."""
     path, record, retrieval = checkpoint.path, dict(checkpoint.record), checkpoint.saved_by("ZeroShotRetrieval")
     if measured := retrieval.get("history"):
-        results = {"first": measured[0], "last": measured[-1], "baselines": retrieval["baseline_metrics"]}
-        record["results"] = {"batch": checkpoint.trained("batch"), **results}
+        accuracies: dict[str, dict[str, float]] = {}
+        for row, dataset, (*_, key, _), _, _, hits, _ in retrieval["results"]:
+            accuracies.setdefault(f"{dataset} {key}", {})[row] = hits.double().mean().item()
+        last = measured[-1]["batch"]
+        record["results"] = {"batch": checkpoint.trained("batch"), "last": last, "accuracies": accuracies}
     config = record["config"]
     settings, sizes = config["teacher"], config["student"] | {"init": "random", "pretrained": False}
     options = {name: settings[name] for name in ("model", "first_blocks", "image_size")}

@@ -13,11 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from d2v_composer.models.backbone import Backbone
-from d2v_composer.models.configs import (
-    Config,
-    check_choice,
-)
-from d2v_composer.models.names import Pooling, Representation, embedding_name
+from d2v_composer.models.configs import Config
+from d2v_composer.models.embeddings import Embedding
+from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, reading, reason
@@ -177,45 +175,19 @@ def read_config(config_class: type[ConfigT], sizes: dict[str, Any]) -> ConfigT:
     return config
 
 
-class PrimaryEmbedding(NamedTuple):
-    """The embedding used to judge a model's run."""
-
-    representation: Representation
-    pooling: Pooling
-
-    @property
-    def name(self) -> str:
-        """Name in metrics, such as layer_mean_cls."""
-        return embedding_name(self.representation, self.pooling)
-
-    @classmethod
-    def parse(cls, fields: Any) -> "PrimaryEmbedding":
-        """Read ``representation`` and ``pooling`` from a mapping; other keys are ignored.
-
-        Raises:
-            LookupError, TypeError, ValueError: One is missing or unknown.
-        """
-        check_choice("representation", fields["representation"], Representation)
-        check_choice("pooling", fields["pooling"], Pooling)
-        return cls(fields["representation"], fields["pooling"])
-
-
-DEFAULT_PRIMARY = PrimaryEmbedding("output", "cls")
-"""For a file without a run's record, such as a teacher's. With this embedding, data2vec 2.0 base retrieves best."""
-
-
-def choose_embedding(
-    model: Backbone, pooling: Pooling | None, representation: Representation | None
-) -> PrimaryEmbedding:
+def choose_embedding(model: Backbone, pooling: Pooling | None, representation: Representation | None) -> Embedding:
     """Return the requested embedding; for each ``None``, take the part of the model's primary embedding.
 
     Raises:
         InputError: The model has no such embedding.
     """
-    primary = stored_primary(model.provenance)
+    primary = Embedding()
+    for key in ("model", "config.retrieval"):  # the record of a fine-tuning run, and of a distillation
+        with suppress(LookupError, TypeError, ValueError):
+            primary = Embedding.parse(lookup(model.provenance, key))
     if primary.pooling == "cls" and not model.has_cls_token:
         primary = primary._replace(pooling=model.default_pooling)
-    chosen = PrimaryEmbedding(representation or primary.representation, pooling or primary.pooling)
+    chosen = Embedding(representation or primary.representation, pooling or primary.pooling)
     if chosen.name not in model.embedding_names:
         allowed = ", ".join(model.embedding_names)
         raise InputError(f"representation and pooling: this model has no {chosen.name}; it has {allowed}")
@@ -250,11 +222,3 @@ def check_same_teacher(source: Any, found: Teacher, record: Any) -> None:
     ours, theirs = lookup(record, "teacher.sha256"), found.provenance["sha256"]
     if ours != theirs:
         raise InputError(f"{source}: not this student's teacher: sha256 {theirs}, expected {ours}")
-
-
-def stored_primary(provenance: Mapping[str, Any]) -> PrimaryEmbedding:
-    """Return the primary embedding in the record of a model's run, or ``DEFAULT_PRIMARY`` without such a record."""
-    for key in ("config.retrieval", "model"):  # of a fine-tuning run
-        with suppress(LookupError, TypeError, ValueError):
-            return PrimaryEmbedding.parse(lookup(provenance, key))
-    return DEFAULT_PRIMARY

@@ -24,7 +24,7 @@ from typing import Any, get_args
 
 from d2v_composer.config.reference import ModelReference
 from d2v_composer.data.containers import COLUMN, IDS, SOURCES
-from d2v_composer.models.names import PrecisionChoice, embedding_name
+from d2v_composer.models.names import PrecisionChoice
 from d2v_composer.system.command_line import (
     PART,
     d2v,
@@ -54,6 +54,7 @@ def main(argv: Sequence[str]) -> Any:
     from d2v_composer.data.source import name_counts
     from d2v_composer.embedder import Embedder
     from d2v_composer.embedding import check_ids, check_out, embed_source, hash_weights
+    from d2v_composer.models.embeddings import Embedding
 
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
@@ -75,7 +76,7 @@ def main(argv: Sequence[str]) -> Any:
         raise InputError(f"{out} is among the source's files; choose another OUT")
     if out.endswith(".parquet"):
         check_ids(source.ids)
-    print(f"embedding: {embedding_name(options.representation, options.pooling)}")
+    print(f"embedding: {Embedding(options.representation, options.pooling).name}")
     if part:
         plan = plan_of(source, part, model=hash_weights(model), device=device, **options._asdict())
         if parts.has(part, plan):

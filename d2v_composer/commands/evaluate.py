@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from d2v_composer.config.schema import EvaluateConfig
-    from d2v_composer.evaluation.labeled_retrieval import Candidate
+    from d2v_composer.evaluation.evaluate import Evaluation
+    from d2v_composer.evaluation.labeled_retrieval import Embed
 
 
 BATCH_SIZES = (1, 64)
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     from d2v_composer.config.load import load_evaluate_config
     from d2v_composer.data.modalities import modality_of
     from d2v_composer.embedding import hash_weights
-    from d2v_composer.evaluation.evaluate import check_out, evaluate
+    from d2v_composer.evaluation.evaluate import check_out
     from d2v_composer.models.precision import choose_precision
     from d2v_composer.report.model_card import WORDS
     from d2v_composer.report.tables import evaluation_tables
@@ -56,18 +57,18 @@ def main(argv: Sequence[str]) -> None:
 
     config = load_evaluate_config(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, groups, lookup, load = build_comparison(config, device)
+    model, evaluation = build_comparison(config, device)
     weights = hash_weights(model)
     if config.out is not None:
         check_out(Path(config.out), weights)
-    if "agreement" in config.probes and lookup.teacher is None:
+    if "agreement" in config.probes and evaluation.lookup.teacher is None:
         raise InputError("probes: agreement needs the teacher; name it with teacher=PATH")
     modality = modality_of(model.encoder.config)
-    print(f"embedding: {lookup.primary}")
+    print(f"embedding: {evaluation.lookup.primary}")
     autocast_dtype = choose_precision(config.precision).autocast_dtype
-    evaluation = evaluate(groups, lookup, load, device, autocast_dtype)
+    evaluation.run(device, autocast_dtype)
     if config.rivals:
-        measure_speed(evaluation.candidates, model.encoder.noise, device, autocast_dtype)
+        evaluation.speeds.update(measure_speeds(evaluation, model.encoder.noise, device, autocast_dtype))
     tables = evaluation_tables(evaluation, WORDS[modality.name]["each"])
     print(tables)
     if config.out is not None:
@@ -82,30 +83,35 @@ def main(argv: Sequence[str]) -> None:
     print_next(next_step(config, modality.unit.upper()))
 
 
-def measure_speed(
-    candidates: "Sequence[Candidate]",
+def measure_speeds(
+    evaluation: "Evaluation",
     noise: "Callable[[int], Tensor]",
     device: str,
     autocast_dtype: "torch.dtype | None",
-) -> None:
-    """Measure how many samples a second each model embeds, in turns: the median over rounds."""
+) -> dict[int, dict[str, float]]:
+    """Return batch size → name → samples a second that a model embeds, in turns: the median over rounds."""
     import numpy as np
     import torch
 
     from d2v_composer.benchmarks.measure import interleave
     from d2v_composer.models.precision import precision_of
 
-    models = {each.name: each for each in candidates if each.num_parameters}
+    def apply(embed: "Embed", batch: "Tensor") -> object:
+        return embed(batch[:])  # of the same tensor, models would share an encoder's tokens
 
-    def embed(candidate: "Candidate", batch: "Tensor") -> object:
-        return candidate.embed(batch[:])  # of the same tensor, candidates would share an encoder's tokens
-
+    speeds = {}
     for size in BATCH_SIZES:
         batch = noise(size).to(device)
-        passes = {name: (partial(embed, each, batch), size) for name, each in models.items()}
+        passes = {
+            name: (partial(apply, embed, batch), size)
+            for embeds in evaluation.groups.values()
+            for name, embed in embeds.items()
+            if evaluation.costs[name]["num_parameters"]
+        }
         with torch.inference_mode(), precision_of(autocast_dtype, device):
-            for name, rates in interleave(passes, repeats=5).items():
-                models[name].rates[size] = float(np.median(rates))
+            rates = interleave(passes, repeats=5)
+        speeds[size] = {name: float(np.median(each)) for name, each in rates.items()}
+    return speeds
 
 
 def next_step(config: "EvaluateConfig", samples: str) -> str:

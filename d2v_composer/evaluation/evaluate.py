@@ -1,30 +1,25 @@
-"""Evaluate embeddings: retrieval and probes with their uncertainty.
-
-Shapes: Q queries.
-"""
+"""Compare models: build them, measure all, write the results."""
 
 import csv
 import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from d2v_composer.data.labeled import Augmentation, EvaluationSet
 from d2v_composer.data.modality import Modality
-from d2v_composer.evaluation.labeled_retrieval import Candidate, Lookup, Result, measure_embeddings
-from d2v_composer.evaluation.metrics import BANKS, GAP, ROWS, Log, Measure, metric_key, retrieval_from
+from d2v_composer.evaluation.labeled_retrieval import Embed, Lookup, measure_embeddings
+from d2v_composer.evaluation.results import GAP_CLOSED, Interval, Result, accuracy_interval, pivot
+from d2v_composer.evaluation.rows import Measure, rows_of
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.encoder import Encoder, Inputs, Tokens
 from d2v_composer.models.layer_mean import LayerMean
@@ -33,100 +28,21 @@ from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file, write_atomically
 
-NUM_RESAMPLES = 2000
 GFLOP_PER_MAC = 2e-9
-GAP_CLOSED = "teacher gap closed"
-Groups = Mapping[Modality, Sequence[Candidate]]
-"""Models on the device, in eval mode, by the samples that they take: images of one size."""
-LoadSets = Callable[[Modality], tuple[Mapping[str, EvaluationSet], Augmentation]]
-"""Returns name → samples, and what makes views of them."""
 
 
-class Interval(NamedTuple):
-    """An estimate with its 95 % percentile interval over resampled queries (Efron 1979)."""
-
-    value: float
-    low: float
-    high: float
-    note: str = ""
-    """How many resamples are left out, in parentheses; '' for none."""
-
-
-def accuracy_interval(hits: NDArray[np.bool_ | np.float64]) -> Interval:
-    """Return the mean of the queries' hits (or fractions), (Q,), with its interval."""
-    return Interval(float(hits.mean()), *np.percentile(resample(hits), [2.5, 97.5]).tolist())
-
-
-def gap_closed_interval(*hits: NDArray[np.bool_ | np.float64]) -> Interval | None:
-    """Return :func:`gap_closed` with its interval, from the three models' hits on the same queries, (Q,) each."""
-    value, *resampled = (gap_closed(*each) for each in ([each.mean() for each in hits], *resample(*hits)))
-    if value is None:
-        return None
-    low, high = np.percentile([each for each in resampled if each is not None], [2.5, 97.5]).tolist()
-    without_gap = resampled.count(None)
-    note = f" ({without_gap:,} of {NUM_RESAMPLES:,} resamples have no gap)" if without_gap else ""
-    return Interval(value, low, high, note)
-
-
-def gap_closed(untrained: float, student: float, teacher: float) -> float | None:
-    """Return the teacher gap closed: the fraction of the gap from untrained student to teacher, 1 for all of it.
-
-    ``None`` if the teacher is no better than the untrained student.
-    """
-    return None if teacher <= untrained else float((student - untrained) / (teacher - untrained))
-
-
-def gap_closed_by_step(
-    log: Log, dataset: str, embedding: str, k: int = 1, baselines: Log | None = None
-) -> dict[int, float]:
-    """Return step → teacher gap closed: the mean over both banks, or the value for the only bank with a gap.
-
-    Args:
-        log: Log of the student's run.
-        dataset: Name of the labeled set.
-        embedding: Embedding of student and teacher alike.
-        k: The k of top-k.
-        baselines: The log with the untrained student (``retrieval.at_start``) and the teacher
-            (``retrieval.baselines``); default ``log``.
-
-    Returns:
-        Empty if either is missing, or there is no gap at all.
-    """
-    found: dict[int, list[float]] = {}
-    for bank in BANKS:
-        options = dataset, retrieval_from(bank, k), embedding
-        untrained, _, teacher = ((baselines or log).get(metric_key(*options, row), {}) for row in GAP)
-        for step, accuracy in log.get(metric_key(*options), {}).items() if 0 in untrained and teacher else ():
-            closed = gap_closed(untrained[0], accuracy, teacher[max(teacher)])
-            if closed is not None:
-                found.setdefault(step, []).append(closed)
-    return {step: mean(found[step]) for step in sorted(found)}
-
-
-def resample(*hits: NDArray[np.bool_ | np.float64]) -> NDArray[np.float64]:
-    """Return the accuracies of S candidates in each bootstrap resample of their common queries, (R, S).
-
-    Queries that the same candidates get right are interchangeable, so that only the number of each such kind is drawn.
-
-    Args:
-        hits: Hits of each candidate, (Q,) each.
-    """
-    kinds, counts = np.unique(np.stack(hits, axis=1), axis=0, return_counts=True)
-    num_queries = counts.sum()
-    drawn = np.random.default_rng(0).multinomial(num_queries, counts / num_queries, size=NUM_RESAMPLES)
-    return drawn @ kinds / num_queries
-
-
-def cost(model: Backbone | Encoder) -> dict[str, Any]:
-    """Return a model's number of parameters, and its GFLOP for one input, both with its encoder."""
+def cost(model: Backbone | Encoder | None) -> dict[str, Any]:
+    """Return a model's number of parameters, and its GFLOP for one input, both with its encoder; no model has none."""
+    if model is None:
+        return {"num_parameters": 0, "gflop": 0.0}
     gflop = GFLOP_PER_MAC * sum(part.forward_macs() for part in {model, getattr(model, "encoder", model)})
     return {"num_parameters": sum(map(torch.numel, model.parameters())), "gflop": gflop}
 
 
-def build_candidates(
+def share_encoders(
     first: Backbone, models: Mapping[str, Backbone], layer_mean: LayerMean, fill_to: int = 0
-) -> list[Candidate]:
-    """Return the candidates: pixels or spectrum, ``encoder`` (its output in every pooling), then each model.
+) -> dict[str, Embed]:
+    """Return what embeds, by name: pixels or log_mel, ``encoder`` (its output in every pooling), then each model.
 
     A tensor that is passed again, to another of them, is not encoded again: autocast must be the same for all. The
     encoder's output lives as long as its inputs.
@@ -137,61 +53,61 @@ def build_candidates(
         layer_mean: How ``layer_mean`` of all models is computed.
         fill_to: Fill up smaller batches to this size, because a compiled model needs a graph for each size.
     """
-    encoder, encoded = first.encoder, WeakIdKeyDictionary()
+    encoded = WeakIdKeyDictionary()
 
-    def encode(own: Encoder, inputs: Inputs) -> Tokens:
-        known: Any = encoded.setdefault(inputs.values, {})
-        if own not in known:
-            batch = inputs.filled_up(fill_to - len(inputs.values)) if fill_to else inputs
-            known[own] = own(own.windows(batch))
-        return known[own]
+    def embed(encoder: Encoder, read: Callable[..., dict[str, Tensor]], *inputs: Tensor) -> dict[str, Tensor]:
+        known: Any = encoded.setdefault(inputs[0], {})
+        if encoder not in known:
+            batch = Inputs(*inputs)
+            batch = batch.filled_up(fill_to - len(inputs[0])) if fill_to else batch
+            known[encoder] = encoder(encoder.windows(batch))
+        return {name: embedding[: len(inputs[0])] for name, embedding in read(known[encoder]).items()}
 
     def pool(tokens: Tokens) -> dict[str, Tensor]:
         return first.features(tokens).poolings(tokens.x, "output_")
 
-    def candidate(name: str, model: Backbone | Encoder, own: Encoder, embed: Callable[..., Any]) -> Candidate:
-        def embed_inputs(*inputs: Tensor) -> dict[str, Tensor]:
-            found = embed(encode(own, Inputs(*inputs)))
-            return {name: each[: len(inputs[0])] for name, each in found.items()}
-
-        return Candidate(name, embed_inputs, **cost(model))
-
-    return [
-        Candidate(encoder.baseline, lambda *inputs: encoder.raw(Inputs(*inputs))),
-        # Not if the encoder is all of the model.
-        *([candidate("encoder", encoder, encoder, pool)] if first.block_list else []),
-        *(
-            candidate(name, each, each.encoder, partial(each.embed_encoded, layer_mean=layer_mean))
-            for name, each in models.items()
-        ),
-    ]
-
-
-def pivot(results: Iterable[Result], dataset: str) -> dict[Measure, dict[str, Interval | None]]:
-    """Return measure → row → accuracy on a data set, in each model's primary embedding; other rows follow ``ROWS``.
-
-    The teacher gap closed, in the last row, :data:`GAP_CLOSED`, is ``None`` if there is no gap; it is missing if one of
-    the three models is.
-    """
-    columns: dict[Measure, dict[str, NDArray[Any]]] = {}
-    for result in sorted(results, key=lambda result: (*ROWS, result.row).index(result.row)):
-        if result.dataset == dataset and result.is_primary:
-            columns.setdefault(result.measure, {})[result.row] = result.hits.numpy()
-    return {
-        measure: {row: accuracy_interval(hits) for row, hits in rows.items()}
-        | ({GAP_CLOSED: gap_closed_interval(*(rows[row] for row in GAP))} if rows.keys() >= {*GAP} else {})
-        for measure, rows in columns.items()
-    }
+    encoder = first.encoder
+    embeds: dict[str, Embed] = {encoder.baseline: lambda *inputs: encoder.raw(Inputs(*inputs))}
+    if first.block_list:  # else the encoder is all of the model
+        embeds["encoder"] = partial(embed, encoder, pool)
+    for name, model in models.items():
+        embeds[name] = partial(embed, model.encoder, partial(model.embed_encoded, layer_mean=layer_mean))
+    return embeds
 
 
 class Evaluation(NamedTuple):
-    """All results of an evaluation."""
+    """What is compared, and what was found."""
 
-    candidates: list[Candidate]
+    groups: Mapping[Modality, dict[str, Embed]]
+    """Models, on the device and in eval mode, by the samples that they take, images of one size, and by name."""
+    costs: Mapping[str, dict[str, Any]]
+    """Name → :func:`cost`."""
     lookup: Lookup
+    """How each set is looked up, without ``augment``."""
+    load: Callable[[Modality], tuple[Mapping[str, EvaluationSet], Augmentation]]
+    """Returns name → samples for a group, and what makes views of them."""
     class_names: dict[str, Sequence[str]]
     """Data set → the name of each label; empty if the labels are only numbers."""
     results: list[Result]
+    speeds: dict[int, dict[str, float]]
+    """Batch size → name → inputs per second, if it was measured."""
+
+    def run(self, device: str, autocast_dtype: torch.dtype | None = None) -> None:
+        """Embed every image once per model, look up each split's images in the other split, and run the probes.
+
+        Args:
+            device: cpu or cuda, the models' own.
+            autocast_dtype: Enables autocast with this dtype.
+        """
+        for modality, embeds in self.groups.items():
+            datasets, augment = self.load(modality)
+            lookup = self.lookup._replace(augment=augment, to_device=partial(Tensor.to, device=device), progress="")
+            for dataset, labeled in datasets.items():
+                self.class_names[dataset] = labeled.class_names
+                count, names = sum(labeled.num_samples), ", ".join(embeds)
+                print(f"embedding {count:,} samples of {dataset}: {names}", file=sys.stderr)
+                with torch.inference_mode(), precision_of(autocast_dtype, device):
+                    self.results.extend(measure_embeddings(rows_of(embeds), embeds, dataset, labeled, lookup))
 
     def write(self, folder: Path, about: dict[str, Any]) -> None:
         """Write ``evaluation.json``, with further entries but no secrets, and ``evaluation.csv``, each atomically.
@@ -204,8 +120,9 @@ class Evaluation(NamedTuple):
             return place | interval._asdict()
 
         rows = [
-            {"candidate": row, "embedding": embedding, **cell(dataset, measure, accuracy_interval(hits.numpy()))}
-            for row, dataset, measure, embedding, _, hits, _ in self.results
+            {"candidate": result.row, "embedding": result.embedding}
+            | cell(result.dataset, result.measure, accuracy_interval(result.hits.numpy()))
+            for result in self.results
         ]
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, fieldnames=list(rows[0]))
@@ -223,12 +140,12 @@ class Evaluation(NamedTuple):
             ],
             "candidates": [
                 {
-                    "name": each.name,
-                    "parameters": each.num_parameters,
-                    "gflop_per_image": each.gflop,
-                    "per_second": each.rates,
+                    "name": name,
+                    "parameters": costs["num_parameters"],
+                    "gflop_per_image": costs["gflop"],
+                    "per_second": {size: speeds[name] for size, speeds in self.speeds.items() if name in speeds},
                 }
-                for each in self.candidates
+                for name, costs in self.costs.items()
             ],
         }
         write_atomically(folder / "evaluation.json", json.dumps(hide_secrets(about) | found, indent=1) + "\n")
@@ -254,32 +171,3 @@ def check_out(folder: Path, weights: str) -> None:
         check_out_file(path)
         if os.path.lexists(path) and not read_evaluation(folder, weights):
             raise InputError(f"out: {path} has the results of other weights; remove it, or choose another folder")
-
-
-def evaluate(
-    groups: Groups,
-    lookup: Lookup,
-    load: LoadSets,
-    device: str,
-    autocast_dtype: torch.dtype | None = None,
-) -> Evaluation:
-    """Embed every image once per candidate, look up each split's images in the other split, and run the probes.
-
-    Args:
-        groups: Models on ``device``.
-        lookup: How each set is looked up, without ``augment``.
-        load: Loads the sets for a group.
-        device: cpu or cuda.
-        autocast_dtype: Enables autocast with this dtype.
-    """
-    evaluation, move = Evaluation([], lookup, {}, []), partial(torch.Tensor.to, device=device)
-    for modality, candidates in groups.items():
-        (datasets, augment), names = load(modality), ", ".join(each.name for each in candidates)
-        evaluation.candidates.extend(candidates)
-        for dataset, labeled in datasets.items():
-            evaluation.class_names[dataset] = labeled.class_names
-            print(f"embedding {sum(labeled.num_samples):,} samples of {dataset}: {names}", file=sys.stderr)
-            options = lookup._replace(augment=augment), move
-            with torch.inference_mode(), precision_of(autocast_dtype, device):
-                evaluation.results.extend(measure_embeddings(candidates, dataset, labeled, *options, progress=dataset))
-    return evaluation

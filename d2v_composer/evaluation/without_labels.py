@@ -1,14 +1,11 @@
-"""Judge embeddings without labels, by their neighbors in another model and by augmented views.
+"""Judge embeddings without labels, by their neighbors in another model.
 
 Shapes: N images, K neighbors, D channels.
 """
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
-from d2v_composer.evaluation.nearest_neighbors import ONE_RANK, Ranks, exact_neighbors, retrieval_hits
+from d2v_composer.evaluation.nearest_neighbors import ONE_RANK, Ranks, exact_neighbors
 
 NUM_COMMON = 10
 
@@ -35,20 +32,21 @@ def neighbor_agreement(embeddings: Tensor, others: Tensor, k: int = NUM_COMMON) 
     return common_shares(*(nearest_others(each, k) for each in (embeddings, others))).mean().item()
 
 
-def nearest_others(images: Tensor, k: int = NUM_COMMON, ranks: Ranks = ONE_RANK) -> Tensor:
+def nearest_others(images: Tensor, k: int = NUM_COMMON, ranks: Ranks = ONE_RANK, bank: Tensor | None = None) -> Tensor:
     """Return the indices of the k other images nearest to each image by cosine, nearest first, (N, k) int64.
 
     Args:
         images: (N, D), on every rank all of them.
         k: From 1 to N - 1.
         ranks: The processes that share the work.
+        bank: Another model's embeddings of the same images, (N, D), among which to search; default ``images``.
 
     Raises:
         ValueError: k is out of range.
     """
     if not 1 <= k < len(images):
         raise ValueError(f"k must be from 1 to {len(images) - 1}, the number of other images; got {k}")
-    found = exact_neighbors(images, ranks.take_share(images), k + 1).indices
+    found = exact_neighbors(images if bank is None else bank, ranks.take_share(images), k + 1).indices
     is_other = found != ranks.share(len(images)).to(found.device)[:, None]
     is_other[is_other.all(dim=1), k] = False  # an image with many copies need not be among its nearest
     return ranks.gather(found[is_other].view(-1, k), len(images))
@@ -57,17 +55,3 @@ def nearest_others(images: Tensor, k: int = NUM_COMMON, ranks: Ranks = ONE_RANK)
 def common_shares(nearest: Tensor, others: Tensor) -> Tensor:
     """Return the share of each image's K neighbors, (N, K), that two models have in common: (N,) float64."""
     return (nearest[:, :, None] == others.to(nearest.device)[:, None]).any(dim=2).double().mean(dim=1)
-
-
-def instance_hits(first: Tensor, second: Tensor, ks: Sequence[int], ranks: Ranks = ONE_RANK) -> dict[int, Tensor]:
-    """Return k → whether an image's own second view is among the k second views nearest to its first view, (N,).
-
-    Args:
-        first: The first view of each image, (N, D), on every rank all of them.
-        second: The second views, (N, D).
-        ks: Each from 1 to N.
-        ranks: The processes that share the work.
-    """
-    nearest = ranks.gather(exact_neighbors(second, ranks.take_share(first), max(ks)).indices, len(first))
-    numbers = torch.arange(len(first), device=first.device)
-    return retrieval_hits(nearest, numbers, numbers, ks)

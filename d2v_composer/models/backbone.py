@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2v_composer.models.embeddings import PROJECTED, Embedding
 from d2v_composer.models.encoder import Encoder, Inputs, Tokens
 from d2v_composer.models.features import Features
 from d2v_composer.models.layer_mean import LayerMean
-from d2v_composer.models.names import PROJECTED, Pooling, Representation, embedding_name
+from d2v_composer.models.names import Pooling, Representation
 
 
 @contextmanager
@@ -211,7 +212,7 @@ class Backbone(nn.Module, ABC):
             torch.Size([2, 192])
         """
         embeddings = self.embed_all(images, lengths)
-        name = embedding_name(representation, pooling or self.default_pooling)
+        name = Embedding(representation, pooling or self.default_pooling).name
         if name not in embeddings:
             raise ValueError(f"no embedding {name!r}; this model has: {', '.join(embeddings)}")
         return embeddings[name]

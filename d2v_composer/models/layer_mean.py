@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from d2v_composer.models.configs import check_choice, check_whole
+from d2v_composer.models.embeddings import PROJECTED
 from d2v_composer.models.features import Features
-from d2v_composer.models.names import PROJECTED, ExtraTokens, Normalization, TargetSource
+from d2v_composer.models.names import ExtraTokens, Normalization, TargetSource
 from d2v_composer.models.targets import norm_mean
 
 

@@ -8,8 +8,6 @@ PREFIX = "timm/"
 """Prefix of a timm model's name."""
 Pooling = Literal["cls", "mean", "mean_patches"]
 Representation = Literal["output", "layer_mean", "projected"]
-PROJECTED = "projected_cls"
-"""The embedding in the space of the teacher's own image embedding, whatever it pools."""
 PrecisionName = Literal["fp32", "amp_bf16", "amp_fp16"]
 PrecisionChoice = Literal["auto", "fp32", "amp_fp16", "amp_bf16"]
 """``auto`` is the fastest that the machine has instructions for."""
@@ -31,11 +29,6 @@ ExtraTokens = Literal["regress", "drop", "only"]
 """What becomes of CLS and registers in the loss."""
 Weights = Literal["model", "ema"]
 """Weights of a teacher's file: the trained ones, or their moving average."""
-
-
-def embedding_name(representation: Representation, pooling: Pooling) -> str:
-    """Return the name of an embedding; ``projected`` has a pooling of its own."""
-    return PROJECTED if representation == "projected" else f"{representation}_{pooling}"
 
 
 def timm_name(model: str) -> str:

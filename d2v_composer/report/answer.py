@@ -3,16 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from d2v_composer.evaluation.evaluate import GAP_CLOSED, pivot
-from d2v_composer.evaluation.labeled_retrieval import last_batch
-from d2v_composer.evaluation.metrics import (
-    AGREEMENT,
-    GAP,
-    TEACHER,
-    Measure,
-    metric_key,
-    retrieval_from,
-)
+from d2v_composer.evaluation.results import GAP_CLOSED, last_batch, pivot
+from d2v_composer.evaluation.rows import AGREEMENT, GAP, TEACHER, Measure, metric_key, retrieval_from
 from d2v_composer.report.run import Run
 
 # In % of the teacher gap: a student that closes less gets advice; to train longer, if so much of it came last.

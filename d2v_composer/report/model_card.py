@@ -16,8 +16,8 @@ from d2v_composer.checkpoints.student_file import choose_embedding, lookup
 from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.embedding import hash_weights
 from d2v_composer.evaluation.evaluate import read_evaluation
+from d2v_composer.evaluation.rows import ROWS
 from d2v_composer.models.names import timm_name
-from d2v_composer.report.run import EMBEDDINGS
 from d2v_composer.system.errors import reading, writing
 from d2v_composer.system.files import check_out_file, write_atomically
 
@@ -97,6 +97,7 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
     with reading(source):
         record = {"teacher": {}, "data": {}, "versions": {}, "command": "not recorded"} | student.provenance
         teacher = {"model": "", "source": "", "license": ""} | record["teacher"]
+        accuracies = lookup(record, "results.accuracies") or {}
         stated, start = [teacher["license"] or ""], None
         if network and lookup(record, "config.student.pretrained"):
             import timm  # which takes seconds
@@ -123,7 +124,7 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
             width=student.embed(student.encoder.example(1), embedding.pooling, embedding.representation).shape[1],
             tables=read_evaluation(Path(source).parent, hash_weights(student)).get("tables", ""),
             results=record.get("results"),
-            other_embeddings=tuple(EMBEDDINGS),
+            rows=[row for row in ROWS if any(row in cells for cells in accuracies.values())],
             file=out.name,
             quote=shlex.quote,
         )

@@ -10,25 +10,28 @@ import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from d2v_composer.evaluation.evaluate import Evaluation, gap_closed_by_step, pivot
-from d2v_composer.evaluation.metrics import (
+from d2v_composer.evaluation.evaluate import Evaluation
+from d2v_composer.evaluation.results import gap_closed_by_step, pivot
+from d2v_composer.evaluation.rows import (
     AGREEMENT,
     BANKS,
     KNN,
     KNN_MAJORITY,
     LINEAR,
-    STUDENT,
+    PROBES,
+    ROWS,
     TEACHER,
     UNTRAINED,
+    VIEWS,
     Measure,
-    instance_retrieval,
+    measures_of,
     metric_key,
     retrieval_from,
 )
-from d2v_composer.report.run import EMBEDDINGS, Run
+from d2v_composer.models.embeddings import EMBEDDINGS
+from d2v_composer.report.run import Run
 
 WIDTH, HEIGHT, DPI = 6.4, 3.9, 150
-COLORS = {STUDENT: "C0", TEACHER: "C1", "encoder": "C3", "pixels": "C2", "log_mel": "C2"}
 STYLE: dict[Any, Any] = {
     **style.library["tableau-colorblind10"],
     "axes.grid": True,
@@ -67,28 +70,31 @@ def curves(run: Run) -> Iterator[tuple[str, Figure]]:
 
 def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
     """Yield the file names and figures of each data set's retrieval, probes and teacher gap closed over the steps."""
+    ks, unit = sorted(run.retrieval["ks"]), run.modality.unit
     for dataset in run.retrieval["datasets"]:
-        ks = sorted(run.retrieval["ks"])
-        found = f"Does it find the right {run.modality.unit}?"
-        fitted, named = "Do classifiers find the right class?", "Is the text of its class the nearest?"
         plots = {
-            **{
-                f"retrieval_{dataset}_bank_{bank}": (
-                    f"{found}\n{{}}, bank {bank}, top-{ks[0]}",
-                    [retrieval_from(bank, ks[0])],
-                )
-                for bank in BANKS
-            },
-            f"probes_{dataset}": (f"{fitted}\n{{}}, fitted to train", [KNN, KNN_MAJORITY, LINEAR]),
-            f"zero_shot_{dataset}": (f"{named}\n{{}}", [retrieval_from("classes", k) for k in ks]),
+            f"retrieval_{dataset}_bank_{bank}": (
+                f"Does it find the right {unit}?\n{dataset}, bank {bank}, top-{ks[0]}",
+                [retrieval_from(bank, ks[0])],
+            )
+            for bank in BANKS
+        } | {
+            f"probes_{dataset}": (
+                f"Do classifiers find the right class?\n{dataset}, fitted to train",
+                [KNN, KNN_MAJORITY, LINEAR],
+            ),
+            f"zero_shot_{dataset}": (
+                f"Is the text of its class the nearest?\n{dataset}",
+                [retrieval_from("classes", k) for k in ks],
+            ),
             f"without_labels_{dataset}": (
-                "Does it find what its teacher finds?\n{}, without labels",
-                [AGREEMENT, *map(instance_retrieval, ks)],
+                f"Does it find what its teacher finds?\n{dataset}, without labels",
+                [AGREEMENT, *(retrieval_from(VIEWS[1], k) for k in ks)],
             ),
         }
         for name, (title, measures) in plots.items():
             if lines := _accuracies(run, dataset, measures):
-                figure = plot(title.format(dataset), "%", lines)
+                figure = plot(title, "%", lines)
                 for start in (run.log.get(metric_key(dataset, each), {}).get(0) for each in measures):
                     if start is not None:
                         figure.axes[0].annotate(UNTRAINED, (0, start), (5, -4), textcoords="offset points", va="top")
@@ -111,14 +117,15 @@ def gap_plot(title: str, lines: Mapping[str, Line]) -> Figure:
 
 
 def _accuracies(run: Run, dataset: str, measures: Sequence[Measure]) -> dict[str, Line]:
-    """Return the student's curves and the baselines' levels, with a color per model and a line style per measure."""
+    """Return the curves of rows that move and the others' levels, with a color per row and a line style per measure."""
     lines = {}
     for measure, dashes in zip(measures, cycle(["-", "--", ":", "-."])):
         label = f", {measure.heading}" if len(measures) > 1 else ""  # else the title says it
-        for row, color in COLORS.items():
-            if values := run.log.get(metric_key(dataset, measure, row=row), {}):
-                look = {"color": color, "linestyle": dashes}
-                lines[row + label] = values if row == STUDENT else values[max(values)], look
+        for title, row in ROWS.items():
+            values = run.log.get(metric_key(dataset, measure, row=title), {})
+            if values and row.color:
+                look = {"color": row.color, "linestyle": dashes}
+                lines[title + label] = values if row.moves else values[max(values)], look
     return lines
 
 
@@ -131,14 +138,13 @@ def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Fi
         batch_size: The batch size of the speed.
         unit: What several samples are called.
     """
-    datasets, ks = [*evaluation.class_names], evaluation.lookup.ks
-    larger = tuple(f"top{k}" for k in ks if k > min(ks))
-    speeds = {each.name: each.rates[batch_size] for each in evaluation.candidates if each.rates}
+    datasets, speeds = [*evaluation.class_names], evaluation.speeds[batch_size]
+    shown = measures_of([min(evaluation.lookup.ks)], PROBES)
     figure = Figure(figsize=(8, 5 * len(datasets)))
     for dataset, axes in zip(datasets, figure.subplots(len(datasets), squeeze=False).flat, strict=True):
         best: dict[str, float] = {}
         for measure, cells in pivot(evaluation.results, dataset).items():
-            if measure.key.endswith(larger):
+            if measure not in shown:
                 continue
             names = sorted(cells.keys() & speeds, key=lambda name: speeds[name])
             values, lows, highs = np.array([interval[:3] for name in names if (interval := cells[name])]).T

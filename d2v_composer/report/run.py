@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import yaml
 from torch import Tensor
@@ -12,17 +12,13 @@ from d2v_composer.checkpoints.safe_load import load_untrusted
 from d2v_composer.data.labeled import EvaluationSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.data.modality import Modality
-from d2v_composer.evaluation.labeled_retrieval import Result, last_batch, read_results
 from d2v_composer.evaluation.metrics import Log, read_jsonl
-from d2v_composer.models.names import Pooling, Representation, embedding_name
+from d2v_composer.evaluation.results import Result, last_batch, read_results
+from d2v_composer.models.embeddings import Embedding
 from d2v_composer.system.errors import InputError, reading
 
 # Side of the images of a folder in a gallery, in pixels.
 SHOWN_SIZE = 96
-# Embeddings of a student and a teacher; without CLS the first of each representation is missing.
-EMBEDDINGS = [
-    f"{representation}_{pooling}" for representation in get_args(Representation) for pooling in get_args(Pooling)
-]
 
 
 class Run(NamedTuple):
@@ -52,8 +48,7 @@ class Run(NamedTuple):
     @property
     def primary(self) -> str:
         """The primary embedding, and the batch after which the student was measured."""
-        name = embedding_name(self.retrieval["representation"], self.retrieval["pooling"])
-        return f"{name}, batch {last_batch(self.results)}"
+        return f"{Embedding.parse(self.retrieval).name}, batch {last_batch(self.results)}"
 
 
 def latest(values: Mapping[int, float]) -> float | None:

@@ -5,26 +5,21 @@ from statistics import mean
 
 from tabulate import tabulate
 
-from d2v_composer.evaluation.evaluate import Evaluation, Interval, gap_closed_by_step, pivot
-from d2v_composer.evaluation.labeled_retrieval import Result
-from d2v_composer.evaluation.metrics import (
+from d2v_composer.evaluation.evaluate import Evaluation
+from d2v_composer.evaluation.metrics import Log
+from d2v_composer.evaluation.results import Interval, Result, gap_closed_by_step, pivot
+from d2v_composer.evaluation.rows import (
     BANKS,
     STUDENT,
+    TABLES,
     TEACHER,
     UNTRAINED,
-    Log,
-    Measure,
+    WITHOUT_LABELS,
     metric_key,
     retrieval_from,
 )
-from d2v_composer.models.names import PROJECTED
-from d2v_composer.report.run import EMBEDDINGS
+from d2v_composer.models.embeddings import EMBEDDINGS, PROJECTED
 
-CLASSIFIED, UNLABELED = "Zero-shot retrieval", "Measured without labels"
-FITTED = "Probes fitted on train, measured on test"
-NAMED = "Zero-shot classification of test by text embeddings of the classes"
-# The title of a table → what its numbers are.
-UNITS = {CLASSIFIED: "accuracy in %", FITTED: "accuracy in %", NAMED: "accuracy in %", UNLABELED: "in %"}
 DATASET = "cifar10"
 
 
@@ -42,13 +37,14 @@ def accuracy_tables(
     """
     for dataset in datasets:
         accuracies = pivot(results, dataset)
-        for what, unit in UNITS.items():
-            columns = [measure for measure in accuracies if _kind(measure) == what]
-            names = dict.fromkeys(row for measure in columns for row in accuracies[measure])
-            rows = [[name, *(_percent(accuracies[measure].get(name)) for measure in columns)] for name in names]
+        for what, names in TABLES.items():
+            columns = {measure.heading: cells for measure, cells in accuracies.items() if measure.name in names}
+            rows = dict.fromkeys(row for cells in columns.values() for row in cells)
             if columns:
-                title = f"{what} on {dataset}, {PROJECTED if what == NAMED else embedding}, {unit} [95 % interval]"
-                yield title, [["", *(measure.heading for measure in columns)], *rows]
+                shown = PROJECTED if "zero_shot" in names else embedding
+                unit = "in %" if names == WITHOUT_LABELS else "accuracy in %"
+                lines = [[row, *(_percent(cells.get(row)) for cells in columns.values())] for row in rows]
+                yield f"{what} on {dataset}, {shown}, {unit} [95 % interval]", [["", *columns], *lines]
 
 
 def format_tables(results: Sequence[Result], datasets: Iterable[str], embedding: str) -> str:
@@ -64,22 +60,15 @@ def evaluation_tables(evaluation: Evaluation, each: str) -> str:
         evaluation: The results.
         each: What a candidate's computation is counted for: image or second.
     """
-    candidates = evaluation.candidates
-    sizes = list(dict.fromkeys(size for one in candidates for size in one.rates))
-    head = ["", "M parameters", "MB in float32", f"GFLOP/{each}", *(f"{each}s/s, batch {size}" for size in sizes)]
-    costs = [
-        [one.name, f"{millions:.2f}", f"{4 * millions:.1f}", f"{one.gflop:.2f}"]
-        + [f"{one.rates[size]:.1f}" if size in one.rates else "–" for size in sizes]
-        for one in candidates
-        for millions in (one.num_parameters / 1e6,)
-    ]
+    speeds = evaluation.speeds
+    head = ["", "M parameters", "MB in float32", f"GFLOP/{each}", *(f"{each}s/s, batch {size}" for size in speeds)]
+    costs = []
+    for name, cost in evaluation.costs.items():
+        millions = cost["num_parameters"] / 1e6
+        rates = [f"{rates[name]:.1f}" if name in rates else "–" for rates in speeds.values()]
+        costs.append([name, f"{millions:.2f}", f"{4 * millions:.1f}", f"{cost['gflop']:.2f}", *rates])
     tables = format_tables(evaluation.results, evaluation.class_names, evaluation.lookup.primary)
     return f"{tables}\n\n{format_table(head, costs)}"
-
-
-def _kind(measure: Measure) -> str:
-    kinds = {"": UNLABELED, "classes": NAMED}
-    return kinds.get(measure.bank, CLASSIFIED if measure.name == "retrieval" else FITTED)
 
 
 def _percent(interval: Interval | None) -> str:

@@ -21,10 +21,11 @@ from torch import Tensor
 from d2v_composer import load_student
 from d2v_composer.checkpoints.export import TimmStudent, TracedAlibi
 from d2v_composer.checkpoints.load import save_student
-from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embedding
+from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.commands import embed as embed_command
 from d2v_composer.commands import export as export_student
 from d2v_composer.models.configs import ImageEncoderConfig, height_and_width
+from d2v_composer.models.embeddings import Embedding
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError, RunError
@@ -258,7 +259,7 @@ def test_unsupported_files_and_options_are_refused(exported: Path, tmp_path: Pat
     ):
         export(without_cls, tmp_path / "student.onnx", "--pooling", "cls")
     student = load_student(without_cls)
-    assert choose_embedding(student, None, None) == PrimaryEmbedding("output", "mean_patches")
+    assert choose_embedding(student, None, None) == Embedding("output", "mean_patches")
     assert create("d2v2_student", checkpoint_path=str(without_cls)).embedding.name == "output_mean_patches"
 
 

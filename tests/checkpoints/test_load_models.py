@@ -79,9 +79,9 @@ def test_a_teacher_is_compared_in_the_normalization_of_the_students_run(uninterr
     targets["normalization"] = "layer"
     torch.save(contents, tmp_path / "checkpoint.pt")
     config = load_evaluate_config([str(ROOT / "yamls" / "evaluate.yaml"), f"model={tmp_path / 'checkpoint.pt'}"])
-    model, groups, *_ = build_comparison(config, "cpu")
+    model, evaluation = build_comparison(config, "cpu")
+    [embeds] = evaluation.groups.values()
     assert model.layer_mean.normalization == "layer"
-    embeds = {candidate.name: candidate.embed for group in groups.values() for candidate in group}
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     teacher: Any = load_teacher(TEACHER)
     _, layers = teacher.forward_blocks(teacher.encode(images))

@@ -29,7 +29,7 @@ from d2v_composer.commands import embed as embed_command
 from d2v_composer.commands import export
 from d2v_composer.data.images import decode_rgb, to_tensor
 from d2v_composer.data.modality import read_sample_file
-from d2v_composer.embedding import Embedding
+from d2v_composer.embedding import Embedded
 from d2v_composer.models.configs import ImageEncoderConfig, StudentConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.images import ImageEncoder
@@ -75,7 +75,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def embed(model: Path, source: Path | str, out: Path, *options: str | Path, workers: int = 0) -> Embedding:
+def embed(model: Path, source: Path | str, out: Path, *options: str | Path, workers: int = 0) -> Embedded:
     """Call ``d2v embed`` in this process."""
     result = embed_command.main([str(each) for each in (model, source, out, "--workers", workers, *options)])
     assert result is not None

@@ -26,12 +26,8 @@ from d2v_composer.checkpoints.load import load_any, save_student
 from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.commands import export as export_student
 from d2v_composer.data.labeled import load_labeled_set
-from d2v_composer.evaluation.evaluate import (
-    accuracy_interval,
-    gap_closed_by_step,
-    gap_closed_interval,
-)
-from d2v_composer.evaluation.metrics import metric_key, retrieval_from
+from d2v_composer.evaluation.results import accuracy_interval, gap_closed_by_step, gap_closed_interval
+from d2v_composer.evaluation.rows import metric_key, retrieval_from
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.timm_network import NetworkStudent
 from d2v_composer.system.errors import InputError

@@ -26,7 +26,6 @@ from d2v_composer.config.load import load_evaluate_config
 from d2v_composer.data.images import Images
 from d2v_composer.data.open import open_source
 from d2v_composer.embedding import EmbeddingOptions, embed_source
-from d2v_composer.evaluation.evaluate import evaluate
 from d2v_composer.evaluation.metrics import read_jsonl
 from helpers import load_checkpoint, losses_of, small_run, student_of
 from recipes import train
@@ -189,8 +188,11 @@ def test_an_evaluation_measures_as_on_the_host(here: Path, labeled: Path) -> Non
     config = load_evaluate_config([f"model={here / 'latest-rank0.pt'}", "device_eval_batch_size=40", sets])
     accuracies = []
     for device in ("xla", "cpu"):
-        found = evaluate(*build_comparison(config, device)[1:], device).results
-        accuracies.append([(each.row, each.measure, each.embedding, each.hits.double().mean()) for each in found])
+        _, evaluation = build_comparison(config, device)
+        evaluation.run(device)
+        accuracies.append(
+            [(each.row, each.measure, each.embedding, each.hits.double().mean()) for each in evaluation.results]
+        )
     assert [each[:3] for each in accuracies[0]] == [each[:3] for each in accuracies[1]]
     on_device, on_host = ([each[3] for each in found] for found in accuracies)
     np.testing.assert_allclose(on_device, on_host, atol=0.05)

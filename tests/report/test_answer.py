@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from d2v_composer.evaluation.evaluate import gap_closed_interval
-from d2v_composer.evaluation.labeled_retrieval import Result
-from d2v_composer.evaluation.metrics import AGREEMENT, BANKS, GAP, UNTRAINED, Measure, metric_key, retrieval_from
+from d2v_composer.evaluation.results import Result, gap_closed_interval
+from d2v_composer.evaluation.rows import AGREEMENT, BANKS, GAP, UNTRAINED, Measure, metric_key, retrieval_from
 from d2v_composer.report.answer import answer
 from d2v_composer.report.run import Run
 from d2v_composer.report.tables import accuracy_tables

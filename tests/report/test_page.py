@@ -20,12 +20,14 @@ from d2v_composer.checkpoints.checkpoint import LATEST
 from d2v_composer.commands import report
 from d2v_composer.data.audio import Audio
 from d2v_composer.data.labeled import load_labeled_set
-from d2v_composer.evaluation.labeled_retrieval import Result
-from d2v_composer.evaluation.metrics import BANKS, GAP, STUDENT, metric_key, read_jsonl, retrieval_from
+from d2v_composer.evaluation.metrics import read_jsonl
+from d2v_composer.evaluation.results import Result
+from d2v_composer.evaluation.rows import BANKS, GAP, STUDENT, metric_key, retrieval_from
+from d2v_composer.models.embeddings import EMBEDDINGS
 from d2v_composer.report import page
 from d2v_composer.report.page import gallery, write_report
 from d2v_composer.report.plots import accuracy_plots
-from d2v_composer.report.run import EMBEDDINGS, Run, read_run
+from d2v_composer.report.run import Run, read_run
 from d2v_composer.report.tables import study_table
 from d2v_composer.system.command_line import d2v
 from helpers import ROOT, small_run
