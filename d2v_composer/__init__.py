@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from d2v_composer.evaluation.linear_probe import linear_probe_accuracy
     from d2v_composer.evaluation.nearest_neighbors import knn_accuracy, retrieval_accuracy
     from d2v_composer.evaluation.without_labels import neighbor_agreement
-    from d2v_composer.models.distillation import DistillationModel
+    from d2v_composer.objectives.distillation import DistillationModel
 
 __all__ = [
     "DistillationModel",
@@ -39,7 +39,7 @@ __all__ = [
 __version__ = metadata.version("d2v-composer")
 
 MODULES = {
-    "DistillationModel": "models.distillation",
+    "DistillationModel": "objectives.distillation",
     "Embedder": "embedder",
     "ZeroShotRetrieval": "callbacks.zero_shot_retrieval",
     "knn_accuracy": "evaluation.nearest_neighbors",

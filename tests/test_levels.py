@@ -13,7 +13,7 @@ from helpers import ROOT
 LEVELS = [
     ("system",),
     ("models",),
-    ("checkpoints", "data"),
+    ("checkpoints", "data", "objectives"),
     ("embedding.py", "evaluation"),
     ("callbacks",),
     ("report", "config"),

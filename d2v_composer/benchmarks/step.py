@@ -28,12 +28,12 @@ from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.models import attention
 from d2v_composer.models.attention import init_linear_layers
-from d2v_composer.models.compilation import compile_model, find_missing
 from d2v_composer.models.configs import RELEASED, ImageEncoderConfig, TeacherConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
-from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.precision import PRECISIONS, choose_precision, name_precision
 from d2v_composer.models.targets import NORM_EPS
+from d2v_composer.objectives.compilation import compile_model, find_missing
+from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.processes import obey_signals
 from d2v_composer.system.third_party import lean_engine

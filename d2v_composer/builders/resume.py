@@ -11,7 +11,7 @@ from torch import nn
 from d2v_composer.checkpoints.checkpoint import Checkpoint, download_checkpoint, find_newest, read_checkpoint
 from d2v_composer.checkpoints.student_file import sha256
 from d2v_composer.config.schema import TrainerConfig
-from d2v_composer.models.distillation import check_tensors
+from d2v_composer.models.trained import check_tensors
 from d2v_composer.system.addresses import Address, RunFolder
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.fetch import cache_folder

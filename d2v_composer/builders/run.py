@@ -26,10 +26,10 @@ from d2v_composer.evaluation.evaluate import cost, share_encoders
 from d2v_composer.evaluation.labeled_retrieval import Embed
 from d2v_composer.evaluation.results import last_batch
 from d2v_composer.evaluation.rows import STUDENT, TEACHER
-from d2v_composer.models.compilation import compile_model, find_missing
-from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.precision import choose_precision
 from d2v_composer.models.teacher import Teacher
+from d2v_composer.objectives.compilation import compile_model, find_missing
+from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.report.tables import format_tables
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.ranks import node_leaders_first
@@ -47,6 +47,8 @@ FIXED_BY_A_CHECKPOINT = (
     "config.optimizer",
     "teacher.sha256",
 )
+# Of a loss that compares the inputs of a microbatch with each other.
+FIXED_WITH_MICROBATCHES = ("config.device_train_microbatch_size", "hardware.ranks")
 
 
 def train_student(
@@ -84,7 +86,7 @@ def train_student(
         model,
         train_loader,
         {"teacher": model.teacher.provenance, "data": data, "costs": costs},
-        fixed=FIXED_BY_A_CHECKPOINT,
+        fixed=FIXED_BY_A_CHECKPOINT + (FIXED_WITH_MICROBATCHES if model.compares_microbatches else ()),
         own=[] if retrieval is None else [retrieval],
         callbacks=callbacks,
         optimizers=build_optimizer(config.optimizer, model),
@@ -129,15 +131,14 @@ def join_student(config: TrainConfig, teacher: Teacher) -> DistillationModel:
         InputError: A setting does not fit it.
     """
     targets, precision, depth = config.targets, choose_precision(config.precision), teacher.config.depth
-    objectives = config.objectives
     if (top_k := targets.average_top_k_layers) is not None and top_k > depth:
         raise InputError(f"targets.average_top_k_layers: must be at most the teacher's depth {depth}, got {top_k}")
     if config.compile and (missing := find_missing()) is not None:
         raise InputError(f"compile: {missing}; install it, or set compile=false")
     with errors_of("student"):
         layer_mean = targets.model_dump(include={"normalization", "final_layer_norm"})
-        layer_mean["projected"] = objectives.embedding.weight > 0
-        student = teacher.build_student(**config.student.model_dump(), **layer_mean)
+        projected = config.objectives.needs_projection
+        student = teacher.build_student(**config.student.model_dump(), **layer_mean, projected=projected)
     check_network("student.model", student, config)
     teacher.encoder.half_residual = config.half_residual
     teacher.cast_weights(precision.dtype)
@@ -146,13 +147,10 @@ def join_student(config: TrainConfig, teacher: Teacher) -> DistillationModel:
             teacher,
             student,
             config.prediction,
-            targets.extra_tokens,
-            top_k,
-            precision.cpu_bf16,
-            targets.source,
-            **objectives.tokens.model_dump(),
-            embedding_weight=objectives.embedding.weight,
+            objectives=dict(config.objectives),
+            cpu_bf16=precision.cpu_bf16,
             dataset_norm=targets.normalization == "dataset",
+            **targets.model_dump(include={"extra_tokens", "average_top_k_layers", "source"}),
         )
 
 
@@ -164,7 +162,7 @@ def build_teacher(config: TrainConfig) -> Teacher:
     """
     section = config.teacher.model_dump()
     try:
-        return load_teacher(section.pop("checkpoint"), **section, projected=config.objectives.embedding.weight > 0)
+        return load_teacher(section.pop("checkpoint"), **section, projected=config.objectives.needs_projection)
     except InputError as error:
         key = "teacher." if str(error).startswith(tuple(TeacherSection.model_fields)) else "teacher.checkpoint: "
         raise InputError(f"{key}{error}") from error

@@ -28,7 +28,7 @@ from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.callbacks.trainer_state import find_callback
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.checkpoint import LOG, drop_unused_scaler
-from d2v_composer.config.load import layered
+from d2v_composer.config.load import defaults, layered
 from d2v_composer.config.schema import CALLBACKS, LOGGERS, AlgorithmsConfig, OptimizerConfig, TrainerConfig
 from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.evaluation.metrics import read_jsonl
@@ -208,8 +208,8 @@ def build_loggers(config: TrainerConfig, unit: str) -> list[LoggerDestination]:
         if arguments is None or (name == "jsonl" and folder is None and "filename" not in arguments):
             continue
         with errors_of(f"loggers.{name}"):
-            defaults = {} if folder is None else places(name, folder)
-            loggers.append(resolve_name(LOGGERS[name])(**layered(defaults, arguments)))
+            in_folder = {} if folder is None else places(name, folder)
+            loggers.append(resolve_name(LOGGERS[name])(**layered(in_folder, arguments)))
     return loggers
 
 
@@ -246,7 +246,8 @@ def build_run_record(config: TrainerConfig, fixed: tuple[str, ...], **contents: 
             "precision": name_precision(config.precision),
         },
     }
-    return RunRecord(record, config.run_folder and config.run_folder.local, fixed)
+    usual = {"config": defaults(type(config))}
+    return RunRecord(record, config.run_folder and config.run_folder.local, fixed, usual)
 
 
 def join_and_seed(config: TrainerConfig) -> None:

@@ -12,9 +12,9 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, RunConfig, Section, TrainConfig
+from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, RunConfig, TrainConfig
 from d2v_composer.config.types import suggest
 from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.processes import let_first_rank_report
@@ -87,7 +87,7 @@ def read_yaml(path: str | Path) -> Any:
     return OmegaConf.to_container(found)
 
 
-def merge(schema: type[Section], argv: Sequence[str], own: Mapping[str, Any], problems: list[str]) -> Any:
+def merge(schema: type[BaseModel], argv: Sequence[str], own: Mapping[str, Any], problems: list[str]) -> Any:
     """Merge defaults, YAML, a command's own values and overrides, and resolve references; add unreadable overrides to
     ``problems``."""
     if not argv:
@@ -117,7 +117,7 @@ def layered(below: Mapping[Any, Any], above: Any) -> dict[Any, Any]:
     return {**below, **above, **{key: layered(below[key], value) for key, value in both.items()}}
 
 
-def defaults(schema: type[Section]) -> dict[str, Any]:
+def defaults(schema: type[BaseModel]) -> dict[str, Any]:
     """Return the defaults as plain values, so that references and overrides of list items find them."""
     required = {
         name: find_section(field.annotation) for name, field in schema.model_fields.items() if field.is_required()
@@ -126,7 +126,7 @@ def defaults(schema: type[Section]) -> dict[str, Any]:
     return schema.model_construct().model_dump(mode="json") | sections
 
 
-def parse(schema: type[Section], override: str) -> tuple[str, Any]:
+def parse(schema: type[BaseModel], override: str) -> tuple[str, Any]:
     """Return key and value of one ``dotted.key=value``; text is taken as it is, unless it is null or in quotes."""
     key, equals, text = override.partition("=")
     if not equals or not key or key.startswith("-"):
@@ -147,7 +147,7 @@ def assign(merged: Any, key: str, value: Any) -> None:
     OmegaConf.update(merged, key, value, merge=isinstance(value, dict) and not is_mapping)
 
 
-def describe(schema: type[Section], error: Any) -> list[str]:
+def describe(schema: type[BaseModel], error: Any) -> list[str]:
     """Return the lines for one pydantic error: 'key.path: problem, got X'."""
     place, value = error["loc"], error["input"]
     key = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in place)
@@ -170,7 +170,7 @@ def is_text(kind: Any) -> bool:
     return kind in (str, NoneType) or (bool(get_args(kind)) and all(map(is_text, get_args(kind))))
 
 
-def section_at(schema: type[Section], place: Sequence[str | int]) -> type[Section]:
+def section_at(schema: type[BaseModel], place: Sequence[str | int]) -> type[BaseModel]:
     """Return the section at a dotted path in the config."""
     for name in place:
         if name in schema.model_fields:  # else a data set's name
@@ -178,9 +178,9 @@ def section_at(schema: type[Section], place: Sequence[str | int]) -> type[Sectio
     return schema
 
 
-def find_section(kind: Any) -> type[Section] | None:
+def find_section(kind: Any) -> type[BaseModel] | None:
     """Return the section class in a type, which may be optional or map names to sections."""
     with suppress(TypeError):
-        if issubclass(kind, Section):
+        if issubclass(kind, BaseModel):
             return kind
     return next(filter(None, map(find_section, get_args(kind))), None)

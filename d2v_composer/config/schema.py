@@ -11,8 +11,8 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ByteSize,
-    ConfigDict,
     Field,
+    create_model,
     model_validator,
 )
 from typing_extensions import Self
@@ -36,7 +36,6 @@ from d2v_composer.config.types import (
     Text,
     Up1000,
     WarmUp,
-    Weight,
     Whole,
     arguments_of,
     check_file,
@@ -44,7 +43,7 @@ from d2v_composer.config.types import (
     must,
 )
 from d2v_composer.data.containers import FORMAT, FORMATS, LOCAL
-from d2v_composer.models.configs import BlockSizes
+from d2v_composer.models.configs import STRICT, BlockSizes
 from d2v_composer.models.names import (
     DATA2VEC2,
     PREFIX,
@@ -55,10 +54,10 @@ from d2v_composer.models.names import (
     Representation,
     TargetNormalization,
     TargetSource,
-    TokenLoss,
     Weights,
 )
 from d2v_composer.models.student import Init
+from d2v_composer.objectives import OBJECTIVES
 from d2v_composer.system.addresses import RunFolder, check_run_name
 from d2v_composer.system.processes import num_nodes, num_ranks
 
@@ -85,9 +84,7 @@ LOGGERS = {
 class Section(BaseModel):
     """A section of a YAML: unknown keys, other types and non-finite numbers are errors."""
 
-    model_config = ConfigDict(
-        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = STRICT
 
     def contradictions(self) -> Iterator[str]:
         """Yield '.key: problem' for each value that contradicts another one; each alone is within its limits."""
@@ -163,34 +160,21 @@ class TargetsConfig(Section):
     false for data2vec 2.0's audio models."""
 
 
-class TokensConfig(Section):
-    """The regression of the target, token by token."""
-
-    loss: TokenLoss = "mse"
-    """Distance of a token's prediction from its target: ``mse``, as in the chapter, or ``cosine_smooth_l1``, 0.9 · (1 -
-    cosine similarity) + 0.1 · smooth L1, as in AM-RADIO."""
-    cls_weight: Fraction | None = None
-    """Share of CLS in the loss; null: 1 / T, the share of any of the T tokens."""
-    weight: Weight = 1.0
-    """Weight of the term; 0: it is left out."""
-
-
-class EmbeddingConfig(Section):
-    """The regression of the teacher's own image embedding: 1 - cosine similarity of ``projected_cls``."""
-
-    weight: Weight = 0.0
-    """Weight of the term; 0: it is left out. It keeps a student in the space of its teacher's text tower."""
-
-
-class ObjectivesConfig(Section):
+class Objectives(Section):
     """The terms of the loss."""
 
-    tokens: TokensConfig = TokensConfig()
-    embedding: EmbeddingConfig = EmbeddingConfig()
+    @property
+    def needs_projection(self) -> bool:
+        """True if teacher and student need the embedding ``projected_cls``."""
+        return any(term.weight and OBJECTIVES[name].needs_projection for name, term in self)
 
     def contradictions(self) -> Iterator[str]:
-        if not self.tokens.weight + self.embedding.weight:
-            yield ".tokens.weight: must be positive unless objectives.embedding.weight is, got 0"
+        if not any(term.weight for _, term in self):
+            yield ".tokens.weight: must be positive unless another objective's is, got 0"
+
+
+SECTIONS: Any = {name: (objective.Options, objective.Options()) for name, objective in OBJECTIVES.items()}
+ObjectivesConfig = create_model("ObjectivesConfig", __base__=Objectives, __doc__=Objectives.__doc__, **SECTIONS)
 
 
 class ShardLoaderConfig(Section):
@@ -423,7 +407,7 @@ class TrainConfig(TrainerConfig):
     """``layer_mean``: the normalized mean of the student's FFN outputs, as in the chapter. ``last_block``: its last
     block's output, not normalized."""
     targets: TargetsConfig = TargetsConfig()
-    objectives: ObjectivesConfig = ObjectivesConfig()
+    objectives: ObjectivesConfig = ObjectivesConfig()  # pyright: ignore[reportInvalidTypeForm]
     train_loader: TrainLoaderConfig  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
     retrieval: RetrievalConfig = RetrievalConfig()
 

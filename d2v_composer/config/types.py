@@ -98,7 +98,6 @@ Whole = Annotated[int, Field(ge=0, le=MAX_INT)]
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
 # Many processes or blocks, or a wide layer, beyond which a number is a slip.
 Up1000 = Annotated[int, Field(ge=1, le=1000)]
 Beta = Annotated[float, Field(ge=0, lt=1)]

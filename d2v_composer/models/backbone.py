@@ -141,7 +141,7 @@ class Backbone(nn.Module, ABC):
     def pooled(self, features: Features, representation: Representation, pooling: Pooling) -> Tensor:
         """Return an embedding, (B, D) float32, with gradient."""
         if representation == "projected":
-            return self.project(features, features.output).float()
+            return features.projected
         return features.poolings(self.represent(features, representation))[pooling]
 
     def represent(self, features: Features, representation: Representation) -> Tensor:
@@ -179,8 +179,7 @@ class Backbone(nn.Module, ABC):
     def embed_encoded(self, tokens: Tokens, layer_mean: LayerMean | None = None) -> dict[str, Tensor]:
         """Compute every embedding from the encoder's tokens, without gradient; see :meth:`embed_all`."""
         with frozen_use():
-            project = self.project if self.projected_width else None
-            return (layer_mean or self.layer_mean).embeddings(self.features(tokens), project)
+            return (layer_mean or self.layer_mean).embeddings(self.features(tokens))
 
     def embed(
         self,

@@ -73,6 +73,9 @@ def parse_image_size(image_size: Any) -> ImageSize:
     return shape[0] if shape[0] == shape[-1] else (shape[0], shape[-1])
 
 
+STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
 class Config(BaseModel):
     """Base of all configs of models: sizes and options, checked once and frozen.
 
@@ -80,7 +83,7 @@ class Config(BaseModel):
         ValueError: One line: a field is unknown, missing, of another type or out of range, or contradicts another.
     """
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = STRICT
 
     def __init__(self, /, **values: Any) -> None:
         try:

@@ -40,6 +40,8 @@ class Features:
     """As of :class:`~d2v_composer.models.encoder.Inputs`."""
     pooled: Tensor | None = None
     """(B, P), the model's own pooled feature, in place of CLS."""
+    project: Callable[["Features", Tensor], Tensor] | None = None
+    """Computes the embedding ``projected_cls``, (B, P), of these features and their output; ``None``: there is none."""
 
     def layers(self, source: TargetSource = "ffn") -> Iterator[Tensor]:
         """Yield each block's FFN output, or its output, (B, T, D)."""
@@ -54,6 +56,12 @@ class Features:
         for output, _ in self.run(True):  # noqa: B007  (the last one)
             pass
         return self.norm(output)
+
+    @property
+    def projected(self) -> Tensor:
+        """The embedding ``projected_cls``, (B, P) float32, with gradient."""
+        assert self.project is not None
+        return self.project(self, self.output).float()
 
     def with_output(self, read: Callable[[Iterator[Tensor]], ResultT]) -> tuple[Tensor, ResultT]:
         """Run the blocks once; return the output, and the result of ``read`` on the FFN outputs, one at a time."""

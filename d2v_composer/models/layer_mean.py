@@ -5,14 +5,14 @@ Shapes: B inputs, E extra tokens, N patches or frames, T = E + N tokens, D chann
 
 from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_origin
 
 from torch import Tensor
 
 from d2v_composer.models.configs import check_choice, check_whole
 from d2v_composer.models.embeddings import PROJECTED
 from d2v_composer.models.features import Features
-from d2v_composer.models.names import ExtraTokens, Normalization, TargetSource
+from d2v_composer.models.names import ExtraTokens, Normalization, Prediction, TargetSource
 from d2v_composer.models.targets import norm_mean
 
 
@@ -30,9 +30,12 @@ class LayerMean(NamedTuple):
     extra_tokens: ExtraTokens = "regress"
     """``regress`` them like patches; ``drop`` them before InstanceNorm, as data2vec 2.0's pre-training does; or regress
     them ``only``."""
+    prediction: Prediction = "layer_mean"
+    """What is regressed: ``layer_mean`` of the student's FFN outputs, or ``last_block``, its output, not normalized."""
+    dataset_norm: bool = False
+    """Normalize the target's layers by fixed numbers of the data set, in place of ``normalization``."""
     norm_mean: Callable[..., Tensor] = norm_mean
-    """:func:`~d2v_composer.models.targets.norm_mean`, or its compiled version; or a
-    :class:`~d2v_composer.models.dataset_norm.DatasetNorm`, in which case ``normalization`` is not used."""
+    """:func:`~d2v_composer.models.targets.norm_mean`, or its compiled version."""
 
     @classmethod
     def of(cls, config: Any) -> "LayerMean":
@@ -46,12 +49,9 @@ class LayerMean(NamedTuple):
             ValueError: A value is unknown.
         """
         changed = self._replace(**{name: value for name, value in options.items() if value is not None})
-        for name, choices in (
-            ("normalization", Normalization),
-            ("source", TargetSource),
-            ("extra_tokens", ExtraTokens),
-        ):
-            check_choice(name, getattr(changed, name), choices)
+        for name, choices in LayerMean.__annotations__.items():
+            if get_origin(choices) is Literal:
+                check_choice(name, getattr(changed, name), choices)
         return changed
 
     def target(self, features: Features, norm_mean: Callable[..., Tensor] | None = None) -> Tensor:
@@ -81,13 +81,8 @@ class LayerMean(NamedTuple):
         first = features.num_extra_tokens if self.extra_tokens == "drop" else 0
         return slice(first, features.num_extra_tokens if self.extra_tokens == "only" else None)
 
-    def embeddings(
-        self, features: Features, project: Callable[[Features, Tensor], Tensor] | None = None
-    ) -> dict[str, Tensor]:
-        """Compute every embedding of a model, (B, D) float32, by name: poolings of its output and of its layers.
-
-        ``project`` computes ``projected_cls`` of features and output.
-        """
+    def embeddings(self, features: Features) -> dict[str, Tensor]:
+        """Compute every embedding of a model, (B, D) float32, by name: poolings of its output and of its layers."""
         if features.pooled is not None:
             output = features.output
             found = features.poolings(output, "output_")
@@ -95,7 +90,7 @@ class LayerMean(NamedTuple):
             output, mean = features.with_output(lambda layers: self.average(layers, features))
             both = features.poolings(output, "output_") | features.poolings(mean, "layer_mean_")
             found = {name: both[name] for name in self.names(features.has_cls_token)}
-        return found if project is None else found | {PROJECTED: project(features, output).float()}
+        return found if features.project is None else found | {PROJECTED: features.project(features, output).float()}
 
     def names(self, has_cls_token: bool) -> list[str]:
         """Return the names of all embeddings.

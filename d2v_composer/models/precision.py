@@ -1,7 +1,7 @@
 """Choose the precision in which a model computes on this machine, and compute in it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -58,3 +58,9 @@ def precision_of(dtype: torch.dtype | None, device: str) -> Iterator[None]:
     finally:
         for switch, is_allowed in zip(switches, allowed, strict=True):
             switch.allow_tf32 = is_allowed
+
+
+def cpu_autocast(is_on: bool) -> AbstractContextManager[Any]:
+    """Return a context in which a CPU computes in bfloat16 if ``is_on``."""
+    # Not autocast(enabled=False), which would disable the caller's.
+    return torch.autocast("cpu", torch.bfloat16) if is_on else nullcontext()

@@ -1,36 +1,20 @@
-"""Regression targets and the loss, as pure functions of tensors.
+"""The normalized mean of layers, as pure functions of tensors.
 
 Shapes: B images, E extra tokens, N patches, T = E + N time steps (tokens), D channels.
 Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), section 3; fairseq ``make_targets``.
 """
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import cosine_similarity, layer_norm, mse_loss, smooth_l1_loss
+from torch.nn.functional import layer_norm
 
-from d2v_composer.models.names import Normalization, TokenLoss
+from d2v_composer.models.names import Normalization
 
 NORM_EPS = 1e-5
-CLS_LOSS_WEIGHT = 0.01  # data2vec 2.0's `cls_loss` of the image models
-
-
-class Regression(NamedTuple):
-    """Prediction and target of a step, float32."""
-
-    prediction: Tensor
-    """(B, T, D); (B, N, D) without the extra tokens, (B, E, D) with these only."""
-    target: Tensor
-    """Same shape as ``prediction``, without gradient."""
-    cls_prediction: Tensor | None = None
-    """(B, D), if CLS is regressed to the mean target instead of its own."""
-    padding_mask: Tensor | None = None
-    """(B, T) bool: true for tokens that the loss leaves out."""
-    others: "tuple[Regression, ...]" = ()
-    """Those of further objectives."""
 
 
 def mean_over_time(x_BTD: Tensor, num_extra_tokens: int = 0, padding_mask: Tensor | None = None) -> Tensor:
@@ -60,24 +44,6 @@ def instance_norm(
     return centred_BTD * scale_B1D, scale_B1D
 
 
-def normalize(
-    layer_BTD: Tensor,
-    num_extra_tokens: int = 0,
-    normalization: Normalization = "instance",
-    padding_mask: Tensor | None = None,
-) -> Tensor:
-    """Normalize one layer, (B, T, D) float32; LayerNorm ignores ``num_extra_tokens`` and ``padding_mask``.
-
-    Raises:
-        ValueError: ``normalization`` is unknown.
-    """
-    if normalization == "instance":
-        return instance_norm(layer_BTD, num_extra_tokens, padding_mask)[0]
-    if normalization == "layer":
-        return layer_norm(layer_BTD.float(), layer_BTD.shape[-1:], eps=NORM_EPS)
-    raise ValueError(f"normalization must be {' or '.join(get_args(Normalization))}, got {normalization!r}")
-
-
 def norm_mean(
     layers: Iterable[Tensor],
     num_extra_tokens: int = 0,
@@ -95,11 +61,14 @@ def norm_mean(
         padding_mask: (B, T), true for padding, which is excluded from the statistics too. What it gets means nothing.
 
     Raises:
-        ValueError: There are no layers, or ``normalization`` is unknown.
+        ValueError: There are no layers.
     """
     if normalization == "instance" and torch.is_grad_enabled():
         return instance_norm_mean(num_extra_tokens, final_layer_norm, padding_mask, *layers)
-    normalized = (normalize(layer_BTD, num_extra_tokens, normalization, padding_mask) for layer_BTD in layers)
+    if normalization == "instance":
+        normalized = (instance_norm(layer_BTD, num_extra_tokens, padding_mask)[0] for layer_BTD in layers)
+    else:
+        normalized = (layer_norm(layer_BTD.float(), layer_BTD.shape[-1:], eps=NORM_EPS) for layer_BTD in layers)
     return average(normalized, final_layer_norm)
 
 
@@ -173,41 +142,3 @@ def instance_norm_gradient(
     if padding_mask is not None:
         through_statistics_BTD = through_statistics_BTD.masked_fill(padding_mask[..., None], 0)
     return ((grad_BTD - through_statistics_BTD) * scale_B1D).to(layer_BTD.dtype)
-
-
-def token_errors(prediction_BTD: Tensor, target_BTD: Tensor, loss: TokenLoss) -> Tensor:
-    """Return the distance of each token's prediction from its target, (B, T, 1).
-
-    ``cosine_smooth_l1`` is 0.9 · (1 - cosine similarity) + 0.1 · smooth L1, the mean over channels, as AM-RADIO has it
-    for its spatial features (Ranzinger et al. 2024, arXiv:2312.06709, section 3.3).
-    """
-    if loss == "mse":
-        return (prediction_BTD - target_BTD).square().mean(dim=-1, keepdim=True)
-    cosine_BT1 = cosine_similarity(prediction_BTD, target_BTD, dim=-1)[..., None]
-    distance_BT1 = smooth_l1_loss(prediction_BTD, target_BTD, reduction="none").mean(dim=-1, keepdim=True)
-    return 0.9 * (1 - cosine_BT1) + 0.1 * distance_BT1
-
-
-def regression_loss(regression: Regression, loss: TokenLoss = "mse", cls_weight: float | None = None) -> Tensor:
-    """Return the mean distance over all tokens, plus 0.01 × the mean squared error of ``cls_prediction``.
-
-    Padding does not count, and each input of a padded batch counts alike, however short: so the mean over ranks and
-    microbatches, which have as many inputs, is that of the whole batch.
-
-    Args:
-        regression: Prediction and target.
-        loss: Distance of a token.
-        cls_weight: The share of the first token, CLS, in the loss; default as of any other token.
-    """
-    prediction, target, mask = regression.prediction.float(), regression.target, regression.padding_mask
-    if loss == "mse" and cls_weight is None and mask is None:
-        total = mse_loss(prediction, target)
-    else:
-        error_BT1 = token_errors(prediction, target, loss)
-        total = mean_over_time(error_BT1, cls_weight is not None, mask).mean()
-        if cls_weight is not None:
-            total = cls_weight * error_BT1[:, 0].mean() + (1 - cls_weight) * total
-    if regression.cls_prediction is None:
-        return total
-    mean_target_BD = mean_over_time(target, padding_mask=mask)[:, 0]
-    return total + CLS_LOSS_WEIGHT * mse_loss(regression.cls_prediction.float(), mean_target_BD)

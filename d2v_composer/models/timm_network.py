@@ -223,7 +223,9 @@ class NetworkStudent(Backbone):
         return self.encoder.model.get_classifier()(features.pooled)
 
     def features(self, tokens: Tokens) -> Features:
-        return Features(lambda _: [(tokens.x, tokens.x)], 1, nn.Identity(), 0, True, pooled=tokens.pooled)
+        project = self.project if self.projected_width else None
+        run, norm = lambda _: [(tokens.x, tokens.x)], nn.Identity()
+        return Features(run, 1, norm, 0, True, pooled=tokens.pooled, project=project)
 
     def train_what_is_read(self, output: bool, pooled: bool) -> None:
         """Freeze parameters that no loss reads, such as the classifier's, which DDP would refuse."""
@@ -232,7 +234,7 @@ class NetworkStudent(Backbone):
         assert tokens.pooled is not None
         read = [each.sum() for each, is_read in ((tokens.x, output), (tokens.pooled, pooled)) if is_read]
         if self.projected_width:
-            read.append(self.project(self.features(tokens), tokens.x).sum())
+            read.append(self.features(tokens).projected.sum())
         torch.stack(read).sum().backward()
         self.train(was_training)
         for parameter in self.parameters():

@@ -71,6 +71,7 @@ class Transformer(Backbone):
             self.has_cls_token,
             padding_mask,
             shares,
+            project=self.project if self.projected_width else None,
         )
 
     def forward_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:

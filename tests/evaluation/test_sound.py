@@ -19,7 +19,7 @@ from d2v_composer.evaluation.evaluate import share_encoders
 from d2v_composer.evaluation.labeled_retrieval import Lookup, embed_set
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.evaluation.rows import VIEWS
-from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, QUICKSTART, ROOT, write_words
 

@@ -19,12 +19,12 @@ from d2v_composer.checkpoints.load import load_student, load_teacher, save_stude
 from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.models.audio import LogMel
 from d2v_composer.models.classification import Classifier
-from d2v_composer.models.compilation import compile_model
 from d2v_composer.models.configs import RELEASED, AudioEncoderConfig, TeacherConfig, parse_convolutions
 from d2v_composer.models.data2vec2 import Data2Vec2
-from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.targets import norm_mean
+from d2v_composer.objectives.compilation import compile_model
+from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, assert_same_numbers, refused_by, time_limit
 

@@ -13,11 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from d2v_composer import DistillationModel, load_student, load_teacher
 from d2v_composer.checkpoints.kinds import timm_call
 from d2v_composer.checkpoints.load import save_student
-from d2v_composer.models.compilation import compile_model
 from d2v_composer.models.configs import ImageEncoderConfig, TeacherConfig, TimmNetworkConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.timm_network import NetworkStudent
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, materialize, teacher_config
+from d2v_composer.objectives.compilation import compile_model
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN
 
@@ -123,7 +123,7 @@ def test_a_file_computes_the_same_in_timm_or_is_not_written(tmp_path: Path, name
 
 def test_registers_are_left_out(teacher_with_registers: TimmTeacher) -> None:
     teacher, pictures = teacher_with_registers, images(2, 56)
-    model = DistillationModel(teacher, teacher.build_student(model="timm/resnet10t"), target_source="block")
+    model = DistillationModel(teacher, teacher.build_student(model="timm/resnet10t"), source="block")
     _, targets = model.frozen_pass(model.inputs_of(pictures))
     layers = [block for block, _ in teacher.iterate_blocks(teacher.encode(pictures))]
     kept = [torch.cat([each[:, :1], each[:, 5:]], dim=1) for each in layers]
