@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from d2v_composer.evaluation.linear_probe import linear_probe_accuracy
     from d2v_composer.evaluation.nearest_neighbors import knn_accuracy, retrieval_accuracy
     from d2v_composer.evaluation.without_labels import neighbor_agreement
+    from d2v_composer.models.frozen_model import FrozenModel
     from d2v_composer.objectives.distillation import DistillationModel
 
 __all__ = [
     "DistillationModel",
     "Embedder",
+    "FrozenModel",
     "ZeroShotRetrieval",
     "d2v2_student",
     "knn_accuracy",
@@ -41,6 +43,7 @@ __version__ = metadata.version("d2v-composer")
 MODULES = {
     "DistillationModel": "objectives.distillation",
     "Embedder": "embedder",
+    "FrozenModel": "models.frozen_model",
     "ZeroShotRetrieval": "callbacks.zero_shot_retrieval",
     "knn_accuracy": "evaluation.nearest_neighbors",
     "linear_probe_accuracy": "evaluation.linear_probe",

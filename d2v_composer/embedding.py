@@ -5,7 +5,6 @@ what is in it. So a killed run loses at most one chunk of each process, whatever
 processes ends with the same bytes. Shapes: N samples, D channels.
 """
 
-import hashlib
 import io
 import json
 import shutil
@@ -29,7 +28,7 @@ from torch.nn.functional import normalize
 from d2v_composer.data.modality import collate
 from d2v_composer.data.parts import TABLES, Parts, bring, plan_of
 from d2v_composer.data.source import Source, hash_of, map_in_workers
-from d2v_composer.models.backbone import Backbone
+from d2v_composer.models.backbone import Backbone, hash_weights
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
 from d2v_composer.models.precision import choose_precision, precision_of
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
@@ -422,15 +421,6 @@ def embed_batch(model: Backbone, batch: tuple[Tensor, ...], options: EmbeddingOp
         embeddings = model.embed(values, options.pooling, options.representation, *others)
         embeddings = normalize(embeddings, dim=1) if options.normalize else embeddings
         return embeddings.to(getattr(torch, options.dtype)).cpu().numpy()
-
-
-def hash_weights(model: Backbone) -> str:
-    """Return a hash of a model's sizes and weights, not of its file, which a run in progress may have replaced."""
-    digest = hashlib.sha256(repr((model.encoder.config, model.config)).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def load_batch(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from d2v_composer.checkpoints.kinds import convert_to_timm
+from d2v_composer.checkpoints.kinds import build_encoder, convert_to_timm
 from d2v_composer.checkpoints.student_file import (
     choose_embedding,
     distillation_of,
@@ -131,7 +131,10 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
         except ValueError as error:  # the hub cannot be reached
             print(f"the untrained student is not measured: {error}", file=sys.stderr)
             return None
-    init = lookup(distillation_of(model.provenance), "config.student.init") or "random"
+    record = distillation_of(model.provenance)
+    init = lookup(record, "config.student.init") or "random"
+    if lookup(record, "student.own_encoder"):
+        return Student(build_encoder(model.encoder.config), model.config)
     if teacher is not None:
         return teacher.build_student(**model.config.model_dump(), init=init)
     is_tuned = has_tuned_encoder(model.provenance)

@@ -18,6 +18,7 @@ from d2v_composer.builders.trainer import (
 )
 from d2v_composer.callbacks.target_statistics import TargetStatistics
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
+from d2v_composer.checkpoints.kinds import sizes_of
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.config.schema import TeacherSection, TrainConfig
@@ -81,11 +82,12 @@ def train_student(
         callbacks = [measure, *callbacks]
     retrieval = build_retrieval(config, model)
     costs = {STUDENT: cost(model.student), TEACHER: cost(model.teacher)}
+    student = model.student.provenance["student"] | {"sizes": sizes_of(model.student)}
     trainer = build_trainer(
         config,
         model,
         train_loader,
-        {"teacher": model.teacher.provenance, "data": data, "costs": costs},
+        {"teacher": model.teacher.provenance, "student": student, "data": data, "costs": costs},
         fixed=FIXED_BY_A_CHECKPOINT + (FIXED_WITH_MICROBATCHES if model.compares_microbatches else ()),
         own=[] if retrieval is None else [retrieval],
         callbacks=callbacks,

@@ -1,5 +1,7 @@
 """Load teachers and students from files, and write them."""
 
+import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,8 @@ from d2v_composer.checkpoints.student_file import (
 )
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import ImageSize, TimmConfig
-from d2v_composer.models.names import DATA2VEC2, PREFIX, Weights
+from d2v_composer.models.names import DATA2VEC2, EXTERNAL, PREFIX, TEACHERS, Weights
 from d2v_composer.models.projection import Projection
-from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError
@@ -41,7 +42,7 @@ def load_teacher(
     first_blocks: int | None = None,
     image_size: ImageSize | str | None = None,
     projected: bool = False,
-) -> Teacher:
+) -> Any:
     """Load a frozen teacher, in eval mode and float32.
 
     Args:
@@ -49,7 +50,8 @@ def load_teacher(
             fairseq or a file of ``convert_teacher``, which says whether it is of images or audio. timm: a .safetensors
             or PyTorch file; ``None``: timm's pretrained weights, from the Hugging Face hub or its cache.
         weights: For data2vec 2.0: ``model``, or ``ema`` for the moving average. A converted file holds one of the two.
-        model: ``data2vec2``, or ``timm/NAME``, NAME as ``timm.create_model`` takes it.
+        model: ``data2vec2``; ``timm/NAME``, NAME as ``timm.create_model`` takes it; or ``ext/NAME``, as an installed
+            package offers it.
         first_blocks: Blocks in the shared encoder; default: a sixth of a timm model's, those of the modality encoder in
             data2vec 2.0.
         image_size: timm: pixels per side, or height and width: (112, 168) or '112x168'; default timm's for this model.
@@ -57,7 +59,9 @@ def load_teacher(
             projection to a text tower's space if there is one; of data2vec 2.0, CLS or the mean of its output.
 
     Returns:
-        A :class:`~d2v_composer.models.teacher.Teacher`; its ``config`` has the sizes, its ``provenance`` the origin.
+        A :class:`~d2v_composer.models.teacher.Teacher`, except of ``ext/NAME`` also a
+        :class:`~d2v_composer.models.transformer.Transformer`; its ``config`` has the sizes, its ``provenance`` the
+        origin.
 
     Raises:
         InputError: The file does not exist, or is not a supported teacher.
@@ -73,8 +77,12 @@ def load_teacher(
         from d2v_composer.checkpoints.timm_weights import load_timm_teacher  # timm takes seconds to import
 
         return load_timm_teacher(path, model, first_blocks, image_size, projected)
+    if model.startswith(EXTERNAL):
+        if first_blocks is not None or image_size is not None:
+            raise InputError(f"first_blocks and image_size: cannot be set for {model}, whose package fixes them")
+        return load_external(path, model)
     if model != DATA2VEC2:
-        raise InputError(f"model: must be {DATA2VEC2} or timm/NAME, got {model!r}")
+        raise InputError(f"model: must be {DATA2VEC2}, timm/NAME or ext/NAME, got {model!r}")
     if path is None:
         raise InputError(f"checkpoint: {DATA2VEC2} needs a file")
     if image_size is not None:
@@ -88,6 +96,23 @@ def load_teacher(
     if projected:
         teacher.projection = Projection(teacher.default_pooling).freeze()
     return teacher
+
+
+def load_external(path: str | Path | None, model: str) -> Teacher:
+    """Load the teacher ``ext/NAME`` that an installed package offers, from ``path`` if it takes one.
+
+    Raises:
+        InputError: No package offers it, or it is no teacher.
+    """
+    for entry in entry_points(group=TEACHERS, name=model.removeprefix(EXTERNAL)):
+        teacher = entry.load()(path)
+        if not isinstance(teacher, Teacher):
+            raise InputError(f"model: {model} must be a FrozenModel, got {type(teacher).__name__} from {entry.value}")
+        return teacher
+    raise InputError(
+        f"model: no installed package offers {model} by an entry point of the group {TEACHERS}; a teacher made in "
+        "Python must be given: train_student(config, teacher=…)"
+    )
 
 
 def save_student(student: Backbone, out: Path) -> None:
@@ -177,9 +202,9 @@ def _with_teacher(student: Backbone, path: str | None) -> Models:
         return student, None
     record = distillation_of(student.provenance)
     sizes: Any = student.encoder.config
-    is_shared = isinstance(student, Student)
-    settings = dict(sizes) | {"first_blocks": sizes.prenet_depth} if is_shared else lookup(record, "config.teacher")
-    names = ("first_blocks", "model", "image_size") if isinstance(sizes, TimmConfig) else ("first_blocks",)
+    has_own = lookup(record, "student.own_encoder")
+    settings = lookup(record, "config.teacher") if has_own else dict(sizes) | {"first_blocks": sizes.prenet_depth}
+    names = ("first_blocks", "model", "image_size") if has_own or isinstance(sizes, TimmConfig) else ("first_blocks",)
     options: Any = {name: settings[name] for name in names if name in (settings or {})}
     file = None if path == options.get("model") else path  # of a timm model, the name stands for its pretrained weights
     weights, projected = lookup(record, "teacher.weights") or "model", student.projected_width > 0
@@ -202,7 +227,7 @@ def _load_checkpoint(checkpoint: Checkpoint, teacher_path: str | None) -> Models
         ) from error
 
 
-def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> tuple[Backbone, Teacher]:
+def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
     """Load a training run's student, with the run's record and results as provenance, and its teacher."""
     path, record, retrieval = checkpoint.path, dict(checkpoint.record), checkpoint.saved_by("ZeroShotRetrieval")
     if measured := retrieval.get("history"):
@@ -211,25 +236,32 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> tuple[Bac
             accuracies.setdefault(f"{dataset} {key}", {})[row] = hits.double().mean().item()
         last = measured[-1]["batch"]
         record["results"] = {"batch": checkpoint.trained("batch"), "last": last, "accuracies": accuracies}
-    config = record["config"]
-    settings, sizes = config["teacher"], config["student"] | {"init": "random", "pretrained": False}
+    config, sizes, has_own_encoder = record["config"], record["student"]["sizes"], record["student"]["own_encoder"]
+    settings, (*_, last_sizes) = config["teacher"], sizes.values()
     options = {name: settings[name] for name in ("model", "first_blocks", "image_size")}
-    options["projected"] = sizes["projected"] = config["objectives"]["embedding"]["weight"] > 0
-    file = None if teacher_path == options["model"] else teacher_path or settings["checkpoint"]
+    options["projected"] = last_sizes["projection"] is not None
+    file, teacher = None if teacher_path == options["model"] else teacher_path or settings["checkpoint"], None
     try:
-        teacher = load_teacher(file, settings["weights"], **options)
-        check_same_teacher(file or options["model"], teacher, record)
+        loaded = load_teacher(file, settings["weights"], **options)
+        check_same_teacher(file or options["model"], loaded, record)
+        teacher = loaded
     except InputError as error:
         if teacher_path is not None:
             raise
-        raise InputError(f"{error}; if the teacher of {path} has moved, give its new path: {NAME_IT}") from error
+        moved = f"{error}; if the teacher of {path} has moved, give its new path: {NAME_IT}"
+        if not has_own_encoder:
+            raise InputError(moved) from error
+        print(f"without the teacher: {moved}", file=sys.stderr)
+    prefix = "student."  # the others are the objectives' heads
+    own = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)}
+    if teacher is None or has_own_encoder:
+        return build_student(path, read_sizes(path, sizes), own, record), teacher
 
     def build() -> Backbone:
         layer_mean = {name: config["targets"][name] for name in ("normalization", "final_layer_norm")}
-        return teacher.build_student(**sizes, **layer_mean)
+        blocks = config["student"] | {"init": "random"}
+        return teacher.build_student(**blocks, **layer_mean, projected=options["projected"])
 
-    prefix = "student."  # the others are the objectives' heads
-    own = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)}
     check_fits(path, lambda: own_parts(build()), own)
     student = build()
     own_parts(student).load_state_dict(own)

@@ -208,9 +208,11 @@ def distillation_of(provenance: Any) -> Any:
 
 
 def has_tuned_encoder(provenance: Any) -> bool:
-    """Return True if a fine-tuning run trained a student's encoder too."""
+    """Return True if the run that distilled a student, or a fine-tuning run, trained its encoder too."""
     before = lookup(provenance, "model.provenance")
-    return before is not None and (lookup(provenance, "config.train_encoder") or has_tuned_encoder(before))
+    if before is None:
+        return bool(lookup(provenance, "student.own_encoder"))
+    return bool(lookup(provenance, "config.train_encoder")) or has_tuned_encoder(before)
 
 
 def check_same_teacher(source: Any, found: Teacher, record: Any) -> None:

@@ -115,10 +115,11 @@ class TeacherSection(TimmSizes, Section):
     """The frozen teacher."""
 
     model: Annotated[Text, IS_TEACHER] = DATA2VEC2
-    """``data2vec2``, or ``timm/NAME`` with a NAME that ``timm.create_model`` accepts."""
+    """``data2vec2``; ``timm/NAME`` with a NAME that ``timm.create_model`` accepts; or ``ext/NAME``, a teacher that an
+    installed package offers or that Python gives."""
     checkpoint: AddressText | None
     """Path or address. data2vec2: fairseq's .pt or a converted .safetensors. timm: a .safetensors or PyTorch file;
-    null: timm's pretrained weights, from the Hugging Face hub."""
+    null: timm's pretrained weights, from the Hugging Face hub. ext: what the package takes."""
     weights: Weights = "model"
     """Weights to take from a data2vec2 file: ``model``, as trained, or ``ema``, their moving average."""
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, JsonValue
 
 from d2v_composer.models.configs import parse_image_size
-from d2v_composer.models.names import DATA2VEC2, PREFIX
+from d2v_composer.models.names import DATA2VEC2, EXTERNAL, PREFIX
 from d2v_composer.system.addresses import Address, check_path
 
 # Also the largest seed: ranks and epochs add to it, and numpy's seeds end at 2^32.
@@ -88,7 +88,9 @@ def arguments_of(known: Mapping[str, str]) -> AfterValidator:
 
 
 IS_RANGE = must("be two numbers, the smaller one first", lambda pair: pair[0] <= pair[1])
-IS_TEACHER = must(f"be {DATA2VEC2} or timm/NAME", lambda name: name == DATA2VEC2 or name.startswith(PREFIX))
+IS_TEACHER = must(
+    f"be {DATA2VEC2}, timm/NAME or ext/NAME", lambda name: name == DATA2VEC2 or name.startswith((PREFIX, EXTERNAL))
+)
 IS_PRINTABLE = must("be printable characters", lambda text: bool(text) and text.isprintable())
 Text = Annotated[str, IS_PRINTABLE]
 PathText = Annotated[Text, AfterValidator(expanduser)]

@@ -3,6 +3,7 @@
 Shapes: B inputs, T tokens, D channels.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,15 @@ def frozen_use() -> Iterator[None]:
             yield
     finally:
         torch.set_autocast_cache_enabled(caches_casts)
+
+
+def hash_weights(model: "Backbone") -> str:
+    """Return a hash of a model's sizes and weights, not of its file, which a run in progress may have replaced."""
+    digest = hashlib.sha256(repr((model.encoder.config, model.config)).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 class Backbone(nn.Module, ABC):
@@ -70,9 +80,9 @@ class Backbone(nn.Module, ABC):
             pooled: A loss reads its pooled feature.
         """
 
-    @abstractmethod
     def forward_macs(self, shape: Sequence[int] | None = None) -> int:
         """Return the multiply-accumulates for one input after the encoder, by default :meth:`Encoder.num_tokens`'s."""
+        return 0
 
     def backward_macs(self, shape: Sequence[int] | None = None) -> int:
         """Return the backward pass's multiply-accumulates for one input, including an encoder that trains."""
@@ -83,9 +93,8 @@ class Backbone(nn.Module, ABC):
         """The blocks after the encoder."""
         return []
 
-    @abstractmethod
     def checkpoint_activations(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass (``enable``), or keep them in memory."""
+        """Recompute activations in the backward pass (``enable``), or keep them in memory; a teacher has none."""
 
     @property
     def num_layers(self) -> int:

@@ -302,6 +302,24 @@ class EatEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
         check_whole("target_length", self.target_length, EAT_PATCH, EAT_PATCH * self.max_length)
 
 
+class FrozenModelConfig(ImageConfig):
+    """Sizes of a teacher that is anyone's module."""
+
+    image_size: ImageSize
+    grid_size: Annotated[tuple[int, int], Field(strict=False)]
+    has_cls_token: bool
+    embed_dim: Width
+    interpolation: ClassVar = "bicubic"
+    normalization: ClassVar = "instance"
+    final_layer_norm: ClassVar = True
+    depth: ClassVar = 1
+    average_top_k_layers: ClassVar = 1
+
+    @property
+    def num_extra_tokens(self) -> int:
+        return int(self.has_cls_token)
+
+
 class TimmConfig(ImageConfig):
     """Fields of all encoders that timm builds."""
 

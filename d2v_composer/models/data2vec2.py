@@ -24,6 +24,7 @@ from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.layer_mean import LayerMean
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
+from d2v_composer.models.transformer import Transformer
 
 ENCODERS: dict[type[Any], type[Data2Vec2Encoder]] = {
     ImageEncoderConfig: ImageEncoder,
@@ -32,7 +33,7 @@ ENCODERS: dict[type[Any], type[Data2Vec2Encoder]] = {
 }
 
 
-class Data2Vec2(Teacher):
+class Data2Vec2(Transformer, Teacher):
     """A data2vec 2.0 teacher, frozen and in eval mode.
 
     Args:

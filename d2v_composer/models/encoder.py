@@ -118,9 +118,9 @@ class Encoder(Frozen):
         return self.config.embed_dim
 
     @property
-    @abstractmethod
     def block_list(self) -> list[Any]:
-        """The encoder's blocks."""
+        """The encoder's blocks; by default there are none."""
+        return []
 
     def build_head(self, num_outputs: int) -> Any:
         """Build the head of a teacher on this encoder, without its weights; ``None`` if the teacher only pools.
@@ -146,9 +146,9 @@ class Encoder(Frozen):
     def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
         """Return the first block's input, (B, T, D)."""
 
-    @abstractmethod
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
         """Return each block's context, optionally followed by the contexts of a teacher's blocks."""
+        return []
 
     @abstractmethod
     def num_tokens(self, shape: Sequence[int] | None = None) -> int:

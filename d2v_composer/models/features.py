@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from torch import Tensor, cat
+from torch import Tensor, cat, nn
 
 from d2v_composer.models.names import TargetSource
 from d2v_composer.models.targets import mean_over_time
@@ -42,6 +42,11 @@ class Features:
     """(B, P), the model's own pooled feature, in place of CLS."""
     project: Callable[["Features", Tensor], Tensor] | None = None
     """Computes the embedding ``projected_cls``, (B, P), of these features and their output; ``None``: there is none."""
+
+    @classmethod
+    def of_layer(cls, x_BTD: Tensor, num_extra_tokens: int, has_cls_token: bool, **others: Any) -> "Features":
+        """Return the features of a model that gives its output alone."""
+        return cls(lambda _: [(x_BTD, x_BTD)], 1, nn.Identity(), num_extra_tokens, has_cls_token, **others)
 
     def layers(self, source: TargetSource = "ffn") -> Iterator[Tensor]:
         """Yield each block's FFN output, or its output, (B, T, D)."""

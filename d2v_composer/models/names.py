@@ -6,6 +6,10 @@ DATA2VEC2 = "data2vec2"
 """Default of ``teacher.model``."""
 PREFIX = "timm/"
 """Prefix of a timm model's name."""
+EXTERNAL = "ext/"
+"""Prefix of a teacher's name that is an installed package's, or that ``train_student`` is given."""
+TEACHERS = "d2v_composer.teachers"
+"""Group of entry points: each is called with ``teacher.checkpoint`` and returns a teacher."""
 Pooling = Literal["cls", "mean", "mean_patches"]
 Representation = Literal["output", "layer_mean", "projected"]
 PrecisionName = Literal["fp32", "amp_bf16", "amp_fp16"]

@@ -158,13 +158,6 @@ class TimmNetwork(PixelEncoder):
                 tensors[prefix + name] = tensor.reshape_as(model.get_parameter(prefix + name)).clone()
         return tensors
 
-    @property
-    def block_list(self) -> list[Any]:
-        return []
-
-    def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
-        return []
-
     def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
         """Return timm's features: (B, C, height, width), (B, height, width, C) or (B, T, C)."""
         return self.model.forward_features(self.prepare(inputs.values))
@@ -224,8 +217,7 @@ class NetworkStudent(Backbone):
 
     def features(self, tokens: Tokens) -> Features:
         project = self.project if self.projected_width else None
-        run, norm = lambda _: [(tokens.x, tokens.x)], nn.Identity()
-        return Features(run, 1, norm, 0, True, pooled=tokens.pooled, project=project)
+        return Features.of_layer(tokens.x, 0, True, pooled=tokens.pooled, project=project)
 
     def train_what_is_read(self, output: bool, pooled: bool) -> None:
         """Freeze parameters that no loss reads, such as the classifier's, which DDP would refuse."""
@@ -243,9 +235,6 @@ class NetworkStudent(Backbone):
 
     def checkpoint_activations(self, enable: bool = True) -> None:
         self.encoder.model.set_grad_checkpointing(enable)  # an AssertionError if timm has none for this model
-
-    def forward_macs(self, shape: Sequence[int] | None = None) -> int:
-        return 0  # the encoder's
 
     def backward_macs(self, shape: Sequence[int] | None = None) -> int:
         forward, both = self.encoder.macs

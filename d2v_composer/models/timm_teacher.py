@@ -33,6 +33,7 @@ from d2v_composer.models.projection import Projection
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.models.timm_blocks import FixedContexts, TimmBlock, check_block, take_contexts
+from d2v_composer.models.transformer import Transformer
 
 CLASSES = (VisionTransformer, Eva, Beit)
 # What a file says of itself. Weights of another tag may have another preprocessing: the file's counts.
@@ -229,7 +230,7 @@ class TimmEncoder(PixelEncoder):
         return self.contexts(x_BTD)
 
 
-class TimmTeacher(Teacher):
+class TimmTeacher(Transformer, Teacher):
     """A timm teacher, frozen and in eval mode.
 
     Args:

@@ -113,8 +113,7 @@ class GridHead(nn.Module):
             x_BTD = interpolate(grid_BDHW.float(), wanted, mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
         if self.cls is not None:
             x_BTD = cat([self.cls(features.pooled)[:, None].to(x_BTD.dtype), x_BTD], dim=1)
-        has_cls_token = self.cls is not None
-        return Features(lambda _: [(x_BTD, x_BTD)], 1, nn.Identity(), int(has_cls_token), has_cls_token)
+        return Features.of_layer(x_BTD, int(self.cls is not None), self.cls is not None)
 
 
 def token_errors(prediction_BTD: Tensor, target_BTD: Tensor, loss: TokenLoss) -> Tensor:
