@@ -31,16 +31,25 @@ STUDIES = ROOT / "yamls" / "ablations"
 POLL_SECONDS = 0.5
 
 
+def in_home(path: str) -> Path:
+    """Expand a leading ~, which the shell leaves in --out=~/runs."""
+    return Path(path).expanduser()
+
+
 def main(argv: Sequence[str]) -> None:
     """Train the missing rows, and print the table."""
     parser = make_parser(__doc__)
     about = "the study's folder (default: yamls/ablations/data2vec2), then changes to all its rows"
     parser.add_argument("given", nargs="*", metavar="STUDY key=value", help=about)
-    parser.add_argument("--images", type=Path, default=Path("datasets"), help="folder with CIFAR-10; default: datasets")
+    parser.add_argument(
+        "--images", type=in_home, default=Path("datasets"), help="folder with CIFAR-10; default: datasets"
+    )
     parser.add_argument(
         "--whole", action="store_true", help="use all of CIFAR-10; default: its first 10,000 + 2,000 images"
     )
-    parser.add_argument("--out", type=Path, help="folder for the runs; default: runs/ablations/ and the study's name")
+    parser.add_argument(
+        "--out", type=in_home, help="folder for the runs; default: runs/ablations/ and the study's name"
+    )
     parser.add_argument(
         "--rows",
         action="append",

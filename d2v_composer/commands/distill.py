@@ -77,4 +77,4 @@ def distill(request: "Request", argv: Sequence[str]) -> None:
 
 def absolute(place: str) -> str:
     """Return an address or timm/NAME unchanged, and a local path as an absolute path."""
-    return place if "://" in place or place.startswith(PREFIX) else os.path.abspath(place)
+    return place if "://" in place or place.startswith(PREFIX) else os.path.abspath(os.path.expanduser(place))

@@ -305,7 +305,7 @@ def convert(
         if not (entries or plan):
             raise InputError(f"{source.root}: none of the {len(source)} {unit} can be read")
         etags = {each["entry"]["raw_data"]["basename"]: each.get("etag") for each in shards if each["entry"]}
-        for path in folder.glob("shard.*.mds"):
+        for path in folder.glob("shard.[0-9]*.mds"):
             if path.name not in etags:  # of an interrupted conversion with other settings
                 path.unlink()
         if out.startswith("s3://") and (lost := sorted(name for name, _ in etags.items() - list_etags(out).items())):
@@ -336,11 +336,11 @@ def merge(out: str) -> Conversion:
     records, is_local = parts.read_all(), not is_remote(out)
     for part in records:
         for entry in parts.load(f"{parts.path(part)}/{INDEX}")["shards"]:
-            raw = entry["raw_data"]
-            path = Path(parts.folder, part.name, raw["basename"])
-            if f"{part.name}/{path.name}" not in parts.names or (is_local and path.stat().st_size != raw["bytes"]):
-                raise InputError(f"{parts.path(part)}: {path.name} is missing or damaged; remove this part")
-            entries.append(entry | {"raw_data": raw | {"basename": f"parts/{part.name}/{path.name}"}})
+            raw, name = entry["raw_data"], Path(entry["raw_data"]["basename"]).name
+            shard = parts.files.get(f"{part.name}/{name}")
+            if shard is None or (shard.version and shard.size != raw["bytes"]):  # some stores tell neither
+                raise InputError(f"{parts.path(part)}: {name} is missing or damaged; remove this part")
+            entries.append(entry | {"raw_data": raw | {"basename": f"parts/{part.name}/{name}"}})
     summary = next(iter(records.values()))
     unit = summary.pop("part")["unit"]
     summary[unit] = sum(record[unit] for record in records.values())

@@ -81,7 +81,8 @@ class Files:
         for file in self.files:
             words = split_words(file.path, names)
             if len(words.intersection(SPLITS)) > 1:
-                raise InputError(f"{self.root}/{file.path}: is it of {listed(sorted(words))}? Choose files by a glob")
+                names = listed(sorted(words))
+                raise InputError(f"{self.root}/{file.path}: is it of {names}? Choose by a glob and --split none")
             for word in words:
                 splits.setdefault(word, []).append(file)
         return splits
@@ -201,7 +202,10 @@ class Files:
             sizes=np.concatenate([part.sizes for part in parts]),
             marks=np.concatenate([part.marks for part in parts]),
             content=hash_of(
-                fetch.is_remote(self.root) and self.root, [file[:3] for file in self.files], columns.samples
+                fetch.is_remote(self.root) and self.root,
+                [file[:3] for file in self.files],
+                columns.samples,
+                of_files or [part.content for part in parts],
             ),
             left_out=dict(sorted(left_out.items())),
             in_folders=self.in_folders,

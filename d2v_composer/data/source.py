@@ -143,6 +143,8 @@ class Listed(NamedTuple):
     """Of samples in folders, their paths."""
     class_names: Sequence[str] = ()
     left_out: Mapping[str, int] = {}
+    content: str = ""
+    """Hash of other files that hold the samples."""
 
 
 def open_mds(index: Index, cache_limit: int | None = None) -> Source:

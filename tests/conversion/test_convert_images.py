@@ -228,12 +228,13 @@ def test_finished_shards_are_kept_if_they_are_whole_and_of_the_same_settings(sou
     finished = sorted(out.glob("shard.*.mds"))
     finished[0].write_bytes(finished[0].read_bytes()[:-1] + b"x")
     finished[1].unlink()
+    (out / "shard.mine.mds").write_bytes(b"mine")
     result = main([str(damaged), str(out), *SMALL_SHARDS, "--skip-unreadable"])
     skipped = [f"train/{CLASSES[0]}/cut.JPEG", f"train/{CLASSES[1]}/empty.JPEG"]
     assert sorted(line.split(":")[0] for line in result.skipped) == skipped
     assert 0 < result.resumed < result.shards
     main([str(damaged), str(tmp_path / "clean"), *SMALL_SHARDS, "--skip-unreadable"])
-    assert contents_of(out) == contents_of(tmp_path / "clean")
+    assert contents_of(out) == contents_of(tmp_path / "clean") | {"shard.mine.mds": b"mine"}
     assert images(out) == originals(source)
 
 

@@ -299,6 +299,13 @@ def test_a_damaged_file_is_named_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tar_may_end_with_many_zeros(tmp_path: Path) -> None:
+    """As with GNU tar's option --blocking-factor."""
+    path = write_tar(tmp_path / "x.tar", [("0.jpg", encoded_image(0))])
+    path.write_bytes(path.read_bytes() + bytes(1 << 20))
+    assert list(open_source(str(path), Images()).ids) == ["x.tar/0"]
+
+
 @pytest.mark.skipif(shutil.which("tar") is None, reason="needs GNU tar")
 def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
     """Its holes are not in the tar, so that its bytes there are not the file's."""
@@ -366,7 +373,11 @@ def test_splits_and_classes(tmp_path: Path) -> None:
         (["test-0"], None, "no split 'train'; available: test$"),
         (["train-0"], "(", "no split '\\('; available: train$"),
         (["0"], "val", "no split 'val'; available: none; omit --split$"),
-        (["train_test-0", "val-0"], "val", "x/train_test-0.tar: is it of test or train\\? Choose files by a glob"),
+        (
+            ["train_test-0", "val-0"],
+            "val",
+            "x/train_test-0.tar: is it of test or train\\? Choose by a glob",
+        ),
         (["train/val/0"], None, "x/train/val/0.tar: is it of train or val"),
     ],
 )

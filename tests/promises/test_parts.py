@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from streaming import StreamingDataset
 
-from containers import write_all
+from containers import write_all, write_parquet
 from gated_store import GatedStore
 from helpers import (
     D2V,
@@ -180,6 +180,17 @@ def test_parts_of_another_command_are_named(sources: dict[str, list[str]], tmp_p
     assert not_merged(out) == f"error: {out}/parts has parts of 2 and of 3; keep only one set"
 
 
+def test_parts_whose_images_changed_are_not_merged(tmp_path: Path) -> None:
+    """A Parquet file of paths is the same, but not the images that it names."""
+    for number in range(8):
+        (tmp_path / f"{number}.png").write_bytes(encoded_image(number))
+    source = [str(write_parquet(tmp_path / "x.parquet", {"path": [f"{number}.png" for number in range(8)]}))]
+    embed_part(source, tmp_path / "o.npy", "0/2")
+    (tmp_path / "0.png").write_bytes(encoded_image(9) + b"more")
+    embed_part(source, tmp_path / "o.npy", "1/2")
+    assert not_merged(tmp_path / "o.npy").endswith("was made with another source than 00000-of-00002; remove it")
+
+
 def test_a_damaged_part_is_named(sources: dict[str, list[str]], tmp_path: Path) -> None:
     """A shard, an index, rows, or ids of other rows."""
     out, table = tmp_path / "out", tmp_path / "table.npy"
@@ -272,6 +283,9 @@ def test_parts_in_a_store(sources: dict[str, list[str]], object_store: GatedStor
         if number != 1:
             for each in ("data", "table.npy"):
                 assert "of 3 parts, these are missing: " in failure(d2v("merge", f"{bucket}/{each}", **reach), 2)
+    shard = max(key for key in object_store.objects("parts") if key.endswith(".mds"))
+    with object_store.replaced("parts", shard, b"x"):
+        assert "is missing or damaged; remove this part" in failure(d2v("merge", f"{bucket}/data", **reach), 2)
     for each in ("data", "table.npy"):
         succeed("merge", f"{bucket}/{each}", **reach)
     objects = object_store.objects("parts")
