@@ -19,8 +19,8 @@ from d2v_composer.system.errors import InputError
 
 # A member: key and suffixes.
 MEMBER = re.compile(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]+)")
-# After the last member come two blocks of zeros, and more that fill a record.
-LEAST_ZEROS, BLOCK = 1 << 10, 1 << 16
+# After the last member come two blocks of zeros, and more that fill a record, of 1 MiB at most.
+LEAST_ZEROS, MOST_ZEROS = 1 << 10, 1 << 20
 
 
 def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
@@ -88,11 +88,8 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str | None, list[tuple[str, int, 
             key = name and name[1]
             members.append((name[2] if name else "", member.offset_data, member.size))
         # tarfile takes a damaged header for the end, and misses a cut between two members.
-        num_zeros, rest = 0, read_span(file, tar.offset, BLOCK)
-        while rest and not rest.strip(b"\0"):
-            num_zeros += len(rest)
-            rest = file.read(BLOCK)
-    if rest or num_zeros < LEAST_ZEROS:
+        rest = read_span(file, tar.offset, MOST_ZEROS + 1)
+    if rest.strip(b"\0") or not LEAST_ZEROS <= len(rest) <= MOST_ZEROS:
         raise ValueError(f"at byte {tar.offset} is no member, nor its end: it is damaged, cut, or joined to another")
     if members:
         yield key, members

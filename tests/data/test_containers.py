@@ -273,7 +273,7 @@ WHOLE_DAMAGE = [truncated, lambda content: b"", lambda content: b"\x1f\x8b" + co
 TAR_DAMAGE = {
     "a flipped bit": lambda content: without_header(content, None),
     "a block of zeros": lambda content: without_header(content, bytes(512)),
-    "zeros to the end": lambda content: without_header(content, bytes(len(content) - 4096)) + bytes(1 << 17),
+    "zeros to the end": lambda content: without_header(content, bytes(len(content) - 4096)) + bytes(1 << 20),
     "joined": lambda content: content + content,
     "more": lambda content: content + b"more",
 }
@@ -302,7 +302,7 @@ def test_a_damaged_file_is_named_before_anything_is_written(
 def test_a_tar_may_end_with_many_zeros(tmp_path: Path) -> None:
     """As with GNU tar's option --blocking-factor."""
     path = write_tar(tmp_path / "x.tar", [("0.jpg", encoded_image(0))])
-    path.write_bytes(path.read_bytes() + bytes(1 << 20))
+    path.write_bytes(path.read_bytes() + bytes(1 << 19))
     assert list(open_source(str(path), Images()).ids) == ["x.tar/0"]
 
 
