@@ -92,7 +92,6 @@ def build_trainer(
     """
     folder, unit = config.run_folder, MODALITIES[about["data"]["modality"]].unit
     uploads = None if folder is None or folder.address is None else Uploads(folder.address)
-    loggers = [*build_loggers(config, unit), *([] if uploads is None else [uploads])]
     chosen, scheduler = build_callbacks(config), build_scheduler(config, len(train_loader))
     record, precision = build_run_record(config, fixed, **about), choose_precision(config.precision).trainer
     # First lock the folder, then select the checkpoint in it: another run could still write one.
@@ -110,7 +109,7 @@ def build_trainer(
                 *(record, Throughput(), NanGuard(), checkpoints),
                 *(SeededBatches(config.seed), *own, *chosen, *callbacks),
             ],
-            loggers=loggers,
+            loggers=[*build_loggers(config, unit), *([] if uploads is None else [uploads])],
             progress_bar=False,  # ours is among the loggers
             precision=precision,
             device_train_microbatch_size=config.device_train_microbatch_size,

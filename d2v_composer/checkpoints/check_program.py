@@ -44,6 +44,22 @@ def load_openvino(file: str, **config: str) -> Any:
     return lambda x: model(x)[0]
 
 
+def load_litert(file: str) -> Any:
+    from ai_edge_litert.interpreter import Interpreter  # pyright: ignore[reportMissingImports]
+
+    runner = Interpreter(file).get_signature_runner()  # of one sample
+    [name] = runner.get_input_details()
+    return lambda x: np.concatenate([next(iter(runner(**{name: row[None]}).values())) for row in x])
+
+
+def load_executorch(file: str) -> Any:
+    import torch
+    from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
+
+    method = Runtime.get().load_program(file).load_method("forward")
+    return lambda x: method.execute([torch.from_numpy(x)])[0].numpy().copy()
+
+
 def load_exported(file: str) -> Any:
     import torch
 
@@ -66,6 +82,8 @@ RUNTIMES = {
     "openvino-float32": Runtime(".onnx", "openvino", partial(load_openvino, INFERENCE_PRECISION_HINT="f32")),
     "torch.export": Runtime(".pt2", "torch", load_exported),
     "pytorch": Runtime(".safetensors", "torch", load_pytorch),
+    "litert": Runtime(".tflite", "ai_edge_litert", load_litert),
+    "executorch": Runtime(".pte", "executorch", load_executorch),
 }
 
 

@@ -81,8 +81,8 @@ class Files:
         for file in self.files:
             words = split_words(file.path, names)
             if len(words.intersection(SPLITS)) > 1:
-                names = listed(sorted(words))
-                raise InputError(f"{self.root}/{file.path}: is it of {names}? Choose by a glob and --split none")
+                found = listed(sorted(words))
+                raise InputError(f"{self.root}/{file.path}: is it of {found}? Choose by a glob and --split none")
             for word in words:
                 splits.setdefault(word, []).append(file)
         return splits

@@ -70,8 +70,8 @@ def curves(run: Run) -> Iterator[tuple[str, Figure]]:
 
 def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
     """Yield the file names and figures of each data set's retrieval, probes and teacher gap closed over the steps."""
-    ks, unit = sorted(run.retrieval["ks"]), run.modality.unit
     for dataset in run.retrieval["datasets"]:
+        ks, unit = sorted(run.retrieval["ks"]), run.modality.unit
         plots = {
             f"retrieval_{dataset}_bank_{bank}": (
                 f"Does it find the right {unit}?\n{dataset}, bank {bank}, top-{ks[0]}",

@@ -22,9 +22,10 @@ from d2v_composer import (
     retrieval_accuracy,
 )
 from d2v_composer.benchmarks import measure as benchmark
-from d2v_composer.checkpoints.load import load_any, save_student
+from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.commands import export as export_student
+from d2v_composer.config.reference import load_any
 from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.evaluation.results import accuracy_interval, gap_closed_by_step, gap_closed_interval
 from d2v_composer.evaluation.rows import metric_key, retrieval_from

@@ -248,7 +248,6 @@ KINDS = [
     "d2v embed {teacher} {missing} {missing}/out.npy",
     "d2v embed {teacher} {images} {folder}/a.npy",
     "d2v embed {teacher} {images} {file}/a.npy",
-    "d2v convert-images {file} {missing}",
     "d2v convert-images {missing} {missing}/out",
     "d2v convert-images {images} {file}",
     "d2v convert-images {images} {missing} --labels {folder}",
