@@ -207,7 +207,7 @@ def test_a_file_without_weights_is_refused(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"model": MODEL, "weights": "ema"}, f"weights: {MODEL} has no ema weights"),
-        ({"model": "dinov2"}, "model: must be data2vec2 or timm/NAME, got 'dinov2'"),
+        ({"model": "dinov2"}, "model: must be data2vec2, timm/NAME or ext/NAME, got 'dinov2'"),
         ({"model": "data2vec2", "image_size": 112}, "image_size: cannot be set for data2vec2, whose file fixes it"),
     ],
 )

@@ -200,7 +200,7 @@ def test_the_page_fits_a_browser_window(browser: Browser, run_folder: Path, widt
     page.goto((run_folder / "report.html").as_uri())
     assert page.title() == "mine"
     assert page.evaluate("document.documentElement.scrollWidth") == width
-    assert page.locator("summary").count() == 8
+    assert page.locator("summary").count() == 9
     page.locator("summary", has_text="How training went").click()
     widths = "all => all.map(img => [img.complete && img.naturalWidth, img.width])"
     shown = page.eval_on_selector_all(".plots img", widths)
