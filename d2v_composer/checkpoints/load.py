@@ -27,7 +27,7 @@ from d2v_composer.models.names import DATA2VEC2, EXTERNAL, PREFIX, TEACHERS, Wei
 from d2v_composer.models.projection import Projection
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.command_line import d2v
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.fetch import is_remote
 
 Models = tuple[Backbone, Teacher | None]
@@ -71,15 +71,16 @@ def load_teacher(
         >>> x = teacher.encode(images)  # (B, T, D)
         >>> targets = teacher.targets(x)  # (B, T, D), what a student regresses
     """
+    if model != DATA2VEC2 and weights != "model":
+        raise InputError(f"weights: {model} has no {weights} weights; set weights=model")
     if model.startswith(PREFIX):
-        if weights != "model":
-            raise InputError(f"weights: {model} has no {weights} weights; set weights=model")
         from d2v_composer.checkpoints.timm_weights import load_timm_teacher  # timm takes seconds to import
 
         return load_timm_teacher(path, model, first_blocks, image_size, projected)
     if model.startswith(EXTERNAL):
-        if first_blocks is not None or image_size is not None:
-            raise InputError(f"first_blocks and image_size: cannot be set for {model}, whose package fixes them")
+        if projected or first_blocks is not None or image_size is not None:
+            fixed = "first_blocks, image_size and an image embedding"
+            raise InputError(f"{fixed}: cannot be asked of {model}, whose package fixes what it is")
         return load_external(path, model)
     if model != DATA2VEC2:
         raise InputError(f"model: must be {DATA2VEC2}, timm/NAME or ext/NAME, got {model!r}")
@@ -105,7 +106,8 @@ def load_external(path: str | Path | None, model: str) -> Teacher:
         InputError: No package offers it, or it is no teacher.
     """
     for entry in entry_points(group=TEACHERS, name=model.removeprefix(EXTERNAL)):
-        teacher = entry.load()(path)
+        with errors_of(f"model: {model} of {entry.value}"):
+            teacher = entry.load()(path)
         if not isinstance(teacher, Teacher):
             raise InputError(f"model: {model} must be a FrozenModel, got {type(teacher).__name__} from {entry.value}")
         return teacher

@@ -50,7 +50,8 @@ class ModelReference(TimmSizes):
         for name, field in cls.model_fields.items():
             kinds = (field.annotation, *get_args(field.annotation))
             choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), None)
-            about = (field.description or "").replace("null: ", "default: ").replace("``", "").rstrip(".")
+            about = " ".join((field.description or "").rstrip(".").split()).replace("``", "")
+            about = about.replace("null: ", "default: ")
             if not field.is_required():
                 kind = int if name == "first_blocks" else str
                 add(f"--{name.replace('_', '-')}", type=kind, choices=choices, default=field.default, help=about)
