@@ -22,7 +22,7 @@ from torch.nn.functional import instance_norm, layer_norm, mse_loss
 from torch.nn.utils import clip_grad_norm_
 from torch.profiler import profile
 
-from d2v_composer.benchmarks.measure import describe, interleave
+from d2v_composer.benchmarks import describe, interleave
 from d2v_composer.builders.trainer import build_optimizer, build_trainer
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig

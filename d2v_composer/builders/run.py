@@ -16,7 +16,7 @@ from d2v_composer.builders.trainer import (
     join_and_seed,
     write_run_report,
 )
-from d2v_composer.callbacks.target_statistics import TargetStatistics
+from d2v_composer.callbacks.algorithms import TargetStatistics
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.kinds import sizes_of
 from d2v_composer.checkpoints.load import load_teacher

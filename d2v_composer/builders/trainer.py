@@ -324,9 +324,8 @@ def write_run_report(trainer: Trainer, config: TrainerConfig, retrieval: ZeroSho
     """Write the report into the run's folder, unless the config has none, and upload it with the checkpoints."""
     if not config.report or config.run_folder is None or not (config.run_folder.local / LOG).is_file():
         return
-    from d2v_composer.report.answer import answer
     from d2v_composer.report.page import write_report  # matplotlib takes a second to import
-    from d2v_composer.report.run import Run
+    from d2v_composer.report.run import Run, answer
 
     folder = config.run_folder.local
     measured: Any = () if retrieval is None else (retrieval.neighbors, retrieval.datasets, retrieval.results)

@@ -1,11 +1,13 @@
-"""Export a student to ONNX or torch.export, and as a timm model that loads its file."""
+"""Export a student to ONNX, also in int8, or torch.export, and as a timm model that loads its file."""
 
 import copy
 import io
 import json
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,6 +37,8 @@ from d2v_composer.system.files import out_file
 
 OPSET = 18
 MAX_ONNX = 2_000_000_000  # bytes of weights in a file
+# What becomes int8.
+LINEAR = ["Conv", "Gemm", "MatMul"]
 # How a file says that its program takes pixels.
 PIXELS = "uint8, (B, H, W, channels)"
 # Of a .pt2 file, for the values of :func:`metadata_of`.
@@ -196,6 +200,42 @@ def trace(program: Program) -> torch.export.ExportedProgram:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Unable to find the path of the module")  # timm's, and it does not matter
         return torch.export.export(program, (inputs,), dynamic_shapes={"inputs": free}, strict=False)
+
+
+def quantize(program: Path, out: Path, images: Tensor) -> None:
+    """Write an ONNX program whose linear layers and convolutions compute with int8 weights and uint8 inputs.
+
+    Args:
+        program: The one in float32.
+        out: The file to write.
+        images: As the program takes them. They set the range of each layer's inputs.
+
+    Raises:
+        RunError: The disk is full.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    feeds = ({"images": batch.numpy()} for batch in images.split(32))
+    reader: Any = SimpleNamespace(get_next=lambda: next(feeds, None))
+    with tempfile.TemporaryDirectory() as folder, out_file(out) as partial:
+        prepared = Path(folder) / "prepared.onnx"
+        quant_pre_process(program, prepared, skip_symbolic_shape=True)
+        graph = onnx.load(prepared).graph
+        weights = {each.name for each in graph.initializer}
+        quantize_static(
+            prepared,
+            partial,
+            reader,
+            op_types_to_quantize=LINEAR,
+            # Not attention's products of two activations. (The option MatMulConstBOnly has no effect in this format.)
+            nodes_to_quantize=[each.name for each in graph.node if weights.intersection(each.input)],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            extra_options={"OpTypesToExcludeOutputQuantization": LINEAR},
+        )
 
 
 # timm's names of poolings.

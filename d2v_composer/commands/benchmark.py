@@ -94,11 +94,11 @@ def main(argv: Sequence[str]) -> None:
     options = vars(parser.parse_args(argv))
     name, out = options.pop("benchmark"), options.pop("json", None)
 
-    from d2v_composer.benchmarks import measure
+    from d2v_composer.benchmarks import format_result
 
     module = import_module(f"d2v_composer.benchmarks.{name.replace('-', '_')}")
     result = module.benchmark(**options)
     command = shlex.join(["d2v", "benchmark", *argv])
-    print(f"{command}\n{getattr(module, 'format_result', measure.format_result)(result)}")
+    print(f"{command}\n{getattr(module, 'format_result', format_result)(result)}")
     if out is not None:
         write_atomically(out, json.dumps({"command": command, **result}, indent=1) + "\n")

@@ -93,7 +93,7 @@ def measure_speeds(
     import numpy as np
     import torch
 
-    from d2v_composer.benchmarks.measure import interleave
+    from d2v_composer.benchmarks import interleave
     from d2v_composer.models.precision import precision_of
 
     def apply(embed: "Embed", batch: "Tensor") -> object:

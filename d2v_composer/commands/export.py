@@ -77,7 +77,7 @@ def export(
     if (int8 and out.suffix != ".onnx") or (calibrate and not int8):
         raise InputError(f"{out}: --int8 is only for .onnx, and --calibrate only for --int8")
 
-    from d2v_composer.checkpoints.export import Program, export_program
+    from d2v_composer.checkpoints.export import Program, export_program, quantize
     from d2v_composer.checkpoints.kinds import timm_call
     from d2v_composer.checkpoints.student_file import choose_embedding
     from d2v_composer.config.reference import load_any
@@ -101,8 +101,6 @@ def export(
     else:
         program = Program(student, embedding, takes_pixels)
         if int8:
-            from d2v_composer.checkpoints.int8 import quantize
-
             images = verification.read_samples(student, calibrate, MAX_INT8_IMAGES, takes_pixels)
             with tempfile.TemporaryDirectory() as folder:
                 export_program(program, exact := Path(folder) / "float32.onnx")

@@ -19,9 +19,8 @@ from d2v_composer.data.labeled import EvaluationSet
 from d2v_composer.evaluation.metrics import HEALTH_STATES
 from d2v_composer.models.audio import LogMel
 from d2v_composer.models.configs import SAMPLE_RATE
-from d2v_composer.report.answer import answer
 from d2v_composer.report.plots import accuracy_plots, curves, to_png
-from d2v_composer.report.run import Run, latest
+from d2v_composer.report.run import Run, answer, latest
 from d2v_composer.report.tables import accuracy_tables
 from d2v_composer.system.files import write_atomically
 

@@ -1,6 +1,6 @@
-"""Read a run's folder: its record, its log, and the neighbors that its last retrieval found."""
+"""Read a run's folder, and answer whether its student is worth it: what it keeps of its teacher, and what it costs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +13,16 @@ from d2v_composer.data.labeled import EvaluationSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.metrics import Log, read_jsonl
-from d2v_composer.evaluation.results import Result, last_batch, read_results
+from d2v_composer.evaluation.results import GAP_CLOSED, Result, last_batch, pivot, read_results
+from d2v_composer.evaluation.rows import AGREEMENT, GAP, TEACHER, Measure, metric_key, retrieval_from
 from d2v_composer.models.embeddings import Embedding
 from d2v_composer.system.errors import InputError, reading
 
 # Side of the images of a folder in a gallery, in pixels.
 SHOWN_SIZE = 96
+# In % of the teacher gap: a student that closes less gets advice; to train longer, if so much of it came last.
+ENOUGH, RISING = 90, 2
+COSTS = (("M parameters", "num_parameters", 1e-6), ("MB in float32", "num_parameters", 4e-6), ("GFLOP", "gflop", 1))
 
 
 class Run(NamedTuple):
@@ -88,3 +92,42 @@ def read_run(folder: Path) -> Run:
             print(f"report: no gallery for {name}: {error}")
     results = read_results(measured["results"])
     return run._replace(log=log, neighbors=measured["neighbors"], datasets=datasets, results=results)
+
+
+def answer(run: Run) -> Iterator[str]:
+    """Yield the verdict on each data set on which the untrained student, the student and its teacher were measured.
+
+    It is about retrieval or, without labels, about the neighbor agreement with the teacher.
+    """
+    for dataset in run.retrieval["datasets"]:
+        accuracies = pivot(run.results, dataset)
+        for measure in (retrieval_from("train", min(run.retrieval["ks"])), AGREEMENT):
+            if GAP_CLOSED in accuracies.get(measure, ()):
+                yield f"On {dataset}, {_kept(run, dataset, measure, accuracies[measure])}"
+                break
+
+
+def _kept(run: Run, dataset: str, measure: Measure, rows: Mapping[str, Any]) -> str:
+    untrained, student, teacher = (100 * rows[row].value for row in GAP)
+    batch = last_batch(run.results)
+    shown = f"The student scores {student:.1f} % ({measure.heading}, {run.primary}); untrained it scored "
+    shown += f"{untrained:.1f} %, and its teacher scores {teacher:.1f} %."
+    costs = run.record["costs"]
+    sizes = [
+        f"{scale * costs['student'][key]:.2f} {name} (teacher: {scale * costs[TEACHER][key]:.2f})"
+        for name, key, scale in COSTS
+    ]
+    shown += f" It has {', '.join(sizes)}."
+    if (closed := rows[GAP_CLOSED]) is None:
+        return f"there is no teacher gap to close. {shown}"
+    value, low, high = (100 * each for each in closed[:3])
+    said = f"the student closes {value:.0f} % of the teacher gap, 95 % interval {low:.0f} to {high:.0f}"
+    said += f"{closed.note}. {shown}"
+    if value >= ENOUGH:
+        return said
+    logged = run.log.get(metric_key(dataset, measure), {})  # of an interrupted run also of later batches
+    first, before = max({0: untrained / 100, **{step: value for step, value in logged.items() if step < batch}}.items())
+    gain = 100 * (student - 100 * before) / (teacher - untrained)
+    more = "" if run.record["config"]["student"]["model"] else "more teacher.first_blocks or "  # timm's has its own
+    tried = "longer training" if gain >= RISING else f"{more}smaller batches for the same number of samples"
+    return f"{said} To keep more, try {tried}: the last {batch - first} batches closed {gain:.0f} %."

@@ -14,9 +14,8 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from d2v_composer.benchmarks import first_hour
+from d2v_composer.benchmarks import first_hour, one_core
 from d2v_composer.benchmarks import step as step_benchmark
-from d2v_composer.benchmarks.measure import one_core
 from d2v_composer.benchmarks.retrieval import check_neighbors
 from d2v_composer.benchmarks.step import check_losses
 from d2v_composer.commands import benchmark

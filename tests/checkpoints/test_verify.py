@@ -18,8 +18,8 @@ import torch
 from onnx import helper, numpy_helper
 
 from d2v_composer import load_student, load_teacher
-from d2v_composer.checkpoints import int8
-from d2v_composer.checkpoints.int8 import quantize
+from d2v_composer.checkpoints import export as exported
+from d2v_composer.checkpoints.export import quantize
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import export, verify
 from d2v_composer.models.configs import ImageEncoderConfig
@@ -296,7 +296,7 @@ def test_int8_is_measured_with_other_images_of_the_run(
         return images
 
     monkeypatch.setattr(verification, "read_samples", lambda *arguments: see(read(*arguments)))
-    monkeypatch.setattr(int8, "quantize", lambda program, out, images: quantize(program, out, see(images)))
+    monkeypatch.setattr(exported, "quantize", lambda program, out, images: quantize(program, out, see(images)))
     monkeypatch.setattr(verification, "SHIPPED", {"images": str(tmp_path / "none")})
     export.main([str(own), str(tmp_path / "int8.onnx"), "--int8"])
     _, calibrating, measured = seen

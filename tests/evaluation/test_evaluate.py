@@ -15,13 +15,13 @@ import simplejpeg
 import torch
 
 from d2v_composer import (
+    benchmarks,
     knn_accuracy,
     linear_probe_accuracy,
     load_teacher,
     neighbor_agreement,
     retrieval_accuracy,
 )
-from d2v_composer.benchmarks import measure as benchmark
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.commands import export as export_student
@@ -144,7 +144,7 @@ def evaluated(rivals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "interleave", measure)
+        patch.setattr(benchmarks, "interleave", measure)
         for name, model in {**rivals, "rivals": GOLDEN / "tiny_base.pt"}.items():
             options = [f"rivals=[{','.join(map(str, rivals.values()))}]"] if name == "rivals" else []
             sets, out = f"datasets={{noise: {{format: mds, root: {folder}}}}}", folder / name

@@ -9,8 +9,7 @@ import torch
 
 from d2v_composer.evaluation.results import Result, gap_closed_interval
 from d2v_composer.evaluation.rows import AGREEMENT, BANKS, GAP, UNTRAINED, Measure, metric_key, retrieval_from
-from d2v_composer.report.answer import answer
-from d2v_composer.report.run import Run
+from d2v_composer.report.run import Run, answer
 from d2v_composer.report.tables import accuracy_tables
 
 TOP1 = retrieval_from("train", 1)
