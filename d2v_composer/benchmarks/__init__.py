@@ -4,16 +4,23 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from d2v_composer.evaluation.evaluate import Evaluation
+from d2v_composer.evaluation.labeled_retrieval import Embed
+from d2v_composer.models.precision import precision_of
 from d2v_composer.report.tables import format_table
 from d2v_composer.system.machine import describe_machine, package_versions
 from d2v_composer.system.progress import progress_bar
 
+# Of the models that d2v evaluate compares.
+BATCH_SIZES = (1, 64)
 Rates = NDArray[np.float64]
 """Units of work per second, (R,): the n-th rates of all programs are from the same round."""
 
@@ -40,6 +47,32 @@ def interleave(passes: Mapping[str, tuple[Callable[[], object], float]], repeats
             if number >= 0:
                 rates[name][number] = units / (time.perf_counter() - start)
     return rates
+
+
+def measure_speeds(
+    evaluation: Evaluation,
+    noise: Callable[[int], Tensor],
+    device: str,
+    autocast_dtype: torch.dtype | None,
+) -> dict[int, dict[str, float]]:
+    """Return batch size → name → samples a second that a model embeds, in turns: the median over rounds."""
+
+    def apply(embed: Embed, batch: Tensor) -> object:
+        return embed(batch[:])  # of the same tensor, models would share an encoder's tokens
+
+    speeds = {}
+    for size in BATCH_SIZES:
+        batch = noise(size).to(device)
+        passes = {
+            name: (partial(apply, embed, batch), size)
+            for embeds in evaluation.groups.values()
+            for name, embed in embeds.items()
+            if evaluation.costs[name]["num_parameters"]
+        }
+        with torch.inference_mode(), precision_of(autocast_dtype, device):
+            rates = interleave(passes, repeats=5)
+        speeds[size] = {name: float(np.median(each)) for name, each in rates.items()}
+    return speeds
 
 
 def describe(

@@ -22,8 +22,7 @@ from d2v_composer.builders.trainer import (
 )
 from d2v_composer.callbacks.algorithms import SharedStatistics
 from d2v_composer.checkpoints.checkpoint import LATEST
-from d2v_composer.checkpoints.kinds import sizes_of
-from d2v_composer.checkpoints.student_file import choose_embedding
+from d2v_composer.checkpoints.student_file import choose_embedding, sizes_of
 from d2v_composer.config.schema import FinetuneConfig, TrainLoaderConfig
 from d2v_composer.data.labeled import LabeledSamples, eval_batches, load_mds, read_class_names
 from d2v_composer.data.modalities import modality_of

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from d2v_composer.checkpoints.kinds import build_encoder, convert_to_timm
 from d2v_composer.checkpoints.student_file import (
+    build_encoder,
     choose_embedding,
+    convert_to_timm,
     distillation_of,
     has_tuned_encoder,
     lookup,

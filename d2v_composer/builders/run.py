@@ -18,9 +18,8 @@ from d2v_composer.builders.trainer import (
 )
 from d2v_composer.callbacks.algorithms import TargetStatistics
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
-from d2v_composer.checkpoints.kinds import sizes_of
 from d2v_composer.checkpoints.load import load_teacher
-from d2v_composer.checkpoints.student_file import choose_embedding
+from d2v_composer.checkpoints.student_file import choose_embedding, sizes_of
 from d2v_composer.config.schema import TeacherSection, TrainConfig
 from d2v_composer.data.modalities import modality_of
 from d2v_composer.evaluation.evaluate import cost, share_encoders

@@ -1,11 +1,13 @@
-"""What every run of Composer's Trainer shares: build the Trainer, train, write the report and close."""
+"""What every run of Composer's Trainer shares: build the Trainer, resume, train, write the report and close."""
 
+import hashlib
 import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
@@ -20,25 +22,34 @@ from composer.optim import ComposerScheduler, CosineAnnealingScheduler, CosineAn
 from composer.utils import dist, reproducibility
 from torch.utils.data import DataLoader
 
-from d2v_composer.builders.resume import find_checkpoint
 from d2v_composer.callbacks.algorithms import GradientClipping, GradientNorm, SeededBatches
 from d2v_composer.callbacks.checkpointing import Checkpoints, NanGuard
 from d2v_composer.callbacks.logging import ProgressLogger, Throughput, Uploads, num_batches
 from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.callbacks.trainer_state import find_callback
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
-from d2v_composer.checkpoints.checkpoint import LOG, drop_unused_scaler
+from d2v_composer.checkpoints.checkpoint import (
+    LOG,
+    Checkpoint,
+    download_checkpoint,
+    drop_unused_scaler,
+    find_newest,
+    read_checkpoint,
+)
+from d2v_composer.checkpoints.student_file import sha256
 from d2v_composer.config.load import defaults, layered
 from d2v_composer.config.schema import CALLBACKS, LOGGERS, AlgorithmsConfig, OptimizerConfig, TrainerConfig
 from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.models.precision import choose_precision, name_precision
-from d2v_composer.system.addresses import RunFolder, hide_secrets
+from d2v_composer.models.trained import check_tensors
+from d2v_composer.system.addresses import Address, RunFolder, hide_secrets
 from d2v_composer.system.command_line import d2v
-from d2v_composer.system.errors import InputError, RunError, errors_of, find_full_disk, reason
+from d2v_composer.system.errors import InputError, RunError, errors_of, find_full_disk, reading, reason
+from d2v_composer.system.fetch import cache_folder
 from d2v_composer.system.machine import describe_machine, package_versions
-from d2v_composer.system.processes import allow_open_files, if_interrupted
-from d2v_composer.system.ranks import join_ranks, rank_zero_first
+from d2v_composer.system.processes import allow_open_files, if_interrupted, num_nodes
+from d2v_composer.system.ranks import join_ranks, node_leaders_first, rank_zero_first
 from d2v_composer.system.third_party import lean_engine, patched_composer
 
 # Name in the section ``algorithms`` → what its fields are the arguments of.
@@ -119,6 +130,78 @@ def build_trainer(
             load_ignore_keys=partial(drop_unused_scaler, precision=precision),
             **arguments,
         )
+
+
+def find_checkpoint(config: TrainerConfig, model: torch.nn.Module, callbacks: Sequence[Callback]) -> Checkpoint | None:
+    """Read the run's newest checkpoint or, for a new run, the one in ``load_path``.
+
+    Args:
+        config: The run's.
+        model: What it trains.
+        callbacks: Those that refuse a state of another run.
+
+    Raises:
+        InputError: It is corrupt, cannot be read, is another run's, leaves nothing to train, or ``recipes/train.py``
+            did not write it; or the folder has one, and ``autoresume`` is false.
+    """
+
+    def accept(found: Checkpoint) -> None:
+        """Check that the run may go on from a checkpoint, before a file is written or a tensor loaded."""
+        with errors_of(str(found.path)):
+            for callback in callbacks:  # another program has saved others: its tensors are compared
+                if saved := found.saved_by(type(callback).__name__):
+                    callback.load_state_dict(dict(saved))
+            check_tensors(model, found.tensors, "")
+
+    folder = config.run_folder
+    if folder is not None and (newest := _share_newest(folder, config.autoresume, accept)) is not None:
+        return newest
+    if config.load_path is None:
+        return None
+    is_remote = Address.parse(config.load_path).is_remote
+    cached = f"checkpoints/{hashlib.sha256(config.load_path.encode()).hexdigest()[:16]}.pt"
+    path = cache_folder() / cached if is_remote else Path(config.load_path)
+    with node_leaders_first("the checkpoint"), errors_of("load_path"):
+        if is_remote and dist.get_local_rank() == 0:
+            download_checkpoint(config.load_path, path)
+        found, length = read_checkpoint(path), config.max_duration
+    with reading(path):
+        if found.trained({"ba": "batch", "ep": "epoch"}[length[-2:]]) >= int(length[:-2]):
+            raise InputError(
+                f"load_path: {config.load_path}: batch {found.trained('batch')} is not before max_duration {length}; "
+                "set a larger max_duration"
+            )
+    accept(found)
+    return found
+
+
+def _share_newest(folder: RunFolder, resumes: bool, accept: Callable[[Checkpoint], None]) -> Checkpoint | None:
+    """Bring rank 0's newest checkpoint to every node, and read it; ``None`` for a new run.
+
+    Raises:
+        InputError: A node cannot get it, or has another of that name: nodes would train different weights.
+    """
+    on_several_nodes = num_nodes() > 1
+    newest, shared = None, [("", "")]
+    with rank_zero_first("the newest checkpoint"):
+        if dist.get_global_rank() == 0:
+            newest = find_newest(folder, accept, resumes=resumes, uploads=on_several_nodes)
+            if newest is not None:
+                shared = [(newest.path.name, sha256(newest.path) if on_several_nodes else "")]
+    dist.broadcast_object_list(shared)
+    name, digest = shared[0]
+    if not name:
+        return None
+    path, address = folder.local / name, folder.address and f"{folder.address}/{name}"
+    with node_leaders_first("the checkpoint"), reading(path):
+        if on_several_nodes and dist.get_local_rank() == 0 and not (path.is_file() and sha256(path) == digest):
+            if address is not None:
+                download_checkpoint(address, path)
+            if sha256(path) != digest:
+                raise InputError(f"{address or path} differs from the checkpoint with that name on node 0")
+        if newest is None:
+            accept(newest := read_checkpoint(path))
+        return newest
 
 
 def build_optimizer(

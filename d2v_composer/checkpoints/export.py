@@ -15,16 +15,18 @@ from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from d2v_composer.checkpoints.check_program import RUNTIMES
-from d2v_composer.checkpoints.kinds import (
+from d2v_composer.checkpoints.load import load_student
+from d2v_composer.checkpoints.student_file import (
     CONFIG_TENSOR,
     build_encoder,
     build_student,
     check_outputs,
+    choose_embedding,
     config_tensor,
+    parse_object,
+    read_config,
     sizes_of,
 )
-from d2v_composer.checkpoints.load import load_student
-from d2v_composer.checkpoints.student_file import choose_embedding, parse_object, read_config
 from d2v_composer.models.attention import Alibi
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import EncoderConfig, StudentSizes

@@ -9,16 +9,20 @@ from torch import nn
 
 from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_newest
 from d2v_composer.checkpoints.fairseq import load_data2vec2
-from d2v_composer.checkpoints.kinds import CONFIG_TENSOR, build_student, check_outputs, convert_to_timm, read_sizes
 from d2v_composer.checkpoints.safe_load import is_trained, load_untrusted
 from d2v_composer.checkpoints.student_file import (
+    CONFIG_TENSOR,
     build_loaded,
+    build_student,
     check_fits,
+    check_outputs,
     check_same_teacher,
+    convert_to_timm,
     distillation_of,
     is_safetensors,
     lookup,
     read_model_file,
+    read_sizes,
     write_model_file,
 )
 from d2v_composer.models.backbone import Backbone
@@ -123,7 +127,7 @@ def save_student(student: Backbone, out: Path) -> None:
     One with a head is written as a classifier, for timm. A student that is a timm model is written under timm's names.
 
     Raises:
-        InputError: As :func:`~d2v_composer.checkpoints.kinds.convert_to_timm`.
+        InputError: As :func:`~d2v_composer.checkpoints.student_file.convert_to_timm`.
     """
     kind = "classifier" if isinstance(student.head, nn.Linear) else "student"  # timm's may be an Identity
     sizes, tensors = convert_to_timm(out, student)

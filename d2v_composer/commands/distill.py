@@ -19,7 +19,6 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from d2v_composer.data.containers import COLUMN, SOURCES
 from d2v_composer.models.names import PREFIX
@@ -28,12 +27,9 @@ from d2v_composer.system.command_line import d2v, make_parser, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.processes import global_rank, is_launched, relaunch_on_gpus
 
-if TYPE_CHECKING:
-    from d2v_composer.builders.prepare import Request
-
 
 def main(argv: Sequence[str]) -> None:
-    """Choose settings, convert samples, train, report and export."""
+    """Prepare a run, or go on with one, on every GPU; then export its student."""
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("source", type=absolute, metavar="SOURCE", help=f"a folder of images or audio files, or {SOURCES}")
@@ -46,33 +42,27 @@ def main(argv: Sequence[str]) -> None:
     if any(change.startswith(("run_name=", "save_folder=")) for change in arguments.changes):
         raise InputError("run_name and save_folder: use --out instead")
 
-    from d2v_composer.builders.prepare import Request
-
-    try:
-        distill(Request(**vars(arguments)), argv)
-    except InputError as error:  # settings that follow from --out
-        raise InputError(*(str(line).replace("save_folder", "--out") for line in error.args)) from error
-
-
-def distill(request: "Request", argv: Sequence[str]) -> None:
-    """Prepare a run, or go on with one, on every GPU; then export its student."""
-    from d2v_composer.builders.prepare import prepare, read_settings, settle
+    from d2v_composer.builders.prepare import Request, prepare, read_settings, settle
     from d2v_composer.builders.run import build_teacher, train_student
     from d2v_composer.checkpoints.checkpoint import LATEST
     from d2v_composer.config.reference import load_any
     from d2v_composer.report.model_card import save_with_card
 
-    plan = None if is_launched() else prepare(request)
-    relaunch_on_gpus("distill", *argv)
-    config = read_settings(request) if plan is None else plan.config
-    # Before the seed is set, in every call: a student's random weights come after it.
-    teacher = plan.teacher if plan is not None else None if is_launched() else build_teacher(config)
-    train_student(config, teacher=teacher, when_built=partial(settle, request, config))
-    if global_rank() == 0:
-        latest, exported = str(request.out / LATEST), request.out / STUDENT_FILE
-        student, _ = load_any(latest)
-        save_with_card(student, latest, exported)
-        print_next(d2v("embed", exported, "SOURCE", "embeddings.npy"))
+    request = Request(**vars(arguments))
+    try:
+        plan = None if is_launched() else prepare(request)
+        relaunch_on_gpus("distill", *argv)
+        config = read_settings(request) if plan is None else plan.config
+        # Before the seed is set, in every call: a student's random weights come after it.
+        teacher = plan.teacher if plan is not None else None if is_launched() else build_teacher(config)
+        train_student(config, teacher=teacher, when_built=partial(settle, request, config))
+        if global_rank() == 0:
+            latest, exported = str(request.out / LATEST), request.out / STUDENT_FILE
+            student, _ = load_any(latest)
+            save_with_card(student, latest, exported)
+            print_next(d2v("embed", exported, "SOURCE", "embeddings.npy"))
+    except InputError as error:  # settings that follow from --out
+        raise InputError(*(str(line).replace("save_folder", "--out") for line in error.args)) from error
 
 
 def absolute(place: str) -> str:

@@ -16,7 +16,6 @@ and CSV and, with rivals, a picture of quality over speed. `d2v fields evaluatio
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,17 +25,7 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import torch
-    from torch import Tensor
-
     from d2v_composer.config.schema import EvaluateConfig
-    from d2v_composer.evaluation.evaluate import Evaluation
-    from d2v_composer.evaluation.labeled_retrieval import Embed
-
-
-BATCH_SIZES = (1, 64)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,6 +34,7 @@ def main(argv: Sequence[str]) -> None:
 
     import torch
 
+    from d2v_composer.benchmarks import BATCH_SIZES, measure_speeds
     from d2v_composer.builders.models import build_comparison
     from d2v_composer.config.load import load_evaluate_config
     from d2v_composer.data.modalities import modality_of
@@ -81,37 +71,6 @@ def main(argv: Sequence[str]) -> None:
 
             write_atomically(picture, to_png(quality_over_speed(evaluation, BATCH_SIZES[-1], modality.unit)))
     print_next(next_step(config, modality.unit.upper()))
-
-
-def measure_speeds(
-    evaluation: "Evaluation",
-    noise: "Callable[[int], Tensor]",
-    device: str,
-    autocast_dtype: "torch.dtype | None",
-) -> dict[int, dict[str, float]]:
-    """Return batch size → name → samples a second that a model embeds, in turns: the median over rounds."""
-    import numpy as np
-    import torch
-
-    from d2v_composer.benchmarks import interleave
-    from d2v_composer.models.precision import precision_of
-
-    def apply(embed: "Embed", batch: "Tensor") -> object:
-        return embed(batch[:])  # of the same tensor, models would share an encoder's tokens
-
-    speeds = {}
-    for size in BATCH_SIZES:
-        batch = noise(size).to(device)
-        passes = {
-            name: (partial(apply, embed, batch), size)
-            for embeds in evaluation.groups.values()
-            for name, embed in embeds.items()
-            if evaluation.costs[name]["num_parameters"]
-        }
-        with torch.inference_mode(), precision_of(autocast_dtype, device):
-            rates = interleave(passes, repeats=5)
-        speeds[size] = {name: float(np.median(each)) for name, each in rates.items()}
-    return speeds
 
 
 def next_step(config: "EvaluateConfig", samples: str) -> str:

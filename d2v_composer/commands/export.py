@@ -57,13 +57,13 @@ def export(
     source: str,
     out: Path,
     *,
-    teacher: str | None = None,
-    pooling: Pooling | None = None,
-    representation: Representation | None = None,
-    preprocessing: str = "out",
-    int8: bool = False,
-    calibrate: str | None = None,
-    verify: bool = False,
+    teacher: str | None,
+    pooling: Pooling | None,
+    representation: Representation | None,
+    preprocessing: str,
+    int8: bool,
+    calibrate: str | None,
+    verify: bool,
 ) -> None:
     """Export a student, and print what was written; the arguments are the command's."""
     if out.suffix not in (".safetensors", *PROGRAMS):
@@ -78,8 +78,7 @@ def export(
         raise InputError(f"{out}: --int8 is only for .onnx, and --calibrate only for --int8")
 
     from d2v_composer.checkpoints.export import Program, export_program, quantize
-    from d2v_composer.checkpoints.kinds import timm_call
-    from d2v_composer.checkpoints.student_file import choose_embedding
+    from d2v_composer.checkpoints.student_file import choose_embedding, timm_call
     from d2v_composer.config.reference import load_any
     from d2v_composer.models.teacher import Teacher
     from d2v_composer.report import verification

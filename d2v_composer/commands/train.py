@@ -20,8 +20,6 @@ from d2v_composer.system.processes import relaunch_on_gpus
 if TYPE_CHECKING:
     from composer import Callback, Trainer
 
-    from d2v_composer.config.schema import TrainConfig
-
 
 def main(argv: Sequence[str]) -> None:
     """Train on every GPU of this machine."""
@@ -31,35 +29,28 @@ def main(argv: Sequence[str]) -> None:
 
 
 def train(argv: Sequence[str], callbacks: "Sequence[Callback]" = ()) -> "Trainer":
-    """Train a student, and print the next steps.
+    """Train a student, and print how to evaluate and export it.
 
     Args:
         argv: A YAML and its overrides.
         callbacks: Further callbacks, besides the YAML's.
     """
+    import yaml
+
     from d2v_composer.builders.run import train_student
+    from d2v_composer.checkpoints.checkpoint import LATEST
     from d2v_composer.config.load import load_config
 
     config = load_config(argv)
     trainer = train_student(config, callbacks)
-    name_next_steps(config)
+    if config.run_folder is not None:
+        checkpoint = config.run_folder.local / LATEST
+        used = {
+            name: labeled.model_dump(exclude_defaults=True)
+            for name, labeled in config.retrieval.datasets.items()
+            if labeled is not None
+        }
+        datasets = f"datasets={yaml.safe_dump(used, default_flow_style=True, sort_keys=False, width=1 << 20).strip()}"
+        evaluate = [d2v("evaluate", f"model={checkpoint}", datasets)] if used else []
+        print_next(*evaluate, d2v("export", checkpoint, config.run_folder.local / STUDENT_FILE))
     return trainer
-
-
-def name_next_steps(config: "TrainConfig") -> None:
-    """Print how to evaluate and export the student."""
-    import yaml
-
-    from d2v_composer.checkpoints.checkpoint import LATEST
-
-    if config.run_folder is None:
-        return
-    checkpoint = config.run_folder.local / LATEST
-    used = {
-        name: labeled.model_dump(exclude_defaults=True)
-        for name, labeled in config.retrieval.datasets.items()
-        if labeled is not None
-    }
-    datasets = f"datasets={yaml.safe_dump(used, default_flow_style=True, sort_keys=False, width=1 << 20).strip()}"
-    evaluate = [d2v("evaluate", f"model={checkpoint}", datasets)] if used else []
-    print_next(*evaluate, d2v("export", checkpoint, config.run_folder.local / STUDENT_FILE))

@@ -10,9 +10,8 @@ from typing import Any
 import jinja2
 import torch
 
-from d2v_composer.checkpoints.kinds import timm_call
 from d2v_composer.checkpoints.load import save_student
-from d2v_composer.checkpoints.student_file import choose_embedding, lookup
+from d2v_composer.checkpoints.student_file import choose_embedding, lookup, timm_call
 from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.embedding import hash_weights
 from d2v_composer.evaluation.evaluate import read_evaluation

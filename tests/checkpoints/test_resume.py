@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2v_composer.builders import resume
+from d2v_composer.builders import trainer
 from d2v_composer.checkpoints import checkpoint as checkpoints
 from d2v_composer.checkpoints.checkpoint import (
     CorruptCheckpointError,
@@ -87,7 +87,7 @@ def test_composer_gets_what_was_checked(
     run_folder: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resume reads its checkpoint once: it runs no code of a file that replaces it after the check."""
-    read, paths = resume.find_newest, []
+    read, paths = trainer.find_newest, []
 
     def read_and_replace(*arguments: Any, **options: Any) -> Any:
         found = read(*arguments, **options)
@@ -99,9 +99,9 @@ def test_composer_gets_what_was_checked(
         (tmp_path / "replacement.pt").replace(found.path)
         return found
 
-    monkeypatch.setattr(resume, "find_newest", read_and_replace)
-    trainer = train.main(small_run(run_folder, small_data, "max_duration=15ba"))
-    assert (paths, trainer.state.timestamp.batch.value) == ([run_folder / "ep2-ba14-rank0.pt"], 15)
+    monkeypatch.setattr(trainer, "find_newest", read_and_replace)
+    trained = train.main(small_run(run_folder, small_data, "max_duration=15ba"))
+    assert (paths, trained.state.timestamp.batch.value) == ([run_folder / "ep2-ba14-rank0.pt"], 15)
     assert not (tmp_path / "canary").exists()
 
 
