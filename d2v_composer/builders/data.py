@@ -79,7 +79,7 @@ def build_train_loader(
     batch_size, seed = config.global_train_batch_size, config.seed
     transform = build_augmentation(loader, index.modality, seed).transform
     if loader.remote is not None:
-        raise_on_all_ranks(check_room(index, loader.cache_limit, 1 / num_nodes()))
+        raise_on_all_ranks(check_room(index, loader.cache_limit))
     check_memory(loader, batch_size, transform.sample_bytes)
     options, collate = loader.model_dump(include=PASSED_ON), None
     if index.lengths is not None and transform.longest is not None:
@@ -110,10 +110,10 @@ def build_train_loader(
     )
 
 
-def check_room(index: Index, cache_limit: int | None, share: float) -> str | None:
-    """Return an error message if the disk lacks space for a node's ``share``, 0 to 1, of the shards."""
+def check_room(index: Index, cache_limit: int | None) -> str | None:
+    """Return an error message if the disk lacks space for a node's share of the shards."""
     sizes = {index.folder / shard.raw.basename: shard.raw.bytes for shard in index.shards}
-    wanted = int(share * sum(sizes.values()))
+    wanted = sum(sizes.values()) // num_nodes()
     needed = min(wanted, cache_limit or wanted) - sum(size for path, size in sizes.items() if path.is_file())
     if needed <= (free := shutil.disk_usage(index.folder).free):
         return None

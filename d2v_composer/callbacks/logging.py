@@ -80,7 +80,9 @@ class ProgressLogger(LoggerDestination):
             if (match := ACCURACY.fullmatch(key)) is not None:
                 dataset, baseline, k = match.groups()
                 kind, what = ("retrieval", f"{dataset} {baseline or 'student'} ") if dataset else ("evaluation", "")
-                self.write(f"{kind} at batch {step}: {what}top-{k} {accuracy:.1%}")
+                if dist.get_global_rank() == 0:
+                    tqdm.write(f"{kind} at batch {step}: {what}top-{k} {accuracy:.1%}", file=self.stream)
+                    self.stream.flush()
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self.bar is None:
@@ -95,12 +97,6 @@ class ProgressLogger(LoggerDestination):
     def close(self, state: State, logger: Logger) -> None:
         if self.bar is not None:
             self.bar.close()
-
-    def write(self, line: str) -> None:
-        """Print a line on rank 0, above the bar."""
-        if dist.get_global_rank() == 0:
-            tqdm.write(line, file=self.stream)
-            self.stream.flush()
 
     def status(self) -> list[str]:
         """Return the latest logged numbers as text."""
