@@ -34,8 +34,7 @@ from d2v_composer.models.precision import choose_precision, precision_of
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, check_outputs, exists, is_remote, put
 from d2v_composer.system.files import acquire, sole_user, write_atomically
-from d2v_composer.system.part import ALL
-from d2v_composer.system.processes import global_rank, num_ranks
+from d2v_composer.system.processes import ALL, global_rank, num_ranks
 from d2v_composer.system.progress import progress_bar
 
 LOCK_SECONDS = 10.0  # the workers of a killed run exit within a second

@@ -36,7 +36,7 @@ from d2v_composer.system.command_line import (
     training_on,
     whole,
 )
-from d2v_composer.system.part import ALL, Part
+from d2v_composer.system.processes import ALL, Part
 
 if TYPE_CHECKING:
     from d2v_composer.data.modality import Modality

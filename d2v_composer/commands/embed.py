@@ -36,8 +36,7 @@ from d2v_composer.system.command_line import (
     whole,
 )
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.part import ALL, Part
-from d2v_composer.system.processes import local_rank, local_ranks, relaunch_on_gpus
+from d2v_composer.system.processes import ALL, Part, local_rank, local_ranks, relaunch_on_gpus
 
 
 def main(argv: Sequence[str]) -> Any:

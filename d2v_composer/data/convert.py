@@ -33,8 +33,7 @@ from d2v_composer.data.source import Source, hash_of, map_in_workers
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, is_remote, list_etags, names_in, put
 from d2v_composer.system.files import check_owned, sole_user, write_atomically
-from d2v_composer.system.part import ALL, Part
-from d2v_composer.system.processes import if_interrupted
+from d2v_composer.system.processes import ALL, Part, if_interrupted
 from d2v_composer.system.progress import progress_bar
 
 CIFAR10 = "cifar10:"

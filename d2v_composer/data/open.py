@@ -34,7 +34,7 @@ from d2v_composer.data.source import (
 from d2v_composer.system import fetch
 from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.fetch import File
-from d2v_composer.system.part import ALL, Part
+from d2v_composer.system.processes import ALL, Part
 from d2v_composer.system.progress import progress_bar
 
 SPLITS, NONE = ("train", "val", "validation", "test"), "none"

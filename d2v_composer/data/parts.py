@@ -16,7 +16,7 @@ from d2v_composer.data.mds import INDEX, SUMMARY
 from d2v_composer.data.source import Source
 from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.fetch import File, download_existing, exists, is_remote, list_store, names_in
-from d2v_composer.system.part import Part
+from d2v_composer.system.processes import Part
 
 TABLES = (".npy", ".parquet")
 

@@ -21,8 +21,7 @@ from d2v_composer.data.modality import Modality, read_sample_file
 from d2v_composer.data.shards import Shards
 from d2v_composer.system.errors import InputError, RunError, reading
 from d2v_composer.system.fetch import File
-from d2v_composer.system.part import ALL, Part
-from d2v_composer.system.processes import die_with_parent
+from d2v_composer.system.processes import ALL, Part, die_with_parent
 
 
 class Names(Sequence[str]):
