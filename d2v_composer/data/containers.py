@@ -45,10 +45,10 @@ CONTAINERS = (
 )
 
 
-def listed(words: Iterable[str], last: str = "or") -> str:
+def listed(words: Iterable[str]) -> str:
     """Return words as text: a, b or c."""
     *first, end = words
-    return f"{', '.join(first)} {last} {end}" if first else end
+    return f"{', '.join(first)} or {end}" if first else end
 
 
 NAMES = listed(container.plural for container in CONTAINERS)

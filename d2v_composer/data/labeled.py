@@ -183,7 +183,7 @@ def _read_class_embeddings(path: Path, labeled: EvaluationSet) -> Tensor:
     return rows
 
 
-def open_cifar(name: str, root: Path, download: bool = False) -> dict[str, Source]:
+def open_cifar(name: str, root: Path, download: bool) -> dict[str, Source]:
     """Open train and test of torchvision's CIFAR-10 or CIFAR-100, as images of their own size.
 
     Raises:

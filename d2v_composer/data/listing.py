@@ -35,7 +35,7 @@ class Listing(NamedTuple):
     """Those with a wanted suffix, sorted."""
     left_out: Mapping[str, int]
     """Number of other files by kind."""
-    is_chosen: bool = False
+    is_chosen: bool
     """The user named a file or a glob in ``root``."""
 
 

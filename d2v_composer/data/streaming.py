@@ -94,7 +94,7 @@ class EpochOrder(DistributedSampler[Sample]):
             )
         self.shuffle, self.seed, self.shuffle_block_size = shuffle, seed, shuffle_block_size
         self.lengths, self.global_batch_size = lengths, global_batch_size
-        self._epoch, self._first_sample, self._is_begun = 0, 0, False
+        self.resume(0, 0)
 
     @override
     def __len__(self) -> int:
@@ -105,11 +105,11 @@ class EpochOrder(DistributedSampler[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         """Return the samples of the next epoch, or the rest of a resumed epoch."""
         if self._is_begun:
-            self._epoch, self._first_sample = self._epoch + 1, 0
+            self.current_epoch, self._first_sample = self.current_epoch + 1, 0
         self._is_begun = True
-        ids = self.share(self._epoch, self._first_sample, World.detect())
+        ids = self.share(self.current_epoch, self._first_sample, World.detect())
         shards = np.searchsorted(self.shard_sizes.cumsum(), ids, side="right")
-        return self._with_shards_ahead(self._epoch, ids.tolist(), shards.tolist())
+        return self._with_shards_ahead(self.current_epoch, ids.tolist(), shards.tolist())
 
     def share(self, epoch: int, first_sample: int, world: World) -> NDArray[np.int64]:
         """Return a rank's samples of an epoch after the first ``first_sample`` samples of all ranks."""
@@ -145,13 +145,10 @@ class EpochOrder(DistributedSampler[Sample]):
             windows.append(rng.permutation(window, axis=1))
         return np.concatenate(windows, axis=1).reshape(len(order), -1)
 
-    def state_dict(self, num_samples: int) -> dict[str, Any]:
-        """Return the state after this many samples of the epoch, counted over all ranks."""
-        return {"epoch": self._epoch, "sample_in_epoch": num_samples}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume an epoch."""
-        self._epoch, self._first_sample, self._is_begun = state["epoch"], state["sample_in_epoch"], False
+    def resume(self, epoch: int, sample_in_epoch: int) -> None:
+        """Start after this many samples of an epoch, counted over all ranks."""
+        # Not self.epoch, which Composer sets.
+        self.current_epoch, self._first_sample, self._is_begun = epoch, sample_in_epoch, False
 
     @staticmethod
     def _with_shards_ahead(epoch: int, ids: list[int], shards: list[int]) -> Iterator[Sample]:
@@ -244,13 +241,13 @@ class StreamingSamples(Dataset[Any]):
         return values, label
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Return the state after this many samples of the epoch, which Composer counts and saves."""
+        """Return the state after this many samples of the epoch, which Composer counts over all ranks and saves."""
         assert from_beginning
-        return self.order.state_dict(num_samples)
+        return {"epoch": self.order.current_epoch, "sample_in_epoch": num_samples}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume an epoch; Composer calls this."""
-        self.order.load_state_dict(state)
+        self.order.resume(**state)
 
     def _warn_of_small_limit(self) -> None:
         """Warn if the shards that are shuffled together exceed the cache limit."""

@@ -157,7 +157,7 @@ def _renew(address: str, path: Path, version: str, again: bool) -> None:
 
 
 def fetch_from_hub(
-    repository: str, names: Sequence[str], revision: str | None = None, *, again: bool = False, **options: Any
+    repository: str, names: Sequence[str], revision: str | None, *, again: bool = False, **options: Any
 ) -> Path:
     """Return the first of these files that a repository on the Hugging Face hub has now.
 
@@ -201,13 +201,12 @@ def find_missing_file(address: str) -> str | None:
     return "a folder, not a file" if os.path.isdir(address) else "no such file"
 
 
-def download_existing(address: str, path: Path, retry_timeout: float = RETRY_SECONDS) -> bool:
-    """Fetch a file that may be missing, and retry while its store is unreachable.
+def download_existing(address: str, path: Path) -> bool:
+    """Fetch a file that may be missing, and retry for ten minutes while its store is unreachable.
 
     Args:
         address: The file's, see :func:`fetch`.
         path: Exists, or is replaced, only once the file is complete.
-        retry_timeout: Time for retries, in seconds.
 
     Returns:
         Whether there is such a file.
@@ -221,7 +220,7 @@ def download_existing(address: str, path: Path, retry_timeout: float = RETRY_SEC
             transfer(address, partial, READ_SECONDS)
 
     try:
-        retry(attempt, address, retry_timeout)
+        retry(attempt, address, RETRY_SECONDS)
     except Exception as error:
         if is_missing(error):
             return False

@@ -20,7 +20,7 @@ from streaming.base.hashing import get_hash
 from d2v_composer.commands import convert_images
 from d2v_composer.data import convert
 from d2v_composer.data.convert import CIFAR10, convert_cifar10, find_samples, work_folder
-from d2v_composer.data.images import as_rgb_jpeg, decode_rgb
+from d2v_composer.data.images import Images, decode_rgb
 from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.data.source import Source
 from d2v_composer.system.errors import InputError, RunError
@@ -193,7 +193,7 @@ def test_odd_files_become_rgb_jpegs(tmp_path: Path):
     odd["turned"] = saved(colors().transpose(Image.Transpose.ROTATE_90), exif=exif)
     for kind, encoded in odd.items():
         write(tmp_path / "in" / f"{kind}.JPEG", encoded)
-        converted = np.asarray(decode_rgb(as_rgb_jpeg(encoded, kind, None, quality=95), kind)).astype(int)
+        converted = np.asarray(decode_rgb(Images.encode(encoded, kind, quality=95)[0], kind)).astype(int)
         assert kind == "GIF" or np.abs(converted - np.asarray(decode_rgb(encoded, kind))).mean() < 4  # dithered
     exif[0x0112] = 1
     plain = write(tmp_path / "in" / "plain.JPEG", saved(colors(), exif=exif, comment=b"kept"))
@@ -254,7 +254,7 @@ def test_what_the_machine_cannot_read_is_not_skipped(source: Path, tmp_path: Pat
 
 
 def test_a_killed_worker_ends_the_conversion(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("d2v_composer.data.images.as_rgb_jpeg", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(Images, "encode", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(RunError, match=r"DataLoader worker .*; the same command resumes"):
         main([str(source), str(tmp_path / "out"), *SMALL_SHARDS])
 

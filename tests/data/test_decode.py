@@ -111,7 +111,7 @@ def test_a_turned_image_is_upright_in_training_evaluation_and_conversion(file_fo
             RandomResizedCropFlip(32)(each, sample_rng(0, 0, sample_id)) for each in (encoded, saved(upright, "PNG"))
         )
         assert torch.equal(found, wanted)
-    converted = images.as_rgb_jpeg(encoded, "a", quality=100)
+    converted, _ = images.Images.encode(encoded, "a", quality=100)
     assert (converted == encoded) == (file_format == "JPEG" and orientation == 1)
     if converted != encoded:
         again = Image.open(io.BytesIO(converted))

@@ -75,7 +75,8 @@ def test_a_data_set_is_listed_and_read(converted: str, tmp_path: Path) -> None:
 def test_missing_and_denied_files_are_told_apart(
     converted: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not download_existing(f"{converted}/none", tmp_path / "none", 0)
+    monkeypatch.setattr("d2v_composer.system.fetch.RETRY_SECONDS", 0)
+    assert not download_existing(f"{converted}/none", tmp_path / "none")
     with pytest.raises(InputError, match=rf"{store}/none/index.json cannot be fetched"):
         fetch(f"{store}/none/index.json")
     (tmp_path / "left").write_bytes(b"of an attempt before")
@@ -84,7 +85,7 @@ def test_missing_and_denied_files_are_told_apart(
     if store.startswith("azure"):  # Google's emulator lets anyone in
         monkeypatch.setenv("AZURE_ACCOUNT_ACCESS_KEY", "b3RoZXI=")
         with pytest.raises(Exception, match="AuthorizationFailure") as caught:
-            download_existing(f"{converted}/index.json", tmp_path / "denied", 0)
+            download_existing(f"{converted}/index.json", tmp_path / "denied")
         assert is_lasting(caught.value)
 
 
