@@ -58,12 +58,10 @@ class EpochOrder(DistributedSampler[Sample]):
             use at a time.
         num_canonical_nodes: The number of equal parts into which the order is cut. The number of nodes should divide
             it: each node then needs its own shards alone.
-        epoch_size: The samples of an epoch, drawn again for each; default: all.
+        epoch_size: The samples of an epoch, drawn again for each: at most all, the default, since Streaming would
+            repeat samples; divisible by ``num_canonical_nodes``.
         lengths: (N,) the length of each sample in a batch; ``None`` if all have one size.
         global_batch_size: The batch size of all ranks, for ``lengths``.
-
-    Raises:
-        InputError: ``epoch_size`` is too large, or not divisible by ``num_canonical_nodes``.
     """
 
     def __init__(
@@ -71,7 +69,7 @@ class EpochOrder(DistributedSampler[Sample]):
         shard_sizes: NDArray[np.int64],
         *,
         shuffle: bool = True,
-        seed: int = 0,
+        seed: int,
         shuffle_block_size: int = 1 << 16,
         num_canonical_nodes: int = 1,
         epoch_size: int | None = None,
@@ -86,12 +84,6 @@ class EpochOrder(DistributedSampler[Sample]):
             epoch_size or num_samples,
             num_canonical_nodes,
         )
-        if self.epoch_size > num_samples:  # Streaming would repeat samples
-            raise InputError(f"epoch_size must be at most {num_samples}, the number of samples; got {epoch_size}")
-        if self.epoch_size % num_canonical_nodes:
-            raise InputError(
-                f"num_canonical_nodes must divide the {self.epoch_size} samples of an epoch, got {num_canonical_nodes}"
-            )
         self.shuffle, self.seed, self.shuffle_block_size = shuffle, seed, shuffle_block_size
         self.lengths, self.global_batch_size = lengths, global_batch_size
         self.resume(0, 0)
@@ -198,7 +190,7 @@ class StreamingSamples(Dataset[Any]):
         order: The sampler.
 
     Raises:
-        InputError: ``cache_limit`` is too small, or set for a local data set; or ``epoch_size`` is too large.
+        InputError: ``cache_limit`` is too small, or set for a local data set.
     """
 
     def __init__(
@@ -221,14 +213,14 @@ class StreamingSamples(Dataset[Any]):
         return len(self.index)
 
     @override
-    def __getitem__(self, sample: Sample | int) -> Any:
-        """Return one augmented sample; a bare sample number means the first epoch.
+    def __getitem__(self, sample: Sample) -> Any:
+        """Return one augmented sample.
 
         Raises:
             ShardError: Its shard cannot be fetched, or is corrupt.
             InputError: It is not an image that can be read, or its label is not that of a class.
         """
-        epoch, sample_id, ahead = sample if isinstance(sample, Sample) else Sample(0, sample, ())
+        epoch, sample_id, ahead = sample
         index, source = self.index, f"sample {sample_id} of {self.index.folder}"
         self.shards.fetch_ahead(ahead)
         stored = self.shards[sample_id]

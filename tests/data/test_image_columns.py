@@ -56,7 +56,7 @@ def test_trains_on_a_data_set_of_streamings_own_converter(files: list[Path], tmp
     assert sorted(ids.tolist()) == list(range(NUM_SAMPLES))
     index = Index(write_as_streaming(tmp_path / "ours", files, "bytes"), Images(24), "x")
     ours = StreamingSamples(index, RandomResizedCropFlip(24), seed=5)
-    expected = {sample["sample_id"]: sample["image"] for sample in ours}
+    expected = {sample["sample_id"]: sample["image"] for sample in map(ours.__getitem__, ours.order)}
     assert all(torch.equal(image, expected[i]) for i, image in zip(ids.tolist(), pixels, strict=True))
 
 
