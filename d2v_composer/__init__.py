@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from d2v_composer.checkpoints.load import load_student, load_teacher
     from d2v_composer.embedder import Embedder
     from d2v_composer.evaluation.linear_probe import linear_probe_accuracy
-    from d2v_composer.evaluation.nearest_neighbors import knn_accuracy, retrieval_accuracy
-    from d2v_composer.evaluation.without_labels import neighbor_agreement
+    from d2v_composer.evaluation.nearest_neighbors import knn_accuracy, neighbor_agreement, retrieval_accuracy
     from d2v_composer.models.frozen_model import FrozenModel
     from d2v_composer.objectives.distillation import DistillationModel
 
@@ -49,7 +48,7 @@ MODULES = {
     "linear_probe_accuracy": "evaluation.linear_probe",
     "load_student": "checkpoints.load",
     "load_teacher": "checkpoints.load",
-    "neighbor_agreement": "evaluation.without_labels",
+    "neighbor_agreement": "evaluation.nearest_neighbors",
     "retrieval_accuracy": "evaluation.nearest_neighbors",
 }
 

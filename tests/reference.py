@@ -29,8 +29,7 @@ PUBLIC = {
     "d2v_composer.callbacks": list(d2v_composer.callbacks.MODULES),
     "d2v_composer.models.teacher": ["Teacher"],
     "d2v_composer.models.student": ["Student"],
-    "d2v_composer.models.backbone": ["Backbone"],
-    "d2v_composer.models.transformer": ["Transformer"],
+    "d2v_composer.models.backbone": ["Backbone", "Transformer"],
     "d2v_composer.models.layer_mean": ["LayerMean"],
 }
 # Lines of a docstring such as 'step: images/s'.

@@ -23,13 +23,11 @@ from d2v_composer.data.modalities import MODALITIES, modality_of
 from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.evaluate import Evaluation, cost, share_encoders
 from d2v_composer.evaluation.labeled_retrieval import Lookup
-from d2v_composer.evaluation.results import GAP_CLOSED
-from d2v_composer.evaluation.rows import GAP, ROWS
+from d2v_composer.evaluation.rows import GAP, GAP_CLOSED, ROWS
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import TimmNetworkConfig
-from d2v_composer.models.embeddings import PROJECTED, Embedding
 from d2v_composer.models.encoder import Inputs
-from d2v_composer.models.names import PREFIX
+from d2v_composer.models.names import PREFIX, PROJECTED, Embedding
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets

@@ -24,8 +24,7 @@ from d2v_composer.config.schema import TeacherSection, TrainConfig
 from d2v_composer.data.modalities import modality_of
 from d2v_composer.evaluation.evaluate import cost, share_encoders
 from d2v_composer.evaluation.labeled_retrieval import Embed
-from d2v_composer.evaluation.results import last_batch
-from d2v_composer.evaluation.rows import STUDENT, TEACHER
+from d2v_composer.evaluation.rows import STUDENT, TEACHER, last_batch
 from d2v_composer.models.precision import choose_precision
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives.compilation import compile_model, find_missing

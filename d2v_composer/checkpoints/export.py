@@ -30,9 +30,9 @@ from d2v_composer.checkpoints.student_file import (
 from d2v_composer.models.attention import Alibi
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import EncoderConfig, StudentSizes
-from d2v_composer.models.embeddings import Embedding
 from d2v_composer.models.encoder import Tokens
 from d2v_composer.models.images import is_same
+from d2v_composer.models.names import Embedding
 from d2v_composer.models.student import Student
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.files import out_file

@@ -25,10 +25,9 @@ from d2v_composer.checkpoints.student_file import (
     read_sizes,
     write_model_file,
 )
-from d2v_composer.models.backbone import Backbone
+from d2v_composer.models.backbone import Backbone, Projection
 from d2v_composer.models.configs import ImageSize, TimmConfig
 from d2v_composer.models.names import DATA2VEC2, EXTERNAL, PREFIX, TEACHERS, Weights
-from d2v_composer.models.projection import Projection
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.command_line import d2v
@@ -65,7 +64,7 @@ def load_teacher(
 
     Returns:
         A :class:`~d2v_composer.models.teacher.Teacher`, except of ``ext/NAME`` also a
-        :class:`~d2v_composer.models.transformer.Transformer`; its ``config`` has the sizes, its ``provenance`` the
+        :class:`~d2v_composer.models.backbone.Transformer`; its ``config`` has the sizes, its ``provenance`` the
         origin.
 
     Raises:

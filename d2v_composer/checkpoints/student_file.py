@@ -28,10 +28,9 @@ from d2v_composer.models.configs import (
     TimmNetworkConfig,
 )
 from d2v_composer.models.data2vec2 import ENCODERS
-from d2v_composer.models.embeddings import PROJECTED, Embedding
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.images import is_same
-from d2v_composer.models.names import Pooling, Representation, timm_name
+from d2v_composer.models.names import PROJECTED, Embedding, Pooling, Representation, timm_name
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets

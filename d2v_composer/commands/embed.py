@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> Any:
     from d2v_composer.data.source import name_counts
     from d2v_composer.embedder import Embedder
     from d2v_composer.embedding import check_ids, check_out, embed_source, hash_weights
-    from d2v_composer.models.embeddings import Embedding
+    from d2v_composer.models.names import Embedding
 
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())

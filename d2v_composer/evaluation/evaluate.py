@@ -18,8 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from d2v_composer.data.labeled import Augmentation, EvaluationSet
 from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.labeled_retrieval import Embed, Lookup, measure_embeddings
-from d2v_composer.evaluation.results import GAP_CLOSED, Interval, Result, accuracy_interval, pivot
-from d2v_composer.evaluation.rows import Measure, rows_of
+from d2v_composer.evaluation.rows import GAP_CLOSED, Interval, Measure, Result, accuracy_interval, pivot, rows_of
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.encoder import Encoder, Inputs, Tokens
 from d2v_composer.models.layer_mean import LayerMean

@@ -15,16 +15,18 @@ from torch import Tensor
 from d2v_composer.data.modality import collate
 from d2v_composer.evaluation.linear_probe import fit_linear_probe
 from d2v_composer.evaluation.nearest_neighbors import (
+    NUM_COMMON,
     NUM_NEIGHBORS,
     ONE_RANK,
     TEMPERATURE,
     Ranks,
     TopK,
+    common_shares,
     exact_neighbors,
+    nearest_others,
     retrieval_hits,
     vote,
 )
-from d2v_composer.evaluation.results import Result
 from d2v_composer.evaluation.rows import (
     AGREEMENT,
     BANKS,
@@ -34,12 +36,12 @@ from d2v_composer.evaluation.rows import (
     TEACHER,
     VIEWS,
     Measure,
+    Result,
     Row,
     measures_of,
     retrieval_from,
 )
-from d2v_composer.evaluation.without_labels import NUM_COMMON, common_shares, nearest_others
-from d2v_composer.models.embeddings import PROJECTED, find_primary
+from d2v_composer.models.names import PROJECTED, find_primary
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.progress import progress_bar
 

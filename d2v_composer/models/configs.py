@@ -12,7 +12,7 @@ import math
 import re
 from functools import cached_property
 from reprlib import repr as short  # a list in a file may hold another one a million times
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, ValidationError
 from typing_extensions import Self
@@ -44,12 +44,6 @@ def check_whole(name: str, value: Any, minimum: int, maximum: int) -> None:
     """Raise ValueError, with the name of the size, unless the value is a whole number in the range."""
     if type(value) is not int or not minimum <= value <= maximum:
         raise ValueError(f"{name} must be a whole number from {minimum} to {maximum}, got {short(value)}")
-
-
-def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Raise ValueError, with the name of the option, unless the value is one of a Literal's values."""
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {short(value)}")
 
 
 def height_and_width(image_size: ImageSize) -> tuple[int, int]:

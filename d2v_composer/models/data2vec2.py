@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from d2v_composer.models.attention import Block
 from d2v_composer.models.audio import AudioEncoder
+from d2v_composer.models.backbone import Transformer
 from d2v_composer.models.configs import (
     AudioEncoderConfig,
     EatEncoderConfig,
@@ -24,7 +25,6 @@ from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.layer_mean import LayerMean
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.models.transformer import Transformer
 
 ENCODERS: dict[type[Any], type[Data2Vec2Encoder]] = {
     ImageEncoderConfig: ImageEncoder,

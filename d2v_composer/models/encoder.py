@@ -126,7 +126,7 @@ class Encoder(Frozen):
         """Build the head of a teacher on this encoder, without its weights; ``None`` if the teacher only pools.
 
         Args:
-            num_outputs: As of :class:`~d2v_composer.models.projection.Projection`.
+            num_outputs: As of :class:`~d2v_composer.models.backbone.Projection`.
         """
         return None
 

@@ -9,10 +9,9 @@ from typing import Any, Literal, NamedTuple, get_origin
 
 from torch import Tensor
 
-from d2v_composer.models.configs import check_choice, check_whole
-from d2v_composer.models.embeddings import PROJECTED
+from d2v_composer.models.configs import check_whole
 from d2v_composer.models.features import Features
-from d2v_composer.models.names import ExtraTokens, Normalization, Prediction, TargetSource
+from d2v_composer.models.names import PROJECTED, ExtraTokens, Normalization, Prediction, TargetSource, check_choice
 from d2v_composer.models.targets import norm_mean
 
 

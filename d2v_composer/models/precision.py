@@ -24,11 +24,11 @@ class Precision(NamedTuple):
         return None if self.dtype == torch.float32 else self.dtype
 
 
-def name_precision(choice: str, on_gpu: bool | None = None) -> str:
+def name_precision(choice: str) -> str:
     """Resolve a precision: ``auto`` is the fastest one for which the GPU or the CPU has instructions."""
     if choice != "auto":
         return choice
-    if torch.cuda.is_available() if on_gpu is None else on_gpu:
+    if torch.cuda.is_available():
         return "amp_bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "amp_fp16"
     # A CPU emulates bfloat16 without such instructions: a matrix product took a hundred times as long as in float32.
     # Each x86 with AMX has AVX-512's, too; other architectures compute in float32.

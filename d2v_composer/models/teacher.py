@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from d2v_composer.models.backbone import Backbone
-from d2v_composer.models.configs import StudentConfig, TimmNetworkConfig, check_choice
+from d2v_composer.models.configs import StudentConfig, TimmNetworkConfig
 from d2v_composer.models.encoder import Encoder, Frozen, Tokens
-from d2v_composer.models.names import ExtraTokens
+from d2v_composer.models.names import ExtraTokens, check_choice
 from d2v_composer.models.student import Init, Student
 
 

@@ -15,11 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import TimmNetworkConfig, height_and_width, parse_image_size
-from d2v_composer.models.embeddings import PROJECTED
 from d2v_composer.models.encoder import Inputs, Tokens
 from d2v_composer.models.features import Features
 from d2v_composer.models.images import PixelEncoder
-from d2v_composer.models.names import timm_name
+from d2v_composer.models.names import PROJECTED, timm_name
 from d2v_composer.system.errors import reason
 
 

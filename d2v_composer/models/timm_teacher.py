@@ -16,6 +16,7 @@ from timm.models import Beit, Eva, VisionTransformer
 from torch import Tensor, nn
 
 from d2v_composer.models.attention import linear_weights
+from d2v_composer.models.backbone import Projection, Transformer
 from d2v_composer.models.configs import (
     MAX_PATCHES,
     ImageSize,
@@ -29,11 +30,9 @@ from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.features import Features
 from d2v_composer.models.images import PatchProjection, PixelEncoder
 from d2v_composer.models.names import timm_name
-from d2v_composer.models.projection import Projection
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.models.timm_blocks import FixedContexts, TimmBlock, check_block, take_contexts
-from d2v_composer.models.transformer import Transformer
 
 CLASSES = (VisionTransformer, Eva, Beit)
 # What a file says of itself. Weights of another tag may have another preprocessing: the file's counts.

@@ -122,9 +122,6 @@ class Distillation(ComposerModel):
         total = sum(objective.weight * losses[name] for name, objective in self.objectives.items())
         return {**losses, "total": cast("Tensor", total)}
 
-    def get_metrics(self, is_train: bool) -> dict[str, Any]:
-        return {}  # a callback measures retrieval; the Trainer logs the loss
-
     def embed_all(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Return the student's embeddings; see :meth:`~d2v_composer.models.backbone.Backbone.embed_all`."""
         return self.compute(partial(self.student.embed_all, layer_mean=self.layer_mean), *inputs)

@@ -11,7 +11,6 @@ from matplotlib import style
 from matplotlib.figure import Figure
 
 from d2v_composer.evaluation.evaluate import Evaluation
-from d2v_composer.evaluation.results import gap_closed_by_step, pivot
 from d2v_composer.evaluation.rows import (
     AGREEMENT,
     BANKS,
@@ -24,11 +23,13 @@ from d2v_composer.evaluation.rows import (
     UNTRAINED,
     VIEWS,
     Measure,
+    gap_closed_by_step,
     measures_of,
     metric_key,
+    pivot,
     retrieval_from,
 )
-from d2v_composer.models.embeddings import EMBEDDINGS
+from d2v_composer.models.names import EMBEDDINGS
 from d2v_composer.report.run import Run
 
 WIDTH, HEIGHT, DPI = 6.4, 3.9, 150

@@ -13,9 +13,20 @@ from d2v_composer.data.labeled import EvaluationSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.metrics import Log, read_jsonl
-from d2v_composer.evaluation.results import GAP_CLOSED, Result, last_batch, pivot, read_results
-from d2v_composer.evaluation.rows import AGREEMENT, GAP, TEACHER, Measure, metric_key, retrieval_from
-from d2v_composer.models.embeddings import Embedding
+from d2v_composer.evaluation.rows import (
+    AGREEMENT,
+    GAP,
+    GAP_CLOSED,
+    TEACHER,
+    Measure,
+    Result,
+    last_batch,
+    metric_key,
+    pivot,
+    read_results,
+    retrieval_from,
+)
+from d2v_composer.models.names import Embedding
 from d2v_composer.system.errors import InputError, reading
 
 # Side of the images of a folder in a gallery, in pixels.

@@ -7,7 +7,6 @@ from tabulate import tabulate
 
 from d2v_composer.evaluation.evaluate import Evaluation
 from d2v_composer.evaluation.metrics import Log
-from d2v_composer.evaluation.results import Interval, Result, gap_closed_by_step, pivot
 from d2v_composer.evaluation.rows import (
     BANKS,
     STUDENT,
@@ -15,10 +14,14 @@ from d2v_composer.evaluation.rows import (
     TEACHER,
     UNTRAINED,
     WITHOUT_LABELS,
+    Interval,
+    Result,
+    gap_closed_by_step,
     metric_key,
+    pivot,
     retrieval_from,
 )
-from d2v_composer.models.embeddings import EMBEDDINGS, PROJECTED
+from d2v_composer.models.names import EMBEDDINGS, PROJECTED
 
 DATASET = "cifar10"
 

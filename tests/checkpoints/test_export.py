@@ -25,8 +25,8 @@ from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.commands import embed as embed_command
 from d2v_composer.commands import export as export_student
 from d2v_composer.models.configs import ImageEncoderConfig, height_and_width
-from d2v_composer.models.embeddings import Embedding
 from d2v_composer.models.images import ImageEncoder
+from d2v_composer.models.names import Embedding
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError, RunError
 

@@ -30,11 +30,11 @@ from d2v_composer.commands import export
 from d2v_composer.data.images import decode_rgb, to_tensor
 from d2v_composer.data.modality import read_sample_file
 from d2v_composer.embedding import Embedded
+from d2v_composer.models.backbone import Transformer
 from d2v_composer.models.configs import ImageEncoderConfig, StudentConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.student import Student
-from d2v_composer.models.transformer import Transformer
 from d2v_composer.system import fetch
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError
 from d2v_composer.system.files import sole_user

@@ -27,8 +27,13 @@ from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.commands import export as export_student
 from d2v_composer.config.reference import load_any
 from d2v_composer.data.labeled import load_labeled_set
-from d2v_composer.evaluation.results import accuracy_interval, gap_closed_by_step, gap_closed_interval
-from d2v_composer.evaluation.rows import metric_key, retrieval_from
+from d2v_composer.evaluation.rows import (
+    accuracy_interval,
+    gap_closed_by_step,
+    gap_closed_interval,
+    metric_key,
+    retrieval_from,
+)
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.timm_network import NetworkStudent
 from d2v_composer.system.errors import InputError

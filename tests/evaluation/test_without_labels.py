@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from d2v_composer import neighbor_agreement
-from d2v_composer.evaluation.without_labels import nearest_others
+from d2v_composer.evaluation.nearest_neighbors import nearest_others
 
 
 def random_images(num: int, channels: int, seed: int) -> Tensor:

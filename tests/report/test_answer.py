@@ -7,8 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from d2v_composer.evaluation.results import Result, gap_closed_interval
-from d2v_composer.evaluation.rows import AGREEMENT, BANKS, GAP, UNTRAINED, Measure, metric_key, retrieval_from
+from d2v_composer.evaluation.rows import (
+    AGREEMENT,
+    BANKS,
+    GAP,
+    UNTRAINED,
+    Measure,
+    Result,
+    gap_closed_interval,
+    metric_key,
+    retrieval_from,
+)
 from d2v_composer.report.run import Run, answer
 from d2v_composer.report.tables import accuracy_tables
 

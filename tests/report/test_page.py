@@ -21,9 +21,8 @@ from d2v_composer.commands import report
 from d2v_composer.data.audio import Audio
 from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.evaluation.metrics import read_jsonl
-from d2v_composer.evaluation.results import Result
-from d2v_composer.evaluation.rows import BANKS, GAP, STUDENT, metric_key, retrieval_from
-from d2v_composer.models.embeddings import EMBEDDINGS
+from d2v_composer.evaluation.rows import BANKS, GAP, STUDENT, Result, metric_key, retrieval_from
+from d2v_composer.models.names import EMBEDDINGS
 from d2v_composer.report import page
 from d2v_composer.report.page import gallery, write_report
 from d2v_composer.report.plots import accuracy_plots

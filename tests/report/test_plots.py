@@ -8,8 +8,7 @@ import torch
 
 from d2v_composer.evaluation.evaluate import Evaluation
 from d2v_composer.evaluation.labeled_retrieval import Lookup
-from d2v_composer.evaluation.results import Result
-from d2v_composer.evaluation.rows import LINEAR, retrieval_from
+from d2v_composer.evaluation.rows import LINEAR, Result, retrieval_from
 from d2v_composer.report.plots import quality_over_speed
 
 
