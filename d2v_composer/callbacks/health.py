@@ -16,7 +16,7 @@ from torch import Tensor
 
 from d2v_composer.callbacks.trainer_state import due_every, loss_scale
 from d2v_composer.evaluation.metrics import HEALTH_STATES
-from d2v_composer.models.targets import mean_over_time
+from d2v_composer.models.features import mean_over_time
 from d2v_composer.objectives.objective import Regression
 from d2v_composer.objectives.tokens import regression_loss
 

@@ -21,8 +21,8 @@ from d2v_composer.evaluation.labeled_retrieval import Embed, Lookup, measure_emb
 from d2v_composer.evaluation.rows import GAP_CLOSED, Interval, Measure, Result, accuracy_interval, pivot, rows_of
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.encoder import Encoder, Inputs, Tokens
-from d2v_composer.models.layer_mean import LayerMean
 from d2v_composer.models.precision import precision_of
+from d2v_composer.models.targets import LayerMean
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file, write_atomically

@@ -12,11 +12,10 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from d2v_composer.models.backbone import Backbone
+from d2v_composer.models.backbone import Backbone, check_tensors
 from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.precision import cpu_autocast
-from d2v_composer.models.trained import check_tensors
 
 Batch = Sequence[Tensor]
 # data2vec's positions are a fixed table of sines, not weights.

@@ -22,8 +22,8 @@ from d2v_composer.models.configs import (
 from d2v_composer.models.eat import EatEncoder
 from d2v_composer.models.encoder import Data2Vec2Encoder
 from d2v_composer.models.images import ImageEncoder
-from d2v_composer.models.layer_mean import LayerMean
 from d2v_composer.models.student import Init
+from d2v_composer.models.targets import LayerMean
 from d2v_composer.models.teacher import Teacher
 
 ENCODERS: dict[type[Any], type[Data2Vec2Encoder]] = {

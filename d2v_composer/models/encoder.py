@@ -95,21 +95,19 @@ class Encoder(Frozen):
 
     Attributes:
         alibi: The bias of its blocks, if they have one.
-        alibi_scale: Learned factors of that bias.
         half_residual: Keep the residual stream of these and of a teacher's blocks in autocast's dtype, not in float32.
         baseline: The name of :meth:`raw` in tables.
         input_name: What an exported program calls them.
     """
 
     alibi: Alibi | None
-    alibi_scale: Tensor | None
     baseline: ClassVar[str]
     input_name: ClassVar[str]
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config: Any = config  # of the subclass's kind
-        self.alibi = self.alibi_scale = None
+        self.alibi = None
         self.half_residual = False
 
     @property
@@ -217,9 +215,13 @@ class Data2Vec2Encoder(Encoder):
     """Extra tokens, LayerNorm and blocks with ALiBi, which data2vec 2.0's encoders have in common.
 
     A subclass adds its own layers, then calls :meth:`add_blocks`.
+
+    Attributes:
+        alibi_scale: Learned factors of the blocks' bias.
     """
 
     extra_tokens: nn.Parameter | None
+    alibi_scale: Tensor | None
 
     def add_blocks(self, config: Data2Vec2EncoderConfig) -> None:
         """Add the layers after the subclass's own; their order fixes the random initial weights."""

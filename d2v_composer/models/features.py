@@ -10,11 +10,19 @@ from typing import Any, TypeVar
 from torch import Tensor, cat, nn
 
 from d2v_composer.models.names import TargetSource
-from d2v_composer.models.targets import mean_over_time
 
 ResultT = TypeVar("ResultT")
 Layers = Iterable[tuple[Tensor, Tensor]]
 """Each block's output and FFN output, (B, T, D) each."""
+
+
+def mean_over_time(x_BTD: Tensor, num_extra_tokens: int = 0, padding_mask: Tensor | None = None) -> Tensor:
+    """Return the mean over tokens, (B, 1, D), without extra tokens and padding, (B, T) true."""
+    x_BTD = x_BTD[:, num_extra_tokens:]
+    if padding_mask is None:
+        return x_BTD.mean(dim=1, keepdim=True)
+    padding_BT1 = padding_mask[:, num_extra_tokens:, None]
+    return x_BTD.masked_fill(padding_BT1, 0).sum(dim=1, keepdim=True) / (~padding_BT1).sum(dim=1, keepdim=True)
 
 
 @dataclass(eq=False)

@@ -53,7 +53,7 @@ class Teacher(Backbone, Frozen):
             extra_tokens: ``regress`` them like patches, ``drop`` them before InstanceNorm, as data2vec 2.0's
                 pre-training does, or regress them ``only``.
             padding_mask: (B, T), true for padding, from :meth:`padding_mask`; its targets mean nothing.
-            **options: Further fields of :class:`~d2v_composer.models.layer_mean.LayerMean`; default as in this
+            **options: Further fields of :class:`~d2v_composer.models.targets.LayerMean`; default as in this
                 teacher's pre-training. ``average_top_k_layers`` is all of data2vec 2.0 base's, 18 of large's 24, 24 of
                 huge's 32, and all of any other teacher's.
 

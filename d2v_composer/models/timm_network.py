@@ -104,7 +104,6 @@ class TimmNetwork(PixelEncoder):
 
     def __init__(self, config: TimmNetworkConfig, pretrained: bool = False) -> None:
         super().__init__(config)
-        self.patch_weights = 0
         shape = height_and_width(config.image_size)
         with torch.no_grad(), torch.device("meta"):
             self.model, self.options = create_network(config)

@@ -205,10 +205,8 @@ class TimmEncoder(PixelEncoder):
             parts = TimmParts.of(model)
         self.stem: Any = parts.stem
         patches: Any = self.stem.patch_embed.proj
-        sizes = zip(height_and_width(config.image_size), patches.kernel_size, strict=True)
-        if all(pixels % patch == 0 for pixels, patch in sizes):  # a convolution leaves the rest out
-            patches.__class__ = PatchProjection
-        self.patch_weights = self.stem.patch_embed.proj.weight.numel()
+        patches.__class__ = PatchProjection  # an image is whole patches: build_timm_model allows no other size
+        self.patch_weights = patches.weight.numel()
         self.blocks = nn.ModuleList(parts.blocks[: config.first_blocks])
         self.contexts = parts.contexts.of_blocks(0, config.first_blocks)
         if is_new:

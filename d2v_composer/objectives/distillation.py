@@ -12,13 +12,18 @@ from composer.models import ComposerModel
 from composer.utils import dist
 from torch import Tensor, nn
 
-from d2v_composer.models.backbone import Backbone
+from d2v_composer.models.backbone import (
+    Backbone,
+    check_tensors,
+    expect_no_frozen_tensors,
+    frozen_prefixes,
+    keep_trained_tensors,
+)
 from d2v_composer.models.encoder import Encoder, Inputs, Tokens
-from d2v_composer.models.layer_mean import LayerMean
 from d2v_composer.models.names import ExtraTokens, Prediction
 from d2v_composer.models.precision import cpu_autocast
+from d2v_composer.models.targets import LayerMean
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.models.trained import check_tensors, expect_no_frozen_tensors, frozen_prefixes, keep_trained_tensors
 from d2v_composer.objectives import OBJECTIVES
 from d2v_composer.objectives.objective import Objective, Regression
 
@@ -171,7 +176,7 @@ class DistillationModel(Distillation):
             target with weight 0.01; ``only``: regress no patch.
         objectives: Name → section of each objective, as in a YAML; default the tokens alone.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
-        **targets: Further fields of :class:`~d2v_composer.models.layer_mean.LayerMean`; default those of the student's
+        **targets: Further fields of :class:`~d2v_composer.models.targets.LayerMean`; default those of the student's
             config and all of the teacher's layers. :meth:`measure_targets` sets the numbers of ``dataset_norm``.
 
     Raises:

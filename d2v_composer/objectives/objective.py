@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import STRICT
 from d2v_composer.models.features import Features
-from d2v_composer.models.layer_mean import LayerMean
+from d2v_composer.models.targets import LayerMean
 from d2v_composer.models.teacher import Teacher
 
 Weight = Annotated[float, Field(ge=0)]

@@ -13,10 +13,9 @@ from torch.nn.functional import cosine_similarity, interpolate, mse_loss, smooth
 
 from d2v_composer.models.attention import init_linear_layers, linear_weights
 from d2v_composer.models.backbone import Backbone, Transformer
-from d2v_composer.models.features import Features
-from d2v_composer.models.layer_mean import LayerMean
+from d2v_composer.models.features import Features, mean_over_time
 from d2v_composer.models.names import TokenLoss
-from d2v_composer.models.targets import NORM_EPS, average, mean_over_time
+from d2v_composer.models.targets import NORM_EPS, LayerMean, average
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives.objective import Objective, Regression, Term, Weight
 
