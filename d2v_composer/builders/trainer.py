@@ -41,8 +41,8 @@ from d2v_composer.config.load import defaults, layered
 from d2v_composer.config.schema import CALLBACKS, LOGGERS, AlgorithmsConfig, OptimizerConfig, TrainerConfig
 from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.evaluation.metrics import read_jsonl
+from d2v_composer.models.backbone import check_tensors
 from d2v_composer.models.precision import choose_precision, name_precision
-from d2v_composer.models.trained import check_tensors
 from d2v_composer.system.addresses import Address, RunFolder, hide_secrets
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError, RunError, errors_of, find_full_disk, reading, reason
