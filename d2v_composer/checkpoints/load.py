@@ -28,7 +28,6 @@ from d2v_composer.checkpoints.student_file import (
 from d2v_composer.models.backbone import Backbone, Projection
 from d2v_composer.models.configs import ImageSize, TimmConfig
 from d2v_composer.models.names import DATA2VEC2, EXTERNAL, PREFIX, TEACHERS, Weights
-from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError, errors_of
@@ -242,8 +241,8 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
             accuracies.setdefault(f"{dataset} {key}", {})[row] = hits.double().mean().item()
         last = measured[-1]["batch"]
         record["results"] = {"batch": checkpoint.trained("batch"), "last": last, "accuracies": accuracies}
-    stored, has_own_encoder = record["student"]["sizes"], record["student"]["own_encoder"]
-    settings, (*_, last_sizes) = record["config"]["teacher"], stored.values()
+    config, sizes, has_own_encoder = record["config"], record["student"]["sizes"], record["student"]["own_encoder"]
+    settings, (*_, last_sizes) = config["teacher"], sizes.values()
     options = {name: settings[name] for name in ("model", "first_blocks", "image_size")}
     options["projected"] = last_sizes["projection"] is not None
     file, teacher = None if teacher_path == options["model"] else teacher_path or settings["checkpoint"], None
@@ -260,16 +259,18 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
         print(f"without the teacher: {moved}", file=sys.stderr)
     prefix = "student."  # the others are the objectives' heads
     own = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)}
-    sizes: Any = read_sizes(path, stored)
     if teacher is None or has_own_encoder:
-        return build_student(path, sizes, own, record), teacher
+        return build_student(path, read_sizes(path, sizes), own, record), teacher
 
-    def build() -> Student:
-        return Student(teacher.encoder, sizes.student, record, teacher.projection)
+    def build() -> Backbone:
+        layer_mean = {name: config["targets"][name] for name in ("normalization", "final_layer_norm")}
+        blocks = config["student"] | {"init": "random"}
+        return teacher.build_student(**blocks, **layer_mean, projected=options["projected"])
 
     check_fits(path, lambda: own_parts(build()), own)
     student = build()
     own_parts(student).load_state_dict(own)
+    student.provenance = record
     return student.eval(), teacher
 
 

@@ -69,7 +69,7 @@ class File(NamedTuple):
         """Describe a file of this machine, at a path or opened, by what the file system says."""
         status = os.stat(place)
         # A mounted store has no identity, and may give a file another inode every time.
-        is_disk = os.name == "nt" or os.statvfs(place).f_fsid != 0
+        is_disk = not hasattr(os, "statvfs") or os.statvfs(place).f_fsid != 0
         return cls(path, status.st_size, str(status.st_mtime_ns), status.st_ino if is_disk else 0)
 
 

@@ -57,7 +57,7 @@ def evaluate(out: Path, model: Path, *options: str) -> Evaluated:
     printed = io.StringIO()
     with redirect_stdout(printed):
         evaluate_command.main([str(YAML), DATASETS, "max_images=60", f"model={model}", f"out={out}", *options])
-    rows = list(csv.DictReader((out / "evaluation.csv").open()))
+    rows = list(csv.DictReader((out / "evaluation.csv").read_text().splitlines()))
     return Evaluated(printed.getvalue(), json.loads((out / "evaluation.json").read_text()), rows)
 
 

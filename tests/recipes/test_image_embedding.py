@@ -161,7 +161,10 @@ assert not any(name.startswith(("d2v_composer", "composer", "streaming")) for na
     subprocess.run([sys.executable, "-c", code, out, tmp_path / "images.npy", found], check=True)
     assert_close(torch.from_numpy(np.load(found)), student.embed(images, representation="projected"))
     card = (tmp_path / "README.md").read_text()
-    assert 'timm.create_model("test_byobnet", num_classes=128, checkpoint_path="student.safetensors")' in card
+    call = (
+        "timm.create_model('test_byobnet', img_size=(48, 64), num_classes=128, checkpoint_path='student.safetensors')"
+    )
+    assert call in card
     assert "aligned = model(images)" in card
     succeed("export", out, tmp_path / "student.onnx", *PROJECTED)
     ended = d2v("evaluate", f"model={out}", f"teacher={teacher}", sets_of(labeled, classes), "probes=[zero_shot]")
