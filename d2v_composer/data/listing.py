@@ -175,13 +175,15 @@ def _list_disk(root: str, glob: Sequence[str], left_out: Counter[str]) -> Iterat
         if parts and parts[-1].startswith("."):
             yield File(path), path
             continue
-        # A dangling link counts as unreadable when it is read, as a corrupt file does.
-        status = os.stat(place) if os.path.exists(place) else os.lstat(place)
+        try:
+            status = os.stat(place)
+        except OSError:  # a dangling link counts as unreadable when it is read, as a corrupt file does
+            status = os.lstat(place)
         # Some file systems have no inodes.
         identity = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(place)
         if path and not stat.S_ISDIR(status.st_mode):
             is_file, is_link = stat.S_ISREG(status.st_mode), stat.S_ISLNK(status.st_mode)
-            yield File.of(path, place) if is_file else File(path), identity if is_file or is_link else SPECIAL
+            yield File.of(path, place, status) if is_file else File(path), identity if is_file or is_link else SPECIAL
             continue
         # What is in a folder may fit a glob by one of its names, and not by another.
         counts = used_up(glob, parts)

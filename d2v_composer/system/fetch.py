@@ -47,6 +47,9 @@ log = logging.getLogger(__name__)
 _asked: dict[Path, float] = {}
 """Cached file → when this process last asked its server whether it has changed, by the monotonic clock."""
 
+_keeps_inodes: dict[int, bool] = {}
+"""Device → whether a file keeps its inode. A mounted store, which has no identity, may give another every time."""
+
 
 class UnchangedError(ValueError):
     """A file still has the version that is known."""
@@ -65,12 +68,13 @@ class File(NamedTuple):
     """The inode, which only this machine's file system knows."""
 
     @classmethod
-    def of(cls, path: str, place: str | Path | int) -> Self:
-        """Describe a file of this machine, at a path or opened, by what the file system says."""
-        status = os.stat(place)
-        # A mounted store has no identity, and may give a file another inode every time.
-        is_disk = not hasattr(os, "statvfs") or os.statvfs(place).f_fsid != 0
-        return cls(path, status.st_size, str(status.st_mtime_ns), status.st_ino if is_disk else 0)
+    def of(cls, path: str, place: str | Path | int, status: os.stat_result | None = None) -> Self:
+        """Describe a file of this machine, at a path or opened, by what the file system says, or has said."""
+        status = status or os.stat(place)
+        if status.st_dev not in _keeps_inodes:  # a list of millions of files asks once
+            _keeps_inodes[status.st_dev] = not hasattr(os, "statvfs") or os.statvfs(place).f_fsid != 0
+        number = status.st_ino if _keeps_inodes[status.st_dev] else 0
+        return cls(path, status.st_size, str(status.st_mtime_ns), number)
 
 
 def cache_folder() -> Path:

@@ -76,6 +76,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_named(kind: str, tmp_path: 
 
 def test_a_mounted_store_may_number_a_file_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tar, again = (write_tar(tmp_path / name, [("a.jpg", IMAGES[0])]) for name in ("x.tar", "again"))
+    monkeypatch.setattr("d2v_composer.system.fetch._keeps_inodes", {})
     monkeypatch.setattr("os.statvfs", lambda place: Mock(f_fsid=0))
     source = open_source(str(tar), Images())
     replace(tar, again)
