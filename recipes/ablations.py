@@ -31,25 +31,16 @@ STUDIES = ROOT / "yamls" / "ablations"
 POLL_SECONDS = 0.5
 
 
-def in_home(path: str) -> Path:
-    """Expand a leading ~, which the shell leaves in --out=~/runs."""
-    return Path(path).expanduser()
-
-
 def main(argv: Sequence[str]) -> None:
     """Train the missing rows, and print the table."""
     parser = make_parser(__doc__)
     about = "the study's folder (default: yamls/ablations/data2vec2), then changes to all its rows"
     parser.add_argument("given", nargs="*", metavar="STUDY key=value", help=about)
-    parser.add_argument(
-        "--images", type=in_home, default=Path("datasets"), help="folder with CIFAR-10; default: datasets"
-    )
+    parser.add_argument("--images", type=Path, default=Path("datasets"), help="folder with CIFAR-10; default: datasets")
     parser.add_argument(
         "--whole", action="store_true", help="use all of CIFAR-10; default: its first 10,000 + 2,000 images"
     )
-    parser.add_argument(
-        "--out", type=in_home, help="folder for the runs; default: runs/ablations/ and the study's name"
-    )
+    parser.add_argument("--out", type=Path, help="folder for the runs; default: runs/ablations/ and the study's name")
     parser.add_argument(
         "--rows",
         action="append",
@@ -60,17 +51,19 @@ def main(argv: Sequence[str]) -> None:
     given = arguments.given
     study = Path(given.pop(0)) if given and "=" not in given[0] else STUDIES / "data2vec2"
     rows = read_rows(study, arguments.rows)
-    out = arguments.out or Path("runs/ablations", study.name)
+    # The shell leaves ~ in --out=~/runs.
+    out = (arguments.out or Path("runs/ablations", study.name)).expanduser()
+    datasets = arguments.images.expanduser()
     folders = {name: out / name.replace(" ", "_") for name in rows}
 
     from d2v_composer.data.convert import convert_cifar10  # takes seconds
     from d2v_composer.evaluation.metrics import read_jsonl
     from d2v_composer.report.tables import study_table
 
-    images = arguments.images / ("cifar10" if arguments.whole else "cifar10_sample")
+    images = datasets / ("cifar10" if arguments.whole else "cifar10_sample")
     commands = {name: train_command(study, rows[name], given, folders[name], images) for name in rows}
     check_rows(commands, folders)
-    convert_cifar10(arguments.images, images, *(() if arguments.whole else (10_000, 2_000)))
+    convert_cifar10(datasets, images, *(() if arguments.whole else (10_000, 2_000)))
     for row in rows.values():
         if number := row.get("num_images"):
             convert_cifar10(arguments.images, first_images(images, row), number, 0)

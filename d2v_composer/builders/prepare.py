@@ -59,7 +59,7 @@ FETCHED = f"{MARK}.fetched"
 
 
 class Request(NamedTuple):
-    """What a call of ``d2v distill`` asks for."""
+    """The arguments of a call of ``d2v distill``."""
 
     source: str
     """Absolute path, glob or address of the samples."""
@@ -153,10 +153,9 @@ def make_plan(request: Request, fetched: Path) -> Plan:
     # The changes are checked before the teacher is fetched.
     unsized = configure(request, request.out, CHOSEN["any"])
     teacher = build_teacher(unsized)
-    modality, remote, column = modality_of(teacher.config), is_remote(request.source), request.column
-    files = find_files(request.source, modality, column) if remote else None
-    cache = fetched if remote else None
-    source = files.open() if files else open_source(request.source, modality, column=column, cache=cache)
+    modality, cache = modality_of(teacher.config), fetched if is_remote(request.source) else None
+    files = find_files(request.source, modality, request.column) if cache else None
+    source = files.open() if files else open_source(request.source, modality, column=request.column, cache=cache)
     if (number := len(source)) < MIN_SAMPLES:
         raise InputError(f"{request.source}: expected at least {MIN_SAMPLES} {modality.unit}, got {number}")
     chosen = choose(number, teacher.config, unsized.student.model)
@@ -292,8 +291,7 @@ def choose(num_samples: int, teacher: TeacherConfig, student: str | None) -> dic
             chosen["teacher.image_size"] = min(height, side // patch * patch)
         chosen["train_loader.crop_scale"] = [0.7, 1.0]  # not worse than 0.35 in yamls/ablations/timm
     if isinstance(teacher.encoder, EatEncoderConfig):  # it would cut off the rest
-        longest = min(chosen["train_loader.crop_seconds"], teacher.target_length / 100)
-        chosen["train_loader.crop_seconds"] = longest
+        chosen["train_loader.crop_seconds"] = min(chosen["train_loader.crop_seconds"], teacher.target_length / 100)
     return chosen
 
 

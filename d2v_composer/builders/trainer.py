@@ -1,4 +1,4 @@
-"""What every run of Composer's Trainer shares: build the Trainer, resume, train, write the report and close."""
+"""Build Composer's Trainer, resume, train, write the report and close: every run does it so."""
 
 import hashlib
 import os
@@ -101,7 +101,7 @@ def build_trainer(
         InputError: The folder is in use, or the checkpoint is another run's; or a callback, logger or schedule cannot
             be used.
     """
-    folder, unit = config.run_folder, MODALITIES[about["data"]["modality"]].unit
+    folder = config.run_folder
     uploads = None if folder is None or folder.address is None else Uploads(folder.address)
     chosen, scheduler = build_callbacks(config), build_scheduler(config, len(train_loader))
     record, precision = build_run_record(config, fixed, **about), choose_precision(config.precision).trainer
@@ -120,7 +120,10 @@ def build_trainer(
                 *(record, Throughput(), NanGuard(), checkpoints),
                 *(SeededBatches(config.seed), *own, *chosen, *callbacks),
             ],
-            loggers=[*build_loggers(config, unit), *([] if uploads is None else [uploads])],
+            loggers=[
+                *build_loggers(config, MODALITIES[about["data"]["modality"]].unit),
+                *([] if uploads is None else [uploads]),
+            ],
             progress_bar=False,  # ours is among the loggers
             precision=precision,
             device_train_microbatch_size=config.device_train_microbatch_size,

@@ -236,20 +236,22 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
     """Load a training run's student, with the run's record and results as provenance, and its teacher."""
     path, record, retrieval = checkpoint.path, dict(checkpoint.record), checkpoint.saved_by("ZeroShotRetrieval")
     if measured := retrieval.get("history"):
-        accuracies: dict[str, dict[str, float]] = {}
+        accuracies = dict[str, dict[str, float]]()
         for row, dataset, (*_, key, _), _, _, hits, _ in retrieval["results"]:
             accuracies.setdefault(f"{dataset} {key}", {})[row] = hits.double().mean().item()
-        last = measured[-1]["batch"]
-        record["results"] = {"batch": checkpoint.trained("batch"), "last": last, "accuracies": accuracies}
+        record["results"] = {
+            "batch": checkpoint.trained("batch"),
+            "last": measured[-1]["batch"],
+            "accuracies": accuracies,
+        }
     config, sizes, has_own_encoder = record["config"], record["student"]["sizes"], record["student"]["own_encoder"]
     settings, (*_, last_sizes) = config["teacher"], sizes.values()
     options = {name: settings[name] for name in ("model", "first_blocks", "image_size")}
     options["projected"] = last_sizes["projection"] is not None
-    file, teacher = None if teacher_path == options["model"] else teacher_path or settings["checkpoint"], None
+    file = None if teacher_path == options["model"] else teacher_path or settings["checkpoint"]
     try:
-        loaded = load_teacher(file, settings["weights"], **options)
-        check_same_teacher(file or options["model"], loaded, record)
-        teacher = loaded
+        teacher = load_teacher(file, settings["weights"], **options)
+        check_same_teacher(file or options["model"], teacher, record)
     except InputError as error:
         if teacher_path is not None:
             raise
@@ -257,6 +259,7 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
         if not has_own_encoder:
             raise InputError(moved) from error
         print(f"without the teacher: {moved}", file=sys.stderr)
+        teacher = None
     prefix = "student."  # the others are the objectives' heads
     own = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)}
     if teacher is None or has_own_encoder:

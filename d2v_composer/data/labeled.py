@@ -136,7 +136,7 @@ def load_labeled_set(
             resized in batches on the device.
         interpolation: How they are resized: bicubic or bilinear, as the model's config says.
         download: Fetch CIFAR if it is missing.
-        column: The column that holds the samples; see :func:`~d2v_composer.data.containers.open_source`.
+        column: The column that holds the samples; see :func:`~d2v_composer.data.open.open_source`.
         label_column: The column that holds the labels; ``None``: there are none.
         max_images: Load at most this many images of each split, evenly spaced; the others of a folder or of MDS are not
             even read.
@@ -224,12 +224,12 @@ def _open_splits(
     root: str, modality: Modality, format: str | None, column: str | None, label_column: str | None
 ) -> list[Source]:
     """Open train and test, with labels; or the only samples of a set without labels."""
-    folders = Path(root, "train"), Path(root, "test")
-    if format == "mds" or (format is None and any(map(is_mds, (Path(root), *folders)))):
+    whole, *folders = (Path(root, name) for name in ("", "train", "test"))
+    if format == "mds" or (format is None and any(map(is_mds, (whole, *folders)))):
         if label_column is None:
-            alone = folders[1] if any(map(Path.is_dir, folders)) else Path(root)
+            alone = folders[1] if any(map(Path.is_dir, folders)) else whole
             return [open_mds(Index(alone, modality, column))]
-        class_names = read_class_names(Path(root))
+        class_names = read_class_names(whole)
         indices = [Index(folder, modality, column, labels=label_column) for folder in folders]
         return [replace(open_mds(index), class_names=class_names) for index in indices]
     kind = "" if format == "folder" else format and f".{format}"

@@ -122,7 +122,7 @@ class Source:
 
 
 class Columns(NamedTuple):
-    """What to read of a file with many samples."""
+    """The columns to read of a file with many samples."""
 
     modality: Modality
     samples: str | None = None

@@ -75,7 +75,7 @@ def share_encoders(
 
 
 class Evaluation(NamedTuple):
-    """What is compared, and what was found."""
+    """Models to compare, and their results."""
 
     groups: Mapping[Modality, dict[str, Embed]]
     """Models, on the device and in eval mode, by the samples that they take, images of one size, and by name."""

@@ -196,8 +196,8 @@ def measure_embeddings(
                 continue
             queries = gathered(row.queries, name)
             banks = queries if row.bank == row.queries else gathered(row.bank, name)
-            hits: dict[Measure, Tensor] = {}
-            neighbors: dict[str, Tensor] = {}
+            hits = dict[Measure, Tensor]()
+            neighbors = dict[str, Tensor]()
             if (known := lookup.teacher) is not None and "agreement" in wanted:
                 nearest = nearest_others(queries["test"], ranks=ranks, bank=banks["test"])
                 if row.title == TEACHER:

@@ -43,9 +43,9 @@ class Row(NamedTuple):
         return not {UNTRAINED, STUDENT}.isdisjoint((self.queries, self.bank))
 
 
-def row_of(model: str, color: str = "", key: str | None = None) -> Row:
-    """Return the row of a model's queries in its own bank; by default, its log key has the model's name."""
-    return Row(model, model if key is None else key, color, model, model)
+def row_of(model: str, color: str = "") -> Row:
+    """Return the row of a model's queries in its own bank; its log key has the model's name, but for the student."""
+    return Row(model, "" if model in (UNTRAINED, STUDENT) else model, color, model, model)
 
 
 ROWS = {
@@ -54,8 +54,8 @@ ROWS = {
         row_of("pixels", "C2"),
         row_of("log_mel", "C2"),
         row_of("encoder", "C3"),
-        row_of(UNTRAINED, key=""),
-        row_of(STUDENT, "C0", key=""),
+        row_of(UNTRAINED),
+        row_of(STUDENT, "C0"),
         row_of(TEACHER, "C1"),
     )
 }

@@ -1,4 +1,4 @@
-"""What a student regresses, and how far it is off."""
+"""Objectives: targets that a student regresses, and losses that measure how far it is off."""
 
 from d2v_composer.objectives.embedding import EmbeddingRegression
 from d2v_composer.objectives.objective import Objective

@@ -73,8 +73,7 @@ class File(NamedTuple):
         status = status or os.stat(place)
         if status.st_dev not in _keeps_inodes:  # a list of millions of files asks once
             _keeps_inodes[status.st_dev] = not hasattr(os, "statvfs") or os.statvfs(place).f_fsid != 0
-        number = status.st_ino if _keeps_inodes[status.st_dev] else 0
-        return cls(path, status.st_size, str(status.st_mtime_ns), number)
+        return cls(path, status.st_size, str(status.st_mtime_ns), status.st_ino if _keeps_inodes[status.st_dev] else 0)
 
 
 def cache_folder() -> Path:

@@ -193,7 +193,7 @@ def test_bad_input_is_one_line(student: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["onnx", "safetensors"])
 def test_another_preprocessing_is_found(student: Path, tmp_path: Path, suffix: str) -> None:
-    """What a runtime gets is normalized already, so that the numbers would not show it."""
+    """The numbers would not show it: a runtime gets normalized images."""
 
     def change(model: onnx.ModelProto) -> None:
         [stored] = [each for each in model.metadata_props if each.key == "preprocessing"]

@@ -1,4 +1,4 @@
-"""What was listed is what is read: a source that changes in between is named, and a copy is the listed version."""
+"""A file is read as it was listed: a source that changes in between is named, and a copy is the listed version."""
 
 import os
 import re

@@ -132,7 +132,7 @@ def rivals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def evaluated(rivals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[int]]:
-    """What each student's evaluation gives, and a teacher's in which they are rivals, whose batches are recorded."""
+    """The tables of each student, and of a teacher with them as rivals, whose batches are recorded."""
     folder, sizes = tmp_path_factory.mktemp("evaluated"), list[int]()
     noise = np.random.default_rng(0).integers(0, 256, (240, 96, 96, 3), dtype=np.uint8)
     images = [simplejpeg.encode_jpeg(each) for each in noise]
