@@ -3,14 +3,19 @@
 import functools
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import botocore.session
 import pytest
+import streaming.base.dataset
 import torch
 from composer.utils import dist
+from filelock import FileLock
 from streaming import MDSWriter
+from streaming.base.shared import get_shm_prefix
 
 from gated_store import GatedStore
 from helpers import NUM_IMAGES, encoded_image, run_training, small_run, write_mds
@@ -24,6 +29,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Each S3 client reads its JSON models anew, for a quarter of a second; here all of a process share them.
 botocore.session.create_loader = functools.cache(botocore.session.create_loader)
 know_the_machine()
+
+
+def name_one_at_a_time(*arguments: Any) -> Any:
+    """Find a free name in shared memory as Streaming does, and take it before another test process finds it."""
+    with FileLock(Path(tempfile.gettempdir(), "streaming-names.lock")):
+        return get_shm_prefix(*arguments)
+
+
+setattr(streaming.base.dataset, get_shm_prefix.__name__, name_one_at_a_time)
 
 
 @pytest.fixture
