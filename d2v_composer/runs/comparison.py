@@ -18,7 +18,6 @@ from d2v_composer.checkpoints.student_file import (
 )
 from d2v_composer.config.reference import load_any
 from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ShardLoaderConfig, TrainerConfig
-from d2v_composer.data.labeled import Augmentation, EvaluationSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES, modality_of
 from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.evaluate import Evaluation, cost, share_encoders
@@ -30,6 +29,7 @@ from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.names import PREFIX, PROJECTED, Embedding
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
+from d2v_composer.sources.labeled import Augmentation, EvaluationSet, load_labeled_set
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.processes import global_rank, num_ranks
