@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
     from d2v_composer.checkpoints.load import load_student, load_teacher
-    from d2v_composer.embedder import Embedder
+    from d2v_composer.embedding.embedder import Embedder
     from d2v_composer.evaluation.linear_probe import linear_probe_accuracy
     from d2v_composer.evaluation.nearest_neighbors import knn_accuracy, neighbor_agreement, retrieval_accuracy
     from d2v_composer.models.frozen_model import FrozenModel
@@ -41,7 +41,7 @@ __version__ = metadata.version("d2v-composer")
 
 MODULES = {
     "DistillationModel": "objectives.distillation",
-    "Embedder": "embedder",
+    "Embedder": "embedding.embedder",
     "FrozenModel": "models.frozen_model",
     "ZeroShotRetrieval": "callbacks.zero_shot_retrieval",
     "knn_accuracy": "evaluation.nearest_neighbors",

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     datasets = arguments.images.expanduser()
     folders = {name: out / name.replace(" ", "_") for name in rows}
 
-    from d2v_composer.data.convert import convert_cifar10  # takes seconds
+    from d2v_composer.conversion.convert import convert_cifar10  # takes seconds
     from d2v_composer.evaluation.metrics import read_jsonl
     from d2v_composer.report.tables import study_table
 
@@ -105,8 +105,8 @@ def check_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
     Raises:
         InputError: Names the settings that differ.
     """
-    from d2v_composer.builders.trainer import build_run_record
     from d2v_composer.config.load import load_config
+    from d2v_composer.runs.trainer import build_run_record
 
     for row, (_, _, *arguments) in commands.items():
         if (path := folders[row] / "run.yaml").exists():

@@ -24,8 +24,8 @@ if __name__ == "__main__":
 
 from composer import Callback, Trainer
 
-from d2v_composer.builders.finetune import finetune
 from d2v_composer.config.load import load_finetune_config
+from d2v_composer.runs.finetune import finetune
 
 
 def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 from composer.utils import dist
 
 from d2v_composer.config.load import load_config
-from d2v_composer.preflight import preflight
+from d2v_composer.runs.preflight import preflight
 from d2v_composer.system.errors import InputError
 
 

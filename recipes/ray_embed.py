@@ -25,8 +25,8 @@ if __name__ == "__main__":
 import ray  # pyright: ignore[reportMissingImports]  (an extra)
 
 from d2v_composer import Embedder
-from d2v_composer.data.listing import list_files
-from d2v_composer.data.tars import read_tar
+from d2v_composer.sources.listing import list_files
+from d2v_composer.sources.tars import read_tar
 from d2v_composer.system.errors import reading
 from d2v_composer.system.fetch import fetch
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import resnet18
 
 from d2v_composer import ZeroShotRetrieval
-from d2v_composer.data.labeled import load_labeled_set
+from d2v_composer.sources.labeled import load_labeled_set
 from d2v_composer.system.command_line import make_parser, print_next
 
 CIFAR10 = Path(__file__).parent.parent / "yamls" / "quickstart" / "cifar10"

@@ -7,7 +7,7 @@ usage: composer recipes/train.py FILE.yaml [dotted.key=value …]
     composer recipes/train.py yamls/distill.yaml train_loader.remote=s3://BUCKET/imagenet/train
 
 composer starts a process for each GPU; on one device, python does the same. `d2v fields training` lists every field.
-Run the same command again to resume. recipes/preflight.py tries a run in minutes. d2v_composer/builders/run.py
+Run the same command again to resume. recipes/preflight.py tries a run in minutes. d2v_composer/runs/distill.py
 shows the run from top to bottom.
 """
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from d2v_composer.data.images import Images, RandomResizedCropFlip
-from d2v_composer.data.mds import Index
-from d2v_composer.data.shards import fetch_index
-from d2v_composer.data.streaming import StreamingSamples
+from d2v_composer.sources.mds import Index
+from d2v_composer.sources.shards import fetch_index
 from d2v_composer.system.processes import die_with_parent
+from d2v_composer.training_data.order import StreamingSamples
 from helpers import time_limit
 
 

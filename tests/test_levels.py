@@ -14,12 +14,11 @@ LEVELS = [
     ("system",),
     ("models",),
     ("checkpoints", "data", "objectives"),
-    ("embedding.py", "evaluation"),
-    ("callbacks",),
-    ("report", "config"),
-    ("builders", "embedder.py"),
-    ("preflight.py", "benchmarks"),
-    ("d2v_composer/__init__.py",),
+    ("sources",),
+    ("config", "conversion", "evaluation"),
+    ("callbacks", "embedding", "report", "training_data"),
+    ("export", "runs"),
+    ("benchmarks", "d2v_composer/__init__.py"),
     ("commands",),
     ("recipes",),
 ]
@@ -72,7 +71,6 @@ def imported(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
 def level_of(module: str) -> tuple[int, str]:
     package, _, rest = module.partition(".")
     room = "recipes" if package == "recipes" else rest.partition(".")[0] or "d2v_composer/__init__.py"
-    room = f"{room}.py" if room in ("embedder", "embedding", "preflight") else room
     return LEVEL_OF_ROOM[room], room
 
 

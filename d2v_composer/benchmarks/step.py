@@ -23,7 +23,6 @@ from torch.nn.utils import clip_grad_norm_
 from torch.profiler import profile
 
 from d2v_composer.benchmarks import describe, interleave
-from d2v_composer.builders.trainer import build_optimizer, build_trainer
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.models import attention
@@ -34,6 +33,7 @@ from d2v_composer.models.precision import PRECISIONS, choose_precision, name_pre
 from d2v_composer.models.targets import NORM_EPS
 from d2v_composer.objectives.compilation import compile_model, find_missing
 from d2v_composer.objectives.distillation import DistillationModel
+from d2v_composer.runs.trainer import build_optimizer, build_trainer
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.processes import obey_signals
 from d2v_composer.system.third_party import lean_engine

@@ -20,7 +20,7 @@ from d2v_composer.evaluation.rows import PROBES, STUDENT, TEACHER, UNTRAINED, Re
 from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
-    from d2v_composer.data.labeled import Augmentation, EvaluationSet  # and with it all that reads images
+    from d2v_composer.sources.labeled import Augmentation, EvaluationSet  # and with it all that reads images
 
 # Attributes in checkpoints.
 KEPT = ("history", "baseline_metrics", "teacher_neighbors", "neighbors", "conditions", "was_stopped")
@@ -85,7 +85,7 @@ class ZeroShotRetrieval(Callback):
         was_stopped: Whether that happened in this batch; kept in checkpoints.
 
     Example:
-        >>> from d2v_composer.data.labeled import load_labeled_set
+        >>> from d2v_composer.sources.labeled import load_labeled_set
         >>> cifar10 = load_labeled_set("mds", "cifar10", image_size=32, interpolation="bicubic", max_images=100)
         >>> callback = ZeroShotRetrieval({"cifar10": cifar10}, interval="1ep")  # Trainer(callbacks=[callback])
     """

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from d2v_composer.commands.convert_images import add_options, convert_and_report
-from d2v_composer.data.containers import SOURCES
+from d2v_composer.sources.containers import SOURCES
 from d2v_composer.system.command_line import make_parser
 
 

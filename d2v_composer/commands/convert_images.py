@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2v_composer.data.containers import COLUMN, LABEL_COLUMN, SOURCES
+from d2v_composer.sources.containers import COLUMN, LABEL_COLUMN, SOURCES
 from d2v_composer.system.command_line import (
     PART,
     d2v,
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> Any:
     add("--quality", type=whole(1, 100), default=90, help="quality of re-encoded JPEGs; default: 90")
     arguments = parser.parse_args(argv)
 
-    from d2v_composer.data.convert import IMAGES
+    from d2v_composer.conversion.convert import IMAGES
 
     yaml = "cifar10" if arguments.source.startswith("cifar10:") else "distill"
     return convert_and_report(arguments, IMAGES, yaml, resize=arguments.resize, quality=arguments.quality)
@@ -75,10 +75,10 @@ def add_options(parser: ArgumentParser, sample: str, source: str) -> None:
 
 def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **options: Any) -> Any:
     """Convert, and print a report that names the YAML for the next step."""
-    from d2v_composer.data.convert import convert, find_samples
-    from d2v_composer.data.parts import Parts, plan_of
-    from d2v_composer.data.source import hash_of, name_counts
+    from d2v_composer.conversion.convert import convert, find_samples
+    from d2v_composer.conversion.parts import Parts, plan_of
     from d2v_composer.models.configs import SAMPLE_RATE
+    from d2v_composer.sources.source import hash_of, name_counts
 
     names, part, out = ("source", "split", "labels", "column", "label_column"), arguments.part, arguments.out
     source = find_samples(modality=modality, part=part or ALL, **{name: getattr(arguments, name) for name in names})

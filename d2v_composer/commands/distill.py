@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from d2v_composer.data.containers import COLUMN, SOURCES
 from d2v_composer.models.names import PREFIX
+from d2v_composer.sources.containers import COLUMN, SOURCES
 from d2v_composer.system.addresses import STUDENT_FILE
 from d2v_composer.system.command_line import d2v, make_parser, print_next
 from d2v_composer.system.errors import InputError
@@ -42,11 +42,11 @@ def main(argv: Sequence[str]) -> None:
     if any(change.startswith(("run_name=", "save_folder=")) for change in arguments.changes):
         raise InputError("run_name and save_folder: use --out instead")
 
-    from d2v_composer.builders.prepare import Request, prepare, read_settings, settle
-    from d2v_composer.builders.run import build_teacher, train_student
     from d2v_composer.checkpoints.checkpoint import LATEST
     from d2v_composer.config.reference import load_any
-    from d2v_composer.report.model_card import save_with_card
+    from d2v_composer.export.model_card import save_with_card
+    from d2v_composer.runs.distill import build_teacher, train_student
+    from d2v_composer.runs.prepare import Request, prepare, read_settings, settle
 
     request = Request(**vars(arguments))
     try:

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from d2v_composer.config.reference import ModelReference
-from d2v_composer.data.containers import COLUMN, IDS, SOURCES
 from d2v_composer.models.names import PrecisionChoice
+from d2v_composer.sources.containers import COLUMN, IDS, SOURCES
 from d2v_composer.system.command_line import (
     PART,
     d2v,
@@ -48,12 +48,12 @@ def main(argv: Sequence[str]) -> Any:
 
     import torch
 
-    from d2v_composer.data.open import open_source
-    from d2v_composer.data.parts import Parts, plan_of
-    from d2v_composer.data.source import name_counts
-    from d2v_composer.embedder import Embedder
-    from d2v_composer.embedding import check_ids, check_out, embed_source, hash_weights
+    from d2v_composer.conversion.parts import Parts, plan_of
+    from d2v_composer.embedding.collection import check_ids, check_out, embed_source, hash_weights
+    from d2v_composer.embedding.embedder import Embedder
     from d2v_composer.models.names import Embedding
+    from d2v_composer.sources.open import open_source
+    from d2v_composer.sources.source import name_counts
 
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())

@@ -35,14 +35,14 @@ def main(argv: Sequence[str]) -> None:
     import torch
 
     from d2v_composer.benchmarks import BATCH_SIZES, measure_speeds
-    from d2v_composer.builders.models import build_comparison
     from d2v_composer.config.load import load_evaluate_config
     from d2v_composer.data.modalities import modality_of
-    from d2v_composer.embedding import hash_weights
+    from d2v_composer.embedding.collection import hash_weights
     from d2v_composer.evaluation.evaluate import check_out
+    from d2v_composer.export.model_card import WORDS
     from d2v_composer.models.precision import choose_precision
-    from d2v_composer.report.model_card import WORDS
     from d2v_composer.report.tables import evaluation_tables
+    from d2v_composer.runs.comparison import build_comparison
     from d2v_composer.system.machine import describe_machine, package_versions
 
     config = load_evaluate_config(argv)

@@ -77,12 +77,12 @@ def export(
     if (int8 and out.suffix != ".onnx") or (calibrate and not int8):
         raise InputError(f"{out}: --int8 is only for .onnx, and --calibrate only for --int8")
 
-    from d2v_composer.checkpoints.export import Program, export_program, quantize
     from d2v_composer.checkpoints.student_file import choose_embedding, timm_call
     from d2v_composer.config.reference import load_any
+    from d2v_composer.export import verification
+    from d2v_composer.export.model_card import save_with_card, size_of
+    from d2v_composer.export.programs import Program, export_program, quantize
     from d2v_composer.models.teacher import Teacher
-    from d2v_composer.report import verification
-    from d2v_composer.report.model_card import save_with_card, size_of
 
     student, _ = load_any(source, teacher=teacher)
     if isinstance(student, Teacher):

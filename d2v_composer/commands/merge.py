@@ -24,15 +24,15 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     out = arguments.out
 
-    from d2v_composer.data.parts import TABLES
+    from d2v_composer.conversion.parts import TABLES
 
     if out.endswith(TABLES):
-        from d2v_composer.embedding import merge
+        from d2v_composer.embedding.collection import merge
 
         merged = merge(out, overwrite=arguments.overwrite)
         wrote, following = f"{merged.images} embeddings of {merged.channels} channels", (reading_of(out),)
     else:
-        from d2v_composer.data import convert
+        from d2v_composer.conversion import convert
 
         merged = convert.merge(out)
         wrote = f"{merged.samples} samples in {merged.shards} shards"

@@ -37,9 +37,9 @@ def train(argv: Sequence[str], callbacks: "Sequence[Callback]" = ()) -> "Trainer
     """
     import yaml
 
-    from d2v_composer.builders.run import train_student
     from d2v_composer.checkpoints.checkpoint import LATEST
     from d2v_composer.config.load import load_config
+    from d2v_composer.runs.distill import train_student
 
     config = load_config(argv)
     trainer = train_student(config, callbacks)

@@ -17,7 +17,7 @@ same numbers, and needs only numpy and the runtime.
 from collections.abc import Sequence
 from pathlib import Path
 
-from d2v_composer.checkpoints.check_program import RUNTIMES
+from d2v_composer.export.check_program import RUNTIMES
 from d2v_composer.system.command_line import make_parser
 from d2v_composer.system.errors import InputError
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"{path}: no such file; name the student of this program by --student")
 
     from d2v_composer.checkpoints.load import load_student
-    from d2v_composer.report.verification import SHIPPED, verify
+    from d2v_composer.export.verification import SHIPPED, verify
 
     student, images = load_student(path), arguments.pop("images")
     verify(student=student, images=images or SHIPPED[student.encoder.input_name], **arguments)

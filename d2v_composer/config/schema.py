@@ -42,7 +42,6 @@ from d2v_composer.config.types import (
     checked,
     must,
 )
-from d2v_composer.data.containers import FORMAT, FORMATS, LOCAL
 from d2v_composer.models.configs import STRICT, BlockSizes
 from d2v_composer.models.names import (
     DATA2VEC2,
@@ -58,6 +57,7 @@ from d2v_composer.models.names import (
 )
 from d2v_composer.models.student import Init
 from d2v_composer.objectives import OBJECTIVES
+from d2v_composer.sources.containers import FORMAT, FORMATS, LOCAL
 from d2v_composer.system.addresses import RunFolder, check_run_name
 from d2v_composer.system.processes import num_nodes, num_ranks
 

@@ -46,7 +46,7 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.progress import progress_bar
 
 if TYPE_CHECKING:
-    from d2v_composer.data.labeled import Augmentation, EvaluationSet
+    from d2v_composer.sources.labeled import Augmentation, EvaluationSet
 
 Embed = Callable[..., Tensor | dict[str, Tensor]]
 """Embeds a batch on the model's device → (B, D), or several embeddings by name.

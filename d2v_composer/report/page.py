@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d
 
 from d2v_composer.data.audio import encode_flac
-from d2v_composer.data.labeled import EvaluationSet
 from d2v_composer.evaluation.metrics import HEALTH_STATES
 from d2v_composer.models.audio import LogMel
 from d2v_composer.models.configs import SAMPLE_RATE
 from d2v_composer.report.plots import accuracy_plots, curves, to_png
 from d2v_composer.report.run import Run, answer, latest
 from d2v_composer.report.tables import accuracy_tables
+from d2v_composer.sources.labeled import EvaluationSet
 from d2v_composer.system.files import write_atomically
 
 QUERIES, NEIGHBORS_SHOWN = 12, 3

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from d2v_composer.checkpoints.checkpoint import LATEST, LOG, Checkpoint, read_newest
 from d2v_composer.checkpoints.safe_load import load_untrusted
-from d2v_composer.data.labeled import EvaluationSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.metrics import Log, read_jsonl
@@ -27,6 +26,7 @@ from d2v_composer.evaluation.rows import (
     retrieval_from,
 )
 from d2v_composer.models.names import Embedding
+from d2v_composer.sources.labeled import EvaluationSet, load_labeled_set
 from d2v_composer.system.errors import InputError, reading
 
 # Side of the images of a folder in a gallery, in pixels.

@@ -16,7 +16,7 @@ While :func:`lean_engine` is active, because the GPU waits for what the host doe
 Insides of packages that are used only where they belong:
 
 - ``models/compilation.py`` sets options of torch 2.7's Dynamo and Inductor.
-- ``data/streaming.py`` calls Streaming 0.13.0's ``generate_work``, which orders the samples.
+- ``training_data/order.py`` calls Streaming 0.13.0's ``generate_work``, which orders the samples.
 - ``system/ranks.py`` uses the default store of torch 2.7's process group; ``system/fetch.py`` botocore's
   ``_raw_stream``, because botocore's own reads block until full.
 """

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from d2v_composer import load_teacher
-from d2v_composer.builders.finetune import build_data, count_classes
 from d2v_composer.config.schema import FinetuneConfig, LabeledSetConfig, ShardLoaderConfig
 from d2v_composer.models.configs import EncoderConfig
+from d2v_composer.runs.finetune import build_data, count_classes
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, encoded_image, write_mds
 

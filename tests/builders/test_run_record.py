@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from d2v_composer.builders.run import FIXED_BY_A_CHECKPOINT, train_student
-from d2v_composer.builders.trainer import build_run_record
 from d2v_composer.config.load import defaults, load_checked, load_config
 from d2v_composer.config.schema import FinetuneConfig, RunConfig, TrainConfig
 from d2v_composer.objectives.tokens import LayerRegression
+from d2v_composer.runs.distill import FIXED_BY_A_CHECKPOINT, train_student
+from d2v_composer.runs.trainer import build_run_record
 from d2v_composer.system.errors import InputError
 from helpers import QUICKSTART, ROOT, small_run
 

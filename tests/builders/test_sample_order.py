@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from d2v_composer.builders.data import build_train_loader
-from d2v_composer.builders.trainer import FIXED_IN_ANY_RUN
 from d2v_composer.config.schema import TrainerConfig, TrainLoaderConfig
 from d2v_composer.data.audio import Audio
 from d2v_composer.data.images import Images
-from d2v_composer.data.mds import Index
 from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.data.modality import Modality
+from d2v_composer.runs.trainer import FIXED_IN_ANY_RUN
+from d2v_composer.sources.mds import Index
+from d2v_composer.training_data.loader import build_train_loader
 from helpers import write_mds
 
 NUM_SAMPLES, BATCH_SIZE = 400, 16

@@ -15,9 +15,9 @@ from composer.loggers import InMemoryLogger, Logger, LoggerDestination
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from d2v_composer.builders.trainer import build_algorithms
 from d2v_composer.callbacks import GradientNorm, ProgressLogger, Throughput
 from d2v_composer.config.schema import AlgorithmsConfig
+from d2v_composer.runs.trainer import build_algorithms
 from foreign_models import Linear, fit
 
 

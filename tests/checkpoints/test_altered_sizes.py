@@ -16,9 +16,9 @@ from timm.models import load_checkpoint
 from torch import Tensor
 
 from d2v_composer import load_student, load_teacher
-from d2v_composer.checkpoints.export import TimmStudent
 from d2v_composer.checkpoints.fairseq import convert_teacher
 from d2v_composer.checkpoints.load import save_student
+from d2v_composer.export.programs import TimmStudent
 from d2v_composer.models.backbone import Transformer
 from d2v_composer.models.configs import height_and_width
 from d2v_composer.system.errors import InputError

@@ -19,11 +19,11 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from d2v_composer import load_student
-from d2v_composer.checkpoints.export import TimmStudent, TracedAlibi
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.commands import embed as embed_command
 from d2v_composer.commands import export as export_student
+from d2v_composer.export.programs import TimmStudent, TracedAlibi
 from d2v_composer.models.configs import ImageEncoderConfig, height_and_width
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.names import Embedding
@@ -177,7 +177,7 @@ def test_onnx_is_one_file(exported: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
     export(exported, tmp_path / "student.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["student.onnx"]
-    monkeypatch.setattr("d2v_composer.checkpoints.export.MAX_ONNX", 1000)
+    monkeypatch.setattr("d2v_composer.export.programs.MAX_ONNX", 1000)
     with pytest.raises(InputError, match=r"large.onnx: an ONNX file holds at most 2 GB, and this student has 0.0"):
         export(exported, tmp_path / "large.onnx")
     assert not (tmp_path / "large.onnx").exists()

@@ -10,9 +10,9 @@ import timm
 import torch
 from torch import Tensor
 
-from d2v_composer.checkpoints.export import TimmStudent
 from d2v_composer.checkpoints.load import load_student, load_teacher, save_student
 from d2v_composer.commands import export as export_student
+from d2v_composer.export.programs import TimmStudent
 from d2v_composer.models.configs import SAMPLE_RATE
 from d2v_composer.models.student import Student
 from d2v_composer.system.errors import InputError

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from d2v_composer import load_student, load_teacher
-from d2v_composer.builders.models import build_comparison
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed, evaluate
 from d2v_composer.commands import export as export_student
@@ -19,6 +18,7 @@ from d2v_composer.config.load import load_evaluate_config
 from d2v_composer.config.reference import load_any
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.targets import norm_mean
+from d2v_composer.runs.comparison import build_comparison
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, ROOT, load_checkpoint
 

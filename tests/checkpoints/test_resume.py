@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from d2v_composer.builders import trainer
 from d2v_composer.checkpoints import checkpoint as checkpoints
 from d2v_composer.checkpoints.checkpoint import (
     CorruptCheckpointError,
@@ -15,6 +14,7 @@ from d2v_composer.checkpoints.checkpoint import (
     find_newest,
     read_checkpoint,
 )
+from d2v_composer.runs import trainer
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError
 from helpers import Canary, load_checkpoint, small_run

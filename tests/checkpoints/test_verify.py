@@ -18,15 +18,15 @@ import torch
 from onnx import helper, numpy_helper
 
 from d2v_composer import load_student, load_teacher
-from d2v_composer.checkpoints import export as exported
-from d2v_composer.checkpoints.export import quantize
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import export, verify
+from d2v_composer.export import programs as exported
+from d2v_composer.export import verification
+from d2v_composer.export.programs import quantize
 from d2v_composer.models.configs import ImageEncoderConfig
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.models.timm_teacher import TimmTeacher, teacher_config
-from d2v_composer.report import verification
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, ROOT
 from small_vits import RESAMPLED_BILINEARLY, random_vit

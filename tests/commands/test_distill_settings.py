@@ -7,8 +7,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from d2v_composer.builders import prepare
 from d2v_composer.models.configs import ImageEncoderConfig, TeacherConfig
+from d2v_composer.runs import prepare
 from helpers import encoded_image
 
 

@@ -18,11 +18,11 @@ from streaming.base.format.mds import MDSReader
 from streaming.base.hashing import get_hash
 
 from d2v_composer.commands import convert_images
-from d2v_composer.data import convert
-from d2v_composer.data.convert import CIFAR10, convert_cifar10, find_samples, work_folder
+from d2v_composer.conversion import convert
+from d2v_composer.conversion.convert import CIFAR10, convert_cifar10, find_samples, work_folder
 from d2v_composer.data.images import Images, decode_rgb
-from d2v_composer.data.labeled import load_labeled_set
-from d2v_composer.data.source import Source
+from d2v_composer.sources.labeled import load_labeled_set
+from d2v_composer.sources.source import Source
 from d2v_composer.system.errors import InputError, RunError
 from d2v_composer.system.fetch import cache_folder
 from d2v_composer.system.files import sole_user

@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader
 
 from containers import FEATURES, write_all, write_parquet, write_tar, write_zip
 from d2v_composer.commands import convert_images, embed, evaluate
-from d2v_composer.data.convert import Conversion, find_samples
+from d2v_composer.conversion.convert import Conversion, find_samples
 from d2v_composer.data.images import Images
-from d2v_composer.data.labeled import load_labeled_set
-from d2v_composer.data.open import open_source
+from d2v_composer.sources.labeled import load_labeled_set
+from d2v_composer.sources.open import open_source
 from d2v_composer.system.command_line import explain
 from d2v_composer.system.errors import InputError
 from gated_store import GatedStore

@@ -192,7 +192,7 @@ def register_heif_opener():
 PROGRAM = """
 from pathlib import Path
 from d2v_composer.data.images import Images, decode_rgb
-from d2v_composer.data.open import open_source
+from d2v_composer.sources.open import open_source
 
 found = open_source(".", Images())
 print([*found.ids], found.left_out, decode_rgb(Path("0.heic").read_bytes(), "0.heic").size)

@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 from streaming import MDSWriter
 
-from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.config.load import load_config
 from d2v_composer.data.images import Images, RandomResizedCropFlip, decode_rgb
-from d2v_composer.data.labeled import load_labeled_set
-from d2v_composer.data.mds import Index
-from d2v_composer.data.open import open_source
-from d2v_composer.data.streaming import StreamingSamples
+from d2v_composer.sources.labeled import load_labeled_set
+from d2v_composer.sources.mds import Index
+from d2v_composer.sources.open import open_source
 from d2v_composer.system.errors import InputError
+from d2v_composer.training_data.loader import build_train_loader, read_train_index
+from d2v_composer.training_data.order import StreamingSamples
 from helpers import encoded_image, small_run
 
 NUM_SAMPLES = 32

@@ -8,15 +8,15 @@ from unittest.mock import Mock
 import pytest
 from composer.utils import dist
 
-from d2v_composer.builders import data as builders_data
-from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainLoaderConfig
-from d2v_composer.data import shards
 from d2v_composer.data.images import Images
-from d2v_composer.data.mds import Index
-from d2v_composer.data.shards import fetch_index
+from d2v_composer.sources import shards
+from d2v_composer.sources.mds import Index
+from d2v_composer.sources.shards import fetch_index
 from d2v_composer.system.errors import InputError
+from d2v_composer.training_data import loader as builders_data
+from d2v_composer.training_data.loader import build_train_loader, read_train_index
 from helpers import small_run
 
 Usage = namedtuple("Usage", ["total", "used", "free"])

@@ -10,7 +10,7 @@ import torch
 from streaming import MDSWriter
 
 from d2v_composer.data.images import Images
-from d2v_composer.data.labeled import EvaluationSet, LabeledSamples, load_labeled_set
+from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples, load_labeled_set
 from d2v_composer.system.errors import InputError, ShardError
 from helpers import encoded_image, write_mds
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from streaming.base.world import World
 
 from d2v_composer.data.audio import Audio
-from d2v_composer.data.mds import Index
 from d2v_composer.data.modality import collate
-from d2v_composer.data.streaming import EpochOrder, padded_sizes
+from d2v_composer.sources.mds import Index
 from d2v_composer.system.errors import InputError
+from d2v_composer.training_data.order import EpochOrder, padded_sizes
 from helpers import write_mds
 
 SEED, EPOCH = 17, 3

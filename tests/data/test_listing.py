@@ -14,8 +14,8 @@ from streaming import StreamingDataset
 from containers import write_all, write_tar
 from d2v_composer.commands import convert_images, embed, merge
 from d2v_composer.data.images import Images
-from d2v_composer.data.open import open_source
-from d2v_composer.data.source import Source
+from d2v_composer.sources.open import open_source
+from d2v_composer.sources.source import Source
 from d2v_composer.system import fetch as fetch_module
 from d2v_composer.system.errors import InputError, RunError
 from d2v_composer.system.fetch import cache_folder, exists, fetch, list_store
@@ -207,7 +207,7 @@ def test_an_interrupted_conversion_goes_on_with_its_own_source(interrupted: list
 def test_an_interrupted_call_goes_on_with_its_own_version(
     package: str, resumes: bool, interrupted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("d2v_composer.embedding.CHUNK", 2)
+    monkeypatch.setattr("d2v_composer.embedding.collection.CHUNK", 2)
     table = [TEACHER, str(tmp_path / "a"), str(tmp_path / "a.npy"), "--batch-size", "2", "--workers", "0"]
     with pytest.raises(InputError, match=r"5\.jpg: cannot decode as an image"):
         embed.main(table)

@@ -13,7 +13,7 @@ from streaming import MDSWriter
 from streaming.base.format.mds import MDSReader
 
 from d2v_composer.data.images import Images
-from d2v_composer.data.mds import ENCODINGS, NUMBERS, Index, Shard
+from d2v_composer.sources.mds import ENCODINGS, NUMBERS, Index, Shard
 from d2v_composer.system.errors import InputError
 from helpers import encoded_image
 

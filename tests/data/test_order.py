@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base.world import World
 
-from d2v_composer.data.streaming import EpochOrder
+from d2v_composer.training_data.order import EpochOrder
 from streams import open_images
 
 SEED = 17

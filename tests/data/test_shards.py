@@ -18,7 +18,7 @@ import pytest
 from streaming import MDSWriter
 from streaming.base.storage import LocalDownloader
 
-from d2v_composer.data.shards import LOCKS, MIN_AHEAD
+from d2v_composer.sources.shards import LOCKS, MIN_AHEAD
 from d2v_composer.system.errors import InputError, ShardError
 from d2v_composer.system.files import sole_user
 from helpers import NUM_IMAGES, encoded_image, flip_bit, time_limit, truncated, wait_until, write_mds

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from d2v_composer.data.convert import hold_out
+from d2v_composer.conversion.convert import hold_out
 from d2v_composer.data.images import Images
-from d2v_composer.data.open import open_source
-from d2v_composer.data.source import Source
+from d2v_composer.sources.open import open_source
+from d2v_composer.sources.source import Source
 from helpers import encoded_image, write_mds
 
 

@@ -8,7 +8,7 @@ import torch
 
 from d2v_composer.data.audio import Audio
 from d2v_composer.data.images import Images
-from d2v_composer.data.labeled import EvaluationSet, load_labeled_set
+from d2v_composer.sources.labeled import EvaluationSet, load_labeled_set
 from d2v_composer.system.errors import InputError
 from helpers import encoded_clip
 

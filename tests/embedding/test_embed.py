@@ -22,14 +22,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from containers import write_parquet
-from d2v_composer import embedding, load_teacher
+from d2v_composer import load_teacher
 from d2v_composer.checkpoints.fairseq import load_data2vec2
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed as embed_command
 from d2v_composer.commands import export
 from d2v_composer.data.images import decode_rgb, to_tensor
 from d2v_composer.data.modality import read_sample_file
-from d2v_composer.embedding import Embedded
+from d2v_composer.embedding import collection as embedding
+from d2v_composer.embedding.collection import Embedded
 from d2v_composer.models.backbone import Transformer
 from d2v_composer.models.configs import ImageEncoderConfig, StudentConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
@@ -185,7 +186,9 @@ def test_embeds_from_an_object_store(reachable_store: GatedStore, many_shards: P
 
 def test_a_worker_that_is_killed_is_one_line(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by the kernel if memory runs short."""
-    monkeypatch.setattr("d2v_composer.data.source.read_sample_file", lambda path: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(
+        "d2v_composer.sources.source.read_sample_file", lambda path: os.kill(os.getpid(), signal.SIGKILL)
+    )
     with pytest.raises(RunError, match=r"^reading failed \(DataLoader worker \(pid.*resumes$"):
         embed(TEACHER, photos, tmp_path / "photos.npy", workers=1)
 

@@ -26,7 +26,6 @@ from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.commands import export as export_student
 from d2v_composer.config.reference import load_any
-from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.evaluation.rows import (
     accuracy_interval,
     gap_closed_by_step,
@@ -36,6 +35,7 @@ from d2v_composer.evaluation.rows import (
 )
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.timm_network import NetworkStudent
+from d2v_composer.sources.labeled import load_labeled_set
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, QUICKSTART, ROOT, encoded_image, write_mds
 

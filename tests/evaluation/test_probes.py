@@ -12,11 +12,11 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from d2v_composer import linear_probe_accuracy
-from d2v_composer.data.labeled import EvaluationSet, LabeledSamples
 from d2v_composer.evaluation import linear_probe
 from d2v_composer.evaluation.labeled_retrieval import Lookup, measure_embeddings
 from d2v_composer.evaluation.linear_probe import STRENGTHS, fit_linear_probe
 from d2v_composer.evaluation.rows import rows_of
+from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples
 
 
 class Embedded(NamedTuple):

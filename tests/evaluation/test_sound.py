@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from d2v_composer import load_teacher
-from d2v_composer.builders.run import build_retrieval
 from d2v_composer.commands import convert_audio
 from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.config.load import load_config
 from d2v_composer.data.audio import Audio
-from d2v_composer.data.labeled import EvaluationSet, LabeledSamples, load_labeled_set
 from d2v_composer.evaluation.evaluate import share_encoders
 from d2v_composer.evaluation.labeled_retrieval import Lookup, embed_set
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.evaluation.rows import VIEWS
 from d2v_composer.objectives.distillation import DistillationModel
+from d2v_composer.runs.distill import build_retrieval
+from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples, load_labeled_set
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, QUICKSTART, ROOT, write_words
 

@@ -15,7 +15,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 from torchvision.io import write_png
 
-from d2v_composer.data.labeled import load_labeled_set
+from d2v_composer.sources.labeled import load_labeled_set
 
 ROOT = Path(__file__).parents[2]
 CIFAR10 = ROOT / "yamls" / "quickstart" / "cifar10"

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, normalize
 
-from d2v_composer.data.labeled import LabeledSamples, load_labeled_set
+from d2v_composer.sources.labeled import LabeledSamples, load_labeled_set
 
 SIZE, WIDTH, BATCH = 64, 64, 128
 CIFAR10 = Path(__file__).parents[2] / "yamls" / "quickstart" / "cifar10"

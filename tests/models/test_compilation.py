@@ -12,10 +12,10 @@ from torch._dynamo.utils import counters
 from torch.nn.utils import clip_grad_norm_
 
 from d2v_composer.checkpoints.load import load_teacher
-from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.models.encoder import Inputs, Tokens
 from d2v_composer.objectives.compilation import captured, compile_model
 from d2v_composer.objectives.distillation import DistillationModel
+from d2v_composer.sources.labeled import load_labeled_set
 from helpers import QUICKSTART
 
 NUM_STEPS = 20

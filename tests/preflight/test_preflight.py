@@ -13,7 +13,7 @@ import torch
 from composer.utils import dist
 
 from d2v_composer.config.load import load_config
-from d2v_composer.preflight import Rehearsal
+from d2v_composer.runs.preflight import Rehearsal
 from d2v_composer.system.errors import InputError, RunError
 from gated_store import GatedStore
 from helpers import ROOT, run_command, run_training, small_run, traced, wait_until

@@ -245,8 +245,13 @@ if __name__ == "__main__":
     import torch
 
     # timm imports wandb, which reads the docstrings of its classes: seconds, if many modules are there already.
-    PRELOADED = ("wandb", "composer", "streaming", "d2v_composer.builders.run", "d2v_composer.report.page")
-    for name in (*PRELOADED, "d2v_composer.checkpoints.export", "d2v_composer.config.load", "d2v_composer.embedding"):
+    PRELOADED = ("wandb", "composer", "streaming", "d2v_composer.runs.distill", "d2v_composer.report.page")
+    for name in (
+        *PRELOADED,
+        "d2v_composer.export.programs",
+        "d2v_composer.config.load",
+        "d2v_composer.embedding.collection",
+    ):
         with suppress(ImportError):  # its place may change, and a later import takes only longer
             importlib.import_module(name)
     know_the_machine()

@@ -14,13 +14,13 @@ import pytest
 import torch
 import yaml
 
-from d2v_composer.builders.run import build_model
-from d2v_composer.builders.trainer import build_run_record
 from d2v_composer.checkpoints import timm_weights
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
-from d2v_composer.data import convert
+from d2v_composer.conversion import convert
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, teacher_config
+from d2v_composer.runs.distill import build_model
+from d2v_composer.runs.trainer import build_run_record
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError
 from helpers import QUICKSTART, ROOT, refused_by, start_python, wait_until
@@ -123,7 +123,7 @@ WITH_ROOT = """
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from d2v_composer.data import convert
+from d2v_composer.conversion import convert
 from d2v_composer.system import command_line
 from recipes import ablations
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2v_composer.data.labeled import LabeledSamples, eval_batches
+from d2v_composer.sources.labeled import LabeledSamples, eval_batches
 from helpers import GOLDEN, ROOT, failure, run_command, write_words
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from torch.testing import assert_close
 
 from d2v_composer import load_student, load_teacher
-from d2v_composer.data.labeled import load_labeled_set
+from d2v_composer.sources.labeled import load_labeled_set
 from helpers import (
     assert_same_losses,
     d2v,

@@ -9,8 +9,8 @@ import torch
 
 from d2v_composer import load_teacher, retrieval_accuracy
 from d2v_composer.data.audio import Audio
-from d2v_composer.data.labeled import LabeledSamples, load_labeled_set
 from d2v_composer.data.modality import collate
+from d2v_composer.sources.labeled import LabeledSamples, load_labeled_set
 from helpers import ROOT, d2v
 
 FOLDER = ROOT / "yamls" / "quickstart_audio"

@@ -23,10 +23,10 @@ from playwright.sync_api import Page, sync_playwright
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed, export
 from d2v_composer.data.images import Images
-from d2v_composer.data.open import open_source
 from d2v_composer.models.configs import ImageEncoderConfig
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.student import Student, StudentConfig
+from d2v_composer.sources.open import open_source
 from helpers import ROOT, truncated
 from recipes import onnx_embed
 

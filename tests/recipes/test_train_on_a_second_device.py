@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from d2v_composer.builders.models import build_comparison
 from d2v_composer.checkpoints.load import load_student
 from d2v_composer.commands import export as export_student
 from d2v_composer.config.load import load_evaluate_config
 from d2v_composer.data.images import Images
-from d2v_composer.data.open import open_source
-from d2v_composer.embedding import EmbeddingOptions, embed_source
+from d2v_composer.embedding.collection import EmbeddingOptions, embed_source
 from d2v_composer.evaluation.metrics import read_jsonl
+from d2v_composer.runs.comparison import build_comparison
+from d2v_composer.sources.open import open_source
 from helpers import load_checkpoint, losses_of, small_run, student_of
 from recipes import train
 
@@ -105,7 +105,7 @@ def device() -> Iterator[SecondDevice]:
 @pytest.fixture
 def train_there(device: SecondDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make recipes/train.py train on the second device."""
-    monkeypatch.setattr("d2v_composer.builders.trainer.Trainer", partial(Trainer, device=device))
+    monkeypatch.setattr("d2v_composer.runs.trainer.Trainer", partial(Trainer, device=device))
 
 
 class StopsAt(Callback):

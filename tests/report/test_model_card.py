@@ -12,11 +12,11 @@ import yaml
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.fairseq import LICENSE_NOTE, LICENSES
 from d2v_composer.commands import evaluate, export
-from d2v_composer.embedding import hash_weights
+from d2v_composer.embedding.collection import hash_weights
+from d2v_composer.export.model_card import MARK, name_license, plan_model_card
 from d2v_composer.models.configs import AudioEncoderConfig, ImageEncoderConfig
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.student import Student, StudentConfig
-from d2v_composer.report.model_card import MARK, name_license, plan_model_card
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, QUICKSTART, ROOT, small_run
 from recipes import train

@@ -19,7 +19,6 @@ from torchvision.io import ImageReadMode, decode_png, write_png
 from d2v_composer.checkpoints.checkpoint import LATEST
 from d2v_composer.commands import report
 from d2v_composer.data.audio import Audio
-from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.evaluation.rows import BANKS, GAP, STUDENT, Result, metric_key, retrieval_from
 from d2v_composer.models.names import EMBEDDINGS
@@ -28,6 +27,7 @@ from d2v_composer.report.page import gallery, write_report
 from d2v_composer.report.plots import accuracy_plots
 from d2v_composer.report.run import Run, read_run
 from d2v_composer.report.tables import study_table
+from d2v_composer.sources.labeled import load_labeled_set
 from d2v_composer.system.command_line import d2v
 from helpers import ROOT, small_run
 from recipes import train

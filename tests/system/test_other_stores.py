@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from d2v_composer.commands import convert_images, embed, merge
-from d2v_composer.data.convert import convert, find_samples
-from d2v_composer.data.mds import INDEX, SUMMARY
+from d2v_composer.conversion.convert import convert, find_samples
+from d2v_composer.sources.mds import INDEX, SUMMARY
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import download_existing, fetch, names_in, transfer
 from d2v_composer.system.retry import is_lasting

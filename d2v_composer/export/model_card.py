@@ -13,7 +13,7 @@ import torch
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.checkpoints.student_file import choose_embedding, lookup, timm_call
 from d2v_composer.data.modalities import MODALITIES
-from d2v_composer.embedding import hash_weights
+from d2v_composer.embedding.collection import hash_weights
 from d2v_composer.evaluation.evaluate import read_evaluation
 from d2v_composer.evaluation.rows import ROWS
 from d2v_composer.models.names import timm_name

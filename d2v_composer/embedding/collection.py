@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from d2v_composer.conversion.parts import TABLES, Parts, bring, plan_of
 from d2v_composer.data.modality import collate
-from d2v_composer.data.parts import TABLES, Parts, bring, plan_of
-from d2v_composer.data.source import Source, hash_of, map_in_workers
 from d2v_composer.models.backbone import Backbone, hash_weights
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
 from d2v_composer.models.precision import choose_precision, precision_of
+from d2v_composer.sources.source import Source, hash_of, map_in_workers
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, check_outputs, exists, is_remote, put
 from d2v_composer.system.files import acquire, sole_user, write_atomically
@@ -128,7 +128,7 @@ def embed_source(
         workers: Processes that decode samples.
         skip_unreadable: Skip and list unreadable samples instead of stopping.
         overwrite: Replace ``out``.
-        part: What is recorded of a part; see :class:`~d2v_composer.data.parts.Parts`.
+        part: What is recorded of a part; see :class:`~d2v_composer.conversion.parts.Parts`.
 
     Raises:
         InputError: A sample is unreadable, an embedding is not finite, another process writes the file or has written

@@ -6,16 +6,6 @@ from functools import partial
 from composer import Trainer
 from composer.core import Callback
 
-from d2v_composer.builders.data import build_train_loader, read_train_index
-from d2v_composer.builders.models import build_augmentation, build_labeled_sets, check_network
-from d2v_composer.builders.trainer import (
-    FIXED_IN_ANY_RUN,
-    build_optimizer,
-    build_trainer,
-    fit_and_close,
-    join_and_seed,
-    write_run_report,
-)
 from d2v_composer.callbacks.algorithms import TargetStatistics
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.load import load_teacher
@@ -30,8 +20,20 @@ from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives.compilation import compile_model, find_missing
 from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.report.tables import format_tables
+from d2v_composer.runs.comparison import build_labeled_sets
+from d2v_composer.runs.trainer import (
+    FIXED_IN_ANY_RUN,
+    build_optimizer,
+    build_trainer,
+    check_network,
+    fit_and_close,
+    join_and_seed,
+    write_run_report,
+)
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.ranks import node_leaders_first
+from d2v_composer.training_data.augmentation import build_augmentation
+from d2v_composer.training_data.loader import build_train_loader, read_train_index
 
 FIXED_BY_A_CHECKPOINT = (
     *FIXED_IN_ANY_RUN,

@@ -14,7 +14,6 @@ import torch
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
-from d2v_composer.checkpoints.check_program import RUNTIMES
 from d2v_composer.checkpoints.load import load_student
 from d2v_composer.checkpoints.student_file import (
     CONFIG_TENSOR,
@@ -27,6 +26,7 @@ from d2v_composer.checkpoints.student_file import (
     read_config,
     sizes_of,
 )
+from d2v_composer.export.check_program import RUNTIMES
 from d2v_composer.models.attention import Alibi
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import EncoderConfig, StudentSizes

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import Self
 
-from d2v_composer.data.mds import INDEX, Index
 from d2v_composer.data.modality import Modality, read_sample_file
-from d2v_composer.data.shards import Shards
+from d2v_composer.sources.mds import INDEX, Index
+from d2v_composer.sources.shards import Shards
 from d2v_composer.system.errors import InputError, RunError, reading
 from d2v_composer.system.fetch import File
 from d2v_composer.system.processes import ALL, Part, die_with_parent

@@ -11,9 +11,9 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipExtFile, ZipFile, ZipInfo
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v_composer.data.listing import Pinned
 from d2v_composer.data.modality import MAX_BYTES
-from d2v_composer.data.source import Columns, Listed, Names, marks_of
+from d2v_composer.sources.listing import Pinned
+from d2v_composer.sources.source import Columns, Listed, Names, marks_of
 from d2v_composer.system.errors import InputError, UnreadableSampleError
 
 

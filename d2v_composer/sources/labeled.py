@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader
 from xxhash import xxh3_128_digest
 
 from d2v_composer.data.images import Images
-from d2v_composer.data.mds import SUMMARY, Index, is_mds
 from d2v_composer.data.modality import Modality, Transform, collate, sample_rng
-from d2v_composer.data.open import NONE, SPLITS, find_files, open_source
-from d2v_composer.data.source import Columns, Source, name_counts, open_mds
 from d2v_composer.models.configs import ImageSize
+from d2v_composer.sources.mds import SUMMARY, Index, is_mds
+from d2v_composer.sources.open import NONE, SPLITS, find_files, open_source
+from d2v_composer.sources.source import Columns, Source, name_counts, open_mds
 from d2v_composer.system.errors import InputError, reading, reason
 
 # What a format holds, if not any modality.
@@ -127,16 +127,16 @@ def load_labeled_set(
     Args:
         format: ``cifar10`` or ``cifar100``: torchvision's files in ``root``; ``speech_commands``: what its archive
             unpacks to; ``None``: what root holds. That is MDS in root/train and root/test; or what
-            :func:`~d2v_composer.data.open.open_source` opens, with splits train, and test, validation or val. Others
-            of :data:`~d2v_composer.data.containers.FORMATS` tell which, if root holds several. Without labels only the
-            test split is read, or the whole root if it has no splits.
-        root: The folder, or another source of :func:`~d2v_composer.data.open.open_source`.
+            :func:`~d2v_composer.sources.open.open_source` opens, with splits train, and test, validation or val. Others
+            of :data:`~d2v_composer.sources.containers.FORMATS` tell which, if root holds several. Without labels only
+            the test split is read, or the whole root if it has no splits.
+        root: The folder, or another source of :func:`~d2v_composer.sources.open.open_source`.
         modality: What the samples are; default: images.
         image_size: Images of a folder or of MDS are resized to this many pixels a side. CIFAR keeps its size: it is
             resized in batches on the device.
         interpolation: How they are resized: bicubic or bilinear, as the model's config says.
         download: Fetch CIFAR if it is missing.
-        column: The column that holds the samples; see :func:`~d2v_composer.data.open.open_source`.
+        column: The column that holds the samples; see :func:`~d2v_composer.sources.open.open_source`.
         label_column: The column that holds the labels; ``None``: there are none.
         max_images: Load at most this many images of each split, evenly spaced; the others of a folder or of MDS are not
             even read.

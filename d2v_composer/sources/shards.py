@@ -23,7 +23,7 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
-from d2v_composer.data.mds import INDEX, SUMMARY, Index
+from d2v_composer.sources.mds import INDEX, SUMMARY, Index
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, ShardError, reading, reason, writing
 from d2v_composer.system.fetch import transfer

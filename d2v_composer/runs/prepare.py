@@ -12,22 +12,16 @@ import torch
 import yaml
 from composer import Trainer
 
-from d2v_composer.builders.models import build_augmentation
-from d2v_composer.builders.run import build_teacher, choose_embeds, join_student
-from d2v_composer.builders.trainer import build_callbacks
 from d2v_composer.callbacks.checkpointing import FolderLock
 from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.callbacks.trainer_state import find_callback
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
+from d2v_composer.conversion.convert import convert, foresee, hold_out
 from d2v_composer.data.audio import MAX_SECONDS_WHOLE
-from d2v_composer.data.convert import convert, foresee, hold_out
 from d2v_composer.data.images import Images
-from d2v_composer.data.mds import INDEX, SUMMARY
 from d2v_composer.data.modalities import modality_of
 from d2v_composer.data.modality import Modality
-from d2v_composer.data.open import find_files, open_source
-from d2v_composer.data.source import Source, name_counts
 from d2v_composer.models.configs import (
     EatEncoderConfig,
     TeacherConfig,
@@ -37,11 +31,17 @@ from d2v_composer.models.configs import (
 )
 from d2v_composer.models.names import DATA2VEC2, PREFIX
 from d2v_composer.models.teacher import Teacher
+from d2v_composer.runs.distill import build_teacher, choose_embeds, join_student
+from d2v_composer.runs.trainer import build_callbacks
+from d2v_composer.sources.mds import INDEX, SUMMARY
+from d2v_composer.sources.open import find_files, open_source
+from d2v_composer.sources.source import Source, name_counts
 from d2v_composer.system.addresses import MARK, RunFolder, hide_secrets
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.fetch import is_remote, names_in
 from d2v_composer.system.files import check_out_file, check_owned, write_atomically
 from d2v_composer.system.processes import global_rank
+from d2v_composer.training_data.augmentation import build_augmentation
 
 # A tenth of them are twenty: each needs ten neighbors among the others, and some may be unreadable.
 MIN_SAMPLES = 200

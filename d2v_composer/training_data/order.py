@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 from typing_extensions import override
 
-from d2v_composer.data.mds import Index
 from d2v_composer.data.modality import Transform, collate, sample_rng
-from d2v_composer.data.shards import Shards
-from d2v_composer.data.source import whole_label
+from d2v_composer.sources.mds import Index
+from d2v_composer.sources.shards import Shards
+from d2v_composer.sources.source import whole_label
 from d2v_composer.system.errors import InputError
 
 # Samples of a rank by which shards are fetched before they are needed.

@@ -24,10 +24,10 @@ from d2v_composer.checkpoints.checkpoint import LATEST, LOG
 from d2v_composer.checkpoints.load import load_student, save_student
 from d2v_composer.config.reference import load_any
 from d2v_composer.config.schema import TrainConfig
-from d2v_composer.data.mds import INDEX
 from d2v_composer.data.modalities import MODALITIES
-from d2v_composer.data.shards import fetch_index
 from d2v_composer.evaluation.metrics import read_jsonl
+from d2v_composer.sources.mds import INDEX
+from d2v_composer.sources.shards import fetch_index
 from d2v_composer.system.addresses import PREFLIGHT, RunFolder
 from d2v_composer.system.errors import InputError, RunError, reason
 from d2v_composer.system.fetch import list_store, open_store

@@ -10,31 +10,31 @@ from composer.core import Callback, DataSpec, Evaluator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from d2v_composer.builders.data import build_train_loader, read_train_index
-from d2v_composer.builders.models import check_network
-from d2v_composer.builders.trainer import (
-    FIXED_IN_ANY_RUN,
-    build_optimizer,
-    build_trainer,
-    fit_and_close,
-    join_and_seed,
-    write_run_report,
-)
 from d2v_composer.callbacks.algorithms import SharedStatistics
 from d2v_composer.checkpoints.checkpoint import LATEST
 from d2v_composer.checkpoints.student_file import choose_embedding, sizes_of
 from d2v_composer.config.schema import FinetuneConfig, TrainLoaderConfig
-from d2v_composer.data.labeled import LabeledSamples, eval_batches, load_mds, read_class_names
 from d2v_composer.data.modalities import modality_of
-from d2v_composer.embedding import hash_weights
+from d2v_composer.embedding.collection import hash_weights
 from d2v_composer.models.classification import Classifier
 from d2v_composer.models.configs import EncoderConfig
 from d2v_composer.models.precision import choose_precision
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.report.tables import format_table
+from d2v_composer.runs.trainer import (
+    FIXED_IN_ANY_RUN,
+    build_optimizer,
+    build_trainer,
+    check_network,
+    fit_and_close,
+    join_and_seed,
+    write_run_report,
+)
+from d2v_composer.sources.labeled import LabeledSamples, eval_batches, load_mds, read_class_names
 from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.ranks import node_leaders_first
+from d2v_composer.training_data.loader import build_train_loader, read_train_index
 
 FIXED_BY_A_CHECKPOINT = (
     *FIXED_IN_ANY_RUN,

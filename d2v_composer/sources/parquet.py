@@ -9,9 +9,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from d2v_composer.data.containers import CHOOSE
-from d2v_composer.data.listing import Pinned
-from d2v_composer.data.source import Columns, Listed, Names, hash_of, load_file, mark_of, marks_of
+from d2v_composer.sources.containers import CHOOSE
+from d2v_composer.sources.listing import Pinned
+from d2v_composer.sources.source import Columns, Listed, Names, hash_of, load_file, mark_of, marks_of
 from d2v_composer.system.errors import InputError, UnreadableSampleError
 from d2v_composer.system.fetch import File, is_remote
 

@@ -16,19 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2v_composer.checkpoints import check_program
-from d2v_composer.checkpoints.check_program import RUNTIMES
-from d2v_composer.checkpoints.export import read_metadata
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.checkpoints.student_file import lookup, sha256
-from d2v_composer.data.labeled import evenly_spaced, load_labeled_set
 from d2v_composer.data.modalities import modality_of
-from d2v_composer.data.open import open_source
+from d2v_composer.export import check_program
+from d2v_composer.export.check_program import RUNTIMES
+from d2v_composer.export.model_card import add_section
+from d2v_composer.export.programs import read_metadata
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import height_and_width
 from d2v_composer.models.images import resize
-from d2v_composer.report.model_card import add_section
 from d2v_composer.report.tables import format_table
+from d2v_composer.sources.labeled import evenly_spaced, load_labeled_set
+from d2v_composer.sources.open import open_source
 from d2v_composer.system.errors import InputError, RunError
 from d2v_composer.system.fetch import names_in
 from d2v_composer.system.files import check_out_file, check_owned, write_atomically

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from d2v_composer.data.containers import CONTAINERS, NAMES, Container, listed
-from d2v_composer.data.listing import Pinned, list_files
-from d2v_composer.data.mds import INDEX, Index, is_mds
 from d2v_composer.data.modality import Modality
-from d2v_composer.data.shards import fetch_index
-from d2v_composer.data.source import (
+from d2v_composer.sources.containers import CONTAINERS, NAMES, Container, listed
+from d2v_composer.sources.listing import Pinned, list_files
+from d2v_composer.sources.mds import INDEX, Index, is_mds
+from d2v_composer.sources.shards import fetch_index
+from d2v_composer.sources.source import (
     Columns,
     Listed,
     Names,
@@ -310,7 +310,7 @@ def find_files(
     Parquet files beside tars of the same names are img2dataset's tables, and left out.
 
     Args:
-        source: See :func:`~d2v_composer.data.listing.list_files`.
+        source: See :func:`~d2v_composer.sources.listing.list_files`.
         modality: What the samples are.
         column: See :func:`open_source`.
         label_column: Likewise.

@@ -24,12 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 from streaming import MDSWriter
 
+from d2v_composer.conversion.parts import Parts
 from d2v_composer.data.images import Images
-from d2v_composer.data.labeled import evenly_spaced, open_cifar
-from d2v_composer.data.mds import INDEX, SUMMARY, ShardFile
-from d2v_composer.data.open import open_source
-from d2v_composer.data.parts import Parts
-from d2v_composer.data.source import Source, hash_of, map_in_workers
+from d2v_composer.sources.labeled import evenly_spaced, open_cifar
+from d2v_composer.sources.mds import INDEX, SUMMARY, ShardFile
+from d2v_composer.sources.open import open_source
+from d2v_composer.sources.source import Source, hash_of, map_in_workers
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, is_remote, list_etags, names_in, put
 from d2v_composer.system.files import check_owned, sole_user, write_atomically
@@ -49,9 +49,9 @@ def find_samples(source: str | Path, split: str | None = None, part: Part = ALL,
     """Open the images or the clips of a split.
 
     Args:
-        source: What :func:`~d2v_composer.data.open.open_source` opens; or ``cifar10:FOLDER``, torchvision's CIFAR-10,
-            which is downloaded to FOLDER if it is missing there.
-        split: See :func:`~d2v_composer.data.open.open_source`; default ``train``.
+        source: What :func:`~d2v_composer.sources.open.open_source` opens; or ``cifar10:FOLDER``, for torchvision's
+            CIFAR-10, which is downloaded to FOLDER if it is missing there.
+        split: See :func:`~d2v_composer.sources.open.open_source`; default ``train``.
         part: Likewise.
         **options: Likewise; by default, the samples are images, and folders are classes.
 
@@ -270,7 +270,7 @@ def convert(
         workers: Processes that convert.
         shard_bytes: The approximate size of a shard.
         skip_unreadable: Skip and list unreadable samples instead of stopping.
-        plan: The record of a part, which may be empty; see :class:`~d2v_composer.data.parts.Parts`.
+        plan: The record of a part, which may be empty; see :class:`~d2v_composer.conversion.parts.Parts`.
         **options: Of images: ``resize``, the pixels to which a longer short side is shrunk (``None``: keep the files'
             bytes), and ``quality``, 1 to 100, of JPEGs that are encoded again. Of audio: ``most_seconds`` of a clip.
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from d2v_composer.data.mds import INDEX, SUMMARY
-from d2v_composer.data.source import Source
+from d2v_composer.sources.mds import INDEX, SUMMARY
+from d2v_composer.sources.source import Source
 from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.fetch import File, download_existing, exists, is_remote, list_store, names_in
 from d2v_composer.system.processes import Part

@@ -1,0 +1,1 @@
+"""Sources into MDS shards, whole or in parts."""

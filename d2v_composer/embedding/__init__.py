@@ -1,0 +1,1 @@
+"""Embeddings of a collection, and of the columns of a table."""

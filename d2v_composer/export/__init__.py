@@ -1,0 +1,1 @@
+"""Exported programs, their verification, and the card of a model."""

@@ -1,0 +1,1 @@
+"""Samples in folders, MDS, Parquet files, tars, zips and stores."""

@@ -1,0 +1,1 @@
+"""Training samples: their order, and the loader of a rank."""
