@@ -81,7 +81,7 @@ def d2v2_student(pretrained: bool = False, **kwargs: Any) -> Any:
         >>> student = timm.create_model("d2v2_student", checkpoint_path="student.safetensors", num_classes=10)
         >>> logits = student(torch.rand(2, 3, 32, 32))  # (2, 10); the head is new, the rest is the file's
     """
-    return import_module(f"{__name__}.checkpoints.export").build_timm_student(pretrained, **kwargs)
+    return import_module(f"{__name__}.export.programs").build_timm_student(pretrained, **kwargs)
 
 
 class _FindTimm:
