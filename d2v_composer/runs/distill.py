@@ -70,6 +70,12 @@ def train_student(
     Raises:
         InputError: A file, data set or setting cannot be used.
         RunError: The run failed in a foreseen way.
+
+    Example:
+        >>> config = load_config(["quickstart.yaml", "max_duration=1ba", "retrieval.datasets={}"])
+        >>> trainer = train_student(config)  # doctest: +ELLIPSIS
+        run       quickstart, saved in runs/quickstart
+        ...
     """
     join_and_seed(config)
     model = build_model(config, teacher)
