@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
     from d2v_composer.checkpoints.load import load_student, load_teacher
+    from d2v_composer.config.load import load_config
     from d2v_composer.embedding.embedder import Embedder
     from d2v_composer.evaluation.linear_probe import linear_probe_accuracy
     from d2v_composer.evaluation.nearest_neighbors import knn_accuracy, neighbor_agreement, retrieval_accuracy
     from d2v_composer.models.frozen_model import FrozenModel
     from d2v_composer.objectives.distillation import DistillationModel
+    from d2v_composer.runs.distill import train_student
 
 __all__ = [
     "DistillationModel",
@@ -31,10 +33,12 @@ __all__ = [
     "d2v2_student",
     "knn_accuracy",
     "linear_probe_accuracy",
+    "load_config",
     "load_student",
     "load_teacher",
     "neighbor_agreement",
     "retrieval_accuracy",
+    "train_student",
 ]
 
 __version__ = metadata.version("d2v-composer")
@@ -46,10 +50,12 @@ MODULES = {
     "ZeroShotRetrieval": "callbacks.zero_shot_retrieval",
     "knn_accuracy": "evaluation.nearest_neighbors",
     "linear_probe_accuracy": "evaluation.linear_probe",
+    "load_config": "config.load",
     "load_student": "checkpoints.load",
     "load_teacher": "checkpoints.load",
     "neighbor_agreement": "evaluation.nearest_neighbors",
     "retrieval_accuracy": "evaluation.nearest_neighbors",
+    "train_student": "runs.distill",
 }
 
 
@@ -81,7 +87,7 @@ def d2v2_student(pretrained: bool = False, **kwargs: Any) -> Any:
         >>> student = timm.create_model("d2v2_student", checkpoint_path="student.safetensors", num_classes=10)
         >>> logits = student(torch.rand(2, 3, 32, 32))  # (2, 10); the head is new, the rest is the file's
     """
-    return import_module(f"{__name__}.checkpoints.export").build_timm_student(pretrained, **kwargs)
+    return import_module(f"{__name__}.export.programs").build_timm_student(pretrained, **kwargs)
 
 
 class _FindTimm:

@@ -30,8 +30,8 @@ NAMES = [each for module in ("d2v_composer", "d2v_composer.callbacks") for each 
 def given(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """Make the files, models and images that examples use; their files are in the working folder."""
     folder = tmp_path_factory.mktemp("examples")
-    for name in ("teacher.safetensors", "cifar10"):
-        (folder / name).symlink_to(QUICKSTART / name)
+    for path in (QUICKSTART / "teacher.safetensors", QUICKSTART / "cifar10", ROOT / "yamls" / "quickstart.yaml"):
+        (folder / path.name).symlink_to(path)
     teacher = d2v_composer.load_teacher(folder / "teacher.safetensors")
     student = teacher.build_student(depth=2).eval()
     save_student(student, folder / "student.safetensors")

@@ -14,19 +14,21 @@ LEVELS = [
     ("system",),
     ("models",),
     ("checkpoints", "data", "objectives"),
-    ("embedding.py", "evaluation"),
-    ("callbacks",),
-    ("report", "config"),
-    ("builders", "embedder.py"),
-    ("preflight.py", "benchmarks"),
-    ("d2v_composer/__init__.py",),
+    ("sources",),
+    ("config", "conversion", "evaluation"),
+    ("callbacks", "embedding", "report", "training_data"),
+    ("export", "runs"),
+    ("benchmarks", "d2v_composer/__init__.py"),
     ("commands",),
     ("recipes",),
 ]
 LEVEL_OF_ROOM = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 MAX_LINES_OF_FILE, MAX_LINES_OF_FUNCTION = 600, 80
-# Tokens of package, recipes and the Python in yamls/. It only falls: a feature pays for itself, or raises it in a
-# commit that says why.
+# Tokens of each folder, with 3 % of room, and of all with the Python in yamls/. They only fall: a feature that needs
+# more raises its own folder's limit and the total, in a commit that says why.
+LIMITS = {
+    "system": 0,
+}
 CEILING = 131_850
 COUNTED = {tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING}
 
@@ -72,7 +74,6 @@ def imported(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
 def level_of(module: str) -> tuple[int, str]:
     package, _, rest = module.partition(".")
     room = "recipes" if package == "recipes" else rest.partition(".")[0] or "d2v_composer/__init__.py"
-    room = f"{room}.py" if room in ("embedder", "embedding", "preflight") else room
     return LEVEL_OF_ROOM[room], room
 
 
@@ -118,12 +119,17 @@ def test_files_and_functions_are_short() -> None:
     assert not long, "\n".join(long)
 
 
-def test_the_whole_does_not_grow() -> None:
-    num_tokens = 0
-    for path in (*MODULES.values(), *(ROOT / "yamls").rglob("*.py")):
-        with tokenize.open(path) as file:
-            num_tokens += sum(token.type in COUNTED for token in tokenize.generate_tokens(file.readline))
-    assert num_tokens <= CEILING
+def count_tokens(path: Path) -> int:
+    with tokenize.open(path) as file:
+        return sum(token.type in COUNTED for token in tokenize.generate_tokens(file.readline))
+
+
+def test_neither_a_folder_nor_the_whole_grows() -> None:
+    num_tokens = dict.fromkeys(LEVEL_OF_ROOM, 0)
+    for name, path in MODULES.items():
+        num_tokens[level_of(name)[1]] += count_tokens(path)
+    assert {room: number for room, number in num_tokens.items() if number > LIMITS[room]} == {}
+    assert sum(num_tokens.values()) + sum(map(count_tokens, (ROOT / "yamls").rglob("*.py"))) <= CEILING
 
 
 def test_the_promises_import_no_module_of_the_package() -> None:

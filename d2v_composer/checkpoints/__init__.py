@@ -1,1 +1,1 @@
-"""Weight files: read other programs' files safely, resume from our own, export students."""
+"""Read and write files of models and runs; read other programs' files without running code."""

@@ -42,6 +42,11 @@ def load_config(argv: Sequence[str], values: Mapping[str, Any] = {}) -> TrainCon
 
     Raises:
         InputError: It names each wrong key and what is allowed, in a line for each.
+
+    Example:
+        >>> config = load_config(["quickstart.yaml", "student.depth=2"])
+        >>> config.student.depth
+        2
     """
     return load_checked(TrainConfig, argv, values)
 

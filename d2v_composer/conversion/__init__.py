@@ -1,1 +1,1 @@
-"""Sources into MDS shards, whole or in parts."""
+"""Convert a source to MDS shards, whole or in parts."""

@@ -49,8 +49,8 @@ def find_samples(source: str | Path, split: str | None = None, part: Part = ALL,
     """Open the images or the clips of a split.
 
     Args:
-        source: What :func:`~d2v_composer.sources.open.open_source` opens; or ``cifar10:FOLDER``, torchvision's CIFAR-10,
-            which is downloaded to FOLDER if it is missing there.
+        source: What :func:`~d2v_composer.sources.open.open_source` opens; or ``cifar10:FOLDER``, for torchvision's
+            CIFAR-10, which is downloaded to FOLDER if it is missing there.
         split: See :func:`~d2v_composer.sources.open.open_source`; default ``train``.
         part: Likewise.
         **options: Likewise; by default, the samples are images, and folders are classes.

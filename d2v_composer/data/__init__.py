@@ -1,1 +1,1 @@
-"""Images for training (streamed, unlabeled) and for retrieval (labeled, in memory)."""
+"""Decode, store, augment and batch images and audio."""

@@ -1,1 +1,1 @@
-"""Embeddings of a collection, and of the columns of a table."""
+"""Embed a collection into a file, or the columns of a table."""

@@ -1,1 +1,1 @@
-"""Exported programs, their verification, and the card of a model."""
+"""Export a student as a program, verify what it computes, and write its card."""

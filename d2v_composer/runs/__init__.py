@@ -1,1 +1,1 @@
-"""Runs, from a config to their end."""
+"""Run from a checked config to the report: ``distill.train_student``, ``finetune.finetune``."""

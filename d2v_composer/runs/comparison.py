@@ -1,74 +1,34 @@
 """Build the models that an evaluation compares, and its labeled sets."""
 
-import copy
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from d2v_composer.checkpoints.student_file import (
     build_encoder,
     choose_embedding,
-    convert_to_timm,
     distillation_of,
     has_tuned_encoder,
     lookup,
 )
 from d2v_composer.config.reference import load_any
-from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ShardLoaderConfig, TrainerConfig
-from d2v_composer.data.modalities import MODALITIES, modality_of
+from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ShardLoaderConfig
+from d2v_composer.data.modalities import modality_of
 from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.evaluate import Evaluation, cost, share_encoders
 from d2v_composer.evaluation.labeled_retrieval import Lookup
 from d2v_composer.evaluation.rows import GAP, GAP_CLOSED, ROWS
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import TimmNetworkConfig
-from d2v_composer.models.encoder import Inputs
-from d2v_composer.models.names import PREFIX, PROJECTED, Embedding
+from d2v_composer.models.names import PREFIX, PROJECTED
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.sources.labeled import Augmentation, EvaluationSet, load_labeled_set
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, errors_of, reading
-from d2v_composer.system.processes import global_rank, num_ranks
-
-
-def check_network(
-    key: str,
-    student: Any,
-    config: TrainerConfig,
-    embedding: Embedding | None = None,
-    head: nn.Linear | None = None,
-) -> None:
-    """Check that a student which is a timm model can be trained in a run's batches, and exported then.
-
-    Args:
-        key: The student's in a YAML.
-        student: Other kinds of students are not checked.
-        config: The run's.
-        embedding: What the head reads.
-        head: A classifier, trained with the student.
-
-    Raises:
-        InputError: It cannot.
-    """
-    if not isinstance(student.config, TimmNetworkConfig):
-        return
-    batch_size, micro = config.global_train_batch_size // num_ranks(), config.device_train_microbatch_size
-    smallest = batch_size % micro or micro if isinstance(micro, int) else batch_size
-    with torch.random.fork_rng(devices=[]):
-        trial = copy.deepcopy(student)
-        # BatchNorm needs several values.
-        with errors_of(f"device_train_microbatch_size: {key} cannot be trained on {smallest} at a time"):
-            trial.train().encoder(Inputs(trial.encoder.example(min(smallest, 2))))
-        for name, buffer in trial.named_buffers():
-            if "running_" in name:  # a new BatchNorm changes nothing
-                buffer.add_(torch.rand_like(buffer))
-        trial.head = head and nn.Linear(head.in_features, head.out_features)
-        trial.provenance = {"model": embedding and embedding._asdict()}
-        convert_to_timm(key, trial)
+from d2v_composer.system.processes import global_rank
+from d2v_composer.training_data.augmentation import build_augmentation
 
 
 def build_labeled_sets(lookup: LookupConfig, modality: Modality, width: int) -> dict[str, EvaluationSet]:
@@ -100,21 +60,6 @@ def build_labeled_sets(lookup: LookupConfig, modality: Modality, width: int) -> 
             found = f"{shared} of {len(labeled.test.labels)} test {modality.unit}"
             print(f"warning: {name}: {found} are also among the train {modality.unit}", file=sys.stderr)
     return sets
-
-
-def build_augmentation(
-    loader: ShardLoaderConfig, modality: Modality, seed: int, for_views: bool = False
-) -> Augmentation:
-    """Build the augmentation of the training samples, or of the views of a sample in an evaluation.
-
-    Raises:
-        InputError: An option of another modality is set.
-    """
-    for name in sorted(frozenset().union(*(each.options for each in MODALITIES.values())) - modality.options):
-        if (value := getattr(loader, name)) != ShardLoaderConfig.model_fields[name].default:
-            raise InputError(f"train_loader.{name}: must be left out for a teacher of {modality.unit}; got {value}")
-    options = loader.model_dump(include=set(modality.options))
-    return Augmentation(modality.augmentation(for_views=for_views, **options), seed)
 
 
 def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None:

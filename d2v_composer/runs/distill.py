@@ -20,17 +20,19 @@ from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives.compilation import compile_model, find_missing
 from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.report.tables import format_tables
-from d2v_composer.runs.comparison import build_augmentation, build_labeled_sets, check_network
+from d2v_composer.runs.comparison import build_labeled_sets
 from d2v_composer.runs.trainer import (
     FIXED_IN_ANY_RUN,
     build_optimizer,
     build_trainer,
+    check_network,
     fit_and_close,
     join_and_seed,
     write_run_report,
 )
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.ranks import node_leaders_first
+from d2v_composer.training_data.augmentation import build_augmentation
 from d2v_composer.training_data.loader import build_train_loader, read_train_index
 
 FIXED_BY_A_CHECKPOINT = (
@@ -68,6 +70,12 @@ def train_student(
     Raises:
         InputError: A file, data set or setting cannot be used.
         RunError: The run failed in a foreseen way.
+
+    Example:
+        >>> config = load_config(["quickstart.yaml", "max_duration=1ba", "retrieval.datasets={}"])
+        >>> trainer = train_student(config)  # doctest: +ELLIPSIS
+        run       quickstart, saved in runs/quickstart
+        ...
     """
     join_and_seed(config)
     model = build_model(config, teacher)

@@ -21,11 +21,11 @@ from d2v_composer.models.configs import EncoderConfig
 from d2v_composer.models.precision import choose_precision
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.report.tables import format_table
-from d2v_composer.runs.comparison import check_network
 from d2v_composer.runs.trainer import (
     FIXED_IN_ANY_RUN,
     build_optimizer,
     build_trainer,
+    check_network,
     fit_and_close,
     join_and_seed,
     write_run_report,

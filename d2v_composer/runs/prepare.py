@@ -31,7 +31,6 @@ from d2v_composer.models.configs import (
 )
 from d2v_composer.models.names import DATA2VEC2, PREFIX
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.runs.comparison import build_augmentation
 from d2v_composer.runs.distill import build_teacher, choose_embeds, join_student
 from d2v_composer.runs.trainer import build_callbacks
 from d2v_composer.sources.mds import INDEX, SUMMARY
@@ -42,6 +41,7 @@ from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.fetch import is_remote, names_in
 from d2v_composer.system.files import check_out_file, check_owned, write_atomically
 from d2v_composer.system.processes import global_rank
+from d2v_composer.training_data.augmentation import build_augmentation
 
 # A tenth of them are twenty: each needs ten neighbors among the others, and some may be unreadable.
 MIN_SAMPLES = 200

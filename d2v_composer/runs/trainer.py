@@ -1,5 +1,6 @@
 """Build Composer's Trainer, resume, train, write the report and close: every run does it so."""
 
+import copy
 import hashlib
 import os
 import re
@@ -20,6 +21,7 @@ from composer.loggers import LoggerDestination
 from composer.models import ComposerModel
 from composer.optim import ComposerScheduler, CosineAnnealingScheduler, CosineAnnealingWithWarmupScheduler
 from composer.utils import dist, reproducibility
+from torch import nn
 from torch.utils.data import DataLoader
 
 from d2v_composer.callbacks.algorithms import GradientClipping, GradientNorm, SeededBatches
@@ -36,19 +38,22 @@ from d2v_composer.checkpoints.checkpoint import (
     find_newest,
     read_checkpoint,
 )
-from d2v_composer.checkpoints.student_file import sha256
+from d2v_composer.checkpoints.student_file import convert_to_timm, sha256
 from d2v_composer.config.load import defaults, layered
 from d2v_composer.config.schema import CALLBACKS, LOGGERS, AlgorithmsConfig, OptimizerConfig, TrainerConfig
 from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.models.backbone import check_tensors
+from d2v_composer.models.configs import TimmNetworkConfig
+from d2v_composer.models.encoder import Inputs
+from d2v_composer.models.names import Embedding
 from d2v_composer.models.precision import choose_precision, name_precision
 from d2v_composer.system.addresses import Address, RunFolder, hide_secrets
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError, RunError, errors_of, find_full_disk, reading, reason
 from d2v_composer.system.fetch import cache_folder
 from d2v_composer.system.machine import describe_machine, package_versions
-from d2v_composer.system.processes import allow_open_files, if_interrupted, num_nodes
+from d2v_composer.system.processes import allow_open_files, if_interrupted, num_nodes, num_ranks
 from d2v_composer.system.ranks import join_ranks, node_leaders_first, rank_zero_first
 from d2v_composer.system.third_party import lean_engine, patched_composer
 
@@ -135,7 +140,7 @@ def build_trainer(
         )
 
 
-def find_checkpoint(config: TrainerConfig, model: torch.nn.Module, callbacks: Sequence[Callback]) -> Checkpoint | None:
+def find_checkpoint(config: TrainerConfig, model: nn.Module, callbacks: Sequence[Callback]) -> Checkpoint | None:
     """Read the run's newest checkpoint or, for a new run, the one in ``load_path``.
 
     Args:
@@ -207,9 +212,45 @@ def _share_newest(folder: RunFolder, resumes: bool, accept: Callable[[Checkpoint
         return newest
 
 
+def check_network(
+    key: str,
+    student: Any,
+    config: TrainerConfig,
+    embedding: Embedding | None = None,
+    head: nn.Linear | None = None,
+) -> None:
+    """Check that a student which is a timm model can be trained in a run's batches, and exported then.
+
+    Args:
+        key: The student's in a YAML.
+        student: Other kinds of students are not checked.
+        config: The run's.
+        embedding: What the head reads.
+        head: A classifier, trained with the student.
+
+    Raises:
+        InputError: It cannot.
+    """
+    if not isinstance(student.config, TimmNetworkConfig):
+        return
+    batch_size, micro = config.global_train_batch_size // num_ranks(), config.device_train_microbatch_size
+    smallest = batch_size % micro or micro if isinstance(micro, int) else batch_size
+    with torch.random.fork_rng(devices=[]):
+        trial = copy.deepcopy(student)
+        # BatchNorm needs several values.
+        with errors_of(f"device_train_microbatch_size: {key} cannot be trained on {smallest} at a time"):
+            trial.train().encoder(Inputs(trial.encoder.example(min(smallest, 2))))
+        for name, buffer in trial.named_buffers():
+            if "running_" in name:  # a new BatchNorm changes nothing
+                buffer.add_(torch.rand_like(buffer))
+        trial.head = head and nn.Linear(head.in_features, head.out_features)
+        trial.provenance = {"model": embedding and embedding._asdict()}
+        convert_to_timm(key, trial)
+
+
 def build_optimizer(
     config: OptimizerConfig,
-    model: torch.nn.Module,
+    model: nn.Module,
     depths: Mapping[str, int] | None = None,
     layer_decay: float = 1.0,
 ) -> torch.optim.AdamW:
@@ -225,7 +266,7 @@ def build_optimizer(
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     depths = depths or dict.fromkeys(weights, 0)
     last = max(depths.values())
-    groups: dict[tuple[int, bool], list[torch.nn.Parameter]] = {}
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, depth in depths.items():
         groups.setdefault((last - depth, weights[name].ndim <= 1), []).append(weights[name])
     arguments = [

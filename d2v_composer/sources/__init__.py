@@ -1,1 +1,1 @@
-"""Samples in folders, MDS, Parquet files, tars, zips and stores."""
+"""Read samples wherever they are: in folders, MDS, Parquet files, tars, zips and stores."""

@@ -1,1 +1,1 @@
-"""Training samples: their order, and the loader of a rank."""
+"""Order, decode and augment the training samples of a rank."""
