@@ -1,0 +1,361 @@
+"""Replay recorded operations, and build the states of a folder that a loss of power may leave; README.md has the model.
+
+The names in a folder change in their order, and reach the disk up to any point of it, folders independently of each
+other. What is written to a file reaches the disk in blocks, in any order or not at all.
+"""
+
+import hashlib
+import math
+import random
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from power.recorder import Operation
+
+BLOCK = 4096
+
+
+class Link(NamedTuple):
+    """A symlink."""
+
+    target: str
+
+
+Tree: TypeAlias = dict[str, bytes | Link | None]
+"""Path → content of a file, target of a link, ``None`` for a folder."""
+
+
+class File:
+    """A file: what the program sees, and what is safe."""
+
+    def __init__(self, content: bytes = b"") -> None:
+        self.content, self.safe = bytearray(content), content
+        self.shortest = len(content)  # since the last flush
+        self.changed: set[int] = set()  # blocks, since the last flush
+
+    def resize(self, size: int) -> None:
+        self.shortest = min(self.shortest, size)
+        self.content[size:] = bytes(max(0, size - len(self.content)))
+
+    def write(self, offset: int, data: bytes) -> None:
+        offset = len(self.content) if offset < 0 else offset
+        self.content.extend(bytes(max(0, offset - len(self.content))))
+        self.content[offset : offset + len(data)] = data
+        self.changed |= {*range(offset // BLOCK, -(-(offset + len(data)) // BLOCK))}
+
+    def flush(self) -> None:
+        self.safe = bytes(self.content)
+        self.shortest, self.changed = len(self.safe), set()
+
+    @property
+    def fates(self) -> list[str]:
+        """How it may be found after a crash.
+
+        ``old``: as at its last flush. ``cut``: so, but as short as it has been since. ``written``: as the program sees
+        it. ``zero``: of that size, without any new data. ``mixed``: of that size; each block is new, zero or old.
+        ``torn``: so, but of any size.
+        """
+        if not self.changed and len(self.content) == len(self.safe) == self.shortest:
+            return []
+        cut = ["cut"] if self.shortest < len(self.safe) else []
+        return ["written", "old", *cut, *(["zero", "mixed", "torn"] if self.changed else [])]
+
+    def found(self, fate: str, dice: random.Random) -> bytes:
+        """Return what a crash leaves."""
+        kept = self.safe if fate == "old" else self.safe[: self.shortest]
+        if fate in ("old", "cut"):
+            return kept
+        found = bytearray(self.content)
+        for block in () if fate == "written" else self.changed:
+            part = slice(block * BLOCK, min((block + 1) * BLOCK, len(found)))
+            kind = "zero" if fate == "zero" else dice.choice(("written", "zero", "old"))
+            if kind != "written":
+                size = max(0, part.stop - part.start)
+                found[part] = (kept[part] if kind == "old" else b"").ljust(size, b"\0")
+        return bytes(found[: dice.randint(self.shortest, len(found))] if fate == "torn" else found)
+
+
+class Folder:
+    """A folder, with its names at first and all their changes."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, Node] = {}
+        self.changes: list[tuple[int, dict[str, Node | None]]] = []
+        """Number of the operation, and what it changed here."""
+        self.num_safe = 0
+
+    def ever(self) -> "Iterator[Node | None]":
+        """Yield all nodes that have had a name here."""
+        yield from self.names.values()
+        for _, changed in self.changes:
+            yield from changed.values()
+
+    def entries(self, num_changes: int | None = None) -> "dict[str, Node]":
+        found = {**self.names}
+        for _, changed in self.changes[:num_changes]:
+            found |= changed  # pyright: ignore
+        return {name: node for name, node in found.items() if node is not None}
+
+
+Node: TypeAlias = File | Folder | Link
+
+
+class Disk:
+    """A folder as the program sees it, and as it may be found after a crash at this moment.
+
+    Args:
+        tree: What is in it at first; all of it is safe.
+    """
+
+    def __init__(self, tree: Tree) -> None:
+        self.root, self.number = Folder(), 0
+        self.births: dict[int, tuple[Folder, int]] = {}
+        """Identity of a file or a folder → the folder in which it was made, and the number of changes there then."""
+        self.folders = [self.root]
+        for path, content in sorted(tree.items()):
+            node: Node = File(content) if isinstance(content, bytes) else Folder() if content is None else content
+            parent, name = self._find(path)
+            parent.names[name] = node
+            self.folders += [node] if isinstance(node, Folder) else []
+
+    def _find(self, path: str) -> tuple[Folder, str]:
+        folder, *names = self.root, *path.split("/")
+        for name in names[:-1]:
+            folder = folder.entries()[name]
+            assert isinstance(folder, Folder), path
+        return folder, names[-1]
+
+    def _node(self, path: str) -> "Node | None":
+        if path == ".":
+            return self.root
+        folder, name = self._find(path)
+        return folder.entries().get(name)
+
+    def _change(self, changes: Mapping[str, "Node | None"]) -> None:
+        by_folder: dict[int, tuple[Folder, dict[str, Node | None]]] = {}
+        for path, node in changes.items():
+            folder, name = self._find(path)
+            by_folder.setdefault(id(folder), (folder, {}))[1][name] = node
+        for folder, changed in by_folder.values():
+            folder.changes.append((self.number, changed))
+            for node in filter(None, changed.values()):
+                self.births.setdefault(id(node), (folder, len(folder.changes)))
+
+    def apply(self, operation: Operation) -> None:
+        kind, path, other, size, data = operation
+        self.number += 1
+        node = None if kind == "sync_all" else self._node(path)
+        if kind == "sync_all":
+            for folder in self.folders:
+                folder.num_safe = len(folder.changes)
+                for each in folder.entries().values():
+                    if isinstance(each, File):
+                        each.flush()
+        elif kind == "create":
+            if node is None:
+                self._change({path: File()})
+        elif kind == "mkdir":
+            self.folders.append(made := Folder())
+            self._change({path: made})
+        elif kind == "symlink":
+            self._change({path: Link(other)})
+        elif kind == "link":
+            self._change({other: node})
+        elif kind == "rename":
+            self._change({path: None, other: node})
+        elif kind == "remove":
+            self._change({path: None})
+        elif kind == "sync":
+            self._sync(node)
+        elif isinstance(node, File):
+            node.write(size, data) if kind == "write" else node.resize(size)
+        else:
+            raise AssertionError(f"{operation}: no such file")
+
+    def _sync(self, node: "Node | None") -> None:
+        """Make a file's data or a folder's names safe, and the names on the way to it, in which it was made."""
+        if isinstance(node, File):
+            node.flush()
+        elif isinstance(node, Folder):
+            self._keep(node, len(node.changes))
+        while id(node) in self.births:
+            node, count = self.births[id(node)]
+            self._keep(node, count)
+
+    def _keep(self, folder: Folder, count: int) -> None:
+        """Make a folder's first changes safe, and with a move between folders those before it in the other one."""
+        if count <= folder.num_safe:
+            return
+        moved = {number for number, _ in folder.changes[folder.num_safe : count]}
+        folder.num_safe = count
+        for each in self.folders:
+            for i, (number, _) in enumerate(each.changes):
+                if number in moved:
+                    self._keep(each, i + 1)
+
+    def _cut(self, counts: dict[int, int]) -> None:
+        """Shorten the changes that reach the disk, by folder, until each move between folders is in both or in none."""
+        is_torn = True
+        while is_torn:
+            is_torn, lost = False, {n for each in self.folders for n, _ in each.changes[counts[id(each)] :]}
+            for each in self.folders:
+                for i, (number, _) in enumerate(each.changes[: counts[id(each)]]):
+                    if number in lost:
+                        counts[id(each)], is_torn = i, True
+                        break
+
+    def choices(self) -> "tuple[list[Folder], list[File], list[Sequence[Any]]]":
+        """Return the folders and files of which a crash may lose something, and all that may be left of each of them.
+
+        Of a folder, this is a number of its changes; of a file, a fate.
+        """
+        folders = [each for each in self.folders if each.num_safe < len(each.changes)]
+        nodes = {id(node): node for folder in self.folders for node in folder.ever()}
+        files = [node for node in nodes.values() if isinstance(node, File) and node.fates]
+        cuts = [range(each.num_safe, len(each.changes) + 1) for each in folders]
+        return folders, files, [*cuts, *(file.fates for file in files)]
+
+    def states(self, dice: random.Random, limit: int) -> "Iterator[tuple[Tree, Tree]]":
+        """Yield what a crash at this moment may leave, and the same as if all data were written.
+
+        These are all such trees, or the extreme ones and others.
+        """
+        folders, files, choices = self.choices()
+        if math.prod(map(len, choices)) <= limit:
+            drawn = product(*choices)
+        else:
+            extreme = [self._extreme(choices, *each) for each in product((0, -1), ("old", "zero", "torn", "written"))]
+            dice.shuffle(extreme)
+            drawn = [*extreme[:limit], *(self._draw(choices, dice) for _ in range(limit - len(extreme)))]
+        for chosen in drawn:
+            counts = {id(each): len(each.changes) for each in self.folders}
+            counts |= {id(each): count for each, count in zip(folders, chosen, strict=False)}
+            self._cut(counts)
+            fates = {id(file): fate for file, fate in zip(files, chosen[len(folders) :], strict=True)}
+            yield self._tree(counts, fates, dice), self._tree(counts, {}, dice)
+
+    @staticmethod
+    def _extreme(choices: Sequence[Sequence[Any]], end: int, fate: str) -> list[Any]:
+        """All folders keep as little or as much as they can, and all files have one fate."""
+        return [each[end] if isinstance(each, range) else fate if fate in each else each[0] for each in choices]
+
+    def _draw(self, choices: Sequence[Sequence[Any]], dice: random.Random) -> list[Any]:
+        """Draw a state; in most, many files or folders are found alike."""
+        usual = self._extreme(choices, dice.choice((0, -1)), dice.choice(("old", "zero", "mixed", "written")))
+        share = dice.choice((0.0, 0.5, 0.9))
+        return [one if dice.random() < share else dice.choice(each) for one, each in zip(usual, choices, strict=True)]
+
+    def as_seen(self) -> Tree:
+        """Return what the program has made."""
+        return self._tree({id(each): len(each.changes) for each in self.folders}, {}, random.Random())
+
+    def _tree(self, counts: Mapping[int, int], fates: Mapping[int, str], dice: random.Random) -> Tree:
+        tree: Tree = {}
+
+        def walk(folder: Folder, prefix: str) -> None:
+            for name, node in folder.entries(counts[id(folder)]).items():
+                if isinstance(node, Folder):
+                    tree[prefix + name] = None
+                    walk(node, f"{prefix}{name}/")
+                else:
+                    is_file = isinstance(node, File)
+                    tree[prefix + name] = node.found(fates.get(id(node), "written"), dice) if is_file else node
+
+        walk(self.root, "")
+        return tree
+
+
+class State(NamedTuple):
+    """What a crash may leave."""
+
+    number: int
+    """Of the operations before it."""
+    tree: Tree
+    written: Tree
+    """The same names, if the data of all files had been written."""
+    named: Tree
+    """What the program had made by then."""
+
+    @property
+    def losses(self) -> list[str]:
+        """What the crash took, a line for each path."""
+        lines = []
+        for path in sorted({*self.tree, *self.named}):
+            if path not in self.tree or path not in self.named:
+                lines.append(f"{path} is {'missing' if path in self.named else 'still there'}")
+            elif self.tree[path] != self.named[path]:
+                lines.append(f"{path} is {kind_of(self.tree[path], self.named[path])}")
+        return lines
+
+
+def kind_of(found: bytes | Link | None, expected: bytes | Link | None) -> str:
+    """Say how a file differs from what it should be."""
+    if not (isinstance(found, bytes) and isinstance(expected, bytes)):
+        return "another"
+    kind = "empty" if not found else "zero" if not any(found) else "old" if len(found) == len(expected) else "cut"
+    return f"{kind} ({len(found)} bytes of {len(expected)})"
+
+
+def crash_states(tree: Tree, operations: Sequence[Operation], limit: int = 1000, seed: int = 0) -> Iterator[State]:
+    """Yield different states that a crash at any moment may leave: all, or if there are more, about ``limit``.
+
+    Until something becomes safe, what a crash may leave only becomes more. So only the moments before each sync, and
+    the last one, need to be tried. Moments at which more is at risk get more of the states.
+    """
+    ends = [i for i, each in enumerate(operations) if each.kind.startswith("sync")] + [len(operations)]
+    risks = [disk.choices()[2] for _, disk in replay(tree, operations, ends)]
+    total = sum(math.prod(map(len, each)) for each in risks)
+    weights = [sum(len(choice) - 1 for choice in each) for each in risks]
+    dice, seen = random.Random(seed), set[bytes]()
+    for (i, disk), weight in zip(replay(tree, operations, ends), weights, strict=True):
+        for found, written in disk.states(dice, total if total <= limit else -(-limit * weight // sum(weights))):
+            if (digest := digest_of(found)) not in seen:
+                seen.add(digest)
+                yield State(i, found, written, disk.as_seen())
+
+
+def replay(tree: Tree, operations: Sequence[Operation], ends: Sequence[int]) -> "Iterator[tuple[int, Disk]]":
+    """Yield the disk after each of these numbers of operations."""
+    disk = Disk(tree)
+    for i in range(len(operations) + 1):
+        if i in ends:
+            yield i, disk
+        if i < len(operations):
+            disk.apply(operations[i])
+
+
+def digest_of(tree: Tree) -> bytes:
+    digest = hashlib.sha256()
+    for path, content in sorted(tree.items()):
+        kind = "file" if isinstance(content, bytes) else "folder" if content is None else f"link {content.target}"
+        digest.update(f"{path} {kind} {len(content) if isinstance(content, bytes) else ''}\0".encode())
+        digest.update(content if isinstance(content, bytes) else b"")
+    return digest.digest()
+
+
+def read_tree(folder: Path) -> Tree:
+    """Return all that is below a folder."""
+    return {
+        str(path.relative_to(folder)): Link(str(path.readlink()))
+        if path.is_symlink()
+        else None
+        if path.is_dir()
+        else path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def write_tree(tree: Tree, folder: Path) -> None:
+    """Let a folder hold this, and nothing else."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for path, content in sorted(tree.items()):
+        if content is None:
+            (folder / path).mkdir()
+        elif isinstance(content, Link):
+            (folder / path).symlink_to(content.target)
+        else:
+            (folder / path).write_bytes(content)
