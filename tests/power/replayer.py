@@ -55,8 +55,8 @@ class File:
         """How it may be found after a crash.
 
         ``old``: as at its last flush. ``cut``: so, but as short as it has been since. ``written``: as the program sees
-        it. ``zero``: of that size, without any new data. ``mixed``: of that size; each block is new, zero or old.
-        ``torn``: so, but of any size.
+        it. ``zero``: of that size, without any new data: zeros where none were before. ``mixed``: of that size; each
+        block is written or not. ``torn``: so, but of any size.
         """
         if not self.changed and len(self.content) == len(self.safe) == self.shortest:
             return []
@@ -71,10 +71,8 @@ class File:
         found = bytearray(self.content)
         for block in () if fate == "written" else self.changed:
             part = slice(block * BLOCK, min((block + 1) * BLOCK, len(found)))
-            kind = "zero" if fate == "zero" else dice.choice(("written", "zero", "old"))
-            if kind != "written":
-                size = max(0, part.stop - part.start)
-                found[part] = (kept[part] if kind == "old" else b"").ljust(size, b"\0")
+            if fate == "zero" or dice.random() < 0.5:
+                found[part] = kept[part].ljust(max(0, part.stop - part.start), b"\0")
         return bytes(found[: dice.randint(self.shortest, len(found))] if fate == "torn" else found)
 
 

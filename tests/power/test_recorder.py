@@ -1,12 +1,12 @@
-"""The recorder and the replayer themselves: what was recorded is what happened, and the states are those of the model."""
+"""What is recorded is what happened."""
 
 import sys
 from pathlib import Path
 
 import pytest
 
-from power.recorder import IS_AVAILABLE, Operation, record
-from power.replayer import Link, crash_states, read_tree, replay
+from power.recorder import IS_AVAILABLE, record
+from power.replayer import read_tree, replay
 
 # Every kind of write: shared positions, appending, threads, forks, holes, names that move while a file is open.
 PROGRAM = """
