@@ -20,6 +20,7 @@ from tqdm import tqdm
 from d2v_composer.callbacks.trainer_state import unwrapped
 from d2v_composer.system.errors import RunError, writing
 from d2v_composer.system.fetch import put
+from d2v_composer.system.files import flush
 
 # metrics/DATASET/[BASELINE/]bank_train/topK: the accuracy of the primary embedding; or that of a fine-tuned classifier.
 ACCURACY = re.compile(r"metrics/(?:test|([^/]+)/(?:([^/]+)/)?bank_train)/top(\d+)")
@@ -154,11 +155,14 @@ class JSONLLogger(LoggerDestination):
             if self.file is None:  # opened with the first line, so that a run that fails to start leaves no file
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.file = self.path.open("a", buffering=1)  # write whole lines
+                if self.path.read_bytes()[-1:] not in (b"", b"\n"):  # a loss of power may leave a part of one
+                    self.file.write("\n")
             self.file.write(json.dumps({"step": step, **numbers}) + "\n")
 
     def close(self, state: State, logger: Logger) -> None:
         if self.file is not None:
             self.file.close()
+            flush(self.path)
             self.file = None
 
 

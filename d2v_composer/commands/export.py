@@ -96,12 +96,12 @@ def export(
     print(f"embedding: {embedding.name}")
     if out.suffix == ".safetensors":
         write_card = plan_model_card(student, source, out) if student.head is None else None
+        if write_card is not None:  # first: the same command is refused once OUT is there
+            print(write_card())
         save_student(student, out)
         step = d2v("embed", out, "SOURCE", "embeddings.npy")
         if student.head is not None:
             step = TIMM.format(str(out), len(student.state_dict()["head.bias"]))
-        if write_card is not None:
-            print(write_card())
     else:
         embedder = Embedder(student, embedding, takes_pixels)
         if int8:

@@ -12,7 +12,7 @@ import secrets
 import stat
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -62,24 +62,37 @@ def _check_free(path: Path) -> None:
         raise InputError(f"{path} already exists; choose another file, or append --overwrite")
 
 
+def flush(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    is_folder = path.is_dir()
+    with suppress(OSError) if is_folder else nullcontext():  # Windows opens no folder, and some systems flush none
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows flushes no file open for reading
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def move(partial: Path, path: Path, *, sync: bool = True) -> None:
     """Give a complete file its name, and replace an old one.
 
     Args:
         partial: The file, in a folder on the same disk.
         path: Its name.
-        sync: Flush the file to the disk before, so that it survives a power failure.
+        sync: Flush the file before, and its folder after: whenever the power fails, ``path`` is as before or whole.
+            Without the first, the name may reach the disk before the content.
 
     Raises:
         InputError: :func:`check_out_file` found no file there, and now there is one.
     """
     if sync:
-        with partial.open("r+b") as file:  # Windows flushes no file that is open for reading
-            os.fsync(file.fileno())
+        flush(partial)
     if path in _free:
         _check_free(path)
         _free.remove(path)
     partial.replace(path)
+    if sync:
+        flush(path.parent)
 
 
 def check_owned(folder: Path | str, names: Iterable[str], mark: str, key: str) -> None:

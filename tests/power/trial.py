@@ -42,7 +42,7 @@ SHORT = (
 RESULTS = (".safetensors", ".onnx", ".npy", ".parquet", ".yaml", ".md", ".mds", "conversion.json", "index.json")
 # Marks of files of an unfinished command, and of a lock; of a run's log, the times and the baselines, which a resumed
 # run measures once more.
-UNFINISHED = (".partial", ".converting", ".tmp", ".in_use")
+UNFINISHED = (".partial", ".converting", ".tmp", "/tmp", ".in_use")
 NOT_COMPARED = re.compile(r"throughput/|time/|.*/(pixels|encoder|teacher)/")
 
 

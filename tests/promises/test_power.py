@@ -1,11 +1,13 @@
 """Promise 26: the same command after a loss of power at any moment; tests/README.md has the model."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
+from helpers import log_of, run_training, small_run
 from power.recorder import IS_AVAILABLE
 from power.trial import CASES, Inputs, converting, record_trial
 
@@ -26,6 +28,20 @@ def test_a_small_conversion_survives_a_loss_of_power(inputs: Inputs, tmp_path: P
     for state in trial.states(20):
         problem = trial.judge(state)
         assert problem is None, trial.tell(state, problem)
+
+
+def test_a_run_goes_on_with_the_lock_and_the_log_that_were_left(
+    uninterrupted: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """The lock's file has zeros, and the log ends within a line."""
+    folder = shutil.copytree(uninterrupted, tmp_path / "run", symlinks=True)
+    (folder / ".in_use").write_bytes(bytes(20))
+    with (folder / "log.jsonl").open("ab") as log:
+        log.write(b'{"step": 14, "loss' + bytes(9))
+    run_training(*small_run(folder, small_data, "max_duration=16ba"))
+    logged = log_of(folder)
+    assert sorted(logged["loss/train/total"]) == list(range(16))
+    assert all({14, 15} <= steps.keys() for steps in logged.values() if 13 in steps), logged
 
 
 @pytest.mark.campaign
