@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from d2v_composer.checkpoints.load import load_student, load_teacher
     from d2v_composer.embedder import Embedder
     from d2v_composer.evaluation.linear_probe import linear_probe_accuracy
-    from d2v_composer.evaluation.nearest_neighbors import knn_accuracy, retrieval_accuracy
-    from d2v_composer.evaluation.without_labels import neighbor_agreement
-    from d2v_composer.models.distillation import DistillationModel
+    from d2v_composer.evaluation.nearest_neighbors import knn_accuracy, neighbor_agreement, retrieval_accuracy
+    from d2v_composer.models.frozen_model import FrozenModel
+    from d2v_composer.objectives.distillation import DistillationModel
 
 __all__ = [
     "DistillationModel",
     "Embedder",
+    "FrozenModel",
     "ZeroShotRetrieval",
     "d2v2_student",
     "knn_accuracy",
@@ -39,14 +40,15 @@ __all__ = [
 __version__ = metadata.version("d2v-composer")
 
 MODULES = {
-    "DistillationModel": "models.distillation",
+    "DistillationModel": "objectives.distillation",
     "Embedder": "embedder",
+    "FrozenModel": "models.frozen_model",
     "ZeroShotRetrieval": "callbacks.zero_shot_retrieval",
     "knn_accuracy": "evaluation.nearest_neighbors",
     "linear_probe_accuracy": "evaluation.linear_probe",
     "load_student": "checkpoints.load",
     "load_teacher": "checkpoints.load",
-    "neighbor_agreement": "evaluation.without_labels",
+    "neighbor_agreement": "evaluation.nearest_neighbors",
     "retrieval_accuracy": "evaluation.nearest_neighbors",
 }
 

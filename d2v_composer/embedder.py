@@ -1,5 +1,6 @@
 """Embed batches of a table, for engines that run a function over a data set: Ray Data, Hugging Face datasets, Spark."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -11,10 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from d2v_composer.checkpoints.load import load_any
 from d2v_composer.checkpoints.student_file import choose_embedding
+from d2v_composer.config.reference import ModelReference
 from d2v_composer.data.modalities import modality_of
-from d2v_composer.data.modality import Modality, read_sample_file
+from d2v_composer.data.modality import Modality, decoding, read_sample_file
 from d2v_composer.embedding import EmbeddingOptions, embed_batch, load_batch
 from d2v_composer.models.names import Pooling, PrecisionChoice, Representation, Weights
 from d2v_composer.models.precision import name_precision
@@ -91,7 +92,7 @@ class Embedder:
         batch = batch.append_column("embedding", pyarrow.array(embeddings, kind))
         return batch.append_column("error", pyarrow.array(errors, "string"))
 
-    @lru_cache(1)  # noqa: B019  (an engine may ship copies to one process, one with each task)
+    @lru_cache(4)  # noqa: B019  (an engine may ship copies to one process, one with each task; some take turns)
     def load(self) -> tuple[Any, Modality, EmbeddingOptions, str]:
         """Load the model, in eval mode, onto the GPU if there is one, and choose the embedding.
 
@@ -101,19 +102,13 @@ class Embedder:
         Raises:
             InputError: The model cannot be loaded, has no such embedding, or needs a GPU.
         """
+        if hasattr(os, "register_at_fork"):  # a child would wait for the parent's threads
+            os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         precision: Any = name_precision(self.precision)
         if precision == "amp_fp16" and device == "cpu":
             raise InputError("precision: amp_fp16 needs a GPU; on a CPU, use fp32, amp_bf16 or auto")
-        model, _ = load_any(
-            self.model,
-            self.weights,
-            self.teacher,
-            checkpoint=self.checkpoint,
-            first_blocks=self.first_blocks,
-            image_size=self.image_size,
-            projected=self.representation == "projected",
-        )
+        model, _ = ModelReference.model_construct(**vars(self)).load()
         modality = modality_of(model.encoder.config)
         representation, pooling = choose_embedding(model, self.pooling, self.representation)
         options = EmbeddingOptions(
@@ -126,9 +121,10 @@ def _decode(samples: list[Any], column: str, modality: Modality, number: int) ->
     sample = samples[number]
     sample = getattr(sample, "as_py", lambda: sample)()  # Arrow's
     if isinstance(sample, Mapping):
-        sample = sample["bytes"] or sample["path"]
+        sample = sample.get("bytes") or sample.get("path")
     if isinstance(sample, str):
         sample = read_sample_file(Path(sample))
     if isinstance(sample, np.ndarray):
-        sample = Image.fromarray(sample)
+        with decoding(f"{sample.dtype} {sample.shape}", column, "an image"):
+            sample = Image.fromarray(sample)
     return modality.decode(sample, column)

@@ -5,7 +5,6 @@ what is in it. So a killed run loses at most one chunk of each process, whatever
 processes ends with the same bytes. Shapes: N samples, D channels.
 """
 
-import hashlib
 import io
 import json
 import shutil
@@ -20,27 +19,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from d2v_composer.data.modality import collate
-from d2v_composer.data.parts import TABLES, Parts, bring
+from d2v_composer.data.parts import TABLES, Parts, bring, plan_of
 from d2v_composer.data.source import Source, hash_of, map_in_workers
-from d2v_composer.models.backbone import Backbone
+from d2v_composer.models.backbone import Backbone, hash_weights
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
 from d2v_composer.models.precision import choose_precision, precision_of
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, check_outputs, exists, is_remote, put
 from d2v_composer.system.files import acquire, sole_user, write_atomically
-from d2v_composer.system.processes import global_rank, num_ranks
+from d2v_composer.system.processes import ALL, global_rank, num_ranks
 from d2v_composer.system.progress import progress_bar
 
 LOCK_SECONDS = 10.0  # the workers of a killed run exit within a second
 CHUNK = 1024  # samples that a killed process loses at most
 POLL_SECONDS = 0.2
 RANK_SECONDS = 300.0  # by then a rank has begun, or never will
+PLAN = "plan.json"  # beside the chunks
 MOVING = "moving"  # in the folder of chunks, since OUT was checked for the last time
 
 
@@ -58,7 +59,7 @@ class EmbeddingOptions(NamedTuple):
     """Samples per batch; another batch size rounds differently."""
 
 
-class Embedding(NamedTuple):
+class Embedded(NamedTuple):
     """Result of a run."""
 
     images: int
@@ -89,8 +90,8 @@ class _Chunk(NamedTuple):
 
     def read_block(self, source: Source) -> tuple[NDArray, NDArray]:
         """Return the ids and embeddings of the chunk's readable samples."""
-        first, end = self.samples.start, self.samples.stop
-        return np.delete(source.ids[first:end], self.read("numbers") - first), self.read("rows")
+        ids = np.array([source.ids[number] for number in self.samples])
+        return np.delete(ids, self.read("numbers") - self.samples.start), self.read("rows")
 
     def write(self, rows: Sequence[NDArray], unreadable: Sequence[tuple[int, str]]) -> None:
         numbers = np.array([number for number, _ in unreadable], int)
@@ -111,7 +112,7 @@ def embed_source(
     skip_unreadable: bool = False,
     overwrite: bool = False,
     part: Mapping[str, Any] | None = None,
-) -> Embedding:
+) -> Embedded:
     """Embed every sample of a source, or of its part, into a file, or resume an interrupted run.
 
     OUT appears when it is complete, and replaces an old one; NAME.ids.npy appears just before. Until then chunks of
@@ -136,7 +137,8 @@ def embed_source(
     """
     out, rank = str(out), global_rank()
     place = source.root if is_remote(source.root) else Path(source.root).resolve()
-    plan = part or {"model": hash_weights(model), "source": hash_of(place), "device": device, **options._asdict()}
+    made = plan_of(source, ALL, model=hash_weights(model), device=device, **options._asdict())
+    plan = part or made | {"source": hash_of(place)}  # of which some files may change
     width = embed_batch(model, (model.encoder.example(1),), options, device).shape[1]
     folder, unit = _partial_folder(out), source.modality.unit
     chunks = _cut(source, plan, folder)
@@ -149,9 +151,8 @@ def embed_source(
         theirs, resumed = deque(chunk for chunk in left if chunk.rank != rank), total - to_do
         with progress_bar(total=total, initial=resumed, desc="embedding", unit=unit) as bar:
             batches = [(chunk, batch) for chunk in left if chunk.rank == rank for batch in chunk.batches]
-            loaded = map_in_workers(
-                partial(load_batch, source.decode), [batch for _, batch in batches], workers, device == "cuda"
-            )
+            load = partial(load_batch, source.decode)
+            loaded = map_in_workers(load, [batch for _, batch in batches], workers, device == "cuda")
             rows, skipped = list[NDArray](), list[tuple[int, str]]()
             for (chunk, batch), (inputs, unreadable) in zip(batches, loaded, strict=True):
                 skipped += unreadable
@@ -165,6 +166,7 @@ def embed_source(
                     raise InputError(f"{named}: its embedding is not finite with {how}")
                 bar.update(len(batch))
                 if batch is chunk.batches[-1]:
+                    write_atomically(folder / PLAN, json.dumps(plan))
                     chunk.write(rows, skipped)
                     rows, skipped = [], []
                     _count(theirs, bar)
@@ -172,10 +174,10 @@ def embed_source(
                 _wait(theirs, bar, folder)
         seconds = time.monotonic() - start
         if rank > 0:
-            return Embedding(total, width, [], resumed, seconds)
+            return Embedded(total, width, [], resumed, seconds)
         reasons = [reason for chunk in chunks for reason in chunk.read("reasons").tolist()]
         _check_skipped(reasons, skip_unreadable, unit)  # an interrupted run may have skipped them
-        embedding = Embedding(total - len(reasons), width, reasons, resumed, seconds)
+        embedding = Embedded(total - len(reasons), width, reasons, resumed, seconds)
         blocks = (chunk.read_block(source) for chunk in chunks)
         _write_table(out, blocks, embedding, np.dtype(options.dtype), overwrite, part)
     return embedding
@@ -195,6 +197,19 @@ def _sole_writer(out: str, folder: Path, lock: str = ".lock") -> Iterator[None]:
         yield
     with suppress(OSError):
         folder.rmdir()
+
+
+def check_ids(ids: Iterable[Any]) -> None:
+    """Check that Parquet can store the ids of samples.
+
+    Raises:
+        InputError: One is no text.
+    """
+    for name in map(str, ids):
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{name!r} is not UTF-8, as Parquet needs; rename it, or write NAME.npy") from error
 
 
 def _cut(source: Source, plan: Mapping[str, Any], folder: Path) -> list[_Chunk]:
@@ -240,15 +255,14 @@ def _check_skipped(reasons: Sequence[str], skip_unreadable: bool, unit: str) -> 
 
 
 def _check_plan(folder: Path, plan: Mapping[str, Any]) -> None:
-    recorded = folder / "plan.json"
+    recorded = folder / PLAN
     before = json.loads(recorded.read_bytes()) if recorded.exists() else plan
     if changed := [key.replace("_", " ") for key in plan if before.get(key) != plan[key]]:
         another = f"an interrupted run had a different {', '.join(changed)}"
         raise InputError(f"{folder}: {another}; delete that folder, or choose another OUT")
-    write_atomically(recorded, json.dumps(plan))
 
 
-def merge(out: str, *, overwrite: bool = False) -> Embedding:
+def merge(out: str, *, overwrite: bool = False) -> Embedded:
     """Join all parts to one file, without removing them.
 
     Raises:
@@ -261,38 +275,44 @@ def merge(out: str, *, overwrite: bool = False) -> Embedding:
     first = next(iter(records.values()))
     with _sole_writer(out, folder):
         skipped = [reason for record in records.values() for reason in record["skipped"]]
-        embedding = Embedding(sum(each["images"] for each in records.values()), first["channels"], skipped, 0, 0.0)
-        read = (_read_part(parts.path(part), record["images"], folder) for part, record in records.items())
+        embedding = Embedded(sum(each["images"] for each in records.values()), first["channels"], skipped, 0, 0.0)
+        read = (_read_part(parts.path(part), record, folder) for part, record in records.items())
         _write_table(out, chain.from_iterable(read), embedding, np.dtype(first["part"]["dtype"]), overwrite)
     return embedding
 
 
-def _read_part(address: str, count: int, folder: Path) -> Iterator[tuple[NDArray, NDArray]]:
-    """Yield the ids and embeddings of a part, and check their number against the part's record.
+def _read_part(address: str, record: Mapping[str, Any], folder: Path) -> Iterator[tuple[NDArray, NDArray]]:
+    """Yield the ids and embeddings of a part.
 
     Raises:
-        InputError: It is damaged.
+        InputError: Its files are damaged, or not those that its record describes.
     """
+    is_array = address.endswith(".npy")
     with reading(address):
-        if address.endswith(".npy"):
-            ids, rows = np.load(bring(_ids_file(address), folder)), np.load(bring(address, folder), mmap_mode="r")
-            if not len(ids) == len(rows) == count:
-                raise ValueError(f"expected {count} ids and embeddings, got {len(ids)} and {len(rows)}")
-            for first in range(0, count, CHUNK):
+        files = [bring(each, folder) for each in ([_ids_file(address)] if is_array else []) + [address]]
+        if [*map(_digest, files)] != record["digests"]:
+            raise ValueError("it is not the file that its record describes; remove this part")
+        if is_array:
+            ids, rows = (np.load(file, mmap_mode="r") for file in files)
+            for first in range(0, len(ids), CHUNK):
                 yield ids[first : first + CHUNK], rows[first : first + CHUNK]
             return
         from pyarrow.parquet import ParquetFile
 
-        with ParquetFile(bring(address, folder)) as file:
+        with ParquetFile(*files) as file:
             for batch in file.iter_batches(CHUNK):
                 embeddings: Any = batch["embedding"]
                 yield np.array(batch["id"].to_pylist()), embeddings.flatten().to_numpy().reshape(len(batch), -1)
 
 
+def _digest(path: Path) -> str:
+    return xxhash.xxh3_128_hexdigest(np.memmap(path, mode="r").data)
+
+
 def _write_table(
     out: str,
     blocks: Iterable[tuple[NDArray, NDArray]],
-    embedding: Embedding,
+    embedding: Embedded,
     dtype: np.dtype,
     overwrite: bool,
     part: Mapping[str, Any] | None = None,
@@ -302,20 +322,24 @@ def _write_table(
     Raises:
         InputError: As in :func:`check_out`: they have come meanwhile.
     """
-    complete = (folder := _partial_folder(out)) / "embeddings"
-    shape, all_ids, files = (embedding.images, embedding.channels), [], {}
+    complete, files = (folder := _partial_folder(out)) / "embeddings", {}
     if out.endswith(".npy"):
-        with complete.open("wb") as file:
-            npy.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
-            for ids, rows in blocks:
-                file.write(rows.tobytes())
+        shape, all_ids = (embedding.images, embedding.channels), list[NDArray]()
+
+        def rows() -> Iterator[NDArray]:
+            for ids, embeddings in blocks:
                 all_ids.append(ids)
-        np.save(folder / "ids.npy", np.concatenate(all_ids) if all_ids else np.array([], str))
+                yield embeddings
+
+        _write_array(complete, rows(), shape, dtype)
+        # Each id takes the room of the longest, but only on the disk.
+        _write_array(folder / "ids.npy", all_ids, shape[:1], np.result_type(*all_ids or [np.array([], str)]))
         files[_ids_file(out)] = folder / "ids.npy"
     else:
         _write_parquet(complete, blocks, embedding.channels, dtype)
     if part is not None:  # first, as it tells whose the others are
-        write_atomically(folder / "record.json", json.dumps({"part": part} | embedding._asdict()))
+        digests = [*map(_digest, [*files.values(), complete])]
+        write_atomically(folder / "record.json", json.dumps({"part": part, "digests": digests} | embedding._asdict()))
         files = {_record_of(out): folder / "record.json"} | files
     check_out(out, overwrite=overwrite, part=part)
     (folder / MOVING).touch()
@@ -327,6 +351,14 @@ def _write_table(
     for address, path in (files | {out: complete}).items():
         put(path, address)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_array(path: Path, blocks: Iterable[NDArray], shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Write an array to a .npy, block by block."""
+    with path.open("wb") as file:
+        npy.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+        for block in blocks:
+            file.write(block.astype(dtype, copy=False).tobytes())
 
 
 def _write_parquet(path: Path, blocks: Iterable[tuple[NDArray, NDArray]], width: int, dtype: np.dtype) -> None:
@@ -388,15 +420,6 @@ def embed_batch(model: Backbone, batch: tuple[Tensor, ...], options: EmbeddingOp
         embeddings = model.embed(values, options.pooling, options.representation, *others)
         embeddings = normalize(embeddings, dim=1) if options.normalize else embeddings
         return embeddings.to(getattr(torch, options.dtype)).cpu().numpy()
-
-
-def hash_weights(model: Backbone) -> str:
-    """Return a hash of a model's sizes and weights, not of its file, which a run in progress may have replaced."""
-    digest = hashlib.sha256(repr((model.encoder.config, model.config)).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def load_batch(

@@ -1,11 +1,12 @@
-"""Try a run before it starts: check its parts, train briefly with a SIGTERM and a resume, compute what it needs."""
+"""Try a run before it starts: check its stores, train briefly with a SIGTERM and a resume, compute what it needs."""
 
+import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from math import inf
 from operator import truediv
@@ -16,30 +17,24 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import yaml
 from composer.utils import dist
-from composer.utils.file_helpers import list_remote_objects
-from composer.utils.object_store import S3ObjectStore
 
-from d2v_composer.builders.data import open_index
-from d2v_composer.builders.models import build_labeled_sets
-from d2v_composer.builders.run import build_teacher
 from d2v_composer.checkpoints.checkpoint import LATEST, LOG
-from d2v_composer.checkpoints.load import load_any, load_student, save_student
+from d2v_composer.checkpoints.load import load_student, save_student
+from d2v_composer.config.reference import load_any
 from d2v_composer.config.schema import TrainConfig
-from d2v_composer.data.images import Images
-from d2v_composer.data.modalities import modality_of
-from d2v_composer.data.modality import Modality
+from d2v_composer.data.mds import INDEX
+from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.data.shards import fetch_index
 from d2v_composer.evaluation.metrics import read_jsonl
-from d2v_composer.system.addresses import MARK, PREFLIGHT, Address, RunFolder
+from d2v_composer.system.addresses import PREFLIGHT, RunFolder
 from d2v_composer.system.errors import InputError, RunError, reason
-from d2v_composer.system.fetch import names_in
-from d2v_composer.system.files import check_owned
+from d2v_composer.system.fetch import list_store, open_store
 from d2v_composer.system.processes import if_interrupted, start_program
 
 STOP_AFTER_BATCHES = 3
 INTERVAL = 10  # batches from one logged pace to the next
-IMAGES_PER_SET = 128
 SHUFFLED_SAMPLES = 2048
 PHASE_SECONDS, STOP_SECONDS = 3600.0, 120.0  # compiling takes minutes, the timeout of collectives too
 
@@ -52,40 +47,31 @@ def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> b
     Returns:
         True if all checks passed.
     """
+    failed = None
     with closing(Rehearsal(argv, config, train_script)) as run, if_interrupted(run.close):
         print_row("check", "verdict", "found")
-        checks = {
-            "models": run.check_models,
-            "data": run.check_data,
-            "save_folder": run.check_rights,
-            "labeled sets": run.check_labeled_sets,
-        }
-        passed = False not in [check(name, look) for name, look in checks.items()]
         phases = {
+            "data": run.check_shards,
             "training": run.train,
             "SIGTERM": run.stop,
             "resume": run.resume,
             "export": run.export,
             "checkpoints": run.check_disk_space,
+            "save_folder": run.remove,
         }
         for name, phase in phases.items():
-            if not passed:
+            if failed is not None:
                 print_row(name, "skipped", "fix the failure above first")
-            passed = passed and check(name, phase)
-        if passed:
+                continue
+            try:
+                print_row(name, "ok", phase())
+            except Exception as error:  # noqa: BLE001  (the run would fail with it too)
+                failed = error
+                print_row(name, "FAILED", reason(error))
+        if failed is None:
             print("\nThe whole run will need (if nothing else used the machine during the preflight):")
             print(run.needs(), flush=True)
-    return passed
-
-
-def check(name: str, look: Callable[[], str]) -> bool:
-    """Run a check, which returns what it found or raises if the run would fail, and print its row."""
-    try:
-        print_row(name, "ok", look())
-    except Exception as error:  # noqa: BLE001  (the run would fail with it too)
-        print_row(name, "FAILED", reason(error))
-        return False
-    return True
+    return failed is None
 
 
 def print_row(name: str, verdict: str, found: str) -> None:
@@ -100,11 +86,8 @@ class Rehearsal:
 
     def __init__(self, argv: Sequence[str], config: TrainConfig, train_script: Path) -> None:
         self.command, self.config, self.ranks = [str(train_script), *argv], config, dist.get_local_world_size()
-        self.num_samples = 0
-        self.num_labeled: list[int] = []
-        # Unless the teacher can be loaded, and says otherwise.
-        self.modality: Modality = Images(224)
-        self.projected_width = 0
+        self.data: dict[str, Any] = {}
+        """What the run's record says of its samples."""
         self.logged: dict[str, dict[int, float]] = {}
         self.temporary = TemporaryDirectory()
         self.output = Path(self.temporary.name, "output.txt")
@@ -118,57 +101,28 @@ class Rehearsal:
         self.intervals = 10 if on_gpu else 1
         self.batches = (self.intervals + 1) * INTERVAL + on_gpu * loader.num_workers * loader.prefetch_factor
 
-    def check_models(self) -> str:
-        teacher = build_teacher(self.config)
-        self.modality, self.projected_width = modality_of(teacher.config), teacher.projected_width
-        return f"teacher with {sum(map(torch.numel, teacher.parameters())) / 1e6:.1f} M parameters"
-
-    def check_data(self) -> str:
-        """Read the index and check that each shard exists: at full size on this machine, or by name in the store."""
-        loader, remote = self.config.train_loader, self.config.train_loader.remote
-        folder = Path(self.temporary.name if remote else loader.local)
-        if remote is not None:
-            fetch_index(remote, folder)
-        index = open_index(loader, folder, self.modality)
-        self.num_samples = index.describe()["samples"]
-        if remote is not None:
-            place = f"{Address.parse(remote).path}/"
-            stored = {key.removeprefix(place) for key in list_remote_objects(f"{remote.rstrip('/')}/")}
-            names = [(shard.zipped or shard.raw).basename for shard in index.shards]
-            if missing := [name for name in names if name not in stored]:
-                raise InputError(
-                    f"{remote}: {len(missing)} of {len(names)} shards are missing; the first is {missing[0]}"
-                )
-        gigabytes = sum(shard.raw.bytes for shard in index.shards) / 1e9
-        return f"{self.num_samples} samples in {len(index.shards)} shards ({gigabytes:,.1f} GB), all present"
-
-    def check_rights(self) -> str:
-        """Write, read, list and delete a small file in S3; boto3's error names the operation that is denied."""
-        self.remove()  # what a killed preflight left
-        if (folder := self.config.run_folder) is not None:
-            check_owned(folder.local, names_in(folder.local), MARK, "save_folder")
-        scheme, bucket, path = Address.parse(self.save_folder)
-        if scheme != "s3":
-            return "the preflight writes and reads it"
-        client, target = S3ObjectStore(bucket).client, {"Bucket": bucket, "Key": f"{path}/rights"}
-        client.put_object(**target, Body=b"preflight")
-        client.get_object(**target)
-        self.remove()
-        return f"{folder}: write, list, read, delete"
-
-    def check_labeled_sets(self) -> str:
-        """Load the labeled sets at a small size; download CIFAR if the run would."""
-        sets = build_labeled_sets(self.config.retrieval, self.modality.of_side(32), self.projected_width)
-        self.num_labeled = [sum(labeled.num_samples) for labeled in sets.values()]
-        return f"{sum(self.num_labeled)} {self.modality.unit} in {', '.join(sets) or 'no set'}"
+    def check_shards(self) -> str:
+        """Check that the store of the training data has each shard."""
+        remote = self.config.train_loader.remote
+        if remote is None:
+            return "the training reads it"
+        fetch_index(remote, Path(self.temporary.name))
+        shards = json.loads(Path(self.temporary.name, INDEX).read_bytes())["shards"]
+        names = [(shard.get("zip_data") or shard["raw_data"])["basename"] for shard in shards]
+        stored = {file.path for file in list_store(remote)}
+        if missing := [name for name in names if name not in stored]:
+            raise InputError(f"{remote}: {len(missing)} of {len(names)} shards are missing; the first is {missing[0]}")
+        return f"{remote} has all {len(names)} shards"
 
     def train(self) -> str:
-        """Train a few batches, with retrieval at every batch."""
-        self.start("max_duration=500ba", "retrieval.interval=1ba")
+        """Measure the baselines, and train a few batches."""
+        self.remove()  # what a killed preflight left
+        self.start("max_duration=500ba")
         self.wait(PHASE_SECONDS, STOP_AFTER_BATCHES)
         if (trained := self.num_batches()) < STOP_AFTER_BATCHES:
             raise self.fault(f"trained only {trained} of {STOP_AFTER_BATCHES} batches")
-        return f"{trained} batches, each with a retrieval"
+        self.data = yaml.safe_load((self.folder.local / "run.yaml").read_text())["data"]
+        return f"{trained} batches"
 
     def stop(self) -> str:
         """Send SIGTERM to all processes, which must save and exit with status 143."""
@@ -178,7 +132,7 @@ class Rehearsal:
         return f"all processes exited with status 143 after batch {self.num_batches()}"
 
     def resume(self) -> str:
-        """Resume with the YAML's intervals, and train long enough to measure the speed."""
+        """Resume, train long enough to measure the speed, and measure the student."""
         batch = self.num_batches()
         if self.folder.address is not None:
             for copy in self.folder.local.glob("*.pt"):  # the store's must do, as on another machine
@@ -194,7 +148,7 @@ class Rehearsal:
     def export(self) -> str:
         """Export the student of the newest checkpoint, and load it again."""
         out = Path(self.temporary.name, "student.safetensors")
-        student, _ = load_any(self.latest, teacher_path=self.config.teacher.checkpoint)
+        student, _ = load_any(self.latest, teacher=self.config.teacher.checkpoint)
         save_student(student, out)
         load_student(out)
         return f"{out.stat().st_size / 1e6:.1f} MB, loads without the teacher"
@@ -205,9 +159,8 @@ class Rehearsal:
         if config.save_folder is None:
             return "none: save_folder is null"
         saved = self.in_batches(config.max_duration) // self.in_batches(config.save_interval) + 1
-        at_a_time = (
-            saved if num_to_keep < 0 else min(num_to_keep + 1, saved)
-        )  # the next is written before the oldest goes
+        # The next is written before the oldest goes.
+        at_a_time = saved if num_to_keep < 0 else min(num_to_keep + 1, saved)
         size, free = self.latest.stat().st_size, shutil.disk_usage(self.latest.parent).free / 1e9
         needed = size * at_a_time / 1e9
         found = (
@@ -232,7 +185,6 @@ class Rehearsal:
             "save_interval=100000ba",  # at SIGTERM and at the end
             "scheduler.t_warmup=1ba",
             "loggers={jsonl: {}}",  # other loggers would show a run that does not exist
-            f"retrieval.max_images={IMAGES_PER_SET}",
             f"train_loader.shuffle_block_size={min(loader.shuffle_block_size, SHUFFLED_SAMPLES)}",
             *([f"train_loader.local={self.cache}"] if loader.remote else []),
         ]
@@ -260,15 +212,16 @@ class Rehearsal:
         print("\n".join(f"    | {line}" for line in lines), file=sys.stderr, flush=True)
         return RunError(f"{what}: {next((line for line in reversed(lines) if 'rror' in line), 'see its last lines')}")
 
-    def remove(self) -> None:
-        """Remove the preflight's files."""
+    def remove(self) -> str:
+        """Remove the preflight's files; S3's error names an operation that is denied."""
         for folder in (self.folder.local, self.cache):
             shutil.rmtree(folder, ignore_errors=True)
-        scheme, bucket, path = Address.parse(self.save_folder)
-        if scheme == "s3":  # Composer cannot delete a file of another store
-            store = S3ObjectStore(bucket)
-            for key in store.list_objects(f"{path}/"):
-                store.client.delete_object(Bucket=bucket, Key=key)
+        if self.save_folder.startswith("s3://"):  # Composer cannot delete a file of another store
+            store, key = open_store(self.save_folder)
+            bucket: Any = store
+            for file in list_store(self.save_folder):
+                bucket.client.delete_object(Bucket=bucket.bucket, Key=f"{key}/{file.path}")
+        return "the preflight's files are removed"
 
     def close(self) -> None:
         """Kill any process that is still running, and remove the files."""
@@ -280,7 +233,7 @@ class Rehearsal:
 
     def in_batches(self, duration: str) -> int:
         """Convert a duration, such as 600ba or 100ep, to batches."""
-        per_unit = self.num_samples // self.config.global_train_batch_size if duration.endswith("ep") else 1
+        per_unit = self.data["samples"] // self.config.global_train_batch_size if duration.endswith("ep") else 1
         return int(duration[:-2]) * per_unit
 
     def needs(self) -> str:
@@ -290,13 +243,12 @@ class Rehearsal:
         paces, waits = ([*each.values()][-self.intervals :] for each in logged)
         pace = harmonic_mean(paces)
         waiting = pace * fmean(map(truediv, waits, paces))  # of the time, not of the intervals
-        retrievals = batches // self.in_batches(config.retrieval.interval) if self.num_labeled else 0
-        measured = sum(min(count, 2 * IMAGES_PER_SET) for count in self.num_labeled) or 1
         *_, seconds = self.logged.get("time/zero_shot_retrieval", {0: 0.0}).values()
-        evaluating = retrievals * seconds * sum(self.num_labeled) / measured / 3600
+        retrievals = batches // self.in_batches(config.retrieval.interval) if seconds else 0
+        evaluating = retrievals * seconds / 3600
         hours = batches * config.global_train_batch_size / pace / 3600 + evaluating
         return (
-            f"pace          {pace:,.0f} {self.modality.unit}/s on {self.ranks} rank(s), "
+            f"pace          {pace:,.0f} {MODALITIES[self.data['modality']].unit}/s on {self.ranks} rank(s), "
             f"{waiting:.0%} of the time waiting for data\n"
             f"time          {hours:.1f} h for {batches:,} batches, "
             f"{evaluating:.1f} h of it in {retrievals} retrievals: {hours * self.ranks:.1f} "

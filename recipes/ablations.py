@@ -51,17 +51,19 @@ def main(argv: Sequence[str]) -> None:
     given = arguments.given
     study = Path(given.pop(0)) if given and "=" not in given[0] else STUDIES / "data2vec2"
     rows = read_rows(study, arguments.rows)
-    out = arguments.out or Path("runs/ablations", study.name)
-    folders = {name: out / name.translate(str.maketrans(" ", "_", "',")) for name in rows}
+    # The shell leaves ~ in --out=~/runs.
+    out = (arguments.out or Path("runs/ablations", study.name)).expanduser()
+    datasets = arguments.images.expanduser()
+    folders = {name: out / name.replace(" ", "_") for name in rows}
 
     from d2v_composer.data.convert import convert_cifar10  # takes seconds
     from d2v_composer.evaluation.metrics import read_jsonl
     from d2v_composer.report.tables import study_table
 
-    images = arguments.images / ("cifar10" if arguments.whole else "cifar10_sample")
+    images = datasets / ("cifar10" if arguments.whole else "cifar10_sample")
     commands = {name: train_command(study, rows[name], given, folders[name], images) for name in rows}
     check_rows(commands, folders)
-    convert_cifar10(arguments.images, images, *(() if arguments.whole else (10_000, 2_000)))
+    convert_cifar10(datasets, images, *(() if arguments.whole else (10_000, 2_000)))
     for row in rows.values():
         if number := row.get("num_images"):
             convert_cifar10(arguments.images, first_images(images, row), number, 0)
@@ -82,12 +84,14 @@ def read_rows(study: Path, names: Sequence[str] | None = None) -> dict[str, Mapp
     Raises:
         InputError: The folder is not a study, or has no such row.
     """
+    from d2v_composer.config.load import read_yaml  # takes seconds
+
     path = study / "rows.yaml"
-    with reading(path):
-        rows = yaml.safe_load(path.read_text())
-    is_study = rows and isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())
+    rows = read_yaml(path)
+    is_study = rows and all(isinstance(name, str) and isinstance(row, dict) for name, row in rows.items())
     if not (is_study and all(isinstance(row.get("num_images", 1), int) for row in rows.values())):
-        raise InputError(f"{path}: expected a line 'name: {{key: value}}' for each row, with a whole num_images")
+        expected = "'name: {key: value}' for each row, with a whole num_images, and a number as the name in quotes"
+        raise InputError(f"{path}: expected a line {expected}")
     chosen = [next(iter(rows)), *(rows if names is None else names)]
     for name in chosen:
         if name not in rows:
@@ -101,7 +105,7 @@ def check_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
     Raises:
         InputError: Names the settings that differ.
     """
-    from d2v_composer.builders.run import build_run_record
+    from d2v_composer.builders.trainer import build_run_record
     from d2v_composer.config.load import load_config
 
     for row, (_, _, *arguments) in commands.items():

@@ -12,7 +12,7 @@ composer starts a process for each GPU; on one device, python does the same. `d2
 Run the same command again to resume.
 """
 
-import d2v_composer.system.cpu_threads  # noqa: F401  (first: torch reads the environment when it is imported)
+import d2v_composer.system.machine  # noqa: F401  (first: torch reads the environment when it is imported)
 
 # isort: split
 from collections.abc import Sequence

@@ -4,11 +4,13 @@
     python onnx_embed.py student.onnx photos photos.npy
 
 photos.npy has a row for each image, (N, D), and photos.ids.npy its path in the folder, as `d2v embed` writes them.
+Unreadable images are skipped and listed.
 """
 
 import json
+import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from glob import glob
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,12 @@ def prepare(path: Path, how: dict[str, Any]) -> np.ndarray:
     Returns:
         (3, height, width) float32; if the program normalizes, (height, width, 3) uint8.
     """
-    image = ImageOps.exif_transpose(Image.open(path))
+    with Image.open(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith("I;16"):  # Pillow would clip values above 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode[0] in "IF":
-        raise ValueError(f"{path}: expected 8 bits per color, got Pillow's mode {image.mode}")
+        raise ValueError(f"expected 8 or 16 bits per color, got Pillow's mode {image.mode}")
     height, width = np.broadcast_to(how["image_size"], 2).tolist()
     pixels = np.asarray(image.convert("RGB").resize((width, height), Image.Resampling[how["interpolation"].upper()]))
     if "image_mean" not in how:
@@ -44,15 +49,41 @@ def prepare(path: Path, how: dict[str, Any]) -> np.ndarray:
     return ((pixels / np.float32(255) - mean) / std).transpose(2, 0, 1)
 
 
+def list_images(root: Path) -> list[str]:
+    """List the images in a folder, without hidden ones: each file and each folder once, a link only if it adds one."""
+    named, links, seen, images = deque([root]), deque[Path](), set[tuple[int, int]](), list[str]()
+    while named or links:
+        path = (named or links).popleft()
+        status = path.stat()
+        place = status.st_dev, status.st_ino
+        if place not in seen and path.is_dir():
+            for entry in path.glob("[!.]*"):
+                (links if entry.is_symlink() else named).append(entry)
+        elif place not in seen and path.name.lower().endswith(SUFFIXES):
+            images.append(path.relative_to(root).as_posix())
+        else:
+            continue
+        seen.add(place)
+    return sorted(images)
+
+
 def main(program: str, folder: str, out: str) -> None:
     outs = [Path(out.removesuffix(".npy") + suffix) for suffix in (".npy", ".ids.npy")]
     if found := [*filter(Path.exists, outs)]:
         raise SystemExit(f"{found[0]} exists; choose another OUT")
     embed, preprocessing = load(program)
-    names = glob("**", root_dir=folder, recursive=True)  # without hidden ones
-    ids = sorted(Path(name).as_posix() for name in names if name.lower().endswith(SUFFIXES))
-    batches = [ids[first : first + BATCH_SIZE] for first in range(0, len(ids), BATCH_SIZE)]
-    rows = [embed(np.stack([prepare(Path(folder, name), preprocessing) for name in batch])) for batch in batches]
+    names, ids, images, rows = list_images(Path(folder)), [], [], []
+    for name in names:
+        try:
+            images.append(prepare(Path(folder, name), preprocessing))
+            ids.append(name)
+        except Exception as error:  # noqa: BLE001  (Pillow raises many)
+            print(f"skipped {name}: {error}", file=sys.stderr)
+        if len(images) == BATCH_SIZE or (images and name == names[-1]):
+            rows.append(embed(np.stack(images)))
+            images.clear()
+    if not rows:
+        raise SystemExit(f"{folder}: no image can be read; supported suffixes are {', '.join(SUFFIXES)}")
     np.save(outs[0], np.concatenate(rows))
     np.save(outs[1], np.array(ids))
 

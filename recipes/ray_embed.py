@@ -14,6 +14,8 @@ machine must reach MODEL, SOURCE and OUT. The cluster needs two cores.
 """
 
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 from d2v_composer.system.command_line import show_help
 
@@ -23,6 +25,22 @@ if __name__ == "__main__":
 import ray  # pyright: ignore[reportMissingImports]  (an extra)
 
 from d2v_composer import Embedder
+from d2v_composer.data.listing import list_files
+from d2v_composer.data.tars import read_tar
+from d2v_composer.system.errors import reading
+from d2v_composer.system.fetch import fetch
+
+
+def read_samples(tar: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Yield a tar's samples: the key, and the content of each member under its suffix."""
+    with reading(tar["address"]), fetch(tar["address"], tar["version"]).open("rb") as file:
+        for key, members in read_tar(file):
+            sample: dict[str, Any] = {"__key__": key}
+            for suffix, offset, size in members:
+                file.seek(offset)
+                sample[suffix] = file.read(size)
+            if key is not None:
+                yield sample
 
 
 def main(model: str, source: str, out: str, column: str = "") -> None:
@@ -30,7 +48,10 @@ def main(model: str, source: str, out: str, column: str = "") -> None:
     if not column:
         rows, column = ray.data.read_binary_files(source, include_paths=True), "bytes"
     elif column[0] == ".":
-        rows, column = ray.data.read_webdataset(source, decoder=None), column[1:]
+        # Ray's own reader takes damage for the end of a tar.
+        root, files, *_ = list_files(source, (".tar",), {}) or (source, [])
+        tars = [{"address": f"{root}/{file.path}", "version": file.version} for file in files]
+        rows, column = ray.data.from_items(tars).flat_map(read_samples), column[1:]
     else:
         rows = ray.data.read_parquet(source)
     rows.map_batches(

@@ -11,9 +11,6 @@ Run the same command again to resume. recipes/preflight.py tries a run in minute
 shows the run from top to bottom.
 """
 
-import d2v_composer.system.cpu_threads  # noqa: F401  (first: torch reads the environment when it is imported)
-
-# isort: split
 from d2v_composer.commands.train import train as main
 from d2v_composer.system import command_line
 

@@ -1,32 +1,42 @@
 """The order of the tests; what they share is in ``shared_fixtures.py``."""
 
+import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
 
-# Those with the longest tests.
+from programs.preloaded import start_server
+
+SERVER = pytest.StashKey[subprocess.Popen[bytes]]()
+
+# The files that take longest.
 LONG_FILES = (
-    "test_data.py",
     "test_run.py",
-    "test_files.py",
     "test_commands.py",
+    "test_data.py",
+    "test_distill.py",
+    "test_outputs.py",
+    "test_parts.py",
+    "test_export.py",
+    "test_files.py",
     "test_run_store.py",
-    "test_run_ranks.py",
-    "test_loggers.py",
-    "test_finetune.py",
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let both processes, each of which gets a half of the tests, end with short ones."""
-    first, second = (
-        [item for name in names for item in items if item.path.name == name]
-        for names in (LONG_FILES[::2], LONG_FILES[1::2])
-    )
-    short = [item for item in items if item.path.name not in LONG_FILES]
-    middle = max(0, len(items) // 2 - len(first))
-    items[:] = [*first, *short[:middle], *second, *short[middle:]]
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let each process, which gets an equal share of the tests, begin with long ones and end with short ones."""
+    num_processes = getattr(config, "workerinput", {}).get("workercount", 1)
+    short, ordered = [item for item in items if item.path.name not in LONG_FILES], list[pytest.Item]()
+    for number in range(num_processes):
+        names = LONG_FILES[number::num_processes]
+        ordered += [item for name in names for item in items if item.path.name == name]
+        count = max(0, len(items) * (number + 1) // num_processes - len(ordered))
+        ordered += short[:count]
+        del short[:count]
+    items[:] = [*ordered, *short]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,9 +44,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Without the extra 'train', whose packages they import, the core's tests run: they need none.
     """
-    hands_out = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
-    if not hands_out and find_spec("composer") is not None:
-        config.pluginmanager.import_plugin("shared_fixtures")
+    if find_spec("composer") is None:
+        return
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        config.stash[SERVER] = start_server()
+        return
+    with suppress(ImportError):  # timm imports it, which takes seconds longer when many modules are there already
+        import_module("wandb")
+    config.pluginmanager.import_plugin("shared_fixtures")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if (server := config.stash.get(SERVER, None)) is not None:
+        server.communicate()
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""The same samples in a folder, Parquet files, tars and MDS."""
+"""The same samples in a folder, Parquet files, tars, zips and MDS."""
 
 import io
 import json
 import tarfile
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,14 @@ def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
     return path
 
 
+def write_zip(path: Path, members: Sequence[tuple[str, bytes]], compression: int = zipfile.ZIP_DEFLATED) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    return path
+
+
 def write_all(root: Path, images: Sequence[bytes], labels: Sequence[int], num_files: int = 3) -> dict[str, list[str]]:
     """Write the same images several times; the files of a set hold unequal numbers of them.
 
@@ -65,10 +74,15 @@ def write_all(root: Path, images: Sequence[bytes], labels: Sequence[int], num_fi
             for suffix, content in (("png", images[number]), ("cls", str(labels[number]).encode()), ("txt", b"a"))
         ]
         write_tar(root / "tars" / f"{file:05}.tar", members)
+        numbers = range(len(images))[span]
+        in_classes = [(f"photos/{labels[number]}/{number:05}.png", images[number]) for number in numbers]
+        compression = zipfile.ZIP_DEFLATED if file else zipfile.ZIP_STORED
+        write_zip(root / "zips" / f"{file:05}.zip", [("photos/notes.txt", b"a"), *in_classes], compression)
     write_mds(root / "mds", list(images), list(labels))
     options = {
         "folder": ["--labels", str(root / "labels.csv")],
         **{name: ["--label-column", "label"] for name in ("bytes", "struct", "paths", "mds")},
         "tars": ["--label-column", "cls"],
+        "zips": [],
     }
     return {name: [str(root / name), *given] for name, given in options.items()}

@@ -54,8 +54,13 @@ def write_mds(folder: Path, images: list[bytes], labels: list[int] | None = None
 def encoded_image(seed: int, size: int = 32) -> bytes:
     """Return a JPEG of smooth random colors."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return saved(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC), quality=95)
+
+
+def saved(image: Image.Image, format: str = "JPEG", **options: Any) -> bytes:
+    """Return an image's file."""
     buffer = io.BytesIO()
-    Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
@@ -78,6 +83,16 @@ def write_words(root: Path, splits: Mapping[str, int]) -> None:
             times = np.arange(rng.integers(2000, 6000)) / 16_000
             sound = 0.2 * np.sin(2 * np.pi * 400 * (label + 1) * times) + 0.05 * rng.normal(size=len(times))
             soundfile.write(root / split / word / f"{i}.flac", sound, 16_000)
+
+
+class Canary:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
 
 
 def truncated(content: bytes) -> bytes:
@@ -129,6 +144,12 @@ def peak_allocated(function: Callable[[], object]) -> int:
     return max(event["args"]["Total Allocated"] for event in changes) - before
 
 
+def contents_of(folder: Path) -> dict[str, bytes | None]:
+    """Return each file and folder below a folder with its content, except locks, which name their last user."""
+    paths = (path for path in folder.rglob("*") if path.name != ".in_use")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None for path in paths}
+
+
 def checkpoints_of(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("ep*.pt")}
 
@@ -165,6 +186,13 @@ def run_command(
 def d2v(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run ``d2v NAME …``."""
     return run_command(sys.executable, *D2V, *arguments, **options)
+
+
+def succeed(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run ``d2v NAME …``, which must succeed."""
+    ended = d2v(*arguments, **options)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended
 
 
 def run_training(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -305,6 +333,11 @@ def log_of(folder: Path) -> dict[str, dict[int, float]]:
             for key, value in entry.items():
                 series.setdefault(key, {})[step] = value
     return series
+
+
+def assert_same_numbers(ours: Tensor | None, expected: Tensor) -> None:
+    """Compare as promise 1 says: up to 3e-5 of the array's largest value, on any processor."""
+    torch.testing.assert_close(ours, expected, rtol=0, atol=3e-5 * float(expected.abs().max()))
 
 
 def assert_same_losses(ours: dict[int, float], expected: dict[int, float], num_steps: int) -> None:

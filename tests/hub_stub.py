@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import yaml
 from huggingface_hub import constants, file_download
 
 
@@ -27,25 +28,27 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         parts = unquote(self.path.partition("?")[0]).strip("/").split("/")
-        if parts[:2] == ["api", "datasets"]:
+        if parts[0] == "api":
             repository, revision = parts[2:4], "/".join(parts[5:]) or "main"
             folder = self.server.folder.joinpath(*repository, revision)
             files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-            found = {"id": "/".join(repository), "sha": commit_of(revision)}
-            self.answer(
-                json.dumps(found | {"siblings": [{"rfilename": each} for each in files]}).encode(), folder.exists()
-            )
+            card = folder / "README.md"
+            answer = {
+                "id": "/".join(repository),
+                "sha": commit_of(folder),
+                "siblings": [{"rfilename": file} for file in files],
+                "cardData": yaml.safe_load(card.read_text().split("---")[1]) if card.exists() else {},
+            }
+            self.answer(json.dumps(answer).encode(), folder.exists())
             return
-        organization, name, path = parts[1], parts[2], "/".join(parts[5:])
-        commit = commit_of("main") if parts[4] == "main" else parts[4]
+        organization, name, _, revision, *path = parts[parts[0] == "datasets" :]
         repository = self.server.folder / organization / name
-        revisions = [
-            each for each in repository.rglob("*") if commit_of(each.relative_to(repository).as_posix()) == commit
-        ]
-        file = (revisions or [repository])[0] / path
+        revisions = [each for each in repository.rglob("*") if revision in (commit_of(each), each.name)]
+        folder = (revisions or [repository])[0]
+        file = folder.joinpath(*path)
         if self.command == "GET":
-            self.server.asked.append(path)
-        self.answer(file.read_bytes() if file.is_file() else b"", file.is_file(), commit)
+            self.server.asked.append("/".join(path))
+        self.answer(file.read_bytes() if file.is_file() else b"", file.is_file(), commit_of(folder))
 
     do_HEAD = do_GET  # noqa: N815
 
@@ -62,8 +65,10 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def commit_of(revision: str) -> str:
-    return hashlib.sha1(revision.encode()).hexdigest()
+def commit_of(folder: Path) -> str:
+    """Return the commit of a branch, which changes with its files."""
+    changed = sorted(path.stat().st_mtime_ns for path in folder.rglob("*"))
+    return hashlib.sha1(f"{folder}{changed}".encode()).hexdigest()
 
 
 @contextmanager
@@ -76,5 +81,6 @@ def serve(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setenv("TORCH_HOME", str(cache))
         yield server
         server.shutdown()

@@ -1,6 +1,7 @@
 """Write the generated pages again: ``python tests/reference.py``.
 
-They are the fields in yamls/README.md, from ``d2v fields``, and recipes/guides/commands.md, from each ``--help``.
+They are the fields in yamls/README.md, from ``d2v fields``; recipes/guides/commands.md, from each ``--help``; and the
+containers in recipes/guides/sources.md.
 ``python tests/reference.py FOLDER`` writes HTML of the public names there, with pdoc.
 """
 
@@ -18,6 +19,7 @@ from unittest.mock import patch
 
 import d2v_composer
 import d2v_composer.callbacks
+from d2v_composer.data.containers import CONTAINERS
 
 ROOT = Path(__file__).parent.parent
 FIELDS, COMMANDS = ROOT / "yamls" / "README.md", ROOT / "recipes" / "guides" / "commands.md"
@@ -27,12 +29,12 @@ PUBLIC = {
     "d2v_composer.callbacks": list(d2v_composer.callbacks.MODULES),
     "d2v_composer.models.teacher": ["Teacher"],
     "d2v_composer.models.student": ["Student"],
-    "d2v_composer.models.backbone": ["Backbone"],
-    "d2v_composer.models.transformer": ["Transformer"],
-    "d2v_composer.models.layer_mean": ["LayerMean"],
+    "d2v_composer.models.backbone": ["Backbone", "Transformer"],
+    "d2v_composer.models.targets": ["LayerMean"],
 }
 # Lines of a docstring such as 'step: images/s'.
 ITEMS = re.compile("(?:^[a-z-]+: .*\\n){2,}", re.MULTILINE)
+SOURCES = ROOT / "recipes" / "guides" / "sources.md"
 BEGIN, END = "<!-- python tests/reference.py writes what follows -->\n\n", "\n\n<!-- the end of d2v fields -->\n"
 ABOUT = """# Commands
 
@@ -75,6 +77,18 @@ def fields_page() -> str:
 
     before, rest = FIELDS.read_text().split(BEGIN)
     return before + BEGIN + "\n\n".join(text for *_, text in find_tables()) + END + rest.split(END)[1]
+
+
+def sources_page() -> str:
+    """Return recipes/guides/sources.md with a row for each container."""
+    begin = re.escape("| a folder | path |") + r".*\n"
+    rows = "".join(
+        f"| {each.plural}: `FILE{each.suffix}`, a folder, `'data/*{each.suffix}'` | `{each.ids}` | {each.samples}; "
+        + (f"`--label-column`: {each.labels}" if each.labels else "classes and splits are folders in it")
+        + " |\n"
+        for each in CONTAINERS
+    )
+    return re.sub(rf"({begin})(?s:.*?)(\| `hf:)", lambda found: found[1] + rows + found[2], SOURCES.read_text())
 
 
 def commands_page() -> str:
@@ -152,6 +166,7 @@ def main(argv: Sequence[str]) -> None:
         return
     FIELDS.write_text(fields_page())
     COMMANDS.write_text(commands_page())
+    SOURCES.write_text(sources_page())
 
 
 if __name__ == "__main__":

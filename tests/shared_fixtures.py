@@ -3,25 +3,41 @@
 import functools
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import botocore.session
 import pytest
+import streaming.base.dataset
 import torch
 from composer.utils import dist
+from filelock import FileLock
 from streaming import MDSWriter
+from streaming.base.shared import get_shm_prefix
 
 from gated_store import GatedStore
 from helpers import NUM_IMAGES, encoded_image, run_training, small_run, write_mds
+from programs.preloaded import know_the_machine
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # else programs that tests start ignore it in the background
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # there are as many processes as cores
+    torch.set_num_threads(1)  # the processes share the cores
 
 # Each S3 client reads its JSON models anew, for a quarter of a second; here all of a process share them.
 botocore.session.create_loader = functools.cache(botocore.session.create_loader)
+know_the_machine()
+
+
+def name_one_at_a_time(*arguments: Any) -> Any:
+    """Find a free name in shared memory as Streaming does, and take it before another test process finds it."""
+    with FileLock(Path(tempfile.gettempdir(), "streaming-names.lock")):
+        return get_shm_prefix(*arguments)
+
+
+setattr(streaming.base.dataset, get_shm_prefix.__name__, name_one_at_a_time)
 
 
 @pytest.fixture
@@ -78,6 +94,14 @@ def object_store() -> Iterator[GatedStore]:
     """An S3 server; each file of tests has buckets of its own, made once a process, and restores what it changes."""
     with GatedStore() as store:
         yield store
+
+
+@pytest.fixture
+def reachable_store(object_store: GatedStore, monkeypatch: pytest.MonkeyPatch) -> GatedStore:
+    """The same server, which this process reaches too."""
+    for name, value in object_store.environment.items():
+        monkeypatch.setenv(name, value)
+    return object_store
 
 
 @pytest.fixture(scope="session")

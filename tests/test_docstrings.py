@@ -10,8 +10,8 @@ import torch
 
 import d2v_composer
 from d2v_composer.checkpoints.load import save_student
+from d2v_composer.models.backbone import Transformer
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.models.transformer import Transformer
 from helpers import QUICKSTART, ROOT, encoded_image
 from reference import PUBLIC, resolve
 

@@ -13,11 +13,11 @@ from helpers import ROOT
 LEVELS = [
     ("system",),
     ("models",),
-    ("checkpoints", "data"),
+    ("checkpoints", "data", "objectives"),
     ("embedding.py", "evaluation"),
-    ("callbacks", "embedder.py"),
+    ("callbacks",),
     ("report", "config"),
-    ("builders",),
+    ("builders", "embedder.py"),
     ("preflight.py", "benchmarks"),
     ("d2v_composer/__init__.py",),
     ("commands",),
@@ -27,7 +27,7 @@ LEVEL_OF_ROOM = {room: level for level, rooms in enumerate(LEVELS) for room in r
 MAX_LINES_OF_FILE, MAX_LINES_OF_FUNCTION = 600, 80
 # Tokens of package, recipes and the Python in yamls/. It only falls: a feature pays for itself, or raises it in a
 # commit that says why.
-CEILING = 127_025
+CEILING = 131_850
 COUNTED = {tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING}
 
 

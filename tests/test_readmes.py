@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
+from pydantic import BaseModel
 
 import reference
 from d2v_composer.commands.__main__ import COMMANDS
 from d2v_composer.commands.fields import main as print_fields
 from d2v_composer.config import schema as fields
-from d2v_composer.config import types
 from d2v_composer.config.load import find_section, load_config, load_evaluate_config, load_finetune_config
-from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabeledSetConfig, Section, TrainConfig
+from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabeledSetConfig, TrainConfig
+from d2v_composer.system import fetch
 from d2v_composer.system.errors import InputError
 from helpers import ROOT
 from recipes import ablations
@@ -93,7 +94,7 @@ def test_named_files_exist(page: Path) -> None:
     assert [name for name in named if not (ROOT / name).exists() and "NAME" not in name] == []
 
 
-def keys(schema: type[Section], prefix: str = "") -> Iterator[str]:
+def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """The dotted keys of a config and of its sections, without those of the user's own names."""
     for name, field in schema.model_fields.items():
         section = find_section(field.annotation)
@@ -162,7 +163,7 @@ def problems(program: str, argv: Sequence[str]) -> Iterator[str]:
 @pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "yamls").rglob("*.yaml"))], ids=name_of)
 def test_commands_are_right(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fields, "has_gpu", lambda: True)
-    monkeypatch.setattr(types, "find_missing_file", lambda address: None)
+    monkeypatch.setattr(fetch, "find_missing_file", lambda address: None)
     wrong = {shlex.join(command): list(problems(command[0], command[1:])) for command in commands(page)}
     assert {command: lines for command, lines in wrong.items() if lines} == {}
 
@@ -181,6 +182,7 @@ def test_generated_pages_are_todays() -> None:
     """If this fails, run ``python tests/reference.py``."""
     assert reference.fields_page() == reference.FIELDS.read_text()
     assert reference.commands_page() == reference.COMMANDS.read_text()
+    assert reference.sources_page() == reference.SOURCES.read_text()
 
 
 def test_d2v_fields_prints_a_section(capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,7 +195,7 @@ def test_d2v_fields_prints_a_section(capsys: pytest.CaptureFixture[str]) -> None
         print_fields(["optimiser"])
 
 
-def sections(schema: type[Section]) -> set[type[Section]]:
+def sections(schema: type[BaseModel]) -> set[type[BaseModel]]:
     found = {section for field in schema.model_fields.values() if (section := find_section(field.annotation))}
     return found.union({schema}, *map(sections, found))
 

@@ -80,6 +80,11 @@ def test_the_command_embeds_a_folder(python: Path, tmp_path: Path) -> None:
     embeddings = np.load(tmp_path / "photos.npy")
     assert embeddings.shape == (3, 48)
     assert len({tuple(row) for row in embeddings.tolist()}) == 3
-    (teacher,) = re.findall("checkpoint: (.*)", run(command, "init", "quickstart", cwd=tmp_path))
+    (teacher,) = re.findall('checkpoint: "(.*)"', run(command, "init", "quickstart", cwd=tmp_path))
     assert Path(teacher).is_file()
     assert not Path(teacher).is_relative_to(ROOT)
+    said = run(command, "convert-images", "photos", "mds", "--labels", "none", cwd=tmp_path)
+    first, second = [line.removeprefix("next: ") for line in said.splitlines() if line.startswith("next: ")]
+    run("sh", "-c", first, cwd=tmp_path)
+    assert second.endswith(f" train distill.yaml train_loader.local={tmp_path / 'mds'}")
+    assert (tmp_path / "distill.yaml").is_file()

@@ -1,1 +1,113 @@
-"""Measurements of ``d2v benchmark``, one module for each subcommand."""
+"""Measurements of ``d2v benchmark``, a module for each subcommand: programs compete alternately in one process."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2v_composer.evaluation.evaluate import Evaluation
+from d2v_composer.evaluation.labeled_retrieval import Embed
+from d2v_composer.models.precision import precision_of
+from d2v_composer.report.tables import format_table
+from d2v_composer.system.machine import describe_machine, package_versions
+from d2v_composer.system.progress import progress_bar
+
+# Of the models that d2v evaluate compares.
+BATCH_SIZES = (1, 64)
+Rates = NDArray[np.float64]
+"""Units of work per second, (R,): the n-th rates of all programs are from the same round."""
+
+
+def interleave(passes: Mapping[str, tuple[Callable[[], object], float]], repeats: int) -> dict[str, Rates]:
+    """Measure programs alternately, after one warm-up pass of each.
+
+    Args:
+        passes: Name → a pass, and the units of work that it does.
+        repeats: Measured passes of each program.
+
+    Returns:
+        Name → units per second.
+    """
+    names, rates = list(passes), {name: np.empty(repeats) for name in passes}
+    for number in progress_bar(range(-1, repeats), desc="measuring", unit="rounds"):
+        first = max(0, number) % len(names)  # so that no program always follows the same one
+        for name in names[first:] + names[:first]:
+            work, units = passes[name]
+            start = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number >= 0:
+                rates[name][number] = units / (time.perf_counter() - start)
+    return rates
+
+
+def measure_speeds(
+    evaluation: Evaluation,
+    noise: Callable[[int], Tensor],
+    device: str,
+    autocast_dtype: torch.dtype | None,
+) -> dict[int, dict[str, float]]:
+    """Return batch size → name → samples a second that a model embeds, in turns: the median over rounds."""
+
+    def apply(embed: Embed, batch: Tensor) -> object:
+        return embed(batch[:])  # of the same tensor, models would share an encoder's tokens
+
+    speeds = {}
+    for size in BATCH_SIZES:
+        batch = noise(size).to(device)
+        passes = {
+            name: (partial(apply, embed, batch), size)
+            for embeds in evaluation.groups.values()
+            for name, embed in embeds.items()
+            if evaluation.costs[name]["num_parameters"]
+        }
+        with torch.inference_mode(), precision_of(autocast_dtype, device):
+            rates = interleave(passes, repeats=5)
+        speeds[size] = {name: float(np.median(each)) for name, each in rates.items()}
+    return speeds
+
+
+def describe(
+    setting: Mapping[str, Any], unit: str, rates: Mapping[str, Rates], compared: Sequence[tuple[str, str]]
+) -> dict[str, Any]:
+    """Return a benchmark's result, ready for JSON; a ratio is the median over rounds, since a slow one slows both."""
+    return {
+        **setting,
+        "machine": describe_machine(),
+        "versions": package_versions("simplejpeg", "faiss-cpu"),
+        "unit": unit,
+        "rows": [{"name": name, "rates": each.tolist()} for name, each in rates.items()],
+        "ratios": [
+            {"what": f"{own} ÷ {other}", "ratio": float(np.median(rates[own] / rates[other]))}
+            for own, other in compared
+        ],
+    }
+
+
+def format_result(result: Mapping[str, Any]) -> str:
+    """Format :func:`describe`'s result: the setting, the table and the ratios."""
+    about = [f"{name}: {value}" for name, value in result.items() if name not in ("unit", "rows", "ratios")]
+    rows = [[row["name"], *(f"{of(row['rates']):,.2f}" for of in (np.median, min, max))] for row in result["rows"]]
+    ratios = [f"{each['what']}: {each['ratio']:.2f}" for each in result["ratios"]]
+    return "\n".join([*about, "", format_table(["", result["unit"], "least", "most"], rows), "", *ratios])
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Keep this thread, and the threads that it starts in the ``with`` block, on one core."""
+    allowed, num_threads = os.sched_getaffinity(0), torch.get_num_threads()
+    torch.set_num_threads(1)  # torch has started its own
+    os.sched_setaffinity(0, {max(allowed)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+        torch.set_num_threads(num_threads)

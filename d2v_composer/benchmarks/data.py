@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from d2v_composer.benchmarks.measure import describe, interleave, one_core
+from d2v_composer.benchmarks import describe, interleave, one_core
 from d2v_composer.data.images import Images, RandomResizedCropFlip
 from d2v_composer.data.mds import Index
 from d2v_composer.data.shards import fetch_index

@@ -28,9 +28,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._pytree import tree_map
 
 from d2v_composer.benchmarks.step import build_model
-from d2v_composer.models import compilation
 from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.targets import norm_mean
+from d2v_composer.objectives import compilation
 from d2v_composer.report.tables import format_table
 
 GPU = torch.device("cuda", 0)

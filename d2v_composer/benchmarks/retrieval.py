@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from d2v_composer.benchmarks.measure import describe, interleave
+from d2v_composer.benchmarks import describe, interleave
 from d2v_composer.evaluation.nearest_neighbors import nearest_neighbors
 from d2v_composer.models.precision import precision_of
 from d2v_composer.system.errors import InputError

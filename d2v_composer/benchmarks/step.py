@@ -22,19 +22,18 @@ from torch.nn.functional import instance_norm, layer_norm, mse_loss
 from torch.nn.utils import clip_grad_norm_
 from torch.profiler import profile
 
-from d2v_composer.benchmarks.measure import describe, interleave
-from d2v_composer.builders.run import build_algorithms, build_optimizer, build_scheduler, build_trainer
-from d2v_composer.callbacks.run_record import RunRecord
+from d2v_composer.benchmarks import describe, interleave
+from d2v_composer.builders.trainer import build_optimizer, build_trainer
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.models import attention
 from d2v_composer.models.attention import init_linear_layers
-from d2v_composer.models.compilation import compile_model, find_missing
 from d2v_composer.models.configs import RELEASED, ImageEncoderConfig, TeacherConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
-from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.precision import PRECISIONS, choose_precision, name_precision
 from d2v_composer.models.targets import NORM_EPS
+from d2v_composer.objectives.compilation import compile_model, find_missing
+from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.processes import obey_signals
 from d2v_composer.system.third_party import lean_engine
@@ -172,11 +171,9 @@ def in_trainer(
     trainer = build_trainer(
         config,
         model,
-        RunRecord({"data": {"modality": modality}}, None, ()),
-        train_dataloader=[batch] * steps,
+        [batch] * steps,
+        {"data": {"modality": modality}},
         optimizers=optimizer,
-        schedulers=build_scheduler(config, steps),
-        algorithms=build_algorithms(config.algorithms),
         spin_dataloaders=False,
     )
 

@@ -10,10 +10,11 @@ import torch
 from composer.utils import dist
 from torch.utils.data import DataLoader
 
-from d2v_composer.config.schema import ShardLoaderConfig, TrainLoaderConfig
+from d2v_composer.builders.models import build_augmentation
+from d2v_composer.config.schema import ShardLoaderConfig, TrainerConfig, TrainLoaderConfig
 from d2v_composer.data.labeled import collate_labeled
 from d2v_composer.data.mds import Index
-from d2v_composer.data.modality import Modality, Transform
+from d2v_composer.data.modality import Modality
 from d2v_composer.data.shards import fetch_index
 from d2v_composer.data.source import worker_options
 from d2v_composer.data.streaming import StreamingSamples, collate_clips, padded_sizes
@@ -44,7 +45,7 @@ def read_train_index(
         if loader.remote is not None and dist.get_local_rank() == 0:  # the other ranks share its folder
             fetch_index(loader.remote, local, min(loader.timeout, START_SECONDS))
     with errors_of("train_loader.local" if label_column is None else "dataset.root", InputError):
-        index = open_index(loader, local, modality, label_column)
+        index = Index(local, modality, loader.column, labels=label_column, remote=loader.remote)
         digest = index.describe()["sha256"]
     # With other data on a node, some samples would be read twice, others never.
     found = dist.all_gather_object((dist.get_node_rank(), digest))
@@ -57,18 +58,10 @@ def read_train_index(
     return index
 
 
-def open_index(loader: TrainLoaderConfig, folder: Path, modality: Modality, label_column: str | None = None) -> Index:
-    """Read the index of the training samples in a folder."""
-    option = "train_loader.column" if label_column is None else "dataset.column and dataset.label_column"
-    return Index(folder, modality, loader.column, labels=label_column, option=option, remote=loader.remote)
-
-
 def build_train_loader(
+    config: TrainerConfig,
     loader: TrainLoaderConfig,
     index: Index,
-    transform: Transform,
-    batch_size: int,
-    seed: int,
     *,
     num_classes: int = 1,
     is_compiled: bool = False,
@@ -83,8 +76,10 @@ def build_train_loader(
     Raises:
         InputError: The node has too little disk space or shared memory, or the cache limit is too small.
     """
+    batch_size, seed = config.global_train_batch_size, config.seed
+    transform = build_augmentation(loader, index.modality, seed).transform
     if loader.remote is not None:
-        raise_on_all_ranks(check_room(index, loader.cache_limit, 1 / num_nodes()))
+        raise_on_all_ranks(check_room(index, loader.cache_limit))
     check_memory(loader, batch_size, transform.sample_bytes)
     options, collate = loader.model_dump(include=PASSED_ON), None
     if index.lengths is not None and transform.longest is not None:
@@ -115,10 +110,10 @@ def build_train_loader(
     )
 
 
-def check_room(index: Index, cache_limit: int | None, share: float) -> str | None:
-    """Return an error message if the disk lacks space for a node's ``share``, 0 to 1, of the shards."""
+def check_room(index: Index, cache_limit: int | None) -> str | None:
+    """Return an error message if the disk lacks space for a node's share of the shards."""
     sizes = {index.folder / shard.raw.basename: shard.raw.bytes for shard in index.shards}
-    wanted = int(share * sum(sizes.values()))
+    wanted = sum(sizes.values()) // num_nodes()
     needed = min(wanted, cache_limit or wanted) - sum(size for path, size in sizes.items() if path.is_file())
     if needed <= (free := shutil.disk_usage(index.folder).free):
         return None

@@ -11,17 +11,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from d2v_composer.builders.data import build_train_loader, read_train_index
-from d2v_composer.builders.fit import fit_and_close, join_and_seed, write_run_report
-from d2v_composer.builders.models import build_augmentation, load_trained_model
-from d2v_composer.builders.run import (
+from d2v_composer.builders.models import check_network
+from d2v_composer.builders.trainer import (
     FIXED_IN_ANY_RUN,
-    build_algorithms,
     build_optimizer,
-    build_run_record,
-    build_scheduler,
     build_trainer,
+    fit_and_close,
+    join_and_seed,
+    write_run_report,
 )
-from d2v_composer.callbacks.algorithms import SeededBatches, SharedStatistics
+from d2v_composer.callbacks.algorithms import SharedStatistics
 from d2v_composer.checkpoints.checkpoint import LATEST
 from d2v_composer.checkpoints.student_file import choose_embedding, sizes_of
 from d2v_composer.config.schema import FinetuneConfig, TrainLoaderConfig
@@ -67,7 +66,7 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trai
     """
     join_and_seed(config)
     with node_leaders_first("the model"):
-        backbone, _ = load_trained_model(config)
+        backbone, _ = config.load()
     is_student, backbone.head = not isinstance(backbone, Teacher), None  # a head is of an earlier fine-tuning run
     embedding = choose_embedding(backbone, config.pooling, config.representation)
     modality = modality_of(backbone.encoder.config)
@@ -87,20 +86,20 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trai
     }
     cpu_bf16 = choose_precision(config.precision).cpu_bf16
     model = Classifier(backbone, data.num_classes, *embedding, config.train_encoder, cpu_bf16)
+    check_network("model", backbone, config, embedding, model.head)
     tested = eval_batches(data.test, config.device_eval_batch_size)
-    record = build_run_record(config, FIXED_BY_A_CHECKPOINT, model=about, data=data.about)
     trainer = build_trainer(
         config,
         model,
-        record,
-        [SeededBatches(config.seed), SharedStatistics()],
-        callbacks,
-        train_dataloader=DataSpec(data.train_loader, microbatch_transforms=model.prepare),
+        data.train_loader,
+        {"model": about, "data": data.about},
+        fixed=FIXED_BY_A_CHECKPOINT,
+        own=[SharedStatistics()],
+        callbacks=callbacks,
+        prepare=model.prepare,
         eval_dataloader=Evaluator(label=EVALUATOR, dataloader=DataSpec(tested, microbatch_transforms=model.prepare)),
         eval_interval=config.eval_interval,
         optimizers=build_optimizer(config.optimizer, model, model.depth_of_trained, config.optimizer.layer_decay),
-        schedulers=build_scheduler(config, len(data.train_loader)),
-        algorithms=build_algorithms(config.algorithms),
     )
     header = {
         modality.unit: f"{data.about['samples']:,} for training, {len(data.test.labels):,} for testing, "
@@ -154,14 +153,7 @@ def build_data(config: FinetuneConfig, sizes: EncoderConfig) -> LabeledData:
         test = load_mds(root / "test", modality, dataset.column, dataset.label_column)
         class_names = read_class_names(root)
     num_classes = count_classes(root, class_names, test.labels)
-    train_loader = build_train_loader(
-        loader,
-        index,
-        build_augmentation(loader, sizes, config.seed).transform,
-        config.global_train_batch_size,
-        config.seed,
-        num_classes=num_classes,
-    )
+    train_loader = build_train_loader(config, loader, index, num_classes=num_classes)
     digest = hashlib.sha256()
     for each in (*test.samples, test.labels):
         digest.update(each.contiguous().numpy().data)

@@ -1,40 +1,74 @@
 """Build the models that an evaluation compares, and its labeled sets."""
 
+import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-from d2v_composer.checkpoints.load import Models, load_any
-from d2v_composer.checkpoints.student_file import choose_embedding, distillation_of, lookup
-from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ModelConfig, ShardLoaderConfig
+from d2v_composer.checkpoints.student_file import (
+    build_encoder,
+    choose_embedding,
+    convert_to_timm,
+    distillation_of,
+    has_tuned_encoder,
+    lookup,
+)
+from d2v_composer.config.reference import load_any
+from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ShardLoaderConfig, TrainerConfig
 from d2v_composer.data.labeled import Augmentation, EvaluationSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES, modality_of
 from d2v_composer.data.modality import Modality
-from d2v_composer.evaluation.evaluate import Comparison, build_candidates
+from d2v_composer.evaluation.evaluate import Evaluation, cost, share_encoders
 from d2v_composer.evaluation.labeled_retrieval import Lookup
-from d2v_composer.evaluation.metrics import TEACHER
+from d2v_composer.evaluation.rows import GAP, GAP_CLOSED, ROWS
 from d2v_composer.models.backbone import Backbone
-from d2v_composer.models.configs import EncoderConfig, TimmNetworkConfig
-from d2v_composer.models.names import PREFIX, PROJECTED
+from d2v_composer.models.configs import TimmNetworkConfig
+from d2v_composer.models.encoder import Inputs
+from d2v_composer.models.names import PREFIX, PROJECTED, Embedding
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, errors_of, reading
-from d2v_composer.system.processes import global_rank
+from d2v_composer.system.processes import global_rank, num_ranks
 
 
-def load_trained_model(config: ModelConfig, projected: bool = False) -> Models:
-    """Load a model and its teacher; see :func:`~d2v_composer.checkpoints.load.load_any`.
+def check_network(
+    key: str,
+    student: Any,
+    config: TrainerConfig,
+    embedding: Embedding | None = None,
+    head: nn.Linear | None = None,
+) -> None:
+    """Check that a student which is a timm model can be trained in a run's batches, and exported then.
 
-    ``projected``: a teacher with its image embedding, even if ``representation`` names another.
+    Args:
+        key: The student's in a YAML.
+        student: Other kinds of students are not checked.
+        config: The run's.
+        embedding: What the head reads.
+        head: A classifier, trained with the student.
 
     Raises:
-        InputError: A file cannot be used.
+        InputError: It cannot.
     """
-    sizes = config.model_dump(include={"checkpoint", "first_blocks", "image_size"})
-    projected = projected or config.representation == "projected"
-    return load_any(config.model, config.weights, config.teacher, **sizes, projected=projected)
+    if not isinstance(student.config, TimmNetworkConfig):
+        return
+    batch_size, micro = config.global_train_batch_size // num_ranks(), config.device_train_microbatch_size
+    smallest = batch_size % micro or micro if isinstance(micro, int) else batch_size
+    with torch.random.fork_rng(devices=[]):
+        trial = copy.deepcopy(student)
+        # BatchNorm needs several values.
+        with errors_of(f"device_train_microbatch_size: {key} cannot be trained on {smallest} at a time"):
+            trial.train().encoder(Inputs(trial.encoder.example(min(smallest, 2))))
+        for name, buffer in trial.named_buffers():
+            if "running_" in name:  # a new BatchNorm changes nothing
+                buffer.add_(torch.rand_like(buffer))
+        trial.head = head and nn.Linear(head.in_features, head.out_features)
+        trial.provenance = {"model": embedding and embedding._asdict()}
+        convert_to_timm(key, trial)
 
 
 def build_labeled_sets(lookup: LookupConfig, modality: Modality, width: int) -> dict[str, EvaluationSet]:
@@ -69,14 +103,13 @@ def build_labeled_sets(lookup: LookupConfig, modality: Modality, width: int) -> 
 
 
 def build_augmentation(
-    loader: ShardLoaderConfig, sizes: EncoderConfig, seed: int, for_views: bool = False
+    loader: ShardLoaderConfig, modality: Modality, seed: int, for_views: bool = False
 ) -> Augmentation:
     """Build the augmentation of the training samples, or of the views of a sample in an evaluation.
 
     Raises:
         InputError: An option of another modality is set.
     """
-    modality = modality_of(sizes)
     for name in sorted(frozenset().union(*(each.options for each in MODALITIES.values())) - modality.options):
         if (value := getattr(loader, name)) != ShardLoaderConfig.model_fields[name].default:
             raise InputError(f"train_loader.{name}: must be left out for a teacher of {modality.unit}; got {value}")
@@ -97,12 +130,17 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
         except ValueError as error:  # the hub cannot be reached
             print(f"the untrained student is not measured: {error}", file=sys.stderr)
             return None
-    init = lookup(distillation_of(model.provenance), "config.student.init") or "random"
+    record = distillation_of(model.provenance)
+    init = lookup(record, "config.student.init") or "random"
+    if lookup(record, "student.own_encoder"):
+        return Student(build_encoder(model.encoder.config), model.config)
     if teacher is not None:
         return teacher.build_student(**model.config.model_dump(), init=init)
-    if init == "random":
+    is_tuned = has_tuned_encoder(model.provenance)
+    if init == "random" and not is_tuned:
         return Student(model.encoder, model.config, projection=model.projection)
-    print(f"the untrained student is not measured: init {init} needs the teacher; give teacher=PATH", file=sys.stderr)
+    needed_by = "a tuned encoder" if is_tuned else f"init {init}"
+    print(f"the untrained student is not measured: {needed_by} needs the teacher; give teacher=PATH", file=sys.stderr)
     return None
 
 
@@ -124,30 +162,41 @@ def load_rival(place: str, modality: str) -> Backbone:
     return model
 
 
-def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Comparison]:
+def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Evaluation]:
     """Load a model and what to compare it with: pixels, the encoder alone, an untrained student, the teacher if known.
 
     Raises:
         InputError: A file cannot be used, or the model has no such embedding.
     """
-    model, teacher = load_trained_model(config, "zero_shot" in config.probes)
-    sizes = model.encoder.config
+    model, teacher = config.load("zero_shot" in config.probes)
+    modality = modality_of(model.encoder.config)
     with torch.random.fork_rng(), reading(config.model):
         torch.manual_seed(config.seed)
         untrained = build_untrained(model, teacher)
         recorded = lookup(model.provenance, "config.train_loader") or {}
-        options = modality_of(sizes).options & recorded.keys()
-        loader = ShardLoaderConfig(**{name: recorded[name] for name in options})
+        loader = ShardLoaderConfig(**{name: recorded[name] for name in modality.options & recorded.keys()})
     primary = choose_embedding(model, config.pooling, config.representation).name
-    student = None if isinstance(model, Teacher) else model
-    named = {"untrained student": untrained, "student": student, TEACHER: teacher}
-    known = {name: each for name, each in named.items() if each is not None}
-    rivals = {hide_secrets(place): load_rival(place, sizes.modality) for place in config.rivals}
-    if taken := sorted(rivals.keys() & known.keys()):
+    places = [*map(hide_secrets, config.rivals)]
+    if taken := [place for place in places if place in (*ROWS, GAP_CLOSED) or places.count(place) > 1]:
         raise InputError(f"rivals: {taken[0]!r} is another row of the tables; name the file ./{taken[0]}")
-    models = {name: each.eval().to(device) for name, each in {**rivals, **known}.items()}
-    candidates = build_candidates(teacher or model, models, model.layer_mean)
-    reference = None if teacher is None else candidates[-1]
-    augment = build_augmentation(loader, sizes, config.seed, for_views=True)
-    how = Lookup(primary, config.ks, config.probes, augment, config.device_eval_batch_size, reference)
-    return model, Comparison(candidates, candidates[-3:] if len(known) == 3 else [], how)
+    compared = zip(GAP, (untrained, None if isinstance(model, Teacher) else model, teacher), strict=True)
+    models = {name: each.eval().to(device) for name, each in compared if each is not None}
+    first = teacher or model
+    embeds = share_encoders(first, models, model.layer_mean)
+    if teacher is None and has_tuned_encoder(model.provenance):  # it is no longer the teacher's
+        embeds.pop("encoder", None)
+    groups, parts = {modality: embeds}, {"encoder": first.encoder, **models}
+    for place, name in zip(config.rivals, places, strict=True):
+        parts[name] = rival = load_rival(place, modality.name).eval().to(device)
+        groups.setdefault(modality_of(rival.encoder.config), {})[name] = rival.embed_all
+    of_teacher = None if teacher is None else {}
+    how = Lookup(primary, config.ks, config.probes, None, config.device_eval_batch_size, of_teacher)
+
+    def load(taken: Modality) -> tuple[dict[str, EvaluationSet], Augmentation]:
+        sets = build_labeled_sets(config, taken, model.projected_width)
+        for name, labeled in sets.items():
+            how.check(name, labeled)
+        return sets, build_augmentation(loader, taken, config.seed, for_views=True)
+
+    costs = {name: cost(parts.get(name)) for group in groups.values() for name in group}
+    return model, Evaluation(groups, costs, how, load, {}, [], {})

@@ -151,8 +151,8 @@ class Checkpoints(Callback):
 
     def _upload(self, uploads: Uploads, checkpoint: Path) -> None:
         if checkpoint.exists():  # else it was outdated when the one before it was uploaded
+            uploads.upload(checkpoint.with_name(LOG))  # first: another machine goes on from both
             upload_checkpoint(checkpoint, uploads.address)
-            uploads.upload(checkpoint.with_name(LOG))
             with writing(checkpoint.parent):
                 prune(checkpoint.parent, self.num_to_keep)
             prune_store(uploads.address, checkpoint.name, self.num_to_keep)

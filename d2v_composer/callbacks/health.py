@@ -16,7 +16,9 @@ from torch import Tensor
 
 from d2v_composer.callbacks.trainer_state import due_every, loss_scale
 from d2v_composer.evaluation.metrics import HEALTH_STATES
-from d2v_composer.models.targets import Regression, mean_over_time, regression_loss
+from d2v_composer.models.features import mean_over_time
+from d2v_composer.objectives.objective import Regression
+from d2v_composer.objectives.tokens import regression_loss
 
 # Share of the target's variance below which the prediction counts as the same for all inputs.
 COLLAPSED_SHARE = 0.01
@@ -47,7 +49,7 @@ class Health(Callback):
     more than 1.5 times the lowest such mean; *non_finite*, some numbers are infinite or NaN; *scaler_skips*, the loss
     scale fell, and each time a step was skipped.
 
-    The model, in any Composer run, returns a :class:`~d2v_composer.models.targets.Regression`; else override
+    The model, in any Composer run, returns a :class:`~d2v_composer.objectives.objective.Regression`; else override
     :meth:`regression`.
 
     Args:

@@ -18,9 +18,11 @@ from composer.utils import dist
 from tqdm import tqdm
 
 from d2v_composer.callbacks.trainer_state import unwrapped
+from d2v_composer.evaluation.metrics import read_lines
 from d2v_composer.system.errors import RunError, writing
 from d2v_composer.system.fetch import put
-from d2v_composer.system.files import flush
+from d2v_composer.system.files import flush, write_atomically
+from d2v_composer.system.progress import Lines
 
 # metrics/DATASET/[BASELINE/]bank_train/topK: the accuracy of the primary embedding; or that of a fine-tuned classifier.
 ACCURACY = re.compile(r"metrics/(?:test|([^/]+)/(?:([^/]+)/)?bank_train)/top(\d+)")
@@ -32,7 +34,8 @@ SHOWN = {
     "throughput/samples_per_sec": "{:.0f} {unit}/s",
     "throughput/data_wait": "data wait {:.0%}",
 }
-SECONDS_BETWEEN_LINES = 10.0
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+LINE = "batch {n_fmt}/{total_fmt} ({percentage:.0f} %)  {desc}  left {remaining}"
 
 log = logging.getLogger(__name__)
 
@@ -62,22 +65,14 @@ class ProgressLogger(LoggerDestination):
         self.stream = stream or sys.stderr
         self.bar: tqdm | None = None
         self.latest: dict[str, float] = {}
-        self.first_batch = 0
-        self.started_at = self.last_line_at = 0.0
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        self.first_batch = int(state.timestamp.batch)
-        self.started_at = self.last_line_at = time.monotonic()
-        if self.shows_bar and dist.get_global_rank() == 0:
-            self.bar = tqdm(
-                desc=state.run_name,
-                total=num_batches(state),
-                initial=self.first_batch,
-                unit="ba",
-                file=self.stream,
-                dynamic_ncols=True,
-                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
-            )
+        if dist.get_global_rank() == 0:
+            options = {"total": num_batches(state), "initial": int(state.timestamp.batch), "file": self.stream}
+            if self.shows_bar:
+                self.bar = tqdm(desc=state.run_name, dynamic_ncols=True, bar_format=BAR, **options)
+            else:
+                self.bar = Lines(bar_format=LINE, smoothing=0, **options)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         self.latest |= metrics
@@ -85,34 +80,23 @@ class ProgressLogger(LoggerDestination):
             if (match := ACCURACY.fullmatch(key)) is not None:
                 dataset, baseline, k = match.groups()
                 kind, what = ("retrieval", f"{dataset} {baseline or 'student'} ") if dataset else ("evaluation", "")
-                self.write(f"{kind} at batch {step}: {what}top-{k} {accuracy:.1%}")
+                if dist.get_global_rank() == 0:
+                    tqdm.write(f"{kind} at batch {step}: {what}top-{k} {accuracy:.1%}", file=self.stream)
+                    self.stream.flush()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        if self.bar is not None:
+        if self.bar is None:
+            return
+        if self.shows_bar:
             self.bar.set_postfix_str(", ".join(self.status()), refresh=False)
-            self.bar.update()
-        if not self.shows_bar:
-            self.print_line(int(state.timestamp.batch), num_batches(state))
+        else:
+            self.bar.set_description_str("  ".join(self.status()), refresh=False)
+        if not self.bar.update() and self.bar.n == self.bar.total:
+            self.bar.refresh()
 
     def close(self, state: State, logger: Logger) -> None:
         if self.bar is not None:
             self.bar.close()
-
-    def print_line(self, batch: int, total: int) -> None:
-        """Print the progress as a plain line, at most every ten seconds."""
-        now = time.monotonic()
-        if batch < total and now - self.last_line_at < SECONDS_BETWEEN_LINES:
-            return
-        self.last_line_at = now
-        left = (now - self.started_at) / (batch - self.first_batch) * (total - batch)
-        place = f"batch {batch}/{total} ({100 * batch // total} %)"
-        self.write("  ".join([place, *self.status(), f"left {tqdm.format_interval(left)}"]))
-
-    def write(self, line: str) -> None:
-        """Print a line on rank 0, above the bar."""
-        if dist.get_global_rank() == 0:
-            tqdm.write(line, file=self.stream)
-            self.stream.flush()
 
     def status(self) -> list[str]:
         """Return the latest logged numbers as text."""
@@ -132,8 +116,8 @@ def num_batches(state: State) -> int:
 class JSONLLogger(LoggerDestination):
     """Write one line per call of ``log_metrics``, on rank 0: ``{"step": batch, key: value, …}``.
 
-    A restart appends (Composer's FileLogger overwrites the file), so that the batches after the last checkpoint are
-    logged twice: the later line counts, see :func:`~d2v_composer.evaluation.metrics.read_jsonl`.
+    A resume appends (Composer's FileLogger overwrites the file). Its first line removes those of batches after the
+    checkpoint: no file has the weights that they measured.
 
     Args:
         filename: The file; missing folders are created.
@@ -154,9 +138,10 @@ class JSONLLogger(LoggerDestination):
         with writing(self.path):
             if self.file is None:  # opened with the first line, so that a run that fails to start leaves no file
                 self.path.parent.mkdir(parents=True, exist_ok=True)
+                if self.path.exists():  # a resume; after a loss of power a line may be a part of one
+                    kept = [line + b"\n" for line, batch, _ in read_lines(self.path) if not step or batch <= step]
+                    write_atomically(self.path, b"".join(kept))
                 self.file = self.path.open("a", buffering=1)  # write whole lines
-                if self.path.read_bytes()[-1:] not in (b"", b"\n"):  # a loss of power may leave a part of one
-                    self.file.write("\n")
             self.file.write(json.dumps({"step": step, **numbers}) + "\n")
 
     def close(self, state: State, logger: Logger) -> None:

@@ -1,6 +1,6 @@
 """Record a run's resolved config and versions in its folder and in each checkpoint."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,17 @@ class RunRecord(Callback):
             (identity and location); plain containers. Kept without secrets.
         folder: The folder of ``run.yaml``, or ``None``.
         fixed: Dotted keys of the record that a resume must not change.
+        defaults: What stands for keys that the record of an earlier version lacks.
     """
 
-    def __init__(self, record: dict[str, Any], folder: Path | None, fixed: tuple[str, ...]) -> None:
-        self.record, self.folder, self.fixed = hide_secrets(record), folder, fixed
+    def __init__(
+        self,
+        record: dict[str, Any],
+        folder: Path | None,
+        fixed: tuple[str, ...],
+        defaults: Mapping[str, Any] = {},
+    ) -> None:
+        self.record, self.folder, self.fixed, self.defaults = hide_secrets(record), folder, fixed, defaults
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if self.folder is None or dist.get_global_rank() != 0:
@@ -61,16 +68,18 @@ class RunRecord(Callback):
         if changes := self.changes(state["record"]):
             raise InputError(f"{changes}; a new run needs another save_folder, and no load_path")
 
-    def changes(self, before: Mapping[str, Any]) -> str:
-        """Describe what differs from another run's record in the fixed keys."""
-        found = (find_changes(key, lookup(before, key), lookup(self.record, key)) for key in self.fixed)
+    def changes(self, before: Mapping[str, Any], keys: Sequence[str] = ()) -> str:
+        """Describe what differs from another run's record in these keys; default: the fixed ones."""
+        records = hide_secrets(before), self.record, self.defaults
+        found = (find_changes(key, *(lookup(record, key) for record in records)) for key in keys or self.fixed)
         return "; ".join(change for changes in found for change in changes)
 
 
-def find_changes(key: str, before: Any, now: Any) -> Iterator[str]:
+def find_changes(key: str, before: Any, now: Any, default: Any = None) -> Iterator[str]:
     """Describe each changed field at or below a dotted key."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in dict.fromkeys([*now, *before]):
-            yield from find_changes(f"{key}.{name}", before.get(name), now.get(name))
+            usual = lookup(default, name)
+            yield from find_changes(f"{key}.{name}", before.get(name, usual), now.get(name), usual)
     elif before != now:
         yield f"{SHOWN_AS.get(key, key.removeprefix('config.'))}: checkpoint has {before}, config has {now}"

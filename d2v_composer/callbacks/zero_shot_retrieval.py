@@ -12,17 +12,18 @@ from composer.utils import dist, model_eval_mode
 from torch import Tensor
 
 from d2v_composer.callbacks.algorithms import share_statistics
+from d2v_composer.callbacks.run_record import find_changes
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
-from d2v_composer.evaluation.labeled_retrieval import Candidate, Embed, Lookup, Neighbors, measure_embeddings
-from d2v_composer.evaluation.metrics import PROBES, TEACHER, UNTRAINED, metric_key
+from d2v_composer.evaluation.labeled_retrieval import Embed, Lookup, Neighbors, measure_embeddings
 from d2v_composer.evaluation.nearest_neighbors import Ranks
+from d2v_composer.evaluation.rows import PROBES, STUDENT, TEACHER, UNTRAINED, Result, metric_key, read_results, rows_of
 from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
     from d2v_composer.data.labeled import Augmentation, EvaluationSet  # and with it all that reads images
 
 # Attributes in checkpoints.
-KEPT = ("history", "baseline_metrics", "teacher_neighbors", "neighbors", "hits", "was_stopped")
+KEPT = ("history", "baseline_metrics", "teacher_neighbors", "neighbors", "conditions", "was_stopped")
 
 
 class _StoppedError(Exception):
@@ -76,8 +77,9 @@ class ZeroShotRetrieval(Callback):
         neighbors: The neighbors that the last evaluation found with the primary embedding: data set → bank ('train',
             'test') → (Q, K) int32, the bank indices of each query's nearest images, nearest first, K the largest of
             ``ks``; kept in checkpoints.
-        hits: Short key → hits of the queries, for intervals: of the baselines, of the student as last measured and, as
-            the baseline ``untrained``, of the student before training; kept in checkpoints.
+        results: What tables and the report show, in the primary embedding: of the baselines, of the student before
+            training and of the student as last measured, with its batch; kept in checkpoints.
+        conditions: What the numbers of every set that the run ever measured depend on; kept in checkpoints.
         should_stop: Asked before each batch of images; True leaves the evaluation, and the run that resumes measures it
             first. On several ranks it must return the same to all.
         was_stopped: Whether that happened in this batch; kept in checkpoints.
@@ -108,8 +110,10 @@ class ZeroShotRetrieval(Callback):
         if "agreement" in probes and baselines is not None and TEACHER not in baselines:
             raise ValueError("agreement needs a baseline named teacher")
         self.lookup = Lookup(primary, tuple(ks), probes, augment, device_batch_size)
+        self.conditions: dict[str, str] = {}
         for name, labeled in datasets.items():
             self.lookup.check(name, labeled)
+            self.conditions |= self.lookup.conditions(name, labeled)
             if augment is None and ("instance" in probes or not labeled.has_labels):
                 raise ValueError(f"{name}: instance retrieval needs augment")
         self.datasets = dict(datasets)
@@ -122,34 +126,30 @@ class ZeroShotRetrieval(Callback):
         self.baseline_metrics: dict[str, float] = {}
         self.teacher_neighbors: Neighbors = {}
         self.neighbors: Neighbors = {}
-        self.hits: dict[str, Tensor] = {}
+        self.results: list[Result] = []
         self.should_stop: Callable[[], bool] = lambda: False
         self.was_stopped = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if self.baselines is None:
             self.baselines = getattr(unwrapped(state), "retrieval_baselines", dict)()
-        self.student = Candidate("student", self.embed or embed_method(unwrapped(state)), neighbors=self.neighbors)
-        candidates = {name: Candidate(name, embed) for name, embed in self.baselines.items()}
-        if (teacher := candidates.get(TEACHER)) is not None:
-            teacher.nearest_others = self.teacher_neighbors
-        self.lookup = self.lookup._replace(teacher=teacher)
-        keys = {
-            metric_key(dataset, measure, baseline=name)
-            for name in candidates
+        self.student = self.embed or embed_method(unwrapped(state))
+        if TEACHER in self.baselines:
+            self.lookup = self.lookup._replace(teacher=self.teacher_neighbors)
+        wanted = {
+            (row.title, dataset, measure)
+            for row in rows_of(self.baselines)
             for dataset, labeled in self.datasets.items()
             for measure in self.lookup.measures(labeled)
-            if name == TEACHER or measure.name != "zero_shot"  # pixels have no projection
+            if row.title == TEACHER or measure.name != "zero_shot"  # pixels have no projection
         }
-        measured: list[Candidate] = []
-        if keys <= self.baseline_metrics.keys():
+        moves = [True] if self.at_start and state.timestamp.batch == 0 else []
+        if wanted <= {result[:3] for result in self.results}:
             logger.log_metrics(self.baseline_metrics)
         else:  # not measured yet, or a resume adds some
-            self.baseline_metrics, measured = {}, [*candidates.values()]
-        if self.at_start and state.timestamp.batch == 0:
-            measured.append(self.student)
-        if measured:
-            self.measure(measured, state, logger)
+            moves.append(False)
+        if moves:
+            self.measure(moves, state, logger)
         if self.was_stopped:
             self.evaluate(state, logger)
 
@@ -162,8 +162,7 @@ class ZeroShotRetrieval(Callback):
             self.evaluate(state, logger)
 
     def state_dict(self) -> dict[str, Any]:
-        images = {name: labeled.fingerprint() for name, labeled in self.datasets.items()}
-        return {name: getattr(self, name) for name in KEPT} | {"primary": self.lookup.primary, "images": images}
+        return {name: getattr(self, name) for name in KEPT} | {"results": [result.plain() for result in self.results]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the measurements.
@@ -171,19 +170,12 @@ class ZeroShotRetrieval(Callback):
         Raises:
             InputError: The accuracies cannot be compared with those before.
         """
-        if state["primary"] != self.lookup.primary:  # that of the short keys
-            raise InputError(
-                f"retrieval.representation, retrieval.pooling: checkpoint has {state['primary']}, config has "
-                f"{self.lookup.primary}; keep the checkpoint's: the log has every embedding anyway"
-            )
-        for name, labeled in self.datasets.items():
-            if state["images"].get(name) not in (None, labeled.fingerprint()):
-                raise InputError(
-                    f"retrieval.datasets.{name}: its images differ from the checkpoint's; give the set another "
-                    "name, or restore it and max_images"
-                )
+        before, now = self.conditions | state["conditions"], state["conditions"] | self.conditions
+        if changes := "; ".join(find_changes("retrieval.datasets", before, now)):
+            raise InputError(f"{changes}; give the set another name, or restore it and max_images")
         for name in KEPT:
             setattr(self, name, state[name])
+        self.conditions, self.results = now, read_results(state["results"])
 
     def evaluate(self, state: State, logger: Logger) -> None:
         """Measure and log the model, unless this batch was measured already or the run should stop."""
@@ -191,39 +183,48 @@ class ZeroShotRetrieval(Callback):
             return
         self.was_stopped = True
         with suppress(_StoppedError):
-            self.measure([self.student], state, logger)
+            self.measure([True], state, logger)
             self.was_stopped = False
 
-    def measure(self, candidates: Sequence[Candidate], state: State, logger: Logger) -> None:
-        """Measure, keep and log the accuracies of the student and of baselines."""
+    def measure(self, moves: Collection[bool], state: State, logger: Logger) -> None:
+        """Measure the rows that move, those that do not, or both, on all sets; then keep and log the results."""
         start, ranks = time.monotonic(), Ranks(dist.get_global_rank(), dist.get_world_size())
-        baselines, student = {}, {}
+        batch, results = int(state.timestamp.batch), list[Result]()
+        student = STUDENT if batch else UNTRAINED
+        embeds = {**(self.baselines or {}), student: self.student}
+        rows = {row.title: row for row in rows_of(embeds) if row.moves in moves}
 
         def to_device(tensor: Tensor) -> Tensor:
             if self.should_stop():  # before each batch of images, and each search
                 raise _StoppedError
             return state.device.tensor_to_device(tensor)
 
+        progress = "retrieval " if self.progress_bar and ranks.rank == 0 else None
+        lookup = self.lookup._replace(to_device=to_device, ranks=ranks, progress=progress)
         share_statistics(state.model)
         precision = get_precision_context(state.precision, state.precision_config)
         with model_eval_mode(state.model), torch.no_grad(), precision:
             for dataset, labeled in self.datasets.items():
-                progress = f"retrieval {dataset}" if self.progress_bar and ranks.rank == 0 else None
-                options = self.lookup, to_device, ranks, progress
-                for result in measure_embeddings(candidates, dataset, labeled, *options):
-                    is_student = result.candidate is self.student
-                    found, baseline = (student, "") if is_student else (baselines, result.candidate.name)
-                    if result.is_primary:
-                        of = UNTRAINED if is_student and state.timestamp.batch == 0 else baseline
-                        self.hits[metric_key(dataset, result.measure, baseline=of)] = result.hits
-                    for name in ("", result.embedding) if result.is_primary else (result.embedding,):
-                        key = metric_key(dataset, result.measure, name, baseline)
-                        found[key] = result.hits.double().mean().item()
+                results += measure_embeddings([*rows.values()], embeds, dataset, labeled, lookup)
+        self.results = [result for result in self.results if result.row not in rows]
+        self.results += [result._replace(batch=batch, nearest=None) for result in results if result.is_primary]
         logger.log_metrics({"time/zero_shot_retrieval": time.monotonic() - start})
-        self.baseline_metrics |= baselines
-        if self.student in candidates:
-            self.history.append({"batch": int(state.timestamp.batch), "metrics": student})
-        logger.log_metrics(baselines | student)
+        for moving in sorted(moves):
+            metrics = {
+                metric_key(result.dataset, result.measure, name, result.row): result.hits.double().mean().item()
+                for result in results
+                if rows[result.row].moves == moving
+                for name in (("", result.embedding) if result.is_primary else (result.embedding,))
+            }
+            logger.log_metrics(metrics)
+            if not moving:
+                self.baseline_metrics = metrics
+                continue
+            self.history.append({"batch": batch, "metrics": metrics})
+            self.neighbors = {}
+            for result in results:
+                if result.row == student and result.nearest is not None:
+                    self.neighbors.setdefault(result.dataset, {})[result.measure.bank] = result.nearest
 
 
 def embed_method(model: torch.nn.Module) -> Embed:

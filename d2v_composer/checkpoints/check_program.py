@@ -3,61 +3,100 @@
     python check_program.py onnxruntime student.onnx
 
 kit.npz has inputs and last, PyTorch's embeddings of all; kit.json what is demanded, and exit status 1 says that it is
-missed. For another runtime, add its lines to `load`.
+missed. For another runtime, add it to RUNTIMES.
 """
 
 import json
 import sys
 import time
 import timeit
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 FOLDER = Path(__file__).parent
 
 
-def load(runtime: str, file: str, embedding: str) -> Any:
-    """Return a function that maps inputs, (B, …) float32 or uint8, to embeddings, (B, D)."""
-    if runtime == "onnxruntime":
-        import onnxruntime
+class Runtime(NamedTuple):
+    """A program that computes with exported files."""
 
-        session = onnxruntime.InferenceSession(file, providers=onnxruntime.get_available_providers())
-        return lambda x: session.run(None, {session.get_inputs()[0].name: x})[0]
-    if runtime.startswith("openvino"):
-        import openvino  # pyright: ignore[reportMissingImports]
+    suffix: str
+    """Of its files."""
+    package: str
+    load: Callable[[str], Any]
+    """Maps a file to a function: inputs, (B, …) float32 or uint8 → embeddings, (B, D)."""
 
-        config = {"INFERENCE_PRECISION_HINT": "f32"} if runtime == "openvino-float32" else {}
-        model = openvino.Core().compile_model(file, "CPU", config)
-        return lambda x: model(x)[0]
-    if runtime == "litert":  # of one sample
-        from ai_edge_litert.interpreter import Interpreter  # pyright: ignore[reportMissingImports]
 
-        runner = Interpreter(file).get_signature_runner()
-        [name] = runner.get_input_details()
-        return lambda x: np.concatenate([next(iter(runner(**{name: row[None]}).values())) for row in x])
+def load_onnxruntime(file: str) -> Any:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=onnxruntime.get_available_providers())
+    return lambda x: session.run(None, {session.get_inputs()[0].name: x})[0]
+
+
+def load_openvino(file: str, **config: str) -> Any:
+    import openvino  # pyright: ignore[reportMissingImports]
+
+    model = openvino.Core().compile_model(file, "CPU", config)
+    return lambda x: model(x)[0]
+
+
+def load_litert(file: str) -> Any:
+    from ai_edge_litert.interpreter import Interpreter  # pyright: ignore[reportMissingImports]
+
+    runner = Interpreter(file).get_signature_runner()  # of one sample
+    [name] = runner.get_input_details()
+    return lambda x: np.concatenate([next(iter(runner(**{name: row[None]}).values())) for row in x])
+
+
+def load_executorch(file: str) -> Any:
+    import torch
+    from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
+
+    method = Runtime.get().load_program(file).load_method("forward")
+    return lambda x: method.execute([torch.from_numpy(x)])[0].numpy().copy()
+
+
+def load_exported(file: str) -> Any:
     import torch
 
-    if runtime == "executorch":
-        from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
-
-        method = Runtime.get().load_program(file).load_method("forward")
-        return lambda x: method.execute([torch.from_numpy(x)])[0].numpy().copy()
-    if runtime == "pytorch":
-        from d2v_composer.checkpoints.load import load_student
-
-        embed, axes = load_student(file).embed_all, (0, 3, 1, 2)
-        return lambda x: embed(torch.from_numpy(x if x.dtype == np.float32 else x.transpose(axes)))[embedding].numpy()
-    run: Any = torch.export.load(file).module()
+    run = torch.export.load(file).module()
     return lambda x: run(torch.from_numpy(x)).numpy()
 
 
-def measure(runtime: str, file: str, embedding: str) -> dict[str, Any]:
+def load_pytorch(file: str) -> Any:
+    import torch
+
+    from d2v_composer.checkpoints.load import load_student
+
+    embed, embedding, axes = load_student(file).embed_all, read_kit()["embedding"], (0, 3, 1, 2)
+    return lambda x: embed(torch.from_numpy(x if x.dtype == np.float32 else x.transpose(axes)))[embedding].numpy()
+
+
+RUNTIMES = {
+    "onnxruntime": Runtime(".onnx", "onnxruntime", load_onnxruntime),
+    "openvino": Runtime(".onnx", "openvino", load_openvino),
+    "openvino-float32": Runtime(".onnx", "openvino", partial(load_openvino, INFERENCE_PRECISION_HINT="f32")),
+    "torch.export": Runtime(".pt2", "torch", load_exported),
+    "pytorch": Runtime(".safetensors", "torch", load_pytorch),
+    "litert": Runtime(".tflite", "ai_edge_litert", load_litert),
+    "executorch": Runtime(".pte", "executorch", load_executorch),
+}
+
+
+def read_kit() -> dict[str, Any]:
+    """Return the embedding, and what is demanded."""
+    return json.loads((FOLDER / "kit.json").read_text())
+
+
+def measure(runtime: str, file: str) -> dict[str, Any]:
     """Return the measured numbers by name."""
     start = time.perf_counter()
     *inputs, theirs = np.load(FOLDER / "kit.npz").values()
-    embed = load(runtime, file, embedding)
+    embed = RUNTIMES[runtime].load(file)
     embed(inputs[0][:1])  # the first call prepares
     seconds = time.perf_counter() - start
     outputs = [embed(x) for x in inputs]
@@ -82,8 +121,8 @@ def measure(runtime: str, file: str, embedding: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    kit, runtime = json.loads((FOLDER / "kit.json").read_text()), sys.argv[1]
-    found = measure(runtime, sys.argv[2], kit["embedding"])
+    kit, (_, runtime, file) = read_kit(), sys.argv
+    found = measure(runtime, file)
     print(json.dumps(found, indent=1, default=float))
     limits = {"cosine": (kit["cosine"], 1.001), "agreement": (0.5, 1), "by batch": (0, 0.01)}
     if runtime != "openvino":  # which computes in bfloat16 where the processor has it

@@ -113,8 +113,8 @@ def find_newest(
 ) -> Checkpoint | None:
     """Read a run's newest complete checkpoint, from its local folder or its store; ``None`` if there is none.
 
-    Once it is accepted, ``latest-rank0.pt`` points at it. A log in the store that is longer than the local one replaces
-    it: another machine went on.
+    Once it is accepted, ``latest-rank0.pt`` points at it. With a checkpoint from the store comes the log from there:
+    another machine went on.
 
     Candidates are the targets of the two pointers ``latest-rank0.pt`` and the checkpoints before them; without a
     pointer, all local ones. Truncated or corrupt ones are skipped with a warning.
@@ -141,6 +141,7 @@ def find_newest(
         raise InputError(
             f"autoresume: must be true, because {folder} holds a run's checkpoints; a new run needs another save_folder"
         )
+    ours = folder.local / LOG
     for name in newest_first({*here, *there}):
         path = folder.local / name
         with suppress(CorruptCheckpointError):
@@ -154,6 +155,7 @@ def find_newest(
                 with partial_file(path) as fetched:
                     download_checkpoint(f"{folder.address}/{name}", fetched)
                     accept(found := _read_complete(fetched)._replace(path=path))
+                    _download(f"{folder.address}/{LOG}", ours)
                 break
     else:
         if here or there:
@@ -161,11 +163,8 @@ def find_newest(
         return None
     if pointer.resolve() != path.resolve():  # another machine saved it
         point_at(path)
-    ours, stored = folder.local / LOG, folder.local / f"{LOG}.stored"
-    if folder.address is not None and _download(f"{folder.address}/{LOG}", stored):
-        if not ours.exists() or stored.stat().st_size > ours.stat().st_size:
-            move(stored, ours)
-        stored.unlink(missing_ok=True)
+    if folder.address is not None and not ours.exists():
+        _download(f"{folder.address}/{LOG}", ours)
     return found
 
 

@@ -1,48 +1,50 @@
-"""Export a student to ONNX or torch.export, and as a timm model that loads its file."""
+"""Export a student to ONNX, also in int8, or torch.export, and as a timm model that loads its file."""
 
 import copy
 import io
 import json
-import logging
+import tempfile
 import warnings
-from collections.abc import Mapping, Set
-from importlib.util import find_spec
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
+from d2v_composer.checkpoints.check_program import RUNTIMES
+from d2v_composer.checkpoints.load import load_student
 from d2v_composer.checkpoints.student_file import (
     CONFIG_TENSOR,
-    DEFAULT_PRIMARY,
-    PrimaryEmbedding,
     build_encoder,
+    build_student,
     check_outputs,
-    check_student,
     choose_embedding,
     config_tensor,
-    pop_sizes,
+    parse_object,
+    read_config,
     sizes_of,
 )
 from d2v_composer.models.attention import Alibi
 from d2v_composer.models.backbone import Backbone
-from d2v_composer.models.configs import EncoderConfig, ImageEncoderConfig, StudentConfig, check_choice
+from d2v_composer.models.configs import EncoderConfig, StudentSizes
 from d2v_composer.models.encoder import Tokens
-from d2v_composer.models.names import Pooling, Representation
+from d2v_composer.models.images import is_same
+from d2v_composer.models.names import Embedding
 from d2v_composer.models.student import Student
-from d2v_composer.system.errors import InputError, reading
+from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.files import out_file
 
 OPSET = 18
-# Control flow, and operators whose outputs' shapes depend on data.
-DATA_DEPENDENT = {"If", "Loop", "Scan", "NonZero", "Unique", "Compress", "NonMaxSuppression"}
-FLOAT64 = 11  # in ONNX
+MAX_ONNX = 2_000_000_000  # bytes of weights in a file
+# What becomes int8.
+LINEAR = ["Conv", "Gemm", "MatMul"]
 # How a file says that its program takes pixels.
 PIXELS = "uint8, (B, H, W, channels)"
-
-log = logging.getLogger(__name__)
+# Of a .pt2 file, for the values of :func:`metadata_of`.
+EXTRA_FILES = ("preprocessing.json", "embedding")
 
 
 class TracedAlibi(Alibi):
@@ -59,26 +61,27 @@ class TracedAlibi(Alibi):
         return self.build(num_tokens, self.slopes_of_heads).to(dtype)
 
 
-class Embedder(nn.Module):
-    """A copy of a student that maps inputs to embeddings, (B, D) float32.
+class Program(nn.Module):
+    """A copy of a student that maps inputs to embeddings, (B, D) float32, to be traced.
 
     Inputs are normalized images, (B, 3, S, S) float; or waveforms of any but equal length, (B, L) float in [-1, 1] at
     16 kHz: a program knows no padding.
 
     Args:
         student: Copied.
-        primary: The embedding.
+        embedding: What the program computes.
         takes_pixels: Inputs are images as decoders and cameras give them: (B, S, S, 3) uint8.
     """
 
-    def __init__(self, student: Backbone, primary: PrimaryEmbedding, takes_pixels: bool = False) -> None:
+    def __init__(self, student: Backbone, embedding: Embedding, takes_pixels: bool = False) -> None:
         super().__init__()
+        self.original = student.embed
         self.student = copy.deepcopy(student).cpu().requires_grad_(False).eval()
         parts: Any = (self.student, self.student.encoder)
         for part in parts:
             if getattr(part, "alibi", None) is not None:
                 part.alibi = TracedAlibi(part.alibi)
-        self.primary = primary
+        self.embedding = embedding
         self.takes_pixels = takes_pixels
 
     def example(self, count: int) -> Tensor:
@@ -87,143 +90,167 @@ class Embedder(nn.Module):
         return inputs.movedim(1, -1).to(torch.uint8).contiguous() if self.takes_pixels else inputs
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if self.takes_pixels:
-            inputs = inputs.movedim(-1, 1)
-        return self.student.embed(inputs, self.primary.pooling, self.primary.representation)
+        return self.compute(self.student.embed, inputs)
+
+    def compute(self, embed: Callable[..., Tensor], inputs: Tensor) -> Tensor:
+        """Compute the program's embedding by a student's ``embed``."""
+        images = inputs.movedim(-1, 1) if self.takes_pixels else inputs
+        return embed(images, self.embedding.pooling, self.embedding.representation)
 
 
-def describe(embedder: Embedder) -> dict[str, str]:
-    """Return the preprocessing of inputs that the program expects, as JSON, and the name of the embedding."""
-    config = embedder.student.encoder.config
+def export_program(program: Program, path: Path) -> None:
+    """Write a program as the suffix says, .onnx or .pt2, if it computes what the student does, on one input.
+
+    Raises:
+        InputError: It computes something else, or the student is too large.
+        RunError: The disk is full.
+    """
+    about = metadata_of(program.student, program.embedding.name, program.takes_pixels)
+    with out_file(path) as partial, errors_of(str(path), InputError):
+        (write_onnx if path.suffix == ".onnx" else write_archive)(program, partial, about)
+        load = next(runtime.load for runtime in RUNTIMES.values() if runtime.suffix == path.suffix)
+        inputs = program.example(1)
+        inputs = torch.randint_like(inputs, 256) if program.takes_pixels else torch.randn_like(inputs)
+        outputs = torch.from_numpy(load(str(partial))(inputs.numpy()))
+        if not is_same(outputs, program.compute(program.original, inputs)):
+            raise InputError("the program would compute something else than the student")
+
+
+def metadata_of(student: Backbone, embedding: str, takes_pixels: bool) -> dict[str, str]:
+    """Return the preprocessing of inputs that a student's program expects, as JSON, and the name of the embedding."""
+    config = student.encoder.config
     preprocessing = {name: getattr(config, name) for name in config.preprocessing}
-    if embedder.takes_pixels:
+    if takes_pixels:
         del preprocessing["image_mean"], preprocessing["image_std"]
         preprocessing["inputs"] = PIXELS
-    return {"preprocessing": json.dumps(preprocessing), "embedding": embedder.primary.name}
+    return {"preprocessing": json.dumps(preprocessing), "embedding": embedding}
 
 
-def read_description(path: Path, student: Backbone) -> tuple[str, bool, bool]:
+def read_metadata(path: Path, student: Backbone) -> tuple[str, bool, bool]:
     """Return which embedding a student's exported file computes, whether in int8, and whether from pixels.
 
     Raises:
-        InputError: It cannot be read, or the student has no such embedding.
+        InputError: It cannot be read, the student has no such embedding, or the file's preprocessing is another.
     """
-    stored, is_int8 = {"embedding": "", "preprocessing.json": ""}, False
+    stored, is_int8 = {"embedding": ""}, False
     with reading(path):
         if path.suffix == ".onnx":
-            check_packages(path, "onnx")
             import onnx
 
             model = onnx.load(path)
             stored |= {each.key: each.value for each in model.metadata_props}
             is_int8 = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
         elif path.suffix == ".pt2":
-            torch.export.load(path, extra_files=stored)
+            torch.export.load(path, extra_files=(stored := dict.fromkeys(EXTRA_FILES, "")))
+            stored["preprocessing"] = stored[EXTRA_FILES[0]]
         elif path.suffix == ".safetensors":
-            stored["embedding"] = choose_embedding(student, None, None).name
-    if stored["embedding"] not in student.embedding_names:
+            stored = metadata_of(load_student(path), choose_embedding(student, None, None).name, takes_pixels=False)
+    if (embedding := stored["embedding"]) not in student.embedding_names:
         raise InputError(f"{path} must be an .onnx, .pt2 or .safetensors file that d2v export wrote from this student")
-    return stored["embedding"], is_int8, any(PIXELS in each for each in stored.values())
+    takes_pixels = PIXELS in stored["preprocessing"]
+    expected = metadata_of(student, embedding, takes_pixels)["preprocessing"]
+    if stored["preprocessing"] != expected:
+        raise InputError(f"{path}: its preprocessing is {stored['preprocessing']}, but the student's is {expected}")
+    return embedding, is_int8, takes_pixels
 
 
-def export_onnx(embedder: Embedder, path: Path) -> None:
-    """Write ONNX, opset 18: ``images`` or ``waveforms``, as :class:`Embedder` takes them → ``embedding`` (batch, D).
+def write_onnx(program: Program, path: Path, about: dict[str, str]) -> None:
+    """Write ONNX, opset 18: ``images`` or ``waveforms``, as the program takes them → ``embedding`` (batch, D).
 
-    The metadata are ``preprocessing`` and ``embedding`` of :func:`describe`.
+    Args:
+        program: To trace.
+        path: The file.
+        about: Its metadata, from :func:`metadata_of`.
 
     Raises:
-        InputError: The packages ``onnx`` and ``onnxscript`` are not installed, or the disk is full.
+        InputError: The student is too large.
     """
-    check_packages(path, "onnx", "onnxscript")
-    free_axes = embedder.student.encoder.free_axes
+    import onnx
+
+    if (size := sum(tensor.nbytes for tensor in program.state_dict().values())) > MAX_ONNX:
+        raise InputError(f"an ONNX file holds at most 2 GB, and this student has {size / 1e9:.1f}; export .pt2")
+    free_axes = program.student.encoder.free_axes
     with warnings.catch_warnings():  # torch 2.13 warns of its own LeafSpec
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
-        program = torch.onnx.export(
-            trace(embedder),
-            input_names=[embedder.student.encoder.input_name],
+        traced = torch.onnx.export(
+            trace(program),
+            input_names=[program.student.encoder.input_name],
             output_names=["embedding"],
             dynamic_shapes={"inputs": {axis: name for axis, (name, *_) in free_axes.items()}},
             opset_version=OPSET,
             dynamo=True,
             verbose=False,
         )
-    assert program is not None  # without a file name, torch returns the program
-    if faults := lint(program.model_proto, free_axes.keys()):
-        log.warning("%s: some runtimes refuse or miscompute this: %s", path, "; ".join(faults))
-    program.model.metadata_props.update(describe(embedder))
-    with out_file(path) as partial:
-        program.save(partial)
+    assert traced is not None  # without a file name, torch returns the program
+    traced.model.metadata_props.update(about)
+    onnx.save(traced.model_proto, path)  # torch would write weights beside it
 
 
-def lint(model: Any, free_axes: Set[int]) -> list[str]:
-    """List what some runtimes refuse or miscompute in an ONNX model.
-
-    Args:
-        model: An ``onnx.ModelProto``.
-        free_axes: The axes of its input that may have any size.
-    """
-    graph, faults = model.graph, [f"operators of {each.domain}" for each in model.opset_import if each.domain]
-    faults += sorted(DATA_DEPENDENT.intersection(node.op_type for node in graph.node))
-    sizes = enumerate(graph.input[0].type.tensor_type.shape.dim)
-    if (free := {axis for axis, size in sizes if not size.HasField("dim_value")}) != free_axes:
-        faults.append(f"axes {sorted(free)} of any size, expected {sorted(free_axes)}")
-    types = [each.type.tensor_type.elem_type for each in graph.value_info]
-    if FLOAT64 in types + [each.data_type for each in graph.initializer]:
-        faults.append("float64")
-    # Not those that are all zeros, ones or a mask.
-    large = [each.raw_data for each in graph.initializer if len(set(each.raw_data[1024:4096])) > 9]
-    return faults + ["weights stored twice"] * (len(set(large)) < len(large))
-
-
-def check_packages(path: Path, *names: str) -> None:
-    """Check that the packages needed to write a file are installed.
-
-    Raises:
-        InputError: One is not.
-    """
-    if missing := [name for name in names if find_spec(name) is None]:
-        raise InputError(f"{path} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
-
-
-def export_program(embedder: Embedder, path: Path) -> None:
-    """Write a program for ``torch.export.load(path).module()``; the entries of :func:`describe` are its extra files.
-
-    Raises:
-        InputError: The disk is full.
-    """
-    extra = describe(embedder)
-    extra["preprocessing.json"] = extra.pop("preprocessing")
+def write_archive(program: Program, path: Path, about: dict[str, str]) -> None:
+    """Write a program for ``torch.export.load(path).module()``; ``about`` are its extra files."""
     archive = io.BytesIO()  # on a full disk, the writer of torch 2.13 would abort the process
-    torch.export.save(trace(embedder), archive, extra_files=extra)
-    with out_file(path) as partial:
-        partial.write_bytes(archive.getbuffer())
+    extra: Any = dict(zip(EXTRA_FILES, about.values(), strict=True))
+    torch.export.save(trace(program), archive, extra_files=extra)
+    path.write_bytes(archive.getbuffer())
 
 
-def trace(embedder: Embedder) -> torch.export.ExportedProgram:
+def trace(program: Program) -> torch.export.ExportedProgram:
     """Trace the program for any number of inputs, and for waveforms of any length."""
-    free_axes = embedder.student.encoder.free_axes
+    free_axes = program.student.encoder.free_axes
     free = {axis: torch.export.Dim(name, min=low, max=high) for axis, (name, low, high) in free_axes.items()}
-    inputs = embedder.example(2)  # torch.export treats a batch size of one as constant
+    inputs = program.example(2)  # torch.export treats a batch size of one as constant
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Unable to find the path of the module")  # timm's, and it does not matter
-        return torch.export.export(embedder, (inputs,), dynamic_shapes={"inputs": free}, strict=False)
+        return torch.export.export(program, (inputs,), dynamic_shapes={"inputs": free}, strict=False)
 
 
-# The chapter's sizes; loading a file replaces them.
-PAPER_ENCODER = ImageEncoderConfig(prenet_depth=2, num_extra_tokens=1)
-# timm's names of poolings; it has none for the mean of all time steps.
-POOLINGS: dict[str, Pooling] = {"token": "cls", "avg": "mean_patches", "mean": "mean"}
+def quantize(program: Path, out: Path, images: Tensor) -> None:
+    """Write an ONNX program whose linear layers and convolutions compute with int8 weights and uint8 inputs.
+
+    Args:
+        program: The one in float32.
+        out: The file to write.
+        images: As the program takes them. They set the range of each layer's inputs.
+
+    Raises:
+        RunError: The disk is full.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    feeds = ({"images": batch.numpy()} for batch in images.split(32))
+    reader: Any = SimpleNamespace(get_next=lambda: next(feeds, None))
+    with tempfile.TemporaryDirectory() as folder, out_file(out) as partial:
+        prepared = Path(folder) / "prepared.onnx"
+        quant_pre_process(program, prepared, skip_symbolic_shape=True)
+        graph = onnx.load(prepared).graph
+        weights = {each.name for each in graph.initializer}
+        quantize_static(
+            prepared,
+            partial,
+            reader,
+            op_types_to_quantize=LINEAR,
+            # Not attention's products of two activations. (The option MatMulConstBOnly has no effect in this format.)
+            nodes_to_quantize=[each.name for each in graph.node if weights.intersection(each.input)],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            extra_options={"OpTypesToExcludeOutputQuantization": LINEAR},
+        )
+
+
+# timm's names of poolings.
+POOLINGS = {"token": "cls", "avg": "mean_patches"}
 
 
 class TimmStudent(Student):
     """timm's interface to a student: features, pooling, a classifier to fine-tune.
 
-    The encoder stays frozen; the blocks and the head train. Loading a file of ``d2v export`` changes the model to the
-    file's sizes and keeps the head.
+    It is empty until it loads a file of ``d2v export``, which has the sizes. The encoder stays frozen; the blocks and
+    the head train.
 
     Args:
-        encoder_config: The encoder's sizes.
-        student_config: The blocks' sizes.
         num_classes: Outputs of the head; 0: no head, the pooled features are the output.
         global_pool: ``token``: CLS; ``avg``: the mean of the patches; ``mean``: of all time steps. Default: the
             file's primary embedding.
@@ -231,57 +258,26 @@ class TimmStudent(Student):
             the file's projection pools. Default: the file's own.
     """
 
-    def __init__(
-        self,
-        encoder_config: EncoderConfig = PAPER_ENCODER,
-        student_config: StudentConfig | None = None,
-        num_classes: int = 0,
-        global_pool: str | None = None,
-        representation: Representation | None = None,
-    ) -> None:
-        super().__init__(build_encoder(encoder_config), student_config or StudentConfig())
-        self.pretrained_cfg = self.default_cfg = pretrained_cfg(encoder_config)
-        self.asked_pool = global_pool
-        self.asked_representation: Representation | None = representation
-        self.register_buffer(CONFIG_TENSOR, None)  # saved with the tensors
-        self.set_features(DEFAULT_PRIMARY)
-        self.reset_classifier(num_classes)
-
-    def set_features(self, primary: PrimaryEmbedding) -> None:
-        """Set the features and pooling to the requested ones, or by default to the primary embedding's.
-
-        They are saved with the tensors, so that a loaded model has the same.
-
-        Raises:
-            ValueError: One is unknown, or needs a CLS token that the model lacks.
-        """
-        representation = self.asked_representation or primary.representation
-        check_choice("representation", representation, Representation)
-        allowed = [name for name in POOLINGS if self.has_cls_token or name != "token"]
-        of_primary = next(name for name, pooling in POOLINGS.items() if pooling == primary.pooling)
-        pool = self.asked_pool or (of_primary if of_primary in allowed else "avg")
-        if pool not in allowed:
-            raise ValueError(f"global_pool must be one of {', '.join(allowed)}, got {pool!r}")
-        self.representation: Representation = representation
-        self.global_pool = pool
-        is_projected = representation == "projected"
-        self.num_features = self.head_hidden_size = self.projected_width if is_projected else self.embed_dim
-        # No FFN output depends on the last norm, and DDP refuses trainable parameters without gradient.
-        self.block_list[-1].norm2.requires_grad_(representation != "layer_mean")
-        if self.projection is not None and not self.projection.is_frozen:
-            self.projection.requires_grad_(is_projected)
-        stored = config_tensor(sizes_of(self), PrimaryEmbedding(representation, POOLINGS[pool]))
-        setattr(self, CONFIG_TENSOR, stored.to(next(self.parameters()).device))
+    def __init__(self, num_classes: int = 0, global_pool: Any = None, representation: Any = None) -> None:
+        nn.Module.__init__(self)
+        self.num_classes, self.global_pool, self.representation = num_classes, global_pool, representation
+        self.loaded: Any = None
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head with a zero-initialized one, or remove it if there are 0 classes.
 
         Raises:
-            ValueError: The pooling is unknown, or needs a CLS token that the model lacks.
+            InputError: The model has no embedding with this pooling and the representation asked for.
         """
-        if global_pool is not None:
-            self.asked_pool = global_pool
-            self.set_features(PrimaryEmbedding(self.representation, "cls"))
+        self.global_pool = global_pool or self.global_pool
+        pooling: Any = POOLINGS.get(self.global_pool, self.global_pool)
+        self.embedding = choose_embedding(self, pooling, self.representation)
+        representation = self.embedding.representation
+        # DDP refuses trainable parameters without gradient.
+        self.train_what_is_read(output=representation != "layer_mean", pooled=False)
+        if self.projection is not None and not self.projection.is_frozen:
+            self.projection.requires_grad_(representation == "projected")
+        self.num_features = self.projected_width if representation == "projected" else self.embed_dim
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         for parameter in self.head.parameters():
@@ -292,15 +288,13 @@ class TimmStudent(Student):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images, (B, 3, S, S), normalized as in ``pretrained_cfg``, or waveforms to features, (B, T, D)."""
-        return self.represent(self.features(Tokens(self.encode(x))), self.representation)
+        return self.represent(self.features(Tokens(self.encode(x))), self.embedding.representation)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map features to logits, (B, num_classes), or with ``pre_logits`` or no head to pooled features, (B, D)."""
-        first = 0 if self.global_pool == "mean" else self.num_extra_tokens
-        if self.representation == "projected":
-            pooled = self.project(self.features(Tokens(x)), x)
-        else:
-            pooled = x[:, 0] if self.global_pool == "token" else x[:, first:].mean(dim=1)
+        features, (representation, pooling) = self.features(Tokens(x)), self.embedding
+        is_projected = representation == "projected"
+        pooled = self.project(features, x) if is_projected else features.poolings(x)[pooling]
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -309,39 +303,45 @@ class TimmStudent(Student):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.checkpoint_activations(enable)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Save the sizes and the embedding with the tensors, so that a loaded model has the same."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + CONFIG_TENSOR] = config_tensor(sizes_of(self), self.embedding)
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the tensors of an exported student or of this model; :func:`load_student`'s checks always apply.
+        """Load the tensors of an exported student or of this model, and take their sizes; all are checked.
+
+        A new head stays if the file has none.
 
         Raises:
-            InputError: The file is too old to have sizes, or its tensors do not fit them.
-            ValueError: The file's model lacks the projection or the CLS token that was asked for.
+            InputError: There are no sizes, the tensors do not fit them, or as :meth:`reset_classifier`.
         """
         tensors = dict(state_dict)
-        sizes, primary = pop_sizes(CONFIG_TENSOR, tensors)
-        head = {name: tensors.pop(name) for name in list(tensors) if name.startswith("head.")}
-        configs = check_student(CONFIG_TENSOR, sizes, tensors)
-        if self.asked_representation == "projected" and configs[1].projection is None:
-            raise ValueError("representation: this student has no projection; expected output or layer_mean")
-        if configs != (self.encoder.config, self.config):
-            TimmStudent.__init__(self, *configs, self.num_classes, self.asked_pool, self.asked_representation)
-        width = self.num_features
-        self.set_features(primary)
-        if self.num_features != width:
+        if (stored := tensors.pop(CONFIG_TENSOR, None)) is None:
+            raise InputError(f"no tensor {CONFIG_TENSOR}: not a file written by d2v export")
+        with reading(CONFIG_TENSOR):
+            config = parse_object(stored.cpu().numpy().tobytes())
+            primary = Embedding.parse(config.pop("primary"))
+            sizes = read_config(StudentSizes, config)
+        head = {name: tensors.pop(name) for name in [*tensors] if name.startswith("head.")}
+        check_outputs(CONFIG_TENSOR, build_student(CONFIG_TENSOR, sizes, tensors).encoder)
+        if self.loaded != (sizes, primary):
+            self.loaded = sizes, primary
+            super().__init__(build_encoder(sizes.encoder), sizes.student, {"model": primary._asdict()})
+            self.pretrained_cfg = self.default_cfg = pretrained_cfg(sizes.encoder)
             self.reset_classifier(self.num_classes)
-        own_head = {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
-        tensors |= own_head | (head if own_head else {}) | {CONFIG_TENSOR: getattr(self, CONFIG_TENSOR)}
-        result = super().load_state_dict(tensors, strict, assign)
-        check_outputs(CONFIG_TENSOR, self.encoder)
-        return result
+        head = head if self.num_classes else {}
+        return super().load_state_dict(tensors | head, bool(head), assign)
 
 
-def pretrained_cfg(config: EncoderConfig) -> dict[str, Any]:
+def pretrained_cfg(config: EncoderConfig | None) -> dict[str, Any]:
     """Return timm's record of the model, with the preprocessing for timm's ``resolve_data_config``."""
-    return {"architecture": "d2v2_student", "num_classes": 0, "classifier": "head", **config.timm_preprocessing}
+    preprocessing = {} if config is None else config.timm_preprocessing
+    return {"architecture": "d2v2_student", "num_classes": 0, "classifier": "head", **preprocessing}
 
 
 def build_timm_student(pretrained: bool = False, **kwargs: Any) -> TimmStudent:
-    """Build the chapter's student for timm; it takes the sizes of any file that it loads (see :class:`TimmStudent`)."""
+    """Build a student for timm, to load a file into (see :class:`TimmStudent`)."""
     not_ours: Any = ("in_chans", "img_size")  # timm's defaults; the file has its own
-    kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or pretrained_cfg(PAPER_ENCODER)  # timm gives None
+    kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or pretrained_cfg(None)  # timm gives None
     return build_model_with_cfg(TimmStudent, "d2v2_student", pretrained, kwargs_filter=not_ours, **kwargs)

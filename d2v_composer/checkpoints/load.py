@@ -1,40 +1,36 @@
 """Load teachers and students from files, and write them."""
 
+import sys
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_newest
 from d2v_composer.checkpoints.fairseq import load_data2vec2
 from d2v_composer.checkpoints.safe_load import is_trained, load_untrusted
 from d2v_composer.checkpoints.student_file import (
     CONFIG_TENSOR,
-    build_encoder,
     build_loaded,
+    build_student,
     check_fits,
     check_outputs,
-    check_same_encoder,
     check_same_teacher,
-    check_student,
-    config_tensor,
+    convert_to_timm,
     distillation_of,
     is_safetensors,
     lookup,
-    pop_sizes,
     read_model_file,
-    sizes_of,
-    stored_primary,
+    read_sizes,
     write_model_file,
 )
-from d2v_composer.models.backbone import Backbone
-from d2v_composer.models.configs import ImageSize, TimmConfig, TimmNetworkConfig
-from d2v_composer.models.names import DATA2VEC2, PREFIX, Weights
-from d2v_composer.models.projection import Projection
-from d2v_composer.models.student import Student
+from d2v_composer.models.backbone import Backbone, Projection
+from d2v_composer.models.configs import ImageSize, TimmConfig
+from d2v_composer.models.names import DATA2VEC2, EXTERNAL, PREFIX, TEACHERS, Weights
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.command_line import d2v
-from d2v_composer.system.errors import InputError, reading
+from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.fetch import is_remote
 
 Models = tuple[Backbone, Teacher | None]
@@ -49,7 +45,7 @@ def load_teacher(
     first_blocks: int | None = None,
     image_size: ImageSize | str | None = None,
     projected: bool = False,
-) -> Teacher:
+) -> Any:
     """Load a frozen teacher, in eval mode and float32.
 
     Args:
@@ -57,7 +53,8 @@ def load_teacher(
             fairseq or a file of ``convert_teacher``, which says whether it is of images or audio. timm: a .safetensors
             or PyTorch file; ``None``: timm's pretrained weights, from the Hugging Face hub or its cache.
         weights: For data2vec 2.0: ``model``, or ``ema`` for the moving average. A converted file holds one of the two.
-        model: ``data2vec2``, or ``timm/NAME``, NAME as ``timm.create_model`` takes it.
+        model: ``data2vec2``; ``timm/NAME``, NAME as ``timm.create_model`` takes it; or ``ext/NAME``, as an installed
+            package offers it.
         first_blocks: Blocks in the shared encoder; default: a sixth of a timm model's, those of the modality encoder in
             data2vec 2.0.
         image_size: timm: pixels per side, or height and width: (112, 168) or '112x168'; default timm's for this model.
@@ -65,7 +62,9 @@ def load_teacher(
             projection to a text tower's space if there is one; of data2vec 2.0, CLS or the mean of its output.
 
     Returns:
-        A :class:`~d2v_composer.models.teacher.Teacher`; its ``config`` has the sizes, its ``provenance`` the origin.
+        A :class:`~d2v_composer.models.teacher.Teacher`, except of ``ext/NAME`` also a
+        :class:`~d2v_composer.models.backbone.Transformer`; its ``config`` has the sizes, its ``provenance`` the
+        origin.
 
     Raises:
         InputError: The file does not exist, or is not a supported teacher.
@@ -75,14 +74,19 @@ def load_teacher(
         >>> x = teacher.encode(images)  # (B, T, D)
         >>> targets = teacher.targets(x)  # (B, T, D), what a student regresses
     """
+    if model != DATA2VEC2 and weights != "model":
+        raise InputError(f"weights: {model} has no {weights} weights; set weights=model")
     if model.startswith(PREFIX):
-        if weights != "model":
-            raise InputError(f"weights: {model} has no {weights} weights; set weights=model")
         from d2v_composer.checkpoints.timm_weights import load_timm_teacher  # timm takes seconds to import
 
         return load_timm_teacher(path, model, first_blocks, image_size, projected)
+    if model.startswith(EXTERNAL):
+        if projected or first_blocks is not None or image_size is not None:
+            fixed = "first_blocks, image_size and an image embedding"
+            raise InputError(f"{fixed}: cannot be asked of {model}, whose package fixes what it is")
+        return load_external(path, model)
     if model != DATA2VEC2:
-        raise InputError(f"model: must be {DATA2VEC2} or timm/NAME, got {model!r}")
+        raise InputError(f"model: must be {DATA2VEC2}, timm/NAME or ext/NAME, got {model!r}")
     if path is None:
         raise InputError(f"checkpoint: {DATA2VEC2} needs a file")
     if image_size is not None:
@@ -98,28 +102,34 @@ def load_teacher(
     return teacher
 
 
+def load_external(path: str | Path | None, model: str) -> Teacher:
+    """Load the teacher ``ext/NAME`` that an installed package offers, from ``path`` if it takes one.
+
+    Raises:
+        InputError: No package offers it, or it is no teacher.
+    """
+    for entry in entry_points(group=TEACHERS, name=model.removeprefix(EXTERNAL)):
+        with errors_of(f"model: {model} of {entry.value}"):
+            teacher = entry.load()(path)
+        if not isinstance(teacher, Teacher):
+            raise InputError(f"model: {model} must be a FrozenModel, got {type(teacher).__name__} from {entry.value}")
+        return teacher
+    raise InputError(
+        f"model: no installed package offers {model} by an entry point of the group {TEACHERS}; a teacher made in "
+        "Python must be given: train_student(config, teacher=…)"
+    )
+
+
 def save_student(student: Backbone, out: Path) -> None:
     """Write a student with all that :func:`load_student` needs: encoder, blocks, sizes, preprocessing, provenance.
 
     One with a head is written as a classifier, for timm. A student that is a timm model is written under timm's names.
 
     Raises:
-        InputError: A classifier reads another embedding than timm's would.
+        InputError: As :func:`~d2v_composer.checkpoints.student_file.convert_to_timm`.
     """
-    primary = stored_primary(student.provenance)
-    sizes, encoder = sizes_of(student), cast("Any", student.encoder)
     kind = "classifier" if isinstance(student.head, nn.Linear) else "student"  # timm's may be an Identity
-    if isinstance(encoder.config, TimmConfig):
-        from timm import __version__ as now
-
-        now_computed = encoder.config.changed(timm=now, outputs=encoder.sample_outputs())
-        sizes[next(iter(sizes))] = now_computed.model_dump(mode="json")
-    if "network" in sizes:
-        if student.head is not None and primary.name != "output_cls":
-            raise InputError(f"{out}: timm's classifier reads output_cls, but this one was trained on {primary.name}")
-        write_model_file(out, kind, sizes, student.provenance, encoder.timm_tensors(student.head))
-        return
-    tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes, primary)}
+    sizes, tensors = convert_to_timm(out, student)
     write_model_file(out, kind, sizes, student.provenance, tensors)
 
 
@@ -150,51 +160,21 @@ def load_student(path: str | Path) -> Any:
         raise InputError(f"{path}: expected an exported student; export a training checkpoint first: {command}")
     stored = read_model_file(file)
     stored.expect(path, "student")
-    _, sizes, provenance, tensors = stored
-    if "network" in sizes:
-        tensors = {f"encoder.model.{name}": each for name, each in tensors.items()}
-    else:
-        sizes, _ = pop_sizes(path, tensors)
-    student = _build_student(path, sizes, tensors, provenance)
+    sizes = read_sizes(path, stored.config)
+    tensors = {sizes.prefix + name: tensor for name, tensor in stored.tensors.items() if name != CONFIG_TENSOR}
+    student = build_student(path, sizes, tensors, stored.provenance)
     check_outputs(path, student.encoder)
     return student
 
 
-def _build_student(
-    source: str | Path, sizes: dict[str, Any], tensors: dict[str, Tensor], provenance: dict[str, Any]
-) -> Any:
-    """Build a student from sizes and tensors of a file, in eval mode."""
-    if "network" in sizes:
-        from d2v_composer.models.timm_network import NetworkStudent  # timm takes seconds to import
-
-        with reading(source):
-            config = TimmNetworkConfig(**sizes["network"])
-        return build_loaded(source, lambda: NetworkStudent(config, provenance), tensors).eval()
-    encoder_config, student_config = check_student(source, sizes, tensors)
-    student = Student(build_encoder(encoder_config), student_config, provenance)
-    student.load_state_dict(tensors)
-    return student.eval()
-
-
-def load_any(
-    path: str | Path,
-    weights: Weights = "model",
-    teacher_path: str | None = None,
-    *,
-    checkpoint: str | Path | None = None,
-    projected: bool = False,
-    **sizes: Any,
-) -> Models:
-    """Load the model of any supported file, and its teacher.
+def load_file(path: str, weights: Weights = "model", teacher: str | None = None, projected: bool = False) -> Models:
+    """Load the model in any supported file, and its teacher.
 
     Args:
-        path: A data2vec 2.0 teacher's file, as for :func:`load_teacher`, or ``timm/NAME``; an exported or fine-tuned
-            student, or a training checkpoint.
-        weights: Weights to take from a teacher's file.
-        teacher_path: The student's teacher; for a checkpoint, the default is the path used in training.
-        checkpoint: For ``timm/NAME``, as the path of :func:`load_teacher`.
-        projected: Of a teacher, as for :func:`load_teacher`.
-        **sizes: For ``timm/NAME``, ``first_blocks`` and ``image_size`` of :func:`load_teacher`.
+        path: A data2vec 2.0 teacher's file, as for :func:`load_teacher`; an exported or fine-tuned student, or a
+            training checkpoint.
+        weights, projected: For a teacher's file, as for :func:`load_teacher`.
+        teacher: The student's; for a checkpoint, the default is the path used in training.
 
     Returns:
         A student and its teacher, ``None`` if it is not known; or a teacher twice.
@@ -202,38 +182,23 @@ def load_any(
     Raises:
         InputError: The file is corrupt, or not supported.
     """
-    if str(path).startswith(PREFIX) and not Path(path).exists():
-        model = teacher = load_teacher(checkpoint, weights, model=str(path), projected=projected, **sizes)
-    elif given := [name for name, value in {"checkpoint": checkpoint, **sizes}.items() if value is not None]:
-        raise InputError(f"{' and '.join(given)}: only for timm/NAME models; got {path}")
-    else:
 
-        def load(file: Path) -> Models:
-            return _load_file(path, fetch_model(file), weights, teacher_path, projected)
+    def load(file: Path) -> Models:
+        file = fetch_model(file)
+        kind, contents = (read_model_file(file).kind, {}) if is_safetensors(file) else ("", load_untrusted(file))
+        if is_trained(contents):
+            return _load_checkpoint(Checkpoint(file, contents), teacher)
+        if kind == "student":
+            return _with_teacher(load_student(path), teacher)
+        if not kind and isinstance(contents, dict) and "cfg" not in contents:  # weights without sizes, such as timm's
+            raise InputError(
+                f"{path} does not name its model; if it has the weights of a timm model, give timm/NAME as the model "
+                "and this file as its checkpoint"
+            )
+        found = load_teacher(path, weights, projected=projected)
+        return found, found
 
-        model, teacher = load(fetch_model(path)) if is_remote(path) else read_newest(Path(path), load)
-    if isinstance(model, Teacher):
-        if teacher_path is not None:
-            raise InputError(f"{path} is not a student, so a teacher ({teacher_path}) is not allowed")
-    elif weights != "model":  # the student's record says which its teacher has
-        raise InputError(f"weights: {path} is a student, which has no {weights} weights; set weights=model")
-    return model, teacher
-
-
-def _load_file(path: str | Path, file: Path, weights: Weights, teacher_path: str | None, projected: bool) -> Models:
-    """Load ``file``, the local copy of ``path``."""
-    kind, contents = (read_model_file(file).kind, {}) if is_safetensors(file) else ("", load_untrusted(file))
-    if is_trained(contents):
-        return _load_checkpoint(Checkpoint(file, contents), teacher_path)
-    if kind == "student":
-        return _with_teacher(load_student(path), teacher_path)
-    if not kind and isinstance(contents, dict) and "cfg" not in contents:  # weights without sizes, such as timm's
-        raise InputError(
-            f"{path} does not name its model; if it has the weights of a timm model, give timm/NAME as the model and "
-            "this file as its checkpoint"
-        )
-    teacher = load_teacher(path, weights, projected=projected)
-    return teacher, teacher
+    return load(fetch_model(path)) if is_remote(path) else read_newest(Path(path), load)
 
 
 def _with_teacher(student: Backbone, path: str | None) -> Models:
@@ -242,16 +207,14 @@ def _with_teacher(student: Backbone, path: str | None) -> Models:
         return student, None
     record = distillation_of(student.provenance)
     sizes: Any = student.encoder.config
-    is_shared = isinstance(student, Student)
-    settings = dict(sizes) | {"first_blocks": sizes.prenet_depth} if is_shared else lookup(record, "config.teacher")
-    names = ("first_blocks", "model", "image_size") if isinstance(sizes, TimmConfig) else ("first_blocks",)
+    has_own = lookup(record, "student.own_encoder")
+    settings = lookup(record, "config.teacher") if has_own else dict(sizes) | {"first_blocks": sizes.prenet_depth}
+    names = ("first_blocks", "model", "image_size") if has_own or isinstance(sizes, TimmConfig) else ("first_blocks",)
     options: Any = {name: settings[name] for name in names if name in (settings or {})}
     file = None if path == options.get("model") else path  # of a timm model, the name stands for its pretrained weights
     weights, projected = lookup(record, "teacher.weights") or "model", student.projected_width > 0
     teacher = load_teacher(file, weights, **options, projected=projected)
     check_same_teacher(path, teacher, record)
-    if is_shared:
-        check_same_encoder(path, teacher.encoder, student.encoder)
     return student, teacher
 
 
@@ -269,16 +232,22 @@ def _load_checkpoint(checkpoint: Checkpoint, teacher_path: str | None) -> Models
         ) from error
 
 
-def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> tuple[Backbone, Teacher]:
+def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
     """Load a training run's student, with the run's record and results as provenance, and its teacher."""
     path, record, retrieval = checkpoint.path, dict(checkpoint.record), checkpoint.saved_by("ZeroShotRetrieval")
     if measured := retrieval.get("history"):
-        results = {"first": measured[0], "last": measured[-1], "baselines": retrieval["baseline_metrics"]}
-        record["results"] = {"batch": checkpoint.trained("batch"), **results}
-    config = record["config"]
-    settings, sizes = config["teacher"], config["student"] | {"init": "random", "pretrained": False}
+        accuracies = dict[str, dict[str, float]]()
+        for row, dataset, (*_, key, _), _, _, hits, _ in retrieval["results"]:
+            accuracies.setdefault(f"{dataset} {key}", {})[row] = hits.double().mean().item()
+        record["results"] = {
+            "batch": checkpoint.trained("batch"),
+            "last": measured[-1]["batch"],
+            "accuracies": accuracies,
+        }
+    config, sizes, has_own_encoder = record["config"], record["student"]["sizes"], record["student"]["own_encoder"]
+    settings, (*_, last_sizes) = config["teacher"], sizes.values()
     options = {name: settings[name] for name in ("model", "first_blocks", "image_size")}
-    options["projected"] = sizes["projected"] = config["objectives"]["embedding"]["weight"] > 0
+    options["projected"] = last_sizes["projection"] is not None
     file = None if teacher_path == options["model"] else teacher_path or settings["checkpoint"]
     try:
         teacher = load_teacher(file, settings["weights"], **options)
@@ -286,14 +255,21 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> tuple[Bac
     except InputError as error:
         if teacher_path is not None:
             raise
-        raise InputError(f"{error}; if the teacher of {path} has moved, give its new path: {NAME_IT}") from error
+        moved = f"{error}; if the teacher of {path} has moved, give its new path: {NAME_IT}"
+        if not has_own_encoder:
+            raise InputError(moved) from error
+        print(f"without the teacher: {moved}", file=sys.stderr)
+        teacher = None
+    prefix = "student."  # the others are the objectives' heads
+    own = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)}
+    if teacher is None or has_own_encoder:
+        return build_student(path, read_sizes(path, sizes), own, record), teacher
 
     def build() -> Backbone:
         layer_mean = {name: config["targets"][name] for name in ("normalization", "final_layer_norm")}
-        return teacher.build_student(**sizes, **layer_mean)
+        blocks = config["student"] | {"init": "random"}
+        return teacher.build_student(**blocks, **layer_mean, projected=options["projected"])
 
-    prefix = "student."  # the others are the objectives' heads
-    own = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)}
     check_fits(path, lambda: own_parts(build()), own)
     student = build()
     own_parts(student).load_state_dict(own)
@@ -314,6 +290,6 @@ def _load_finetuned(checkpoint: Checkpoint) -> Backbone:
         raise InputError(f"{path} is a fine-tuned teacher; only a fine-tuned student can be exported or embed images")
     head = {name: tensors.pop(f"head.{name}") for name in ("weight", "bias")}
     own = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
-    student = _build_student(path, record["model"]["sizes"], own, record)
+    student = build_student(path, read_sizes(path, record["model"]["sizes"]), own, record)
     student.head = build_loaded(path, lambda: nn.Linear(head["weight"].shape[1], len(head["bias"])), head)
     return student

@@ -45,9 +45,9 @@ def load_untrusted(path: Path) -> Any:
     Raises:
         InputError: It cannot be read, or is truncated, corrupt, or not a PyTorch file.
     """
+    check_archive(path)
     with _reading(path, InputError), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's advice to the file's author
-        _inspect(path)
         stubs: list[Any] = [(Stub, name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)]
         with torch.serialization.safe_globals(stubs):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -66,7 +66,25 @@ def check_archive(path: Path, kind: type[InputError] = InputError) -> None:
             or memory.
     """
     with _reading(path, kind):
-        _inspect(path)
+        num_bytes = path.stat().st_size
+        if num_bytes > LARGEST_FILE:
+            raise ValueError(f"it has {num_bytes} bytes; the limit is {LARGEST_FILE}")
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":  # torch would read another format with other code
+                raise ValueError("not a PyTorch archive; save an older file again with torch >= 1.6")
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            is_odd = any(each.compress_type or each.external_attr & DIRECTORY for each in entries)
+            if is_odd or sum(each.file_size for each in entries) > num_bytes:
+                raise ValueError("an archive of compressed or overlapping files or folders, which torch does not write")
+            if len({each.filename.casefold() for each in entries}) != len(entries):  # torch may read another one
+                raise ValueError("an archive with several files of the same name")
+            if (broken := archive.testzip()) is not None:  # torch maps the tensors into memory without a look
+                raise ValueError(f"the checksum of its {broken} is wrong")
+            pickled = archive.getinfo(f"{entries[0].filename.partition('/')[0]}/data.pkl")
+            if pickled.file_size > MAX_PICKLE_BYTES:
+                raise ValueError(f"its pickle has {pickled.file_size} bytes; the limit is {MAX_PICKLE_BYTES}")
+            _check_pickle(archive.read(pickled))
 
 
 @contextmanager
@@ -83,34 +101,6 @@ def fault_of(error: Exception) -> str:
     """Return an error's first line; for torch's unpickler, only what stopped it, without torch's advice."""
     found = re.search(r"GLOBAL \S+|WeightsUnpickler error: (?!.*GLOBAL).*", str(error))
     return found[0] if found else reason(error)
-
-
-def _inspect(path: Path) -> None:
-    """Check the sizes, checksums and pickle of an archive, which torch does not check.
-
-    Raises:
-        ValueError: It would take too much time or memory, or a checksum is wrong.
-        zipfile.BadZipFile: It is no archive.
-    """
-    num_bytes = path.stat().st_size
-    if num_bytes > LARGEST_FILE:
-        raise ValueError(f"it has {num_bytes} bytes; the limit is {LARGEST_FILE}")
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # torch would read another format with other code
-            raise ValueError("not a PyTorch archive; save an older file again with torch >= 1.6")
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        is_odd = any(each.compress_type or each.external_attr & DIRECTORY for each in entries)
-        if is_odd or sum(each.file_size for each in entries) > num_bytes:
-            raise ValueError("an archive of compressed or overlapping files or folders, which torch does not write")
-        if len({each.filename.casefold() for each in entries}) != len(entries):  # torch may read another one
-            raise ValueError("an archive with several files of the same name")
-        if (broken := archive.testzip()) is not None:  # torch maps the tensors into memory without a look
-            raise ValueError(f"the checksum of its {broken} is wrong")
-        pickled = archive.getinfo(f"{entries[0].filename.partition('/')[0]}/data.pkl")
-        if pickled.file_size > MAX_PICKLE_BYTES:
-            raise ValueError(f"its pickle has {pickled.file_size} bytes; the limit is {MAX_PICKLE_BYTES}")
-        _check_pickle(archive.read(pickled))
 
 
 def _check_pickle(pickled: bytes) -> None:

@@ -1,8 +1,10 @@
-"""Read and write our own model files: safetensors with a model's kind, sizes, provenance and primary embedding.
+"""Read and write our own model files: safetensors with a model's kind, sizes and provenance.
 
-A student's sizes are in a tensor too, ``config_json``: timm reads the tensors alone.
+A student is blocks on an encoder, or a whole timm model. timm reads the tensors alone, so blocks have their sizes in a
+tensor, too, ``config_json``; a timm model's tensors have timm's own names.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -19,33 +21,28 @@ from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import (
     Config,
     EncoderConfig,
-    StudentConfig,
+    NetworkSizes,
     StudentSizes,
     TimmConfig,
     TimmEncoderConfig,
     TimmNetworkConfig,
-    check_choice,
 )
 from d2v_composer.models.data2vec2 import ENCODERS
 from d2v_composer.models.encoder import Encoder
-from d2v_composer.models.names import Pooling, Representation, embedding_name
+from d2v_composer.models.images import is_same
+from d2v_composer.models.names import PROJECTED, Embedding, Pooling, Representation, timm_name
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets
-from d2v_composer.system.errors import InputError, reading, reason
+from d2v_composer.system.errors import InputError, errors_of, reading, reason
 from d2v_composer.system.files import out_file
 
 FORMAT_VERSIONS: dict[str, int] = {"teacher": 2, "student": 3, "classifier": 2}
 """What this package writes, and all that it reads."""
-CONFIG_TENSOR = "config_json"
 # Characters of sizes or provenance. Ours have some thousands; parsed, they take 25 times as many bytes.
 MAX_JSON = 4 << 20
-BATCHES_SEEN = "num_batches_tracked"
+CONFIG_TENSOR = "config_json"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# A teacher's file may hold float16 or bfloat16 numbers.
-ROUNDING = 0.01
-# Relative to the norm. Training in bfloat16 rounds the encoder's weights.
-OUTPUT_TOLERANCE = 1e-3
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -156,11 +153,12 @@ def check_fits(source: Any, build: Callable[[], nn.Module], tensors: Mapping[str
     with reading(source), torch.device("meta"):
         model = build()
         layout = {name: torch.empty(tensor.shape) for name, tensor in tensors.items()}
+        whole = [name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()]
         try:
             model.load_state_dict(layout, assign=True)
         except RuntimeError as error:
             raise ValueError(loading_fault(error)) from error
-        check_numbers(tensors)
+        check_numbers({name: tensor for name, tensor in tensors.items() if name not in whole})
 
 
 def check_numbers(tensors: Mapping[str, Tensor]) -> None:
@@ -170,8 +168,6 @@ def check_numbers(tensors: Mapping[str, Tensor]) -> None:
         ValueError: One does not.
     """
     for name, tensor in tensors.items():
-        if name.endswith(BATCHES_SEEN):  # of a BatchNorm, a whole number
-            continue
         if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(f"tensor {name} is not a dense floating-point tensor")
         # An expanded tensor would grow to any size when it is copied.
@@ -184,19 +180,6 @@ def loading_fault(error: Exception) -> str:
     return (str(error).splitlines()[1:] or [reason(error)])[0].strip()[:300]
 
 
-def check_same_encoder(source: Any, found: nn.Module, expected: nn.Module) -> None:
-    """Check that a teacher has the same encoder as a student, apart from rounding in the student's file.
-
-    Raises:
-        InputError: Names the first tensor that differs.
-    """
-    theirs, ours = found.state_dict(), expected.state_dict()
-    for name, tensor in ours.items():
-        is_same_shape = name in theirs and theirs[name].shape == tensor.shape
-        if not is_same_shape or (theirs[name] - tensor).abs().max() > ROUNDING * tensor.abs().max():
-            raise InputError(f"{source}: its encoder is not the student's: {name} differs")
-
-
 def read_config(config_class: type[ConfigT], sizes: dict[str, Any]) -> ConfigT:
     """Read the sizes in a file.
 
@@ -204,51 +187,24 @@ def read_config(config_class: type[ConfigT], sizes: dict[str, Any]) -> ConfigT:
         ValueError: A field is missing, which would get its default; or as :class:`~d2v_composer.models.configs.Config`.
     """
     config = config_class(**sizes)
-    for each in (config, *vars(config).values()):
-        if isinstance(each, Config) and (missing := type(each).model_fields.keys() - each.model_fields_set):
-            raise ValueError(f"{min(missing)} is missing")
+    if config.model_dump(mode="json") != sizes:
+        raise ValueError("a size is missing")
     return config
 
 
-class PrimaryEmbedding(NamedTuple):
-    """The embedding used to judge a model's run."""
-
-    representation: Representation
-    pooling: Pooling
-
-    @property
-    def name(self) -> str:
-        """Name in metrics, such as layer_mean_cls."""
-        return embedding_name(self.representation, self.pooling)
-
-    @classmethod
-    def parse(cls, fields: Any) -> "PrimaryEmbedding":
-        """Read ``representation`` and ``pooling`` from a mapping; other keys are ignored.
-
-        Raises:
-            LookupError, TypeError, ValueError: One is missing or unknown.
-        """
-        check_choice("representation", fields["representation"], Representation)
-        check_choice("pooling", fields["pooling"], Pooling)
-        return cls(fields["representation"], fields["pooling"])
-
-
-DEFAULT_PRIMARY = PrimaryEmbedding("output", "cls")
-"""For a file without a run's record, such as a teacher's. With this embedding, data2vec 2.0 base retrieves best."""
-
-
-def choose_embedding(
-    model: Backbone, pooling: Pooling | None, representation: Representation | None
-) -> PrimaryEmbedding:
+def choose_embedding(model: Backbone, pooling: Pooling | None, representation: Representation | None) -> Embedding:
     """Return the requested embedding; for each ``None``, take the part of the model's primary embedding.
 
     Raises:
         InputError: The model has no such embedding.
     """
-    primary = stored_primary(model.provenance)
+    primary = Embedding()
+    for key in ("model", "config.retrieval"):  # the record of a fine-tuning run, and of a distillation
+        with suppress(LookupError, TypeError, ValueError):
+            primary = Embedding.parse(lookup(model.provenance, key))
     if primary.pooling == "cls" and not model.has_cls_token:
         primary = primary._replace(pooling=model.default_pooling)
-    chosen = PrimaryEmbedding(representation or primary.representation, pooling or primary.pooling)
+    chosen = Embedding(representation or primary.representation, pooling or primary.pooling)
     if chosen.name not in model.embedding_names:
         allowed = ", ".join(model.embedding_names)
         raise InputError(f"representation and pooling: this model has no {chosen.name}; it has {allowed}")
@@ -268,23 +224,77 @@ def distillation_of(provenance: Any) -> Any:
     return provenance if before is None else distillation_of(before)
 
 
+def has_tuned_encoder(provenance: Any) -> bool:
+    """Return True if the run that distilled a student, or a fine-tuning run, trained its encoder too."""
+    before = lookup(provenance, "model.provenance")
+    if before is None:
+        return bool(lookup(provenance, "student.own_encoder"))
+    return bool(lookup(provenance, "config.train_encoder")) or has_tuned_encoder(before)
+
+
 def check_same_teacher(source: Any, found: Teacher, record: Any) -> None:
-    """Check that a teacher is the one that a student's record names, if it names one.
+    """Check that a teacher is the one that a student's record names.
 
     Raises:
         InputError: It comes from another file; a converted file counts as the original.
     """
     ours, theirs = lookup(record, "teacher.sha256"), found.provenance["sha256"]
-    if ours not in (None, theirs):
+    if ours != theirs:
         raise InputError(f"{source}: not this student's teacher: sha256 {theirs}, expected {ours}")
 
 
-def stored_primary(provenance: Mapping[str, Any]) -> PrimaryEmbedding:
-    """Return the primary embedding in the record of a model's run, or ``DEFAULT_PRIMARY`` without such a record."""
-    for key in ("config.retrieval", "model"):  # of a fine-tuning run
-        with suppress(LookupError, TypeError, ValueError):
-            return PrimaryEmbedding.parse(lookup(provenance, key))
-    return DEFAULT_PRIMARY
+def sizes_of(student: Backbone) -> dict[str, Any]:
+    """Return the sizes of a student and its encoder, for JSON."""
+    config = student.encoder.config
+    is_network = isinstance(config, TimmNetworkConfig)
+    sizes = NetworkSizes(network=config) if is_network else StudentSizes(encoder=config, student=student.config)
+    return sizes.model_dump(mode="json")
+
+
+def read_sizes(source: Any, stored: dict[str, Any]) -> NetworkSizes | StudentSizes:
+    """Read what :func:`sizes_of` returned.
+
+    Raises:
+        InputError: They are not the sizes of a student.
+    """
+    with reading(source):
+        return read_config(NetworkSizes if "network" in stored else StudentSizes, stored)
+
+
+def build_student(
+    source: Any, sizes: NetworkSizes | StudentSizes, tensors: Mapping[str, Tensor], provenance: Any = None
+) -> Any:
+    """Build a student with a state dict, in eval mode.
+
+    Raises:
+        InputError: As :func:`check_fits`.
+    """
+
+    def build() -> Backbone:
+        if isinstance(sizes, StudentSizes):
+            return Student(build_encoder(sizes.encoder), sizes.student, provenance)
+        with torch.device("cpu"):  # torch._dynamo cannot be imported on the meta device
+            from d2v_composer.models.timm_network import NetworkStudent  # timm takes seconds to import
+
+        return NetworkStudent(sizes.network, provenance)
+
+    return build_loaded(source, build, tensors).eval()
+
+
+def check_outputs(source: Any, encoder: Any) -> None:
+    """Check that a timm encoder computes what it did at export, since timm's version may differ.
+
+    Raises:
+        InputError: It computes something else.
+    """
+    config = encoder.config
+    if isinstance(config, TimmConfig) and config.outputs:
+        with reading(source):
+            if not is_same(torch.tensor(encoder.sample_outputs()), torch.tensor(config.outputs)):
+                raise ValueError(
+                    f"the installed timm gives different results for {config.model} than timm {config.timm!r:.30}, "
+                    "which exported it: install that version"
+                )
 
 
 def build_encoder(config: EncoderConfig) -> Encoder:
@@ -292,64 +302,67 @@ def build_encoder(config: EncoderConfig) -> Encoder:
     if type(config) in ENCODERS:
         return ENCODERS[type(config)](config).freeze()
     assert isinstance(config, TimmEncoderConfig)
-    with torch.device("cpu"):  # torch._dynamo cannot be imported on the meta device
-        from d2v_composer.models.timm_teacher import TimmEncoder  # timm takes seconds to import
+    with torch.device("cpu"):  # as above
+        from d2v_composer.models.timm_teacher import TimmEncoder
 
     return TimmEncoder(config).freeze()
 
 
-def sizes_of(student: Backbone) -> dict[str, Any]:
-    """Return the sizes of a student and its encoder, for JSON."""
-    if isinstance(student.config, TimmNetworkConfig):
-        return {"network": student.config.model_dump(mode="json")}
-    return StudentSizes(encoder=student.encoder.config, student=student.config).model_dump(mode="json")
+def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a student's sizes and tensors for a file, once timm has computed with them what the student does.
 
+    They are compared on one input: the logits of a head, else the embedding that timm returns.
 
-def check_outputs(source: Any, encoder: Encoder) -> None:
-    """Check that a timm encoder from a file computes what it did at export, since timm's version may differ.
+    Args:
+        source: Named in errors.
+        student: Perhaps with a head, which reads the primary embedding.
 
     Raises:
-        InputError: It computes something else.
+        InputError: timm computes something else.
     """
-    config = encoder.config
-    if not isinstance(config, TimmConfig) or not config.outputs:
-        return
-    with reading(source):
-        expected, found = (torch.tensor(each) for each in (config.outputs, cast("Any", encoder).sample_outputs()))
-        if not (found - expected).norm() <= OUTPUT_TOLERANCE * expected.norm():  # false for NaN
-            raise ValueError(
-                f"the installed timm gives different results for {config.model} than timm {config.timm!r:.30}, "
-                "which exported it: install that version"
-            )
+    import timm  # takes seconds
+
+    student = copy.deepcopy(student).cpu().eval()
+    encoder, embedding = student.encoder, choose_embedding(student, None, None)
+    if isinstance(encoder.config, TimmConfig):
+        encoder.config = encoder.config.changed(timm=timm.__version__, outputs=encoder.sample_outputs())
+    sizes, (name, options) = sizes_of(student), timm_arguments(student)
+    has_logits = isinstance(student.head, nn.Linear)
+    rule = "a classifier must be one linear layer on output_cls"
+    with errors_of(f"{source}: timm would compute something else; {rule}"), torch.no_grad():
+        model: Any = timm.create_model(name, **options)
+        if isinstance(encoder.config, TimmNetworkConfig):
+            tensors = encoder.timm_tensors(model, student.head)
+            returned = PROJECTED if student.projected_width else "output_cls"
+        else:
+            tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes, embedding)}
+            returned = embedding.name
+        model.load_state_dict(tensors)
+        inputs = torch.randn_like(encoder.example(1))
+        embeddings = student.embed_all(inputs)
+        expected = student.head(embeddings[embedding.name]) if has_logits else embeddings[returned]
+        features = model.eval().forward_features(inputs)
+        if not is_same(model.forward_head(features, pre_logits=not has_logits and returned != PROJECTED), expected):
+            raise ValueError("the outputs differ")
+    return sizes, tensors
 
 
-def config_tensor(sizes: dict[str, Any], primary: PrimaryEmbedding) -> Tensor:
+def config_tensor(sizes: dict[str, Any], primary: Embedding) -> Tensor:
     """Return a student's sizes and primary embedding as JSON bytes, uint8."""
     return torch.tensor(list(json.dumps(sizes | {"primary": primary._asdict()}).encode()), dtype=torch.uint8)
 
 
-def pop_sizes(source: Any, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], PrimaryEmbedding]:
-    """Remove a student's :func:`config_tensor` from its tensors; return the sizes and the primary embedding.
-
-    Raises:
-        InputError: There is none, or it does not hold them.
-    """
-    if (stored := tensors.pop(CONFIG_TENSOR, None)) is None:
-        raise InputError(f"{source}: no tensor {CONFIG_TENSOR}: not a file written by d2v export")
-    with reading(source):
-        sizes = parse_object(stored.cpu().numpy().tobytes())
-        return sizes, PrimaryEmbedding.parse(sizes.pop("primary"))
+def timm_arguments(student: Backbone) -> tuple[str, dict[str, Any]]:
+    """Return the name and the options with which ``timm.create_model`` builds a student, to load its file."""
+    classes = {"num_classes": student.head.out_features} if isinstance(student.head, nn.Linear) else {}
+    if not isinstance(student.config, TimmNetworkConfig):
+        return "d2v2_student", classes
+    return timm_name(student.config.model), cast("Any", student.encoder).options | classes
 
 
-def check_student(
-    source: Any, sizes: dict[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[EncoderConfig, StudentConfig]:
-    """Check a student file's sizes and tensors. Call this before anything else reads them.
-
-    Raises:
-        InputError: As in :func:`check_fits`.
-    """
-    with reading(source):
-        found = read_config(StudentSizes, sizes)
-    check_fits(source, lambda: Student(build_encoder(found.encoder), found.student), tensors)
-    return found.encoder, found.student
+def timm_call(student: Backbone, file: str | Path) -> str:
+    """Return the line of Python with which timm loads a student's file."""
+    name, options = timm_arguments(student)
+    options |= {"checkpoint_path": str(file)}
+    given = [f"{key}={value!r}" for key, value in options.items() if value is not None]
+    return f"timm.create_model({', '.join([repr(name), *given])})"

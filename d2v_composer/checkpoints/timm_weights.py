@@ -120,7 +120,7 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     return {name: each.float() if each.dtype in FLOATS else each for name, each in tensors.items()}
 
 
-def load_weights(built: Any, model: str, stored: dict[str, Tensor], left_out: tuple[str, ...] = HEADS) -> None:
+def load_weights(built: Any, model: str, stored: dict[str, Tensor], left_out: tuple[str, ...]) -> None:
     """Load a file's tensors through timm's filter, which renames them and resamples positions to the model's grid.
 
     ``left_out``: how the names of those begin that are not loaded.

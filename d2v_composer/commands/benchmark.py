@@ -32,11 +32,12 @@ from d2v_composer.system.files import write_atomically
 
 positive = whole(1, 1 << 31)
 
+SIZE = (*RELEASED, "quickstart"), "default: base"
 REPEATS = positive, "number of measured passes; default: 5"
 # Benchmark → option → its type or choices, and its help. The benchmark's function has the defaults.
 OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
     "step": {
-        "--size": ((*RELEASED, "quickstart"), "default: base"),
+        "--size": SIZE,
         "--batch-size": (positive, "images, or clips of 5 s, per step; default: 8, or 256 on a GPU"),
         "--precision": (("auto", "fp32", "amp_bf16", "amp_fp16"), "default: auto"),
         "--only": (("naive", "eager", "ours"), "measure only this contender"),
@@ -49,7 +50,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, str]]] = {
         "--repeats": REPEATS,
     },
     "plan": {
-        "--size": ((*RELEASED, "quickstart"), "default: base"),
+        "--size": SIZE,
         "--batch-size": (positive, "images, or clips of 5 s, per step; default: 256"),
         "--residual": (("full", "half"), "precision of the frozen blocks' residual stream; default: full"),
     },
@@ -94,11 +95,11 @@ def main(argv: Sequence[str]) -> None:
     options = vars(parser.parse_args(argv))
     name, out = options.pop("benchmark"), options.pop("json", None)
 
-    from d2v_composer.benchmarks import measure
+    from d2v_composer.benchmarks import format_result
 
     module = import_module(f"d2v_composer.benchmarks.{name.replace('-', '_')}")
     result = module.benchmark(**options)
     command = shlex.join(["d2v", "benchmark", *argv])
-    print(f"{command}\n{getattr(module, 'format_result', measure.format_result)(result)}")
+    print(f"{command}\n{getattr(module, 'format_result', format_result)(result)}")
     if out is not None:
         write_atomically(out, json.dumps({"command": command, **result}, indent=1) + "\n")

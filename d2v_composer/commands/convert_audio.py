@@ -10,14 +10,16 @@ OUT/conversion.json lists the length of every clip: training puts clips of simil
 An interrupted conversion leaves no index.json, so no reader takes it for a data set. Run the same command again to
 resume it; with other settings it starts over.
 The clips are in SOURCE/SPLIT or SOURCE. Labels come from class folders, a CSV file with lines 'clip,class', or
---label-column. Of Parquet files and tars, SPLIT is in the names.
+--label-column. Of files with many samples, SPLIT is a word of their names, or else of their folders' names; of zips a
+folder in them.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from d2v_composer.commands.convert_images import add_options, convert_and_report
-from d2v_composer.system.command_line import SOURCES, make_parser
+from d2v_composer.data.containers import SOURCES
+from d2v_composer.system.command_line import make_parser
 
 
 def main(argv: Sequence[str]) -> Any:

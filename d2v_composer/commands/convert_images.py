@@ -12,31 +12,31 @@ cifar10:FOLDER downloads CIFAR-10 to FOLDER if it is missing there; its pixels a
 For an S3-compatible store, set S3_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
 An interrupted conversion leaves no index.json, so no reader takes it for a data set. Run the same command again to
 resume it; with other settings it starts over.
-The images are in SOURCE/SPLIT, SOURCE/ILSVRC/Data/CLS-LOC/SPLIT (Kaggle's archive) or SOURCE. Labels come from class
-folders with images in them, Kaggle's LOC_SPLIT_solution.csv, a CSV file with lines 'image,class', or --label-column.
-Of Parquet files and tars, SPLIT is in the names.
+The images are in SOURCE/SPLIT or SOURCE, or in the one folder there that has all images, as ILSVRC/Data/CLS-LOC of
+Kaggle's archive. Labels come from class folders with images in them, Kaggle's LOC_SPLIT_solution.csv, a CSV file with
+lines 'image,class', or --label-column. Of files with many samples, SPLIT is a word of their names, or else of their
+folders' names; of zips a folder in them.
 """
 
 import os
-import shlex
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from d2v_composer.data.containers import COLUMN, LABEL_COLUMN, SOURCES
 from d2v_composer.system.command_line import (
-    COLUMN,
     PART,
-    SOURCES,
     d2v,
     make_parser,
     print_next,
     print_skipped,
     size,
+    training_on,
     whole,
 )
-from d2v_composer.system.part import ALL, Part
+from d2v_composer.system.processes import ALL, Part
 
 if TYPE_CHECKING:
     from d2v_composer.data.modality import Modality
@@ -65,7 +65,7 @@ def add_options(parser: ArgumentParser, sample: str, source: str) -> None:
     add("--split", help="the split's folder, or none if SOURCE has no splits; default: train")
     add("--labels", help=f"a CSV file with lines '{sample},class', or none for no labels")
     add("--column", metavar="NAME", help=COLUMN)
-    add("--label-column", metavar="NAME", help="the column of labels, or for tars cls or json:KEY; default: no labels")
+    add("--label-column", metavar="NAME", help=f"what has the labels: {LABEL_COLUMN}; default: no labels")
     add("--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="worker processes; default: one per core")
     add("--seed", type=whole(0, 1 << 32), default=0, help=f"seed for the order of the {sample}s; default: 0")
     add("--shard-size", type=size, default="64mb", help="approximate size of a shard; default: 64mb")
@@ -92,6 +92,7 @@ def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **
             print(f"part {part.number} of {part.total} exists already")
             return None
         out = parts.path(part)
+    print("other files:", name_counts(source.left_out))
     conversion = convert(
         source,
         out,
@@ -111,13 +112,6 @@ def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **
         f"wrote {out}: {conversion.samples} {source.modality.unit}{hours}, {classes}, "
         f"{conversion.bytes / 1e6:.1f} MB in {conversion.shards} shards, in {time.monotonic() - start:.0f} s"
     )
-    print("other files:", name_counts(source.left_out))
     print_skipped(conversion.skipped)
-    print_next(d2v("merge", arguments.out) if part else training_on(out, yaml))
+    print_next(*((d2v("merge", arguments.out),) if part else training_on(out, yaml)))
     return conversion
-
-
-def training_on(out: str, yaml: str) -> str:
-    """Return the command that trains on a data set."""
-    data = f"train_loader.remote={out}" if "://" in out else f"train_loader.local={Path(out).resolve()}"
-    return f"composer recipes/train.py yamls/{yaml}.yaml {shlex.quote(data)}"

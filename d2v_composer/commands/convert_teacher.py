@@ -8,14 +8,13 @@
 Reading a checkpoint runs none of its code. A report names the tensors used and left out.
 """
 
-import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
 from d2v_composer.models.names import Weights
-from d2v_composer.system.command_line import make_parser, print_next
+from d2v_composer.system.command_line import make_parser, print_next, training
 from d2v_composer.system.files import check_out_file
 
 
@@ -58,5 +57,4 @@ def main(argv: Sequence[str]) -> None:
         for group, count in Counter(name.rsplit(".", 1)[0] for name in names).items():
             print(f"  {group} ({count})")
     print(f"wrote {out}: {provenance['weights']} weights, {provenance['dtype']}, {out.stat().st_size / 1e6:.1f} MB")
-    checkpoint = shlex.quote(f"teacher.checkpoint={out.resolve()}")
-    print_next(f"composer recipes/train.py {config.recipe} {checkpoint}")
+    print_next(*training(config.recipe, f"teacher.checkpoint={out.resolve()}"))

@@ -8,8 +8,8 @@
     d2v embed student.safetensors 's3://bucket/laion/*.tar' s3://bucket/laion.parquet --part 3/16
     composer -n 2 -m d2v_composer.commands embed student.safetensors photos photos.npy
 
-Read NAME.npy, (N, D), with np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy: a file's path relative to SOURCE,
-FILE.parquet#ROW, FILE.tar/KEY, or the number in an MDS data set. NAME.parquet has the columns id and embedding.
+Read NAME.npy, (N, D), with np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy. NAME.parquet has the columns id and
+embedding.
 Images are resized to the model's size without cropping; clips are embedded whole.
 All GPUs of this machine work if Composer is installed, or as many processes as its launcher starts, to the same bytes.
 An interrupted run leaves no OUT; run the same command again to resume it.
@@ -22,22 +22,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
-from d2v_composer.commands.train import relaunch_on_gpus
-from d2v_composer.models.names import Pooling, PrecisionChoice, Representation, Weights, embedding_name
+from d2v_composer.config.reference import ModelReference
+from d2v_composer.data.containers import COLUMN, IDS, SOURCES
+from d2v_composer.models.names import PrecisionChoice
 from d2v_composer.system.command_line import (
-    COLUMN,
     PART,
-    SOURCES,
     d2v,
     make_parser,
     print_next,
     print_skipped,
+    reading_of,
     size,
     whole,
 )
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.part import ALL, Part
-from d2v_composer.system.processes import local_rank, local_ranks
+from d2v_composer.system.processes import ALL, Part, local_rank, local_ranks, relaunch_on_gpus
 
 
 def main(argv: Sequence[str]) -> Any:
@@ -49,11 +48,12 @@ def main(argv: Sequence[str]) -> Any:
 
     import torch
 
-    from d2v_composer.data.containers import open_source
+    from d2v_composer.data.open import open_source
     from d2v_composer.data.parts import Parts, plan_of
     from d2v_composer.data.source import name_counts
     from d2v_composer.embedder import Embedder
-    from d2v_composer.embedding import check_out, embed_source, hash_weights
+    from d2v_composer.embedding import check_ids, check_out, embed_source, hash_weights
+    from d2v_composer.models.names import Embedding
 
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
@@ -73,12 +73,15 @@ def main(argv: Sequence[str]) -> Any:
     files = (f"{source.root}/{each[:-2]}" for each in map(str, source.ids) if each.endswith("#0"))
     if arguments.overwrite and os.path.realpath(out) in map(os.path.realpath, files):
         raise InputError(f"{out} is among the source's files; choose another OUT")
-    print(f"embedding: {embedding_name(options.representation, options.pooling)}")
+    if out.endswith(".parquet"):
+        check_ids(source.ids)
+    print(f"embedding: {Embedding(options.representation, options.pooling).name}")
     if part:
         plan = plan_of(source, part, model=hash_weights(model), device=device, **options._asdict())
         if parts.has(part, plan):
             print(f"part {part.number} of {part.total} exists already")
             return None
+    print("other files:", name_counts(source.left_out))
     embedding = embed_source(
         model,
         source,
@@ -92,7 +95,6 @@ def main(argv: Sequence[str]) -> Any:
     )
     if embedding.resumed:
         print(f"resumed an interrupted run after {embedding.resumed} {modality.unit}")
-    print("other files:", name_counts(source.left_out))
     print_skipped(embedding.skipped)
     num_now = embedding.images + len(embedding.skipped) - embedding.resumed
     rate = f", {num_now / embedding.seconds:.0f} {modality.unit}/s" if num_now else ""
@@ -101,29 +103,17 @@ def main(argv: Sequence[str]) -> Any:
     return embedding
 
 
-def reading_of(out: str) -> str:
-    """Return the line of Python that reads embeddings."""
-    table = f"pandas.read_parquet({out!r})" if out.endswith(".parquet") else f"numpy.load({out!r}, mmap_mode='r')"
-    return f"import {table.partition('.')[0]}; embeddings = {table}"
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a checkpoint, an exported student or a teacher: a path, s3://, …; or timm/NAME")
     add("source", metavar="SOURCE", help=f"a folder of images or audio files, or {SOURCES}")
-    add("out", metavar="OUT", help="a file: NAME.npy or NAME.parquet, here or in a store")
-    add("--teacher", help="the checkpoint's teacher, if it has moved since the training run")
-    add("--weights", choices=get_args(Weights), default="model", help="a teacher's weights; default: model")
-    add("--checkpoint", metavar="FILE", help="a timm model's weights; default: timm's pretrained ones")
-    add("--first-blocks", type=int, metavar="N", help="how many of a timm model's first blocks to omit from layer_mean")
-    add("--image-size", metavar="SIZE", help="a timm model's pixels per side, or HEIGHTxWIDTH; default: timm's")
-    add("--pooling", choices=get_args(Pooling), help="default: as in the primary embedding of the model's run")
     add(
-        "--representation",
-        choices=get_args(Representation),
-        help="default: as in the primary embedding of the model's run",
+        "out",
+        metavar="OUT",
+        help=f"a file: NAME.npy or NAME.parquet, here or in a store; the ids are {IDS}, a path or MDS's number",
     )
+    ModelReference.add_flags(add)
     add("--precision", choices=get_args(PrecisionChoice), default="fp32", help="default: fp32; auto is faster")
     add("--normalize", action="store_true", help="scale embeddings to length 1")
     add(

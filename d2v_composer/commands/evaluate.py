@@ -16,7 +16,6 @@ and CSV and, with rivals, a picture of quality over speed. `d2v fields evaluatio
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,16 +25,7 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import torch
-    from torch import Tensor
-
     from d2v_composer.config.schema import EvaluateConfig
-    from d2v_composer.evaluation.labeled_retrieval import Candidate
-
-
-BATCH_SIZES = (1, 64)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -44,11 +34,12 @@ def main(argv: Sequence[str]) -> None:
 
     import torch
 
-    from d2v_composer.builders.models import build_comparison, build_labeled_sets
+    from d2v_composer.benchmarks import BATCH_SIZES, measure_speeds
+    from d2v_composer.builders.models import build_comparison
     from d2v_composer.config.load import load_evaluate_config
     from d2v_composer.data.modalities import modality_of
     from d2v_composer.embedding import hash_weights
-    from d2v_composer.evaluation.evaluate import check_out, evaluate
+    from d2v_composer.evaluation.evaluate import check_out
     from d2v_composer.models.precision import choose_precision
     from d2v_composer.report.model_card import WORDS
     from d2v_composer.report.tables import evaluation_tables
@@ -56,21 +47,18 @@ def main(argv: Sequence[str]) -> None:
 
     config = load_evaluate_config(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, comparison = build_comparison(config, device)
+    model, evaluation = build_comparison(config, device)
     weights = hash_weights(model)
     if config.out is not None:
         check_out(Path(config.out), weights)
-    if "agreement" in config.probes and comparison.lookup.teacher is None:
+    if "agreement" in config.probes and evaluation.lookup.teacher is None:
         raise InputError("probes: agreement needs the teacher; name it with teacher=PATH")
     modality = modality_of(model.encoder.config)
-    datasets = build_labeled_sets(config, modality, model.projected_width)
-    for name, labeled in datasets.items():
-        comparison.lookup.check(name, labeled)
-    print(f"embedding: {comparison.lookup.primary}")
+    print(f"embedding: {evaluation.lookup.primary}")
     autocast_dtype = choose_precision(config.precision).autocast_dtype
-    evaluation = evaluate(comparison, datasets, device, autocast_dtype)
+    evaluation.run(device, autocast_dtype)
     if config.rivals:
-        measure_speed(comparison.candidates, model.encoder.noise, device, autocast_dtype)
+        evaluation.speeds.update(measure_speeds(evaluation, model.encoder.noise, device, autocast_dtype))
     tables = evaluation_tables(evaluation, WORDS[modality.name]["each"])
     print(tables)
     if config.out is not None:
@@ -83,32 +71,6 @@ def main(argv: Sequence[str]) -> None:
 
             write_atomically(picture, to_png(quality_over_speed(evaluation, BATCH_SIZES[-1], modality.unit)))
     print_next(next_step(config, modality.unit.upper()))
-
-
-def measure_speed(
-    candidates: "Sequence[Candidate]",
-    noise: "Callable[[int], Tensor]",
-    device: str,
-    autocast_dtype: "torch.dtype | None",
-) -> None:
-    """Measure how many samples a second each model embeds, in turns: the median over rounds."""
-    import numpy as np
-    import torch
-
-    from d2v_composer.benchmarks.measure import interleave
-    from d2v_composer.models.precision import precision_of
-
-    models = {each.name: each for each in candidates if each.num_parameters}
-
-    def embed(candidate: "Candidate", batch: "Tensor") -> object:
-        return candidate.embed(batch[:])  # of the same tensor, candidates would share an encoder's tokens
-
-    for size in BATCH_SIZES:
-        batch = noise(size).to(device)
-        passes = {name: (partial(embed, each, batch), size) for name, each in models.items()}
-        with torch.inference_mode(), precision_of(autocast_dtype, device):
-            for name, rates in interleave(passes, repeats=5).items():
-                models[name].rates[size] = float(np.median(rates))
 
 
 def next_step(config: "EvaluateConfig", samples: str) -> str:

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from d2v_composer.commands import verify as verification
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.system.command_line import d2v, make_parser, print_next
 from d2v_composer.system.errors import InputError
@@ -28,8 +27,6 @@ PROGRAMS = {
     ".onnx": "import onnxruntime; session = onnxruntime.InferenceSession({!r})",
     ".pt2": "import torch; program = torch.export.load({!r}).module()",
 }
-# How to load a fine-tuned student.
-TIMM = "import timm, d2v_composer; model = timm.create_model('d2v2_student', checkpoint_path={!r}, num_classes={})"
 # Every second one calibrates; d2v verify measures with others.
 MAX_INT8_IMAGES = 256
 
@@ -60,13 +57,13 @@ def export(
     source: str,
     out: Path,
     *,
-    teacher: str | None = None,
-    pooling: Pooling | None = None,
-    representation: Representation | None = None,
-    preprocessing: str = "out",
-    int8: bool = False,
-    calibrate: str | None = None,
-    verify: bool = False,
+    teacher: str | None,
+    pooling: Pooling | None,
+    representation: Representation | None,
+    preprocessing: str,
+    int8: bool,
+    calibrate: str | None,
+    verify: bool,
 ) -> None:
     """Export a student, and print what was written; the arguments are the command's."""
     if out.suffix not in (".safetensors", *PROGRAMS):
@@ -80,13 +77,14 @@ def export(
     if (int8 and out.suffix != ".onnx") or (calibrate and not int8):
         raise InputError(f"{out}: --int8 is only for .onnx, and --calibrate only for --int8")
 
-    from d2v_composer.checkpoints.export import Embedder, check_packages, export_onnx, export_program
-    from d2v_composer.checkpoints.load import load_any, save_student
-    from d2v_composer.checkpoints.student_file import choose_embedding
+    from d2v_composer.checkpoints.export import Program, export_program, quantize
+    from d2v_composer.checkpoints.student_file import choose_embedding, timm_call
+    from d2v_composer.config.reference import load_any
     from d2v_composer.models.teacher import Teacher
-    from d2v_composer.report.model_card import plan_model_card
+    from d2v_composer.report import verification
+    from d2v_composer.report.model_card import save_with_card, size_of
 
-    student, _ = load_any(source, teacher_path=teacher)
+    student, _ = load_any(source, teacher=teacher)
     if isinstance(student, Teacher):
         raise InputError(f"{source} is a teacher; expected a training checkpoint or an exported student")
     if (int8 or takes_pixels) and len(student.encoder.free_axes) > 1:  # what calibrates would have one length
@@ -95,29 +93,21 @@ def export(
     embedding = choose_embedding(student, pooling, representation)
     print(f"embedding: {embedding.name}")
     if out.suffix == ".safetensors":
-        write_card = plan_model_card(student, source, out) if student.head is None else None
-        if write_card is not None:  # first: the same command is refused once OUT is there
-            print(write_card())
-        save_student(student, out)
+        save_with_card(student, source, out)
         step = d2v("embed", out, "SOURCE", "embeddings.npy")
         if student.head is not None:
-            step = TIMM.format(str(out), len(student.state_dict()["head.bias"]))
+            step = f"import timm, d2v_composer; model = {timm_call(student, out)}"
     else:
-        embedder = Embedder(student, embedding, takes_pixels)
+        program = Program(student, embedding, takes_pixels)
         if int8:
-            check_packages(out, "onnxruntime")
-            from d2v_composer.checkpoints.int8 import quantize
-
             images = verification.read_samples(student, calibrate, MAX_INT8_IMAGES, takes_pixels)
             with tempfile.TemporaryDirectory() as folder:
-                export_onnx(embedder, program := Path(folder) / "float32.onnx")
-                quantize(program, out, images[1::2])
+                export_program(program, exact := Path(folder) / "float32.onnx")
+                quantize(exact, out, images[1::2])
         else:
-            write = export_onnx if out.suffix == ".onnx" else export_program
-            write(embedder, out)
+            export_program(program, out)
         step = PROGRAMS[out.suffix].format(str(out))
-    size = sum(parameter.numel() for parameter in student.parameters())
-    print(f"wrote {out}: {size / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB")
+        print(size_of(student, out))
     if verify or int8:
         images = calibrate if int8 else verification.SHIPPED[student.encoder.input_name]
         verification.verify(out, student, runtime=None if verify else ["onnxruntime"], images=images)

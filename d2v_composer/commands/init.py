@@ -6,6 +6,7 @@
 The YAML's references to files beside it become absolute paths.
 """
 
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ YAMLS = Path(d2v_composer.__file__).with_name("yamls").resolve()
 # YAML → what reads it, if that is not d2v train.
 READERS = {
     "evaluate": d2v("evaluate", "FILE.yaml", "model=PATH"),
-    "finetune": "composer recipes/finetune.py FILE.yaml model=PATH",
+    "finetune": "composer recipes/finetune.py FILE.yaml model=PATH (in a clone)",
 }
 
 
@@ -29,5 +30,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("name", metavar="NAME", choices=names, help=", ".join(names))
     name = parser.parse_args(argv).name
     text = (YAMLS / f"{name}.yaml").read_text("utf-8")
-    print(re.sub(r"\$\{here:(.*?)\}", lambda reference: str(YAMLS / reference[1]), text), end="")
+    # Quoted, since a path may hold ' #' and the like.
+    text = re.sub(r"\$\{here:(.*?)\}", lambda found: json.dumps(f"{YAMLS}/{found[1]}", ensure_ascii=False), text)
+    print(text, end="")
     print(f"next: {READERS.get(name) or d2v('train', 'FILE.yaml')}", file=sys.stderr)

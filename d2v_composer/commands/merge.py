@@ -11,9 +11,7 @@ conversion stay in OUT/parts. The parts of embeddings, in OUT.parts, are no long
 
 from collections.abc import Sequence
 
-from d2v_composer.commands.convert_images import training_on
-from d2v_composer.commands.embed import reading_of
-from d2v_composer.system.command_line import make_parser, print_next, print_skipped
+from d2v_composer.system.command_line import make_parser, print_next, print_skipped, reading_of, training_on
 
 
 def main(argv: Sequence[str]) -> None:
@@ -32,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
         from d2v_composer.embedding import merge
 
         merged = merge(out, overwrite=arguments.overwrite)
-        wrote, following = f"{merged.images} embeddings of {merged.channels} channels", reading_of(out)
+        wrote, following = f"{merged.images} embeddings of {merged.channels} channels", (reading_of(out),)
     else:
         from d2v_composer.data import convert
 
@@ -41,4 +39,4 @@ def main(argv: Sequence[str]) -> None:
         following = training_on(out, "distill_audio" if merged.lengths else "distill")
     print(f"wrote {out}: {wrote}")
     print_skipped(merged.skipped)
-    print_next(following)
+    print_next(*following)

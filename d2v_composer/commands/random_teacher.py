@@ -7,13 +7,12 @@ SIZE is base, large or huge, as in data2vec 2.0's image models, base_audio, larg
 """
 
 import hashlib
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from d2v_composer.models.configs import RELEASED, ImageConfig
 from d2v_composer.models.names import DATA2VEC2
-from d2v_composer.system.command_line import make_parser, print_next
+from d2v_composer.system.command_line import make_parser, print_next, training
 from d2v_composer.system.errors import errors_of
 from d2v_composer.system.files import check_out_file
 
@@ -46,5 +45,5 @@ def main(argv: Sequence[str]) -> None:
     provenance = {"source": f"random {size}", "sha256": sha256, "weights": "model", "license": "none: random weights"}
     write_model_file(out, "teacher", config.model_dump(mode="json") if config else {}, provenance, tensors)
     print(f"wrote {out}: {sum(map(torch.numel, tensors.values())) / 1e6:.1f} M random parameters")
-    teacher = shlex.join([f"teacher.model={kind}", f"teacher.checkpoint={out.resolve()}"])
-    print_next(f"composer recipes/preflight.py {(config or ImageConfig).recipe} {teacher}")
+    teacher = f"teacher.model={kind}", f"teacher.checkpoint={out.resolve()}"
+    print_next(*training((config or ImageConfig).recipe, *teacher))

@@ -9,22 +9,16 @@ It trains on every GPU of this machine, or on the CPU; in a clone, `composer -n 
 `d2v fields training` lists every field. Run the same command again to resume.
 """
 
-import os
-import re
-import signal
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from d2v_composer.system import command_line
 from d2v_composer.system.addresses import STUDENT_FILE
 from d2v_composer.system.command_line import d2v, print_next
-from d2v_composer.system.processes import is_launched
+from d2v_composer.system.processes import relaunch_on_gpus
 
 if TYPE_CHECKING:
     from composer import Callback, Trainer
-
-    from d2v_composer.config.schema import TrainConfig
 
 
 def main(argv: Sequence[str]) -> None:
@@ -34,51 +28,29 @@ def main(argv: Sequence[str]) -> None:
     train(argv)
 
 
-def relaunch_on_gpus(*arguments: str) -> None:
-    """With several GPUs, replace this process with Composer's launcher, which runs the d2v command on each."""
-    import torch
-
-    if is_launched() or torch.cuda.device_count() < 2:
-        return
-    import composer.cli  # noqa: F401  (if it is missing, this error says what to install, the launcher's does not)
-
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])  # the launcher would inherit the mask
-    program = [sys.executable, "-m", "composer.cli", "-m", "d2v_composer.commands"]
-    # The launcher expands a leading ~ and $NAME: each is passed as a variable that stands for the character.
-    escaped = [re.sub(r"^~|\$", lambda found: f"${{D2V_{ord(found[0])}}}", each) for each in arguments]
-    os.execve(sys.executable, [*program, *escaped], os.environ | {f"D2V_{ord(each)}": each for each in "~$"})
-
-
 def train(argv: Sequence[str], callbacks: "Sequence[Callback]" = ()) -> "Trainer":
-    """Train a student, and print the next steps.
+    """Train a student, and print how to evaluate and export it.
 
     Args:
         argv: A YAML and its overrides.
         callbacks: Further callbacks, besides the YAML's.
     """
+    import yaml
+
     from d2v_composer.builders.run import train_student
+    from d2v_composer.checkpoints.checkpoint import LATEST
     from d2v_composer.config.load import load_config
 
     config = load_config(argv)
     trainer = train_student(config, callbacks)
-    name_next_steps(config)
+    if config.run_folder is not None:
+        checkpoint = config.run_folder.local / LATEST
+        used = {
+            name: labeled.model_dump(exclude_defaults=True)
+            for name, labeled in config.retrieval.datasets.items()
+            if labeled is not None
+        }
+        datasets = f"datasets={yaml.safe_dump(used, default_flow_style=True, sort_keys=False, width=1 << 20).strip()}"
+        evaluate = [d2v("evaluate", f"model={checkpoint}", datasets)] if used else []
+        print_next(*evaluate, d2v("export", checkpoint, config.run_folder.local / STUDENT_FILE))
     return trainer
-
-
-def name_next_steps(config: "TrainConfig") -> None:
-    """Print how to evaluate and export the student."""
-    import yaml
-
-    from d2v_composer.checkpoints.checkpoint import LATEST
-
-    if config.run_folder is None:
-        return
-    checkpoint = config.run_folder.local / LATEST
-    used = {
-        name: labeled.model_dump(exclude_defaults=True)
-        for name, labeled in config.retrieval.datasets.items()
-        if labeled is not None
-    }
-    datasets = f"datasets={yaml.safe_dump(used, default_flow_style=True, sort_keys=False, width=1 << 20).strip()}"
-    evaluate = [d2v("evaluate", f"model={checkpoint}", datasets)] if used else []
-    print_next(*evaluate, d2v("export", checkpoint, config.run_folder.local / STUDENT_FILE))

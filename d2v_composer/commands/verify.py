@@ -14,42 +14,12 @@ the model card beside the file. --kit writes a folder for a machine whose runtim
 same numbers, and needs only numpy and the runtime.
 """
 
-import json
-import os
-import shutil
-import sys
-import tempfile
-from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
-from subprocess import PIPE, Popen
-from typing import TYPE_CHECKING
 
-from d2v_composer.checkpoints import check_program
+from d2v_composer.checkpoints.check_program import RUNTIMES
 from d2v_composer.system.command_line import make_parser
-from d2v_composer.system.errors import InputError, RunError
-from d2v_composer.system.files import check_out_file, check_owned, write_atomically
-from d2v_composer.system.processes import if_interrupted
-from d2v_composer.system.progress import progress_bar
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from d2v_composer.models.backbone import Backbone
-
-# Name → suffix of the files, and package.
-RUNTIMES = {
-    "onnxruntime": (".onnx", "onnxruntime"),
-    "openvino": (".onnx", "openvino"),
-    "openvino-float32": (".onnx", "openvino"),
-    "torch.export": (".pt2", "torch"),
-    "pytorch": (".safetensors", "torch"),
-}
-# A program's input → samples that ship.
-YAMLS = f"{Path(__file__).parents[1]}/yamls"
-SHIPPED = {"images": f"{YAMLS}/quickstart/cifar10/test", "waveforms": f"{YAMLS}/quickstart_audio/words/test"}
-MAX_SAMPLES, MIN_SAMPLES, ROUNDS = 64, 20, 3
+from d2v_composer.system.errors import InputError
 
 
 def main(argv: Sequence[str]) -> None:
@@ -58,7 +28,8 @@ def main(argv: Sequence[str]) -> None:
     add = parser.add_argument
     add("exported", metavar="EXPORTED", type=Path, help="a file of d2v export: .onnx, .pt2 or .safetensors")
     add("--student", type=Path, help="the same student's .safetensors file; default: EXPORTED with that suffix")
-    add("--runtime", action="append", choices=RUNTIMES, help="may be repeated; default: all that are installed")
+    about = ", ".join(f"{name} for {runtime.suffix}" for name, runtime in RUNTIMES.items())
+    add("--runtime", action="append", choices=RUNTIMES, help=f"{about}; may be repeated; default: all installed")
     add("--images", metavar="FOLDER", help="images, audio or MDS shards; default: CIFAR-10's, or words, that ship")
     add("--cosine", type=float, help="least cosine to PyTorch; default: 0.999, of an int8 file 0.98")
     add("--difference", type=float, help="largest difference; default: 0.0001, of an int8 file any")
@@ -69,126 +40,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"{path}: no such file; name the student of this program by --student")
 
     from d2v_composer.checkpoints.load import load_student
+    from d2v_composer.report.verification import SHIPPED, verify
 
     student, images = load_student(path), arguments.pop("images")
     verify(student=student, images=images or SHIPPED[student.encoder.input_name], **arguments)
-
-
-def verify(
-    exported: Path,
-    student: "Backbone",
-    *,
-    images: str | None,
-    runtime: Sequence[str] | None = None,
-    cosine: float | None = None,
-    difference: float | None = None,
-    kit: Path | None = None,
-) -> None:
-    """Measure a student's exported file, without ``images`` on the run's retrieval data.
-
-    Raises:
-        InputError: A file cannot be used, or a chosen runtime is not installed or takes other files.
-        RunError: A runtime fails, or misses a limit.
-    """
-    import numpy as np
-
-    from d2v_composer.checkpoints.export import read_description
-    from d2v_composer.checkpoints.load import save_student
-    from d2v_composer.report.model_card import add_section
-    from d2v_composer.report.tables import format_table
-    from d2v_composer.system.fetch import names_in
-    from d2v_composer.system.machine import describe_machine, package_versions
-
-    embedding, is_int8, takes_pixels = read_description(exported, student)
-    installed = [each for each, (suffix, name) in RUNTIMES.items() if suffix == exported.suffix and find_spec(name)]
-    if refused := [name for name in runtime or () if name not in installed]:
-        raise InputError(
-            f"--runtime: {refused[0]} is not installed, or takes no {exported.suffix} file; write --kit FOLDER, and "
-            "run its script in the runtime's own environment"
-        )
-    report, script = exported.with_name(f"{exported.name}.verify.json"), Path(check_program.__file__)
-    check_out_file(report)
-    if kit is not None:
-        check_owned(kit, names_in(kit), "kit.json", "--kit")
-    limits = {"cosine": cosine or (0.98 if is_int8 else 0.999), "difference": difference or (9 if is_int8 else 1e-4)}
-    batch = read_samples(student, images, MAX_SAMPLES, takes_pixels)
-    inputs = [batch, batch[:7, : batch.shape[1] // 2]] if len(student.encoder.free_axes) > 1 else [batch]
-    samples = [each.movedim(-1, 1) if takes_pixels else each for each in inputs]
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = kit or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        np.savez(folder / "kit.npz", *inputs, np.concatenate([student.embed_all(each)[embedding] for each in samples]))
-        (folder / "kit.json").write_text(json.dumps({"embedding": embedding, **limits}, indent=1))
-        shutil.copy(script, folder)
-        if kit is not None:
-            shutil.copy(exported, kit)
-            print(f"wrote {kit}: in it, run python {script.name} RUNTIME {exported.name}")
-            return
-        save_student(student, folder / "pytorch.safetensors")
-        files = {"pytorch": folder / "pytorch.safetensors"} | dict.fromkeys(runtime or installed, exported.absolute())
-        found, faults = measure(folder / script.name, files)
-    rows = [[name, *map("{:.5g}".format, each.values())] for name, each in found.items()]
-    table = format_table(["", *max(found.values(), key=len)], rows)
-    table += f"\n{exported.name}: {exported.stat().st_size / 1e6:.1f} MB, {embedding}"
-    print(table)
-    about = {"embedding": embedding, "machine": describe_machine(), "faults": faults, "runtimes": found}
-    about["versions"] = package_versions("onnxruntime", "openvino")
-    write_atomically(report, json.dumps(about, indent=1) + "\n")
-    add_section(exported.with_name("README.md"), f"{exported.name} in each runtime", f"```\n{table}\n```\n")
-    if faults:
-        raise RunError(*(f"{exported}: {name}: {fault}" for name, fault in faults.items()))
-
-
-def read_samples(student: "Backbone", source: str | None, maximum: int, takes_pixels: bool = False) -> "Tensor":
-    """Return samples as a program takes them, from a folder or the run's retrieval data.
-
-    Audio clips are cut to the shortest, (N, L). Images are normalized, (N, 3, S, S), or (N, S, S, 3) uint8.
-
-    Raises:
-        InputError: There are too few, or they cannot be read.
-    """
-    import torch
-
-    from d2v_composer.checkpoints.student_file import lookup
-    from d2v_composer.data.containers import open_source
-    from d2v_composer.data.labeled import evenly_spaced, load_labeled_set
-    from d2v_composer.data.modalities import modality_of
-    from d2v_composer.models.configs import height_and_width
-    from d2v_composer.models.images import resize
-
-    modality, samples = modality_of(student.encoder.config), []
-    if source is not None:
-        found = open_source(source, modality)
-        samples = [found.decode(i) for i in evenly_spaced(len(found), maximum)]
-    elif found := [*filter(None, (lookup(student.provenance, "config.retrieval.datasets") or {}).values())]:
-        options = found[0] | {"download": False, "max_images": maximum, "class_embeddings": None}
-        samples = load_labeled_set(modality=modality, **options).test.samples
-    if len(samples) < MIN_SAMPLES:
-        found = f"needs at least {MIN_SAMPLES} {modality.unit}, got {len(samples)}"
-        raise InputError(f"{found}; use --images FOLDER, or for --int8 --calibrate FOLDER")
-    length = min(each.shape[-1] for each in samples)
-    batch = torch.stack([each[..., :length] for each in samples])
-    if takes_pixels:
-        config = student.encoder.config
-        return resize(batch, height_and_width(config.image_size), config.interpolation).movedim(1, -1)
-    return student.encoder.normalized(batch)
-
-
-def measure(script: Path, files: Mapping[str, Path]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Run the script for each runtime in a process of its own, in turns.
-
-    Returns:
-        Runtime → the median over rounds of each number, none if one failed; runtime → what is wrong.
-    """
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in files}
-    found, faults, path = {}, {}, os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    for name in progress_bar(ROUNDS * list(files), desc="measuring", unit="runs"):
-        command = [sys.executable, str(script), name, str(files[name])]
-        with Popen(command, stdout=PIPE, stderr=PIPE, text=True, env=path) as process, if_interrupted(process.kill):
-            said, errors = process.communicate()
-        rounds[name].append(json.loads("{" + (said.partition("{")[2] or "}")))
-        if process.returncode:
-            faults[name] = (errors.splitlines() or [f"exit status {process.returncode}"])[-1]
-    for name, runs in rounds.items():
-        found[name] = {key: median(run[key] for run in runs) for key in min(runs, key=len)}
-    return found, faults

@@ -6,14 +6,15 @@ from contextlib import suppress
 from os import devnull
 from os.path import isfile
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import NoneType
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, RunConfig, Section, TrainConfig
+from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, RunConfig, TrainConfig
 from d2v_composer.config.types import suggest
 from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.processes import let_first_rank_report
@@ -23,6 +24,7 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 # Where pydantic's words do not tell what a YAML needs.
 MESSAGES = {
     "missing": "is required",
+    "string_type": "must be text, in quotes if it is a number",
     "byte_size": "must be bytes or a size such as '100gb'",
     "dict_type": "must be a section of keys and values",
     "model_type": "must be a section of keys and values",
@@ -69,28 +71,37 @@ def load_checked(schema: type[ConfigT], argv: Sequence[str], values: Mapping[str
     raise InputError(*dict.fromkeys(problems))
 
 
-def merge(schema: type[Section], argv: Sequence[str], own: Mapping[str, Any], problems: list[str]) -> Any:
+def read_yaml(path: str | Path) -> Any:
+    """Read a YAML mapping, without resolving its references.
+
+    Raises:
+        InputError: It is not one, or has a key twice.
+    """
+    with reading(path):
+        try:
+            found = OmegaConf.load(path)
+        except yaml.YAMLError as error:
+            raise InputError(f"{path}: not a YAML mapping: {' '.join(str(error).split())}") from error
+    if not isinstance(found, DictConfig):
+        raise InputError(f"{path}: expected a YAML mapping, as in yamls/")
+    return OmegaConf.to_container(found)
+
+
+def merge(schema: type[BaseModel], argv: Sequence[str], own: Mapping[str, Any], problems: list[str]) -> Any:
     """Merge defaults, YAML, a command's own values and overrides, and resolve references; add unreadable overrides to
     ``problems``."""
     if not argv:
         raise InputError("no YAML given: expected FILE.yaml [dotted.key=value …]; --help shows examples")
     path, *overrides = argv
     OmegaConf.register_resolver("here", lambda name: str(Path(path).resolve().parent / name), replace=True)
-    with reading(path):
-        try:
-            from_file = OmegaConf.load(path)
-        except yaml.YAMLError as error:
-            raise InputError(f"{path}: not a YAML mapping: {' '.join(str(error).split())}") from error
-    if not isinstance(from_file, DictConfig):
-        raise InputError(f"{path}: expected a YAML mapping, as in yamls/")
-    values: Any = OmegaConf.to_container(from_file)
+    values = read_yaml(path)
     values = values.get("config", values)  # of a run's record, run.yaml
     merged = OmegaConf.create(layered(defaults(schema), values))
     for key, value in own.items():
         assign(merged, key, value)
     for override in overrides:
         try:
-            assign(merged, *parse(override))
+            assign(merged, *parse(schema, override))
         except (OmegaConfBaseException, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
             problem = " ".join(str(error).split())
             problems.append(f"{override!r}: expected dotted.key=value, with the value as in a YAML: {problem}")
@@ -106,7 +117,7 @@ def layered(below: Mapping[Any, Any], above: Any) -> dict[Any, Any]:
     return {**below, **above, **{key: layered(below[key], value) for key, value in both.items()}}
 
 
-def defaults(schema: type[Section]) -> dict[str, Any]:
+def defaults(schema: type[BaseModel]) -> dict[str, Any]:
     """Return the defaults as plain values, so that references and overrides of list items find them."""
     required = {
         name: find_section(field.annotation) for name, field in schema.model_fields.items() if field.is_required()
@@ -115,11 +126,15 @@ def defaults(schema: type[Section]) -> dict[str, Any]:
     return schema.model_construct().model_dump(mode="json") | sections
 
 
-def parse(override: str) -> tuple[str, Any]:
-    """Return key and value of one ``dotted.key=value``."""
+def parse(schema: type[BaseModel], override: str) -> tuple[str, Any]:
+    """Return key and value of one ``dotted.key=value``; text is taken as it is, unless it is null or in quotes."""
     key, equals, text = override.partition("=")
     if not equals or not key or key.startswith("-"):
         raise ValueError(f"got {key!r}")
+    *place, name = key.split(".")
+    field = section_at(schema, place).model_fields.get(name)
+    if field is not None and is_text(field.annotation) and text != "null" and not text.startswith(("'", '"')):
+        return key, text
     value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
     assert isinstance(value, dict)
     return key, value["value"]
@@ -132,12 +147,12 @@ def assign(merged: Any, key: str, value: Any) -> None:
     OmegaConf.update(merged, key, value, merge=isinstance(value, dict) and not is_mapping)
 
 
-def describe(schema: type[Section], error: Any) -> list[str]:
+def describe(schema: type[BaseModel], error: Any) -> list[str]:
     """Return the lines for one pydantic error: 'key.path: problem, got X'."""
     place, value = error["loc"], error["input"]
     key = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in place)
     if error["type"] == "extra_forbidden":
-        problems = [f"no such key{suggest(str(place[-1]), allowed_keys(schema, place[:-1]))}"]
+        problems = [f"no such key{suggest(str(place[-1]), [*section_at(schema, place[:-1]).model_fields])}"]
     elif error["type"] == "value_error":  # ours; '.below: problem' continues the key
         problems = str(error["ctx"]["error"]).splitlines()
     else:
@@ -148,17 +163,24 @@ def describe(schema: type[Section], error: Any) -> list[str]:
     return [(key + text if text.startswith(".") else f"{key}: {text}").lstrip(".") for text in problems]
 
 
-def allowed_keys(schema: type[Section], place: Sequence[str | int]) -> list[str]:
-    """Return the keys of the section at a dotted path in the config."""
+def is_text(kind: Any) -> bool:
+    """Return True if a field's type is text, or text or null."""
+    if get_origin(kind) is Annotated:
+        return is_text(get_args(kind)[0])
+    return kind in (str, NoneType) or (bool(get_args(kind)) and all(map(is_text, get_args(kind))))
+
+
+def section_at(schema: type[BaseModel], place: Sequence[str | int]) -> type[BaseModel]:
+    """Return the section at a dotted path in the config."""
     for name in place:
         if name in schema.model_fields:  # else a data set's name
             schema = find_section(schema.model_fields[str(name)].annotation) or schema
-    return list(schema.model_fields)
+    return schema
 
 
-def find_section(kind: Any) -> type[Section] | None:
+def find_section(kind: Any) -> type[BaseModel] | None:
     """Return the section class in a type, which may be optional or map names to sections."""
     with suppress(TypeError):
-        if issubclass(kind, Section):
+        if issubclass(kind, BaseModel):
             return kind
     return next(filter(None, map(find_section, get_args(kind))), None)

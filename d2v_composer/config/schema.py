@@ -4,23 +4,23 @@ The names are those of MosaicML's own recipes. Durations are Composer time strin
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import (
     AfterValidator,
     BaseModel,
     ByteSize,
-    ConfigDict,
     Field,
-    PlainValidator,
+    create_model,
     model_validator,
 )
 from typing_extensions import Self
 
+from d2v_composer.config.reference import ModelReference, TimmSizes
 from d2v_composer.config.types import (
+    IS_MODE,
     IS_TEACHER,
-    NOT_A_NUMBER,
     AddressText,
     Arguments,
     Batches,
@@ -30,20 +30,20 @@ from d2v_composer.config.types import (
     Interval,
     LocalFolder,
     Microbatch,
+    PathText,
     Positive,
     Range,
     Text,
     Up1000,
     WarmUp,
-    Weight,
     Whole,
     arguments_of,
     check_file,
     checked,
     must,
-    read_image_size,
 )
-from d2v_composer.models.configs import BlockSizes
+from d2v_composer.data.containers import FORMAT, FORMATS, LOCAL
+from d2v_composer.models.configs import STRICT, BlockSizes
 from d2v_composer.models.names import (
     DATA2VEC2,
     PREFIX,
@@ -54,10 +54,10 @@ from d2v_composer.models.names import (
     Representation,
     TargetNormalization,
     TargetSource,
-    TokenLoss,
     Weights,
 )
 from d2v_composer.models.student import Init
+from d2v_composer.objectives import OBJECTIVES
 from d2v_composer.system.addresses import RunFolder, check_run_name
 from d2v_composer.system.processes import num_nodes, num_ranks
 
@@ -84,9 +84,7 @@ LOGGERS = {
 class Section(BaseModel):
     """A section of a YAML: unknown keys, other types and non-finite numbers are errors."""
 
-    model_config = ConfigDict(
-        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = STRICT
 
     def contradictions(self) -> Iterator[str]:
         """Yield '.key: problem' for each value that contradicts another one; each alone is within its limits."""
@@ -113,23 +111,15 @@ def has_gpu() -> bool:
 Precision = Annotated[PrecisionChoice, checked(check_precision)]
 
 
-class TimmSizes(Section):
-    """Sizes of a timm model."""
-
-    first_blocks: Whole | None = None
-    """Blocks in the shared encoder; null: a sixth of a timm model's blocks; in data2vec2, its modality encoder's."""
-    image_size: Annotated[int | str, PlainValidator(read_image_size)] | None = None
-    """timm: pixels per side, or HEIGHTxWIDTH; null: the model's own."""
-
-
-class TeacherSection(TimmSizes):
+class TeacherSection(TimmSizes, Section):
     """The frozen teacher."""
 
     model: Annotated[Text, IS_TEACHER] = DATA2VEC2
-    """``data2vec2``, or ``timm/NAME`` with a NAME that ``timm.create_model`` accepts."""
+    """``data2vec2``; ``timm/NAME`` with a NAME that ``timm.create_model`` accepts; or ``ext/NAME``, a teacher that an
+    installed package offers or that Python gives."""
     checkpoint: AddressText | None
     """Path or address. data2vec2: fairseq's .pt or a converted .safetensors. timm: a .safetensors or PyTorch file;
-    null: timm's pretrained weights, from the Hugging Face hub."""
+    null: timm's pretrained weights, from the Hugging Face hub. ext: what the package takes."""
     weights: Weights = "model"
     """Weights to take from a data2vec2 file: ``model``, as trained, or ``ema``, their moving average."""
 
@@ -171,34 +161,21 @@ class TargetsConfig(Section):
     false for data2vec 2.0's audio models."""
 
 
-class TokensConfig(Section):
-    """The regression of the target, token by token."""
-
-    loss: TokenLoss = "mse"
-    """Distance of a token's prediction from its target: ``mse``, as in the chapter, or ``cosine_smooth_l1``, 0.9 · (1 -
-    cosine similarity) + 0.1 · smooth L1, as in AM-RADIO."""
-    cls_weight: Fraction | None = None
-    """Share of CLS in the loss; null: 1 / T, the share of any of the T tokens."""
-    weight: Weight = 1.0
-    """Weight of the term; 0: it is left out."""
-
-
-class EmbeddingConfig(Section):
-    """The regression of the teacher's own image embedding: 1 - cosine similarity of ``projected_cls``."""
-
-    weight: Weight = 0.0
-    """Weight of the term; 0: it is left out. It keeps a student in the space of its teacher's text tower."""
-
-
-class ObjectivesConfig(Section):
+class Objectives(Section):
     """The terms of the loss."""
 
-    tokens: TokensConfig = TokensConfig()
-    embedding: EmbeddingConfig = EmbeddingConfig()
+    @property
+    def needs_projection(self) -> bool:
+        """True if teacher and student need the embedding ``projected_cls``."""
+        return any(term.weight and OBJECTIVES[name].needs_projection for name, term in self)
 
     def contradictions(self) -> Iterator[str]:
-        if not self.tokens.weight + self.embedding.weight:
-            yield ".tokens.weight: must be positive unless objectives.embedding.weight is, got 0"
+        if not any(term.weight for _, term in self):
+            yield ".tokens.weight: must be positive unless another objective's is, got 0"
+
+
+SECTIONS: Any = {name: (objective.Options, objective.Options()) for name, objective in OBJECTIVES.items()}
+ObjectivesConfig = create_model("ObjectivesConfig", __base__=Objectives, __doc__=Objectives.__doc__, **SECTIONS)
 
 
 class ShardLoaderConfig(Section):
@@ -283,27 +260,25 @@ class AlgorithmsConfig(Section):
 class LabeledSetConfig(Section):
     """A labeled set to measure embeddings on: train and test images, or test images without labels."""
 
-    format: Literal["cifar10", "cifar100", "folder", "mds", "parquet", "speech_commands"]
-    """``cifar10``, ``cifar100``, ``folder``, ``mds``, ``parquet`` or ``speech_commands``."""
+    format: Annotated[Literal[FORMATS] | None, Field(description=FORMAT)] = None  # pyright: ignore[reportInvalidTypeForm]
     root: AddressText
-    """CIFAR: the folder of torchvision's files. folder: ROOT, with images in ROOT/train/CLASS and ROOT/test/CLASS, the
-    same classes in both. mds: ROOT, with the MDS folders ROOT/train and ROOT/test. parquet: a folder, a glob, an
-    address in S3 or hf://datasets/ORG/NAME, with Parquet files or WebDataset tars whose names say train, and test or
-    validation. speech_commands: what speech_commands_v0.02.tar.gz unpacks to; its validation clips are not used."""
+    """CIFAR: the folder of torchvision's files. speech_commands: what speech_commands_v0.02.tar.gz unpacks to; its
+    validation clips are not used. Others: a folder with MDS in ROOT/train and ROOT/test, or with the same folders of
+    classes in both; or a SOURCE of ``d2v embed``, whose files or folders say train, and test or validation."""
     download: bool = False
     """Download CIFAR if it is missing."""
     column: Text | None = None
-    """Column of images or audio. null: in mds ``image`` or ``audio``, in parquet the only one."""
+    """Column of images or audio. null: in MDS ``image`` or ``audio``, else the only one."""
     label_column: Text | None = "label"
-    """Column of labels in mds or parquet (in tars, ``cls`` or ``json:KEY``); null: none. Without labels (null, or a
-    folder without class folders), only the probes that need none run, on the images in ROOT/test or, if ROOT has no
-    splits, in all of ROOT."""
-    class_embeddings: Text | None = None
+    """Column of labels (in tars, ``cls`` or ``json:KEY``), unless folders are classes; null: none. Without labels
+    (null, or a folder without class folders), only the probes that need none run, on the test split or, if ROOT has no
+    splits, on all of ROOT."""
+    class_embeddings: PathText | None = None
     """A .npy, (C, P) float: for the probe ``zero_shot``, a text tower's embedding of each class, in the order of the
     class names."""
 
     def contradictions(self) -> Iterator[str]:
-        if self.format != "parquet" and "://" in self.root:
+        if self.format in LOCAL and "://" in self.root:
             yield f".root: must be a folder on this machine, got {self.root!r}"
 
 
@@ -366,7 +341,9 @@ class TrainerConfig(RunConfig):
     device_train_microbatch_size: Microbatch | None = None
     """Number of images in a device's forward pass; null: its whole batch; 'auto': halved until it fits on the GPU."""
     train_loader: ShardLoaderConfig = ShardLoaderConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    algorithms: AlgorithmsConfig = AlgorithmsConfig()
     callbacks: Annotated[Arguments, arguments_of(CALLBACKS)] = {}
     """Name → arguments, {} for the defaults; null turns one off. Names: health, lr_monitor, memory_monitor,
     nan_monitor, optimizer_monitor, runtime_estimator, speed_monitor, system_metrics_monitor."""
@@ -376,7 +353,7 @@ class TrainerConfig(RunConfig):
     """Show a progress bar on a terminal; elsewhere, print a line every ten seconds. false: neither."""
     report: bool = True
     """Write report.html at the end of the run; ``d2v report`` writes one at any time."""
-    save_folder: Annotated[Text, checked(RunFolder.parse)] | None = "runs/{run_name}"
+    save_folder: Annotated[PathText, checked(RunFolder.parse)] | None = "runs/{run_name}"
     """Folder of the run's checkpoints, log and record, on this machine or in an object store. It may hold nothing
     else. null: save nothing. ``{run_name}`` stands for the name."""
     # In batches only: a resume from an epoch's end would replay that epoch's order and shift all later ones.
@@ -386,7 +363,7 @@ class TrainerConfig(RunConfig):
     """Number of newest checkpoints to keep; -1: all."""
     autoresume: bool = True
     """Resume from the newest checkpoint in ``save_folder``. false: refuse a folder that has checkpoints."""
-    load_path: Annotated[Text, checked(check_file)] | None = None
+    load_path: Annotated[PathText, checked(check_file)] | None = None
     """Checkpoint to resume from if ``save_folder`` has none."""
 
     @property
@@ -418,7 +395,7 @@ class TrainerConfig(RunConfig):
 class TrainConfig(TrainerConfig):
     """Fields of ``d2v train``, ``d2v distill``, recipes/train.py and recipes/preflight.py."""
 
-    compile: Annotated[Literal[False, True, "default", "max-autotune-no-cudagraphs"], NOT_A_NUMBER] = False
+    compile: Annotated[Any, IS_MODE] = False
     """true: use torch.compile, on a GPU with one CUDA graph for encoder and target. ``default``: without CUDA graphs.
     ``max-autotune-no-cudagraphs``: also try Triton's matrix products, which takes minutes longer at the start."""
     half_residual: bool = False
@@ -431,31 +408,9 @@ class TrainConfig(TrainerConfig):
     """``layer_mean``: the normalized mean of the student's FFN outputs, as in the chapter. ``last_block``: its last
     block's output, not normalized."""
     targets: TargetsConfig = TargetsConfig()
-    objectives: ObjectivesConfig = ObjectivesConfig()
+    objectives: ObjectivesConfig = ObjectivesConfig()  # pyright: ignore[reportInvalidTypeForm]
     train_loader: TrainLoaderConfig  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
-    optimizer: OptimizerConfig = OptimizerConfig()
-    algorithms: AlgorithmsConfig = AlgorithmsConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
-
-
-class ModelConfig(TimmSizes):
-    """A trained model, and which of its embeddings to use."""
-
-    model: Text
-    """A data2vec 2.0 teacher's file, a training checkpoint or an exported student: a path, https://, s3://, …; or
-    timm/NAME."""
-    checkpoint: AddressText | None = None
-    """Weights of a timm model, a .safetensors or PyTorch file; null: timm's own, from the Hugging Face hub."""
-    weights: Weights = "model"
-    """Weights to take from a data2vec2 teacher's file: ``model``, as trained, or ``ema``, their moving average."""
-    teacher: Text | None = None
-    """Path of the student's teacher; null: the path in a training checkpoint, or none for an exported student."""
-    pooling: Pooling | None = None
-    """Pooling of the primary embedding: ``cls``, ``mean`` or ``mean_patches``; null: as in the model's run, else
-    ``cls``."""
-    representation: Representation | None = None
-    """Representation of the primary embedding: ``output``, ``layer_mean`` or ``projected``; null: as in the model's
-    run, else ``output``."""
 
 
 class LayerwiseOptimizerConfig(OptimizerConfig):
@@ -501,7 +456,7 @@ class ClassifierAlgorithmsConfig(AlgorithmsConfig):
             yield ".cutmix: Composer cannot mix labels twice: mixup or cutmix must be null"
 
 
-class FinetuneConfig(TrainerConfig, ModelConfig):
+class FinetuneConfig(TrainerConfig, ModelReference):
     """Fields of recipes/finetune.py."""
 
     train_encoder: bool = False
@@ -511,12 +466,12 @@ class FinetuneConfig(TrainerConfig, ModelConfig):
     ``train_loader.remote``, ROOT/train is the cache."""
     eval_interval: Interval = "1ep"
     """Time between evaluations, in batches or epochs; there is always one at the end of the run."""
-    optimizer: LayerwiseOptimizerConfig = LayerwiseOptimizerConfig()
-    algorithms: ClassifierAlgorithmsConfig = ClassifierAlgorithmsConfig()
+    optimizer: LayerwiseOptimizerConfig = LayerwiseOptimizerConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    algorithms: ClassifierAlgorithmsConfig = ClassifierAlgorithmsConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
-        if self.dataset.format != "mds":
+        if self.dataset.format not in (None, "mds"):
             advice = "write ROOT/train and ROOT/test by d2v convert-images or convert-audio"
             yield f".dataset.format: must be mds, got {self.dataset.format}; {advice}"
         if self.dataset.label_column is None:
@@ -525,12 +480,12 @@ class FinetuneConfig(TrainerConfig, ModelConfig):
             yield ".callbacks.health: must be null in a fine-tuning run, which has no teacher targets"
 
 
-class EvaluateConfig(RunConfig, LookupConfig, ModelConfig):
+class EvaluateConfig(RunConfig, LookupConfig, ModelReference):
     """Fields of ``d2v evaluate``."""
 
     out: LocalFolder | None = None
     """Folder for evaluation.json and evaluation.csv."""
-    rivals: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    rivals: Annotated[tuple[PathText, ...], Field(strict=False)] = ()
     """Further models in the same tables: timm/NAME, with timm's weights and preprocessing, or paths or addresses of
     students and teachers. Then the speed of all is measured, too."""
 

@@ -4,15 +4,15 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from os.path import expanduser
 from pkgutil import resolve_name
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
+from pydantic import AfterValidator, Field, JsonValue
 
 from d2v_composer.models.configs import parse_image_size
-from d2v_composer.models.names import DATA2VEC2, PREFIX
+from d2v_composer.models.names import DATA2VEC2, EXTERNAL, PREFIX
 from d2v_composer.system.addresses import Address, check_path
-from d2v_composer.system.fetch import find_missing_file
 
 # Also the largest seed: ranks and epochs add to it, and numpy's seeds end at 2^32.
 MAX_INT = (1 << 31) - 1
@@ -58,6 +58,8 @@ def read_image_size(size: Any) -> int | str:
 
 def check_file(address: str) -> None:
     """Raise ValueError if there is no such local file, or Composer would not read it."""
+    from d2v_composer.system.fetch import find_missing_file  # torch takes seconds to import
+
     if not Address.parse(address).is_remote:
         check_path(address)
     if (missing := find_missing_file(address)) is not None:
@@ -85,25 +87,19 @@ def arguments_of(known: Mapping[str, str]) -> AfterValidator:
     return checked(check)
 
 
-def refuse_number(value: Any) -> Any:
-    """Refuse 0 and 1 where true, false or a name is allowed; a Literal would accept them."""
-    if type(value) in (int, float):
-        raise ValueError(f"must be true, false or a name, got {value}")
-    return value
-
-
-NOT_A_NUMBER = BeforeValidator(refuse_number)
 IS_RANGE = must("be two numbers, the smaller one first", lambda pair: pair[0] <= pair[1])
-IS_TEACHER = must(f"be {DATA2VEC2} or timm/NAME", lambda name: name == DATA2VEC2 or name.startswith(PREFIX))
+IS_TEACHER = must(
+    f"be {DATA2VEC2}, timm/NAME or ext/NAME", lambda name: name == DATA2VEC2 or name.startswith((PREFIX, EXTERNAL))
+)
 IS_PRINTABLE = must("be printable characters", lambda text: bool(text) and text.isprintable())
-Text = Annotated[str, Field(strict=False, coerce_numbers_to_str=True), IS_PRINTABLE]  # run_name=2026
-AddressText = Annotated[Text, checked(Address.parse)]
-LocalFolder = Annotated[Text, must("be a folder on this machine", lambda folder: "://" not in folder)]
+Text = Annotated[str, IS_PRINTABLE]
+PathText = Annotated[Text, AfterValidator(expanduser)]
+AddressText = Annotated[PathText, checked(Address.parse)]
+LocalFolder = Annotated[PathText, must("be a folder on this machine", lambda folder: "://" not in folder)]
 Whole = Annotated[int, Field(ge=0, le=MAX_INT)]
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
 # Many processes or blocks, or a wide layer, beyond which a number is a slip.
 Up1000 = Annotated[int, Field(ge=1, le=1000)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -112,4 +108,8 @@ Batches = Annotated[Text, duration(r"[1-9]\d{,8}ba", "'5ba'")]
 Interval = Annotated[Text, duration(r"[1-9]\d{,8}(ba|ep)", "'5ba' or '5ep'")]
 WarmUp = Annotated[Text, duration(r"\d{1,9}(ba|ep)|0?\.\d+dur|[01](\.0*)?dur", "'5ba', '5ep' or '0.1dur'")]
 Arguments = dict[str, dict[str, JsonValue] | None]
+IS_MODE = must(
+    "be true, false, default or max-autotune-no-cudagraphs",
+    lambda choice: isinstance(choice, bool) or choice in ("default", "max-autotune-no-cudagraphs"),
+)
 Microbatch = Annotated[Any, must("be at least 1, 'auto' or null", lambda n: n == "auto" or (type(n) is int and n > 0))]

@@ -6,43 +6,36 @@ index, without which there is no data set, comes last. So the result depends nei
 kills.
 """
 
-import csv
 import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from streaming import MDSWriter
 
-from d2v_composer.data.containers import SPLITS, find_files, open_source
 from d2v_composer.data.images import Images
-from d2v_composer.data.labeled import evenly_spaced, load_labeled_set
-from d2v_composer.data.mds import INDEX, SUMMARY, ShardFile, is_mds
-from d2v_composer.data.modality import Modality
+from d2v_composer.data.labeled import evenly_spaced, open_cifar
+from d2v_composer.data.mds import INDEX, SUMMARY, ShardFile
+from d2v_composer.data.open import open_source
 from d2v_composer.data.parts import Parts
-from d2v_composer.data.source import Source, hash_of, list_classes, list_subfolders, map_in_workers, open_folder
+from d2v_composer.data.source import Source, hash_of, map_in_workers
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, is_remote, list_etags, names_in, put
 from d2v_composer.system.files import check_owned, sole_user, write_atomically
-from d2v_composer.system.part import ALL, Part
-from d2v_composer.system.processes import if_interrupted
+from d2v_composer.system.processes import ALL, Part, if_interrupted
 from d2v_composer.system.progress import progress_bar
 
-KAGGLE = "ILSVRC/Data/CLS-LOC"
-KAGGLE_LABELS = re.compile(r"LOC_\w+_solution\.csv")
-NONE = "none"
 CIFAR10 = "cifar10:"
 HASHES = ["sha1", "xxh64"]
 # A resized JPEG has 0.3 bytes per pixel, at an aspect ratio of 4:3. Only the size of shards depends on it.
@@ -52,107 +45,36 @@ MAX_HELD_OUT = 5000
 IMAGES = Images()  # of any size: a conversion does not decode them to a model's
 
 
-def find_samples(
-    source: str | Path,
-    split: str | None = None,
-    labels: str | Path | None = None,
-    modality: Modality = IMAGES,
-    column: str | None = None,
-    label_column: str | None = None,
-    part: Part = ALL,
-) -> Source:
-    """List the images or the clips of a data set.
-
-    ``cifar10:FOLDER`` is torchvision's CIFAR-10, which is downloaded to FOLDER if it is missing there.
-
-    The samples of a folder are in SOURCE/SPLIT, or in SOURCE/ILSVRC/Data/CLS-LOC/SPLIT (Kaggle's archive); without any
-    split, in SOURCE itself. There, a folder per class gives the labels: 0, 1, … in the order of the class names, which
-    are those of the train folder for every split; a folder without samples is no class. A flat folder takes its labels
-    from SOURCE/LOC_SPLIT_solution.csv (Kaggle's, where the class is a cell's first word), if it is there, or from any
-    CSV file with the sample's path, with or without its suffix, in the first column, and the class in the second. The
-    ground truth file of ILSVRC's devkit is not supported: it has no file names, and its numbers are not in the order of
-    the train folder's classes.
-
-    Of Parquet files and tars, a split is the files that have its name as a word.
+def find_samples(source: str | Path, split: str | None = None, part: Part = ALL, **options: Any) -> Source:
+    """Open the images or the clips of a split.
 
     Args:
-        source: The folder, ``cifar10:FOLDER``, or what :func:`~d2v_composer.data.containers.open_source` opens.
-        split: The split's folder, or ``none`` if all folders are classes; default ``train``.
-        labels: A CSV file, or ``none`` for samples without labels. Only for a folder.
-        modality: What the samples are.
-        column: The column of samples, as for :func:`~d2v_composer.data.containers.open_source`.
-        label_column: The column of labels, likewise.
-        part: What to open, likewise.
+        source: What :func:`~d2v_composer.data.open.open_source` opens; or ``cifar10:FOLDER``, torchvision's CIFAR-10,
+            which is downloaded to FOLDER if it is missing there.
+        split: See :func:`~d2v_composer.data.open.open_source`; default ``train``.
+        part: Likewise.
+        **options: Likewise; by default, the samples are images, and folders are classes.
 
     Raises:
         InputError: There are no samples, or the split or the labels are ambiguous.
     """
     if str(source).startswith(CIFAR10):
         return replace(_cifar10_images(Path(str(source).removeprefix(CIFAR10)), split or "train"), part=part)
-    is_local_mds = is_mds(Path(source))
-    files = None if is_local_mds else find_files(str(source), modality, column, label_column)
-    if files is None and is_remote(source):
-        raise InputError(f"{source}: expected Parquet files or tars, or MDS in a folder on this machine")
-    if files or is_local_mds or column or label_column:
-        if labels not in (None, NONE):
-            raise InputError(f"--labels: applies only to a folder; for {source}, use --label-column")
-        if files is not None:
-            return replace(files, part=part).open_split(split)
-        return open_source(str(source), modality, column=column, label_column=label_column, part=part)
-    source = Path(source)
-    splits = source / KAGGLE if (source / KAGGLE).is_dir() else source
-    chosen, train = split or "train", splits if split == NONE else splits / "train"
-    root = train if chosen == NONE else splits / chosen
-    if not root.is_dir():
-        others = [name for name in SPLITS if (splits / name).is_dir()]
-        if others or chosen != "train":
-            raise InputError(f"{source}: no split {chosen!r}; available: {', '.join(others) or 'none; omit --split'}")
-        root = source
-    elif split is None and not list_subfolders(root) and (beside := {*list_classes(splits, modality)} - {*SPLITS}):
-        found = f"train is a split, or a class like {', '.join(sorted(beside)):.80}"
-        raise InputError(f"{source}: {found}; choose with --split train or --split none")
-    found = replace(open_folder(root, modality), part=part)
-    paths = found.ids.tolist()
-    if labels is None and not any("/" in path for path in paths):
-        labels = listed if (listed := source / f"LOC_{chosen}_solution.csv").is_file() else NONE
-    if labels == NONE:
-        return found
-    class_names = list_classes(train if train.is_dir() else root, modality)
-    names = [path.split("/")[0] for path in paths]
-    if labels is not None:
-        with reading(labels), open(labels, encoding="utf-8-sig", newline="") as file:
-            rows = [row for row in csv.reader(file) if len(row) > 1]
-        end = " " if KAGGLE_LABELS.fullmatch(Path(labels).name) else "\n"  # in Kaggle's, boxes follow the class
-        known = {row[0]: row[1].strip().partition(end)[0] for row in rows}
-        names = [known.get(path) or known.get(os.path.splitext(path)[0], "") for path in paths]
-        class_names = class_names or sorted({*names} - {""})
-    return found.with_classes(names, class_names, "--labels none stores no classes")
+    return open_source(str(source), split=split, part=part, **{"modality": IMAGES, "labels": None, **options})
 
 
 def _cifar10_images(folder: Path, split: str) -> Source:
-    if split not in ("train", "test"):
-        raise InputError(f"{CIFAR10}{folder}: no split {split!r}; available: train, test")
-    labeled = load_labeled_set("cifar10", folder, download=True)
-    images, labels = getattr(labeled, split)
-    numbers = np.arange(len(images))
+    splits = open_cifar("cifar10", folder, download=True)
+    if split not in splits:
+        raise InputError(f"{CIFAR10}{folder}: no split {split!r}; available: {', '.join(splits)}")
+    load = splits[split].load
 
-    def load(number: int) -> bytes:
+    def load_png(number: int) -> bytes:
         buffer = io.BytesIO()
-        Image.fromarray(images[number].permute(1, 2, 0).numpy()).save(buffer, "PNG")
+        load(number).save(buffer, "PNG")
         return buffer.getvalue()
 
-    return Source(
-        root=f"{CIFAR10}{folder}/{split}",
-        modality=IMAGES,
-        ids=numbers,
-        load=load,
-        label=lambda number: int(labels[number]),
-        class_names=labeled.class_names,
-        sizes=np.full(len(images), images[0].numel()),
-        marks=numbers,
-        content=split,
-        keeps_files=True,
-    )
+    return replace(splits[split], load=load_png, keeps_files=True)
 
 
 def hold_out(source: Source, record: Path, workers: int = 0) -> tuple[dict[str, Source], int]:
@@ -358,12 +280,11 @@ def convert(
     """
     out = str(out).rstrip("/")
     work, folder, unit = work_folder(out), Path(out), source.modality.unit
-    if source.is_folder and work.is_relative_to(Path(source.root).resolve()):
-        raise InputError(f"{out} is inside the folder of {unit}, {source.root}")
     _check_out(out, work)
     groups = source.part.of(_groups(source, options.get("resize"), seed, shard_bytes))
     labels = source.label and [*map(source.label, range(len(source)))]
-    records = work / hash_of(source.marks.tolist(), labels, source.modality.name, options, seed, shard_bytes)[:16]
+    made = source.marks.tolist(), labels, source.modality.name, options, seed, shard_bytes, version("d2v-composer")
+    records = work / hash_of(*made)[:16]
     class_names = None if source.label is None else source.class_names
     summary = {"classes": class_names, "seed": seed, **options} | ({"part": plan} if plan else {})
     with sole_user(work / "lock", LOCK_SECONDS) as alone:
@@ -383,7 +304,7 @@ def convert(
         if not (entries or plan):
             raise InputError(f"{source.root}: none of the {len(source)} {unit} can be read")
         etags = {each["entry"]["raw_data"]["basename"]: each.get("etag") for each in shards if each["entry"]}
-        for path in folder.glob("shard.*.mds"):
+        for path in folder.glob("shard.[0-9]*.mds"):
             if path.name not in etags:  # of an interrupted conversion with other settings
                 path.unlink()
         if out.startswith("s3://") and (lost := sorted(name for name, _ in etags.items() - list_etags(out).items())):
@@ -414,11 +335,11 @@ def merge(out: str) -> Conversion:
     records, is_local = parts.read_all(), not is_remote(out)
     for part in records:
         for entry in parts.load(f"{parts.path(part)}/{INDEX}")["shards"]:
-            raw = entry["raw_data"]
-            path = Path(parts.folder, part.name, raw["basename"])
-            if f"{part.name}/{path.name}" not in parts.names or (is_local and path.stat().st_size != raw["bytes"]):
-                raise InputError(f"{parts.path(part)}: {path.name} is missing or damaged; remove this part")
-            entries.append(entry | {"raw_data": raw | {"basename": f"parts/{part.name}/{path.name}"}})
+            raw, name = entry["raw_data"], Path(entry["raw_data"]["basename"]).name
+            shard = parts.files.get(f"{part.name}/{name}")
+            if shard is None or (shard.version and shard.size != raw["bytes"]):  # some stores tell neither
+                raise InputError(f"{parts.path(part)}: {name} is missing or damaged; remove this part")
+            entries.append(entry | {"raw_data": raw | {"basename": f"parts/{part.name}/{name}"}})
     summary = next(iter(records.values()))
     unit = summary.pop("part")["unit"]
     summary[unit] = sum(record[unit] for record in records.values())
@@ -467,7 +388,7 @@ def _groups(source: Source, resize: int | None, seed: int, shard_bytes: int) -> 
     sizes, order = source.sizes, np.arange(len(source))
     if resize:
         sizes = np.minimum(sizes, resize**2 * BYTES_PER_SQUARE)
-    if source.is_folder:
+    if source.in_folders:
         order = np.random.default_rng(seed).permutation(order)
     shards = sizes[order].cumsum() // shard_bytes
     return np.split(order, np.flatnonzero(np.diff(shards)) + 1)

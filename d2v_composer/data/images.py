@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from d2v_composer.data.modality import Modality, decoding
 from d2v_composer.models.configs import ImageSize, height_and_width
-from d2v_composer.system.errors import UnreadableSampleError
+from d2v_composer.system.errors import InputError, UnreadableSampleError
 
 CROP_ATTEMPTS = 10
 ORIENTATION = 0x0112  # of an EXIF record
@@ -95,31 +95,6 @@ def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
     """Return the pixels as (3, height, width) uint8."""
     pixels = np.array(image) if isinstance(image, Image.Image) else image
     return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def as_rgb_jpeg(encoded: bytes | Image.Image, source: str, resize: int | None = None, quality: int = 90) -> bytes:
-    """Convert an image file, or an image, to an RGB JPEG that every reader can decode.
-
-    An upright RGB JPEG keeps its bytes. Other files, and those resized, are encoded again, upright and without
-    metadata.
-
-    Raises:
-        UnreadableSampleError: The image cannot be decoded.
-    """
-    with decoding(encoded, source, "an image"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image = encoded if isinstance(encoded, Image.Image) else open_image(encoded)
-        rgb = to_rgb(image)
-        if resize is not None and min(rgb.size) > resize:
-            width, height = (max(resize, round(side * resize / min(rgb.size))) for side in rgb.size)
-            rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
-        is_jpeg = image.format in ("JPEG", "MPO")  # MPO: a camera's JPEG followed by more pictures
-        if rgb is image and is_jpeg and isinstance(encoded, bytes):
-            return encoded
-        buffer = io.BytesIO()
-        # A new image: the original would pass on its comment and its profile.
-        Image.fromarray(np.asarray(rgb)).save(buffer, "JPEG", quality=quality)
-        return buffer.getvalue()
 
 
 class Box(NamedTuple):
@@ -276,6 +251,8 @@ class Images(Modality):
 
     @classmethod
     def of(cls, config: Any) -> "Images":
+        if config.in_chans != 3:
+            raise InputError(f"the model takes images of {config.in_chans} channels, but files are read as RGB")
         return cls(config.image_size, config.interpolation)
 
     def decode(self, stored: bytes | Image.Image, source: str) -> Tensor:
@@ -287,8 +264,24 @@ class Images(Modality):
         return to_tensor(image)
 
     @classmethod
-    def encode(cls, stored: bytes | Image.Image, source: str, **options: Any) -> tuple[bytes, None]:
-        return as_rgb_jpeg(stored, source, **options), None
+    def encode(  # pyright: ignore[reportIncompatibleMethodOverride]: each modality has options of its own
+        cls, stored: bytes | Image.Image, source: str, resize: int | None = None, quality: int = 90
+    ) -> tuple[bytes, None]:
+        """Keep an upright RGB JPEG; encode others, and those resized, as such JPEGs without metadata."""
+        with decoding(stored, source, "an image"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = stored if isinstance(stored, Image.Image) else open_image(stored)
+            rgb = to_rgb(image)
+            if resize is not None and min(rgb.size) > resize:
+                width, height = (max(resize, round(side * resize / min(rgb.size))) for side in rgb.size)
+                rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+            is_jpeg = image.format in ("JPEG", "MPO")  # MPO: a camera's JPEG followed by more pictures
+            if rgb is image and is_jpeg and isinstance(stored, bytes):
+                return stored, None
+            buffer = io.BytesIO()
+            # A new image: the original would pass on its comment and its profile.
+            Image.fromarray(np.asarray(rgb)).save(buffer, "JPEG", quality=quality)
+            return buffer.getvalue(), None
 
     @classmethod
     def of_side(cls, side: int) -> "Images":

@@ -6,36 +6,28 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from filelock import FileLock
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from xxhash import xxh3_128_digest
 
-from d2v_composer.data.containers import find_files
 from d2v_composer.data.images import Images
-from d2v_composer.data.mds import SUMMARY, Index
+from d2v_composer.data.mds import SUMMARY, Index, is_mds
 from d2v_composer.data.modality import Modality, Transform, collate, sample_rng
-from d2v_composer.data.source import (
-    Source,
-    list_classes,
-    list_subfolders,
-    name_counts,
-    open_folder,
-    open_mds,
-)
+from d2v_composer.data.open import NONE, SPLITS, find_files, open_source
+from d2v_composer.data.source import Columns, Source, name_counts, open_mds
 from d2v_composer.models.configs import ImageSize
 from d2v_composer.system.errors import InputError, reading, reason
 
-Format = Literal["cifar10", "cifar100", "folder", "mds", "parquet", "speech_commands"]
-CIFAR = ("cifar10", "cifar100")
 # What a format holds, if not any modality.
-HOLDS = {**dict.fromkeys(CIFAR, "image"), "speech_commands": "audio"}
+HOLDS = {"cifar10": "image", "cifar100": "image", "speech_commands": "audio"}
+SIDE = 32  # of CIFAR's images
 SPEECH_COMMANDS = "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
 TEST_LIST, VALIDATION_LIST = "testing_list.txt", "validation_list.txt"
 
@@ -118,7 +110,7 @@ class EvaluationSet(NamedTuple):
 
 
 def load_labeled_set(
-    format: Format,
+    format: str | None,
     root: str | Path,
     modality: Modality | None = None,
     *,
@@ -133,17 +125,18 @@ def load_labeled_set(
     """Load a labeled set, or a set without labels: a folder without class folders, or MDS without ``label_column``.
 
     Args:
-        format: ``cifar10`` or ``cifar100``: torchvision's files in ``root``; ``folder``: root/train/CLASS/… and
-            root/test/CLASS/…; ``mds``: root/train and root/test; ``parquet``: Parquet files or tars with the splits in
-            their names; ``speech_commands``: what its archive unpacks to. Without labels only root/test is read, or the
-            whole root if it has neither split.
-        root: The folder; of Parquet files also an address.
+        format: ``cifar10`` or ``cifar100``: torchvision's files in ``root``; ``speech_commands``: what its archive
+            unpacks to; ``None``: what root holds. That is MDS in root/train and root/test; or what
+            :func:`~d2v_composer.data.open.open_source` opens, with splits train, and test, validation or val. Others
+            of :data:`~d2v_composer.data.containers.FORMATS` tell which, if root holds several. Without labels only the
+            test split is read, or the whole root if it has no splits.
+        root: The folder, or another source of :func:`~d2v_composer.data.open.open_source`.
         modality: What the samples are; default: images.
         image_size: Images of a folder or of MDS are resized to this many pixels a side. CIFAR keeps its size: it is
             resized in batches on the device.
         interpolation: How they are resized: bicubic or bilinear, as the model's config says.
         download: Fetch CIFAR if it is missing.
-        column: The column that holds the samples; see :func:`~d2v_composer.data.containers.open_source`.
+        column: The column that holds the samples; see :func:`~d2v_composer.data.open.open_source`.
         label_column: The column that holds the labels; ``None``: there are none.
         max_images: Load at most this many images of each split, evenly spaced; the others of a folder or of MDS are not
             even read.
@@ -154,17 +147,20 @@ def load_labeled_set(
             class.
     """
     modality = modality or Images(image_size, interpolation)
-    if (held := HOLDS.get(format, modality.name)) != modality.name:
+    if (held := HOLDS.get(format or "", modality.name)) != modality.name:
         raise InputError(f"{root}: {format} holds samples of the modality {held}, but the model takes {modality.unit}")
-    if format in CIFAR:
-        labeled = _load_cifar(format, Path(root), download, max_images)
+    if format in ("cifar10", "cifar100"):
+        sources = [*open_cifar(format, Path(root), download).values()]
+    elif format == "speech_commands":
+        sources = _open_speech_commands(Path(root), modality)
     else:
-        open_splits = _open_parquet if format == "parquet" else partial(_open_splits, format)
-        sources = open_splits(root, modality, column, label_column)
-        splits = [_load(source, max_images) for source in sources]
-        labeled = EvaluationSet.without_labels(splits[0])
-        if splits[1:]:
-            labeled = EvaluationSet(splits[0], splits[1], sources[0].class_names)
+        sources = _open_splits(str(root), modality, format, column, label_column)
+    for root, left_out in {(source.root, name_counts(source.left_out)) for source in sources if source.left_out}:
+        log.warning("%s: left out %s", root, left_out)
+    splits = [_load(source, max_images) for source in sources]
+    labeled = EvaluationSet.without_labels(splits[0])
+    if splits[1:]:
+        labeled = EvaluationSet(splits[0], splits[1], sources[0].class_names)
     for split in (labeled.train, labeled.test) if labeled.has_labels else ():
         # Labels may recur at the very spacing of the images chosen, and then all are hits.
         if 1 < len(split.labels) == max_images and bool((split.labels == split.labels[0]).all()):
@@ -187,80 +183,71 @@ def _read_class_embeddings(path: Path, labeled: EvaluationSet) -> Tensor:
     return rows
 
 
-def _load_cifar(format: Format, root: Path, download: bool, max_images: int | None) -> EvaluationSet:
+def open_cifar(name: str, root: Path, download: bool) -> dict[str, Source]:
+    """Open train and test of torchvision's CIFAR-10 or CIFAR-100, as images of their own size.
+
+    Raises:
+        InputError: It is missing, corrupt, or cannot be downloaded.
+    """
     from torchvision.datasets import CIFAR10, CIFAR100  # takes a second
 
-    dataset_class = CIFAR10 if format == "cifar10" else CIFAR100
+    dataset_class = CIFAR10 if name == "cifar10" else CIFAR100
     try:
         if download:
             root.mkdir(parents=True, exist_ok=True)
         # Several runs and machines may share the folder.
         with FileLock(root / ".download.lock") if download else nullcontext():
-            splits = [dataset_class(str(root), train=train, download=download) for train in (True, False)]
+            splits = {
+                split: dataset_class(str(root), train=split == "train", download=download)
+                for split in ("train", "test")
+            }
     except Exception as error:
         hint = f"{'' if download else 'set download: true to fetch it, or '}unpack {dataset_class.url} in {root}"
         raise InputError(f"{root}: no readable {dataset_class.__name__} ({reason(error)}); {hint}") from error
-    chosen = [evenly_spaced(len(split), max_images) for split in splits]
-    train, test = (
-        LabeledSamples(torch.from_numpy(split.data[those]).permute(0, 3, 1, 2), torch.tensor(split.targets)[those])
-        for split, those in zip(splits, chosen, strict=True)
-    )
-    return EvaluationSet(train, test, tuple(splits[0].classes))
-
-
-def _open_parquet(root: str | Path, modality: Modality, column: str | None, label_column: str | None) -> list[Source]:
-    """Open train and test, with labels; or the only samples of a set without labels."""
-    if (files := find_files(str(root), modality, column, label_column)) is None:
-        raise InputError(f"{root}: no Parquet files or tars")
-    test = next(filter(files.of_split, ("test", "validation", "val")), None)
-    splits = [test] if label_column is None else ["train", test or "test"]
-    return [_tell_left_out(files.open_split(split)) for split in splits]
+    return {
+        split: Source(
+            root=f"{name}:{root}/{split}",
+            modality=Images(SIDE),
+            ids=np.arange(len(dataset)),
+            load=lambda number, dataset=dataset: Image.fromarray(dataset.data[number]),
+            label=lambda number, dataset=dataset: dataset.targets[number],
+            class_names=tuple(dataset.classes),
+            sizes=np.full(len(dataset), 3 * SIDE**2),
+            marks=np.arange(len(dataset)),
+            content=split,
+        )
+        for split, dataset in splits.items()
+    }
 
 
 def _open_splits(
-    format: Format, root: str | Path, modality: Modality, column: str | None, label_column: str | None
+    root: str, modality: Modality, format: str | None, column: str | None, label_column: str | None
 ) -> list[Source]:
     """Open train and test, with labels; or the only samples of a set without labels."""
-    root = Path(root)
-    folders = root / "train", root / "test"
-    alone = folders[1] if any(map(Path.is_dir, folders)) else root
-    if format == "speech_commands":
-        return _open_speech_commands(root, modality)
-    if format == "mds" and label_column is None:
-        return [open_mds(Index(alone, modality, column))]
-    if format == "mds":
-        option, class_names = "column and label_column", read_class_names(root)
-        indices = [Index(folder, modality, column, labels=label_column, option=option) for folder in folders]
+    whole, *folders = (Path(root, name) for name in ("", "train", "test"))
+    if format == "mds" or (format is None and any(map(is_mds, (whole, *folders)))):
+        if label_column is None:
+            alone = folders[1] if any(map(Path.is_dir, folders)) else whole
+            return [open_mds(Index(alone, modality, column))]
+        class_names = read_class_names(whole)
+        indices = [Index(folder, modality, column, labels=label_column) for folder in folders]
         return [replace(open_mds(index), class_names=class_names) for index in indices]
-    if alone.is_dir() and not any(map(list_subfolders, filter(Path.is_dir, folders))):
-        if alone == root and list_subfolders(root):
+    kind = "" if format == "folder" else format and f".{format}"
+    files = find_files(root, modality, column, label_column, split=None, kind=kind)
+    if files is None:
+        raise InputError(f"{root}: MDS in a store cannot be evaluated; expected a folder on this machine")
+    if files.in_folders:
+        files = replace(files, columns=Columns(modality))
+    splits = files.find_splits(*SPLITS)
+    test = next(filter(splits.__contains__, ("test", "validation", "val")), None)
+    if label_column is None or (files.in_folders and "train" not in splits):
+        if label_column and test is None and any("/" in path for path in splits[""].values()):
             log.warning("%s: found no labels; to have some, sort the files into train/CLASS and test/CLASS", root)
-        return [_tell_left_out(open_folder(alone, modality))]
-    return _open_class_folders(root, modality)
-
-
-def _tell_left_out(source: Source, **others: int) -> Source:
-    if left_out := {**source.left_out, **others}:
-        log.warning("%s: left out %s", source.root, name_counts(left_out))
-    return source
-
-
-def _open_class_folders(root: Path, modality: Modality) -> list[Source]:
-    file = f"CLASS/*{modality.suffixes[0]}"
-    layout = f"expected {root}/train/{file} and {root}/test/{file}, with the same classes"
-    splits, class_names = list[Source](), list[str]()
-    for folder in (root / "train", root / "test"):
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder; {layout}")
-        source = open_folder(folder, modality)
-        chosen = source.select([number for number, path in enumerate(source.ids) if "/" in path])
-        num_beside = len(source) - len(chosen)
-        _tell_left_out(source, **({f"{modality.unit} beside the class folders": num_beside} if num_beside else {}))
-        if not len(chosen):
-            raise InputError(f"{folder}: no {modality.unit} in the class folders; {layout}")
-        class_names = class_names or list_classes(folder, modality)
-        splits.append(chosen.with_classes([path.split("/")[0] for path in chosen.ids], class_names, layout))
-    return splits
+        return [files.open_split(test or NONE, NONE)]
+    sources = [files.open_split(split) for split in ("train", test or "test")]
+    if (sources[0].label is None) != (sources[1].label is None):
+        raise InputError(f"{root}: expected the same classes, as folders, in train and {test}")
+    return sources[sources[0].label is None :]
 
 
 def _open_speech_commands(root: Path, modality: Modality) -> list[Source]:
@@ -273,12 +260,12 @@ def _open_speech_commands(root: Path, modality: Modality) -> list[Source]:
         if not (root / TEST_LIST).exists():
             raise InputError(f"{root}: no {TEST_LIST}; unpack {SPEECH_COMMANDS} there")
         test, validation = ((root / name).read_text().split() for name in (TEST_LIST, VALIDATION_LIST))
-    source = open_folder(root, modality)
+    source = open_source(str(root), modality)
     clips = source.select([number for number, path in enumerate(source.ids) if "/" in path and path[0] != "_"])
     words = [path.split("/")[0] for path in clips.ids]
     clips = clips.with_classes(words, sorted({*words}), "")
-    is_test = np.isin(clips.ids, test)
-    splits = [clips.select(np.flatnonzero(each)) for each in (~is_test & ~np.isin(clips.ids, validation), is_test)]
+    is_test, is_used = np.isin([*clips.ids], test), ~np.isin([*clips.ids], test + validation)
+    splits = [clips.select(np.flatnonzero(each)) for each in (is_used, is_test)]
     if not all(map(len, splits)):
         raise InputError(f"{root}: expected clips of {TEST_LIST} and others, WORD/*.wav; got {len(clips)} clips")
     return splits
@@ -293,8 +280,7 @@ def _load(source: Source, max_images: int | None) -> LabeledSamples:
 
 def load_mds(folder: Path, modality: Modality, column: str | None, label_column: str | None) -> LabeledSamples:
     """Load one split of an MDS data set (see :func:`load_labeled_set`)."""
-    index = Index(folder, modality, column, labels=label_column, option="column and label_column")
-    return _load(open_mds(index), None)
+    return _load(open_mds(Index(folder, modality, column, labels=label_column)), None)
 
 
 def read_class_names(root: Path) -> tuple[str, ...]:

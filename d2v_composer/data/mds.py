@@ -16,6 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 
+from d2v_composer.data.containers import CHOOSE
 from d2v_composer.data.modality import Modality
 from d2v_composer.system.errors import InputError, reading
 
@@ -112,7 +113,6 @@ class Index:
         modality: What the samples are.
         column: The column of samples; default: the modality's name.
         labels: A column of labels, which the samples must have.
-        option: The setting that chooses the columns, for errors.
         remote: The data set's address, if its shards are fetched later. Otherwise each must be there in its full size.
 
     Raises:
@@ -127,11 +127,10 @@ class Index:
         column: str | None = None,
         *,
         labels: str | None = None,
-        option: str = "column",
         remote: str | None = None,
     ) -> None:
         self.folder, self.remote, self.modality = folder, remote and remote.rstrip("/"), modality
-        self.column, self.labels, self._option = column or modality.name, labels, option
+        self.column, self.labels = column or modality.name, labels
         if not is_mds(folder):
             problem = f"{folder}: no MDS {INDEX}: {'not an MDS data set' if folder.is_dir() else 'no such folder'}"
             raise InputError(problem)
@@ -184,10 +183,8 @@ class Index:
         wanted = {self.column: self.modality.encodings} | ({} if self.labels is None else {self.labels: ENCODINGS})
         for name, known in wanted.items():
             if name not in encodings:
-                names, option = ", ".join(encodings), self._option
-                raise InputError(
-                    f"{self.source}: no column {name!r}; the data set has: {names}; choose one with {option}"
-                )
+                names = ", ".join(encodings)
+                raise InputError(f"{self.source}: no column {name!r}; the data set has: {names}; {CHOOSE}")
             if encodings[name] not in known:
                 expected = f"expected one of {', '.join(known)}"
                 raise InputError(f"{self.source}: its column {name!r} is {encodings[name]}; {expected}")

@@ -106,6 +106,8 @@ def read_sample_file(path: Path) -> bytes:
         UnreadableSampleError: The file does not exist, is a dangling link, a pipe or the like, or too large.
         OSError: The machine cannot read (no permission, too many open files, a failing disk, …).
     """
+    if "\0" in str(path):
+        raise UnreadableSampleError(f"{str(path)!r} is not a path")
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # reading a pipe could wait for ever

@@ -15,8 +15,8 @@ from typing import Any
 from d2v_composer.data.mds import INDEX, SUMMARY
 from d2v_composer.data.source import Source
 from d2v_composer.system.errors import InputError, reading
-from d2v_composer.system.fetch import download_existing, exists, is_remote, list_folder, names_in
-from d2v_composer.system.part import Part
+from d2v_composer.system.fetch import File, download_existing, exists, is_remote, list_store, names_in
+from d2v_composer.system.processes import Part
 
 TABLES = (".npy", ".parquet")
 
@@ -77,7 +77,7 @@ class Parts:
             InputError: A part is missing, is there twice, or was not made like the others.
         """
         pattern = re.compile(rf"(\d{{5,}})-of-(\d{{5,}}){re.escape(self._last)}")
-        found = sorted(Part(*map(int, match.groups())) for match in map(pattern.fullmatch, self.names) if match)
+        found = sorted(Part(*map(int, match.groups())) for match in map(pattern.fullmatch, self.files) if match)
         if not found:
             raise InputError(f"{self.folder}: no finished parts")
         counts = sorted({part.total for part in found})
@@ -89,11 +89,12 @@ class Parts:
         return {part: self._read(part, first["part"], found[0].name) for part in found}
 
     @cached_property
-    def names(self) -> set[str]:
-        """The paths of all files below the folder, relative to it."""
+    def files(self) -> dict[str, File]:
+        """All files below the folder, by path."""
         if is_remote(self.folder):
-            return {*list_folder(self.folder)[1]}
-        return {path.relative_to(self.folder).as_posix() for path in Path(self.folder).rglob("*")}
+            return {file.path: file for file in list_store(self.folder)}
+        paths = {path.relative_to(self.folder).as_posix(): path for path in Path(self.folder).rglob("*")}
+        return {name: File.of(name, path) for name, path in paths.items()}
 
     def _read(self, part: Part, plan: Mapping[str, Any], whose: str) -> dict[str, Any]:
         with reading(address := f"{self.folder}/{part.name}{self._record}"):

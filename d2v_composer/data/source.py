@@ -2,10 +2,8 @@
 
 import hashlib
 import os
-import stat
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,8 +20,26 @@ from d2v_composer.data.mds import INDEX, Index
 from d2v_composer.data.modality import Modality, read_sample_file
 from d2v_composer.data.shards import Shards
 from d2v_composer.system.errors import InputError, RunError, reading
-from d2v_composer.system.part import ALL, Part
-from d2v_composer.system.processes import die_with_parent
+from d2v_composer.system.fetch import File
+from d2v_composer.system.processes import ALL, Part, die_with_parent
+
+
+class Names(Sequence[str]):
+    """Names in one block of memory, which forked workers share; those that read a list's objects copy them.
+
+    An array would give each name the room of the longest.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self._ends = np.cumsum([0, *map(len, encoded)])
+        self._bytes = b"".join(encoded)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, number: int) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]: no slices
+        return os.fsdecode(self._bytes[self._ends[number] : self._ends[number + 1]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,24 +49,23 @@ class Source:
     Attributes:
         root: The folder or the address.
         modality: What the samples are.
-        ids: (N,) names below ``root``, such as paths, or numbers. Not a list: a forked worker that reads its objects
-            copies their memory.
+        ids: N names below ``root``, such as paths, or numbers.
         load: Returns a sample by number as it is stored: a file's bytes, or what a column holds.
         label: Returns a sample's class by number; ``None`` without labels.
         class_names: Name of each class, if they have names.
         sizes: (N,) int64, about how many bytes a sample has.
         marks: (N,) int64, a number for each sample that is another one if its file changes.
-        content: Hash of the names of all files, or of an MDS data set's index, wherever they are; the same for each
-            part.
+        content: Hash of the paths, sizes and versions of all files, or of an MDS data set's index, wherever they are;
+            the same for each part.
         left_out: Number of other files by kind.
         keeps_files: A conversion stores what ``load`` returns unchanged.
-        is_folder: The samples are files in a folder, which are listed by name: a conversion shuffles them.
+        in_folders: The samples are listed by their paths in a folder or in zips: a conversion shuffles them.
         part: Which of their shards or batches a command makes.
     """
 
     root: str
     modality: Modality
-    ids: NDArray[Any]
+    ids: Names | NDArray[np.int64]
     load: Callable[[int], Any]
     label: Callable[[int], int] | None = None
     class_names: tuple[str, ...] = ()
@@ -59,7 +74,7 @@ class Source:
     content: str
     left_out: Mapping[str, int] = field(default_factory=dict)
     keeps_files: bool = False
-    is_folder: bool = False
+    in_folders: bool = False
     part: Part = ALL
 
     def __len__(self) -> int:
@@ -67,7 +82,7 @@ class Source:
 
     def name(self, number: int) -> str:
         """Return the name of a sample for error messages."""
-        has_names = self.ids.dtype.kind == "U"
+        has_names = isinstance(self.ids, Names)
         return f"{self.root}/{self.ids[number]}" if has_names else f"sample {self.ids[number]} of {self.root}"
 
     def decode(self, number: int) -> Tensor:
@@ -81,10 +96,12 @@ class Source:
     def select(self, numbers: Sequence[int] | NDArray[np.int64]) -> Self:
         """Return a source of these samples alone."""
         chosen = np.asarray(numbers, np.int64)
-        load, label = self.load, self.label
+        load, label, ids = self.load, self.label, self.ids
         return replace(
             self,
-            **{name: getattr(self, name)[chosen] for name in ("ids", "sizes", "marks")},
+            ids=Names(map(ids.__getitem__, chosen)) if isinstance(ids, Names) else ids[chosen],
+            sizes=self.sizes[chosen],
+            marks=self.marks[chosen],
             load=lambda number: load(int(chosen[number])),
             label=None if label is None else lambda number: label(int(chosen[number])),
         )
@@ -104,6 +121,31 @@ class Source:
         return replace(self, label=lambda number: int(labels[number]), class_names=tuple(class_names))
 
 
+class Columns(NamedTuple):
+    """The columns to read of a file with many samples."""
+
+    modality: Modality
+    samples: str | None = None
+    """Column of the samples; default: the only one."""
+    labels: str | None = None
+    """Column of their labels; default: they have none."""
+
+
+class Listed(NamedTuple):
+    """Samples of one file or folder, with the fields of :class:`Source`."""
+
+    ids: Names
+    sizes: NDArray[np.int64]
+    marks: NDArray[np.int64]
+    load: Callable[[int], bytes]
+    labels: Sequence[Any]
+    """Of samples in folders, their paths."""
+    class_names: Sequence[str] = ()
+    left_out: Mapping[str, int] = {}
+    content: str = ""
+    """Hash of other files that hold the samples."""
+
+
 def open_mds(index: Index, cache_limit: int | None = None) -> Source:
     """Open the samples of an MDS data set, with labels if the index has a column of labels."""
     shards, numbers = Shards(index, cache_limit=cache_limit), np.arange(len(index))
@@ -119,7 +161,7 @@ def open_mds(index: Index, cache_limit: int | None = None) -> Source:
         load=lambda number: shards[number][index.column],
         label=label if index.labels else None,
         sizes=np.full(len(index), sum(each.raw.bytes for each in index.shards) // len(index)),  # all may be copies
-        marks=mark_of(content) + numbers,
+        marks=marks_of(len(index), content),
         content=content,
     )
 
@@ -156,114 +198,31 @@ def number_labels(
     return replace(source, label=lambda number: int(numbers[number]), class_names=tuple(class_names))
 
 
-class Listing(NamedTuple):
-    """Files in a folder and its subfolders."""
-
-    files: list[tuple[str, int, int]]
-    """Path in the folder, bytes and time of the last change, in ns, of each, sorted."""
-    others: dict[str, int]
-    """Number of other files by kind."""
+def list_folder(root: Path, files: Sequence[File]) -> Listed:
+    """List the files in a folder that are samples."""
+    paths, marks = Names(file.path for file in files), np.array([*map(mark_of, files)], np.int64)
+    sizes = np.array([file.size for file in files], np.int64)
+    return Listed(paths, sizes, marks, partial(load_file, root, paths, marks), [*paths])
 
 
-def list_folder(root: Path, suffixes: Collection[str], needs: Mapping[str, str] | None = None) -> Listing:
-    """List the files with these suffixes in a folder and its subfolders, and count the others by suffix.
-
-    Links are followed, but each file and each folder is listed once: by its own name, or by the first of several.
-    Hidden files and folders are left out.
-
-    Args:
-        root: The folder.
-        suffixes: In lowercase.
-        needs: Suffix of files that cannot be decoded here → the package that can.
-
-    Raises:
-        OSError: A folder cannot be listed.
-    """
-    files, others, seen = list[tuple[str, int, int]](), Counter[str](), set[object]()
-    named, links = deque([root]), deque[Path]()
-    while named or links:
-        path = (named or links).popleft()
-        # A dangling link counts as unreadable when it is read, as a corrupt file does.
-        status = path.stat() if path.exists() else path.lstat()
-        mode, suffix = status.st_mode, path.suffix.lower()
-        is_folder = path is root or stat.S_ISDIR(mode)
-        identity = (status.st_dev, status.st_ino) if status.st_ino else path.resolve()  # some file systems have none
-        if not (is_folder or stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
-            others["special files"] += 1
-        elif not is_folder and suffix not in suffixes:
-            needed = (needs or {}).get(suffix)
-            others[f"{suffix} (needs {needed})" if needed else suffix or "without suffix"] += 1
-        elif identity in seen:
-            others["links to files or folders already listed"] += 1
-        elif is_folder:
-            for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
-                if entry.name.startswith("."):
-                    others["hidden"] += 1
-                else:
-                    (links if entry.is_symlink() else named).append(Path(entry.path))
-        else:
-            files.append((path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns))
-        seen.add(identity)
-    return Listing(sorted(files), dict(sorted(others.items())))
-
-
-def open_folder(root: Path, modality: Modality) -> Source:
-    """Open a modality's files in a folder and its subfolders; see :func:`list_folder`.
-
-    Raises:
-        InputError: There are none.
-        OSError: A folder cannot be listed.
-    """
-    files, others = list_folder(root, modality.suffixes, modality.needs)
-    if not files:
-        supported, found = ", ".join(modality.suffixes), name_counts(others)
-        raise InputError(f"{root}: no {modality.unit}; supported suffixes are {supported}; other files: {found}")
-    paths = np.array([path for path, *_ in files])
-    return Source(
-        root=str(root),
-        modality=modality,
-        ids=paths,
-        load=partial(load_file, root, paths),
-        sizes=np.array([num_bytes for _, num_bytes, _ in files], np.int64),
-        marks=np.array([mark_of(file) for file in files], np.int64),
-        content=hash_of([(path, num_bytes) for path, num_bytes, _ in files]),
-        left_out=others,
-        is_folder=True,
-    )
-
-
-def load_file(folder: Path, paths: NDArray[Any], number: int) -> bytes:
+def load_file(folder: Path, paths: Names, marks: NDArray[np.int64], number: int) -> bytes:
     """Read one of the files in a folder.
 
     Raises:
         InputError: It cannot be read.
+        RunError: It is not the file that was listed.
     """
     path = folder / paths[number]
     with reading(path):
-        return read_sample_file(path)
+        content = read_sample_file(path)
+        if mark_of(File.of(paths[number], path)) != marks[number]:
+            raise RunError(f"{path} has changed since it was listed; run the same command again")
+        return content
 
 
 def name_counts(left_out: Mapping[str, int]) -> str:
     """Return the kinds and counts of files that a source leaves out, as text."""
     return ", ".join(f"{count:,} {kind}" for kind, count in left_out.items()) or "none"
-
-
-def list_subfolders(folder: Path) -> list[str]:
-    """Return the sorted names of the subfolders that are not hidden."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def list_classes(folder: Path, modality: Modality) -> list[str]:
-    """Return the sorted names of the subfolders that are not hidden and hold files of a modality."""
-    return [
-        name
-        for name in list_subfolders(folder)
-        if any(
-            path.suffix.lower() in modality.suffixes
-            for path in (folder / name).rglob("[!.]*")
-            if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        )
-    ]
 
 
 def worker_options(num_workers: int, prefetch_factor: int, for_gpu: bool, timeout: float = 0) -> dict[str, Any]:
@@ -312,6 +271,11 @@ def map_in_workers(
         if isinstance(error, RuntimeError) and not cause.startswith("DataLoader worker (pid"):
             raise
         raise RunError(f"reading failed ({cause}); the same command resumes") from error
+
+
+def marks_of(count: int, *contents: object) -> NDArray[np.int64]:
+    """Return the marks of the samples in one file, as whose content they change."""
+    return mark_of(*contents) + np.arange(count)
 
 
 def hash_of(*contents: object) -> str:

@@ -58,12 +58,10 @@ class EpochOrder(DistributedSampler[Sample]):
             use at a time.
         num_canonical_nodes: The number of equal parts into which the order is cut. The number of nodes should divide
             it: each node then needs its own shards alone.
-        epoch_size: The samples of an epoch, drawn again for each; default: all.
+        epoch_size: The samples of an epoch, drawn again for each: at most all, the default, since Streaming would
+            repeat samples; divisible by ``num_canonical_nodes``.
         lengths: (N,) the length of each sample in a batch; ``None`` if all have one size.
         global_batch_size: The batch size of all ranks, for ``lengths``.
-
-    Raises:
-        InputError: ``epoch_size`` is too large, or not divisible by ``num_canonical_nodes``.
     """
 
     def __init__(
@@ -71,7 +69,7 @@ class EpochOrder(DistributedSampler[Sample]):
         shard_sizes: NDArray[np.int64],
         *,
         shuffle: bool = True,
-        seed: int = 0,
+        seed: int,
         shuffle_block_size: int = 1 << 16,
         num_canonical_nodes: int = 1,
         epoch_size: int | None = None,
@@ -86,15 +84,9 @@ class EpochOrder(DistributedSampler[Sample]):
             epoch_size or num_samples,
             num_canonical_nodes,
         )
-        if self.epoch_size > num_samples:  # Streaming would repeat samples
-            raise InputError(f"epoch_size must be at most {num_samples}, the number of samples; got {epoch_size}")
-        if self.epoch_size % num_canonical_nodes:
-            raise InputError(
-                f"num_canonical_nodes must divide the {self.epoch_size} samples of an epoch, got {num_canonical_nodes}"
-            )
         self.shuffle, self.seed, self.shuffle_block_size = shuffle, seed, shuffle_block_size
         self.lengths, self.global_batch_size = lengths, global_batch_size
-        self._epoch, self._first_sample, self._is_begun = 0, 0, False
+        self.resume(0, 0)
 
     @override
     def __len__(self) -> int:
@@ -105,11 +97,11 @@ class EpochOrder(DistributedSampler[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         """Return the samples of the next epoch, or the rest of a resumed epoch."""
         if self._is_begun:
-            self._epoch, self._first_sample = self._epoch + 1, 0
+            self.current_epoch, self._first_sample = self.current_epoch + 1, 0
         self._is_begun = True
-        ids = self.share(self._epoch, self._first_sample, World.detect())
+        ids = self.share(self.current_epoch, self._first_sample, World.detect())
         shards = np.searchsorted(self.shard_sizes.cumsum(), ids, side="right")
-        return self._with_shards_ahead(self._epoch, ids.tolist(), shards.tolist())
+        return self._with_shards_ahead(self.current_epoch, ids.tolist(), shards.tolist())
 
     def share(self, epoch: int, first_sample: int, world: World) -> NDArray[np.int64]:
         """Return a rank's samples of an epoch after the first ``first_sample`` samples of all ranks."""
@@ -145,13 +137,10 @@ class EpochOrder(DistributedSampler[Sample]):
             windows.append(rng.permutation(window, axis=1))
         return np.concatenate(windows, axis=1).reshape(len(order), -1)
 
-    def state_dict(self, num_samples: int) -> dict[str, Any]:
-        """Return the state after this many samples of the epoch, counted over all ranks."""
-        return {"epoch": self._epoch, "sample_in_epoch": num_samples}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume an epoch."""
-        self._epoch, self._first_sample, self._is_begun = state["epoch"], state["sample_in_epoch"], False
+    def resume(self, epoch: int, sample_in_epoch: int) -> None:
+        """Start after this many samples of an epoch, counted over all ranks."""
+        # Not self.epoch, which Composer sets.
+        self.current_epoch, self._first_sample, self._is_begun = epoch, sample_in_epoch, False
 
     @staticmethod
     def _with_shards_ahead(epoch: int, ids: list[int], shards: list[int]) -> Iterator[Sample]:
@@ -201,7 +190,7 @@ class StreamingSamples(Dataset[Any]):
         order: The sampler.
 
     Raises:
-        InputError: ``cache_limit`` is too small, or set for a local data set; or ``epoch_size`` is too large.
+        InputError: ``cache_limit`` is too small, or set for a local data set.
     """
 
     def __init__(
@@ -224,14 +213,14 @@ class StreamingSamples(Dataset[Any]):
         return len(self.index)
 
     @override
-    def __getitem__(self, sample: Sample | int) -> Any:
-        """Return one augmented sample; a bare sample number means the first epoch.
+    def __getitem__(self, sample: Sample) -> Any:
+        """Return one augmented sample.
 
         Raises:
             ShardError: Its shard cannot be fetched, or is corrupt.
             InputError: It is not an image that can be read, or its label is not that of a class.
         """
-        epoch, sample_id, ahead = sample if isinstance(sample, Sample) else Sample(0, sample, ())
+        epoch, sample_id, ahead = sample
         index, source = self.index, f"sample {sample_id} of {self.index.folder}"
         self.shards.fetch_ahead(ahead)
         stored = self.shards[sample_id]
@@ -244,13 +233,13 @@ class StreamingSamples(Dataset[Any]):
         return values, label
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Return the state after this many samples of the epoch, which Composer counts and saves."""
+        """Return the state after this many samples of the epoch, which Composer counts over all ranks and saves."""
         assert from_beginning
-        return self.order.state_dict(num_samples)
+        return {"epoch": self.order.current_epoch, "sample_in_epoch": num_samples}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume an epoch; Composer calls this."""
-        self.order.load_state_dict(state)
+        self.order.resume(**state)
 
     def _warn_of_small_limit(self) -> None:
         """Warn if the shards that are shuffled together exceed the cache limit."""

@@ -1,7 +1,4 @@
-"""Evaluate embeddings: retrieval and probes with their uncertainty.
-
-Shapes: Q queries.
-"""
+"""Compare models: build them, measure all, write the results."""
 
 import csv
 import io
@@ -12,224 +9,142 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from d2v_composer.data.labeled import EvaluationSet
-from d2v_composer.evaluation.labeled_retrieval import Candidate, Lookup, Result, measure_embeddings
-from d2v_composer.evaluation.metrics import BANKS, TEACHER, Log, Measure, read_accuracies, retrieval_from
+from d2v_composer.data.labeled import Augmentation, EvaluationSet
+from d2v_composer.data.modality import Modality
+from d2v_composer.evaluation.labeled_retrieval import Embed, Lookup, measure_embeddings
+from d2v_composer.evaluation.rows import GAP_CLOSED, Interval, Measure, Result, accuracy_interval, pivot, rows_of
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.encoder import Encoder, Inputs, Tokens
-from d2v_composer.models.layer_mean import LayerMean
 from d2v_composer.models.precision import precision_of
+from d2v_composer.models.targets import LayerMean
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file, write_atomically
 
-NUM_RESAMPLES = 2000
 GFLOP_PER_MAC = 2e-9
-GAP_CLOSED = "teacher gap closed"
 
 
-class Interval(NamedTuple):
-    """An estimate with its 95 % percentile interval over resampled queries (Efron 1979)."""
-
-    value: float
-    low: float
-    high: float
-
-
-def accuracy_interval(hits: NDArray[np.bool_ | np.float64]) -> Interval:
-    """Return the mean of the queries' hits (or fractions), (Q,), with its interval."""
-    return Interval(float(hits.mean()), *np.percentile(resample(hits), [2.5, 97.5]).tolist())
-
-
-def gap_closed_interval(*hits: NDArray[np.bool_ | np.float64]) -> Interval | None:
-    """Return :func:`gap_closed` with its interval, from the three models' hits on the same queries, (Q,) each."""
-    value, *resampled = (gap_closed(*each) for each in ([each.mean() for each in hits], *resample(*hits)))
-    if value is None:
-        return None
-    return Interval(value, *np.percentile([each for each in resampled if each is not None], [2.5, 97.5]).tolist())
-
-
-def gap_closed(untrained: float, student: float, teacher: float) -> float | None:
-    """Return the teacher gap closed: the fraction of the gap from untrained student to teacher, 1 for all of it.
-
-    ``None`` if the teacher is no better than the untrained student.
-    """
-    return None if teacher <= untrained else float((student - untrained) / (teacher - untrained))
-
-
-def gap_closed_by_step(
-    log: Log, dataset: str, embedding: str, k: int = 1, baselines: Log | None = None
-) -> dict[int, float]:
-    """Return step → teacher gap closed: the mean over both banks, or the value for the only bank with a gap.
-
-    Args:
-        log: Log of the student's run.
-        dataset: Name of the labeled set.
-        embedding: Embedding of student and teacher alike.
-        k: The k of top-k.
-        baselines: The log with the untrained student (``retrieval.at_start``) and the teacher
-            (``retrieval.baselines``); default ``log``.
-
-    Returns:
-        Empty if either is missing, or there is no gap at all.
-    """
-    found: dict[int, list[float]] = {}
-    for bank in BANKS:
-        options = dataset, retrieval_from(bank, k), embedding
-        untrained, teacher = (read_accuracies(baselines or log, *options, baseline=name) for name in ("", TEACHER))
-        for step, accuracy in read_accuracies(log, *options).items() if 0 in untrained and teacher else ():
-            closed = gap_closed(untrained[0], accuracy, teacher[max(teacher)])
-            if closed is not None:
-                found.setdefault(step, []).append(closed)
-    return {step: mean(found[step]) for step in sorted(found)}
-
-
-def resample(*hits: NDArray[np.bool_ | np.float64]) -> NDArray[np.float64]:
-    """Return the accuracies of S candidates in each bootstrap resample of their common queries, (R, S).
-
-    Queries that the same candidates get right are interchangeable, so that only the number of each such kind is drawn.
-
-    Args:
-        hits: Hits of each candidate, (Q,) each.
-    """
-    kinds, counts = np.unique(np.stack(hits, axis=1), axis=0, return_counts=True)
-    num_queries = counts.sum()
-    drawn = np.random.default_rng(0).multinomial(num_queries, counts / num_queries, size=NUM_RESAMPLES)
-    return drawn @ kinds / num_queries
-
-
-def cost(model: Backbone | Encoder) -> dict[str, Any]:
-    """Return a model's number of parameters, and its GFLOP for one input, both with its encoder."""
+def cost(model: Backbone | Encoder | None) -> dict[str, Any]:
+    """Return a model's number of parameters, and its GFLOP for one input, both with its encoder; no model has none."""
+    if model is None:
+        return {"num_parameters": 0, "gflop": 0.0}
     gflop = GFLOP_PER_MAC * sum(part.forward_macs() for part in {model, getattr(model, "encoder", model)})
     return {"num_parameters": sum(map(torch.numel, model.parameters())), "gflop": gflop}
 
 
-def build_candidates(first: Backbone, models: Mapping[str, Backbone], layer_mean: LayerMean) -> list[Candidate]:
-    """Return the candidates: pixels or spectrum, ``encoder`` (its output in every pooling), then each model.
+def share_encoders(
+    first: Backbone, models: Mapping[str, Backbone], layer_mean: LayerMean, fill_to: int = 0
+) -> dict[str, Embed]:
+    """Return what embeds, by name: pixels or log_mel, ``encoder`` (its output in every pooling), then each model.
 
     A tensor that is passed again, to another of them, is not encoded again: autocast must be the same for all. The
-    encoder's output lives as long as its inputs. A compiled model needs a graph for each size, so smaller batches are
-    filled up to the largest so far.
+    encoder's output lives as long as its inputs.
 
     Args:
         first: The model on the encoder that is compared.
         models: Name → model.
         layer_mean: How ``layer_mean`` of all models is computed.
+        fill_to: Fill up smaller batches to this size, because a compiled model needs a graph for each size.
     """
-    encoder, encoded, largest = first.encoder, WeakIdKeyDictionary(), 0
+    encoded = WeakIdKeyDictionary()
 
-    def encode(own: Encoder, inputs: Inputs) -> Tokens:
-        nonlocal largest
-        largest = max(largest, len(inputs.values))
-        known: Any = encoded.setdefault(inputs.values, {})
-        if own not in known:
-            known[own] = own(own.windows(inputs.filled_up(largest - len(inputs.values))))
-        return known[own]
+    def embed(encoder: Encoder, read: Callable[..., dict[str, Tensor]], *inputs: Tensor) -> dict[str, Tensor]:
+        known: Any = encoded.setdefault(inputs[0], {})
+        if encoder not in known:
+            batch = Inputs(*inputs)
+            batch = batch.filled_up(fill_to - len(inputs[0])) if fill_to else batch
+            known[encoder] = encoder(encoder.windows(batch))
+        return {name: embedding[: len(inputs[0])] for name, embedding in read(known[encoder]).items()}
 
     def pool(tokens: Tokens) -> dict[str, Tensor]:
         return first.features(tokens).poolings(tokens.x, "output_")
 
-    def candidate(name: str, model: Backbone | Encoder, own: Encoder, embed: Callable[..., Any]) -> Candidate:
-        def embed_inputs(*inputs: Tensor) -> dict[str, Tensor]:
-            found = embed(encode(own, Inputs(*inputs)))
-            return {name: each[: len(inputs[0])] for name, each in found.items()}
-
-        return Candidate(name, embed_inputs, **cost(model))
-
-    return [
-        Candidate(encoder.baseline, lambda *inputs: encoder.raw(Inputs(*inputs))),
-        # Not if the encoder is all of the model.
-        *([candidate("encoder", encoder, encoder, pool)] if first.block_list else []),
-        *(
-            candidate(name, each, each.encoder, partial(each.embed_encoded, layer_mean=layer_mean))
-            for name, each in models.items()
-        ),
-    ]
-
-
-class Comparison(NamedTuple):
-    """The models that an evaluation compares, and the settings of its measures."""
-
-    candidates: list[Candidate]
-    """Models on the device, in eval mode."""
-    gap: list[Candidate]
-    """The untrained student, the student and the teacher; without all three, there is no gap to close."""
-    lookup: Lookup
+    encoder = first.encoder
+    embeds: dict[str, Embed] = {encoder.baseline: lambda *inputs: encoder.raw(Inputs(*inputs))}
+    if first.block_list:  # else the encoder is all of the model
+        embeds["encoder"] = partial(embed, encoder, pool)
+    for name, model in models.items():
+        embeds[name] = partial(embed, model.encoder, partial(model.embed_encoded, layer_mean=layer_mean))
+    return embeds
 
 
 class Evaluation(NamedTuple):
-    """All results of an evaluation."""
+    """Models to compare, and their results."""
 
-    comparison: Comparison
-    class_names: Mapping[str, Sequence[str]]
+    groups: Mapping[Modality, dict[str, Embed]]
+    """Models, on the device and in eval mode, by the samples that they take, images of one size, and by name."""
+    costs: Mapping[str, dict[str, Any]]
+    """Name → :func:`cost`."""
+    lookup: Lookup
+    """How each set is looked up, without ``augment``."""
+    load: Callable[[Modality], tuple[Mapping[str, EvaluationSet], Augmentation]]
+    """Returns name → samples for a group, and what makes views of them."""
+    class_names: dict[str, Sequence[str]]
     """Data set → the name of each label; empty if the labels are only numbers."""
     results: list[Result]
+    speeds: dict[int, dict[str, float]]
+    """Batch size → name → inputs per second, if it was measured."""
 
-    def pivot(self, dataset: str) -> dict[Measure, dict[str, Interval | None]]:
-        """Return measure → accuracy by candidate, with its primary embedding or the fallback, and the gap closed.
+    def run(self, device: str, autocast_dtype: torch.dtype | None = None) -> None:
+        """Embed every image once per model, look up each split's images in the other split, and run the probes.
 
-        The teacher gap closed, as :data:`GAP_CLOSED`, is ``None`` if there is no gap; it is missing if one of the three
-        models is.
+        Args:
+            device: cpu or cuda, the models' own.
+            autocast_dtype: Enables autocast with this dtype.
         """
-        columns: dict[Measure, dict[Candidate, Any]] = {}
-        for each in self.results:
-            if each.dataset == dataset and each.is_primary:
-                columns.setdefault(each.measure, {})[each.candidate] = each.hits.numpy()
-        gap = self.comparison.gap
-        return {
-            measure: {each.name: accuracy_interval(hit) for each, hit in hits.items()}
-            | ({GAP_CLOSED: gap_closed_interval(*(hits[each] for each in gap))} if gap else {})
-            for measure, hits in columns.items()
-        }
+        for modality, embeds in self.groups.items():
+            datasets, augment = self.load(modality)
+            lookup = self.lookup._replace(augment=augment, to_device=partial(Tensor.to, device=device), progress="")
+            for dataset, labeled in datasets.items():
+                self.class_names[dataset] = labeled.class_names
+                count, names = sum(labeled.num_samples), ", ".join(embeds)
+                print(f"embedding {count:,} samples of {dataset}: {names}", file=sys.stderr)
+                with torch.inference_mode(), precision_of(autocast_dtype, device):
+                    self.results.extend(measure_embeddings(rows_of(embeds), embeds, dataset, labeled, lookup))
 
     def write(self, folder: Path, about: dict[str, Any]) -> None:
         """Write ``evaluation.json``, with further entries but no secrets, and ``evaluation.csv``, each atomically.
 
         Both have a row for each candidate, data set, bank, embedding and k or probe.
         """
+
+        def cell(dataset: str, measure: Measure, interval: Interval) -> dict[str, Any]:
+            place = {"dataset": dataset, "bank": measure.bank, "measure": measure.name, "k": measure.k}
+            return place | interval._asdict()
+
         rows = [
-            {
-                "candidate": candidate.name,
-                "dataset": dataset,
-                "bank": measure.bank,
-                "embedding": embedding,
-                "measure": measure.name,
-                "k": measure.k,
-                **accuracy_interval(hits.numpy())._asdict(),
-            }
-            for candidate, dataset, measure, embedding, _, hits in self.results
+            {"candidate": result.row, "embedding": result.embedding}
+            | cell(result.dataset, result.measure, accuracy_interval(result.hits.numpy()))
+            for result in self.results
         ]
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
         found = {
-            "primary": self.comparison.lookup.primary,
+            "primary": self.lookup.primary,
             "class_names": self.class_names,
             "results": rows,
             "teacher_gap_closed": [
-                {"dataset": dataset, "bank": measure.bank, "measure": measure.name, "k": measure.k, **closed._asdict()}
+                cell(dataset, measure, closed)
                 for dataset in self.class_names
-                for measure, cells in self.pivot(dataset).items()
+                for measure, cells in pivot(self.results, dataset).items()
                 if (closed := cells.get(GAP_CLOSED)) is not None
             ],
             "candidates": [
                 {
-                    "name": each.name,
-                    "parameters": each.num_parameters,
-                    "gflop_per_image": each.gflop,
-                    "per_second": each.rates,
+                    "name": name,
+                    "parameters": costs["num_parameters"],
+                    "gflop_per_image": costs["gflop"],
+                    "per_second": {size: speeds[name] for size, speeds in self.speeds.items() if name in speeds},
                 }
-                for each in self.comparison.candidates
+                for name, costs in self.costs.items()
             ],
         }
         write_atomically(folder / "evaluation.json", json.dumps(hide_secrets(about) | found, indent=1) + "\n")
@@ -255,26 +170,3 @@ def check_out(folder: Path, weights: str) -> None:
         check_out_file(path)
         if os.path.lexists(path) and not read_evaluation(folder, weights):
             raise InputError(f"out: {path} has the results of other weights; remove it, or choose another folder")
-
-
-def evaluate(
-    comparison: Comparison,
-    datasets: Mapping[str, EvaluationSet],
-    device: str,
-    autocast_dtype: torch.dtype | None = None,
-) -> Evaluation:
-    """Embed every image once per candidate, look up each split's images in the other split, and run the probes.
-
-    Args:
-        comparison: Models on ``device``.
-        datasets: Name → images.
-        device: cpu or cuda.
-        autocast_dtype: Enables autocast with this dtype.
-    """
-    names, move = ", ".join(each.name for each in comparison.candidates), partial(torch.Tensor.to, device=device)
-    results: list[Result] = []
-    for name, labeled in datasets.items():
-        print(f"embedding {sum(labeled.num_samples):,} samples of {name}: {names}", file=sys.stderr)
-        with torch.inference_mode(), precision_of(autocast_dtype, device):
-            results += measure_embeddings(comparison.candidates, name, labeled, comparison.lookup, move, progress=name)
-    return Evaluation(comparison, {name: each.class_names for name, each in datasets.items()}, results)

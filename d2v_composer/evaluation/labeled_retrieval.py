@@ -3,9 +3,9 @@
 Several ranks share the work. Shapes: B images of a batch, N of a split, Q queries, D channels.
 """
 
+import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,31 +14,34 @@ from torch import Tensor
 
 from d2v_composer.data.modality import collate
 from d2v_composer.evaluation.linear_probe import fit_linear_probe
-from d2v_composer.evaluation.metrics import (
-    AGREEMENT,
-    BANKS,
-    KNN,
-    KNN_MAJORITY,
-    LINEAR,
-    WITHOUT_LABELS,
-    Measure,
-    find_primary,
-    instance_retrieval,
-    probes_at,
-    retrieval_from,
-)
 from d2v_composer.evaluation.nearest_neighbors import (
+    NUM_COMMON,
     NUM_NEIGHBORS,
     ONE_RANK,
     TEMPERATURE,
     Ranks,
     TopK,
+    common_shares,
     exact_neighbors,
+    nearest_others,
     retrieval_hits,
     vote,
 )
-from d2v_composer.evaluation.without_labels import NUM_COMMON, common_shares, instance_hits, nearest_others
-from d2v_composer.models.names import PROJECTED
+from d2v_composer.evaluation.rows import (
+    AGREEMENT,
+    BANKS,
+    KNN,
+    KNN_MAJORITY,
+    LINEAR,
+    TEACHER,
+    VIEWS,
+    Measure,
+    Result,
+    Row,
+    measures_of,
+    retrieval_from,
+)
+from d2v_composer.models.names import PROJECTED, find_primary
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.progress import progress_bar
 
@@ -52,7 +55,6 @@ A batch is images, (B, 3, height, width) uint8; or clips, (B, L) float32, and, o
 samples of each, (B,) int64, as a second argument.
 """
 
-VIEWS = ("first view", "second view")
 warn_once = cache(logging.getLogger(__name__).warning)
 """Logs a warning, unless the process has logged it before: a run measures its student many times."""
 EmbeddedSet = dict[str, dict[str, Tensor]]
@@ -60,25 +62,8 @@ EmbeddedSet = dict[str, dict[str, Tensor]]
 Neighbors = dict[str, dict[str, Tensor]]
 
 
-@dataclass(eq=False)
-class Candidate:
-    """A model to compare with others, and its last results."""
-
-    name: str
-    embed: Embed
-    num_parameters: int = 0
-    gflop: float = 0.0
-    """For one input."""
-    rates: dict[int, float] = field(default_factory=dict)
-    """Batch size → inputs per second, if it was measured."""
-    neighbors: Neighbors = field(default_factory=dict)
-    """Data set → bank → the nearest bank images of each query in the primary embedding, (Q, K) int32."""
-    nearest_others: Neighbors = field(default_factory=dict)
-    """Data set → embedding → the nearest others of each test image, (N, ``NUM_COMMON``) int32."""
-
-
 class Lookup(NamedTuple):
-    """Settings of retrieval and probes."""
+    """How sets are embedded, looked up and probed."""
 
     primary: str
     """The embedding to report as a model's own."""
@@ -90,15 +75,31 @@ class Lookup(NamedTuple):
     """Makes an image's views."""
     batch_size: int
     """Images embedded at once on each rank."""
-    teacher: Candidate | None = None
-    """What agreement compares with; ``None``: agreement is left out."""
+    teacher: Neighbors | None = None
+    """Data set → embedding → the teacher's nearest others of each test image, (N, ``NUM_COMMON``) int32, filled in when
+    the teacher is measured; ``None``: agreement is left out."""
+    to_device: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    """Moves a tensor to the device that embeds and searches."""
+    ranks: Ranks = ONE_RANK
+    """The processes that share the work."""
+    progress: str | None = None
+    """What a progress bar says before the name of the set; ``None``: no bar."""
 
     def measures(self, labeled: "EvaluationSet") -> list[Measure]:
         """Return the measures for a set: retrieval first, then the probes."""
-        measures = [retrieval_from(bank, k) for bank in BANKS for k in self.ks] if labeled.has_labels else []
-        measures += probes_at(self.ks, self.probes if labeled.has_labels else WITHOUT_LABELS)
         needs = {AGREEMENT.name: self.teacher, "zero_shot": labeled.class_embeddings}
-        return [each for each in measures if needs.get(each.name, labeled) is not None]
+        measures = measures_of(self.ks, self.probes, labeled.has_labels)
+        return [measure for measure in measures if needs.get(measure.name, labeled) is not None]
+
+    def conditions(self, name: str, labeled: "EvaluationSet") -> dict[str, str]:
+        """Return what the numbers of a set depend on, besides the models: its dotted name → what identifies it."""
+        measured, classes = {measure.name for measure in self.measures(labeled)}, labeled.class_embeddings
+        conditions = {f"{name}.primary embedding": self.primary, f"{name}.images": labeled.fingerprint()}
+        if "instance" in measured:
+            conditions[f"{name}.augmented views"] = repr(self.augment)
+        if "zero_shot" in measured and classes is not None:
+            conditions[f"{name}.class_embeddings"] = hashlib.sha256(classes.numpy().data).hexdigest()
+        return conditions
 
     def check(self, name: str, labeled: "EvaluationSet") -> None:
         """Check that a set has enough images for every k.
@@ -115,124 +116,106 @@ class Lookup(NamedTuple):
             raise InputError(f"datasets.{name}: agreement needs more than {NUM_COMMON} images, got {num_test}")
 
 
-class Result(NamedTuple):
-    """One measure of one candidate's embedding on one data set."""
-
-    candidate: Candidate
-    dataset: str
-    measure: Measure
-    embedding: str
-    """Name of the embedding; '' if it is the only one and has no name."""
-    is_primary: bool
-    """True for the candidate's primary embedding; ``zero_shot`` has but one."""
-    hits: Tensor
-    """For each query, on the host: (Q,) bool, or the share of common neighbors, (Q,) float64."""
-
-
 def embed_set(
-    candidates: Sequence[Candidate],
-    labeled: "EvaluationSet",
-    batch_size: int,
-    to_device: Callable[[Tensor], Tensor],
-    ranks: Ranks = ONE_RANK,
-    progress: str | None = None,
-    augment: "Augmentation | None" = None,
-) -> dict[Candidate, EmbeddedSet]:
-    """Embed this rank's share of all parts with every candidate, in one pass over the samples.
+    embeds: Mapping[str, Embed], dataset: str, labeled: "EvaluationSet", lookup: Lookup, with_views: bool = False
+) -> dict[str, EmbeddedSet]:
+    """Embed this rank's share of all parts with every model, in one pass over the samples.
 
     Clips of a similar length share a batch; the longest come first.
 
     Args:
-        candidates: Models on the device.
+        embeds: Name → model on the device.
+        dataset: The set's name.
         labeled: The images.
-        batch_size: Images embedded at once on each rank.
-        to_device: Moves a tensor to the models' device.
-        ranks: The processes that share the images.
-        progress: The label of the progress bar; ``None``: no bar.
-        augment: Makes two views of each test image, which depend on its number; ``None``: no views.
+        lookup: How they are embedded.
+        with_views: Embed two views of each test image, too, which depend on its number.
     """
     parts = ({"train": labeled.train} if labeled.has_labels else {}) | {"test": labeled.test}
-    parts |= {} if augment is None else dict.fromkeys(VIEWS, labeled.test)
-    embedded: dict[Candidate, EmbeddedSet] = {each: {part: {} for part in parts} for each in candidates}
+    parts |= dict.fromkeys(VIEWS, labeled.test) if with_views else {}
+    embedded: dict[str, EmbeddedSet] = {model: {part: {} for part in parts} for model in embeds}
     for part, (samples, _) in parts.items():
-        share = ranks.share(len(samples))
+        share = lookup.ranks.share(len(samples))
         sizes = torch.tensor([samples[i].shape[-1] for i in share.tolist()])
-        batches = sizes.argsort(descending=True, stable=True).split(batch_size)
-        for places in progress_bar(batches, desc=f"{progress} {part}", unit="batches", disable=progress is None):
+        batches = sizes.argsort(descending=True, stable=True).split(lookup.batch_size)
+        shown, is_hidden = f"{lookup.progress}{dataset} {part}", lookup.progress is None
+        for places in progress_bar(batches, desc=shown, unit="batches", disable=is_hidden):
             numbers = share[places].tolist()
             batch = [samples[i] for i in numbers]
-            if augment is not None and part in VIEWS:
-                batch = [augment(samples[i], i, VIEWS.index(part)) for i in numbers]
+            if lookup.augment is not None and part in VIEWS:
+                batch = [lookup.augment(samples[i], i, VIEWS.index(part)) for i in numbers]
             values, *others = collate(batch)
-            values = to_device(values)
+            values = lookup.to_device(values)
             inputs = [values, *(each.to(values.device) for each in others)]
-            for candidate in candidates:
-                embeddings, found = candidate.embed(*inputs), embedded[candidate][part]
+            for model, embed in embeds.items():
+                embeddings, shares = embed(*inputs), embedded[model][part]
                 for name, each in ({"": embeddings} if isinstance(embeddings, Tensor) else embeddings).items():
-                    if name not in found:
-                        found[name] = torch.empty(len(share), each.shape[1])
-                    found[name][places] = each.float().cpu()
+                    if name not in shares:
+                        shares[name] = torch.empty(len(share), each.shape[1])
+                    shares[name][places] = each.float().cpu()
     return embedded
 
 
 def measure_embeddings(
-    candidates: Sequence[Candidate],
-    dataset: str,
-    labeled: "EvaluationSet",
-    lookup: Lookup,
-    to_device: Callable[[Tensor], Tensor],
-    ranks: Ranks = ONE_RANK,
-    progress: str | None = None,
+    rows: Sequence[Row], embeds: Mapping[str, Embed], dataset: str, labeled: "EvaluationSet", lookup: Lookup
 ) -> Iterator[Result]:
-    """Embed a set with every candidate; look up the test images among themselves, and each split in the other.
+    """Embed a set with every model; look up the test images among themselves, and each split in the other.
 
-    Each rank takes its share of the queries. One embedding is looked up at a time: all take gigabytes.
+    Each rank takes its share of the queries. One embedding is looked up at a time: on the device, all would take
+    gigabytes. A row of two models has the embeddings that both have, with the same number of channels.
 
     Args:
-        candidates: Models on the device. The teacher need not be among them if it was measured before.
+        rows: What is measured. The teacher need not be among them if it was measured before.
+        embeds: Name → model on the device; those that no row names are left out.
         dataset: The set's name.
         labeled: The set.
         lookup: How it is looked up.
-        to_device: Moves a tensor to the device that embeds and searches.
-        ranks: The processes that share the work.
-        progress: The label of the progress bar; ``None``: no bar.
     """
-    wanted, ks, teacher = {each.name for each in lookup.measures(labeled)}, lookup.ks, lookup.teacher
-    views = lookup.augment if "instance" in wanted else None
-    embedded = embed_set(candidates, labeled, lookup.batch_size, to_device, ranks, progress, views)
-    labels = {split: to_device(getattr(labeled, split).labels) for split in BANKS}
+    wanted, ks = {measure.name for measure in lookup.measures(labeled)}, lookup.ks
+    to_device, ranks = lookup.to_device, lookup.ranks
+    used = {model: embeds[model] for model in embeds if any(model in (row.queries, row.bank) for row in rows)}
+    embedded = embed_set(used, dataset, labeled, lookup, with_views="instance" in wanted)
     classes = labeled.class_embeddings if "zero_shot" in wanted else None
-    labels["classes"] = torch.arange(0 if classes is None else len(classes)).to(labels["test"])
-    for candidate in sorted(candidates, key=lambda each: each is not teacher):  # with which the others are compared
-        parts = embedded[candidate]
-        primary = find_primary(lookup.primary, parts["test"])
-        for name in list(parts["test"]):
-            images = {
-                part: ranks.gather(to_device(shares.pop(name)), labeled.num_samples[part != "train"])
-                for part, shares in parts.items()
-            }
-            hits: dict[Measure, Tensor] = {}
-            if teacher is not None and "agreement" in wanted:
-                nearest = nearest_others(images["test"], ranks=ranks)
-                candidate.nearest_others.setdefault(dataset, {})[name] = nearest.int().cpu()
-                known = teacher.nearest_others[dataset]
-                is_own = name in known and name != primary
-                hits[AGREEMENT] = common_shares(nearest, known[name if is_own else find_primary(lookup.primary, known)])
-            if views is not None:
-                found = instance_hits(*(images[view] for view in VIEWS), ks, ranks)
-                hits |= {instance_retrieval(k): hit for k, hit in found.items()}
-            searches = [BANKS, BANKS[::-1]] if labeled.has_labels else []
-            if name == PROJECTED and classes is not None and classes.shape[1] == images["test"].shape[1]:
-                images["classes"] = to_device(classes)
-                searches.append(("classes", "test"))
+    labels = {split: to_device(getattr(labeled, split).labels) for split in BANKS}
+    for parts, samples in ((VIEWS, labels["test"]), (("classes",), () if classes is None else classes)):
+        labels |= dict.fromkeys(parts, torch.arange(len(samples)).to(labels["test"]))
+    searches = [VIEWS[::-1]] if "instance" in wanted else []
+    searches += [BANKS, BANKS[::-1]] if labeled.has_labels else []
+    searches += [] if classes is None else [("classes", "test")]
+
+    def gathered(model: str, name: str) -> dict[str, Tensor]:
+        return {
+            part: ranks.gather(to_device(shares[name]), labeled.num_samples[part != "train"])
+            for part, shares in embedded[model].items()
+        }
+
+    for row in sorted(rows, key=lambda row: row.title != TEACHER):  # with which the others are compared
+        in_queries, in_bank = (embedded[model]["test"] for model in (row.queries, row.bank))
+        primary = find_primary(lookup.primary, in_queries)
+        for name in in_queries:
+            if name not in in_bank or in_bank[name].shape[1] != in_queries[name].shape[1]:
+                continue
+            queries = gathered(row.queries, name)
+            banks = queries if row.bank == row.queries else gathered(row.bank, name)
+            hits = dict[Measure, Tensor]()
+            neighbors = dict[str, Tensor]()
+            if (known := lookup.teacher) is not None and "agreement" in wanted:
+                nearest = nearest_others(queries["test"], ranks=ranks, bank=banks["test"])
+                if row.title == TEACHER:
+                    known.setdefault(dataset, {})[name] = nearest.int().cpu()
+                theirs = known[dataset]
+                same = name if name in theirs and name != primary else find_primary(lookup.primary, theirs)
+                hits[AGREEMENT] = common_shares(nearest, theirs[same])
+            if name == PROJECTED and classes is not None and classes.shape[1] == in_queries[name].shape[1]:
+                banks = banks | {"classes": to_device(classes)}
             for bank, query in searches:
-                fitted = wanted if bank == "train" else ()
-                num_voters = min(NUM_NEIGHBORS, len(labels[bank])) if "knn" in fitted else 0
+                if bank not in banks:
+                    continue
+                num_voters = NUM_NEIGHBORS if bank == "train" and "knn" in wanted else 0
                 most = min(max(*ks, num_voters), len(labels[bank]))
-                nearest = exact_neighbors(images[bank], ranks.take_share(images[query]), most)
+                nearest = exact_neighbors(banks[bank], ranks.take_share(queries[query]), most)
                 indices = ranks.gather(nearest.indices[:, : max(ks)], len(labels[query]))
                 if name == primary and bank in BANKS:
-                    candidate.neighbors.setdefault(dataset, {})[bank] = indices.int().cpu()
+                    neighbors[bank] = indices.int().cpu()
                 found = retrieval_hits(indices, labels[bank], labels[query], ks)
                 hits |= {retrieval_from(bank, k): hit for k, hit in found.items()}
                 if num_voters:
@@ -240,12 +223,12 @@ def measure_embeddings(
                     for measure, temperature in ((KNN, TEMPERATURE), (KNN_MAJORITY, None)):
                         voted = ranks.gather(vote(voters, labels[bank], temperature), len(labels[query]))
                         hits[measure] = voted == labels[query]
-                if "linear" in fitted:  # each rank fits it alone: a probe takes seconds
-                    probe = fit_linear_probe(images[bank], labels[bank])
-                    hits[LINEAR] = probe.predict(images[query]) == labels[query]
+                if bank == "train" and "linear" in wanted:  # each rank fits it alone: a probe takes seconds
+                    probe = fit_linear_probe(banks[bank], labels[bank])
+                    hits[LINEAR] = probe.predict(queries[query]) == labels[query]
                     if probe.doubt and name == primary and ranks.rank == 0:
-                        about = f"{dataset}, {candidate.name} ({name or 'only embedding'})"
+                        about = f"{dataset}, {row.title} ({name or 'only embedding'})"
                         warn_once(f"{about}: linear probe: {probe.doubt}")
             for measure, hit in hits.items():
                 is_primary = name == primary or measure.name == "zero_shot"
-                yield Result(candidate, dataset, measure, name, is_primary, hit.cpu())
+                yield Result(row.title, dataset, measure, name, is_primary, hit.cpu(), 0, neighbors.get(measure.bank))

@@ -14,7 +14,8 @@ from torch.nn.functional import gelu, layer_norm, pad
 
 from d2v_composer.models.configs import NUM_MELS, SAMPLE_RATE, AudioEncoderConfig
 from d2v_composer.models.encoder import Data2Vec2Encoder, Encoder, Inputs
-from d2v_composer.models.targets import instance_norm, mean_over_time
+from d2v_composer.models.features import mean_over_time
+from d2v_composer.models.targets import instance_norm
 
 # A log-mel spectrogram as Kaldi computes it: samples of a frame and between frames, points of the Fourier transform.
 FRAME, HOP, NUM_POINTS, LOWEST_HERTZ, LOG_FLOOR = 400, 160, 512, 20.0, torch.finfo(torch.float32).eps

@@ -1,20 +1,24 @@
 """Models that turn inputs into features, and features into embeddings: the base of teachers and students.
 
-Shapes: B inputs, T tokens, D channels.
+Shapes: B inputs, T tokens, D channels, H heads, P of the embedding ``projected_cls``.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from d2v_composer.models.encoder import Encoder, Inputs, Tokens
+from d2v_composer.models.attention import FfnBlock, linear_weights
+from d2v_composer.models.encoder import Encoder, Frozen, Inputs, Tokens
 from d2v_composer.models.features import Features
-from d2v_composer.models.layer_mean import LayerMean
-from d2v_composer.models.names import PROJECTED, Pooling, Representation, embedding_name
+from d2v_composer.models.names import PROJECTED, Embedding, Pooling, Representation
+from d2v_composer.models.targets import LayerMean
+from d2v_composer.system.errors import InputError
 
 
 @contextmanager
@@ -32,6 +36,77 @@ def frozen_use() -> Iterator[None]:
         torch.set_autocast_cache_enabled(caches_casts)
 
 
+def hash_weights(model: "Backbone") -> str:
+    """Return a hash of a model's sizes and weights, not of its file, which a run in progress may have replaced."""
+    digest = hashlib.sha256(repr((model.encoder.config, model.config)).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def frozen_prefixes(module: nn.Module, prefix: str = "") -> tuple[str, ...]:
+    """Return the prefixes of the names of tensors in a module's frozen parts."""
+    parts = module.named_modules(prefix=prefix, remove_duplicate=False)
+    return tuple(f"{name}." for name, part in parts if isinstance(part, Frozen) and part.is_frozen)
+
+
+def keep_trained_tensors(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    """Remove the tensors of frozen parts from a state dict."""
+    frozen = frozen_prefixes(module, prefix.removesuffix("."))
+    for name in [name for name in state_dict if name.startswith(frozen)]:
+        del state_dict[name]
+
+
+def check_tensors(module: nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
+    """Check that a state dict has exactly a module's tensors, because Composer may load without ``strict``.
+
+    Raises:
+        InputError: A tensor is missing, unknown or misshapen.
+    """
+    found, expected = (
+        {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(prefix)}
+        for tensors in (state_dict, module.state_dict(prefix=prefix))
+    )
+    if different := sorted(found.items() ^ expected.items()):
+        name, _ = different[0]
+        shapes = [each.get(name, "none") for each in (found, expected)]
+        raise InputError(f"tensor {name}: checkpoint has {shapes[0]}, model has {shapes[1]}")
+
+
+def expect_no_frozen_tensors(module: nn.Module, incompatible_keys: Any) -> None:
+    """Let strict loading accept a state dict without the frozen parts."""
+    incompatible_keys.missing_keys.clear()
+
+
+class Projection(Frozen):
+    """Pool a model's output: CLS, or the mean of patches or frames; then map it.
+
+    Args:
+        pooling: Of the output.
+        linear: D → P; default the identity.
+
+    Attributes:
+        num_outputs: P; 0: D, as nothing follows the pooling.
+        norm: A student's output passes it first: its teacher's final norm.
+    """
+
+    def __init__(self, pooling: Pooling = "cls", linear: nn.Linear | None = None) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.linear = nn.Identity() if linear is None else linear
+        self.num_outputs = 0 if linear is None else linear.out_features
+        self.norm: nn.Module = nn.Identity()
+
+    def forward(self, features: Features, output_BTD: Tensor) -> Tensor:
+        """Return the embeddings, (B, P)."""
+        return self.linear(features.poolings(output_BTD)[self.pooling])
+
+    def forward_macs(self, num_tokens: int) -> int:
+        """Return the multiply-accumulates for one input."""
+        return linear_weights(self)
+
+
 class Backbone(nn.Module, ABC):
     """Base of models: an encoder, and layers that turn its tokens into features.
 
@@ -44,7 +119,7 @@ class Backbone(nn.Module, ABC):
         embed_dim: Channels of features and embeddings; the encoder's, unless a student is narrower.
         layer_mean: How this model computes its ``layer_mean`` embeddings.
         head: What classifies the embeddings of a fine-tuned student, d → classes, or ``None``.
-        projection: A :class:`~d2v_composer.models.projection.Projection`, or ``None``.
+        projection: A :class:`Projection`, or ``None``.
     """
 
     def __init__(self, encoder: Encoder, config: Any, provenance: dict[str, Any] | None = None) -> None:
@@ -69,9 +144,9 @@ class Backbone(nn.Module, ABC):
             pooled: A loss reads its pooled feature.
         """
 
-    @abstractmethod
     def forward_macs(self, shape: Sequence[int] | None = None) -> int:
         """Return the multiply-accumulates for one input after the encoder, by default :meth:`Encoder.num_tokens`'s."""
+        return 0
 
     def backward_macs(self, shape: Sequence[int] | None = None) -> int:
         """Return the backward pass's multiply-accumulates for one input, including an encoder that trains."""
@@ -82,9 +157,8 @@ class Backbone(nn.Module, ABC):
         """The blocks after the encoder."""
         return []
 
-    @abstractmethod
     def checkpoint_activations(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass (``enable``), or keep them in memory."""
+        """Recompute activations in the backward pass (``enable``), or keep them in memory; a teacher has none."""
 
     @property
     def num_layers(self) -> int:
@@ -140,7 +214,7 @@ class Backbone(nn.Module, ABC):
     def pooled(self, features: Features, representation: Representation, pooling: Pooling) -> Tensor:
         """Return an embedding, (B, D) float32, with gradient."""
         if representation == "projected":
-            return self.project(features, features.output).float()
+            return features.projected
         return features.poolings(self.represent(features, representation))[pooling]
 
     def represent(self, features: Features, representation: Representation) -> Tensor:
@@ -178,8 +252,7 @@ class Backbone(nn.Module, ABC):
     def embed_encoded(self, tokens: Tokens, layer_mean: LayerMean | None = None) -> dict[str, Tensor]:
         """Compute every embedding from the encoder's tokens, without gradient; see :meth:`embed_all`."""
         with frozen_use():
-            project = self.project if self.projected_width else None
-            return (layer_mean or self.layer_mean).embeddings(self.features(tokens), project)
+            return (layer_mean or self.layer_mean).embeddings(self.features(tokens))
 
     def embed(
         self,
@@ -211,7 +284,96 @@ class Backbone(nn.Module, ABC):
             torch.Size([2, 192])
         """
         embeddings = self.embed_all(images, lengths)
-        name = embedding_name(representation, pooling or self.default_pooling)
+        name = Embedding(representation, pooling or self.default_pooling).name
         if name not in embeddings:
             raise ValueError(f"no embedding {name!r}; this model has: {', '.join(embeddings)}")
         return embeddings[name]
+
+
+class Transformer(Backbone):
+    """Blocks that return their FFN outputs, on an encoder.
+
+    Args:
+        encoder, config, provenance: As for :class:`Backbone`.
+        blocks: The blocks after the encoder.
+
+    Attributes:
+        norm: Follows the last block; an Identity unless the model has a final norm.
+    """
+
+    norm: nn.Module
+
+    def __init__(
+        self, encoder: Encoder, blocks: Sequence[FfnBlock], config: Any, provenance: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__(encoder, config, provenance)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.Identity()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def block_list(self) -> list[Any]:
+        """The blocks after the encoder."""
+        return list(self.blocks)
+
+    @abstractmethod
+    def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
+        """Return each block's context for an input: an attention bias or, for instance, rotary positions.
+
+        It is (1, H, T, T), or (B, H, T, T) with ``padding_mask``, (B, T), of keys to leave out.
+        """
+
+    def iterate_blocks(
+        self, x: Tensor, needs_last_output: bool = True, padding_mask: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the output and the FFN output of each block, (B, T, D) each, from :meth:`encode`'s (B, T, D)."""
+        last = self.block_list[-1]
+        for block, context in zip(self.block_list, self.block_contexts(x, padding_mask), strict=True):
+            x, ffn_output_BTD = block(x, context, needs_last_output or block is not last)
+            yield x, ffn_output_BTD
+
+    def features(self, tokens: Tokens) -> Features:
+        x, padding_mask, shares, _ = tokens
+        return Features(
+            lambda needs_last_output: self.iterate_blocks(x, needs_last_output, padding_mask),
+            self.num_layers,
+            self.norm,
+            self.num_extra_tokens,
+            self.has_cls_token,
+            padding_mask,
+            shares,
+            project=self.project if self.projected_width else None,
+        )
+
+    def forward_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Return the model's output and every FFN output, (B, T, D) each, from :meth:`encode`'s (B, T, D).
+
+        ``padding_mask``, (B, T), is true for tokens that no other token may see.
+
+        Example:
+            >>> output, ffn_outputs = teacher.forward_blocks(teacher.encode(images))
+            >>> output.shape, len(ffn_outputs)
+            (torch.Size([2, 65, 192]), 6)
+        """
+        return self.features(Tokens(x, padding_mask)).with_output(list)
+
+    def checkpoint_activations(self, enable: bool = True) -> None:
+        """Recompute each block's activations in the backward pass (``enable``), or keep them in memory."""
+        from torch.utils.checkpoint import checkpoint  # takes a quarter of a second
+
+        for block in self.block_list:
+            if isinstance(block.forward, partial):  # an earlier call's
+                block.forward = block.forward.args[0]
+            if enable:
+                # Nothing in a block is random.
+                block.forward = partial(  # pyright: ignore[reportAttributeAccessIssue]: checkpoint's type is too wide
+                    checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+                )
+
+    def forward_macs(self, shape: Sequence[int] | None = None) -> int:
+        num_tokens = self.encoder.num_tokens(shape)
+        parts = [*self.block_list, *([] if self.projection is None else [self.projection])]
+        return sum(part.forward_macs(num_tokens) for part in parts)

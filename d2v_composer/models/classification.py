@@ -12,10 +12,10 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from d2v_composer.models.backbone import Backbone
-from d2v_composer.models.distillation import check_tensors, cpu_autocast
+from d2v_composer.models.backbone import Backbone, check_tensors
 from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.names import Pooling, Representation
+from d2v_composer.models.precision import cpu_autocast
 
 Batch = Sequence[Tensor]
 # data2vec's positions are a fixed table of sines, not weights.
@@ -67,7 +67,8 @@ class Classifier(ComposerModel):
         for name, parameter in backbone.encoder.named_parameters():
             parameter.requires_grad_(train_encoder and not name.startswith(FIXED))
         embedding = self.embed(Inputs(backbone.encoder.example(1)))
-        embedding.sum().backward()
+        if embedding.requires_grad:  # not if the encoder is all there is
+            embedding.sum().backward()
         for parameter in backbone.parameters():  # freeze what gets no gradient from an input
             parameter.requires_grad_(parameter.grad is not None)
             parameter.grad = None

@@ -12,7 +12,7 @@ import math
 import re
 from functools import cached_property
 from reprlib import repr as short  # a list in a file may hold another one a million times
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, ValidationError
 from typing_extensions import Self
@@ -46,12 +46,6 @@ def check_whole(name: str, value: Any, minimum: int, maximum: int) -> None:
         raise ValueError(f"{name} must be a whole number from {minimum} to {maximum}, got {short(value)}")
 
 
-def check_choice(name: str, value: Any, choices: Any) -> None:
-    """Raise ValueError, with the name of the option, unless the value is one of a Literal's values."""
-    if value not in get_args(choices):
-        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {short(value)}")
-
-
 def height_and_width(image_size: ImageSize) -> tuple[int, int]:
     """Return (height, width) in pixels."""
     return (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -73,6 +67,9 @@ def parse_image_size(image_size: Any) -> ImageSize:
     return shape[0] if shape[0] == shape[-1] else (shape[0], shape[-1])
 
 
+STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
 class Config(BaseModel):
     """Base of all configs of models: sizes and options, checked once and frozen.
 
@@ -80,7 +77,7 @@ class Config(BaseModel):
         ValueError: One line: a field is unknown, missing, of another type or out of range, or contradicts another.
     """
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = STRICT
 
     def __init__(self, /, **values: Any) -> None:
         try:
@@ -147,7 +144,7 @@ class ImageConfig(Config):
     image_std: Tuple[Annotated[float, Field(ge=1e-3, le=1)]] = (0.229, 0.224, 0.225)
     modality: ClassVar = "image"
     preprocessing: ClassVar = ("image_size", "image_mean", "image_std", "interpolation")
-    recipe: ClassVar = "yamls/distill.yaml"
+    recipe: ClassVar = "distill"
 
     def check(self) -> None:
         super().check()
@@ -200,7 +197,7 @@ class SoundConfig(Config):
     modality: ClassVar = "audio"
     sample_rate: ClassVar = SAMPLE_RATE
     timm_preprocessing: ClassVar[dict[str, Any]] = {}
-    recipe: ClassVar = "yamls/distill_audio.yaml"
+    recipe: ClassVar = "distill_audio"
 
 
 class AudioEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
@@ -297,6 +294,24 @@ class EatEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
     def check(self) -> None:
         super().check()
         check_whole("target_length", self.target_length, EAT_PATCH, EAT_PATCH * self.max_length)
+
+
+class FrozenModelConfig(ImageConfig):
+    """Sizes of a teacher that is anyone's module."""
+
+    image_size: ImageSize
+    grid_size: Annotated[tuple[int, int], Field(strict=False)]
+    has_cls_token: bool
+    embed_dim: Width
+    interpolation: ClassVar = "bicubic"
+    normalization: ClassVar = "instance"
+    final_layer_norm: ClassVar = True
+    depth: ClassVar = 1
+    average_top_k_layers: ClassVar = 1
+
+    @property
+    def num_extra_tokens(self) -> int:
+        return int(self.has_cls_token)
 
 
 class TimmConfig(ImageConfig):
@@ -454,3 +469,12 @@ class StudentSizes(Config):
 
     encoder: EncoderConfig
     student: StudentConfig
+    prefix: ClassVar = ""
+    """How the model's names of its tensors begin, and the file's do not."""
+
+
+class NetworkSizes(Config):
+    """Sizes in the file of a student that is a timm model."""
+
+    network: TimmNetworkConfig
+    prefix: ClassVar = "encoder.model."

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from d2v_composer.models.attention import Block
 from d2v_composer.models.audio import AudioEncoder
+from d2v_composer.models.backbone import Transformer
 from d2v_composer.models.configs import (
     AudioEncoderConfig,
     EatEncoderConfig,
@@ -21,8 +22,8 @@ from d2v_composer.models.configs import (
 from d2v_composer.models.eat import EatEncoder
 from d2v_composer.models.encoder import Data2Vec2Encoder
 from d2v_composer.models.images import ImageEncoder
-from d2v_composer.models.layer_mean import LayerMean
 from d2v_composer.models.student import Init
+from d2v_composer.models.targets import LayerMean
 from d2v_composer.models.teacher import Teacher
 
 ENCODERS: dict[type[Any], type[Data2Vec2Encoder]] = {
@@ -32,7 +33,7 @@ ENCODERS: dict[type[Any], type[Data2Vec2Encoder]] = {
 }
 
 
-class Data2Vec2(Teacher):
+class Data2Vec2(Transformer, Teacher):
     """A data2vec 2.0 teacher, frozen and in eval mode.
 
     Args:

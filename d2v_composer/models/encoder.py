@@ -95,21 +95,19 @@ class Encoder(Frozen):
 
     Attributes:
         alibi: The bias of its blocks, if they have one.
-        alibi_scale: Learned factors of that bias.
         half_residual: Keep the residual stream of these and of a teacher's blocks in autocast's dtype, not in float32.
         baseline: The name of :meth:`raw` in tables.
         input_name: What an exported program calls them.
     """
 
     alibi: Alibi | None
-    alibi_scale: Tensor | None
     baseline: ClassVar[str]
     input_name: ClassVar[str]
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config: Any = config  # of the subclass's kind
-        self.alibi = self.alibi_scale = None
+        self.alibi = None
         self.half_residual = False
 
     @property
@@ -118,15 +116,15 @@ class Encoder(Frozen):
         return self.config.embed_dim
 
     @property
-    @abstractmethod
     def block_list(self) -> list[Any]:
-        """The encoder's blocks."""
+        """The encoder's blocks; by default there are none."""
+        return []
 
     def build_head(self, num_outputs: int) -> Any:
         """Build the head of a teacher on this encoder, without its weights; ``None`` if the teacher only pools.
 
         Args:
-            num_outputs: As of :class:`~d2v_composer.models.projection.Projection`.
+            num_outputs: As of :class:`~d2v_composer.models.backbone.Projection`.
         """
         return None
 
@@ -146,9 +144,9 @@ class Encoder(Frozen):
     def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
         """Return the first block's input, (B, T, D)."""
 
-    @abstractmethod
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
         """Return each block's context, optionally followed by the contexts of a teacher's blocks."""
+        return []
 
     @abstractmethod
     def num_tokens(self, shape: Sequence[int] | None = None) -> int:
@@ -217,9 +215,13 @@ class Data2Vec2Encoder(Encoder):
     """Extra tokens, LayerNorm and blocks with ALiBi, which data2vec 2.0's encoders have in common.
 
     A subclass adds its own layers, then calls :meth:`add_blocks`.
+
+    Attributes:
+        alibi_scale: Learned factors of the blocks' bias.
     """
 
     extra_tokens: nn.Parameter | None
+    alibi_scale: Tensor | None
 
     def add_blocks(self, config: Data2Vec2EncoderConfig) -> None:
         """Add the layers after the subclass's own; their order fixes the random initial weights."""

@@ -7,14 +7,22 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from torch import Tensor, cat
+from torch import Tensor, cat, nn
 
 from d2v_composer.models.names import TargetSource
-from d2v_composer.models.targets import mean_over_time
 
 ResultT = TypeVar("ResultT")
 Layers = Iterable[tuple[Tensor, Tensor]]
 """Each block's output and FFN output, (B, T, D) each."""
+
+
+def mean_over_time(x_BTD: Tensor, num_extra_tokens: int = 0, padding_mask: Tensor | None = None) -> Tensor:
+    """Return the mean over tokens, (B, 1, D), without extra tokens and padding, (B, T) true."""
+    x_BTD = x_BTD[:, num_extra_tokens:]
+    if padding_mask is None:
+        return x_BTD.mean(dim=1, keepdim=True)
+    padding_BT1 = padding_mask[:, num_extra_tokens:, None]
+    return x_BTD.masked_fill(padding_BT1, 0).sum(dim=1, keepdim=True) / (~padding_BT1).sum(dim=1, keepdim=True)
 
 
 @dataclass(eq=False)
@@ -40,6 +48,13 @@ class Features:
     """As of :class:`~d2v_composer.models.encoder.Inputs`."""
     pooled: Tensor | None = None
     """(B, P), the model's own pooled feature, in place of CLS."""
+    project: Callable[["Features", Tensor], Tensor] | None = None
+    """Computes the embedding ``projected_cls``, (B, P), of these features and their output; ``None``: there is none."""
+
+    @classmethod
+    def of_layer(cls, x_BTD: Tensor, num_extra_tokens: int, has_cls_token: bool, **others: Any) -> "Features":
+        """Return the features of a model that gives its output alone."""
+        return cls(lambda _: [(x_BTD, x_BTD)], 1, nn.Identity(), num_extra_tokens, has_cls_token, **others)
 
     def layers(self, source: TargetSource = "ffn") -> Iterator[Tensor]:
         """Yield each block's FFN output, or its output, (B, T, D)."""
@@ -54,6 +69,12 @@ class Features:
         for output, _ in self.run(True):  # noqa: B007  (the last one)
             pass
         return self.norm(output)
+
+    @property
+    def projected(self) -> Tensor:
+        """The embedding ``projected_cls``, (B, P) float32, with gradient."""
+        assert self.project is not None
+        return self.project(self, self.output).float()
 
     def with_output(self, read: Callable[[Iterator[Tensor]], ResultT]) -> tuple[Tensor, ResultT]:
         """Run the blocks once; return the output, and the result of ``read`` on the FFN outputs, one at a time."""

@@ -18,8 +18,15 @@ from d2v_composer.models.encoder import Data2Vec2Encoder, Encoder, Inputs
 SIDE_OF_PIXELS = 32  # CIFAR's
 # An encoder's outputs in a file: how many, and the prime that spreads them over tokens and channels.
 NUM_OUTPUTS, OUTPUT_STEP = 32, 1_000_003
+# Relative to the norm. Another processor or runtime rounds float32 to less.
+OUTPUT_TOLERANCE = 1e-4
 
 log = logging.getLogger(__name__)
+
+
+def is_same(outputs: Tensor, expected: Tensor) -> bool:
+    """Return True if a model's outputs are the expected ones, apart from rounding."""
+    return bool((outputs - expected).norm() <= OUTPUT_TOLERANCE * expected.norm())  # false for NaN
 
 
 class PatchProjection(nn.Conv2d):

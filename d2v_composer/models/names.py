@@ -1,15 +1,25 @@
-"""Choices for YAMLs and command lines. This module imports no torch, so ``--help`` shows them within a second."""
+"""Choices for YAMLs and command lines, and the names of embeddings: a representation, pooled.
 
-from typing import Literal
+This module imports no torch, so ``--help`` shows them within a second.
+"""
+
+import re
+from collections.abc import Collection
+from reprlib import repr as short  # a list in a file may hold another one a million times
+from typing import Any, Literal, NamedTuple, get_args
 
 DATA2VEC2 = "data2vec2"
 """Default of ``teacher.model``."""
 PREFIX = "timm/"
 """Prefix of a timm model's name."""
-Pooling = Literal["cls", "mean", "mean_patches"]
-Representation = Literal["output", "layer_mean", "projected"]
+EXTERNAL = "ext/"
+"""Prefix of a teacher's name that is an installed package's, or that ``train_student`` is given."""
+TEACHERS = "d2v_composer.teachers"
+"""Group of entry points: each is called with ``teacher.checkpoint`` and returns a teacher."""
 PROJECTED = "projected_cls"
 """The embedding in the space of the teacher's own image embedding, whatever it pools."""
+Pooling = Literal["cls", "mean", "mean_patches"]
+Representation = Literal["output", "layer_mean", "projected"]
 PrecisionName = Literal["fp32", "amp_bf16", "amp_fp16"]
 PrecisionChoice = Literal["auto", "fp32", "amp_fp16", "amp_bf16"]
 """``auto`` is the fastest that the machine has instructions for."""
@@ -33,9 +43,56 @@ Weights = Literal["model", "ema"]
 """Weights of a teacher's file: the trained ones, or their moving average."""
 
 
-def embedding_name(representation: Representation, pooling: Pooling) -> str:
-    """Return the name of an embedding; ``projected`` has a pooling of its own."""
-    return PROJECTED if representation == "projected" else f"{representation}_{pooling}"
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise ValueError, with the name of the option, unless the value is one of a Literal's values."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {short(value)}")
+
+
+class Embedding(NamedTuple):
+    """An embedding; by default that of a file without a run's record, with which data2vec 2.0 base retrieves best."""
+
+    representation: Representation = "output"
+    pooling: Pooling = "cls"
+
+    @property
+    def name(self) -> str:
+        """Name in metrics, such as layer_mean_cls; ``projected`` has a pooling of its own."""
+        return PROJECTED if self.representation == "projected" else "_".join(self)
+
+    @classmethod
+    def parse(cls, fields: Any) -> "Embedding":
+        """Read ``representation`` and ``pooling`` from a mapping; other keys are ignored.
+
+        Raises:
+            LookupError, TypeError, ValueError: One is missing or unknown.
+        """
+        check_choice("representation", fields["representation"], Representation)
+        check_choice("pooling", fields["pooling"], Pooling)
+        return cls(fields["representation"], fields["pooling"])
+
+
+EMBEDDINGS = [
+    *dict.fromkeys(Embedding(each, pooling).name for each in get_args(Representation) for pooling in get_args(Pooling))
+]
+"""The names of all embeddings; without CLS, a model lacks the first of each representation."""
+
+
+def find_primary(primary: str, names: Collection[str]) -> str:
+    """Return the name of the embedding to report as a model's primary embedding.
+
+    Args:
+        primary: The embedding asked for. For ``layer_mean`` and ``projected``, the output will do: the bare encoder has
+            neither.
+        names: The model's embeddings; a single one without a name ('') is its own primary embedding.
+
+    Raises:
+        ValueError: The model has no such embedding.
+    """
+    for name in (primary, re.sub("^(layer_mean|projected)", "output", primary), "output_mean_patches", ""):
+        if name in names:
+            return name
+    raise ValueError(f"primary embedding must be one of {', '.join(names)}, got {primary!r}")
 
 
 def timm_name(model: str) -> str:

@@ -1,7 +1,7 @@
 """Choose the precision in which a model computes on this machine, and compute in it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +24,11 @@ class Precision(NamedTuple):
         return None if self.dtype == torch.float32 else self.dtype
 
 
-def name_precision(choice: str, on_gpu: bool | None = None) -> str:
+def name_precision(choice: str) -> str:
     """Resolve a precision: ``auto`` is the fastest one for which the GPU or the CPU has instructions."""
     if choice != "auto":
         return choice
-    if torch.cuda.is_available() if on_gpu is None else on_gpu:
+    if torch.cuda.is_available():
         return "amp_bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "amp_fp16"
     # A CPU emulates bfloat16 without such instructions: a matrix product took a hundred times as long as in float32.
     # Each x86 with AMX has AVX-512's, too; other architectures compute in float32.
@@ -58,3 +58,9 @@ def precision_of(dtype: torch.dtype | None, device: str) -> Iterator[None]:
     finally:
         for switch, is_allowed in zip(switches, allowed, strict=True):
             switch.allow_tf32 = is_allowed
+
+
+def cpu_autocast(is_on: bool) -> AbstractContextManager[Any]:
+    """Return a context in which a CPU computes in bfloat16 if ``is_on``."""
+    # Not autocast(enabled=False), which would disable the caller's.
+    return torch.autocast("cpu", torch.bfloat16) if is_on else nullcontext()

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from d2v_composer.models.attention import Block, attention_bias, init_linear_layers, linear_weights
+from d2v_composer.models.backbone import Projection, Transformer
 from d2v_composer.models.configs import MAX_WIDTH, StudentConfig, check_whole
 from d2v_composer.models.encoder import Encoder, build_alibi
 from d2v_composer.models.features import Features
-from d2v_composer.models.projection import Projection
-from d2v_composer.models.transformer import Transformer
 
 Init = Literal["random", "teacher_attention", "teacher_blocks"]
 

@@ -1,45 +1,23 @@
-"""Regression targets and the loss, as pure functions of tensors.
+"""The normalized mean of layers, as pure functions of tensors, and the settings by which a model has it.
 
-Shapes: B images, E extra tokens, N patches, T = E + N time steps (tokens), D channels.
+Shapes: B inputs, E extra tokens, N patches or frames, T = E + N time steps (tokens), D channels.
 Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), section 3; fairseq ``make_targets``.
 """
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple, cast, get_args
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import Any, Literal, NamedTuple, cast, get_origin
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import cosine_similarity, layer_norm, mse_loss, smooth_l1_loss
+from torch.nn.functional import layer_norm
 
-from d2v_composer.models.names import Normalization, TokenLoss
+from d2v_composer.models.configs import check_whole
+from d2v_composer.models.features import Features, mean_over_time
+from d2v_composer.models.names import PROJECTED, ExtraTokens, Normalization, Prediction, TargetSource, check_choice
 
 NORM_EPS = 1e-5
-CLS_LOSS_WEIGHT = 0.01  # data2vec 2.0's `cls_loss` of the image models
-
-
-class Regression(NamedTuple):
-    """Prediction and target of a step, float32."""
-
-    prediction: Tensor
-    """(B, T, D); (B, N, D) without the extra tokens, (B, E, D) with these only."""
-    target: Tensor
-    """Same shape as ``prediction``, without gradient."""
-    cls_prediction: Tensor | None = None
-    """(B, D), if CLS is regressed to the mean target instead of its own."""
-    padding_mask: Tensor | None = None
-    """(B, T) bool: true for tokens that the loss leaves out."""
-    others: "tuple[Regression, ...]" = ()
-    """Those of further objectives."""
-
-
-def mean_over_time(x_BTD: Tensor, num_extra_tokens: int = 0, padding_mask: Tensor | None = None) -> Tensor:
-    """Return the mean over tokens, (B, 1, D), without extra tokens and padding, (B, T) true."""
-    x_BTD = x_BTD[:, num_extra_tokens:]
-    if padding_mask is None:
-        return x_BTD.mean(dim=1, keepdim=True)
-    padding_BT1 = padding_mask[:, num_extra_tokens:, None]
-    return x_BTD.masked_fill(padding_BT1, 0).sum(dim=1, keepdim=True) / (~padding_BT1).sum(dim=1, keepdim=True)
 
 
 def instance_norm(
@@ -60,24 +38,6 @@ def instance_norm(
     return centred_BTD * scale_B1D, scale_B1D
 
 
-def normalize(
-    layer_BTD: Tensor,
-    num_extra_tokens: int = 0,
-    normalization: Normalization = "instance",
-    padding_mask: Tensor | None = None,
-) -> Tensor:
-    """Normalize one layer, (B, T, D) float32; LayerNorm ignores ``num_extra_tokens`` and ``padding_mask``.
-
-    Raises:
-        ValueError: ``normalization`` is unknown.
-    """
-    if normalization == "instance":
-        return instance_norm(layer_BTD, num_extra_tokens, padding_mask)[0]
-    if normalization == "layer":
-        return layer_norm(layer_BTD.float(), layer_BTD.shape[-1:], eps=NORM_EPS)
-    raise ValueError(f"normalization must be {' or '.join(get_args(Normalization))}, got {normalization!r}")
-
-
 def norm_mean(
     layers: Iterable[Tensor],
     num_extra_tokens: int = 0,
@@ -95,11 +55,14 @@ def norm_mean(
         padding_mask: (B, T), true for padding, which is excluded from the statistics too. What it gets means nothing.
 
     Raises:
-        ValueError: There are no layers, or ``normalization`` is unknown.
+        ValueError: There are no layers.
     """
     if normalization == "instance" and torch.is_grad_enabled():
         return instance_norm_mean(num_extra_tokens, final_layer_norm, padding_mask, *layers)
-    normalized = (normalize(layer_BTD, num_extra_tokens, normalization, padding_mask) for layer_BTD in layers)
+    if normalization == "instance":
+        normalized = (instance_norm(layer_BTD, num_extra_tokens, padding_mask)[0] for layer_BTD in layers)
+    else:
+        normalized = (layer_norm(layer_BTD.float(), layer_BTD.shape[-1:], eps=NORM_EPS) for layer_BTD in layers)
     return average(normalized, final_layer_norm)
 
 
@@ -175,39 +138,88 @@ def instance_norm_gradient(
     return ((grad_BTD - through_statistics_BTD) * scale_B1D).to(layer_BTD.dtype)
 
 
-def token_errors(prediction_BTD: Tensor, target_BTD: Tensor, loss: TokenLoss) -> Tensor:
-    """Return the distance of each token's prediction from its target, (B, T, 1).
+class LayerMean(NamedTuple):
+    """The settings by which layers become target, prediction and ``layer_mean`` embeddings, the same for all three."""
 
-    ``cosine_smooth_l1`` is 0.9 · (1 - cosine similarity) + 0.1 · smooth L1, the mean over channels, as AM-RADIO has it
-    for its spatial features (Ranzinger et al. 2024, arXiv:2312.06709, section 3.3).
-    """
-    if loss == "mse":
-        return (prediction_BTD - target_BTD).square().mean(dim=-1, keepdim=True)
-    cosine_BT1 = cosine_similarity(prediction_BTD, target_BTD, dim=-1)[..., None]
-    distance_BT1 = smooth_l1_loss(prediction_BTD, target_BTD, reduction="none").mean(dim=-1, keepdim=True)
-    return 0.9 * (1 - cosine_BT1) + 0.1 * distance_BT1
+    normalization: Normalization = "instance"
+    """Normalization of each layer: ``instance`` over tokens, or ``layer`` over channels."""
+    final_layer_norm: bool = True
+    """End with a LayerNorm; data2vec 2.0's audio models do not."""
+    source: TargetSource = "ffn"
+    """Layers of the target: FFN outputs, or the blocks' outputs, ``block``."""
+    average_top_k_layers: int | None = None
+    """Number of last blocks in the target; ``None``: all."""
+    extra_tokens: ExtraTokens = "regress"
+    """``regress`` them like patches; ``drop`` them before InstanceNorm, as data2vec 2.0's pre-training does; or regress
+    them ``only``."""
+    prediction: Prediction = "layer_mean"
+    """What is regressed: ``layer_mean`` of the student's FFN outputs, or ``last_block``, its output, not normalized."""
+    dataset_norm: bool = False
+    """Normalize the target's layers by fixed numbers of the data set, in place of ``normalization``."""
+    norm_mean: Callable[..., Tensor] = norm_mean
+    """:func:`norm_mean`, or its compiled version."""
 
+    @classmethod
+    def of(cls, config: Any) -> "LayerMean":
+        """Build the settings in a teacher's or a student's config."""
+        return cls(config.normalization, config.final_layer_norm, average_top_k_layers=config.average_top_k_layers)
 
-def regression_loss(regression: Regression, loss: TokenLoss = "mse", cls_weight: float | None = None) -> Tensor:
-    """Return the mean distance over all tokens, plus 0.01 × the mean squared error of ``cls_prediction``.
+    def changed(self, **options: Any) -> "LayerMean":
+        """Return a copy with other values; ``None`` keeps a value.
 
-    Padding does not count, and each input of a padded batch counts alike, however short: so the mean over ranks and
-    microbatches, which have as many inputs, is that of the whole batch.
+        Raises:
+            ValueError: A value is unknown.
+        """
+        changed = self._replace(**{name: value for name, value in options.items() if value is not None})
+        for name, choices in LayerMean.__annotations__.items():
+            if get_origin(choices) is Literal:
+                check_choice(name, getattr(changed, name), choices)
+        return changed
 
-    Args:
-        regression: Prediction and target.
-        loss: Distance of a token.
-        cls_weight: The share of the first token, CLS, in the loss; default as of any other token.
-    """
-    prediction, target, mask = regression.prediction.float(), regression.target, regression.padding_mask
-    if loss == "mse" and cls_weight is None and mask is None:
-        total = mse_loss(prediction, target)
-    else:
-        error_BT1 = token_errors(prediction, target, loss)
-        total = mean_over_time(error_BT1, cls_weight is not None, mask).mean()
-        if cls_weight is not None:
-            total = cls_weight * error_BT1[:, 0].mean() + (1 - cls_weight) * total
-    if regression.cls_prediction is None:
-        return total
-    mean_target_BD = mean_over_time(target, padding_mask=mask)[:, 0]
-    return total + CLS_LOSS_WEIGHT * mse_loss(regression.cls_prediction.float(), mean_target_BD)
+    def target(self, features: Features, norm_mean: Callable[..., Tensor] | None = None) -> Tensor:
+        """Compute the target from a teacher's features: the regressed tokens of (B, T, D), float32.
+
+        Args:
+            features: The teacher's.
+            norm_mean: In place of the attribute.
+
+        Raises:
+            ValueError: There are fewer layers.
+        """
+        top_k = features.num_layers if self.average_top_k_layers is None else self.average_top_k_layers
+        check_whole("average_top_k_layers", top_k, 1, features.num_layers)
+        layers = islice(features.layers(self.source), features.num_layers - top_k, None)
+        regressed = self.regressed(features)
+        norm_mean = self.norm_mean if norm_mean is None else norm_mean
+        options = self.normalization, self.final_layer_norm, features.padding_mask
+        return norm_mean(layers, regressed.start, *options)[:, regressed]
+
+    def average(self, layers: Iterable[Tensor], features: Features, num_dropped: int = 0) -> Tensor:
+        """Compute the mean of layers, (B, T, D) float32; statistics skip padding and ``num_dropped`` first tokens."""
+        return self.norm_mean(layers, num_dropped, self.normalization, self.final_layer_norm, features.padding_mask)
+
+    def regressed(self, features: Features) -> slice:
+        """Return the slice of tokens that the loss counts."""
+        first = features.num_extra_tokens if self.extra_tokens == "drop" else 0
+        return slice(first, features.num_extra_tokens if self.extra_tokens == "only" else None)
+
+    def embeddings(self, features: Features) -> dict[str, Tensor]:
+        """Compute every embedding of a model, (B, D) float32, by name: poolings of its output and of its layers."""
+        if features.pooled is not None:
+            output = features.output
+            found = features.poolings(output, "output_")
+        else:
+            output, mean = features.with_output(lambda layers: self.average(layers, features))
+            both = features.poolings(output, "output_") | features.poolings(mean, "layer_mean_")
+            found = {name: both[name] for name in self.names(features.has_cls_token)}
+        return found if features.project is None else found | {PROJECTED: features.project(features, output).float()}
+
+    def names(self, has_cls_token: bool) -> list[str]:
+        """Return the names of all embeddings.
+
+        Without a final LayerNorm, the mean over tokens of an instance-normalized layer is 0, which embeds nothing.
+        """
+        names = ["cls", "mean", "mean_patches"][not has_cls_token :]
+        is_zero = self.normalization == "instance" and not self.final_layer_norm
+        of_layers = [name for name in names if name == "cls" or not is_zero]
+        return [*(f"output_{name}" for name in names), *(f"layer_mean_{name}" for name in of_layers)]

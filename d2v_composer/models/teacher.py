@@ -1,40 +1,46 @@
-"""The base of teachers: frozen blocks on an encoder, regression targets, students on the same encoder.
+"""The base of teachers, which are frozen models with tokens: their targets, and students for them.
 
 Shapes: B inputs, E extra tokens, N patches, T = E + N tokens, D channels.
 """
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from d2v_composer.models.configs import StudentConfig, TimmNetworkConfig, check_choice
-from d2v_composer.models.encoder import Frozen, Tokens
-from d2v_composer.models.names import ExtraTokens
+from d2v_composer.models.backbone import Backbone
+from d2v_composer.models.configs import StudentConfig, TimmNetworkConfig
+from d2v_composer.models.encoder import Encoder, Frozen, Tokens
+from d2v_composer.models.names import ExtraTokens, check_choice
 from d2v_composer.models.student import Init, Student
-from d2v_composer.models.transformer import Transformer
 
 
-class Teacher(Transformer, Frozen):
+class Teacher(Backbone, Frozen):
     """Base of teachers, in eval mode. Call :meth:`freeze` once the parameters exist.
 
     Args:
-        encoder: Shared with the students.
-        blocks: The blocks after it.
+        encoder: Shared with students that are blocks, unless :meth:`student_encoder` gives them one of their own.
         config: The sizes.
         provenance: Origin of the weights, stored with what is derived from them; at least ``source``, ``sha256`` and
             ``license``.
     """
 
-    @abstractmethod
+    def student_encoder(self) -> Encoder:
+        """Return the encoder of a student that is blocks: this teacher's, or a new one, which trains.
+
+        Raises:
+            ValueError: There is none with this teacher's tokens.
+        """
+        return self.encoder
+
     def init_sources(self, init: Init) -> Sequence[nn.Module]:
         """Return the attention modules or blocks from which a student's can be initialized.
 
         Raises:
             ValueError: The student's are of another kind.
         """
+        raise ValueError(f"init: {init} needs a teacher that is blocks")
 
     @torch.no_grad()
     def targets(
@@ -47,7 +53,7 @@ class Teacher(Transformer, Frozen):
             extra_tokens: ``regress`` them like patches, ``drop`` them before InstanceNorm, as data2vec 2.0's
                 pre-training does, or regress them ``only``.
             padding_mask: (B, T), true for padding, from :meth:`padding_mask`; its targets mean nothing.
-            **options: Further fields of :class:`~d2v_composer.models.layer_mean.LayerMean`; default as in this
+            **options: Further fields of :class:`~d2v_composer.models.targets.LayerMean`; default as in this
                 teacher's pre-training. ``average_top_k_layers`` is all of data2vec 2.0 base's, 18 of large's 24, 24 of
                 huge's 32, and all of any other teacher's.
 
@@ -73,7 +79,7 @@ class Teacher(Transformer, Frozen):
         projected: bool = False,
         **sizes: Any,
     ) -> Any:
-        """Build a trainable student: blocks on this teacher's encoder, or a timm model.
+        """Build a trainable student: blocks on :meth:`student_encoder`, or a timm model.
 
         Args:
             init: ``random`` (the chapter), or copy the teacher's first blocks: ``teacher_attention``, or
@@ -111,7 +117,9 @@ class Teacher(Transformer, Frozen):
         if pretrained:
             raise ValueError("pretrained: must be false without a model timm/NAME")
         config = StudentConfig(**{"final_layer_norm": self.layer_mean.final_layer_norm, **given})
-        student = Student(self.encoder, config, {"teacher": self.provenance}, self.projection)
+        encoder = self.student_encoder()
+        provenance = {"teacher": self.provenance, "student": {"own_encoder": encoder is not self.encoder}}
+        student = Student(encoder, config, provenance, self.projection)
         if init == "random":
             return student
         sources = self.init_sources(init)
@@ -142,7 +150,8 @@ class Teacher(Transformer, Frozen):
         names = ("image_size", "in_chans", "image_mean", "image_std", "interpolation")
         preprocessing = {name: getattr(own, name) for name in names}
         config = TimmNetworkConfig(model=model, timm=__version__, **preprocessing, **options)
+        start = {"config": {"student": {"pretrained": pretrained}}, "student": {"own_encoder": True}}  # as in a record
         try:
-            return NetworkStudent(config, {"teacher": self.provenance}, pretrained)
+            return NetworkStudent(config, {"teacher": self.provenance, **start}, pretrained)
         except ValueError as error:
             raise ValueError(f"model: {error}") from error

@@ -5,7 +5,7 @@ Shapes: B images, S pixels per side, N cells of the grid, T tokens of a teacher,
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
@@ -22,26 +22,31 @@ from d2v_composer.models.names import PROJECTED, timm_name
 from d2v_composer.system.errors import reason
 
 
-def create_network(config: TimmNetworkConfig, pretrained: bool = False) -> Any:
+def create_network(config: TimmNetworkConfig, pretrained: bool = False) -> tuple[Any, dict[str, Any]]:
     """Build timm's model; a classifier that no loss reads is set to zero.
+
+    Returns:
+        The model, and the options with which ``timm.create_model`` builds it.
 
     Raises:
         ValueError: timm has no such model, or not at this image size, or no weights of it.
     """
     name = timm_name(config.model)
-    # No number of classes: timm's own.
-    options: Any = {"pretrained": pretrained, "in_chans": config.in_chans, "num_classes": config.projection}
+    # timm leaves out None: its own number of classes.
+    options: Any = {"in_chans": None if config.in_chans == 3 else config.in_chans, "num_classes": config.projection}
+    sized = {"img_size": height_and_width(config.image_size)} | options
     try:
         try:
-            model: Any = timm.create_model(name, img_size=height_and_width(config.image_size), **options)
+            model: Any = timm.create_model(name, pretrained, **sized)
+            options = sized
         except TypeError:  # it takes images of any size
-            model = timm.create_model(name, **options)
-    except (AssertionError, OSError, RuntimeError, ValueError) as error:
+            model = timm.create_model(name, pretrained, **options)
+    except Exception as error:
         raise ValueError(f"{config.model}: {reason(error)}") from error
     for parameter_name, parameter in model.named_parameters() if config.projection is None else ():
         if parameter_name.startswith(classifier_prefixes(model)):
             nn.init.zeros_(parameter)
-    return model
+    return model, options
 
 
 def load_pretrained(model: str) -> "NetworkStudent":
@@ -77,7 +82,7 @@ def projection_width(num_classes: int | None) -> int:
 
 def classifier_prefixes(model: Any) -> tuple[str, ...]:
     """Return the prefixes of the names of a timm model's classifier tensors."""
-    names = model.pretrained_cfg["classifier"]
+    names = model.pretrained_cfg["classifier"] or ()
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
@@ -88,6 +93,9 @@ class TimmNetwork(PixelEncoder):
         config: Which model, and the preprocessing.
         pretrained: Start from timm's weights, from the Hugging Face hub or its cache.
 
+    Attributes:
+        options: With these, ``timm.create_model`` builds this model.
+
     Raises:
         ValueError: There is no such model, or its features have no grid.
     """
@@ -96,28 +104,24 @@ class TimmNetwork(PixelEncoder):
 
     def __init__(self, config: TimmNetworkConfig, pretrained: bool = False) -> None:
         super().__init__(config)
-        self.model = create_network(config, pretrained)
-        self.patch_weights = 0
         shape = height_and_width(config.image_size)
         with torch.no_grad(), torch.device("meta"):
-            # A second model: this one's buffers may be real.
-            built = create_network(config).eval()
+            self.model, self.options = create_network(config)
             try:
-                features = built.forward_features(torch.zeros(1, config.in_chans, *shape))
-                pooled = built.forward_head(features, pre_logits=True)
-                self.num_prefix_tokens = getattr(built, "num_prefix_tokens", 0)
-                self.grid_size = self.find_grid(features, built)
-            except (AssertionError, AttributeError, TypeError, RuntimeError, ValueError) as error:
+                features = self.model.eval().forward_features(torch.zeros(1, config.in_chans, *shape))
+                pooled = self.model.forward_head(features, pre_logits=True)
+                self.num_prefix_tokens = getattr(self.model, "num_prefix_tokens", 0)
+                self.grid_size = self.find_grid(features)
+                self.num_channels, self.num_pooled = self.cells(features).shape[-1], pooled.shape[-1]
+            except Exception as error:
                 raise ValueError(f"{config.model} gives no grid of features for {shape} pixels") from error
-        self.num_channels, self.num_pooled = self.cells(features).shape[-1], pooled.shape[-1]
-        if config.projection is not None and not isinstance(built.get_classifier(), nn.Linear):
-            raise ValueError(f"{config.model} cannot have a projection: its classifier is not a single linear layer")
+        self.model, _ = create_network(config, pretrained)
 
     @property
     def embed_dim(self) -> int:
         return self.num_channels
 
-    def find_grid(self, features: Tensor, model: Any) -> tuple[int, int]:
+    def find_grid(self, features: Tensor) -> tuple[int, int]:
         """Return the grid (height, width) of a feature map, or of tokens.
 
         Raises:
@@ -127,7 +131,7 @@ class TimmNetwork(PixelEncoder):
             height, width = features.shape[1:3] if self.is_channels_last else features.shape[2:]
             return height, width
         num_cells = features.shape[1] - self.num_prefix_tokens
-        known = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+        known = getattr(getattr(self.model, "patch_embed", None), "grid_size", None)
         side = round(num_cells**0.5)
         grid = (side, side) if known is None or known[0] * known[1] != num_cells else (known[0], known[1])
         if features.ndim != 3 or grid[0] * grid[1] != num_cells:
@@ -144,31 +148,13 @@ class TimmNetwork(PixelEncoder):
             return features[:, self.num_prefix_tokens :]
         return features.flatten(1, 2) if self.is_channels_last else features.flatten(2).transpose(1, 2)
 
-    def timm_arguments(self) -> str:
-        """Return the arguments with which ``timm.create_model`` builds this model."""
-        name, classes = timm_name(self.config.model), cast("Any", self.config.projection)
-        with torch.device("meta"):
-            usual, own = timm.create_model(name, num_classes=classes).state_dict(), self.model.state_dict()
-        is_usual = all(tensor.shape == own[key].shape for key, tensor in usual.items())
-        size = "" if is_usual else f", img_size={height_and_width(self.config.image_size)}"
-        return f'"{name}"{size}' + (f", num_classes={classes}" if classes else "")
-
-    def timm_tensors(self, head: nn.Linear | None = None) -> dict[str, Tensor]:
-        """Return the state dict of timm's model, with this classifier of the pooled feature in place of timm's."""
+    def timm_tensors(self, model: Any, head: nn.Module | None) -> dict[str, Tensor]:
+        """Return the state dict for timm's ``model``, which :attr:`options` built, with ``head`` as its classifier."""
         tensors = self.model.state_dict()
-        if head is not None:
-            for prefix in classifier_prefixes(self.model):
-                weight = tensors[f"{prefix}weight"]  # of a linear layer, or of a convolution
-                tensors[f"{prefix}weight"] = head.weight.detach().reshape(-1, *weight.shape[1:])
-                tensors[f"{prefix}bias"] = head.bias.detach()
+        for prefix in classifier_prefixes(model):  # timm's may be a convolution, or two layers
+            for name, tensor in ({} if head is None else head.state_dict()).items():
+                tensors[prefix + name] = tensor.reshape_as(model.get_parameter(prefix + name)).clone()
         return tensors
-
-    @property
-    def block_list(self) -> list[Any]:
-        return []
-
-    def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
-        return []
 
     def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
         """Return timm's features: (B, C, height, width), (B, height, width, C) or (B, T, C)."""
@@ -186,7 +172,7 @@ class TimmNetwork(PixelEncoder):
         """The multiply-accumulates of a forward pass, and of forward and backward pass, for one image."""
         shape = (1, self.config.in_chans, *height_and_width(self.config.image_size))
         with torch.device("meta"), torch.enable_grad(), FlopCounterMode(display=False) as counter:
-            model = create_network(self.config).eval()
+            model = create_network(self.config)[0].eval()
             features = model.forward_features(torch.zeros(shape))
             total = features.sum() + model.forward_head(features, pre_logits=self.config.projection is None).sum()
             forward = counter.get_total_flops() // 2
@@ -228,7 +214,8 @@ class NetworkStudent(Backbone):
         return self.encoder.model.get_classifier()(features.pooled)
 
     def features(self, tokens: Tokens) -> Features:
-        return Features(lambda _: [(tokens.x, tokens.x)], 1, nn.Identity(), 0, True, pooled=tokens.pooled)
+        project = self.project if self.projected_width else None
+        return Features.of_layer(tokens.x, 0, True, pooled=tokens.pooled, project=project)
 
     def train_what_is_read(self, output: bool, pooled: bool) -> None:
         """Freeze parameters that no loss reads, such as the classifier's, which DDP would refuse."""
@@ -237,7 +224,7 @@ class NetworkStudent(Backbone):
         assert tokens.pooled is not None
         read = [each.sum() for each, is_read in ((tokens.x, output), (tokens.pooled, pooled)) if is_read]
         if self.projected_width:
-            read.append(self.project(self.features(tokens), tokens.x).sum())
+            read.append(self.features(tokens).projected.sum())
         torch.stack(read).sum().backward()
         self.train(was_training)
         for parameter in self.parameters():
@@ -246,9 +233,6 @@ class NetworkStudent(Backbone):
 
     def checkpoint_activations(self, enable: bool = True) -> None:
         self.encoder.model.set_grad_checkpointing(enable)  # an AssertionError if timm has none for this model
-
-    def forward_macs(self, shape: Sequence[int] | None = None) -> int:
-        return 0  # the encoder's
 
     def backward_macs(self, shape: Sequence[int] | None = None) -> int:
         forward, both = self.encoder.macs

@@ -16,6 +16,7 @@ from timm.models import Beit, Eva, VisionTransformer
 from torch import Tensor, nn
 
 from d2v_composer.models.attention import linear_weights
+from d2v_composer.models.backbone import Projection, Transformer
 from d2v_composer.models.configs import (
     MAX_PATCHES,
     ImageSize,
@@ -29,7 +30,6 @@ from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.features import Features
 from d2v_composer.models.images import PatchProjection, PixelEncoder
 from d2v_composer.models.names import timm_name
-from d2v_composer.models.projection import Projection
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.models.timm_blocks import FixedContexts, TimmBlock, check_block, take_contexts
@@ -205,10 +205,8 @@ class TimmEncoder(PixelEncoder):
             parts = TimmParts.of(model)
         self.stem: Any = parts.stem
         patches: Any = self.stem.patch_embed.proj
-        sizes = zip(height_and_width(config.image_size), patches.kernel_size, strict=True)
-        if all(pixels % patch == 0 for pixels, patch in sizes):  # a convolution leaves the rest out
-            patches.__class__ = PatchProjection
-        self.patch_weights = self.stem.patch_embed.proj.weight.numel()
+        patches.__class__ = PatchProjection  # an image is whole patches: build_timm_model allows no other size
+        self.patch_weights = patches.weight.numel()
         self.blocks = nn.ModuleList(parts.blocks[: config.first_blocks])
         self.contexts = parts.contexts.of_blocks(0, config.first_blocks)
         if is_new:
@@ -229,7 +227,7 @@ class TimmEncoder(PixelEncoder):
         return self.contexts(x_BTD)
 
 
-class TimmTeacher(Teacher):
+class TimmTeacher(Transformer, Teacher):
     """A timm teacher, frozen and in eval mode.
 
     Args:

@@ -10,12 +10,13 @@ from typing import Any
 import jinja2
 import torch
 
-from d2v_composer.checkpoints.student_file import choose_embedding, lookup
-from d2v_composer.data.modalities import modality_of
+from d2v_composer.checkpoints.load import save_student
+from d2v_composer.checkpoints.student_file import choose_embedding, lookup, timm_call
+from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.embedding import hash_weights
 from d2v_composer.evaluation.evaluate import read_evaluation
+from d2v_composer.evaluation.rows import ROWS
 from d2v_composer.models.names import timm_name
-from d2v_composer.report.run import EMBEDDINGS
 from d2v_composer.system.errors import reading, writing
 from d2v_composer.system.files import check_out_file, write_atomically
 
@@ -51,6 +52,21 @@ WORDS = {
 }
 
 
+def save_with_card(student: Any, source: str, out: Path) -> None:
+    """Write a student to a .safetensors file and, unless it classifies, its card; print a line about each."""
+    write_card = plan_model_card(student, source, out) if student.head is None else None
+    if write_card is not None:  # first: d2v export is refused once the file is there
+        print(write_card())
+    save_student(student, out)
+    print(size_of(student, out))
+
+
+def size_of(student: Any, out: Path) -> str:
+    """Return a line about a file that was written."""
+    size = sum(parameter.numel() for parameter in student.parameters())
+    return f"wrote {out}: {size / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB"
+
+
 def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
     """Prepare README.md before the student is written; return a function that writes it and returns a line about it.
 
@@ -75,12 +91,12 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
         return lambda: f"kept {readme}: d2v export did not write it"
     if described != out.name and out.with_name(described).exists():
         return lambda: f"kept {readme}: it describes {described}; a student in another folder gets its own"
-    modality = modality_of(student.encoder.config)
+    modality = MODALITIES[student.encoder.config.modality]
     network, embedding = getattr(student.config, "model", None), choose_embedding(student, None, None)
     with reading(source):
-        record = {"teacher": {}, "data": {}, "versions": {}, "command": "not recorded"}
-        record |= student.provenance
+        record = {"teacher": {}, "data": {}, "versions": {}, "command": "not recorded"} | student.provenance
         teacher = {"model": "", "source": "", "license": ""} | record["teacher"]
+        accuracies = lookup(record, "results.accuracies") or {}
         stated, start = [teacher["license"] or ""], None
         if network and lookup(record, "config.student.pretrained"):
             import timm  # which takes seconds
@@ -102,12 +118,12 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
             unit=modality.unit,
             words=WORDS[modality.name],
             network=network,
-            timm_arguments=student.encoder.timm_arguments() if network else "",
+            timm_call=timm_call(student, out.name),
             embedding=embedding,
             width=student.embed(student.encoder.example(1), embedding.pooling, embedding.representation).shape[1],
             tables=read_evaluation(Path(source).parent, hash_weights(student)).get("tables", ""),
             results=record.get("results"),
-            other_embeddings=tuple(EMBEDDINGS),
+            rows=[row for row in ROWS if any(row in cells for cells in accuracies.values())],
             file=out.name,
             quote=shlex.quote,
         )

@@ -19,10 +19,9 @@ from d2v_composer.data.labeled import EvaluationSet
 from d2v_composer.evaluation.metrics import HEALTH_STATES
 from d2v_composer.models.audio import LogMel
 from d2v_composer.models.configs import SAMPLE_RATE
-from d2v_composer.report.answer import answer
 from d2v_composer.report.plots import accuracy_plots, curves, to_png
-from d2v_composer.report.run import Run, latest
-from d2v_composer.report.tables import run_tables
+from d2v_composer.report.run import Run, answer, latest
+from d2v_composer.report.tables import accuracy_tables
 from d2v_composer.system.files import write_atomically
 
 QUERIES, NEIGHBORS_SHOWN = 12, 3
@@ -57,7 +56,7 @@ def write_report(run: Run, folder: Path) -> list[Path]:
         num_batches=int(latest(run.log.get("time/batch", {})) or 0),
         warnings=list(_warnings(run)),
         answers=list(answer(run)),
-        tables=list(run_tables(run)),
+        tables=list(accuracy_tables(run.results, run.retrieval["datasets"], run.primary)) if run.results else [],
         accuracies={k: latest(run.log.get(f"metrics/test/top{k}", {})) for k in (1, 5)},
         results=results,
         training=training,

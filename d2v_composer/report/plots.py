@@ -10,30 +10,29 @@ import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from d2v_composer.evaluation.evaluate import Evaluation, gap_closed_by_step
-from d2v_composer.evaluation.metrics import (
+from d2v_composer.evaluation.evaluate import Evaluation
+from d2v_composer.evaluation.rows import (
     AGREEMENT,
     BANKS,
     KNN,
     KNN_MAJORITY,
     LINEAR,
+    PROBES,
+    ROWS,
     TEACHER,
+    UNTRAINED,
+    VIEWS,
     Measure,
-    instance_retrieval,
-    read_accuracies,
+    gap_closed_by_step,
+    measures_of,
+    metric_key,
+    pivot,
     retrieval_from,
 )
-from d2v_composer.report.run import EMBEDDINGS, Run
+from d2v_composer.models.names import EMBEDDINGS
+from d2v_composer.report.run import Run
 
 WIDTH, HEIGHT, DPI = 6.4, 3.9, 150
-# Model in log keys, '' for the student → its name in legends, and its color.
-MODELS = {
-    "": ("student", "C0"),
-    TEACHER: ("teacher", "C1"),
-    "encoder": ("encoder alone", "C3"),
-    "pixels": ("pixels", "C2"),
-    "log_mel": ("log-mel spectrum", "C2"),
-}
 STYLE: dict[Any, Any] = {
     **style.library["tableau-colorblind10"],
     "axes.grid": True,
@@ -73,30 +72,33 @@ def curves(run: Run) -> Iterator[tuple[str, Figure]]:
 def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
     """Yield the file names and figures of each data set's retrieval, probes and teacher gap closed over the steps."""
     for dataset in run.retrieval["datasets"]:
-        ks = sorted(run.retrieval["ks"])
-        found = f"Does it find the right {run.modality.unit}?"
-        fitted, named = "Do classifiers find the right class?", "Is the text of its class the nearest?"
+        ks, unit = sorted(run.retrieval["ks"]), run.modality.unit
         plots = {
-            **{
-                f"retrieval_{dataset}_bank_{bank}": (
-                    f"{found}\n{{}}, bank {bank}, top-{ks[0]}",
-                    [retrieval_from(bank, ks[0])],
-                )
-                for bank in BANKS
-            },
-            f"probes_{dataset}": (f"{fitted}\n{{}}, fitted to train", [KNN, KNN_MAJORITY, LINEAR]),
-            f"zero_shot_{dataset}": (f"{named}\n{{}}", [retrieval_from("classes", k) for k in ks]),
+            f"retrieval_{dataset}_bank_{bank}": (
+                f"Does it find the right {unit}?\n{dataset}, bank {bank}, top-{ks[0]}",
+                [retrieval_from(bank, ks[0])],
+            )
+            for bank in BANKS
+        } | {
+            f"probes_{dataset}": (
+                f"Do classifiers find the right class?\n{dataset}, fitted to train",
+                [KNN, KNN_MAJORITY, LINEAR],
+            ),
+            f"zero_shot_{dataset}": (
+                f"Is the text of its class the nearest?\n{dataset}",
+                [retrieval_from("classes", k) for k in ks],
+            ),
             f"without_labels_{dataset}": (
-                "Does it find what its teacher finds?\n{}, without labels",
-                [AGREEMENT, *map(instance_retrieval, ks)],
+                f"Does it find what its teacher finds?\n{dataset}, without labels",
+                [AGREEMENT, *(retrieval_from(VIEWS[1], k) for k in ks)],
             ),
         }
         for name, (title, measures) in plots.items():
             if lines := _accuracies(run, dataset, measures):
-                figure = plot(title.format(dataset), "%", lines)
-                for start in (read_accuracies(run.log, dataset, each).get(0) for each in measures):
+                figure = plot(title, "%", lines)
+                for start in (run.log.get(metric_key(dataset, each), {}).get(0) for each in measures):
                     if start is not None:
-                        figure.axes[0].annotate("untrained", (0, start), (5, -4), textcoords="offset points", va="top")
+                        figure.axes[0].annotate(UNTRAINED, (0, start), (5, -4), textcoords="offset points", va="top")
                 yield name, figure
         gaps = {name: (gap_closed_by_step(run.log, dataset, name, ks[0]), {}) for name in EMBEDDINGS}
         if lines := {name: line for name, line in gaps.items() if line[0]}:
@@ -108,7 +110,7 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
 
 def gap_plot(title: str, lines: Mapping[str, Line]) -> Figure:
     """Plot the teacher gap closed over the training steps, with lines for the untrained student and the teacher."""
-    levels: dict[str, Line] = {"teacher": (1, {"color": "k"}), "untrained": (0, {"color": "k", "linestyle": ":"})}
+    levels: dict[str, Line] = {TEACHER: (1, {"color": "k"}), UNTRAINED: (0, {"color": "k", "linestyle": ":"})}
     figure = plot(title, "%", {**lines, **levels})
     low, high = figure.axes[0].get_ylim()
     figure.axes[0].set_ylim(max(low, -0.3), min(high, 1.3))  # where the gap is small, a share may be anything
@@ -116,14 +118,15 @@ def gap_plot(title: str, lines: Mapping[str, Line]) -> Figure:
 
 
 def _accuracies(run: Run, dataset: str, measures: Sequence[Measure]) -> dict[str, Line]:
-    """Return the student's curves and the baselines' levels, with a color per model and a line style per measure."""
+    """Return the curves of rows that move and the others' levels, with a color per row and a line style per measure."""
     lines = {}
     for measure, dashes in zip(measures, cycle(["-", "--", ":", "-."])):
         label = f", {measure.heading}" if len(measures) > 1 else ""  # else the title says it
-        for model, (name, color) in MODELS.items():
-            if values := read_accuracies(run.log, dataset, measure, baseline=model):
-                look = {"color": color, "linestyle": dashes}
-                lines[name + label] = values[max(values)] if model else values, look
+        for title, row in ROWS.items():
+            values = run.log.get(metric_key(dataset, measure, row=title), {})
+            if values and row.color:
+                look = {"color": row.color, "linestyle": dashes}
+                lines[title + label] = values if row.moves else values[max(values)], look
     return lines
 
 
@@ -136,17 +139,16 @@ def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Fi
         batch_size: The batch size of the speed.
         unit: What several samples are called.
     """
-    datasets, ks = [*evaluation.class_names], evaluation.comparison.lookup.ks
-    larger = tuple(f"top{k}" for k in ks if k > min(ks))
-    speeds = {each.name: each.rates[batch_size] for each in evaluation.comparison.candidates if each.rates}
+    datasets, speeds = [*evaluation.class_names], evaluation.speeds[batch_size]
+    shown = measures_of([min(evaluation.lookup.ks)], PROBES)
     figure = Figure(figsize=(8, 5 * len(datasets)))
     for dataset, axes in zip(datasets, figure.subplots(len(datasets), squeeze=False).flat, strict=True):
         best: dict[str, float] = {}
-        for measure, cells in evaluation.pivot(dataset).items():
-            if measure.key.endswith(larger):
+        for measure, cells in pivot(evaluation.results, dataset).items():
+            if measure not in shown:
                 continue
             names = sorted(cells.keys() & speeds, key=lambda name: speeds[name])
-            values, lows, highs = np.array([cells[name] for name in names]).T
+            values, lows, highs = np.array([interval[:3] for name in names if (interval := cells[name])]).T
             places = [speeds[name] for name in names]
             axes.errorbar(places, values, (values - lows, highs - values), label=measure.heading, marker="o")
             best |= {name: max(best.get(name, 0), high) for name, high in zip(names, highs, strict=True)}

@@ -1,8 +1,8 @@
-"""Read a run's folder: its record, its log, and the neighbors that its last retrieval found."""
+"""Read a run's folder, and answer whether its student is worth it: what it keeps of its teacher, and what it costs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import yaml
 from torch import Tensor
@@ -13,15 +13,27 @@ from d2v_composer.data.labeled import EvaluationSet, load_labeled_set
 from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.metrics import Log, read_jsonl
-from d2v_composer.models.names import Pooling, Representation
+from d2v_composer.evaluation.rows import (
+    AGREEMENT,
+    GAP,
+    GAP_CLOSED,
+    TEACHER,
+    Measure,
+    Result,
+    last_batch,
+    metric_key,
+    pivot,
+    read_results,
+    retrieval_from,
+)
+from d2v_composer.models.names import Embedding
 from d2v_composer.system.errors import InputError, reading
 
 # Side of the images of a folder in a gallery, in pixels.
 SHOWN_SIZE = 96
-# Embeddings of a student and a teacher; without CLS the first of each representation is missing.
-EMBEDDINGS = [
-    f"{representation}_{pooling}" for representation in get_args(Representation) for pooling in get_args(Pooling)
-]
+# In % of the teacher gap: a student that closes less gets advice; to train longer, if so much of it came last.
+ENOUGH, RISING = 90, 2
+COSTS = (("M parameters", "num_parameters", 1e-6), ("MB in float32", "num_parameters", 4e-6), ("GFLOP", "gflop", 1))
 
 
 class Run(NamedTuple):
@@ -34,8 +46,8 @@ class Run(NamedTuple):
     """Neighbors, as in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
     datasets: Mapping[str, EvaluationSet] = {}
     """The samples that can still be read; each label has a name."""
-    hits: Mapping[str, Tensor] = {}
-    """Hits, as in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
+    results: Sequence[Result] = ()
+    """Results, as in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
 
     @property
     def modality(self) -> Modality:
@@ -47,6 +59,11 @@ class Run(NamedTuple):
         """The section ``retrieval`` of the config; in a fine-tuning run, it has no data sets."""
         config = self.record["config"]
         return {"datasets": {}} if "dataset" in config else config["retrieval"]
+
+    @property
+    def primary(self) -> str:
+        """The primary embedding, and the batch after which the student was measured."""
+        return f"{Embedding.parse(self.retrieval).name}, batch {last_batch(self.results)}"
 
 
 def latest(values: Mapping[int, float]) -> float | None:
@@ -64,7 +81,7 @@ def read_run(folder: Path) -> Run:
         InputError: It is not the folder of a run, or its newest checkpoint is corrupt.
     """
     record_file, log_file, checkpoint = folder / "run.yaml", folder / LOG, folder / LATEST
-    measured: dict[str, Any] = {"neighbors": {}, "images": {}, "hits": {}}
+    measured: dict[str, Any] = {"neighbors": {}, "conditions": {}, "results": []}
     with reading(record_file):
         run = Run(yaml.safe_load(record_file.read_bytes()), {})
         retrieval, modality = run.retrieval, run.modality
@@ -79,9 +96,49 @@ def read_run(folder: Path) -> Run:
         try:
             if labeled is not None and name in measured["neighbors"]:
                 found = load_labeled_set(modality=modality, **labeled | options).numbered()
-                if measured["images"].get(name) != found.fingerprint():
+                if measured["conditions"][f"{name}.images"] != found.fingerprint():
                     raise InputError(f"its {modality.unit} differ from those that the run measured")
                 datasets[name] = found
         except InputError as error:
             print(f"report: no gallery for {name}: {error}")
-    return run._replace(log=log, neighbors=measured["neighbors"], datasets=datasets, hits=measured["hits"])
+    results = read_results(measured["results"])
+    return run._replace(log=log, neighbors=measured["neighbors"], datasets=datasets, results=results)
+
+
+def answer(run: Run) -> Iterator[str]:
+    """Yield the verdict on each data set on which the untrained student, the student and its teacher were measured.
+
+    It is about retrieval or, without labels, about the neighbor agreement with the teacher.
+    """
+    for dataset in run.retrieval["datasets"]:
+        accuracies = pivot(run.results, dataset)
+        for measure in (retrieval_from("train", min(run.retrieval["ks"])), AGREEMENT):
+            if GAP_CLOSED in accuracies.get(measure, ()):
+                yield f"On {dataset}, {_kept(run, dataset, measure, accuracies[measure])}"
+                break
+
+
+def _kept(run: Run, dataset: str, measure: Measure, rows: Mapping[str, Any]) -> str:
+    untrained, student, teacher = (100 * rows[row].value for row in GAP)
+    batch = last_batch(run.results)
+    shown = f"The student scores {student:.1f} % ({measure.heading}, {run.primary}); untrained it scored "
+    shown += f"{untrained:.1f} %, and its teacher scores {teacher:.1f} %."
+    costs = run.record["costs"]
+    sizes = [
+        f"{scale * costs['student'][key]:.2f} {name} (teacher: {scale * costs[TEACHER][key]:.2f})"
+        for name, key, scale in COSTS
+    ]
+    shown += f" It has {', '.join(sizes)}."
+    if (closed := rows[GAP_CLOSED]) is None:
+        return f"there is no teacher gap to close. {shown}"
+    value, low, high = (100 * each for each in closed[:3])
+    said = f"the student closes {value:.0f} % of the teacher gap, 95 % interval {low:.0f} to {high:.0f}"
+    said += f"{closed.note}. {shown}"
+    if value >= ENOUGH:
+        return said
+    logged = run.log.get(metric_key(dataset, measure), {})  # of an interrupted run also of later batches
+    first, before = max({0: untrained / 100, **{step: value for step, value in logged.items() if step < batch}}.items())
+    gain = 100 * (student - 100 * before) / (teacher - untrained)
+    more = "" if run.record["config"]["student"]["model"] else "more teacher.first_blocks or "  # timm's has its own
+    tried = "longer training" if gain >= RISING else f"{more}smaller batches for the same number of samples"
+    return f"{said} To keep more, try {tried}: the last {batch - first} batches closed {gain:.0f} %."

@@ -1,42 +1,28 @@
 """Format the results of a run, an evaluation and a study as text tables."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import mean
-from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from d2v_composer.evaluation.evaluate import (
-    GAP_CLOSED,
-    Evaluation,
-    Interval,
-    accuracy_interval,
-    gap_closed_by_step,
-    gap_closed_interval,
-)
-from d2v_composer.evaluation.metrics import (
+from d2v_composer.evaluation.evaluate import Evaluation
+from d2v_composer.evaluation.metrics import Log
+from d2v_composer.evaluation.rows import (
     BANKS,
+    STUDENT,
+    TABLES,
     TEACHER,
     UNTRAINED,
-    Log,
-    Measure,
+    WITHOUT_LABELS,
+    Interval,
+    Result,
+    gap_closed_by_step,
     metric_key,
-    probes_at,
-    read_accuracies,
+    pivot,
     retrieval_from,
 )
-from d2v_composer.models.names import PROJECTED
-from d2v_composer.report.run import EMBEDDINGS, Run
+from d2v_composer.models.names import EMBEDDINGS, PROJECTED
 
-if TYPE_CHECKING:
-    from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
-
-
-CLASSIFIED, UNLABELED = "Zero-shot retrieval", "Measured without labels"
-FITTED = "Probes fitted on train, measured on test"
-NAMED = "Zero-shot classification of test by text embeddings of the classes"
-# The title of a table → what its numbers are.
-UNITS = {CLASSIFIED: "accuracy in %", FITTED: "accuracy in %", NAMED: "accuracy in %", UNLABELED: "in %"}
 DATASET = "cifar10"
 
 
@@ -45,29 +31,29 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str 
     return tabulate(rows, head, style, stralign="right", colalign=("left",), disable_numparse=True)
 
 
-def retrieval_table(retrieval: "ZeroShotRetrieval") -> str:
-    """Return a table per data set: accuracy of the baselines and of the student.
+def accuracy_tables(
+    results: Sequence[Result], datasets: Iterable[str], embedding: str
+) -> Iterator[tuple[str, list[list[str]]]]:
+    """Yield the title of each data set's tables, with the embedding's name, and the lines: a head, then the rows.
 
-    The student before training is included if the run measured it (``retrieval.at_start``).
+    Cells are in %, with 95 % intervals. The last row is the teacher gap closed.
     """
-    first, last, others = retrieval.history[0], retrieval.history[-1], retrieval.baseline_metrics
-    before, after = "student before", "student after"
-    found = {name: (name, others) for name in retrieval.baselines or {} if name != TEACHER}
-    found |= {before: ("", {} if first["batch"] else first["metrics"]), after: ("", last["metrics"])}
-    tables = []
-    for dataset, labeled in retrieval.datasets.items():
-        columns = retrieval.lookup.measures(labeled)
-        rows: dict[str, list[str]] = {}
-        for name, (baseline, metrics) in (found | {TEACHER: (TEACHER, others)}).items():
-            keys = [metric_key(dataset, measure, baseline=baseline) for measure in columns]
-            if keys[0] in metrics:  # a resume may ask for another set, k or probe
-                rows[name] = [f"{100 * metrics[key]:.1f}" if key in metrics else "–" for key in keys]
-        if not rows:
-            continue
-        what = CLASSIFIED if labeled.has_labels else UNLABELED
-        title = f"{what} on {dataset}, {retrieval.lookup.primary}, batch {last['batch']}, {UNITS[what]}"
-        tables.append(_table(title, columns, rows))
-    return "\n\n".join(tables)
+    for dataset in datasets:
+        accuracies = pivot(results, dataset)
+        for what, names in TABLES.items():
+            columns = {measure.heading: cells for measure, cells in accuracies.items() if measure.name in names}
+            rows = dict.fromkeys(row for cells in columns.values() for row in cells)
+            if columns:
+                shown = PROJECTED if "zero_shot" in names else embedding
+                unit = "in %" if names == WITHOUT_LABELS else "accuracy in %"
+                lines = [[row, *(_percent(cells.get(row)) for cells in columns.values())] for row in rows]
+                yield f"{what} on {dataset}, {shown}, {unit} [95 % interval]", [["", *columns], *lines]
+
+
+def format_tables(results: Sequence[Result], datasets: Iterable[str], embedding: str) -> str:
+    """Format :func:`accuracy_tables` as text."""
+    tables = accuracy_tables(results, datasets, embedding)
+    return "\n\n".join(f"{title}\n{format_table(head, rows)}" for title, (head, *rows) in tables)
 
 
 def evaluation_tables(evaluation: Evaluation, each: str) -> str:
@@ -77,76 +63,21 @@ def evaluation_tables(evaluation: Evaluation, each: str) -> str:
         evaluation: The results.
         each: What a candidate's computation is counted for: image or second.
     """
-    candidates, parts = evaluation.comparison.candidates, []
-    for dataset in evaluation.class_names:
-        pivot = evaluation.pivot(dataset)
-        for what, unit in UNITS.items():
-            columns = [measure for measure in pivot if _kind(measure) == what]
-            rows = {
-                name: [_percent(pivot[measure].get(name)) for measure in columns]
-                for name in [*(one.name for one in candidates), GAP_CLOSED]
-                if any(pivot[measure].get(name) for measure in columns)
-            }
-            if columns:
-                embedding = PROJECTED if what == NAMED else evaluation.comparison.lookup.primary
-                title = f"{what} on {dataset}, {embedding}, {unit} [95 % interval]"
-                parts.append(_table(title, columns, rows))
-    sizes = list(dict.fromkeys(size for one in candidates for size in one.rates))
-    head = ["", "M parameters", "MB in float32", f"GFLOP/{each}", *(f"{each}s/s, batch {size}" for size in sizes)]
-    costs = [
-        [one.name, f"{millions:.2f}", f"{4 * millions:.1f}", f"{one.gflop:.2f}"]
-        + [f"{one.rates[size]:.1f}" if size in one.rates else "–" for size in sizes]
-        for one in candidates
-        for millions in (one.num_parameters / 1e6,)
-    ]
-    return "\n\n".join([*parts, format_table(head, costs)])
-
-
-def _table(title: str, columns: Sequence[Measure], rows: Mapping[str, Sequence[str]]) -> str:
-    head = ["", *(measure.heading for measure in columns)]
-    return f"{title}\n{format_table(head, [[name, *cells] for name, cells in rows.items()])}"
-
-
-def run_tables(run: Run) -> Iterator[tuple[str, list[list[str]]]]:
-    """Yield each data set's name and what the run measured on it: a head, and a row for each model.
-
-    Cells are of the primary embedding, in % with 95 % intervals. The last row is the teacher gap closed.
-    """
-    k, costs = min(run.retrieval.get("ks", [1])), run.record.get("costs") or {}
-    models = {name: [name] for name in ("pixels", "log_mel", "encoder", UNTRAINED)}
-    models |= {"student": [""], TEACHER: [TEACHER], GAP_CLOSED: [UNTRAINED, "", TEACHER]}
-    for dataset in run.retrieval["datasets"]:
-        measures = [*(retrieval_from(bank, k) for bank in BANKS), *probes_at([k])]
-        columns = [each for each in measures if metric_key(dataset, each) in run.hits]
-        rows = [["", *(each.heading for each in columns), "M parameters", "GFLOP"]]
-        for name, compared in models.items():
-            cells = [_interval(run, dataset, measure, compared) for measure in columns]
-            cost = costs.get("student" if name == UNTRAINED else name)
-            sizes = [f"{cost['num_parameters'] / 1e6:.2f}", f"{cost['gflop']:.2f}"] if cost else ["", ""]
-            if {*cells} - {"–"}:
-                rows.append([name, *cells, *sizes])
-        if columns:
-            yield dataset, rows
-
-
-def _interval(run: Run, dataset: str, measure: Measure, names: Sequence[str]) -> str:
-    """Format a model's accuracy or, for untrained student, student and teacher, the teacher gap closed."""
-    hits = [run.hits.get(metric_key(dataset, measure, baseline=name)) for name in names]
-    found = [each.numpy() for each in hits if each is not None]
-    if len(found) < len(names):
-        return "–"
-    return _percent(accuracy_interval(*found) if len(found) == 1 else gap_closed_interval(*found))
-
-
-def _kind(measure: Measure) -> str:
-    kinds = {"": UNLABELED, "classes": NAMED}
-    return kinds.get(measure.bank, CLASSIFIED if measure.name == "retrieval" else FITTED)
+    speeds = evaluation.speeds
+    head = ["", "M parameters", "MB in float32", f"GFLOP/{each}", *(f"{each}s/s, batch {size}" for size in speeds)]
+    costs = []
+    for name, cost in evaluation.costs.items():
+        millions = cost["num_parameters"] / 1e6
+        rates = [f"{rates[name]:.1f}" if name in rates else "–" for rates in speeds.values()]
+        costs.append([name, f"{millions:.2f}", f"{4 * millions:.1f}", f"{cost['gflop']:.2f}", *rates])
+    tables = format_tables(evaluation.results, evaluation.class_names, evaluation.lookup.primary)
+    return f"{tables}\n\n{format_table(head, costs)}"
 
 
 def _percent(interval: Interval | None) -> str:
     if interval is None:
         return "–"
-    return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]{interval.note}"
 
 
 def study_table(logs: Mapping[str, Log]) -> str:
@@ -160,7 +91,7 @@ def study_table(logs: Mapping[str, Log]) -> str:
     """
     first = next(iter(logs.values()))
     names = [name for name in EMBEDDINGS if _top1(first, name) != "–"]
-    lines = [["untrained", *(_top1(first, name, step=0) for name in names)]]
+    lines = [[UNTRAINED, *(_top1(first, name, step=0) for name in names)]]
     for run, log in logs.items():
         has_own = _top1(log, names[0], TEACHER) != "–"
         cells = []
@@ -172,14 +103,14 @@ def study_table(logs: Mapping[str, Log]) -> str:
         seconds = f"{max(log['time/sample'].values()) * mean(1 / pace for pace in paces):.0f}" if paces else "–"
         lines.append([run, *cells, f"{loss:.3f}", seconds])
         if has_own and log is not first:
-            lines.append(["– its untrained", *(_top1(log, name, step=0) for name in names)])
-            lines.append(["– its teacher", *(_top1(log, name, TEACHER) for name in names)])
+            lines.append([f"– its {UNTRAINED}", *(_top1(log, name, step=0) for name in names)])
+            lines.append([f"– its {TEACHER}", *(_top1(log, name, TEACHER) for name in names)])
     lines.append([TEACHER, *(_top1(first, name, TEACHER) for name in names)])
     return format_table(["bank train / bank test", *names, "loss", "s"], lines, "github")
 
 
-def _top1(log: Log, embedding: str, baseline: str = "", step: int | None = None) -> str:
+def _top1(log: Log, embedding: str, row: str = STUDENT, step: int | None = None) -> str:
     """Return top-1 in % with each bank, at a given step or the last one."""
-    values = [read_accuracies(log, DATASET, retrieval_from(bank, 1), embedding, baseline) for bank in BANKS]
+    values = [log.get(metric_key(DATASET, retrieval_from(bank, 1), embedding, row), {}) for bank in BANKS]
     steps = [max(each, default=0) if step is None else step for each in values]
     return " / ".join(f"{100 * each[at]:.1f}" for each, at in zip(values, steps, strict=True) if at in each) or "–"

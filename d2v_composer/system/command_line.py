@@ -21,9 +21,6 @@ from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, RunError, find_extra, find_full_disk, reason
 from d2v_composer.system.files import shorten_socket_paths
 
-# What a SOURCE may be besides a folder of files, and the help of its --column.
-SOURCES = "MDS, Parquet files, tars (FILE, folder or glob, or in a store: s3://, …), or hf://datasets/ORG/NAME"
-COLUMN = "the column of samples, or for tars their suffix; default: the only one, or for MDS image or audio"
 PART = "make part I of N (I from 0), on any machine; then d2v merge OUT joins the parts to what one command would make"
 
 
@@ -134,6 +131,22 @@ def print_next(*steps: str) -> None:
 def print_skipped(reasons: Sequence[str]) -> None:
     """Print how many samples were skipped, and why each."""
     print("\n  ".join([f"skipped as unreadable: {len(reasons) or 'none'}", *reasons]))
+
+
+def training(yaml: str, *changes: str) -> tuple[str, str]:
+    """Return the command lines that train as one of the package's YAMLs says, with changes; they need no clone."""
+    return f"{d2v('init', yaml)} > {yaml}.yaml", d2v("train", f"{yaml}.yaml", *changes)
+
+
+def training_on(out: str, yaml: str) -> tuple[str, str]:
+    """Return the command lines that train on a data set."""
+    return training(yaml, f"train_loader.remote={out}" if "://" in out else f"train_loader.local={Path(out).resolve()}")
+
+
+def reading_of(out: str) -> str:
+    """Return the line of Python that reads embeddings."""
+    table = f"pandas.read_parquet({out!r})" if out.endswith(".parquet") else f"numpy.load({out!r}, mmap_mode='r')"
+    return f"import {table.partition('.')[0]}; embeddings = {table}"
 
 
 def d2v(*arguments: str | Path) -> str:

@@ -12,6 +12,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What an installation lacks without an extra, and this extra.
 EXTRAS = {
     **dict.fromkeys(("boto3", "botocore", "composer", "streaming", "torchmetrics"), "train"),
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"),
     "pyarrow": "parquet",
 }
 

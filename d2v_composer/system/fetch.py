@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from contextlib import closing, suppress
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import requests
 import torch
 from filelock import FileLock
+from typing_extensions import Self
 
-from d2v_composer.system.addresses import STORES, STUDENT_FILE, Address, file_name, hide_secrets, identity
+from d2v_composer.system.addresses import STUDENT_FILE, Address, file_name, hide_secrets, identity
 from d2v_composer.system.errors import InputError, RunError, reading, reason
 from d2v_composer.system.files import check_out_file, move, partial_file, write_atomically
 from d2v_composer.system.processes import local_rank
@@ -37,17 +38,42 @@ LEAST_RATE = 1024
 ASK_SECONDS = 60.0
 # A model or a data set on the Hugging Face hub: kind, repository, revision and file or folder.
 HUB = re.compile(r"hf://(datasets/|(?!datasets/))([^/@]+/[^/@]+)(?:@(refs/[^/]+/[^/]+|[^/]+))?(?:/(.+))?")
-# Addresses of what can be listed.
-LISTED = (*(f"{scheme}://" for scheme in STORES), "hf://datasets/")
+COMMIT = re.compile("[0-9a-f]{40}")
+# What some stores put around an ETag in one answer, and not in another.
+QUOTES = 'W/"'
 
 log = logging.getLogger(__name__)
 
 _asked: dict[Path, float] = {}
 """Cached file → when this process last asked its server whether it has changed, by the monotonic clock."""
 
+_keeps_inodes: dict[int, bool] = {}
+"""Device → whether a file keeps its inode. A mounted store, which has no identity, may give another every time."""
+
 
 class UnchangedError(ValueError):
     """A file still has the version that is known."""
+
+
+class File(NamedTuple):
+    """A file as it was listed. One that changes gets another size, version or number."""
+
+    path: str
+    """Below the folder or address that was listed."""
+    size: int = 0
+    """In bytes; 0 if its store does not tell it."""
+    version: str = ""
+    """Time of the last change in ns; in S3 the ETag; on the hub the commit; empty if its store does not tell it."""
+    number: int = 0
+    """The inode, which only this machine's file system knows."""
+
+    @classmethod
+    def of(cls, path: str, place: str | Path | int, status: os.stat_result | None = None) -> Self:
+        """Describe a file of this machine, at a path or opened, by what the file system says, or has said."""
+        status = status or os.stat(place)
+        if status.st_dev not in _keeps_inodes:  # a list of millions of files asks once
+            _keeps_inodes[status.st_dev] = not hasattr(os, "statvfs") or os.statvfs(place).f_fsid != 0
+        return cls(path, status.st_size, str(status.st_mtime_ns), status.st_ino if _keeps_inodes[status.st_dev] else 0)
 
 
 def cache_folder() -> Path:
@@ -67,7 +93,7 @@ def is_remote(address: str | Path) -> bool:
         raise InputError(f"{address}: {error}") from error
 
 
-def fetch(address: str | Path) -> Path:
+def fetch(address: str | Path, version: str = "", *, again: bool = False) -> Path:
     """Return the local path of a file; fetch a remote file unless it is cached and has not changed since.
 
     If its server cannot tell that, use the cached file, with a warning.
@@ -78,9 +104,11 @@ def fetch(address: str | Path) -> Path:
             the same file; signatures, logins and queries are not written to the disk. Or hf://ORG/NAME, a student on
             the Hugging Face hub; hf://ORG/NAME@REVISION/FILE for another revision and file; hf://datasets/… for a data
             set's.
+        version: The only version to fetch. Each has a copy of its own, which nobody replaces by another version.
+        again: Replace the copy, because it is damaged.
 
     Raises:
-        InputError: The file does not exist, or cannot be fetched.
+        InputError: The file does not exist, has another version, or cannot be fetched.
     """
     if not is_remote(address):
         if (missing := find_missing_file(str(address))) is not None:
@@ -89,18 +117,18 @@ def fetch(address: str | Path) -> Path:
     address = str(address)
     if on_hub := HUB.fullmatch(address):
         kind, repository, revision, name = on_hub.groups()
-        return fetch_from_hub(
-            repository, [name or STUDENT_FILE], revision, **({"repo_type": "dataset"} if kind else {})
-        )
-    name = f"{hashlib.sha256(identity(address).encode()).hexdigest()[:16]}-{file_name(address)[-100:]}"
+        options = {"repo_type": "dataset"} if kind else {}
+        return fetch_from_hub(repository, [name or STUDENT_FILE], revision, again=again, **options)
+    key = hashlib.sha256(f"{identity(address)}{version}".encode()).hexdigest()[:16]
+    name = f"{key}-{file_name(address)[-100:]}"
     path = cache_folder() / name
     path.parent.mkdir(parents=True, exist_ok=True)
     is_asked = time.monotonic() - _asked.get(path, -ASK_SECONDS) < ASK_SECONDS
-    is_asked |= local_rank() > 0  # by the node's first rank
+    is_asked |= local_rank() > 0 or version != ""  # by the node's first rank, or when it was listed
     with FileLock(f"{path}.lock"):  # other processes of this machine wait and find the file
         try:
-            if not (is_asked and path.exists()):
-                _renew(address, path)
+            if again or not (is_asked and path.exists()):
+                _renew(address, path, version, again)
         except Exception as error:
             problem = f"{hide_secrets(address)} cannot be fetched ({reason(error)})"
             if not path.exists():
@@ -112,35 +140,55 @@ def fetch(address: str | Path) -> Path:
     return path
 
 
-def _renew(address: str, path: Path) -> None:
+def _renew(address: str, path: Path, version: str, again: bool) -> None:
     """Fetch a file, unless its current version is cached."""
     version_file = path.with_name(f"{path.name}.version")
-    known = version_file.read_text() if version_file.exists() and path.exists() else None
+    known = version_file.read_text() if version_file.exists() and path.exists() and not again else None
     if known == "":
         raise ValueError("its server does not say whether it has changed")
 
     def attempt() -> None:
         with partial_file(path) as partial:
-            version = transfer(address, partial, READ_SECONDS, known)
+            fetched = transfer(address, partial, READ_SECONDS, known)
+            if version and version.strip(QUOTES) != fetched.strip(QUOTES):
+                raise ValueError("it has changed since it was listed; run the same command again")
             version_file.unlink(missing_ok=True)  # a file of unknown version is fetched again
-        write_atomically(version_file, version)
+        write_atomically(version_file, fetched)
 
     with suppress(UnchangedError):
         retry(attempt, address, READ_SECONDS if known is None else 0, lasting_attempts=1)
 
 
-def fetch_from_hub(repository: str, names: Sequence[str], revision: str | None = None, **options: Any) -> Path:
-    """Return the first of these files found in the Hugging Face hub's cache, else on the hub.
+def fetch_from_hub(
+    repository: str, names: Sequence[str], revision: str | None, *, again: bool = False, **options: Any
+) -> Path:
+    """Return the first of these files that a repository on the Hugging Face hub has now.
 
-    The hub's own variables hold: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
+    If the hub does not answer, return what its cache has, with a warning. The hub's own variables hold: HF_HOME,
+    HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
+
+    Args:
+        repository: ORG/NAME.
+        names: The files.
+        revision: A branch, a tag or a commit, which is not asked for again.
+        again: Replace the copy in the cache, because it is damaged.
+        options: ``repo_type``.
 
     Raises:
         InputError: There is none, or the hub is not reachable.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
 
-    problem = ""
-    for from_cache, name in product((True, False), names):
+    # A commit does not change, and of others the node's first rank has asked.
+    is_known, problem = COMMIT.fullmatch(revision or "") is not None or local_rank() > 0, ""
+    try:
+        if not is_known:
+            HfApi().repo_info(repository, revision=revision, timeout=CONNECT_SECONDS, **options)
+    except (OSError, ValueError) as error:
+        log.warning("%s: the Hugging Face hub does not answer (%s); using its cache", repository, reason(error)[:200])
+        is_known = True
+    options |= {"force_download": True} if again else {}
+    for from_cache, name in product((True, False) if is_known and not again else (False,), names):
         try:
             return Path(hf_hub_download(repository, name, revision=revision, local_files_only=from_cache, **options))
         except (OSError, ValueError) as error:
@@ -156,13 +204,12 @@ def find_missing_file(address: str) -> str | None:
     return "a folder, not a file" if os.path.isdir(address) else "no such file"
 
 
-def download_existing(address: str, path: Path, retry_timeout: float = RETRY_SECONDS) -> bool:
-    """Fetch a file that may be missing, and retry while its store is unreachable.
+def download_existing(address: str, path: Path) -> bool:
+    """Fetch a file that may be missing, and retry for ten minutes while its store is unreachable.
 
     Args:
         address: The file's, see :func:`fetch`.
         path: Exists, or is replaced, only once the file is complete.
-        retry_timeout: Time for retries, in seconds.
 
     Returns:
         Whether there is such a file.
@@ -176,7 +223,7 @@ def download_existing(address: str, path: Path, retry_timeout: float = RETRY_SEC
             transfer(address, partial, READ_SECONDS)
 
     try:
-        retry(attempt, address, retry_timeout)
+        retry(attempt, address, RETRY_SECONDS)
     except Exception as error:
         if is_missing(error):
             return False
@@ -193,7 +240,7 @@ def exists(address: str) -> bool:
     if not is_remote(address):
         return os.path.isfile(address)
     folder, _, name = address.rpartition("/")
-    return name in (list_etags(folder, name) if address.startswith("s3://") else list_folder(folder)[1])
+    return name in (list_etags(folder, name) if address.startswith("s3://") else names_in(folder))
 
 
 def names_in(folder: str | Path) -> list[str]:
@@ -203,7 +250,7 @@ def names_in(folder: str | Path) -> list[str]:
         InputError: It cannot be listed.
     """
     if is_remote(folder):
-        return [name for name in list_folder(str(folder))[1] if name]  # without a console's empty folder
+        return [file.path for file in list_store(str(folder))]
     with reading(folder):
         return os.listdir(folder) if os.path.lexists(folder) else []
 
@@ -325,44 +372,20 @@ def _transfer_from_s3(address: str, path: Path, timeout: float, known: str | Non
     return version
 
 
-def list_folder(folder: str) -> tuple[str, list[str]]:
-    """List the files below a folder in a store, or below a data set on the Hugging Face hub.
+def list_store(folder: str, name: str = "") -> list[File]:
+    """List the files below a folder in a store, sorted.
 
     Args:
-        folder: The address, one of :data:`LISTED`, without a slash at the end.
-
-    Returns:
-        The address, on the hub with the commit; and the sorted paths below it. If the hub is not reachable, those of
-        the files in its cache, with a warning.
+        folder: The address, in one of :data:`~d2v_composer.system.addresses.STORES`, without a slash at the end.
+        name: List only the files whose paths begin like this.
 
     Raises:
         InputError: It cannot be listed.
     """
-    if not folder.startswith("hf://"):
-        names = _list_s3 if folder.startswith("s3://") else list_names
-        try:
-            return folder, sorted(retry(lambda: names(folder), folder, READ_SECONDS, lasting_attempts=1))
-        except Exception as error:
-            raise InputError(f"{folder} cannot be listed ({reason(error)})") from error
-    from huggingface_hub import HfApi, snapshot_download
-
-    if (on_hub := HUB.fullmatch(folder)) is None:
-        raise InputError(f"{folder}: expected hf://datasets/ORG/NAME[@REVISION][/FOLDER]")
-    _, repository, revision, inside = on_hub.groups()
-    inside = f"{inside}/" if inside else ""
     try:
-        found = HfApi().dataset_info(repository, revision=revision, timeout=READ_SECONDS)
-        commit, paths = found.sha, [each.rfilename for each in found.siblings or ()]
-    except (OSError, ValueError) as error:
-        problem = f"{folder} cannot be listed ({reason(error)[:200]})"
-        try:
-            cached = snapshot_download(repository, repo_type="dataset", revision=revision, local_files_only=True)
-        except (OSError, ValueError):
-            raise InputError(problem) from error
-        commit, paths = Path(cached).name, [each.relative_to(cached).as_posix() for each in Path(cached).rglob("*.*")]
-        log.warning("%s; using the files in the hub's cache, which may be incomplete", problem)
-    root = f"hf://datasets/{repository}@{commit}/{inside}".rstrip("/")
-    return root, sorted(path.removeprefix(inside) for path in paths if path.startswith(inside))
+        return sorted(retry(lambda: _list(folder, name), folder, READ_SECONDS, lasting_attempts=1))
+    except Exception as error:
+        raise InputError(f"{folder} cannot be listed ({reason(error)})") from error
 
 
 def list_etags(folder: str, name: str = "") -> dict[str, str]:
@@ -375,18 +398,25 @@ def list_etags(folder: str, name: str = "") -> dict[str, str]:
     Raises:
         RunError: The store cannot be listed.
     """
+    if not folder.startswith("s3://"):
+        return {}
     try:
-        is_s3 = folder.startswith("s3://")
-        return retry(lambda: _list_s3(folder, name, "/"), folder, RETRY_SECONDS) if is_s3 else {}
+        files = retry(lambda: _list_s3(folder, name, "/"), folder, RETRY_SECONDS)
     except Exception as error:
         raise RunError(f"{folder} cannot be listed: {reason(error)}") from error
+    return {file.path: file.version for file in files}
 
 
-def _list_s3(folder: str, name: str = "", delimiter: str = "") -> dict[str, str]:
+def _list_s3(folder: str, name: str = "", delimiter: str = "") -> list[File]:
     bucket, _, key = f"{folder.removeprefix('s3://')}/".partition("/")
-    client = s3_client(READ_SECONDS, os.environ.get("S3_ENDPOINT_URL"), os.getpid())
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key + name, Delimiter=delimiter)
-    return {entry["Key"].removeprefix(key): entry["ETag"] for page in pages for entry in page.get("Contents", ())}
+    client, files = s3_client(READ_SECONDS, os.environ.get("S3_ENDPOINT_URL"), os.getpid()), list[File]()
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key + name, Delimiter=delimiter):
+        if "IsTruncated" not in page:  # an empty answer, which is not the answer that there is nothing
+            raise ConnectionError("the store's answer is empty")
+        for entry in page.get("Contents", ()):
+            if not entry["Key"].endswith("/"):  # a console's empty folder
+                files.append(File(entry["Key"].removeprefix(key), entry["Size"], entry["ETag"]))
+    return files
 
 
 def open_store(address: str) -> "tuple[ObjectStore, str]":
@@ -400,8 +430,14 @@ def open_store(address: str) -> "tuple[ObjectStore, str]":
 
 def list_names(address: str) -> list[str]:
     """Return the names of the files below a store's folder; the client's errors pass unchanged."""
-    store, prefix = open_store(f"{address}/")
-    return [key.removeprefix(prefix) for key in store.list_objects(prefix) if key != prefix]  # a console's empty folder
+    return [file.path for file in _list(address)]
+
+
+def _list(folder: str, name: str = "") -> list[File]:
+    if folder.startswith("s3://"):
+        return _list_s3(folder, name)
+    store, prefix = open_store(f"{folder}/")  # which tells names alone
+    return [File(key.removeprefix(prefix)) for key in store.list_objects(prefix + name) if not key.endswith("/")]
 
 
 @functools.cache

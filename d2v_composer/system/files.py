@@ -152,7 +152,8 @@ def out_file(path: Path) -> Iterator[Path]:
 def write_atomically(path: Path, contents: str | bytes) -> None:
     """Write a complete file, or leave ``path`` as it was."""
     with partial_file(path) as partial:
-        partial.write_bytes(contents.encode() if isinstance(contents, str) else contents)
+        # A file's name may be no UTF-8.
+        partial.write_bytes(contents.encode(errors="backslashreplace") if isinstance(contents, str) else contents)
 
 
 def find_partials(paths: Collection[Path]) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""Signals, child processes and open files of a command.
+"""Signals, child processes and open files of a command; the ranks and parts that share its work.
 
 A command blocks SIGINT and SIGTERM in its first line. All its threads and children inherit the mask, so that no signal
 to the whole group, as schedulers and terminals send it, reaches a data worker or an upload. One thread waits for them.
@@ -14,10 +14,13 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import popen_fork, resource_tracker
-from typing import Any
+from typing import Any, NamedTuple
+
+from typing_extensions import Self
 
 NAMES = {signal.SIGINT: "Interrupted", signal.SIGTERM: "SIGTERM"}
 PR_SET_PDEATHSIG = 1
@@ -228,6 +231,19 @@ def is_launched() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
+def relaunch_on_gpus(*arguments: str) -> None:
+    """With several GPUs, replace this process with Composer's launcher, which runs the d2v command on each."""
+    import torch
+
+    if is_launched() or torch.cuda.device_count() < 2:
+        return
+    import composer.cli  # noqa: F401  (if it is missing, this error says what to install, the launcher's does not)
+
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])  # the launcher would inherit the mask
+    program = [sys.executable, "-m", "composer.cli", "-m", "d2v_composer.commands"]
+    os.execv(sys.executable, [*program, *arguments])
+
+
 def global_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
@@ -260,3 +276,31 @@ def let_first_rank_report() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         time.sleep(REPORT_SECONDS)
+
+
+class Part(NamedTuple):
+    """One of several parts of work that is shared among machines."""
+
+    number: int
+    """From 0."""
+    total: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Parse I/N, as an argparse type."""
+        number, _, count = text.partition("/")
+        if not (number.isdecimal() and count.isdecimal() and int(number) < int(count) <= 100_000):
+            raise ArgumentTypeError(f"must be I/N with I from 0 to N - 1, got {text!r}")
+        return cls(int(number), int(count))
+
+    @property
+    def name(self) -> str:
+        return f"{self.number:05}-of-{self.total:05}"
+
+    def of(self, items: list[Any]) -> list[Any]:
+        """Return this part of a list."""
+        first, end = (len(items) * number // self.total for number in (self.number, self.number + 1))
+        return items[first:end]
+
+
+ALL = Part(0, 1)

@@ -13,16 +13,21 @@ def progress_bar(*iterable: Any, desc: str, unit: str, **options: Any) -> tqdm:
     """Return a tqdm bar that disappears when it is done; in a pipe or file, one that prints lines."""
     if sys.stderr.isatty():
         return tqdm(*iterable, desc=desc, unit=unit, leave=False, **options)
-    quiet = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "leave": False, "ncols": 0}
-    return _Lines(*iterable, desc=desc, unit=f" {unit}", **quiet, **options)
+    return Lines(*iterable, desc=desc, unit=f" {unit}", ncols=0, **options)
 
 
-class _Lines(tqdm):
-    """A bar that prints lines instead of overwriting one."""
+class Lines(tqdm):
+    """A bar that prints a line every ten seconds instead of overwriting one."""
+
+    def __init__(self, *iterable: Any, **options: Any) -> None:
+        pace = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "miniters": 1}
+        super().__init__(*iterable, leave=False, **pace, **options)
+        # Else tqdm.write would print its line again.
+        self._instances.discard(self)  # pyright: ignore[reportAttributeAccessIssue]: the stub lacks it
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        if msg is None:
-            print(" ".join(str(self).split()), file=self.fp, flush=True)  # tqdm pads the rate
+        if msg is None:  # tqdm's own format pads the rate
+            print(str(self) if self.bar_format else " ".join(str(self).split()), file=self.fp, flush=True)
 
     def clear(self, *_: Any, **__: Any) -> None:
         """Do nothing, so that printed lines stay."""

@@ -18,7 +18,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 8.0
 # A store that is starting may briefly answer that a file is missing or access denied.
 LASTING_ATTEMPTS = 4
 LASTING_STATUS = (401, 403, 404)
-LASTING = (FileNotFoundError, ValueError)
+LASTING = (FileNotFoundError, NotImplementedError, ValueError)
 # Errors of botocore, which may not be installed.
 LASTING_NAMES = ("NoCredentialsError", "PartialCredentialsError")
 # Faults of the local disk: full, denied, or something else in the way.

@@ -14,9 +14,8 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from d2v_composer.benchmarks import first_hour
+from d2v_composer.benchmarks import first_hour, one_core
 from d2v_composer.benchmarks import step as step_benchmark
-from d2v_composer.benchmarks.measure import one_core
 from d2v_composer.benchmarks.retrieval import check_neighbors
 from d2v_composer.benchmarks.step import check_losses
 from d2v_composer.commands import benchmark
@@ -39,12 +38,8 @@ def run(tmp_path: Path, *arguments: str) -> tuple[dict[str, float], dict[str, An
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_data_beside_image_folder(
-    workers: str, tmp_path: Path, object_store: GatedStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in object_store.environment.items():
-        monkeypatch.setenv(name, value)
-    remote = f"{object_store.create_bucket(f'benchmark{workers}')}/images"
+def test_data_beside_image_folder(workers: str, tmp_path: Path, reachable_store: GatedStore) -> None:
+    remote = f"{reachable_store.create_bucket(f'benchmark{workers}')}/images"
     rates, ratios = run(tmp_path, "data", "--num-images", "32", "--workers", workers, "--remote", remote)
     assert list(rates) == ["ImageFolder + PIL", "ours, local disk", "ours, S3 warm"]
     assert ratios == {
@@ -136,13 +131,13 @@ def test_first_hour_goes_on_after_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps = [
-        first_hour.Step("batches of {small}", "echo naive 4.5; echo noise; pwd > {file}.txt.pwd"),
-        first_hour.Step("fails", "echo 'error: no luck' >&2; exit 3"),
-        first_hour.Step("hangs", "sleep 600 & sleep 600"),
-        first_hour.Step("needs a GPU", "touch ran", needs_gpu=True),
-        first_hour.Step("last", "true"),
+        {"name": "batches of <small>", "command": "echo naive 4.5; echo noise; pwd > <file>.txt.pwd"},
+        {"name": "fails", "command": "echo 'error: no luck' >&2; exit 3"},
+        {"name": "hangs", "command": "sleep 600 & sleep 600"},
+        {"name": "needs a GPU", "command": "touch ran", "needs_gpu": True},
+        {"name": "last", "command": "true"},
     ]
-    monkeypatch.setattr(first_hour, "STEPS", steps)
+    monkeypatch.setitem(first_hour.TABLE, "steps", steps)
     monkeypatch.setattr(first_hour, "MINUTES", 0.02)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     out = tmp_path / "a folder" / "hour"
@@ -168,14 +163,13 @@ def test_first_hour_goes_on_after_a_failure(
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_first_hours_commands_are_valid(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {name: choices[on_gpu] for name, choices in first_hour.SIZES.items()}
     nothing = SimpleNamespace(benchmark=lambda **_: {}, format_result=lambda _: "")
     monkeypatch.setattr(benchmark, "import_module", lambda _: nothing)
     monkeypatch.setattr(benchmark, "write_atomically", lambda *_: None)
     monkeypatch.setattr(schema, "has_gpu", lambda: True)
     checked = []
-    for each in first_hour.STEPS:
-        command = each.command.format(file="file", **sizes)
+    for step in first_hour.TABLE["steps"]:
+        command = first_hour.fill(step["command"], on_gpu, "file")
         subprocess.run(["sh", "-n", "-c", command], check=True)
         program, *arguments = shlex.split(command)
         if program.endswith("d2v") and arguments[0] == "benchmark":
@@ -184,7 +178,7 @@ def test_first_hours_commands_are_valid(on_gpu: bool, monkeypatch: pytest.Monkey
             load_config(arguments[1:])
         else:
             continue
-        checked.append(each.name)
+        checked.append(step["name"])
     assert len(checked) > 12
 
 

@@ -1,4 +1,4 @@
-"""Metrics arrive at W&B, TensorBoard and MLflow."""
+"""Metrics arrive at W&B, TensorBoard and MLflow, which take seconds to import."""
 
 import json
 import re
@@ -7,12 +7,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from wandb.proto.wandb_internal_pb2 import Record
-from wandb.sdk.internal.datastore import DataStore
 
 from d2v_composer.evaluation.metrics import read_jsonl
 from helpers import run_command, small_run, train_command
@@ -44,6 +40,8 @@ def expected_losses(folder: Path) -> list[float]:
 
 
 def test_tensorboard_has_the_metrics(folder: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(folder / "tensorboard_logs" / "mine"))
     events.Reload()
     losses = [event.value for event in events.Scalars("loss/train/total")]
@@ -51,6 +49,8 @@ def test_tensorboard_has_the_metrics(folder: Path) -> None:
 
 
 def test_mlflow_has_the_metrics(folder: Path) -> None:
+    import mlflow
+
     client = mlflow.MlflowClient((folder / "mlruns").as_uri())
     experiment = client.get_experiment_by_name("mine")
     assert experiment is not None
@@ -71,6 +71,9 @@ def test_wandb_has_the_metrics(folder: Path) -> None:
 
 def read_wandb(file: Path) -> Iterator[dict]:
     """Yield the rows of the history that W&B keeps offline."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
     with closing(DataStore()) as store:
         store.open_for_scan(str(file))
         while (data := store.scan_data()) is not None:

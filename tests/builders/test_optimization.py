@@ -7,7 +7,7 @@ import pytest
 import torch
 from composer.core import Time, Timestamp
 
-from d2v_composer.builders.run import build_optimizer, build_scheduler
+from d2v_composer.builders.trainer import build_optimizer, build_scheduler
 from d2v_composer.config.schema import OptimizerConfig, SchedulerConfig, TrainerConfig
 from d2v_composer.system.errors import InputError
 

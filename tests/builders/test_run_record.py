@@ -1,18 +1,22 @@
 """Every field of a YAML may hold an address with a password: neither a run's record nor an error shows it."""
 
+import copy
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from d2v_composer.builders.run import build_run_record
-from d2v_composer.config.load import defaults, load_checked
+from d2v_composer.builders.run import FIXED_BY_A_CHECKPOINT, train_student
+from d2v_composer.builders.trainer import build_run_record
+from d2v_composer.config.load import defaults, load_checked, load_config
 from d2v_composer.config.schema import FinetuneConfig, RunConfig, TrainConfig
+from d2v_composer.objectives.tokens import LayerRegression
 from d2v_composer.system.errors import InputError
-from helpers import QUICKSTART, ROOT
+from helpers import QUICKSTART, ROOT, small_run
 
 LOGGERS = ["loggers.mlflow.tracking_uri", "loggers.mlflow.tags.a", "loggers.wandb.init_kwargs.settings.base_url"]
 ADDRESSES = ["https://user:hunter\"\\'2top@host/file?key=secret3", "user:hunter\"\\'2top@host/file"]
@@ -63,3 +67,23 @@ def test_no_field_gives_a_secret_away(
                 assert key in record["command"]
             assert not [part for part in PARTS if part in shown], f"{key}={address}: {shown}"
     assert taken >= {*expected, "train_loader.remote", "load_path", *LOGGERS}
+
+
+@pytest.mark.parametrize(("weight", "is_same"), [(0.0, True), (1.0, False)])
+def test_a_run_from_before_an_objective_goes_on_without_it(weight: float, is_same: bool) -> None:
+    argv = [str(ROOT / "yamls/quickstart.yaml"), f"objectives.embedding.weight={weight}"]
+    record = build_run_record(load_checked(TrainConfig, argv), FIXED_BY_A_CHECKPOINT)
+    earlier = copy.deepcopy(record.record)
+    del earlier["config"]["objectives"]["embedding"], earlier["config"]["objectives"]["tokens"]["cls_weight"]
+    expected = "" if is_same else "objectives.embedding.weight: checkpoint has 0.0, config has 1.0"
+    assert record.changes(earlier) == expected
+
+
+def test_a_loss_that_compares_inputs_keeps_its_microbatches(
+    tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LayerRegression, "compares", "microbatch")
+    arguments = small_run(tmp_path / "run", small_data, "max_duration=2ba", "scheduler.t_warmup=0ba")
+    train_student(load_config(arguments))
+    with pytest.raises(InputError, match="device_train_microbatch_size: checkpoint has None, config has 2"):
+        train_student(load_config([*arguments, "max_duration=3ba", "device_train_microbatch_size=2"]))

@@ -19,9 +19,9 @@ from d2v_composer.callbacks import GradientNorm
 from d2v_composer.callbacks.checkpointing import Checkpoints, NanGuard
 from d2v_composer.callbacks.trainer_state import loss_scale
 from d2v_composer.checkpoints.load import load_teacher
-from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.names import Normalization
 from d2v_composer.models.targets import norm_mean
+from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.system.addresses import RunFolder
 from helpers import GOLDEN, load_checkpoint, small_run
 from recipes import train as train_recipe

@@ -15,7 +15,7 @@ from composer.loggers import InMemoryLogger, Logger, LoggerDestination
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from d2v_composer.builders.run import build_algorithms
+from d2v_composer.builders.trainer import build_algorithms
 from d2v_composer.callbacks import GradientNorm, ProgressLogger, Throughput
 from d2v_composer.config.schema import AlgorithmsConfig
 from foreign_models import Linear, fit
@@ -111,7 +111,7 @@ def test_plain_lines_show_the_logged_numbers() -> None:
 
 def test_a_slow_run_prints_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, stream = Clock(), io.StringIO()
-    monkeypatch.setattr("d2v_composer.callbacks.logging.time", clock)
+    monkeypatch.setattr("tqdm.std.time", clock.monotonic)
 
     class Slow(Callback):
         def after_forward(self, state: State, logger: Logger) -> None:

@@ -1,7 +1,8 @@
 """The retrieval callback, in any Composer run and on several ranks."""
 
+import re
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from d2v_composer import knn_accuracy, neighbor_agreement
 from d2v_composer.callbacks import ZeroShotRetrieval
 from d2v_composer.data.images import RandomResizedCropFlip
 from d2v_composer.data.labeled import Augmentation, EvaluationSet, LabeledSamples
-from d2v_composer.evaluation.metrics import AGREEMENT, metric_key, retrieval_from
 from d2v_composer.evaluation.nearest_neighbors import retrieval_accuracy
-from d2v_composer.report.tables import retrieval_table
+from d2v_composer.evaluation.rows import AGREEMENT, GAP
+from d2v_composer.report.tables import format_tables
 from d2v_composer.system.errors import InputError
 from foreign_models import Classifier, fit
 
@@ -103,27 +104,73 @@ def test_a_resume_may_add_probes_but_keeps_its_primary_embedding() -> None:
     assert {f"{key_of_knn}/corner", "metrics/set/linear/top1", "metrics/set/knn_majority/top1"} <= probed.keys()
     assert metrics.items() <= probed.items()  # the retrieval is the same
     assert more.neighbors["set"]["train"].shape == (50, 3)
-    head, *rows = retrieval_table(more).splitlines()[1:]
-    assert head.endswith("20-NN weighted    20-NN majority    linear probe")
-    assert all(f"{100 * accuracy:.1f}" in row for row in rows)
+    _, head, *rows = format_tables(more.results, ["set"], "whole").split("\n\n")[1].splitlines()
+    assert re.split(" {2,}", head.strip()) == ["20-NN weighted", "20-NN majority", "linear probe"]
+    assert all(f"{100 * accuracy:.1f} [" in row for row in rows)
 
     other = ZeroShotRetrieval({"set": labeled}, "10ba", primary="corner")
-    with pytest.raises(InputError, match=r"retrieval\.pooling: checkpoint has whole, config has corner"):
+    with pytest.raises(InputError, match=r"set\.primary embedding: checkpoint has whole, config has corner; give the"):
         other.load_state_dict(first.state_dict())
 
 
-def test_a_resume_with_other_images_is_refused_unless_they_have_another_name() -> None:
-    """Else a teacher's accuracy among few images would stand beside a student's among many."""
-    labeled = EvaluationSet(numbered_images(90, 0), numbered_images(50, 100))
-    state = ZeroShotRetrieval({"set": labeled}).state_dict()
-    train, test = (LabeledSamples(each.samples[:40], each.labels[:40]) for each in (labeled.train, labeled.test))
-    fewer = EvaluationSet(train, test)
-    with pytest.raises(InputError, match=r"^retrieval\.datasets\.set: its images differ from the checkpoint's"):
-        ZeroShotRetrieval({"set": fewer}).load_state_dict(state)
-    ZeroShotRetrieval({"set": labeled, "fewer": fewer}).load_state_dict(state)
+def test_a_measurement_cut_short_keeps_the_results_before_it() -> None:
+    """Not some sets of one batch and some of another."""
+    sets = {name: EvaluationSet(numbered_images(9, 0), numbered_images(5, 100)) for name in ("first", "second")}
+    model, asked = Watched(), list[int]()
+
+    def should_stop() -> bool:
+        asked.append(len(model.embedded))
+        return len(model.embedded) > 2 * 28 - 5  # in the second set of the second measurement
+
+    def embed(images: Tensor) -> Tensor:
+        model.embed(images)
+        return pixels(images) if len(model.embedded) <= 28 else pixels(images).square()
+
+    callback = ZeroShotRetrieval(sets, "5ba", embed=embed)
+    callback.should_stop = should_stop
+    train(model, callback, "10ba")
+    alone = ZeroShotRetrieval(sets, "5ba", embed=pixels)
+    train(Watched(), alone, "5ba")
+    assert (max(asked), callback.was_stopped) == (56, True)
+    assert [entry["batch"] for entry in callback.history] == [5]
+    for ours, expected in zip(callback.results, alone.results, strict=True):
+        assert ours[:5] == expected[:5]
+        assert (ours.hits.tolist(), ours.batch) == (expected.hits.tolist(), 5)
+    assert all(torch.equal(callback.neighbors[name]["train"], each["train"]) for name, each in alone.neighbors.items())
 
 
 AUGMENT = Augmentation(RandomResizedCropFlip(8, scale=(0.6, 1)), seed=3)
+
+
+WHOLE = EvaluationSet(numbered_images(90, 0), numbered_images(50, 100), class_embeddings=torch.eye(4))
+FEWER = EvaluationSet(numbered_images(40, 0), numbered_images(40, 100))
+CHANGES: dict[str, tuple[EvaluationSet, Augmentation]] = {
+    "images": (FEWER, AUGMENT),
+    "class_embeddings": (WHOLE._replace(class_embeddings=2 * torch.eye(4)), AUGMENT),
+    "augmented views": (WHOLE, Augmentation(RandomResizedCropFlip(8, scale=(0.5, 1)), seed=3)),
+}
+
+
+@pytest.mark.parametrize("is_dropped_between", [False, True])
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_resume_that_measures_something_else_is_refused(what: str, is_dropped_between: bool) -> None:
+    """Else a teacher's accuracy among few images would stand beside a student's among many."""
+
+    def callback(labeled: EvaluationSet, augment: Augmentation, probes: tuple[str, ...], name: str = "set") -> Any:
+        return ZeroShotRetrieval({name: labeled}, probes=probes, augment=augment)
+
+    probes = "instance", "zero_shot"
+    state = callback(WHOLE, AUGMENT, probes).state_dict()
+    for options in [(WHOLE, AUGMENT, ()), (FEWER, AUGMENT, probes, "other")] if is_dropped_between else ():
+        between = callback(*options)
+        between.load_state_dict(state)
+        state = between.state_dict()
+    callback(WHOLE, AUGMENT, probes).load_state_dict(state)
+    with pytest.raises(InputError, match=rf"^retrieval\.datasets\.set\.{what}: checkpoint has .* name, or restore it"):
+        callback(*CHANGES[what], probes).load_state_dict(state)
+    callback(*CHANGES[what], probes, "another name").load_state_dict(state)
+    if what != "images":  # nothing that is measured depends on it
+        callback(*CHANGES[what], ()).load_state_dict(state)
 
 
 def views(images: Tensor, number: int) -> Tensor:
@@ -134,16 +181,23 @@ def corner(images: Tensor) -> Tensor:
     return pixels(images[..., :4, :4])
 
 
-@pytest.mark.parametrize("has_labels", [True, False])
-def test_judges_without_labels(has_labels: bool) -> None:
-    """As the functions do; a set without labels is judged so alone, and a resume keeps the teacher's neighbors."""
+class Judged(NamedTuple):
+    """A run that judges without labels: student and teacher give each other's embeddings."""
+
+    sets: dict[str, EvaluationSet]
+    options: dict[str, Any]
+    callback: ZeroShotRetrieval
+    images_of_teacher: list[int]
+
+
+@pytest.fixture(params=[True, False], ids=["labels", "no labels"])
+def judged(request: pytest.FixtureRequest) -> Judged:
     labeled = EvaluationSet(numbered_images(60, 0), numbered_images(50, 100))
-    images = labeled.test.samples
-    labeled = labeled if has_labels else EvaluationSet.without_labels(labeled.test)
-    calls: list[int] = []
+    sets = {"set": labeled if request.param else EvaluationSet.without_labels(labeled.test)}
+    images_of_teacher: list[int] = []
 
     def teacher(images: Tensor) -> dict[str, Tensor]:
-        calls.append(len(images))
+        images_of_teacher.append(len(images))
         return {"whole": pixels(images), "corner": corner(images).square()}
 
     def student(images: Tensor) -> dict[str, Tensor]:
@@ -151,9 +205,14 @@ def test_judges_without_labels(has_labels: bool) -> None:
 
     options: dict[str, Any] = {"embed": student, "primary": "whole", "augment": AUGMENT, "device_batch_size": 16}
     options |= {"baselines": {"teacher": teacher, "pixels": corner}, "probes": ["agreement", "instance"]}
-    callback = ZeroShotRetrieval({"set": labeled}, "5ba", at_start=True, **options)
+    callback = ZeroShotRetrieval(sets, "5ba", at_start=True, **options)
     train(Watched(), callback, "5ba")
-    metrics, baselines = callback.history[-1]["metrics"], callback.baseline_metrics
+    return Judged(sets, options, callback, images_of_teacher)
+
+
+def test_judges_without_labels_as_the_functions_do(judged: Judged) -> None:
+    metrics, baselines = judged.callback.history[-1]["metrics"], judged.callback.baseline_metrics
+    images = judged.sets["set"].test.samples
     for embedding, expected in {
         "": neighbor_agreement(corner(images), pixels(images)),
         "/whole": neighbor_agreement(corner(images), pixels(images)),
@@ -167,26 +226,31 @@ def test_judges_without_labels(has_labels: bool) -> None:
     for k, expected in retrieval_accuracy(second, numbers, first, numbers).items():
         assert metrics[f"metrics/set/instance/top{k}"] == pytest.approx(expected)
         assert 0 < expected < 1
-    assert ("metrics/set/bank_train/top1" in metrics) == has_labels
-    title, *table = retrieval_table(callback).splitlines()
-    assert title.startswith(
-        f"{'Zero-shot retrieval' if has_labels else 'Measured without labels'} on set, whole, batch 5"
-    )
-    assert table[0].endswith("neighbor agreement    instance top-1    instance top-3")
-    assert [line.split()[0] for line in table[1:]] == ["pixels", "student", "student", "teacher"]
-    measure = retrieval_from("train", 1) if has_labels else AGREEMENT
-    for model, line in {"untrained": table[-3], "": table[-2], "teacher": table[-1]}.items():
-        hits = callback.hits[metric_key("set", measure, baseline=model)].double().mean().item()
-        assert line.split()[1 + (model != "teacher")] == f"{100 * hits:.1f}", model
 
-    resumed = ZeroShotRetrieval({"set": labeled}, "5ba", **options)
-    resumed.load_state_dict(callback.state_dict())
-    calls.clear()
+
+def test_a_set_without_labels_is_judged_so_alone(judged: Judged) -> None:
+    results, has_labels = judged.callback.results, judged.sets["set"].has_labels
+    assert ("metrics/set/bank_train/top1" in judged.callback.history[-1]["metrics"]) == has_labels
+    *retrieval, unlabeled = format_tables(results, ["set"], "whole, batch 5").split("\n\n")
+    assert [each.partition(",")[0] for each in retrieval] == ["Zero-shot retrieval on set"] * has_labels
+    title, head, *table = unlabeled.splitlines()
+    assert title == "Measured without labels on set, whole, batch 5, in % [95 % interval]"
+    assert re.split(" {2,}", head.strip()) == ["neighbor agreement", "instance top-1", "instance top-3"]
+    assert [line.split("  ")[0] for line in table] == ["pixels", *GAP, "teacher gap closed"]
+    shares = {each.row: each.hits.double().mean() for each in results if each.measure == AGREEMENT}
+    for row, line in zip(GAP, table[1:-1], strict=True):
+        assert line.removeprefix(row).split()[0] == f"{100 * shares[row]:.1f}", row
+
+
+def test_a_resume_keeps_the_teachers_neighbors(judged: Judged) -> None:
+    resumed = ZeroShotRetrieval(judged.sets, "5ba", **judged.options)
+    resumed.load_state_dict(judged.callback.state_dict())
+    judged.images_of_teacher.clear()
     resumed.history.clear()
     train(Watched(), resumed, "5ba")
-    assert resumed.history[-1]["metrics"] == metrics
-    assert calls == []
-    assert resumed.hits.keys() == callback.hits.keys()
+    assert resumed.history[-1]["metrics"] == judged.callback.history[-1]["metrics"]
+    assert judged.images_of_teacher == []
+    assert {each[:3] for each in resumed.results} == {each[:3] for each in judged.callback.results}
 
 
 def test_baselines_are_measured_once_in_one_pass() -> None:

@@ -4,6 +4,7 @@ import json
 import resource
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import huggingface_hub
 import numpy as np
@@ -18,13 +19,14 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from d2v_composer import load_student
-from d2v_composer.checkpoints.export import TimmStudent
+from d2v_composer.checkpoints.export import TimmStudent, TracedAlibi
 from d2v_composer.checkpoints.load import save_student
-from d2v_composer.checkpoints.student_file import PrimaryEmbedding, choose_embedding
+from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.commands import embed as embed_command
 from d2v_composer.commands import export as export_student
 from d2v_composer.models.configs import ImageEncoderConfig, height_and_width
 from d2v_composer.models.images import ImageEncoder
+from d2v_composer.models.names import Embedding
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError, RunError
 
@@ -136,12 +138,13 @@ def test_timm_refuses_other_files(exported: Path, tmp_path: Path) -> None:
     save_file(tensors, old)
     with pytest.raises(InputError, match="no tensor config_json: not a file written by d2v export"):
         timm.create_model("d2v2_student", checkpoint_path=str(old))
-    with pytest.raises(ValueError, match="representation: this student has no projection"):
-        timm.create_model("d2v2_student", checkpoint_path=str(exported), representation="projected")
-    with pytest.raises(ValueError, match="global_pool must be one of token, avg, mean, got 'max'"):
-        timm.create_model("d2v2_student", global_pool="max")
-    with pytest.raises(ValueError, match="representation must be one of output, layer_mean, projected, got 'max'"):
-        timm.create_model("d2v2_student", representation="max")
+    for option, value, missing in (
+        ("representation", "projected", "projected_cls"),
+        ("global_pool", "max", "layer_mean_max"),
+        ("representation", "max", "max_cls"),
+    ):
+        with pytest.raises(InputError, match=f"this model has no {missing}; it has output_cls, "):
+            create("d2v2_student", checkpoint_path=str(exported), **{option: value})
 
 
 @pytest.mark.slow  # by default test_programs_of_the_student compares one, and int8 starts with another
@@ -155,6 +158,29 @@ def test_onnx(wide_or_narrow: Path, images: Tensor, tmp_path: Path) -> None:
         expected = embed(load_student(wide_or_narrow), batch, representation="output", pooling="mean")
         assert_close(torch.from_numpy(np.asarray(embedding)), expected)
     assert session.get_modelmeta().custom_metadata_map["embedding"] == "output_mean"
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_a_program_computes_the_same_or_is_not_written(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    right = TracedAlibi.unscaled
+    monkeypatch.setattr(TracedAlibi, "unscaled", lambda *arguments: 0.5 * right(*arguments))
+    path = tmp_path / f"student.{suffix}"
+    with pytest.raises(InputError, match=f"{path}: the program would compute something else than the student"):
+        export(exported, path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnx_is_one_file(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would write the weights of a large student beside it."""
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
+    export(exported, tmp_path / "student.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["student.onnx"]
+    monkeypatch.setattr("d2v_composer.checkpoints.export.MAX_ONNX", 1000)
+    with pytest.raises(InputError, match=r"large.onnx: an ONNX file holds at most 2 GB, and this student has 0.0"):
+        export(exported, tmp_path / "large.onnx")
+    assert not (tmp_path / "large.onnx").exists()
 
 
 @pytest.mark.slow
@@ -192,6 +218,7 @@ def test_a_student_comes_from_the_hub(
             raise OSError("not in the cache")
         return str(exported)
 
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", Mock())
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert_close(primary(load_student("hf://org/photos"), images), primary(load_student(exported), images))
     embed_command.main(["hf://org/photos@v2/a/b.safetensors", str(small_data), str(tmp_path / "embeddings.npy")])
@@ -228,8 +255,8 @@ def test_unsupported_files_and_options_are_refused(exported: Path, tmp_path: Pat
     ):
         export(without_cls, tmp_path / "student.onnx", "--pooling", "cls")
     student = load_student(without_cls)
-    assert choose_embedding(student, None, None) == PrimaryEmbedding("output", "mean_patches")
-    assert create("d2v2_student", checkpoint_path=str(without_cls)).global_pool == "avg"
+    assert choose_embedding(student, None, None) == Embedding("output", "mean_patches")
+    assert create("d2v2_student", checkpoint_path=str(without_cls)).embedding.name == "output_mean_patches"
 
 
 def test_a_program_takes_pixels(exported: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 
 from d2v_composer import load_student, load_teacher
 from d2v_composer.builders.models import build_comparison
-from d2v_composer.checkpoints.load import load_any, save_student
+from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed, evaluate
 from d2v_composer.commands import export as export_student
 from d2v_composer.config.load import load_evaluate_config
+from d2v_composer.config.reference import load_any
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.targets import norm_mean
 from d2v_composer.system.errors import InputError
@@ -55,7 +57,7 @@ def test_a_moved_teacher_is_asked_for_by_the_commands_own_option(uninterrupted: 
     arguments = [str(ROOT / "yamls" / "evaluate.yaml"), f"model={checkpoint}"]
     assert re.search(f"{expected}.*teacher=PATH", refusal(evaluate.main, arguments))
     teacher = shutil.copy(TEACHER, tmp_path / "here.pt")
-    assert load_any(checkpoint, teacher_path=str(teacher))[0] is not None
+    assert load_any(checkpoint, teacher=str(teacher))[0] is not None
 
 
 def test_a_student_has_no_weights_to_choose(uninterrupted: Path, tmp_path: Path) -> None:
@@ -65,7 +67,9 @@ def test_a_student_has_no_weights_to_choose(uninterrupted: Path, tmp_path: Path)
         said = f"weights: {path} is a student, which has no ema weights; set weights=model"
         assert refusal(embed.main, [str(path), str(tmp_path), str(tmp_path / "out.npy"), "--weights", "ema"]) == said
     said = f"weights: {student} is a student, which has no ema weights; set weights=model"
-    assert refusal(load_any, student, "ema", str(TEACHER)) == said  # its record says which its teacher has
+    assert (
+        refusal(partial(load_any, weights="ema", teacher=str(TEACHER)), student) == said
+    )  # its record says which its teacher has
 
 
 def test_a_teacher_is_compared_in_the_normalization_of_the_students_run(uninterrupted: Path, tmp_path: Path) -> None:
@@ -75,9 +79,9 @@ def test_a_teacher_is_compared_in_the_normalization_of_the_students_run(uninterr
     targets["normalization"] = "layer"
     torch.save(contents, tmp_path / "checkpoint.pt")
     config = load_evaluate_config([str(ROOT / "yamls" / "evaluate.yaml"), f"model={tmp_path / 'checkpoint.pt'}"])
-    model, comparison = build_comparison(config, "cpu")
+    model, evaluation = build_comparison(config, "cpu")
+    [embeds] = evaluation.groups.values()
     assert model.layer_mean.normalization == "layer"
-    embeds = {each.name: each.embed for each in comparison.candidates}
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     teacher: Any = load_teacher(TEACHER)
     _, layers = teacher.forward_blocks(teacher.encode(images))
@@ -90,7 +94,7 @@ def test_a_teacher_is_compared_in_the_normalization_of_the_students_run(uninterr
 def test_a_student_keeps_the_number_of_shared_blocks(tmp_path: Path) -> None:
     exported = tmp_path / "student.safetensors"
     save_student(load_teacher(TEACHER, first_blocks=1).build_student(depth=1), exported)
-    student, teacher = load_any(exported, teacher_path=str(TEACHER))
+    student, teacher = load_any(exported, teacher=str(TEACHER))
     assert student is not None
     assert isinstance(teacher, Data2Vec2)
     assert (teacher.config.prenet_depth, teacher.config.depth) == (1, 4)

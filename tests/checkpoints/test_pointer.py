@@ -10,7 +10,7 @@ import torch
 
 from d2v_composer.checkpoints import load
 from d2v_composer.checkpoints.checkpoint import LATEST
-from d2v_composer.checkpoints.load import load_any
+from d2v_composer.config.reference import load_any
 from d2v_composer.system.errors import InputError
 from helpers import student_of
 

@@ -1,6 +1,5 @@
 """A run resumes from its newest complete checkpoint, and from no other program's."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2v_composer.builders import run
+from d2v_composer.builders import trainer
 from d2v_composer.checkpoints import checkpoint as checkpoints
 from d2v_composer.checkpoints.checkpoint import (
     CorruptCheckpointError,
@@ -18,7 +17,7 @@ from d2v_composer.checkpoints.checkpoint import (
 )
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError
-from helpers import load_checkpoint, small_run
+from helpers import Canary, load_checkpoint, small_run
 from recipes import train
 
 
@@ -84,21 +83,11 @@ def test_no_code_of_a_checkpoint_runs(run_folder: Path, small_data: Path, tmp_pa
     assert not (tmp_path / "canary").exists()
 
 
-class Canary:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.path}",)
-
-
 def test_composer_gets_what_was_checked(
     run_folder: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resume reads its checkpoint once: it runs no code of a file that replaces it after the check."""
-    read, paths = run.find_newest, []
+    read, paths = trainer.find_newest, []
 
     def read_and_replace(*arguments: Any, **options: Any) -> Any:
         found = read(*arguments, **options)
@@ -110,22 +99,22 @@ def test_composer_gets_what_was_checked(
         (tmp_path / "replacement.pt").replace(found.path)
         return found
 
-    monkeypatch.setattr(run, "find_newest", read_and_replace)
-    trainer = train.main(small_run(run_folder, small_data, "max_duration=15ba"))
-    assert (paths, trainer.state.timestamp.batch.value) == ([run_folder / "ep2-ba14-rank0.pt"], 15)
+    monkeypatch.setattr(trainer, "find_newest", read_and_replace)
+    trained = train.main(small_run(run_folder, small_data, "max_duration=15ba"))
+    assert (paths, trained.state.timestamp.batch.value) == ([run_folder / "ep2-ba14-rank0.pt"], 15)
     assert not (tmp_path / "canary").exists()
 
 
 @pytest.mark.parametrize(
     ("ours", "stored", "expected"),
     [
-        ("0 1\n", "0 1\n2 3\n", "0 1\n2 3\n"),  # logged elsewhere since
+        ("0 1\n", "0 1\n2 3\n", "0 1\n"),  # logged elsewhere since, after another checkpoint
         ("0 1\n2\n", "0 1\n", "0 1\n2\n"),  # not uploaded
         (None, "0 1\n", "0 1\n"),  # another machine
         ("0\n", None, "0\n"),  # never uploaded
     ],
 )
-def test_a_resumed_run_keeps_the_longer_log_and_uploads_its_checkpoint(
+def test_a_resumed_run_keeps_its_log_and_uploads_its_checkpoint(
     ours: str | None, stored: str | None, expected: str, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, uploaded = run_folder / "log.jsonl", []

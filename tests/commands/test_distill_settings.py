@@ -1,15 +1,13 @@
 """d2v distill: the settings that it chooses; tests/promises/test_distill.py has the rest."""
 
-from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
-from d2v_composer.commands import distill
+from d2v_composer.builders import prepare
 from d2v_composer.models.configs import ImageEncoderConfig, TeacherConfig
 from helpers import encoded_image
 
@@ -29,7 +27,7 @@ def test_sizes_follow_from_images_teacher_and_device(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     teacher = TeacherConfig(encoder=ImageEncoderConfig(embed_dim=192), depth=8, average_top_k_layers=8)
-    chosen = distill.choose(num_images, teacher, None)
+    chosen = prepare.choose(num_images, teacher, None)
     found = tuple(chosen[key] for key in ("max_duration", "global_train_batch_size", "optimizer.lr"))
     assert found == expected
     assert "teacher.image_size" not in chosen
@@ -42,7 +40,7 @@ def test_the_teacher_of_the_plan_has_the_size_that_it_chose(tmp_path: Path) -> N
     photos.mkdir()
     for i in range(200):
         (photos / f"{i}.jpg").write_bytes(encoded_image(0))
-    changes = [f"teacher.checkpoint={weights}"]
-    paths: dict[str, Any] = {"source": str(photos), "out": tmp_path / "run"}
-    plan = distill.make_plan(Namespace(teacher="timm/test_vit", changes=changes, column=None, **paths))
+    changes = (f"teacher.checkpoint={weights}",)
+    request = prepare.Request(str(photos), "timm/test_vit", tmp_path / "run", changes=changes)
+    plan = prepare.make_plan(request, tmp_path / "fetched")
     assert plan.config.teacher.image_size == plan.teacher.config.image_size == 112

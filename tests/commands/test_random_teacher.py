@@ -34,7 +34,7 @@ def test_it_loads_and_its_targets_differ_between_images(
     out, kind = tmp_path / "teacher.safetensors", size if size.startswith("timm/") else "data2vec2"
     random_teacher.main([size, str(out)])
     recipe = "distill_audio" if size.endswith("_audio") else "distill"
-    assert f"yamls/{recipe}.yaml teacher.model={kind} teacher.checkpoint={out}\n" in capsys.readouterr().out
+    assert f" train {recipe}.yaml teacher.model={kind} teacher.checkpoint={out}\n" in capsys.readouterr().out
     teacher = load_teacher(out, model=kind, image_size=112 if kind == size else None)
     known = {"base": 85_797_888, "base_audio": 93_163_532}  # of the released files
     assert sum(map(torch.numel, teacher.parameters())) == known.get(size, mock.ANY)

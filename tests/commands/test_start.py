@@ -68,17 +68,14 @@ sys.exit(0 if timm.is_model("d2v2_student") else "timm was imported first")
 """
 
 
-def test_embed_imports_what_it_uses(tmp_path: Path) -> None:
-    (tmp_path / "photo.png").write_bytes(encoded_image(0))
-    command = ["d2v", "embed", str(GOLDEN / "tiny_base.pt"), str(tmp_path), "photo.npy", "--workers", "0"]
-    assert imported_after([command], tmp_path) == [{"torch"}]
-
-
-def test_a_report_imports_what_it_uses_and_timm_knows_the_student(uninterrupted: Path, tmp_path: Path) -> None:
+def test_embed_and_report_import_what_they_use_and_timm_knows_the_student(uninterrupted: Path, tmp_path: Path) -> None:
     """In another directory than the repository's, with a path relative to it."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "0.jpg").write_bytes(encoded_image(0))
+    embed = ["d2v", "embed", str(GOLDEN / "tiny_base.pt"), "photos", "photos.npy", "--workers", "0"]
     for name in ("log.jsonl", "run.yaml"):
         (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
     (tmp_path / "with_timm.py").write_text(WITH_TIMM)
-    report, _ = imported_after([["d2v", "report", "."], ["with_timm.py"]], tmp_path)
-    assert report == {"torch", "matplotlib"}
+    *imports, _ = imported_after([embed, ["d2v", "report", "."], ["with_timm.py"]], tmp_path)
+    assert imports == [{"torch"}, {"torch", "matplotlib"}]
     assert (tmp_path / "report.html").is_file()

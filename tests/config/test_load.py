@@ -73,14 +73,36 @@ def test_overrides_change_single_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.optimizer.lr, config.optimizer.weight_decay, config.train_loader.cache_limit) == (1e-3, 0, 2 * 10**9)
 
 
+@pytest.mark.parametrize("text", ["010", "1.10", "5e10203", "on", "1_0", "2026-01-01", "a %20", "~"])
+def test_a_text_field_keeps_the_text_of_its_override(text: str, tmp_path: Path) -> None:
+    """In a YAML, quotes keep it; without them, what YAML makes of it is refused, if it is no text."""
+    config = load(f"run_name={text}", f"train_loader.local=/{text} #1", f"retrieval.datasets.cifar10.column={text}")
+    cifar10 = config.retrieval.datasets["cifar10"]
+    assert cifar10 is not None
+    assert (config.run_name, config.train_loader.local, cifar10.column) == (text, f"/{text} #1", text)
+    assert load(f"run_name='{text}'").run_name == text
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(Path(QUICKSTART_YAML).read_text()), "run_name": 8}))
+    [line] = [line for line in problems_of(str(path)) if line.startswith("run_name")]
+    assert line == "run_name: must be text, in quotes if it is a number, got 8"
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load("save_folder=~/runs/{run_name}", "run_name=a", "train_loader.local=~")
+    assert (config.run_folder, config.train_loader.local) == (RunFolder(Path("/home/me/runs/a")), "/home/me")
+    assert load_evaluate_config(["model=~/a.pt", "datasets={a: {format: mds, root: ~/b}}"]).model == "/home/me/a.pt"
+    assert load("save_folder=null").save_folder is None
+
+
 SLIPS = {
     "student.dept=3": "student.dept: no such key; did you mean depth? (allowed: depth, mlp_ratio, alibi, ",
     "callbacks.speed_monitor={window: 3}": "callbacks.speed_monitor.window: no such argument; did you mean window_s",
     "callbacks.speed_monitor={window_size: .inf}": "callbacks.speed_monitor.window_size.float: must be a finite",
     "optimizer.lr=.nan": "optimizer.lr: must be a finite number, got nan",
     "student=null": "student: must be a section of keys and values, got null",
-    "compile=0": "compile: must be true, false or a name, got 0",
-    "compile=1.0": "compile: must be true, false or a name, got 1.0",
+    "compile=0": "compile: must be true, false, default or max-autotune-no-cudagraphs, got 0",
+    "compile=1.0": "compile: must be true, false, default or max-autotune-no-cudagraphs, got 1.0",
     "student.alibi=1": "student.alibi: must be a valid boolean, got 1",
     "save_num_checkpoints_to_keep=0": "save_num_checkpoints_to_keep: must be at least 1, or -1 for all, got 0",
     "device_train_microbatch_size=half": "device_train_microbatch_size: must be at least 1, 'auto' or null, got 'half'",

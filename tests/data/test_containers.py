@@ -1,12 +1,16 @@
-"""Parquet files and tars are sources as folders and MDS are: locally, in a store and on the hub."""
+"""Parquet files, tars and zips are sources as folders and MDS are: locally, in a store and on the hub."""
 
 import io
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+import tracemalloc
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +24,12 @@ from streaming import StreamingDataset
 from streaming.base.format.mds import MDSReader
 from torch.utils.data import DataLoader
 
-from containers import FEATURES, write_all, write_parquet, write_tar
+from containers import FEATURES, write_all, write_parquet, write_tar, write_zip
 from d2v_composer.commands import convert_images, embed, evaluate
-from d2v_composer.data.containers import open_source
-from d2v_composer.data.convert import Conversion
+from d2v_composer.data.convert import Conversion, find_samples
 from d2v_composer.data.images import Images
 from d2v_composer.data.labeled import load_labeled_set
+from d2v_composer.data.open import open_source
 from d2v_composer.system.command_line import explain
 from d2v_composer.system.errors import InputError
 from gated_store import GatedStore
@@ -44,23 +48,21 @@ def stored(folder: Path) -> list[tuple[bytes, int]]:
 
 @pytest.mark.parametrize(("count", "workers"), [(60, "0"), pytest.param(2000, "2", marks=pytest.mark.slow)])
 def test_the_same_images_from_everywhere(
-    count: int, workers: str, object_store: GatedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    count: int, workers: str, reachable_store: GatedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One set of converted samples, and the same bits as embeddings, whatever the images lie in."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    for name, value in object_store.environment.items():
-        monkeypatch.setenv(name, value)
     cifar10 = open_source(str(QUICKSTART / "cifar10" / "train"), Images(), label_column="label")
     assert cifar10.label is not None
     images, labels = [cifar10.load(number) for number in range(count)], [cifar10.label(i) for i in range(count)]
     sources = write_all(tmp_path / "in", images, labels)
     bucket = f"containers-{count}"
-    address = object_store.create_bucket(bucket)
-    for kind in ("struct", "tars"):
+    address = reachable_store.create_bucket(bucket)
+    for kind in ("struct", "tars", "zips"):
         for path in (tmp_path / "in" / kind).iterdir():
-            object_store.client().upload_file(str(path), bucket, f"sets/{kind}/{path.name}")
+            reachable_store.client().upload_file(str(path), bucket, f"sets/{kind}/{path.name}")
         sources[f"s3 {kind}"] = [f"{address}/sets/{kind}", *sources[kind][1:]]
-    sources["s3 glob"] = [f"{address}/sets/*/*.parquet", *sources["struct"][1:]]
+    sources["s3 glob"] = [f"{address}/**/struct/**", *sources["struct"][1:]]
     hub = tmp_path / "hub" / "org" / "birds" / "main" / "data"
     hub.parent.mkdir(parents=True)
     (tmp_path / "in" / "struct").rename(hub)
@@ -91,7 +93,7 @@ def names_of(out: Path) -> list[str] | None:
 
 
 def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """img2dataset's folder: tars, their tables and statistics; failed downloads are not in the tars."""
+    """img2dataset's folder: tars and their tables."""
     folder = tmp_path / "laion"
     members = [(f"{i:05}.{suffix}", encoded_image(i)) for i in range(9) for suffix in ("jpg", "txt", "json")]
     strange = [
@@ -102,22 +104,22 @@ def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
     ]
     write_tar(folder / "00000.tar", [*members, *strange])
     write_parquet(folder / "00000.parquet", {"url": ["a"]})
-    (folder / "00000_stats.json").write_text(json.dumps({"count": 15, "successes": 9, "failed_to_download": 6}))
+    (folder / "00000_stats.json").write_text("{}")
     assert converted(folder, tmp_path / "out").samples == 10
-    others = "11 .json, 1 .parquet, 9 .txt, 6 failed downloads, 1 keys without images, 2 members without a key"
+    others = "11 .json, 1 .parquet, 9 .txt, 1 keys without images, 2 members without a key"
     assert f"other files: {others}\n" in capsys.readouterr().out
     source = open_source(str(folder), Images())
-    assert source.ids.tolist()[-2:] == ["00000.tar/00008", "00000.tar/a.b/00010"]
+    assert [*source.ids][-2:] == ["00000.tar/00008", "00000.tar/a.b/00010"]
 
 
-@pytest.mark.parametrize("kind", ["bytes", "struct", "paths", "tars"])
+@pytest.mark.parametrize("kind", ["bytes", "struct", "paths", "tars", "zips"])
 def test_unreadable_samples_are_named_and_counted(kind: str, tmp_path: Path) -> None:
     images = [encoded_image(i) for i in range(8)]
     images[3] = b"no image"
     write_all(tmp_path, images, [0] * 8, num_files=2)
     if kind in ("bytes", "struct"):  # img2dataset's failed entries
         write_parquet(tmp_path / kind / "null.parquet", {"image": pa.array([None, images[0]], pa.binary())})
-    name = "00000.tar/00003" if kind == "tars" else "00000.parquet#3"
+    name = {"tars": "00000.tar/00003", "zips": "00000.zip/photos/0/00003.png"}.get(kind, "00000.parquet#3")
     with pytest.raises(InputError, match=rf"{tmp_path}/{kind}/{name}: cannot decode as an image .*--skip-unreadable"):
         converted(tmp_path / kind, tmp_path / "refused")
     done = converted(tmp_path / kind, tmp_path / "out", "--skip-unreadable")
@@ -126,7 +128,15 @@ def test_unreadable_samples_are_named_and_counted(kind: str, tmp_path: Path) -> 
     assert done.skipped[-1].endswith("null.parquet#0 is null") == (kind in ("bytes", "struct"))
 
 
+def test_what_can_be_no_path_stops_no_conversion(tmp_path: Path) -> None:
+    (tmp_path / "0.jpg").write_bytes(encoded_image(0))
+    path = write_parquet(tmp_path / "x.parquet", {"image": ["0.jpg", "x" * 5000, "a\0b"]})
+    done = converted(path, tmp_path / "out", "--skip-unreadable")
+    assert (done.samples, len(done.skipped)) == (1, 2)
+
+
 IMAGE = encoded_image(0)
+MARKED = [(0, "a"), (1, "a"), (2, "b")]
 TWO_COLUMNS = {"image": [IMAGE], "depth": [IMAGE], "caption": ["a"]}
 
 
@@ -141,6 +151,7 @@ TWO_COLUMNS = {"image": [IMAGE], "depth": [IMAGE], "caption": ["a"]}
         (TWO_COLUMNS, "--column mask", "mask is missing: image, depth, caption"),
         ({"size": [1.0]}, "", "expected one column of images, as bytes or paths; 0 fit: size; choose"),
         ({"size": [1.0]}, "--column size", "size is double: size"),
+        ({"image": [{"file": {"bytes": IMAGE}}]}, "", "0 fit: image; choose"),
         ({"url": ["a"], "text": ["b"]}, "", "2 fit: url, text"),
         ({"image": [IMAGE]}, "--label-column label", "no column 'label' of labels; the columns are image"),
         ({"image": [IMAGE], "label": [0.5]}, "--label-column label", "x.parquet#0: its label must be a whole number"),
@@ -176,6 +187,57 @@ def test_a_wrong_tar_is_one_line(members: list[str], options: str, line: str, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("members", "change", "line"),
+    [
+        (["a.jpg", "a.jpg"], ("comment", b""), r"x.zip has two members a.jpg$"),
+        (["a.jpg"], ("flag_bits", 1), "x.zip: a.jpg is encrypted or neither stored nor deflated; pack it otherwise"),
+        (["a.jpg"], ("compress_type", 9), "x.zip: a.jpg is encrypted or neither stored nor deflated"),
+        (["a.jpg"], ("file_size", 1 << 31), "x.zip/a.jpg has 2,147,483,648 bytes, more than 1,073,741,824; --skip"),
+        (["a.txt", "b/.jpg"], ("comment", b""), "no images in 1 files; other files: 1 .txt, 1 hidden"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name:UserWarning")
+def test_a_wrong_zip_is_one_line(members: list[str], change: tuple[str, Any], line: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in members:
+            archive.writestr(name, IMAGE)
+        for member in archive.infolist():  # in the directory
+            setattr(member, *change)
+    with pytest.raises(InputError, match=line):
+        converted(tmp_path / "x.zip", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("zips", "split", "ids", "classes"),
+    [
+        ({"x": ["birds/train/b/0", "birds/train/a/1", "birds/val/b/2"]}, None, [0, 1], "ab"),
+        ({"x": ["birds/train/b/0", "birds/train/a/1", "birds/val/b/2"]}, "val", [2], "ab"),
+        ({"x": ["birds/train/b/0", "birds/train/a/1", "birds/val/b/2"]}, "none", [0, 1, 2], ["train", "val"]),
+        ({"train": ["b/0", "a/1"], "val": ["b/2"]}, "val", [2], "ab"),
+        ({"train": ["x/train/b/0", "x/train/a/1"], "val": ["x/val/b/2"]}, None, [0, 1], "ab"),
+        ({"0": ["x/b/0"], "1": ["x/a/1", "x/b/2"]}, None, [0, 1, 2], "ab"),
+        ({"x": ["y/0", "y/1"]}, None, [0, 1], ""),
+        ({"x": ["val/a/0"]}, None, "no split 'train'; available: val$", ""),
+    ],
+)
+def test_folders_in_zips_are_splits_and_classes(
+    zips: dict[str, list[str]], split: str | None, ids: list[int] | str, classes: Sequence[str], tmp_path: Path
+) -> None:
+    for name, paths in zips.items():
+        write_zip(tmp_path / "in" / f"{name}.zip", [(f"{path}.jpg", IMAGE) for path in paths])
+    if isinstance(ids, str):
+        with pytest.raises(InputError, match=ids):
+            find_samples(tmp_path / "in", split)
+        return
+    source = find_samples(tmp_path / "in", split)
+    known = [f"{name}.zip/{path}.jpg" for name, paths in zips.items() for path in paths]
+    assert [*source.ids] == [known[number] for number in ids]
+    assert source.class_names == tuple(classes)
+    if source.label is not None:
+        assert all(f"/{classes[source.label(number)]}/" in name for number, name in enumerate(source.ids))
+
+
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_a_tar_is_read_as_tarfile_reads_it(format: int, tmp_path: Path) -> None:
     """Long names, names that are not ASCII, folders and links, times that need a header of their own."""
@@ -198,25 +260,75 @@ def test_a_tar_is_read_as_tarfile_reads_it(format: int, tmp_path: Path) -> None:
     assert source.left_out == others
 
 
-@pytest.mark.parametrize("kind", ["bytes/00001.parquet", "tars/00001.tar"])
-@pytest.mark.parametrize("damage", [truncated, lambda content: b"", lambda content: b"\x1f\x8b" + content[2:-4]])
+def without_header(content: bytes, change: bytes | None) -> bytes:
+    """Put other bytes into the header of a tar's second sample."""
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        offset = tar.getmembers()[3].offset
+    changed = bytes([content[offset] ^ 1]) if change is None else change
+    return content[:offset] + changed + content[offset + len(changed) :]
+
+
+SUFFIXES = {"bytes": "parquet", "tars": "tar", "zips": "zip"}
+WHOLE_DAMAGE = [truncated, lambda content: b"", lambda content: b"\x1f\x8b" + content[2:-4]]
+TAR_DAMAGE = {
+    "a flipped bit": lambda content: without_header(content, None),
+    "a block of zeros": lambda content: without_header(content, bytes(512)),
+    "zeros to the end": lambda content: without_header(content, bytes(len(content) - 4096)) + bytes(1 << 20),
+    "joined": lambda content: content + content,
+    "more": lambda content: content + b"more",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [
+        *(pytest.param("tars/00001.tar", change, id=name) for name, change in TAR_DAMAGE.items()),
+        pytest.param("zips/00001.zip", TAR_DAMAGE["joined"], id="joined zip"),
+        *((f"{kind}/00001.{suffix}", each) for kind, suffix in SUFFIXES.items() for each in WHOLE_DAMAGE),
+    ],
+)
 def test_a_damaged_file_is_named_before_anything_is_written(
     kind: str, damage: Callable[[bytes], bytes], tmp_path: Path
 ) -> None:
+    """Or one that is longer than it says: no sample after the damage is left out."""
     write_all(tmp_path, [encoded_image(i) for i in range(9)], [0] * 9)
     path = tmp_path / kind
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=f"^{path}(: truncated| cannot be read: )"):
+    with pytest.raises(InputError, match=f"^{path} cannot be read: "):
         converted(path.parent, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_row_group_is_named(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "x.parquet", {"image": [encoded_image(i) for i in range(8)]}, rows=4)
+def test_a_tar_may_end_with_many_zeros(tmp_path: Path) -> None:
+    """As with GNU tar's option --blocking-factor."""
+    path = write_tar(tmp_path / "x.tar", [("0.jpg", encoded_image(0))])
+    path.write_bytes(path.read_bytes() + bytes(1 << 19))
+    assert list(open_source(str(path), Images()).ids) == ["x.tar/0"]
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="needs GNU tar")
+def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
+    """Its holes are not in the tar, so that its bytes there are not the file's."""
+    (tmp_path / "a.jpg").write_bytes(bytes(1 << 20))
+    os.truncate(tmp_path / "a.jpg", 1 << 22)
+    with (tmp_path / "a.jpg").open("r+b") as file:
+        file.write(encoded_image(0))
+    subprocess.run(["tar", "-S", "--hole-detection=raw", "-cf", "x.tar", "a.jpg"], cwd=tmp_path, check=True)
+    with pytest.raises(InputError, match=r"x\.tar cannot be read: its member a\.jpg is sparse"):
+        open_source(str(tmp_path / "x.tar"), Images())
+
+
+@pytest.mark.parametrize(("kind", "named"), [("parquet", ", row group 0"), ("zip", "/0.jpg")])
+def test_a_damaged_row_group_or_member_is_named(kind: str, named: str, tmp_path: Path) -> None:
+    path, images = tmp_path / f"x.{kind}", [encoded_image(i) for i in range(8)]
+    if kind == "zip":
+        write_zip(path, [(f"{i}.jpg", image) for i, image in enumerate(images)])
+    else:
+        write_parquet(path, {"image": images}, rows=4)
     content = bytearray(path.read_bytes())
-    content[8:40] = bytes(32)
+    content[40:72] = bytes(32)
     path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"^{path}, row group 0 cannot be read: "):
+    with pytest.raises(InputError, match=rf"^{path}{named} cannot be read: "):
         converted(path, tmp_path / "out", "--skip-unreadable")
     assert not (tmp_path / "out" / "index.json").exists()
 
@@ -246,6 +358,95 @@ def test_splits_and_classes(tmp_path: Path) -> None:
     assert names_of(tmp_path / "two") == [f"class {label}" for label in range(10)]
 
 
+@pytest.mark.parametrize(
+    ("files", "split", "expected"),
+    [
+        (["train_val/train-0", "train_val/val-0"], "train", ["train_val/train-0"]),
+        (["train_test/train-0", "train_test/test-0"], "test", ["train_test/test-0"]),
+        (["train/0", "val/0", "val/train-1"], None, ["train/0", "val/train-1"]),
+        (["0", "1"], None, ["0", "1"]),
+        (["dev-clean-0", "train-clean-0"], "DEV-clean", ["dev-clean-0"]),
+        (["train-0", "val-0"], "none", ["train-0", "val-0"]),
+        (["train_test-0"], "none", ["train_test-0"]),
+        (["training-0", "validation-0"], None, "no split 'train'; available: validation$"),
+        (["val-0", "test-0"], None, "no split 'train'; available: val, test$"),
+        (["test-0"], None, "no split 'train'; available: test$"),
+        (["train-0"], "(", "no split '\\('; available: train$"),
+        (["0"], "val", "no split 'val'; available: none; omit --split$"),
+        (
+            ["train_test-0", "val-0"],
+            "val",
+            "x/train_test-0.tar: is it of test or train\\? Choose by a glob",
+        ),
+        (["train/val/0"], None, "x/train/val/0.tar: is it of train or val"),
+    ],
+)
+def test_a_split_is_a_word_of_the_files_name_or_else_of_its_folders(
+    files: list[str], split: str | None, expected: list[str] | str, tmp_path: Path
+) -> None:
+    for file in files:
+        write_tar(tmp_path / "x" / f"{file}.tar", [("a.jpg", IMAGE)])
+    if isinstance(expected, list):
+        source = find_samples(tmp_path / "x", split)
+        assert [*source.ids] == [f"{file}.tar/a" for file in expected]
+        return
+    with pytest.raises(InputError, match=expected):
+        find_samples(tmp_path / "x", split)
+
+
+def test_a_link_makes_no_sample_twice(tmp_path: Path) -> None:
+    """As the links of the hub's cache, to one file in two snapshots; and a link to the folder itself."""
+    blobs, snapshots = tmp_path / "cache" / "blobs", tmp_path / "cache" / "snapshots"
+    blobs.mkdir(parents=True)
+    write_parquet(tmp_path / "x.parquet", {"image": [IMAGE] * 3}).rename(blobs / "f00")
+    for commit in "ab":
+        (snapshots / commit / "data").mkdir(parents=True)
+        (snapshots / commit / "data" / "x.parquet").symlink_to(blobs / "f00")
+    (snapshots / "all").symlink_to(snapshots)
+    globs = ("*/data/*.parquet", "**/x.parquet", "all/b/**", "**/all/**/b/*/x.parquet", "**/**")
+    for source in ("", "snapshots", *(f"snapshots/{glob}" for glob in globs)):
+        assert len(open_source(str(tmp_path / "cache" / source), Images())) == 3
+    assert len(open_source(f"{snapshots}/a/data/x.parquet", Images())) == 3
+
+
+def test_a_folder_of_several_kinds_is_refused_unless_one_is_chosen(tmp_path: Path) -> None:
+    folder = tmp_path / "x"
+    for number in range(2):
+        write_tar(folder / "a" / f"{number}.tar", [(f"{i}.jpg", IMAGE) for i in range(5)])
+    (folder / "preview.jpg").write_bytes(IMAGE)
+    globs = rf"'{folder}/\*\*/\*.tar' or '{folder}/\*\*/\*.jpg'"
+    for open_it in (lambda source: open_source(source, Images()), find_samples):
+        with pytest.raises(InputError, match=rf"x holds 2 tars and 1 images; choose the samples by a glob: {globs}$"):
+            open_it(str(folder))
+        assert len(open_it(f"{folder}/**/*.tar")) == 10
+        assert [*open_it(f"{folder}/**/*.jpg").ids] == ["preview.jpg"]
+    write_parquet(folder / "a" / "0.parquet", {"url": ["a"]})  # img2dataset's table of a tar
+    assert open_source(f"{folder}/a", Images()).left_out == {".parquet": 1}
+    write_parquet(folder / "a" / "2.parquet", {"image": [IMAGE] * 2})
+    with pytest.raises(InputError, match="x/a holds 2 Parquet files and 2 tars"):
+        open_source(f"{folder}/a", Images())
+    (folder / "b" / ".thumbs").mkdir(parents=True)
+    (folder / "b" / ".thumbs" / "a.jpg").write_bytes(IMAGE)
+    write_parquet(folder / "b" / "0.parquet", {"image": [IMAGE] * 2})
+    assert [*open_source(f"{folder}/b", Images()).ids] == ["0.parquet#0", "0.parquet#1"]
+    (folder / "train" / "dog").mkdir(parents=True)  # what is beside a split is not of it, such as archives
+    (folder / "train" / "dog" / "0.jpg").write_bytes(IMAGE)
+    assert [*find_samples(folder).ids] == ["train/dog/0.jpg"]
+
+
+def test_a_long_key_costs_no_more_memory_than_it_has(tmp_path: Path) -> None:
+    """An array of names gives each of them the room of the longest: 400 MB here."""
+    names = [f"{number:05}" for number in range(50_000)]
+    names[7] = "k" * 2000
+    write_tar(tmp_path / "x.tar", [(f"{name}.jpg", b"") for name in names])
+    tracemalloc.start()
+    source = open_source(str(tmp_path / "x.tar"), Images())
+    assert [*source.select(range(6, 9)).ids] == [f"x.tar/{name}" for name in names[6:9]]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e8
+
+
 def test_files_that_do_not_fit_together_are_one_line(tmp_path: Path) -> None:
     others = {"label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}
     for name, features in {"a": FEATURES, "b": others}.items():
@@ -268,7 +469,7 @@ def test_a_file_that_is_written_again_is_read_again(tmp_path: Path) -> None:
 def test_embed_goes_on_before_the_file_that_changed(tmp_path: Path) -> None:
     """A changed Parquet file, tar or image has another mark, and so has a file that came."""
     sources = write_all(tmp_path, [encoded_image(i) for i in range(9)], [0] * 9)
-    files = {"bytes": "bytes/00001.parquet", "tars": "tars/00001.tar", "paths": "folder/00003.png"}
+    files = {kind: f"{kind}/00001.{suffix}" for kind, suffix in SUFFIXES.items()} | {"paths": "folder/00003.png"}
     for kind, changed in files.items():
         before = open_source(sources[kind][0], Images()).marks
         assert len(np.unique(before)) == 9
@@ -306,6 +507,26 @@ def test_an_evaluation_reads_parquet_files_as_it_reads_mds(tmp_path: Path, capsy
         load_labeled_set("parquet", tmp_path / "one")
 
 
+@pytest.mark.parametrize("format", [None, "zip", "parquet"])
+def test_an_evaluation_reads_a_zip_as_the_folder_in_it(format: str | None, tmp_path: Path) -> None:
+    """``format`` may be left out, and is refused if it is another one."""
+    images = {f"birds/{split}/{label}/{i}.jpg": encoded_image(i) for split in ("train", "val") for i, label in MARKED}
+    for path, image in images.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(image)
+    expected = load_labeled_set("folder", tmp_path / "birds", image_size=32)
+    write_zip(tmp_path / "birds.zip", [*images.items()])
+    if format == "parquet":
+        with pytest.raises(InputError, match=r"birds.zip: no Parquet files$"):
+            load_labeled_set(format, tmp_path / "birds.zip")
+        return
+    found = load_labeled_set(format, tmp_path / "birds.zip", image_size=32)
+    assert found.class_names == expected.class_names == ("a", "b")
+    for ours, theirs in zip(found[:2], expected[:2], strict=True):
+        assert torch.equal(ours.samples, theirs.samples)
+        assert torch.equal(ours.labels, theirs.labels)
+
+
 def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """A commit's files are fetched once; without them, the bot's; offline, what the cache has, with a warning."""
     hub, columns = tmp_path / "hub" / "org", {"image": [IMAGE] * 3}
@@ -313,7 +534,7 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest
     write_parquet(hub / "a" / "main" / "data" / "test-0.parquet", {"image": [IMAGE] * 4})
     write_parquet(hub / "a" / "v2" / "train.parquet", {"image": [IMAGE] * 5})
     (hub / "b" / "main").mkdir(parents=True)
-    (hub / "b" / "main" / "birds.zip").write_bytes(b"")
+    (hub / "b" / "main" / "birds.7z").write_bytes(b"")
     write_parquet(hub / "b" / "refs" / "convert" / "parquet" / "default" / "train" / "0.parquet", columns)
     with serve(tmp_path / "hub", tmp_path / "cache", monkeypatch) as server:
         for address, count in {"a": 3, "a@v2": 5, "a/data/test-0.parquet": 4, "a/data/te*": 4, "b": 3}.items():
@@ -325,7 +546,7 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest
             "default/train/0.parquet",
             "train.parquet",
         ]
-        with pytest.raises(InputError, match=r"hf://datasets/org/a/none: no Parquet files or tars"):
+        with pytest.raises(InputError, match=r"hf://datasets/org/a/none: no Parquet files, tars or zips"):
             converted("hf://datasets/org/a/none", tmp_path / "none")
         with pytest.raises(InputError, match=r"hf://datasets/org/c cannot be listed"):
             converted("hf://datasets/org/c", tmp_path / "none")
@@ -341,23 +562,47 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest
     assert not (tmp_path / "none").exists()
 
 
-def test_a_store_without_samples_is_one_line(
-    object_store: GatedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in object_store.environment.items():
-        monkeypatch.setenv(name, value)
-    address = object_store.create_bucket("containers-none")
-    object_store.client().put_object(Bucket="containers-none", Key="a/b.jpg", Body=IMAGE)
+def test_what_the_hub_has_twice_or_not_whole_must_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub, bot = tmp_path / "hub" / "org", "@refs/convert/parquet"
+    for path in ("cut/default/partial-train/0", "cut/default/test/0", "two/a/train/0", "two/b/train/0"):
+        name, _, rest = path.partition("/")
+        (hub / name / "main").mkdir(parents=True, exist_ok=True)
+        write_parquet(hub / name / "refs" / "convert" / "parquet" / f"{rest}.parquet", {"image": [IMAGE]})
+    for language in ("en", "fr"):
+        write_parquet(hub / "card" / "main" / language / "0.parquet", {"image": [IMAGE]})
+    card = "---\nconfigs:\n- config_name: english\n- config_name: french\n---\n"
+    (hub / "card" / "main" / "README.md").write_text(card)
+    address = "hf://datasets/org"
+    refused = {
+        f"cut{bot}": f"has converted only the first part of it; to take that, give {address}/cut{bot}/default/partial-",
+        "cut": f"cut{bot}: the hub has converted only the first part of it",
+        f"cut{bot}/default": "has converted only the first part of it",
+        "two": f"two{bot} has the configurations a, b; append a glob or one of the folders a/train, b/train$",
+        "card": "card has the configurations english, french; append a glob or one of the folders en, fr$",
+    }
+    named = (f"cut{bot}/default/partial-train", f"cut{bot}/default/test", f"two{bot}/a", "card/fr", "card/en/*.parquet")
+    with serve(tmp_path / "hub", tmp_path / "cache", monkeypatch):
+        for name, line in refused.items():
+            with pytest.raises(InputError, match=line):
+                open_source(f"{address}/{name}", Images())
+        for name in named:
+            assert len(open_source(f"{address}/{name}", Images())) == 1
+
+
+def test_a_store_without_samples_is_one_line(reachable_store: GatedStore, tmp_path: Path) -> None:
+    address = reachable_store.create_bucket("containers-none")
+    reachable_store.client().put_object(Bucket="containers-none", Key="a/b.jpg", Body=IMAGE)
+    reachable_store.client().put_object(Bucket="containers-none", Key="a/", Body=b"")
     for source in (f"{address}/a", f"{address}/a/*.tar"):
-        with pytest.raises(InputError, match=f"^{re.escape(source)}: no Parquet files or tars$"):
+        with pytest.raises(InputError, match=f"^{re.escape(source)}: no Parquet files, tars or zips$"):
             converted(source, tmp_path / "out")
     write_parquet(tmp_path / "paths.parquet", {"path": ["b.jpg"]})
-    object_store.client().upload_file(str(tmp_path / "paths.parquet"), "containers-none", "b/paths.parquet")
+    reachable_store.client().upload_file(str(tmp_path / "paths.parquet"), "containers-none", "b/paths.parquet")
     with pytest.raises(InputError, match=r"column 'path' holds paths, which are allowed only in a local file"):
         converted(f"{address}/b", tmp_path / "out")
-    with pytest.raises(InputError, match=r"a/x.tar cannot be fetched"):
+    with pytest.raises(InputError, match=r"a/x.tar: no Parquet files, tars or zips"):
         converted(f"{address}/a/x.tar", tmp_path / "out")
-    with pytest.raises(InputError, match=r"sftp://host/a: expected Parquet files or tars, or MDS in a folder on"):
+    with pytest.raises(InputError, match=r"sftp://host/a: expected Parquet files, tars or zips, or MDS in a folder; "):
         converted("sftp://host/a", tmp_path / "out")
 
 

@@ -111,7 +111,7 @@ def test_a_turned_image_is_upright_in_training_evaluation_and_conversion(file_fo
             RandomResizedCropFlip(32)(each, sample_rng(0, 0, sample_id)) for each in (encoded, saved(upright, "PNG"))
         )
         assert torch.equal(found, wanted)
-    converted = images.as_rgb_jpeg(encoded, "a", quality=100)
+    converted, _ = images.Images.encode(encoded, "a", quality=100)
     assert (converted == encoded) == (file_format == "JPEG" and orientation == 1)
     if converted != encoded:
         again = Image.open(io.BytesIO(converted))
@@ -192,10 +192,10 @@ def register_heif_opener():
 PROGRAM = """
 from pathlib import Path
 from d2v_composer.data.images import Images, decode_rgb
-from d2v_composer.data.source import open_folder
+from d2v_composer.data.open import open_source
 
-found = open_folder(Path("."), Images())
-print(found.ids.tolist(), found.left_out, decode_rgb(Path("0.heic").read_bytes(), "0.heic").size)
+found = open_source(".", Images())
+print([*found.ids], found.left_out, decode_rgb(Path("0.heic").read_bytes(), "0.heic").size)
 """
 
 

@@ -13,7 +13,7 @@ from d2v_composer.builders.data import build_train_loader, read_train_index
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainLoaderConfig
 from d2v_composer.data import shards
-from d2v_composer.data.images import Images, RandomResizedCropFlip
+from d2v_composer.data.images import Images
 from d2v_composer.data.mds import Index
 from d2v_composer.data.shards import fetch_index
 from d2v_composer.system.errors import InputError
@@ -23,11 +23,11 @@ Usage = namedtuple("Usage", ["total", "used", "free"])
 
 
 def test_a_cache_on_a_full_disk_is_refused(many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loader = TrainLoaderConfig(local=str(tmp_path / "cache"), remote=str(many_shards), num_workers=0)
-    index = read_train_index(loader, Images(24), 16)
+    config = load_config(small_run(tmp_path, tmp_path / "cache", f"train_loader.remote={many_shards}"))
+    index = read_train_index(config.train_loader, Images(24), 16)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 1000))
     with pytest.raises(InputError, match=r"cache: 0\.0 GB of shards must still be fetched, but only 0\.0 GB is free"):
-        build_train_loader(loader, index, RandomResizedCropFlip(24), 16, seed=1)
+        build_train_loader(config, config.train_loader, index)
 
 
 def test_nodes_with_other_data_are_refused(small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,11 +64,11 @@ def test_refuses_to_start_with_too_little_shared_memory(
 ) -> None:
     """A worker would be killed by SIGBUS."""
     options = ("train_loader.num_workers=2", "train_loader.prefetch_factor=6")
-    loader = load_config(small_run(tmp_path, small_data, *options)).train_loader
-    index = read_train_index(loader, Images(24), 16)
+    config = load_config(small_run(tmp_path, small_data, *options))
+    loader = config.train_loader
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(64 << 20, 60 << 20, 4 << 20))
-    build_train_loader(loader, index, RandomResizedCropFlip(24), 16, seed=1)
+    build_train_loader(config, loader, read_train_index(loader, Images(24), 16))
     with pytest.raises(InputError, match=r"^/dev/shm: 4,194,304 of 67,108,864 bytes are free, .* needs 33,9") as caught:
         # 16 x 3 x 224 x 224 bytes, 14 times
-        build_train_loader(loader, index, RandomResizedCropFlip(224), 16, seed=1)
+        build_train_loader(config, loader, read_train_index(loader, Images(224), 16))
     assert "docker run --shm-size=" in str(caught.value)

@@ -23,10 +23,11 @@ def write_image(path: Path, seed: int = 0) -> None:
 @pytest.mark.parametrize(
     ("images", "fault"),
     [
-        (["train/a.jpg"], "train: no images in the class folders"),
-        (["train/cat/a.jpg"], "test: no such folder"),
-        (["train/cat/a.jpg", "test/a.jpg"], "test: no images in the class folders"),
-        (["train/cat/a.jpg", "test/dog/a.jpg"], "test/dog/a.jpg: expected one of the classes cat; got 'dog'"),
+        (["train/a.jpg"], ": no split 'test'; available: train"),
+        (["train/cat/a.jpg"], ": no split 'test'; available: train"),
+        (["train/cat/a.jpg", "test/a.jpg"], ": expected the same classes, as folders, in train and test"),
+        (["train/cat/a.jpg", "test/dog/a.jpg"], "/test/dog/a.jpg: expected one of the classes cat; got 'dog'"),
+        (["train/cat/a.jpg", "train/b.jpg", "test/cat/a.jpg"], "/train/b.jpg: expected one of the classes cat"),
     ],
 )
 def test_the_layout_of_a_folder_is_told(tmp_path: Path, images: list[str], fault: str) -> None:
@@ -34,8 +35,7 @@ def test_the_layout_of_a_folder_is_told(tmp_path: Path, images: list[str], fault
         write_image(tmp_path / image)
     with pytest.raises(InputError) as caught:
         load_labeled_set("folder", tmp_path, image_size=32, interpolation="bicubic")
-    layout = f"{tmp_path}/train/CLASS/*.jpg and {tmp_path}/test/CLASS/*.jpg, with the same classes"
-    assert str(caught.value) == f"{tmp_path}/{fault}; expected {layout}"
+    assert str(caught.value).startswith(f"{tmp_path}{fault}")
 
 
 @pytest.mark.parametrize("format", ["folder", "mds"])
@@ -83,12 +83,11 @@ def test_a_folder_without_class_folders_has_no_labels(tmp_path: Path, images: li
 
 
 def test_what_a_folder_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("train/cat/a.jpg", "train/dog/a.jpg", "train/loose.jpg", "train/more.jpg", "test/cat/a.jpg"):
+    for name in ("train/cat/a.jpg", "train/dog/a.jpg", "test/cat/a.jpg"):
         write_image(tmp_path / name)
     (tmp_path / "test" / "notes.txt").touch()
     load_labeled_set("folder", tmp_path, image_size=32)
-    left_out = [f"{tmp_path}/train: left out 2 images beside the class folders", f"{tmp_path}/test: left out 1 .txt"]
-    assert caplog.messages == left_out
+    assert caplog.messages == [f"{tmp_path}: left out 1 .txt"]
 
 
 def test_class_folders_without_splits_are_said_to_be_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

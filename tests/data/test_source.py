@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from d2v_composer.data.containers import open_source
 from d2v_composer.data.convert import hold_out
 from d2v_composer.data.images import Images
-from d2v_composer.data.source import Source, list_classes
+from d2v_composer.data.open import open_source
+from d2v_composer.data.source import Source
 from helpers import encoded_image, write_mds
 
 
@@ -26,10 +26,3 @@ def test_copies_of_held_out_samples_are_held_out_in_mds_too(tmp_path: Path, shar
     assert not test & train
     assert num_copies == len(parts["test"]) - len(test)
     assert len(parts["test"]) + len(parts["train"]) == 200
-
-
-def test_a_class_is_a_folder_with_images_that_are_not_hidden(tmp_path: Path) -> None:
-    for name in ("a/.thumbs/x.jpg", "b/deep/x.jpg", ".c/x.jpg", "d/x.txt"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_bytes(b"")
-    assert list_classes(tmp_path, Images()) == ["b"]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -25,11 +26,15 @@ from d2v_composer import embedding, load_teacher
 from d2v_composer.checkpoints.fairseq import load_data2vec2
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed as embed_command
+from d2v_composer.commands import export
 from d2v_composer.data.images import decode_rgb, to_tensor
 from d2v_composer.data.modality import read_sample_file
-from d2v_composer.embedding import Embedding
+from d2v_composer.embedding import Embedded
+from d2v_composer.models.backbone import Transformer
+from d2v_composer.models.configs import ImageEncoderConfig, StudentConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
-from d2v_composer.models.transformer import Transformer
+from d2v_composer.models.images import ImageEncoder
+from d2v_composer.models.student import Student
 from d2v_composer.system import fetch
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError
 from d2v_composer.system.files import sole_user
@@ -39,6 +44,7 @@ from helpers import GOLDEN, NUM_IMAGES, QUICKSTART, ROOT, encoded_image, time_li
 TEACHER = GOLDEN / "tiny_base.pt"
 SIZE = 32
 SMALL_BATCHES = ("--batch-size", "4")
+AGAIN = (*SMALL_BATCHES, "--overwrite")
 # Another order of sums.
 TOLERANCE = {"rtol": 0, "atol": 2e-5}
 
@@ -69,7 +75,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def embed(model: Path, source: Path | str, out: Path, *options: str | Path, workers: int = 0) -> Embedding:
+def embed(model: Path, source: Path | str, out: Path, *options: str | Path, workers: int = 0) -> Embedded:
     """Call ``d2v embed`` in this process."""
     result = embed_command.main([str(each) for each in (model, source, out, "--workers", workers, *options)])
     assert result is not None
@@ -117,6 +123,28 @@ def test_options_change_the_embeddings(teacher: Data2Vec2, photos: Path, tmp_pat
     assert embeddings.dtype == np.float16
 
 
+def test_names_that_are_not_text_are_no_ids_of_parquet(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "caf\udce9.jpg").write_bytes(encoded_image(0))
+    with pytest.raises(
+        InputError, match=r"^'caf\\udce9\.jpg' is not UTF-8, as Parquet needs; rename it, or write NAME"
+    ):
+        embed(TEACHER, tmp_path / "photos", tmp_path / "photos.parquet")
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+    embed(TEACHER, tmp_path / "photos", tmp_path / "photos.npy")
+    assert loaded(tmp_path / "photos.npy")[0] == ["caf\udce9.jpg"]
+
+
+def test_a_model_of_other_channels_is_one_line(photos: Path, tmp_path: Path) -> None:
+    """It is exported as any other."""
+    sizes: Any = {"in_chans": 5, "image_mean": (0.5,) * 5, "image_std": (0.5,) * 5, "image_size": 32}
+    encoder = ImageEncoder(ImageEncoderConfig(embed_dim=32, num_heads=2, prenet_depth=1, **sizes)).freeze()
+    save_student(Student(encoder, StudentConfig(depth=1)), tmp_path / "five.safetensors")
+    export.main([str(tmp_path / "five.safetensors"), str(tmp_path / "again" / "five.safetensors")])
+    with pytest.raises(InputError, match=r"^the model takes images of 5 channels, but files are read as RGB"):
+        embed(tmp_path / "five.safetensors", photos, tmp_path / "photos.npy")
+
+
 def test_another_programs_index_makes_no_mds(photos: Path, tmp_path: Path) -> None:
     """But a damaged index does."""
     source = shutil.copytree(photos / "b", tmp_path / "b")
@@ -141,13 +169,9 @@ def test_embeds_mds_and_names_a_corrupt_shard(teacher: Data2Vec2, many_shards: P
 
 
 @pytest.mark.slow
-def test_embeds_from_an_object_store(
-    object_store: GatedStore, many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_embeds_from_an_object_store(reachable_store: GatedStore, many_shards: Path, tmp_path: Path) -> None:
     embed(TEACHER, many_shards, tmp_path / "local.npy", *SMALL_BATCHES)
-    for name, value in object_store.environment.items():
-        monkeypatch.setenv(name, value)
-    object_store.create_bucket_of_images("embedding", many_shards)
+    reachable_store.create_bucket_of_images("embedding", many_shards)
     cache = tmp_path / "cache"
     cache.mkdir()
     (cache / "shard.00003.mds").write_bytes(b"damaged")  # shards of an earlier run are verified too
@@ -166,17 +190,12 @@ def test_a_worker_that_is_killed_is_one_line(photos: Path, tmp_path: Path, monke
         embed(TEACHER, photos, tmp_path / "photos.npy", workers=1)
 
 
-def test_resumes_to_the_same_bytes_and_replaces_a_file_only_then(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, out = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "photos.npy"
-    folder, ids, whole = tmp_path / ".photos.npy.partial", tmp_path / "photos.ids.npy", tmp_path / "whole.npy"
-    embed(TEACHER, source, whole, *SMALL_BATCHES)
-    for file in (out, ids):
-        file.write_bytes(b"old")
-    with pytest.raises(InputError, match=r"photos\.npy already exists; choose another file, or append --overwrite"):
-        embed(TEACHER, source, out)
-    again = (*SMALL_BATCHES, "--overwrite")
+@pytest.fixture
+def interrupted(photos: Path, tmp_path: Path) -> Path:
+    """The folder of a call that was interrupted after two of its parts: its source, and the files that it replaces."""
+    shutil.copytree(photos, tmp_path / "photos")
+    for name in ("photos.npy", "photos.ids.npy"):
+        (tmp_path / name).write_bytes(b"old")
     embed_images, calls = Transformer.embed, itertools.count()
 
     def embed_some(*arguments: Any) -> Tensor:
@@ -184,31 +203,44 @@ def test_resumes_to_the_same_bytes_and_replaces_a_file_only_then(
             raise KeyboardInterrupt
         return embed_images(*arguments)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Transformer, "embed", embed_some)
         with pytest.raises(KeyboardInterrupt):
-            embed(TEACHER, source, out, *again)
-    assert out.read_bytes() == ids.read_bytes() == b"old"
+            embed(TEACHER, tmp_path / "photos", tmp_path / "photos.npy", *AGAIN)
+    return tmp_path
 
-    # Rows of two different runs would not belong together.
-    other = tmp_path / "other.safetensors"
+
+def test_rows_of_two_different_runs_are_not_joined(interrupted: Path) -> None:
+    source, out, folder = interrupted / "photos", interrupted / "photos.npy", interrupted / ".photos.npy.partial"
+    with pytest.raises(InputError, match=r"photos\.npy already exists; choose another file, or append --overwrite"):
+        embed(TEACHER, source, out)
+    other = interrupted / "other.safetensors"
     save_student(load_teacher(TEACHER).build_student(depth=1), other)
     with pytest.raises(InputError, match=rf"{folder}: an interrupted run had a different model; delete that folder"):
-        embed(other, source, out, *again)
+        embed(other, source, out, *AGAIN)
     with pytest.raises(InputError, match="different source; "):
-        embed(TEACHER, source / "b", out, *again)
+        embed(TEACHER, source / "b", out, *AGAIN)
     with pytest.raises(InputError, match="different pooling, normalize; "):
-        embed(TEACHER, source, out, *again, "--pooling", "mean", "--normalize")
+        embed(TEACHER, source, out, *AGAIN, "--pooling", "mean", "--normalize")
+
+
+def test_resumes_to_the_same_bytes_and_replaces_a_file_only_then(
+    interrupted: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, ids, whole = (interrupted / name for name in ("photos.npy", "photos.ids.npy", "whole.npy"))
+    assert out.read_bytes() == ids.read_bytes() == b"old"
+    embed(TEACHER, photos, whole, *SMALL_BATCHES)
+    source = interrupted / "photos"
     first = source / image_paths(source)[0]
     before = first.stat()
     first.write_bytes(bytes(before.st_size))
     # An image that changed unnoticed and became unreadable proves that finished parts are not embedded again.
     os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert embed(TEACHER, source, out, *again, workers=1).resumed == 16
+    assert embed(TEACHER, source, out, *AGAIN, workers=1).resumed == 16
     assert "resumed an interrupted run after 16 images" in capsys.readouterr().out
     assert out.read_bytes() == whole.read_bytes()
-    assert ids.read_bytes() == (tmp_path / "whole.ids.npy").read_bytes()
-    assert not folder.exists()
+    assert ids.read_bytes() == (interrupted / "whole.ids.npy").read_bytes()
+    assert not (interrupted / ".photos.npy.partial").exists()
 
 
 @pytest.mark.parametrize(
@@ -275,7 +307,7 @@ def test_a_pipe_is_unreadable(tmp_path: Path) -> None:
         read_sample_file(tmp_path / ("x" * 300))
 
 
-STEPS = [(os, "fsync"), (np, "save"), (Path, "unlink"), (Path, "replace"), (shutil, "rmtree")]
+STEPS = [(os, "fsync"), (npy, "write_array_header_1_0"), (Path, "unlink"), (Path, "replace"), (shutil, "rmtree")]
 
 
 @pytest.mark.parametrize(("owner", "name"), STEPS, ids=[name for _, name in STEPS])
@@ -387,8 +419,13 @@ def test_an_embedding_that_is_not_finite_is_refused(
     ("source", "out", "options", "message"),
     [
         ("s3://bucket/images", "o.npy", [], "s3://bucket/images cannot be listed (Unable to locate credentials)"),
-        ("*.tar", "o.npy", [], "*.tar: no Parquet files or tars"),
-        ("photos", "o.npy", ["--local", "c"], "photos: give --local with shards in an object store, and only then"),
+        ("*.tar", "o.npy", [], "*.tar: no Parquet files, tars or zips"),
+        (
+            "photos",
+            "o.npy",
+            ["--local", "c"],
+            "photos: expected Parquet files, tars or zips, or MDS in a folder; in a store only for",
+        ),
         ("photos", "o.csv", [], "o.csv must end in .npy or .parquet"),
         ("photos", "half.npy", [], "half.ids.npy already exists; choose another file, or "),
         ("photos", "o.npy", ["--precision", "amp_fp16"], "precision: amp_fp16 needs a GPU"),

@@ -9,7 +9,7 @@ import torch
 from d2v_composer import load_teacher
 from d2v_composer.commands import embed as embed_command
 from d2v_composer.data.audio import Audio
-from d2v_composer.embedding import Embedding
+from d2v_composer.embedding import Embedded
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, encoded_clip, truncated
 
@@ -30,7 +30,7 @@ def sounds(tmp_path: Path) -> Path:
     return folder
 
 
-def embed(source: Path, out: Path, *options: str) -> Embedding:
+def embed(source: Path, out: Path, *options: str) -> Embedded:
     arguments = str(TEACHER), str(source), str(out), "--workers", "0", "--pooling", "mean", "--batch-size", "4"
     return embed_command.main([*arguments, *options])
 

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from d2v_composer import Embedder, embedder, load_teacher
+from d2v_composer import Embedder, load_teacher
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed as embed_command
+from d2v_composer.config.reference import ModelReference
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, encoded_clip, encoded_image
+from helpers import GOLDEN, encoded_clip, encoded_image, run_command
 
 TEACHER = str(GOLDEN / "tiny_base.pt")
 IMAGES = [encoded_image(i, size=32 + i % 3) for i in range(11)]
@@ -98,6 +100,19 @@ def test_unreadable_samples_are_null_and_say_why(tmp_path: Path) -> None:
     assert nothing["embedding"] == [None, None]
 
 
+@pytest.mark.parametrize(
+    ("sample", "problem"),
+    [
+        ("a\0b.jpg", r"'a\x00b.jpg' is not a path"),
+        (f"{'x' * 300}.jpg", f"{'x' * 300}.jpg cannot be read (File name too long)"),
+        (np.zeros((8, 8, 3), np.float32), "image: cannot decode as an image ('float32 (8, 8, 3)')"),
+        ({"name": "a.jpg"}, "image: cannot decode as an image (None)"),
+    ],
+)
+def test_a_sample_of_another_form_stops_no_batch(sample: Any, problem: str) -> None:
+    assert Embedder(TEACHER)({"image": [IMAGES[0], sample]})["error"] == [None, problem]
+
+
 @pytest.mark.parametrize("kind", [pa.table, pa.record_batch])
 def test_arrow_batches_have_one_schema_whatever_is_unreadable(kind: Any, expected: NDArray) -> None:
     """So that all files of a data set agree."""
@@ -135,8 +150,8 @@ def test_copies_in_a_process_load_the_model_once_and_a_new_one_reads_a_new_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, teacher = tmp_path / "student.safetensors", load_teacher(TEACHER)
-    loads, load = [], embedder.load_any
-    monkeypatch.setattr(embedder, "load_any", lambda *given, **options: loads.append(1) or load(*given, **options))
+    loads, load = [], ModelReference.load
+    monkeypatch.setattr(ModelReference, "load", lambda reference: loads.append(1) or load(reference))
 
     def export() -> Embedder:
         save_student(teacher.build_student(depth=1), path)
@@ -150,4 +165,29 @@ def test_copies_in_a_process_load_the_model_once_and_a_new_one_reads_a_new_file(
     for _ in range(3):
         np.testing.assert_array_equal(pickle.loads(shipped)({"image": IMAGES})["embedding"], first)
     assert len(loads) == 1
-    assert not np.allclose(export()({"image": IMAGES})["embedding"], first)
+    again = export()
+    for _ in range(2):  # they take turns
+        assert not np.allclose(again({"image": IMAGES})["embedding"], first)
+        np.testing.assert_array_equal(embed({"image": IMAGES})["embedding"], first)
+    assert len(loads) == 2
+
+
+# As datasets.map(embed, num_proc=2) does after one call in its own process.
+FORKED = """
+import multiprocessing, sys, torch
+from d2v_composer import Embedder
+torch.set_num_threads(2)
+embed, files = Embedder(sys.argv[1]), [open(path, "rb").read() for path in sys.argv[2:]]
+first = embed({"image": files})["embedding"]
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    second = pool.map_async(embed, [{"image": files}]).get(60)[0]["embedding"]
+print(abs(second - first).max())
+"""
+
+
+def test_a_forked_process_embeds_too(tmp_path: Path) -> None:
+    for number, image in enumerate(IMAGES):
+        (tmp_path / f"{number}.jpg").write_bytes(image)
+    ended = run_command(sys.executable, "-c", FORKED, TEACHER, *sorted(tmp_path.iterdir()))
+    assert ended.returncode == 0, ended.stderr
+    assert float(ended.stdout) < 1e-5

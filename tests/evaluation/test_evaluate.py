@@ -1,33 +1,43 @@
 """d2v evaluate: accuracies with their intervals, for every kind of model file; the teacher gap closed over a run."""
 
 import csv
+import io
 import json
 import re
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 
 from d2v_composer import (
+    benchmarks,
     knn_accuracy,
     linear_probe_accuracy,
-    load_student,
     load_teacher,
     neighbor_agreement,
     retrieval_accuracy,
 )
+from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.commands import export as export_student
+from d2v_composer.config.reference import load_any
 from d2v_composer.data.labeled import load_labeled_set
-from d2v_composer.evaluation.evaluate import (
+from d2v_composer.evaluation.rows import (
     accuracy_interval,
     gap_closed_by_step,
     gap_closed_interval,
+    metric_key,
+    retrieval_from,
 )
-from d2v_composer.evaluation.metrics import metric_key, retrieval_from
+from d2v_composer.models.encoder import Encoder
+from d2v_composer.models.timm_network import NetworkStudent
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, QUICKSTART, ROOT, encoded_image
+from helpers import GOLDEN, QUICKSTART, ROOT, encoded_image, write_mds
 
 YAML = ROOT / "yamls" / "evaluate.yaml"
 TEACHER = QUICKSTART / "teacher.safetensors"
@@ -35,60 +45,144 @@ CLS = "layer_mean_cls"
 DATASETS = f"datasets={{small: {{format: mds, root: {QUICKSTART / 'cifar10'}}}}}"
 
 
+class Evaluated(NamedTuple):
+    """A model's evaluation: what it printed, its JSON, and the rows of its CSV."""
+
+    printed: str
+    found: dict[str, Any]
+    rows: list[dict[str, str]]
+
+
+def evaluate(out: Path, model: Path, *options: str) -> Evaluated:
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        evaluate_command.main([str(YAML), DATASETS, "max_images=60", f"model={model}", f"out={out}", *options])
+    rows = list(csv.DictReader((out / "evaluation.csv").read_text().splitlines()))
+    return Evaluated(printed.getvalue(), json.loads((out / "evaluation.json").read_text()), rows)
+
+
+@pytest.fixture(scope="module")
+def of_a_checkpoint(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+    probes = "probes=[knn,linear,agreement,instance]"
+    return evaluate(tmp_path_factory.mktemp("checkpoint"), uninterrupted / "latest-rank0.pt", probes)
+
+
 @pytest.mark.slow
 def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
-    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    of_a_checkpoint: Evaluated, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    checkpoint, student = uninterrupted / "latest-rank0.pt", tmp_path / "student.safetensors"
-    export_student.main([str(checkpoint), str(student)])
-    found, printed, few = {}, {}, (str(YAML), DATASETS, "max_images=60")
-    for model, options in ((checkpoint, ["probes=[knn,linear,agreement,instance]"]), (student, ["pooling=mean"])):
-        capsys.readouterr()
-        evaluate_command.main([*few, f"model={model}", f"out={tmp_path / model.stem}", *options])
-        printed[model] = capsys.readouterr().out
-        found[model] = json.loads((tmp_path / model.stem / "evaluation.json").read_text())
+    student = tmp_path / "student.safetensors"
+    export_student.main([str(uninterrupted / "latest-rank0.pt"), str(student)])
     with pytest.raises(InputError, match="probes: agreement needs the teacher; name it with teacher=PATH"):
-        evaluate_command.main([*few, f"model={student}", "probes=[agreement]"])
-    assert printed[checkpoint].startswith("embedding: layer_mean_cls\nZero-")
-    assert printed[student].startswith("embedding: layer_mean_mean\n")
-    names = [candidate["name"] for candidate in found[checkpoint]["candidates"]]
+        evaluate(tmp_path, student, "probes=[agreement]")
+    of_a_file = evaluate(tmp_path, student, "pooling=mean")
+    assert of_a_checkpoint.printed.startswith("embedding: layer_mean_cls\nZero-")
+    assert of_a_file.printed.startswith("embedding: layer_mean_mean\n")
+    names = [candidate["name"] for candidate in of_a_checkpoint.found["candidates"]]
     assert names == ["pixels", "encoder", "untrained student", "student", "teacher"]
-    assert [candidate["name"] for candidate in found[student]["candidates"]] == names[:-1]  # without a teacher
+    assert [candidate["name"] for candidate in of_a_file.found["candidates"]] == names[:-1]  # without a teacher
+    assert [each.found["primary"] for each in (of_a_checkpoint, of_a_file)] == ["layer_mean_cls", "layer_mean_mean"]
+    assert accuracies(of_a_checkpoint) == accuracies(of_a_file)
 
-    def accuracies(model: Path) -> dict[tuple, tuple]:
-        return {
-            tuple(row[key] for key in ("candidate", "bank", "embedding", "k")): (row["value"], row["low"])
-            for row in found[model]["results"]
-            if row["candidate"] != "teacher" and row["measure"] == "retrieval"
-        }
 
-    assert accuracies(checkpoint) == accuracies(student)
-    assert [each["primary"] for each in found.values()] == ["layer_mean_cls", "layer_mean_mean"]
+def accuracies(evaluated: Evaluated) -> dict[tuple, tuple]:
+    return {
+        tuple(row[key] for key in ("candidate", "bank", "embedding", "k")): (row["value"], row["low"])
+        for row in evaluated.found["results"]
+        if row["candidate"] != "teacher" and row["measure"] == "retrieval"
+    }
 
-    # The student's numbers are those of its own embeddings.
-    loaded = load_student(student)
+
+@pytest.mark.slow
+def test_the_students_numbers_are_those_of_its_embeddings(of_a_checkpoint: Evaluated, uninterrupted: Path) -> None:
+    student, _ = load_any(uninterrupted / "latest-rank0.pt")
     labeled = load_labeled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic", max_images=60)
+    teacher, printed, rows = load_teacher(GOLDEN / "tiny_base.pt"), of_a_checkpoint.printed, of_a_checkpoint.rows
     with torch.inference_mode():
-        bank, queries = (loaded.embed(images.samples, representation="layer_mean") for images in labeled[:2])
+        bank, queries = (student.embed(images.samples, representation="layer_mean") for images in labeled[:2])
+        theirs = teacher.embed(labeled.test.samples, representation="layer_mean")
     sets = bank, labeled.train.labels, queries, labeled.test.labels
     for k, accuracy in retrieval_accuracy(*sets).items():
-        assert accuracies(checkpoint)["student", "train", "layer_mean_cls", k][0] == pytest.approx(accuracy)
-        assert f"{100 * accuracy:.1f} [" in printed[checkpoint]
-    with (tmp_path / checkpoint.stem / "evaluation.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == len(found[checkpoint]["results"]) == (2 * 2 + 3 + 3) * (1 + 3 + 6 + 6 + 6)
+        assert accuracies(of_a_checkpoint)["student", "train", CLS, k][0] == pytest.approx(accuracy)
+        assert f"{100 * accuracy:.1f} [" in printed
+    # Both banks with both k, three probes and three measures without labels, of every model's embeddings.
+    assert len(rows) == len(of_a_checkpoint.found["results"]) == (2 * 2 + 3 + 3) * (1 + 3 + 6 + 6 + 6)
     assert all(0 <= float(row["low"]) <= float(row["value"]) <= float(row["high"]) <= 1 for row in rows)
-    judged = {row["measure"]: row for row in rows if (row["candidate"], row["embedding"]) == ("student", CLS)}
-    assert float(judged["knn"]["value"]) == knn_accuracy(*sets)
-    assert float(judged["linear"]["value"]) == linear_probe_accuracy(*sets)
-    assert "Probes fitted on train, measured on test on small" in printed[checkpoint]
-    assert f"Measured without labels on small, {CLS}, in % [95 % interval]\n" in printed[checkpoint]
-    agreements = {row["candidate"]: row for row in rows if (row["measure"], row["embedding"]) == ("agreement", CLS)}
-    assert [agreements["teacher"][key] for key in ("k", "bank", "value", "low", "high")] == ["10", "", *["1.0"] * 3]
-    teacher = load_teacher(GOLDEN / "tiny_base.pt")
-    with torch.inference_mode():
-        theirs = teacher.embed(labeled.test.samples, representation="layer_mean")
-    assert float(agreements["student"]["value"]) == pytest.approx(neighbor_agreement(queries, theirs))
+    values = {(row["candidate"], row["measure"]): float(row["value"]) for row in rows if row["embedding"] == CLS}
+    assert values["student", "knn"] == knn_accuracy(*sets)
+    assert values["student", "linear"] == linear_probe_accuracy(*sets)
+    assert values["student", "agreement"] == pytest.approx(neighbor_agreement(queries, theirs))
+    assert "Probes fitted on train, measured on test on small" in printed
+    assert f"Measured without labels on small, {CLS}, in % [95 % interval]\n" in printed
+    of_teacher = [row for row in rows if (row["candidate"], row["embedding"]) == ("teacher", CLS)]
+    [teachers] = [row for row in of_teacher if row["measure"] == "agreement"]
+    assert [teachers[key] for key in ("k", "bank", "value", "low", "high")] == ["10", "", *["1.0"] * 3]
+
+
+@pytest.fixture(scope="module")
+def rivals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A student with another layer_mean than its teacher, and one that takes larger images."""
+    folder, teacher = tmp_path_factory.mktemp("rivals"), load_teacher(GOLDEN / "tiny_base.pt")
+    network = teacher.build_student(model="timm/test_byobnet").config.changed(image_size=64, interpolation="bilinear")
+    students = {"layer_mean": teacher.build_student(depth=1, normalization="layer"), "output": NetworkStudent(network)}
+    for name, student in students.items():
+        save_student(student, folder / f"{name}.safetensors")
+    return {name: folder / f"{name}.safetensors" for name in students}
+
+
+@pytest.fixture(scope="module")
+def evaluated(rivals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[int]]:
+    """The tables of each student, and of a teacher with them as rivals, whose batches are recorded."""
+    folder, sizes = tmp_path_factory.mktemp("evaluated"), list[int]()
+    noise = np.random.default_rng(0).integers(0, 256, (240, 96, 96, 3), dtype=np.uint8)
+    images = [simplejpeg.encode_jpeg(each) for each in noise]
+    for split, chosen in {"train": images[:120], "test": images[120:]}.items():
+        write_mds(folder / split, chosen, [i % 3 for i in range(120)])
+
+    def measure(passes: dict[str, tuple[Callable[[], object], int]], repeats: int) -> dict[str, np.ndarray]:
+        forward = Encoder.__call__
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Encoder, "__call__", lambda *args: sizes.append(len(args[1].values)) or forward(*args))
+            for work, _ in passes.values():
+                work()
+        return {name: np.ones(repeats) for name in passes}
+
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmarks, "interleave", measure)
+        for name, model in {**rivals, "rivals": GOLDEN / "tiny_base.pt"}.items():
+            options = [f"rivals=[{','.join(map(str, rivals.values()))}]"] if name == "rivals" else []
+            sets, out = f"datasets={{noise: {{format: mds, root: {folder}}}}}", folder / name
+            evaluate_command.main([f"model={model}", sets, "probes=[instance]", f"out={out}", *options])
+            found[name] = json.loads((out / "evaluation.json").read_text())["results"]
+    return found, sizes
+
+
+@pytest.mark.parametrize("name", ["layer_mean", "output"])
+def test_a_rival_has_the_numbers_of_its_own_evaluation(
+    name: str, rivals: dict[str, Path], evaluated: tuple[dict[str, Any], list[int]]
+) -> None:
+    """It sees images of its own size, and computes layer_mean in its own way."""
+    found, _ = evaluated
+
+    def numbers(of: str, row: str) -> dict[tuple[str, ...], float]:
+        chosen = [each for each in found[of] if each["candidate"] == row and each["embedding"].startswith(name)]
+        return {tuple(each[key] for key in ("embedding", "bank", "measure", "k")): each["value"] for each in chosen}
+
+    ours = numbers("rivals", str(rivals[name]))
+    assert len(ours) == 3 * (2 + 1) * 2
+    assert ours == numbers(name, "student")
+
+
+@pytest.mark.parametrize("places", ["pixels", "encoder", "teacher gap closed", "a.pt, a.pt"])
+def test_a_rival_has_a_row_of_its_own(places: str) -> None:
+    with pytest.raises(InputError, match=r"^rivals: '[\w .]+' is another row of the tables; name the file \./"):
+        evaluate_command.main([str(YAML), f"model={GOLDEN / 'tiny_base.pt'}", f"rivals=[{places}]"])
+
+
+def test_speed_is_of_the_batches_that_it_names(evaluated: tuple[dict[str, Any], list[int]]) -> None:
+    """After larger ones, too."""
+    assert evaluated[1] == [*[1] * 5, *[64] * 5]  # encoder, untrained student, teacher and two rivals
 
 
 def test_a_teacher_is_compared_with_an_untrained_student(capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,8 +237,8 @@ def test_an_accuracys_interval_is_that_of_a_binomial() -> None:
 def test_the_gap_closed_is_paired_by_query() -> None:
     rng = np.random.default_rng(0)
     untrained, teacher = rng.random(2000) < 0.3, rng.random(2000) < 0.5
-    assert gap_closed_interval(untrained, teacher, teacher) == (1, 1, 1)
-    assert gap_closed_interval(untrained, untrained, teacher) == (0, 0, 0)
+    assert gap_closed_interval(untrained, teacher, teacher) == (1, 1, 1, "")
+    assert gap_closed_interval(untrained, untrained, teacher) == (0, 0, 0, "")
     half = np.where(np.arange(2000) % 2 == 0, teacher, untrained)
     share = gap_closed_interval(untrained, half, teacher)
     assert share is not None

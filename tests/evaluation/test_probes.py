@@ -14,8 +14,9 @@ from torch import Tensor
 from d2v_composer import linear_probe_accuracy
 from d2v_composer.data.labeled import EvaluationSet, LabeledSamples
 from d2v_composer.evaluation import linear_probe
-from d2v_composer.evaluation.labeled_retrieval import Candidate, Lookup, measure_embeddings
+from d2v_composer.evaluation.labeled_retrieval import Lookup, measure_embeddings
 from d2v_composer.evaluation.linear_probe import STRENGTHS, fit_linear_probe
+from d2v_composer.evaluation.rows import rows_of
 
 
 class Embedded(NamedTuple):
@@ -112,10 +113,10 @@ def test_a_warning_names_model_and_data_once(caplog: pytest.LogCaptureFixture, m
     monkeypatch.setattr(linear_probe, "MAX_EVALUATIONS", 2)
     data = blobs(40, 6)
     labeled = EvaluationSet(LabeledSamples(data.train, data.train_labels), LabeledSamples(data.test, data.test_labels))
-    student, teacher = (Candidate(name, lambda x: {"a": x, "b": x}) for name in ("student", "teacher"))
-    lookup = Lookup("a", (1,), ["linear"], augment=None, batch_size=1000, teacher=teacher)
+    embeds = dict.fromkeys(["student", "teacher"], lambda x: {"a": x, "b": x})
+    lookup = Lookup("a", (1,), ["linear"], augment=None, batch_size=1000)
     for dataset in ("first", "first", "second"):
-        found = list(measure_embeddings([student, teacher], dataset, labeled, lookup, lambda tensor: tensor))
+        found = list(measure_embeddings(rows_of(embeds), embeds, dataset, labeled, lookup))
         assert len(found) == 2 * 2 * 3
     assert [message.partition(" after")[0] for message in caplog.messages] == [
         f"{dataset}, {model} (a): linear probe: not converged"

@@ -15,10 +15,11 @@ from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.config.load import load_config
 from d2v_composer.data.audio import Audio
 from d2v_composer.data.labeled import EvaluationSet, LabeledSamples, load_labeled_set
-from d2v_composer.evaluation.evaluate import build_candidates
-from d2v_composer.evaluation.labeled_retrieval import VIEWS, Candidate, embed_set
+from d2v_composer.evaluation.evaluate import share_encoders
+from d2v_composer.evaluation.labeled_retrieval import Lookup, embed_set
 from d2v_composer.evaluation.nearest_neighbors import Ranks
-from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.evaluation.rows import VIEWS
+from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, QUICKSTART, ROOT, write_words
 
@@ -49,8 +50,8 @@ def half(sample: Tensor, number: int, view: int) -> Tensor:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_each_clip_is_embedded_as_if_alone(teacher: Any, world_size: int) -> None:
     models = {"student": teacher.build_student(depth=1).eval(), "teacher": teacher}
-    candidates, samples = build_candidates(teacher, models, teacher.layer_mean), clips()
-    assert [each.name for each in candidates] == ["log_mel", "encoder", "student", "teacher"]
+    embeds, samples = share_encoders(teacher, models, teacher.layer_mean), clips()
+    assert list(embeds) == ["log_mel", "encoder", "student", "teacher"]
     shapes = set()
 
     def watched(inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -60,18 +61,19 @@ def test_each_clip_is_embedded_as_if_alone(teacher: Any, world_size: int) -> Non
     with torch.inference_mode():
         for rank in range(world_size):
             share = Ranks(rank, world_size)
-            options: Any = {"batch_size": 3, "to_device": lambda each: each, "ranks": share, "augment": half}
-            watches = Candidate("watches", watched)
-            embedded = embed_set([*candidates, watches], without_labels(samples), **options)
-            for candidate in candidates:
+            augment: Any = half
+            lookup = Lookup("", (1,), (), augment, 3, ranks=share)
+            sets = embeds | {"watches": watched}
+            embedded = embed_set(sets, "clips", without_labels(samples), lookup, with_views=True)
+            for model, embed in embeds.items():
                 for part in ("test", *VIEWS):
                     for place, i in enumerate(share.share(len(samples)).tolist()):
                         clip = samples[i] if part == "test" else half(samples[i], i, VIEWS.index(part))
-                        alone: Any = candidate.embed(clip[None])
+                        alone: Any = embed(clip[None])
                         alone = alone if isinstance(alone, dict) else {"": alone}
-                        assert embedded[candidate][part].keys() == alone.keys()
+                        assert embedded[model][part].keys() == alone.keys()
                         for key, expected in alone.items():
-                            found = embedded[candidate][part][key][place]
+                            found = embedded[model][part][key][place]
                             torch.testing.assert_close(found, expected[0], rtol=1e-5, atol=2e-5)
     if world_size == 1:
         assert ((3, 16000), (16000, 12345, 9001)) in shapes

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2v_composer.checkpoints.load import load_any
+from d2v_composer.config.reference import load_any
 from d2v_composer.data.audio import Audio
-from d2v_composer.evaluation.evaluate import accuracy_interval
-from d2v_composer.evaluation.without_labels import common_shares, nearest_others
+from d2v_composer.evaluation.nearest_neighbors import common_shares, nearest_others
+from d2v_composer.evaluation.rows import accuracy_interval
 from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher

@@ -5,7 +5,7 @@ from typing import get_args
 import torch
 
 from d2v_composer import load_teacher
-from d2v_composer.builders.run import build_optimizer
+from d2v_composer.builders.trainer import build_optimizer
 from d2v_composer.config.schema import LayerwiseOptimizerConfig
 from d2v_composer.models.classification import Classifier
 from d2v_composer.models.names import Representation

@@ -13,9 +13,9 @@ from torch.nn.utils import clip_grad_norm_
 
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.data.labeled import load_labeled_set
-from d2v_composer.models.compilation import captured, compile_model
-from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.encoder import Inputs, Tokens
+from d2v_composer.objectives.compilation import captured, compile_model
+from d2v_composer.objectives.distillation import DistillationModel
 from helpers import QUICKSTART
 
 NUM_STEPS = 20

@@ -13,8 +13,8 @@ from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.data.audio import Audio
 from d2v_composer.data.mds import Index
 from d2v_composer.data.source import open_mds
-from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.encoder import Inputs
+from d2v_composer.objectives.distillation import DistillationModel
 from helpers import ROOT
 
 FOLDER = ROOT / "yamls" / "quickstart_audio"

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from d2v_composer import load_teacher
-from d2v_composer.models.compilation import compile_model
-from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.objectives.compilation import compile_model
+from d2v_composer.objectives.distillation import DistillationModel
 from helpers import GOLDEN
 
 
@@ -51,14 +51,14 @@ def test_dropped_tokens_do_not_count(extra_tokens: Any, first: int) -> None:
 
 def test_only_the_target_changes() -> None:
     """Forward passes measure nothing; without numbers there is no loss; block outputs and top K have numbers, too."""
-    model = build("tiny_base", target_source="block", average_top_k_layers=2)
+    model = build("tiny_base", source="block", average_top_k_layers=2)
     assert model.loss(model(images()), images()).isnan()
     before = measured(model, images())
     assert before.shape[0] == 2
     regression = model.train()(images(1))
     assert torch.equal(model.state_dict()["objectives.tokens.dataset_norm.moments"], before)
     assert model.loss(regression, images(1)).isfinite()
-    plain = DistillationModel(model.teacher, model.student, target_source="block", average_top_k_layers=2)
+    plain = DistillationModel(model.teacher, model.student, source="block", average_top_k_layers=2)
     assert plain.layer_mean.normalization == "layer"
     assert torch.equal(plain(images(1)).prediction, regression.prediction)
     assert not torch.equal(plain(images(1)).target, regression.target)

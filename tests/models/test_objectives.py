@@ -7,19 +7,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, mse_loss, normalize
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2v_composer import load_teacher
-from d2v_composer.models.compilation import compile_model
 from d2v_composer.models.configs import StudentConfig
-from d2v_composer.models.distillation import Distillation, DistillationModel
 from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.features import Features
 from d2v_composer.models.images import PixelEncoder
-from d2v_composer.models.objective import LayerRegression, Objective
 from d2v_composer.models.student import Student
-from d2v_composer.models.targets import Regression
+from d2v_composer.objectives.compilation import compile_model
+from d2v_composer.objectives.distillation import Distillation, DistillationModel
+from d2v_composer.objectives.objective import Objective, Regression, Term
+from d2v_composer.objectives.tokens import LayerRegression
 from helpers import GOLDEN
 
 STUDENT = StudentConfig(depth=2, mlp_ratio=2.0)
@@ -52,6 +52,10 @@ class PooledCosine(Objective):
 
     needs_output = True
 
+    def __init__(self, options: Term, teacher: Any, student: Any, layer_mean: Any) -> None:
+        super().__init__(options, teacher, student, layer_mean)
+        self.head = nn.Linear(student.embed_dim, teacher.embed_dim)
+
     def target(self, features: Features) -> Tensor:
         return features.poolings(features.output)["mean_patches"]
 
@@ -62,7 +66,7 @@ class PooledCosine(Objective):
         return 1 - cosine_similarity(regression.prediction, regression.target).mean()
 
     def forward_macs(self, num_tokens: int) -> int:
-        return self.head.weight.numel()  # pyright: ignore[reportCallIssue, reportReturnType]
+        return self.head.weight.numel()
 
 
 @pytest.fixture
@@ -72,6 +76,10 @@ def teacher() -> Any:
 
 def images(count: int = 4) -> Tensor:
     return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def model_with(teacher: Any, student: Any, embedding: float = 0.0, **tokens: Any) -> DistillationModel:
+    return DistillationModel(teacher, student, objectives={"tokens": tokens, "embedding": {"weight": embedding}})
 
 
 def total(model: Distillation) -> Tensor:
@@ -138,9 +146,9 @@ def two_objectives(teacher: Any, other: Any) -> Distillation:
     """Tokens of a teacher, and the pooled output of another one or of the same."""
     torch.manual_seed(0)
     student = teacher.build_student(depth=2)
-    tokens = LayerRegression(teacher, student, student.layer_mean)
-    head = nn.Linear(student.embed_dim, other.embed_dim)
-    return Distillation(student, {"tokens": tokens, "pooled": PooledCosine(other, head, weight=0.5)})
+    tokens = LayerRegression(LayerRegression.Options(), teacher, student, student.layer_mean)
+    pooled = PooledCosine(Term(weight=0.5), other, student, student.layer_mean)
+    return Distillation(student, {"tokens": tokens, "pooled": pooled})
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -190,7 +198,7 @@ def test_the_share_of_cls(teacher: Any) -> None:
     """1 / T is as of any token; half of the loss is that of all patches."""
     torch.manual_seed(0)
     student = teacher.build_student(depth=2)
-    usual, same, half = (DistillationModel(teacher, student, cls_weight=each) for each in (None, 1 / 17, 0.5))
+    usual, same, half = (model_with(teacher, student, cls_weight=share) for share in (None, 1 / 17, 0.5))
     regression = usual(images())
     errors_BT = (regression.prediction - regression.target).square().mean(dim=-1)
     assert errors_BT.shape[1] == 17
@@ -198,11 +206,11 @@ def test_the_share_of_cls(teacher: Any) -> None:
     expected = (errors_BT[:, 0].mean() + errors_BT[:, 1:].mean()) / 2
     torch.testing.assert_close(half.loss(regression, images()), expected)
     with pytest.raises(ValueError, match="cls_weight: allowed only with extra_tokens 'regress' and a teacher"):
-        DistillationModel(teacher, student, cls_weight=0.5, extra_tokens="drop")
+        DistillationModel(teacher, student, extra_tokens="drop", objectives={"tokens": {"cls_weight": 0.5}})
 
 
 def test_cosine_and_smooth_l1(teacher: Any) -> None:
-    model = DistillationModel(teacher, teacher.build_student(depth=2), loss="cosine_smooth_l1")
+    model = model_with(teacher, teacher.build_student(depth=2), loss="cosine_smooth_l1")
     regression = model(images())
     ours, theirs = regression.prediction, regression.target
     difference = (ours - theirs).abs()
@@ -217,11 +225,11 @@ def test_the_image_embedding_of_data2vec() -> None:
     teacher = load_teacher(GOLDEN / "tiny_base.pt", projected=True)
     torch.manual_seed(0)
     student = teacher.build_student(depth=2, projected=True)
-    model = DistillationModel(teacher, student, weight=0.5, embedding_weight=2.0)
+    model = model_with(teacher, student, embedding=2.0, weight=0.5)
     results = model(images())
     theirs, _ = teacher.forward_blocks(teacher.encode(images()))
     ours, _ = student.forward_blocks(student.encode(images()))
-    torch.testing.assert_close(results.others[0].target, theirs[:, 0])
+    torch.testing.assert_close(results.others[0].target, normalize(theirs[:, 0]))
     torch.testing.assert_close(student.embed(images(), representation="projected"), ours[:, 0])
     products = (ours[:, 0] * theirs[:, 0]).sum(dim=1) / (ours[:, 0].norm(dim=1) * theirs[:, 0].norm(dim=1))
     tokens = DistillationModel(teacher, student)
@@ -229,11 +237,14 @@ def test_the_image_embedding_of_data2vec() -> None:
     weighted = 0.5 * expected["tokens"] + 2 * expected["embedding"]
     torch.testing.assert_close(dict(model.loss(results, images())), expected | {"total": weighted})
     narrow = teacher.build_student(depth=2, embed_dim=24, projected=True)
-    alone = DistillationModel(teacher, narrow, weight=0, embedding_weight=1.0)
+    alone = model_with(teacher, narrow, embedding=1.0, weight=0.0)
     output, _ = narrow.forward_blocks(narrow.encode(images()))
-    projected = alone(images()).prediction
-    torch.testing.assert_close(projected, narrow.projection.linear(output[:, 0]))
-    assert projected.shape == theirs[:, 0].shape
+    projected, target, *_ = alone(images())
+    expected = normalize(narrow.projection.linear(output[:, 0]))
+    torch.testing.assert_close(normalize(projected), expected)
+    torch.testing.assert_close(target, normalize(theirs[:, 0]))
+    for length in (0.9, 1.1):  # the loss leaves it free, but Health compares with the target
+        assert mse_loss(projected, target) < mse_loss(length * projected, target)
     losses = train(alone)  # each trained parameter has a gradient
     assert losses[-1] < 0.5 * losses[0]
     assert any(name.startswith("student.projection.") for name in alone.state_dict())
@@ -241,9 +252,9 @@ def test_the_image_embedding_of_data2vec() -> None:
 
 def test_the_image_embedding_of_sound_leaves_out_padding() -> None:
     teacher = load_teacher(GOLDEN / "audio_base.pt", projected=True)
-    model = DistillationModel(teacher, teacher.build_student(depth=1, projected=True), embedding_weight=1.0)
+    model = model_with(teacher, teacher.build_student(depth=1, projected=True), embedding=1.0)
     clips, lengths = torch.rand(2, 4000, generator=torch.Generator().manual_seed(1)) - 0.5, torch.tensor([4000, 2500])
     found = model({"audio": clips, "lengths": lengths}).others[0].target
-    torch.testing.assert_close(found, teacher.embed(clips, "mean_patches", lengths=lengths))
-    alone = teacher.embed(clips[1:, :2500], "mean_patches")
+    torch.testing.assert_close(found, normalize(teacher.embed(clips, "mean_patches", lengths=lengths)))
+    alone = normalize(teacher.embed(clips[1:, :2500], "mean_patches"))
     torch.testing.assert_close(found[1:], alone, rtol=1e-3, atol=1e-4)

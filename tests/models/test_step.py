@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from d2v_composer.models.configs import ImageEncoderConfig, TeacherConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
-from d2v_composer.models.distillation import DistillationModel
+from d2v_composer.objectives.distillation import DistillationModel
 from helpers import peak_allocated
 
 MIB = 2**20

@@ -1,5 +1,6 @@
 """A student of any architecture: a timm model whose features have a grid."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +10,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2v_composer import DistillationModel, load_teacher
-from d2v_composer.models.compilation import compile_model
-from d2v_composer.models.configs import ImageEncoderConfig, TeacherConfig
+from d2v_composer import DistillationModel, load_student, load_teacher
+from d2v_composer.checkpoints.load import save_student
+from d2v_composer.checkpoints.student_file import timm_call
+from d2v_composer.models.configs import ImageEncoderConfig, TeacherConfig, TimmNetworkConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
+from d2v_composer.models.timm_network import NetworkStudent
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, materialize, teacher_config
+from d2v_composer.objectives.compilation import compile_model
+from d2v_composer.system.errors import InputError
 from helpers import GOLDEN
 
 # Features as (B, C, height, width), with a wider pooled feature, as (B, height, width, C), as tokens with CLS.
@@ -80,9 +85,45 @@ def test_what_one_gets_is_timms(teacher: Any) -> None:
     torch.testing.assert_close(student.embed(images(), "mean"), features.mean(dim=(2, 3)))
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "problem"),
+    [
+        ("deit_tiny_distilled_patch16_224", 32, ""),  # two classifiers
+        ("eva02_tiny_patch14_224", 28, ""),  # none, unless one asks for it
+        ("test_vit_relpos", 32, ""),  # another size, which no weight shows
+        pytest.param("efficientformer_l1", 224, "", marks=pytest.mark.slow),  # whole numbers among the weights
+        ("levit_128s", 32, "the outputs differ"),
+        pytest.param("repvit_m0_9", 32, "the outputs differ", marks=pytest.mark.slow),
+        pytest.param("caformer_s18", 32, "is invalid for input of size", marks=pytest.mark.slow),
+    ],
+)
+def test_a_file_computes_the_same_in_timm_or_is_not_written(tmp_path: Path, name: str, size: int, problem: str) -> None:
+    """The features of a student, and the logits of a fine-tuned one."""
+    torch.manual_seed(0)
+    data = {"timm": timm.__version__, "image_size": size, "interpolation": "bicubic"}
+    student = NetworkStudent(TimmNetworkConfig(model=f"timm/{name}", **data)).eval()
+    for key, buffer in student.named_buffers():
+        if "running_" in key:  # as after training
+            buffer.add_(torch.rand_like(buffer))
+    path, pictures = tmp_path / "student.safetensors", student.encoder.prepare(images(2, size))
+    save_student(student, path)
+    expected = student.embed(pictures)
+    model = eval(timm_call(student, path)).eval()
+    torch.testing.assert_close(model.forward_head(model.forward_features(pictures), pre_logits=True), expected)
+    torch.testing.assert_close(load_student(path).embed(pictures), expected)
+    student.head = torch.nn.Linear(expected.shape[1], 3)
+    if problem:
+        with pytest.raises(InputError, match=f"classifier.safetensors: timm would compute something else; .*{problem}"):
+            save_student(student, tmp_path / "classifier.safetensors")
+        assert [each.name for each in tmp_path.iterdir()] == ["student.safetensors"]
+        return
+    save_student(student, path)
+    torch.testing.assert_close(eval(timm_call(student, path)).eval()(pictures), student.head(expected))
+
+
 def test_registers_are_left_out(teacher_with_registers: TimmTeacher) -> None:
     teacher, pictures = teacher_with_registers, images(2, 56)
-    model = DistillationModel(teacher, teacher.build_student(model="timm/resnet10t"), target_source="block")
+    model = DistillationModel(teacher, teacher.build_student(model="timm/resnet10t"), source="block")
     _, targets = model.frozen_pass(model.inputs_of(pictures))
     layers = [block for block, _ in teacher.iterate_blocks(teacher.encode(pictures))]
     kept = [torch.cat([each[:, :1], each[:, 5:]], dim=1) for each in layers]
@@ -129,6 +170,7 @@ def test_it_can_be_compiled(teacher: Any) -> None:
         ({"model": "timm/no_such"}, "no model 'timm/no_such'"),
         ({"model": "resnet18"}, "no model 'resnet18'; expected timm/NAME"),
         ({"model": "timm/coat_tiny"}, "timm/coat_tiny gives no grid of features for"),
+        ({"model": "timm/qwen3_vit_88m_enc"}, "timm/qwen3_vit_88m_enc gives no grid of features for"),
         ({"model": "timm/resnet10t", "depth": 3}, "depth"),
     ],
 )

@@ -7,15 +7,16 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import normalize
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.models.configs import TeacherConfig
-from d2v_composer.models.distillation import DistillationModel
 from d2v_composer.models.encoder import Inputs, Tokens
 from d2v_composer.models.timm_network import projection_width
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, teacher_config
+from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.system.errors import InputError
 
 SMALL = {"embed_dim": 48, "num_heads": 4, "depth": 4, "img_size": 64}
@@ -152,7 +153,7 @@ def test_a_student_learns_on_its_encoder(name: str, source: Any) -> None:
     torch.manual_seed(0)
     teacher = build_teacher(name)
     student = teacher.build_student(depth=2)
-    model = DistillationModel(teacher, student, target_source=source)
+    model = DistillationModel(teacher, student, source=source)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert "student.blocks.0.norm0.weight" in trained
     assert set(model.state_dict()) == {
@@ -261,8 +262,8 @@ def test_its_image_embedding_is_timms(name: str, outputs: int) -> None:
     assert teacher.projected_width == expected.shape[1]
     torch.manual_seed(0)
     student = teacher.build_student(depth=1, projected=True)
-    distillation = DistillationModel(teacher, student, embedding_weight=1.0)
-    assert_equal_to_1e_5(distillation(images).others[0].target, expected)
+    distillation = DistillationModel(teacher, student, objectives={"tokens": {}, "embedding": {"weight": 1.0}})
+    assert_equal_to_1e_5(distillation(images).others[0].target, normalize(expected))
     output = student.features(student.encoder(Inputs(images))).output
     with torch.no_grad():
         theirs = teacher.projection.model.forward_head(norm(output))

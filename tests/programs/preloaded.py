@@ -3,6 +3,9 @@
 A start takes milliseconds instead of the five seconds of those imports. Each program is still a process of its own. It
 has its own pid, session, environment, directory, output and exit status. Its threads, exit handlers and output end like
 any interpreter's; only its modules are not torn down, which takes half a second.
+
+All test processes share one server. It imports when the first of them connects, and ends with the process that started
+it.
 """
 
 import atexit
@@ -27,6 +30,9 @@ from typing import Any
 
 REQUEST_BYTES, ANSWER_BYTES = 1 << 20, 1 << 8
 START_SECONDS = 300
+STDIN = 0
+ADDRESS = "PRELOADED_PYTHON"
+"""The variable with the server's name among Linux's abstract sockets, which leave no file behind."""
 
 
 class Program:
@@ -80,21 +86,30 @@ class Program:
         self.send_signal(signal.SIGKILL)
 
 
+def start_server() -> subprocess.Popen[bytes]:
+    """Start the server of this process and its children; it ends when its input is closed."""
+    os.environ[ADDRESS] = f"preloaded-{os.getpid()}"
+    # OpenMP and OpenBLAS read it when they load; one thread also means that no thread exists when the server forks.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(f"\0{os.environ[ADDRESS]}")
+        listener.listen()
+        command, passed = [sys.executable, __file__, str(listener.fileno())], [listener.fileno()]
+        return subprocess.Popen(
+            command, env=environment, pass_fds=passed, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+        )
+
+
 class PreloadedPython:
-    """Starts programs; the server, and none of the programs, ends with this process."""
+    """Starts programs; the server ends with the process that started it, and none of the programs does."""
 
     def __init__(self) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._server = None if ADDRESS in os.environ else start_server()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.connect(f"\0{os.environ[ADDRESS]}")
         self._statuses: dict[int, int] = {}
         self.megabytes: dict[int, int] = {}
         """pid → the program's peak memory, which includes the imports' 600 MB."""
-        # OpenMP and OpenBLAS read it when they load; one thread also means that no thread exists when the server forks.
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, str(theirs.fileno())]
-        self._process = subprocess.Popen(
-            command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        theirs.close()
 
     def start(self, arguments: list[str], cwd: Path, environment: dict[str, str]) -> Program:
         """Start ``python ARGUMENTS``."""
@@ -127,37 +142,52 @@ class PreloadedPython:
         return message
 
 
-def serve(connection: socket.socket) -> dict[str, Any]:
+def serve(listener: socket.socket, first: socket.socket) -> dict[str, Any]:
     """Fork for each request, and report each exit. Return the request in the child; the server never returns."""
-    running: dict[int, int] = {}  # its pidfd -> pid
+    connections = {first.fileno(): first}
+    running: dict[int, tuple[int, socket.socket]] = {}  # its pidfd → its pid, and the connection that asked for it
     while True:
-        for ready in select.select([connection.fileno(), *running], [], [])[0]:
-            if ready in running:
-                pid = running.pop(ready)
+        for ready in select.select([STDIN, listener.fileno(), *connections, *running], [], [])[0]:
+            if ready == STDIN:  # closed
+                os._exit(0)
+            elif ready == listener.fileno():
+                connection, _ = listener.accept()
+                connections[connection.fileno()] = connection
+            elif ready in running:
+                pid, connection = running.pop(ready)
                 os.close(ready)
                 _, status, usage = os.wait4(pid, 0)
                 answer(connection, pid, os.waitstatus_to_exitcode(status), usage.ru_maxrss >> 10)
-                continue
-            message, descriptors, _, _ = socket.recv_fds(connection, REQUEST_BYTES, 2)
-            if not message:
-                os._exit(0)
-            pid = os.fork()
-            if pid == 0:
-                connection.close()
-                for pidfd in running:
-                    os.close(pidfd)
-                for target, descriptor in enumerate(descriptors, start=1):
-                    os.dup2(descriptor, target)
+            else:
+                message, descriptors, _, _ = socket.recv_fds(connections[ready], REQUEST_BYTES, 2)
+                if not message:  # this test process has ended
+                    connections.pop(ready).close()
+                    continue
+                pid = os.fork()
+                if pid == 0:
+                    for each in (listener, *connections.values()):
+                        each.close()
+                    for pidfd in running:
+                        os.close(pidfd)
+                    take_streams(descriptors)
+                    return json.loads(message)
+                for descriptor in descriptors:
                     os.close(descriptor)
-                return json.loads(message)
-            for descriptor in descriptors:
-                os.close(descriptor)
-            running[os.pidfd_open(pid)] = pid
-            answer(connection, pid, None)
+                running[os.pidfd_open(pid)] = pid, connections[ready]
+                answer(connections[ready], pid, None)
+
+
+def take_streams(outputs: Sequence[int]) -> None:
+    """Use nothing as the input of this process, and descriptors as its outputs."""
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), STDIN)
+    for target, descriptor in enumerate(outputs, start=1):
+        os.dup2(descriptor, target)
+        os.close(descriptor)
 
 
 def answer(connection: socket.socket, pid: int, status: int | None, megabytes: int = 0) -> None:
-    with suppress(BrokenPipeError):  # the test process has ended
+    with suppress(OSError):  # the test process has ended
         connection.send(json.dumps({"pid": pid, "status": status, "megabytes": megabytes}).encode())
 
 
@@ -184,6 +214,13 @@ def run(request: dict[str, Any]) -> None:
     sys.exit(status)  # pyright: ignore[reportArgumentType]
 
 
+def know_the_machine() -> None:
+    """Tell Composer what it asks for: another process, for a second, and at each checkpoint the list of its files."""
+    collect_env: Any = importlib.import_module("composer.utils.collect_env")
+    collect_env.get_cpu_model = lambda: "CPU"
+    collect_env.get_composer_commit_hash = lambda: None
+
+
 def execute(arguments: list[str]) -> None:
     """Run ``python ARGUMENTS``."""
     first, *rest = arguments
@@ -200,16 +237,19 @@ def execute(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    listener = socket.socket(fileno=int(sys.argv[1]))
+    if listener not in select.select([STDIN, listener], [], [])[0]:  # no test needed a program
+        sys.exit()
+    first, _ = listener.accept()
+
     import torch
 
-    PRELOADED = ("composer", "streaming", "d2v_composer.builders.run", "d2v_composer.report.page")
+    # timm imports wandb, which reads the docstrings of its classes: seconds, if many modules are there already.
+    PRELOADED = ("wandb", "composer", "streaming", "d2v_composer.builders.run", "d2v_composer.report.page")
     for name in (*PRELOADED, "d2v_composer.checkpoints.export", "d2v_composer.config.load", "d2v_composer.embedding"):
         with suppress(ImportError):  # its place may change, and a later import takes only longer
             importlib.import_module(name)
-    from composer.utils.collect_env import get_cpu_model
-
-    get_cpu_model()  # a second of another process, and kept
+    know_the_machine()
     gc.collect()
     gc.freeze()  # at its end, a program need not look for garbage among the imports: 1.4 s
-    request = serve(socket.socket(fileno=int(sys.argv[1])))
-    run(request)
+    run(serve(listener, first))

@@ -22,7 +22,6 @@ from helpers import (
     assert_same_losses,
     assert_same_student,
     assert_succeed,
-    d2v,
     encoded_clip,
     failure,
     family_of,
@@ -32,6 +31,7 @@ from helpers import (
     run_training,
     start_python,
     started_ranks,
+    succeed,
     traced,
     train_command,
     train_until_killed,
@@ -57,8 +57,7 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clips(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The clips as MDS; read-only."""
     folder = tmp_path_factory.mktemp("clips") / "train"
-    ended = d2v("convert-audio", sounds, folder, "--labels", "none", "--shard-size", "60kb", "--workers", "1")
-    assert ended.returncode == 0, ended.stderr
+    succeed("convert-audio", sounds, folder, "--labels", "none", "--shard-size", "60kb", "--workers", "1")
     return folder
 
 
@@ -163,20 +162,6 @@ def test_a_killed_run_ends_bit_for_bit(clips: Path, uninterrupted: Path, tmp_pat
     assert losses_of(tmp_path) == losses_of(uninterrupted / "run")
 
 
-def test_a_run_whose_worker_is_killed_ends_and_resumes(clips: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    """10, 18."""
-    options = ["train_loader.num_workers=1"]
-    with recorded(tmp_path, clips, *options, environment={"AT": "batch_end 8 pause"}) as [program]:
-        wait_until(lambda: "pauses" in program.stdout, seconds=60)
-        for worker in family_of(program.pid)[1:]:
-            worker.kill()
-        assert program.wait(60) == 1
-    assert "worker" in failure(program, 1)
-    with recorded(tmp_path, clips, *options) as programs:
-        assert_succeed(programs)
-    assert read_record(tmp_path) == read_record(uninterrupted)
-
-
 def test_a_data_set_without_lengths_is_refused(clips: Path, tmp_path: Path) -> None:
     """18: in one line that says what to do."""
     data = shutil.copytree(clips, tmp_path / "clips")
@@ -190,8 +175,7 @@ def test_a_data_set_without_lengths_is_refused(clips: Path, tmp_path: Path) -> N
 def test_a_conversion_is_whole_or_nothing(sounds: Path, tmp_path: Path) -> None:
     """9: killed twice, the same command goes on to the same bytes, which Streaming reads."""
     arguments = ["--labels", "none", "--shard-size", "20kb"]
-    ended = d2v("convert-audio", sounds, tmp_path / "whole", *arguments, "--workers", "2")
-    assert ended.returncode == 0, ended.stderr
+    succeed("convert-audio", sounds, tmp_path / "whole", *arguments, "--workers", "2")
     out = tmp_path / "killed"
     for number in (1, 5):
         program = start_python(*D2V, "convert-audio", sounds, out, *arguments, "--workers", "1")
@@ -201,7 +185,7 @@ def test_a_conversion_is_whole_or_nothing(sounds: Path, tmp_path: Path) -> None:
         program.wait(30)
         assert_gone(family)
         assert not (out / "index.json").exists()
-    assert d2v("convert-audio", sounds, out, *arguments, "--workers", "3").returncode == 0
+    succeed("convert-audio", sounds, out, *arguments, "--workers", "3")
     trees = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (tmp_path / "whole", out)]
     assert trees[0] == trees[1]
     dataset: Any = StreamingDataset(local=str(out), shuffle=False, batch_size=1)
@@ -214,8 +198,7 @@ def test_a_run_from_a_store(sounds: Path, uninterrupted: Path, object_store: Gat
     """4, 6: converted to a store and trained from it, the losses of a folder; without the lengths, one line."""
     address, reach = object_store.create_bucket("sound"), object_store.environment
     source = [sounds, f"{address}/train", "--labels", "none", "--shard-size", "60kb"]
-    ended = d2v("convert-audio", *source, environment=reach)
-    assert ended.returncode == 0, ended.stderr
+    succeed("convert-audio", *source, environment=reach)
     arguments = [f"train_loader.remote={address}/train"]
     run_training(*small_audio_run(tmp_path / "run", tmp_path / "cache", *arguments), environment=reach)
     assert_same_losses(losses_of(tmp_path / "run"), losses_of(uninterrupted / "run"), 14)

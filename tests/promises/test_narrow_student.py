@@ -10,7 +10,6 @@ from d2v_composer import load_student
 from helpers import (
     ROOT,
     assert_same_losses,
-    assert_same_student,
     d2v,
     load_checkpoint,
     losses_of,
@@ -18,8 +17,8 @@ from helpers import (
     run_training,
     small_run,
     student_of,
+    succeed,
     train_command,
-    train_until_killed,
 )
 
 NARROW = "student.embed_dim=20"  # of the teacher's 48
@@ -33,14 +32,10 @@ def narrow(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
     return folder
 
 
-def test_a_killed_run_resumes_bit_for_bit_and_two_ranks_train_as_one(
+def test_a_checkpoint_holds_all_that_trains_and_two_ranks_train_as_one(
     narrow: Path, small_data: Path, tmp_path: Path
 ) -> None:
-    """3, 8, 10: and a checkpoint holds the input projection, blocks and the objective's head."""
-    arguments = small_run(tmp_path / "killed", small_data, NARROW)
-    train_until_killed(arguments, "batch_start 9")
-    run_training(*arguments)
-    assert_same_student(tmp_path / "killed", narrow)
+    """3, 8, 10: the input projection, blocks and the objective's head."""
     own = {name: tensor.shape for name, tensor in student_of(narrow).items() if ".blocks." not in name}
     assert own == {
         "student.input_proj.weight": (20, 48),
@@ -59,13 +54,12 @@ def test_evaluate_embed_and_export_read_the_narrow_embedding(narrow: Path, label
     found = {}
     for model in (checkpoint, exported):
         out = tmp_path / f"{model.name}.npy"
-        assert d2v("embed", model, labeled / "test", out).returncode == 0
+        succeed("embed", model, labeled / "test", out)
         found[model] = np.load(out)
     assert found[exported].shape == (48, 20)
     np.testing.assert_allclose(found[exported], found[checkpoint], atol=1e-5)
     datasets = f"datasets={{cifar10: {{format: mds, root: {labeled}}}}}"
-    evaluated = d2v("evaluate", ROOT / "yamls" / "evaluate.yaml", f"model={checkpoint}", datasets)
-    assert evaluated.returncode == 0, evaluated.stderr
+    succeed("evaluate", ROOT / "yamls" / "evaluate.yaml", f"model={checkpoint}", datasets)
     student, trained = load_student(exported), load_checkpoint(checkpoint)["state"]["model"]
     assert torch.equal(student.state_dict()["input_proj.weight"], trained["student.input_proj.weight"])
     assert not any("head" in name for name in student.state_dict())

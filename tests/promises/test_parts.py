@@ -14,17 +14,19 @@ import pyarrow.parquet as pq
 import pytest
 from streaming import StreamingDataset
 
-from containers import write_all
+from containers import write_all, write_parquet
 from gated_store import GatedStore
 from helpers import (
     D2V,
     GOLDEN,
+    contents_of,
     d2v,
     encoded_image,
     failure,
     run_ranks,
     start_python,
     started_ranks,
+    succeed,
     wait_until,
     write_mds,
 )
@@ -43,12 +45,6 @@ def slow(*values: Any) -> Any:
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     images = [encoded_image(number) for number in range(NUM_IMAGES)]
     return write_all(tmp_path_factory.mktemp("sources"), images, [number % 4 for number in range(NUM_IMAGES)], 4)
-
-
-def succeed(*arguments: str | Path, **options: Any) -> str:
-    ended = d2v(*arguments, **options)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout
 
 
 def make_parts(count: int, *command: str | Path, kill: bool = True, **options: Any) -> None:
@@ -74,16 +70,12 @@ def samples_of(folder: Path) -> list[tuple[bytes, int]]:
     return sorted((each["image"], each["label"]) for each in StreamingDataset(local=str(folder), batch_size=1))
 
 
-def contents_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize(
     ("kind", "count"),
     [
         ("folder", 3),
         *(slow(*each) for each in itertools.product(("folder", "tars", "mds"), (1, 16))),
-        *(slow(kind, 3) for kind in ("tars", "struct")),
+        *(slow(kind, 3) for kind in ("tars", "zips", "struct")),
     ],
 )
 def test_parts_of_a_conversion(sources: dict[str, list[str]], tmp_path: Path, kind: str, count: int) -> None:
@@ -96,16 +88,17 @@ def test_parts_of_a_conversion(sources: dict[str, list[str]], tmp_path: Path, ki
     (out / "conversion.json").write_text("{}")
     assert failure(d2v("merge", out), 2) == f"error: {out} holds another data set; remove its conversion.json"
     (out / "conversion.json").unlink()
-    report = succeed("merge", out)
+    report = succeed("merge", out).stdout
     assert f"wrote {out}: {NUM_IMAGES} samples" in report
-    assert f"next: composer recipes/train.py yamls/distill.yaml train_loader.local={out}" in report
+    assert f" train distill.yaml train_loader.local={out}" in report
     assert samples_of(out) == samples_of(whole)
     if kind == "folder" or count != 3:  # not of files
         assert shards_of(out) == shards_of(whole)
         assert (out / "conversion.json").read_bytes() == (whole / "conversion.json").read_bytes()
     before = contents_of(out)
-    assert "exists already" in succeed(
-        "convert-images", source, out, *options, *CONVERT, "--part", f"{count - 1}/{count}"
+    assert (
+        "exists already"
+        in succeed("convert-images", source, out, *options, *CONVERT, "--part", f"{count - 1}/{count}").stdout
     )
     succeed("merge", out)
     assert contents_of(out) == before
@@ -125,7 +118,7 @@ def test_parts_of_embeddings(sources: dict[str, list[str]], tmp_path: Path, kind
     succeed("embed", TEACHER, source, whole, *EMBED)
     make_parts(count, "embed", TEACHER, source, out, *EMBED)
     assert not out.exists()
-    assert f"wrote {out}: {NUM_IMAGES} embeddings of 48 channels" in succeed("merge", out)
+    assert f"wrote {out}: {NUM_IMAGES} embeddings of 48 channels" in succeed("merge", out).stdout
     found, expected = map(read_table, (out, whole))
     assert found[0] == expected[0]
     if kind == "tars":
@@ -134,7 +127,7 @@ def test_parts_of_embeddings(sources: dict[str, list[str]], tmp_path: Path, kind
         np.testing.assert_array_equal(found[1], expected[1])
     if suffix == ".npy" and kind != "tars":
         assert contents_of(tmp_path)["out.npy"] == whole.read_bytes()
-    assert "exists already" in succeed("embed", TEACHER, source, out, *EMBED, "--part", f"0/{count}")
+    assert "exists already" in succeed("embed", TEACHER, source, out, *EMBED, "--part", f"0/{count}").stdout
     message = failure(d2v("merge", out), 2)
     assert message == f"error: {out} already exists; choose another file, or append --overwrite"
 
@@ -148,58 +141,87 @@ def read_table(path: Path) -> tuple[list[Any], np.ndarray]:
     return table["id"].to_pylist(), np.array(table["embedding"].to_pylist(), np.float32)
 
 
-def test_parts_that_do_not_fit_are_one_line(sources: dict[str, list[str]], tmp_path: Path) -> None:
-    source, *options = sources["folder"]
+def convert_part(source: list[str], out: Path, part: str) -> None:
+    succeed("convert-images", source[0], out, *source[1:], *CONVERT, "--part", part)
+
+
+def embed_part(source: list[str], out: Path, part: str, *options: str) -> None:
+    succeed("embed", TEACHER, source[0], out, *EMBED, *options, "--part", part)
+
+
+def not_merged(out: Path) -> str:
+    return failure(d2v("merge", out), 2)
+
+
+def test_a_missing_part_is_named(sources: dict[str, list[str]], tmp_path: Path) -> None:
+    data, table = tmp_path / "out", tmp_path / "table.npy"
+    for part in ("0/3", "2/3"):
+        convert_part(sources["folder"], data, part)
+        embed_part(sources["folder"], table, part)
+    for out, folder in ((data, data / "parts"), (table, tmp_path / "table.npy.parts")):
+        assert not_merged(out) == f"error: {folder}: of 3 parts, these are missing: 1"
+
+
+def test_parts_of_another_command_are_named(sources: dict[str, list[str]], tmp_path: Path) -> None:
+    """They are of other images, made otherwise, doubled, or one of another number of parts."""
     out, table = tmp_path / "out", tmp_path / "table.npy"
-    for number in (0, 2):
-        succeed("convert-images", source, out, *options, *CONVERT, "--part", f"{number}/3")
-        succeed("embed", TEACHER, source, table, *EMBED, "--part", f"{number}/3")
-    for each, folder in ((out, out / "parts"), (table, tmp_path / "table.npy.parts")):
-        assert failure(d2v("merge", each), 2) == f"error: {folder}: of 3 parts, these are missing: 1"
-    # A foreign part: of other images, or made otherwise.
-    other = sources["bytes"]
-    again = "convert-images", *other, out, *CONVERT, "--part", "2/3"
+    convert_part(sources["folder"], out, "1/2")
+    other = d2v("convert-images", *sources["bytes"], out, *CONVERT, "--part", "1/2")
     another = "was made with another source, labels, label_column than this command; remove it"
-    assert failure(d2v(*again), 2).endswith(f"00002-of-00003 {another}")
-    settings = ("--normalize", "--part", "1/3")
-    succeed("embed", TEACHER, source, table, *EMBED, *settings)
-    assert failure(d2v("merge", table), 2).endswith(
-        "00001-of-00003.npy was made with another normalize than 00000-of-00003; remove it"
-    )
-    # A doubled part.
-    shutil.copytree(out / "parts" / "00002-of-00003", out / "parts" / "00001-of-00003")
-    assert failure(d2v("merge", out), 2) == f"error: {out}/parts/00001-of-00003 holds part 2 of 3; remove it"
-    shutil.rmtree(out / "parts" / "00001-of-00003")
-    succeed("convert-images", source, out, *options, *CONVERT, "--part", "0/2")
-    assert failure(d2v("merge", out), 2) == f"error: {out}/parts has parts of 2 and of 3; keep only one set"
+    assert failure(other, 2).endswith(f"00001-of-00002 {another}")
+    embed_part(sources["folder"], table, "0/2")
+    embed_part(sources["folder"], table, "1/2", "--normalize")
+    said = "00001-of-00002.npy was made with another normalize than 00000-of-00002; remove it"
+    assert not_merged(table).endswith(said)
+    shutil.copytree(out / "parts" / "00001-of-00002", out / "parts" / "00000-of-00002")
+    assert not_merged(out) == f"error: {out}/parts/00000-of-00002 holds part 1 of 2; remove it"
     shutil.rmtree(out / "parts" / "00000-of-00002")
-    # A damaged part, and files that are not ours.
-    succeed("convert-images", source, out, *options, *CONVERT, "--part", "1/3")
-    shard = next((out / "parts" / "00001-of-00003").glob("*.mds"))
+    convert_part(sources["folder"], out, "0/3")
+    assert not_merged(out) == f"error: {out}/parts has parts of 2 and of 3; keep only one set"
+
+
+def test_parts_whose_images_changed_are_not_merged(tmp_path: Path) -> None:
+    """A Parquet file of paths is the same, but not the images that it names."""
+    for number in range(8):
+        (tmp_path / f"{number}.png").write_bytes(encoded_image(number))
+    source = [str(write_parquet(tmp_path / "x.parquet", {"path": [f"{number}.png" for number in range(8)]}))]
+    embed_part(source, tmp_path / "o.npy", "0/2")
+    (tmp_path / "0.png").write_bytes(encoded_image(9) + b"more")
+    embed_part(source, tmp_path / "o.npy", "1/2")
+    assert not_merged(tmp_path / "o.npy").endswith("was made with another source than 00000-of-00002; remove it")
+
+
+def test_a_damaged_part_is_named(sources: dict[str, list[str]], tmp_path: Path) -> None:
+    """A shard, an index, rows, or ids of other rows."""
+    out, table = tmp_path / "out", tmp_path / "table.npy"
+    for part in ("0/2", "1/2"):
+        convert_part(sources["folder"], out, part)
+        embed_part(sources["folder"], table, part)
+    shard = next((out / "parts" / "00001-of-00002").glob("*.mds"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    assert failure(d2v("merge", out), 2).endswith(f"{shard.name} is missing or damaged; remove this part")
-    # A damaged index, damaged rows, and rows of another run than their ids.
-    index = out / "parts" / "00000-of-00003" / "index.json"
+    assert not_merged(out).endswith(f"{shard.name} is missing or damaged; remove this part")
+    index = out / "parts" / "00000-of-00002" / "index.json"
     index.write_bytes(index.read_bytes()[:-1])
-    assert failure(d2v("merge", out), 2).startswith(f"error: {index} cannot be read: ")
-    rows = tmp_path / "table.npy.parts" / "00002-of-00003.npy"
-    ids = rows.with_suffix(".ids.npy")
-    rows.with_name("00001-of-00003.npy").unlink()
-    succeed("embed", TEACHER, source, table, *EMBED, "--part", "1/3")
-    whole_rows, whole_ids = rows.read_bytes(), np.load(ids)
+    assert not_merged(out).startswith(f"error: {index} cannot be read: ")
+    rows = tmp_path / "table.npy.parts" / "00001-of-00002.npy"
+    whole_rows, whole_ids = rows.read_bytes(), np.load(rows.with_suffix(".ids.npy"))
     for bad_rows, bad_ids in ((whole_rows[:-1], whole_ids), (whole_rows, whole_ids[:-1])):
         rows.write_bytes(bad_rows)
-        np.save(ids, bad_ids)
-        assert failure(d2v("merge", table), 2).startswith(f"error: {rows} cannot be read: ")
-        assert not table.exists()
+        np.save(rows.with_suffix(".ids.npy"), bad_ids)
+        assert not_merged(table).startswith(f"error: {rows} cannot be read: ")
+    assert not table.exists()
+
+
+def test_a_part_is_refused_in_one_line(sources: dict[str, list[str]], tmp_path: Path) -> None:
+    """It would stand beside the user's files, or is none of the parts."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
-    message = failure(d2v("convert-images", source, tmp_path / "mine", *options, "--part", "0/2"), 2)
-    assert message == f"error: {tmp_path}/mine holds something other than parts: notes.txt; choose another OUT"
+    refused = d2v("convert-images", *sources["folder"], tmp_path / "mine", "--part", "0/2")
+    said = f"error: {tmp_path}/mine holds something other than parts: notes.txt; choose another OUT"
+    assert failure(refused, 2) == said
     assert os.listdir(tmp_path / "mine") == ["notes.txt"]
-    assert failure(d2v("embed", TEACHER, source, table, "--part", "3/3"), 2) == (
-        "error: argument --part: must be I/N with I from 0 to N - 1, got '3/3'"
-    )
+    refused = d2v("embed", TEACHER, sources["folder"][0], tmp_path / "table.npy", "--part", "3/3")
+    assert failure(refused, 2) == "error: argument --part: must be I/N with I from 0 to N - 1, got '3/3'"
 
 
 def test_parts_with_other_labels_are_not_merged(sources: dict[str, list[str]], tmp_path: Path) -> None:
@@ -226,7 +248,7 @@ def test_a_killed_part_goes_on_where_its_source_has_another_path(tmp_path: Path)
     wait_until(lambda: [*tmp_path.glob("out.npy.parts/.*.partial/*.npz")], seconds=60)
     killed.kill()
     here.rename(there)
-    assert "resumed an interrupted run after " in succeed(*command[2:4], there, *command[5:])
+    assert "resumed an interrupted run after " in succeed(*command[2:4], there, *command[5:]).stdout
 
 
 def test_ranks_embed_to_the_same_bytes(tmp_path: Path) -> None:
@@ -240,7 +262,7 @@ def test_ranks_embed_to_the_same_bytes(tmp_path: Path) -> None:
         wait_until(lambda: [*tmp_path.glob(".out.npy.partial/*.npz")], seconds=60)
         for each in ranks:
             each.kill()
-    assert "resumed an interrupted run after " in succeed(*command[2:], out, *options)
+    assert "resumed an interrupted run after " in succeed(*command[2:], out, *options).stdout
     assert out.read_bytes() == whole.read_bytes()
     run_ranks(*command, out, *options, "--overwrite")
     assert out.read_bytes() == whole.read_bytes()
@@ -261,6 +283,9 @@ def test_parts_in_a_store(sources: dict[str, list[str]], object_store: GatedStor
         if number != 1:
             for each in ("data", "table.npy"):
                 assert "of 3 parts, these are missing: " in failure(d2v("merge", f"{bucket}/{each}", **reach), 2)
+    shard = max(key for key in object_store.objects("parts") if key.endswith(".mds"))
+    with object_store.replaced("parts", shard, b"x"):
+        assert "is missing or damaged; remove this part" in failure(d2v("merge", f"{bucket}/data", **reach), 2)
     for each in ("data", "table.npy"):
         succeed("merge", f"{bucket}/{each}", **reach)
     objects = object_store.objects("parts")

@@ -24,6 +24,7 @@ from helpers import (
     assert_same_student,
     checkpoints_of,
     command_environment,
+    contents_of,
     d2v,
     failure,
     family_of,
@@ -39,6 +40,7 @@ from helpers import (
     start_python,
     started_ranks,
     student_of,
+    succeed,
     traced,
     train_command,
     train_until_killed,
@@ -200,6 +202,25 @@ def test_a_signal_in_a_retrieval(small_data: Path, labeled: Path, tmp_path: Path
     assert list(ours) == [0, 5, 10, 14]
 
 
+def test_a_resumes_log_has_no_number_of_weights_that_no_file_holds(
+    small_data: Path, labeled: Path, tmp_path: Path
+) -> None:
+    """10, 23: the retrieval of batch 6 is of weights that the kill took, and the resumed run measures others."""
+    sets, key = f"retrieval.datasets={{small: {{format: mds, root: {labeled}}}}}", "metrics/small/bank_train/top1"
+    arguments = small_run(tmp_path, small_data, sets, "retrieval.baselines=[]", "save_interval=4ba")
+    train_until_killed([*arguments, "retrieval.interval=3ba"], "batch_start 7")
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 7, "loss/tr')
+    assert [*log_of(tmp_path)[key]] == [0, 3, 6]
+    succeed("report", tmp_path)
+    assert "Zero-shot retrieval on small, layer_mean_cls, batch 3, " in (tmp_path / "report.html").read_text()
+    run_training(*arguments, "retrieval.interval=100ba")
+    assert [*log_of(tmp_path)[key]] == [0, 3, 14]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [line["step"] for line in lines if "loss/train/total" in line]
+    assert losses == [0, 1, 2, 3, 4, *range(4, 14)]
+
+
 @pytest.mark.parametrize(
     ("sent", "name"),
     [(signal.SIGTERM, "SIGTERM"), pytest.param(signal.SIGINT, "Interrupted", marks=pytest.mark.slow)],
@@ -248,12 +269,6 @@ def test_what_a_run_is_cannot_be_changed(uninterrupted: Path, small_data: Path, 
     other = run_command(*train_command(small_run(uninterrupted, labeled / "test", "seed=17")))
     assert "train_loader" in failure(other, 2)
     assert contents_of(uninterrupted) == before
-
-
-def contents_of(folder: Path) -> dict[str, bytes | None]:
-    """Return each file and folder below a folder, except locks, with its content."""
-    paths = (path for path in folder.rglob("*") if path.name != ".in_use")
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
 
 
 @pytest.mark.parametrize("name", ["run.yaml", "notes.txt"])
@@ -387,10 +402,10 @@ def test_a_run_leaves_two_checkpoints_a_log_and_a_record(uninterrupted: Path) ->
     assert all("step" in line for line in lines)
 
 
-@pytest.fixture(scope="module")
-def saving(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Iterator[tuple[Program, Path]]:
+@pytest.fixture
+def saving(tmp_path: Path, small_data: Path) -> Iterator[tuple[Program, Path]]:
     """A run that trains for ever, saves every third batch, and keeps five checkpoints."""
-    folder = tmp_path_factory.mktemp("saving") / "run"
+    folder = tmp_path / "run"
     options = (*ENDLESS, "save_num_checkpoints_to_keep=5")
     program = start_python(*train_command(small_run(folder, small_data, *options))[1:])
     try:
@@ -400,28 +415,28 @@ def saving(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Iterat
         program.kill()
 
 
-def test_a_second_run_in_a_folder_is_refused(saving: tuple[Program, Path], small_data: Path) -> None:
-    """7, 18: the line names the process to stop."""
+def test_readers_and_a_second_run_beside_a_run_that_saves(
+    saving: tuple[Program, Path], small_data: Path, labeled: Path, tmp_path: Path
+) -> None:
+    """20: evaluate, export, embed and report; 7, 18: a second run is refused, and told which process to stop.
+
+    15: at the end of the first, five checkpoints are left.
+    """
     program, folder = saving
-    line = failure(run_command(*train_command(small_run(folder, small_data, *ENDLESS))), 2)
+    newest, datasets = folder / "latest-rank0.pt", f"datasets={{small: {{format: mds, root: {labeled}}}}}"
+    second = start_python(*train_command(small_run(folder, small_data, *ENDLESS))[1:])  # waits ten seconds
+    for ended in (
+        d2v("export", newest, tmp_path / "student.safetensors"),
+        d2v("embed", newest, labeled / "test", tmp_path / "embeddings.npy", "--workers", "0"),
+        d2v("evaluate", f"model={newest}", datasets, "ks=[1]", f"out={tmp_path / 'out'}"),
+        d2v("report", folder),
+    ):
+        assert ended.returncode == 0, ended.stderr
+    second.wait(60)
+    line = failure(second, 2)
     assert str(folder) in line
     assert f"process {program.pid} of {platform.node()}" in line
     assert program.poll() is None
-
-
-def test_readers_beside_a_run_that_saves(saving: tuple[Program, Path], labeled: Path, tmp_path: Path) -> None:
-    """20: evaluate, export, embed and report, again and again; 15: and at its end five checkpoints are left."""
-    program, folder = saving
-    newest, datasets = folder / "latest-rank0.pt", f"datasets={{small: {{format: mds, root: {labeled}}}}}"
-    for i in range(2):
-        for ended in (
-            d2v("export", newest, tmp_path / f"{i}.safetensors"),
-            d2v("embed", newest, labeled / "test", tmp_path / f"{i}.npy", "--workers", "0"),
-            d2v("evaluate", f"model={newest}", datasets, "ks=[1]", f"out={tmp_path / str(i)}"),
-            d2v("report", folder),
-        ):
-            assert ended.returncode == 0, ended.stderr
-            assert program.poll() is None
     program.send_signal(signal.SIGTERM)
     assert program.wait(timeout=60) == 143, program.stderr
     steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines() if "loss/" in line]
@@ -433,7 +448,7 @@ def test_the_quickstart_opens_with_what_it_trains_and_warns_of_nothing(tmp_path:
     """19: in a fresh process, with the warnings of all imports; in a pipe there are lines, no bar."""
     folder = tmp_path / "run"
     options = ("precision=fp32", "max_duration=4ba", "scheduler.t_warmup=2ba")
-    options += ("retrieval.max_images=48", "callbacks.health=null", f"save_folder={folder}")
+    options += ("retrieval.max_images=48", "callbacks.health=null", "report=false", f"save_folder={folder}")
     command = train_command([str(ROOT / "yamls" / "quickstart.yaml"), *options])
     ended = run_command("env", *command, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr

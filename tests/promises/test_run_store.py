@@ -173,6 +173,26 @@ def test_a_refused_run_leaves_no_copy_of_a_stores_checkpoint(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_checkpoint_of_a_store_comes_with_its_log(
+    store: GatedStore, variables: dict[str, str], uninterrupted: Path, small_data: Path, tmp_path: Path
+) -> None:
+    """23: not with this machine's, which is longer, but was left behind."""
+    before, newest, put = "ep1-ba12-rank0.pt", "ep2-ba14-rank0.pt", partial(store.client().put_object, Bucket=BUCKET)
+    for name in (before, newest):
+        put(Key=f"runs/logged/{name}", Body=(uninterrupted / name).read_bytes())
+    put(Key=f"runs/logged/{POINTER}", Body=f"runs/logged/{newest}".encode())
+    put(Key="runs/logged/log.jsonl", Body=b'{"step": 13, "loss/train/total": 1.0}\n')
+    folder = tmp_path / "runs" / "logged"
+    folder.mkdir(parents=True)
+    shutil.copy(uninterrupted / before, folder)
+    (folder / "latest-rank0.pt").symlink_to(before)
+    (folder / ".in_use").write_text(f"s3://{BUCKET}/runs/logged\n")
+    shutil.copy(uninterrupted / "log.jsonl", folder)
+    arguments = small_run(Path("unused"), small_data, f"save_folder=s3://{BUCKET}/runs/logged")
+    run_training(*arguments, cwd=tmp_path, environment=variables)
+    assert losses_of(folder) == {13: 1.0}
+
+
 @pytest.mark.slow
 def test_a_damaged_newest_checkpoint_of_a_store_is_skipped(
     store: GatedStore, variables: dict[str, str], uninterrupted: Path, small_data: Path, tmp_path: Path

@@ -14,7 +14,8 @@ import pytest
 import torch
 import yaml
 
-from d2v_composer.builders.run import build_model, build_run_record
+from d2v_composer.builders.run import build_model
+from d2v_composer.builders.trainer import build_run_record
 from d2v_composer.checkpoints import timm_weights
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
@@ -40,10 +41,29 @@ def test_a_wrong_argument_is_one_line(arguments: list[str], message: str) -> Non
     assert str(raised.value).startswith(message)
 
 
-@pytest.mark.parametrize("rows", ["", "- seed: 18", "a: {seed: 18", "a: 18", "a: {num_images: x}"])
+@pytest.mark.parametrize(
+    "rows", ["", "- seed: 18", "a: {seed: 18", "a: 18", "a: {num_images: x}", "0.1: {}", "a: {}\na: {}"]
+)
 def test_a_malformed_study_is_one_line(rows: str, tmp_path: Path) -> None:
     (tmp_path / "rows.yaml").write_text(rows)
     assert str(tmp_path / "rows.yaml") in refused_by(read_rows, tmp_path)
+
+
+def test_each_row_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["base", "crop 0.9,1", "crop 0.91", "ä", "1.10"]
+    (tmp_path / "rows.yaml").write_text("".join(f'"{name}": {{}}\n' for name in names))
+    started, check = Mock(side_effect=InterruptedError), Mock()
+    monkeypatch.setattr(convert, "convert_cifar10", started)
+    monkeypatch.setattr(ablations, "check_rows", check)
+    with pytest.raises(InterruptedError):
+        ablations.main([str(tmp_path), "--out", str(tmp_path / "out")])
+    commands, folders = check.call_args.args
+    assert [*folders] == names
+    assert len({*folders.values()}) == len(names)
+    assert folders["crop 0.9,1"] == tmp_path / "out" / "crop_0.9,1"
+    for name, (_, _, _, *overrides) in commands.items():
+        config = load_config([str(QUICKSTART.parent / "quickstart.yaml"), *overrides])
+        assert config.run_folder == RunFolder(folders[name]), name
 
 
 def test_a_row_wins_over_the_changes_of_all_rows_and_keeps_its_own_folder(tmp_path: Path) -> None:
@@ -180,13 +200,16 @@ def test_every_row_is_a_valid_run(path: Path, monkeypatch: pytest.MonkeyPatch) -
         return TimmTeacher(built, teacher_config(model, built, first_blocks))
 
     monkeypatch.setattr(timm_weights, "load_timm_teacher", load_timm_teacher)
-    base = config_of(path.parent, {})
+    base, built = config_of(path.parent, {}), set[str]()
     for name, row in read_rows(path.parent).items():
         config = config_of(path.parent, row)
         is_another_reading = reading_of(config) != reading_of(base)
         measures_baselines = config.retrieval.at_start and "teacher" in config.retrieval.baselines
         assert measures_baselines == (name == "base" or is_another_reading), name
-        if config.student.model is None and not config.objectives.embedding.weight:  # those need weights
+        models = str((config.teacher, config.student, config.targets, config.objectives, config.prediction))
+        need_weights = config.student.model or config.objectives.embedding.weight
+        if models not in built and not need_weights:
+            built.add(models)
             with torch.device("meta") if config.teacher.checkpoint is None else nullcontext():
                 model = build_model(config)
             assert len(model.student.blocks) == config.student.depth, name

@@ -1,5 +1,6 @@
 """The fine-tuning command as a user runs it: it learns, resumes, refuses bad input; timm loads its classifier."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -14,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from d2v_composer import load_teacher
-from d2v_composer.checkpoints.load import load_any, save_student
+from d2v_composer.checkpoints.load import save_student
 from d2v_composer.config.load import load_finetune_config
+from d2v_composer.config.reference import load_any
 from d2v_composer.data.labeled import load_labeled_set
 from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.system.errors import InputError
@@ -30,10 +32,12 @@ from helpers import (
     run_command,
     run_ranks,
     student_of,
+    succeed,
     train_until_killed,
     write_mds,
 )
 
+KEYS = ("candidate", "embedding", "bank", "k")
 SCRIPT = ROOT / "recipes" / "finetune.py"
 MIXED = ("algorithms.mixup={}",)
 # Of a killed run: event and batch. A checkpoint is saved at each even batch, an evaluation follows batches 6 and 12.
@@ -103,6 +107,26 @@ def test_blocks_and_head_are_trained_and_the_encoder_keeps_its_bits(finetuned: P
     assert all(torch.equal(before[name], after[f"backbone.{name}"]) for name in encoder)
     assert not any(torch.equal(before[name], after[f"backbone.{name}"]) for name in blocks)
     assert after["head.weight"].abs().max() > 0
+
+
+def test_a_tuned_encoder_stands_in_no_other_models_row(student: Path, labeled: Path, tmp_path: Path) -> None:
+    """An evaluation takes the encoder, also for the untrained student, from the teacher, or leaves both out."""
+    arguments = small_finetuning(tmp_path / "run", student, labeled, "train_encoder=true", "max_duration=2ba")
+    finetune(*arguments, "scheduler.t_warmup=0ba")
+    found, said = {}, ""
+    for name, (model, *options) in {
+        "before": (student, f"teacher={GOLDEN / 'tiny_base.pt'}"),
+        "after": (tmp_path / "run" / "latest-rank0.pt", f"teacher={GOLDEN / 'tiny_base.pt'}"),
+        "alone": (tmp_path / "run" / "latest-rank0.pt",),
+    }.items():
+        sets, out = f"datasets={{small: {{format: mds, root: {labeled}}}}}", tmp_path / name
+        ended = succeed("evaluate", f"model={model}", sets, f"out={out}", "representation=output", *options)
+        said, rows = ended.stderr, json.loads((out / "evaluation.json").read_text())["results"]
+        found[name] = {tuple(row[key] for key in KEYS): row["value"] for row in rows}
+    assert {row for row, *_ in found["alone"]} == {"pixels", "student"}
+    assert "the untrained student is not measured: a tuned encoder needs the teacher; give teacher=PATH" in said
+    changed = {key for key, value in found["before"].items() if found["after"][key] != value}
+    assert {row for row, *_ in changed} == {"student"}
 
 
 @pytest.fixture(scope="module")
@@ -177,13 +201,13 @@ def test_the_classifier_loads_in_timm_with_its_head(finetuned: Path, labeled: Pa
     out = tmp_path / "classifier.safetensors"
     exported = run_command(sys.executable, "-m", "d2v_composer.commands", "export", finetuned / "latest-rank0.pt", out)
     assert exported.returncode == 0, exported.stderr
-    assert "num_classes=4)" in exported.stdout
+    assert "'d2v2_student', num_classes=4, checkpoint_path=" in exported.stdout
     model: Any = timm.create_model("d2v2_student", checkpoint_path=str(out), num_classes=4).eval()
     test = load_labeled_set("mds", labeled, image_size=32, interpolation="bicubic").test
     with torch.no_grad():
         logits = model(model.encoder.prepare(test.samples))
         student, teacher = load_any(finetuned / "latest-rank0.pt")
-        _, named = load_any(finetuned / "latest-rank0.pt", teacher_path=str(GOLDEN / "tiny_base.pt"))
+        _, named = load_any(finetuned / "latest-rank0.pt", teacher=str(GOLDEN / "tiny_base.pt"))
     assert student is not None
     assert teacher is None
     assert named is not None

@@ -108,6 +108,15 @@ def test_ray_embeds_every_kind_of_source_as_the_command(
         ray_embed.main(MODEL, str(sources / kind), str(out), column)
 
 
+def test_ray_leaves_out_no_sample_of_a_damaged_tar(sources: Path, tmp_path: Path) -> None:
+    from recipes import ray_embed
+
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(b"".join((sources / "tars" / f"{first}.tar").read_bytes() for first in (0, 100)))
+    with pytest.raises(InputError, match=rf"^{joined} cannot be read: at byte \d+ is no member, nor its end"):
+        list(ray_embed.read_samples({"address": str(joined), "version": ""}))
+
+
 @pytest.mark.usefixtures("cluster")
 def test_ray_loses_nothing_if_workers_are_killed(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -22,10 +22,12 @@ from playwright.sync_api import Page, sync_playwright
 
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed, export
+from d2v_composer.data.images import Images
+from d2v_composer.data.open import open_source
 from d2v_composer.models.configs import ImageEncoderConfig
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.student import Student, StudentConfig
-from helpers import ROOT
+from helpers import ROOT, truncated
 from recipes import onnx_embed
 
 GUIDES = ROOT / "recipes" / "guides"
@@ -75,6 +77,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "photos" / ".trash").mkdir()
     shutil.copyfile(PHOTOS / "cell.png", folder / "photos" / ".trash" / "cell.png")  # hidden
     Image.open(PHOTOS / "astronaut.png").resize((32, 32)).save(folder / "photos" / "small.png")  # the student's size
+    gray = np.asarray(Image.open(PHOTOS / "camera.png"), np.uint16)
+    Image.fromarray(257 * gray).save(folder / "photos" / "sixteen bits.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         export.main(["student.safetensors", "student.onnx"])
@@ -92,12 +96,25 @@ def check_program(folder: Path, name: str, replaced: str = "") -> None:
     run_python(folder, EMBED, replaced, "student.onnx", "photos", f"{name}.npy")
     (ids, ours), (their_ids, theirs) = load(folder, "photos"), load(folder, name)
     assert their_ids == ids
-    assert len(ids) == 7
+    assert len(ids) == 8
     assert (ours * theirs).sum(axis=1).min() > 0.99999
 
 
 def test_onnxruntime_alone_embeds_as_the_command_does(folder: Path) -> None:
     check_program(folder, "alone")
+
+
+def test_onnxruntime_alone_lists_what_the_command_lists(tmp_path: Path) -> None:
+    """Each image once, whatever links there are: to its folder, to a parent, to another folder, to itself."""
+    photos, others = tmp_path / "photos" / "a" / "b", tmp_path / "others"
+    for folder in (photos, others, photos / ".trash"):
+        folder.mkdir(parents=True)
+        (folder / f"{folder.name}.jpg").touch()
+    for name, target in {"0": "photos", "1": "photos/a", "2": "others", "3.jpg": "photos/a/b/b.jpg"}.items():
+        (photos.parent / name).symlink_to(tmp_path / target)
+    expected = ["a/2/others.jpg", "a/b/b.jpg"]
+    assert onnx_embed.list_images(tmp_path / "photos") == expected
+    assert [*open_source(str(tmp_path / "photos"), Images()).ids] == expected
 
 
 @pytest.mark.parametrize("name", ["photos.npy", "photos.ids.npy"])
@@ -107,6 +124,23 @@ def test_onnxruntime_alone_replaces_nothing(tmp_path: Path, name: str) -> None:
     with pytest.raises(SystemExit, match=rf"^{tmp_path / name} exists; choose another OUT$"):
         onnx_embed.main("none.onnx", "none", str(tmp_path / "photos.npy"))
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_onnxruntime_alone_skips_what_it_cannot_read(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    with pytest.raises(SystemExit, match=f"^{photos}: no image can be read; supported suffixes are .jpg, "):
+        onnx_embed.main(str(folder / "student.onnx"), str(photos), str(tmp_path / "photos.npy"))
+    shutil.copy(folder / "photos" / "small.png", photos)
+    (photos / "cut.jpg").write_bytes(truncated((PHOTOS / "rocket.jpg").read_bytes()))
+    onnx_embed.main(str(folder / "student.onnx"), str(photos), str(tmp_path / "photos.npy"))
+    ids, rows = load(tmp_path, "photos")
+    their_ids, theirs = load(folder, "photos")
+    assert ids == ["small.png"]
+    np.testing.assert_allclose(rows[0], theirs[their_ids.index("small.png")], atol=1e-5)
+    assert capsys.readouterr().err.startswith("skipped cut.jpg: image file is truncated")
 
 
 @pytest.mark.slow

@@ -23,13 +23,11 @@ from d2v_composer.builders.models import build_comparison
 from d2v_composer.checkpoints.load import load_student
 from d2v_composer.commands import export as export_student
 from d2v_composer.config.load import load_evaluate_config
-from d2v_composer.data.containers import open_source
 from d2v_composer.data.images import Images
-from d2v_composer.data.labeled import load_labeled_set
+from d2v_composer.data.open import open_source
 from d2v_composer.embedding import EmbeddingOptions, embed_source
-from d2v_composer.evaluation.evaluate import evaluate
 from d2v_composer.evaluation.metrics import read_jsonl
-from helpers import ROOT, load_checkpoint, losses_of, small_run, student_of
+from helpers import load_checkpoint, losses_of, small_run, student_of
 from recipes import train
 
 pytestmark = [
@@ -107,7 +105,7 @@ def device() -> Iterator[SecondDevice]:
 @pytest.fixture
 def train_there(device: SecondDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make recipes/train.py train on the second device."""
-    monkeypatch.setattr("d2v_composer.builders.run.Trainer", partial(Trainer, device=device))
+    monkeypatch.setattr("d2v_composer.builders.trainer.Trainer", partial(Trainer, device=device))
 
 
 class StopsAt(Callback):
@@ -186,14 +184,14 @@ def test_a_run_with_every_callback_measures_as_on_the_host(
 @pytest.mark.usefixtures("device")
 def test_an_evaluation_measures_as_on_the_host(here: Path, labeled: Path) -> None:
     """With a checkpoint and all its comparisons."""
-    datasets = {"small": load_labeled_set("mds", labeled, image_size=32, interpolation="bicubic")}
-    yaml = str(ROOT / "yamls" / "evaluate.yaml")
-    config = load_evaluate_config([yaml, f"model={here / 'latest-rank0.pt'}", "device_eval_batch_size=40"])
+    sets = f"datasets={{small: {{format: mds, root: {labeled}}}}}"
+    config = load_evaluate_config([f"model={here / 'latest-rank0.pt'}", "device_eval_batch_size=40", sets])
     accuracies = []
     for device in ("xla", "cpu"):
-        found = evaluate(build_comparison(config, device)[1], datasets, device).results
+        _, evaluation = build_comparison(config, device)
+        evaluation.run(device)
         accuracies.append(
-            [(each.candidate.name, each.measure, each.embedding, each.hits.double().mean()) for each in found]
+            [(each.row, each.measure, each.embedding, each.hits.double().mean()) for each in evaluation.results]
         )
     assert [each[:3] for each in accuracies[0]] == [each[:3] for each in accuracies[1]]
     on_device, on_host = ([each[3] for each in found] for found in accuracies)

@@ -1,14 +1,25 @@
 """The verdict that says whether a student is worth it: its numbers, and its advice by the curve's slope."""
 
+import math
+import re
 from typing import Any
 
 import pytest
 import torch
 
-from d2v_composer.evaluation.evaluate import gap_closed_interval
-from d2v_composer.evaluation.metrics import AGREEMENT, BANKS, Measure, metric_key, retrieval_from
-from d2v_composer.report.answer import answer
-from d2v_composer.report.run import Run
+from d2v_composer.evaluation.rows import (
+    AGREEMENT,
+    BANKS,
+    GAP,
+    UNTRAINED,
+    Measure,
+    Result,
+    gap_closed_interval,
+    metric_key,
+    retrieval_from,
+)
+from d2v_composer.report.run import Run, answer
+from d2v_composer.report.tables import accuracy_tables
 
 TOP1 = retrieval_from("train", 1)
 SIZES = {
@@ -23,29 +34,31 @@ def run_of(measure: Measure, teacher: float, *curve: float, model: str | None = 
     """A run whose student was measured every 300 batches, on 1,000 queries, of which the first are hits."""
     retrieval = {"datasets": {"set": {}}, "ks": [3, 1], "representation": "layer_mean", "pooling": "cls"}
     config = {"retrieval": retrieval, "student": {"model": model}}
-    log, hits = {}, {}
+    log = {}
     for bank in BANKS:
         each = measure._replace(key=measure.key.replace("train", bank))
         log[metric_key("set", each)] = {300 * i: value for i, value in enumerate(curve)}
-        log[metric_key("set", each, baseline="teacher")] = {0: teacher}
-    for name, value in {"untrained": curve[0], "": curve[-1], "teacher": teacher}.items():
-        hits[metric_key("set", measure, baseline=name)] = torch.arange(1000) < round(1000 * value)
-    return Run({"config": config, "data": {}, "costs": SIZES, **record}, log, {}, {}, hits)
+        log[metric_key("set", each, row="teacher")] = {0: teacher}
+    last = 300 * (len(curve) - 1)
+    results = [
+        Result(row, "set", measure, "", True, torch.arange(1000) < round(1000 * value), last)
+        for row, value in zip(GAP, (curve[0], curve[-1], teacher), strict=True)
+    ]
+    return Run({"config": config, "data": {}, "costs": SIZES, **record}, log, {}, {}, results)
 
 
-def closed(run: Run, measure: Measure) -> str:
-    hits = [run.hits[metric_key("set", measure, baseline=name)].numpy() for name in ("untrained", "", "teacher")]
-    interval = gap_closed_interval(*hits)
+def closed(run: Run) -> str:
+    interval = gap_closed_interval(*(each.hits.numpy() for each in run.results))
     assert interval is not None
-    value, low, high = (100 * each for each in interval)
+    value, low, high = (100 * each for each in interval[:3])
     assert low < value < high
     return f"{value:.0f} % of the teacher gap, 95 % interval {low:.0f} to {high:.0f}"
 
 
-def scores(measure: str, untrained: float, student: float, teacher: float) -> str:
+def scores(measure: str, untrained: float, student: float, teacher: float, batch: int = 600) -> str:
     return (
-        f"The student scores {student:.1f} % ({measure}, layer_mean_cls); untrained it scored {untrained:.1f} %, "
-        f"and its teacher scores {teacher:.1f} %."
+        f"The student scores {student:.1f} % ({measure}, layer_mean_cls, batch {batch}); untrained it scored "
+        f"{untrained:.1f} %, and its teacher scores {teacher:.1f} %."
     )
 
 
@@ -65,30 +78,44 @@ def scores(measure: str, untrained: float, student: float, teacher: float) -> st
 )
 def test_a_student_with_labels(curve: tuple[float, ...], model: str | None, advice: str) -> None:
     run = run_of(TOP1, 0.6, *curve, model=model)
-    kept = closed(run, TOP1)
+    kept = closed(run)
     assert kept.startswith(f"{100 * (curve[-1] - 0.2) / 0.4:.0f} % ")
     shown = scores("bank train top-1", 20, 100 * curve[-1], 60)
-    assert [*answer(run)] == [f"On set, the student closes {kept}. {shown} {COSTS}{advice}"]
+    expected = [f"On set, the student closes {kept}. {shown} {COSTS}{advice}"]
+    assert [*answer(run)] == expected
+    # An interrupted run logged more, after its checkpoint.
+    assert [*answer(run._replace(log={key: {**each, 900: 0.9} for key, each in run.log.items()}))] == expected
 
 
 def test_a_student_without_labels() -> None:
     run = run_of(AGREEMENT, 1.0, 0.2, 0.5, 0.56)
     longer = "To keep more, try longer training: the last 300 batches closed 8 %."
     shown = scores("neighbor agreement", 20, 56, 100)
-    assert [*answer(run)] == [f"On set, the student closes {closed(run, AGREEMENT)}. {shown} {COSTS} {longer}"]
+    assert [*answer(run)] == [f"On set, the student closes {closed(run)}. {shown} {COSTS} {longer}"]
 
 
 def test_no_gap() -> None:
-    run, shown = run_of(TOP1, 0.3, 0.3, 0.4), scores("bank train top-1", 30, 40, 30)
+    run, shown = run_of(TOP1, 0.3, 0.3, 0.4), scores("bank train top-1", 30, 40, 30, 300)
     assert [*answer(run)] == [f"On set, there is no teacher gap to close. {shown} {COSTS}"]
+
+
+def test_resamples_without_a_gap_are_counted() -> None:
+    """A teacher with one hit more has none in each e-th resample."""
+    run = run_of(TOP1, 0.201, 0.2, 0.2)
+    said = re.search(r" closes 0 % .* interval 0 to 0( \((\d+) of 2,000 resamples have no gap\))\. ", next(answer(run)))
+    assert said is not None
+    assert int(said[2]) == pytest.approx(2000 / math.e, rel=0.1)
+    [(title, rows)] = accuracy_tables(run.results, ["set"], run.primary)
+    assert title == "Zero-shot retrieval on set, layer_mean_cls, batch 300, accuracy in % [95 % interval]"
+    assert rows[-1][:2] == ["teacher gap closed", f"0.0 [0.0, 0.0]{said[1]}"]
 
 
 def test_nothing_is_said_of_what_was_not_measured() -> None:
     run = run_of(TOP1, 0.6, 0.2, 0.4)
-    assert [*answer(run._replace(hits={key: hit for key, hit in run.hits.items() if "untrained" not in key}))] == []
+    assert [*answer(run._replace(results=[each for each in run.results if each.row != UNTRAINED]))] == []
 
 
 def test_the_projected_embedding_has_a_pooling_of_its_own() -> None:
     run = run_of(TOP1, 0.6, 0.2, 0.4)
     run.record["config"]["retrieval"] |= {"representation": "projected", "pooling": "mean"}
-    assert "(bank train top-1, projected_cls);" in next(answer(run))
+    assert "(bank train top-1, projected_cls, batch 300);" in next(answer(run))

@@ -20,11 +20,13 @@ from d2v_composer.checkpoints.checkpoint import LATEST
 from d2v_composer.commands import report
 from d2v_composer.data.audio import Audio
 from d2v_composer.data.labeled import load_labeled_set
-from d2v_composer.evaluation.metrics import BANKS, metric_key, read_jsonl, retrieval_from
+from d2v_composer.evaluation.metrics import read_jsonl
+from d2v_composer.evaluation.rows import BANKS, GAP, STUDENT, Result, metric_key, retrieval_from
+from d2v_composer.models.names import EMBEDDINGS
 from d2v_composer.report import page
 from d2v_composer.report.page import gallery, write_report
 from d2v_composer.report.plots import accuracy_plots
-from d2v_composer.report.run import EMBEDDINGS, read_run
+from d2v_composer.report.run import Run, read_run
 from d2v_composer.report.tables import study_table
 from d2v_composer.system.command_line import d2v
 from helpers import ROOT, small_run
@@ -97,25 +99,25 @@ def test_training_ends_with_a_report(run_folder: Path) -> None:
     assert f"{100 * final:.1f} %" in page
 
 
-def test_the_page_and_its_plots_show_the_log(run_folder: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def accurate(run_folder: Path) -> tuple[Run, str, str]:
+    """The run with accuracies of 20 % before and 40 % after, its primary embedding, and one with a weak teacher."""
     run = read_run(run_folder)
     primary = "{representation}_{pooling}".format(**run.record["config"]["retrieval"])
     [weak, *_] = {*EMBEDDINGS} - {primary}
-    accuracies = {
-        ("", ""): {0: 0.2, 14: 0.4},
-        (primary, ""): {0: 0.2, 14: 0.4},
-        ("", "teacher"): {0: 0.6},
-        (primary, "teacher"): {0: 0.6},
-        ("", "pixels"): {0: 0.1},
-        (weak, ""): {0: 0.2, 14: 0.4},
-        (weak, "teacher"): {0: 0.3},
-    }
+    accuracies = {(embedding, STUDENT): {0: 0.2, 14: 0.4} for embedding in ("", primary, weak)}
+    accuracies |= {(embedding, "teacher"): {0: 0.6} for embedding in ("", primary)}
+    accuracies |= {("", "pixels"): {0: 0.1}, (weak, "teacher"): {0: 0.3}}
     ks = run.record["config"]["retrieval"]["ks"]
     measures = [retrieval_from(bank, k) for bank in BANKS for k in ks]
     log = {metric_key("squares", measure, *of): each for of, each in accuracies.items() for measure in measures}
-    hits, measure = {"untrained": 0.2, "": 0.4, "teacher": 0.6}, retrieval_from("train", min(ks))
-    known = {metric_key("squares", measure, baseline=name): torch.arange(100) < 100 * hits[name] for name in hits}
-    run = run._replace(log=log, hits=known)
+    measure, shares = retrieval_from("train", min(ks)), zip(GAP, (20, 40, 60), strict=True)
+    results = [Result(row, "squares", measure, "", True, torch.arange(100) < share, 14) for row, share in shares]
+    return run._replace(log=log, results=results), primary, weak
+
+
+def test_the_page_and_its_plots_show_the_log(accurate: tuple[Run, str, str], tmp_path: Path) -> None:
+    run, primary, weak = accurate
     write_report(run, tmp_path)
     page = (tmp_path / "report.html").read_text()
     for shown in (
@@ -152,8 +154,9 @@ def sound_run(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     record["data"]["modality"] = "audio"
     record["config"]["retrieval"]["datasets"] = {"tones": {"format": "folder", "root": str(folder / "tones")}}
     nearest = {"train": torch.tensor([[0, 1, 2]] * 4 + [[3, 4, 5]]), "test": torch.zeros(6, 3)}
-    images = {"tones": load_labeled_set("folder", folder / "tones", Audio()).numbered().fingerprint()}
-    state = {"callbacks": {"ZeroShotRetrieval": {"neighbors": {"tones": nearest}, "images": images}}}
+    images = load_labeled_set("folder", folder / "tones", Audio()).numbered().fingerprint()
+    saved = {"neighbors": {"tones": nearest}, "conditions": {"tones.images": images}, "results": []}
+    state = {"callbacks": {"ZeroShotRetrieval": saved}}
     torch.save({"state": state}, folder / LATEST)
     (folder / "run.yaml").write_text(yaml.safe_dump(record))
     shutil.copy(run_folder / "log.jsonl", folder)
@@ -196,7 +199,7 @@ def test_the_page_fits_a_browser_window(browser: Browser, run_folder: Path, widt
     page.goto((run_folder / "report.html").as_uri())
     assert page.title() == "mine"
     assert page.evaluate("document.documentElement.scrollWidth") == width
-    assert page.locator("summary").count() == 8
+    assert page.locator("summary").count() == 9
     page.locator("summary", has_text="How training went").click()
     widths = "all => all.map(img => [img.complete && img.naturalWidth, img.width])"
     shown = page.eval_on_selector_all(".plots img", widths)
@@ -253,6 +256,18 @@ def test_a_data_set_that_was_rebuilt_has_no_gallery(
     )
 
 
+def test_a_class_may_have_a_name_that_is_no_text(run_folder: Path, images: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run_folder, tmp_path / "run", symlinks=True)
+    renamed = shutil.copytree(images, tmp_path / "images")
+    for split in ("train", "test"):
+        (renamed / split / "dog").rename(renamed / split / "do\udce7g")
+    record = yaml.safe_load((folder / "run.yaml").read_text())
+    record["config"]["retrieval"]["datasets"]["squares"]["root"] = str(renamed)
+    (folder / "run.yaml").write_text(yaml.safe_dump(record))
+    report.main([str(folder)])
+    assert r"do\udce7g" in (folder / "report.html").read_text()
+
+
 def test_galleries_show_the_neighbors_that_were_counted(run_folder: Path) -> None:
     run = read_run(run_folder)
     bank, queries, names, _ = run.datasets["squares"]
@@ -292,8 +307,7 @@ def test_the_table_of_a_study_compares_each_row_with_its_own_baselines() -> None
         for bank in BANKS:
             for embedding in EMBEDDINGS[1:]:  # of a teacher without CLS
                 for name, values in top1.items():
-                    baseline = "" if name == "student" else name
-                    log[metric_key("cifar10", retrieval_from(bank, 1), embedding, baseline)] = dict(enumerate(values))
+                    log[metric_key("cifar10", retrieval_from(bank, 1), embedding, name)] = dict(enumerate(values))
         return log
 
     speed = {"throughput/samples_per_sec": {0: 8.0}}
@@ -307,11 +321,11 @@ def test_the_table_of_a_study_compares_each_row_with_its_own_baselines() -> None
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
     assert head == ["bank train / bank test", *EMBEDDINGS[1:], "loss", "s"]
     assert [row[:2] for row in rows] == [
-        ["untrained", "20.0 / 20.0"],
+        ["untrained student", "20.0 / 20.0"],
         ["base", "30.0 / 30.0 (50 %)"],
         ["another depth", "35.0 / 35.0 (75 %)"],
         ["another reading", "30.0 / 30.0 (80 %)"],
-        ["– its untrained", "10.0 / 10.0"],
+        ["– its untrained student", "10.0 / 10.0"],
         ["– its teacher", "35.0 / 35.0"],
         ["teacher", "40.0 / 40.0"],
     ]

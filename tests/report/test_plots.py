@@ -6,26 +6,26 @@ import numpy as np
 import pytest
 import torch
 
-from d2v_composer.evaluation.evaluate import Comparison, Evaluation
-from d2v_composer.evaluation.labeled_retrieval import Candidate, Lookup, Result
-from d2v_composer.evaluation.metrics import LINEAR, retrieval_from
+from d2v_composer.evaluation.evaluate import Evaluation
+from d2v_composer.evaluation.labeled_retrieval import Lookup
+from d2v_composer.evaluation.rows import LINEAR, Result, retrieval_from
 from d2v_composer.report.plots import quality_over_speed
 
 
 def test_each_measure_is_a_line_through_the_models_in_order_of_speed() -> None:
-    embed: Any = None
-    rates: dict[str, dict[int, float]] = {"pixels": {}, "fast": {1: 3, 64: 900}, "slow": {1: 5, 64: 30}}
-    candidates = [Candidate(name, embed, rates=each) for name, each in rates.items()]
+    load: Any = None
+    speeds: dict[int, dict[str, float]] = {1: {"fast": 3, "slow": 5}, 64: {"fast": 900, "slow": 30}}
     right = {"pixels": 10, "fast": 40, "slow": 60}
     measures = [retrieval_from("train", 1), retrieval_from("train", 3), LINEAR]
     results = [
-        Result(each, dataset, measure, "output_mean", True, torch.arange(100) < right[each.name] + 10 * i)
-        for each in candidates
+        Result(row, dataset, measure, "output_mean", True, torch.arange(100) < hits + 10 * i)
+        for row, hits in right.items()
         for i, measure in enumerate(measures)
         for dataset in ("first", "second")
     ]
-    comparison = Comparison(candidates, [], Lookup("output_mean", (1, 3), ["linear"], None, 64))
-    figure = quality_over_speed(Evaluation(comparison, {"first": [], "second": []}, results), 64, "images")
+    lookup = Lookup("output_mean", (1, 3), ["linear"], None, 64)
+    evaluation = Evaluation({}, {}, lookup, load, {"first": [], "second": []}, results, speeds)
+    figure = quality_over_speed(evaluation, 64, "images")
     assert [axes.get_title("left") for axes in figure.axes] == [
         f"Quality over speed on {name}, with 95 % intervals" for name in ("first", "second")
     ]

@@ -8,7 +8,7 @@ import pytest
 from composer.utils import parse_uri
 from composer.utils.misc import partial_format
 
-from d2v_composer.checkpoints.load import load_any
+from d2v_composer.config.reference import load_any
 from d2v_composer.system.addresses import Address, RunFolder, check_run_name, hide_secrets
 from d2v_composer.system.command_line import explain
 from d2v_composer.system.errors import InputError, RunError, reading

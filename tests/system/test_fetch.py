@@ -23,9 +23,10 @@ from huggingface_hub.errors import (
 )
 from streaming.base.storage import CloudDownloader
 
-from d2v_composer.builders.run import build_run_record
-from d2v_composer.checkpoints.load import load_any, load_teacher
+from d2v_composer.builders.trainer import build_run_record
+from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.config.load import load_config
+from d2v_composer.config.reference import load_any
 from d2v_composer.system import fetch as fetch_module
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import cache_folder, fetch, transfer

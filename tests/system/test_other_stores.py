@@ -12,7 +12,7 @@ from d2v_composer.commands import convert_images, embed, merge
 from d2v_composer.data.convert import convert, find_samples
 from d2v_composer.data.mds import INDEX, SUMMARY
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.fetch import download_existing, fetch, list_folder, transfer
+from d2v_composer.system.fetch import download_existing, fetch, names_in, transfer
 from d2v_composer.system.retry import is_lasting
 from emulators import CONTAINER, azure_store, google_store
 from helpers import (
@@ -69,13 +69,14 @@ def test_a_data_set_is_listed_and_read(converted: str, tmp_path: Path) -> None:
     assert read_epoch(images, workers=2) == [*range(NUM_IMAGES)]
     names = [path.name for path in (tmp_path).glob("shard*")]
     assert len(names) > 1
-    assert list_folder(converted) == (converted, sorted([*names, INDEX, SUMMARY]))
+    assert names_in(converted) == sorted([*names, INDEX, SUMMARY])
 
 
 def test_missing_and_denied_files_are_told_apart(
     converted: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not download_existing(f"{converted}/none", tmp_path / "none", 0)
+    monkeypatch.setattr("d2v_composer.system.fetch.RETRY_SECONDS", 0)
+    assert not download_existing(f"{converted}/none", tmp_path / "none")
     with pytest.raises(InputError, match=rf"{store}/none/index.json cannot be fetched"):
         fetch(f"{store}/none/index.json")
     (tmp_path / "left").write_bytes(b"of an attempt before")
@@ -84,7 +85,7 @@ def test_missing_and_denied_files_are_told_apart(
     if store.startswith("azure"):  # Google's emulator lets anyone in
         monkeypatch.setenv("AZURE_ACCOUNT_ACCESS_KEY", "b3RoZXI=")
         with pytest.raises(Exception, match="AuthorizationFailure") as caught:
-            download_existing(f"{converted}/index.json", tmp_path / "denied", 0)
+            download_existing(f"{converted}/index.json", tmp_path / "denied")
         assert is_lasting(caught.value)
 
 
@@ -97,7 +98,7 @@ def test_a_killed_run_resumes_on_another_machine(
     (there := tmp_path / "there").mkdir()
     with started_ranks(*arguments[1:], ranks=1, environment={"AT": "batch_start 12 hang"}, folders=[here]) as [killed]:
         # Uploads run beside the training, and a fast one would be killed before them.
-        wait_until(lambda: "ep1-ba10-rank0.pt" in list_folder(f"{store}/runs/a")[1], seconds=60)
+        wait_until(lambda: "ep1-ba10-rank0.pt" in names_in(f"{store}/runs/a"), seconds=60)
         killed.kill()
         assert killed.wait(30) == -signal.SIGKILL, killed.stderr
     ended = run_command(*arguments, cwd=there)

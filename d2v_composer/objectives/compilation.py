@@ -20,7 +20,7 @@ from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.targets import instance_norm_mean, norm_mean
 
 if TYPE_CHECKING:
-    from d2v_composer.models.distillation import Distillation  # imports Composer
+    from d2v_composer.objectives.distillation import Distillation  # imports Composer
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -4,7 +4,6 @@ Shapes: B inputs, S pixels per side, E extra tokens, N patches or frames, T = E 
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -13,15 +12,20 @@ from composer.models import ComposerModel
 from composer.utils import dist
 from torch import Tensor, nn
 
-from d2v_composer.models.backbone import Backbone
-from d2v_composer.models.encoder import Encoder, Frozen, Inputs, Tokens
-from d2v_composer.models.layer_mean import LayerMean
-from d2v_composer.models.names import ExtraTokens, Prediction, TargetSource
-from d2v_composer.models.objective import EmbeddingRegression, GridRegression, LayerRegression, Objective
-from d2v_composer.models.targets import Regression
+from d2v_composer.models.backbone import (
+    Backbone,
+    check_tensors,
+    expect_no_frozen_tensors,
+    frozen_prefixes,
+    keep_trained_tensors,
+)
+from d2v_composer.models.encoder import Encoder, Inputs, Tokens
+from d2v_composer.models.names import ExtraTokens, Prediction
+from d2v_composer.models.precision import cpu_autocast
+from d2v_composer.models.targets import LayerMean
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.models.transformer import Transformer
-from d2v_composer.system.errors import InputError
+from d2v_composer.objectives import OBJECTIVES
+from d2v_composer.objectives.objective import Objective, Regression
 
 Batch = Tensor | Mapping[str, Any]
 EmbeddingT = TypeVar("EmbeddingT")
@@ -71,6 +75,11 @@ class Distillation(ComposerModel):
         """The teachers of the objectives, each once."""
         return list(dict.fromkeys(each.teacher for each in self.objectives.values()))
 
+    @property
+    def compares_microbatches(self) -> bool:
+        """True if the loss depends on which inputs are in a microbatch."""
+        return any(objective.compares == "microbatch" for objective in self.objectives.values())
+
     def forward(self, batch: Batch) -> Regression:
         """Compute prediction and target of each objective from a batch."""
         with cpu_autocast(self.cpu_bf16):
@@ -113,23 +122,17 @@ class Distillation(ComposerModel):
     def losses(self, regressions: tuple[Regression, ...]) -> dict[str, Tensor]:
         """Return each objective's loss by name, and the weighted sum as ``total``."""
         pairs = zip(self.objectives.items(), regressions, strict=True)
-        found = {name: each.loss(result) for (name, each), result in pairs}
-        total = sum(each.weight * found[name] for name, each in self.objectives.items())
-        return {**found, "total": cast("Tensor", total)}
-
-    def get_metrics(self, is_train: bool) -> dict[str, Any]:
-        return {}  # a callback measures retrieval; the Trainer logs the loss
+        with torch.autocast(regressions[0].target.device.type, enabled=False):
+            losses = {name: objective.loss(regression) for (name, objective), regression in pairs}
+        total = sum(objective.weight * losses[name] for name, objective in self.objectives.items())
+        return {**losses, "total": cast("Tensor", total)}
 
     def embed_all(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Return the student's embeddings; see :meth:`~d2v_composer.models.backbone.Backbone.embed_all`."""
         return self.compute(partial(self.student.embed_all, layer_mean=self.layer_mean), *inputs)
 
-    def in_precision(self, function: Callable[..., EmbeddingT]) -> Callable[..., EmbeddingT]:
-        """Wrap a function of this model's parts so that it runs in the model's precision."""
-        return partial(self.compute, function)
-
     def compute(self, function: Callable[..., EmbeddingT], *inputs: Tensor | None) -> EmbeddingT:
-        """Call a function in the model's precision; see :meth:`in_precision`."""
+        """Call a function of this model's parts in the model's precision."""
         with cpu_autocast(self.cpu_bf16):
             return function(*inputs)
 
@@ -171,17 +174,10 @@ class DistillationModel(Distillation):
         extra_tokens: ``regress`` all tokens alike; ``drop``, as in data2vec 2.0's pre-training: exclude the extra
             tokens from InstanceNorm and the loss, and regress CLS, if there is one, to the mean
             target with weight 0.01; ``only``: regress no patch.
-        average_top_k_layers: Number of the teacher's last blocks in the target; default the teacher's.
+        objectives: Name → section of each objective, as in a YAML; default the tokens alone.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
-        target_source: F of the target: the teacher's FFN outputs, ``ffn``, or its blocks' outputs, ``block``.
-        final_layer_norm: End target, prediction and ``layer_mean`` with a LayerNorm; default the student's config,
-            which is by default the teacher's.
-        weight: Of all this; 0: it is no part of the loss.
-        embedding_weight: Of 1 - cosine similarity to the teacher's own image embedding, ``projected_cls``, which
-            teacher and student must have; 0: it is no part of the loss.
-        **options: ``loss``, ``cls_weight`` and ``dataset_norm`` of
-            :class:`~d2v_composer.models.objective.LayerRegression`; :meth:`measure_targets` sets the numbers of the
-            last.
+        **targets: Further fields of :class:`~d2v_composer.models.targets.LayerMean`; default those of the student's
+            config and all of the teacher's layers. :meth:`measure_targets` sets the numbers of ``dataset_norm``.
 
     Raises:
         ValueError: An option's value is unknown, or does not fit the teacher.
@@ -198,31 +194,20 @@ class DistillationModel(Distillation):
         student: Backbone,
         prediction: Prediction = "layer_mean",
         extra_tokens: ExtraTokens = "regress",
-        average_top_k_layers: int | None = None,
+        objectives: Mapping[str, Any] = {"tokens": {}},
         cpu_bf16: bool = False,
-        target_source: TargetSource = "ffn",
-        final_layer_norm: bool | None = None,
-        weight: float = 1.0,
-        embedding_weight: float = 0.0,
-        **options: Any,
+        **targets: Any,
     ) -> None:
-        layer_mean = student.layer_mean.changed(
-            source=target_source,
-            extra_tokens=extra_tokens,
-            average_top_k_layers=average_top_k_layers,
-            final_layer_norm=final_layer_norm,
-        )
-        kind = LayerRegression if isinstance(student, Transformer) else GridRegression
-        objectives: dict[str, Objective] = {}
-        if weight:
-            objectives["tokens"] = kind(teacher, student, layer_mean, prediction, weight, **options)
-        if embedding_weight:
-            objectives["embedding"] = EmbeddingRegression(teacher, student, embedding_weight)
-        super().__init__(student, objectives, cpu_bf16)
+        layer_mean = student.layer_mean.changed(prediction=prediction, extra_tokens=extra_tokens, **targets)
+        terms = {name: OBJECTIVES[name].Options.model_validate(section) for name, section in objectives.items()}
+        built = {
+            name: OBJECTIVES[name](term, teacher, student, layer_mean) for name, term in terms.items() if term.weight
+        }
+        super().__init__(student, built, cpu_bf16)
         self.layer_mean = layer_mean
 
     @property
-    def teacher(self) -> Teacher:
+    def teacher(self) -> Any:  # of the kind that is given
         return self.teachers[0]
 
     @torch.no_grad()
@@ -238,44 +223,4 @@ class DistillationModel(Distillation):
 
     def retrieval_baselines(self) -> dict[str, Callable[..., dict[str, Tensor]]]:
         """Return the models to compare the student with: the teacher."""
-        return {"teacher": self.in_precision(partial(self.teacher.embed_all, layer_mean=self.layer_mean))}
-
-
-def cpu_autocast(is_on: bool) -> AbstractContextManager[Any]:
-    """Return a context in which a CPU computes in bfloat16 if ``is_on``."""
-    # Not autocast(enabled=False), which would disable the caller's.
-    return torch.autocast("cpu", torch.bfloat16) if is_on else nullcontext()
-
-
-def frozen_prefixes(module: nn.Module, prefix: str = "") -> tuple[str, ...]:
-    """Return the prefixes of the names of tensors in a module's frozen parts."""
-    parts = module.named_modules(prefix=prefix, remove_duplicate=False)
-    return tuple(f"{name}." for name, part in parts if isinstance(part, Frozen) and part.is_frozen)
-
-
-def keep_trained_tensors(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    """Remove the tensors of frozen parts from a state dict."""
-    frozen = frozen_prefixes(module, prefix.removesuffix("."))
-    for name in [name for name in state_dict if name.startswith(frozen)]:
-        del state_dict[name]
-
-
-def check_tensors(module: nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
-    """Check that a state dict has exactly a module's tensors, because Composer may load without ``strict``.
-
-    Raises:
-        InputError: A tensor is missing, unknown or misshapen.
-    """
-    found, expected = (
-        {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(prefix)}
-        for tensors in (state_dict, module.state_dict(prefix=prefix))
-    )
-    if different := sorted(found.items() ^ expected.items()):
-        name, _ = different[0]
-        shapes = [each.get(name, "none") for each in (found, expected)]
-        raise InputError(f"tensor {name}: checkpoint has {shapes[0]}, model has {shapes[1]}")
-
-
-def expect_no_frozen_tensors(module: nn.Module, incompatible_keys: Any) -> None:
-    """Let strict loading accept a state dict without the frozen parts."""
-    incompatible_keys.missing_keys.clear()
+        return {"teacher": partial(self.compute, partial(self.teacher.embed_all, layer_mean=self.layer_mean))}

@@ -1,0 +1,303 @@
+"""Prepare a run that ``d2v distill`` is asked for: choose its settings, hold samples out, and convert all."""
+
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from composer import Trainer
+
+from d2v_composer.builders.models import build_augmentation
+from d2v_composer.builders.run import build_teacher, choose_embeds, join_student
+from d2v_composer.builders.trainer import build_callbacks
+from d2v_composer.callbacks.checkpointing import FolderLock
+from d2v_composer.callbacks.run_record import RunRecord
+from d2v_composer.callbacks.trainer_state import find_callback
+from d2v_composer.config.load import load_config
+from d2v_composer.config.schema import TrainConfig
+from d2v_composer.data.audio import MAX_SECONDS_WHOLE
+from d2v_composer.data.convert import convert, foresee, hold_out
+from d2v_composer.data.images import Images
+from d2v_composer.data.mds import INDEX, SUMMARY
+from d2v_composer.data.modalities import modality_of
+from d2v_composer.data.modality import Modality
+from d2v_composer.data.open import find_files, open_source
+from d2v_composer.data.source import Source, name_counts
+from d2v_composer.models.configs import (
+    EatEncoderConfig,
+    TeacherConfig,
+    TimmEncoderConfig,
+    height_and_width,
+    parse_image_size,
+)
+from d2v_composer.models.names import DATA2VEC2, PREFIX
+from d2v_composer.models.teacher import Teacher
+from d2v_composer.system.addresses import MARK, RunFolder, hide_secrets
+from d2v_composer.system.errors import InputError, errors_of, reading
+from d2v_composer.system.fetch import is_remote, names_in
+from d2v_composer.system.files import check_out_file, check_owned, write_atomically
+from d2v_composer.system.processes import global_rank
+
+# A tenth of them are twenty: each needs ten neighbors among the others, and some may be unreadable.
+MIN_SAMPLES = 200
+# The chapter's, on ImageNet: 30,000 batches of 256.
+EPOCHS, MAX_BATCHES = 6, 30_000
+CHOSEN = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+SETTINGS, HELD_OUT = "distill.yaml", "held_out"
+# What a run's results depend on, besides what its checkpoint fixes.
+DECIDES = (
+    *(f"config.{name}" for name in ("max_duration", "precision", "scheduler", "algorithms", "retrieval")),
+    *(f"config.train_loader.{name}" for name in ("crop_scale", "crop_ratio", "flip")),
+)
+# In OUT: the shards of a data set in a store, until they are converted.
+FETCHED = f"{MARK}.fetched"
+
+
+class Request(NamedTuple):
+    """The arguments of a call of ``d2v distill``."""
+
+    source: str
+    """Absolute path, glob or address of the samples."""
+    teacher: str
+    """Absolute path or address of a file, or timm/NAME."""
+    out: Path
+    column: str | None = None
+    """Column of the samples; ``None``: the only one."""
+    changes: tuple[str, ...] = ()
+    """dotted.key=value, for settings other than the chosen ones."""
+
+    @property
+    def settings(self) -> Path:
+        """The YAML with all settings of the run."""
+        return self.out / SETTINGS
+
+    @property
+    def command(self) -> str:
+        """The command, without OUT and changes, for the first line of the settings."""
+        column = ["--column", self.column] if self.column else []
+        return hide_secrets(shlex.join(["d2v", "distill", self.source, "--teacher", self.teacher, *column]))
+
+
+class Plan(NamedTuple):
+    """The config, teacher and samples of a run, checked before any of them is written."""
+
+    config: TrainConfig
+    teacher: Teacher
+    source: Source
+
+
+def prepare(request: Request) -> Plan | None:
+    """Plan the run, write its settings and convert its samples; ``None`` if its training has begun.
+
+    What an interrupted call has converted stays.
+
+    Raises:
+        InputError: OUT is in use or not ours, or the samples, the teacher or a change cannot be used.
+    """
+    if has_begun(request):
+        return None
+    lock, fetched = FolderLock(RunFolder(request.out)), request.out / FETCHED
+    try:
+        if has_begun(request):  # meanwhile, by the same command
+            return None
+        try:
+            plan = make_plan(request, fetched)
+        except BaseException:
+            shutil.rmtree(fetched, ignore_errors=True)
+            raise
+        convert_samples(request, plan)
+        shutil.rmtree(fetched, ignore_errors=True)
+        return plan
+    finally:
+        lock.release()
+
+
+def has_begun(request: Request) -> bool:
+    """Return True if OUT holds this command's run and its training has begun, so that its settings are fixed.
+
+    Raises:
+        InputError: OUT is the user's or another command's, or cannot be written.
+    """
+    source, out, path = request.source, request.out, request.settings
+    if not is_remote(source) and out.resolve().is_relative_to(Path(source).resolve(strict="*" not in source)):
+        raise InputError(f"{out} is inside the folder of samples, {source}; choose another --out")
+    check_out_file(path)
+    with errors_of("--out", ValueError):
+        RunFolder.parse(str(out))
+    check_owned(out, names := names_in(out), MARK, "--out")
+    with reading(out):
+        if not path.exists():
+            if any(not name.startswith((MARK, SETTINGS)) for name in names):
+                raise InputError(f"{out} holds a run of another command; choose another --out")
+            return False
+        if (made_by := path.read_text().partition("\n")[0][2:]) != request.command:
+            raise InputError(f"{out} was made by {made_by!r}; choose another --out")
+        return (out / "run.yaml").exists()
+
+
+def make_plan(request: Request, fetched: Path) -> Plan:
+    """List the samples, load the teacher and choose the settings.
+
+    Args:
+        request: What is asked for.
+        fetched: A folder for the shards of an MDS data set in a store.
+
+    Raises:
+        InputError: The samples, the teacher or a change cannot be used.
+    """
+    # The changes are checked before the teacher is fetched.
+    unsized = configure(request, request.out, CHOSEN["any"])
+    teacher = build_teacher(unsized)
+    modality, cache = modality_of(teacher.config), fetched if is_remote(request.source) else None
+    files = find_files(request.source, modality, request.column) if cache else None
+    source = files.open() if files else open_source(request.source, modality, column=request.column, cache=cache)
+    if (number := len(source)) < MIN_SAMPLES:
+        raise InputError(f"{request.source}: expected at least {MIN_SAMPLES} {modality.unit}, got {number}")
+    chosen = choose(number, teacher.config, unsized.student.model)
+    config = configure(request, request.out / modality.unit, chosen)
+    if config.teacher != unsized.teacher:  # a timm model for smaller images
+        teacher = build_teacher(config)
+    choose_embeds(config, join_student(config, teacher))
+    build_augmentation(config.train_loader, modality, config.seed)
+    build_callbacks(config)
+    print(f"settings for {number} {modality.unit}: {', '.join(f'{key}={value}' for key, value in chosen.items())}")
+    return Plan(config, teacher, source)
+
+
+def convert_samples(request: Request, plan: Plan) -> None:
+    """Write the settings, and convert the held-out and the other samples that are not converted yet.
+
+    Raises:
+        InputError: An earlier call converted them otherwise, or too few are left to train on.
+    """
+    config, source, modality = plan.config, plan.source, plan.source.modality
+    samples, workers = request.out / modality.unit, os.cpu_count() or 1
+    splits = {split: encoding(modality, config, split == "test") for split in ("test", "train")}
+    for split, options in [*splits.items()]:
+        if (samples / split / INDEX).exists():
+            with reading(summary := samples / split / SUMMARY):
+                made_with = json.loads(summary.read_bytes())
+            if made_with | options != made_with:
+                raise InputError(f"{summary.parent} was not converted with {options}; choose another --out")
+            del splits[split]
+    write_settings(request, config)
+    print(f"all settings, including yours, are in {request.settings}")
+    if not splits:
+        return
+    print(f"other files: {name_counts(source.left_out)}")
+    parts, num_copies = hold_out(source, samples / f"{HELD_OUT}.json", workers)
+    print(f"copies of held-out {modality.unit}, also held out: {num_copies}")
+    if (left := len(parts["train"])) < (batch := config.global_train_batch_size):
+        left_to_train = f"the number of {modality.unit} left to train on"
+        raise InputError(f"global_train_batch_size: must be at most {left}, {left_to_train}; got {batch}")
+    size, seconds = foresee(parts["train"], workers, **encoding(modality, config, False))
+    print(f"converting {left:,} {modality.unit}: about {size / 1e6:,.0f} MB, {seconds / 60:,.0f} min")
+    for split, options in splits.items():
+        done = convert(parts[split], samples / split, workers=workers, **options, skip_unreadable=True)
+        counts = f"{done.samples} {modality.unit}, {len(done.skipped)} unreadable"
+        print(f"{samples / split}: {counts}; see its {SUMMARY}")
+
+
+def configure(request: Request, samples: Path, chosen: Mapping[str, Any], path: str | Path = os.devnull) -> TrainConfig:
+    """Return the run's config, from a YAML, the chosen settings, the command's own settings and the changes.
+
+    Raises:
+        InputError: A change of a setting is wrong.
+    """
+    is_timm = request.teacher.startswith(PREFIX)
+    own = {
+        "run_name": request.out.name,
+        "save_folder": str(request.out.with_name("{run_name}")),  # a copy of the settings may name another run
+        "teacher.model": request.teacher if is_timm else DATA2VEC2,
+        "teacher.checkpoint": None if is_timm else request.teacher,
+        "train_loader.local": str(samples / "train"),
+        "retrieval.datasets": {HELD_OUT: {"format": "mds", "root": str(samples), "label_column": None}},
+    }
+    return load_config([str(path), *request.changes], {**chosen, **own})
+
+
+def read_settings(request: Request) -> TrainConfig:
+    """Return the config in the ``distill.yaml`` that an earlier call wrote.
+
+    Raises:
+        InputError: A change of a setting is wrong.
+    """
+    with reading(request.settings):  # the folder's name follows from the teacher
+        samples = Path(yaml.safe_load(request.settings.read_text())["train_loader"]["local"]).parent
+    return configure(request, request.out / samples.name, {}, request.settings)
+
+
+def settle(request: Request, config: TrainConfig, trainer: Trainer) -> None:
+    """Write the settings with which the run goes on; a finished run's settings stay.
+
+    Raises:
+        InputError: The run has finished, and its results would depend on a change.
+    """
+    record = find_callback(trainer.state, RunRecord)
+    if record is None or trainer.state.timestamp < config.max_duration:
+        write_settings(request, config)
+        return
+    before = read_settings(request._replace(changes=()))  # not of run.yaml, which has OUT's place before it was moved
+    if changes := record.changes({"config": before.model_dump(mode="json")}, DECIDES):
+        raise InputError(f"{request.out} holds a finished run: {changes}; choose another --out")
+
+
+def write_settings(request: Request, config: TrainConfig) -> None:
+    """Write all settings of the run, without secrets, on rank 0."""
+    if global_rank() == 0:
+        settings = yaml.safe_dump(hide_secrets(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+        write_atomically(request.settings, f"# {request.command}\n{settings}")
+
+
+def choose(num_samples: int, teacher: TeacherConfig, student: str | None) -> dict[str, Any]:
+    """Choose sizes and duration: the quickstart's on a CPU, the chapter's on GPUs.
+
+    Args:
+        num_samples: Images or clips of the source.
+        teacher: The teacher's sizes.
+        student: The timm model that is the student, if it is one.
+
+    Returns:
+        Dotted key → value; all else has its default.
+    """
+    num_gpus, cores, modality = torch.cuda.device_count(), os.cpu_count() or 1, modality_of(teacher.encoder).name
+    min_batches, side, lr = (3000, 224, 0.384) if num_gpus else (600, 112, 0.768)
+    chosen = {**CHOSEN["any"], **CHOSEN[modality], **CHOSEN[f"{modality} on a {'GPU' if num_gpus else 'CPU'}"]}
+    batch = chosen["global_train_batch_size"]
+    while batch > max(num_samples // 8, num_gpus):
+        batch //= 2
+    batch = max(batch - batch % max(num_gpus, 1), num_gpus)
+    num_batches = min(max(EPOCHS * num_samples * 9 // 10 // batch, min_batches), MAX_BATCHES)
+    chosen |= {
+        "max_duration": f"{num_batches}ba",
+        "global_train_batch_size": batch,
+        "train_loader.num_workers": max(1, min(8, cores // max(num_gpus, 2))),
+        "optimizer.lr": round(lr / teacher.embed_dim, 6),
+        "retrieval.interval": f"{num_batches // 2}ba",
+        # Without a LayerNorm at the target's end, the mean of a layer over tokens is 0.
+        "retrieval.representation": "layer_mean" if teacher.final_layer_norm and student is None else "output",
+        "retrieval.pooling": "cls" if teacher.has_cls_token else "mean",
+        "save_interval": f"{min(num_batches // 6, 1000)}ba",
+    }
+    if isinstance(teacher.encoder, TimmEncoderConfig):
+        height, width = height_and_width(teacher.image_size)
+        patch = height // teacher.grid_size[0]
+        if height == width:  # else the model's own
+            chosen["teacher.image_size"] = min(height, side // patch * patch)
+        chosen["train_loader.crop_scale"] = [0.7, 1.0]  # not worse than 0.35 in yamls/ablations/timm
+    if isinstance(teacher.encoder, EatEncoderConfig):  # it would cut off the rest
+        chosen["train_loader.crop_seconds"] = min(chosen["train_loader.crop_seconds"], teacher.target_length / 100)
+    return chosen
+
+
+def encoding(modality: Modality, config: TrainConfig, held_out: bool) -> dict[str, Any]:
+    """Return the options with which a conversion keeps the size or length that the run needs."""
+    if isinstance(modality, Images):
+        image_size = parse_image_size(config.teacher.image_size or modality.image_size)
+        return {"resize": max(height_and_width(image_size)) * 8 // 7}  # 256 for 224
+    return {"most_seconds": min(config.train_loader.crop_seconds, MAX_SECONDS_WHOLE)} if held_out else {}

@@ -1,0 +1,430 @@
+"""Build Composer's Trainer, resume, train, write the report and close: every run does it so."""
+
+import hashlib
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+import torch
+import yaml
+from composer import Trainer
+from composer.algorithms import CutMix, LabelSmoothing, MixUp
+from composer.core import Algorithm, Callback, DataSpec, Time, TimeUnit
+from composer.loggers import LoggerDestination
+from composer.models import ComposerModel
+from composer.optim import ComposerScheduler, CosineAnnealingScheduler, CosineAnnealingWithWarmupScheduler
+from composer.utils import dist, reproducibility
+from torch.utils.data import DataLoader
+
+from d2v_composer.callbacks.algorithms import GradientClipping, GradientNorm, SeededBatches
+from d2v_composer.callbacks.checkpointing import Checkpoints, NanGuard
+from d2v_composer.callbacks.logging import ProgressLogger, Throughput, Uploads, num_batches
+from d2v_composer.callbacks.run_record import RunRecord
+from d2v_composer.callbacks.trainer_state import find_callback
+from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
+from d2v_composer.checkpoints.checkpoint import (
+    LOG,
+    Checkpoint,
+    download_checkpoint,
+    drop_unused_scaler,
+    find_newest,
+    read_checkpoint,
+)
+from d2v_composer.checkpoints.student_file import sha256
+from d2v_composer.config.load import defaults, layered
+from d2v_composer.config.schema import CALLBACKS, LOGGERS, AlgorithmsConfig, OptimizerConfig, TrainerConfig
+from d2v_composer.data.modalities import MODALITIES
+from d2v_composer.evaluation.metrics import read_jsonl
+from d2v_composer.models.backbone import check_tensors
+from d2v_composer.models.precision import choose_precision, name_precision
+from d2v_composer.system.addresses import Address, RunFolder, hide_secrets
+from d2v_composer.system.command_line import d2v
+from d2v_composer.system.errors import InputError, RunError, errors_of, find_full_disk, reading, reason
+from d2v_composer.system.fetch import cache_folder
+from d2v_composer.system.machine import describe_machine, package_versions
+from d2v_composer.system.processes import allow_open_files, if_interrupted, num_nodes
+from d2v_composer.system.ranks import join_ranks, node_leaders_first, rank_zero_first
+from d2v_composer.system.third_party import lean_engine, patched_composer
+
+# Name in the section ``algorithms`` → what its fields are the arguments of.
+ALGORITHMS = {
+    "gradient_clipping": GradientClipping,
+    "mixup": MixUp,
+    "cutmix": CutMix,
+    "label_smoothing": LabelSmoothing,
+}
+# A resume takes these from the checkpoint, or would silently mix old and new ones.
+FIXED_IN_ANY_RUN = (
+    "data.sha256",  # the position in the order of samples is that data set's
+    "config.seed",
+    "config.global_train_batch_size",
+    "config.train_loader.shuffle",
+    "config.train_loader.num_canonical_nodes",
+    "config.train_loader.shuffle_block_size",
+    "config.train_loader.crop_seconds",  # the order of clips is by their length in a batch
+    "config.train_loader.column",
+)
+
+
+def build_trainer(
+    config: TrainerConfig,
+    model: ComposerModel,
+    train_loader: DataLoader | Sequence[Any],
+    about: Mapping[str, Any],
+    *,
+    fixed: tuple[str, ...] = (),
+    own: Sequence[Callback] = (),
+    callbacks: Sequence[Callback] = (),
+    prepare: Callable[[Any], Any] | None = None,
+    **arguments: Any,
+) -> Trainer:
+    """Build the Trainer with the arguments that all runs share, and lock the run's folder.
+
+    Args:
+        config: The run's.
+        model: What it trains.
+        train_loader: Its samples.
+        about: Sections of its record; ``data`` has their modality.
+        fixed: Keys of the record that a resume must not change.
+        own: Callbacks of this kind of run, which a checkpoint may have saved.
+        callbacks: Further callbacks, besides the YAML's.
+        prepare: Transforms a microbatch on the device.
+        **arguments: The Trainer's other arguments.
+
+    Raises:
+        InputError: The folder is in use, or the checkpoint is another run's; or a callback, logger or schedule cannot
+            be used.
+    """
+    folder = config.run_folder
+    uploads = None if folder is None or folder.address is None else Uploads(folder.address)
+    chosen, scheduler = build_callbacks(config), build_scheduler(config, len(train_loader))
+    record, precision = build_run_record(config, fixed, **about), choose_precision(config.precision).trainer
+    # First lock the folder, then select the checkpoint in it: another run could still write one.
+    advice = "; the same command resumes" if config.autoresume else ""
+    checkpoints = Checkpoints(folder, config.save_interval, config.save_num_checkpoints_to_keep, uploads, advice)
+    checkpoint = find_checkpoint(config, model, [record, *own])
+    with patched_composer(checkpoint and checkpoint.contents):
+        return Trainer(
+            model=model,
+            train_dataloader=DataSpec(train_loader, microbatch_transforms=prepare),
+            max_duration=config.max_duration,
+            schedulers=scheduler,
+            algorithms=build_algorithms(config.algorithms),
+            callbacks=[
+                *(record, Throughput(), NanGuard(), checkpoints),
+                *(SeededBatches(config.seed), *own, *chosen, *callbacks),
+            ],
+            loggers=[
+                *build_loggers(config, MODALITIES[about["data"]["modality"]].unit),
+                *([] if uploads is None else [uploads]),
+            ],
+            progress_bar=False,  # ours is among the loggers
+            precision=precision,
+            device_train_microbatch_size=config.device_train_microbatch_size,
+            seed=config.seed,
+            run_name=config.run_name,
+            load_path=checkpoint and str(checkpoint.path),  # instead of Composer's autoresume
+            load_ignore_keys=partial(drop_unused_scaler, precision=precision),
+            **arguments,
+        )
+
+
+def find_checkpoint(config: TrainerConfig, model: torch.nn.Module, callbacks: Sequence[Callback]) -> Checkpoint | None:
+    """Read the run's newest checkpoint or, for a new run, the one in ``load_path``.
+
+    Args:
+        config: The run's.
+        model: What it trains.
+        callbacks: Those that refuse a state of another run.
+
+    Raises:
+        InputError: It is corrupt, cannot be read, is another run's, leaves nothing to train, or ``recipes/train.py``
+            did not write it; or the folder has one, and ``autoresume`` is false.
+    """
+
+    def accept(found: Checkpoint) -> None:
+        """Check that the run may go on from a checkpoint, before a file is written or a tensor loaded."""
+        with errors_of(str(found.path)):
+            for callback in callbacks:  # another program has saved others: its tensors are compared
+                if saved := found.saved_by(type(callback).__name__):
+                    callback.load_state_dict(dict(saved))
+            check_tensors(model, found.tensors, "")
+
+    folder = config.run_folder
+    if folder is not None and (newest := _share_newest(folder, config.autoresume, accept)) is not None:
+        return newest
+    if config.load_path is None:
+        return None
+    is_remote = Address.parse(config.load_path).is_remote
+    cached = f"checkpoints/{hashlib.sha256(config.load_path.encode()).hexdigest()[:16]}.pt"
+    path = cache_folder() / cached if is_remote else Path(config.load_path)
+    with node_leaders_first("the checkpoint"), errors_of("load_path"):
+        if is_remote and dist.get_local_rank() == 0:
+            download_checkpoint(config.load_path, path)
+        found, length = read_checkpoint(path), config.max_duration
+    with reading(path):
+        if found.trained({"ba": "batch", "ep": "epoch"}[length[-2:]]) >= int(length[:-2]):
+            raise InputError(
+                f"load_path: {config.load_path}: batch {found.trained('batch')} is not before max_duration {length}; "
+                "set a larger max_duration"
+            )
+    accept(found)
+    return found
+
+
+def _share_newest(folder: RunFolder, resumes: bool, accept: Callable[[Checkpoint], None]) -> Checkpoint | None:
+    """Bring rank 0's newest checkpoint to every node, and read it; ``None`` for a new run.
+
+    Raises:
+        InputError: A node cannot get it, or has another of that name: nodes would train different weights.
+    """
+    on_several_nodes = num_nodes() > 1
+    newest, shared = None, [("", "")]
+    with rank_zero_first("the newest checkpoint"):
+        if dist.get_global_rank() == 0:
+            newest = find_newest(folder, accept, resumes=resumes, uploads=on_several_nodes)
+            if newest is not None:
+                shared = [(newest.path.name, sha256(newest.path) if on_several_nodes else "")]
+    dist.broadcast_object_list(shared)
+    name, digest = shared[0]
+    if not name:
+        return None
+    path, address = folder.local / name, folder.address and f"{folder.address}/{name}"
+    with node_leaders_first("the checkpoint"), reading(path):
+        if on_several_nodes and dist.get_local_rank() == 0 and not (path.is_file() and sha256(path) == digest):
+            if address is not None:
+                download_checkpoint(address, path)
+            if sha256(path) != digest:
+                raise InputError(f"{address or path} differs from the checkpoint with that name on node 0")
+        if newest is None:
+            accept(newest := read_checkpoint(path))
+        return newest
+
+
+def build_optimizer(
+    config: OptimizerConfig,
+    model: torch.nn.Module,
+    depths: Mapping[str, int] | None = None,
+    layer_decay: float = 1.0,
+) -> torch.optim.AdamW:
+    """Build torch's AdamW for the trained parameters, with separate groups for norms and biases.
+
+    Args:
+        config: The section.
+        model: The model.
+        depths: Name of each trained parameter → its depth; default: all are of one.
+        layer_decay: Learning rate of a depth over that of the next one; the last one's, whose groups come first, is
+            ``lr``.
+    """
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    depths = depths or dict.fromkeys(weights, 0)
+    last = max(depths.values())
+    groups: dict[tuple[int, bool], list[torch.nn.Parameter]] = {}
+    for name, depth in depths.items():
+        groups.setdefault((last - depth, weights[name].ndim <= 1), []).append(weights[name])
+    arguments = [
+        {
+            "params": groups[distance, is_vector],
+            "lr": config.lr * layer_decay**distance,
+            "weight_decay": 0.0 if is_vector and not config.decay_norms_and_biases else config.weight_decay,
+        }
+        for distance, is_vector in sorted(groups)
+    ]
+    return torch.optim.AdamW(arguments, betas=config.betas, eps=config.eps, fused=True)
+
+
+def build_scheduler(config: TrainerConfig, batches_per_epoch: int) -> ComposerScheduler:
+    """Build a linear warm-up, then a cosine decay to ``alpha_f`` times the learning rate.
+
+    Composer needs the warm-up in the unit of ``max_duration``, and never reaches ``lr`` if it is longer than the run.
+
+    Raises:
+        InputError: The warm-up is longer than the run, which depends on the data if only one of them is in epochs.
+    """
+    warmup, duration = map(Time.from_timestring, (config.scheduler.t_warmup, config.max_duration))
+    batches = {TimeUnit.BATCH: 1, TimeUnit.EPOCH: batches_per_epoch}
+    num_batches = batches[TimeUnit.DURATION] = duration.value * batches[duration.unit]
+    num_warmup = int(warmup.value * batches[warmup.unit])
+    if num_warmup > num_batches:
+        raise InputError(config.long_warmup(f" with {batches_per_epoch} batches per epoch"))
+    alpha_f = config.scheduler.alpha_f
+    if num_warmup == 0:  # Composer would warn
+        return CosineAnnealingScheduler(alpha_f=alpha_f)
+    return CosineAnnealingWithWarmupScheduler(t_warmup=Time(num_warmup, TimeUnit.BATCH), alpha_f=alpha_f)
+
+
+def build_algorithms(config: AlgorithmsConfig) -> list[Algorithm]:
+    """Build the algorithms in the order of the section ``algorithms``, and the logger of the gradient norm."""
+    chosen = {name: section for name, section in config if section is not None}
+    return [*(ALGORITHMS[name](**section.model_dump()) for name, section in chosen.items()), GradientNorm()]
+
+
+def build_callbacks(config: TrainerConfig) -> list[Callback]:
+    """Build the callbacks that the section ``callbacks`` names.
+
+    Raises:
+        InputError: A callback does not accept the value of an argument.
+    """
+    callbacks: list[Callback] = []
+    for name, arguments in config.callbacks.items():
+        if arguments is not None:
+            with errors_of(f"callbacks.{name} with {arguments}"):
+                callbacks.append(resolve_name(CALLBACKS[name])(**arguments))
+    return callbacks
+
+
+def build_loggers(config: TrainerConfig, unit: str) -> list[LoggerDestination]:
+    """Build the progress logger and the section ``loggers``; by default, they write into the run's folder.
+
+    JSON lines without a file name are left out of a run without a folder. ``unit``: what the samples are called.
+
+    Raises:
+        InputError: A logger's package is missing, or it refuses the value of an argument.
+    """
+    loggers: list[LoggerDestination] = [ProgressLogger(sys.stderr.isatty(), unit=unit)] if config.progress_bar else []
+    folder = config.run_folder
+    for name, arguments in config.loggers.items():
+        if arguments is None or (name == "jsonl" and folder is None and "filename" not in arguments):
+            continue
+        with errors_of(f"loggers.{name}"):
+            in_folder = {} if folder is None else places(name, folder)
+            loggers.append(resolve_name(LOGGERS[name])(**layered(in_folder, arguments)))
+    return loggers
+
+
+def places(name: str, folder: RunFolder) -> dict[str, Any]:
+    """Return the arguments that let a logger write into the run's folder, unless the environment sets its location."""
+    local = folder.local.absolute()
+    if name == "jsonl":
+        return {"filename": str(folder.local / LOG)}
+    if name == "tensorboard":
+        return {"log_dir": str(local / "tensorboard_logs")}
+    if name == "mlflow" and not {"MLFLOW_TRACKING_URI", "DATABRICKS_TOKEN"} & os.environ.keys():
+        return {"tracking_uri": (local / "mlruns").as_uri()}
+    if name == "wandb":
+        # In a clone, W&B keeps a git process that ignores SIGTERM as we do, and waits for its end forever.
+        os.environ.setdefault("WANDB_DISABLE_GIT", "true")
+        return {} if "WANDB_DIR" in os.environ else {"init_kwargs": {"dir": str(local)}}
+    return {}
+
+
+def build_run_record(config: TrainerConfig, fixed: tuple[str, ...], **contents: Mapping[str, Any]) -> RunRecord:
+    """Build the record of config, model, data and machine that is saved in the run's folder and checkpoints.
+
+    A ``sha256`` in the ``contents`` identifies weights or samples. ``fixed``: see :class:`RunRecord`.
+    """
+    sys.argv = hide_secrets(sys.argv)  # W&B records it, too
+    record = {
+        "config": config.model_dump(mode="json"),
+        "command": re.sub("^'(d2v [a-z]+)'", r"\1", shlex.join(sys.argv)),
+        **contents,
+        "versions": package_versions(),
+        "hardware": {
+            **describe_machine(),
+            "ranks": dist.get_world_size(),
+            "precision": name_precision(config.precision),
+        },
+    }
+    usual = {"config": defaults(type(config))}
+    return RunRecord(record, config.run_folder and config.run_folder.local, fixed, usual)
+
+
+def join_and_seed(config: TrainerConfig) -> None:
+    """Raise the open-file limit, join the ranks, and seed. Call it first, on every rank."""
+    allow_open_files()
+    join_ranks(0 if config.train_loader.remote is None else config.train_loader.timeout)
+    reproducibility.seed_all(config.seed)
+
+
+def fit_and_close(
+    trainer: Trainer, config: TrainerConfig, header: Mapping[str, str], report: Callable[[], None]
+) -> None:
+    """Train to the end, report on rank 0, wait for the uploads, and close the Trainer.
+
+    The log opens with the run, its device, the lines of ``header`` (name → text), its model and its length.
+    """
+    # Only now: each DeviceGPU that Composer constructs allows TF32.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    try:
+        _fit(trainer, config, header)
+        if dist.get_global_rank() == 0:
+            report()
+        with rank_zero_first("uploads"):  # they may take minutes, which no collective would wait
+            if (uploads := find_callback(trainer.state, Uploads)) is not None:
+                uploads.wait()
+            trainer.engine.close()
+    except BaseException as error:
+        # Not trainer.close(), which waits for all ranks: some may not have failed.
+        trainer.engine.close()
+        if (fault := find_full_disk(error)) is not None:
+            raise RunError(f"{config.run_folder} cannot be written: {fault.strerror}") from error
+        if isinstance(error, RuntimeError) and re.match(r"DataLoader worker .* (killed by|exited)", str(error)):
+            raise RunError(f"{reason(error)}; the same command resumes") from error
+        raise
+    trainer.close()
+
+
+def _fit(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]) -> None:
+    checkpoints = find_callback(trainer.state, Checkpoints)
+    assert checkpoints is not None
+    checkpoints.begin()
+    if trainer.state.timestamp < config.max_duration:
+        if dist.get_global_rank() == 0:
+            print(_describe(trainer, config, header))
+        with lean_engine(trainer):
+            trainer.fit()
+        checkpoints.end_training(trainer.state)
+        return
+    if dist.get_global_rank() == 0:  # Composer would raise an error
+        print(f"{config.run_folder}: this run is complete at {config.max_duration}; a new run needs another folder")
+    # Composer saves the last checkpoint before the last evaluation, which a kill may have cut short.
+    if trainer.state.evaluators:
+        trainer.eval()
+
+
+def _describe(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]) -> str:
+    """Return the lines at the top of a run's log: its name, device, model and duration."""
+    state, steps, micro = trainer.state, num_batches(trainer.state), config.device_train_microbatch_size
+    trained = sum(weight.numel() for weight in state.model.parameters() if weight.requires_grad)
+    device = torch.cuda.get_device_name() if state.device.name == "gpu" else f"{torch.get_num_threads()} CPU threads"
+    lines = {
+        "run": f"{config.run_name}, {'not saved' if config.run_folder is None else f'saved in {config.run_folder}'}",
+        "device": f"{dist.get_world_size()} × {device}, {name_precision(config.precision)}",
+        **header,
+        "model": f"{trained / 1e6:.1f} M trained parameters",
+        "training": f"{steps:,} steps ({steps / int(state.dataloader_len or 1):.1f} epochs), batches of "
+        f"{config.global_train_batch_size}" + ("" if micro is None else f", microbatches: {micro}"),
+    }
+    if state.timestamp.batch > 0:
+        lines["resumed"] = f"from {state.load_path} at batch {int(state.timestamp.batch)}"
+    return hide_secrets("\n".join(f"{name:10}{text}" for name, text in lines.items()))
+
+
+def write_run_report(trainer: Trainer, config: TrainerConfig, retrieval: ZeroShotRetrieval | None = None) -> None:
+    """Write the report into the run's folder, unless the config has none, and upload it with the checkpoints."""
+    if not config.report or config.run_folder is None or not (config.run_folder.local / LOG).is_file():
+        return
+    from d2v_composer.report.page import write_report  # matplotlib takes a second to import
+    from d2v_composer.report.run import Run, answer
+
+    folder = config.run_folder.local
+    measured: Any = () if retrieval is None else (retrieval.neighbors, retrieval.datasets, retrieval.results)
+    try:
+        with if_interrupted(
+            lambda: f"the model is saved, but its report is not; to write it, run {d2v('report', folder)}"
+        ):
+            record = yaml.safe_load((folder / "run.yaml").read_text())
+            written = write_report(run := Run(record, read_jsonl(folder / LOG), *measured), folder)
+    except Exception as error:  # noqa: BLE001  (training has finished: an unreadable log or a full disk must not fail it)
+        problem = f"could not be written ({type(error).__name__}: {reason(error)})"
+        print(f"report: {problem}; to try again, run {d2v('report', folder)}", file=sys.stderr)
+        return
+    print(*answer(run), f"report: {written[0]}", sep="\n")
+    for path in written:
+        trainer.logger.upload_file(str(path.relative_to(folder)), path, overwrite=True)  # if the folder is in a store

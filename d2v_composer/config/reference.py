@@ -1,0 +1,92 @@
+"""The model that a user names: its fields in a YAML, its flags on a command line, and what it loads."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, PlainValidator
+
+from d2v_composer.config.types import AddressText, PathText, Whole, read_image_size
+from d2v_composer.models.names import PREFIX, Pooling, Representation, Weights
+from d2v_composer.system.errors import InputError
+
+if TYPE_CHECKING:
+    from d2v_composer.checkpoints.load import Models
+
+
+class TimmSizes(BaseModel):
+    """Sizes of a timm model."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    first_blocks: Whole | None = None
+    """Blocks in the shared encoder; null: a sixth of a timm model's blocks; in data2vec2, its modality encoder's."""
+    image_size: Annotated[int | str, PlainValidator(read_image_size)] | None = None
+    """timm: pixels per side, or HEIGHTxWIDTH; null: the model's own."""
+
+
+class ModelReference(TimmSizes):
+    """A trained model, and which of its embeddings to use."""
+
+    model: PathText
+    """A data2vec 2.0 teacher's file, a training checkpoint or an exported student: a path, https://, s3://, …; or
+    timm/NAME."""
+    checkpoint: AddressText | None = None
+    """Weights of a timm model, a .safetensors or PyTorch file; null: timm's own, from the Hugging Face hub."""
+    weights: Weights = "model"
+    """Weights to take from a data2vec2 teacher's file: ``model``, as trained, or ``ema``, their moving average."""
+    teacher: PathText | None = None
+    """Path of the student's teacher; null: the path in a training checkpoint, or none for an exported student."""
+    pooling: Pooling | None = None
+    """Pooling of the primary embedding: ``cls``, ``mean`` or ``mean_patches``; null: as in the model's run, else
+    ``cls``."""
+    representation: Representation | None = None
+    """Representation of the primary embedding: ``output``, ``layer_mean`` or ``projected``; null: as in the model's
+    run, else ``output``."""
+
+    @classmethod
+    def add_flags(cls, add: Callable[..., Any]) -> None:
+        """Add a flag for each field except the model, with an ``argparse`` parser's ``add_argument``."""
+        for name, field in cls.model_fields.items():
+            kinds = (field.annotation, *get_args(field.annotation))
+            choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), None)
+            about = " ".join((field.description or "").rstrip(".").split()).replace("``", "")
+            about = about.replace("null: ", "default: ")
+            if not field.is_required():
+                kind = int if name == "first_blocks" else str
+                add(f"--{name.replace('_', '-')}", type=kind, choices=choices, default=field.default, help=about)
+
+    def load(self, projected: bool = False) -> "Models":
+        """Load the model, and its teacher.
+
+        Args:
+            projected: Give a teacher its image embedding, even if ``representation`` names another.
+
+        Returns:
+            A student and its teacher, ``None`` if it is not known; or a teacher twice.
+
+        Raises:
+            InputError: A file is corrupt, or not supported, or a field does not apply to such a model.
+        """
+        from d2v_composer.checkpoints.load import load_file, load_teacher  # torch takes seconds to import
+        from d2v_composer.models.teacher import Teacher
+
+        path, weights, projected = self.model, self.weights, projected or self.representation == "projected"
+        sizes: Any = {"first_blocks": self.first_blocks, "image_size": self.image_size}
+        if path.startswith(PREFIX) and not Path(path).exists():
+            model = teacher = load_teacher(self.checkpoint, weights, model=path, projected=projected, **sizes)
+        elif given := [name for name, value in {"checkpoint": self.checkpoint, **sizes}.items() if value is not None]:
+            raise InputError(f"{' and '.join(given)}: only for timm/NAME models; got {path}")
+        else:
+            model, teacher = load_file(path, weights, self.teacher, projected)
+        if isinstance(model, Teacher):
+            if self.teacher is not None:
+                raise InputError(f"{path} is not a student, so a teacher ({self.teacher}) is not allowed")
+        elif weights != "model":  # the student's record says which its teacher has
+            raise InputError(f"weights: {path} is a student, which has no {weights} weights; set weights=model")
+        return model, teacher
+
+
+def load_any(model: str | Path, **fields: Any) -> "Models":
+    """Load a model, given fields of :class:`ModelReference`."""
+    return ModelReference.model_construct(model=str(model), **fields).load()

@@ -1,0 +1,245 @@
+"""List the files of a source, wherever they are, and read each as it was listed."""
+
+import logging
+import os
+import stat
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple, TypeVar
+
+from typing_extensions import Self
+
+from d2v_composer.system.addresses import STORES
+from d2v_composer.system.errors import InputError, RunError, reading, reason
+from d2v_composer.system.fetch import HUB, READ_SECONDS, File, cache_folder, fetch, is_remote, list_store
+from d2v_composer.system.files import write_atomically
+
+# The branch of a data set on the hub to which its bot converts all others.
+CONVERTED = "refs/convert/parquet"
+# What is left out, besides suffixes.
+LINKS, SPECIAL = "links to files or folders already listed", "special files"
+
+log = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
+
+
+class Listing(NamedTuple):
+    """Files of a source."""
+
+    root: str
+    """A folder or an address, on the hub with the commit."""
+    files: list[File]
+    """Those with a wanted suffix, sorted."""
+    left_out: Mapping[str, int]
+    """Number of other files by kind."""
+    is_chosen: bool
+    """The user named a file or a glob in ``root``."""
+
+
+class Pinned(NamedTuple):
+    """A listed file on this machine, which is read only as it was listed."""
+
+    name: str
+    """Its path or address."""
+    path: Path
+    """The file, or its copy."""
+    file: File
+    """As it was listed; with its copy's size and number, if its place tells nothing."""
+    expected: File | None
+    """What the file system says of it; ``None`` for a copy of one version, which nobody replaces by another."""
+
+    @classmethod
+    def of(cls, root: str, file: File) -> Self:
+        """Fetch a listed file if it is remote.
+
+        Raises:
+            InputError: It cannot be fetched, or has changed.
+        """
+        name = f"{root}/{file.path}"
+        path = fetch(name, file.version)
+        if file.version:
+            return cls(name, path, file, None if is_remote(name) else file)
+        copy = File.of(file.path, path)
+        return cls(name, path, copy._replace(version=""), copy)
+
+    def read(self, function: Callable[[BinaryIO], ResultT], what: str = "", *, again: bool = False) -> ResultT:
+        """Call a function with the opened file. A copy that it cannot read is fetched once more.
+
+        Args:
+            function: Raises an InputError if the content is not what the user wants, any other error if it is damaged.
+            what: The part that is read, which errors name after the file.
+            again: The copy has been fetched once more.
+
+        Raises:
+            InputError: The function's, or the file is damaged.
+            RunError: The file is no longer the one that was listed.
+        """
+        copied = is_remote(self.name)
+        try:
+            with self.path.open("rb") as file:
+                try:
+                    return function(file)
+                finally:
+                    if self.expected not in (None, File.of(self.file.path, file.fileno())):
+                        raise RunError(f"{self.name} has changed since it was listed; run the same command again")
+        except (ImportError, InputError, RunError):
+            raise
+        except Exception:
+            if again or not copied:
+                with reading(f"{self.name}{what}" + (f", copied to {self.path}," if copied else "")):
+                    raise
+        fetch(self.name, "" if self.expected else self.file.version, again=True)
+        return self.read(function, what, again=True)
+
+
+def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str]) -> Listing | None:
+    """List the files of a source with these suffixes, and count the others by suffix.
+
+    Hidden files and folders are left out. Links are followed, but each file and each folder is listed once: by its own
+    name, or by the first of several.
+
+    Args:
+        source: A file, a folder or a glob, in which ``**`` stands for any number of folders; local, in a store of
+            :data:`~d2v_composer.system.addresses.STORES`, or hf://datasets/ORG/NAME[@REVISION][/FOLDER].
+        suffixes: In lowercase.
+        needs: Suffix of files that cannot be decoded here → the package that can.
+
+    Returns:
+        The files; ``None`` for an address that is a folder in another store.
+
+    Raises:
+        InputError: The source does not exist or cannot be listed, or a data set on the hub must be named more exactly.
+    """
+    head, star, _ = source.partition("*")
+    root, pattern = source.rstrip("/"), ""
+    if star or (source.lower().endswith(suffixes) if is_remote(source) else os.path.isfile(source)):
+        root = os.path.dirname(head)
+        pattern, root = source.removeprefix(root).lstrip("/"), root or "."
+    name, glob = "" if star else pattern, pattern.split("/") if pattern else ["**"]
+    left_out, places = Counter[str](), dict[object, File]()
+    if not is_remote(source):
+        with reading(source):
+            found = [(File.of(name, source), None)] if name else [*_list_disk(root, glob, left_out)]
+    else:
+        if source.startswith("hf://"):
+            root, files = _list_hub(root, suffixes, pattern)
+        elif source.startswith(tuple(f"{scheme}://" for scheme in STORES)):
+            files = list_store(root, name)
+        elif name:
+            files = [File(name)]
+        else:
+            return None
+        found = [(file, file.path) for file in files]
+    for file, place in found:
+        parts, suffix = file.path.split("/"), PurePosixPath(file.path).suffix.lower()
+        if file.path != name and len(glob) not in used_up(glob, parts):
+            continue
+        if any(part.startswith(".") for part in parts):
+            left_out["hidden"] += 1
+        elif place == SPECIAL:
+            left_out[SPECIAL] += 1
+        elif file.path != name and suffix not in suffixes:
+            left_out[f"{suffix} (needs {needs[suffix]})" if suffix in needs else suffix or "without suffix"] += 1
+        elif places.setdefault(place, file) is not file:
+            left_out[LINKS] += 1
+    return Listing(root, sorted(places.values()), dict(sorted(left_out.items())), pattern != "")
+
+
+def used_up(glob: Sequence[str], parts: Sequence[str]) -> frozenset[int]:
+    """Return how many parts of a glob the parts of a path may use up: all of them, if it fits."""
+    counts = {0}
+    for part in ("", *parts):
+        if part:
+            fitting = (count for count in counts if count < len(glob) and fnmatchcase(part, glob[count]))
+            counts = {count + (glob[count] != "**") for count in fitting}
+        counts |= {count + 1 for count in counts if glob[count : count + 1] == ["**"]}
+    return frozenset(counts)
+
+
+def _list_disk(root: str, glob: Sequence[str], left_out: Counter[str]) -> Iterator[tuple[File, object]]:
+    """Yield what is in a folder and those subfolders that may hold files of a glob; links come last.
+
+    Yields:
+        A file, and what is equal for all of its names; or a hidden file or folder, which may be listed no further.
+
+    Raises:
+        OSError: A folder cannot be listed.
+    """
+    seen, named, links = set[object](), deque([""]), deque[str]()
+    while named or links:
+        path = (named or links).popleft()
+        place, parts = os.path.join(root, path), path.split("/") if path else []
+        if parts and parts[-1].startswith("."):
+            yield File(path), path
+            continue
+        try:
+            status = os.stat(place)
+        except OSError:  # a dangling link counts as unreadable when it is read, as a corrupt file does
+            status = os.lstat(place)
+        # Some file systems have no inodes.
+        identity = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(place)
+        if path and not stat.S_ISDIR(status.st_mode):
+            is_file, is_link = stat.S_ISREG(status.st_mode), stat.S_ISLNK(status.st_mode)
+            yield File.of(path, place, status) if is_file else File(path), identity if is_file or is_link else SPECIAL
+            continue
+        # What is in a folder may fit a glob by one of its names, and not by another.
+        counts = used_up(glob, parts)
+        if (identity, counts) in seen:
+            left_out[LINKS] += 1
+        elif counts - {len(glob)}:
+            seen.add((identity, counts))
+            for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
+                (links if entry.is_symlink() else named).append("/".join([*parts, entry.name]))
+
+
+def _list_hub(folder: str, suffixes: tuple[str, ...], chosen: str) -> tuple[str, list[File]]:
+    """List the files below a data set on the Hugging Face hub, or else below the hub's own conversion of it.
+
+    Args:
+        folder: The address.
+        suffixes: Of the wanted files.
+        chosen: The file or the glob that chooses some of the files, if there is one.
+
+    Returns:
+        The address with the commit, and the files. If the hub is not reachable, those in its cache, with a warning.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    if (on_hub := HUB.fullmatch(folder)) is None or not on_hub[1]:
+        raise InputError(f"{folder}: expected hf://datasets/ORG/NAME[@REVISION][/FOLDER]")
+    _, repository, revision, inside = on_hub.groups()
+    configurations = set[str]()
+    # The hub's cache does not tell of which branch a commit is.
+    note = cache_folder() / "hub" / f"{repository}@{revision}".replace("/", "--")
+    try:
+        found = HfApi().dataset_info(repository, revision=revision, timeout=READ_SECONDS)
+        commit, paths = found.sha or "", [each.rfilename for each in found.siblings or ()]
+        configurations = {each["config_name"] for each in (found.card_data or {}).get("configs") or ()}
+        write_atomically(note, commit)
+    except (OSError, ValueError) as error:
+        problem = f"{folder} cannot be listed ({reason(error)[:200]})"
+        known = note.read_text() if note.exists() else revision
+        try:
+            cached = Path(snapshot_download(repository, repo_type="dataset", revision=known, local_files_only=True))
+        except (OSError, ValueError):
+            raise InputError(problem) from error
+        commit, paths = cached.name, [each.relative_to(cached).as_posix() for each in cached.rglob("*.*")]
+        log.warning("%s; using the files in the hub's cache, which may be incomplete", problem)
+    inside = f"{inside}/" if inside else ""
+    files = [File(path.removeprefix(inside), version=commit) for path in sorted(paths) if path.startswith(inside)]
+    wanted = [file.path for file in files if file.path.lower().endswith(suffixes)]
+    if not (revision or inside or chosen or wanted):
+        return _list_hub(f"{folder}@{CONVERTED}", suffixes, chosen)
+    if revision == CONVERTED:
+        configurations = {path.partition("/")[0] for path in wanted}
+    if len(configurations) > 1 and not (inside or chosen):
+        names, folders = (", ".join(sorted(each)) for each in (configurations, {*map(os.path.dirname, wanted)}))
+        raise InputError(f"{folder} has the configurations {names}; append a glob or one of the folders {folders}")
+    cut = [path for path in wanted if "/partial-" in f"/{path}"]
+    if cut and "partial-" not in chosen:
+        named = f"{folder}/{os.path.dirname(cut[0])}"
+        raise InputError(f"{folder}: the hub has converted only the first part of it; to take that, give {named}")
+    return f"hf://datasets/{repository}@{commit}/{inside}".rstrip("/"), files

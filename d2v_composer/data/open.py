@@ -1,0 +1,365 @@
+"""Open samples wherever they are: in a folder, MDS or files that hold many; local, in a store, on the hub."""
+
+import csv
+import os
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import chain, takewhile
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from d2v_composer.data.containers import CONTAINERS, NAMES, Container, listed
+from d2v_composer.data.listing import Pinned, list_files
+from d2v_composer.data.mds import INDEX, Index, is_mds
+from d2v_composer.data.modality import Modality
+from d2v_composer.data.shards import fetch_index
+from d2v_composer.data.source import (
+    Columns,
+    Listed,
+    Names,
+    Source,
+    hash_of,
+    list_folder,
+    map_in_workers,
+    name_counts,
+    number_labels,
+    open_mds,
+)
+from d2v_composer.system import fetch
+from d2v_composer.system.errors import InputError, reading
+from d2v_composer.system.fetch import File
+from d2v_composer.system.processes import ALL, Part
+from d2v_composer.system.progress import progress_bar
+
+SPLITS, NONE = ("train", "val", "validation", "test"), "none"
+TAR, TABLE = ".tar", ".parquet"
+KAGGLE_LABELS = re.compile(r"LOC_\w+_solution\.csv")
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files of one kind that hold samples, or are samples.
+
+    Attributes:
+        root: A folder or an address.
+        files: Files in it.
+        left_out: Number of other files by kind.
+        is_chosen: The user named a file or a glob.
+        container: The files' kind; ``None``: they are samples in a folder.
+        columns: What to read of them.
+        part: What to open: some of the files if there are enough, or else all, of whose samples it is a part.
+    """
+
+    root: str
+    files: list[File]
+    left_out: Mapping[str, int]
+    is_chosen: bool
+    container: Container | None
+    columns: Columns
+    part: Part = ALL
+
+    @property
+    def in_folders(self) -> bool:
+        """True if the folders of samples are splits and classes."""
+        return self.container is None or not self.container.labels
+
+    def find_splits(self, *names: str) -> dict[str, Any]:
+        """Return what is of each split that there is: number → path in it of samples in folders, or else files.
+
+        Raises:
+            InputError: A file may be of two splits.
+        """
+        if self.in_folders:
+            return sort_folders(self._opened[1], *names)
+        splits = dict[str, list[File]]()
+        for file in self.files:
+            words = split_words(file.path, names)
+            if len(words.intersection(SPLITS)) > 1:
+                found = listed(sorted(words))
+                raise InputError(f"{self.root}/{file.path}: is it of {found}? Choose by a glob and --split none")
+            for word in words:
+                splits.setdefault(word, []).append(file)
+        return splits
+
+    def open(self) -> Source:
+        """Open all samples."""
+        return self._opened[0]
+
+    def open_split(self, split: str | None, labels: str | Path | None = None) -> Source:
+        """Open the samples of a split; ``none`` means all. The default is ``train``, or all if there are no splits.
+
+        Names of classes are those of ``train``, if there is one.
+
+        Args:
+            split: The split.
+            labels: Of samples in folders; see :func:`open_source`.
+
+        Raises:
+            InputError: There are no samples or no such split, splits or labels are ambiguous, or a file is damaged.
+        """
+        if self.in_folders and split == labels == NONE:
+            return self.open()
+        whole, name = replace(self, part=ALL), split or "train"
+        splits = whole.find_splits(*(() if split == NONE else (*SPLITS, name)))
+        known = [each for each in SPLITS if each in splits]
+        if name not in splits and split != NONE and (split or len(known) > self.is_chosen):  # else the user means it
+            raise InputError(f"{self.root}: no split {name!r}; available: {', '.join(known) or 'none; omit --split'}")
+        if self.in_folders:
+            source = whole._open_folders(splits if name in splits else whole.find_splits(), split, labels)
+            return replace(source, part=self.part)
+        chosen, train = splits.get(name, self.files), splits.get("train")
+        left_out = Counter(self.left_out) + Counter({"of other splits": len(self.files) - len(chosen)})
+        files = replace(self, files=chosen, left_out=left_out)
+        source, found, names = files._opened
+        if self.columns.labels is None:
+            return source
+
+        def class_names() -> Sequence[str]:
+            """Return the names of all classes, of which a part or another split may have few."""
+            if train in (None, chosen) and source.part == self.part:
+                return ()
+            return replace(whole, files=train or chosen).open_split(NONE).class_names
+
+        return number_labels(source, found, names, class_names)
+
+    def _open_folders(self, splits: dict[str, dict[int, str]], split: str | None, labels: str | Path | None) -> Source:
+        """Open the samples of a split, or all if it is not there, with classes that are the folders in it."""
+        name = split or "train"
+        chosen = splits[name if name in splits else ""]
+        has_classes = any("/" in path for path in chosen.values())
+        beside = {path.partition("/")[0] for path in splits.get("", {}).values() if "/" in path}
+        if split is None and name in splits and beside and not has_classes:
+            others = f"train is a split, or a class like {', '.join(sorted(beside)):.80}"
+            raise InputError(f"{self.root}: {others}; choose with --split train or --split none")
+        source = self.open().select([*chosen])
+        if labels is None and not has_classes:
+            labels = file if (file := Path(self.root, f"LOC_{name}_solution.csv")).is_file() else NONE
+        if labels == NONE:
+            return source
+        of_train = splits.get("train", chosen).values()
+        class_names = sorted({path.partition("/")[0] for path in of_train if "/" in path})
+        names = [path.partition("/")[0] for path in chosen.values()]
+        if labels is not None:
+            with reading(labels), open(labels, encoding="utf-8-sig", newline="") as file:
+                rows = [row for row in csv.reader(file) if len(row) > 1]
+            end = " " if KAGGLE_LABELS.fullmatch(Path(labels).name) else "\n"  # in Kaggle's, boxes follow the class
+            classes = {row[0]: row[1].strip().partition(end)[0] for row in rows}
+
+            def class_of(path: str) -> str:
+                return classes.get(path) or classes.get(os.path.splitext(path)[0], "")
+
+            paths = zip(chosen.values(), map(str, source.ids), strict=True)
+            names = [class_of(path) or class_of(whole_path) for path, whole_path in paths]
+            class_names = class_names or sorted({*names} - {""})
+        return source.with_classes(
+            names, class_names, "a class is a folder in train; for no classes, convert with --labels none"
+        )
+
+    @cached_property
+    def _opened(self) -> tuple[Source, Sequence[Any], Sequence[str]]:
+        """Open all samples, file by file, in each file's order; remote files are fetched first.
+
+        Returns:
+            The samples; their labels as they are stored, or their paths if their folders tell them; and names of labels
+            that are numbers.
+
+        Raises:
+            InputError: A file cannot be read, a column is missing or ambiguous, or there are no samples.
+        """
+        modality, columns = self.columns.modality, self.columns
+        if self.in_folders and (columns.samples or columns.labels):
+            raise InputError(f"{self.root}: samples in folders have no columns; omit --column and --label-column")
+        of_files = self.container is not None and 1 < self.part.total <= len(self.files)
+        files = self.part.of(self.files) if of_files else self.files
+        if self.container is None:
+            parts = [list_folder(Path(self.root), files)]
+        else:
+            opened = map_in_workers(self._list, files, min(len(files) - 1, os.cpu_count() or 1))
+            parts = [*progress_bar(opened, total=len(files), desc="listing", unit="files")]
+        left_out = sum((Counter(part.left_out) for part in parts), Counter(self.left_out))
+        ends = np.cumsum([len(part.ids) for part in parts]).tolist()
+        if not (ends[-1] or of_files):
+            where = f" in {len(files)} files" if self.container else f"; supported are {', '.join(modality.suffixes)}"
+            raise InputError(f"{self.root}: no {modality.unit}{where}; other files: {name_counts(left_out)}")
+        if len({tuple(part.class_names) for part in parts}) > 1 and columns.labels:
+            raise InputError(f"{self.root}: its files name the classes of {columns.labels} differently")
+
+        def load(number: int) -> bytes:
+            part = bisect_right(ends, number)
+            return parts[part].load(number - ends[part] + len(parts[part].sizes))
+
+        source = Source(
+            root=self.root,
+            modality=modality,
+            ids=Names(chain.from_iterable(part.ids for part in parts)),
+            load=load,
+            sizes=np.concatenate([part.sizes for part in parts]),
+            marks=np.concatenate([part.marks for part in parts]),
+            content=hash_of(
+                fetch.is_remote(self.root) and self.root,
+                [file[:3] for file in self.files],
+                columns.samples,
+                of_files or [part.content for part in parts],
+            ),
+            left_out=dict(sorted(left_out.items())),
+            in_folders=self.in_folders,
+            part=ALL if of_files else self.part,
+        )
+        return source, [label for part in parts for label in part.labels], parts[0].class_names
+
+    def _list(self, file: File) -> Listed:
+        assert self.container is not None
+        pinned = Pinned.of(self.root, file)
+        samples: Listed = pinned.read(partial(self.container.list_samples, pinned, columns=self.columns))
+        if self.in_folders and len(words := split_words(file.path, SPLITS)) == 1:  # a zip of a split
+            folder = f"{words.pop()}/"
+            paths = [path if f"/{folder}" in f"/{path}" else folder + path for path in samples.labels]
+            samples = samples._replace(labels=paths)
+        return samples
+
+
+def sort_folders(paths: Sequence[str], *splits: str) -> dict[str, dict[int, str]]:
+    """Sort samples by the folders of splits, in the folder that all of them are in.
+
+    Args:
+        paths: Of the samples.
+        splits: Names of splits.
+
+    Returns:
+        Split, or '' of other samples → number of a sample → its path in the split's folder.
+    """
+    common = takewhile(lambda folder: folder not in splits, os.path.commonprefix([*paths]).split("/")[:-1])  # noqa: RUF071
+    start = sum(len(folder) + 1 for folder in common)
+    folders = dict[str, dict[int, str]]()
+    for number, path in enumerate(paths):
+        top, _, rest = path[start:].partition("/")
+        is_split = rest != "" and top in splits
+        folders.setdefault(top if is_split else "", {})[number] = rest if is_split else path[start:]
+    return folders
+
+
+def open_source(
+    source: str,
+    modality: Modality,
+    *,
+    split: str | None = NONE,
+    labels: str | Path | None = NONE,
+    column: str | None = None,
+    label_column: str | None = None,
+    cache: Path | None = None,
+    cache_limit: int | None = None,
+    part: Part = ALL,
+) -> Source:
+    """Open the samples of a folder, an MDS data set, or files that hold many.
+
+    Args:
+        source: A folder with an MDS ``index.json``, or with ``cache`` an object store's address: an MDS data set, whose
+            ids are the samples' numbers. What :func:`find_files` lists: the ids are those of its ``Container``, or in a
+            folder the paths.
+        modality: What the samples are.
+        split: See :meth:`Files.open_split`. An MDS data set has none.
+        labels: Of a folder or of zips: ``none``: no labels; ``None``: classes are folders, or else in Kaggle's
+            LOC_SPLIT_solution.csv, if it is there (the class is a cell's first word); or a CSV file with the sample's
+            path in the source or the split, with or without its suffix, in the first column, and the class in the
+            second. The ground truth file of ILSVRC's devkit is not supported: it has no file names, and its numbers are
+            not in the order of the train folder's classes.
+        column: The column that holds the samples, in tars their suffix; default: in MDS the modality's name, else the
+            only one.
+        label_column: The column of labels, in tars ``cls`` or ``json:KEY``; default: no labels.
+        cache: The folder for the shards of an MDS data set in a store.
+        cache_limit: Maximum size of the cache, in bytes; default: no limit.
+        part: Open the files of a part alone; if there are fewer files than parts, all, with the part noted.
+
+    Raises:
+        InputError: The source cannot be used.
+    """
+    files = None
+    if not (cache or is_mds(Path(source))):
+        files = find_files(source, modality, column, label_column, split=split)
+    if labels not in (None, NONE) and not (files and files.in_folders):
+        raise InputError(f"--labels: applies only to a folder; for {source}, use --label-column")
+    if files is not None:
+        return replace(files, part=part).open_split(split, labels)
+    remote = source if fetch.is_remote(source) else None
+    if (remote is None) != (cache is None):
+        where = "in a folder; in a store only for d2v embed, with --local"
+        raise InputError(f"{source}: expected {NAMES}, or MDS {where}")
+    if remote is not None and cache is not None:
+        fetch_index(remote, cache)
+    index = Index(cache or Path(source), modality, column, labels=label_column, remote=remote)
+    return replace(open_mds(index, cache_limit), part=part)
+
+
+def find_files(
+    source: str,
+    modality: Modality,
+    column: str | None = None,
+    label_column: str | None = None,
+    *,
+    split: str | None = NONE,
+    kind: str | None = None,
+) -> Files | None:
+    """List the files of a source that are of one kind: samples in a folder here, or a container's.
+
+    Parquet files beside tars of the same names are img2dataset's tables, and left out.
+
+    Args:
+        source: See :func:`~d2v_composer.data.listing.list_files`.
+        modality: What the samples are.
+        column: See :func:`open_source`.
+        label_column: Likewise.
+        split: If there is a folder of this name, the kind is that of the files in it.
+        kind: A container's suffix, or '' for samples; default: whatever is there.
+
+    Returns:
+        The files; ``None`` for an address with an MDS index, or that cannot be listed.
+
+    Raises:
+        InputError: There are none in a store or of a glob, they are of several kinds, or they cannot be listed.
+    """
+    is_remote = fetch.is_remote(source)
+    kinds = {each.suffix: each for each in CONTAINERS if kind in (None, each.suffix)}
+    samples = () if is_remote or kind else modality.suffixes
+    if (listing := list_files(source, (*samples, *kinds), modality.needs)) is None:
+        return None
+    by_kind = dict[str, list[File]]()
+    for file in listing.files:
+        suffix = PurePosixPath(file.path).suffix.lower()
+        by_kind.setdefault(suffix if suffix in kinds else "", []).append(file)
+    folder = f"/{split or 'train'}/"
+    inside = {kind for kind, files in by_kind.items() if any(folder in f"/{file.path}" for file in files)}
+    tars, tables = ({file.path.removesuffix(end) for file in by_kind.get(end, ())} for end in (TAR, TABLE))
+    chosen = inside if inside and split != NONE else {*by_kind}
+    chosen -= {TABLE} if tables and tables <= tars else set()
+    chosen &= chosen if kind is None else {kind}  # a file that the user names is listed, whatever it is
+    if len(chosen) > 1:
+        files = [(by_kind[kind], kinds[kind].plural if kind else modality.unit) for kind in by_kind]
+        counts = " and ".join(f"{len(some)} {plural}" for some, plural in files)
+        globs = " or ".join(f"'{listing.root}/**/*{PurePosixPath(some[0].path).suffix}'" for some, _ in files)
+        raise InputError(f"{source} holds {counts}; choose the samples by a glob: {globs}")
+    if not chosen and (is_remote or kind or "*" in source):
+        is_store = not ("*" in source or source.startswith("hf://"))
+        if is_store and fetch.exists(f"{listing.root}/{INDEX}"):
+            return None
+        plurals = listed(each.plural for each in kinds.values())
+        raise InputError(f"{source}: no {plurals}{f', nor {modality.unit}' if samples else ''}")
+    kind = next(iter(chosen), "")
+    others = {each or modality.unit: len(files) for each, files in by_kind.items() if each != kind}
+    left_out, columns = {**listing.left_out, **others}, Columns(modality, column, label_column)
+    return Files(listing.root, by_kind.get(kind, []), left_out, listing.is_chosen, kinds.get(kind), columns)
+
+
+def split_words(path: str, splits: Iterable[str]) -> set[str]:
+    """Return the names of splits that are words of a file's name, or else of its folders' names."""
+    folders, _, name = path.lower().rpartition("/")
+    in_name, in_folders = (
+        {split for split in splits if re.search(rf"(?<![a-z]){re.escape(split.lower())}(?![a-z])", text)}
+        for text in (name, folders)
+    )
+    return in_name or in_folders

@@ -1,0 +1,83 @@
+"""List the samples of Parquet files. pyarrow is imported when it is needed."""
+
+import json
+import os
+import re
+from bisect import bisect_right
+from functools import lru_cache, partial
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from d2v_composer.data.containers import CHOOSE
+from d2v_composer.data.listing import Pinned
+from d2v_composer.data.source import Columns, Listed, Names, hash_of, load_file, mark_of, marks_of
+from d2v_composer.system.errors import InputError, UnreadableSampleError
+from d2v_composer.system.fetch import File, is_remote
+
+# Types of columns that can hold samples: bytes, or the hub's struct of bytes and path; or paths.
+BYTES, PATH = r"(?:large_)?binary|struct<([^<>]*, )?bytes: (?:large_)?binary\b.*>", "(?:large_)?string"
+
+
+def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
+    """List the rows of a Parquet file.
+
+    Raises:
+        InputError: There is not one column of samples, or no column of labels.
+        Exception: pyarrow's, if the file is damaged.
+    """
+    import pyarrow.parquet
+
+    name, folder, column, label = pinned.name, pinned.path.parent, columns.samples, columns.labels
+    with pyarrow.parquet.ParquetFile(file) as opened:
+        schema, metadata = opened.schema_arrow, opened.metadata
+        types = {field.name: str(field.type) for field in schema}
+        of_bytes, of_paths = ([each for each in types if re.fullmatch(kind, types[each])] for kind in (BYTES, PATH))
+        fits = of_bytes or of_paths
+        chosen = [each for each in of_bytes + of_paths if each == column] if column else fits
+        if len(chosen) != 1:
+            problem = f"{column} is {types.get(column, 'missing')}" if column else f"{len(fits)} fit"
+            names = ", ".join(types if column else fits or types)
+            wanted = f"expected one column of {columns.modality.unit}, as bytes or paths"
+            raise InputError(f"{name}: {wanted}; {problem}: {names}; {CHOOSE}")
+        if label not in (None, *types):
+            raise InputError(f"{name}: no column {label!r} of labels; the columns are {', '.join(types)}")
+        labels = opened.read([label])[0].to_pylist() if label else []
+        hub = json.loads((schema.metadata or {}).get(b"huggingface", "{}")).get("info", {}).get("features", {})
+        class_names = hub.get(label, {}).get("names", ())
+        ids = Names(f"{pinned.file.path}#{row}" for row in range(metadata.num_rows))
+        marks = marks_of(len(ids), pinned.file, column)
+        if chosen[0] in of_bytes:
+            groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+            rows = [group.num_rows for group in groups]
+            means = [group.total_byte_size // max(group.num_rows, 1) for group in groups]
+            load = partial(_load_row, pinned, chosen[0], np.cumsum([0, *rows]).tolist())
+            return Listed(ids, np.repeat(np.array(means, np.int64), rows), marks, load, labels, class_names)
+        if is_remote(name):
+            raise InputError(f"{name}: column {chosen[0]!r} holds paths, which are allowed only in a local file")
+        paths = Names(each or "" for each in opened.read(chosen)[0].to_pylist())
+    files = [File.of(path, folder / path) if os.path.isfile(folder / path) else None for path in paths]
+    own, sizes = np.array([*map(mark_of, files)], np.int64), np.array([each.size if each else 0 for each in files])
+    content = hash_of([file and file[:3] for file in files])
+    return Listed(ids, sizes, marks + own, partial(load_file, folder, paths, own), labels, class_names, content=content)
+
+
+def _load_row(pinned: Pinned, column: str, starts: list[int], row: int) -> bytes:
+    group = bisect_right(starts, row) - 1
+    value = _row_group(pinned, column, group)[row - starts[group]].as_py()
+    value = value["bytes"] if isinstance(value, dict) else value
+    if value is None:
+        raise UnreadableSampleError(f"{pinned.name}#{row} is null")
+    return value
+
+
+@lru_cache(maxsize=1)
+def _row_group(pinned: Pinned, column: str, group: int) -> Any:
+    """Read a row group's samples; each process caches its last one."""
+    import pyarrow.parquet
+
+    def read(file: BinaryIO) -> Any:
+        with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as opened:
+            return opened.read_row_group(group, [column], use_threads=False)[0]
+
+    return pinned.read(read, f", row group {group}")

@@ -1,0 +1,105 @@
+"""List the samples of WebDataset tars."""
+
+import json
+import re
+import tarfile
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from d2v_composer.data.containers import CHOOSE
+from d2v_composer.data.listing import Pinned
+from d2v_composer.data.source import Columns, Listed, Names, marks_of
+from d2v_composer.system.errors import InputError
+
+# A member: key and suffixes.
+MEMBER = re.compile(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]+)")
+# After the last member come two blocks of zeros, and more that fill a record, of 1 MiB at most.
+LEAST_ZEROS, MOST_ZEROS = 1 << 10, 1 << 20
+
+
+def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
+    """List the samples of a tar; its columns are suffixes.
+
+    Raises:
+        InputError: A key has several samples or no label, or there are two of one name.
+        ValueError: See :func:`read_tar`.
+    """
+    name, modality = pinned.name, columns.modality
+    left_out, keys, offsets, sizes, labels = Counter[str](), list[str](), array("q"), array("q"), list[Any]()
+    labeled, _, key_of_label = (columns.labels or "").partition(":")
+    for key, members in read_tar(file):
+        if key is None:
+            left_out["members without a key"] += len(members)
+            continue
+        fields = {suffix: place for suffix, *place in members}
+        suited = [suffix for suffix in fields if f".{suffix}".lower().endswith(modality.suffixes)]
+        images = [suffix for suffix in suited if suffix == (columns.samples or suffix)]
+        left_out.update(f".{suffix}" for suffix, *_ in members if suffix not in (*images, labeled))
+        if not images:
+            left_out[f"keys without {modality.unit}"] += 1
+            continue
+        if len(images) > 1:
+            raise InputError(f"{name}/{key} has {' and '.join(images)}; {CHOOSE}")
+        if len(fields) < len(members):
+            raise InputError(f"{name} has two members {key}.{images[0]}, or two others of {key} with one name")
+        if labeled:
+            if labeled not in fields:
+                raise InputError(f"{name}/{key} has no .{labeled} with its label; it has {', '.join(fields)}")
+            label = read_span(file, *fields[labeled]).decode().strip()
+            label = json.loads(label).get(key_of_label) if key_of_label else label
+            labels.append(int(label) if re.fullmatch(r"-?\d+", str(label)) else label)
+        keys.append(key)
+        offsets.append(fields[images[0]][0])
+        sizes.append(fields[images[0]][1])
+    if twice := next((key for key, count in Counter(keys).items() if count > 1), None):
+        raise InputError(f"{name} has the key {twice!r} twice, with other samples between")
+    ids, marks = Names(f"{pinned.file.path}/{key}" for key in keys), marks_of(len(keys), pinned.file, columns.samples)
+    load = partial(_load, pinned, np.array(offsets), np.array(sizes))
+    return Listed(ids, np.array(sizes), marks, load, labels, left_out=left_out)
+
+
+def read_tar(file: BinaryIO) -> Iterator[tuple[str | None, list[tuple[str, int, int]]]]:
+    """Yield the samples of a tar: adjacent members whose names are equal up to the first dot.
+
+    Yields:
+        The key, ``None`` for members that belong to no sample; and suffix, offset and size of each member.
+
+    Raises:
+        ValueError: The tar is damaged, cut, or joined to another, or has a sparse member. tarfile's errors likewise.
+    """
+    key, members = None, list[tuple[str, int, int]]()
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            cast("Any", tar).members.clear()  # it would keep all
+            if member.issparse():
+                raise ValueError(f"its member {member.name} is sparse; pack it without tar's option -S")
+            if member.isdir():
+                continue
+            name = MEMBER.fullmatch(member.name) if member.isreg() else None
+            if members and (name and name[1]) != key:
+                yield key, members
+                members = []
+            key = name and name[1]
+            members.append((name[2] if name else "", member.offset_data, member.size))
+        # tarfile takes a damaged header for the end, and misses a cut between two members.
+        rest = read_span(file, tar.offset, MOST_ZEROS + 1)
+    if rest.strip(b"\0") or not LEAST_ZEROS <= len(rest) <= MOST_ZEROS:
+        raise ValueError(f"at byte {tar.offset} is no member, nor its end: it is damaged, cut, or joined to another")
+    if members:
+        yield key, members
+
+
+def read_span(file: BinaryIO, offset: int, size: int) -> bytes:
+    """Return some bytes of a file."""
+    file.seek(offset)
+    return file.read(size)
+
+
+def _load(pinned: Pinned, offsets: NDArray[np.int64], sizes: NDArray[np.int64], number: int) -> bytes:
+    return pinned.read(lambda file: read_span(file, offsets[number], sizes[number]))

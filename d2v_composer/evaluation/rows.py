@@ -1,0 +1,260 @@
+"""The rows of an evaluation, its columns and its log keys, its results, their uncertainty, and the table they make.
+
+Shapes: Q queries, K neighbors.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from statistics import mean
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2v_composer.evaluation.metrics import Log
+from d2v_composer.evaluation.nearest_neighbors import NUM_COMMON, NUM_NEIGHBORS
+
+BANKS = ("train", "test")
+VIEWS = ("first view", "second view")
+UNTRAINED, STUDENT, TEACHER = GAP = ("untrained student", "student", "teacher")
+"""The models between which the teacher gap lies; agreement compares with the teacher."""
+GAP_CLOSED = "teacher gap closed"
+NUM_RESAMPLES = 2000
+
+
+class Row(NamedTuple):
+    """A row of tables: the queries of a model, looked up in the embeddings of the same or of another model."""
+
+    title: str
+    """The row's name in tables, plots and reports."""
+    key: str
+    """The row's part of a log key; '' for the student, before and after its training."""
+    color: str
+    """The color of the row in plots over training, as matplotlib names it; '' for none."""
+    queries: str
+    """The model that embeds the queries."""
+    bank: str
+    """The model that embeds the bank."""
+
+    @property
+    def moves(self) -> bool:
+        """True for a row that a run measures again and again; the others are measured once."""
+        return not {UNTRAINED, STUDENT}.isdisjoint((self.queries, self.bank))
+
+
+def row_of(model: str, color: str = "") -> Row:
+    """Return the row of a model's queries in its own bank; its log key has the model's name, but for the student."""
+    return Row(model, "" if model in (UNTRAINED, STUDENT) else model, color, model, model)
+
+
+ROWS = {
+    row.title: row
+    for row in (
+        row_of("pixels", "C2"),
+        row_of("log_mel", "C2"),
+        row_of("encoder", "C3"),
+        row_of(UNTRAINED),
+        row_of(STUDENT, "C0"),
+        row_of(TEACHER, "C1"),
+    )
+}
+"""Title → row, in the order of tables."""
+
+
+def rows_of(models: Collection[str]) -> list[Row]:
+    """Return the rows that these models allow: those of ``ROWS``, then one row for each further model."""
+    known = [row for row in ROWS.values() if {row.queries, row.bank} <= {*models}]
+    return known + [row_of(model) for model in models if model not in ROWS]
+
+
+class Measure(NamedTuple):
+    """A measure that scores each query of a data set: a column of tables."""
+
+    bank: str
+    """The split that is searched, or that a classifier is fitted to; '' for the test images among themselves, classes
+    for text embeddings of the classes."""
+    name: str
+    k: int | None
+    """The number of neighbors; ``None``: a classifier has none."""
+    key: str
+    """Its part of a log key."""
+    heading: str
+    """The heading of its column in tables."""
+
+
+def retrieval_from(bank: str, k: int) -> Measure:
+    """Return the measure of retrieval: a query is a hit if any of its k nearest in the bank has its label.
+
+    Args:
+        bank: A split; or ``classes``, text embeddings of the classes; or the second of ``VIEWS``, of which each test
+            image has one: the label of its first view.
+        k: The number of neighbors.
+    """
+    if bank in BANKS:
+        return Measure(bank, "retrieval", k, f"bank_{bank}/top{k}", f"bank {bank} top-{k}")
+    if bank == "classes":
+        return Measure(bank, "zero_shot", k, f"zero_shot/top{k}", f"zero-shot top-{k}")
+    return Measure("", "instance", k, f"instance/top{k}", f"instance top-{k}")
+
+
+KNN = Measure("train", "knn", NUM_NEIGHBORS, "knn/top1", "20-NN weighted")
+KNN_MAJORITY = Measure("train", "knn_majority", NUM_NEIGHBORS, "knn_majority/top1", "20-NN majority")
+LINEAR = Measure("train", "linear", None, "linear/top1", "linear probe")
+AGREEMENT = Measure("", "agreement", NUM_COMMON, "agreement@10", "neighbor agreement")
+# Name in a config → what it measures: DINO's weighted vote of the nearest neighbors and their majority; a classifier;
+# the neighbors in common with the teacher; and, for each k of a retrieval, an image's views and its class by text.
+PROBES: Mapping[str, Sequence[Measure] | Callable[[int], Measure]] = {
+    "knn": (KNN, KNN_MAJORITY),
+    "linear": (LINEAR,),
+    "agreement": (AGREEMENT,),
+    "instance": partial(retrieval_from, VIEWS[1]),
+    "zero_shot": partial(retrieval_from, "classes"),
+}
+WITHOUT_LABELS = ("agreement", "instance")
+# The title of a table → its measures.
+TABLES = {
+    "Zero-shot retrieval": ("retrieval",),
+    "Probes fitted on train, measured on test": ("knn", "knn_majority", "linear"),
+    "Zero-shot classification of test by text embeddings of the classes": ("zero_shot",),
+    "Measured without labels": WITHOUT_LABELS,
+}
+
+
+def measures_of(ks: Sequence[int], probes: Iterable[str], has_labels: bool = True) -> list[Measure]:
+    """Return the measures of labeled images, retrieval and then the probes; or those that need no labels."""
+    measures = [retrieval_from(bank, k) for bank in BANKS for k in ks if has_labels]
+    for probe in map(PROBES.__getitem__, probes if has_labels else WITHOUT_LABELS):
+        measures += map(probe, ks) if callable(probe) else probe
+    return measures
+
+
+def metric_key(dataset: str, measure: Measure, embedding: str = "", row: str = STUDENT) -> str:
+    """Return the log key of an accuracy; by default, that of the student's primary embedding."""
+    key = ROWS[row].key if row in ROWS else row
+    return "/".join(filter(None, ["metrics", dataset, key, measure.key, embedding]))
+
+
+class Result(NamedTuple):
+    """One measure of one row's embedding on one data set."""
+
+    row: str
+    """The row's title."""
+    dataset: str
+    measure: Measure
+    embedding: str
+    """Name of the embedding; '' if it is the only one and has no name."""
+    is_primary: bool
+    """True for the row's primary embedding; ``zero_shot`` has but one."""
+    hits: Tensor
+    """For each query, on the host: (Q,) bool, or the share of common neighbors, (Q,) float64."""
+    batch: int = 0
+    """Batches after which a run measured it."""
+    nearest: Tensor | None = None
+    """The nearest images of each query in a split, (Q, K) int32, of a primary embedding; not kept in checkpoints."""
+
+    def plain(self) -> tuple[Any, ...]:
+        """Return the fields as plain values, for a checkpoint."""
+        return (*self[:2], tuple(self.measure), *self[3:7])
+
+
+def read_results(saved: Iterable[Any]) -> list[Result]:
+    """Return the results whose :meth:`Result.plain` was saved."""
+    return [Result(row, dataset, Measure(*measure), *others) for row, dataset, measure, *others in saved]
+
+
+def last_batch(results: Iterable[Result]) -> int:
+    """Return the batch after which a run last measured its student; 0 if it did not."""
+    return max((result.batch for result in results if result.row == STUDENT), default=0)
+
+
+class Interval(NamedTuple):
+    """An estimate with its 95 % percentile interval over resampled queries (Efron 1979)."""
+
+    value: float
+    low: float
+    high: float
+    note: str = ""
+    """How many resamples are left out, in parentheses; '' for none."""
+
+
+def pivot(results: Iterable[Result], dataset: str) -> dict[Measure, dict[str, Interval | None]]:
+    """Return measure → row → accuracy on a data set, in each row's primary embedding; other rows follow ``ROWS``.
+
+    The teacher gap closed, in the last row, :data:`GAP_CLOSED`, is ``None`` if there is no gap; it is missing if one of
+    the three models is.
+    """
+    columns: dict[Measure, dict[str, NDArray[Any]]] = {}
+    for result in sorted(results, key=lambda result: (*ROWS, result.row).index(result.row)):
+        if result.dataset == dataset and result.is_primary:
+            columns.setdefault(result.measure, {})[result.row] = result.hits.numpy()
+    return {
+        measure: {row: accuracy_interval(hits) for row, hits in rows.items()}
+        | ({GAP_CLOSED: gap_closed_interval(*(rows[row] for row in GAP))} if rows.keys() >= {*GAP} else {})
+        for measure, rows in columns.items()
+    }
+
+
+def accuracy_interval(hits: NDArray[np.bool_ | np.float64]) -> Interval:
+    """Return the mean of the queries' hits (or fractions), (Q,), with its interval."""
+    return Interval(float(hits.mean()), *np.percentile(resample(hits), [2.5, 97.5]).tolist())
+
+
+def gap_closed_interval(*hits: NDArray[np.bool_ | np.float64]) -> Interval | None:
+    """Return :func:`gap_closed` with its interval, from the three models' hits on the same queries, (Q,) each."""
+    value, *resampled = (gap_closed(*each) for each in ([each.mean() for each in hits], *resample(*hits)))
+    if value is None:
+        return None
+    low, high = np.percentile([each for each in resampled if each is not None], [2.5, 97.5]).tolist()
+    without_gap = resampled.count(None)
+    note = f" ({without_gap:,} of {NUM_RESAMPLES:,} resamples have no gap)" if without_gap else ""
+    return Interval(value, low, high, note)
+
+
+def gap_closed(untrained: float, student: float, teacher: float) -> float | None:
+    """Return the teacher gap closed: the fraction of the gap from untrained student to teacher, 1 for all of it.
+
+    ``None`` if the teacher is no better than the untrained student.
+    """
+    return None if teacher <= untrained else float((student - untrained) / (teacher - untrained))
+
+
+def gap_closed_by_step(
+    log: Log, dataset: str, embedding: str, k: int = 1, baselines: Log | None = None
+) -> dict[int, float]:
+    """Return step → teacher gap closed: the mean over both banks, or the value for the only bank with a gap.
+
+    Args:
+        log: Log of the student's run.
+        dataset: Name of the labeled set.
+        embedding: Embedding of student and teacher alike.
+        k: The k of top-k.
+        baselines: The log with the untrained student (``retrieval.at_start``) and the teacher
+            (``retrieval.baselines``); default ``log``.
+
+    Returns:
+        Empty if either is missing, or there is no gap at all.
+    """
+    found: dict[int, list[float]] = {}
+    for bank in BANKS:
+        options = dataset, retrieval_from(bank, k), embedding
+        untrained, _, teacher = ((baselines or log).get(metric_key(*options, row), {}) for row in GAP)
+        for step, accuracy in log.get(metric_key(*options), {}).items() if 0 in untrained and teacher else ():
+            closed = gap_closed(untrained[0], accuracy, teacher[max(teacher)])
+            if closed is not None:
+                found.setdefault(step, []).append(closed)
+    return {step: mean(found[step]) for step in sorted(found)}
+
+
+def resample(*hits: NDArray[np.bool_ | np.float64]) -> NDArray[np.float64]:
+    """Return the accuracies of S models in each bootstrap resample of their common queries, (R, S).
+
+    Queries that the same models get right are interchangeable, so that only the number of each such kind is drawn.
+
+    Args:
+        hits: Hits of each model, (Q,) each.
+    """
+    kinds, counts = np.unique(np.stack(hits, axis=1), axis=0, return_counts=True)
+    num_queries = counts.sum()
+    drawn = np.random.default_rng(0).multinomial(num_queries, counts / num_queries, size=NUM_RESAMPLES)
+    return drawn @ kinds / num_queries

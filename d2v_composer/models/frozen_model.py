@@ -1,0 +1,112 @@
+"""Anyone's module as a teacher: it maps images to tokens.
+
+Shapes: B images, S pixels per side (or height and width), N tokens, D channels.
+"""
+
+from collections.abc import Sequence
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from typing_extensions import Self
+
+from d2v_composer.models.backbone import hash_weights
+from d2v_composer.models.configs import FrozenModelConfig, ImageEncoderConfig, height_and_width
+from d2v_composer.models.encoder import Inputs, Tokens
+from d2v_composer.models.features import Features
+from d2v_composer.models.images import ImageEncoder, PixelEncoder
+from d2v_composer.models.teacher import Teacher
+
+HEAD_DIM = 64  # channels of a student's attention head
+
+
+class ModuleEncoder(PixelEncoder):
+    """The module as an encoder.
+
+    Args:
+        module: (B, 3, S, S) float, normalized → (B, N, D).
+        config: Preprocessing and sizes.
+        macs: Its multiply-accumulates for one image.
+    """
+
+    def __init__(self, module: nn.Module, config: FrozenModelConfig, macs: int) -> None:
+        super().__init__(config)
+        self.module, self.macs = module, macs
+
+    def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
+        return self.module(self.prepare(inputs.values))
+
+    def stem_macs(self, shape: Sequence[int] | None = None) -> int:
+        return self.macs
+
+
+class FrozenModel(Teacher):
+    """A teacher that is any module; the student has an encoder of its own.
+
+    The target is the module's output, normalized. The module computes in the run's precision, by autocast.
+
+    Args:
+        module: Maps images, (B, 3, height, width) float and normalized, to tokens, (B, N, D): CLS, if there is one,
+            then the patches, row by row.
+        source: Where its weights come from; a student's files say so.
+        license: The license of its weights.
+        **sizes: ``image_size``, pixels per side or (height, width); ``grid_size``, rows and columns of patches;
+            ``has_cls_token``; ``image_mean`` and ``image_std`` of each channel, for pixels from 0 to 1, by default
+            ImageNet's.
+
+    Raises:
+        ValueError: The module returns another shape, or a size is out of range.
+
+    Example:
+        >>> class Grid(torch.nn.Module):  # patches without CLS
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.patches = torch.nn.Conv2d(3, 96, 8, 8)
+        ...
+        ...     def forward(self, images):
+        ...         return self.patches(images).flatten(2).transpose(1, 2)
+        >>> teacher = FrozenModel(Grid(), image_size=32, grid_size=(4, 4), has_cls_token=False, source="random")
+        >>> student = teacher.build_student(depth=2)  # or model="timm/resnet18"
+        >>> student.embed(images, pooling="mean_patches").shape
+        torch.Size([2, 96])
+    """
+
+    def __init__(self, module: nn.Module, *, source: str, license: str | None = None, **sizes: Any) -> None:
+        config = FrozenModelConfig(embed_dim=1, **sizes)
+        shape = 1, 3, *height_and_width(config.image_size)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            tokens = module.eval()(torch.zeros(shape))
+        if tokens.ndim != 3 or tokens.shape[:2] != (1, config.num_tokens):
+            raise ValueError(f"the module must map {shape} to (1, {config.num_tokens}, D), got {tuple(tokens.shape)}")
+        config = config.changed(embed_dim=tokens.shape[2])
+        super().__init__(ModuleEncoder(module, config, counter.get_total_flops() // 2), config)
+        self.provenance = {"source": source, "license": license, "sha256": hash_weights(self)}
+        self.freeze()
+
+    def features(self, tokens: Tokens) -> Features:
+        return Features.of_layer(tokens.x, self.num_extra_tokens, self.has_cls_token)
+
+    def cast_weights(self, dtype: torch.dtype) -> Self:
+        return self  # its code may read them in another way than autocast's
+
+    def student_encoder(self) -> ImageEncoder:
+        """Build data2vec 2.0's stem, with learned positions, for as many tokens as the teacher's."""
+        shape, (rows, columns), dim = height_and_width(self.config.image_size), self.config.grid_size, self.embed_dim
+        if shape[0] != shape[1] or rows != columns or shape[0] % rows:
+            raise ValueError(
+                f"depth: blocks need a square grid of whole patches, got {rows} x {columns} for {shape} pixels; "
+                "a student timm/NAME needs none"
+            )
+        config = ImageEncoderConfig(
+            embed_dim=dim,
+            num_heads=gcd(dim, max(1, dim // HEAD_DIM)),
+            prenet_depth=0,
+            num_extra_tokens=self.num_extra_tokens,
+            image_size=shape[0],
+            patch_size=shape[0] // rows,
+            **self.config.model_dump(include={"image_mean", "image_std"}),
+        )
+        return ImageEncoder(config)

@@ -1,0 +1,91 @@
+"""The base of objectives: terms of the loss, each with its section in a YAML.
+
+Shapes: B inputs, T tokens, E extra tokens, N patches or frames, D channels of the teacher, d of a narrower student.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+
+from d2v_composer.models.backbone import Backbone
+from d2v_composer.models.configs import STRICT
+from d2v_composer.models.features import Features
+from d2v_composer.models.targets import LayerMean
+from d2v_composer.models.teacher import Teacher
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Term(BaseModel):
+    """Fields of an objective's section in a YAML. Runs that began before there was a field go on with its default."""
+
+    model_config = STRICT
+
+    weight: Weight = 0.0
+    """Weight of the term; 0: it is left out."""
+
+
+class Regression(NamedTuple):
+    """Prediction and target of a step, float32."""
+
+    prediction: Tensor
+    """(B, T, D); (B, N, D) without the extra tokens, (B, E, D) with these only; of an embedding (B, D)."""
+    target: Tensor
+    """Same shape as ``prediction``, without gradient."""
+    cls_prediction: Tensor | None = None
+    """(B, D), if CLS is regressed to the mean target instead of its own."""
+    padding_mask: Tensor | None = None
+    """(B, T) bool: true for tokens that the loss leaves out."""
+    others: "tuple[Regression, ...]" = ()
+    """Those of further objectives."""
+
+
+class Objective(nn.Module, ABC):
+    """A term of the loss: the distance of a student's prediction from a teacher's target.
+
+    :meth:`target` and :meth:`regression` compute in the run's precision, :meth:`loss` without autocast.
+
+    Args:
+        options: The section.
+        teacher: Frozen. Objectives of one teacher run it once.
+        student: What trains.
+        layer_mean: How a run computes target and prediction from layers.
+
+    Attributes:
+        Options: Fields of the section.
+        head: From the student's width to the target's, for this term alone: checkpoints have it, exported files do not.
+        compares: ``inputs``: the loss is a mean over inputs, so that the mean over microbatches and ranks is that of
+            the batch. ``microbatch``: it depends on which inputs are together. A resume then keeps their number.
+        needs_output: The prediction depends on the student's output, and not on its FFN outputs alone.
+        needs_pooled: It depends on the student's own pooled feature.
+        needs_projection: Teacher and student need the embedding ``projected_cls``.
+    """
+
+    Options: ClassVar[type[Term]] = Term
+    compares: ClassVar[Literal["inputs", "microbatch"]] = "inputs"
+    needs_output = needs_pooled = needs_projection = False
+    head: Any  # a module
+
+    def __init__(self, options: Any, teacher: Teacher, student: Backbone, layer_mean: LayerMean) -> None:
+        super().__init__()
+        self.weight: float = options.weight
+        self.teacher = teacher
+        self.head = nn.Identity()
+
+    @abstractmethod
+    def target(self, features: Features) -> Tensor:
+        """Compute the target from the teacher's features."""
+
+    @abstractmethod
+    def regression(self, features: Features, target: Tensor) -> Regression:
+        """Compute the prediction from the student's features, with gradient."""
+
+    @abstractmethod
+    def loss(self, regression: Regression) -> Tensor:
+        """Return the distance, a scalar."""
+
+    def forward_macs(self, num_tokens: int) -> int:
+        """Return the multiply-accumulates of the head for one input; by default, there is no head."""
+        return 0

@@ -1,0 +1,197 @@
+"""Regress the mean of the teacher's layers, token by token.
+
+Shapes: B inputs, T tokens, D channels of the teacher, d of a student of another width, L layers.
+"""
+
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, cat, nn
+from torch.nn.functional import cosine_similarity, interpolate, mse_loss, smooth_l1_loss
+
+from d2v_composer.models.attention import init_linear_layers, linear_weights
+from d2v_composer.models.backbone import Backbone, Transformer
+from d2v_composer.models.features import Features, mean_over_time
+from d2v_composer.models.names import TokenLoss
+from d2v_composer.models.targets import NORM_EPS, LayerMean, average
+from d2v_composer.models.teacher import Teacher
+from d2v_composer.objectives.objective import Objective, Regression, Term, Weight
+
+CLS_LOSS_WEIGHT = 0.01  # data2vec 2.0's `cls_loss` of the image models
+
+
+class DatasetNorm(nn.Module):
+    """Subtract a fixed mean from each channel of each layer, and divide by a fixed deviation, both over a data set.
+
+    Unlike InstanceNorm, this keeps what the tokens of an input share, and unlike LayerNorm how far a token is from the
+    usual one. UNIC (arXiv:2408.05088), PHI-S (arXiv:2410.01680) and EUPE (arXiv:2603.22387) standardize the features of
+    their teachers.
+
+    Args:
+        num_layers: L.
+        dim: D.
+
+    Attributes:
+        moments: (L, 3, D) float64: the number of inputs, and over them the sums of each one's mean value and mean
+            square. Checkpoints have them. While they are 0, all is NaN.
+        measures: Add what passes through to ``moments``.
+    """
+
+    moments: Tensor
+    measures = False
+
+    def __init__(self, num_layers: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("moments", torch.zeros(num_layers, 3, dim, dtype=torch.float64))
+
+    def forward(
+        self, layers: Iterable[Tensor], num_extra_tokens: int, _: str, final_layer_norm: bool, mask: Tensor | None
+    ) -> Tensor:
+        """Compute :func:`~d2v_composer.models.targets.norm_mean`, whose arguments these are, with this normalization.
+
+        The first tokens and padding do not count in the moments.
+        """
+
+        def normalize(layer_BTD: Tensor, moments_3D: Tensor) -> Tensor:
+            if self.measures:
+                powers = (layer_BTD.double() ** power for power in range(3))
+                means_3B1D = [mean_over_time(each, num_extra_tokens, mask) for each in powers]
+                moments_3D += torch.stack(means_3B1D).sum(dim=(1, 2))
+            mean_D, square_D = moments_3D[1:] / moments_3D[0]
+            scale_D = (square_D - mean_D.square() + NORM_EPS).rsqrt()
+            return (layer_BTD - mean_D.float()) * scale_D.float()
+
+        return average(map(normalize, layers, self.moments), final_layer_norm)
+
+
+class LayerRegression(Objective):
+    """Regress the mean of the teacher's layers with the student's FFN outputs or its output.
+
+    The head follows each of the student's layers; it is the identity if their width is the teacher's. A student without
+    blocks has a feature map of any size and a pooled feature instead, which a :class:`GridHead` maps to the teacher's
+    tokens. Registers are left out of target and statistics then, because the student has nothing like them.
+
+    Raises:
+        ValueError: An option does not fit the teacher.
+    """
+
+    class Options(Term):
+        loss: TokenLoss = "mse"
+        """Distance of a token's prediction from its target: ``mse``, as in the chapter, or ``cosine_smooth_l1``, 0.9 ·
+        (1 - cosine similarity) + 0.1 · smooth L1, as in AM-RADIO."""
+        cls_weight: Annotated[float, Field(ge=0, le=1)] | None = None
+        """Share of CLS in the loss; null: 1 / T, the share of any of the T tokens."""
+        weight: Weight = 1.0
+        """Weight of the term; 0: it is left out."""
+
+    def __init__(self, options: Options, teacher: Teacher, student: Backbone, layer_mean: LayerMean) -> None:
+        super().__init__(options, teacher, student, layer_mean)
+        has_cls, widths = teacher.has_cls_token, (student.embed_dim, teacher.embed_dim)
+        self.is_grid = not isinstance(student, Transformer)
+        if options.cls_weight is not None and (layer_mean.extra_tokens != "regress" or not has_cls):
+            raise ValueError("cls_weight: allowed only with extra_tokens 'regress' and a teacher that has CLS")
+        if layer_mean.extra_tokens == "only" and not (has_cls if self.is_grid else teacher.num_extra_tokens):
+            raise ValueError(
+                "extra_tokens: 'only' needs extra tokens, and this teacher has none that a student predicts"
+            )
+        if self.is_grid:
+            self.head = GridHead(student.encoder, teacher)
+        elif widths[0] != widths[1]:
+            self.head = nn.Linear(*widths)
+        init_linear_layers(self.head)
+        top_k = layer_mean.average_top_k_layers or teacher.config.average_top_k_layers
+        self.options, self.layer_mean = options, layer_mean.changed(average_top_k_layers=top_k)
+        self.dataset_norm = DatasetNorm(top_k, teacher.embed_dim) if layer_mean.dataset_norm else None
+        self.needs_output = self.is_grid or layer_mean.prediction == "last_block"
+        self.needs_pooled = self.is_grid and has_cls
+        self.num_predicted = 1 if self.needs_output else student.num_layers
+
+    def target(self, features: Features) -> Tensor:
+        features = features.without_registers() if self.is_grid else features
+        return self.layer_mean.target(features, self.dataset_norm)
+
+    def regression(self, features: Features, target: Tensor) -> Regression:
+        features, project = (self.head(features), nn.Identity()) if self.is_grid else (features, self.head)
+        regressed = self.layer_mean.regressed(features)
+        if self.layer_mean.prediction == "last_block":
+            prediction = project(features.output)
+        else:  # with the target's statistics
+            prediction = self.layer_mean.average(map(project, features.layers()), features, regressed.start)
+        has_cls_loss = self.layer_mean.extra_tokens == "drop" and features.has_cls_token
+        mask = None if features.padding_mask is None else features.padding_mask[:, regressed]
+        return Regression(prediction[:, regressed], target, prediction[:, 0] if has_cls_loss else None, mask)
+
+    def loss(self, regression: Regression) -> Tensor:
+        return regression_loss(regression, self.options.loss, self.options.cls_weight)
+
+    def forward_macs(self, num_tokens: int) -> int:
+        of_a_token = linear_weights(self.head.patches if self.is_grid else self.head)
+        return linear_weights(self.head) + (self.num_predicted * num_tokens - 1) * of_a_token
+
+
+class GridHead(nn.Module):
+    """Predict a teacher's tokens from a network's features: CLS from the pooled feature, patches from the grid.
+
+    The grid is resized to the teacher's, bilinearly.
+
+    Args:
+        encoder: The network, a :class:`~d2v_composer.models.timm_network.TimmNetwork`.
+        teacher: Its sizes: D channels, its grid, and whether it has CLS.
+    """
+
+    def __init__(self, encoder: Any, teacher: Teacher) -> None:
+        super().__init__()
+        self.sizes = encoder.grid_size, teacher.encoder.config.grid_size
+        self.patches = nn.Linear(encoder.num_channels, teacher.embed_dim)
+        self.cls = nn.Linear(encoder.num_pooled, teacher.embed_dim) if teacher.has_cls_token else None
+
+    def forward(self, features: Features) -> Features:
+        """Return features with one layer, (B, T, D): CLS, if there is one, and the patches."""
+        grid, wanted = self.sizes
+        x_BTD = self.patches(features.output)
+        if grid != wanted:  # a linear layer of each cell and bilinear weights, which add up to 1, commute
+            grid_BDHW = x_BTD.transpose(1, 2).unflatten(2, grid)
+            x_BTD = interpolate(grid_BDHW.float(), wanted, mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
+        if self.cls is not None:
+            x_BTD = cat([self.cls(features.pooled)[:, None].to(x_BTD.dtype), x_BTD], dim=1)
+        return Features.of_layer(x_BTD, int(self.cls is not None), self.cls is not None)
+
+
+def token_errors(prediction_BTD: Tensor, target_BTD: Tensor, loss: TokenLoss) -> Tensor:
+    """Return the distance of each token's prediction from its target, (B, T, 1).
+
+    ``cosine_smooth_l1`` is 0.9 · (1 - cosine similarity) + 0.1 · smooth L1, the mean over channels, as AM-RADIO has it
+    for its spatial features (Ranzinger et al. 2024, arXiv:2312.06709, section 3.3).
+    """
+    if loss == "mse":
+        return (prediction_BTD - target_BTD).square().mean(dim=-1, keepdim=True)
+    cosine_BT1 = cosine_similarity(prediction_BTD, target_BTD, dim=-1)[..., None]
+    distance_BT1 = smooth_l1_loss(prediction_BTD, target_BTD, reduction="none").mean(dim=-1, keepdim=True)
+    return 0.9 * (1 - cosine_BT1) + 0.1 * distance_BT1
+
+
+def regression_loss(regression: Regression, loss: TokenLoss = "mse", cls_weight: float | None = None) -> Tensor:
+    """Return the mean distance over all tokens, plus 0.01 × the mean squared error of ``cls_prediction``.
+
+    Padding does not count, and each input of a padded batch counts alike, however short: so the mean over ranks and
+    microbatches, which have as many inputs, is that of the whole batch.
+
+    Args:
+        regression: Prediction and target.
+        loss: Distance of a token.
+        cls_weight: The share of the first token, CLS, in the loss; default as of any other token.
+    """
+    prediction, target, mask = regression.prediction.float(), regression.target, regression.padding_mask
+    if loss == "mse" and cls_weight is None and mask is None:
+        total = mse_loss(prediction, target)
+    else:
+        error_BT1 = token_errors(prediction, target, loss)
+        total = mean_over_time(error_BT1, cls_weight is not None, mask).mean()
+        if cls_weight is not None:
+            total = cls_weight * error_BT1[:, 0].mean() + (1 - cls_weight) * total
+    if regression.cls_prediction is None:
+        return total
+    mean_target_BD = mean_over_time(target, padding_mask=mask)[:, 0]
+    return total + CLS_LOSS_WEIGHT * mse_loss(regression.cls_prediction.float(), mean_target_BD)

@@ -1,0 +1,218 @@
+"""A file is read as it was listed: a source that changes in between is named, and a copy is the listed version."""
+
+import os
+import re
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+from streaming import StreamingDataset
+
+from containers import write_all, write_tar
+from d2v_composer.commands import convert_images, embed, merge
+from d2v_composer.data.images import Images
+from d2v_composer.data.open import open_source
+from d2v_composer.data.source import Source
+from d2v_composer.system import fetch as fetch_module
+from d2v_composer.system.errors import InputError, RunError
+from d2v_composer.system.fetch import cache_folder, exists, fetch, list_store
+from gated_store import GatedStore
+from helpers import GOLDEN, encoded_image, truncated
+from hub_stub import serve
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEACHER = str(GOLDEN / "tiny_base.pt")
+IMAGES, OTHERS = ([encoded_image(seed) for seed in seeds] for seeds in (range(6), range(10, 16)))
+SIZE = max(map(len, [*IMAGES, *OTHERS]))
+# Of one size: a decoder ignores what follows a JPEG.
+IMAGES, OTHERS = ([image.ljust(SIZE, b"\0") for image in images] for images in (IMAGES, OTHERS))
+CHANGED = r"has changed since it was listed; run the same command again"
+KINDS = {
+    "tars": "tars/00001.tar",
+    "zips": "zips/00001.zip",
+    "bytes": "bytes/00001.parquet",
+    "paths": "folder/00005.png",
+    "folder": "00005.png",
+}
+
+
+@pytest.fixture
+def store(reachable_store: GatedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> GatedStore:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return reachable_store
+
+
+def images_of(source: Source) -> list[bytes]:
+    return [source.load(number) for number in range(len(source))]
+
+
+def replace(path: Path, by: Path) -> None:
+    """Replace a file by one of the same time and, unless it is compressed, of the same size."""
+    status = path.stat()
+    assert by.stat().st_size == status.st_size or path.suffix in (".parquet", ".zip")
+    os.utime(by, ns=(status.st_atime_ns, status.st_mtime_ns))
+    by.replace(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_is_replaced_while_it_is_read_is_named(kind: str, tmp_path: Path) -> None:
+    for name, images in (("here", IMAGES), ("there", OTHERS)):
+        write_all(tmp_path / name, images, [0] * 6, num_files=2)
+    file = f"{'folder/' * (kind == 'folder')}{KINDS[kind]}"
+    source = open_source(str(tmp_path / "here" / kind), Images())
+    assert images_of(source)[:3] == IMAGES[:3]
+    replace(tmp_path / "here" / file, tmp_path / "there" / file)
+    assert source.load(0) == IMAGES[0]
+    with pytest.raises(RunError, match=rf"{Path(file).name}[^/]* {CHANGED}$"):
+        images_of(source)
+    again = open_source(str(tmp_path / "here" / kind), Images())
+    assert {*images_of(again)} != {*IMAGES}
+    assert np.count_nonzero(again.marks == source.marks) == {"paths": 5, "folder": 5}.get(kind, 4)
+
+
+def test_a_mounted_store_may_number_a_file_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tar, again = (write_tar(tmp_path / name, [("a.jpg", IMAGES[0])]) for name in ("x.tar", "again"))
+    monkeypatch.setattr("d2v_composer.system.fetch._keeps_inodes", {})
+    monkeypatch.setattr("os.statvfs", lambda place: Mock(f_fsid=0))
+    source = open_source(str(tar), Images())
+    replace(tar, again)
+    assert images_of(source) == IMAGES[:1]
+
+
+def test_a_copy_is_the_version_that_was_listed(
+    store: GatedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run's newer copy does not take its place, and a part of either is not joined to a part of the other."""
+    monkeypatch.setattr(fetch_module, "ASK_SECONDS", 0)
+    folder, client = f"{store.create_bucket('listed')}/tars", store.client()
+    for name, images in (("0", IMAGES[:3]), ("1", IMAGES[3:])):
+        tar = write_tar(tmp_path / f"{name}.tar", [(f"{i}.jpg", image) for i, image in enumerate(images)])
+        client.upload_file(str(tar), "listed", f"tars/{name}.tar")
+    sources = [open_source(folder, Images()), open_source(f"{folder}/1.tar", Images())]
+    listed = list_store(folder)[1]
+    write_tar(tmp_path / "1.tar", [(f"{i}.jpg", image) for i, image in enumerate(OTHERS[3:])])
+    client.upload_file(str(tmp_path / "1.tar"), "listed", "tars/1.tar")
+    assert images_of(open_source(folder, Images())) == IMAGES[:3] + OTHERS[3:]
+    assert [images_of(source) for source in sources] == [IMAGES, IMAGES[3:]]
+    assert len({source.content for source in (*sources, open_source(folder, Images()))}) == 3
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "another"))
+    with pytest.raises(InputError, match=r"tars/1\.tar cannot be fetched \(it has changed since it was listed"):
+        fetch(f"{folder}/1.tar", listed.version)
+
+
+@pytest.mark.parametrize("kind", ["one", "listed"])
+def test_a_damaged_copy_is_fetched_once_more(kind: str, store: GatedStore, tmp_path: Path) -> None:
+    address = f"{store.create_bucket(f'damaged-{kind}')}/{kind}/x.tar"
+    tar = write_tar(tmp_path / "x.tar", [(f"{i}.jpg", image) for i, image in enumerate(IMAGES)])
+    store.client().upload_file(str(tar), f"damaged-{kind}", f"{kind}/x.tar")
+    source = address if kind == "one" else address.removesuffix("/x.tar")
+    open_source(source, Images())
+    [copy] = cache_folder().glob("*-x.tar")
+    copy.write_bytes(truncated(copy.read_bytes()).ljust(tar.stat().st_size, b"\1"))
+    assert images_of(open_source(source, Images())) == IMAGES
+    tar.write_bytes(truncated(tar.read_bytes()))
+    store.client().upload_file(str(tar), f"damaged-{kind}", f"{kind}/x.tar")
+    with pytest.raises(InputError, match=rf"^{address}, copied to {cache_folder()}/\w+-x\.tar, cannot be read: "):
+        open_source(source, Images())
+
+
+@pytest.mark.parametrize("name", ["hf://org/net", "hf://org/net@v1", "hf://datasets/org/net/student.safetensors"])
+def test_the_hub_has_a_newer_revision(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "hub" / "org" / "net" / ("v1" if "@" in name else "main") / "student.safetensors"
+    file.parent.mkdir(parents=True)
+    with serve(tmp_path / "hub", tmp_path / "cache", monkeypatch):
+        for content in ("old", "new"):
+            file.write_text(content)
+            assert fetch(name).read_text() == content
+            assert fetch(name).read_text() == content
+    assert not caplog.records
+    assert fetch(name).read_text() == "new"
+    [said] = caplog.messages
+    assert re.fullmatch(r"org/net: the Hugging Face hub does not answer \(.*\); using its cache", said)
+
+
+def test_an_empty_answer_is_not_an_empty_folder(store: GatedStore) -> None:
+    folder = f"{store.create_bucket('empty')}/a"
+    store.client().put_object(Bucket="empty", Key="a/0.tar", Body=b"")
+    for read in (list_store, lambda folder: exists(f"{folder}/0.tar")):
+        store.faults["empty"] = ["empty"]
+        assert read(folder)
+        assert store.faults["empty"] == []
+
+
+@pytest.mark.parametrize("kind", ["tars", "zips", "folder"])
+def test_parts_of_a_source_that_changed_are_not_joined(kind: str, tmp_path: Path) -> None:
+    """Even if the changed file has the same size."""
+    write_all(tmp_path, IMAGES, [0] * 6, num_files=2)
+    source, out = tmp_path / kind, tmp_path / "out"
+    commands = [[str(source), str(out), "--workers", "1", "--part", f"{number}/2"] for number in range(2)]
+    convert_images.main(commands[0])
+    changed = next(source.glob("*1.*"))
+    changed.write_bytes(changed.read_bytes())
+    convert_images.main(commands[1])
+    with pytest.raises(InputError, match="00001-of-00002 was made with another source than 00000-of-00002"):
+        merge.main([str(out)])
+    with pytest.raises(InputError, match="00000-of-00002 was made with another source than this command"):
+        convert_images.main(commands[0])
+    shutil.rmtree(out / "parts" / "00000-of-00002")
+    assert convert_images.main(commands[0]) is not None
+    merge.main([str(out)])
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+def test_a_part_is_compared_with_its_record(suffix: str, tmp_path: Path) -> None:
+    write_all(tmp_path, IMAGES, [0] * 6)
+    for out, source in (("a", "folder"), ("b", "tars")):
+        for number in range(2):
+            options = ["--part", f"{number}/2", "--batch-size", "2", "--workers", "0"]
+            embed.main([TEACHER, str(tmp_path / source), str(tmp_path / f"{out}{suffix}"), *options])
+    part = f"00001-of-00002{suffix}"
+    other = tmp_path / f"b{suffix}.parts" / part
+    for path in (other, other.with_suffix(".ids.npy")):
+        if path.exists():
+            shutil.copy(path, tmp_path / f"a{suffix}.parts")
+    with pytest.raises(InputError, match=rf"{part} cannot be read: it is not the file that its record describes"):
+        merge.main([str(tmp_path / f"a{suffix}")])
+    assert not (tmp_path / f"a{suffix}").exists()
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path) -> list[str]:
+    """The arguments of a conversion of a/ that has ended at its third shard."""
+    for name, images in (("a", IMAGES[:5]), ("b", OTHERS)):
+        (tmp_path / name).mkdir()
+        for number, image in enumerate([*images, bytes(SIZE)][:6]):
+            (tmp_path / name / f"{number}.jpg").write_bytes(image)
+            os.utime(tmp_path / name / f"{number}.jpg", (1, 1))
+    call = [str(tmp_path / "a"), str(tmp_path / "out"), "--workers", "1", "--shard-size", str(SIZE)]
+    with pytest.raises(InputError, match=r"5\.jpg: cannot decode as an image"):
+        convert_images.main(call)
+    return [*call, "--skip-unreadable"]
+
+
+def test_an_interrupted_conversion_goes_on_with_its_own_source(interrupted: list[str], tmp_path: Path) -> None:
+    """Another one may have the names, sizes and times of the first."""
+    assert convert_images.main([str(tmp_path / "b"), *interrupted[1:]]).resumed == 0
+    stored = StreamingDataset(local=str(tmp_path / "out"), batch_size=1)
+    assert sorted(each["image"] for each in stored) == sorted(OTHERS)
+
+
+@pytest.mark.parametrize(("package", "resumes"), [("0.1.0", True), ("9", False)])
+def test_an_interrupted_call_goes_on_with_its_own_version(
+    package: str, resumes: bool, interrupted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("d2v_composer.embedding.CHUNK", 2)
+    table = [TEACHER, str(tmp_path / "a"), str(tmp_path / "a.npy"), "--batch-size", "2", "--workers", "0"]
+    with pytest.raises(InputError, match=r"5\.jpg: cannot decode as an image"):
+        embed.main(table)
+    for module in ("convert", "parts"):
+        monkeypatch.setattr(f"d2v_composer.data.{module}.version", lambda _: package)
+    assert (convert_images.main(interrupted).resumed > 0) == resumes
+    with nullcontext() if resumes else pytest.raises(InputError, match="an interrupted run had a different version"):
+        embed.main([*table, "--skip-unreadable"])
