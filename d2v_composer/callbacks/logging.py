@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -21,7 +22,7 @@ from d2v_composer.callbacks.trainer_state import unwrapped
 from d2v_composer.evaluation.metrics import read_lines
 from d2v_composer.system.errors import RunError, writing
 from d2v_composer.system.fetch import put
-from d2v_composer.system.files import flush, write_atomically
+from d2v_composer.system.files import write_atomically
 from d2v_composer.system.progress import Lines
 
 # metrics/DATASET/[BASELINE/]bank_train/topK: the accuracy of the primary embedding; or that of a fine-tuned classifier.
@@ -138,7 +139,7 @@ class JSONLLogger(LoggerDestination):
         with writing(self.path):
             if self.file is None:  # opened with the first line, so that a run that fails to start leaves no file
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                if self.path.exists():  # a resume; after a loss of power a line may be a part of one
+                if self.path.exists():  # drop what a resume logs again, and a line that a loss of power has torn
                     kept = [line + b"\n" for line, batch, _ in read_lines(self.path) if not step or batch <= step]
                     write_atomically(self.path, b"".join(kept))
                 self.file = self.path.open("a", buffering=1)  # write whole lines
@@ -146,8 +147,8 @@ class JSONLLogger(LoggerDestination):
 
     def close(self, state: State, logger: Logger) -> None:
         if self.file is not None:
+            os.fsync(self.file.fileno())  # a resume logs no line again that came after the last checkpoint
             self.file.close()
-            flush(self.path)
             self.file = None
 
 

@@ -73,26 +73,25 @@ def flush(path: Path) -> None:
             os.close(descriptor)
 
 
-def move(partial: Path, path: Path, *, sync: bool = True) -> None:
+def move(partial: Path, path: Path) -> None:
     """Give a complete file its name, and replace an old one.
+
+    When this returns, the file survives a loss of power; whenever the power fails before, ``path`` is as it was, or
+    the whole file.
 
     Args:
         partial: The file, in a folder on the same disk.
         path: Its name.
-        sync: Flush the file before, and its folder after: whenever the power fails, ``path`` is as before or whole.
-            Without the first, the name may reach the disk before the content.
 
     Raises:
         InputError: :func:`check_out_file` found no file there, and now there is one.
     """
-    if sync:
-        flush(partial)
+    flush(partial)  # or the name might reach the disk before the content
     if path in _free:
         _check_free(path)
         _free.remove(path)
     partial.replace(path)
-    if sync:
-        flush(path.parent)
+    flush(path.parent)
 
 
 def check_owned(folder: Path | str, names: Iterable[str], mark: str, key: str) -> None:
@@ -121,13 +120,13 @@ def partial_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
 
     Args:
         path: The final path. Missing folders are made.
-        sync: See :func:`move`.
+        sync: Survive a loss of power, as :func:`move` does. Without it, ``path`` may be torn afterwards.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.randbits(32)}.partial")
     try:
         yield partial
-        move(partial, path, sync=sync)
+        move(partial, path) if sync else partial.replace(path)
     except BaseException:
         with suppress(OSError):  # the first error matters more
             for left in (each for each in path.parent.iterdir() if each.name.startswith(partial.name)):

@@ -150,9 +150,9 @@ class Reader:
             raise NotImplementedError(f"{name}: relative paths would be of another folder")
         elif name in ("read", "readv"):
             self.file_of(pid, int(arguments.partition(",")[0], 16)).position += returned
-        elif found := DESCRIPTOR.search(arguments):
-            file = self.file_of(pid, int(found[1]))
-            path = None if found[3] else self.inside(found[2])
+        elif descriptor := DESCRIPTOR.search(arguments):
+            file = self.file_of(pid, int(descriptor[1]))
+            path = None if descriptor[3] else self.inside(descriptor[2])
             yield from self.used(name, arguments, returned, table, file, path)
 
     def used(
@@ -185,8 +185,8 @@ class Reader:
         elif name == "syncfs":
             yield Operation("sync_all")
         elif name in UNSEEN or ("PROT_WRITE" in arguments and "MAP_SHARED" in arguments):
-            for _, each, _ in DESCRIPTOR.findall(arguments):
-                if self.inside(each):
+            for _, printed, _ in DESCRIPTOR.findall(arguments):
+                if self.inside(printed):
                     raise NotImplementedError(f"{name} {path}: strace does not see its data")
 
     def moved(self, name: str, old: str | None, new: str | None) -> Iterator[Operation]:

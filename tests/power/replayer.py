@@ -51,8 +51,8 @@ class File:
         self.shortest, self.changed = len(self.safe), set()
 
     @property
-    def fates(self) -> list[str]:
-        """How it may be found after a crash.
+    def outcomes(self) -> list[str]:
+        """What a crash may leave of it; empty if nothing is at risk.
 
         ``old``: as at its last flush. ``cut``: so, but as short as it has been since. ``written``: as the program sees
         it. ``zero``: of that size, without any new data: zeros where none were before. ``mixed``: of that size; each
@@ -63,17 +63,16 @@ class File:
         cut = ["cut"] if self.shortest < len(self.safe) else []
         return ["written", "old", *cut, *(["zero", "mixed", "torn"] if self.changed else [])]
 
-    def found(self, fate: str, dice: random.Random) -> bytes:
-        """Return what a crash leaves."""
-        kept = self.safe if fate == "old" else self.safe[: self.shortest]
-        if fate in ("old", "cut"):
+    def after_crash(self, outcome: str, rng: random.Random) -> bytes:
+        kept = self.safe if outcome == "old" else self.safe[: self.shortest]
+        if outcome in ("old", "cut"):
             return kept
-        found = bytearray(self.content)
-        for block in () if fate == "written" else self.changed:
-            part = slice(block * BLOCK, min((block + 1) * BLOCK, len(found)))
-            if fate == "zero" or dice.random() < 0.5:
-                found[part] = kept[part].ljust(max(0, part.stop - part.start), b"\0")
-        return bytes(found[: dice.randint(self.shortest, len(found))] if fate == "torn" else found)
+        content = bytearray(self.content)
+        for block in () if outcome == "written" else self.changed:
+            part = slice(block * BLOCK, min((block + 1) * BLOCK, len(content)))
+            if outcome == "zero" or rng.random() < 0.5:
+                content[part] = kept[part].ljust(max(0, part.stop - part.start), b"\0")
+        return bytes(content[: rng.randint(self.shortest, len(content))] if outcome == "torn" else content)
 
 
 class Folder:
@@ -85,17 +84,17 @@ class Folder:
         """Number of the operation, and what it changed here."""
         self.num_safe = 0
 
-    def ever(self) -> "Iterator[Node | None]":
+    def all_nodes(self) -> "Iterator[Node | None]":
         """Yield all nodes that have had a name here."""
         yield from self.names.values()
         for _, changed in self.changes:
             yield from changed.values()
 
     def entries(self, num_changes: int | None = None) -> "dict[str, Node]":
-        found = {**self.names}
+        entries: dict[str, Node | None] = {**self.names}
         for _, changed in self.changes[:num_changes]:
-            found |= changed  # pyright: ignore
-        return {name: node for name, node in found.items() if node is not None}
+            entries |= changed
+        return {name: node for name, node in entries.items() if node is not None}
 
 
 Node: TypeAlias = File | Folder | Link
@@ -110,7 +109,7 @@ class Disk:
 
     def __init__(self, tree: Tree) -> None:
         self.root, self.number = Folder(), 0
-        self.births: dict[int, tuple[Folder, int]] = {}
+        self.made_in: dict[int, tuple[Folder, int]] = {}
         """Identity of a file or a folder → the folder in which it was made, and the number of changes there then."""
         self.folders = [self.root]
         for path, content in sorted(tree.items()):
@@ -140,7 +139,7 @@ class Disk:
         for folder, changed in by_folder.values():
             folder.changes.append((self.number, changed))
             for node in filter(None, changed.values()):
-                self.births.setdefault(id(node), (folder, len(folder.changes)))
+                self.made_in.setdefault(id(node), (folder, len(folder.changes)))
 
     def apply(self, operation: Operation) -> None:
         kind, path, other, size, data = operation
@@ -149,9 +148,9 @@ class Disk:
         if kind == "sync_all":
             for folder in self.folders:
                 folder.num_safe = len(folder.changes)
-                for each in folder.entries().values():
-                    if isinstance(each, File):
-                        each.flush()
+                for file in folder.entries().values():
+                    if isinstance(file, File):
+                        file.flush()
         elif kind == "create":
             if node is None:
                 self._change({path: File()})
@@ -179,8 +178,8 @@ class Disk:
             node.flush()
         elif isinstance(node, Folder):
             self._keep(node, len(node.changes))
-        while id(node) in self.births:
-            node, count = self.births[id(node)]
+        while id(node) in self.made_in:
+            node, count = self.made_in[id(node)]
             self._keep(node, count)
 
     def _keep(self, folder: Folder, count: int) -> None:
@@ -189,34 +188,35 @@ class Disk:
             return
         moved = {number for number, _ in folder.changes[folder.num_safe : count]}
         folder.num_safe = count
-        for each in self.folders:
-            for i, (number, _) in enumerate(each.changes):
+        for other in self.folders:
+            for i, (number, _) in enumerate(other.changes):
                 if number in moved:
-                    self._keep(each, i + 1)
+                    self._keep(other, i + 1)
 
     def _cut(self, counts: dict[int, int]) -> None:
         """Shorten the changes that reach the disk, by folder, until each move between folders is in both or in none."""
         is_torn = True
         while is_torn:
-            is_torn, lost = False, {n for each in self.folders for n, _ in each.changes[counts[id(each)] :]}
-            for each in self.folders:
-                for i, (number, _) in enumerate(each.changes[: counts[id(each)]]):
+            lost = {number for folder in self.folders for number, _ in folder.changes[counts[id(folder)] :]}
+            is_torn = False
+            for folder in self.folders:
+                for i, (number, _) in enumerate(folder.changes[: counts[id(folder)]]):
                     if number in lost:
-                        counts[id(each)], is_torn = i, True
+                        counts[id(folder)], is_torn = i, True
                         break
 
     def choices(self) -> "tuple[list[Folder], list[File], list[Sequence[Any]]]":
         """Return the folders and files of which a crash may lose something, and all that may be left of each of them.
 
-        Of a folder, this is a number of its changes; of a file, a fate.
+        For a folder, this is a number of its changes; for a file, an outcome.
         """
-        folders = [each for each in self.folders if each.num_safe < len(each.changes)]
-        nodes = {id(node): node for folder in self.folders for node in folder.ever()}
-        files = [node for node in nodes.values() if isinstance(node, File) and node.fates]
-        cuts = [range(each.num_safe, len(each.changes) + 1) for each in folders]
-        return folders, files, [*cuts, *(file.fates for file in files)]
+        folders = [folder for folder in self.folders if folder.num_safe < len(folder.changes)]
+        nodes = {id(node): node for folder in self.folders for node in folder.all_nodes()}
+        files = [node for node in nodes.values() if isinstance(node, File) and node.outcomes]
+        cuts = [range(folder.num_safe, len(folder.changes) + 1) for folder in folders]
+        return folders, files, [*cuts, *(file.outcomes for file in files)]
 
-    def states(self, dice: random.Random, limit: int) -> "Iterator[tuple[Tree, Tree]]":
+    def states(self, rng: random.Random, limit: int) -> "Iterator[tuple[Tree, Tree]]":
         """Yield what a crash at this moment may leave, and the same as if all data were written.
 
         These are all such trees, or the extreme ones and others.
@@ -225,32 +225,40 @@ class Disk:
         if math.prod(map(len, choices)) <= limit:
             drawn = product(*choices)
         else:
-            extreme = [self._extreme(choices, *each) for each in product((0, -1), ("old", "zero", "torn", "written"))]
-            dice.shuffle(extreme)
-            drawn = [*extreme[:limit], *(self._draw(choices, dice) for _ in range(limit - len(extreme)))]
+            ends = product((0, -1), ("old", "zero", "torn", "written"))
+            extreme = [self._extreme(choices, end, outcome) for end, outcome in ends]
+            rng.shuffle(extreme)
+            drawn = [*extreme[:limit], *(self._draw(choices, rng) for _ in range(limit - len(extreme)))]
         for chosen in drawn:
-            counts = {id(each): len(each.changes) for each in self.folders}
-            counts |= {id(each): count for each, count in zip(folders, chosen, strict=False)}
+            counts = self._all_changes()
+            counts |= {id(folder): count for folder, count in zip(folders, chosen, strict=False)}
             self._cut(counts)
-            fates = {id(file): fate for file, fate in zip(files, chosen[len(folders) :], strict=True)}
-            yield self._tree(counts, fates, dice), self._tree(counts, {}, dice)
+            outcomes = {id(file): outcome for file, outcome in zip(files, chosen[len(folders) :], strict=True)}
+            yield self._tree(counts, outcomes, rng), self._tree(counts, {}, rng)
 
     @staticmethod
-    def _extreme(choices: Sequence[Sequence[Any]], end: int, fate: str) -> list[Any]:
-        """All folders keep as little or as much as they can, and all files have one fate."""
-        return [each[end] if isinstance(each, range) else fate if fate in each else each[0] for each in choices]
+    def _extreme(choices: Sequence[Sequence[Any]], end: int, outcome: str) -> list[Any]:
+        """All folders keep as little or as much as they can, and all files have one outcome."""
+        return [
+            choice[end] if isinstance(choice, range) else outcome if outcome in choice else choice[0]
+            for choice in choices
+        ]
 
-    def _draw(self, choices: Sequence[Sequence[Any]], dice: random.Random) -> list[Any]:
-        """Draw a state; in most, many files or folders are found alike."""
-        usual = self._extreme(choices, dice.choice((0, -1)), dice.choice(("old", "zero", "mixed", "written")))
-        share = dice.choice((0.0, 0.5, 0.9))
-        return [one if dice.random() < share else dice.choice(each) for one, each in zip(usual, choices, strict=True)]
+    def _draw(self, choices: Sequence[Sequence[Any]], rng: random.Random) -> list[Any]:
+        """Draw a state; in most, many files or folders have one outcome."""
+        usual = self._extreme(choices, rng.choice((0, -1)), rng.choice(("old", "zero", "mixed", "written")))
+        share = rng.choice((0.0, 0.5, 0.9))
+        pairs = zip(usual, choices, strict=True)
+        return [outcome if rng.random() < share else rng.choice(choice) for outcome, choice in pairs]
 
     def as_seen(self) -> Tree:
         """Return what the program has made."""
-        return self._tree({id(each): len(each.changes) for each in self.folders}, {}, random.Random())
+        return self._tree(self._all_changes(), {}, random.Random())
 
-    def _tree(self, counts: Mapping[int, int], fates: Mapping[int, str], dice: random.Random) -> Tree:
+    def _all_changes(self) -> dict[int, int]:
+        return {id(folder): len(folder.changes) for folder in self.folders}
+
+    def _tree(self, counts: Mapping[int, int], outcomes: Mapping[int, str], rng: random.Random) -> Tree:
         tree: Tree = {}
 
         def walk(folder: Folder, prefix: str) -> None:
@@ -259,8 +267,8 @@ class Disk:
                     tree[prefix + name] = None
                     walk(node, f"{prefix}{name}/")
                 else:
-                    is_file = isinstance(node, File)
-                    tree[prefix + name] = node.found(fates.get(id(node), "written"), dice) if is_file else node
+                    outcome = outcomes.get(id(node), "written")
+                    tree[prefix + name] = node if isinstance(node, Link) else node.after_crash(outcome, rng)
 
         walk(self.root, "")
         return tree
@@ -289,12 +297,12 @@ class State(NamedTuple):
         return lines
 
 
-def kind_of(found: bytes | Link | None, expected: bytes | Link | None) -> str:
-    """Say how a file differs from what it should be."""
-    if not (isinstance(found, bytes) and isinstance(expected, bytes)):
+def kind_of(left: bytes | Link | None, expected: bytes | Link | None) -> str:
+    """Say how what a crash left differs from what was there."""
+    if not (isinstance(left, bytes) and isinstance(expected, bytes)):
         return "another"
-    kind = "empty" if not found else "zero" if not any(found) else "old" if len(found) == len(expected) else "cut"
-    return f"{kind} ({len(found)} bytes of {len(expected)})"
+    kind = "empty" if not left else "zero" if not any(left) else "damaged"
+    return f"{kind} ({len(left)} bytes of {len(expected)})"
 
 
 def crash_states(tree: Tree, operations: Sequence[Operation], limit: int = 1000, seed: int = 0) -> Iterator[State]:
@@ -303,16 +311,17 @@ def crash_states(tree: Tree, operations: Sequence[Operation], limit: int = 1000,
     Until something becomes safe, what a crash may leave only becomes more. So only the moments before each sync, and
     the last one, need to be tried. Moments at which more is at risk get more of the states.
     """
-    ends = [i for i, each in enumerate(operations) if each.kind.startswith("sync")] + [len(operations)]
+    ends = [i for i, operation in enumerate(operations) if operation.kind.startswith("sync")] + [len(operations)]
     risks = [disk.choices()[2] for _, disk in replay(tree, operations, ends)]
-    total = sum(math.prod(map(len, each)) for each in risks)
-    weights = [sum(len(choice) - 1 for choice in each) for each in risks]
-    dice, seen = random.Random(seed), set[bytes]()
+    total = sum(math.prod(map(len, choices)) for choices in risks)
+    weights = [sum(len(choice) - 1 for choice in choices) for choices in risks]
+    rng, seen = random.Random(seed), set[tuple[bytes, bool]]()
     for (i, disk), weight in zip(replay(tree, operations, ends), weights, strict=True):
-        for found, written in disk.states(dice, total if total <= limit else -(-limit * weight // sum(weights))):
-            if (digest := digest_of(found)) not in seen:
-                seen.add(digest)
-                yield State(i, found, written, disk.as_seen())
+        for left, written in disk.states(rng, total if total <= limit else -(-limit * weight // sum(weights))):
+            # What is a state of an unfinished command, too, may be wrong when the command has ended.
+            if (key := (digest_of(left), i == len(operations))) not in seen:
+                seen.add(key)
+                yield State(i, left, written, disk.as_seen())
 
 
 def replay(tree: Tree, operations: Sequence[Operation], ends: Sequence[int]) -> "Iterator[tuple[int, Disk]]":
