@@ -139,15 +139,15 @@ class JSONLLogger(LoggerDestination):
         with writing(self.path):
             if self.file is None:  # opened with the first line, so that a run that fails to start leaves no file
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                if self.path.exists():  # drop what a resume logs again, and a line that a loss of power has torn
-                    kept = [line + b"\n" for line, batch, _ in read_lines(self.path) if not step or batch <= step]
+                if step and self.path.exists():  # a resume
+                    kept = [line + b"\n" for line, batch, _ in read_lines(self.path) if batch <= step]
                     write_atomically(self.path, b"".join(kept))
                 self.file = self.path.open("a", buffering=1)  # write whole lines
             self.file.write(json.dumps({"step": step, **numbers}) + "\n")
 
     def close(self, state: State, logger: Logger) -> None:
         if self.file is not None:
-            os.fsync(self.file.fileno())  # a resume logs no line again that came after the last checkpoint
+            os.fsync(self.file.fileno())  # the lines after the last checkpoint are in no other file
             self.file.close()
             self.file = None
 
