@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from helpers import (
+    datasets_of,
     family_of,
     inode_of,
     losses_of,
@@ -76,7 +77,7 @@ def long_run(folder: Path, labeled: Path, num_steps: int, interval: int) -> list
         "global_train_batch_size=4",
         "student.depth=1",
         f"save_interval={interval}ba",
-        f"retrieval.datasets={{cifar10: {{format: mds, root: {labeled}}}}}",
+        f"retrieval.{datasets_of(labeled)}",
         f"retrieval.interval={interval}ba",
         "retrieval.baselines=[]",
         "retrieval.at_start=false",

@@ -28,6 +28,8 @@ from helpers import (
     started_ranks,
     succeed,
     wait_until,
+    write_files,
+    write_images,
     write_mds,
 )
 
@@ -86,7 +88,7 @@ def test_parts_of_a_conversion(sources: dict[str, list[str]], tmp_path: Path, ki
     make_parts(count, "convert-images", source, out, *options, *CONVERT)
     assert not (out / "index.json").exists()
     (out / "conversion.json").write_text("{}")
-    assert failure(d2v("merge", out), 2) == f"error: {out} holds another data set; remove its conversion.json"
+    assert not_merged(out) == f"error: {out} holds another data set; remove its conversion.json"
     (out / "conversion.json").unlink()
     report = succeed("merge", out).stdout
     assert f"wrote {out}: {NUM_IMAGES} samples" in report
@@ -96,10 +98,8 @@ def test_parts_of_a_conversion(sources: dict[str, list[str]], tmp_path: Path, ki
         assert shards_of(out) == shards_of(whole)
         assert (out / "conversion.json").read_bytes() == (whole / "conversion.json").read_bytes()
     before = contents_of(out)
-    assert (
-        "exists already"
-        in succeed("convert-images", source, out, *options, *CONVERT, "--part", f"{count - 1}/{count}").stdout
-    )
+    again = succeed("convert-images", source, out, *options, *CONVERT, "--part", f"{count - 1}/{count}")
+    assert "exists already" in again.stdout
     succeed("merge", out)
     assert contents_of(out) == before
 
@@ -128,8 +128,7 @@ def test_parts_of_embeddings(sources: dict[str, list[str]], tmp_path: Path, kind
     if suffix == ".npy" and kind != "tars":
         assert contents_of(tmp_path)["out.npy"] == whole.read_bytes()
     assert "exists already" in succeed("embed", TEACHER, source, out, *EMBED, "--part", f"0/{count}").stdout
-    message = failure(d2v("merge", out), 2)
-    assert message == f"error: {out} already exists; choose another file, or append --overwrite"
+    assert not_merged(out) == f"error: {out} already exists; choose another file, or append --overwrite"
 
 
 def read_table(path: Path) -> tuple[list[Any], np.ndarray]:
@@ -182,9 +181,8 @@ def test_parts_of_another_command_are_named(sources: dict[str, list[str]], tmp_p
 
 def test_parts_whose_images_changed_are_not_merged(tmp_path: Path) -> None:
     """A Parquet file of paths is the same, but not the images that it names."""
-    for number in range(8):
-        (tmp_path / f"{number}.png").write_bytes(encoded_image(number))
-    source = [str(write_parquet(tmp_path / "x.parquet", {"path": [f"{number}.png" for number in range(8)]}))]
+    names = [f"{number}.png" for number in range(8)]
+    source = [str(write_parquet(write_images(tmp_path, names) / "x.parquet", {"path": names}))]
     embed_part(source, tmp_path / "o.npy", "0/2")
     (tmp_path / "0.png").write_bytes(encoded_image(9) + b"more")
     embed_part(source, tmp_path / "o.npy", "1/2")
@@ -214,12 +212,11 @@ def test_a_damaged_part_is_named(sources: dict[str, list[str]], tmp_path: Path) 
 
 def test_a_part_is_refused_in_one_line(sources: dict[str, list[str]], tmp_path: Path) -> None:
     """It would stand beside the user's files, or is none of the parts."""
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").touch()
-    refused = d2v("convert-images", *sources["folder"], tmp_path / "mine", "--part", "0/2")
-    said = f"error: {tmp_path}/mine holds something other than parts: notes.txt; choose another OUT"
+    mine = write_files(tmp_path / "mine", {"notes.txt": b""})
+    refused = d2v("convert-images", *sources["folder"], mine, "--part", "0/2")
+    said = f"error: {mine} holds something other than parts: notes.txt; choose another OUT"
     assert failure(refused, 2) == said
-    assert os.listdir(tmp_path / "mine") == ["notes.txt"]
+    assert os.listdir(mine) == ["notes.txt"]
     refused = d2v("embed", TEACHER, sources["folder"][0], tmp_path / "table.npy", "--part", "3/3")
     assert failure(refused, 2) == "error: argument --part: must be I/N with I from 0 to N - 1, got '3/3'"
 
@@ -233,9 +230,9 @@ def test_parts_with_other_labels_are_not_merged(sources: dict[str, list[str]], t
         (tars, by_column, ["--label-column", "txt"]),
     ):
         out = tmp_path / Path(source).name
-        succeed("convert-images", source, out, *first, *CONVERT, "--part", "0/2")
-        succeed("convert-images", source, out, *second, *CONVERT, "--part", "1/2")
-        message = failure(d2v("merge", out), 2)
+        convert_part([source, *first], out, "0/2")
+        convert_part([source, *second], out, "1/2")
+        message = not_merged(out)
         assert message.endswith(" than 00000-of-00002; remove it")
         assert "00001-of-00002 was made with another label" in message
 
@@ -288,16 +285,10 @@ def test_parts_in_a_store(sources: dict[str, list[str]], object_store: GatedStor
         assert "is missing or damaged; remove this part" in failure(d2v("merge", f"{bucket}/data", **reach), 2)
     for each in ("data", "table.npy"):
         succeed("merge", f"{bucket}/{each}", **reach)
-    objects = object_store.objects("parts")
-    for name in ("table.npy", "table.ids.npy"):
-        (tmp_path / name).write_bytes(objects[name])
+    write_files(tmp_path, object_store.objects("parts"))
     found, expected = map(read_table, (tmp_path / "table.npy", tmp_path / "whole.npy"))
     assert found[0] == expected[0]
     np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=2e-6)
-    for name, content in objects.items():
-        if name.startswith("data/"):
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_bytes(content)
     assert samples_of(tmp_path / "data") == samples_of(tmp_path / "whole")
     message = failure(d2v("embed", TEACHER, source, f"{bucket}/table.npy", *EMBED, **reach), 2)
     assert message == f"error: {bucket}/table.npy already exists; choose another file, or append --overwrite"
