@@ -213,12 +213,10 @@ QUICK = ("a zip bomb", "code in a teacher", "code in a checkpoint", "a truncated
 def test_commands_refuse_a_hostile_model(what: str, small_data: Path, tmp_path: Path) -> None:
     """16, 18: as the model of a command, and as a run's teacher and load_path."""
     path, out = tmp_path / "model.pt", tmp_path / "out"
-    (tmp_path / "photos").mkdir()
     HOSTILE[what](path)
     train = train_command(small_run(out / "run", small_data))[1:]
     for arguments in (
         [*D2V, "export", path, out / "student.safetensors"],
-        [*D2V, "embed", path, tmp_path / "photos", out / "a.npy"],
         [*train, f"teacher.checkpoint={path}"],
         [*train, f"load_path={path}"],
     ):

@@ -223,7 +223,6 @@ def test_test_images_among_the_train_images_are_counted(labeled: Path, small_dat
     """23: they make every model right; also in other files, of the same pixels."""
     said = "warning: small: {} of {} test images are also among the train images\n"
     model = f"model={GOLDEN / 'tiny_base.pt'}"
-    assert said.format(48, 48) in succeed("evaluate", model, datasets_of(labeled), "ks=[1]").stderr
     run = small_run(tmp_path / "run", small_data, f"retrieval.{datasets_of(labeled)}", "max_duration=1ba")
     assert said.format(48, 48) in run_training(*run, "scheduler.t_warmup=0ba").stderr
     photos = {}

@@ -152,29 +152,46 @@ def not_merged(out: Path) -> str:
     return failure(d2v("merge", out), 2)
 
 
-def test_a_missing_part_is_named(sources: dict[str, list[str]], tmp_path: Path) -> None:
-    data, table = tmp_path / "out", tmp_path / "table.npy"
-    for part in ("0/3", "2/3"):
-        convert_part(sources["folder"], data, part)
-        embed_part(sources["folder"], table, part)
-    for out, folder in ((data, data / "parts"), (table, tmp_path / "table.npy.parts")):
-        assert not_merged(out) == f"error: {folder}: of 3 parts, these are missing: 1"
+@pytest.fixture(scope="module")
+def whole_halves(sources: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both parts of a conversion to ``out`` and of embeddings in ``table.npy``; read-only."""
+    folder = tmp_path_factory.mktemp("halves")
+    for part in ("0/2", "1/2"):
+        convert_part(sources["folder"], folder / "out", part)
+        embed_part(sources["folder"], folder / "table.npy", part)
+    return folder
 
 
-def test_parts_of_another_command_are_named(sources: dict[str, list[str]], tmp_path: Path) -> None:
+@pytest.fixture
+def halves(whole_halves: Path, tmp_path: Path) -> Path:
+    """A copy that the test may change."""
+    return shutil.copytree(whole_halves, tmp_path / "halves")
+
+
+def test_a_missing_part_is_named(halves: Path) -> None:
+    shutil.rmtree(halves / "out" / "parts" / "00001-of-00002")
+    for path in halves.glob("table.npy.parts/00001-of-00002.*"):
+        path.unlink()
+    for out, parts in ((halves / "out", halves / "out" / "parts"), (halves / "table.npy", halves / "table.npy.parts")):
+        assert not_merged(out) == f"error: {parts}: of 2 parts, these are missing: 1"
+
+
+def test_parts_of_another_command_are_named(sources: dict[str, list[str]], halves: Path) -> None:
     """They are of other images, made otherwise, doubled, or one of another number of parts."""
-    out, table = tmp_path / "out", tmp_path / "table.npy"
-    convert_part(sources["folder"], out, "1/2")
-    other = d2v("convert-images", *sources["bytes"], out, *CONVERT, "--part", "1/2")
+    out, table = halves / "out", halves / "table.npy"
+    first, second = (out / "parts" / f"0000{number}-of-00002" for number in range(2))
     another = "was made with another source, labels, label_column than this command; remove it"
-    assert failure(other, 2).endswith(f"00001-of-00002 {another}")
-    embed_part(sources["folder"], table, "0/2")
+    refused = d2v("convert-images", *sources["bytes"], out, *CONVERT, "--part", "1/2")
+    assert failure(refused, 2).endswith(f"00001-of-00002 {another}")
+    for path in halves.glob("table.npy.parts/00001-of-00002.*"):
+        path.unlink()
     embed_part(sources["folder"], table, "1/2", "--normalize")
     said = "00001-of-00002.npy was made with another normalize than 00000-of-00002; remove it"
     assert not_merged(table).endswith(said)
-    shutil.copytree(out / "parts" / "00001-of-00002", out / "parts" / "00000-of-00002")
-    assert not_merged(out) == f"error: {out}/parts/00000-of-00002 holds part 1 of 2; remove it"
-    shutil.rmtree(out / "parts" / "00000-of-00002")
+    shutil.rmtree(first)
+    shutil.copytree(second, first)
+    assert not_merged(out) == f"error: {first} holds part 1 of 2; remove it"
+    shutil.rmtree(first)
     convert_part(sources["folder"], out, "0/3")
     assert not_merged(out) == f"error: {out}/parts has parts of 2 and of 3; keep only one set"
 
@@ -189,19 +206,16 @@ def test_parts_whose_images_changed_are_not_merged(tmp_path: Path) -> None:
     assert not_merged(tmp_path / "o.npy").endswith("was made with another source than 00000-of-00002; remove it")
 
 
-def test_a_damaged_part_is_named(sources: dict[str, list[str]], tmp_path: Path) -> None:
+def test_a_damaged_part_is_named(halves: Path) -> None:
     """A shard, an index, rows, or ids of other rows."""
-    out, table = tmp_path / "out", tmp_path / "table.npy"
-    for part in ("0/2", "1/2"):
-        convert_part(sources["folder"], out, part)
-        embed_part(sources["folder"], table, part)
+    out, table = halves / "out", halves / "table.npy"
     shard = next((out / "parts" / "00001-of-00002").glob("*.mds"))
     shard.write_bytes(shard.read_bytes()[:-1])
     assert not_merged(out).endswith(f"{shard.name} is missing or damaged; remove this part")
     index = out / "parts" / "00000-of-00002" / "index.json"
     index.write_bytes(index.read_bytes()[:-1])
     assert not_merged(out).startswith(f"error: {index} cannot be read: ")
-    rows = tmp_path / "table.npy.parts" / "00001-of-00002.npy"
+    rows = halves / "table.npy.parts" / "00001-of-00002.npy"
     whole_rows, whole_ids = rows.read_bytes(), np.load(rows.with_suffix(".ids.npy"))
     for bad_rows, bad_ids in ((whole_rows[:-1], whole_ids), (whole_rows, whole_ids[:-1])):
         rows.write_bytes(bad_rows)
