@@ -68,18 +68,20 @@ COMMANDS = (
 RECIPES = ("train", "finetune", "preflight", "ablations", "supervised_resnet")
 
 
+def seconds_of_help(*command: str | Path) -> float:
+    """Return the seconds of computing until a command has shown its help."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ended = subprocess.run([*command, "--help"], capture_output=True, text=True, env=command_environment())
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ended.returncode == 0
+    assert "usage" in ended.stdout
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 @pytest.mark.parametrize("command", [[D2V_SCRIPT], [sys.executable, ROOT / "recipes" / "train.py"]])
 def test_help_comes_within_a_second(command: list[str | Path]) -> None:
-    """19: of computing, because others may use this machine; the best of three."""
-    seconds = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        ended = subprocess.run([*command, "--help"], capture_output=True, text=True, env=command_environment())
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert ended.returncode == 0
-        assert "usage" in ended.stdout
-    assert min(seconds) < 1, seconds
+    """19: at least once in three times, because others may use this machine."""
+    assert any(seconds_of_help(*command) < 1 for _ in range(3))
 
 
 def test_every_command_describes_itself() -> None:
