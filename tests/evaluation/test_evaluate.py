@@ -105,8 +105,10 @@ def test_the_students_numbers_are_those_of_its_embeddings(of_a_checkpoint: Evalu
     for k, accuracy in retrieval_accuracy(*sets).items():
         assert accuracies(of_a_checkpoint)["student", "train", CLS, k][0] == pytest.approx(accuracy)
         assert f"{100 * accuracy:.1f} [" in printed
-    # Both banks with both k, three probes and three measures without labels, of every model's embeddings.
-    assert len(rows) == len(of_a_checkpoint.found["results"]) == (2 * 2 + 3 + 3) * (1 + 3 + 6 + 6 + 6)
+    retrievals, probes, without_labels = 2 * 2, 3, 3  # two banks, two k
+    embeddings = {"pixels": 1, "encoder": 3, "untrained student": 6, "student": 6, "teacher": 6}
+    num_results = (retrievals + probes + without_labels) * sum(embeddings.values())
+    assert len(rows) == len(of_a_checkpoint.found["results"]) == num_results
     assert all(0 <= float(row["low"]) <= float(row["value"]) <= float(row["high"]) <= 1 for row in rows)
     values = {(row["candidate"], row["measure"]): float(row["value"]) for row in rows if row["embedding"] == CLS}
     assert values["student", "knn"] == knn_accuracy(*sets)
@@ -134,10 +136,10 @@ def rivals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def evaluated(rivals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[int]]:
     """The tables of each student, and of a teacher with them as rivals, whose batches are recorded."""
     folder, sizes = tmp_path_factory.mktemp("evaluated"), list[int]()
-    noise = np.random.default_rng(0).integers(0, 256, (240, 96, 96, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (80, 96, 96, 3), dtype=np.uint8)
     images = [simplejpeg.encode_jpeg(each) for each in noise]
-    for split, chosen in {"train": images[:120], "test": images[120:]}.items():
-        write_mds(folder / split, chosen, [i % 3 for i in range(120)])
+    for split, chosen in {"train": images[:40], "test": images[40:]}.items():
+        write_mds(folder / split, chosen, [i % 3 for i in range(40)])
 
     def measure(passes: dict[str, tuple[Callable[[], object], int]], repeats: int) -> dict[str, np.ndarray]:
         forward = Encoder.__call__
@@ -170,7 +172,8 @@ def test_a_rival_has_the_numbers_of_its_own_evaluation(
         return {tuple(each[key] for key in ("embedding", "bank", "measure", "k")): each["value"] for each in chosen}
 
     ours = numbers("rivals", str(rivals[name]))
-    assert len(ours) == 3 * (2 + 1) * 2
+    poolings, measures, ks = 3, 2 + 1, 2  # two banks, and instances
+    assert len(ours) == poolings * measures * ks
     assert ours == numbers(name, "student")
 
 
