@@ -11,16 +11,14 @@ conversion stay in OUT/parts. The parts of embeddings, in OUT.parts, are no long
 
 from collections.abc import Sequence
 
+from d2v_composer.commands.options import add_options
 from d2v_composer.system.command_line import make_parser, print_next, print_skipped, reading_of, training_on
 
 
 def main(argv: Sequence[str]) -> None:
     """Merge, and print a report."""
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "out", metavar="OUT", help="the parts' OUT: a folder, NAME.npy or NAME.parquet, here or in a store"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace embeddings in OUT")
+    add_options(parser, "merge")
     arguments = parser.parse_args(argv)
     out = arguments.out
 

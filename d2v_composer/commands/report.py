@@ -10,13 +10,14 @@ progress or was interrupted.
 from collections.abc import Sequence
 from pathlib import Path
 
+from d2v_composer.commands.options import add_options
 from d2v_composer.system.command_line import make_parser, print_next
 
 
 def main(argv: Sequence[str]) -> list[Path]:
     """Write the report of a run, and print its path."""
     parser = make_parser(__doc__)
-    parser.add_argument("folder", metavar="RUN_FOLDER", type=Path, help="a run's save_folder, such as runs/quickstart")
+    add_options(parser, "report")
     folder = parser.parse_args(argv).folder
 
     from d2v_composer.report.page import write_report
