@@ -25,10 +25,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2v_composer.commands.options import add_options
+from d2v_composer.commands.options import make_parser
 from d2v_composer.system.command_line import (
     d2v,
-    make_parser,
     print_next,
     print_skipped,
     training_on,
@@ -41,9 +40,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> Any:
     """Convert, print a report, and return the result; ``None`` if the part exists already."""
-    parser = make_parser(__doc__)
-    add_options(parser, "convert-images", sample="image")
-    arguments = parser.parse_args(argv)
+    arguments = make_parser(__doc__, "convert-images", sample="image").parse_args(argv)
 
     from d2v_composer.data.convert import IMAGES
 

@@ -11,16 +11,14 @@ Reading a checkpoint runs none of its code. A report names the tensors used and 
 from collections import Counter
 from collections.abc import Sequence
 
-from d2v_composer.commands.options import add_options
-from d2v_composer.system.command_line import make_parser, print_next, training
+from d2v_composer.commands.options import make_parser
+from d2v_composer.system.command_line import print_next, training
 from d2v_composer.system.files import check_out_file
 
 
 def main(argv: Sequence[str]) -> None:
     """Convert, and print the file's used and unused tensors."""
-    parser = make_parser(__doc__)
-    add_options(parser, "convert-teacher")
-    arguments = parser.parse_args(argv)
+    arguments = make_parser(__doc__, "convert-teacher").parse_args(argv)
     check_out_file(arguments.out, overwrite=arguments.overwrite)
 
     import torch

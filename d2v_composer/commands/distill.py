@@ -19,18 +19,16 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from d2v_composer.commands.options import add_options
+from d2v_composer.commands.options import make_parser
 from d2v_composer.system.addresses import STUDENT_FILE
-from d2v_composer.system.command_line import d2v, make_parser, print_next
+from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.processes import global_rank, is_launched, relaunch_on_gpus
 
 
 def main(argv: Sequence[str]) -> None:
     """Prepare a run, or go on with one, on every GPU; then export its student."""
-    parser = make_parser(__doc__)
-    add_options(parser, "distill")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = make_parser(__doc__, "distill").parse_intermixed_args(argv)
     arguments.out = Path(arguments.out)
     if any(change.startswith(("run_name=", "save_folder=")) for change in arguments.changes):
         raise InputError("run_name and save_folder: use --out instead")

@@ -16,9 +16,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from d2v_composer.commands.options import add_options
+from d2v_composer.commands.options import make_parser
 from d2v_composer.models.names import Pooling, Representation
-from d2v_composer.system.command_line import d2v, make_parser, print_next
+from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file
 
@@ -33,9 +33,7 @@ MAX_INT8_IMAGES = 256
 
 def main(argv: Sequence[str]) -> None:
     """Export a student; a training checkpoint needs its teacher's file, for the frozen encoder."""
-    parser = make_parser(__doc__)
-    add_options(parser, "export")
-    arguments = vars(parser.parse_args(argv))
+    arguments = vars(make_parser(__doc__, "export").parse_args(argv))
     check_out_file(arguments["out"], overwrite=arguments.pop("overwrite"))
     export(**arguments)
 

@@ -1,4 +1,4 @@
-"""Add the options that options.yaml has for a command to its parser."""
+"""Make the parser of a command, with the options that options.yaml has for it."""
 
 import os
 from argparse import ArgumentParser
@@ -9,6 +9,7 @@ import yaml
 
 from d2v_composer.data.containers import COLUMN, IDS, LABEL_COLUMN, SOURCES
 from d2v_composer.models.names import PREFIX, Pooling, PrecisionChoice, Representation, Weights
+from d2v_composer.system import command_line
 from d2v_composer.system.command_line import size, whole
 from d2v_composer.system.processes import Part, local_ranks
 
@@ -33,6 +34,13 @@ NAMED: dict[str, Any] = {
     "Weights": get_args(Weights),
 }
 TEXTS = {"COLUMN": COLUMN, "IDS": IDS, "LABEL_COLUMN": LABEL_COLUMN, "SOURCES": SOURCES}
+
+
+def make_parser(about: str | None, command: str, **named: Any) -> ArgumentParser:
+    """Return a command's parser, with its options; its ``--help`` shows the command's docstring."""
+    parser = command_line.make_parser(about)
+    add_options(parser, command, **named)
+    return parser
 
 
 def add_options(parser: ArgumentParser, command: str, **named: Any) -> None:

@@ -17,17 +17,14 @@ same numbers, and needs only numpy and the runtime.
 from collections.abc import Sequence
 
 from d2v_composer.checkpoints.check_program import RUNTIMES
-from d2v_composer.commands.options import add_options
-from d2v_composer.system.command_line import make_parser
+from d2v_composer.commands.options import make_parser
 from d2v_composer.system.errors import InputError
 
 
 def main(argv: Sequence[str]) -> None:
     """Measure an exported file in each runtime, or write the kit for another machine."""
-    parser = make_parser(__doc__)
     about = ", ".join(f"{name} for {runtime.suffix}" for name, runtime in RUNTIMES.items())
-    add_options(parser, "verify", runtimes=RUNTIMES, about_runtimes=about)
-    arguments = vars(parser.parse_args(argv))
+    arguments = vars(make_parser(__doc__, "verify", runtimes=RUNTIMES, about_runtimes=about).parse_args(argv))
     path = arguments.pop("student") or arguments["exported"].with_suffix(".safetensors")
     if not path.exists():
         raise InputError(f"{path}: no such file; name the student of this program by --student")
