@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 if TYPE_CHECKING:  # it needs Composer, which some tests run without
-    from d2v_composer.objectives.distillation import Distillation
+    from d2v_composer.objectives.distillation import DistillationModel
 
 
 def random_images(count: int = 4, size: int = 32, seed: int = 1) -> Tensor:
@@ -17,12 +17,12 @@ def random_images(count: int = 4, size: int = 32, seed: int = 1) -> Tensor:
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
 
 
-def total_loss(model: "Distillation", inputs: Any) -> Tensor:
+def total_loss(model: "DistillationModel", inputs: Any) -> Tensor:
     loss = model.loss(model(inputs), inputs)
     return loss["total"] if isinstance(loss, dict) else loss
 
 
-def train(model: "Distillation", inputs: Any, steps: int = 8, lr: float = 1e-2) -> list[float]:
+def train(model: "DistillationModel", inputs: Any, steps: int = 8, lr: float = 1e-2) -> list[float]:
     """Train what is to be trained, all of which must get a gradient; return the loss of each step."""
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -37,7 +37,7 @@ def train(model: "Distillation", inputs: Any, steps: int = 8, lr: float = 1e-2) 
     return losses
 
 
-def flops_of_a_step(model: "Distillation", inputs: Any) -> int:
+def flops_of_a_step(model: "DistillationModel", inputs: Any) -> int:
     """Count the operations of a forward and a backward pass."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         total_loss(model, inputs).backward()

@@ -6,10 +6,8 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import normalize
 from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
 
 from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.models.configs import TeacherConfig
@@ -253,11 +251,6 @@ def test_its_image_embedding_is_timms(name: str, outputs: int) -> None:
     distillation.loss(distillation(images), images)["total"].backward()
     assert all(each.grad is not None for each in distillation.parameters() if each.requires_grad)
     assert {name.split(".")[1] for name in distillation.state_dict()} == {"blocks"}
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        teacher.embed_all(images[:1])
-    assert 2 * (teacher.encoder.forward_macs() + teacher.forward_macs()) == pytest.approx(
-        counter.get_total_flops(), rel=0.01
-    )
 
 
 def test_which_of_timms_models_have_a_projection() -> None:
