@@ -400,7 +400,7 @@ def write_lying_index(folder: Path) -> None:
 
 
 def test_an_index_with_false_claims_is_refused(tmp_path: Path) -> None:
-    """16, 18: of a run and of a retrieval set; tests/data/test_mds.py has other claims."""
+    """16, 18: of a run and of a retrieval set; tests/sources/test_mds.py has other claims."""
     write_lying_index(tmp_path / "train")
     line = failure(limited(*train_command(small_run(tmp_path / "run", tmp_path / "train"))[1:]), 2)
     assert str(tmp_path) in line
