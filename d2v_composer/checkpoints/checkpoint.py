@@ -215,7 +215,8 @@ def point_at(checkpoint: Path) -> None:
     pointer = checkpoint.with_name(".latest.partial")
     pointer.unlink(missing_ok=True)
     pointer.symlink_to(checkpoint.name)
-    move(pointer, checkpoint.with_name(LATEST))
+    pointer.replace(checkpoint.with_name(LATEST))
+    flush(checkpoint.parent)
 
 
 def prune(folder: Path, num_to_keep: int) -> None:
