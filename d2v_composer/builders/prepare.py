@@ -13,7 +13,7 @@ import yaml
 from composer import Trainer
 
 from d2v_composer.builders.models import build_augmentation
-from d2v_composer.builders.run import build_teacher, choose_embeds, join_student
+from d2v_composer.builders.run import build_model, build_teacher, choose_embeds
 from d2v_composer.builders.trainer import build_callbacks
 from d2v_composer.callbacks.checkpointing import FolderLock
 from d2v_composer.callbacks.run_record import RunRecord
@@ -162,7 +162,7 @@ def make_plan(request: Request, fetched: Path) -> Plan:
     config = configure(request, request.out / modality.unit, chosen)
     if config.teacher != unsized.teacher:  # a timm model for smaller images
         teacher = build_teacher(config)
-    choose_embeds(config, join_student(config, teacher))
+    choose_embeds(config, build_model(config, teacher))
     build_augmentation(config.train_loader, modality, config.seed)
     build_callbacks(config)
     print(f"settings for {number} {modality.unit}: {', '.join(f'{key}={value}' for key, value in chosen.items())}")
