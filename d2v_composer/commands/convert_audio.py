@@ -17,16 +17,13 @@ folder in them.
 from collections.abc import Sequence
 from typing import Any
 
-from d2v_composer.commands.convert_images import add_options, convert_and_report
-from d2v_composer.sources.containers import SOURCES
-from d2v_composer.system.command_line import make_parser
+from d2v_composer.commands.convert_images import convert_and_report
+from d2v_composer.commands.options import make_parser
 
 
 def main(argv: Sequence[str]) -> Any:
     """Convert, print a report, and return the result; ``None`` if the part exists already."""
-    parser = make_parser(__doc__)
-    add_options(parser, "clip", source=f"a folder of audio files, or {SOURCES}")
-    arguments = parser.parse_args(argv)
+    arguments = make_parser(__doc__, "convert-audio", sample="clip").parse_args(argv)
 
     from d2v_composer.data.audio import Audio
 

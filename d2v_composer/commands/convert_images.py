@@ -20,23 +20,19 @@ folders' names; of zips a folder in them.
 
 import os
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2v_composer.sources.containers import COLUMN, LABEL_COLUMN, SOURCES
+from d2v_composer.commands.options import make_parser
 from d2v_composer.system.command_line import (
-    PART,
     d2v,
-    make_parser,
     print_next,
     print_skipped,
-    size,
     training_on,
-    whole,
 )
-from d2v_composer.system.processes import ALL, Part
+from d2v_composer.system.processes import ALL
 
 if TYPE_CHECKING:
     from d2v_composer.data.modality import Modality
@@ -44,33 +40,12 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> Any:
     """Convert, print a report, and return the result; ``None`` if the part exists already."""
-    parser = make_parser(__doc__)
-    add_options(parser, "image", source=f"a folder of images, cifar10:FOLDER, or {SOURCES}")
-    add = parser.add_argument
-    add("--resize", type=whole(1, 65500), metavar="N", help="shrink the short side to N pixels; default: no change")
-    add("--quality", type=whole(1, 100), default=90, help="quality of re-encoded JPEGs; default: 90")
-    arguments = parser.parse_args(argv)
+    arguments = make_parser(__doc__, "convert-images", sample="image").parse_args(argv)
 
     from d2v_composer.conversion.convert import IMAGES
 
     yaml = "cifar10" if arguments.source.startswith("cifar10:") else "distill"
     return convert_and_report(arguments, IMAGES, yaml, resize=arguments.resize, quality=arguments.quality)
-
-
-def add_options(parser: ArgumentParser, sample: str, source: str) -> None:
-    """Add the options that all conversions share, of images or audio."""
-    add = parser.add_argument
-    add("source", metavar="SOURCE", help=source)
-    add("out", metavar="OUT", help="a folder, s3://bucket/prefix, gs://, …")
-    add("--split", help="the split's folder, or none if SOURCE has no splits; default: train")
-    add("--labels", help=f"a CSV file with lines '{sample},class', or none for no labels")
-    add("--column", metavar="NAME", help=COLUMN)
-    add("--label-column", metavar="NAME", help=f"what has the labels: {LABEL_COLUMN}; default: no labels")
-    add("--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="worker processes; default: one per core")
-    add("--seed", type=whole(0, 1 << 32), default=0, help=f"seed for the order of the {sample}s; default: 0")
-    add("--shard-size", type=size, default="64mb", help="approximate size of a shard; default: 64mb")
-    add("--part", type=Part.parse, metavar="I/N", help=PART)
-    add("--skip-unreadable", action="store_true", help=f"skip {sample}s that are missing or corrupt, and list them")
 
 
 def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **options: Any) -> Any:

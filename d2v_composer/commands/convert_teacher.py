@@ -10,30 +10,15 @@ Reading a checkpoint runs none of its code. A report names the tensors used and 
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-from typing import get_args
 
-from d2v_composer.models.names import Weights
-from d2v_composer.system.command_line import make_parser, print_next, training
+from d2v_composer.commands.options import make_parser
+from d2v_composer.system.command_line import print_next, training
 from d2v_composer.system.files import check_out_file
 
 
 def main(argv: Sequence[str]) -> None:
     """Convert, and print the file's used and unused tensors."""
-    parser = make_parser(__doc__)
-    parser.add_argument("source", metavar="IN.pt", help="a path, https://, s3://, …")
-    parser.add_argument("out", metavar="OUT.safetensors", type=Path)
-    parser.add_argument("--weights", choices=get_args(Weights), default="model", help="default: model")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="dtype of the stored weights"
-    )
-    parser.add_argument("--license", help="a note on the weights' license, stored in the file")
-    eat = parser.add_argument_group("EAT, whose spectrograms have a fixed length")
-    eat.add_argument("--target-length", type=int, metavar="FRAMES", help="a multiple of 16; default: as in the file")
-    eat.add_argument("--log-mel-mean", type=float, metavar="X", help="mean of the data; default: AudioSet's, -4.268")
-    eat.add_argument("--log-mel-std", type=float, metavar="X", help="deviation of the data; default: AudioSet's, 4.569")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    arguments = parser.parse_args(argv)
+    arguments = make_parser(__doc__, "convert-teacher").parse_args(argv)
     check_out_file(arguments.out, overwrite=arguments.overwrite)
 
     import torch

@@ -15,29 +15,20 @@ them.
 Run the same command again to resume after any interruption.
 """
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from d2v_composer.models.names import PREFIX
-from d2v_composer.sources.containers import COLUMN, SOURCES
+from d2v_composer.commands.options import make_parser
 from d2v_composer.system.addresses import STUDENT_FILE
-from d2v_composer.system.command_line import d2v, make_parser, print_next
+from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.processes import global_rank, is_launched, relaunch_on_gpus
 
 
 def main(argv: Sequence[str]) -> None:
     """Prepare a run, or go on with one, on every GPU; then export its student."""
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("source", type=absolute, metavar="SOURCE", help=f"a folder of images or audio files, or {SOURCES}")
-    add("changes", metavar="key=value", nargs="*", help="settings to change")
-    add("--teacher", type=absolute, required=True, help="a data2vec 2.0 teacher's file or address, or timm/NAME")
-    add("--out", type=absolute, required=True, metavar="DIR", help="the folder for samples, run and student")
-    add("--column", metavar="NAME", help=COLUMN)
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = make_parser(__doc__, "distill").parse_intermixed_args(argv)
     arguments.out = Path(arguments.out)
     if any(change.startswith(("run_name=", "save_folder=")) for change in arguments.changes):
         raise InputError("run_name and save_folder: use --out instead")
@@ -63,8 +54,3 @@ def main(argv: Sequence[str]) -> None:
             print_next(d2v("embed", exported, "SOURCE", "embeddings.npy"))
     except InputError as error:  # settings that follow from --out
         raise InputError(*(str(line).replace("save_folder", "--out") for line in error.args)) from error
-
-
-def absolute(place: str) -> str:
-    """Return an address or timm/NAME unchanged, and a local path as an absolute path."""
-    return place if "://" in place or place.startswith(PREFIX) else os.path.abspath(os.path.expanduser(place))

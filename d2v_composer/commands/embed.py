@@ -15,33 +15,28 @@ All GPUs of this machine work if Composer is installed, or as many processes as 
 An interrupted run leaves no OUT; run the same command again to resume it.
 """
 
-import argparse
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
+from d2v_composer.commands.options import make_parser
 from d2v_composer.config.reference import ModelReference
-from d2v_composer.models.names import PrecisionChoice
-from d2v_composer.sources.containers import COLUMN, IDS, SOURCES
 from d2v_composer.system.command_line import (
-    PART,
     d2v,
-    make_parser,
     print_next,
     print_skipped,
     reading_of,
-    size,
-    whole,
 )
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.processes import ALL, Part, local_rank, local_ranks, relaunch_on_gpus
+from d2v_composer.system.processes import ALL, local_rank, relaunch_on_gpus
 
 
 def main(argv: Sequence[str]) -> Any:
     """Embed on every GPU, print a report, and return the result; ``None`` if the part exists already."""
-    arguments = parse(argv)
+    parser = make_parser(__doc__, "embed")
+    ModelReference.add_flags(parser.add_argument)
+    arguments = parser.parse_args(argv)
     with suppress(ModuleNotFoundError):  # without Composer, one GPU
         relaunch_on_gpus("embed", *argv)
     out, part, plan = arguments.out, arguments.part, None
@@ -101,38 +96,3 @@ def main(argv: Sequence[str]) -> Any:
     print(f"wrote {out}: {embedding.images} embeddings of {embedding.channels} channels{rate}")
     print_next(d2v("merge", arguments.out) if part else reading_of(out))
     return embedding
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="a checkpoint, an exported student or a teacher: a path, s3://, …; or timm/NAME")
-    add("source", metavar="SOURCE", help=f"a folder of images or audio files, or {SOURCES}")
-    add(
-        "out",
-        metavar="OUT",
-        help=f"a file: NAME.npy or NAME.parquet, here or in a store; the ids are {IDS}, a path or MDS's number",
-    )
-    ModelReference.add_flags(add)
-    add("--precision", choices=get_args(PrecisionChoice), default="fp32", help="default: fp32; auto is faster")
-    add("--normalize", action="store_true", help="scale embeddings to length 1")
-    add(
-        "--dtype",
-        choices=("float32", "float16"),
-        default="float32",
-        help="type of the stored numbers; default: float32",
-    )
-    add("--batch-size", type=whole(1, 1 << 20), help="default: 256 images, or 4 clips")
-    add(
-        "--workers",
-        type=whole(0, 1024),
-        default=max(1, (os.cpu_count() or 1) // local_ranks()),
-        help="processes that decode, on Linux; default: one per core",
-    )
-    add("--local", type=Path, metavar="FOLDER", help="folder that caches the shards of a remote MDS data set")
-    add("--cache-limit", type=size, metavar="SIZE", help="maximum size of --local, such as 60gb; default: no limit")
-    add("--column", metavar="NAME", help=COLUMN)
-    add("--part", type=Part.parse, metavar="I/N", help=PART)
-    add("--skip-unreadable", action="store_true", help="skip unreadable files and list them")
-    add("--overwrite", action="store_true", help="replace OUT if it exists, once the new one is complete")
-    return parser.parse_args(argv)

@@ -39,7 +39,6 @@ def main(argv: Sequence[str]) -> None:
     from d2v_composer.data.modalities import modality_of
     from d2v_composer.embedding.collection import hash_weights
     from d2v_composer.evaluation.evaluate import check_out
-    from d2v_composer.export.model_card import WORDS
     from d2v_composer.models.precision import choose_precision
     from d2v_composer.report.tables import evaluation_tables
     from d2v_composer.runs.comparison import build_comparison
@@ -59,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     evaluation.run(device, autocast_dtype)
     if config.rivals:
         evaluation.speeds.update(measure_speeds(evaluation, model.encoder.noise, device, autocast_dtype))
-    tables = evaluation_tables(evaluation, WORDS[modality.name]["each"])
+    tables = evaluation_tables(evaluation, modality.each)
     print(tables)
     if config.out is not None:
         about = {"machine": describe_machine(), "versions": package_versions(), "weights": weights, "tables": tables}

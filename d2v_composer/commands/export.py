@@ -15,10 +15,10 @@ hub.
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
+from d2v_composer.commands.options import make_parser
 from d2v_composer.models.names import Pooling, Representation
-from d2v_composer.system.command_line import d2v, make_parser, print_next
+from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file
 
@@ -33,22 +33,7 @@ MAX_INT8_IMAGES = 256
 
 def main(argv: Sequence[str]) -> None:
     """Export a student; a training checkpoint needs its teacher's file, for the frozen encoder."""
-    parser = make_parser(__doc__)
-    parser.add_argument("source", metavar="CHECKPOINT", help="a checkpoint or an exported student: a path, s3://, …")
-    parser.add_argument("out", metavar="OUT", type=Path, help="a file: .safetensors, .onnx or .pt2")
-    parser.add_argument("--teacher", help="the teacher's file; default: the path used in training")
-    for option, choices in (("--pooling", Pooling), ("--representation", Representation)):
-        about = "only for .onnx and .pt2; default: as in the run's primary embedding"
-        parser.add_argument(option, choices=get_args(choices), help=about)
-    about = "in: only for .onnx and .pt2, which then take images as decoded, (B, S, S, 3) uint8; default: out"
-    parser.add_argument("--preprocessing", choices=("in", "out"), default="out", help=about)
-    about = "only for .onnx: quantize linear layers to 8 bits, with onnxruntime, and measure what is lost there"
-    parser.add_argument("--int8", action="store_true", help=about)
-    about = "images or MDS shards to calibrate --int8; default: the run's retrieval images"
-    parser.add_argument("--calibrate", metavar="FOLDER", help=about)
-    parser.add_argument("--verify", action="store_true", help="then measure OUT in each runtime, as d2v verify does")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    arguments = vars(parser.parse_args(argv))
+    arguments = vars(make_parser(__doc__, "export").parse_args(argv))
     check_out_file(arguments["out"], overwrite=arguments.pop("overwrite"))
     export(**arguments)
 

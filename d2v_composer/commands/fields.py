@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from d2v_composer.system.command_line import make_parser
+from d2v_composer.commands.options import make_parser
 from d2v_composer.system.errors import InputError
 
 HEAD = "| key | default | description |\n|---|---|---|"
@@ -19,9 +19,7 @@ HEAD = "| key | default | description |\n|---|---|---|"
 
 def main(argv: Sequence[str]) -> None:
     """Print the tables of one section, or all tables."""
-    parser = make_parser(__doc__)
-    parser.add_argument("section", metavar="SECTION", nargs="?", help="default: all")
-    section = parser.parse_args(argv).section
+    section = make_parser(__doc__, "fields").parse_args(argv).section
     tables = list(find_tables())
     if not (found := [text for *names, text in tables if section in (None, *names)]):
         allowed = dict.fromkeys(name for *names, _ in tables for name in names)

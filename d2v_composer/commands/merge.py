@@ -11,17 +11,13 @@ conversion stay in OUT/parts. The parts of embeddings, in OUT.parts, are no long
 
 from collections.abc import Sequence
 
-from d2v_composer.system.command_line import make_parser, print_next, print_skipped, reading_of, training_on
+from d2v_composer.commands.options import make_parser
+from d2v_composer.system.command_line import print_next, print_skipped, reading_of, training_on
 
 
 def main(argv: Sequence[str]) -> None:
     """Merge, and print a report."""
-    parser = make_parser(__doc__)
-    parser.add_argument(
-        "out", metavar="OUT", help="the parts' OUT: a folder, NAME.npy or NAME.parquet, here or in a store"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace embeddings in OUT")
-    arguments = parser.parse_args(argv)
+    arguments = make_parser(__doc__, "merge").parse_args(argv)
     out = arguments.out
 
     from d2v_composer.conversion.parts import TABLES

@@ -8,22 +8,18 @@ SIZE is base, large or huge, as in data2vec 2.0's image models, base_audio, larg
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
+from d2v_composer.commands.options import make_parser
 from d2v_composer.models.configs import RELEASED, ImageConfig
 from d2v_composer.models.names import DATA2VEC2
-from d2v_composer.system.command_line import make_parser, print_next, training
+from d2v_composer.system.command_line import print_next, training
 from d2v_composer.system.errors import errors_of
 from d2v_composer.system.files import check_out_file
 
 
 def main(argv: Sequence[str]) -> None:
     """Write the teacher, and print its size and the next step."""
-    parser = make_parser(__doc__)
-    parser.add_argument("size", metavar="SIZE")
-    parser.add_argument("out", metavar="OUT.safetensors", type=Path)
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    arguments = parser.parse_args(argv)
+    arguments = make_parser(__doc__, "random-teacher").parse_args(argv)
     size, out = arguments.size, arguments.out
     check_out_file(out, overwrite=arguments.overwrite)
 

@@ -10,14 +10,13 @@ progress or was interrupted.
 from collections.abc import Sequence
 from pathlib import Path
 
-from d2v_composer.system.command_line import make_parser, print_next
+from d2v_composer.commands.options import make_parser
+from d2v_composer.system.command_line import print_next
 
 
 def main(argv: Sequence[str]) -> list[Path]:
     """Write the report of a run, and print its path."""
-    parser = make_parser(__doc__)
-    parser.add_argument("folder", metavar="RUN_FOLDER", type=Path, help="a run's save_folder, such as runs/quickstart")
-    folder = parser.parse_args(argv).folder
+    folder = make_parser(__doc__, "report").parse_args(argv).folder
 
     from d2v_composer.report.page import write_report
     from d2v_composer.report.run import read_run

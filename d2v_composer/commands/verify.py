@@ -15,26 +15,16 @@ same numbers, and needs only numpy and the runtime.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
+from d2v_composer.commands.options import make_parser
 from d2v_composer.export.check_program import RUNTIMES
-from d2v_composer.system.command_line import make_parser
 from d2v_composer.system.errors import InputError
 
 
 def main(argv: Sequence[str]) -> None:
     """Measure an exported file in each runtime, or write the kit for another machine."""
-    parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("exported", metavar="EXPORTED", type=Path, help="a file of d2v export: .onnx, .pt2 or .safetensors")
-    add("--student", type=Path, help="the same student's .safetensors file; default: EXPORTED with that suffix")
     about = ", ".join(f"{name} for {runtime.suffix}" for name, runtime in RUNTIMES.items())
-    add("--runtime", action="append", choices=RUNTIMES, help=f"{about}; may be repeated; default: all installed")
-    add("--images", metavar="FOLDER", help="images, audio or MDS shards; default: CIFAR-10's, or words, that ship")
-    add("--cosine", type=float, help="least cosine to PyTorch; default: 0.999, of an int8 file 0.98")
-    add("--difference", type=float, help="largest difference; default: 0.0001, of an int8 file any")
-    add("--kit", type=Path, metavar="FOLDER", help="write this folder instead of measuring")
-    arguments = vars(parser.parse_args(argv))
+    arguments = vars(make_parser(__doc__, "verify", runtimes=RUNTIMES, about_runtimes=about).parse_args(argv))
     path = arguments.pop("student") or arguments["exported"].with_suffix(".safetensors")
     if not path.exists():
         raise InputError(f"{path}: no such file; name the student of this program by --student")

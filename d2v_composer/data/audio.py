@@ -140,6 +140,7 @@ class Audio(Modality):
 
     name = "audio"
     unit = "clips"
+    each = "second of audio"
     suffixes = (".flac", ".wav", ".ogg", ".oga", ".opus", ".mp3")
     encodings = ("bytes",)
     options = frozenset({"crop_seconds"})

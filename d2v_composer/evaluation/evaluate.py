@@ -27,15 +27,12 @@ from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file, write_atomically
 
-GFLOP_PER_MAC = 2e-9
-
 
 def cost(model: Backbone | Encoder | None) -> dict[str, Any]:
     """Return a model's number of parameters, and its GFLOP for one input, both with its encoder; no model has none."""
     if model is None:
         return {"num_parameters": 0, "gflop": 0.0}
-    gflop = GFLOP_PER_MAC * sum(part.forward_macs() for part in {model, getattr(model, "encoder", model)})
-    return {"num_parameters": sum(map(torch.numel, model.parameters())), "gflop": gflop}
+    return {"num_parameters": sum(map(torch.numel, model.parameters())), "gflop": model.flop() / 1e9}
 
 
 def share_encoders(

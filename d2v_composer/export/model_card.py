@@ -28,30 +28,6 @@ NOT_FREE = re.compile(r"unknown|cc-by-nc(-sa|-nd)?-[234]\.0")
 NOT_STATED = ("not-stated", "the-file-s", "as-the-source-s", "nothing")
 
 
-# What a card says of a modality: the hub's pipeline_tag and its tag, the kind of model, one sample, what a computation
-# is counted for, how samples are prepared, and a batch's shape.
-WORDS = {
-    "image": {
-        "pipeline_tag": "image-feature-extraction",
-        "tag": "vision-transformer",
-        "kind": "vision transformer",
-        "one": "an image",
-        "each": "image",
-        "prepared": "resized to {} x {} pixels (height x width), without cropping",
-        "shape": "(B, 3, any, any) uint8",
-    },
-    "audio": {
-        "pipeline_tag": "feature-extraction",
-        "tag": "audio",
-        "kind": "audio transformer",
-        "one": "an audio clip",
-        "each": "second of audio",
-        "prepared": "16 kHz mono of any length, in [-1, 1]; the model normalizes them",
-        "shape": "(B, samples) float32; if padded with zeros, also lengths=(B,)",
-    },
-}
-
-
 def save_with_card(student: Any, source: str, out: Path) -> None:
     """Write a student to a .safetensors file and, unless it classifies, its card; print a line about each."""
     write_card = plan_model_card(student, source, out) if student.head is None else None
@@ -115,8 +91,7 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
             record=record,
             student=student,
             parameters=lambda model: sum(map(torch.numel, model.parameters())),
-            unit=modality.unit,
-            words=WORDS[modality.name],
+            modality=modality,
             network=network,
             timm_call=timm_call(student, out.name),
             embedding=embedding,

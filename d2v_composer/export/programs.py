@@ -274,7 +274,7 @@ class TimmStudent(Student):
         self.embedding = choose_embedding(self, pooling, self.representation)
         representation = self.embedding.representation
         # DDP refuses trainable parameters without gradient.
-        self.train_what_is_read(output=representation != "layer_mean", pooled=False)
+        self.blocks[-1].norm2.requires_grad_(representation != "layer_mean")
         if self.projection is not None and not self.projection.is_frozen:
             self.projection.requires_grad_(representation == "projected")
         self.num_features = self.projected_width if representation == "projected" else self.embed_dim

@@ -137,13 +137,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 class FfnBlock(nn.Module, ABC):
-    """Base of blocks that return their FFN output, too.
-
-    Attributes:
-        attention_width: Channels of all heads together.
-    """
-
-    attention_width: int
+    """Base of blocks that return their FFN output, too."""
 
     @abstractmethod
     def forward(
@@ -157,10 +151,6 @@ class FfnBlock(nn.Module, ABC):
                 instead.
             needs_output: If false, the output is ``None``. The last block's is often not needed.
         """
-
-    def forward_macs(self, num_tokens: int) -> int:
-        """Return the multiply-accumulates for one image of T tokens, in linear layers and attention."""
-        return num_tokens * linear_weights(self) + 2 * num_tokens**2 * self.attention_width
 
 
 class Attention(nn.Module):
@@ -215,7 +205,6 @@ class Block(FfnBlock):
         self, embed_dim: int, num_heads: int, mlp_hidden_dim: int, norm_eps: float, has_input_norm: bool = False
     ) -> None:
         super().__init__()
-        self.attention_width = embed_dim
         self.norm0 = nn.LayerNorm(embed_dim, eps=norm_eps) if has_input_norm else None
         self.norm1 = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.attn = Attention(embed_dim, num_heads)
@@ -231,11 +220,6 @@ class Block(FfnBlock):
         ffn_output_BTD = self.mlp(attended_BTD)
         output_BTD = self.norm2(attended_BTD + ffn_output_BTD).to(x_BTD.dtype) if needs_output else None
         return output_BTD, ffn_output_BTD
-
-
-def linear_weights(module: nn.Module) -> int:
-    """Return the number of weights in linear layers, which equals their multiply-accumulates per token."""
-    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
 def init_linear_layers(module: nn.Module) -> nn.Module:

@@ -145,14 +145,6 @@ class AudioEncoder(Sound, Data2Vec2Encoder):
     def num_tokens(self, shape: Sequence[int] | None = None) -> int:
         return self.config.num_extra_tokens + self.config.num_frames(SAMPLE_RATE if shape is None else shape[-1])
 
-    def stem_macs(self, shape: Sequence[int] | None = None) -> int:
-        length, macs = SAMPLE_RATE if shape is None else shape[-1], 0
-        for number, layer in enumerate(cast("Any", self.local_encoder["conv_layers"]), 1):
-            macs += self.config.num_frames(length, number) * layer["0"].weight.numel()
-        each_frame = [self.project_features, self.relative_positional_encoder]
-        weights = [each for part in each_frame for each in part.parameters() if each.ndim > 1]
-        return macs + self.config.num_frames(length) * sum(map(torch.numel, weights))
-
     @property
     def free_axes(self) -> dict[int, tuple[str, int, int]]:
         # Two frames, because torch.export treats a size of one as constant.

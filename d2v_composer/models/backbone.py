@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2v_composer.models.attention import FfnBlock, linear_weights
-from d2v_composer.models.encoder import Encoder, Frozen, Inputs, Tokens
+from d2v_composer.models.attention import FfnBlock
+from d2v_composer.models.encoder import Encoder, Frozen, Inputs, Tokens, count_flop
 from d2v_composer.models.features import Features
 from d2v_composer.models.names import PROJECTED, Embedding, Pooling, Representation
 from d2v_composer.models.targets import LayerMean
@@ -34,6 +34,15 @@ def frozen_use() -> Iterator[None]:
             yield
     finally:
         torch.set_autocast_cache_enabled(caches_casts)
+
+
+def train_what_is_read(model: nn.Module, result: Tensor) -> None:
+    """Freeze the parameters on which a result does not depend: DDP refuses trained parameters without gradient."""
+    if result.requires_grad:
+        result.sum().backward()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
 
 
 def hash_weights(model: "Backbone") -> str:
@@ -102,10 +111,6 @@ class Projection(Frozen):
         """Return the embeddings, (B, P)."""
         return self.linear(features.poolings(output_BTD)[self.pooling])
 
-    def forward_macs(self, num_tokens: int) -> int:
-        """Return the multiply-accumulates for one input."""
-        return linear_weights(self)
-
 
 class Backbone(nn.Module, ABC):
     """Base of models: an encoder, and layers that turn its tokens into features.
@@ -136,21 +141,9 @@ class Backbone(nn.Module, ABC):
     def features(self, tokens: Tokens) -> Features:
         """Return the features of the encoder's tokens; each is computed when it is read."""
 
-    def train_what_is_read(self, output: bool, pooled: bool) -> None:
-        """Freeze the parameters on which no loss depends, since DDP refuses trained parameters without gradient.
-
-        Args:
-            output: A loss reads the model's output, and not its FFN outputs alone.
-            pooled: A loss reads its pooled feature.
-        """
-
-    def forward_macs(self, shape: Sequence[int] | None = None) -> int:
-        """Return the multiply-accumulates for one input after the encoder, by default :meth:`Encoder.num_tokens`'s."""
-        return 0
-
-    def backward_macs(self, shape: Sequence[int] | None = None) -> int:
-        """Return the backward pass's multiply-accumulates for one input, including an encoder that trains."""
-        return 2 * self.forward_macs(shape)
+    def flop(self) -> int:
+        """Return the operations for all embeddings of one input; see :meth:`Encoder.flop`."""
+        return sum(count_flop(self, lambda: self.embed_all(self.encoder.example(1))).values())
 
     @property
     def block_list(self) -> list[Any]:
@@ -159,11 +152,6 @@ class Backbone(nn.Module, ABC):
 
     def checkpoint_activations(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass (``enable``), or keep them in memory; a teacher has none."""
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers in the features."""
-        return 1
 
     @property
     def num_extra_tokens(self) -> int:
@@ -311,10 +299,6 @@ class Transformer(Backbone):
         self.norm = nn.Identity()
 
     @property
-    def num_layers(self) -> int:
-        return len(self.blocks)
-
-    @property
     def block_list(self) -> list[Any]:
         """The blocks after the encoder."""
         return list(self.blocks)
@@ -339,7 +323,7 @@ class Transformer(Backbone):
         x, padding_mask, shares, _ = tokens
         return Features(
             lambda needs_last_output: self.iterate_blocks(x, needs_last_output, padding_mask),
-            self.num_layers,
+            len(self.blocks),
             self.norm,
             self.num_extra_tokens,
             self.has_cls_token,
@@ -372,8 +356,3 @@ class Transformer(Backbone):
                 block.forward = partial(  # pyright: ignore[reportAttributeAccessIssue]: checkpoint's type is too wide
                     checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
                 )
-
-    def forward_macs(self, shape: Sequence[int] | None = None) -> int:
-        num_tokens = self.encoder.num_tokens(shape)
-        parts = [*self.block_list, *([] if self.projection is None else [self.projection])]
-        return sum(part.forward_macs(num_tokens) for part in parts)

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from d2v_composer.models.backbone import Backbone, check_tensors
+from d2v_composer.models.backbone import Backbone, check_tensors, train_what_is_read
 from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.precision import cpu_autocast
@@ -29,8 +29,7 @@ class Classifier(ComposerModel):
     of mixed ones. If waveforms are padded, their lengths follow: samples, (B,) int64.
     :meth:`prepare` normalizes the images of a batch on the device, before Composer's algorithms mix them.
 
-    Parameters on which the embedding does not depend, such as the last norm below ``layer_mean``, are frozen: DDP
-    accepts none without gradient.
+    Parameters on which the embedding does not depend, such as the last norm below ``layer_mean``, are frozen.
 
     Args:
         backbone: Student or teacher; changed: what trains takes a gradient.
@@ -67,11 +66,7 @@ class Classifier(ComposerModel):
         for name, parameter in backbone.encoder.named_parameters():
             parameter.requires_grad_(train_encoder and not name.startswith(FIXED))
         embedding = self.embed(Inputs(backbone.encoder.example(1)))
-        if embedding.requires_grad:  # not if the encoder is all there is
-            embedding.sum().backward()
-        for parameter in backbone.parameters():  # freeze what gets no gradient from an input
-            parameter.requires_grad_(parameter.grad is not None)
-            parameter.grad = None
+        train_what_is_read(backbone, embedding)
         self.head = nn.Linear(embedding.shape[-1], num_classes)
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)

@@ -11,9 +11,11 @@ import ast
 import math
 import re
 from functools import cached_property
+from pathlib import Path
 from reprlib import repr as short  # a list in a file may hold another one a million times
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, ValidationError
 from typing_extensions import Self
 
@@ -377,45 +379,8 @@ class TeacherConfig(Config):
             raise ValueError(f"alibi_scale_shape must be for {num_blocks} blocks or for 1, got {short(shape)}")
 
 
-RELEASED = {
-    "base": TeacherConfig(
-        encoder=ImageEncoderConfig(num_extra_tokens=1, prenet_depth=2), depth=10, average_top_k_layers=10
-    ),
-    "large": TeacherConfig(
-        encoder=ImageEncoderConfig(embed_dim=1024, num_heads=16, num_extra_tokens=1, prenet_depth=0),
-        depth=24,
-        average_top_k_layers=18,
-    ),
-    "huge": TeacherConfig(
-        encoder=ImageEncoderConfig(embed_dim=1280, num_heads=16, num_extra_tokens=1, patch_size=14, prenet_depth=0),
-        depth=32,
-        average_top_k_layers=24,
-    ),
-    "base_audio": TeacherConfig(
-        encoder=AudioEncoderConfig(
-            norm_eps=1e-5, num_alibi_heads=12, alibi_scale_shape=(1, 1, 12, 1, 1), prenet_depth=0
-        ),
-        depth=12,
-        average_top_k_layers=8,
-        final_layer_norm=False,
-    ),
-    "large_audio": TeacherConfig(
-        encoder=AudioEncoderConfig(
-            embed_dim=1024,
-            num_heads=16,
-            norm_eps=1e-5,
-            num_alibi_heads=16,
-            alibi_scale_shape=(1, 1, 16, 1, 1),
-            prenet_depth=8,
-        ),
-        depth=16,
-        average_top_k_layers=16,
-        final_layer_norm=False,
-    ),
-    "base_eat": TeacherConfig(
-        encoder=EatEncoderConfig(num_extra_tokens=1, prenet_depth=0), depth=12, average_top_k_layers=12
-    ),
-}
+_SIZES = yaml.safe_load(Path(__file__).with_name("released.yaml").read_text("utf-8"))
+RELEASED = {name: TeacherConfig(**sizes) for name, sizes in _SIZES.items()}
 """Sizes of Meta's models and of EAT's; those without a modality are of images."""
 
 

@@ -79,9 +79,6 @@ class EatEncoder(Sound, Data2Vec2Encoder):
     def num_tokens(self, shape: Sequence[int] | None = None) -> int:
         return self.config.num_extra_tokens + self.config.target_length * NUM_MELS // EAT_PATCH**2
 
-    def stem_macs(self, shape: Sequence[int] | None = None) -> int:
-        return self.config.target_length * NUM_MELS * self.config.embed_dim
-
     def example(self, count: int) -> Tensor:
         return torch.zeros(count, self.window // 2)
 

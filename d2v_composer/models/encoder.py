@@ -4,16 +4,32 @@ Shapes: B inputs, E extra tokens, N patches or frames, T = E + N tokens, D chann
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad
+from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import Self
 
 from d2v_composer.models.attention import Alibi, Block, attention_bias, autocast_dtype
 from d2v_composer.models.configs import Config, Data2Vec2EncoderConfig, EncoderConfig
+
+
+def count_flop(model: nn.Module, compute: Callable[[], object]) -> dict[Any, int]:
+    """Return the operations in which a model computes something in eval mode, 2 per multiply-accumulate.
+
+    Returns:
+        Operator of torch → its operations. ``aten.bmm`` has those of attention.
+    """
+    was_training = model.training
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
+        model.eval()
+        compute()
+    model.train(was_training)
+    return counter.get_flop_counts().get("Global", {})
 
 
 class Inputs(NamedTuple):
@@ -153,10 +169,6 @@ class Encoder(Frozen):
         """Return the number of tokens of an input: by default, of the config's image or of a second of audio."""
 
     @abstractmethod
-    def stem_macs(self, shape: Sequence[int] | None = None) -> int:
-        """Return the multiply-accumulates for one input before the blocks."""
-
-    @abstractmethod
     def example(self, count: int) -> Tensor:
         """Return inputs of zeros, as after :meth:`prepare`."""
 
@@ -205,10 +217,9 @@ class Encoder(Frozen):
             x_BTD, _ = block(x_BTD, context)
         return Tokens(x_BTD, padding_mask, inputs.shares)
 
-    def forward_macs(self, shape: Sequence[int] | None = None) -> int:
-        """Return the multiply-accumulates for one input: by default, the config's image or a second of audio."""
-        num_tokens = self.num_tokens(shape)
-        return self.stem_macs(shape) + sum(block.forward_macs(num_tokens) for block in self.block_list)
+    def flop(self) -> int:
+        """Return the operations for one input, the config's image or a second of audio."""
+        return sum(count_flop(self, lambda: self(Inputs(self.example(1)))).values())
 
 
 class Data2Vec2Encoder(Encoder):

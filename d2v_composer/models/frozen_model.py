@@ -3,14 +3,11 @@
 Shapes: B images, S pixels per side (or height and width), N tokens, D channels.
 """
 
-from collections.abc import Sequence
 from math import gcd
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import Self
 
 from d2v_composer.models.backbone import hash_weights
@@ -29,18 +26,14 @@ class ModuleEncoder(PixelEncoder):
     Args:
         module: (B, 3, S, S) float, normalized → (B, N, D).
         config: Preprocessing and sizes.
-        macs: Its multiply-accumulates for one image.
     """
 
-    def __init__(self, module: nn.Module, config: FrozenModelConfig, macs: int) -> None:
+    def __init__(self, module: nn.Module, config: FrozenModelConfig) -> None:
         super().__init__(config)
-        self.module, self.macs = module, macs
+        self.module = module
 
     def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
         return self.module(self.prepare(inputs.values))
-
-    def stem_macs(self, shape: Sequence[int] | None = None) -> int:
-        return self.macs
 
 
 class FrozenModel(Teacher):
@@ -77,12 +70,12 @@ class FrozenModel(Teacher):
     def __init__(self, module: nn.Module, *, source: str, license: str | None = None, **sizes: Any) -> None:
         config = FrozenModelConfig(embed_dim=1, **sizes)
         shape = 1, 3, *height_and_width(config.image_size)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with torch.no_grad():
             tokens = module.eval()(torch.zeros(shape))
         if tokens.ndim != 3 or tokens.shape[:2] != (1, config.num_tokens):
             raise ValueError(f"the module must map {shape} to (1, {config.num_tokens}, D), got {tuple(tokens.shape)}")
         config = config.changed(embed_dim=tokens.shape[2])
-        super().__init__(ModuleEncoder(module, config, counter.get_total_flops() // 2), config)
+        super().__init__(ModuleEncoder(module, config), config)
         self.provenance = {"source": source, "license": license, "sha256": hash_weights(self)}
         self.freeze()
 

@@ -45,19 +45,18 @@ class PixelEncoder(Encoder):
     """The part that all image encoders share: resizing, normalization and baseline.
 
     Attributes:
-        patch_weights: Weights of the projection of a patch.
-        is_first: True until float images have come; those are checked, and later ones would cost a GPU time.
+        is_first: True until float images have come that are not an example; those are checked, and later ones would
+            cost a GPU time.
     """
 
     image_mean: Tensor
     image_std: Tensor
-    patch_weights: int
+    is_first = True
     baseline = "pixels"
     input_name = "images"
 
     def __init__(self, config: ImageConfig) -> None:
         super().__init__(config)
-        self.is_first = True
         self.register_buffer("image_mean", torch.tensor(config.image_mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(config.image_std).view(1, -1, 1, 1), persistent=False)
 
@@ -72,7 +71,8 @@ class PixelEncoder(Encoder):
             )
         if not is_uint8:
             if not torch.compiler.is_compiling() and self.is_first:
-                self.is_first, (low, high) = False, values.aminmax()
+                low, high = values.aminmax()
+                self.is_first = bool(low == high)
                 if 0 <= low < high <= 1:
                     log.warning("float images must be normalized, got values from 0 to 1; or give uint8 images")
             return values
@@ -85,9 +85,6 @@ class PixelEncoder(Encoder):
 
     def num_tokens(self, shape: Sequence[int] | None = None) -> int:
         return self.config.num_tokens
-
-    def stem_macs(self, shape: Sequence[int] | None = None) -> int:
-        return math.prod(self.config.grid_size) * self.patch_weights
 
     def example(self, count: int) -> Tensor:
         return torch.zeros(count, self.config.in_chans, *height_and_width(self.config.image_size))
@@ -117,7 +114,6 @@ class ImageEncoder(PixelEncoder, Data2Vec2Encoder):
     def __init__(self, config: ImageEncoderConfig) -> None:
         super().__init__(config)
         dim, patch = config.embed_dim, config.patch_size
-        self.patch_weights = dim * config.in_chans * patch**2
         self.local_encoder = nn.ModuleDict({"proj": PatchProjection(config.in_chans, dim, patch, stride=patch)})
         self.fixed_positional_encoder = nn.ParameterDict(
             {"positions": torch.zeros(1, math.prod(config.grid_size), dim)}

@@ -3,13 +3,13 @@
 Shapes: B inputs, T tokens, D channels of the encoder, d of a narrower student.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from d2v_composer.models.attention import Block, attention_bias, init_linear_layers, linear_weights
+from d2v_composer.models.attention import Block, attention_bias, init_linear_layers
 from d2v_composer.models.backbone import Projection, Transformer
 from d2v_composer.models.configs import MAX_WIDTH, StudentConfig, check_whole
 from d2v_composer.models.encoder import Encoder, build_alibi
@@ -70,9 +70,6 @@ class Student(Transformer):
     def project(self, features: Features, output: Tensor) -> Tensor:
         return super().project(features, self.projection.norm(output))
 
-    def train_what_is_read(self, output: bool, pooled: bool) -> None:
-        self.blocks[-1].norm2.requires_grad_(output or pooled)  # no FFN output depends on it
-
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
         return [attention_bias(self.alibi, x_BTD, padding_mask)] * len(self.blocks)
 
@@ -83,15 +80,3 @@ class Student(Transformer):
         if torch.is_autocast_enabled(x.device.type):  # the residual stream is float32
             x = x.float()
         return super().iterate_blocks(x, needs_last_output, padding_mask)
-
-    def forward_macs(self, shape: Sequence[int] | None = None) -> int:
-        return super().forward_macs(shape) + self.encoder.num_tokens(shape) * linear_weights(self.input_proj)
-
-    def backward_macs(self, shape: Sequence[int] | None = None) -> int:
-        """Return the backward pass's multiply-accumulates: twice the forward pass's, minus the input gradient's."""
-        if not self.encoder.is_frozen:
-            encoder = 2 * self.encoder.forward_macs(shape) - self.encoder.stem_macs(shape)
-            return encoder + 2 * self.forward_macs(shape)
-        first = self.block_list[0]
-        reads_input = linear_weights(self.input_proj) or (first.norm0 is None and linear_weights(first.attn.qkv))
-        return 2 * self.forward_macs(shape) - self.encoder.num_tokens(shape) * reads_input

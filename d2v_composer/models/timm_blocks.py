@@ -66,7 +66,6 @@ class TimmBlock(FfnBlock):
         self.block: Any = block
         self.kind = KINDS[type(block)]
         fuse_biases(self.block.attn)
-        self.attention_width = self.block.attn.proj.in_features
 
     def forward(
         self, x_BTD: Tensor, context: Tensor | None = None, needs_output: bool = True, /

@@ -3,15 +3,12 @@
 Shapes: B images, S pixels per side, N cells of the grid, T tokens of a teacher, C channels, P of the pooled feature.
 """
 
-from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import timm
 import torch
 from timm.data.config import resolve_data_config
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import TimmNetworkConfig, height_and_width, parse_image_size
@@ -164,24 +161,6 @@ class TimmNetwork(PixelEncoder):
         features = self.embed_tokens(inputs)
         return Tokens(self.cells(features), pooled=self.model.forward_head(features, pre_logits=True))
 
-    def num_tokens(self, shape: Sequence[int] | None = None) -> int:
-        return self.grid_size[0] * self.grid_size[1]
-
-    @cached_property
-    def macs(self) -> tuple[int, int]:
-        """The multiply-accumulates of a forward pass, and of forward and backward pass, for one image."""
-        shape = (1, self.config.in_chans, *height_and_width(self.config.image_size))
-        with torch.device("meta"), torch.enable_grad(), FlopCounterMode(display=False) as counter:
-            model = create_network(self.config)[0].eval()
-            features = model.forward_features(torch.zeros(shape))
-            total = features.sum() + model.forward_head(features, pre_logits=self.config.projection is None).sum()
-            forward = counter.get_total_flops() // 2
-            total.backward()
-        return forward, counter.get_total_flops() // 2
-
-    def stem_macs(self, shape: Sequence[int] | None = None) -> int:
-        return self.macs[0]
-
 
 class NetworkStudent(Backbone):
     """A student that is a timm model; the whole model is its encoder.
@@ -217,23 +196,5 @@ class NetworkStudent(Backbone):
         project = self.project if self.projected_width else None
         return Features.of_layer(tokens.x, 0, True, pooled=tokens.pooled, project=project)
 
-    def train_what_is_read(self, output: bool, pooled: bool) -> None:
-        """Freeze parameters that no loss reads, such as the classifier's, which DDP would refuse."""
-        was_training = self.training
-        tokens = self.eval().encoder(Inputs(self.encoder.example(1)))
-        assert tokens.pooled is not None
-        read = [each.sum() for each, is_read in ((tokens.x, output), (tokens.pooled, pooled)) if is_read]
-        if self.projected_width:
-            read.append(self.features(tokens).projected.sum())
-        torch.stack(read).sum().backward()
-        self.train(was_training)
-        for parameter in self.parameters():
-            parameter.requires_grad_(parameter.grad is not None)
-            parameter.grad = None
-
     def checkpoint_activations(self, enable: bool = True) -> None:
         self.encoder.model.set_grad_checkpointing(enable)  # an AssertionError if timm has none for this model
-
-    def backward_macs(self, shape: Sequence[int] | None = None) -> int:
-        forward, both = self.encoder.macs
-        return both - forward

@@ -15,7 +15,6 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models import Beit, Eva, VisionTransformer
 from torch import Tensor, nn
 
-from d2v_composer.models.attention import linear_weights
 from d2v_composer.models.backbone import Projection, Transformer
 from d2v_composer.models.configs import (
     MAX_PATCHES,
@@ -175,10 +174,6 @@ class TimmHead(Projection):
     def forward(self, features: Features, output_BTD: Tensor) -> Tensor:
         return self.model.forward_head(output_BTD)
 
-    def forward_macs(self, num_tokens: int) -> int:
-        keys_and_values = linear_weights(getattr(self.model.attn_pool, "kv", nn.Identity()))
-        return super().forward_macs(num_tokens) + (num_tokens - 1) * keys_and_values
-
 
 class TimmEncoder(PixelEncoder):
     """A timm ViT's encoder: everything before its blocks, and the first blocks.
@@ -206,7 +201,6 @@ class TimmEncoder(PixelEncoder):
         self.stem: Any = parts.stem
         patches: Any = self.stem.patch_embed.proj
         patches.__class__ = PatchProjection  # an image is whole patches: build_timm_model allows no other size
-        self.patch_weights = patches.weight.numel()
         self.blocks = nn.ModuleList(parts.blocks[: config.first_blocks])
         self.contexts = parts.contexts.of_blocks(0, config.first_blocks)
         if is_new:

@@ -20,7 +20,7 @@ from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.targets import instance_norm_mean, norm_mean
 
 if TYPE_CHECKING:
-    from d2v_composer.objectives.distillation import Distillation  # imports Composer
+    from d2v_composer.objectives.distillation import DistillationModel  # imports Composer
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,7 +30,7 @@ R = TypeVar("R")
 MAX_GRAPHS = 1024
 
 
-def compile_model(model: "Distillation", choice: bool | str = True) -> None:
+def compile_model(model: "DistillationModel", choice: bool | str = True) -> None:
     """Compile a model's blocks, patch embedding, norm_mean and loss in place, for steps and evaluations.
 
     Blocks are graphs of their own: equal blocks share a compilation; DDP reduces a block's gradients while the next

@@ -18,50 +18,96 @@ from d2v_composer.models.backbone import (
     expect_no_frozen_tensors,
     frozen_prefixes,
     keep_trained_tensors,
+    train_what_is_read,
 )
-from d2v_composer.models.encoder import Encoder, Inputs, Tokens
+from d2v_composer.models.encoder import Inputs, Tokens, count_flop
 from d2v_composer.models.names import ExtraTokens, Prediction
 from d2v_composer.models.precision import cpu_autocast
-from d2v_composer.models.targets import LayerMean
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives import OBJECTIVES
-from d2v_composer.objectives.objective import Objective, Regression
+from d2v_composer.objectives.objective import Regression
 
 Batch = Tensor | Mapping[str, Any]
 EmbeddingT = TypeVar("EmbeddingT")
 
 
-class Distillation(ComposerModel):
-    """Train a student by a weighted sum of objectives.
+class DistillationModel(ComposerModel):
+    """Regress the teacher's targets with the student's prediction; an encoder that both have runs once per step.
+
+    The loss is the mean of (prediction - target)² over inputs, tokens and channels. Target and prediction are
+    ``norm_mean(F) = LayerNorm(mean_l InstanceNorm(F_l))``, with F_l the FFN output of block l: the teacher's last K
+    blocks for the target, the student's blocks for the prediction. InstanceNorm is over the tokens of an image,
+    LayerNorm over the channels of a token; both have no weights, eps 1e-5, and compute in float32.
 
         Inputs ─ encoder ─┬─ teacher ─ Features ─ target ─────┐
                           │                                   ├─ loss · weight, summed over objectives
                           └─ student ─ Features ─ prediction ─┘
 
-    An encoder runs once per step for all models that hold it, and a teacher once for all objectives that have it.
+    Parameters of the student on which no loss depends are frozen. Checkpoints hold only what trains: neither the
+    teacher nor a frozen encoder. Loading verifies that they are complete, even with ``strict=False``, which Composer
+    uses.
 
-    Checkpoints hold only what trains: neither teachers nor a frozen encoder. Loading verifies that they are complete,
-    even with ``strict=False``, which Composer uses.
+    Source: the target is data2vec 2.0's (Baevski et al. 2022, arXiv:2212.07525, section 3; fairseq's ``make_targets``).
+    Shared encoder and loss over all tokens are those of the thesis chapter *distilled unimodal data2vec 2.0*
+    (github.com/TimCares/MasterThesis).
+
+    The student's config may replace InstanceNorm by LayerNorm. The ``layer_mean`` embeddings of the teacher that
+    :meth:`retrieval_baselines` gives are then computed so, too, so that both compare.
+
+    A batch is a dict with ``image``, or the images themselves: (B, 3, S, S), float already normalized or uint8. With an
+    audio teacher it has ``audio``, (B, L) float, and, if clips are padded, ``lengths``, (B,) int64. Labels and other
+    entries are not read.
 
     Args:
-        student: What trains. Its encoder is a teacher's, or its own.
-        objectives: Name → objective. The first one's results are what callbacks see.
+        teacher: Frozen.
+        student: On the teacher's encoder, or on one of its own with as many tokens.
+        prediction: ``layer_mean``: norm_mean of the student's FFN outputs, like the target; ``last_block``: the last
+            block's output, not normalized.
+        extra_tokens: ``regress`` all tokens alike; ``drop``, as in data2vec 2.0's pre-training: exclude the extra
+            tokens from InstanceNorm and the loss, and regress CLS, if there is one, to the mean
+            target with weight 0.01; ``only``: regress no patch.
+        objectives: Name → section of each objective, as in a YAML; default the tokens alone. The first one's results
+            are what callbacks see.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
+        **targets: Further fields of :class:`~d2v_composer.models.targets.LayerMean`; default those of the student's
+            config and all of the teacher's layers. :meth:`measure_targets` sets the numbers of ``dataset_norm``.
 
     Attributes:
         layer_mean: How the ``layer_mean`` embeddings are computed that are compared.
+        flop: Of a step with one input; see :func:`~d2v_composer.models.encoder.count_flop`.
+
+    Raises:
+        ValueError: An option's value is unknown, or does not fit the teacher.
+
+    Example:
+        >>> teacher = load_teacher("teacher.safetensors")
+        >>> model = DistillationModel(teacher, teacher.build_student(depth=2))
+        >>> loss = model.loss(model(images), images)  # or pass the model to Composer's Trainer
     """
 
-    layer_mean: LayerMean
-
-    def __init__(self, student: Backbone, objectives: Mapping[str, Objective], cpu_bf16: bool = False) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        student: Backbone,
+        prediction: Prediction = "layer_mean",
+        extra_tokens: ExtraTokens = "regress",
+        objectives: Mapping[str, Any] = {"tokens": {}},
+        cpu_bf16: bool = False,
+        **targets: Any,
+    ) -> None:
         super().__init__()
-        self.student: Any = student  # of the kind that is given
-        self.objectives: Any = nn.ModuleDict(objectives)
-        self.layer_mean = student.layer_mean
+        self.teacher: Any = teacher  # of the kind that is given
+        self.student: Any = student
         self.cpu_bf16 = cpu_bf16
-        reads = [(each.needs_output, each.needs_pooled) for each in objectives.values()]
-        student.train_what_is_read(*map(any, zip(*reads, strict=True)))
+        self.layer_mean = student.layer_mean.changed(prediction=prediction, extra_tokens=extra_tokens, **targets)
+        terms = {name: OBJECTIVES[name].Options.model_validate(section) for name, section in objectives.items()}
+        built = {
+            name: OBJECTIVES[name](term, teacher, student, self.layer_mean)
+            for name, term in terms.items()
+            if term.weight
+        }
+        self.objectives: Any = nn.ModuleDict(built)
+        self.flop = count_flop(student, self._try_step)
         # Frozen, and equal on all ranks: DDP would broadcast them before every forward pass.
         frozen = frozen_prefixes(self)
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers() if name.startswith(frozen)]
@@ -70,10 +116,10 @@ class Distillation(ComposerModel):
         self.register_load_state_dict_pre_hook(check_tensors)
         self.register_load_state_dict_post_hook(expect_no_frozen_tensors)
 
-    @property
-    def teachers(self) -> list[Teacher]:
-        """The teachers of the objectives, each once."""
-        return list(dict.fromkeys(each.teacher for each in self.objectives.values()))
+    def _try_step(self) -> None:
+        """Compute the loss of one input and its gradient, and freeze what has none."""
+        outputs = self(self.student.encoder.example(1))
+        train_what_is_read(self, self.losses((outputs, *outputs.others))["total"])
 
     @property
     def compares_microbatches(self) -> bool:
@@ -97,19 +143,13 @@ class Distillation(ComposerModel):
     @torch.no_grad()
     def frozen_pass(self, inputs: Inputs) -> tuple[Tokens | None, dict[str, Tensor]]:
         """Return the shared encoder's tokens, ``None`` if the student has its own, and each objective's target."""
-        encoded: dict[Encoder, Tokens] = {}
-        targets = {}
-        for teacher in self.teachers:
-            if teacher.encoder not in encoded:
-                encoded[teacher.encoder] = teacher.encoder(inputs)
-            targets.update(self.targets_of(teacher, encoded[teacher.encoder]))
-        return encoded.get(self.student.encoder), targets
+        tokens = self.teacher.encoder(inputs)
+        return tokens if self.student.encoder is self.teacher.encoder else None, self.targets_of(tokens)
 
-    def targets_of(self, teacher: Teacher, tokens: Tokens) -> dict[str, Tensor]:
-        """Return the target of each objective that has a teacher, from its encoder's tokens."""
-        wanted = {name: each for name, each in self.objectives.items() if each.teacher is teacher}
-        features = teacher.features(tokens).for_readers(len(wanted))
-        return {name: each.target(features) for name, each in wanted.items()}
+    def targets_of(self, tokens: Tokens) -> dict[str, Tensor]:
+        """Return the target of each objective, from the tokens of the teacher's encoder."""
+        features = self.teacher.features(tokens).for_readers(len(self.objectives))
+        return {name: each.target(features) for name, each in self.objectives.items()}
 
     def loss(self, outputs: Regression, batch: Batch) -> Any:
         """Return the weighted sum of the objectives' losses, a scalar; ``batch`` is unused.
@@ -137,78 +177,11 @@ class Distillation(ComposerModel):
             return function(*inputs)
 
     def flops_per_batch(self, batch: Batch) -> int:
-        """Return the operations of a training step (2 per multiply-accumulate), in linear layers and attention."""
-        inputs, student = self.inputs_of(batch).values, self.student
-        shape, models = inputs.shape[1:], [*self.teachers, student]
-        parts = [*dict.fromkeys(model.encoder for model in models), *models]
-        macs = sum(part.forward_macs(shape) for part in parts) + student.backward_macs(shape)
-        num_tokens = student.encoder.num_tokens(shape)
-        macs += 3 * sum(objective.forward_macs(num_tokens) for objective in self.objectives.values())
-        return 2 * macs * len(inputs)
-
-
-class DistillationModel(Distillation):
-    """Regress the teacher's targets with the student's prediction; an encoder that both have runs once per step.
-
-    The loss is the mean of (prediction - target)² over inputs, tokens and channels. Target and prediction are
-    ``norm_mean(F) = LayerNorm(mean_l InstanceNorm(F_l))``, with F_l the FFN output of block l: the teacher's last K
-    blocks for the target, the student's blocks for the prediction. InstanceNorm is over the tokens of an image,
-    LayerNorm over the channels of a token; both have no weights, eps 1e-5, and compute in float32.
-
-    Source: the target is data2vec 2.0's (Baevski et al. 2022, arXiv:2212.07525, section 3; fairseq's ``make_targets``).
-    Shared encoder and loss over all tokens are those of the thesis chapter *distilled unimodal data2vec 2.0*
-    (github.com/TimCares/MasterThesis).
-
-    The student's config may replace InstanceNorm by LayerNorm. The ``layer_mean`` embeddings of the teacher that
-    :meth:`retrieval_baselines` gives are then computed so, too, so that both compare.
-
-    A batch is a dict with ``image``, or the images themselves: (B, 3, S, S), float already normalized or uint8. With an
-    audio teacher it has ``audio``, (B, L) float, and, if clips are padded, ``lengths``, (B,) int64. Labels and other
-    entries are not read.
-
-    Args:
-        teacher: Frozen.
-        student: On the teacher's encoder, or on one of its own with as many tokens.
-        prediction: ``layer_mean``: norm_mean of the student's FFN outputs, like the target; ``last_block``: the last
-            block's output, not normalized.
-        extra_tokens: ``regress`` all tokens alike; ``drop``, as in data2vec 2.0's pre-training: exclude the extra
-            tokens from InstanceNorm and the loss, and regress CLS, if there is one, to the mean
-            target with weight 0.01; ``only``: regress no patch.
-        objectives: Name → section of each objective, as in a YAML; default the tokens alone.
-        cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
-        **targets: Further fields of :class:`~d2v_composer.models.targets.LayerMean`; default those of the student's
-            config and all of the teacher's layers. :meth:`measure_targets` sets the numbers of ``dataset_norm``.
-
-    Raises:
-        ValueError: An option's value is unknown, or does not fit the teacher.
-
-    Example:
-        >>> teacher = load_teacher("teacher.safetensors")
-        >>> model = DistillationModel(teacher, teacher.build_student(depth=2))
-        >>> loss = model.loss(model(images), images)  # or pass the model to Composer's Trainer
-    """
-
-    def __init__(
-        self,
-        teacher: Teacher,
-        student: Backbone,
-        prediction: Prediction = "layer_mean",
-        extra_tokens: ExtraTokens = "regress",
-        objectives: Mapping[str, Any] = {"tokens": {}},
-        cpu_bf16: bool = False,
-        **targets: Any,
-    ) -> None:
-        layer_mean = student.layer_mean.changed(prediction=prediction, extra_tokens=extra_tokens, **targets)
-        terms = {name: OBJECTIVES[name].Options.model_validate(section) for name, section in objectives.items()}
-        built = {
-            name: OBJECTIVES[name](term, teacher, student, layer_mean) for name, term in terms.items() if term.weight
-        }
-        super().__init__(student, built, cpu_bf16)
-        self.layer_mean = layer_mean
-
-    @property
-    def teacher(self) -> Any:  # of the kind that is given
-        return self.teachers[0]
+        """Return the operations of a training step; for audio about, as its layers have lengths that vary."""
+        inputs, encoder = self.inputs_of(batch).values, self.teacher.encoder
+        length = encoder.num_tokens(inputs.shape[1:]) / encoder.num_tokens()
+        attention = self.flop.get(torch.ops.aten.bmm, 0)
+        return round(((sum(self.flop.values()) - attention) * length + attention * length**2) * len(inputs))
 
     @torch.no_grad()
     def measure_targets(self, batches: Iterable[Batch]) -> None:

@@ -21,7 +21,7 @@ class EmbeddingRegression(Objective):
         """Weight of 1 - cosine similarity of ``projected_cls``, the teacher's own image embedding; 0: it is left out.
         It keeps a student in the space of its teacher's text tower."""
 
-    needs_pooled = needs_projection = True
+    needs_projection = True
 
     def target(self, features: Features) -> Tensor:
         return normalize(features.projected)

@@ -49,7 +49,7 @@ class Objective(nn.Module, ABC):
 
     Args:
         options: The section.
-        teacher: Frozen. Objectives of one teacher run it once.
+        teacher: Frozen. It runs once for all objectives.
         student: What trains.
         layer_mean: How a run computes target and prediction from layers.
 
@@ -58,20 +58,17 @@ class Objective(nn.Module, ABC):
         head: From the student's width to the target's, for this term alone: checkpoints have it, exported files do not.
         compares: ``inputs``: the loss is a mean over inputs, so that the mean over microbatches and ranks is that of
             the batch. ``microbatch``: it depends on which inputs are together. A resume then keeps their number.
-        needs_output: The prediction depends on the student's output, and not on its FFN outputs alone.
-        needs_pooled: It depends on the student's own pooled feature.
         needs_projection: Teacher and student need the embedding ``projected_cls``.
     """
 
     Options: ClassVar[type[Term]] = Term
     compares: ClassVar[Literal["inputs", "microbatch"]] = "inputs"
-    needs_output = needs_pooled = needs_projection = False
+    needs_projection = False
     head: Any  # a module
 
     def __init__(self, options: Any, teacher: Teacher, student: Backbone, layer_mean: LayerMean) -> None:
         super().__init__()
         self.weight: float = options.weight
-        self.teacher = teacher
         self.head = nn.Identity()
 
     @abstractmethod
@@ -85,7 +82,3 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def loss(self, regression: Regression) -> Tensor:
         """Return the distance, a scalar."""
-
-    def forward_macs(self, num_tokens: int) -> int:
-        """Return the multiply-accumulates of the head for one input; by default, there is no head."""
-        return 0

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, cat, nn
 from torch.nn.functional import cosine_similarity, interpolate, mse_loss, smooth_l1_loss
 
-from d2v_composer.models.attention import init_linear_layers, linear_weights
+from d2v_composer.models.attention import init_linear_layers
 from d2v_composer.models.backbone import Backbone, Transformer
 from d2v_composer.models.features import Features, mean_over_time
 from d2v_composer.models.names import TokenLoss
@@ -104,9 +104,6 @@ class LayerRegression(Objective):
         top_k = layer_mean.average_top_k_layers or teacher.config.average_top_k_layers
         self.options, self.layer_mean = options, layer_mean.changed(average_top_k_layers=top_k)
         self.dataset_norm = DatasetNorm(top_k, teacher.embed_dim) if layer_mean.dataset_norm else None
-        self.needs_output = self.is_grid or layer_mean.prediction == "last_block"
-        self.needs_pooled = self.is_grid and has_cls
-        self.num_predicted = 1 if self.needs_output else student.num_layers
 
     def target(self, features: Features) -> Tensor:
         features = features.without_registers() if self.is_grid else features
@@ -125,10 +122,6 @@ class LayerRegression(Objective):
 
     def loss(self, regression: Regression) -> Tensor:
         return regression_loss(regression, self.options.loss, self.options.cls_weight)
-
-    def forward_macs(self, num_tokens: int) -> int:
-        of_a_token = linear_weights(self.head.patches if self.is_grid else self.head)
-        return linear_weights(self.head) + (self.num_predicted * num_tokens - 1) * of_a_token
 
 
 class GridHead(nn.Module):

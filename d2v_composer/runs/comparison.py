@@ -198,5 +198,6 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
             how.check(name, labeled)
         return sets, build_augmentation(loader, taken, config.seed, for_views=True)
 
-    costs = {name: cost(parts.get(name)) for group in groups.values() for name in group}
+    with torch.device(device):
+        costs = {name: cost(parts.get(name)) for group in groups.values() for name in group}
     return model, Evaluation(groups, costs, how, load, {}, [], {})

@@ -71,6 +71,8 @@ def train_student(
     """
     join_and_seed(config)
     model = build_model(config, teacher)
+    costs = {STUDENT: cost(model.student), TEACHER: cost(model.teacher)}
+    accelerate(config, model)
     modality, loader = modality_of(model.teacher.config), config.train_loader
     index = read_train_index(loader, modality, config.global_train_batch_size)
     train_loader = build_train_loader(config, loader, index, is_compiled=config.compile is not False)
@@ -79,7 +81,6 @@ def train_student(
         measure = TargetStatistics(config.targets.dataset_batches or 100, config.device_eval_batch_size)
         callbacks = [measure, *callbacks]
     retrieval = build_retrieval(config, model)
-    costs = {STUDENT: cost(model.student), TEACHER: cost(model.teacher)}
     student = model.student.provenance["student"] | {"sizes": sizes_of(model.student)}
     trainer = build_trainer(
         config,
@@ -108,29 +109,14 @@ def train_student(
 
 
 def build_model(config: TrainConfig, teacher: Teacher | None = None) -> DistillationModel:
-    """Build the model from the sections ``teacher``, ``student``, ``prediction`` and ``targets``, and compile it.
+    """Build the model from the sections ``teacher``, ``student``, ``prediction``, ``targets`` and ``objectives``.
 
     Raises:
         InputError: The teacher's file cannot be used, or another setting does not fit it.
     """
     with node_leaders_first("the teacher"):
         teacher = teacher or build_teacher(config)
-    model = join_student(config, teacher)
-    if config.compile:
-        compile_model(model, config.compile)
-    if config.activation_checkpointing:
-        with errors_of("activation_checkpointing"):  # timm has none for some models
-            model.student.checkpoint_activations()
-    return model
-
-
-def join_student(config: TrainConfig, teacher: Teacher) -> DistillationModel:
-    """Build the student and its objectives on a teacher, as one model.
-
-    Raises:
-        InputError: A setting does not fit it.
-    """
-    targets, precision, depth = config.targets, choose_precision(config.precision), teacher.config.depth
+    targets, depth = config.targets, teacher.config.depth
     if (top_k := targets.average_top_k_layers) is not None and top_k > depth:
         raise InputError(f"targets.average_top_k_layers: must be at most the teacher's depth {depth}, got {top_k}")
     if config.compile and (missing := find_missing()) is not None:
@@ -140,18 +126,31 @@ def join_student(config: TrainConfig, teacher: Teacher) -> DistillationModel:
         projected = config.objectives.needs_projection
         student = teacher.build_student(**config.student.model_dump(), **layer_mean, projected=projected)
     check_network("student.model", student, config)
-    teacher.encoder.half_residual = config.half_residual
-    teacher.cast_weights(precision.dtype)
     with errors_of("targets"):
         return DistillationModel(
             teacher,
             student,
             config.prediction,
             objectives=dict(config.objectives),
-            cpu_bf16=precision.cpu_bf16,
+            cpu_bf16=choose_precision(config.precision).cpu_bf16,
             dataset_norm=targets.normalization == "dataset",
             **targets.model_dump(include={"extra_tokens", "average_top_k_layers", "source"}),
         )
+
+
+def accelerate(config: TrainConfig, model: DistillationModel) -> None:
+    """Cast what is frozen to the run's precision, compile, and recompute activations, as the config says.
+
+    Raises:
+        InputError: timm cannot recompute this student's activations.
+    """
+    model.teacher.encoder.half_residual = config.half_residual
+    model.teacher.cast_weights(choose_precision(config.precision).dtype)
+    if config.compile:
+        compile_model(model, config.compile)
+    if config.activation_checkpointing:
+        with errors_of("activation_checkpointing"):  # timm has none for some models
+            model.student.checkpoint_activations()
 
 
 def build_teacher(config: TrainConfig) -> Teacher:

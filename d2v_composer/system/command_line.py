@@ -21,8 +21,6 @@ from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, RunError, find_extra, find_full_disk, reason
 from d2v_composer.system.files import shorten_socket_paths
 
-PART = "make part I of N (I from 0), on any machine; then d2v merge OUT joins the parts to what one command would make"
-
 
 def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
     """Call ``main`` with the command line's arguments, then exit."""

@@ -1,0 +1,58 @@
+"""Make the parser of a command, with the options that options.yaml has for it."""
+
+import os
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from d2v_composer.models.names import PREFIX, Pooling, PrecisionChoice, Representation, Weights
+from d2v_composer.sources.containers import COLUMN, IDS, LABEL_COLUMN, SOURCES
+from d2v_composer.system import command_line
+from d2v_composer.system.command_line import size, whole
+from d2v_composer.system.processes import Part, local_ranks
+
+
+def absolute(place: str) -> str:
+    """Return an address or timm/NAME unchanged, and a local path as an absolute path."""
+    return place if "://" in place or place.startswith(PREFIX) else os.path.abspath(os.path.expanduser(place))
+
+
+# What a name in the file stands for.
+NAMED: dict[str, Any] = {
+    "absolute": absolute,
+    "cores": max(1, (os.cpu_count() or 1) // local_ranks()),
+    "float": float,
+    "int": int,
+    "part": Part.parse,
+    "path": Path,
+    "size": size,
+    "Pooling": get_args(Pooling),
+    "PrecisionChoice": get_args(PrecisionChoice),
+    "Representation": get_args(Representation),
+    "Weights": get_args(Weights),
+}
+TEXTS = {"COLUMN": COLUMN, "IDS": IDS, "LABEL_COLUMN": LABEL_COLUMN, "SOURCES": SOURCES}
+
+
+def make_parser(about: str | None, command: str, **named: Any) -> ArgumentParser:
+    """Return a command's parser, with its options; its ``--help`` shows the command's docstring."""
+    parser = command_line.make_parser(about)
+    add_options(parser, command, **named)
+    return parser
+
+
+def add_options(parser: ArgumentParser, command: str, **named: Any) -> None:
+    """Add a command's options, given what further names in the file stand for."""
+    known = NAMED | named
+    groups: dict[str, Any] = {"": parser}
+    for option, arguments in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))[command].items():
+        about, group, kind = (arguments.pop(key, "") for key in ("help", "group", "type"))
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        arguments |= {"type": whole(*kind) if isinstance(kind, list) else known[kind]} if kind else {}
+        for key in {"choices", "default"} & arguments.keys():
+            value = arguments[key]
+            arguments[key] = known.get(value, value) if isinstance(value, str) else value
+        groups[group].add_argument(option, help=about.format(**TEXTS, **named), **arguments)
