@@ -20,11 +20,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from d2v_composer.commands.options import add_options
+from d2v_composer.commands.options import make_parser
 from d2v_composer.config.reference import ModelReference
 from d2v_composer.system.command_line import (
     d2v,
-    make_parser,
     print_next,
     print_skipped,
     reading_of,
@@ -35,9 +34,8 @@ from d2v_composer.system.processes import ALL, local_rank, relaunch_on_gpus
 
 def main(argv: Sequence[str]) -> Any:
     """Embed on every GPU, print a report, and return the result; ``None`` if the part exists already."""
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, "embed")
     ModelReference.add_flags(parser.add_argument)
-    add_options(parser, "embed")
     arguments = parser.parse_args(argv)
     with suppress(ModuleNotFoundError):  # without Composer, one GPU
         relaunch_on_gpus("embed", *argv)

@@ -45,7 +45,8 @@ def make_parser(about: str | None, command: str, **named: Any) -> ArgumentParser
 
 def add_options(parser: ArgumentParser, command: str, **named: Any) -> None:
     """Add a command's options, given what further names in the file stand for."""
-    known, groups = NAMED | named, {"": parser}
+    known = NAMED | named
+    groups: dict[str, Any] = {"": parser}
     for option, arguments in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))[command].items():
         about, group, kind = (arguments.pop(key, "") for key in ("help", "group", "type"))
         if group not in groups:
