@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     folders = {name: out / name.replace(" ", "_") for name in rows}
 
     from d2v_composer.conversion.convert import convert_cifar10  # takes seconds
-    from d2v_composer.evaluation.metrics import read_jsonl
+    from d2v_composer.evaluation.run_log import read_jsonl
     from d2v_composer.report.tables import study_table
 
     images = datasets / ("cifar10" if arguments.whole else "cifar10_sample")

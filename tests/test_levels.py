@@ -27,9 +27,27 @@ MAX_LINES_OF_FILE, MAX_LINES_OF_FUNCTION = 600, 80
 # Tokens of each folder, with 3 % of room, and of all with the Python in yamls/. They only fall: a feature that needs
 # more raises its own folder's limit and the total, in a commit that says why.
 LIMITS = {
-    "system": 0,
+    "system": 9_730,
+    "models": 21_610,
+    "checkpoints": 9_490,
+    "data": 4_070,
+    "objectives": 3_860,
+    "sources": 14_960,
+    "config": 4_790,
+    "conversion": 4_030,
+    "evaluation": 7_900,
+    "callbacks": 7_680,
+    "embedding": 4_160,
+    "report": 4_580,
+    "training_data": 2_820,
+    "export": 5_970,
+    "runs": 10_860,
+    "benchmarks": 6_800,
+    "d2v_composer/__init__.py": 410,
+    "commands": 5_940,
+    "recipes": 3_310,
 }
-CEILING = 131_850
+CEILING = 129_205
 COUNTED = {tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING}
 
 

@@ -75,7 +75,7 @@ def measure_speeds(
     return speeds
 
 
-def describe(
+def result_of(
     setting: Mapping[str, Any], unit: str, rates: Mapping[str, Rates], compared: Sequence[tuple[str, str]]
 ) -> dict[str, Any]:
     """Return a benchmark's result, ready for JSON; a ratio is the median over rounds, since a slow one slows both."""
@@ -93,7 +93,7 @@ def describe(
 
 
 def format_result(result: Mapping[str, Any]) -> str:
-    """Format :func:`describe`'s result: the setting, the table and the ratios."""
+    """Format :func:`result_of`'s result: the setting, the table and the ratios."""
     about = [f"{name}: {value}" for name, value in result.items() if name not in ("unit", "rows", "ratios")]
     rows = [[row["name"], *(f"{of(row['rates']):,.2f}" for of in (np.median, min, max))] for row in result["rows"]]
     ratios = [f"{each['what']}: {each['ratio']:.2f}" for each in result["ratios"]]

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from d2v_composer.benchmarks import describe, interleave, one_core
+from d2v_composer.benchmarks import interleave, one_core, result_of
 from d2v_composer.data.images import Images, RandomResizedCropFlip
 from d2v_composer.sources.mds import Index
 from d2v_composer.sources.shards import fetch_index
@@ -79,7 +79,7 @@ def benchmark(
         "workers": workers,
         "repeats": repeats,
     }
-    return describe(setting, "images/s", rates, compared)
+    return result_of(setting, "images/s", rates, compared)
 
 
 def make_photos(folder: Path, num_images: int) -> Path:

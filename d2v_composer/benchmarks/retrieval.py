@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from d2v_composer.benchmarks import describe, interleave
+from d2v_composer.benchmarks import interleave, result_of
 from d2v_composer.evaluation.nearest_neighbors import nearest_neighbors
 from d2v_composer.models.precision import precision_of
 from d2v_composer.system.errors import InputError
@@ -40,7 +40,7 @@ def benchmark(
     check_neighbors(searches[FAISS](), searches[OURS]())
     passes = {PRODUCT: lambda: multiply(bank_ND, queries_QD), **searches}
     rates = interleave({name: (search, queries) for name, search in passes.items()}, repeats)
-    return describe(setting, "queries/s", rates, [(OURS, PRODUCT)])
+    return result_of(setting, "queries/s", rates, [(OURS, PRODUCT)])
 
 
 def multiply(bank_ND: Tensor, queries_QD: Tensor) -> None:

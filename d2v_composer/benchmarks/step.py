@@ -22,7 +22,7 @@ from torch.nn.functional import instance_norm, layer_norm, mse_loss
 from torch.nn.utils import clip_grad_norm_
 from torch.profiler import profile
 
-from d2v_composer.benchmarks import describe, interleave
+from d2v_composer.benchmarks import interleave, result_of
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.models import attention
@@ -130,7 +130,9 @@ def benchmark(
         **profiled,
     }
     compared = [(own, PRODUCT), (own, NAIVE), (TRAINER, own)]
-    return describe(setting, f"{encoder.input_name}/s", rates, [pair for pair in compared if rates.keys() >= set(pair)])
+    return result_of(
+        setting, f"{encoder.input_name}/s", rates, [pair for pair in compared if rates.keys() >= set(pair)]
+    )
 
 
 def build_run(

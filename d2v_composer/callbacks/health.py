@@ -15,7 +15,7 @@ from composer.utils import dist
 from torch import Tensor
 
 from d2v_composer.callbacks.trainer_state import due_every, loss_scale
-from d2v_composer.evaluation.metrics import HEALTH_STATES
+from d2v_composer.evaluation.run_log import HEALTH_STATES
 from d2v_composer.models.features import mean_over_time
 from d2v_composer.objectives.objective import Regression
 from d2v_composer.objectives.tokens import regression_loss

@@ -19,7 +19,7 @@ from composer.utils import dist
 from tqdm import tqdm
 
 from d2v_composer.callbacks.trainer_state import unwrapped
-from d2v_composer.evaluation.metrics import read_lines
+from d2v_composer.evaluation.run_log import read_lines
 from d2v_composer.system.errors import RunError, writing
 from d2v_composer.system.fetch import put
 from d2v_composer.system.files import write_atomically

@@ -9,7 +9,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from d2v_composer.checkpoints.student_file import lookup
+from d2v_composer.checkpoints.student_file import value_at
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import write_atomically
@@ -71,7 +71,7 @@ class RunRecord(Callback):
     def changes(self, before: Mapping[str, Any], keys: Sequence[str] = ()) -> str:
         """Describe what differs from another run's record in these keys; default: the fixed ones."""
         records = hide_secrets(before), self.record, self.defaults
-        found = (find_changes(key, *(lookup(record, key) for record in records)) for key in keys or self.fixed)
+        found = (find_changes(key, *(value_at(record, key) for record in records)) for key in keys or self.fixed)
         return "; ".join(change for changes in found for change in changes)
 
 
@@ -79,7 +79,7 @@ def find_changes(key: str, before: Any, now: Any, default: Any = None) -> Iterat
     """Describe each changed field at or below a dotted key."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in dict.fromkeys([*now, *before]):
-            usual = lookup(default, name)
+            usual = value_at(default, name)
             yield from find_changes(f"{key}.{name}", before.get(name, usual), now.get(name), usual)
     elif before != now:
         yield f"{SHOWN_AS.get(key, key.removeprefix('config.'))}: checkpoint has {before}, config has {now}"

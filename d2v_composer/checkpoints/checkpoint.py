@@ -26,7 +26,7 @@ from d2v_composer.system.fetch import RETRY_SECONDS, download_existing, fetch, i
 from d2v_composer.system.files import check_owned, flush, move, partial_file
 from d2v_composer.system.retry import is_missing, retry
 
-NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
+CHECKPOINT_NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
 LATEST = "latest-rank0.pt"
 # Composer's pointer in a store: a small file with a key.
 STORED_POINTER = f"{LATEST}.symlink"
@@ -253,8 +253,8 @@ def newest_first(names: Iterable[str], pointed_at: str | None = None) -> list[st
         pointed_at: The pointer's target. Later checkpoints are ignored: the run was restarted before them. ``None``
             keeps all.
     """
-    checkpoints = sorted(filter(NAME.fullmatch, names), key=_age, reverse=True)
-    if pointed_at is None or not NAME.fullmatch(pointed_at):
+    checkpoints = sorted(filter(CHECKPOINT_NAME.fullmatch, names), key=_age, reverse=True)
+    if pointed_at is None or not CHECKPOINT_NAME.fullmatch(pointed_at):
         return checkpoints
     return [name for name in checkpoints if _age(name) <= _age(pointed_at)]
 

@@ -15,14 +15,14 @@ from d2v_composer.checkpoints.student_file import (
     build_loaded,
     build_student,
     check_fits,
-    check_outputs,
     check_same_teacher,
+    check_timm_outputs,
     convert_to_timm,
     distillation_of,
     is_safetensors,
-    lookup,
     read_model_file,
     read_sizes,
+    value_at,
     write_model_file,
 )
 from d2v_composer.models.backbone import Backbone, Projection
@@ -163,11 +163,11 @@ def load_student(path: str | Path) -> Any:
     sizes = read_sizes(path, stored.config)
     tensors = {sizes.prefix + name: tensor for name, tensor in stored.tensors.items() if name != CONFIG_TENSOR}
     student = build_student(path, sizes, tensors, stored.provenance)
-    check_outputs(path, student.encoder)
+    check_timm_outputs(path, student.encoder)
     return student
 
 
-def load_file(path: str, weights: Weights = "model", teacher: str | None = None, projected: bool = False) -> Models:
+def load_models(path: str, weights: Weights = "model", teacher: str | None = None, projected: bool = False) -> Models:
     """Load the model in any supported file, and its teacher.
 
     Args:
@@ -207,12 +207,12 @@ def _with_teacher(student: Backbone, path: str | None) -> Models:
         return student, None
     record = distillation_of(student.provenance)
     sizes: Any = student.encoder.config
-    has_own = lookup(record, "student.own_encoder")
-    settings = lookup(record, "config.teacher") if has_own else dict(sizes) | {"first_blocks": sizes.prenet_depth}
+    has_own = value_at(record, "student.own_encoder")
+    settings = value_at(record, "config.teacher") if has_own else dict(sizes) | {"first_blocks": sizes.prenet_depth}
     names = ("first_blocks", "model", "image_size") if has_own or isinstance(sizes, TimmConfig) else ("first_blocks",)
     options: Any = {name: settings[name] for name in names if name in (settings or {})}
     file = None if path == options.get("model") else path  # of a timm model, the name stands for its pretrained weights
-    weights, projected = lookup(record, "teacher.weights") or "model", student.projected_width > 0
+    weights, projected = value_at(record, "teacher.weights") or "model", student.projected_width > 0
     teacher = load_teacher(file, weights, **options, projected=projected)
     check_same_teacher(path, teacher, record)
     return student, teacher

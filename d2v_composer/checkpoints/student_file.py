@@ -201,7 +201,7 @@ def choose_embedding(model: Backbone, pooling: Pooling | None, representation: R
     primary = Embedding()
     for key in ("model", "config.retrieval"):  # the record of a fine-tuning run, and of a distillation
         with suppress(LookupError, TypeError, ValueError):
-            primary = Embedding.parse(lookup(model.provenance, key))
+            primary = Embedding.parse(value_at(model.provenance, key))
     if primary.pooling == "cls" and not model.has_cls_token:
         primary = primary._replace(pooling=model.default_pooling)
     chosen = Embedding(representation or primary.representation, pooling or primary.pooling)
@@ -211,7 +211,7 @@ def choose_embedding(model: Backbone, pooling: Pooling | None, representation: R
     return chosen
 
 
-def lookup(record: Any, key: str) -> Any:
+def value_at(record: Any, key: str) -> Any:
     """Return the value of a dotted key; ``None`` if it is missing."""
     for part in key.split("."):
         record = record.get(part) if isinstance(record, Mapping) else None
@@ -220,16 +220,16 @@ def lookup(record: Any, key: str) -> Any:
 
 def distillation_of(provenance: Any) -> Any:
     """Return the record of the run that distilled a student, even if it was fine-tuned since."""
-    before = lookup(provenance, "model.provenance")
+    before = value_at(provenance, "model.provenance")
     return provenance if before is None else distillation_of(before)
 
 
 def has_tuned_encoder(provenance: Any) -> bool:
     """Return True if the run that distilled a student, or a fine-tuning run, trained its encoder too."""
-    before = lookup(provenance, "model.provenance")
+    before = value_at(provenance, "model.provenance")
     if before is None:
-        return bool(lookup(provenance, "student.own_encoder"))
-    return bool(lookup(provenance, "config.train_encoder")) or has_tuned_encoder(before)
+        return bool(value_at(provenance, "student.own_encoder"))
+    return bool(value_at(provenance, "config.train_encoder")) or has_tuned_encoder(before)
 
 
 def check_same_teacher(source: Any, found: Teacher, record: Any) -> None:
@@ -238,7 +238,7 @@ def check_same_teacher(source: Any, found: Teacher, record: Any) -> None:
     Raises:
         InputError: It comes from another file; a converted file counts as the original.
     """
-    ours, theirs = lookup(record, "teacher.sha256"), found.provenance["sha256"]
+    ours, theirs = value_at(record, "teacher.sha256"), found.provenance["sha256"]
     if ours != theirs:
         raise InputError(f"{source}: not this student's teacher: sha256 {theirs}, expected {ours}")
 
@@ -281,7 +281,7 @@ def build_student(
     return build_loaded(source, build, tensors).eval()
 
 
-def check_outputs(source: Any, encoder: Any) -> None:
+def check_timm_outputs(source: Any, encoder: Any) -> None:
     """Check that a timm encoder computes what it did at export, since timm's version may differ.
 
     Raises:

@@ -44,8 +44,9 @@ def main(argv: Sequence[str]) -> Any:
     import torch
 
     from d2v_composer.conversion.parts import Parts, plan_of
-    from d2v_composer.embedding.collection import check_ids, check_out, embed_source, hash_weights
+    from d2v_composer.embedding.collection import check_ids, check_out, embed_source
     from d2v_composer.embedding.embedder import Embedder
+    from d2v_composer.models.backbone import hash_weights
     from d2v_composer.models.names import Embedding
     from d2v_composer.sources.open import open_source
     from d2v_composer.sources.source import name_counts

@@ -37,8 +37,8 @@ def main(argv: Sequence[str]) -> None:
     from d2v_composer.benchmarks import BATCH_SIZES, measure_speeds
     from d2v_composer.config.load import load_evaluate_config
     from d2v_composer.data.modalities import modality_of
-    from d2v_composer.embedding.collection import hash_weights
-    from d2v_composer.evaluation.evaluate import check_out
+    from d2v_composer.evaluation.evaluate import check_replaceable
+    from d2v_composer.models.backbone import hash_weights
     from d2v_composer.models.precision import choose_precision
     from d2v_composer.report.tables import evaluation_tables
     from d2v_composer.runs.comparison import build_comparison
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     model, evaluation = build_comparison(config, device)
     weights = hash_weights(model)
     if config.out is not None:
-        check_out(Path(config.out), weights)
+        check_replaceable(Path(config.out), weights)
     if "agreement" in config.probes and evaluation.lookup.teacher is None:
         raise InputError("probes: agreement needs the teacher; name it with teacher=PATH")
     modality = modality_of(model.encoder.config)

@@ -20,17 +20,17 @@ def main(argv: Sequence[str]) -> None:
     arguments = make_parser(__doc__, "merge").parse_args(argv)
     out = arguments.out
 
-    from d2v_composer.conversion.parts import TABLES
+    from d2v_composer.conversion.parts import TABLE_SUFFIXES
 
-    if out.endswith(TABLES):
-        from d2v_composer.embedding.collection import merge
+    if out.endswith(TABLE_SUFFIXES):
+        from d2v_composer.embedding.collection import merge_embeddings
 
-        merged = merge(out, overwrite=arguments.overwrite)
+        merged = merge_embeddings(out, overwrite=arguments.overwrite)
         wrote, following = f"{merged.images} embeddings of {merged.channels} channels", (reading_of(out),)
     else:
         from d2v_composer.conversion import convert
 
-        merged = convert.merge(out)
+        merged = convert.merge_shards(out)
         wrote = f"{merged.samples} samples in {merged.shards} shards"
         following = training_on(out, "distill_audio" if merged.lengths else "distill")
     print(f"wrote {out}: {wrote}")

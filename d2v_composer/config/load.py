@@ -65,11 +65,11 @@ def load_evaluate_config(argv: Sequence[str]) -> EvaluateConfig:
 def load_checked(schema: type[ConfigT], argv: Sequence[str], values: Mapping[str, Any] = {}) -> ConfigT:
     problems: list[str] = []
     try:
-        config = schema.model_validate(merge(schema, argv, values, problems))
+        config = schema.model_validate(merge_settings(schema, argv, values, problems))
         if not problems:
             return config
     except ValidationError as error:
-        problems += [line for each in error.errors(include_url=False) for line in describe(schema, each)]
+        problems += [line for each in error.errors(include_url=False) for line in explain(schema, each)]
     except InputError as error:
         problems += error.args
     let_first_rank_report()
@@ -92,7 +92,7 @@ def read_yaml(path: str | Path) -> Any:
     return OmegaConf.to_container(found)
 
 
-def merge(schema: type[BaseModel], argv: Sequence[str], own: Mapping[str, Any], problems: list[str]) -> Any:
+def merge_settings(schema: type[BaseModel], argv: Sequence[str], own: Mapping[str, Any], problems: list[str]) -> Any:
     """Merge defaults, YAML, a command's own values and overrides, and resolve references; add unreadable overrides to
     ``problems``."""
     if not argv:
@@ -106,7 +106,7 @@ def merge(schema: type[BaseModel], argv: Sequence[str], own: Mapping[str, Any], 
         assign(merged, key, value)
     for override in overrides:
         try:
-            assign(merged, *parse(schema, override))
+            assign(merged, *parse_override(schema, override))
         except (OmegaConfBaseException, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
             problem = " ".join(str(error).split())
             problems.append(f"{override!r}: expected dotted.key=value, with the value as in a YAML: {problem}")
@@ -131,7 +131,7 @@ def defaults(schema: type[BaseModel]) -> dict[str, Any]:
     return schema.model_construct().model_dump(mode="json") | sections
 
 
-def parse(schema: type[BaseModel], override: str) -> tuple[str, Any]:
+def parse_override(schema: type[BaseModel], override: str) -> tuple[str, Any]:
     """Return key and value of one ``dotted.key=value``; text is taken as it is, unless it is null or in quotes."""
     key, equals, text = override.partition("=")
     if not equals or not key or key.startswith("-"):
@@ -152,7 +152,7 @@ def assign(merged: Any, key: str, value: Any) -> None:
     OmegaConf.update(merged, key, value, merge=isinstance(value, dict) and not is_mapping)
 
 
-def describe(schema: type[BaseModel], error: Any) -> list[str]:
+def explain(schema: type[BaseModel], error: Any) -> list[str]:
     """Return the lines for one pydantic error: 'key.path: problem, got X'."""
     place, value = error["loc"], error["input"]
     key = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in place)

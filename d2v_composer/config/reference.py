@@ -68,7 +68,7 @@ class ModelReference(TimmSizes):
         Raises:
             InputError: A file is corrupt, or not supported, or a field does not apply to such a model.
         """
-        from d2v_composer.checkpoints.load import load_file, load_teacher  # torch takes seconds to import
+        from d2v_composer.checkpoints.load import load_models, load_teacher  # torch takes seconds to import
         from d2v_composer.models.teacher import Teacher
 
         path, weights, projected = self.model, self.weights, projected or self.representation == "projected"
@@ -78,7 +78,7 @@ class ModelReference(TimmSizes):
         elif given := [name for name, value in {"checkpoint": self.checkpoint, **sizes}.items() if value is not None]:
             raise InputError(f"{' and '.join(given)}: only for timm/NAME models; got {path}")
         else:
-            model, teacher = load_file(path, weights, self.teacher, projected)
+            model, teacher = load_models(path, weights, self.teacher, projected)
         if isinstance(model, Teacher):
             if self.teacher is not None:
                 raise InputError(f"{path} is not a student, so a teacher ({self.teacher}) is not allowed")

@@ -323,7 +323,7 @@ def convert(
     return Conversion(num_samples, lengths, num_bytes, len(entries), skipped, num_kept)
 
 
-def merge(out: str) -> Conversion:
+def merge_shards(out: str) -> Conversion:
     """Join all parts to one MDS data set, without moving their shards.
 
     Raises:

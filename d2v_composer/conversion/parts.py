@@ -18,7 +18,7 @@ from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.fetch import File, download_existing, exists, is_remote, list_store, names_in
 from d2v_composer.system.processes import Part
 
-TABLES = (".npy", ".parquet")
+TABLE_SUFFIXES = (".npy", ".parquet")
 
 
 def plan_of(source: Source, part: Part, **settings: Any) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class Parts:
 
     def __init__(self, out: str) -> None:
         self.out = out.rstrip("/")
-        self.suffix = Path(out).suffix if out.endswith(TABLES) else ""
+        self.suffix = Path(out).suffix if out.endswith(TABLE_SUFFIXES) else ""
         self.folder = f"{self.out}.parts" if self.suffix else f"{self.out}/parts"
         self._last, self._record = (self.suffix, ".json") if self.suffix else (f"/{INDEX}", f"/{SUMMARY}")
 

@@ -17,11 +17,11 @@ from d2v_composer.data.modality import Modality, decoding
 from d2v_composer.models.configs import SAMPLE_RATE
 from d2v_composer.system.errors import UnreadableSampleError
 
-FORMATS = ("FLAC", "WAV", "WAVEX", "RF64", "OGG", "MP3")
+AUDIO_FORMATS = ("FLAC", "WAV", "WAVEX", "RF64", "OGG", "MP3")
 KIND = "a FLAC, WAV, OGG or MP3 file"
 MAX_CHANNELS, SAMPLE_RATES = 16, (4_000, 384_000)
 # Two frames, of which a target needs both.
-MIN_SAMPLES = 720
+MIN_LENGTH = 720
 # A file's; what a model takes whole is far shorter, since attention grows with its square.
 MAX_SECONDS, MAX_SECONDS_WHOLE = 3600, 60  # seconds
 MAX_LOUDNESS = 10  # an encoder may overshoot 1
@@ -37,8 +37,8 @@ def open_clip(encoded: bytes, longest: int) -> soundfile.SoundFile:
     """
     file = soundfile.SoundFile(io.BytesIO(encoded))
     low, high = SAMPLE_RATES
-    if file.format not in FORMATS:
-        raise UnreadableSampleError(f"the format is {file.format}, expected one of {', '.join(FORMATS)}")
+    if file.format not in AUDIO_FORMATS:
+        raise UnreadableSampleError(f"the format is {file.format}, expected one of {', '.join(AUDIO_FORMATS)}")
     if file.channels > MAX_CHANNELS:
         raise UnreadableSampleError(f"{file.channels} channels, more than {MAX_CHANNELS}")
     if not low <= file.samplerate <= high:
@@ -88,8 +88,8 @@ def read_span(file: soundfile.SoundFile, start: int, count: int) -> NDArray[np.f
     resampler = soxr.ResampleStream(file.samplerate, SAMPLE_RATE, 1, dtype="float32")  # changes nothing at 16 kHz
     blocks = [resampler.resample_chunk(block) for block in read_blocks(file, count)]
     clip = np.concatenate([*blocks, resampler.resample_chunk(np.zeros(0, np.float32), last=True)])
-    if len(clip) < MIN_SAMPLES:
-        raise UnreadableSampleError(f"{len(clip)} samples at 16 kHz, expected at least {MIN_SAMPLES}")
+    if len(clip) < MIN_LENGTH:
+        raise UnreadableSampleError(f"{len(clip)} samples at 16 kHz, expected at least {MIN_LENGTH}")
     if not np.isfinite(clip).all():
         raise UnreadableSampleError("some samples are not finite")
     if (loudest := np.abs(clip).max()) > MAX_LOUDNESS:
@@ -125,7 +125,7 @@ class RandomCrop(NamedTuple):
             UnreadableSampleError: The file cannot be decoded.
         """
         if isinstance(sample, Tensor):
-            count = min(self.longest, max(round(self.max_share * len(sample)), MIN_SAMPLES))
+            count = min(self.longest, max(round(self.max_share * len(sample)), MIN_LENGTH))
             start = int(rng.integers(max(len(sample) - count, 0) + 1))
             return sample[start : start + count]
         with decoding(sample, source, KIND), open_clip(sample, MAX_SECONDS) as file:

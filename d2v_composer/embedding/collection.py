@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from d2v_composer.conversion.parts import TABLES, Parts, bring, plan_of
+from d2v_composer.conversion.parts import TABLE_SUFFIXES, Parts, bring, plan_of
 from d2v_composer.data.modality import collate
 from d2v_composer.models.backbone import Backbone, hash_weights
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
@@ -262,7 +262,7 @@ def _check_plan(folder: Path, plan: Mapping[str, Any]) -> None:
         raise InputError(f"{folder}: {another}; delete that folder, or choose another OUT")
 
 
-def merge(out: str, *, overwrite: bool = False) -> Embedded:
+def merge_embeddings(out: str, *, overwrite: bool = False) -> Embedded:
     """Join all parts to one file, without removing them.
 
     Raises:
@@ -383,8 +383,8 @@ def check_out(out: str, *, overwrite: bool, part: Mapping[str, Any] | None = Non
     Raises:
         InputError: The suffix is neither .npy nor .parquet, a file exists, or it cannot be written.
     """
-    if not out.endswith(TABLES):
-        raise InputError(f"{out} must end in {' or '.join(TABLES)}")
+    if not out.endswith(TABLE_SUFFIXES):
+        raise InputError(f"{out} must end in {' or '.join(TABLE_SUFFIXES)}")
     outputs = [out]
     if out.endswith(".npy"):
         outputs.append(_ids_file(out))

@@ -157,7 +157,7 @@ def read_evaluation(folder: Path, weights: str) -> dict[str, Any]:
     return {}
 
 
-def check_out(folder: Path, weights: str) -> None:
+def check_replaceable(folder: Path, weights: str) -> None:
     """Check, before the work starts, that results can be written and replace only results of the same weights.
 
     Raises:

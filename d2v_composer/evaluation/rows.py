@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2v_composer.evaluation.metrics import Log
 from d2v_composer.evaluation.nearest_neighbors import NUM_COMMON, NUM_NEIGHBORS
+from d2v_composer.evaluation.run_log import Log
 
 BANKS = ("train", "test")
 VIEWS = ("first view", "second view")

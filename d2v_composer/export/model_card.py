@@ -11,16 +11,16 @@ import jinja2
 import torch
 
 from d2v_composer.checkpoints.load import save_student
-from d2v_composer.checkpoints.student_file import choose_embedding, lookup, timm_call
+from d2v_composer.checkpoints.student_file import choose_embedding, timm_call, value_at
 from d2v_composer.data.modalities import MODALITIES
-from d2v_composer.embedding.collection import hash_weights
 from d2v_composer.evaluation.evaluate import read_evaluation
 from d2v_composer.evaluation.rows import ROWS
+from d2v_composer.models.backbone import hash_weights
 from d2v_composer.models.names import timm_name
 from d2v_composer.system.errors import reading, writing
 from d2v_composer.system.files import check_out_file, write_atomically
 
-MARK = "d2v export wrote this file and replaces it: remove this line to keep your changes"
+CARD_MARK = "d2v export wrote this file and replaces it: remove this line to keep your changes"
 # Licenses that allow commercial use, and the others that the hub has a name for.
 FREE = ("apache-2.0", "bsd-3-clause", "cc-by-4.0", "mit")
 NOT_FREE = re.compile(r"unknown|cc-by-nc(-sa|-nd)?-[234]\.0")
@@ -59,11 +59,12 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
     """
     readme = out.with_name("README.md")
     check_out_file(readme)
+    template = Path(__file__).with_name("model_card.md").read_text("utf-8")
     with reading(readme):
-        text = readme.read_text("utf-8", "replace") if os.path.lexists(readme) else MARK
+        text = readme.read_text("utf-8", "replace") if os.path.lexists(readme) else CARD_MARK
         named = re.search(r"^hf upload \S+ (.+) student\.safetensors$", text, re.MULTILINE)
         described = shlex.split(named[1])[0] if named else out.name
-    if MARK not in text:
+    if CARD_MARK not in text:
         return lambda: f"kept {readme}: d2v export did not write it"
     if described != out.name and out.with_name(described).exists():
         return lambda: f"kept {readme}: it describes {described}; a student in another folder gets its own"
@@ -72,17 +73,16 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
     with reading(source):
         record = {"teacher": {}, "data": {}, "versions": {}, "command": "not recorded"} | student.provenance
         teacher = {"model": "", "source": "", "license": ""} | record["teacher"]
-        accuracies = lookup(record, "results.accuracies") or {}
+        accuracies = value_at(record, "results.accuracies") or {}
         stated, start = [teacher["license"] or ""], None
-        if network and lookup(record, "config.student.pretrained"):
+        if network and value_at(record, "config.student.pretrained"):
             import timm  # which takes seconds
 
             start = getattr(timm.get_pretrained_cfg(timm_name(network)), "license", None) or "nothing"
             stated.append(start)
         license = "-and-".join(dict.fromkeys(map(name_license, stated)))
-        template = Path(__file__).with_name("model_card.md").read_text("utf-8")
         card = jinja2.Template(template, undefined=jinja2.StrictUndefined, trim_blocks=True).render(
-            mark=MARK,
+            mark=CARD_MARK,
             license=license,
             is_free=license in FREE,
             is_named_by_hub=license in FREE or NOT_FREE.fullmatch(license) is not None,
@@ -113,7 +113,7 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
 
 def add_section(readme: Path, heading: str, text: str) -> None:
     """Add a section to a card, or replace it; a README.md that d2v export did not write is kept."""
-    if readme.exists() and MARK in (card := readme.read_text("utf-8", "replace")):
+    if readme.exists() and CARD_MARK in (card := readme.read_text("utf-8", "replace")):
         old = rf"\n\n## {re.escape(heading)}\n.*?(?=\n## |\Z)"
         write_atomically(readme, re.sub(old, "", card, flags=re.DOTALL) + f"\n\n## {heading}\n\n{text}")
 

@@ -19,7 +19,7 @@ from d2v_composer.checkpoints.student_file import (
     CONFIG_TENSOR,
     build_encoder,
     build_student,
-    check_outputs,
+    check_timm_outputs,
     choose_embedding,
     config_tensor,
     parse_object,
@@ -40,7 +40,7 @@ from d2v_composer.system.files import out_file
 OPSET = 18
 MAX_ONNX = 2_000_000_000  # bytes of weights in a file
 # What becomes int8.
-LINEAR = ["Conv", "Gemm", "MatMul"]
+QUANTIZED_OPS = ["Conv", "Gemm", "MatMul"]
 # How a file says that its program takes pixels.
 PIXELS = "uint8, (B, H, W, channels)"
 # Of a .pt2 file, for the values of :func:`metadata_of`.
@@ -230,13 +230,13 @@ def quantize(program: Path, out: Path, images: Tensor) -> None:
             prepared,
             partial,
             reader,
-            op_types_to_quantize=LINEAR,
+            op_types_to_quantize=QUANTIZED_OPS,
             # Not attention's products of two activations. (The option MatMulConstBOnly has no effect in this format.)
             nodes_to_quantize=[each.name for each in graph.node if weights.intersection(each.input)],
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            extra_options={"OpTypesToExcludeOutputQuantization": LINEAR},
+            extra_options={"OpTypesToExcludeOutputQuantization": QUANTIZED_OPS},
         )
 
 
@@ -324,7 +324,7 @@ class TimmStudent(Student):
             primary = Embedding.parse(config.pop("primary"))
             sizes = read_config(StudentSizes, config)
         head = {name: tensors.pop(name) for name in [*tensors] if name.startswith("head.")}
-        check_outputs(CONFIG_TENSOR, build_student(CONFIG_TENSOR, sizes, tensors).encoder)
+        check_timm_outputs(CONFIG_TENSOR, build_student(CONFIG_TENSOR, sizes, tensors).encoder)
         if self.loaded != (sizes, primary):
             self.loaded = sizes, primary
             super().__init__(build_encoder(sizes.encoder), sizes.student, {"model": primary._asdict()})

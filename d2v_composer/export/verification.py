@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from d2v_composer.checkpoints.load import save_student
-from d2v_composer.checkpoints.student_file import lookup, sha256
+from d2v_composer.checkpoints.student_file import sha256, value_at
 from d2v_composer.data.modalities import modality_of
 from d2v_composer.export import check_program
 from d2v_composer.export.check_program import RUNTIMES
@@ -90,7 +90,7 @@ def verify(
             return
         save_student(student, folder / "pytorch.safetensors")
         files = {"pytorch": folder / "pytorch.safetensors"} | dict.fromkeys(runtime or suited, exported.absolute())
-        found, faults = measure(folder / script.name, files)
+        found, faults = measure_runtimes(folder / script.name, files)
     rows = [[name, *map("{:.5g}".format, each.values())] for name, each in found.items()]
     table = format_table(["", *max(found.values(), key=len)], rows)
     digest = sha256(exported)
@@ -116,7 +116,7 @@ def read_samples(student: Backbone, source: str | None, maximum: int, takes_pixe
     if source is not None:
         found = open_source(source, modality)
         samples = [found.decode(i) for i in evenly_spaced(len(found), maximum)]
-    elif found := [*filter(None, (lookup(student.provenance, "config.retrieval.datasets") or {}).values())]:
+    elif found := [*filter(None, (value_at(student.provenance, "config.retrieval.datasets") or {}).values())]:
         options = found[0] | {"download": False, "max_images": maximum, "class_embeddings": None}
         samples = load_labeled_set(modality=modality, **options).test.samples
     if len(samples) < MIN_SAMPLES:
@@ -130,7 +130,7 @@ def read_samples(student: Backbone, source: str | None, maximum: int, takes_pixe
     return student.encoder.normalized(batch)
 
 
-def measure(script: Path, files: Mapping[str, Path]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+def measure_runtimes(script: Path, files: Mapping[str, Path]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Run the script for each runtime in a process of its own, in turns.
 
     Returns:

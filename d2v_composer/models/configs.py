@@ -85,7 +85,7 @@ class Config(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ValueError(describe(error)) from error
+            raise ValueError(first_fault(error)) from error
         self.check()
 
     def check(self) -> None:
@@ -96,7 +96,7 @@ class Config(BaseModel):
         return type(self)(**(self.model_dump() | values))
 
 
-def describe(error: ValidationError) -> str:
+def first_fault(error: ValidationError) -> str:
     """Reduce pydantic's error to one line, about the first wrong field."""
     first = error.errors(include_url=False)[0]
     if first["type"] == "value_error":  # ours

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d
 
 from d2v_composer.data.audio import encode_flac
-from d2v_composer.evaluation.metrics import HEALTH_STATES
+from d2v_composer.evaluation.run_log import HEALTH_STATES
 from d2v_composer.models.audio import LogMel
 from d2v_composer.models.configs import SAMPLE_RATE
 from d2v_composer.report.plots import accuracy_plots, curves, to_png

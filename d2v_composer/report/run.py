@@ -11,7 +11,6 @@ from d2v_composer.checkpoints.checkpoint import LATEST, LOG, Checkpoint, read_ne
 from d2v_composer.checkpoints.safe_load import load_untrusted
 from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.data.modality import Modality
-from d2v_composer.evaluation.metrics import Log, read_jsonl
 from d2v_composer.evaluation.rows import (
     AGREEMENT,
     GAP,
@@ -25,6 +24,7 @@ from d2v_composer.evaluation.rows import (
     read_results,
     retrieval_from,
 )
+from d2v_composer.evaluation.run_log import Log, read_jsonl
 from d2v_composer.models.names import Embedding
 from d2v_composer.sources.labeled import EvaluationSet, load_labeled_set
 from d2v_composer.system.errors import InputError, reading

@@ -6,7 +6,6 @@ from statistics import mean
 from tabulate import tabulate
 
 from d2v_composer.evaluation.evaluate import Evaluation
-from d2v_composer.evaluation.metrics import Log
 from d2v_composer.evaluation.rows import (
     BANKS,
     STUDENT,
@@ -21,6 +20,7 @@ from d2v_composer.evaluation.rows import (
     pivot,
     retrieval_from,
 )
+from d2v_composer.evaluation.run_log import Log
 from d2v_composer.models.names import EMBEDDINGS, PROJECTED
 
 DATASET = "cifar10"

@@ -10,7 +10,7 @@ from d2v_composer.checkpoints.student_file import (
     choose_embedding,
     distillation_of,
     has_tuned_encoder,
-    lookup,
+    value_at,
 )
 from d2v_composer.config.reference import load_any
 from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ShardLoaderConfig
@@ -69,15 +69,15 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
     if isinstance(model.config, TimmNetworkConfig):
         from d2v_composer.models.timm_network import NetworkStudent  # timm takes seconds to import
 
-        is_pretrained = lookup(distillation_of(model.provenance), "config.student.pretrained") or False
+        is_pretrained = value_at(distillation_of(model.provenance), "config.student.pretrained") or False
         try:
             return NetworkStudent(model.config, pretrained=is_pretrained)
         except ValueError as error:  # the hub cannot be reached
             print(f"the untrained student is not measured: {error}", file=sys.stderr)
             return None
     record = distillation_of(model.provenance)
-    init = lookup(record, "config.student.init") or "random"
-    if lookup(record, "student.own_encoder"):
+    init = value_at(record, "config.student.init") or "random"
+    if value_at(record, "student.own_encoder"):
         return Student(build_encoder(model.encoder.config), model.config)
     if teacher is not None:
         return teacher.build_student(**model.config.model_dump(), init=init)
@@ -118,7 +118,7 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
     with torch.random.fork_rng(), reading(config.model):
         torch.manual_seed(config.seed)
         untrained = build_untrained(model, teacher)
-        recorded = lookup(model.provenance, "config.train_loader") or {}
+        recorded = value_at(model.provenance, "config.train_loader") or {}
         loader = ShardLoaderConfig(**{name: recorded[name] for name in modality.options & recorded.keys()})
     primary = choose_embedding(model, config.pooling, config.representation).name
     places = [*map(hide_secrets, config.rivals)]

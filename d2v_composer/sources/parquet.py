@@ -11,7 +11,7 @@ import numpy as np
 
 from d2v_composer.sources.containers import CHOOSE
 from d2v_composer.sources.listing import Pinned
-from d2v_composer.sources.source import Columns, Listed, Names, hash_of, load_file, mark_of, marks_of
+from d2v_composer.sources.source import Columns, Listed, Names, hash_of, load_listed, mark_of, marks_of
 from d2v_composer.system.errors import InputError, UnreadableSampleError
 from d2v_composer.system.fetch import File, is_remote
 
@@ -59,7 +59,9 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
     files = [File.of(path, folder / path) if os.path.isfile(folder / path) else None for path in paths]
     own, sizes = np.array([*map(mark_of, files)], np.int64), np.array([each.size if each else 0 for each in files])
     content = hash_of([file and file[:3] for file in files])
-    return Listed(ids, sizes, marks + own, partial(load_file, folder, paths, own), labels, class_names, content=content)
+    return Listed(
+        ids, sizes, marks + own, partial(load_listed, folder, paths, own), labels, class_names, content=content
+    )
 
 
 def _load_row(pinned: Pinned, column: str, starts: list[int], row: int) -> bytes:

@@ -202,10 +202,10 @@ def list_folder(root: Path, files: Sequence[File]) -> Listed:
     """List the files in a folder that are samples."""
     paths, marks = Names(file.path for file in files), np.array([*map(mark_of, files)], np.int64)
     sizes = np.array([file.size for file in files], np.int64)
-    return Listed(paths, sizes, marks, partial(load_file, root, paths, marks), [*paths])
+    return Listed(paths, sizes, marks, partial(load_listed, root, paths, marks), [*paths])
 
 
-def load_file(folder: Path, paths: Names, marks: NDArray[np.int64], number: int) -> bytes:
+def load_listed(folder: Path, paths: Names, marks: NDArray[np.int64], number: int) -> bytes:
     """Read one of the files in a folder.
 
     Raises:

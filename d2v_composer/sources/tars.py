@@ -51,7 +51,7 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
         if labeled:
             if labeled not in fields:
                 raise InputError(f"{name}/{key} has no .{labeled} with its label; it has {', '.join(fields)}")
-            label = read_span(file, *fields[labeled]).decode().strip()
+            label = read_bytes(file, *fields[labeled]).decode().strip()
             label = json.loads(label).get(key_of_label) if key_of_label else label
             labels.append(int(label) if re.fullmatch(r"-?\d+", str(label)) else label)
         keys.append(key)
@@ -88,18 +88,18 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str | None, list[tuple[str, int, 
             key = name and name[1]
             members.append((name[2] if name else "", member.offset_data, member.size))
         # tarfile takes a damaged header for the end, and misses a cut between two members.
-        rest = read_span(file, tar.offset, MOST_ZEROS + 1)
+        rest = read_bytes(file, tar.offset, MOST_ZEROS + 1)
     if rest.strip(b"\0") or not LEAST_ZEROS <= len(rest) <= MOST_ZEROS:
         raise ValueError(f"at byte {tar.offset} is no member, nor its end: it is damaged, cut, or joined to another")
     if members:
         yield key, members
 
 
-def read_span(file: BinaryIO, offset: int, size: int) -> bytes:
+def read_bytes(file: BinaryIO, offset: int, size: int) -> bytes:
     """Return some bytes of a file."""
     file.seek(offset)
     return file.read(size)
 
 
 def _load(pinned: Pinned, offsets: NDArray[np.int64], sizes: NDArray[np.int64], number: int) -> bytes:
-    return pinned.read(lambda file: read_span(file, offsets[number], sizes[number]))
+    return pinned.read(lambda file: read_bytes(file, offsets[number], sizes[number]))

@@ -15,8 +15,8 @@ While :func:`lean_engine` is active, because the GPU waits for what the host doe
 
 Insides of packages that are used only where they belong:
 
-- ``models/compilation.py`` sets options of torch 2.7's Dynamo and Inductor.
-- ``training_data/order.py`` calls Streaming 0.13.0's ``generate_work``, which orders the samples.
+- ``objectives/compilation.py`` sets options of torch 2.7's Dynamo and Inductor.
+- ``training_data/order.py`` calls Streaming 0.13.0's ``get_sampling`` and ``get_shuffle``, which order the samples.
 - ``system/ranks.py`` uses the default store of torch 2.7's process group; ``system/fetch.py`` botocore's
   ``_raw_stream``, because botocore's own reads block until full.
 """

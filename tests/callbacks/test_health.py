@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from d2v_composer.callbacks.health import Health
 from d2v_composer.callbacks.trainer_state import loss_scale
-from d2v_composer.evaluation.metrics import HEALTH_STATES, read_jsonl
+from d2v_composer.evaluation.run_log import HEALTH_STATES, read_jsonl
 from d2v_composer.objectives.objective import Regression
 from d2v_composer.objectives.tokens import regression_loss
 from foreign_models import fit

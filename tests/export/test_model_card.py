@@ -12,8 +12,8 @@ import yaml
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.fairseq import LICENSE_NOTE, LICENSES
 from d2v_composer.commands import evaluate, export
-from d2v_composer.embedding.collection import hash_weights
-from d2v_composer.export.model_card import MARK, name_license, plan_model_card
+from d2v_composer.export.model_card import CARD_MARK, name_license, plan_model_card
+from d2v_composer.models.backbone import hash_weights
 from d2v_composer.models.configs import AudioEncoderConfig, ImageEncoderConfig
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.student import Student, StudentConfig
@@ -130,10 +130,10 @@ def test_an_exported_checkpoint_has_a_card_with_its_evaluation(
         export.main([str(out), str(again), "--overwrite"])
         expected = card.replace("student.safetensors student", "again.safetensors student")
         assert again.with_name("README.md").read_text() == expected
-    readme.write_text(card.replace(MARK, ""))
+    readme.write_text(card.replace(CARD_MARK, ""))
     export.main([str(checkpoint), str(out), "--overwrite"])
     assert f"kept {readme}: d2v export did not write it" in capsys.readouterr().out
-    assert MARK not in readme.read_text()
+    assert CARD_MARK not in readme.read_text()
 
 
 def test_a_card_belongs_to_the_student_that_it_describes(

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, mse_loss, normalize
 
 from d2v_composer.checkpoints.student_file import write_model_file
-from d2v_composer.embedding.collection import hash_weights
 from d2v_composer.models.attention import init_linear_layers
 from d2v_composer.models.audio import NUM_MELS, AudioEncoder, LogMel
+from d2v_composer.models.backbone import hash_weights
 from d2v_composer.models.configs import SAMPLE_RATE, AudioEncoderConfig, TeacherConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.targets import norm_mean

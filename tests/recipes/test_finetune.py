@@ -18,7 +18,7 @@ from d2v_composer import load_teacher
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.config.load import load_finetune_config
 from d2v_composer.config.reference import load_any
-from d2v_composer.evaluation.metrics import read_jsonl
+from d2v_composer.evaluation.run_log import read_jsonl
 from d2v_composer.sources.labeled import load_labeled_set
 from d2v_composer.system.errors import InputError
 from helpers import (

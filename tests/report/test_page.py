@@ -20,8 +20,8 @@ from torchvision.io import ImageReadMode, decode_png, write_png
 from d2v_composer.checkpoints.checkpoint import LATEST
 from d2v_composer.commands import report
 from d2v_composer.data.audio import Audio
-from d2v_composer.evaluation.metrics import read_jsonl
 from d2v_composer.evaluation.rows import BANKS, GAP, STUDENT, Result, metric_key, retrieval_from
+from d2v_composer.evaluation.run_log import read_jsonl
 from d2v_composer.models.names import EMBEDDINGS
 from d2v_composer.report import page
 from d2v_composer.report.page import gallery, write_report

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from d2v_composer.evaluation.metrics import read_jsonl
+from d2v_composer.evaluation.run_log import read_jsonl
 from helpers import run_command, small_run, train_command
 
 ALL = ("loggers.tensorboard={}", "loggers.mlflow={experiment_name: mine}", "loggers.wandb={project: mine}")
