@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import product
@@ -49,6 +49,20 @@ def write_mds(folder: Path, images: list[bytes], labels: list[int] | None = None
         for i, image in enumerate(images):
             writer.write({"image": image} | ({} if labels is None else {"label": labels[i]}))
     return folder
+
+
+def write_files(root: Path, files: Mapping[str, bytes]) -> Path:
+    """Write files below a folder, with the folders that they need."""
+    root.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
+
+
+def write_images(root: Path, names: Iterable[str]) -> Path:
+    """Write the first image under the first name, the second under the second, and so on."""
+    return write_files(root, {name: encoded_image(number) for number, name in enumerate(names)})
 
 
 def encoded_image(seed: int, size: int = 32) -> bytes:
@@ -131,6 +145,11 @@ def small_run(folder: Path, data: Path, *overrides: str) -> list[str]:
     ]
 
 
+def datasets_of(root: Path, name: str = "small") -> str:
+    """Return the override that evaluates on an MDS data set with labels; a run's needs ``retrieval.`` before it."""
+    return f"datasets={{{name}: {{format: mds, root: {root}}}}}"
+
+
 def peak_allocated(function: Callable[[], object]) -> int:
     """Return the peak of what torch allocates on the CPU while a function runs, beyond what is held, in bytes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -200,6 +219,11 @@ def run_training(*arguments: str, **options: Any) -> subprocess.CompletedProcess
     ended = run_command(*train_command(list(arguments)), **options)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended
+
+
+def refused_run(arguments: list[str], status: int = 2, **options: Any) -> str:
+    """Run ``python recipes/train.py …``, which must fail, and return its last line."""
+    return failure(run_command(*train_command(arguments), **options), status)
 
 
 def failure(ended: "subprocess.CompletedProcess[str] | Program", status: int) -> str:
@@ -384,6 +408,16 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 Record = dict[int, dict[int, str]]
 """Batch → sample id → the sample's checksum."""
+
+
+@contextmanager
+def recorded(
+    folder: Path, arguments: list[str], environment: dict[str, str] | None = None, ranks: int = 1, num_nodes: int = 1
+) -> Iterator[list[Program]]:
+    """Start a run that records its samples in ``folder``/samples."""
+    variables = {"SAMPLES": str(folder / "samples"), **(environment or {})}
+    with started_ranks(*traced(arguments), ranks=ranks, num_nodes=num_nodes, environment=variables) as programs:
+        yield programs
 
 
 def read_record(folder: Path) -> Record:

@@ -63,6 +63,12 @@ def no_process_group() -> Iterator[None]:
     member.WORLD = before
 
 
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retry after hundredths of a second."""
+    monkeypatch.setattr("d2v_composer.system.retry.FIRST_PAUSE", 0.01)
+
+
 @pytest.fixture(scope="session")
 def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """96 images of 32 px without labels in some thirty hashed shards; read-only."""

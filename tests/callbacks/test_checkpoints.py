@@ -40,6 +40,7 @@ def test_only_checkpoints_before_the_pointers_are_outdated() -> None:
     assert outdated(names_of(5, 10, 20, 100), names_of(10)[0], 1) == names_of(5)
 
 
+@pytest.mark.usefixtures("short_pauses")
 def test_pruning_a_store_leaves_other_folders_alone(
     store: GatedStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -46,6 +46,12 @@ def numbered_images(count: int, first: int) -> LabeledSamples:
     return LabeledSamples(images, torch.arange(count) % 4)
 
 
+AUGMENT = Augmentation(RandomResizedCropFlip(8, scale=(0.6, 1)), seed=3)
+SMALL = EvaluationSet(numbered_images(9, 0), numbered_images(5, 100))
+FEWER = EvaluationSet(numbered_images(40, 0), numbered_images(40, 100))
+WHOLE = EvaluationSet(numbered_images(90, 0), numbered_images(50, 100), class_embeddings=torch.eye(4))
+
+
 def train(model: Classifier, callback: ZeroShotRetrieval, max_duration: str) -> None:
     samples = TensorDataset(torch.randn(40, 3 * 8 * 8), torch.arange(40) % 4)
     sampler = dist.get_sampler(samples)
@@ -65,8 +71,7 @@ def train(model: Classifier, callback: ZeroShotRetrieval, max_duration: str) -> 
 def test_evaluates_at_the_interval_and_at_the_end(
     interval: str, max_duration: str, at_start: bool, batches: list[int]
 ) -> None:
-    labeled = EvaluationSet(numbered_images(9, 0), numbered_images(5, 100))
-    callback = ZeroShotRetrieval({"set": labeled}, interval, at_start=at_start, device_batch_size=4)
+    callback = ZeroShotRetrieval({"set": SMALL}, interval, at_start=at_start, device_batch_size=4)
     model = Watched()
     train(model, callback, max_duration)
     assert [entry["batch"] for entry in callback.history] == batches
@@ -82,19 +87,18 @@ def two_embeddings(images: Tensor) -> dict[str, Tensor]:
 
 
 def test_a_resume_may_add_probes_but_keeps_its_primary_embedding() -> None:
-    labeled = EvaluationSet(numbered_images(90, 0), numbered_images(50, 100))
     options: dict[str, Any] = {"embed": two_embeddings, "baselines": {"teacher": two_embeddings}}
-    first = ZeroShotRetrieval({"set": labeled}, "10ba", primary="whole", **options)
+    first = ZeroShotRetrieval({"set": WHOLE}, "10ba", primary="whole", **options)
     train(Watched(), first, "10ba")
-    bank, queries = (pixels(images.samples) for images in labeled[:2])
-    sets = bank, labeled.train.labels, queries, labeled.test.labels
+    bank, queries = (pixels(images.samples) for images in WHOLE[:2])
+    sets = bank, WHOLE.train.labels, queries, WHOLE.test.labels
     metrics, key = first.history[-1]["metrics"], "metrics/set/bank_train/top1"
     accuracies = retrieval_accuracy(*sets)
     assert metrics[key] == metrics[f"{key}/whole"] == pytest.approx(accuracies[1])
     assert first.baseline_metrics["metrics/set/teacher/bank_train/top3"] == pytest.approx(accuracies[3])
     assert first.neighbors["set"]["train"].shape == (50, 3)
 
-    more = ZeroShotRetrieval({"set": labeled}, "10ba", primary="whole", probes=["knn", "linear"], **options)
+    more = ZeroShotRetrieval({"set": WHOLE}, "10ba", primary="whole", probes=["knn", "linear"], **options)
     more.load_state_dict(first.state_dict())
     train(Watched(), more, "20ba")
     probed, key_of_knn = more.history[-1]["metrics"], "metrics/set/knn/top1"
@@ -108,14 +112,14 @@ def test_a_resume_may_add_probes_but_keeps_its_primary_embedding() -> None:
     assert re.split(" {2,}", head.strip()) == ["20-NN weighted", "20-NN majority", "linear probe"]
     assert all(f"{100 * accuracy:.1f} [" in row for row in rows)
 
-    other = ZeroShotRetrieval({"set": labeled}, "10ba", primary="corner")
+    other = ZeroShotRetrieval({"set": WHOLE}, "10ba", primary="corner")
     with pytest.raises(InputError, match=r"set\.primary embedding: checkpoint has whole, config has corner; give the"):
         other.load_state_dict(first.state_dict())
 
 
 def test_a_measurement_cut_short_keeps_the_results_before_it() -> None:
     """Not some sets of one batch and some of another."""
-    sets = {name: EvaluationSet(numbered_images(9, 0), numbered_images(5, 100)) for name in ("first", "second")}
+    sets = {"first": SMALL, "second": SMALL}
     model, asked = Watched(), list[int]()
 
     def should_stop() -> bool:
@@ -139,11 +143,6 @@ def test_a_measurement_cut_short_keeps_the_results_before_it() -> None:
     assert all(torch.equal(callback.neighbors[name]["train"], each["train"]) for name, each in alone.neighbors.items())
 
 
-AUGMENT = Augmentation(RandomResizedCropFlip(8, scale=(0.6, 1)), seed=3)
-
-
-WHOLE = EvaluationSet(numbered_images(90, 0), numbered_images(50, 100), class_embeddings=torch.eye(4))
-FEWER = EvaluationSet(numbered_images(40, 0), numbered_images(40, 100))
 CHANGES: dict[str, tuple[EvaluationSet, Augmentation]] = {
     "images": (FEWER, AUGMENT),
     "class_embeddings": (WHOLE._replace(class_embeddings=2 * torch.eye(4)), AUGMENT),
@@ -254,7 +253,6 @@ def test_a_resume_keeps_the_teachers_neighbors(judged: Judged) -> None:
 
 
 def test_baselines_are_measured_once_in_one_pass() -> None:
-    labeled = EvaluationSet(numbered_images(9, 0), numbered_images(5, 100))
     events: list[str] = []
 
     def embed_as(name: str, images: Tensor) -> Tensor:
@@ -263,13 +261,13 @@ def test_baselines_are_measured_once_in_one_pass() -> None:
 
     baselines = {name: partial(embed_as, name) for name in ("teacher", "pixels")}
     options: dict[str, Any] = {"embed": partial(embed_as, "student"), "baselines": baselines, "device_batch_size": 9}
-    callback = ZeroShotRetrieval({"set": labeled}, "10ba", at_start=True, **options)
+    callback = ZeroShotRetrieval({"set": SMALL}, "10ba", at_start=True, **options)
     train(Watched(), callback, "1ba")
     assert events == ["teacher", "pixels", "student"] * 2 + ["student"] * 2  # train and test images
     assert len(callback.baseline_metrics) == 2 * 4  # baselines, and both banks with both k
     assert [entry["batch"] for entry in callback.history] == [0, 1]
 
-    restored = ZeroShotRetrieval({"set": labeled}, "10ba", **options)
+    restored = ZeroShotRetrieval({"set": SMALL}, "10ba", **options)
     restored.load_state_dict(callback.state_dict())
     events.clear()
     train(Watched(), restored, "1ba")
@@ -278,10 +276,9 @@ def test_baselines_are_measured_once_in_one_pass() -> None:
 
 def test_a_baseline_without_layer_mean_falls_back_to_its_output() -> None:
     """As the bare encoder, which has no layers to average."""
-    labeled = EvaluationSet(numbered_images(90, 0), numbered_images(50, 100))
     students = {"layer_mean_cls": pixels, "output_cls": lambda images: pixels(images[..., :2, :2])}
     callback = ZeroShotRetrieval(
-        {"set": labeled},
+        {"set": WHOLE},
         "10ba",
         embed=lambda images: {name: embed(images) for name, embed in students.items()},
         primary="layer_mean_cls",
@@ -292,25 +289,28 @@ def test_a_baseline_without_layer_mean_falls_back_to_its_output() -> None:
     metrics, baselines = callback.history[-1]["metrics"], callback.baseline_metrics
     assert metrics[key] == metrics[f"{key}/layer_mean_cls"] == baselines["metrics/set/pixels/bank_train/top1"]
     assert baselines["metrics/set/encoder/bank_train/top1"] == metrics[f"{key}/output_cls"] != metrics[key]
-    without = ZeroShotRetrieval({"set": labeled}, "10ba", primary="layer_mean_cls", embed=two_embeddings)
+    without = ZeroShotRetrieval({"set": WHOLE}, "10ba", primary="layer_mean_cls", embed=two_embeddings)
     with pytest.raises(ValueError, match="primary embedding must be one of whole, corner, got 'layer_mean_cls'"):
         train(Watched(), without, "10ba")
 
 
-def test_refuses_a_model_without_embed_and_a_k_that_is_too_large() -> None:
-    labeled = EvaluationSet(numbered_images(9, 0), numbered_images(5, 100))
+def test_a_model_without_embed_is_refused() -> None:
     model = Watched()
     model.embed = None  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ValueError, match="Watched has no method embed_all or embed"):
-        train(model, ZeroShotRetrieval({"set": labeled}, "1ba"), "1ba")
-    with pytest.raises(ValueError, match="ks: must be from 1 to 5, the number of images in set's smaller split"):
-        ZeroShotRetrieval({"set": labeled}, ks=(1, 6))
-    with pytest.raises(ValueError, match="probes must be among knn, linear, agreement, instance, zero_shot, got knm"):
-        ZeroShotRetrieval({"set": labeled}, probes=["knm"])
-    with pytest.raises(ValueError, match="set: instance retrieval needs augment"):
-        ZeroShotRetrieval({"set": labeled}, probes=["instance"])
-    with pytest.raises(ValueError, match="set: agreement needs more than 10 images, got 5"):
-        ZeroShotRetrieval({"set": labeled}, probes=["agreement"])
-    more = EvaluationSet(numbered_images(9, 0), numbered_images(11, 100))
-    with pytest.raises(ValueError, match="agreement needs a baseline named teacher"):
-        ZeroShotRetrieval({"set": more}, probes=["agreement"], baselines={"pixels": pixels})
+        train(model, ZeroShotRetrieval({"set": SMALL}, "1ba"), "1ba")
+
+
+@pytest.mark.parametrize(
+    ("labeled", "options", "problem"),
+    [
+        (SMALL, {"ks": (1, 6)}, "ks: must be from 1 to 5, the number of images in set's smaller split"),
+        (SMALL, {"probes": ["knm"]}, "probes must be among knn, linear, agreement, instance, zero_shot, got knm"),
+        (SMALL, {"probes": ["instance"]}, "set: instance retrieval needs augment"),
+        (SMALL, {"probes": ["agreement"]}, "set: agreement needs more than 10 images, got 5"),
+        (WHOLE, {"probes": ["agreement"], "baselines": {"pixels": pixels}}, "agreement needs a baseline named teacher"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(labeled: EvaluationSet, options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        ZeroShotRetrieval({"set": labeled}, **options)

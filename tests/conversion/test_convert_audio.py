@@ -11,23 +11,21 @@ from streaming import MDSWriter, StreamingDataset
 from d2v_composer.commands.convert_audio import main
 from d2v_composer.data.audio import Audio
 from d2v_composer.system.errors import InputError
-from helpers import encoded_clip
+from helpers import encoded_clip, write_files
 
 
 @pytest.fixture(scope="module")
 def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Class folders with forty 16 kHz FLAC files, an OGG, a WAV in stereo, an MP3, and one of 44.1 kHz."""
-    root = tmp_path_factory.mktemp("sounds")
-    for name in ("no", "yes"):
-        (root / name).mkdir()
-    for i in range(40):
-        (root / ("no", "yes")[i % 2] / f"{i:02}.flac").write_bytes(encoded_clip(i, 800 + 400 * i))
-    (root / "no" / "vorbis.ogg").write_bytes(encoded_clip(50, 8000, format="OGG"))
-    (root / "no" / "speech.mp3").write_bytes(encoded_clip(51, 8000, format="MP3"))
-    (root / "yes" / "stereo.wav").write_bytes(encoded_clip(52, 8000, format="WAV", channels=2))
-    (root / "yes" / "cd.wav").write_bytes(encoded_clip(53, 44100, format="WAV", rate=44100))
-    (root / "yes" / "notes.txt").write_text("notes")
-    return root
+    clips = {f"{('no', 'yes')[i % 2]}/{i:02}.flac": encoded_clip(i, 800 + 400 * i) for i in range(40)}
+    others = {
+        "no/vorbis.ogg": encoded_clip(50, 8000, format="OGG"),
+        "no/speech.mp3": encoded_clip(51, 8000, format="MP3"),
+        "yes/stereo.wav": encoded_clip(52, 8000, format="WAV", channels=2),
+        "yes/cd.wav": encoded_clip(53, 44100, format="WAV", rate=44100),
+        "yes/notes.txt": b"notes",
+    }
+    return write_files(tmp_path_factory.mktemp("sounds"), clips | others)
 
 
 def read(folder: Path) -> list[dict]:
@@ -61,25 +59,22 @@ def test_stores_files_as_they_are_and_others_as_flac(
     assert sum(summary["lengths"]) == pytest.approx(sum(800 + 400 * i for i in range(40)) + 24000 + 16000, abs=1200)
 
 
-def test_names_what_cannot_be_used(sounds: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "sounds"
-    folder.mkdir()
-    (folder / "good.flac").write_bytes(encoded_clip(1, 4000))
-    bad = {
-        "corrupt.flac": (b"fLaC" + bytes(90), "cannot decode as a FLAC, WAV, OGG or MP3 file"),
-        "short.wav": (encoded_clip(2, 719, format="WAV"), "719 samples at 16 kHz"),
-        "silent.wav": (encoded_clip(3, 4000, format="WAV", volume=0), "the clip is silent"),
-        "long.flac": (encoded_clip(4, 4000 * 3601, rate=4000, volume=0), "more than 3600"),
-    }
-    for name, (content, problem) in bad.items():
-        (folder / name).write_bytes(content)
-        with pytest.raises(InputError, match=rf"{name}: .*{problem}.*--skip-unreadable skips such clips"):
-            main([str(folder), str(tmp_path / "out"), "--workers", "1"])
-        (folder / name).rename(tmp_path / name)
-    for name in bad:
-        (tmp_path / name).rename(folder / name)
-    result = main([str(folder), str(tmp_path / "out"), "--workers", "1", "--skip-unreadable"])
-    assert (result.samples, result.lengths, len(result.skipped)) == (1, [4000], 4)
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"fLaC" + bytes(90), "cannot decode as a FLAC, WAV, OGG or MP3 file"),
+        (encoded_clip(4, 4000 * 3601, rate=4000, volume=0), "more than 3600"),
+    ],
+    ids=["corrupt", "long"],
+)
+def test_names_what_cannot_be_used(content: bytes, problem: str, tmp_path: Path) -> None:
+    """tests/data/test_audio_files.py has more of them."""
+    sounds = write_files(tmp_path / "sounds", {"bad.flac": content, "good.flac": encoded_clip(1, 4000)})
+    command = [str(sounds), str(tmp_path / "out"), "--workers", "1"]
+    with pytest.raises(InputError, match=rf"bad\.flac: .*{problem}.*--skip-unreadable skips such clips"):
+        main(command)
+    result = main([*command, "--skip-unreadable"])
+    assert (result.samples, result.lengths, len(result.skipped)) == (1, [4000], 1)
 
 
 def test_converts_an_mds_data_set(tmp_path: Path) -> None:

@@ -33,10 +33,18 @@ from d2v_composer.sources.open import open_source
 from d2v_composer.system.command_line import explain
 from d2v_composer.system.errors import InputError
 from gated_store import GatedStore
-from helpers import GOLDEN, QUICKSTART, encoded_image, truncated, write_mds
+from helpers import GOLDEN, QUICKSTART, encoded_image, truncated, write_files, write_mds
 from hub_stub import serve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def nine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine images in each kind of source, three in a file; read-only."""
+    root = tmp_path_factory.mktemp("nine")
+    write_all(root, [encoded_image(number) for number in range(9)], [0] * 9)
+    return root
 
 
 def stored(folder: Path) -> list[tuple[bytes, int]]:
@@ -96,13 +104,8 @@ def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
     """img2dataset's folder: tars and their tables."""
     folder = tmp_path / "laion"
     members = [(f"{i:05}.{suffix}", encoded_image(i)) for i in range(9) for suffix in ("jpg", "txt", "json")]
-    strange = [
-        ("./._00001.jpg", b""),
-        ("sub/notes", b""),
-        ("00011.json", b"{}"),
-        ("./a.b/00010.seg.JPG", encoded_image(10)),
-    ]
-    write_tar(folder / "00000.tar", [*members, *strange])
+    strange = {"./._00001.jpg": b"", "sub/notes": b"", "00011.json": b"{}", "./a.b/00010.seg.JPG": encoded_image(10)}
+    write_tar(folder / "00000.tar", [*members, *strange.items()])
     write_parquet(folder / "00000.parquet", {"url": ["a"]})
     (folder / "00000_stats.json").write_text("{}")
     assert converted(folder, tmp_path / "out").samples == 10
@@ -143,11 +146,7 @@ TWO_COLUMNS = {"image": [IMAGE], "depth": [IMAGE], "caption": ["a"]}
 @pytest.mark.parametrize(
     ("columns", "options", "line"),
     [
-        (
-            TWO_COLUMNS,
-            "",
-            "expected one column of images, as bytes or paths; 2 fit: image, depth; choose",
-        ),
+        (TWO_COLUMNS, "", "expected one column of images, as bytes or paths; 2 fit: image, depth; choose"),
         (TWO_COLUMNS, "--column mask", "mask is missing: image, depth, caption"),
         ({"size": [1.0]}, "", "expected one column of images, as bytes or paths; 0 fit: size; choose"),
         ({"size": [1.0]}, "--column size", "size is double: size"),
@@ -288,11 +287,10 @@ TAR_DAMAGE = {
     ],
 )
 def test_a_damaged_file_is_named_before_anything_is_written(
-    kind: str, damage: Callable[[bytes], bytes], tmp_path: Path
+    kind: str, damage: Callable[[bytes], bytes], nine: Path, tmp_path: Path
 ) -> None:
     """Or one that is longer than it says: no sample after the damage is left out."""
-    write_all(tmp_path, [encoded_image(i) for i in range(9)], [0] * 9)
-    path = tmp_path / kind
+    path = shutil.copytree((nine / kind).parent, tmp_path / "in") / Path(kind).name
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(InputError, match=f"^{path} cannot be read: "):
         converted(path.parent, tmp_path / "out")
@@ -373,11 +371,7 @@ def test_splits_and_classes(tmp_path: Path) -> None:
         (["test-0"], None, "no split 'train'; available: test$"),
         (["train-0"], "(", "no split '\\('; available: train$"),
         (["0"], "val", "no split 'val'; available: none; omit --split$"),
-        (
-            ["train_test-0", "val-0"],
-            "val",
-            "x/train_test-0.tar: is it of test or train\\? Choose by a glob",
-        ),
+        (["train_test-0", "val-0"], "val", "x/train_test-0.tar: is it of test or train\\? Choose by a glob"),
         (["train/val/0"], None, "x/train/val/0.tar: is it of train or val"),
     ],
 )
@@ -413,7 +407,7 @@ def test_a_folder_of_several_kinds_is_refused_unless_one_is_chosen(tmp_path: Pat
     folder = tmp_path / "x"
     for number in range(2):
         write_tar(folder / "a" / f"{number}.tar", [(f"{i}.jpg", IMAGE) for i in range(5)])
-    (folder / "preview.jpg").write_bytes(IMAGE)
+    write_files(folder, {"preview.jpg": IMAGE, "b/.thumbs/a.jpg": IMAGE})
     globs = rf"'{folder}/\*\*/\*.tar' or '{folder}/\*\*/\*.jpg'"
     for open_it in (lambda source: open_source(source, Images()), find_samples):
         with pytest.raises(InputError, match=rf"x holds 2 tars and 1 images; choose the samples by a glob: {globs}$"):
@@ -425,19 +419,16 @@ def test_a_folder_of_several_kinds_is_refused_unless_one_is_chosen(tmp_path: Pat
     write_parquet(folder / "a" / "2.parquet", {"image": [IMAGE] * 2})
     with pytest.raises(InputError, match="x/a holds 2 Parquet files and 2 tars"):
         open_source(f"{folder}/a", Images())
-    (folder / "b" / ".thumbs").mkdir(parents=True)
-    (folder / "b" / ".thumbs" / "a.jpg").write_bytes(IMAGE)
     write_parquet(folder / "b" / "0.parquet", {"image": [IMAGE] * 2})
     assert [*open_source(f"{folder}/b", Images()).ids] == ["0.parquet#0", "0.parquet#1"]
-    (folder / "train" / "dog").mkdir(parents=True)  # what is beside a split is not of it, such as archives
-    (folder / "train" / "dog" / "0.jpg").write_bytes(IMAGE)
+    write_files(folder, {"train/dog/0.jpg": IMAGE})  # what is beside a split is not of it, such as archives
     assert [*find_samples(folder).ids] == ["train/dog/0.jpg"]
 
 
 def test_a_long_key_costs_no_more_memory_than_it_has(tmp_path: Path) -> None:
     """An array of names gives each of them the room of the longest: 400 MB here."""
-    names = [f"{number:05}" for number in range(50_000)]
-    names[7] = "k" * 2000
+    names = [f"{number:05}" for number in range(5000)]
+    names[7] = "k" * 20_000
     write_tar(tmp_path / "x.tar", [(f"{name}.jpg", b"") for name in names])
     tracemalloc.start()
     source = open_source(str(tmp_path / "x.tar"), Images())
@@ -466,54 +457,62 @@ def test_a_file_that_is_written_again_is_read_again(tmp_path: Path) -> None:
         assert open_source(str(path), Images()).load(0) == encoded_image(seed)
 
 
-def test_embed_goes_on_before_the_file_that_changed(tmp_path: Path) -> None:
+def test_embed_goes_on_before_the_file_that_changed(nine: Path, tmp_path: Path) -> None:
     """A changed Parquet file, tar or image has another mark, and so has a file that came."""
-    sources = write_all(tmp_path, [encoded_image(i) for i in range(9)], [0] * 9)
+    sources = shutil.copytree(nine, tmp_path / "sources")
     files = {kind: f"{kind}/00001.{suffix}" for kind, suffix in SUFFIXES.items()} | {"paths": "folder/00003.png"}
     for kind, changed in files.items():
-        before = open_source(sources[kind][0], Images()).marks
+        before = open_source(str(sources / kind), Images()).marks
         assert len(np.unique(before)) == 9
-        os.utime(tmp_path / changed, (1, 1))
-        after = open_source(sources[kind][0], Images()).marks
+        os.utime(sources / changed, (1, 1))
+        after = open_source(str(sources / kind), Images()).marks
         assert np.flatnonzero(before != after).tolist() == ([3] if kind == "paths" else [4, 5, 6, 7])
 
 
-def test_an_evaluation_reads_parquet_files_as_it_reads_mds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From the hub's files of names, of train and validation; the labels' names come from the files, too."""
-    for split, name, count in (("train", "train", 60), ("test", "validation", 30)):
-        images, labels = (
-            [encoded_image(i + 100 * (split == "test")) for i in range(count)],
-            [i % 3 for i in range(count)],
-        )
+@pytest.fixture
+def labeled_sets(tmp_path: Path) -> dict[str, str]:
+    """The same train and test images as MDS and as the hub's Parquet files: format → root."""
+    for split, name, numbers in (("train", "train", range(60)), ("test", "validation", range(100, 130))):
+        images, labels = [encoded_image(number) for number in numbers], [number % 3 for number in range(len(numbers))]
         write_mds(tmp_path / "mds" / split, images, labels)
-        structs = [{"bytes": image, "path": None} for image in images]
         path = tmp_path / "parquet" / "data" / f"{name}-00000-of-00001.parquet"
+        structs = [{"bytes": image, "path": None} for image in images]
         write_parquet(path, {"image": structs, "label": labels}, features=FEATURES)
-    roots = {"mds": tmp_path / "mds", "parquet": f"{tmp_path}/parquet"}
-    found = {format: load_labeled_set(format, root, image_size=32) for format, root in roots.items()}  # pyright: ignore[reportArgumentType]
-    for ours, theirs in zip(found["parquet"][:2], found["mds"][:2], strict=True):
-        assert torch.equal(ours.samples, theirs.samples)
-        assert torch.equal(ours.labels, theirs.labels)
-    assert found["parquet"].class_names == tuple(FEATURES["label"]["names"])
-    alone = load_labeled_set("parquet", roots["parquet"], image_size=32, label_column=None, max_images=7)
+    return {format: str(tmp_path / format) for format in ("mds", "parquet")}
+
+
+def test_labeled_parquet_files_are_read_as_mds_is(labeled_sets: dict[str, Any]) -> None:
+    """From the hub's files of names, of train and validation; the labels' names come from the files, too."""
+    ours, theirs = (load_labeled_set(format, labeled_sets[format], image_size=32) for format in ("parquet", "mds"))
+    for our_split, their_split in zip(ours[:2], theirs[:2], strict=True):
+        assert torch.equal(our_split.samples, their_split.samples)
+        assert torch.equal(our_split.labels, their_split.labels)
+    assert ours.class_names == tuple(FEATURES["label"]["names"])
+    alone = load_labeled_set("parquet", labeled_sets["parquet"], image_size=32, label_column=None, max_images=7)
     assert (alone.num_samples, alone.has_labels) == ((0, 7), False)
-    datasets = {format: {"format": format, "root": str(root)} for format, root in roots.items()}
+
+
+def test_an_evaluation_of_parquet_files_is_that_of_mds(
+    labeled_sets: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = {format: {"format": format, "root": root} for format, root in labeled_sets.items()}
     evaluate.main([f"model={GOLDEN / 'tiny_base.pt'}", f"datasets={json.dumps(datasets)}"])
     tables = re.findall(r"^Zero-shot retrieval on (\w+)(,.*?)\n\n", capsys.readouterr().out, re.DOTALL | re.MULTILINE)
-    assert dict(tables).keys() == roots.keys()
+    assert dict(tables).keys() == labeled_sets.keys()
     assert dict(tables)["parquet"] == dict(tables)["mds"]
-    write_parquet(tmp_path / "one" / "train.parquet", {"image": [IMAGE], "label": [0]})
+
+
+def test_labeled_parquet_files_need_two_splits(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", {"image": [IMAGE], "label": [0]})
     with pytest.raises(InputError, match=r"no split 'test'; available: train$"):
-        load_labeled_set("parquet", tmp_path / "one")
+        load_labeled_set("parquet", tmp_path)
 
 
 @pytest.mark.parametrize("format", [None, "zip", "parquet"])
 def test_an_evaluation_reads_a_zip_as_the_folder_in_it(format: str | None, tmp_path: Path) -> None:
     """``format`` may be left out, and is refused if it is another one."""
     images = {f"birds/{split}/{label}/{i}.jpg": encoded_image(i) for split in ("train", "val") for i, label in MARKED}
-    for path, image in images.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_bytes(image)
+    write_files(tmp_path, images)
     expected = load_labeled_set("folder", tmp_path / "birds", image_size=32)
     write_zip(tmp_path / "birds.zip", [*images.items()])
     if format == "parquet":
@@ -533,33 +532,25 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest
     write_parquet(hub / "a" / "main" / "data" / "train-0.parquet", columns)
     write_parquet(hub / "a" / "main" / "data" / "test-0.parquet", {"image": [IMAGE] * 4})
     write_parquet(hub / "a" / "v2" / "train.parquet", {"image": [IMAGE] * 5})
-    (hub / "b" / "main").mkdir(parents=True)
-    (hub / "b" / "main" / "birds.7z").write_bytes(b"")
+    write_files(hub, {"b/main/birds.7z": b""})
     write_parquet(hub / "b" / "refs" / "convert" / "parquet" / "default" / "train" / "0.parquet", columns)
     with serve(tmp_path / "hub", tmp_path / "cache", monkeypatch) as server:
         for address, count in {"a": 3, "a@v2": 5, "a/data/test-0.parquet": 4, "a/data/te*": 4, "b": 3}.items():
-            out = tmp_path / address.replace("/", "-").replace("*", "")
-            assert converted(f"hf://datasets/org/{address}", out).samples == count
-        assert sorted(server.asked) == [
-            "data/test-0.parquet",
-            "data/train-0.parquet",
-            "default/train/0.parquet",
-            "train.parquet",
-        ]
-        with pytest.raises(InputError, match=r"hf://datasets/org/a/none: no Parquet files, tars or zips"):
-            converted("hf://datasets/org/a/none", tmp_path / "none")
-        with pytest.raises(InputError, match=r"hf://datasets/org/c cannot be listed"):
-            converted("hf://datasets/org/c", tmp_path / "none")
+            assert len(find_samples(f"hf://datasets/org/{address}")) == count
+        fetched = ["data/test-0.parquet", "data/train-0.parquet", "default/train/0.parquet", "train.parquet"]
+        assert sorted(server.asked) == fetched
+        for address, line in {"a/none": "no Parquet files, tars or zips", "c": "cannot be listed"}.items():
+            with pytest.raises(InputError, match=rf"hf://datasets/org/{address}:? {line}"):
+                open_source(f"hf://datasets/org/{address}", Images())
     with monkeypatch.context() as offline:
         offline.setattr(constants, "HF_HUB_OFFLINE", True)
         reset_sessions()
-        assert converted("hf://datasets/org/a", tmp_path / "offline").samples == 3
+        assert len(find_samples("hf://datasets/org/a")) == 3
         assert "hf://datasets/org/a cannot be listed" in caplog.text
         assert "using the files in the hub's cache, which may be incomplete" in caplog.text
         with pytest.raises(InputError, match=r"^hf://datasets/org/d cannot be listed"):
-            converted("hf://datasets/org/d", tmp_path / "none")
+            open_source("hf://datasets/org/d", Images())
     reset_sessions()  # they keep being offline
-    assert not (tmp_path / "none").exists()
 
 
 def test_what_the_hub_has_twice_or_not_whole_must_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -593,17 +584,15 @@ def test_a_store_without_samples_is_one_line(reachable_store: GatedStore, tmp_pa
     address = reachable_store.create_bucket("containers-none")
     reachable_store.client().put_object(Bucket="containers-none", Key="a/b.jpg", Body=IMAGE)
     reachable_store.client().put_object(Bucket="containers-none", Key="a/", Body=b"")
-    for source in (f"{address}/a", f"{address}/a/*.tar"):
-        with pytest.raises(InputError, match=f"^{re.escape(source)}: no Parquet files, tars or zips$"):
-            converted(source, tmp_path / "out")
     write_parquet(tmp_path / "paths.parquet", {"path": ["b.jpg"]})
     reachable_store.client().upload_file(str(tmp_path / "paths.parquet"), "containers-none", "b/paths.parquet")
-    with pytest.raises(InputError, match=r"column 'path' holds paths, which are allowed only in a local file"):
-        converted(f"{address}/b", tmp_path / "out")
-    with pytest.raises(InputError, match=r"a/x.tar: no Parquet files, tars or zips"):
-        converted(f"{address}/a/x.tar", tmp_path / "out")
-    with pytest.raises(InputError, match=r"sftp://host/a: expected Parquet files, tars or zips, or MDS in a folder; "):
-        converted("sftp://host/a", tmp_path / "out")
+    for source, line in {
+        **{f"{address}/a{rest}": ": no Parquet files, tars or zips$" for rest in ("", "/*.tar", "/x.tar")},
+        f"{address}/b": ".*column 'path' holds paths, which are allowed only in a local file",
+        "sftp://host/a": ": expected Parquet files, tars or zips, or MDS in a folder; ",
+    }.items():
+        with pytest.raises(InputError, match=f"^{re.escape(source)}{line}"):
+            open_source(source, Images())
 
 
 def test_without_pyarrow_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -619,20 +608,17 @@ def test_without_pyarrow_it_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
 def test_litdata_and_a_data_loader_read_what_we_write(tmp_path: Path) -> None:
     """As the guide says: without another conversion."""
     litdata = pytest.importorskip("litdata")
-    source = write_parquet(
-        tmp_path / "x.parquet", {"image": [encoded_image(i) for i in range(40)], "label": [*range(40)]}
-    )
+    columns = {"image": [encoded_image(i) for i in range(40)], "label": [*range(40)]}
+    source = write_parquet(tmp_path / "x.parquet", columns)
     converted(source, tmp_path / "out", "--label-column", "label", "--shard-size", "10kb")
-    (tmp_path / "links").mkdir()
-    for path in (tmp_path / "out").glob("shard.*"):
-        (tmp_path / "links" / path.name).symlink_to(path)
-    index = json.loads((tmp_path / "out" / "index.json").read_bytes())
+    out, links = tmp_path / "out", tmp_path / "links"
+    links.mkdir()
+    for path in out.glob("shard.*"):
+        (links / path.name).symlink_to(path)
+    index = json.loads((out / "index.json").read_bytes())
     index["shards"] = [shard | {"zip_data": shard["raw_data"]} for shard in index["shards"]]
-    (tmp_path / "links" / "index.json").write_text(json.dumps(index))
-    theirs = litdata.StreamingDataset(str(tmp_path / "links"))
-    assert sorted((bytes(each["image"]), int(each["label"])) for each in theirs) == stored(tmp_path / "out")
-    dataset: Any = StreamingDataset(local=str(tmp_path / "out"), shuffle=False, batch_size=8)
+    (links / "index.json").write_text(json.dumps(index))
+    dataset: Any = StreamingDataset(local=str(out), shuffle=False, batch_size=8)
     batches = DataLoader(dataset, batch_size=8, collate_fn=lambda samples: samples)
-    assert sorted((each["image"], int(each["label"])) for batch in batches for each in batch) == stored(
-        tmp_path / "out"
-    )
+    for samples in (litdata.StreamingDataset(str(links)), [sample for batch in batches for sample in batch]):
+        assert sorted((bytes(sample["image"]), int(sample["label"])) for sample in samples) == stored(out)

@@ -17,18 +17,16 @@ from d2v_composer.sources.open import open_source
 from d2v_composer.system.errors import InputError
 from d2v_composer.training_data.loader import build_train_loader, read_train_index
 from d2v_composer.training_data.order import StreamingSamples
-from helpers import encoded_image, small_run
+from helpers import small_run, write_images
 
 NUM_SAMPLES = 32
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("files")
-    paths = [folder / f"{i}.jpg" for i in range(NUM_SAMPLES)]
-    for i, path in enumerate(paths):
-        path.write_bytes(encoded_image(i))
-    return paths
+    names = [f"{i}.jpg" for i in range(NUM_SAMPLES)]
+    folder = write_images(tmp_path_factory.mktemp("files"), names)
+    return [folder / name for name in names]
 
 
 def write_as_streaming(folder: Path, files: list[Path], encoding: str) -> Path:

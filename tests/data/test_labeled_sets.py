@@ -12,12 +12,11 @@ from streaming import MDSWriter
 from d2v_composer.data.images import Images
 from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples, load_labeled_set
 from d2v_composer.system.errors import InputError, ShardError
-from helpers import encoded_image, write_mds
+from helpers import encoded_image, write_images, write_mds
 
 
-def write_image(path: Path, seed: int = 0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encoded_image(seed))
+def load(format: Any, root: Path, **options: Any) -> EvaluationSet:
+    return load_labeled_set(format, root, image_size=32, interpolation="bicubic", **options)
 
 
 @pytest.mark.parametrize(
@@ -31,10 +30,9 @@ def write_image(path: Path, seed: int = 0) -> None:
     ],
 )
 def test_the_layout_of_a_folder_is_told(tmp_path: Path, images: list[str], fault: str) -> None:
-    for image in images:
-        write_image(tmp_path / image)
+    write_images(tmp_path, images)
     with pytest.raises(InputError) as caught:
-        load_labeled_set("folder", tmp_path, image_size=32, interpolation="bicubic")
+        load("folder", tmp_path)
     assert str(caught.value).startswith(f"{tmp_path}{fault}")
 
 
@@ -45,20 +43,18 @@ def test_no_more_images_are_read_than_wanted(format: Literal["folder", "mds"], t
             images = [encoded_image(seed, size=480) for seed in range(7)]
             write_mds(tmp_path / split, images, labels=[0, 0, 1, 1, 2, 0, 1])
         else:
-            for number in range(7):
-                write_image(tmp_path / split / ("cat" if number < 4 else "dog") / f"{number}.jpg", seed=number)
-    options: Any = {"image_size": 32, "interpolation": "bicubic"}
-    expected = load_labeled_set(format, tmp_path, **options)
+            write_images(tmp_path / split, [f"{'cat' if number < 4 else 'dog'}/{number}.jpg" for number in range(7)])
+    expected = load(format, tmp_path)
     files = sorted(path for path in (tmp_path / "train").rglob("*.*") if path.suffix in (".jpg", ".mds"))
     assert len(files) == 7
     for number in {*range(7)} - {0, 2, 4}:
         files[number].write_bytes(b"\0" * files[number].stat().st_size)
-    found = load_labeled_set(format, tmp_path, **options, max_images=3)
+    found = load(format, tmp_path, max_images=3)
     for split, wanted in zip(found[:2], expected[:2], strict=True):
         assert torch.equal(split.samples, wanted.samples[[0, 2, 4]])
         assert torch.equal(split.labels, wanted.labels[[0, 2, 4]])
     with pytest.raises((InputError, ShardError)):
-        load_labeled_set(format, tmp_path, **options)
+        load(format, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -70,30 +66,25 @@ def test_no_more_images_are_read_than_wanted(format: Literal["folder", "mds"], t
     ],
 )
 def test_a_folder_without_class_folders_has_no_labels(tmp_path: Path, images: list[str], chosen: list[str]) -> None:
-    for seed, image in enumerate(images):
-        write_image(tmp_path / image, seed)
-    options: Any = {"image_size": 32, "interpolation": "bicubic"}
-    found = load_labeled_set("folder", tmp_path, **options)
+    write_images(tmp_path, images)
+    found = load("folder", tmp_path)
     assert not found.has_labels
     assert found.num_samples == (0, len(chosen))
     assert found.class_names == found.numbered().class_names == ()
     for image, path in zip(found.test.samples, chosen, strict=True):
-        assert torch.equal(image, Images(**options).decode((tmp_path / path).read_bytes(), path))
-    assert load_labeled_set("folder", tmp_path, **options, max_images=1).num_samples == (0, 1)
+        assert torch.equal(image, Images(32, "bicubic").decode((tmp_path / path).read_bytes(), path))
+    assert load("folder", tmp_path, max_images=1).num_samples == (0, 1)
 
 
 def test_what_a_folder_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("train/cat/a.jpg", "train/dog/a.jpg", "test/cat/a.jpg"):
-        write_image(tmp_path / name)
-    (tmp_path / "test" / "notes.txt").touch()
-    load_labeled_set("folder", tmp_path, image_size=32)
+    write_images(tmp_path, ("train/cat/a.jpg", "train/dog/a.jpg", "test/cat/a.jpg", "test/notes.txt"))
+    load("folder", tmp_path)
     assert caplog.messages == [f"{tmp_path}: left out 1 .txt"]
 
 
 def test_class_folders_without_splits_are_said_to_be_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("cat/a.jpg", "dog/a.jpg"):
-        write_image(tmp_path / name)
-    assert not load_labeled_set("folder", tmp_path, image_size=32).has_labels
+    write_images(tmp_path, ("cat/a.jpg", "dog/a.jpg"))
+    assert not load("folder", tmp_path).has_labels
     [said] = caplog.messages
     assert said.startswith(f"{tmp_path}: found no labels; to have some, sort the files into train/CLASS")
 
@@ -101,10 +92,10 @@ def test_class_folders_without_splits_are_said_to_be_none(tmp_path: Path, caplog
 @pytest.mark.parametrize("folder", ["", "test"])
 def test_mds_without_labels(tmp_path: Path, folder: str) -> None:
     write_mds(tmp_path / folder, [encoded_image(seed) for seed in range(3)])
-    found = load_labeled_set("mds", tmp_path, image_size=32, interpolation="bicubic", label_column=None)
+    found = load("mds", tmp_path, label_column=None)
     assert found.num_samples == (0, 3)
     with pytest.raises(InputError, match=r"no column 'label'|no such folder"):
-        load_labeled_set("mds", tmp_path, image_size=32, interpolation="bicubic")
+        load("mds", tmp_path)
 
 
 def write_named(folder: Path, labels: list[int], names: list[str] | None) -> None:
@@ -123,7 +114,7 @@ def test_splits_have_the_classes_that_their_conversion_named(
 ) -> None:
     write_named(tmp_path / "train", [0, 1], train)
     write_named(tmp_path / "test", [0, 1, 0], test)
-    found = load_labeled_set("mds", tmp_path, image_size=32, interpolation="bicubic")
+    found = load("mds", tmp_path)
     assert found.test.labels.tolist() == [0, 1, 0]
     assert found.class_names == tuple(names)
 
@@ -132,7 +123,7 @@ def test_splits_with_other_classes_are_refused(tmp_path: Path) -> None:
     write_named(tmp_path / "train", [0, 1], ["ant", "bee"])
     write_named(tmp_path / "test", [0, 1], ["bee", "dog"])
     with pytest.raises(InputError, match=f"^{tmp_path}: train and test name their classes differently; convert both"):
-        load_labeled_set("mds", tmp_path, image_size=32, interpolation="bicubic")
+        load("mds", tmp_path)
 
 
 def test_labels_are_whole_numbers(tmp_path: Path) -> None:
@@ -141,7 +132,7 @@ def test_labels_are_whole_numbers(tmp_path: Path) -> None:
             for seed, label in enumerate([1.0, 0.5]):
                 writer.write({"image": encoded_image(seed), "label": label})
     with pytest.raises(InputError, match=r"sample 1 of .*train: its label must be a whole number, got .*0\.5"):
-        load_labeled_set("mds", tmp_path, image_size=32, interpolation="bicubic")
+        load("mds", tmp_path)
 
 
 class Cifar:

@@ -4,13 +4,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from streaming.base.world import World
 
 from d2v_composer.data.audio import Audio
 from d2v_composer.data.modality import collate
@@ -18,6 +16,7 @@ from d2v_composer.sources.mds import Index
 from d2v_composer.system.errors import InputError
 from d2v_composer.training_data.order import EpochOrder, padded_sizes
 from helpers import write_mds
+from streams import global_batches
 
 SEED, EPOCH = 17, 3
 Lengths = NDArray[np.int64]
@@ -35,23 +34,10 @@ def prompts(rng: np.random.Generator, number: int) -> Lengths:
 
 
 def build_order(lengths: Lengths | None, number: int, batch_size: int, **options: Any) -> EpochOrder:
-    shard_sizes, epoch_size = (
-        np.diff(np.arange(0, number // 100 + 2) * number // (number // 100 + 1)),
-        number // batch_size * batch_size,
-    )
-    return EpochOrder(
-        shard_sizes, lengths=lengths, global_batch_size=batch_size, epoch_size=epoch_size, seed=SEED, **options
-    )  # pyright: ignore[reportArgumentType]
-
-
-def global_batches(order: EpochOrder, nodes: int, ranks: int, first_sample: int = 0) -> NDArray:
-    """Return the samples of each global batch, (batches, nodes, samples of a node)."""
-    worlds = [World(nodes, ranks, 1, rank) for rank in range(nodes * ranks)]
-    drawn = order.draw(EPOCH)
-    with patch.object(order, "draw", lambda _: drawn):  # once, not for each rank
-        shares = np.array([order.share(EPOCH, first_sample, world) for world in worlds])
-    by_batch = shares.reshape(len(worlds), -1, order.global_batch_size // len(worlds)).transpose(1, 0, 2)
-    return by_batch.reshape(-1, nodes, order.global_batch_size // nodes)
+    num_shards = number // 100 + 1
+    shard_sizes = np.diff(np.arange(num_shards + 1) * number // num_shards)
+    options |= {"global_batch_size": batch_size, "epoch_size": number // batch_size * batch_size}
+    return EpochOrder(shard_sizes, lengths=lengths, seed=SEED, **options)
 
 
 @pytest.mark.parametrize("canonical_nodes", [1, 2, 4])
@@ -59,7 +45,7 @@ def test_an_epoch_has_each_sample_once_and_the_same_batches_on_any_ranks(canonic
     """3, 4, 8: also in an epoch that is resumed after any batch; a node keeps its part of the order."""
     lengths = prompts(np.random.default_rng(1), 1000)
     order = build_order(lengths, 1000, 48, shuffle_block_size=200, num_canonical_nodes=canonical_nodes)
-    expected = np.sort(global_batches(order, 1, 1).reshape(-1, 48))
+    expected = np.sort(global_batches(order, EPOCH, 1, 1).reshape(-1, 48))
     counts = np.bincount(expected.ravel(), minlength=1000)
     assert counts.max() == 1
     assert counts.sum() == 960
@@ -67,19 +53,19 @@ def test_an_epoch_has_each_sample_once_and_the_same_batches_on_any_ranks(canonic
         if canonical_nodes % nodes:
             continue
         for first in (0, 1, 7, 19):
-            found = global_batches(order, nodes, ranks, first * 48)
+            found = global_batches(order, EPOCH, nodes, ranks, first * 48)
             assert np.array_equal(np.sort(found.reshape(-1, 48)), expected[first:])
-        owners = global_batches(order, nodes, ranks)
+        owners = global_batches(order, EPOCH, nodes, ranks)
         assert not any(set(owners[:, 0].ravel()) & set(owners[:, node].ravel()) for node in range(1, nodes))
     order.seed += 1
-    assert not np.array_equal(np.sort(global_batches(order, 1, 1).reshape(-1, 48)), expected)
+    assert not np.array_equal(np.sort(global_batches(order, EPOCH, 1, 1).reshape(-1, 48)), expected)
 
 
 def test_a_nodes_samples_are_its_part_of_streamings_order() -> None:
     """8: so its shards are too."""
     lengths = prompts(np.random.default_rng(1), 4000)
     options = {"shuffle_block_size": 500, "num_canonical_nodes": 4}
-    parts = [global_batches(build_order(each, 4000, 64, **options), 4, 1) for each in (lengths, None)]
+    parts = [global_batches(build_order(each, 4000, 64, **options), EPOCH, 4, 1) for each in (lengths, None)]
     for node in range(4):
         assert set(parts[0][:, node].ravel()) == set(parts[1][:, node].ravel())
         # Also window by window: no shard is needed much earlier or later than in Streaming's order.
@@ -97,7 +83,7 @@ def test_little_is_padding(
     """At most 10 % of the frames, for a compiled model with at most 16 different lengths."""
     lengths = np.minimum(draw(np.random.default_rng(2), number), crop)
     order = build_order(lengths, number, batch_size, shuffle_block_size=8192, num_canonical_nodes=nodes)
-    batches = lengths[global_batches(order, 1, 1).reshape(-1, batch_size)]
+    batches = lengths[global_batches(order, EPOCH, 1, 1).reshape(-1, batch_size)]
     sizes = padded_sizes(lengths) if is_compiled else []
     padded = [collate([torch.empty(0, length) for length in batch], sizes)[0].shape[-1] for batch in batches[:400]]
     assert not is_compiled or len(set(padded)) <= 16
@@ -112,14 +98,14 @@ def test_little_is_padding(
 def test_batches_of_all_lengths_come_at_all_times() -> None:
     lengths = read_speech(np.random.default_rng(2), 20_000)
     order = build_order(lengths, 20_000, 32, shuffle_block_size=4096)
-    batches = lengths[global_batches(order, 1, 1).reshape(-1, 32)]
+    batches = lengths[global_batches(order, EPOCH, 1, 1).reshape(-1, 32)]
     thirds = [part.mean() for part in np.array_split(batches[:120], 3)]
     assert max(thirds) < 1.15 * min(thirds)
 
 
 def test_without_shuffle_the_order_is_streamings() -> None:
     order = build_order(prompts(np.random.default_rng(1), 500), 500, 20, shuffle=False)
-    assert global_batches(order, 1, 1).ravel().tolist() == list(range(500))
+    assert global_batches(order, EPOCH, 1, 1).ravel().tolist() == list(range(500))
 
 
 def test_collate_pads_to_a_size() -> None:

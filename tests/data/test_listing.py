@@ -20,7 +20,7 @@ from d2v_composer.system import fetch as fetch_module
 from d2v_composer.system.errors import InputError, RunError
 from d2v_composer.system.fetch import cache_folder, exists, fetch, list_store
 from gated_store import GatedStore
-from helpers import GOLDEN, encoded_image, truncated
+from helpers import GOLDEN, encoded_image, truncated, write_files
 from hub_stub import serve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,12 +31,13 @@ SIZE = max(map(len, [*IMAGES, *OTHERS]))
 # Of one size: a decoder ignores what follows a JPEG.
 IMAGES, OTHERS = ([image.ljust(SIZE, b"\0") for image in images] for images in (IMAGES, OTHERS))
 CHANGED = r"has changed since it was listed; run the same command again"
+# Kind of source → the last of its files, or of those that it names.
 KINDS = {
     "tars": "tars/00001.tar",
     "zips": "zips/00001.zip",
     "bytes": "bytes/00001.parquet",
     "paths": "folder/00005.png",
-    "folder": "00005.png",
+    "folder": "folder/00005.png",
 }
 
 
@@ -62,12 +63,11 @@ def replace(path: Path, by: Path) -> None:
 def test_a_file_that_is_replaced_while_it_is_read_is_named(kind: str, tmp_path: Path) -> None:
     for name, images in (("here", IMAGES), ("there", OTHERS)):
         write_all(tmp_path / name, images, [0] * 6, num_files=2)
-    file = f"{'folder/' * (kind == 'folder')}{KINDS[kind]}"
     source = open_source(str(tmp_path / "here" / kind), Images())
     assert images_of(source)[:3] == IMAGES[:3]
-    replace(tmp_path / "here" / file, tmp_path / "there" / file)
+    replace(tmp_path / "here" / KINDS[kind], tmp_path / "there" / KINDS[kind])
     assert source.load(0) == IMAGES[0]
-    with pytest.raises(RunError, match=rf"{Path(file).name}[^/]* {CHANGED}$"):
+    with pytest.raises(RunError, match=rf"{Path(KINDS[kind]).name}[^/]* {CHANGED}$"):
         images_of(source)
     again = open_source(str(tmp_path / "here" / kind), Images())
     assert {*images_of(again)} != {*IMAGES}
@@ -150,18 +150,17 @@ def test_an_empty_answer_is_not_an_empty_folder(store: GatedStore) -> None:
 def test_parts_of_a_source_that_changed_are_not_joined(kind: str, tmp_path: Path) -> None:
     """Even if the changed file has the same size."""
     write_all(tmp_path, IMAGES, [0] * 6, num_files=2)
-    source, out = tmp_path / kind, tmp_path / "out"
-    commands = [[str(source), str(out), "--workers", "1", "--part", f"{number}/2"] for number in range(2)]
-    convert_images.main(commands[0])
-    changed = next(source.glob("*1.*"))
+    out, changed = tmp_path / "out", tmp_path / KINDS[kind]
+    first, second = ([str(tmp_path / kind), str(out), "--workers", "1", "--part", part] for part in ("0/2", "1/2"))
+    convert_images.main(first)
     changed.write_bytes(changed.read_bytes())
-    convert_images.main(commands[1])
+    convert_images.main(second)
     with pytest.raises(InputError, match="00001-of-00002 was made with another source than 00000-of-00002"):
         merge.main([str(out)])
     with pytest.raises(InputError, match="00000-of-00002 was made with another source than this command"):
-        convert_images.main(commands[0])
+        convert_images.main(first)
     shutil.rmtree(out / "parts" / "00000-of-00002")
-    assert convert_images.main(commands[0]) is not None
+    convert_images.main(first)
     merge.main([str(out)])
 
 
@@ -185,11 +184,10 @@ def test_a_part_is_compared_with_its_record(suffix: str, tmp_path: Path) -> None
 @pytest.fixture
 def interrupted(tmp_path: Path) -> list[str]:
     """The arguments of a conversion of a/ that has ended at its third shard."""
-    for name, images in (("a", IMAGES[:5]), ("b", OTHERS)):
-        (tmp_path / name).mkdir()
-        for number, image in enumerate([*images, bytes(SIZE)][:6]):
-            (tmp_path / name / f"{number}.jpg").write_bytes(image)
-            os.utime(tmp_path / name / f"{number}.jpg", (1, 1))
+    for name, images in (("a", [*IMAGES[:5], bytes(SIZE)]), ("b", OTHERS)):
+        folder = write_files(tmp_path / name, {f"{number}.jpg": image for number, image in enumerate(images)})
+        for path in folder.iterdir():
+            os.utime(path, (1, 1))
     call = [str(tmp_path / "a"), str(tmp_path / "out"), "--workers", "1", "--shard-size", str(SIZE)]
     with pytest.raises(InputError, match=r"5\.jpg: cannot decode as an image"):
         convert_images.main(call)

@@ -65,13 +65,21 @@ def test_reads_what_streaming_reads(folder: Path, encoding: str) -> None:
     [
         lambda entry: entry["column_sizes"].pop(),
         lambda entry: entry["column_encodings"].__setitem__(0, "unknown"),
+        lambda entry: entry.update(column_encodings=["pkl"] * len(entry["column_names"])),
+        lambda entry: entry.update(column_names=[]),
+        lambda entry: entry.update(samples=10**15),
+        lambda entry: entry.update(samples=-1),
+        lambda entry: entry.update(samples="many"),
         lambda entry: entry["raw_data"].pop("hashes"),
+        lambda entry: entry["raw_data"].update(bytes=10**15),
+        lambda entry: entry["raw_data"].update(basename="/etc/passwd"),
         lambda entry: entry["raw_data"].update(basename="sub/../../shard.mds"),
     ],
 )
-def test_refuses_an_entry_of_another_kind(
+def test_refuses_an_entry_with_false_claims(
     folder: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any]
 ) -> None:
+    """16, 18: tests/promises/test_files.py has a command that does."""
     data = shutil.copytree(folder, tmp_path / "data")
     index = json.loads((data / "index.json").read_text())
     change(index["shards"][0])

@@ -2,16 +2,13 @@
 
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from streaming import StreamingDataset
-from streaming.base.world import World
 
 from d2v_composer.training_data.order import EpochOrder
-from streams import open_images
+from streams import global_batches, open_images
 
 SEED = 17
 RANKS_PER_NODE, NODES, FEWER_NODES = 8, 64, 48
@@ -35,15 +32,6 @@ def test_the_order_is_streamings(many_shards: Path, shuffle: bool) -> None:
         assert images == [sample["image"] for sample in theirs]
 
 
-def global_batches(order: EpochOrder, num_nodes: int, first_sample: int = 0) -> NDArray[np.int64]:
-    """The samples of each global batch, (batches, samples)."""
-    worlds = [World(num_nodes, RANKS_PER_NODE, 1, rank) for rank in range(num_nodes * RANKS_PER_NODE)]
-    drawn = order.draw(EPOCH)
-    with patch.object(order, "draw", lambda _: drawn):  # once, not for each rank
-        shares = np.array([order.share(EPOCH, first_sample, world) for world in worlds])
-    return shares.reshape(len(worlds), -1, GLOBAL_BATCH // len(worlds)).transpose(1, 0, 2).reshape(-1, GLOBAL_BATCH)
-
-
 @pytest.mark.parametrize(
     ("num_shards", "num_samples"), [(2_000, 25_600), pytest.param(100_000, 1_281_167, marks=pytest.mark.slow)]
 )
@@ -51,13 +39,14 @@ def test_reads_each_sample_once_on_512_ranks(num_shards: int, num_samples: int) 
     """And 384 ranks resume in the middle of the epoch."""
     num_batches = num_samples // GLOBAL_BATCH
     sizes = np.diff(np.arange(num_shards + 1) * num_samples // num_shards)
-    order = EpochOrder(sizes, num_canonical_nodes=NODES, epoch_size=num_batches * GLOBAL_BATCH, seed=SEED)
-    batches = global_batches(order, NODES)
+    options: dict[str, Any] = {"global_batch_size": GLOBAL_BATCH, "epoch_size": num_batches * GLOBAL_BATCH}
+    order = EpochOrder(sizes, num_canonical_nodes=NODES, seed=SEED, **options)
+    batches = global_batches(order, EPOCH, NODES, RANKS_PER_NODE).reshape(-1, GLOBAL_BATCH)
     assert len(batches) == num_batches
     seen = np.bincount(batches.ravel(), minlength=num_samples)
     assert len(seen) == num_samples
     assert seen.max() == 1
 
     trained = num_batches // 2
-    rest = global_batches(order, FEWER_NODES, trained * GLOBAL_BATCH)
+    rest = global_batches(order, EPOCH, FEWER_NODES, RANKS_PER_NODE, trained * GLOBAL_BATCH).reshape(-1, GLOBAL_BATCH)
     assert np.array_equal(np.sort(rest), np.sort(batches[trained:]))

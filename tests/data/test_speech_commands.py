@@ -10,7 +10,7 @@ from d2v_composer.data.audio import Audio
 from d2v_composer.data.images import Images
 from d2v_composer.sources.labeled import EvaluationSet, load_labeled_set
 from d2v_composer.system.errors import InputError
-from helpers import encoded_clip
+from helpers import encoded_clip, write_files
 
 WORDS = ("go", "no", "up")
 TRAIN = [f"{word}/{i}_nohash_0.wav" for word in WORDS for i in (0, 1, 2)]
@@ -31,11 +31,7 @@ def files() -> dict[str, bytes]:
 
 @pytest.fixture
 def unpacked(files: dict[str, bytes], tmp_path: Path) -> Path:
-    root = tmp_path / "unpacked"
-    for path, content in files.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(content)
-    return root
+    return write_files(tmp_path / "unpacked", files)
 
 
 def load(root: Path, **options: Any) -> EvaluationSet:
@@ -57,9 +53,7 @@ def test_the_splits_are_those_of_its_lists(unpacked: Path, files: dict[str, byte
 def test_what_is_wrong_is_one_line(unpacked: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere: no testing_list\.txt; unpack https://\S+ there$"):
         load(tmp_path / "nowhere")
-    with pytest.raises(
-        InputError, match="speech_commands holds samples of the modality audio, but the model takes images"
-    ):
+    with pytest.raises(InputError, match="speech_commands holds samples of the modality audio, but the model takes im"):
         load_labeled_set("speech_commands", unpacked, Images(32))
     with pytest.raises(InputError, match="cifar10 holds samples of the modality image, but the model takes clips"):
         load_labeled_set("cifar10", unpacked, Audio())

@@ -40,7 +40,7 @@ from d2v_composer.system import fetch
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError
 from d2v_composer.system.files import sole_user
 from gated_store import GatedStore
-from helpers import GOLDEN, NUM_IMAGES, QUICKSTART, ROOT, encoded_image, time_limit
+from helpers import GOLDEN, QUICKSTART, ROOT, encoded_image, flip_bit, time_limit, write_files, write_images
 
 TEACHER = GOLDEN / "tiny_base.pt"
 SIZE = 32
@@ -66,17 +66,13 @@ def teacher() -> Data2Vec2:
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images of many sizes in a folder with subfolders; read-only."""
-    folder = tmp_path_factory.mktemp("photos")
-    for i in range(40):
-        path = folder / ("", "b", "a/deep")[i % 3] / f"{i:02}.{'jpg' if i % 2 else 'JPEG'}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded_image(i, size=24 + i))
-    (folder / "notes.txt").write_text("not an image")
-    (folder / "b" / "long-name-of-an-image.png").write_bytes(encoded_image(77))
-    return folder
+    names = [f"{('', 'b/', 'a/deep/')[i % 3]}{i:02}.{'jpg' if i % 2 else 'JPEG'}" for i in range(40)]
+    images = {name: encoded_image(i, size=24 + i) for i, name in enumerate(names)}
+    others = {"notes.txt": b"not an image", "b/long-name-of-an-image.png": encoded_image(77)}
+    return write_files(tmp_path_factory.mktemp("photos"), images | others)
 
 
-def embed(model: Path, source: Path | str, out: Path, *options: str | Path, workers: int = 0) -> Embedded:
+def embed(model: Path, source: Path | str, out: Path | str, *options: str | Path, workers: int = 0) -> Embedded:
     """Call ``d2v embed`` in this process."""
     result = embed_command.main([str(each) for each in (model, source, out, "--workers", workers, *options)])
     assert result is not None
@@ -93,6 +89,13 @@ def expected(model: Transformer, images: list[bytes], **options: Any) -> NDArray
     pixels = [to_tensor(decode_rgb(image, "image").resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for image in images]
     with torch.inference_mode():
         return model.embed(torch.stack(pixels), **options).numpy()
+
+
+def assert_is_whole(out: Path, whole: Path) -> None:
+    """Compare a table that was interrupted with an undisturbed one, byte by byte."""
+    assert out.read_bytes() == whole.read_bytes()
+    assert loaded(out)[0] == loaded(whole)[0]
+    assert not (out.parent / f".{out.name}.partial").exists()
 
 
 def image_paths(folder: Path) -> list[str]:
@@ -125,14 +128,11 @@ def test_options_change_the_embeddings(teacher: Data2Vec2, photos: Path, tmp_pat
 
 
 def test_names_that_are_not_text_are_no_ids_of_parquet(tmp_path: Path) -> None:
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "caf\udce9.jpg").write_bytes(encoded_image(0))
-    with pytest.raises(
-        InputError, match=r"^'caf\\udce9\.jpg' is not UTF-8, as Parquet needs; rename it, or write NAME"
-    ):
-        embed(TEACHER, tmp_path / "photos", tmp_path / "photos.parquet")
+    source, said = write_images(tmp_path / "photos", ["caf\udce9.jpg"]), r"^'caf\\udce9\.jpg' is not UTF-8, as Parquet"
+    with pytest.raises(InputError, match=rf"{said} needs; rename it, or write NAME"):
+        embed(TEACHER, source, tmp_path / "photos.parquet")
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
-    embed(TEACHER, tmp_path / "photos", tmp_path / "photos.npy")
+    embed(TEACHER, source, tmp_path / "photos.npy")
     assert loaded(tmp_path / "photos.npy")[0] == ["caf\udce9.jpg"]
 
 
@@ -156,17 +156,13 @@ def test_another_programs_index_makes_no_mds(photos: Path, tmp_path: Path) -> No
         embed(TEACHER, source, tmp_path / "other.npy")
 
 
-def test_embeds_mds_and_names_a_corrupt_shard(teacher: Data2Vec2, many_shards: Path, tmp_path: Path) -> None:
-    embed(TEACHER, many_shards, tmp_path / "mds.npy", *SMALL_BATCHES, workers=2)
-    ids, embeddings = loaded(tmp_path / "mds.npy")
-    assert ids == list(range(NUM_IMAGES))
-    np.testing.assert_allclose(embeddings, expected(teacher, [encoded_image(i) for i in ids]), **TOLERANCE)
+def test_a_corrupt_shard_is_not_skipped(many_shards: Path, tmp_path: Path) -> None:
     data = shutil.copytree(many_shards, tmp_path / "data")
     shard = data / "shard.00005.mds"
-    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    shard.write_bytes(flip_bit(shard.read_bytes()))
     with pytest.raises(RunError, match=r"shard\.00005\.mds: its content has changed \(xxh64\)"):
-        embed(TEACHER, data, tmp_path / "corrupt.npy", "--skip-unreadable")  # which is for images, not for shards
-    assert not (tmp_path / "corrupt.npy").exists()
+        embed(TEACHER, data, tmp_path / "out.npy", "--skip-unreadable")  # which is for images, not for shards
+    assert not (tmp_path / "out.npy").exists()
 
 
 @pytest.mark.slow
@@ -214,26 +210,24 @@ def interrupted(photos: Path, tmp_path: Path) -> Path:
 
 
 def test_rows_of_two_different_runs_are_not_joined(interrupted: Path) -> None:
-    source, out, folder = interrupted / "photos", interrupted / "photos.npy", interrupted / ".photos.npy.partial"
-    with pytest.raises(InputError, match=r"photos\.npy already exists; choose another file, or append --overwrite"):
-        embed(TEACHER, source, out)
-    other = interrupted / "other.safetensors"
+    source, out, other = (interrupted / name for name in ("photos", "photos.npy", "other.safetensors"))
     save_student(load_teacher(TEACHER).build_student(depth=1), other)
-    with pytest.raises(InputError, match=rf"{folder}: an interrupted run had a different model; delete that folder"):
-        embed(other, source, out, *AGAIN)
-    with pytest.raises(InputError, match="different source; "):
-        embed(TEACHER, source / "b", out, *AGAIN)
-    with pytest.raises(InputError, match="different pooling, normalize; "):
-        embed(TEACHER, source, out, *AGAIN, "--pooling", "mean", "--normalize")
+    for model, images, options, difference in (
+        (other, source, (), "model"),
+        (TEACHER, source / "b", (), "source"),
+        (TEACHER, source, ("--pooling", "mean", "--normalize"), "pooling, normalize"),
+    ):
+        named = rf"/\.photos\.npy\.partial: an interrupted run had a different {difference}; delete that folder"
+        with pytest.raises(InputError, match=named):
+            embed(model, images, out, *AGAIN, *options)
 
 
 def test_resumes_to_the_same_bytes_and_replaces_a_file_only_then(
     interrupted: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, ids, whole = (interrupted / name for name in ("photos.npy", "photos.ids.npy", "whole.npy"))
+    source, out, ids, whole = (interrupted / name for name in ("photos", "photos.npy", "photos.ids.npy", "whole.npy"))
     assert out.read_bytes() == ids.read_bytes() == b"old"
     embed(TEACHER, photos, whole, *SMALL_BATCHES)
-    source = interrupted / "photos"
     first = source / image_paths(source)[0]
     before = first.stat()
     first.write_bytes(bytes(before.st_size))
@@ -241,9 +235,7 @@ def test_resumes_to_the_same_bytes_and_replaces_a_file_only_then(
     os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert embed(TEACHER, source, out, *AGAIN, workers=1).resumed == 16
     assert "resumed an interrupted run after 16 images" in capsys.readouterr().out
-    assert out.read_bytes() == whole.read_bytes()
-    assert ids.read_bytes() == (interrupted / "whole.ids.npy").read_bytes()
-    assert not (interrupted / ".photos.npy.partial").exists()
+    assert_is_whole(out, whole)
 
 
 @pytest.mark.parametrize(
@@ -259,17 +251,15 @@ def test_resumes_to_the_same_bytes_and_replaces_a_file_only_then(
 )
 def test_resumes_where_the_source_changed(tmp_path: Path, change: Callable[[Path], Any], resumed: int) -> None:
     source, out, whole = tmp_path / "source", tmp_path / "out.npy", tmp_path / "whole.npy"
-    source.mkdir()
-    for i in range(18):
-        (source / f"{i:02}.jpg").write_bytes(b"" if i == 13 else encoded_image(i))
+    write_images(source, [f"{i:02}.jpg" for i in range(18)])
+    (source / "13.jpg").write_bytes(b"")
     with pytest.raises(InputError, match=r"13\.jpg: cannot decode as an image"):
         embed(TEACHER, source, out, *SMALL_BATCHES)
     change(source)
     options = (*SMALL_BATCHES, "--skip-unreadable")
     assert embed(TEACHER, source, out, *options).resumed == resumed
     embed(TEACHER, source, whole, *options)
-    assert out.read_bytes() == whole.read_bytes()
-    assert loaded(out)[0] == loaded(whole)[0]
+    assert_is_whole(out, whole)
 
 
 def test_a_second_process_for_one_file_is_refused(photos: Path, tmp_path: Path) -> None:
@@ -333,9 +323,8 @@ def test_resumes_to_the_same_bytes_from_any_step(
         with pytest.raises(KeyboardInterrupt):
             embed(TEACHER, source, out, *arguments)
     embed(TEACHER, source, out, *arguments)
-    assert out.read_bytes() == whole.read_bytes()
+    assert_is_whole(out, whole)
     assert loaded(out)[0] == image_paths(photos / "b")
-    assert not (tmp_path / ".out.npy.partial").exists()
 
 
 def test_new_ids_are_never_beside_old_embeddings_in_a_store(
@@ -356,15 +345,12 @@ def test_new_ids_are_never_beside_old_embeddings_in_a_store(
         upload(path, address)
 
     monkeypatch.setattr(embedding, "put", upload_until_killed)
-    command = (str(TEACHER), str(photos), out, "--workers", "0", *SMALL_BATCHES, "--overwrite")
     with pytest.raises(KeyboardInterrupt):
-        embed_command.main(command)
+        embed(TEACHER, photos, out, *AGAIN)
     assert stored[out] == b""
     assert stored["s3://bucket/out.ids.npy"] != b"old"
     monkeypatch.setattr(embedding, "put", upload)
-    result = embed_command.main(command)
-    assert result is not None
-    assert result.resumed == 41
+    assert embed(TEACHER, photos, out, *AGAIN).resumed == 41
     assert stored[out] == (tmp_path / "whole.npy").read_bytes()
 
 
@@ -377,35 +363,31 @@ def test_a_full_disk_is_one_line(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(fetch, "list_etags", lambda *_: {})  # nothing is in the store
     out = str(tmp_path / "out.npy") if place == "folder" else "s3://bucket/out.npy"
-    command = (str(TEACHER), str(photos), out, "--workers", "0", *SMALL_BATCHES)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(RunError, match=rf"^{tmp_path}\S+ cannot be written: File too large$"):
-            embed_command.main(command)
+            embed(TEACHER, photos, out, *SMALL_BATCHES)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert place == "store" or embed_command.main(command).images == 41  # where there is room again
+    assert place == "store" or embed(TEACHER, photos, out, *SMALL_BATCHES).images == 41  # where there is room again
 
 
 def test_unreadable_images_stop_or_are_skipped(
     teacher: Data2Vec2, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedding, "CHUNK", 4)
-    images = [encoded_image(i) for i in range(8)]
-    source, out = tmp_path / "source", tmp_path / "out.npy"
-    source.mkdir()
-    for i, image in enumerate([*images, b"", b"", b"", b""]):  # a whole batch
-        (source / f"{i:02}.jpg").write_bytes(image)
-    (source / "05.jpg").unlink()
+    images = {f"{i:02}.jpg": encoded_image(i) for i in range(8) if i != 5}
+    out, a_whole_batch = tmp_path / "out.npy", {f"{i:02}.jpg": b"" for i in range(8, 12)}
+    source = write_files(tmp_path / "source", images | a_whole_batch)
     (source / "05.jpg").symlink_to("nowhere")
     named = f"{source / '05.jpg'} cannot be read"
     with pytest.raises(InputError, match=rf"^{named}.*; --skip-unreadable skips such images$"):
         embed(TEACHER, source, out, *SMALL_BATCHES, workers=1)
     result = embed(TEACHER, source, out, *SMALL_BATCHES, "--skip-unreadable")
     ids, embeddings = loaded(out)
-    assert ids == [f"{i:02}.jpg" for i in (0, 1, 2, 3, 4, 6, 7)]
-    np.testing.assert_allclose(embeddings, expected(teacher, images[:5] + images[6:]), **TOLERANCE)
+    assert ids == [*images]
+    np.testing.assert_allclose(embeddings, expected(teacher, [*images.values()]), **TOLERANCE)
     assert (result.images, result.resumed, len(result.skipped)) == (7, 4, 5)
     assert f"skipped as unreadable: 5\n  {named}" in capsys.readouterr().out
 
@@ -423,12 +405,7 @@ def test_an_embedding_that_is_not_finite_is_refused(
     [
         ("s3://bucket/images", "o.npy", [], "s3://bucket/images cannot be listed (Unable to locate credentials)"),
         ("*.tar", "o.npy", [], "*.tar: no Parquet files, tars or zips"),
-        (
-            "photos",
-            "o.npy",
-            ["--local", "c"],
-            "photos: expected Parquet files, tars or zips, or MDS in a folder; in a store only for",
-        ),
+        ("photos", "o.npy", ["--local", "c"], "photos: expected Parquet files, tars or zips, or MDS in a folder; in a"),
         ("photos", "o.csv", [], "o.csv must end in .npy or .parquet"),
         ("photos", "half.npy", [], "half.ids.npy already exists; choose another file, or "),
         ("photos", "o.npy", ["--precision", "amp_fp16"], "precision: amp_fp16 needs a GPU"),
@@ -440,9 +417,7 @@ def test_bad_input_is_refused_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "a.jpg").write_bytes(encoded_image(0))
-    (tmp_path / "half.ids.npy").write_bytes(b"mine")
+    write_files(tmp_path, {"photos/a.jpg": encoded_image(0), "half.ids.npy": b"mine"})
     before = set(os.listdir())
     with pytest.raises(InputError, match=re.escape(message)) as caught:
         embed(TEACHER, source, Path(out), *options)
@@ -452,8 +427,9 @@ def test_bad_input_is_refused_in_one_line(
 
 def test_out_is_no_file_of_the_source(tmp_path: Path) -> None:
     """Its images would be replaced by their embeddings, even under another name."""
-    write_parquet(tmp_path / "more.parquet", {"image": [encoded_image(number) for number in range(4)]})
-    source = write_parquet(tmp_path / "images.parquet", {"image": [encoded_image(number) for number in range(4)]})
+    for name in ("more", "images"):
+        write_parquet(tmp_path / f"{name}.parquet", {"image": [encoded_image(0)] * 4})
+    source = tmp_path / "images.parquet"
     (tmp_path / "links").mkdir()
     for link in ("link.parquet", "links/1.parquet"):
         (tmp_path / link).symlink_to(source)

@@ -11,7 +11,7 @@ from d2v_composer.commands import embed as embed_command
 from d2v_composer.data.audio import Audio
 from d2v_composer.embedding.collection import Embedded
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, encoded_clip, truncated
+from helpers import GOLDEN, encoded_clip, truncated, write_files
 
 TEACHER = GOLDEN / "audio_base.pt"
 NUM_CLIPS = 22
@@ -22,12 +22,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def sounds(tmp_path: Path) -> Path:
     """Clips of many lengths in a folder with subfolders; two of one length are equal, and are a batch."""
-    folder = tmp_path / "sounds"
+    clips = {}
     for i in range(NUM_CLIPS):
-        path = folder / ("a", "b/deep")[i >= 11] / f"{i:02}.{('flac', 'wav', 'OGG')[i % 3]}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded_clip(i, 2000 + 531 * (i * 7 % 11), format=("FLAC", "WAV", "OGG")[i % 3]))
-    return folder
+        suffix = ("flac", "wav", "OGG")[i % 3]
+        length = 2000 + 531 * (i * 7 % 11)
+        clips[f"{('a', 'b/deep')[i >= 11]}/{i:02}.{suffix}"] = encoded_clip(i, length, format=suffix.upper())
+    return write_files(tmp_path / "sounds", clips)
 
 
 def embed(source: Path, out: Path, *options: str) -> Embedded:
@@ -50,20 +50,18 @@ def test_clips_are_embedded_as_if_alone(sounds: Path, tmp_path: Path, capsys: py
 
 
 def test_files_that_lie_stop_or_are_skipped(sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bad = {
-        "a/video.wav": (b"\0\0\0\x20ftypisom" + bytes(300), "cannot decode as a FLAC, WAV, OGG or MP3 file"),
-        "a/half.flac": (truncated(encoded_clip(1, 16000)), "cannot decode as a FLAC, WAV, OGG or MP3 file"),
-        "b/short.wav": (encoded_clip(1, 719, format="WAV"), "719 samples at 16 kHz, expected at least 720"),
-        "b/long.flac": (encoded_clip(1, 4000 * 61, rate=4000), "61 s long, more than 60"),
+    """More of them in tests/data/test_audio_files.py."""
+    half, long = truncated(encoded_clip(1, 16000)), encoded_clip(1, 4000 * 61, rate=4000)
+    write_files(sounds, {"a/half.flac": half, "b/long.flac": long, "b/silent.flac": encoded_clip(1, 4000, volume=0)})
+    problems = {
+        "a/half.flac": "cannot decode as a FLAC, WAV, OGG or MP3 file",
+        "b/long.flac": "61 s long, more than 60",
     }
-    for name, (content, _) in bad.items():
-        (sounds / name).write_bytes(content)
-    (sounds / "b" / "silent.flac").write_bytes(encoded_clip(1, 4000, volume=0))
     with pytest.raises(InputError, match=r"\A\S+half\.flac: cannot decode .*; --skip-unreadable skips such clips\Z"):
         embed(sounds, tmp_path / "out.npy")
     result = embed(sounds, tmp_path / "out.npy", "--skip-unreadable")
-    assert (result.images, len(result.skipped)) == (NUM_CLIPS + 1, len(bad))
+    assert (result.images, len(result.skipped)) == (NUM_CLIPS + 1, len(problems))
     said = capsys.readouterr().out
-    for name, (_, message) in bad.items():
-        assert f"  {sounds / name}: {message}" in said
-    assert not {*np.load(tmp_path / "out.ids.npy").tolist()} & bad.keys()
+    for name, problem in problems.items():
+        assert f"  {sounds / name}: {problem}" in said
+    assert not {*np.load(tmp_path / "out.ids.npy").tolist()} & problems.keys()

@@ -17,7 +17,7 @@ from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed as embed_command
 from d2v_composer.config.reference import ModelReference
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, encoded_clip, encoded_image, run_command
+from helpers import GOLDEN, encoded_clip, encoded_image, run_command, write_files
 
 TEACHER = str(GOLDEN / "tiny_base.pt")
 IMAGES = [encoded_image(i, size=32 + i % 3) for i in range(11)]
@@ -28,13 +28,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def by_command(folder: Path, model: str, files: list[bytes], suffix: str, *options: str) -> NDArray:
     """Embed files with ``d2v embed``, (N, D)."""
-    source, out = folder / "source", folder / "out.npy"
-    source.mkdir()
-    for number, content in enumerate(files):
-        (source / f"{number:02}{suffix}").write_bytes(content)
-    given = [str(source), str(out), "--workers", "0", "--batch-size", str(BATCH), "--skip-unreadable"]
+    source = write_files(folder / "source", {f"{number:02}{suffix}": content for number, content in enumerate(files)})
+    given = [str(source), str(folder / "out.npy"), "--workers", "0", "--batch-size", str(BATCH), "--skip-unreadable"]
     embed_command.main([model, *given, *options])
-    return np.load(out)
+    return np.load(folder / "out.npy")
 
 
 @pytest.fixture
@@ -54,9 +51,8 @@ def of_objects(samples: list[Any]) -> NDArray:
 
 @pytest.mark.parametrize("form", ["bytes", "numpy", "struct", "paths", "struct of paths", "arrays", "pil", "arrow"])
 def test_every_form_of_a_column_gives_the_commands_bits(form: str, expected: NDArray, tmp_path: Path) -> None:
-    paths = [str(tmp_path / f"{number}.jpg") for number in range(len(IMAGES))]
-    for path, image in zip(paths, IMAGES, strict=True):
-        Path(path).write_bytes(image)
+    files = {f"{number}.jpg": image for number, image in enumerate(IMAGES)}
+    paths = [str(write_files(tmp_path, files) / name) for name in files]
     column: Any = {
         "bytes": IMAGES,
         "numpy": of_objects(IMAGES),
@@ -186,8 +182,7 @@ print(abs(second - first).max())
 
 
 def test_a_forked_process_embeds_too(tmp_path: Path) -> None:
-    for number, image in enumerate(IMAGES):
-        (tmp_path / f"{number}.jpg").write_bytes(image)
+    write_files(tmp_path, {f"{number}.jpg": image for number, image in enumerate(IMAGES)})
     ended = run_command(sys.executable, "-c", FORKED, TEACHER, *sorted(tmp_path.iterdir()))
     assert ended.returncode == 0, ended.stderr
     assert float(ended.stdout) < 1e-5

@@ -1,43 +1,33 @@
-"""Promises 3 to 10 with sound: each clip once an epoch, in batches of similar length; whole conversions; resumption."""
+"""Promises 3 to 10 with sound: each clip once an epoch, in batches of similar length; resumption.
+
+Conversions are those of images, tests/promises/test_data.py; what is sound's alone is in tests/conversion.
+"""
 
 import random
-import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from streaming import StreamingDataset
 
 from gated_store import GatedStore
 from helpers import (
-    D2V,
     GOLDEN,
     ROOT,
-    assert_gone,
     assert_same_losses,
     assert_same_student,
     assert_succeed,
     encoded_clip,
-    failure,
-    family_of,
     losses_of,
     read_record,
-    run_command,
+    recorded,
+    refused_run,
     run_training,
-    start_python,
-    started_ranks,
     succeed,
-    traced,
-    train_command,
-    train_until_killed,
     wait_until,
+    write_files,
 )
-from programs.preloaded import Program
 
 NUM_CLIPS, BATCH_SIZE = 100, 16
 BATCHES_PER_EPOCH = NUM_CLIPS // BATCH_SIZE
@@ -46,11 +36,9 @@ BATCHES_PER_EPOCH = NUM_CLIPS // BATCH_SIZE
 @pytest.fixture(scope="module")
 def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hundred clips of 0.05 to 0.5 s, most of them short; read-only."""
-    folder = tmp_path_factory.mktemp("sounds")
     lengths = 800 + 7000 * np.random.default_rng(0).beta(1, 3, NUM_CLIPS)
-    for i, length in enumerate(lengths):
-        (folder / f"{i:03}.flac").write_bytes(encoded_clip(i, int(length)))
-    return folder
+    clips = {f"{i:03}.flac": encoded_clip(i, int(length)) for i, length in enumerate(lengths)}
+    return write_files(tmp_path_factory.mktemp("sounds"), clips)
 
 
 @pytest.fixture(scope="module")
@@ -85,24 +73,25 @@ def small_audio_run(folder: Path, data: Path, *overrides: str) -> list[str]:
     ]
 
 
+def train(folder: Path, data: Path, *overrides: str, ranks: int = 1) -> None:
+    """Train a run in ``folder``/run, which must succeed, and record its samples."""
+    with recorded(folder, small_audio_run(folder / "run", data, *overrides), ranks=ranks) as programs:
+        assert_succeed(programs)
+
+
+def train_until_killed(folder: Path, data: Path, batch: int, *overrides: str, ranks: int = 1) -> None:
+    """Train that run until rank 0 is killed before a batch."""
+    kill = {"AT": f"batch_start {batch} kill"}
+    with recorded(folder, small_audio_run(folder / "run", data, *overrides), kill, ranks=ranks) as programs:
+        wait_until(lambda: programs[0].poll() == -signal.SIGKILL, seconds=120)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run in one process; beside it, its samples."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    with recorded(folder, clips) as programs:
-        assert_succeed(programs)
+    train(folder, clips)
     return folder
-
-
-@contextmanager
-def recorded(
-    folder: Path, data: Path, *overrides: str, ranks: int = 1, environment: dict[str, str] | None = None
-) -> Iterator[list[Program]]:
-    """Start a run that records its samples in ``folder``/samples."""
-    variables = {"SAMPLES": str(folder / "samples"), **(environment or {})}
-    command = traced(small_audio_run(folder / "run", data, *overrides))
-    with started_ranks(*command, ranks=ranks, environment=variables) as programs:
-        yield programs
 
 
 def test_an_epoch_has_no_sample_twice_and_full_batches(uninterrupted: Path) -> None:
@@ -124,73 +113,26 @@ def test_an_epoch_has_no_sample_twice_and_full_batches(uninterrupted: Path) -> N
 def test_a_killed_run_goes_on_with_the_same_batches(
     clips: Path, uninterrupted: Path, tmp_path: Path, ranks: int, then: int, workers: int
 ) -> None:
-    """3, 4, 10: killed at a random batch and resumed on another number of ranks: same batches and crops."""
-    options = [f"train_loader.num_workers={workers}"]
-    kill = {"AT": f"batch_start {random.randint(3, 11)} kill"}
-    with recorded(tmp_path, clips, *options, ranks=ranks, environment=kill) as programs:
-        wait_until(lambda: any(program.poll() == -signal.SIGKILL for program in programs), seconds=120)
-    with recorded(tmp_path, clips, *options, ranks=then) as programs:
-        assert_succeed(programs)
+    """3, 4, 10: killed at a random batch, resumed on other ranks and in microbatches: same batches and crops."""
+    num_workers = f"train_loader.num_workers={workers}"
+    train_until_killed(tmp_path, clips, random.randint(3, 11), num_workers, ranks=ranks)
+    train(tmp_path, clips, num_workers, "device_train_microbatch_size=4", ranks=then)
     assert read_record(tmp_path) == read_record(uninterrupted)
     assert_same_losses(losses_of(tmp_path / "run"), losses_of(uninterrupted / "run"), num_steps=14)
 
 
-def test_a_resume_keeps_the_order_or_is_refused(clips: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    """4, 12: within an epoch, with each option of the loader changed: it is named, or no clip comes twice or never."""
-    with recorded(tmp_path, clips, environment={"AT": "batch_start 9 kill"}) as [program]:
-        assert program.wait(120) == -signal.SIGKILL
-    refused = {"crop_seconds": "0.2", "shuffle": "false", "shuffle_block_size": "32", "num_canonical_nodes": "2"}
-    with recorded(tmp_path, clips, *(f"train_loader.{name}={value}" for name, value in refused.items())) as [program]:
-        assert program.wait(60) == 2
-    line = failure(program, 2)
-    assert [name for name in refused if f"train_loader.{name}: checkpoint has " not in line] == [], line
-    free = ("num_workers=1", "prefetch_factor=3", "timeout=60")
-    options = ("device_train_microbatch_size=4", "save_interval=3ba", *(f"train_loader.{each}" for each in free))
-    with recorded(tmp_path, clips, *options) as programs:
-        assert_succeed(programs)
+def test_a_resume_ends_bit_for_bit_or_is_refused(clips: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    """4, 10, 12: within an epoch, with each option of the loader changed: it is named, or changes nothing."""
+    train_until_killed(tmp_path, clips, 9)
+    changes = {"crop_seconds": "0.2", "shuffle": "false", "shuffle_block_size": "32", "num_canonical_nodes": "2"}
+    overrides = [f"train_loader.{name}={value}" for name, value in changes.items()]
+    line = refused_run(small_audio_run(tmp_path / "run", clips, *overrides))
+    assert [name for name in changes if f"train_loader.{name}: checkpoint has " not in line] == [], line
+    free = [f"train_loader.{change}" for change in ("num_workers=1", "prefetch_factor=3", "timeout=60")]
+    train(tmp_path, clips, "save_interval=3ba", *free)
     assert read_record(tmp_path) == read_record(uninterrupted)
-
-
-@pytest.mark.parametrize("batch", [3, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (6, 9))])
-def test_a_killed_run_ends_bit_for_bit(clips: Path, uninterrupted: Path, tmp_path: Path, batch: int) -> None:
-    """10: with the bits of the run that was not killed."""
-    arguments = small_audio_run(tmp_path, clips)
-    train_until_killed(arguments, f"batch_start {batch}")
-    assert len(losses_of(tmp_path)) == batch
-    run_training(*arguments)
-    assert_same_student(tmp_path, uninterrupted / "run")
-    assert losses_of(tmp_path) == losses_of(uninterrupted / "run")
-
-
-def test_a_data_set_without_lengths_is_refused(clips: Path, tmp_path: Path) -> None:
-    """18: in one line that says what to do."""
-    data = shutil.copytree(clips, tmp_path / "clips")
-    (data / "conversion.json").unlink()
-    with recorded(tmp_path, data) as [program]:
-        assert program.wait(60) == 2
-    assert f"{data}: expected the lengths of 100 samples" in failure(program, 2)
-    assert "convert the data set with d2v convert-audio" in failure(program, 2)
-
-
-def test_a_conversion_is_whole_or_nothing(sounds: Path, tmp_path: Path) -> None:
-    """9: killed twice, the same command goes on to the same bytes, which Streaming reads."""
-    arguments = ["--labels", "none", "--shard-size", "20kb"]
-    succeed("convert-audio", sounds, tmp_path / "whole", *arguments, "--workers", "2")
-    out = tmp_path / "killed"
-    for number in (1, 5):
-        program = start_python(*D2V, "convert-audio", sounds, out, *arguments, "--workers", "1")
-        wait_until(lambda number=number: len(list(out.glob("shard.*.mds"))) >= number, seconds=60)
-        family = family_of(program.pid)
-        program.kill()
-        program.wait(30)
-        assert_gone(family)
-        assert not (out / "index.json").exists()
-    succeed("convert-audio", sounds, out, *arguments, "--workers", "3")
-    trees = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (tmp_path / "whole", out)]
-    assert trees[0] == trees[1]
-    dataset: Any = StreamingDataset(local=str(out), shuffle=False, batch_size=1)
-    originals = {path.read_bytes() for path in sounds.iterdir()}
-    assert {dataset[i]["audio"] for i in range(len(dataset))} == originals
+    assert_same_student(tmp_path / "run", uninterrupted / "run")
+    assert losses_of(tmp_path / "run") == losses_of(uninterrupted / "run")
 
 
 @pytest.mark.slow
@@ -204,7 +146,6 @@ def test_a_run_from_a_store(sounds: Path, uninterrupted: Path, object_store: Gat
     assert_same_losses(losses_of(tmp_path / "run"), losses_of(uninterrupted / "run"), 14)
     summary = object_store.objects("sound")["train/conversion.json"]
     with object_store.replaced("sound", "train/conversion.json", summary.replace(b'"lengths"', b'"other"')):
-        command = train_command(small_audio_run(tmp_path / "again", tmp_path / "new", *arguments))
-        line = failure(run_command(*command, environment=reach), 2)
+        line = refused_run(small_audio_run(tmp_path / "again", tmp_path / "new", *arguments), environment=reach)
     expected = f"expected the lengths of {NUM_CLIPS} samples in conversion.json, got 0"
     assert line.endswith(f"{address}/train: {expected}; convert the data set with d2v convert-audio"), line

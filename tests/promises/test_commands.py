@@ -33,14 +33,18 @@ from helpers import (
     ROOT,
     command_environment,
     d2v,
+    datasets_of,
     encoded_image,
     failure,
+    refused_run,
     run_command,
+    run_training,
     small_run,
     start_python,
     succeed,
     train_command,
     wait_until,
+    write_files,
 )
 from recipes.supervised_resnet import load_labeled_set
 
@@ -64,18 +68,20 @@ COMMANDS = (
 RECIPES = ("train", "finetune", "preflight", "ablations", "supervised_resnet")
 
 
+def seconds_of_help(*command: str | Path) -> float:
+    """Return the seconds of computing until a command has shown its help."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    ended = subprocess.run([*command, "--help"], capture_output=True, text=True, env=command_environment())
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ended.returncode == 0
+    assert "usage" in ended.stdout
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 @pytest.mark.parametrize("command", [[D2V_SCRIPT], [sys.executable, ROOT / "recipes" / "train.py"]])
 def test_help_comes_within_a_second(command: list[str | Path]) -> None:
-    """19: of computing, because others may use this machine; the best of three."""
-    seconds = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        ended = subprocess.run([*command, "--help"], capture_output=True, text=True, env=command_environment())
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert ended.returncode == 0
-        assert "usage" in ended.stdout
-    assert min(seconds) < 1, seconds
+    """19: at least once in three times, because others may use this machine."""
+    assert any(seconds_of_help(*command) < 1 for _ in range(3))
 
 
 def test_every_command_describes_itself() -> None:
@@ -94,19 +100,15 @@ def test_each_command_names_the_next(small_data: Path, labeled: Path, tmp_path: 
     """19: from a teacher to embeddings, by what each command prints, in another folder than the repository's."""
     ended = d2v("convert-teacher", TEACHER, "teacher.safetensors", cwd=tmp_path)
     assert "teacher.checkpoint=" in ended.stdout, ended.stderr
-    datasets = f"retrieval.datasets={{small: {{format: mds, root: {labeled}}}}}"
-    arguments = small_run(tmp_path / "run", small_data, datasets, "max_duration=2ba", "scheduler.t_warmup=0ba")
-    ended = run_command(*train_command(arguments), cwd=tmp_path)
-    named = [
-        shlex.split(line.strip()) for line in ended.stdout.splitlines() if re.search(r"\b(evaluate|export) ", line)
-    ]
-    done = set()
-    for words in named:
-        name = next(word for word in words if word in ("evaluate", "export"))
-        ended = succeed(name, *words[words.index(name) + 1 :], cwd=tmp_path)
-        done.add(name)
-    assert done == {"evaluate", "export"}
-    assert " embed " in ended.stdout + d2v("export", tmp_path / "run" / "latest-rank0.pt", tmp_path / "a.pt2").stdout
+    few = ("max_duration=2ba", "scheduler.t_warmup=0ba")
+    arguments = small_run(tmp_path / "run", small_data, f"retrieval.{datasets_of(labeled)}", *few)
+    said = {}
+    for line in run_training(*arguments, cwd=tmp_path).stdout.splitlines():
+        if command := re.search(r"\b(evaluate|export) .*", line):
+            name, *rest = shlex.split(command[0])
+            said[name] = succeed(name, *rest, cwd=tmp_path).stdout
+    assert said.keys() == {"evaluate", "export"}
+    assert " embed " in said["export"]
     assert (tmp_path / "run" / "student.safetensors").is_file()
 
 
@@ -198,8 +200,7 @@ def test_each_slip_of_a_config_has_a_line(small_data: Path, tmp_path: Path) -> N
 )
 def test_a_wrong_setting_is_one_line(override: str, words: list[str], small_data: Path, tmp_path: Path) -> None:
     """18: that names the key and what is allowed."""
-    ended = run_command(*train_command(small_run(tmp_path / "run", small_data, override)), cwd=tmp_path)
-    line = failure(ended, 2)
+    line = refused_run(small_run(tmp_path / "run", small_data, override), cwd=tmp_path)
     assert line.startswith("error: ")
     assert [word for word in words if word not in line] == [], line
     assert not (tmp_path / "run").exists()
@@ -208,16 +209,11 @@ def test_a_wrong_setting_is_one_line(override: str, words: list[str], small_data
 @pytest.fixture
 def wrong(tmp_path: Path, small_data: Path) -> dict[str, Path]:
     """Things of the wrong kind: name → path."""
-    folder, file, data = tmp_path / "folder", tmp_path / "file", tmp_path / "data"
-    (folder / "a.npy").mkdir(parents=True)
-    (folder / "run.yaml").mkdir()
-    file.write_text("text")
-    shutil.copytree(small_data, data)
-    (data / "index.json").unlink()
-    (data / "index.json").mkdir()
-    (tmp_path / "images" / "train").mkdir(parents=True)
-    (tmp_path / "images" / "train" / "a.jpg").write_bytes(encoded_image(0))
-    (tmp_path / "run" / "log.jsonl").mkdir(parents=True)
+    write_files(tmp_path, {"file": b"text", "images/train/a.jpg": encoded_image(0)})
+    shutil.copytree(small_data, tmp_path / "data")
+    (tmp_path / "data" / "index.json").unlink()
+    for folder in ("folder/a.npy", "folder/run.yaml", "data/index.json", "run/log.jsonl"):
+        (tmp_path / folder).mkdir(parents=True)
     return {name: tmp_path / name for name in ("folder", "file", "data", "images", "run", "missing")}
 
 

@@ -18,8 +18,8 @@ from helpers import (
     assert_same_student,
     d2v,
     encoded_image,
-    failure,
     losses_of,
+    refused_run,
     run_command,
     run_ranks,
     run_training,
@@ -86,8 +86,8 @@ def test_a_killed_run_resumes_bit_for_bit_and_two_ranks_train_as_one(
     run_ranks(*train_command(ranks)[1:])
     torch.testing.assert_close(student_of(tmp_path / "ranks")[MOMENTS], student_of(whole)[MOMENTS], rtol=1e-6, atol=0)
     assert_same_losses(losses_of(tmp_path / "ranks"), losses_of(whole), num_steps=14)
-    refused = run_command(*train_command([*arguments, "targets.dataset_batches=3", "max_duration=16ba"]))
-    assert "targets.dataset_batches: checkpoint has 2, config has 3" in failure(refused, 2)
+    line = refused_run([*arguments, "targets.dataset_batches=3", "max_duration=16ba"])
+    assert "targets.dataset_batches: checkpoint has 2, config has 3" in line
 
 
 def test_the_exported_file_needs_no_numbers(whole: Path, small_data: Path, tmp_path: Path) -> None:

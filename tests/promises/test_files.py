@@ -28,6 +28,7 @@ from helpers import (
     GOLDEN,
     Canary,
     d2v,
+    datasets_of,
     encoded_image,
     failure,
     load_checkpoint,
@@ -37,6 +38,7 @@ from helpers import (
     student_of,
     succeed,
     train_command,
+    write_files,
     write_mds,
 )
 from programs.preloaded import Program
@@ -46,9 +48,9 @@ SECONDS, MEGABYTES = 120, 3000
 CHILD_SECONDS, CHILD_MEGABYTES = 20, 700
 
 
-def limited(*arguments: str | Path) -> Program:
+def limited(*arguments: str | Path, **options: Any) -> Program:
     """Run a Python program that must end within two minutes and 3 GB."""
-    program = start_python(*arguments)
+    program = start_python(*arguments, **options)
     try:
         program.wait(SECONDS)
     finally:
@@ -211,12 +213,10 @@ QUICK = ("a zip bomb", "code in a teacher", "code in a checkpoint", "a truncated
 def test_commands_refuse_a_hostile_model(what: str, small_data: Path, tmp_path: Path) -> None:
     """16, 18: as the model of a command, and as a run's teacher and load_path."""
     path, out = tmp_path / "model.pt", tmp_path / "out"
-    (tmp_path / "photos").mkdir()
     HOSTILE[what](path)
     train = train_command(small_run(out / "run", small_data))[1:]
     for arguments in (
         [*D2V, "export", path, out / "student.safetensors"],
-        [*D2V, "embed", path, tmp_path / "photos", out / "a.npy"],
         [*train, f"teacher.checkpoint={path}"],
         [*train, f"load_path={path}"],
     ):
@@ -372,20 +372,16 @@ ODD = {
 
 def test_images_are_read_right_or_named(tmp_path: Path) -> None:
     """16, 18: bombs and fragments are named; 16 bits do not become white; PostScript reaches no program."""
-    photos = tmp_path / "photos"
-    contents = {"bad": UNREADABLE, "odd": ODD, **SAME}
+    contents, photos, out = {"bad": UNREADABLE, "odd": ODD, **SAME}, tmp_path / "photos", tmp_path / "photos.npy"
     for folder, files in contents.items():
-        (photos / folder).mkdir(parents=True)
-        for name, content in files.items():
-            (photos / folder / name).write_bytes(content)
-    fake, canary = tmp_path / "gs", tmp_path / "canary"
-    fake.write_text(f"#!/bin/sh\ntouch {canary}\n")
-    fake.chmod(0o755)
-    out = tmp_path / "photos.npy"
+        write_files(photos / folder, files)
+    ghostscript, canary = tmp_path / "gs", tmp_path / "canary"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {canary}\n")
+    ghostscript.chmod(0o755)
     path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    program = start_python(*D2V, "embed", TEACHER, photos, out, "--workers", "0", "--skip-unreadable", environment=path)
-    assert program.wait(SECONDS) == 0, program.stderr
-    assert program.peak_megabytes < MEGABYTES
+    command = (*D2V, "embed", TEACHER, photos, out, "--workers", "0", "--skip-unreadable")
+    program = limited(*command, environment=path)
+    assert program.poll() == 0, program.stderr
     rows = dict(zip(np.load(out.with_suffix(".ids.npy")).tolist(), np.load(out), strict=True))
     assert sorted(rows) == sorted(f"{folder}/{name}" for folder in ("odd", *SAME) for name in contents[folder])
     for folder, files in SAME.items():
@@ -395,47 +391,26 @@ def test_images_are_read_right_or_named(tmp_path: Path) -> None:
     assert not canary.exists()
 
 
-def write_index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Write an MDS folder of 32 images, and change its index."""
+def write_lying_index(folder: Path) -> None:
+    """Write an MDS folder of 32 images whose index names a file outside of it."""
     write_mds(folder, [encoded_image(i) for i in range(32)], [i % 2 for i in range(32)])
     index = json.loads((folder / "index.json").read_text())
-    change(index["shards"][0])
+    index["shards"][0]["raw_data"]["basename"] = "../../etc/passwd"
     (folder / "index.json").write_text(json.dumps(index))
 
 
-INDEX_LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "climbs": lambda shard: shard["raw_data"].update(basename="../../etc/passwd"),
-    "is absolute": lambda shard: shard["raw_data"].update(basename="/etc/passwd"),
-    "claims samples": lambda shard: shard.update(samples=10**15),
-    "claims fewer than none": lambda shard: shard.update(samples=-1),
-    "claims bytes": lambda shard: shard["raw_data"].update(bytes=10**15),
-    "holds pickles": lambda shard: shard.update(column_encodings=["bytes", "pkl"]),
-    "has text for numbers": lambda shard: shard.update(samples="many"),
-    "has no columns": lambda shard: shard.update(column_names=[]),
-}
-
-
-@pytest.mark.parametrize("lie", INDEX_LIES)
-def test_an_index_with_false_claims_is_refused(lie: str, tmp_path: Path) -> None:
-    """16, 18."""
-    write_index(tmp_path / "train", INDEX_LIES[lie])
+def test_an_index_with_false_claims_is_refused(tmp_path: Path) -> None:
+    """16, 18: of a run and of a retrieval set; tests/data/test_mds.py has other claims."""
+    write_lying_index(tmp_path / "train")
     line = failure(limited(*train_command(small_run(tmp_path / "run", tmp_path / "train"))[1:]), 2)
     assert str(tmp_path) in line
     assert not (tmp_path / "run").exists()
-
-
-def test_an_index_of_a_retrieval_set_with_false_claims_is_refused(tmp_path: Path) -> None:
-    """16, 18."""
-    write_index(tmp_path / "train", INDEX_LIES["climbs"])
-    write_index(tmp_path / "test", lambda shard: None)
-    sets = f"datasets={{x: {{format: mds, root: {tmp_path}}}}}"
-    assert str(tmp_path) in failure(limited(*D2V, "evaluate", f"model={TEACHER}", sets), 2)
+    assert str(tmp_path) in failure(limited(*D2V, "evaluate", f"model={TEACHER}", datasets_of(tmp_path)), 2)
 
 
 def test_an_index_that_nests_endlessly_is_refused(tmp_path: Path) -> None:
     """16."""
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "index.json").write_text('{"shards": ' + "[" * 100_000)
+    write_files(tmp_path / "train", {"index.json": b'{"shards": ' + b"[" * 100_000})
     line = failure(limited(*train_command(small_run(tmp_path / "run", tmp_path / "train"))[1:]), 2)
     assert "index.json" in line
 
@@ -447,8 +422,7 @@ def test_a_column_of_pickles_runs_nothing(tmp_path: Path) -> None:
         with MDSWriter(out=str(tmp_path / split), columns={"image": "bytes", "label": "pkl"}) as writer:
             for i in range(16):
                 writer.write({"image": encoded_image(i), "label": Canary(canary)})
-    datasets = f"datasets={{x: {{format: mds, root: {tmp_path}}}}}"
-    assert "pickle" in failure(limited(*D2V, "evaluate", f"model={TEACHER}", datasets), 2)
+    assert "pickle" in failure(limited(*D2V, "evaluate", f"model={TEACHER}", datasets_of(tmp_path)), 2)
     failure(limited(*train_command(small_run(tmp_path / "run", tmp_path / "train"))[1:]), 2)
     assert not canary.exists()
 
@@ -456,8 +430,7 @@ def test_a_column_of_pickles_runs_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.campaign) for seed in range(2, 20))])
 def test_a_shard_with_wrong_offsets_is_read_or_refused(seed: int, tmp_path: Path) -> None:
     """16, 18: the shard has the right size, and no hash in the index."""
-    write_index(tmp_path, lambda shard: None)
-    shard = tmp_path / "shard.00000.mds"
+    shard = write_mds(tmp_path, [encoded_image(i) for i in range(32)]) / "shard.00000.mds"
     contents, dice = bytearray(shard.read_bytes()), np.random.default_rng(seed)
     start = int(dice.integers(4, 60))  # in the table of the samples' offsets
     contents[start : start + 4] = dice.integers(0, 256, 4, dtype=np.uint8).tobytes()

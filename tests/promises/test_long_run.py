@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from helpers import (
+    datasets_of,
     family_of,
     inode_of,
     losses_of,
@@ -76,13 +77,24 @@ def long_run(folder: Path, labeled: Path, num_steps: int, interval: int) -> list
         "global_train_batch_size=4",
         "student.depth=1",
         f"save_interval={interval}ba",
-        f"retrieval.datasets={{cifar10: {{format: mds, root: {labeled}}}}}",
+        f"retrieval.{datasets_of(labeled)}",
         f"retrieval.interval={interval}ba",
         "retrieval.baselines=[]",
         "retrieval.at_start=false",
         "train_loader.num_workers=1",
         "callbacks.health.interval=100ba",
     )
+
+
+def assert_nothing_grows(first: list[Usage], second: list[Usage]) -> None:
+    """Compare the halves of a run."""
+    for name in ("descriptors", "threads", "processes", "shared_memory", "temporary"):
+        # The minimum, since some come and go; a leak per checkpoint, retrieval or epoch would add three.
+        before, after = (min(getattr(usage, name) for usage in half) for half in (first, second))
+        assert after - before <= 1, name
+    megabytes = [statistics.median(usage.megabytes for usage in half) for half in (first, second)]
+    assert megabytes[1] - megabytes[0] < 8, megabytes
+    print(f"\n{first[0]} at the beginning, {second[-1]} at the end")
 
 
 @pytest.mark.parametrize(
@@ -115,15 +127,7 @@ def test_a_long_run_does_not_leak(
         assert program.poll() == 0
     assert len(losses_of(folder)) == num_steps
 
-    first, last = usages[0] + usages[1], usages[2] + usages[3]
-    for name in ("descriptors", "threads", "processes", "shared_memory", "temporary"):
-        # The minimum, since some come and go; a leak per checkpoint, retrieval or epoch would add three.
-        before, after = (min(getattr(usage, name) for usage in half) for half in (first, last))
-        assert after - before <= 1, name
-    megabytes = [statistics.median(usage.megabytes for usage in half) for half in (first, last)]
-    assert megabytes[1] - megabytes[0] < 8, megabytes
-    print(f"\n{num_steps} steps: {first[0]} at the beginning, {last[-1]} at the end")
-
+    assert_nothing_grows(usages[0] + usages[1], usages[2] + usages[3])
     assert [path for path, inode in shared_memory if inode_of(path) == inode] == []
     # Torch keeps its cache.
     left = {str(path.relative_to(temporary)) for path in set(temporary.rglob("*")) - left_by_kill}

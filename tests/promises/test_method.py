@@ -1,4 +1,7 @@
-"""Promises 1 and 2: the reference implementation's numbers (fairseq's data2vec 2.0, float32), and one encoding."""
+"""Promises 1 and 2: the reference implementation's numbers (fairseq's data2vec 2.0, float32), and one encoding.
+
+Students are of images and of sound; tests/promises/test_audio_method.py has the teachers of sound.
+"""
 
 from typing import Any
 
@@ -11,9 +14,10 @@ from d2v_composer import DistillationModel, load_teacher
 from helpers import GOLDEN, assert_same_numbers
 
 Golden = tuple[Any, Any, dict[str, Tensor]]
+IMAGES, SOUND = ("tiny_base", "tiny_alibi", "tiny_topk_noprenet"), ("audio_base", "audio_prenet")
 
 
-@pytest.fixture(scope="module", params=["tiny_base", "tiny_alibi", "tiny_topk_noprenet"])
+@pytest.fixture(scope="module", params=[*IMAGES, *SOUND])
 def golden(request: pytest.FixtureRequest) -> Golden:
     """A teacher, a student with the reference's weights, and the reference's arrays."""
     arrays = {name: torch.from_numpy(array) for name, array in np.load(GOLDEN / f"{request.param}.npz").items()}
@@ -26,6 +30,15 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     return teacher, student, arrays
 
 
+def model_of(golden: Golden, **options: Any) -> tuple[Any, Any]:
+    """Return the distillation of a teacher into a student as the reference does it, and its batch."""
+    teacher, student, arrays = golden
+    if "images" in arrays:
+        return DistillationModel(teacher, student, **options), arrays["images"]
+    return DistillationModel(teacher, student, final_layer_norm=True, **options), {"audio": arrays["waveforms"]}
+
+
+@pytest.mark.parametrize("golden", IMAGES, indirect=True)
 def test_teacher(golden: Golden) -> None:
     """1."""
     teacher, _, arrays = golden
@@ -38,6 +51,7 @@ def test_teacher(golden: Golden) -> None:
         assert_same_numbers(ffn_output, arrays[f"teacher_ffn_{i}"])
 
 
+@pytest.mark.parametrize("golden", IMAGES, indirect=True)
 def test_targets_with_and_without_extra_tokens(golden: Golden) -> None:
     """1."""
     teacher, _, arrays = golden
@@ -49,35 +63,37 @@ def test_targets_with_and_without_extra_tokens(golden: Golden) -> None:
 def test_student(golden: Golden) -> None:
     """1."""
     teacher, student, arrays = golden
-    x = teacher.encode(arrays["images"])
+    model, batch = model_of(golden)
+    x = teacher.encode(arrays["waveforms" if "waveforms" in arrays else "images"])
+    if "student_alibi" in arrays:
+        assert_same_numbers(student.block_contexts(x)[0][0], arrays["student_alibi"])
     output, ffn_outputs = student.forward_blocks(x)
     assert_same_numbers(output, arrays["student_out"])
     for i, ffn_output in enumerate(ffn_outputs):
         assert_same_numbers(ffn_output, arrays[f"student_ffn_{i}"])
-    prediction, *_ = DistillationModel(teacher, student, prediction="layer_mean")(arrays["images"])
-    assert_same_numbers(prediction, arrays["student_prediction"])
+    assert_same_numbers(model(batch).prediction, arrays["student_prediction"])
 
 
 def test_loss_and_gradients(golden: Golden) -> None:
     """1."""
-    teacher, student, arrays = golden
-    model = DistillationModel(teacher, student, prediction="layer_mean")
+    _, student, arrays = golden
+    model, batch = model_of(golden, prediction="layer_mean")
     student.zero_grad()
-    loss = model.loss(model(arrays["images"]), arrays["images"])
+    loss = model.loss(model(batch), batch)
     assert_same_numbers(loss, arrays["loss"].reshape(()))
     loss.backward()
-    depth = 1 + max(int(name.split(".")[1]) for name, _ in student.named_parameters() if name.startswith("blocks."))
-    for block, layer, name in ((0, "attn.qkv", "grad_first_qkv"), (-1, "mlp.fc2", "grad_last_fc2")):
-        assert_same_numbers(student.get_parameter(f"blocks.{block % depth}.{layer}.weight").grad, arrays[name])
+    last = len(student.block_list) - 1
+    for name, gradient in {"blocks.0.attn.qkv": "grad_first_qkv", f"blocks.{last}.mlp.fc2": "grad_last_fc2"}.items():
+        assert_same_numbers(student.get_parameter(f"{name}.weight").grad, arrays[gradient])
 
 
 def test_loss_of_the_last_block(golden: Golden) -> None:
     """1."""
-    teacher, student, arrays = golden
-    model = DistillationModel(teacher, student, prediction="last_block")
-    assert_same_numbers(model.loss(model(arrays["images"]), arrays["images"]), arrays["loss_last_block"].reshape(()))
+    model, batch = model_of(golden, prediction="last_block")
+    assert_same_numbers(model.loss(model(batch), batch), golden[2]["loss_last_block"].reshape(()))
 
 
+@pytest.mark.parametrize("golden", IMAGES, indirect=True)
 def test_only_the_students_blocks_are_trained_and_images_are_encoded_once(golden: Golden) -> None:
     """2: the paper's sizes and FLOPs, tests/models shows."""
     teacher, student, arrays = golden

@@ -10,7 +10,7 @@ from d2v_composer import load_student
 from helpers import (
     ROOT,
     assert_same_losses,
-    d2v,
+    datasets_of,
     load_checkpoint,
     losses_of,
     run_ranks,
@@ -50,15 +50,13 @@ def test_a_checkpoint_holds_all_that_trains_and_two_ranks_train_as_one(
 def test_evaluate_embed_and_export_read_the_narrow_embedding(narrow: Path, labeled: Path, tmp_path: Path) -> None:
     """17, 21: from the checkpoint and from its exported file."""
     checkpoint, exported = narrow / "latest-rank0.pt", tmp_path / "student.safetensors"
-    d2v("export", checkpoint, exported)
-    found = {}
+    succeed("export", checkpoint, exported)
     for model in (checkpoint, exported):
-        out = tmp_path / f"{model.name}.npy"
-        succeed("embed", model, labeled / "test", out)
-        found[model] = np.load(out)
-    assert found[exported].shape == (48, 20)
-    np.testing.assert_allclose(found[exported], found[checkpoint], atol=1e-5)
-    datasets = f"datasets={{cifar10: {{format: mds, root: {labeled}}}}}"
+        succeed("embed", model, labeled / "test", tmp_path / f"{model.name}.npy")
+    ours, expected = (np.load(tmp_path / f"{model.name}.npy") for model in (exported, checkpoint))
+    assert ours.shape == (48, 20)
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+    datasets = datasets_of(labeled, "cifar10")
     succeed("evaluate", ROOT / "yamls" / "evaluate.yaml", f"model={checkpoint}", datasets)
     student, trained = load_student(exported), load_checkpoint(checkpoint)["state"]["model"]
     assert torch.equal(student.state_dict()["input_proj.weight"], trained["student.input_proj.weight"])

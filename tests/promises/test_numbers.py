@@ -19,7 +19,21 @@ from PIL import Image
 from streaming import StreamingDataset
 
 from d2v_composer import knn_accuracy, linear_probe_accuracy, load_teacher, retrieval_accuracy
-from helpers import GOLDEN, QUICKSTART, d2v, encoded_image, failure, log_of, run_training, small_run, succeed, write_mds
+from helpers import (
+    GOLDEN,
+    QUICKSTART,
+    d2v,
+    datasets_of,
+    encoded_image,
+    failure,
+    log_of,
+    run_training,
+    saved,
+    small_run,
+    succeed,
+    write_files,
+    write_mds,
+)
 
 Embedded = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]
 
@@ -106,8 +120,7 @@ def test_an_evaluation_measures_what_a_brute_force_does(tmp_path: Path) -> None:
             images = torch.stack([decoded(each["image"]) for each in samples])
             parts.append(teacher.embed(images, pooling="cls", representation="output").double().numpy())
         parts.append(np.array(labels))
-    datasets = f"datasets={{small: {{format: mds, root: {tmp_path}}}}}"
-    succeed("evaluate", f"model={GOLDEN / 'tiny_base.pt'}", datasets, "ks=[1]", f"out={tmp_path}")
+    succeed("evaluate", f"model={GOLDEN / 'tiny_base.pt'}", datasets_of(tmp_path), "ks=[1]", f"out={tmp_path}")
     found = list(numbers(json.loads((tmp_path / "evaluation.json").read_text())))
     for bank, queries in ((0, 2), (2, 0)):
         nearest = similarities((parts[bank], parts[bank + 1], parts[queries], parts[queries + 1])).argmax(axis=1)
@@ -129,7 +142,7 @@ def numbers(found: Any) -> Iterator[float]:
 def of_teacher_blocks(tmp_path_factory: pytest.TempPathFactory, small_data: Path, labeled: Path) -> Path:
     """The folder of a run whose student began as its teacher's blocks, measured before its first batch."""
     folder = tmp_path_factory.mktemp("copied") / "run"
-    sets = f"retrieval.datasets={{small: {{format: mds, root: {labeled}}}}}"
+    sets = f"retrieval.{datasets_of(labeled)}"
     changes = "student.init=teacher_blocks", "student.mlp_ratio=4", "student.depth=2", "retrieval.at_start=true"
     run_training(*small_run(folder, small_data, sets, *changes, "max_duration=2ba", "scheduler.t_warmup=1ba"))
     return folder
@@ -139,7 +152,7 @@ def test_the_untrained_student_is_the_runs(of_teacher_blocks: Path, labeled: Pat
     """23: its numbers are those that the run measured before its first batch; without the teacher, there are none."""
     student, teacher = tmp_path / "student.safetensors", GOLDEN / "tiny_base.pt"
     succeed("export", of_teacher_blocks / "latest-rank0.pt", student)
-    datasets = f"datasets={{small: {{format: mds, root: {labeled}}}}}"
+    datasets = datasets_of(labeled)
     logged = log_of(of_teacher_blocks)
     for number, options in enumerate(([f"model={student}", f"teacher={teacher}"], [f"model={student}"])):
         out = tmp_path / str(number)
@@ -155,15 +168,16 @@ def test_the_untrained_student_is_the_runs(of_teacher_blocks: Path, labeled: Pat
 
 
 def test_a_finished_run_prints_its_table_again(small_data: Path, labeled: Path, tmp_path: Path) -> None:
-    """23: with the rows and measures of the call that trained it, the agreement with the teacher, too."""
+    """10, 23: with the rows and measures of the call that trained it, which it does not change."""
     sets = f"retrieval.datasets={{small: {{format: mds, root: {labeled / 'test'}, label_column: null}}}}"
-    changes = "retrieval.at_start=true", "max_duration=2ba", "scheduler.t_warmup=1ba"
-    tables = [
-        run_training(*small_run(tmp_path / "run", small_data, sets, *changes)).stdout.partition("\n\n")[2]
-        for _ in range(2)
-    ]
-    assert "neighbor agreement" in tables[0]
-    assert tables[0] == tables[1]
+    few = "retrieval.at_start=true", "max_duration=2ba", "scheduler.t_warmup=1ba"
+    arguments, checkpoint = small_run(tmp_path, small_data, sets, *few), tmp_path / "latest-rank0.pt"
+    first, before = run_training(*arguments).stdout, checkpoint.read_bytes()
+    again = run_training(*arguments).stdout
+    assert f"{tmp_path}: this run is complete at 2ba" in again
+    assert checkpoint.read_bytes() == before
+    assert "neighbor agreement" in first
+    assert first.partition("\n\n")[2] == again.partition("\n\n")[2]
 
 
 def test_another_teacher_is_refused(of_teacher_blocks: Path, labeled: Path, tmp_path: Path) -> None:
@@ -175,7 +189,7 @@ def test_another_teacher_is_refused(of_teacher_blocks: Path, labeled: Path, tmp_
     contents["model"]["blocks.1.mlp.fc2.weight"] *= 1.1  # not in the encoder
     torch.save(contents, tmp_path / "other.pt")
     succeed("convert-teacher", tmp_path / "other.pt", other)
-    datasets = f"datasets={{small: {{format: mds, root: {labeled}}}}}"
+    datasets = datasets_of(labeled)
     for model in (student, of_teacher_blocks / "latest-rank0.pt"):
         line = failure(d2v("evaluate", datasets, f"model={model}", f"teacher={other}"), 2)
         assert re.fullmatch(rf"error: {other}: not this student's teacher: sha256 \w{{64}}, expected \w{{64}}", line)
@@ -185,7 +199,7 @@ def test_another_teacher_is_refused(of_teacher_blocks: Path, labeled: Path, tmp_
 
 def test_an_evaluation_replaces_only_its_own(labeled: Path, tmp_path: Path) -> None:
     """23 and 7: a user's file, or another model's results, are refused before the work, and stay."""
-    datasets = f"datasets={{small: {{format: mds, root: {labeled}}}}}"
+    datasets = datasets_of(labeled)
     command = "evaluate", datasets, "ks=[1]", "max_images=20", f"model={GOLDEN / 'tiny_base.pt'}"
     out = tmp_path / "out"
     out.mkdir()
@@ -209,23 +223,15 @@ def test_test_images_among_the_train_images_are_counted(labeled: Path, small_dat
     """23: they make every model right; also in other files, of the same pixels."""
     said = "warning: small: {} of {} test images are also among the train images\n"
     model = f"model={GOLDEN / 'tiny_base.pt'}"
-    ended = d2v("evaluate", model, f"datasets={{small: {{format: mds, root: {labeled}}}}}", "ks=[1]")
-    assert said.format(48, 48) in ended.stderr
-    sets = (
-        f"retrieval.datasets={{small: {{format: mds, root: {labeled}}}}}",
-        "max_duration=1ba",
-        "scheduler.t_warmup=0ba",
-    )
-    assert said.format(48, 48) in run_training(*small_run(tmp_path / "run", small_data, *sets)).stderr
-    for split, numbers in {"train": range(20), "test": range(18, 38)}.items():
+    run = small_run(tmp_path / "run", small_data, f"retrieval.{datasets_of(labeled)}", "max_duration=1ba")
+    assert said.format(48, 48) in run_training(*run, "scheduler.t_warmup=0ba").stderr
+    photos = {}
+    for split, numbers, level in (("train", range(20), 1), ("test", range(18, 38), 9)):
         for number in numbers:
-            path = tmp_path / "photos" / split / str(number % 2) / f"{split}{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.open(io.BytesIO(encoded_image(number))).save(path, compress_level=1 if split == "train" else 9)
-    ended = d2v("evaluate", model, f"datasets={{small: {{format: folder, root: {tmp_path / 'photos'}}}}}", "ks=[1]")
-    assert said.format(2, 20) in ended.stderr
-    ended = d2v(
-        "evaluate", model, f"datasets={{small: {{format: mds, root: {QUICKSTART / 'cifar10'}}}}}", "max_images=50"
-    )
-    assert ended.returncode == 0
+            image = Image.open(io.BytesIO(encoded_image(number)))
+            photos[f"{split}/{number % 2}/{split}{number}.png"] = saved(image, "PNG", compress_level=level)
+    folder = write_files(tmp_path / "photos", photos)
+    sets = f"datasets={{small: {{format: folder, root: {folder}}}}}"
+    assert said.format(2, 20) in succeed("evaluate", model, sets, "ks=[1]").stderr
+    ended = succeed("evaluate", model, datasets_of(QUICKSTART / "cifar10"), "max_images=50")
     assert "among the train images" not in ended.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gated_store import GatedStore
-from helpers import D2V, GOLDEN, d2v, encoded_image, failure, start_python, succeed, wait_until
+from helpers import D2V, GOLDEN, d2v, failure, start_python, succeed, wait_until, write_files, write_images
 
 TEACHER = str(GOLDEN / "tiny_base.pt")
 BUCKET = "outputs"
@@ -22,11 +22,7 @@ def store(object_store: GatedStore) -> GatedStore:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for number in range(8):
-        (folder / f"{number}.jpg").write_bytes(encoded_image(number))
-    return folder
+    return write_images(tmp_path / "photos", [f"{number}.jpg" for number in range(8)])
 
 
 class Place:
@@ -43,8 +39,7 @@ class Place:
         if self.store is not None:
             self.store.client().put_object(Bucket=BUCKET, Key=self.prefix + name, Body=content)
             return
-        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (self.folder / name).write_bytes(content)
+        write_files(self.folder, {name: content})
 
     def contents(self) -> Mapping[str, bytes]:
         if self.store is not None:
@@ -109,7 +104,10 @@ def test_what_died_on_another_machine_is_made_again(
 
 @pytest.mark.parametrize(
     ("command", "outputs"),
-    [(["embed", "MODEL", "photos", "o.npy"], {"o.npy", "o.ids.npy"}), (["export", "MODEL", "o.pt2"], {"o.pt2"})],
+    [
+        (["embed", "MODEL", "photos", "o.npy"], {"o.npy", "o.ids.npy"}),
+        (["export", "MODEL", "o.safetensors"], {"o.safetensors"}),
+    ],
 )
 def test_what_came_meanwhile_is_not_replaced(
     command: list[str], outputs: set[str], store: GatedStore, photos: Path, uninterrupted: Path, tmp_path: Path

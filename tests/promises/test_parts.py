@@ -28,6 +28,8 @@ from helpers import (
     started_ranks,
     succeed,
     wait_until,
+    write_files,
+    write_images,
     write_mds,
 )
 
@@ -86,7 +88,7 @@ def test_parts_of_a_conversion(sources: dict[str, list[str]], tmp_path: Path, ki
     make_parts(count, "convert-images", source, out, *options, *CONVERT)
     assert not (out / "index.json").exists()
     (out / "conversion.json").write_text("{}")
-    assert failure(d2v("merge", out), 2) == f"error: {out} holds another data set; remove its conversion.json"
+    assert not_merged(out) == f"error: {out} holds another data set; remove its conversion.json"
     (out / "conversion.json").unlink()
     report = succeed("merge", out).stdout
     assert f"wrote {out}: {NUM_IMAGES} samples" in report
@@ -96,10 +98,8 @@ def test_parts_of_a_conversion(sources: dict[str, list[str]], tmp_path: Path, ki
         assert shards_of(out) == shards_of(whole)
         assert (out / "conversion.json").read_bytes() == (whole / "conversion.json").read_bytes()
     before = contents_of(out)
-    assert (
-        "exists already"
-        in succeed("convert-images", source, out, *options, *CONVERT, "--part", f"{count - 1}/{count}").stdout
-    )
+    again = succeed("convert-images", source, out, *options, *CONVERT, "--part", f"{count - 1}/{count}")
+    assert "exists already" in again.stdout
     succeed("merge", out)
     assert contents_of(out) == before
 
@@ -128,8 +128,7 @@ def test_parts_of_embeddings(sources: dict[str, list[str]], tmp_path: Path, kind
     if suffix == ".npy" and kind != "tars":
         assert contents_of(tmp_path)["out.npy"] == whole.read_bytes()
     assert "exists already" in succeed("embed", TEACHER, source, out, *EMBED, "--part", f"0/{count}").stdout
-    message = failure(d2v("merge", out), 2)
-    assert message == f"error: {out} already exists; choose another file, or append --overwrite"
+    assert not_merged(out) == f"error: {out} already exists; choose another file, or append --overwrite"
 
 
 def read_table(path: Path) -> tuple[list[Any], np.ndarray]:
@@ -153,57 +152,70 @@ def not_merged(out: Path) -> str:
     return failure(d2v("merge", out), 2)
 
 
-def test_a_missing_part_is_named(sources: dict[str, list[str]], tmp_path: Path) -> None:
-    data, table = tmp_path / "out", tmp_path / "table.npy"
-    for part in ("0/3", "2/3"):
-        convert_part(sources["folder"], data, part)
-        embed_part(sources["folder"], table, part)
-    for out, folder in ((data, data / "parts"), (table, tmp_path / "table.npy.parts")):
-        assert not_merged(out) == f"error: {folder}: of 3 parts, these are missing: 1"
+@pytest.fixture(scope="module")
+def whole_halves(sources: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both parts of a conversion to ``out`` and of embeddings in ``table.npy``; read-only."""
+    folder = tmp_path_factory.mktemp("halves")
+    for part in ("0/2", "1/2"):
+        convert_part(sources["folder"], folder / "out", part)
+        embed_part(sources["folder"], folder / "table.npy", part)
+    return folder
 
 
-def test_parts_of_another_command_are_named(sources: dict[str, list[str]], tmp_path: Path) -> None:
+@pytest.fixture
+def halves(whole_halves: Path, tmp_path: Path) -> Path:
+    """A copy that the test may change."""
+    return shutil.copytree(whole_halves, tmp_path / "halves")
+
+
+def test_a_missing_part_is_named(halves: Path) -> None:
+    shutil.rmtree(halves / "out" / "parts" / "00001-of-00002")
+    for path in halves.glob("table.npy.parts/00001-of-00002.*"):
+        path.unlink()
+    for out, parts in ((halves / "out", halves / "out" / "parts"), (halves / "table.npy", halves / "table.npy.parts")):
+        assert not_merged(out) == f"error: {parts}: of 2 parts, these are missing: 1"
+
+
+def test_parts_of_another_command_are_named(sources: dict[str, list[str]], halves: Path) -> None:
     """They are of other images, made otherwise, doubled, or one of another number of parts."""
-    out, table = tmp_path / "out", tmp_path / "table.npy"
-    convert_part(sources["folder"], out, "1/2")
-    other = d2v("convert-images", *sources["bytes"], out, *CONVERT, "--part", "1/2")
+    out, table = halves / "out", halves / "table.npy"
+    first, second = (out / "parts" / f"0000{number}-of-00002" for number in range(2))
     another = "was made with another source, labels, label_column than this command; remove it"
-    assert failure(other, 2).endswith(f"00001-of-00002 {another}")
-    embed_part(sources["folder"], table, "0/2")
+    refused = d2v("convert-images", *sources["bytes"], out, *CONVERT, "--part", "1/2")
+    assert failure(refused, 2).endswith(f"00001-of-00002 {another}")
+    for path in halves.glob("table.npy.parts/00001-of-00002.*"):
+        path.unlink()
     embed_part(sources["folder"], table, "1/2", "--normalize")
     said = "00001-of-00002.npy was made with another normalize than 00000-of-00002; remove it"
     assert not_merged(table).endswith(said)
-    shutil.copytree(out / "parts" / "00001-of-00002", out / "parts" / "00000-of-00002")
-    assert not_merged(out) == f"error: {out}/parts/00000-of-00002 holds part 1 of 2; remove it"
-    shutil.rmtree(out / "parts" / "00000-of-00002")
+    shutil.rmtree(first)
+    shutil.copytree(second, first)
+    assert not_merged(out) == f"error: {first} holds part 1 of 2; remove it"
+    shutil.rmtree(first)
     convert_part(sources["folder"], out, "0/3")
     assert not_merged(out) == f"error: {out}/parts has parts of 2 and of 3; keep only one set"
 
 
 def test_parts_whose_images_changed_are_not_merged(tmp_path: Path) -> None:
     """A Parquet file of paths is the same, but not the images that it names."""
-    for number in range(8):
-        (tmp_path / f"{number}.png").write_bytes(encoded_image(number))
-    source = [str(write_parquet(tmp_path / "x.parquet", {"path": [f"{number}.png" for number in range(8)]}))]
+    names = [f"{number}.png" for number in range(8)]
+    source = [str(write_parquet(write_images(tmp_path, names) / "x.parquet", {"path": names}))]
     embed_part(source, tmp_path / "o.npy", "0/2")
     (tmp_path / "0.png").write_bytes(encoded_image(9) + b"more")
     embed_part(source, tmp_path / "o.npy", "1/2")
     assert not_merged(tmp_path / "o.npy").endswith("was made with another source than 00000-of-00002; remove it")
 
 
-def test_a_damaged_part_is_named(sources: dict[str, list[str]], tmp_path: Path) -> None:
+def test_a_damaged_part_is_named(halves: Path) -> None:
     """A shard, an index, rows, or ids of other rows."""
-    out, table = tmp_path / "out", tmp_path / "table.npy"
-    for part in ("0/2", "1/2"):
-        convert_part(sources["folder"], out, part)
-        embed_part(sources["folder"], table, part)
+    out, table = halves / "out", halves / "table.npy"
     shard = next((out / "parts" / "00001-of-00002").glob("*.mds"))
     shard.write_bytes(shard.read_bytes()[:-1])
     assert not_merged(out).endswith(f"{shard.name} is missing or damaged; remove this part")
     index = out / "parts" / "00000-of-00002" / "index.json"
     index.write_bytes(index.read_bytes()[:-1])
     assert not_merged(out).startswith(f"error: {index} cannot be read: ")
-    rows = tmp_path / "table.npy.parts" / "00001-of-00002.npy"
+    rows = halves / "table.npy.parts" / "00001-of-00002.npy"
     whole_rows, whole_ids = rows.read_bytes(), np.load(rows.with_suffix(".ids.npy"))
     for bad_rows, bad_ids in ((whole_rows[:-1], whole_ids), (whole_rows, whole_ids[:-1])):
         rows.write_bytes(bad_rows)
@@ -214,12 +226,11 @@ def test_a_damaged_part_is_named(sources: dict[str, list[str]], tmp_path: Path) 
 
 def test_a_part_is_refused_in_one_line(sources: dict[str, list[str]], tmp_path: Path) -> None:
     """It would stand beside the user's files, or is none of the parts."""
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "notes.txt").touch()
-    refused = d2v("convert-images", *sources["folder"], tmp_path / "mine", "--part", "0/2")
-    said = f"error: {tmp_path}/mine holds something other than parts: notes.txt; choose another OUT"
+    mine = write_files(tmp_path / "mine", {"notes.txt": b""})
+    refused = d2v("convert-images", *sources["folder"], mine, "--part", "0/2")
+    said = f"error: {mine} holds something other than parts: notes.txt; choose another OUT"
     assert failure(refused, 2) == said
-    assert os.listdir(tmp_path / "mine") == ["notes.txt"]
+    assert os.listdir(mine) == ["notes.txt"]
     refused = d2v("embed", TEACHER, sources["folder"][0], tmp_path / "table.npy", "--part", "3/3")
     assert failure(refused, 2) == "error: argument --part: must be I/N with I from 0 to N - 1, got '3/3'"
 
@@ -233,9 +244,9 @@ def test_parts_with_other_labels_are_not_merged(sources: dict[str, list[str]], t
         (tars, by_column, ["--label-column", "txt"]),
     ):
         out = tmp_path / Path(source).name
-        succeed("convert-images", source, out, *first, *CONVERT, "--part", "0/2")
-        succeed("convert-images", source, out, *second, *CONVERT, "--part", "1/2")
-        message = failure(d2v("merge", out), 2)
+        convert_part([source, *first], out, "0/2")
+        convert_part([source, *second], out, "1/2")
+        message = not_merged(out)
         assert message.endswith(" than 00000-of-00002; remove it")
         assert "00001-of-00002 was made with another label" in message
 
@@ -288,16 +299,10 @@ def test_parts_in_a_store(sources: dict[str, list[str]], object_store: GatedStor
         assert "is missing or damaged; remove this part" in failure(d2v("merge", f"{bucket}/data", **reach), 2)
     for each in ("data", "table.npy"):
         succeed("merge", f"{bucket}/{each}", **reach)
-    objects = object_store.objects("parts")
-    for name in ("table.npy", "table.ids.npy"):
-        (tmp_path / name).write_bytes(objects[name])
+    write_files(tmp_path, object_store.objects("parts"))
     found, expected = map(read_table, (tmp_path / "table.npy", tmp_path / "whole.npy"))
     assert found[0] == expected[0]
     np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=2e-6)
-    for name, content in objects.items():
-        if name.startswith("data/"):
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_bytes(content)
     assert samples_of(tmp_path / "data") == samples_of(tmp_path / "whole")
     message = failure(d2v("embed", TEACHER, source, f"{bucket}/table.npy", *EMBED, **reach), 2)
     assert message == f"error: {bucket}/table.npy already exists; choose another file, or append --overwrite"

@@ -25,7 +25,7 @@ from helpers import (
     checkpoints_of,
     command_environment,
     contents_of,
-    d2v,
+    datasets_of,
     failure,
     family_of,
     flip_bit,
@@ -33,6 +33,7 @@ from helpers import (
     load_checkpoint,
     log_of,
     losses_of,
+    refused_run,
     run_command,
     run_ranks,
     run_training,
@@ -46,6 +47,7 @@ from helpers import (
     train_until_killed,
     truncated,
     wait_until,
+    write_files,
 )
 from programs.preloaded import Program
 
@@ -185,8 +187,8 @@ def test_a_run_ends_when_one_of_its_ranks_is_killed(victim: int, small_data: Pat
 
 def test_a_signal_in_a_retrieval(small_data: Path, labeled: Path, tmp_path: Path) -> None:
     """10, 11: that of batch 10 is cut short, and measured by the resumed run; the last one is finished at once."""
-    retrieval = f"retrieval.datasets={{small: {{format: mds, root: {labeled}}}}}"
-    options = (retrieval, "retrieval.baselines=[]", "retrieval.interval=5ba", UNSAVED)
+    sets = f"retrieval.{datasets_of(labeled)}"
+    options = (sets, "retrieval.baselines=[]", "retrieval.interval=5ba", UNSAVED)
     runs = {name: small_run(tmp_path / name, small_data, *options) for name in ("undisturbed", "stopped")}
     run_training(*runs["undisturbed"])
     stopped = run_command(sys.executable, *traced(runs["stopped"]), environment={"AT": "batch_start 9 retrieval_int"})
@@ -206,7 +208,7 @@ def test_a_resumes_log_has_no_number_of_weights_that_no_file_holds(
     small_data: Path, labeled: Path, tmp_path: Path
 ) -> None:
     """10, 23: the retrieval of batch 6 is of weights that the kill took, and the resumed run measures others."""
-    sets, key = f"retrieval.datasets={{small: {{format: mds, root: {labeled}}}}}", "metrics/small/bank_train/top1"
+    sets, key = f"retrieval.{datasets_of(labeled)}", "metrics/small/bank_train/top1"
     arguments = small_run(tmp_path, small_data, sets, "retrieval.baselines=[]", "save_interval=4ba")
     train_until_killed([*arguments, "retrieval.interval=3ba"], "batch_start 7")
     with (tmp_path / "log.jsonl").open("a") as log:
@@ -261,32 +263,28 @@ def test_what_a_run_is_cannot_be_changed(uninterrupted: Path, small_data: Path, 
     changes = ["seed=18", "student.depth=2", "student.alibi=false", "optimizer.lr=0.001", "targets.extra_tokens=drop"]
     changes += ["global_train_batch_size=8", f"train_loader.local={labeled / 'test'}", "train_loader.column=image"]
     before = contents_of(uninterrupted)
-    line = failure(run_command(*train_command(small_run(uninterrupted, small_data, *changes))), 2)
+    line = refused_run(small_run(uninterrupted, small_data, *changes))
     assert "seed: checkpoint has 17, config has 18" in line, line
     for name in ("student.depth", "student.alibi", "optimizer.lr", "targets.extra_tokens", "global_train_batch_size"):
         assert f"{name}: " in line
     assert "train_loader.column: checkpoint has None, config has image" in line
-    other = run_command(*train_command(small_run(uninterrupted, labeled / "test", "seed=17")))
-    assert "train_loader" in failure(other, 2)
+    assert "train_loader" in refused_run(small_run(uninterrupted, labeled / "test", "seed=17"))
     assert contents_of(uninterrupted) == before
 
 
 @pytest.mark.parametrize("name", ["run.yaml", "notes.txt"])
 def test_a_folder_of_other_files_is_refused(name: str, small_data: Path, tmp_path: Path) -> None:
     """7, 11: as it was."""
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / name).write_text("mine")
-    line = failure(run_command(*train_command(small_run(tmp_path / "mine", small_data))), 2)
-    assert f"save_folder: {tmp_path / 'mine'} holds files that are not ours, such as {name}; choose another" in line
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == [name]
-    assert (tmp_path / "mine" / name).read_text() == "mine"
+    folder = write_files(tmp_path / "mine", {name: b"mine"})
+    line = refused_run(small_run(folder, small_data))
+    assert f"save_folder: {folder} holds files that are not ours, such as {name}; choose another" in line
+    assert contents_of(folder) == {name: b"mine"}
 
 
 def test_a_used_folder_is_refused_unless_it_is_resumed(uninterrupted: Path, small_data: Path) -> None:
     """7, 11: another run's checkpoints, log, record and report stay."""
     before = contents_of(uninterrupted)
-    arguments = small_run(uninterrupted, small_data, "autoresume=false", "save_interval=1ba", "report=true")
-    line = failure(run_command(*train_command(arguments)), 2)
+    line = refused_run(small_run(uninterrupted, small_data, "autoresume=false", "save_interval=1ba", "report=true"))
     said = f"autoresume: must be true, because {uninterrupted} holds a run's checkpoints; a new run needs another save_"
     assert said in line
     assert contents_of(uninterrupted) == before
@@ -294,8 +292,7 @@ def test_a_used_folder_is_refused_unless_it_is_resumed(uninterrupted: Path, smal
 
 def test_a_checkpoint_that_does_not_fit_is_named(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
     """11, 12: a finished run's, one of other settings, one of other tensors; nothing is left behind each time."""
-    finished = uninterrupted / "latest-rank0.pt"
-    foreign = tmp_path / "foreign.pt"
+    finished, foreign, new = uninterrupted / "latest-rank0.pt", tmp_path / "foreign.pt", tmp_path / "runs" / "new"
     checkpoint = load_checkpoint(uninterrupted / "ep1-ba12-rank0.pt")
     del checkpoint["state"]["callbacks"]["RunRecord"]
     torch.save(checkpoint, foreign)
@@ -305,12 +302,10 @@ def test_a_checkpoint_that_does_not_fit_is_named(uninterrupted: Path, small_data
         (finished, ["max_duration=20ba", "seed=18"], "seed: checkpoint has 17, config has 18"),
         (foreign, ["student.depth=2"], f"{foreign}: tensor student.blocks.2."),
     ):
-        arguments = small_run(tmp_path / "runs" / "new", small_data, f"load_path={load_path}", *changes)
-        assert words in failure(run_command(*train_command(arguments)), 2)
+        assert words in refused_run(small_run(new, small_data, f"load_path={load_path}", *changes))
         assert not (tmp_path / "runs").exists()
-    arguments = small_run(tmp_path / "runs" / "new", small_data, f"load_path={foreign}")
-    assert "at batch 12" in run_training(*arguments).stdout
-    assert_same_student(tmp_path / "runs" / "new", uninterrupted)
+    assert "at batch 12" in run_training(*small_run(new, small_data, f"load_path={foreign}")).stdout
+    assert_same_student(new, uninterrupted)
 
 
 def test_a_record_starts_another_run(small_data: Path, tmp_path: Path) -> None:
@@ -339,18 +334,10 @@ def test_a_run_killed_before_its_first_checkpoint_leaves_no_log_to_the_next(smal
     assert sorted(losses_of(tmp_path)) == [0, 1]
 
 
-def test_a_finished_run_does_not_change_when_it_starts_again(uninterrupted: Path, small_data: Path) -> None:
-    """10."""
-    before = (uninterrupted / "latest-rank0.pt").read_bytes()
-    ended = run_training(*small_run(uninterrupted, small_data))
-    assert f"{uninterrupted}: this run is complete at 14ba" in ended.stdout
-    assert (uninterrupted / "latest-rank0.pt").read_bytes() == before
-
-
 def test_a_run_with_a_nan_loss_ends_before_it_saves(small_data: Path, tmp_path: Path) -> None:
     """13, 18."""
     options = ("optimizer.lr=1e20", "algorithms.gradient_clipping=null", "save_interval=1ba", "scheduler.t_warmup=0ba")
-    line = failure(run_command(*train_command(small_run(tmp_path, small_data, *options))), 1)
+    line = refused_run(small_run(tmp_path, small_data, *options), 1)
     batch = batch_of(tmp_path / "latest-rank0.pt")
     assert f"batch {batch}: the training loss is nan; earlier checkpoints are kept" in line
     assert all(tensor.isfinite().all() for tensor in student_of(tmp_path).values())
@@ -369,8 +356,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_that_fills_ends_the_run_in_one_line(small_data: Path, small_disk: Path) -> None:
     """14: the checkpoint before is whole, and the run goes on where there is room."""
-    arguments = small_run(small_disk / "run", small_data)
-    line = failure(run_command(*train_command(arguments)), 1)
+    line = refused_run(small_run(small_disk / "run", small_data), 1)
     assert "No space left" in line
     assert str(small_disk) in line
     assert checkpoints_of(small_disk / "run") == {"ep0-ba2-rank0.pt"}
@@ -423,15 +409,12 @@ def test_readers_and_a_second_run_beside_a_run_that_saves(
     15: at the end of the first, five checkpoints are left.
     """
     program, folder = saving
-    newest, datasets = folder / "latest-rank0.pt", f"datasets={{small: {{format: mds, root: {labeled}}}}}"
+    newest = folder / "latest-rank0.pt"
     second = start_python(*train_command(small_run(folder, small_data, *ENDLESS))[1:])  # waits ten seconds
-    for ended in (
-        d2v("export", newest, tmp_path / "student.safetensors"),
-        d2v("embed", newest, labeled / "test", tmp_path / "embeddings.npy", "--workers", "0"),
-        d2v("evaluate", f"model={newest}", datasets, "ks=[1]", f"out={tmp_path / 'out'}"),
-        d2v("report", folder),
-    ):
-        assert ended.returncode == 0, ended.stderr
+    succeed("export", newest, tmp_path / "student.safetensors")
+    succeed("embed", newest, labeled / "test", tmp_path / "embeddings.npy", "--workers", "0")
+    succeed("evaluate", f"model={newest}", datasets_of(labeled), "ks=[1]", f"out={tmp_path / 'out'}")
+    succeed("report", folder)
     second.wait(60)
     line = failure(second, 2)
     assert str(folder) in line

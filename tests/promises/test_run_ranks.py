@@ -11,6 +11,7 @@ from gated_store import GatedStore
 from helpers import (
     QUICKSTART,
     assert_same_losses,
+    datasets_of,
     log_of,
     losses_of,
     run_command,
@@ -25,7 +26,7 @@ LAUNCHER = Path(sys.executable).parent / "composer"
 
 # Evaluations of twice 499 images, which two ranks share unevenly: before the first batch, after each fifth, at the end.
 WITH_RETRIEVAL = (
-    f"retrieval.datasets={{cifar10: {{format: mds, root: {QUICKSTART / 'cifar10'}}}}}",
+    f"retrieval.{datasets_of(QUICKSTART / 'cifar10')}",
     "retrieval.interval=5ba",
     "retrieval.at_start=true",
     "retrieval.max_images=499",

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers import GOLDEN, ROOT, d2v, failure, losses_of, run_command, small_run, train_command
+from helpers import GOLDEN, ROOT, d2v, datasets_of, failure, losses_of, run_command, small_run, train_command
 
 LOGIN = "someone:hunter\"7qXw'k9Ztrap%5C5"
 PARTS = ("hunter", "7qXw", "k9Ztrap", "topsecret")
@@ -77,7 +77,7 @@ def training(web: Web, folder: Path, *overrides: str) -> list[str]:
 def test_a_run_and_what_is_made_of_it(web: Web, labeled: Path, tmp_path: Path) -> None:
     """25: with a teacher and shards that need a login; the same command resumes."""
     environment = {"TORCH_HOME": str(tmp_path / "torch")}
-    sets = f"datasets={{small: {{format: mds, root: {labeled}}}}}"
+    sets = datasets_of(labeled)
     arguments = training(web, tmp_path, f"retrieval.{sets}")
     first = run_command(*train_command(arguments), environment=environment)
     again = run_command(*train_command([*arguments, "max_duration=4ba"]), environment=environment)
@@ -89,8 +89,7 @@ def test_a_run_and_what_is_made_of_it(web: Web, labeled: Path, tmp_path: Path) -
         tmp_path,
         first,
         again,
-        d2v("evaluate", f"model={checkpoint}", f"teacher={moved}", sets, f"out={tmp_path / 'run'}"),
-        d2v("evaluate", f"model={checkpoint}", f"teacher={moved}", sets, f"out={tmp_path / 'run'}", rivals),
+        d2v("evaluate", f"model={checkpoint}", f"teacher={moved}", rivals, sets, f"out={tmp_path / 'run'}"),
         d2v("export", checkpoint, tmp_path / "student.safetensors", "--teacher", moved),
         d2v("report", tmp_path / "run"),
     )
