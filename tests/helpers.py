@@ -338,14 +338,6 @@ def family_of(pid: int) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
-def kill_all_of(program: Program) -> None:
-    """Kill a program; what it has started ends with it."""
-    family = family_of(program.pid)
-    program.kill()
-    program.wait(30)
-    assert_gone(family)
-
-
 def assert_gone(processes: list[psutil.Process], seconds: float = 10) -> None:
     assert psutil.wait_procs(processes, timeout=seconds)[1] == []
 

@@ -32,7 +32,6 @@ from helpers import (
     failure,
     family_of,
     flip_bit,
-    kill_all_of,
     read_record,
     recorded,
     refused_run,
@@ -316,7 +315,9 @@ def test_a_conversion_is_whole_or_nothing(photos: Path, tmp_path: Path) -> None:
     for num_shards, workers in ((1, "2"), (3, "1")):
         program = start_python(*D2V, *command, "--workers", workers)
         wait_until(lambda num_shards=num_shards: len(list(out.glob("shard.*.mds"))) >= num_shards, seconds=60)
-        kill_all_of(program)
+        family = family_of(program.pid)
+        program.kill()
+        assert_gone(family)
         assert not (out / "index.json").exists()
     succeed(*command, "--workers", "3")
     assert contents_of(out) == contents_of(whole)
