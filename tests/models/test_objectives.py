@@ -155,10 +155,11 @@ def test_all_of_it_compiles_to_whole_graphs(
     teacher: Any, same: bool, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = teacher if same else load_teacher(GOLDEN / "tiny_topk_noprenet.pt")
+    second, third = (load_teacher(GOLDEN / "tiny_base.pt") for _ in range(2))  # each is compiled once
     student = Student(TinyConvolution(teacher.encoder.config), STUDENT)
-    of_dataset = DistillationModel(teacher, teacher.build_student(normalization="dataset"), dataset_norm=True)
+    of_dataset = DistillationModel(third, third.build_student(normalization="dataset"), dataset_norm=True)
     of_dataset.measure_targets([IMAGES])
-    models = two_objectives(teacher, other), DistillationModel(teacher, student), of_dataset
+    models = two_objectives(teacher, other), DistillationModel(second, student), of_dataset
     expected = [total_loss(model, IMAGES) for model in models]
     options: Any = {"fullgraph": True, "backend": "eager"}
     monkeypatch.setattr(torch, "compile", lambda function, compiled=torch.compile, **_: compiled(function, **options))
