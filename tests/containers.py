@@ -47,37 +47,50 @@ def write_zip(path: Path, members: Sequence[tuple[str, bytes]], compression: int
     return path
 
 
+def write_files(root: Path, images: Sequence[bytes], labels: Sequence[int]) -> None:
+    (root / "folder").mkdir(parents=True)
+    for number, image in enumerate(images):
+        (root / "folder" / f"{number:05}.png").write_bytes(image)
+    rows = [f"{number:05}.png,{label}" for number, label in enumerate(labels)]
+    (root / "labels.csv").write_text("\n".join(rows))
+
+
+def write_tables(root: Path, name: str, images: Sequence[bytes], labels: Sequence[int], numbers: range) -> None:
+    """Write some of the images as bytes, as the hub's structs, and as paths."""
+    span = slice(numbers.start, numbers.stop)
+    texts = {"label": labels[span], "caption": ["a"] * len(numbers)}
+    write_parquet(root / "bytes" / name, {"image": images[span], **texts})
+    structs = [{"bytes": image, "path": None} for image in images[span]]
+    write_parquet(root / "struct" / name, {"image": structs, **texts}, features=FEATURES)
+    paths = [f"../folder/{number:05}.png" for number in numbers]
+    write_parquet(root / "paths" / name, {"image": paths, "label": labels[span]})
+
+
+def write_archives(root: Path, name: str, images: Sequence[bytes], labels: Sequence[int], numbers: range) -> None:
+    """Write some of the images as a tar of samples with labels, and as a zip of folders; the first zip is stored."""
+    members = [
+        (f"{number:05}.{suffix}", content)
+        for number in numbers
+        for suffix, content in (("png", images[number]), ("cls", str(labels[number]).encode()), ("txt", b"a"))
+    ]
+    write_tar(root / "tars" / f"{name}.tar", members)
+    in_classes = [(f"photos/{labels[number]}/{number:05}.png", images[number]) for number in numbers]
+    compression = zipfile.ZIP_DEFLATED if numbers.start else zipfile.ZIP_STORED
+    write_zip(root / "zips" / f"{name}.zip", [("photos/notes.txt", b"a"), *in_classes], compression)
+
+
 def write_all(root: Path, images: Sequence[bytes], labels: Sequence[int], num_files: int = 3) -> dict[str, list[str]]:
     """Write the same images several times; the files of a set hold unequal numbers of them.
 
     Returns:
         The name of each kind of source → SOURCE and the options of its labels.
     """
+    write_files(root, images, labels)
     size = len(images) // num_files + 1
-    spans = [slice(first, first + size) for first in range(0, len(images), size)]
-    flat = root / "folder"
-    flat.mkdir(parents=True)
-    for number, image in enumerate(images):
-        (flat / f"{number:05}.png").write_bytes(image)
-    rows = [f"{number:05}.png,{label}" for number, label in enumerate(labels)]
-    (root / "labels.csv").write_text("\n".join(rows))
-    for file, span in enumerate(spans):
-        name, some = f"{file:05}.parquet", {"label": labels[span], "caption": ["a"] * len(labels[span])}
-        write_parquet(root / "bytes" / name, {"image": images[span], **some})
-        structs = [{"bytes": image, "path": None} for image in images[span]]
-        write_parquet(root / "struct" / name, {"image": structs, **some}, features=FEATURES)
-        paths = [f"../folder/{number:05}.png" for number in range(len(images))[span]]
-        write_parquet(root / "paths" / name, {"image": paths, "label": labels[span]})
-        members = [
-            (f"{number:05}.{suffix}", content)
-            for number in range(len(images))[span]
-            for suffix, content in (("png", images[number]), ("cls", str(labels[number]).encode()), ("txt", b"a"))
-        ]
-        write_tar(root / "tars" / f"{file:05}.tar", members)
-        numbers = range(len(images))[span]
-        in_classes = [(f"photos/{labels[number]}/{number:05}.png", images[number]) for number in numbers]
-        compression = zipfile.ZIP_DEFLATED if file else zipfile.ZIP_STORED
-        write_zip(root / "zips" / f"{file:05}.zip", [("photos/notes.txt", b"a"), *in_classes], compression)
+    for number, first in enumerate(range(0, len(images), size)):
+        numbers = range(first, min(first + size, len(images)))
+        write_tables(root, f"{number:05}.parquet", images, labels, numbers)
+        write_archives(root, f"{number:05}", images, labels, numbers)
     write_mds(root / "mds", list(images), list(labels))
     options = {
         "folder": ["--labels", str(root / "labels.csv")],

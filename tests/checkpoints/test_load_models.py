@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from d2v_composer import load_student, load_teacher
+from d2v_composer.checkpoints import load as loading
+from d2v_composer.checkpoints.checkpoint import LATEST
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed, evaluate
 from d2v_composer.commands import export as export_student
@@ -20,7 +23,7 @@ from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.targets import norm_mean
 from d2v_composer.runs.comparison import build_comparison
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, ROOT, load_checkpoint
+from helpers import GOLDEN, ROOT, load_checkpoint, student_of
 
 TEACHER = GOLDEN / "tiny_base.pt"
 
@@ -67,9 +70,8 @@ def test_a_student_has_no_weights_to_choose(uninterrupted: Path, tmp_path: Path)
         said = f"weights: {path} is a student, which has no ema weights; set weights=model"
         assert refusal(embed.main, [str(path), str(tmp_path), str(tmp_path / "out.npy"), "--weights", "ema"]) == said
     said = f"weights: {student} is a student, which has no ema weights; set weights=model"
-    assert (
-        refusal(partial(load_any, weights="ema", teacher=str(TEACHER)), student) == said
-    )  # its record says which its teacher has
+    # Its record says which weights its teacher has.
+    assert refusal(partial(load_any, weights="ema", teacher=str(TEACHER)), student) == said
 
 
 def test_a_teacher_is_compared_in_the_normalization_of_the_students_run(uninterrupted: Path, tmp_path: Path) -> None:
@@ -101,3 +103,47 @@ def test_a_student_keeps_the_number_of_shared_blocks(tmp_path: Path) -> None:
     assert student.encoder.config == teacher.encoder.config
     for ours, theirs in zip(student.encoder.parameters(), teacher.encoder.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+# Beside a run that saves.
+
+
+def test_a_pointer_that_is_being_replaced_is_waited_for(uninterrupted: Path, tmp_path: Path) -> None:
+    pointer = tmp_path / LATEST
+    maker = threading.Timer(0.2, lambda: pointer.symlink_to(uninterrupted / "ep2-ba14-rank0.pt"))
+    maker.start()
+    student, teacher = load_any(pointer)
+    maker.join()
+    assert student is not None
+    assert teacher is not None
+    with pytest.raises(InputError, match=r"none\.pt: no such file"):
+        load_any(tmp_path / "none.pt")
+
+
+def test_reads_the_next_checkpoint_if_one_is_removed_while_being_read(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a run does that keeps only the newest."""
+    pointer, old, new = tmp_path / LATEST, tmp_path / "ep1-ba12-rank0.pt", tmp_path / "ep2-ba14-rank0.pt"
+    shutil.copyfile(uninterrupted / old.name, old)
+    pointer.symlink_to(old.name)
+    function = loading.load_untrusted
+
+    def late(path: Path) -> Any:
+        if path == old and old.exists():
+            shutil.copyfile(uninterrupted / new.name, new)
+            pointer.unlink()
+            pointer.symlink_to(new.name)
+            old.unlink()
+        return function(path)
+
+    monkeypatch.setattr(loading, "load_untrusted", late)
+    student: Any = load_any(pointer)[0]
+    expected = student_of(uninterrupted)
+    assert all(
+        torch.equal(tensor, expected[f"student.blocks.{name}"]) for name, tensor in student.blocks.state_dict().items()
+    )
+
+    new.write_bytes(new.read_bytes()[:999])
+    with pytest.raises(InputError, match=rf"{new}: truncated"):
+        load_any(pointer)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -23,12 +24,10 @@ from d2v_composer.commands import export, verify
 from d2v_composer.export import programs as exported
 from d2v_composer.export import verification
 from d2v_composer.export.programs import quantize
-from d2v_composer.models.configs import ImageEncoderConfig
-from d2v_composer.models.images import ImageEncoder
-from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.models.timm_teacher import TimmTeacher, teacher_config
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, ROOT
+from helpers import GOLDEN, ROOT, d2v, failure, succeed
+from small_students import random_student, student_with_program
 from small_vits import RESAMPLED_BILINEARLY, random_vit
 
 SMALL_VITS = [*RESAMPLED_BILINEARLY, "small_beit", "small_mixed_rope", "small_dinov3", "small_dinov3_without_bias"]
@@ -38,24 +37,10 @@ NETWORKS += ["swin_tiny_patch4_window7_224"]
 PHOTOS = ROOT / "yamls/quickstart/cifar10/test"
 
 
-def random_student(path: Path, seed: int) -> Path:
-    """A small one with random weights."""
-    torch.manual_seed(seed)
-    config = ImageEncoderConfig(embed_dim=32, num_heads=2, prenet_depth=1, image_size=32)
-    student = Student(ImageEncoder(config).freeze(), StudentConfig(depth=1))
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    save_student(student, path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student, and beside it the same in ONNX."""
-    path = random_student(tmp_path_factory.mktemp("student") / "student.safetensors", seed=0)
-    export.main([str(path), str(path.with_suffix(".onnx"))])
-    return path
+    """A student, and beside it the same in ONNX; read-only."""
+    return student_with_program(tmp_path_factory) / "student.safetensors"
 
 
 def write_kit(program: Path, student: Path, folder: Path, *limits: str) -> Path:
@@ -64,8 +49,8 @@ def write_kit(program: Path, student: Path, folder: Path, *limits: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def kit(student: Path) -> Path:
-    return write_kit(student.with_suffix(".onnx"), student, student.with_name("kit"))
+def kit(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_kit(student.with_suffix(".onnx"), student, tmp_path_factory.mktemp("verified") / "kit")
 
 
 def run_kit(kit: Path, program: Path, monkeypatch: pytest.MonkeyPatch, runtime: str = "onnxruntime") -> Any:
@@ -95,34 +80,65 @@ def test_a_kit_runs_without_this_package(kit: Path, student: Path) -> None:
     assert min(found["/s at 1"], found["/s at 16"], found["load s"], found["peak MB"]) > 0
 
 
-def test_another_epsilon_is_found(kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def change(model: onnx.ModelProto) -> None:
-        norms = [node for node in model.graph.node if node.op_type == "LayerNormalization"]
-        [epsilon] = [each for each in norms[-1].attribute if each.name == "epsilon"]
-        epsilon.f = 1e-2
-
-    wrong = run_kit(kit, changed(kit / "student.onnx", change, tmp_path / "epsilon.onnx"), monkeypatch)
-    assert wrong.startswith("difference ")
-    assert wrong.endswith("expected 0 to 0.0001")
+def compute_from_the_embedding(model: onnx.ModelProto, *nodes: onnx.NodeProto, **constants: np.ndarray) -> None:
+    """Let further nodes compute the output from what was the output, ``alone``."""
+    for node in model.graph.node:
+        node.output[:] = ["alone" if name == "embedding" else name for name in node.output]
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
+    model.graph.node.extend(nodes)
 
 
-def test_what_depends_on_the_batch_is_found(kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def change(model: onnx.ModelProto) -> None:
-        graph = model.graph
-        for node in graph.node:
-            node.output[:] = ["alone" if name == "embedding" else name for name in node.output]
-        constants = {"batch_axis": np.array([0]), "share": np.array(0.5, np.float32)}
-        graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
-        graph.node.extend(
-            [
-                helper.make_node("ReduceMean", ["alone", "batch_axis"], ["mean"], keepdims=1),
-                helper.make_node("Mul", ["mean", "share"], ["part"]),
-                helper.make_node("Sub", ["alone", "part"], ["embedding"]),
-            ]
-        )
+def with_another_epsilon(model: onnx.ModelProto) -> None:
+    norms = [node for node in model.graph.node if node.op_type == "LayerNormalization"]
+    [epsilon] = [attribute for attribute in norms[-1].attribute if attribute.name == "epsilon"]
+    epsilon.f = 1e-2
 
-    wrong = run_kit(kit, changed(kit / "student.onnx", change, tmp_path / "batch.onnx"), monkeypatch)
-    assert "by batch " in wrong
+
+def without_half_of_the_batchs_mean(model: onnx.ModelProto) -> None:
+    mean = helper.make_node("ReduceMean", ["alone", "batch_axis"], ["mean"], keepdims=1)
+    half = helper.make_node("Mul", ["mean", "half"], ["part"])
+    rest = helper.make_node("Sub", ["alone", "part"], ["embedding"])
+    compute_from_the_embedding(model, mean, half, rest, batch_axis=np.array([0]), half=np.array(0.5, np.float32))
+
+
+def always_one(model: onnx.ModelProto) -> None:
+    zero = helper.make_node("Sub", ["alone", "alone"], ["zero"])
+    one = helper.make_node("Add", ["zero", "ones"], ["embedding"])
+    compute_from_the_embedding(model, zero, one, ones=np.ones(32, np.float32))
+
+
+def always_nan(model: onnx.ModelProto) -> None:
+    zero = helper.make_node("Sub", ["alone", "alone"], ["zero"])
+    compute_from_the_embedding(model, zero, helper.make_node("Div", ["zero", "zero"], ["embedding"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (with_another_epsilon, "^difference .*expected 0 to 0.0001$"),
+        (without_half_of_the_batchs_mean, "by batch "),
+        (always_nan, "cosine nan"),
+    ],
+)
+def test_a_fault_of_a_program_is_found(
+    change: Callable[[onnx.ModelProto], None],
+    problem: str,
+    kit: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program = changed(kit / "student.onnx", change, tmp_path / "changed.onnx")
+    assert re.search(problem, run_kit(kit, program, monkeypatch))
+
+
+def test_one_embedding_for_all_inputs_is_found_whatever_its_cosine(
+    kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tolerant = Path(shutil.copytree(kit, tmp_path / "kit"))
+    limits = json.loads((kit / "kit.json").read_text()) | {"cosine": -1}
+    (tolerant / "kit.json").write_text(json.dumps(limits))
+    program = changed(kit / "student.onnx", always_one, tmp_path / "changed.onnx")
+    assert "agreement" in run_kit(tolerant, program, monkeypatch)
 
 
 def test_another_student_is_found(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,29 +161,6 @@ def test_a_bad_scale_in_int8_is_found(student: Path, tmp_path: Path, monkeypatch
     wrong = run_kit(kit, changed(program, change, tmp_path / "bad.onnx"), monkeypatch)
     assert wrong.startswith("cosine ")
     assert "expected 0.98 to " in wrong
-
-
-@pytest.mark.parametrize(("op", "fault"), [("Mul", "agreement"), ("Div", "cosine nan")])
-def test_numbers_that_say_nothing_are_found(
-    kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, op: str, fault: str
-) -> None:
-    """The same embedding for every input, which is 0, and NaN, which is 0 / 0."""
-
-    def change(model: onnx.ModelProto) -> None:
-        for node in model.graph.node:
-            node.output[:] = ["alone" if name == "embedding" else name for name in node.output]
-        one = numpy_helper.from_array(np.ones(32, np.float32), "ones")
-        model.graph.initializer.append(one)
-        model.graph.node.append(helper.make_node("Sub", ["alone", "alone"], ["zero"]))
-        last = ["zero", "ones"] if op == "Mul" else ["zero", "zero"]
-        end = helper.make_node("Add" if op == "Mul" else op, last, ["embedding"])
-        model.graph.node.append(end)
-
-    limits = json.loads((kit / "kit.json").read_text()) | {"cosine": -1 if op == "Mul" else 0.999}
-    own = tmp_path / "kit"
-    shutil.copytree(kit, own)
-    (own / "kit.json").write_text(json.dumps(limits))
-    assert fault in run_kit(own, changed(kit / "student.onnx", change, tmp_path / "nothing.onnx"), monkeypatch)
 
 
 def test_a_limit_of_0_is_no_default(student: Path, tmp_path: Path) -> None:
@@ -309,15 +302,9 @@ def test_int8_is_measured_with_other_images_of_the_run(
 def test_the_command_measures_beside_pytorch(student: Path, tmp_path: Path, suffix: str) -> None:
     """After an export, with a section in the card; with another student, status 1 names the runtime and the number."""
     own, program = tmp_path / "student.safetensors", tmp_path / f"student.{suffix}"
-    d2v = [sys.executable, "-m", "d2v_composer.commands"]
-
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*d2v, *map(str, arguments)], capture_output=True, text=True, check=False)
-
     runtime = {"onnx": "onnxruntime", "pt2": "torch.export"}[suffix]
-    assert run("export", student, own, "--verify").returncode == 0
-    done = run("export", own, program, "--verify")
-    assert done.returncode == 0, done.stderr
+    succeed("export", student, own, "--verify")
+    done = succeed("export", own, program, "--verify")
     table = {line.split()[0]: line.split() for line in done.stdout.splitlines()}
     assert set(table) >= {"pytorch", runtime}
     found = json.loads((tmp_path / f"{program.name}.verify.json").read_text())
@@ -330,9 +317,7 @@ def test_the_command_measures_beside_pytorch(student: Path, tmp_path: Path, suff
     assert card.count(f"## {program.name} in each runtime") == card.count("## student.safetensors in each runtime") == 1
 
     other = random_student(tmp_path / "other.safetensors", seed=1)
-    done = run("verify", program, "--student", other, "--runtime", runtime)
-    assert done.returncode == 1
-    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    line = failure(d2v("verify", program, "--student", other, "--runtime", runtime), 1)
     assert line.startswith(f"error: {program}: {runtime}: cosine ")
     again = (tmp_path / "README.md").read_text()
     assert again.count("in each runtime") == 2

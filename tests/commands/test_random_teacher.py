@@ -1,7 +1,6 @@
 """A teacher with random weights loads like the real one, and has something to teach."""
 
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -19,8 +18,6 @@ from d2v_composer.system.errors import InputError
         "small",
         "small_audio",
         "timm/vit_tiny_patch16_224",
-        pytest.param("base", marks=pytest.mark.slow),
-        pytest.param("base_audio", marks=pytest.mark.slow),
         pytest.param("timm/vit_small_patch14_dinov2", marks=pytest.mark.slow),
     ],
 )
@@ -36,8 +33,6 @@ def test_it_loads_and_its_targets_differ_between_images(
     recipe = "distill_audio" if size.endswith("_audio") else "distill"
     assert f" train {recipe}.yaml teacher.model={kind} teacher.checkpoint={out}\n" in capsys.readouterr().out
     teacher = load_teacher(out, model=kind, image_size=112 if kind == size else None)
-    known = {"base": 85_797_888, "base_audio": 93_163_532}  # of the released files
-    assert sum(map(torch.numel, teacher.parameters())) == known.get(size, mock.ANY)
     torch.manual_seed(0)
     with torch.no_grad():
         encoded = teacher.encode(teacher.encoder.noise(2))

@@ -24,7 +24,6 @@ from d2v_composer import (
 )
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import evaluate as evaluate_command
-from d2v_composer.commands import export as export_student
 from d2v_composer.config.reference import load_any
 from d2v_composer.evaluation.rows import (
     accuracy_interval,
@@ -67,24 +66,6 @@ def of_a_checkpoint(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactor
     return evaluate(tmp_path_factory.mktemp("checkpoint"), uninterrupted / "latest-rank0.pt", probes)
 
 
-@pytest.mark.slow
-def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
-    of_a_checkpoint: Evaluated, uninterrupted: Path, tmp_path: Path
-) -> None:
-    student = tmp_path / "student.safetensors"
-    export_student.main([str(uninterrupted / "latest-rank0.pt"), str(student)])
-    with pytest.raises(InputError, match="probes: agreement needs the teacher; name it with teacher=PATH"):
-        evaluate(tmp_path, student, "probes=[agreement]")
-    of_a_file = evaluate(tmp_path, student, "pooling=mean")
-    assert of_a_checkpoint.printed.startswith("embedding: layer_mean_cls\nZero-")
-    assert of_a_file.printed.startswith("embedding: layer_mean_mean\n")
-    names = [candidate["name"] for candidate in of_a_checkpoint.found["candidates"]]
-    assert names == ["pixels", "encoder", "untrained student", "student", "teacher"]
-    assert [candidate["name"] for candidate in of_a_file.found["candidates"]] == names[:-1]  # without a teacher
-    assert [each.found["primary"] for each in (of_a_checkpoint, of_a_file)] == ["layer_mean_cls", "layer_mean_mean"]
-    assert accuracies(of_a_checkpoint) == accuracies(of_a_file)
-
-
 def accuracies(evaluated: Evaluated) -> dict[tuple, tuple]:
     return {
         tuple(row[key] for key in ("candidate", "bank", "embedding", "k")): (row["value"], row["low"])
@@ -105,8 +86,11 @@ def test_the_students_numbers_are_those_of_its_embeddings(of_a_checkpoint: Evalu
     for k, accuracy in retrieval_accuracy(*sets).items():
         assert accuracies(of_a_checkpoint)["student", "train", CLS, k][0] == pytest.approx(accuracy)
         assert f"{100 * accuracy:.1f} [" in printed
-    # Both banks with both k, three probes and three measures without labels, of every model's embeddings.
-    assert len(rows) == len(of_a_checkpoint.found["results"]) == (2 * 2 + 3 + 3) * (1 + 3 + 6 + 6 + 6)
+    retrievals, probes, without_labels = 2 * 2, 3, 3  # two banks, two k
+    embeddings = {"pixels": 1, "encoder": 3, "untrained student": 6, "student": 6, "teacher": 6}
+    num_results = (retrievals + probes + without_labels) * sum(embeddings.values())
+    assert len(rows) == len(of_a_checkpoint.found["results"]) == num_results
+    assert of_a_checkpoint.found["primary"] == CLS
     assert all(0 <= float(row["low"]) <= float(row["value"]) <= float(row["high"]) <= 1 for row in rows)
     values = {(row["candidate"], row["measure"]): float(row["value"]) for row in rows if row["embedding"] == CLS}
     assert values["student", "knn"] == knn_accuracy(*sets)
@@ -134,10 +118,10 @@ def rivals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def evaluated(rivals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[int]]:
     """The tables of each student, and of a teacher with them as rivals, whose batches are recorded."""
     folder, sizes = tmp_path_factory.mktemp("evaluated"), list[int]()
-    noise = np.random.default_rng(0).integers(0, 256, (240, 96, 96, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (80, 96, 96, 3), dtype=np.uint8)
     images = [simplejpeg.encode_jpeg(each) for each in noise]
-    for split, chosen in {"train": images[:120], "test": images[120:]}.items():
-        write_mds(folder / split, chosen, [i % 3 for i in range(120)])
+    for split, chosen in {"train": images[:40], "test": images[40:]}.items():
+        write_mds(folder / split, chosen, [i % 3 for i in range(40)])
 
     def measure(passes: dict[str, tuple[Callable[[], object], int]], repeats: int) -> dict[str, np.ndarray]:
         forward = Encoder.__call__
@@ -170,7 +154,8 @@ def test_a_rival_has_the_numbers_of_its_own_evaluation(
         return {tuple(each[key] for key in ("embedding", "bank", "measure", "k")): each["value"] for each in chosen}
 
     ours = numbers("rivals", str(rivals[name]))
-    assert len(ours) == 3 * (2 + 1) * 2
+    poolings, measures, ks = 3, 2 + 1, 2  # two banks, and instances
+    assert len(ours) == poolings * measures * ks
     assert ours == numbers(name, "student")
 
 
@@ -186,11 +171,12 @@ def test_speed_is_of_the_batches_that_it_names(evaluated: tuple[dict[str, Any], 
 
 
 def test_a_teacher_is_compared_with_an_untrained_student(capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate_command.main([str(YAML), f"model={TEACHER}", DATASETS, "max_images=8", "precision=amp_bf16"])
+    options = ["max_images=8", "precision=amp_bf16", "pooling=mean"]
+    evaluate_command.main([str(YAML), f"model={TEACHER}", DATASETS, *options])
     printed = capsys.readouterr().out
     first, *lines = printed.splitlines()
-    assert first == "embedding: output_cls"
-    assert lines[0] == "Zero-shot retrieval on small, output_cls, accuracy in % [95 % interval]"
+    assert first == "embedding: output_mean"
+    assert lines[0] == "Zero-shot retrieval on small, output_mean, accuracy in % [95 % interval]"
     rows = [re.match(r"\D+?(?= +\d)", line) for line in lines[2:6]]
     assert [row and row[0] for row in rows] == ["pixels", "encoder", "untrained student", "teacher"]
     assert "gap closed" not in printed
@@ -220,11 +206,17 @@ def test_images_without_labels_are_judged_without(
         evaluate_command.main(list(arguments))
 
 
-def test_more_neighbors_than_images_are_refused() -> None:
-    with pytest.raises(
-        InputError, match=r"^ks: must be from 1 to 2000, the number of images in cifar10's smaller split"
-    ):
-        evaluate_command.main([str(YAML), f"model={GOLDEN / 'tiny_base.pt'}", "ks=[1,5000]"])
+@pytest.mark.parametrize(
+    ("model", "option", "problem"),
+    [
+        ("teacher", "ks=[1,5000]", "ks: must be from 1 to 2000, the number of images in cifar10's smaller split"),
+        ("output", "probes=[agreement]", "probes: agreement needs the teacher; name it with teacher=PATH"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(rivals: dict[str, Path], model: str, option: str, problem: str) -> None:
+    path = {**rivals, "teacher": GOLDEN / "tiny_base.pt"}[model]
+    with pytest.raises(InputError, match=f"^{re.escape(problem)}"):
+        evaluate_command.main([str(YAML), f"model={path}", option])
 
 
 def test_an_accuracys_interval_is_that_of_a_binomial() -> None:

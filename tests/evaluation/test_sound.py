@@ -9,22 +9,19 @@ import torch
 from torch import Tensor
 
 from d2v_composer import load_teacher
-from d2v_composer.commands import convert_audio
 from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.config.load import load_config
-from d2v_composer.data.audio import Audio
 from d2v_composer.evaluation.evaluate import share_encoders
 from d2v_composer.evaluation.labeled_retrieval import Lookup, embed_set
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.evaluation.rows import VIEWS
 from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.runs.distill import build_retrieval
-from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples, load_labeled_set
+from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, QUICKSTART, ROOT, write_words
 
 BASE = GOLDEN / "audio_base.pt"
-FORMATS: dict[Any, str] = {"folder": "words", "mds": "mds"}
 LENGTHS = (4000, 1440, 16000, 9001, 4000, 2500, 12345)
 
 
@@ -104,19 +101,6 @@ def test_words_are_compared_by_every_measure(tmp_path: Path, capsys: pytest.Capt
     assert all(0 < value < 1 for value in hits.values())  # the two views differ
 
 
-def test_a_converted_data_set_is_its_folder(tmp_path: Path) -> None:
-    write_words(tmp_path / "words", {"train": 2, "test": 1})
-    for split in ("train", "test"):
-        convert_audio.main([str(tmp_path / "words" / split), str(tmp_path / "mds" / split), "--workers", "1"])
-    expected, found = (load_labeled_set(kind, tmp_path / at, Audio()) for kind, at in FORMATS.items())
-    assert found.class_names == expected.class_names == ("no", "stop", "yes")
-    for split, wanted in zip(found[:2], expected[:2], strict=True):  # a conversion shuffles
-        pairs = [
-            sorted((int(label), clip.tolist()) for clip, label in zip(*each, strict=True)) for each in (split, wanted)
-        ]
-        assert pairs[0] == pairs[1]
-
-
 def test_a_baseline_of_another_modality_is_one_line() -> None:
     data = f"retrieval.datasets={{words: {{format: mds, root: {QUICKSTART / 'cifar10'}}}}}"
     config = load_config([str(ROOT / "yamls" / "quickstart.yaml"), data, "retrieval.baselines=[encoder,log_mel]"])
@@ -125,9 +109,3 @@ def test_a_baseline_of_another_modality_is_one_line() -> None:
     line = "retrieval.baselines: must be among pixels, encoder, teacher with this teacher, got log_mel"
     with pytest.raises(InputError, match=f"^{line}$"):
         build_retrieval(config, model)
-
-
-def test_sound_needs_no_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_words(tmp_path, {"recordings": 4})
-    evaluate_command.main([f"model={BASE}", f"datasets={{words: {{format: folder, root: {tmp_path}}}}}"])
-    assert "Measured without labels on words, output_mean_patches" in capsys.readouterr().out

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from d2v_composer import load_teacher
-from d2v_composer.objectives.compilation import compile_model
 from d2v_composer.objectives.distillation import DistillationModel
 from helpers import GOLDEN
+from steps import random_images
+
+IMAGES, OTHERS = random_images(), random_images(seed=2)
 
 
 def build(name: str, **options: Any) -> DistillationModel:
@@ -25,10 +27,6 @@ def measured(model: DistillationModel, *batches: Any) -> Tensor:
     return model.state_dict()["objectives.tokens.dataset_norm.moments"]
 
 
-def images(seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-
-
 def test_padding_does_not_count() -> None:
     """A clip counts as any other, however short."""
     clips, lengths = torch.randn(2, 8000, generator=torch.Generator().manual_seed(0)), torch.tensor([3000, 8000])
@@ -41,9 +39,9 @@ def test_padding_does_not_count() -> None:
 def test_dropped_tokens_do_not_count(extra_tokens: Any, first: int) -> None:
     model = build("tiny_base", extra_tokens=extra_tokens)
     teacher: Any = model.teacher
-    _, layers = teacher.forward_blocks(teacher.encode(images()))
+    _, layers = teacher.forward_blocks(teacher.encode(IMAGES))
     expected = torch.stack(layers)[:, :, first:].double()
-    count, mean, square = measured(model, images()[:1], images()[1:]).unbind(dim=1)
+    count, mean, square = measured(model, IMAGES[:1], IMAGES[1:]).unbind(dim=1)
     assert (count == 4).all()
     torch.testing.assert_close(mean / 4, expected.mean(dim=(1, 2)), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(square / 4, expected.square().mean(dim=(1, 2)), rtol=1e-5, atol=1e-6)
@@ -52,38 +50,21 @@ def test_dropped_tokens_do_not_count(extra_tokens: Any, first: int) -> None:
 def test_only_the_target_changes() -> None:
     """Forward passes measure nothing; without numbers there is no loss; block outputs and top K have numbers, too."""
     model = build("tiny_base", source="block", average_top_k_layers=2)
-    assert model.loss(model(images()), images()).isnan()
-    before = measured(model, images())
+    assert model.loss(model(IMAGES), IMAGES).isnan()
+    before = measured(model, IMAGES)
     assert before.shape[0] == 2
-    regression = model.train()(images(1))
+    regression = model.train()(OTHERS)
     assert torch.equal(model.state_dict()["objectives.tokens.dataset_norm.moments"], before)
-    assert model.loss(regression, images(1)).isfinite()
+    assert model.loss(regression, OTHERS).isfinite()
     plain = DistillationModel(model.teacher, model.student, source="block", average_top_k_layers=2)
     assert plain.layer_mean.normalization == "layer"
-    assert torch.equal(plain(images(1)).prediction, regression.prediction)
-    assert not torch.equal(plain(images(1)).target, regression.target)
+    assert torch.equal(plain(OTHERS).prediction, regression.prediction)
+    assert not torch.equal(plain(OTHERS).target, regression.target)
 
 
 def test_a_network_regresses_such_targets() -> None:
     model = build("tiny_base", model="timm/test_byobnet")
-    measured(model, images())
+    measured(model, IMAGES)
     blocks = build("tiny_base")
-    measured(blocks, images())
-    torch.testing.assert_close(model(images()).target, blocks(images()).target)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_it_compiles_to_whole_graphs(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("tiny_base")
-    measured(model, images())
-    expected = model.loss(model(images(1)), images(1))
-    fresh = build("tiny_base")
-    options: Any = {"fullgraph": True, "backend": "eager"}
-    monkeypatch.setattr(torch, "compile", lambda function, compiled=torch.compile, **_: compiled(function, **options))
-    torch._dynamo.reset()
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: on_gpu)
-        compile_model(fresh)
-    measured(fresh, images())
-    torch.testing.assert_close(fresh.loss(fresh(images(1)), images(1)), expected)
+    measured(blocks, IMAGES)
+    torch.testing.assert_close(model(IMAGES).target, blocks(IMAGES).target)

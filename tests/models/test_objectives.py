@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cosine_similarity, mse_loss, normalize
-from torch.utils.flop_counter import FlopCounterMode
 
 from d2v_composer import load_teacher
 from d2v_composer.models.configs import StudentConfig
@@ -21,7 +19,9 @@ from d2v_composer.objectives.distillation import Distillation, DistillationModel
 from d2v_composer.objectives.objective import Objective, Regression, Term
 from d2v_composer.objectives.tokens import LayerRegression
 from helpers import GOLDEN
+from steps import flops_of_a_step, random_images, total_loss, train
 
+IMAGES = random_images()
 STUDENT = StudentConfig(depth=2, mlp_ratio=2.0)
 
 
@@ -74,31 +74,8 @@ def teacher() -> Any:
     return load_teacher(GOLDEN / "tiny_base.pt")
 
 
-def images(count: int = 4) -> Tensor:
-    return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-
-
 def model_with(teacher: Any, student: Any, embedding: float = 0.0, **tokens: Any) -> DistillationModel:
     return DistillationModel(teacher, student, objectives={"tokens": tokens, "embedding": {"weight": embedding}})
-
-
-def total(model: Distillation) -> Tensor:
-    loss = model.loss(model(images()), images())
-    return loss["total"] if isinstance(loss, dict) else loss
-
-
-def train(model: Distillation, steps: int = 8) -> list[float]:
-    model.train()
-    trained = [each for each in model.parameters() if each.requires_grad]
-    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
-    for _ in range(steps):
-        loss = total(model)
-        loss.backward()
-        assert all(each.grad is not None for each in trained)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
 def count_calls(*modules: nn.Module) -> Counter[nn.Module]:
@@ -114,7 +91,7 @@ def test_a_student_trains_its_own_encoder(teacher: Any) -> None:
     model = DistillationModel(teacher, student)
     calls = count_calls(student.encoder, teacher.encoder)
     before = {name: each.clone() for name, each in student.encoder.state_dict().items()}
-    losses = train(model)
+    losses = train(model, IMAGES)
     assert calls == {student.encoder: len(losses), teacher.encoder: len(losses)}
     assert losses[-1] < 0.9 * losses[0]
     after = student.encoder.state_dict()
@@ -124,22 +101,20 @@ def test_a_student_trains_its_own_encoder(teacher: Any) -> None:
     assert set(checkpoint) == {f"student.{name}" for name in student.state_dict()}
     again = DistillationModel(teacher, Student(TinyConvolution(teacher.encoder.config), STUDENT))
     again.load_state_dict(checkpoint)
-    for name, embedding in again.eval().embed_all(images()).items():
-        torch.testing.assert_close(embedding, model.eval().embed_all(images())[name])
+    for name, embedding in again.eval().embed_all(IMAGES).items():
+        torch.testing.assert_close(embedding, model.eval().embed_all(IMAGES)[name])
 
 
 def test_a_frozen_encoder_of_its_own_is_no_part_of_a_checkpoint(teacher: Any) -> None:
     student = Student(TinyConvolution(teacher.encoder.config).freeze(), STUDENT)
     model = DistillationModel(teacher, student)
-    train(model, 1)
+    train(model, IMAGES, steps=1)
     assert set(model.state_dict()) == {f"student.blocks.{name}" for name in student.blocks.state_dict()}
 
 
 def test_the_cost_of_a_step_with_an_encoder_of_its_own(teacher: Any) -> None:
     model = DistillationModel(teacher, Student(TinyConvolution(teacher.encoder.config), STUDENT))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model.loss(model(images()), images()).backward()
-    assert model.flops_per_batch(images()) == counter.get_total_flops()
+    assert model.flops_per_batch(IMAGES) == flops_of_a_step(model, IMAGES)
 
 
 def two_objectives(teacher: Any, other: Any) -> Distillation:
@@ -157,18 +132,18 @@ def test_objectives_add_up_and_each_encoder_and_teacher_runs_once(teacher: Any, 
     model = two_objectives(teacher, other)
     parts = {*teacher.block_list, *other.block_list, *model.student.block_list, teacher.encoder, other.encoder}
     calls = count_calls(*parts)
-    results = model(images())
+    results = model(IMAGES)
     assert calls == dict.fromkeys(parts, 1)
     (pooled,) = results.others
     losses = [each.loss(found) for each, found in zip(model.objectives.values(), (results, pooled), strict=True)]
     sums = {"tokens": losses[0], "pooled": losses[1], "total": losses[0] + 0.5 * losses[1]}
-    torch.testing.assert_close(model.loss(results, images()), sums)
-    alone = DistillationModel(teacher, model.student)(images())
+    torch.testing.assert_close(model.loss(results, IMAGES), sums)
+    alone = DistillationModel(teacher, model.student)(IMAGES)
     torch.testing.assert_close((results.prediction, results.target), (alone.prediction, alone.target))
-    output, _ = other.forward_blocks(other.encode(images()))
+    output, _ = other.forward_blocks(other.encode(IMAGES))
     torch.testing.assert_close(pooled.target, output[:, 1:].mean(dim=1))
     model.student.block_list[-1].norm2.requires_grad_()
-    losses = train(model)
+    losses = train(model, IMAGES)
     assert losses[-1] < losses[0]
     heads = {f"objectives.pooled.head.{name}" for name in ("weight", "bias")}
     assert set(model.state_dict()) == heads | {f"student.blocks.{name}" for name in model.student.blocks.state_dict()}
@@ -180,10 +155,12 @@ def test_all_of_it_compiles_to_whole_graphs(
     teacher: Any, same: bool, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = teacher if same else load_teacher(GOLDEN / "tiny_topk_noprenet.pt")
-    fresh = load_teacher(GOLDEN / "tiny_base.pt")
+    second, third = (load_teacher(GOLDEN / "tiny_base.pt") for _ in range(2))  # each is compiled once
     student = Student(TinyConvolution(teacher.encoder.config), STUDENT)
-    models = two_objectives(teacher, other), DistillationModel(fresh, student)
-    expected = [total(model) for model in models]
+    of_dataset = DistillationModel(third, third.build_student(normalization="dataset"), dataset_norm=True)
+    of_dataset.measure_targets([IMAGES])
+    models = two_objectives(teacher, other), DistillationModel(second, student), of_dataset
+    expected = [total_loss(model, IMAGES) for model in models]
     options: Any = {"fullgraph": True, "backend": "eager"}
     monkeypatch.setattr(torch, "compile", lambda function, compiled=torch.compile, **_: compiled(function, **options))
     for model, loss in zip(models, expected, strict=True):
@@ -191,7 +168,9 @@ def test_all_of_it_compiles_to_whole_graphs(
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: on_gpu)
             compile_model(model)
-        torch.testing.assert_close(total(model), loss)
+        torch.testing.assert_close(total_loss(model, IMAGES), loss)
+    of_dataset.measure_targets([IMAGES])
+    torch.testing.assert_close(total_loss(of_dataset, IMAGES), expected[-1])
 
 
 def test_the_share_of_cls(teacher: Any) -> None:
@@ -199,25 +178,25 @@ def test_the_share_of_cls(teacher: Any) -> None:
     torch.manual_seed(0)
     student = teacher.build_student(depth=2)
     usual, same, half = (model_with(teacher, student, cls_weight=share) for share in (None, 1 / 17, 0.5))
-    regression = usual(images())
+    regression = usual(IMAGES)
     errors_BT = (regression.prediction - regression.target).square().mean(dim=-1)
     assert errors_BT.shape[1] == 17
-    torch.testing.assert_close(same.loss(regression, images()), usual.loss(regression, images()))
+    torch.testing.assert_close(same.loss(regression, IMAGES), usual.loss(regression, IMAGES))
     expected = (errors_BT[:, 0].mean() + errors_BT[:, 1:].mean()) / 2
-    torch.testing.assert_close(half.loss(regression, images()), expected)
+    torch.testing.assert_close(half.loss(regression, IMAGES), expected)
     with pytest.raises(ValueError, match="cls_weight: allowed only with extra_tokens 'regress' and a teacher"):
         DistillationModel(teacher, student, extra_tokens="drop", objectives={"tokens": {"cls_weight": 0.5}})
 
 
 def test_cosine_and_smooth_l1(teacher: Any) -> None:
     model = model_with(teacher, teacher.build_student(depth=2), loss="cosine_smooth_l1")
-    regression = model(images())
+    regression = model(IMAGES)
     ours, theirs = regression.prediction, regression.target
     difference = (ours - theirs).abs()
     smooth_l1 = torch.where(difference < 1, difference.square() / 2, difference - 0.5).mean()
     cosine = (ours * theirs).sum(dim=-1) / (ours.norm(dim=-1) * theirs.norm(dim=-1))
-    torch.testing.assert_close(model.loss(regression, images()), 0.9 * (1 - cosine).mean() + 0.1 * smooth_l1)
-    assert train(model)[-1] < 0.9 * model.loss(regression, images())
+    torch.testing.assert_close(model.loss(regression, IMAGES), 0.9 * (1 - cosine).mean() + 0.1 * smooth_l1)
+    assert train(model, IMAGES)[-1] < 0.9 * model.loss(regression, IMAGES)
 
 
 def test_the_image_embedding_of_data2vec() -> None:
@@ -226,26 +205,26 @@ def test_the_image_embedding_of_data2vec() -> None:
     torch.manual_seed(0)
     student = teacher.build_student(depth=2, projected=True)
     model = model_with(teacher, student, embedding=2.0, weight=0.5)
-    results = model(images())
-    theirs, _ = teacher.forward_blocks(teacher.encode(images()))
-    ours, _ = student.forward_blocks(student.encode(images()))
+    results = model(IMAGES)
+    theirs, _ = teacher.forward_blocks(teacher.encode(IMAGES))
+    ours, _ = student.forward_blocks(student.encode(IMAGES))
     torch.testing.assert_close(results.others[0].target, normalize(theirs[:, 0]))
-    torch.testing.assert_close(student.embed(images(), representation="projected"), ours[:, 0])
+    torch.testing.assert_close(student.embed(IMAGES, representation="projected"), ours[:, 0])
     products = (ours[:, 0] * theirs[:, 0]).sum(dim=1) / (ours[:, 0].norm(dim=1) * theirs[:, 0].norm(dim=1))
     tokens = DistillationModel(teacher, student)
-    expected = {"tokens": tokens.loss(tokens(images()), images()), "embedding": 1 - products.mean()}
+    expected = {"tokens": tokens.loss(tokens(IMAGES), IMAGES), "embedding": 1 - products.mean()}
     weighted = 0.5 * expected["tokens"] + 2 * expected["embedding"]
-    torch.testing.assert_close(dict(model.loss(results, images())), expected | {"total": weighted})
+    torch.testing.assert_close(dict(model.loss(results, IMAGES)), expected | {"total": weighted})
     narrow = teacher.build_student(depth=2, embed_dim=24, projected=True)
     alone = model_with(teacher, narrow, embedding=1.0, weight=0.0)
-    output, _ = narrow.forward_blocks(narrow.encode(images()))
-    projected, target, *_ = alone(images())
+    output, _ = narrow.forward_blocks(narrow.encode(IMAGES))
+    projected, target, *_ = alone(IMAGES)
     expected = normalize(narrow.projection.linear(output[:, 0]))
     torch.testing.assert_close(normalize(projected), expected)
     torch.testing.assert_close(target, normalize(theirs[:, 0]))
     for length in (0.9, 1.1):  # the loss leaves it free, but Health compares with the target
         assert mse_loss(projected, target) < mse_loss(length * projected, target)
-    losses = train(alone)  # each trained parameter has a gradient
+    losses = train(alone, IMAGES)  # each trained parameter has a gradient
     assert losses[-1] < 0.5 * losses[0]
     assert any(name.startswith("student.projection.") for name in alone.state_dict())
 

@@ -18,6 +18,7 @@ from d2v_composer.models.timm_network import projection_width
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, teacher_config
 from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.system.errors import InputError
+from steps import train
 
 SMALL = {"embed_dim": 48, "num_heads": 4, "depth": 4, "img_size": 64}
 SMALL_14 = SMALL | {"img_size": 56}
@@ -154,21 +155,11 @@ def test_a_student_learns_on_its_encoder(name: str, source: Any) -> None:
     teacher = build_teacher(name)
     student = teacher.build_student(depth=2)
     model = DistillationModel(teacher, student, source=source)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert "student.blocks.0.norm0.weight" in trained
+    assert model.student.get_parameter("blocks.0.norm0.weight").requires_grad
     assert set(model.state_dict()) == {
         name for name in student.state_dict(prefix="student.") if ".blocks." in name[:15]
     }
-    images = images_for(teacher.config, 4)
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(5):
-        loss = model.loss(model(images), images)
-        loss.backward()
-        assert all(each.grad is not None for name, each in model.named_parameters() if name in trained)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, images_for(teacher.config, 4), steps=5)
     assert losses[-1] < 0.9 * losses[0]
 
 
@@ -203,13 +194,11 @@ def test_a_student_starts_from_an_attention_of_its_kind() -> None:
         ("vit_small_patch14_dinov2", None, "no model 'vit_small_patch14_dinov2'; expected timm/NAME"),
         ("timm/vit_smal", None, "no model 'timm/vit_smal'"),
         ("timm/vit_small_patch14_dinov2.mine", None, r"Invalid pretrained tag \(mine\)"),
-        ("timm/resnet18", None, "is a ResNet; only timm's classes VisionTransformer, Eva, Beit can be teachers"),
         (
             "timm/vit_base_patch16_xp_224",
             None,
             "class ParallelScalingBlock are not supported; expected one of Block, Eva",
         ),
-        ("timm/vit_small_patch14_dinov2", 100, "must be a multiple of the patch size, 14 x 14 pixels, got 100 x 100"),
         ("timm/vit_small_patch14_dinov2", 14 * 1000, "patches must be a whole number from 1 to 16384, got 1000000"),
     ],
 )
@@ -227,13 +216,6 @@ def test_a_sixth_of_the_blocks_is_the_encoders() -> None:
     assert (config.first_blocks, config.depth, config.average_top_k_layers) == (2, 10, 10)
     assert (config.image_size, config.grid_size, config.num_tokens) == ((112, 168), (8, 12), 97)
     assert config.prenet_depth == 2
-
-
-def test_flops_are_those_of_the_blocks() -> None:
-    teacher = build_teacher("vit_small_patch14_dinov2")
-    dim, steps = 48, 17
-    assert teacher.block_list[0].forward_macs(steps) == steps * 12 * dim**2 + 2 * steps**2 * dim
-    assert teacher.encoder.forward_macs() == 16 * dim * 3 * 14**2 + teacher.block_list[0].forward_macs(steps)
 
 
 # Name → outputs of the projection. CLS; attention pooling; the mean, with CLS before it; CLS without a projection.

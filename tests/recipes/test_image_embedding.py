@@ -1,8 +1,6 @@
 """Students that keep a teacher's alignment with a text tower, from a YAML to files and measures."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from helpers import (
     succeed,
     train_command,
 )
+from small_students import computed_by_timm_alone
 from small_vits import random_vit
 
 PROJECTED = ["--representation", "projected"]
@@ -117,7 +116,9 @@ def test_files_have_the_teachers_head(exported: Path, teacher: Path, labeled: Pa
         succeed("export", exported, tmp_path / f"student.{suffix}")
     (found,) = onnxruntime.InferenceSession(tmp_path / "student.onnx").run(None, {"images": images.numpy()})
     assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
-    assert_close(torch.export.load(tmp_path / "student.pt2").module()(images), expected)
+    program = torch.export.load(tmp_path / "student.pt2", extra_files=(extra := {"preprocessing.json": ""}))
+    assert_close(program.module()(images), expected)
+    assert json.loads(extra["preprocessing.json"])["image_size"] == [48, 64]
     for options in ([exported], ["timm/test_vit", "--checkpoint", teacher, "--image-size", "48x64", *PROJECTED]):
         model, *others = options
         ended = d2v("embed", model, labeled / "test", tmp_path / "found.npy", *others, "--overwrite")
@@ -148,24 +149,9 @@ def test_timm_alone_loads_an_aligned_student(
     out = tmp_path / "student.safetensors"
     succeed("export", tmp_path / "run" / "latest-rank0.pt", out)
     student: Any = load_student(out)
-    images = torch.randint(0, 256, (4, 3, 48, 64), dtype=torch.uint8)
-    np.save(tmp_path / "images.npy", student.encoder.prepare(images).numpy())
-    code = """
-import sys, numpy, timm, torch
-model = timm.create_model("test_byobnet", num_classes=128, checkpoint_path=sys.argv[1]).eval()
-with torch.no_grad():
-    numpy.save(sys.argv[3], model(torch.from_numpy(numpy.load(sys.argv[2]))))
-assert not any(name.startswith(("d2v_composer", "composer", "streaming")) for name in sys.modules)
-"""
-    found = tmp_path / "embeddings.npy"
-    subprocess.run([sys.executable, "-c", code, out, tmp_path / "images.npy", found], check=True)
-    assert_close(torch.from_numpy(np.load(found)), student.embed(images, representation="projected"))
-    card = (tmp_path / "README.md").read_text()
-    call = (
-        "timm.create_model('test_byobnet', img_size=(48, 64), num_classes=128, checkpoint_path='student.safetensors')"
-    )
-    assert call in card
-    assert "aligned = model(images)" in card
+    pixels = student.encoder.prepare(torch.randint(0, 256, (4, 3, 48, 64), dtype=torch.uint8))
+    aligned = computed_by_timm_alone(tmp_path, "aligned", pixels)
+    assert_close(aligned, student.embed(pixels, representation="projected"))
     succeed("export", out, tmp_path / "student.onnx", *PROJECTED)
     ended = d2v("evaluate", f"model={out}", f"teacher={teacher}", sets_of(labeled, classes), "probes=[zero_shot]")
     assert "zero-shot top-1" in ended.stdout, ended.stderr

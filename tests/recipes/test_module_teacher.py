@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from d2v_composer import FrozenModel, load_student
-from helpers import ROOT, d2v, failure, load_checkpoint, run_command, small_run, train_command
+from helpers import ROOT, failure, load_checkpoint, run_command, small_run, succeed, train_command
 
 
 class Patches(torch.nn.Unfold):
@@ -20,6 +20,13 @@ class Patches(torch.nn.Unfold):
         return super().forward(input).transpose(1, 2)
 
 
+# Runs a program in an environment where the packages of two folders are installed.
+INSTALLED = """
+import runpy, sys
+sys.path += [sys.argv.pop(1), sys.argv.pop(1)]
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 KINDS = {"blocks": ["student.depth=2"], "network": ["student.depth=5", "student.model=timm/test_byobnet"]}
 
 
@@ -51,12 +58,12 @@ def run(request: Any, package: Path, small_data: Path, tmp_path_factory: pytest.
 
 def test_its_student_is_exported_and_evaluated_without_the_code(run: Path, labeled: Path, tmp_path: Path) -> None:
     out, checkpoint = tmp_path / "student.safetensors", run / "latest-rank0.pt"
-    assert d2v("export", checkpoint, out).returncode == 0
+    succeed("export", checkpoint, out)
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     assert load_student(out).embed(images).isfinite().all()
     datasets = f"datasets={{small: {{format: mds, root: {labeled}}}}}"
     for model in (checkpoint, out):
-        shown = d2v("evaluate", f"model={model}", datasets).stdout
+        shown = succeed("evaluate", f"model={model}", datasets).stdout
         assert "student" in shown
         assert "untrained" in shown
         assert "teacher" not in shown
@@ -66,8 +73,7 @@ def test_a_run_resumes_only_with_it(run: Path, package: Path, small_data: Path) 
     arguments = settings(run, small_data, run.name, "max_duration=6ba")
     refused = failure(run_command(*train_command(arguments)), 2)
     assert "teacher.model: no installed package offers ext/mine by an entry point" in refused
-    installed = f"PYTHONPATH={ROOT}:{package}:{package / 'installed'}"
-    ended = run_command("env", installed, *train_command(arguments))
+    ended = run_command(sys.executable, "-c", INSTALLED, package, package / "installed", *train_command(arguments)[1:])
     assert ended.returncode == 0, ended.stderr
     assert load_checkpoint(run / "latest-rank0.pt")["state"]["timestamp"]["Timestamp"]["batch"] == 6
 

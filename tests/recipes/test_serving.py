@@ -16,19 +16,15 @@ from threading import Thread
 import numpy as np
 import pytest
 import skimage
-import torch
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-from d2v_composer.checkpoints.load import save_student
-from d2v_composer.commands import embed, export
+from d2v_composer.commands import embed
 from d2v_composer.data.images import Images
-from d2v_composer.models.configs import ImageEncoderConfig
-from d2v_composer.models.images import ImageEncoder
-from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.sources.open import open_source
 from helpers import ROOT, truncated
 from recipes import onnx_embed
+from small_students import student_with_program
 
 GUIDES = ROOT / "recipes" / "guides"
 PHOTOS = Path(skimage.__file__).parent / "data"
@@ -59,15 +55,8 @@ def run_python(folder: Path, code: str, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random student, which tells images apart, in ONNX, and photos of several sizes with its embeddings."""
-    folder = tmp_path_factory.mktemp("serving")
-    torch.manual_seed(0)
-    config = ImageEncoderConfig(embed_dim=32, num_heads=2, prenet_depth=1, image_size=32)
-    student = Student(ImageEncoder(config).freeze(), StudentConfig(depth=1))
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    save_student(student, folder / "student.safetensors")
+    """A random student, also in ONNX, and photos of several sizes with its embeddings."""
+    folder = Path(shutil.copytree(student_with_program(tmp_path_factory), tmp_path_factory.mktemp("serving") / "here"))
     (folder / "photos" / "a b").mkdir(parents=True)
     for name in ("camera.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"):
         shutil.copyfile(PHOTOS / name, folder / "photos" / name)
@@ -81,7 +70,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.fromarray(257 * gray).save(folder / "photos" / "sixteen bits.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        export.main(["student.safetensors", "student.onnx"])
         embed.main(["student.safetensors", "photos", "photos.npy"])
     return folder
 

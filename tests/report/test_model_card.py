@@ -105,8 +105,6 @@ def test_the_runs_last_retrieval_is_in_the_card(tmp_path: Path) -> None:
     ]
     assert "\n".join(["", *table, ""]) in text
     assert "after 14 batches, in" in text
-    _, text = written(tmp_path, results=json.loads(json.dumps(results | {"batch": 16})))
-    assert "after 14 batches (this student was trained for 16), in" in text
 
 
 def test_an_exported_checkpoint_has_a_card_with_its_evaluation(

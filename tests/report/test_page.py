@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import soundfile
 import torch
 import yaml
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 from torchvision.io import ImageReadMode, decode_png, write_png
 
 from d2v_composer.checkpoints.checkpoint import LATEST
@@ -30,31 +31,27 @@ from d2v_composer.report.tables import study_table
 from d2v_composer.sources.labeled import load_labeled_set
 from d2v_composer.system.command_line import d2v
 from helpers import ROOT, small_run
+from made_once import made_once
 from recipes import train
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty colored squares in three classes: root/{train,test}/CLASS/*.png."""
-    root = tmp_path_factory.mktemp("images") / "<b>"
+def write_squares(root: Path) -> None:
+    """Write thirty colored squares in three classes: root/{train,test}/CLASS/*.png."""
     cifar10 = load_labeled_set("mds", ROOT / "yamls" / "quickstart" / "cifar10", image_size=32, interpolation="bicubic")
     for split in ("train", "test"):
         for i in range(30):
             folder = root / split / ("cat", "dog", "<ship>")[i % 3]
             folder.mkdir(parents=True, exist_ok=True)
             write_png(getattr(cifar10, split).samples[i], str(folder / f"{i}.png"))
-    return root
 
 
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path, images: Path) -> Path:
-    """A finished run with retrieval and health, and what it printed; read-only."""
-    folder = tmp_path_factory.mktemp("report") / "run"
+def train_with_retrieval(folder: Path, data: Path, images: Path) -> None:
+    """Train a small run with retrieval and health, and check what it prints of its report."""
     arguments = small_run(
         folder,
-        small_data,
+        data,
         f"retrieval.datasets={{squares: {{format: folder, root: {images}}}}}",
         "retrieval.interval=6ba",
         "retrieval.probes=[knn, agreement, instance]",
@@ -69,7 +66,19 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path, image
     said, report = stdout.getvalue().splitlines()[-4:-2]
     assert said.startswith(("On squares, the student closes ", "On squares, there is no teacher gap to close. "))
     assert report == f"report: {folder / 'report.html'}"
-    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The squares, in a folder whose name is no HTML."""
+    return made_once(tmp_path_factory, "squares", lambda folder: write_squares(folder / "<b>")) / "<b>"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path, images: Path) -> Path:
+    """A finished run with retrieval and health; read-only."""
+    make = partial(train_with_retrieval, data=small_data, images=images)
+    return made_once(tmp_path_factory, "reported", lambda folder: make(folder / "run")) / "run"
 
 
 @pytest.fixture(scope="module")
@@ -164,13 +173,20 @@ def sound_run(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
+def opened(browser: Browser, report: Path, width: int) -> tuple[Page, list[str]]:
+    """Open a report in a window of a width; return the page, and what it complains of or fetches from elsewhere."""
+    page, complaints = browser.new_page(viewport={"width": width, "height": 900}), list[str]()
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: complaints.extend([request.url] * (request.url[:5] not in ("file:", "data:"))))
+    page.goto(report.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    return page, complaints
+
+
 def test_sound_is_seen_and_heard(sound_run: Path, browser: Browser) -> None:
     """Each clip of a gallery plays directly below its spectrogram, from the page alone."""
-    page = browser.new_page(viewport={"width": 390, "height": 900})
-    fetched: list[str] = []
-    page.on("request", lambda request: fetched.append(request.url))
-    page.goto((sound_run / "report.html").as_uri())
-    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page, complaints = opened(browser, sound_run / "report.html", width=390)
     page.wait_for_function("[...document.querySelectorAll('audio')].every(each => each.readyState > 0)")
     heard = page.eval_on_selector_all(
         ".row figure", "all => all.map(f => [f.innerText.trim(), f.querySelector('img ~ audio').duration])"
@@ -184,21 +200,14 @@ def test_sound_is_seen_and_heard(sound_run: Path, browser: Browser) -> None:
         assert [label for label, _ in others] == [f"{mark} {'low' if is_last else 'high'}"] * 3
         assert [round(each, 1) for _, each in others] == ([1.3, 3.3, 5.3] if is_last else [0.3, 2.3, 4.3])
     assert page.locator("h2", has_text="What the student finds in tones").is_visible()
-    assert [url for url in fetched if not url.startswith(("file:", "data:"))] == []
+    assert complaints == []
 
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_fits_a_browser_window(browser: Browser, run_folder: Path, width: int) -> None:
     """It shows every picture, logs no error and loads nothing else."""
-    page = browser.new_page(viewport={"width": width, "height": 900})
-    complaints: list[str] = []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    fetched: list[str] = []
-    page.on("request", lambda request: fetched.append(request.url))
-    page.goto((run_folder / "report.html").as_uri())
+    page, complaints = opened(browser, run_folder / "report.html", width)
     assert page.title() == "mine"
-    assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.locator("summary").count() == 9
     page.locator("summary", has_text="How training went").click()
     widths = "all => all.map(img => [img.complete && img.naturalWidth, img.width])"
@@ -217,16 +226,22 @@ def test_the_page_fits_a_browser_window(browser: Browser, run_folder: Path, widt
     page.locator("summary", has_text="Config").click()
     assert page.locator("pre", has_text="global_train_batch_size: 16").is_visible()
     assert complaints == []
-    assert [url for url in fetched if not url.startswith(("file:", "data:"))] == []
+
+
+def copy_of_run(run_folder: Path, folder: Path, root: Path) -> Path:
+    """Copy a run; the images that it measured are in another folder."""
+    shutil.copytree(run_folder, folder, symlinks=True)
+    record = yaml.safe_load((folder / "run.yaml").read_text())
+    record["config"]["retrieval"]["datasets"]["squares"]["root"] = str(root)
+    (folder / "run.yaml").write_text(yaml.safe_dump(record))
+    return folder
 
 
 def test_draws_an_interrupted_run_without_its_images(run_folder: Path, tmp_path: Path) -> None:
     """With lines that are truncated or no entries, NaN and a warning, but no checkpoint."""
-    folder = tmp_path / "run"
-    folder.mkdir()
-    record = yaml.safe_load((run_folder / "run.yaml").read_text())
-    record["config"]["retrieval"]["datasets"]["squares"]["root"] = str(tmp_path / "gone")
-    (folder / "run.yaml").write_text(yaml.safe_dump(record))
+    folder = copy_of_run(run_folder, tmp_path / "run", tmp_path / "gone")
+    for checkpoint in folder.glob("*.pt"):
+        checkpoint.unlink()
     lines = (run_folder / "log.jsonl").read_text().splitlines()
     more = [json.dumps({"step": step, "loss/train/total": float("nan"), "health/diverging": 1.0}) for step in (7, 9)]
     text = "\n".join([*lines[: len(lines) // 2], *more, '{"step": 8, "loss/tr'])
@@ -241,29 +256,19 @@ def test_a_data_set_that_was_rebuilt_has_no_gallery(
     run_folder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The neighbors are numbers of images, and would show others."""
-    folder = shutil.copytree(run_folder, tmp_path / "run", symlinks=True)
     rebuilt = shutil.copytree(images, tmp_path / "images")
     for number in (0, 3, 6):
         (rebuilt / "train" / "cat" / f"{number}.png").rename(rebuilt / "train" / "dog" / f"{number}.png")
-    record = yaml.safe_load((folder / "run.yaml").read_text())
-    record["config"]["retrieval"]["datasets"]["squares"]["root"] = str(rebuilt)
-    (folder / "run.yaml").write_text(yaml.safe_dump(record))
-    report.main([str(folder)])
-    assert "What the student finds" not in (folder / "report.html").read_text()
-    assert (
-        "report: no gallery for squares: its images differ from those that the run measured\n"
-        in capsys.readouterr().out
-    )
+    assert read_run(copy_of_run(run_folder, tmp_path / "run", rebuilt)).datasets == {}
+    said = "report: no gallery for squares: its images differ from those that the run measured\n"
+    assert said in capsys.readouterr().out
 
 
 def test_a_class_may_have_a_name_that_is_no_text(run_folder: Path, images: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(run_folder, tmp_path / "run", symlinks=True)
     renamed = shutil.copytree(images, tmp_path / "images")
     for split in ("train", "test"):
         (renamed / split / "dog").rename(renamed / split / "do\udce7g")
-    record = yaml.safe_load((folder / "run.yaml").read_text())
-    record["config"]["retrieval"]["datasets"]["squares"]["root"] = str(renamed)
-    (folder / "run.yaml").write_text(yaml.safe_dump(record))
+    folder = copy_of_run(run_folder, tmp_path / "run", renamed)
     report.main([str(folder)])
     assert r"do\udce7g" in (folder / "report.html").read_text()
 

@@ -1,0 +1,220 @@
+"""timm and a hub's folder embed as the student's file does; what cannot be exported is refused."""
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import huggingface_hub
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.data.config import resolve_data_config
+from timm.models import save_for_hf
+from torch import Tensor
+
+from d2v_composer import load_student, load_teacher
+from d2v_composer.checkpoints.load import save_student
+from d2v_composer.checkpoints.student_file import choose_embedding
+from d2v_composer.commands import embed as embed_command
+from d2v_composer.commands import export as export_student
+from d2v_composer.export.programs import TimmStudent
+from d2v_composer.models.configs import ImageEncoderConfig, height_and_width
+from d2v_composer.models.images import ImageEncoder
+from d2v_composer.models.names import Embedding
+from d2v_composer.models.student import Student, StudentConfig
+from d2v_composer.system.errors import InputError, RunError
+from helpers import GOLDEN
+
+TOLERANCE = 1e-5
+
+
+def export(*arguments: str | Path) -> None:
+    export_student.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def exported(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The student of a small run, three blocks with ALiBi."""
+    path = tmp_path_factory.mktemp("exported") / "student.safetensors"
+    export(uninterrupted / "latest-rank0.pt", path)
+    return path
+
+
+@pytest.fixture(scope="module", params=[pytest.param(None, marks=pytest.mark.slow), 20], ids=["wide", "narrow"])
+def wide_or_narrow(exported: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """That student, or one with random weights that is narrower than its encoder and has the same primary embedding."""
+    if request.param is None:
+        return exported
+    wide = load_student(exported)
+    narrow = Student(wide.encoder, wide.config.changed(embed_dim=request.param), wide.provenance)
+    path = tmp_path_factory.mktemp("narrow") / "student.safetensors"
+    save_student(narrow, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(exported: Path) -> Tensor:
+    """Five images, normalized."""
+    config = load_student(exported).encoder.config
+    shape = height_and_width(config.image_size)
+    return torch.randn(5, 3, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def embed(student: Student, images: Tensor, **options: str) -> Tensor:
+    with torch.inference_mode():
+        return student.embed(images, **options)  # pyright: ignore[reportArgumentType]
+
+
+def primary(student: Student, images: Tensor) -> Tensor:
+    """The embedding of the run's primary embedding, see :func:`helpers.small_run`."""
+    return embed(student, images, representation="layer_mean", pooling="cls")
+
+
+def assert_close(ours: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE)
+
+
+def create(name: str, **options: Any) -> TimmStudent:
+    model = timm.create_model(name, **options)
+    assert isinstance(model, TimmStudent)
+    return model.eval()
+
+
+def test_timm(wide_or_narrow: Path, images: Tensor) -> None:
+    exported = wide_or_narrow
+    model, student = create("d2v2_student", checkpoint_path=str(exported)), load_student(exported)
+    with torch.inference_mode():
+        assert_close(model(images), primary(student, images))
+        features = model.forward_features(images)
+        assert_close(model.forward_head(features, pre_logits=True), primary(student, images))
+        for pool, pooling in (("avg", "mean_patches"), ("mean", "mean")):
+            model.reset_classifier(0, pool)
+            assert_close(model(images), embed(student, images, representation="layer_mean", pooling=pooling))
+        output = create("d2v2_student", checkpoint_path=str(exported), representation="output", global_pool="avg")
+        assert_close(output.forward_features(images), student.forward_blocks(student.encode(images))[0])
+        assert_close(output(images), embed(student, images, pooling="mean_patches"))
+    assert all(parameter.requires_grad for parameter in output.blocks.parameters())
+    assert not any(parameter.requires_grad for parameter in model.block_list[-1].norm2.parameters())  # not used
+    assert model.num_features == features.shape[2] == student.embed_dim
+    data = resolve_data_config(model=model)
+    assert data["input_size"] == tuple(images.shape[1:])
+    assert data["mean"] == student.encoder.config.image_mean
+    assert (data["interpolation"], data["crop_pct"]) == ("bicubic", 1.0)
+
+
+def test_fine_tuning_and_a_hubs_folder(wide_or_narrow: Path, images: Tensor, tmp_path: Path) -> None:
+    """A classifier on the student, trained for a step, saved as timm saves for the hub, and loaded from there."""
+    model = create("d2v2_student", checkpoint_path=str(wide_or_narrow), num_classes=7).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    frozen = model.encode(images)
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    for _ in range(2):  # the head starts as zeros, and the blocks behind it without a gradient
+        torch.nn.functional.cross_entropy(model(images), torch.arange(5)).backward()
+        optimizer.step()
+    assert all(parameter.grad is not None for parameter in trained)
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in model.blocks.parameters())
+    assert torch.equal(model.encode(images), frozen)
+
+    save_for_hf(model, str(tmp_path))
+    assert json.loads((tmp_path / "config.json").read_text())["architecture"] == "d2v2_student"
+    again = create(f"local-dir:{tmp_path}", pretrained=True)
+    model.eval()
+    with torch.inference_mode():
+        assert again.num_classes == 7
+        assert_close(again(images), model(images))
+    features_only = create(f"local-dir:{tmp_path}", pretrained=True, num_classes=0)
+    with torch.inference_mode():
+        assert_close(features_only(images), model.forward_head(model.forward_features(images), pre_logits=True))
+
+
+def test_a_classifier_of_sound_takes_waveforms(tmp_path: Path) -> None:
+    """Stored as a fine-tuned student is."""
+    student = load_teacher(GOLDEN / "audio_base.pt", first_blocks=1).build_student(depth=2, normalization="layer")
+    save_student(student, tmp_path / "student.safetensors")
+    model = create("d2v2_student", checkpoint_path=str(tmp_path / "student.safetensors"), num_classes=3)
+    torch.nn.init.normal_(model.get_parameter("head.weight"))
+    save_student(model, tmp_path / "classifier.safetensors")
+    again = create("d2v2_student", checkpoint_path=str(tmp_path / "classifier.safetensors"), num_classes=3)
+    waveforms = 0.1 * torch.randn(2, 8000)
+    assert torch.equal(again(waveforms), model(waveforms))
+    assert torch.equal(model.forward_head(model.forward_features(waveforms), True), model.embed(waveforms))
+
+
+def test_timm_refuses_other_files(exported: Path, tmp_path: Path) -> None:
+    tensors, old = load_file(exported), tmp_path / "old.safetensors"
+    del tensors["config_json"]
+    save_file(tensors, old)
+    with pytest.raises(InputError, match="no tensor config_json: not a file written by d2v export"):
+        timm.create_model("d2v2_student", checkpoint_path=str(old))
+    for option, value, missing in (
+        ("representation", "projected", "projected_cls"),
+        ("global_pool", "max", "layer_mean_max"),
+        ("representation", "max", "max_cls"),
+    ):
+        with pytest.raises(InputError, match=f"this model has no {missing}; it has output_cls, "):
+            create("d2v2_student", checkpoint_path=str(exported), **{option: value})
+
+
+def test_a_student_comes_from_the_hub(
+    exported: Path, small_data: Path, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(repository: str, name: str, *, revision: str | None, local_files_only: bool) -> str:
+        asked.append((repository, name, revision))
+        if local_files_only:
+            raise OSError("not in the cache")
+        return str(exported)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", Mock())
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert_close(primary(load_student("hf://org/photos"), images), primary(load_student(exported), images))
+    embed_command.main(["hf://org/photos@v2/a/b.safetensors", str(small_data), str(tmp_path / "embeddings.npy")])
+    assert np.load(tmp_path / "embeddings.npy").shape == (96, load_student(exported).embed_dim)
+    found = ("org/photos", "student.safetensors", None), ("org/photos", "a/b.safetensors", "v2")
+    assert tuple(dict.fromkeys(asked)) == found
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: Path(tmp_path, "none").read_bytes())
+    with pytest.raises(InputError, match=r"^no student\.safetensors in org/photos on the Hugging Face hub"):
+        load_student("hf://org/photos")
+
+
+def test_unsupported_files_and_options_are_refused(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"student.txt must end in .safetensors, .onnx or .pt2"):
+        export(exported, tmp_path / "student.txt")
+    for options in (("--pooling", "mean"), ("--preprocessing", "in")):
+        with pytest.raises(InputError, match=r"a .safetensors file holds every embedding; --pooling, --representation"):
+            export(exported, tmp_path / "student.safetensors", *options)
+    without_cls = tmp_path / "without_cls.safetensors"
+    config = ImageEncoderConfig(embed_dim=16, num_heads=2, prenet_depth=1, image_size=32)
+    save_student(Student(ImageEncoder(config).freeze(), StudentConfig(depth=1)), without_cls)
+    with pytest.raises(
+        InputError, match="representation and pooling: this model has no output_cls; it has output_mean, "
+    ):
+        export(without_cls, tmp_path / "student.onnx", "--pooling", "cls")
+    student = load_student(without_cls)
+    assert choose_embedding(student, None, None) == Embedding("output", "mean_patches")
+    assert create("d2v2_student", checkpoint_path=str(without_cls)).embedding.name == "output_mean_patches"
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", pytest.param("pt2", marks=pytest.mark.slow)])
+def test_the_file_is_whole_or_as_before(exported: Path, tmp_path: Path, suffix: str) -> None:
+    """It replaces another only if asked, and a full disk leaves nothing."""
+    out = tmp_path / f"student.{suffix}"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(RunError, match=rf"^{out} cannot be written: .*File too large"):
+            export(exported, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+    out.write_text("mine")
+    with pytest.raises(InputError, match=rf"student\.{suffix} already exists; choose another file, or append --overw"):
+        export(exported, out)
+    assert out.read_text() == "mine"
+    export(exported, out, "--overwrite")
+    assert out.stat().st_size > 10_000
