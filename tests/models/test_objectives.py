@@ -146,7 +146,7 @@ def test_objectives_add_up_and_encoder_and_teacher_run_once(teacher: Any) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_all_of_it_compiles_to_whole_graphs(teacher: Any, on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    second, third = (load_teacher(GOLDEN / "tiny_base.pt") for _ in range(2))
+    second, third = (load_teacher(GOLDEN / "tiny_base.pt") for _ in range(2))  # each is compiled once
     student = Student(TinyConvolution(teacher.encoder.config), STUDENT)
     of_dataset = DistillationModel(third, third.build_student(normalization="dataset"), dataset_norm=True)
     of_dataset.measure_targets([IMAGES])
