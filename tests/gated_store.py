@@ -27,6 +27,9 @@ ROLES = ("master", "volume", "filer", "s3")
 ACCESS_KEY, READER_KEY, SECRET_KEY = "test-access-key", "test-reader-key", "test-secret-key"
 START_SECONDS, STALL_SECONDS = 60, 1.5
 FAULTS = ("cut", "empty", "error", "short", "slow", "wrong")
+WRITE_FAULTS = ("cut", "error", "half", "quota", "stall")
+# Of a store that has no room left.
+OVER_QUOTA = b"<Error><Code>QuotaExceeded</Code><Message>the bucket is full</Message></Error>"
 
 
 class Forwarder(BaseRequestHandler):
@@ -40,18 +43,27 @@ class Forwarder(BaseRequestHandler):
             answers.start()
             while part := self.request.recv(1 << 16):
                 fault = self.server.next_fault(part)
-                if fault is not None:
-                    self.spoil(part, fault)
+                if fault == "stall":
+                    time.sleep(STALL_SECONDS)
+                elif fault is not None:
+                    self.spoil(part, fault, behind)
                     break
                 behind.sendall(part)
             behind.shutdown(socket.SHUT_WR)
             answers.join()
 
-    def spoil(self, request: bytes, fault: str) -> None:
-        """Answer a request wrongly, and close the connection."""
+    def spoil(self, request: bytes, fault: str, behind: socket.socket) -> None:
+        """Answer a request wrongly, or pass on only half of what it writes, and close the connection."""
         if fault == "error":
             self.request.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-        if fault in ("cut", "error"):
+        if fault == "quota":
+            head = f"HTTP/1.1 403 Forbidden\r\nContent-Length: {len(OVER_QUOTA)}\r\nConnection: close\r\n\r\n"
+            self.request.sendall(head.encode() + OVER_QUOTA)
+        if fault == "half":  # the content comes with the headers or after them
+            head, end, content = request.partition(b"\r\n\r\n")
+            content = content or self.request.recv(1 << 10)
+            behind.sendall(head + end + content[: len(content) // 2])
+        if fault in ("cut", "error", "half", "quota"):
             return
         with socket.create_connection((HOST, self.server.port_behind)) as behind:
             behind.sendall(request)
@@ -92,11 +104,12 @@ class Gate(ThreadingTCPServer):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def next_fault(self, request: bytes) -> str | None:
-        """Return how to spoil the answer to a request, if it reads an object that has faults left."""
-        if not request.startswith(b"GET "):
+        """Return how to spoil a request, if it reads or writes an object that has faults left."""
+        if not request.startswith((b"GET ", b"PUT ")):
             return None
-        path = request.split(b" ", 2)[1].decode().partition("?")[0]
-        left = self.faults.get(path.removeprefix("/"))
+        method, path = request.split(b" ", 2)[:2]
+        name = path.decode().partition("?")[0].removeprefix("/")
+        left = self.faults.get(name if method == b"GET" else f"PUT {name}")
         return left.pop(0) if left else None
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -126,7 +139,8 @@ class GatedStore:
         self.ports = free_ports()
         self.gate: Gate | None = None
         self.faults: dict[str, list[str]] = {}
-        """bucket/key → how to spoil the answers to the next requests for it: names of :data:`FAULTS`."""
+        """bucket/key → how to spoil the answers to the next requests for it: names of :data:`FAULTS`. And
+        ``PUT bucket/key`` → how to spoil the next requests that write it: names of :data:`WRITE_FAULTS`."""
 
     @property
     def endpoint(self) -> str:

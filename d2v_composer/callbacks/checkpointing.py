@@ -254,7 +254,8 @@ class FolderLock:
             lock = acquire(self.path, wait=LOCK_WAIT_SECONDS)
         except OSError as error:
             raise InputError(f"save_folder: {folder.local} cannot be written ({error.strerror})") from error
-        other, user = [*said.splitlines(), "", "it"][:2]
+        # A loss of power may have left a part, or zeros.
+        other, user = said.splitlines() if said.count("\n") == 2 else ("", "it")
         if lock is None:
             raise InputError(
                 f"save_folder: {folder.local} is in use by another run: choose another save_folder, or stop {user}"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -146,6 +147,7 @@ class JSONLLogger(LoggerDestination):
 
     def close(self, state: State, logger: Logger) -> None:
         if self.file is not None:
+            os.fsync(self.file.fileno())  # the lines after the last checkpoint are in no other file
             self.file.close()
             self.file = None
 

@@ -23,7 +23,7 @@ from d2v_composer.checkpoints.safe_load import check_archive, fault_of
 from d2v_composer.system.addresses import MARK, RunFolder
 from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.fetch import RETRY_SECONDS, download_existing, fetch, is_remote, list_names, open_store, put
-from d2v_composer.system.files import check_owned, move, partial_file
+from d2v_composer.system.files import check_owned, flush, move, partial_file
 from d2v_composer.system.retry import is_missing, retry
 
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
@@ -204,6 +204,8 @@ def fetch_model(path: str | Path) -> Path:
 
 def publish(partial: Path, checkpoint: Path) -> None:
     """Rename a complete checkpoint, then point ``latest-rank0.pt`` at it; readers find the old or the new one."""
+    if (log_file := checkpoint.with_name(LOG)).exists():
+        flush(log_file)  # a resumed run logs only what follows
     move(partial, checkpoint)
     point_at(checkpoint)
 
@@ -213,7 +215,8 @@ def point_at(checkpoint: Path) -> None:
     pointer = checkpoint.with_name(".latest.partial")
     pointer.unlink(missing_ok=True)
     pointer.symlink_to(checkpoint.name)
-    move(pointer, checkpoint.with_name(LATEST), sync=False)
+    pointer.replace(checkpoint.with_name(LATEST))
+    flush(checkpoint.parent)
 
 
 def prune(folder: Path, num_to_keep: int) -> None:

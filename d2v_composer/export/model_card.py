@@ -55,9 +55,9 @@ WORDS = {
 def save_with_card(student: Any, source: str, out: Path) -> None:
     """Write a student to a .safetensors file and, unless it classifies, its card; print a line about each."""
     write_card = plan_model_card(student, source, out) if student.head is None else None
-    save_student(student, out)
-    if write_card is not None:
+    if write_card is not None:  # first: d2v export is refused once the file is there
         print(write_card())
+    save_student(student, out)
     print(size_of(student, out))
 
 

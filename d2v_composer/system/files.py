@@ -12,7 +12,7 @@ import secrets
 import stat
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -62,24 +62,36 @@ def _check_free(path: Path) -> None:
         raise InputError(f"{path} already exists; choose another file, or append --overwrite")
 
 
-def move(partial: Path, path: Path, *, sync: bool = True) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    is_folder = path.is_dir()
+    with suppress(OSError) if is_folder else nullcontext():  # Windows opens no folder, and some systems flush none
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows flushes no file open for reading
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def move(partial: Path, path: Path) -> None:
     """Give a complete file its name, and replace an old one.
+
+    When this returns, the file survives a loss of power; whenever the power fails before, ``path`` is as it was, or
+    the whole file.
 
     Args:
         partial: The file, in a folder on the same disk.
         path: Its name.
-        sync: Flush the file to the disk before, so that it survives a power failure.
 
     Raises:
         InputError: :func:`check_out_file` found no file there, and now there is one.
     """
-    if sync:
-        with partial.open("r+b") as file:  # Windows flushes no file that is open for reading
-            os.fsync(file.fileno())
+    flush(partial)  # or the name might reach the disk before the content
     if path in _free:
         _check_free(path)
         _free.remove(path)
     partial.replace(path)
+    flush(path.parent)
 
 
 def check_owned(folder: Path | str, names: Iterable[str], mark: str, key: str) -> None:
@@ -108,13 +120,13 @@ def partial_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
 
     Args:
         path: The final path. Missing folders are made.
-        sync: See :func:`move`.
+        sync: Survive a loss of power, as :func:`move` does. Without it, ``path`` may be torn afterwards.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.randbits(32)}.partial")
     try:
         yield partial
-        move(partial, path, sync=sync)
+        move(partial, path) if sync else partial.replace(path)
     except BaseException:
         with suppress(OSError):  # the first error matters more
             for left in (each for each in path.parent.iterdir() if each.name.startswith(partial.name)):

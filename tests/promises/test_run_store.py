@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gated_store import GatedStore
+from gated_store import WRITE_FAULTS, GatedStore
 from helpers import (
     GOLDEN,
     assert_same_losses,
@@ -223,6 +223,74 @@ def test_a_damaged_newest_checkpoint_of_a_store_is_skipped(
     arguments = small_run(Path("unused"), small_data, f"save_folder=s3://{BUCKET}/runs/hopeless")
     hopeless = run_command(*train_command(arguments), cwd=tmp_path, environment=variables)
     assert "runs/hopeless" in failure(hopeless, hopeless.returncode)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", WRITE_FAULTS)
+def test_a_store_that_fails_during_a_save_and_is_back(
+    fault: str,
+    store: GatedStore,
+    variables: dict[str, str],
+    uninterrupted: Path,
+    small_data: Path,
+    tmp_path: Path,
+) -> None:
+    """6, 10: the run trains on meanwhile, and all that is stored in the end is whole."""
+    faults = [[fault] * 7 for _ in range(3)]  # more than boto3's own attempts
+    files = ("ep1-ba10-rank0.pt", POINTER, "ep2-ba14-rank0.pt")
+    store.faults |= {f"PUT {BUCKET}/runs/{fault}/{file}": left for file, left in zip(files, faults, strict=True)}
+    options = (f"save_folder=s3://{BUCKET}/runs/{fault}", "save_num_checkpoints_to_keep=-1")
+    run_training(*small_run(Path("unused"), small_data, *options), cwd=tmp_path, environment=variables)
+    assert all(len(left) < 7 for left in faults)
+    folder = tmp_path / "runs" / fault
+    assert_same_student(folder, uninterrupted)
+    stored = store.objects(BUCKET, f"runs/{fault}/")
+    assert stored[POINTER].decode().strip() == f"runs/{fault}/ep2-ba14-rank0.pt"
+    names = checkpoints_of(folder)
+    assert {name for name in stored if name.endswith(".pt")} == names
+    assert all(stored[name] == (folder / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("fault", "is_awaited"),
+    [
+        pytest.param("half", False, marks=pytest.mark.slow),
+        pytest.param("quota", True, marks=pytest.mark.campaign),  # ten minutes
+    ],
+)
+def test_a_store_that_fails_during_a_save_and_stays_away(
+    fault: str,
+    is_awaited: bool,
+    store: GatedStore,
+    variables: dict[str, str],
+    uninterrupted: Path,
+    small_data: Path,
+    tmp_path: Path,
+) -> None:
+    """6, 10, 18: what was stored before is whole, and another machine goes on from it, without or after an error."""
+    address = f"s3://{BUCKET}/runs/away-{fault}"
+    arguments = small_run(Path("unused"), small_data, f"save_folder={address}", "save_num_checkpoints_to_keep=-1")
+    before, newest = "ep1-ba8-rank0.pt", "ep1-ba10-rank0.pt"
+    faults = store.faults[f"PUT {BUCKET}/runs/away-{fault}/{newest}"] = [fault] * 10_000
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    program = start_python(*train_command(arguments)[1:], cwd=here, environment=variables)
+    wait_until(lambda: len(faults) < 10_000, seconds=120)
+    wait_until(lambda: 13 in losses_of(here / "runs" / f"away-{fault}"), seconds=120)
+    if is_awaited:
+        assert program.wait(timeout=900) == 1
+        assert failure(program, 1).startswith(f"error: {address}/{newest} cannot be written (")
+    program.kill()
+    program.wait(timeout=30)
+    faults.clear()
+    stored = store.objects(BUCKET, f"runs/away-{fault}/")
+    assert before in stored
+    assert newest not in stored
+    assert stored[POINTER].decode().strip().endswith(before)
+    ended = run_training(*arguments, cwd=there, environment=variables)
+    assert " at batch 8" in ended.stdout
+    assert_same_student(there / "runs" / f"away-{fault}", uninterrupted)
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from helpers import (
     GOLDEN,
     QUICKSTART,
     ROOT,
+    assert_same_student,
     encoded_image,
     failure,
     losses_of,
@@ -38,6 +39,22 @@ from helpers import (
 
 KEYS = ("candidate", "embedding", "bank", "k")
 SCRIPT = ROOT / "recipes" / "finetune.py"
+MIXED = ("algorithms.mixup={}",)
+# Of a killed run: event and batch. A checkpoint is saved at each even batch, an evaluation follows batches 6 and 12.
+MOMENTS = (
+    "batch_start 5",
+    "fit_start 0",
+    "batch_start 0",
+    "after_backward 2",
+    "batch_end 4",
+    "batch_checkpoint 4",
+    "batch_end 6",
+    "eval_start 6",
+    "eval_batch_end 6",
+    "epoch_start 6",
+    "before_forward 11",
+    "eval_end 12",
+)
 
 
 @pytest.fixture(scope="module")
@@ -112,17 +129,25 @@ def test_a_tuned_encoder_stands_in_no_other_models_row(student: Path, labeled: P
     assert {row for row, *_ in changed} == {"student"}
 
 
-def test_a_killed_run_resumes_bit_for_bit(student: Path, labeled: Path, tmp_path: Path) -> None:
-    """With mixed labels, and any number of workers."""
-    options = ("algorithms.mixup={}",)
-    whole = finetune(*small_finetuning(tmp_path / "whole", student, labeled, *options))
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory, student: Path, labeled: Path) -> Path:
+    """The folder of a fine-tuning with mixed labels that was never interrupted."""
+    folder = tmp_path_factory.mktemp("mixed") / "run"
+    whole = finetune(*small_finetuning(folder, student, labeled, *MIXED))
     assert "images    96 for training, 48 for testing, 4 classes" in whole.stdout
-    arguments = small_finetuning(tmp_path / "killed", student, labeled, *options, "train_loader.num_workers=2")
-    train_until_killed(arguments, "batch_start 5", "finetune")
+    return folder
+
+
+@pytest.mark.parametrize("moment", [MOMENTS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in MOMENTS[1:])])
+def test_a_killed_run_resumes_bit_for_bit(
+    moment: str, mixed: Path, student: Path, labeled: Path, tmp_path: Path
+) -> None:
+    """With mixed labels, and any number of workers."""
+    arguments = small_finetuning(tmp_path, student, labeled, *MIXED, "train_loader.num_workers=2")
+    train_until_killed(arguments, moment, "finetune")
     finetune(*arguments)
-    assert losses_of(tmp_path / "killed") == losses_of(tmp_path / "whole")
-    ours, expected = student_of(tmp_path / "killed"), student_of(tmp_path / "whole")
-    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert losses_of(tmp_path) == losses_of(mixed)
+    assert_same_student(tmp_path, mixed)
 
 
 @pytest.mark.slow
