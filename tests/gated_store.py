@@ -59,9 +59,10 @@ class Forwarder(BaseRequestHandler):
         if fault == "quota":
             head = f"HTTP/1.1 403 Forbidden\r\nContent-Length: {len(OVER_QUOTA)}\r\nConnection: close\r\n\r\n"
             self.request.sendall(head.encode() + OVER_QUOTA)
-        if fault == "half":  # the content comes after the headers
-            behind.sendall(request)
-            behind.sendall(self.request.recv(1 << 10))
+        if fault == "half":  # the content comes with the headers or after them
+            head, end, content = request.partition(b"\r\n\r\n")
+            content = content or self.request.recv(1 << 10)
+            behind.sendall(head + end + content[: len(content) // 2])
         if fault in ("cut", "error", "half", "quota"):
             return
         with socket.create_connection((HOST, self.server.port_behind)) as behind:

@@ -28,6 +28,7 @@ from power.replayer import Link, State, Tree, crash_states, read_tree, replay, w
 TEACHER = GOLDEN / "tiny_base.pt"
 CONVERT = ("--shard-size", "3kb", "--workers", "2")
 EMBED = ("--workers", "0", "--batch-size", "16")
+FOREIGN = "notes.txt"
 NUM_KEPT = 2
 SHORT = (
     "global_train_batch_size=16",
@@ -249,10 +250,12 @@ class Trial(NamedTuple):
     def compare(self) -> str | None:
         """Return how the result differs from the undisturbed one; files of an unfinished command may be left."""
         try:
-            found = self.case.result(self.out)
+            result = self.case.result(self.out)
         except Exception as error:  # noqa: BLE001  (a reader's)
             return f"the result cannot be read: {error!r}"
-        names = [name for name in {**found, **self.expected} if found.get(name) != self.expected.get(name)]
+        if not (notes := self.out / FOREIGN).exists() or notes.read_bytes() != self.before[FOREIGN]:
+            return f"{FOREIGN}, which is not ours, was touched"
+        names = [name for name in {**result, **self.expected} if result.get(name) != self.expected.get(name)]
         names = [name for name in names if not any(mark in name for mark in UNFINISHED)]
         return f"another result: {', '.join(names[:4])}" if names else None
 
@@ -269,7 +272,7 @@ class Trial(NamedTuple):
 def record_trial(case: Case, inputs: Inputs, folder: Path, *, resumes: bool = False) -> Trial:
     """Record a command, beside a foreign file; if it resumes, after a kill at half of its operations."""
     out = folder / "out"
-    write_tree({"notes.txt": b"mine"}, out)
+    write_tree({FOREIGN: b"mine"}, out)
     case.before(inputs, out)
     command = case.command(inputs, out)
     while True:

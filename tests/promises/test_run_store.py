@@ -236,14 +236,12 @@ def test_a_store_that_fails_during_a_save_and_is_back(
     tmp_path: Path,
 ) -> None:
     """6, 10: the run trains on meanwhile, and all that is stored in the end is whole."""
+    faults = [[fault] * 7 for _ in range(3)]  # more than boto3's own attempts
     files = ("ep1-ba10-rank0.pt", POINTER, "ep2-ba14-rank0.pt")
-    store.faults |= {f"PUT {BUCKET}/runs/{fault}/{file}": [fault] * 7 for file in files}
-    run_training(
-        *small_run(Path("unused"), small_data, f"save_folder=s3://{BUCKET}/runs/{fault}"),
-        cwd=tmp_path,
-        environment=variables,
-    )
-    assert not any(store.faults.values())
+    store.faults |= {f"PUT {BUCKET}/runs/{fault}/{file}": left for file, left in zip(files, faults, strict=True)}
+    options = (f"save_folder=s3://{BUCKET}/runs/{fault}", "save_num_checkpoints_to_keep=-1")
+    run_training(*small_run(Path("unused"), small_data, *options), cwd=tmp_path, environment=variables)
+    assert all(len(left) < 7 for left in faults)
     folder = tmp_path / "runs" / fault
     assert_same_student(folder, uninterrupted)
     stored = store.objects(BUCKET, f"runs/{fault}/")
@@ -271,22 +269,24 @@ def test_a_store_that_fails_during_a_save_and_stays_away(
 ) -> None:
     """6, 10, 18: what was stored before is whole, and another machine goes on from it, without or after an error."""
     address = f"s3://{BUCKET}/runs/away-{fault}"
-    arguments = small_run(Path("unused"), small_data, f"save_folder={address}", "save_num_checkpoints_to_keep=1")
+    arguments = small_run(Path("unused"), small_data, f"save_folder={address}", "save_num_checkpoints_to_keep=-1")
     before, newest = "ep1-ba8-rank0.pt", "ep1-ba10-rank0.pt"
-    store.faults[f"PUT {BUCKET}/runs/away-{fault}/{newest}"] = [fault] * 10_000
+    faults = store.faults[f"PUT {BUCKET}/runs/away-{fault}/{newest}"] = [fault] * 10_000
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     there.mkdir()
     program = start_python(*train_command(arguments)[1:], cwd=here, environment=variables)
+    wait_until(lambda: len(faults) < 10_000, seconds=120)
     wait_until(lambda: 13 in losses_of(here / "runs" / f"away-{fault}"), seconds=120)
     if is_awaited:
         assert program.wait(timeout=900) == 1
         assert failure(program, 1).startswith(f"error: {address}/{newest} cannot be written (")
     program.kill()
     program.wait(timeout=30)
-    del store.faults[f"PUT {BUCKET}/runs/away-{fault}/{newest}"]
+    faults.clear()
     stored = store.objects(BUCKET, f"runs/away-{fault}/")
-    assert {name for name in stored if name.endswith(".pt")} == {before}
+    assert before in stored
+    assert newest not in stored
     assert stored[POINTER].decode().strip().endswith(before)
     ended = run_training(*arguments, cwd=there, environment=variables)
     assert " at batch 8" in ended.stdout
