@@ -176,7 +176,9 @@ class GatedStore:
 
     def create_bucket(self, name: str) -> str:
         """Create a bucket and return its address."""
-        self.client().create_bucket(Bucket=name)
+        client = self.client()
+        with suppress(client.exceptions.BucketAlreadyOwnedByYou):  # a retry, whose first request was answered late
+            client.create_bucket(Bucket=name)
         return f"s3://{name}"
 
     def create_bucket_of_images(self, bucket: str, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Load teachers and students from files, and write them."""
 
 import sys
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -120,17 +121,18 @@ def load_external(path: str | Path | None, model: str) -> Teacher:
     )
 
 
-def save_student(student: Backbone, out: Path) -> None:
+def save_student(student: Backbone, out: Path, when_complete: Callable[[], object] = lambda: None) -> None:
     """Write a student with all that :func:`load_student` needs: encoder, blocks, sizes, preprocessing, provenance.
 
     One with a head is written as a classifier, for timm. A student that is a timm model is written under timm's names.
+    ``when_complete`` is called just before the file appears.
 
     Raises:
         InputError: As :func:`~d2v_composer.checkpoints.student_file.convert_to_timm`.
     """
     kind = "classifier" if isinstance(student.head, nn.Linear) else "student"  # timm's may be an Identity
     sizes, tensors = convert_to_timm(out, student)
-    write_model_file(out, kind, sizes, student.provenance, tensors)
+    write_model_file(out, kind, sizes, student.provenance, tensors, when_complete)
 
 
 def load_student(path: str | Path) -> Any:

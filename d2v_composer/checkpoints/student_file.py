@@ -68,9 +68,14 @@ class ModelFile(NamedTuple):
 
 
 def write_model_file(
-    path: Path, kind: str, config: dict[str, Any], provenance: dict[str, Any], tensors: Mapping[str, Tensor]
+    path: Path,
+    kind: str,
+    config: dict[str, Any],
+    provenance: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    when_complete: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write a complete file, or leave ``path`` as it was.
+    """Write a complete file, or leave ``path`` as it was; ``when_complete`` is called just before the file appears.
 
     Raises:
         RunError: The disk is full or fails.
@@ -86,6 +91,7 @@ def write_model_file(
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
         except SafetensorError as error:  # of the disk
             raise OSError(reason(error)) from error
+        when_complete()
 
 
 def read_model_file(path: Path) -> ModelFile:

@@ -30,10 +30,11 @@ NOT_STATED = ("not-stated", "the-file-s", "as-the-source-s", "nothing")
 
 def save_with_card(student: Any, source: str, out: Path) -> None:
     """Write a student to a .safetensors file and, unless it classifies, its card; print a line about each."""
-    write_card = plan_model_card(student, source, out) if student.head is None else None
-    if write_card is not None:  # first: d2v export is refused once the file is there
-        print(write_card())
-    save_student(student, out)
+    if student.head is None:
+        write_card = plan_model_card(student, source, out)
+        save_student(student, out, lambda: print(write_card()))  # d2v export is refused once the file is there
+    else:
+        save_student(student, out)
     print(size_of(student, out))
 
 

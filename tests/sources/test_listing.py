@@ -210,7 +210,7 @@ def test_an_interrupted_call_goes_on_with_its_own_version(
     with pytest.raises(InputError, match=r"5\.jpg: cannot decode as an image"):
         embed.main(table)
     for module in ("convert", "parts"):
-        monkeypatch.setattr(f"d2v_composer.data.{module}.version", lambda _: package)
+        monkeypatch.setattr(f"d2v_composer.conversion.{module}.version", lambda _: package)
     assert (convert_images.main(interrupted).resumed > 0) == resumes
     with nullcontext() if resumes else pytest.raises(InputError, match="an interrupted run had a different version"):
         embed.main([*table, "--skip-unreadable"])

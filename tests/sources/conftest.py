@@ -1,4 +1,4 @@
-"""Fixtures of the data's tests."""
+"""Fixtures of the tests of sources."""
 
 import pytest
 
