@@ -19,6 +19,7 @@ from streaming.base.shared import get_shm_prefix
 
 from gated_store import GatedStore
 from helpers import NUM_IMAGES, encoded_image, run_training, small_run, write_mds
+from made_once import made_once
 from programs.preloaded import know_the_machine
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # else programs that tests start ignore it in the background
@@ -82,8 +83,8 @@ def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """96 images of 32 px with labels; read-only."""
-    folder = tmp_path_factory.mktemp("small") / "train"
-    return write_mds(folder, [encoded_image(i) for i in range(NUM_IMAGES)], [i % 4 for i in range(NUM_IMAGES)])
+    files, labels = [encoded_image(i) for i in range(NUM_IMAGES)], [i % 4 for i in range(NUM_IMAGES)]
+    return made_once(tmp_path_factory, "small", lambda folder: write_mds(folder / "train", files, labels)) / "train"
 
 
 @pytest.fixture(scope="session")
@@ -113,6 +114,5 @@ def reachable_store(object_store: GatedStore, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
     """Return the folder of a run of 14 batches, 6 an epoch, in one process."""
-    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    run_training(*small_run(folder, small_data))
-    return folder
+    runs = made_once(tmp_path_factory, "small_run", lambda folder: run_training(*small_run(folder / "run", small_data)))
+    return runs / "run"

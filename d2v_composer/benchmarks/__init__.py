@@ -19,7 +19,7 @@ from d2v_composer.report.tables import format_table
 from d2v_composer.system.machine import describe_machine, package_versions
 from d2v_composer.system.progress import progress_bar
 
-# Of the models that d2v evaluate compares.
+# Samples that d2v evaluate embeds at once when it measures a model's speed.
 BATCH_SIZES = (1, 64)
 Rates = NDArray[np.float64]
 """Units of work per second, (R,): the n-th rates of all programs are from the same round."""

@@ -240,7 +240,7 @@ class Conversion(NamedTuple):
 
     samples: int
     lengths: list[int]
-    """Of each audio clip."""
+    """Samples at 16 kHz of each audio clip."""
     bytes: int
     """Total size of the shards."""
     shards: int

@@ -24,7 +24,7 @@ class Runtime(NamedTuple):
     """A program that computes with exported files."""
 
     suffix: str
-    """Of its files."""
+    """How the names of its files end."""
     package: str
     load: Callable[[str], Any]
     """Maps a file to a function: inputs, (B, …) float32 or uint8 → embeddings, (B, D)."""

@@ -43,7 +43,7 @@ MAX_ONNX = 2_000_000_000  # bytes of weights in a file
 QUANTIZED_OPS = ["Conv", "Gemm", "MatMul"]
 # How a file says that its program takes pixels.
 PIXELS = "uint8, (B, H, W, channels)"
-# Of a .pt2 file, for the values of :func:`metadata_of`.
+# The files in a .pt2 file that hold the values of :func:`metadata_of`.
 EXTRA_FILES = ("preprocessing.json", "embedding")
 
 

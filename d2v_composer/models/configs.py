@@ -142,7 +142,7 @@ class ImageConfig(Config):
 
     in_chans: Width = 3
     image_mean: Tuple[Annotated[float, Field(ge=0, le=1)]] = (0.485, 0.456, 0.406)
-    """Of each channel, for pixels from 0 to 1; the defaults are ImageNet's."""
+    """Mean of each channel, for pixels from 0 to 1; this default and the next are ImageNet's."""
     image_std: Tuple[Annotated[float, Field(ge=1e-3, le=1)]] = (0.229, 0.224, 0.225)
     modality: ClassVar = "image"
     preprocessing: ClassVar = ("image_size", "image_mean", "image_std", "interpolation")

@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from d2v_composer.models.features import Features
 from d2v_composer.objectives.objective import Objective, Regression, Term, Weight
 
-# Of predictions that point away from their targets.
+# Least length of the predictions: they may point away from their targets.
 LEAST_LENGTH = 1e-3
 
 

@@ -48,7 +48,7 @@ FIXED_BY_A_CHECKPOINT = (
     "config.optimizer",
     "teacher.sha256",
 )
-# Of a loss that compares the inputs of a microbatch with each other.
+# What else is fixed where a loss compares the inputs of a microbatch with each other.
 FIXED_WITH_MICROBATCHES = ("config.device_train_microbatch_size", "hardware.ranks")
 
 

@@ -139,7 +139,7 @@ class Listed(NamedTuple):
     marks: NDArray[np.int64]
     load: Callable[[int], bytes]
     labels: Sequence[Any]
-    """Of samples in folders, their paths."""
+    """Label of each sample; for samples in folders, their paths."""
     class_names: Sequence[str] = ()
     left_out: Mapping[str, int] = {}
     content: str = ""

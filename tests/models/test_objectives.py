@@ -1,4 +1,4 @@
-"""Students with an encoder of their own, and several objectives: what no command offers yet."""
+"""Students with an encoder of their own, and several objectives: each encoder and teacher runs once a step."""
 
 from collections import Counter
 from typing import Any
