@@ -191,7 +191,7 @@ def test_a_damaged_shard_is_named(
             (images / "shard.00007.mds").write_bytes(damaged)
     before = contents_of(images)
     data = images if place == "folder" else tmp_path / "cache"
-    options = from_store("train_loader.timeout=2") if place == "store" else []
+    options = from_store("train_loader.timeout=5") if place == "store" else []
     with (
         store.replaced("cloud", NAMED, damaged),
         two_epochs(tmp_path, data, *options, "train_loader.num_workers=1", environment=store.environment) as [program],
