@@ -29,7 +29,7 @@ MAX_LINES_OF_FILE, MAX_LINES_OF_FUNCTION = 600, 80
 LIMITS = {
     "system": 9_730,
     "models": 21_610,
-    "checkpoints": 9_530,
+    "checkpoints": 9_550,
     "data": 4_070,
     "objectives": 3_860,
     "sources": 14_960,
@@ -41,13 +41,13 @@ LIMITS = {
     "report": 4_580,
     "training_data": 2_820,
     "export": 5_970,
-    "runs": 10_860,
+    "runs": 10_880,
     "benchmarks": 6_800,
     "d2v_composer/__init__.py": 410,
     "commands": 5_940,
     "recipes": 3_310,
 }
-CEILING = 129_249
+CEILING = 129_282
 COUNTED = {tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING}
 
 

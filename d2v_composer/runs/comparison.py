@@ -22,6 +22,7 @@ from d2v_composer.evaluation.rows import GAP, GAP_CLOSED, ROWS
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import TimmNetworkConfig
 from d2v_composer.models.names import PREFIX, PROJECTED
+from d2v_composer.models.precision import precision_of
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.sources.labeled import Augmentation, EvaluationSet, load_labeled_set
@@ -143,6 +144,6 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
             how.check(name, labeled)
         return sets, build_augmentation(loader, taken, config.seed, for_views=True)
 
-    with torch.device(device):
+    with torch.device(device), precision_of(None, device):
         costs = {name: cost(parts.get(name)) for group in groups.values() for name in group}
     return model, Evaluation(groups, costs, how, load, {}, [], {})
