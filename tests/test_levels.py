@@ -36,18 +36,18 @@ LIMITS = {
     "config": 4_790,
     "conversion": 4_030,
     "evaluation": 7_900,
-    "callbacks": 7_680,
+    "callbacks": 7_690,
     "embedding": 4_160,
     "report": 4_580,
     "training_data": 2_820,
     "export": 5_970,
     "runs": 10_880,
-    "benchmarks": 6_800,
+    "benchmarks": 6_830,
     "d2v_composer/__init__.py": 410,
     "commands": 5_940,
     "recipes": 3_310,
 }
-CEILING = 129_282
+CEILING = 129_320
 COUNTED = {tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING}
 
 

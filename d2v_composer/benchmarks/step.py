@@ -9,7 +9,7 @@ MLP's shape on the same device, in images/s of a step that were made of such pro
 import copy
 import re
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,8 @@ def benchmark(
     own = names[-1]
     names += [TRAINER] if loop == TRAINER else []
     order = [getattr(SDPBackend, name.upper()) for name in (sdp, *SDP)] if sdp else []
-    with sdpa_kernel(order, set_priority=True) if sdp else nullcontext():
-        runs = {name: build_run(name, model, config, images, steps) for name in names}
+    with sdpa_kernel(order, set_priority=True) if sdp else nullcontext(), ExitStack() as at_end:
+        runs = {name: build_run(name, model, config, images, steps, at_end) for name in names}
         # Only now: a Trainer allows TF32.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         check_losses({name: run(1) for name, run in runs.items()})
@@ -136,7 +136,7 @@ def benchmark(
 
 
 def build_run(
-    name: str, model: DistillationModel, config: TrainConfig, images: Tensor, steps: int
+    name: str, model: DistillationModel, config: TrainConfig, images: Tensor, steps: int, at_end: ExitStack
 ) -> Callable[[int], Tensor]:
     """Return a function that trains a contender for a number of steps and returns the last loss.
 
@@ -146,6 +146,7 @@ def build_run(
         config: How it trains.
         images: Its batch.
         steps: Length of an epoch of the Trainer.
+        at_end: Closes the Trainer.
     """
     dtype = PRECISIONS[config.precision]
     if name == NAIVE:
@@ -159,12 +160,17 @@ def build_run(
         compile_model(ours, choice=config.compile)
     optimizer = build_optimizer(config.optimizer, ours)
     if name == TRAINER:
-        return in_trainer(ours, optimizer, config, images, steps)
+        return in_trainer(ours, optimizer, config, images, steps, at_end)
     return partial(repeat, partial(train_step, lambda x: ours.loss(ours(x), x), optimizer, dtype, images))
 
 
 def in_trainer(
-    model: DistillationModel, optimizer: torch.optim.Optimizer, config: TrainConfig, images: Tensor, steps: int
+    model: DistillationModel,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    images: Tensor,
+    steps: int,
+    at_end: ExitStack,
 ) -> Callable[[int], Tensor]:
     """Return a function that trains for a number of steps in Composer's Trainer, on batches in the host's memory."""
     model.cpu_bf16 = choose_precision(config.precision).cpu_bf16
@@ -178,6 +184,7 @@ def in_trainer(
         optimizers=optimizer,
         spin_dataloaders=False,
     )
+    at_end.callback(trainer.close)
 
     def run(times: int) -> Tensor:
         with lean_engine(trainer):

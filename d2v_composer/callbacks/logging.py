@@ -147,7 +147,8 @@ class JSONLLogger(LoggerDestination):
 
     def close(self, state: State, logger: Logger) -> None:
         if self.file is not None:
-            os.fsync(self.file.fileno())  # the lines after the last checkpoint are in no other file
+            if self.path.is_file():  # /dev/null cannot be flushed
+                os.fsync(self.file.fileno())  # the lines after the last checkpoint are in no other file
             self.file.close()
             self.file = None
 
