@@ -18,7 +18,7 @@ from streaming import MDSWriter
 from streaming.base.shared import get_shm_prefix
 
 from gated_store import GatedStore
-from helpers import NUM_IMAGES, encoded_image, run_training, small_run, write_mds
+from helpers import NUM_IMAGES, encoded_image, run_training, small_run, succeed, write_mds
 from made_once import made_once
 from programs.preloaded import know_the_machine
 
@@ -116,3 +116,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, small_data: Path) ->
     """Return the folder of a run of 14 batches, 6 an epoch, in one process."""
     runs = made_once(tmp_path_factory, "small_run", lambda folder: run_training(*small_run(folder / "run", small_data)))
     return runs / "run"
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, uninterrupted: Path) -> Path:
+    """The student of that run, three blocks with ALiBi; read-only."""
+    name, checkpoint = "student.safetensors", uninterrupted / "latest-rank0.pt"
+    return made_once(tmp_path_factory, "exported", lambda folder: succeed("export", checkpoint, folder / name)) / name

@@ -204,8 +204,8 @@ def fetch_model(path: str | Path) -> Path:
 
 def publish(partial: Path, checkpoint: Path) -> None:
     """Rename a complete checkpoint, then point ``latest-rank0.pt`` at it; readers find the old or the new one."""
-    if (log_file := checkpoint.with_name(LOG)).exists():
-        flush(log_file)  # a resumed run logs only what follows
+    with suppress(FileNotFoundError):
+        flush(checkpoint.with_name(LOG))  # a resumed run logs only what follows
     move(partial, checkpoint)
     point_at(checkpoint)
 

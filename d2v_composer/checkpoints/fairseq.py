@@ -17,12 +17,7 @@ from d2v_composer.checkpoints.student_file import (
     sha256,
     write_model_file,
 )
-from d2v_composer.models.configs import (
-    AudioEncoderConfig,
-    EatEncoderConfig,
-    ImageEncoderConfig,
-    TeacherConfig,
-)
+from d2v_composer.models.configs import AudioEncoderConfig, EatEncoderConfig, ImageEncoderConfig, TeacherConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.names import Weights
 from d2v_composer.system.addresses import file_name

@@ -257,12 +257,11 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
     except InputError as error:
         if teacher_path is not None:
             raise
-        problem = str(error)
-        if not options["model"].startswith(EXTERNAL):
-            problem += f"; if the teacher of {path} has moved, give its new path: {NAME_IT}"
+        moved = f"; if the teacher of {path} has moved, give its new path: {NAME_IT}"
+        advice = "" if options["model"].startswith(EXTERNAL) else moved
         if not has_own_encoder:
-            raise InputError(problem) from error
-        print(f"without the teacher: {problem}", file=sys.stderr)
+            raise InputError(f"{error}{advice}") from error
+        print(f"without the teacher: {error}{advice}", file=sys.stderr)
         teacher = None
     prefix = "student."  # the others are the objectives' heads
     own = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)}

@@ -25,18 +25,18 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from d2v_composer.commands.options import add_options
+from d2v_composer.models.configs import RELEASED
 from d2v_composer.system.command_line import make_parser
 from d2v_composer.system.files import write_atomically
-
-BENCHMARKS = ("step", "plan", "data", "retrieval", "first-hour")
 
 
 def main(argv: Sequence[str]) -> None:
     """Run a benchmark, and print and write its result."""
     parser = make_parser(__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    for name in BENCHMARKS:
-        add_options(benchmarks.add_parser(name, argument_default=argparse.SUPPRESS), f"benchmark {name}")
+    for name in ("step", "plan", "data", "retrieval", "first-hour"):
+        benchmark = benchmarks.add_parser(name, argument_default=argparse.SUPPRESS)
+        add_options(benchmark, f"benchmark {name}", sizes=(*RELEASED, "quickstart"))
     options = vars(parser.parse_args(argv))
     name, out = options.pop("benchmark"), options.pop("json", None)
 

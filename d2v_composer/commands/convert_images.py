@@ -26,12 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2v_composer.commands.options import make_parser
-from d2v_composer.system.command_line import (
-    d2v,
-    print_next,
-    print_skipped,
-    training_on,
-)
+from d2v_composer.system.command_line import d2v, print_next, print_skipped, training_on
 from d2v_composer.system.processes import ALL
 
 if TYPE_CHECKING:

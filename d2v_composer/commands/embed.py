@@ -22,12 +22,7 @@ from typing import Any
 
 from d2v_composer.commands.options import make_parser
 from d2v_composer.config.reference import ModelReference
-from d2v_composer.system.command_line import (
-    d2v,
-    print_next,
-    print_skipped,
-    reading_of,
-)
+from d2v_composer.system.command_line import d2v, print_next, print_skipped, reading_of
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.processes import ALL, local_rank, relaunch_on_gpus
 

@@ -7,14 +7,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ByteSize,
-    Field,
-    create_model,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ByteSize, Field, create_model, model_validator
 from typing_extensions import Self
 
 from d2v_composer.config.reference import ModelReference, TimmSizes

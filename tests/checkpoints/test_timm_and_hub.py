@@ -36,14 +36,6 @@ def export(*arguments: str | Path) -> None:
     export_student.main([str(argument) for argument in arguments])
 
 
-@pytest.fixture(scope="module")
-def exported(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The student of a small run, three blocks with ALiBi."""
-    path = tmp_path_factory.mktemp("exported") / "student.safetensors"
-    export(uninterrupted / "latest-rank0.pt", path)
-    return path
-
-
 @pytest.fixture(scope="module", params=[pytest.param(None, marks=pytest.mark.slow), 20], ids=["wide", "narrow"])
 def wide_or_narrow(exported: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """That student, or one with random weights that is narrower than its encoder and has the same primary embedding."""

@@ -31,14 +31,6 @@ def export(*arguments: str | Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def of_a_run(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The student of a small run, three blocks with ALiBi."""
-    path = tmp_path_factory.mktemp("exported") / "student.safetensors"
-    export(uninterrupted / "latest-rank0.pt", path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a student of one block and its ONNX program."""
     return student_with_program(tmp_path_factory)
@@ -49,14 +41,14 @@ STUDENTS += ["audio_base", pytest.param("audio_options", marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", params=STUDENTS)
-def student(request: pytest.FixtureRequest, of_a_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def student(request: pytest.FixtureRequest, exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That student; one that is narrower than its encoder; on an encoder of sound with a block with a learned scale."""
     if request.param == "wide":
-        return of_a_run
+        return exported
     path = tmp_path_factory.mktemp(request.param) / "student.safetensors"
     torch.manual_seed(0)
     if request.param == "narrow":
-        wide = load_student(of_a_run)
+        wide = load_student(exported)
         save_student(Student(wide.encoder, wide.config.changed(embed_dim=20), wide.provenance), path)
     else:
         teacher = load_teacher(GOLDEN / f"{request.param}.pt", first_blocks=1)
@@ -117,10 +109,10 @@ def test_a_program_computes_the_students_embedding(
         assert program.to("meta")(batches[0].to("meta")).shape == (len(batches[0]), loaded.embed_dim)
 
 
-def test_a_program_takes_pixels(of_a_run: Path, tmp_path: Path) -> None:
+def test_a_program_takes_pixels(exported: Path, tmp_path: Path) -> None:
     """As any decoder gives them; the other program needs them normalized by hand."""
-    path, student = tmp_path / "student.pt2", load_student(of_a_run)
-    export(of_a_run, path, "--preprocessing", "in")
+    path, student = tmp_path / "student.pt2", load_student(exported)
+    export(exported, path, "--preprocessing", "in")
     pixels = random_images(5)
     config: Any = student.encoder.config
     mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (config.image_mean, config.image_std))
@@ -147,7 +139,7 @@ def test_a_program_that_computes_something_else_is_not_written(
 
 
 def test_onnx_is_one_file(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of any size, and refused if it is too large for one."""
+    """A program of any size is one file, or refused if it is too large for one."""
     assert {path.name for path in small.iterdir()} == {"student.onnx", "student.safetensors"}
     monkeypatch.setattr("d2v_composer.export.programs.MAX_ONNX", 1000)
     with pytest.raises(InputError, match=r"large.onnx: an ONNX file holds at most 2 GB, and this student has 0.0"):
@@ -156,25 +148,25 @@ def test_onnx_is_one_file(small: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_int8(of_a_run: Path, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_int8(exported: Path, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "student.onnx"
-    export(of_a_run, path, "--int8", "--calibrate", small_data)
+    export(exported, path, "--int8", "--calibrate", small_data)
     table = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
     assert table["pytorch"][3:5] == ["1", "1"]  # the least and the mean cosine
     assert 0.98 < float(table["onnxruntime"][3]) < float(table["onnxruntime"][4]) < 1
     assert load(path)[1]["embedding"] == "layer_mean_cls"
-    student, layers = load_student(of_a_run), [node.op_type for node in onnx.load(path).graph.node]
+    student, layers = load_student(exported), [node.op_type for node in onnx.load(path).graph.node]
     num_blocks = len(student.block_list) + len(student.encoder.block_list)
     assert layers.count("MatMul") == 6 * num_blocks + 1  # qkv, proj, fc1, fc2, attention's two products; patches
     assert layers.count("QuantizeLinear") == 4 * num_blocks + 1
 
 
-def test_int8_needs_images(of_a_run: Path, tmp_path: Path) -> None:
+def test_int8_needs_images(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="needs at least 20 images, got 0; use --images FOLDER, or for --int8 "):
-        export(of_a_run, tmp_path / "student.onnx", "--int8")
+        export(exported, tmp_path / "student.onnx", "--int8")
     for out, options in (("a.pt2", ["--int8"]), ("a.onnx", ["--calibrate", "photos"])):
         with pytest.raises(InputError, match=f"{out}: --int8 is only for .onnx, and --calibrate only for --int8"):
-            export(of_a_run, tmp_path / out, *options)
+            export(exported, tmp_path / out, *options)
     assert not list(tmp_path.iterdir())
 
 

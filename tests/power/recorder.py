@@ -37,7 +37,7 @@ IS_AVAILABLE = shutil.which("strace") is not None and (
 
 
 class Operation(NamedTuple):
-    """What a system call did to a file or folder."""
+    """An effect of a system call on a file or folder."""
 
     kind: str
     """create (unless it exists), mkdir, symlink, link, rename, remove, write, resize, or sync; sync_all has no path."""

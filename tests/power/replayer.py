@@ -52,7 +52,7 @@ class File:
 
     @property
     def outcomes(self) -> list[str]:
-        """What a crash may leave of it; empty if nothing is at risk.
+        """Return what a crash may leave of it; empty if nothing is at risk.
 
         ``old``: as at its last flush. ``cut``: so, but as short as it has been since. ``written``: as the program sees
         it. ``zero``: of that size, without any new data: zeros where none were before. ``mixed``: of that size; each
@@ -275,10 +275,10 @@ class Disk:
 
 
 class State(NamedTuple):
-    """What a crash may leave."""
+    """A folder as a crash may leave it."""
 
     number: int
-    """Of the operations before it."""
+    """Number of operations before the crash."""
     tree: Tree
     written: Tree
     """The same names, if the data of all files had been written."""
@@ -287,7 +287,7 @@ class State(NamedTuple):
 
     @property
     def losses(self) -> list[str]:
-        """What the crash took, a line for each path."""
+        """Return what the crash took, a line for each path."""
         lines = []
         for path in sorted({*self.tree, *self.named}):
             if path not in self.tree or path not in self.named:

@@ -1,4 +1,4 @@
-"""What is recorded is what happened."""
+"""The recorder writes down what happened, and nothing else."""
 
 import sys
 from pathlib import Path

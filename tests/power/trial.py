@@ -48,7 +48,7 @@ NOT_COMPARED = re.compile(r"throughput/|time/|.*/(pixels|encoder|teacher)/")
 
 
 class Inputs:
-    """What the commands read, made at its first use; it is safe.
+    """Files that the commands read, each made at its first use; no crash touches them.
 
     Args:
         folder: A new folder.

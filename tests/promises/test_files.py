@@ -36,7 +36,6 @@ from helpers import (
     small_run,
     start_python,
     student_of,
-    succeed,
     train_command,
     write_files,
     write_mds,
@@ -249,13 +248,6 @@ SIZES: dict[str, Callable[[dict[str, Any]], str]] = {
     "a million lists": lambda sizes: f'{{"encoder": [{"[]," * 1_000_000}[]]}}',
     "a number of a million digits": lambda sizes: f'{{"encoder": {"9" * 1_000_000}}}',
 }
-
-
-@pytest.fixture(scope="module")
-def exported(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("exported") / "student.safetensors"
-    succeed("export", uninterrupted / "latest-rank0.pt", path)
-    return path
 
 
 @pytest.mark.parametrize(
