@@ -207,7 +207,7 @@ def test_ray_loses_nothing_if_a_node_is_killed(sources: Path, tmp_path: Path) ->
 
     def start(ip: str, *options: str) -> None:
         nodes[ip] = Node.start(tmp_path / ip, environment, "--node-ip-address", ip, *options)
-        wait_until(lambda: "will now block" in (tmp_path / ip).read_text(), 60)
+        wait_until(lambda: "will now block" in (tmp_path / ip).read_text(), 200)
 
     with tempfile.TemporaryDirectory(dir="/tmp") as short:  # a socket's path has at most 107 characters
         port, driver = f"--port={address.partition(':')[2]}", ROOT / "tests" / "programs" / "slow_ray_embed.py"
@@ -220,10 +220,10 @@ def test_ray_loses_nothing_if_a_node_is_killed(sources: Path, tmp_path: Path) ->
             with (tmp_path / "driver.txt").open("wb") as log:
                 running = subprocess.Popen(command, env=environment | {"RAY_ADDRESS": address}, stdout=log, stderr=log)
             try:
-                wait_until(lambda: any(seen.iterdir()) or running.poll() is not None, 120)
+                wait_until(lambda: any(seen.iterdir()) or running.poll() is not None, 400)
                 assert running.poll() is None, (tmp_path / "driver.txt").read_text()
                 nodes.pop(next(seen.iterdir()).name).kill()
-                assert running.wait(240) == 0, (tmp_path / "driver.txt").read_text()
+                assert running.wait(400) == 0, (tmp_path / "driver.txt").read_text()
             finally:
                 running.kill()
                 running.wait()
