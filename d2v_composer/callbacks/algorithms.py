@@ -18,7 +18,7 @@ from d2v_composer.system.progress import progress_bar
 
 def trained(state: State) -> list[Tensor]:
     """Return the parameters that the optimizers train; this skips the model's many frozen ones."""
-    return [each for optimizer in state.optimizers for group in optimizer.param_groups for each in group["params"]]
+    return [tensor for optimizer in state.optimizers for group in optimizer.param_groups for tensor in group["params"]]
 
 
 class GradientClipping(algorithms.GradientClipping):
@@ -57,7 +57,7 @@ class GradientNorm(Algorithm):
         return event == Event.AFTER_TRAIN_BATCH and int(state.timestamp.batch) % self.every == 0
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        gradients = [each.grad for each in trained(state) if each.grad is not None]
+        gradients = [tensor.grad for tensor in trained(state) if tensor.grad is not None]
         logger.log_metrics({"l2_norm/grad/global": torch.nn.utils.get_total_norm(gradients).item()})
 
 

@@ -326,9 +326,9 @@ def check_finite(checkpoint: dict[str, Any]) -> None:
     state = checkpoint["state"]
     tensors = named_tensors({part: state[part] for part in ("model", "optimizers")})
     mine = next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
-    if found := next((name for name in dist.all_gather_object(mine) if name is not None), None):
+    if culprit := next((name for name in dist.all_gather_object(mine) if name is not None), None):
         batch = int(state["timestamp"]["Timestamp"]["batch"]) - 1
-        raise FloatingPointError(f"batch {batch}: {found} is not finite; {ADVICE}")
+        raise FloatingPointError(f"batch {batch}: {culprit} is not finite; {ADVICE}")
 
 
 def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -336,5 +336,5 @@ def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield name.removeprefix("."), value
     elif isinstance(value, Mapping | list | tuple):
-        for key, each in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from named_tensors(each, f"{name}.{key}")
+        for key, member in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from named_tensors(member, f"{name}.{key}")

@@ -71,8 +71,8 @@ class RunRecord(Callback):
     def changes(self, before: Mapping[str, Any], keys: Sequence[str] = ()) -> str:
         """Describe what differs from another run's record in these keys; default: the fixed ones."""
         records = hide_secrets(before), self.record, self.defaults
-        found = (find_changes(key, *(value_at(record, key) for record in records)) for key in keys or self.fixed)
-        return "; ".join(change for changes in found for change in changes)
+        groups = (find_changes(key, *(value_at(record, key) for record in records)) for key in keys or self.fixed)
+        return "; ".join(change for changes in groups for change in changes)
 
 
 def find_changes(key: str, before: Any, now: Any, default: Any = None) -> Iterator[str]:

@@ -16,7 +16,7 @@ CallbackT = TypeVar("CallbackT", bound=Callback)
 
 def find_callback(state: State, kind: type[CallbackT]) -> CallbackT | None:
     """Return the run's first callback of the given class."""
-    return next((each for each in state.callbacks if isinstance(each, kind)), None)
+    return next((callback for callback in state.callbacks if isinstance(callback, kind)), None)
 
 
 def due_every(interval: str, final_events: Set[Event] = frozenset()) -> Callable[[State, Event], bool]:

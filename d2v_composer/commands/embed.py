@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> Any:
         cache_limit=arguments.cache_limit,
         part=part or ALL,
     )
-    files = (f"{source.root}/{each[:-2]}" for each in map(str, source.ids) if each.endswith("#0"))
+    files = (f"{source.root}/{name[:-2]}" for name in map(str, source.ids) if name.endswith("#0"))
     if arguments.overwrite and os.path.realpath(out) in map(os.path.realpath, files):
         raise InputError(f"{out} is among the source's files; choose another OUT")
     if out.endswith(".parquet"):

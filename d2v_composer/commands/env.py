@@ -26,16 +26,16 @@ def main(argv: Sequence[str]) -> None:
         gpu = torch.cuda.get_device_properties(i)
         about[f"gpu {i}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute {gpu.major}.{gpu.minor}"
     needed = [Requirement(text) for text in metadata.requires("d2v-composer") or []]
-    found = package_versions(*(each.name for each in needed))
+    versions = package_versions(*(need.name for need in needed))
     lacking = [
-        each
-        for each in needed
-        if (version := found[each.name]) is None or not each.specifier.contains(version, prereleases=True)
+        need
+        for need in needed
+        if (version := versions[need.name]) is None or not need.specifier.contains(version, prereleases=True)
     ]
     for extra in metadata.metadata("d2v-composer").get_all("Provides-Extra") or []:
-        own = [each for each in lacking if each.marker is not None and each.marker.evaluate({"extra": extra})]
+        missing = [need for need in lacking if need.marker is not None and need.marker.evaluate({"extra": extra})]
         about[f"extra {extra}"] = (
-            f"lacks {' '.join(f'{each.name}{each.specifier}' for each in own)}" if own else "complete"
+            f"lacks {' '.join(f'{need.name}{need.specifier}' for need in missing)}" if missing else "complete"
         )
     for name, value in about.items():
         print(f"{name:<20}{value or 'none'}")

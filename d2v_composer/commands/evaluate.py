@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     evaluation.run(device, autocast_dtype)
     if config.rivals:
         evaluation.speeds.update(measure_speeds(evaluation, model.encoder.noise, device, autocast_dtype))
-    tables = evaluation_tables(evaluation, modality.each)
+    tables = evaluation_tables(evaluation, modality.cost_unit)
     print(tables)
     if config.out is not None:
         about = {"machine": describe_machine(), "versions": package_versions(), "weights": weights, "tables": tables}

@@ -21,10 +21,10 @@ def main(argv: Sequence[str]) -> None:
     """Print the tables of one section, or all tables."""
     section = make_parser(__doc__, "fields").parse_args(argv).section
     tables = list(find_tables())
-    if not (found := [text for *names, text in tables if section in (None, *names)]):
+    if not (texts := [text for *names, text in tables if section in (None, *names)]):
         allowed = dict.fromkeys(name for *names, _ in tables for name in names)
         raise InputError(f"SECTION: no such section {section!r} (allowed: {', '.join(filter(None, allowed))})")
-    print("\n\n".join(found))
+    print("\n\n".join(texts))
 
 
 def find_tables() -> Iterator[tuple[str, str, str]]:

@@ -31,6 +31,6 @@ def main(argv: Sequence[str]) -> None:
     name = parser.parse_args(argv).name
     text = (YAMLS / f"{name}.yaml").read_text("utf-8")
     # Quoted, since a path may hold ' #' and the like.
-    text = re.sub(r"\$\{here:(.*?)\}", lambda found: json.dumps(f"{YAMLS}/{found[1]}", ensure_ascii=False), text)
+    text = re.sub(r"\$\{here:(.*?)\}", lambda match: json.dumps(f"{YAMLS}/{match[1]}", ensure_ascii=False), text)
     print(text, end="")
     print(f"next: {READERS.get(name) or d2v('train', 'FILE.yaml')}", file=sys.stderr)

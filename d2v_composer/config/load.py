@@ -69,7 +69,7 @@ def load_checked(schema: type[ConfigT], argv: Sequence[str], values: Mapping[str
         if not problems:
             return config
     except ValidationError as error:
-        problems += [line for each in error.errors(include_url=False) for line in explain(schema, each)]
+        problems += [line for detail in error.errors(include_url=False) for line in explain(schema, detail)]
     except InputError as error:
         problems += error.args
     let_first_rank_report()
@@ -84,15 +84,15 @@ def read_yaml(path: str | Path) -> Any:
     """
     with reading(path):
         try:
-            found = OmegaConf.load(path)
+            settings = OmegaConf.load(path)
         except yaml.YAMLError as error:
             raise InputError(f"{path}: not a YAML mapping: {' '.join(str(error).split())}") from error
-    if not isinstance(found, DictConfig):
+    if not isinstance(settings, DictConfig):
         raise InputError(f"{path}: expected a YAML mapping, as in yamls/")
-    return OmegaConf.to_container(found)
+    return OmegaConf.to_container(settings)
 
 
-def merge_settings(schema: type[BaseModel], argv: Sequence[str], own: Mapping[str, Any], problems: list[str]) -> Any:
+def merge_settings(schema: type[BaseModel], argv: Sequence[str], preset: Mapping[str, Any], problems: list[str]) -> Any:
     """Merge defaults, YAML, a command's own values and overrides, and resolve references; add unreadable overrides to
     ``problems``."""
     if not argv:
@@ -102,7 +102,7 @@ def merge_settings(schema: type[BaseModel], argv: Sequence[str], own: Mapping[st
     values = read_yaml(path)
     values = values.get("config", values)  # of a run's record, run.yaml
     merged = OmegaConf.create(layered(defaults(schema), values))
-    for key, value in own.items():
+    for key, value in preset.items():
         assign(merged, key, value)
     for override in overrides:
         try:

@@ -80,7 +80,7 @@ def arguments_of(known: Mapping[str, str]) -> AfterValidator:
                 lines += [f".{name}.{argument}: no such argument{suggest(argument, allowed)}" for argument in wrong]
                 # Composer would divide by them.
                 numbers = {argument: value for argument, value in arguments.items() if type(value) in (int, float)}
-                lines += [f".{name}.{each}: must be > 0, got {value}" for each, value in numbers.items() if value <= 0]
+                lines += [f".{name}.{key}: must be > 0, got {value}" for key, value in numbers.items() if value <= 0]
         if lines:
             raise ValueError("\n".join(lines))
 

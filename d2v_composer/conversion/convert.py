@@ -188,19 +188,19 @@ class _Task(NamedTuple):
         with _published(self.out, name, self.work) as path:
             writer = MDSWriter(columns=columns, out=str(path.parent), hashes=HASHES, size_limit=None)
             writer.shards = [None] * number  # their number becomes the next one's name
-            for each in self.groups[number].tolist():
+            for sample in self.groups[number].tolist():
                 try:
-                    stored, length = source.load(each), None
+                    stored, length = source.load(sample), None
                     if not source.keeps_files:
-                        with reading(source.name(each)):
-                            stored, length = source.modality.encode(stored, source.name(each), **self.options)
+                        with reading(source.name(sample)):
+                            stored, length = source.modality.encode(stored, source.name(sample), **self.options)
                 except UnreadableSampleError as error:
                     if not self.skip_unreadable:
                         skips = f"--skip-unreadable skips such {source.modality.unit}"
                         raise InputError(f"{error}; {skips}") from error
                     done["skipped"].append(str(error).removeprefix(f"{source.root}/"))
                     continue
-                label = {} if source.label is None else {"label": source.label(each)}
+                label = {} if source.label is None else {"label": source.label(sample)}
                 writer.write({column: stored, **label})
                 done["lengths"] += [] if length is None else [length]
             if writer.new_samples:  # not finish(), which writes an index: an unfinished data set has none
@@ -303,7 +303,7 @@ def convert(
         entries = [shard["entry"] for shard in shards if shard["entry"] is not None]
         if not (entries or plan):
             raise InputError(f"{source.root}: none of the {len(source)} {unit} can be read")
-        etags = {each["entry"]["raw_data"]["basename"]: each.get("etag") for each in shards if each["entry"]}
+        etags = {shard["entry"]["raw_data"]["basename"]: shard.get("etag") for shard in shards if shard["entry"]}
         for path in folder.glob("shard.[0-9]*.mds"):
             if path.name not in etags:  # of an interrupted conversion with other settings
                 path.unlink()
@@ -344,7 +344,7 @@ def merge_shards(out: str) -> Conversion:
     unit = summary.pop("part")["unit"]
     summary[unit] = sum(record[unit] for record in records.values())
     for name in ("skipped", "lengths"):
-        if listed := [each for record in records.values() for each in record.get(name, ())]:
+        if listed := [value for record in records.values() for value in record.get(name, ())]:
             summary[name] = listed
     if not entries:
         raise InputError(f"{parts.folder}: no part has {unit} that can be read")

@@ -66,8 +66,8 @@ class Parts:
         if exists(f"{self.folder}/{part.name}{self._last}"):
             self._read(part, plan, "this command")
             return True
-        if not self.suffix and (others := {name.partition("/")[0] for name in names_in(self.out)} - {"parts"}):
-            raise InputError(f"{self.out} holds something other than parts: {min(others)}; choose another OUT")
+        if not self.suffix and (names := {name.partition("/")[0] for name in names_in(self.out)} - {"parts"}):
+            raise InputError(f"{self.out} holds something other than parts: {min(names)}; choose another OUT")
         return False
 
     def read_all(self) -> dict[Part, dict[str, Any]]:
@@ -77,16 +77,16 @@ class Parts:
             InputError: A part is missing, is there twice, or was not made like the others.
         """
         pattern = re.compile(rf"(\d{{5,}})-of-(\d{{5,}}){re.escape(self._last)}")
-        found = sorted(Part(*map(int, match.groups())) for match in map(pattern.fullmatch, self.files) if match)
-        if not found:
+        parts = sorted(Part(*map(int, match.groups())) for match in map(pattern.fullmatch, self.files) if match)
+        if not parts:
             raise InputError(f"{self.folder}: no finished parts")
-        counts = sorted({part.total for part in found})
+        counts = sorted({part.total for part in parts})
         if len(counts) > 1:
             raise InputError(f"{self.folder} has parts of {' and of '.join(map(str, counts))}; keep only one set")
-        if missing := sorted({*range(counts[0])} - {part.number for part in found}):
+        if missing := sorted({*range(counts[0])} - {part.number for part in parts}):
             raise InputError(f"{self.folder}: of {counts[0]} parts, these are missing: {', '.join(map(str, missing))}")
-        first = self._read(found[0], {}, "")
-        return {part: self._read(part, first["part"], found[0].name) for part in found}
+        first = self._read(parts[0], {}, "")
+        return {part: self._read(part, first["part"], parts[0].name) for part in parts}
 
     @cached_property
     def files(self) -> dict[str, File]:
@@ -102,8 +102,8 @@ class Parts:
             has = record["part"]
             if (has["number"], has["total"]) != part:
                 raise InputError(f"{self.path(part)} holds part {has['number']} of {has['total']}; remove it")
-            if others := [key for key in plan if key != "number" and has.get(key) != plan[key]]:
-                raise InputError(f"{self.path(part)} was made with another {', '.join(others)} than {whose}; remove it")
+            if keys := [key for key in plan if key != "number" and has.get(key) != plan[key]]:
+                raise InputError(f"{self.path(part)} was made with another {', '.join(keys)} than {whose}; remove it")
             return record
 
     @staticmethod

@@ -242,7 +242,7 @@ class Images(Modality):
     interpolation: str = "bicubic"
     name = "image"
     unit = "images"
-    each = "image"
+    cost_unit = "image"
     # What torchvision's ImageFolder reads, and more.
     suffixes = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", *KNOWN)
     needs = NEEDS

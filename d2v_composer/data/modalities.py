@@ -5,7 +5,7 @@ from d2v_composer.data.images import Images
 from d2v_composer.data.modality import Modality
 from d2v_composer.models.configs import EncoderConfig
 
-MODALITIES: dict[str, type[Modality]] = {each.name: each for each in (Images, Audio)}
+MODALITIES: dict[str, type[Modality]] = {modality.name: modality for modality in (Images, Audio)}
 
 
 def modality_of(config: EncoderConfig) -> Modality:

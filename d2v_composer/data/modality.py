@@ -42,7 +42,7 @@ class Modality(ABC):
     Attributes:
         name: Name of the entry in a batch, and of the column in an MDS data set.
         unit: What messages call several samples.
-        each: What a model's operations are counted for.
+        cost_unit: What a model's operations are counted for.
         suffixes: Of the files that a folder's scan takes.
         needs: Suffix of files that cannot be decoded here → the package that can.
         encodings: The encodings of a column that can be read.
@@ -53,7 +53,7 @@ class Modality(ABC):
 
     name: ClassVar[str]
     unit: ClassVar[str]
-    each: ClassVar[str]
+    cost_unit: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]]
     needs: ClassVar[Mapping[str, str]] = {}
     encodings: ClassVar[Collection[str]]

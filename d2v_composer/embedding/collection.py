@@ -275,7 +275,7 @@ def merge_embeddings(out: str, *, overwrite: bool = False) -> Embedded:
     first = next(iter(records.values()))
     with _sole_writer(out, folder):
         skipped = [reason for record in records.values() for reason in record["skipped"]]
-        embedding = Embedded(sum(each["images"] for each in records.values()), first["channels"], skipped, 0, 0.0)
+        embedding = Embedded(sum(record["images"] for record in records.values()), first["channels"], skipped, 0, 0.0)
         read = (_read_part(parts.path(part), record, folder) for part, record in records.items())
         _write_table(out, chain.from_iterable(read), embedding, np.dtype(first["part"]["dtype"]), overwrite)
     return embedding
@@ -289,7 +289,7 @@ def _read_part(address: str, record: Mapping[str, Any], folder: Path) -> Iterato
     """
     is_array = address.endswith(".npy")
     with reading(address):
-        files = [bring(each, folder) for each in ([_ids_file(address)] if is_array else []) + [address]]
+        files = [bring(path, folder) for path in ([_ids_file(address)] if is_array else []) + [address]]
         if [*map(_digest, files)] != record["digests"]:
             raise ValueError("it is not the file that its record describes; remove this part")
         if is_array:
@@ -415,9 +415,9 @@ def _record_of(out: str) -> str:
 def embed_batch(model: Backbone, batch: tuple[Tensor, ...], options: EmbeddingOptions, device: str) -> NDArray:
     """Embed a batch of :func:`load_batch`: (N, D)."""
     dtype = choose_precision(options.precision).autocast_dtype
-    values, *others = (each.to(device, non_blocking=True) for each in batch)
+    values, *lengths = (tensor.to(device, non_blocking=True) for tensor in batch)
     with torch.inference_mode(), precision_of(dtype, device):
-        embeddings = model.embed(values, options.pooling, options.representation, *others)
+        embeddings = model.embed(values, options.pooling, options.representation, *lengths)
         embeddings = normalize(embeddings, dim=1) if options.normalize else embeddings
         return embeddings.to(getattr(torch, options.dtype)).cpu().numpy()
 

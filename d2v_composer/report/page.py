@@ -49,7 +49,7 @@ def write_report(run: Run, folder: Path) -> list[Path]:
     Returns:
         The written files, the page first.
     """
-    results, training = ([(name, to_png(each)) for name, each in plots(run)] for plots in (accuracy_plots, curves))
+    results, training = ([(name, to_png(figure)) for name, figure in plots(run)] for plots in (accuracy_plots, curves))
     template = Path(__file__).with_name("page.html").read_text("utf-8")
     page = jinja2.Template(template, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).render(
         record=run.record,
@@ -103,7 +103,7 @@ def gallery(labeled: EvaluationSet, chosen: Tensor, nearest: Tensor) -> list[lis
         label = queries.labels[query]
         row = [("query", label, queries.samples[query])]
         row += [("✓" if bank.labels[i] == label else "✗", bank.labels[i], bank.samples[i]) for i in indices]
-        rows.append([Shown(mark, class_names[label], picture(each), sound(each)) for mark, label, each in row])
+        rows.append([Shown(mark, class_names[label], picture(sample), sound(sample)) for mark, label, sample in row])
     return rows
 
 

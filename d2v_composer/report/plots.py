@@ -96,7 +96,7 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
         for name, (title, measures) in plots.items():
             if lines := _accuracies(run, dataset, measures):
                 figure = plot(title, "%", lines)
-                for start in (run.log.get(metric_key(dataset, each), {}).get(0) for each in measures):
+                for start in (run.log.get(metric_key(dataset, measure), {}).get(0) for measure in measures):
                     if start is not None:
                         figure.axes[0].annotate(UNTRAINED, (0, start), (5, -4), textcoords="offset points", va="top")
                 yield name, figure

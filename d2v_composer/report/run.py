@@ -95,10 +95,10 @@ def read_run(folder: Path) -> Run:
         options = {"download": False, "max_images": retrieval["max_images"], "class_embeddings": None}
         try:
             if labeled is not None and name in measured["neighbors"]:
-                found = load_labeled_set(modality=modality, **labeled | options).numbered()
-                if measured["conditions"][f"{name}.images"] != found.fingerprint():
+                dataset = load_labeled_set(modality=modality, **labeled | options).numbered()
+                if measured["conditions"][f"{name}.images"] != dataset.fingerprint():
                     raise InputError(f"its {modality.unit} differ from those that the run measured")
-                datasets[name] = found
+                datasets[name] = dataset
         except InputError as error:
             print(f"report: no gallery for {name}: {error}")
     results = read_results(measured["results"])
@@ -131,7 +131,7 @@ def _kept(run: Run, dataset: str, measure: Measure, rows: Mapping[str, Any]) -> 
     shown += f" It has {', '.join(sizes)}."
     if (closed := rows[GAP_CLOSED]) is None:
         return f"there is no teacher gap to close. {shown}"
-    value, low, high = (100 * each for each in closed[:3])
+    value, low, high = (100 * fraction for fraction in closed[:3])
     said = f"the student closes {value:.0f} % of the teacher gap, 95 % interval {low:.0f} to {high:.0f}"
     said += f"{closed.note}. {shown}"
     if value >= ENOUGH:

@@ -56,7 +56,7 @@ def format_tables(results: Sequence[Result], datasets: Iterable[str], embedding:
     return "\n\n".join(f"{title}\n{format_table(head, rows)}" for title, (head, *rows) in tables)
 
 
-def evaluation_tables(evaluation: Evaluation, each: str) -> str:
+def evaluation_tables(evaluation: Evaluation, unit: str) -> str:
     """Return tables of accuracies with intervals, the teacher gap closed, and each model's size and GFLOP.
 
     Args:
@@ -64,7 +64,7 @@ def evaluation_tables(evaluation: Evaluation, each: str) -> str:
         each: What a candidate's computation is counted for: image or second.
     """
     speeds = evaluation.speeds
-    head = ["", "M parameters", "MB in float32", f"GFLOP/{each}", *(f"{each}s/s, batch {size}" for size in speeds)]
+    head = ["", "M parameters", "MB in float32", f"GFLOP/{unit}", *(f"{unit}s/s, batch {size}" for size in speeds)]
     costs = []
     for name, cost in evaluation.costs.items():
         millions = cost["num_parameters"] / 1e6
@@ -112,5 +112,5 @@ def study_table(logs: Mapping[str, Log]) -> str:
 def _top1(log: Log, embedding: str, row: str = STUDENT, step: int | None = None) -> str:
     """Return top-1 in % with each bank, at a given step or the last one."""
     values = [log.get(metric_key(DATASET, retrieval_from(bank, 1), embedding, row), {}) for bank in BANKS]
-    steps = [max(each, default=0) if step is None else step for each in values]
-    return " / ".join(f"{100 * each[at]:.1f}" for each, at in zip(values, steps, strict=True) if at in each) or "–"
+    steps = [max(curve, default=0) if step is None else step for curve in values]
+    return " / ".join(f"{100 * curve[at]:.1f}" for curve, at in zip(values, steps, strict=True) if at in curve) or "–"

@@ -56,7 +56,7 @@ NAMES = listed(container.plural for container in CONTAINERS)
 SOURCES = f"MDS, {NAMES} (FILE, folder or glob, or in a store: s3://, …), or hf://datasets/ORG/NAME"
 COLUMN = "the column of samples, or for tars their suffix; default: the only one, or for MDS image or audio"
 CHOOSE = "choose one with --column, or column and label_column in a YAML"
-LABEL_COLUMN = ", ".join(f"for {each.plural} {each.labels}" for each in CONTAINERS if each.labels)
+LABEL_COLUMN = ", ".join(f"for {container.plural} {container.labels}" for container in CONTAINERS if container.labels)
 # What an evaluation may read: data sets; or how it reads a folder or an address.
 LOCAL = ("cifar10", "cifar100", "speech_commands", "mds", "folder")
 FORMATS = (*LOCAL, *(container.suffix[1:] for container in CONTAINERS))

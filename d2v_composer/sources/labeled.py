@@ -64,10 +64,10 @@ class EvaluationSet(NamedTuple):
         """Renumber the labels from 0 without gaps, and keep their names, because tables have a row for each label."""
         if not self.has_labels:
             return self
-        found, numbers = torch.cat([self.train.labels, self.test.labels]).unique(return_inverse=True)
+        values, numbers = torch.cat([self.train.labels, self.test.labels]).unique(return_inverse=True)
         known = dict(enumerate(self.class_names))
         train, test = numbers.split(self.num_samples)
-        rows, labels = self.class_embeddings, found.tolist()
+        rows, labels = self.class_embeddings, values.tolist()
         if rows is not None:  # those of classes without images come last, as wrong answers
             rows = rows[sorted(range(len(rows)), key=lambda label: label not in labels)]
         return EvaluationSet(
@@ -84,13 +84,13 @@ class EvaluationSet(NamedTuple):
         """
         labels = [split.labels.tolist() for split in (self.train, self.test)]
         if not self.has_labels:
-            sizes, sums = ([getattr(each, kind)() for each in self.test.samples] for kind in ("numel", "sum"))
+            sizes, sums = ([getattr(sample, kind)() for sample in self.test.samples] for kind in ("numel", "sum"))
             labels.append([round(float(sum(sums)) / sum(sizes)), *(sizes if len({*sizes}) > 1 else ())])
         return hashlib.sha256(json.dumps(labels).encode()).hexdigest()
 
     def count_shared(self) -> int:
         """Return the number of test images that are, bit by bit, among the train images."""
-        train, test = ([xxh3_128_digest(each.contiguous().numpy()) for each in samples] for samples, _ in self[:2])
+        train, test = ([xxh3_128_digest(sample.contiguous().numpy()) for sample in samples] for samples, _ in self[:2])
         return sum(map({*train}.__contains__, test))
 
     @classmethod
@@ -175,7 +175,7 @@ def _read_class_embeddings(path: Path, labeled: EvaluationSet) -> Tensor:
     with reading(path):
         rows = torch.from_numpy(np.load(path)).float()
     # Labels without names may be of more classes than these samples.
-    num_labels = max(int(each.labels.max()) + 1 for each in labeled[:2])
+    num_labels = max(int(split.labels.max()) + 1 for split in labeled[:2])
     num_classes = len(labeled.class_names) or max(num_labels, len(rows))
     if rows.ndim != 2 or len(rows) != num_classes or not rows.isfinite().all():
         expected = f"finite numbers, a row for each of {num_classes} classes"
@@ -265,7 +265,7 @@ def _open_speech_commands(root: Path, modality: Modality) -> list[Source]:
     words = [path.split("/")[0] for path in clips.ids]
     clips = clips.with_classes(words, sorted({*words}), "")
     is_test, is_used = np.isin([*clips.ids], test), ~np.isin([*clips.ids], test + validation)
-    splits = [clips.select(np.flatnonzero(each)) for each in (is_used, is_test)]
+    splits = [clips.select(np.flatnonzero(mask)) for mask in (is_used, is_test)]
     if not all(map(len, splits)):
         raise InputError(f"{root}: expected clips of {TEST_LIST} and others, WORD/*.wav; got {len(clips)} clips")
     return splits
@@ -289,13 +289,13 @@ def read_class_names(root: Path) -> tuple[str, ...]:
     Raises:
         InputError: The two differ, so that a label means another class in test than in train.
     """
-    found = set()
+    variants = set()
     for path in (root / split / SUMMARY for split in ("train", "test")):
         if path.exists():
             with reading(path):
-                found.add(tuple(json.loads(path.read_bytes())["classes"] or ()))
-    names, *others = sorted(found - {()}) or [()]
-    if others:
+                variants.add(tuple(json.loads(path.read_bytes())["classes"] or ()))
+    names, *conflicts = sorted(variants - {()}) or [()]
+    if conflicts:
         raise InputError(f"{root}: train and test name their classes differently; convert both from one SOURCE")
     return names
 
@@ -314,8 +314,8 @@ class Augmentation(NamedTuple):
 def collate_labeled(pairs: Sequence[tuple[Tensor, Any]]) -> list[Tensor]:
     """Return a batch of samples with labels: inputs, labels and, if some samples are padded, their lengths."""
     samples, labels = zip(*pairs, strict=True)
-    values, *others = collate(samples)
-    return [values, torch.tensor([int(label) for label in labels]), *others]
+    values, *lengths = collate(samples)
+    return [values, torch.tensor([int(label) for label in labels]), *lengths]
 
 
 def eval_batches(labeled: LabeledSamples, batch_size: int) -> DataLoader:

@@ -122,7 +122,7 @@ def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str])
     left_out, places = Counter[str](), dict[object, File]()
     if not is_remote(source):
         with reading(source):
-            found = [(File.of(name, source), None)] if name else [*_list_disk(root, glob, left_out)]
+            entries = [(File.of(name, source), None)] if name else [*_list_disk(root, glob, left_out)]
     else:
         if source.startswith("hf://"):
             root, files = _list_hub(root, suffixes, pattern)
@@ -132,8 +132,8 @@ def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str])
             files = [File(name)]
         else:
             return None
-        found = [(file, file.path) for file in files]
-    for file, place in found:
+        entries = [(file, file.path) for file in files]
+    for file, place in entries:
         parts, suffix = file.path.split("/"), PurePosixPath(file.path).suffix.lower()
         if file.path != name and len(glob) not in used_up(glob, parts):
             continue
@@ -215,9 +215,9 @@ def _list_hub(folder: str, suffixes: tuple[str, ...], chosen: str) -> tuple[str,
     # The hub's cache does not tell of which branch a commit is.
     note = cache_folder() / "hub" / f"{repository}@{revision}".replace("/", "--")
     try:
-        found = HfApi().dataset_info(repository, revision=revision, timeout=READ_SECONDS)
-        commit, paths = found.sha or "", [each.rfilename for each in found.siblings or ()]
-        configurations = {each["config_name"] for each in (found.card_data or {}).get("configs") or ()}
+        info = HfApi().dataset_info(repository, revision=revision, timeout=READ_SECONDS)
+        commit, paths = info.sha or "", [sibling.rfilename for sibling in info.siblings or ()]
+        configurations = {config["config_name"] for config in (info.card_data or {}).get("configs") or ()}
         write_atomically(note, commit)
     except (OSError, ValueError) as error:
         problem = f"{folder} cannot be listed ({reason(error)[:200]})"
@@ -226,7 +226,7 @@ def _list_hub(folder: str, suffixes: tuple[str, ...], chosen: str) -> tuple[str,
             cached = Path(snapshot_download(repository, repo_type="dataset", revision=known, local_files_only=True))
         except (OSError, ValueError):
             raise InputError(problem) from error
-        commit, paths = cached.name, [each.relative_to(cached).as_posix() for each in cached.rglob("*.*")]
+        commit, paths = cached.name, [path.relative_to(cached).as_posix() for path in cached.rglob("*.*")]
         log.warning("%s; using the files in the hub's cache, which may be incomplete", problem)
     inside = f"{inside}/" if inside else ""
     files = [File(path.removeprefix(inside), version=commit) for path in sorted(paths) if path.startswith(inside)]
@@ -236,7 +236,7 @@ def _list_hub(folder: str, suffixes: tuple[str, ...], chosen: str) -> tuple[str,
     if revision == CONVERTED:
         configurations = {path.partition("/")[0] for path in wanted}
     if len(configurations) > 1 and not (inside or chosen):
-        names, folders = (", ".join(sorted(each)) for each in (configurations, {*map(os.path.dirname, wanted)}))
+        names, folders = (", ".join(sorted(choices)) for choices in (configurations, {*map(os.path.dirname, wanted)}))
         raise InputError(f"{folder} has the configurations {names}; append a glob or one of the folders {folders}")
     cut = [path for path in wanted if "/partial-" in f"/{path}"]
     if cut and "partial-" not in chosen:

@@ -81,8 +81,8 @@ class Files:
         for file in self.files:
             words = split_words(file.path, names)
             if len(words.intersection(SPLITS)) > 1:
-                found = listed(sorted(words))
-                raise InputError(f"{self.root}/{file.path}: is it of {found}? Choose by a glob and --split none")
+                choice = listed(sorted(words))
+                raise InputError(f"{self.root}/{file.path}: is it of {choice}? Choose by a glob and --split none")
             for word in words:
                 splits.setdefault(word, []).append(file)
         return splits
@@ -107,7 +107,7 @@ class Files:
             return self.open()
         whole, name = replace(self, part=ALL), split or "train"
         splits = whole.find_splits(*(() if split == NONE else (*SPLITS, name)))
-        known = [each for each in SPLITS if each in splits]
+        known = [word for word in SPLITS if word in splits]
         if name not in splits and split != NONE and (split or len(known) > self.is_chosen):  # else the user means it
             raise InputError(f"{self.root}: no split {name!r}; available: {', '.join(known) or 'none; omit --split'}")
         if self.in_folders:
@@ -116,7 +116,7 @@ class Files:
         chosen, train = splits.get(name, self.files), splits.get("train")
         left_out = Counter(self.left_out) + Counter({"of other splits": len(self.files) - len(chosen)})
         files = replace(self, files=chosen, left_out=left_out)
-        source, found, names = files._opened
+        source, file_labels, names = files._opened
         if self.columns.labels is None:
             return source
 
@@ -126,7 +126,7 @@ class Files:
                 return ()
             return replace(whole, files=train or chosen).open_split(NONE).class_names
 
-        return number_labels(source, found, names, class_names)
+        return number_labels(source, file_labels, names, class_names)
 
     def _open_folders(self, splits: dict[str, dict[int, str]], split: str | None, labels: str | Path | None) -> Source:
         """Open the samples of a split, or all if it is not there, with classes that are the folders in it."""
@@ -135,8 +135,8 @@ class Files:
         has_classes = any("/" in path for path in chosen.values())
         beside = {path.partition("/")[0] for path in splits.get("", {}).values() if "/" in path}
         if split is None and name in splits and beside and not has_classes:
-            others = f"train is a split, or a class like {', '.join(sorted(beside)):.80}"
-            raise InputError(f"{self.root}: {others}; choose with --split train or --split none")
+            problem = f"train is a split, or a class like {', '.join(sorted(beside)):.80}"
+            raise InputError(f"{self.root}: {problem}; choose with --split train or --split none")
         source = self.open().select([*chosen])
         if labels is None and not has_classes:
             labels = file if (file := Path(self.root, f"LOC_{name}_solution.csv")).is_file() else NONE
@@ -324,7 +324,7 @@ def find_files(
         InputError: There are none in a store or of a glob, they are of several kinds, or they cannot be listed.
     """
     is_remote = fetch.is_remote(source)
-    kinds = {each.suffix: each for each in CONTAINERS if kind in (None, each.suffix)}
+    kinds = {container.suffix: container for container in CONTAINERS if kind in (None, container.suffix)}
     samples = () if is_remote or kind else modality.suffixes
     if (listing := list_files(source, (*samples, *kinds), modality.needs)) is None:
         return None
@@ -347,11 +347,11 @@ def find_files(
         is_store = not ("*" in source or source.startswith("hf://"))
         if is_store and fetch.exists(f"{listing.root}/{INDEX}"):
             return None
-        plurals = listed(each.plural for each in kinds.values())
+        plurals = listed(container.plural for container in kinds.values())
         raise InputError(f"{source}: no {plurals}{f', nor {modality.unit}' if samples else ''}")
     kind = next(iter(chosen), "")
-    others = {each or modality.unit: len(files) for each, files in by_kind.items() if each != kind}
-    left_out, columns = {**listing.left_out, **others}, Columns(modality, column, label_column)
+    skipped = {ending or modality.unit: len(files) for ending, files in by_kind.items() if ending != kind}
+    left_out, columns = {**listing.left_out, **skipped}, Columns(modality, column, label_column)
     return Files(listing.root, by_kind.get(kind, []), left_out, listing.is_chosen, kinds.get(kind), columns)
 
 

@@ -32,9 +32,9 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
     with pyarrow.parquet.ParquetFile(file) as opened:
         schema, metadata = opened.schema_arrow, opened.metadata
         types = {field.name: str(field.type) for field in schema}
-        of_bytes, of_paths = ([each for each in types if re.fullmatch(kind, types[each])] for kind in (BYTES, PATH))
+        of_bytes, of_paths = ([key for key in types if re.fullmatch(kind, types[key])] for kind in (BYTES, PATH))
         fits = of_bytes or of_paths
-        chosen = [each for each in of_bytes + of_paths if each == column] if column else fits
+        chosen = [key for key in of_bytes + of_paths if key == column] if column else fits
         if len(chosen) != 1:
             problem = f"{column} is {types.get(column, 'missing')}" if column else f"{len(fits)} fit"
             names = ", ".join(types if column else fits or types)
@@ -55,12 +55,12 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
             return Listed(ids, np.repeat(np.array(means, np.int64), rows), marks, load, labels, class_names)
         if is_remote(name):
             raise InputError(f"{name}: column {chosen[0]!r} holds paths, which are allowed only in a local file")
-        paths = Names(each or "" for each in opened.read(chosen)[0].to_pylist())
+        paths = Names(path or "" for path in opened.read(chosen)[0].to_pylist())
     files = [File.of(path, folder / path) if os.path.isfile(folder / path) else None for path in paths]
-    own, sizes = np.array([*map(mark_of, files)], np.int64), np.array([each.size if each else 0 for each in files])
+    hashes, sizes = np.array([*map(mark_of, files)], np.int64), np.array([item.size if item else 0 for item in files])
     content = hash_of([file and file[:3] for file in files])
     return Listed(
-        ids, sizes, marks + own, partial(load_listed, folder, paths, own), labels, class_names, content=content
+        ids, sizes, marks + hashes, partial(load_listed, folder, paths, hashes), labels, class_names, content=content
     )
 
 

@@ -160,7 +160,7 @@ def open_mds(index: Index, cache_limit: int | None = None) -> Source:
         ids=numbers,
         load=lambda number: shards[number][index.column],
         label=label if index.labels else None,
-        sizes=np.full(len(index), sum(each.raw.bytes for each in index.shards) // len(index)),  # all may be copies
+        sizes=np.full(len(index), sum(shard.raw.bytes for shard in index.shards) // len(index)),  # all may be copies
         marks=marks_of(len(index), content),
         content=content,
     )

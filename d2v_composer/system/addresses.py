@@ -147,7 +147,7 @@ def hide_secrets(value: Any) -> Any:
     if isinstance(value, str):
         return NAMED.sub(rf"\1{HIDDEN}", _rewrite(value, lambda name: HARMLESS.fullmatch(name) is not None))
     if isinstance(value, Mapping):
-        return {key: HIDDEN if each and NAME.fullmatch(str(key)) else hide_secrets(each) for key, each in value.items()}
+        return {key: HIDDEN if item and NAME.fullmatch(str(key)) else hide_secrets(item) for key, item in value.items()}
     return [*map(hide_secrets, value)] if isinstance(value, list | tuple) else value
 
 

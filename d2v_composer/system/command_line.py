@@ -52,9 +52,9 @@ def explain(error: BaseException) -> tuple[int | None, list[str]]:
     """Return the exit status and the lines to print; the status is ``None`` if the traceback must be shown."""
     if isinstance(error, InputError | RunError | FloatingPointError):
         # A data worker's error has a whole traceback as its message; our message is the last line.
-        found = [str(problem).strip().splitlines()[-1] for problem in error.args]
+        lines = [str(problem).strip().splitlines()[-1] for problem in error.args]
         kind = f"{type(error).__module__}.{type(error).__name__}: "
-        return 2 if isinstance(error, InputError) else 1, [f"error: {line.removeprefix(kind)}" for line in found]
+        return 2 if isinstance(error, InputError) else 1, [f"error: {line.removeprefix(kind)}" for line in lines]
     if find_extra(error):
         return 2, [f"error: {reason(error)}"]
     if (fault := find_full_disk(error)) is not None:

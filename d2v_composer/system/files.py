@@ -50,7 +50,7 @@ def check_out_file(path: Path, *, overwrite: bool = True) -> None:
         _check_free(path)
         _free.add(path)
     folder = path.parent.absolute()
-    existing = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+    existing = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
     try:  # permissions do not show a read-only file system, nor what root may not do
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
@@ -129,7 +129,7 @@ def partial_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
         move(partial, path) if sync else partial.replace(path)
     except BaseException:
         with suppress(OSError):  # the first error matters more
-            for left in (each for each in path.parent.iterdir() if each.name.startswith(partial.name)):
+            for left in (file for file in path.parent.iterdir() if file.name.startswith(partial.name)):
                 left.unlink()  # downloaders write next to it
         raise
 
@@ -192,7 +192,7 @@ def acquire(path: Path, wait: float = 0) -> FileLock | None:
 
 def missing_parts(path: Path) -> list[Path]:
     """Return a file and those folders above it that do not exist yet."""
-    return [each for each in (path, *path.parents) if not each.exists()]
+    return [part for part in (path, *path.parents) if not part.exists()]
 
 
 def release(lock: FileLock, made: Sequence[Path]) -> None:

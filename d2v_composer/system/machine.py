@@ -57,15 +57,15 @@ def describe_machine() -> dict[str, str | int]:
     }
 
 
-def package_versions(*others: str) -> dict[str, str | None]:
+def package_versions(*names: str) -> dict[str, str | None]:
     """Return the versions of Python, our packages and other distributions; ``None`` if not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in (*OUR_PACKAGES, *others):
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in (*OUR_PACKAGES, *names):
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 share_cores()

@@ -124,7 +124,7 @@ def _set_handlers() -> dict[signal.Signals, Any]:
 
 
 def _not_ignored() -> list[signal.Signals]:
-    return [each for each in NAMES if signal.getsignal(each) is not signal.SIG_IGN]
+    return [signum for signum in NAMES if signal.getsignal(signum) is not signal.SIG_IGN]
 
 
 def _watch(signals: list[signal.Signals]) -> None:

@@ -131,6 +131,6 @@ def raise_on_all_ranks(fault: str | None) -> None:
     Raises:
         InputError: With the fault of the lowest rank that has one.
     """
-    for each in dist.all_gather_object(fault):
-        if each is not None:
-            raise InputError(each)
+    for problem in dist.all_gather_object(fault):
+        if problem is not None:
+            raise InputError(problem)

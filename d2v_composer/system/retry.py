@@ -96,5 +96,5 @@ def _status(error: BaseException) -> int | None:
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    found = [getattr(response, "status_code", None), *(getattr(error, name, None) for name in ("status_code", "code"))]
-    return next((value for value in [*found, getattr(error, "status", None)] if isinstance(value, int)), None)
+    codes = [getattr(response, "status_code", None), *(getattr(error, name, None) for name in ("status_code", "code"))]
+    return next((value for value in [*codes, getattr(error, "status", None)] if isinstance(value, int)), None)

@@ -62,9 +62,11 @@ def lean_engine(trainer: Trainer) -> Iterator[None]:
     def run_callbacks(event: Event, callbacks: list[Callback]) -> None:
         is_passed_over = event in MONITORED and int(state.timestamp.batch) % 10
         skipped = MONITORS if is_passed_over else ()
-        for each in callbacks:
-            if not isinstance(each, skipped) and (overrides(each, "run_event") or overrides(each, event.value)):
-                each.run_event(event, state, logger)
+        for callback in callbacks:
+            if not isinstance(callback, skipped) and (
+                overrides(callback, "run_event") or overrides(callback, event.value)
+            ):
+                callback.run_event(event, state, logger)
 
     def overrides(callback: Callback, name: str) -> bool:
         return getattr(getattr(callback, name), "__func__", None) is not getattr(Callback, name)

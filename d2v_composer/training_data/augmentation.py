@@ -15,7 +15,7 @@ def build_augmentation(
     Raises:
         InputError: An option of another modality is set.
     """
-    for name in sorted(frozenset().union(*(each.options for each in MODALITIES.values())) - modality.options):
+    for name in sorted(frozenset().union(*(kind.options for kind in MODALITIES.values())) - modality.options):
         if (value := getattr(loader, name)) != ShardLoaderConfig.model_fields[name].default:
             raise InputError(f"train_loader.{name}: must be left out for a teacher of {modality.unit}; got {value}")
     options = loader.model_dump(include=set(modality.options))

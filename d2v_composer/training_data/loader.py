@@ -48,9 +48,9 @@ def read_train_index(
         index = Index(local, modality, loader.column, labels=label_column, remote=loader.remote)
         digest = index.describe()["sha256"]
     # With other data on a node, some samples would be read twice, others never.
-    found = dist.all_gather_object((dist.get_node_rank(), digest))
-    if others := sorted({node for node, digest in found if digest != found[0][1]}):
-        raise InputError(f"{local}: the data set on node {others[0]} differs from the one on node 0")
+    digests = dist.all_gather_object((dist.get_node_rank(), digest))
+    if nodes := sorted({node for node, digest in digests if digest != digests[0][1]}):
+        raise InputError(f"{local}: the data set on node {nodes[0]} differs from the one on node 0")
     if len(index) < batch_size:
         raise InputError(
             f"{local} has {len(index)} samples, fewer than one batch of global_train_batch_size {batch_size}"
