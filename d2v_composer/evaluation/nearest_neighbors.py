@@ -232,14 +232,14 @@ def knn_accuracy(
     return (voted == query_labels).double().mean().item()
 
 
-def neighbor_agreement(embeddings: Tensor, reference: Tensor, k: int = NUM_COMMON) -> float:
+def neighbor_agreement(embeddings: Tensor, others: Tensor, k: int = NUM_COMMON) -> float:
     """Return the mean share of an image's k nearest neighbors that two models have in common, from 0 to 1.
 
     This is mutual k-NN (Huh et al. 2024, arXiv:2405.07987). Chance is k / (N - 1).
 
     Args:
         embeddings: One model's embeddings, (N, D).
-        reference: The other model's of the same images, (N, D of its own).
+        others: The other model's of the same images, (N, D of its own).
         k: From 1 to N - 1.
 
     Raises:
@@ -251,7 +251,7 @@ def neighbor_agreement(embeddings: Tensor, reference: Tensor, k: int = NUM_COMMO
         >>> neighbor_agreement(student, 2 * student)
         1.0
     """
-    return common_shares(*(nearest_others(images, k) for images in (embeddings, reference))).mean().item()
+    return common_shares(*(nearest_others(images, k) for images in (embeddings, others))).mean().item()
 
 
 def nearest_others(images: Tensor, k: int = NUM_COMMON, ranks: Ranks = ONE_RANK, bank: Tensor | None = None) -> Tensor:
