@@ -146,13 +146,13 @@ def train_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
 
 def train_command(study: Path, row: Mapping[str, Any], changes: Sequence[str], folder: Path, images: Path) -> list[str]:
     """Return the command that trains or resumes a row; its own changes override ``changes``, which all rows share."""
-    own = {
+    settings = {
         "run_name": folder.name,
         "save_folder": folder.with_name("{run_name}"),
         "train_loader.local": first_images(images, row) / "train",
         "retrieval.datasets.cifar10.root": images,
     }
-    base, overrides = str(study / "base.yaml"), [f"{key}={value}" for key, value in own.items()]
+    base, overrides = str(study / "base.yaml"), [f"{key}={value}" for key, value in settings.items()]
     return [sys.executable, str(ROOT / "recipes" / "train.py"), base, *changes, *as_overrides(row), *overrides]
 
 

@@ -69,8 +69,8 @@ def list_images(root: Path) -> list[str]:
 
 def main(program: str, folder: str, out: str) -> None:
     outs = [Path(out.removesuffix(".npy") + suffix) for suffix in (".npy", ".ids.npy")]
-    if found := [*filter(Path.exists, outs)]:
-        raise SystemExit(f"{found[0]} exists; choose another OUT")
+    if existing := [*filter(Path.exists, outs)]:
+        raise SystemExit(f"{existing[0]} exists; choose another OUT")
     embed, preprocessing = load(program)
     names, ids, images, rows = list_images(Path(folder)), [], [], []
     for name in names:

@@ -71,7 +71,7 @@ def measure_speeds(
         }
         with torch.inference_mode(), precision_of(autocast_dtype, device):
             rates = interleave(passes, repeats=5)
-        speeds[size] = {name: float(np.median(each)) for name, each in rates.items()}
+        speeds[size] = {name: float(np.median(rounds)) for name, rounds in rates.items()}
     return speeds
 
 
@@ -84,10 +84,10 @@ def result_of(
         "machine": describe_machine(),
         "versions": package_versions("simplejpeg", "faiss-cpu"),
         "unit": unit,
-        "rows": [{"name": name, "rates": each.tolist()} for name, each in rates.items()],
+        "rows": [{"name": name, "rates": rounds.tolist()} for name, rounds in rates.items()],
         "ratios": [
-            {"what": f"{own} ÷ {other}", "ratio": float(np.median(rates[own] / rates[other]))}
-            for own, other in compared
+            {"what": f"{name} ÷ {other}", "ratio": float(np.median(rates[name] / rates[other]))}
+            for name, other in compared
         ],
     }
 
@@ -96,7 +96,7 @@ def format_result(result: Mapping[str, Any]) -> str:
     """Format :func:`result_of`'s result: the setting, the table and the ratios."""
     about = [f"{name}: {value}" for name, value in result.items() if name not in ("unit", "rows", "ratios")]
     rows = [[row["name"], *(f"{of(row['rates']):,.2f}" for of in (np.median, min, max))] for row in result["rows"]]
-    ratios = [f"{each['what']}: {each['ratio']:.2f}" for each in result["ratios"]]
+    ratios = [f"{pair['what']}: {pair['ratio']:.2f}" for pair in result["ratios"]]
     return "\n".join([*about, "", format_table(["", result["unit"], "least", "most"], rows), "", *ratios])
 
 

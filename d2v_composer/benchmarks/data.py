@@ -90,7 +90,7 @@ def make_photos(folder: Path, num_images: int) -> Path:
     from skimage import data
 
     arrays = (data.astronaut(), data.chelsea(), data.coffee(), data.rocket(), data.stereo_motorcycle()[0])
-    photographs, one_class = [Image.fromarray(each) for each in arrays], folder / "photographs"
+    photographs, one_class = [Image.fromarray(array) for array in arrays], folder / "photographs"
     one_class.mkdir(parents=True)
     for i in range(num_images):
         rng = random.Random(i)

@@ -52,12 +52,12 @@ def benchmark(out: Path) -> dict[str, Any]:
         name, start = fill(step["name"], on_gpu), time.monotonic()
         file = name.replace(" ", "_")
         command = fill(step["command"], on_gpu, file)
-        verdict, found = "skipped: needs a GPU", []
+        verdict, lines = "skipped: needs a GPU", []
         if on_gpu or not step.get("needs_gpu"):
-            verdict, found = run_step(command, out, file)
+            verdict, lines = run_step(command, out, file)
         seconds = round(time.monotonic() - start)
-        rows.append({"name": name, "verdict": verdict, "seconds": seconds, "found": found, "command": command})
-        row = "\n    ".join([f"{name:28} {seconds:4} s  {verdict}", *found])
+        rows.append({"name": name, "verdict": verdict, "seconds": seconds, "found": lines, "command": command})
+        row = "\n    ".join([f"{name:28} {seconds:4} s  {verdict}", *lines])
         print(row, flush=True)
         report += f"{row}\n"
         write_atomically(out / "first_hour.txt", report)
@@ -97,9 +97,9 @@ def run_step(command: str, out: Path, file: str) -> tuple[str, list[str]]:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     said = output.read_text(errors="replace")
-    found = [line for line in said.splitlines() if FOUND.search(line)][-MOST_LINES:]
-    found.append(f"{said.count('Recompiling function')} recompilations")
-    return verdict, found
+    lines = [line for line in said.splitlines() if FOUND.search(line)][-MOST_LINES:]
+    lines.append(f"{said.count('Recompiling function')} recompilations")
+    return verdict, lines
 
 
 def share_gpu() -> None:

@@ -107,7 +107,7 @@ class Planner(FakeTensorMode):
         interface = "torch._dynamo.device_interface.CudaInterface."
         properties = ("torch.cuda.", interface, f"{interface}Worker.")
         return {
-            **{f"{each}get_device_properties": lambda *_: H100 for each in properties},
+            **{f"{prefix}get_device_properties": lambda *_: H100 for prefix in properties},
             f"{interface}get_compute_capability": lambda *_: 90,
             "torch.compile": partial(torch.compile, backend=self.compile),
             "torch._inductor.scheduler.has_triton": lambda: True,
@@ -131,7 +131,7 @@ class Planner(FakeTensorMode):
                 node.kwargs = {**node.kwargs, "device": GPU}
         self.plan = Counter()
         try:
-            compile_fx_inner(on_gpu, [move(each) for each in inputs], **options)
+            compile_fx_inner(on_gpu, [move(value) for value in inputs], **options)
         except Exception:
             if not self.plan:
                 raise
@@ -148,10 +148,12 @@ class Planner(FakeTensorMode):
         graph.init_wrapper_code()
         graph._update_scheduler()
         nodes = [node for node in graph.scheduler.nodes if not isinstance(node, NopKernelSchedulerNode)]
-        own = [node.get_read_write_buffers_sizes() for node in nodes if not isinstance(node, ExternKernelSchedulerNode)]
+        sizes = [
+            node.get_read_write_buffers_sizes() for node in nodes if not isinstance(node, ExternKernelSchedulerNode)
+        ]
         # Nodes without a name select one of several results.
         called = [node for node in nodes if getattr(node.node, "python_kernel_name", None)]
-        self.plan.update({"kernels": len(own) + len(called), "own": len(own), "bytes": sum(own)})
+        self.plan.update({"kernels": len(sizes) + len(called), "own": len(sizes), "bytes": sum(sizes)})
         raise InterruptedError
 
 

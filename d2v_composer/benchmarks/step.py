@@ -105,7 +105,7 @@ def benchmark(
     images = encoder.noise(batch_size).to("cuda" if on_gpu else "cpu")
     flop = model.flops_per_batch(images[:1])
     names = [only] if only else [NAIVE, EAGER, OURS][: 2 + compiles]
-    own = names[-1]
+    contender = names[-1]
     names += [TRAINER] if loop == TRAINER else []
     order = [getattr(SDPBackend, name.upper()) for name in (sdp, *SDP)] if sdp else []
     with sdpa_kernel(order, set_priority=True) if sdp else nullcontext(), ExitStack() as at_end:
@@ -129,7 +129,7 @@ def benchmark(
         "gflop_per_image": round(flop / 1e9, 1),
         **profiled,
     }
-    compared = [(own, PRODUCT), (own, NAIVE), (TRAINER, own)]
+    compared = [(contender, PRODUCT), (contender, NAIVE), (TRAINER, contender)]
     return result_of(
         setting, f"{encoder.input_name}/s", rates, [pair for pair in compared if rates.keys() >= set(pair)]
     )
@@ -150,7 +150,7 @@ def build_run(
     """
     dtype = PRECISIONS[config.precision]
     if name == NAIVE:
-        teacher, student = (copy.deepcopy(each).to(images.device) for each in (model.teacher, model.student))
+        teacher, student = (copy.deepcopy(module).to(images.device) for module in (model.teacher, model.student))
         optimizer = torch.optim.AdamW(student.parameters(), config.optimizer.lr, fused=False)
         return partial(repeat, partial(train_step, partial(naive_loss, teacher, student), optimizer, dtype, images))
     ours = copy.deepcopy(model).to(images.device)
@@ -203,11 +203,11 @@ def profile_steps(run: Callable[[int], Tensor], trace: Path | None) -> dict[str,
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
         trace.with_suffix(".txt").write_text(events.table("self_device_time_total", row_limit=40))
-    kernels = [each for each in events if each.device_type.name == "CUDA" and not each.is_user_annotation]
+    kernels = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
     return {
         "attention": sorted({event.key[:80] for event in events if ATTENTION.search(event.key)}),
-        "gpu_kernels": sum(each.count for each in kernels) // PROFILED_STEPS,
-        "gpu_ms": sum(each.self_device_time_total for each in kernels) / 1e3 / PROFILED_STEPS,
+        "gpu_kernels": sum(kernel.count for kernel in kernels) // PROFILED_STEPS,
+        "gpu_ms": sum(kernel.self_device_time_total for kernel in kernels) / 1e3 / PROFILED_STEPS,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
     }
 
@@ -253,7 +253,7 @@ def train_step(
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         loss = loss_of(images)
     loss.backward()
-    clip_grad_norm_([each for group in optimizer.param_groups for each in group["params"]], CLIPPING_THRESHOLD)
+    clip_grad_norm_([tensor for group in optimizer.param_groups for tensor in group["params"]], CLIPPING_THRESHOLD)
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach()

@@ -94,8 +94,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         with torch.serialization.safe_globals(OUR_GLOBALS):
             # Without mmap, torch reads as many numbers as the pickle says, even if the record has fewer.
-            found = Checkpoint(path, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        algorithms, tensors = [name for name, _ in found.contents["state"]["algorithms"]], list(found.tensors.values())
+            checkpoint = Checkpoint(path, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        algorithms = [name for name, _ in checkpoint.contents["state"]["algorithms"]]
+        tensors = list(checkpoint.tensors.values())
     except Exception as error:
         if isinstance(error, RuntimeError):  # torch's reader of archives
             raise CorruptCheckpointError(f"{path}: truncated or corrupt ({fault_of(error)})") from error
@@ -103,9 +104,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not OUR_ALGORITHMS.issuperset(algorithms):
         raise InputError(f"{foreign}: expected no algorithms except {sorted(OUR_ALGORITHMS)}, got {algorithms}")
     # Composer does not load strictly: it would train on from random weights.
-    if not tensors or not all(isinstance(each, Tensor) and each.isfinite().all() for each in tensors):
+    if not tensors or not all(isinstance(tensor, Tensor) and tensor.isfinite().all() for tensor in tensors):
         raise InputError(f"{foreign}: expected only tensors of finite numbers in state.model")
-    return found
+    return checkpoint
 
 
 def find_newest(
@@ -146,7 +147,7 @@ def find_newest(
         path = folder.local / name
         with suppress(CorruptCheckpointError):
             if name in here:
-                accept(found := _read_complete(path))
+                accept(checkpoint := _read_complete(path))
                 if uploads and folder.address is not None:
                     upload_checkpoint(path, folder.address)
                 break
@@ -154,7 +155,7 @@ def find_newest(
             if name in there:
                 with partial_file(path) as fetched:
                     download_checkpoint(f"{folder.address}/{name}", fetched)
-                    accept(found := _read_complete(fetched)._replace(path=path))
+                    accept(checkpoint := _read_complete(fetched)._replace(path=path))
                     _download(f"{folder.address}/{LOG}", ours)
                 break
     else:
@@ -165,7 +166,7 @@ def find_newest(
         point_at(path)
     if folder.address is not None and not ours.exists():
         _download(f"{folder.address}/{LOG}", ours)
-    return found
+    return checkpoint
 
 
 def _read_complete(path: Path) -> Checkpoint:

@@ -56,7 +56,7 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
     prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in stored)), None)
     if prefix is None:
         what = "fine-tuned, or not a data2vec 2.0 checkpoint of images or audio"
-        raise InputError(f"{path}: {what}; use a pre-trained one with {' or '.join(f'{each}*' for each in PREFIXES)}")
+        raise InputError(f"{path}: {what}; use a pre-trained one with {' or '.join(f'{start}*' for start in PREFIXES)}")
     kind = PREFIXES[prefix]
     if weights == "ema":
         averaged = _section(stored, "_ema")
@@ -64,7 +64,7 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
             raise InputError(f"{path} has no EMA weights ('_ema'); use weights=model")
         # Unless ema_local_encoder is true, the averaged model computes on the trained one's local features.
         local = tuple(f"{prefix}{part}." for part in ("local_encoder", "project_features"))
-        stored = {name: each for name, each in stored.items() if name.startswith(local)} | averaged
+        stored = {name: value for name, value in stored.items() if name.startswith(local)} | averaged
     stored = {name: tensor for name, tensor in stored.items() if isinstance(tensor, Tensor)}
     scale = f"{prefix}alibi_scale"
     if scale in stored and stored[scale].ndim == 4:  # an older layout
@@ -93,18 +93,18 @@ def _section(container: Any, name: str) -> dict[str, Any] | None:
     section = dict.get(container, name) if isinstance(container, dict) else None
     section = dict.get(section, "_content", section) if isinstance(section, Stub) else section  # OmegaConf's
     if isinstance(section, dict):
-        return {name: each for name, each in dict.items(section) if isinstance(name, str)}
+        return {name: value for name, value in dict.items(section) if isinstance(name, str)}
     return None
 
 
 def _fields(section: dict[Any, Any]) -> dict[Any, Any]:
     """Return the fields that a section sets, but not interpolated ones: they equal our defaults."""
-    values = {name: each.get("_val") if isinstance(each, Stub) else each for name, each in section.items()}
-    # Not str(each): a list may hold another one twice, 60 times over.
+    values = {name: value.get("_val") if isinstance(value, Stub) else value for name, value in section.items()}
+    # Not str(value): a list may hold another one twice, 60 times over.
     return {
-        name: each
-        for name, each in values.items()
-        if each is not None and not (isinstance(each, str) and each.startswith("${"))
+        name: value
+        for name, value in values.items()
+        if value is not None and not (isinstance(value, str) and value.startswith("${"))
     }
 
 
@@ -149,11 +149,11 @@ def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
     stored = read_model_file(file)
     stored.expect(path, "teacher")
     with reading(path):
-        found = stored.provenance["weights"]
+        file_weights = stored.provenance["weights"]
         config = read_config(TeacherConfig, stored.config)
-    if found != weights:
+    if file_weights != weights:
         raise InputError(
-            f"{path} was converted with --weights {found}, and has no {weights} weights; convert it again with "
+            f"{path} was converted with --weights {file_weights}, and has no {weights} weights; convert it again with "
             f"--weights {weights}"
         )
     return build_loaded(path, lambda: Data2Vec2(config, stored.provenance), stored.tensors)

@@ -197,8 +197,8 @@ def load_models(path: str, weights: Weights = "model", teacher: str | None = Non
                 f"{path} does not name its model; if it has the weights of a timm model, give timm/NAME as the model "
                 "and this file as its checkpoint"
             )
-        found = load_teacher(path, weights, projected=projected)
-        return found, found
+        model = load_teacher(path, weights, projected=projected)
+        return model, model
 
     return load(fetch_model(path)) if is_remote(path) else read_newest(Path(path), load)
 
@@ -264,26 +264,28 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
         print(f"without the teacher: {error}{advice}", file=sys.stderr)
         teacher = None
     prefix = "student."  # the others are the objectives' heads
-    own = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)}
+    tensors = {
+        name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)
+    }
     if teacher is None or has_own_encoder:
-        return build_student(path, read_sizes(path, sizes), own, record), teacher
+        return build_student(path, read_sizes(path, sizes), tensors, record), teacher
 
     def build() -> Backbone:
         layer_mean = {name: config["targets"][name] for name in ("normalization", "final_layer_norm")}
         blocks = config["student"] | {"init": "random"}
         return teacher.build_student(**blocks, **layer_mean, projected=options["projected"])
 
-    check_fits(path, lambda: own_parts(build()), own)
+    check_fits(path, lambda: own_parts(build()), tensors)
     student = build()
-    own_parts(student).load_state_dict(own)
+    own_parts(student).load_state_dict(tensors)
     student.provenance = record
     return student.eval(), teacher
 
 
 def own_parts(student: Backbone) -> nn.ModuleDict:
     """Return the parts of a student that are not shared with its teacher, to load a state dict into."""
-    own = {name: part for name, part in student.named_children() if not getattr(part, "is_frozen", False)}
-    return nn.ModuleDict(own)
+    parts = {name: part for name, part in student.named_children() if not getattr(part, "is_frozen", False)}
+    return nn.ModuleDict(parts)
 
 
 def _load_finetuned(checkpoint: Checkpoint) -> Backbone:
@@ -292,7 +294,7 @@ def _load_finetuned(checkpoint: Checkpoint) -> Backbone:
     if record["model"]["kind"] != "student":
         raise InputError(f"{path} is a fine-tuned teacher; only a fine-tuned student can be exported or embed images")
     head = {name: tensors.pop(f"head.{name}") for name in ("weight", "bias")}
-    own = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
-    student = build_student(path, read_sizes(path, record["model"]["sizes"]), own, record)
+    tensors = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
+    student = build_student(path, read_sizes(path, record["model"]["sizes"]), tensors, record)
     student.head = build_loaded(path, lambda: nn.Linear(head["weight"].shape[1], len(head["bias"])), head)
     return student

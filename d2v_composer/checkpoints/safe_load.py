@@ -74,10 +74,10 @@ def check_archive(path: Path, kind: type[InputError] = InputError) -> None:
                 raise ValueError("not a PyTorch archive; save an older file again with torch >= 1.6")
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            is_odd = any(each.compress_type or each.external_attr & DIRECTORY for each in entries)
-            if is_odd or sum(each.file_size for each in entries) > num_bytes:
+            is_odd = any(entry.compress_type or entry.external_attr & DIRECTORY for entry in entries)
+            if is_odd or sum(entry.file_size for entry in entries) > num_bytes:
                 raise ValueError("an archive of compressed or overlapping files or folders, which torch does not write")
-            if len({each.filename.casefold() for each in entries}) != len(entries):  # torch may read another one
+            if len({entry.filename.casefold() for entry in entries}) != len(entries):  # torch may read another one
                 raise ValueError("an archive with several files of the same name")
             if (broken := archive.testzip()) is not None:  # torch maps the tensors into memory without a look
                 raise ValueError(f"the checksum of its {broken} is wrong")
@@ -99,8 +99,8 @@ def _reading(path: Path, kind: type[InputError]) -> Iterator[None]:
 
 def fault_of(error: Exception) -> str:
     """Return an error's first line; for torch's unpickler, only what stopped it, without torch's advice."""
-    found = re.search(r"GLOBAL \S+|WeightsUnpickler error: (?!.*GLOBAL).*", str(error))
-    return found[0] if found else reason(error)
+    match = re.search(r"GLOBAL \S+|WeightsUnpickler error: (?!.*GLOBAL).*", str(error))
+    return match[0] if match else reason(error)
 
 
 def _check_pickle(pickled: bytes) -> None:

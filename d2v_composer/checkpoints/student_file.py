@@ -63,8 +63,8 @@ class ModelFile(NamedTuple):
             InputError: It is another one.
         """
         if self.kind != kind:
-            found = f"a {self.kind} file" if self.kind in FORMAT_VERSIONS else "not a d2v_composer file"
-            raise InputError(f"{path} is {found}; expected a {kind} file")
+            description = f"a {self.kind} file" if self.kind in FORMAT_VERSIONS else "not a d2v_composer file"
+            raise InputError(f"{path} is {description}; expected a {kind} file")
 
 
 def write_model_file(
@@ -238,13 +238,13 @@ def has_tuned_encoder(provenance: Any) -> bool:
     return bool(value_at(provenance, "config.train_encoder")) or has_tuned_encoder(before)
 
 
-def check_same_teacher(source: Any, found: Teacher, record: Any) -> None:
+def check_same_teacher(source: Any, teacher: Teacher, record: Any) -> None:
     """Check that a teacher is the one that a student's record names.
 
     Raises:
         InputError: It comes from another file; a converted file counts as the original.
     """
-    ours, theirs = value_at(record, "teacher.sha256"), found.provenance["sha256"]
+    ours, theirs = value_at(record, "teacher.sha256"), teacher.provenance["sha256"]
     if ours != theirs:
         raise InputError(f"{source}: not this student's teacher: sha256 {theirs}, expected {ours}")
 

@@ -112,12 +112,12 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     contents: Any = read_model_file(file).tensors if is_safetensors(file) else load_untrusted(file)
     while nested := [name for name in NESTED if isinstance(contents, dict) and isinstance(contents.get(name), dict)]:
         contents = contents[nested[0]]
-    found = contents.items() if isinstance(contents, dict) else ()
-    tensors = {str(name): each for name, each in found if isinstance(each, Tensor)}
+    items = contents.items() if isinstance(contents, dict) else ()
+    tensors = {str(name): tensor for name, tensor in items if isinstance(tensor, Tensor)}
     if not tensors:
         raise InputError(f"{file}: not a weight file: it has no dict of tensors")
     # Other numbers stay as they are, such as quantized weights, which are no weights of a timm model.
-    return {name: each.float() if each.dtype in FLOATS else each for name, each in tensors.items()}
+    return {name: tensor.float() if tensor.dtype in FLOATS else tensor for name, tensor in tensors.items()}
 
 
 def load_weights(built: Any, model: str, stored: dict[str, Tensor], left_out: tuple[str, ...]) -> None:
@@ -132,11 +132,11 @@ def load_weights(built: Any, model: str, stored: dict[str, Tensor], left_out: tu
     if len(named) < len(stored):  # one would silently win
         raise ValueError("it holds two models, whose tensor names differ only in a prefix such as 'module.'; keep one")
     patch = built.patch_embed.proj
-    kernels = [each for name, each in named.items() if each.ndim == 4 or "patch" in name]
-    if not any(each.numel() == patch.weight.numel() for each in kernels):
+    kernels = [tensor for name, tensor in named.items() if tensor.ndim == 4 or "patch" in name]
+    if not any(kernel.numel() == patch.weight.numel() for kernel in kernels):
         size = " x ".join(map(str, patch.kernel_size))  # timm would resample others
         raise ValueError(f"it has no embedding of {size} pixel patches in the model's width")
-    biases = [name for name, each in named.items() if name.endswith(BIASES[0]) and each.any()]
+    biases = [name for name, tensor in named.items() if name.endswith(BIASES[0]) and tensor.any()]
     with warnings.catch_warnings(), redirect_stdout(StringIO()):  # timm prints each bias that a model lacks
         warnings.simplefilter("ignore")  # about the speed of timm's resampling
         tensors = checkpoint_filter(built, model)(named, built)

@@ -124,7 +124,7 @@ class Evaluation(NamedTuple):
         writer = csv.DictWriter(table, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-        found = {
+        entries = {
             "primary": self.lookup.primary,
             "class_names": self.class_names,
             "results": rows,
@@ -144,16 +144,16 @@ class Evaluation(NamedTuple):
                 for name, costs in self.costs.items()
             ],
         }
-        write_atomically(folder / "evaluation.json", json.dumps(hide_secrets(about) | found, indent=1) + "\n")
+        write_atomically(folder / "evaluation.json", json.dumps(hide_secrets(about) | entries, indent=1) + "\n")
         write_atomically(folder / "evaluation.csv", table.getvalue())
 
 
 def read_evaluation(folder: Path, weights: str) -> dict[str, Any]:
     """Return the contents of a folder's ``evaluation.json``; empty if it is not of a model with these weights."""
     with suppress(Exception):
-        found = json.loads((folder / "evaluation.json").read_bytes())
-        if found["weights"] == weights:
-            return found
+        contents = json.loads((folder / "evaluation.json").read_bytes())
+        if contents["weights"] == weights:
+            return contents
     return {}
 
 

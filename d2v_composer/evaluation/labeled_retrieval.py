@@ -143,15 +143,15 @@ def embed_set(
             batch = [samples[i] for i in numbers]
             if lookup.augment is not None and part in VIEWS:
                 batch = [lookup.augment(samples[i], i, VIEWS.index(part)) for i in numbers]
-            values, *others = collate(batch)
+            values, *lengths = collate(batch)
             values = lookup.to_device(values)
-            inputs = [values, *(each.to(values.device) for each in others)]
+            inputs = [values, *(tensor.to(values.device) for tensor in lengths)]
             for model, embed in embeds.items():
                 embeddings, shares = embed(*inputs), embedded[model][part]
-                for name, each in ({"": embeddings} if isinstance(embeddings, Tensor) else embeddings).items():
+                for name, vectors in ({"": embeddings} if isinstance(embeddings, Tensor) else embeddings).items():
                     if name not in shares:
-                        shares[name] = torch.empty(len(share), each.shape[1])
-                    shares[name][places] = each.float().cpu()
+                        shares[name] = torch.empty(len(share), vectors.shape[1])
+                    shares[name][places] = vectors.float().cpu()
     return embedded
 
 
@@ -216,10 +216,10 @@ def measure_embeddings(
                 indices = ranks.gather(nearest.indices[:, : max(ks)], len(labels[query]))
                 if name == primary and bank in BANKS:
                     neighbors[bank] = indices.int().cpu()
-                found = retrieval_hits(indices, labels[bank], labels[query], ks)
-                hits |= {retrieval_from(bank, k): hit for k, hit in found.items()}
+                hits_by_k = retrieval_hits(indices, labels[bank], labels[query], ks)
+                hits |= {retrieval_from(bank, k): hit for k, hit in hits_by_k.items()}
                 if num_voters:
-                    voters = TopK(*(each[:, :num_voters] for each in nearest))
+                    voters = TopK(*(tensor[:, :num_voters] for tensor in nearest))
                     for measure, temperature in ((KNN, TEMPERATURE), (KNN_MAJORITY, None)):
                         voted = ranks.gather(vote(voters, labels[bank], temperature), len(labels[query]))
                         hits[measure] = voted == labels[query]

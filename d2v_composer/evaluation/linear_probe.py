@@ -93,8 +93,8 @@ def fit_linear_probe(train: Tensor, labels: Tensor, strength: float | None = Non
             for strength in STRENGTHS:
                 part = x_ND[fitted], targets_N[fitted]
                 weight_CD, bias_C, _ = _fit(*part, variances_D, len(classes), strength, TOLERANCE_OF_CHOICE)
-                found = (x_ND[held_out] @ weight_CD.T + bias_C).argmax(dim=1)
-                accuracies.append((found == targets_N[held_out]).float().mean().item())
+                predicted_N = (x_ND[held_out] @ weight_CD.T + bias_C).argmax(dim=1)
+                accuracies.append((predicted_N == targets_N[held_out]).float().mean().item())
                 if len(accuracies) > 2 and max(accuracies[-2:]) < max(accuracies):
                     break
             strength = STRENGTHS[accuracies.index(max(accuracies))]

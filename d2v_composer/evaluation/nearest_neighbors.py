@@ -69,7 +69,7 @@ def nearest_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
                 indices = torch.cat([nearest[i].indices, more.indices + number * BANK_PART], dim=1)
                 similarities, chosen = similarities.topk(min(k, similarities.shape[1]), dim=1)
                 nearest[i] = TopK(similarities, indices.gather(1, chosen))
-    return TopK(*(torch.cat(each) for each in zip(*nearest, strict=True)))
+    return TopK(*(torch.cat(tensors) for tensors in zip(*nearest, strict=True)))
 
 
 def exact_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
@@ -80,11 +80,11 @@ def exact_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
     Where all images have much in common, cosines are close to 1 and differ by less than float32 can tell. So more than
     k are found in float32, and put in order in float64.
     """
-    found = nearest_neighbors(bank, queries, max(k, min(k + SPARE, len(bank)))).indices.sort(dim=1).values
+    candidates = nearest_neighbors(bank, queries, max(k, min(k + SPARE, len(bank)))).indices.sort(dim=1).values
     part_bytes = CPU_PART if bank.device.type == "cpu" else GPU_PART
-    at_once = max(1, part_bytes // (12 * found.shape[1] * bank.shape[1]))
+    at_once = max(1, part_bytes // (12 * candidates.shape[1] * bank.shape[1]))
     nearest = []
-    for indices_QK, part_QD in zip(found.split(at_once), queries.split(at_once), strict=True):
+    for indices_QK, part_QD in zip(candidates.split(at_once), queries.split(at_once), strict=True):
         bank_QKD, query_QD1 = bank[indices_QK].double(), normalize(part_QD.double(), dim=1)[:, :, None]
         cosines_QK = (bank_QKD @ query_QD1)[:, :, 0] / vector_norm(bank_QKD, dim=2).clamp(min=SHORTEST)
         cosines_QK, order_QK = cosines_QK.sort(dim=1, descending=True, stable=True)
@@ -251,7 +251,7 @@ def neighbor_agreement(embeddings: Tensor, others: Tensor, k: int = NUM_COMMON) 
         >>> neighbor_agreement(student, 2 * student)
         1.0
     """
-    return common_shares(*(nearest_others(each, k) for each in (embeddings, others))).mean().item()
+    return common_shares(*(nearest_others(images, k) for images in (embeddings, others))).mean().item()
 
 
 def nearest_others(images: Tensor, k: int = NUM_COMMON, ranks: Ranks = ONE_RANK, bank: Tensor | None = None) -> Tensor:
@@ -268,12 +268,12 @@ def nearest_others(images: Tensor, k: int = NUM_COMMON, ranks: Ranks = ONE_RANK,
     """
     if not 1 <= k < len(images):
         raise ValueError(f"k must be from 1 to {len(images) - 1}, the number of other images; got {k}")
-    found = exact_neighbors(images if bank is None else bank, ranks.take_share(images), k + 1).indices
-    is_other = found != ranks.share(len(images)).to(found.device)[:, None]
+    indices = exact_neighbors(images if bank is None else bank, ranks.take_share(images), k + 1).indices
+    is_other = indices != ranks.share(len(images)).to(indices.device)[:, None]
     is_other[is_other.all(dim=1), k] = False  # an image with many copies need not be among its nearest
-    return ranks.gather(found[is_other].view(-1, k), len(images))
+    return ranks.gather(indices[is_other].view(-1, k), len(images))
 
 
-def common_shares(nearest: Tensor, others: Tensor) -> Tensor:
+def common_shares(nearest: Tensor, reference: Tensor) -> Tensor:
     """Return the share of each image's K neighbors, (N, K), that two models have in common: (N,) float64."""
-    return (nearest[:, :, None] == others.to(nearest.device)[:, None]).any(dim=2).double().mean(dim=1)
+    return (nearest[:, :, None] == reference.to(nearest.device)[:, None]).any(dim=2).double().mean(dim=1)

@@ -160,7 +160,7 @@ class Result(NamedTuple):
 
 def read_results(saved: Iterable[Any]) -> list[Result]:
     """Return the results whose :meth:`Result.plain` was saved."""
-    return [Result(row, dataset, Measure(*measure), *others) for row, dataset, measure, *others in saved]
+    return [Result(row, dataset, Measure(*measure), *fields) for row, dataset, measure, *fields in saved]
 
 
 def last_batch(results: Iterable[Result]) -> int:
@@ -202,10 +202,10 @@ def accuracy_interval(hits: NDArray[np.bool_ | np.float64]) -> Interval:
 
 def gap_closed_interval(*hits: NDArray[np.bool_ | np.float64]) -> Interval | None:
     """Return :func:`gap_closed` with its interval, from the three models' hits on the same queries, (Q,) each."""
-    value, *resampled = (gap_closed(*each) for each in ([each.mean() for each in hits], *resample(*hits)))
+    value, *resampled = (gap_closed(*accuracies) for accuracies in ([array.mean() for array in hits], *resample(*hits)))
     if value is None:
         return None
-    low, high = np.percentile([each for each in resampled if each is not None], [2.5, 97.5]).tolist()
+    low, high = np.percentile([closed for closed in resampled if closed is not None], [2.5, 97.5]).tolist()
     without_gap = resampled.count(None)
     note = f" ({without_gap:,} of {NUM_RESAMPLES:,} resamples have no gap)" if without_gap else ""
     return Interval(value, low, high, note)
@@ -235,15 +235,15 @@ def gap_closed_by_step(
     Returns:
         Empty if either is missing, or there is no gap at all.
     """
-    found: dict[int, list[float]] = {}
+    values: dict[int, list[float]] = {}
     for bank in BANKS:
         options = dataset, retrieval_from(bank, k), embedding
         untrained, _, teacher = ((baselines or log).get(metric_key(*options, row), {}) for row in GAP)
         for step, accuracy in log.get(metric_key(*options), {}).items() if 0 in untrained and teacher else ():
             closed = gap_closed(untrained[0], accuracy, teacher[max(teacher)])
             if closed is not None:
-                found.setdefault(step, []).append(closed)
-    return {step: mean(found[step]) for step in sorted(found)}
+                values.setdefault(step, []).append(closed)
+    return {step: mean(values[step]) for step in sorted(values)}
 
 
 def resample(*hits: NDArray[np.bool_ | np.float64]) -> NDArray[np.float64]:

@@ -18,14 +18,14 @@ def read_lines(path: Path) -> list[tuple[bytes, int, dict[str, float]]]:
 
     Corrupt lines, such as one truncated by a kill, are skipped with a warning.
     """
-    lines, found = path.read_bytes().splitlines(), []
+    lines, entries = path.read_bytes().splitlines(), []
     for line in lines:
         with suppress(ValueError, TypeError, AttributeError, KeyError, RecursionError):
             entry = json.loads(line)
-            found.append((line, index(entry.pop("step")), {key: float(value) for key, value in entry.items()}))
-    if num_corrupt := len(lines) - len(found):
+            entries.append((line, index(entry.pop("step")), {key: float(value) for key, value in entry.items()}))
+    if num_corrupt := len(lines) - len(entries):
         logging.getLogger(__name__).warning("%s: skipped %d corrupt lines of %d", path, num_corrupt, len(lines))
-    return found
+    return entries
 
 
 def read_jsonl(path: Path) -> dict[str, dict[int, float]]:

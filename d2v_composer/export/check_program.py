@@ -114,7 +114,7 @@ def measure(runtime: str, file: str) -> dict[str, Any]:
         "mean": cosines.mean(),
         "difference": np.abs(ours - theirs).max() / largest,
         "by batch": np.max(changes) / largest,
-        "agreement": np.mean([np.isin(*each).mean() for each in zip(*nearest, strict=True)]),
+        "agreement": np.mean([np.isin(*pair).mean() for pair in zip(*nearest, strict=True)]),
         "/s at 1": rates[0],
         "/s at 16": rates[1],
     }
@@ -122,10 +122,10 @@ def measure(runtime: str, file: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     kit, (_, runtime, file) = read_kit(), sys.argv
-    found = measure(runtime, file)
-    print(json.dumps(found, indent=1, default=float))
+    numbers = measure(runtime, file)
+    print(json.dumps(numbers, indent=1, default=float))
     limits = {"cosine": (kit["cosine"], 1.001), "agreement": (0.5, 1), "by batch": (0, 0.01)}
     if runtime != "openvino":  # which computes in bfloat16 where the processor has it
         limits["difference"] = (0, kit["difference"])
-    wrong = [key for key, (low, high) in limits.items() if not low <= found[key] <= high]  # NaN is not
-    sys.exit("; ".join("{} {:.4g}, expected {} to {}".format(key, found[key], *limits[key]) for key in wrong) or None)
+    wrong = [key for key, (low, high) in limits.items() if not low <= numbers[key] <= high]  # NaN is not
+    sys.exit("; ".join("{} {:.4g}, expected {} to {}".format(key, numbers[key], *limits[key]) for key in wrong) or None)

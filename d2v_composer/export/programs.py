@@ -138,7 +138,7 @@ def read_metadata(path: Path, student: Backbone) -> tuple[str, bool, bool]:
             import onnx
 
             model = onnx.load(path)
-            stored |= {each.key: each.value for each in model.metadata_props}
+            stored |= {entry.key: entry.value for entry in model.metadata_props}
             is_int8 = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
         elif path.suffix == ".pt2":
             torch.export.load(path, extra_files=(stored := dict.fromkeys(EXTRA_FILES, "")))
@@ -225,14 +225,14 @@ def quantize(program: Path, out: Path, images: Tensor) -> None:
         prepared = Path(folder) / "prepared.onnx"
         quant_pre_process(program, prepared, skip_symbolic_shape=True)
         graph = onnx.load(prepared).graph
-        weights = {each.name for each in graph.initializer}
+        weights = {tensor.name for tensor in graph.initializer}
         quantize_static(
             prepared,
             partial,
             reader,
             op_types_to_quantize=QUANTIZED_OPS,
             # Not attention's products of two activations. (The option MatMulConstBOnly has no effect in this format.)
-            nodes_to_quantize=[each.name for each in graph.node if weights.intersection(each.input)],
+            nodes_to_quantize=[node.name for node in graph.node if weights.intersection(node.input)],
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,

@@ -59,7 +59,7 @@ def verify(
         RunError: A runtime fails, or misses a limit.
     """
     embedding, is_int8, takes_pixels = read_metadata(exported, student)
-    suited = [name for name, each in RUNTIMES.items() if each.suffix == exported.suffix and find_spec(each.package)]
+    suited = [name for name, entry in RUNTIMES.items() if entry.suffix == exported.suffix and find_spec(entry.package)]
     if refused := [name for name in runtime or () if name not in suited]:
         raise InputError(
             f"--runtime: {refused[0]} is not installed, or takes no {exported.suffix} file; write --kit FOLDER, and "
@@ -76,11 +76,11 @@ def verify(
     limits = {"cosine": cosine, "difference": difference}
     batch = read_samples(student, images, MAX_SAMPLES, takes_pixels)
     inputs = [batch, batch[:7, : batch.shape[1] // 2]] if len(student.encoder.free_axes) > 1 else [batch]
-    samples = [each.movedim(-1, 1) if takes_pixels else each for each in inputs]
+    samples = [x.movedim(-1, 1) if takes_pixels else x for x in inputs]
     with tempfile.TemporaryDirectory() as temporary:
         folder = kit or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        np.savez(folder / "kit.npz", *inputs, np.concatenate([student.embed_all(each)[embedding] for each in samples]))
+        np.savez(folder / "kit.npz", *inputs, np.concatenate([student.embed_all(x)[embedding] for x in samples]))
         (folder / "kit.json").write_text(json.dumps({"embedding": embedding, **limits}, indent=1))
         shutil.copy(script, folder)
         if kit is not None:
@@ -90,13 +90,13 @@ def verify(
             return
         save_student(student, folder / "pytorch.safetensors")
         files = {"pytorch": folder / "pytorch.safetensors"} | dict.fromkeys(runtime or suited, exported.absolute())
-        found, faults = measure_runtimes(folder / script.name, files)
-    rows = [[name, *map("{:.5g}".format, each.values())] for name, each in found.items()]
-    table = format_table(["", *max(found.values(), key=len)], rows)
+        medians, faults = measure_runtimes(folder / script.name, files)
+    rows = [[name, *map("{:.5g}".format, numbers.values())] for name, numbers in medians.items()]
+    table = format_table(["", *max(medians.values(), key=len)], rows)
     digest = sha256(exported)
     table += f"\n{exported.name}: {exported.stat().st_size / 1e6:.1f} MB, {embedding}, sha256 {digest}"
     print(table)
-    about = {"embedding": embedding, "machine": describe_machine(), "faults": faults, "runtimes": found}
+    about = {"embedding": embedding, "machine": describe_machine(), "faults": faults, "runtimes": medians}
     about |= {"sha256": digest, "versions": package_versions("onnxruntime", "openvino")}
     write_atomically(report, json.dumps(about, indent=1) + "\n")
     add_section(exported.with_name("README.md"), f"{exported.name} in each runtime", f"```\n{table}\n```\n")
@@ -114,16 +114,16 @@ def read_samples(student: Backbone, source: str | None, maximum: int, takes_pixe
     """
     modality, samples = modality_of(student.encoder.config), []
     if source is not None:
-        found = open_source(source, modality)
-        samples = [found.decode(i) for i in evenly_spaced(len(found), maximum)]
-    elif found := [*filter(None, (value_at(student.provenance, "config.retrieval.datasets") or {}).values())]:
-        options = found[0] | {"download": False, "max_images": maximum, "class_embeddings": None}
+        opened = open_source(source, modality)
+        samples = [opened.decode(i) for i in evenly_spaced(len(opened), maximum)]
+    elif datasets := [*filter(None, (value_at(student.provenance, "config.retrieval.datasets") or {}).values())]:
+        options = datasets[0] | {"download": False, "max_images": maximum, "class_embeddings": None}
         samples = load_labeled_set(modality=modality, **options).test.samples
     if len(samples) < MIN_SAMPLES:
-        found = f"needs at least {MIN_SAMPLES} {modality.unit}, got {len(samples)}"
-        raise InputError(f"{found}; use --images FOLDER, or for --int8 --calibrate FOLDER")
-    length = min(each.shape[-1] for each in samples)
-    batch = torch.stack([each[..., :length] for each in samples])
+        fault = f"needs at least {MIN_SAMPLES} {modality.unit}, got {len(samples)}"
+        raise InputError(f"{fault}; use --images FOLDER, or for --int8 --calibrate FOLDER")
+    length = min(sample.shape[-1] for sample in samples)
+    batch = torch.stack([sample[..., :length] for sample in samples])
     if takes_pixels:
         config = student.encoder.config
         return resize(batch, height_and_width(config.image_size), config.interpolation).movedim(1, -1)
@@ -137,7 +137,7 @@ def measure_runtimes(script: Path, files: Mapping[str, Path]) -> tuple[dict[str,
         Runtime → the median over rounds of each number, none if one failed; runtime → what is wrong.
     """
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in files}
-    found, faults, path = {}, {}, os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    medians, faults, path = {}, {}, os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     for name in progress_bar(ROUNDS * list(files), desc="measuring", unit="runs"):
         command = [sys.executable, str(script), name, str(files[name])]
         with Popen(command, stdout=PIPE, stderr=PIPE, text=True, env=path) as process, if_interrupted(process.kill):
@@ -146,5 +146,5 @@ def measure_runtimes(script: Path, files: Mapping[str, Path]) -> tuple[dict[str,
         if process.returncode:
             faults[name] = (errors.splitlines() or [f"exit status {process.returncode}"])[-1]
     for name, runs in rounds.items():
-        found[name] = {key: median(run[key] for run in runs) for key in min(runs, key=len)}
-    return found, faults
+        medians[name] = {key: median(run[key] for run in runs) for key in min(runs, key=len)}
+    return medians, faults

@@ -102,7 +102,7 @@ class AudioEncoder(Sound, Data2Vec2Encoder):
         if lengths is None:
             return None
         if lengths.device.type == "cpu" and not torch.compiler.is_compiling():  # never wait for a device
-            shortest, longest = (int(each) for each in lengths.aminmax())
+            shortest, longest = (int(length) for length in lengths.aminmax())
             num_samples = longest if num_samples is None else num_samples
             if shortest < self.min_samples or longest > num_samples:
                 allowed = f"from {self.min_samples} to {num_samples} samples"

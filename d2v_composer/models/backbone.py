@@ -73,13 +73,13 @@ def check_tensors(module: nn.Module, state_dict: dict, prefix: str, *args: Any) 
     Raises:
         InputError: A tensor is missing, unknown or misshapen.
     """
-    found, expected = (
+    stored, expected = (
         {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(prefix)}
         for tensors in (state_dict, module.state_dict(prefix=prefix))
     )
-    if different := sorted(found.items() ^ expected.items()):
+    if different := sorted(stored.items() ^ expected.items()):
         name, _ = different[0]
-        shapes = [each.get(name, "none") for each in (found, expected)]
+        shapes = [sizes.get(name, "none") for sizes in (stored, expected)]
         raise InputError(f"tensor {name}: checkpoint has {shapes[0]}, model has {shapes[1]}")
 
 

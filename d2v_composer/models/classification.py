@@ -84,8 +84,8 @@ class Classifier(ComposerModel):
     def forward(self, batch: Batch) -> Tensor:
         """Compute the logits of a batch, (B, C) float32."""
         with cpu_autocast(self.cpu_bf16):
-            values, _, *others = batch
-            return self.head(self.embed(Inputs(values, *others))).float()
+            values, _, *lengths = batch
+            return self.head(self.embed(Inputs(values, *lengths))).float()
 
     def embed(self, inputs: Inputs) -> Tensor:
         """Compute the embeddings of images or waveforms, (B, D), with gradient."""
@@ -95,8 +95,8 @@ class Classifier(ComposerModel):
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:
         """Resize and normalize the images of a batch, on their device; waveforms stay as they are."""
-        values, *others = batch
-        return self.backbone.encoder.normalized(values), *others
+        values, *rest = batch
+        return self.backbone.encoder.normalized(values), *rest
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return the cross entropy, a scalar."""
@@ -116,7 +116,7 @@ class Classifier(ComposerModel):
         blocks = [*self.backbone.encoder.block_list, *self.backbone.block_list]
         weight = self.get_parameter(name)
         for number, block in enumerate(blocks, 1):
-            if any(weight is each for each in block.parameters()):
+            if any(weight is parameter for parameter in block.parameters()):
                 return number
         if name.startswith("backbone.input_proj."):  # to the first block of a narrow student
             return len(self.backbone.encoder.block_list) + 1

@@ -132,7 +132,7 @@ class Data2Vec2EncoderConfig(Config):
         if self.embed_dim % self.num_heads:
             raise ValueError(f"num_heads must divide embed_dim, got {self.num_heads} heads for {self.embed_dim}")
         shape, heads = self.alibi_scale_shape, self.num_alibi_heads
-        if shape is not None and (not heads or shape[1:] not in [(1, each, 1, 1) for each in (1, heads)]):
+        if shape is not None and (not heads or shape[1:] not in [(1, count, 1, 1) for count in (1, heads)]):
             expected = f"(blocks or 1, 1, {heads} or 1, 1, 1), or null without ALiBi"
             raise ValueError(f"alibi_scale_shape must be {expected}, got {short(shape)}")
 
@@ -270,14 +270,14 @@ def parse_convolutions(spec: str) -> list[tuple[int, int, int]]:
         raise ValueError(node)
 
     try:
-        found = [(channels, kernel, stride) for channels, kernel, stride in read(ast.parse(spec, mode="eval").body)]
+        layers = [(channels, kernel, stride) for channels, kernel, stride in read(ast.parse(spec, mode="eval").body)]
     except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as error:
         allowed = f"lists of (channels, kernel, stride), joined by + and *, at most {MAX_CONVOLUTIONS} in all"
         raise ValueError(f"feature_encoder_spec must be {allowed}, got {short(spec)}") from error
-    check_whole("number of convolutions", len(found), 1, MAX_CONVOLUTIONS)
-    for size in (size for each in found for size in each):
+    check_whole("number of convolutions", len(layers), 1, MAX_CONVOLUTIONS)
+    for size in (size for layer in layers for size in layer):
         check_whole("a size in feature_encoder_spec", size, 1, MAX_WIDTH)
-    return found
+    return layers
 
 
 class EatEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):

@@ -52,9 +52,9 @@ class Features:
     """Computes the embedding ``projected_cls``, (B, P), of these features and their output; ``None``: there is none."""
 
     @classmethod
-    def of_layer(cls, x_BTD: Tensor, num_extra_tokens: int, has_cls_token: bool, **others: Any) -> "Features":
+    def of_layer(cls, x_BTD: Tensor, num_extra_tokens: int, has_cls_token: bool, **fields: Any) -> "Features":
         """Return the features of a model that gives its output alone."""
-        return cls(lambda _: [(x_BTD, x_BTD)], 1, nn.Identity(), num_extra_tokens, has_cls_token, **others)
+        return cls(lambda _: [(x_BTD, x_BTD)], 1, nn.Identity(), num_extra_tokens, has_cls_token, **fields)
 
     def layers(self, source: TargetSource = "ffn") -> Iterator[Tensor]:
         """Yield each block's FFN output, or its output, (B, T, D)."""
@@ -119,6 +119,6 @@ class Features:
         if self.shares is not None:
             weights_BW1 = self.shares[..., None]
             pooled = {
-                name: (weights_BW1 * each.unflatten(0, self.shares.shape)).sum(1) for name, each in pooled.items()
+                name: (weights_BW1 * tensor.unflatten(0, self.shares.shape)).sum(1) for name, tensor in pooled.items()
             }
-        return {f"{prefix}{name}": each for name, each in pooled.items()}
+        return {f"{prefix}{name}": tensor for name, tensor in pooled.items()}

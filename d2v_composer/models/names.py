@@ -73,7 +73,7 @@ class Embedding(NamedTuple):
 
 
 EMBEDDINGS = [
-    *dict.fromkeys(Embedding(each, pooling).name for each in get_args(Representation) for pooling in get_args(Pooling))
+    *dict.fromkeys(Embedding(kind, pooling).name for kind in get_args(Representation) for pooling in get_args(Pooling))
 ]
 """The names of all embeddings; without CLS, a model lacks the first of each representation."""
 

@@ -207,12 +207,12 @@ class LayerMean(NamedTuple):
         """Compute every embedding of a model, (B, D) float32, by name: poolings of its output and of its layers."""
         if features.pooled is not None:
             output = features.output
-            found = features.poolings(output, "output_")
+            pooled = features.poolings(output, "output_")
         else:
             output, mean = features.with_output(lambda layers: self.average(layers, features))
             both = features.poolings(output, "output_") | features.poolings(mean, "layer_mean_")
-            found = {name: both[name] for name in self.names(features.has_cls_token)}
-        return found if features.project is None else found | {PROJECTED: features.project(features, output).float()}
+            pooled = {name: both[name] for name in self.names(features.has_cls_token)}
+        return pooled if features.project is None else pooled | {PROJECTED: features.project(features, output).float()}
 
     def names(self, has_cls_token: bool) -> list[str]:
         """Return the names of all embeddings.

@@ -135,20 +135,22 @@ class Teacher(Backbone, Frozen):
 
     def build_network(self, model: str, pretrained: bool, **options: Any) -> Any:
         """Build a student that is a timm model; see :meth:`build_student`."""
-        usual = {name: each.default for name, each in StudentConfig.model_fields.items()}
-        options = {name: each for name, each in options.items() if name == "normalization" or each != usual.get(name)}
+        usual = {name: field.default for name, field in StudentConfig.model_fields.items()}
+        options = {
+            name: value for name, value in options.items() if name == "normalization" or value != usual.get(name)
+        }
         if not_its := sorted(options.keys() - {"normalization", "final_layer_norm", "projection"}):
             raise ValueError(f"{not_its[0]}: applies only to blocks on the teacher's encoder; leave it out for {model}")
-        own = self.encoder.config
-        if own.modality != "image":
-            raise ValueError(f"model: {model} takes images, but this teacher takes {own.modality}")
+        sizes = self.encoder.config
+        if sizes.modality != "image":
+            raise ValueError(f"model: {model} takes images, but this teacher takes {sizes.modality}")
         with torch.device("cpu"):  # torch._dynamo cannot be imported on the meta device
             from timm import __version__  # takes seconds to import
 
             from d2v_composer.models.timm_network import NetworkStudent
 
         names = ("image_size", "in_chans", "image_mean", "image_std", "interpolation")
-        preprocessing = {name: getattr(own, name) for name in names}
+        preprocessing = {name: getattr(sizes, name) for name in names}
         config = TimmNetworkConfig(model=model, timm=__version__, **preprocessing, **options)
         start = {"config": {"student": {"pretrained": pretrained}}, "student": {"own_encoder": True}}  # as in a record
         try:

@@ -146,13 +146,13 @@ def take_contexts(model: Any) -> FixedContexts:
 
 def take_relative_bias(model: Any) -> Tensor | None:
     """Gather each block's own bias, and add the bias that all blocks share."""
-    own = [block.attn for block in model.blocks if block.attn.relative_position_bias_table is not None]
-    biases = [gather(attention) for attention in own]
+    attentions = [block.attn for block in model.blocks if block.attn.relative_position_bias_table is not None]
+    biases = [gather(attention) for attention in attentions]
     if model.rel_pos_bias is not None:
         shared = gather(model.rel_pos_bias)
         biases = [bias + shared for bias in biases] or [shared]
         model.rel_pos_bias = None
-    for attention in own:
+    for attention in attentions:
         attention.relative_position_bias_table = attention.relative_position_index = None
     return pad_rows(torch.stack(biases)) if biases else None
 

@@ -52,8 +52,8 @@ def load_pretrained(model: str) -> "NetworkStudent":
     Raises:
         ValueError: timm has no such model or no weights of it, or its features have no grid.
     """
-    found = timm.get_pretrained_cfg(timm_name(model))
-    data = resolve_data_config(pretrained_cfg=found.to_dict() if found else {})
+    pretrained = timm.get_pretrained_cfg(timm_name(model))
+    data = resolve_data_config(pretrained_cfg=pretrained.to_dict() if pretrained else {})
     in_chans, *shape = data["input_size"]
     config = TimmNetworkConfig(
         model=model,
@@ -63,7 +63,7 @@ def load_pretrained(model: str) -> "NetworkStudent":
         image_mean=data["mean"],
         image_std=data["std"],
         interpolation=data["interpolation"],
-        projection=projection_width(found.num_classes if found else None) or None,
+        projection=projection_width(pretrained.num_classes if pretrained else None) or None,
     )
     return NetworkStudent(config, pretrained=True)
 

@@ -67,12 +67,12 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None, num_
     patch = cast("tuple[int, int]", stem.patch_size)
     if image_size is None:  # timm leaves out what is left of a patch at the edge
         data = resolve_data_config(pretrained_cfg=built.pretrained_cfg)
-        shape = tuple(size // each * each for size, each in zip(data["input_size"][1:], patch, strict=True))
+        shape = tuple(size // side * side for size, side in zip(data["input_size"][1:], patch, strict=True))
     else:
         shape = height_and_width(parse_image_size(image_size))
-    if any(size % each for size, each in zip(shape, patch, strict=True)):
-        expected, found = (" x ".join(map(str, each)) for each in (patch, shape))
-        raise ValueError(f"image_size must be a multiple of the patch size, {expected} pixels, got {found}")
+    if any(size % side for size, side in zip(shape, patch, strict=True)):
+        expected, actual = (" x ".join(map(str, sizes)) for sizes in (patch, shape))
+        raise ValueError(f"image_size must be a multiple of the patch size, {expected} pixels, got {actual}")
     check_whole("number of patches", math.prod(shape) // math.prod(patch), 1, MAX_PATCHES)
     return create_on_meta(name, num_classes=num_outputs, img_size=shape).eval()
 
@@ -194,9 +194,9 @@ class TimmEncoder(PixelEncoder):
         if parts is None:
             model = build_timm_model(config.model, config.image_size)
             sizes = teacher_config(config.model, model, config.first_blocks)
-            for name, found in sizes.encoder:
-                if name not in OF_A_FILE and found != (given := getattr(config, name)):
-                    raise ValueError(f"{config.model} has {name} {found} in timm {timm.__version__}, not {given}")
+            for name, value in sizes.encoder:
+                if name not in OF_A_FILE and value != (given := getattr(config, name)):
+                    raise ValueError(f"{config.model} has {name} {value} in timm {timm.__version__}, not {given}")
             parts = TimmParts.of(model)
         self.stem: Any = parts.stem
         patches: Any = self.stem.patch_embed.proj
@@ -258,10 +258,10 @@ class TimmTeacher(Transformer, Teacher):
             kind = type(blocks[0]).__name__
             raise ValueError(f"init teacher_blocks needs data2vec 2.0's post-norm blocks, but {name} has {kind}")
         attentions = [block.attn for block in blocks]
-        found = ", ".join(sorted(parameter for parameter, _ in attentions[0].named_parameters()))
-        if found != ATTENTION_TENSORS or self.contexts.table is not None:
+        tensors = ", ".join(sorted(parameter for parameter, _ in attentions[0].named_parameters()))
+        if tensors != ATTENTION_TENSORS or self.contexts.table is not None:
             raise ValueError(
                 f"init teacher_attention needs an attention of {ATTENTION_TENSORS} without rotary positions or "
-                f"relative bias, but {name} has {type(attentions[0]).__name__} of {found}"
+                f"relative bias, but {name} has {type(attentions[0]).__name__} of {tensors}"
             )
         return attentions

@@ -133,8 +133,10 @@ class DistillationModel(ComposerModel):
             tokens, targets = self.frozen_pass(inputs)
             features = self.student.features(self.student.encoder(inputs) if tokens is None else tokens)
             features = features.for_readers(len(targets))
-            first, *others = (each.regression(features, targets[name]) for name, each in self.objectives.items())
-        return first._replace(others=tuple(others))
+            first, *rest = (
+                objective.regression(features, targets[name]) for name, objective in self.objectives.items()
+            )
+        return first._replace(others=tuple(rest))
 
     def inputs_of(self, batch: Batch) -> Inputs:
         """Return the inputs of a batch."""
@@ -149,7 +151,7 @@ class DistillationModel(ComposerModel):
     def targets_of(self, tokens: Tokens) -> dict[str, Tensor]:
         """Return the target of each objective, from the tokens of the teacher's encoder."""
         features = self.teacher.features(tokens).for_readers(len(self.objectives))
-        return {name: each.target(features) for name, each in self.objectives.items()}
+        return {name: objective.target(features) for name, objective in self.objectives.items()}
 
     def loss(self, outputs: Regression, batch: Batch) -> Any:
         """Return the weighted sum of the objectives' losses, a scalar; ``batch`` is unused.

@@ -57,7 +57,7 @@ class DatasetNorm(nn.Module):
         def normalize(layer_BTD: Tensor, moments_3D: Tensor) -> Tensor:
             if self.measures:
                 powers = (layer_BTD.double() ** power for power in range(3))
-                means_3B1D = [mean_over_time(each, num_extra_tokens, mask) for each in powers]
+                means_3B1D = [mean_over_time(power, num_extra_tokens, mask) for power in powers]
                 moments_3D += torch.stack(means_3B1D).sum(dim=(1, 2))
             mean_D, square_D = moments_3D[1:] / moments_3D[0]
             scale_D = (square_D - mean_D.square() + NORM_EPS).rsqrt()

@@ -52,14 +52,14 @@ def build_labeled_sets(lookup: LookupConfig, modality: Modality, width: int) -> 
         for name, labeled in lookup.datasets.items()
         if labeled is not None
     }
-    widths = {each.class_embeddings.shape[1] for each in sets.values() if each.class_embeddings is not None}
+    widths = {labeled.class_embeddings.shape[1] for labeled in sets.values() if labeled.class_embeddings is not None}
     if "zero_shot" in lookup.probes and widths != {width}:
-        found = " and ".join(map(str, sorted(widths))) or "none"
-        raise InputError(f"probes: zero_shot needs class_embeddings of a data set, with {width} columns; got {found}")
+        columns = " and ".join(map(str, sorted(widths))) or "none"
+        raise InputError(f"probes: zero_shot needs class_embeddings of a data set, with {width} columns; got {columns}")
     for name, labeled in sets.items() if global_rank() == 0 else ():
         if shared := labeled.count_shared():
-            found = f"{shared} of {len(labeled.test.labels)} test {modality.unit}"
-            print(f"warning: {name}: {found} are also among the train {modality.unit}", file=sys.stderr)
+            overlap = f"{shared} of {len(labeled.test.labels)} test {modality.unit}"
+            print(f"warning: {name}: {overlap} are also among the train {modality.unit}", file=sys.stderr)
     return sets
 
 
@@ -103,8 +103,8 @@ def load_rival(place: str, modality: str) -> Backbone:
             model: Backbone = load_pretrained(place)
         else:
             model, _ = load_any(place)
-        if (found := model.encoder.config.modality) != modality:
-            raise InputError(f"{place} takes {found}, but the model takes {modality}")
+        if (rival_modality := model.encoder.config.modality) != modality:
+            raise InputError(f"{place} takes {rival_modality}, but the model takes {modality}")
     return model
 
 
@@ -126,7 +126,7 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
     if taken := [place for place in places if place in (*ROWS, GAP_CLOSED) or places.count(place) > 1]:
         raise InputError(f"rivals: {taken[0]!r} is another row of the tables; name the file ./{taken[0]}")
     compared = zip(GAP, (untrained, None if isinstance(model, Teacher) else model, teacher), strict=True)
-    models = {name: each.eval().to(device) for name, each in compared if each is not None}
+    models = {name: candidate.eval().to(device) for name, candidate in compared if candidate is not None}
     first = teacher or model
     embeds = share_encoders(first, models, model.layer_mean)
     if teacher is None and has_tuned_encoder(model.provenance):  # it is no longer the teacher's

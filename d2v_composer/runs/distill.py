@@ -96,7 +96,7 @@ def train_student(
         train_loader,
         {"teacher": model.teacher.provenance, "student": student, "data": data, "costs": costs},
         fixed=FIXED_BY_A_CHECKPOINT + (FIXED_WITH_MICROBATCHES if model.compares_microbatches else ()),
-        own=[] if retrieval is None else [retrieval],
+        run_callbacks=[] if retrieval is None else [retrieval],
         callbacks=callbacks,
         optimizers=build_optimizer(config.optimizer, model),
     )

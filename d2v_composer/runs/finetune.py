@@ -94,7 +94,7 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trai
         data.train_loader,
         {"model": about, "data": data.about},
         fixed=FIXED_BY_A_CHECKPOINT,
-        own=[SharedStatistics()],
+        run_callbacks=[SharedStatistics()],
         callbacks=callbacks,
         prepare=model.prepare,
         eval_dataloader=Evaluator(label=EVALUATOR, dataloader=DataSpec(tested, microbatch_transforms=model.prepare)),
@@ -116,11 +116,11 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trai
 def report(trainer: Trainer, config: FinetuneConfig, model: Classifier, unit: str) -> None:
     """Print the accuracy of the last evaluation, and write the report into the run's folder."""
     metrics = trainer.state.eval_metric_values
-    found = {name: float(metrics[name]) for name in model.metrics if name in metrics}
-    if found:
-        loss = f"{found.pop('loss'):.4f}"
-        row = [config.run_name, *(f"{100 * value:.2f}" for value in found.values()), loss]
-        table = format_table(["", *(name.replace("top", "top-") for name in found), "loss"], [row])
+    results = {name: float(metrics[name]) for name in model.metrics if name in metrics}
+    if results:
+        loss = f"{results.pop('loss'):.4f}"
+        row = [config.run_name, *(f"{100 * value:.2f}" for value in results.values()), loss]
+        table = format_table(["", *(name.replace("top", "top-") for name in results), "loss"], [row])
         print(f"\n{EVALUATOR} {unit}, batch {int(trainer.state.timestamp.batch)}, accuracy in %\n{table}")
     write_run_report(trainer, config)
 
@@ -155,8 +155,8 @@ def build_data(config: FinetuneConfig, sizes: EncoderConfig) -> LabeledData:
     num_classes = count_classes(root, class_names, test.labels)
     train_loader = build_train_loader(config, loader, index, num_classes=num_classes)
     digest = hashlib.sha256()
-    for each in (*test.samples, test.labels):
-        digest.update(each.contiguous().numpy().data)
+    for tensor in (*test.samples, test.labels):
+        digest.update(tensor.contiguous().numpy().data)
     about = {
         "modality": modality.name,
         "location": loader.remote or loader.local,
@@ -175,6 +175,6 @@ def count_classes(root: Path, class_names: tuple[str, ...], tested: Tensor) -> i
     labels = tested.unique()
     smallest, largest, num_known = int(labels.min()), int(labels.max()), max(len(class_names), len(labels))
     if smallest < 0 or num_known < 2 or largest >= 100 * num_known:  # the classifier has an output for each number
-        found = f"{num_known} with labels from {smallest} to {largest}"
-        raise InputError(f"dataset.root: {root}: expected at least two classes, numbered from 0; got {found}")
+        classes = f"{num_known} with labels from {smallest} to {largest}"
+        raise InputError(f"dataset.root: {root}: expected at least two classes, numbered from 0; got {classes}")
     return max(len(class_names), largest + 1)

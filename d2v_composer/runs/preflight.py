@@ -74,8 +74,8 @@ def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> b
     return failed is None
 
 
-def print_row(name: str, verdict: str, found: str) -> None:
-    print(f"{name:14} {verdict:7} {found}", flush=True)
+def print_row(name: str, verdict: str, result: str) -> None:
+    print(f"{name:14} {verdict:7} {result}", flush=True)
 
 
 class Rehearsal:
@@ -163,13 +163,13 @@ class Rehearsal:
         at_a_time = saved if num_to_keep < 0 else min(num_to_keep + 1, saved)
         size, free = self.latest.stat().st_size, shutil.disk_usage(self.latest.parent).free / 1e9
         needed = size * at_a_time / 1e9
-        found = (
+        summary = (
             f"{saved} checkpoints of {size / 1e6:,.0f} MB, {'all' if num_to_keep < 0 else num_to_keep} kept: they need "
             f"at most {needed:.1f} GB at a time, and {free:.1f} GB is free"
         )
         if needed > free:
-            raise InputError(f"{config.save_folder}: {found}")
-        return found
+            raise InputError(f"{config.save_folder}: {summary}")
+        return summary
 
     def num_batches(self) -> int:
         return self.log.read_text().count('"loss/train/total"') if self.log.is_file() else 0
@@ -178,7 +178,7 @@ class Rehearsal:
         """Start the run with overrides that keep it apart from the user's run and limit what it reads."""
         loader = self.config.train_loader
         launcher = [sys.executable, "-m", "composer.cli", "--nproc", str(self.ranks)]
-        own = [
+        settings = [
             f"save_folder={self.save_folder}",
             "load_path=null",
             "autoresume=true",
@@ -189,7 +189,7 @@ class Rehearsal:
             *([f"train_loader.local={self.cache}"] if loader.remote else []),
         ]
         with self.output.open("wb") as output:
-            command = [*launcher, *self.command, *own, *overrides]
+            command = [*launcher, *self.command, *settings, *overrides]
             self.process = start_program(command, stdout=output, stderr=subprocess.STDOUT)
 
     def wait(self, seconds: float, batches: float = inf) -> int | None:
@@ -240,7 +240,7 @@ class Rehearsal:
         """Return the lines about the speed, the time and the number of nodes of the whole run."""
         config, batches = self.config, self.in_batches(self.config.max_duration)
         logged = (self.logged[f"throughput/{name}"] for name in ("samples_per_sec", "data_wait"))
-        paces, waits = ([*each.values()][-self.intervals :] for each in logged)
+        paces, waits = ([*series.values()][-self.intervals :] for series in logged)
         pace = harmonic_mean(paces)
         waiting = pace * fmean(map(truediv, waits, paces))  # of the time, not of the intervals
         *_, seconds = self.logged.get("time/zero_shot_retrieval", {0: 0.0}).values()

@@ -210,7 +210,7 @@ def configure(request: Request, samples: Path, chosen: Mapping[str, Any], path: 
         InputError: A change of a setting is wrong.
     """
     is_timm = request.teacher.startswith(PREFIX)
-    own = {
+    settings = {
         "run_name": request.out.name,
         "save_folder": str(request.out.with_name("{run_name}")),  # a copy of the settings may name another run
         "teacher.model": request.teacher if is_timm else DATA2VEC2,
@@ -218,7 +218,7 @@ def configure(request: Request, samples: Path, chosen: Mapping[str, Any], path: 
         "train_loader.local": str(samples / "train"),
         "retrieval.datasets": {HELD_OUT: {"format": "mds", "root": str(samples), "label_column": None}},
     }
-    return load_config([str(path), *request.changes], {**chosen, **own})
+    return load_config([str(path), *request.changes], {**chosen, **settings})
 
 
 def read_settings(request: Request) -> TrainConfig:

@@ -84,7 +84,7 @@ def build_trainer(
     about: Mapping[str, Any],
     *,
     fixed: tuple[str, ...] = (),
-    own: Sequence[Callback] = (),
+    run_callbacks: Sequence[Callback] = (),
     callbacks: Sequence[Callback] = (),
     prepare: Callable[[Any], Any] | None = None,
     **arguments: Any,
@@ -97,7 +97,7 @@ def build_trainer(
         train_loader: Its samples.
         about: Sections of its record; ``data`` has their modality.
         fixed: Keys of the record that a resume must not change.
-        own: Callbacks of this kind of run, which a checkpoint may have saved.
+        run_callbacks: Callbacks of this kind of run, which a checkpoint may have saved.
         callbacks: Further callbacks, besides the YAML's.
         prepare: Transforms a microbatch on the device.
         **arguments: The Trainer's other arguments.
@@ -113,7 +113,7 @@ def build_trainer(
     # First lock the folder, then select the checkpoint in it: another run could still write one.
     advice = "; the same command resumes" if config.autoresume else ""
     checkpoints = Checkpoints(folder, config.save_interval, config.save_num_checkpoints_to_keep, uploads, advice)
-    checkpoint = find_checkpoint(config, model, [record, *own])
+    checkpoint = find_checkpoint(config, model, [record, *run_callbacks])
     with patched_composer(checkpoint and checkpoint.contents):
         return Trainer(
             model=model,
@@ -123,7 +123,7 @@ def build_trainer(
             algorithms=build_algorithms(config.algorithms),
             callbacks=[
                 *(record, Throughput(), NanGuard(), checkpoints),
-                *(SeededBatches(config.seed), *own, *chosen, *callbacks),
+                *(SeededBatches(config.seed), *run_callbacks, *chosen, *callbacks),
             ],
             loggers=[
                 *build_loggers(config, MODALITIES[about["data"]["modality"]].unit),
@@ -153,13 +153,13 @@ def find_checkpoint(config: TrainerConfig, model: nn.Module, callbacks: Sequence
             did not write it; or the folder has one, and ``autoresume`` is false.
     """
 
-    def accept(found: Checkpoint) -> None:
+    def accept(checkpoint: Checkpoint) -> None:
         """Check that the run may go on from a checkpoint, before a file is written or a tensor loaded."""
-        with errors_of(str(found.path)):
+        with errors_of(str(checkpoint.path)):
             for callback in callbacks:  # another program has saved others: its tensors are compared
-                if saved := found.saved_by(type(callback).__name__):
+                if saved := checkpoint.saved_by(type(callback).__name__):
                     callback.load_state_dict(dict(saved))
-            check_tensors(model, found.tensors, "")
+            check_tensors(model, checkpoint.tensors, "")
 
     folder = config.run_folder
     if folder is not None and (newest := _share_newest(folder, config.autoresume, accept)) is not None:
@@ -172,15 +172,15 @@ def find_checkpoint(config: TrainerConfig, model: nn.Module, callbacks: Sequence
     with node_leaders_first("the checkpoint"), errors_of("load_path"):
         if is_remote and dist.get_local_rank() == 0:
             download_checkpoint(config.load_path, path)
-        found, length = read_checkpoint(path), config.max_duration
+        start, length = read_checkpoint(path), config.max_duration
     with reading(path):
-        if found.trained({"ba": "batch", "ep": "epoch"}[length[-2:]]) >= int(length[:-2]):
+        if start.trained({"ba": "batch", "ep": "epoch"}[length[-2:]]) >= int(length[:-2]):
             raise InputError(
-                f"load_path: {config.load_path}: batch {found.trained('batch')} is not before max_duration {length}; "
+                f"load_path: {config.load_path}: batch {start.trained('batch')} is not before max_duration {length}; "
                 "set a larger max_duration"
             )
-    accept(found)
-    return found
+    accept(start)
+    return start
 
 
 def _share_newest(folder: RunFolder, resumes: bool, accept: Callable[[Checkpoint], None]) -> Checkpoint | None:
