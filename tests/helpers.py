@@ -175,7 +175,7 @@ def checkpoints_of(folder: Path) -> set[str]:
 
 def shared_memory_of(pid: int) -> set[tuple[str, int]]:
     """Return path and inode of the shared memory of a process and its children; a path alone may be reused."""
-    mapped = {region.path for each in family_of(pid) for region in each.memory_maps()}
+    mapped = {region.path for process in family_of(pid) for region in process.memory_maps()}
     return {(path, inode_of(path)) for path in mapped if path.startswith("/dev/shm/") and inode_of(path)}
 
 
@@ -228,8 +228,8 @@ def refused_run(arguments: list[str], status: int = 2, **options: Any) -> str:
 
 def failure(ended: "subprocess.CompletedProcess[str] | Program", status: int) -> str:
     """Check that a command failed with a status and without a traceback, and return its last line."""
-    found = ended.poll() if isinstance(ended, Program) else ended.returncode
-    assert found == status, f"status {found}: {ended.stdout}{ended.stderr}"
+    exit_status = ended.poll() if isinstance(ended, Program) else ended.returncode
+    assert exit_status == status, f"status {exit_status}: {ended.stdout}{ended.stderr}"
     assert "Traceback" not in ended.stderr, ended.stderr
     return ended.stderr.strip().splitlines()[-1]
 

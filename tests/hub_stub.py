@@ -43,7 +43,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         organization, name, _, revision, *path = parts[parts[0] == "datasets" :]
         repository = self.server.folder / organization / name
-        revisions = [each for each in repository.rglob("*") if revision in (commit_of(each), each.name)]
+        revisions = [child for child in repository.rglob("*") if revision in (commit_of(child), child.name)]
         folder = (revisions or [repository])[0]
         file = folder.joinpath(*path)
         if self.command == "GET":

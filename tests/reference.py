@@ -66,8 +66,8 @@ def parse(main: Callable[[Any], Any], argv: list[str]) -> tuple[argparse.Argumen
         try:
             main(argv)
         except ParsedError as parsed:
-            parser, found = parsed.args
-            return parser, found
+            parser, result = parsed.args
+            return parser, result
     raise AssertionError(f"{argv}: it has run")
 
 
@@ -83,12 +83,12 @@ def sources_page() -> str:
     """Return recipes/guides/sources.md with a row for each container."""
     begin = re.escape("| a folder | path |") + r".*\n"
     rows = "".join(
-        f"| {each.plural}: `FILE{each.suffix}`, a folder, `'data/*{each.suffix}'` | `{each.ids}` | {each.samples}; "
-        + (f"`--label-column`: {each.labels}" if each.labels else "classes and splits are folders in it")
+        f"| {kind.plural}: `FILE{kind.suffix}`, a folder, `'data/*{kind.suffix}'` | `{kind.ids}` | {kind.samples}; "
+        + (f"`--label-column`: {kind.labels}" if kind.labels else "classes and splits are folders in it")
         + " |\n"
-        for each in CONTAINERS
+        for kind in CONTAINERS
     )
-    return re.sub(rf"({begin})(?s:.*?)(\| `hf:)", lambda found: found[1] + rows + found[2], SOURCES.read_text())
+    return re.sub(rf"({begin})(?s:.*?)(\| `hf:)", lambda match: match[1] + rows + match[2], SOURCES.read_text())
 
 
 def commands_page() -> str:
@@ -97,7 +97,7 @@ def commands_page() -> str:
 
     ours = {f"d2v {name}": f"d2v_composer/commands/{name.replace('-', '_')}.py" for name in d2v.COMMANDS}
     recipes = {f"recipes/{path.name}": f"recipes/{path.name}" for path in sorted((ROOT / "recipes").glob("*.py"))}
-    return "\n".join([ABOUT, *(line for each in {**ours, **recipes}.items() for line in describe(*each))])
+    return "\n".join([ABOUT, *(line for item in {**ours, **recipes}.items() for line in describe(*item))])
 
 
 def describe(command: str, file: str) -> Iterator[str]:
@@ -138,9 +138,9 @@ def table(command: str, parser: argparse.ArgumentParser) -> Iterator[str]:
             rows.append(f"| `{' '.join(words)}` | {needed}{action.help or ''} |")
     if rows:
         yield "\n".join(["| argument | meaning |", "|---|---|", *rows, ""])
-    for name, each in inner.items():
+    for name, subparser in inner.items():
         yield f"### {command} {name}\n"
-        yield from table(f"{command} {name}", each)
+        yield from table(f"{command} {name}", subparser)
 
 
 def resolve(module: str) -> list[Any]:

@@ -32,8 +32,8 @@ def small_mixed_rope(pretrained: bool = False, **options: Any) -> Eva:
 @register_model
 def small_dinov3(pretrained: bool = False, **options: Any) -> Eva:
     rope = {"use_rot_pos_emb": True, "rope_type": "dinov3", "rope_rotate_half": True, "use_abs_pos_emb": False}
-    others = {"num_reg_tokens": 2, "init_values": 1.0, "qkv_bias": True, "use_fc_norm": False}
-    return _create_eva("small_dinov3", pretrained, **(SMALL | rope | others | options))
+    extras = {"num_reg_tokens": 2, "init_values": 1.0, "qkv_bias": True, "use_fc_norm": False}
+    return _create_eva("small_dinov3", pretrained, **(SMALL | rope | extras | options))
 
 
 @register_model
@@ -57,8 +57,8 @@ RESAMPLED_BILINEARLY = [
     "small_large_patch16_radio_v3",
     "small_base_patch16_radio_v4",
 ]
-for each in RESAMPLED_BILINEARLY:
-    register_small_vit(each)
+for name in RESAMPLED_BILINEARLY:
+    register_small_vit(name)
 
 
 def random_vit(name: str, noise: float = 0.1, **options: Any) -> Any:

@@ -23,7 +23,7 @@ METHODS = (
     Teacher.targets,
     Teacher.build_student,
 )
-NAMES = [each for module in ("d2v_composer", "d2v_composer.callbacks") for each in resolve(module)]
+NAMES = [member for module in ("d2v_composer", "d2v_composer.callbacks") for member in resolve(module)]
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +43,13 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         yield {"torch": torch, "teacher": teacher, "student": student, "images": images, "files": files, **names}
 
 
-@pytest.mark.parametrize("documented", [d2v_composer, *NAMES, *METHODS], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("documented", [d2v_composer, *NAMES, *METHODS], ids=lambda member: member.__name__)
 def test_an_example_runs(documented: Callable[..., Any], given: dict[str, Any]) -> None:
     name, output = documented.__name__, list[str]()
     example = doctest.DocTestParser().get_doctest(documented.__doc__ or "", dict(given), name, None, None)
-    found = doctest.DocTestRunner().run(example, out=output.append)
-    assert found.attempted, f"{name} has no example"
-    assert not found.failed, "".join(output)
+    results = doctest.DocTestRunner().run(example, out=output.append)
+    assert results.attempted, f"{name} has no example"
+    assert not results.failed, "".join(output)
 
 
 def test_the_readmes_python_runs(given: dict[str, Any]) -> None:

@@ -86,7 +86,7 @@ def imported(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = node.module if isinstance(node, ast.ImportFrom) else None
             assert not getattr(node, "level", 0), f"line {node.lineno}: a relative import"
-            yield from ((node.lineno, *((module, each.name) if module else (each.name, ""))) for each in node.names)
+            yield from ((node.lineno, *((module, alias.name) if module else (alias.name, ""))) for alias in node.names)
 
 
 def level_of(module: str) -> tuple[int, str]:
@@ -97,17 +97,17 @@ def level_of(module: str) -> tuple[int, str]:
 
 def test_imports_go_down() -> None:
     upward = []
-    for each in find_imports():
-        (level, room), (level_below, room_below) = level_of(each.importer), level_of(each.source)
+    for statement in find_imports():
+        (level, room), (level_below, room_below) = level_of(statement.importer), level_of(statement.source)
         if room != room_below and level <= level_below:
-            upward.append(f"{each.importer}:{each.line} imports {each.source}")
+            upward.append(f"{statement.importer}:{statement.line} imports {statement.source}")
     assert not upward, "\n".join(upward)
 
 
 def test_no_modules_import_each_other() -> None:
     graph: dict[str, set[str]] = {name: set() for name in MODULES}
-    for each in find_imports():
-        graph[each.importer].add(each.source)
+    for statement in find_imports():
+        graph[statement.importer].add(statement.source)
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -116,9 +116,9 @@ def test_no_modules_import_each_other() -> None:
 
 def test_private_names_stay_in_their_module() -> None:
     private = [
-        f"{each.importer}:{each.line} imports {each.source}.{each.name}"
-        for each in find_imports()
-        if each.name.startswith("_") or each.source.rpartition(".")[2].startswith("_")
+        f"{statement.importer}:{statement.line} imports {statement.source}.{statement.name}"
+        for statement in find_imports()
+        if statement.name.startswith("_") or statement.source.rpartition(".")[2].startswith("_")
     ]
     assert not private, "\n".join(private)
 

@@ -144,14 +144,14 @@ def problems(program: str, argv: Sequence[str]) -> Iterator[str]:
             given = arguments[0] if is_yaml and (ROOT / arguments[0]).exists() else shipped
             load([str(ROOT / given), *arguments[is_yaml:]])
         elif name == "ablations.py":
-            _, found = reference.parse(ablations.main, arguments)
-            changes = [each for each in found.given if "=" in each]
+            _, args = reference.parse(ablations.main, arguments)
+            changes = [argument for argument in args.given if "=" in argument]
         elif name == "ray_embed.py":
             if not 3 <= len(arguments) <= 4:
                 yield f"expected MODEL SOURCE OUT [COLUMN], got {arguments}"
         elif (name := name.replace("ray_convert.py", "convert-images")) in COMMANDS:
-            _, found = reference.parse(import_module(f"d2v_composer.commands.{name.replace('-', '_')}").main, arguments)
-            changes = getattr(found, "changes", ())
+            _, args = reference.parse(import_module(f"d2v_composer.commands.{name.replace('-', '_')}").main, arguments)
+            changes = getattr(args, "changes", ())
         else:
             yield f"no command {name}"
         if changes:
@@ -174,7 +174,7 @@ def test_python_imports_what_exists(page: Path) -> None:
         for node in ast.walk(ast.parse(block.replace("…", "..."))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("d2v_composer"):
                 assert [
-                    each.name for each in node.names if not hasattr(import_module(node.module or ""), each.name)
+                    alias.name for alias in node.names if not hasattr(import_module(node.module or ""), alias.name)
                 ] == []
 
 
@@ -196,14 +196,14 @@ def test_d2v_fields_prints_a_section(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def sections(schema: type[BaseModel]) -> set[type[BaseModel]]:
-    found = {section for field in schema.model_fields.values() if (section := find_section(field.annotation))}
-    return found.union({schema}, *map(sections, found))
+    subsections = {section for field in schema.model_fields.values() if (section := find_section(field.annotation))}
+    return subsections.union({schema}, *map(sections, subsections))
 
 
 def choices(annotation: object) -> set[str]:
     """The texts that a field's type allows."""
     if get_origin(annotation) is Literal:
-        return {each for each in get_args(annotation) if isinstance(each, str)}
+        return {choice for choice in get_args(annotation) if isinstance(choice, str)}
     return set().union(*map(choices, get_args(annotation)))
 
 
@@ -212,7 +212,7 @@ def test_every_field_is_described_with_its_choices() -> None:
         for name, field in schema.model_fields.items():
             section, about = find_section(field.annotation), field.description or ""
             assert about or section not in (None, LabeledSetConfig), f"{schema.__name__}.{name}"
-            missing = {each for each in choices(field.annotation) if each not in about}
+            missing = {choice for choice in choices(field.annotation) if choice not in about}
             assert not missing, f"{schema.__name__}.{name}: {missing}"
     described = {name: TrainConfig.model_fields[name].description or "" for name in ("callbacks", "loggers")}
     assert [name for name in fields.CALLBACKS if name not in described["callbacks"]] == []

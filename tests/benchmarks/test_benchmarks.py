@@ -30,10 +30,10 @@ def run(tmp_path: Path, *arguments: str) -> tuple[dict[str, float], dict[str, An
     """Run a benchmark with one repeat, and return its rates and ratios."""
     report = tmp_path / "report.json"
     benchmark.main([*arguments, "--repeats", "1", "--json", str(report)])
-    found: dict[str, Any] = json.loads(report.read_text())
-    rates = {row["name"]: row["rates"][0] for row in found["rows"]}
+    result: dict[str, Any] = json.loads(report.read_text())
+    rates = {row["name"]: row["rates"][0] for row in result["rows"]}
     assert all(rate > 0 for rate in rates.values())
-    return rates, {each["what"]: pytest.approx(each["ratio"]) for each in found["ratios"]}
+    return rates, {row["what"]: pytest.approx(row["ratio"]) for row in result["ratios"]}
 
 
 @pytest.mark.slow
@@ -94,14 +94,14 @@ def test_the_plan_of_a_step_with_sound(small_audio: str, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_the_plan_of_a_step_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = {}
+    plans = {}
     for residual in ("full", "half"):
         report = tmp_path / f"{residual}.json"
         arguments = ["--size", "quickstart", "--batch-size", "8", "--residual", residual, "--json", str(report)]
         benchmark.main(["plan", *arguments])
-        found[residual] = {row.pop("part"): row for row in json.loads(report.read_text())["rows"]}
+        plans[residual] = {row.pop("part"): row for row in json.loads(report.read_text())["rows"]}
     assert "frozen, forward" in capsys.readouterr().out
-    full, half = found["full"], found["half"]
+    full, half = plans["full"], plans["half"]
     assert list(full) == ["frozen, forward", "student, forward", "loss", "backward", "step"]
     assert full["step"]["bytes"] == sum(row["bytes"] for row in full.values()) / 2
     # 8 blocks move their residual stream of (8, 65, 192) nine times or so.
@@ -122,8 +122,8 @@ def test_step_in_the_trainer_with_a_trace(tmp_path: Path, monkeypatch: pytest.Mo
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"aten::addmm", "Optimizer.step#AdamW.step"} <= names
     assert "Self CPU time total" in trace.with_suffix(".txt").read_text()
-    found = json.loads((tmp_path / "report.json").read_text())
-    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in found["attention"]
+    result = json.loads((tmp_path / "report.json").read_text())
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in result["attention"]
     assert orders[0][:2] == [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
 
 
@@ -143,8 +143,8 @@ def test_first_hour_goes_on_after_a_failure(
     out = tmp_path / "a folder" / "hour"
     with pytest.raises(RunError, match="2 of 5 steps failed: fails, hangs; see "):
         benchmark.main(["first-hour", str(out)])
-    found = json.loads((out / "first_hour.json").read_text())
-    verdicts = {each["name"]: each["verdict"] for each in found["steps"]}
+    result = json.loads((out / "first_hour.json").read_text())
+    verdicts = {step["name"]: step["verdict"] for step in result["steps"]}
     assert verdicts == {
         "batches of 4": "ok",
         "fails": "failed with status 3",
@@ -152,8 +152,8 @@ def test_first_hour_goes_on_after_a_failure(
         "needs a GPU": "skipped: needs a GPU",
         "last": "ok",
     }
-    assert found["steps"][0]["found"] == ["naive 4.5", "0 recompilations"]
-    assert found["steps"][1]["found"][0] == "error: no luck"
+    assert result["steps"][0]["found"] == ["naive 4.5", "0 recompilations"]
+    assert result["steps"][1]["found"][0] == "error: no luck"
     assert (out / "batches_of_4.txt.pwd").read_text() == f"{out}\n"
     assert (out / "first_hour.txt").read_text() == capsys.readouterr().out
     assert not (out / "ran").exists()
@@ -215,10 +215,10 @@ def test_bad_arguments_are_one_line(arguments: list[str], message: str) -> None:
 
 
 def test_one_core_holds_the_threads_that_start_in_it() -> None:
-    allowed, found = os.sched_getaffinity(0), []
+    allowed, affinities = os.sched_getaffinity(0), []
     with one_core():
-        thread = threading.Thread(target=lambda: found.append(os.sched_getaffinity(0)))
+        thread = threading.Thread(target=lambda: affinities.append(os.sched_getaffinity(0)))
         thread.start()
         thread.join()
-    assert len(found[0]) == 1
+    assert len(affinities[0]) == 1
     assert os.sched_getaffinity(0) == allowed

@@ -32,8 +32,8 @@ def names_of(*batches: int) -> list[str]:
 
 
 def test_only_checkpoints_before_the_pointers_are_outdated() -> None:
-    others = ["log.jsonl", LATEST, "student.pt", "ep0-ba5-rank1.pt", "checkpoint.partial"]
-    assert outdated(names_of(5, 100, 10, 20) + others, names_of(100)[0], 2) == names_of(10, 5)
+    other_files = ["log.jsonl", LATEST, "student.pt", "ep0-ba5-rank1.pt", "checkpoint.partial"]
+    assert outdated(names_of(5, 100, 10, 20) + other_files, names_of(100)[0], 2) == names_of(10, 5)
     assert outdated(names_of(5, 10), names_of(10)[0], 2) == []
     assert outdated(names_of(5, 10), names_of(10)[0], -1) == []
     # A newer one than the pointer's is of the run before a restart: it is kept, and does not count.

@@ -137,12 +137,12 @@ def test_padding_does_not_count() -> None:
     """Numbers of a padded batch are those of its valid tokens, whatever is behind them."""
     prediction, target = torch.randn(3, 5, 8), torch.randn(3, 5, 8)
     mask = torch.arange(5) >= torch.tensor([5, 5, 3])[:, None]
-    found = Health().compare(Regression(prediction, target, None, mask))
-    for each in (prediction, target):
-        each[mask] = 1e3
+    numbers = Health().compare(Regression(prediction, target, None, mask))
+    for tensor in (prediction, target):
+        tensor[mask] = 1e3
     for name, value in Health().compare(Regression(prediction, target, None, mask)).items():
-        torch.testing.assert_close(found[name], value)
-    torch.testing.assert_close(found["target_variance"], target[:, :3].var(dim=0).mean())
-    whole, none = (Regression(prediction, target, None, each) for each in (torch.zeros_like(mask), None))
+        torch.testing.assert_close(numbers[name], value)
+    torch.testing.assert_close(numbers["target_variance"], target[:, :3].var(dim=0).mean())
+    whole, none = (Regression(prediction, target, None, padding) for padding in (torch.zeros_like(mask), None))
     for name, value in Health().compare(whole).items():
         torch.testing.assert_close(Health().compare(none)[name], value)

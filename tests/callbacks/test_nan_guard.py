@@ -40,7 +40,7 @@ def train(folder: Path, *callbacks: Callback) -> list[float]:
         model=model,
         train_dataloader=DataLoader(list(images), batch_size=BATCH_SIZE),  # pyright: ignore[reportArgumentType]
         max_duration=f"{NUM_BATCHES}ba",
-        optimizers=torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-3),
+        optimizers=torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-3),
         algorithms=[GradientClipping("norm", 2.0), GradientNorm(every=1)],
         callbacks=[losses, NanGuard(), *callbacks, Checkpoints(RunFolder(folder), "1ba")],
         progress_bar=False,
@@ -65,7 +65,7 @@ def assert_all_saved_is_finite(folder: Path) -> None:
     for path in folder.glob("ep*.pt"):
         state = load_checkpoint(path)["state"]
         saved = tree_leaves([state["model"], state["optimizers"]])
-        assert all(each.isfinite().all() for each in saved if isinstance(each, Tensor))
+        assert all(tensor.isfinite().all() for tensor in saved if isinstance(tensor, Tensor))
 
 
 @pytest.mark.parametrize("normalization", ["instance", "layer"])
@@ -75,7 +75,7 @@ def test_a_target_without_variance_is_zero(normalization: Normalization) -> None
 
 
 def first_gradient(state: State) -> Tensor:
-    return next(each.grad for each in state.model.parameters() if each.grad is not None)
+    return next(parameter.grad for parameter in state.model.parameters() if parameter.grad is not None)
 
 
 def infinite_gradient(state: State) -> None:

@@ -140,7 +140,10 @@ def test_a_measurement_cut_short_keeps_the_results_before_it() -> None:
     for ours, expected in zip(callback.results, alone.results, strict=True):
         assert ours[:5] == expected[:5]
         assert (ours.hits.tolist(), ours.batch) == (expected.hits.tolist(), 5)
-    assert all(torch.equal(callback.neighbors[name]["train"], each["train"]) for name, each in alone.neighbors.items())
+    assert all(
+        torch.equal(callback.neighbors[name]["train"], neighbors["train"])
+        for name, neighbors in alone.neighbors.items()
+    )
 
 
 CHANGES: dict[str, tuple[EvaluationSet, Augmentation]] = {
@@ -231,12 +234,12 @@ def test_a_set_without_labels_is_judged_so_alone(judged: Judged) -> None:
     results, has_labels = judged.callback.results, judged.sets["set"].has_labels
     assert ("metrics/set/bank_train/top1" in judged.callback.history[-1]["metrics"]) == has_labels
     *retrieval, unlabeled = format_tables(results, ["set"], "whole, batch 5").split("\n\n")
-    assert [each.partition(",")[0] for each in retrieval] == ["Zero-shot retrieval on set"] * has_labels
+    assert [text.partition(",")[0] for text in retrieval] == ["Zero-shot retrieval on set"] * has_labels
     title, head, *table = unlabeled.splitlines()
     assert title == "Measured without labels on set, whole, batch 5, in % [95 % interval]"
     assert re.split(" {2,}", head.strip()) == ["neighbor agreement", "instance top-1", "instance top-3"]
     assert [line.split("  ")[0] for line in table] == ["pixels", *GAP, "teacher gap closed"]
-    shares = {each.row: each.hits.double().mean() for each in results if each.measure == AGREEMENT}
+    shares = {result.row: result.hits.double().mean() for result in results if result.measure == AGREEMENT}
     for row, line in zip(GAP, table[1:-1], strict=True):
         assert line.removeprefix(row).split()[0] == f"{100 * shares[row]:.1f}", row
 
@@ -249,7 +252,7 @@ def test_a_resume_keeps_the_teachers_neighbors(judged: Judged) -> None:
     train(Watched(), resumed, "5ba")
     assert resumed.history[-1]["metrics"] == judged.callback.history[-1]["metrics"]
     assert judged.images_of_teacher == []
-    assert {each[:3] for each in resumed.results} == {each[:3] for each in judged.callback.results}
+    assert {result[:3] for result in resumed.results} == {result[:3] for result in judged.callback.results}
 
 
 def test_baselines_are_measured_once_in_one_pass() -> None:

@@ -98,7 +98,7 @@ def embeddings(model: Transformer) -> Tensor:
     images = torch.randint(0, 256, (2, 3, size + 8, size), generator=generator, dtype=torch.uint8)
     with torch.inference_mode():
         both = (model.embed_all(images), model.embed_all(images[..., :size, :].float() / 255))
-        return torch.cat([each[name] for each in both for name in each if name != "projected_cls"])
+        return torch.cat([result[name] for result in both for name in result if name != "projected_cls"])
 
 
 def timm_model(path: Path) -> Transformer:
@@ -129,7 +129,7 @@ def test_altered_sizes_are_refused(load: Callable[[Path], Any], step: int, expor
     for name, what, text in every:
         altered = with_sizes(source, text)
         try:
-            found = embeddings(load(altered))
+            result = embeddings(load(altered))
         except InputError as error:
             num_refused += 1
             start = "config_json " if load is timm_model else str(altered)
@@ -138,7 +138,7 @@ def test_altered_sizes_are_refused(load: Callable[[Path], Any], step: int, expor
         except Exception as error:  # noqa: BLE001
             wrong.append((name, what, repr(error)[:200]))
         else:
-            if not torch.allclose(found, expected, atol=1e-4) and (name, what) != MAY_DIFFER:
+            if not torch.allclose(result, expected, atol=1e-4) and (name, what) != MAY_DIFFER:
                 wrong.append((name, what, "other embeddings"))
     assert not wrong, "\n".join(map(str, wrong))
     assert num_refused > len(every) / 2
@@ -170,8 +170,8 @@ def test_other_tensors_are_refused_and_16_bits_are_not(load: Callable[[Path], An
     tensors, metadata = contents(exported)
     path = exported.with_name("other.safetensors")
     for what, changed in CHANGED.items():
-        others = {name: tensor for name, tensor in (tensors | {QKV: changed}).items() if tensor is not None}
-        save_file(others, path, metadata)
+        new_tensors = {name: tensor for name, tensor in (tensors | {QKV: changed}).items() if tensor is not None}
+        save_file(new_tensors, path, metadata)
         with pytest.raises(InputError, match=re.escape(QKV)) as caught:
             load(path)
         assert "\n" not in str(caught.value), what

@@ -108,9 +108,9 @@ def test_alibi_scales_of_layers_or_heads_alone(shape: tuple[int, ...], tmp_path:
 def test_another_shape_of_alibi_scale_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
     checkpoint = read("tiny_alibi")
     checkpoint["model"][SCALE] = torch.ones(shape)
-    found = refusal(save(checkpoint, tmp_path))
-    assert "alibi_scale_shape must be " in found
-    assert found.endswith(f", got {shape}")
+    message = refusal(save(checkpoint, tmp_path))
+    assert "alibi_scale_shape must be " in message
+    assert message.endswith(f", got {shape}")
     del checkpoint["model"][SCALE]
     assert SCALE in refusal(save(checkpoint, tmp_path))
 
@@ -204,7 +204,7 @@ def test_sizes_are_read_from_objects_of_other_classes(wrap: Callable[..., Any], 
 
 
 def renamed(checkpoint: Checkpoint, old: str, new: str) -> None:
-    checkpoint["model"] = {name.replace(old, new, 1): each for name, each in checkpoint["model"].items()}
+    checkpoint["model"] = {name.replace(old, new, 1): tensor for name, tensor in checkpoint["model"].items()}
 
 
 KINDS: dict[str, Callable[[Checkpoint], Any]] = {

@@ -87,9 +87,9 @@ def test_a_teacher_is_compared_in_the_normalization_of_the_students_run(uninterr
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     teacher: Any = load_teacher(TEACHER)
     _, layers = teacher.forward_blocks(teacher.encode(images))
-    expected, plain = (norm_mean(layers, normalization=each).mean(dim=1) for each in ("layer", "instance"))
-    found: Any = embeds["teacher"](images)
-    torch.testing.assert_close(found["layer_mean_mean"], expected)
+    expected, plain = (norm_mean(layers, normalization=kind).mean(dim=1) for kind in ("layer", "instance"))
+    embeddings: Any = embeds["teacher"](images)
+    torch.testing.assert_close(embeddings["layer_mean_mean"], expected)
     assert not torch.allclose(expected, plain, atol=0.01)
 
 

@@ -28,8 +28,8 @@ def run_folder(uninterrupted: Path, tmp_path: Path) -> Path:
 
 
 def newest_in(folder: Path, address: str | None = None) -> Path | None:
-    found = find_newest(RunFolder(folder, address), lambda checkpoint: None)
-    return found and found.path
+    newest = find_newest(RunFolder(folder, address), lambda checkpoint: None)
+    return newest and newest.path
 
 
 def test_no_flipped_bit_of_the_directory_changes_a_tensor(tmp_path: Path) -> None:
@@ -45,11 +45,11 @@ def test_no_flipped_bit_of_the_directory_changes_a_tensor(tmp_path: Path) -> Non
         contents[bit // 8] ^= 1 << bit % 8
         path.write_bytes(contents)
         try:
-            found = read_checkpoint(path)
+            checkpoint = read_checkpoint(path)
         except CorruptCheckpointError:
             num_corrupt += 1
         else:
-            assert torch.equal(found.tensors["weight"], weight), bit
+            assert torch.equal(checkpoint.tensors["weight"], weight), bit
     assert num_corrupt > len(places)
 
 
@@ -90,14 +90,14 @@ def test_composer_gets_what_was_checked(
     read, paths = trainer.find_newest, []
 
     def read_and_replace(*arguments: Any, **options: Any) -> Any:
-        found = read(*arguments, **options)
-        assert found is not None
-        paths.append(found.path)
-        checkpoint = load_checkpoint(found.path)
+        newest = read(*arguments, **options)
+        assert newest is not None
+        paths.append(newest.path)
+        checkpoint = load_checkpoint(newest.path)
         checkpoint["state"]["callbacks"]["Health"] = Canary(tmp_path / "canary")
         torch.save(checkpoint, tmp_path / "replacement.pt")
-        (tmp_path / "replacement.pt").replace(found.path)
-        return found
+        (tmp_path / "replacement.pt").replace(newest.path)
+        return newest
 
     monkeypatch.setattr(trainer, "find_newest", read_and_replace)
     trained = train.main(small_run(run_folder, small_data, "max_duration=15ba"))

@@ -167,8 +167,8 @@ def test_an_exported_student_is_the_same(name: str, options: dict[str, Any], tmp
     assert not loaded.train().encoder.training
     assert all(parameter.requires_grad for parameter in loaded.blocks.parameters())
     assert not any(parameter.requires_grad for parameter in loaded.encoder.parameters())
-    expected, found = embeddings(student), embeddings(loaded)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    expected, actual = embeddings(student), embeddings(loaded)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
     model: Any = timm.create_model("d2v2_student", checkpoint_path=str(path), representation="layer_mean").eval()
     assert torch.equal(model(model.encoder.prepare(IMAGES)).detach(), expected[f"layer_mean_{student.default_pooling}"])

@@ -167,8 +167,8 @@ def test_a_student_comes_from_the_hub(
     assert_close(primary(load_student("hf://org/photos"), images), primary(load_student(exported), images))
     embed_command.main(["hf://org/photos@v2/a/b.safetensors", str(small_data), str(tmp_path / "embeddings.npy")])
     assert np.load(tmp_path / "embeddings.npy").shape == (96, load_student(exported).embed_dim)
-    found = ("org/photos", "student.safetensors", None), ("org/photos", "a/b.safetensors", "v2")
-    assert tuple(dict.fromkeys(asked)) == found
+    expected = ("org/photos", "student.safetensors", None), ("org/photos", "a/b.safetensors", "v2")
+    assert tuple(dict.fromkeys(asked)) == expected
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: Path(tmp_path, "none").read_bytes())
     with pytest.raises(InputError, match=r"^no student\.safetensors in org/photos on the Hugging Face hub"):
         load_student("hf://org/photos")

@@ -110,7 +110,7 @@ def test_a_bias_that_timms_filter_drops_is_refused_unless_it_is_zero(tmp_path: P
     model = random_vit(name)
     theirs = dict(model.state_dict())
     for old, new in (("gamma_1", "ls1.gamma"), ("gamma_2", "ls2.gamma"), ("reg_token", "storage_tokens")):
-        theirs = {each.replace(old, new): tensor for each, tensor in theirs.items()}
+        theirs = {key.replace(old, new): tensor for key, tensor in theirs.items()}
     for value in (0.0, 0.1):
         biases = {f"blocks.{block}.attn.qkv.bias": torch.full((96,), value) for block in range(2)}
         torch.save(theirs | biases, path)
@@ -134,8 +134,8 @@ def test_provenance(file: Path) -> None:
         "license": "the file's; timm states for its own: apache-2.0",
     }
     sizes: Any = teacher.config
-    found = (sizes.embed_dim, sizes.num_heads, sizes.depth, sizes.num_extra_tokens, sizes.image_size)
-    assert found == (64, 2, 4, 1, 160)
+    numbers = (sizes.embed_dim, sizes.num_heads, sizes.depth, sizes.num_extra_tokens, sizes.image_size)
+    assert numbers == (64, 2, 4, 1, 160)
 
 
 @pytest.fixture
@@ -159,8 +159,8 @@ def test_pretrained_weights_come_from_the_hubs_cache(offline: Path, file: Path, 
     assert torch.equal(
         features(teacher, images_of(160, 160)), features(load_teacher(file, model=MODEL), images_of(160, 160))
     )
-    found = {name: teacher.provenance[name] for name in ("tag", "source", "license")}
-    assert found == {"tag": "r160_in1k", "source": "hub:timm/test_vit.r160_in1k", "license": "apache-2.0"}
+    provenance = {name: teacher.provenance[name] for name in ("tag", "source", "license")}
+    assert provenance == {"tag": "r160_in1k", "source": "hub:timm/test_vit.r160_in1k", "license": "apache-2.0"}
     _, same = load_any(MODEL)
     assert same is not None
     assert same.provenance == teacher.provenance
@@ -234,12 +234,12 @@ def test_an_exported_student_needs_no_teacher(name: str, tmp_path: Path) -> None
     with torch.inference_mode():
         expected = student.embed_all(images)
         again = load_student(tmp_path / "student.safetensors")
-        for each, embedding in again.embed_all(images).items():
-            assert torch.equal(embedding, expected[each])
+        for key, embedding in again.embed_all(images).items():
+            assert torch.equal(embedding, expected[key])
         model: Any = timm.create_model("d2v2_student", checkpoint_path=str(tmp_path / "student.safetensors")).eval()
         assert_close(model(encoder.prepare(images)), expected["output_cls"])
-    found: Any = again.encoder.config
-    assert found.changed(outputs=()) == config
+    loaded_config: Any = again.encoder.config
+    assert loaded_config.changed(outputs=()) == config
     assert not any(parameter.requires_grad for parameter in again.encoder.parameters())
 
 

@@ -45,16 +45,16 @@ def imported_after(commands: list[list[str]], cwd: Path) -> list[set[str]]:
     )
     answers = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("[")]
     assert [status for status, _ in answers] == [0] * len(commands), ended.stderr
-    return [set(found) for _, found in answers]
+    return [set(modules) for _, modules in answers]
 
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     recipes = [str(path) for path in sorted((ROOT / "recipes").glob("*.py"))]
     commands = [["d2v", "--help"], *([program, "--help"] for program in recipes)]
     commands += [["d2v", name, "--help"] for name in COMMANDS]
-    found = imported_after(commands, tmp_path)
-    assert len(found) == 1 + len(recipes) + len(COMMANDS)
-    assert not set().union(*found)
+    modules = imported_after(commands, tmp_path)
+    assert len(modules) == 1 + len(recipes) + len(COMMANDS)
+    assert not set().union(*modules)
 
 
 # timm knows the student without a name of ours, whichever of the two a user imports first.

@@ -155,7 +155,7 @@ def test_nodes_may_divide_the_canonical_ones_or_share_a_local_data_set(monkeypat
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     remote = load("train_loader.remote=s3://bucket/images", "train_loader.num_canonical_nodes=4")
     local = load("train_loader.num_canonical_nodes=1")
-    assert [each.train_loader.num_canonical_nodes for each in (remote, local)] == [4, 1]
+    assert [config.train_loader.num_canonical_nodes for config in (remote, local)] == [4, 1]
 
 
 def test_all_slips_are_listed_at_once(tmp_path: Path) -> None:

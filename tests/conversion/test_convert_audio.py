@@ -18,14 +18,14 @@ from helpers import encoded_clip, write_files
 def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Class folders with forty 16 kHz FLAC files, an OGG, a WAV in stereo, an MP3, and one of 44.1 kHz."""
     clips = {f"{('no', 'yes')[i % 2]}/{i:02}.flac": encoded_clip(i, 800 + 400 * i) for i in range(40)}
-    others = {
+    other_files = {
         "no/vorbis.ogg": encoded_clip(50, 8000, format="OGG"),
         "no/speech.mp3": encoded_clip(51, 8000, format="MP3"),
         "yes/stereo.wav": encoded_clip(52, 8000, format="WAV", channels=2),
         "yes/cd.wav": encoded_clip(53, 44100, format="WAV", rate=44100),
         "yes/notes.txt": b"notes",
     }
-    return write_files(tmp_path_factory.mktemp("sounds"), clips | others)
+    return write_files(tmp_path_factory.mktemp("sounds"), clips | other_files)
 
 
 def read(folder: Path) -> list[dict]:

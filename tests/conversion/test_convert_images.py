@@ -74,15 +74,15 @@ def labels_of(source: Source) -> list[int]:
 def test_converts_train_folders(source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     out = tmp_path / "out"
     result = main([str(source), str(out), *SMALL_SHARDS])
-    found = samples(out)
+    rows = samples(out)
     want = {path.read_bytes(): CLASSES.index(path.parent.name) for path in (source / "train").rglob("*.JPEG")}
-    assert {sample["image"]: int(sample["label"]) for sample in found} == want
-    assert len(found) == len(want) == result.samples == NUM_IMAGES
+    assert {sample["image"]: int(sample["label"]) for sample in rows} == want
+    assert len(rows) == len(want) == result.samples == NUM_IMAGES
     assert result.skipped == []
     assert result.shards == len(list(out.glob("shard.*.mds"))) > 5
     assert {name for name in contents_of(out) if not name.startswith("shard.")} == {"index.json", "conversion.json"}
     # Shuffled over all classes: the first shard has more than one.
-    assert len({int(sample["label"]) for sample in found[:12]}) > 1
+    assert len({int(sample["label"]) for sample in rows[:12]}) > 1
     assert "90 images, 3 classes" in capfd.readouterr().out
     before = contents_of(out)
     with pytest.raises(InputError, match="holds a finished data set"):
@@ -118,25 +118,25 @@ def test_class_names_of_a_file_may_have_several_words(tmp_path: Path) -> None:
     write_images(tmp_path / "in" / "photos", ("a.jpg", "b.jpg", "c.jpg"))
     lines = ["image,class", "photos/a.jpg,sea lion", 'b.jpg,"lion, sea"', "photos/c, sea horse "]
     (tmp_path / "labels.csv").write_text("\n".join(lines))
-    found = find_samples(tmp_path / "in", labels=tmp_path / "labels.csv")
-    assert found.class_names == ("lion, sea", "sea horse", "sea lion")
-    assert labels_of(found) == [2, 0, 1]
+    listing = find_samples(tmp_path / "in", labels=tmp_path / "labels.csv")
+    assert listing.class_names == ("lion, sea", "sea horse", "sea lion")
+    assert labels_of(listing) == [2, 0, 1]
 
 
 def test_a_class_may_have_the_name_of_a_split(tmp_path: Path) -> None:
     write_images(tmp_path, ("car/1.jpg", "plane/1.jpg", "train/1.jpg"))
-    found = find_samples(tmp_path, "none")
-    assert (found.class_names, labels_of(found)) == (("car", "plane", "train"), [0, 1, 2])
-    found = find_samples(tmp_path, "train")
-    assert (found.label, [*found.ids]) == (None, ["train/1.jpg"])
+    listing = find_samples(tmp_path, "none")
+    assert (listing.class_names, labels_of(listing)) == (("car", "plane", "train"), [0, 1, 2])
+    listing = find_samples(tmp_path, "train")
+    assert (listing.label, [*listing.ids]) == (None, ["train/1.jpg"])
 
 
 def test_a_folder_without_images_is_no_class(tmp_path: Path) -> None:
     write_images(tmp_path, ("train/bee/1.jpg", "train/cat/deep/1.jpg", "test/cat/1.jpg"))
     write_files(tmp_path, {"train/ant/notes.txt": b"none yet", "train/dog/._1.jpg": b"what macOS leaves in archives"})
     for split, labels in {"train": [0, 1], "test": [1]}.items():
-        found = find_samples(tmp_path, split)
-        assert (found.class_names, labels_of(found)) == (("bee", "cat"), labels)
+        listing = find_samples(tmp_path, split)
+        assert (listing.class_names, labels_of(listing)) == (("bee", "cat"), labels)
     assert load_labeled_set("folder", tmp_path, image_size=32).class_names == ("bee", "cat")
 
 
@@ -176,10 +176,10 @@ def test_odd_files_become_rgb_jpegs(tmp_path: Path):
     plain = saved(colors(), exif=exif, comment=b"kept")
     write_files(tmp_path / "in", {f"{kind}.JPEG": encoded for kind, encoded in {**odd, "plain": plain}.items()})
     main([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"])
-    found = images(tmp_path / "out")
-    assert plain in found
-    assert len(found) == len(odd) + 1
-    for encoded in found:
+    jpegs = images(tmp_path / "out")
+    assert plain in jpegs
+    assert len(jpegs) == len(odd) + 1
+    for encoded in jpegs:
         image = Image.open(io.BytesIO(encoded))
         assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (60, 40))
 
@@ -188,9 +188,9 @@ def test_resizes_the_short_side(tmp_path: Path):
     sizes = {"wide": (300, 200), "tall": (101, 333), "small": (50, 40)}
     write_files(tmp_path / "in", {f"{name}.jpg": saved(colors(size)) for name, size in sizes.items()})
     main([str(tmp_path / "in"), str(tmp_path / "out"), "--resize", "64", "--workers", "1"])
-    found = images(tmp_path / "out")
-    assert sorted(Image.open(io.BytesIO(encoded)).size for encoded in found) == [(50, 40), (64, 211), (96, 64)]
-    assert (tmp_path / "in" / "small.jpg").read_bytes() in found  # never enlarged
+    jpegs = images(tmp_path / "out")
+    assert sorted(Image.open(io.BytesIO(encoded)).size for encoded in jpegs) == [(50, 40), (64, 211), (96, 64)]
+    assert (tmp_path / "in" / "small.jpg").read_bytes() in jpegs  # never enlarged
 
 
 def test_finished_shards_are_kept_if_they_are_whole_and_of_the_same_settings(source: Path, tmp_path: Path):
@@ -353,14 +353,14 @@ def test_cifar10_keeps_its_pixels_labels_and_order(
     for split in ("train", "test"):
         main([f"{CIFAR10}{tmp_path}", str(out / split), "--split", split, "--workers", "1"])
     assert " train cifar10.yaml train_loader.local=" in capsys.readouterr().out.splitlines()[-1]
-    found = load_labeled_set("mds", out, image_size=32, interpolation="bicubic")
-    assert found.class_names == ("a", "b")
+    labeled_set = load_labeled_set("mds", out, image_size=32, interpolation="bicubic")
+    assert labeled_set.class_names == ("a", "b")
     convert_cifar10(tmp_path, tmp_path / "sample", 4, 3)
     convert_cifar10(tmp_path, tmp_path / "sample", 4, 3)  # what exists is not made again
     sample = load_labeled_set("mds", tmp_path / "sample", image_size=32, interpolation="bicubic")
     for split, num_images in (("train", 4), ("test", 3)):
-        assert torch.equal(getattr(found, split).samples, pixels[split])
-        assert torch.equal(getattr(found, split).labels, labels)
+        assert torch.equal(getattr(labeled_set, split).samples, pixels[split])
+        assert torch.equal(getattr(labeled_set, split).labels, labels)
         assert torch.equal(getattr(sample, split).samples, pixels[split][:num_images])
     convert_cifar10(tmp_path, tmp_path / "few", 2, 0)
     assert [path.name for path in (tmp_path / "few").iterdir()] == ["train"]

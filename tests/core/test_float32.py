@@ -18,12 +18,12 @@ SWITCHES: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
 
 @pytest.fixture
 def tf32_is_allowed() -> Iterator[None]:
-    before = [each.allow_tf32 for each in SWITCHES]
-    for each in SWITCHES:
-        each.allow_tf32 = True
+    before = [switch.allow_tf32 for switch in SWITCHES]
+    for switch in SWITCHES:
+        switch.allow_tf32 = True
     yield
-    for each, allowed in zip(SWITCHES, before, strict=True):
-        each.allow_tf32 = allowed
+    for switch, allowed in zip(SWITCHES, before, strict=True):
+        switch.allow_tf32 = allowed
 
 
 @pytest.mark.slow
@@ -34,7 +34,7 @@ def test_float32_is_not_tf32(tmp_path: Path) -> None:
     student = tmp_path / "student.safetensors"
     save_student(load_teacher(GOLDEN / "tiny_base.pt").build_student(depth=1), student)
     seen = set[tuple[bool, ...]]()
-    hook = register_module_forward_pre_hook(lambda *_: seen.add(tuple(each.allow_tf32 for each in SWITCHES)))
+    hook = register_module_forward_pre_hook(lambda *_: seen.add(tuple(switch.allow_tf32 for switch in SWITCHES)))
     try:
         embed.main([str(student), str(tmp_path / "photos"), str(tmp_path / "photos.npy"), "--workers", "0"])
         assert seen == {(False, False)}
@@ -47,4 +47,4 @@ def test_float32_is_not_tf32(tmp_path: Path) -> None:
         assert seen == {(True, True)}
     finally:
         hook.remove()
-    assert all(each.allow_tf32 for each in SWITCHES)
+    assert all(switch.allow_tf32 for switch in SWITCHES)

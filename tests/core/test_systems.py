@@ -81,12 +81,12 @@ def here(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
 
 def written(folder: Path) -> dict[str, bytes]:
     """Return what must be the same on each system."""
-    found = {name: (folder / name).read_bytes() for name in ("photos.npy", "photos.ids.npy", "README.md")}
+    files = {name: (folder / name).read_bytes() for name in ("photos.npy", "photos.ids.npy", "README.md")}
     for name in ("teacher.safetensors", "student.safetensors"):
         content = (folder / name).read_bytes()
-        found[name] = content[8 + int.from_bytes(content[:8], "little") :]  # its header is in any order
+        files[name] = content[8 + int.from_bytes(content[:8], "little") :]  # its header is in any order
     results = json.loads((folder / "evaluation" / "evaluation.json").read_bytes())["results"]
-    return found | {"results": repr(results).encode()}
+    return files | {"results": repr(results).encode()}
 
 
 def test_the_commands_compute_what_the_models_do(here: Path) -> None:

@@ -133,8 +133,8 @@ def test_a_crop_is_a_span_of_the_clip(format: str, subtype: str | None) -> None:
     content = encoded(noise(100_000), RATE, format, subtype)
     whole, crop = Audio().decode(content, "clip"), RandomCrop(4000)
     for epoch in range(20):
-        found = crop(content, sample_rng(0, epoch, 1))
-        torch.testing.assert_close(found, crop(whole, sample_rng(0, epoch, 1)), rtol=0, atol=1e-2)
+        span = crop(content, sample_rng(0, epoch, 1))
+        torch.testing.assert_close(span, crop(whole, sample_rng(0, epoch, 1)), rtol=0, atol=1e-2)
     assert torch.equal(RandomCrop(100_001)(content, sample_rng(0, 0, 1)), whole)
 
 

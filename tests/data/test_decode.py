@@ -107,10 +107,10 @@ def test_a_turned_image_is_upright_in_training_evaluation_and_conversion(file_fo
     assert upright.shape == (height, width, 3)
     assert torch.equal(images.Images((height, width)).decode(encoded, "a"), images.to_tensor(upright))
     for sample_id in range(3):
-        found, wanted = (
-            RandomResizedCropFlip(32)(each, sample_rng(0, 0, sample_id)) for each in (encoded, saved(upright, "PNG"))
+        pixels, wanted = (
+            RandomResizedCropFlip(32)(file, sample_rng(0, 0, sample_id)) for file in (encoded, saved(upright, "PNG"))
         )
-        assert torch.equal(found, wanted)
+        assert torch.equal(pixels, wanted)
     converted, _ = images.Images.encode(encoded, "a", quality=100)
     assert (converted == encoded) == (file_format == "JPEG" and orientation == 1)
     if converted != encoded:

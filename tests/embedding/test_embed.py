@@ -68,13 +68,13 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images of many sizes in a folder with subfolders; read-only."""
     names = [f"{('', 'b/', 'a/deep/')[i % 3]}{i:02}.{'jpg' if i % 2 else 'JPEG'}" for i in range(40)]
     images = {name: encoded_image(i, size=24 + i) for i, name in enumerate(names)}
-    others = {"notes.txt": b"not an image", "b/long-name-of-an-image.png": encoded_image(77)}
-    return write_files(tmp_path_factory.mktemp("photos"), images | others)
+    other_files = {"notes.txt": b"not an image", "b/long-name-of-an-image.png": encoded_image(77)}
+    return write_files(tmp_path_factory.mktemp("photos"), images | other_files)
 
 
 def embed(model: Path, source: Path | str, out: Path | str, *options: str | Path, workers: int = 0) -> Embedded:
     """Call ``d2v embed`` in this process."""
-    result = embed_command.main([str(each) for each in (model, source, out, "--workers", workers, *options)])
+    result = embed_command.main([str(argument) for argument in (model, source, out, "--workers", workers, *options)])
     assert result is not None
     return result
 
@@ -448,7 +448,7 @@ def test_near_duplicates_as_in_the_guide(photos: Path, tmp_path: Path, monkeypat
     section = (ROOT / "recipes" / "guides" / "search.md").read_text().split("## Near-duplicates")[1]
     [code] = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    found: dict = {}
-    exec(code, found)
-    assert ("03.jpg", "b/copy.jpg") in found["duplicates"]
-    assert len(found["duplicates"]) < len(image_paths(source))
+    namespace: dict = {}
+    exec(code, namespace)
+    assert ("03.jpg", "b/copy.jpg") in namespace["duplicates"]
+    assert len(namespace["duplicates"]) < len(image_paths(source))

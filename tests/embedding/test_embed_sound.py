@@ -43,10 +43,10 @@ def test_clips_are_embedded_as_if_alone(sounds: Path, tmp_path: Path, capsys: py
     ids = np.load(tmp_path / "whole.ids.npy").tolist()
     assert ids == sorted(path.relative_to(sounds).as_posix() for path in sounds.rglob("*.*"))
     with torch.inference_mode():
-        for path, found in zip(ids, np.load(whole), strict=True):
+        for path, embedding in zip(ids, np.load(whole), strict=True):
             clip = Audio().decode((sounds / path).read_bytes(), path)
             expected = teacher.embed(clip[None], pooling="mean")[0]
-            torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=2e-5)
+            torch.testing.assert_close(torch.from_numpy(embedding), expected, rtol=0, atol=2e-5)
 
 
 def test_files_that_lie_stop_or_are_skipped(sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

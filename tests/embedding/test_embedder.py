@@ -119,16 +119,16 @@ def test_arrow_batches_have_one_schema_whatever_is_unreadable(kind: Any, expecte
     }
     assert [batch["error"].null_count for batch in batches] == [11, 10, 0]
     assert [batch["embedding"].null_count for batch in batches] == [0, 1, 2]
-    found = np.array(batches[0]["embedding"].to_pylist(), np.float32)
-    np.testing.assert_allclose(found, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-3)
+    rows = np.array(batches[0]["embedding"].to_pylist(), np.float32)
+    np.testing.assert_allclose(rows, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-3)
 
 
 def test_options_are_those_of_the_command(tmp_path: Path) -> None:
     options = {"pooling": "mean", "representation": "layer_mean", "normalize": True, "dtype": "float16"}
     flags = ["--pooling", "mean", "--representation", "layer_mean", "--normalize", "--dtype", "float16"]
     rows = by_command(tmp_path, TEACHER, IMAGES, ".jpg", *flags)
-    found: Any = Embedder(TEACHER, batch_size=BATCH, **options)({"image": IMAGES})  # pyright: ignore[reportArgumentType]
-    np.testing.assert_array_equal(found["embedding"], rows)
+    batch: Any = Embedder(TEACHER, batch_size=BATCH, **options)({"image": IMAGES})  # pyright: ignore[reportArgumentType]
+    np.testing.assert_array_equal(batch["embedding"], rows)
     with pytest.raises(InputError, match="this model has no output_cls; it has"):
         Embedder(str(GOLDEN / "audio_base.pt"), pooling="cls").load()
 

@@ -49,7 +49,7 @@ class Evaluated(NamedTuple):
     """A model's evaluation: what it printed, its JSON, and the rows of its CSV."""
 
     printed: str
-    found: dict[str, Any]
+    report: dict[str, Any]
     rows: list[dict[str, str]]
 
 
@@ -78,17 +78,17 @@ def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
     of_a_file = evaluate(tmp_path, student, "pooling=mean")
     assert of_a_checkpoint.printed.startswith("embedding: layer_mean_cls\nZero-")
     assert of_a_file.printed.startswith("embedding: layer_mean_mean\n")
-    names = [candidate["name"] for candidate in of_a_checkpoint.found["candidates"]]
+    names = [candidate["name"] for candidate in of_a_checkpoint.report["candidates"]]
     assert names == ["pixels", "encoder", "untrained student", "student", "teacher"]
-    assert [candidate["name"] for candidate in of_a_file.found["candidates"]] == names[:-1]  # without a teacher
-    assert [each.found["primary"] for each in (of_a_checkpoint, of_a_file)] == ["layer_mean_cls", "layer_mean_mean"]
+    assert [candidate["name"] for candidate in of_a_file.report["candidates"]] == names[:-1]  # without a teacher
+    assert [run.report["primary"] for run in (of_a_checkpoint, of_a_file)] == ["layer_mean_cls", "layer_mean_mean"]
     assert accuracies(of_a_checkpoint) == accuracies(of_a_file)
 
 
 def accuracies(evaluated: Evaluated) -> dict[tuple, tuple]:
     return {
         tuple(row[key] for key in ("candidate", "bank", "embedding", "k")): (row["value"], row["low"])
-        for row in evaluated.found["results"]
+        for row in evaluated.report["results"]
         if row["candidate"] != "teacher" and row["measure"] == "retrieval"
     }
 
@@ -108,7 +108,7 @@ def test_the_students_numbers_are_those_of_its_embeddings(of_a_checkpoint: Evalu
     retrievals, probes, without_labels = 2 * 2, 3, 3  # two banks, two k
     embeddings = {"pixels": 1, "encoder": 3, "untrained student": 6, "student": 6, "teacher": 6}
     num_results = (retrievals + probes + without_labels) * sum(embeddings.values())
-    assert len(rows) == len(of_a_checkpoint.found["results"]) == num_results
+    assert len(rows) == len(of_a_checkpoint.report["results"]) == num_results
     assert all(0 <= float(row["low"]) <= float(row["value"]) <= float(row["high"]) <= 1 for row in rows)
     values = {(row["candidate"], row["measure"]): float(row["value"]) for row in rows if row["embedding"] == CLS}
     assert values["student", "knn"] == knn_accuracy(*sets)
@@ -137,7 +137,7 @@ def evaluated(rivals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     """The tables of each student, and of a teacher with them as rivals, whose batches are recorded."""
     folder, sizes = tmp_path_factory.mktemp("evaluated"), list[int]()
     noise = np.random.default_rng(0).integers(0, 256, (80, 96, 96, 3), dtype=np.uint8)
-    images = [simplejpeg.encode_jpeg(each) for each in noise]
+    images = [simplejpeg.encode_jpeg(pixels) for pixels in noise]
     for split, chosen in {"train": images[:40], "test": images[40:]}.items():
         write_mds(folder / split, chosen, [i % 3 for i in range(40)])
 
@@ -149,15 +149,15 @@ def evaluated(rivals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
                 work()
         return {name: np.ones(repeats) for name in passes}
 
-    found = {}
+    tables = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmarks, "interleave", measure)
         for name, model in {**rivals, "rivals": GOLDEN / "tiny_base.pt"}.items():
             options = [f"rivals=[{','.join(map(str, rivals.values()))}]"] if name == "rivals" else []
             sets, out = f"datasets={{noise: {{format: mds, root: {folder}}}}}", folder / name
             evaluate_command.main([f"model={model}", sets, "probes=[instance]", f"out={out}", *options])
-            found[name] = json.loads((out / "evaluation.json").read_text())["results"]
-    return found, sizes
+            tables[name] = json.loads((out / "evaluation.json").read_text())["results"]
+    return tables, sizes
 
 
 @pytest.mark.parametrize("name", ["layer_mean", "output"])
@@ -165,11 +165,11 @@ def test_a_rival_has_the_numbers_of_its_own_evaluation(
     name: str, rivals: dict[str, Path], evaluated: tuple[dict[str, Any], list[int]]
 ) -> None:
     """It sees images of its own size, and computes layer_mean in its own way."""
-    found, _ = evaluated
+    tables, _ = evaluated
 
     def numbers(of: str, row: str) -> dict[tuple[str, ...], float]:
-        chosen = [each for each in found[of] if each["candidate"] == row and each["embedding"].startswith(name)]
-        return {tuple(each[key] for key in ("embedding", "bank", "measure", "k")): each["value"] for each in chosen}
+        chosen = [entry for entry in tables[of] if entry["candidate"] == row and entry["embedding"].startswith(name)]
+        return {tuple(entry[key] for key in ("embedding", "bank", "measure", "k")): entry["value"] for entry in chosen}
 
     ours = numbers("rivals", str(rivals[name]))
     poolings, measures, ks = 3, 2 + 1, 2  # two banks, and instances
@@ -210,13 +210,13 @@ def test_images_without_labels_are_judged_without(
     printed = capsys.readouterr().out
     assert printed.startswith(f"embedding: {CLS}\nMeasured without labels on photos, {CLS}, in % [95 % interval]\n")
     assert "\nteacher    100.0 [100.0, 100.0] " in re.sub(" {5,}", "    ", printed)
-    found = json.loads((tmp_path / "evaluation.json").read_text())
-    assert {(row["bank"], row["measure"], row["k"]) for row in found["results"]} == {
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    assert {(row["bank"], row["measure"], row["k"]) for row in report["results"]} == {
         ("", "agreement", 10),
         ("", "instance", 1),
         ("", "instance", 3),
     }
-    assert found["class_names"] == {"photos": []}
+    assert report["class_names"] == {"photos": []}
     (tmp_path / "0.jpg").unlink()
     (tmp_path / "1.jpg").unlink()
     with pytest.raises(InputError, match=r"^datasets.photos: agreement needs more than 10 images, got 10"):
@@ -252,7 +252,7 @@ def test_the_gap_closed_is_paired_by_query() -> None:
 def log_of(student: dict[str, dict[int, float]], teacher: dict[str, float]) -> dict[str, dict[int, float]]:
     measures = {bank: retrieval_from(bank, 1) for bank in student}
     log = {metric_key("cifar10", measures[bank], CLS): values for bank, values in student.items()}
-    return log | {metric_key("cifar10", measures[bank], CLS, "teacher"): {0: each} for bank, each in teacher.items()}
+    return log | {metric_key("cifar10", measures[bank], CLS, "teacher"): {0: value} for bank, value in teacher.items()}
 
 
 STUDENT = {"train": {0: 0.2, 10: 0.3}, "test": {0: 0.1, 10: 0.2}}
@@ -273,6 +273,6 @@ def test_the_gap_closed_over_a_run(
 ) -> None:
     assert gap_closed_by_step(log_of(student, teacher), "cifar10", CLS) == pytest.approx(expected)
     if student is STUDENT:  # the baselines may be another run's
-        log, baselines = log_of({bank: {10: each[10]} for bank, each in student.items()}, {}), log_of(student, teacher)
+        log, baselines = log_of({bank: {10: top1[10]} for bank, top1 in student.items()}, {}), log_of(student, teacher)
         later = {step: value for step, value in expected.items() if step}
         assert gap_closed_by_step(log, "cifar10", CLS, baselines=baselines) == pytest.approx(later)

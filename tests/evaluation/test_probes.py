@@ -116,8 +116,8 @@ def test_a_warning_names_model_and_data_once(caplog: pytest.LogCaptureFixture, m
     embeds = dict.fromkeys(["student", "teacher"], lambda x: {"a": x, "b": x})
     lookup = Lookup("a", (1,), ["linear"], augment=None, batch_size=1000)
     for dataset in ("first", "first", "second"):
-        found = list(measure_embeddings(rows_of(embeds), embeds, dataset, labeled, lookup))
-        assert len(found) == 2 * 2 * 3
+        results = list(measure_embeddings(rows_of(embeds), embeds, dataset, labeled, lookup))
+        assert len(results) == 2 * 2 * 3
     assert [message.partition(" after")[0] for message in caplog.messages] == [
         f"{dataset}, {model} (a): linear probe: not converged"
         for dataset in ("first", "second")

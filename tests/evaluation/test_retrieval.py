@@ -21,15 +21,15 @@ def random_vectors(*counts: int, dim: int) -> list[Tensor]:
 def test_neighbors_are_a_brute_forces_in_float64(offset: float, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part that all images share hides no neighbor: cosines near 1 differ by less than float32 tells apart."""
     monkeypatch.setattr(neighbors, "BANK_PART", 3_000)  # four parts, the last one of 100, fewer than some k
-    bank, queries = (each + offset for each in random_vectors(9_100, 500, dim=96))
-    units = [normalize(each.double(), dim=1) for each in (queries, bank)]
+    bank, queries = (vectors + offset for vectors in random_vectors(9_100, 500, dim=96))
+    units = [normalize(vectors.double(), dim=1) for vectors in (queries, bank)]
     expected = (units[0] @ units[1].T).sort(dim=1, descending=True, stable=True)
-    found = exact_neighbors(bank, queries, k)
-    assert torch.equal(found.indices, expected.indices[:, :k])
-    torch.testing.assert_close(found.similarities, expected.values[:, :k])
+    nearest = exact_neighbors(bank, queries, k)
+    assert torch.equal(nearest.indices, expected.indices[:, :k])
+    torch.testing.assert_close(nearest.similarities, expected.values[:, :k])
     # The length of vectors does not matter.
     scaled = exact_neighbors(bank * torch.rand(len(bank), 1).add(0.1), queries * 1000, k)
-    assert (scaled.indices == found.indices).double().mean() > 0.999
+    assert (scaled.indices == nearest.indices).double().mean() > 0.999
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,9 +37,9 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = nearest_neighbors(bank, queries, 5)
     monkeypatch.setattr(neighbors, "BANK_PART", 1024)
     monkeypatch.setattr(neighbors, "QUERY_PART", 256)
-    found: list[TopK] = []
-    assert peak_allocated(lambda: found.append(nearest_neighbors(bank, queries, 5))) < 8 << 20
-    assert torch.equal(found[0].indices, expected.indices)
+    results: list[TopK] = []
+    assert peak_allocated(lambda: results.append(nearest_neighbors(bank, queries, 5))) < 8 << 20
+    assert torch.equal(results[0].indices, expected.indices)
 
 
 def test_any_k_works_and_of_equal_images_the_first_is_found_first() -> None:
@@ -68,7 +68,7 @@ def random_embeddings(num: int, channels: int, seed: int) -> Tensor:
 
 
 def cosines(queries: Tensor, bank: Tensor) -> np.ndarray:
-    units = [each.double() / each.double().norm(dim=1, keepdim=True) for each in (queries, bank)]
+    units = [vectors.double() / vectors.double().norm(dim=1, keepdim=True) for vectors in (queries, bank)]
     return (units[0] @ units[1].T).numpy()
 
 

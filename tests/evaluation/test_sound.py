@@ -70,8 +70,8 @@ def test_each_clip_is_embedded_as_if_alone(teacher: Any, world_size: int) -> Non
                         alone = alone if isinstance(alone, dict) else {"": alone}
                         assert embedded[model][part].keys() == alone.keys()
                         for key, expected in alone.items():
-                            found = embedded[model][part][key][place]
-                            torch.testing.assert_close(found, expected[0], rtol=1e-5, atol=2e-5)
+                            embedding = embedded[model][part][key][place]
+                            torch.testing.assert_close(embedding, expected[0], rtol=1e-5, atol=2e-5)
     if world_size == 1:
         assert ((3, 16000), (16000, 12345, 9001)) in shapes
         assert ((1, 1440), None) in shapes
@@ -87,14 +87,14 @@ def test_words_are_compared_by_every_measure(tmp_path: Path, capsys: pytest.Capt
     assert "GFLOP/second of audio\n" in printed.out
     assert printed.out.endswith(f"embed {BASE} CLIPS embeddings.npy\n")
     assert "embedding 39 samples of words: log_mel, encoder, untrained student, teacher" in printed.err
-    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert found["class_names"] == {"words": ["no", "stop", "yes"]}
-    assert {row["measure"] for row in found["results"]} == {
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert report["class_names"] == {"words": ["no", "stop", "yes"]}
+    assert {row["measure"] for row in report["results"]} == {
         *("retrieval", "knn", "knn_majority", "linear", "agreement", "instance")
     }
     hits = {
         row["candidate"]: row["value"]
-        for row in found["results"]
+        for row in report["results"]
         if (row["measure"], row["k"], row["embedding"]) in (("instance", 1, ""), ("instance", 1, "output_mean"))
     }
     assert hits.keys() == {"log_mel", "encoder", "untrained student", "teacher"}

@@ -77,8 +77,8 @@ def test_a_student_of_sound_says_how_it_takes_clips(tmp_path: Path) -> None:
     out = tmp_path / "student.safetensors"
     assert "wrote" in plan_model_card(student, str(tmp_path / "none.pt"), out)()
     _, front, text = (tmp_path / "README.md").read_text().split("---\n", 2)
-    found = yaml.safe_load(front)
-    assert (found["pipeline_tag"], found["tags"][-1]) == ("feature-extraction", "audio")
+    metadata = yaml.safe_load(front)
+    assert (metadata["pipeline_tag"], metadata["tags"][-1]) == ("feature-extraction", "audio")
     for said in (
         "trained it on 96 clips",
         "maps an audio clip",

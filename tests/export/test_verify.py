@@ -73,11 +73,11 @@ def test_a_kit_runs_without_this_package(kit: Path, student: Path) -> None:
     code = "import runpy, sys; sys.modules.update(d2v_composer=None, torch=None); "
     code += "sys.argv[1:] = ['onnxruntime', 'student.onnx']; runpy.run_path('check_program.py', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=kit, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
-    assert found["cosine"] > 0.99999
-    assert found["agreement"] > 0.99
-    assert 0 < found["difference"] < 1e-5
-    assert min(found["/s at 1"], found["/s at 16"], found["load s"], found["peak MB"]) > 0
+    measured = json.loads(done.stdout)
+    assert measured["cosine"] > 0.99999
+    assert measured["agreement"] > 0.99
+    assert 0 < measured["difference"] < 1e-5
+    assert min(measured["/s at 1"], measured["/s at 16"], measured["load s"], measured["peak MB"]) > 0
 
 
 def compute_from_the_embedding(model: onnx.ModelProto, *nodes: onnx.NodeProto, **constants: np.ndarray) -> None:
@@ -155,7 +155,7 @@ def test_a_bad_scale_in_int8_is_found(student: Path, tmp_path: Path, monkeypatch
     assert run_kit(kit, program, monkeypatch) is None
 
     def change(model: onnx.ModelProto) -> None:
-        scales = [each for each in model.graph.initializer if each.name.endswith("_scale") and len(each.dims)]
+        scales = [tensor for tensor in model.graph.initializer if tensor.name.endswith("_scale") and len(tensor.dims)]
         scales[-1].CopyFrom(numpy_helper.from_array(8 * numpy_helper.to_array(scales[-1]), scales[-1].name))
 
     wrong = run_kit(kit, changed(program, change, tmp_path / "bad.onnx"), monkeypatch)
@@ -166,8 +166,8 @@ def test_a_bad_scale_in_int8_is_found(student: Path, tmp_path: Path, monkeypatch
 def test_a_limit_of_0_is_no_default(student: Path, tmp_path: Path) -> None:
     program = student.with_suffix(".onnx")
     kit = write_kit(program, student, tmp_path / "kit", "--cosine", "0", "--difference", "0")
-    found = json.loads((kit / "kit.json").read_text())
-    assert (found["cosine"], found["difference"]) == (0, 0)
+    limits = json.loads((kit / "kit.json").read_text())
+    assert (limits["cosine"], limits["difference"]) == (0, 0)
 
 
 def test_bad_input_is_one_line(student: Path, tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_another_preprocessing_is_found(student: Path, tmp_path: Path, suffix: s
     """The numbers would not show it: a runtime gets normalized images."""
 
     def change(model: onnx.ModelProto) -> None:
-        [stored] = [each for each in model.metadata_props if each.key == "preprocessing"]
+        [stored] = [entry for entry in model.metadata_props if entry.key == "preprocessing"]
         stored.value = stored.value.replace("0.406]", "0.5]", 1)
 
     other, program = load_student(student), tmp_path / f"other.{suffix}"
@@ -208,16 +208,16 @@ FLOAT64 = 11  # in ONNX
 
 def lint(model: onnx.ModelProto, free_axes: set[int]) -> list[str]:
     """List what some runtimes refuse or miscompute, other axes of any size than these among it."""
-    graph, faults = model.graph, [f"operators of {each.domain}" for each in model.opset_import if each.domain]
+    graph, faults = model.graph, [f"operators of {opset.domain}" for opset in model.opset_import if opset.domain]
     faults += sorted(DATA_DEPENDENT.intersection(node.op_type for node in graph.node))
     sizes = enumerate(graph.input[0].type.tensor_type.shape.dim)
     if (free := {axis for axis, size in sizes if not size.HasField("dim_value")}) != free_axes:
         faults.append(f"axes {sorted(free)} of any size, expected {sorted(free_axes)}")
-    types = [each.type.tensor_type.elem_type for each in graph.value_info]
-    if FLOAT64 in types + [each.data_type for each in graph.initializer]:
+    types = [value.type.tensor_type.elem_type for value in graph.value_info]
+    if FLOAT64 in types + [tensor.data_type for tensor in graph.initializer]:
         faults.append("float64")
     # Not those that are all zeros, ones or a mask.
-    large = [each.raw_data for each in graph.initializer if len(set(each.raw_data[1024:4096])) > 9]
+    large = [tensor.raw_data for tensor in graph.initializer if len(set(tensor.raw_data[1024:4096])) > 9]
     return faults + ["weights stored twice"] * (len(set(large)) < len(large))
 
 
@@ -229,8 +229,8 @@ def test_lint_names_what_runtimes_refuse(student: Path) -> None:
     model.graph.node.append(helper.make_node("NonZero", ["embedding"], ["where"]))
     assert lint(model, {0}) == ["NonZero"]
     numbers = {"doubles": np.zeros((32, 32)), "weights": np.random.default_rng(0).normal(size=(32, 32))}
-    for name, each in numbers.items():
-        model.graph.initializer.append(numpy_helper.from_array(each, name))
+    for name, array in numbers.items():
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
     model.graph.initializer.append(numpy_helper.from_array(numbers["doubles"], "zeros, such as biases at first"))
     assert lint(model, {0}) == ["NonZero", "float64"]
     model.graph.initializer.append(numpy_helper.from_array(numbers["weights"], "again"))
@@ -278,20 +278,20 @@ def test_int8_is_measured_with_other_images_of_the_run(
     student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without --calibrate; none of them calibrated, and what ships is not read."""
-    own, seen, read = tmp_path / "student.safetensors", list[set[bytes]](), verification.read_samples
+    file, seen, read = tmp_path / "student.safetensors", list[set[bytes]](), verification.read_samples
     loaded = load_student(student)
     datasets = {"mine": {"format": "mds", "root": str(PHOTOS.parent)}}
     loaded.provenance |= {"config": {"retrieval": {"datasets": datasets}}}
-    save_student(loaded, own)
+    save_student(loaded, file)
 
     def see(images: Any) -> Any:
-        seen.append({each.numpy().tobytes() for each in images})
+        seen.append({image.numpy().tobytes() for image in images})
         return images
 
     monkeypatch.setattr(verification, "read_samples", lambda *arguments: see(read(*arguments)))
     monkeypatch.setattr(exported, "quantize", lambda program, out, images: quantize(program, out, see(images)))
     monkeypatch.setattr(verification, "SHIPPED", {"images": str(tmp_path / "none")})
-    export.main([str(own), str(tmp_path / "int8.onnx"), "--int8"])
+    export.main([str(file), str(tmp_path / "int8.onnx"), "--int8"])
     _, calibrating, measured = seen
     assert (len(calibrating), len(measured)) == (128, 64)
     assert calibrating.isdisjoint(measured)
@@ -301,19 +301,19 @@ def test_int8_is_measured_with_other_images_of_the_run(
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
 def test_the_command_measures_beside_pytorch(student: Path, tmp_path: Path, suffix: str) -> None:
     """After an export, with a section in the card; with another student, status 1 names the runtime and the number."""
-    own, program = tmp_path / "student.safetensors", tmp_path / f"student.{suffix}"
+    file, program = tmp_path / "student.safetensors", tmp_path / f"student.{suffix}"
     runtime = {"onnx": "onnxruntime", "pt2": "torch.export"}[suffix]
-    succeed("export", student, own, "--verify")
-    done = succeed("export", own, program, "--verify")
+    succeed("export", student, file, "--verify")
+    done = succeed("export", file, program, "--verify")
     table = {line.split()[0]: line.split() for line in done.stdout.splitlines()}
     assert set(table) >= {"pytorch", runtime}
-    found = json.loads((tmp_path / f"{program.name}.verify.json").read_text())
-    assert found["faults"] == {}
-    assert found["runtimes"]["pytorch"]["difference"] == 0
-    assert found["versions"]["onnxruntime"]
-    assert found["sha256"] == hashlib.sha256(program.read_bytes()).hexdigest()
+    report = json.loads((tmp_path / f"{program.name}.verify.json").read_text())
+    assert report["faults"] == {}
+    assert report["runtimes"]["pytorch"]["difference"] == 0
+    assert report["versions"]["onnxruntime"]
+    assert report["sha256"] == hashlib.sha256(program.read_bytes()).hexdigest()
     card = (tmp_path / "README.md").read_text()
-    assert f"sha256 {found['sha256']}" in card
+    assert f"sha256 {report['sha256']}" in card
     assert card.count(f"## {program.name} in each runtime") == card.count("## student.safetensors in each runtime") == 1
 
     other = random_student(tmp_path / "other.safetensors", seed=1)
@@ -327,16 +327,16 @@ def test_the_command_measures_beside_pytorch(student: Path, tmp_path: Path, suff
 @pytest.mark.slow
 def test_sound(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    own = tmp_path / "student.safetensors"
-    save_student(load_teacher(GOLDEN / "audio_base.pt", first_blocks=1).build_student(depth=1), own)
-    export.main([str(own), str(tmp_path / "student.onnx")])
+    file = tmp_path / "student.safetensors"
+    save_student(load_teacher(GOLDEN / "audio_base.pt", first_blocks=1).build_student(depth=1), file)
+    export.main([str(file), str(tmp_path / "student.onnx")])
     runtimes = ["onnxruntime", *(["openvino-float32"] if find_spec("openvino") else [])]
     verify.main([str(tmp_path / "student.onnx"), *(word for name in runtimes for word in ("--runtime", name))])
     assert lint(onnx.load(tmp_path / "student.onnx"), {0, 1}) == []
-    found = json.loads((tmp_path / "student.onnx.verify.json").read_text())
-    assert found["faults"] == {}
-    assert list(found["runtimes"]) == ["pytorch", *runtimes]
-    kit = write_kit(tmp_path / "student.onnx", own, tmp_path / "kit")
+    report = json.loads((tmp_path / "student.onnx.verify.json").read_text())
+    assert report["faults"] == {}
+    assert list(report["runtimes"]) == ["pytorch", *runtimes]
+    kit = write_kit(tmp_path / "student.onnx", file, tmp_path / "kit")
     clips, shorter, embeddings = np.load(kit / "kit.npz").values()
     assert len(embeddings) == len(clips) + len(shorter)
     assert shorter.shape[1] < clips.shape[1]

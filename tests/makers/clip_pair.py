@@ -20,7 +20,7 @@ from d2v_composer.sources.labeled import LabeledSamples, load_labeled_set
 
 SIZE, WIDTH, BATCH = 64, 64, 128
 CIFAR10 = Path(__file__).parents[2] / "yamls" / "quickstart" / "cifar10"
-MEAN, STD = (torch.tensor(each).view(3, 1, 1) for each in ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
+MEAN, STD = (torch.tensor(color).view(3, 1, 1) for color in ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
 
 
 class TextTower(nn.Module):
@@ -76,8 +76,8 @@ def main(out: Path, epochs: int = 12) -> None:
     train(images.train(), texts, train_set, names, epochs)
     with torch.no_grad():
         classes = texts(names)
-        found = torch.cat([images.eval()(prepare(batch)) for batch in test.samples.split(500)])
-    hits = (normalize(found, dim=1) @ normalize(classes, dim=1).T).argmax(dim=1) == test.labels
+        embeddings = torch.cat([images.eval()(prepare(batch)) for batch in test.samples.split(500)])
+    hits = (normalize(embeddings, dim=1) @ normalize(classes, dim=1).T).argmax(dim=1) == test.labels
     print(f"zero-shot top-1 of the pair: {hits.double().mean():.4f}")
     out.mkdir(parents=True, exist_ok=True)
     save_file(images.state_dict(), out / "teacher.safetensors")

@@ -33,12 +33,12 @@ def judge(student: Student, teacher: Teacher, clips: Tensor) -> dict[str, np.nda
     with torch.inference_mode():
         for batch in clips.split(BATCH_SIZE):
             tokens = student.encoder(Inputs(batch))
-            for model, found in ((student, predicted), (teacher, wanted)):
+            for model, averages in ((student, predicted), (teacher, wanted)):
                 features = model.features(tokens)
-                found.append(student.layer_mean.average(features.layers(), features))
+                averages.append(student.layer_mean.average(features.layers(), features))
     prediction_BTD, target_BTD = torch.cat(predicted), torch.cat(wanted)
     variance = (target_BTD - target_BTD.mean(dim=(0, 1))).square().mean()
-    nearest = [nearest_others(each.mean(dim=1)) for each in (prediction_BTD, target_BTD)]
+    nearest = [nearest_others(x_BTD.mean(dim=1)) for x_BTD in (prediction_BTD, target_BTD)]
     return {
         "missed": ((prediction_BTD - target_BTD).square().mean(dim=(1, 2)) / variance).numpy(),
         "agreement": common_shares(*nearest).numpy(),
@@ -53,7 +53,7 @@ def main(speech: str, *checkpoints: str) -> None:
             files = sorted(Path(speech, f"{seconds}s").glob("*.flac"))
             clips = torch.stack([Audio().decode(path.read_bytes(), str(path)) for path in files])
             for measure, values in judge(student, teacher, clips).items():
-                interval = ",".join(f"{100 * each:.2f}" for each in accuracy_interval(values))
+                interval = ",".join(f"{100 * number:.2f}" for number in accuracy_interval(values))
                 print(f"{Path(checkpoint).parent.name},{seconds},{measure},{interval}", flush=True)
 
 

@@ -98,7 +98,7 @@ def write_long(out: Path, package: str, clips: Mapping[str, np.ndarray]) -> None
     """Write clips of 10 s, each prompt after prompt: one prompt in four to judge, the others to train on."""
     for is_judged in (True, False):
         chosen = [clip for i, (_, clip) in enumerate(sorted(clips.items())) if (i % 4 == 0) == is_judged]
-        joined = np.concatenate([each for clip in chosen for each in (clip, PAUSE)])
+        joined = np.concatenate([sound for clip in chosen for sound in (clip, PAUSE)])
         for i, first in enumerate(range(0, len(joined) - LONG + 1, LONG)):
             whole = joined[first : first + LONG]
             parts = (

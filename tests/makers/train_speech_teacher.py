@@ -122,7 +122,7 @@ def train(phase: str, optimizer: torch.optim.Optimizer, steps: int, compute_loss
         loss = compute_loss()
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_([each for group in optimizer.param_groups for each in group["params"]], CLIP)
+        nn.utils.clip_grad_norm_([parameter for group in optimizer.param_groups for parameter in group["params"]], CLIP)
         optimizer.step()
         if step % 50 == 0:
             print(f"{phase} {step}: loss {loss.item():.3f}, {(time.time() - start) / 60:.1f} min", flush=True)
@@ -145,7 +145,7 @@ def train_encoder(encoder: AudioEncoder, clips: Clips) -> None:
         return mse_loss(prediction_BNM, target_BNM[:, : prediction_BNM.shape[1]])
 
     parts = (encoder.local_encoder, encoder.project_features, head)
-    parameters = [each for part in parts for each in part.parameters()]
+    parameters = [parameter for part in parts for parameter in part.parameters()]
     train("encoder", torch.optim.AdamW(parameters, weight_decay=WEIGHT_DECAY), ENCODER_STEPS, compute_loss)
     encoder.requires_grad_(False)
 
@@ -172,8 +172,8 @@ def train_blocks(teacher: Data2Vec2, clips: Clips) -> None:
         return contrast(one[0], other[0]) + contrast(one[1], other[1])
 
     parameters = [*teacher.blocks.parameters(), teacher.encoder.alibi_scale.requires_grad_()]
-    decayed, others = ([each for each in parameters if (each.ndim == 2) == matrix] for matrix in (True, False))
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    decayed, rest = ([weight for weight in parameters if (weight.ndim == 2) == matrix] for matrix in (True, False))
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]
     train("blocks", torch.optim.AdamW(groups, betas=(0.9, 0.98)), STEPS, compute_loss)
 
 

@@ -62,10 +62,10 @@ def test_attention_equals_its_formula_with_the_fastest_kernel(biased: bool, colu
     x = torch.randn(2, columns + 1, 24).bfloat16()
     bias = build_alibi(columns)(x) if biased else None
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        found = attention(x, bias)
+        output = attention(x, bias)
     assert any("scaled_dot_product" in event.key for event in profiler.key_averages()) != is_short
     expected = reference_attention(exact, x.float(), None if bias is None else bias.float())
-    torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0)
+    torch.testing.assert_close(output.float(), expected, atol=0.02, rtol=0)
     torch.testing.assert_close(exact(x.float(), None if bias is None else bias.float()), expected)
 
 

@@ -60,13 +60,13 @@ def test_the_loss_of_a_padded_batch_is_that_of_its_clips(teacher: Any) -> None:
         model.zero_grad()
         loss = model.loss(model({"audio": waveforms, "lengths": LENGTHS}), {})
         loss.backward()
-        gradients = [each.grad.clone() for each in student.parameters() if each.grad is not None]
+        gradients = [parameter.grad.clone() for parameter in student.parameters() if parameter.grad is not None]
         model.zero_grad()
         losses = [model.loss(model(waveforms[i : i + 1, :length]), {}) for i, length in enumerate(LENGTHS)]
         total = torch.stack(losses).mean()
         total.backward()
         assert_same_numbers(loss, total)
-        again = [each.grad for each in student.parameters() if each.grad is not None]
+        again = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
         for ours, alone in zip(gradients, again, strict=True):
             assert (ours - alone).norm() <= 1e-4 * alone.norm() + 1e-6
 
@@ -92,10 +92,10 @@ def test_embeddings_do_not_depend_on_padding(options: dict[str, Any]) -> None:
 
 def test_the_groups_of_the_default_extractor_are_torchs() -> None:
     encoder, waveforms = random_teacher(extractor_mode="default").encoder, sound()
-    first, *others = encoder.local_encoder["conv_layers"]
+    first, *rest = encoder.local_encoder["conv_layers"]
     torch.nn.init.uniform_(first["2"].bias)
     x = torch.nn.functional.gelu(first["2"](first["0"](encoder.prepare(waveforms)[:, None])))
-    for layer in others:
+    for layer in rest:
         x = torch.nn.functional.gelu(layer["0"](x))
     project = encoder.project_features
     expected = project["2"](project["1"](x.transpose(1, 2)))
@@ -108,7 +108,7 @@ def test_one_alibi_serves_all_lengths(teacher: Any) -> None:
         x = torch.zeros(1, length, 48)
         bias = student.block_contexts(x)[0]
         torch.testing.assert_close(bias, student.alibi.build(length))
-    assert [each.shape[-1] for each in student.alibi.kept.values()] == [60]  # half as long again as the one before
+    assert [alibi.shape[-1] for alibi in student.alibi.kept.values()] == [60]  # half as long again as the one before
 
 
 @pytest.mark.parametrize("num_samples", [8000, 12345])
@@ -123,7 +123,7 @@ def test_the_log_mel_spectrogram_is_kaldis() -> None:
     names = [name for name in arrays.files if name.startswith("waveform_")]
     assert names
     for name in names:
-        waveform, expected = (torch.from_numpy(arrays[each]) for each in (name, name.replace("waveform", "fbank")))
+        waveform, expected = (torch.from_numpy(arrays[key]) for key in (name, name.replace("waveform", "fbank")))
         assert_same_numbers(LogMel()(waveform.reshape(1, -1))[0][0], expected)
 
 
@@ -199,9 +199,9 @@ def test_half_precision_is_close(teacher: Any) -> None:
     teacher.cast_weights(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         mask = teacher.padding_mask(LENGTHS)
-        found = teacher.targets(teacher.encode(sound(), LENGTHS), padding_mask=mask)
-    assert found.dtype == torch.float32
-    assert torch.cosine_similarity(found[~mask], expected[~mask], dim=-1).mean() > 0.99
+        targets = teacher.targets(teacher.encode(sound(), LENGTHS), padding_mask=mask)
+    assert targets.dtype == torch.float32
+    assert torch.cosine_similarity(targets[~mask], expected[~mask], dim=-1).mean() > 0.99
 
 
 # Files.
@@ -280,7 +280,7 @@ def test_convolutions_are_parsed_and_never_evaluated(tmp_path: Path) -> None:
     for spec, expected in SPECS.items():
         assert parse_convolutions(spec) == expected
     assert AudioEncoderConfig().min_samples() == 400
-    assert [AudioEncoderConfig().num_frames(each) for each in (400, 719, 720, 16_000, 160_000)] == [1, 1, 2, 49, 499]
+    assert [AudioEncoderConfig().num_frames(size) for size in (400, 719, 720, 16_000, 160_000)] == [1, 1, 2, 49, 499]
     checkpoint = torch.load(BASE, weights_only=True)
     section = checkpoint["cfg"]["model"]["modalities"]["audio"]
     with time_limit(60):

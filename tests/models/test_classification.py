@@ -42,13 +42,13 @@ def test_the_learning_rate_decays_from_the_head_to_the_patches() -> None:
     config = LayerwiseOptimizerConfig(lr=1.0, layer_decay=0.5, weight_decay=0.1)
     groups = build_optimizer(config, model, model.depth_of_trained, config.layer_decay).param_groups
     of_weight = {id(weight): group for group in groups for weight in group["params"]}
-    found = {name: of_weight[id(weight)] for name, weight in model.named_parameters() if weight.requires_grad}
-    assert groups[0]["lr"] == found["head.weight"]["lr"] == 1
-    assert found["backbone.blocks.1.mlp.fc1.weight"]["lr"] == 1 / 2
-    assert found["backbone.blocks.0.mlp.fc1.weight"]["lr"] == 1 / 4
-    assert found["backbone.input_proj.weight"]["lr"] == 1 / 4
+    group_of = {name: of_weight[id(weight)] for name, weight in model.named_parameters() if weight.requires_grad}
+    assert groups[0]["lr"] == group_of["head.weight"]["lr"] == 1
+    assert group_of["backbone.blocks.1.mlp.fc1.weight"]["lr"] == 1 / 2
+    assert group_of["backbone.blocks.0.mlp.fc1.weight"]["lr"] == 1 / 4
+    assert group_of["backbone.input_proj.weight"]["lr"] == 1 / 4
     first = len(model.backbone.encoder.block_list)
-    assert found["backbone.encoder.context_encoder.blocks.0.attn.qkv.weight"]["lr"] == 0.5 ** (2 + first)
-    assert found["backbone.encoder.local_encoder.proj.weight"]["lr"] == 0.5 ** (3 + first)
+    assert group_of["backbone.encoder.context_encoder.blocks.0.attn.qkv.weight"]["lr"] == 0.5 ** (2 + first)
+    assert group_of["backbone.encoder.local_encoder.proj.weight"]["lr"] == 0.5 ** (3 + first)
     assert {group["weight_decay"] for group in groups if group["params"][0].ndim == 1} == {0.0}
     assert {group["weight_decay"] for group in groups if group["params"][0].ndim > 1} == {0.1}

@@ -103,9 +103,9 @@ def test_a_gpu_starts_the_frozen_pass_as_one_graph(
     if is_captured:
         tokens, targets = compiled.frozen_pass(Inputs(torch.empty(0)))
         assert tokens is not None
-        for found, own in ((tokens.x, x_BTD), (targets["tokens"], target)):
-            assert torch.equal(found, own)
-            assert found.data_ptr() != own.data_ptr()
+        for result, buffer in ((tokens.x, x_BTD), (targets["tokens"], target)):
+            assert torch.equal(result, buffer)
+            assert result.data_ptr() != buffer.data_ptr()
 
 
 @pytest.mark.slow
@@ -125,9 +125,9 @@ def test_compiled_losses_and_embeddings_in_bfloat16_are_close(model: Distillatio
     """With few graphs, and packed weights, as on a CPU; tests/promises/test_run_ranks.py compiles in float32."""
     expected = list(train(copy.deepcopy(model), batches))
     eager, compiled = copy.deepcopy(model), copy.deepcopy(model)
-    for each in (eager, compiled):
-        each.teacher.cast_weights(torch.bfloat16)
-        each.cpu_bf16 = True
+    for variant in (eager, compiled):
+        variant.teacher.cast_weights(torch.bfloat16)
+        variant.cpu_bf16 = True
     torch._dynamo.reset()
     counters.clear()
     compile_model(compiled)

@@ -59,21 +59,21 @@ class Model(DistillationModel):
 def test_targets_differ_only_in_quiet_crops() -> None:
     """By this share of their variance."""
     clips = read_speech()
-    models, found = [Model(is_normalized) for is_normalized in (False, True)], {}
+    models, differences = [Model(is_normalized) for is_normalized in (False, True)], {}
     for decibels in (0, 10, 20, 40):
         quiet = with_quiet_half(clips, np.full(len(clips), decibels))
         for second in (1, 4, 7):  # in the loud half, across both, in the quiet half
             span = slice(second * SECOND, second * SECOND + CROP)
             with torch.no_grad():
                 alone, of_clip = (
-                    model.frozen_pass(Inputs(each[:, span]))[1]["tokens"]
-                    for model, each in zip(models, (quiet, layer_norm(quiet, quiet.shape[1:])), strict=True)
+                    model.frozen_pass(Inputs(waveforms[:, span]))[1]["tokens"]
+                    for model, waveforms in zip(models, (quiet, layer_norm(quiet, quiet.shape[1:])), strict=True)
                 )
-            found[decibels, second] = ((alone - of_clip).square().mean() / of_clip.var()).item()
-            print(f"{decibels} dB, from second {second}: {found[decibels, second]:.1%}")
-    assert max(found[0, second] for second in (1, 4, 7)) < 0.005
-    assert max(found[decibels, second] for decibels in (10, 20, 40) for second in (1, 4)) < 0.05
-    assert 0.05 < found[10, 7] < found[20, 7] < found[40, 7]
+            differences[decibels, second] = ((alone - of_clip).square().mean() / of_clip.var()).item()
+            print(f"{decibels} dB, from second {second}: {differences[decibels, second]:.1%}")
+    assert max(differences[0, second] for second in (1, 4, 7)) < 0.005
+    assert max(differences[decibels, second] for decibels in (10, 20, 40) for second in (1, 4)) < 0.05
+    assert 0.05 < differences[10, 7] < differences[20, 7] < differences[40, 7]
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def test_a_student_learns_as_much() -> None:
     losses = {}
     for is_normalized in (False, True):
         model, rng = Model(is_normalized), np.random.default_rng(1)
-        trained = [each for each in model.student.parameters() if each.requires_grad]
+        trained = [parameter for parameter in model.student.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=2e-3)
         for _ in range(STEPS):
             inputs = model.crops(quiet[:-HELD_OUT], is_normalized, rng)

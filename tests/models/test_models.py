@@ -154,8 +154,8 @@ def test_norm_means_gradient(
 def test_norm_mean_of_layer_norms_is_torchs() -> None:
     layers = [torch.randn(3, 7, 16) * 5 + 2 for _ in range(3)]
     layer_normed = nn.functional.layer_norm(torch.stack(layers), (16,)).mean(0)
-    found = norm_mean(layers, 1, normalization="layer")
-    torch.testing.assert_close(found, nn.functional.layer_norm(layer_normed, (16,)))
+    mean = norm_mean(layers, 1, normalization="layer")
+    torch.testing.assert_close(mean, nn.functional.layer_norm(layer_normed, (16,)))
 
 
 @pytest.mark.usefixtures("process_group")

@@ -88,12 +88,12 @@ def test_a_student_trains_its_own_encoder(teacher: Any) -> None:
     student = Student(TinyConvolution(teacher.encoder.config), STUDENT)
     model = DistillationModel(teacher, student)
     calls = count_calls(student.encoder, teacher.encoder)
-    before = {name: each.clone() for name, each in student.encoder.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in student.encoder.state_dict().items()}
     losses = train(model, IMAGES)
     assert calls == {student.encoder: len(losses), teacher.encoder: len(losses)}
     assert losses[-1] < 0.9 * losses[0]
     after = student.encoder.state_dict()
-    assert all(not torch.equal(after[name], each) for name, each in before.items())  # running statistics too
+    assert all(not torch.equal(after[name], tensor) for name, tensor in before.items())  # running statistics too
     assert not teacher.encoder.training
     checkpoint = model.state_dict()
     assert set(checkpoint) == {f"student.{name}" for name in student.state_dict()}
@@ -129,7 +129,9 @@ def test_objectives_add_up_and_encoder_and_teacher_run_once(teacher: Any) -> Non
     results = model(IMAGES)
     assert calls == dict.fromkeys(parts, 1)
     (pooled,) = results.others
-    losses = [each.loss(found) for each, found in zip(model.objectives.values(), (results, pooled), strict=True)]
+    losses = [
+        objective.loss(result) for objective, result in zip(model.objectives.values(), (results, pooled), strict=True)
+    ]
     sums = {"tokens": losses[0], "pooled": losses[1], "total": losses[0] + 0.5 * losses[1]}
     torch.testing.assert_close(model.loss(results, IMAGES), sums)
     alone = DistillationModel(teacher, model.student)(IMAGES)
@@ -224,7 +226,7 @@ def test_the_image_embedding_of_sound_leaves_out_padding() -> None:
     teacher = load_teacher(GOLDEN / "audio_base.pt", projected=True)
     model = model_with(teacher, teacher.build_student(depth=1, projected=True), embedding=1.0)
     clips, lengths = torch.rand(2, 4000, generator=torch.Generator().manual_seed(1)) - 0.5, torch.tensor([4000, 2500])
-    found = model({"audio": clips, "lengths": lengths}).others[0].target
-    torch.testing.assert_close(found, normalize(teacher.embed(clips, "mean_patches", lengths=lengths)))
+    target = model({"audio": clips, "lengths": lengths}).others[0].target
+    torch.testing.assert_close(target, normalize(teacher.embed(clips, "mean_patches", lengths=lengths)))
     alone = normalize(teacher.embed(clips[1:, :2500], "mean_patches"))
-    torch.testing.assert_close(found[1:], alone, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(target[1:], alone, rtol=1e-3, atol=1e-4)

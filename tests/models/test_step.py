@@ -63,7 +63,7 @@ def test_checkpointed_activations_save_memory(model: DistillationModel) -> None:
     """The gradients are the same."""
     checkpointed, images = copy.deepcopy(model), random_images(8)
     checkpointed.student.checkpoint_activations()
-    peaks = {each: peak_allocated(lambda each=each: backward(each, images)) for each in (model, checkpointed)}
+    peaks = {module: peak_allocated(lambda module=module: backward(module, images)) for module in (model, checkpointed)}
     assert peaks[checkpointed] < 0.7 * peaks[model]
     assert_same_gradient(checkpointed, model)
 

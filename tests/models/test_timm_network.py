@@ -54,7 +54,7 @@ def test_it_trains_whole(teacher: Any, name: str) -> None:
     student = teacher.build_student(model=f"timm/{name}")
     model = DistillationModel(teacher, student).train()
     assert student.encoder.grid_size == MODELS[name]
-    frozen = [key for key, each in student.named_parameters() if not each.requires_grad]
+    frozen = [key for key, parameter in student.named_parameters() if not parameter.requires_grad]
     assert all("head.fc" in key or "classifier" in key or ".fc." in key or ".head." in key for key in frozen)
     losses = train(model, IMAGES, steps=4, lr=1e-3)
     assert losses[-1] < 0.8 * losses[0]
@@ -105,7 +105,7 @@ def test_a_file_computes_the_same_in_timm_or_is_not_written(tmp_path: Path, name
     if problem:
         with pytest.raises(InputError, match=f"classifier.safetensors: timm would compute something else; .*{problem}"):
             save_student(student, tmp_path / "classifier.safetensors")
-        assert [each.name for each in tmp_path.iterdir()] == ["student.safetensors"]
+        assert [file.name for file in tmp_path.iterdir()] == ["student.safetensors"]
         return
     save_student(student, path)
     torch.testing.assert_close(eval(timm_call(student, path)).eval()(pictures), student.head(expected))
@@ -116,8 +116,8 @@ def test_registers_are_left_out(teacher_with_registers: TimmTeacher) -> None:
     model = DistillationModel(teacher, teacher.build_student(model="timm/resnet10t"), source="block")
     _, targets = model.frozen_pass(model.inputs_of(pictures))
     layers = [block for block, _ in teacher.iterate_blocks(teacher.encode(pictures))]
-    kept = [torch.cat([each[:, :1], each[:, 5:]], dim=1) for each in layers]
-    normalized = [torch.nn.functional.layer_norm(each, each.shape[-1:], eps=1e-5) for each in kept]
+    kept = [torch.cat([layer[:, :1], layer[:, 5:]], dim=1) for layer in layers]
+    normalized = [torch.nn.functional.layer_norm(layer, layer.shape[-1:], eps=1e-5) for layer in kept]
     expected = torch.nn.functional.layer_norm(torch.stack(normalized).mean(dim=0), kept[0].shape[-1:], eps=1e-5)
     torch.testing.assert_close(targets["tokens"], expected)
     assert model(pictures).prediction.shape == expected.shape
@@ -138,7 +138,7 @@ def test_what_only_the_pooled_feature_needs_does_not_train_without_cls() -> None
     model = DistillationModel(teacher, student)
     model.loss(model(IMAGES), IMAGES).backward()
     assert not student.encoder.model.conv_head.weight.requires_grad
-    assert all(each.grad is not None for each in model.parameters() if each.requires_grad)
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
     with pytest.raises(ValueError, match="extra_tokens: 'only' needs"):
         DistillationModel(teacher, student, extra_tokens="only")
 

@@ -249,7 +249,7 @@ def test_its_image_embedding_is_timms(name: str, outputs: int) -> None:
         theirs = teacher.projection.model.forward_head(norm(output))
     assert_equal_to_1e_5(student.embed(images, representation="projected"), theirs)
     distillation.loss(distillation(images), images)["total"].backward()
-    assert all(each.grad is not None for each in distillation.parameters() if each.requires_grad)
+    assert all(parameter.grad is not None for parameter in distillation.parameters() if parameter.requires_grad)
     assert {name.split(".")[1] for name in distillation.state_dict()} == {"blocks"}
 
 

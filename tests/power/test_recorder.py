@@ -56,7 +56,7 @@ def test_what_is_recorded_is_what_happened(tmp_path: Path) -> None:
     operations = record([sys.executable, "-c", PROGRAM, folder], folder, tmp_path / "log")
     [(_, disk)] = replay(before, operations, [len(operations)])
     assert disk.as_seen() == read_tree(folder)
-    assert [str(each) for each in operations if each.kind == "sync"] == ["sync b/moved", "sync ."]
+    assert [str(operation) for operation in operations if operation.kind == "sync"] == ["sync b/moved", "sync ."]
 
 
 @pytest.mark.skipif(not IS_AVAILABLE, reason="strace cannot trace here")

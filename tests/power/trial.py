@@ -145,7 +145,7 @@ def run_at(folder: Path) -> dict[str, Any]:
     """Return a run's result. One that lost its power after its last save may keep one checkpoint more."""
     return {
         "log": {key: steps for key, steps in log_of(folder).items() if not NOT_COMPARED.match(key)},
-        "student": {name: each.numpy().tobytes() for name, each in student_of(folder).items()},
+        "student": {name: tensor.numpy().tobytes() for name, tensor in student_of(folder).items()},
         "checkpoints": sorted(path.name for path in folder.glob("ep*.pt"))[-NUM_KEPT:],
         "newest": (folder / "latest-rank0.pt").readlink().name,
         "run.yaml": (folder / "run.yaml").read_bytes(),
@@ -218,7 +218,7 @@ CASES = {
             *("max_duration=4ba", "save_interval=2ba", "retrieval.interval=4ba"),
             *("--images", inputs.data("cifar/cifar10_sample").parent, "--out", out),
         ],
-        lambda out: {f"{row} {key}": each for row in ("base", "other") for key, each in run_at(out / row).items()},
+        lambda out: {f"{row} {key}": value for row in ("base", "other") for key, value in run_at(out / row).items()},
     ),
 }
 

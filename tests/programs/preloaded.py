@@ -165,8 +165,8 @@ def serve(listener: socket.socket, first: socket.socket) -> dict[str, Any]:
                     continue
                 pid = os.fork()
                 if pid == 0:
-                    for each in (listener, *connections.values()):
-                        each.close()
+                    for endpoint in (listener, *connections.values()):
+                        endpoint.close()
                     for pidfd in running:
                         os.close(pidfd)
                     take_streams(descriptors)

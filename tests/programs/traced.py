@@ -81,7 +81,7 @@ def hang(*_: Any, **__: Any) -> None:
 
 
 def run_static(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-    assert not any(isinstance(each, torch.SymInt) for each in inputs), "a graph with a symbolic size"
+    assert not any(isinstance(value, torch.SymInt) for value in inputs), "a graph with a symbolic size"
     return graph.forward
 
 

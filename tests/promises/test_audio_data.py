@@ -108,7 +108,7 @@ def test_an_epoch_has_no_sample_twice_and_full_batches(uninterrupted: Path) -> N
 
 @pytest.mark.parametrize(
     ("ranks", "then", "workers"),
-    [(1, 2, 3), *(pytest.param(*each, marks=pytest.mark.slow) for each in [(4, 1, 0), (2, 4, 1)])],
+    [(1, 2, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(4, 1, 0), (2, 4, 1)])],
 )
 def test_a_killed_run_goes_on_with_the_same_batches(
     clips: Path, uninterrupted: Path, tmp_path: Path, ranks: int, then: int, workers: int

@@ -27,34 +27,34 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 def compute(teacher: Any, waveforms: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
     """Return our arrays under the reference's names."""
     mask, x = teacher.padding_mask(lengths), teacher.encode(waveforms, lengths)
-    found = {"encoder_out": x}
-    found["teacher_out"], ffn_outputs = teacher.forward_blocks(x, padding_mask=mask)
+    arrays = {"encoder_out": x}
+    arrays["teacher_out"], ffn_outputs = teacher.forward_blocks(x, padding_mask=mask)
     assert len(ffn_outputs) == teacher.config.depth
-    found |= {f"teacher_ffn_{i}": ffn_output for i, ffn_output in enumerate(ffn_outputs)}
-    found |= {f"teacher_block_{i}": each for i, (each, _) in enumerate(teacher.iterate_blocks(x, padding_mask=mask))}
-    found["targets"] = teacher.targets(x, final_layer_norm=True, padding_mask=mask)
-    found["targets_as_configured"] = teacher.targets(x, "drop", padding_mask=mask)
+    arrays |= {f"teacher_ffn_{i}": ffn_output for i, ffn_output in enumerate(ffn_outputs)}
+    arrays |= {f"teacher_block_{i}": layer for i, (layer, _) in enumerate(teacher.iterate_blocks(x, padding_mask=mask))}
+    arrays["targets"] = teacher.targets(x, final_layer_norm=True, padding_mask=mask)
+    arrays["targets_as_configured"] = teacher.targets(x, "drop", padding_mask=mask)
     encoder = teacher.encoder
     padding_BN = None if mask is None else mask[:, teacher.num_extra_tokens :]
-    found["local_features"] = encoder.local_features(waveforms, lengths)
-    found["positions"] = encoder.positions(found["local_features"], padding_BN)
+    arrays["local_features"] = encoder.local_features(waveforms, lengths)
+    arrays["positions"] = encoder.positions(arrays["local_features"], padding_BN)
     inputs: Any = SimpleNamespace(values=waveforms, lengths=lengths)
-    x = found["encoder_norm"] = encoder.embed_tokens(inputs, mask)
+    x = arrays["encoder_norm"] = encoder.embed_tokens(inputs, mask)
     for i, (block, bias) in enumerate(zip(encoder.block_list, encoder.block_contexts(x, mask), strict=True)):
-        x, found[f"prenet_ffn_{i}"] = block(x, bias)
-        found[f"prenet_block_{i}"] = x
-    return found
+        x, arrays[f"prenet_ffn_{i}"] = block(x, bias)
+        arrays[f"prenet_block_{i}"] = x
+    return arrays
 
 
 def test_teacher(golden: Golden) -> None:
     teacher, arrays = golden
     assert_same_numbers(teacher.encoder.prepare(arrays["waveforms"]), arrays["inputs"])
-    found = compute(teacher, arrays["waveforms"])
+    ours = compute(teacher, arrays["waveforms"])
     compared = {name for name in arrays if name.startswith(("prenet_", "teacher_", "targets"))}
-    assert compared <= found.keys()
-    for name in found.keys() & arrays.keys():
-        assert_same_numbers(found[name], arrays[name])
-    contexts = [*teacher.encoder.block_contexts(found["encoder_norm"]), *teacher.block_contexts(found["encoder_out"])]
+    assert compared <= ours.keys()
+    for name in ours.keys() & arrays.keys():
+        assert_same_numbers(ours[name], arrays[name])
+    contexts = [*teacher.encoder.block_contexts(ours["encoder_norm"]), *teacher.block_contexts(ours["encoder_out"])]
     biases, reference = torch.cat(contexts), arrays["alibi"].expand(len(contexts), -1, -1, -1)
     assert_same_numbers(biases[:, : reference.shape[1]], reference)
     assert not biases[:, reference.shape[1] :].any()
@@ -65,24 +65,24 @@ def test_averaged_weights(golden: Golden, request: pytest.FixtureRequest) -> Non
     name = request.node.callspec.params["golden"]
     averaged = load_teacher(GOLDEN / f"{name}.pt", weights="ema")
     assert averaged.config == teacher.config
-    found = compute(averaged, arrays["waveforms"])
+    ours = compute(averaged, arrays["waveforms"])
     compared = {name for name in arrays if name.startswith("ema_")}
     assert len(compared) > teacher.config.depth
     for name in compared:
-        assert_same_numbers(found[name.removeprefix("ema_")], arrays[name])
+        assert_same_numbers(ours[name.removeprefix("ema_")], arrays[name])
 
 
 def test_a_clip_in_a_padded_batch_gives_what_it_gives_alone(golden: Golden) -> None:
     teacher, arrays = golden
     clips, lengths = padded_waveforms(arrays), arrays["lengths"]
-    found = compute(teacher, clips, lengths)
+    ours = compute(teacher, clips, lengths)
     assert torch.equal(teacher.padding_mask(lengths), arrays["padded_frame_mask"])
     for i in range(len(lengths)):
         prefix = f"alone_{i}_"
-        alone = {name.removeprefix(prefix): each for name, each in arrays.items() if name.startswith(prefix)}
+        alone = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
         assert len(alone) > teacher.config.depth
         for name, reference in alone.items():
-            assert_same_numbers(found[name][i : i + 1, : reference.shape[1]], reference)
+            assert_same_numbers(ours[name][i : i + 1, : reference.shape[1]], reference)
 
 
 def padded_waveforms(arrays: dict[str, Tensor]) -> Tensor:

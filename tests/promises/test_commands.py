@@ -320,8 +320,8 @@ def small_config(recipe: Recipe, labeled: Path, save_folder: Path) -> dict[str, 
     for key, value in changes.items():
         *sections, name = key.split(".")
         section = config
-        for each in sections:
-            section = section.setdefault(each, {})
+        for parent in sections:
+            section = section.setdefault(parent, {})
         section[name] = value
     datasets = config.get("retrieval", config).get("datasets", config)
     for name in ["dataset"] if datasets is config else list(datasets):
@@ -329,15 +329,15 @@ def small_config(recipe: Recipe, labeled: Path, save_folder: Path) -> dict[str, 
     return config
 
 
-def means(found: Any, written: Any) -> bool:
+def means(setting: Any, written: Any) -> bool:
     """Return True if a config has the values of the YAML; other fields of a section have their defaults."""
     if isinstance(written, Mapping):
-        return all(name in found and means(found[name], value) for name, value in written.items())
-    if isinstance(found, bool) or isinstance(written, bool):
-        return found is written
-    if isinstance(found, int | float):
-        return found in (written, float(written))
-    return found == written or str(found) == str(written)
+        return all(name in setting and means(setting[name], value) for name, value in written.items())
+    if isinstance(setting, bool) or isinstance(written, bool):
+        return setting is written
+    if isinstance(setting, int | float):
+        return setting in (written, float(written))
+    return setting == written or str(setting) == str(written)
 
 
 def try_out(recipe: Recipe, mutation: Mutation, folder: Path, run: Path) -> str | None:
@@ -366,8 +366,8 @@ def try_out(recipe: Recipe, mutation: Mutation, folder: Path, run: Path) -> str 
     if mutation.what in ("misspelt", "doubled") and "datasets" not in mutation.path[:-1]:
         return "accepted"
     if mutation.is_value and (run / "run.yaml").exists():
-        found = reduce(getitem, mutation.path, yaml.safe_load((run / "run.yaml").read_text())["config"])
-        return None if means(found, mutation.value) else f"means {found!r}"
+        setting = reduce(getitem, mutation.path, yaml.safe_load((run / "run.yaml").read_text())["config"])
+        return None if means(setting, mutation.value) else f"means {setting!r}"
     return None
 
 
@@ -400,11 +400,11 @@ def test_retrieval_works_in_anyones_run(labeled: Path) -> None:
     with torch.inference_mode():
         splits = [(model.embed(split.samples), split.labels) for split in (small.train, small.test)]
     (train, train_labels), (test, test_labels) = splits
-    for bank, found in {
+    for bank, accuracies in {
         "train": retrieval_accuracy(train, train_labels, test, test_labels, ks=(1, 3)),
         "test": retrieval_accuracy(test, test_labels, train, train_labels, ks=(1, 3)),
     }.items():
-        for k, accuracy in found.items():
+        for k, accuracy in accuracies.items():
             assert callback.history[-1]["metrics"][f"metrics/small/bank_{bank}/top{k}"] == pytest.approx(accuracy)
 
 

@@ -95,7 +95,7 @@ def undisturbed(many_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize(
     ("ranks", "workers"),
-    [(1, 3), *(pytest.param(*each, marks=pytest.mark.slow) for each in [(2, 0), (1, 0), (2, 3)])],
+    [(1, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 0), (1, 0), (2, 3)])],
 )
 def test_epochs_are_whole_though_killed(
     store: GatedStore, undisturbed: Record, tmp_path: Path, ranks: int, workers: int

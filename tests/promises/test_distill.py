@@ -169,7 +169,7 @@ def started(moment: str, photos: Path, out: Path) -> Iterator[Program]:
 
 
 @pytest.mark.parametrize(
-    "moment", [pytest.param(each, marks=[] if each in QUICK else pytest.mark.slow) for each in MOMENTS]
+    "moment", [pytest.param(moment, marks=[] if moment in QUICK else pytest.mark.slow) for moment in MOMENTS]
 )
 def test_the_same_command_goes_on_after_a_kill(moment: str, distilled: Path, photos: Path, tmp_path: Path) -> None:
     """10: it ends with the tensors of an undisturbed call."""
@@ -211,9 +211,9 @@ def mixed(tmp_path: Path) -> Path:
     ``more/copy.jpg`` is a copy of a photo that will be held out.
     """
     names = [f"{i}.jpg" for i in range(NUM_IMAGES)]
-    first, second, *others = held_out_first(names)
+    first, second, *rest = held_out_first(names)
     folder = write_images(tmp_path / "photos", names)
-    for i, name in enumerate((second, *others[-9:])):
+    for i, name in enumerate((second, *rest[-9:])):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes((truncated(content), b"", b"\x89PNG")[i % 3])
     copy = (folder / first).read_bytes()
@@ -256,7 +256,7 @@ def test_what_is_left_out_is_counted(mixed: Path, tmp_path: Path) -> None:
     unreadable_and_held_out = held_out_first([f"{i}.jpg" for i in range(NUM_IMAGES)])[1]
     assert any(unreadable_and_held_out in line for line in skipped)
     num_converted = sum(summary["images"] for summary in summaries.values())
-    num_left_out = sum(int(each.split()[0]) for each in OTHER_FILES.split(", "))
+    num_left_out = sum(int(entry.split()[0]) for entry in OTHER_FILES.split(", "))
     names = [path for path in mixed.rglob("*") if path != mixed / "more"]
     assert num_converted + len(skipped) + num_left_out == len(names)
 

@@ -24,7 +24,7 @@ def arrays() -> dict[str, Tensor]:
 def clips(arrays: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Both clips in one batch with noise behind the shorter one's end, (2, L), and their lengths."""
     waveforms = [arrays["waveform_0"], arrays["waveform_1"]]
-    lengths = torch.tensor([len(each) for each in waveforms])
+    lengths = torch.tensor([len(waveform) for waveform in waveforms])
     batch = torch.randn(2, int(lengths.max()), generator=torch.Generator().manual_seed(0))
     for row, waveform in zip(batch, waveforms, strict=True):
         row[: len(waveform)] = waveform
@@ -35,30 +35,30 @@ def compute(teacher: Any, *waveforms: Tensor) -> dict[str, Tensor]:
     """Return our arrays under the reference's names."""
     x = teacher.encode(*waveforms)
     output, ffn_outputs = teacher.forward_blocks(x)
-    found = {"local_features": teacher.encoder.local_features(*waveforms), "encoder_out": x, "teacher_out": output}
-    found |= {f"teacher_ffn_{i}": each for i, each in enumerate(ffn_outputs)}
-    found |= {f"teacher_block_{i}": each for i, (each, _) in enumerate(teacher.iterate_blocks(x))}
-    return found | {"targets": teacher.targets(x), "targets_patch_only": teacher.targets(x, "drop")}
+    ours = {"local_features": teacher.encoder.local_features(*waveforms), "encoder_out": x, "teacher_out": output}
+    ours |= {f"teacher_ffn_{i}": ffn_output for i, ffn_output in enumerate(ffn_outputs)}
+    ours |= {f"teacher_block_{i}": layer for i, (layer, _) in enumerate(teacher.iterate_blocks(x))}
+    return ours | {"targets": teacher.targets(x), "targets_patch_only": teacher.targets(x, "drop")}
 
 
 @pytest.mark.parametrize(("prefix", "weights"), [("", "model"), ("ema_", "ema")])
 def test_teacher(arrays: dict[str, Tensor], clips: tuple[Tensor, Tensor], prefix: str, weights: Any) -> None:
     teacher = load_teacher(CHECKPOINT, weights=weights)
     assert teacher.padding_mask(clips[1]) is None
-    found = compute(teacher, *clips)
-    for name in [name for name in found if f"{prefix}{name}" in arrays]:
-        assert_same_numbers(found[name], arrays[f"{prefix}{name}"])
-    assert_close(teacher.encode(arrays["waveform_0"][None]), found["encoder_out"][:1])
+    ours = compute(teacher, *clips)
+    for name in [name for name in ours if f"{prefix}{name}" in arrays]:
+        assert_same_numbers(ours[name], arrays[f"{prefix}{name}"])
+    assert_close(teacher.encode(arrays["waveform_0"][None]), ours["encoder_out"][:1])
 
 
 def test_another_length(tmp_path: Path, arrays: dict[str, Tensor]) -> None:
     options = ["--target-length", "112"]
     d2v("convert-teacher", CHECKPOINT, tmp_path / "long.safetensors", *options)
-    found = compute(load_teacher(tmp_path / "long.safetensors"), arrays["waveform_0"][None])
-    for name, array in found.items():
+    ours = compute(load_teacher(tmp_path / "long.safetensors"), arrays["waveform_0"][None])
+    for name, array in ours.items():
         assert_same_numbers(array, arrays[f"other_{name}"])
-    own = [*options, "--log-mel-mean", "-6.627", "--log-mel-std", "5.359"]
-    d2v("convert-teacher", CHECKPOINT, tmp_path / "own.safetensors", *own)
+    arguments = [*options, "--log-mel-mean", "-6.627", "--log-mel-std", "5.359"]
+    d2v("convert-teacher", CHECKPOINT, tmp_path / "own.safetensors", *arguments)
     config = load_teacher(tmp_path / "own.safetensors").config
     assert (config.log_mel_mean, config.log_mel_std) == (-6.627, 5.359)
     wrong = d2v("convert-teacher", CHECKPOINT, tmp_path / "wrong.safetensors", "--target-length", "15")
@@ -69,7 +69,7 @@ def test_student(arrays: dict[str, Tensor], clips: tuple[Tensor, Tensor]) -> Non
     """Its ALiBi is over the grid of time and mels."""
     teacher = load_teacher(CHECKPOINT)
     student = teacher.build_student(depth=2, mlp_ratio=3.0)
-    weights = {name.removeprefix("student."): each for name, each in arrays.items() if name.startswith("student.")}
+    weights = {name.removeprefix("student."): array for name, array in arrays.items() if name.startswith("student.")}
     assert not student.load_state_dict(weights, strict=False).unexpected_keys
     model = DistillationModel(teacher, student)
     batch = {"audio": clips[0], "lengths": clips[1]}
@@ -111,6 +111,6 @@ def test_distill_takes_it(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     clips = 0.1 * torch.randn(3, 8000, generator=torch.Generator().manual_seed(0))
     session = onnxruntime.InferenceSession(tmp_path / "student.onnx")
-    (found,) = session.run(None, {"waveforms": clips.numpy()})
+    (embeddings,) = session.run(None, {"waveforms": clips.numpy()})
     student = load_student(file)
-    assert_close(torch.from_numpy(found), student.embed(clips, "cls", "layer_mean"), rtol=0, atol=1e-4)
+    assert_close(torch.from_numpy(embeddings), student.embed(clips, "cls", "layer_mean"), rtol=0, atol=1e-4)

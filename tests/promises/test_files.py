@@ -377,8 +377,8 @@ def test_images_are_read_right_or_named(tmp_path: Path) -> None:
     rows = dict(zip(np.load(out.with_suffix(".ids.npy")).tolist(), np.load(out), strict=True))
     assert sorted(rows) == sorted(f"{folder}/{name}" for folder in ("odd", *SAME) for name in contents[folder])
     for folder, files in SAME.items():
-        first, *others = (rows[f"{folder}/{name}"] for name in files)
-        for other in others:
+        first, *rest = (rows[f"{folder}/{name}"] for name in files)
+        for other in rest:
             np.testing.assert_allclose(other, first, atol=0.02)
     assert not canary.exists()
 

@@ -49,7 +49,7 @@ def quickstart(folder: Path, labeled: Path) -> list[str]:
 
 def kill_all(programs: list[Program]) -> None:
     """Kill ranks and workers at once, as a power failure does."""
-    for process in [each for program in programs if program.poll() is None for each in family_of(program.pid)]:
+    for process in [member for program in programs if program.poll() is None for member in family_of(program.pid)]:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     for program in programs:

@@ -102,7 +102,7 @@ def test_only_the_students_blocks_are_trained_and_images_are_encoded_once(golden
     model.loss(model(arrays["images"]), arrays["images"])
     hook.remove()
     assert calls == [1]
-    trained = {name for name, each in model.named_parameters() if each.requires_grad}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     blocks = {f"student.{name}" for name, _ in student.named_parameters() if name.startswith("blocks.")}
     assert trained <= blocks
     assert {name.split(".")[-2] for name in blocks - trained} == {"norm2"}  # the last one: it is after the targets

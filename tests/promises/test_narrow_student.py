@@ -36,8 +36,8 @@ def test_a_checkpoint_holds_all_that_trains_and_two_ranks_train_as_one(
     narrow: Path, small_data: Path, tmp_path: Path
 ) -> None:
     """3, 8, 10: the input projection, blocks and the objective's head."""
-    own = {name: tensor.shape for name, tensor in student_of(narrow).items() if ".blocks." not in name}
-    assert own == {
+    shapes = {name: tensor.shape for name, tensor in student_of(narrow).items() if ".blocks." not in name}
+    assert shapes == {
         "student.input_proj.weight": (20, 48),
         "student.input_proj.bias": (20,),
         "objectives.tokens.head.weight": (48, 20),

@@ -41,14 +41,14 @@ Embedded = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64], ND
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Embedded:
     """The pixels of CIFAR-10 images in 16 × 16 blocks of averages and their labels: bank and queries."""
-    found = []
+    arrays = []
     for split in ("train", "test"):
         dataset: Any = StreamingDataset(local=str(QUICKSTART / "cifar10" / split), shuffle=False, batch_size=1)
         samples = [dataset[i] for i in range(800)]
         images = torch.stack([decoded(sample["image"]) for sample in samples]).double() / 255
-        found += [torch.nn.functional.avg_pool2d(images, 4).flatten(1).numpy()]
-        found += [np.array([int(sample["label"]) for sample in samples])]
-    return tuple(found)  # pyright: ignore[reportReturnType]
+        arrays += [torch.nn.functional.avg_pool2d(images, 4).flatten(1).numpy()]
+        arrays += [np.array([int(sample["label"]) for sample in samples])]
+    return tuple(arrays)  # pyright: ignore[reportReturnType]
 
 
 def decoded(encoded: object) -> torch.Tensor:
@@ -65,7 +65,9 @@ def similarities(embedded: Embedded) -> NDArray[np.float64]:
 
 
 def tensors(embedded: Sequence[NDArray[Any]]) -> list[torch.Tensor]:
-    return [torch.from_numpy(each).float() if i % 2 == 0 else torch.from_numpy(each) for i, each in enumerate(embedded)]
+    return [
+        torch.from_numpy(array).float() if i % 2 == 0 else torch.from_numpy(array) for i, array in enumerate(embedded)
+    ]
 
 
 def test_retrieval_is_a_brute_force(embedded: Embedded) -> None:
@@ -114,28 +116,28 @@ def test_an_evaluation_measures_what_a_brute_force_does(tmp_path: Path) -> None:
     for split, num in (("train", 200), ("test", 100)):
         dataset: Any = StreamingDataset(local=str(QUICKSTART / "cifar10" / split), shuffle=False, batch_size=1)
         samples = [dataset[i] for i in range(num)]
-        labels = [int(each["label"]) for each in samples]
-        write_mds(tmp_path / split, [each["image"] for each in samples], labels)
+        labels = [int(sample["label"]) for sample in samples]
+        write_mds(tmp_path / split, [sample["image"] for sample in samples], labels)
         with torch.inference_mode():
-            images = torch.stack([decoded(each["image"]) for each in samples])
+            images = torch.stack([decoded(sample["image"]) for sample in samples])
             parts.append(teacher.embed(images, pooling="cls", representation="output").double().numpy())
         parts.append(np.array(labels))
     succeed("evaluate", f"model={GOLDEN / 'tiny_base.pt'}", datasets_of(tmp_path), "ks=[1]", f"out={tmp_path}")
-    found = list(numbers(json.loads((tmp_path / "evaluation.json").read_text())))
+    values = list(numbers(json.loads((tmp_path / "evaluation.json").read_text())))
     for bank, queries in ((0, 2), (2, 0)):
         nearest = similarities((parts[bank], parts[bank + 1], parts[queries], parts[queries + 1])).argmax(axis=1)
         accuracy = (parts[bank + 1][nearest] == parts[queries + 1]).mean()
         assert 0.05 < accuracy < 0.5
-        assert any(number == pytest.approx(accuracy) for number in found), accuracy
+        assert any(number == pytest.approx(accuracy) for number in values), accuracy
 
 
-def numbers(found: Any) -> Iterator[float]:
+def numbers(value: Any) -> Iterator[float]:
     """Yield all numbers in what JSON holds."""
-    if isinstance(found, dict | list):
-        for each in found.values() if isinstance(found, dict) else found:
-            yield from numbers(each)
-    elif isinstance(found, float):
-        yield found
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from numbers(item)
+    elif isinstance(value, float):
+        yield value
 
 
 @pytest.fixture(scope="module")
@@ -158,12 +160,12 @@ def test_the_untrained_student_is_the_runs(of_teacher_blocks: Path, labeled: Pat
         out = tmp_path / str(number)
         ended = succeed("evaluate", datasets, "ks=[1]", f"out={out}", *options)
         rows = json.loads((out / "evaluation.json").read_text())["results"]
-        found = {
+        accuracies = {
             (row["bank"], row["embedding"]): row["value"] for row in rows if row["candidate"] == "untrained student"
         }
         said = "the untrained student is not measured: init teacher_blocks needs the teacher; give teacher=PATH\n"
-        assert (said in ended.stderr) == (not found) == (len(options) == 1)
-        for (bank, embedding), value in found.items():
+        assert (said in ended.stderr) == (not accuracies) == (len(options) == 1)
+        for (bank, embedding), value in accuracies.items():
             assert value == pytest.approx(logged[f"metrics/small/bank_{bank}/top1/{embedding}"][0])
 
 

@@ -49,7 +49,7 @@ class Place:
         return {path.relative_to(self.folder).as_posix(): path.read_bytes() for path in files}
 
     def command(self, *arguments: str) -> list[str]:
-        return [self.name(each) if each in ("o", "o.npy") else each for each in arguments]
+        return [self.name(word) if word in ("o", "o.npy") else word for word in arguments]
 
 
 @pytest.fixture(params=["folder", "store"])
@@ -116,7 +116,7 @@ def test_what_came_meanwhile_is_not_replaced(
     model = TEACHER if command[0] == "embed" else str(uninterrupted / "latest-rank0.pt")
     store.client().upload_file(model, BUCKET, "model.pt")
     here, there = (
-        [path if each == "MODEL" else each for each in command] for path in (model, f"s3://{BUCKET}/model.pt")
+        [path if word == "MODEL" else word for word in command] for path in (model, f"s3://{BUCKET}/model.pt")
     )
     place = Place(tmp_path, None)
     with store.unreachable():

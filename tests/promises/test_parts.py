@@ -69,14 +69,14 @@ def shards_of(folder: Path) -> list[dict[str, Any]]:
 
 def samples_of(folder: Path) -> list[tuple[bytes, int]]:
     """Read a data set as Streaming does."""
-    return sorted((each["image"], each["label"]) for each in StreamingDataset(local=str(folder), batch_size=1))
+    return sorted((sample["image"], sample["label"]) for sample in StreamingDataset(local=str(folder), batch_size=1))
 
 
 @pytest.mark.parametrize(
     ("kind", "count"),
     [
         ("folder", 3),
-        *(slow(*each) for each in itertools.product(("folder", "tars", "mds"), (1, 16))),
+        *(slow(*case) for case in itertools.product(("folder", "tars", "mds"), (1, 16))),
         *(slow(kind, 3) for kind in ("tars", "zips", "struct")),
     ],
 )
@@ -109,7 +109,7 @@ def test_parts_of_a_conversion(sources: dict[str, list[str]], tmp_path: Path, ki
     [
         ("folder", 3, ".npy"),
         ("tars", 3, ".parquet"),
-        *(slow(*each) for each in itertools.product(("folder", "bytes", "mds"), (1, 16), (".npy", ".parquet"))),
+        *(slow(*case) for case in itertools.product(("folder", "bytes", "mds"), (1, 16), (".npy", ".parquet"))),
     ],
 )
 def test_parts_of_embeddings(sources: dict[str, list[str]], tmp_path: Path, kind: str, count: int, suffix: str) -> None:
@@ -119,12 +119,12 @@ def test_parts_of_embeddings(sources: dict[str, list[str]], tmp_path: Path, kind
     make_parts(count, "embed", TEACHER, source, out, *EMBED)
     assert not out.exists()
     assert f"wrote {out}: {NUM_IMAGES} embeddings of 48 channels" in succeed("merge", out).stdout
-    found, expected = map(read_table, (out, whole))
-    assert found[0] == expected[0]
+    table, expected = map(read_table, (out, whole))
+    assert table[0] == expected[0]
     if kind == "tars":
-        np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=2e-6)
+        np.testing.assert_allclose(table[1], expected[1], rtol=0, atol=2e-6)
     else:
-        np.testing.assert_array_equal(found[1], expected[1])
+        np.testing.assert_array_equal(table[1], expected[1])
     if suffix == ".npy" and kind != "tars":
         assert contents_of(tmp_path)["out.npy"] == whole.read_bytes()
     assert "exists already" in succeed("embed", TEACHER, source, out, *EMBED, "--part", f"0/{count}").stdout
@@ -271,8 +271,8 @@ def test_ranks_embed_to_the_same_bytes(tmp_path: Path) -> None:
     succeed(*command[2:], whole, *options)
     with started_ranks(*command, out, *options, ranks=2) as ranks:
         wait_until(lambda: [*tmp_path.glob(".out.npy.partial/*.npz")], seconds=60)
-        for each in ranks:
-            each.kill()
+        for process in ranks:
+            process.kill()
     assert "resumed an interrupted run after " in succeed(*command[2:], out, *options).stdout
     assert out.read_bytes() == whole.read_bytes()
     run_ranks(*command, out, *options, "--overwrite")
@@ -292,17 +292,17 @@ def test_parts_in_a_store(sources: dict[str, list[str]], object_store: GatedStor
         succeed("convert-images", source, f"{bucket}/data", *options, *CONVERT, "--part", f"{number}/3", **reach)
         succeed("embed", TEACHER, source, f"{bucket}/table.npy", *EMBED, "--part", f"{number}/3", **reach)
         if number != 1:
-            for each in ("data", "table.npy"):
-                assert "of 3 parts, these are missing: " in failure(d2v("merge", f"{bucket}/{each}", **reach), 2)
+            for name in ("data", "table.npy"):
+                assert "of 3 parts, these are missing: " in failure(d2v("merge", f"{bucket}/{name}", **reach), 2)
     shard = max(key for key in object_store.objects("parts") if key.endswith(".mds"))
     with object_store.replaced("parts", shard, b"x"):
         assert "is missing or damaged; remove this part" in failure(d2v("merge", f"{bucket}/data", **reach), 2)
-    for each in ("data", "table.npy"):
-        succeed("merge", f"{bucket}/{each}", **reach)
+    for name in ("data", "table.npy"):
+        succeed("merge", f"{bucket}/{name}", **reach)
     write_files(tmp_path, object_store.objects("parts"))
-    found, expected = map(read_table, (tmp_path / "table.npy", tmp_path / "whole.npy"))
-    assert found[0] == expected[0]
-    np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=2e-6)
+    table, expected = map(read_table, (tmp_path / "table.npy", tmp_path / "whole.npy"))
+    assert table[0] == expected[0]
+    np.testing.assert_allclose(table[1], expected[1], rtol=0, atol=2e-6)
     assert samples_of(tmp_path / "data") == samples_of(tmp_path / "whole")
     message = failure(d2v("embed", TEACHER, source, f"{bucket}/table.npy", *EMBED, **reach), 2)
     assert message == f"error: {bucket}/table.npy already exists; choose another file, or append --overwrite"

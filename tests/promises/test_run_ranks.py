@@ -46,7 +46,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Pat
 def assert_same_run(folder: Path, expected: Path) -> None:
     """Compare losses, and the accuracies up to two of 499 queries with equally near neighbors."""
     assert_same_losses(losses_of(folder), losses_of(expected), num_steps=14)
-    ours, theirs = (log_of(each) for each in (folder, expected))
+    ours, theirs = (log_of(run) for run in (folder, expected))
     metrics = [name for name in theirs if name.startswith("metrics/")]
     assert len(metrics) >= 4 * (7 + 4 + 7)  # of student, encoder and teacher: the primary and every embedding
     for name in metrics:
@@ -85,7 +85,7 @@ def test_compiled_ranks_train_as_one_process(evaluated: Path, small_data: Path, 
     first, second = (tmp_path / "counts").iterdir()
     for rank in (first, second):
         counts = [line.split() for line in rank.read_text().splitlines()]
-        graphs, breaks = ([int(each) for each in column] for column in zip(*counts, strict=True))
+        graphs, breaks = ([int(count) for count in column] for column in zip(*counts, strict=True))
         assert len(graphs) == 14
         assert 10 < graphs[0] < 40
         assert graphs[-1] == graphs[1]  # the three evaluations that follow included

@@ -52,9 +52,9 @@ def web(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Iterator[
 
 def assert_no_secrets(folder: Path, *ended: subprocess.CompletedProcess[str]) -> None:
     """Check that commands succeeded, and all that they wrote and printed."""
-    for each in ended:
-        assert each.returncode == 0, each.stderr
-        assert not [part for part in PARTS if part in each.stdout + each.stderr], each.stdout + each.stderr
+    for process in ended:
+        assert process.returncode == 0, process.stderr
+        assert not [part for part in PARTS if part in process.stdout + process.stderr], process.stdout + process.stderr
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert files
     for path in files:

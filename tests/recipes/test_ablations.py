@@ -96,7 +96,7 @@ def test_a_row_trains_on_the_first_images_and_is_measured_on_all(
     with pytest.raises(InterruptedError):
         ablations.main([str(tmp_path), "--whole", "--images", "data", "--out", str(tmp_path)])
     data = Path("data")
-    assert [each.args for each in converted.call_args_list] == [
+    assert [call.args for call in converted.call_args_list] == [
         (data, data / "cifar10"),
         (data, data / "cifar10_500", 500, 0),
     ]

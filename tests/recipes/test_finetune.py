@@ -113,7 +113,7 @@ def test_a_tuned_encoder_stands_in_no_other_models_row(student: Path, labeled: P
     """An evaluation takes the encoder, also for the untrained student, from the teacher, or leaves both out."""
     arguments = small_finetuning(tmp_path / "run", student, labeled, "train_encoder=true", "max_duration=2ba")
     finetune(*arguments, "scheduler.t_warmup=0ba")
-    found, said = {}, ""
+    tables, said = {}, ""
     for name, (model, *options) in {
         "before": (student, f"teacher={GOLDEN / 'tiny_base.pt'}"),
         "after": (tmp_path / "run" / "latest-rank0.pt", f"teacher={GOLDEN / 'tiny_base.pt'}"),
@@ -122,10 +122,10 @@ def test_a_tuned_encoder_stands_in_no_other_models_row(student: Path, labeled: P
         sets, out = f"datasets={{small: {{format: mds, root: {labeled}}}}}", tmp_path / name
         ended = succeed("evaluate", f"model={model}", sets, f"out={out}", "representation=output", *options)
         said, rows = ended.stderr, json.loads((out / "evaluation.json").read_text())["results"]
-        found[name] = {tuple(row[key] for key in KEYS): row["value"] for row in rows}
-    assert {row for row, *_ in found["alone"]} == {"pixels", "student"}
+        tables[name] = {tuple(row[key] for key in KEYS): row["value"] for row in rows}
+    assert {row for row, *_ in tables["alone"]} == {"pixels", "student"}
     assert "the untrained student is not measured: a tuned encoder needs the teacher; give teacher=PATH" in said
-    changed = {key for key, value in found["before"].items() if found["after"][key] != value}
+    changed = {key for key, value in tables["before"].items() if tables["after"][key] != value}
     assert {row for row, *_ in changed} == {"student"}
 
 
@@ -138,7 +138,9 @@ def mixed(tmp_path_factory: pytest.TempPathFactory, student: Path, labeled: Path
     return folder
 
 
-@pytest.mark.parametrize("moment", [MOMENTS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in MOMENTS[1:])])
+@pytest.mark.parametrize(
+    "moment", [MOMENTS[0], *(pytest.param(moment, marks=pytest.mark.slow) for moment in MOMENTS[1:])]
+)
 def test_a_killed_run_resumes_bit_for_bit(
     moment: str, mixed: Path, student: Path, labeled: Path, tmp_path: Path
 ) -> None:

@@ -14,12 +14,12 @@ from helpers import GOLDEN, ROOT, failure, run_command, write_words
 def test_batches_have_lengths_only_if_clips_are_padded() -> None:
     clips = [torch.full((size,), float(size)) for size in (1000, 900, 800, 800)]
     batches: Any = eval_batches(LabeledSamples(clips, torch.arange(4)), 2)
-    (inputs, labels, lengths), (equal, others) = batches
+    (inputs, labels, lengths), (equal, last_labels) = batches
     assert (inputs.shape, lengths.tolist(), labels.tolist()) == ((2, 1000), [1000, 900], [0, 1])
     assert torch.equal(inputs[1, :900], clips[1])
     assert not inputs[1, 900:].any()
     assert torch.equal(equal, torch.stack(clips[2:]))
-    assert others.tolist() == [2, 3]
+    assert last_labels.tolist() == [2, 3]
 
 
 @pytest.mark.parametrize("train_encoder", ["false", pytest.param("true", marks=pytest.mark.slow)])

@@ -43,8 +43,8 @@ class Watch(Callback):
         optimizer = state.optimizers[0]
         trained = optimizer.param_groups[0]["params"]
         self.scales.append(state.scaler.state_dict())
-        self.steps.append(max([float(each["step"]) for each in optimizer.state.values()], default=0))
-        self.students.append(torch.cat([each.detach().flatten() for each in trained]))
+        self.steps.append(max([float(moments["step"]) for moments in optimizer.state.values()], default=0))
+        self.students.append(torch.cat([parameter.detach().flatten() for parameter in trained]))
 
 
 class NotFinite(Callback):
@@ -82,7 +82,7 @@ def run(folder: Path, data: Path, *overrides: str, callback: Callback | None = N
     watch = Watch()
     trainer = train.main(small_run(folder, data, *FLOAT16, *overrides), [watch, *([callback] if callback else [])])
     model: Any = trainer.state.model
-    assert {each.dtype for each in model.teacher.block_list[0].mlp.parameters()} == {torch.float16}
+    assert {parameter.dtype for parameter in model.teacher.block_list[0].mlp.parameters()} == {torch.float16}
     return watch
 
 
@@ -93,14 +93,14 @@ def test_the_losses_are_nearly_those_of_float32(
     allow_float16(monkeypatch)
     watch = run(tmp_path, small_data)
     assert watch.steps == list(range(15))
-    assert {each["scale"] for each in watch.scales} == {2.0**16}
+    assert {state["scale"] for state in watch.scales} == {2.0**16}
     assert losses_of(tmp_path) == pytest.approx(losses_of(uninterrupted), rel=2e-3)
 
 
 @pytest.mark.usefixtures("float16")
 def test_an_overflow_skips_the_step_and_a_resume_has_the_scale(small_data: Path, tmp_path: Path) -> None:
     watch = run(tmp_path / "whole", small_data, "save_num_checkpoints_to_keep=-1")
-    scales = [each["scale"] for each in watch.scales]
+    scales = [state["scale"] for state in watch.scales]
     skipped = [after < before for before, after in pairwise(scales)]
     assert skipped[0]
     assert sum(skipped) >= 2

@@ -114,14 +114,14 @@ def test_files_have_the_teachers_head(exported: Path, teacher: Path, labeled: Pa
     assert_close(expected, normed @ theirs["head.weight"].T + theirs["head.bias"])
     for suffix in ("onnx", "pt2"):  # of the run's primary embedding
         succeed("export", exported, tmp_path / f"student.{suffix}")
-    (found,) = onnxruntime.InferenceSession(tmp_path / "student.onnx").run(None, {"images": images.numpy()})
-    assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+    (embeddings,) = onnxruntime.InferenceSession(tmp_path / "student.onnx").run(None, {"images": images.numpy()})
+    assert_close(torch.from_numpy(embeddings), expected, rtol=1e-4, atol=1e-4)
     program = torch.export.load(tmp_path / "student.pt2", extra_files=(extra := {"preprocessing.json": ""}))
     assert_close(program.module()(images), expected)
     assert json.loads(extra["preprocessing.json"])["image_size"] == [48, 64]
     for options in ([exported], ["timm/test_vit", "--checkpoint", teacher, "--image-size", "48x64", *PROJECTED]):
-        model, *others = options
-        ended = d2v("embed", model, labeled / "test", tmp_path / "found.npy", *others, "--overwrite")
+        model, *flags = options
+        ended = d2v("embed", model, labeled / "test", tmp_path / "found.npy", *flags, "--overwrite")
         assert "48 embeddings of 128 channels" in ended.stdout, ended.stderr
     model: Any = timm.create_model("d2v2_student", checkpoint_path=exported).eval()
     assert_close(model(images), expected)
@@ -135,9 +135,9 @@ def test_an_evaluation_compares_zero_shot(exported: Path, teacher: Path, classes
     ended = d2v("evaluate", *models, "probes=[zero_shot]", "ks=[1,3]", f"out={out}")
     assert "Zero-shot classification of test by text embeddings of the classes on four, projected_cls" in ended.stdout
     rows = json.loads((out / "evaluation.json").read_text())["results"]
-    found = {(row["candidate"], row["k"]): row for row in rows if row["measure"] == "zero_shot"}
-    assert found.keys() == {(name, k) for name in ("untrained student", "student", "teacher") for k in (1, 3)}
-    assert all(row["embedding"] == "projected_cls" and row["low"] <= row["value"] for row in found.values())
+    zero_shot = {(row["candidate"], row["k"]): row for row in rows if row["measure"] == "zero_shot"}
+    assert zero_shot.keys() == {(name, k) for name in ("untrained student", "student", "teacher") for k in (1, 3)}
+    assert all(row["embedding"] == "projected_cls" and row["low"] <= row["value"] for row in zero_shot.values())
 
 
 @pytest.mark.slow

@@ -28,8 +28,8 @@ def test_the_teacher_knows_words_across_speakers() -> None:
     train, test = ((embed(split), split.labels) for split in (words.train, words.test))
     (row,) = re.findall(r"\| teacher, `output` \| (.*) \| (.*) \|", (FOLDER / "README.md").read_text())
     for said, (bank, queries) in zip(row, ((train, test), (test, train)), strict=True):
-        found = retrieval_accuracy(*bank, *queries, ks=(1,))[1]
-        assert abs(found - float(said) / 100) <= 1.01 / len(queries[0])
+        accuracy = retrieval_accuracy(*bank, *queries, ks=(1,))[1]
+        assert abs(accuracy - float(said) / 100) <= 1.01 / len(queries[0])
 
 
 @pytest.mark.slow

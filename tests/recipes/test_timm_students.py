@@ -78,7 +78,9 @@ def test_another_version_of_timm_must_compute_the_same(trained: Path, tmp_path: 
     d2v("export", trained / "latest-rank0.pt", out)
     with safe_open(out, framework="pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file({name: 2 * each if name == "stem.conv.weight" else each for name, each in tensors.items()}, out, metadata)
+    save_file(
+        {name: 2 * tensor if name == "stem.conv.weight" else tensor for name, tensor in tensors.items()}, out, metadata
+    )
     with pytest.raises(InputError, match="the installed timm gives different results for timm/test_byobnet"):
         load_student(out)
 
@@ -105,16 +107,16 @@ def test_rivals_stand_in_the_same_tables(trained: Path, images: Path, tmp_path: 
     model, rival = trained / "latest-rank0.pt", GOLDEN / "tiny_alibi.pt"
     arguments = [f"model={model}", f"datasets={{mine: {{format: folder, root: {images}}}}}", "probes=[instance]"]
     succeed("evaluate", *arguments, f"rivals=[{rival}]", f"out={out}")
-    found = json.loads((out / "evaluation.json").read_text())
+    report = json.loads((out / "evaluation.json").read_text())
     shown = (out / "evaluation.png").read_bytes()
     succeed("evaluate", *arguments, f"out={out}")
     assert not (out / "evaluation.png").exists()
-    (rated,) = [each for each in found["candidates"] if each["name"] == str(rival)]
+    (rated,) = [row for row in report["candidates"] if row["name"] == str(rival)]
     assert rated["parameters"] > 0
     assert shown.startswith(b"\x89PNG")
     assert all(rated["per_second"][size] > 0 for size in ("1", "64"))
-    assert {row["candidate"] for row in found["results"]} >= {str(rival), "student", "teacher"}
-    assert len(found["candidates"]) == 1 + len([each for each in found["candidates"] if each["per_second"]])  # pixels
+    assert {row["candidate"] for row in report["results"]} >= {str(rival), "student", "teacher"}
+    assert len(report["candidates"]) == 1 + len([row for row in report["candidates"] if row["per_second"]])  # pixels
     refused = d2v("evaluate", *arguments, f"rivals=[{GOLDEN / 'audio_base.pt'}]")
     assert "rivals: " in failure(refused, 2)
     assert "takes audio, but the model takes image" in refused.stderr
@@ -166,10 +168,10 @@ def test_ranks_measure_what_is_saved(on_two_ranks: Path, unlabeled: str, tmp_pat
     arguments = [f"model={on_two_ranks / 'latest-rank0.pt'}", unlabeled, f"out={tmp_path}", "precision=fp32"]
     succeed("evaluate", *arguments)
     rows = json.loads((tmp_path / "evaluation.json").read_text())["results"]
-    of_student = [each for each in rows if (each["candidate"], each["measure"]) == ("student", "agreement")]
-    found = {each["embedding"]: each["value"] for each in of_student}
-    assert found
-    for embedding, share in found.items():
+    of_student = [row for row in rows if (row["candidate"], row["measure"]) == ("student", "agreement")]
+    agreements = {row["embedding"]: row["value"] for row in of_student}
+    assert agreements
+    for embedding, share in agreements.items():
         measured = log_of(on_two_ranks)[f"metrics/mine/agreement@10/{embedding}"][10]
         assert measured == pytest.approx(share), embedding
 
@@ -184,11 +186,11 @@ def test_ranks_may_normalize_together(trained: Path, small_data: Path, tmp_path:
             layers.convert_sync_batchnorm(state.model)
 
     trainer = train(small_run(tmp_path / "run", small_data, *NETWORK), [Together()])
-    assert any(isinstance(each, torch.nn.SyncBatchNorm) for each in trainer.state.model.modules())
-    found, expected = student_of(tmp_path / "run"), student_of(trained)
-    assert found.keys() == expected.keys()
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in trainer.state.model.modules())
+    weights, expected = student_of(tmp_path / "run"), student_of(trained)
+    assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def test_export_evaluate_and_embed(
     datasets = f"datasets={{four: {{format: mds, root: {labeled}}}}}"
     arguments = [str(ROOT / "yamls" / "evaluate.yaml"), f"model={student}", f"teacher={teacher}", datasets]
     evaluate.main([*arguments, "precision=fp32", f"out={tmp_path}"])
-    names = [each["name"] for each in json.loads((tmp_path / "evaluation.json").read_text())["candidates"]]
+    names = [candidate["name"] for candidate in json.loads((tmp_path / "evaluation.json").read_text())["candidates"]]
     assert names == ["pixels", "encoder", "untrained student", "student", "teacher"]
     embed.main([str(student), str(labeled / "test"), str(tmp_path / "embeddings.npy")])
     assert np.load(tmp_path / "embeddings.npy").shape == (48, 64)

@@ -57,11 +57,11 @@ class OneDevice(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        tensors = [each for each in tree_leaves((args, kwargs or {})) if isinstance(each, Tensor)]
-        devices = {each.device.type for each in tensors if each.ndim or each.device.type != "cpu"}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs or {})) if isinstance(leaf, Tensor)]
+        devices = {tensor.device.type for tensor in tensors if tensor.ndim or tensor.device.type != "cpu"}
         name = getattr(func, "__name__", str(func))
         if len(devices) > 1 and name not in MOVES:
-            raise RuntimeError(f"{name} of {', '.join(f'{each.device} {tuple(each.shape)}' for each in tensors)}")
+            raise RuntimeError(f"{name} of {', '.join(f'{tensor.device} {tuple(tensor.shape)}' for tensor in tensors)}")
         return func(*args, **(kwargs or {}))
 
 
@@ -171,14 +171,14 @@ def test_a_run_with_every_callback_measures_as_on_the_host(
         train.main(arguments, [StopsAt(3)])
     assert (tmp_path / "run" / "latest-rank0.pt").readlink().name == "ep0-ba3-rank0.pt"
     trainer = train.main(arguments)
-    assert {each.device.type for each in trainer.state.model.parameters()} == {"xla"}
+    assert {parameter.device.type for parameter in trainer.state.model.parameters()} == {"xla"}
     assert losses_of(tmp_path / "run") == pytest.approx(losses_of(here), rel=1e-3)
     assert_same_log(tmp_path / "run", here)
     ours, expected = student_of(tmp_path / "run"), student_of(here)
     for name, tensor in expected.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-2, atol=1e-3)
     moments = next(iter(load_checkpoint(tmp_path / "run" / "latest-rank0.pt")["state"]["optimizers"].values()))
-    assert all(each.device.type == "cpu" for state in moments["state"].values() for each in state.values())
+    assert all(tensor.device.type == "cpu" for state in moments["state"].values() for tensor in state.values())
 
 
 @pytest.mark.usefixtures("device")
@@ -191,10 +191,13 @@ def test_an_evaluation_measures_as_on_the_host(here: Path, labeled: Path) -> Non
         _, evaluation = build_comparison(config, device)
         evaluation.run(device)
         accuracies.append(
-            [(each.row, each.measure, each.embedding, each.hits.double().mean()) for each in evaluation.results]
+            [
+                (result.row, result.measure, result.embedding, result.hits.double().mean())
+                for result in evaluation.results
+            ]
         )
-    assert [each[:3] for each in accuracies[0]] == [each[:3] for each in accuracies[1]]
-    on_device, on_host = ([each[3] for each in found] for found in accuracies)
+    assert [result[:3] for result in accuracies[0]] == [result[:3] for result in accuracies[1]]
+    on_device, on_host = ([result[3] for result in results] for results in accuracies)
     np.testing.assert_allclose(on_device, on_host, atol=0.05)
 
 

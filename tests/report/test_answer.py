@@ -36,9 +36,9 @@ def run_of(measure: Measure, teacher: float, *curve: float, model: str | None = 
     config = {"retrieval": retrieval, "student": {"model": model}}
     log = {}
     for bank in BANKS:
-        each = measure._replace(key=measure.key.replace("train", bank))
-        log[metric_key("set", each)] = {300 * i: value for i, value in enumerate(curve)}
-        log[metric_key("set", each, row="teacher")] = {0: teacher}
+        bank_measure = measure._replace(key=measure.key.replace("train", bank))
+        log[metric_key("set", bank_measure)] = {300 * i: value for i, value in enumerate(curve)}
+        log[metric_key("set", bank_measure, row="teacher")] = {0: teacher}
     last = 300 * (len(curve) - 1)
     results = [
         Result(row, "set", measure, "", True, torch.arange(1000) < round(1000 * value), last)
@@ -48,9 +48,9 @@ def run_of(measure: Measure, teacher: float, *curve: float, model: str | None = 
 
 
 def closed(run: Run) -> str:
-    interval = gap_closed_interval(*(each.hits.numpy() for each in run.results))
+    interval = gap_closed_interval(*(result.hits.numpy() for result in run.results))
     assert interval is not None
-    value, low, high = (100 * each for each in interval[:3])
+    value, low, high = (100 * share for share in interval[:3])
     assert low < value < high
     return f"{value:.0f} % of the teacher gap, 95 % interval {low:.0f} to {high:.0f}"
 
@@ -84,7 +84,7 @@ def test_a_student_with_labels(curve: tuple[float, ...], model: str | None, advi
     expected = [f"On set, the student closes {kept}. {shown} {COSTS}{advice}"]
     assert [*answer(run)] == expected
     # An interrupted run logged more, after its checkpoint.
-    assert [*answer(run._replace(log={key: {**each, 900: 0.9} for key, each in run.log.items()}))] == expected
+    assert [*answer(run._replace(log={key: {**values, 900: 0.9} for key, values in run.log.items()}))] == expected
 
 
 def test_a_student_without_labels() -> None:
@@ -112,7 +112,7 @@ def test_resamples_without_a_gap_are_counted() -> None:
 
 def test_nothing_is_said_of_what_was_not_measured() -> None:
     run = run_of(TOP1, 0.6, 0.2, 0.4)
-    assert [*answer(run._replace(results=[each for each in run.results if each.row != UNTRAINED]))] == []
+    assert [*answer(run._replace(results=[result for result in run.results if result.row != UNTRAINED]))] == []
 
 
 def test_the_projected_embedding_has_a_pooling_of_its_own() -> None:

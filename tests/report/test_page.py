@@ -119,7 +119,7 @@ def accurate(run_folder: Path) -> tuple[Run, str, str]:
     accuracies |= {("", "pixels"): {0: 0.1}, (weak, "teacher"): {0: 0.3}}
     ks = run.record["config"]["retrieval"]["ks"]
     measures = [retrieval_from(bank, k) for bank in BANKS for k in ks]
-    log = {metric_key("squares", measure, *of): each for of, each in accuracies.items() for measure in measures}
+    log = {metric_key("squares", measure, *of): curve for of, curve in accuracies.items() for measure in measures}
     measure, shares = retrieval_from("train", min(ks)), zip(GAP, (20, 40, 60), strict=True)
     results = [Result(row, "squares", measure, "", True, torch.arange(100) < share, 14) for row, share in shares]
     return run._replace(log=log, results=results), primary, weak
@@ -194,11 +194,11 @@ def test_sound_is_seen_and_heard(sound_run: Path, browser: Browser) -> None:
     boxes = "all => all.map(each => each.getBoundingClientRect()).map(({left, width}) => [left, width])"
     assert page.eval_on_selector_all(".row img", boxes) == page.eval_on_selector_all("audio", boxes)
     assert len(heard) == 5 * 4
-    for (query, seconds), *others in (heard[i : i + 4] for i in range(0, 20, 4)):
+    for (query, seconds), *neighbors in (heard[i : i + 4] for i in range(0, 20, 4)):
         is_last = round(seconds, 2) == 3.3  # the second low one
         mark = "✓" if is_last or query == "query: high" else "✗"
-        assert [label for label, _ in others] == [f"{mark} {'low' if is_last else 'high'}"] * 3
-        assert [round(each, 1) for _, each in others] == ([1.3, 3.3, 5.3] if is_last else [0.3, 2.3, 4.3])
+        assert [label for label, _ in neighbors] == [f"{mark} {'low' if is_last else 'high'}"] * 3
+        assert [round(duration, 1) for _, duration in neighbors] == ([1.3, 3.3, 5.3] if is_last else [0.3, 2.3, 4.3])
     assert page.locator("h2", has_text="What the student finds in tones").is_visible()
     assert complaints == []
 
@@ -214,12 +214,12 @@ def test_the_page_fits_a_browser_window(browser: Browser, run_folder: Path, widt
     shown = page.eval_on_selector_all(".plots img", widths)
     assert len(shown) == len(list((run_folder / "report").glob("*.png"))) >= 10
     assert all(natural > 0 and 0.7 * min(width, 500) < displayed <= width for natural, displayed in shown)
-    found = page.eval_on_selector_all(".row img", widths)
-    assert all(natural > 0 and displayed > 60 for natural, displayed in found)
+    pictures = page.eval_on_selector_all(".row img", widths)
+    assert all(natural > 0 and displayed > 60 for natural, displayed in pictures)
     places = "all => new Set(all.map(f => Math.round(f.offsetLeft))).size"
     assert page.eval_on_selector_all("details figure", places) == (2 if width > 1000 else 1)
     page.locator(".row img").first.click()
-    assert page.locator("dialog img").evaluate("img => img.width") > found[0][1]
+    assert page.locator("dialog img").evaluate("img => img.width") > pictures[0][1]
     page.keyboard.press("Escape")
     assert page.locator("dialog").is_hidden()
     assert page.locator("h1").is_visible()
@@ -281,10 +281,10 @@ def test_galleries_show_the_neighbors_that_were_counted(run_folder: Path) -> Non
     hits = bank.labels[nearest[:, 0]] == queries.labels
     assert hits.double().mean().item() == run.log["metrics/squares/bank_train/top1"][14]
     rows = gallery(run.datasets["squares"], torch.arange(4), nearest[:4, :1])
-    for (query, found), hit in zip(rows, hits, strict=False):
-        assert (query.mark, found.mark, found.sound) == ("query", "✓" if hit else "✗", b"")
+    for (query, neighbor), hit in zip(rows, hits, strict=False):
+        assert (query.mark, neighbor.mark, neighbor.sound) == ("query", "✓" if hit else "✗", b"")
         assert query.label in names
-        assert (found.label == query.label) == hit
+        assert (neighbor.label == query.label) == hit
     shown = decode_png(torch.frombuffer(bytearray(rows[0][1].picture), dtype=torch.uint8), ImageReadMode.RGB)
     assert torch.equal(shown, bank.samples[int(nearest[0, 0])])
 

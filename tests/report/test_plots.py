@@ -32,10 +32,10 @@ def test_each_measure_is_a_line_through_the_models_in_order_of_speed() -> None:
     for axes in figure.axes:
         containers: Any = axes.containers
         texts: Any = axes.texts
-        lines = {each.get_label(): np.asarray(each.lines[0].get_xydata()) for each in containers}
+        lines = {container.get_label(): np.asarray(container.lines[0].get_xydata()) for container in containers}
         assert lines.keys() == {"bank train top-1", "linear probe"}
         assert lines["bank train top-1"] == pytest.approx(np.array([[30, 0.6], [900, 0.4]]))
         assert lines["linear probe"] == pytest.approx(np.array([[30, 0.8], [900, 0.6]]))
-        assert {each.get_text(): each.xy[0] for each in texts} == {"slow": 30, "fast": 900}
+        assert {text.get_text(): text.xy[0] for text in texts} == {"slow": 30, "fast": 900}
         assert axes.get_xlabel() == "images per second on this machine, in batches of 64"
         assert axes.get_xscale() == "log"

@@ -43,10 +43,10 @@ def test_streamed_and_test_images_have_their_labels_and_the_classes_of_train(
     assert images.test.labels.tolist() == [1, 2]
     assert (images.class_names, images.num_classes) == (("ant", "bee", "cat"), 3)
     (batch,) = images.train_loader
-    found = {image.numpy().tobytes(): int(label) for image, label in zip(*batch, strict=True)}
+    label_of = {image.numpy().tobytes(): int(label) for image, label in zip(*batch, strict=True)}
     for seed, label in enumerate([0, 1, 2, 2]):
         pixels = np.array(Image.open(io.BytesIO(encoded_image(seed))))
-        assert found[pixels.transpose(2, 0, 1).tobytes()] == label
+        assert label_of[pixels.transpose(2, 0, 1).tobytes()] == label
 
 
 def test_classes_of_streamed_and_test_images_are_compared(tmp_path: Path, sizes: EncoderConfig) -> None:

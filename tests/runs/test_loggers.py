@@ -26,10 +26,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path, labeled: 
     result = run_command(*train_command(arguments), cwd=started_in, environment={"WANDB_MODE": "offline"})
     assert result.returncode == 0, result.stderr
     assert [path.name for path in started_in.iterdir()] == ["runs"]
-    own = re.compile(
+    pattern = re.compile(
         r"wandb: |warning: squares: 48 of 48 test images |.* INFO mlflow\.|batch \d+/14 |retrieval at batch \d+: |$"
     )
-    assert [line for line in result.stderr.splitlines() if own.match(line) is None] == []
+    assert [line for line in result.stderr.splitlines() if pattern.match(line) is None] == []
     return folder
 
 
@@ -56,7 +56,7 @@ def test_mlflow_has_the_metrics(folder: Path) -> None:
     assert experiment is not None
     (logged,) = client.search_runs([experiment.experiment_id])
     assert (logged.info.run_name, logged.info.status) == ("mine", "FINISHED")
-    history = {each.step: each.value for each in client.get_metric_history(logged.info.run_id, "loss/train/total")}
+    history = {point.step: point.value for point in client.get_metric_history(logged.info.run_id, "loss/train/total")}
     np.testing.assert_allclose([history[step] for step in sorted(history)], expected_losses(folder), rtol=1e-6)
     ours = {re.sub(r"(/top\d+)/", r"\1.", key) for key in read_jsonl(folder / "log.jsonl")}
     assert ours <= logged.data.metrics.keys()

@@ -76,19 +76,19 @@ def test_the_same_images_from_everywhere(
     (tmp_path / "in" / "struct").rename(hub)
     sources["hub"] = ["hf://datasets/org/birds", *sources["struct"][1:]]
     sources["struct"][0] = str(hub)
-    found, embedded = {}, {}
+    samples, embedded = {}, {}
     with serve(tmp_path / "hub", tmp_path / "cache", monkeypatch) as server:
         for kind, (source, *options) in sources.items():
             if kind != "mds":
                 assert converted(source, tmp_path / "out" / kind, *options).samples == count
-                found[kind] = stored(tmp_path / "out" / kind)
+                samples[kind] = stored(tmp_path / "out" / kind)
             out = tmp_path / f"{kind}.npy"
             embed.main([str(GOLDEN / "tiny_base.pt"), source, str(out), "--workers", workers])
             embedded[kind] = np.load(out)
             assert len(np.unique(np.load(tmp_path / f"{kind}.ids.npy"))) == count
         assert len(server.asked) == 3  # once each, and then from the cache
-    assert len(found["folder"]) == len(embedded["folder"]) == count
-    assert {kind for kind in found if found[kind] != found["folder"]} == set()
+    assert len(samples["folder"]) == len(embedded["folder"]) == count
+    assert {kind for kind in samples if samples[kind] != samples["folder"]} == set()
     assert {kind for kind in embedded if not np.array_equal(embedded[kind], embedded["folder"])} == set()
 
 
@@ -109,8 +109,8 @@ def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
     write_parquet(folder / "00000.parquet", {"url": ["a"]})
     (folder / "00000_stats.json").write_text("{}")
     assert converted(folder, tmp_path / "out").samples == 10
-    others = "11 .json, 1 .parquet, 9 .txt, 1 keys without images, 2 members without a key"
-    assert f"other files: {others}\n" in capsys.readouterr().out
+    counts = "11 .json, 1 .parquet, 9 .txt, 1 keys without images, 2 members without a key"
+    assert f"other files: {counts}\n" in capsys.readouterr().out
     source = open_source(str(folder), Images())
     assert [*source.ids][-2:] == ["00000.tar/00008", "00000.tar/a.b/00010"]
 
@@ -252,11 +252,11 @@ def test_a_tar_is_read_as_tarfile_reads_it(format: int, tmp_path: Path) -> None:
             tar.addfile(folder)
             tar.addfile(link) if format != tarfile.USTAR_FORMAT else None
     with tarfile.open(tmp_path / "x.tar") as tar:
-        known = {f"x.tar/{each.name[:-4]}": cast("Any", tar.extractfile(each)).read() for each in tar if each.isreg()}
+        known = {f"x.tar/{file.name[:-4]}": cast("Any", tar.extractfile(file)).read() for file in tar if file.isreg()}
     source = open_source(str(tmp_path / "x.tar"), Images())
     assert {source.ids[number]: source.load(number) for number in range(len(source))} == known
-    others = {} if format == tarfile.USTAR_FORMAT else {"members without a key": len(known)}
-    assert source.left_out == others
+    left_out = {} if format == tarfile.USTAR_FORMAT else {"members without a key": len(known)}
+    assert source.left_out == left_out
 
 
 def without_header(content: bytes, change: bytes | None) -> bytes:
@@ -283,7 +283,7 @@ TAR_DAMAGE = {
     [
         *(pytest.param("tars/00001.tar", change, id=name) for name, change in TAR_DAMAGE.items()),
         pytest.param("zips/00001.zip", TAR_DAMAGE["joined"], id="joined zip"),
-        *((f"{kind}/00001.{suffix}", each) for kind, suffix in SUFFIXES.items() for each in WHOLE_DAMAGE),
+        *((f"{kind}/00001.{suffix}", damage) for kind, suffix in SUFFIXES.items() for damage in WHOLE_DAMAGE),
     ],
 )
 def test_a_damaged_file_is_named_before_anything_is_written(
@@ -439,8 +439,8 @@ def test_a_long_key_costs_no_more_memory_than_it_has(tmp_path: Path) -> None:
 
 
 def test_files_that_do_not_fit_together_are_one_line(tmp_path: Path) -> None:
-    others = {"label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}
-    for name, features in {"a": FEATURES, "b": others}.items():
+    swapped = {"label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}
+    for name, features in {"a": FEATURES, "b": swapped}.items():
         write_parquet(tmp_path / "x" / f"{name}.parquet", {"image": [IMAGE], "label": [1]}, features=features)
     assert converted(tmp_path / "x", tmp_path / "unlabeled").samples == 2
     with pytest.raises(InputError, match=r"/x: its files name the classes of label differently"):
@@ -519,9 +519,9 @@ def test_an_evaluation_reads_a_zip_as_the_folder_in_it(format: str | None, tmp_p
         with pytest.raises(InputError, match=r"birds.zip: no Parquet files$"):
             load_labeled_set(format, tmp_path / "birds.zip")
         return
-    found = load_labeled_set(format, tmp_path / "birds.zip", image_size=32)
-    assert found.class_names == expected.class_names == ("a", "b")
-    for ours, theirs in zip(found[:2], expected[:2], strict=True):
+    labeled_set = load_labeled_set(format, tmp_path / "birds.zip", image_size=32)
+    assert labeled_set.class_names == expected.class_names == ("a", "b")
+    for ours, theirs in zip(labeled_set[:2], expected[:2], strict=True):
         assert torch.equal(ours.samples, theirs.samples)
         assert torch.equal(ours.labels, theirs.labels)
 

@@ -49,8 +49,8 @@ def test_no_more_images_are_read_than_wanted(format: Literal["folder", "mds"], t
     assert len(files) == 7
     for number in {*range(7)} - {0, 2, 4}:
         files[number].write_bytes(b"\0" * files[number].stat().st_size)
-    found = load(format, tmp_path, max_images=3)
-    for split, wanted in zip(found[:2], expected[:2], strict=True):
+    labeled_set = load(format, tmp_path, max_images=3)
+    for split, wanted in zip(labeled_set[:2], expected[:2], strict=True):
         assert torch.equal(split.samples, wanted.samples[[0, 2, 4]])
         assert torch.equal(split.labels, wanted.labels[[0, 2, 4]])
     with pytest.raises((InputError, ShardError)):
@@ -67,11 +67,11 @@ def test_no_more_images_are_read_than_wanted(format: Literal["folder", "mds"], t
 )
 def test_a_folder_without_class_folders_has_no_labels(tmp_path: Path, images: list[str], chosen: list[str]) -> None:
     write_images(tmp_path, images)
-    found = load("folder", tmp_path)
-    assert not found.has_labels
-    assert found.num_samples == (0, len(chosen))
-    assert found.class_names == found.numbered().class_names == ()
-    for image, path in zip(found.test.samples, chosen, strict=True):
+    labeled_set = load("folder", tmp_path)
+    assert not labeled_set.has_labels
+    assert labeled_set.num_samples == (0, len(chosen))
+    assert labeled_set.class_names == labeled_set.numbered().class_names == ()
+    for image, path in zip(labeled_set.test.samples, chosen, strict=True):
         assert torch.equal(image, Images(32, "bicubic").decode((tmp_path / path).read_bytes(), path))
     assert load("folder", tmp_path, max_images=1).num_samples == (0, 1)
 
@@ -92,8 +92,8 @@ def test_class_folders_without_splits_are_said_to_be_none(tmp_path: Path, caplog
 @pytest.mark.parametrize("folder", ["", "test"])
 def test_mds_without_labels(tmp_path: Path, folder: str) -> None:
     write_mds(tmp_path / folder, [encoded_image(seed) for seed in range(3)])
-    found = load("mds", tmp_path, label_column=None)
-    assert found.num_samples == (0, 3)
+    labeled_set = load("mds", tmp_path, label_column=None)
+    assert labeled_set.num_samples == (0, 3)
     with pytest.raises(InputError, match=r"no column 'label'|no such folder"):
         load("mds", tmp_path)
 
@@ -114,9 +114,9 @@ def test_splits_have_the_classes_that_their_conversion_named(
 ) -> None:
     write_named(tmp_path / "train", [0, 1], train)
     write_named(tmp_path / "test", [0, 1, 0], test)
-    found = load("mds", tmp_path)
-    assert found.test.labels.tolist() == [0, 1, 0]
-    assert found.class_names == tuple(names)
+    labeled_set = load("mds", tmp_path)
+    assert labeled_set.test.labels.tolist() == [0, 1, 0]
+    assert labeled_set.class_names == tuple(names)
 
 
 def test_splits_with_other_classes_are_refused(tmp_path: Path) -> None:
@@ -153,9 +153,9 @@ def test_cifar_is_thinned_evenly(
     max_images: int | None, chosen: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Cifar)
-    found = load_labeled_set("cifar10", tmp_path, max_images=max_images)
-    assert found.class_names == Cifar.classes
-    for split, is_train in ((found.train, True), (found.test, False)):
+    labeled_set = load_labeled_set("cifar10", tmp_path, max_images=max_images)
+    assert labeled_set.class_names == Cifar.classes
+    for split, is_train in ((labeled_set.train, True), (labeled_set.test, False)):
         stored = Cifar("", is_train, False)
         assert torch.equal(split.samples.permute(0, 2, 3, 1), torch.from_numpy(stored.data[chosen]))
         assert split.labels.tolist() == [stored.targets[i] for i in chosen]
@@ -165,8 +165,8 @@ def test_class_embeddings_follow_their_labels() -> None:
     """Those of classes without images come last: they are wrong answers."""
     images = torch.zeros(2, 3, 1, 1, dtype=torch.uint8)
     train, test = (LabeledSamples(images, torch.tensor(labels)) for labels in ([4, 1], [1, 3]))
-    found = EvaluationSet(train, test, tuple("abcde"), torch.eye(5)).numbered()
-    assert found.class_names == ("b", "d", "e")
-    assert found.test.labels.tolist() == [0, 1]
-    assert found.class_embeddings is not None
-    assert found.class_embeddings.argmax(dim=1).tolist() == [1, 3, 4, 0, 2]
+    numbered = EvaluationSet(train, test, tuple("abcde"), torch.eye(5)).numbered()
+    assert numbered.class_names == ("b", "d", "e")
+    assert numbered.test.labels.tolist() == [0, 1]
+    assert numbered.class_embeddings is not None
+    assert numbered.class_embeddings.argmax(dim=1).tolist() == [1, 3, 4, 0, 2]

@@ -198,7 +198,7 @@ def test_an_interrupted_conversion_goes_on_with_its_own_source(interrupted: list
     """Another one may have the names, sizes and times of the first."""
     assert convert_images.main([str(tmp_path / "b"), *interrupted[1:]]).resumed == 0
     stored = StreamingDataset(local=str(tmp_path / "out"), batch_size=1)
-    assert sorted(each["image"] for each in stored) == sorted(OTHERS)
+    assert sorted(sample["image"] for sample in stored) == sorted(OTHERS)
 
 
 @pytest.mark.parametrize(("package", "resumes"), [("0.1.0", True), ("9", False)])

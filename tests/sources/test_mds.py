@@ -51,13 +51,13 @@ def test_reads_what_streaming_reads(folder: Path, encoding: str) -> None:
     shard, [entry] = shard_of(folder, f"a {encoding}"), json.loads((folder / "index.json").read_text())["shards"]
     theirs = MDSReader.from_json(str(folder), None, entry)
     for i in range(len(SIZES)):
-        found, expected = shard.read(folder / shard.raw.basename, i)[f"a {encoding}"], theirs[i][f"a {encoding}"]
+        value, expected = shard.read(folder / shard.raw.basename, i)[f"a {encoding}"], theirs[i][f"a {encoding}"]
         if encoding not in Images.encodings or encoding == "bytes":
-            assert found == expected
+            assert value == expected
         elif encoding == "pil":
-            assert (found.mode, found.size, found.tobytes()) == (expected.mode, expected.size, expected.tobytes())
+            assert (value.mode, value.size, value.tobytes()) == (expected.mode, expected.size, expected.tobytes())
         else:
-            assert found == expected.fp.getvalue()  # the file
+            assert value == expected.fp.getvalue()  # the file
 
 
 @pytest.mark.parametrize(

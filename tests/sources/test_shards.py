@@ -54,7 +54,7 @@ def damage(path: Path, how: Callable[[bytes], bytes] = flip_bit) -> None:
 
 
 def same_files(folder: Path, other: Path) -> bool:
-    ours, theirs = ({file.name: file.read_bytes() for file in each.glob("*.mds")} for each in (folder, other))
+    ours, theirs = ({file.name: file.read_bytes() for file in directory.glob("*.mds")} for directory in (folder, other))
     return ours == theirs
 
 

@@ -24,9 +24,9 @@ def files() -> dict[str, bytes]:
     clips = {path: encoded_clip(i, 1000 + 10 * i, "WAV") for i, path in enumerate([*TRAIN, *VALIDATION, *TEST])}
     clips["no/1_nohash_0.wav"] = encoded_clip(0, 1600, "WAV", volume=0)
     lists = {"testing_list.txt": "\n".join(TEST).encode(), "validation_list.txt": "\n".join(VALIDATION).encode()}
-    others = {"_background_noise_/pink_noise.wav": b"not read", "README.md": b"", "LICENSE": b""}
+    other_files = {"_background_noise_/pink_noise.wav": b"not read", "README.md": b"", "LICENSE": b""}
     first, second = dict(list(clips.items())[:7]), dict(list(clips.items())[7:])
-    return {**first, **lists, **others, **second}
+    return {**first, **lists, **other_files, **second}
 
 
 @pytest.fixture
@@ -39,11 +39,11 @@ def load(root: Path, **options: Any) -> EvaluationSet:
 
 
 def test_the_splits_are_those_of_its_lists(unpacked: Path, files: dict[str, bytes]) -> None:
-    found = load(unpacked)
-    assert found.class_names == WORDS
-    assert found.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert found.test.labels.tolist() == [0, 2, 2]
-    for split, paths in ((found.train, TRAIN), (found.test, TEST)):
+    labeled_set = load(unpacked)
+    assert labeled_set.class_names == WORDS
+    assert labeled_set.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert labeled_set.test.labels.tolist() == [0, 2, 2]
+    for split, paths in ((labeled_set.train, TRAIN), (labeled_set.test, TEST)):
         for clip, path in zip(split.samples, paths, strict=True):
             assert torch.equal(clip, Audio().decode(files[path], path))
     few = load(unpacked, max_images=2)

@@ -46,10 +46,10 @@ def test_a_result_gets_the_permissions_of_any_new_file(tmp_path: Path) -> None:
 
 def test_a_partial_file_is_found_by_its_file_alone_and_writers_do_not_meet(tmp_path: Path) -> None:
     path, other = tmp_path / "ep0-ba1-rank0.pt", tmp_path / "other.pt"
-    with partial_file(path) as first, partial_file(path) as second, partial_file(other) as others:
+    with partial_file(path) as first, partial_file(path) as second, partial_file(other) as third:
         first.write_text("first")
         second.write_text("second")
-        others.touch()
+        third.touch()
         assert {*find_partials([path])} == {first, second}
         assert not list(tmp_path.glob("*.pt"))
     assert path.read_text() == "first"  # renamed last

@@ -234,17 +234,17 @@ def test_an_unreachable_host_times_out(tmp_path: Path, monkeypatch: pytest.Monke
         host.bind(("127.0.0.1", 0))
         host.listen(0)
         waiting = [socket.socket() for _ in range(8)]
-        for each in waiting:
-            each.setblocking(False)
-            each.connect_ex(host.getsockname())
+        for client in waiting:
+            client.setblocking(False)
+            client.connect_ex(host.getsockname())
         address = f"http://127.0.0.1:{host.getsockname()[1]}"
         monkeypatch.setenv("S3_ENDPOINT_URL", address)
         with pytest.raises(requests.ConnectTimeout), time_limit(60):
             transfer(f"{address}/base.pt", tmp_path / "base.pt", timeout=600)
         with pytest.raises(ConnectTimeoutError), time_limit(60):
             transfer("s3://bucket/base.pt", tmp_path / "base.pt", timeout=600)
-        for each in waiting:
-            each.close()
+        for client in waiting:
+            client.close()
 
 
 def test_an_unreachable_hugging_face_is_not_a_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

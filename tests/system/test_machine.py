@@ -26,7 +26,7 @@ print(torch.get_num_threads(), config.compile_threads, os.environ["GOMP_SPINCOUN
 
 def test_settings_of_the_user_are_kept() -> None:
     program = "import os; before = {**os.environ}; import d2v_composer.system.machine; print(before == os.environ)"
-    own = {"OMP_NUM_THREADS": "3", "TORCHINDUCTOR_COMPILE_THREADS": "5", "GOMP_SPINCOUNT": "7"}
-    assert start(program, LOCAL_WORLD_SIZE="2", **own) == ["True"]
+    settings = {"OMP_NUM_THREADS": "3", "TORCHINDUCTOR_COMPILE_THREADS": "5", "GOMP_SPINCOUNT": "7"}
+    assert start(program, LOCAL_WORLD_SIZE="2", **settings) == ["True"]
     assert start(program, OMP_WAIT_POLICY="active") == ["True"]
     assert start(program) == ["False"]

@@ -53,8 +53,8 @@ def test_an_epoch_has_each_sample_once_and_the_same_batches_on_any_ranks(canonic
         if canonical_nodes % nodes:
             continue
         for first in (0, 1, 7, 19):
-            found = global_batches(order, EPOCH, nodes, ranks, first * 48)
-            assert np.array_equal(np.sort(found.reshape(-1, 48)), expected[first:])
+            batches = global_batches(order, EPOCH, nodes, ranks, first * 48)
+            assert np.array_equal(np.sort(batches.reshape(-1, 48)), expected[first:])
         owners = global_batches(order, EPOCH, nodes, ranks)
         assert not any(set(owners[:, 0].ravel()) & set(owners[:, node].ravel()) for node in range(1, nodes))
     order.seed += 1
@@ -65,7 +65,7 @@ def test_a_nodes_samples_are_its_part_of_streamings_order() -> None:
     """8: so its shards are too."""
     lengths = prompts(np.random.default_rng(1), 4000)
     options = {"shuffle_block_size": 500, "num_canonical_nodes": 4}
-    parts = [global_batches(build_order(each, 4000, 64, **options), EPOCH, 4, 1) for each in (lengths, None)]
+    parts = [global_batches(build_order(sizes, 4000, 64, **options), EPOCH, 4, 1) for sizes in (lengths, None)]
     for node in range(4):
         assert set(parts[0][:, node].ravel()) == set(parts[1][:, node].ravel())
         # Also window by window: no shard is needed much earlier or later than in Streaming's order.
@@ -113,7 +113,7 @@ def test_collate_pads_to_a_size() -> None:
     inputs, lengths = collate(samples, [4, 6, 9])
     assert inputs.tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]]
     assert lengths.tolist() == [3, 5]
-    assert [each.shape[-1] for each in collate(samples, [4])] == [5, 2]  # longer than all sizes
+    assert [tensor.shape[-1] for tensor in collate(samples, [4])] == [5, 2]  # longer than all sizes
     assert len(collate([torch.ones(4), torch.ones(4)], [4])) == 1
 
 
@@ -144,5 +144,5 @@ def test_lengths_must_be_there(tmp_path: Path, summary: str | None, problem: str
 
 def test_other_lengths_are_another_data_set(tmp_path: Path) -> None:
     summaries = [json.dumps({"lengths": lengths}) for lengths in ([1, 2, 3], [2, 1, 3])]
-    digests = {open_clips(tmp_path / str(i), each).describe()["sha256"] for i, each in enumerate(summaries)}
+    digests = {open_clips(tmp_path / str(i), summary).describe()["sha256"] for i, summary in enumerate(summaries)}
     assert len(digests) == 2

@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_field_is_fixed_or_leaves_the_order_alone(modality: Modality, folder: Path) -> None:
     before = order_of(folder, modality)
     assert CHANGES.keys() | LOCATION == TrainLoaderConfig.model_fields.keys()
-    refused = frozenset().union(*(each.options for each in MODALITIES.values())) - modality.options
+    refused = frozenset().union(*(kind.options for kind in MODALITIES.values())) - modality.options
     fixed = {name for name in CHANGES if f"config.train_loader.{name}" in FIXED_IN_ANY_RUN}
     free = {name: CHANGES[name] for name in CHANGES.keys() - fixed - refused}
     assert len(free) > 2
