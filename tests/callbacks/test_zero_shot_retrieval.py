@@ -86,17 +86,18 @@ def two_embeddings(images: Tensor) -> dict[str, Tensor]:
     return {"whole": pixels(images), "corner": pixels(images[..., :2, :2])}
 
 
-def test_a_resume_may_add_probes_but_keeps_its_primary_embedding() -> None:
-    options: dict[str, Any] = {"embed": two_embeddings, "baselines": {"teacher": two_embeddings}}
+@pytest.mark.parametrize("most", [3, 30])  # fewer and more than the 20 neighbors that vote
+def test_a_resume_may_add_probes_but_keeps_its_primary_embedding(most: int) -> None:
+    options: dict[str, Any] = {"embed": two_embeddings, "baselines": {"teacher": two_embeddings}, "ks": (1, most)}
     first = ZeroShotRetrieval({"set": WHOLE}, "10ba", primary="whole", **options)
     train(Watched(), first, "10ba")
     bank, queries = (pixels(images.samples) for images in WHOLE[:2])
     sets = bank, WHOLE.train.labels, queries, WHOLE.test.labels
     metrics, key = first.history[-1]["metrics"], "metrics/set/bank_train/top1"
-    accuracies = retrieval_accuracy(*sets)
+    accuracies = retrieval_accuracy(*sets, ks=(1, most))
     assert metrics[key] == metrics[f"{key}/whole"] == pytest.approx(accuracies[1])
-    assert first.baseline_metrics["metrics/set/teacher/bank_train/top3"] == pytest.approx(accuracies[3])
-    assert first.neighbors["set"]["train"].shape == (50, 3)
+    assert first.baseline_metrics[f"metrics/set/teacher/bank_train/top{most}"] == pytest.approx(accuracies[most])
+    assert first.neighbors["set"]["train"].shape == (50, most)
 
     more = ZeroShotRetrieval({"set": WHOLE}, "10ba", primary="whole", probes=["knn", "linear"], **options)
     more.load_state_dict(first.state_dict())
@@ -107,7 +108,7 @@ def test_a_resume_may_add_probes_but_keeps_its_primary_embedding() -> None:
     assert probed[key_of_knn] == probed[f"{key_of_knn}/whole"] == teachers == accuracy
     assert {f"{key_of_knn}/corner", "metrics/set/linear/top1", "metrics/set/knn_majority/top1"} <= probed.keys()
     assert metrics.items() <= probed.items()  # the retrieval is the same
-    assert more.neighbors["set"]["train"].shape == (50, 3)
+    assert more.neighbors["set"]["train"].shape == (50, most)
     _, head, *rows = format_tables(more.results, ["set"], "whole").split("\n\n")[1].splitlines()
     assert re.split(" {2,}", head.strip()) == ["20-NN weighted", "20-NN majority", "linear probe"]
     assert all(f"{100 * accuracy:.1f} [" in row for row in rows)

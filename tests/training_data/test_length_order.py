@@ -96,11 +96,14 @@ def test_little_is_padding(
 
 
 def test_batches_of_all_lengths_come_at_all_times() -> None:
+    """And at other times in each window and in each epoch."""
     lengths = read_speech(np.random.default_rng(2), 20_000)
-    order = build_order(lengths, 20_000, 32, shuffle_block_size=4096)
-    batches = lengths[global_batches(order, EPOCH, 1, 1).reshape(-1, 32)]
-    thirds = [part.mean() for part in np.array_split(batches[:120], 3)]
+    order = build_order(lengths, 20_000, 32, shuffle_block_size=128 * 32)
+    epochs = [global_batches(order, epoch, 1, 1).reshape(-1, 32) for epoch in (EPOCH, EPOCH + 1)]
+    thirds = [part.mean() for part in np.array_split(lengths[epochs[0][:120]], 3)]
     assert max(thirds) < 1.15 * min(thirds)
+    windows = np.concatenate([lengths[batches[: 4 * 128]].mean(axis=1).reshape(4, 128) for batches in epochs])
+    assert np.triu(np.corrcoef(windows), 1).max() < 0.5
 
 
 def test_without_shuffle_the_order_is_streamings() -> None:

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from streaming import StreamingDataset
 
-from d2v_composer.training_data.order import EpochOrder
+from d2v_composer.training_data.order import EpochOrder, Sample
 from streams import global_batches, open_images
 
 SEED = 17
@@ -30,6 +31,13 @@ def test_the_order_is_streamings(many_shards: Path, shuffle: bool) -> None:
         assert {sample.epoch for sample in samples} == {epoch}
         images = [ours.shards[sample.sample_id]["image"] for sample in samples]
         assert images == [sample["image"] for sample in theirs]
+
+
+def test_another_seed_crops_otherwise(many_shards: Path) -> None:
+    seeds = (SEED, SEED, SEED + 1)
+    first, again, other = (open_images(many_shards, seed=seed)[Sample(0, 0, ())]["image"] for seed in seeds)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize(
