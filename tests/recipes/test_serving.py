@@ -203,7 +203,7 @@ def check_neighbors(page: Page, folder: Path, name: str, tolerance: float = 1e-3
     assert shown == pytest.approx(cosines, abs=tolerance)
     # Of two that are closer than the tolerance, another machine's browser may show either first.
     assert [*shown.values()] == sorted(shown.values(), reverse=True)
-    assert [*shown][0] == name
+    assert next(iter(shown)) == name
     page.evaluate("document.querySelector('#found').replaceChildren()")
 
 
