@@ -1,6 +1,6 @@
 """Map a model's embeddings into the space of another model by one matrix, fitted in closed form, without labels.
 
-Shapes: N samples, I inputs, which are the channels of all poolings, P channels of the target.
+Shapes: N samples, I inputs, which are the channels of all poolings, P channels of the target, S strengths.
 """
 
 from collections.abc import Mapping, Sequence
@@ -76,8 +76,11 @@ class Moments:
         self.count += len(rows)
         self.num_inputs = inputs.shape[1]
 
-    def fit(self) -> Fit:
+    def fit(self, whole: bool = True) -> Fit:
         """Return the ridge regression with the strength that is best on the held-out pairs.
+
+        Args:
+            whole: Fit it to the held-out pairs, too, in the end.
 
         Source: Hoerl and Kennard 1970, Technometrics 12(1); the map minimizes |Y - XW - b|² + ridge |W|².
 
@@ -94,15 +97,13 @@ class Moments:
         linear_I = (products_IP * (basis_II.T @ scatter[inputs, targets])).sum(dim=1)
         square_II = (basis_II.T @ scatter[inputs, inputs] @ basis_II) * (products_IP @ products_IP.T)
         total = scatter[targets, targets].trace()
-        shrinks = [1 / (values_I + strength * values_I.mean()) for strength in STRENGTHS]
-        errors = torch.stack(
-            [total - 2 * linear_I @ shrink_I + shrink_I @ square_II @ shrink_I for shrink_I in shrinks]
-        )
-        means, values_I, basis_II, products_IP = self._decomposed(fitted + held_out)
-        ridge = STRENGTHS[int(errors.argmin())] * values_I.mean()
+        shrink_SI = torch.stack([1 / (values_I + strength * values_I.mean()) for strength in STRENGTHS])
+        errors_S = total - 2 * shrink_SI @ linear_I + (shrink_SI @ square_II * shrink_SI).sum(dim=1)
+        means, values_I, basis_II, products_IP = self._decomposed(fitted + whole * held_out)
+        ridge = STRENGTHS[int(errors_S.argmin())] * values_I.mean()
         weight_IP = basis_II @ (products_IP / (values_I + ridge)[:, None])
         bias_P = means[targets] - means[inputs] @ weight_IP
-        about = {"pairs": self.count, "ridge": float(ridge), "r2": 1 - float(errors.min() / total)}
+        about = {"pairs": self.count, "ridge": float(ridge), "r2": 1 - float(errors_S.min() / total)}
         return Fit(weight_IP.T.float().contiguous(), bias_P.float(), about)
 
     def _decomposed(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
