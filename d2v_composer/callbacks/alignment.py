@@ -75,7 +75,7 @@ class AlignStudent(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         alignment = self.model.student.alignment
-        fitted = {} if alignment is None else {name: each.cpu() for name, each in alignment.state_dict().items()}
+        fitted = {} if alignment is None else {name: tensor.cpu() for name, tensor in alignment.state_dict().items()}
         return {"batch": self.batch, "about": self.about, **fitted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -109,7 +109,7 @@ class AlignStudent(Callback):
         loaded = map_in_workers(self._load, mine, self.workers, torch.cuda.is_available())
         for step, (first, (samples, *lengths)) in enumerate(zip(rounds, loaded, strict=True)):
             values = to_device(samples)
-            batch = [values, *(each.to(values.device) for each in lengths)]
+            batch = [values, *(tensor.to(values.device) for tensor in lengths)]
             rows = side_by_side(self.student(*batch), inputs)
             if step == len(self.targets):
                 self.targets.append(self.teacher(*batch)[self.target].float().cpu())

@@ -255,6 +255,7 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
         record["alignment"] = aligned["about"]
     options["projected"] = projected or value_at(record, "alignment.target") == PROJECTED
     file = None if teacher_path == options["model"] else teacher_path or settings["checkpoint"]
+    teacher: Any
     try:
         teacher = load_teacher(file, settings["weights"], **options)
         check_same_teacher(file or options["model"], teacher, record)

@@ -152,9 +152,9 @@ def align(
     held_out = list(range(HELD_OUT - 1, len(used), HELD_OUT))
     held_out = [held_out[place] for place in evenly_spaced(len(held_out), MAX_QUERIES)]
     bank_NP = targets_MP if bank is None else torch.from_numpy(np.asarray(bank, np.float32))
-    own = torch.tensor(held_out if places is None else places[used][held_out])
+    query_places = torch.tensor(held_out if places is None else places[used][held_out])
     ours, theirs = (
-        others_of(exact_neighbors(bank_NP, queries, NUM_COMMON + 1).indices, own)
+        others_of(exact_neighbors(bank_NP, queries, NUM_COMMON + 1).indices, query_places)
         for queries in (linear(inputs_MI[held_out], trial.weight, trial.bias), targets_MP[held_out])
     )
     recall = {k: common_shares(ours[:, :k], theirs[:, :k]).mean().item() for k in (1, NUM_COMMON)}

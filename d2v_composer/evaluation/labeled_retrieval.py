@@ -188,7 +188,7 @@ def measure_embeddings(
         used.pop(TEACHER, None)
     embedded = embed_set(used, dataset, labeled, lookup, with_views="instance" in wanted)
     if TEACHER in used and lookup.target:
-        kept[dataset] = {part: {lookup.target: each[lookup.target]} for part, each in embedded[TEACHER].items()}
+        kept[dataset] = {part: {lookup.target: shares[lookup.target]} for part, shares in embedded[TEACHER].items()}
     embedded = {TEACHER: kept.get(dataset, {})} | embedded
     classes = labeled.class_embeddings if "zero_shot" in wanted else None
     labels = {split: to_device(getattr(labeled, split).labels) for split in BANKS}

@@ -272,11 +272,11 @@ def nearest_others(images: Tensor, k: int = NUM_COMMON, ranks: Ranks = ONE_RANK,
     return ranks.gather(others_of(indices, ranks.share(len(images)).to(indices.device)), len(images))
 
 
-def others_of(nearest: Tensor, own: Tensor) -> Tensor:
+def others_of(nearest: Tensor, places: Tensor) -> Tensor:
     """Return the neighbors of each query, (Q, K + 1), without the query's own place in the bank, (Q,): (Q, K)."""
-    is_other = nearest != own[:, None]
+    is_other = nearest != places[:, None]
     is_other[is_other.all(dim=1), -1] = False  # an image with many copies need not be among its nearest
-    return nearest[is_other].view(len(own), -1)
+    return nearest[is_other].view(len(places), -1)
 
 
 def common_shares(nearest: Tensor, reference: Tensor) -> Tensor:
