@@ -159,6 +159,21 @@ def embed_set(
     return embedded
 
 
+def embed_rows(
+    rows: Sequence[Row], embeds: Mapping[str, Embed], dataset: str, labeled: "EvaluationSet", lookup: Lookup
+) -> dict[str, EmbeddedSet]:
+    """Embed a set with the models of some rows; a teacher in whose index students alone search is embedded once."""
+    used = {model: embeds[model] for model in embeds if any(model in (row.queries, row.bank) for row in rows)}
+    kept = {} if lookup.kept is None else lookup.kept
+    if dataset in kept and TEACHER not in (row.queries for row in rows):
+        used.pop(TEACHER, None)
+    with_views = any(measure.name == "instance" for measure in lookup.measures(labeled))
+    embedded = embed_set(used, dataset, labeled, lookup, with_views)
+    if TEACHER in used and lookup.target:
+        kept[dataset] = {part: {lookup.target: shares[lookup.target]} for part, shares in embedded[TEACHER].items()}
+    return {TEACHER: kept.get(dataset, {})} | embedded
+
+
 def name_in(row: Row, model: str, lookup: Lookup) -> str:
     """Return the name of a row's only embedding in a model; '' if the row has all that the model offers."""
     projected = lookup.target if model == TEACHER else PROJECTED
@@ -182,14 +197,7 @@ def measure_embeddings(
     """
     wanted, ks = {measure.name for measure in lookup.measures(labeled)}, lookup.ks
     to_device, ranks = lookup.to_device, lookup.ranks
-    used = {model: embeds[model] for model in embeds if any(model in (row.queries, row.bank) for row in rows)}
-    kept = {} if lookup.kept is None else lookup.kept
-    if dataset in kept and TEACHER not in (row.queries for row in rows):  # it was embedded before
-        used.pop(TEACHER, None)
-    embedded = embed_set(used, dataset, labeled, lookup, with_views="instance" in wanted)
-    if TEACHER in used and lookup.target:
-        kept[dataset] = {part: {lookup.target: shares[lookup.target]} for part, shares in embedded[TEACHER].items()}
-    embedded = {TEACHER: kept.get(dataset, {})} | embedded
+    embedded = embed_rows(rows, embeds, dataset, labeled, lookup)
     classes = labeled.class_embeddings if "zero_shot" in wanted else None
     labels = {split: to_device(getattr(labeled, split).labels) for split in BANKS}
     for parts, samples in ((VIEWS, labels["test"]), (("classes",), () if classes is None else classes)):

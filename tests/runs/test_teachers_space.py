@@ -189,7 +189,10 @@ def spoil(kind: str, ids: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("another data set", r"has rows of 0 samples of .*; expected at least \d+, half its width. .*'cats/000.jpg#?0?'"),
+        (
+            "another data set",
+            r"has rows of 0 samples of .*; expected at least \d+, half its width. .*'cats/000.jpg#?0?'",
+        ),
         ("not finite", r"the row of 007.jpg\S* has numbers that are not finite"),
         ("rows are missing", r"expected rows of numbers with an id each, got float32 \(119, \d+\), 120 ids"),
         ("few", r"has rows of 10 samples of .*; expected at least \d+"),
