@@ -281,7 +281,8 @@ class AlignmentConfig(Section):
     max_samples: Whole = 20000
     """Maximum number of training samples that it is fitted to, also before each retrieval; 0: there is none."""
     pooling: Pooling | None = None
-    """Pooling of the teacher's output to which it maps: ``cls``, ``mean`` or ``mean_patches``; null: its primary embedding."""
+    """Pooling of the teacher's output that it maps to: ``cls``, ``mean`` or ``mean_patches``; null: its primary
+    embedding."""
 
 
 class LookupConfig(Section):

@@ -222,6 +222,13 @@ def accuracy_interval(hits: NDArray[np.bool_ | np.float64]) -> Interval:
     return Interval(float(hits.mean()), *np.percentile(resample(hits), [2.5, 97.5]).tolist())
 
 
+def difference_interval(first: NDArray[np.bool_ | np.float64], second: NDArray[np.bool_ | np.float64]) -> Interval:
+    """Return how much more of the same queries, (Q,), the first model gets right than the second, with its interval."""
+    resampled = resample(first, second)
+    low, high = np.percentile(resampled[:, 0] - resampled[:, 1], [2.5, 97.5]).tolist()
+    return Interval(float(first.mean() - second.mean()), low, high)
+
+
 def gap_closed_interval(*hits: NDArray[np.bool_ | np.float64]) -> Interval | None:
     """Return :func:`gap_closed` with its interval, from the three models' hits on the same queries, (Q,) each."""
     value, *resampled = (gap_closed(*accuracies) for accuracies in ([array.mean() for array in hits], *resample(*hits)))
