@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v_composer.callbacks.algorithms import share_statistics
-from d2v_composer.callbacks.trainer_state import find_callback, unwrapped
+from d2v_composer.callbacks.trainer_state import find_callback
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.data.modality import collate
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.models.alignment import Moments, side_by_side
+from d2v_composer.models.backbone import Backbone
 from d2v_composer.sources.source import Source, map_in_workers
 
 EmbedAll = Callable[..., dict[str, Tensor]]
@@ -36,10 +37,11 @@ class AlignStudent(Callback):
     order. So the map has the same bits on any number of ranks, and when a run is resumed.
 
     Args:
+        student: The model that gets the map.
         samples: The training samples.
         batches: The numbers of those to fit to, (batches, batch size): all batches have one size, to be gathered.
-        student: Embeds with the student: every embedding by name.
-        teacher: Embeds with the teacher.
+        embed_student: Embeds with the student: every embedding by name.
+        embed_teacher: Embeds with the teacher.
         target: Name of the teacher's embedding.
         workers: Processes that decode.
 
@@ -50,22 +52,23 @@ class AlignStudent(Callback):
 
     def __init__(
         self,
+        student: Backbone,
         samples: Source,
         batches: NDArray[np.int64],
-        student: EmbedAll,
-        teacher: EmbedAll,
+        embed_student: EmbedAll,
+        embed_teacher: EmbedAll,
         target: str,
         workers: int = 0,
     ) -> None:
-        self.samples, self.batches, self.workers, self.target = samples, batches, workers, target
-        self.student, self.teacher = student, teacher
+        self.student, self.samples, self.batches = student, samples, batches
+        self.target, self.workers = target, workers
+        self.embed_student, self.embed_teacher = embed_student, embed_teacher
         self.targets: list[Tensor] = []  # this rank's, embedded once
         self.batch, self.about = -1, dict[str, Any]()
 
     def init(self, state: State, logger: Logger) -> None:
         if (retrieval := find_callback(state, ZeroShotRetrieval)) is not None:
             retrieval.prepare, retrieval.lookup = self.fit, retrieval.lookup._replace(target=self.target)
-        self.model: Any = unwrapped(state)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if state.max_duration is not None and state.timestamp >= state.max_duration:
@@ -74,19 +77,21 @@ class AlignStudent(Callback):
     epoch_end = batch_end
 
     def state_dict(self) -> dict[str, Any]:
-        alignment = self.model.student.alignment
+        alignment = self.student.alignment
         fitted = {} if alignment is None else {name: tensor.cpu() for name, tensor in alignment.state_dict().items()}
         return {"batch": self.batch, "about": self.about, **fitted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.batch, self.about = state["batch"], state["about"]
+        if "weight" in state:
+            self.student.align(state["weight"], state["bias"])
 
     def fit(self, state: State, to_device: Callable[[Tensor], Tensor]) -> None:
         """Fit the map, unless it was fitted after this batch."""
         if self.batch == (batch := int(state.timestamp.batch)):
             return
         share_statistics(state.model)
-        moments, student = Moments(), self.model.student
+        moments, student = Moments(), self.student
         precision = get_precision_context(state.precision, state.precision_config)
         with model_eval_mode(state.model), torch.no_grad(), precision:
             for inputs, targets in self.pairs(to_device, student.alignment_inputs):
@@ -110,9 +115,9 @@ class AlignStudent(Callback):
         for step, (first, (samples, *lengths)) in enumerate(zip(rounds, loaded, strict=True)):
             values = to_device(samples)
             batch = [values, *(tensor.to(values.device) for tensor in lengths)]
-            rows = side_by_side(self.student(*batch), inputs)
+            rows = side_by_side(self.embed_student(*batch), inputs)
             if step == len(self.targets):
-                self.targets.append(self.teacher(*batch)[self.target].float().cpu())
+                self.targets.append(self.embed_teacher(*batch)[self.target].float().cpu())
             shares = rows, self.targets[step].to(rows.device)
             yield from zip(*(ranks.gather(share[None], count - first) for share in shares), strict=True)
 

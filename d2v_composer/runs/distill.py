@@ -207,9 +207,8 @@ def build_alignment(config: TrainConfig, model: DistillationModel, index: Index)
     if batches.size < MIN_PAIRS:
         return None
     embeds, source = embeds_of(config, model), open_mds(index, config.train_loader.cache_limit)
-    return AlignStudent(
-        source, batches, embeds[STUDENT], embeds[TEACHER], target.name, workers=config.train_loader.num_workers
-    )
+    workers = config.train_loader.num_workers
+    return AlignStudent(model.student, source, batches, embeds[STUDENT], embeds[TEACHER], target.name, workers)
 
 
 def projected_width(config: TrainConfig, model: DistillationModel) -> int:
