@@ -36,7 +36,7 @@ LIMITS = {
     "config": 4_850,
     "conversion": 4_030,
     "evaluation": 8_420,
-    "callbacks": 8_770,
+    "callbacks": 8_790,
     "embedding": 5_590,
     "report": 4_740,
     "training_data": 2_820,
@@ -47,7 +47,7 @@ LIMITS = {
     "commands": 6_500,
     "recipes": 3_310,
 }
-CEILING = 134_820
+CEILING = 134_847
 COUNTED = {tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING}
 
 
