@@ -124,8 +124,9 @@ class Checkpoints(Callback):
             self._exit_if_stopping(state)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Save at the end of a run if its duration is in epochs."""
-        if self.is_due(state, Event.EPOCH_CHECKPOINT):
+        """Save at the end of a run if its duration is in epochs, also after its last batch was saved."""
+        if state.max_duration is not None and state.timestamp >= state.max_duration and not self.is_last_batch:
+            self.last_saved = -1
             self._save(state)
 
     def _save(self, state: State) -> None:

@@ -23,6 +23,10 @@ def main(argv: Sequence[str]) -> None:
     out, path = arguments.out, arguments.index
     if (path is None) == (arguments.to is None):
         raise InputError("expected --index or --to, and not both")
+    if path is not None and arguments.pooling:
+        raise InputError("--pooling is of the model of --to; rows of an --index are pooled")
+    if out.suffix != ".safetensors":
+        raise InputError(f"{out} must end in .safetensors")
     check_out_file(out, overwrite=arguments.overwrite)
 
     import torch
@@ -53,6 +57,8 @@ def main(argv: Sequence[str]) -> None:
         target, bank, about = index.rows[places], index.rows, {"index": path}
     else:
         teacher, _ = load_any(arguments.to)
+        if (modality := teacher.encoder.config.modality) != (own := student.encoder.config.modality):
+            raise InputError(f"--to: {arguments.to} takes {modality}, but {arguments.model} takes {own}")
         name = choose_embedding(teacher, arguments.pooling, arguments.pooling and "output").name
         numbers, bank, places = evenly_spaced(len(source), arguments.max_samples), None, None
         teacher.eval().to(device)

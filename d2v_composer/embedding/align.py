@@ -26,6 +26,8 @@ from d2v_composer.system.progress import progress_bar
 MAX_QUERIES = 500
 # A map that explains less of the held-out rows finds nothing: pixels alone explain 0.17.
 LEAST_R2 = 0.2
+# Half of the pairs are enough for a map, too.
+LEAST_PAIRS = 2 * MIN_PAIRS
 BLOCK = 4096  # pairs that are summed up at once
 # Every how many pairs, and whether also the held-out ones: the map, what is measured, and what more pairs would add.
 FITS = ((1, True), (1, False), (2, False))
@@ -73,7 +75,7 @@ def read_index(path: str) -> Index:
             rows = column.flatten().to_numpy(zero_copy_only=False).reshape(len(ids), -1)
             if set(column.value_lengths().to_pylist()) != {rows.shape[1]}:
                 raise ValueError("its embeddings have several widths")
-        if rows.ndim != 2 or rows.dtype.kind != "f" or len(rows) != len(ids):
+        if rows.ndim != 2 or not rows.shape[1] or rows.dtype.kind != "f" or len(rows) != len(ids):
             raise ValueError(f"expected rows of numbers with an id each, got {rows.dtype} {rows.shape}, {len(ids)} ids")
         for first in range(0, len(rows), 1 << 16):
             if not (is_finite := np.isfinite(rows[first : first + (1 << 16)]).all(axis=1)).all():
@@ -90,11 +92,11 @@ def match(source: Source, index: Index, path: str, maximum: int) -> tuple[list[i
     names, places, counts = np.unique(index.ids, return_index=True, return_counts=True)
     rows = dict(zip(names[counts == 1].tolist(), places[counts == 1].tolist(), strict=True))
     numbers = [number for number, name in enumerate(map(str, source.ids)) if name in rows]
-    if len(numbers) < (least := max(MIN_PAIRS, index.rows.shape[1] // 2)):
+    if len(numbers) < (least := max(LEAST_PAIRS, index.rows.shape[1] // 2)):
         there, here = (repr(str(ids[0])) if len(ids) else "none" for ids in (index.ids, source.ids))
         raise InputError(
-            f"{path} has rows of {len(numbers)} samples of {source.root}; expected at least {least}, half its width. "
-            f"Its ids are such as {there}, those of the samples such as {here}"
+            f"{path} has rows of {len(numbers)} samples of {source.root}; expected at least {least}: {LEAST_PAIRS}, "
+            f"and half its width. Its ids are such as {there}, those of the samples such as {here}"
         )
     numbers = [numbers[place] for place in evenly_spaced(len(numbers), maximum)]
     return numbers, np.array([rows[str(source.ids[number])] for number in numbers]), int(counts[counts > 1].sum())
@@ -142,6 +144,8 @@ def align(
             inputs.append(side_by_side(model.embed_all(*values), model.alignment_inputs).cpu())
             rows = target(*values).cpu() if callable(target) else torch.from_numpy(target[readable].astype(np.float32))
             targets.append(rows)
+    if len(used) < LEAST_PAIRS:
+        raise InputError(f"{source.root}: expected at least {LEAST_PAIRS} samples that can be read, got {len(used)}")
     with errors_of(source.root):
         inputs_MI, targets_MP = torch.cat(inputs), torch.cat(targets)
         fit, trial, half = (moments_of(inputs_MI[::step], targets_MP[::step]).fit(whole) for step, whole in FITS)

@@ -217,7 +217,8 @@ def measure_embeddings(
         primary = name_in(row, row.queries, lookup) or find_primary(lookup.primary, in_queries)
         for name in [primary] if row.is_projected else in_queries:
             # A student's ``projected_cls`` has rows of its own; an untrained one's may be missing.
-            if name not in in_queries or (name == PROJECTED and lookup.target and row.moves and not row.is_projected):
+            is_elsewhere = name == PROJECTED != primary and lookup.target and row.moves and not row.is_projected
+            if name not in in_queries or is_elsewhere:
                 continue
             queries = gathered(row.queries, name)
             banks = queries if row.bank == row.queries else gathered(row.bank, name_in(row, row.bank, lookup) or name)

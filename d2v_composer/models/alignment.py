@@ -85,7 +85,7 @@ class Moments:
         Source: Hoerl and Kennard 1970, Technometrics 12(1); the map minimizes |Y - XW - b|² + ridge |W|².
 
         Raises:
-            ValueError: There are too few pairs, or they are not finite.
+            ValueError: There are too few pairs, or they are not finite, or all alike.
         """
         fitted, held_out = (sums.cpu() for sums in self.sums)
         if self.count < MIN_PAIRS or not (fitted + held_out).isfinite().all():
@@ -99,6 +99,8 @@ class Moments:
         total = scatter[targets, targets].trace()
         shrink_SI = torch.stack([1 / (values_I + strength * values_I.mean()) for strength in STRENGTHS])
         errors_S = total - 2 * shrink_SI @ linear_I + (shrink_SI @ square_II * shrink_SI).sum(dim=1)
+        if total <= 1e-12 * held_out[1:, 1:][targets, targets].trace() or not errors_S.isfinite().all():
+            raise ValueError(f"expected embeddings that differ, got {self.count} pairs that are alike")
         means, values_I, basis_II, products_IP = self._decomposed(fitted + whole * held_out)
         ridge = STRENGTHS[int(errors_S.argmin())] * values_I.mean()
         weight_IP = basis_II @ (products_IP / (values_I + ridge)[:, None])

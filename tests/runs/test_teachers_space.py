@@ -62,6 +62,7 @@ def test_every_file_has_the_map_of_the_last_batch(uninterrupted: Path, pixels: T
     fitted = map_of(uninterrupted)
     assert torch.equal(trained.alignment.weight, fitted["weight"])
     export.main([str(checkpoint), str(path)])
+    assert 'student.embed(images, representation="projected") → (B, 48)\n```' in (tmp_path / "README.md").read_text()
     student = load_student(path)
     assert torch.equal(student.embed(pixels, representation="projected"), expected)
     assert student.provenance["alignment"] == fitted["about"]
@@ -116,6 +117,15 @@ class Measured:
         results = list(measure_embeddings(rows, embeds, "set", self.labeled, self.lookup))
         assert all(result.is_primary for result in results if result.embedding != "output_mean")
         return {(result.row, result.measure): result.hits for result in results if result.is_primary}
+
+
+def test_a_student_whose_primary_embedding_is_the_map_keeps_its_row() -> None:
+    measured, embeds = Measured(), {STUDENT: Measured().student}
+    lookup = measured.lookup._replace(primary=PROJECTED, teacher=None)
+    results = measure_embeddings(rows_of(embeds, has_target=True), embeds, "set", measured.labeled, lookup)
+    primary = {(result.row, result.measure): result.hits for result in results if result.is_primary}
+    for measure in (retrieval_from("train", 1), retrieval_from("test", 1)):
+        assert torch.equal(primary[STUDENT, measure], primary[f"{STUDENT}, projected", measure])
 
 
 def test_the_student_is_looked_up_in_its_teachers_index() -> None:
@@ -180,7 +190,9 @@ def spoil(kind: str, ids: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.
     if kind == "rows are missing":
         return ids, rows[:-1]
     if kind == "few":
-        return ids[:10], rows[:10]
+        return ids[:39], rows[:39]
+    if kind == "all alike":
+        rows[:] = rows[0]
     if kind == "rows are shuffled":
         return ids, rows[np.random.default_rng(0).permutation(len(ids))]
     return ids, rows
@@ -191,11 +203,12 @@ def spoil(kind: str, ids: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.
     [
         (
             "another data set",
-            r"has rows of 0 samples of .*; expected at least \d+, half its width. .*'cats/000.jpg#?0?'",
+            r"has rows of 0 samples of .*; expected at least 40: 40, and half its width. .*'cats/000.jpg#?0?'",
         ),
         ("not finite", r"the row of 007.jpg\S* has numbers that are not finite"),
         ("rows are missing", r"expected rows of numbers with an id each, got float32 \(119, \d+\), 120 ids"),
-        ("few", r"has rows of 10 samples of .*; expected at least \d+"),
+        ("few", r"has rows of 39 samples of .*; expected at least 40"),
+        ("all alike", "expected embeddings that differ, got 120 pairs that are alike"),
         ("rows are shuffled", "are the ids those of these rows, in order?"),
     ],
 )
@@ -209,6 +222,37 @@ def test_an_index_that_does_not_fit_is_refused(
     with pytest.raises((InputError, RunError), match=message):
         run_align(exported, photos, tmp_path / "out.safetensors", "--index", tmp_path / "old.npy")
     assert contents_of(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["out.safetensors", "--to", GOLDEN / "audio_base.pt"], "audio_base.pt takes audio, but .* takes image$"),
+        (["out.safetensors", "--index", "old.npy", "--pooling", "mean"], "--pooling is of the model of --to"),
+        (["out.onnx", "--to", TEACHER_FILE], "out.onnx must end in .safetensors"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    options: list[str | Path], message: str, exported: Path, photos: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        run_align(exported, photos, tmp_path / options[0], *options[1:])
+
+
+def test_the_fewest_pairs_make_a_map_and_fewer_readable_samples_none(
+    exported: Path, index: Path, tmp_path: Path
+) -> None:
+    photos = write_files(tmp_path / "photos", {f"{number:03}.jpg": encoded_image(number) for number in range(40)})
+    run_align(exported, photos, tmp_path / "out.safetensors", "--index", index)
+    (photos / "007.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match="expected at least 40 samples that can be read, got 39"):
+        run_align(exported, photos, tmp_path / "again.safetensors", "--to", TEACHER_FILE)
+
+
+def test_a_run_of_epochs_keeps_the_map_of_its_end(small_data: Path, tmp_path: Path) -> None:
+    """Its last batch is saved before its last epoch ends."""
+    run_training(*small_run(tmp_path / "run", small_data, "max_duration=1ep", "save_interval=3ba"))
+    assert map_of(tmp_path / "run")["batch"] == 6
 
 
 def test_rows_that_share_an_id_are_left_out_and_counted(
