@@ -16,7 +16,17 @@ from d2v_composer.callbacks.run_record import find_changes
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
 from d2v_composer.evaluation.labeled_retrieval import Embed, Lookup, Neighbors, measure_embeddings
 from d2v_composer.evaluation.nearest_neighbors import Ranks
-from d2v_composer.evaluation.rows import PROBES, STUDENT, TEACHER, UNTRAINED, Result, metric_key, read_results, rows_of
+from d2v_composer.evaluation.rows import (
+    PROBES,
+    ROWS,
+    STUDENT,
+    TEACHER,
+    UNTRAINED,
+    Result,
+    metric_key,
+    read_results,
+    rows_of,
+)
 from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
@@ -210,7 +220,8 @@ class ZeroShotRetrieval(Callback):
         with model_eval_mode(state.model), torch.no_grad(), precision:
             for dataset, labeled in self.datasets.items():
                 results += measure_embeddings([*rows.values()], embeds, dataset, labeled, lookup)
-        self.results = [result for result in self.results if result.row not in rows]
+        of_student = {row.title for row in ROWS.values() if True in moves and student in (row.queries, row.bank)}
+        self.results = [result for result in self.results if result.row not in rows.keys() | of_student]
         self.results += [result._replace(batch=batch, nearest=None) for result in results if result.is_primary]
         logger.log_metrics({"time/zero_shot_retrieval": time.monotonic() - start})
         for moving in sorted(moves):

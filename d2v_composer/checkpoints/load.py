@@ -214,8 +214,8 @@ def _with_teacher(student: Backbone, path: str | None) -> Models:
     names = ("first_blocks", "model", "image_size") if has_own or isinstance(sizes, TimmConfig) else ("first_blocks",)
     options: Any = {name: settings[name] for name in names if name in (settings or {})}
     file = None if path == options.get("model") else path  # of a timm model, the name stands for its pretrained weights
-    weights, target = value_at(record, "teacher.weights") or "model", value_at(student.provenance, "alignment.target")
-    projected = student.projected_width > 0 and target in (None, PROJECTED)
+    weights, alignment = value_at(record, "teacher.weights") or "model", value_at(student.provenance, "alignment")
+    projected = student.projected_width > 0 if alignment is None else value_at(alignment, "target") == PROJECTED
     teacher = load_teacher(file, weights, **options, projected=projected)
     check_same_teacher(path, teacher, record)
     return student, teacher

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
 
     import torch
 
-    from d2v_composer.checkpoints.student_file import choose_embedding
+    from d2v_composer.checkpoints.student_file import choose_embedding, distillation_of, value_at
     from d2v_composer.config.reference import load_any
     from d2v_composer.data.modalities import modality_of
     from d2v_composer.embedding.align import align, match, read_index
@@ -62,7 +62,9 @@ def main(argv: Sequence[str]) -> None:
         name = choose_embedding(teacher, arguments.pooling, arguments.pooling and "output").name
         numbers, bank, places = evenly_spaced(len(source), arguments.max_samples), None, None
         teacher.eval().to(device)
-        target, about = lambda *values: teacher.embed_all(*values)[name], {"target": name}
+        is_own = teacher.provenance.get("sha256") == value_at(distillation_of(student.provenance), "teacher.sha256")
+        target = lambda *values: teacher.embed_all(*values)[name]  # noqa: E731
+        about = {"target": name} if is_own else {"index": f"{arguments.to}, {name}"}
     print("other files:", name_counts(source.left_out))
     aligned = align(student, source, numbers, target, bank, places, device=device, workers=arguments.workers)
     student.provenance = student.provenance | {"alignment": about | aligned.about}

@@ -17,7 +17,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.labeled_retrieval import Embed, Lookup, measure_embeddings
-from d2v_composer.evaluation.rows import GAP_CLOSED, Interval, Measure, Result, accuracy_interval, pivot, rows_of
+from d2v_composer.evaluation.rows import (
+    GAP_CLOSED,
+    UNTRAINED,
+    Interval,
+    Measure,
+    Result,
+    accuracy_interval,
+    pivot,
+    rows_of,
+)
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.encoder import Encoder, Inputs, Tokens
 from d2v_composer.models.precision import precision_of
@@ -97,15 +106,16 @@ class Evaluation(NamedTuple):
         """
         for modality, embeds in self.groups.items():
             datasets, augment = self.load(modality)
+            rows = rows_of(embeds, bool(self.lookup.target))
+            # Nothing aligns an untrained student here; its own ``projected_cls``, if it has one, is no map.
+            rows = [row for row in rows if not (row.is_projected and row.queries == UNTRAINED)]
             lookup = self.lookup._replace(augment=augment, to_device=partial(Tensor.to, device=device), progress="")
             for dataset, labeled in datasets.items():
                 self.class_names[dataset] = labeled.class_names
                 count, names = sum(labeled.num_samples), ", ".join(embeds)
                 print(f"embedding {count:,} samples of {dataset}: {names}", file=sys.stderr)
                 with torch.inference_mode(), precision_of(autocast_dtype, device):
-                    self.results.extend(
-                        measure_embeddings(rows_of(embeds, bool(lookup.target)), embeds, dataset, labeled, lookup)
-                    )
+                    self.results.extend(measure_embeddings(rows, embeds, dataset, labeled, lookup))
 
     def write(self, folder: Path, about: dict[str, Any]) -> None:
         """Write ``evaluation.json``, with further entries but no secrets, and ``evaluation.csv``, each atomically.

@@ -54,6 +54,7 @@ FIXED_BY_A_CHECKPOINT = (
     "config.prediction",
     "config.targets",
     "config.objectives",
+    "config.alignment.pooling",
     "config.optimizer",
     "teacher.sha256",
 )

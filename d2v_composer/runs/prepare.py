@@ -51,7 +51,7 @@ CHOSEN = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 SETTINGS, HELD_OUT = "distill.yaml", "held_out"
 # What a run's results depend on, besides what its checkpoint fixes.
 DECIDES = (
-    *(f"config.{name}" for name in ("max_duration", "precision", "scheduler", "algorithms", "retrieval")),
+    *(f"config.{name}" for name in ("max_duration", "precision", "scheduler", "algorithms", "alignment", "retrieval")),
     *(f"config.train_loader.{name}" for name in ("crop_scale", "crop_ratio", "flip")),
 )
 # In OUT: the shards of a data set in a store, until they are converted.

@@ -332,6 +332,10 @@ def test_a_refused_change_changes_nothing(copied: Path, distilled: Path, photos:
         (["seed=1", "optimizer.lr=0.1"], "seed: checkpoint has 17, config has 1; optimizer.lr: "),
         (["optimiser.lr=1"], "optimiser: no such key; did you mean optimizer"),
         (["retrieval.ks=[1,5]"], r"holds a finished run: retrieval.ks: checkpoint has \[1, 3\], config has \[1, 5\]; "),
+        (
+            ["alignment.max_samples=0"],
+            "finished run: alignment.max_samples: checkpoint has 20000, config has 0; ",
+        ),
         (["max_duration=2ba"], "holds a finished run: max_duration: checkpoint has 4ba, config has 2ba; "),
     ):
         line = refused(photos, copied, *SHORT, *changes)

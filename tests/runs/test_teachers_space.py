@@ -1,5 +1,6 @@
 """A student in its teacher's space: the same map on any ranks, in every file, measured in the teacher's index."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from containers import write_parquet
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import load_models, save_student
-from d2v_composer.commands import align, embed, export
+from d2v_composer.commands import align, embed, evaluate, export
 from d2v_composer.evaluation.labeled_retrieval import Lookup, measure_embeddings
 from d2v_composer.evaluation.rows import AGREEMENT, STUDENT, TEACHER, UNTRAINED, retrieval_from, rows_of
 from d2v_composer.models.names import PROJECTED
@@ -22,6 +23,7 @@ from d2v_composer.system.errors import InputError, RunError
 from helpers import (
     GOLDEN,
     contents_of,
+    datasets_of,
     encoded_image,
     load_checkpoint,
     run_ranks,
@@ -249,6 +251,17 @@ def test_the_fewest_pairs_make_a_map_and_fewer_readable_samples_none(
         run_align(exported, photos, tmp_path / "again.safetensors", "--to", TEACHER_FILE)
 
 
+def test_a_student_aligned_with_another_model_is_not_measured_in_its_teachers_index(
+    exported: Path, photos: Path, tmp_path: Path
+) -> None:
+    for teacher, has_target in ((GOLDEN / "tiny_alibi.pt", False), (TEACHER_FILE, True)):
+        out = tmp_path / f"{teacher.stem}.safetensors"
+        run_align(exported, photos, out, "--to", teacher)
+        assert ("target" in load_student(out).provenance["alignment"]) == has_target
+        _, loaded = load_models(str(out), teacher=str(TEACHER_FILE))
+        assert loaded.projection is None
+
+
 def test_a_run_of_epochs_keeps_the_map_of_its_end(small_data: Path, tmp_path: Path) -> None:
     """Its last batch is saved before its last epoch ends."""
     run_training(*small_run(tmp_path / "run", small_data, "max_duration=1ep", "save_interval=3ba"))
@@ -263,3 +276,27 @@ def test_rows_that_share_an_id_are_left_out_and_counted(
     np.save(tmp_path / "old.ids.npy", np.concatenate([ids, ids[:3]]))
     run_align(exported, photos, tmp_path / "out.safetensors", "--index", tmp_path / "old.npy")
     assert "pairs: 117 of 120 samples and 123 rows; ids that rows share, left out: 6" in capsys.readouterr().out
+
+
+def test_an_evaluation_has_no_row_of_a_map_that_an_untrained_student_lacks(labeled: Path, tmp_path: Path) -> None:
+    """A timm student has its map as classifier, which the untrained one has at random."""
+    teacher, out = load_teacher(TEACHER_FILE), tmp_path / "student.safetensors"
+    student = teacher.build_student(model="timm/test_byobnet").eval()
+    student.align(torch.randn(48, student.encoder.num_pooled), torch.randn(48))
+    student.provenance |= {"teacher": teacher.provenance, "alignment": {"target": "output_cls"}}
+    save_student(student, out)
+    options = [datasets_of(labeled), "pooling=cls", "representation=output", f"out={tmp_path}"]
+    evaluate.main([f"model={out}", f"teacher={TEACHER_FILE}", *options])
+    table = (tmp_path / "evaluation.csv").read_text()
+    assert "student in the teacher's index" in table
+    assert not re.search("untrained student(, projected| in)", table)
+
+
+def test_a_resume_without_the_map_keeps_no_row_of_it(small_data: Path, labeled: Path, tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", small_data, f"retrieval.{datasets_of(labeled)}", "scheduler.t_warmup=0ba")
+    run_training(*run, "max_duration=2ba")
+    run_training(*run, "max_duration=4ba", "alignment.max_samples=0")
+    results = load_checkpoint(tmp_path / "run/latest-rank0.pt")["state"]["callbacks"]["ZeroShotRetrieval"]["results"]
+    batches = {row: batch for row, *_, batch in results}
+    assert batches["student"] == 4
+    assert "student, projected" not in batches
