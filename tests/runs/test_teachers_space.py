@@ -259,6 +259,7 @@ def test_a_student_aligned_with_another_model_is_not_measured_in_its_teachers_in
         run_align(exported, photos, out, "--to", teacher)
         assert ("target" in load_student(out).provenance["alignment"]) == has_target
         _, loaded = load_models(str(out), teacher=str(TEACHER_FILE))
+        assert loaded is not None
         assert loaded.projection is None
 
 
