@@ -42,7 +42,7 @@ MOST_LINES = {
     "recipes/guides/method.md": 150,
     "recipes/guides/reproducibility.md": 100,
     "recipes/guides/search.md": 100,
-    "recipes/guides/sources.md": 60,
+    "recipes/guides/sources.md": 80,
     "recipes/guides/students.md": 140,
     "recipes/guides/text.md": 60,
     "recipes/guides/training.md": 190,
