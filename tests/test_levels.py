@@ -28,26 +28,26 @@ MAX_LINES_OF_FILE, MAX_LINES_OF_FUNCTION = 600, 80
 # more raises its own folder's limit and the total, in a commit that says why.
 LIMITS = {
     "system": 9_730,
-    "models": 21_610,
-    "checkpoints": 9_550,
-    "data": 4_070,
+    "models": 22_800,
+    "checkpoints": 9_780,
+    "data": 4_160,
     "objectives": 3_860,
-    "sources": 14_960,
-    "config": 4_790,
+    "sources": 15_060,
+    "config": 4_850,
     "conversion": 4_030,
-    "evaluation": 7_900,
-    "callbacks": 7_690,
-    "embedding": 4_160,
-    "report": 4_580,
+    "evaluation": 8_420,
+    "callbacks": 8_790,
+    "embedding": 5_630,
+    "report": 4_740,
     "training_data": 2_820,
-    "export": 5_970,
-    "runs": 10_880,
+    "export": 6_080,
+    "runs": 11_450,
     "benchmarks": 6_830,
     "d2v_composer/__init__.py": 410,
-    "commands": 5_940,
+    "commands": 6_560,
     "recipes": 3_310,
 }
-CEILING = 129_820
+CEILING = 135_350
 COUNTED = {tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING}
 
 

@@ -83,6 +83,7 @@ class ZeroShotRetrieval(Callback):
         should_stop: Asked before each batch of images; True leaves the evaluation, and the run that resumes measures it
             first. On several ranks it must return the same to all.
         was_stopped: Whether that happened in this batch; kept in checkpoints.
+        prepare: Called before the student is measured, with the state and what moves a batch of samples to its device.
 
     Example:
         >>> from d2v_composer.sources.labeled import load_labeled_set
@@ -128,6 +129,7 @@ class ZeroShotRetrieval(Callback):
         self.neighbors: Neighbors = {}
         self.results: list[Result] = []
         self.should_stop: Callable[[], bool] = lambda: False
+        self.prepare: Callable[[State, Callable[[Tensor], Tensor]], object] = lambda state, to_device: None
         self.was_stopped = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -135,10 +137,10 @@ class ZeroShotRetrieval(Callback):
             self.baselines = getattr(unwrapped(state), "retrieval_baselines", dict)()
         self.student = self.embed or embed_method(unwrapped(state))
         if TEACHER in self.baselines:
-            self.lookup = self.lookup._replace(teacher=self.teacher_neighbors)
+            self.lookup = self.lookup._replace(teacher=self.teacher_neighbors, kept={})
         wanted = {
             (row.title, dataset, measure)
-            for row in rows_of(self.baselines)
+            for row in rows_of(self.baselines, bool(self.lookup.target))
             for dataset, labeled in self.datasets.items()
             for measure in self.lookup.measures(labeled)
             if row.title == TEACHER or measure.name != "zero_shot"  # pixels have no projection
@@ -192,7 +194,7 @@ class ZeroShotRetrieval(Callback):
         batch, results = int(state.timestamp.batch), list[Result]()
         student = STUDENT if batch else UNTRAINED
         embeds = {**(self.baselines or {}), student: self.student}
-        rows = {row.title: row for row in rows_of(embeds) if row.moves in moves}
+        rows = {row.title: row for row in rows_of(embeds, bool(self.lookup.target)) if row.moves in moves}
 
         def to_device(tensor: Tensor) -> Tensor:
             if self.should_stop():  # before each batch of images, and each search
@@ -202,6 +204,8 @@ class ZeroShotRetrieval(Callback):
         progress = "retrieval " if self.progress_bar and ranks.rank == 0 else None
         lookup = self.lookup._replace(to_device=to_device, ranks=ranks, progress=progress)
         share_statistics(state.model)
+        if True in moves:
+            self.prepare(state, to_device)
         precision = get_precision_context(state.precision, state.precision_config)
         with model_eval_mode(state.model), torch.no_grad(), precision:
             for dataset, labeled in self.datasets.items():

@@ -28,7 +28,7 @@ from d2v_composer.checkpoints.student_file import (
 )
 from d2v_composer.models.backbone import Backbone, Projection
 from d2v_composer.models.configs import ImageSize, TimmConfig
-from d2v_composer.models.names import DATA2VEC2, EXTERNAL, PREFIX, TEACHERS, Weights
+from d2v_composer.models.names import DATA2VEC2, EXTERNAL, PREFIX, PROJECTED, TEACHERS, Weights
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError, errors_of
@@ -214,7 +214,8 @@ def _with_teacher(student: Backbone, path: str | None) -> Models:
     names = ("first_blocks", "model", "image_size") if has_own or isinstance(sizes, TimmConfig) else ("first_blocks",)
     options: Any = {name: settings[name] for name in names if name in (settings or {})}
     file = None if path == options.get("model") else path  # of a timm model, the name stands for its pretrained weights
-    weights, projected = value_at(record, "teacher.weights") or "model", student.projected_width > 0
+    weights, target = value_at(record, "teacher.weights") or "model", value_at(student.provenance, "alignment.target")
+    projected = student.projected_width > 0 and target in (None, PROJECTED)
     teacher = load_teacher(file, weights, **options, projected=projected)
     check_same_teacher(path, teacher, record)
     return student, teacher
@@ -249,8 +250,12 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
     config, sizes, has_own_encoder = record["config"], record["student"]["sizes"], record["student"]["own_encoder"]
     settings, (*_, last_sizes) = config["teacher"], sizes.values()
     options = {name: settings[name] for name in ("model", "first_blocks", "image_size")}
-    options["projected"] = last_sizes["projection"] is not None
+    projected, aligned = last_sizes["projection"] is not None, checkpoint.saved_by("AlignStudent")
+    if aligned.get("batch") == checkpoint.trained("batch"):  # else the map is of earlier weights
+        record["alignment"] = aligned["about"]
+    options["projected"] = projected or value_at(record, "alignment.target") == PROJECTED
     file = None if teacher_path == options["model"] else teacher_path or settings["checkpoint"]
+    teacher: Any
     try:
         teacher = load_teacher(file, settings["weights"], **options)
         check_same_teacher(file or options["model"], teacher, record)
@@ -267,18 +272,21 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
     tensors = {
         name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)
     }
-    if teacher is None or has_own_encoder:
-        return build_student(path, read_sizes(path, sizes), tensors, record), teacher
 
     def build() -> Backbone:
         layer_mean = {name: config["targets"][name] for name in ("normalization", "final_layer_norm")}
         blocks = config["student"] | {"init": "random"}
-        return teacher.build_student(**blocks, **layer_mean, projected=options["projected"])
+        return teacher.build_student(**blocks, **layer_mean, projected=projected)
 
-    check_fits(path, lambda: own_parts(build()), tensors)
-    student = build()
-    own_parts(student).load_state_dict(tensors)
+    if teacher is None or has_own_encoder:
+        student = build_student(path, read_sizes(path, sizes), tensors)
+    else:
+        check_fits(path, lambda: own_parts(build()), tensors)
+        student = build()
+        own_parts(student).load_state_dict(tensors)
     student.provenance = record
+    if "alignment" in record:
+        student.align(aligned["weight"], aligned["bias"])
     return student.eval(), teacher
 
 

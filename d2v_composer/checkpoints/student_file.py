@@ -342,15 +342,18 @@ def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], dict[str
 
     student = copy.deepcopy(student).cpu().eval()
     encoder, embedding = student.encoder, choose_embedding(student, None, None)
+    is_network = isinstance(encoder.config, TimmNetworkConfig)
     if isinstance(encoder.config, TimmConfig):
         encoder.config = encoder.config.changed(timm=timm.__version__, outputs=encoder.sample_outputs())
+    if is_network and student.alignment is not None:  # in a file, the map is timm's classifier
+        encoder.config = encoder.config.changed(projection=student.projected_width)
     sizes, (name, options) = sizes_of(student), timm_arguments(student)
     has_logits = isinstance(student.head, nn.Linear)
     rule = "a classifier must be one linear layer on output_cls"
     with errors_of(f"{source}: timm would compute something else; {rule}"), torch.no_grad():
         model: Any = timm.create_model(name, **options)
-        if isinstance(encoder.config, TimmNetworkConfig):
-            tensors = encoder.timm_tensors(model, student.head)
+        if is_network:
+            tensors = encoder.timm_tensors(model, student.head or student.alignment)
             returned = PROJECTED if student.projected_width else "output_cls"
         else:
             tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes, embedding)}
@@ -375,6 +378,8 @@ def timm_arguments(student: Backbone) -> tuple[str, dict[str, Any]]:
     classes = {"num_classes": student.head.out_features} if isinstance(student.head, nn.Linear) else {}
     if not isinstance(student.config, TimmNetworkConfig):
         return "d2v2_student", classes
+    if student.alignment is not None:
+        classes = {"num_classes": student.projected_width}
     return timm_name(student.config.model), cast("Any", student.encoder).options | classes
 
 

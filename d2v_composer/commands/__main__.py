@@ -26,6 +26,7 @@ COMMANDS = {
     "export": "export a student as safetensors, ONNX or torch.export",
     "verify": "check what an exported file computes in each runtime",
     "embed": "embed a collection of images",
+    "align": "let a student search an index that another model made",
     "merge": "merge the parts of a conversion or of embeddings",
     "benchmark": "measure the speed of training, data and retrieval against baselines",
     "env": "print what a bug report needs: versions, machine, missing packages",

@@ -275,6 +275,16 @@ class LabeledSetConfig(Section):
             yield f".root: must be a folder on this machine, got {self.root!r}"
 
 
+class AlignmentConfig(Section):
+    """The map from the student's embeddings to its teacher's, fitted in closed form when the run ends."""
+
+    max_samples: Whole = 20000
+    """Maximum number of training samples that it is fitted to, also before each retrieval; 0: there is none."""
+    pooling: Pooling | None = None
+    """Pooling of the teacher's output that it maps to: ``cls``, ``mean`` or ``mean_patches``; null: its primary
+    embedding."""
+
+
 class LookupConfig(Section):
     """Retrieval by nearest neighbors, during training or in an evaluation."""
 
@@ -403,7 +413,13 @@ class TrainConfig(TrainerConfig):
     targets: TargetsConfig = TargetsConfig()
     objectives: ObjectivesConfig = ObjectivesConfig()  # pyright: ignore[reportInvalidTypeForm]
     train_loader: TrainLoaderConfig  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
+    alignment: AlignmentConfig = AlignmentConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
+
+    @property
+    def needs_projection(self) -> bool:
+        """True if the teacher needs the embedding ``projected_cls``."""
+        return self.objectives.needs_projection or "zero_shot" in self.retrieval.probes
 
 
 class LayerwiseOptimizerConfig(OptimizerConfig):

@@ -289,7 +289,7 @@ def _read_part(address: str, record: Mapping[str, Any], folder: Path) -> Iterato
     """
     is_array = address.endswith(".npy")
     with reading(address):
-        files = [bring(path, folder) for path in ([_ids_file(address)] if is_array else []) + [address]]
+        files = [bring(path, folder) for path in ([ids_file(address)] if is_array else []) + [address]]
         if [*map(_digest, files)] != record["digests"]:
             raise ValueError("it is not the file that its record describes; remove this part")
         if is_array:
@@ -334,7 +334,7 @@ def _write_table(
         _write_array(complete, rows(), shape, dtype)
         # Each id takes the room of the longest, but only on the disk.
         _write_array(folder / "ids.npy", all_ids, shape[:1], np.result_type(*all_ids or [np.array([], str)]))
-        files[_ids_file(out)] = folder / "ids.npy"
+        files[ids_file(out)] = folder / "ids.npy"
     else:
         _write_parquet(complete, blocks, embedding.channels, dtype)
     if part is not None:  # first, as it tells whose the others are
@@ -387,7 +387,7 @@ def check_out(out: str, *, overwrite: bool, part: Mapping[str, Any] | None = Non
         raise InputError(f"{out} must end in {' or '.join(TABLE_SUFFIXES)}")
     outputs = [out]
     if out.endswith(".npy"):
-        outputs.append(_ids_file(out))
+        outputs.append(ids_file(out))
     else:
         import pyarrow  # noqa: F401  (if it is missing, this error says what to install)
     is_ours = (_partial_folder(out) / MOVING).exists()
@@ -404,7 +404,8 @@ def _partial_folder(out: str) -> Path:
     return Path(out).with_name(f".{Path(out).name}.partial")
 
 
-def _ids_file(out: str) -> str:
+def ids_file(out: str) -> str:
+    """Return the place of the ids of NAME.npy."""
     return f"{out.removesuffix('.npy')}.ids.npy"
 
 

@@ -103,7 +103,9 @@ class Evaluation(NamedTuple):
                 count, names = sum(labeled.num_samples), ", ".join(embeds)
                 print(f"embedding {count:,} samples of {dataset}: {names}", file=sys.stderr)
                 with torch.inference_mode(), precision_of(autocast_dtype, device):
-                    self.results.extend(measure_embeddings(rows_of(embeds), embeds, dataset, labeled, lookup))
+                    self.results.extend(
+                        measure_embeddings(rows_of(embeds, bool(lookup.target)), embeds, dataset, labeled, lookup)
+                    )
 
     def write(self, folder: Path, about: dict[str, Any]) -> None:
         """Write ``evaluation.json``, with further entries but no secrets, and ``evaluation.csv``, each atomically.

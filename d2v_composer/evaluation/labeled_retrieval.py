@@ -84,6 +84,10 @@ class Lookup(NamedTuple):
     """The processes that share the work."""
     progress: str | None = None
     """What a progress bar says before the name of the set; ``None``: no bar."""
+    target: str = ""
+    """The teacher's embedding that the student's ``projected_cls`` imitates by its alignment; '' without one."""
+    kept: "dict[str, EmbeddedSet] | None" = None
+    """Data set → the teacher's target, kept from the first time the teacher is embedded; ``None``: not kept."""
 
     def measures(self, labeled: "EvaluationSet") -> list[Measure]:
         """Return the measures for a set: retrieval first, then the probes."""
@@ -155,13 +159,34 @@ def embed_set(
     return embedded
 
 
+def embed_rows(
+    rows: Sequence[Row], embeds: Mapping[str, Embed], dataset: str, labeled: "EvaluationSet", lookup: Lookup
+) -> dict[str, EmbeddedSet]:
+    """Embed a set with the models of some rows; a teacher in whose index students alone search is embedded once."""
+    used = {model: embeds[model] for model in embeds if any(model in (row.queries, row.bank) for row in rows)}
+    kept = {} if lookup.kept is None else lookup.kept
+    if dataset in kept and TEACHER not in (row.queries for row in rows):
+        used.pop(TEACHER, None)
+    with_views = any(measure.name == "instance" for measure in lookup.measures(labeled))
+    embedded = embed_set(used, dataset, labeled, lookup, with_views)
+    if TEACHER in used and lookup.target:
+        kept[dataset] = {part: {lookup.target: shares[lookup.target]} for part, shares in embedded[TEACHER].items()}
+    return {TEACHER: kept.get(dataset, {})} | embedded
+
+
+def name_in(row: Row, model: str, lookup: Lookup) -> str:
+    """Return the name of a row's only embedding in a model; '' if the row has all that the model offers."""
+    projected = lookup.target if model == TEACHER else PROJECTED
+    return projected if row.is_projected else ""
+
+
 def measure_embeddings(
     rows: Sequence[Row], embeds: Mapping[str, Embed], dataset: str, labeled: "EvaluationSet", lookup: Lookup
 ) -> Iterator[Result]:
     """Embed a set with every model; look up the test images among themselves, and each split in the other.
 
     Each rank takes its share of the queries. One embedding is looked up at a time: on the device, all would take
-    gigabytes. A row of two models has the embeddings that both have, with the same number of channels.
+    gigabytes.
 
     Args:
         rows: What is measured. The teacher need not be among them if it was measured before.
@@ -172,8 +197,7 @@ def measure_embeddings(
     """
     wanted, ks = {measure.name for measure in lookup.measures(labeled)}, lookup.ks
     to_device, ranks = lookup.to_device, lookup.ranks
-    used = {model: embeds[model] for model in embeds if any(model in (row.queries, row.bank) for row in rows)}
-    embedded = embed_set(used, dataset, labeled, lookup, with_views="instance" in wanted)
+    embedded = embed_rows(rows, embeds, dataset, labeled, lookup)
     classes = labeled.class_embeddings if "zero_shot" in wanted else None
     labels = {split: to_device(getattr(labeled, split).labels) for split in BANKS}
     for parts, samples in ((VIEWS, labels["test"]), (("classes",), () if classes is None else classes)):
@@ -189,13 +213,14 @@ def measure_embeddings(
         }
 
     for row in sorted(rows, key=lambda row: row.title != TEACHER):  # with which the others are compared
-        in_queries, in_bank = (embedded[model]["test"] for model in (row.queries, row.bank))
-        primary = find_primary(lookup.primary, in_queries)
-        for name in in_queries:
-            if name not in in_bank or in_bank[name].shape[1] != in_queries[name].shape[1]:
+        in_queries = embedded[row.queries]["test"]
+        primary = name_in(row, row.queries, lookup) or find_primary(lookup.primary, in_queries)
+        for name in [primary] if row.is_projected else in_queries:
+            # A student's ``projected_cls`` has rows of its own; an untrained one's may be missing.
+            if name not in in_queries or (name == PROJECTED and lookup.target and row.moves and not row.is_projected):
                 continue
             queries = gathered(row.queries, name)
-            banks = queries if row.bank == row.queries else gathered(row.bank, name)
+            banks = queries if row.bank == row.queries else gathered(row.bank, name_in(row, row.bank, lookup) or name)
             hits = dict[Measure, Tensor]()
             neighbors = dict[str, Tensor]()
             if (known := lookup.teacher) is not None and "agreement" in wanted:
@@ -204,6 +229,7 @@ def measure_embeddings(
                     known.setdefault(dataset, {})[name] = nearest.int().cpu()
                 theirs = known[dataset]
                 same = name if name in theirs and name != primary else find_primary(lookup.primary, theirs)
+                same = lookup.target if row.is_projected else same
                 hits[AGREEMENT] = common_shares(nearest, theirs[same])
             if name == PROJECTED and classes is not None and classes.shape[1] == in_queries[name].shape[1]:
                 banks = banks | {"classes": to_device(classes)}

@@ -269,9 +269,14 @@ def nearest_others(images: Tensor, k: int = NUM_COMMON, ranks: Ranks = ONE_RANK,
     if not 1 <= k < len(images):
         raise ValueError(f"k must be from 1 to {len(images) - 1}, the number of other images; got {k}")
     indices = exact_neighbors(images if bank is None else bank, ranks.take_share(images), k + 1).indices
-    is_other = indices != ranks.share(len(images)).to(indices.device)[:, None]
-    is_other[is_other.all(dim=1), k] = False  # an image with many copies need not be among its nearest
-    return ranks.gather(indices[is_other].view(-1, k), len(images))
+    return ranks.gather(others_of(indices, ranks.share(len(images)).to(indices.device)), len(images))
+
+
+def others_of(nearest: Tensor, places: Tensor) -> Tensor:
+    """Return the neighbors of each query, (Q, K + 1), without the query's own place in the bank, (Q,): (Q, K)."""
+    is_other = nearest != places[:, None]
+    is_other[is_other.all(dim=1), -1] = False  # an image with many copies need not be among its nearest
+    return nearest[is_other].view(len(places), -1)
 
 
 def common_shares(nearest: Tensor, reference: Tensor) -> Tensor:

@@ -20,6 +20,9 @@ VIEWS = ("first view", "second view")
 UNTRAINED, STUDENT, TEACHER = GAP = ("untrained student", "student", "teacher")
 """The models between which the teacher gap lies; agreement compares with the teacher."""
 GAP_CLOSED = "teacher gap closed"
+PROJECTED_GAP = tuple(f"{model}, projected" for model in GAP)
+"""The same models in the teacher's space: the two students by their alignments, the teacher by what these imitate."""
+GAPS = {GAP_CLOSED: GAP, f"{GAP_CLOSED}, projected": PROJECTED_GAP}
 NUM_RESAMPLES = 2000
 
 
@@ -36,6 +39,8 @@ class Row(NamedTuple):
     """The model that embeds the queries."""
     bank: str
     """The model that embeds the bank."""
+    is_projected: bool = False
+    """True for embeddings in the teacher's space: ``projected_cls`` of a student, what that imitates of a teacher."""
 
     @property
     def moves(self) -> bool:
@@ -48,6 +53,8 @@ def row_of(model: str, color: str = "") -> Row:
     return Row(model, "" if model in (UNTRAINED, STUDENT) else model, color, model, model)
 
 
+# Student → the color of its rows in the teacher's space.
+STUDENTS = {UNTRAINED: "", STUDENT: "C4"}
 ROWS = {
     row.title: row
     for row in (
@@ -57,14 +64,25 @@ ROWS = {
         row_of(UNTRAINED),
         row_of(STUDENT, "C0"),
         row_of(TEACHER, "C1"),
+        *(Row(f"{model}, projected", "projected", color, model, model, True) for model, color in STUDENTS.items()),
+        Row(f"{TEACHER}, projected", "teacher_projected", "", TEACHER, TEACHER, True),
+        *(
+            Row(f"{model} in the teacher's index", "in_teacher_index", color, model, TEACHER, True)
+            for model, color in STUDENTS.items()
+        ),
     )
 }
 """Title → row, in the order of tables."""
 
 
-def rows_of(models: Collection[str]) -> list[Row]:
-    """Return the rows that these models allow: those of ``ROWS``, then one row for each further model."""
-    known = [row for row in ROWS.values() if {row.queries, row.bank} <= {*models}]
+def rows_of(models: Collection[str], has_target: bool = False) -> list[Row]:
+    """Return the rows that these models allow: those of ``ROWS``, then one row for each further model.
+
+    Args:
+        models: The models.
+        has_target: The student is aligned with the teacher.
+    """
+    known = [row for row in ROWS.values() if {row.queries, row.bank} <= {*models} and has_target >= row.is_projected]
     return known + [row_of(model) for model in models if model not in ROWS]
 
 
@@ -181,8 +199,8 @@ class Interval(NamedTuple):
 def pivot(results: Iterable[Result], dataset: str) -> dict[Measure, dict[str, Interval | None]]:
     """Return measure → row → accuracy on a data set, in each row's primary embedding; other rows follow ``ROWS``.
 
-    The teacher gap closed, in the last row, :data:`GAP_CLOSED`, is ``None`` if there is no gap; it is missing if one of
-    the three models is.
+    The teacher gaps closed, in the last rows, :data:`GAPS`, are ``None`` if there is no gap, and missing if one of the
+    three rows is.
     """
     columns: dict[Measure, dict[str, NDArray[Any]]] = {}
     for result in sorted(results, key=lambda result: (*ROWS, result.row).index(result.row)):
@@ -190,7 +208,11 @@ def pivot(results: Iterable[Result], dataset: str) -> dict[Measure, dict[str, In
             columns.setdefault(result.measure, {})[result.row] = result.hits.numpy()
     return {
         measure: {row: accuracy_interval(hits) for row, hits in rows.items()}
-        | ({GAP_CLOSED: gap_closed_interval(*(rows[row] for row in GAP))} if rows.keys() >= {*GAP} else {})
+        | {
+            gap: gap_closed_interval(*(rows[row] for row in models))
+            for gap, models in GAPS.items()
+            if rows.keys() >= {*models}
+        }
         for measure, rows in columns.items()
     }
 
@@ -198,6 +220,13 @@ def pivot(results: Iterable[Result], dataset: str) -> dict[Measure, dict[str, In
 def accuracy_interval(hits: NDArray[np.bool_ | np.float64]) -> Interval:
     """Return the mean of the queries' hits (or fractions), (Q,), with its interval."""
     return Interval(float(hits.mean()), *np.percentile(resample(hits), [2.5, 97.5]).tolist())
+
+
+def difference_interval(first: NDArray[np.bool_ | np.float64], second: NDArray[np.bool_ | np.float64]) -> Interval:
+    """Return how much more of the same queries, (Q,), the first model gets right than the second, with its interval."""
+    resampled = resample(first, second)
+    low, high = np.percentile(resampled[:, 0] - resampled[:, 1], [2.5, 97.5]).tolist()
+    return Interval(float(first.mean() - second.mean()), low, high)
 
 
 def gap_closed_interval(*hits: NDArray[np.bool_ | np.float64]) -> Interval | None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2v_composer.models.alignment import Alignment
 from d2v_composer.models.attention import FfnBlock
 from d2v_composer.models.encoder import Encoder, Frozen, Inputs, Tokens, count_flop
 from d2v_composer.models.features import Features
@@ -83,6 +84,12 @@ def check_tensors(module: nn.Module, state_dict: dict, prefix: str, *args: Any) 
         raise InputError(f"tensor {name}: checkpoint has {shapes[0]}, model has {shapes[1]}")
 
 
+def expect_alignment(model: "Backbone", state_dict: dict, prefix: str, *args: Any) -> None:
+    """Give a model the map into its teacher's space, if a state dict has one."""
+    if (weight := state_dict.get(f"{prefix}alignment.weight")) is not None:
+        model.align(weight, state_dict[f"{prefix}alignment.bias"])
+
+
 def expect_no_frozen_tensors(module: nn.Module, incompatible_keys: Any) -> None:
     """Let strict loading accept a state dict without the frozen parts."""
     incompatible_keys.missing_keys.clear()
@@ -124,7 +131,8 @@ class Backbone(nn.Module, ABC):
         embed_dim: Channels of features and embeddings; the encoder's, unless a student is narrower.
         layer_mean: How this model computes its ``layer_mean`` embeddings.
         head: What classifies the embeddings of a fine-tuned student, d → classes, or ``None``.
-        projection: A :class:`Projection`, or ``None``.
+        projection: A :class:`Projection`, which trained, or is the teacher's; or ``None``.
+        alignment: An :class:`~d2v_composer.models.alignment.Alignment` with the teacher's embeddings, or ``None``.
     """
 
     def __init__(self, encoder: Encoder, config: Any, provenance: dict[str, Any] | None = None) -> None:
@@ -136,6 +144,8 @@ class Backbone(nn.Module, ABC):
         self.layer_mean = LayerMean.of(config)
         self.head: Any = None  # a module
         self.projection: Any = None  # a module
+        self.alignment: Any = None  # a module
+        self.register_load_state_dict_pre_hook(expect_alignment)
 
     @abstractmethod
     def features(self, tokens: Tokens) -> Features:
@@ -169,7 +179,18 @@ class Backbone(nn.Module, ABC):
     @property
     def projected_width(self) -> int:
         """P, the channels of ``projected_cls``; 0 without this embedding."""
+        if self.alignment is not None:
+            return len(self.alignment.bias)
         return 0 if self.projection is None else self.projection.num_outputs or self.encoder.embed_dim
+
+    @property
+    def alignment_inputs(self) -> list[str]:
+        """The embeddings that an alignment reads: CLS and mean of each representation."""
+        return [name for name in self.layer_mean.names(self.has_cls_token) if name.endswith(("_cls", "_mean"))]
+
+    def align(self, weight: Tensor, bias: Tensor) -> None:
+        """Give this model the map to another model's space, (P, I) and (P,), or replace it; see :class:`Alignment`."""
+        self.alignment = Alignment(self.alignment_inputs, weight, bias)
 
     def project(self, features: Features, output: Tensor) -> Tensor:
         """Return the embedding ``projected_cls``, (B, P), of the model's features and output, with gradient."""
@@ -240,7 +261,8 @@ class Backbone(nn.Module, ABC):
     def embed_encoded(self, tokens: Tokens, layer_mean: LayerMean | None = None) -> dict[str, Tensor]:
         """Compute every embedding from the encoder's tokens, without gradient; see :meth:`embed_all`."""
         with frozen_use():
-            return (layer_mean or self.layer_mean).embeddings(self.features(tokens))
+            embeddings = (layer_mean or self.layer_mean).embeddings(self.features(tokens))
+            return embeddings | ({} if self.alignment is None else {PROJECTED: self.alignment(embeddings)})
 
     def embed(
         self,
@@ -329,7 +351,7 @@ class Transformer(Backbone):
             self.has_cls_token,
             padding_mask,
             shares,
-            project=self.project if self.projected_width else None,
+            project=None if self.projection is None else self.project,
         )
 
     def forward_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:

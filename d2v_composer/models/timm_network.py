@@ -187,13 +187,17 @@ class NetworkStudent(Backbone):
 
     @property
     def projected_width(self) -> int:
-        return self.config.projection or 0
+        return super().projected_width or self.config.projection or 0
+
+    @property
+    def alignment_inputs(self) -> list[str]:
+        return ["output_cls"]  # so that the map is timm's classifier
 
     def project(self, features: Features, output: Tensor) -> Tensor:
         return self.encoder.model.get_classifier()(features.pooled)
 
     def features(self, tokens: Tokens) -> Features:
-        project = self.project if self.projected_width else None
+        project = self.project if self.config.projection else None
         return Features.of_layer(tokens.x, 0, True, pooled=tokens.pooled, project=project)
 
     def checkpoint_activations(self, enable: bool = True) -> None:

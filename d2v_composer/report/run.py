@@ -15,9 +15,11 @@ from d2v_composer.evaluation.rows import (
     AGREEMENT,
     GAP,
     GAP_CLOSED,
+    STUDENT,
     TEACHER,
     Measure,
     Result,
+    difference_interval,
     last_batch,
     metric_key,
     pivot,
@@ -115,7 +117,20 @@ def answer(run: Run) -> Iterator[str]:
         for measure in (retrieval_from("train", min(run.retrieval["ks"])), AGREEMENT):
             if GAP_CLOSED in accuracies.get(measure, ()):
                 yield f"On {dataset}, {_kept(run, dataset, measure, accuracies[measure])}"
+                yield from _in_index(run, dataset, measure)
                 break
+
+
+def _in_index(run: Run, dataset: str, measure: Measure) -> Iterator[str]:
+    """Yield how well the student searches its teacher's index, if it is aligned with its teacher."""
+    of_measure = (result for result in run.results if (result.dataset, result.measure) == (dataset, measure))
+    hits = {result.row: result.hits.numpy() for result in of_measure if result.is_primary}
+    if (row := f"{STUDENT} in the teacher's index") in hits:
+        compared = []
+        for name, other in (("its own embeddings in theirs", STUDENT), ("the teacher", f"{TEACHER}, projected")):
+            value, low, high = (100 * number for number in difference_interval(hits[row], hits[other])[:3])
+            compared.append(f"{value:+.1f} points against {name} [{low:+.1f}, {high:+.1f}]")
+        yield f"In its teacher's index, by one matrix, it scores {100 * hits[row].mean():.1f} %: {'; '.join(compared)}."
 
 
 def _kept(run: Run, dataset: str, measure: Measure, rows: Mapping[str, Any]) -> str:

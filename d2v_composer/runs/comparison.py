@@ -137,6 +137,8 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
         groups.setdefault(modality_of(rival.encoder.config), {})[name] = rival.embed_all
     of_teacher = None if teacher is None else {}
     how = Lookup(primary, config.ks, config.probes, None, config.device_eval_batch_size, of_teacher)
+    if teacher is not None and model.projected_width:
+        how = how._replace(target=value_at(model.provenance, "alignment.target") or "")
 
     def load(taken: Modality) -> tuple[dict[str, EvaluationSet], Augmentation]:
         sets = build_labeled_sets(config, taken, model.projected_width)

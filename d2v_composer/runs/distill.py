@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
+import numpy as np
 from composer import Trainer
 from composer.core import Callback
 
 from d2v_composer.callbacks.algorithms import TargetStatistics
+from d2v_composer.callbacks.alignment import AlignStudent
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.checkpoints.student_file import choose_embedding, sizes_of
@@ -15,6 +18,8 @@ from d2v_composer.data.modalities import modality_of
 from d2v_composer.evaluation.evaluate import cost, share_encoders
 from d2v_composer.evaluation.labeled_retrieval import Embed
 from d2v_composer.evaluation.rows import STUDENT, TEACHER, last_batch
+from d2v_composer.models.alignment import MIN_PAIRS
+from d2v_composer.models.names import Embedding
 from d2v_composer.models.precision import choose_precision
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives.compilation import compile_model, find_missing
@@ -30,11 +35,15 @@ from d2v_composer.runs.trainer import (
     join_and_seed,
     write_run_report,
 )
+from d2v_composer.sources.mds import Index
+from d2v_composer.sources.source import open_mds
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.ranks import node_leaders_first
 from d2v_composer.training_data.augmentation import build_augmentation
 from d2v_composer.training_data.loader import build_train_loader, read_train_index
 
+# A shard is 64 MiB as we write it.
+ALIGNMENT_SHARDS = 64
 FIXED_BY_A_CHECKPOINT = (
     *FIXED_IN_ANY_RUN,
     "config.teacher.model",
@@ -88,7 +97,7 @@ def train_student(
     if config.targets.normalization == "dataset" and config.objectives.tokens.weight:
         measure = TargetStatistics(config.targets.dataset_batches or 100, config.device_eval_batch_size)
         callbacks = [measure, *callbacks]
-    retrieval = build_retrieval(config, model)
+    align, retrieval = build_alignment(config, model, index), build_retrieval(config, model)
     student = model.student.provenance["student"] | {"sizes": sizes_of(model.student)}
     trainer = build_trainer(
         config,
@@ -96,12 +105,14 @@ def train_student(
         train_loader,
         {"teacher": model.teacher.provenance, "student": student, "data": data, "costs": costs},
         fixed=FIXED_BY_A_CHECKPOINT + (FIXED_WITH_MICROBATCHES if model.compares_microbatches else ()),
-        run_callbacks=[] if retrieval is None else [retrieval],
+        run_callbacks=[callback for callback in (align, retrieval) if callback is not None],
         callbacks=callbacks,
         optimizers=build_optimizer(config.optimizer, model),
     )
     when_built(trainer)
     header = {modality.unit: f"{data['samples']:,} in {data['location']}"}
+    if align is not None:
+        header["alignment"] = f"with the teacher's {align.target}, on {align.batches.size:,} {modality.unit}"
     if retrieval is not None:
         sets = ", ".join(retrieval.datasets)
         header["retrieval"] = f"{sets} every {config.retrieval.interval}, primary embedding {retrieval.lookup.primary}"
@@ -169,10 +180,56 @@ def build_teacher(config: TrainConfig) -> Teacher:
     """
     section = config.teacher.model_dump()
     try:
-        return load_teacher(section.pop("checkpoint"), **section, projected=config.objectives.needs_projection)
+        return load_teacher(section.pop("checkpoint"), **section, projected=config.needs_projection)
     except InputError as error:
         key = "teacher." if str(error).startswith(tuple(TeacherSection.model_fields)) else "teacher.checkpoint: "
         raise InputError(f"{key}{error}") from error
+
+
+def build_alignment(config: TrainConfig, model: DistillationModel, index: Index) -> AlignStudent | None:
+    """Build what fits the student's map into the teacher's space; ``None`` if there is none to fit.
+
+    The samples are those of few shards, which the seed chooses: a data set in a store need not be fetched for them.
+
+    Raises:
+        InputError: The teacher has no such embedding.
+    """
+    if (target := target_of(config, model)) is None:
+        return None
+    rng, ends = np.random.default_rng(config.seed), np.cumsum([shard.samples for shard in index.shards])
+    shards = rng.choice(len(ends), min(ALIGNMENT_SHARDS, len(ends)), replace=False)
+    numbers = np.concatenate([np.arange(ends[i] - index.shards[i].samples, ends[i]) for i in np.sort(shards)])
+    numbers = np.sort(rng.choice(numbers, min(config.alignment.max_samples, len(numbers)), replace=False))
+    if index.lengths is not None:
+        numbers = numbers[np.argsort(index.lengths[numbers], kind="stable")]
+    batch_size = min(config.device_eval_batch_size, len(numbers))
+    batches = numbers[: len(numbers) // batch_size * batch_size].reshape(-1, batch_size)
+    if batches.size < MIN_PAIRS:
+        return None
+    embeds, source = embeds_of(config, model), open_mds(index, config.train_loader.cache_limit)
+    workers = config.train_loader.num_workers
+    return AlignStudent(model.student, source, batches, embeds[STUDENT], embeds[TEACHER], target.name, workers)
+
+
+def projected_width(config: TrainConfig, model: DistillationModel) -> int:
+    """Return the channels of the student's ``projected_cls``, trained or fitted; 0 if it has none."""
+    target, teacher = target_of(config, model), model.teacher
+    if target is None:
+        return model.student.projected_width
+    return teacher.projected_width if target.representation == "projected" else teacher.embed_dim
+
+
+def target_of(config: TrainConfig, model: DistillationModel) -> Embedding | None:
+    """Return the teacher's embedding that the student is aligned with; ``None`` if its own ``projected_cls`` trains.
+
+    Raises:
+        InputError: The teacher has no such embedding.
+    """
+    pooling, teacher = config.alignment.pooling, model.teacher
+    if config.alignment.max_samples == 0 or model.student.projected_width:
+        return None
+    with errors_of("alignment"):
+        return choose_embedding(teacher, pooling, "output" if pooling or not teacher.projected_width else "projected")
 
 
 def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRetrieval | None:
@@ -187,7 +244,7 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
     primary, student, baselines = choose_embeds(config, model)
     modality = modality_of(model.teacher.config)
     with node_leaders_first("the data sets for retrieval"):
-        datasets = build_labeled_sets(retrieval, modality, model.student.projected_width)
+        datasets = build_labeled_sets(retrieval, modality, projected_width(config, model))
     with errors_of("retrieval"):
         return ZeroShotRetrieval(
             datasets,
@@ -213,12 +270,17 @@ def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, E
     retrieval = config.retrieval
     with errors_of("retrieval"):
         primary = choose_embedding(model.student, retrieval.pooling, retrieval.representation).name
-    models = {TEACHER: model.teacher, STUDENT: model.student}
-    fill_to = config.device_eval_batch_size if config.compile else 0
-    shared = share_encoders(model.teacher, models, model.layer_mean, fill_to)
-    known = {name: partial(model.compute, embed) for name, embed in shared.items()}
+    known = embeds_of(config, model)
     student = known.pop(STUDENT)
     if unknown := [name for name in retrieval.baselines if name not in known]:
         allowed = ", ".join(known)
         raise InputError(f"retrieval.baselines: must be among {allowed} with this teacher, got {unknown[0]}")
     return primary, student, {name: known[name] for name in retrieval.baselines}
+
+
+def embeds_of(config: TrainConfig, model: DistillationModel) -> dict[str, Any]:
+    """Return the functions that embed with the student, the teacher, and what both are compared with, by name."""
+    models = {TEACHER: model.teacher, STUDENT: model.student}
+    fill_to = config.device_eval_batch_size if config.compile else 0
+    shared = share_encoders(model.teacher, models, model.layer_mean, fill_to)
+    return {name: partial(model.compute, embed) for name, embed in shared.items()}

@@ -68,6 +68,7 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trai
     with node_leaders_first("the model"):
         backbone, _ = config.load()
     is_student, backbone.head = not isinstance(backbone, Teacher), None  # a head is of an earlier fine-tuning run
+    backbone.alignment = None  # of the weights before
     embedding = choose_embedding(backbone, config.pooling, config.representation)
     modality = modality_of(backbone.encoder.config)
     for name in ("mixup", "cutmix") if modality.has_lengths else ():

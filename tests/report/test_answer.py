@@ -94,6 +94,23 @@ def test_a_student_without_labels() -> None:
     assert [*answer(run)] == [f"On set, the student closes {closed(run)}. {shown} {COSTS} {longer}"]
 
 
+def test_a_student_in_its_teachers_index() -> None:
+    """Of 1,000 queries 400 are hits raw, 500 in the index, 580 of the teacher's: each a superset of those before."""
+    run = run_of(TOP1, 0.6, 0.2, 0.4)
+    hits = {"student in the teacher's index": torch.arange(1000) < 500, "teacher, projected": torch.arange(1000) < 580}
+    aligned = [run.results[1]._replace(row=row, hits=right) for row, right in hits.items()]
+    _, said = answer(run._replace(results=[*run.results, *aligned]))
+    bounds = re.fullmatch(
+        r"In its teacher's index, by one matrix, it scores 50\.0 %: \+10\.0 points against its own embeddings in "
+        r"theirs \[\+(\S+), \+(\S+)\]; -8\.0 points against the teacher \[-(\S+), -(\S+)\]\.",
+        said,
+    )
+    assert bounds is not None
+    # A difference of paired hits is a share of 0.1, or 0.08, of 1,000 queries.
+    expected = [10 - 1.96 * 0.949, 10 + 1.96 * 0.949, 8 + 1.96 * 0.858, 8 - 1.96 * 0.858]
+    assert [float(bound) for bound in bounds.groups()] == pytest.approx(expected, abs=0.25)
+
+
 def test_no_gap() -> None:
     run, shown = run_of(TOP1, 0.3, 0.3, 0.4), scores("bank train top-1", 30, 40, 30, 300)
     assert [*answer(run)] == [f"On set, there is no teacher gap to close. {shown} {COSTS}"]

@@ -63,7 +63,8 @@ def train_with_retrieval(folder: Path, data: Path, images: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as stdout:
         patch.setattr(sys, "argv", ["recipes/train.py", *arguments])
         train.main(arguments)
-    said, report = stdout.getvalue().splitlines()[-4:-2]
+    said, in_index, report = stdout.getvalue().splitlines()[-5:-2]
+    assert in_index.startswith("In its teacher's index, by one matrix, it scores ")
     assert said.startswith(("On squares, the student closes ", "On squares, there is no teacher gap to close. "))
     assert report == f"report: {folder / 'report.html'}"
 

@@ -1,0 +1,125 @@
+"""Align a student with its teacher: fit the map into the teacher's space at the end of a run, and for each retrieval.
+
+Shapes: N samples of a batch, I inputs of the map, P channels of the target.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from composer.core import Callback, State, get_precision_context
+from composer.loggers import Logger
+from composer.utils import dist, model_eval_mode
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2v_composer.callbacks.algorithms import share_statistics
+from d2v_composer.callbacks.trainer_state import find_callback
+from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
+from d2v_composer.data.modality import collate
+from d2v_composer.evaluation.nearest_neighbors import Ranks
+from d2v_composer.models.alignment import Moments, side_by_side
+from d2v_composer.models.backbone import Backbone
+from d2v_composer.sources.source import Source, map_in_workers
+
+EmbedAll = Callable[..., dict[str, Tensor]]
+"""Embeds a batch: every embedding by name, (B, D) each."""
+
+log = logging.getLogger(__name__)
+
+
+class AlignStudent(Callback):
+    """Fit the student's ``projected_cls`` to an embedding of the teacher, on training samples that are not augmented.
+
+    The batches depend on the seed alone. Each rank embeds its share of them; all sum up the same numbers in the same
+    order. So the map has the same bits on any number of ranks, and when a run is resumed.
+
+    Args:
+        student: The model that gets the map.
+        samples: The training samples.
+        batches: The numbers of those to fit to, (batches, batch size): all batches have one size, to be gathered.
+        embed_student: Embeds with the student: every embedding by name.
+        embed_teacher: Embeds with the teacher.
+        target: Name of the teacher's embedding.
+        workers: Processes that decode.
+
+    Attributes:
+        batch: The batch after which the map was last fitted; kept in checkpoints, as are the map and what
+            :class:`~d2v_composer.models.alignment.Fit` tells about it.
+    """
+
+    def __init__(
+        self,
+        student: Backbone,
+        samples: Source,
+        batches: NDArray[np.int64],
+        embed_student: EmbedAll,
+        embed_teacher: EmbedAll,
+        target: str,
+        workers: int = 0,
+    ) -> None:
+        self.student, self.samples, self.batches = student, samples, batches
+        self.target, self.workers = target, workers
+        self.embed_student, self.embed_teacher = embed_student, embed_teacher
+        self.targets: list[Tensor] = []  # this rank's, embedded once
+        self.batch, self.about = -1, dict[str, Any]()
+
+    def init(self, state: State, logger: Logger) -> None:
+        if (retrieval := find_callback(state, ZeroShotRetrieval)) is not None:
+            retrieval.prepare, retrieval.lookup = self.fit, retrieval.lookup._replace(target=self.target)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if state.max_duration is not None and state.timestamp >= state.max_duration:
+            self.fit(state, state.device.tensor_to_device)
+
+    epoch_end = batch_end
+
+    def state_dict(self) -> dict[str, Any]:
+        alignment = self.student.alignment
+        fitted = {} if alignment is None else {name: tensor.cpu() for name, tensor in alignment.state_dict().items()}
+        return {"batch": self.batch, "about": self.about, **fitted}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batch, self.about = state["batch"], state["about"]
+        if "weight" in state:
+            self.student.align(state["weight"], state["bias"])
+
+    def fit(self, state: State, to_device: Callable[[Tensor], Tensor]) -> None:
+        """Fit the map, unless it was fitted after this batch."""
+        if self.batch == (batch := int(state.timestamp.batch)):
+            return
+        share_statistics(state.model)
+        moments, student = Moments(), self.student
+        precision = get_precision_context(state.precision, state.precision_config)
+        with model_eval_mode(state.model), torch.no_grad(), precision:
+            for inputs, targets in self.pairs(to_device, student.alignment_inputs):
+                moments.add(inputs, targets)
+        try:
+            fit = moments.fit()
+        except ValueError as error:  # the run must not be lost
+            student.alignment = None
+            log.warning("the student is not aligned with its teacher: %s", error)
+            return
+        device = next(student.parameters()).device
+        student.align(fit.weight.to(device), fit.bias.to(device))
+        self.batch, self.about = batch, {"target": self.target, **fit.about}
+
+    def pairs(self, to_device: Callable[[Tensor], Tensor], inputs: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each batch's inputs, (N, I), and targets, (N, P), in order, on every rank."""
+        ranks, count = Ranks(dist.get_global_rank(), dist.get_world_size()), len(self.batches)
+        rounds = range(0, count, ranks.world_size)
+        mine = [self.batches[min(first + ranks.rank, count - 1)] for first in rounds]
+        loaded = map_in_workers(self._load, mine, self.workers, torch.cuda.is_available())
+        for step, (first, (samples, *lengths)) in enumerate(zip(rounds, loaded, strict=True)):
+            values = to_device(samples)
+            batch = [values, *(tensor.to(values.device) for tensor in lengths)]
+            rows = side_by_side(self.embed_student(*batch), inputs)
+            if step == len(self.targets):
+                self.targets.append(self.embed_teacher(*batch)[self.target].float().cpu())
+            shares = rows, self.targets[step].to(rows.device)
+            yield from zip(*(ranks.gather(share[None], count - first) for share in shares), strict=True)
+
+    def _load(self, numbers: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        return collate(list(map(self.samples.decode, numbers.tolist())))

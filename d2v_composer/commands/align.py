@@ -1,0 +1,68 @@
+"""Align a student with an index that exists, or with a teacher, so that its embeddings can be searched there.
+
+    d2v align student.safetensors photos aligned.safetensors --index photos.npy
+    d2v align student.safetensors photos aligned.safetensors --to teacher.safetensors --pooling mean
+    d2v embed aligned.safetensors queries queries.npy --representation projected
+
+One matrix maps the student's embeddings to those of the index, whatever model made them; it is fitted in closed form
+to the samples of SOURCE whose ids the index has. A tenth of them is held out to measure the map: R², and the share of
+the index's own nearest neighbors that the student finds there. OUT is the student with the map.
+"""
+
+from collections.abc import Sequence
+
+from d2v_composer.commands.options import make_parser
+from d2v_composer.system.command_line import d2v, print_next, print_skipped
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.files import check_out_file
+
+
+def main(argv: Sequence[str]) -> None:
+    """Fit the map, print what is known of it, and write the student."""
+    arguments = make_parser(__doc__, "align").parse_args(argv)
+    out, path = arguments.out, arguments.index
+    if (path is None) == (arguments.to is None):
+        raise InputError("expected --index or --to, and not both")
+    check_out_file(out, overwrite=arguments.overwrite)
+
+    import torch
+
+    from d2v_composer.checkpoints.student_file import choose_embedding
+    from d2v_composer.config.reference import load_any
+    from d2v_composer.data.modalities import modality_of
+    from d2v_composer.embedding.align import align, match, read_index
+    from d2v_composer.export.model_card import save_with_card
+    from d2v_composer.models.teacher import Teacher
+    from d2v_composer.sources.labeled import evenly_spaced
+    from d2v_composer.sources.open import open_source
+    from d2v_composer.sources.source import name_counts
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    student, _ = load_any(arguments.model)
+    if isinstance(student, Teacher) or student.head is not None:
+        raise InputError(f"{arguments.model}: expected a student that does not classify")
+    student.eval().to(device)
+    source = open_source(arguments.source, modality_of(student.encoder.config), column=arguments.column)
+    if path is not None:
+        index = read_index(path)
+        numbers, places, num_repeated = match(source, index, path, arguments.max_samples)
+        print(
+            f"pairs: {len(numbers):,} of {len(source):,} samples and {len(index.ids):,} rows; ids that rows share, "
+            f"left out: {num_repeated:,}"
+        )
+        target, bank, about = index.rows[places], index.rows, {"index": path}
+    else:
+        teacher, _ = load_any(arguments.to)
+        name = choose_embedding(teacher, arguments.pooling, arguments.pooling and "output").name
+        numbers, bank, places = evenly_spaced(len(source), arguments.max_samples), None, None
+        teacher.eval().to(device)
+        target, about = lambda *values: teacher.embed_all(*values)[name], {"target": name}
+    print("other files:", name_counts(source.left_out))
+    aligned = align(student, source, numbers, target, bank, places, device=device, workers=arguments.workers)
+    student.provenance = student.provenance | {"alignment": about | aligned.about}
+    print_skipped(aligned.skipped)
+    print(f"R²: {aligned.about['r2']:.3f} on a held-out tenth; {aligned.half:.3f} with half of the pairs")
+    recall = ", ".join(f"@{k} {share:.3f}" for k, share in aligned.recall.items())
+    print(f"recall of the index's own neighbors, of {aligned.queries} held-out samples: {recall}")
+    save_with_card(student, arguments.model, out)
+    print_next(d2v("embed", out, "QUERIES", "queries.npy", "--representation", "projected"))

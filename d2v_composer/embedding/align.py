@@ -1,0 +1,170 @@
+"""Align a student with an index that exists, from whatever model, or with a teacher, on the samples of a source.
+
+Shapes: N rows of the index, M pairs, B samples of a batch, I inputs of the map, P channels of the index.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import linear
+
+from d2v_composer.embedding.collection import ids_file, load_batch
+from d2v_composer.evaluation.nearest_neighbors import NUM_COMMON, common_shares, exact_neighbors, others_of
+from d2v_composer.models.alignment import HELD_OUT, MIN_PAIRS, Moments, side_by_side
+from d2v_composer.models.backbone import Backbone
+from d2v_composer.sources.labeled import evenly_spaced
+from d2v_composer.sources.source import Source, map_in_workers
+from d2v_composer.system.errors import InputError, RunError, errors_of, reading
+from d2v_composer.system.progress import progress_bar
+
+# Held-out samples that are looked up in the index.
+MAX_QUERIES = 500
+# A map that explains less of the held-out rows finds nothing: pixels alone explain 0.17.
+LEAST_R2 = 0.2
+BLOCK = 4096  # pairs that are summed up at once
+# Every how many pairs, and whether also the held-out ones: the map, what is measured, and what more pairs would add.
+FITS = ((1, True), (1, False), (2, False))
+
+
+class Index(NamedTuple):
+    """Embeddings with their ids."""
+
+    ids: NDArray[np.str_]
+    """(N,)"""
+    rows: NDArray[Any]
+    """(N, P), any float type."""
+
+
+class Aligned(NamedTuple):
+    """What is known of a map."""
+
+    skipped: list[str]
+    """Why each unreadable sample was left out."""
+    about: dict[str, float]
+    """As in :class:`~d2v_composer.models.alignment.Fit`."""
+    half: float
+    """R² with half of the pairs."""
+    queries: int
+    """Held-out samples that were looked up."""
+    recall: dict[int, float]
+    """k → the share of a held-out sample's k nearest rows in the index, itself left out, that its mapped embedding
+    finds."""
+
+
+def read_index(path: str) -> Index:
+    """Read what ``d2v embed`` writes: NAME.npy with NAME.ids.npy, or NAME.parquet with the columns id and embedding.
+
+    Raises:
+        InputError: It is missing, or has no such rows.
+    """
+    with reading(path):
+        if path.endswith(".npy"):
+            ids, rows = np.load(ids_file(path)), np.load(path, mmap_mode="r")
+        else:
+            from pyarrow.parquet import read_table  # an extra
+
+            table = read_table(path, columns=["id", "embedding"]).combine_chunks()
+            ids, column = np.array(table["id"].to_pylist()), table["embedding"].combine_chunks()
+            rows = column.flatten().to_numpy(zero_copy_only=False).reshape(len(ids), -1)
+            if set(column.value_lengths().to_pylist()) != {rows.shape[1]}:
+                raise ValueError("its embeddings have several widths")
+        if rows.ndim != 2 or rows.dtype.kind != "f" or len(rows) != len(ids):
+            raise ValueError(f"expected rows of numbers with an id each, got {rows.dtype} {rows.shape}, {len(ids)} ids")
+        for first in range(0, len(rows), 1 << 16):
+            if not (is_finite := np.isfinite(rows[first : first + (1 << 16)]).all(axis=1)).all():
+                raise ValueError(f"the row of {ids[first + int(is_finite.argmin())]} has numbers that are not finite")
+        return Index(ids.astype(str), rows)
+
+
+def match(source: Source, index: Index, path: str, maximum: int) -> tuple[list[int], NDArray[np.int64], int]:
+    """Return the numbers of at most ``maximum`` samples, the row of each, and how many rows have no id of their own.
+
+    Raises:
+        InputError: The index has too few of the samples.
+    """
+    names, places, counts = np.unique(index.ids, return_index=True, return_counts=True)
+    rows = dict(zip(names[counts == 1].tolist(), places[counts == 1].tolist(), strict=True))
+    numbers = [number for number, name in enumerate(map(str, source.ids)) if name in rows]
+    if len(numbers) < (least := max(MIN_PAIRS, index.rows.shape[1] // 2)):
+        there, here = (repr(str(ids[0])) if len(ids) else "none" for ids in (index.ids, source.ids))
+        raise InputError(
+            f"{path} has rows of {len(numbers)} samples of {source.root}; expected at least {least}, half its width. "
+            f"Its ids are such as {there}, those of the samples such as {here}"
+        )
+    numbers = [numbers[place] for place in evenly_spaced(len(numbers), maximum)]
+    return numbers, np.array([rows[str(source.ids[number])] for number in numbers]), int(counts[counts > 1].sum())
+
+
+def align(
+    model: Backbone,
+    source: Source,
+    numbers: Sequence[int],
+    target: NDArray[Any] | Callable[..., Tensor],
+    bank: NDArray[Any] | None = None,
+    places: NDArray[np.int64] | None = None,
+    *,
+    device: str = "cpu",
+    workers: int = 0,
+) -> Aligned:
+    """Give a model the map to other embeddings of the same samples.
+
+    Args:
+        model: The model, in eval mode on the device.
+        source: The samples.
+        numbers: Those to fit to, (M,).
+        target: Their rows, (M, P); or what embeds a batch, (B, P).
+        bank: The whole index, (N, P), in which ``places``, (M,), are the samples' rows; default: the target.
+        places: See ``bank``.
+        device: cpu or cuda.
+        workers: Processes that decode.
+
+    Raises:
+        InputError: Too few samples can be read.
+        RunError: The embeddings do not follow from each other.
+    """
+    size, skipped = source.modality.batch_size, list[str]()
+    batches = [range(first, min(first + size, len(numbers))) for first in range(0, len(numbers), size)]
+    load = partial(load_batch, lambda place: source.decode(numbers[place]))
+    used, inputs, targets = list[int](), list[Tensor](), list[Tensor]()
+    loaded = map_in_workers(load, batches, workers, device == "cuda")
+    for batch, (samples, unreadable) in zip(
+        progress_bar(batches, desc="aligning", unit="batches"), loaded, strict=True
+    ):
+        skipped += [reason for _, reason in unreadable]
+        used += (readable := [place for place in batch if place not in dict(unreadable)])
+        if samples:
+            values = [tensor.to(device) for tensor in samples]
+            inputs.append(side_by_side(model.embed_all(*values), model.alignment_inputs).cpu())
+            rows = target(*values).cpu() if callable(target) else torch.from_numpy(target[readable].astype(np.float32))
+            targets.append(rows)
+    with errors_of(source.root):
+        inputs_MI, targets_MP = torch.cat(inputs), torch.cat(targets)
+        fit, trial, half = (moments_of(inputs_MI[::step], targets_MP[::step]).fit(whole) for step, whole in FITS)
+    if fit.about["r2"] < LEAST_R2:
+        raise RunError(
+            f"the map explains {fit.about['r2']:.1%} of the held-out rows; are the ids those of these rows, in order?"
+        )
+    held_out = list(range(HELD_OUT - 1, len(used), HELD_OUT))
+    held_out = [held_out[place] for place in evenly_spaced(len(held_out), MAX_QUERIES)]
+    bank_NP = targets_MP if bank is None else torch.from_numpy(np.array(bank, np.float32))
+    query_places = torch.tensor(held_out if places is None else places[used][held_out])
+    ours, theirs = (
+        others_of(exact_neighbors(bank_NP, queries, NUM_COMMON + 1).indices, query_places)
+        for queries in (linear(inputs_MI[held_out], trial.weight, trial.bias), targets_MP[held_out])
+    )
+    recall = {k: common_shares(ours[:, :k], theirs[:, :k]).mean().item() for k in (1, NUM_COMMON)}
+    model.align(fit.weight.to(device), fit.bias.to(device))
+    return Aligned(skipped, fit.about, half.about["r2"], len(held_out), recall)
+
+
+def moments_of(inputs: Tensor, targets: Tensor) -> Moments:
+    """Return the sums over pairs, (M, I) and (M, P)."""
+    moments = Moments()
+    for pairs in zip(inputs.split(BLOCK), targets.split(BLOCK), strict=True):
+        moments.add(*pairs)
+    return moments

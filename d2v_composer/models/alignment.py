@@ -1,0 +1,121 @@
+"""Map a model's embeddings into the space of another model by one matrix, fitted in closed form, without labels.
+
+Shapes: N samples, I inputs, which are the channels of all poolings, P channels of the target, S strengths.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from d2v_composer.models.encoder import Frozen
+
+# Ridge strengths that are tried, as multiples of the inputs' mean variance.
+STRENGTHS = [10.0**power for power in range(-8, 2)]
+# Every tenth pair measures the strengths, and R².
+HELD_OUT = 10
+MIN_PAIRS = 2 * HELD_OUT
+
+
+class Alignment(Frozen):
+    """A linear map from a model's poolings, side by side, to the embedding ``projected_cls``, in float32.
+
+    Args:
+        inputs: Names of the poolings.
+        weight: (P, I).
+        bias: (P,).
+    """
+
+    def __init__(self, inputs: Sequence[str], weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.freeze()
+
+    def forward(self, embeddings: Mapping[str, Tensor]) -> Tensor:
+        """Return the embeddings in the other model's space, (B, P) float32."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return linear(side_by_side(embeddings, self.inputs), self.weight, self.bias)
+
+
+def side_by_side(embeddings: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """Return the embeddings of these names, concatenated, (B, I) float32."""
+    return torch.cat([embeddings[name].float() for name in names], dim=1)
+
+
+class Fit(NamedTuple):
+    """A fitted map."""
+
+    weight: Tensor
+    """(P, I) float32."""
+    bias: Tensor
+    """(P,) float32."""
+    about: dict[str, float]
+    """``pairs``, the number of samples; ``ridge``, the penalty on the squared weights that the held-out pairs chose;
+    ``r2``, the share of the target's variance that the map explains on them, before it is fitted to all pairs."""
+
+
+class Moments:
+    """Sums over pairs of inputs and targets from which the map follows: one pass, in float64.
+
+    Their order is that of the calls, so that the result has the same bits for any division of the work.
+    """
+
+    def __init__(self) -> None:
+        self.sums: list[Tensor] = []
+        self.count = 0
+
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Add pairs, (N, I) and (N, P): every tenth of all to the held-out ones."""
+        rows = torch.cat([inputs.new_ones(len(inputs), 1), inputs, targets], dim=1).double()
+        is_held_out = torch.arange(self.count, self.count + len(rows), device=rows.device) % HELD_OUT == HELD_OUT - 1
+        sums = [part.T @ part for part in (rows[~is_held_out], rows[is_held_out])]
+        self.sums = [old + new for old, new in zip(self.sums, sums, strict=True)] if self.count else sums
+        self.count += len(rows)
+        self.num_inputs = inputs.shape[1]
+
+    def fit(self, whole: bool = True) -> Fit:
+        """Return the ridge regression with the strength that is best on the held-out pairs.
+
+        Args:
+            whole: Fit it to the held-out pairs, too, in the end.
+
+        Source: Hoerl and Kennard 1970, Technometrics 12(1); the map minimizes |Y - XW - b|² + ridge |W|².
+
+        Raises:
+            ValueError: There are too few pairs, or they are not finite.
+        """
+        fitted, held_out = (sums.cpu() for sums in self.sums)
+        if self.count < MIN_PAIRS or not (fitted + held_out).isfinite().all():
+            raise ValueError(f"expected at least {MIN_PAIRS} pairs of finite embeddings, got {self.count} pairs")
+        inputs, targets = slice(self.num_inputs), slice(self.num_inputs, None)
+        means, values_I, basis_II, products_IP = self._decomposed(fitted)
+        scatter = scatter_about(held_out, means)
+        # The squared error of the map is a quadratic function of how much each eigenvector is shrunk.
+        linear_I = (products_IP * (basis_II.T @ scatter[inputs, targets])).sum(dim=1)
+        square_II = (basis_II.T @ scatter[inputs, inputs] @ basis_II) * (products_IP @ products_IP.T)
+        total = scatter[targets, targets].trace()
+        shrink_SI = torch.stack([1 / (values_I + strength * values_I.mean()) for strength in STRENGTHS])
+        errors_S = total - 2 * shrink_SI @ linear_I + (shrink_SI @ square_II * shrink_SI).sum(dim=1)
+        means, values_I, basis_II, products_IP = self._decomposed(fitted + whole * held_out)
+        ridge = STRENGTHS[int(errors_S.argmin())] * values_I.mean()
+        weight_IP = basis_II @ (products_IP / (values_I + ridge)[:, None])
+        bias_P = means[targets] - means[inputs] @ weight_IP
+        about = {"pairs": self.count, "ridge": float(ridge), "r2": 1 - float(errors_S.min() / total)}
+        return Fit(weight_IP.T.float().contiguous(), bias_P.float(), about)
+
+    def _decomposed(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return all means, eigenvalues and eigenvectors of XᵀX, centered, and XᵀY in their basis, (I, P)."""
+        means, inputs = sums[0, 1:] / sums[0, 0], slice(self.num_inputs)
+        scatter = scatter_about(sums, means)
+        values_I, basis_II = torch.linalg.eigh(scatter[inputs, inputs])
+        return means, values_I.clamp(min=0), basis_II, basis_II.T @ scatter[inputs, self.num_inputs :]
+
+
+def scatter_about(sums: Tensor, means: Tensor) -> Tensor:
+    """Return the second moments of all channels about given means, from the sums of products with a leading 1."""
+    count, totals = sums[0, 0], sums[0, 1:]
+    crossed = torch.outer(means, totals)
+    return sums[1:, 1:] - crossed - crossed.T + count * torch.outer(means, means)

@@ -1,0 +1,72 @@
+"""The map into a teacher's space: scikit-learn's ridge regression, with the strength that held-out pairs choose."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+from sklearn.metrics import r2_score
+from torch import Tensor
+from torch.nn.functional import linear
+
+from d2v_composer.models.alignment import HELD_OUT, STRENGTHS, Fit, Moments
+
+
+def related(num_pairs: int = 600, num_copies: int = 0) -> tuple[Tensor, Tensor]:
+    """Return inputs, (N, 20), of which some are copies of others, and targets, (N, 8), which follow from them."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = 3 + torch.randn(num_pairs, 20 - num_copies, generator=generator) * torch.logspace(-1, 1, 20 - num_copies)
+    exact = inputs @ torch.randn(20 - num_copies, 8, generator=generator)
+    targets = 1 + exact + torch.randn(exact.shape, generator=generator)
+    return torch.cat([inputs, inputs[:, :num_copies]], dim=1), targets
+
+
+def fitted(inputs: Tensor, targets: Tensor, whole: bool = True) -> Fit:
+    moments = Moments()
+    for pairs in zip(inputs.split(64), targets.split(64), strict=True):
+        moments.add(*pairs)
+    return moments.fit(whole)
+
+
+@pytest.mark.parametrize("num_copies", [0, 6])
+def test_it_is_scikit_learns_ridge(num_copies: int) -> None:
+    inputs, targets = related(num_copies=num_copies)
+    fit = fitted(inputs, targets)
+    expected = Ridge(alpha=fit.about["ridge"], solver="cholesky").fit(inputs.double(), targets.double())
+    np.testing.assert_allclose(fit.weight, expected.coef_, atol=1e-6)
+    np.testing.assert_allclose(fit.bias, expected.intercept_, atol=1e-5)
+    assert fit.about["pairs"] == 600
+
+
+def test_held_out_pairs_choose_the_strength_and_measure_it() -> None:
+    inputs, targets = (tensor.double().numpy() for tensor in related(60))
+    is_held_out = np.arange(60) % HELD_OUT == HELD_OUT - 1
+    seen, scale = inputs[~is_held_out], np.trace(np.cov(inputs[~is_held_out].T)) * (54 - 1) / 20
+    ridges = [Ridge(alpha=strength * scale).fit(seen, targets[~is_held_out]) for strength in STRENGTHS]
+    errors = [np.square(ridge.predict(inputs[is_held_out]) - targets[is_held_out]).sum() for ridge in ridges]
+    best = ridges[int(np.argmin(errors))]
+    trial = fitted(*related(60), whole=False)
+    np.testing.assert_allclose(trial.weight, best.coef_, atol=1e-6)
+    spread = np.square(targets[is_held_out] - targets[~is_held_out].mean(axis=0)).sum()
+    assert trial.about["r2"] == fitted(*related(60)).about["r2"] == pytest.approx(1 - min(errors) / spread)
+    assert best is not ridges[0]
+
+
+def test_what_no_map_follows_from_has_no_r2() -> None:
+    inputs, targets = related()
+    assert fitted(inputs, targets).about["r2"] > 0.9
+    assert fitted(inputs, targets.flip(0)).about["r2"] < 0.05
+
+
+@pytest.mark.parametrize("fault", ["too few", "not finite"])
+def test_pairs_that_give_no_map_are_refused(fault: str) -> None:
+    inputs, targets = related(19 if fault == "too few" else 100)
+    targets[3, 2] = torch.inf if fault == "not finite" else 0
+    with pytest.raises(ValueError, match=r"^expected at least 20 pairs of finite embeddings, got (19|100) pairs$"):
+        fitted(inputs, targets)
+
+
+def test_a_map_of_float32_is_as_good(one_thread: None) -> None:
+    inputs, targets = related()
+    fit = fitted(inputs, targets)
+    assert fit.weight.dtype == torch.float32
+    assert r2_score(targets, linear(inputs, fit.weight, fit.bias)) > 0.9

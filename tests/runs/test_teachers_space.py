@@ -1,0 +1,221 @@
+"""A student in its teacher's space: the same map on any ranks, in every file, measured in the teacher's index."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor
+
+from containers import write_parquet
+from d2v_composer import load_student, load_teacher
+from d2v_composer.checkpoints.load import load_models, save_student
+from d2v_composer.commands import align, embed, export
+from d2v_composer.evaluation.labeled_retrieval import Lookup, measure_embeddings
+from d2v_composer.evaluation.rows import AGREEMENT, STUDENT, TEACHER, UNTRAINED, retrieval_from, rows_of
+from d2v_composer.models.names import PROJECTED
+from d2v_composer.models.timm_network import NetworkStudent
+from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples
+from d2v_composer.system.errors import InputError, RunError
+from helpers import (
+    GOLDEN,
+    contents_of,
+    encoded_image,
+    load_checkpoint,
+    run_ranks,
+    run_training,
+    small_run,
+    train_command,
+    write_files,
+)
+from small_students import computed_by_timm_alone
+
+TEACHER_FILE = GOLDEN / "tiny_base.pt"
+
+
+def map_of(run: Path) -> dict[str, Any]:
+    return load_checkpoint(run / "latest-rank0.pt")["state"]["callbacks"]["AlignStudent"]
+
+
+def test_two_ranks_fit_the_same_bits(small_data: Path, tmp_path: Path) -> None:
+    """Without training, so that both have the same weights but for biases of 1e-30."""
+    options = ("optimizer.lr=1e-30", "max_duration=2ba", "scheduler.t_warmup=0ba", "device_eval_batch_size=16")
+    run_training(*small_run(tmp_path / "one", small_data, *options))
+    run_ranks(*train_command(small_run(tmp_path / "two", small_data, *options))[1:])
+    one, two = (map_of(tmp_path / name) for name in ("one", "two"))
+    assert one["about"] == two["about"]
+    assert one["about"]["pairs"] == 96
+    assert all(torch.equal(one[name], two[name]) for name in ("weight", "bias"))
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    return torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_every_file_has_the_map_of_the_last_batch(uninterrupted: Path, pixels: Tensor, tmp_path: Path) -> None:
+    checkpoint, path, program = uninterrupted / "latest-rank0.pt", tmp_path / "s.safetensors", tmp_path / "s.onnx"
+    trained, _ = load_models(str(checkpoint))
+    expected = trained.embed(pixels, representation="projected")
+    fitted = map_of(uninterrupted)
+    assert torch.equal(trained.alignment.weight, fitted["weight"])
+    export.main([str(checkpoint), str(path)])
+    student = load_student(path)
+    assert torch.equal(student.embed(pixels, representation="projected"), expected)
+    assert student.provenance["alignment"] == fitted["about"]
+    export.main([str(path), str(program), "--representation", "projected", "--preprocessing", "in"])
+    [computed] = onnxruntime.InferenceSession(program).run(None, {"images": pixels.movedim(1, -1).numpy()})
+    torch.testing.assert_close(torch.from_numpy(computed), expected, rtol=0, atol=1e-4)
+
+
+def test_a_checkpoint_whose_map_is_of_other_weights_has_none(uninterrupted: Path) -> None:
+    earlier, _ = load_models(str(uninterrupted / "ep1-ba12-rank0.pt"))
+    assert earlier.alignment is None
+    assert PROJECTED not in earlier.embedding_names
+
+
+def test_timm_alone_computes_the_map_of_its_own_model(pixels: Tensor, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    student = load_teacher(TEACHER_FILE).build_student(model="timm/test_byobnet")
+    student.eval().align(torch.randn(24, student.encoder.num_pooled), torch.randn(24))
+    save_student(student, tmp_path / "network.safetensors")
+    export.main([str(tmp_path / "network.safetensors"), str(tmp_path / "student.safetensors")])
+    again = load_student(tmp_path / "student.safetensors")
+    assert isinstance(again, NetworkStudent)
+    expected = student.embed(pixels, representation="projected")
+    torch.testing.assert_close(again.embed(pixels, representation="projected"), expected)
+    aligned = computed_by_timm_alone(tmp_path, "aligned", student.encoder.prepare(pixels))
+    torch.testing.assert_close(aligned, expected)
+
+
+class Measured:
+    """A student whose map is exact: its embeddings in the teacher's space are the teacher's."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (80, 3, 4, 4), dtype=torch.uint8, generator=generator)
+        labels = torch.arange(80) % 4
+        self.labeled = EvaluationSet(LabeledSamples(images[:40], labels[:40]), LabeledSamples(images[40:], labels[40:]))
+        self.lookup = Lookup("own", (1,), ("agreement",), None, 16, {}, target="output_mean", kept={})
+        self.num_taught = 0
+
+    def student(self, images: Tensor) -> dict[str, Tensor]:
+        flat = images.flatten(1).float()
+        return {"own": flat[:, :4], PROJECTED: flat.square()}
+
+    def teacher(self, images: Tensor) -> dict[str, Tensor]:
+        self.num_taught += len(images)
+        flat = images.flatten(1).float()
+        return {"own": flat[:, 4:8], "output_mean": flat.square()}
+
+    def hits(self, *models: str) -> dict[tuple[str, Any], Tensor]:
+        embeds = {name: self.teacher if name == TEACHER else self.student for name in models}
+        rows = [row for row in rows_of(embeds, has_target=True) if row.moves or not self.num_taught]
+        results = list(measure_embeddings(rows, embeds, "set", self.labeled, self.lookup))
+        assert all(result.is_primary for result in results if result.embedding != "output_mean")
+        return {(result.row, result.measure): result.hits for result in results if result.is_primary}
+
+
+def test_the_student_is_looked_up_in_its_teachers_index() -> None:
+    measured, retrieval = Measured(), retrieval_from("train", 1)
+    first, later = measured.hits(UNTRAINED, TEACHER), measured.hits(STUDENT, TEACHER)
+    assert measured.num_taught == 80  # not again
+    for measure in (retrieval, retrieval_from("test", 1), AGREEMENT):
+        target = first[f"{TEACHER}, projected", measure]
+        for hits, student in ((first, UNTRAINED), (later, STUDENT)):
+            for row in (f"{student}, projected", f"{student} in the teacher's index"):
+                assert torch.equal(hits[row, measure], target), (row, measure)
+            assert not torch.equal(hits[student, measure], target)
+    assert later[f"{STUDENT} in the teacher's index", AGREEMENT].min() == 1
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    return write_files(folder, {f"{number:03}.jpg": encoded_image(number) for number in range(120)})
+
+
+@pytest.fixture(scope="module")
+def index(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photos as their teacher embeds them; read-only."""
+    path = tmp_path_factory.mktemp("index") / "old.npy"
+    embed.main([str(TEACHER_FILE), str(photos), str(path), "--workers", "0"])
+    return path
+
+
+def run_align(student: Path, photos: Path, out: Path, *options: str | Path) -> None:
+    align.main(list(map(str, (student, photos, out, "--workers", 0, *options))))
+
+
+@pytest.mark.parametrize("kind", [".npy", ".parquet", "float16", "teacher"])
+def test_a_student_finds_what_an_old_index_finds(
+    kind: str, exported: Path, photos: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids, rows, out = np.load(index.with_suffix(".ids.npy")), np.load(index), tmp_path / "out.safetensors"
+    shuffled = np.random.default_rng(0).permutation(len(ids))
+    np.save(tmp_path / "old.npy", rows[shuffled].astype("float16" if kind == "float16" else "float32"))
+    np.save(tmp_path / "old.ids.npy", ids[shuffled])
+    write_parquet(tmp_path / "old.parquet", {"id": ids[shuffled].tolist(), "embedding": list(rows[shuffled])})
+    old = tmp_path / ("old.parquet" if kind == ".parquet" else "old.npy")
+    run_align(exported, photos, out, *(("--to", TEACHER_FILE) if kind == "teacher" else ("--index", old)))
+    printed = capsys.readouterr().out
+    assert "R²: 0." in printed
+    aligned = load_student(out).provenance["alignment"]
+    assert aligned["pairs"] == 120
+    assert aligned["r2"] > 0.2
+    embed.main([str(out), str(photos), str(tmp_path / "q.npy"), "--representation", "projected", "--workers", "0"])
+    mapped = np.load(tmp_path / "q.npy")
+    error = np.square(mapped - rows).sum() / np.square(rows - rows.mean(axis=0)).sum()
+    assert error < 1 - aligned["r2"]
+
+
+def spoil(kind: str, ids: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids and rows as a careless user may have them."""
+    if kind == "another data set":
+        return np.array([f"cats/{name}" for name in ids]), rows
+    if kind == "not finite":
+        rows[7, 1] = np.nan
+    if kind == "rows are missing":
+        return ids, rows[:-1]
+    if kind == "few":
+        return ids[:10], rows[:10]
+    if kind == "rows are shuffled":
+        return ids, rows[np.random.default_rng(0).permutation(len(ids))]
+    return ids, rows
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            "another data set",
+            r"has rows of 0 samples of .*; expected at least \d+, half its width. .*'cats/000.jpg#?0?'",
+        ),
+        ("not finite", r"the row of 007.jpg\S* has numbers that are not finite"),
+        ("rows are missing", r"expected rows of numbers with an id each, got float32 \(119, \d+\), 120 ids"),
+        ("few", r"has rows of 10 samples of .*; expected at least \d+"),
+        ("rows are shuffled", "are the ids those of these rows, in order?"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused(
+    kind: str, message: str, exported: Path, photos: Path, index: Path, tmp_path: Path
+) -> None:
+    ids, rows = spoil(kind, np.load(index.with_suffix(".ids.npy")), np.load(index))
+    np.save(tmp_path / "old.npy", rows)
+    np.save(tmp_path / "old.ids.npy", ids)
+    before = contents_of(tmp_path)
+    with pytest.raises((InputError, RunError), match=message):
+        run_align(exported, photos, tmp_path / "out.safetensors", "--index", tmp_path / "old.npy")
+    assert contents_of(tmp_path) == before
+
+
+def test_rows_that_share_an_id_are_left_out_and_counted(
+    exported: Path, photos: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids, rows = np.load(index.with_suffix(".ids.npy")), np.load(index)
+    np.save(tmp_path / "old.npy", np.concatenate([rows, rows[:3] + 1]))
+    np.save(tmp_path / "old.ids.npy", np.concatenate([ids, ids[:3]]))
+    run_align(exported, photos, tmp_path / "out.safetensors", "--index", tmp_path / "old.npy")
+    assert "pairs: 117 of 120 samples and 123 rows; ids that rows share, left out: 6" in capsys.readouterr().out
