@@ -325,11 +325,16 @@ def student_of(folder: Path) -> dict[str, Tensor]:
     return load_checkpoint(folder / "latest-rank0.pt")["state"]["model"]
 
 
+def map_of(folder: Path) -> dict[str, Any]:
+    """Return the map to the teacher's space in a run's newest checkpoint; empty if there is none."""
+    return load_checkpoint(folder / "latest-rank0.pt")["state"]["callbacks"].get("AlignStudent", {})
+
+
 def assert_same_student(folder: Path, expected: Path) -> None:
-    """Compare the students of two runs bit by bit."""
-    ours, theirs = student_of(folder), student_of(expected)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    """Compare the students of two runs, and their maps to the teacher's space, bit by bit."""
+    for ours, theirs in ((read(folder), read(expected)) for read in (student_of, map_of)):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs if isinstance(theirs[name], Tensor))
 
 
 def family_of(pid: int) -> list[psutil.Process]:

@@ -29,25 +29,25 @@ MAX_LINES_OF_FILE, MAX_LINES_OF_FUNCTION = 600, 80
 LIMITS = {
     "system": 9_730,
     "models": 22_800,
-    "checkpoints": 9_670,
-    "data": 4_070,
+    "checkpoints": 9_780,
+    "data": 4_160,
     "objectives": 3_860,
-    "sources": 14_960,
+    "sources": 15_060,
     "config": 4_850,
     "conversion": 4_030,
     "evaluation": 8_420,
     "callbacks": 8_790,
-    "embedding": 5_590,
+    "embedding": 5_630,
     "report": 4_740,
     "training_data": 2_820,
-    "export": 5_970,
+    "export": 6_080,
     "runs": 11_450,
     "benchmarks": 6_830,
     "d2v_composer/__init__.py": 410,
-    "commands": 6_500,
+    "commands": 6_560,
     "recipes": 3_310,
 }
-CEILING = 134_847
+CEILING = 135_350
 COUNTED = {tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING}
 
 

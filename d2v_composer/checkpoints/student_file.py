@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import (
@@ -43,6 +44,7 @@ FORMAT_VERSIONS: dict[str, int] = {"teacher": 2, "student": 3, "classifier": 2}
 MAX_JSON = 4 << 20
 CONFIG_TENSOR = "config_json"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DRAWS = (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -150,13 +152,23 @@ def build_loaded(source: Any, build: Callable[[], ModuleT], tensors: Mapping[str
     return model
 
 
+class _Unset(TorchFunctionMode):
+    """Leaves weights unset: to fill some on the meta device, torch imports sympy and its compiler, for seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in DRAWS:
+            return kwargs["tensor"]
+        return (torch.empty if func is torch.zeros else func)(*args, **kwargs)
+
+
 def check_fits(source: Any, build: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> None:
     """Check that a file has exactly the tensors of a model, before memory is allocated for the model.
 
     Raises:
         InputError: A size is invalid; or a tensor is missing, unknown, misshapen, or as in :func:`check_numbers`.
     """
-    with reading(source), torch.device("meta"):
+    with reading(source), torch.device("meta"), _Unset():
         model = build()
         layout = {name: torch.empty(tensor.shape) for name, tensor in tensors.items()}
         whole = [name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()]

@@ -79,9 +79,9 @@ def export(
     print(f"embedding: {embedding.name}")
     if out.suffix == ".safetensors":
         save_with_card(student, source, out)
-        step = d2v("embed", out, "SOURCE", "embeddings.npy")
+        steps = [d2v("embed", out, "SOURCE", "embeddings.npy")]
         if student.head is not None:
-            step = f"import timm, d2v_composer; model = {timm_call(student, out)}"
+            steps = [f"import timm, d2v_composer; model = {timm_call(student, out)}"]
     else:
         program = Program(student, embedding, takes_pixels)
         if int8:
@@ -91,9 +91,11 @@ def export(
                 quantize(exact, out, images[1::2])
         else:
             export_program(program, out)
-        step = PROGRAMS[out.suffix].format(str(out))
+        steps = [PROGRAMS[out.suffix].format(str(out))]
+        if source.endswith(".safetensors") and not verify:
+            steps.append(d2v("verify", out, "--student", source))
         print(size_of(student, out))
     if verify or int8:
         images = calibrate if int8 else verification.SHIPPED[student.encoder.input_name]
         verification.verify(out, student, runtime=None if verify else ["onnxruntime"], images=images)
-    print_next(step)
+    print_next(*steps)

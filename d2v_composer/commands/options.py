@@ -19,10 +19,15 @@ def absolute(place: str) -> str:
     return place if "://" in place or place.startswith(PREFIX) else os.path.abspath(os.path.expanduser(place))
 
 
+def cores() -> int:
+    """Return this rank's share of the machine's cores."""
+    return max(1, (os.cpu_count() or 1) // local_ranks())
+
+
 # What a name in the file stands for.
 NAMED: dict[str, Any] = {
     "absolute": absolute,
-    "cores": max(1, (os.cpu_count() or 1) // local_ranks()),
+    "cores": cores(),
     "float": float,
     "int": int,
     "part": Part.parse,

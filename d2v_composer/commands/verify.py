@@ -6,12 +6,12 @@
     d2v verify student.onnx --kit kit
 
 EXPORTED is an .onnx or .pt2 file, which needs the same student's .safetensors file, or a .safetensors file. Loading a
-.pt2 file runs the code in it. The table shows the least and mean cosine to PyTorch's embeddings; the largest
-difference of a number, and the largest change of one by other inputs in its batch, both as shares of the largest
-number; the spread of the embeddings as a share of PyTorch's; the neighbor agreement with PyTorch; and samples/s in
-batches of 1 and of 16. The exit status is 1 if one is out of its range. The numbers go to EXPORTED.verify.json and to
-the model card beside the file. --kit writes a folder for a machine whose runtime is not here: its script prints the
-same numbers, and needs only numpy and the runtime.
+.pt2 file runs the code in it. The table shows the least and mean cosine to PyTorch's embeddings; the largest difference
+of a number, and the largest change of one by other inputs in its batch, both as shares of the largest number; the
+spread of the embeddings as a share of PyTorch's; the neighbor agreement with PyTorch; and samples/s in batches of 1 and
+of 16. The exit status is 1 if one is out of its range. The last line names the fastest runtime of those in range. The
+numbers go to EXPORTED.verify.json and to the model card beside the file. --kit writes a folder for a machine whose
+runtime is not here: its script prints the same numbers, and needs only numpy and the runtime.
 """
 
 from collections.abc import Sequence

@@ -25,6 +25,7 @@ CROP_ATTEMPTS = 10
 ORIENTATION = 0x0112  # of an EXIF record
 # What turns an image of each orientation upright; one of orientation 1 is.
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
+JPEG_START = b"\xff\xd8"
 with suppress(ImportError):
     import_module("pillow_heif").register_heif_opener()
 # Load Pillow's decoders now: without free file descriptors, Pillow takes a decoder that it cannot load for missing.
@@ -91,12 +92,6 @@ def decode_rgb(stored: bytes | Image.Image, source: str) -> Image.Image:
         return to_rgb(open_image(stored) if isinstance(stored, bytes) else stored)
 
 
-def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
-    """Return the pixels as (3, height, width) uint8."""
-    pixels = np.array(image) if isinstance(image, Image.Image) else image
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
 class Box(NamedTuple):
     """A rectangle of an image, in pixels: left ≤ x < right, top ≤ y < bottom."""
 
@@ -117,13 +112,14 @@ class CuttableJpeg(NamedTuple):
     source: str
     size: tuple[int, int]
     height_at: int
+    format = "JPEG"
 
     @classmethod
     def parse(cls, encoded: bytes, source: str) -> "CuttableJpeg | None":
         """Read the header; return ``None`` for images that Pillow must decode: other formats, truncated, turned."""
         # Pillow rejects a file without its end, which a decoder that stops early cannot notice. A truncated file does
         # not end like this by chance: the marker cannot occur within the coded pixels.
-        if not (encoded.startswith(b"\xff\xd8") and encoded.endswith(b"\xff\xd9")):
+        if not (encoded.startswith(JPEG_START) and encoded.endswith(b"\xff\xd9")):
             return None
         jpeg, at = None, 2
         while at + 10 <= len(encoded) and encoded[at] == 0xFF:
@@ -163,6 +159,32 @@ class CuttableJpeg(NamedTuple):
         except ValueError:
             return np.array(decode_rgb(self.encoded, self.source).crop(box))
         return pixels[box.top : box.bottom, box.left : box.right]
+
+
+def read_image(stored: bytes | Image.Image, source: str) -> CuttableJpeg | Image.Image:
+    """Return an image whose crops are RGB and upright; a :class:`CuttableJpeg` is not yet decoded.
+
+    Raises:
+        UnreadableSampleError: As :func:`decode_rgb`.
+    """
+    jpeg = CuttableJpeg.parse(stored, source) if isinstance(stored, bytes) else None
+    return jpeg or decode_rgb(stored, source)
+
+
+def resized_crop(
+    image: CuttableJpeg | Image.Image, size: tuple[int, int], interpolation: str, box: Box | None = None
+) -> Tensor:
+    """Resize a box of an image, by default all of it, to (3, height, width) uint8.
+
+    Torch's filter is Pillow's with weights of 16 instead of 22 bits: five times as fast, and few values differ, by one.
+    Cropping comes first, because the filter must not see pixels outside of the box.
+
+    Raises:
+        UnreadableSampleError: The image cannot be decoded.
+    """
+    pixels = np.require(image.crop(box or Box(0, 0, *image.size)), requirements="W")
+    channels_first = torch.from_numpy(pixels).permute(2, 0, 1)
+    return functional.interpolate(channels_first[None], size, mode=interpolation, antialias=True)[0]
 
 
 def random_crop_box(
@@ -218,14 +240,10 @@ class RandomResizedCropFlip(NamedTuple):
         Raises:
             UnreadableSampleError: The image cannot be decoded.
         """
-        jpeg = CuttableJpeg.parse(sample, source) if isinstance(sample, bytes) else None
-        image = Image.fromarray(sample.permute(1, 2, 0).numpy()) if isinstance(sample, Tensor) else sample
-        whole = jpeg or decode_rgb(image, source)
-        box = random_crop_box(*whole.size, rng, self.scale, self.ratio)
-        # Torch's filter is Pillow's with weights of 16 instead of 22 bits: five times as fast, and few values differ,
-        # by one. Cropping comes first, because the filter must not see pixels outside of the crop.
-        crop, size = to_tensor(whole.crop(box))[None], height_and_width(self.image_size)
-        pixels = functional.interpolate(crop, size, mode=self.interpolation, antialias=True)[0]
+        stored = Image.fromarray(sample.permute(1, 2, 0).numpy()) if isinstance(sample, Tensor) else sample
+        image = read_image(stored, source)
+        box = random_crop_box(*image.size, rng, self.scale, self.ratio)
+        pixels = resized_crop(image, height_and_width(self.image_size), self.interpolation, box)
         return pixels.flip(-1) if rng.random() < self.flip else pixels
 
 
@@ -257,31 +275,33 @@ class Images(Modality):
         return cls(config.image_size, config.interpolation)
 
     def decode(self, stored: bytes | Image.Image, source: str) -> Tensor:
-        """Decode and resize an image to (3, height, width) uint8."""
-        image = decode_rgb(stored, source)
+        """Decode and resize an image to (3, height, width) uint8: a JPEG as in training, others by Pillow's filter."""
         height, width = height_and_width(self.image_size)
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
-        return to_tensor(image)
+        if isinstance(stored, bytes) and stored.startswith(JPEG_START):
+            image = read_image(stored, source)
+        else:
+            image = decode_rgb(stored, source).resize((width, height), Image.Resampling[self.interpolation.upper()])
+        return resized_crop(image, (height, width), self.interpolation)
 
     @classmethod
     def encode(  # pyright: ignore[reportIncompatibleMethodOverride]: each modality has options of its own
         cls, stored: bytes | Image.Image, source: str, resize: int | None = None, quality: int = 90
     ) -> tuple[bytes, None]:
         """Keep an upright RGB JPEG; encode others, and those resized, as such JPEGs without metadata."""
-        with decoding(stored, source, "an image"), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = stored if isinstance(stored, Image.Image) else open_image(stored)
-            rgb = to_rgb(image)
-            if resize is not None and min(rgb.size) > resize:
-                width, height = (max(resize, round(side * resize / min(rgb.size))) for side in rgb.size)
-                rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
-            is_jpeg = image.format in ("JPEG", "MPO")  # MPO: a camera's JPEG followed by more pictures
-            if rgb is image and is_jpeg and isinstance(stored, bytes):
+            image = read_image(stored, source)
+            height, width = size = image.size[::-1]
+            if resize is not None and min(size) > resize:
+                height, width = (max(resize, round(side * resize / min(size))) for side in size)
+            pixels = resized_crop(image, (height, width), "bicubic").permute(1, 2, 0).numpy()
+            # MPO: a camera's JPEG followed by more pictures. What Pillow turned or converted has no format.
+            if (height, width) == size and image.format in ("JPEG", "MPO") and isinstance(stored, bytes):
                 return stored, None
+        with decoding(stored, source, "an image"):
             buffer = io.BytesIO()
             # A new image: the original would pass on its comment and its profile.
-            Image.fromarray(np.asarray(rgb)).save(buffer, "JPEG", quality=quality)
+            Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
             return buffer.getvalue(), None
 
     @classmethod

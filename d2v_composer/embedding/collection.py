@@ -30,7 +30,7 @@ from d2v_composer.data.modality import collate
 from d2v_composer.models.backbone import Backbone, hash_weights
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
 from d2v_composer.models.precision import choose_precision, precision_of
-from d2v_composer.sources.source import Source, hash_of, map_in_workers
+from d2v_composer.sources.source import Source, hash_of, map_in_threads, map_in_workers
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, check_outputs, exists, is_remote, put
 from d2v_composer.system.files import acquire, sole_user, write_atomically
@@ -432,10 +432,13 @@ def load_batch(
         decode: Returns a sample by number, as :meth:`Source.decode`.
         numbers: Of the samples.
     """
-    samples, skipped = [], []
-    for number in numbers:
+
+    def attempt(number: int) -> Tensor | str:
         try:
-            samples.append(decode(number))
+            return decode(number)
         except UnreadableSampleError as error:
-            skipped.append((number, str(error)))
-    return collate(samples) if samples else (), skipped
+            return str(error)
+
+    decoded = [*zip(numbers, map_in_threads(attempt, numbers), strict=True)]
+    samples = [sample for _, sample in decoded if isinstance(sample, Tensor)]
+    return collate(samples) if samples else (), [row for row in decoded if isinstance(row[1], str)]

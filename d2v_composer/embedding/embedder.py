@@ -27,7 +27,7 @@ class Embedder:
     """Embed a column of images or clips; an engine calls it with batches, on as many machines as it has.
 
     A process loads the model at its first batch, onto the GPU that the engine gives it. It embeds as ``d2v embed``
-    does: the same batch gives the same bits. Let an engine that writes files give Arrow batches
+    does: the same batch of files gives the same bits. Let an engine that writes files give Arrow batches
     (``batch_format="pyarrow"``, ``with_format("arrow")``, ``mapInArrow``): their columns have the same types whether or
     not a sample of the batch is unreadable.
 

@@ -22,7 +22,7 @@ from d2v_composer.data.modality import Modality, Transform, collate, sample_rng
 from d2v_composer.models.configs import ImageSize
 from d2v_composer.sources.mds import SUMMARY, Index, is_mds
 from d2v_composer.sources.open import NONE, SPLITS, find_files, open_source
-from d2v_composer.sources.source import Columns, Source, name_counts, open_mds
+from d2v_composer.sources.source import Columns, Source, map_in_threads, name_counts, open_mds
 from d2v_composer.system.errors import InputError, reading, reason
 
 # What a format holds, if not any modality.
@@ -274,7 +274,7 @@ def _open_speech_commands(root: Path, modality: Modality) -> list[Source]:
 def _load(source: Source, max_images: int | None) -> LabeledSamples:
     numbers = evenly_spaced(len(source), max_images)
     labels = [0 if source.label is None else source.label(number) for number in numbers]
-    samples = source.modality.stack(map(source.decode, numbers), len(numbers))
+    samples = source.modality.stack(map_in_threads(source.decode, numbers), len(numbers))
     return LabeledSamples(samples, torch.tensor(labels, dtype=torch.int64))
 
 

@@ -5,6 +5,7 @@ import os
 import re
 from bisect import bisect_right
 from functools import lru_cache, partial
+from threading import Lock
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -17,6 +18,8 @@ from d2v_composer.system.fetch import File, is_remote
 
 # Types of columns that can hold samples: bytes, or the hub's struct of bytes and path; or paths.
 BYTES, PATH = r"(?:large_)?binary|struct<([^<>]*, )?bytes: (?:large_)?binary\b.*>", "(?:large_)?string"
+
+_one_reader = Lock()  # of threads that need the next row group
 
 
 def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
@@ -66,7 +69,9 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
 
 def _load_row(pinned: Pinned, column: str, starts: list[int], row: int) -> bytes:
     group = bisect_right(starts, row) - 1
-    value = _row_group(pinned, column, group)[row - starts[group]].as_py()
+    with _one_reader:
+        rows = _row_group(pinned, column, group)
+    value = rows[row - starts[group]].as_py()
     value = value["bytes"] if isinstance(value, dict) else value
     if value is None:
         raise UnreadableSampleError(f"{pinned.name}#{row} is null")

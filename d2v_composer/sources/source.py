@@ -4,6 +4,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -22,6 +24,8 @@ from d2v_composer.sources.shards import Shards
 from d2v_composer.system.errors import InputError, RunError, reading
 from d2v_composer.system.fetch import File
 from d2v_composer.system.processes import ALL, Part, die_with_parent
+
+AHEAD = 64  # results of threads that wait in memory
 
 
 class Names(Sequence[str]):
@@ -271,6 +275,16 @@ def map_in_workers(
         if isinstance(error, RuntimeError) and not cause.startswith("DataLoader worker (pid"):
             raise
         raise RunError(f"reading failed ({cause}); the same command resumes") from error
+
+
+def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """Yield a function's result for each item, in order, computed by as many threads as torch may use.
+
+    Decoders release Python's lock. In a worker process, torch uses one thread.
+    """
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for start in range(0, len(items), AHEAD):
+            yield from pool.map(function, items[start : start + AHEAD])
 
 
 def marks_of(count: int, *contents: object) -> NDArray[np.int64]:

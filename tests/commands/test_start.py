@@ -8,11 +8,13 @@ from pathlib import Path
 
 from d2v_composer.commands.__main__ import COMMANDS
 from helpers import GOLDEN, ROOT, encoded_image
+from small_students import random_student
 
 HEAVY = (
     "composer",
     "matplotlib",
     "streaming",
+    "sympy",
     "timm",
     "torch",
     "torch._dynamo",
@@ -41,7 +43,7 @@ def imported_after(commands: list[list[str]], cwd: Path) -> list[set[str]]:
     arguments = [json.dumps(HEAVY), json.dumps(commands)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
-        [sys.executable, "-c", RUN, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", RUN, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
     )
     answers = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("[")]
     assert [status for status, _ in answers] == [0] * len(commands), ended.stderr
@@ -68,14 +70,16 @@ sys.exit(0 if timm.is_model("d2v2_student") else "timm was imported first")
 """
 
 
-def test_embed_and_report_import_what_they_use_and_timm_knows_the_student(uninterrupted: Path, tmp_path: Path) -> None:
+def test_commands_import_what_they_use_and_timm_knows_the_student(uninterrupted: Path, tmp_path: Path) -> None:
     """In another directory than the repository's, with a path relative to it."""
+    student = random_student(tmp_path / "student.safetensors")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "0.jpg").write_bytes(encoded_image(0))
     embed = ["d2v", "embed", str(GOLDEN / "tiny_base.pt"), "photos", "photos.npy", "--workers", "0"]
+    evaluate = ["d2v", "evaluate", str(ROOT / "yamls" / "evaluate.yaml"), f"model={student}", "max_images=20"]
     for name in ("log.jsonl", "run.yaml"):
         (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
     (tmp_path / "with_timm.py").write_text(WITH_TIMM)
-    *imports, _ = imported_after([embed, ["d2v", "report", "."], ["with_timm.py"]], tmp_path)
-    assert imports == [{"torch"}, {"torch", "matplotlib"}]
+    *imports, _ = imported_after([embed, evaluate, ["d2v", "report", "."], ["with_timm.py"]], tmp_path)
+    assert imports == [{"torch"}, {"torch"}, {"torch", "matplotlib"}]
     assert (tmp_path / "report.html").is_file()

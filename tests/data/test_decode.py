@@ -39,11 +39,11 @@ def saved(image: np.ndarray, file_format: str = "JPEG", mode: str = "RGB", **opt
     return buffer.getvalue()
 
 
-def expected_pixels(encoded: bytes, box: Box, image_size: int) -> torch.Tensor:
-    """The pixels that torchvision crops from the whole image, decoded by Pillow."""
+def expected_pixels(encoded: bytes, box: Box, image_size: int | list[int]) -> torch.Tensor:
+    """The pixels that torchvision crops from the whole image, decoded by Pillow, at (height, width) or a side."""
     left, top, right, bottom = box
     image = pil_to_tensor(Image.open(io.BytesIO(encoded)).convert("RGB"))
-    size = [image_size, image_size]
+    size = [image_size, image_size] if isinstance(image_size, int) else image_size
     return resized_tensor(image, top, left, bottom - top, right - left, size, InterpolationMode.BICUBIC, antialias=True)
 
 
@@ -77,6 +77,7 @@ OTHER_IMAGES = {
     "grayscale": saved(photo(90, 70), mode="L"),
     "CMYK": saved(photo(90, 70), mode="CMYK"),
     "PNG": saved(photo(90, 70), "PNG"),
+    "WebP": saved(photo(90, 70), "WEBP"),
     "progressive": saved(photo(90, 70), progressive=True),
     "bytes behind the end": saved(photo(90, 70)) + b"\0\0",
 }
@@ -93,6 +94,18 @@ def test_pixels_are_those_of_torchvision(kind: str) -> None:
             assert torch.equal(RandomResizedCropFlip(32, flip=flip)(encoded, sample_rng(0, 0, sample_id)), wanted)
 
 
+@pytest.mark.parametrize("kind", CUTTABLE | OTHER_IMAGES)
+def test_an_evaluation_resizes_jpegs_as_training_does_and_other_images_as_pillow_does(kind: str) -> None:
+    encoded = (CUTTABLE | OTHER_IMAGES)[kind]
+    trained, decoded = expected_pixels(encoded, Box(0, 0, 90, 70), 32), images.Images(32).decode(encoded, kind)
+    image = Image.open(io.BytesIO(encoded)).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
+    assert torch.equal(decoded, pil_to_tensor(image) if kind in ("PNG", "WebP") else trained)
+    assert (decoded.int() - pil_to_tensor(image).int()).abs().max() <= 1
+    converted, _ = images.Images.encode(encoded, kind, resize=32, quality=100)
+    shrunk = expected_pixels(encoded, Box(0, 0, 90, 70), [32, 41]).permute(1, 2, 0).numpy()
+    assert converted == saved(shrunk, quality=100)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_a_turned_image_is_upright_in_training_evaluation_and_conversion(file_format: str, orientation: int) -> None:
@@ -105,7 +118,7 @@ def test_a_turned_image_is_upright_in_training_evaluation_and_conversion(file_fo
     upright = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))))
     height, width = (70, 90) if orientation < 5 else (90, 70)
     assert upright.shape == (height, width, 3)
-    assert torch.equal(images.Images((height, width)).decode(encoded, "a"), images.to_tensor(upright))
+    assert torch.equal(images.Images((height, width)).decode(encoded, "a"), pil_to_tensor(Image.fromarray(upright)))
     for sample_id in range(3):
         pixels, wanted = (
             RandomResizedCropFlip(32)(file, sample_rng(0, 0, sample_id)) for file in (encoded, saved(upright, "PNG"))

@@ -17,7 +17,6 @@ import pytest
 import torch
 from numpy.lib import format as npy
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -27,7 +26,7 @@ from d2v_composer.checkpoints.fairseq import load_data2vec2
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed as embed_command
 from d2v_composer.commands import export
-from d2v_composer.data.images import decode_rgb, to_tensor
+from d2v_composer.data.images import Images
 from d2v_composer.data.modality import read_sample_file
 from d2v_composer.embedding import collection as embedding
 from d2v_composer.embedding.collection import Embedded
@@ -86,7 +85,7 @@ def loaded(out: Path) -> tuple[list, NDArray]:
 
 def expected(model: Transformer, images: list[bytes], **options: Any) -> NDArray:
     """Embed image files with the model itself, (N, D)."""
-    pixels = [to_tensor(decode_rgb(image, "image").resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for image in images]
+    pixels = [Images(SIZE).decode(image, "image") for image in images]
     with torch.inference_mode():
         return model.embed(torch.stack(pixels), **options).numpy()
 

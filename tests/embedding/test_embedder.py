@@ -4,11 +4,13 @@ import io
 import pickle
 import sys
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -16,8 +18,10 @@ from d2v_composer import Embedder, load_teacher
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed as embed_command
 from d2v_composer.config.reference import ModelReference
+from d2v_composer.data.images import Images
+from d2v_composer.sources.labeled import load_labeled_set
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, encoded_clip, encoded_image, run_command, write_files
+from helpers import GOLDEN, encoded_clip, encoded_image, run_command, saved, write_files
 
 TEACHER = str(GOLDEN / "tiny_base.pt")
 IMAGES = [encoded_image(i, size=32 + i % 3) for i in range(11)]
@@ -69,7 +73,27 @@ def test_every_form_of_a_column_gives_the_commands_bits(form: str, expected: NDA
     assert columns["photo"] is column
     assert columns["error"] == [None] * len(IMAGES)
     assert columns["embedding"].dtype == np.float32
+    if form in ("arrays", "pil"):  # Pillow's filter resizes what was decoded before
+        files = [saved(Image.fromarray(pixels(image)), "PNG") for image in IMAGES]
+        expected = by_command(tmp_path / "decoded", TEACHER, files, ".png")
     np.testing.assert_array_equal(columns["embedding"], expected)
+
+
+@pytest.mark.parametrize("reader", ["d2v embed", "Embedder", "evaluation"])
+def test_on_a_cpu_two_threads_of_the_process_decode(
+    reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each waits until the other decodes, too."""
+    photos = write_files(tmp_path / "photos", {f"{number}.jpg": IMAGES[number] for number in range(BATCH)})
+    together, decode = Barrier(2, timeout=60), Images.decode
+    monkeypatch.setattr(Images, "decode", lambda *given: together.wait() >= 0 and decode(*given))
+    torch.set_num_threads(2)
+    if reader == "d2v embed":
+        embed_command.main([TEACHER, str(photos), str(tmp_path / "out.npy")])
+    elif reader == "Embedder":
+        Embedder(TEACHER)({"image": IMAGES[:BATCH]})
+    else:
+        load_labeled_set(None, photos)
 
 
 def test_an_array_of_one_size_is_a_column_too(tmp_path: Path) -> None:

@@ -297,6 +297,27 @@ def test_int8_is_measured_with_other_images_of_the_run(
     assert calibrating.isdisjoint(measured)
 
 
+def test_a_line_names_the_fastest_runtime_beside_the_next_and_the_slowest() -> None:
+    rates = {"pytorch": (10.0, 40.0), "onnxruntime": (30.0, 20.0), "openvino": (15.0, 50.0)}
+    found = {name: {"/s at 1": at_1, "/s at 16": at_16} for name, (at_1, at_16) in rates.items()}
+    line = (
+        "fastest of those that compute the same here: /s at 1 onnxruntime, 2.00 times openvino and 3.00 times pytorch"
+    )
+    line += "; /s at 16 openvino, 1.25 times pytorch and 2.50 times onnxruntime"
+    assert verification.name_fastest(found) == line
+    assert verification.name_fastest({"pytorch": found["pytorch"]}).endswith(": nothing to compare")
+
+
+def test_an_export_names_the_command_that_measures_the_file(
+    student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "student.pt2"
+    export.main([str(student), str(out)])
+    *_, following = capsys.readouterr().out.splitlines()
+    assert following.startswith("next: ")
+    assert following.endswith(f" verify {out} --student {student}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
 def test_the_command_measures_beside_pytorch(student: Path, tmp_path: Path, suffix: str) -> None:
@@ -307,6 +328,8 @@ def test_the_command_measures_beside_pytorch(student: Path, tmp_path: Path, suff
     done = succeed("export", file, program, "--verify")
     table = {line.split()[0]: line.split() for line in done.stdout.splitlines()}
     assert set(table) >= {"pytorch", runtime}
+    pair = rf"({runtime}, \d+\.\d\d times pytorch|pytorch, \d+\.\d\d times {runtime})"
+    assert re.search(rf"^fastest of .* here: /s at 1 {pair}; /s at 16 {pair}$", done.stdout, re.MULTILINE)
     report = json.loads((tmp_path / f"{program.name}.verify.json").read_text())
     assert report["faults"] == {}
     assert report["runtimes"]["pytorch"]["difference"] == 0

@@ -173,7 +173,7 @@ def test_ray_converts_as_the_command_while_tasks_are_killed(
 def samples_of(folder: Path) -> list[bytes]:
     from streaming import StreamingDataset
 
-    return sorted(each["image"] for each in StreamingDataset(local=str(folder), batch_size=1))
+    return sorted(sample["image"] for sample in StreamingDataset(local=str(folder), batch_size=1))
 
 
 class Node(NamedTuple):
@@ -189,9 +189,9 @@ class Node(NamedTuple):
 
     def kill(self) -> None:
         """Kill all its processes at once, as a power cut does."""
-        for each in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+        for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
             with suppress(psutil.NoSuchProcess):
-                each.kill()
+                process.kill()
         self.process.wait()
 
 

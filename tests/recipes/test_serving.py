@@ -94,8 +94,8 @@ def test_onnxruntime_alone_embeds_as_the_command_does(folder: Path) -> None:
 
 def test_onnxruntime_alone_lists_what_the_command_lists(tmp_path: Path) -> None:
     """Each image once, whatever links there are: to its folder, to a parent, to another folder, to itself."""
-    photos, others = tmp_path / "photos" / "a" / "b", tmp_path / "others"
-    for folder in (photos, others, photos / ".trash"):
+    photos, linked = tmp_path / "photos" / "a" / "b", tmp_path / "others"
+    for folder in (photos, linked, photos / ".trash"):
         folder.mkdir(parents=True)
         (folder / f"{folder.name}.jpg").touch()
     for name, target in {"0": "photos", "1": "photos/a", "2": "others", "3.jpg": "photos/a/b/b.jpg"}.items():
@@ -147,13 +147,13 @@ def test_search_by_the_lines_of_the_guide(folder: Path, tmp_path: Path, package:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(shutil.copytree(folder, tmp_path / "folder"))
         embed.main(["student.safetensors", "photos", "photos.parquet"])
-    [code] = [each for each in lines("search.md", "Nearest neighbors", "python") if f"import {package}" in each]
-    found = literal_eval(run_python(tmp_path / "folder", code))
+    [code] = [block for block in lines("search.md", "Nearest neighbors", "python") if f"import {package}" in block]
+    cosine_of = literal_eval(run_python(tmp_path / "folder", code))
     ids, unit = load(folder, "photos")
     cosines = unit @ unit[0]
     nearest = np.argsort(-cosines)[:6]
-    assert list(found) == [ids[i] for i in nearest]
-    assert list(found.values()) == pytest.approx(cosines[nearest].tolist(), abs=1e-6)
+    assert list(cosine_of) == [ids[i] for i in nearest]
+    assert list(cosine_of.values()) == pytest.approx(cosines[nearest].tolist(), abs=1e-6)
 
 
 class Quiet(SimpleHTTPRequestHandler):
