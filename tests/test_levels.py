@@ -28,26 +28,26 @@ MAX_LINES_OF_FILE, MAX_LINES_OF_FUNCTION = 600, 80
 # more raises its own folder's limit and the total, in a commit that says why.
 LIMITS = {
     "system": 9_730,
-    "models": 22_800,
+    "models": 22_840,
     "checkpoints": 9_780,
     "data": 4_160,
     "objectives": 3_860,
     "sources": 15_060,
     "config": 4_850,
     "conversion": 4_030,
-    "evaluation": 8_420,
-    "callbacks": 8_790,
-    "embedding": 5_630,
+    "evaluation": 8_450,
+    "callbacks": 8_850,
+    "embedding": 5_660,
     "report": 4_740,
     "training_data": 2_820,
     "export": 6_080,
     "runs": 11_450,
     "benchmarks": 6_830,
     "d2v_composer/__init__.py": 410,
-    "commands": 6_560,
+    "commands": 6_660,
     "recipes": 3_310,
 }
-CEILING = 135_350
+CEILING = 135_606
 COUNTED = {tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING}
 
 
