@@ -64,7 +64,7 @@ def test_every_file_has_the_map_of_the_last_batch(uninterrupted: Path, pixels: T
     fitted = map_of(uninterrupted)
     assert torch.equal(trained.alignment.weight, fitted["weight"])
     export.main([str(checkpoint), str(path)])
-    assert 'student.embed(images, representation="projected") → (B, 48)\n```' in (tmp_path / "README.md").read_text()
+    assert "; representation='projected' → (B, 48), in another model's space\n" in (tmp_path / "README.md").read_text()
     student = load_student(path)
     assert torch.equal(student.embed(pixels, representation="projected"), expected)
     assert student.provenance["alignment"] == fitted["about"]
