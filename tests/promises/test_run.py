@@ -262,7 +262,7 @@ def test_what_a_run_is_cannot_be_changed(uninterrupted: Path, small_data: Path, 
     """12: each change is named."""
     changes = ["seed=18", "student.depth=2", "student.alibi=false", "optimizer.lr=0.001", "targets.extra_tokens=drop"]
     changes += ["global_train_batch_size=8", f"train_loader.local={labeled / 'test'}", "train_loader.column=image"]
-    changes += ["prediction=last_block", "teacher.first_blocks=1", "alignment.pooling=mean"]
+    changes += ["prediction=last_block", "teacher.first_blocks=1", "alignment.pooling=cls"]
     before = contents_of(uninterrupted)
     line = refused_run(small_run(uninterrupted, small_data, *changes))
     assert "seed: checkpoint has 17, config has 18" in line, line
