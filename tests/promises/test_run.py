@@ -162,7 +162,7 @@ def test_ranks_save_at_one_batch_when_their_launcher_ends(
         assert len(ranks) == 2
         to_all = sent in (signal.SIGTERM, signal.SIGINT)
         (os.killpg if to_all else os.kill)(launcher.pid, sent)
-        assert launcher.wait(timeout=60) == (128 + sent if to_all else -sent)
+        assert launcher.wait(timeout=180) == (128 + sent if to_all else -sent)
         assert_gone(ranks, seconds=60)
     finally:  # a failure must not leave them running beside the other tests
         with suppress(ProcessLookupError):
