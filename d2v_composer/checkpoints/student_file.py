@@ -256,9 +256,14 @@ def check_same_teacher(source: Any, teacher: Teacher, record: Any) -> None:
     Raises:
         InputError: It comes from another file; a converted file counts as the original.
     """
-    ours, theirs = value_at(record, "teacher.sha256"), teacher.provenance["sha256"]
-    if ours != theirs:
+    if not is_teacher_of(record, teacher):
+        ours, theirs = value_at(record, "teacher.sha256"), teacher.provenance["sha256"]
         raise InputError(f"{source}: not this student's teacher: sha256 {theirs}, expected {ours}")
+
+
+def is_teacher_of(record: Any, model: Backbone) -> bool:
+    """Return True if a model is the teacher that a student's record names."""
+    return value_at(record, "teacher.sha256") == value_at(model.provenance, "sha256") is not None
 
 
 def sizes_of(student: Backbone) -> dict[str, Any]:

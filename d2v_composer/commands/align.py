@@ -10,8 +10,9 @@ the index's own nearest neighbors that the student finds there. OUT is the stude
 """
 
 from collections.abc import Sequence
+from functools import partial
 
-from d2v_composer.commands.options import make_parser
+from d2v_composer.commands.options import choose_workers, make_parser
 from d2v_composer.system.command_line import d2v, print_next, print_skipped
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file
@@ -31,10 +32,10 @@ def main(argv: Sequence[str]) -> None:
 
     import torch
 
-    from d2v_composer.checkpoints.student_file import choose_embedding, distillation_of, value_at
+    from d2v_composer.checkpoints.student_file import choose_embedding, distillation_of, is_teacher_of
     from d2v_composer.config.reference import load_any
     from d2v_composer.data.modalities import modality_of
-    from d2v_composer.embedding.align import align, match, read_index
+    from d2v_composer.embedding.align import align, embed_one, match, read_index
     from d2v_composer.export.model_card import save_with_card
     from d2v_composer.models.teacher import Teacher
     from d2v_composer.sources.labeled import evenly_spaced
@@ -62,11 +63,12 @@ def main(argv: Sequence[str]) -> None:
         name = choose_embedding(teacher, arguments.pooling, arguments.pooling and "output").name
         numbers, bank, places = evenly_spaced(len(source), arguments.max_samples), None, None
         teacher.eval().to(device)
-        is_own = teacher.provenance.get("sha256") == value_at(distillation_of(student.provenance), "teacher.sha256")
-        target = lambda *values: teacher.embed_all(*values)[name]  # noqa: E731
+        target = partial(embed_one, teacher, name)
+        is_own = is_teacher_of(distillation_of(student.provenance), teacher)
         about = {"target": name} if is_own else {"index": f"{arguments.to}, {name}"}
     print("other files:", name_counts(source.left_out))
-    aligned = align(student, source, numbers, target, bank, places, device=device, workers=arguments.workers)
+    workers = choose_workers(arguments.workers, device)
+    aligned = align(student, source, numbers, target, bank, places, device=device, workers=workers)
     student.provenance = student.provenance | {"alignment": about | aligned.about}
     print_skipped(aligned.skipped)
     print(f"R²: {aligned.about['r2']:.3f} on a held-out tenth; {aligned.half:.3f} with half of the pairs")

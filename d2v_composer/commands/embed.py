@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from d2v_composer.commands.options import cores, make_parser
+from d2v_composer.commands.options import choose_workers, make_parser
 from d2v_composer.config.reference import ModelReference
 from d2v_composer.system.command_line import d2v, print_next, print_skipped, reading_of
 from d2v_composer.system.errors import InputError
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> Any:
         out,
         options,
         device=device,
-        workers=(cores() if device == "cuda" else 0) if arguments.workers is None else arguments.workers,
+        workers=choose_workers(arguments.workers, device),
         skip_unreadable=arguments.skip_unreadable,
         overwrite=arguments.overwrite,
         part=plan,

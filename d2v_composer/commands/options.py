@@ -19,15 +19,19 @@ def absolute(place: str) -> str:
     return place if "://" in place or place.startswith(PREFIX) else os.path.abspath(os.path.expanduser(place))
 
 
-def cores() -> int:
-    """Return this rank's share of the machine's cores."""
-    return max(1, (os.cpu_count() or 1) // local_ranks())
+CORES = max(1, (os.cpu_count() or 1) // local_ranks())
+"""This rank's share of the machine's cores."""
+
+
+def choose_workers(asked: int | None, device: str) -> int:
+    """Return the number of processes that decode for a model: by default none on a CPU, where threads decode."""
+    return (CORES if device == "cuda" else 0) if asked is None else asked
 
 
 # What a name in the file stands for.
 NAMED: dict[str, Any] = {
     "absolute": absolute,
-    "cores": cores(),
+    "cores": CORES,
     "float": float,
     "int": int,
     "part": Part.parse,

@@ -29,8 +29,6 @@ LEAST_R2 = 0.2
 # Half of the pairs are enough for a map, too.
 LEAST_PAIRS = 2 * MIN_PAIRS
 BLOCK = 4096  # pairs that are summed up at once
-# Every how many pairs, and whether also the held-out ones: the map, what is measured, and what more pairs would add.
-FITS = ((1, True), (1, False), (2, False))
 
 
 class Index(NamedTuple):
@@ -43,7 +41,7 @@ class Index(NamedTuple):
 
 
 class Aligned(NamedTuple):
-    """What is known of a map."""
+    """Measures of a map that was fitted, and the samples that were left out."""
 
     skipped: list[str]
     """Why each unreadable sample was left out."""
@@ -138,7 +136,8 @@ def align(
         progress_bar(batches, desc="aligning", unit="batches"), loaded, strict=True
     ):
         skipped += [reason for _, reason in unreadable]
-        used += (readable := [place for place in batch if place not in dict(unreadable)])
+        left_out = dict(unreadable)
+        used += (readable := [place for place in batch if place not in left_out])
         if samples:
             values = [tensor.to(device) for tensor in samples]
             inputs.append(side_by_side(model.embed_all(*values), model.alignment_inputs).cpu())
@@ -148,7 +147,8 @@ def align(
         raise InputError(f"{source.root}: expected at least {LEAST_PAIRS} samples that can be read, got {len(used)}")
     with errors_of(source.root):
         inputs_MI, targets_MP = torch.cat(inputs), torch.cat(targets)
-        fit, trial, half = (moments_of(inputs_MI[::step], targets_MP[::step]).fit(whole) for step, whole in FITS)
+        moments = moments_of(inputs_MI, targets_MP)
+        fit, trial, half = moments.fit(), moments.fit(whole=False), moments_of(inputs_MI[::2], targets_MP[::2]).fit()
     if fit.about["r2"] < LEAST_R2:
         raise RunError(
             f"the map explains {fit.about['r2']:.1%} of the held-out rows; are the ids those of these rows, in order?"
@@ -164,6 +164,11 @@ def align(
     recall = {k: common_shares(ours[:, :k], theirs[:, :k]).mean().item() for k in (1, NUM_COMMON)}
     model.align(fit.weight.to(device), fit.bias.to(device))
     return Aligned(skipped, fit.about, half.about["r2"], len(held_out), recall)
+
+
+def embed_one(model: Backbone, name: str, *inputs: Tensor) -> Tensor:
+    """Return a model's embedding of this name, (B, P)."""
+    return model.embed_all(*inputs)[name]
 
 
 def moments_of(inputs: Tensor, targets: Tensor) -> Moments:

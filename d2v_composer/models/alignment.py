@@ -101,7 +101,8 @@ class Moments:
         errors_S = total - 2 * shrink_SI @ linear_I + (shrink_SI @ square_II * shrink_SI).sum(dim=1)
         if total <= 1e-12 * held_out[1:, 1:][targets, targets].trace() or not errors_S.isfinite().all():
             raise ValueError(f"expected embeddings that differ, got {self.count} pairs that are alike")
-        means, values_I, basis_II, products_IP = self._decomposed(fitted + whole * held_out)
+        if whole:
+            means, values_I, basis_II, products_IP = self._decomposed(fitted + held_out)
         ridge = STRENGTHS[int(errors_S.argmin())] * values_I.mean()
         weight_IP = basis_II @ (products_IP / (values_I + ridge)[:, None])
         bias_P = means[targets] - means[inputs] @ weight_IP
