@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v_composer.callbacks.algorithms import share_statistics
-from d2v_composer.callbacks.trainer_state import find_callback
+from d2v_composer.callbacks.trainer_state import find_callback, has_ended
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.data.modality import collate
+from d2v_composer.evaluation.labeled_retrieval import move_batch
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.models.alignment import Moments, side_by_side
 from d2v_composer.models.backbone import Backbone
@@ -71,7 +72,7 @@ class AlignStudent(Callback):
             retrieval.prepare, retrieval.lookup = self.fit, retrieval.lookup._replace(target=self.target)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        if state.max_duration is not None and state.timestamp >= state.max_duration:
+        if has_ended(state):
             self.fit(state, state.device.tensor_to_device)
 
     epoch_end = batch_end
@@ -112,9 +113,8 @@ class AlignStudent(Callback):
         rounds = range(0, count, ranks.world_size)
         mine = [self.batches[min(first + ranks.rank, count - 1)] for first in rounds]
         loaded = map_in_workers(self._load, mine, self.workers, torch.cuda.is_available())
-        for step, (first, (samples, *lengths)) in enumerate(zip(rounds, loaded, strict=True)):
-            values = to_device(samples)
-            batch = [values, *(tensor.to(values.device) for tensor in lengths)]
+        for step, (first, samples) in enumerate(zip(rounds, loaded, strict=True)):
+            batch = move_batch(samples, to_device)
             rows = side_by_side(self.embed_student(*batch), inputs)
             if step == len(self.targets):
                 self.targets.append(self.embed_teacher(*batch)[self.target].float().cpu())

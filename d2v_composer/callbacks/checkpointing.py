@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from d2v_composer.callbacks.logging import Uploads
-from d2v_composer.callbacks.trainer_state import find_callback, loss_scale
+from d2v_composer.callbacks.trainer_state import find_callback, has_ended, loss_scale
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.checkpoint import (
     LATEST,
@@ -110,7 +110,7 @@ class Checkpoints(Callback):
         """
         processes.defer_signals(NOTICE)
         # A finished run measures nothing when it starts again.
-        self.is_last_batch = state.max_duration is not None and state.timestamp >= state.max_duration
+        self.is_last_batch = has_ended(state)
         if self._agree(state) == REMOVED and self.folder is not None:
             raise RunError(
                 f"save_folder: {self.folder.local} or its lock {MARK} was removed during the run: "
@@ -125,7 +125,7 @@ class Checkpoints(Callback):
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
         """Save at the end of a run if its duration is in epochs, also after its last batch was saved."""
-        if state.max_duration is not None and state.timestamp >= state.max_duration and not self.is_last_batch:
+        if has_ended(state) and not self.is_last_batch:
             self.last_saved = -1
             self._save(state)
 

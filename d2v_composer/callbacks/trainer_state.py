@@ -19,6 +19,11 @@ def find_callback(state: State, kind: type[CallbackT]) -> CallbackT | None:
     return next((callback for callback in state.callbacks if isinstance(callback, kind)), None)
 
 
+def has_ended(state: State) -> bool:
+    """Return True after the last batch of a run, or after its last epoch if its duration is in epochs."""
+    return state.max_duration is not None and state.timestamp >= state.max_duration
+
+
 def due_every(interval: str, final_events: Set[Event] = frozenset()) -> Callable[[State, Event], bool]:
     """Return a function that returns True when something is due at the end of a batch or an epoch.
 

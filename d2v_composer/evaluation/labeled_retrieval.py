@@ -147,9 +147,7 @@ def embed_set(
             batch = [samples[i] for i in numbers]
             if lookup.augment is not None and part in VIEWS:
                 batch = [lookup.augment(samples[i], i, VIEWS.index(part)) for i in numbers]
-            values, *lengths = collate(batch)
-            values = lookup.to_device(values)
-            inputs = [values, *(tensor.to(values.device) for tensor in lengths)]
+            inputs = move_batch(collate(batch), lookup.to_device)
             for model, embed in embeds.items():
                 embeddings, shares = embed(*inputs), embedded[model][part]
                 for name, vectors in ({"": embeddings} if isinstance(embeddings, Tensor) else embeddings).items():
@@ -159,15 +157,25 @@ def embed_set(
     return embedded
 
 
+def move_batch(batch: tuple[Tensor, ...], to_device: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Return what :func:`collate` made of samples, on the device to which ``to_device`` moves the samples."""
+    values = to_device(batch[0])
+    return [values, *(lengths.to(values.device) for lengths in batch[1:])]
+
+
 def embed_rows(
-    rows: Sequence[Row], embeds: Mapping[str, Embed], dataset: str, labeled: "EvaluationSet", lookup: Lookup
+    rows: Sequence[Row],
+    embeds: Mapping[str, Embed],
+    dataset: str,
+    labeled: "EvaluationSet",
+    lookup: Lookup,
+    with_views: bool,
 ) -> dict[str, EmbeddedSet]:
     """Embed a set with the models of some rows; a teacher in whose index students alone search is embedded once."""
     used = {model: embeds[model] for model in embeds if any(model in (row.queries, row.bank) for row in rows)}
     kept = {} if lookup.kept is None else lookup.kept
     if dataset in kept and TEACHER not in (row.queries for row in rows):
         used.pop(TEACHER, None)
-    with_views = any(measure.name == "instance" for measure in lookup.measures(labeled))
     embedded = embed_set(used, dataset, labeled, lookup, with_views)
     if TEACHER in used and lookup.target:
         kept[dataset] = {part: {lookup.target: shares[lookup.target]} for part, shares in embedded[TEACHER].items()}
@@ -197,7 +205,7 @@ def measure_embeddings(
     """
     wanted, ks = {measure.name for measure in lookup.measures(labeled)}, lookup.ks
     to_device, ranks = lookup.to_device, lookup.ranks
-    embedded = embed_rows(rows, embeds, dataset, labeled, lookup)
+    embedded = embed_rows(rows, embeds, dataset, labeled, lookup, "instance" in wanted)
     classes = labeled.class_embeddings if "zero_shot" in wanted else None
     labels = {split: to_device(getattr(labeled, split).labels) for split in BANKS}
     for parts, samples in ((VIEWS, labels["test"]), (("classes",), () if classes is None else classes)):
