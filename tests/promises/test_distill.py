@@ -497,6 +497,9 @@ def test_a_folder_of_sound_becomes_a_student(sounds: Path, tmp_path: Path) -> No
     """The teacher says that the samples are sound; the held-out clips are cut as training cuts them."""
     out = tmp_path / "run"
     changes = (*SHORT, "train_loader.crop_seconds=0.2", "student.depth=2")
+    line = refused(sounds, out, *SHORT, "alignment.pooling=cls", teacher=GOLDEN / "audio_base.pt")
+    assert "alignment: representation and pooling: this model has no output_cls; " in line
+    assert not out.exists()
     said = distill(sounds, out, changes=changes, teacher=GOLDEN / "audio_base.pt")
     assert "settings for 200 clips: " in said
     assert "other files: 1 .jpg" in said
