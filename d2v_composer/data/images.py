@@ -184,6 +184,8 @@ def resized_crop(
     """
     pixels = np.require(image.crop(box or Box(0, 0, *image.size)), requirements="W")
     channels_first = torch.from_numpy(pixels).permute(2, 0, 1)
+    if pixels.shape[:2] == size:
+        return channels_first
     return functional.interpolate(channels_first[None], size, mode=interpolation, antialias=True)[0]
 
 
