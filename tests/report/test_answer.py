@@ -95,7 +95,7 @@ def test_a_student_without_labels() -> None:
 
 
 def test_a_student_in_its_teachers_index() -> None:
-    """Of 1,000 queries 400 are hits raw, 500 in the index, 580 of the teacher's: each a superset of those before."""
+    """The student hits 400 of 1,000 queries by itself and 500 in the index, all these again; the teacher 580."""
     run = run_of(TOP1, 0.6, 0.2, 0.4)
     hits = {"student in the teacher's index": torch.arange(1000) < 500, "teacher, projected": torch.arange(1000) < 580}
     aligned = [run.results[1]._replace(row=row, hits=right) for row, right in hits.items()]
