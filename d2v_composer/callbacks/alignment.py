@@ -103,8 +103,7 @@ class AlignStudent(Callback):
             student.alignment = None
             log.warning("the student is not aligned with its teacher: %s", error)
             return
-        device = next(student.parameters()).device
-        student.align(fit.weight.to(device), fit.bias.to(device))
+        student.align(fit.weight, fit.bias)
         self.batch, self.about = batch, {"target": self.target, **fit.about}
 
     def pairs(self, to_device: Callable[[Tensor], Tensor], inputs: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
