@@ -85,7 +85,11 @@ class AlignStudent(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.batch, self.about = state["batch"], state["about"]
         if "weight" in state:
-            self.student.align(state["weight"], state["bias"])
+            self._align(state["weight"], state["bias"])
+
+    def _align(self, weight: Tensor, bias: Tensor) -> None:
+        device = next(self.student.parameters()).device  # fitted on the host, or loaded to it
+        self.student.align(weight.to(device), bias.to(device))
 
     def fit(self, state: State, to_device: Callable[[Tensor], Tensor]) -> None:
         """Fit the map, unless it was fitted after this batch."""
@@ -103,7 +107,7 @@ class AlignStudent(Callback):
             student.alignment = None
             log.warning("the student is not aligned with its teacher: %s", error)
             return
-        student.align(fit.weight, fit.bias)
+        self._align(fit.weight, fit.bias)
         self.batch, self.about = batch, {"target": self.target, **fit.about}
 
     def pairs(self, to_device: Callable[[Tensor], Tensor], inputs: list[str]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -190,8 +190,7 @@ class Backbone(nn.Module, ABC):
 
     def align(self, weight: Tensor, bias: Tensor) -> None:
         """Give this model the map to another model's space, (P, I) and (P,), or replace it; see :class:`Alignment`."""
-        device = next(self.parameters()).device  # a resumed run's map comes from the host
-        self.alignment = Alignment(self.alignment_inputs, weight, bias).to(device)
+        self.alignment = Alignment(self.alignment_inputs, weight, bias)
 
     def project(self, features: Features, output: Tensor) -> Tensor:
         """Return the embedding ``projected_cls``, (B, P), of the model's features and output, with gradient."""
