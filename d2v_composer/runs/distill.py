@@ -18,7 +18,6 @@ from d2v_composer.data.modalities import modality_of
 from d2v_composer.evaluation.evaluate import cost, share_encoders
 from d2v_composer.evaluation.labeled_retrieval import Embed
 from d2v_composer.evaluation.rows import STUDENT, TEACHER, last_batch
-from d2v_composer.models.alignment import MIN_PAIRS
 from d2v_composer.models.names import Embedding
 from d2v_composer.models.precision import choose_precision
 from d2v_composer.models.teacher import Teacher
@@ -205,8 +204,6 @@ def build_alignment(config: TrainConfig, model: DistillationModel, index: Index)
         numbers = numbers[np.argsort(index.lengths[numbers], kind="stable")]
     batch_size = min(config.device_eval_batch_size, len(numbers))
     batches = numbers[: len(numbers) // batch_size * batch_size].reshape(-1, batch_size)
-    if batches.size < MIN_PAIRS:
-        return None
     embeds, source = embeds_of(config, model), open_mds(index, config.train_loader.cache_limit)
     workers = config.train_loader.num_workers
     return AlignStudent(model.student, source, batches, embeds[STUDENT], embeds[TEACHER], target.name, workers)

@@ -301,3 +301,13 @@ def test_a_resume_without_the_map_keeps_no_row_of_it(small_data: Path, labeled: 
     batches = {row: batch for row, *_, batch in results}
     assert batches["student"] == 4
     assert "student, projected" not in batches
+
+
+def test_a_run_with_too_few_samples_for_a_map_says_so(small_data: Path, labeled: Path, tmp_path: Path) -> None:
+    options = f"retrieval.{datasets_of(labeled)}", "scheduler.t_warmup=0ba", "max_duration=2ba"
+    ended = run_training(*small_run(tmp_path / "run", small_data, *options, "alignment.max_samples=19"))
+    assert "the student is not aligned with its teacher: expected at least 20 pairs" in ended.stderr
+    results = load_checkpoint(tmp_path / "run/latest-rank0.pt")["state"]["callbacks"]["ZeroShotRetrieval"]["results"]
+    rows = {row for row, *_ in results}
+    assert "student" in rows
+    assert "student, projected" not in rows
