@@ -24,8 +24,8 @@ def main(argv: Sequence[str]) -> None:
     out, path = arguments.out, arguments.index
     if (path is None) == (arguments.to is None):
         raise InputError("expected --index or --to, and not both")
-    if path is not None and arguments.pooling:
-        raise InputError("--pooling is of the model of --to; rows of an --index are pooled")
+    if path is not None and (arguments.pooling or arguments.representation):
+        raise InputError("--pooling and --representation apply only to --to; the rows of an --index are already pooled")
     if out.suffix != ".safetensors":
         raise InputError(f"{out} must end in .safetensors")
     check_out_file(out, overwrite=arguments.overwrite)
@@ -60,7 +60,8 @@ def main(argv: Sequence[str]) -> None:
         teacher, _ = load_any(arguments.to)
         if (modality := teacher.encoder.config.modality) != (own := student.encoder.config.modality):
             raise InputError(f"--to: {arguments.to} takes {modality}, but {arguments.model} takes {own}")
-        name = choose_embedding(teacher, arguments.pooling, arguments.pooling and "output").name
+        representation = arguments.representation or arguments.pooling and "output"
+        name = choose_embedding(teacher, arguments.pooling, representation).name
         numbers, bank, places = evenly_spaced(len(source), arguments.max_samples), None, None
         teacher.eval().to(device)
         target = partial(embed_one, teacher, name)

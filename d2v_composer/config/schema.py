@@ -281,8 +281,11 @@ class AlignmentConfig(Section):
     max_samples: Whole = 20000
     """Maximum number of training samples that it is fitted to, also before each retrieval; 0: there is none."""
     pooling: Pooling | None = None
-    """Pooling of the teacher's output that it maps to: ``cls``, ``mean`` or ``mean_patches``; null: its primary
-    embedding."""
+    """Pooling of the teacher's embedding that it maps to: ``cls``, ``mean`` or ``mean_patches``; null: that of its
+    primary embedding."""
+    representation: Representation | None = None
+    """Representation of that embedding: ``output`` of the last block, or ``layer_mean``, which the loss regresses; null:
+    that of its primary embedding."""
 
 
 class LookupConfig(Section):

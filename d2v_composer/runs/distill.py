@@ -223,11 +223,12 @@ def target_of(config: TrainConfig, model: DistillationModel) -> Embedding | None
     Raises:
         InputError: The teacher has no such embedding.
     """
-    pooling, teacher = config.alignment.pooling, model.teacher
-    if config.alignment.max_samples == 0 or model.student.projected_width:
+    how, teacher = config.alignment, model.teacher
+    if how.max_samples == 0 or model.student.projected_width:
         return None
+    default = "output" if how.pooling or not teacher.projected_width else "projected"
     with errors_of("alignment"):
-        return choose_embedding(teacher, pooling, "output" if pooling or not teacher.projected_width else "projected")
+        return choose_embedding(teacher, how.pooling, how.representation or default)
 
 
 def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRetrieval | None:

@@ -1,9 +1,10 @@
 """Measure what decides how well a student searches its teacher's index: yamls/ablations/index.csv.
 
-python tests/makers/index_study.py OUT.csv ROOT PAIRS CHECKPOINT...
+python tests/makers/index_study.py OUT.csv ROOT TARGET IMAGES PAIRS CHECKPOINT...
 
-ROOT is CIFAR-10 as MDS in ROOT/train and ROOT/test; CHECKPOINT is a run's. The queries are test images. The bank has
-train images, and up to PAIRS other train images are those to which the maps are fitted.
+ROOT is CIFAR-10 as MDS in ROOT/train and ROOT/test; TARGET is the teacher's embedding to map to; CHECKPOINT is a run's.
+The queries are IMAGES test images, the bank has as many train images, and up to PAIRS other train images are those to
+which the maps are fitted.
 """
 
 import csv
@@ -25,9 +26,7 @@ from d2v_composer.models.alignment import side_by_side
 from d2v_composer.runs.comparison import build_untrained
 from d2v_composer.sources.labeled import load_labeled_set
 
-NUM_QUERIES = NUM_BANK = 5000
 BATCH = 64
-TARGET = "output_mean"
 FEW = 2000  # as many pairs as the quickstart fits to
 NUM_PAIRS = (100, 300, 1000, 3000, 10_000, 45_000)
 EPOCHS = 20
@@ -42,10 +41,11 @@ class Bench:
     Args:
         checkpoint: The run's.
         root: The data set.
-        pairs: At most this many samples to fit to.
+        count: The number of queries, and of the bank's samples.
+        pairs: The number of samples to fit to.
     """
 
-    def __init__(self, checkpoint: str, root: str, pairs: int) -> None:
+    def __init__(self, checkpoint: str, root: str, count: int, pairs: int) -> None:
         student, teacher = load_models(checkpoint)
         assert teacher is not None
         torch.manual_seed(0)
@@ -58,15 +58,15 @@ class Bench:
             root,
             image_size=config.image_size,
             interpolation=config.interpolation,
-            max_images=NUM_BANK + pairs,
+            max_images=count + pairs,
         )
         models = {"untrained student": untrained.eval(), "student": student.eval(), "teacher": teacher.eval()}
         embeds = share_encoders(teacher, models, student.layer_mean)
         order = torch.randperm(len(sets.train.labels), generator=torch.Generator().manual_seed(0))
-        places = torch.randperm(len(sets.test.labels), generator=torch.Generator().manual_seed(0))[:NUM_QUERIES]
+        places = torch.randperm(len(sets.test.labels), generator=torch.Generator().manual_seed(0))[:count]
         parts = {
-            "bank": (sets.train, order[:NUM_BANK]),
-            "fit": (sets.train, order[NUM_BANK:]),
+            "bank": (sets.train, order[:count]),
+            "fit": (sets.train, order[count:]),
             "queries": (sets.test, places),
         }
         self.labels = {part: labeled.labels[numbers] for part, (labeled, numbers) in parts.items()}
@@ -112,7 +112,9 @@ def embed_all(embeds: Mapping, samples: Tensor, numbers: Tensor) -> dict[str, Em
     with torch.inference_mode():
         for chosen in numbers.split(BATCH):
             images = samples[chosen]
-            batches.append({model: embed(images) for model, embed in embeds.items()})
+            embedded = {model: embed(images) for model, embed in embeds.items()}
+            raw = next(iter(embeds))  # pixels have no poolings
+            batches.append(embedded | {raw: {raw: embedded[raw]}})
     return {
         model: {name: torch.cat([batch[model][name].float() for batch in batches]) for name in batches[0][model]}
         for model in embeds
@@ -120,9 +122,9 @@ def embed_all(embeds: Mapping, samples: Tensor, numbers: Tensor) -> dict[str, Em
 
 
 def trained_head(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Train a linear layer by Adam on standardized inputs, as people do instead; return its weight and bias."""
+    """Train a linear layer by Adam on standardized embeddings, as people do instead; return its weight and bias."""
     torch.manual_seed(0)
-    mean, scale = sources.mean(0), sources.std(0).clamp(min=1e-6)
+    (mean, scale), (center, spread) = ((x.mean(0), x.std(0).clamp(min=1e-6)) for x in (sources, targets))
     with torch.enable_grad():
         head = torch.nn.Linear(sources.shape[1], targets.shape[1])
         optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
@@ -131,53 +133,54 @@ def trained_head(sources: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         for _ in range(EPOCHS):
             for chosen in torch.randperm(len(sources)).split(BATCH):
                 optimizer.zero_grad()
-                mse_loss(head((sources[chosen] - mean) / scale), targets[chosen]).backward()
+                mse_loss(head((sources[chosen] - mean) / scale), (targets[chosen] - center) / spread).backward()
                 optimizer.step()
                 schedule.step()
-    weight = head.weight.detach() / scale
-    return weight, head.bias.detach() - weight @ mean
+    weight = spread[:, None] * head.weight.detach() / scale
+    return weight, spread * head.bias.detach() + center - weight @ mean
 
 
-def rows(bench: Bench) -> Iterator[dict[str, object]]:
-    """Yield all rows of a run."""
+def rows(bench: Bench, main_target: str) -> Iterator[dict[str, object]]:
+    """Yield all rows of a run; those that vary something else map to the main target."""
     poolings = bench.poolings
     of_teacher = bench.embeddings["bank"]["teacher"], bench.embeddings["queries"]["teacher"]
     for name in poolings:
         bank, queries = (bench.embeddings[part]["student"][name] for part in ("bank", "queries"))
-        if name in of_teacher[0] and bank.shape[1] == of_teacher[0][name].shape[1]:
-            yield bench.row(bank, queries, name, model="student", inputs=name, pairs=0, map="none")
-            means = [rows.mean(0) for rows in (bank, of_teacher[0][name])]
-            yield bench.row(
-                bank - means[0], queries - means[0] + means[1], name, model="student", inputs=name, pairs=0, map="shift"
-            )
+        about = {"model": "student", "inputs": name, "pairs": 0}
+        if name not in of_teacher[0] or bank.shape[1] != of_teacher[0][name].shape[1]:
+            yield {"run": bench.run, **about, "map": "none", "own_index": bench.top1(bank, queries)}
+            continue
+        yield bench.row(bank, queries, name, **about, map="none")
+        means = [rows.mean(0) for rows in (bank, of_teacher[0][name])]
+        yield bench.row(bank - means[0], queries - means[0] + means[1], name, **about, map="shift")
     for name in of_teacher[0]:
         yield bench.row(*(part[name] for part in of_teacher), name, model="teacher", inputs=name, pairs=0, map="none")
     for model in ("student", "untrained student"):
-        yield bench.mapped(model, poolings, TARGET, FEW)
+        yield bench.mapped(model, poolings, main_target, FEW)
     for model in ("encoder", "pixels"):
-        yield bench.mapped(model, [*bench.embeddings["fit"][model]][:2], TARGET, FEW)
+        yield bench.mapped(model, [*bench.embeddings["fit"][model]][:2], main_target, FEW)
     for name in poolings if len(poolings) > 1 else ():
-        yield bench.mapped("student", [name], TARGET, FEW)
+        yield bench.mapped("student", [name], main_target, FEW)
     for target in of_teacher[0]:
-        if target != TARGET:
+        if target != main_target:
             yield bench.mapped("student", poolings, target, FEW)
     for pairs in NUM_PAIRS:
         if pairs <= len(bench.labels["fit"]):
-            yield bench.mapped("student", poolings, TARGET, pairs)
+            yield bench.mapped("student", poolings, main_target, pairs)
     for strength in (1e-8, 1e-6, 1e-4, 1e-2, 1.0):
         with patch.object(alignment, "STRENGTHS", [strength]):
-            yield bench.mapped("student", poolings, TARGET, FEW) | {"map": f"ridge {strength:g}"}
-    yield bench.mapped("student", poolings, TARGET, FEW, "trained")
+            yield bench.mapped("student", poolings, main_target, FEW) | {"map": f"ridge {strength:g}"}
+    yield bench.mapped("student", poolings, main_target, FEW, "trained")
 
 
 def main() -> None:
     """Write the table."""
-    out, root, pairs, *checkpoints = sys.argv[1:]
+    out, root, target, count, pairs, *checkpoints = sys.argv[1:]
     with Path(out).open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
         for checkpoint in checkpoints:
-            for row in rows(Bench(checkpoint, root, int(pairs))):
+            for row in rows(Bench(checkpoint, root, int(count), int(pairs)), target):
                 writer.writerow(row)
                 file.flush()
 

@@ -230,7 +230,7 @@ def test_an_index_that_does_not_fit_is_refused(
     ("options", "message"),
     [
         (["out.safetensors", "--to", GOLDEN / "audio_base.pt"], "audio_base.pt takes audio, but .* takes image$"),
-        (["out.safetensors", "--index", "old.npy", "--pooling", "mean"], "--pooling is of the model of --to"),
+        (["out.safetensors", "--index", "old.npy", "--pooling", "mean"], "--pooling and --representation apply only to --to"),
         (["out.onnx", "--to", TEACHER_FILE], "out.onnx must end in .safetensors"),
     ],
 )
@@ -256,8 +256,9 @@ def test_a_student_aligned_with_another_model_is_not_measured_in_its_teachers_in
 ) -> None:
     for teacher, has_target in ((GOLDEN / "tiny_alibi.pt", False), (TEACHER_FILE, True)):
         out = tmp_path / f"{teacher.stem}.safetensors"
-        run_align(exported, photos, out, "--to", teacher)
-        assert ("target" in load_student(out).provenance["alignment"]) == has_target
+        run_align(exported, photos, out, "--to", teacher, "--representation", "layer_mean")
+        about = load_student(out).provenance["alignment"]
+        assert about.get("target") == ("layer_mean_cls" if has_target else None)
         _, loaded = load_models(str(out), teacher=str(TEACHER_FILE))
         assert loaded is not None
         assert loaded.projection is None
@@ -265,8 +266,11 @@ def test_a_student_aligned_with_another_model_is_not_measured_in_its_teachers_in
 
 def test_a_run_of_epochs_keeps_the_map_of_its_end(small_data: Path, tmp_path: Path) -> None:
     """Its last batch is saved before its last epoch ends."""
-    run_training(*small_run(tmp_path / "run", small_data, "max_duration=1ep", "save_interval=3ba"))
-    assert map_of(tmp_path / "run")["batch"] == 6
+    options = "max_duration=1ep", "save_interval=3ba", "alignment.representation=layer_mean"
+    run_training(*small_run(tmp_path / "run", small_data, *options))
+    fitted = map_of(tmp_path / "run")
+    assert fitted["batch"] == 6
+    assert fitted["about"]["target"] == "layer_mean_mean"
 
 
 def test_rows_that_share_an_id_are_left_out_and_counted(
