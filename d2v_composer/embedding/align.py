@@ -151,7 +151,7 @@ def align(
         fit, trial, half = moments.fit(), moments.fit(whole=False), moments_of(inputs_MI[::2], targets_MP[::2]).fit()
     if fit.about["r2"] < LEAST_R2:
         raise RunError(
-            f"the map explains {fit.about['r2']:.1%} of the held-out rows; do the ids belong to these rows, in order?"
+            f"R² of the map is {fit.about['r2']:.3f} on held-out rows; do the ids belong to these rows, in order?"
         )
     held_out = list(range(HELD_OUT - 1, len(used), HELD_OUT))
     held_out = [held_out[place] for place in evenly_spaced(len(held_out), MAX_QUERIES)]

@@ -152,7 +152,7 @@ class ImageConfig(Config):
         super().check()
         for name in ("image_mean", "image_std"):
             if len(values := getattr(self, name)) != self.in_chans:
-                raise ValueError(f"{name} must be a number for each of in_chans {self.in_chans}, got {short(values)}")
+                raise ValueError(f"{name} must have in_chans {self.in_chans} numbers, got {short(values)}")
 
     @property
     def timm_preprocessing(self: Any) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class LayerRegression(Objective):
         cls_weight: Annotated[float, Field(ge=0, le=1)] | None = None
         """Share of CLS in the loss; null: 1 / T, the share of any of the T tokens."""
         weight: Weight = 1.0
-        """Weight of the term; 0: it is left out."""
+        """Weight of this term; 0: no such term."""
 
     def __init__(self, options: Options, teacher: Teacher, student: Backbone, layer_mean: LayerMean) -> None:
         super().__init__(options, teacher, student, layer_mean)

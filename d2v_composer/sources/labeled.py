@@ -246,7 +246,7 @@ def _open_splits(
         return [files.open_split(test or NONE, NONE)]
     sources = [files.open_split(split) for split in ("train", test or "test")]
     if (sources[0].label is None) != (sources[1].label is None):
-        raise InputError(f"{root}: expected the same classes, as folders, in train and {test}")
+        raise InputError(f"{root}: expected the same class folders in train and {test}")
     return sources[sources[0].label is None :]
 
 
