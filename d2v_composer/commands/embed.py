@@ -11,8 +11,8 @@
 Read NAME.npy, (N, D), with np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy. NAME.parquet has the columns id and
 embedding.
 Images are resized to the model's size without cropping; clips are embedded whole.
-If Composer is installed, the command uses all GPUs of this machine; Composer's launcher can start another number of
-processes. The bytes are the same.
+If Composer is installed, the command uses all GPUs of this machine, or as many processes as Composer's launcher starts.
+The bytes written are the same.
 An interrupted run leaves no OUT; run the same command again to resume it.
 """
 

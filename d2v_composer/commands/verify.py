@@ -9,8 +9,8 @@ EXPORTED is a .safetensors file, or an .onnx or .pt2 file that has the same stud
 Loading a .pt2 file runs the code in it. For each runtime, the table compares embeddings with PyTorch's: minimum and
 mean cosine; largest difference of a number, and largest change of a number due to other inputs in the batch, both
 relative to the largest number; and neighbor agreement. It also shows seconds to load, peak MB, and samples/s in batches
-of 1 and 16. The exit status is 1 if a value is out of range. The last line names the fastest runtime without such a
-value. The numbers go to EXPORTED.verify.json and to the model card beside the file. --kit writes a folder for a machine
+of 1 and 16. The exit status is 1 if a value is out of range. The last line names the fastest runtime that is in
+range. The numbers go to EXPORTED.verify.json and to the model card beside the file. --kit writes a folder for a machine
 with other runtimes: the script in it prints the same numbers, and needs only numpy and the runtime.
 """
 
