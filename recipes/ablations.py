@@ -6,9 +6,9 @@
     python recipes/ablations.py --rows "depth 1" --rows "depth 2"      # and the first row
     python recipes/ablations.py --images /data/cifar --out /mnt/runs/ablations
 
-A study is a folder with base.yaml (a run) and rows.yaml (each row's changes to it; ``num_images: N`` trains it on
-CIFAR-10's first N images). Each row is a run of recipes/train.py in its own folder. If interrupted, a run saves, and
-the same command resumes it.
+A study is a folder with base.yaml, which describes a run, and rows.yaml, whose rows change that run. ``num_images: N``
+in a row trains on CIFAR-10's first N images. Each row is a run of recipes/train.py in its own folder. An interrupted
+run saves, and the same command resumes the study.
 """
 
 import json

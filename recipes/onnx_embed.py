@@ -3,7 +3,7 @@
     pip install numpy onnxruntime pillow
     python onnx_embed.py student.onnx photos photos.npy
 
-photos.npy has a row for each image, (N, D), and photos.ids.npy its path in the folder, as `d2v embed` writes them.
+photos.npy, (N, D), has a row for each image; photos.ids.npy has the images' paths, as `d2v embed` writes them.
 Unreadable images are skipped and listed.
 """
 

@@ -5,8 +5,8 @@
 
 usage: ray_convert.py SOURCE OUT [options of d2v convert-images]
 
-Every machine must reach SOURCE and OUT. A part that dies with its machine is made again on another; if this command is
-killed, the same one goes on.
+Every machine must reach SOURCE and OUT. If a machine is lost, another makes its parts again. If this command is killed,
+run it again: it goes on.
 """
 
 import sys

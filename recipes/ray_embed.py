@@ -7,10 +7,10 @@
 
 usage: ray_embed.py MODEL SOURCE OUT [COLUMN]
 
-SOURCE is a folder of files; of Parquet files, whose samples are in COLUMN; or of WebDataset tars, whose samples have
-the suffix COLUMN. OUT is a new folder of Parquet files with the rows of SOURCE, in any order: without the samples, with
-the columns embedding and error. A file's row has its path, a tar's its __key__; give rows of Parquet an id. Every
-machine must reach MODEL, SOURCE and OUT. The cluster needs two cores.
+SOURCE is a folder of images or clips, of Parquet files (COLUMN holds the samples) or of WebDataset tars (COLUMN is the
+samples' suffix). OUT is a new folder of Parquet files with SOURCE's rows in any order: the columns embedding and error
+replace the samples. A row names its file by the path, its sample in a tar by __key__; rows of Parquet files need an id
+of their own. Every machine must reach MODEL, SOURCE and OUT. The cluster needs two cores.
 """
 
 import sys

@@ -4,7 +4,7 @@
     python recipes/supervised_resnet.py --epochs 1
     python recipes/supervised_resnet.py --epochs 20
 
-Options: --epochs N, default 5. Of this repository's data, it uses only the quickstart's images.
+Options: --epochs N, default 5. The script uses only the quickstart's images.
 """
 
 import sys

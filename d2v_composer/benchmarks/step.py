@@ -98,7 +98,7 @@ def benchmark(
     batch = [f"device_train_microbatch_size={batch_size}", *([] if on_gpu else ["callbacks.memory_monitor=null"])]
     config = load_config([str(DISTILL), f"precision={precision}", f"compile={compiles}", *CHANGES, *batch, *overrides])
     if config.student.model is not None:
-        raise InputError(f"student.model: must be null: --size names the models, got {config.student.model}")
+        raise InputError(f"student.model: must be null, got {config.student.model}: --size names the models")
     torch.manual_seed(0)
     model = build_model(size)
     encoder = model.teacher.encoder

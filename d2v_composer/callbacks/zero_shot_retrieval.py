@@ -184,7 +184,7 @@ class ZeroShotRetrieval(Callback):
         """
         before, now = self.conditions | state["conditions"], state["conditions"] | self.conditions
         if changes := "; ".join(find_changes("retrieval.datasets", before, now)):
-            raise InputError(f"{changes}; give the set another name, or restore it and max_images")
+            raise InputError(f"{changes}; give the set another name, or restore its samples and max_images")
         for name in KEPT:
             setattr(self, name, state[name])
         self.conditions, self.results = now, read_results(state["results"])

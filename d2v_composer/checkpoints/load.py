@@ -83,8 +83,7 @@ def load_teacher(
         return load_timm_teacher(path, model, first_blocks, image_size, projected)
     if model.startswith(EXTERNAL):
         if projected or first_blocks is not None or image_size is not None:
-            fixed = "first_blocks, image_size and an image embedding"
-            raise InputError(f"{fixed}: cannot be asked of {model}, whose package fixes what it is")
+            raise InputError(f"{model}: its package fixes first_blocks, image_size and image embedding; leave them out")
         return load_external(path, model)
     if model != DATA2VEC2:
         raise InputError(f"model: must be {DATA2VEC2}, timm/NAME or ext/NAME, got {model!r}")
@@ -110,14 +109,14 @@ def load_external(path: str | Path | None, model: str) -> Teacher:
         InputError: No package offers it, or it is no teacher.
     """
     for entry in entry_points(group=TEACHERS, name=model.removeprefix(EXTERNAL)):
-        with errors_of(f"model: {model} of {entry.value}"):
+        with errors_of(f"model: {model} from {entry.value}"):
             teacher = entry.load()(path)
         if not isinstance(teacher, Teacher):
             raise InputError(f"model: {model} must be a FrozenModel, got {type(teacher).__name__} from {entry.value}")
         return teacher
     raise InputError(
-        f"model: no installed package offers {model} by an entry point of the group {TEACHERS}; a teacher made in "
-        "Python must be given: train_student(config, teacher=…)"
+        f"model: no installed package offers {model} by an entry point of the group {TEACHERS}; pass a "
+        "teacher made in Python: train_student(config, teacher=…)"
     )
 
 
@@ -266,7 +265,7 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
         advice = "" if options["model"].startswith(EXTERNAL) else moved
         if not has_own_encoder:
             raise InputError(f"{error}{advice}") from error
-        print(f"without the teacher: {error}{advice}", file=sys.stderr)
+        print(f"going on without the teacher: {error}{advice}", file=sys.stderr)
         teacher = None
     prefix = "student."  # the others are the objectives' heads
     tensors = {

@@ -76,11 +76,11 @@ def check_archive(path: Path, kind: type[InputError] = InputError) -> None:
             entries = archive.infolist()
             is_odd = any(entry.compress_type or entry.external_attr & DIRECTORY for entry in entries)
             if is_odd or sum(entry.file_size for entry in entries) > num_bytes:
-                raise ValueError("an archive of compressed or overlapping files or folders, which torch does not write")
+                raise ValueError("its archive has folders, compressed or overlapping files; torch writes none")
             if len({entry.filename.casefold() for entry in entries}) != len(entries):  # torch may read another one
-                raise ValueError("an archive with several files of the same name")
+                raise ValueError("its archive has several files of the same name")
             if (broken := archive.testzip()) is not None:  # torch maps the tensors into memory without a look
-                raise ValueError(f"the checksum of its {broken} is wrong")
+                raise ValueError(f"its member {broken} has a wrong checksum")
             pickled = archive.getinfo(f"{entries[0].filename.partition('/')[0]}/data.pkl")
             if pickled.file_size > MAX_PICKLE_BYTES:
                 raise ValueError(f"its pickle has {pickled.file_size} bytes; the limit is {MAX_PICKLE_BYTES}")
@@ -131,6 +131,6 @@ def _check_pickle(pickled: bytes) -> None:
         elif "GET" in opcode.name:
             stack.append(memo[argument])
         elif argument in ALLOCATES:
-            raise ValueError(f"it names {argument}, which no checkpoint needs")
+            raise ValueError(f"its pickle uses {argument}, which no checkpoint needs")
         else:
             stack.extend([0] * len(opcode.stack_after))

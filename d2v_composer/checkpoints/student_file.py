@@ -354,8 +354,9 @@ def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], dict[str
         encoder.config = encoder.config.changed(projection=student.projected_width)
     sizes, (name, options) = sizes_of(student), timm_arguments(student)
     has_logits = isinstance(student.head, nn.Linear)
-    rule = "a classifier must be one linear layer on output_cls"
-    with errors_of(f"{source}: timm would compute something else; {rule}"), torch.no_grad():
+    rule = "; a classifier or projection must be one linear layer on output_cls"
+    rule = rule if has_logits or student.projected_width else ""
+    with errors_of(f"{source}: timm would compute something else{rule}"), torch.no_grad():
         model: Any = timm.create_model(name, **options)
         if is_network:
             tensors = encoder.timm_tensors(model, student.head or student.alignment)

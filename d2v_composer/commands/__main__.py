@@ -13,7 +13,7 @@ import d2v_composer
 from d2v_composer.system import command_line
 
 COMMANDS = {
-    "distill": "distill a student from a folder of images, in one command",
+    "distill": "distill a student from a folder of images or audio, in one command",
     "train": "distill a student with the settings in a YAML",
     "init": "print a YAML to start from",
     "convert-teacher": "convert a fairseq checkpoint to a safetensors file",
@@ -25,7 +25,7 @@ COMMANDS = {
     "evaluate": "compare a model with its teacher and baselines",
     "export": "export a student as safetensors, ONNX or torch.export",
     "verify": "check what an exported file computes in each runtime",
-    "embed": "embed a collection of images",
+    "embed": "embed a collection of images or audio clips",
     "align": "let a student search an index that another model made",
     "merge": "merge the parts of a conversion or of embeddings",
     "benchmark": "measure the speed of training, data and retrieval against baselines",

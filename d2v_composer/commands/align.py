@@ -1,12 +1,12 @@
-"""Align a student with an index that exists, or with a teacher, so that its embeddings can be searched there.
+"""Align a student with an existing index, or with a teacher, so that it can search what that model embedded.
 
     d2v align student.safetensors photos aligned.safetensors --index photos.npy
     d2v align student.safetensors photos aligned.safetensors --to teacher.safetensors --pooling mean
     d2v embed aligned.safetensors queries queries.npy --representation projected
 
-One matrix maps the student's embeddings to those of the index, whatever model made them; it is fitted in closed form
-to the samples of SOURCE whose ids the index has. A tenth of them is held out to measure the map: R², and the share of
-the index's own nearest neighbors that the student finds there. OUT is the student with the map.
+One matrix maps the student's embeddings to those of the index, whatever model made the index. The matrix is fitted in
+closed form to the samples of SOURCE whose ids the index has. A tenth of these samples is held out to measure R², and
+the share of the index's own nearest neighbors that the student finds. OUT is the student with the matrix.
 """
 
 from collections.abc import Sequence
@@ -45,14 +45,14 @@ def main(argv: Sequence[str]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student, _ = load_any(arguments.model)
     if isinstance(student, Teacher) or student.head is not None:
-        raise InputError(f"{arguments.model}: expected a student that does not classify")
+        raise InputError(f"{arguments.model}: expected a student without a classifier")
     student.eval().to(device)
     source = open_source(arguments.source, modality_of(student.encoder.config), column=arguments.column)
     if path is not None:
         index = read_index(path)
         numbers, places, num_repeated = match(source, index, path, arguments.max_samples)
         print(
-            f"pairs: {len(numbers):,} of {len(source):,} samples and {len(index.ids):,} rows; ids that rows share, "
+            f"pairs: {len(numbers):,} of {len(source):,} samples and {len(index.ids):,} rows; rows whose ids repeat, "
             f"left out: {num_repeated:,}"
         )
         target, bank, about = index.rows[places], index.rows, {"index": path}
@@ -72,8 +72,8 @@ def main(argv: Sequence[str]) -> None:
     aligned = align(student, source, numbers, target, bank, places, device=device, workers=workers)
     student.provenance = student.provenance | {"alignment": about | aligned.about}
     print_skipped(aligned.skipped)
-    print(f"R²: {aligned.about['r2']:.3f} on a held-out tenth; {aligned.half:.3f} with half of the pairs")
+    print(f"R²: {aligned.about['r2']:.3f} on a held-out tenth; {aligned.half:.3f} if fitted to half of the pairs")
     recall = ", ".join(f"@{k} {share:.3f}" for k, share in aligned.recall.items())
-    print(f"recall of the index's own neighbors, of {aligned.queries} held-out samples: {recall}")
+    print(f"recall of the index's own neighbors on {aligned.queries} held-out samples: {recall}")
     save_with_card(student, arguments.model, out)
     print_next(d2v("embed", out, "QUERIES", "queries.npy", "--representation", "projected"))

@@ -12,7 +12,7 @@
 step: images/s of a training step, compared with a naive program.
 plan: kernels and bytes of a compiled step on an H100, by Inductor's plan; needs no GPU.
 data: images/s of the training data, compared with torchvision's ImageFolder; --remote adds a store.
-retrieval: queries/s of the neighbor search, compared with a bare matrix product and faiss.
+retrieval: queries/s of the neighbor search, compared with a bare matmul and faiss.
 first-hour: all of these, and training runs, unattended, on a new GPU; OUT/first_hour.json has the results.
 step and retrieval use the GPU if there is one; CUDA_VISIBLE_DEVICES= hides it.
 data and retrieval need `pip install -e '.[benchmark]'`.

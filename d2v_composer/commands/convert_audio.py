@@ -6,12 +6,12 @@
 
 A 16 kHz mono FLAC, WAV or OGG file keeps its bytes; all else becomes 16 kHz mono FLAC of 16 bits. Files that are
 silent, shorter than 45 ms or longer than an hour are errors, like corrupt ones.
-OUT/conversion.json lists the length of every clip: training puts clips of similar length into a batch.
-An interrupted conversion leaves no index.json, so no reader takes it for a data set. Run the same command again to
-resume it; with other settings it starts over.
-The clips are in SOURCE/SPLIT or SOURCE. Labels come from class folders, a CSV file with lines 'clip,class', or
---label-column. Of files with many samples, SPLIT is a word of their names, or else of their folders' names; of zips a
-folder in them.
+OUT/conversion.json lists the length of every clip, so that training can put clips of similar length into a batch.
+An interrupted conversion leaves no index.json, so nothing reads it as a data set. The same command resumes it; with
+other settings, the conversion starts over.
+The clips are in SOURCE/SPLIT or SOURCE. In zips, SPLIT is a folder; for Parquet files and tars, it is a word in the
+file's name, or else in its folders' names. Labels come from class folders, a CSV file with lines 'clip,class', or
+--label-column.
 """
 
 from collections.abc import Sequence

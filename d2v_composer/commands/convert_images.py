@@ -10,12 +10,12 @@
 
 cifar10:FOLDER downloads CIFAR-10 to FOLDER if it is missing there; its pixels are unchanged.
 For an S3-compatible store, set S3_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
-An interrupted conversion leaves no index.json, so no reader takes it for a data set. Run the same command again to
-resume it; with other settings it starts over.
-The images are in SOURCE/SPLIT or SOURCE, or in the one folder there that has all images, as ILSVRC/Data/CLS-LOC of
-Kaggle's archive. Labels come from class folders with images in them, Kaggle's LOC_SPLIT_solution.csv, a CSV file with
-lines 'image,class', or --label-column. Of files with many samples, SPLIT is a word of their names, or else of their
-folders' names; of zips a folder in them.
+An interrupted conversion leaves no index.json, so nothing reads it as a data set. The same command resumes it; with
+other settings, the conversion starts over.
+The images are in SOURCE/SPLIT or SOURCE, or in a single folder there that holds all of them, such as Kaggle's
+ILSVRC/Data/CLS-LOC. In zips, SPLIT is a folder; for Parquet files and tars, it is a word in the file's name, or else in
+its folders' names. Labels come from class folders, Kaggle's LOC_SPLIT_solution.csv, a CSV file with lines
+'image,class', or --label-column.
 """
 
 import os

@@ -5,7 +5,7 @@
     d2v convert-teacher base_libri.pt small.safetensors --weights ema --dtype float16
     d2v convert-teacher EAT-base.pt teacher.safetensors --target-length 512 --log-mel-mean -6.627 --log-mel-std 5.359
 
-Reading a checkpoint runs none of its code. A report names the tensors used and left out.
+Reading a checkpoint runs none of its code. The command prints which tensors it used and left out.
 """
 
 from collections import Counter
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
         f"data2vec 2.0 {config.modality} model: width {config.embed_dim}, {config.num_heads} heads, "
         f"{config.prenet_depth} + {config.depth} blocks, {teacher.encoder.num_tokens()} tokens of {inputs} inputs"
     )
-    for verb, names in (("used", list(teacher.state_dict())), ("left", left)):
+    for verb, names in (("used", list(teacher.state_dict())), ("left out", left)):
         print(f"{verb} {len(names)} tensors")
         for group, count in Counter(name.rsplit(".", 1)[0] for name in names).items():
             print(f"  {group} ({count})")

@@ -6,12 +6,11 @@
     d2v distill s3://bucket/photos/train --teacher teacher.safetensors --out runs/photos
     d2v distill 'hf://datasets/ORG/NAME/data/train-*' --teacher teacher.safetensors --out runs/photos
 
-SOURCE is a folder of images, or of audio for an audio teacher; or another source of d2v embed, local or in a store; or
-a data set on the Hugging Face hub. A tenth of its samples, at most 5,000, and all exact copies of these
-measure the student and are never trained on. Sizes and duration follow from the number of samples, the teacher and the
-device. DIR, which must be new or empty, receives distill.yaml (every setting, to read and for d2v train), images/ or
-clips/, the run with its report.html, and student.safetensors. key=value changes a setting; `d2v fields training` lists
-them.
+SOURCE is a folder of images (of audio, for an audio teacher), a data set on the Hugging Face hub, or another source
+that d2v embed reads. A tenth of its samples, at most 5,000, measures the student; these and their exact copies are
+never trained on. Sizes and duration follow from the number of samples, the teacher and the device. DIR must be new or
+empty. It receives distill.yaml (all settings, also for d2v train), the samples in images/ or clips/, the run with its
+report.html, and student.safetensors. key=value changes a setting; `d2v fields training` lists them.
 Run the same command again to resume after any interruption.
 """
 

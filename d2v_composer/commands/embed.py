@@ -11,7 +11,8 @@
 Read NAME.npy, (N, D), with np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy. NAME.parquet has the columns id and
 embedding.
 Images are resized to the model's size without cropping; clips are embedded whole.
-All GPUs of this machine work if Composer is installed, or as many processes as its launcher starts, to the same bytes.
+If Composer is installed, the command uses all GPUs of this machine, or as many processes as Composer's launcher starts.
+The bytes written are the same.
 An interrupted run leaves no OUT; run the same command again to resume it.
 """
 
@@ -89,6 +90,6 @@ def main(argv: Sequence[str]) -> Any:
     print_skipped(embedding.skipped)
     num_now = embedding.images + len(embedding.skipped) - embedding.resumed
     rate = f", {num_now / embedding.seconds:.0f} {modality.unit}/s" if num_now else ""
-    print(f"wrote {out}: {embedding.images} embeddings of {embedding.channels} channels{rate}")
+    print(f"wrote {out}: {embedding.images} embeddings of {embedding.channels} dimensions{rate}")
     print_next(d2v("merge", arguments.out) if part else reading_of(out))
     return embedding

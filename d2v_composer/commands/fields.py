@@ -3,7 +3,7 @@
     d2v fields
     d2v fields optimizer
 
-SECTION is training, evaluation, fine-tuning or datasets, or a section of their YAMLs.
+SECTION is training, evaluation, fine-tuning or datasets, or a section of the YAMLs.
 """
 
 import json

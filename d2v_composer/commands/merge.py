@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
         from d2v_composer.embedding.collection import merge_embeddings
 
         merged = merge_embeddings(out, overwrite=arguments.overwrite)
-        wrote, following = f"{merged.images} embeddings of {merged.channels} channels", (reading_of(out),)
+        wrote, following = f"{merged.images} embeddings of {merged.channels} dimensions", (reading_of(out),)
     else:
         from d2v_composer.conversion import convert
 

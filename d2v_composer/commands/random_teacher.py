@@ -3,7 +3,8 @@
     d2v random-teacher base teacher.safetensors
     d2v random-teacher timm/vit_base_patch14_dinov2 teacher.safetensors
 
-SIZE is base, large or huge, as in data2vec 2.0's image models, base_audio, large_audio or base_eat, or timm/NAME.
+SIZE is base, large or huge for data2vec 2.0's image models; base_audio or large_audio for its audio models; base_eat
+for EAT; or timm/NAME.
 """
 
 import hashlib

@@ -5,7 +5,7 @@ usage: d2v train FILE.yaml [dotted.key=value …]
     d2v init quickstart > quickstart.yaml
     d2v train quickstart.yaml run_name=longer max_duration=10ep student.depth=2
 
-It trains on every GPU of this machine, or on the CPU; in a clone, `composer -n N recipes/train.py …` uses N of them.
+It trains on every GPU of this machine, or on the CPU; in a clone, `composer -n N recipes/train.py …` uses N GPUs.
 `d2v fields training` lists every field. Run the same command again to resume.
 """
 

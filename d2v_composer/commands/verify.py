@@ -5,13 +5,13 @@
     d2v verify student-int8.onnx --student student.safetensors
     d2v verify student.onnx --kit kit
 
-EXPORTED is an .onnx or .pt2 file, which needs the same student's .safetensors file, or a .safetensors file. Loading a
-.pt2 file runs the code in it. The table shows the least and mean cosine to PyTorch's embeddings; the largest difference
-of a number, and the largest change of one by other inputs in its batch, both as shares of the largest number; the
-spread of the embeddings as a share of PyTorch's; the neighbor agreement with PyTorch; and samples/s in batches of 1 and
-of 16. The exit status is 1 if one is out of its range. The last line names the fastest runtime of those in range. The
-numbers go to EXPORTED.verify.json and to the model card beside the file. --kit writes a folder for a machine whose
-runtime is not here: its script prints the same numbers, and needs only numpy and the runtime.
+EXPORTED is a .safetensors file, or an .onnx or .pt2 file that has the same student's .safetensors file beside it.
+Loading a .pt2 file runs the code in it. For each runtime, the table compares embeddings with PyTorch's: minimum and
+mean cosine; largest difference of a number, and largest change of a number due to other inputs in the batch, both
+relative to the largest number; and neighbor agreement. It also shows seconds to load, peak MB, and samples/s in batches
+of 1 and 16. The exit status is 1 if a value is out of range. The last line names the fastest runtime that is in
+range. The numbers go to EXPORTED.verify.json and to the model card beside the file. --kit writes a folder for a machine
+with other runtimes: the script in it prints the same numbers, and needs only numpy and the runtime.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     arguments = vars(make_parser(__doc__, "verify", runtimes=RUNTIMES, about_runtimes=about).parse_args(argv))
     path = arguments.pop("student") or arguments["exported"].with_suffix(".safetensors")
     if not path.exists():
-        raise InputError(f"{path}: no such file; name the student of this program by --student")
+        raise InputError(f"{path}: no such file; name the student's .safetensors file by --student")
 
     from d2v_composer.checkpoints.load import load_student
     from d2v_composer.export.verification import SHIPPED, verify

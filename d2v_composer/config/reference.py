@@ -20,7 +20,7 @@ class TimmSizes(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     first_blocks: Whole | None = None
-    """Blocks in the shared encoder; null: a sixth of a timm model's blocks; in data2vec2, its modality encoder's."""
+    """Blocks in the shared encoder; null: for timm, a sixth of the model's blocks; for data2vec2, as in its file."""
     image_size: Annotated[int | str, PlainValidator(read_image_size)] | None = None
     """timm: pixels per side, or HEIGHTxWIDTH; null: the model's own."""
 
@@ -32,7 +32,7 @@ class ModelReference(TimmSizes):
     """A data2vec 2.0 teacher's file, a training checkpoint or an exported student: a path, https://, s3://, …; or
     timm/NAME."""
     checkpoint: AddressText | None = None
-    """Weights of a timm model, a .safetensors or PyTorch file; null: timm's own, from the Hugging Face hub."""
+    """Weights of a timm model: a .safetensors or PyTorch file; null: timm's own, from the Hugging Face hub."""
     weights: Weights = "model"
     """Weights to take from a data2vec2 teacher's file: ``model``, as trained, or ``ema``, their moving average."""
     teacher: PathText | None = None

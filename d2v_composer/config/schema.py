@@ -109,7 +109,7 @@ class TeacherSection(TimmSizes, Section):
 
     model: Annotated[Text, IS_TEACHER] = DATA2VEC2
     """``data2vec2``; ``timm/NAME`` with a NAME that ``timm.create_model`` accepts; or ``ext/NAME``, a teacher that an
-    installed package offers or that Python gives."""
+    installed package offers or that you pass in Python."""
     checkpoint: AddressText | None
     """Path or address. data2vec2: fairseq's .pt or a converted .safetensors. timm: a .safetensors or PyTorch file;
     null: timm's pretrained weights, from the Hugging Face hub. ext: what the package takes."""
@@ -121,13 +121,13 @@ class StudentOptions(BlockSizes, Section):
     """The student: the arguments of ``Teacher.build_student``."""
 
     model: Annotated[Text, must("be timm/NAME", lambda name: name.startswith(PREFIX))] | None = None
-    """null: blocks on the teacher's encoder, as in the chapter. timm/NAME: that whole model, of any architecture whose
-    features form a grid; the other fields, except ``pretrained``, must keep their defaults."""
+    """null: blocks on the teacher's encoder, as in the thesis. timm/NAME: the whole timm model; its features must form
+    a grid, and the other fields, except ``pretrained``, must keep their defaults."""
     pretrained: bool = False
-    """With a model: start from timm's weights, from the Hugging Face hub."""
+    """With ``model``: start from timm's pretrained weights, fetched from the Hugging Face hub."""
 
     init: Init = "random"
-    """``random``, as in the chapter. ``teacher_attention``: copy the attention of the teacher's first blocks.
+    """``random``, as in the thesis. ``teacher_attention``: copy the attention of the teacher's first blocks.
     ``teacher_blocks``: copy those blocks whole."""
 
 
@@ -144,11 +144,12 @@ class TargetsConfig(Section):
     """``ffn``: the teacher's FFN outputs. ``block``: its blocks' outputs (in a pre-norm ViT, the residual stream)."""
     normalization: TargetNormalization | None = None
     """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in the
-    chapter. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. ``dataset``: each
+    thesis. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. ``dataset``: each
     channel of the target by a fixed mean and deviation, measured before the first step, but prediction and
     ``layer_mean`` as with ``layer``. null: ``instance``; with ``student.model``, ``layer``."""
     dataset_batches: Count | None = None
-    """Number of the run's first batches on which ``dataset`` is measured, at most an epoch's; null: 100."""
+    """Number of batches on which ``dataset`` measures mean and deviation: the run's first ones, at most an epoch; null:
+    100."""
     final_layer_norm: bool | None = None
     """End target, prediction and ``layer_mean`` with a LayerNorm. null: as in the teacher's pre-training, which is
     false for data2vec 2.0's audio models."""
@@ -164,7 +165,7 @@ class Objectives(Section):
 
     def contradictions(self) -> Iterator[str]:
         if not any(term.weight for _, term in self):
-            yield ".tokens.weight: must be positive unless another objective's is, got 0"
+            yield ".tokens.weight: must be positive unless another objective's weight is, got 0"
 
 
 SECTIONS: Any = {name: (objective.Options, objective.Options()) for name, objective in OBJECTIVES.items()}
@@ -175,8 +176,8 @@ class ShardLoaderConfig(Section):
     """Workers and augmentation of training images, and how they are streamed from MDS shards."""
 
     num_workers: Annotated[int, Field(ge=0, le=1000)] = 8
-    """Processes per device that decode images; 0: the training process decodes them. Batches from these processes are
-    in /dev/shm; if it is too small, the run fails at the start."""
+    """Processes per device that decode samples; 0: the training process decodes them. These processes put their batches
+    into /dev/shm; if /dev/shm is too small, the run fails at the start."""
     prefetch_factor: Up1000 = 2
     """Batches that each worker prepares ahead."""
     crop_scale: Annotated[Range, must("be at most 1", lambda scale: scale[1] <= 1)] = (0.08, 1.0)
@@ -203,7 +204,7 @@ class ShardLoaderConfig(Section):
 
 
 class TrainLoaderConfig(ShardLoaderConfig):
-    """The training images."""
+    """The training samples."""
 
     local: LocalFolder
     """An MDS folder; with ``remote``, the cache."""
@@ -256,8 +257,8 @@ class LabeledSetConfig(Section):
     format: Annotated[Literal[FORMATS] | None, Field(description=FORMAT)] = None  # pyright: ignore[reportInvalidTypeForm]
     root: AddressText
     """CIFAR: the folder of torchvision's files. speech_commands: what speech_commands_v0.02.tar.gz unpacks to; its
-    validation clips are not used. Others: a folder with MDS in ROOT/train and ROOT/test, or with the same folders of
-    classes in both; or a SOURCE of ``d2v embed``, whose files or folders say train, and test or validation."""
+    validation clips are not used. Others: a folder with MDS, or with the same class folders, in ROOT/train and
+    ROOT/test; or a SOURCE of ``d2v embed`` with train and test (or validation) in its file or folder names."""
     download: bool = False
     """Download CIFAR if it is missing."""
     column: Text | None = None
@@ -267,8 +268,8 @@ class LabeledSetConfig(Section):
     (null, or a folder without class folders), only the probes that need none run, on the test split or, if ROOT has no
     splits, on all of ROOT."""
     class_embeddings: PathText | None = None
-    """A .npy, (C, P) float: for the probe ``zero_shot``, a text tower's embedding of each class, in the order of the
-    class names."""
+    """For the probe ``zero_shot``: a .npy file, (C, P) float, of a text tower's embeddings of the classes, in the order
+    of the class names."""
 
     def contradictions(self) -> Iterator[str]:
         if self.format in LOCAL and "://" in self.root:
@@ -279,13 +280,13 @@ class AlignmentConfig(Section):
     """The map from the student's embeddings to its teacher's, fitted in closed form when the run ends."""
 
     max_samples: Whole = 20000
-    """Maximum number of training samples that it is fitted to, also before each retrieval; 0: there is none."""
+    """Maximum number of training samples to fit the map to, at the end and before each retrieval; 0: no map."""
     pooling: Pooling | None = None
-    """Pooling of the teacher's embedding that it maps to: ``cls``, ``mean`` or ``mean_patches``; null: that of its
-    primary embedding."""
+    """Pooling of the teacher's embedding that the map leads to: ``cls``, ``mean`` or ``mean_patches``; null: its primary
+    embedding's."""
     representation: Representation | None = None
     """Representation of that embedding: ``output`` of the last block, or ``layer_mean``, which the loss regresses; null:
-    that of its primary embedding."""
+    the primary embedding's."""
 
 
 class LookupConfig(Section):
@@ -403,7 +404,7 @@ class TrainConfig(TrainerConfig):
 
     compile: Annotated[Any, IS_MODE] = False
     """true: use torch.compile, on a GPU with one CUDA graph for encoder and target. ``default``: without CUDA graphs.
-    ``max-autotune-no-cudagraphs``: also try Triton's matrix products, which takes minutes longer at the start."""
+    ``max-autotune-no-cudagraphs``: also try Triton's matmuls, which takes minutes longer at the start."""
     half_residual: bool = False
     """Keep the residual stream of encoder and teacher in the precision's dtype instead of float32."""
     activation_checkpointing: bool = False
@@ -411,8 +412,8 @@ class TrainConfig(TrainerConfig):
     teacher: TeacherSection
     student: StudentOptions = StudentOptions()
     prediction: Prediction = "layer_mean"
-    """``layer_mean``: the normalized mean of the student's FFN outputs, as in the chapter. ``last_block``: its last
-    block's output, not normalized."""
+    """``layer_mean``: the normalized mean of the student's FFN outputs, as in the thesis. ``last_block``: the
+    student's last block's output, not normalized."""
     targets: TargetsConfig = TargetsConfig()
     objectives: ObjectivesConfig = ObjectivesConfig()  # pyright: ignore[reportInvalidTypeForm]
     train_loader: TrainLoaderConfig  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
@@ -499,7 +500,7 @@ class EvaluateConfig(RunConfig, LookupConfig, ModelReference):
     """Folder for evaluation.json and evaluation.csv."""
     rivals: Annotated[tuple[PathText, ...], Field(strict=False)] = ()
     """Further models in the same tables: timm/NAME, with timm's weights and preprocessing, or paths or addresses of
-    students and teachers. Then the speed of all is measured, too."""
+    students and teachers. With rivals, speeds are measured, too."""
 
     def contradictions(self) -> Iterator[str]:
         if not any(self.datasets.values()):

@@ -82,7 +82,7 @@ class Parts:
             raise InputError(f"{self.folder}: no finished parts")
         counts = sorted({part.total for part in parts})
         if len(counts) > 1:
-            raise InputError(f"{self.folder} has parts of {' and of '.join(map(str, counts))}; keep only one set")
+            raise InputError(f"{self.folder} has parts i/{' and i/'.join(map(str, counts))}; keep only one set")
         if missing := sorted({*range(counts[0])} - {part.number for part in parts}):
             raise InputError(f"{self.folder}: of {counts[0]} parts, these are missing: {', '.join(map(str, missing))}")
         first = self._read(parts[0], {}, "")

@@ -74,7 +74,7 @@ def read_index(path: str) -> Index:
             if set(column.value_lengths().to_pylist()) != {rows.shape[1]}:
                 raise ValueError("its embeddings have several widths")
         if rows.ndim != 2 or not rows.shape[1] or rows.dtype.kind != "f" or len(rows) != len(ids):
-            raise ValueError(f"expected rows of numbers with an id each, got {rows.dtype} {rows.shape}, {len(ids)} ids")
+            raise ValueError(f"expected rows of numbers, one id each, got {rows.dtype} {rows.shape}, {len(ids)} ids")
         for first in range(0, len(rows), 1 << 16):
             if not (is_finite := np.isfinite(rows[first : first + (1 << 16)]).all(axis=1)).all():
                 raise ValueError(f"the row of {ids[first + int(is_finite.argmin())]} has numbers that are not finite")
@@ -93,8 +93,8 @@ def match(source: Source, index: Index, path: str, maximum: int) -> tuple[list[i
     if len(numbers) < (least := max(LEAST_PAIRS, index.rows.shape[1] // 2)):
         there, here = (repr(str(ids[0])) if len(ids) else "none" for ids in (index.ids, source.ids))
         raise InputError(
-            f"{path} has rows of {len(numbers)} samples of {source.root}; expected at least {least}: {LEAST_PAIRS}, "
-            f"and half its width. Its ids are such as {there}, those of the samples such as {here}"
+            f"{path} has rows for {len(numbers)} samples of {source.root}; expected at least {least} (half its "
+            f"width, or {LEAST_PAIRS} if that is more). Its ids look like {there}, the samples' like {here}"
         )
     numbers = [numbers[place] for place in evenly_spaced(len(numbers), maximum)]
     return numbers, np.array([rows[str(source.ids[number])] for number in numbers]), int(counts[counts > 1].sum())
@@ -151,7 +151,7 @@ def align(
         fit, trial, half = moments.fit(), moments.fit(whole=False), moments_of(inputs_MI[::2], targets_MP[::2]).fit()
     if fit.about["r2"] < LEAST_R2:
         raise RunError(
-            f"the map explains {fit.about['r2']:.1%} of the held-out rows; are the ids those of these rows, in order?"
+            f"R² of the map is {fit.about['r2']:.3f} on held-out rows; do the ids belong to these rows, in order?"
         )
     held_out = list(range(HELD_OUT - 1, len(used), HELD_OUT))
     held_out = [held_out[place] for place in evenly_spaced(len(held_out), MAX_QUERIES)]

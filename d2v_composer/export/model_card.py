@@ -68,7 +68,7 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
     if CARD_MARK not in text:
         return lambda: f"kept {readme}: d2v export did not write it"
     if described != out.name and out.with_name(described).exists():
-        return lambda: f"kept {readme}: it describes {described}; a student in another folder gets its own"
+        return lambda: f"kept {readme}: it describes {described}; in another folder, {out.name} gets its own card"
     modality = MODALITIES[student.encoder.config.modality]
     network, embedding = getattr(student.config, "model", None), choose_embedding(student, None, None)
     with reading(source):

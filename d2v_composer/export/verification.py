@@ -62,7 +62,7 @@ def verify(
     suited = [name for name, entry in RUNTIMES.items() if entry.suffix == exported.suffix and find_spec(entry.package)]
     if refused := [name for name in runtime or () if name not in suited]:
         raise InputError(
-            f"--runtime: {refused[0]} is not installed, or takes no {exported.suffix} file; write --kit FOLDER, and "
+            f"--runtime: {refused[0]} is not installed, or takes no {exported.suffix} file; append --kit FOLDER, and "
             "run its script in the runtime's own environment"
         )
     report, script = exported.with_name(f"{exported.name}.verify.json"), Path(check_program.__file__)
@@ -86,7 +86,7 @@ def verify(
         if kit is not None:
             with suppress(shutil.SameFileError):  # it lies there
                 shutil.copy(exported, kit)
-            print(f"wrote {kit}: in it, run python {script.name} RUNTIME {exported.name}")
+            print(f"wrote {kit}; in this folder, run: python {script.name} RUNTIME {exported.name}")
             return
         save_student(student, folder / "pytorch.safetensors")
         files = {"pytorch": folder / "pytorch.safetensors"} | dict.fromkeys(runtime or suited, exported.absolute())
@@ -117,7 +117,7 @@ def name_fastest(medians: Mapping[str, Mapping[str, float]]) -> str:
         compared = dict.fromkeys((slower[0], slower[-1]))
         factors = (f"{medians[fastest][key] / medians[name][key]:.2f} times {name}" for name in compared)
         said.append(f"{key} {fastest}, {' and '.join(factors)}")
-    return f"fastest of those that compute the same here: {'; '.join(said) or 'nothing to compare'}"
+    return f"fastest here of the runtimes in range: {'; '.join(said) or 'nothing to compare'}"
 
 
 def read_samples(student: Backbone, source: str | None, maximum: int, takes_pixels: bool = False) -> Tensor:
@@ -136,8 +136,8 @@ def read_samples(student: Backbone, source: str | None, maximum: int, takes_pixe
         options = datasets[0] | {"download": False, "max_images": maximum, "class_embeddings": None}
         samples = load_labeled_set(modality=modality, **options).test.samples
     if len(samples) < MIN_SAMPLES:
-        fault = f"needs at least {MIN_SAMPLES} {modality.unit}, got {len(samples)}"
-        raise InputError(f"{fault}; use --images FOLDER, or for --int8 --calibrate FOLDER")
+        fault = f"expected at least {MIN_SAMPLES} {modality.unit}, got {len(samples)}"
+        raise InputError(f"{fault}; use --images FOLDER, or --calibrate FOLDER with --int8")
     length = min(sample.shape[-1] for sample in samples)
     batch = torch.stack([sample[..., :length] for sample in samples])
     if takes_pixels:

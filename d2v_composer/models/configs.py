@@ -152,7 +152,7 @@ class ImageConfig(Config):
         super().check()
         for name in ("image_mean", "image_std"):
             if len(values := getattr(self, name)) != self.in_chans:
-                raise ValueError(f"{name} must be a number for each of in_chans {self.in_chans}, got {short(values)}")
+                raise ValueError(f"{name} must have in_chans {self.in_chans} numbers, got {short(values)}")
 
     @property
     def timm_preprocessing(self: Any) -> dict[str, Any]:
@@ -394,7 +394,7 @@ class BlockSizes(BaseModel):
     mlp_ratio: PositiveFloat = 3.0
     """Ratio of a block's MLP width to its number of channels."""
     alibi: bool = True
-    """Add the 2-D ALiBi bias to attention, as in the chapter."""
+    """Add the 2-D ALiBi bias to attention, as in the thesis."""
     embed_dim: Width | None = None
     """Channels of blocks and embeddings, at most the encoder's; null: the encoder's. A narrower student has a linear
     layer before its blocks and, only for the regression, one after them."""

@@ -40,7 +40,7 @@ class Teacher(Backbone, Frozen):
         Raises:
             ValueError: The student's are of another kind.
         """
-        raise ValueError(f"init: {init} needs a teacher that is blocks")
+        raise ValueError(f"init: {init} needs a teacher whose blocks can be copied")
 
     @torch.no_grad()
     def targets(

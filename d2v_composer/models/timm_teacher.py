@@ -261,7 +261,7 @@ class TimmTeacher(Transformer, Teacher):
         tensors = ", ".join(sorted(parameter for parameter, _ in attentions[0].named_parameters()))
         if tensors != ATTENTION_TENSORS or self.contexts.table is not None:
             raise ValueError(
-                f"init teacher_attention needs an attention of {ATTENTION_TENSORS} without rotary positions or "
-                f"relative bias, but {name} has {type(attentions[0]).__name__} of {tensors}"
+                f"init teacher_attention needs attention with {ATTENTION_TENSORS} and without rotary positions or "
+                f"relative bias, but {name} has {type(attentions[0]).__name__} with {tensors}"
             )
         return attentions

@@ -18,8 +18,8 @@ class EmbeddingRegression(Objective):
 
     class Options(Term):
         weight: Weight = 0.0
-        """Weight of 1 - cosine similarity of ``projected_cls``, the teacher's own image embedding; 0: it is left out.
-        It keeps a student in the space of its teacher's text tower."""
+        """Weight of this term, 1 minus the cosine similarity of ``projected_cls`` to the teacher's own image embedding;
+        0: no such term. The term keeps a student in the space of its teacher's text tower."""
 
     needs_projection = True
 

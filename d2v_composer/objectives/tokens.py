@@ -79,12 +79,12 @@ class LayerRegression(Objective):
 
     class Options(Term):
         loss: TokenLoss = "mse"
-        """Distance of a token's prediction from its target: ``mse``, as in the chapter, or ``cosine_smooth_l1``, 0.9 ·
+        """Distance of a token's prediction from its target: ``mse``, as in the thesis, or ``cosine_smooth_l1``, 0.9 ·
         (1 - cosine similarity) + 0.1 · smooth L1, as in AM-RADIO."""
         cls_weight: Annotated[float, Field(ge=0, le=1)] | None = None
         """Share of CLS in the loss; null: 1 / T, the share of any of the T tokens."""
         weight: Weight = 1.0
-        """Weight of the term; 0: it is left out."""
+        """Weight of this term; 0: no such term."""
 
     def __init__(self, options: Options, teacher: Teacher, student: Backbone, layer_mean: LayerMean) -> None:
         super().__init__(options, teacher, student, layer_mean)

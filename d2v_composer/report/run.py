@@ -127,10 +127,10 @@ def _in_index(run: Run, dataset: str, measure: Measure) -> Iterator[str]:
     hits = {result.row: result.hits.numpy() for result in of_measure if result.is_primary}
     if (row := f"{STUDENT} in the teacher's index") in hits:
         compared = []
-        for name, other in (("its own embeddings in theirs", STUDENT), ("the teacher", f"{TEACHER}, projected")):
+        for name, other in (("itself in its own index", STUDENT), ("the teacher", f"{TEACHER}, projected")):
             value, low, high = (100 * number for number in difference_interval(hits[row], hits[other])[:3])
             compared.append(f"{value:+.1f} points against {name} [{low:+.1f}, {high:+.1f}]")
-        yield f"In its teacher's index, by one matrix, it scores {100 * hits[row].mean():.1f} %: {'; '.join(compared)}."
+        yield f"In its teacher's index, the student scores {100 * hits[row].mean():.1f} %: {'; '.join(compared)}."
 
 
 def _kept(run: Run, dataset: str, measure: Measure, rows: Mapping[str, Any]) -> str:
@@ -156,4 +156,4 @@ def _kept(run: Run, dataset: str, measure: Measure, rows: Mapping[str, Any]) -> 
     gain = 100 * (student - 100 * before) / (teacher - untrained)
     more = "" if run.record["config"]["student"]["model"] else "more teacher.first_blocks or "  # timm's has its own
     tried = "longer training" if gain >= RISING else f"{more}smaller batches for the same number of samples"
-    return f"{said} To keep more, try {tried}: the last {batch - first} batches closed {gain:.0f} %."
+    return f"{said} To close more, try {tried}: the last {batch - first} batches closed {gain:.0f} %."

@@ -124,7 +124,7 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
     primary = choose_embedding(model, config.pooling, config.representation).name
     places = [*map(hide_secrets, config.rivals)]
     if taken := [place for place in places if place in (*ROWS, GAP_CLOSED) or places.count(place) > 1]:
-        raise InputError(f"rivals: {taken[0]!r} is another row of the tables; name the file ./{taken[0]}")
+        raise InputError(f"rivals: {taken[0]!r} names another row of the tables; write ./{taken[0]} for the file")
     compared = zip(GAP, (untrained, None if isinstance(model, Teacher) else model, teacher), strict=True)
     models = {name: candidate.eval().to(device) for name, candidate in compared if candidate is not None}
     first = teacher or model

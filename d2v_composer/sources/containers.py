@@ -29,7 +29,7 @@ CONTAINERS = (
         ".parquet",
         "Parquet files",
         "FILE.parquet#ROW",
-        "a column of bytes, of the hub's images or of paths relative to the file: the only one, or `--column`",
+        "a column of bytes, of paths relative to the file or of the hub's images: the only one, or `--column`",
         "a column",
         "parquet",
     ),
@@ -37,7 +37,7 @@ CONTAINERS = (
         ".tar",
         "tars",
         "FILE.tar/KEY",
-        "files by suffix, as WebDataset has them, `--column jpg` if a key has several",
+        "files by suffix, as in WebDataset; if a key has several, `--column jpg` chooses",
         "cls or json:KEY",
         "tars",
     ),
@@ -53,8 +53,8 @@ def listed(words: Iterable[str]) -> str:
 
 NAMES = listed(container.plural for container in CONTAINERS)
 # What a SOURCE may be besides a folder of files, and the help of --column and --label-column.
-SOURCES = f"MDS, {NAMES} (FILE, folder or glob, or in a store: s3://, …), or hf://datasets/ORG/NAME"
-COLUMN = "the column of samples, or for tars their suffix; default: the only one, or for MDS image or audio"
+SOURCES = f"MDS, {NAMES} (a file, folder or glob, here or in a store: s3://, …), or hf://datasets/ORG/NAME"
+COLUMN = "the column of samples (in tars, their suffix); default: the only one (in MDS, image or audio)"
 CHOOSE = "choose one with --column, or column and label_column in a YAML"
 LABEL_COLUMN = ", ".join(f"for {container.plural} {container.labels}" for container in CONTAINERS if container.labels)
 # What an evaluation may read: data sets; or how it reads a folder or an address.

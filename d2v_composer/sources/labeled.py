@@ -148,7 +148,7 @@ def load_labeled_set(
     """
     modality = modality or Images(image_size, interpolation)
     if (held := HOLDS.get(format or "", modality.name)) != modality.name:
-        raise InputError(f"{root}: {format} holds samples of the modality {held}, but the model takes {modality.unit}")
+        raise InputError(f"{root}: {format} has {held} samples, but the model takes {modality.unit}")
     if format in ("cifar10", "cifar100"):
         sources = [*open_cifar(format, Path(root), download).values()]
     elif format == "speech_commands":
@@ -246,7 +246,7 @@ def _open_splits(
         return [files.open_split(test or NONE, NONE)]
     sources = [files.open_split(split) for split in ("train", test or "test")]
     if (sources[0].label is None) != (sources[1].label is None):
-        raise InputError(f"{root}: expected the same classes, as folders, in train and {test}")
+        raise InputError(f"{root}: expected the same class folders in train and {test}")
     return sources[sources[0].label is None :]
 
 
@@ -267,7 +267,7 @@ def _open_speech_commands(root: Path, modality: Modality) -> list[Source]:
     is_test, is_used = np.isin([*clips.ids], test), ~np.isin([*clips.ids], test + validation)
     splits = [clips.select(np.flatnonzero(mask)) for mask in (is_used, is_test)]
     if not all(map(len, splits)):
-        raise InputError(f"{root}: expected clips of {TEST_LIST} and others, WORD/*.wav; got {len(clips)} clips")
+        raise InputError(f"{root}: expected WORD/*.wav, some in {TEST_LIST}, some in no list; got {len(clips)} clips")
     return splits
 
 

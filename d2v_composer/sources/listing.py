@@ -241,5 +241,5 @@ def _list_hub(folder: str, suffixes: tuple[str, ...], chosen: str) -> tuple[str,
     cut = [path for path in wanted if "/partial-" in f"/{path}"]
     if cut and "partial-" not in chosen:
         named = f"{folder}/{os.path.dirname(cut[0])}"
-        raise InputError(f"{folder}: the hub has converted only the first part of it; to take that, give {named}")
+        raise InputError(f"{folder}: the hub has converted only a part of it; to read this part, give {named}")
     return f"hf://datasets/{repository}@{commit}/{inside}".rstrip("/"), files

@@ -82,7 +82,7 @@ class Files:
             words = split_words(file.path, names)
             if len(words.intersection(SPLITS)) > 1:
                 choice = listed(sorted(words))
-                raise InputError(f"{self.root}/{file.path}: is it of {choice}? Choose by a glob and --split none")
+                raise InputError(f"{self.root}/{file.path}: is it {choice}? Choose files by a glob, with --split none")
             for word in words:
                 splits.setdefault(word, []).append(file)
         return splits
@@ -135,7 +135,7 @@ class Files:
         has_classes = any("/" in path for path in chosen.values())
         beside = {path.partition("/")[0] for path in splits.get("", {}).values() if "/" in path}
         if split is None and name in splits and beside and not has_classes:
-            problem = f"train is a split, or a class like {', '.join(sorted(beside)):.80}"
+            problem = f"train may be a split, or a class like {', '.join(sorted(beside)):.80}"
             raise InputError(f"{self.root}: {problem}; choose with --split train or --split none")
         source = self.open().select([*chosen])
         if labels is None and not has_classes:
@@ -288,8 +288,9 @@ def open_source(
         return replace(files, part=part).open_split(split, labels)
     remote = source if fetch.is_remote(source) else None
     if (remote is None) != (cache is None):
-        where = "in a folder; in a store only for d2v embed, with --local"
-        raise InputError(f"{source}: expected {NAMES}, or MDS {where}")
+        raise InputError(
+            f"{source}: expected {NAMES}, or MDS in a folder (in a store, only for d2v embed with --local)"
+        )
     if remote is not None and cache is not None:
         fetch_index(remote, cache)
     index = Index(cache or Path(source), modality, column, labels=label_column, remote=remote)

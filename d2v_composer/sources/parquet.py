@@ -41,10 +41,12 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
         if len(chosen) != 1:
             problem = f"{column} is {types.get(column, 'missing')}" if column else f"{len(fits)} fit"
             names = ", ".join(types if column else fits or types)
-            wanted = f"expected one column of {columns.modality.unit}, as bytes or paths"
-            raise InputError(f"{name}: {wanted}; {problem}: {names}; {CHOOSE}")
+            raise InputError(
+                f"{name}: expected one column of {columns.modality.unit}, as bytes or paths; {problem}; "
+                f"columns: {names}; {CHOOSE}"
+            )
         if label not in (None, *types):
-            raise InputError(f"{name}: no column {label!r} of labels; the columns are {', '.join(types)}")
+            raise InputError(f"{name}: no label column {label!r}; columns: {', '.join(types)}")
         labels = opened.read([label])[0].to_pylist() if label else []
         hub = json.loads((schema.metadata or {}).get(b"huggingface", "{}")).get("info", {}).get("features", {})
         class_names = hub.get(label, {}).get("names", ())

@@ -47,7 +47,7 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
         if len(images) > 1:
             raise InputError(f"{name}/{key} has {' and '.join(images)}; {CHOOSE}")
         if len(fields) < len(members):
-            raise InputError(f"{name} has two members {key}.{images[0]}, or two others of {key} with one name")
+            raise InputError(f"{name}: key {key} has two members of the same name")
         if labeled:
             if labeled not in fields:
                 raise InputError(f"{name}/{key} has no .{labeled} with its label; it has {', '.join(fields)}")
@@ -58,7 +58,7 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
         offsets.append(fields[images[0]][0])
         sizes.append(fields[images[0]][1])
     if twice := next((key for key, count in Counter(keys).items() if count > 1), None):
-        raise InputError(f"{name} has the key {twice!r} twice, with other samples between")
+        raise InputError(f"{name}: key {twice} has two samples, with other samples between them")
     ids, marks = Names(f"{pinned.file.path}/{key}" for key in keys), marks_of(len(keys), pinned.file, columns.samples)
     load = partial(_load, pinned, np.array(offsets), np.array(sizes))
     return Listed(ids, np.array(sizes), marks, load, labels, left_out=left_out)
@@ -90,7 +90,7 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str | None, list[tuple[str, int, 
         # tarfile takes a damaged header for the end, and misses a cut between two members.
         rest = read_bytes(file, tar.offset, MOST_ZEROS + 1)
     if rest.strip(b"\0") or not LEAST_ZEROS <= len(rest) <= MOST_ZEROS:
-        raise ValueError(f"at byte {tar.offset} is no member, nor its end: it is damaged, cut, or joined to another")
+        raise ValueError(f"no member and no end at byte {tar.offset}: the tar is damaged, cut, or joined to another")
     if members:
         yield key, members
 

@@ -36,14 +36,14 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
         elif suffix not in columns.modality.suffixes:
             left_out[suffix or "without suffix"] += not member.is_dir()
         elif member.flag_bits & 1 or member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
-            raise InputError(f"{pinned.name}: {path} is encrypted or neither stored nor deflated; pack it otherwise")
+            raise InputError(f"{pinned.name}: {path} is encrypted or compressed by another method than deflate")
         else:
             paths.append(path)
             places.extend(
                 (member.header_offset, member.compress_type, member.compress_size, member.file_size, member.CRC)
             )
     if twice := next((path for path, count in Counter(paths).items() if count > 1), None):
-        raise InputError(f"{pinned.name} has two members {twice}")
+        raise InputError(f"{pinned.name} has two members named {twice}")
     ids, table = Names(f"{pinned.file.path}/{path}" for path in paths), np.array(places, np.int64).reshape(-1, 5)
     marks = marks_of(len(ids), pinned.file)
     return Listed(ids, table[:, 3], marks, partial(_load, pinned, ids, table), paths, left_out=left_out)

@@ -125,7 +125,7 @@ def check_path(path: str) -> None:
     """
     if not CHARACTERS.fullmatch(path) or path != path.strip() or path.startswith("//"):
         said = "; {run_name} in save_folder is the only placeholder" if "{" in path else ""
-        raise ValueError(f"expected only letters, digits, spaces and any of ./@%=+,~-_{said}, got {path!r}")
+        raise ValueError(f"expected letters, digits, inner spaces, ./@%=+,~-_ and no leading //, got {path!r}{said}")
 
 
 def identity(address: str) -> str:

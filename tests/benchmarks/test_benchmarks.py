@@ -60,7 +60,7 @@ def small_audio(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_step_takes_no_other_student() -> None:
-    with pytest.raises(InputError, match=r"student\.model: must be null: --size names the models, got timm/resnet18"):
+    with pytest.raises(InputError, match=r"student\.model: must be null, got timm/resnet18: --size names the models"):
         step_benchmark.benchmark("quickstart", compiles=False, overrides=["student.model=timm/resnet18"])
 
 

@@ -110,7 +110,7 @@ def test_embeds_a_folder(teacher: Data2Vec2, photos: Path, tmp_path: Path, capsy
         embeddings, expected(teacher, [(photos / path).read_bytes() for path in ids]), **TOLERANCE
     )
     *_, wrote, following = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(rf"wrote {out}: 41 embeddings of 48 channels, \d+ images/s", wrote)
+    assert re.fullmatch(rf"wrote {out}: 41 embeddings of 48 dimensions, \d+ images/s", wrote)
     assert following.startswith("next: ")
     # There are no other files.
     assert set(os.listdir(out.parent)) == {"photos.npy", "photos.ids.npy"}

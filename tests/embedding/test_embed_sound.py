@@ -38,7 +38,7 @@ def embed(source: Path, out: Path, *options: str) -> Embedded:
 def test_clips_are_embedded_as_if_alone(sounds: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole, teacher = tmp_path / "whole.npy", load_teacher(TEACHER)
     embed(sounds, whole)
-    assert f"wrote {whole}: {NUM_CLIPS} embeddings of 48 channels" in (said := capsys.readouterr().out)
+    assert f"wrote {whole}: {NUM_CLIPS} embeddings of 48 dimensions" in (said := capsys.readouterr().out)
     assert " clips/s\n" in said
     ids = np.load(tmp_path / "whole.ids.npy").tolist()
     assert ids == sorted(path.relative_to(sounds).as_posix() for path in sounds.rglob("*.*"))

@@ -133,7 +133,7 @@ def test_a_program_that_computes_something_else_is_not_written(
     right = TracedAlibi.unscaled
     monkeypatch.setattr(TracedAlibi, "unscaled", lambda *arguments: 0.5 * right(*arguments))
     path = tmp_path / f"student.{suffix}"
-    with pytest.raises(InputError, match=f"{path}: the program would compute something else than the student"):
+    with pytest.raises(InputError, match=f"{path}: the exported model would compute something else than the student"):
         export(small / "student.safetensors", path)
     assert not list(tmp_path.iterdir())
 
@@ -162,7 +162,7 @@ def test_int8(exported: Path, small_data: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_int8_needs_images(exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="needs at least 20 images, got 0; use --images FOLDER, or for --int8 "):
+    with pytest.raises(InputError, match="expected at least 20 images, got 0; use --images FOLDER, or --calibrate "):
         export(exported, tmp_path / "student.onnx", "--int8")
     for out, options in (("a.pt2", ["--int8"]), ("a.onnx", ["--calibrate", "photos"])):
         with pytest.raises(InputError, match=f"{out}: --int8 is only for .onnx, and --calibrate only for --int8"):

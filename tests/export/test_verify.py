@@ -300,9 +300,7 @@ def test_int8_is_measured_with_other_images_of_the_run(
 def test_a_line_names_the_fastest_runtime_beside_the_next_and_the_slowest() -> None:
     rates = {"pytorch": (10.0, 40.0), "onnxruntime": (30.0, 20.0), "openvino": (15.0, 50.0)}
     found = {name: {"/s at 1": at_1, "/s at 16": at_16} for name, (at_1, at_16) in rates.items()}
-    line = (
-        "fastest of those that compute the same here: /s at 1 onnxruntime, 2.00 times openvino and 3.00 times pytorch"
-    )
+    line = "fastest here of the runtimes in range: /s at 1 onnxruntime, 2.00 times openvino and 3.00 times pytorch"
     line += "; /s at 16 openvino, 1.25 times pytorch and 2.50 times onnxruntime"
     assert verification.name_fastest(found) == line
     assert verification.name_fastest({"pytorch": found["pytorch"]}).endswith(": nothing to compare")

@@ -118,7 +118,7 @@ def test_parts_of_embeddings(sources: dict[str, list[str]], tmp_path: Path, kind
     succeed("embed", TEACHER, source, whole, *EMBED)
     make_parts(count, "embed", TEACHER, source, out, *EMBED)
     assert not out.exists()
-    assert f"wrote {out}: {NUM_IMAGES} embeddings of 48 channels" in succeed("merge", out).stdout
+    assert f"wrote {out}: {NUM_IMAGES} embeddings of 48 dimensions" in succeed("merge", out).stdout
     table, expected = map(read_table, (out, whole))
     assert table[0] == expected[0]
     if kind == "tars":
@@ -193,7 +193,7 @@ def test_parts_of_another_command_are_named(sources: dict[str, list[str]], halve
     assert not_merged(out) == f"error: {first} holds part 1 of 2; remove it"
     shutil.rmtree(first)
     convert_part(sources["folder"], out, "0/3")
-    assert not_merged(out) == f"error: {out}/parts has parts of 2 and of 3; keep only one set"
+    assert not_merged(out) == f"error: {out}/parts has parts i/2 and i/3; keep only one set"
 
 
 def test_parts_whose_images_changed_are_not_merged(tmp_path: Path) -> None:

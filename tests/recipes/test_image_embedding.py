@@ -122,7 +122,7 @@ def test_files_have_the_teachers_head(exported: Path, teacher: Path, labeled: Pa
     for options in ([exported], ["timm/test_vit", "--checkpoint", teacher, "--image-size", "48x64", *PROJECTED]):
         model, *flags = options
         ended = d2v("embed", model, labeled / "test", tmp_path / "found.npy", *flags, "--overwrite")
-        assert "48 embeddings of 128 channels" in ended.stdout, ended.stderr
+        assert "48 embeddings of 128 dimensions" in ended.stdout, ended.stderr
     model: Any = timm.create_model("d2v2_student", checkpoint_path=exported).eval()
     assert_close(model(images), expected)
     classifier: Any = timm.create_model("d2v2_student", checkpoint_path=exported, num_classes=3)

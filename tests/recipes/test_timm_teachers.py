@@ -55,7 +55,7 @@ def test_export_evaluate_and_embed(
     options = ["--checkpoint", str(teacher), "--first-blocks", "2", "--image-size", "48x64"]
     embed.main(["timm/test_vit", str(labeled / "test"), str(tmp_path / "teachers.npy"), *options])
     assert np.load(tmp_path / "teachers.npy").shape == (48, 64)
-    assert capsys.readouterr().out.count("48 embeddings of 64 channels") == 2
+    assert capsys.readouterr().out.count("48 embeddings of 64 dimensions") == 2
 
 
 @pytest.mark.slow

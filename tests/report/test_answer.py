@@ -65,13 +65,13 @@ def scores(measure: str, untrained: float, student: float, teacher: float, batch
 @pytest.mark.parametrize(
     ("curve", "model", "advice"),
     [
-        ((0.2, 0.3, 0.4), None, " To keep more, try longer training: the last 300 batches closed 25 %."),
+        ((0.2, 0.3, 0.4), None, " To close more, try longer training: the last 300 batches closed 25 %."),
         (
             (0.2, 0.396, 0.4),
             None,
-            f" To keep more, try more teacher.first_blocks or {SMALLER}: the last 300 batches closed 1 %.",
+            f" To close more, try more teacher.first_blocks or {SMALLER}: the last 300 batches closed 1 %.",
         ),
-        ((0.2, 0.408, 0.4), "timm/resnet18", f" To keep more, try {SMALLER}: the last 300 batches closed -2 %."),
+        ((0.2, 0.408, 0.4), "timm/resnet18", f" To close more, try {SMALLER}: the last 300 batches closed -2 %."),
         ((0.2, 0.5, 0.58), None, ""),
     ],
     ids=["rising", "flat", "a CNN, falling", "enough"],
@@ -89,7 +89,7 @@ def test_a_student_with_labels(curve: tuple[float, ...], model: str | None, advi
 
 def test_a_student_without_labels() -> None:
     run = run_of(AGREEMENT, 1.0, 0.2, 0.5, 0.56)
-    longer = "To keep more, try longer training: the last 300 batches closed 8 %."
+    longer = "To close more, try longer training: the last 300 batches closed 8 %."
     shown = scores("neighbor agreement", 20, 56, 100)
     assert [*answer(run)] == [f"On set, the student closes {closed(run)}. {shown} {COSTS} {longer}"]
 
@@ -101,8 +101,8 @@ def test_a_student_in_its_teachers_index() -> None:
     aligned = [run.results[1]._replace(row=row, hits=right) for row, right in hits.items()]
     _, said = answer(run._replace(results=[*run.results, *aligned]))
     bounds = re.fullmatch(
-        r"In its teacher's index, by one matrix, it scores 50\.0 %: \+10\.0 points against its own embeddings in "
-        r"theirs \[\+(\S+), \+(\S+)\]; -8\.0 points against the teacher \[-(\S+), -(\S+)\]\.",
+        r"In its teacher's index, the student scores 50\.0 %: \+10\.0 points against itself in its own index "
+        r"\[\+(\S+), \+(\S+)\]; -8\.0 points against the teacher \[-(\S+), -(\S+)\]\.",
         said,
     )
     assert bounds is not None

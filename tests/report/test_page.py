@@ -64,7 +64,7 @@ def train_with_retrieval(folder: Path, data: Path, images: Path) -> None:
         patch.setattr(sys, "argv", ["recipes/train.py", *arguments])
         train.main(arguments)
     said, in_index, report = stdout.getvalue().splitlines()[-5:-2]
-    assert in_index.startswith("In its teacher's index, by one matrix, it scores ")
+    assert in_index.startswith("In its teacher's index, the student scores ")
     assert said.startswith(("On squares, the student closes ", "On squares, there is no teacher gap to close. "))
     assert report == f"report: {folder / 'report.html'}"
 

@@ -205,13 +205,13 @@ def spoil(kind: str, ids: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.
     [
         (
             "another data set",
-            r"has rows of 0 samples of .*; expected at least 40: 40, and half its width. .*'cats/000.jpg#?0?'",
+            r"has rows for 0 samples of .*; expected at least 40 \(half its width, or 40 if .*'cats/000.jpg#?0?'",
         ),
         ("not finite", r"the row of 007.jpg\S* has numbers that are not finite"),
         ("rows are missing", r"expected rows of numbers with an id each, got float32 \(119, \d+\), 120 ids"),
-        ("few", r"has rows of 39 samples of .*; expected at least 40"),
+        ("few", r"has rows for 39 samples of .*; expected at least 40"),
         ("all alike", "expected embeddings that differ, got 120 pairs that are alike"),
-        ("rows are shuffled", "are the ids those of these rows, in order?"),
+        ("rows are shuffled", "do the ids belong to these rows, in order?"),
     ],
 )
 def test_an_index_that_does_not_fit_is_refused(
@@ -280,7 +280,7 @@ def test_rows_that_share_an_id_are_left_out_and_counted(
     np.save(tmp_path / "old.npy", np.concatenate([rows, rows[:3] + 1]))
     np.save(tmp_path / "old.ids.npy", np.concatenate([ids, ids[:3]]))
     run_align(exported, photos, tmp_path / "out.safetensors", "--index", tmp_path / "old.npy")
-    assert "pairs: 117 of 120 samples and 123 rows; ids that rows share, left out: 6" in capsys.readouterr().out
+    assert "pairs: 117 of 120 samples and 123 rows; rows whose ids repeat, left out: 6" in capsys.readouterr().out
 
 
 def test_an_evaluation_has_no_row_of_a_map_that_an_untrained_student_lacks(labeled: Path, tmp_path: Path) -> None:

@@ -146,13 +146,13 @@ TWO_COLUMNS = {"image": [IMAGE], "depth": [IMAGE], "caption": ["a"]}
 @pytest.mark.parametrize(
     ("columns", "options", "line"),
     [
-        (TWO_COLUMNS, "", "expected one column of images, as bytes or paths; 2 fit: image, depth; choose"),
+        (TWO_COLUMNS, "", "expected one column of images, as bytes or paths; 2 fit; columns: image, depth; choose"),
         (TWO_COLUMNS, "--column mask", "mask is missing: image, depth, caption"),
-        ({"size": [1.0]}, "", "expected one column of images, as bytes or paths; 0 fit: size; choose"),
+        ({"size": [1.0]}, "", "expected one column of images, as bytes or paths; 0 fit; columns: size; choose"),
         ({"size": [1.0]}, "--column size", "size is double: size"),
         ({"image": [{"file": {"bytes": IMAGE}}]}, "", "0 fit: image; choose"),
         ({"url": ["a"], "text": ["b"]}, "", "2 fit: url, text"),
-        ({"image": [IMAGE]}, "--label-column label", "no column 'label' of labels; the columns are image"),
+        ({"image": [IMAGE]}, "--label-column label", "no label column 'label'; columns: image"),
         ({"image": [IMAGE], "label": [0.5]}, "--label-column label", "x.parquet#0: its label must be a whole number"),
         ({"image": [IMAGE], "label": [None]}, "--label-column label", "x.parquet#0: its label must be .*, got None"),
         ({"image": [IMAGE]}, "--split test", "no split 'test'; available: none; omit --split"),
@@ -171,10 +171,10 @@ def test_a_wrong_parquet_file_is_one_line(columns: dict, options: str, line: str
     ("members", "options", "line"),
     [
         (["a.jpg", "a.png"], "", r"x.tar/a has jpg and png; choose one with --column"),
-        (["a.jpg", "b.jpg", "a.jpg"], "", r"x.tar has the key 'a' twice, with other samples between"),
+        (["a.jpg", "b.jpg", "a.jpg"], "", r"x.tar: key a has two samples, with other samples between"),
         (["a.jpg", "a.txt"], "--label-column cls", r"x.tar/a has no .cls with its label; it has jpg, txt"),
         (["a.jpg", "a.json"], "--label-column json:class", r"x.tar/a: its label must be a whole number, got None"),
-        (["a.jpg", "a.jpg"], "", r"x.tar has two members a.jpg, or two others of a with one name"),
+        (["a.jpg", "a.jpg"], "", r"x.tar: key a has two members of the same name"),
         (["a.txt"], "", r"no images in 1 files; other files: 1 .txt, 1 keys without images"),
     ],
 )
@@ -189,9 +189,9 @@ def test_a_wrong_tar_is_one_line(members: list[str], options: str, line: str, tm
 @pytest.mark.parametrize(
     ("members", "change", "line"),
     [
-        (["a.jpg", "a.jpg"], ("comment", b""), r"x.zip has two members a.jpg$"),
-        (["a.jpg"], ("flag_bits", 1), "x.zip: a.jpg is encrypted or neither stored nor deflated; pack it otherwise"),
-        (["a.jpg"], ("compress_type", 9), "x.zip: a.jpg is encrypted or neither stored nor deflated"),
+        (["a.jpg", "a.jpg"], ("comment", b""), r"x.zip has two members named a.jpg$"),
+        (["a.jpg"], ("flag_bits", 1), "x.zip: a.jpg is encrypted or compressed by another method than deflate"),
+        (["a.jpg"], ("compress_type", 9), "x.zip: a.jpg is encrypted or compressed by another method"),
         (["a.jpg"], ("file_size", 1 << 31), "x.zip/a.jpg has 2,147,483,648 bytes, more than 1,073,741,824; --skip"),
         (["a.txt", "b/.jpg"], ("comment", b""), "no images in 1 files; other files: 1 .txt, 1 hidden"),
     ],
@@ -371,8 +371,8 @@ def test_splits_and_classes(tmp_path: Path) -> None:
         (["test-0"], None, "no split 'train'; available: test$"),
         (["train-0"], "(", "no split '\\('; available: train$"),
         (["0"], "val", "no split 'val'; available: none; omit --split$"),
-        (["train_test-0", "val-0"], "val", "x/train_test-0.tar: is it of test or train\\? Choose by a glob"),
-        (["train/val/0"], None, "x/train/val/0.tar: is it of train or val"),
+        (["train_test-0", "val-0"], "val", "x/train_test-0.tar: is it test or train\\? Choose files by a glob"),
+        (["train/val/0"], None, "x/train/val/0.tar: is it train or val"),
     ],
 )
 def test_a_split_is_a_word_of_the_files_name_or_else_of_its_folders(
@@ -446,7 +446,9 @@ def test_files_that_do_not_fit_together_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"/x: its files name the classes of label differently"):
         converted(tmp_path / "x", tmp_path / "out", "--label-column", "label")
     write_parquet(tmp_path / "x" / "c.parquet", {"photo": [1]})
-    with pytest.raises(InputError, match=r"c.parquet: expected one column of images, as bytes or paths; 0 fit: photo"):
+    with pytest.raises(
+        InputError, match=r"c.parquet: expected one column of images, as bytes or paths; 0 fit; columns: photo"
+    ):
         converted(tmp_path / "x", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -565,9 +567,9 @@ def test_what_the_hub_has_twice_or_not_whole_must_be_named(tmp_path: Path, monke
     (hub / "card" / "main" / "README.md").write_text(card)
     address = "hf://datasets/org"
     refused = {
-        f"cut{bot}": f"has converted only the first part of it; to take that, give {address}/cut{bot}/default/partial-",
-        "cut": f"cut{bot}: the hub has converted only the first part of it",
-        f"cut{bot}/default": "has converted only the first part of it",
+        f"cut{bot}": f"has converted only a part of it; to read this part, give {address}/cut{bot}/default/partial-",
+        "cut": f"cut{bot}: the hub has converted only a part of it",
+        f"cut{bot}/default": "has converted only a part of it",
         "two": f"two{bot} has the configurations a, b; append a glob or one of the folders a/train, b/train$",
         "card": "card has the configurations english, french; append a glob or one of the folders en, fr$",
     }

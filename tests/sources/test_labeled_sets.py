@@ -24,7 +24,7 @@ def load(format: Any, root: Path, **options: Any) -> EvaluationSet:
     [
         (["train/a.jpg"], ": no split 'test'; available: train"),
         (["train/cat/a.jpg"], ": no split 'test'; available: train"),
-        (["train/cat/a.jpg", "test/a.jpg"], ": expected the same classes, as folders, in train and test"),
+        (["train/cat/a.jpg", "test/a.jpg"], ": expected the same class folders in train and test"),
         (["train/cat/a.jpg", "test/dog/a.jpg"], "/test/dog/a.jpg: expected one of the classes cat; got 'dog'"),
         (["train/cat/a.jpg", "train/b.jpg", "test/cat/a.jpg"], "/train/b.jpg: expected one of the classes cat"),
     ],
