@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from d2v_composer.evaluation.rows import ROWS, UNTRAINED
@@ -59,6 +60,7 @@ def main(run: Path) -> None:
         page.goto((run / "report.html").resolve().as_uri())
         page.evaluate(SHOW, QUERIES)
         page.locator("#shown").screenshot(path=ASSETS / "gallery.png")
+    Image.open(ASSETS / "gallery.png").quantize(256).save(ASSETS / "gallery.png", optimize=True)
 
 
 if __name__ == "__main__":
