@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from d2v_composer.sources.labeled import Augmentation, EvaluationSet  # and with it all that reads images
 
 # Attributes in checkpoints.
-KEPT = ("history", "baseline_metrics", "teacher_neighbors", "neighbors", "conditions", "was_stopped")
+KEPT = ("history", "baseline_metrics", "teacher_neighbors", "conditions", "was_stopped")
 
 
 class _StoppedError(Exception):
@@ -84,11 +84,9 @@ class ZeroShotRetrieval(Callback):
         baseline_metrics: key → accuracy of the baselines.
         teacher_neighbors: Data set → embedding → (N, 10) int32, each test image's nearest others, for agreement; kept
             in checkpoints.
-        neighbors: The neighbors that the last evaluation found with the primary embedding: data set → bank ('train',
-            'test') → (Q, K) int32, the bank indices of each query's nearest images, nearest first, K the largest of
-            ``ks``; kept in checkpoints.
         results: What tables and the report show, in the primary embedding: of the baselines, of the student before
-            training and of the student as last measured, with its batch; kept in checkpoints.
+            training and of the student as last measured, with its batch; kept in checkpoints. Those of the student and
+            of the teacher have the neighbors of each query, as many as the largest of ``ks``.
         conditions: What the numbers of every set that the run ever measured depend on; kept in checkpoints.
         should_stop: Asked before each batch of images; True leaves the evaluation, and the run that resumes measures it
             first. On several ranks it must return the same to all.
@@ -136,7 +134,6 @@ class ZeroShotRetrieval(Callback):
         self.history: list[dict[str, Any]] = []
         self.baseline_metrics: dict[str, float] = {}
         self.teacher_neighbors: Neighbors = {}
-        self.neighbors: Neighbors = {}
         self.results: list[Result] = []
         self.should_stop: Callable[[], bool] = lambda: False
         self.prepare: Callable[[State, Callable[[Tensor], Tensor]], object] = lambda state, to_device: None
@@ -222,7 +219,11 @@ class ZeroShotRetrieval(Callback):
                 results += measure_embeddings([*rows.values()], embeds, dataset, labeled, lookup)
         of_student = {row.title for row in ROWS.values() if True in moves and student in (row.queries, row.bank)}
         self.results = [result for result in self.results if result.row not in rows.keys() | of_student]
-        self.results += [result._replace(batch=batch, nearest=None) for result in results if result.is_primary]
+        self.results += [
+            result._replace(batch=batch, nearest=result.nearest if result.row in (student, TEACHER) else None)
+            for result in results
+            if result.is_primary
+        ]
         logger.log_metrics({"time/zero_shot_retrieval": time.monotonic() - start})
         for moving in sorted(moves):
             metrics = {
@@ -236,10 +237,6 @@ class ZeroShotRetrieval(Callback):
                 self.baseline_metrics = metrics
                 continue
             self.history.append({"batch": batch, "metrics": metrics})
-            self.neighbors = {}
-            for result in results:
-                if result.row == student and result.nearest is not None:
-                    self.neighbors.setdefault(result.dataset, {})[result.measure.bank] = result.nearest
 
 
 def embed_method(model: torch.nn.Module) -> Embed:

@@ -169,11 +169,11 @@ class Result(NamedTuple):
     batch: int = 0
     """Batches after which a run measured it."""
     nearest: Tensor | None = None
-    """The nearest images of each query in a split, (Q, K) int32, of a primary embedding; not kept in checkpoints."""
+    """The bank's images nearest to each query in a primary embedding, nearest first, (Q, K) int32."""
 
     def plain(self) -> tuple[Any, ...]:
         """Return the fields as plain values, for a checkpoint."""
-        return (*self[:2], tuple(self.measure), *self[3:7])
+        return (*self[:2], tuple(self.measure), *self[3:])
 
 
 def read_results(saved: Iterable[Any]) -> list[Result]:

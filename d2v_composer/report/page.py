@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool1d
 
 from d2v_composer.data.audio import encode_flac
+from d2v_composer.evaluation.rows import STUDENT, TEACHER
 from d2v_composer.evaluation.run_log import HEALTH_STATES
 from d2v_composer.models.audio import LogMel
 from d2v_composer.models.configs import SAMPLE_RATE
 from d2v_composer.report.plots import accuracy_plots, curves, to_png
 from d2v_composer.report.run import Run, answer, latest
 from d2v_composer.report.tables import accuracy_tables
-from d2v_composer.sources.labeled import EvaluationSet
+from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples
 from d2v_composer.system.files import write_atomically
 
 QUERIES, NEIGHBORS_SHOWN = 12, 3
@@ -31,8 +32,10 @@ HEARD = 10 * SAMPLE_RATE  # samples of a clip that are played and drawn
 class Shown(NamedTuple):
     """A sample in a gallery."""
 
+    model: str
+    """query, or the model that found it."""
     mark: str
-    """query, or whether a neighbor is of the query's class: ✓ or ✗."""
+    """Whether it is of the query's class: ✓ or ✗; empty for the query."""
     label: str
     picture: bytes
     """A PNG file."""
@@ -75,10 +78,16 @@ def write_report(run: Run, folder: Path) -> list[Path]:
 def _galleries(run: Run) -> Iterator[tuple[str, list[list[Shown]]]]:
     """Yield each data set's name and gallery, of test samples that are the same in every run."""
     for name, labeled in run.datasets.items():
-        if name in run.neighbors:
-            nearest = run.neighbors[name]["train"].long()
-            chosen = torch.randperm(len(nearest), generator=torch.Generator().manual_seed(0))[:QUERIES]
-            yield name, gallery(labeled, chosen, nearest[chosen, :NEIGHBORS_SHOWN])
+        nearest = {
+            result.row: result.nearest
+            for result in run.results
+            if (result.dataset, result.measure.bank) == (name, "train") and result.nearest is not None
+        }
+        if STUDENT in nearest:
+            order = torch.Generator().manual_seed(0)
+            chosen = torch.randperm(labeled.num_samples[1], generator=order)[:QUERIES]
+            models = [model for model in (STUDENT, TEACHER) if model in nearest]
+            yield name, gallery(labeled, chosen, {model: nearest[model][chosen, :NEIGHBORS_SHOWN] for model in models})
 
 
 def _warnings(run: Run) -> Iterator[str]:
@@ -89,21 +98,27 @@ def _warnings(run: Run) -> Iterator[str]:
             yield f"{state.replace('_', ' ')} at batches {min(batches)} to {max(batches)}"
 
 
-def gallery(labeled: EvaluationSet, chosen: Tensor, nearest: Tensor) -> list[list[Shown]]:
-    """Show test samples, each in a row with its nearest train samples, marked as right or wrong.
+def gallery(labeled: EvaluationSet, chosen: Tensor, nearest: Mapping[str, Tensor]) -> list[list[Shown]]:
+    """Show test samples, each in a row with the train samples nearest to it in each model, marked as right or wrong.
 
     Args:
         labeled: A data set.
         chosen: Indices of the test samples, (Q,).
-        nearest: Indices of their nearest train samples, nearest first, (Q, K).
+        nearest: Model → indices of their nearest train samples, nearest first, (Q, K).
     """
     bank, queries, class_names, _ = labeled
+
+    def show(model: str, mark: str, split: LabeledSamples, i: Tensor) -> Shown:
+        sample = split.samples[i]
+        return Shown(model, mark, class_names[split.labels[i]], picture(sample), sound(sample))
+
     rows = []
-    for query, indices in zip(chosen, nearest.long(), strict=True):
-        label = queries.labels[query]
-        row = [("query", label, queries.samples[query])]
-        row += [("✓" if bank.labels[i] == label else "✗", bank.labels[i], bank.samples[i]) for i in indices]
-        rows.append([Shown(mark, class_names[label], picture(sample), sound(sample)) for mark, label, sample in row])
+    for place, query in enumerate(chosen):
+        row = [show("query", "", queries, query)]
+        for model, indices in nearest.items():
+            for i in indices[place].long():
+                row.append(show(model, "✓" if bank.labels[i] == queries.labels[query] else "✗", bank, i))
+        rows.append(row)
     return rows
 
 

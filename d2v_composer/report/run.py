@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from torch import Tensor
 
 from d2v_composer.checkpoints.checkpoint import LATEST, LOG, Checkpoint, read_newest
 from d2v_composer.checkpoints.safe_load import load_untrusted
@@ -44,8 +43,6 @@ class Run(NamedTuple):
     record: Mapping[str, Any]
     """The sections of run.yaml: config, command, versions, hardware, data, and teacher or model."""
     log: Log
-    neighbors: Mapping[str, Mapping[str, Tensor]] = {}
-    """Neighbors, as in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
     datasets: Mapping[str, EvaluationSet] = {}
     """The samples that can still be read; each label has a name."""
     results: Sequence[Result] = ()
@@ -83,7 +80,7 @@ def read_run(folder: Path) -> Run:
         InputError: It is not the folder of a run, or its newest checkpoint is corrupt.
     """
     record_file, log_file, checkpoint = folder / "run.yaml", folder / LOG, folder / LATEST
-    measured: dict[str, Any] = {"neighbors": {}, "conditions": {}, "results": []}
+    measured: dict[str, Any] = {"conditions": {}, "results": []}
     with reading(record_file):
         run = Run(yaml.safe_load(record_file.read_bytes()), {})
         retrieval, modality = run.retrieval, run.modality
@@ -92,19 +89,18 @@ def read_run(folder: Path) -> Run:
     if checkpoint.is_file():
         with reading(checkpoint):
             measured |= Checkpoint(checkpoint, read_newest(checkpoint, load_untrusted)).saved_by("ZeroShotRetrieval")
-    datasets = {}
+    results, datasets = read_results(measured["results"]), {}
     for name, labeled in retrieval["datasets"].items():
         options = {"download": False, "max_images": retrieval["max_images"], "class_embeddings": None}
         try:
-            if labeled is not None and name in measured["neighbors"]:
+            if labeled is not None and name in (result.dataset for result in results if result.nearest is not None):
                 dataset = load_labeled_set(modality=modality, **labeled | options).numbered()
                 if measured["conditions"][f"{name}.images"] != dataset.fingerprint():
                     raise InputError(f"its {modality.unit} differ from those that the run measured")
                 datasets[name] = dataset
         except InputError as error:
             print(f"report: no gallery for {name}: {error}")
-    results = read_results(measured["results"])
-    return run._replace(log=log, neighbors=measured["neighbors"], datasets=datasets, results=results)
+    return run._replace(log=log, datasets=datasets, results=results)
 
 
 def answer(run: Run) -> Iterator[str]:

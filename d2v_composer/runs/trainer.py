@@ -455,7 +455,7 @@ def write_run_report(trainer: Trainer, config: TrainerConfig, retrieval: ZeroSho
     from d2v_composer.report.run import Run, answer
 
     folder = config.run_folder.local
-    measured: Any = () if retrieval is None else (retrieval.neighbors, retrieval.datasets, retrieval.results)
+    measured: Any = () if retrieval is None else (retrieval.datasets, retrieval.results)
     try:
         with if_interrupted(
             lambda: f"the model is saved, but its report is not; to write it, run {d2v('report', folder)}"

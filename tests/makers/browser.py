@@ -34,10 +34,10 @@ def write_images() -> None:
 
 
 def draw() -> None:
-    """Choose the query on the page that is served, and save what it shows, in 128 colors."""
+    """Choose the query on the page that is served, and save what it shows, 800 pixels wide, in 128 colors."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 840, "height": 690})
+        page = browser.new_page(viewport={"width": 960, "height": 690}, device_scale_factor=800 / 960)
         page.goto("http://localhost:8000")
         page.locator("input:enabled").set_input_files("query.png")
         page.wait_for_selector("#found button")

@@ -20,7 +20,7 @@ from torchvision.io import ImageReadMode, decode_png, write_png
 from d2v_composer.checkpoints.checkpoint import LATEST
 from d2v_composer.commands import report
 from d2v_composer.data.audio import Audio
-from d2v_composer.evaluation.rows import BANKS, GAP, STUDENT, Result, metric_key, retrieval_from
+from d2v_composer.evaluation.rows import BANKS, GAP, STUDENT, TEACHER, Result, metric_key, retrieval_from
 from d2v_composer.evaluation.run_log import read_jsonl
 from d2v_composer.models.names import EMBEDDINGS
 from d2v_composer.report import page
@@ -100,7 +100,7 @@ def test_training_ends_with_a_report(run_folder: Path) -> None:
         "without_labels_squares",
     }
     page = (run_folder / "report.html").read_text()
-    assert page.count('<img src="data:image/png;base64,') == len(pictures) + 12 * 4
+    assert page.count('<img src="data:image/png;base64,') == len(pictures) + 12 * (1 + 3 + 3)
     assert "&lt;b&gt;" in page
     assert "<b>" not in page
     for shown in ("recipes/train.py", "mosaicml: 0.32.1", "global_train_batch_size: 16", "tiny_base.pt", "cores:"):
@@ -163,9 +163,11 @@ def sound_run(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     record = yaml.safe_load((run_folder / "run.yaml").read_text())
     record["data"]["modality"] = "audio"
     record["config"]["retrieval"]["datasets"] = {"tones": {"format": "folder", "root": str(folder / "tones")}}
-    nearest = {"train": torch.tensor([[0, 1, 2]] * 4 + [[3, 4, 5]]), "test": torch.zeros(6, 3)}
+    nearest = torch.tensor([[0, 1, 2]] * 4 + [[3, 4, 5]])
     images = load_labeled_set("folder", folder / "tones", Audio()).numbered().fingerprint()
-    saved = {"neighbors": {"tones": nearest}, "conditions": {"tones.images": images}, "results": []}
+    measure, hits = retrieval_from("train", 1), torch.ones(5, dtype=torch.bool)
+    results = [Result(STUDENT, "tones", measure, "", True, hits, 14, nearest).plain()]
+    saved = {"conditions": {"tones.images": images}, "results": results}
     state = {"callbacks": {"ZeroShotRetrieval": saved}}
     torch.save({"state": state}, folder / LATEST)
     (folder / "run.yaml").write_text(yaml.safe_dump(record))
@@ -197,8 +199,8 @@ def test_sound_is_seen_and_heard(sound_run: Path, browser: Browser) -> None:
     assert len(heard) == 5 * 4
     for (query, seconds), *neighbors in (heard[i : i + 4] for i in range(0, 20, 4)):
         is_last = round(seconds, 2) == 3.3  # the second low one
-        mark = "✓" if is_last or query == "query: high" else "✗"
-        assert [label for label, _ in neighbors] == [f"{mark} {'low' if is_last else 'high'}"] * 3
+        mark = "✓" if is_last or query == "query\nhigh" else "✗"
+        assert [label for label, _ in neighbors] == [f"student\n{mark} {'low' if is_last else 'high'}"] * 3
         assert [round(duration, 1) for _, duration in neighbors] == ([1.3, 3.3, 5.3] if is_last else [0.3, 2.3, 4.3])
     assert page.locator("h2", has_text="What the student finds in tones").is_visible()
     assert complaints == []
@@ -278,16 +280,23 @@ def test_galleries_show_the_neighbors_that_were_counted(run_folder: Path) -> Non
     run = read_run(run_folder)
     bank, queries, names, _ = run.datasets["squares"]
     assert names == ("<ship>", "cat", "dog")
-    nearest = run.neighbors["squares"]["train"].long()
-    hits = bank.labels[nearest[:, 0]] == queries.labels
-    assert hits.double().mean().item() == run.log["metrics/squares/bank_train/top1"][14]
-    rows = gallery(run.datasets["squares"], torch.arange(4), nearest[:4, :1])
-    for (query, neighbor), hit in zip(rows, hits, strict=False):
-        assert (query.mark, neighbor.mark, neighbor.sound) == ("query", "✓" if hit else "✗", b"")
-        assert query.label in names
-        assert (neighbor.label == query.label) == hit
+    measure = retrieval_from("train", 1)
+    nearest = {
+        result.row: result.nearest.long()
+        for result in run.results
+        if result.measure == measure and result.nearest is not None
+    }
+    for model, key in ((STUDENT, ""), (TEACHER, "teacher/")):
+        hits = bank.labels[nearest[model][:, 0]] == queries.labels
+        assert hits.double().mean().item() == max(run.log[f"metrics/squares/{key}bank_train/top1"].items())[1]
+        rows = gallery(run.datasets["squares"], torch.arange(4), {model: nearest[model][:4, :1]})
+        for (query, neighbor), hit in zip(rows, hits, strict=False):
+            assert (query.model, neighbor.model) == ("query", model)
+            assert (query.mark, neighbor.mark, neighbor.sound) == ("", "✓" if hit else "✗", b"")
+            assert query.label in names
+            assert (neighbor.label == query.label) == hit
     shown = decode_png(torch.frombuffer(bytearray(rows[0][1].picture), dtype=torch.uint8), ImageReadMode.RGB)
-    assert torch.equal(shown, bank.samples[int(nearest[0, 0])])
+    assert torch.equal(shown, bank.samples[int(nearest[TEACHER][0, 0])])
 
 
 def test_training_succeeds_even_if_its_report_fails(
