@@ -261,9 +261,8 @@ def measure_embeddings(
                 if bank == "train" and "linear" in wanted:  # each rank fits it alone: a probe takes seconds
                     probe = fit_linear_probe(banks[bank], labels[bank])
                     hits[LINEAR] = probe.predict(queries[query]) == labels[query]
-                    if probe.doubt and name == primary and ranks.rank == 0:
-                        about = f"{dataset}, {row.title} ({name or 'only embedding'})"
-                        warn_once(f"{about}: linear probe: {probe.doubt}")
+                    if not probe.converged and name == primary and ranks.rank == 0:
+                        warn_once(f"{dataset}, {row.title}: the linear probe has not converged")
             for measure, hit in hits.items():
                 is_primary = name == primary or measure.name == "zero_shot"
                 yield Result(row.title, dataset, measure, name, is_primary, hit.cpu(), 0, neighbors.get(measure.bank))

@@ -17,7 +17,7 @@ from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.callbacks.trainer_state import find_callback
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
-from d2v_composer.conversion.convert import convert, foresee, hold_out
+from d2v_composer.conversion.convert import convert, hold_out
 from d2v_composer.data.audio import MAX_SECONDS_WHOLE
 from d2v_composer.data.images import Images
 from d2v_composer.data.modalities import modality_of
@@ -197,8 +197,6 @@ def convert_samples(request: Request, plan: Plan) -> None:
     if (left := len(parts["train"])) < (batch := config.global_train_batch_size):
         left_to_train = f"the number of {modality.unit} left to train on"
         raise InputError(f"global_train_batch_size: must be at most {left}, {left_to_train}; got {batch}")
-    size, seconds = foresee(parts["train"], workers, **encoding(modality, config, False))
-    print(f"converting {left:,} {modality.unit}: about {size / 1e6:,.0f} MB, {seconds / 60:,.0f} min")
     for split, options in splits.items():
         done = convert(parts[split], samples / split, workers=workers, **options, skip_unreadable=True)
         counts = f"{done.samples} {modality.unit}, {len(done.skipped)} unreadable"
