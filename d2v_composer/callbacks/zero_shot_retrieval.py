@@ -96,7 +96,7 @@ class ZeroShotRetrieval(Callback):
         prepare: Called before the student is measured, with the state and what moves a batch of samples to its device.
 
     Example:
-        >>> from d2v_composer.sources.labeled import load_labeled_set
+        >>> from d2v_composer import load_labeled_set
         >>> cifar10 = load_labeled_set("mds", "cifar10", image_size=32, interpolation="bicubic", max_images=100)
         >>> callback = ZeroShotRetrieval({"cifar10": cifar10}, interval="1ep")  # Trainer(callbacks=[callback])
     """
