@@ -14,6 +14,7 @@ from torch import Tensor
 from d2v_composer.callbacks.algorithms import share_statistics
 from d2v_composer.callbacks.run_record import find_changes
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
+from d2v_composer.data.modality import Augmentation
 from d2v_composer.evaluation.labeled_retrieval import Embed, Lookup, Neighbors, measure_embeddings
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.evaluation.rows import (
@@ -30,7 +31,7 @@ from d2v_composer.evaluation.rows import (
 from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
-    from d2v_composer.sources.labeled import Augmentation, EvaluationSet  # and with it all that reads images
+    from d2v_composer.sources.labeled import EvaluationSet  # and with it all that reads images
 
 # Attributes in checkpoints.
 KEPT = ("history", "baseline_metrics", "teacher_neighbors", "neighbors", "conditions", "was_stopped")
@@ -112,7 +113,7 @@ class ZeroShotRetrieval(Callback):
         baselines: Mapping[str, Embed] | None = None,
         at_start: bool = False,
         probes: Collection[str] = (),
-        augment: "Augmentation | None" = None,
+        augment: Augmentation | None = None,
         device_batch_size: int = 256,
         progress_bar: bool = True,
     ) -> None:

@@ -20,7 +20,7 @@ from d2v_composer.config.schema import TrainConfig
 from d2v_composer.conversion.convert import convert, hold_out
 from d2v_composer.data.audio import MAX_SECONDS_WHOLE
 from d2v_composer.data.images import Images
-from d2v_composer.data.modalities import modality_of
+from d2v_composer.data.modalities import build_augmentation, modality_of
 from d2v_composer.data.modality import Modality
 from d2v_composer.models.configs import (
     EatEncoderConfig,
@@ -41,7 +41,6 @@ from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.fetch import is_remote, names_in
 from d2v_composer.system.files import check_out_file, check_owned, write_atomically
 from d2v_composer.system.processes import global_rank
-from d2v_composer.training_data.augmentation import build_augmentation
 
 # A tenth of them are twenty: each needs ten neighbors among the others, and some may be unreadable.
 MIN_SAMPLES = 200
