@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from d2v_composer.models.frozen_model import FrozenModel
     from d2v_composer.objectives.distillation import DistillationModel
     from d2v_composer.runs.distill import train_student
+    from d2v_composer.sources.labeled import load_labeled_set
 
 __all__ = [
     "DistillationModel",
@@ -34,6 +35,7 @@ __all__ = [
     "knn_accuracy",
     "linear_probe_accuracy",
     "load_config",
+    "load_labeled_set",
     "load_student",
     "load_teacher",
     "neighbor_agreement",
@@ -51,6 +53,7 @@ MODULES = {
     "knn_accuracy": "evaluation.nearest_neighbors",
     "linear_probe_accuracy": "evaluation.linear_probe",
     "load_config": "config.load",
+    "load_labeled_set": "sources.labeled",
     "load_student": "checkpoints.load",
     "load_teacher": "checkpoints.load",
     "neighbor_agreement": "evaluation.nearest_neighbors",

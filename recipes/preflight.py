@@ -1,4 +1,4 @@
-"""Try a run before it starts, with its own arguments: permissions, disk space, a small run, SIGTERM, resume, export.
+"""Try a run before it starts, with its own arguments: permissions, a small run, SIGTERM, resume, export.
 
 usage: composer recipes/preflight.py FILE.yaml [dotted.key=value …]
 

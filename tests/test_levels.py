@@ -28,26 +28,26 @@ MAX_LINES_OF_FILE, MAX_LINES_OF_FUNCTION = 600, 80
 # more raises its own folder's limit and the total, in a commit that says why.
 LIMITS = {
     "system": 9_730,
-    "models": 22_840,
+    "models": 22_760,
     "checkpoints": 9_780,
-    "data": 4_160,
+    "data": 4_370,
     "objectives": 3_860,
-    "sources": 15_060,
+    "sources": 14_880,
     "config": 4_850,
-    "conversion": 4_030,
-    "evaluation": 8_450,
+    "conversion": 3_860,
+    "evaluation": 8_410,
     "callbacks": 8_850,
     "embedding": 5_660,
     "report": 4_740,
-    "training_data": 2_820,
+    "training_data": 2_510,
     "export": 6_080,
-    "runs": 11_450,
-    "benchmarks": 6_830,
-    "d2v_composer/__init__.py": 410,
-    "commands": 6_660,
-    "recipes": 3_310,
+    "runs": 11_280,
+    "benchmarks": 6_730,
+    "d2v_composer/__init__.py": 440,
+    "commands": 6_540,
+    "recipes": 2_900,
 }
-CEILING = 135_747
+CEILING = 134_309
 COUNTED = {tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING}
 
 

@@ -38,7 +38,7 @@ MOST_LINES = 20
 
 
 def benchmark(out: Path) -> dict[str, Any]:
-    """Run all steps; OUT receives their output and files, first_hour.json and first_hour.txt.
+    """Run all steps; OUT receives their output and files, and first_hour.json.
 
     Raises:
         OSError: OUT exists.
@@ -47,7 +47,6 @@ def benchmark(out: Path) -> dict[str, Any]:
     out.mkdir(parents=True)
     on_gpu = torch.cuda.is_available()
     result = {"machine": describe_machine(), "versions": package_versions(), "steps": (rows := [])}
-    report = ""
     for step in TABLE["steps"]:
         name, start = fill(step["name"], on_gpu), time.monotonic()
         file = name.replace(" ", "_")
@@ -57,10 +56,7 @@ def benchmark(out: Path) -> dict[str, Any]:
             verdict, lines = run_step(command, out, file)
         seconds = round(time.monotonic() - start)
         rows.append({"name": name, "verdict": verdict, "seconds": seconds, "found": lines, "command": command})
-        row = "\n    ".join([f"{name:28} {seconds:4} s  {verdict}", *lines])
-        print(row, flush=True)
-        report += f"{row}\n"
-        write_atomically(out / "first_hour.txt", report)
+        print(f"{name:28} {seconds:4} s  {verdict}", *lines, sep="\n    ", flush=True)
         write_atomically(out / "first_hour.json", json.dumps(result, indent=1) + "\n")
     if failed := [row["name"] for row in rows if not row["verdict"].startswith(("ok", "skipped"))]:
         raise RunError(f"{len(failed)} of {len(rows)} steps failed: {', '.join(failed)}; see {out}")

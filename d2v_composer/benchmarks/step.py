@@ -9,7 +9,7 @@ MLP's shape on the same device, in images/s of a step that were made of such pro
 import copy
 import re
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import instance_norm, layer_norm, mse_loss
 from torch.nn.utils import clip_grad_norm_
 from torch.profiler import profile
@@ -31,7 +30,7 @@ from d2v_composer.models.configs import RELEASED, ImageEncoderConfig, TeacherCon
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.precision import PRECISIONS, choose_precision, name_precision
 from d2v_composer.models.targets import NORM_EPS
-from d2v_composer.objectives.compilation import compile_model, find_missing
+from d2v_composer.objectives.compilation import check_compiler, compile_model
 from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.runs.trainer import build_optimizer, build_trainer
 from d2v_composer.system.errors import InputError
@@ -45,8 +44,6 @@ DISTILL = Path(__file__).parents[1] / "yamls" / "distill.yaml"
 # Nothing is kept, and no warm-up needs more batches than there are.
 CHANGES = ["save_folder=null", "progress_bar=false", "loggers.jsonl.filename=/dev/null", "scheduler.t_warmup=0ba"]
 PROFILED_STEPS = 3
-# What computes attention, in order; --sdp puts another one first.
-SDP = ["flash_attention", "efficient_attention", "cudnn_attention", "math"]
 ATTENTION = re.compile("_scaled_dot_product_|flash|fmha|sdpa|flex_attention")
 
 # A teacher's sizes, and the student's depth.
@@ -66,7 +63,6 @@ def benchmark(
     compiles: bool = True,
     only: str | None = None,
     loop: str = "bare",
-    sdp: str | None = None,
     trace: Path | None = None,
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -80,7 +76,6 @@ def benchmark(
         compiles: Measure ours with torch.compile, too.
         only: The only contender besides ``trainer``.
         loop: ``trainer`` adds ours in Composer's Trainer.
-        sdp: The attention kernel to prefer where it can run; default: torch's choice.
         trace: File for a profile of the last contender, in Chrome's format, with a table beside it.
         overrides: Settings of distill.yaml, such as ``half_residual=true``.
 
@@ -89,14 +84,13 @@ def benchmark(
         RuntimeError: The contenders find different losses.
     """
     on_gpu = torch.cuda.is_available()
-    if compiles and (missing := find_missing()) is not None:
-        raise InputError(f"torch.compile {missing}; install it, or use --no-compile")
     precision = name_precision(precision)
     steps, products = (20, 200) if on_gpu else (1, 40)
     batch_size = batch_size or (256 if on_gpu else 8)
     # A list of batches does not tell their size. On a CPU, memory_monitor warns.
     batch = [f"device_train_microbatch_size={batch_size}", *([] if on_gpu else ["callbacks.memory_monitor=null"])]
     config = load_config([str(DISTILL), f"precision={precision}", f"compile={compiles}", *CHANGES, *batch, *overrides])
+    check_compiler(config.compile)
     if config.student.model is not None:
         raise InputError(f"student.model: must be null, got {config.student.model}: --size names the models")
     torch.manual_seed(0)
@@ -107,8 +101,7 @@ def benchmark(
     names = [only] if only else [NAIVE, EAGER, OURS][: 2 + compiles]
     contender = names[-1]
     names += [TRAINER] if loop == TRAINER else []
-    order = [getattr(SDPBackend, name.upper()) for name in (sdp, *SDP)] if sdp else []
-    with sdpa_kernel(order, set_priority=True) if sdp else nullcontext(), ExitStack() as at_end:
+    with ExitStack() as at_end:
         runs = {name: build_run(name, model, config, images, steps, at_end) for name in names}
         # Only now: a Trainer allows TF32.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32

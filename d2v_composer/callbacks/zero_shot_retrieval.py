@@ -14,6 +14,7 @@ from torch import Tensor
 from d2v_composer.callbacks.algorithms import share_statistics
 from d2v_composer.callbacks.run_record import find_changes
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
+from d2v_composer.data.modality import Augmentation
 from d2v_composer.evaluation.labeled_retrieval import Embed, Lookup, Neighbors, measure_embeddings
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.evaluation.rows import (
@@ -30,7 +31,7 @@ from d2v_composer.evaluation.rows import (
 from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
-    from d2v_composer.sources.labeled import Augmentation, EvaluationSet  # and with it all that reads images
+    from d2v_composer.sources.labeled import EvaluationSet  # and with it all that reads images
 
 # Attributes in checkpoints.
 KEPT = ("history", "baseline_metrics", "teacher_neighbors", "conditions", "was_stopped")
@@ -94,7 +95,7 @@ class ZeroShotRetrieval(Callback):
         prepare: Called before the student is measured, with the state and what moves a batch of samples to its device.
 
     Example:
-        >>> from d2v_composer.sources.labeled import load_labeled_set
+        >>> from d2v_composer import load_labeled_set
         >>> cifar10 = load_labeled_set("mds", "cifar10", image_size=32, interpolation="bicubic", max_images=100)
         >>> callback = ZeroShotRetrieval({"cifar10": cifar10}, interval="1ep")  # Trainer(callbacks=[callback])
     """
@@ -110,7 +111,7 @@ class ZeroShotRetrieval(Callback):
         baselines: Mapping[str, Embed] | None = None,
         at_start: bool = False,
         probes: Collection[str] = (),
-        augment: "Augmentation | None" = None,
+        augment: Augmentation | None = None,
         device_batch_size: int = 256,
         progress_bar: bool = True,
     ) -> None:

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from d2v_composer.commands.options import make_parser
-from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file
@@ -32,27 +31,12 @@ MAX_INT8_IMAGES = 256
 
 def main(argv: Sequence[str]) -> None:
     """Export a student; a training checkpoint needs its teacher's file, for the frozen encoder."""
-    arguments = vars(make_parser(__doc__, "export").parse_args(argv))
-    check_out_file(arguments["out"], overwrite=arguments.pop("overwrite"))
-    export(**arguments)
-
-
-def export(
-    source: str,
-    out: Path,
-    *,
-    teacher: str | None,
-    pooling: Pooling | None,
-    representation: Representation | None,
-    preprocessing: str,
-    int8: bool,
-    calibrate: str | None,
-    verify: bool,
-) -> None:
-    """Export a student, and print what was written; the arguments are the command's."""
+    arguments = make_parser(__doc__, "export").parse_args(argv)
+    source, out, int8, calibrate = arguments.source, arguments.out, arguments.int8, arguments.calibrate
+    pooling, representation, takes_pixels = arguments.pooling, arguments.representation, arguments.preprocessing == "in"
+    check_out_file(out, overwrite=arguments.overwrite)
     if out.suffix not in (".safetensors", *PROGRAMS):
         raise InputError(f"{out} must end in .safetensors, .onnx or .pt2")
-    takes_pixels = preprocessing == "in"
     if out.suffix == ".safetensors" and (pooling or representation or takes_pixels):
         raise InputError(
             f"{out}: a .safetensors file holds every embedding; --pooling, --representation and --preprocessing are "
@@ -68,7 +52,7 @@ def export(
     from d2v_composer.export.programs import Program, export_program, quantize
     from d2v_composer.models.teacher import Teacher
 
-    student, _ = load_any(source, teacher=teacher)
+    student, _ = load_any(source, teacher=arguments.teacher)
     if isinstance(student, Teacher):
         raise InputError(f"{source} is a teacher; expected a training checkpoint or an exported student")
     if (int8 or takes_pixels) and len(student.encoder.free_axes) > 1:  # what calibrates would have one length
@@ -91,10 +75,10 @@ def export(
         else:
             export_program(program, out)
         steps = [PROGRAMS[out.suffix].format(str(out))]
-        if source.endswith(".safetensors") and not verify:
+        if source.endswith(".safetensors") and not arguments.verify:
             steps.append(d2v("verify", out, "--student", source))
         print(size_of(student, out))
-    if verify or int8:
+    if arguments.verify or int8:
         images = calibrate if int8 else verification.SHIPPED[student.encoder.input_name]
-        verification.verify(out, student, runtime=None if verify else ["onnxruntime"], images=images)
+        verification.verify(out, student, runtime=None if arguments.verify else ["onnxruntime"], images=images)
     print_next(*steps)

@@ -200,7 +200,8 @@ class ShardLoaderConfig(Section):
     num_canonical_nodes: Count = 1
     """Streaming's unit of the sample order: the number of nodes, or a multiple of it."""
     cache_limit: Annotated[ByteSize, Field(ge=1), AfterValidator(int)] | None = None
-    """Largest size of the cache of a remote data set, in bytes or as '100gb'; null: no limit."""
+    """Largest size of the cache of a remote data set, in bytes or as '100gb'; null: no limit. If ``shuffle_block_size``
+    samples are larger, an epoch fetches shards several times."""
 
 
 class TrainLoaderConfig(ShardLoaderConfig):

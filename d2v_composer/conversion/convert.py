@@ -11,9 +11,8 @@ import io
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +25,7 @@ from streaming import MDSWriter
 
 from d2v_composer.conversion.parts import Parts
 from d2v_composer.data.images import Images
-from d2v_composer.sources.labeled import evenly_spaced, open_cifar
+from d2v_composer.sources.labeled import open_cifar
 from d2v_composer.sources.mds import INDEX, SUMMARY, ShardFile
 from d2v_composer.sources.open import open_source
 from d2v_composer.sources.source import Source, hash_of, map_in_workers
@@ -126,25 +125,6 @@ def _hash_contents(source: Source, numbers: Sequence[int], workers: int) -> dict
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def foresee(source: Source, workers: int, **options: Any) -> tuple[float, float]:
-    """Estimate the bytes and seconds that a conversion takes, from a few samples at each of four places.
-
-    Args:
-        source: The samples.
-        workers: Processes that will convert.
-        **options: The encoding's; see :func:`convert`.
-    """
-    num_bytes, seconds, count = 0, 0.0, 0
-    for first in evenly_spaced(len(source), 4):
-        for number in range(first, min(first + 8, len(source))):
-            start = time.monotonic()
-            with suppress(UnreadableSampleError), reading(source.name(number)):
-                num_bytes += len(source.modality.encode(source.load(number), "", **options)[0])
-            # The first one waits for what its neighbors share, a row group or a shard: the other seven stand for it.
-            seconds, count = seconds + (time.monotonic() - start) * (number > first) * 8 / 7, count + 1
-    return num_bytes * len(source) / count, seconds * len(source) / count / workers
 
 
 class _Task(NamedTuple):

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -145,6 +145,17 @@ def decoding(stored: Any, source: str, kind: str) -> Iterator[None]:
 def sample_rng(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
     """Return the random generator of one sample in one epoch."""
     return np.random.default_rng((seed, epoch, sample_id))
+
+
+class Augmentation(NamedTuple):
+    """A reproducible augmentation of samples in memory."""
+
+    transform: Transform
+    seed: int
+
+    def __call__(self, sample: Tensor, *place: int) -> Tensor:
+        """Augment a sample with random numbers that depend only on the seed and two whole numbers."""
+        return self.transform(sample, sample_rng(self.seed, *place))
 
 
 def collate(samples: Sequence[Tensor], sizes: Sequence[int] = ()) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from d2v_composer.data.modality import Modality
+from d2v_composer.data.modality import Augmentation, Modality
 from d2v_composer.evaluation.labeled_retrieval import Embed, Lookup, measure_embeddings
 from d2v_composer.evaluation.rows import (
     GAP_CLOSED,
@@ -31,7 +31,7 @@ from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.encoder import Encoder, Inputs, Tokens
 from d2v_composer.models.precision import precision_of
 from d2v_composer.models.targets import LayerMean
-from d2v_composer.sources.labeled import Augmentation, EvaluationSet
+from d2v_composer.sources.labeled import EvaluationSet
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file, write_atomically

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from d2v_composer.data.modality import collate
+from d2v_composer.data.modality import Augmentation, collate
 from d2v_composer.evaluation.linear_probe import fit_linear_probe
 from d2v_composer.evaluation.nearest_neighbors import (
     NUM_COMMON,
@@ -46,7 +46,7 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.progress import progress_bar
 
 if TYPE_CHECKING:
-    from d2v_composer.sources.labeled import Augmentation, EvaluationSet
+    from d2v_composer.sources.labeled import EvaluationSet
 
 Embed = Callable[..., Tensor | dict[str, Tensor]]
 """Embeds a batch on the model's device → (B, D), or several embeddings by name.
@@ -71,7 +71,7 @@ class Lookup(NamedTuple):
     """The k to count hits for; each at most the size of the smallest split."""
     probes: Collection[str]
     """Names of ``PROBES``, which judge the test images, too; without labels, all run that need none."""
-    augment: "Augmentation | None"
+    augment: Augmentation | None
     """Makes an image's views."""
     batch_size: int
     """Images embedded at once on each rank."""
@@ -261,9 +261,8 @@ def measure_embeddings(
                 if bank == "train" and "linear" in wanted:  # each rank fits it alone: a probe takes seconds
                     probe = fit_linear_probe(banks[bank], labels[bank])
                     hits[LINEAR] = probe.predict(queries[query]) == labels[query]
-                    if probe.doubt and name == primary and ranks.rank == 0:
-                        about = f"{dataset}, {row.title} ({name or 'only embedding'})"
-                        warn_once(f"{about}: linear probe: {probe.doubt}")
+                    if not probe.converged and name == primary and ranks.rank == 0:
+                        warn_once(f"{dataset}, {row.title}: the linear probe has not converged")
             for measure, hit in hits.items():
                 is_primary = name == primary or measure.name == "zero_shot"
                 yield Result(row.title, dataset, measure, name, is_primary, hit.cpu(), 0, neighbors.get(measure.bank))

@@ -31,8 +31,9 @@ class LinearProbe(NamedTuple):
     bias: Tensor
     """(C,) float64."""
     strength: float
-    doubt: str = ""
-    """Why it may not be the best; '' if nothing says so."""
+    """The L2 penalty's."""
+    converged: bool
+    """The solver has ended before ``MAX_EVALUATIONS``."""
 
     def predict(self, embeddings: Tensor) -> Tensor:
         """Predict the labels of embeddings, (Q, D) → (Q,)."""
@@ -85,7 +86,6 @@ def fit_linear_probe(train: Tensor, labels: Tensor, strength: float | None = Non
         x_ND = ((x_ND - mean_D) * scale_D).nan_to_num(0, 0, 0)  # an embedding that overflows must not end a run
         variances_D, directions_DD = torch.linalg.eigh(x_ND.T @ x_ND / len(x_ND))
         x_ND, variances_D = x_ND @ directions_DD, variances_D.clamp(min=0)
-        doubt = ""
         if strength is None:
             num_held_out = max(1, len(x_ND) // 10)
             fitted, held_out = slice(max(1, len(x_ND) - num_held_out)), slice(-num_held_out, None)
@@ -98,13 +98,10 @@ def fit_linear_probe(train: Tensor, labels: Tensor, strength: float | None = Non
                 if len(accuracies) > 2 and max(accuracies[-2:]) < max(accuracies):
                     break
             strength = STRENGTHS[accuracies.index(max(accuracies))]
-            if strength in (STRENGTHS[0], STRENGTHS[-1]) and accuracies.count(max(accuracies)) == 1:
-                doubt = f"the best strength, {strength:g}, is at the edge of those tried"
         weight_CD, bias_C, converged = _fit(x_ND, targets_N, variances_D, len(classes), strength, TOLERANCE)
-        if not converged:
-            doubt = f"not converged after {MAX_EVALUATIONS} evaluations at strength {strength:g}"
         weight_CD = (weight_CD @ directions_DD.T * scale_D).double()
-        return LinearProbe(classes.to(train.device), weight_CD, bias_C - weight_CD @ mean_D.double(), strength, doubt)
+        bias_C = bias_C - weight_CD @ mean_D.double()
+        return LinearProbe(classes.to(train.device), weight_CD, bias_C, strength, converged)
 
 
 def _fit(

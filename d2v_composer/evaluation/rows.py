@@ -24,6 +24,8 @@ PROJECTED_GAP = tuple(f"{model}, projected" for model in GAP)
 """The same models in the teacher's space: the two students by their alignments, the teacher by what these imitate."""
 GAPS = {GAP_CLOSED: GAP, f"{GAP_CLOSED}, projected": PROJECTED_GAP}
 NUM_RESAMPLES = 2000
+Hits = NDArray[np.bool_ | np.float64]
+"""Of one model, for each query, (Q,): whether it is right, or a share from 0 to 1."""
 
 
 class Row(NamedTuple):
@@ -202,7 +204,7 @@ def pivot(results: Iterable[Result], dataset: str) -> dict[Measure, dict[str, In
     The teacher gaps closed, in the last rows, :data:`GAPS`, are ``None`` if there is no gap, and missing if one of the
     three rows is.
     """
-    columns: dict[Measure, dict[str, NDArray[Any]]] = {}
+    columns: dict[Measure, dict[str, Hits]] = {}
     for result in sorted(results, key=lambda result: (*ROWS, result.row).index(result.row)):
         if result.dataset == dataset and result.is_primary:
             columns.setdefault(result.measure, {})[result.row] = result.hits.numpy()
@@ -217,19 +219,19 @@ def pivot(results: Iterable[Result], dataset: str) -> dict[Measure, dict[str, In
     }
 
 
-def accuracy_interval(hits: NDArray[np.bool_ | np.float64]) -> Interval:
+def accuracy_interval(hits: Hits) -> Interval:
     """Return the mean of the queries' hits (or fractions), (Q,), with its interval."""
     return Interval(float(hits.mean()), *np.percentile(resample(hits), [2.5, 97.5]).tolist())
 
 
-def difference_interval(first: NDArray[np.bool_ | np.float64], second: NDArray[np.bool_ | np.float64]) -> Interval:
+def difference_interval(first: Hits, second: Hits) -> Interval:
     """Return how much more of the same queries, (Q,), the first model gets right than the second, with its interval."""
     resampled = resample(first, second)
     low, high = np.percentile(resampled[:, 0] - resampled[:, 1], [2.5, 97.5]).tolist()
     return Interval(float(first.mean() - second.mean()), low, high)
 
 
-def gap_closed_interval(*hits: NDArray[np.bool_ | np.float64]) -> Interval | None:
+def gap_closed_interval(*hits: Hits) -> Interval | None:
     """Return :func:`gap_closed` with its interval, from the three models' hits on the same queries, (Q,) each."""
     value, *resampled = (gap_closed(*accuracies) for accuracies in ([array.mean() for array in hits], *resample(*hits)))
     if value is None:
@@ -275,7 +277,7 @@ def gap_closed_by_step(
     return {step: mean(values[step]) for step in sorted(values)}
 
 
-def resample(*hits: NDArray[np.bool_ | np.float64]) -> NDArray[np.float64]:
+def resample(*hits: Hits) -> NDArray[np.float64]:
     """Return the accuracies of S models in each bootstrap resample of their common queries, (R, S).
 
     Queries that the same models get right are interchangeable, so that only the number of each such kind is drawn.

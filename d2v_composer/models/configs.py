@@ -7,7 +7,6 @@ An encoder's config has, as a field or otherwise: ``modality`` (the name of its 
 inputs, by name), ``timm_preprocessing`` (the same in timm's words) and ``recipe`` (the YAML to train with).
 """
 
-import ast
 import math
 import re
 from functools import cached_property
@@ -29,6 +28,7 @@ MAX_WIDTH = 1 << 16
 MAX_DEPTH = 1000
 MAX_PATCHES = 1 << 14
 MAX_CONVOLUTIONS = 32
+CONVOLUTIONS = re.compile(r"\[((?:\(\d{1,9},\d{1,9},\d{1,9}\)(?:,|(?=\])))+)\](?:\*(\d{1,9}))?")
 
 SAMPLE_RATE = 16_000
 """Samples of a waveform in a second."""
@@ -252,31 +252,24 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
 def parse_convolutions(spec: str) -> list[tuple[int, int, int]]:
     """Return (channels, kernel, stride) of each convolution of ``feature_encoder_spec``.
 
-    It is a Python expression, which fairseq evaluates. Here nothing but lists of tuples, ``+`` and ``*`` is read.
+    It is a Python expression, which fairseq evaluates. Here nothing but lists of tuples, ``*`` and ``+`` is read.
 
     Raises:
         ValueError: It is another expression, or a number is out of range.
     """
-
-    def read(node: ast.AST) -> list[Any]:
-        match node:
-            case ast.BinOp(left=left, op=ast.Add(), right=right):
-                return read(left) + read(right)
-            case ast.BinOp(left=left, op=ast.Mult(), right=ast.Constant(value=int() as times)):
-                # No longer than what is too long.
-                return (read(left) * min(times, MAX_CONVOLUTIONS + 1))[: MAX_CONVOLUTIONS + 1]
-            case ast.List():
-                return ast.literal_eval(node)
-        raise ValueError(node)
-
-    try:
-        layers = [(channels, kernel, stride) for channels, kernel, stride in read(ast.parse(spec, mode="eval").body)]
-    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as error:
-        allowed = f"lists of (channels, kernel, stride), joined by + and *, at most {MAX_CONVOLUTIONS} in all"
-        raise ValueError(f"feature_encoder_spec must be {allowed}, got {short(spec)}") from error
+    layers = list[tuple[int, int, int]]()
+    for text in spec.replace(" ", "").split("+"):
+        if (part := CONVOLUTIONS.fullmatch(text)) is None:
+            allowed = "lists of (channels, kernel, stride), repeated by * and joined by +"
+            raise ValueError(f"feature_encoder_spec must be {allowed}, got {short(spec)}")
+        sizes = [int(number) for number in re.findall(r"\d+", part[1])]
+        for size in sizes:
+            check_whole("a size in feature_encoder_spec", size, 1, MAX_WIDTH)
+        # No longer than what is too long.
+        layers += [*zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True)] * min(
+            int(part[2] or 1), MAX_CONVOLUTIONS + 1
+        )
     check_whole("number of convolutions", len(layers), 1, MAX_CONVOLUTIONS)
-    for size in (size for layer in layers for size in layer):
-        check_whole("a size in feature_encoder_spec", size, 1, MAX_WIDTH)
     return layers
 
 

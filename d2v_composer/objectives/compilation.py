@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 from d2v_composer.models.attention import FfnBlock
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.targets import instance_norm_mean, norm_mean
+from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
     from d2v_composer.objectives.distillation import DistillationModel  # imports Composer
@@ -107,11 +108,16 @@ def compiled_norm_mean(layers: Iterable[Tensor], *options: Any) -> Tensor:
     return _norm_mean_of_list(list(layers), *options)
 
 
-def find_missing() -> str | None:
-    """Return what torch.compile needs but this machine lacks ('needs …'), or ``None``."""
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-        return "needs a C++ compiler, and neither g++ nor clang++ was found"
-    headers = sysconfig.get_path("include")
+def check_compiler(choice: bool | str) -> None:
+    """Check that this machine has what torch.compile needs.
+
+    Raises:
+        InputError: It lacks it, and ``choice`` is to compile.
+    """
+    missing, headers = "", sysconfig.get_path("include")
     if not Path(headers, "Python.h").is_file():
-        return f"needs Python's headers (python3-dev), and {headers} has no Python.h"
-    return None
+        missing = f"Python's headers (python3-dev), and {headers} has no Python.h"
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        missing = "a C++ compiler, and neither g++ nor clang++ was found"
+    if choice and missing:
+        raise InputError(f"compile: needs {missing}; install it, or set compile=false")

@@ -14,8 +14,8 @@ from d2v_composer.checkpoints.student_file import (
 )
 from d2v_composer.config.reference import load_any
 from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ShardLoaderConfig
-from d2v_composer.data.modalities import modality_of
-from d2v_composer.data.modality import Modality
+from d2v_composer.data.modalities import build_augmentation, modality_of
+from d2v_composer.data.modality import Augmentation, Modality
 from d2v_composer.evaluation.evaluate import Evaluation, cost, share_encoders
 from d2v_composer.evaluation.labeled_retrieval import Lookup
 from d2v_composer.evaluation.rows import GAP, GAP_CLOSED, ROWS
@@ -25,11 +25,10 @@ from d2v_composer.models.names import PREFIX, PROJECTED
 from d2v_composer.models.precision import precision_of
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.sources.labeled import Augmentation, EvaluationSet, load_labeled_set
+from d2v_composer.sources.labeled import EvaluationSet, load_labeled_set
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.processes import global_rank
-from d2v_composer.training_data.augmentation import build_augmentation
 
 
 def build_labeled_sets(lookup: LookupConfig, modality: Modality, width: int) -> dict[str, EvaluationSet]:

@@ -14,14 +14,14 @@ from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.checkpoints.student_file import choose_embedding, sizes_of
 from d2v_composer.config.schema import TeacherSection, TrainConfig
-from d2v_composer.data.modalities import modality_of
+from d2v_composer.data.modalities import build_augmentation, modality_of
 from d2v_composer.evaluation.evaluate import cost, share_encoders
 from d2v_composer.evaluation.labeled_retrieval import Embed
 from d2v_composer.evaluation.rows import STUDENT, TEACHER, last_batch
 from d2v_composer.models.names import Embedding
 from d2v_composer.models.precision import choose_precision
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.objectives.compilation import compile_model, find_missing
+from d2v_composer.objectives.compilation import check_compiler, compile_model
 from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.report.tables import format_tables
 from d2v_composer.runs.comparison import build_labeled_sets
@@ -38,7 +38,6 @@ from d2v_composer.sources.mds import Index
 from d2v_composer.sources.source import open_mds
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.ranks import node_leaders_first
-from d2v_composer.training_data.augmentation import build_augmentation
 from d2v_composer.training_data.loader import build_train_loader, read_train_index
 
 # A shard is 64 MiB as we write it.
@@ -138,8 +137,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
     targets, depth = config.targets, teacher.config.depth
     if (top_k := targets.average_top_k_layers) is not None and top_k > depth:
         raise InputError(f"targets.average_top_k_layers: must be at most the teacher's depth {depth}, got {top_k}")
-    if config.compile and (missing := find_missing()) is not None:
-        raise InputError(f"compile: {missing}; install it, or set compile=false")
+    check_compiler(config.compile)
     with errors_of("student"):
         layer_mean = targets.model_dump(include={"normalization", "final_layer_norm"})
         projected = config.objectives.needs_projection

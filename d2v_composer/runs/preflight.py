@@ -56,7 +56,6 @@ def preflight(argv: Sequence[str], config: TrainConfig, train_script: Path) -> b
             "SIGTERM": run.stop,
             "resume": run.resume,
             "export": run.export,
-            "checkpoints": run.check_disk_space,
             "save_folder": run.remove,
         }
         for name, phase in phases.items():
@@ -143,7 +142,8 @@ class Rehearsal:
         if f" at batch {batch}\n" not in self.output.read_text(errors="replace"):
             raise self.fault(f"the run started over instead of resuming at batch {batch}")
         self.logged = read_jsonl(self.log)
-        return f"from batch {batch}, {self.batches} more batches, then retrieval"
+        size = f"a checkpoint has {self.latest.stat().st_size / 1e6:,.0f} MB"
+        return f"from batch {batch}, {self.batches} more batches, then retrieval; {size}"
 
     def export(self) -> str:
         """Export the student of the newest checkpoint, and load it again."""
@@ -152,24 +152,6 @@ class Rehearsal:
         save_student(student, out)
         load_student(out)
         return f"{out.stat().st_size / 1e6:.1f} MB, loads without the teacher"
-
-    def check_disk_space(self) -> str:
-        """Check that the disk has space for the checkpoints; the preflight itself checks this for its cache."""
-        config, num_to_keep = self.config, self.config.save_num_checkpoints_to_keep
-        if config.save_folder is None:
-            return "none: save_folder is null"
-        saved = self.in_batches(config.max_duration) // self.in_batches(config.save_interval) + 1
-        # The next is written before the oldest goes.
-        at_a_time = saved if num_to_keep < 0 else min(num_to_keep + 1, saved)
-        size, free = self.latest.stat().st_size, shutil.disk_usage(self.latest.parent).free / 1e9
-        needed = size * at_a_time / 1e9
-        summary = (
-            f"{saved} checkpoints of {size / 1e6:,.0f} MB, {'all' if num_to_keep < 0 else num_to_keep} kept: they need "
-            f"at most {needed:.1f} GB at a time, and {free:.1f} GB is free"
-        )
-        if needed > free:
-            raise InputError(f"{config.save_folder}: {summary}")
-        return summary
 
     def num_batches(self) -> int:
         return self.log.read_text().count('"loss/train/total"') if self.log.is_file() else 0

@@ -17,10 +17,10 @@ from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.callbacks.trainer_state import find_callback
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
-from d2v_composer.conversion.convert import convert, foresee, hold_out
+from d2v_composer.conversion.convert import convert, hold_out
 from d2v_composer.data.audio import MAX_SECONDS_WHOLE
 from d2v_composer.data.images import Images
-from d2v_composer.data.modalities import modality_of
+from d2v_composer.data.modalities import build_augmentation, modality_of
 from d2v_composer.data.modality import Modality
 from d2v_composer.models.configs import (
     EatEncoderConfig,
@@ -41,7 +41,6 @@ from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.fetch import is_remote, names_in
 from d2v_composer.system.files import check_out_file, check_owned, write_atomically
 from d2v_composer.system.processes import global_rank
-from d2v_composer.training_data.augmentation import build_augmentation
 
 # A tenth of them are twenty: each needs ten neighbors among the others, and some may be unreadable.
 MIN_SAMPLES = 200
@@ -197,8 +196,6 @@ def convert_samples(request: Request, plan: Plan) -> None:
     if (left := len(parts["train"])) < (batch := config.global_train_batch_size):
         left_to_train = f"the number of {modality.unit} left to train on"
         raise InputError(f"global_train_batch_size: must be at most {left}, {left_to_train}; got {batch}")
-    size, seconds = foresee(parts["train"], workers, **encoding(modality, config, False))
-    print(f"converting {left:,} {modality.unit}: about {size / 1e6:,.0f} MB, {seconds / 60:,.0f} min")
     for split, options in splits.items():
         done = convert(parts[split], samples / split, workers=workers, **options, skip_unreadable=True)
         counts = f"{done.samples} {modality.unit}, {len(done.skipped)} unreadable"

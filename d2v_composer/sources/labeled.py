@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from xxhash import xxh3_128_digest
 
 from d2v_composer.data.images import Images
-from d2v_composer.data.modality import Modality, Transform, collate, sample_rng
+from d2v_composer.data.modality import Modality, collate
 from d2v_composer.models.configs import ImageSize
 from d2v_composer.sources.mds import SUMMARY, Index, is_mds
 from d2v_composer.sources.open import NONE, SPLITS, find_files, open_source
@@ -145,6 +145,11 @@ def load_labeled_set(
     Raises:
         InputError: The set is missing or corrupt, has no images or another modality's; or those chosen are all of one
             class.
+
+    Example:
+        >>> cifar10 = load_labeled_set("mds", "cifar10", image_size=32, max_images=100)
+        >>> cifar10.test.samples.shape, cifar10.test.labels.shape
+        (torch.Size([100, 3, 32, 32]), torch.Size([100]))
     """
     modality = modality or Images(image_size, interpolation)
     if (held := HOLDS.get(format or "", modality.name)) != modality.name:
@@ -298,17 +303,6 @@ def read_class_names(root: Path) -> tuple[str, ...]:
     if conflicts:
         raise InputError(f"{root}: train and test name their classes differently; convert both from one SOURCE")
     return names
-
-
-class Augmentation(NamedTuple):
-    """A reproducible augmentation of samples in memory."""
-
-    transform: Transform
-    seed: int
-
-    def __call__(self, sample: Tensor, *place: int) -> Tensor:
-        """Augment a sample with random numbers that depend only on the seed and two whole numbers."""
-        return self.transform(sample, sample_rng(self.seed, *place))
 
 
 def collate_labeled(pairs: Sequence[tuple[Tensor, Any]]) -> list[Tensor]:

@@ -1,6 +1,5 @@
 """List the files of a source, wherever they are, and read each as it was listed."""
 
-import logging
 import os
 import stat
 from collections import Counter, deque
@@ -13,15 +12,12 @@ from typing_extensions import Self
 
 from d2v_composer.system.addresses import STORES
 from d2v_composer.system.errors import InputError, RunError, reading, reason
-from d2v_composer.system.fetch import HUB, READ_SECONDS, File, cache_folder, fetch, is_remote, list_store
-from d2v_composer.system.files import write_atomically
+from d2v_composer.system.fetch import HUB, READ_SECONDS, File, fetch, is_remote, list_store
 
 # The branch of a data set on the hub to which its bot converts all others.
 CONVERTED = "refs/convert/parquet"
 # What is left out, besides suffixes.
 LINKS, SPECIAL = "links to files or folders already listed", "special files"
-
-log = logging.getLogger(__name__)
 
 ResultT = TypeVar("ResultT")
 
@@ -204,30 +200,19 @@ def _list_hub(folder: str, suffixes: tuple[str, ...], chosen: str) -> tuple[str,
         chosen: The file or the glob that chooses some of the files, if there is one.
 
     Returns:
-        The address with the commit, and the files. If the hub is not reachable, those in its cache, with a warning.
+        The address with the commit, and the files.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
 
     if (on_hub := HUB.fullmatch(folder)) is None or not on_hub[1]:
         raise InputError(f"{folder}: expected hf://datasets/ORG/NAME[@REVISION][/FOLDER]")
     _, repository, revision, inside = on_hub.groups()
-    configurations = set[str]()
-    # The hub's cache does not tell of which branch a commit is.
-    note = cache_folder() / "hub" / f"{repository}@{revision}".replace("/", "--")
     try:
         info = HfApi().dataset_info(repository, revision=revision, timeout=READ_SECONDS)
-        commit, paths = info.sha or "", [sibling.rfilename for sibling in info.siblings or ()]
-        configurations = {config["config_name"] for config in (info.card_data or {}).get("configs") or ()}
-        write_atomically(note, commit)
     except (OSError, ValueError) as error:
-        problem = f"{folder} cannot be listed ({reason(error)[:200]})"
-        known = note.read_text() if note.exists() else revision
-        try:
-            cached = Path(snapshot_download(repository, repo_type="dataset", revision=known, local_files_only=True))
-        except (OSError, ValueError):
-            raise InputError(problem) from error
-        commit, paths = cached.name, [path.relative_to(cached).as_posix() for path in cached.rglob("*.*")]
-        log.warning("%s; using the files in the hub's cache, which may be incomplete", problem)
+        raise InputError(f"{folder} cannot be listed ({reason(error)[:200]})") from error
+    commit, paths = info.sha or "", [sibling.rfilename for sibling in info.siblings or ()]
+    configurations = {config["config_name"] for config in (info.card_data or {}).get("configs") or ()}
     inside = f"{inside}/" if inside else ""
     files = [File(path.removeprefix(inside), version=commit) for path in sorted(paths) if path.startswith(inside)]
     wanted = [file.path for file in files if file.path.lower().endswith(suffixes)]

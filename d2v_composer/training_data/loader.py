@@ -11,6 +11,7 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 
 from d2v_composer.config.schema import ShardLoaderConfig, TrainerConfig, TrainLoaderConfig
+from d2v_composer.data.modalities import build_augmentation
 from d2v_composer.data.modality import Modality
 from d2v_composer.sources.labeled import collate_labeled
 from d2v_composer.sources.mds import Index
@@ -19,7 +20,6 @@ from d2v_composer.sources.source import worker_options
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.processes import num_nodes
 from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
-from d2v_composer.training_data.augmentation import build_augmentation
 from d2v_composer.training_data.order import StreamingSamples, collate_clips, padded_sizes
 
 # Grace beyond two shard timeouts before a silent worker counts as hung.

@@ -1,13 +1,11 @@
 """Stream training samples from MDS shards: their order, and the augmented samples."""
 
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from composer.utils import dist
 from numpy.typing import NDArray
 from streaming.base.sampling import get_sampling
 from streaming.base.shuffle import get_shuffle
@@ -26,8 +24,6 @@ from d2v_composer.system.errors import InputError
 AHEAD = 8192
 # The window opens over the first AHEAD / OPENING samples: each worker has a part of the first shards to fetch.
 OPENING = 32
-
-log = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
@@ -207,7 +203,6 @@ class StreamingSamples(Dataset[Any]):
         self.index, self.transform, self.seed, self.num_classes = index, transform, seed, num_classes
         self.shards = Shards(index, cache_limit=cache_limit, timeout=timeout)
         self.order = EpochOrder(np.array([shard.samples for shard in index.shards]), seed=seed, **order)
-        self._warn_of_small_limit()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -240,19 +235,3 @@ class StreamingSamples(Dataset[Any]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume an epoch; Composer calls this."""
         self.order.resume(**state)
-
-    def _warn_of_small_limit(self) -> None:
-        """Warn if the shards that are shuffled together exceed the cache limit."""
-        order = self.order
-        # Streaming spreads a shard over 1.25 blocks; a window by length has half a block more on either side.
-        blocks = (1.25 if order.lengths is None else 2.25) * order.num_canonical_nodes / World.detect().num_nodes
-        samples = min(round(blocks * order.shuffle_block_size), len(self))
-        needed = sum(shard.raw.bytes for shard in self.index.shards) * samples // len(self)
-        if order.shuffle and 0 < self.shards.limit < needed and dist.get_local_rank() == 0:
-            log.warning(
-                "%s: cache_limit %d is less than the size of the shards that are shuffled together, about %d bytes: "
-                "shards will be fetched more than once per epoch; a smaller shuffle_block_size helps",
-                self.shards.local,
-                self.shards.limit,
-                needed,
-            )

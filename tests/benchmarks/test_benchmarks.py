@@ -5,14 +5,12 @@ import os
 import shlex
 import subprocess
 import threading
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend
 
 from d2v_composer.benchmarks import first_hour, one_core
 from d2v_composer.benchmarks import step as step_benchmark
@@ -110,12 +108,10 @@ def test_the_plan_of_a_step_without_a_gpu(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-def test_step_in_the_trainer_with_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_in_the_trainer_with_a_trace(tmp_path: Path) -> None:
     """The Trainer finds the loss of the bare loop; the trace opens in Perfetto, and the result names the kernels."""
-    orders: list[Any] = []
-    monkeypatch.setattr(step_benchmark, "sdpa_kernel", lambda order, **_: orders.append(order) or nullcontext())
     trace = tmp_path / "trace.json"
-    small = ["--batch-size", "2", "--precision", "fp32", "--size", "quickstart", "--no-compile", "--sdp", "math"]
+    small = ["--batch-size", "2", "--precision", "fp32", "--size", "quickstart", "--no-compile"]
     rates, ratios = run(tmp_path, "step", *small, "--only", "eager", "--loop", "trainer", "--trace", str(trace))
     assert list(rates) == ["eager", "trainer", "matrix product alone"]
     assert ratios["trainer ÷ eager"] == rates["trainer"] / rates["eager"]
@@ -124,7 +120,6 @@ def test_step_in_the_trainer_with_a_trace(tmp_path: Path, monkeypatch: pytest.Mo
     assert "Self CPU time total" in trace.with_suffix(".txt").read_text()
     result = json.loads((tmp_path / "report.json").read_text())
     assert "aten::_scaled_dot_product_flash_attention_for_cpu" in result["attention"]
-    assert orders[0][:2] == [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
 
 
 def test_first_hour_goes_on_after_a_failure(
@@ -155,7 +150,7 @@ def test_first_hour_goes_on_after_a_failure(
     assert result["steps"][0]["found"] == ["naive 4.5", "0 recompilations"]
     assert result["steps"][1]["found"][0] == "error: no luck"
     assert (out / "batches_of_4.txt.pwd").read_text() == f"{out}\n"
-    assert (out / "first_hour.txt").read_text() == capsys.readouterr().out
+    assert "  failed with status 3\n    error: no luck\n" in capsys.readouterr().out
     assert not (out / "ran").exists()
     with pytest.raises(FileExistsError):
         benchmark.main(["first-hour", str(out)])

@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from d2v_composer import knn_accuracy, neighbor_agreement
 from d2v_composer.callbacks import ZeroShotRetrieval
 from d2v_composer.data.images import RandomResizedCropFlip
+from d2v_composer.data.modality import Augmentation
 from d2v_composer.evaluation.nearest_neighbors import retrieval_accuracy
 from d2v_composer.evaluation.rows import AGREEMENT, GAP
 from d2v_composer.report.tables import format_tables
-from d2v_composer.sources.labeled import Augmentation, EvaluationSet, LabeledSamples
+from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples
 from d2v_composer.system.errors import InputError
 from foreign_models import Classifier, fit
 

@@ -250,13 +250,6 @@ def test_a_full_disk_is_one_line(source: Path, tmp_path: Path, monkeypatch: pyte
         main([str(source), str(tmp_path / "out"), *SMALL_SHARDS])
 
 
-def test_the_time_that_is_foreseen_is_of_all_images(source: Path, monkeypatch: pytest.MonkeyPatch):
-    clock = iter(range(1000))
-    monkeypatch.setattr(convert.time, "monotonic", lambda: float(next(clock)))  # each image takes a second
-    _, seconds = convert.foresee(find_samples(source), workers=2)
-    assert seconds == pytest.approx(NUM_IMAGES / 2)
-
-
 def test_two_conversions_at_once_are_one_line(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(convert, "LOCK_SECONDS", 0.1)
     lock = work_folder(str(tmp_path / "out")) / "lock"

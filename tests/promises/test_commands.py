@@ -25,7 +25,7 @@ import yaml
 from mutations import Mutation, mutations
 from torch.utils.data import DataLoader, TensorDataset
 
-from d2v_composer import ZeroShotRetrieval, retrieval_accuracy
+from d2v_composer import ZeroShotRetrieval, load_labeled_set, retrieval_accuracy
 from foreign_models import Classifier, fit
 from helpers import (
     D2V,
@@ -46,7 +46,6 @@ from helpers import (
     wait_until,
     write_files,
 )
-from recipes.supervised_resnet import load_labeled_set
 
 TEACHER = GOLDEN / "tiny_base.pt"
 D2V_SCRIPT = Path(sys.executable).with_name("d2v")
@@ -65,7 +64,7 @@ COMMANDS = (
     "embed",
     "benchmark",
 )
-RECIPES = ("train", "finetune", "preflight", "ablations", "supervised_resnet")
+RECIPES = ("train", "finetune", "preflight", "ablations")
 
 
 def seconds_of_help(*command: str | Path) -> float:
