@@ -33,7 +33,7 @@ MOST_LINES = {
     "recipes/guides/composer.md": 55,
     "recipes/guides/deploy.md": 205,
     "recipes/guides/distill.md": 174,
-    "recipes/guides/evaluate.md": 140,
+    "recipes/guides/evaluate.md": 144,
     "recipes/guides/export-and-embed.md": 120,
     "recipes/guides/extending.md": 110,
     "recipes/guides/finetune.md": 120,

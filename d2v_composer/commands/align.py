@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
         teacher, _ = load_any(arguments.to)
         if (modality := teacher.encoder.config.modality) != (own := student.encoder.config.modality):
             raise InputError(f"--to: {arguments.to} takes {modality}, but {arguments.model} takes {own}")
-        representation = arguments.representation or arguments.pooling and "output"
+        representation = arguments.representation or (arguments.pooling and "output")
         name = choose_embedding(teacher, arguments.pooling, representation).name
         numbers, bank, places = evenly_spaced(len(source), arguments.max_samples), None, None
         teacher.eval().to(device)

@@ -283,11 +283,11 @@ class AlignmentConfig(Section):
     max_samples: Whole = 20000
     """Maximum number of training samples to fit the map to, at the end and before each retrieval; 0: no map."""
     pooling: Pooling | None = None
-    """Pooling of the teacher's embedding that the map leads to: ``cls``, ``mean`` or ``mean_patches``; null: its primary
-    embedding's."""
+    """Pooling of the teacher's embedding that the map leads to: ``cls``, ``mean`` or ``mean_patches``; null: the
+    teacher's default."""
     representation: Representation | None = None
-    """Representation of that embedding: ``output`` of the last block, or ``layer_mean``, which the loss regresses; null:
-    the primary embedding's."""
+    """Representation of that embedding: ``output`` of the last block, ``layer_mean``, which the loss regresses, or
+    ``projected``; null: ``projected`` if the teacher has it and no pooling is set, else ``output``."""
 
 
 class LookupConfig(Section):

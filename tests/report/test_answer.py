@@ -44,7 +44,7 @@ def run_of(measure: Measure, teacher: float, *curve: float, model: str | None = 
         Result(row, "set", measure, "", True, torch.arange(1000) < round(1000 * value), last)
         for row, value in zip(GAP, (curve[0], curve[-1], teacher), strict=True)
     ]
-    return Run({"config": config, "data": {}, "costs": SIZES, **record}, log, {}, {}, results)
+    return Run({"config": config, "data": {}, "costs": SIZES, **record}, log, {}, results)
 
 
 def closed(run: Run) -> str:

@@ -230,7 +230,7 @@ def test_an_index_that_does_not_fit_is_refused(
     ("options", "message"),
     [
         (["out.safetensors", "--to", GOLDEN / "audio_base.pt"], "audio_base.pt takes audio, but .* takes image$"),
-        (["out.safetensors", "--index", "old.npy", "--pooling", "mean"], "--pooling and --representation apply only to --to"),
+        (["out.safetensors", "--index", "old.npy", "--pooling", "mean"], "--pooling and --representation apply only"),
         (["out.onnx", "--to", TEACHER_FILE], "out.onnx must end in .safetensors"),
     ],
 )
