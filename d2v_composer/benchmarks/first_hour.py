@@ -38,7 +38,7 @@ MOST_LINES = 20
 
 
 def benchmark(out: Path) -> dict[str, Any]:
-    """Run all steps; OUT receives their output and files, and first_hour.json.
+    """Run all steps; OUT receives their output, their files, and first_hour.json.
 
     Raises:
         OSError: OUT exists.

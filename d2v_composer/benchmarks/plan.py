@@ -1,8 +1,8 @@
 """Plan a training step for an H100 without using one: count the kernels and bytes that torch.compile plans.
 
 A step runs on fake tensors, compiled as in training. Inductor plans each graph for CUDA, and stops before it writes
-code. Bytes are those of its own kernels, each buffer read and written once; its memory sets their time. Nothing is
-counted that is not compiled: clipping, the optimizer.
+code. Bytes are those of its own kernels, each buffer read and written once; its memory sets their time. Clipping
+and the optimizer are not compiled, so not counted.
 """
 
 from collections import Counter, defaultdict

@@ -156,7 +156,7 @@ class JSONLLogger(LoggerDestination):
 class Uploads(LoggerDestination):
     """Upload a run's files to its folder in a store, in a thread, one after another.
 
-    Each is retried for ten minutes, while training continues. Composer's uploader stops after seconds, and its
+    Each is retried for ten minutes, while training continues. Composer's uploader gives up within seconds, and its
     processes outlive a killed run.
 
     Args:
@@ -219,7 +219,7 @@ class Uploads(LoggerDestination):
 class RunMLFlowLogger(MLFlowLogger):
     """Composer's MLFlowLogger, with ``…/top1.output_cls`` instead of ``…/top1/output_cls``.
 
-    MLflow's store of files keeps each metric as a file of that name. ``top1`` would be a file and a folder, and MLflow
+    MLflow's file store keeps each metric in a file of the same name. ``top1`` would be a file and a folder, and MLflow
     silently loses all metrics of a call in which one cannot be written.
     """
 

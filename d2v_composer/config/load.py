@@ -123,7 +123,7 @@ def layered(below: Mapping[Any, Any], above: Any) -> dict[Any, Any]:
 
 
 def defaults(schema: type[BaseModel]) -> dict[str, Any]:
-    """Return the defaults as plain values, so that references and overrides of list items find them."""
+    """Return the defaults as plain values, which references and overrides of single list items need."""
     required = {
         name: find_section(field.annotation) for name, field in schema.model_fields.items() if field.is_required()
     }

@@ -51,8 +51,9 @@ def find_samples(source: str | Path, split: str | None = None, part: Part = ALL,
         source: What :func:`~d2v_composer.sources.open.open_source` opens; or ``cifar10:FOLDER``, for torchvision's
             CIFAR-10, which is downloaded to FOLDER if it is missing there.
         split: See :func:`~d2v_composer.sources.open.open_source`; default ``train``.
-        part: Likewise.
-        **options: Likewise; by default, the samples are images, and folders are classes.
+        part: As ``split``.
+        **options: Those of :func:`~d2v_composer.sources.open.open_source`; by default, the samples are images, and
+            folders are classes.
 
     Raises:
         InputError: There are no samples, or the split or the labels are ambiguous.

@@ -109,7 +109,7 @@ class RandomCrop(NamedTuple):
 
     longest: int
     max_share: float = 1.0
-    """Share of a clip that a crop may have."""
+    """Largest share of a decoded clip in a crop."""
 
     @property
     def sample_bytes(self) -> int:

@@ -82,7 +82,7 @@ def read_index(path: str) -> Index:
 
 
 def match(source: Source, index: Index, path: str, maximum: int) -> tuple[list[int], NDArray[np.int64], int]:
-    """Return the numbers of at most ``maximum`` samples, the row of each, and how many rows have no id of their own.
+    """Return the numbers of at most ``maximum`` samples, the row of each, and how many rows share an id.
 
     Raises:
         InputError: The index has too few of the samples.
@@ -172,7 +172,7 @@ def embed_one(model: Backbone, name: str, *inputs: Tensor) -> Tensor:
 
 
 def moments_of(inputs: Tensor, targets: Tensor) -> Moments:
-    """Return the sums over pairs, (M, I) and (M, P)."""
+    """Return the sums over pairs of inputs, (M, I), and targets, (M, P)."""
     moments = Moments()
     for pairs in zip(inputs.split(BLOCK), targets.split(BLOCK), strict=True):
         moments.add(*pairs)

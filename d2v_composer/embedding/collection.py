@@ -1,4 +1,4 @@
-"""Embed a collection of images or clips into one file, by one process or several; parts of it are merged.
+"""Embed a collection of images or clips into one file, by one process or several, and merge its parts.
 
 The batches depend on the source alone. A process embeds a few batches, a chunk, and writes it to a file whose name says
 what is in it. So a killed run loses at most one chunk of each process, whatever changed since, and any number of

@@ -47,7 +47,7 @@ def size_of(student: Any, out: Path) -> str:
 def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
     """Prepare README.md before the student is written; return a function that writes it and returns a line about it.
 
-    One that d2v export did not write is kept, and so is the card of another student file in the folder.
+    A README.md that d2v export did not write is kept, and so is the card of another student file in the folder.
 
     Args:
         student: With its run's record as provenance.

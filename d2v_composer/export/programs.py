@@ -210,7 +210,7 @@ def quantize(program: Path, out: Path, images: Tensor) -> None:
     Args:
         program: The one in float32.
         out: The file to write.
-        images: As the program takes them. They set the range of each layer's inputs.
+        images: The program's inputs, which set the range of each layer's inputs.
 
     Raises:
         RunError: The disk is full.

@@ -34,7 +34,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
 
 
 def manhattan_distance(index_N: Tensor, columns: int) -> Tensor:
-    """Return the Manhattan distances between patches, (N, N), numbered row by row in a grid."""
+    """Return the Manhattan distances, (N, N), between patches numbered row by row in a grid."""
     row_N, column_N = index_N // columns, index_N % columns
     return (row_N[:, None] - row_N).abs() + (column_N[:, None] - column_N).abs()
 
@@ -104,13 +104,13 @@ class Alibi(nn.Module):
 def attention_bias(
     alibi: Alibi | None, x_BTD: Tensor, padding_mask: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor | None:
-    """Return ALiBi's bias, (1, H, T, T), with -inf for padded keys, (B, H, T, T); ``None`` if there is neither.
+    """Return ALiBi's bias, (1, H, T, T), or (B, H, T, T) with -inf for padded keys; ``None`` without both.
 
     Args:
         alibi: ``None``: no ALiBi; then a bias for padding alone is (B, 1, 1, T).
         x_BTD: The blocks' input.
         padding_mask: (B, T), true for padding.
-        scale: As for :class:`Alibi`.
+        scale: See :meth:`Alibi.forward`.
     """
     bias = None if alibi is None else alibi(x_BTD, scale)
     if padding_mask is None:

@@ -281,8 +281,8 @@ class Backbone(nn.Module, ABC):
                 from -1 to 1, 16 kHz mono, normalized here.
             pooling: ``cls``, ``mean`` of all tokens, or ``mean_patches`` (of frames, too); default: ``cls``, or
                 ``mean_patches`` of a model without that token, such as any of audio.
-            representation: ``output`` of the last block, ``layer_mean``, norm_mean of the FFN outputs, which the loss
-                regresses, or ``projected``, which has a pooling of its own.
+            representation: ``output`` of the last block; ``layer_mean``, the norm_mean of the FFN outputs that the loss
+                regresses; or ``projected``, which has its own pooling.
             lengths: Samples of each waveform of a padded batch, (B,) int64.
 
         Raises:

@@ -69,7 +69,7 @@ class Tokens(NamedTuple):
     padding_mask: Tensor | None = None
     """(B, T) bool, true for tokens that are padding; ``None``: no token is."""
     shares: Tensor | None = None
-    """As of :class:`Inputs`."""
+    """See :class:`Inputs`."""
     pooled: Tensor | None = None
     """(B, P), of a model that pools its features itself."""
 
@@ -140,7 +140,7 @@ class Encoder(Frozen):
         """Build the head of a teacher on this encoder, without its weights; ``None`` if the teacher only pools.
 
         Args:
-            num_outputs: As of :class:`~d2v_composer.models.backbone.Projection`.
+            num_outputs: See :class:`~d2v_composer.models.backbone.Projection`.
         """
         return None
 

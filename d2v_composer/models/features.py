@@ -45,7 +45,7 @@ class Features:
     padding_mask: Tensor | None = None
     """(B, T), true for padding."""
     shares: Tensor | None = None
-    """As of :class:`~d2v_composer.models.encoder.Inputs`."""
+    """See :class:`~d2v_composer.models.encoder.Inputs`."""
     pooled: Tensor | None = None
     """(B, P), the model's own pooled feature, in place of CLS."""
     project: Callable[["Features", Tensor], Tensor] | None = None
@@ -77,7 +77,7 @@ class Features:
         return self.project(self, self.output).float()
 
     def with_output(self, read: Callable[[Iterator[Tensor]], ResultT]) -> tuple[Tensor, ResultT]:
-        """Run the blocks once; return the output, and the result of ``read`` on the FFN outputs, one at a time."""
+        """Run the blocks once; return the output, and the result of ``read`` on an iterator of the FFN outputs."""
         output: Any = None
 
         def ffn_outputs() -> Iterator[Tensor]:

@@ -181,7 +181,7 @@ class LayerMean(NamedTuple):
 
         Args:
             features: The teacher's.
-            norm_mean: In place of the attribute.
+            norm_mean: Replaces the attribute, as a compiled one does.
 
         Raises:
             ValueError: There are fewer layers.

@@ -15,7 +15,7 @@ from d2v_composer.models.attention import FfnBlock, autocast_dtype, pad_rows
 
 
 class Kind(NamedTuple):
-    """The differences in computation of a class of blocks."""
+    """How a class of timm's blocks differs from the others."""
 
     context: str = ""
     """The attention's argument that takes the context; empty: none."""

@@ -170,8 +170,8 @@ class NetworkStudent(Backbone):
     returns, as its classifier is the projection.
 
     Args:
-        config, pretrained: As of :class:`TimmNetwork`.
-        provenance: As of :class:`~d2v_composer.models.backbone.Backbone`.
+        config, pretrained: See :class:`TimmNetwork`.
+        provenance: See :class:`~d2v_composer.models.backbone.Backbone`.
     """
 
     encoder: TimmNetwork

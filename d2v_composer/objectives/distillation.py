@@ -34,10 +34,10 @@ EmbeddingT = TypeVar("EmbeddingT")
 class DistillationModel(ComposerModel):
     """Regress the teacher's targets with the student's prediction; an encoder that both have runs once per step.
 
-    The loss is the mean of (prediction - target)² over inputs, tokens and channels. Target and prediction are
-    ``norm_mean(F) = LayerNorm(mean_l InstanceNorm(F_l))``, with F_l the FFN output of block l: the teacher's last K
-    blocks for the target, the student's blocks for the prediction. InstanceNorm is over the tokens of an image,
-    LayerNorm over the channels of a token; both have no weights, eps 1e-5, and compute in float32.
+    The loss of the objective ``tokens`` is the mean of (prediction - target)² over inputs, tokens and channels. Target
+    and prediction are ``norm_mean(F) = LayerNorm(mean_l InstanceNorm(F_l))``, with F_l the FFN output of block l: the
+    teacher's last K blocks for the target, the student's blocks for the prediction. InstanceNorm is over the tokens of
+    an image, LayerNorm over the channels of a token; both have no weights, eps 1e-5, and compute in float32.
 
         Inputs ─ encoder ─┬─ teacher ─ Features ─ target ─────┐
                           │                                   ├─ loss · weight, summed over objectives

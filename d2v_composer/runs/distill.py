@@ -40,7 +40,7 @@ from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.ranks import node_leaders_first
 from d2v_composer.training_data.loader import build_train_loader, read_train_index
 
-# A shard is 64 MiB as we write it.
+# At most this many shards are read for the map, so that few are fetched from a store; we write 64 MiB each.
 ALIGNMENT_SHARDS = 64
 FIXED_BY_A_CHECKPOINT = (
     *FIXED_IN_ANY_RUN,

@@ -1,4 +1,4 @@
-"""Build Composer's Trainer, resume, train, write the report and close: every run does it so."""
+"""Build Composer's Trainer, resume, train, write the report and close, as every run does."""
 
 import copy
 import hashlib
@@ -95,7 +95,7 @@ def build_trainer(
         config: The run's.
         model: What it trains.
         train_loader: Its samples.
-        about: Sections of its record; ``data`` has their modality.
+        about: Sections of the run's record; ``data`` has the samples' modality.
         fixed: Keys of the record that a resume must not change.
         run_callbacks: Callbacks of this kind of run, which a checkpoint may have saved.
         callbacks: Further callbacks, besides the YAML's.

@@ -43,7 +43,7 @@ class Pinned(NamedTuple):
     path: Path
     """The file, or its copy."""
     file: File
-    """As it was listed; with its copy's size and number, if its place tells nothing."""
+    """The file as listed; without a version there, its copy's size and inode."""
     expected: File | None
     """What the file system says of it; ``None`` for a copy of one version, which nobody replaces by another."""
 

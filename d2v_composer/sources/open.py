@@ -313,8 +313,7 @@ def find_files(
     Args:
         source: See :func:`~d2v_composer.sources.listing.list_files`.
         modality: What the samples are.
-        column: See :func:`open_source`.
-        label_column: Likewise.
+        column, label_column: See :func:`open_source`.
         split: If there is a folder of this name, the kind is that of the files in it.
         kind: A container's suffix, or '' for samples; default: whatever is there.
 
