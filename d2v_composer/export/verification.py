@@ -62,7 +62,7 @@ def verify(
     suited = [name for name, entry in RUNTIMES.items() if entry.suffix == exported.suffix and find_spec(entry.package)]
     if refused := [name for name in runtime or () if name not in suited]:
         raise InputError(
-            f"--runtime: {refused[0]} is not installed, or takes no {exported.suffix} file; append --kit FOLDER, and "
+            f"--runtime: {refused[0]} is not installed, or takes no {exported.suffix} file; write --kit FOLDER, and "
             "run its script in the runtime's own environment"
         )
     report, script = exported.with_name(f"{exported.name}.verify.json"), Path(check_program.__file__)

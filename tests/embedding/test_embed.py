@@ -404,7 +404,7 @@ def test_an_embedding_that_is_not_finite_is_refused(
     [
         ("s3://bucket/images", "o.npy", [], "s3://bucket/images cannot be listed (Unable to locate credentials)"),
         ("*.tar", "o.npy", [], "*.tar: no Parquet files, tars or zips"),
-        ("photos", "o.npy", ["--local", "c"], "photos: expected Parquet files, tars or zips, or MDS in a folder; in a"),
+        ("photos", "o.npy", ["--local", "c"], "photos: expected Parquet files, tars or zips, or MDS in a folder (in a"),
         ("photos", "o.csv", [], "o.csv must end in .npy or .parquet"),
         ("photos", "half.npy", [], "half.ids.npy already exists; choose another file, or "),
         ("photos", "o.npy", ["--precision", "amp_fp16"], "precision: amp_fp16 needs a GPU"),

@@ -208,7 +208,7 @@ def spoil(kind: str, ids: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.
             r"has rows for 0 samples of .*; expected at least 40 \(half its width, or 40 if .*'cats/000.jpg#?0?'",
         ),
         ("not finite", r"the row of 007.jpg\S* has numbers that are not finite"),
-        ("rows are missing", r"expected rows of numbers with an id each, got float32 \(119, \d+\), 120 ids"),
+        ("rows are missing", r"expected rows of numbers, one id each, got float32 \(119, \d+\), 120 ids"),
         ("few", r"has rows for 39 samples of .*; expected at least 40"),
         ("all alike", "expected embeddings that differ, got 120 pairs that are alike"),
         ("rows are shuffled", "do the ids belong to these rows, in order?"),

@@ -147,11 +147,11 @@ TWO_COLUMNS = {"image": [IMAGE], "depth": [IMAGE], "caption": ["a"]}
     ("columns", "options", "line"),
     [
         (TWO_COLUMNS, "", "expected one column of images, as bytes or paths; 2 fit; columns: image, depth; choose"),
-        (TWO_COLUMNS, "--column mask", "mask is missing: image, depth, caption"),
+        (TWO_COLUMNS, "--column mask", "mask is missing; columns: image, depth, caption"),
         ({"size": [1.0]}, "", "expected one column of images, as bytes or paths; 0 fit; columns: size; choose"),
-        ({"size": [1.0]}, "--column size", "size is double: size"),
-        ({"image": [{"file": {"bytes": IMAGE}}]}, "", "0 fit: image; choose"),
-        ({"url": ["a"], "text": ["b"]}, "", "2 fit: url, text"),
+        ({"size": [1.0]}, "--column size", "size is double; columns: size"),
+        ({"image": [{"file": {"bytes": IMAGE}}]}, "", "0 fit; columns: image; choose"),
+        ({"url": ["a"], "text": ["b"]}, "", "2 fit; columns: url, text"),
         ({"image": [IMAGE]}, "--label-column label", "no label column 'label'; columns: image"),
         ({"image": [IMAGE], "label": [0.5]}, "--label-column label", "x.parquet#0: its label must be a whole number"),
         ({"image": [IMAGE], "label": [None]}, "--label-column label", "x.parquet#0: its label must be .*, got None"),
@@ -588,7 +588,7 @@ def test_a_store_without_samples_is_one_line(reachable_store: GatedStore, tmp_pa
     for source, line in {
         **{f"{address}/a{rest}": ": no Parquet files, tars or zips$" for rest in ("", "/*.tar", "/x.tar")},
         f"{address}/b": ".*column 'path' holds paths, which are allowed only in a local file",
-        "sftp://host/a": ": expected Parquet files, tars or zips, or MDS in a folder; ",
+        "sftp://host/a": ": expected Parquet files, tars or zips, or MDS in a folder ",
     }.items():
         with pytest.raises(InputError, match=f"^{re.escape(source)}{line}"):
             open_source(source, Images())
