@@ -3,7 +3,6 @@
 import errno
 import io
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from d2v_composer.data import images
 from d2v_composer.data.images import Box, CuttableJpeg, RandomResizedCropFlip, random_crop_box
 from d2v_composer.data.modality import sample_rng
 from d2v_composer.system.errors import InputError
+from helpers import run_command
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
@@ -203,7 +203,10 @@ def register_heif_opener():
     Image.register_extension("HEIF", ".heic")
 """
 PROGRAM = """
+import sys
 from pathlib import Path
+for name in [name for name in sys.modules if name.startswith("d2v_composer")]:
+    del sys.modules[name]  # imported without the plugin
 from d2v_composer.data.images import Images, decode_rgb
 from d2v_composer.sources.open import open_source
 
@@ -216,9 +219,7 @@ def test_heic_is_decoded_with_its_plugin(tmp_path: Path) -> None:
     """A plugin of the tests', because pillow-heif need not be here; without one, tests/promises/test_distill.py."""
     (tmp_path / "pillow_heif.py").write_text(PLUGIN)
     (tmp_path / "0.heic").write_bytes(b"\0\0\0\x0cftypheic" + saved(photo(40, 30), "PNG"))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    command = [sys.executable, "-c", PROGRAM]
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    ended = run_command(sys.executable, "-c", PROGRAM, cwd=tmp_path)
     assert ended.stdout == "['0.heic'] {'.py': 1} (40, 30)\n", ended.stderr
 
 

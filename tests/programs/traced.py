@@ -5,6 +5,7 @@ without padding.
 AT="EVENT BATCH ACTION": rank 0 does this once, at Composer's event in the batch of that number: ``kill`` (SIGKILL to
 itself), ``int``, ``term``, ``hang`` (say so, and sleep for ever), ``pause`` (for 3 s), ``retrieval_int`` (SIGINT
 when the model is next evaluated).
+SLOW=SECONDS: each batch waits, which leaves the cores to others.
 GRAPHS=FOLDER: each process writes torch.compile's counts of graphs and breaks after each batch and its retrieval.
 BACKEND: torch.compile's; ``static`` refuses a graph with a symbolic size, and runs the others as they are.
 HANG="MODULE CLASS FUNCTION": another library's function hangs.
@@ -37,6 +38,8 @@ class Trace(Callback):
         if event.value == self.event and batch == int(self.batch) and dist.get_global_rank() == 0:
             self.event = "none"
             self.act(state)
+        if event is Event.BATCH_START:
+            time.sleep(float(os.environ.get("SLOW", 0)))
         if event is Event.BATCH_START and "SAMPLES" in os.environ:
             sample_ids = state.batch["sample_id"].tolist()
             samples = state.batch["image" if "image" in state.batch else "audio"]

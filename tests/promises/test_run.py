@@ -210,6 +210,7 @@ def test_a_resumes_log_has_no_number_of_weights_that_no_file_holds(
     """10, 23: the retrieval of batch 6 is of weights that the kill took, and the resumed run measures others."""
     sets, key = f"retrieval.{datasets_of(labeled)}", "metrics/small/bank_train/top1"
     arguments = small_run(tmp_path, small_data, sets, "retrieval.baselines=[]", "save_interval=4ba")
+    arguments.append("alignment.max_samples=0")
     train_until_killed([*arguments, "retrieval.interval=3ba"], "batch_start 7")
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write('{"step": 7, "loss/tr')
@@ -395,7 +396,7 @@ def saving(tmp_path: Path, small_data: Path) -> Iterator[tuple[Program, Path]]:
     """A run that trains for ever, saves every third batch, and keeps five checkpoints."""
     folder = tmp_path / "run"
     options = (*ENDLESS, "save_num_checkpoints_to_keep=5")
-    program = start_python(*train_command(small_run(folder, small_data, *options))[1:])
+    program = start_python(*traced(small_run(folder, small_data, *options)), environment={"SLOW": "0.05"})
     try:
         wait_until(lambda: (folder / "latest-rank0.pt").exists(), seconds=90)
         yield program, folder
@@ -433,15 +434,15 @@ def test_the_quickstart_opens_with_what_it_trains_and_warns_of_nothing(tmp_path:
     """19: in a fresh process, with the warnings of all imports; in a pipe there are lines, no bar."""
     folder = tmp_path / "run"
     options = ("precision=fp32", "max_duration=4ba", "scheduler.t_warmup=2ba")
-    options += ("retrieval.max_images=48", "callbacks.health=null", "report=false", f"save_folder={folder}")
-    command = train_command([str(ROOT / "yamls" / "quickstart.yaml"), *options])
+    options += ("retrieval.max_images=48", "alignment.max_samples=48", "callbacks.health=null", "report=false")
+    command = train_command([str(ROOT / "yamls" / "quickstart.yaml"), *options, f"save_folder={folder}"])
     ended = run_command("env", *command, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     header = dict(line.split(maxsplit=1) for line in ended.stdout.partition("\n\n")[0].splitlines())
     assert header["run"] == f"quickstart, saved in {folder}"
     assert {"device", "images", "model", "training", "retrieval"} <= header.keys()
     lines = ended.stderr.splitlines()
-    assert [line for line in lines if not line.startswith(("retrieval at batch ", "batch 2/4 ", "batch 4/4 "))] == []
+    assert [line for line in lines if not line.startswith(("retrieval at batch ", "batch "))] == []
     assert lines[-1].startswith("batch 4/4 (100 %)  loss ")
     assert any(re.fullmatch(r"retrieval at batch 4: cifar10 student top-1 \d+\.\d%", line) for line in lines), lines
     for command in ("evaluate", "export"):  # the next commands are named

@@ -78,7 +78,7 @@ def test_a_run_and_what_is_made_of_it(web: Web, labeled: Path, tmp_path: Path) -
     """25: with a teacher and shards that need a login; the same command resumes."""
     environment = {"TORCH_HOME": str(tmp_path / "torch")}
     sets = datasets_of(labeled)
-    arguments = training(web, tmp_path, f"retrieval.{sets}")
+    arguments = training(web, tmp_path, f"retrieval.{sets}", "retrieval.baselines=[]")
     first = run_command(*train_command(arguments), environment=environment)
     again = run_command(*train_command([*arguments, "max_duration=4ba"]), environment=environment)
     assert "at batch 2" in again.stdout, again.stderr
