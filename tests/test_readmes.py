@@ -41,6 +41,7 @@ MOST_LINES = {
     "recipes/guides/imagenet.md": 150,
     "recipes/guides/method.md": 150,
     "recipes/guides/reproducibility.md": 100,
+    "recipes/guides/runtimes.md": 50,
     "recipes/guides/search.md": 150,
     "recipes/guides/sources.md": 80,
     "recipes/guides/students.md": 150,

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from d2v_composer.checkpoints.load import load_student
@@ -342,6 +341,8 @@ def pretrained_cfg(config: EncoderConfig | None) -> dict[str, Any]:
 
 def build_timm_student(pretrained: bool = False, **kwargs: Any) -> TimmStudent:
     """Build a student for timm, to load a file into (see :class:`TimmStudent`)."""
+    from timm.models import build_model_with_cfg  # takes seconds
+
     not_ours: Any = ("in_chans", "img_size")  # timm's defaults; the file has its own
     kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or pretrained_cfg(None)  # timm gives None
     return build_model_with_cfg(TimmStudent, "d2v2_student", pretrained, kwargs_filter=not_ours, **kwargs)

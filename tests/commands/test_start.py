@@ -77,9 +77,10 @@ def test_commands_import_what_they_use_and_timm_knows_the_student(uninterrupted:
     (tmp_path / "photos" / "0.jpg").write_bytes(encoded_image(0))
     embed = ["d2v", "embed", str(GOLDEN / "tiny_base.pt"), "photos", "photos.npy", "--workers", "0"]
     evaluate = ["d2v", "evaluate", str(ROOT / "yamls" / "evaluate.yaml"), f"model={student}", "max_images=20"]
+    verify = ["d2v", "verify", str(student), "--kit", "kit"]
     for name in ("log.jsonl", "run.yaml"):
         (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
     (tmp_path / "with_timm.py").write_text(WITH_TIMM)
-    *imports, _ = imported_after([embed, evaluate, ["d2v", "report", "."], ["with_timm.py"]], tmp_path)
-    assert imports == [{"torch"}, {"torch"}, {"torch", "matplotlib"}]
+    *imports, _ = imported_after([embed, evaluate, verify, ["d2v", "report", "."], ["with_timm.py"]], tmp_path)
+    assert imports == [*[{"torch"}] * 3, {"torch", "matplotlib"}]
     assert (tmp_path / "report.html").is_file()
