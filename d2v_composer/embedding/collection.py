@@ -161,10 +161,9 @@ def embed_source(
                     embed_batch(model, inputs, options, device) if inputs else np.zeros((0, width), options.dtype)
                 )
                 if not np.isfinite(rows[-1]).all():
-                    how = (
-                        f"its embedding is not finite with --precision {options.precision} and --dtype {options.dtype}"
-                    )
-                    raise InputError(f"{source.ids[batch.start]}, or a later sample in its batch: {how}")
+                    named = f"{source.ids[batch.start]}, or a later sample in its batch"
+                    how = f"--precision {options.precision} and --dtype {options.dtype}"
+                    raise InputError(f"{named}: its embedding is not finite with {how}")
                 bar.update(len(batch))
                 if batch is chunk.batches[-1]:
                     write_atomically(folder / PLAN, json.dumps(plan))
