@@ -79,15 +79,14 @@ def _galleries(run: Run) -> Iterator[tuple[str, list[list[Shown]]]]:
     """Yield each data set's name and gallery, of test samples that are the same in every run."""
     for name, labeled in run.datasets.items():
         nearest = {
-            result.row: result.nearest
+            row: result.nearest
+            for row in (STUDENT, TEACHER)
             for result in run.results
-            if (result.dataset, result.measure.bank) == (name, "train") and result.nearest is not None
+            if (result.row, result.dataset, result.measure.bank) == (row, name, "train") and result.nearest is not None
         }
         if STUDENT in nearest:
-            order = torch.Generator().manual_seed(0)
-            chosen = torch.randperm(labeled.num_samples[1], generator=order)[:QUERIES]
-            models = [model for model in (STUDENT, TEACHER) if model in nearest]
-            yield name, gallery(labeled, chosen, {model: nearest[model][chosen, :NEIGHBORS_SHOWN] for model in models})
+            chosen = torch.randperm(len(labeled.test.labels), generator=torch.Generator().manual_seed(0))[:QUERIES]
+            yield name, gallery(labeled, chosen, nearest)
 
 
 def _warnings(run: Run) -> Iterator[str]:
@@ -104,7 +103,7 @@ def gallery(labeled: EvaluationSet, chosen: Tensor, nearest: Mapping[str, Tensor
     Args:
         labeled: A data set.
         chosen: Indices of the test samples, (Q,).
-        nearest: Model → indices of their nearest train samples, nearest first, (Q, K).
+        nearest: Model → indices of the train samples nearest to each test sample, nearest first, (N, K).
     """
     bank, queries, class_names, _ = labeled
 
@@ -113,10 +112,10 @@ def gallery(labeled: EvaluationSet, chosen: Tensor, nearest: Mapping[str, Tensor
         return Shown(model, mark, class_names[split.labels[i]], picture(sample), sound(sample))
 
     rows = []
-    for place, query in enumerate(chosen):
+    for query in chosen:
         row = [show("query", "", queries, query)]
         for model, indices in nearest.items():
-            for i in indices[place].long():
+            for i in indices[query, :NEIGHBORS_SHOWN].long():
                 row.append(show(model, "✓" if bank.labels[i] == queries.labels[query] else "✗", bank, i))
         rows.append(row)
     return rows
