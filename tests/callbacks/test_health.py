@@ -118,14 +118,14 @@ def test_warns_of_skipped_steps(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_logs_every_number_of_a_distillation(small_data: Path, tmp_path: Path) -> None:
     """In bfloat16 and with microbatches."""
-    options = ("callbacks.health={interval: 7ba}", "precision=amp_bf16", "device_train_microbatch_size=6")
-    train_recipe.main(small_run(tmp_path, small_data, *options))
+    options = ("callbacks.health={interval: 2ba}", "precision=amp_bf16", "device_train_microbatch_size=6")
+    train_recipe.main(small_run(tmp_path, small_data, *options, "max_duration=4ba"))
     log = read_jsonl(tmp_path / "log.jsonl")
     measured = {key.removeprefix("health/"): values for key, values in log.items() if key.startswith("health/")}
     assert measured.keys() == {*HEALTH_STATES, "prediction_error", "prediction_variance", "target_variance"}
     for name, values in measured.items():
-        assert list(values) == [7, 14], name
-    assert measured["collapse"] == measured["non_finite"] == {7: 0.0, 14: 0.0}
+        assert list(values) == [2, 4], name
+    assert measured["collapse"] == measured["non_finite"] == {2: 0.0, 4: 0.0}
 
 
 def test_one_input_has_no_variance_and_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:

@@ -41,14 +41,15 @@ def run_core(folder: Path, *system: str) -> str:
         ["env"],
         ["convert-teacher", (GOLDEN / "tiny_base.pt").as_posix(), "teacher.safetensors"],
         ["embed", "teacher.safetensors", "../photos", "photos.npy", "--workers", "2", "--batch-size", "4"],
-        ["export", "../student.safetensors", "student.safetensors"],
-        ["evaluate", "model=student.safetensors", "max_images=40", datasets, "out=evaluation"],
+        ["evaluate", "model=../student.safetensors", "max_images=40", datasets, "out=evaluation"],
+        ["verify", "../student.safetensors", "--kit", "kit"],
         ["report", "run"],
         ["init", "evaluate"],
+        ["export", "../student.safetensors", "student.safetensors"],
         ["convert-images", "../photos", "shards"],
     ]
     if (checkpoint := folder.parent / "checkpoint.pt").exists():
-        commands.insert(0, ["export", checkpoint.as_posix(), "of_checkpoint.safetensors"])
+        commands.insert(-1, ["export", checkpoint.as_posix(), "of_checkpoint.safetensors"])
     ended = subprocess.run(
         [sys.executable, "-X", "warn_default_encoding", LIGHT, *system],
         input="\n".join(map(shlex.join, commands)),
@@ -75,6 +76,8 @@ def here(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     (root / "here").mkdir()
     said = run_core(root / "here")
     assert re.search(r"^cpu +\S.*\n(.*\n)*?cores +[1-9]", said, re.MULTILINE)
+    imported = re.findall(r"^imported: ?(.*)$", said, re.MULTILINE)
+    assert imported[1:7] == [*["torch"] * 4, *["matplotlib torch"] * 2]  # from convert-teacher to init
     assert {"python", "torch", "extra"} <= {line.partition(" ")[0] for line in said.splitlines()}
     return root / "here"
 

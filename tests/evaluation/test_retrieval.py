@@ -33,7 +33,7 @@ def test_neighbors_are_a_brute_forces_in_float64(offset: float, k: int, monkeypa
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    bank, queries = random_vectors(40_000, 2_000, dim=64)
+    bank, queries = random_vectors(20_000, 1_000, dim=64)
     expected = nearest_neighbors(bank, queries, 5)
     monkeypatch.setattr(neighbors, "BANK_PART", 1024)
     monkeypatch.setattr(neighbors, "QUERY_PART", 256)

@@ -119,7 +119,7 @@ def test_an_exported_checkpoint_has_a_card_with_its_evaluation(
     assert "recipes/train.py" in card
     assert f"torch {torch.__version__.partition('+')[0]}" in card
     datasets = f"datasets={{small: {{format: mds, root: {labeled}}}}}"
-    evaluate.main([str(ROOT / "yamls" / "evaluate.yaml"), f"model={out}", datasets, f"out={tmp_path}"])
+    evaluate.main([str(ROOT / "yamls" / "evaluate.yaml"), f"model={out}", datasets, "max_images=20", f"out={tmp_path}"])
     evaluation = tmp_path / "evaluation.json"
     assert json.loads(evaluation.read_text())["weights"] == hash_weights(load_student(out))
     again = tmp_path / "more" / "again.safetensors"
@@ -161,8 +161,9 @@ def test_a_checkpoint_says_that_its_results_are_older(
     small_data: Path, labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sets = f"retrieval.datasets={{small: {{format: mds, root: {labeled}}}}}", "retrieval.interval=3ba"
+    options = *sets, "retrieval.baselines=[]", "max_duration=6ba", "save_num_checkpoints_to_keep=-1"
     monkeypatch.setattr("sys.argv", ["recipes/train.py"])
-    train.main(small_run(tmp_path, small_data, *sets, "max_duration=6ba", "save_num_checkpoints_to_keep=-1"))
+    train.main(small_run(tmp_path, small_data, *options))
     for batch, said in ((4, "after 3 batches (this student was trained for 4), in"), (6, "after 6 batches, in")):
         [checkpoint] = tmp_path.glob(f"*-ba{batch}-rank0.pt")
         out = tmp_path / str(batch) / "student.safetensors"

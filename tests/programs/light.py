@@ -16,6 +16,8 @@ import warnings
 from functools import partial
 from typing import Any
 
+# What takes seconds to import; what of it a command has imported is printed after it.
+HEAVY = ("matplotlib", "sympy", "timm", "torch", "torch._dynamo", "torch.distributed.fsdp", "torchvision")
 EXTRA = ("boto3", "botocore", "composer", "streaming", "torchmetrics")
 # What packages of others use on Linux is imported before it is taken away.
 IMPORTED_BEFORE = ("matplotlib.pyplot", "psutil", "soundfile", "timm", "torch.utils.data", "torchvision")
@@ -98,5 +100,6 @@ from d2v_composer.system import command_line  # noqa: E402
 *before, last = map(shlex.split, sys.stdin)
 for arguments in before:
     main(arguments)
+    print("imported:", *(name for name in HEAVY if name in sys.modules))
 sys.argv = ["d2v", *last]
 command_line.run(main)

@@ -241,6 +241,7 @@ if __name__ == "__main__":
     if listener not in select.select([STDIN, listener], [], [])[0]:  # no test needed a program
         sys.exit()
     first, _ = listener.accept()
+    gc.disable()
 
     import torch
 
@@ -256,5 +257,6 @@ if __name__ == "__main__":
             importlib.import_module(name)
     know_the_machine()
     gc.collect()
+    gc.enable()
     gc.freeze()  # at its end, a program need not look for garbage among the imports: 1.4 s
     run(serve(listener, first))

@@ -182,14 +182,10 @@ def test_each_slip_of_a_config_has_a_line(small_data: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("optimizer.weight_decay=little", ["optimizer.weight_decay", "little"]),
         ("prediction=best", ["prediction", "layer_mean", "last_block"]),
         ("teacher.checkpoint=nowhere.pt", ["teacher.checkpoint", "nowhere.pt", "no such file"]),
-        ("load_path=nowhere.pt", ["load_path", "nowhere.pt", "no such file"]),
-        ("train_loader.local=nowhere", ["train_loader.local", "nowhere"]),
         ("global_train_batch_size=97", ["96 samples", "global_train_batch_size 97"]),
         ("targets.average_top_k_layers=4", ["average_top_k_layers", "3", "4"]),
-        ("callbacks.speed_monitor.window_size=abc", ["window_size", "abc"]),
         ("callbacks.speed_monitor.window_size=0", ["window_size", "> 0"]),
         ("callbacks.speed_moniter={}", ["speed_monitor"]),
         ("save_folder=/proc/nothing", ["save_folder", "/proc/nothing"]),
@@ -373,7 +369,7 @@ def try_out(recipe: Recipe, mutation: Mutation, folder: Path, run: Path) -> str 
 @pytest.mark.parametrize(
     ("name", "num"),
     [
-        *((name, 3) for name in ("distill", "evaluate", "finetune")),
+        *((name, 2) for name in ("distill", "evaluate", "finetune")),
         *(pytest.param(name, 150, marks=pytest.mark.slow) for name in ("distill", "quickstart")),
         *(pytest.param(name, None, marks=pytest.mark.campaign) for name in RUNS),
     ],
@@ -408,7 +404,7 @@ def test_retrieval_works_in_anyones_run(labeled: Path) -> None:
 
 
 def test_public_names_import_nothing_that_they_do_not_use() -> None:
-    """19: a name is imported when it is first used."""
+    """19: a name is imported when it is first used. And timm knows the student, whichever of the two comes first."""
     code = """
 import sys, d2v_composer
 heavy = {"torch", "composer", "timm", "streaming"}
@@ -416,5 +412,11 @@ assert set(d2v_composer.__all__) <= set(dir(d2v_composer))
 assert not heavy & set(sys.modules)
 from d2v_composer import load_student
 assert heavy & set(sys.modules) == {"torch"}
+import timm
+assert timm.is_model("d2v2_student")
+timm.models._registry._model_entrypoints.clear()
+del sys.modules["d2v_composer"]
+import d2v_composer
+assert timm.is_model("d2v2_student")
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -426,8 +426,8 @@ def test_a_folder_of_several_kinds_is_refused_unless_one_is_chosen(tmp_path: Pat
 
 
 def test_a_long_key_costs_no_more_memory_than_it_has(tmp_path: Path) -> None:
-    """An array of names gives each of them the room of the longest: 400 MB here."""
-    names = [f"{number:05}" for number in range(5000)]
+    """An array of names gives each of them the room of the longest: 80 MB here."""
+    names = [f"{number:05}" for number in range(1000)]
     names[7] = "k" * 20_000
     write_tar(tmp_path / "x.tar", [(f"{name}.jpg", b"") for name in names])
     tracemalloc.start()
@@ -435,7 +435,7 @@ def test_a_long_key_costs_no_more_memory_than_it_has(tmp_path: Path) -> None:
     assert [*source.select(range(6, 9)).ids] == [f"x.tar/{name}" for name in names[6:9]]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 1e8
+    assert peak < 2e7
 
 
 def test_files_that_do_not_fit_together_are_one_line(tmp_path: Path) -> None:
@@ -457,18 +457,6 @@ def test_a_file_that_is_written_again_is_read_again(tmp_path: Path) -> None:
     for seed in range(2):
         path = write_parquet(tmp_path / "x.parquet", {"image": [encoded_image(seed)]})
         assert open_source(str(path), Images()).load(0) == encoded_image(seed)
-
-
-def test_embed_goes_on_before_the_file_that_changed(nine: Path, tmp_path: Path) -> None:
-    """A changed Parquet file, tar or image has another mark, and so has a file that came."""
-    sources = shutil.copytree(nine, tmp_path / "sources")
-    files = {kind: f"{kind}/00001.{suffix}" for kind, suffix in SUFFIXES.items()} | {"paths": "folder/00003.png"}
-    for kind, changed in files.items():
-        before = open_source(str(sources / kind), Images()).marks
-        assert len(np.unique(before)) == 9
-        os.utime(sources / changed, (1, 1))
-        after = open_source(str(sources / kind), Images()).marks
-        assert np.flatnonzero(before != after).tolist() == ([3] if kind == "paths" else [4, 5, 6, 7])
 
 
 @pytest.fixture
