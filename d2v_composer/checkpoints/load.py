@@ -239,7 +239,7 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
     path, record, retrieval = checkpoint.path, dict(checkpoint.record), checkpoint.saved_by("ZeroShotRetrieval")
     if measured := retrieval.get("history"):
         accuracies = dict[str, dict[str, float]]()
-        for row, dataset, (*_, key, _), _, _, hits, _ in retrieval["results"]:
+        for row, dataset, (*_, key, _), _, _, hits, *_ in retrieval["results"]:
             accuracies.setdefault(f"{dataset} {key}", {})[row] = hits.double().mean().item()
         record["results"] = {
             "batch": checkpoint.trained("batch"),

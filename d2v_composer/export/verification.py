@@ -81,7 +81,7 @@ def verify(
         folder = kit or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         np.savez(folder / "kit.npz", *inputs, np.concatenate([student.embed_all(x)[embedding] for x in samples]))
-        (folder / "kit.json").write_text(json.dumps({"embedding": embedding, **limits}, indent=1))
+        (folder / "kit.json").write_text(json.dumps({"embedding": embedding, **limits}, indent=1), encoding="utf-8")
         shutil.copy(script, folder)
         if kit is not None:
             with suppress(shutil.SameFileError):  # it lies there

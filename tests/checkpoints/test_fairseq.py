@@ -208,7 +208,7 @@ def renamed(checkpoint: Checkpoint, old: str, new: str) -> None:
 
 
 KINDS: dict[str, Callable[[Checkpoint], Any]] = {
-    "not a data2vec 2.0 checkpoint of images or audio": lambda checkpoint: renamed(checkpoint, ".IMAGE.", ".TEXT."),
+    "not a data2vec 2.0 or EAT checkpoint": lambda checkpoint: renamed(checkpoint, ".IMAGE.", ".TEXT."),
     "fine-tuned": lambda checkpoint: renamed(checkpoint, "", "model."),
     "pre-norm": lambda checkpoint: checkpoint["cfg"]["model"].update(layer_norm_first=True),
     "ALiBi": lambda checkpoint: image_cfg(checkpoint).update(alibi_dims=1),

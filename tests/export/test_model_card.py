@@ -150,7 +150,7 @@ def test_a_card_belongs_to_the_student_that_it_describes(
     card = readme.read_text().replace("ORG/NAME", "me/mine")
     readme.write_text(card)
     export.main([str(checkpoint), str(second)])
-    assert f"kept {readme}: it describes my student.safetensors; a student in another" in capsys.readouterr().out
+    assert f"kept {readme}: it describes my student.safetensors; in another folder, second" in capsys.readouterr().out
     assert readme.read_text() == card
     first.unlink()
     export.main([str(checkpoint), str(second), "--overwrite"])

@@ -316,7 +316,7 @@ def test_what_is_not_ours_stays(project: Path, photos: Path) -> None:
         (photos, "clips/train/index.json", "index.json/distill.yaml cannot be written"),
         (photos, "copied", "--out: .*copied holds files that are not ours, such as distill.yaml"),
         (photos, "run", "run holds a run of another command; choose another --out"),
-        (photos, "new[1]", r"--out: expected only letters, .*new\[1\]'"),
+        (photos, "new[1]", r"--out: expected letters, .*new\[1\]'"),
         (photos, "s3://bucket/run", "expected a local file, not one in an object store"),
     ):
         assert re.search(problem, refused(source, out, cwd=project)), (source, out)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import mean
 from typing import Any
 from unittest.mock import Mock
 
@@ -260,3 +261,13 @@ def test_the_readmes_tables_show_what_the_csv_of_their_section_holds() -> None:
                 assert {*re.findall(r"-?[\d.]+", " ".join(cells))} <= {*held}, (named[1], name)
             checked.append(named[1])
     assert checked == ["data2vec2", "choices", "width", "cifar10", "timm", "timm_epoch", "objectives", "audio"]
+
+
+def test_the_teachers_index_shows_the_mean_of_its_seeds() -> None:
+    with (ablations.STUDIES / "index.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["run"].startswith("5 blocks") and row["pairs"] == "2000"]
+    shown = ("student", "all", "output_mean", "ridge")
+    chosen = [row for row in rows if tuple(row[key] for key in ("model", "inputs", "target", "map")) == shown]
+    assert len(chosen) == 3
+    means = [f"{mean(float(row[key]) for row in chosen):.1f}" for key in ("own_index", "teacher_index", "neighbors")]
+    assert "".join(f" | **{value}**" for value in means) in (ablations.STUDIES / "README.md").read_text()

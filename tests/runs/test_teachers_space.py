@@ -301,7 +301,7 @@ def test_a_resume_without_the_map_keeps_no_row_of_it(small_data: Path, labeled: 
     run_training(*run, "max_duration=2ba")
     run_training(*run, "max_duration=4ba", "alignment.max_samples=0")
     results = load_checkpoint(tmp_path / "run/latest-rank0.pt")["state"]["callbacks"]["ZeroShotRetrieval"]["results"]
-    batches = {row: batch for row, *_, batch in results}
+    batches = {row: batch for row, *_, batch, _ in results}
     assert batches["student"] == 4
     assert "student, projected" not in batches
 
