@@ -107,7 +107,7 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     """Read all tensors of a weight file.
 
     Raises:
-        InputError: It is truncated, or holds anything that would be code.
+        InputError: It is truncated, or loading it would run code.
     """
     contents: Any = read_model_file(file).tensors if is_safetensors(file) else load_untrusted(file)
     while nested := [name for name in NESTED if isinstance(contents, dict) and isinstance(contents.get(name), dict)]:

@@ -61,7 +61,7 @@ class Parts:
         """Return True if a part exists; otherwise check that it can be made.
 
         Raises:
-            InputError: It was made of something else or otherwise, or the folder of an MDS data set has other files.
+            InputError: Its source or settings differ, or the folder of an MDS data set has other files.
         """
         if exists(f"{self.folder}/{part.name}{self._last}"):
             self._read(part, plan, "this command")

@@ -117,7 +117,7 @@ def align(
         model: The model, in eval mode on the device.
         source: The samples.
         numbers: Those to fit to, (M,).
-        target: Their rows, (M, P); or what embeds a batch, (B, P).
+        target: The samples' rows, (M, P); or a function that embeds a batch, (B, P).
         bank: The whole index, (N, P), in which ``places``, (M,), are the samples' rows; default: the target.
         places: See ``bank``.
         device: cpu or cuda.

@@ -161,7 +161,7 @@ class Evaluation(NamedTuple):
 
 
 def read_evaluation(folder: Path, weights: str) -> dict[str, Any]:
-    """Return the contents of a folder's ``evaluation.json``; empty if it is not of a model with these weights."""
+    """Return the contents of a folder's ``evaluation.json``; empty if there is none for these weights."""
     with suppress(Exception):
         contents = json.loads((folder / "evaluation.json").read_bytes())
         if contents["weights"] == weights:

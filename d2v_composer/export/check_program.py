@@ -88,7 +88,7 @@ RUNTIMES = {
 
 
 def read_kit() -> dict[str, Any]:
-    """Return the embedding, and what is demanded."""
+    """Return the embedding's name and the limits."""
     return json.loads((FOLDER / "kit.json").read_text())
 
 

@@ -1,6 +1,6 @@
 """Map a model's embeddings into the space of another model by one matrix, fitted in closed form, without labels.
 
-Shapes: N samples, I inputs, which are the channels of all poolings, P channels of the target, S strengths.
+Shapes: N samples, I inputs (the channels of all poolings), P channels of the target, S strengths.
 """
 
 from collections.abc import Mapping, Sequence

@@ -43,7 +43,7 @@ class Alibi(nn.Module):
     """Attention bias: -slope · Manhattan distance between patches, and 0 for extra tokens.
 
     The bias for the longest input so far is kept per dtype and device, without gradient and with rows aligned for the
-    kernels. It contains those for shorter ones. Attention broadcasts it over the batch without a copy.
+    kernels. Shorter inputs use parts of it. Attention broadcasts it over the batch without a copy.
 
     Args:
         num_columns: Columns of the grid of patches; 1 for a sequence, whose distances are |i - j|.
@@ -197,7 +197,7 @@ class Mlp(nn.Module):
 class Block(FfnBlock):
     """``a = norm1(x + attention(x)); t = mlp(a); x' = norm2(a + t)``; ``t`` is the FFN output, ``x'`` has x's dtype.
 
-    With ``has_input_norm``, ``x`` is the input behind a LayerNorm of its own: a pre-norm residual stream has no bounded
+    With ``has_input_norm``, ``x`` is the input after its own LayerNorm: a pre-norm residual stream has no bounded
     scale.
     """
 

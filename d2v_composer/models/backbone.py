@@ -1,6 +1,6 @@
 """Models that turn inputs into features, and features into embeddings: the base of teachers and students.
 
-Shapes: B inputs, T tokens, D channels, H heads, P of the embedding ``projected_cls``.
+Shapes: B inputs, T tokens, D channels, H heads, P channels of ``projected_cls``.
 """
 
 import hashlib

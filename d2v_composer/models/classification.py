@@ -29,7 +29,7 @@ class Classifier(ComposerModel):
     of mixed ones. If waveforms are padded, their lengths follow: samples, (B,) int64.
     :meth:`prepare` normalizes the images of a batch on the device, before Composer's algorithms mix them.
 
-    Parameters on which the embedding does not depend, such as the last norm below ``layer_mean``, are frozen.
+    Parameters on which the embedding does not depend, such as the last norm for ``layer_mean``, are frozen.
 
     Args:
         backbone: Student or teacher; changed: what trains takes a gradient.

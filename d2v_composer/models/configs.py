@@ -292,7 +292,7 @@ class EatEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
 
 
 class FrozenModelConfig(ImageConfig):
-    """Sizes of a teacher that is anyone's module."""
+    """Sizes of a teacher made from any module."""
 
     image_size: ImageSize
     grid_size: Annotated[tuple[int, int], Field(strict=False)]

@@ -61,7 +61,7 @@ def evaluation_tables(evaluation: Evaluation, unit: str) -> str:
 
     Args:
         evaluation: The results.
-        unit: What a candidate's computation is counted for: image or second.
+        unit: The unit of GFLOP and speed: image or second.
     """
     speeds = evaluation.speeds
     head = ["", "M parameters", "MB in float32", f"GFLOP/{unit}", *(f"{unit}s/s, batch {size}" for size in speeds)]

@@ -1,8 +1,8 @@
 """Signals, child processes and open files of a command; the ranks and parts that share its work.
 
 A command blocks SIGINT and SIGTERM in its first line. All its threads and children inherit the mask, so that no signal
-to the whole group, as schedulers and terminals send it, reaches a data worker or an upload. One thread waits for them.
-Windows has no masks, and commands no children there: handlers take the thread's place.
+to the whole group, as schedulers and terminals send it, reaches a data worker or an upload.
+One thread awaits the signals. Windows has no masks, and commands no children there: handlers take the thread's place.
 """
 
 import ctypes

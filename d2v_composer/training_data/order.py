@@ -44,7 +44,7 @@ class EpochOrder(DistributedSampler[Sample]):
 
     With ``lengths``, samples of similar length come together: each canonical node's order is cut into windows of about
     ``shuffle_block_size`` samples of all nodes. Within a window, a node's samples are sorted by length and cut into its
-    parts of the global batches. The parts of equal place make a batch, and the window's batches are shuffled.
+    parts of the global batches. Parts at the same position form a batch, and the window's batches are shuffled.
 
     Args:
         shard_sizes: (S,) the samples in each shard.
@@ -150,7 +150,7 @@ class EpochOrder(DistributedSampler[Sample]):
 def padded_sizes(lengths: NDArray[np.int64]) -> list[int]:
     """Return at most 16 lengths that batches are padded to, ascending, up to the longest sample's, from (N,).
 
-    A compiled model needs a graph for each. They are close where most of the sound is, and nowhere far apart.
+    A compiled model needs a graph for each. Lengths are close where most of the sound is, and nowhere far apart.
     """
     ascending = np.sort(lengths)
     place = ascending.cumsum() / ascending.sum() + ascending / (2 * ascending[-1])
