@@ -220,11 +220,10 @@ class ZeroShotRetrieval(Callback):
                 results += measure_embeddings([*rows.values()], embeds, dataset, labeled, lookup)
         of_student = {row.title for row in ROWS.values() if True in moves and student in (row.queries, row.bank)}
         self.results = [result for result in self.results if result.row not in rows.keys() | of_student]
-        self.results += [
-            result._replace(batch=batch, nearest=result.nearest if result.row in (student, TEACHER) else None)
-            for result in results
-            if result.is_primary
-        ]
+        for result in results:
+            if result.is_primary:
+                is_shown = result.row in (STUDENT, TEACHER) and result.measure.bank == "train"
+                self.results.append(result._replace(batch=batch, nearest=result.nearest if is_shown else None))
         logger.log_metrics({"time/zero_shot_retrieval": time.monotonic() - start})
         for moving in sorted(moves):
             metrics = {

@@ -29,7 +29,7 @@ COMMANDS = {
     "align": "let a student search an index that another model made",
     "merge": "merge the parts of a conversion or of embeddings",
     "benchmark": "measure the speed of training, data and retrieval against baselines",
-    "env": "print what a bug report needs: versions, machine, missing packages",
+    "env": "print what a bug report needs: versions, machine, packages",
 }
 
 

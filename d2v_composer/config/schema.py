@@ -285,9 +285,9 @@ class AlignmentConfig(Section):
     pooling: Pooling | None = None
     """Pooling of the teacher's embedding that the map leads to: ``cls``, ``mean`` or ``mean_patches``; null: the
     teacher's default."""
-    representation: Representation | None = None
-    """Representation of that embedding: ``output`` of the last block, ``layer_mean``, which the loss regresses, or
-    ``projected``; null: ``projected`` if the teacher has it and no pooling is set, else ``output``."""
+    representation: Literal["output", "layer_mean"] | None = None
+    """Representation of that embedding: ``output`` of the last block, or ``layer_mean``, which the loss regresses;
+    null: ``output``, or with the probe ``zero_shot`` and no pooling the teacher's image embedding."""
 
 
 class LookupConfig(Section):

@@ -90,10 +90,11 @@ def read_run(folder: Path) -> Run:
         with reading(checkpoint):
             measured |= Checkpoint(checkpoint, read_newest(checkpoint, load_untrusted)).saved_by("ZeroShotRetrieval")
     results, datasets = read_results(measured["results"]), {}
+    shown = {result.dataset for result in results if result.row == STUDENT and result.nearest is not None}
     for name, labeled in retrieval["datasets"].items():
         options = {"download": False, "max_images": retrieval["max_images"], "class_embeddings": None}
         try:
-            if labeled is not None and name in (result.dataset for result in results if result.nearest is not None):
+            if labeled is not None and name in shown:
                 dataset = load_labeled_set(modality=modality, **labeled | options).numbered()
                 if measured["conditions"][f"{name}.images"] != dataset.fingerprint():
                     raise InputError(f"its {modality.unit} differ from those that the run measured")

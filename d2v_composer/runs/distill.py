@@ -53,6 +53,7 @@ FIXED_BY_A_CHECKPOINT = (
     "config.targets",
     "config.objectives",
     "config.alignment.pooling",
+    "config.alignment.representation",
     "config.optimizer",
     "teacher.sha256",
 )
@@ -226,7 +227,14 @@ def target_of(config: TrainConfig, model: DistillationModel) -> Embedding | None
         return None
     default = "output" if how.pooling or not teacher.projected_width else "projected"
     with errors_of("alignment"):
-        return choose_embedding(teacher, how.pooling, how.representation or default)
+        target = choose_embedding(teacher, how.pooling, how.representation or default)
+    if how.representation == "layer_mean" and model.layer_mean[:2] != teacher.layer_mean[:2]:
+        normalization, _ = teacher.layer_mean[:2]
+        raise InputError(
+            f"alignment.representation: layer_mean needs the teacher's own normalization, which d2v embed uses: "
+            f"targets.normalization={normalization} and the default of targets.final_layer_norm"
+        )
+    return target
 
 
 def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRetrieval | None:

@@ -264,11 +264,12 @@ def test_what_a_run_is_cannot_be_changed(uninterrupted: Path, small_data: Path, 
     changes = ["seed=18", "student.depth=2", "student.alibi=false", "optimizer.lr=0.001", "targets.extra_tokens=drop"]
     changes += ["global_train_batch_size=8", f"train_loader.local={labeled / 'test'}", "train_loader.column=image"]
     changes += ["prediction=last_block", "teacher.first_blocks=1", "alignment.pooling=cls"]
+    changes += ["alignment.representation=output"]
     before = contents_of(uninterrupted)
     line = refused_run(small_run(uninterrupted, small_data, *changes))
     assert "seed: checkpoint has 17, config has 18" in line, line
     names = ["student.depth", "student.alibi", "optimizer.lr", "targets.extra_tokens", "global_train_batch_size"]
-    for name in (*names, "prediction", "teacher.first_blocks", "alignment.pooling"):
+    for name in (*names, "prediction", "teacher.first_blocks", "alignment.pooling", "alignment.representation"):
         assert f"{name}: checkpoint has " in line
     assert "train_loader.column: checkpoint has None, config has image" in line
     assert "train_loader" in refused_run(small_run(uninterrupted, labeled / "test", "seed=17"))

@@ -25,6 +25,7 @@ from helpers import (
     datasets_of,
     encoded_image,
     load_checkpoint,
+    refused_run,
     run_ranks,
     run_training,
     small_run,
@@ -314,3 +315,10 @@ def test_a_run_with_too_few_samples_for_a_map_says_so(small_data: Path, labeled:
     rows = {row for row, *_ in results}
     assert "student" in rows
     assert "student, projected" not in rows
+
+
+def test_a_layer_mean_of_another_normalization_than_the_teachers_is_refused(small_data: Path, tmp_path: Path) -> None:
+    """d2v embed would give the index of the teacher's own layer mean."""
+    options = "alignment.representation=layer_mean", "targets.normalization=layer"
+    line = refused_run(small_run(tmp_path / "run", small_data, *options))
+    assert "alignment.representation: layer_mean needs the teacher's own normalization" in line
