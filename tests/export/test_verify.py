@@ -329,7 +329,9 @@ def test_the_command_measures_beside_pytorch(student: Path, tmp_path: Path, suff
     report = json.loads((tmp_path / f"{program.name}.verify.json").read_text())
     names = "|".join(map(re.escape, report["runtimes"]))  # OpenVINO's, too, where it is installed
     fastest = rf"({names}), \d+\.\d\d times ({names})( and \d+\.\d\d times ({names}))?"
-    assert re.search(rf"^fastest here of the runtimes in range: /s at 1 {fastest}; /s at 16 {fastest}$", done.stdout, re.MULTILINE)
+    assert re.search(
+        rf"^fastest here of the runtimes in range: /s at 1 {fastest}; /s at 16 {fastest}$", done.stdout, re.MULTILINE
+    )
     assert report["faults"] == {}
     assert report["runtimes"]["pytorch"]["difference"] == 0
     assert report["versions"]["onnxruntime"]
