@@ -86,8 +86,8 @@ class ZeroShotRetrieval(Callback):
         teacher_neighbors: Data set → embedding → (N, 10) int32, each test image's nearest others, for agreement; kept
             in checkpoints.
         results: What tables and the report show, in the primary embedding: of the baselines, of the student before
-            training and of the student as last measured, with its batch; kept in checkpoints. Those of the student and
-            of the teacher have the neighbors of each query, as many as the largest of ``ks``.
+            training and of the student as last measured, with its batch; kept in checkpoints. Those of the
+            student and of the teacher have each test image's nearest train images, as many as the largest of ``ks``.
         conditions: What the numbers of every set that the run ever measured depend on; kept in checkpoints.
         should_stop: Asked before each batch of images; True leaves the evaluation, and the run that resumes measures it
             first. On several ranks it must return the same to all.

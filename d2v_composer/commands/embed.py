@@ -12,7 +12,7 @@ Read NAME.npy, (N, D), with np.load(…, mmap_mode="r"); the ids are in NAME.ids
 embedding.
 Images are resized to the model's size without cropping; clips are embedded whole.
 If Composer is installed, the command uses all GPUs of this machine, or as many processes as Composer's launcher starts.
-The bytes written are the same.
+Any number of processes writes the same bytes.
 An interrupted run leaves no OUT; run the same command again to resume it.
 """
 

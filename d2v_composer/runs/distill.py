@@ -229,10 +229,9 @@ def target_of(config: TrainConfig, model: DistillationModel) -> Embedding | None
     with errors_of("alignment"):
         target = choose_embedding(teacher, how.pooling, how.representation or default)
     if how.representation == "layer_mean" and model.layer_mean[:2] != teacher.layer_mean[:2]:
-        normalization, _ = teacher.layer_mean[:2]
         raise InputError(
             f"alignment.representation: layer_mean needs the teacher's own normalization, which d2v embed uses: "
-            f"targets.normalization={normalization} and the default of targets.final_layer_norm"
+            f"targets.normalization={teacher.layer_mean.normalization} and the default of targets.final_layer_norm"
         )
     return target
 
