@@ -140,7 +140,7 @@ class Audio(Modality):
 
     name = "audio"
     unit = "clips"
-    cost_unit = "second of audio"
+    cost_unit = "audio second"
     suffixes = (".flac", ".wav", ".ogg", ".oga", ".opus", ".mp3")
     encodings = ("bytes",)
     options = frozenset({"crop_seconds"})

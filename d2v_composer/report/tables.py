@@ -61,7 +61,7 @@ def evaluation_tables(evaluation: Evaluation, unit: str) -> str:
 
     Args:
         evaluation: The results.
-        unit: The unit of GFLOP and speed: image or second.
+        unit: The unit of GFLOP and speed: image or audio second.
     """
     speeds = evaluation.speeds
     head = ["", "M parameters", "MB in float32", f"GFLOP/{unit}", *(f"{unit}s/s, batch {size}" for size in speeds)]

@@ -82,7 +82,7 @@ def test_a_student_of_sound_says_how_it_takes_clips(tmp_path: Path) -> None:
     for said in (
         "trained it on 96 clips",
         "maps an audio clip",
-        "GFLOP per second of audio",
+        "GFLOP per audio second",
         "| clips | 16 kHz mono",
     ):
         assert said in text, said
