@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v_composer.callbacks.algorithms import share_statistics
-from d2v_composer.callbacks.trainer_state import find_callback, has_ended
-from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
+from d2v_composer.callbacks.trainer_state import has_ended
 from d2v_composer.data.modality import collate
 from d2v_composer.evaluation.labeled_retrieval import move_batch
 from d2v_composer.evaluation.nearest_neighbors import Ranks
@@ -66,10 +65,6 @@ class AlignStudent(Callback):
         self.embed_student, self.embed_teacher = embed_student, embed_teacher
         self.targets: list[Tensor] = []  # this rank's, embedded once
         self.batch, self.about = -1, dict[str, Any]()
-
-    def init(self, state: State, logger: Logger) -> None:
-        if (retrieval := find_callback(state, ZeroShotRetrieval)) is not None:
-            retrieval.prepare, retrieval.lookup = self.fit, retrieval.lookup._replace(target=self.target)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if has_ended(state):

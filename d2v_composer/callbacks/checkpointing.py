@@ -24,8 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from d2v_composer.callbacks.logging import Uploads
-from d2v_composer.callbacks.trainer_state import find_callback, has_ended, loss_scale
-from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
+from d2v_composer.callbacks.trainer_state import has_ended, loss_scale
 from d2v_composer.checkpoints.checkpoint import (
     LATEST,
     LOG,
@@ -51,6 +50,29 @@ ADVICE = "earlier checkpoints are kept: resume with another precision, or start 
 log = logging.getLogger(__name__)
 
 
+class Stop:
+    """The signal that ends a run after its batch.
+
+    Attributes:
+        signal: The same on all ranks; ``None``: the run goes on.
+        is_last_batch: No batch follows, so that this one's retrieval is finished in any case.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self.is_last_batch = False
+
+    def has_come(self) -> bool:
+        """Return True on all ranks if there is a signal; several ranks agree only at the end of a batch."""
+        if self.signal is None and dist.get_world_size() == 1:
+            self.signal = processes.received()
+        return self.signal is not None
+
+    def ends_retrieval(self) -> bool:
+        """Return True on all ranks if a retrieval must be left out or cut short."""
+        return self.has_come() and not self.is_last_batch
+
+
 class Checkpoints(Callback):
     """Save checkpoints, keep the newest ones, upload them, and stop on a signal.
 
@@ -74,6 +96,7 @@ class Checkpoints(Callback):
         num_to_keep: The number to keep on this machine, and in S3; -1 keeps all.
         uploads: The run's uploads, if the folder is in a store.
         advice: The end of the line that says where the run was saved.
+        stop: Set here at the end of each batch; ZeroShotRetrieval gets its ``ends_retrieval``.
 
     Raises:
         InputError: Another run uses the folder, it holds other files, or it cannot be written.
@@ -86,21 +109,16 @@ class Checkpoints(Callback):
         num_to_keep: int = -1,
         uploads: Uploads | None = None,
         advice: str = "",
+        stop: Stop | None = None,
     ) -> None:
         self.folder, self.num_to_keep, self.uploads, self.advice = folder, num_to_keep, uploads, advice
         self.is_due = create_interval_scheduler(save_interval)
-        self.stopped_by: signal.Signals | None = None  # the same on all ranks
-        self.is_last_batch = False
+        self.stop = stop or Stop()
         self.last_saved = -1
         self.lock: FolderLock | None = None
         with rank_zero_first("save_folder"):
             if folder is not None and dist.get_global_rank() == 0:
                 self.lock = FolderLock(folder)
-
-    def init(self, state: State, logger: Logger) -> None:
-        retrieval = find_callback(state, ZeroShotRetrieval)
-        if retrieval is not None:
-            retrieval.should_stop = self.should_stop
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Agree with the other ranks on whether to stop: a signal may reach them at different batches.
@@ -110,7 +128,7 @@ class Checkpoints(Callback):
         """
         processes.defer_signals(NOTICE)
         # A finished run measures nothing when it starts again.
-        self.is_last_batch = has_ended(state)
+        self.stop.is_last_batch = has_ended(state)
         if self._agree(state) == REMOVED and self.folder is not None:
             raise RunError(
                 f"save_folder: {self.folder.local} or its lock {MARK} was removed during the run: "
@@ -118,14 +136,14 @@ class Checkpoints(Callback):
             )
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        if self.is_due(state, Event.BATCH_CHECKPOINT) or self._is_stopping():
+        if self.is_due(state, Event.BATCH_CHECKPOINT) or self.stop.has_come():
             self._save(state)
-        if not self.is_last_batch:
+        if not self.stop.is_last_batch:
             self._exit_if_stopping(state)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
         """Save at the end of a run if its duration is in epochs, also after its last batch was saved."""
-        if has_ended(state) and not self.is_last_batch:
+        if has_ended(state) and not self.stop.is_last_batch:
             self.last_saved = -1
             self._save(state)
 
@@ -158,24 +176,15 @@ class Checkpoints(Callback):
                 prune(checkpoint.parent, self.num_to_keep)
             prune_store(uploads.address, checkpoint.name, self.num_to_keep)
 
-    def should_stop(self) -> bool:
-        """Return True on all ranks if the run is stopping, so that a retrieval must be skipped or cut short."""
-        return self._is_stopping() and not self.is_last_batch
-
-    def _is_stopping(self) -> bool:
-        if self.stopped_by is None and dist.get_world_size() == 1:  # several ranks agree only at the end of a batch
-            self.stopped_by = processes.received()
-        return self.stopped_by is not None
-
     def _agree(self, state: State) -> int:
-        """Set ``stopped_by`` to the signal that reached any rank; return the largest code on any rank."""
+        """Set ``stop`` to the signal that reached any rank; return the largest code on any rank."""
         is_removed = self.lock is not None and self.lock.is_removed()
         code = REMOVED if is_removed else STOPS.index(processes.received())
         if dist.get_world_size() > 1:
             tensor = state.device.tensor_to_device(torch.tensor(code))
             dist.all_reduce(tensor, reduce_operation="MAX")
             code = int(tensor)
-        self.stopped_by = (*STOPS, None)[code]
+        self.stop.signal = (*STOPS, None)[code]
         return code
 
     def begin(self) -> None:
@@ -205,7 +214,7 @@ class Checkpoints(Callback):
         processes.obey_signals()
 
     def _exit_if_stopping(self, state: State) -> None:
-        if self.stopped_by is None:
+        if (signum := self.stop.signal) is None:
             return
         with rank_zero_first("the upload of the checkpoint"):  # minutes, which no collective would wait
             if self.uploads is not None:
@@ -215,9 +224,9 @@ class Checkpoints(Callback):
             batch, folder = int(state.timestamp.batch), self.folder
             said = f"saved at batch {batch} in {folder}{self.advice}" if folder else "not saved"
             with suppress(OSError):  # a killed launcher may have closed the terminal
-                tqdm.write(f"{processes.NAMES[self.stopped_by]}: {said}")
+                tqdm.write(f"{processes.NAMES[signum]}: {said}")
                 sys.stdout.flush()
-        raise SystemExit(128 + self.stopped_by)
+        raise SystemExit(128 + signum)
 
     def close(self, state: State, logger: Logger) -> None:
         processes.forget_signals()

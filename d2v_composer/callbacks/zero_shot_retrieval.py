@@ -12,6 +12,7 @@ from composer.utils import dist, model_eval_mode
 from torch import Tensor
 
 from d2v_composer.callbacks.algorithms import share_statistics
+from d2v_composer.callbacks.alignment import AlignStudent
 from d2v_composer.callbacks.run_record import find_changes
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
 from d2v_composer.data.modality import Augmentation
@@ -76,6 +77,9 @@ class ZeroShotRetrieval(Callback):
             ``instance``, whether one augmented view of it finds the other. Or ``zero_shot``, whether the text embedding
             of a test image's class is the nearest to its ``projected_cls``, in sets with ``class_embeddings``.
         augment: Makes these views.
+        align: Fits the student's ``projected_cls`` before each measurement, which is then compared with the teacher's.
+        should_stop: Asked before each batch of images; True leaves the evaluation, and the run that resumes measures it
+            first. On several ranks it must return the same to all.
         device_batch_size: Images embedded at once on each device.
         progress_bar: Show a bar on rank 0's terminal.
 
@@ -89,10 +93,7 @@ class ZeroShotRetrieval(Callback):
             training and of the student as last measured, with its batch; kept in checkpoints. Those of the
             student and of the teacher have each test image's nearest train images, as many as the largest of ``ks``.
         conditions: What the numbers of every set that the run ever measured depend on; kept in checkpoints.
-        should_stop: Asked before each batch of images; True leaves the evaluation, and the run that resumes measures it
-            first. On several ranks it must return the same to all.
-        was_stopped: Whether that happened in this batch; kept in checkpoints.
-        prepare: Called before the student is measured, with the state and what moves a batch of samples to its device.
+        was_stopped: Whether ``should_stop`` ended the last evaluation; kept in checkpoints.
 
     Example:
         >>> from d2v_composer import load_labeled_set
@@ -112,6 +113,8 @@ class ZeroShotRetrieval(Callback):
         at_start: bool = False,
         probes: Collection[str] = (),
         augment: Augmentation | None = None,
+        align: AlignStudent | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
         device_batch_size: int = 256,
         progress_bar: bool = True,
     ) -> None:
@@ -119,7 +122,8 @@ class ZeroShotRetrieval(Callback):
             raise ValueError(f"probes must be among {', '.join(PROBES)}, got {', '.join(probes)}")
         if "agreement" in probes and baselines is not None and TEACHER not in baselines:
             raise ValueError("agreement needs a baseline named teacher")
-        self.lookup = Lookup(primary, tuple(ks), probes, augment, device_batch_size)
+        target = "" if align is None else align.target
+        self.lookup = Lookup(primary, tuple(ks), probes, augment, device_batch_size, target=target)
         self.conditions: dict[str, str] = {}
         for name, labeled in datasets.items():
             self.lookup.check(name, labeled)
@@ -130,14 +134,13 @@ class ZeroShotRetrieval(Callback):
         self.embed = embed
         self.baselines = baselines
         self.at_start = at_start
+        self.align, self.should_stop = align, should_stop
         self.progress_bar = progress_bar
         self.is_due = due_every(interval, {Event.BATCH_END, Event.EPOCH_END})
         self.history: list[dict[str, Any]] = []
         self.baseline_metrics: dict[str, float] = {}
         self.teacher_neighbors: Neighbors = {}
         self.results: list[Result] = []
-        self.should_stop: Callable[[], bool] = lambda: False
-        self.prepare: Callable[[State, Callable[[Tensor], Tensor]], object] = lambda state, to_device: None
         self.was_stopped = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -212,8 +215,8 @@ class ZeroShotRetrieval(Callback):
         progress = "retrieval " if self.progress_bar and ranks.rank == 0 else None
         lookup = self.lookup._replace(to_device=to_device, ranks=ranks, progress=progress)
         share_statistics(state.model)
-        if True in moves:
-            self.prepare(state, to_device)
+        if self.align is not None and True in moves:
+            self.align.fit(state, to_device)
         precision = get_precision_context(state.precision, state.precision_config)
         with model_eval_mode(state.model), torch.no_grad(), precision:
             for dataset, labeled in self.datasets.items():

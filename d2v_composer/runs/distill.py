@@ -10,6 +10,7 @@ from composer.core import Callback
 
 from d2v_composer.callbacks.algorithms import TargetStatistics
 from d2v_composer.callbacks.alignment import AlignStudent
+from d2v_composer.callbacks.checkpointing import Stop
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.checkpoints.student_file import choose_embedding, sizes_of
@@ -18,7 +19,7 @@ from d2v_composer.data.modalities import build_augmentation, modality_of
 from d2v_composer.evaluation.evaluate import cost, share_encoders
 from d2v_composer.evaluation.labeled_retrieval import Embed
 from d2v_composer.evaluation.rows import STUDENT, TEACHER, last_batch
-from d2v_composer.models.names import Embedding
+from d2v_composer.models.names import PROJECTED, Embedding
 from d2v_composer.models.precision import choose_precision
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives.compilation import check_compiler, compile_model
@@ -97,7 +98,8 @@ def train_student(
     if config.targets.normalization == "dataset" and config.objectives.tokens.weight:
         measure = TargetStatistics(config.targets.dataset_batches or 100, config.device_eval_batch_size)
         callbacks = [measure, *callbacks]
-    align, retrieval = build_alignment(config, model, index), build_retrieval(config, model)
+    align, stop = build_alignment(config, model, index), Stop()
+    retrieval = build_retrieval(config, model, align, stop)
     student = model.student.provenance["student"] | {"sizes": sizes_of(model.student)}
     trainer = build_trainer(
         config,
@@ -107,6 +109,7 @@ def train_student(
         fixed=FIXED_BY_A_CHECKPOINT + (FIXED_WITH_MICROBATCHES if model.compares_microbatches else ()),
         run_callbacks=[callback for callback in (align, retrieval) if callback is not None],
         callbacks=callbacks,
+        stop=stop,
         optimizers=build_optimizer(config.optimizer, model),
     )
     when_built(trainer)
@@ -208,14 +211,6 @@ def build_alignment(config: TrainConfig, model: DistillationModel, index: Index)
     return AlignStudent(model.student, source, batches, embeds[STUDENT], embeds[TEACHER], target.name, workers)
 
 
-def projected_width(config: TrainConfig, model: DistillationModel) -> int:
-    """Return the channels of the student's ``projected_cls``, trained or fitted; 0 if it has none."""
-    target, teacher = target_of(config, model), model.teacher
-    if target is None:
-        return model.student.projected_width
-    return teacher.projected_width if target.representation == "projected" else teacher.embed_dim
-
-
 def target_of(config: TrainConfig, model: DistillationModel) -> Embedding | None:
     """Return the teacher's embedding that the student is aligned with; ``None`` if its own ``projected_cls`` trains.
 
@@ -236,8 +231,16 @@ def target_of(config: TrainConfig, model: DistillationModel) -> Embedding | None
     return target
 
 
-def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRetrieval | None:
+def build_retrieval(
+    config: TrainConfig, model: DistillationModel, align: AlignStudent | None, stop: Stop
+) -> ZeroShotRetrieval | None:
     """Build the section ``retrieval``; ``None`` if it has no data sets.
+
+    Args:
+        config: The run's.
+        model: What it trains.
+        align: Fits the student's ``projected_cls``, unless that trains.
+        stop: Ends a measurement.
 
     Raises:
         InputError: A data set cannot be used.
@@ -246,9 +249,12 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
     if not any(retrieval.datasets.values()):
         return None
     primary, student, baselines = choose_embeds(config, model)
-    modality = modality_of(model.teacher.config)
+    teacher, width = model.teacher, model.student.projected_width
+    modality = modality_of(teacher.config)
+    if align is not None:
+        width = teacher.projected_width if align.target == PROJECTED else teacher.embed_dim
     with node_leaders_first("the data sets for retrieval"):
-        datasets = build_labeled_sets(retrieval, modality, projected_width(config, model))
+        datasets = build_labeled_sets(retrieval, modality, width)
     with errors_of("retrieval"):
         return ZeroShotRetrieval(
             datasets,
@@ -260,6 +266,8 @@ def build_retrieval(config: TrainConfig, model: DistillationModel) -> ZeroShotRe
             at_start=retrieval.at_start,
             probes=retrieval.probes,
             augment=build_augmentation(config.train_loader, modality, config.seed, for_views=True),
+            align=align,
+            should_stop=stop.ends_retrieval,
             device_batch_size=config.device_eval_batch_size,
             progress_bar=config.progress_bar,
         )

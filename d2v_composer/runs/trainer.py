@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from d2v_composer.callbacks.algorithms import GradientClipping, GradientNorm, SeededBatches
-from d2v_composer.callbacks.checkpointing import Checkpoints, NanGuard
+from d2v_composer.callbacks.checkpointing import Checkpoints, NanGuard, Stop
 from d2v_composer.callbacks.logging import ProgressLogger, Throughput, Uploads, num_batches
 from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.callbacks.trainer_state import find_callback
@@ -87,6 +87,7 @@ def build_trainer(
     run_callbacks: Sequence[Callback] = (),
     callbacks: Sequence[Callback] = (),
     prepare: Callable[[Any], Any] | None = None,
+    stop: Stop | None = None,
     **arguments: Any,
 ) -> Trainer:
     """Build the Trainer with the arguments that all runs share, and lock the run's folder.
@@ -100,6 +101,7 @@ def build_trainer(
         run_callbacks: Callbacks of this kind of run, which a checkpoint may have saved.
         callbacks: Further callbacks, besides the YAML's.
         prepare: Transforms a microbatch on the device.
+        stop: See :class:`Checkpoints`.
         **arguments: The Trainer's other arguments.
 
     Raises:
@@ -112,7 +114,7 @@ def build_trainer(
     record, precision = build_run_record(config, fixed, **about), choose_precision(config.precision).trainer
     # First lock the folder, then select the checkpoint in it: another run could still write one.
     advice = "; the same command resumes" if config.autoresume else ""
-    checkpoints = Checkpoints(folder, config.save_interval, config.save_num_checkpoints_to_keep, uploads, advice)
+    checkpoints = Checkpoints(folder, config.save_interval, config.save_num_checkpoints_to_keep, uploads, advice, stop)
     checkpoint = find_checkpoint(config, model, [record, *run_callbacks])
     with patched_composer(checkpoint and checkpoint.contents):
         return Trainer(

@@ -139,8 +139,7 @@ def test_a_measurement_cut_short_keeps_the_results_before_it() -> None:
         model.embed(images)
         return pixels(images) if len(model.embedded) <= 28 else pixels(images).square()
 
-    callback = ZeroShotRetrieval(sets, "5ba", embed=embed)
-    callback.should_stop = should_stop
+    callback = ZeroShotRetrieval(sets, "5ba", embed=embed, should_stop=should_stop)
     train(model, callback, "10ba")
     alone = ZeroShotRetrieval(sets, "5ba", embed=pixels)
     train(Watched(), alone, "5ba")

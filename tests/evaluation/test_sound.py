@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from d2v_composer import load_teacher
+from d2v_composer.callbacks.checkpointing import Stop
 from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.config.load import load_config
 from d2v_composer.evaluation.evaluate import share_encoders
@@ -108,4 +109,4 @@ def test_a_baseline_of_another_modality_is_one_line() -> None:
     model = DistillationModel(images, images.build_student(depth=1))
     line = "retrieval.baselines: must be among pixels, encoder, teacher with this teacher, got log_mel"
     with pytest.raises(InputError, match=f"^{line}$"):
-        build_retrieval(config, model)
+        build_retrieval(config, model, None, Stop())
