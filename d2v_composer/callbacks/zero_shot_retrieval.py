@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -146,9 +147,9 @@ class ZeroShotRetrieval(Callback):
     def fit_start(self, state: State, logger: Logger) -> None:
         if self.baselines is None:
             self.baselines = getattr(unwrapped(state), "retrieval_baselines", dict)()
-        self.student = self.embed or embed_method(unwrapped(state))
+        self.embed_student = self.embed or embed_method(unwrapped(state))
         if TEACHER in self.baselines:
-            self.lookup = self.lookup._replace(teacher=self.teacher_neighbors, kept={})
+            self.lookup.teacher_neighbors, self.lookup.kept = self.teacher_neighbors, {}
         wanted = {
             (row.title, dataset, measure)
             for row in rows_of(self.baselines, bool(self.lookup.target))
@@ -204,7 +205,7 @@ class ZeroShotRetrieval(Callback):
         start, ranks = time.monotonic(), Ranks(dist.get_global_rank(), dist.get_world_size())
         batch, results = int(state.timestamp.batch), list[Result]()
         student = STUDENT if batch else UNTRAINED
-        embeds = {**(self.baselines or {}), student: self.student}
+        embeds = {**(self.baselines or {}), student: self.embed_student}
         rows = {row.title: row for row in rows_of(embeds, bool(self.lookup.target)) if row.moves in moves}
 
         def to_device(tensor: Tensor) -> Tensor:
@@ -213,7 +214,7 @@ class ZeroShotRetrieval(Callback):
             return state.device.tensor_to_device(tensor)
 
         progress = "retrieval " if self.progress_bar and ranks.rank == 0 else None
-        lookup = self.lookup._replace(to_device=to_device, ranks=ranks, progress=progress)
+        lookup = replace(self.lookup, to_device=to_device, ranks=ranks, progress=progress)
         share_statistics(state.model)
         if self.align is not None and True in moves:
             self.align.fit(state, to_device)

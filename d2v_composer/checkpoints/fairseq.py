@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from d2v_composer.checkpoints.checkpoint import fetch_model
-from d2v_composer.checkpoints.safe_load import Stub, is_trained, load_untrusted
+from d2v_composer.checkpoints.safe_load import Stub, is_checkpoint, load_untrusted
 from d2v_composer.checkpoints.student_file import (
     build_loaded,
     is_safetensors,
@@ -49,7 +49,7 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
     """
     checkpoint = load_untrusted(file)
     stored, sizes = _section(checkpoint, "model"), _section(_section(checkpoint, "cfg"), "model")
-    if is_trained(checkpoint):
+    if is_checkpoint(checkpoint):
         raise InputError(f"{path} is a training checkpoint, not a teacher; the run.yaml beside it names its teacher")
     if stored is None or sizes is None:
         raise InputError(f"{path}: not a fairseq data2vec 2.0 checkpoint: it has no dicts 'model' and cfg['model']")

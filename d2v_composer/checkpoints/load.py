@@ -10,7 +10,7 @@ from torch import nn
 
 from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_newest
 from d2v_composer.checkpoints.fairseq import load_data2vec2
-from d2v_composer.checkpoints.safe_load import is_trained, load_untrusted
+from d2v_composer.checkpoints.safe_load import is_checkpoint, load_untrusted
 from d2v_composer.checkpoints.student_file import (
     CONFIG_TENSOR,
     build_loaded,
@@ -187,7 +187,7 @@ def load_models(path: str, weights: Weights = "model", teacher: str | None = Non
     def load(file: Path) -> Models:
         file = fetch_model(file)
         kind, contents = (read_model_file(file).kind, {}) if is_safetensors(file) else ("", load_untrusted(file))
-        if is_trained(contents):
+        if is_checkpoint(contents):
             return _load_checkpoint(Checkpoint(file, contents), teacher)
         if kind == "student":
             return _with_teacher(load_student(path), teacher)

@@ -53,7 +53,7 @@ def load_untrusted(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def is_trained(contents: Any) -> bool:
+def is_checkpoint(contents: Any) -> bool:
     """Return True if the contents of a file are a Composer checkpoint."""
     return isinstance(contents, dict) and "state" in contents
 

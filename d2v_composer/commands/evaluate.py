@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     weights = hash_weights(model)
     if config.out is not None:
         check_replaceable(Path(config.out), weights)
-    if "agreement" in config.probes and evaluation.lookup.teacher is None:
+    if "agreement" in config.probes and evaluation.lookup.teacher_neighbors is None:
         raise InputError("probes: agreement needs the teacher; name it with teacher=PATH")
     modality = modality_of(model.encoder.config)
     print(f"embedding: {evaluation.lookup.primary}")

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,7 +110,7 @@ class Evaluation(NamedTuple):
             rows = rows_of(embeds, bool(self.lookup.target))
             # Nothing aligns an untrained student here; its own ``projected_cls``, if it has one, is no map.
             rows = [row for row in rows if not (row.is_projected and row.queries == UNTRAINED)]
-            lookup = self.lookup._replace(augment=augment, to_device=partial(Tensor.to, device=device), progress="")
+            lookup = replace(self.lookup, augment=augment, to_device=partial(Tensor.to, device=device), progress="")
             for dataset, labeled in datasets.items():
                 self.class_names[dataset] = labeled.class_names
                 count, names = sum(labeled.num_samples), ", ".join(embeds)

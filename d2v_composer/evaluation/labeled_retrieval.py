@@ -6,8 +6,9 @@ Several ranks share the work. Shapes: B images of a batch, N of a split, Q queri
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -62,8 +63,9 @@ EmbeddedSet = dict[str, dict[str, Tensor]]
 Neighbors = dict[str, dict[str, Tensor]]
 
 
-class Lookup(NamedTuple):
-    """How sets are embedded, looked up and probed."""
+@dataclass
+class Lookup:
+    """How sets are embedded, looked up and probed, and what is known of the teacher from an earlier time."""
 
     primary: str
     """The embedding to report as a model's own."""
@@ -75,7 +77,7 @@ class Lookup(NamedTuple):
     """Makes an image's views."""
     batch_size: int
     """Images embedded at once on each rank."""
-    teacher: Neighbors | None = None
+    teacher_neighbors: Neighbors | None = None
     """Data set → embedding → the teacher's nearest others of each test image, (N, ``NUM_COMMON``) int32, filled in when
     the teacher is measured; ``None``: agreement is left out."""
     to_device: Callable[[Tensor], Tensor] = lambda tensor: tensor
@@ -91,7 +93,7 @@ class Lookup(NamedTuple):
 
     def measures(self, labeled: "EvaluationSet") -> list[Measure]:
         """Return the measures for a set: retrieval first, then the probes."""
-        needs = {AGREEMENT.name: self.teacher, "zero_shot": labeled.class_embeddings}
+        needs = {AGREEMENT.name: self.teacher_neighbors, "zero_shot": labeled.class_embeddings}
         measures = measures_of(self.ks, self.probes, labeled.has_labels)
         return [measure for measure in measures if needs.get(measure.name, labeled) is not None]
 
@@ -232,7 +234,7 @@ def measure_embeddings(
             banks = queries if row.bank == row.queries else gathered(row.bank, name_in(row, row.bank, lookup) or name)
             hits = dict[Measure, Tensor]()
             neighbors = dict[str, Tensor]()
-            if (known := lookup.teacher) is not None and "agreement" in wanted:
+            if (known := lookup.teacher_neighbors) is not None and "agreement" in wanted:
                 nearest = nearest_others(queries["test"], ranks=ranks, bank=banks["test"])
                 if row.title == TEACHER:
                     known.setdefault(dataset, {})[name] = nearest.int().cpu()

@@ -134,17 +134,18 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
     for place, name in zip(config.rivals, places, strict=True):
         parts[name] = rival = load_rival(place, modality.name).eval().to(device)
         groups.setdefault(modality_of(rival.encoder.config), {})[name] = rival.embed_all
-    of_teacher = None if teacher is None else {}
-    how = Lookup(primary, config.ks, config.probes, None, config.device_eval_batch_size, of_teacher)
-    if teacher is not None and model.projected_width:
-        how = how._replace(target=value_at(model.provenance, "alignment.target") or "")
+    lookup = Lookup(primary, config.ks, config.probes, None, config.device_eval_batch_size)
+    if teacher is not None:
+        lookup.teacher_neighbors = {}
+        if model.projected_width:
+            lookup.target = value_at(model.provenance, "alignment.target") or ""
 
     def load(taken: Modality) -> tuple[dict[str, EvaluationSet], Augmentation]:
         sets = build_labeled_sets(config, taken, model.projected_width)
         for name, labeled in sets.items():
-            how.check(name, labeled)
+            lookup.check(name, labeled)
         return sets, build_augmentation(loader, taken, config.seed, for_views=True)
 
     with torch.device(device), precision_of(None, device):
         costs = {name: cost(parts.get(name)) for group in groups.values() for name in group}
-    return model, Evaluation(groups, costs, how, load, {}, [], {})
+    return model, Evaluation(groups, costs, lookup, load, {}, [], {})

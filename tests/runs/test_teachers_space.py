@@ -1,6 +1,7 @@
 """A student in its teacher's space: the same map on any ranks, in every file, measured in the teacher's index."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ class Measured:
 
 def test_a_student_whose_primary_embedding_is_the_map_keeps_its_row() -> None:
     measured, embeds = Measured(), {STUDENT: Measured().student}
-    lookup = measured.lookup._replace(primary=PROJECTED, teacher=None)
+    lookup = replace(measured.lookup, primary=PROJECTED, teacher_neighbors=None)
     results = measure_embeddings(rows_of(embeds, has_target=True), embeds, "set", measured.labeled, lookup)
     primary = {(result.row, result.measure): result.hits for result in results if result.is_primary}
     for measure in (retrieval_from("train", 1), retrieval_from("test", 1)):
