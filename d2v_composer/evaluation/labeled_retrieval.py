@@ -61,6 +61,8 @@ warn_once = cache(logging.getLogger(__name__).warning)
 EmbeddedSet = dict[str, dict[str, Tensor]]
 """Part ('train', 'test', the ``VIEWS`` of test) → embedding → this rank's share, (share, D) float32 on the host."""
 Neighbors = dict[str, dict[str, Tensor]]
+LabeledVectors = tuple[Tensor, Tensor]
+"""Embeddings, (N, D), and the label of each, (N,)."""
 
 
 @dataclass
@@ -190,6 +192,40 @@ def name_in(row: Row, model: str, lookup: Lookup) -> str:
     return projected if row.is_projected else ""
 
 
+def search(
+    name: str, bank: LabeledVectors, queries: LabeledVectors, lookup: Lookup, wanted: Collection[str], about: str
+) -> tuple[dict[Measure, Tensor], Tensor]:
+    """Look up queries in a bank; if that is the train split, classify them by it, too.
+
+    Args:
+        name: The bank's.
+        bank, queries: On the device.
+        lookup: How the queries are looked up.
+        wanted: Names of the measures.
+        about: The beginning of a warning; '' for none.
+
+    Returns:
+        Each measure's hits, (Q,), and the nearest in the bank, (Q, K).
+    """
+    ranks, (vectors, labels), (embeddings, expected) = lookup.ranks, bank, queries
+    num_voters = NUM_NEIGHBORS if name == "train" and "knn" in wanted else 0
+    most = min(max(*lookup.ks, num_voters), len(labels))
+    nearest = exact_neighbors(vectors, ranks.take_share(embeddings), most)
+    indices = ranks.gather(nearest.indices[:, : max(lookup.ks)], len(expected))
+    hits_by_k = retrieval_hits(indices, labels, expected, lookup.ks)
+    hits = {retrieval_from(name, k): hit for k, hit in hits_by_k.items()}
+    if num_voters:
+        voters = TopK(*(tensor[:, :num_voters] for tensor in nearest))
+        for measure, temperature in ((KNN, TEMPERATURE), (KNN_MAJORITY, None)):
+            hits[measure] = ranks.gather(vote(voters, labels, temperature), len(expected)) == expected
+    if name == "train" and "linear" in wanted:  # each rank fits it alone: a probe takes seconds
+        probe = fit_linear_probe(vectors, labels)
+        hits[LINEAR] = probe.predict(embeddings) == expected
+        if about and not probe.converged:
+            warn_once(f"{about}: the linear probe has not converged")
+    return hits, indices
+
+
 def measure_embeddings(
     rows: Sequence[Row], embeds: Mapping[str, Embed], dataset: str, labeled: "EvaluationSet", lookup: Lookup
 ) -> Iterator[Result]:
@@ -205,20 +241,19 @@ def measure_embeddings(
         labeled: The set.
         lookup: How it is looked up.
     """
-    wanted, ks = {measure.name for measure in lookup.measures(labeled)}, lookup.ks
+    wanted = {measure.name for measure in lookup.measures(labeled)}
     to_device, ranks = lookup.to_device, lookup.ranks
     embedded = embed_rows(rows, embeds, dataset, labeled, lookup, "instance" in wanted)
     classes = labeled.class_embeddings if "zero_shot" in wanted else None
     labels = {split: to_device(getattr(labeled, split).labels) for split in BANKS}
-    for parts, samples in ((VIEWS, labels["test"]), (("classes",), () if classes is None else classes)):
-        labels |= dict.fromkeys(parts, torch.arange(len(samples)).to(labels["test"]))
+    labels |= dict.fromkeys(VIEWS, torch.arange(len(labels["test"])).to(labels["test"]))
     searches = [VIEWS[::-1]] if "instance" in wanted else []
     searches += [BANKS, BANKS[::-1]] if labeled.has_labels else []
     searches += [] if classes is None else [("classes", "test")]
 
-    def gathered(model: str, name: str) -> dict[str, Tensor]:
+    def gathered(model: str, name: str) -> dict[str, LabeledVectors]:
         return {
-            part: ranks.gather(to_device(shares[name]), labeled.num_samples[part != "train"])
+            part: (ranks.gather(to_device(shares[name]), labeled.num_samples[part != "train"]), labels[part])
             for part, shares in embedded[model].items()
         }
 
@@ -235,7 +270,7 @@ def measure_embeddings(
             hits = dict[Measure, Tensor]()
             neighbors = dict[str, Tensor]()
             if (known := lookup.teacher_neighbors) is not None and "agreement" in wanted:
-                nearest = nearest_others(queries["test"], ranks=ranks, bank=banks["test"])
+                nearest = nearest_others(queries["test"][0], ranks=ranks, bank=banks["test"][0])
                 if row.title == TEACHER:
                     known.setdefault(dataset, {})[name] = nearest.int().cpu()
                 theirs = known[dataset]
@@ -243,28 +278,14 @@ def measure_embeddings(
                 same = lookup.target if row.is_projected else same
                 hits[AGREEMENT] = common_shares(nearest, theirs[same])
             if name == PROJECTED and classes is not None and classes.shape[1] == in_queries[name].shape[1]:
-                banks = banks | {"classes": to_device(classes)}
+                banks = banks | {"classes": (to_device(classes), torch.arange(len(classes)).to(labels["test"]))}
+            about = f"{dataset}, {row.title}" if name == primary and ranks.rank == 0 else ""
             for bank, query in searches:
-                if bank not in banks:
-                    continue
-                num_voters = NUM_NEIGHBORS if bank == "train" and "knn" in wanted else 0
-                most = min(max(*ks, num_voters), len(labels[bank]))
-                nearest = exact_neighbors(banks[bank], ranks.take_share(queries[query]), most)
-                indices = ranks.gather(nearest.indices[:, : max(ks)], len(labels[query]))
-                if name == primary and bank in BANKS:
-                    neighbors[bank] = indices.int().cpu()
-                hits_by_k = retrieval_hits(indices, labels[bank], labels[query], ks)
-                hits |= {retrieval_from(bank, k): hit for k, hit in hits_by_k.items()}
-                if num_voters:
-                    voters = TopK(*(tensor[:, :num_voters] for tensor in nearest))
-                    for measure, temperature in ((KNN, TEMPERATURE), (KNN_MAJORITY, None)):
-                        voted = ranks.gather(vote(voters, labels[bank], temperature), len(labels[query]))
-                        hits[measure] = voted == labels[query]
-                if bank == "train" and "linear" in wanted:  # each rank fits it alone: a probe takes seconds
-                    probe = fit_linear_probe(banks[bank], labels[bank])
-                    hits[LINEAR] = probe.predict(queries[query]) == labels[query]
-                    if not probe.converged and name == primary and ranks.rank == 0:
-                        warn_once(f"{dataset}, {row.title}: the linear probe has not converged")
+                if bank in banks:
+                    hits_in_bank, indices = search(bank, banks[bank], queries[query], lookup, wanted, about)
+                    hits |= hits_in_bank
+                    if name == primary and bank in BANKS:
+                        neighbors[bank] = indices.int().cpu()
             for measure, hit in hits.items():
                 is_primary = name == primary or measure.name == "zero_shot"
                 yield Result(row.title, dataset, measure, name, is_primary, hit.cpu(), 0, neighbors.get(measure.bank))
