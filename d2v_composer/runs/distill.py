@@ -138,9 +138,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
     """
     with node_leaders_first("the teacher"):
         teacher = teacher or build_teacher(config)
-    targets, depth = config.targets, teacher.config.depth
-    if (top_k := targets.average_top_k_layers) is not None and top_k > depth:
-        raise InputError(f"targets.average_top_k_layers: must be at most the teacher's depth {depth}, got {top_k}")
+    targets = config.targets
     check_compiler(config.compile)
     with errors_of("student"):
         layer_mean = targets.model_dump(include={"normalization", "final_layer_norm"})

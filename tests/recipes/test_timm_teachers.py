@@ -71,7 +71,7 @@ def test_a_compiled_run_in_bfloat16_is_close(trained: Path, teacher: Path, small
         ("teacher.model=timm/vit_small_patch16_224", "it has no embedding of 16 x 16 pixel patches"),
         ("teacher.first_blocks=6", "^teacher.first_blocks must be a whole number from 0 to 5, got 6"),
         ("teacher.image_size=40", "image_size must be a multiple of the patch size, 16 x 16 pixels, got 40 x 40"),
-        ("targets.average_top_k_layers=6", "must be at most the teacher's depth 5, got 6"),
+        ("targets.average_top_k_layers=6", "average_top_k_layers must be a whole number from 1 to 5, got 6"),
         ("student.init=teacher_blocks", "init teacher_blocks needs data2vec 2.0's post-norm blocks"),
     ],
 )
