@@ -172,9 +172,14 @@ class Backbone(nn.Module, ABC):
         return self.encoder.config.has_cls_token
 
     @property
+    def pooled_names(self) -> list[str]:
+        """The names of all embeddings but ``projected_cls``."""
+        return self.layer_mean.names(self.has_cls_token)
+
+    @property
     def embedding_names(self) -> list[str]:
         """The names of all embeddings."""
-        return [*self.layer_mean.names(self.has_cls_token), *([PROJECTED] if self.projected_width else [])]
+        return [*self.pooled_names, *([PROJECTED] if self.projected_width else [])]
 
     @property
     def projected_width(self) -> int:
@@ -186,7 +191,7 @@ class Backbone(nn.Module, ABC):
     @property
     def alignment_inputs(self) -> list[str]:
         """The embeddings that an alignment reads: CLS and mean of each representation."""
-        return [name for name in self.layer_mean.names(self.has_cls_token) if name.endswith(("_cls", "_mean"))]
+        return [name for name in self.pooled_names if name.endswith(("_cls", "_mean"))]
 
     def align(self, weight: Tensor, bias: Tensor) -> None:
         """Give this model the map to another model's space, (P, I) and (P,), or replace it; see :class:`Alignment`."""

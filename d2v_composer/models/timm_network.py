@@ -15,7 +15,7 @@ from d2v_composer.models.configs import TimmNetworkConfig, height_and_width, par
 from d2v_composer.models.encoder import Inputs, Tokens
 from d2v_composer.models.features import Features
 from d2v_composer.models.images import PixelEncoder
-from d2v_composer.models.names import PROJECTED, timm_name
+from d2v_composer.models.names import timm_name
 from d2v_composer.system.errors import reason
 
 
@@ -182,8 +182,8 @@ class NetworkStudent(Backbone):
         super().__init__(TimmNetwork(config, pretrained), config, provenance)
 
     @property
-    def embedding_names(self) -> list[str]:
-        return ["output_cls", "output_mean", "output_mean_patches", *([PROJECTED] if self.projected_width else [])]
+    def pooled_names(self) -> list[str]:
+        return ["output_cls", "output_mean", "output_mean_patches"]
 
     @property
     def projected_width(self) -> int:
