@@ -16,6 +16,7 @@ from d2v_composer.callbacks.algorithms import share_statistics
 from d2v_composer.callbacks.alignment import AlignStudent
 from d2v_composer.callbacks.run_record import find_changes
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
+from d2v_composer.checkpoints.results import Result, read_results
 from d2v_composer.data.modality import Augmentation
 from d2v_composer.evaluation.labeled_retrieval import Embed, Lookup, Neighbors, measure_embeddings
 from d2v_composer.evaluation.nearest_neighbors import Ranks
@@ -25,9 +26,7 @@ from d2v_composer.evaluation.rows import (
     STUDENT,
     TEACHER,
     UNTRAINED,
-    Result,
     metric_key,
-    read_results,
     rows_of,
 )
 from d2v_composer.system.errors import InputError

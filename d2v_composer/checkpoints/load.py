@@ -10,6 +10,7 @@ from torch import nn
 
 from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_newest
 from d2v_composer.checkpoints.fairseq import load_data2vec2
+from d2v_composer.checkpoints.results import read_results
 from d2v_composer.checkpoints.safe_load import is_checkpoint, load_untrusted
 from d2v_composer.checkpoints.student_file import (
     CONFIG_TENSOR,
@@ -239,8 +240,9 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
     path, record, retrieval = checkpoint.path, dict(checkpoint.record), checkpoint.saved_by("ZeroShotRetrieval")
     if measured := retrieval.get("history"):
         accuracies = dict[str, dict[str, float]]()
-        for row, dataset, (*_, key, _), _, _, hits, *_ in retrieval["results"]:
-            accuracies.setdefault(f"{dataset} {key}", {})[row] = hits.double().mean().item()
+        for result in read_results(retrieval["results"]):
+            rows = accuracies.setdefault(f"{result.dataset} {result.measure.key}", {})
+            rows[result.row] = result.hits.double().mean().item()
         record["results"] = {
             "batch": checkpoint.trained("batch"),
             "last": measured[-1]["batch"],

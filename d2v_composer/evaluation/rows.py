@@ -1,4 +1,4 @@
-"""The rows of an evaluation, its columns and its log keys, its results, their uncertainty, and the table they make.
+"""The rows of an evaluation, its columns and its log keys, the uncertainty of its results, and the table they make.
 
 Shapes: Q queries, K neighbors.
 """
@@ -6,12 +6,12 @@ Shapes: Q queries, K neighbors.
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
+from d2v_composer.checkpoints.results import Measure, Result
 from d2v_composer.evaluation.nearest_neighbors import NUM_COMMON, NUM_NEIGHBORS
 from d2v_composer.evaluation.run_log import Log
 
@@ -88,21 +88,6 @@ def rows_of(models: Collection[str], has_target: bool = False) -> list[Row]:
     return known + [row_of(model) for model in models if model not in ROWS]
 
 
-class Measure(NamedTuple):
-    """A measure that scores each query of a data set: a column of tables."""
-
-    bank: str
-    """The split that is searched, or that a classifier is fitted to; '' for the test images among themselves, classes
-    for text embeddings of the classes."""
-    name: str
-    k: int | None
-    """The number of neighbors; ``None``: a classifier has none."""
-    key: str
-    """Its part of a log key."""
-    heading: str
-    """The heading of its column in tables."""
-
-
 def retrieval_from(bank: str, k: int) -> Measure:
     """Return the measure of retrieval: a query is a hit if any of its k nearest in the bank has its label.
 
@@ -153,34 +138,6 @@ def metric_key(dataset: str, measure: Measure, embedding: str = "", row: str = S
     """Return the log key of an accuracy; by default, that of the student's primary embedding."""
     key = ROWS[row].key if row in ROWS else row
     return "/".join(filter(None, ["metrics", dataset, key, measure.key, embedding]))
-
-
-class Result(NamedTuple):
-    """One measure of one row's embedding on one data set."""
-
-    row: str
-    """The row's title."""
-    dataset: str
-    measure: Measure
-    embedding: str
-    """Name of the embedding; '' if it is the only one and has no name."""
-    is_primary: bool
-    """True for the row's primary embedding; ``zero_shot`` has but one."""
-    hits: Tensor
-    """For each query, on the host: (Q,) bool, or the share of common neighbors, (Q,) float64."""
-    batch: int = 0
-    """Batches after which a run measured it."""
-    nearest: Tensor | None = None
-    """The bank's images nearest to each query in a primary embedding, nearest first, (Q, K) int32."""
-
-    def plain(self) -> tuple[Any, ...]:
-        """Return the fields as plain values, for a checkpoint."""
-        return (*self[:2], tuple(self.measure), *self[3:])
-
-
-def read_results(saved: Iterable[Any]) -> list[Result]:
-    """Return the results whose :meth:`Result.plain` was saved."""
-    return [Result(row, dataset, Measure(*measure), *fields) for row, dataset, measure, *fields in saved]
 
 
 def last_batch(results: Iterable[Result]) -> int:

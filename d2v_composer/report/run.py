@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from d2v_composer.checkpoints.checkpoint import LATEST, LOG, Checkpoint, read_newest
+from d2v_composer.checkpoints.results import read_results
 from d2v_composer.checkpoints.safe_load import load_untrusted
 from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.data.modality import Modality
@@ -22,7 +23,6 @@ from d2v_composer.evaluation.rows import (
     last_batch,
     metric_key,
     pivot,
-    read_results,
     retrieval_from,
 )
 from d2v_composer.evaluation.run_log import Log, read_jsonl
