@@ -148,10 +148,10 @@ class ZeroShotRetrieval(Callback):
             self.baselines = getattr(unwrapped(state), "retrieval_baselines", dict)()
         self.embed_student = self.embed or embed_method(unwrapped(state))
         if TEACHER in self.baselines:
-            self.lookup.teacher_neighbors, self.lookup.kept = self.teacher_neighbors, {}
+            self.lookup.teacher_neighbors = self.teacher_neighbors
         wanted = {
             (row.title, dataset, measure)
-            for row in rows_of(self.baselines, bool(self.lookup.target))
+            for row in rows_of(self.baselines, self.lookup.target)
             for dataset, labeled in self.datasets.items()
             for measure in self.lookup.measures(labeled)
             if row.title == TEACHER or measure.name != "zero_shot"  # pixels have no projection
@@ -205,7 +205,7 @@ class ZeroShotRetrieval(Callback):
         batch, results = int(state.timestamp.batch), list[Result]()
         student = STUDENT if batch else UNTRAINED
         embeds = {**(self.baselines or {}), student: self.embed_student}
-        rows = {row.title: row for row in rows_of(embeds, bool(self.lookup.target)) if row.moves in moves}
+        rows = {row.title: row for row in rows_of(embeds, self.lookup.target) if row.moves in moves}
 
         def to_device(tensor: Tensor) -> Tensor:
             if self.should_stop():  # before each batch of images, and each search
@@ -236,10 +236,10 @@ class ZeroShotRetrieval(Callback):
                 for name in (("", result.embedding) if result.is_primary else (result.embedding,))
             }
             logger.log_metrics(metrics)
-            if not moving:
+            if moving:
+                self.history.append({"batch": batch, "metrics": metrics})
+            else:
                 self.baseline_metrics = metrics
-                continue
-            self.history.append({"batch": batch, "metrics": metrics})
 
 
 def embed_method(model: torch.nn.Module) -> Embed:

@@ -29,7 +29,7 @@ from d2v_composer.evaluation.rows import (
     rows_of,
 )
 from d2v_composer.models.backbone import Backbone
-from d2v_composer.models.encoder import Encoder, Inputs, Tokens
+from d2v_composer.models.encoder import Encoder, Inputs
 from d2v_composer.models.precision import precision_of
 from d2v_composer.models.targets import LayerMean
 from d2v_composer.sources.labeled import EvaluationSet
@@ -69,13 +69,10 @@ def share_encoders(
             known[encoder] = encoder(encoder.windows(batch))
         return {name: embedding[: len(inputs[0])] for name, embedding in read(known[encoder]).items()}
 
-    def pool(tokens: Tokens) -> dict[str, Tensor]:
-        return first.features(tokens).poolings(tokens.x, "output_")
-
     encoder = first.encoder
     embeds: dict[str, Embed] = {encoder.baseline: lambda *inputs: encoder.raw(Inputs(*inputs))}
     if first.block_list:  # else the encoder is all of the model
-        embeds["encoder"] = partial(embed, encoder, pool)
+        embeds["encoder"] = partial(embed, encoder, lambda tokens: first.features(tokens).poolings(tokens.x, "output_"))
     for name, model in models.items():
         embeds[name] = partial(embed, model.encoder, partial(model.embed_encoded, layer_mean=layer_mean))
     return embeds
@@ -107,7 +104,7 @@ class Evaluation(NamedTuple):
         """
         for modality, embeds in self.groups.items():
             datasets, augment = self.load(modality)
-            rows = rows_of(embeds, bool(self.lookup.target))
+            rows = rows_of(embeds, self.lookup.target)
             # Nothing aligns an untrained student here; its own ``projected_cls``, if it has one, is no map.
             rows = [row for row in rows if not (row.is_projected and row.queries == UNTRAINED)]
             lookup = replace(self.lookup, augment=augment, to_device=partial(Tensor.to, device=device), progress="")

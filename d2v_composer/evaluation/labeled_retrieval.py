@@ -6,7 +6,7 @@ Several ranks share the work. Shapes: B images of a batch, N of a split, Q queri
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -90,8 +90,8 @@ class Lookup:
     """What a progress bar says before the name of the set; ``None``: no bar."""
     target: str = ""
     """The teacher's embedding that the student's ``projected_cls`` imitates by its alignment; '' without one."""
-    kept: "dict[str, EmbeddedSet] | None" = None
-    """Data set → the teacher's target, kept from the first time the teacher is embedded; ``None``: not kept."""
+    kept: dict[str, EmbeddedSet] = field(default_factory=dict)
+    """Data set → the teacher's target, kept from the first time the teacher is embedded."""
 
     def measures(self, labeled: "EvaluationSet") -> list[Measure]:
         """Return the measures for a set: retrieval first, then the probes."""
@@ -176,10 +176,9 @@ def embed_rows(
     with_views: bool,
 ) -> dict[str, EmbeddedSet]:
     """Embed a set with the models of some rows; a teacher in whose index students alone search is embedded once."""
-    used = {model: embeds[model] for model in embeds if any(model in (row.queries, row.bank) for row in rows)}
-    kept = {} if lookup.kept is None else lookup.kept
-    if dataset in kept and TEACHER not in (row.queries for row in rows):
-        used.pop(TEACHER, None)
+    kept = lookup.kept
+    needed = {row.queries for row in rows} | {row.bank for row in rows if dataset not in kept}
+    used = {model: embed for model, embed in embeds.items() if model in needed}
     embedded = embed_set(used, dataset, labeled, lookup, with_views)
     if TEACHER in used and lookup.target:
         kept[dataset] = {part: {lookup.target: shares[lookup.target]} for part, shares in embedded[TEACHER].items()}

@@ -77,14 +77,14 @@ ROWS = {
 """Title → row, in the order of tables."""
 
 
-def rows_of(models: Collection[str], has_target: bool = False) -> list[Row]:
+def rows_of(models: Collection[str], target: str = "") -> list[Row]:
     """Return the rows that these models allow: those of ``ROWS``, then one row for each further model.
 
     Args:
         models: The models.
-        has_target: The student is aligned with the teacher.
+        target: The teacher's embedding that the student is aligned with; '' for none.
     """
-    known = [row for row in ROWS.values() if {row.queries, row.bank} <= {*models} and has_target >= row.is_projected]
+    known = [row for row in ROWS.values() if {row.queries, row.bank} <= {*models} and (target or not row.is_projected)]
     return known + [row_of(model) for model in models if model not in ROWS]
 
 

@@ -102,7 +102,7 @@ class Measured:
         images = torch.randint(0, 256, (80, 3, 4, 4), dtype=torch.uint8, generator=generator)
         labels = torch.arange(80) % 4
         self.labeled = EvaluationSet(LabeledSamples(images[:40], labels[:40]), LabeledSamples(images[40:], labels[40:]))
-        self.lookup = Lookup("own", (1,), ("agreement",), None, 16, {}, target="output_mean", kept={})
+        self.lookup = Lookup("own", (1,), ("agreement",), None, 16, {}, target="output_mean")
         self.num_taught = 0
 
     def student(self, images: Tensor) -> dict[str, Tensor]:
@@ -116,7 +116,7 @@ class Measured:
 
     def hits(self, *models: str) -> dict[tuple[str, Any], Tensor]:
         embeds = {name: self.teacher if name == TEACHER else self.student for name in models}
-        rows = [row for row in rows_of(embeds, has_target=True) if row.moves or not self.num_taught]
+        rows = [row for row in rows_of(embeds, "output_mean") if row.moves or not self.num_taught]
         results = list(measure_embeddings(rows, embeds, "set", self.labeled, self.lookup))
         assert all(result.is_primary for result in results if result.embedding != "output_mean")
         return {(result.row, result.measure): result.hits for result in results if result.is_primary}
@@ -125,7 +125,7 @@ class Measured:
 def test_a_student_whose_primary_embedding_is_the_map_keeps_its_row() -> None:
     measured, embeds = Measured(), {STUDENT: Measured().student}
     lookup = replace(measured.lookup, primary=PROJECTED, teacher_neighbors=None)
-    results = measure_embeddings(rows_of(embeds, has_target=True), embeds, "set", measured.labeled, lookup)
+    results = measure_embeddings(rows_of(embeds, "output_mean"), embeds, "set", measured.labeled, lookup)
     primary = {(result.row, result.measure): result.hits for result in results if result.is_primary}
     for measure in (retrieval_from("train", 1), retrieval_from("test", 1)):
         assert torch.equal(primary[STUDENT, measure], primary[f"{STUDENT}, projected", measure])
