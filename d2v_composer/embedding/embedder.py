@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from d2v_composer.checkpoints.student_file import choose_embedding
-from d2v_composer.config.reference import ModelReference
+from d2v_composer.config.reference import load_any
 from d2v_composer.data.modalities import modality_of
 from d2v_composer.data.modality import Modality, decoding, read_sample_file
 from d2v_composer.embedding.collection import EmbeddingOptions, embed_batch, load_batch
@@ -108,7 +108,7 @@ class Embedder:
         precision: Any = name_precision(self.precision)
         if precision == "amp_fp16" and device == "cpu":
             raise InputError("precision: amp_fp16 needs a GPU; on a CPU, use fp32, amp_bf16 or auto")
-        model, _ = ModelReference.model_construct(**vars(self)).load()
+        model, _ = load_any(**vars(self))
         modality = modality_of(model.encoder.config)
         representation, pooling = choose_embedding(model, self.pooling, self.representation)
         options = EmbeddingOptions(

@@ -356,7 +356,7 @@ class Transformer(Backbone):
             self.has_cls_token,
             padding_mask,
             shares,
-            project=None if self.projection is None else self.project,
+            project=self.projection and self.project,
         )
 
     def forward_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
