@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from d2v_composer.checkpoints.student_file import (
 from d2v_composer.models.backbone import Backbone, Projection
 from d2v_composer.models.configs import ImageSize, TimmConfig
 from d2v_composer.models.names import DATA2VEC2, EXTERNAL, PREFIX, PROJECTED, TEACHERS, Weights
+from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError, errors_of
@@ -248,13 +250,13 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
             "last": measured[-1]["batch"],
             "accuracies": accuracies,
         }
-    config, sizes, has_own_encoder = record["config"], record["student"]["sizes"], record["student"]["own_encoder"]
-    settings, (*_, last_sizes) = config["teacher"], sizes.values()
+    settings, has_own_encoder = record["config"]["teacher"], record["student"]["own_encoder"]
     options = {name: settings[name] for name in ("model", "first_blocks", "image_size")}
-    projected, aligned = last_sizes["projection"] is not None, checkpoint.saved_by("AlignStudent")
+    sizes: Any = read_sizes(path, record["student"]["sizes"])
+    config, aligned = getattr(sizes, "network", None) or sizes.student, checkpoint.saved_by("AlignStudent")
     if aligned.get("batch") == checkpoint.trained("batch"):  # else the map is of earlier weights
         record["alignment"] = aligned["about"]
-    options["projected"] = projected or value_at(record, "alignment.target") == PROJECTED
+    options["projected"] = config.projection is not None or value_at(record, "alignment.target") == PROJECTED
     file = None if teacher_path == options["model"] else teacher_path or settings["checkpoint"]
     teacher: Any
     try:
@@ -273,15 +275,10 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
     tensors = {
         name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)
     }
-
-    def build() -> Backbone:
-        layer_mean = {name: config["targets"][name] for name in ("normalization", "final_layer_norm")}
-        blocks = config["student"] | {"init": "random"}
-        return teacher.build_student(**blocks, **layer_mean, projected=projected)
-
-    if teacher is None or has_own_encoder:
-        student = build_student(path, read_sizes(path, sizes), tensors)
+    if has_own_encoder:
+        student = build_student(path, sizes, tensors)
     else:
+        build = partial(Student, teacher.encoder, config, projection=teacher.projection)
         check_fits(path, lambda: own_parts(build()), tensors)
         student = build()
         own_parts(student).load_state_dict(tensors)

@@ -76,9 +76,9 @@ def test_a_student_has_no_weights_to_choose(uninterrupted: Path, tmp_path: Path)
 
 def test_a_teacher_is_compared_in_the_normalization_of_the_students_run(uninterrupted: Path, tmp_path: Path) -> None:
     contents = load_checkpoint(uninterrupted / "latest-rank0.pt")
-    targets = contents["state"]["callbacks"]["RunRecord"]["record"]["config"]["targets"]
-    assert targets["normalization"] != "layer"
-    targets["normalization"] = "layer"
+    sizes = contents["state"]["callbacks"]["RunRecord"]["record"]["student"]["sizes"]["student"]
+    assert sizes["normalization"] != "layer"
+    sizes["normalization"] = "layer"
     torch.save(contents, tmp_path / "checkpoint.pt")
     config = load_evaluate_config([str(ROOT / "yamls" / "evaluate.yaml"), f"model={tmp_path / 'checkpoint.pt'}"])
     model, evaluation = build_comparison(config, "cpu")

@@ -262,8 +262,8 @@ def test_sizes_that_would_need_all_memory_or_time_are_refused(what: str, exporte
     failure(limited(*D2V, "embed", path, tmp_path, tmp_path / "a.npy"), 2)
 
 
-def section(state: dict[str, Any]) -> dict[str, Any]:
-    return state["callbacks"]["RunRecord"]["record"]["config"]["student"]
+def sizes(state: dict[str, Any]) -> dict[str, Any]:
+    return state["callbacks"]["RunRecord"]["record"]["student"]["sizes"]["student"]
 
 
 def with_nan(state: dict[str, Any]) -> None:
@@ -278,8 +278,8 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no callbacks": lambda state: state.update(callbacks=[]),
     "no record": lambda state: state["callbacks"].update(RunRecord=None),
     "a number for a config": lambda state: state["callbacks"]["RunRecord"].update(record={"config": 3}),
-    "text for a depth": lambda state: section(state).update(depth="many"),
-    "huge sizes": lambda state: section(state).update(mlp_ratio=1000.0, depth=10**9),
+    "text for a depth": lambda state: sizes(state).update(depth="many"),
+    "huge sizes": lambda state: sizes(state).update(mlp_ratio=1000.0, depth=10**9),
 }
 
 
