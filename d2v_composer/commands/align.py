@@ -32,8 +32,8 @@ def main(argv: Sequence[str]) -> None:
 
     import torch
 
-    from d2v_composer.checkpoints.student_file import choose_embedding, distillation_of, is_teacher_of
-    from d2v_composer.config.reference import load_any
+    from d2v_composer.checkpoints.student_file import choose_embedding, distillation_of, is_teacher_of, value_at
+    from d2v_composer.config.reference import TimmSizes, load_any
     from d2v_composer.data.modalities import modality_of
     from d2v_composer.embedding.align import align, embed_one, match, read_index
     from d2v_composer.export.model_card import save_with_card
@@ -65,8 +65,11 @@ def main(argv: Sequence[str]) -> None:
         numbers, bank, places = evenly_spaced(len(source), arguments.max_samples), None, None
         teacher.eval().to(device)
         target = partial(embed_one, teacher, name)
-        is_own = is_teacher_of(distillation_of(student.provenance), teacher)
-        if name.startswith("layer_mean"):  # an evaluation computes the teacher's as the student's
+        record = distillation_of(student.provenance)
+        # An evaluation computes the teacher's embeddings with the sizes and the normalization of the student's run.
+        sizes = [value_at(record, f"config.teacher.{field}") for field in TimmSizes.model_fields]
+        is_own = is_teacher_of(record, teacher) and sizes == [None, None]
+        if name.startswith("layer_mean"):
             is_own = is_own and student.layer_mean[:2] == teacher.layer_mean[:2]
         about = {"target": name} if is_own else {"index": f"{arguments.to}, {name}"}
     print("other files:", name_counts(source.left_out))

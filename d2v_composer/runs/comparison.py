@@ -39,13 +39,16 @@ def build_labeled_sets(lookup: LookupConfig, modality: Modality, width: int) -> 
     Args:
         lookup: The section.
         modality: What the samples are.
-        width: Of the model's ``projected_cls``; 0: it has none.
+        width: Channels of the model's image embedding; 0: it has none.
 
     Raises:
         InputError: A data set cannot be used.
     """
     if "zero_shot" in lookup.probes and not width:
-        raise InputError(f"probes: zero_shot needs the embedding {PROJECTED}: train with objectives.embedding.weight=1")
+        raise InputError(
+            f"probes: zero_shot needs the image embedding as {PROJECTED}: train with objectives.embedding.weight=1, or "
+            "with this probe in retrieval.probes and without alignment.pooling and alignment.representation"
+        )
     sets = {
         name: load_labeled_set(modality=modality, **labeled.model_dump(), max_images=lookup.max_images).numbered()
         for name, labeled in lookup.datasets.items()
@@ -135,13 +138,15 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
         parts[name] = rival = load_rival(place, modality.name).eval().to(device)
         groups.setdefault(modality_of(rival.encoder.config), {})[name] = rival.embed_all
     lookup = Lookup(primary, config.ks, config.probes, None, config.device_eval_batch_size)
+    target = value_at(model.provenance, "alignment.target")
+    width = model.projected_width if target in (None, PROJECTED) else 0
     if teacher is not None:
         lookup.teacher_neighbors = {}
         if model.projected_width:
-            lookup.target = value_at(model.provenance, "alignment.target") or ""
+            lookup.target = target or ""
 
     def load(taken: Modality) -> tuple[dict[str, EvaluationSet], Augmentation]:
-        sets = build_labeled_sets(config, taken, model.projected_width)
+        sets = build_labeled_sets(config, taken, width)
         for name, labeled in sets.items():
             lookup.check(name, labeled)
         return sets, build_augmentation(loader, taken, config.seed, for_views=True)

@@ -221,10 +221,12 @@ def target_of(config: TrainConfig, model: DistillationModel) -> Embedding | None
     default = "output" if how.pooling or not teacher.projected_width else "projected"
     with errors_of("alignment"):
         target = choose_embedding(teacher, how.pooling, how.representation or default)
-    if how.representation == "layer_mean" and model.layer_mean[:2] != teacher.layer_mean[:2]:
+    is_own = config.teacher.first_blocks is None and model.layer_mean[:2] == teacher.layer_mean[:2]
+    if how.representation == "layer_mean" and not is_own:
         raise InputError(
-            f"alignment.representation: layer_mean needs the teacher's own normalization, which d2v embed uses: "
-            f"targets.normalization={teacher.layer_mean.normalization} and the default of targets.final_layer_norm"
+            f"alignment.representation: layer_mean needs the teacher's own, as d2v embed computes it: set "
+            f"targets.normalization={teacher.layer_mean.normalization}, and neither teacher.first_blocks nor "
+            "targets.final_layer_norm"
         )
     return target
 
@@ -250,7 +252,7 @@ def build_retrieval(
     teacher, width = model.teacher, model.student.projected_width
     modality = modality_of(teacher.config)
     if align is not None:
-        width = teacher.projected_width if align.target == PROJECTED else teacher.embed_dim
+        width = teacher.projected_width if align.target == PROJECTED else 0
     with node_leaders_first("the data sets for retrieval"):
         datasets = build_labeled_sets(retrieval, modality, width)
     with errors_of("retrieval"):

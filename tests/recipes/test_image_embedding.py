@@ -14,7 +14,10 @@ from torch.nn.functional import normalize
 from torch.testing import assert_close
 
 from d2v_composer import load_student, load_teacher
+from d2v_composer.checkpoints.load import save_student
+from d2v_composer.commands import evaluate
 from d2v_composer.sources.labeled import load_labeled_set
+from d2v_composer.system.errors import InputError
 from helpers import (
     assert_same_losses,
     d2v,
@@ -166,6 +169,16 @@ def test_a_narrower_student_learns_a_projection(teacher: Path, small_data: Path,
     assert_same_losses(losses_of(tmp_path / "ranks"), losses_of(tmp_path / "run"), num_steps=4)
 
 
+def test_a_map_to_another_embedding_is_not_compared_with_texts(
+    exported: Path, classes: Path, labeled: Path, tmp_path: Path
+) -> None:
+    student, out = load_student(exported), tmp_path / "student.safetensors"
+    student.provenance["alignment"] = {"target": "output_cls"}
+    save_student(student, out)
+    with pytest.raises(InputError, match="zero_shot needs the image embedding"):
+        evaluate.main([f"model={out}", sets_of(labeled, classes), "probes=[zero_shot]"])
+
+
 @pytest.mark.parametrize(
     ("shape", "change", "message"),
     [
@@ -175,7 +188,12 @@ def test_a_narrower_student_learns_a_projection(teacher: Path, small_data: Path,
         (
             (4, 128),
             "objectives.embedding.weight=0 alignment.max_samples=0",
-            "probes: zero_shot needs the embedding projected_cls",
+            "probes: zero_shot needs the image embedding as projected_cls",
+        ),
+        (
+            (4, 64),
+            "objectives.embedding.weight=0 alignment.pooling=mean",
+            "probes: zero_shot needs the image embedding as projected_cls",
         ),
         (
             (4, 128),

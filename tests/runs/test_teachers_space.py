@@ -252,12 +252,16 @@ def test_the_fewest_pairs_make_a_map_and_fewer_readable_samples_none(
         run_align(exported, photos, tmp_path / "again.safetensors", "--to", TEACHER_FILE)
 
 
-def test_a_student_aligned_with_another_model_is_not_measured_in_its_teachers_index(
+def test_a_student_aligned_with_what_its_run_did_not_use_is_not_measured_in_its_teachers_index(
     exported: Path, photos: Path, tmp_path: Path
 ) -> None:
-    for teacher, has_target in ((GOLDEN / "tiny_alibi.pt", False), (TEACHER_FILE, True)):
-        out = tmp_path / f"{teacher.stem}.safetensors"
-        run_align(exported, photos, out, "--to", teacher, "--representation", "layer_mean")
+    student, other = load_student(exported), tmp_path / "other.safetensors"
+    student.provenance["config"]["teacher"]["first_blocks"] = 2
+    save_student(student, other)
+    cases = ((exported, GOLDEN / "tiny_alibi.pt", False), (other, TEACHER_FILE, False), (exported, TEACHER_FILE, True))
+    for number, (path, teacher, has_target) in enumerate(cases):
+        out = tmp_path / f"{number}.safetensors"
+        run_align(path, photos, out, "--to", teacher, "--representation", "layer_mean")
         about = load_student(out).provenance["alignment"]
         assert about.get("target") == ("layer_mean_cls" if has_target else None)
         _, loaded = load_models(str(out), teacher=str(TEACHER_FILE))
@@ -318,8 +322,8 @@ def test_a_run_with_too_few_samples_for_a_map_says_so(small_data: Path, labeled:
     assert "student, projected" not in rows
 
 
-def test_a_layer_mean_of_another_normalization_than_the_teachers_is_refused(small_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["targets.normalization=layer", "teacher.first_blocks=3"])
+def test_a_layer_mean_that_is_not_the_teachers_own_is_refused(change: str, small_data: Path, tmp_path: Path) -> None:
     """d2v embed would give the index of the teacher's own layer mean."""
-    options = "alignment.representation=layer_mean", "targets.normalization=layer"
-    line = refused_run(small_run(tmp_path / "run", small_data, *options))
-    assert "alignment.representation: layer_mean needs the teacher's own normalization" in line
+    line = refused_run(small_run(tmp_path / "run", small_data, "alignment.representation=layer_mean", change))
+    assert "alignment.representation: layer_mean needs the teacher's own" in line
