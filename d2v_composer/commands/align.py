@@ -10,7 +10,6 @@ the share of the index's own nearest neighbors that the student finds. OUT is th
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 from d2v_composer.commands.options import choose_workers, make_parser
 from d2v_composer.system.command_line import d2v, print_next, print_skipped
@@ -19,7 +18,7 @@ from d2v_composer.system.files import check_out_file
 
 
 def main(argv: Sequence[str]) -> None:
-    """Fit the map, print what is known of it, and write the student."""
+    """Fit the map, print how good it is, and write the student."""
     arguments = make_parser(__doc__, "align").parse_args(argv)
     out, path = arguments.out, arguments.index
     if (path is None) == (arguments.to is None):
@@ -33,9 +32,9 @@ def main(argv: Sequence[str]) -> None:
     import torch
 
     from d2v_composer.checkpoints.student_file import choose_embedding, distillation_of, is_teacher_of, value_at
-    from d2v_composer.config.reference import TimmSizes, load_any
+    from d2v_composer.config.reference import load_any
     from d2v_composer.data.modalities import modality_of
-    from d2v_composer.embedding.align import align, embed_one, match, read_index
+    from d2v_composer.embedding.align import align, match, read_index
     from d2v_composer.export.model_card import save_with_card
     from d2v_composer.models.teacher import Teacher
     from d2v_composer.sources.labeled import evenly_spaced
@@ -62,13 +61,13 @@ def main(argv: Sequence[str]) -> None:
             raise InputError(f"--to: {arguments.to} takes {modality}, but {arguments.model} takes {own}")
         representation = arguments.representation or (arguments.pooling and "output")
         name = choose_embedding(teacher, arguments.pooling, representation).name
-        numbers, bank, places = evenly_spaced(len(source), arguments.max_samples), None, None
         teacher.eval().to(device)
-        target = partial(embed_one, teacher, name)
+        target, bank, places = lambda *inputs: teacher.embed_all(*inputs)[name], None, None
+        numbers = evenly_spaced(len(source), arguments.max_samples)
         record = distillation_of(student.provenance)
         # An evaluation computes the teacher's embeddings with the sizes and the normalization of the student's run.
-        sizes = [value_at(record, f"config.teacher.{field}") for field in TimmSizes.model_fields]
-        is_own = is_teacher_of(record, teacher) and sizes == [None, None]
+        sizes = value_at(record, "config.teacher.first_blocks"), value_at(record, "config.teacher.image_size")
+        is_own = is_teacher_of(record, teacher) and sizes == (None, None)
         if name.startswith("layer_mean"):
             is_own = is_own and student.layer_mean[:2] == teacher.layer_mean[:2]
         about = {"target": name} if is_own else {"index": f"{arguments.to}, {name}"}

@@ -1,4 +1,4 @@
-"""Align a student with an index that exists, from whatever model, or with a teacher, on the samples of a source.
+"""Align a student with an existing index of any model, or with a teacher, on the samples of a source.
 
 Shapes: N rows of the index, M pairs, B samples of a batch, I inputs of the map, P channels of the index.
 """
@@ -46,11 +46,11 @@ class Aligned(NamedTuple):
     skipped: list[str]
     """Why each unreadable sample was left out."""
     about: dict[str, float]
-    """As in :class:`~d2v_composer.models.alignment.Fit`."""
+    """What :class:`~d2v_composer.models.alignment.Fit` tells about the map."""
     half: float
-    """R² with half of the pairs."""
+    """R² of a map that is fitted to half of the pairs."""
     queries: int
-    """Held-out samples that were looked up."""
+    """Number of held-out samples that were looked up."""
     recall: dict[int, float]
     """k → the share of a held-out sample's k nearest rows in the index, itself left out, that its mapped embedding
     finds."""
@@ -116,7 +116,7 @@ def align(
     Args:
         model: The model, in eval mode on the device.
         source: The samples.
-        numbers: Those to fit to, (M,).
+        numbers: The numbers of the samples to fit to, (M,).
         target: The samples' rows, (M, P); or a function that embeds a batch, (B, P).
         bank: The whole index, (N, P), in which ``places``, (M,), are the samples' rows; default: the target.
         places: See ``bank``.
@@ -164,11 +164,6 @@ def align(
     recall = {k: common_shares(ours[:, :k], theirs[:, :k]).mean().item() for k in (1, NUM_COMMON)}
     model.align(fit.weight.to(device), fit.bias.to(device))
     return Aligned(skipped, fit.about, half.about["r2"], len(held_out), recall)
-
-
-def embed_one(model: Backbone, name: str, *inputs: Tensor) -> Tensor:
-    """Return a model's embedding of this name, (B, P)."""
-    return model.embed_all(*inputs)[name]
 
 
 def moments_of(inputs: Tensor, targets: Tensor) -> Moments:

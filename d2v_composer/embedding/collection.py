@@ -78,7 +78,7 @@ class _Chunk(NamedTuple):
     batches: Sequence[range]
     path: Path
     rank: int
-    """Which embeds it."""
+    """Number of the process that embeds it."""
 
     @property
     def samples(self) -> range:
@@ -116,8 +116,8 @@ def embed_source(
     """Embed every sample of a source, or of its part, into a file, or resume an interrupted run.
 
     OUT appears when it is complete, and replaces an old one; NAME.ids.npy appears just before. Until then chunks of
-    rows are in a hidden folder next to it, or for a store in our cache. If files of the source changed, came or went,
-    a run embeds the chunks again that have other samples now. All ranks of a run call this; the first writes the file.
+    rows are in a hidden folder next to it, or for a store in our cache. If files of the source changed, a resumed run
+    embeds again the chunks that have other samples now. All ranks of a run call this; the first writes the file.
 
     Args:
         model: The model in eval mode, on the device.
@@ -234,7 +234,7 @@ def _wait(theirs: deque[_Chunk], bar: Any, folder: Path) -> None:
     """Wait until the other ranks have embedded their samples.
 
     Raises:
-        RunError: They have ended without it.
+        RunError: The other ranks have ended without their chunks.
     """
     deadline = time.monotonic() + RANK_SECONDS
     while theirs:
@@ -378,7 +378,8 @@ def _write_parquet(path: Path, blocks: Iterable[tuple[NDArray, NDArray]], width:
 def check_out(out: str, *, overwrite: bool, part: Mapping[str, Any] | None = None) -> None:
     """Check, before the work starts and again before they are moved there, that embeddings can be written.
 
-    What a killed run has begun to move to ``out`` is ours, as its folder shows, or of a part its record.
+    Files that a killed run began to move to ``out`` may be replaced: the run's folder, or a part's record, identifies
+    them.
 
     Raises:
         InputError: The suffix is neither .npy nor .parquet, a file exists, or it cannot be written.
@@ -405,7 +406,7 @@ def _partial_folder(out: str) -> Path:
 
 
 def ids_file(out: str) -> str:
-    """Return the place of the ids of NAME.npy."""
+    """Return the path of the ids of NAME.npy."""
     return f"{out.removesuffix('.npy')}.ids.npy"
 
 
@@ -430,7 +431,7 @@ def load_batch(
 
     Args:
         decode: Returns a sample by number, as :meth:`Source.decode`.
-        numbers: Of the samples.
+        numbers: The samples' numbers.
     """
 
     def attempt(number: int) -> Tensor | str:

@@ -32,7 +32,7 @@ class Embedder:
     not a sample of the batch is unreadable.
 
     Args:
-        model: As MODEL of ``d2v embed``; every machine must reach it.
+        model: MODEL of ``d2v embed``, which every machine must reach.
         column: The samples, each a file's bytes, the hub's struct of bytes and path, or a path; images also as
             (height, width, 3) uint8 or PIL. Default: ``image`` or ``audio``.
         batch_size: Samples that the model takes at once; default: 256 images, or 4 clips.
@@ -58,7 +58,7 @@ class Embedder:
     first_blocks: int | None = None
     image_size: str | None = None
     made: int = field(default_factory=time_ns, init=False)
-    """When: an embedder is equal to its copies in other processes, and to no other, whose file may have changed."""
+    """When it was made: an embedder equals its copies in other processes, and no other, whose file may have changed."""
 
     def __call__(self, batch: Any) -> Any:
         """Add the columns ``embedding`` and ``error`` to a batch.

@@ -34,7 +34,7 @@ from d2v_composer.system.processes import global_rank
 def build_labeled_sets(lookup: LookupConfig, modality: Modality, width: int) -> dict[str, EvaluationSet]:
     """Load the data sets of a section ``datasets``, except the ones that null turns off.
 
-    A line says how many test images are also among the train images, which makes accuracies too high.
+    A warning says how many test images are also train images, which makes accuracies too high.
 
     Args:
         lookup: The section.

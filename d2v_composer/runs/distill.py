@@ -189,7 +189,7 @@ def build_teacher(config: TrainConfig) -> Teacher:
 def build_alignment(config: TrainConfig, model: DistillationModel, index: Index) -> AlignStudent | None:
     """Build what fits the student's map into the teacher's space; ``None`` if there is none to fit.
 
-    The samples are those of few shards, which the seed chooses: a data set in a store need not be fetched for them.
+    The seed chooses a few shards, so that a data set in a store need not be fetched whole for the samples.
 
     Raises:
         InputError: The teacher has no such embedding.

@@ -44,7 +44,7 @@ from d2v_composer.system.processes import global_rank
 
 # A tenth of them are twenty: each needs ten neighbors among the others, and some may be unreadable.
 MIN_SAMPLES = 200
-# The chapter's, on ImageNet: 30,000 batches of 256.
+# The thesis's, on ImageNet: 30,000 batches of 256.
 EPOCHS, MAX_BATCHES = 6, 30_000
 CHOSEN = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 SETTINGS, HELD_OUT = "distill.yaml", "held_out"
@@ -77,7 +77,7 @@ class Request(NamedTuple):
 
     @property
     def command(self) -> str:
-        """The command, without OUT and changes, for the first line of the settings."""
+        """The command without OUT and changes, which the first line of the settings has."""
         column = ["--column", self.column] if self.column else []
         return hide_secrets(shlex.join(["d2v", "distill", self.source, "--teacher", self.teacher, *column]))
 
@@ -93,7 +93,7 @@ class Plan(NamedTuple):
 def prepare(request: Request) -> Plan | None:
     """Plan the run, write its settings and convert its samples; ``None`` if its training has begun.
 
-    What an interrupted call has converted stays.
+    Shards of an interrupted call are kept.
 
     Raises:
         InputError: OUT is in use or not ours, or the samples, the teacher or a change cannot be used.
@@ -254,7 +254,7 @@ def write_settings(request: Request, config: TrainConfig) -> None:
 
 
 def choose(num_samples: int, teacher: TeacherConfig, student: str | None) -> dict[str, Any]:
-    """Choose sizes and duration: the quickstart's on a CPU, the chapter's on GPUs.
+    """Choose sizes and duration: the quickstart's on a CPU, the thesis's on GPUs.
 
     Args:
         num_samples: Images or clips of the source.

@@ -94,8 +94,8 @@ def build_trainer(
 
     Args:
         config: The run's.
-        model: What it trains.
-        train_loader: Its samples.
+        model: The model that trains.
+        train_loader: The loader of training samples.
         about: Sections of the run's record; ``data`` has the samples' modality.
         fixed: Keys of the record that a resume must not change.
         run_callbacks: Callbacks of this kind of run, which a checkpoint may have saved.
@@ -221,7 +221,7 @@ def check_network(
     embedding: Embedding | None = None,
     head: nn.Linear | None = None,
 ) -> None:
-    """Check that a student which is a timm model can be trained in a run's batches, and exported then.
+    """Check that a timm model as a student can be trained in the run's batches, and then exported.
 
     Args:
         key: The student's in a YAML.
