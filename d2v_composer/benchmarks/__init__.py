@@ -1,4 +1,4 @@
-"""Measurements of ``d2v benchmark``, a module for each subcommand: programs compete alternately in one process."""
+"""Measure programs that take turns in one process; each subcommand of ``d2v benchmark`` has a module."""
 
 import os
 import time
@@ -55,7 +55,7 @@ def measure_speeds(
     device: str,
     autocast_dtype: torch.dtype | None,
 ) -> dict[int, dict[str, float]]:
-    """Return batch size → name → samples a second that a model embeds, in turns: the median over rounds."""
+    """Return batch size → model → samples that it embeds per second, the median over rounds; models take turns."""
 
     def apply(embed: Embed, batch: Tensor) -> object:
         return embed(batch[:])  # of the same tensor, models would share an encoder's tokens
@@ -78,7 +78,7 @@ def measure_speeds(
 def result_of(
     setting: Mapping[str, Any], unit: str, rates: Mapping[str, Rates], compared: Sequence[tuple[str, str]]
 ) -> dict[str, Any]:
-    """Return a benchmark's result, ready for JSON; a ratio is the median over rounds, since a slow one slows both."""
+    """Return a benchmark's result for JSON; a ratio is the median over rounds, as a slow round slows both programs."""
     return {
         **setting,
         "machine": describe_machine(),

@@ -1,7 +1,7 @@
-"""The first hour on a GPU: run every measurement that needs a GPU, unattended, the most informative first.
+"""Run every measurement that needs a GPU, unattended, the most informative first.
 
-Each step is a separate command with a time limit: one that fails or hangs stops no other. With several GPUs, runs use
-all of them and benchmarks the first. On a CPU the same steps run at small sizes, except those that need a GPU.
+Each step is a command with a time limit, so a step that fails or hangs does not stop the others. With several GPUs,
+runs use all of them and benchmarks the first. On a CPU the same steps run at small sizes, except those that need a GPU.
 """
 
 import json
@@ -64,7 +64,7 @@ def benchmark(out: Path) -> dict[str, Any]:
 
 
 def fill(text: str, on_gpu: bool, file: str = "") -> str:
-    """Replace each <name> in a step by what the table has for it, on a GPU or on a CPU."""
+    """Replace each <name> in a step by its value in the table, for a GPU or for a CPU."""
     sizes = {name: str(choices[on_gpu]) for name, choices in TABLE["sizes"].items()}
     values = {**sizes, **TABLE["commands"], "file": file, "yamls": str(YAMLS)}
     return re.sub(r"<(\w+)>", lambda match: fill(values[match[1]], on_gpu, file), text)

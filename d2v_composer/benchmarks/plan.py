@@ -1,7 +1,7 @@
 """Plan a training step for an H100 without using one: count the kernels and bytes that torch.compile plans.
 
 A step runs on fake tensors, compiled as in training. Inductor plans each graph for CUDA, and stops before it writes
-code. Bytes are those of its own kernels, each buffer read and written once; its memory sets their time. Clipping
+code. Bytes count each buffer once that Inductor's own kernels read or write; the GPU's memory sets their time. Clipping
 and the optimizer are not compiled, so not counted.
 """
 
@@ -93,7 +93,7 @@ class Planner(FakeTensorMode):
     Attributes:
         part: The part of the step that runs.
         parts: The counts of each part.
-        plan: Those of the last graph.
+        plan: The counts of the last graph.
     """
 
     def __init__(self) -> None:

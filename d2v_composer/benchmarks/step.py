@@ -1,7 +1,7 @@
 """Measure a training step: a naive program and ours, eager and compiled, interleaved in one process.
 
-A step is what Composer's Trainer does with a loaded batch: forward, backward, clipping, AdamW; ``trainer`` is ours in
-the Trainer itself, with distill.yaml's algorithms, callbacks and JSON lines: what it loses to ``ours`` is the host's
+A step is what Composer's Trainer does with a loaded batch: forward, backward, clipping, AdamW. ``trainer`` runs
+``ours`` in the Trainer itself, with distill.yaml's algorithms, callbacks and JSON lines: the difference is the host's
 share. All contenders start from the same weights and must find the same loss. The yardstick is a matrix product of the
 MLP's shape on the same device, in images/s of a step that were made of such products alone.
 """
@@ -70,7 +70,7 @@ def benchmark(
 
     Args:
         size: A key of ``SIZES``.
-        precision: As in a YAML.
+        precision: A YAML's ``precision``.
         batch_size: Images, or clips of five seconds, a step; default: 8, on a GPU 256.
         repeats: Measured passes.
         compiles: Measure ours with torch.compile, too.
@@ -135,9 +135,9 @@ def build_run(
 
     Args:
         name: The contender.
-        model: What it copies.
+        model: The model that is copied.
         config: How it trains.
-        images: Its batch.
+        images: The batch of every step.
         steps: Length of an epoch of the Trainer.
         at_end: Closes the Trainer.
     """
@@ -206,7 +206,7 @@ def profile_steps(run: Callable[[int], Tensor], trace: Path | None) -> dict[str,
 
 
 def build_model(size: str) -> DistillationModel:
-    """Build a teacher with random weights, and the chapter's student for it."""
+    """Build a teacher with random weights, and the thesis's student for it."""
     config, student_depth = SIZES[size]
     teacher = Data2Vec2(config)
     init_linear_layers(teacher)
@@ -216,8 +216,8 @@ def build_model(size: str) -> DistillationModel:
 def naive_loss(teacher: Any, student: Any, images: Tensor) -> Tensor:
     """Compute the loss of a batch of images without any optimization.
 
-    Two whole models with an encoder each, every layer's output kept, attention in eager mode; ``layer_mean``
-    prediction, all tokens regressed.
+    Both models have an encoder of their own, keep every layer's output, and compute attention in eager mode. The
+    prediction is ``layer_mean``, of all tokens.
     """
     with patch.object(attention, "attend", attend):
         with torch.no_grad():
