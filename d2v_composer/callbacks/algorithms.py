@@ -64,8 +64,8 @@ class GradientNorm(Algorithm):
 class SeededBatches(Callback):
     """Seed Python, NumPy and torch at the start of each batch, from (seed, batch, rank).
 
-    For algorithms that draw, such as MixUp. When Composer 0.32.1 resumes a StreamingDataset within an epoch, it does
-    not restore the states of the generators.
+    Algorithms such as MixUp draw from these generators. When Composer 0.32.1 resumes a StreamingDataset within an
+    epoch, it does not restore their states.
 
     Args:
         seed: Seed of the run.
@@ -80,7 +80,7 @@ class SeededBatches(Callback):
 
 
 def share_statistics(model: torch.nn.Module) -> None:
-    """Give all ranks rank 0's statistics of BatchNorm, which a checkpoint has: after a batch each rank has its own."""
+    """Give all ranks the BatchNorm statistics of rank 0, which a checkpoint stores: each batch makes them differ."""
     for name, buffer in model.named_buffers():
         if "running_" in name:
             dist.broadcast(buffer, 0)
@@ -96,8 +96,8 @@ class SharedStatistics(Callback):
 class TargetStatistics(Callback):
     """Measure mean and deviation of the teacher's layers on a run's first batches, before its first step.
 
-    They are for ``targets.normalization: dataset``: all targets of a run, and of its resumes, are normalized alike, on
-    any number of ranks. The loader then begins its epoch again.
+    ``targets.normalization: dataset`` normalizes all targets of a run and of its resumes by these numbers, on any
+    number of ranks. After the measurement, the loader begins its epoch again.
 
     Args:
         num_batches: Number of batches, at most an epoch's.

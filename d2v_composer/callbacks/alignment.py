@@ -33,13 +33,13 @@ log = logging.getLogger(__name__)
 class AlignStudent(Callback):
     """Fit the student's ``projected_cls`` to an embedding of the teacher, on training samples that are not augmented.
 
-    The batches depend on the seed alone. Each rank embeds its share of them; all sum up the same numbers in the same
-    order. So the map has the same bits on any number of ranks, and when a run is resumed.
+    The batches depend on the seed alone. Each rank embeds a share of the batches, and all ranks add up the same numbers
+    in the same order. So the map has the same bits on any number of ranks, and when a run is resumed.
 
     Args:
         student: The model that gets the map.
         samples: The training samples.
-        batches: The numbers of those to fit to, (batches, batch size): all batches have one size, to be gathered.
+        batches: The numbers of the samples to fit to, (batches, batch size), so that all batches have one size.
         embed_student: Embeds with the student: every embedding by name.
         embed_teacher: Embeds with the teacher.
         target: Name of the teacher's embedding.

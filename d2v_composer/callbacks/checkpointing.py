@@ -190,7 +190,7 @@ class Checkpoints(Callback):
     def begin(self) -> None:
         """Mark the folder, here and in the store, as the run's, now that nothing can refuse the run.
 
-        Begin a new log if no checkpoint is continued; else let the store have it.
+        Without a checkpoint to go on from, begin a new log; otherwise, upload the log.
 
         Raises:
             RunError: The store denies it.
@@ -249,7 +249,7 @@ class FolderLock:
     A new folder in which nothing else was written is removed with the lock.
 
     Args:
-        folder: The run's folder. Its file :data:`MARK` names the store whose files it holds copies of.
+        folder: The run's folder. Its file :data:`MARK` names the store that the files are copied to.
 
     Raises:
         InputError: Another run uses the folder, it holds other files, or it cannot be written.
@@ -278,7 +278,7 @@ class FolderLock:
         self.mark((folder.address or "") if made else other)
 
     def mark(self, address: str) -> None:
-        """Write the store, if any, whose files the folder holds copies of, and who uses it."""
+        """Write the address of the run's store, if any, and which process uses the folder."""
         self.path.write_text(f"{address}\nprocess {os.getpid()} of {platform.node()}\n")
 
     def is_removed(self) -> bool:

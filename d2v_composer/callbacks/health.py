@@ -111,7 +111,7 @@ class Health(Callback):
         self.present = set(present)
 
     def compare(self, outputs: Regression) -> dict[str, Tensor]:
-        """Return the squared error and the variances by name; a result (B, D) counts as one token."""
+        """Return the squared error and the variances by name; an embedding, (B, D), counts as one token."""
         prediction, target = outputs.prediction.float(), outputs.target.float()
         error = regression_loss(Regression(prediction, target, padding_mask=outputs.padding_mask))
         return {"prediction_error": error} | {

@@ -117,7 +117,7 @@ def num_batches(state: State) -> int:
 class JSONLLogger(LoggerDestination):
     """Write one line per call of ``log_metrics``, on rank 0: ``{"step": batch, key: value, …}``.
 
-    A resume appends (Composer's FileLogger overwrites the file). Its first line removes those of batches after the
+    A resume appends (Composer's FileLogger overwrites the file). Its first line replaces all lines of batches after the
     checkpoint: no file has the weights that they measured.
 
     Args:

@@ -45,8 +45,8 @@ class _StoppedError(Exception):
 class ZeroShotRetrieval(Callback):
     """Measure top-k retrieval accuracy on labeled sets in both directions, while the model trains without labels.
 
-    An evaluation embeds every image, or audio clip, once, for both directions and all embeddings; several ranks
-    share them. It runs every ``interval`` and at the end of training, never twice for one batch.
+    An evaluation embeds every image, or audio clip, once, for both directions and all embeddings; several ranks share
+    the work. It runs every ``interval`` and at the end of training, never twice for one batch.
 
     The model, in any Composer run, needs a method ``embed_all`` or ``embed``; or pass the function ``embed``. It takes
     (B, 3, height, width) uint8 images, already on the model's device, resizes and normalizes them, and returns one
