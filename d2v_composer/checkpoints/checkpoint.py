@@ -1,7 +1,7 @@
 """The checkpoints of a run: their names, and how they are read, published, selected, uploaded and removed.
 
-Files with other names are ignored. Composer's own autoresume loads the target of ``latest-rank0.pt`` with all the code
-that it names, and cannot tell a store that denies access from one without checkpoints.
+Files with other names are ignored. Composer's own autoresume runs any code that the target of ``latest-rank0.pt``
+names, and cannot tell a store that denies access from one without checkpoints.
 """
 
 import datetime
@@ -61,7 +61,7 @@ class Checkpoint(NamedTuple):
 
     path: Path
     contents: dict[str, Any]
-    """As Composer saves it; if the file is a stranger's, anything."""
+    """The state as Composer saves it; a file from elsewhere may hold anything."""
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -114,8 +114,8 @@ def find_newest(
 ) -> Checkpoint | None:
     """Read a run's newest complete checkpoint, from its local folder or its store; ``None`` if there is none.
 
-    Once it is accepted, ``latest-rank0.pt`` points at it. With a checkpoint from the store comes the log from there:
-    another machine went on.
+    Once the checkpoint is accepted, ``latest-rank0.pt`` points at it. If it is from the store, so is the log, because
+    another machine went on with the run.
 
     Candidates are the targets of the two pointers ``latest-rank0.pt`` and the checkpoints before them; without a
     pointer, all local ones. Truncated or corrupt ones are skipped with a warning.

@@ -170,7 +170,7 @@ def convert_teacher(
     """Convert a fairseq checkpoint to a safetensors file.
 
     Args:
-        source: As :func:`load_data2vec2`'s path.
+        source: ``path`` of :func:`load_data2vec2`.
         out: The file to write.
         weights: The weights to keep.
         dtype: Stored dtype; a loaded teacher is float32 in any case.

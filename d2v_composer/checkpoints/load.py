@@ -126,7 +126,7 @@ def load_external(path: str | Path | None, model: str) -> Teacher:
 def save_student(student: Backbone, out: Path, when_complete: Callable[[], object] = lambda: None) -> None:
     """Write a student with all that :func:`load_student` needs: encoder, blocks, sizes, preprocessing, provenance.
 
-    One with a head is written as a classifier, for timm. A student that is a timm model is written under timm's names.
+    A student with a head is written as a classifier, for timm; a student that is a timm model, under timm's names.
     ``when_complete`` is called just before the file appears.
 
     Raises:

@@ -211,7 +211,7 @@ def read_config(config_class: type[ConfigT], sizes: dict[str, Any]) -> ConfigT:
 
 
 def choose_embedding(model: Backbone, pooling: Pooling | None, representation: Representation | None) -> Embedding:
-    """Return the requested embedding; for each ``None``, take the part of the model's primary embedding.
+    """Return the requested embedding; ``None`` stands for the primary embedding's pooling or representation.
 
     Raises:
         InputError: The model has no such embedding.
@@ -332,9 +332,9 @@ def build_encoder(config: EncoderConfig) -> Encoder:
 
 
 def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return a student's sizes and tensors for a file, once timm has computed with them what the student does.
+    """Return a student's sizes and tensors for a file, after a check that timm computes the same with them.
 
-    They are compared on one input: the logits of a head, else the embedding that timm returns.
+    The check compares the logits of one input or, without a head, the embedding that timm returns.
 
     Args:
         source: Named in errors.

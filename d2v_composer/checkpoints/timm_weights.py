@@ -123,7 +123,7 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
 def load_weights(built: Any, model: str, stored: dict[str, Tensor], left_out: tuple[str, ...]) -> None:
     """Load a file's tensors through timm's filter, which renames them and resamples positions to the model's grid.
 
-    ``left_out``: how the names of those begin that are not loaded.
+    Tensors are left out whose names begin with one of ``left_out``.
 
     Raises:
         Exception: These are not weights of such a model.
