@@ -53,7 +53,7 @@ def make_parser(about: str | None, command: str, **named: Any) -> ArgumentParser
 
 
 def add_options(parser: ArgumentParser, command: str, **named: Any) -> None:
-    """Add a command's options, given what further names in the file stand for."""
+    """Add a command's options; ``named`` has further words of the file and what they stand for."""
     known = NAMED | named
     groups: dict[str, Any] = {"": parser}
     for option, arguments in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))[command].items():
