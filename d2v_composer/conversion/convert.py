@@ -1,7 +1,7 @@
 """Convert images or audio to MDS shards, in a folder or directly in an object store, all or nothing.
 
 The samples are cut into groups beforehand, from the seed and the file sizes. A worker turns a group into one shard and
-writes a record of it. A conversion that starts again keeps the shards that are still there as their records say. The
+writes a record of it. A conversion that starts again keeps the shards that still match their records. The
 index, without which there is no data set, comes last. So the result depends neither on the number of workers nor on
 kills.
 """
@@ -51,7 +51,7 @@ def find_samples(source: str | Path, split: str | None = None, part: Part = ALL,
         source: What :func:`~d2v_composer.sources.open.open_source` opens; or ``cifar10:FOLDER``, for torchvision's
             CIFAR-10, which is downloaded to FOLDER if it is missing there.
         split: See :func:`~d2v_composer.sources.open.open_source`; default ``train``.
-        part: As ``split``.
+        part: See ``split``.
         **options: Those of :func:`~d2v_composer.sources.open.open_source`; by default, the samples are images, and
             folders are classes.
 
@@ -80,8 +80,8 @@ def _cifar10_images(folder: Path, split: str) -> Source:
 def hold_out(source: Source, record: Path, workers: int = 0) -> tuple[dict[str, Source], int]:
     """Split samples into ``test`` (a tenth, at most 5,000, and all exact copies of them) and ``train`` (the rest).
 
-    A hash of its id chooses a sample. The file ``record`` keeps the hashes of the contents: a repeated call holds these
-    out, whatever the samples are called by then.
+    The hash of a sample's id decides. The file ``record`` keeps hashes of the held-out contents: a repeated call holds
+    out the same contents, whatever their samples are called by then.
 
     Args:
         source: The samples.
@@ -135,7 +135,7 @@ class _Task(NamedTuple):
     groups: Sequence[NDArray[np.int64]]
     """Numbers of the samples in each shard."""
     options: dict[str, Any]
-    """The encoding's."""
+    """Options of the encoding."""
     skip_unreadable: bool
     out: str
     work: Path
@@ -144,7 +144,7 @@ class _Task(NamedTuple):
     """Folder of these shards' records; other samples or settings get another folder."""
 
     etags: dict[str, str]
-    """Those of the objects in ``out``, by name, as far as this process knows; only S3's."""
+    """Name → ETag of the objects in ``out`` that this process knows; only in S3."""
 
     def finish_shard(self, number: int) -> dict[str, Any]:
         """Write a group's shard, unless it exists.
@@ -351,7 +351,7 @@ def _published(out: str, name: str, work: Path | None) -> Iterator[Path]:
 
     Args:
         out: The folder, or its address in a store.
-        name: The file's.
+        name: The file's name.
         work: A folder on the disk of a local ``out``; of a store, any.
 
     Raises:

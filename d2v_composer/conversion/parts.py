@@ -1,6 +1,6 @@
 """Make parts of a conversion or of embeddings, in any order, on any machine, and merge them.
 
-A part is there once its last file is. Beside it stands its record: which part it is, and of what and how it was made.
+A part exists once its last file does. The record beside it has the part's number, source, version and settings.
 """
 
 import json
@@ -44,7 +44,7 @@ class Parts:
 
     Attributes:
         folder: The folder of the parts.
-        suffix: Of embeddings.
+        suffix: The file's suffix, for embeddings.
     """
 
     def __init__(self, out: str) -> None:
