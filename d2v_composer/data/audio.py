@@ -154,9 +154,9 @@ class Audio(Modality):
 
     @classmethod
     def encode(cls, stored: bytes, source: str, **options: Any) -> tuple[bytes, int]:
-        """Keep a 16 kHz mono FLAC, WAV or OGG file; of all others, store 16 kHz mono FLAC of 16 bits.
+        """Keep a 16 kHz mono FLAC, WAV or OGG file; convert all others to 16 kHz mono FLAC of 16 bits.
 
-        Of longer clips, only the first ``most_seconds`` are kept.
+        Only the first ``most_seconds`` of a clip are kept.
         """
         with decoding(stored, source, KIND), open_clip(stored, MAX_SECONDS) as file:
             whole = read_span(file, 0, file.frames)

@@ -289,7 +289,7 @@ class Images(Modality):
     def encode(  # pyright: ignore[reportIncompatibleMethodOverride]: each modality has options of its own
         cls, stored: bytes | Image.Image, source: str, resize: int | None = None, quality: int = 90
     ) -> tuple[bytes, None]:
-        """Keep an upright RGB JPEG; encode others, and those resized, as such JPEGs without metadata."""
+        """Keep an upright RGB JPEG as it is; encode other and resized images as such, without metadata."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = read_image(stored, source)

@@ -23,7 +23,7 @@ def build_augmentation(loader: Any, modality: Modality, seed: int, for_views: bo
         loader: The section ``train_loader``.
         modality: What the samples are.
         seed: The seed.
-        for_views: For an evaluation.
+        for_views: Build the augmentation of an evaluation's views.
 
     Raises:
         InputError: An option of another modality is set.

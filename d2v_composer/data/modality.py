@@ -41,9 +41,9 @@ class Modality(ABC):
 
     Attributes:
         name: Name of the entry in a batch, and of the column in an MDS data set.
-        unit: What messages call several samples.
-        cost_unit: What a model's operations are counted for.
-        suffixes: Of the files that a folder's scan takes.
+        unit: The word for several samples in messages.
+        cost_unit: The input for which a model's operations are counted.
+        suffixes: Suffixes of the files in a folder that are samples.
         needs: Suffix of files that cannot be decoded here → the package that can.
         encodings: The encodings of a column that can be read.
         options: Fields of ``train_loader`` that are arguments of :meth:`augmentation`.
