@@ -39,7 +39,7 @@ from d2v_composer.system.files import check_out_file, write_atomically
 
 
 def cost(model: Backbone | Encoder | None) -> dict[str, Any]:
-    """Return a model's number of parameters, and its GFLOP for one input, both with its encoder; no model has none."""
+    """Return a model's number of parameters and GFLOP for one input, both with its encoder; 0 for no model."""
     if model is None:
         return {"num_parameters": 0, "gflop": 0.0}
     return {"num_parameters": sum(map(torch.numel, model.parameters())), "gflop": model.flop() / 1e9}
@@ -48,9 +48,9 @@ def cost(model: Backbone | Encoder | None) -> dict[str, Any]:
 def share_encoders(
     first: Backbone, models: Mapping[str, Backbone], layer_mean: LayerMean, fill_to: int = 0
 ) -> dict[str, Embed]:
-    """Return what embeds, by name: pixels or log_mel, ``encoder`` (its output in every pooling), then each model.
+    """Return embed functions by name: pixels or log_mel, ``encoder`` (its output in every pooling), then each model.
 
-    A tensor that is passed again, to another of them, is not encoded again: autocast must be the same for all. The
+    A tensor that another function has encoded is not encoded again: autocast must be the same for all. The
     encoder's output lives as long as its inputs.
 
     Args:
@@ -82,13 +82,13 @@ class Evaluation(NamedTuple):
     """Models to compare, and their results."""
 
     groups: Mapping[Modality, dict[str, Embed]]
-    """Models, on the device and in eval mode, by the samples that they take, images of one size, and by name."""
+    """Samples, such as images of one size → name → model that takes them, on the device and in eval mode."""
     costs: Mapping[str, dict[str, Any]]
     """Name → :func:`cost`."""
     lookup: Lookup
     """How each set is looked up, without ``augment``."""
     load: Callable[[Modality], tuple[Mapping[str, EvaluationSet], Augmentation]]
-    """Returns name → samples for a group, and what makes views of them."""
+    """Returns name → samples for a group, and the augmentation that makes their views."""
     class_names: dict[str, Sequence[str]]
     """Data set → the name of each label; empty if the labels are only numbers."""
     results: list[Result]

@@ -74,7 +74,7 @@ class Lookup:
     ks: Sequence[int]
     """The k to count hits for; each at most the size of the smallest split."""
     probes: Collection[str]
-    """Names of ``PROBES``, which judge the test images, too; without labels, all run that need none."""
+    """Names of ``PROBES``, further measures of the test images; without labels, all that need no labels run."""
     augment: Augmentation | None
     """Makes an image's views."""
     batch_size: int
@@ -87,7 +87,7 @@ class Lookup:
     ranks: Ranks = ONE_RANK
     """The processes that share the work."""
     progress: str | None = None
-    """What a progress bar says before the name of the set; ``None``: no bar."""
+    """Text of the progress bar before the name of the set; ``None``: no bar."""
     target: str = ""
     """The teacher's embedding that the student's ``projected_cls`` imitates by its alignment; '' without one."""
     kept: dict[str, EmbeddedSet] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class Lookup:
         return [measure for measure in measures if needs.get(measure.name, labeled) is not None]
 
     def conditions(self, name: str, labeled: "EvaluationSet") -> dict[str, str]:
-        """Return what the numbers of a set depend on, besides the models: its dotted name → what identifies it."""
+        """Return what the numbers of a set depend on, besides the models: dotted name → a text that identifies it."""
         measured, classes = {measure.name for measure in self.measures(labeled)}, labeled.class_embeddings
         conditions = {f"{name}.primary embedding": self.primary, f"{name}.images": labeled.fingerprint()}
         if "instance" in measured:
@@ -186,7 +186,7 @@ def embed_rows(
 
 
 def name_in(row: Row, model: str, lookup: Lookup) -> str:
-    """Return the name of a row's only embedding in a model; '' if the row has all that the model offers."""
+    """Return the name of the only embedding of a model that a row uses; '' if the row uses every embedding."""
     projected = lookup.target if model == TEACHER else PROJECTED
     return projected if row.is_projected else ""
 

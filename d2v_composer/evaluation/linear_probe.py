@@ -31,9 +31,9 @@ class LinearProbe(NamedTuple):
     bias: Tensor
     """(C,) float64."""
     strength: float
-    """The L2 penalty's."""
+    """Strength of the L2 penalty."""
     converged: bool
-    """The solver has ended before ``MAX_EVALUATIONS``."""
+    """True if the solver ended before ``MAX_EVALUATIONS``."""
 
     def predict(self, embeddings: Tensor) -> Tensor:
         """Predict the labels of embeddings, (Q, D) → (Q,)."""
@@ -65,9 +65,9 @@ def linear_probe_accuracy(
 def fit_linear_probe(train: Tensor, labels: Tensor, strength: float | None = None) -> LinearProbe:
     """Fit a linear probe by L-BFGS in float32; the result is reproducible on the same machine.
 
-    The strength is the one of ``STRENGTHS`` that classifies a random tenth of the images best, without them in the fit;
-    of equally good ones the strongest. Weaker ones are not tried after two that are worse than the best. The probe is
-    then fitted to all images.
+    The strength is the one of ``STRENGTHS`` with which a fit to the other images classifies a random tenth best, or the
+    largest of several. After two strengths that are worse than the best, no smaller ones are tried. The probe is then
+    fitted to all images.
 
     Args:
         train: (N, D), any float dtype, on the device that computes. It needs twice as much memory again.

@@ -42,11 +42,11 @@ class TopK(NamedTuple):
 def nearest_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
     """Return each query's k nearest neighbors by cosine, nearest first: cosines and bank indices, (Q, k) each.
 
-    Exact in float32; ties come in any order. Memory besides the arguments and the result is bounded.
+    The search is exact in float32; ties come in any order. Memory besides the arguments and the result is bounded.
 
     Args:
         bank: (N, D), any float dtype, any length.
-        queries: (Q, D), likewise.
+        queries: (Q, D), any float dtype, any length.
         k: From 1 to N.
 
     Raises:
@@ -75,7 +75,7 @@ def nearest_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
 def exact_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
     """Return each query's k nearest neighbors like :func:`nearest_neighbors`, but in float64; the first wins a tie.
 
-    Of more than k + ``SPARE`` equal ones, those that float32's search finds.
+    If more than k + ``SPARE`` are equal, the result has those that the search in float32 finds.
 
     Where all images have much in common, cosines are close to 1 and differ by less than float32 can tell. So more than
     k are found in float32, and put in order in float64.
@@ -95,8 +95,8 @@ def exact_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
 def top_k(similarities_QN: Tensor, k: int) -> TopK:
     """Return the k largest values of each row (all values of a shorter row), largest first.
 
-    In two levels, since topk of a whole row is much slower than a maximum: the k groups of adjacent columns with the
-    largest maxima contain the k largest values.
+    The search has two levels, because topk of a whole row is much slower than a maximum: the k groups of adjacent
+    columns with the largest maxima contain the k largest values.
     """
     num_rows, num_columns = similarities_QN.shape
     num_groups = num_columns // GROUP_SIZE

@@ -21,11 +21,11 @@ UNTRAINED, STUDENT, TEACHER = GAP = ("untrained student", "student", "teacher")
 """The models between which the teacher gap lies; agreement compares with the teacher."""
 GAP_CLOSED = "teacher gap closed"
 PROJECTED_GAP = tuple(f"{model}, projected" for model in GAP)
-"""The same models in the teacher's space: the two students by their alignments, the teacher by what these imitate."""
+"""The same models in the teacher's space: the students' mapped embeddings, and the teacher's that these imitate."""
 GAPS = {GAP_CLOSED: GAP, f"{GAP_CLOSED}, projected": PROJECTED_GAP}
 NUM_RESAMPLES = 2000
 Hits = NDArray[np.bool_ | np.float64]
-"""Of one model, for each query, (Q,): whether it is right, or a share from 0 to 1."""
+"""A model's result for each query, (Q,): whether it is right, or a share from 0 to 1."""
 
 
 class Row(NamedTuple):
@@ -42,7 +42,7 @@ class Row(NamedTuple):
     bank: str
     """The model that embeds the bank."""
     is_projected: bool = False
-    """True for embeddings in the teacher's space: ``projected_cls`` of a student, what that imitates of a teacher."""
+    """True for embeddings in the teacher's space: a student's ``projected_cls``, or the teacher's that it imitates."""
 
     @property
     def moves(self) -> bool:
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 
 
 def row_of(model: str, color: str = "") -> Row:
-    """Return the row of a model's queries in its own bank; its log key has the model's name, but for the student."""
+    """Return the row of a model's queries in its own bank; its log key has the model's name, except for the student."""
     return Row(model, "" if model in (UNTRAINED, STUDENT) else model, color, model, model)
 
 
@@ -156,7 +156,7 @@ class Interval(NamedTuple):
 
 
 def pivot(results: Iterable[Result], dataset: str) -> dict[Measure, dict[str, Interval | None]]:
-    """Return measure → row → accuracy on a data set, in each row's primary embedding; other rows follow ``ROWS``.
+    """Return measure → row → accuracy on a data set, in each row's primary embedding; further rows follow ``ROWS``.
 
     The teacher gaps closed, in the last rows, :data:`GAPS`, are ``None`` if there is no gap, and missing if one of the
     three rows is.
@@ -237,7 +237,7 @@ def gap_closed_by_step(
 def resample(*hits: Hits) -> NDArray[np.float64]:
     """Return the accuracies of S models in each bootstrap resample of their common queries, (R, S).
 
-    Queries that the same models get right are interchangeable, so that only the number of each such kind is drawn.
+    Queries that the same models get right are interchangeable, so only the number of queries of each kind is drawn.
 
     Args:
         hits: Hits of each model, (Q,) each.
