@@ -2,7 +2,7 @@
 
     python check_program.py onnxruntime student.onnx
 
-kit.npz has inputs and last, PyTorch's embeddings of all; kit.json what is demanded, and exit status 1 says that it is
+kit.npz has inputs and, last, PyTorch's embeddings of all; kit.json has the limits. The exit status is 1 if a limit is
 missed. For another runtime, add it to RUNTIMES.
 """
 
@@ -24,7 +24,7 @@ class Runtime(NamedTuple):
     """A program that computes with exported files."""
 
     suffix: str
-    """How the names of its files end."""
+    """Suffix of its files."""
     package: str
     load: Callable[[str], Any]
     """Maps a file to a function: inputs, (B, …) float32 or uint8 → embeddings, (B, D)."""

@@ -122,7 +122,7 @@ def add_section(readme: Path, heading: str, text: str) -> None:
 def name_license(stated: str) -> str:
     """Return the hub's name of a license, from the note stored with a teacher's weights.
 
-    A note that says anything more than a license's name has a name of its own: what it adds may be a restriction.
+    A note that says more than a license's name becomes a name of its own, because the addition may be a restriction.
     """
     name = re.sub("[^a-z0-9.]+", "-", stated.lower().removesuffix(", as this repository")).strip("-")
     return "unknown" if not name or name.startswith(NOT_STATED) else name

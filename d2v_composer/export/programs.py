@@ -98,7 +98,7 @@ class Program(nn.Module):
 
 
 def export_program(program: Program, path: Path) -> None:
-    """Write a program as the suffix says, .onnx or .pt2, if it computes what the student does, on one input.
+    """Write a program to an .onnx or .pt2 file, after a check on one input that it computes what the student does.
 
     Raises:
         InputError: It computes something else, or the student is too large.

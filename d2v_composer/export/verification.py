@@ -52,7 +52,7 @@ def verify(
     difference: float | None = None,
     kit: Path | None = None,
 ) -> None:
-    """Measure a student's exported file, without ``images`` on the run's retrieval data.
+    """Measure a student's exported file on ``images``; default: the run's retrieval data.
 
     Raises:
         InputError: A file cannot be used, or a chosen runtime is not installed or takes other files.
@@ -106,7 +106,7 @@ def verify(
 
 
 def name_fastest(medians: Mapping[str, Mapping[str, float]]) -> str:
-    """Return a line: of runtimes without a fault, the fastest by batch size, and how much faster than next and slowest.
+    """Return a line with the fastest runtime without a fault by batch size, and its lead over the next and the slowest.
 
     Args:
         medians: Runtime → its numbers.
