@@ -1,1 +1,1 @@
-"""Teacher, student and their shared parts; only :mod:`.distillation` and :mod:`.classification` import Composer."""
+"""Teachers, students and their shared parts; only :mod:`.classification` imports Composer."""

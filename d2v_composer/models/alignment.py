@@ -60,7 +60,7 @@ class Fit(NamedTuple):
 class Moments:
     """Sums over pairs of inputs and targets from which the map follows: one pass, in float64.
 
-    Their order is that of the calls, so that the result has the same bits for any division of the work.
+    They are added in the order of the calls: the result has the same bits for any division of the work.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Moments:
         self.count = 0
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
-        """Add pairs, (N, I) and (N, P): every tenth of all to the held-out ones."""
+        """Add pairs, (N, I) and (N, P); every tenth pair is held out."""
         rows = torch.cat([inputs.new_ones(len(inputs), 1), inputs, targets], dim=1).double()
         is_held_out = torch.arange(self.count, self.count + len(rows), device=rows.device) % HELD_OUT == HELD_OUT - 1
         sums = [part.T @ part for part in (rows[~is_held_out], rows[is_held_out])]

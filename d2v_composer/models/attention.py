@@ -21,8 +21,8 @@ SHORT_SEQUENCE = 100
 def alibi_slopes(num_heads: int) -> Tensor:
     """Return the slope of each head, (H,).
 
-    For a power of two, a geometric series from 2^(-8/H); otherwise the series of the next lower power of two P,
-    followed by every second slope of 2P.
+    For a power of two, the slopes are a geometric series from 2^(-8/H); otherwise, the series of the next lower power
+    of two P, followed by every second slope of 2P.
     """
 
     def geometric(count: int) -> list[float]:

@@ -25,7 +25,7 @@ class Sound(Encoder):
     """The part that all audio encoders share: checks, padding and baseline of waveforms.
 
     Attributes:
-        min_samples: Of a waveform.
+        min_samples: Smallest number of samples in a waveform.
     """
 
     baseline = "log_mel"

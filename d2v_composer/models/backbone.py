@@ -99,12 +99,12 @@ class Projection(Frozen):
     """Pool a model's output: CLS, or the mean of patches or frames; then map it.
 
     Args:
-        pooling: Of the output.
+        pooling: Pooling of the output.
         linear: D → P; default the identity.
 
     Attributes:
-        num_outputs: P; 0: D, as nothing follows the pooling.
-        norm: A student's output passes it first: its teacher's final norm.
+        num_outputs: P; 0: nothing follows the pooling, which gives D channels.
+        norm: The teacher's final norm, which a student's output passes first.
     """
 
     def __init__(self, pooling: Pooling = "cls", linear: nn.Linear | None = None) -> None:
@@ -124,13 +124,13 @@ class Backbone(nn.Module, ABC):
 
     Args:
         encoder: Not copied: other models may hold it too.
-        config: The sizes of what follows it.
+        config: The sizes of the layers after the encoder.
         provenance: Origin of the weights, stored in files that are derived from them.
 
     Attributes:
         embed_dim: Channels of features and embeddings; the encoder's, unless a student is narrower.
         layer_mean: How this model computes its ``layer_mean`` embeddings.
-        head: What classifies the embeddings of a fine-tuned student, d → classes, or ``None``.
+        head: The classifier of a fine-tuned student's embeddings, d → classes, or ``None``.
         projection: A :class:`Projection`, which trained, or is the teacher's; or ``None``.
         alignment: An :class:`~d2v_composer.models.alignment.Alignment` with the teacher's embeddings, or ``None``.
     """

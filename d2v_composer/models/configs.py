@@ -1,4 +1,5 @@
-"""Configs of encoders, teachers and students, checked wherever they come from. No torch or timm: they load slowly.
+"""Configs of encoders, teachers and students, checked wherever they come from. Neither torch nor timm is imported: they
+load slowly.
 
 An encoder's config has, as a field or otherwise: ``modality`` (the name of its inputs in a batch),
 ``num_extra_tokens`` before the patches or frames (CLS and registers), ``has_cls_token`` (the first of them is CLS),
@@ -317,7 +318,7 @@ class TimmConfig(ImageConfig):
     image_size: ImageSize
     interpolation: Literal["bicubic", "bilinear"]
     timm: str
-    """timm version that built it."""
+    """Version of timm that built the encoder."""
     outputs: Tuple[float] = ()
     """A few outputs for a fixed image, in an exported file: another version of timm may silently build something else
     under the same name."""
@@ -356,7 +357,7 @@ class TeacherConfig(Config):
     average_top_k_layers: int
     """Number of last blocks in the target, as in pre-training."""
     final_layer_norm: bool = True
-    """The target ends with a LayerNorm, ``layer_norm_targets`` in data2vec's pre-training on audio."""
+    """True if the target ends with a LayerNorm: ``layer_norm_targets`` of data2vec's pre-training on audio."""
     normalization: ClassVar = "instance"
 
     def __getattr__(self, name: str) -> Any:
@@ -428,7 +429,7 @@ class StudentSizes(Config):
     encoder: EncoderConfig
     student: StudentConfig
     prefix: ClassVar = ""
-    """How the model's names of its tensors begin, and the file's do not."""
+    """Prefix of the tensors' names in the model, which the file leaves out."""
 
 
 class NetworkSizes(Config):

@@ -19,7 +19,7 @@ from d2v_composer.models.configs import Config, Data2Vec2EncoderConfig, EncoderC
 
 
 def count_flop(model: nn.Module, compute: Callable[[], object]) -> dict[Any, int]:
-    """Return the operations in which a model computes something in eval mode, 2 per multiply-accumulate.
+    """Return the operations of a model's computation in eval mode, 2 per multiply-accumulate.
 
     Returns:
         Operator of torch → its operations. ``aten.bmm`` has those of attention.
@@ -95,8 +95,8 @@ class Frozen(nn.Module):
     def cast_weights(self, dtype: torch.dtype) -> Self:
         """Cast the weights of linear and convolution layers to autocast's dtype once, instead of in every step.
 
-        Others that say ``is_cast``, too. Norms, positions and extra tokens keep float32, in which autocast computes
-        with them.
+        Other modules are cast if they say ``is_cast``. Norms, positions and extra tokens keep float32, in which
+        autocast computes with them.
         """
         for layer in self.modules():
             if getattr(layer, "is_cast", isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)):
@@ -113,7 +113,7 @@ class Encoder(Frozen):
         alibi: The bias of its blocks, if they have one.
         half_residual: Keep the residual stream of these and of a teacher's blocks in autocast's dtype, not in float32.
         baseline: The name of :meth:`raw` in tables.
-        input_name: What an exported program calls them.
+        input_name: The name of the inputs in an exported program.
     """
 
     alibi: Alibi | None

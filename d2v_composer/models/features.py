@@ -37,11 +37,11 @@ class Features:
     num_layers: int
     """Number of blocks."""
     norm: Callable[[Tensor], Tensor]
-    """Follows the last block."""
+    """The final norm, after the last block."""
     num_extra_tokens: int
     """Number of leading tokens that are neither patches nor frames."""
     has_cls_token: bool
-    """The first of these is CLS."""
+    """True if the first of these tokens is CLS."""
     padding_mask: Tensor | None = None
     """(B, T), true for padding."""
     shares: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Anyone's module as a teacher: it maps images to tokens.
+"""Make a teacher of any module that maps images to tokens.
 
 Shapes: B images, S pixels per side (or height and width), N tokens, D channels.
 """
@@ -21,7 +21,7 @@ HEAD_DIM = 64  # channels of a student's attention head
 
 
 class ModuleEncoder(PixelEncoder):
-    """The module as an encoder.
+    """An encoder that calls the module.
 
     Args:
         module: (B, 3, S, S) float, normalized → (B, N, D).

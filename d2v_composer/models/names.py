@@ -50,7 +50,7 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
 
 
 class Embedding(NamedTuple):
-    """An embedding; by default that of a file without a run's record, with which data2vec 2.0 base retrieves best."""
+    """An embedding; the default is for files without a run's record: data2vec 2.0 base retrieves best with it."""
 
     representation: Representation = "output"
     pooling: Pooling = "cls"

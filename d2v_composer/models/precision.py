@@ -46,7 +46,8 @@ def choose_precision(choice: str) -> Precision:
 def precision_of(dtype: torch.dtype | None, device: str) -> Iterator[None]:
     """Autocast to a dtype in the ``with`` block, or with ``None`` compute in float32.
 
-    TF32 is off: it keeps 10 of 23 mantissa bits, and Composer allows it in matrix products, torch in convolutions.
+    TF32 is off, because it keeps only 10 of 23 mantissa bits. Composer turns it on in matrix products, torch in
+    convolutions.
     """
     switches: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.cudnn
     allowed = [switch.allow_tf32 for switch in switches]

@@ -25,7 +25,7 @@ class Student(Transformer):
     as many channels as the encoder's, and there is at least one.
 
     Args:
-        encoder: The teacher's, or one of its own.
+        encoder: The teacher's, or the student's own.
         config: Sizes.
         provenance: Origin of teacher and student, stored in exported files.
         projection: The teacher's, if the config has one; a narrower student has its own, a linear layer.

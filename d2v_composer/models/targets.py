@@ -1,4 +1,4 @@
-"""The normalized mean of layers, as pure functions of tensors, and the settings by which a model has it.
+"""Compute the normalized mean of layers, by pure functions of tensors; :class:`LayerMean` has a model's settings.
 
 Shapes: B inputs, E extra tokens, N patches or frames, T = E + N time steps (tokens), D channels.
 Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), section 3; fairseq ``make_targets``.
@@ -180,7 +180,7 @@ class LayerMean(NamedTuple):
         """Compute the target from a teacher's features: the regressed tokens of (B, T, D), float32.
 
         Args:
-            features: The teacher's.
+            features: The teacher's features.
             norm_mean: Replaces the attribute, as a compiled one does.
 
         Raises:

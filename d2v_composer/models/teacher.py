@@ -1,4 +1,4 @@
-"""The base of teachers, which are frozen models with tokens: their targets, and students for them.
+"""The base of teachers, frozen models that compute targets and build students.
 
 Shapes: B inputs, E extra tokens, N patches, T = E + N tokens, D channels.
 """
@@ -82,7 +82,7 @@ class Teacher(Backbone, Frozen):
         """Build a trainable student: blocks on :meth:`student_encoder`, or a timm model.
 
         Args:
-            init: ``random`` (the chapter), or copy the teacher's first blocks: ``teacher_attention``, or
+            init: ``random`` (the thesis), or copy the teacher's first blocks: ``teacher_attention``, or
                 ``teacher_blocks`` if the MLP ratios agree.
             model: ``timm/NAME``: that model instead of blocks, of any architecture whose features have a grid. All of
                 it trains; it takes images of this teacher's size, normalized as for this teacher.
@@ -90,7 +90,7 @@ class Teacher(Backbone, Frozen):
             projected: Give it the embedding ``projected_cls``, in the space of this teacher's: by this teacher's own
                 frozen head; of a narrower student or a timm model by a linear layer, which trains.
             **sizes: Fields of :class:`~d2v_composer.models.configs.StudentConfig`, such as ``depth``, ``mlp_ratio`` and
-                ``alibi``; default the chapter's, and ``final_layer_norm`` the teacher's.
+                ``alibi``; default the thesis's, and ``final_layer_norm`` the teacher's.
 
         Returns:
             A :class:`~d2v_composer.models.student.Student`, or with ``model`` a

@@ -20,7 +20,7 @@ class Kind(NamedTuple):
     context: str = ""
     """The attention's argument that takes the context; empty: none."""
     is_post_norm: bool = False
-    """Each branch ends with its LayerNorm, before the residual sum."""
+    """True if each branch ends with its LayerNorm, before the residual sum."""
     scale: str = "gamma_{}"
     """Attribute with the LayerScale of branch 1 or 2: a parameter, a module, or ``None``."""
 
@@ -53,8 +53,8 @@ def fuse_biases(attention: Any) -> None:
 class TimmBlock(FfnBlock):
     """A timm block: attention branch, then MLP branch, each added to the residual stream.
 
-    The FFN output is what the MLP branch adds, after LayerScale. It calls timm's own submodules: a hook on them would
-    break torch.compile.
+    The FFN output is what the MLP branch adds, after LayerScale. The block calls timm's own submodules, because hooks
+    on them would break torch.compile.
 
     Args:
         block: A block of a supported kind.

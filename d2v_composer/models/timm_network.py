@@ -71,8 +71,7 @@ def load_pretrained(model: str) -> "NetworkStudent":
 def projection_width(num_classes: int | None) -> int:
     """Return the width of a timm model's final projection, judged by its number of classes; 0 if it has none.
 
-    A projection's width is a multiple of 64. No classifier in timm has such a number of classes, which are not an
-    embedding.
+    A projection's width is a multiple of 64; no classifier in timm has such a number of classes.
     """
     return 0 if num_classes is None or num_classes % 64 else num_classes
 

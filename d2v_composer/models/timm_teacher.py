@@ -48,7 +48,7 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None, num_
     Args:
         model: ``timm/NAME``.
         image_size: Default: the size of timm's data config, less what is left of a patch.
-        num_outputs: Of the projection that ends it; 0: there is none.
+        num_outputs: Outputs of the projection that ends the model; 0: there is none.
 
     Raises:
         ValueError: There is no such model, or it cannot be a teacher, or not at this size.
