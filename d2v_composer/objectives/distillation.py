@@ -74,7 +74,7 @@ class DistillationModel(ComposerModel):
 
     Attributes:
         layer_mean: How the ``layer_mean`` embeddings are computed that are compared.
-        flop: Of a step with one input; see :func:`~d2v_composer.models.encoder.count_flop`.
+        flop: Operations of a step with one input; see :func:`~d2v_composer.models.encoder.count_flop`.
 
     Raises:
         ValueError: An option's value is unknown, or does not fit the teacher.
@@ -156,7 +156,7 @@ class DistillationModel(ComposerModel):
     def loss(self, outputs: Regression, batch: Batch) -> Any:
         """Return the weighted sum of the objectives' losses, a scalar; ``batch`` is unused.
 
-        Of several objectives, a dict of the scalars that Composer logs: each one's by its name, and ``total``.
+        With several objectives, return a dict of what Composer logs: each one's loss by its name, and ``total``.
         """
         losses = self.losses((outputs, *outputs.others))
         return losses if outputs.others else losses["total"]

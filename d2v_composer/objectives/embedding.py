@@ -14,7 +14,7 @@ LEAST_LENGTH = 1e-3
 
 
 class EmbeddingRegression(Objective):
-    """Regress the embedding: its direction, since the loss leaves its length free."""
+    """Regress the embedding's direction; the loss leaves its length free."""
 
     class Options(Term):
         weight: Weight = 0.0
@@ -27,7 +27,7 @@ class EmbeddingRegression(Objective):
         return normalize(features.projected)
 
     def regression(self, features: Features, target: Tensor) -> Regression:
-        """Return unit vectors, the predictions at the length that fits best: the loss leaves it free."""
+        """Return unit vectors, the predictions scaled by one factor that fits best, which the loss leaves free."""
         prediction = self.target(features)
         length = (prediction * target).sum(dim=1).mean().clamp(min=LEAST_LENGTH)
         return Regression(length.detach() * prediction, target)

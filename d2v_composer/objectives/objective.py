@@ -39,7 +39,7 @@ class Regression(NamedTuple):
     padding_mask: Tensor | None = None
     """(B, T) bool: true for tokens that the loss leaves out."""
     others: "tuple[Regression, ...]" = ()
-    """Those of further objectives."""
+    """Regressions of further objectives."""
 
 
 class Objective(nn.Module, ABC):
@@ -50,7 +50,7 @@ class Objective(nn.Module, ABC):
     Args:
         options: The section.
         teacher: Frozen. It runs once for all objectives.
-        student: What trains.
+        student: The student, which trains.
         layer_mean: How a run computes target and prediction from layers.
 
     Attributes:

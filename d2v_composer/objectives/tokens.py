@@ -25,9 +25,9 @@ CLS_LOSS_WEIGHT = 0.01  # data2vec 2.0's `cls_loss` of the image models
 class DatasetNorm(nn.Module):
     """Subtract a fixed mean from each channel of each layer, and divide by a fixed deviation, both over a data set.
 
-    Unlike InstanceNorm, this keeps what the tokens of an input share, and unlike LayerNorm how far a token is from the
-    usual one. UNIC (arXiv:2408.05088), PHI-S (arXiv:2410.01680) and EUPE (arXiv:2603.22387) standardize the features of
-    their teachers.
+    Unlike InstanceNorm, this keeps what the tokens of an input share, and unlike LayerNorm, it keeps how far a token is
+    from the mean token. UNIC (arXiv:2408.05088), PHI-S (arXiv:2410.01680) and EUPE (arXiv:2603.22387) standardize the
+    features of their teachers.
 
     Args:
         num_layers: L.
@@ -168,8 +168,8 @@ def token_errors(prediction_BTD: Tensor, target_BTD: Tensor, loss: TokenLoss) ->
 def regression_loss(regression: Regression, loss: TokenLoss = "mse", cls_weight: float | None = None) -> Tensor:
     """Return the mean distance over all tokens, plus 0.01 × the mean squared error of ``cls_prediction``.
 
-    Padding does not count, and each input of a padded batch counts alike, however short: so the mean over ranks and
-    microbatches, which have as many inputs, is that of the whole batch.
+    Padding does not count, and each input counts alike, however short. So the mean over ranks and microbatches, all of
+    one size, is that of the whole batch.
 
     Args:
         regression: Prediction and target.
