@@ -33,9 +33,9 @@ class Shown(NamedTuple):
     """A sample in a gallery."""
 
     model: str
-    """query, or the model that found it."""
+    """``query``, or the model that found the sample."""
     mark: str
-    """Whether it is of the query's class: ✓ or ✗; empty for the query."""
+    """✓ if the sample is of the query's class, else ✗; empty for the query."""
     label: str
     picture: bytes
     """A PNG file."""

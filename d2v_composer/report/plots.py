@@ -168,7 +168,7 @@ def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Fi
 
 
 def percent(share: float, _: object = None) -> str:
-    """Return the label of a tick at a share."""
+    """Return the label of a share on an axis, in %."""
     return f"{round(100 * share, 6) + 0:g} %"  # + 0: no -0
 
 

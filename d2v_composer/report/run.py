@@ -107,7 +107,7 @@ def read_run(folder: Path) -> Run:
 def answer(run: Run) -> Iterator[str]:
     """Yield the verdict on each data set on which the untrained student, the student and its teacher were measured.
 
-    It is about retrieval or, without labels, about the neighbor agreement with the teacher.
+    The verdict is about retrieval or, without labels, about the neighbor agreement with the teacher.
     """
     for dataset in run.retrieval["datasets"]:
         accuracies = pivot(run.results, dataset)

@@ -83,8 +83,9 @@ def _percent(interval: Interval | None) -> str:
 def study_table(logs: Mapping[str, Log]) -> str:
     """Return a table of each run's top-1 on ``DATASET`` in %, bank train / test, and its teacher gap closed.
 
-    The gap closed is the mean of both banks. The untrained student and the teacher are the first run's, or the run's
-    own, which then stand below it. Loss: mean of the last 100 batches; s: seconds of training without evaluations.
+    The gap closed is the mean of both banks. The untrained student and the teacher are the first run's; if a run
+    measured its own, they stand below its line. ``loss`` is the mean of the last 100 batches, ``s`` the seconds of
+    training without evaluations.
 
     Args:
         logs: Name → log; embeddings that the first run lacks are not shown.
