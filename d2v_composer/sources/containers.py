@@ -11,13 +11,13 @@ class Container(NamedTuple):
     suffix: str
     plural: str
     ids: str
-    """Id of a sample."""
+    """Form of a sample's id."""
     samples: str
-    """What its samples are."""
+    """Kind of its samples."""
     labels: str
-    """What ``--label-column`` names; empty: the folders in the file are classes and splits, as in a folder."""
+    """Meaning of ``--label-column``; empty: the folders in the file are classes and splits, as in a folder."""
     module: str
-    """Has ``list_samples``, which lists the samples of a file; imported when it is needed."""
+    """Module whose ``list_samples`` lists the samples of a file; imported when it is needed."""
 
     @property
     def list_samples(self) -> Callable[..., Any]:

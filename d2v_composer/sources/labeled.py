@@ -80,7 +80,7 @@ class EvaluationSet(NamedTuple):
     def fingerprint(self) -> str:
         """Return a hash of the labels, to identify the set. Pixels are left out: they vary with the decoder.
 
-        Without labels it is by the mean pixel, a whole number, and by the length of clips.
+        Without labels, the hash is of the mean pixel, as a whole number, and of the clips' lengths.
         """
         labels = [split.labels.tolist() for split in (self.train, self.test)]
         if not self.has_labels:

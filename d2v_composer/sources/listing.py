@@ -28,7 +28,7 @@ class Listing(NamedTuple):
     root: str
     """A folder or an address, on the hub with the commit."""
     files: list[File]
-    """Those with a wanted suffix, sorted."""
+    """Files with a wanted suffix, sorted."""
     left_out: Mapping[str, int]
     """Number of other files by kind."""
     is_chosen: bool
@@ -100,7 +100,7 @@ def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str])
     Args:
         source: A file, a folder or a glob, in which ``**`` stands for any number of folders; local, in a store of
             :data:`~d2v_composer.system.addresses.STORES`, or hf://datasets/ORG/NAME[@REVISION][/FOLDER].
-        suffixes: In lowercase.
+        suffixes: Suffixes in lowercase.
         needs: Suffix of files that cannot be decoded here → the package that can.
 
     Returns:
@@ -145,7 +145,7 @@ def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str])
 
 
 def used_up(glob: Sequence[str], parts: Sequence[str]) -> frozenset[int]:
-    """Return how many parts of a glob the parts of a path may use up: all of them, if it fits."""
+    """Return how many leading parts of a glob can match a path: all of them, if the path fits."""
     counts = {0}
     for part in ("", *parts):
         if part:
@@ -196,7 +196,7 @@ def _list_hub(folder: str, suffixes: tuple[str, ...], chosen: str) -> tuple[str,
 
     Args:
         folder: The address.
-        suffixes: Of the wanted files.
+        suffixes: Suffixes of the wanted files.
         chosen: The file or the glob that chooses some of the files, if there is one.
 
     Returns:

@@ -52,7 +52,7 @@ class Files:
         left_out: Number of other files by kind.
         is_chosen: The user named a file or a glob.
         container: The files' kind; ``None``: they are samples in a folder.
-        columns: What to read of them.
+        columns: The columns to read.
         part: What to open: some of the files if there are enough, or else all, of whose samples it is a part.
     """
 
@@ -70,7 +70,7 @@ class Files:
         return self.container is None or not self.container.labels
 
     def find_splits(self, *names: str) -> dict[str, Any]:
-        """Return what is of each split that there is: number → path in it of samples in folders, or else files.
+        """Return split → number → path of its samples, if they are in folders; or else split → its files.
 
         Raises:
             InputError: A file may be of two splits.
@@ -98,7 +98,7 @@ class Files:
 
         Args:
             split: The split.
-            labels: Of samples in folders; see :func:`open_source`.
+            labels: Labels of samples in folders; see :func:`open_source`.
 
         Raises:
             InputError: There are no samples or no such split, splits or labels are ambiguous, or a file is damaged.
@@ -225,10 +225,10 @@ class Files:
 
 
 def sort_folders(paths: Sequence[str], *splits: str) -> dict[str, dict[int, str]]:
-    """Sort samples by the folders of splits, in the folder that all of them are in.
+    """Sort samples by the folders of splits; these may lie in one more folder that holds all samples.
 
     Args:
-        paths: Of the samples.
+        paths: The samples' paths.
         splits: Names of splits.
 
     Returns:

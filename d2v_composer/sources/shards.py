@@ -88,7 +88,7 @@ class Shards:
     """Samples of an MDS data set, by number.
 
     Args:
-        index: What it holds. Processes and runs may share the cache of a data set in a store.
+        index: The data set's index. Processes and runs may share the cache of a data set in a store.
         cache_limit: Maximum size of this cache, in bytes; default: no limit.
         timeout: How long an unreachable store is retried, in seconds.
 

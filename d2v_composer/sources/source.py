@@ -31,7 +31,7 @@ AHEAD = 64  # results of threads that wait in memory
 class Names(Sequence[str]):
     """Names in one block of memory, which forked workers share; those that read a list's objects copy them.
 
-    An array would give each name the room of the longest.
+    In a NumPy array, each name would take as much memory as the longest.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -232,7 +232,7 @@ def name_counts(left_out: Mapping[str, int]) -> str:
 def worker_options(num_workers: int, prefetch_factor: int, for_gpu: bool, timeout: float = 0) -> dict[str, Any]:
     """Return DataLoader arguments for workers that prepare batches in advance; with 0, this process prepares them.
 
-    So it does on Windows, which cannot fork, and on macOS, where a process with threads must not.
+    This process also does so on Windows, which cannot fork, and on macOS, where a process with threads must not.
     """
     options = {"pin_memory": for_gpu}  # which creates a CUDA context
     if not num_workers or not hasattr(os, "fork") or sys.platform == "darwin":
@@ -288,7 +288,7 @@ def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iter
 
 
 def marks_of(count: int, *contents: object) -> NDArray[np.int64]:
-    """Return the marks of the samples in one file, as whose content they change."""
+    """Return marks of the samples in one file; they change with its content."""
     return mark_of(*contents) + np.arange(count)
 
 
