@@ -52,7 +52,7 @@ class Address(NamedTuple):
     """Empty for a local path."""
     bucket: str
     path: str
-    """In a store: the key, without a trailing slash."""
+    """Local path; in a store, the key without a trailing slash."""
 
     @classmethod
     def parse(cls, text: str) -> Self:

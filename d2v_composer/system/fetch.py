@@ -59,17 +59,17 @@ class File(NamedTuple):
     """A file as it was listed. One that changes gets another size, version or number."""
 
     path: str
-    """Below the folder or address that was listed."""
+    """Path below the folder or address that was listed."""
     size: int = 0
-    """In bytes; 0 if its store does not tell it."""
+    """Size in bytes; 0 if the store does not tell."""
     version: str = ""
-    """Time of the last change in ns; in S3 the ETag; on the hub the commit; empty if its store does not tell it."""
+    """Time of the last change in ns; in S3, the ETag; on the hub, the commit; empty if the store does not tell."""
     number: int = 0
     """The inode, which only this machine's file system knows."""
 
     @classmethod
     def of(cls, path: str, place: str | Path | int, status: os.stat_result | None = None) -> Self:
-        """Describe a file of this machine, at a path or opened, by what the file system says, or has said."""
+        """Describe a file of this machine, at a path or opened, by its ``status`` in the file system."""
         status = status or os.stat(place)
         if status.st_dev not in _keeps_inodes:  # a list of millions of files asks once
             _keeps_inodes[status.st_dev] = not hasattr(os, "statvfs") or os.statvfs(place).f_fsid != 0
@@ -96,7 +96,7 @@ def is_remote(address: str | Path) -> bool:
 def fetch(address: str | Path, version: str = "", *, again: bool = False) -> Path:
     """Return the local path of a file; fetch a remote file unless it is cached and has not changed since.
 
-    If its server cannot tell that, use the cached file, with a warning.
+    If the server cannot tell whether it changed, use the cached file, with a warning.
 
     Args:
         address: A path, https://…, or an object store's address that mosaicml-streaming reads: s3://, gs://, oci://,

@@ -98,8 +98,8 @@ def check_owned(folder: Path | str, names: Iterable[str], mark: str, key: str) -
     """Check that a folder, local or in a store, is missing, empty, or ours, which the file ``mark`` in it shows.
 
     Args:
-        folder: Its path or address.
-        names: The names or paths of what is in it.
+        folder: The folder's path or address.
+        names: The names or paths in the folder.
         mark: The name of a file that only we write there.
         key: The setting that chooses the folder, for the error.
 

@@ -282,7 +282,7 @@ class Part(NamedTuple):
     """One of several parts of work that is shared among machines."""
 
     number: int
-    """From 0."""
+    """The part's number, from 0."""
     total: int
 
     @classmethod
