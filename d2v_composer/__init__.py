@@ -74,7 +74,7 @@ def __dir__() -> list[str]:
 
 
 def d2v2_student(pretrained: bool = False, **kwargs: Any) -> Any:
-    """Build the chapter's student as a timm model, for ``timm.create_model("d2v2_student", checkpoint_path=FILE)``.
+    """Build the thesis's student as a timm model, for ``timm.create_model("d2v2_student", checkpoint_path=FILE)``.
 
     FILE is one that ``d2v export`` wrote; loading it sets the sizes.
 

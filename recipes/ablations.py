@@ -75,8 +75,8 @@ def main(argv: Sequence[str]) -> None:
 def read_rows(study: Path, names: Sequence[str] | None = None) -> dict[str, Mapping[str, Any]]:
     """Read the first row of a study and those in ``names``; ``None`` reads all rows.
 
-    The first row measures the untrained student and the teacher as well; so does each whose encoder, width or
-    normalization makes them other embeddings.
+    The first row also measures the untrained student and the teacher; so does each row whose encoder, width or
+    normalization changes their embeddings.
 
     Returns:
         Name → changes of ``base.yaml``.

@@ -1,4 +1,4 @@
-"""Types of a YAML's fields, with their limits, and what checks them."""
+"""Types of a YAML's fields, with their limits and checks."""
 
 import difflib
 import inspect

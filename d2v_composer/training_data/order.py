@@ -150,7 +150,7 @@ class EpochOrder(DistributedSampler[Sample]):
 def padded_sizes(lengths: NDArray[np.int64]) -> list[int]:
     """Return at most 16 lengths that batches are padded to, ascending, up to the longest sample's, from (N,).
 
-    A compiled model needs a graph for each. Lengths are close where most of the sound is, and nowhere far apart.
+    A compiled model needs a graph for each length. Lengths are closest together where most of the sound is.
     """
     ascending = np.sort(lengths)
     place = ascending.cumsum() / ascending.sum() + ascending / (2 * ascending[-1])
