@@ -132,7 +132,7 @@ class Health(Callback):
         in_parts = self.grace.unit == TimeUnit.DURATION
         elapsed = state.get_elapsed_duration() if in_parts else state.timestamp.get(self.grace.unit)
         if math.isfinite(error) and error >= target and elapsed is not None and elapsed >= self.grace:
-            yield "dead", f"the squared error {error:.4g} is no better than the {target:.4g} of a constant prediction"
+            yield "dead", f"the squared error {error:.4g} is no better than a constant prediction's, {target:.4g}"
         if math.isfinite(loss) and loss > DIVERGED_RATIO * self.lowest_loss:
             yield (
                 "diverging",

@@ -129,7 +129,7 @@ class ZeroShotRetrieval(Callback):
             self.lookup.check(name, labeled)
             self.conditions |= self.lookup.conditions(name, labeled)
             if augment is None and ("instance" in probes or not labeled.has_labels):
-                raise ValueError(f"{name}: instance retrieval needs augment")
+                raise ValueError(f"{name}: instance retrieval needs the argument augment")
         self.datasets = dict(datasets)
         self.embed = embed
         self.baselines = baselines

@@ -76,7 +76,7 @@ def check_archive(path: Path, kind: type[InputError] = InputError) -> None:
             entries = archive.infolist()
             is_odd = any(entry.compress_type or entry.external_attr & DIRECTORY for entry in entries)
             if is_odd or sum(entry.file_size for entry in entries) > num_bytes:
-                raise ValueError("its archive has folders, compressed or overlapping files; torch writes none")
+                raise ValueError("its archive has folders, compressed or overlapping files, which torch never writes")
             if len({entry.filename.casefold() for entry in entries}) != len(entries):  # torch may read another one
                 raise ValueError("its archive has several files of the same name")
             if (broken := archive.testzip()) is not None:  # torch maps the tensors into memory without a look

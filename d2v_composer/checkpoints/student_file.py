@@ -206,7 +206,7 @@ def read_config(config_class: type[ConfigT], sizes: dict[str, Any]) -> ConfigT:
     """
     config = config_class(**sizes)
     if config.model_dump(mode="json") != sizes:
-        raise ValueError("a size is missing")
+        raise ValueError("its sizes are incomplete")
     return config
 
 
@@ -356,7 +356,7 @@ def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], dict[str
     has_logits = isinstance(student.head, nn.Linear)
     rule = "; a classifier or projection must be one linear layer on output_cls"
     rule = rule if has_logits or student.projected_width else ""
-    with errors_of(f"{source}: timm would compute something else{rule}"), torch.no_grad():
+    with errors_of(f"{source}: timm would not compute what the student computes{rule}"), torch.no_grad():
         model: Any = timm.create_model(name, **options)
         if is_network:
             tensors = encoder.timm_tensors(model, student.head or student.alignment)

@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     if (path is None) == (arguments.to is None):
         raise InputError("expected --index or --to, and not both")
     if path is not None and (arguments.pooling or arguments.representation):
-        raise InputError("--pooling and --representation apply only to --to; the rows of an --index are already pooled")
+        raise InputError("--pooling and --representation apply only to --to; rows of an --index are already pooled")
     if out.suffix != ".safetensors":
         raise InputError(f"{out} must end in .safetensors")
     check_out_file(out, overwrite=arguments.overwrite)

@@ -467,7 +467,7 @@ class ClassifierAlgorithmsConfig(AlgorithmsConfig):
 
     def contradictions(self) -> Iterator[str]:
         if self.mixup is not None and self.cutmix is not None:
-            yield ".cutmix: Composer cannot mix labels twice: mixup or cutmix must be null"
+            yield ".cutmix: must be null with mixup, because Composer cannot mix labels twice"
 
 
 class FinetuneConfig(TrainerConfig, ModelReference):

@@ -290,8 +290,8 @@ def convert(
                 path.unlink()
         if out.startswith("s3://") and (lost := sorted(name for name, _ in etags.items() - list_etags(out).items())):
             raise RunError(
-                f"{out}/{lost[0]}: {len(lost)} shards were removed or replaced after their upload; the same command "
-                "writes them again"
+                f"{out}/{lost[0]}: {len(lost)} shards were removed or replaced after their upload; run the same "
+                "command to write them again"
             )
         skipped = [line for shard in shards for line in shard["skipped"]]
         lengths = [length for shard in shards for length in shard["lengths"]]

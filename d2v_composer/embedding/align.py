@@ -72,7 +72,7 @@ def read_index(path: str) -> Index:
             ids, column = np.array(table["id"].to_pylist()), table["embedding"].combine_chunks()
             rows = column.flatten().to_numpy(zero_copy_only=False).reshape(len(ids), -1)
             if set(column.value_lengths().to_pylist()) != {rows.shape[1]}:
-                raise ValueError("its embeddings have several widths")
+                raise ValueError("its embeddings differ in width")
         if rows.ndim != 2 or not rows.shape[1] or rows.dtype.kind != "f" or len(rows) != len(ids):
             raise ValueError(f"expected rows of numbers, one id each, got {rows.dtype} {rows.shape}, {len(ids)} ids")
         for first in range(0, len(rows), 1 << 16):

@@ -112,7 +112,7 @@ def export_program(program: Program, path: Path) -> None:
         inputs = torch.randint_like(inputs, 256) if program.takes_pixels else torch.randn_like(inputs)
         outputs = torch.from_numpy(load(str(partial))(inputs.numpy()))
         if not is_same(outputs, program.compute(program.original, inputs)):
-            raise InputError("the exported model would compute something else than the student")
+            raise InputError("the exported model would not compute what the student computes")
 
 
 def metadata_of(student: Backbone, embedding: str, takes_pixels: bool) -> dict[str, str]:

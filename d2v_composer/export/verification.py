@@ -115,9 +115,9 @@ def name_fastest(medians: Mapping[str, Mapping[str, float]]) -> str:
     for key in ("/s at 1", "/s at 16") if len(medians) > 1 else ():
         fastest, *slower = sorted(medians, key=lambda name: medians[name][key], reverse=True)
         compared = dict.fromkeys((slower[0], slower[-1]))
-        factors = (f"{medians[fastest][key] / medians[name][key]:.2f} times {name}" for name in compared)
-        said.append(f"{key} {fastest}, {' and '.join(factors)}")
-    return f"fastest here of the runtimes in range: {'; '.join(said) or 'nothing to compare'}"
+        factors = (f"{medians[fastest][key] / medians[name][key]:.2f} times as fast as {name}" for name in compared)
+        said.append(f"{key}: {fastest}, {' and '.join(factors)}")
+    return f"fastest runtime in range: {'; '.join(said) or 'nothing to compare'}"
 
 
 def read_samples(student: Backbone, source: str | None, maximum: int, takes_pixels: bool = False) -> Tensor:

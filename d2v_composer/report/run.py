@@ -124,9 +124,9 @@ def _in_index(run: Run, dataset: str, measure: Measure) -> Iterator[str]:
     hits = {result.row: result.hits.numpy() for result in of_measure if result.is_primary}
     if (row := f"{STUDENT} in the teacher's index") in hits:
         compared = []
-        for name, other in (("itself in its own index", STUDENT), ("the teacher", f"{TEACHER}, projected")):
+        for name, other in (("its own index", STUDENT), ("the teacher", f"{TEACHER}, projected")):
             value, low, high = (100 * number for number in difference_interval(hits[row], hits[other])[:3])
-            compared.append(f"{value:+.1f} points against {name} [{low:+.1f}, {high:+.1f}]")
+            compared.append(f"{value:+.1f} points compared with {name} [{low:+.1f}, {high:+.1f}]")
         yield f"In its teacher's index, the student scores {100 * hits[row].mean():.1f} %: {'; '.join(compared)}."
 
 

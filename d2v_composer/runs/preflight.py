@@ -104,7 +104,7 @@ class Rehearsal:
         """Check that the store of the training data has each shard."""
         remote = self.config.train_loader.remote
         if remote is None:
-            return "on this machine: the training reads it"
+            return "on this machine; the training steps below read them"
         fetch_index(remote, Path(self.temporary.name))
         shards = json.loads(Path(self.temporary.name, INDEX).read_bytes())["shards"]
         names = [(shard.get("zip_data") or shard["raw_data"])["basename"] for shard in shards]

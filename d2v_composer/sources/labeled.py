@@ -169,7 +169,7 @@ def load_labeled_set(
     for split in (labeled.train, labeled.test) if labeled.has_labels else ():
         # Labels may recur at the very spacing of the images chosen, and then all are hits.
         if 1 < len(split.labels) == max_images and bool((split.labels == split.labels[0]).all()):
-            raise InputError(f"{root}: max_images={max_images} selects only one class; choose another value")
+            raise InputError(f"{root}: max_images={max_images} selects images of only one class; choose another value")
     if class_embeddings is not None and labeled.has_labels:
         labeled = labeled._replace(class_embeddings=_read_class_embeddings(Path(class_embeddings), labeled))
     return labeled

@@ -50,7 +50,7 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
             raise InputError(f"{name}: key {key} has two members of the same name")
         if labeled:
             if labeled not in fields:
-                raise InputError(f"{name}/{key} has no .{labeled} with its label; it has {', '.join(fields)}")
+                raise InputError(f"{name}/{key} has no label, .{labeled}; it has {', '.join(fields)}")
             label = read_bytes(file, *fields[labeled]).decode().strip()
             label = json.loads(label).get(key_of_label) if key_of_label else label
             labels.append(int(label) if re.fullmatch(r"-?\d+", str(label)) else label)
@@ -58,7 +58,7 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
         offsets.append(fields[images[0]][0])
         sizes.append(fields[images[0]][1])
     if twice := next((key for key, count in Counter(keys).items() if count > 1), None):
-        raise InputError(f"{name}: key {twice} has two samples, with other samples between them")
+        raise InputError(f"{name}: two samples have the key {twice}, and other samples lie between them")
     ids, marks = Names(f"{pinned.file.path}/{key}" for key in keys), marks_of(len(keys), pinned.file, columns.samples)
     load = partial(_load, pinned, np.array(offsets), np.array(sizes))
     return Listed(ids, np.array(sizes), marks, load, labels, left_out=left_out)

@@ -300,8 +300,8 @@ def test_int8_is_measured_with_other_images_of_the_run(
 def test_a_line_names_the_fastest_runtime_beside_the_next_and_the_slowest() -> None:
     rates = {"pytorch": (10.0, 40.0), "onnxruntime": (30.0, 20.0), "openvino": (15.0, 50.0)}
     found = {name: {"/s at 1": at_1, "/s at 16": at_16} for name, (at_1, at_16) in rates.items()}
-    line = "fastest here of the runtimes in range: /s at 1 onnxruntime, 2.00 times openvino and 3.00 times pytorch"
-    line += "; /s at 16 openvino, 1.25 times pytorch and 2.50 times onnxruntime"
+    line = "fastest runtime in range: /s at 1: onnxruntime, 2.00 times as fast as openvino and 3.00 times as fast as "
+    line += "pytorch; /s at 16: openvino, 1.25 times as fast as pytorch and 2.50 times as fast as onnxruntime"
     assert verification.name_fastest(found) == line
     assert verification.name_fastest({"pytorch": found["pytorch"]}).endswith(": nothing to compare")
 
@@ -328,10 +328,9 @@ def test_the_command_measures_beside_pytorch(student: Path, tmp_path: Path, suff
     assert set(table) >= {"pytorch", runtime}
     report = json.loads((tmp_path / f"{program.name}.verify.json").read_text())
     names = "|".join(map(re.escape, report["runtimes"]))  # OpenVINO's, too, where it is installed
-    fastest = rf"({names}), \d+\.\d\d times ({names})( and \d+\.\d\d times ({names}))?"
-    assert re.search(
-        rf"^fastest here of the runtimes in range: /s at 1 {fastest}; /s at 16 {fastest}$", done.stdout, re.MULTILINE
-    )
+    slower = rf"\d+\.\d\d times as fast as ({names})"
+    fastest = rf"({names}), {slower}( and {slower})?"
+    assert re.search(rf"^fastest runtime in range: /s at 1: {fastest}; /s at 16: {fastest}$", done.stdout, re.MULTILINE)
     assert report["faults"] == {}
     assert report["runtimes"]["pytorch"]["difference"] == 0
     assert report["versions"]["onnxruntime"]

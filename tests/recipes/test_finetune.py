@@ -231,7 +231,7 @@ def test_a_fine_tuned_student_is_fine_tuned_again_with_a_new_head(
 
 
 SLIPS = {
-    "algorithms.cutmix: Composer cannot mix labels twice": ["algorithms.mixup={}", "algorithms.cutmix={}"],
+    "algorithms.cutmix: must be null with mixup": ["algorithms.mixup={}", "algorithms.cutmix={}"],
     "dataset.format: must be mds, got folder; write ROOT/train": ["dataset.format=folder"],
     "callbacks.health: must be null in a fine-tuning run": ["callbacks={health: {}}"],
 }

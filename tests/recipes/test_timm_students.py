@@ -224,7 +224,8 @@ def test_what_timm_would_compute_otherwise_is_not_trained(small_data: Path, tmp_
     changes = [f"model={tmp_path / 'student.safetensors'}", f"save_folder={folders[1]}", "precision=fp32"]
     tuning = run_command(sys.executable, *finetune, *changes)
     for key, ended in (("student.model", distilling), ("model", tuning)):
-        problem = "timm would compute something else; a classifier or projection must be one linear layer on output_cls"
+        problem = "timm would not compute what the student computes; a classifier or projection must be one linear "
+        problem += "layer on output_cls"
         assert failure(ended, 2) == f"error: {key}: {problem}: the outputs differ"
     assert not any(folder.exists() for folder in folders)
 

@@ -101,8 +101,8 @@ def test_a_student_in_its_teachers_index() -> None:
     aligned = [run.results[1]._replace(row=row, hits=right) for row, right in hits.items()]
     _, said = answer(run._replace(results=[*run.results, *aligned]))
     bounds = re.fullmatch(
-        r"In its teacher's index, the student scores 50\.0 %: \+10\.0 points against itself in its own index "
-        r"\[\+(\S+), \+(\S+)\]; -8\.0 points against the teacher \[-(\S+), -(\S+)\]\.",
+        r"In its teacher's index, the student scores 50\.0 %: \+10\.0 points compared with its own index "
+        r"\[\+(\S+), \+(\S+)\]; -8\.0 points compared with the teacher \[-(\S+), -(\S+)\]\.",
         said,
     )
     assert bounds is not None

@@ -171,8 +171,8 @@ def test_a_wrong_parquet_file_is_one_line(columns: dict, options: str, line: str
     ("members", "options", "line"),
     [
         (["a.jpg", "a.png"], "", r"x.tar/a has jpg and png; choose one with --column"),
-        (["a.jpg", "b.jpg", "a.jpg"], "", r"x.tar: key a has two samples, with other samples between"),
-        (["a.jpg", "a.txt"], "--label-column cls", r"x.tar/a has no .cls with its label; it has jpg, txt"),
+        (["a.jpg", "b.jpg", "a.jpg"], "", r"x.tar: two samples have the key a, and other samples lie between"),
+        (["a.jpg", "a.txt"], "--label-column cls", r"x.tar/a has no label, .cls; it has jpg, txt"),
         (["a.jpg", "a.json"], "--label-column json:class", r"x.tar/a: its label must be a whole number, got None"),
         (["a.jpg", "a.jpg"], "", r"x.tar: key a has two members of the same name"),
         (["a.txt"], "", r"no images in 1 files; other files: 1 .txt, 1 keys without images"),
