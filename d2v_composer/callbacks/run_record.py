@@ -69,7 +69,7 @@ class RunRecord(Callback):
             raise InputError(f"{changes}; a new run needs another save_folder, and no load_path")
 
     def changes(self, before: Mapping[str, Any], keys: Sequence[str] = ()) -> str:
-        """Describe what differs from another run's record in these keys; default: the fixed ones."""
+        """Describe what differs from another run's record in these keys; default: the fixed keys."""
         records = hide_secrets(before), self.record, self.defaults
         groups = (find_changes(key, *(value_at(record, key) for record in records)) for key in keys or self.fixed)
         return "; ".join(change for changes in groups for change in changes)

@@ -282,7 +282,7 @@ def _stored_checkpoints(address: str) -> list[str]:
 
 
 def upload_missing(folder: RunFolder) -> None:
-    """Upload a run's newest checkpoint, unless the run's store has it: a run was killed before, or had no store.
+    """Upload a run's newest checkpoint if its store lacks it: a run was killed before the upload, or had no store.
 
     Raises:
         RunError: The store cannot be written.

@@ -1,7 +1,8 @@
 """Read PyTorch files from any source, without running their code or exhausting time or memory.
 
 torch's ``weights_only`` interpreter calls only functions that it knows to be safe; the classes that fairseq, OmegaConf
-or a training program name are replaced by :class:`Stub`. Before it starts, :func:`check_archive` checks the rest.
+or a training program name are replaced by :class:`Stub`. Before the interpreter starts, :func:`check_archive` checks
+the rest.
 """
 
 import pickletools

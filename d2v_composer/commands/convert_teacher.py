@@ -17,7 +17,7 @@ from d2v_composer.system.files import check_out_file
 
 
 def main(argv: Sequence[str]) -> None:
-    """Convert, and print the file's used and unused tensors."""
+    """Convert a teacher, and print the used and the unused tensors of its file."""
     arguments = make_parser(__doc__, "convert-teacher").parse_args(argv)
     check_out_file(arguments.out, overwrite=arguments.overwrite)
 

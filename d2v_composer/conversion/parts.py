@@ -90,7 +90,7 @@ class Parts:
 
     @cached_property
     def files(self) -> dict[str, File]:
-        """All files below the folder, by path."""
+        """The files below the folder, by path."""
         if is_remote(self.folder):
             return {file.path: file for file in list_store(self.folder)}
         paths = {path.relative_to(self.folder).as_posix(): path for path in Path(self.folder).rglob("*")}

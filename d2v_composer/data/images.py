@@ -104,8 +104,8 @@ class Box(NamedTuple):
 class CuttableJpeg(NamedTuple):
     """A complete JPEG, decoded no further than the last row of a crop.
 
-    It is of the usual kind: sequential, three colors of 8 bits in a single scan, with an end marker. Its rows are
-    stored in order, so any decoder stops early if the header claims fewer rows.
+    Only the usual kind is accepted: sequential, three colors of 8 bits in a single scan, with an end marker. Its rows
+    are stored in order, so any decoder stops early if the header claims fewer rows.
     """
 
     encoded: bytes

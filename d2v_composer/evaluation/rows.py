@@ -127,7 +127,7 @@ TABLES = {
 
 
 def measures_of(ks: Sequence[int], probes: Iterable[str], has_labels: bool = True) -> list[Measure]:
-    """Return the measures of labeled images, retrieval and then the probes; or those that need no labels."""
+    """Return the measures of a set: with labels, retrieval, then the probes; without, those that need no labels."""
     measures = [retrieval_from(bank, k) for bank in BANKS for k in ks if has_labels]
     for probe in map(PROBES.__getitem__, probes if has_labels else WITHOUT_LABELS):
         measures += map(probe, ks) if callable(probe) else probe

@@ -54,7 +54,7 @@ class Fit(NamedTuple):
     """(P,) float32."""
     about: dict[str, float]
     """``pairs``, the number of samples; ``ridge``, the penalty on the squared weights that the held-out pairs chose;
-    ``r2``, the share of the target's variance that the map explains on them, before it is fitted to all pairs."""
+    ``r2``, the share of the held-out targets' variance that a map of the other pairs explains."""
 
 
 class Moments:

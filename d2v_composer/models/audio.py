@@ -57,8 +57,8 @@ class Sound(Encoder):
 class AudioEncoder(Sound, Data2Vec2Encoder):
     """Convolutions, projection, positional convolutions, extra tokens, LayerNorm, ``prenet_depth`` blocks.
 
-    Inputs are waveforms, (B, L) float in [-1, 1], 16 kHz mono, not normalized. What lies behind a clip's end changes
-    nothing: a clip in a padded batch gives the same as alone. (In fairseq padding changes the positions.)
+    Inputs are waveforms, (B, L) float in [-1, 1], 16 kHz mono, not normalized. Padding changes nothing: a clip has the
+    same tokens in a padded batch as alone. (In fairseq padding changes the positions.)
     """
 
     config: AudioEncoderConfig

@@ -26,8 +26,8 @@ class Classifier(ComposerModel):
     """Train the blocks, the head and optionally the encoder of a student or teacher with labels.
 
     A batch is images, (B, 3, S, S), or waveforms, (B, L), as for the encoder, and labels: (B,) int64, or (B, C) float
-    of mixed ones. If waveforms are padded, their lengths follow: samples, (B,) int64.
-    :meth:`prepare` normalizes the images of a batch on the device, before Composer's algorithms mix them.
+    of mixed labels. If waveforms are padded, their lengths follow: samples, (B,) int64. :meth:`prepare` normalizes the
+    images of a batch on the device, before Composer's algorithms mix them.
 
     Parameters on which the embedding does not depend, such as the last norm for ``layer_mean``, are frozen.
 

@@ -350,7 +350,7 @@ EncoderConfig = Annotated[
 
 
 class TeacherConfig(Config):
-    """Sizes of a teacher: of its blocks, and of its encoder, whose fields are attributes here, too."""
+    """Sizes of a teacher's blocks and encoder; the encoder's fields are attributes here, too."""
 
     encoder: EncoderConfig
     depth: Depth

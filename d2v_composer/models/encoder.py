@@ -77,7 +77,8 @@ class Tokens(NamedTuple):
 class Frozen(nn.Module):
     """A module that, once :meth:`freeze` was called, stays in eval mode and gets no gradient.
 
-    ``Trainer.fit`` and ``model_eval_mode`` call ``model.train(mode=True)`` on the whole model; it has no effect then.
+    ``Trainer.fit`` and ``model_eval_mode`` call ``model.train(mode=True)`` on the whole model, which then has no effect
+    on this module.
     """
 
     is_frozen = False

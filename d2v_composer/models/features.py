@@ -53,7 +53,7 @@ class Features:
 
     @classmethod
     def of_layer(cls, x_BTD: Tensor, num_extra_tokens: int, has_cls_token: bool, **fields: Any) -> "Features":
-        """Return the features of a model that gives its output alone."""
+        """Return the features of a model that gives only its output."""
         return cls(lambda _: [(x_BTD, x_BTD)], 1, nn.Identity(), num_extra_tokens, has_cls_token, **fields)
 
     def layers(self, source: TargetSource = "ffn") -> Iterator[Tensor]:

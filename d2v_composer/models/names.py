@@ -1,4 +1,4 @@
-"""Choices for YAMLs and command lines, and the names of embeddings: a representation, pooled.
+"""Choices for YAMLs and command lines, and the names of embeddings, each a representation and a pooling.
 
 This module imports no torch, so ``--help`` shows them within a second.
 """

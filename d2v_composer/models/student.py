@@ -21,8 +21,8 @@ Init = Literal["random", "teacher_attention", "teacher_blocks"]
 class Student(Transformer):
     """The student: an encoder, and blocks that train.
 
-    A student narrower than its encoder reads the tokens through a linear layer, ``input_proj``. Its heads have at least
-    as many channels as the encoder's, and there is at least one.
+    A student narrower than its encoder reads the tokens through a linear layer, ``input_proj``. A head of this student
+    has at least as many channels as one of the encoder; there is at least one head.
 
     Args:
         encoder: The teacher's, or the student's own.

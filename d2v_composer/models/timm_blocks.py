@@ -43,7 +43,7 @@ def check_block(block: nn.Module) -> None:
 
 @torch.no_grad()
 def fuse_biases(attention: Any) -> None:
-    """Join the biases of queries, keys and values to one, which timm does at every call."""
+    """Join the biases of queries, keys and values once; timm joins them at every call."""
     if getattr(attention, "q_bias", None) is not None:
         joined = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
         attention.qkv.bias = nn.Parameter(joined, requires_grad=False)

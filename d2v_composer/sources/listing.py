@@ -43,7 +43,7 @@ class Pinned(NamedTuple):
     path: Path
     """The file, or its copy."""
     file: File
-    """The file as listed; without a version there, its copy's size and inode."""
+    """The file as listed; if its store has no versions, with the copy's size and inode."""
     expected: File | None
     """What the file system says of it; ``None`` for a copy of one version, which nobody replaces by another."""
 

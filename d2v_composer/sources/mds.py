@@ -52,7 +52,7 @@ class ShardFile(NamedTuple):
     basename: str
     bytes: int
     hashes: Mapping[str, str]
-    """Algorithm in hashlib or xxhash → hash of the content; may be empty."""
+    """Name of an algorithm in hashlib or xxhash → the content's hash by it; may be empty."""
 
     def find_fault(self, path: Path) -> str | None:
         """Return an error message if a file differs from its entry, or ``None``."""

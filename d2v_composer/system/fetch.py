@@ -56,7 +56,7 @@ class UnchangedError(ValueError):
 
 
 class File(NamedTuple):
-    """A file as it was listed. One that changes gets another size, version or number."""
+    """A file as it was listed. A file that changes gets another size, version or number."""
 
     path: str
     """Path below the folder or address that was listed."""
@@ -164,7 +164,7 @@ def fetch_from_hub(
 ) -> Path:
     """Return the first of these files that a repository on the Hugging Face hub has now.
 
-    If the hub does not answer, return what its cache has, with a warning. The hub's own variables hold: HF_HOME,
+    If the hub does not answer, return what its cache has, with a warning. The hub's own variables apply: HF_HOME,
     HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
 
     Args:

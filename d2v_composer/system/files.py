@@ -36,7 +36,7 @@ _free: set[Path] = set()
 def check_out_file(path: Path, *, overwrite: bool = True) -> None:
     """Check, before the work starts, that a file can be written; its folder may not exist yet.
 
-    Without ``overwrite``, :func:`move` refuses, too, if the file exists by then.
+    Without ``overwrite``, :func:`move` also refuses a file that exists by then.
 
     Raises:
         InputError: The path is a folder or an object store's address, its folder is not writable, or it exists.
@@ -95,7 +95,7 @@ def move(partial: Path, path: Path) -> None:
 
 
 def check_owned(folder: Path | str, names: Iterable[str], mark: str, key: str) -> None:
-    """Check that a folder, local or in a store, is missing, empty, or ours, which the file ``mark`` in it shows.
+    """Check that a folder, local or in a store, is missing, empty, or ours: then it has the file ``mark``.
 
     Args:
         folder: The folder's path or address.

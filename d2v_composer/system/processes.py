@@ -162,7 +162,7 @@ def _print(line: str, stream: Any) -> None:
 def die_with_parent() -> None:
     """Ask Linux to kill this process when its parent dies; an initializer for worker processes.
 
-    The signal comes when the thread that started this process ends: start workers from a thread that lives as long.
+    The signal comes when the thread that started this process ends: start workers from a thread that outlives them.
     """
     _at_parents_death(signal.SIGKILL)
     parent = multiprocessing.parent_process()
@@ -269,7 +269,7 @@ def num_nodes() -> int:
 def let_first_rank_report() -> None:
     """Give the first rank of this node time to report an error that all its ranks found before they joined.
 
-    When it has ended, Composer's launcher ends the others by SIGTERM, so that they do not print the error as well.
+    When that rank has ended, Composer's launcher ends the others by SIGTERM, before they print the error as well.
     """
     if local_rank() != 0:
         # The launcher prints nothing of a process that the signal killed.
