@@ -90,7 +90,7 @@ def read_rows(study: Path, names: Sequence[str] | None = None) -> dict[str, Mapp
     rows = read_yaml(path)
     is_study = rows and all(isinstance(name, str) and isinstance(row, dict) for name, row in rows.items())
     if not (is_study and all(isinstance(row.get("num_images", 1), int) for row in rows.values())):
-        expected = "'name: {key: value}' for each row, with a whole num_images, and a number as the name in quotes"
+        expected = "'name: {key: value}' for each row, num_images a whole number, and a name that is a number in quotes"
         raise InputError(f"{path}: expected a line {expected}")
     chosen = [next(iter(rows)), *(rows if names is None else names)]
     for name in chosen:

@@ -141,7 +141,7 @@ def load_weights(built: Any, model: str, stored: dict[str, Tensor], left_out: tu
         warnings.simplefilter("ignore")  # about the speed of timm's resampling
         tensors = checkpoint_filter(built, model)(named, built)
     if biases and not any(name.endswith(BIASES) for name in tensors):
-        raise ValueError(f"the file has {biases[0]}, the model has not; use a timm model whose name ends in _qkvb")
+        raise ValueError(f"the file has {biases[0]}, but not the model; use a timm model whose name ends in _qkvb")
     left_out += () if built.num_classes else HEADS[:2]  # classes
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(left_out)}
     check_numbers({name: tensor for name, tensor in tensors.items() if name.startswith((*TRUNK, *HEADS))})

@@ -91,7 +91,7 @@ class FrozenModel(Teacher):
         if shape[0] != shape[1] or rows != columns or shape[0] % rows:
             raise ValueError(
                 f"depth: blocks need a square grid of whole patches, got {rows} x {columns} for {shape} pixels; "
-                "a student timm/NAME needs none"
+                "student.model=timm/NAME needs no such grid"
             )
         config = ImageEncoderConfig(
             embed_dim=dim,

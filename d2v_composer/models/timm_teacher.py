@@ -258,5 +258,5 @@ class TimmTeacher(Transformer, Teacher):
             raise ValueError(f"init teacher_blocks needs data2vec 2.0's post-norm blocks, but {name} has {kind}")
         if self.contexts.table is not None:
             needed = "an attention without rotary positions or relative bias"
-            raise ValueError(f"init teacher_attention needs {needed}, unlike that of {name}")
+            raise ValueError(f"init teacher_attention needs {needed}, but {name} has one of these")
         return [block.attn for block in blocks]

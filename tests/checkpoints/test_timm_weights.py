@@ -117,7 +117,7 @@ def test_a_bias_that_timms_filter_drops_is_refused_unless_it_is_zero(tmp_path: P
         if value == 0:
             assert load_teacher(path, model=f"timm/{name}").config.depth == 2
     with pytest.raises(
-        InputError, match=rf"timm/{name}: the file has blocks\.0\.attn\.qkv\.bias, the model none; .*_qkvb$"
+        InputError, match=rf"timm/{name}: the file has blocks\.0\.attn\.qkv\.bias, but not the model; .*_qkvb$"
     ):
         load_teacher(path, model=f"timm/{name}")
 
