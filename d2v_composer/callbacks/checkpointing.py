@@ -142,7 +142,7 @@ class Checkpoints(Callback):
             self._exit_if_stopping(state)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Save at the end of a run if its duration is in epochs, also after its last batch was saved."""
+        """Save at the end of a run whose duration is in epochs, even if its last batch was saved already."""
         if has_ended(state) and not self.stop.is_last_batch:
             self.last_saved = -1
             self._save(state)

@@ -92,7 +92,7 @@ class ZeroShotRetrieval(Callback):
         results: What tables and the report show, in the primary embedding: of the baselines, of the student before
             training and of the student as last measured, with its batch; kept in checkpoints. Those of the
             student and of the teacher have each test image's nearest train images, as many as the largest of ``ks``.
-        conditions: What the numbers of every set that the run ever measured depend on; kept in checkpoints.
+        conditions: For every set that the run ever measured, what its numbers depend on; kept in checkpoints.
         was_stopped: Whether ``should_stop`` ended the last evaluation; kept in checkpoints.
 
     Example:

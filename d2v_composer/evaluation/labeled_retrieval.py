@@ -78,7 +78,7 @@ class Lookup:
     augment: Augmentation | None
     """Makes an image's views."""
     batch_size: int
-    """Images embedded at once on each rank."""
+    """Number of images that each rank embeds at once."""
     teacher_neighbors: Neighbors | None = None
     """Data set → embedding → the teacher's nearest others of each test image, (N, ``NUM_COMMON``) int32, filled in when
     the teacher is measured; ``None``: agreement is left out."""
@@ -175,7 +175,7 @@ def embed_rows(
     lookup: Lookup,
     with_views: bool,
 ) -> dict[str, EmbeddedSet]:
-    """Embed a set with the models of some rows; a teacher in whose index students alone search is embedded once."""
+    """Embed a set with the models of some rows; a teacher that only provides the bank embeds the set once."""
     kept = lookup.kept
     needed = {row.queries for row in rows} | {row.bank for row in rows if dataset not in kept}
     used = {model: embed for model, embed in embeds.items() if model in needed}
