@@ -87,7 +87,7 @@ def share_statistics(model: torch.nn.Module) -> None:
 
 
 class SharedStatistics(Callback):
-    """Share BatchNorm's statistics before each evaluation."""
+    """Broadcast BatchNorm's statistics before evaluations."""
 
     def eval_start(self, state: State, logger: Logger) -> None:
         share_statistics(state.model)

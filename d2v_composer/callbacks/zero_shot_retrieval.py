@@ -122,7 +122,7 @@ class ZeroShotRetrieval(Callback):
             raise ValueError(f"probes must be among {', '.join(PROBES)}, got {', '.join(probes)}")
         if "agreement" in probes and baselines is not None and TEACHER not in baselines:
             raise ValueError("agreement needs a baseline named teacher")
-        target = "" if align is None else align.target
+        target = align.target if align else ""
         self.lookup = Lookup(primary, tuple(ks), probes, augment, device_batch_size, target=target)
         self.conditions: dict[str, str] = {}
         for name, labeled in datasets.items():
@@ -191,7 +191,7 @@ class ZeroShotRetrieval(Callback):
         self.conditions, self.results = now, read_results(state["results"])
 
     def evaluate(self, state: State, logger: Logger) -> None:
-        """Measure and log the model, unless this batch was measured already or the run should stop."""
+        """Measure the model and log the results, unless done at this batch or the run should stop."""
         if self.history and self.history[-1]["batch"] == int(state.timestamp.batch):
             return
         self.was_stopped = True

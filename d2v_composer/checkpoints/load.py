@@ -298,7 +298,7 @@ def _load_finetuned(checkpoint: Checkpoint) -> Backbone:
     """Load a fine-tuned student with its head; the run's record is its provenance."""
     path, record, tensors = checkpoint.path, checkpoint.record, dict(checkpoint.tensors)
     if record["model"]["kind"] != "student":
-        raise InputError(f"{path} is a fine-tuned teacher; only a fine-tuned student can be exported or embed images")
+        raise InputError(f"{path} is a fine-tuned teacher, which can neither be exported nor embed images")
     head = {name: tensors.pop(f"head.{name}") for name in ("weight", "bias")}
     tensors = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
     student = build_student(path, read_sizes(path, record["model"]["sizes"]), tensors, record)

@@ -135,7 +135,7 @@ def load_weights(built: Any, model: str, stored: dict[str, Tensor], left_out: tu
     kernels = [tensor for name, tensor in named.items() if tensor.ndim == 4 or "patch" in name]
     if not any(kernel.numel() == patch.weight.numel() for kernel in kernels):
         size = " x ".join(map(str, patch.kernel_size))  # timm would resample others
-        raise ValueError(f"it has no embedding of {size} pixel patches in the model's width")
+        raise ValueError(f"it has no {size} pixel patch embedding of the model's width")
     biases = [name for name, tensor in named.items() if name.endswith(BIASES[0]) and tensor.any()]
     with warnings.catch_warnings(), redirect_stdout(StringIO()):  # timm prints each bias that a model lacks
         warnings.simplefilter("ignore")  # about the speed of timm's resampling

@@ -51,8 +51,8 @@ def main(argv: Sequence[str]) -> None:
         index = read_index(path)
         numbers, places, num_repeated = match(source, index, path, arguments.max_samples)
         print(
-            f"pairs: {len(numbers):,} of {len(source):,} samples and {len(index.ids):,} rows; rows whose ids repeat, "
-            f"left out: {num_repeated:,}"
+            f"pairs: {len(numbers):,} of {len(source):,} samples and {len(index.ids):,} rows; left out "
+            f"{num_repeated:,} rows with repeated ids"
         )
         target, bank, about = index.rows[places], index.rows, {"index": path}
     else:
@@ -66,10 +66,12 @@ def main(argv: Sequence[str]) -> None:
         numbers = evenly_spaced(len(source), arguments.max_samples)
         record = distillation_of(student.provenance)
         # An evaluation computes the teacher's embeddings with the sizes and the normalization of the student's run.
-        sizes = value_at(record, "config.teacher.first_blocks"), value_at(record, "config.teacher.image_size")
-        is_own = is_teacher_of(record, teacher) and sizes == (None, None)
-        if name.startswith("layer_mean"):
-            is_own = is_own and student.layer_mean[:2] == teacher.layer_mean[:2]
+        is_own = (
+            is_teacher_of(record, teacher)
+            and value_at(record, "config.teacher.image_size") is None
+            and value_at(record, "config.teacher.first_blocks") in (None, teacher.encoder.config.prenet_depth)
+            and (not name.startswith("layer_mean") or student.layer_mean[:2] == teacher.layer_mean[:2])
+        )
         about = {"target": name} if is_own else {"index": f"{arguments.to}, {name}"}
     print("other files:", name_counts(source.left_out))
     workers = choose_workers(arguments.workers, device)

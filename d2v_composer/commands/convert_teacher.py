@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"{provenance['source']} (sha256 {provenance['sha256']})")
     inputs = " x ".join(map(str, teacher.encoder.example(1).shape[1:]))
     print(
-        f"data2vec 2.0 {config.modality} model: width {config.embed_dim}, {config.num_heads} heads, "
+        f"{config.modality} model: width {config.embed_dim}, {config.num_heads} heads, "
         f"{config.prenet_depth} + {config.depth} blocks, {teacher.encoder.num_tokens()} tokens of {inputs} inputs"
     )
     for verb, names in (("used", list(teacher.state_dict())), ("left out", left)):

@@ -253,7 +253,7 @@ class AlgorithmsConfig(Section):
 
 
 class LabeledSetConfig(Section):
-    """A labeled set to measure embeddings on: train and test images, or test images without labels."""
+    """A set to measure embeddings on: labeled train and test images, or test images without labels."""
 
     format: Annotated[Literal[FORMATS] | None, Field(description=FORMAT)] = None  # pyright: ignore[reportInvalidTypeForm]
     root: AddressText

@@ -175,7 +175,7 @@ def embed_rows(
     lookup: Lookup,
     with_views: bool,
 ) -> dict[str, EmbeddedSet]:
-    """Embed a set with the models of some rows; a teacher that only provides the bank embeds the set once."""
+    """Embed a set for some table rows; a teacher's embeddings that serve only as a bank are reused."""
     kept = lookup.kept
     needed = {row.queries for row in rows} | {row.bank for row in rows if dataset not in kept}
     used = {model: embed for model, embed in embeds.items() if model in needed}
@@ -208,11 +208,9 @@ def search(
     """
     ranks, (vectors, labels), (embeddings, expected) = lookup.ranks, bank, queries
     num_voters = NUM_NEIGHBORS if name == "train" and "knn" in wanted else 0
-    most = min(max(*lookup.ks, num_voters), len(labels))
-    nearest = exact_neighbors(vectors, ranks.take_share(embeddings), most)
+    nearest = exact_neighbors(vectors, ranks.take_share(embeddings), min(max(*lookup.ks, num_voters), len(labels)))
     indices = ranks.gather(nearest.indices[:, : max(lookup.ks)], len(expected))
-    hits_by_k = retrieval_hits(indices, labels, expected, lookup.ks)
-    hits = {retrieval_from(name, k): hit for k, hit in hits_by_k.items()}
+    hits = {retrieval_from(name, k): hit for k, hit in retrieval_hits(indices, labels, expected, lookup.ks).items()}
     if num_voters:
         voters = TopK(*(tensor[:, :num_voters] for tensor in nearest))
         for measure, temperature in ((KNN, TEMPERATURE), (KNN_MAJORITY, None)):

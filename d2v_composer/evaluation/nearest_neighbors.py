@@ -1,4 +1,4 @@
-"""Find exact nearest neighbors by cosine, turn them into accuracies, votes and agreement, and share the work.
+"""Find exact nearest neighbors by cosine, for accuracies, votes and agreement; split the work among ranks.
 
 Shapes: N bank images, Q queries, K neighbors, D channels.
 """

@@ -325,7 +325,7 @@ class TimmConfig(ImageConfig):
 
 
 class TimmEncoderConfig(TimmConfig):
-    """Sizes of a timm ViT's encoder. TimmEncoder checks them against the model of that name."""
+    """Sizes of a timm ViT's encoder. TimmEncoder checks them against timm's ``model``."""
 
     kind: Literal["timm"] = "timm"
     first_blocks: int

@@ -1,4 +1,4 @@
-"""Make a teacher of any module that maps images to tokens.
+"""Make any module that maps images to tokens a teacher.
 
 Shapes: B images, S pixels per side (or height and width), N tokens, D channels.
 """

@@ -161,7 +161,7 @@ class LayerMean(NamedTuple):
 
     @classmethod
     def of(cls, config: Any) -> "LayerMean":
-        """Build the settings in a teacher's or a student's config."""
+        """Take the settings of a teacher's or a student's config."""
         return cls(config.normalization, config.final_layer_norm, average_top_k_layers=config.average_top_k_layers)
 
     def changed(self, **options: Any) -> "LayerMean":

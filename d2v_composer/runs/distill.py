@@ -19,7 +19,7 @@ from d2v_composer.data.modalities import build_augmentation, modality_of
 from d2v_composer.evaluation.evaluate import cost, share_encoders
 from d2v_composer.evaluation.labeled_retrieval import Embed
 from d2v_composer.evaluation.rows import STUDENT, TEACHER, last_batch
-from d2v_composer.models.names import PROJECTED, Embedding
+from d2v_composer.models.names import PREFIX, PROJECTED, Embedding
 from d2v_composer.models.precision import choose_precision
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives.compilation import check_compiler, compile_model
@@ -221,12 +221,12 @@ def target_of(config: TrainConfig, model: DistillationModel) -> Embedding | None
     default = "output" if how.pooling or not teacher.projected_width else "projected"
     with errors_of("alignment"):
         target = choose_embedding(teacher, how.pooling, how.representation or default)
-    is_own = config.teacher.first_blocks is None and model.layer_mean[:2] == teacher.layer_mean[:2]
-    if how.representation == "layer_mean" and not is_own:
+    has_own_layers = config.teacher.first_blocks is None or config.teacher.model.startswith(PREFIX)
+    if how.representation == "layer_mean" and not (has_own_layers and model.layer_mean[:2] == teacher.layer_mean[:2]):
         raise InputError(
-            f"alignment.representation: layer_mean needs the teacher's own, as d2v embed computes it: set "
-            f"targets.normalization={teacher.layer_mean.normalization}, and neither teacher.first_blocks nor "
-            "targets.final_layer_norm"
+            "alignment.representation: layer_mean needs the teacher's own, as d2v embed computes it: set "
+            f"targets.normalization={teacher.layer_mean.normalization}, and neither targets.final_layer_norm nor "
+            "teacher.first_blocks"
         )
     return target
 
@@ -249,10 +249,9 @@ def build_retrieval(
     if not any(retrieval.datasets.values()):
         return None
     primary, student, baselines = choose_embeds(config, model)
-    teacher, width = model.teacher, model.student.projected_width
-    modality = modality_of(teacher.config)
+    width, modality = model.student.projected_width, modality_of(model.teacher.config)
     if align is not None:
-        width = teacher.projected_width if align.target == PROJECTED else 0
+        width = model.teacher.projected_width if align.target == PROJECTED else 0
     with node_leaders_first("the data sets for retrieval"):
         datasets = build_labeled_sets(retrieval, modality, width)
     with errors_of("retrieval"):

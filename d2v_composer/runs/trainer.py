@@ -221,7 +221,7 @@ def check_network(
     embedding: Embedding | None = None,
     head: nn.Linear | None = None,
 ) -> None:
-    """Check that a timm model as a student can be trained in the run's batches, and then exported.
+    """Check that a timm student can be trained with the run's batch sizes, and then exported.
 
     Args:
         key: The student's in a YAML.

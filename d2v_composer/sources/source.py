@@ -29,7 +29,7 @@ AHEAD = 64  # results of threads that wait in memory
 
 
 class Names(Sequence[str]):
-    """Names in one block of memory, which forked workers share; those that read a list's objects copy them.
+    """Names in one block of memory, which forked workers share; reading a list's strings would copy them.
 
     In a NumPy array, each name would take as much memory as the longest.
     """

@@ -178,7 +178,7 @@ QKV = "blocks.0.attn.qkv.weight"
 CHANGED: dict[str, tuple[dict[str, Any], str]] = {
     "deeper": ({"blocks.6.norm1.weight": torch.ones(64)}, "tensor blocks.6.norm1.weight is unknown"),
     "shallower": ({"blocks.5.norm1.weight": None}, "tensor blocks.5.norm1.weight is missing"),
-    "patches": ({"patch_embed.proj.weight": torch.ones(64, 3, 8, 8)}, "it has no embedding of 16 x 16 pixel patches"),
+    "patches": ({"patch_embed.proj.weight": torch.ones(64, 3, 8, 8)}, "it has no 16 x 16 pixel patch embedding"),
     "shape": ({QKV: torch.ones(192, 32)}, f"size mismatch for {QKV}"),
     "no positions": ({"pos_embed": None}, "tensor pos_embed is missing"),
     "odd positions": ({"pos_embed": torch.zeros(7)}, f"not weights of {MODEL}"),

@@ -68,7 +68,7 @@ def test_a_compiled_run_in_bfloat16_is_close(trained: Path, teacher: Path, small
     ("override", "message"),
     [
         ("teacher.model=timm/resnet18", "is a ResNet; only timm's classes VisionTransformer, Eva, Beit can be teach"),
-        ("teacher.model=timm/vit_small_patch16_224", "it has no embedding of 16 x 16 pixel patches"),
+        ("teacher.model=timm/vit_small_patch16_224", "it has no 16 x 16 pixel patch embedding"),
         ("teacher.first_blocks=6", "^teacher.first_blocks must be a whole number from 0 to 5, got 6"),
         ("teacher.image_size=40", "image_size must be a multiple of the patch size, 16 x 16 pixels, got 40 x 40"),
         ("targets.average_top_k_layers=6", "average_top_k_layers must be a whole number from 1 to 5, got 6"),

@@ -256,7 +256,7 @@ def test_a_student_aligned_with_what_its_run_did_not_use_is_not_measured_in_its_
     exported: Path, photos: Path, tmp_path: Path
 ) -> None:
     student, other = load_student(exported), tmp_path / "other.safetensors"
-    student.provenance["config"]["teacher"]["first_blocks"] = 2
+    student.provenance["config"]["teacher"]["first_blocks"] = 3
     save_student(student, other)
     cases = ((exported, GOLDEN / "tiny_alibi.pt", False), (other, TEACHER_FILE, False), (exported, TEACHER_FILE, True))
     for number, (path, teacher, has_target) in enumerate(cases):
@@ -285,7 +285,7 @@ def test_rows_that_share_an_id_are_left_out_and_counted(
     np.save(tmp_path / "old.npy", np.concatenate([rows, rows[:3] + 1]))
     np.save(tmp_path / "old.ids.npy", np.concatenate([ids, ids[:3]]))
     run_align(exported, photos, tmp_path / "out.safetensors", "--index", tmp_path / "old.npy")
-    assert "pairs: 117 of 120 samples and 123 rows; rows whose ids repeat, left out: 6" in capsys.readouterr().out
+    assert "pairs: 117 of 120 samples and 123 rows; left out 6 rows with repeated ids" in capsys.readouterr().out
 
 
 def test_an_evaluation_has_no_row_of_a_map_that_an_untrained_student_lacks(labeled: Path, tmp_path: Path) -> None:
