@@ -59,19 +59,12 @@ def test_stores_files_as_they_are_and_others_as_flac(
     assert sum(summary["lengths"]) == pytest.approx(sum(800 + 400 * i for i in range(40)) + 24000 + 16000, abs=1200)
 
 
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        (b"fLaC" + bytes(90), "cannot decode as a FLAC, WAV, OGG or MP3 file"),
-        (encoded_clip(4, 4000 * 3601, rate=4000, volume=0), "more than 3600"),
-    ],
-    ids=["corrupt", "long"],
-)
-def test_names_what_cannot_be_used(content: bytes, problem: str, tmp_path: Path) -> None:
+def test_names_what_cannot_be_used(tmp_path: Path) -> None:
     """tests/data/test_audio_files.py has more of them."""
-    sounds = write_files(tmp_path / "sounds", {"bad.flac": content, "good.flac": encoded_clip(1, 4000)})
+    sounds = write_files(tmp_path / "sounds", {"bad.flac": b"fLaC" + bytes(90), "good.flac": encoded_clip(1, 4000)})
     command = [str(sounds), str(tmp_path / "out"), "--workers", "1"]
-    with pytest.raises(InputError, match=rf"bad\.flac: .*{problem}.*--skip-unreadable skips such clips"):
+    problem = r"bad\.flac: .*cannot decode as a FLAC, WAV, OGG or MP3 file.*--skip-unreadable skips such clips"
+    with pytest.raises(InputError, match=problem):
         main(command)
     result = main([*command, "--skip-unreadable"])
     assert (result.samples, result.lengths, len(result.skipped)) == (1, [4000], 1)

@@ -246,7 +246,7 @@ if __name__ == "__main__":
     import torch
 
     # timm imports wandb, which reads the docstrings of its classes: seconds, if many modules are there already.
-    PRELOADED = ("wandb", "composer", "streaming", "d2v_composer.runs.distill", "d2v_composer.report.page")
+    PRELOADED = ("wandb", "timm", "composer", "streaming", "d2v_composer.runs.distill", "d2v_composer.report.page")
     for name in (
         *PRELOADED,
         "d2v_composer.export.programs",

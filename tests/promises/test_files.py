@@ -304,7 +304,7 @@ def test_a_checkpoint_of_wrong_contents_is_refused(
 def png(width: int, height: int, *chunks: bytes) -> bytes:
     """A PNG of one bit per pixel that claims a size, and has some black rows."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
-    rows = chunk(b"IDAT", zlib.compress(bytes(min((width // 8 + 2) * height, 100_000_000)), 9))
+    rows = chunk(b"IDAT", zlib.compress(bytes(min((width // 8 + 2) * height, 100_000_000)), 1))
     return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + rows + chunk(b"IEND", b"")
 
 
@@ -317,54 +317,57 @@ def picture(width: int, height: int) -> Image.Image:
 
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
-SMALL = saved(picture(64, 64), "TIFF")
-UNREADABLE: dict[str, bytes] = {
-    "bomb.png": png(20_000, 20_000),
-    "claims.png": png(2**31 - 1, 2**31 - 1),
-    "large.png": png(30_000, 3_000),
-    "claims.gif": saved(picture(4, 4), "GIF")[:6] + struct.pack("<HH", 65535, 65535) + saved(picture(4, 4), "GIF")[10:],
-    "claims.jpg": saved(picture(8, 8), "JPEG").replace(struct.pack(">HH", 8, 8), struct.pack(">HH", 65500, 65500), 1),
-    "strips.tif": SMALL.replace(struct.pack("<HHII", 273, 4, 1, 140), struct.pack("<HHII", 273, 4, 1, 2**31)),
-    "text.jpg": b"<html>" * 1000,
-    "nothing.jpg": b"",
-    "floats.tif": saved(Image.fromarray(np.full((8, 8), 0.5, np.float32)), "TIFF"),
-    "postscript.jpg": POSTSCRIPT,
-    **{
-        f"{part}.{format}": saved(picture(200, 150), format)[: int(part * len(saved(picture(200, 150), format)))]
-        for format in ("JPEG", "PNG", "GIF", "WEBP")
-        for part in (0.01, 0.5)
-    },
-}
-GRADIENT = np.linspace(0, 65535, 1024).reshape(32, 32)
-# Equal pictures in several formats.
-SAME: dict[str, dict[str, bytes]] = {
-    "gray": {
-        "8.png": saved(Image.fromarray((GRADIENT.astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB"), "PNG"),
-        "16.png": saved(Image.fromarray(GRADIENT.astype(np.uint16)), "PNG"),
-        "16.tif": saved(Image.fromarray(GRADIENT.astype(np.uint16)), "TIFF"),
-    },
-    "animated": {
-        f"1.{format}": saved(
-            Image.new("RGB", (40, 30), "gray"),
-            format,
-            save_all=True,
-            append_images=[Image.new("RGB", (40, 30), (i % 2, 0, 0)) for i in range(100)],
-        )
-        for format in ("png", "webp")
-    },
-}
-ODD = {
-    "1.jpg": saved(picture(1, 1), "JPEG"),
-    "wide.jpg": saved(picture(30_000, 1), "JPEG"),
-    "high.png": saved(picture(1, 30_000), "PNG"),
-    "pixels.jpg": saved(Image.new("RGB", (30_000, 2_000)), "JPEG"),
-    "ours.jpg": encoded_image(1),
-}
+
+
+def unreadable_images() -> dict[str, bytes]:
+    gif, jpeg, tiff = saved(picture(4, 4), "GIF"), saved(picture(8, 8), "JPEG"), saved(picture(64, 64), "TIFF")
+    whole = {format: saved(picture(200, 150), format) for format in ("JPEG", "PNG", "GIF", "WEBP")}
+    return {
+        "bomb.png": png(20_000, 20_000),
+        "claims.png": png(2**31 - 1, 2**31 - 1),
+        "large.png": png(30_000, 3_000),
+        "claims.gif": gif[:6] + struct.pack("<HH", 65535, 65535) + gif[10:],
+        "claims.jpg": jpeg.replace(struct.pack(">HH", 8, 8), struct.pack(">HH", 65500, 65500), 1),
+        "strips.tif": tiff.replace(struct.pack("<HHII", 273, 4, 1, 140), struct.pack("<HHII", 273, 4, 1, 2**31)),
+        "text.jpg": b"<html>" * 1000,
+        "nothing.jpg": b"",
+        "floats.tif": saved(Image.fromarray(np.full((8, 8), 0.5, np.float32)), "TIFF"),
+        "postscript.jpg": POSTSCRIPT,
+        **{f"{part}.{name}": image[: int(part * len(image))] for name, image in whole.items() for part in (0.01, 0.5)},
+    }
+
+
+def equal_images() -> dict[str, dict[str, bytes]]:
+    """The same picture in several formats."""
+    gradient = np.linspace(0, 65535, 1024).reshape(32, 32).astype(np.uint16)
+    frames = [Image.new("RGB", (40, 30), (i % 2, 0, 0)) for i in range(100)]
+    animated = {"save_all": True, "append_images": frames}
+    return {
+        "gray": {
+            "8.png": saved(Image.fromarray((gradient >> 8).astype(np.uint8)).convert("RGB"), "PNG"),
+            "16.png": saved(Image.fromarray(gradient), "PNG"),
+            "16.tif": saved(Image.fromarray(gradient), "TIFF"),
+        },
+        "animated": {
+            f"1.{name}": saved(Image.new("RGB", (40, 30), "gray"), name, **animated) for name in ("png", "webp")
+        },
+    }
+
+
+def odd_images() -> dict[str, bytes]:
+    return {
+        "1.jpg": saved(picture(1, 1), "JPEG"),
+        "wide.jpg": saved(picture(30_000, 1), "JPEG"),
+        "high.png": saved(picture(1, 30_000), "PNG"),
+        "pixels.jpg": saved(Image.new("RGB", (30_000, 2_000)), "JPEG"),
+        "ours.jpg": encoded_image(1),
+    }
 
 
 def test_images_are_read_right_or_named(tmp_path: Path) -> None:
     """16, 18: bombs and fragments are named; 16 bits do not become white; PostScript reaches no program."""
-    contents, photos, out = {"bad": UNREADABLE, "odd": ODD, **SAME}, tmp_path / "photos", tmp_path / "photos.npy"
+    same, photos, out = equal_images(), tmp_path / "photos", tmp_path / "photos.npy"
+    contents = {"bad": unreadable_images(), "odd": odd_images(), **same}
     for folder, files in contents.items():
         write_files(photos / folder, files)
     ghostscript, canary = tmp_path / "gs", tmp_path / "canary"
@@ -375,8 +378,8 @@ def test_images_are_read_right_or_named(tmp_path: Path) -> None:
     program = limited(*command, environment=path)
     assert program.poll() == 0, program.stderr
     rows = dict(zip(np.load(out.with_suffix(".ids.npy")).tolist(), np.load(out), strict=True))
-    assert sorted(rows) == sorted(f"{folder}/{name}" for folder in ("odd", *SAME) for name in contents[folder])
-    for folder, files in SAME.items():
+    assert sorted(rows) == sorted(f"{folder}/{name}" for folder in ("odd", *same) for name in contents[folder])
+    for folder, files in same.items():
         first, *rest = (rows[f"{folder}/{name}"] for name in files)
         for other in rest:
             np.testing.assert_allclose(other, first, atol=0.02)

@@ -397,7 +397,7 @@ def saving(tmp_path: Path, small_data: Path) -> Iterator[tuple[Program, Path]]:
     """A run that trains for ever, saves every third batch, and keeps five checkpoints."""
     folder = tmp_path / "run"
     options = (*ENDLESS, "save_num_checkpoints_to_keep=5")
-    program = start_python(*traced(small_run(folder, small_data, *options)), environment={"SLOW": "0.05"})
+    program = start_python(*traced(small_run(folder, small_data, *options)), environment={"SLOW": "0.2"})
     try:
         wait_until(lambda: (folder / "latest-rank0.pt").exists(), seconds=90)
         yield program, folder
