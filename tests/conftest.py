@@ -1,17 +1,22 @@
 """The order of the tests; what they share is in ``shared_fixtures.py``."""
 
 import gc
+import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from programs.preloaded import start_server
 
 SERVER = pytest.StashKey[subprocess.Popen[bytes]]()
+FORKED = Path(__file__).parent / "programs" / "forked.py"
 
 # The files that take longest.
 LONG_FILES = (
@@ -60,6 +65,13 @@ def pytest_configure(config: pytest.Config) -> None:
     with suppress(ImportError):  # timm imports it, which takes seconds longer when many modules are there already
         import_module("wandb")
     config.pluginmanager.import_plugin("shared_fixtures")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    """Fork each test process from the server: its imports take seconds, too."""
+    for spec in specs if SERVER in config.stash else ():
+        spec.python = shlex.join([sys.executable, str(FORKED)])
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -111,11 +111,11 @@ class PreloadedPython:
         self.megabytes: dict[int, int] = {}
         """pid → the program's peak memory, which includes the imports' 600 MB."""
 
-    def start(self, arguments: list[str], cwd: Path, environment: dict[str, str]) -> Program:
-        """Start ``python ARGUMENTS``."""
-        outputs = [os.memfd_create(name) for name in ("stdout", "stderr")]
+    def start(self, arguments: list[str], cwd: Path, environment: dict[str, str], stdin: int | None = None) -> Program:
+        """Start ``python ARGUMENTS``; with an input, its outputs are those of this process."""
+        outputs = [os.memfd_create(name) for name in ("stdout", "stderr")] if stdin is None else []
         request = json.dumps({"arguments": arguments, "cwd": str(cwd), "environment": environment}).encode()
-        socket.send_fds(self._socket, [request], outputs)
+        socket.send_fds(self._socket, [request], outputs if stdin is None else [stdin, 1, 2])
         while (message := self._receive(START_SECONDS)) is not None:
             if message["status"] is None:
                 return Program(self, arguments, message["pid"], outputs)
@@ -159,7 +159,7 @@ def serve(listener: socket.socket, first: socket.socket) -> dict[str, Any]:
                 _, status, usage = os.wait4(pid, 0)
                 answer(connection, pid, os.waitstatus_to_exitcode(status), usage.ru_maxrss >> 10)
             else:
-                message, descriptors, _, _ = socket.recv_fds(connections[ready], REQUEST_BYTES, 2)
+                message, descriptors, _, _ = socket.recv_fds(connections[ready], REQUEST_BYTES, 3)
                 if not message:  # this test process has ended
                     connections.pop(ready).close()
                     continue
@@ -177,11 +177,11 @@ def serve(listener: socket.socket, first: socket.socket) -> dict[str, Any]:
                 answer(connections[ready], pid, None)
 
 
-def take_streams(outputs: Sequence[int]) -> None:
-    """Use nothing as the input of this process, and descriptors as its outputs."""
+def take_streams(descriptors: Sequence[int]) -> None:
+    """Use descriptors as the streams of this process; of two, as its outputs, with nothing as its input."""
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), STDIN)
-    for target, descriptor in enumerate(outputs, start=1):
+    for target, descriptor in enumerate(descriptors, start=3 - len(descriptors)):
         os.dup2(descriptor, target)
         os.close(descriptor)
 
