@@ -1,7 +1,6 @@
 """A small student with random weights; its program, which test processes share; a student of timm alone."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from d2v_composer.commands import export
 from d2v_composer.models.configs import ImageEncoderConfig
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.student import Student, StudentConfig
+from helpers import run_command
 from made_once import made_once
 
 
@@ -42,14 +42,16 @@ def export_random_student(folder: Path) -> None:
         export.main([str(student), str(folder / "student.onnx")])
 
 
-# Runs the lines of a student's card where nothing of ours is imported, and saves one of their results.
+# Runs the lines of a student's card where nothing of ours can be imported, and saves one of their results.
 TIMM_ALONE = """
 import sys, numpy, torch
+for name in list(sys.modules):
+    if name.partition(".")[0] in ("d2v_composer", "composer", "streaming"):
+        sys.modules[name] = None
 images = torch.from_numpy(numpy.load("pixels.npy"))
 with torch.no_grad():
     exec(sys.argv[1])
 numpy.save("computed.npy", globals()[sys.argv[2]])
-assert not any(name.startswith(("d2v_composer", "composer", "streaming")) for name in sys.modules)
 """
 
 
@@ -58,5 +60,6 @@ def computed_by_timm_alone(folder: Path, name: str, pixels: Tensor) -> Tensor:
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
     [code] = [block for block in blocks if block.startswith("import timm\n")]
     np.save(folder / "pixels.npy", pixels.numpy())
-    subprocess.run([sys.executable, "-c", TIMM_ALONE, code, name], cwd=folder, check=True)
+    ended = run_command(sys.executable, "-c", TIMM_ALONE, code, name, cwd=folder)
+    assert ended.returncode == 0, ended.stderr
     return torch.from_numpy(np.load(folder / "computed.npy"))

@@ -42,6 +42,7 @@ NAMED: dict[str, Any] = {
     "Representation": get_args(Representation),
     "Weights": get_args(Weights),
 }
+OPTIONS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 TEXTS = {"COLUMN": COLUMN, "IDS": IDS, "LABEL_COLUMN": LABEL_COLUMN, "SOURCES": SOURCES}
 
 
@@ -56,12 +57,14 @@ def add_options(parser: ArgumentParser, command: str, **named: Any) -> None:
     """Add a command's options; ``named`` has further words of the file and what they stand for."""
     known = NAMED | named
     groups: dict[str, Any] = {"": parser}
-    for option, arguments in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))[command].items():
+    for option, given in OPTIONS[command].items():
+        arguments = dict(given)
         about, group, kind = (arguments.pop(key, "") for key in ("help", "group", "type"))
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        arguments |= {"type": whole(*kind) if isinstance(kind, list) else known[kind]} if kind else {}
-        for key in {"choices", "default"} & arguments.keys():
-            value = arguments[key]
-            arguments[key] = known.get(value, value) if isinstance(value, str) else value
+        if kind:
+            arguments["type"] = whole(*kind) if isinstance(kind, list) else known[kind]
+        for key in ("choices", "default"):
+            if isinstance(value := arguments.get(key), str):
+                arguments[key] = known.get(value, value)
         groups[group].add_argument(option, help=about.format(**TEXTS, **named), **arguments)

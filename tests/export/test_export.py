@@ -53,7 +53,7 @@ def student(request: pytest.FixtureRequest, exported: Path, tmp_path_factory: py
         save_student(Student(wide.encoder, wide.config.changed(embed_dim=20), wide.provenance), path)
     else:
         teacher = load_teacher(GOLDEN / f"{request.param}.pt", first_blocks=1)
-        save_student(teacher.build_student(depth=2, normalization="layer"), path)
+        save_student(teacher.build_student(depth=1, normalization="layer"), path)
     return path
 
 

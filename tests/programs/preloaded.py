@@ -251,6 +251,7 @@ if __name__ == "__main__":
         *PRELOADED,
         "d2v_composer.export.programs",
         "d2v_composer.config.load",
+        "d2v_composer.commands.options",
         "d2v_composer.embedding.collection",
     ):
         with suppress(ImportError):  # its place may change, and a later import takes only longer

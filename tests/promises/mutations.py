@@ -48,9 +48,13 @@ class Mutation(NamedTuple):
     what: str
     path: Path
     """The keys down to the changed one."""
-    text: str
+    config: dict[str, Any]
     value: Any = None
     """The new value, if the slip changed one."""
+
+    @property
+    def text(self) -> str:
+        return yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True).replace(TWIN, "")
 
     @property
     def is_value(self) -> bool:
@@ -84,11 +88,11 @@ def _paths(config: Mapping[str, Any], above: Path = ()) -> Iterator[tuple[Path, 
             yield from _paths(value, (*above, name))
 
 
-def _changed(config: Mapping[str, Any], path: Path, new: dict[str, Any], **at_top: Any) -> str:
-    """Return the YAML with ``new`` in place of a key, or beside it if it has the key itself."""
+def _changed(config: Mapping[str, Any], path: Path, new: dict[str, Any], **at_top: Any) -> dict[str, Any]:
+    """Return the config with ``new`` in place of a key, or beside it if it has the key itself."""
     changed = copy.deepcopy(dict(config))
     section = reduce(getitem, path[:-1], changed)
     if path[-1] not in new:
         del section[path[-1]]
     section.update(new)
-    return yaml.safe_dump({**changed, **at_top}, sort_keys=False, allow_unicode=True).replace(TWIN, "")
+    return {**changed, **at_top}

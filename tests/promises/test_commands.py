@@ -99,7 +99,7 @@ def test_each_command_names_the_next(small_data: Path, labeled: Path, tmp_path: 
     """19: from a teacher to embeddings, by what each command prints, in another folder than the repository's."""
     ended = d2v("convert-teacher", TEACHER, "teacher.safetensors", cwd=tmp_path)
     assert "teacher.checkpoint=" in ended.stdout, ended.stderr
-    few = ("max_duration=2ba", "scheduler.t_warmup=0ba")
+    few = ("max_duration=2ba", "scheduler.t_warmup=0ba", "retrieval.baselines=[]", "alignment.max_samples=0")
     arguments = small_run(tmp_path / "run", small_data, f"retrieval.{datasets_of(labeled)}", *few)
     said = {}
     for line in run_training(*arguments, cwd=tmp_path).stdout.splitlines():

@@ -32,7 +32,13 @@ from helpers import (
 
 MOMENTS = "objectives.tokens.dataset_norm.moments"
 WHOLE = ["train_loader.crop_scale=[1,1]", "train_loader.crop_ratio=[1,1]", "train_loader.flip=0"]
-DATASET = ["targets.normalization=dataset", "train_loader.shuffle=false", "device_eval_batch_size=10", *WHOLE]
+DATASET = [
+    "targets.normalization=dataset",
+    "train_loader.shuffle=false",
+    "device_eval_batch_size=10",
+    "max_duration=8ba",
+    *WHOLE,
+]
 TWO = "targets.dataset_batches=2"  # of 16
 
 
@@ -79,13 +85,13 @@ def test_a_killed_run_resumes_bit_for_bit_and_two_ranks_train_as_one(
     whole: Path, small_data: Path, tmp_path: Path
 ) -> None:
     arguments = small_run(tmp_path / "killed", small_data, *DATASET, TWO)
-    train_until_killed(arguments, "batch_start 9")
+    train_until_killed(arguments, "batch_start 5")
     run_training(*arguments)
     assert_same_student(tmp_path / "killed", whole)
     ranks = small_run(tmp_path / "ranks", small_data, *DATASET, TWO, "train_loader.num_workers=1")
     run_ranks(*train_command(ranks)[1:])
     torch.testing.assert_close(student_of(tmp_path / "ranks")[MOMENTS], student_of(whole)[MOMENTS], rtol=1e-6, atol=0)
-    assert_same_losses(losses_of(tmp_path / "ranks"), losses_of(whole), num_steps=14)
+    assert_same_losses(losses_of(tmp_path / "ranks"), losses_of(whole), num_steps=8)
     line = refused_run([*arguments, "targets.dataset_batches=3", "max_duration=16ba"])
     assert "targets.dataset_batches: checkpoint has 2, config has 3" in line
 
@@ -103,6 +109,6 @@ def test_the_exported_file_needs_no_numbers(whole: Path, small_data: Path, tmp_p
 def test_compiled_targets_are_the_same(whole: Path, small_data: Path, tmp_path: Path) -> None:
     """On a CPU the numbers are constants of the compiled program; a resume has them, too."""
     arguments = small_run(tmp_path, small_data, *DATASET, TWO, "compile=true")
-    train_until_killed(arguments, "batch_start 9")
+    train_until_killed(arguments, "batch_start 5")
     run_training(*arguments)
-    assert_same_losses(losses_of(tmp_path), losses_of(whole), num_steps=14)
+    assert_same_losses(losses_of(tmp_path), losses_of(whole), num_steps=8)

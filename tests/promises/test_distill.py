@@ -56,6 +56,15 @@ SHORT = (
     "callbacks={}",
     "report=false",
 )
+# For what concerns the samples alone.
+SHORTEST = (
+    *SHORT,
+    "max_duration=1ba",
+    "student.depth=1",
+    "retrieval.at_start=false",
+    "retrieval.baselines=[]",
+    "alignment.max_samples=0",
+)
 
 
 def command(source: Path | str, out: Path | str, *changes: str, teacher: Path | str = TEACHER) -> list[str]:
@@ -238,7 +247,7 @@ OTHER_FILES = (
 def test_what_is_left_out_is_counted(mixed: Path, tmp_path: Path) -> None:
     """8, 9: every name is in one of the printed counts."""
     out = tmp_path / "run"
-    counts = dict(re.findall(r"^(.+): (.*)$", distill(mixed, out, changes=(*SHORT, "max_duration=2ba")), re.MULTILINE))
+    counts = dict(re.findall(r"^(.+): (.*)$", distill(mixed, out, changes=SHORTEST), re.MULTILINE))
     assert sorted(counts["other files"].split(", ")) == sorted(OTHER_FILES.split(", "))
     assert counts["copies of held-out images, also held out"] == "1"
     images, summaries = {}, {}
@@ -280,7 +289,7 @@ def test_what_was_held_out_is_not_trained_on(photos: Path, tmp_path: Path) -> No
         path.rename(source / f"{number}.jpg")
     (source / "copy.jpg").write_bytes(held[0])
     (source / "new.jpg").write_bytes(encoded_image(1000))
-    distill(source, out, changes=(*SHORT, "max_duration=2ba"))
+    distill(source, out, changes=SHORTEST)
     assert samples_of(out / "images" / "test") == held
     trained = samples_of(out / "images" / "train")
     assert not {*held} & {*trained}
@@ -427,7 +436,7 @@ def test_a_data_set_of_any_column_and_mode_is_distilled(tmp_path: Path) -> None:
         for i in range(NUM_IMAGES + 10):
             image = Image.open(io.BytesIO(encoded_image(i % NUM_IMAGES))).convert("CMYK")
             writer.write({"photo": image, "label": "cat"})
-    said = distill(source, out, "--column", "photo", changes=(*SHORT, "max_duration=2ba"))
+    said = distill(source, out, "--column", "photo", changes=SHORTEST)
     assert int(re.findall("also held out: (.*)", said)[0]) > 0
     held, trained = held_out_and_trained_on(out)
     assert len(held + trained) == NUM_IMAGES + 10
@@ -443,7 +452,7 @@ def test_parquet_files_in_a_store_are_distilled(object_store: GatedStore, tmp_pa
         path = write_parquet(tmp_path / "in" / f"{name}.parquet", {"photo": rows, "caption": ["a"] * len(rows)})
         object_store.client().upload_file(str(path), "distill-parquet", f"in/{name}.parquet")
     environment = object_store.environment | {"TORCH_HOME": str(tmp_path / "torch")}
-    ended = succeed(*command(f"{address}/in", out, *SHORT, "max_duration=2ba"), environment=environment)
+    ended = succeed(*command(f"{address}/in", out, *SHORTEST), environment=environment)
     counts = dict(re.findall(r"^(.+): (.*)$", ended.stdout, re.MULTILINE))
     held, trained = held_out_and_trained_on(out)
     assert sorted(held + trained) == sorted(image for image in images if image != images[7])
@@ -536,8 +545,7 @@ def test_a_data_set_in_a_store_leaves_no_shards_behind(
     """5 to 7, 10: killed while shards are fetched, the same command goes on; nothing of it stays in OUT."""
     out, environment = tmp_path / "run", object_store.environment
     object_store.create_bucket_of_images("distill", shards)
-    address, changes = "s3://distill/images", (*SHORT, "max_duration=2ba")
-    arguments = command(address, out, *changes)
+    arguments = command("s3://distill/images", out, *SHORTEST)
     program = start_python(*D2V, *arguments, environment=environment)
     wait_until(lambda: any(out.glob(".in_use.fetched/*.mds")), seconds=60)
     program.kill()

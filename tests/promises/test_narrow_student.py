@@ -21,14 +21,14 @@ from helpers import (
     train_command,
 )
 
-NARROW = "student.embed_dim=20"  # of the teacher's 48
+NARROW = ("student.embed_dim=20", "max_duration=6ba")  # of the teacher's 48
 
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
     """Return the folder of a run in one process."""
     folder = tmp_path_factory.mktemp("narrow") / "run"
-    run_training(*small_run(folder, small_data, NARROW))
+    run_training(*small_run(folder, small_data, *NARROW))
     return folder
 
 
@@ -43,8 +43,8 @@ def test_a_checkpoint_holds_all_that_trains_and_two_ranks_train_as_one(
         "objectives.tokens.head.weight": (48, 20),
         "objectives.tokens.head.bias": (48,),
     }
-    run_ranks(*train_command(small_run(tmp_path / "ranks", small_data, NARROW))[1:])
-    assert_same_losses(losses_of(tmp_path / "ranks"), losses_of(narrow), num_steps=14)
+    run_ranks(*train_command(small_run(tmp_path / "ranks", small_data, *NARROW))[1:])
+    assert_same_losses(losses_of(tmp_path / "ranks"), losses_of(narrow), num_steps=6)
 
 
 def test_evaluate_embed_and_export_read_the_narrow_embedding(narrow: Path, labeled: Path, tmp_path: Path) -> None:

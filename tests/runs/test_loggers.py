@@ -22,12 +22,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path, labeled: 
     started_in = tmp_path_factory.mktemp("loggers")
     folder = started_in / "runs" / "mine"
     sets = f"retrieval.datasets={{squares: {{format: mds, root: {labeled}}}}}"
-    arguments = small_run(folder, small_data, sets, "retrieval.interval=14ba", "run_name=mine", *ALL)
+    arguments = small_run(folder, small_data, sets, "retrieval.interval=4ba", "run_name=mine", "max_duration=4ba", *ALL)
     result = run_command(*train_command(arguments), cwd=started_in, environment={"WANDB_MODE": "offline"})
     assert result.returncode == 0, result.stderr
     assert [path.name for path in started_in.iterdir()] == ["runs"]
     pattern = re.compile(
-        r"wandb: |warning: squares: 48 of 48 test images |.* INFO mlflow\.|batch \d+/14 |retrieval at batch \d+: |$"
+        r"wandb: |warning: squares: 48 of 48 test images |.* INFO mlflow\.|batch \d+/4 |retrieval at batch \d+: |$"
     )
     assert [line for line in result.stderr.splitlines() if pattern.match(line) is None] == []
     return folder
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path, labeled: 
 
 def expected_losses(folder: Path) -> list[float]:
     losses = read_jsonl(folder / "log.jsonl")["loss/train/total"]
-    assert sorted(losses) == list(range(14))
+    assert sorted(losses) == list(range(4))
     return [losses[step] for step in sorted(losses)]
 
 
