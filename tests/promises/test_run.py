@@ -302,6 +302,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(uninterrupted: Path, small_data
     torch.save(checkpoint, foreign)
     for load_path, changes, words in (
         (finished, [], f"load_path: {finished}: batch 14 is not before max_duration 14ba"),
+        (finished, ["max_duration=2ep"], f"load_path: {finished}: batch 14 is not before max_duration 2ep"),
         (finished, ["max_duration=20ba", "seed=18"], "seed: checkpoint has 17, config has 18"),
         (foreign, ["student.depth=2"], f"{foreign}: tensor student.blocks.2."),
     ):
