@@ -114,7 +114,9 @@ def embed_all(embeds: Mapping, samples: Tensor, numbers: Tensor) -> dict[str, Em
             images = samples[chosen]
             embedded = {model: embed(images) for model, embed in embeds.items()}
             raw = next(iter(embeds))  # pixels have no poolings
-            batches.append(embedded | {raw: {raw: embedded[raw]}})
+            embedded[raw] = {raw: embedded[raw]}
+            # A pooling may be a view, which would keep all tokens.
+            batches.append({model: {name: x.clone() for name, x in embedded[model].items()} for model in embeds})
     return {
         model: {name: torch.cat([batch[model][name].float() for batch in batches]) for name in batches[0][model]}
         for model in embeds
