@@ -1,8 +1,8 @@
 """Plan a training step for an H100 without using one: count the kernels and bytes that torch.compile plans.
 
 A step runs on fake tensors, compiled as in training. Inductor plans each graph for CUDA, and stops before it writes
-code. Bytes count each buffer once that Inductor's own kernels read or write; the GPU's memory sets their time. Clipping
-and the optimizer are not compiled, so not counted.
+code. Each of Inductor's own kernels counts each buffer that it reads or writes once; the GPU's memory sets their time.
+Clipping and the optimizer are not compiled, so not counted.
 """
 
 from collections import Counter, defaultdict

@@ -47,7 +47,7 @@ def build_labeled_sets(lookup: LookupConfig, modality: Modality, width: int) -> 
     if "zero_shot" in lookup.probes and not width:
         raise InputError(
             f"probes: zero_shot needs the image embedding as {PROJECTED}: train with objectives.embedding.weight=1, or "
-            "with this probe, and neither alignment.pooling nor alignment.representation"
+            "with this probe and a map (alignment.max_samples), but no alignment.pooling or alignment.representation"
         )
     sets = {
         name: load_labeled_set(modality=modality, **labeled.model_dump(), max_images=lookup.max_images).numbered()

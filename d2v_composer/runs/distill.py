@@ -225,8 +225,8 @@ def target_of(config: TrainConfig, model: DistillationModel) -> Embedding | None
     if how.representation == "layer_mean" and not (has_own_layers and model.layer_mean[:2] == teacher.layer_mean[:2]):
         raise InputError(
             "alignment.representation: layer_mean needs the teacher's own, as d2v embed computes it: set "
-            f"targets.normalization={teacher.layer_mean.normalization}, and neither targets.final_layer_norm nor "
-            "teacher.first_blocks"
+            f"targets.normalization={teacher.layer_mean.normalization}, but not targets.final_layer_norm, nor, for a "
+            "data2vec 2.0 teacher, teacher.first_blocks"
         )
     return target
 

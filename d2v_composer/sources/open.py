@@ -225,7 +225,7 @@ class Files:
 
 
 def sort_folders(paths: Sequence[str], *splits: str) -> dict[str, dict[int, str]]:
-    """Sort samples by the folders of splits; these may lie in one more folder that holds all samples.
+    """Sort samples by the folders of splits; these may lie in a folder, of any depth, that holds all samples.
 
     Args:
         paths: The samples' paths.
