@@ -78,8 +78,8 @@ class ZeroShotRetrieval(Callback):
             of a test image's class is the nearest to its ``projected_cls``, in sets with ``class_embeddings``.
         augment: Makes these views.
         align: Fits the student's ``projected_cls`` before each measurement, which is then compared with the teacher's.
-        should_stop: Asked before each batch of images, and False until training begins. True leaves the evaluation, and
-            the run that resumes measures it first. On several ranks it must return the same to all.
+        should_stop: Asked before each batch of images; must be False until training begins. True leaves the evaluation,
+            and the run that resumes measures it first. On several ranks it must return the same to all.
         device_batch_size: Images embedded at once on each device.
         progress_bar: Show a bar on rank 0's terminal.
 

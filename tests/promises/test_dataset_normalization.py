@@ -32,8 +32,13 @@ from helpers import (
 
 MOMENTS = "objectives.tokens.dataset_norm.moments"
 WHOLE = ["train_loader.crop_scale=[1,1]", "train_loader.crop_ratio=[1,1]", "train_loader.flip=0"]
-DATASET = ["targets.normalization=dataset", "train_loader.shuffle=false", "device_eval_batch_size=10", *WHOLE]
-DATASET += ["max_duration=8ba"]
+DATASET = [
+    "targets.normalization=dataset",
+    "train_loader.shuffle=false",
+    "device_eval_batch_size=10",
+    "max_duration=8ba",
+    *WHOLE,
+]
 TWO = "targets.dataset_batches=2"  # of 16
 
 

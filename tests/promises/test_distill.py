@@ -57,8 +57,14 @@ SHORT = (
     "report=false",
 )
 # For what concerns the samples alone.
-SHORTEST = (*SHORT, "max_duration=1ba", "student.depth=1", "alignment.max_samples=0", "retrieval.at_start=false")
-SHORTEST += ("retrieval.baselines=[]",)
+SHORTEST = (
+    *SHORT,
+    "max_duration=1ba",
+    "student.depth=1",
+    "alignment.max_samples=0",
+    "retrieval.at_start=false",
+    "retrieval.baselines=[]",
+)
 
 
 def command(source: Path | str, out: Path | str, *changes: str, teacher: Path | str = TEACHER) -> list[str]:

@@ -34,8 +34,6 @@ MODEL = str(GOLDEN / "tiny_base.pt")
 NUM_IMAGES, BAD = 600, 123
 IMAGES = [encoded_image(seed) for seed in range(NUM_IMAGES)]
 IMAGES[BAD] = b"not an image"
-# Ray's own is 15: beside the other tests' processes, its workers would get hardly any time.
-NICENESS = {"worker_niceness": 0}
 # Another order of sums.
 TOLERANCE = {"rtol": 0, "atol": 2e-5}
 
@@ -62,12 +60,15 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """A cluster of this process's: two cores for actors, one for those who read."""
+    """A cluster of this process's: two cores for actors, one for those who read.
+
+    Ray's own niceness is 15: beside the other tests' processes, its workers would get hardly any time.
+    """
     # Workers find the package and the recipes as this process does.
     variables = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]), "OMP_NUM_THREADS": "1"}
     # Without the address, Ray may bind one that a sandbox does not route, and wait.
     options = {"include_dashboard": False, "log_to_driver": False, "runtime_env": {"env_vars": variables}}
-    ray.init("local", num_cpus=3, _node_ip_address="127.0.0.1", _system_config=NICENESS, **options)
+    ray.init("local", num_cpus=3, _node_ip_address="127.0.0.1", _system_config={"worker_niceness": 0}, **options)
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
     ray.shutdown()
@@ -204,8 +205,8 @@ def test_ray_loses_nothing_if_a_node_is_killed(sources: Path, tmp_path: Path) ->
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "0" * 64,
+        "RAY_worker_niceness": "0",  # as in cluster()
     }
-    environment |= {f"RAY_{name}": str(value) for name, value in NICENESS.items()}
     nodes = dict[str, Node]()
 
     def start(ip: str, *options: str) -> None:
