@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_newest
+from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_newest, read_results
 from d2v_composer.checkpoints.fairseq import load_data2vec2
-from d2v_composer.checkpoints.results import read_results
 from d2v_composer.checkpoints.safe_load import is_checkpoint, load_untrusted
 from d2v_composer.checkpoints.student_file import (
     CONFIG_TENSOR,

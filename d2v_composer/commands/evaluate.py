@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
 
     from d2v_composer.benchmarks import BATCH_SIZES, measure_speeds
     from d2v_composer.config.load import load_evaluate_config
-    from d2v_composer.data.modalities import modality_of
+    from d2v_composer.data import modality_of
     from d2v_composer.evaluation.evaluate import check_replaceable
     from d2v_composer.models.backbone import hash_weights
     from d2v_composer.models.precision import choose_precision

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import yaml
 
 from d2v_composer.models.names import PREFIX, Pooling, PrecisionChoice, Representation, Weights
-from d2v_composer.sources.containers import COLUMN, IDS, LABEL_COLUMN, SOURCES
+from d2v_composer.sources import COLUMN, IDS, LABEL_COLUMN, SOURCES
 from d2v_composer.system import command_line
 from d2v_composer.system.command_line import size, whole
 from d2v_composer.system.processes import Part, local_ranks

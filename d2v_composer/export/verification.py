@@ -18,7 +18,7 @@ from torch import Tensor
 
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.checkpoints.student_file import sha256, value_at
-from d2v_composer.data.modalities import modality_of
+from d2v_composer.data import modality_of
 from d2v_composer.export import check_program
 from d2v_composer.export.check_program import RUNTIMES
 from d2v_composer.export.model_card import add_section

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from d2v_composer.checkpoints.checkpoint import LATEST, LOG, Checkpoint, read_newest
-from d2v_composer.checkpoints.results import read_results
+from d2v_composer.checkpoints.checkpoint import LATEST, LOG, Checkpoint, Measure, Result, read_newest, read_results
 from d2v_composer.checkpoints.safe_load import load_untrusted
-from d2v_composer.data.modalities import MODALITIES
+from d2v_composer.data import MODALITIES
 from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.rows import (
     AGREEMENT,
@@ -17,8 +16,6 @@ from d2v_composer.evaluation.rows import (
     GAP_CLOSED,
     STUDENT,
     TEACHER,
-    Measure,
-    Result,
     difference_interval,
     last_batch,
     metric_key,

@@ -128,7 +128,7 @@ def load_labeled_set(
         format: ``cifar10`` or ``cifar100``: torchvision's files in ``root``; ``speech_commands``: what its archive
             unpacks to; ``None``: what root holds. That is MDS in root/train and root/test; or what
             :func:`~d2v_composer.sources.open.open_source` opens, with splits train, and test, validation or val. Others
-            of :data:`~d2v_composer.sources.containers.FORMATS` tell which, if root holds several. Without labels only
+            of :data:`~d2v_composer.sources.FORMATS` tell which, if root holds several. Without labels only
             the test split is read, or the whole root if it has no splits.
         root: The folder, or another source of :func:`~d2v_composer.sources.open.open_source`.
         modality: What the samples are; default: images.
