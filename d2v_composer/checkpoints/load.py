@@ -159,8 +159,10 @@ def load_student(path: str | Path) -> Any:
     """
     file = fetch_model(path)
     if not is_safetensors(file):
-        command = d2v("export", path, "student.safetensors")
-        raise InputError(f"{path}: expected an exported student; export a training checkpoint first: {command}")
+        raise InputError(
+            f"{path}: expected an exported student; export a training checkpoint first: "
+            f"{d2v('export', path, 'student.safetensors')}"
+        )
     stored = read_model_file(file)
     stored.expect(path, "student")
     sizes = read_sizes(path, stored.config)
@@ -249,23 +251,23 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
             "last": measured[-1]["batch"],
             "accuracies": accuracies,
         }
-    settings, has_own_encoder = record["config"]["teacher"], record["student"]["own_encoder"]
-    options = {name: settings[name] for name in ("model", "first_blocks", "image_size")}
+    settings, has_own_encoder = dict(record["config"]["teacher"]), record["student"]["own_encoder"]
+    trained_with, model = settings.pop("checkpoint"), settings["model"]
     sizes: Any = read_sizes(path, record["student"]["sizes"])
     config, aligned = getattr(sizes, "network", None) or sizes.student, checkpoint.saved_by("AlignStudent")
     if aligned.get("batch") == checkpoint.trained("batch"):  # else the map is of earlier weights
         record["alignment"] = aligned["about"]
-    options["projected"] = config.projection is not None or value_at(record, "alignment.target") == PROJECTED
-    file = None if teacher_path == options["model"] else teacher_path or settings["checkpoint"]
+    settings["projected"] = config.projection is not None or value_at(record, "alignment.target") == PROJECTED
+    file = None if teacher_path == model else teacher_path or trained_with
     teacher: Any
     try:
-        teacher = load_teacher(file, settings["weights"], **options)
-        check_same_teacher(file or options["model"], teacher, record)
+        teacher = load_teacher(file, **settings)
+        check_same_teacher(file or model, teacher, record)
     except InputError as error:
         if teacher_path is not None:
             raise
         moved = f"; if the teacher of {path} has moved, give its new path: {NAME_IT}"
-        advice = "" if options["model"].startswith(EXTERNAL) else moved
+        advice = "" if model.startswith(EXTERNAL) else moved
         if not has_own_encoder:
             raise InputError(f"{error}{advice}") from error
         print(f"going on without the teacher: {error}{advice}", file=sys.stderr)

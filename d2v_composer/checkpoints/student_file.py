@@ -224,8 +224,9 @@ def choose_embedding(model: Backbone, pooling: Pooling | None, representation: R
         primary = primary._replace(pooling=model.default_pooling)
     chosen = Embedding(representation or primary.representation, pooling or primary.pooling)
     if chosen.name not in model.embedding_names:
-        allowed = ", ".join(model.embedding_names)
-        raise InputError(f"representation and pooling: this model has no {chosen.name}; it has {allowed}")
+        raise InputError(
+            f"representation and pooling: this model has no {chosen.name}; it has {', '.join(model.embedding_names)}"
+        )
     return chosen
 
 
@@ -257,8 +258,10 @@ def check_same_teacher(source: Any, teacher: Teacher, record: Any) -> None:
         InputError: It comes from another file; a converted file counts as the original.
     """
     if not is_teacher_of(record, teacher):
-        ours, theirs = value_at(record, "teacher.sha256"), teacher.provenance["sha256"]
-        raise InputError(f"{source}: not this student's teacher: sha256 {theirs}, expected {ours}")
+        raise InputError(
+            f"{source}: not this student's teacher: sha256 {teacher.provenance['sha256']}, "
+            f"expected {value_at(record, 'teacher.sha256')}"
+        )
 
 
 def is_teacher_of(record: Any, model: Backbone) -> bool:

@@ -110,7 +110,7 @@ class Projection(Frozen):
     def __init__(self, pooling: Pooling = "cls", linear: nn.Linear | None = None) -> None:
         super().__init__()
         self.pooling = pooling
-        self.linear = nn.Identity() if linear is None else linear
+        self.linear = linear or nn.Identity()
         self.num_outputs = 0 if linear is None else linear.out_features
         self.norm: nn.Module = nn.Identity()
 
@@ -226,12 +226,6 @@ class Backbone(nn.Module, ABC):
         with frozen_use():
             return self.encoder(Inputs(images, lengths)).x
 
-    def pooled(self, features: Features, representation: Representation, pooling: Pooling) -> Tensor:
-        """Return an embedding, (B, D) float32, with gradient."""
-        if representation == "projected":
-            return features.projected
-        return features.poolings(self.represent(features, representation))[pooling]
-
     def represent(self, features: Features, representation: Representation) -> Tensor:
         """Return a representation, (B, T, D), with gradient; for ``projected``, the output before its projection."""
         if representation == "layer_mean":
@@ -264,7 +258,7 @@ class Backbone(nn.Module, ABC):
         with frozen_use():
             return self.embed_encoded(self.encoder(self.encoder.windows(Inputs(images, lengths))), layer_mean)
 
-    def embed_encoded(self, tokens: Tokens, layer_mean: LayerMean | None = None) -> dict[str, Tensor]:
+    def embed_encoded(self, tokens: Tokens, layer_mean: LayerMean | None) -> dict[str, Tensor]:
         """Compute every embedding from the encoder's tokens, without gradient; see :meth:`embed_all`."""
         with frozen_use():
             embeddings = (layer_mean or self.layer_mean).embeddings(self.features(tokens))
