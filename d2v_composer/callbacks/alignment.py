@@ -15,7 +15,7 @@ from composer.utils import dist, model_eval_mode
 from numpy.typing import NDArray
 from torch import Tensor
 
-from d2v_composer.callbacks.algorithms import share_statistics
+from d2v_composer.callbacks.algorithms import broadcast_statistics
 from d2v_composer.callbacks.trainer_state import has_ended
 from d2v_composer.data.modality import collate
 from d2v_composer.evaluation.labeled_retrieval import move_batch
@@ -90,7 +90,7 @@ class AlignStudent(Callback):
         """Fit the map, unless it was fitted after this batch."""
         if self.batch == (batch := int(state.timestamp.batch)):
             return
-        share_statistics(state.model)
+        broadcast_statistics(state.model)
         moments, student = Moments(), self.student
         precision = get_precision_context(state.precision, state.precision_config)
         with model_eval_mode(state.model), torch.no_grad(), precision:

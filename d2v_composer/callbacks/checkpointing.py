@@ -224,7 +224,7 @@ class Checkpoints(Callback):
             batch, folder = int(state.timestamp.batch), self.folder
             said = f"saved at batch {batch} in {folder}{self.advice}" if folder else "not saved"
             with suppress(OSError):  # a killed launcher may have closed the terminal
-                tqdm.write(f"{processes.NAMES[signum]}: {said}")
+                tqdm.write(f"{processes.SIGNAL_NAMES[signum]}: {said}")
                 sys.stdout.flush()
         raise SystemExit(128 + signum)
 

@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 from d2v_composer.checkpoints.checkpoint import fetch_model
-from d2v_composer.checkpoints.safe_load import Stub, is_checkpoint, load_untrusted
-from d2v_composer.checkpoints.student_file import (
+from d2v_composer.checkpoints.model_file import (
     build_loaded,
     is_safetensors,
     read_config,
     read_model_file,
-    sha256,
     write_model_file,
 )
+from d2v_composer.checkpoints.safe_load import Stub, is_checkpoint, load_untrusted
 from d2v_composer.models.configs import AudioEncoderConfig, EatEncoderConfig, ImageEncoderConfig, TeacherConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.names import Weights
 from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError, errors_of, reading
+from d2v_composer.system.files import sha256
 
 # How the names of an encoder's tensors begin → its kind.
 PREFIXES: dict[str, type[Any]] = {

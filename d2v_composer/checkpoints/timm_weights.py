@@ -18,21 +18,15 @@ from timm.models import Beit, Eva, beit, eva, vision_transformer
 from torch import Tensor
 
 from d2v_composer.checkpoints.checkpoint import fetch_model
+from d2v_composer.checkpoints.model_file import FLOATS, check_numbers, is_safetensors, loading_fault, read_model_file
 from d2v_composer.checkpoints.safe_load import load_untrusted
-from d2v_composer.checkpoints.student_file import (
-    FLOATS,
-    check_numbers,
-    is_safetensors,
-    loading_fault,
-    read_model_file,
-    sha256,
-)
 from d2v_composer.models.configs import ImageSize
 from d2v_composer.models.timm_network import projection_width
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, materialize, teacher_config
 from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import fetch_from_hub
+from d2v_composer.system.files import sha256
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # Training programs nest the weights below these names; like timm, averaged ones before others.

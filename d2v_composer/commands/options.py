@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import yaml
 
-from d2v_composer.models.names import PREFIX, Pooling, PrecisionChoice, Representation, Weights
+from d2v_composer.models.names import TIMM_PREFIX, Pooling, PrecisionChoice, Representation, Weights
 from d2v_composer.sources.containers import COLUMN, IDS, LABEL_COLUMN, SOURCES
 from d2v_composer.system import command_line
 from d2v_composer.system.command_line import size, whole
@@ -16,7 +16,7 @@ from d2v_composer.system.processes import Part, local_ranks
 
 def absolute(place: str) -> str:
     """Return an address or timm/NAME unchanged, and a local path as an absolute path."""
-    return place if "://" in place or place.startswith(PREFIX) else os.path.abspath(os.path.expanduser(place))
+    return place if "://" in place or place.startswith(TIMM_PREFIX) else os.path.abspath(os.path.expanduser(place))
 
 
 CORES = max(1, (os.cpu_count() or 1) // local_ranks())

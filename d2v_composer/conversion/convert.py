@@ -44,7 +44,7 @@ MAX_HELD_OUT = 5000
 IMAGES = Images()  # of any size: a conversion does not decode them to a model's
 
 
-def find_samples(source: str | Path, split: str | None = None, part: Part = ALL, **options: Any) -> Source:
+def open_samples(source: str | Path, split: str | None = None, part: Part = ALL, **options: Any) -> Source:
     """Open the images or the clips of a split.
 
     Args:
@@ -245,7 +245,7 @@ def convert(
     """Write samples to an MDS data set with their modality's columns (``image`` or ``audio``) and, if known, ``label``.
 
     Args:
-        source: The samples; see :func:`find_samples`. CIFAR-10's become PNGs, in their order.
+        source: The samples; see :func:`open_samples`. CIFAR-10's become PNGs, in their order.
         out: A folder, or an address in any store that Composer can write: s3://, gs://, …
         seed: The seed of the order.
         workers: Processes that convert.
@@ -385,5 +385,5 @@ def convert_cifar10(images: Path, out: Path, num_train: int = 50_000, num_test: 
     """
     for split, num_images in (("train", num_train), ("test", num_test)):
         if num_images and not (out / split / INDEX).exists():
-            source = find_samples(f"{CIFAR10}{images}", split)
+            source = open_samples(f"{CIFAR10}{images}", split)
             convert(source.select(range(min(num_images, len(source)))), out / split, workers=os.cpu_count() or 1)

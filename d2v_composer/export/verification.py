@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from d2v_composer.checkpoints.load import save_student
-from d2v_composer.checkpoints.student_file import sha256, value_at
 from d2v_composer.data.modalities import modality_of
 from d2v_composer.export import check_program
 from d2v_composer.export.check_program import RUNTIMES
@@ -26,12 +25,13 @@ from d2v_composer.export.programs import read_metadata
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import height_and_width
 from d2v_composer.models.images import resize
+from d2v_composer.models.provenance import value_at
 from d2v_composer.report.tables import format_table
 from d2v_composer.sources.labeled import evenly_spaced, load_labeled_set
 from d2v_composer.sources.open import open_source
 from d2v_composer.system.errors import InputError, RunError
 from d2v_composer.system.fetch import names_in
-from d2v_composer.system.files import check_out_file, check_owned, write_atomically
+from d2v_composer.system.files import check_out_file, check_owned, sha256, write_atomically
 from d2v_composer.system.machine import describe_machine, package_versions
 from d2v_composer.system.processes import if_interrupted
 from d2v_composer.system.progress import progress_bar

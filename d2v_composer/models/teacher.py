@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import StudentConfig, TimmNetworkConfig
-from d2v_composer.models.encoder import Encoder, Frozen, Tokens
+from d2v_composer.models.encoder import Encoder, Freezable, Tokens
 from d2v_composer.models.names import ExtraTokens, check_choice
 from d2v_composer.models.student import Init, Student
 
 
-class Teacher(Backbone, Frozen):
+class Teacher(Backbone, Freezable):
     """Base of teachers, in eval mode. Call :meth:`freeze` once the parameters exist.
 
     Args:

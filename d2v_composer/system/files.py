@@ -4,6 +4,7 @@ Each file of ours gets its name in :func:`move`.
 """
 
 import errno
+import hashlib
 import logging
 import multiprocessing.util
 import os
@@ -223,3 +224,12 @@ def shorten_socket_paths() -> None:
         tempfile.tempdir = "/tmp"
         multiprocessing.util.get_temp_dir()  # made now, used by this process and its children, removed at exit
         tempfile.tempdir = long
+
+
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

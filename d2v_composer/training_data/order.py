@@ -95,11 +95,11 @@ class EpochOrder(DistributedSampler[Sample]):
         if self._is_begun:
             self.current_epoch, self._first_sample = self.current_epoch + 1, 0
         self._is_begun = True
-        ids = self.share(self.current_epoch, self._first_sample, World.detect())
+        ids = self.samples_of_rank(self.current_epoch, self._first_sample, World.detect())
         shards = np.searchsorted(self.shard_sizes.cumsum(), ids, side="right")
         return self._with_shards_ahead(self.current_epoch, ids.tolist(), shards.tolist())
 
-    def share(self, epoch: int, first_sample: int, world: World) -> NDArray[np.int64]:
+    def samples_of_rank(self, epoch: int, first_sample: int, world: World) -> NDArray[np.int64]:
         """Return a rank's samples of an epoch after the first ``first_sample`` samples of all ranks."""
         left = self.draw(epoch)[first_sample:].reshape(-1, world.ranks_per_node, world.num_nodes)
         return left[:, world.rank_of_node, world.node]
