@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import d2v_composer
 import d2v_composer.callbacks
-from d2v_composer.sources.containers import CONTAINERS
+from d2v_composer.sources import CONTAINERS
 
 ROOT = Path(__file__).parent.parent
 FIELDS, COMMANDS = ROOT / "yamls" / "README.md", ROOT / "recipes" / "guides" / "commands.md"

@@ -67,7 +67,7 @@ def no_process_group() -> Iterator[None]:
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retry after hundredths of a second."""
-    monkeypatch.setattr("d2v_composer.system.retry.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("d2v_composer.system.fetch.FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture(scope="session")

@@ -22,9 +22,18 @@ from torch.torch_version import TorchVersion
 from d2v_composer.checkpoints.safe_load import check_archive, fault_of
 from d2v_composer.system.addresses import MARK, RunFolder
 from d2v_composer.system.errors import InputError, reading, reason
-from d2v_composer.system.fetch import RETRY_SECONDS, download_existing, fetch, is_remote, list_names, open_store, put
+from d2v_composer.system.fetch import (
+    RETRY_SECONDS,
+    download_existing,
+    fetch,
+    is_missing,
+    is_remote,
+    list_names,
+    open_store,
+    put,
+    retry,
+)
 from d2v_composer.system.files import check_owned, flush, move, partial_file
-from d2v_composer.system.retry import is_missing, retry
 
 CHECKPOINT_NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
 LATEST = "latest-rank0.pt"
@@ -358,3 +367,46 @@ def drop_unused_scaler(checkpoint: dict[str, Any], precision: str) -> None:
     state = checkpoint["state"]
     if "scaler" in state and not (precision == "amp_fp16" and state["scaler"].get("GradScaler")):
         del state["scaler"]
+
+
+class Measure(NamedTuple):
+    """A measure that scores each query of a data set: a column of tables."""
+
+    bank: str
+    """The split that is searched, or that a classifier is fitted to; '' for the test images among themselves, classes
+    for text embeddings of the classes."""
+    name: str
+    k: int | None
+    """The number of neighbors; ``None``: a classifier has none."""
+    key: str
+    """Its part of a log key."""
+    heading: str
+    """The heading of its column in tables."""
+
+
+class Result(NamedTuple):
+    """One measure of one row's embedding on one data set."""
+
+    row: str
+    """The row's title."""
+    dataset: str
+    measure: Measure
+    embedding: str
+    """Name of the embedding; '' if it is the only one and has no name."""
+    is_primary: bool
+    """True for the row's primary embedding; ``zero_shot`` has but one."""
+    hits: Tensor
+    """For each query, on the host: (Q,) bool, or the share of common neighbors, (Q,) float64."""
+    batch: int = 0
+    """Batches after which a run measured it."""
+    nearest: Tensor | None = None
+    """The bank's images nearest to each query in a primary embedding, nearest first, (Q, K) int32."""
+
+    def plain(self) -> tuple[Any, ...]:
+        """Return the fields as plain values, for a checkpoint."""
+        return (*self[:2], tuple(self.measure), *self[3:])
+
+
+def read_results(saved: Iterable[Any]) -> list[Result]:
+    """Return the results whose :meth:`Result.plain` was saved."""
+    return [Result(row, dataset, Measure(*measure), *fields) for row, dataset, measure, *fields in saved]

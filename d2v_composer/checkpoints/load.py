@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_newest
+from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_newest, read_results
 from d2v_composer.checkpoints.fairseq import load_data2vec2
 from d2v_composer.checkpoints.model_file import (
     CONFIG_TENSOR,
@@ -23,7 +23,6 @@ from d2v_composer.checkpoints.model_file import (
     read_sizes,
     write_model_file,
 )
-from d2v_composer.checkpoints.results import read_results
 from d2v_composer.checkpoints.safe_load import is_checkpoint, load_untrusted
 from d2v_composer.models.backbone import Backbone, Projection
 from d2v_composer.models.configs import ImageSize, TimmConfig

@@ -327,5 +327,5 @@ def timm_call(student: Backbone, file: str | Path) -> str:
     """Return the line of Python with which timm loads a student's file."""
     name, options = timm_arguments(student)
     options |= {"checkpoint_path": str(file)}
-    given = [f"{key}={value!r}" for key, value in options.items() if value is not None]
-    return f"timm.create_model({', '.join([repr(name), *given])})"
+    arguments = [f"{key}={value!r}" for key, value in options.items() if value is not None]
+    return f"timm.create_model({', '.join([repr(name), *arguments])})"

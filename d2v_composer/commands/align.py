@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     import torch
 
     from d2v_composer.config.reference import load_any
-    from d2v_composer.data.modalities import modality_of
+    from d2v_composer.data import modality_of
     from d2v_composer.embedding.align import align, match, read_index
     from d2v_composer.export.model_card import save_with_card
     from d2v_composer.models.provenance import distillation_of, is_teacher_of, value_at

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
 
     from d2v_composer.benchmarks import BATCH_SIZES, measure_speeds
     from d2v_composer.config.load import load_evaluate_config
-    from d2v_composer.data.modalities import modality_of
+    from d2v_composer.data import modality_of
     from d2v_composer.evaluation.evaluate import check_replaceable
     from d2v_composer.models.backbone import hash_weights
     from d2v_composer.models.precision import choose_precision
@@ -77,8 +77,8 @@ def next_step(config: "EvaluateConfig", samples: str) -> str:
     if config.model.endswith("-rank0.pt"):
         moved = [] if config.teacher is None else ["--teacher", config.teacher]
         return d2v("export", config.model, "student.safetensors", *moved)
-    given = list[str]()
+    flags = list[str]()
     for name in ("weights", "checkpoint", "first_blocks", "image_size", "pooling", "representation"):
         if (value := getattr(config, name)) not in (None, "model"):
-            given += [f"--{name.replace('_', '-')}", str(value)]
-    return d2v("embed", config.model, samples, "embeddings.npy", *given)
+            flags += [f"--{name.replace('_', '-')}", str(value)]
+    return d2v("embed", config.model, samples, "embeddings.npy", *flags)

@@ -50,7 +50,7 @@ from d2v_composer.models.names import (
 )
 from d2v_composer.models.student import Init
 from d2v_composer.objectives import OBJECTIVES
-from d2v_composer.sources.containers import FORMAT, FORMATS, LOCAL
+from d2v_composer.sources import FORMAT, FORMATS, LOCAL
 from d2v_composer.system.addresses import RunFolder, check_run_name
 from d2v_composer.system.processes import num_nodes, num_ranks
 

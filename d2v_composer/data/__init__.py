@@ -1,1 +1,35 @@
-"""Decode, store, augment and batch images and audio."""
+"""Decode, store, augment and batch images and audio; find a modality by an encoder's config or by name."""
+
+from typing import Any
+
+from d2v_composer.data.audio import Audio
+from d2v_composer.data.images import Images
+from d2v_composer.data.modality import Augmentation, Modality
+from d2v_composer.models.configs import EncoderConfig
+from d2v_composer.system.errors import InputError
+
+MODALITIES: dict[str, type[Modality]] = {modality.name: modality for modality in (Images, Audio)}
+
+
+def modality_of(config: EncoderConfig) -> Modality:
+    """Return the modality of the samples that an encoder takes."""
+    return MODALITIES[config.modality].of(config)
+
+
+def build_augmentation(loader: Any, modality: Modality, seed: int, for_views: bool = False) -> Augmentation:
+    """Build the augmentation of the training samples, or of the views of a sample in an evaluation.
+
+    Args:
+        loader: The section ``train_loader``.
+        modality: What the samples are.
+        seed: The seed.
+        for_views: Build the augmentation of an evaluation's views.
+
+    Raises:
+        InputError: An option of another modality is set.
+    """
+    for name in sorted(frozenset().union(*(kind.options for kind in MODALITIES.values())) - modality.options):
+        if (value := getattr(loader, name)) != type(loader).model_fields[name].default:
+            raise InputError(f"train_loader.{name}: must be left out for a teacher of {modality.unit}; got {value}")
+    options = loader.model_dump(include=set(modality.options))
+    return Augmentation(modality.augmentation(for_views=for_views, **options), seed)

@@ -162,7 +162,7 @@ def align(
         for queries in (linear(inputs_MI[held_out], trial.weight, trial.bias), targets_MP[held_out])
     )
     recall = {k: common_shares(ours[:, :k], theirs[:, :k]).mean().item() for k in (1, NUM_COMMON)}
-    model.align(fit.weight.to(device), fit.bias.to(device))
+    model.align(fit.weight, fit.bias)
     return Aligned(skipped, fit.about, half.about["r2"], len(held_out), recall)
 
 

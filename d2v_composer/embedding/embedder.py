@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from d2v_composer.config.reference import load_any
-from d2v_composer.data.modalities import modality_of
+from d2v_composer.data import modality_of
 from d2v_composer.data.modality import Modality, decoding, read_sample_file
 from d2v_composer.embedding.collection import EmbeddingOptions, embed_batch, load_batch
 from d2v_composer.models.names import Pooling, PrecisionChoice, Representation, Weights

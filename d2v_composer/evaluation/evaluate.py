@@ -16,18 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from d2v_composer.checkpoints.checkpoint import Measure, Result
 from d2v_composer.data.modality import Augmentation, Modality
 from d2v_composer.evaluation.labeled_retrieval import Embed, Lookup, measure_embeddings
-from d2v_composer.evaluation.rows import (
-    GAP_CLOSED,
-    UNTRAINED,
-    Interval,
-    Measure,
-    Result,
-    accuracy_interval,
-    pivot,
-    rows_of,
-)
+from d2v_composer.evaluation.rows import GAP_CLOSED, UNTRAINED, Interval, accuracy_interval, pivot, rows_of
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.encoder import Encoder, Inputs
 from d2v_composer.models.precision import precision_of

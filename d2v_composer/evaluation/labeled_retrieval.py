@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from d2v_composer.checkpoints.checkpoint import Measure, Result
 from d2v_composer.data.modality import Augmentation, collate
 from d2v_composer.evaluation.linear_probe import fit_linear_probe
 from d2v_composer.evaluation.nearest_neighbors import (
@@ -36,8 +37,6 @@ from d2v_composer.evaluation.rows import (
     LINEAR,
     TEACHER,
     VIEWS,
-    Measure,
-    Result,
     Row,
     measures_of,
     retrieval_from,

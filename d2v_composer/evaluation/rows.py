@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v_composer.checkpoints.results import Measure, Result
+from d2v_composer.checkpoints.checkpoint import Measure, Result
 from d2v_composer.evaluation.nearest_neighbors import NUM_COMMON, NUM_NEIGHBORS
 from d2v_composer.evaluation.run_log import Log
 

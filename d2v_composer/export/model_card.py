@@ -12,7 +12,7 @@ import torch
 
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.checkpoints.model_file import timm_call
-from d2v_composer.data.modalities import MODALITIES
+from d2v_composer.data import MODALITIES
 from d2v_composer.evaluation.evaluate import read_evaluation
 from d2v_composer.evaluation.rows import ROWS
 from d2v_composer.models.backbone import hash_weights

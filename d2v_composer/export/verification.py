@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from d2v_composer.checkpoints.load import save_student
-from d2v_composer.data.modalities import modality_of
+from d2v_composer.data import modality_of
 from d2v_composer.export import check_program
 from d2v_composer.export.check_program import RUNTIMES
 from d2v_composer.export.model_card import add_section
@@ -111,13 +111,13 @@ def name_fastest(medians: Mapping[str, Mapping[str, float]]) -> str:
     Args:
         medians: Runtime → its numbers.
     """
-    said = []
+    comparisons = []
     for key in ("/s at 1", "/s at 16") if len(medians) > 1 else ():
         fastest, *slower = sorted(medians, key=lambda name: medians[name][key], reverse=True)
         compared = dict.fromkeys((slower[0], slower[-1]))
         factors = (f"{medians[fastest][key] / medians[name][key]:.2f} times as fast as {name}" for name in compared)
-        said.append(f"{key}: {fastest}, {' and '.join(factors)}")
-    return f"fastest runtime in range: {'; '.join(said) or 'nothing to compare'}"
+        comparisons.append(f"{key}: {fastest}, {' and '.join(factors)}")
+    return f"fastest runtime in range: {'; '.join(comparisons) or 'nothing to compare'}"
 
 
 def read_samples(student: Backbone, source: str | None, maximum: int, takes_pixels: bool = False) -> Tensor:
@@ -157,8 +157,8 @@ def measure_runtimes(script: Path, files: Mapping[str, Path]) -> tuple[dict[str,
     for name in progress_bar(ROUNDS * list(files), desc="measuring", unit="runs"):
         command = [sys.executable, str(script), name, str(files[name])]
         with Popen(command, stdout=PIPE, stderr=PIPE, text=True, env=path) as process, if_interrupted(process.kill):
-            said, errors = process.communicate()
-        rounds[name].append(json.loads("{" + (said.partition("{")[2] or "}")))
+            output, errors = process.communicate()
+        rounds[name].append(json.loads("{" + (output.partition("{")[2] or "}")))
         if process.returncode:
             faults[name] = (errors.splitlines() or [f"exit status {process.returncode}"])[-1]
     for name, runs in rounds.items():

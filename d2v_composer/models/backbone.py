@@ -216,7 +216,8 @@ class Backbone(nn.Module, ABC):
 
     def align(self, weight: Tensor, bias: Tensor) -> None:
         """Give this model the map to another model's space, (P, I) and (P,), or replace it; see :class:`Alignment`."""
-        self.alignment = Alignment(self.alignment_inputs, weight, bias)
+        device = next(self.parameters()).device
+        self.alignment = Alignment(self.alignment_inputs, weight.to(device), bias.to(device))
 
     def project(self, features: Features, output: Tensor) -> Tensor:
         """Return the embedding ``projected_cls``, (B, P), of the model's features and output, with gradient."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from d2v_composer.models.attention import Block
-from d2v_composer.models.audio import AudioEncoder
+from d2v_composer.models.audio import AudioEncoder, EatEncoder
 from d2v_composer.models.backbone import Transformer
 from d2v_composer.models.configs import (
     AudioEncoderConfig,
@@ -19,7 +19,6 @@ from d2v_composer.models.configs import (
     TeacherConfig,
     check_whole,
 )
-from d2v_composer.models.eat import EatEncoder
 from d2v_composer.models.encoder import Data2Vec2Encoder
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.student import Init

@@ -105,18 +105,18 @@ class Teacher(Backbone, Freezable):
             True
         """
         check_choice("init", init, Init)
-        given = {name: value for name, value in sizes.items() if value is not None}
-        if given.get("normalization") == "dataset":  # a target's alone
-            given["normalization"] = "layer"
+        sizes = {name: value for name, value in sizes.items() if value is not None}
+        if sizes.get("normalization") == "dataset":  # a target's alone
+            sizes["normalization"] = "layer"
         if projected:
             if self.projection is None:
                 raise ValueError("projected: this teacher has no projection; load it with projected=True")
-            given["projection"] = self.projection.num_outputs if model is None else self.projected_width
+            sizes["projection"] = self.projection.num_outputs if model is None else self.projected_width
         if model is not None:
-            return self.build_network(model, pretrained, **given, **({} if init == "random" else {"init": init}))
+            return self.build_network(model, pretrained, **sizes, **({} if init == "random" else {"init": init}))
         if pretrained:
             raise ValueError("pretrained: must be false without a model timm/NAME")
-        config = StudentConfig(**{"final_layer_norm": self.layer_mean.final_layer_norm, **given})
+        config = StudentConfig(**{"final_layer_norm": self.layer_mean.final_layer_norm, **sizes})
         encoder = self.student_encoder()
         provenance = {"teacher": self.provenance, "student": {"own_encoder": encoder is not self.encoder}}
         student = Student(encoder, config, provenance, self.projection)

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
 
+from d2v_composer.checkpoints.checkpoint import Measure
 from d2v_composer.evaluation.evaluate import Evaluation
 from d2v_composer.evaluation.rows import (
     AGREEMENT,
@@ -22,7 +23,6 @@ from d2v_composer.evaluation.rows import (
     TEACHER,
     UNTRAINED,
     VIEWS,
-    Measure,
     gap_closed_by_step,
     measures_of,
     metric_key,

@@ -5,6 +5,7 @@ from statistics import mean
 
 from tabulate import tabulate
 
+from d2v_composer.checkpoints.checkpoint import Result
 from d2v_composer.evaluation.evaluate import Evaluation
 from d2v_composer.evaluation.rows import (
     BANKS,
@@ -14,7 +15,6 @@ from d2v_composer.evaluation.rows import (
     UNTRAINED,
     WITHOUT_LABELS,
     Interval,
-    Result,
     gap_closed_by_step,
     metric_key,
     pivot,

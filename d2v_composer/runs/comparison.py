@@ -8,7 +8,7 @@ import torch
 from d2v_composer.checkpoints.model_file import build_encoder
 from d2v_composer.config.reference import load_any
 from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ShardLoaderConfig
-from d2v_composer.data.modalities import build_augmentation, modality_of
+from d2v_composer.data import build_augmentation, modality_of
 from d2v_composer.data.modality import Augmentation, Modality
 from d2v_composer.evaluation.evaluate import Evaluation, cost, share_encoders
 from d2v_composer.evaluation.labeled_retrieval import Lookup

@@ -8,14 +8,13 @@ import numpy as np
 from composer import Trainer
 from composer.core import Callback
 
-from d2v_composer.callbacks.algorithms import TargetStatistics
-from d2v_composer.callbacks.alignment import AlignStudent
+from d2v_composer.callbacks.algorithms import AlignStudent, TargetStatistics
 from d2v_composer.callbacks.checkpointing import Stop
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.checkpoints.model_file import sizes_of
 from d2v_composer.config.schema import TeacherSection, TrainConfig
-from d2v_composer.data.modalities import build_augmentation, modality_of
+from d2v_composer.data import build_augmentation, modality_of
 from d2v_composer.evaluation.evaluate import cost, share_encoders
 from d2v_composer.evaluation.labeled_retrieval import Embed
 from d2v_composer.evaluation.rows import STUDENT, TEACHER, last_batch

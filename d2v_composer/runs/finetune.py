@@ -14,7 +14,7 @@ from d2v_composer.callbacks.algorithms import SharedStatistics
 from d2v_composer.checkpoints.checkpoint import LATEST
 from d2v_composer.checkpoints.model_file import sizes_of
 from d2v_composer.config.schema import FinetuneConfig, TrainLoaderConfig
-from d2v_composer.data.modalities import modality_of
+from d2v_composer.data import modality_of
 from d2v_composer.models.backbone import hash_weights
 from d2v_composer.models.classification import Classifier
 from d2v_composer.models.configs import EncoderConfig

@@ -24,7 +24,7 @@ from d2v_composer.checkpoints.checkpoint import LATEST, LOG
 from d2v_composer.checkpoints.load import load_student, save_student
 from d2v_composer.config.reference import load_any
 from d2v_composer.config.schema import TrainConfig
-from d2v_composer.data.modalities import MODALITIES
+from d2v_composer.data import MODALITIES
 from d2v_composer.evaluation.run_log import read_jsonl
 from d2v_composer.sources.mds import INDEX
 from d2v_composer.sources.shards import fetch_index

@@ -18,9 +18,9 @@ from d2v_composer.callbacks.trainer_state import find_callback
 from d2v_composer.config.load import load_config
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.conversion.convert import convert, hold_out
+from d2v_composer.data import build_augmentation, modality_of
 from d2v_composer.data.audio import MAX_SECONDS_WHOLE
 from d2v_composer.data.images import Images
-from d2v_composer.data.modalities import build_augmentation, modality_of
 from d2v_composer.data.modality import Modality
 from d2v_composer.models.configs import (
     EatEncoderConfig,

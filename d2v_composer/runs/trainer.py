@@ -41,7 +41,7 @@ from d2v_composer.checkpoints.checkpoint import (
 from d2v_composer.checkpoints.model_file import convert_to_timm
 from d2v_composer.config.load import defaults, layered
 from d2v_composer.config.schema import CALLBACKS, LOGGERS, AlgorithmsConfig, OptimizerConfig, TrainerConfig
-from d2v_composer.data.modalities import MODALITIES
+from d2v_composer.data import MODALITIES
 from d2v_composer.evaluation.run_log import read_jsonl
 from d2v_composer.models.backbone import check_tensors
 from d2v_composer.models.configs import TimmNetworkConfig

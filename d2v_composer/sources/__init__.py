@@ -1,1 +1,70 @@
-"""Read samples wherever they are: in folders, MDS, Parquet files, tars, zips and stores."""
+"""Read samples wherever they are: in folders, MDS, Parquet files, tars, zips and stores.
+
+The kinds of files that hold many samples have their names here; help, errors and tables of guides come from these
+records.
+"""
+
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from typing import Any, NamedTuple
+
+
+class Container(NamedTuple):
+    """A kind of file that holds many samples."""
+
+    suffix: str
+    plural: str
+    ids: str
+    """Form of a sample's id."""
+    samples: str
+    """Kind of its samples."""
+    labels: str
+    """Meaning of ``--label-column``; empty: the folders in the file are classes and splits, as in a folder."""
+    module: str
+    """Module whose ``list_samples`` lists the samples of a file; imported when it is needed."""
+
+    @property
+    def list_samples(self) -> Callable[..., Any]:
+        return import_module(f"{__package__}.{self.module}").list_samples
+
+
+CONTAINERS = (
+    Container(
+        ".parquet",
+        "Parquet files",
+        "FILE.parquet#ROW",
+        "a column of bytes, of paths relative to the file or of the hub's images: the only one, or `--column`",
+        "a column",
+        "parquet",
+    ),
+    Container(
+        ".tar",
+        "tars",
+        "FILE.tar/KEY",
+        "files by suffix, as in WebDataset; if a key has several, `--column jpg` chooses",
+        "cls or json:KEY",
+        "tars",
+    ),
+    Container(".zip", "zips", "FILE.zip/PATH", "files by suffix", "", "zips"),
+)
+
+
+def listed(words: Iterable[str]) -> str:
+    """Return words as text: a, b or c."""
+    *first, end = words
+    return f"{', '.join(first)} or {end}" if first else end
+
+
+NAMES = listed(container.plural for container in CONTAINERS)
+# What a SOURCE may be besides a folder of files, and the help of --column and --label-column.
+SOURCES = f"MDS, {NAMES} (a file, folder or glob, here or in a store: s3://, …), or hf://datasets/ORG/NAME"
+COLUMN = "the column of samples (in tars, their suffix); default: the only one (in MDS, image or audio)"
+CHOOSE = "choose one with --column, or column and label_column in a YAML"
+LABEL_COLUMN = ", ".join(f"for {container.plural} {container.labels}" for container in CONTAINERS if container.labels)
+# What an evaluation may read: data sets; or how it reads a folder or an address.
+LOCAL = ("cifar10", "cifar100", "speech_commands", "mds", "folder")
+FORMATS = (*LOCAL, *(container.suffix[1:] for container in CONTAINERS))
+FORMAT = "null: what ROOT holds. If it holds several kinds, or is a data set by itself: " + listed(
+    f"``{name}``" for name in FORMATS
+)
+IDS = ", ".join(container.ids for container in CONTAINERS)

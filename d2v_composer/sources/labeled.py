@@ -65,7 +65,7 @@ class EvaluationSet(NamedTuple):
         if not self.has_labels:
             return self
         values, numbers = torch.cat([self.train.labels, self.test.labels]).unique(return_inverse=True)
-        known = dict(enumerate(self.class_names))
+        names = dict(enumerate(self.class_names))
         train, test = numbers.split(self.num_samples)
         rows, labels = self.class_embeddings, values.tolist()
         if rows is not None:  # those of classes without images come last, as wrong answers
@@ -73,7 +73,7 @@ class EvaluationSet(NamedTuple):
         return EvaluationSet(
             self.train._replace(labels=train),
             self.test._replace(labels=test),
-            tuple(known.get(label, str(label)) for label in labels),
+            tuple(names.get(label, str(label)) for label in labels),
             rows,
         )
 
@@ -128,7 +128,7 @@ def load_labeled_set(
         format: ``cifar10`` or ``cifar100``: torchvision's files in ``root``; ``speech_commands``: what its archive
             unpacks to; ``None``: what root holds. That is MDS in root/train and root/test; or what
             :func:`~d2v_composer.sources.open.open_source` opens, with splits train, and test, validation or val. Others
-            of :data:`~d2v_composer.sources.containers.FORMATS` tell which, if root holds several. Without labels only
+            of :data:`~d2v_composer.sources.FORMATS` tell which, if root holds several. Without labels only
             the test split is read, or the whole root if it has no splits.
         root: The folder, or another source of :func:`~d2v_composer.sources.open.open_source`.
         modality: What the samples are; default: images.

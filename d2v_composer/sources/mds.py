@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from d2v_composer.data.modality import Modality
-from d2v_composer.sources.containers import CHOOSE
+from d2v_composer.sources import CHOOSE
 from d2v_composer.system.errors import InputError, reading
 
 INDEX = "index.json"

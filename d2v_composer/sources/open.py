@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from d2v_composer.data.modality import Modality
-from d2v_composer.sources.containers import CONTAINERS, NAMES, Container, listed
+from d2v_composer.sources import CONTAINERS, NAMES, Container, listed
 from d2v_composer.sources.listing import Pinned, list_files
 from d2v_composer.sources.mds import INDEX, Index, is_mds
 from d2v_composer.sources.shards import fetch_index

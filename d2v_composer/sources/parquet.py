@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from d2v_composer.sources.containers import CHOOSE
+from d2v_composer.sources import CHOOSE
 from d2v_composer.sources.listing import Pinned
 from d2v_composer.sources.source import Columns, Listed, Names, hash_of, load_listed, mark_of, marks_of
 from d2v_composer.system.errors import InputError, UnreadableSampleError

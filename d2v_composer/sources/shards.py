@@ -26,10 +26,9 @@ from torch.utils.data import get_worker_info
 from d2v_composer.sources.mds import INDEX, SUMMARY, Index
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, ShardError, reading, reason, writing
-from d2v_composer.system.fetch import transfer
+from d2v_composer.system.fetch import is_lasting, is_local, retry, transfer
 from d2v_composer.system.files import PARTIAL, find_partials, partial_file, sole_user
 from d2v_composer.system.processes import local_ranks
-from d2v_composer.system.retry import is_lasting, is_local, retry
 
 # How long a store may send nothing, or almost nothing, before the request is repeated: for an index, for a shard.
 INDEX_REQUEST_SECONDS, REQUEST_SECONDS = 60.0, 20

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v_composer.sources.containers import CHOOSE
+from d2v_composer.sources import CHOOSE
 from d2v_composer.sources.listing import Pinned
 from d2v_composer.sources.source import Columns, Listed, Names, marks_of
 from d2v_composer.system.errors import InputError

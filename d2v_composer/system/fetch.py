@@ -1,28 +1,30 @@
-"""Fetch files from web servers and object stores."""
+"""Fetch files from web servers and object stores; retry, with pauses, after faults that may pass."""
 
+import errno
 import functools
 import hashlib
 import logging
 import os
+import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import requests
 import torch
 from filelock import FileLock
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from typing_extensions import Self
 
 from d2v_composer.system.addresses import STUDENT_FILE, Address, file_name, hide_secrets, identity
-from d2v_composer.system.errors import InputError, RunError, reading, reason
+from d2v_composer.system.errors import FULL, InputError, RunError, reading, reason
 from d2v_composer.system.files import check_out_file, move, partial_file, write_atomically
 from d2v_composer.system.processes import local_rank
 from d2v_composer.system.progress import progress_bar
-from d2v_composer.system.retry import CONNECT_SECONDS, is_missing, retry
 
 if TYPE_CHECKING:
     from composer.utils import ObjectStore
@@ -42,7 +44,24 @@ COMMIT = re.compile("[0-9a-f]{40}")
 # What some stores put around an ETag in one answer, and not in another.
 QUOTES = 'W/"'
 
+# Timeout of a connection: a reachable host answers immediately. Clients' defaults are a minute and several attempts.
+CONNECT_SECONDS = 10.0
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 8.0
+# A store that is starting may briefly answer that a file is missing or access denied.
+LASTING_ATTEMPTS = 4
+LASTING_STATUS = (401, 403, 404)
+LASTING = (FileNotFoundError, NotImplementedError, ValueError)
+# Errors of botocore, which may not be installed.
+LASTING_NAMES = ("NoCredentialsError", "PartialCredentialsError")
+# Faults of the local disk: full, denied, or something else in the way.
+LOCAL = (
+    *FULL,
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
+
 log = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
 
 _asked: dict[Path, float] = {}
 """Cached file → when this process last asked its server whether it has changed, by the monotonic clock."""
@@ -143,20 +162,20 @@ def fetch(address: str | Path, version: str = "", *, again: bool = False) -> Pat
 def _renew(address: str, path: Path, version: str, again: bool) -> None:
     """Fetch a file, unless its current version is cached."""
     version_file = path.with_name(f"{path.name}.version")
-    known = version_file.read_text() if version_file.exists() and path.exists() and not again else None
-    if known == "":
+    cached_version = version_file.read_text() if version_file.exists() and path.exists() and not again else None
+    if cached_version == "":
         raise ValueError("its server does not say whether it has changed")
 
     def attempt() -> None:
         with partial_file(path) as partial:
-            fetched = transfer(address, partial, READ_SECONDS, known)
+            fetched = transfer(address, partial, READ_SECONDS, cached_version)
             if version and version.strip(QUOTES) != fetched.strip(QUOTES):
                 raise ValueError("it has changed since it was listed; run the same command again")
             version_file.unlink(missing_ok=True)  # a file of unknown version is fetched again
         write_atomically(version_file, fetched)
 
     with suppress(UnchangedError):
-        retry(attempt, address, READ_SECONDS if known is None else 0, lasting_attempts=1)
+        retry(attempt, address, READ_SECONDS if cached_version is None else 0, lasting_attempts=1)
 
 
 def fetch_from_hub(
@@ -454,3 +473,71 @@ def s3_client(timeout: float, endpoint: str | None, pid: int) -> Any:
         response_checksum_validation="when_required",  # the caller verifies
     )
     return Session().client("s3", endpoint_url=endpoint, config=config)
+
+
+def retry(
+    attempt: Callable[[], ResultT],
+    what: str,
+    timeout: float,
+    lasting_attempts: int = LASTING_ATTEMPTS,
+    denial_passes: bool = False,
+) -> ResultT:
+    """Call ``attempt`` until it succeeds, and return its result.
+
+    Faults of this machine are raised immediately, lasting ones (missing, denied, corrupt) after
+    ``lasting_attempts``, others after ``timeout``. Each failure is logged.
+
+    Args:
+        attempt: Called at least once.
+        what: What is attempted, for the log.
+        timeout: Seconds; a running attempt is not interrupted.
+        lasting_attempts: 1 reports a wrong address or key immediately.
+        denial_passes: A store that denies access counts as unreachable.
+    """
+    start = time.monotonic()
+    pause, num_lasting = FIRST_PAUSE, 0
+    dice = random.Random()  # not the global generator, which training uses
+    while True:
+        try:
+            return attempt()
+        except Exception as error:
+            num_lasting += is_lasting(error) and not (denial_passes and _status(error))
+            left = timeout - (time.monotonic() - start)
+            if is_local(error) or num_lasting >= lasting_attempts or left <= 0:
+                raise
+            level = logging.INFO if is_missing(error) else logging.WARNING  # it may well be missing
+            log.log(level, "%s: %s; retrying for %.0f s", hide_secrets(what), reason(error), left)
+            time.sleep(min(pause * dice.uniform(0.5, 1), left))
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def is_local(error: BaseException) -> bool:
+    """Return True if a fault is local: a disk or path error, or a package that is not installed."""
+    return isinstance(error, ImportError) or (isinstance(error, OSError) and error.errno in LOCAL)
+
+
+def is_lasting(error: BaseException) -> bool:
+    """Return True if a retry is unlikely to help."""
+    known = isinstance(error, LASTING) or type(error).__name__ in LASTING_NAMES
+    return not _is_unreachable(error) and (known or _status(error) in LASTING_STATUS)
+
+
+def is_missing(error: BaseException) -> bool:
+    """Return True if a store answered that a file does not exist; denied access does not count."""
+    return not _is_unreachable(error) and (isinstance(error, FileNotFoundError) or _status(error) == 404)
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    # If Hugging Face is unreachable, its client reports that its cache lacks the file: a FileNotFoundError.
+    return isinstance(error, LocalEntryNotFoundError) and not isinstance(error.__cause__, OfflineModeIsEnabled)
+
+
+def _status(error: BaseException) -> int | None:
+    """Return the HTTP status in an error from botocore, google-cloud, azure, oci or requests."""
+    if type(error).__name__ == "S3UploadFailedError" and error.__context__ is not None:  # boto3's, of another error
+        error = error.__context__
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    codes = [getattr(response, "status_code", None), *(getattr(error, name, None) for name in ("status_code", "code"))]
+    return next((value for value in [*codes, getattr(error, "status", None)] if isinstance(value, int)), None)

@@ -209,12 +209,12 @@ def release(lock: FileLock, made: Sequence[Path]) -> None:
 @contextmanager
 def sole_user(path: Path, wait: float = 0) -> Iterator[bool]:
     """Lock a file as with :func:`acquire` until the ``with`` block ends; yield ``False`` if it is locked elsewhere."""
-    made, lock = missing_parts(path), acquire(path, wait)
+    new_folders, lock = missing_parts(path), acquire(path, wait)
     try:
         yield lock is not None
     finally:
         if lock is not None:
-            release(lock, made)
+            release(lock, new_folders)
 
 
 def shorten_socket_paths() -> None:

@@ -114,8 +114,8 @@ def if_interrupted(explain: Callable[[], str | None]) -> Iterator[None]:
 
 def end_by_signal(signum: signal.Signals) -> None:
     """Print the signal's line, kill the children and exit immediately. Files are written atomically."""
-    said = [explain() for explain in reversed(_explanations)]
-    _end(": ".join([SIGNAL_NAMES[signum], *filter(None, said)]))
+    explanations = [explain() for explain in reversed(_explanations)]
+    _end(": ".join([SIGNAL_NAMES[signum], *filter(None, explanations)]))
 
 
 def _set_handlers() -> dict[signal.Signals, Any]:

@@ -11,7 +11,7 @@ from composer.utils import dist
 from torch.utils.data import DataLoader
 
 from d2v_composer.config.schema import ShardLoaderConfig, TrainerConfig, TrainLoaderConfig
-from d2v_composer.data.modalities import build_augmentation
+from d2v_composer.data import build_augmentation
 from d2v_composer.data.modality import Modality
 from d2v_composer.sources.labeled import collate_labeled
 from d2v_composer.sources.mds import Index

@@ -29,8 +29,7 @@ from d2v_composer.config.reference import load_any
 from d2v_composer.runs.trainer import build_run_record
 from d2v_composer.system import fetch as fetch_module
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.fetch import cache_folder, fetch, transfer
-from d2v_composer.system.retry import CONNECT_SECONDS, is_lasting, is_missing
+from d2v_composer.system.fetch import CONNECT_SECONDS, cache_folder, fetch, is_lasting, is_missing, transfer
 from helpers import GOLDEN, small_run, time_limit
 
 FILE = bytes(range(256)) * 80  # 20 kB

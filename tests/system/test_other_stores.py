@@ -12,8 +12,7 @@ from d2v_composer.commands import convert_images, embed, merge
 from d2v_composer.conversion.convert import convert, open_samples
 from d2v_composer.sources.mds import INDEX, SUMMARY
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.fetch import download_existing, fetch, names_in, transfer
-from d2v_composer.system.retry import is_lasting
+from d2v_composer.system.fetch import download_existing, fetch, is_lasting, names_in, transfer
 from emulators import CONTAINER, azure_store, google_store
 from helpers import (
     GOLDEN,

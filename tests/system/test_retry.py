@@ -9,8 +9,8 @@ import pytest
 from boto3.exceptions import S3UploadFailedError
 from botocore.exceptions import ClientError, NoCredentialsError
 
-from d2v_composer.system import retry as retry_module
-from d2v_composer.system.retry import is_lasting, retry
+from d2v_composer.system import fetch as retry_module
+from d2v_composer.system.fetch import is_lasting, retry
 from helpers import time_limit
 
 

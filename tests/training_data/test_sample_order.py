@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from d2v_composer.config.schema import TrainerConfig, TrainLoaderConfig
+from d2v_composer.data import MODALITIES
 from d2v_composer.data.audio import Audio
 from d2v_composer.data.images import Images
-from d2v_composer.data.modalities import MODALITIES
 from d2v_composer.data.modality import Modality
 from d2v_composer.runs.trainer import FIXED_IN_ANY_RUN
 from d2v_composer.sources.mds import Index
