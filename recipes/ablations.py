@@ -21,8 +21,9 @@ from typing import Any
 
 import yaml
 
+from d2v_composer.commands.options import make_parser
 from d2v_composer.system import command_line
-from d2v_composer.system.command_line import d2v, make_parser, print_next
+from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.processes import defer_signals, if_interrupted, obey_signals, received
 
@@ -33,21 +34,7 @@ POLL_SECONDS = 0.5
 
 def main(argv: Sequence[str]) -> None:
     """Train the missing rows, and print the table."""
-    parser = make_parser(__doc__)
-    about = "the study's folder (default: yamls/ablations/data2vec2), then changes to all its rows"
-    parser.add_argument("given", nargs="*", metavar="STUDY key=value", help=about)
-    parser.add_argument("--images", type=Path, default=Path("datasets"), help="folder with CIFAR-10; default: datasets")
-    parser.add_argument(
-        "--whole", action="store_true", help="use all of CIFAR-10; default: its first 10,000 + 2,000 images"
-    )
-    parser.add_argument("--out", type=Path, help="folder for the runs; default: runs/ablations/ and the study's name")
-    parser.add_argument(
-        "--rows",
-        action="append",
-        metavar="ROW",
-        help="a row to train besides the first; may be repeated; default: all rows",
-    )
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = make_parser(__doc__, "ablations").parse_intermixed_args(argv)
     given = arguments.given
     study = Path(given.pop(0)) if given and "=" not in given[0] else STUDIES / "data2vec2"
     rows = read_rows(study, arguments.rows)

@@ -27,27 +27,27 @@ MAX_LINES_OF_FILE, MAX_LINES_OF_FUNCTION = 600, 80
 # Tokens of each folder, with 3 % of room, and of all with the Python in yamls/. They only fall: a feature that needs
 # more raises its own folder's limit and the total, in a commit that says why.
 LIMITS = {
-    "system": 9_730,
-    "models": 22_760,
+    "system": 9_680,
+    "models": 22_480,
     "checkpoints": 9_780,
-    "data": 4_370,
+    "data": 4_340,
     "objectives": 3_860,
-    "sources": 14_880,
-    "config": 4_850,
-    "conversion": 3_860,
-    "evaluation": 8_410,
-    "callbacks": 8_850,
-    "embedding": 5_660,
+    "sources": 14_740,
+    "config": 4_840,
+    "conversion": 3_840,
+    "evaluation": 8_180,
+    "callbacks": 8_630,
+    "embedding": 5_550,
     "report": 4_740,
-    "training_data": 2_510,
-    "export": 6_080,
-    "runs": 11_280,
-    "benchmarks": 6_730,
-    "d2v_composer/__init__.py": 440,
-    "commands": 6_540,
-    "recipes": 2_900,
+    "training_data": 2_460,
+    "export": 6_010,
+    "runs": 11_240,
+    "benchmarks": 6_710,
+    "d2v_composer/__init__.py": 430,
+    "commands": 6_510,
+    "recipes": 2_810,
 }
-CEILING = 134_432
+CEILING = 133_116
 COUNTED = {tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING}
 
 

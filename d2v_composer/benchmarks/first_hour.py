@@ -82,16 +82,14 @@ def run_step(command: str, out: Path, file: str) -> tuple[str, list[str]]:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "TORCH_LOGS": "recompiles,perf_hints",
     }
+    # At the end of its time, timeout kills itself and all that the command has started.
+    limited = ["timeout", "--signal=KILL", str(60 * MINUTES), "sh", "-c", command]
     with output.open("wb") as stream:
-        options = {"stdout": stream, "stderr": subprocess.STDOUT, "env": environment, "cwd": out}
-        process = start_program(["sh", "-c", command], **options)
-    try:
-        status = process.wait(60 * MINUTES)
-        verdict = f"failed with status {status}" if status else "ok"
-    except subprocess.TimeoutExpired:
+        process = start_program(limited, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=out)
+    status = process.wait()
+    verdict = f"failed with status {status}" if status else "ok"
+    if status == -signal.SIGKILL:
         verdict = f"stopped after {MINUTES} minutes"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
     said = output.read_text(errors="replace")
     lines = [line for line in said.splitlines() if FOUND.search(line)][-MOST_LINES:]
     lines.append(f"{said.count('Recompiling function')} recompilations")

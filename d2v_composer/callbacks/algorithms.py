@@ -15,7 +15,6 @@ from composer.core import Algorithm, Callback, Event, State, ensure_data_spec, g
 from composer.loggers import Logger
 from composer.utils import dist, model_eval_mode
 from composer.utils.reproducibility import seed_all
-from numpy.typing import NDArray
 from torch import Tensor
 
 from d2v_composer.callbacks.trainer_state import has_ended, unwrapped
@@ -24,7 +23,7 @@ from d2v_composer.evaluation.labeled_retrieval import move_batch
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.models.alignment import Moments, side_by_side
 from d2v_composer.models.backbone import Backbone
-from d2v_composer.sources.source import Source, map_in_workers
+from d2v_composer.sources.source import Int64Array, Source, map_in_workers
 from d2v_composer.system.progress import progress_bar
 
 EmbedAll = Callable[..., dict[str, Tensor]]
@@ -163,7 +162,7 @@ class AlignStudent(Callback):
         self,
         student: Backbone,
         samples: Source,
-        batches: NDArray[np.int64],
+        batches: Int64Array,
         embed_student: EmbedAll,
         embed_teacher: EmbedAll,
         target: str,
@@ -224,5 +223,5 @@ class AlignStudent(Callback):
             shares = rows, self.targets[step].to(rows.device)
             yield from zip(*(ranks.gather(share[None], count - first) for share in shares), strict=True)
 
-    def _load(self, numbers: NDArray[np.int64]) -> tuple[Tensor, ...]:
+    def _load(self, numbers: Int64Array) -> tuple[Tensor, ...]:
         return collate(list(map(self.samples.decode, numbers.tolist())))

@@ -28,7 +28,7 @@ DIVERGED_RATIO = 1.5
 log = logging.getLogger(__name__)
 
 
-def variance_over_inputs(x_BTD: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+def variance_over_inputs(x_BTD: Tensor, padding_mask: Tensor | None) -> Tensor:
     """Return a scalar, the variance over a batch's inputs, averaged over channels and tokens that all inputs have."""
     mask = None if padding_mask is None else padding_mask.any(dim=0, keepdim=True)
     return mean_over_time(x_BTD.var(dim=0, keepdim=True), padding_mask=mask).mean()

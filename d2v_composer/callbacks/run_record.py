@@ -45,7 +45,7 @@ class RunRecord(Callback):
         record: dict[str, Any],
         folder: Path | None,
         fixed: tuple[str, ...],
-        defaults: Mapping[str, Any] = {},
+        defaults: Mapping[str, Any],
     ) -> None:
         self.record, self.folder, self.fixed, self.defaults = hide_secrets(record), folder, fixed, defaults
 

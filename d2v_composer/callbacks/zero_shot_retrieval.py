@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from composer.core import Callback, Event, State, get_precision_context
@@ -28,10 +28,8 @@ from d2v_composer.evaluation.rows import (
     metric_key,
     rows_of,
 )
+from d2v_composer.sources.labeled import EvaluationSet
 from d2v_composer.system.errors import InputError
-
-if TYPE_CHECKING:
-    from d2v_composer.sources.labeled import EvaluationSet  # and with it all that reads images
 
 # Attributes in checkpoints.
 KEPT = ("history", "baseline_metrics", "teacher_neighbors", "conditions", "was_stopped")
@@ -102,7 +100,7 @@ class ZeroShotRetrieval(Callback):
 
     def __init__(
         self,
-        datasets: "Mapping[str, EvaluationSet]",
+        datasets: Mapping[str, EvaluationSet],
         interval: str = "5000ba",
         ks: Sequence[int] = (1, 3),
         *,
@@ -143,9 +141,14 @@ class ZeroShotRetrieval(Callback):
         self.was_stopped = False
 
     def fit_start(self, state: State, logger: Logger) -> None:
+        model = unwrapped(state)
         if self.baselines is None:
-            self.baselines = getattr(unwrapped(state), "retrieval_baselines", dict)()
-        self.embed_student = self.embed or embed_method(unwrapped(state))
+            self.baselines = getattr(model, "retrieval_baselines", dict)()
+        self.embed_student: Any = self.embed or getattr(model, "embed_all", None) or getattr(model, "embed", None)
+        if self.embed_student is None:
+            raise ValueError(
+                f"{type(model).__name__} has no method embed_all or embed: pass ZeroShotRetrieval(embed=…)"
+            )
         if TEACHER in self.baselines:
             self.lookup.teacher_neighbors = self.teacher_neighbors
         wanted = {
@@ -239,15 +242,3 @@ class ZeroShotRetrieval(Callback):
                 self.history.append({"batch": batch, "metrics": metrics})
             else:
                 self.baseline_metrics = metrics
-
-
-def embed_method(model: torch.nn.Module) -> Embed:
-    """Return the model's own ``embed_all`` or ``embed``.
-
-    Raises:
-        ValueError: It has neither.
-    """
-    embed = getattr(model, "embed_all", None) or getattr(model, "embed", None)
-    if embed is None:
-        raise ValueError(f"{type(model).__name__} has no method embed_all or embed: pass ZeroShotRetrieval(embed=…)")
-    return embed

@@ -114,8 +114,10 @@ def load_same_teacher(source: str, record: Any, **options: Any) -> Any:
     """
     teacher = load_teacher(None if source == options.get("model") else source, **options)
     if not is_teacher_of(record, teacher):
-        expected, got = value_at(record, "teacher.sha256"), teacher.provenance["sha256"]
-        raise InputError(f"{source}: not this student's teacher: sha256 {got}, expected {expected}")
+        raise InputError(
+            f"{source}: not this student's teacher: sha256 {teacher.provenance['sha256']}, "
+            f"expected {value_at(record, 'teacher.sha256')}"
+        )
     return teacher
 
 
@@ -174,8 +176,10 @@ def load_student(path: str | Path) -> Any:
     """
     file = fetch_model(path)
     if not is_safetensors(file):
-        command = d2v("export", path, "student.safetensors")
-        raise InputError(f"{path}: expected an exported student; export a training checkpoint first: {command}")
+        raise InputError(
+            f"{path}: expected an exported student; export a training checkpoint first: "
+            f"{d2v('export', path, 'student.safetensors')}"
+        )
     stored = read_model_file(file)
     stored.expect(path, "student")
     sizes = read_sizes(path, stored.config)
@@ -250,11 +254,8 @@ def _load_checkpoint(checkpoint: Checkpoint, teacher_path: str | None) -> Models
 
 def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
     """Load a training run's student, with the run's record and results as provenance, and its teacher."""
-    path, record, aligned = (
-        checkpoint.path,
-        checkpoint.record | _results_of(checkpoint),
-        checkpoint.saved_by("AlignStudent"),
-    )
+    path, aligned = checkpoint.path, checkpoint.saved_by("AlignStudent")
+    record = checkpoint.record | _results_of(checkpoint)
     sizes: Any = read_sizes(path, record["student"]["sizes"])
     config = getattr(sizes, "network", None) or sizes.student
     if aligned.get("batch") == checkpoint.trained("batch"):  # else the map is of earlier weights
@@ -297,16 +298,15 @@ def _load_teacher_of(record: Mapping[str, Any], path: Path, teacher_path: str | 
     Returns:
         The teacher; ``None``, with a printed line, if the run's is gone and the student has an encoder of its own.
     """
-    settings = record["config"]["teacher"]
-    options = {name: settings[name] for name in ("model", "first_blocks", "image_size", "weights")}
-    source = teacher_path or settings["checkpoint"] or settings["model"]
+    options = dict(record["config"]["teacher"])
+    trained_with, model = options.pop("checkpoint"), options["model"]
     try:
-        return load_same_teacher(source, record, **options, projected=projected)
+        return load_same_teacher(teacher_path or trained_with or model, record, **options, projected=projected)
     except InputError as error:
         if teacher_path is not None:
             raise
         how = f"if the teacher of {path} has moved, give its new path: --teacher PATH, or teacher=PATH after a YAML"
-        advice = "" if settings["model"].startswith(PACKAGE_PREFIX) else f"; {how}"
+        advice = "" if model.startswith(PACKAGE_PREFIX) else f"; {how}"
         if not record["student"]["own_encoder"]:
             raise InputError(f"{error}{advice}") from error
         print(f"going on without the teacher: {error}{advice}", file=sys.stderr)

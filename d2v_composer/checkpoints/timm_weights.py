@@ -43,11 +43,7 @@ BIASES = ("attn.qkv.bias", "attn.q_bias", "attn.q_proj.bias")
 
 
 def load_timm_teacher(
-    path: str | Path | None,
-    model: str,
-    first_blocks: int | None = None,
-    image_size: ImageSize | str | None = None,
-    projected: bool = False,
+    path: str | Path | None, model: str, first_blocks: int | None, image_size: ImageSize | str | None, projected: bool
 ) -> TimmTeacher:
     """Load a frozen teacher ``timm/NAME``; see :func:`~d2v_composer.checkpoints.load.load_teacher`.
 
@@ -128,8 +124,10 @@ def load_weights(built: Any, model: str, stored: dict[str, Tensor], left_out: tu
     patch = built.patch_embed.proj
     kernels = [tensor for name, tensor in named.items() if tensor.ndim == 4 or "patch" in name]
     if not any(kernel.numel() == patch.weight.numel() for kernel in kernels):
-        size = " x ".join(map(str, patch.kernel_size))  # timm would resample others
-        raise ValueError(f"it has no {size} pixel patch embedding of the model's width")
+        # timm would resample others
+        raise ValueError(
+            f"it has no {' x '.join(map(str, patch.kernel_size))} pixel patch embedding of the model's width"
+        )
     biases = [name for name, tensor in named.items() if name.endswith(BIASES[0]) and tensor.any()]
     with warnings.catch_warnings(), redirect_stdout(StringIO()):  # timm prints each bias that a model lacks
         warnings.simplefilter("ignore")  # about the speed of timm's resampling

@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
             f"pairs: {len(numbers):,} of {len(source):,} samples and {len(index.ids):,} rows; left out "
             f"{num_repeated:,} rows with repeated ids"
         )
-        target, bank, about = index.rows[places], index.rows, {"index": path}
+        target, about = index.rows, {"index": path}
     else:
         teacher, _ = load_any(arguments.to)
         if (modality := teacher.encoder.config.modality) != (own := student.encoder.config.modality):
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
         representation = arguments.representation or (arguments.pooling and "output")
         name = teacher.choose_embedding(arguments.pooling, representation).name
         teacher.eval().to(device)
-        target, bank, places = lambda *inputs: teacher.embed_all(*inputs)[name], None, None
+        target, places = lambda *inputs: teacher.embed_all(*inputs)[name], None
         numbers = evenly_spaced(len(source), arguments.max_samples)
         record = distillation_of(student.provenance)
         # An evaluation computes the teacher's embeddings with the sizes and the normalization of the student's run.
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
         about = {"target": name} if is_own else {"index": f"{arguments.to}, {name}"}
     print("other files:", name_counts(source.left_out))
     workers = choose_workers(arguments.workers, device)
-    aligned = align(student, source, numbers, target, bank, places, device=device, workers=workers)
+    aligned = align(student, source, numbers, target, places, device, workers)
     student.provenance = student.provenance | {"alignment": about | aligned.about}
     print_skipped(aligned.skipped)
     print(f"R²: {aligned.about['r2']:.3f} on a held-out tenth; {aligned.half:.3f} if fitted to half of the pairs")

@@ -32,10 +32,10 @@ def main(argv: Sequence[str]) -> None:
     teacher, left = convert_teacher(arguments.source, arguments.out, *options, **spectrogram)
     config, provenance, out = teacher.config, teacher.provenance, arguments.out
     print(f"{provenance['source']} (sha256 {provenance['sha256']})")
-    inputs = " x ".join(map(str, teacher.encoder.example(1).shape[1:]))
     print(
         f"{config.modality} model: width {config.embed_dim}, {config.num_heads} heads, "
-        f"{config.prenet_depth} + {config.depth} blocks, {teacher.encoder.num_tokens()} tokens of {inputs} inputs"
+        f"{config.prenet_depth} + {config.depth} blocks, {teacher.encoder.num_tokens()} tokens of "
+        f"{' x '.join(map(str, teacher.encoder.example(1).shape[1:]))} inputs"
     )
     for verb, names in (("used", list(teacher.state_dict())), ("left out", left)):
         print(f"{verb} {len(names)} tensors")

@@ -17,15 +17,11 @@ and CSV and, with rivals, a picture of quality over speed. `d2v fields evaluatio
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from d2v_composer.system import command_line
 from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import write_atomically
-
-if TYPE_CHECKING:
-    from d2v_composer.config.schema import EvaluateConfig
 
 
 def main(argv: Sequence[str]) -> None:
@@ -69,16 +65,13 @@ def main(argv: Sequence[str]) -> None:
             from d2v_composer.report.plots import quality_over_speed, to_png  # matplotlib takes a second
 
             write_atomically(picture, to_png(quality_over_speed(evaluation, BATCH_SIZES[-1], modality.unit)))
-    print_next(next_step(config, modality.unit.upper()))
-
-
-def next_step(config: "EvaluateConfig", samples: str) -> str:
-    """Return the next command: ``d2v export`` for a checkpoint's student, ``d2v embed`` for any other model."""
     if config.model.endswith("-rank0.pt"):
         moved = [] if config.teacher is None else ["--teacher", config.teacher]
-        return d2v("export", config.model, "student.safetensors", *moved)
-    flags = list[str]()
-    for name in ("weights", "checkpoint", "first_blocks", "image_size", "pooling", "representation"):
-        if (value := getattr(config, name)) not in (None, "model"):
-            flags += [f"--{name.replace('_', '-')}", str(value)]
-    return d2v("embed", config.model, samples, "embeddings.npy", *flags)
+        step = d2v("export", config.model, "student.safetensors", *moved)
+    else:
+        flags = list[str]()
+        for name in ("weights", "checkpoint", "first_blocks", "image_size", "pooling", "representation"):
+            if (value := getattr(config, name)) not in (None, "model"):
+                flags += [f"--{name.replace('_', '-')}", str(value)]
+        step = d2v("embed", config.model, modality.unit.upper(), "embeddings.npy", *flags)
+    print_next(step)

@@ -56,8 +56,10 @@ def main(argv: Sequence[str]) -> None:
     if isinstance(student, Teacher):
         raise InputError(f"{source} is a teacher; expected a training checkpoint or an exported student")
     if (int8 or takes_pixels) and len(student.encoder.free_axes) > 1:  # what calibrates would have one length
-        option = "--int8" if int8 else "--preprocessing in"
-        raise InputError(f"{option}: only for images; this model takes {student.encoder.input_name}")
+        raise InputError(
+            f"{'--int8' if int8 else '--preprocessing in'}: only for images; this model takes "
+            f"{student.encoder.input_name}"
+        )
     embedding = student.choose_embedding(pooling, representation)
     print(f"embedding: {embedding.name}")
     if out.suffix == ".safetensors":

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     from d2v_composer.models.timm_teacher import build_timm_model, materialize
 
     torch.manual_seed(0)
-    config, kind = RELEASED.get(size), DATA2VEC2 if size in RELEASED else size
+    config = RELEASED.get(size)
     with errors_of(f"SIZE is not {', '.join(RELEASED)}"):
         model = materialize(build_timm_model(size)) if config is None else Data2Vec2(config)
     tensors = model.state_dict()
@@ -42,5 +42,5 @@ def main(argv: Sequence[str]) -> None:
     provenance = {"source": f"random {size}", "sha256": sha256, "weights": "model", "license": "none: random weights"}
     write_model_file(out, "teacher", config.model_dump(mode="json") if config else {}, provenance, tensors)
     print(f"wrote {out}: {sum(map(torch.numel, tensors.values())) / 1e6:.1f} M random parameters")
-    teacher = f"teacher.model={kind}", f"teacher.checkpoint={out.resolve()}"
+    teacher = f"teacher.model={DATA2VEC2 if config else size}", f"teacher.checkpoint={out.resolve()}"
     print_next(*training((config or ImageConfig).recipe, *teacher))

@@ -108,8 +108,9 @@ def merge_settings(schema: type[BaseModel], argv: Sequence[str], preset: Mapping
         try:
             assign(merged, *parse_override(schema, override))
         except (OmegaConfBaseException, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
-            problem = " ".join(str(error).split())
-            problems.append(f"{override!r}: expected dotted.key=value, with the value as in a YAML: {problem}")
+            problems.append(
+                f"{override!r}: expected dotted.key=value, with the value as in a YAML: {' '.join(str(error).split())}"
+            )
     try:
         return OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:

@@ -20,7 +20,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from streaming import MDSWriter
 
 from d2v_composer.conversion.parts import Parts
@@ -28,7 +27,7 @@ from d2v_composer.data.images import Images
 from d2v_composer.sources.labeled import open_cifar
 from d2v_composer.sources.mds import INDEX, SUMMARY, ShardFile
 from d2v_composer.sources.open import open_source
-from d2v_composer.sources.source import Source, hash_of, map_in_workers
+from d2v_composer.sources.source import Int64Array, Source, hash_of, map_in_workers
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, is_remote, list_etags, names_in, put
 from d2v_composer.system.files import check_owned, sole_user, write_atomically
@@ -132,7 +131,7 @@ class _Task(NamedTuple):
     """Settings of a conversion, which its workers inherit."""
 
     source: Source
-    groups: Sequence[NDArray[np.int64]]
+    groups: Sequence[Int64Array]
     """Numbers of the samples in each shard."""
     options: dict[str, Any]
     """Options of the encoding."""
@@ -364,7 +363,7 @@ def _published(out: str, name: str, work: Path | None) -> Iterator[Path]:
             put(path, f"{out}/{name}")
 
 
-def _groups(source: Source, resize: int | None, seed: int, shard_bytes: int) -> list[NDArray[np.int64]]:
+def _groups(source: Source, resize: int | None, seed: int, shard_bytes: int) -> list[Int64Array]:
     """Return the numbers of the samples in each shard of about ``shard_bytes``, in random order."""
     sizes, order = source.sizes, np.arange(len(source))
     if resize:

@@ -32,4 +32,4 @@ def build_augmentation(loader: Any, modality: Modality, seed: int, for_views: bo
         if (value := getattr(loader, name)) != type(loader).model_fields[name].default:
             raise InputError(f"train_loader.{name}: must be left out for a teacher of {modality.unit}; got {value}")
     options = loader.model_dump(include=set(modality.options))
-    return Augmentation(modality.augmentation(for_views=for_views, **options), seed)
+    return Augmentation(modality.augmentation(for_views, **options), seed)

@@ -168,6 +168,6 @@ class Audio(Modality):
             stored = encode_flac(clip)
         return stored, len(clip)
 
-    def augmentation(self, *, for_views: bool = False, **options: Any) -> RandomCrop:
+    def augmentation(self, for_views: bool, **options: Any) -> RandomCrop:
         # Views are halves: of a clip that a crop takes whole, both would be the same.
         return RandomCrop(round(options["crop_seconds"] * SAMPLE_RATE), 0.5 if for_views else 1.0)

@@ -310,7 +310,7 @@ class Images(Modality):
     def of_side(cls, side: int) -> "Images":
         return cls(side)
 
-    def augmentation(self, *, for_views: bool = False, **options: Any) -> RandomResizedCropFlip:
+    def augmentation(self, for_views: bool, **options: Any) -> RandomResizedCropFlip:
         scale, ratio, flip = (options[name] for name in ("crop_scale", "crop_ratio", "flip"))
         return RandomResizedCropFlip(self.image_size, scale, ratio, flip, self.interpolation)
 

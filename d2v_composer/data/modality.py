@@ -93,7 +93,7 @@ class Modality(ABC):
         """
 
     @abstractmethod
-    def augmentation(self, *, for_views: bool = False, **options: Any) -> Transform:
+    def augmentation(self, for_views: bool, **options: Any) -> Transform:
         """Return the training augmentation, given ``options``, or the views' augmentation for instance retrieval."""
 
     def stack(self, samples: Iterator[Tensor], count: int) -> Tensor | list[Tensor]:

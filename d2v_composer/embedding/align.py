@@ -18,7 +18,7 @@ from d2v_composer.evaluation.nearest_neighbors import NUM_COMMON, common_shares,
 from d2v_composer.models.alignment import HELD_OUT, MIN_PAIRS, Moments, side_by_side
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.sources.labeled import evenly_spaced
-from d2v_composer.sources.source import Source, map_in_workers
+from d2v_composer.sources.source import Int64Array, Source, map_in_workers
 from d2v_composer.system.errors import InputError, RunError, errors_of, reading
 from d2v_composer.system.progress import progress_bar
 
@@ -81,7 +81,7 @@ def read_index(path: str) -> Index:
         return Index(ids.astype(str), rows)
 
 
-def match(source: Source, index: Index, path: str, maximum: int) -> tuple[list[int], NDArray[np.int64], int]:
+def match(source: Source, index: Index, path: str, maximum: int) -> tuple[list[int], Int64Array, int]:
     """Return the numbers of at most ``maximum`` samples, the row of each, and how many rows share an id.
 
     Raises:
@@ -105,11 +105,9 @@ def align(
     source: Source,
     numbers: Sequence[int],
     target: NDArray[Any] | Callable[..., Tensor],
-    bank: NDArray[Any] | None = None,
-    places: NDArray[np.int64] | None = None,
-    *,
-    device: str = "cpu",
-    workers: int = 0,
+    places: Int64Array | None,
+    device: str,
+    workers: int,
 ) -> Aligned:
     """Give a model the map to other embeddings of the same samples.
 
@@ -117,9 +115,8 @@ def align(
         model: The model, in eval mode on the device.
         source: The samples.
         numbers: The numbers of the samples to fit to, (M,).
-        target: The samples' rows, (M, P); or a function that embeds a batch, (B, P).
-        bank: The whole index, (N, P), in which ``places``, (M,), are the samples' rows; default: the target.
-        places: See ``bank``.
+        target: The index, (N, P); or a function that embeds a batch, (B, P), of which all rows make one.
+        places: The samples' rows in the index, (M,); ``None`` for a function.
         device: cpu or cuda.
         workers: Processes that decode.
 
@@ -127,43 +124,38 @@ def align(
         InputError: Too few samples can be read.
         RunError: The embeddings do not follow from each other.
     """
-    size, skipped = source.modality.batch_size, list[str]()
-    batches = [range(first, min(first + size, len(numbers))) for first in range(0, len(numbers), size)]
-    load = partial(load_batch, lambda place: source.decode(numbers[place]))
-    used, inputs, targets = list[int](), list[Tensor](), list[Tensor]()
-    loaded = map_in_workers(load, batches, workers, device == "cuda")
-    for batch, (samples, unreadable) in zip(
-        progress_bar(batches, desc="aligning", unit="batches"), loaded, strict=True
-    ):
-        skipped += [reason for _, reason in unreadable]
-        left_out = dict(unreadable)
-        used += (readable := [place for place in batch if place not in left_out])
+    size, unreadable, inputs, rows = source.modality.batch_size, dict[int, str](), list[Tensor](), list[Tensor]()
+    batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
+    loaded = map_in_workers(partial(load_batch, source.decode), batches, workers, device == "cuda")
+    for samples, faults in progress_bar(loaded, total=len(batches), desc="aligning", unit="batches"):
+        unreadable |= faults
         if samples:
             values = [tensor.to(device) for tensor in samples]
             inputs.append(side_by_side(model.embed_all(*values), model.alignment_inputs).cpu())
-            rows = target(*values).cpu() if callable(target) else torch.from_numpy(target[readable].astype(np.float32))
-            targets.append(rows)
+            if callable(target):
+                rows.append(target(*values).cpu())
+    used = [place for place, number in enumerate(numbers) if number not in unreadable]
     if len(used) < LEAST_PAIRS:
         raise InputError(f"{source.root}: expected at least {LEAST_PAIRS} samples that can be read, got {len(used)}")
+    places = np.arange(len(used)) if places is None else places[used]
+    bank_NP = torch.cat(rows) if callable(target) else torch.from_numpy(np.array(target, np.float32))
+    inputs_MI, targets_MP = torch.cat(inputs), bank_NP[places]
     with errors_of(source.root):
-        inputs_MI, targets_MP = torch.cat(inputs), torch.cat(targets)
         moments = moments_of(inputs_MI, targets_MP)
         fit, trial, half = moments.fit(), moments.fit(whole=False), moments_of(inputs_MI[::2], targets_MP[::2]).fit()
     if fit.about["r2"] < LEAST_R2:
         raise RunError(
             f"R² of the map is {fit.about['r2']:.3f} on held-out rows; do the ids belong to these rows, in order?"
         )
-    held_out = list(range(HELD_OUT - 1, len(used), HELD_OUT))
+    held_out = range(HELD_OUT - 1, len(used), HELD_OUT)
     held_out = [held_out[place] for place in evenly_spaced(len(held_out), MAX_QUERIES)]
-    bank_NP = targets_MP if bank is None else torch.from_numpy(np.array(bank, np.float32))
-    query_places = torch.tensor(held_out if places is None else places[used][held_out])
     ours, theirs = (
-        others_of(exact_neighbors(bank_NP, queries, NUM_COMMON + 1).indices, query_places)
+        others_of(exact_neighbors(bank_NP, queries, NUM_COMMON + 1).indices, torch.from_numpy(places[held_out]))
         for queries in (linear(inputs_MI[held_out], trial.weight, trial.bias), targets_MP[held_out])
     )
     recall = {k: common_shares(ours[:, :k], theirs[:, :k]).mean().item() for k in (1, NUM_COMMON)}
     model.align(fit.weight, fit.bias)
-    return Aligned(skipped, fit.about, half.about["r2"], len(held_out), recall)
+    return Aligned([*unreadable.values()], fit.about, half.about["r2"], len(held_out), recall)
 
 
 def moments_of(inputs: Tensor, targets: Tensor) -> Moments:

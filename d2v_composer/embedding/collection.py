@@ -107,8 +107,8 @@ def embed_source(
     out: str | Path,
     options: EmbeddingOptions,
     *,
-    device: str = "cpu",
-    workers: int = 0,
+    device: str,
+    workers: int,
     skip_unreadable: bool = False,
     overwrite: bool = False,
     part: Mapping[str, Any] | None = None,
@@ -262,7 +262,7 @@ def _check_plan(folder: Path, plan: Mapping[str, Any]) -> None:
         raise InputError(f"{folder}: {another}; delete that folder, or choose another OUT")
 
 
-def merge_embeddings(out: str, *, overwrite: bool = False) -> Embedded:
+def merge_embeddings(out: str, *, overwrite: bool) -> Embedded:
     """Join all parts to one file, without removing them.
 
     Raises:

@@ -102,8 +102,9 @@ class Evaluation(NamedTuple):
             lookup = replace(self.lookup, augment=augment, to_device=partial(Tensor.to, device=device), progress="")
             for dataset, labeled in datasets.items():
                 self.class_names[dataset] = labeled.class_names
-                count, names = sum(labeled.num_samples), ", ".join(embeds)
-                print(f"embedding {count:,} samples of {dataset}: {names}", file=sys.stderr)
+                print(
+                    f"embedding {sum(labeled.num_samples):,} samples of {dataset}: {', '.join(embeds)}", file=sys.stderr
+                )
                 with torch.inference_mode(), precision_of(autocast_dtype, device):
                     self.results.extend(measure_embeddings(rows, embeds, dataset, labeled, lookup))
 

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -42,11 +41,9 @@ from d2v_composer.evaluation.rows import (
     retrieval_from,
 )
 from d2v_composer.models.names import PROJECTED, find_primary
+from d2v_composer.sources.labeled import EvaluationSet
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.progress import progress_bar
-
-if TYPE_CHECKING:
-    from d2v_composer.sources.labeled import EvaluationSet
 
 Embed = Callable[..., Tensor | dict[str, Tensor]]
 """Embeds a batch on the model's device → (B, D), or several embeddings by name.
@@ -92,13 +89,13 @@ class Lookup:
     kept: dict[str, EmbeddedSet] = field(default_factory=dict)
     """Data set → the teacher's target, kept from the first time the teacher is embedded."""
 
-    def measures(self, labeled: "EvaluationSet") -> list[Measure]:
+    def measures(self, labeled: EvaluationSet) -> list[Measure]:
         """Return the measures for a set: retrieval first, then the probes."""
         needs = {AGREEMENT.name: self.teacher_neighbors, "zero_shot": labeled.class_embeddings}
         measures = measures_of(self.ks, self.probes, labeled.has_labels)
         return [measure for measure in measures if needs.get(measure.name, labeled) is not None]
 
-    def conditions(self, name: str, labeled: "EvaluationSet") -> dict[str, str]:
+    def conditions(self, name: str, labeled: EvaluationSet) -> dict[str, str]:
         """Return what the numbers of a set depend on, besides the models: dotted name → a text that identifies it."""
         measured, classes = {measure.name for measure in self.measures(labeled)}, labeled.class_embeddings
         conditions = {f"{name}.primary embedding": self.primary, f"{name}.images": labeled.fingerprint()}
@@ -108,7 +105,7 @@ class Lookup:
             conditions[f"{name}.class_embeddings"] = hashlib.sha256(classes.numpy().data).hexdigest()
         return conditions
 
-    def check(self, name: str, labeled: "EvaluationSet") -> None:
+    def check(self, name: str, labeled: EvaluationSet) -> None:
         """Check that a set has enough images for every k.
 
         Raises:
@@ -124,7 +121,7 @@ class Lookup:
 
 
 def embed_set(
-    embeds: Mapping[str, Embed], dataset: str, labeled: "EvaluationSet", lookup: Lookup, with_views: bool = False
+    embeds: Mapping[str, Embed], dataset: str, labeled: EvaluationSet, lookup: Lookup, with_views: bool
 ) -> dict[str, EmbeddedSet]:
     """Embed this rank's share of all parts with every model, in one pass over the samples.
 
@@ -166,30 +163,6 @@ def move_batch(batch: tuple[Tensor, ...], to_device: Callable[[Tensor], Tensor])
     return [values, *(lengths.to(values.device) for lengths in batch[1:])]
 
 
-def embed_rows(
-    rows: Sequence[Row],
-    embeds: Mapping[str, Embed],
-    dataset: str,
-    labeled: "EvaluationSet",
-    lookup: Lookup,
-    with_views: bool,
-) -> dict[str, EmbeddedSet]:
-    """Embed a set for some table rows; a teacher's embeddings that serve only as a bank are reused."""
-    kept = lookup.kept
-    needed = {row.queries for row in rows} | {row.bank for row in rows if dataset not in kept}
-    used = {model: embed for model, embed in embeds.items() if model in needed}
-    embedded = embed_set(used, dataset, labeled, lookup, with_views)
-    if TEACHER in used and lookup.target:
-        kept[dataset] = {part: {lookup.target: shares[lookup.target]} for part, shares in embedded[TEACHER].items()}
-    return {TEACHER: kept.get(dataset, {})} | embedded
-
-
-def name_in(row: Row, model: str, lookup: Lookup) -> str:
-    """Return the name of the only embedding of a model that a row uses; '' if the row uses every embedding."""
-    projected = lookup.target if model == TEACHER else PROJECTED
-    return projected if row.is_projected else ""
-
-
 def search(
     name: str, bank: LabeledVectors, queries: LabeledVectors, lookup: Lookup, wanted: Collection[str], about: str
 ) -> tuple[dict[Measure, Tensor], Tensor]:
@@ -223,7 +196,7 @@ def search(
 
 
 def measure_embeddings(
-    rows: Sequence[Row], embeds: Mapping[str, Embed], dataset: str, labeled: "EvaluationSet", lookup: Lookup
+    rows: Sequence[Row], embeds: Mapping[str, Embed], dataset: str, labeled: EvaluationSet, lookup: Lookup
 ) -> Iterator[Result]:
     """Embed a set with every model; look up the test images among themselves, and each split in the other.
 
@@ -238,8 +211,14 @@ def measure_embeddings(
         lookup: How it is looked up.
     """
     wanted = {measure.name for measure in lookup.measures(labeled)}
-    to_device, ranks = lookup.to_device, lookup.ranks
-    embedded = embed_rows(rows, embeds, dataset, labeled, lookup, "instance" in wanted)
+    to_device, ranks, target, kept = lookup.to_device, lookup.ranks, lookup.target, lookup.kept
+    # A teacher's embeddings that serve only as a bank are embedded once.
+    needed = {row.queries for row in rows} | {row.bank for row in rows if dataset not in kept}
+    used = {model: embed for model, embed in embeds.items() if model in needed}
+    embedded = embed_set(used, dataset, labeled, lookup, "instance" in wanted)
+    if TEACHER in used and target:
+        kept[dataset] = {part: {target: shares[target]} for part, shares in embedded[TEACHER].items()}
+    embedded = {TEACHER: kept.get(dataset, {})} | embedded
     classes = labeled.class_embeddings if "zero_shot" in wanted else None
     labels = {split: to_device(getattr(labeled, split).labels) for split in BANKS}
     labels |= dict.fromkeys(VIEWS, torch.arange(len(labels["test"])).to(labels["test"]))
@@ -255,14 +234,15 @@ def measure_embeddings(
 
     for row in sorted(rows, key=lambda row: row.title != TEACHER):  # with which the others are compared
         in_queries = embedded[row.queries]["test"]
-        primary = name_in(row, row.queries, lookup) or find_primary(lookup.primary, in_queries)
-        for name in [primary] if row.is_projected else in_queries:
-            # A student's ``projected_cls`` has rows of its own; an untrained one's may be missing.
-            is_elsewhere = name == PROJECTED != primary and lookup.target and row.moves and not row.is_projected
-            if name not in in_queries or is_elsewhere:
-                continue
+        if row.is_projected:
+            primary = target if row.queries == TEACHER else PROJECTED
+            names = {primary} & in_queries.keys()  # an untrained student's may be missing
+        else:
+            primary, has_projected_row = find_primary(lookup.primary, in_queries), target and row.moves
+            names = [name for name in in_queries if name == primary or name != PROJECTED or not has_projected_row]
+        for name in names:
             queries = gathered(row.queries, name)
-            banks = queries if row.bank == row.queries else gathered(row.bank, name_in(row, row.bank, lookup) or name)
+            banks = queries if row.bank == row.queries else gathered(row.bank, target)
             hits = dict[Measure, Tensor]()
             neighbors = dict[str, Tensor]()
             if (known := lookup.teacher_neighbors) is not None and "agreement" in wanted:
@@ -271,7 +251,7 @@ def measure_embeddings(
                     known.setdefault(dataset, {})[name] = nearest.int().cpu()
                 theirs = known[dataset]
                 same = name if name in theirs and name != primary else find_primary(lookup.primary, theirs)
-                same = lookup.target if row.is_projected else same
+                same = target if row.is_projected else same
                 hits[AGREEMENT] = common_shares(nearest, theirs[same])
             if name == PROJECTED and classes is not None and classes.shape[1] == in_queries[name].shape[1]:
                 banks = banks | {"classes": (to_device(classes), torch.arange(len(classes)).to(labels["test"]))}

@@ -41,7 +41,7 @@ def save_with_card(student: Any, source: str, out: Path) -> None:
 
 def size_of(student: Any, out: Path) -> str:
     """Return a line about a file that was written."""
-    size = sum(parameter.numel() for parameter in student.parameters())
+    size = sum(map(torch.numel, student.parameters()))
     return f"wrote {out}: {size / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB"
 
 

@@ -6,6 +6,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,18 +46,9 @@ PIXELS = "uint8, (B, H, W, channels)"
 EXTRA_FILES = ("preprocessing.json", "embedding")
 
 
-class TracedAlibi(Alibi):
-    """ALiBi whose bias the program computes, for any number of tokens and on any device."""
-
-    slopes_of_heads: Tensor
-
-    def __init__(self, alibi: Alibi) -> None:
-        heads = {"num_heads": alibi.num_heads, "num_alibi_heads": alibi.num_alibi_heads}
-        super().__init__(alibi.num_columns, **heads, num_extra_tokens=alibi.num_extra_tokens)
-        self.register_buffer("slopes_of_heads", alibi.slopes())
-
-    def unscaled(self, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return self.build(num_tokens, self.slopes_of_heads).to(dtype)
+def build_bias(alibi: Any, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Compute in a program what :meth:`Alibi.unscaled` keeps."""
+    return alibi.build(num_tokens, alibi.slopes_of_heads).to(dtype)
 
 
 class Program(nn.Module):
@@ -71,14 +63,14 @@ class Program(nn.Module):
         takes_pixels: Inputs are images as decoders and cameras give them: (B, S, S, 3) uint8.
     """
 
-    def __init__(self, student: Backbone, embedding: Embedding, takes_pixels: bool = False) -> None:
+    def __init__(self, student: Backbone, embedding: Embedding, takes_pixels: bool) -> None:
         super().__init__()
         self.original = student.embed
         self.student = copy.deepcopy(student).cpu().requires_grad_(False).eval()
-        parts: Any = (self.student, self.student.encoder)
-        for part in parts:
-            if getattr(part, "alibi", None) is not None:
-                part.alibi = TracedAlibi(part.alibi)
+        for alibi in self.modules():
+            if isinstance(alibi, Alibi):  # for any number of tokens, and on any device
+                alibi.register_buffer("slopes_of_heads", alibi.slopes())
+                alibi.unscaled = partial(build_bias, alibi)
         self.embedding = embedding
         self.takes_pixels = takes_pixels
 

@@ -74,7 +74,7 @@ class Moments:
         sums = [part.T @ part for part in (rows[~is_held_out], rows[is_held_out])]
         self.sums = [old + new for old, new in zip(self.sums, sums, strict=True)] if self.count else sums
         self.count += len(rows)
-        self.num_inputs = inputs.shape[1]
+        self.inputs, self.targets = slice(inputs.shape[1]), slice(inputs.shape[1], None)
 
     def fit(self, whole: bool = True) -> Fit:
         """Return the ridge regression with the strength that is best on the held-out pairs.
@@ -90,7 +90,7 @@ class Moments:
         fitted, held_out = (sums.cpu() for sums in self.sums)
         if self.count < MIN_PAIRS or not (fitted + held_out).isfinite().all():
             raise ValueError(f"expected at least {MIN_PAIRS} pairs of finite embeddings, got {self.count} pairs")
-        inputs, targets = slice(self.num_inputs), slice(self.num_inputs, None)
+        inputs, targets = self.inputs, self.targets
         means, values_I, basis_II, products_IP = self._decomposed(fitted)
         scatter = scatter_about(held_out, means)
         # The squared error of the map is a quadratic function of how much each eigenvector is shrunk.
@@ -111,10 +111,10 @@ class Moments:
 
     def _decomposed(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return all means, eigenvalues and eigenvectors of XᵀX, centered, and XᵀY in their basis, (I, P)."""
-        means, inputs = sums[0, 1:] / sums[0, 0], slice(self.num_inputs)
+        means = sums[0, 1:] / sums[0, 0]
         scatter = scatter_about(sums, means)
-        values_I, basis_II = torch.linalg.eigh(scatter[inputs, inputs])
-        return means, values_I.clamp(min=0), basis_II, basis_II.T @ scatter[inputs, self.num_inputs :]
+        values_I, basis_II = torch.linalg.eigh(scatter[self.inputs, self.inputs])
+        return means, values_I.clamp(min=0), basis_II, basis_II.T @ scatter[self.inputs, self.targets]
 
 
 def scatter_about(sums: Tensor, means: Tensor) -> Tensor:

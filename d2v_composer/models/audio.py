@@ -91,7 +91,7 @@ class AudioEncoder(Sound, Data2Vec2Encoder):
         )
         before = {"0": nn.LayerNorm(dim), "1": convolutions}
         self.relative_positional_encoder = nn.ModuleDict(before) if config.conv_pos_pre_ln else convolutions
-        self.add_blocks(config)
+        self.add_blocks()
 
     def prepare(self, values: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Normalize each clip over its samples to mean 0 and variance 1; padding becomes 0."""
@@ -113,9 +113,9 @@ class AudioEncoder(Sound, Data2Vec2Encoder):
         num_frames = self.config.num_frames(int(lengths.max()) if num_samples is None else num_samples)
         return pad(beyond(self.config.num_frames(lengths), num_frames), (self.config.num_extra_tokens, 0))
 
-    def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
-        x_BND = self.local_features(inputs.values, inputs.lengths)
-        padding_BN = None if padding_mask is None else padding_mask[:, self.config.num_extra_tokens :]
+    def embed_tokens(self, inputs: Inputs) -> Tensor:
+        x_BND, lengths = self.local_features(*inputs[:2]), inputs.lengths
+        padding_BN = None if lengths is None else beyond(self.config.num_frames(lengths), x_BND.shape[1])
         return self.add_extra_tokens(x_BND + self.positions(x_BND, padding_BN))
 
     def local_features(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -132,7 +132,7 @@ class AudioEncoder(Sound, Data2Vec2Encoder):
             x_BCN = gelu(x_BNC).transpose(1, 2)
         return self.project_features["2"](self.project_features["1"](x_BCN.transpose(1, 2)))
 
-    def positions(self, x_BND: Tensor, padding_BN: Tensor | None = None) -> Tensor:
+    def positions(self, x_BND: Tensor, padding_BN: Tensor | None) -> Tensor:
         """Return the positional convolutions' output, (B, N, D), which is added to the local features."""
         convolutions: Any = self.relative_positional_encoder
         if self.config.conv_pos_pre_ln:
@@ -217,7 +217,7 @@ class EatEncoder(Sound, Data2Vec2Encoder):
         self.local_encoder = nn.ModuleDict({"proj": PatchProjection(1, dim, EAT_PATCH, stride=EAT_PATCH)})
         self.fixed_positional_encoder = nn.ParameterDict({"positions": torch.zeros(1, num_positions, dim)})
         self.log_mel = LogMel()
-        self.add_blocks(config)
+        self.add_blocks()
 
     @property
     def window(self) -> int:
@@ -244,7 +244,7 @@ class EatEncoder(Sound, Data2Vec2Encoder):
     def padding_mask(self, lengths: Tensor | None, num_samples: int | None = None) -> None:
         """Return ``None``: the zeros that fill up a spectrogram count like sound."""
 
-    def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
+    def embed_tokens(self, inputs: Inputs) -> Tensor:
         x_BND = self.local_features(inputs.values, inputs.lengths)
         return self.add_extra_tokens(x_BND + self.fixed_positional_encoder["positions"][:, : x_BND.shape[1]])
 
@@ -253,7 +253,7 @@ class EatEncoder(Sound, Data2Vec2Encoder):
         spectrogram_BFM = self.spectrogram(self.prepare(waveforms), lengths)
         return self.local_encoder["proj"](spectrogram_BFM[:, None]).flatten(2).transpose(1, 2)
 
-    def spectrogram(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def spectrogram(self, waveforms: Tensor, lengths: Tensor | None) -> Tensor:
         """Compute log-mel spectrograms, (B, F, M), filled up with zeros, then normalized."""
         log_mel_BFM, padding_BF = self.log_mel(waveforms[:, : self.window], lengths)
         if padding_BF is not None:

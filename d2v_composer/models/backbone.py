@@ -111,7 +111,7 @@ class Projection(Freezable):
     def __init__(self, pooling: Pooling = "cls", linear: nn.Linear | None = None) -> None:
         super().__init__()
         self.pooling = pooling
-        self.linear = nn.Identity() if linear is None else linear
+        self.linear = linear or nn.Identity()
         self.num_outputs = 0 if linear is None else linear.out_features
         self.norm: nn.Module = nn.Identity()
 
@@ -205,8 +205,9 @@ class Backbone(nn.Module, ABC):
             primary = primary._replace(pooling=self.default_pooling)
         chosen = Embedding(representation or primary.representation, pooling or primary.pooling)
         if chosen.name not in self.embedding_names:
-            allowed = ", ".join(self.embedding_names)
-            raise InputError(f"representation and pooling: this model has no {chosen.name}; it has {allowed}")
+            raise InputError(
+                f"representation and pooling: this model has no {chosen.name}; it has {', '.join(self.embedding_names)}"
+            )
         return chosen
 
     @property
@@ -247,12 +248,6 @@ class Backbone(nn.Module, ABC):
         with frozen_use():
             return self.encoder(Inputs(images, lengths)).x
 
-    def pooled(self, features: Features, representation: Representation, pooling: Pooling) -> Tensor:
-        """Return an embedding, (B, D) float32, with gradient."""
-        if representation == "projected":
-            return features.projected
-        return features.poolings(self.represent(features, representation))[pooling]
-
     def represent(self, features: Features, representation: Representation) -> Tensor:
         """Return a representation, (B, T, D), with gradient; for ``projected``, the output before its projection."""
         if representation == "layer_mean":
@@ -285,7 +280,7 @@ class Backbone(nn.Module, ABC):
         with frozen_use():
             return self.embed_encoded(self.encoder(self.encoder.windows(Inputs(images, lengths))), layer_mean)
 
-    def embed_encoded(self, tokens: Tokens, layer_mean: LayerMean | None = None) -> dict[str, Tensor]:
+    def embed_encoded(self, tokens: Tokens, layer_mean: LayerMean | None) -> dict[str, Tensor]:
         """Compute every embedding from the encoder's tokens, without gradient; see :meth:`embed_all`."""
         with frozen_use():
             embeddings = (layer_mean or self.layer_mean).embeddings(self.features(tokens))

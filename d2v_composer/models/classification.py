@@ -90,7 +90,9 @@ class Classifier(ComposerModel):
     def embed(self, inputs: Inputs) -> Tensor:
         """Compute the embeddings of images or waveforms, (B, D), with gradient."""
         features = self.backbone.features(self.backbone.encoder(inputs))
-        return self.backbone.pooled(features, self.representation, self.pooling)
+        if self.representation == "projected":
+            return features.projected
+        return features.poolings(self.backbone.represent(features, self.representation))[self.pooling]
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:

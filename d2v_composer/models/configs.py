@@ -21,7 +21,9 @@ from typing_extensions import Self
 
 from d2v_composer.models.names import Normalization
 
-ImageSize = int | Annotated[tuple[int, int], Field(strict=False)]
+Shape = Annotated[tuple[int, int], Field(strict=False)]
+"""(height, width) in pixels, or rows and columns."""
+ImageSize = int | Shape
 """Pixels per side of a square, or (height, width)."""
 
 # Far above any vision transformer's. Larger sizes mean a corrupt file, or one that would exhaust the memory.
@@ -296,7 +298,7 @@ class FrozenModelConfig(ImageConfig):
     """Sizes of a teacher made from any module."""
 
     image_size: ImageSize
-    grid_size: Annotated[tuple[int, int], Field(strict=False)]
+    grid_size: Shape
     has_cls_token: bool
     embed_dim: Width
     interpolation: ClassVar = "bicubic"
@@ -334,7 +336,7 @@ class TimmEncoderConfig(TimmConfig):
     num_heads: int
     num_extra_tokens: int
     has_cls_token: bool
-    grid_size: Annotated[tuple[int, int], Field(strict=False)]
+    grid_size: Shape
     is_normalized: ClassVar = False
     norm_eps: ClassVar = 1e-6
 

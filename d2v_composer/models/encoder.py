@@ -4,7 +4,7 @@ Shapes: B inputs, E extra tokens, N patches or frames, T = E + N tokens, D chann
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import Self
 
 from d2v_composer.models.attention import Alibi, Block, attention_bias, autocast_dtype
-from d2v_composer.models.configs import Config, Data2Vec2EncoderConfig, EncoderConfig
+from d2v_composer.models.configs import Config, EncoderConfig
 
 
 def count_flop(model: nn.Module, compute: Callable[[], object]) -> dict[Any, int]:
@@ -42,11 +42,6 @@ class Inputs(NamedTuple):
     """Samples of each waveform of a padded batch, (B,) int64; ``None``: nothing is padded."""
     window_weights: Tensor | None = None
     """The weight of each of W windows in the embeddings of B clips, (B, W), if ``values`` are windows, (B·W, …)."""
-
-    @classmethod
-    def of(cls, batch: Tensor | Mapping[str, Any], name: str) -> "Inputs":
-        """Return the inputs of a batch: a tensor, or a dict with the tensor under ``name``."""
-        return cls(batch) if isinstance(batch, Tensor) else cls(batch[name], batch.get("lengths"))
 
     def filled_up(self, missing: int) -> "Inputs":
         """Return the batch with black images or silence at its end, and padded clips at one of a few sizes.
@@ -158,7 +153,7 @@ class Encoder(Freezable):
         return values
 
     @abstractmethod
-    def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
+    def embed_tokens(self, inputs: Inputs) -> Tensor:
         """Return the first block's input, (B, T, D)."""
 
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
@@ -211,7 +206,7 @@ class Encoder(Freezable):
             ValueError: The inputs have another shape or dtype, or are too short.
         """
         padding_mask = self.padding_mask(inputs.lengths, inputs.values.shape[-1])
-        x_BTD = self.embed_tokens(inputs, padding_mask)
+        x_BTD = self.embed_tokens(inputs)
         if self.half_residual:
             x_BTD = x_BTD.to(autocast_dtype(x_BTD))
         for block, context in zip(self.block_list, self.block_contexts(x_BTD, padding_mask), strict=False):
@@ -235,8 +230,9 @@ class Data2Vec2Encoder(Encoder):
     extra_tokens: nn.Parameter | None
     alibi_scale: Tensor | None
 
-    def add_blocks(self, config: Data2Vec2EncoderConfig) -> None:
+    def add_blocks(self) -> None:
         """Add the layers after the subclass's own; their order fixes the random initial weights."""
+        config = self.config
         dim, hidden_dim = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
         self.extra_tokens = (
             nn.Parameter(torch.zeros(1, config.num_extra_tokens, dim)) if config.num_extra_tokens else None
@@ -245,7 +241,7 @@ class Data2Vec2Encoder(Encoder):
         self.context_encoder = nn.ModuleDict(
             {"norm": nn.LayerNorm(dim, eps=config.norm_eps), "blocks": nn.ModuleList(blocks)}
         )
-        self.alibi = build_alibi(self.config, config.num_heads, config.num_alibi_heads)
+        self.alibi = build_alibi(config, config.num_heads, config.num_alibi_heads)
         self.alibi_scale = nn.Parameter(torch.ones(config.alibi_scale_shape)) if config.alibi_scale_shape else None
 
     @property

@@ -32,7 +32,7 @@ class ModuleEncoder(PixelEncoder):
         super().__init__(config)
         self.module = module
 
-    def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
+    def embed_tokens(self, inputs: Inputs) -> Tensor:
         return self.module(self.prepare(inputs.values))
 
 

@@ -118,9 +118,9 @@ class ImageEncoder(PixelEncoder, Data2Vec2Encoder):
         self.fixed_positional_encoder = nn.ParameterDict(
             {"positions": torch.zeros(1, math.prod(config.grid_size), dim)}
         )
-        self.add_blocks(config)
+        self.add_blocks()
 
-    def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
+    def embed_tokens(self, inputs: Inputs) -> Tensor:
         x_BND = self.local_encoder["proj"](self.prepare(inputs.values)).flatten(2).transpose(1, 2)
         return self.add_extra_tokens(x_BND + self.fixed_positional_encoder["positions"])
 

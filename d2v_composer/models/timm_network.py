@@ -98,7 +98,7 @@ class TimmNetwork(PixelEncoder):
 
     config: TimmNetworkConfig
 
-    def __init__(self, config: TimmNetworkConfig, pretrained: bool = False) -> None:
+    def __init__(self, config: TimmNetworkConfig, pretrained: bool) -> None:
         super().__init__(config)
         shape = height_and_width(config.image_size)
         with torch.no_grad(), torch.device("meta"):
@@ -154,7 +154,7 @@ class TimmNetwork(PixelEncoder):
                 tensors[prefix + name] = tensor.reshape_as(model.get_parameter(prefix + name)).clone()
         return tensors
 
-    def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
+    def embed_tokens(self, inputs: Inputs) -> Tensor:
         """Return timm's features: (B, C, height, width), (B, height, width, C) or (B, T, C)."""
         return self.model.forward_features(self.prepare(inputs.values))
 

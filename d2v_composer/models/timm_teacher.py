@@ -207,8 +207,10 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None, num_
     name = timm_name(model)
     built = create_on_meta(name)
     if not isinstance(built, CLASSES):
-        allowed = ", ".join(kind.__name__ for kind in CLASSES)
-        raise ValueError(f"{model} is a {type(built).__name__}; only timm's classes {allowed} can be teachers")
+        raise ValueError(
+            f"{model} is a {type(built).__name__}; only timm's classes "
+            f"{', '.join(kind.__name__ for kind in CLASSES)} can be teachers"
+        )
     stem: Any = built.patch_embed
     if type(stem) is not PatchEmbed:
         raise ValueError(f"{model} has a {type(stem).__name__} stem; only PatchEmbed is supported")
@@ -364,7 +366,7 @@ class TimmEncoder(PixelEncoder):
     def build_head(self, num_outputs: int) -> TimmHead:
         return materialize(TimmHead(build_timm_model(self.config.model, self.config.image_size, num_outputs)))
 
-    def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
+    def embed_tokens(self, inputs: Inputs) -> Tensor:
         return self.stem.forward_features(self.prepare(inputs.values))
 
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:

@@ -140,7 +140,9 @@ class DistillationModel(ComposerModel):
 
     def inputs_of(self, batch: Batch) -> Inputs:
         """Return the inputs of a batch."""
-        return Inputs.of(batch, self.student.encoder.config.modality)
+        if isinstance(batch, Tensor):
+            return Inputs(batch)
+        return Inputs(batch[self.student.encoder.config.modality], batch.get("lengths"))
 
     @torch.no_grad()
     def frozen_pass(self, inputs: Inputs) -> tuple[Tokens | None, dict[str, Tensor]]:

@@ -57,7 +57,11 @@ def write_report(run: Run, folder: Path) -> list[Path]:
     page = jinja2.Template(template, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True).render(
         record=run.record,
         num_batches=int(latest(run.log.get("time/batch", {})) or 0),
-        warnings=list(_warnings(run)),
+        warnings=[
+            f"{state.replace('_', ' ')} at batches {min(batches)} to {max(batches)}"
+            for state in HEALTH_STATES
+            if (batches := [step for step, value in run.log.get(f"health/{state}", {}).items() if value])
+        ],
         answers=list(answer(run)),
         tables=list(accuracy_tables(run.results, run.retrieval["datasets"], run.primary)) if run.results else [],
         accuracies={k: latest(run.log.get(f"metrics/test/top{k}", {})) for k in (1, 5)},
@@ -87,14 +91,6 @@ def _galleries(run: Run) -> Iterator[tuple[str, list[list[Shown]]]]:
         if STUDENT in nearest:
             chosen = torch.randperm(len(labeled.test.labels), generator=torch.Generator().manual_seed(0))[:QUERIES]
             yield name, gallery(labeled, chosen, nearest)
-
-
-def _warnings(run: Run) -> Iterator[str]:
-    """Yield each state that Health found, with its first and last batch."""
-    for state in HEALTH_STATES:
-        batches = [step for step, value in run.log.get(f"health/{state}", {}).items() if value]
-        if batches:
-            yield f"{state.replace('_', ' ')} at batches {min(batches)} to {max(batches)}"
 
 
 def gallery(labeled: EvaluationSet, chosen: Tensor, nearest: Mapping[str, Tensor]) -> list[list[Shown]]:

@@ -26,7 +26,9 @@ from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.processes import global_rank
 
 
-def build_labeled_sets(lookup: LookupConfig, modality: Modality, width: int) -> dict[str, EvaluationSet]:
+def build_labeled_sets(
+    lookup: LookupConfig, modality: Modality, model: Backbone, target: str | None
+) -> dict[str, EvaluationSet]:
     """Load the data sets of a section ``datasets``, except the ones that null turns off.
 
     A warning says how many test images are also train images, which makes accuracies too high.
@@ -34,11 +36,13 @@ def build_labeled_sets(lookup: LookupConfig, modality: Modality, width: int) -> 
     Args:
         lookup: The section.
         modality: What the samples are.
-        width: Channels of the model's image embedding; 0: it has none.
+        model: Its ``projected_cls`` is compared with ``class_embeddings``.
+        target: The teacher's embedding that it is aligned with, if it is; only ``projected_cls`` is a text tower's.
 
     Raises:
         InputError: A data set cannot be used.
     """
+    width = model.projected_width if target in (None, PROJECTED) else 0
     if "zero_shot" in lookup.probes and not width:
         raise InputError(
             f"probes: zero_shot needs the image embedding as {PROJECTED}: train with objectives.embedding.weight=1, or "
@@ -51,8 +55,10 @@ def build_labeled_sets(lookup: LookupConfig, modality: Modality, width: int) -> 
     }
     widths = {labeled.class_embeddings.shape[1] for labeled in sets.values() if labeled.class_embeddings is not None}
     if "zero_shot" in lookup.probes and widths != {width}:
-        columns = " and ".join(map(str, sorted(widths))) or "none"
-        raise InputError(f"probes: zero_shot needs class_embeddings of a data set, with {width} columns; got {columns}")
+        raise InputError(
+            f"probes: zero_shot needs class_embeddings of a data set, with {width} columns; got "
+            f"{' and '.join(map(str, sorted(widths))) or 'none'}"
+        )
     for name, labeled in sets.items() if global_rank() == 0 else ():
         if shared := labeled.count_shared():
             overlap = f"{shared} of {len(labeled.test.labels)} test {modality.unit}"
@@ -134,14 +140,13 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
         groups.setdefault(modality_of(rival.encoder.config), {})[name] = rival.embed_all
     lookup = Lookup(primary, config.ks, config.probes, None, config.device_eval_batch_size)
     target = value_at(model.provenance, "alignment.target")
-    width = model.projected_width if target in (None, PROJECTED) else 0
     if teacher is not None:
         lookup.teacher_neighbors = {}
         if model.projected_width:
             lookup.target = target or ""
 
     def load(taken: Modality) -> tuple[dict[str, EvaluationSet], Augmentation]:
-        sets = build_labeled_sets(config, taken, width)
+        sets = build_labeled_sets(config, taken, model, target)
         for name, labeled in sets.items():
             lookup.check(name, labeled)
         return sets, build_augmentation(loader, taken, config.seed, for_views=True)

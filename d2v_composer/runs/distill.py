@@ -18,7 +18,7 @@ from d2v_composer.data import build_augmentation, modality_of
 from d2v_composer.evaluation.evaluate import cost, share_encoders
 from d2v_composer.evaluation.labeled_retrieval import Embed
 from d2v_composer.evaluation.rows import STUDENT, TEACHER, last_batch
-from d2v_composer.models.names import PROJECTED, TIMM_PREFIX, Embedding
+from d2v_composer.models.names import TIMM_PREFIX, Embedding
 from d2v_composer.models.precision import choose_precision
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives.compilation import check_compiler, compile_model
@@ -93,7 +93,6 @@ def train_student(
     modality, loader = modality_of(model.teacher.config), config.train_loader
     index = read_train_index(loader, modality, config.global_train_batch_size)
     train_loader = build_train_loader(config, loader, index, is_compiled=config.compile is not False)
-    data = {"modality": modality.name, "location": loader.remote or loader.local, **index.describe()}
     if config.targets.normalization == "dataset" and config.objectives.tokens.weight:
         measure = TargetStatistics(config.targets.dataset_batches or 100, config.device_eval_batch_size)
         callbacks = [measure, *callbacks]
@@ -104,7 +103,7 @@ def train_student(
         config,
         model,
         train_loader,
-        {"teacher": model.teacher.provenance, "student": student, "data": data, "costs": costs},
+        {"teacher": model.teacher.provenance, "student": student, "data": index.describe(), "costs": costs},
         fixed=FIXED_BY_A_CHECKPOINT + (FIXED_WITH_MICROBATCHES if model.compares_microbatches else ()),
         run_callbacks=[callback for callback in (align, retrieval) if callback is not None],
         callbacks=callbacks,
@@ -112,12 +111,14 @@ def train_student(
         optimizers=build_optimizer(config.optimizer, model),
     )
     when_built(trainer)
-    header = {modality.unit: f"{data['samples']:,} in {data['location']}"}
+    header = {modality.unit: f"{len(index):,} in {index.source}"}
     if align is not None:
         header["alignment"] = f"with the teacher's {align.target}, on {align.batches.size:,} {modality.unit}"
     if retrieval is not None:
-        sets = ", ".join(retrieval.datasets)
-        header["retrieval"] = f"{sets} every {config.retrieval.interval}, primary embedding {retrieval.lookup.primary}"
+        header["retrieval"] = (
+            f"{', '.join(retrieval.datasets)} every {config.retrieval.interval}, primary embedding "
+            f"{retrieval.lookup.primary}"
+        )
 
     def report() -> None:
         if retrieval is not None and retrieval.history:
@@ -196,8 +197,8 @@ def build_alignment(config: TrainConfig, model: DistillationModel, index: Index)
     if (target := target_of(config, model)) is None:
         return None
     rng, ends = np.random.default_rng(config.seed), np.cumsum([shard.samples for shard in index.shards])
-    shards = rng.choice(len(ends), min(ALIGNMENT_SHARDS, len(ends)), replace=False)
-    numbers = np.concatenate([np.arange(ends[i] - index.shards[i].samples, ends[i]) for i in np.sort(shards)])
+    shards, chosen = np.split(np.arange(ends[-1]), ends[:-1]), min(ALIGNMENT_SHARDS, len(ends))
+    numbers = np.concatenate([shards[i] for i in np.sort(rng.choice(len(ends), chosen, replace=False))])
     numbers = np.sort(rng.choice(numbers, min(config.alignment.max_samples, len(numbers)), replace=False))
     if index.lengths is not None:
         numbers = numbers[np.argsort(index.lengths[numbers], kind="stable")]
@@ -248,11 +249,10 @@ def build_retrieval(
     if not any(retrieval.datasets.values()):
         return None
     primary, student, baselines = choose_embeds(config, model)
-    width, modality = model.student.projected_width, modality_of(model.teacher.config)
-    if align is not None:
-        width = model.teacher.projected_width if align.target == PROJECTED else 0
+    modality = modality_of(model.teacher.config)
+    compared = (model.student, None) if align is None else (model.teacher, align.target)
     with node_leaders_first("the data sets for retrieval"):
-        datasets = build_labeled_sets(retrieval, modality, width)
+        datasets = build_labeled_sets(retrieval, modality, *compared)
     with errors_of("retrieval"):
         return ZeroShotRetrieval(
             datasets,
@@ -283,8 +283,7 @@ def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, E
     known = embeds_of(config, model)
     student = known.pop(STUDENT)
     if unknown := [name for name in retrieval.baselines if name not in known]:
-        allowed = ", ".join(known)
-        raise InputError(f"retrieval.baselines: must be among {allowed} with this teacher, got {unknown[0]}")
+        raise InputError(f"retrieval.baselines: must be among {', '.join(known)} with this teacher, got {unknown[0]}")
     return primary, student, {name: known[name] for name in retrieval.baselines}
 
 

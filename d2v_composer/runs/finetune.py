@@ -158,12 +158,7 @@ def build_data(config: FinetuneConfig, sizes: EncoderConfig) -> LabeledData:
     digest = hashlib.sha256()
     for tensor in (*test.samples, test.labels):
         digest.update(tensor.contiguous().numpy().data)
-    about = {
-        "modality": modality.name,
-        "location": loader.remote or loader.local,
-        **index.describe(),
-        "test_sha256": digest.hexdigest(),
-    }
+    about = {**index.describe(), "test_sha256": digest.hexdigest()}
     return LabeledData(train_loader, test, class_names, num_classes, about)
 
 

@@ -48,10 +48,10 @@ from d2v_composer.models.configs import TimmNetworkConfig
 from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.names import Embedding
 from d2v_composer.models.precision import choose_precision, name_precision
-from d2v_composer.system.addresses import Address, RunFolder, hide_secrets
+from d2v_composer.system.addresses import RunFolder, hide_secrets
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError, RunError, errors_of, find_full_disk, reading, reason
-from d2v_composer.system.fetch import cache_folder
+from d2v_composer.system.fetch import cache_folder, is_remote
 from d2v_composer.system.files import sha256
 from d2v_composer.system.machine import describe_machine, package_versions
 from d2v_composer.system.processes import allow_open_files, if_interrupted, num_nodes, num_ranks
@@ -162,11 +162,10 @@ def find_checkpoint(config: TrainerConfig, model: nn.Module, callbacks: Sequence
         return newest
     if config.load_path is None:
         return None
-    is_remote = Address.parse(config.load_path).is_remote
     cached = f"checkpoints/{hashlib.sha256(config.load_path.encode()).hexdigest()[:16]}.pt"
-    path = cache_folder() / cached if is_remote else Path(config.load_path)
+    path = cache_folder() / cached if is_remote(config.load_path) else Path(config.load_path)
     with node_leaders_first("the checkpoint"), errors_of("load_path"):
-        if is_remote and dist.get_local_rank() == 0:
+        if is_remote(config.load_path) and dist.get_local_rank() == 0:
             download_checkpoint(config.load_path, path)
         start, length = read_checkpoint(path), config.max_duration
     with reading(path):

@@ -166,11 +166,12 @@ class Index:
         return lengths
 
     def describe(self) -> dict[str, Any]:
-        """Describe the content of the data set; its location and file names do not matter."""
+        """Describe the data set: where it is, and its content, of whose hash location and file names are no part."""
         contents: list[Any] = [(shard.samples, shard.raw.bytes, shard.raw.hashes) for shard in self.shards]
         contents += [] if self.lengths is None else self.lengths.tolist()
         digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
-        return {"sha256": digest, "samples": len(self), "shards": len(self.shards)}
+        place = {"modality": self.modality.name, "location": self.source}
+        return {**place, "sha256": digest, "samples": len(self), "shards": len(self.shards)}
 
     def _parse(self, entry: Mapping[str, Any]) -> Shard:
         raw, zipped = (entry[kind] and ShardFile(**entry[kind]) for kind in ("raw_data", "zip_data"))
@@ -183,8 +184,9 @@ class Index:
         wanted = {self.column: self.modality.encodings} | ({} if self.labels is None else {self.labels: ENCODINGS})
         for name, known in wanted.items():
             if name not in encodings:
-                names = ", ".join(encodings)
-                raise InputError(f"{self.source}: no column {name!r}; the data set has: {names}; {CHOOSE}")
+                raise InputError(
+                    f"{self.source}: no column {name!r}; the data set has: {', '.join(encodings)}; {CHOOSE}"
+                )
             if encodings[name] not in known:
                 expected = f"expected one of {', '.join(known)}"
                 raise InputError(f"{self.source}: its column {name!r} is {encodings[name]}; {expected}")

@@ -81,8 +81,9 @@ class Files:
         for file in self.files:
             words = split_words(file.path, names)
             if len(words.intersection(SPLITS)) > 1:
-                choice = listed(sorted(words))
-                raise InputError(f"{self.root}/{file.path}: is it {choice}? Choose files by a glob, with --split none")
+                raise InputError(
+                    f"{self.root}/{file.path}: is it {listed(sorted(words))}? Choose files by a glob, with --split none"
+                )
             for word in words:
                 splits.setdefault(word, []).append(file)
         return splits
@@ -348,8 +349,10 @@ def find_files(
         is_store = not ("*" in source or source.startswith("hf://"))
         if is_store and fetch.exists(f"{listing.root}/{INDEX}"):
             return None
-        plurals = listed(container.plural for container in kinds.values())
-        raise InputError(f"{source}: no {plurals}{f', nor {modality.unit}' if samples else ''}")
+        raise InputError(
+            f"{source}: no {listed(container.plural for container in kinds.values())}"
+            f"{f', nor {modality.unit}' if samples else ''}"
+        )
     kind = next(iter(chosen), "")
     skipped = {ending or modality.unit: len(files) for ending, files in by_kind.items() if ending != kind}
     left_out, columns = {**listing.left_out, **skipped}, Columns(modality, column, label_column)

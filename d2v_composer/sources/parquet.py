@@ -40,10 +40,9 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
         chosen = [key for key in of_bytes + of_paths if key == column] if column else fits
         if len(chosen) != 1:
             problem = f"{column} is {types.get(column, 'missing')}" if column else f"{len(fits)} fit"
-            names = ", ".join(types if column else fits or types)
             raise InputError(
                 f"{name}: expected one column of {columns.modality.unit}, as bytes or paths; {problem}; "
-                f"columns: {names}; {CHOOSE}"
+                f"columns: {', '.join(types if column else fits or types)}; {CHOOSE}"
             )
         if label not in (None, *types):
             raise InputError(f"{name}: no label column {label!r}; columns: {', '.join(types)}")

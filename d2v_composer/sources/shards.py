@@ -98,7 +98,7 @@ class Shards:
         InputError: ``cache_limit`` is too small, or set for a local data set.
     """
 
-    def __init__(self, index: Index, *, cache_limit: int | None = None, timeout: float = 600.0) -> None:
+    def __init__(self, index: Index, *, cache_limit: int | None, timeout: float = 600.0) -> None:
         self.index, self.limit, self.timeout = index, cache_limit or 0, timeout
         self.local, self.remote, self.shards = index.folder, index.remote, index.shards
         # Its shards would be evicted, and lost.
@@ -117,10 +117,9 @@ class Shards:
         self._largest = max(shard.raw.bytes for shard in self.shards)
         self._room = self.limit - (self.local / INDEX).stat().st_size
         if self.limit and self._room < 4 * self._largest:
-            smallest = 4 * self._largest + self.limit - self._room
             raise InputError(
-                f"cache_limit must be at least {smallest} bytes, the size of the index and four shards; "
-                f"got {self.limit}"
+                f"cache_limit must be at least {4 * self._largest + self.limit - self._room} bytes, the size of the "
+                f"index and four shards; got {self.limit}"
             )
         self._verified: set[int] = set()
         self._ahead: deque[int] = deque()

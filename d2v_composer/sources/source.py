@@ -26,6 +26,7 @@ from d2v_composer.system.fetch import File
 from d2v_composer.system.processes import ALL, Part, die_with_parent
 
 AHEAD = 64  # results of threads that wait in memory
+Int64Array = NDArray[np.int64]
 
 
 class Names(Sequence[str]):
@@ -69,12 +70,12 @@ class Source:
 
     root: str
     modality: Modality
-    ids: Names | NDArray[np.int64]
+    ids: Names | Int64Array
     load: Callable[[int], Any]
     label: Callable[[int], int] | None = None
     class_names: tuple[str, ...] = ()
-    sizes: NDArray[np.int64]
-    marks: NDArray[np.int64]
+    sizes: Int64Array
+    marks: Int64Array
     content: str
     left_out: Mapping[str, int] = field(default_factory=dict)
     keeps_files: bool = False
@@ -97,7 +98,7 @@ class Source:
         """
         return self.modality.decode(self.load(number), self.name(number))
 
-    def select(self, numbers: Sequence[int] | NDArray[np.int64]) -> Self:
+    def select(self, numbers: Sequence[int] | Int64Array) -> Self:
         """Return a source of these samples alone."""
         chosen = np.asarray(numbers, np.int64)
         load, label, ids = self.load, self.label, self.ids
@@ -139,8 +140,8 @@ class Listed(NamedTuple):
     """Samples of one file or folder, with the fields of :class:`Source`."""
 
     ids: Names
-    sizes: NDArray[np.int64]
-    marks: NDArray[np.int64]
+    sizes: Int64Array
+    marks: Int64Array
     load: Callable[[int], bytes]
     labels: Sequence[Any]
     """Label of each sample; for samples in folders, their paths."""
@@ -199,7 +200,7 @@ def list_folder(root: Path, files: Sequence[File]) -> Listed:
     return Listed(paths, sizes, marks, partial(load_listed, root, paths, marks), [*paths])
 
 
-def load_listed(folder: Path, paths: Names, marks: NDArray[np.int64], number: int) -> bytes:
+def load_listed(folder: Path, paths: Names, marks: Int64Array, number: int) -> bytes:
     """Read one of the files in a folder.
 
     Raises:
@@ -277,7 +278,7 @@ def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iter
             yield from pool.map(function, items[start : start + AHEAD])
 
 
-def marks_of(count: int, *contents: object) -> NDArray[np.int64]:
+def marks_of(count: int, *contents: object) -> Int64Array:
     """Return marks of the samples in one file; they change with its content."""
     return mark_of(*contents) + np.arange(count)
 

@@ -10,11 +10,10 @@ from functools import partial
 from typing import Any, BinaryIO, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from d2v_composer.sources import CHOOSE
 from d2v_composer.sources.listing import Pinned
-from d2v_composer.sources.source import Columns, Listed, Names, marks_of
+from d2v_composer.sources.source import Columns, Int64Array, Listed, Names, marks_of
 from d2v_composer.system.errors import InputError
 
 # A member: key and suffixes.
@@ -101,5 +100,5 @@ def read_bytes(file: BinaryIO, offset: int, size: int) -> bytes:
     return file.read(size)
 
 
-def _load(pinned: Pinned, offsets: NDArray[np.int64], sizes: NDArray[np.int64], number: int) -> bytes:
+def _load(pinned: Pinned, offsets: Int64Array, sizes: Int64Array, number: int) -> bytes:
     return pinned.read(lambda file: read_bytes(file, offsets[number], sizes[number]))

@@ -9,11 +9,10 @@ from typing import BinaryIO
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipExtFile, ZipFile, ZipInfo
 
 import numpy as np
-from numpy.typing import NDArray
 
 from d2v_composer.data.modality import MAX_BYTES
 from d2v_composer.sources.listing import Pinned
-from d2v_composer.sources.source import Columns, Listed, Names, marks_of
+from d2v_composer.sources.source import Columns, Int64Array, Listed, Names, marks_of
 from d2v_composer.system.errors import InputError, UnreadableSampleError
 
 
@@ -49,7 +48,7 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
     return Listed(ids, table[:, 3], marks, partial(_load, pinned, ids, table), paths, left_out=left_out)
 
 
-def _load(pinned: Pinned, ids: Names, table: NDArray[np.int64], number: int) -> bytes:
+def _load(pinned: Pinned, ids: Names, table: Int64Array, number: int) -> bytes:
     """Read a member by its place: a ZipFile would first read the names of all."""
     path = ids[number].removeprefix(pinned.file.path)
     member = ZipInfo(path[1:])

@@ -426,7 +426,7 @@ def list_etags(folder: str, name: str = "") -> dict[str, str]:
     return {file.path: file.version for file in files}
 
 
-def _list_s3(folder: str, name: str = "", delimiter: str = "") -> list[File]:
+def _list_s3(folder: str, name: str, delimiter: str = "") -> list[File]:
     bucket, _, key = f"{folder.removeprefix('s3://')}/".partition("/")
     client, files = s3_client(READ_SECONDS, os.environ.get("S3_ENDPOINT_URL"), os.getpid()), list[File]()
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key + name, Delimiter=delimiter):

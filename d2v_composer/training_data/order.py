@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from streaming.base.sampling import get_sampling
 from streaming.base.shuffle import get_shuffle
 from streaming.base.world import World
@@ -17,7 +16,7 @@ from typing_extensions import override
 from d2v_composer.data.modality import Transform, collate, sample_rng
 from d2v_composer.sources.mds import Index
 from d2v_composer.sources.shards import Shards
-from d2v_composer.sources.source import whole_label
+from d2v_composer.sources.source import Int64Array, whole_label
 from d2v_composer.system.errors import InputError
 
 # Samples of a rank by which shards are fetched before they are needed.
@@ -62,14 +61,14 @@ class EpochOrder(DistributedSampler[Sample]):
 
     def __init__(
         self,
-        shard_sizes: NDArray[np.int64],
+        shard_sizes: Int64Array,
         *,
         shuffle: bool = True,
         seed: int,
         shuffle_block_size: int = 1 << 16,
         num_canonical_nodes: int = 1,
         epoch_size: int | None = None,
-        lengths: NDArray[np.int64] | None = None,
+        lengths: Int64Array | None = None,
         global_batch_size: int = 1,
     ) -> None:
         # Composer accepts no other class of samplers on several ranks; of its methods, none is left.
@@ -99,12 +98,12 @@ class EpochOrder(DistributedSampler[Sample]):
         shards = np.searchsorted(self.shard_sizes.cumsum(), ids, side="right")
         return self._with_shards_ahead(self.current_epoch, ids.tolist(), shards.tolist())
 
-    def samples_of_rank(self, epoch: int, first_sample: int, world: World) -> NDArray[np.int64]:
+    def samples_of_rank(self, epoch: int, first_sample: int, world: World) -> Int64Array:
         """Return a rank's samples of an epoch after the first ``first_sample`` samples of all ranks."""
         left = self.draw(epoch)[first_sample:].reshape(-1, world.ranks_per_node, world.num_nodes)
         return left[:, world.rank_of_node, world.node]
 
-    def draw(self, epoch: int) -> NDArray[np.int64]:
+    def draw(self, epoch: int) -> Int64Array:
         """Return the samples of an epoch, (``epoch_size``,), one of each canonical node in turn."""
         sizes, rng = self.shard_sizes, np.random.default_rng(self.seed + epoch)
         # Without shuffle, all epochs leave the same samples out.
@@ -121,7 +120,7 @@ class EpochOrder(DistributedSampler[Sample]):
             order = self._by_length(order, self.lengths, epoch)
         return order.T.ravel()
 
-    def _by_length(self, order: NDArray[np.int64], lengths: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+    def _by_length(self, order: Int64Array, lengths: Int64Array, epoch: int) -> Int64Array:
         """Sort each canonical node's samples, (nodes, samples), by length within windows."""
         node_batch, windows = self.global_batch_size // len(order), []
         size = max(1, self.shuffle_block_size // self.global_batch_size) * node_batch
@@ -147,7 +146,7 @@ class EpochOrder(DistributedSampler[Sample]):
             begin = end
 
 
-def padded_sizes(lengths: NDArray[np.int64]) -> list[int]:
+def padded_sizes(lengths: Int64Array) -> list[int]:
     """Return at most 16 lengths that batches are padded to, ascending, up to the longest sample's, from (N,).
 
     A compiled model needs a graph for each length. Lengths are closest together where most of the sound is.

@@ -39,7 +39,7 @@ def compute(teacher: Any, waveforms: Tensor, lengths: Tensor | None = None) -> d
     arrays["local_features"] = encoder.local_features(waveforms, lengths)
     arrays["positions"] = encoder.positions(arrays["local_features"], padding_BN)
     inputs: Any = SimpleNamespace(values=waveforms, lengths=lengths)
-    x = arrays["encoder_norm"] = encoder.embed_tokens(inputs, mask)
+    x = arrays["encoder_norm"] = encoder.embed_tokens(inputs)
     for i, (block, bias) in enumerate(zip(encoder.block_list, encoder.block_contexts(x, mask), strict=True)):
         x, arrays[f"prenet_ffn_{i}"] = block(x, bias)
         arrays[f"prenet_block_{i}"] = x
