@@ -166,7 +166,7 @@ class AlignStudent(Callback):
         embed_student: EmbedAll,
         embed_teacher: EmbedAll,
         target: str,
-        workers: int = 0,
+        workers: int,
     ) -> None:
         self.student, self.samples, self.batches = student, samples, batches
         self.target, self.workers = target, workers

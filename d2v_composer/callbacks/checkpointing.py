@@ -273,8 +273,9 @@ class FolderLock:
         self.status, self.release = os.stat(self.path), weakref.finalize(self, release, lock, new_folders)
         if other not in ("", folder.address):
             self.path.write_text(content)  # the lock may have emptied it
-            this = folder.address or "this run"
-            raise InputError(f"save_folder: {folder.local} holds the files of {other}, not of {this}")
+            raise InputError(
+                f"save_folder: {folder.local} holds the files of {other}, not of {folder.address or 'this run'}"
+            )
         self.mark((folder.address or "") if new_folders else other)
 
     def mark(self, address: str) -> None:

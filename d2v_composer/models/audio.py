@@ -114,7 +114,7 @@ class AudioEncoder(Sound, Data2Vec2Encoder):
         return pad(beyond(self.config.num_frames(lengths), num_frames), (self.config.num_extra_tokens, 0))
 
     def embed_tokens(self, inputs: Inputs) -> Tensor:
-        x_BND, lengths = self.local_features(*inputs[:2]), inputs.lengths
+        x_BND, lengths = self.local_features(inputs.values, inputs.lengths), inputs.lengths
         padding_BN = None if lengths is None else beyond(self.config.num_frames(lengths), x_BND.shape[1])
         return self.add_extra_tokens(x_BND + self.positions(x_BND, padding_BN))
 
