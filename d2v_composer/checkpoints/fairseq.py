@@ -55,8 +55,10 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
         raise InputError(f"{path}: not a fairseq data2vec 2.0 checkpoint: it has no dicts 'model' and cfg['model']")
     prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in stored)), None)
     if prefix is None:
-        what = "fine-tuned, or neither a data2vec 2.0 nor an EAT checkpoint"
-        raise InputError(f"{path}: {what}; expected tensors {' or '.join(f'{start}*' for start in PREFIXES)}")
+        raise InputError(
+            f"{path}: fine-tuned, or neither a data2vec 2.0 nor an EAT checkpoint; expected tensors "
+            f"{' or '.join(f'{start}*' for start in PREFIXES)}"
+        )
     kind = PREFIXES[prefix]
     if weights == "ema":
         averaged = _section(stored, "_ema")

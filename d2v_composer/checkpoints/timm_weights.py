@@ -89,8 +89,9 @@ def fetch_pretrained(model: str, pretrained: Mapping[str, Any]) -> Path:
     try:
         return fetch_from_hub(repository, names, revision or None)
     except InputError as error:
-        advice = "fetch them once with network access, or set checkpoint to a file"
-        raise InputError(f"{model}: no pretrained weights: {error}; {advice}") from error
+        raise InputError(
+            f"{model}: no pretrained weights: {error}; fetch them once with network access, or set checkpoint to a file"
+        ) from error
 
 
 def read_state_dict(file: Path) -> dict[str, Tensor]:

@@ -93,8 +93,9 @@ class Section(BaseModel):
 def check_precision(choice: str) -> None:
     """Raise ValueError if this machine cannot compute in a precision."""
     if choice == "amp_fp16" and not has_gpu():
-        allowed = "precision=fp32 or amp_bf16 or auto"
-        raise ValueError(f"amp_fp16 needs a GPU, and this machine has none; on a CPU: {allowed}")
+        raise ValueError(
+            "amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or amp_bf16 or auto"
+        )
 
 
 def has_gpu() -> bool:

@@ -176,8 +176,7 @@ class _Task(NamedTuple):
                             stored, length = source.modality.encode(stored, source.name(sample), **self.options)
                 except UnreadableSampleError as error:
                     if not self.skip_unreadable:
-                        skips = f"--skip-unreadable skips such {source.modality.unit}"
-                        raise InputError(f"{error}; {skips}") from error
+                        raise InputError(f"{error}; --skip-unreadable skips such {source.modality.unit}") from error
                     done["skipped"].append(str(error).removeprefix(f"{source.root}/"))
                     continue
                 label = {} if source.label is None else {"label": source.label(sample)}

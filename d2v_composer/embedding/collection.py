@@ -162,8 +162,10 @@ def embed_source(
                 )
                 if not np.isfinite(rows[-1]).all():
                     named = f"{source.ids[batch.start]}, or a later sample in its batch"
-                    how = f"--precision {options.precision} and --dtype {options.dtype}"
-                    raise InputError(f"{named}: its embedding is not finite with {how}")
+                    raise InputError(
+                        f"{named}: its embedding is not finite with --precision {options.precision} and --dtype "
+                        f"{options.dtype}"
+                    )
                 bar.update(len(batch))
                 if batch is chunk.batches[-1]:
                     write_atomically(folder / PLAN, json.dumps(plan))
@@ -258,8 +260,10 @@ def _check_plan(folder: Path, plan: Mapping[str, Any]) -> None:
     recorded = folder / PLAN
     before = json.loads(recorded.read_bytes()) if recorded.exists() else plan
     if changed := [key.replace("_", " ") for key in plan if before.get(key) != plan[key]]:
-        another = f"an interrupted run had a different {', '.join(changed)}"
-        raise InputError(f"{folder}: {another}; delete that folder, or choose another OUT")
+        raise InputError(
+            f"{folder}: an interrupted run had a different {', '.join(changed)}; delete that folder, or choose another "
+            "OUT"
+        )
 
 
 def merge_embeddings(out: str, *, overwrite: bool) -> Embedded:

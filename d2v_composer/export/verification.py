@@ -136,8 +136,10 @@ def read_samples(student: Backbone, source: str | None, maximum: int, takes_pixe
         options = datasets[0] | {"download": False, "max_images": maximum, "class_embeddings": None}
         samples = load_labeled_set(modality=modality, **options).test.samples
     if len(samples) < MIN_SAMPLES:
-        fault = f"expected at least {MIN_SAMPLES} {modality.unit}, got {len(samples)}"
-        raise InputError(f"{fault}; use --images FOLDER, or --calibrate FOLDER with --int8")
+        raise InputError(
+            f"expected at least {MIN_SAMPLES} {modality.unit}, got {len(samples)}; use --images FOLDER, or --calibrate "
+            "FOLDER with --int8"
+        )
     length = min(sample.shape[-1] for sample in samples)
     batch = torch.stack([sample[..., :length] for sample in samples])
     if takes_pixels:

@@ -124,8 +124,10 @@ class Teacher(Backbone, Freezable):
             return student
         sources = self.init_sources(init)
         if config.depth > len(sources):
-            allowed = f"at most {len(sources)}, the number of the teacher's blocks"
-            raise ValueError(f"init {init} needs a depth of {allowed}; got {config.depth}")
+            raise ValueError(
+                f"init {init} needs a depth of at most {len(sources)}, the number of the teacher's blocks; got "
+                f"{config.depth}"
+            )
         try:
             for block, source in zip(student.block_list, sources, strict=False):
                 (block.attn if init == "teacher_attention" else block).load_state_dict(source.state_dict())

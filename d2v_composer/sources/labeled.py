@@ -183,8 +183,9 @@ def _read_class_embeddings(path: Path, labeled: EvaluationSet) -> Tensor:
     num_labels = max(int(split.labels.max()) + 1 for split in labeled[:2])
     num_classes = len(labeled.class_names) or max(num_labels, len(rows))
     if rows.ndim != 2 or len(rows) != num_classes or not rows.isfinite().all():
-        expected = f"finite numbers, a row for each of {num_classes} classes"
-        raise InputError(f"{path}: expected {expected}, got {tuple(rows.shape)}")
+        raise InputError(
+            f"{path}: expected finite numbers, a row for each of {num_classes} classes, got {tuple(rows.shape)}"
+        )
     return rows
 
 

@@ -226,6 +226,8 @@ def _list_hub(folder: str, suffixes: tuple[str, ...], chosen: str) -> tuple[str,
         raise InputError(f"{folder} has the configurations {names}; append a glob or one of the folders {folders}")
     cut = [path for path in wanted if "/partial-" in f"/{path}"]
     if cut and "partial-" not in chosen:
-        named = f"{folder}/{os.path.dirname(cut[0])}"
-        raise InputError(f"{folder}: the hub has converted only a part of it; to read this part, give {named}")
+        raise InputError(
+            f"{folder}: the hub has converted only a part of it; to read this part, give "
+            f"{folder}/{os.path.dirname(cut[0])}"
+        )
     return f"hf://datasets/{repository}@{commit}/{inside}".rstrip("/"), files

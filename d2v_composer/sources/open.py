@@ -136,8 +136,10 @@ class Files:
         has_classes = any("/" in path for path in chosen.values())
         beside = {path.partition("/")[0] for path in splits.get("", {}).values() if "/" in path}
         if split is None and name in splits and beside and not has_classes:
-            problem = f"train may be a split, or a class like {', '.join(sorted(beside)):.80}"
-            raise InputError(f"{self.root}: {problem}; choose with --split train or --split none")
+            raise InputError(
+                f"{self.root}: train may be a split, or a class like {', '.join(sorted(beside)):.80}; choose with "
+                "--split train or --split none"
+            )
         source = self.open().select([*chosen])
         if labels is None and not has_classes:
             labels = file if (file := Path(self.root, f"LOC_{name}_solution.csv")).is_file() else NONE

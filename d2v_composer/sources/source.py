@@ -120,8 +120,10 @@ class Source:
         places = {name: place for place, name in enumerate(class_names)}
         for number, name in enumerate(names):
             if name not in places:
-                expected = f"expected one of the classes {', '.join(class_names):.80}; got {name!r}"
-                raise InputError(f"{self.name(number)}: {expected}; {hint}")
+                raise InputError(
+                    f"{self.name(number)}: expected one of the classes {', '.join(class_names):.80}; got {name!r}; "
+                    f"{hint}"
+                )
         labels = np.array([places[name] for name in names], np.int64)
         return replace(self, label=lambda number: int(labels[number]), class_names=tuple(class_names))
 

@@ -212,8 +212,7 @@ def fetch_from_hub(
             return Path(hf_hub_download(repository, name, revision=revision, local_files_only=from_cache, **options))
         except (OSError, ValueError) as error:
             problem = reason(error)[:200]
-    missing = f"no {' or '.join(names)} in {repository} on the Hugging Face hub or in its cache"
-    raise InputError(f"{missing}: {problem}")
+    raise InputError(f"no {' or '.join(names)} in {repository} on the Hugging Face hub or in its cache: {problem}")
 
 
 def find_missing_file(address: str) -> str | None:
