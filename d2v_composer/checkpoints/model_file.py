@@ -43,6 +43,8 @@ CONFIG_TENSOR = "config_json"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DRAWS = (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)
 
+# Name → tensor, as in a state dict.
+Tensors = Mapping[str, Tensor]
 ConfigT = TypeVar("ConfigT", bound=Config)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -53,7 +55,7 @@ class ModelFile(NamedTuple):
     kind: str
     config: dict[str, Any]
     provenance: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: Tensors
 
     def expect(self, path: str | Path, kind: str) -> None:
         """Check that the file holds a model of this kind: teacher, student or classifier.
@@ -71,7 +73,7 @@ def write_model_file(
     kind: str,
     config: dict[str, Any],
     provenance: dict[str, Any],
-    tensors: Mapping[str, Tensor],
+    tensors: Tensors,
     when_complete: Callable[[], object] = lambda: None,
 ) -> None:
     """Write a complete file, or leave ``path`` as it was; ``when_complete`` is called just before the file appears.
@@ -128,7 +130,7 @@ def is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
-def build_loaded(source: Any, build: Callable[[], ModuleT], tensors: Mapping[str, Tensor]) -> ModuleT:
+def build_loaded(source: Any, build: Callable[[], ModuleT], tensors: Tensors) -> ModuleT:
     """Build a model from a file's tensors.
 
     Raises:
@@ -150,7 +152,7 @@ class _Unset(TorchFunctionMode):
         return (torch.empty if func is torch.zeros else func)(*args, **kwargs)
 
 
-def check_fits(source: Any, build: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> None:
+def check_fits(source: Any, build: Callable[[], nn.Module], tensors: Tensors) -> None:
     """Check that a file has exactly the tensors of a model, before memory is allocated for the model.
 
     Raises:
@@ -167,7 +169,7 @@ def check_fits(source: Any, build: Callable[[], nn.Module], tensors: Mapping[str
         check_numbers({name: tensor for name, tensor in tensors.items() if name not in whole})
 
 
-def check_numbers(tensors: Mapping[str, Tensor]) -> None:
+def check_numbers(tensors: Tensors) -> None:
     """Check that tensors hold finite floating-point numbers; load_state_dict silently converts any others.
 
     Raises:
@@ -216,9 +218,7 @@ def read_sizes(source: Any, stored: dict[str, Any]) -> NetworkSizes | StudentSiz
         return read_config(NetworkSizes if "network" in stored else StudentSizes, stored)
 
 
-def build_student(
-    source: Any, sizes: NetworkSizes | StudentSizes, tensors: Mapping[str, Tensor], provenance: Any = None
-) -> Any:
+def build_student(source: Any, sizes: NetworkSizes | StudentSizes, tensors: Tensors, provenance: Any = None) -> Any:
     """Build a student with a state dict, in eval mode.
 
     Raises:
@@ -263,7 +263,7 @@ def build_encoder(config: EncoderConfig) -> Encoder:
     return TimmEncoder(config).freeze()
 
 
-def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], Tensors]:
     """Return a student's sizes and tensors for a file, after a check that timm computes the same with them.
 
     Args:

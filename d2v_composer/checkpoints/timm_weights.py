@@ -18,7 +18,14 @@ from timm.models import Beit, Eva, beit, eva, vision_transformer
 from torch import Tensor
 
 from d2v_composer.checkpoints.checkpoint import fetch_model
-from d2v_composer.checkpoints.model_file import FLOATS, check_numbers, is_safetensors, loading_fault, read_model_file
+from d2v_composer.checkpoints.model_file import (
+    FLOATS,
+    Tensors,
+    check_numbers,
+    is_safetensors,
+    loading_fault,
+    read_model_file,
+)
 from d2v_composer.checkpoints.safe_load import load_untrusted
 from d2v_composer.models.configs import ImageSize
 from d2v_composer.models.timm_network import projection_width
@@ -94,7 +101,7 @@ def fetch_pretrained(model: str, pretrained: Mapping[str, Any]) -> Path:
         ) from error
 
 
-def read_state_dict(file: Path) -> dict[str, Tensor]:
+def read_state_dict(file: Path) -> Tensors:
     """Read all tensors of a weight file.
 
     Raises:
@@ -111,7 +118,7 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     return {name: tensor.float() if tensor.dtype in FLOATS else tensor for name, tensor in tensors.items()}
 
 
-def load_weights(built: Any, model: str, stored: dict[str, Tensor], left_out: tuple[str, ...]) -> None:
+def load_weights(built: Any, model: str, stored: Tensors, left_out: tuple[str, ...]) -> None:
     """Load a file's tensors through timm's filter, which renames them and resamples positions to the model's grid.
 
     Tensors are left out whose names begin with one of ``left_out``.
@@ -144,7 +151,7 @@ def load_weights(built: Any, model: str, stored: dict[str, Tensor], left_out: tu
         raise ValueError(f"tensor {wrong[0]} is {'missing' if wrong[0] in missing else 'unknown'}")
 
 
-def checkpoint_filter(built: Any, model: str) -> Callable[..., dict[str, Tensor]]:
+def checkpoint_filter(built: Any, model: str) -> Callable[..., Tensors]:
     """Return the filter that timm's factory uses for a model."""
     if isinstance(built, Eva):
         return eva.checkpoint_filter_fn

@@ -161,10 +161,9 @@ def embed_source(
                     embed_batch(model, inputs, options, device) if inputs else np.zeros((0, width), options.dtype)
                 )
                 if not np.isfinite(rows[-1]).all():
-                    named = f"{source.ids[batch.start]}, or a later sample in its batch"
                     raise InputError(
-                        f"{named}: its embedding is not finite with --precision {options.precision} and --dtype "
-                        f"{options.dtype}"
+                        f"{source.ids[batch.start]}, or a later sample in its batch: its embedding is not finite with "
+                        f"--precision {options.precision} and --dtype {options.dtype}"
                     )
                 bar.update(len(batch))
                 if batch is chunk.batches[-1]:

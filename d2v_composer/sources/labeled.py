@@ -208,8 +208,10 @@ def open_cifar(name: str, root: Path, download: bool) -> dict[str, Source]:
                 for split in ("train", "test")
             }
     except Exception as error:
-        hint = f"{'' if download else 'set download: true to fetch it, or '}unpack {dataset_class.url} in {root}"
-        raise InputError(f"{root}: no readable {dataset_class.__name__} ({reason(error)}); {hint}") from error
+        raise InputError(
+            f"{root}: no readable {dataset_class.__name__} ({reason(error)}); "
+            f"{'' if download else 'set download: true to fetch it, or '}unpack {dataset_class.url} in {root}"
+        ) from error
     return {
         split: Source(
             root=f"{name}:{root}/{split}",

@@ -108,11 +108,12 @@ class Files:
             return self.open()
         whole, name = replace(self, part=ALL), split or "train"
         splits = whole.find_splits(*(() if split == NONE else (*SPLITS, name)))
+        # Without --split, the one split of a file or a glob that the user chose is meant.
         available = [word for word in SPLITS if word in splits]
-        most = 1 if self.is_chosen else 0  # else the user means that one
-        if name not in splits and split != NONE and (split or len(available) > most):
-            allowed = ", ".join(available) or "none; omit --split"
-            raise InputError(f"{self.root}: no split {name!r}; available: {allowed}")
+        if name not in splits and split != NONE and (split or len(available) > int(self.is_chosen)):
+            raise InputError(
+                f"{self.root}: no split {name!r}; available: {', '.join(available) or 'none; omit --split'}"
+            )
         if self.in_folders:
             source = whole._open_folders(splits if name in splits else whole.find_splits(), split, labels)
             return replace(source, part=self.part)
@@ -338,10 +339,9 @@ def find_files(
     folder = f"/{split or 'train'}/"
     inside = [suffix for suffix, files in by_kind.items() if any(folder in f"/{file.path}" for file in files)]
     tars, tables = ({file.path.removesuffix(end) for file in by_kind.get(end, ())} for end in (TAR, TABLE))
-    unwanted = TABLE if tables <= tars else None
     suffixes = inside if inside and split != NONE else by_kind
     # A file that the user names is listed, whatever it is.
-    chosen = [suffix for suffix in suffixes if suffix != unwanted and kind in (None, suffix)]
+    chosen = [suffix for suffix in suffixes if kind in (None, suffix) and not (suffix == TABLE and tables <= tars)]
     if len(chosen) > 1:
         plurals = [(files, kinds[suffix].plural if suffix else modality.unit) for suffix, files in by_kind.items()]
         counts = " and ".join(f"{len(files)} {plural}" for files, plural in plurals)

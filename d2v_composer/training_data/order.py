@@ -74,11 +74,8 @@ class EpochOrder(DistributedSampler[Sample]):
         # Composer accepts no other class of samplers on several ranks; of its methods, none is left.
         num_samples = int(shard_sizes.sum())
         super().__init__(range(num_samples), num_replicas=1, rank=0)  # pyright: ignore[reportArgumentType]
-        self.shard_sizes, self.epoch_size, self.num_canonical_nodes = (
-            shard_sizes,
-            epoch_size or num_samples,
-            num_canonical_nodes,
-        )
+        self.shard_sizes, self.num_canonical_nodes = shard_sizes, num_canonical_nodes
+        self.epoch_size = epoch_size or num_samples
         self.shuffle, self.seed, self.shuffle_block_size = shuffle, seed, shuffle_block_size
         self.lengths, self.global_batch_size = lengths, global_batch_size
         self.resume(0, 0)
