@@ -157,14 +157,13 @@ def embed_source(
             for (chunk, batch), (inputs, unreadable) in zip(batches, loaded, strict=True):
                 skipped += unreadable
                 _check_skipped([reason for _, reason in skipped], skip_unreadable, unit)
-                rows.append(
-                    embed_batch(model, inputs, options, device) if inputs else np.zeros((0, width), options.dtype)
-                )
-                if not np.isfinite(rows[-1]).all():
+                block = embed_batch(model, inputs, options, device) if inputs else np.zeros((0, width), options.dtype)
+                if not np.isfinite(block).all():
                     raise InputError(
                         f"{source.ids[batch.start]}, or a later sample in its batch: its embedding is not finite with "
                         f"--precision {options.precision} and --dtype {options.dtype}"
                     )
+                rows.append(block)
                 bar.update(len(batch))
                 if batch is chunk.batches[-1]:
                     write_atomically(folder / PLAN, json.dumps(plan))

@@ -141,9 +141,9 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
     targets = config.targets
     check_compiler(config.compile)
     with errors_of("student"):
-        layer_mean = targets.model_dump(include={"normalization", "final_layer_norm"})
+        normalization = targets.model_dump(include={"normalization", "final_layer_norm"})
         projected = config.objectives.needs_projection
-        student = teacher.build_student(**config.student.model_dump(), **layer_mean, projected=projected)
+        student = teacher.build_student(**config.student.model_dump(), **normalization, projected=projected)
     check_network("student.model", student, config)
     with errors_of("targets"):
         return DistillationModel(

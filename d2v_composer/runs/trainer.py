@@ -331,12 +331,12 @@ def build_loggers(config: TrainerConfig, unit: str) -> list[LoggerDestination]:
         if arguments is None or (name == "jsonl" and folder is None and "filename" not in arguments):
             continue
         with errors_of(f"loggers.{name}"):
-            in_folder = {} if folder is None else places(name, folder)
+            in_folder = {} if folder is None else arguments_in(folder, name)
             loggers.append(resolve_name(LOGGERS[name])(**layered(in_folder, arguments)))
     return loggers
 
 
-def places(name: str, folder: RunFolder) -> dict[str, Any]:
+def arguments_in(folder: RunFolder, name: str) -> dict[str, Any]:
     """Return the arguments that let a logger write into the run's folder, unless the environment sets its location."""
     local = folder.local.absolute()
     if name == "jsonl":
