@@ -56,6 +56,6 @@ def global_batches(
     worlds = [World(nodes, ranks_per_node, 1, rank) for rank in range(nodes * ranks_per_node)]
     drawn = order.draw(epoch)
     with patch.object(order, "draw", lambda _: drawn):  # once, not for each rank
-        shares = np.array([order.share(epoch, first_sample, world) for world in worlds])
+        shares = np.array([order.samples_of_rank(epoch, first_sample, world) for world in worlds])
     by_batch = shares.reshape(len(worlds), -1, order.global_batch_size // len(worlds)).transpose(1, 0, 2)
     return by_batch.reshape(-1, nodes, order.global_batch_size // nodes)

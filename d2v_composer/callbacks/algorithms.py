@@ -95,7 +95,7 @@ class SeededBatches(Callback):
         seed_all(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
 
-def share_statistics(model: torch.nn.Module) -> None:
+def broadcast_statistics(model: torch.nn.Module) -> None:
     """Give all ranks the BatchNorm statistics of rank 0, which a checkpoint stores: each batch makes them differ."""
     for name, buffer in model.named_buffers():
         if "running_" in name:
@@ -106,7 +106,7 @@ class SharedStatistics(Callback):
     """Broadcast BatchNorm's statistics before evaluations."""
 
     def eval_start(self, state: State, logger: Logger) -> None:
-        share_statistics(state.model)
+        broadcast_statistics(state.model)
 
 
 class TargetStatistics(Callback):
@@ -176,7 +176,7 @@ class AlignStudent(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if has_ended(state):
-            share_statistics(state.model)
+            broadcast_statistics(state.model)
             self.fit(state, state.device.tensor_to_device)
 
     epoch_end = batch_end

@@ -222,9 +222,9 @@ class Checkpoints(Callback):
         dist.barrier()  # once one rank exits, the launcher soon kills the others
         if dist.get_global_rank() == 0:
             batch, folder = int(state.timestamp.batch), self.folder
-            said = f"saved at batch {batch} in {folder}{self.advice}" if folder else "not saved"
+            outcome = f"saved at batch {batch} in {folder}{self.advice}" if folder else "not saved"
             with suppress(OSError):  # a killed launcher may have closed the terminal
-                tqdm.write(f"{processes.NAMES[signum]}: {said}")
+                tqdm.write(f"{processes.SIGNAL_NAMES[signum]}: {outcome}")
                 sys.stdout.flush()
         raise SystemExit(128 + signum)
 
@@ -258,25 +258,25 @@ class FolderLock:
     def __init__(self, folder: RunFolder) -> None:
         self.path = folder.local / MARK
         check_owned(folder.local, names_in(folder.local), MARK, "save_folder")
-        made = missing_parts(self.path)
+        new_folders = missing_parts(self.path)
         try:
-            said = self.path.read_text(errors="replace") if self.path.exists() else ""
+            content = self.path.read_text(errors="replace") if self.path.exists() else ""
             lock = acquire(self.path, wait=LOCK_WAIT_SECONDS)
         except OSError as error:
             raise InputError(f"save_folder: {folder.local} cannot be written ({error.strerror})") from error
         # A loss of power may have left a part, or zeros.
-        other, user = said.splitlines() if said.count("\n") == 2 else ("", "it")
+        other, user = content.splitlines() if content.count("\n") == 2 else ("", "it")
         if lock is None:
             raise InputError(
                 f"save_folder: {folder.local} is in use by another run: choose another save_folder, or stop {user}"
             )
-        self.status, self.release = os.stat(self.path), weakref.finalize(self, release, lock, made)
+        self.status, self.release = os.stat(self.path), weakref.finalize(self, release, lock, new_folders)
         if other not in ("", folder.address):
-            self.path.write_text(said)  # the lock may have emptied it
+            self.path.write_text(content)  # the lock may have emptied it
             raise InputError(
                 f"save_folder: {folder.local} holds the files of {other}, not of {folder.address or 'this run'}"
             )
-        self.mark((folder.address or "") if made else other)
+        self.mark((folder.address or "") if new_folders else other)
 
     def mark(self, address: str) -> None:
         """Write the address of the run's store, if any, and which process uses the folder."""

@@ -9,7 +9,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from d2v_composer.checkpoints.student_file import value_at
+from d2v_composer.models.provenance import value_at
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import write_atomically

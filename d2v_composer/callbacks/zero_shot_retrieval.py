@@ -12,7 +12,7 @@ from composer.loggers import Logger
 from composer.utils import dist, model_eval_mode
 from torch import Tensor
 
-from d2v_composer.callbacks.algorithms import AlignStudent, share_statistics
+from d2v_composer.callbacks.algorithms import AlignStudent, broadcast_statistics
 from d2v_composer.callbacks.run_record import find_changes
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
 from d2v_composer.checkpoints.checkpoint import Result, read_results
@@ -216,7 +216,7 @@ class ZeroShotRetrieval(Callback):
 
         progress = "retrieval " if self.progress_bar and ranks.rank == 0 else None
         lookup = replace(self.lookup, to_device=to_device, ranks=ranks, progress=progress)
-        share_statistics(state.model)
+        broadcast_statistics(state.model)
         if self.align is not None and True in moves:
             self.align.fit(state, to_device)
         precision = get_precision_context(state.precision, state.precision_config)

@@ -8,8 +8,8 @@ import datetime
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeVar
@@ -53,8 +53,15 @@ OUR_GLOBALS = [
     TorchVersion,
     *(type(np.dtype(name)) for name in ("uint32", "uint64", "int64", "float64")),
 ]
+ALGORITHMS = {
+    "gradient_clipping": "d2v_composer.callbacks.algorithms:GradientClipping",
+    "mixup": "composer.algorithms:MixUp",
+    "cutmix": "composer.algorithms:CutMix",
+    "label_smoothing": "composer.algorithms:LabelSmoothing",
+}
+"""Name in the section ``algorithms`` → the class of which its fields are the arguments."""
 # Composer evaluates a checkpoint's entries for algorithms as Python expressions.
-OUR_ALGORITHMS = {"CutMix", "GradientClipping", "GradientNorm", "LabelSmoothing", "MixUp"}
+OUR_ALGORITHMS = {"GradientNorm", *(place.partition(":")[2] for place in ALGORITHMS.values())}
 
 ReadT = TypeVar("ReadT")
 
@@ -151,39 +158,43 @@ def find_newest(
         raise InputError(
             f"autoresume: must be true, because {folder} holds a run's checkpoints; a new run needs another save_folder"
         )
-    ours = folder.local / LOG
-    for name in newest_first({*here, *there}):
+    local_log = folder.local / LOG
+
+    def read_one(name: str) -> Checkpoint | None:
         path = folder.local / name
-        with suppress(CorruptCheckpointError):
-            if name in here:
-                accept(checkpoint := _read_complete(path))
+        if name in here:
+            with _skipped_if_corrupt():
+                accept(checkpoint := read_checkpoint(path))
                 if uploads and folder.address is not None:
                     upload_checkpoint(path, folder.address)
-                break
-        with suppress(CorruptCheckpointError):
-            if name in there:
-                with partial_file(path) as fetched:
-                    download_checkpoint(f"{folder.address}/{name}", fetched)
-                    accept(checkpoint := _read_complete(fetched)._replace(path=path))
-                    _download(f"{folder.address}/{LOG}", ours)
-                break
-    else:
+                return checkpoint
+        if name in there:
+            with _skipped_if_corrupt(), partial_file(path) as fetched:
+                download_checkpoint(f"{folder.address}/{name}", fetched)
+                accept(checkpoint := read_checkpoint(fetched)._replace(path=path))
+                _download(f"{folder.address}/{LOG}", local_log)
+                return checkpoint
+        return None
+
+    newest = next(filter(None, map(read_one, newest_first({*here, *there}))), None)
+    if newest is None:
         if here or there:
             raise InputError(f"{folder}: none of its checkpoints is complete; remove them to restart")
         return None
-    if pointer.resolve() != path.resolve():  # another machine saved it
-        point_at(path)
-    if folder.address is not None and not ours.exists():
-        _download(f"{folder.address}/{LOG}", ours)
-    return checkpoint
+    if pointer.resolve() != newest.path.resolve():  # another machine saved it
+        point_at(newest.path)
+    if folder.address is not None and not local_log.exists():
+        _download(f"{folder.address}/{LOG}", local_log)
+    return newest
 
 
-def _read_complete(path: Path) -> Checkpoint:
+@contextmanager
+def _skipped_if_corrupt() -> Iterator[None]:
+    """Warn of a corrupt checkpoint, and go on after the ``with`` block."""
     try:
-        return read_checkpoint(path)
+        yield
     except CorruptCheckpointError as error:
         log.warning("%s: skipped", error)
-        raise
 
 
 def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:

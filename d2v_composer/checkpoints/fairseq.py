@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 from d2v_composer.checkpoints.checkpoint import fetch_model
-from d2v_composer.checkpoints.safe_load import Stub, is_checkpoint, load_untrusted
-from d2v_composer.checkpoints.student_file import (
+from d2v_composer.checkpoints.model_file import (
     build_loaded,
     is_safetensors,
     read_config,
     read_model_file,
-    sha256,
     write_model_file,
 )
+from d2v_composer.checkpoints.safe_load import Stub, is_checkpoint, load_untrusted
 from d2v_composer.models.configs import AudioEncoderConfig, EatEncoderConfig, ImageEncoderConfig, TeacherConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.names import Weights
 from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError, errors_of, reading
+from d2v_composer.system.files import sha256
 
 # How the names of an encoder's tensors begin → its kind.
 PREFIXES: dict[str, type[Any]] = {
@@ -55,8 +55,10 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
         raise InputError(f"{path}: not a fairseq data2vec 2.0 checkpoint: it has no dicts 'model' and cfg['model']")
     prefix = next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in stored)), None)
     if prefix is None:
-        what = "fine-tuned, or neither a data2vec 2.0 nor an EAT checkpoint"
-        raise InputError(f"{path}: {what}; expected tensors {' or '.join(f'{start}*' for start in PREFIXES)}")
+        raise InputError(
+            f"{path}: fine-tuned, or neither a data2vec 2.0 nor an EAT checkpoint; expected tensors "
+            f"{' or '.join(f'{start}*' for start in PREFIXES)}"
+        )
     kind = PREFIXES[prefix]
     if weights == "ema":
         averaged = _section(stored, "_ema")

@@ -1,7 +1,7 @@
 """Load teachers and students from files, and write them."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -11,25 +11,23 @@ from torch import nn
 
 from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_newest, read_results
 from d2v_composer.checkpoints.fairseq import load_data2vec2
-from d2v_composer.checkpoints.safe_load import is_checkpoint, load_untrusted
-from d2v_composer.checkpoints.student_file import (
+from d2v_composer.checkpoints.model_file import (
     CONFIG_TENSOR,
     build_loaded,
     build_student,
     check_fits,
-    check_same_teacher,
     check_timm_outputs,
     convert_to_timm,
-    distillation_of,
     is_safetensors,
     read_model_file,
     read_sizes,
-    value_at,
     write_model_file,
 )
+from d2v_composer.checkpoints.safe_load import is_checkpoint, load_untrusted
 from d2v_composer.models.backbone import Backbone, Projection
 from d2v_composer.models.configs import ImageSize, TimmConfig
-from d2v_composer.models.names import DATA2VEC2, EXTERNAL, PREFIX, PROJECTED, TEACHERS, Weights
+from d2v_composer.models.names import DATA2VEC2, ENTRY_POINTS, PACKAGE_PREFIX, PROJECTED, TIMM_PREFIX, Weights
+from d2v_composer.models.provenance import distillation_of, is_teacher_of, value_at
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.command_line import d2v
@@ -37,7 +35,6 @@ from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.fetch import is_remote
 
 Models = tuple[Backbone, Teacher | None]
-NAME_IT = "--teacher PATH, or teacher=PATH after a YAML"
 
 
 def load_teacher(
@@ -79,11 +76,11 @@ def load_teacher(
     """
     if model != DATA2VEC2 and weights != "model":
         raise InputError(f"weights: {model} has no {weights} weights; set weights=model")
-    if model.startswith(PREFIX):
+    if model.startswith(TIMM_PREFIX):
         from d2v_composer.checkpoints.timm_weights import load_timm_teacher  # timm takes seconds to import
 
         return load_timm_teacher(path, model, first_blocks, image_size, projected)
-    if model.startswith(EXTERNAL):
+    if model.startswith(PACKAGE_PREFIX):
         if projected or first_blocks is not None or image_size is not None:
             raise InputError(f"{model}: its package fixes first_blocks, image_size and image embedding; leave them out")
         return load_external(path, model)
@@ -104,20 +101,40 @@ def load_teacher(
     return teacher
 
 
+def load_same_teacher(source: str, record: Any, **options: Any) -> Any:
+    """Load the teacher that a student's record names.
+
+    Args:
+        source: The path of :func:`load_teacher`; or ``timm/NAME``, for timm's pretrained weights.
+        record: The student's.
+        **options: Those of :func:`load_teacher`.
+
+    Raises:
+        InputError: As :func:`load_teacher`; or it comes from another file. A converted file counts as the original.
+    """
+    teacher = load_teacher(None if source == options.get("model") else source, **options)
+    if not is_teacher_of(record, teacher):
+        raise InputError(
+            f"{source}: not this student's teacher: sha256 {teacher.provenance['sha256']}, "
+            f"expected {value_at(record, 'teacher.sha256')}"
+        )
+    return teacher
+
+
 def load_external(path: str | Path | None, model: str) -> Teacher:
     """Load the teacher ``ext/NAME`` that an installed package offers, from ``path`` if it takes one.
 
     Raises:
         InputError: No package offers it, or it is no teacher.
     """
-    for entry in entry_points(group=TEACHERS, name=model.removeprefix(EXTERNAL)):
+    for entry in entry_points(group=ENTRY_POINTS, name=model.removeprefix(PACKAGE_PREFIX)):
         with errors_of(f"model: {model} from {entry.value}"):
             teacher = entry.load()(path)
         if not isinstance(teacher, Teacher):
             raise InputError(f"model: {model} must be a FrozenModel, got {type(teacher).__name__} from {entry.value}")
         return teacher
     raise InputError(
-        f"model: no installed package offers {model} by an entry point of the group {TEACHERS}; pass a "
+        f"model: no installed package offers {model} by an entry point of the group {ENTRY_POINTS}; pass a "
         "teacher made in Python: train_student(config, teacher=…)"
     )
 
@@ -129,7 +146,7 @@ def save_student(student: Backbone, out: Path, when_complete: Callable[[], objec
     ``when_complete`` is called just before the file appears.
 
     Raises:
-        InputError: As :func:`~d2v_composer.checkpoints.student_file.convert_to_timm`.
+        InputError: As :func:`~d2v_composer.checkpoints.model_file.convert_to_timm`.
     """
     kind = "classifier" if isinstance(student.head, nn.Linear) else "student"  # timm's may be an Identity
     sizes, tensors = convert_to_timm(out, student)
@@ -216,12 +233,9 @@ def _with_teacher(student: Backbone, path: str | None) -> Models:
     settings = value_at(record, "config.teacher") if has_own else dict(sizes) | {"first_blocks": sizes.prenet_depth}
     names = ("first_blocks", "model", "image_size") if has_own or isinstance(sizes, TimmConfig) else ("first_blocks",)
     options: Any = {name: settings[name] for name in names if name in (settings or {})}
-    file = None if path == options.get("model") else path  # of a timm model, the name stands for its pretrained weights
-    weights, alignment = value_at(record, "teacher.weights") or "model", value_at(student.provenance, "alignment")
+    options["weights"], alignment = value_at(record, "teacher.weights") or "model", student.provenance.get("alignment")
     projected = student.projected_width > 0 if alignment is None else value_at(alignment, "target") == PROJECTED
-    teacher = load_teacher(file, weights, **options, projected=projected)
-    check_same_teacher(path, teacher, record)
-    return student, teacher
+    return student, load_same_teacher(path, record, **options, projected=projected)
 
 
 def _load_checkpoint(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
@@ -240,43 +254,19 @@ def _load_checkpoint(checkpoint: Checkpoint, teacher_path: str | None) -> Models
 
 def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
     """Load a training run's student, with the run's record and results as provenance, and its teacher."""
-    path, record, retrieval = checkpoint.path, dict(checkpoint.record), checkpoint.saved_by("ZeroShotRetrieval")
-    if measured := retrieval.get("history"):
-        accuracies = dict[str, dict[str, float]]()
-        for result in read_results(retrieval["results"]):
-            rows = accuracies.setdefault(f"{result.dataset} {result.measure.key}", {})
-            rows[result.row] = result.hits.double().mean().item()
-        record["results"] = {
-            "batch": checkpoint.trained("batch"),
-            "last": measured[-1]["batch"],
-            "accuracies": accuracies,
-        }
-    settings, has_own_encoder = dict(record["config"]["teacher"]), record["student"]["own_encoder"]
-    trained_with, model = settings.pop("checkpoint"), settings["model"]
+    path, aligned = checkpoint.path, checkpoint.saved_by("AlignStudent")
+    record = checkpoint.record | _results_of(checkpoint)
     sizes: Any = read_sizes(path, record["student"]["sizes"])
-    config, aligned = getattr(sizes, "network", None) or sizes.student, checkpoint.saved_by("AlignStudent")
+    config = getattr(sizes, "network", None) or sizes.student
     if aligned.get("batch") == checkpoint.trained("batch"):  # else the map is of earlier weights
         record["alignment"] = aligned["about"]
-    settings["projected"] = config.projection is not None or value_at(record, "alignment.target") == PROJECTED
-    file = None if teacher_path == model else teacher_path or trained_with
-    teacher: Any
-    try:
-        teacher = load_teacher(file, **settings)
-        check_same_teacher(file or model, teacher, record)
-    except InputError as error:
-        if teacher_path is not None:
-            raise
-        moved = f"; if the teacher of {path} has moved, give its new path: {NAME_IT}"
-        advice = "" if model.startswith(EXTERNAL) else moved
-        if not has_own_encoder:
-            raise InputError(f"{error}{advice}") from error
-        print(f"going on without the teacher: {error}{advice}", file=sys.stderr)
-        teacher = None
+    projected = config.projection is not None or value_at(record, "alignment.target") == PROJECTED
+    teacher = _load_teacher_of(record, path, teacher_path, projected)
     prefix = "student."  # the others are the objectives' heads
     tensors = {
         name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)
     }
-    if has_own_encoder:
+    if record["student"]["own_encoder"]:
         student = build_student(path, sizes, tensors)
     else:
         build = partial(Student, teacher.encoder, config, projection=teacher.projection)
@@ -287,6 +277,40 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
     if "alignment" in record:
         student.align(aligned["weight"], aligned["bias"])
     return student.eval(), teacher
+
+
+def _results_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the section ``results`` of a run's record: its last accuracies; no section if it measured none."""
+    saved = checkpoint.saved_by("ZeroShotRetrieval")
+    if not saved.get("history"):
+        return {}
+    accuracies = dict[str, dict[str, float]]()
+    for result in read_results(saved["results"]):
+        rows = accuracies.setdefault(f"{result.dataset} {result.measure.key}", {})
+        rows[result.row] = result.hits.double().mean().item()
+    last = saved["history"][-1]["batch"]
+    return {"results": {"batch": checkpoint.trained("batch"), "last": last, "accuracies": accuracies}}
+
+
+def _load_teacher_of(record: Mapping[str, Any], path: Path, teacher_path: str | None, projected: bool) -> Any:
+    """Load the teacher of a training run whose checkpoint is ``path``, from ``teacher_path`` or where the run had it.
+
+    Returns:
+        The teacher; ``None``, with a printed line, if the run's is gone and the student has an encoder of its own.
+    """
+    options = dict(record["config"]["teacher"])
+    trained_with, model = options.pop("checkpoint"), options["model"]
+    try:
+        return load_same_teacher(teacher_path or trained_with or model, record, **options, projected=projected)
+    except InputError as error:
+        if teacher_path is not None:
+            raise
+        how = f"if the teacher of {path} has moved, give its new path: --teacher PATH, or teacher=PATH after a YAML"
+        advice = "" if model.startswith(PACKAGE_PREFIX) else f"; {how}"
+        if not record["student"]["own_encoder"]:
+            raise InputError(f"{error}{advice}") from error
+        print(f"going on without the teacher: {error}{advice}", file=sys.stderr)
+        return None
 
 
 def own_parts(student: Backbone) -> nn.ModuleDict:

@@ -18,21 +18,22 @@ from timm.models import Beit, Eva, beit, eva, vision_transformer
 from torch import Tensor
 
 from d2v_composer.checkpoints.checkpoint import fetch_model
-from d2v_composer.checkpoints.safe_load import load_untrusted
-from d2v_composer.checkpoints.student_file import (
+from d2v_composer.checkpoints.model_file import (
     FLOATS,
+    Tensors,
     check_numbers,
     is_safetensors,
     loading_fault,
     read_model_file,
-    sha256,
 )
+from d2v_composer.checkpoints.safe_load import load_untrusted
 from d2v_composer.models.configs import ImageSize
 from d2v_composer.models.timm_network import projection_width
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, materialize, teacher_config
 from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import fetch_from_hub
+from d2v_composer.system.files import sha256
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # Training programs nest the weights below these names; like timm, averaged ones before others.
@@ -95,11 +96,12 @@ def fetch_pretrained(model: str, pretrained: Mapping[str, Any]) -> Path:
     try:
         return fetch_from_hub(repository, names, revision or None)
     except InputError as error:
-        advice = "fetch them once with network access, or set checkpoint to a file"
-        raise InputError(f"{model}: no pretrained weights: {error}; {advice}") from error
+        raise InputError(
+            f"{model}: no pretrained weights: {error}; fetch them once with network access, or set checkpoint to a file"
+        ) from error
 
 
-def read_state_dict(file: Path) -> dict[str, Tensor]:
+def read_state_dict(file: Path) -> Tensors:
     """Read all tensors of a weight file.
 
     Raises:
@@ -116,7 +118,7 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     return {name: tensor.float() if tensor.dtype in FLOATS else tensor for name, tensor in tensors.items()}
 
 
-def load_weights(built: Any, model: str, stored: dict[str, Tensor], left_out: tuple[str, ...]) -> None:
+def load_weights(built: Any, model: str, stored: Tensors, left_out: tuple[str, ...]) -> None:
     """Load a file's tensors through timm's filter, which renames them and resamples positions to the model's grid.
 
     Tensors are left out whose names begin with one of ``left_out``.
@@ -149,7 +151,7 @@ def load_weights(built: Any, model: str, stored: dict[str, Tensor], left_out: tu
         raise ValueError(f"tensor {wrong[0]} is {'missing' if wrong[0] in missing else 'unknown'}")
 
 
-def checkpoint_filter(built: Any, model: str) -> Callable[..., dict[str, Tensor]]:
+def checkpoint_filter(built: Any, model: str) -> Callable[..., Tensors]:
     """Return the filter that timm's factory uses for a model."""
     if isinstance(built, Eva):
         return eva.checkpoint_filter_fn

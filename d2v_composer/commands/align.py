@@ -31,11 +31,11 @@ def main(argv: Sequence[str]) -> None:
 
     import torch
 
-    from d2v_composer.checkpoints.student_file import choose_embedding, distillation_of, is_teacher_of, value_at
     from d2v_composer.config.reference import load_any
     from d2v_composer.data import modality_of
     from d2v_composer.embedding.align import align, match, read_index
     from d2v_composer.export.model_card import save_with_card
+    from d2v_composer.models.provenance import distillation_of, is_teacher_of, value_at
     from d2v_composer.models.teacher import Teacher
     from d2v_composer.sources.labeled import evenly_spaced
     from d2v_composer.sources.open import open_source
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
         if (modality := teacher.encoder.config.modality) != (own := student.encoder.config.modality):
             raise InputError(f"--to: {arguments.to} takes {modality}, but {arguments.model} takes {own}")
         representation = arguments.representation or (arguments.pooling and "output")
-        name = choose_embedding(teacher, arguments.pooling, representation).name
+        name = teacher.choose_embedding(arguments.pooling, representation).name
         teacher.eval().to(device)
         target, places = lambda *inputs: teacher.embed_all(*inputs)[name], None
         numbers = evenly_spaced(len(source), arguments.max_samples)

@@ -45,13 +45,13 @@ def main(argv: Sequence[str]) -> Any:
 
 def convert_and_report(arguments: Namespace, modality: "Modality", yaml: str, **options: Any) -> Any:
     """Convert, and print a report that names the YAML for the next step."""
-    from d2v_composer.conversion.convert import convert, find_samples
+    from d2v_composer.conversion.convert import convert, open_samples
     from d2v_composer.conversion.parts import Parts, plan_of
     from d2v_composer.models.configs import SAMPLE_RATE
     from d2v_composer.sources.source import hash_of, name_counts
 
     names, part, out = ("source", "split", "labels", "column", "label_column"), arguments.part, arguments.out
-    source = find_samples(modality=modality, part=part or ALL, **{name: getattr(arguments, name) for name in names})
+    source = open_samples(modality=modality, part=part or ALL, **{name: getattr(arguments, name) for name in names})
     start, plan = time.monotonic(), None
     if part:
         settings = {name: getattr(arguments, name) for name in ("seed", "shard_size", "label_column")} | options

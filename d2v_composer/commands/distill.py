@@ -42,9 +42,12 @@ def main(argv: Sequence[str]) -> None:
     try:
         plan = None if is_launched() else prepare(request)
         relaunch_on_gpus("distill", *argv)
-        config = read_settings(request) if plan is None else plan.config
-        # Before the seed is set, in every call: a student's random weights come after it.
-        teacher = plan.teacher if plan is not None else None if is_launched() else build_teacher(config)
+        if plan is None:
+            config = read_settings(request)
+            # Before the seed is set, in every call: a student's random weights come after it.
+            teacher = None if is_launched() else build_teacher(config)
+        else:
+            config, teacher, _ = plan
         train_student(config, teacher=teacher, when_built=partial(settle, request, config))
         if global_rank() == 0:
             latest, exported = str(request.out / LATEST), request.out / STUDENT_FILE

@@ -69,9 +69,9 @@ def main(argv: Sequence[str]) -> None:
         moved = [] if config.teacher is None else ["--teacher", config.teacher]
         step = d2v("export", config.model, "student.safetensors", *moved)
     else:
-        given = list[str]()
+        flags = list[str]()
         for name in ("weights", "checkpoint", "first_blocks", "image_size", "pooling", "representation"):
             if (value := getattr(config, name)) not in (None, "model"):
-                given += [f"--{name.replace('_', '-')}", str(value)]
-        step = d2v("embed", config.model, modality.unit.upper(), "embeddings.npy", *given)
+                flags += [f"--{name.replace('_', '-')}", str(value)]
+        step = d2v("embed", config.model, modality.unit.upper(), "embeddings.npy", *flags)
     print_next(step)

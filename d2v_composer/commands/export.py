@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     if (int8 and out.suffix != ".onnx") or (calibrate and not int8):
         raise InputError(f"{out}: --int8 is only for .onnx, and --calibrate only for --int8")
 
-    from d2v_composer.checkpoints.student_file import choose_embedding, timm_call
+    from d2v_composer.checkpoints.model_file import timm_call
     from d2v_composer.config.reference import load_any
     from d2v_composer.export import verification
     from d2v_composer.export.model_card import save_with_card, size_of
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
             f"{'--int8' if int8 else '--preprocessing in'}: only for images; this model takes "
             f"{student.encoder.input_name}"
         )
-    embedding = choose_embedding(student, pooling, representation)
+    embedding = student.choose_embedding(pooling, representation)
     print(f"embedding: {embedding.name}")
     if out.suffix == ".safetensors":
         save_with_card(student, source, out)

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import yaml
 
-from d2v_composer.models.names import PREFIX, Pooling, PrecisionChoice, Representation, Weights
+from d2v_composer.models.names import TIMM_PREFIX, Pooling, PrecisionChoice, Representation, Weights
 from d2v_composer.sources import COLUMN, IDS, LABEL_COLUMN, SOURCES
 from d2v_composer.system import command_line
 from d2v_composer.system.command_line import size, whole
@@ -16,7 +16,7 @@ from d2v_composer.system.processes import Part, local_ranks
 
 def absolute(place: str) -> str:
     """Return an address or timm/NAME unchanged, and a local path as an absolute path."""
-    return place if "://" in place or place.startswith(PREFIX) else os.path.abspath(os.path.expanduser(place))
+    return place if "://" in place or place.startswith(TIMM_PREFIX) else os.path.abspath(os.path.expanduser(place))
 
 
 CORES = max(1, (os.cpu_count() or 1) // local_ranks())
@@ -55,7 +55,7 @@ def make_parser(about: str | None, command: str, **named: Any) -> ArgumentParser
 
 def add_options(parser: ArgumentParser, command: str, **named: Any) -> None:
     """Add a command's options; ``named`` has further words of the file and what they stand for."""
-    known = NAMED | named
+    words = NAMED | named
     groups: dict[str, Any] = {"": parser}
     for option, given in OPTIONS[command].items():
         arguments = dict(given)
@@ -63,8 +63,8 @@ def add_options(parser: ArgumentParser, command: str, **named: Any) -> None:
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         if kind:
-            arguments["type"] = whole(*kind) if isinstance(kind, list) else known[kind]
+            arguments["type"] = whole(*kind) if isinstance(kind, list) else words[kind]
         for key in ("choices", "default"):
             if isinstance(value := arguments.get(key), str):
-                arguments[key] = known.get(value, value)
+                arguments[key] = words.get(value, value)
         groups[group].add_argument(option, help=about.format(**TEXTS, **named), **arguments)

@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
 
     import torch
 
-    from d2v_composer.checkpoints.student_file import write_model_file
+    from d2v_composer.checkpoints.model_file import write_model_file
     from d2v_composer.models.data2vec2 import Data2Vec2
     from d2v_composer.models.timm_teacher import build_timm_model, materialize
 

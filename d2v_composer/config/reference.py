@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, PlainValidator
 
 from d2v_composer.config.types import AddressText, PathText, Whole, read_image_size
-from d2v_composer.models.names import PREFIX, Pooling, Representation, Weights
+from d2v_composer.models.names import TIMM_PREFIX, Pooling, Representation, Weights
 from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class ModelReference(TimmSizes):
 
         path, weights, projected = self.model, self.weights, projected or self.representation == "projected"
         sizes: Any = {"first_blocks": self.first_blocks, "image_size": self.image_size}
-        if path.startswith(PREFIX) and not Path(path).exists():
+        if path.startswith(TIMM_PREFIX) and not Path(path).exists():
             model = teacher = load_teacher(self.checkpoint, weights, model=path, projected=projected, **sizes)
         elif given := [name for name, value in {"checkpoint": self.checkpoint, **sizes}.items() if value is not None]:
             raise InputError(f"{' and '.join(given)}: only for timm/NAME models; got {path}")

@@ -19,8 +19,8 @@ from d2v_composer.config.types import (
     Batches,
     Beta,
     Count,
+    Duration,
     Fraction,
-    Interval,
     LocalFolder,
     Microbatch,
     PathText,
@@ -38,7 +38,7 @@ from d2v_composer.config.types import (
 from d2v_composer.models.configs import STRICT, BlockSizes
 from d2v_composer.models.names import (
     DATA2VEC2,
-    PREFIX,
+    TIMM_PREFIX,
     ExtraTokens,
     Pooling,
     PrecisionChoice,
@@ -93,15 +93,16 @@ class Section(BaseModel):
 def check_precision(choice: str) -> None:
     """Raise ValueError if this machine cannot compute in a precision."""
     if choice == "amp_fp16" and not has_gpu():
-        allowed = "precision=fp32 or amp_bf16 or auto"
-        raise ValueError(f"amp_fp16 needs a GPU, and this machine has none; on a CPU: {allowed}")
+        raise ValueError(
+            "amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or amp_bf16 or auto"
+        )
 
 
 def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-Precision = Annotated[PrecisionChoice, checked(check_precision)]
+SupportedPrecision = Annotated[PrecisionChoice, checked(check_precision)]
 
 
 class TeacherSection(TimmSizes, Section):
@@ -120,7 +121,7 @@ class TeacherSection(TimmSizes, Section):
 class StudentOptions(BlockSizes, Section):
     """The student: the arguments of ``Teacher.build_student``."""
 
-    model: Annotated[Text, must("be timm/NAME", lambda name: name.startswith(PREFIX))] | None = None
+    model: Annotated[Text, must("be timm/NAME", lambda name: name.startswith(TIMM_PREFIX))] | None = None
     """null: blocks on the teacher's encoder, as in the thesis. timm/NAME: the whole timm model; its features must form
     a grid, and the other fields, except ``pretrained``, must keep their defaults."""
     pretrained: bool = False
@@ -313,7 +314,7 @@ class RetrievalConfig(LookupConfig):
     representation: Representation = "output"
     """Representation of the primary embedding: ``output`` of the last block, ``layer_mean``, the normalized mean of
     the FFN outputs, or ``projected``, the image embedding that ``objectives.embedding`` regresses."""
-    interval: Interval = "5000ba"
+    interval: Duration = "5000ba"
     """Time between measurements, in batches or epochs; there is always one at the end of the run."""
     at_start: bool = False
     """Measure the untrained student too."""
@@ -327,7 +328,7 @@ class RunConfig(Section):
 
     seed: Whole = 17
     """Seed of random weights, sample order and augmentation."""
-    precision: Precision = "fp32"
+    precision: SupportedPrecision = "fp32"
     """``fp32``, ``amp_bf16``, ``amp_fp16`` (GPU only), or ``auto``: the fastest that this machine supports."""
     device_eval_batch_size: Count = 256
     """Number of images that each device embeds per batch."""
@@ -338,11 +339,11 @@ class TrainerConfig(RunConfig):
 
     run_name: Annotated[Text, checked(check_run_name)] = "distill"
     """Name of the run in logs and in the default ``save_folder``."""
-    precision: Precision = "amp_fp16"
+    precision: SupportedPrecision = "amp_fp16"
     """``fp32``, ``amp_bf16``, ``amp_fp16`` (GPU only), or ``auto``: the fastest that this machine supports."""
     allow_tf32: bool = True
     """Let a GPU multiply float32 matrices in TF32, as Composer does. This is faster, with only 10 mantissa bits."""
-    max_duration: Interval = "30000ba"
+    max_duration: Duration = "30000ba"
     """Length of the run, in batches or epochs."""
     global_train_batch_size: Count = 256
     """Number of images in a step, across all devices."""
@@ -478,7 +479,7 @@ class FinetuneConfig(TrainerConfig, ModelReference):
     dataset: LabeledSetConfig
     """The MDS data set: the images in ROOT/train are for training, those in ROOT/test for evaluation. With
     ``train_loader.remote``, ROOT/train is the cache."""
-    eval_interval: Interval = "1ep"
+    eval_interval: Duration = "1ep"
     """Time between evaluations, in batches or epochs; there is always one at the end of the run."""
     optimizer: LayerwiseOptimizerConfig = LayerwiseOptimizerConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
     algorithms: ClassifierAlgorithmsConfig = ClassifierAlgorithmsConfig()  # pyright: ignore[reportIncompatibleVariableOverride]

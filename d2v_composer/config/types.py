@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, JsonValue
 
 from d2v_composer.models.configs import parse_image_size
-from d2v_composer.models.names import DATA2VEC2, EXTERNAL, PREFIX
+from d2v_composer.models.names import DATA2VEC2, PACKAGE_PREFIX, TIMM_PREFIX
 from d2v_composer.system.addresses import Address, check_path
 
 # Also the largest seed: ranks and epochs add to it, and numpy's seeds end at 2^32.
@@ -89,7 +89,8 @@ def arguments_of(known: Mapping[str, str]) -> AfterValidator:
 
 IS_RANGE = must("be two numbers, the smaller one first", lambda pair: pair[0] <= pair[1])
 IS_TEACHER = must(
-    f"be {DATA2VEC2}, timm/NAME or ext/NAME", lambda name: name == DATA2VEC2 or name.startswith((PREFIX, EXTERNAL))
+    f"be {DATA2VEC2}, timm/NAME or ext/NAME",
+    lambda name: name == DATA2VEC2 or name.startswith((TIMM_PREFIX, PACKAGE_PREFIX)),
 )
 IS_PRINTABLE = must("be printable characters", lambda text: bool(text) and text.isprintable())
 Text = Annotated[str, IS_PRINTABLE]
@@ -105,7 +106,7 @@ Up1000 = Annotated[int, Field(ge=1, le=1000)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Range = Annotated[tuple[Positive, Positive], Field(strict=False), IS_RANGE]  # a YAML has lists
 Batches = Annotated[Text, duration(r"[1-9]\d{,8}ba", "'5ba'")]
-Interval = Annotated[Text, duration(r"[1-9]\d{,8}(ba|ep)", "'5ba' or '5ep'")]
+Duration = Annotated[Text, duration(r"[1-9]\d{,8}(ba|ep)", "'5ba' or '5ep'")]
 WarmUp = Annotated[Text, duration(r"\d{1,9}(ba|ep)|0?\.\d+dur|[01](\.0*)?dur", "'5ba', '5ep' or '0.1dur'")]
 Arguments = dict[str, dict[str, JsonValue] | None]
 IS_MODE = must(

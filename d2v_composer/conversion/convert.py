@@ -43,7 +43,7 @@ MAX_HELD_OUT = 5000
 IMAGES = Images()  # of any size: a conversion does not decode them to a model's
 
 
-def find_samples(source: str | Path, split: str | None = None, part: Part = ALL, **options: Any) -> Source:
+def open_samples(source: str | Path, split: str | None = None, part: Part = ALL, **options: Any) -> Source:
     """Open the images or the clips of a split.
 
     Args:
@@ -176,8 +176,7 @@ class _Task(NamedTuple):
                             stored, length = source.modality.encode(stored, source.name(sample), **self.options)
                 except UnreadableSampleError as error:
                     if not self.skip_unreadable:
-                        skips = f"--skip-unreadable skips such {source.modality.unit}"
-                        raise InputError(f"{error}; {skips}") from error
+                        raise InputError(f"{error}; --skip-unreadable skips such {source.modality.unit}") from error
                     done["skipped"].append(str(error).removeprefix(f"{source.root}/"))
                     continue
                 label = {} if source.label is None else {"label": source.label(sample)}
@@ -244,7 +243,7 @@ def convert(
     """Write samples to an MDS data set with their modality's columns (``image`` or ``audio``) and, if known, ``label``.
 
     Args:
-        source: The samples; see :func:`find_samples`. CIFAR-10's become PNGs, in their order.
+        source: The samples; see :func:`open_samples`. CIFAR-10's become PNGs, in their order.
         out: A folder, or an address in any store that Composer can write: s3://, gs://, …
         seed: The seed of the order.
         workers: Processes that convert.
@@ -263,8 +262,8 @@ def convert(
     _check_out(out, work)
     groups = source.part.of(_groups(source, options.get("resize"), seed, shard_bytes))
     labels = source.label and [*map(source.label, range(len(source)))]
-    made = source.marks.tolist(), labels, source.modality.name, options, seed, shard_bytes, version("d2v-composer")
-    records = work / hash_of(*made)[:16]
+    contents = source.marks.tolist(), labels, source.modality.name, options, seed, shard_bytes, version("d2v-composer")
+    records = work / hash_of(*contents)[:16]
     class_names = None if source.label is None else source.class_names
     summary = {"classes": class_names, "seed": seed, **options} | ({"part": plan} if plan else {})
     with sole_user(work / "lock", LOCK_SECONDS) as alone:
@@ -384,5 +383,5 @@ def convert_cifar10(images: Path, out: Path, num_train: int = 50_000, num_test: 
     """
     for split, num_images in (("train", num_train), ("test", num_test)):
         if num_images and not (out / split / INDEX).exists():
-            source = find_samples(f"{CIFAR10}{images}", split)
+            source = open_samples(f"{CIFAR10}{images}", split)
             convert(source.select(range(min(num_images, len(source)))), out / split, workers=os.cpu_count() or 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from d2v_composer.embedding.collection import ids_file, load_batch
-from d2v_composer.evaluation.nearest_neighbors import NUM_COMMON, common_shares, exact_neighbors, others_of
+from d2v_composer.evaluation.nearest_neighbors import NUM_COMMON, common_fractions, exact_neighbors, others_of
 from d2v_composer.models.alignment import HELD_OUT, MIN_PAIRS, Moments, side_by_side
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.sources.labeled import evenly_spaced
@@ -31,7 +31,7 @@ LEAST_PAIRS = 2 * MIN_PAIRS
 BLOCK = 4096  # pairs that are summed up at once
 
 
-class Index(NamedTuple):
+class VectorIndex(NamedTuple):
     """Embeddings with their ids."""
 
     ids: NDArray[np.str_]
@@ -56,7 +56,7 @@ class Aligned(NamedTuple):
     finds."""
 
 
-def read_index(path: str) -> Index:
+def read_index(path: str) -> VectorIndex:
     """Read what ``d2v embed`` writes: NAME.npy with NAME.ids.npy, or NAME.parquet with the columns id and embedding.
 
     Raises:
@@ -78,10 +78,10 @@ def read_index(path: str) -> Index:
         for first in range(0, len(rows), 1 << 16):
             if not (is_finite := np.isfinite(rows[first : first + (1 << 16)]).all(axis=1)).all():
                 raise ValueError(f"the row of {ids[first + int(is_finite.argmin())]} has numbers that are not finite")
-        return Index(ids.astype(str), rows)
+        return VectorIndex(ids.astype(str), rows)
 
 
-def match(source: Source, index: Index, path: str, maximum: int) -> tuple[list[int], Int64Array, int]:
+def match(source: Source, index: VectorIndex, path: str, maximum: int) -> tuple[list[int], Int64Array, int]:
     """Return the numbers of at most ``maximum`` samples, the row of each, and how many rows share an id.
 
     Raises:
@@ -153,7 +153,7 @@ def align(
         others_of(exact_neighbors(bank_NP, queries, NUM_COMMON + 1).indices, torch.from_numpy(places[held_out]))
         for queries in (linear(inputs_MI[held_out], trial.weight, trial.bias), targets_MP[held_out])
     )
-    recall = {k: common_shares(ours[:, :k], theirs[:, :k]).mean().item() for k in (1, NUM_COMMON)}
+    recall = {k: common_fractions(ours[:, :k], theirs[:, :k]).mean().item() for k in (1, NUM_COMMON)}
     model.align(fit.weight, fit.bias)
     return Aligned([*unreadable.values()], fit.about, half.about["r2"], len(held_out), recall)
 

@@ -137,8 +137,8 @@ def embed_source(
     """
     out, rank = str(out), global_rank()
     place = source.root if is_remote(source.root) else Path(source.root).resolve()
-    made = plan_of(source, ALL, model=hash_weights(model), device=device, **options._asdict())
-    plan = part or made | {"source": hash_of(place)}  # of which some files may change
+    settings = plan_of(source, ALL, model=hash_weights(model), device=device, **options._asdict())
+    plan = part or settings | {"source": hash_of(place)}  # of which some files may change
     width = embed_batch(model, (model.encoder.example(1),), options, device).shape[1]
     folder, unit = _partial_folder(out), source.modality.unit
     chunks = _cut(source, plan, folder)
@@ -157,13 +157,13 @@ def embed_source(
             for (chunk, batch), (inputs, unreadable) in zip(batches, loaded, strict=True):
                 skipped += unreadable
                 _check_skipped([reason for _, reason in skipped], skip_unreadable, unit)
-                rows.append(
-                    embed_batch(model, inputs, options, device) if inputs else np.zeros((0, width), options.dtype)
-                )
-                if not np.isfinite(rows[-1]).all():
-                    named = f"{source.ids[batch.start]}, or a later sample in its batch"
-                    how = f"--precision {options.precision} and --dtype {options.dtype}"
-                    raise InputError(f"{named}: its embedding is not finite with {how}")
+                block = embed_batch(model, inputs, options, device) if inputs else np.zeros((0, width), options.dtype)
+                if not np.isfinite(block).all():
+                    raise InputError(
+                        f"{source.ids[batch.start]}, or a later sample in its batch: its embedding is not finite with "
+                        f"--precision {options.precision} and --dtype {options.dtype}"
+                    )
+                rows.append(block)
                 bar.update(len(batch))
                 if batch is chunk.batches[-1]:
                     write_atomically(folder / PLAN, json.dumps(plan))
@@ -258,8 +258,10 @@ def _check_plan(folder: Path, plan: Mapping[str, Any]) -> None:
     recorded = folder / PLAN
     before = json.loads(recorded.read_bytes()) if recorded.exists() else plan
     if changed := [key.replace("_", " ") for key in plan if before.get(key) != plan[key]]:
-        another = f"an interrupted run had a different {', '.join(changed)}"
-        raise InputError(f"{folder}: {another}; delete that folder, or choose another OUT")
+        raise InputError(
+            f"{folder}: an interrupted run had a different {', '.join(changed)}; delete that folder, or choose another "
+            "OUT"
+        )
 
 
 def merge_embeddings(out: str, *, overwrite: bool) -> Embedded:

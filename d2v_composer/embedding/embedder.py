@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.config.reference import load_any
 from d2v_composer.data import modality_of
 from d2v_composer.data.modality import Modality, decoding, read_sample_file
@@ -110,7 +109,7 @@ class Embedder:
             raise InputError("precision: amp_fp16 needs a GPU; on a CPU, use fp32, amp_bf16 or auto")
         model, _ = load_any(**vars(self))
         modality = modality_of(model.encoder.config)
-        representation, pooling = choose_embedding(model, self.pooling, self.representation)
+        representation, pooling = model.choose_embedding(self.pooling, self.representation)
         options = EmbeddingOptions(
             pooling, representation, precision, self.normalize, self.dtype, self.batch_size or modality.batch_size
         )

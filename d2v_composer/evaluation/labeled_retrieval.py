@@ -22,7 +22,7 @@ from d2v_composer.evaluation.nearest_neighbors import (
     TEMPERATURE,
     Ranks,
     TopK,
-    common_shares,
+    common_fractions,
     exact_neighbors,
     nearest_others,
     retrieval_hits,
@@ -138,22 +138,22 @@ def embed_set(
     parts |= dict.fromkeys(VIEWS, labeled.test) if with_views else {}
     embedded: dict[str, EmbeddedSet] = {model: {part: {} for part in parts} for model in embeds}
     for part, (samples, _) in parts.items():
-        share = lookup.ranks.share(len(samples))
-        sizes = torch.tensor([samples[i].shape[-1] for i in share.tolist()])
+        mine = lookup.ranks.indices_of_rank(len(samples))
+        sizes = torch.tensor([samples[i].shape[-1] for i in mine.tolist()])
         batches = sizes.argsort(descending=True, stable=True).split(lookup.batch_size)
         shown, is_hidden = f"{lookup.progress}{dataset} {part}", lookup.progress is None
         for places in progress_bar(batches, desc=shown, unit="batches", disable=is_hidden):
-            numbers = share[places].tolist()
+            numbers = mine[places].tolist()
             batch = [samples[i] for i in numbers]
             if lookup.augment is not None and part in VIEWS:
                 batch = [lookup.augment(samples[i], i, VIEWS.index(part)) for i in numbers]
             inputs = move_batch(collate(batch), lookup.to_device)
             for model, embed in embeds.items():
-                embeddings, shares = embed(*inputs), embedded[model][part]
+                embeddings, of_part = embed(*inputs), embedded[model][part]
                 for name, vectors in ({"": embeddings} if isinstance(embeddings, Tensor) else embeddings).items():
-                    if name not in shares:
-                        shares[name] = torch.empty(len(share), vectors.shape[1])
-                    shares[name][places] = vectors.float().cpu()
+                    if name not in of_part:
+                        of_part[name] = torch.empty(len(mine), vectors.shape[1])
+                    of_part[name][places] = vectors.float().cpu()
     return embedded
 
 
@@ -180,7 +180,7 @@ def search(
     """
     ranks, (vectors, labels), (embeddings, expected) = lookup.ranks, bank, queries
     num_voters = NUM_NEIGHBORS if name == "train" and "knn" in wanted else 0
-    nearest = exact_neighbors(vectors, ranks.take_share(embeddings), min(max(*lookup.ks, num_voters), len(labels)))
+    nearest = exact_neighbors(vectors, ranks.rows_of_rank(embeddings), min(max(*lookup.ks, num_voters), len(labels)))
     indices = ranks.gather(nearest.indices[:, : max(lookup.ks)], len(expected))
     hits = {retrieval_from(name, k): hit for k, hit in retrieval_hits(indices, labels, expected, lookup.ks).items()}
     if num_voters:
@@ -252,7 +252,7 @@ def measure_embeddings(
                 theirs = known[dataset]
                 same = name if name in theirs and name != primary else find_primary(lookup.primary, theirs)
                 same = target if row.is_projected else same
-                hits[AGREEMENT] = common_shares(nearest, theirs[same])
+                hits[AGREEMENT] = common_fractions(nearest, theirs[same])
             if name == PROJECTED and classes is not None and classes.shape[1] == in_queries[name].shape[1]:
                 banks = banks | {"classes": (to_device(classes), torch.arange(len(classes)).to(labels["test"]))}
             about = f"{dataset}, {row.title}" if name == primary and ranks.rank == 0 else ""

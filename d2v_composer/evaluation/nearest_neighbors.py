@@ -159,27 +159,27 @@ class Ranks(NamedTuple):
     rank: int = 0
     world_size: int = 1
 
-    def share(self, num_images: int) -> Tensor:
+    def indices_of_rank(self, num_images: int) -> Tensor:
         """Return this rank's indices: every W-th, padded so that all ranks have the same number."""
         mine = torch.arange(num_images)[self.rank :: self.world_size]
         missing = -(-num_images // self.world_size) - len(mine)
         return torch.cat([mine, mine.new_zeros(missing)])
 
-    def take_share(self, images: Tensor) -> Tensor:
+    def rows_of_rank(self, images: Tensor) -> Tensor:
         """Return the rows of this rank's images."""
-        return images if self.world_size == 1 else images[self.share(len(images)).to(images.device)]
+        return images if self.world_size == 1 else images[self.indices_of_rank(len(images)).to(images.device)]
 
-    def gather(self, share: Tensor, num_images: int) -> Tensor:
-        """Gather the shares of all ranks, in the order of the images, (N, …)."""
+    def gather(self, rows: Tensor, num_images: int) -> Tensor:
+        """Gather the rows of all ranks, in the order of the images, (N, …)."""
         if self.world_size == 1:
-            return share[:num_images]
+            return rows[:num_images]
         # Not all_gather: gloo's copies in its own threads, each of which starts a pool of OpenMP threads. If these are
         # more than the cores, they sleep at every barrier, and every later operation takes longer.
-        shares = share.new_empty(self.world_size, *share.shape)
-        shares[self.rank] = share
-        for rank, received in enumerate(shares):
+        gathered = rows.new_empty(self.world_size, *rows.shape)
+        gathered[self.rank] = rows
+        for rank, received in enumerate(gathered):
             torch.distributed.broadcast(received, src=rank)
-        return shares.transpose(0, 1).flatten(0, 1)[:num_images]
+        return gathered.transpose(0, 1).flatten(0, 1)[:num_images]
 
 
 ONE_RANK = Ranks()
@@ -251,7 +251,7 @@ def neighbor_agreement(embeddings: Tensor, others: Tensor, k: int = NUM_COMMON) 
         >>> neighbor_agreement(student, 2 * student)
         1.0
     """
-    return common_shares(*(nearest_others(images, k) for images in (embeddings, others))).mean().item()
+    return common_fractions(*(nearest_others(images, k) for images in (embeddings, others))).mean().item()
 
 
 def nearest_others(images: Tensor, k: int = NUM_COMMON, ranks: Ranks = ONE_RANK, bank: Tensor | None = None) -> Tensor:
@@ -268,8 +268,8 @@ def nearest_others(images: Tensor, k: int = NUM_COMMON, ranks: Ranks = ONE_RANK,
     """
     if not 1 <= k < len(images):
         raise ValueError(f"k must be from 1 to {len(images) - 1}, the number of other images; got {k}")
-    indices = exact_neighbors(images if bank is None else bank, ranks.take_share(images), k + 1).indices
-    return ranks.gather(others_of(indices, ranks.share(len(images)).to(indices.device)), len(images))
+    indices = exact_neighbors(images if bank is None else bank, ranks.rows_of_rank(images), k + 1).indices
+    return ranks.gather(others_of(indices, ranks.indices_of_rank(len(images)).to(indices.device)), len(images))
 
 
 def others_of(nearest: Tensor, places: Tensor) -> Tensor:
@@ -279,6 +279,6 @@ def others_of(nearest: Tensor, places: Tensor) -> Tensor:
     return nearest[is_other].view(len(places), -1)
 
 
-def common_shares(nearest: Tensor, reference: Tensor) -> Tensor:
+def common_fractions(nearest: Tensor, reference: Tensor) -> Tensor:
     """Return the share of each image's K neighbors, (N, K), that two models have in common: (N,) float64."""
     return (nearest[:, :, None] == reference.to(nearest.device)[:, None]).any(dim=2).double().mean(dim=1)

@@ -11,12 +11,13 @@ import jinja2
 import torch
 
 from d2v_composer.checkpoints.load import save_student
-from d2v_composer.checkpoints.student_file import choose_embedding, timm_call, value_at
+from d2v_composer.checkpoints.model_file import timm_call
 from d2v_composer.data import MODALITIES
 from d2v_composer.evaluation.evaluate import read_evaluation
 from d2v_composer.evaluation.rows import ROWS
 from d2v_composer.models.backbone import hash_weights
 from d2v_composer.models.names import timm_name
+from d2v_composer.models.provenance import value_at
 from d2v_composer.system.errors import reading, writing
 from d2v_composer.system.files import check_out_file, write_atomically
 
@@ -70,7 +71,7 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
     if described != out.name and out.with_name(described).exists():
         return lambda: f"kept {readme}: it describes {described}; in another folder, {out.name} gets its own card"
     modality = MODALITIES[student.encoder.config.modality]
-    network, embedding = getattr(student.config, "model", None), choose_embedding(student, None, None)
+    network, embedding = getattr(student.config, "model", None), student.choose_embedding()
     with reading(source):
         record = {"teacher": {}, "data": {}, "versions": {}, "command": "not recorded"} | student.provenance
         teacher = {"model": "", "source": "", "license": ""} | record["teacher"]

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from d2v_composer.checkpoints.load import load_student
-from d2v_composer.checkpoints.student_file import (
+from d2v_composer.checkpoints.model_file import (
     CONFIG_TENSOR,
     build_encoder,
     build_student,
     check_timm_outputs,
-    choose_embedding,
     config_tensor,
     parse_object,
     read_config,
@@ -135,7 +134,7 @@ def read_metadata(path: Path, student: Backbone) -> tuple[str, bool, bool]:
             torch.export.load(path, extra_files=(stored := dict.fromkeys(EXTRA_FILES, "")))
             stored["preprocessing"] = stored[EXTRA_FILES[0]]
         elif path.suffix == ".safetensors":
-            stored = metadata_of(load_student(path), choose_embedding(student, None, None).name, takes_pixels=False)
+            stored = metadata_of(load_student(path), student.choose_embedding().name, takes_pixels=False)
     if (embedding := stored["embedding"]) not in student.embedding_names:
         raise InputError(f"{path} must be an .onnx, .pt2 or .safetensors file that d2v export wrote from this student")
     takes_pixels = PIXELS in stored["preprocessing"]
@@ -262,7 +261,7 @@ class TimmStudent(Student):
         """
         self.global_pool = global_pool or self.global_pool
         pooling: Any = POOLINGS.get(self.global_pool, self.global_pool)
-        self.embedding = choose_embedding(self, pooling, self.representation)
+        self.embedding = self.choose_embedding(pooling, self.representation)
         representation = self.embedding.representation
         # DDP refuses trainable parameters without gradient.
         self.blocks[-1].norm2.requires_grad_(representation != "layer_mean")

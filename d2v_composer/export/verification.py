@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from d2v_composer.checkpoints.load import save_student
-from d2v_composer.checkpoints.student_file import sha256, value_at
 from d2v_composer.data import modality_of
 from d2v_composer.export import check_program
 from d2v_composer.export.check_program import RUNTIMES
@@ -26,12 +25,13 @@ from d2v_composer.export.programs import read_metadata
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import height_and_width
 from d2v_composer.models.images import resize
+from d2v_composer.models.provenance import value_at
 from d2v_composer.report.tables import format_table
 from d2v_composer.sources.labeled import evenly_spaced, load_labeled_set
 from d2v_composer.sources.open import open_source
 from d2v_composer.system.errors import InputError, RunError
 from d2v_composer.system.fetch import names_in
-from d2v_composer.system.files import check_out_file, check_owned, write_atomically
+from d2v_composer.system.files import check_out_file, check_owned, sha256, write_atomically
 from d2v_composer.system.machine import describe_machine, package_versions
 from d2v_composer.system.processes import if_interrupted
 from d2v_composer.system.progress import progress_bar
@@ -111,13 +111,13 @@ def name_fastest(medians: Mapping[str, Mapping[str, float]]) -> str:
     Args:
         medians: Runtime → its numbers.
     """
-    said = []
+    comparisons = []
     for key in ("/s at 1", "/s at 16") if len(medians) > 1 else ():
         fastest, *slower = sorted(medians, key=lambda name: medians[name][key], reverse=True)
         compared = dict.fromkeys((slower[0], slower[-1]))
         factors = (f"{medians[fastest][key] / medians[name][key]:.2f} times as fast as {name}" for name in compared)
-        said.append(f"{key}: {fastest}, {' and '.join(factors)}")
-    return f"fastest runtime in range: {'; '.join(said) or 'nothing to compare'}"
+        comparisons.append(f"{key}: {fastest}, {' and '.join(factors)}")
+    return f"fastest runtime in range: {'; '.join(comparisons) or 'nothing to compare'}"
 
 
 def read_samples(student: Backbone, source: str | None, maximum: int, takes_pixels: bool = False) -> Tensor:
@@ -136,8 +136,10 @@ def read_samples(student: Backbone, source: str | None, maximum: int, takes_pixe
         options = datasets[0] | {"download": False, "max_images": maximum, "class_embeddings": None}
         samples = load_labeled_set(modality=modality, **options).test.samples
     if len(samples) < MIN_SAMPLES:
-        fault = f"expected at least {MIN_SAMPLES} {modality.unit}, got {len(samples)}"
-        raise InputError(f"{fault}; use --images FOLDER, or --calibrate FOLDER with --int8")
+        raise InputError(
+            f"expected at least {MIN_SAMPLES} {modality.unit}, got {len(samples)}; use --images FOLDER, or --calibrate "
+            "FOLDER with --int8"
+        )
     length = min(sample.shape[-1] for sample in samples)
     batch = torch.stack([sample[..., :length] for sample in samples])
     if takes_pixels:
@@ -157,8 +159,8 @@ def measure_runtimes(script: Path, files: Mapping[str, Path]) -> tuple[dict[str,
     for name in progress_bar(ROUNDS * list(files), desc="measuring", unit="runs"):
         command = [sys.executable, str(script), name, str(files[name])]
         with Popen(command, stdout=PIPE, stderr=PIPE, text=True, env=path) as process, if_interrupted(process.kill):
-            said, errors = process.communicate()
-        rounds[name].append(json.loads("{" + (said.partition("{")[2] or "}")))
+            output, errors = process.communicate()
+        rounds[name].append(json.loads("{" + (output.partition("{")[2] or "}")))
         if process.returncode:
             faults[name] = (errors.splitlines() or [f"exit status {process.returncode}"])[-1]
     for name, runs in rounds.items():

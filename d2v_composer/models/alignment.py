@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from d2v_composer.models.encoder import Frozen
+from d2v_composer.models.encoder import Freezable
 
 # Ridge strengths that are tried, as multiples of the inputs' mean variance.
 STRENGTHS = [10.0**power for power in range(-8, 2)]
@@ -19,7 +19,7 @@ HELD_OUT = 10
 MIN_PAIRS = 2 * HELD_OUT
 
 
-class Alignment(Frozen):
+class Alignment(Freezable):
     """A linear map from a model's poolings, side by side, to the embedding ``projected_cls``, in float32.
 
     Args:

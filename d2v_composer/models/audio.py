@@ -108,8 +108,9 @@ class AudioEncoder(Sound, Data2Vec2Encoder):
             shortest, longest = (int(length) for length in lengths.aminmax())
             num_samples = longest if num_samples is None else num_samples
             if shortest < self.min_samples or longest > num_samples:
-                allowed = f"from {self.min_samples} to {num_samples} samples"
-                raise ValueError(f"lengths must be {allowed}, got {shortest} to {longest}")
+                raise ValueError(
+                    f"lengths must be from {self.min_samples} to {num_samples} samples, got {shortest} to {longest}"
+                )
         num_frames = self.config.num_frames(int(lengths.max()) if num_samples is None else num_samples)
         return pad(beyond(self.config.num_frames(lengths), num_frames), (self.config.num_extra_tokens, 0))
 

@@ -6,7 +6,7 @@ Shapes: B inputs, T tokens, D channels, H heads, P channels of ``projected_cls``
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from d2v_composer.models.alignment import Alignment
 from d2v_composer.models.attention import FfnBlock
-from d2v_composer.models.encoder import Encoder, Frozen, Inputs, Tokens, count_flop
+from d2v_composer.models.encoder import Encoder, Freezable, Inputs, Tokens, count_flop
 from d2v_composer.models.features import Features
 from d2v_composer.models.names import PROJECTED, Embedding, Pooling, Representation
+from d2v_composer.models.provenance import value_at
 from d2v_composer.models.targets import LayerMean
 from d2v_composer.system.errors import InputError
 
@@ -58,7 +59,7 @@ def hash_weights(model: "Backbone") -> str:
 def frozen_prefixes(module: nn.Module, prefix: str = "") -> tuple[str, ...]:
     """Return the prefixes of the names of tensors in a module's frozen parts."""
     parts = module.named_modules(prefix=prefix, remove_duplicate=False)
-    return tuple(f"{name}." for name, part in parts if isinstance(part, Frozen) and part.is_frozen)
+    return tuple(f"{name}." for name, part in parts if isinstance(part, Freezable) and part.is_frozen)
 
 
 def keep_trained_tensors(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
@@ -95,7 +96,7 @@ def expect_no_frozen_tensors(module: nn.Module, incompatible_keys: Any) -> None:
     incompatible_keys.missing_keys.clear()
 
 
-class Projection(Frozen):
+class Projection(Freezable):
     """Pool a model's output: CLS, or the mean of patches or frames; then map it.
 
     Args:
@@ -187,6 +188,27 @@ class Backbone(nn.Module, ABC):
         if self.alignment is not None:
             return len(self.alignment.bias)
         return 0 if self.projection is None else self.projection.num_outputs or self.encoder.embed_dim
+
+    def choose_embedding(
+        self, pooling: Pooling | None = None, representation: Representation | None = None
+    ) -> Embedding:
+        """Return the requested embedding; ``None`` stands for the primary embedding's pooling or representation.
+
+        Raises:
+            InputError: The model has no such embedding.
+        """
+        primary = Embedding()
+        for key in ("model", "config.retrieval"):  # the record of a fine-tuning run, and of a distillation
+            with suppress(LookupError, TypeError, ValueError):
+                primary = Embedding.parse(value_at(self.provenance, key))
+        if primary.pooling == "cls" and not self.has_cls_token:
+            primary = primary._replace(pooling=self.default_pooling)
+        chosen = Embedding(representation or primary.representation, pooling or primary.pooling)
+        if chosen.name not in self.embedding_names:
+            raise InputError(
+                f"representation and pooling: this model has no {chosen.name}; it has {', '.join(self.embedding_names)}"
+            )
+        return chosen
 
     @property
     def alignment_inputs(self) -> list[str]:
@@ -342,7 +364,7 @@ class Transformer(Backbone):
             yield x, ffn_output_BTD
 
     def features(self, tokens: Tokens) -> Features:
-        x, padding_mask, shares, _ = tokens
+        x, padding_mask, window_weights, _ = tokens
         return Features(
             lambda needs_last_output: self.iterate_blocks(x, needs_last_output, padding_mask),
             len(self.blocks),
@@ -350,7 +372,7 @@ class Transformer(Backbone):
             self.num_extra_tokens,
             self.has_cls_token,
             padding_mask,
-            shares,
+            window_weights,
             project=self.projection and self.project,
         )
 

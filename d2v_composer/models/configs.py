@@ -136,8 +136,10 @@ class Data2Vec2EncoderConfig(Config):
             raise ValueError(f"num_heads must divide embed_dim, got {self.num_heads} heads for {self.embed_dim}")
         shape, heads = self.alibi_scale_shape, self.num_alibi_heads
         if shape is not None and (not heads or shape[1:] not in [(1, count, 1, 1) for count in (1, heads)]):
-            expected = f"(blocks or 1, 1, {heads} or 1, 1, 1), or null without ALiBi"
-            raise ValueError(f"alibi_scale_shape must be {expected}, got {short(shape)}")
+            raise ValueError(
+                f"alibi_scale_shape must be (blocks or 1, 1, {heads} or 1, 1, 1), or null without ALiBi, got "
+                f"{short(shape)}"
+            )
 
 
 class ImageConfig(Config):
@@ -263,8 +265,10 @@ def parse_convolutions(spec: str) -> list[tuple[int, int, int]]:
     layers = list[tuple[int, int, int]]()
     for text in spec.replace(" ", "").split("+"):
         if (part := CONVOLUTIONS.fullmatch(text)) is None:
-            allowed = "lists of (channels, kernel, stride), repeated by * and joined by +"
-            raise ValueError(f"feature_encoder_spec must be {allowed}, got {short(spec)}")
+            raise ValueError(
+                "feature_encoder_spec must be lists of (channels, kernel, stride), repeated by * and joined by +, got "
+                f"{short(spec)}"
+            )
         sizes = [int(number) for number in re.findall(r"\d+", part[1])]
         for size in sizes:
             check_whole("a size in feature_encoder_spec", size, 1, MAX_WIDTH)

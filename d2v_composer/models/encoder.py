@@ -40,8 +40,8 @@ class Inputs(NamedTuple):
     normalizes. Or waveforms, (B, L) float, which it normalizes."""
     lengths: Tensor | None = None
     """Samples of each waveform of a padded batch, (B,) int64; ``None``: nothing is padded."""
-    shares: Tensor | None = None
-    """The share of each of W windows in the embeddings of B clips, (B, W), if ``values`` are windows, (B·W, …)."""
+    window_weights: Tensor | None = None
+    """The weight of each of W windows in the embeddings of B clips, (B, W), if ``values`` are windows, (B·W, …)."""
 
     def filled_up(self, missing: int) -> "Inputs":
         """Return the batch with black images or silence at its end, and padded clips at one of a few sizes.
@@ -63,13 +63,13 @@ class Tokens(NamedTuple):
     """(B, T, D)"""
     padding_mask: Tensor | None = None
     """(B, T) bool, true for tokens that are padding; ``None``: no token is."""
-    shares: Tensor | None = None
+    window_weights: Tensor | None = None
     """See :class:`Inputs`."""
     pooled: Tensor | None = None
     """(B, P), of a model that pools its features itself."""
 
 
-class Frozen(nn.Module):
+class Freezable(nn.Module):
     """A module that, once :meth:`freeze` was called, stays in eval mode and gets no gradient.
 
     ``Trainer.fit`` and ``model_eval_mode`` call ``model.train(mode=True)`` on the whole model, which then has no effect
@@ -80,7 +80,7 @@ class Frozen(nn.Module):
 
     def freeze(self) -> Self:
         for part in self.modules():
-            if isinstance(part, Frozen):
+            if isinstance(part, Freezable):
                 part.is_frozen = True
         self.requires_grad_(False)
         return self.eval()
@@ -100,7 +100,7 @@ class Frozen(nn.Module):
         return self
 
 
-class Encoder(Frozen):
+class Encoder(Freezable):
     """Base of encoders: inputs to tokens, then blocks. Only the subclasses depend on the modality.
 
     Models that hold the same encoder share it: a step runs it once. It trains unless it is frozen.
@@ -211,7 +211,7 @@ class Encoder(Frozen):
             x_BTD = x_BTD.to(autocast_dtype(x_BTD))
         for block, context in zip(self.block_list, self.block_contexts(x_BTD, padding_mask), strict=False):
             x_BTD, _ = block(x_BTD, context)
-        return Tokens(x_BTD, padding_mask, inputs.shares)
+        return Tokens(x_BTD, padding_mask, inputs.window_weights)
 
     def flop(self) -> int:
         """Return the operations for one input, the config's image or a second of audio."""

@@ -44,7 +44,7 @@ class Features:
     """True if the first of these tokens is CLS."""
     padding_mask: Tensor | None = None
     """(B, T), true for padding."""
-    shares: Tensor | None = None
+    window_weights: Tensor | None = None
     """See :class:`~d2v_composer.models.encoder.Inputs`."""
     pooled: Tensor | None = None
     """(B, P), the model's own pooled feature, in place of CLS."""
@@ -116,9 +116,10 @@ class Features:
         pooled = {"cls": cls_BP} if self.has_cls_token else {}
         pooled["mean"] = mean_over_time(x_BTD, 0, self.padding_mask)[:, 0]
         pooled["mean_patches"] = mean_over_time(x_BTD, self.num_extra_tokens, self.padding_mask)[:, 0]
-        if self.shares is not None:
-            weights_BW1 = self.shares[..., None]
+        if self.window_weights is not None:
+            weights_BW1 = self.window_weights[..., None]
             pooled = {
-                name: (weights_BW1 * tensor.unflatten(0, self.shares.shape)).sum(1) for name, tensor in pooled.items()
+                name: (weights_BW1 * tensor.unflatten(0, self.window_weights.shape)).sum(1)
+                for name, tensor in pooled.items()
             }
         return {f"{prefix}{name}": tensor for name, tensor in pooled.items()}

@@ -10,11 +10,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 DATA2VEC2 = "data2vec2"
 """Default of ``teacher.model``."""
-PREFIX = "timm/"
+TIMM_PREFIX = "timm/"
 """Prefix of a timm model's name."""
-EXTERNAL = "ext/"
+PACKAGE_PREFIX = "ext/"
 """Prefix of a teacher's name that is an installed package's, or that ``train_student`` is given."""
-TEACHERS = "d2v_composer.teachers"
+ENTRY_POINTS = "d2v_composer.teachers"
 """Group of entry points: each is called with ``teacher.checkpoint`` and returns a teacher."""
 PROJECTED = "projected_cls"
 """The embedding in the space of the teacher's own image embedding, whatever it pools."""
@@ -103,7 +103,7 @@ def timm_name(model: str) -> str:
     """
     import timm  # takes seconds
 
-    name = model.removeprefix(PREFIX)
+    name = model.removeprefix(TIMM_PREFIX)
     if name == model or not timm.is_model(name):
         raise ValueError(f"no model {model!r}; expected timm/NAME, with NAME from timm.list_models()")
     return name

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import StudentConfig, TimmNetworkConfig
-from d2v_composer.models.encoder import Encoder, Frozen, Tokens
+from d2v_composer.models.encoder import Encoder, Freezable, Tokens
 from d2v_composer.models.names import ExtraTokens, check_choice
 from d2v_composer.models.student import Init, Student
 
 
-class Teacher(Backbone, Frozen):
+class Teacher(Backbone, Freezable):
     """Base of teachers, in eval mode. Call :meth:`freeze` once the parameters exist.
 
     Args:
@@ -105,18 +105,18 @@ class Teacher(Backbone, Frozen):
             True
         """
         check_choice("init", init, Init)
-        given = {name: value for name, value in sizes.items() if value is not None}
-        if given.get("normalization") == "dataset":  # a target's alone
-            given["normalization"] = "layer"
+        sizes = {name: value for name, value in sizes.items() if value is not None}
+        if sizes.get("normalization") == "dataset":  # a target's alone
+            sizes["normalization"] = "layer"
         if projected:
             if self.projection is None:
                 raise ValueError("projected: this teacher has no projection; load it with projected=True")
-            given["projection"] = self.projection.num_outputs if model is None else self.projected_width
+            sizes["projection"] = self.projection.num_outputs if model is None else self.projected_width
         if model is not None:
-            return self.build_network(model, pretrained, **given, **({} if init == "random" else {"init": init}))
+            return self.build_network(model, pretrained, **sizes, **({} if init == "random" else {"init": init}))
         if pretrained:
             raise ValueError("pretrained: must be false without a model timm/NAME")
-        config = StudentConfig(**{"final_layer_norm": self.layer_mean.final_layer_norm, **given})
+        config = StudentConfig(**{"final_layer_norm": self.layer_mean.final_layer_norm, **sizes})
         encoder = self.student_encoder()
         provenance = {"teacher": self.provenance, "student": {"own_encoder": encoder is not self.encoder}}
         student = Student(encoder, config, provenance, self.projection)
@@ -124,8 +124,10 @@ class Teacher(Backbone, Frozen):
             return student
         sources = self.init_sources(init)
         if config.depth > len(sources):
-            allowed = f"at most {len(sources)}, the number of the teacher's blocks"
-            raise ValueError(f"init {init} needs a depth of {allowed}; got {config.depth}")
+            raise ValueError(
+                f"init {init} needs a depth of at most {len(sources)}, the number of the teacher's blocks; got "
+                f"{config.depth}"
+            )
         try:
             for block, source in zip(student.block_list, sources, strict=False):
                 (block.attn if init == "teacher_attention" else block).load_state_dict(source.state_dict())

@@ -127,9 +127,11 @@ class TimmNetwork(PixelEncoder):
             height, width = features.shape[1:3] if self.is_channels_last else features.shape[2:]
             return height, width
         num_cells = features.shape[1] - self.num_prefix_tokens
-        known = getattr(getattr(self.model, "patch_embed", None), "grid_size", None)
+        declared = getattr(getattr(self.model, "patch_embed", None), "grid_size", None)
         side = round(num_cells**0.5)
-        grid = (side, side) if known is None or known[0] * known[1] != num_cells else (known[0], known[1])
+        grid = (
+            (side, side) if declared is None or declared[0] * declared[1] != num_cells else (declared[0], declared[1])
+        )
         if features.ndim != 3 or grid[0] * grid[1] != num_cells:
             raise ValueError(features.shape)
         return grid

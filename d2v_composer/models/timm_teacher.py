@@ -411,6 +411,8 @@ class TimmTeacher(Transformer, Teacher):
                 f"init teacher_blocks needs data2vec 2.0's post-norm blocks, but {name} has {type(blocks[0]).__name__}"
             )
         if self.contexts.table is not None:
-            needed = "an attention without rotary positions or relative bias"
-            raise ValueError(f"init teacher_attention needs {needed}, but {name} has one of these")
+            raise ValueError(
+                f"init teacher_attention needs an attention without rotary positions or relative bias, but {name} has "
+                "one of these"
+            )
         return [block.attn for block in blocks]

@@ -130,24 +130,24 @@ def _in_index(run: Run, dataset: str, measure: Measure) -> Iterator[str]:
 def _kept(run: Run, dataset: str, measure: Measure, rows: Mapping[str, Any]) -> str:
     untrained, student, teacher = (100 * rows[row].value for row in GAP)
     batch = last_batch(run.results)
-    shown = f"The student scores {student:.1f} % ({measure.heading}, {run.primary}); untrained it scored "
-    shown += f"{untrained:.1f} %, and its teacher scores {teacher:.1f} %."
+    details = f"The student scores {student:.1f} % ({measure.heading}, {run.primary}); untrained it scored "
+    details += f"{untrained:.1f} %, and its teacher scores {teacher:.1f} %."
     costs = run.record["costs"]
     sizes = [
         f"{scale * costs['student'][key]:.2f} {name} (teacher: {scale * costs[TEACHER][key]:.2f})"
         for name, key, scale in COSTS
     ]
-    shown += f" It has {', '.join(sizes)}."
+    details += f" It has {', '.join(sizes)}."
     if (closed := rows[GAP_CLOSED]) is None:
-        return f"there is no teacher gap to close. {shown}"
+        return f"there is no teacher gap to close. {details}"
     value, low, high = (100 * fraction for fraction in closed[:3])
-    said = f"the student closes {value:.0f} % of the teacher gap, 95 % interval {low:.0f} to {high:.0f}"
-    said += f"{closed.note}. {shown}"
+    verdict = f"the student closes {value:.0f} % of the teacher gap, 95 % interval {low:.0f} to {high:.0f}"
+    verdict += f"{closed.note}. {details}"
     if value >= ENOUGH:
-        return said
+        return verdict
     logged = run.log.get(metric_key(dataset, measure), {})  # of an interrupted run also of later batches
     first, before = max({0: untrained / 100, **{step: value for step, value in logged.items() if step < batch}}.items())
     gain = 100 * (student - 100 * before) / (teacher - untrained)
     more = "" if run.record["config"]["student"]["model"] else "more teacher.first_blocks or "  # timm's has its own
     tried = "longer training" if gain >= RISING else f"{more}smaller batches for the same number of samples"
-    return f"{said} To close more, try {tried}: the last {batch - first} batches closed {gain:.0f} %."
+    return f"{verdict} To close more, try {tried}: the last {batch - first} batches closed {gain:.0f} %."

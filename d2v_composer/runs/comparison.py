@@ -5,13 +5,7 @@ from pathlib import Path
 
 import torch
 
-from d2v_composer.checkpoints.student_file import (
-    build_encoder,
-    choose_embedding,
-    distillation_of,
-    has_tuned_encoder,
-    value_at,
-)
+from d2v_composer.checkpoints.model_file import build_encoder
 from d2v_composer.config.reference import load_any
 from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ShardLoaderConfig
 from d2v_composer.data import build_augmentation, modality_of
@@ -21,8 +15,9 @@ from d2v_composer.evaluation.labeled_retrieval import Lookup
 from d2v_composer.evaluation.rows import GAP, GAP_CLOSED, ROWS
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import TimmNetworkConfig
-from d2v_composer.models.names import PREFIX, PROJECTED
+from d2v_composer.models.names import PROJECTED, TIMM_PREFIX
 from d2v_composer.models.precision import precision_of
+from d2v_composer.models.provenance import distillation_of, has_tuned_encoder, value_at
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.sources.labeled import EvaluationSet, load_labeled_set
@@ -105,7 +100,7 @@ def load_rival(place: str, modality: str) -> Backbone:
         InputError: It cannot be loaded, or takes other samples.
     """
     with errors_of("rivals"):
-        if place.startswith(PREFIX) and not Path(place).exists():
+        if place.startswith(TIMM_PREFIX) and not Path(place).exists():
             from d2v_composer.models.timm_network import load_pretrained  # timm takes seconds to import
 
             model: Backbone = load_pretrained(place)
@@ -129,7 +124,7 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
         untrained = build_untrained(model, teacher)
         recorded = value_at(model.provenance, "config.train_loader") or {}
         loader = ShardLoaderConfig(**{name: recorded[name] for name in modality.options & recorded.keys()})
-    primary = choose_embedding(model, config.pooling, config.representation).name
+    primary = model.choose_embedding(config.pooling, config.representation).name
     places = [*map(hide_secrets, config.rivals)]
     if taken := [place for place in places if place in (*ROWS, GAP_CLOSED) or places.count(place) > 1]:
         raise InputError(f"rivals: {taken[0]!r} names another row of the tables; write ./{taken[0]} for the file")

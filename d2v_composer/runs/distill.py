@@ -12,13 +12,13 @@ from d2v_composer.callbacks.algorithms import AlignStudent, TargetStatistics
 from d2v_composer.callbacks.checkpointing import Stop
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.load import load_teacher
-from d2v_composer.checkpoints.student_file import choose_embedding, sizes_of
+from d2v_composer.checkpoints.model_file import sizes_of
 from d2v_composer.config.schema import TeacherSection, TrainConfig
 from d2v_composer.data import build_augmentation, modality_of
 from d2v_composer.evaluation.evaluate import cost, share_encoders
 from d2v_composer.evaluation.labeled_retrieval import Embed
 from d2v_composer.evaluation.rows import STUDENT, TEACHER, last_batch
-from d2v_composer.models.names import PREFIX, Embedding
+from d2v_composer.models.names import TIMM_PREFIX, Embedding
 from d2v_composer.models.precision import choose_precision
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives.compilation import check_compiler, compile_model
@@ -141,9 +141,9 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
     targets = config.targets
     check_compiler(config.compile)
     with errors_of("student"):
-        layer_mean = targets.model_dump(include={"normalization", "final_layer_norm"})
+        normalization = targets.model_dump(include={"normalization", "final_layer_norm"})
         projected = config.objectives.needs_projection
-        student = teacher.build_student(**config.student.model_dump(), **layer_mean, projected=projected)
+        student = teacher.build_student(**config.student.model_dump(), **normalization, projected=projected)
     check_network("student.model", student, config)
     with errors_of("targets"):
         return DistillationModel(
@@ -220,8 +220,8 @@ def target_of(config: TrainConfig, model: DistillationModel) -> Embedding | None
         return None
     default = "output" if how.pooling or not teacher.projected_width else "projected"
     with errors_of("alignment"):
-        target = choose_embedding(teacher, how.pooling, how.representation or default)
-    has_own_layers = config.teacher.first_blocks is None or config.teacher.model.startswith(PREFIX)
+        target = teacher.choose_embedding(how.pooling, how.representation or default)
+    has_own_layers = config.teacher.first_blocks is None or config.teacher.model.startswith(TIMM_PREFIX)
     if how.representation == "layer_mean" and not (has_own_layers and model.layer_mean[:2] == teacher.layer_mean[:2]):
         raise InputError(
             "alignment.representation: layer_mean needs the teacher's own, as d2v embed computes it: set "
@@ -279,7 +279,7 @@ def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, E
     """
     retrieval = config.retrieval
     with errors_of("retrieval"):
-        primary = choose_embedding(model.student, retrieval.pooling, retrieval.representation).name
+        primary = model.student.choose_embedding(retrieval.pooling, retrieval.representation).name
     known = embeds_of(config, model)
     student = known.pop(STUDENT)
     if unknown := [name for name in retrieval.baselines if name not in known]:

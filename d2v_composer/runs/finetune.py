@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from d2v_composer.callbacks.algorithms import SharedStatistics
 from d2v_composer.checkpoints.checkpoint import LATEST
-from d2v_composer.checkpoints.student_file import choose_embedding, sizes_of
+from d2v_composer.checkpoints.model_file import sizes_of
 from d2v_composer.config.schema import FinetuneConfig, TrainLoaderConfig
 from d2v_composer.data import modality_of
 from d2v_composer.models.backbone import hash_weights
@@ -69,7 +69,7 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trai
         backbone, _ = config.load()
     is_student, backbone.head = not isinstance(backbone, Teacher), None  # a head is of an earlier fine-tuning run
     backbone.alignment = None  # of the weights before
-    embedding = choose_embedding(backbone, config.pooling, config.representation)
+    embedding = backbone.choose_embedding(config.pooling, config.representation)
     modality = modality_of(backbone.encoder.config)
     for name in ("mixup", "cutmix") if modality.has_lengths else ():
         if getattr(config.algorithms, name) is not None:

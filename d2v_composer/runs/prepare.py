@@ -29,7 +29,7 @@ from d2v_composer.models.configs import (
     height_and_width,
     parse_image_size,
 )
-from d2v_composer.models.names import DATA2VEC2, PREFIX
+from d2v_composer.models.names import DATA2VEC2, TIMM_PREFIX
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.runs.distill import build_model, build_teacher, choose_embeds, target_of
 from d2v_composer.runs.trainer import build_callbacks
@@ -208,7 +208,7 @@ def configure(request: Request, samples: Path, chosen: Mapping[str, Any], path: 
     Raises:
         InputError: A change of a setting is wrong.
     """
-    is_timm = request.teacher.startswith(PREFIX)
+    is_timm = request.teacher.startswith(TIMM_PREFIX)
     settings = {
         "run_name": request.out.name,
         "save_folder": str(request.out.with_name("{run_name}")),  # a copy of the settings may name another run

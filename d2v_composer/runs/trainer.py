@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import yaml
 from composer import Trainer
-from composer.algorithms import CutMix, LabelSmoothing, MixUp
 from composer.core import Algorithm, Callback, DataSpec, Time, TimeUnit
 from composer.loggers import LoggerDestination
 from composer.models import ComposerModel
@@ -24,13 +23,14 @@ from composer.utils import dist, reproducibility
 from torch import nn
 from torch.utils.data import DataLoader
 
-from d2v_composer.callbacks.algorithms import GradientClipping, GradientNorm, SeededBatches
+from d2v_composer.callbacks.algorithms import GradientNorm, SeededBatches
 from d2v_composer.callbacks.checkpointing import Checkpoints, NanGuard, Stop
 from d2v_composer.callbacks.logging import ProgressLogger, Throughput, Uploads, num_batches
 from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.callbacks.trainer_state import find_callback
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.checkpoint import (
+    ALGORITHMS,
     LOG,
     Checkpoint,
     download_checkpoint,
@@ -38,7 +38,7 @@ from d2v_composer.checkpoints.checkpoint import (
     find_newest,
     read_checkpoint,
 )
-from d2v_composer.checkpoints.student_file import convert_to_timm, sha256
+from d2v_composer.checkpoints.model_file import convert_to_timm
 from d2v_composer.config.load import defaults, layered
 from d2v_composer.config.schema import CALLBACKS, LOGGERS, AlgorithmsConfig, OptimizerConfig, TrainerConfig
 from d2v_composer.data import MODALITIES
@@ -52,18 +52,12 @@ from d2v_composer.system.addresses import RunFolder, hide_secrets
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError, RunError, errors_of, find_full_disk, reading, reason
 from d2v_composer.system.fetch import cache_folder, is_remote
+from d2v_composer.system.files import sha256
 from d2v_composer.system.machine import describe_machine, package_versions
 from d2v_composer.system.processes import allow_open_files, if_interrupted, num_nodes, num_ranks
 from d2v_composer.system.ranks import join_ranks, node_leaders_first, rank_zero_first
 from d2v_composer.system.third_party import lean_engine, patched_composer
 
-# Name in the section ``algorithms`` → what its fields are the arguments of.
-ALGORITHMS = {
-    "gradient_clipping": GradientClipping,
-    "mixup": MixUp,
-    "cutmix": CutMix,
-    "label_smoothing": LabelSmoothing,
-}
 # A resume takes these from the checkpoint, or would silently mix old and new ones.
 FIXED_IN_ANY_RUN = (
     "data.sha256",  # the position in the order of samples is that data set's
@@ -303,8 +297,10 @@ def build_scheduler(config: TrainerConfig, batches_per_epoch: int) -> ComposerSc
 
 def build_algorithms(config: AlgorithmsConfig) -> list[Algorithm]:
     """Build the algorithms in the order of the section ``algorithms``, and the logger of the gradient norm."""
-    chosen = {name: section for name, section in config if section is not None}
-    return [*(ALGORITHMS[name](**section.model_dump()) for name, section in chosen.items()), GradientNorm()]
+    algorithms = [
+        resolve_name(ALGORITHMS[name])(**fields.model_dump()) for name, fields in config if fields is not None
+    ]
+    return [*algorithms, GradientNorm()]
 
 
 def build_callbacks(config: TrainerConfig) -> list[Callback]:
@@ -335,12 +331,12 @@ def build_loggers(config: TrainerConfig, unit: str) -> list[LoggerDestination]:
         if arguments is None or (name == "jsonl" and folder is None and "filename" not in arguments):
             continue
         with errors_of(f"loggers.{name}"):
-            in_folder = {} if folder is None else places(name, folder)
+            in_folder = {} if folder is None else arguments_in(folder, name)
             loggers.append(resolve_name(LOGGERS[name])(**layered(in_folder, arguments)))
     return loggers
 
 
-def places(name: str, folder: RunFolder) -> dict[str, Any]:
+def arguments_in(folder: RunFolder, name: str) -> dict[str, Any]:
     """Return the arguments that let a logger write into the run's folder, unless the environment sets its location."""
     local = folder.local.absolute()
     if name == "jsonl":

@@ -65,7 +65,7 @@ class EvaluationSet(NamedTuple):
         if not self.has_labels:
             return self
         values, numbers = torch.cat([self.train.labels, self.test.labels]).unique(return_inverse=True)
-        known = dict(enumerate(self.class_names))
+        names = dict(enumerate(self.class_names))
         train, test = numbers.split(self.num_samples)
         rows, labels = self.class_embeddings, values.tolist()
         if rows is not None:  # those of classes without images come last, as wrong answers
@@ -73,7 +73,7 @@ class EvaluationSet(NamedTuple):
         return EvaluationSet(
             self.train._replace(labels=train),
             self.test._replace(labels=test),
-            tuple(known.get(label, str(label)) for label in labels),
+            tuple(names.get(label, str(label)) for label in labels),
             rows,
         )
 
@@ -183,8 +183,9 @@ def _read_class_embeddings(path: Path, labeled: EvaluationSet) -> Tensor:
     num_labels = max(int(split.labels.max()) + 1 for split in labeled[:2])
     num_classes = len(labeled.class_names) or max(num_labels, len(rows))
     if rows.ndim != 2 or len(rows) != num_classes or not rows.isfinite().all():
-        expected = f"finite numbers, a row for each of {num_classes} classes"
-        raise InputError(f"{path}: expected {expected}, got {tuple(rows.shape)}")
+        raise InputError(
+            f"{path}: expected finite numbers, a row for each of {num_classes} classes, got {tuple(rows.shape)}"
+        )
     return rows
 
 
@@ -207,8 +208,10 @@ def open_cifar(name: str, root: Path, download: bool) -> dict[str, Source]:
                 for split in ("train", "test")
             }
     except Exception as error:
-        hint = f"{'' if download else 'set download: true to fetch it, or '}unpack {dataset_class.url} in {root}"
-        raise InputError(f"{root}: no readable {dataset_class.__name__} ({reason(error)}); {hint}") from error
+        raise InputError(
+            f"{root}: no readable {dataset_class.__name__} ({reason(error)}); "
+            f"{'' if download else 'set download: true to fetch it, or '}unpack {dataset_class.url} in {root}"
+        ) from error
     return {
         split: Source(
             root=f"{name}:{root}/{split}",

@@ -115,7 +115,7 @@ def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str])
         root = os.path.dirname(head)
         pattern, root = source.removeprefix(root).lstrip("/"), root or "."
     name, glob = "" if star else pattern, pattern.split("/") if pattern else ["**"]
-    left_out, places = Counter[str](), dict[object, File]()
+    left_out, by_identity = Counter[str](), dict[object, File]()
     if not is_remote(source):
         with reading(source):
             entries = [(File.of(name, source), None)] if name else [*_list_disk(root, glob, left_out)]
@@ -129,19 +129,17 @@ def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str])
         else:
             return None
         entries = [(file, file.path) for file in files]
-    for file, place in entries:
+    for file, identity in entries:
         parts, suffix = file.path.split("/"), PurePosixPath(file.path).suffix.lower()
         if file.path != name and len(glob) not in used_up(glob, parts):
             continue
         if any(part.startswith(".") for part in parts):
             left_out["hidden"] += 1
-        elif place == SPECIAL:
-            left_out[SPECIAL] += 1
         elif file.path != name and suffix not in suffixes:
             left_out[f"{suffix} (needs {needs[suffix]})" if suffix in needs else suffix or "without suffix"] += 1
-        elif places.setdefault(place, file) is not file:
+        elif by_identity.setdefault(identity, file) is not file:
             left_out[LINKS] += 1
-    return Listing(root, sorted(places.values()), dict(sorted(left_out.items())), pattern != "")
+    return Listing(root, sorted(by_identity.values()), dict(sorted(left_out.items())), pattern != "")
 
 
 def used_up(glob: Sequence[str], parts: Sequence[str]) -> frozenset[int]:
@@ -178,8 +176,11 @@ def _list_disk(root: str, glob: Sequence[str], left_out: Counter[str]) -> Iterat
         # Some file systems have no inodes.
         identity = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(place)
         if path and not stat.S_ISDIR(status.st_mode):
-            is_file, is_link = stat.S_ISREG(status.st_mode), stat.S_ISLNK(status.st_mode)
-            yield File.of(path, place, status) if is_file else File(path), identity if is_file or is_link else SPECIAL
+            is_file = stat.S_ISREG(status.st_mode)
+            if is_file or stat.S_ISLNK(status.st_mode):
+                yield File.of(path, place, status) if is_file else File(path), identity
+            elif len(glob) in used_up(glob, parts):
+                left_out[SPECIAL] += 1
             continue
         # What is in a folder may fit a glob by one of its names, and not by another.
         counts = used_up(glob, parts)
@@ -225,6 +226,8 @@ def _list_hub(folder: str, suffixes: tuple[str, ...], chosen: str) -> tuple[str,
         raise InputError(f"{folder} has the configurations {names}; append a glob or one of the folders {folders}")
     cut = [path for path in wanted if "/partial-" in f"/{path}"]
     if cut and "partial-" not in chosen:
-        named = f"{folder}/{os.path.dirname(cut[0])}"
-        raise InputError(f"{folder}: the hub has converted only a part of it; to read this part, give {named}")
+        raise InputError(
+            f"{folder}: the hub has converted only a part of it; to read this part, give "
+            f"{folder}/{os.path.dirname(cut[0])}"
+        )
     return f"hf://datasets/{repository}@{commit}/{inside}".rstrip("/"), files

@@ -132,8 +132,9 @@ class Index:
         self.folder, self.remote, self.modality = folder, remote and remote.rstrip("/"), modality
         self.column, self.labels = column or modality.name, labels
         if not is_mds(folder):
-            problem = f"{folder}: no MDS {INDEX}: {'not an MDS data set' if folder.is_dir() else 'no such folder'}"
-            raise InputError(problem)
+            raise InputError(
+                f"{folder}: no MDS {INDEX}: {'not an MDS data set' if folder.is_dir() else 'no such folder'}"
+            )
         with reading(folder / INDEX):
             self.shards = [self._parse(entry) for entry in json.loads((folder / INDEX).read_bytes())["shards"]]
         if not self.shards:
@@ -161,8 +162,10 @@ class Index:
             with reading(path):
                 lengths = np.array(json.loads(path.read_bytes()).get("lengths", []), np.int64).ravel()
         if len(lengths) != len(self):
-            expected = f"expected the lengths of {len(self)} samples in {SUMMARY}, got {len(lengths)}"
-            raise InputError(f"{self.source}: {expected}; convert the data set with d2v convert-audio")
+            raise InputError(
+                f"{self.source}: expected the lengths of {len(self)} samples in {SUMMARY}, got {len(lengths)}; convert "
+                "the data set with d2v convert-audio"
+            )
         return lengths
 
     def describe(self) -> dict[str, Any]:
@@ -188,8 +191,9 @@ class Index:
                     f"{self.source}: no column {name!r}; the data set has: {', '.join(encodings)}; {CHOOSE}"
                 )
             if encodings[name] not in known:
-                expected = f"expected one of {', '.join(known)}"
-                raise InputError(f"{self.source}: its column {name!r} is {encodings[name]}; {expected}")
+                raise InputError(
+                    f"{self.source}: its column {name!r} is {encodings[name]}; expected one of {', '.join(known)}"
+                )
         # Each sample takes at least the four bytes of its offset; a larger number would take memory for no samples.
         if not 0 < 4 * entry["samples"] <= raw.bytes:
             raise InputError(f"{self.source}: its {INDEX} claims {entry['samples']} samples in {raw.bytes} bytes")

@@ -108,9 +108,12 @@ class Files:
             return self.open()
         whole, name = replace(self, part=ALL), split or "train"
         splits = whole.find_splits(*(() if split == NONE else (*SPLITS, name)))
-        known = [word for word in SPLITS if word in splits]
-        if name not in splits and split != NONE and (split or len(known) > self.is_chosen):  # else the user means it
-            raise InputError(f"{self.root}: no split {name!r}; available: {', '.join(known) or 'none; omit --split'}")
+        # Without --split, the one split of a file or a glob that the user chose is meant.
+        available = [word for word in SPLITS if word in splits]
+        if name not in splits and split != NONE and (split or len(available) > int(self.is_chosen)):
+            raise InputError(
+                f"{self.root}: no split {name!r}; available: {', '.join(available) or 'none; omit --split'}"
+            )
         if self.in_folders:
             source = whole._open_folders(splits if name in splits else whole.find_splits(), split, labels)
             return replace(source, part=self.part)
@@ -120,14 +123,12 @@ class Files:
         source, file_labels, names = files._opened
         if self.columns.labels is None:
             return source
-
-        def class_names() -> Sequence[str]:
-            """Return the names of all classes, of which a part or another split may have few."""
-            if train in (None, chosen) and source.part == self.part:
-                return ()
-            return replace(whole, files=train or chosen).open_split(NONE).class_names
-
-        return number_labels(source, file_labels, names, class_names)
+        if not all(isinstance(label, str) for label in file_labels):
+            return number_labels(source, file_labels, names)
+        has_all_classes = train in (None, chosen) and source.part == self.part
+        class_names = () if has_all_classes else replace(whole, files=train or chosen).open_split(NONE).class_names
+        class_names = class_names or sorted({*file_labels})
+        return source.with_classes(file_labels, class_names, "each class must be in the train split")
 
     def _open_folders(self, splits: dict[str, dict[int, str]], split: str | None, labels: str | Path | None) -> Source:
         """Open the samples of a split, or all if it is not there, with classes that are the folders in it."""
@@ -136,8 +137,10 @@ class Files:
         has_classes = any("/" in path for path in chosen.values())
         beside = {path.partition("/")[0] for path in splits.get("", {}).values() if "/" in path}
         if split is None and name in splits and beside and not has_classes:
-            problem = f"train may be a split, or a class like {', '.join(sorted(beside)):.80}"
-            raise InputError(f"{self.root}: {problem}; choose with --split train or --split none")
+            raise InputError(
+                f"{self.root}: train may be a split, or a class like {', '.join(sorted(beside)):.80}; choose with "
+                "--split train or --split none"
+            )
         source = self.open().select([*chosen])
         if labels is None and not has_classes:
             labels = file if (file := Path(self.root, f"LOC_{name}_solution.csv")).is_file() else NONE
@@ -287,14 +290,14 @@ def open_source(
         raise InputError(f"--labels: applies only to a folder; for {source}, use --label-column")
     if files is not None:
         return replace(files, part=part).open_split(split, labels)
-    remote = source if fetch.is_remote(source) else None
-    if (remote is None) != (cache is None):
+    if fetch.is_remote(source) != (cache is not None):
         raise InputError(
             f"{source}: expected {NAMES}, or MDS in a folder (in a store, only for d2v embed with --local)"
         )
-    if remote is not None and cache is not None:
-        fetch_index(remote, cache)
-    index = Index(cache or Path(source), modality, column, labels=label_column, remote=remote)
+    if cache is not None:
+        fetch_index(source, cache)
+    folder, remote = cache or Path(source), source if cache else None
+    index = Index(folder, modality, column, labels=label_column, remote=remote)
     return replace(open_mds(index, cache_limit), part=part)
 
 
@@ -334,15 +337,15 @@ def find_files(
         suffix = PurePosixPath(file.path).suffix.lower()
         by_kind.setdefault(suffix if suffix in kinds else "", []).append(file)
     folder = f"/{split or 'train'}/"
-    inside = {kind for kind, files in by_kind.items() if any(folder in f"/{file.path}" for file in files)}
+    inside = [suffix for suffix, files in by_kind.items() if any(folder in f"/{file.path}" for file in files)]
     tars, tables = ({file.path.removesuffix(end) for file in by_kind.get(end, ())} for end in (TAR, TABLE))
-    chosen = inside if inside and split != NONE else {*by_kind}
-    chosen -= {TABLE} if tables and tables <= tars else set()
-    chosen &= chosen if kind is None else {kind}  # a file that the user names is listed, whatever it is
+    suffixes = inside if inside and split != NONE else by_kind
+    # A file that the user names is listed, whatever it is.
+    chosen = [suffix for suffix in suffixes if kind in (None, suffix) and not (suffix == TABLE and tables <= tars)]
     if len(chosen) > 1:
-        files = [(by_kind[kind], kinds[kind].plural if kind else modality.unit) for kind in by_kind]
-        counts = " and ".join(f"{len(some)} {plural}" for some, plural in files)
-        globs = " or ".join(f"'{listing.root}/**/*{PurePosixPath(some[0].path).suffix}'" for some, _ in files)
+        plurals = [(files, kinds[suffix].plural if suffix else modality.unit) for suffix, files in by_kind.items()]
+        counts = " and ".join(f"{len(files)} {plural}" for files, plural in plurals)
+        globs = " or ".join(f"'{listing.root}/**/*{PurePosixPath(files[0].path).suffix}'" for files, _ in plurals)
         raise InputError(f"{source} holds {counts}; choose the samples by a glob: {globs}")
     if not chosen and (is_remote or kind or "*" in source):
         is_store = not ("*" in source or source.startswith("hf://"))

@@ -158,8 +158,10 @@ class Shards:
         deadline = time.monotonic() + self.timeout
         while not self._is_here(shard_id) and not self._fetch(shard_id, deadline - time.monotonic()):
             if time.monotonic() > deadline:
-                what = "another process to fetch it, or for space in the cache"
-                raise ShardError(f"{self._paths[shard_id]}: waited {self.timeout:.0f} s for {what}")
+                raise ShardError(
+                    f"{self._paths[shard_id]}: waited {self.timeout:.0f} s for another process to fetch it, or for "
+                    "space in the cache"
+                )
             time.sleep(POLL_SECONDS)
 
     def fetch_ahead(self, shard_ids: Iterable[int]) -> None:

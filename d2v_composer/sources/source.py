@@ -120,8 +120,10 @@ class Source:
         places = {name: place for place, name in enumerate(class_names)}
         for number, name in enumerate(names):
             if name not in places:
-                expected = f"expected one of the classes {', '.join(class_names):.80}; got {name!r}"
-                raise InputError(f"{self.name(number)}: {expected}; {hint}")
+                raise InputError(
+                    f"{self.name(number)}: expected one of the classes {', '.join(class_names):.80}; got {name!r}; "
+                    f"{hint}"
+                )
         labels = np.array([places[name] for name in names], np.int64)
         return replace(self, label=lambda number: int(labels[number]), class_names=tuple(class_names))
 
@@ -183,22 +185,12 @@ def whole_label(value: Any, source: str) -> int:
     raise InputError(f"{source}: its label must be a whole number, got {value!r:.40}")
 
 
-def number_labels(
-    source: Source, labels: Sequence[Any], class_names: Sequence[str], known: Callable[[], Sequence[str]]
-) -> Source:
-    """Return a source with the labels that a file holds: whole numbers, or names of classes.
-
-    Args:
-        source: The samples.
-        labels: A label for each.
-        class_names: The names of numbers, if they have names.
-        known: Returns all names of classes, if the labels are names; empty: those that occur, sorted.
+def number_labels(source: Source, labels: Sequence[Any], class_names: Sequence[str]) -> Source:
+    """Return a source with a label for each sample: whole numbers, which may have names.
 
     Raises:
-        InputError: A label is neither, or not among the names.
+        InputError: A label is no whole number.
     """
-    if all(isinstance(label, str) for label in labels):
-        return source.with_classes(labels, known() or sorted({*labels}), "each class must be in the train split")
     numbers = np.array([whole_label(label, source.name(number)) for number, label in enumerate(labels)], np.int64)
     return replace(source, label=lambda number: int(numbers[number]), class_names=tuple(class_names))
 

@@ -124,8 +124,8 @@ def check_path(path: str) -> None:
         ValueError: It does not.
     """
     if not CHARACTERS.fullmatch(path) or path != path.strip() or path.startswith("//"):
-        said = "; {run_name} in save_folder is the only placeholder" if "{" in path else ""
-        raise ValueError(f"expected letters, digits, inner spaces, ./@%=+,~-_ and no leading //, got {path!r}{said}")
+        hint = "; {run_name} in save_folder is the only placeholder" if "{" in path else ""
+        raise ValueError(f"expected letters, digits, inner spaces, ./@%=+,~-_ and no leading //, got {path!r}{hint}")
 
 
 def identity(address: str) -> str:

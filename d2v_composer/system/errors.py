@@ -81,8 +81,8 @@ def reading(path: str | Path) -> Iterator[None]:
     except (InputError, RunError):
         raise
     except Exception as error:
-        said = error.strerror if isinstance(error, OSError) and error.strerror else reason(error)
-        raise InputError(f"{path} cannot be read: {said}") from error
+        problem = error.strerror if isinstance(error, OSError) and error.strerror else reason(error)
+        raise InputError(f"{path} cannot be read: {problem}") from error
 
 
 @contextmanager
@@ -108,6 +108,6 @@ def errors_of(key: str, kind: type[Exception] = Exception) -> Iterator[None]:
     try:
         yield
     except kind as error:
-        said = str(error) if isinstance(error, InputError) else reason(error)
+        problem = str(error) if isinstance(error, InputError) else reason(error)
         section = key.partition(".")[0]
-        raise InputError(said if said.startswith(f"{section}.") else f"{key}: {said}") from error
+        raise InputError(problem if problem.startswith(f"{section}.") else f"{key}: {problem}") from error

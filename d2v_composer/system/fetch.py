@@ -162,20 +162,20 @@ def fetch(address: str | Path, version: str = "", *, again: bool = False) -> Pat
 def _renew(address: str, path: Path, version: str, again: bool) -> None:
     """Fetch a file, unless its current version is cached."""
     version_file = path.with_name(f"{path.name}.version")
-    known = version_file.read_text() if version_file.exists() and path.exists() and not again else None
-    if known == "":
+    cached_version = version_file.read_text() if version_file.exists() and path.exists() and not again else None
+    if cached_version == "":
         raise ValueError("its server does not say whether it has changed")
 
     def attempt() -> None:
         with partial_file(path) as partial:
-            fetched = transfer(address, partial, READ_SECONDS, known)
+            fetched = transfer(address, partial, READ_SECONDS, cached_version)
             if version and version.strip(QUOTES) != fetched.strip(QUOTES):
                 raise ValueError("it has changed since it was listed; run the same command again")
             version_file.unlink(missing_ok=True)  # a file of unknown version is fetched again
         write_atomically(version_file, fetched)
 
     with suppress(UnchangedError):
-        retry(attempt, address, READ_SECONDS if known is None else 0, lasting_attempts=1)
+        retry(attempt, address, READ_SECONDS if cached_version is None else 0, lasting_attempts=1)
 
 
 def fetch_from_hub(
@@ -212,8 +212,7 @@ def fetch_from_hub(
             return Path(hf_hub_download(repository, name, revision=revision, local_files_only=from_cache, **options))
         except (OSError, ValueError) as error:
             problem = reason(error)[:200]
-    missing = f"no {' or '.join(names)} in {repository} on the Hugging Face hub or in its cache"
-    raise InputError(f"{missing}: {problem}")
+    raise InputError(f"no {' or '.join(names)} in {repository} on the Hugging Face hub or in its cache: {problem}")
 
 
 def find_missing_file(address: str) -> str | None:

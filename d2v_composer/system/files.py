@@ -4,6 +4,7 @@ Each file of ours gets its name in :func:`move`.
 """
 
 import errno
+import hashlib
 import logging
 import multiprocessing.util
 import os
@@ -208,12 +209,12 @@ def release(lock: FileLock, made: Sequence[Path]) -> None:
 @contextmanager
 def sole_user(path: Path, wait: float = 0) -> Iterator[bool]:
     """Lock a file as with :func:`acquire` until the ``with`` block ends; yield ``False`` if it is locked elsewhere."""
-    made, lock = missing_parts(path), acquire(path, wait)
+    new_folders, lock = missing_parts(path), acquire(path, wait)
     try:
         yield lock is not None
     finally:
         if lock is not None:
-            release(lock, made)
+            release(lock, new_folders)
 
 
 def shorten_socket_paths() -> None:
@@ -223,3 +224,12 @@ def shorten_socket_paths() -> None:
         tempfile.tempdir = "/tmp"
         multiprocessing.util.get_temp_dir()  # made now, used by this process and its children, removed at exit
         tempfile.tempdir = long
+
+
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from typing_extensions import Self
 
-NAMES = {signal.SIGINT: "Interrupted", signal.SIGTERM: "SIGTERM"}
+SIGNAL_NAMES = {signal.SIGINT: "Interrupted", signal.SIGTERM: "SIGTERM"}
 PR_SET_PDEATHSIG = 1
 
 _is_watching = False
@@ -47,7 +47,7 @@ def handle_signals() -> None:
         _set_handlers()
         return
     resource_tracker.ensure_running()  # its start would unblock the signals
-    signal.pthread_sigmask(signal.SIG_BLOCK, NAMES)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNAL_NAMES)
     # Children inherit the mask: SIGTERM would not end them, and multiprocessing would wait for them for ever at exit.
     popen_fork.Popen.terminate = popen_fork.Popen.kill
     threading.Thread(target=_watch, args=(_not_ignored(),), daemon=True).start()
@@ -114,8 +114,8 @@ def if_interrupted(explain: Callable[[], str | None]) -> Iterator[None]:
 
 def end_by_signal(signum: signal.Signals) -> None:
     """Print the signal's line, kill the children and exit immediately. Files are written atomically."""
-    said = [explain() for explain in reversed(_explanations)]
-    _end(": ".join([NAMES[signum], *filter(None, said)]))
+    explanations = [explain() for explain in reversed(_explanations)]
+    _end(": ".join([SIGNAL_NAMES[signum], *filter(None, explanations)]))
 
 
 def _set_handlers() -> dict[signal.Signals, Any]:
@@ -124,7 +124,7 @@ def _set_handlers() -> dict[signal.Signals, Any]:
 
 
 def _not_ignored() -> list[signal.Signals]:
-    return [signum for signum in NAMES if signal.getsignal(signum) is not signal.SIG_IGN]
+    return [signum for signum in SIGNAL_NAMES if signal.getsignal(signum) is not signal.SIG_IGN]
 
 
 def _watch(signals: list[signal.Signals]) -> None:

@@ -110,15 +110,15 @@ def _wait(store: Any, key: str, who: str) -> None:
     last, deadline = "", time.monotonic() + SILENT_SECONDS
     while last != OK:
         try:
-            said = store.get(key).decode() if store.check([key]) else ""
+            message = store.get(key).decode() if store.check([key]) else ""
         except RuntimeError as error:  # rank 0, which holds the store, has exited
             raise RuntimeError(f"{who} is unreachable ({reason(error)})") from error
-        if said.startswith(BAD_INPUT):
-            raise InputError(said.removeprefix(BAD_INPUT))
-        if said.startswith(FAILED):
-            raise RuntimeError(f"{who} failed: {said.removeprefix(FAILED)}")
-        if said != last:
-            last, deadline = said, time.monotonic() + SILENT_SECONDS
+        if message.startswith(BAD_INPUT):
+            raise InputError(message.removeprefix(BAD_INPUT))
+        if message.startswith(FAILED):
+            raise RuntimeError(f"{who} failed: {message.removeprefix(FAILED)}")
+        if message != last:
+            last, deadline = message, time.monotonic() + SILENT_SECONDS
         elif time.monotonic() > deadline:
             raise RuntimeError(f"{who} has not responded for {SILENT_SECONDS:.0f} s")
         else:

@@ -103,7 +103,9 @@ def build_train_loader(
         sampler=dataset.order,
         collate_fn=collate,
         **worker_options(
-            *(loader.num_workers, loader.prefetch_factor, torch.cuda.is_available()),
+            loader.num_workers,
+            loader.prefetch_factor,
+            torch.cuda.is_available(),
             # For a worker that hangs. It ends after the worker's own error would have named the shard.
             timeout=2 * loader.timeout + HANGING_SECONDS,
         ),

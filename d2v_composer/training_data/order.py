@@ -74,11 +74,8 @@ class EpochOrder(DistributedSampler[Sample]):
         # Composer accepts no other class of samplers on several ranks; of its methods, none is left.
         num_samples = int(shard_sizes.sum())
         super().__init__(range(num_samples), num_replicas=1, rank=0)  # pyright: ignore[reportArgumentType]
-        self.shard_sizes, self.epoch_size, self.num_canonical_nodes = (
-            shard_sizes,
-            epoch_size or num_samples,
-            num_canonical_nodes,
-        )
+        self.shard_sizes, self.num_canonical_nodes = shard_sizes, num_canonical_nodes
+        self.epoch_size = epoch_size or num_samples
         self.shuffle, self.seed, self.shuffle_block_size = shuffle, seed, shuffle_block_size
         self.lengths, self.global_batch_size = lengths, global_batch_size
         self.resume(0, 0)
@@ -94,11 +91,11 @@ class EpochOrder(DistributedSampler[Sample]):
         if self._is_begun:
             self.current_epoch, self._first_sample = self.current_epoch + 1, 0
         self._is_begun = True
-        ids = self.share(self.current_epoch, self._first_sample, World.detect())
+        ids = self.samples_of_rank(self.current_epoch, self._first_sample, World.detect())
         shards = np.searchsorted(self.shard_sizes.cumsum(), ids, side="right")
         return self._with_shards_ahead(self.current_epoch, ids.tolist(), shards.tolist())
 
-    def share(self, epoch: int, first_sample: int, world: World) -> Int64Array:
+    def samples_of_rank(self, epoch: int, first_sample: int, world: World) -> Int64Array:
         """Return a rank's samples of an epoch after the first ``first_sample`` samples of all ranks."""
         left = self.draw(epoch)[first_sample:].reshape(-1, world.ranks_per_node, world.num_nodes)
         return left[:, world.rank_of_node, world.node]

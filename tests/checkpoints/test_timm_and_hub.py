@@ -18,7 +18,6 @@ from torch import Tensor
 
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import save_student
-from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.commands import embed as embed_command
 from d2v_composer.commands import export as export_student
 from d2v_composer.export.programs import TimmStudent
@@ -188,7 +187,7 @@ def test_unsupported_files_and_options_are_refused(exported: Path, tmp_path: Pat
     ):
         export(without_cls, tmp_path / "student.onnx", "--pooling", "cls")
     student = load_student(without_cls)
-    assert choose_embedding(student, None, None) == Embedding("output", "mean_patches")
+    assert student.choose_embedding() == Embedding("output", "mean_patches")
     assert create("d2v2_student", checkpoint_path=str(without_cls)).embedding.name == "output_mean_patches"
 
 

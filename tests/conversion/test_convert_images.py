@@ -19,7 +19,7 @@ from streaming.base.hashing import get_hash
 
 from d2v_composer.commands import convert_images
 from d2v_composer.conversion import convert
-from d2v_composer.conversion.convert import CIFAR10, convert_cifar10, find_samples, work_folder
+from d2v_composer.conversion.convert import CIFAR10, convert_cifar10, open_samples, work_folder
 from d2v_composer.data.images import Images, decode_rgb
 from d2v_composer.sources.labeled import load_labeled_set
 from d2v_composer.sources.source import Source
@@ -106,9 +106,9 @@ def test_val_takes_its_labels_from_a_file(tmp_path: Path, lines: list[str], want
     write_files(tmp_path, archive | {"LOC_val_solution.csv": "\n".join(lines).encode()})
     if isinstance(want, str):
         with pytest.raises(InputError, match=want):
-            find_samples(tmp_path, "val")
+            open_samples(tmp_path, "val")
     else:
-        assert labels_of(find_samples(tmp_path, "val")) == want
+        assert labels_of(open_samples(tmp_path, "val")) == want
     result = main([str(tmp_path), str(tmp_path / "out"), "--split", "val", "--labels", "none", "--workers", "1"])
     assert result.samples == 2
     assert all(sample.keys() == {"image"} for sample in samples(tmp_path / "out"))
@@ -118,16 +118,16 @@ def test_class_names_of_a_file_may_have_several_words(tmp_path: Path) -> None:
     write_images(tmp_path / "in" / "photos", ("a.jpg", "b.jpg", "c.jpg"))
     lines = ["image,class", "photos/a.jpg,sea lion", 'b.jpg,"lion, sea"', "photos/c, sea horse "]
     (tmp_path / "labels.csv").write_text("\n".join(lines))
-    listing = find_samples(tmp_path / "in", labels=tmp_path / "labels.csv")
+    listing = open_samples(tmp_path / "in", labels=tmp_path / "labels.csv")
     assert listing.class_names == ("lion, sea", "sea horse", "sea lion")
     assert labels_of(listing) == [2, 0, 1]
 
 
 def test_a_class_may_have_the_name_of_a_split(tmp_path: Path) -> None:
     write_images(tmp_path, ("car/1.jpg", "plane/1.jpg", "train/1.jpg"))
-    listing = find_samples(tmp_path, "none")
+    listing = open_samples(tmp_path, "none")
     assert (listing.class_names, labels_of(listing)) == (("car", "plane", "train"), [0, 1, 2])
-    listing = find_samples(tmp_path, "train")
+    listing = open_samples(tmp_path, "train")
     assert (listing.label, [*listing.ids]) == (None, ["train/1.jpg"])
 
 
@@ -135,7 +135,7 @@ def test_a_folder_without_images_is_no_class(tmp_path: Path) -> None:
     write_images(tmp_path, ("train/bee/1.jpg", "train/cat/deep/1.jpg", "test/cat/1.jpg"))
     write_files(tmp_path, {"train/ant/notes.txt": b"none yet", "train/dog/._1.jpg": b"what macOS leaves in archives"})
     for split, labels in {"train": [0, 1], "test": [1]}.items():
-        listing = find_samples(tmp_path, split)
+        listing = open_samples(tmp_path, split)
         assert (listing.class_names, labels_of(listing)) == (("bee", "cat"), labels)
     assert load_labeled_set("folder", tmp_path, image_size=32).class_names == ("bee", "cat")
 

@@ -65,7 +65,7 @@ def test_each_clip_is_embedded_as_if_alone(teacher: Any, world_size: int) -> Non
             embedded = embed_set(sets, "clips", without_labels(samples), lookup, with_views=True)
             for model, embed in embeds.items():
                 for part in ("test", *VIEWS):
-                    for place, i in enumerate(share.share(len(samples)).tolist()):
+                    for place, i in enumerate(share.indices_of_rank(len(samples)).tolist()):
                         clip = samples[i] if part == "test" else half(samples[i], i, VIEWS.index(part))
                         alone: Any = embed(clip[None])
                         alone = alone if isinstance(alone, dict) else {"": alone}

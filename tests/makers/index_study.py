@@ -20,7 +20,7 @@ from torch.nn.functional import linear, mse_loss
 from d2v_composer.checkpoints.load import load_models
 from d2v_composer.embedding.align import moments_of
 from d2v_composer.evaluation.evaluate import share_encoders
-from d2v_composer.evaluation.nearest_neighbors import common_shares, exact_neighbors, retrieval_accuracy
+from d2v_composer.evaluation.nearest_neighbors import common_fractions, exact_neighbors, retrieval_accuracy
 from d2v_composer.models import alignment
 from d2v_composer.models.alignment import side_by_side
 from d2v_composer.runs.comparison import build_untrained
@@ -92,7 +92,7 @@ class Bench:
             **about,
             "teacher_index": self.top1(index, queries),
             "own_index": self.top1(bank, queries),
-            "neighbors": round(100 * common_shares(*nearest).mean().item(), 1),
+            "neighbors": round(100 * common_fractions(*nearest).mean().item(), 1),
             "r2": round(1 - unexplained.item(), 3),
         }
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from d2v_composer.config.reference import load_any
 from d2v_composer.data.audio import Audio
-from d2v_composer.evaluation.nearest_neighbors import common_shares, nearest_others
+from d2v_composer.evaluation.nearest_neighbors import common_fractions, nearest_others
 from d2v_composer.evaluation.rows import accuracy_interval
 from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.student import Student
@@ -41,7 +41,7 @@ def judge(student: Student, teacher: Teacher, clips: Tensor) -> dict[str, np.nda
     nearest = [nearest_others(x_BTD.mean(dim=1)) for x_BTD in (prediction_BTD, target_BTD)]
     return {
         "missed": ((prediction_BTD - target_BTD).square().mean(dim=(1, 2)) / variance).numpy(),
-        "agreement": common_shares(*nearest).numpy(),
+        "agreement": common_fractions(*nearest).numpy(),
     }
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate, mse_loss, normalize
 
-from d2v_composer.checkpoints.student_file import write_model_file
+from d2v_composer.checkpoints.model_file import write_model_file
 from d2v_composer.models.attention import init_linear_layers
 from d2v_composer.models.audio import NUM_MELS, AudioEncoder, LogMel
 from d2v_composer.models.backbone import hash_weights

@@ -14,7 +14,6 @@ from torch._dynamo.utils import counters
 
 from d2v_composer.checkpoints.fairseq import convert_teacher
 from d2v_composer.checkpoints.load import load_student, load_teacher, save_student
-from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.models.audio import LogMel
 from d2v_composer.models.classification import Classifier
 from d2v_composer.models.configs import RELEASED, AudioEncoderConfig, TeacherConfig, parse_convolutions
@@ -328,4 +327,4 @@ def test_a_mean_that_is_zero_is_no_embedding(teacher: Any) -> None:
     assert layers.embedding_names[2:] == ["layer_mean_mean", "layer_mean_mean_patches"]
     assert layers.embed(waveforms, "mean", "layer_mean").abs().mean() > 0.1
     with pytest.raises(InputError, match="no layer_mean_mean; it has output_mean, output_mean_patches"):
-        choose_embedding(teacher, "mean", "layer_mean")
+        teacher.choose_embedding("mean", "layer_mean")

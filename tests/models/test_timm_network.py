@@ -9,7 +9,7 @@ import torch
 
 from d2v_composer import DistillationModel, load_student, load_teacher
 from d2v_composer.checkpoints.load import save_student
-from d2v_composer.checkpoints.student_file import timm_call
+from d2v_composer.checkpoints.model_file import timm_call
 from d2v_composer.models.configs import ImageEncoderConfig, TeacherConfig, TimmNetworkConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.timm_network import NetworkStudent

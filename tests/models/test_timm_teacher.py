@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.testing import assert_close
 
-from d2v_composer.checkpoints.student_file import choose_embedding
 from d2v_composer.models.configs import TeacherConfig
 from d2v_composer.models.encoder import Inputs, Tokens
 from d2v_composer.models.timm_network import projection_width
@@ -168,9 +167,9 @@ def test_registers_are_not_cls() -> None:
     images = images_for(teacher.config)
     names = {f"{name}_{pooling}" for name in ("output", "layer_mean") for pooling in ("mean", "mean_patches")}
     assert set(student.embed_all(images)) == names
-    assert choose_embedding(student, None, None).name == "output_mean_patches"
+    assert student.choose_embedding().name == "output_mean_patches"
     with pytest.raises(InputError, match=r"this model has no .*_cls; it has output_mean"):
-        choose_embedding(student, "cls", None)
+        student.choose_embedding("cls")
     outputs = DistillationModel(teacher, student, extra_tokens="drop")(images)
     assert outputs.cls_prediction is None
     assert outputs.prediction.shape == outputs.target.shape == (2, 16, 48)

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from containers import FEATURES, write_all, write_parquet, write_tar, write_zip
 from d2v_composer.commands import convert_images, embed, evaluate
-from d2v_composer.conversion.convert import Conversion, find_samples
+from d2v_composer.conversion.convert import Conversion, open_samples
 from d2v_composer.data.images import Images
 from d2v_composer.sources.labeled import load_labeled_set
 from d2v_composer.sources.open import open_source
@@ -227,9 +227,9 @@ def test_folders_in_zips_are_splits_and_classes(
         write_zip(tmp_path / "in" / f"{name}.zip", [(f"{path}.jpg", IMAGE) for path in paths])
     if isinstance(ids, str):
         with pytest.raises(InputError, match=ids):
-            find_samples(tmp_path / "in", split)
+            open_samples(tmp_path / "in", split)
         return
-    source = find_samples(tmp_path / "in", split)
+    source = open_samples(tmp_path / "in", split)
     known = [f"{name}.zip/{path}.jpg" for name, paths in zips.items() for path in paths]
     assert [*source.ids] == [known[number] for number in ids]
     assert source.class_names == tuple(classes)
@@ -381,11 +381,11 @@ def test_a_split_is_a_word_of_the_files_name_or_else_of_its_folders(
     for file in files:
         write_tar(tmp_path / "x" / f"{file}.tar", [("a.jpg", IMAGE)])
     if isinstance(expected, list):
-        source = find_samples(tmp_path / "x", split)
+        source = open_samples(tmp_path / "x", split)
         assert [*source.ids] == [f"{file}.tar/a" for file in expected]
         return
     with pytest.raises(InputError, match=expected):
-        find_samples(tmp_path / "x", split)
+        open_samples(tmp_path / "x", split)
 
 
 def test_a_link_makes_no_sample_twice(tmp_path: Path) -> None:
@@ -409,7 +409,7 @@ def test_a_folder_of_several_kinds_is_refused_unless_one_is_chosen(tmp_path: Pat
         write_tar(folder / "a" / f"{number}.tar", [(f"{i}.jpg", IMAGE) for i in range(5)])
     write_files(folder, {"preview.jpg": IMAGE, "b/.thumbs/a.jpg": IMAGE})
     globs = rf"'{folder}/\*\*/\*.tar' or '{folder}/\*\*/\*.jpg'"
-    for open_it in (lambda source: open_source(source, Images()), find_samples):
+    for open_it in (lambda source: open_source(source, Images()), open_samples):
         with pytest.raises(InputError, match=rf"x holds 2 tars and 1 images; choose the samples by a glob: {globs}$"):
             open_it(str(folder))
         assert len(open_it(f"{folder}/**/*.tar")) == 10
@@ -422,7 +422,7 @@ def test_a_folder_of_several_kinds_is_refused_unless_one_is_chosen(tmp_path: Pat
     write_parquet(folder / "b" / "0.parquet", {"image": [IMAGE] * 2})
     assert [*open_source(f"{folder}/b", Images()).ids] == ["0.parquet#0", "0.parquet#1"]
     write_files(folder, {"train/dog/0.jpg": IMAGE})  # what is beside a split is not of it, such as archives
-    assert [*find_samples(folder).ids] == ["train/dog/0.jpg"]
+    assert [*open_samples(folder).ids] == ["train/dog/0.jpg"]
 
 
 def test_a_long_key_costs_no_more_memory_than_it_has(tmp_path: Path) -> None:
@@ -526,7 +526,7 @@ def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_parquet(hub / "b" / "refs" / "convert" / "parquet" / "default" / "train" / "0.parquet", columns)
     with serve(tmp_path / "hub", tmp_path / "cache", monkeypatch) as server:
         for address, count in {"a": 3, "a@v2": 5, "a/data/test-0.parquet": 4, "a/data/te*": 4, "b": 3}.items():
-            assert len(find_samples(f"hf://datasets/org/{address}")) == count
+            assert len(open_samples(f"hf://datasets/org/{address}")) == count
         fetched = ["data/test-0.parquet", "data/train-0.parquet", "default/train/0.parquet", "train.parquet"]
         assert sorted(server.asked) == fetched
         for address, line in {"a/none": "no Parquet files, tars or zips", "c": "cannot be listed"}.items():

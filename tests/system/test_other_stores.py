@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from d2v_composer.commands import convert_images, embed, merge
-from d2v_composer.conversion.convert import convert, find_samples
+from d2v_composer.conversion.convert import convert, open_samples
 from d2v_composer.sources.mds import INDEX, SUMMARY
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import download_existing, fetch, is_lasting, names_in, transfer
@@ -57,9 +57,9 @@ def converted(store: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("images")
     for number in range(NUM_IMAGES):
         (folder / f"{number}.png").write_bytes(encoded_image(number))
-    convert(find_samples(folder), f"{store}/data", workers=2, shard_bytes=1 << 15)
+    convert(open_samples(folder), f"{store}/data", workers=2, shard_bytes=1 << 15)
     with pytest.raises(InputError, match=r"data holds a finished data set"):
-        convert(find_samples(folder), f"{store}/data")
+        convert(open_samples(folder), f"{store}/data")
     return f"{store}/data"
 
 

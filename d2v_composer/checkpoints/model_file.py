@@ -5,10 +5,8 @@ tensor, too, ``config_json``; a timm model's tensors have timm's own names.
 """
 
 import copy
-import hashlib
 import json
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -31,9 +29,8 @@ from d2v_composer.models.configs import (
 from d2v_composer.models.data2vec2 import ENCODERS
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.images import is_same
-from d2v_composer.models.names import PROJECTED, Embedding, Pooling, Representation, timm_name
+from d2v_composer.models.names import PROJECTED, Embedding, timm_name
 from d2v_composer.models.student import Student
-from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, errors_of, reading, reason
 from d2v_composer.system.files import out_file
@@ -46,6 +43,8 @@ CONFIG_TENSOR = "config_json"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DRAWS = (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)
 
+# Name → tensor, as in a state dict.
+Tensors = Mapping[str, Tensor]
 ConfigT = TypeVar("ConfigT", bound=Config)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -56,7 +55,7 @@ class ModelFile(NamedTuple):
     kind: str
     config: dict[str, Any]
     provenance: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: Tensors
 
     def expect(self, path: str | Path, kind: str) -> None:
         """Check that the file holds a model of this kind: teacher, student or classifier.
@@ -74,7 +73,7 @@ def write_model_file(
     kind: str,
     config: dict[str, Any],
     provenance: dict[str, Any],
-    tensors: Mapping[str, Tensor],
+    tensors: Tensors,
     when_complete: Callable[[], object] = lambda: None,
 ) -> None:
     """Write a complete file, or leave ``path`` as it was; ``when_complete`` is called just before the file appears.
@@ -131,16 +130,7 @@ def is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
-def sha256(path: Path) -> str:
-    """Return a file's SHA-256, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def build_loaded(source: Any, build: Callable[[], ModuleT], tensors: Mapping[str, Tensor]) -> ModuleT:
+def build_loaded(source: Any, build: Callable[[], ModuleT], tensors: Tensors) -> ModuleT:
     """Build a model from a file's tensors.
 
     Raises:
@@ -162,7 +152,7 @@ class _Unset(TorchFunctionMode):
         return (torch.empty if func is torch.zeros else func)(*args, **kwargs)
 
 
-def check_fits(source: Any, build: Callable[[], nn.Module], tensors: Mapping[str, Tensor]) -> None:
+def check_fits(source: Any, build: Callable[[], nn.Module], tensors: Tensors) -> None:
     """Check that a file has exactly the tensors of a model, before memory is allocated for the model.
 
     Raises:
@@ -179,7 +169,7 @@ def check_fits(source: Any, build: Callable[[], nn.Module], tensors: Mapping[str
         check_numbers({name: tensor for name, tensor in tensors.items() if name not in whole})
 
 
-def check_numbers(tensors: Mapping[str, Tensor]) -> None:
+def check_numbers(tensors: Tensors) -> None:
     """Check that tensors hold finite floating-point numbers; load_state_dict silently converts any others.
 
     Raises:
@@ -210,65 +200,6 @@ def read_config(config_class: type[ConfigT], sizes: dict[str, Any]) -> ConfigT:
     return config
 
 
-def choose_embedding(model: Backbone, pooling: Pooling | None, representation: Representation | None) -> Embedding:
-    """Return the requested embedding; ``None`` stands for the primary embedding's pooling or representation.
-
-    Raises:
-        InputError: The model has no such embedding.
-    """
-    primary = Embedding()
-    for key in ("model", "config.retrieval"):  # the record of a fine-tuning run, and of a distillation
-        with suppress(LookupError, TypeError, ValueError):
-            primary = Embedding.parse(value_at(model.provenance, key))
-    if primary.pooling == "cls" and not model.has_cls_token:
-        primary = primary._replace(pooling=model.default_pooling)
-    chosen = Embedding(representation or primary.representation, pooling or primary.pooling)
-    if chosen.name not in model.embedding_names:
-        raise InputError(
-            f"representation and pooling: this model has no {chosen.name}; it has {', '.join(model.embedding_names)}"
-        )
-    return chosen
-
-
-def value_at(record: Any, key: str) -> Any:
-    """Return the value of a dotted key; ``None`` if it is missing."""
-    for part in key.split("."):
-        record = record.get(part) if isinstance(record, Mapping) else None
-    return record
-
-
-def distillation_of(provenance: Any) -> Any:
-    """Return the record of the run that distilled a student, even if it was fine-tuned since."""
-    before = value_at(provenance, "model.provenance")
-    return provenance if before is None else distillation_of(before)
-
-
-def has_tuned_encoder(provenance: Any) -> bool:
-    """Return True if the run that distilled a student, or a fine-tuning run, trained its encoder too."""
-    before = value_at(provenance, "model.provenance")
-    if before is None:
-        return bool(value_at(provenance, "student.own_encoder"))
-    return bool(value_at(provenance, "config.train_encoder")) or has_tuned_encoder(before)
-
-
-def check_same_teacher(source: Any, teacher: Teacher, record: Any) -> None:
-    """Check that a teacher is the one that a student's record names.
-
-    Raises:
-        InputError: It comes from another file; a converted file counts as the original.
-    """
-    if not is_teacher_of(record, teacher):
-        raise InputError(
-            f"{source}: not this student's teacher: sha256 {teacher.provenance['sha256']}, "
-            f"expected {value_at(record, 'teacher.sha256')}"
-        )
-
-
-def is_teacher_of(record: Any, model: Backbone) -> bool:
-    """Return True if a model is the teacher that a student's record names."""
-    return value_at(record, "teacher.sha256") == value_at(model.provenance, "sha256") is not None
-
-
 def sizes_of(student: Backbone) -> dict[str, Any]:
     """Return the sizes of a student and its encoder, for JSON."""
     config = student.encoder.config
@@ -287,9 +218,7 @@ def read_sizes(source: Any, stored: dict[str, Any]) -> NetworkSizes | StudentSiz
         return read_config(NetworkSizes if "network" in stored else StudentSizes, stored)
 
 
-def build_student(
-    source: Any, sizes: NetworkSizes | StudentSizes, tensors: Mapping[str, Tensor], provenance: Any = None
-) -> Any:
+def build_student(source: Any, sizes: NetworkSizes | StudentSizes, tensors: Tensors, provenance: Any = None) -> Any:
     """Build a student with a state dict, in eval mode.
 
     Raises:
@@ -334,10 +263,8 @@ def build_encoder(config: EncoderConfig) -> Encoder:
     return TimmEncoder(config).freeze()
 
 
-def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], Tensors]:
     """Return a student's sizes and tensors for a file, after a check that timm computes the same with them.
-
-    The check compares the logits of one input or, without a head, the embedding that timm returns.
 
     Args:
         source: Named in errors.
@@ -349,32 +276,36 @@ def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], dict[str
     import timm  # takes seconds
 
     student = copy.deepcopy(student).cpu().eval()
-    encoder, embedding = student.encoder, choose_embedding(student, None, None)
-    is_network = isinstance(encoder.config, TimmNetworkConfig)
+    encoder, is_network = student.encoder, isinstance(student.config, TimmNetworkConfig)
     if isinstance(encoder.config, TimmConfig):
         encoder.config = encoder.config.changed(timm=timm.__version__, outputs=encoder.sample_outputs())
     if is_network and student.alignment is not None:  # in a file, the map is timm's classifier
         encoder.config = encoder.config.changed(projection=student.projected_width)
     sizes, (name, options) = sizes_of(student), timm_arguments(student)
-    has_logits = isinstance(student.head, nn.Linear)
-    rule = "; a classifier or projection must be one linear layer on output_cls"
-    rule = rule if has_logits or student.projected_width else ""
+    has_last_layer = isinstance(student.head, nn.Linear) or student.projected_width > 0
+    rule = "; a classifier or projection must be one linear layer on output_cls" if has_last_layer else ""
     with errors_of(f"{source}: timm would not compute what the student computes{rule}"), torch.no_grad():
         model: Any = timm.create_model(name, **options)
         if is_network:
             tensors = encoder.timm_tensors(model, student.head or student.alignment)
-            returned = PROJECTED if student.projected_width else "output_cls"
         else:
-            tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes, embedding)}
-            returned = embedding.name
+            tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes, student.choose_embedding())}
         model.load_state_dict(tensors)
         inputs = torch.randn_like(encoder.example(1))
-        embeddings = student.embed_all(inputs)
-        expected = student.head(embeddings[embedding.name]) if has_logits else embeddings[returned]
         features = model.eval().forward_features(inputs)
-        if not is_same(model.forward_head(features, pre_logits=not has_logits and returned != PROJECTED), expected):
+        if not is_same(model.forward_head(features, pre_logits=not has_last_layer), _output_in_timm(student, inputs)):
             raise ValueError("the outputs differ")
     return sizes, tensors
+
+
+def _output_in_timm(student: Any, inputs: Tensor) -> Tensor:
+    """Return what timm must compute with a student's file: its logits or, without a head, an embedding."""
+    embeddings, name = student.embed_all(inputs), student.choose_embedding().name
+    if isinstance(student.head, nn.Linear):
+        return student.head(embeddings[name])
+    if isinstance(student.config, TimmNetworkConfig):
+        name = PROJECTED if student.projected_width else "output_cls"
+    return embeddings[name]
 
 
 def config_tensor(sizes: dict[str, Any], primary: Embedding) -> Tensor:
@@ -396,5 +327,5 @@ def timm_call(student: Backbone, file: str | Path) -> str:
     """Return the line of Python with which timm loads a student's file."""
     name, options = timm_arguments(student)
     options |= {"checkpoint_path": str(file)}
-    given = [f"{key}={value!r}" for key, value in options.items() if value is not None]
-    return f"timm.create_model({', '.join([repr(name), *given])})"
+    arguments = [f"{key}={value!r}" for key, value in options.items() if value is not None]
+    return f"timm.create_model({', '.join([repr(name), *arguments])})"
