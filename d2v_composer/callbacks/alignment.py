@@ -1,4 +1,4 @@
-"""Align a student with its teacher: fit the map into the teacher's space at the end of a run, and for each retrieval.
+"""Align a student with its teacher: fit a map into the teacher's space before each retrieval and at the end of a run.
 
 Shapes: N samples of a batch, I inputs of the map, P channels of the target.
 """
@@ -25,29 +25,30 @@ from d2v_composer.models.backbone import Backbone
 from d2v_composer.sources.source import Source, map_in_workers
 
 EmbedAll = Callable[..., dict[str, Tensor]]
-"""Embeds a batch: every embedding by name, (B, D) each."""
+"""A function that embeds a batch and returns every embedding by name, (B, D) each."""
 
 log = logging.getLogger(__name__)
 
 
 class AlignStudent(Callback):
-    """Fit the student's ``projected_cls`` to an embedding of the teacher, on training samples that are not augmented.
+    """Fit a linear map from the student's embeddings to one of the teacher's, on training samples without augmentation.
 
-    The batches depend on the seed alone. Each rank embeds a share of the batches, and all ranks add up the same numbers
-    in the same order. So the map has the same bits on any number of ranks, and when a run is resumed.
+    The mapped embedding is the student's ``projected_cls``. Each rank embeds a share of the batches, and all ranks add
+    up the same sums in the same order. So the map has the same bits on any number of ranks, and after a resume.
 
     Args:
         student: The model that gets the map.
         samples: The training samples.
-        batches: The numbers of the samples to fit to, (batches, batch size), so that all batches have one size.
-        embed_student: Embeds with the student: every embedding by name.
-        embed_teacher: Embeds with the teacher.
-        target: Name of the teacher's embedding.
-        workers: Processes that decode.
+        batches: Numbers of the samples to fit to, (number of batches, batch size), the same on all ranks.
+        embed_student: Function that embeds a batch with the student.
+        embed_teacher: Function that embeds a batch with the teacher.
+        target: Name of the teacher's embedding to fit to.
+        workers: Number of processes that decode samples.
 
     Attributes:
-        batch: The batch after which the map was last fitted; kept in checkpoints, as are the map and what
-            :class:`~d2v_composer.models.alignment.Fit` tells about it.
+        batch: Number of training batches after which the map was last fitted; -1 for never. Checkpoints keep it.
+        about: ``target`` and :attr:`Fit.about <d2v_composer.models.alignment.Fit.about>`. Checkpoints keep this, too,
+            and the map.
     """
 
     def __init__(
@@ -87,7 +88,10 @@ class AlignStudent(Callback):
         self.student.align(weight.to(device), bias.to(device))
 
     def fit(self, state: State, to_device: Callable[[Tensor], Tensor]) -> None:
-        """Fit the map, unless it was fitted after this batch."""
+        """Fit the map and give it to the student, unless this was done after the same batch.
+
+        If the map cannot be fitted, the student gets none, and a warning is logged.
+        """
         if self.batch == (batch := int(state.timestamp.batch)):
             return
         share_statistics(state.model)
@@ -106,7 +110,7 @@ class AlignStudent(Callback):
         self.batch, self.about = batch, {"target": self.target, **fit.about}
 
     def pairs(self, to_device: Callable[[Tensor], Tensor], inputs: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each batch's inputs, (N, I), and targets, (N, P), in order, on every rank."""
+        """Yield the inputs, (N, I), and targets, (N, P), of every batch, in the same order on every rank."""
         ranks, count = Ranks(dist.get_global_rank(), dist.get_world_size()), len(self.batches)
         rounds = range(0, count, ranks.world_size)
         mine = [self.batches[min(first + ranks.rank, count - 1)] for first in rounds]
