@@ -32,14 +32,14 @@ from d2v_composer.system.processes import global_rank
 
 
 def build_labeled_sets(lookup: LookupConfig, modality: Modality, width: int) -> dict[str, EvaluationSet]:
-    """Load the data sets of a section ``datasets``, except the ones that null turns off.
+    """Load the labeled sets in ``lookup.datasets`` by name, except those that null turns off.
 
     A warning says how many test images are also train images, which makes accuracies too high.
 
     Args:
-        lookup: The section.
-        modality: What the samples are.
-        width: Channels of the model's image embedding; 0: it has none.
+        lookup: A section with the fields ``datasets``, ``probes`` and ``max_images``.
+        modality: Modality of the samples.
+        width: Number of channels of the model's image embedding; 0 for a model without one.
 
     Raises:
         InputError: A data set cannot be used.
@@ -66,7 +66,11 @@ def build_labeled_sets(lookup: LookupConfig, modality: Modality, width: int) -> 
 
 
 def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None:
-    """Build the student with which a model's run began, or a teacher's default; ``None`` if this needs the teacher."""
+    """Build a student as it was before its run, or a teacher's default student.
+
+    Returns:
+        ``None``, after a line on stderr, if this needs the teacher, or the hub, and that is not at hand.
+    """
     if isinstance(model, Teacher):
         return model.build_student(projected=model.projected_width > 0)
     if isinstance(model.config, TimmNetworkConfig):
@@ -96,7 +100,7 @@ def load_rival(place: str, modality: str) -> Backbone:
     """Load a further model to compare, from a file or, as ``timm/NAME``, from timm.
 
     Raises:
-        InputError: It cannot be loaded, or takes other samples.
+        InputError: The model cannot be loaded, or takes samples of another modality.
     """
     with errors_of("rivals"):
         if place.startswith(PREFIX) and not Path(place).exists():
@@ -111,10 +115,10 @@ def load_rival(place: str, modality: str) -> Backbone:
 
 
 def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Evaluation]:
-    """Load a model and what to compare it with: pixels, the encoder alone, an untrained student, the teacher if known.
+    """Load a model and its comparisons: pixels, the encoder alone, an untrained student, the teacher if known, rivals.
 
     Raises:
-        InputError: A file cannot be used, or the model has no such embedding.
+        InputError: A file cannot be used, or the model lacks the chosen embedding.
     """
     model, teacher = config.load("zero_shot" in config.probes)
     modality = modality_of(model.encoder.config)
