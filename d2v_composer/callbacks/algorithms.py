@@ -1,4 +1,4 @@
-"""Clip the gradient, log its norm, seed each batch, measure the targets first, and evaluate alike on all ranks."""
+"""Clip the gradient, log its norm, seed each batch, measure target statistics, and share BatchNorm's among ranks."""
 
 from itertools import islice
 from typing import Any
@@ -17,7 +17,7 @@ from d2v_composer.system.progress import progress_bar
 
 
 def trained(state: State) -> list[Tensor]:
-    """Return the parameters that the optimizers train; this skips the model's many frozen ones."""
+    """Return the parameters that the optimizers train, without the model's many frozen ones."""
     return [tensor for optimizer in state.optimizers for group in optimizer.param_groups for tensor in group["params"]]
 
 
@@ -36,10 +36,11 @@ class GradientClipping(algorithms.GradientClipping):
 
 
 class GradientNorm(Algorithm):
-    """Log ``l2_norm/grad/global``, the key of Composer's OptimizerMonitor, at a fixed interval.
+    """Log the norm of the gradient before clipping, at a fixed interval.
 
-    It changes nothing. It is an algorithm because callbacks run after all algorithms, when the gradient is clipped.
-    Pass it to the Trainer after GradientClipping: Composer runs the algorithms of an AFTER event from last to first.
+    The log key is ``l2_norm/grad/global``, as in Composer's OptimizerMonitor. A callback would see the gradient only
+    after clipping, so this is an algorithm, though it changes nothing. Pass it to the Trainer after GradientClipping:
+    Composer runs the algorithms of an AFTER event from last to first.
 
     Args:
         every: Interval in batches.
@@ -64,8 +65,8 @@ class GradientNorm(Algorithm):
 class SeededBatches(Callback):
     """Seed Python, NumPy and torch at the start of each batch, from (seed, batch, rank).
 
-    Algorithms such as MixUp draw from these generators. When Composer 0.32.1 resumes a StreamingDataset within an
-    epoch, it does not restore their states.
+    Algorithms such as MixUp draw from these generators, whose states Composer 0.32.1 does not restore when it resumes a
+    StreamingDataset within an epoch.
 
     Args:
         seed: Seed of the run.
@@ -80,14 +81,14 @@ class SeededBatches(Callback):
 
 
 def share_statistics(model: torch.nn.Module) -> None:
-    """Give all ranks the BatchNorm statistics of rank 0, which a checkpoint stores: each batch makes them differ."""
+    """Give all ranks the BatchNorm statistics of rank 0, as in a checkpoint: in training, the ranks' own differ."""
     for name, buffer in model.named_buffers():
         if "running_" in name:
             dist.broadcast(buffer, 0)
 
 
 class SharedStatistics(Callback):
-    """Broadcast BatchNorm's statistics before evaluations."""
+    """Give all ranks the BatchNorm statistics of rank 0 before each evaluation."""
 
     def eval_start(self, state: State, logger: Logger) -> None:
         share_statistics(state.model)
@@ -96,12 +97,12 @@ class SharedStatistics(Callback):
 class TargetStatistics(Callback):
     """Measure mean and deviation of the teacher's layers on a run's first batches, before its first step.
 
-    ``targets.normalization: dataset`` normalizes all targets of a run and of its resumes by these numbers, on any
-    number of ranks. After the measurement, the loader begins its epoch again.
+    ``targets.normalization: dataset`` normalizes all targets by these statistics, in the run and after each resume, on
+    any number of ranks. After the measurement, the loader begins its epoch again.
 
     Args:
-        num_batches: Number of batches, at most an epoch's.
-        device_batch_size: Inputs in a forward pass.
+        num_batches: Number of batches; if an epoch has fewer, all of these are used.
+        device_batch_size: Number of inputs in a forward pass.
     """
 
     def __init__(self, num_batches: int, device_batch_size: int) -> None:
