@@ -80,7 +80,7 @@ class Section(BaseModel):
     model_config = STRICT
 
     def contradictions(self) -> Iterator[str]:
-        """Yield '.key: problem' for each value that contradicts another one; each alone is within its limits."""
+        """Yield '.key: problem' for each value that is within its own limits but contradicts another value."""
         yield from ()
 
     @model_validator(mode="after")
@@ -265,9 +265,9 @@ class LabeledSetConfig(Section):
     column: Text | None = None
     """Column of images or audio. null: in MDS ``image`` or ``audio``, else the only one."""
     label_column: Text | None = "label"
-    """Column of labels (in tars, ``cls`` or ``json:KEY``), unless folders are classes; null: none. Without labels
-    (null, or a folder without class folders), only the probes that need none run, on the test split or, if ROOT has no
-    splits, on all of ROOT."""
+    """Column of labels (in tars, ``cls`` or ``json:KEY``), unless folders are classes; null: no labels. Without labels
+    (null, or a folder without class folders), only the probes ``agreement`` and ``instance`` run, on the test split or,
+    if ROOT has no splits, on all of ROOT."""
     class_embeddings: PathText | None = None
     """For the probe ``zero_shot``: a .npy file, (C, P) float, of a text tower's embeddings of the classes, in the order
     of the class names."""
@@ -283,11 +283,12 @@ class AlignmentConfig(Section):
     max_samples: Whole = 20000
     """Maximum number of training samples to fit the map to, at the end and before each retrieval; 0: no map."""
     pooling: Pooling | None = None
-    """Pooling of the teacher's embedding that the map leads to: ``cls``, ``mean`` or ``mean_patches``; null: the
+    """Pooling of the teacher's embedding to which the map is fitted: ``cls``, ``mean`` or ``mean_patches``; null: the
     teacher's default."""
     representation: Literal["output", "layer_mean"] | None = None
-    """Representation of that embedding: ``output`` of the last block, or ``layer_mean``, which the loss regresses;
-    null: ``output``, or with the probe ``zero_shot`` and no pooling the teacher's image embedding."""
+    """Representation of the teacher's embedding to which the map is fitted: ``output`` of the last block, or
+    ``layer_mean``, which the loss regresses. null: ``output``; but with the probe ``zero_shot`` and no pooling, the
+    teacher's image embedding."""
 
 
 class LookupConfig(Section):
