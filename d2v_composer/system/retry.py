@@ -46,10 +46,10 @@ def retry(
 
     Args:
         attempt: Called at least once.
-        what: What is attempted, for the log.
-        timeout: Seconds; a running attempt is not interrupted.
-        lasting_attempts: 1 reports a wrong address or key immediately.
-        denial_passes: A store that denies access counts as unreachable.
+        what: Name of what is attempted, for the log.
+        timeout: Seconds in which new attempts start; a running attempt is not interrupted.
+        lasting_attempts: Number of attempts for lasting faults; 1 reports a wrong address or key immediately.
+        denial_passes: Treat a store that denies access as unreachable.
     """
     start = time.monotonic()
     pause, num_lasting = FIRST_PAUSE, 0
