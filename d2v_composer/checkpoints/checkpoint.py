@@ -86,8 +86,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read a run's checkpoint: verify its checksums, then its contents, without running its code.
 
     Raises:
-        CorruptCheckpointError: It is truncated or corrupt.
-        InputError: It cannot be read, or ``recipes/train.py`` did not write it.
+        CorruptCheckpointError: The file is truncated or corrupt.
+        InputError: The file cannot be read, or no run of this package wrote it.
     """
     check_archive(path, CorruptCheckpointError)
     foreign = f"{path} is not a checkpoint written by recipes/train.py"
@@ -122,15 +122,15 @@ def find_newest(
 
     Args:
         folder: The run's folder.
-        accept: Raises if the run is another one, before anything changes.
-        resumes: It may have checkpoints.
+        accept: Function that raises if a checkpoint is of another run; called before anything changes.
+        resumes: If false, checkpoints in the folder are an error.
         uploads: Upload a local checkpoint, for other nodes, even if the store has one of that name: after a change of
-            machines it may be another.
+            machines, that one may differ.
 
     Raises:
-        InputError: The store cannot be read or holds other files, no checkpoint is complete, ``recipes/train.py`` did
-            not write it, or there is one and not ``resumes``.
-        Exception: ``accept``'s.
+        InputError: The store cannot be read or holds other files, no checkpoint is complete, no run of this package
+            wrote it, or there is one although ``resumes`` is false.
+        Exception: ``accept`` raised it.
         RunError: The store cannot be written.
     """
     pointer = folder.local / LATEST
@@ -181,7 +181,7 @@ def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
     """Read a file, or the target of a run's pointer; retry if the run has replaced it meanwhile.
 
     Raises:
-        InputError, OSError: ``read``'s, of a file that is still the newest.
+        InputError, OSError: ``read`` raised it for a file that is still the newest.
     """
     for attempt in range(READ_ATTEMPTS):
         with reading(path):
@@ -196,7 +196,7 @@ def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
 
 
 def fetch_model(path: str | Path) -> Path:
-    """Return a file's local path, as :func:`fetch` does; for a run's folder, the error names its newest checkpoint."""
+    """Return a file's local path, like :func:`fetch`. The error for a run's folder names its newest checkpoint."""
     with reading(path):
         if not is_remote(path) and (newest := Path(path) / LATEST).exists():
             raise InputError(f"{path} is the folder of a run, not a model's file; its newest checkpoint is {newest}")
@@ -296,11 +296,12 @@ def download_checkpoint(address: str, path: Path) -> None:
     """Download a checkpoint, even if ``path`` exists: the store may have a newer one.
 
     Args:
-        address: https://…, or in an object store, where ``latest-rank0.pt`` is a small file with another's name.
+        address: https://…, or an address in an object store, where a small file stands for ``latest-rank0.pt`` and has
+            the name of the newest checkpoint.
         path: The local file.
 
     Raises:
-        InputError: It does not exist, or cannot be read.
+        InputError: The checkpoint does not exist, or cannot be read.
     """
     if _download(address, path):
         return
@@ -341,8 +342,8 @@ def upload_checkpoint(path: Path, address: str) -> None:
 def drop_unused_scaler(checkpoint: dict[str, Any], precision: str) -> None:
     """Remove the loss scaler's state from a checkpoint unless both the run that saved it and this one use amp_fp16.
 
-    Only amp_fp16 scales its loss, with a class of its own. In other precisions the Trainer has a scaler too: on a CPU
-    it is disabled and saves an empty state, on a GPU it is enabled and refuses an empty state.
+    Only amp_fp16 scales the loss, with a scaler of its own class. In other precisions, the Trainer's scaler is unused:
+    on a CPU it is disabled and saves an empty state; on a GPU it is enabled and refuses an empty state.
     """
     state = checkpoint["state"]
     if "scaler" in state and not (precision == "amp_fp16" and state["scaler"].get("GradScaler")):

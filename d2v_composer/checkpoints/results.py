@@ -13,15 +13,15 @@ class Measure(NamedTuple):
     """A measure that scores each query of a data set: a column of tables."""
 
     bank: str
-    """The split that is searched, or that a classifier is fitted to; '' for the test images among themselves, classes
-    for text embeddings of the classes."""
+    """The split that is searched, or to which a classifier is fitted; ``classes`` for text embeddings of the classes;
+    '' for the test images among themselves."""
     name: str
     k: int | None
-    """The number of neighbors; ``None``: a classifier has none."""
+    """The number of neighbors; ``None`` for a classifier."""
     key: str
-    """Its part of a log key."""
+    """The measure's part of a log key."""
     heading: str
-    """The heading of its column in tables."""
+    """The heading of the measure's column in tables."""
 
 
 class Result(NamedTuple):
@@ -34,11 +34,11 @@ class Result(NamedTuple):
     embedding: str
     """Name of the embedding; '' if it is the only one and has no name."""
     is_primary: bool
-    """True for the row's primary embedding; ``zero_shot`` has but one."""
+    """True for the row's primary embedding, and for the only embedding that ``zero_shot`` measures."""
     hits: Tensor
     """For each query, on the host: (Q,) bool, or the share of common neighbors, (Q,) float64."""
     batch: int = 0
-    """Batches after which a run measured it."""
+    """Number of training batches after which a run measured the row."""
     nearest: Tensor | None = None
     """The bank's images nearest to each query in a primary embedding, nearest first, (Q, K) int32."""
 

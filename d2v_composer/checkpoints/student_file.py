@@ -39,7 +39,7 @@ from d2v_composer.system.errors import InputError, errors_of, reading, reason
 from d2v_composer.system.files import out_file
 
 FORMAT_VERSIONS: dict[str, int] = {"teacher": 2, "student": 3, "classifier": 2}
-"""What this package writes, and all that it reads."""
+"""Kind of file → the format version that this package writes, the only one that it reads."""
 # Characters of sizes or provenance. Ours have some thousands; parsed, they take 25 times as many bytes.
 MAX_JSON = 4 << 20
 CONFIG_TENSOR = "config_json"
@@ -62,7 +62,7 @@ class ModelFile(NamedTuple):
         """Check that the file holds a model of this kind: teacher, student or classifier.
 
         Raises:
-            InputError: It is another one.
+            InputError: The file holds something else.
         """
         if self.kind != kind:
             description = f"a {self.kind} file" if self.kind in FORMAT_VERSIONS else "not a d2v_composer file"
@@ -100,7 +100,7 @@ def read_model_file(path: Path) -> ModelFile:
     """Read any safetensors file.
 
     Raises:
-        InputError: It is truncated or corrupt, or of another format version.
+        InputError: The file is truncated or corrupt, or of another format version.
     """
     with reading(path):
         with safe_open(path, framework="pt") as file:
@@ -118,7 +118,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     """Parse a JSON object from any source, within limits of time and memory.
 
     Raises:
-        ValueError: It is too long, or not an object.
+        ValueError: The text is too long, or not a JSON object.
     """
     if len(text) > MAX_JSON:
         raise ValueError(f"its metadata has {len(text)} characters; the limit is {MAX_JSON}")
@@ -144,7 +144,7 @@ def build_loaded(source: Any, build: Callable[[], ModuleT], tensors: Mapping[str
     """Build a model from a file's tensors.
 
     Raises:
-        InputError: As in :func:`check_fits`.
+        InputError: The tensors do not fit the model; see :func:`check_fits`.
     """
     check_fits(source, build, tensors)
     model = build()
@@ -166,7 +166,7 @@ def check_fits(source: Any, build: Callable[[], nn.Module], tensors: Mapping[str
     """Check that a file has exactly the tensors of a model, before memory is allocated for the model.
 
     Raises:
-        InputError: A size is invalid; or a tensor is missing, unknown, misshapen, or as in :func:`check_numbers`.
+        InputError: A size is invalid; or a tensor is missing, unknown, misshapen, or does not hold finite numbers.
     """
     with reading(source), torch.device("meta"), _Unset():
         model = build()
@@ -183,7 +183,7 @@ def check_numbers(tensors: Mapping[str, Tensor]) -> None:
     """Check that tensors hold finite floating-point numbers; load_state_dict silently converts any others.
 
     Raises:
-        ValueError: One does not.
+        ValueError: A tensor holds something else.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
@@ -194,7 +194,7 @@ def check_numbers(tensors: Mapping[str, Tensor]) -> None:
 
 
 def loading_fault(error: Exception) -> str:
-    """Reduce an error to one line; for load_state_dict's, the first mismatch."""
+    """Return an error as one line; for an error of load_state_dict, the line with the first mismatch."""
     return (str(error).splitlines()[1:] or [reason(error)])[0].strip()[:300]
 
 
@@ -202,7 +202,7 @@ def read_config(config_class: type[ConfigT], sizes: dict[str, Any]) -> ConfigT:
     """Read the sizes in a file.
 
     Raises:
-        ValueError: A field is missing, which would get its default; or as :class:`~d2v_composer.models.configs.Config`.
+        ValueError: A field is missing, so that it would get its default; or a value is wrong.
     """
     config = config_class(**sizes)
     if config.model_dump(mode="json") != sizes:
@@ -254,7 +254,7 @@ def check_same_teacher(source: Any, teacher: Teacher, record: Any) -> None:
     """Check that a teacher is the one that a student's record names.
 
     Raises:
-        InputError: It comes from another file; a converted file counts as the original.
+        InputError: The teacher comes from another file; a converted file counts as the original.
     """
     if not is_teacher_of(record, teacher):
         ours, theirs = value_at(record, "teacher.sha256"), teacher.provenance["sha256"]
@@ -278,7 +278,7 @@ def read_sizes(source: Any, stored: dict[str, Any]) -> NetworkSizes | StudentSiz
     """Read what :func:`sizes_of` returned.
 
     Raises:
-        InputError: They are not the sizes of a student.
+        InputError: ``stored`` has not the sizes of a student.
     """
     with reading(source):
         return read_config(NetworkSizes if "network" in stored else StudentSizes, stored)
@@ -287,10 +287,10 @@ def read_sizes(source: Any, stored: dict[str, Any]) -> NetworkSizes | StudentSiz
 def build_student(
     source: Any, sizes: NetworkSizes | StudentSizes, tensors: Mapping[str, Tensor], provenance: Any = None
 ) -> Any:
-    """Build a student with a state dict, in eval mode.
+    """Build a student from its sizes and tensors, in eval mode.
 
     Raises:
-        InputError: As :func:`check_fits`.
+        InputError: The tensors do not fit the sizes; see :func:`check_fits`.
     """
 
     def build() -> Backbone:
@@ -308,7 +308,7 @@ def check_timm_outputs(source: Any, encoder: Any) -> None:
     """Check that a timm encoder computes what it did at export, since timm's version may differ.
 
     Raises:
-        InputError: It computes something else.
+        InputError: The installed timm computes something else.
     """
     config = encoder.config
     if isinstance(config, TimmConfig) and config.outputs:
@@ -337,8 +337,8 @@ def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], dict[str
     The check compares the logits of one input or, without a head, the embedding that timm returns.
 
     Args:
-        source: Named in errors.
-        student: Perhaps with a head, which reads the primary embedding.
+        source: Name of the student in errors.
+        student: The student; if it has a head, the head reads the primary embedding.
 
     Raises:
         InputError: timm computes something else.

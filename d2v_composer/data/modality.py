@@ -80,7 +80,7 @@ class Modality(ABC):
             source: The sample's name for errors.
 
         Raises:
-            UnreadableSampleError: It cannot be decoded.
+            UnreadableSampleError: The sample cannot be decoded.
         """
 
     @classmethod
@@ -89,12 +89,12 @@ class Modality(ABC):
         """Return a sample as a file that every reader can decode, and the sample's length if lengths vary.
 
         Raises:
-            UnreadableSampleError: It cannot be decoded.
+            UnreadableSampleError: The sample cannot be decoded.
         """
 
     @abstractmethod
     def augmentation(self, *, for_views: bool = False, **options: Any) -> Transform:
-        """Return the training augmentation, given ``options``, or the views' augmentation for instance retrieval."""
+        """Return the augmentation for training or, with ``for_views``, the one that makes the views of a sample."""
 
     def stack(self, samples: Iterator[Tensor], count: int) -> Tensor | list[Tensor]:
         """Collect decoded samples in memory."""
@@ -128,8 +128,8 @@ def decoding(stored: Any, source: str, kind: str) -> Iterator[None]:
     """Convert any error raised in a ``with`` block that decodes a sample to one line that names the sample.
 
     Raises:
-        UnreadableSampleError: It cannot be decoded. If memory or file descriptors run out, the error passes
-            unchanged; the decoders' own OSErrors have no number.
+        UnreadableSampleError: The sample cannot be decoded. If memory or file descriptors run out, the error passes
+            unchanged; decoders' own OSErrors have no ``errno``.
     """
     try:
         yield
@@ -154,7 +154,7 @@ class Augmentation(NamedTuple):
     seed: int
 
     def __call__(self, sample: Tensor, *place: int) -> Tensor:
-        """Augment a sample with random numbers that depend only on the seed and two whole numbers."""
+        """Augment a sample with random numbers that depend only on the seed and ``place``, two whole numbers."""
         return self.transform(sample, sample_rng(self.seed, *place))
 
 
@@ -162,8 +162,9 @@ def collate(samples: Sequence[Tensor], sizes: Sequence[int] = ()) -> tuple[Tenso
     """Return a batch's inputs and, if samples were padded with zeros at the end, the lengths, (B,) int64.
 
     Args:
-        samples: They differ at most in their last dimension.
-        sizes: Lengths to pad to, ascending, because a compiled model needs a graph for each; else the longest sample's.
+        samples: Samples whose shapes differ at most in the last dimension.
+        sizes: Lengths to choose the padded length from, ascending, because a compiled model needs a graph for each;
+            without one that is long enough, samples are padded to the longest.
     """
     lengths = torch.tensor([sample.shape[-1] for sample in samples])
     longest = int(lengths.max())
