@@ -104,10 +104,12 @@ class Alibi(nn.Module):
 def attention_bias(
     alibi: Alibi | None, x_BTD: Tensor, padding_mask: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor | None:
-    """Return ALiBi's bias, (1, H, T, T), or (B, H, T, T) with -inf for padded keys; ``None`` without both.
+    """Return the attention bias of ALiBi and padding: (1, H, T, T), or (B, H, T, T) with -inf for padded keys.
+
+    Without ALiBi, a bias for padding alone is (B, 1, 1, T); without either, ``None``.
 
     Args:
-        alibi: ``None``: no ALiBi; then a bias for padding alone is (B, 1, 1, T).
+        alibi: The module that computes ALiBi's bias; ``None`` for no ALiBi.
         x_BTD: The blocks' input.
         padding_mask: (B, T), true for padding.
         scale: See :meth:`Alibi.forward`.
@@ -121,7 +123,7 @@ def attention_bias(
 
 
 def aligned(bias: Tensor) -> Tensor:
-    """Return the bias with rows aligned for the attention kernels; in a program of any length, unchanged."""
+    """Return a bias with rows aligned for the attention kernels; a bias that is traced for any length, unchanged."""
     return bias if isinstance(bias.shape[-1], torch.SymInt) else pad_rows(bias)[..., : bias.shape[-1]]
 
 

@@ -37,9 +37,9 @@ class Inputs(NamedTuple):
 
     values: Tensor
     """Images, (B, 3, S, S) float, already normalized; or uint8 of any size, which the encoder resizes (antialias) and
-    normalizes. Or waveforms, (B, L) float, which it normalizes."""
+    normalizes. Or waveforms, (B, L) float, which the encoder normalizes."""
     lengths: Tensor | None = None
-    """Samples of each waveform of a padded batch, (B,) int64; ``None``: nothing is padded."""
+    """Number of samples of each waveform in a padded batch, (B,) int64; ``None``: nothing is padded."""
     shares: Tensor | None = None
     """The share of each of W windows in the embeddings of B clips, (B, W), if ``values`` are windows, (B·W, …)."""
 
@@ -71,7 +71,7 @@ class Tokens(NamedTuple):
     shares: Tensor | None = None
     """See :class:`Inputs`."""
     pooled: Tensor | None = None
-    """(B, P), of a model that pools its features itself."""
+    """The pooled feature, (B, P), of a model that pools its features itself."""
 
 
 class Frozen(nn.Module):
@@ -111,9 +111,10 @@ class Encoder(Frozen):
     Models that hold the same encoder share it: a step runs it once. It trains unless it is frozen.
 
     Attributes:
-        alibi: The bias of its blocks, if they have one.
-        half_residual: Keep the residual stream of these and of a teacher's blocks in autocast's dtype, not in float32.
-        baseline: The name of :meth:`raw` in tables.
+        alibi: ALiBi's bias for the encoder's blocks, if they have one.
+        half_residual: Keep the residual stream of the encoder's and the teacher's blocks in autocast's dtype, not in
+            float32.
+        baseline: The name of the embedding :meth:`raw` in tables.
         input_name: The name of the inputs in an exported program.
     """
 
@@ -129,7 +130,7 @@ class Encoder(Frozen):
 
     @property
     def embed_dim(self) -> int:
-        """D."""
+        """Number of channels, D."""
         return self.config.embed_dim
 
     @property
@@ -162,7 +163,7 @@ class Encoder(Frozen):
         """Return the first block's input, (B, T, D)."""
 
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
-        """Return each block's context, optionally followed by the contexts of a teacher's blocks."""
+        """Return each block's context, perhaps followed by the contexts of a teacher's blocks."""
         return []
 
     @abstractmethod
@@ -198,7 +199,7 @@ class Encoder(Frozen):
             num_samples: Length of the padded inputs; default the longest of ``lengths``.
 
         Raises:
-            ValueError: A length is too short; or the inputs have none.
+            ValueError: A length is out of range, or inputs of this kind have no lengths.
         """
         if lengths is not None:
             raise ValueError(f"lengths: {self.config.modality} inputs have none")

@@ -13,7 +13,7 @@ DATA2VEC2 = "data2vec2"
 PREFIX = "timm/"
 """Prefix of a timm model's name."""
 EXTERNAL = "ext/"
-"""Prefix of a teacher's name that is an installed package's, or that ``train_student`` is given."""
+"""Prefix of the name of a teacher that an installed package offers, or that ``train_student`` is given."""
 TEACHERS = "d2v_composer.teachers"
 """Group of entry points: each is called with ``teacher.checkpoint`` and returns a teacher."""
 PROJECTED = "projected_cls"
@@ -32,7 +32,7 @@ Normalization = Literal["instance", "layer"]
 (``layer_norm_target_layer``): it keeps each channel's mean over time, which a mean pooling sees.
 """
 TargetNormalization = Literal["instance", "layer", "dataset"]
-"""The same of a target; ``dataset`` is by fixed numbers of each layer and channel."""
+"""Normalization of each layer of a target; ``dataset`` is by a fixed mean and deviation of each layer and channel."""
 TargetSource = Literal["ffn", "block"]
 """Layers of the target: the teacher's FFN outputs, or its blocks' outputs."""
 TokenLoss = Literal["mse", "cosine_smooth_l1"]
@@ -65,7 +65,7 @@ class Embedding(NamedTuple):
         """Read ``representation`` and ``pooling`` from a mapping; other keys are ignored.
 
         Raises:
-            LookupError, TypeError, ValueError: One is missing or unknown.
+            LookupError, TypeError, ValueError: A key is missing, or its value unknown.
         """
         check_choice("representation", fields["representation"], Representation)
         check_choice("pooling", fields["pooling"], Pooling)
@@ -82,8 +82,8 @@ def find_primary(primary: str, names: Collection[str]) -> str:
     """Return the name of the embedding to report as a model's primary embedding.
 
     Args:
-        primary: The embedding asked for. For ``layer_mean`` and ``projected``, the output will do: the bare encoder has
-            neither.
+        primary: The embedding asked for. In place of ``layer_mean`` or ``projected``, which the encoder alone lacks,
+            ``output`` is found.
         names: The model's embeddings; a single one without a name ('') is its own primary embedding.
 
     Raises:
@@ -99,7 +99,7 @@ def timm_name(model: str) -> str:
     """Return the NAME of ``timm/NAME``.
 
     Raises:
-        ValueError: It has another form, or timm has no such model.
+        ValueError: The name has another form, or timm has no such model.
     """
     import timm  # takes seconds
 

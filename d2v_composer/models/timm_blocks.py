@@ -18,7 +18,7 @@ class Kind(NamedTuple):
     """How a class of timm's blocks differs from the others."""
 
     context: str = ""
-    """The attention's argument that takes the context; empty: none."""
+    """Name of the attention's argument that takes the context; empty if it takes none."""
     is_post_norm: bool = False
     """True if each branch ends with its LayerNorm, before the residual sum."""
     scale: str = "gamma_{}"
@@ -91,8 +91,8 @@ class FixedContexts(nn.Module):
     """The contexts of blocks, in a buffer that moves with the model and is stored in exported files.
 
     Args:
-        table: (1 or L, …): one context for all blocks, or one for each; ``None``: they need none.
-        num_blocks: L.
+        table: One context for all blocks, (1, …), or one for each, (L, …); ``None`` if blocks need none.
+        num_blocks: Number of blocks, L.
     """
 
     table: Tensor | None
@@ -145,7 +145,7 @@ def take_contexts(model: Any) -> FixedContexts:
 
 
 def take_relative_bias(model: Any) -> Tensor | None:
-    """Gather each block's own bias, and add the bias that all blocks share."""
+    """Remove the relative biases from a model, and return each block's own with the shared one added, if it has any."""
     attentions = [block.attn for block in model.blocks if block.attn.relative_position_bias_table is not None]
     biases = [gather(attention) for attention in attentions]
     if model.rel_pos_bias is not None:

@@ -34,7 +34,7 @@ from d2v_composer.models.teacher import Teacher
 from d2v_composer.models.timm_blocks import FixedContexts, TimmBlock, check_block, take_contexts
 
 CLASSES = (VisionTransformer, Eva, Beit)
-# What a file says of itself. Weights of another tag may have another preprocessing: the file's counts.
+# Fields in which a file may differ from timm: weights of another tag may have another preprocessing.
 OF_A_FILE = ("image_mean", "image_std", "interpolation", "timm", "outputs")
 # Parts of a model after its final norm.
 HEAD = ("attn_pool", "fc_norm", "head_drop", "head")
@@ -47,8 +47,8 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None, num_
 
     Args:
         model: ``timm/NAME``.
-        image_size: Default: the size of timm's data config, less what is left of a patch.
-        num_outputs: Outputs of the projection that ends the model; 0: there is none.
+        image_size: Pixels per side, or height and width; default: timm's size, rounded down to whole patches.
+        num_outputs: Number of outputs of a projection at the model's end; 0 for no projection.
 
     Raises:
         ValueError: There is no such model, or it cannot be a teacher, or not at this size.
@@ -95,7 +95,7 @@ def teacher_config(model: str, built: Any, first_blocks: int | None = None) -> T
     Args:
         model: ``timm/NAME``.
         built: The model.
-        first_blocks: Blocks in the encoder; default a sixth of all, as in data2vec 2.0 base.
+        first_blocks: Number of blocks in the encoder; default: a sixth of all, as in data2vec 2.0 base.
 
     Raises:
         ValueError: ``first_blocks`` leaves no block to the teacher.
@@ -225,9 +225,9 @@ class TimmTeacher(Transformer, Teacher):
 
     Args:
         model: A timm model with its weights; it is taken apart.
-        config: Its sizes.
+        config: Sizes of the model.
         provenance: Origin of the weights, stored with what is derived from them.
-        projected: Keep its head, for the embedding ``projected_cls``.
+        projected: Keep the model's head, for the embedding ``projected_cls``.
     """
 
     config: TeacherConfig
