@@ -1,12 +1,12 @@
-"""Align a student with an existing index, or with a teacher, so that the student can search the other's embeddings.
+"""Align a student with an existing index, or with a teacher, so that it can search that other model's embeddings.
 
     d2v align student.safetensors photos aligned.safetensors --index photos.npy
     d2v align student.safetensors photos aligned.safetensors --to teacher.safetensors --pooling mean
     d2v embed aligned.safetensors queries queries.npy --representation projected
 
 One matrix maps the student's embeddings to those of the index, whatever model made the index. The matrix is fitted in
-closed form to the samples of SOURCE whose ids the index has; with --to, to any samples. A tenth of the samples is held
-out to measure R² and recall: the share of a sample's nearest neighbors in the index that the student finds. OUT is the
+closed form to the samples of SOURCE whose ids the index has or, with --to, to all samples. A tenth of them is held out
+to measure R² and recall: the share of a sample's nearest neighbors in the index that the student finds. OUT is the
 student with the matrix.
 """
 

@@ -141,7 +141,8 @@ class TargetsConfig(Section):
     average_top_k_layers: Count | None = None
     """Number of the teacher's last blocks in the target; null: the teacher's own setting."""
     source: TargetSource = "ffn"
-    """``ffn``: the teacher's FFN outputs. ``block``: its blocks' outputs (in a pre-norm ViT, the residual stream)."""
+    """``ffn``: FFN outputs of the teacher's blocks. ``block``: the blocks' outputs (in a pre-norm ViT, the residual
+    stream)."""
     normalization: TargetNormalization | None = None
     """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in the
     thesis. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. ``dataset``: each
@@ -176,8 +177,8 @@ class ShardLoaderConfig(Section):
     """Workers and augmentation of training images, and how they are streamed from MDS shards."""
 
     num_workers: Annotated[int, Field(ge=0, le=1000)] = 8
-    """Processes per device that decode samples; 0: the training process decodes them. These processes put their batches
-    into /dev/shm; if /dev/shm is too small, the run fails at the start."""
+    """Processes per device that decode samples and put their batches into /dev/shm; if /dev/shm is too small, the run
+    fails at the start. 0: the training process decodes the samples."""
     prefetch_factor: Up1000 = 2
     """Batches that each worker prepares ahead."""
     crop_scale: Annotated[Range, must("be at most 1", lambda scale: scale[1] <= 1)] = (0.08, 1.0)
@@ -278,7 +279,7 @@ class LabeledSetConfig(Section):
 
 
 class AlignmentConfig(Section):
-    """The map from the student's embeddings to its teacher's, fitted in closed form when the run ends."""
+    """The map from the student's embeddings to its teacher's, fitted in closed form."""
 
     max_samples: Whole = 20000
     """Maximum number of training samples to fit the map to, at the end and before each retrieval; 0: no map."""
@@ -475,7 +476,7 @@ class FinetuneConfig(TrainerConfig, ModelReference):
     """Fields of recipes/finetune.py."""
 
     train_encoder: bool = False
-    """Train the encoder too, except BEiT's relative position biases."""
+    """Train the encoder too, except data2vec's fixed positions and BEiT's relative position biases."""
     dataset: LabeledSetConfig
     """The MDS data set: the images in ROOT/train are for training, those in ROOT/test for evaluation. With
     ``train_loader.remote``, ROOT/train is the cache."""

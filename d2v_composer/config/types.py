@@ -57,7 +57,7 @@ def read_image_size(size: Any) -> int | str:
 
 
 def check_file(address: str) -> None:
-    """Raise ValueError if there is no such local file, or Composer would not read it."""
+    """Raise ValueError if an address is a local path at which there is no file, or which Composer would not read."""
     from d2v_composer.system.fetch import find_missing_file  # torch takes seconds to import
 
     if not Address.parse(address).is_remote:
