@@ -114,11 +114,11 @@ def find_newest(
 ) -> Checkpoint | None:
     """Read a run's newest complete checkpoint, from its local folder or its store; ``None`` if there is none.
 
-    Once the checkpoint is accepted, ``latest-rank0.pt`` points at it. If it is from the store, so is the log, because
-    another machine went on with the run.
+    Once a checkpoint is accepted, ``latest-rank0.pt`` points at it. With a checkpoint from the store, the log is
+    downloaded, too, because another machine went on with the run.
 
-    Candidates are the targets of the two pointers ``latest-rank0.pt`` and the checkpoints before them; without a
-    pointer, all local ones. Truncated or corrupt ones are skipped with a warning.
+    Candidates are the targets of the pointers ``latest-rank0.pt``, here and in the store, and the checkpoints before
+    them; without a pointer, all local checkpoints. Truncated or corrupt ones are skipped with a warning.
 
     Args:
         folder: The run's folder.
@@ -128,8 +128,8 @@ def find_newest(
             machines, that one may differ.
 
     Raises:
-        InputError: The store cannot be read or holds other files, no checkpoint is complete, no run of this package
-            wrote it, or there is one although ``resumes`` is false.
+        InputError: The store cannot be read or holds other files, no checkpoint is complete, a checkpoint is not one
+            of this package, or there are checkpoints although ``resumes`` is false.
         Exception: ``accept`` raised it.
         RunError: The store cannot be written.
     """

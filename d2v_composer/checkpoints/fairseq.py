@@ -175,7 +175,8 @@ def convert_teacher(
         weights: The weights to keep.
         dtype: Stored dtype; a loaded teacher is float32 in any case.
         license: A note on the weights' license for the metadata.
-        spectrogram: For EAT: ``target_length``, ``log_mel_mean``, ``log_mel_std``; default the file's, and AudioSet's.
+        spectrogram: For EAT: ``target_length``, by default the file's; ``log_mel_mean`` and ``log_mel_std``, by default
+            AudioSet's.
 
     Returns:
         The teacher, and the names of unused tensors, as in the file.

@@ -1,7 +1,7 @@
 """Read and write our own model files: safetensors with a model's kind, sizes and provenance.
 
-A student is blocks on an encoder, or a whole timm model. timm reads the tensors alone, so blocks have their sizes in a
-tensor, too, ``config_json``; a timm model's tensors have timm's own names.
+A student is blocks on an encoder, or a whole timm model. timm reads only tensors, so a file of blocks has its sizes in
+a tensor, too, ``config_json``; in a file of a timm model, the tensors have timm's own names.
 """
 
 import copy
@@ -278,7 +278,7 @@ def read_sizes(source: Any, stored: dict[str, Any]) -> NetworkSizes | StudentSiz
     """Read what :func:`sizes_of` returned.
 
     Raises:
-        InputError: ``stored`` has not the sizes of a student.
+        InputError: ``stored`` does not have the sizes of a student.
     """
     with reading(source):
         return read_config(NetworkSizes if "network" in stored else StudentSizes, stored)

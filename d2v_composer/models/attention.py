@@ -47,9 +47,9 @@ class Alibi(nn.Module):
 
     Args:
         num_columns: Columns of the grid of patches; 1 for a sequence, whose distances are |i - j|.
-        num_heads: H. Heads from ``num_alibi_heads`` on have no bias.
-        num_alibi_heads: Heads with a bias; their slopes are those of a model with this many heads.
-        num_extra_tokens: E; they precede the patches.
+        num_heads: Number of heads, H. Heads from ``num_alibi_heads`` on have no bias.
+        num_alibi_heads: Number of heads with a bias, which have the slopes of a model with so many heads.
+        num_extra_tokens: Number of tokens before the patches, E.
     """
 
     def __init__(self, num_columns: int, *, num_heads: int, num_alibi_heads: int, num_extra_tokens: int) -> None:
@@ -93,7 +93,7 @@ class Alibi(nn.Module):
         return pad(alibi_slopes(self.num_alibi_heads), (0, self.num_heads - self.num_alibi_heads))
 
     def build(self, num_tokens: int, slopes_H: Tensor | None = None) -> Tensor:
-        """Compute the bias for T tokens, (1, H, T, T) float32, where the slopes are; default on the CPU."""
+        """Compute the bias for T tokens, (1, H, T, T) float32, on the device of the slopes, by default the CPU."""
         slopes_H = self.slopes() if slopes_H is None else slopes_H
         # Not arange: a program that torch.export writes would name the device.
         index_N = slopes_H.new_full((num_tokens - self.num_extra_tokens,), 1.0).cumsum(0) - 1

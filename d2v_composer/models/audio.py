@@ -172,7 +172,7 @@ class LogMel(nn.Module):
 
         Args:
             waveforms: (B, L) float in [-1, 1], 16 kHz.
-            lengths: (B,) samples; ``None``: nothing is padded.
+            lengths: Number of samples in each clip, (B,); ``None``: nothing is padded.
         """
         padding_BL = None if lengths is None else beyond(lengths, waveforms.shape[1])
         waveforms = waveforms.float()

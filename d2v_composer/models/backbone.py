@@ -162,7 +162,7 @@ class Backbone(nn.Module, ABC):
         return []
 
     def checkpoint_activations(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass (``enable``), or keep them in memory; a teacher has none."""
+        """Recompute activations in the backward pass (``enable``), or keep them in memory; by default, do nothing."""
 
     @property
     def num_extra_tokens(self) -> int:
@@ -250,8 +250,8 @@ class Backbone(nn.Module, ABC):
         Returns:
             ``{representation}_{pooling}`` → (B, D) float32. Representations: ``output`` of the last block, and
             ``layer_mean``, norm_mean of the FFN outputs. Poolings: ``cls`` (if the model has that token), ``mean``
-            and ``mean_patches``. ``projected_cls``, (B, P), is in the space of the teacher's own image embedding, if
-            the model has one.
+            and ``mean_patches``. ``projected_cls``, (B, P), which some models have, is in the space of another model's
+            embedding, such as the teacher's own image embedding.
 
         Raises:
             ValueError: The images have another shape or dtype.

@@ -33,7 +33,7 @@ class Classifier(ComposerModel):
 
     Args:
         backbone: Student or teacher; ``requires_grad`` of its parameters is changed.
-        num_classes: C.
+        num_classes: Number of classes, C.
         representation: Representation of the embedding.
         pooling: Pooling of the embedding; default: see
             :meth:`~d2v_composer.models.backbone.Backbone.embed`.

@@ -51,7 +51,7 @@ class Inputs(NamedTuple):
     def filled_up(self, missing: int) -> "Inputs":
         """Return the batch with black images or silence at its end, and padded clips at one of a few sizes.
 
-        A compiled model needs a graph for each size; there are eight from a power of two to the next.
+        A compiled model needs a graph for each size; there are eight sizes from a power of two to the next.
         """
         values, lengths, _ = self
         size, more = values.shape[-1], 0
@@ -108,7 +108,7 @@ class Frozen(nn.Module):
 class Encoder(Frozen):
     """Base of encoders: inputs to tokens, then blocks. Only the subclasses depend on the modality.
 
-    Models that hold the same encoder share it: a step runs it once. It trains unless it is frozen.
+    Models may share an encoder, which a step then runs once. An encoder trains unless it is frozen.
 
     Attributes:
         alibi: ALiBi's bias for the encoder's blocks, if they have one.
@@ -184,7 +184,7 @@ class Encoder(Frozen):
 
     @property
     def free_axes(self) -> dict[int, tuple[str, int, int]]:
-        """The dimensions of inputs that an exported program leaves free: name, smallest and largest size."""
+        """Dimension of the inputs that an exported program leaves free → its name, smallest and largest size."""
         return {0: ("batch", 1, 1 << 16)}
 
     def windows(self, inputs: Inputs) -> Inputs:
@@ -262,7 +262,10 @@ class Data2Vec2Encoder(Encoder):
     def block_contexts(
         self, x_BTD: Tensor, padding_mask: Tensor | None = None, layers: range | None = None
     ) -> list[Tensor | None]:
-        """Return the attention bias of each layer of the encoder, or also of a teacher's layers after it."""
+        """Return the attention bias of each layer in ``layers``, counted through encoder and teacher.
+
+        By default, these are the encoder's layers.
+        """
         layers = range(len(self.block_list)) if layers is None else layers
         scales = [None] if self.alibi_scale is None else self.alibi_scale
         if len(scales) == 1:

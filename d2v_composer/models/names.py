@@ -17,7 +17,7 @@ EXTERNAL = "ext/"
 TEACHERS = "d2v_composer.teachers"
 """Group of entry points: each is called with ``teacher.checkpoint`` and returns a teacher."""
 PROJECTED = "projected_cls"
-"""The embedding in the space of the teacher's own image embedding, whatever it pools."""
+"""Name of the embedding in the space of another model's, such as the teacher's own image embedding, however pooled."""
 Pooling = Literal["cls", "mean", "mean_patches"]
 Representation = Literal["output", "layer_mean", "projected"]
 PrecisionName = Literal["fp32", "amp_bf16", "amp_fp16"]
@@ -75,7 +75,7 @@ class Embedding(NamedTuple):
 EMBEDDINGS = [
     *dict.fromkeys(Embedding(kind, pooling).name for kind in get_args(Representation) for pooling in get_args(Pooling))
 ]
-"""The names of all embeddings; without CLS, a model lacks the first of each representation."""
+"""The names of all embeddings; a model without CLS lacks those with the pooling ``cls``."""
 
 
 def find_primary(primary: str, names: Collection[str]) -> str:

@@ -1,4 +1,4 @@
-"""Students of any architecture: timm models with a grid of features; all but the classifier trains.
+"""Students of any architecture: timm models whose features have a grid; a classifier trains only if a loss reads it.
 
 Shapes: B images, S pixels per side, N cells of the grid, T tokens of a teacher, C channels, P of the pooled feature.
 """

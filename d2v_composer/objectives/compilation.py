@@ -38,7 +38,7 @@ def compile_model(model: "DistillationModel", choice: bool | str = True) -> None
     ones are computed; activation checkpointing works on blocks.
 
     Args:
-        model: Changed; its weights may still move to a GPU.
+        model: The model, which is changed; its weights may still move to a GPU.
         choice: A mode of torch.compile. With ``True``, a GPU runs encoder and targets as one CUDA graph, unless an
             encoder has ALiBi.
     """

@@ -19,7 +19,7 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class Term(BaseModel):
-    """Fields of an objective's section in a YAML. Runs that began before there was a field go on with its default."""
+    """Fields of an objective's section in a YAML. Runs that began before a field was added go on with its default."""
 
     model_config = STRICT
 
