@@ -136,7 +136,7 @@ def take_all(loader: Any, num_images: int) -> None:
     """Read every batch of one epoch.
 
     Raises:
-        RuntimeError: The loader delivers another number of images, or another size.
+        RuntimeError: The loader delivers another number of images, or images of another size.
     """
     count, images = 0, torch.empty(0)
     for batch in loader:

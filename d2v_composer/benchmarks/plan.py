@@ -1,8 +1,8 @@
 """Plan a training step for an H100 without using one: count the kernels and bytes that torch.compile plans.
 
 A step runs on fake tensors, compiled as in training. Inductor plans each graph for CUDA, and stops before it writes
-code. A kernel of Inductor's own counts the bytes of each buffer that it reads or writes once; its time is these bytes
-over the GPU's memory bandwidth. Clipping and the optimizer are not compiled, so not counted.
+code. The bytes are those of the buffers that Inductor's own kernels read or write, each counted once per kernel; the
+time is the bytes over the GPU's memory bandwidth. Clipping and the optimizer are not compiled, so not counted.
 """
 
 from collections import Counter, defaultdict

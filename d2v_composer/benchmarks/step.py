@@ -134,12 +134,12 @@ def build_run(
     """Return a function that trains a contender for a number of steps and returns the last loss.
 
     Args:
-        name: The contender.
-        model: The model that is copied.
-        config: How it trains.
+        name: Name of the contender.
+        model: The model, which is copied.
+        config: Config of the training.
         images: The batch of every step.
         steps: Length of an epoch of the Trainer.
-        at_end: Closes the Trainer.
+        at_end: Stack that closes the Trainer at its end.
     """
     dtype = PRECISIONS[config.precision]
     if name == NAIVE:

@@ -81,7 +81,7 @@ class SeededBatches(Callback):
 
 
 def share_statistics(model: torch.nn.Module) -> None:
-    """Give all ranks the BatchNorm statistics of rank 0, as in a checkpoint: in training, the ranks' own differ."""
+    """Give all ranks the BatchNorm statistics of rank 0, which a checkpoint stores; in training, each has its own."""
     for name, buffer in model.named_buffers():
         if "running_" in name:
             dist.broadcast(buffer, 0)

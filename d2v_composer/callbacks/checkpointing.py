@@ -190,7 +190,7 @@ class Checkpoints(Callback):
     def begin(self) -> None:
         """Mark the folder, here and in the store, as the run's, now that nothing can refuse the run.
 
-        Without a checkpoint to go on from, the log is deleted. Files that the store lacks are uploaded.
+        Without a checkpoint to go on from, the log is deleted. A newest checkpoint that the store lacks is uploaded.
 
         Raises:
             RunError: The store cannot be written.

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def variance_over_inputs(x_BTD: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-    """Return the variance over a batch's inputs, averaged over all channels and the tokens that no input pads: ()."""
+    """Return a scalar: the variance over inputs, averaged over channels and the tokens that are padding in no input."""
     mask = None if padding_mask is None else padding_mask.any(dim=0, keepdim=True)
     return mean_over_time(x_BTD.var(dim=0, keepdim=True), padding_mask=mask).mean()
 
@@ -111,7 +111,7 @@ class Health(Callback):
         self.present = set(present)
 
     def compare(self, outputs: Regression) -> dict[str, Tensor]:
-        """Return the squared error and the variances, () each, by name; an embedding, (B, D), counts as one token."""
+        """Return the squared error and the variances, all scalars, by name; an embedding, (B, D), is like one token."""
         prediction, target = outputs.prediction.float(), outputs.target.float()
         error = regression_loss(Regression(prediction, target, padding_mask=outputs.padding_mask))
         return {"prediction_error": error} | {

@@ -78,7 +78,7 @@ class ZeroShotRetrieval(Callback):
             ``class_embeddings``, tells whether the text embedding of an image's class is the nearest to its
             ``projected_cls``.
         augment: Makes the views for ``instance``.
-        align: Fits the student's ``projected_cls`` before each evaluation, which then also searches with it.
+        align: Fits the student's ``projected_cls`` before each evaluation, so that this embedding is measured, too.
         should_stop: Asked before each batch of images; must be False until training begins, and the same on all ranks.
             True ends the evaluation; the run that resumes repeats it first.
         device_batch_size: Images embedded at once on each device.
@@ -204,7 +204,7 @@ class ZeroShotRetrieval(Callback):
         """Measure rows of the evaluation on all sets; then keep and log the results.
 
         Args:
-            moves: True for the rows that change in training, False for the others; both measure all rows.
+            moves: ``True`` for the rows that change in training, ``False`` for the others, or both.
             state: The Trainer's state.
             logger: The Trainer's logger.
         """

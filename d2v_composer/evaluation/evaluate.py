@@ -99,8 +99,8 @@ class Evaluation(NamedTuple):
         """Embed every image once per model, look up each split's images in the other split, and run the probes.
 
         Args:
-            device: cpu or cuda, the models' own.
-            autocast_dtype: Enables autocast with this dtype.
+            device: Device of the models: cpu or cuda.
+            autocast_dtype: Dtype of autocast; ``None`` computes in float32.
         """
         for modality, embeds in self.groups.items():
             datasets, augment = self.load(modality)

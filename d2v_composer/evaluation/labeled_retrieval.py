@@ -74,7 +74,7 @@ class Lookup:
     ks: Sequence[int]
     """Numbers of neighbors to count hits among; each at most the size of the smallest split."""
     probes: Collection[str]
-    """Names of ``PROBES``, further measures of the test images; for a set without labels, all that need none run."""
+    """Names of ``PROBES``, further measures of the test images; a set without labels gets all that need no labels."""
     augment: Augmentation | None
     """Makes the two views of an image, for the probe ``instance``."""
     batch_size: int
@@ -139,7 +139,7 @@ def embed_set(
         with_views: Embed two augmented views of each test image, too; they depend on the image's number alone.
 
     Returns:
-        Name → embeddings.
+        Name of a model → embeddings.
     """
     parts = ({"train": labeled.train} if labeled.has_labels else {}) | {"test": labeled.test}
     parts |= dict.fromkeys(VIEWS, labeled.test) if with_views else {}

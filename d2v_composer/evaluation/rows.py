@@ -42,8 +42,8 @@ class Row(NamedTuple):
     bank: str
     """The model that embeds the bank."""
     is_projected: bool = False
-    """True for embeddings in the teacher's space: a student's ``projected_cls``, or the teacher's embedding that this
-    is fitted to."""
+    """True if the embeddings are in the teacher's space: a student's ``projected_cls``, or the teacher's embedding to
+    which it is fitted."""
 
     @property
     def moves(self) -> bool:
@@ -90,7 +90,7 @@ def rows_of(models: Collection[str], target: str = "") -> list[Row]:
 
 
 def retrieval_from(bank: str, k: int) -> Measure:
-    """Return the measure of retrieval: a query is a hit if any of its k nearest in the bank has its label.
+    """Return the measure of retrieval: a query is a hit if any of its k nearest in the bank has the query's label.
 
     Args:
         bank: A split; ``classes``, for the text embeddings of the classes; or the second of ``VIEWS``, for a second

@@ -69,7 +69,8 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
     """Build a student as it was before its run, or a teacher's default student.
 
     Returns:
-        ``None``, after a line on stderr, if this needs the teacher, or the hub, and that is not at hand.
+        The student; ``None``, after a line on stderr, if the teacher is needed but not known, or if the Hugging Face
+        hub cannot be reached.
     """
     if isinstance(model, Teacher):
         return model.build_student(projected=model.projected_width > 0)
@@ -115,7 +116,10 @@ def load_rival(place: str, modality: str) -> Backbone:
 
 
 def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Evaluation]:
-    """Load a model and its comparisons: pixels, the encoder alone, an untrained student, the teacher if known, rivals.
+    """Load a model, and pixels, the encoder alone, an untrained student, the teacher if known, and rivals to compare.
+
+    Returns:
+        The model, and the evaluation to run.
 
     Raises:
         InputError: A file cannot be used, or the model lacks the chosen embedding.

@@ -195,7 +195,7 @@ def build_alignment(config: TrainConfig, model: DistillationModel, index: Index)
     The samples come from at most ``ALIGNMENT_SHARDS`` shards, so that a data set in a store is not fetched whole.
 
     Raises:
-        InputError: The teacher has no such embedding.
+        InputError: The teacher lacks the chosen embedding.
     """
     if (target := target_of(config, model)) is None:
         return None

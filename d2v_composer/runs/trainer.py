@@ -329,7 +329,7 @@ def build_loggers(config: TrainerConfig, unit: str) -> list[LoggerDestination]:
     In a run without a folder, JSON lines need a ``filename``, or they are left out. ``unit`` names the samples.
 
     Raises:
-        InputError: A logger's package is missing, or it refuses the value of an argument.
+        InputError: A logger's package is missing, or a logger refuses the value of an argument.
     """
     loggers: list[LoggerDestination] = [ProgressLogger(sys.stderr.isatty(), unit=unit)] if config.progress_bar else []
     folder = config.run_folder
@@ -434,7 +434,7 @@ def _fit(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]) -> 
 
 
 def _describe(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]) -> str:
-    """Return the lines at the top of a run's log: its name, device, model and duration."""
+    """Return the lines at the top of a run's log: the run's name, device, model and duration."""
     state, steps, micro = trainer.state, num_batches(trainer.state), config.device_train_microbatch_size
     trained = sum(weight.numel() for weight in state.model.parameters() if weight.requires_grad)
     device = torch.cuda.get_device_name() if state.device.name == "gpu" else f"{torch.get_num_threads()} CPU threads"
