@@ -108,7 +108,7 @@ def hold_out(source: Source, record: Path, workers: int = 0) -> tuple[dict[str, 
 
 
 def _hash_contents(source: Source, numbers: Sequence[int], workers: int) -> dict[int, tuple[int, str]]:
-    """Return number → size and hash of each of these samples as stored; the hash of an unreadable sample is ''."""
+    """Return number → size and hash of the stored sample, for ``numbers``; the hash of an unreadable sample is ''."""
 
     def hash_content(number: int) -> tuple[int, str]:
         try:
@@ -244,7 +244,7 @@ def convert(
     """Write samples to an MDS data set with their modality's columns (``image`` or ``audio``) and, if known, ``label``.
 
     Args:
-        source: The samples; see :func:`find_samples`. CIFAR-10's images become PNGs, in their order.
+        source: The samples; see :func:`find_samples`. CIFAR-10's images become PNGs.
         out: A folder, or an address in any store that Composer can write: s3://, gs://, …
         seed: The seed of the order, for samples in folders or zips; other samples keep their order.
         workers: Number of processes that convert.

@@ -25,7 +25,7 @@ class Transform(Protocol):
 
     @property
     def sample_bytes(self) -> int:
-        """Size of the largest result."""
+        """Size of the largest result, in bytes."""
         ...
 
     @property
@@ -42,9 +42,9 @@ class Modality(ABC):
     Attributes:
         name: Name of the entry in a batch, and of the column in an MDS data set.
         unit: The word for several samples in messages.
-        cost_unit: The input for which a model's operations are counted.
+        cost_unit: Name of the input for which a model's operations are counted.
         suffixes: Suffixes of the files in a folder that are samples.
-        needs: Suffix of files that cannot be decoded here → the package that can.
+        needs: Suffix of files that cannot be decoded here → the package that can decode them.
         encodings: The encodings of a column that can be read.
         options: Fields of ``train_loader`` that are arguments of :meth:`augmentation`.
         batch_size: Samples that ``d2v embed`` embeds at once.

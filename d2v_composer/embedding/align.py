@@ -46,9 +46,9 @@ class Aligned(NamedTuple):
     skipped: list[str]
     """Why each unreadable sample was left out."""
     about: dict[str, float]
-    """What :class:`~d2v_composer.models.alignment.Fit` tells about the map."""
+    """Measures of the map; see :attr:`Fit.about <d2v_composer.models.alignment.Fit.about>`."""
     half: float
-    """R² of a map that is fitted to half of the pairs."""
+    """R² of a second map, fitted to half of the pairs, to show whether more pairs would help."""
     queries: int
     """Number of held-out samples that were looked up."""
     recall: dict[int, float]
@@ -123,7 +123,7 @@ def align(
         numbers: The numbers of the samples to fit to, (M,).
         target: The other embeddings of the samples, (M, P); or a function that embeds a batch, (B, P).
         bank: All rows of the index, (N, P), in which recall is measured; default: the samples' other embeddings.
-        places: Position of each sample's row in ``bank``, (M,).
+        places: Position of each sample's row in ``bank``, (M,); needed with ``bank``.
         device: cpu or cuda.
         workers: Number of processes that decode samples.
 

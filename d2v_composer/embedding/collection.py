@@ -433,7 +433,7 @@ def load_batch(
         numbers: The samples' numbers.
 
     Returns:
-        The batch of readable samples, (), if there are none; and the number and reason of each unreadable sample.
+        The batch of readable samples, empty if there are none; and the number and reason of each unreadable sample.
     """
 
     def attempt(number: int) -> Tensor | str:

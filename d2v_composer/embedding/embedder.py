@@ -58,7 +58,7 @@ class Embedder:
     first_blocks: int | None = None
     image_size: str | None = None
     made: int = field(default_factory=time_ns, init=False)
-    """Time at which it was made, so that it equals only its own copies: another one's file may have changed."""
+    """Time of creation: an embedder equals only its own copies, since the file of a later one may have changed."""
 
     def __call__(self, batch: Any) -> Any:
         """Add the columns ``embedding`` and ``error`` to a batch.

@@ -13,7 +13,7 @@ class Container(NamedTuple):
     ids: str
     """Form of a sample's id."""
     samples: str
-    """What its samples are, for the guides."""
+    """What the samples in the file are, as text for the guides."""
     labels: str
     """What ``--label-column`` names; empty if folders in the file are classes and splits, as in a folder."""
     module: str

@@ -138,7 +138,7 @@ def load_labeled_set(
         download: Fetch CIFAR if it is missing.
         column: The column that holds the samples; see :func:`~d2v_composer.sources.open.open_source`.
         label_column: The column that holds the labels; ``None`` for no labels.
-        max_images: Load at most this many images of each split, evenly spaced; others are not read.
+        max_images: Load at most this many images of each split, evenly spaced; the others are not decoded.
         class_embeddings: A .npy with a text tower's embedding of each class, in the order of the class names.
 
     Raises:

@@ -92,7 +92,7 @@ class Pinned(NamedTuple):
 
 
 def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str]) -> Listing | None:
-    """List the files of a source with these suffixes, and count the others by suffix.
+    """List the files of a source that have one of ``suffixes``, and count the others by suffix.
 
     Hidden files and folders are left out. Links are followed, but each file and each folder is listed once: by its own
     name, or by the first of several.
@@ -101,7 +101,7 @@ def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str])
         source: A file, a folder or a glob, in which ``**`` stands for any number of folders; local, in a store of
             :data:`~d2v_composer.system.addresses.STORES`, or hf://datasets/ORG/NAME[@REVISION][/FOLDER].
         suffixes: Suffixes in lowercase.
-        needs: Suffix of files that cannot be decoded here → the package that can.
+        needs: Suffix of files that cannot be decoded here → the package that can decode them.
 
     Returns:
         The files; ``None`` for an address that is a folder in another store.
@@ -145,7 +145,7 @@ def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str])
 
 
 def used_up(glob: Sequence[str], parts: Sequence[str]) -> frozenset[int]:
-    """Return the numbers of leading parts of a glob that can match a path; a path that fits can match all parts."""
+    """Return how many leading parts of a glob a path can use up; a path that fits can use up all, ``len(glob)``."""
     counts = {0}
     for part in ("", *parts):
         if part:

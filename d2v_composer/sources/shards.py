@@ -89,7 +89,7 @@ class Shards:
 
     Args:
         index: The data set's index. Processes and runs may share the cache of a data set in a store.
-        cache_limit: Maximum size of this cache, in bytes; default: no limit.
+        cache_limit: Maximum size of the cache, in bytes; default: no limit.
         timeout: How long an unreachable store is retried, in seconds.
 
     Attributes:
@@ -227,7 +227,7 @@ class Shards:
         """Fetch and verify a shard, unless another thread does.
 
         Returns:
-            False if another thread is fetching it, or if shards that are being fetched take the room in the cache.
+            False if another thread fetches the shard, or if shards that are being fetched take the room in the cache.
         """
         path, shard = self._paths[shard_id], self.shards[shard_id]
         stored = shard.zipped or shard.raw

@@ -69,7 +69,7 @@ class File(NamedTuple):
 
     @classmethod
     def of(cls, path: str, place: str | Path | int, status: os.stat_result | None = None) -> Self:
-        """Describe a file of this machine, at a path or opened, by its ``status`` in the file system."""
+        """Describe a file of this machine, given its path or descriptor and, to save a system call, its ``status``."""
         status = status or os.stat(place)
         if status.st_dev not in _keeps_inodes:  # a list of millions of files asks once
             _keeps_inodes[status.st_dev] = not hasattr(os, "statvfs") or os.statvfs(place).f_fsid != 0

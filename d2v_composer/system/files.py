@@ -197,7 +197,7 @@ def missing_parts(path: Path) -> list[Path]:
 
 
 def release(lock: FileLock, made: Sequence[Path]) -> None:
-    """Unlock a file, and remove what :func:`missing_parts` returned before if nothing was added to it."""
+    """Unlock a file, and remove the file and folders in ``made`` unless something else was added to them."""
     with suppress(OSError):
         if made and [*made[0].parent.iterdir()] == [made[0]]:
             made[0].unlink()

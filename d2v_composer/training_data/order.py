@@ -150,8 +150,8 @@ class EpochOrder(DistributedSampler[Sample]):
 def padded_sizes(lengths: NDArray[np.int64]) -> list[int]:
     """Return at most 16 lengths to which batches are padded, ascending, given the lengths of all samples, (N,).
 
-    A compiled model needs a graph for each length. Lengths are closest together where most of the sound is; the last is
-    that of the longest sample.
+    A compiled model needs a graph for each length. Lengths are closest together where most of the sound is; the last
+    one is the longest sample's.
     """
     ascending = np.sort(lengths)
     place = ascending.cumsum() / ascending.sum() + ascending / (2 * ascending[-1])
