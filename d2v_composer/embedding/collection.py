@@ -225,7 +225,7 @@ def _cut(source: Source, plan: Mapping[str, Any], folder: Path) -> list[_Chunk]:
 
 
 def _count(theirs: deque[_Chunk], bar: Any) -> None:
-    """Count the samples that the other ranks have embedded since the last call."""
+    """Advance the bar by the samples that the other ranks have embedded since the last call."""
     while theirs and theirs[0].path.exists():
         bar.update(len(theirs.popleft().samples))
 

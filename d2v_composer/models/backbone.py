@@ -153,7 +153,7 @@ class Backbone(nn.Module, ABC):
         """Return the model's features, given the encoder's tokens; they are computed only when they are read."""
 
     def flop(self) -> int:
-        """Return the operations for all embeddings of one input; see :meth:`Encoder.flop`."""
+        """Return the number of operations for all embeddings of one input; see :meth:`Encoder.flop`."""
         return sum(count_flop(self, lambda: self.embed_all(self.encoder.example(1))).values())
 
     @property

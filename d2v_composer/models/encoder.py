@@ -19,10 +19,10 @@ from d2v_composer.models.configs import Config, Data2Vec2EncoderConfig, EncoderC
 
 
 def count_flop(model: nn.Module, compute: Callable[[], object]) -> dict[Any, int]:
-    """Return the operations of a model's computation in eval mode, 2 per multiply-accumulate.
+    """Count the operations of a model's computation in eval mode, 2 per multiply-accumulate.
 
     Returns:
-        Operator of torch → its operations. ``aten.bmm`` has those of attention.
+        Operator of torch → number of operations. ``aten.bmm`` stands for attention.
     """
     was_training = model.training
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
@@ -96,8 +96,8 @@ class Frozen(nn.Module):
     def cast_weights(self, dtype: torch.dtype) -> Self:
         """Cast the weights of linear and convolution layers to autocast's dtype once, instead of in every step.
 
-        Other modules are cast if they say ``is_cast``. Norms, positions and extra tokens keep float32, in which
-        autocast computes with them.
+        Other modules are cast if their attribute ``is_cast`` is true. Norms, positions and extra tokens keep float32,
+        in which autocast computes with them.
         """
         for layer in self.modules():
             if getattr(layer, "is_cast", isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)):
@@ -220,7 +220,7 @@ class Encoder(Frozen):
         return Tokens(x_BTD, padding_mask, inputs.shares)
 
     def flop(self) -> int:
-        """Return the operations for one input, the config's image or a second of audio."""
+        """Return the number of operations for one input, the config's image or a second of audio."""
         return sum(count_flop(self, lambda: self(Inputs(self.example(1)))).values())
 
 

@@ -215,9 +215,9 @@ class LayerMean(NamedTuple):
         return pooled if features.project is None else pooled | {PROJECTED: features.project(features, output).float()}
 
     def names(self, has_cls_token: bool) -> list[str]:
-        """Return the names of all embeddings.
+        """Return the names of all embeddings of a model's output and ``layer_mean``.
 
-        Without a final LayerNorm, the mean over tokens of an instance-normalized layer is 0, which embeds nothing.
+        Without a final LayerNorm, means of an instance-normalized ``layer_mean`` are left out, because they are 0.
         """
         names = ["cls", "mean", "mean_patches"][not has_cls_token :]
         is_zero = self.normalization == "instance" and not self.final_layer_norm

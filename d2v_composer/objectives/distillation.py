@@ -74,7 +74,7 @@ class DistillationModel(ComposerModel):
 
     Attributes:
         layer_mean: Settings with which ``layer_mean`` embeddings of student and teacher are computed to compare them.
-        flop: Operations of a step with one input; see :func:`~d2v_composer.models.encoder.count_flop`.
+        flop: Numbers of operations in a step with one input; see :func:`~d2v_composer.models.encoder.count_flop`.
 
     Raises:
         ValueError: An option's value is unknown, or does not fit the teacher.
@@ -179,7 +179,7 @@ class DistillationModel(ComposerModel):
             return function(*inputs)
 
     def flops_per_batch(self, batch: Batch) -> int:
-        """Return the operations of a training step; for audio, an estimate, because lengths vary."""
+        """Return the number of operations in a training step; for audio, an estimate, because lengths vary."""
         inputs, encoder = self.inputs_of(batch).values, self.teacher.encoder
         length = encoder.num_tokens(inputs.shape[1:]) / encoder.num_tokens()
         attention = self.flop.get(torch.ops.aten.bmm, 0)

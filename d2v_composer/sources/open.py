@@ -120,7 +120,7 @@ class Files:
             return source
 
         def class_names() -> Sequence[str]:
-            """Return the names of all classes, of which a part or another split may have few."""
+            """Return the names of all classes, also of those that the opened part or split lacks."""
             if train in (None, chosen) and source.part == self.part:
                 return ()
             return replace(whole, files=train or chosen).open_split(NONE).class_names

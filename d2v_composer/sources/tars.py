@@ -97,7 +97,7 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str | None, list[tuple[str, int, 
 
 
 def read_bytes(file: BinaryIO, offset: int, size: int) -> bytes:
-    """Return some bytes of a file."""
+    """Return ``size`` bytes of a file from ``offset`` on."""
     file.seek(offset)
     return file.read(size)
 
