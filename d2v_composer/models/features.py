@@ -29,7 +29,7 @@ def mean_over_time(x_BTD: Tensor, num_extra_tokens: int = 0, padding_mask: Tenso
 class Features:
     """The results of a model's blocks. The blocks run again each time that a result is read.
 
-    So a layer's memory is freed once it was used, and nothing is computed that nobody reads.
+    A layer's memory is therefore freed as soon as the layer has been read, and nothing is computed that nobody reads.
     """
 
     run: Callable[[bool], Layers]

@@ -296,7 +296,7 @@ def choose(num_samples: int, teacher: TeacherConfig, student: str | None) -> dic
 
 
 def encoding(modality: Modality, config: TrainConfig, held_out: bool) -> dict[str, Any]:
-    """Return the options of :func:`convert` that shrink images, or cut off held-out clips, to what the run needs."""
+    """Return the options of :func:`convert` that shrink images, or shorten held-out clips, to what the run needs."""
     if isinstance(modality, Images):
         image_size = parse_image_size(config.teacher.image_size or modality.image_size)
         return {"resize": max(height_and_width(image_size)) * 8 // 7}  # 256 for 224

@@ -36,7 +36,7 @@ class Listing(NamedTuple):
 
 
 class Pinned(NamedTuple):
-    """A listed file on this machine, which is read only as it was listed."""
+    """A listed file, or its copy, on this machine. Reading it fails if it has changed since it was listed."""
 
     name: str
     """Path or address of the file."""
@@ -94,8 +94,8 @@ class Pinned(NamedTuple):
 def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str]) -> Listing | None:
     """List the files of a source that have one of ``suffixes``, and count the others by suffix.
 
-    Hidden files and folders are left out. Links are followed, but each file and each folder is listed once: by its own
-    name, or by the first of several.
+    Hidden files and folders are left out. Links are followed, but each file and each folder is listed once: under its
+    own name or, if only links lead to it, under the first link's.
 
     Args:
         source: A file, a folder or a glob, in which ``**`` stands for any number of folders; local, in a store of

@@ -21,7 +21,7 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
     """List the samples of a zip, with their paths in the zip, which tell split and class.
 
     Raises:
-        InputError: A sample is encrypted, compressed by another method than deflate, or there twice.
+        InputError: A sample is encrypted, compressed by a method other than deflate, or there twice.
         ValueError, zipfile.BadZipFile: The zip is damaged, or joined to another.
     """
     left_out, paths, places = Counter[str](), list[str](), array("q")
