@@ -80,7 +80,7 @@ def d2v2_student(pretrained: bool = False, **kwargs: Any) -> Any:
 
     Args:
         pretrained: Not supported: no weights are published.
-        **kwargs: As for a timm ViT: ``num_classes`` (0: the output is the embedding), ``global_pool``.
+        **kwargs: Arguments of a timm ViT: ``num_classes`` (0: the output is the embedding), ``global_pool``.
 
     Returns:
         A ``torch.nn.Module``: normalized images, (B, 3, S, S) float → (B, D), or (B, C) with ``num_classes=C``.

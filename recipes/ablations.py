@@ -62,9 +62,6 @@ def main(argv: Sequence[str]) -> None:
 def read_rows(study: Path, names: Sequence[str] | None = None) -> dict[str, Mapping[str, Any]]:
     """Read the first row of a study and those in ``names``; ``None`` reads all rows.
 
-    The first row also measures the untrained student and the teacher; so does each row whose encoder, width or
-    normalization changes their embeddings.
-
     Returns:
         Name → changes of ``base.yaml``.
 
@@ -90,7 +87,7 @@ def check_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
     """Check that rows begun by an earlier call have this call's settings.
 
     Raises:
-        InputError: Names the settings that differ.
+        InputError: A row has other settings; the message names them.
     """
     from d2v_composer.config.load import load_config
     from d2v_composer.runs.trainer import build_run_record
@@ -132,7 +129,7 @@ def train_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
 
 
 def train_command(study: Path, row: Mapping[str, Any], changes: Sequence[str], folder: Path, images: Path) -> list[str]:
-    """Return the command that trains or resumes a row; its own changes override ``changes``, which all rows share."""
+    """Return the command that trains or resumes a row; the row's changes override ``changes``, which all rows share."""
     settings = {
         "run_name": folder.name,
         "save_folder": folder.with_name("{run_name}"),
@@ -144,7 +141,7 @@ def train_command(study: Path, row: Mapping[str, Any], changes: Sequence[str], f
 
 
 def first_images(images: Path, row: Mapping[str, Any]) -> Path:
-    """Return the folder of the images that a row trains on; all rows are measured on ``images``."""
+    """Return the folder of the images that a row trains on: ``images``, or the folder of its first ``num_images``."""
     return images.with_name(f"cifar10_{row['num_images']}") if "num_images" in row else images
 
 

@@ -50,7 +50,10 @@ def prepare(path: Path, how: dict[str, Any]) -> np.ndarray:
 
 
 def list_images(root: Path) -> list[str]:
-    """List the images in a folder, without hidden ones: each file and each folder once, a link only if it adds one."""
+    """List the paths of all images below ``root``, relative to it and sorted, without hidden ones.
+
+    Each file is listed once; a link to a file or folder that is also below ``root`` is left out.
+    """
     named, links, seen, images = deque([root]), deque[Path](), set[tuple[int, int]](), list[str]()
     while named or links:
         path = (named or links).popleft()

@@ -29,11 +29,11 @@ def interleave(passes: Mapping[str, tuple[Callable[[], object], float]], repeats
     """Measure programs alternately, after one warm-up pass of each.
 
     Args:
-        passes: Name → a pass, and the units of work that it does.
-        repeats: Measured passes of each program.
+        passes: Name → a function that does one pass, and the number of units of work in a pass.
+        repeats: Number of measured passes of each program.
 
     Returns:
-        Name → units per second.
+        Name → units per second in each measured pass.
     """
     names, rates = list(passes), {name: np.empty(repeats) for name in passes}
     for number in progress_bar(range(-1, repeats), desc="measuring", unit="rounds"):
@@ -55,7 +55,7 @@ def measure_speeds(
     device: str,
     autocast_dtype: torch.dtype | None,
 ) -> dict[int, dict[str, float]]:
-    """Return batch size → model → samples that it embeds per second, the median over rounds; models take turns."""
+    """Return batch size → model → samples per second, the median over rounds; in a round, models take turns."""
 
     def apply(embed: Embed, batch: Tensor) -> object:
         return embed(batch[:])  # of the same tensor, models would share an encoder's tokens

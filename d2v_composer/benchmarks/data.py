@@ -29,7 +29,7 @@ from d2v_composer.training_data.order import StreamingSamples
 
 BATCH_SIZE, IMAGE_SIZE, SEED = 64, 224, 17
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NUM_SHARDS = 8  # with about as many images each
+NUM_SHARDS = 8  # with about the same number of images
 IMAGE_FOLDER = "ImageFolder + PIL"
 LOCAL, WARM = "ours, local disk", "ours, S3 warm"
 
@@ -46,7 +46,7 @@ def benchmark(
     remote: str | None = None,
     repeats: int = 5,
 ) -> dict[str, Any]:
-    """Write the images as shards, and measure images per second.
+    """Write the images as shards, and return each loader's images per second.
 
     Raises:
         InputError: The folder cannot be read.
@@ -85,7 +85,7 @@ def benchmark(
 def make_photos(folder: Path, num_images: int) -> Path:
     """Write random crops of scikit-image's photographs, at ImageNet's image sizes, as JPEGs in one class folder.
 
-    They need no network.
+    The photographs come with scikit-image, so no network is needed.
     """
     from skimage import data
 
@@ -111,7 +111,7 @@ def write_shards(images: list[bytes], out: str) -> None:
 
 
 def build_ours(local: Path, remote: str | None, options: dict[str, Any]) -> DataLoader:
-    """Return a loader of our shards; with ``remote``, ``local`` is the cache."""
+    """Return a loader of our shards in ``local``, or of those in the store ``remote`` with ``local`` as their cache."""
     if remote is not None:
         fetch_index(remote, local)
     index = Index(local, Images(), remote=remote)
@@ -136,7 +136,7 @@ def take_all(loader: Any, num_images: int) -> None:
     """Read every batch of one epoch.
 
     Raises:
-        RuntimeError: The loader delivers something else than all images.
+        RuntimeError: The loader delivers another number of images, or images of another size.
     """
     count, images = 0, torch.empty(0)
     for batch in loader:

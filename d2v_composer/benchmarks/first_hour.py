@@ -29,7 +29,7 @@ TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 YAMLS = Path(__file__).parents[1] / "yamls"
 MINUTES = 10
 """Time limit of a step, in minutes."""
-# Lines of an output for the report.
+# Lines of a step's output that are printed and kept as results.
 FOUND = re.compile(
     "^(naive|eager|ours|trainer|matrix|faiss|attention|gpu_|peak_gb|torch|resumed|frozen|student|loss|backward|step)"
     "|÷|batch [0-9]+/|top-1|rror|skipping cudagraph"
@@ -64,7 +64,7 @@ def benchmark(out: Path) -> dict[str, Any]:
 
 
 def fill(text: str, on_gpu: bool, file: str = "") -> str:
-    """Replace each <name> in a step by its value in the table, for a GPU or for a CPU."""
+    """Replace each <name> in a step's text by its value in the table, for a GPU or for a CPU."""
     sizes = {name: str(choices[on_gpu]) for name, choices in TABLE["sizes"].items()}
     values = {**sizes, **TABLE["commands"], "file": file, "yamls": str(YAMLS)}
     return re.sub(r"<(\w+)>", lambda match: fill(values[match[1]], on_gpu, file), text)

@@ -1,8 +1,8 @@
 """Plan a training step for an H100 without using one: count the kernels and bytes that torch.compile plans.
 
 A step runs on fake tensors, compiled as in training. Inductor plans each graph for CUDA, and stops before it writes
-code. Each of Inductor's own kernels counts each buffer that it reads or writes once; the GPU's memory sets their time.
-Clipping and the optimizer are not compiled, so not counted.
+code. The bytes are those of the buffers that Inductor's own kernels read or write, each counted once per kernel; the
+time is the bytes over the GPU's memory bandwidth. Clipping and the optimizer are not compiled, so not counted.
 """
 
 from collections import Counter, defaultdict
@@ -46,7 +46,7 @@ BYTES_PER_MS = 3.35e9
 
 
 def benchmark(size: str = "base", batch_size: int = 256, residual: str = "full") -> dict[str, Any]:
-    """Count the kernels and bytes of each part of a step in bfloat16."""
+    """Return the number of kernels and their bytes for each part of a step in bfloat16."""
     planner = Planner()
     with ExitStack() as stack:
         for name, stub in planner.stubs().items():
@@ -158,7 +158,7 @@ class Planner(FakeTensorMode):
 
 
 def move(value: Any) -> Any:
-    """Return a fake GPU tensor for a CPU tensor."""
+    """Return a fake GPU tensor for a fake CPU tensor, and any other value unchanged."""
     if not isinstance(value, FakeTensor):
         return value
     with unset_fake_temporarily():

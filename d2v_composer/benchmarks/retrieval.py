@@ -14,7 +14,7 @@ from d2v_composer.system.errors import InputError
 PRODUCT, OURS, FAISS = "matrix product alone", "ours", "faiss IndexFlatIP"
 # Columns of the product computed at once, so that its output stays in a buffer.
 PRODUCT_PART = 2048
-# Largest share of neighbors whose similarities are equal but for rounding, and which may come in any order.
+# Largest share of neighbors that may differ: if similarities are equal but for rounding, any order is right.
 TIES = 1e-3
 
 
@@ -64,7 +64,7 @@ def check_neighbors(theirs: Tensor, ours: Tensor) -> None:
     """Check that two searches find the same neighbors, (Q, k), apart from a few ties in float32.
 
     Raises:
-        RuntimeError: They differ.
+        RuntimeError: More than ``TIES`` of the neighbors differ.
     """
     if (theirs != ours).double().mean() > TIES:
         raise RuntimeError(f"{FAISS!r} and {OURS!r} find different neighbors")

@@ -1,9 +1,9 @@
 """Measure a training step: a naive program and ours, eager and compiled, interleaved in one process.
 
 A step is what Composer's Trainer does with a loaded batch: forward, backward, clipping, AdamW. ``trainer`` runs
-``ours`` in the Trainer itself, with distill.yaml's algorithms, callbacks and JSON lines: the difference is the host's
-share. All contenders start from the same weights and must find the same loss. The yardstick is a matrix product of the
-MLP's shape on the same device, in images/s of a step that were made of such products alone.
+``ours`` in the Trainer itself, with distill.yaml's algorithms, callbacks and JSON lines: the difference is what the
+Trainer costs. All contenders start from the same weights and must find the same loss. The yardstick is a matrix product
+of the MLP's shape on the same device: the images/s of a step whose FLOP were all in such products.
 """
 
 import copy
@@ -70,12 +70,12 @@ def benchmark(
 
     Args:
         size: A key of ``SIZES``.
-        precision: A YAML's ``precision``.
-        batch_size: Images, or clips of five seconds, a step; default: 8, on a GPU 256.
-        repeats: Measured passes.
-        compiles: Measure ours with torch.compile, too.
-        only: The only contender besides ``trainer``.
-        loop: ``trainer`` adds ours in Composer's Trainer.
+        precision: A value of a YAML's ``precision``.
+        batch_size: Number of images, or of clips of five seconds, in a step; default: 256 on a GPU, 8 on a CPU.
+        repeats: Number of measured passes.
+        compiles: Use torch.compile in ``ours`` and ``trainer``; otherwise, ``ours`` is left out.
+        only: The only contender to measure, besides ``trainer``.
+        loop: ``trainer`` also measures a step in Composer's Trainer.
         trace: File for a profile of the last contender, in Chrome's format, with a table beside it.
         overrides: Settings of distill.yaml, such as ``half_residual=true``.
 
@@ -134,12 +134,12 @@ def build_run(
     """Return a function that trains a contender for a number of steps and returns the last loss.
 
     Args:
-        name: The contender.
-        model: The model that is copied.
-        config: How it trains.
+        name: Name of the contender.
+        model: The model, which is copied.
+        config: Config of the training.
         images: The batch of every step.
         steps: Length of an epoch of the Trainer.
-        at_end: Closes the Trainer.
+        at_end: Stack that closes the Trainer at its end.
     """
     dtype = PRECISIONS[config.precision]
     if name == NAIVE:
@@ -189,7 +189,7 @@ def in_trainer(
 
 
 def profile_steps(run: Callable[[int], Tensor], trace: Path | None) -> dict[str, Any]:
-    """Profile some steps: attention kernel, GPU kernels per step and their milliseconds, peak memory."""
+    """Profile some steps: names of attention kernels, GPU kernels and milliseconds per step, peak memory in GB."""
     with profile() as profiler:
         run(PROFILED_STEPS)
     events = profiler.key_averages()
@@ -216,8 +216,8 @@ def build_model(size: str) -> DistillationModel:
 def naive_loss(teacher: Any, student: Any, images: Tensor) -> Tensor:
     """Compute the loss of a batch of images without any optimization.
 
-    Both models have an encoder of their own, keep every layer's output, and compute attention in eager mode. The
-    prediction is ``layer_mean``, of all tokens.
+    Teacher and student each run an encoder, keep every layer's output, and compute attention in eager mode. The
+    prediction is the ``layer_mean`` of all tokens.
     """
     with patch.object(attention, "attend", attend):
         with torch.no_grad():
@@ -242,7 +242,7 @@ def norm_mean(layers: list[Tensor], final_layer_norm: bool) -> Tensor:
 def train_step(
     loss_of: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, dtype: torch.dtype, images: Tensor
 ) -> Tensor:
-    """Train one step and return the loss before it. float16 gradients are not scaled, because scaling takes no time."""
+    """Train one step; return its loss. float16 gradients are not scaled, because scaling takes no time."""
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         loss = loss_of(images)
     loss.backward()
@@ -253,7 +253,7 @@ def train_step(
 
 
 def check_losses(losses: dict[str, Tensor]) -> None:
-    """Check that all contenders compute the same loss as the first one."""
+    """Check that all contenders compute the same loss as the first one, or raise RuntimeError."""
     first, expected = next((name, loss.item()) for name, loss in losses.items())
     for name, loss in losses.items():
         if not abs(loss.item() - expected) <= LOSS_TOLERANCE * expected:  # NaN is not

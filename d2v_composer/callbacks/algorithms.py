@@ -1,6 +1,6 @@
-"""Clip the gradient, log its norm, seed each batch, measure the targets first, and evaluate alike on all ranks.
+"""Clip the gradient, log its norm, seed each batch, measure target statistics, and share BatchNorm's among ranks.
 
-At the end, align the student with its teacher.
+Before each retrieval and at the end, align the student with its teacher.
 """
 
 import logging
@@ -27,13 +27,13 @@ from d2v_composer.sources.source import Int64Array, Source, map_in_workers
 from d2v_composer.system.progress import progress_bar
 
 EmbedAll = Callable[..., dict[str, Tensor]]
-"""Embeds a batch: every embedding by name, (B, D) each."""
+"""A function that embeds a batch and returns every embedding by name, (B, D) each."""
 
 log = logging.getLogger(__name__)
 
 
 def trained(state: State) -> list[Tensor]:
-    """Return the parameters that the optimizers train; this skips the model's many frozen ones."""
+    """Return the parameters that the optimizers train, without the model's many frozen ones."""
     return [tensor for optimizer in state.optimizers for group in optimizer.param_groups for tensor in group["params"]]
 
 
@@ -52,10 +52,11 @@ class GradientClipping(algorithms.GradientClipping):
 
 
 class GradientNorm(Algorithm):
-    """Log ``l2_norm/grad/global``, the key of Composer's OptimizerMonitor, at a fixed interval.
+    """Log the norm of the gradient before clipping, at a fixed interval.
 
-    It changes nothing. It is an algorithm because callbacks run after all algorithms, when the gradient is clipped.
-    Pass it to the Trainer after GradientClipping: Composer runs the algorithms of an AFTER event from last to first.
+    The log key is ``l2_norm/grad/global``, as in Composer's OptimizerMonitor. A callback would see the gradient only
+    after clipping, so this is an algorithm, though it changes nothing. Pass it to the Trainer after GradientClipping:
+    Composer runs the algorithms of an AFTER event from last to first.
 
     Args:
         every: Interval in batches.
@@ -80,8 +81,8 @@ class GradientNorm(Algorithm):
 class SeededBatches(Callback):
     """Seed Python, NumPy and torch at the start of each batch, from (seed, batch, rank).
 
-    Algorithms such as MixUp draw from these generators. When Composer 0.32.1 resumes a StreamingDataset within an
-    epoch, it does not restore their states.
+    Algorithms such as MixUp draw from these generators, whose states Composer 0.32.1 does not restore when it resumes a
+    StreamingDataset within an epoch.
 
     Args:
         seed: Seed of the run.
@@ -96,14 +97,14 @@ class SeededBatches(Callback):
 
 
 def broadcast_statistics(model: torch.nn.Module) -> None:
-    """Give all ranks the BatchNorm statistics of rank 0, which a checkpoint stores: each batch makes them differ."""
+    """Give all ranks the BatchNorm statistics of rank 0, which a checkpoint stores; in training, each has its own."""
     for name, buffer in model.named_buffers():
         if "running_" in name:
             dist.broadcast(buffer, 0)
 
 
 class SharedStatistics(Callback):
-    """Broadcast BatchNorm's statistics before evaluations."""
+    """Give all ranks the BatchNorm statistics of rank 0 before each evaluation."""
 
     def eval_start(self, state: State, logger: Logger) -> None:
         broadcast_statistics(state.model)
@@ -112,12 +113,12 @@ class SharedStatistics(Callback):
 class TargetStatistics(Callback):
     """Measure mean and deviation of the teacher's layers on a run's first batches, before its first step.
 
-    ``targets.normalization: dataset`` normalizes all targets of a run and of its resumes by these numbers, on any
-    number of ranks. After the measurement, the loader begins its epoch again.
+    ``targets.normalization: dataset`` normalizes all targets by these statistics, in the run and after each resume, on
+    any number of ranks. After the measurement, the loader begins its epoch again.
 
     Args:
-        num_batches: Number of batches, at most an epoch's.
-        device_batch_size: Inputs in a forward pass.
+        num_batches: Number of batches; if an epoch has fewer, all of these are used.
+        device_batch_size: Number of inputs in a forward pass.
     """
 
     def __init__(self, num_batches: int, device_batch_size: int) -> None:
@@ -137,25 +138,26 @@ class TargetStatistics(Callback):
 
 
 class AlignStudent(Callback):
-    """Fit the student's ``projected_cls`` to an embedding of the teacher, at a run's end and for each retrieval.
+    """Fit a linear map from the student's embeddings to one of the teacher's, before each retrieval and at a run's end.
 
-    The samples are training samples that are not augmented. N are in a batch; the map has I inputs and P channels.
+    The samples are training samples without augmentation. N are in a batch; the map has I inputs and P channels.
 
-    The batches depend on the seed alone. Each rank embeds a share of the batches, and all ranks add up the same numbers
-    in the same order. So the map has the same bits on any number of ranks, and when a run is resumed.
+    The mapped embedding is the student's ``projected_cls``. Each rank embeds a share of the batches, and all ranks add
+    up the same sums in the same order. So the map has the same bits on any number of ranks, and after a resume.
 
     Args:
         student: The model that gets the map.
         samples: The training samples.
-        batches: The numbers of the samples to fit to, (batches, batch size), so that all batches have one size.
-        embed_student: Embeds with the student: every embedding by name.
-        embed_teacher: Embeds with the teacher.
-        target: Name of the teacher's embedding.
-        workers: Processes that decode.
+        batches: Numbers of the samples to fit to, (number of batches, batch size), the same on all ranks.
+        embed_student: Function that embeds a batch with the student.
+        embed_teacher: Function that embeds a batch with the teacher.
+        target: Name of the teacher's embedding to fit to.
+        workers: Number of processes that decode samples.
 
     Attributes:
-        batch: The batch after which the map was last fitted; kept in checkpoints, as are the map and what
-            :class:`~d2v_composer.models.alignment.Fit` tells about it.
+        batch: Number of training batches after which the map was last fitted; -1 for never. Checkpoints keep it.
+        about: ``target`` and :attr:`Fit.about <d2v_composer.models.alignment.Fit.about>`. Checkpoints keep this, too,
+            and the map.
     """
 
     def __init__(
@@ -192,7 +194,11 @@ class AlignStudent(Callback):
             self.student.align(state["weight"], state["bias"])
 
     def fit(self, state: State, to_device: Callable[[Tensor], Tensor]) -> None:
-        """Fit the map, unless it was fitted after this batch; all ranks must share BatchNorm's statistics."""
+        """Fit the map and give it to the student, unless this was done after the same batch.
+
+        All ranks must share BatchNorm's statistics. If the map cannot be fitted, the student gets none, and a warning
+        is logged.
+        """
         if self.batch == (batch := int(state.timestamp.batch)):
             return
         moments, student = Moments(), self.student
@@ -210,7 +216,7 @@ class AlignStudent(Callback):
         self.batch, self.about = batch, {"target": self.target, **fit.about}
 
     def pairs(self, to_device: Callable[[Tensor], Tensor], inputs: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each batch's inputs, (N, I), and targets, (N, P), in order, on every rank."""
+        """Yield the inputs, (N, I), and targets, (N, P), of every batch, in the same order on every rank."""
         ranks, count = Ranks(dist.get_global_rank(), dist.get_world_size()), len(self.batches)
         rounds = range(0, count, ranks.world_size)
         mine = [self.batches[min(first + ranks.rank, count - 1)] for first in rounds]

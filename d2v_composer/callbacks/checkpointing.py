@@ -54,8 +54,8 @@ class Stop:
     """The signal that ends a run after its batch.
 
     Attributes:
-        signal: The same on all ranks; ``None``: the run goes on.
-        is_last_batch: No batch follows, so that this one's retrieval is finished in any case.
+        signal: The signal, the same on all ranks; ``None`` while the run goes on.
+        is_last_batch: True after the run's last batch, whose retrieval is finished even if a signal has come.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Stop:
         self.is_last_batch = False
 
     def has_come(self) -> bool:
-        """Return True on all ranks if there is a signal; several ranks agree only at the end of a batch."""
+        """Return True on all ranks if a signal has come; several ranks learn of one only at the end of a batch."""
         if self.signal is None and dist.get_world_size() == 1:
             self.signal = processes.received()
         return self.signal is not None
@@ -76,14 +76,14 @@ class Stop:
 class Checkpoints(Callback):
     """Save checkpoints, keep the newest ones, upload them, and stop on a signal.
 
-    Composer's CheckpointSaver removes only the checkpoints of its own process, and none from a store. A kill leaves it
-    with a truncated checkpoint, or without the pointer ``latest-rank0.pt``.
+    Composer's CheckpointSaver removes only the checkpoints of its own process, and none from a store. If the process is
+    killed, a checkpoint may be truncated, or the pointer ``latest-rank0.pt`` missing.
 
     On SIGTERM or SIGINT the run finishes its batch, saves, and exits with status 143 or 130 (128 + signal). A
     retrieval that is due in this batch is left out or, on one rank, cut short; the resumed run measures it first. The
     last batch of a run is the exception: its retrieval is finished. Before the first batch has ended there is nothing
     to save, and a signal ends the run at once; so does a second SIGINT at any time. Composer's launcher forwards
-    SIGTERM to its ranks, sends it after SIGINT, and kills the remaining ranks after 30 seconds.
+    SIGTERM to its ranks, also sends SIGTERM after a SIGINT, and kills the remaining ranks after 30 seconds.
 
     A run whose folder was removed also stops after its batch, with an error.
 
@@ -93,13 +93,13 @@ class Checkpoints(Callback):
     Args:
         folder: The run's folder, which is locked from now on; ``None`` saves nothing.
         save_interval: The interval of checkpoints in batches, a Composer time string.
-        num_to_keep: The number to keep on this machine, and in S3; -1 keeps all.
+        num_to_keep: Number of newest checkpoints to keep, on this machine and in S3; -1 keeps all.
         uploads: The run's uploads, if the folder is in a store.
         advice: The end of the line that says where the run was saved.
-        stop: Set here at the end of each batch; ZeroShotRetrieval gets its ``ends_retrieval``.
+        stop: Updated at the end of each batch. Pass its ``ends_retrieval`` to ZeroShotRetrieval as ``should_stop``.
 
     Raises:
-        InputError: Another run uses the folder, it holds other files, or it cannot be written.
+        InputError: Another run uses the folder, or the folder holds other files or cannot be written.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class Checkpoints(Callback):
             prune_store(uploads.address, checkpoint.name, self.num_to_keep)
 
     def _agree(self, state: State) -> int:
-        """Set ``stop`` to the signal that reached any rank; return the largest code on any rank."""
+        """Agree on the signal that reached any rank; return its place in ``STOPS``, or ``REMOVED``, on all ranks."""
         is_removed = self.lock is not None and self.lock.is_removed()
         code = REMOVED if is_removed else STOPS.index(processes.received())
         if dist.get_world_size() > 1:
@@ -190,10 +190,10 @@ class Checkpoints(Callback):
     def begin(self) -> None:
         """Mark the folder, here and in the store, as the run's, now that nothing can refuse the run.
 
-        Without a checkpoint to go on from, begin a new log; otherwise, upload the log.
+        Without a checkpoint to go on from, the log is deleted. A newest checkpoint that the store lacks is uploaded.
 
         Raises:
-            RunError: The store denies it.
+            RunError: The store cannot be written.
         """
         with rank_zero_first("save_folder"):
             if self.folder is not None and self.lock is not None:
@@ -246,13 +246,13 @@ LOCK_WAIT_SECONDS = 10.0
 class FolderLock:
     """Keep other runs on this machine out of a run's folder: two runs would resume from each other's checkpoints.
 
-    A new folder in which nothing else was written is removed with the lock.
+    If the lock made the folder and nothing else was written there, the folder is removed on release.
 
     Args:
-        folder: The run's folder. Its file :data:`MARK` names the store that the files are copied to.
+        folder: The run's folder. Its file :data:`MARK` names the store to which the run's files are copied.
 
     Raises:
-        InputError: Another run uses the folder, it holds other files, or it cannot be written.
+        InputError: Another run uses the folder, or the folder holds other files or cannot be written.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -301,8 +301,8 @@ class NanGuard(Callback):
 
     Composer's NaNMonitor waits for the device; this callback reads the loss that is logged anyway, once a batch.
 
-    With a loss scaler (amp_fp16) a batch whose loss is not finite is skipped, and the scale halved, until it is below
-    :data:`MIN_LOSS_SCALE`.
+    With a loss scaler (amp_fp16), a batch whose loss is not finite is skipped, and the scale halved; training stops
+    once the scale is below :data:`MIN_LOSS_SCALE`.
 
     Example:
         >>> from d2v_composer.callbacks import NanGuard

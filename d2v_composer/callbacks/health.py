@@ -20,16 +20,16 @@ from d2v_composer.models.features import mean_over_time
 from d2v_composer.objectives.objective import Regression
 from d2v_composer.objectives.tokens import regression_loss
 
-# Share of the target's variance below which the prediction counts as the same for all inputs.
+# Below this share of the target's variance, the prediction counts as the same for all inputs.
 COLLAPSED_SHARE = 0.01
-# Ratio to its lowest mean above which the loss counts as diverging.
+# Above this ratio to its lowest mean, the loss counts as diverging.
 DIVERGED_RATIO = 1.5
 
 log = logging.getLogger(__name__)
 
 
 def variance_over_inputs(x_BTD: Tensor, padding_mask: Tensor | None) -> Tensor:
-    """Return a scalar, the variance over a batch's inputs, averaged over channels and tokens that all inputs have."""
+    """Return a scalar: the variance over inputs, averaged over channels and the tokens that are padding in no input."""
     mask = None if padding_mask is None else padding_mask.any(dim=0, keepdim=True)
     return mean_over_time(x_BTD.var(dim=0, keepdim=True), padding_mask=mask).mean()
 
@@ -39,22 +39,22 @@ class Health(Callback):
 
     Logged, below ``health/``:
 
-    - ``prediction_variance``, ``target_variance``: over the batch, mean of all tokens and channels; the target's is
-      the squared error of the best prediction that is the same for all inputs;
+    - ``prediction_variance``, ``target_variance``: variance over the batch, averaged over tokens and channels. The
+      target's is the squared error of a constant prediction, the best one that is the same for all inputs;
     - ``prediction_error``: the mean squared error, whatever the loss is;
     - ``collapse``, ``dead``, ``diverging``, ``non_finite``, ``scaler_skips``: 1 in this state, else 0.
 
     The start of a state is logged as a warning: *collapse*, the prediction hardly varies over the batch; *dead*, after
-    ``grace`` the error is no better than such a prediction's; *diverging*, the mean loss since the last measurement is
-    more than 1.5 times the lowest such mean; *non_finite*, some numbers are infinite or NaN; *scaler_skips*, the loss
-    scale fell, and each time a step was skipped.
+    ``grace`` the error is no better than a constant prediction's; *diverging*, the mean loss since the last measurement
+    is more than 1.5 times the lowest such mean; *non_finite*, some numbers are infinite or NaN; *scaler_skips*, the
+    loss scale fell, because steps with infinite gradients were skipped.
 
-    The model, in any Composer run, returns a :class:`~d2v_composer.objectives.objective.Regression`; else override
-    :meth:`regression`.
+    In any Composer run, the model must return a :class:`~d2v_composer.objectives.objective.Regression`; for other
+    models, override :meth:`regression`.
 
     Args:
-        interval: Composer time string.
-        grace: Time in which the loss may be as bad as a constant prediction's, a Composer time string: longer than
+        interval: Time between measurements, a Composer time string.
+        grace: Time in which the error may be as large as a constant prediction's, a Composer time string longer than
             the warm-up; '0.2dur' is a fifth of the run.
 
     Example:
@@ -111,7 +111,7 @@ class Health(Callback):
         self.present = set(present)
 
     def compare(self, outputs: Regression) -> dict[str, Tensor]:
-        """Return the squared error and the variances by name; an embedding, (B, D), counts as one token."""
+        """Return the squared error and the variances, all scalars, by name; an embedding, (B, D), is like one token."""
         prediction, target = outputs.prediction.float(), outputs.target.float()
         error = regression_loss(Regression(prediction, target, padding_mask=outputs.padding_mask))
         return {"prediction_error": error} | {
@@ -121,7 +121,7 @@ class Health(Callback):
         }
 
     def diagnose(self, values: dict[str, float], loss: float, state: State) -> Iterator[tuple[str, str]]:
-        """Yield the name of each bad state that the run is in, and the reason."""
+        """Yield the name of each bad state that the run is in, and the text of its warning."""
         prediction, target = (values.get(f"{name}_variance", math.nan) for name in ("prediction", "target"))
         error = values["prediction_error"]
         if prediction < COLLAPSED_SHARE * target:

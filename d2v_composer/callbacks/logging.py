@@ -25,9 +25,10 @@ from d2v_composer.system.fetch import put
 from d2v_composer.system.files import write_atomically
 from d2v_composer.system.progress import Lines
 
-# metrics/DATASET/[BASELINE/]bank_train/topK: the accuracy of the primary embedding; or that of a fine-tuned classifier.
+# Keys of the accuracies that progress shows: metrics/DATASET/[BASELINE/]bank_train/topK, of the primary embedding; and
+# metrics/test/topK, of a fine-tuned classifier.
 ACCURACY = re.compile(r"metrics/(?:test|([^/]+)/(?:([^/]+)/)?bank_train)/top(\d+)")
-# An accuracy, and those of several embeddings below it.
+# The part of a key between an accuracy's name and the embedding's.
 BELOW_AN_ACCURACY = re.compile(r"(/top\d+)/")
 # Logged number → how progress shows it.
 SHOWN = {
@@ -52,7 +53,7 @@ class ProgressLogger(LoggerDestination):
     Args:
         bar: Show a bar, which needs a terminal; else print a line every ten seconds and at the end.
         stream: Output stream; default stderr.
-        unit: What the speed counts.
+        unit: Name of the samples in the speed.
 
     Example:
         >>> from d2v_composer.callbacks import ProgressLogger, Throughput
@@ -117,8 +118,8 @@ def num_batches(state: State) -> int:
 class JSONLLogger(LoggerDestination):
     """Write one line per call of ``log_metrics``, on rank 0: ``{"step": batch, key: value, …}``.
 
-    A resume appends (Composer's FileLogger overwrites the file). Its first line replaces all lines of batches after the
-    checkpoint: no file has the weights that they measured.
+    A resume appends lines (Composer's FileLogger overwrites the file). With its first line, a resume removes the lines
+    of later batches, which measured weights that no checkpoint has.
 
     Args:
         filename: The file; missing folders are created.
@@ -156,7 +157,7 @@ class JSONLLogger(LoggerDestination):
 class Uploads(LoggerDestination):
     """Upload a run's files to its folder in a store, in a thread, one after another.
 
-    Each is retried for ten minutes, while training continues. Composer's uploader gives up within seconds, and its
+    An upload is retried for ten minutes, while training continues. Composer's uploader gives up within seconds, and its
     processes outlive a killed run.
 
     Args:
@@ -173,16 +174,16 @@ class Uploads(LoggerDestination):
         return True
 
     def upload_file(self, state: State, remote_file_name: str, file_path: Path, *, overwrite: bool = False) -> None:
-        """Upload a file for any callback to a path below the run's folder."""
+        """Start the upload of a callback's file to a path below the run's folder."""
         self.start(put, Path(file_path), f"{self.address}/{remote_file_name}", True)
 
     def upload(self, path: Path) -> None:
-        """Upload a file in the run's folder now, if it exists."""
+        """Upload a file of the run's folder, if it exists, and wait for the end."""
         if path.exists():
             put(path, f"{self.address}/{path.name}", denial_passes=True)
 
     def start(self, task: Callable[..., None], *arguments: Any) -> None:
-        """Start an upload in the thread, unless an earlier upload failed, since this one would fail, too."""
+        """Start an upload in the thread; after a failed upload, later ones do nothing, since they would fail, too."""
 
         def run() -> None:
             if self.has_failed:
@@ -199,7 +200,7 @@ class Uploads(LoggerDestination):
         """Wait for all uploads.
 
         Raises:
-            RunError: One failed.
+            RunError: An upload failed.
         """
         while self.tasks:
             self.tasks.pop(0).result()
@@ -209,7 +210,7 @@ class Uploads(LoggerDestination):
             self.tasks.pop(0).result()
 
     def post_close(self) -> None:
-        """Wait for the uploads of all callbacks; a failed upload must not hide why a run failed."""
+        """Wait for the uploads of all callbacks. A failure is only logged, so that it cannot hide why a run failed."""
         try:
             self.wait()
         except RunError as error:
@@ -219,8 +220,8 @@ class Uploads(LoggerDestination):
 class RunMLFlowLogger(MLFlowLogger):
     """Composer's MLFlowLogger, with ``…/top1.output_cls`` instead of ``…/top1/output_cls``.
 
-    MLflow's file store keeps each metric in a file of the same name. ``top1`` would be a file and a folder, and MLflow
-    silently loses all metrics of a call in which one cannot be written.
+    MLflow's file store keeps each metric in a file of the same name, so ``top1`` would have to be a file and a folder.
+    If one metric of a call cannot be written, MLflow silently loses all of them.
     """
 
     def rename(self, key: str) -> str:
@@ -228,14 +229,15 @@ class RunMLFlowLogger(MLFlowLogger):
 
 
 class Throughput(Callback):
-    """Log the speed of training at a fixed interval, without evaluations and checkpoints.
+    """Log the speed of training at a fixed interval, without the time of evaluations and checkpoints.
 
-    Composer's SpeedMonitor counts those as training time, and waits for the device. Logged, as means over the interval:
+    Composer's SpeedMonitor counts evaluations and checkpoints as training time, and waits for the device. Logged, as
+    means over the interval:
 
-    - ``throughput/samples_per_sec``: images, or audio clips, over all ranks;
+    - ``throughput/samples_per_sec``: images, or audio clips, of all ranks per second;
     - ``throughput/data_wait``: the share of the time, from 0 to 1, in which rank 0 waited for its next batch;
-    - ``throughput/device/mfu``: operations over those that the GPU is made for, if Composer knows these and the model
-      has ``flops_per_batch``.
+    - ``throughput/device/mfu``: the model's FLOP/s as a share of the GPU's peak, if Composer knows the peak and the
+      model has ``flops_per_batch``.
 
     Pass it to the Trainer before callbacks that take time at the end of a batch.
 

@@ -29,15 +29,15 @@ SHOWN_AS = {
 class RunRecord(Callback):
     """Write the run's record into its folder, and refuse to resume with changed settings.
 
-    A resume takes learning rate and weight decay from the checkpoint and ignores the YAML's; and it would silently
-    continue with another teacher, seed or data set.
+    Without this, a resume would ignore a changed learning rate or weight decay, because Composer takes both from the
+    checkpoint, and would silently continue with another teacher, seed or data set.
 
     Args:
         record: The sections ``config`` (resolved), ``versions``, ``teacher`` or ``model`` (provenance) and ``data``
-            (identity and location); plain containers. Kept without secrets.
+            (identity and location), as plain containers. Secrets in them are hidden.
         folder: The folder of ``run.yaml``, or ``None``.
         fixed: Dotted keys of the record that a resume must not change.
-        defaults: What stands for keys that the record of an earlier version lacks.
+        defaults: Values of keys that the record of an earlier version lacks.
     """
 
     def __init__(
@@ -60,23 +60,23 @@ class RunRecord(Callback):
         return {"record": self.record}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Check that this run may resume from a checkpoint with another record.
+        """Check that this run may resume from a checkpoint, given the record in it.
 
         Raises:
-            InputError: A fixed key has changed; names each change.
+            InputError: A fixed key has changed; the message names each change.
         """
         if changes := self.changes(state["record"]):
             raise InputError(f"{changes}; a new run needs another save_folder, and no load_path")
 
     def changes(self, before: Mapping[str, Any], keys: Sequence[str] = ()) -> str:
-        """Describe what differs from another run's record in these keys; default: the fixed keys."""
+        """Describe the differences from an earlier record at dotted ``keys`` (default: the fixed ones); '' if none."""
         records = hide_secrets(before), self.record, self.defaults
         groups = (find_changes(key, *(value_at(record, key) for record in records)) for key in keys or self.fixed)
         return "; ".join(change for changes in groups for change in changes)
 
 
 def find_changes(key: str, before: Any, now: Any, default: Any = None) -> Iterator[str]:
-    """Describe each changed field at or below a dotted key."""
+    """Yield a description of each changed field at or below a dotted key."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in dict.fromkeys([*now, *before]):
             usual = value_at(default, name)

@@ -29,10 +29,10 @@ def due_every(interval: str, final_events: Set[Event] = frozenset()) -> Callable
 
     Args:
         interval: Composer time string.
-        final_events: The last events of the run at which it is due in any case.
+        final_events: Events at which the function also returns True at the end of the run.
 
     Raises:
-        ValueError: The interval is not a positive duration; Composer would silently never call.
+        ValueError: The interval is not a positive duration, with which nothing would ever be due.
     """
     if not isinstance(interval, str) or Time.from_timestring(interval).value <= 0:
         raise ValueError(f"interval must be a positive duration such as '100ba', got {interval!r}")

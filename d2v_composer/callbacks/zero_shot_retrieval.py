@@ -43,12 +43,12 @@ class ZeroShotRetrieval(Callback):
     """Measure top-k retrieval accuracy on labeled sets in both directions, while the model trains without labels.
 
     An evaluation embeds every image, or audio clip, once, for both directions and all embeddings; several ranks share
-    the work. It runs every ``interval`` and at the end of training, never twice for one batch.
+    the work. Evaluations run every ``interval`` and at the end of training, never twice for one batch.
 
-    The model, in any Composer run, needs a method ``embed_all`` or ``embed``; or pass the function ``embed``. It takes
-    (B, 3, height, width) uint8 images, already on the model's device, resizes and normalizes them, and returns one
-    embedding, (B, D), or a dict of several by name. With audio clips it takes (B, L) float32 and, only if some are
-    padded, the number of samples of each, (B,) int64. It is called in eval mode, under inference mode, in the run's
+    In any Composer run, the model needs a method ``embed_all`` or ``embed``; or pass a function ``embed``. The function
+    takes (B, 3, height, width) uint8 images, already on the model's device, resizes and normalizes them, and returns
+    one embedding, (B, D), or a dict of several by name. With audio clips, it takes (B, L) float32 and, only if some are
+    padded, the number of samples of each, (B,) int64. It is called in eval mode, without gradients, in the run's
     precision.
 
     Logged: ``metrics/{dataset}/bank_{train|test}/top{k}`` for the primary embedding,
@@ -58,39 +58,40 @@ class ZeroShotRetrieval(Callback):
     ``bank_{train|test}/top{k}``.
 
     Args:
-        datasets: Name → labeled images; each split is the bank for the other's queries. Of a set without labels,
-            agreement and instance are measured, whatever ``probes`` says; without a teacher, instance alone.
-        interval: Composer time string.
+        datasets: Name → labeled images; each split is the bank for the other's queries. For a set without labels,
+            agreement (only if there is a teacher) and instance are measured, whatever ``probes`` says.
+        interval: Time between evaluations, a Composer time string.
         ks: Measure the accuracy among the k nearest, for each k.
         embed: Function to use instead of the model's own method.
-        primary: The embedding that the short key reports, for a model with several.
+        primary: Name of the embedding that the short key reports, for a model with several.
         baselines: Name → embed function, measured once at the start, to compare the model with. Default: the model's
             ``retrieval_baselines()``, if it has that method.
         at_start: Evaluate the untrained model as well.
-        probes: Classify the test images by the train images, too: ``knn``, by their 20 nearest (DINO's weighted vote,
-            and the majority), ``linear``, by a logistic regression (seconds for each embedding). Or look up test images
-            among themselves, without labels: ``agreement``, the share of each one's 10 nearest that the baseline named
-            teacher finds, too, in the embedding of the same name (for the primary embedding, in its primary one), and
-            ``instance``, whether one augmented view of it finds the other. Or ``zero_shot``, whether the text embedding
-            of a test image's class is the nearest to its ``projected_cls``, in sets with ``class_embeddings``.
-        augment: Makes these views.
-        align: Fits the student's ``projected_cls`` before each measurement, which is then compared with the teacher's.
-        should_stop: Asked before each batch of images; must be False until training begins. True leaves the evaluation,
-            and the run that resumes measures it first. On several ranks it must return the same to all.
+        probes: Further measures of the test images. ``knn`` classifies an image by its 20 nearest train images (DINO's
+            weighted vote, and the majority), ``linear`` by a logistic regression (seconds for each embedding).
+            ``agreement`` is the share of an image's 10 nearest test images that the baseline named teacher finds, too,
+            in its embedding of the same name (for the primary embedding, in the teacher's primary one). ``instance``
+            tells whether one augmented view of an image finds the other. ``zero_shot``, in sets with
+            ``class_embeddings``, tells whether the text embedding of an image's class is the nearest to its
+            ``projected_cls``.
+        augment: Makes the views for ``instance``.
+        align: Fits the student's ``projected_cls`` before each evaluation, so that this embedding is measured, too.
+        should_stop: Asked before each batch of images; must be False until training begins, and the same on all ranks.
+            True ends the evaluation; the run that resumes repeats it first.
         device_batch_size: Images embedded at once on each device.
         progress_bar: Show a bar on rank 0's terminal.
 
     Attributes:
         history: One entry for each evaluation, oldest first: ``{"batch": int, "metrics": {key: accuracy}}``; kept in
             checkpoints.
-        baseline_metrics: key → accuracy of the baselines.
+        baseline_metrics: Log key → accuracy of the baselines; kept in checkpoints.
         teacher_neighbors: Data set → embedding → (N, 10) int32, each test image's nearest others, for agreement; kept
             in checkpoints.
-        results: What tables and the report show, in the primary embedding: of the baselines, of the student before
-            training and of the student as last measured, with its batch; kept in checkpoints. Those of the
-            student and of the teacher have each test image's nearest train images, as many as the largest of ``ks``.
+        results: Results in the primary embedding, for tables and the report: those of the baselines, of the student
+            before training and of the student as last measured, with its batch; kept in checkpoints. The results of
+            student and teacher include each test image's nearest train images, as many as the largest of ``ks``.
         conditions: For every set that the run ever measured, what its numbers depend on; kept in checkpoints.
-        was_stopped: Whether ``should_stop`` ended the last evaluation; kept in checkpoints.
+        was_stopped: True if ``should_stop`` ended the last evaluation; kept in checkpoints.
 
     Example:
         >>> from d2v_composer import load_labeled_set
@@ -183,7 +184,7 @@ class ZeroShotRetrieval(Callback):
         """Restore the measurements.
 
         Raises:
-            InputError: The accuracies cannot be compared with those before.
+            InputError: A set has changed, so that its accuracies cannot be compared with those before.
         """
         before, now = self.conditions | state["conditions"], state["conditions"] | self.conditions
         if changes := "; ".join(find_changes("retrieval.datasets", before, now)):
@@ -193,7 +194,7 @@ class ZeroShotRetrieval(Callback):
         self.conditions, self.results = now, read_results(state["results"])
 
     def evaluate(self, state: State, logger: Logger) -> None:
-        """Measure the model and log the results, unless done at this batch or the run should stop."""
+        """Measure the model and log the results, unless this was done at the same batch or the run should stop."""
         if self.history and self.history[-1]["batch"] == int(state.timestamp.batch):
             return
         self.was_stopped = True
@@ -202,7 +203,13 @@ class ZeroShotRetrieval(Callback):
             self.was_stopped = False
 
     def measure(self, moves: Collection[bool], state: State, logger: Logger) -> None:
-        """Measure the rows that move, those that do not, or both, on all sets; then keep and log the results."""
+        """Measure rows of the evaluation on all sets; then keep and log the results.
+
+        Args:
+            moves: ``True`` for the rows that change in training, ``False`` for the others, or both.
+            state: The Trainer's state.
+            logger: The Trainer's logger.
+        """
         start, ranks = time.monotonic(), Ranks(dist.get_global_rank(), dist.get_world_size())
         batch, results = int(state.timestamp.batch), list[Result]()
         student = STUDENT if batch else UNTRAINED

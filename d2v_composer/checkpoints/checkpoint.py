@@ -102,8 +102,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read a run's checkpoint: verify its checksums, then its contents, without running its code.
 
     Raises:
-        CorruptCheckpointError: It is truncated or corrupt.
-        InputError: It cannot be read, or ``recipes/train.py`` did not write it.
+        CorruptCheckpointError: The file is truncated or corrupt.
+        InputError: The file cannot be read, or no run of this package wrote it.
     """
     check_archive(path, CorruptCheckpointError)
     foreign = f"{path} is not a checkpoint written by recipes/train.py"
@@ -130,23 +130,23 @@ def find_newest(
 ) -> Checkpoint | None:
     """Read a run's newest complete checkpoint, from its local folder or its store; ``None`` if there is none.
 
-    Once the checkpoint is accepted, ``latest-rank0.pt`` points at it. If it is from the store, so is the log, because
-    another machine went on with the run.
+    Once a checkpoint is accepted, ``latest-rank0.pt`` points at it. With a checkpoint from the store, the log is
+    downloaded, too, because another machine went on with the run.
 
-    Candidates are the targets of the two pointers ``latest-rank0.pt`` and the checkpoints before them; without a
-    pointer, all local ones. Truncated or corrupt ones are skipped with a warning.
+    Candidates are the targets of the pointers ``latest-rank0.pt``, here and in the store, and the checkpoints before
+    them; without a pointer, all local checkpoints. Truncated or corrupt ones are skipped with a warning.
 
     Args:
         folder: The run's folder.
-        accept: Raises if the run is another one, before anything changes.
-        resumes: It may have checkpoints.
+        accept: Function that raises if a checkpoint is of another run; called before anything changes.
+        resumes: If false, checkpoints in the folder are an error.
         uploads: Upload a local checkpoint, for other nodes, even if the store has one of that name: after a change of
-            machines it may be another.
+            machines, that one may differ.
 
     Raises:
-        InputError: The store cannot be read or holds other files, no checkpoint is complete, ``recipes/train.py`` did
-            not write it, or there is one and not ``resumes``.
-        Exception: ``accept``'s.
+        InputError: The store cannot be read or holds other files, no checkpoint is complete, a checkpoint is not one
+            of this package, or there are checkpoints although ``resumes`` is false.
+        Exception: ``accept`` raised it.
         RunError: The store cannot be written.
     """
     pointer = folder.local / LATEST
@@ -201,7 +201,7 @@ def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
     """Read a file, or the target of a run's pointer; retry if the run has replaced it meanwhile.
 
     Raises:
-        InputError, OSError: ``read``'s, of a file that is still the newest.
+        InputError, OSError: ``read`` raised it for a file that is still the newest.
     """
     for attempt in range(READ_ATTEMPTS):
         with reading(path):
@@ -216,7 +216,7 @@ def read_newest(path: Path, read: Callable[[Path], ReadT]) -> ReadT:
 
 
 def fetch_model(path: str | Path) -> Path:
-    """Return a file's local path, as :func:`fetch` does; for a run's folder, the error names its newest checkpoint."""
+    """Return a file's local path, like :func:`fetch`. The error for a run's folder names its newest checkpoint."""
     with reading(path):
         if not is_remote(path) and (newest := Path(path) / LATEST).exists():
             raise InputError(f"{path} is the folder of a run, not a model's file; its newest checkpoint is {newest}")
@@ -316,11 +316,12 @@ def download_checkpoint(address: str, path: Path) -> None:
     """Download a checkpoint, even if ``path`` exists: the store may have a newer one.
 
     Args:
-        address: https://…, or in an object store, where ``latest-rank0.pt`` is a small file with another's name.
+        address: https://…, or an address in an object store, where a small file stands for ``latest-rank0.pt`` and has
+            the name of the newest checkpoint.
         path: The local file.
 
     Raises:
-        InputError: It does not exist, or cannot be read.
+        InputError: The checkpoint does not exist, or cannot be read.
     """
     if _download(address, path):
         return
@@ -361,8 +362,8 @@ def upload_checkpoint(path: Path, address: str) -> None:
 def drop_unused_scaler(checkpoint: dict[str, Any], precision: str) -> None:
     """Remove the loss scaler's state from a checkpoint unless both the run that saved it and this one use amp_fp16.
 
-    Only amp_fp16 scales its loss, with a class of its own. In other precisions the Trainer has a scaler too: on a CPU
-    it is disabled and saves an empty state, on a GPU it is enabled and refuses an empty state.
+    Only amp_fp16 scales the loss, with a scaler of its own class. In other precisions, the Trainer's scaler is unused:
+    on a CPU it is disabled and saves an empty state; on a GPU it is enabled and refuses an empty state.
     """
     state = checkpoint["state"]
     if "scaler" in state and not (precision == "amp_fp16" and state["scaler"].get("GradScaler")):
@@ -373,15 +374,15 @@ class Measure(NamedTuple):
     """A measure that scores each query of a data set: a column of tables."""
 
     bank: str
-    """The split that is searched, or that a classifier is fitted to; '' for the test images among themselves, classes
-    for text embeddings of the classes."""
+    """The split that is searched, or to which a classifier is fitted; ``classes`` for text embeddings of the classes;
+    '' for the test images among themselves."""
     name: str
     k: int | None
-    """The number of neighbors; ``None``: a classifier has none."""
+    """The number of neighbors; ``None`` for a classifier."""
     key: str
-    """Its part of a log key."""
+    """The measure's part of a log key."""
     heading: str
-    """The heading of its column in tables."""
+    """The heading of the measure's column in tables."""
 
 
 class Result(NamedTuple):
@@ -394,11 +395,11 @@ class Result(NamedTuple):
     embedding: str
     """Name of the embedding; '' if it is the only one and has no name."""
     is_primary: bool
-    """True for the row's primary embedding; ``zero_shot`` has but one."""
+    """True for the row's primary embedding, and for the only embedding that ``zero_shot`` measures."""
     hits: Tensor
     """For each query, on the host: (Q,) bool, or the share of common neighbors, (Q,) float64."""
     batch: int = 0
-    """Batches after which a run measured it."""
+    """Number of training batches after which a run measured the row."""
     nearest: Tensor | None = None
     """The bank's images nearest to each query in a primary embedding, nearest first, (Q, K) int32."""
 

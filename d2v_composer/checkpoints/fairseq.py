@@ -34,7 +34,7 @@ LICENSES = {
     AudioEncoderConfig: f"{LICENSE_NOTE} MIT for audio",
     EatEncoderConfig: "as the source's; EAT's code is MIT, and says nothing of its weights",
 }
-# data2vec's defaults of the number of blocks, and of those in the target.
+# data2vec's default number of blocks, and of blocks in the target.
 DEPTH = TOP_K = 8
 
 
@@ -42,7 +42,7 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
     """Read and check a fairseq checkpoint, ``file``, without running its code; errors name its address, ``path``.
 
     Returns:
-        The teacher, and the file's names of unused tensors.
+        The teacher, and the names of unused tensors, as in the file.
 
     Raises:
         InputError: The file is corrupt, of another format, modality or kind, or lacks a tensor.
@@ -114,7 +114,7 @@ def _read_config(kind: type[Any], model: dict[Any, Any], section: dict[Any, Any]
     """Read a teacher's sizes, with data2vec's defaults for missing fields; the shape of ALiBi's scale comes later.
 
     Raises:
-        ValueError: They are not those of a supported teacher.
+        ValueError: The sizes are not those of a supported teacher.
     """
     if model.get("layer_norm_first"):
         raise ValueError("pre-norm models (layer_norm_first: true) are not supported; the released ones are post-norm")
@@ -172,18 +172,19 @@ def convert_teacher(
     """Convert a fairseq checkpoint to a safetensors file.
 
     Args:
-        source: ``path`` of :func:`load_data2vec2`.
+        source: Path or address of the checkpoint.
         out: The file to write.
         weights: The weights to keep.
         dtype: Stored dtype; a loaded teacher is float32 in any case.
         license: A note on the weights' license for the metadata.
-        spectrogram: For EAT: ``target_length``, ``log_mel_mean``, ``log_mel_std``; default the file's, and AudioSet's.
+        spectrogram: For EAT: ``target_length``, by default the file's; ``log_mel_mean`` and ``log_mel_std``, by default
+            AudioSet's.
 
     Returns:
-        As :func:`read_fairseq_checkpoint`.
+        The teacher, and the names of unused tensors, as in the file.
 
     Raises:
-        InputError: As :func:`load_data2vec2`; or ``out`` cannot be written.
+        InputError: The checkpoint does not exist, or is not a supported teacher; or ``out`` cannot be written.
     """
     file = fetch_model(source)
     if is_safetensors(file):

@@ -53,18 +53,19 @@ def load_teacher(
             fairseq or a file of ``convert_teacher``, which says whether it is of images or audio. timm: a .safetensors
             or PyTorch file; ``None``: timm's pretrained weights, from the Hugging Face hub or its cache.
         weights: For data2vec 2.0: ``model``, or ``ema`` for the moving average. A converted file holds one of the two.
-        model: ``data2vec2``; ``timm/NAME``, NAME as ``timm.create_model`` takes it; or ``ext/NAME``, as an installed
-            package offers it.
-        first_blocks: Blocks in the shared encoder; default: a sixth of a timm model's, those of the modality encoder in
-            data2vec 2.0.
-        image_size: timm: pixels per side, or height and width: (112, 168) or '112x168'; default timm's for this model.
-        projected: Give it ``projected_cls``, its own image embedding: what timm's ``forward_head`` computes, with the
-            projection to a text tower's space if there is one; of data2vec 2.0, CLS or the mean of its output.
+        model: ``data2vec2``; ``timm/NAME``, with a NAME that ``timm.create_model`` takes; or ``ext/NAME``, a teacher
+            that an installed package offers.
+        first_blocks: Number of blocks in the shared encoder; default: for timm, a sixth of the model's blocks; for
+            data2vec 2.0, the blocks of the modality encoder.
+        image_size: For timm: pixels per side, or height and width: (112, 168) or '112x168'; default: timm's size for
+            this model.
+        projected: Give the teacher ``projected_cls``, its own image embedding. For timm, this is what ``forward_head``
+            computes, with the projection to a text tower's space if there is one; for data2vec 2.0, CLS of the output
+            or, without CLS, its mean over patches or frames.
 
     Returns:
-        A :class:`~d2v_composer.models.teacher.Teacher`, except of ``ext/NAME`` also a
-        :class:`~d2v_composer.models.backbone.Transformer`; its ``config`` has the sizes, its ``provenance`` the
-        origin.
+        A :class:`~d2v_composer.models.teacher.Teacher`, whose ``config`` has the sizes and whose ``provenance`` has the
+        origin. It is also a :class:`~d2v_composer.models.backbone.Transformer`, unless ``model`` is ``ext/NAME``.
 
     Raises:
         InputError: The file does not exist, or is not a supported teacher.
@@ -122,10 +123,10 @@ def load_same_teacher(source: str, record: Any, **options: Any) -> Any:
 
 
 def load_external(path: str | Path | None, model: str) -> Teacher:
-    """Load the teacher ``ext/NAME`` that an installed package offers, from ``path`` if it takes one.
+    """Load the teacher ``ext/NAME`` that an installed package offers; the package receives ``path``.
 
     Raises:
-        InputError: No package offers it, or it is no teacher.
+        InputError: No package offers this teacher, or what a package offers is no teacher.
     """
     for entry in entry_points(group=ENTRY_POINTS, name=model.removeprefix(PACKAGE_PREFIX)):
         with errors_of(f"model: {model} from {entry.value}"):
@@ -146,7 +147,7 @@ def save_student(student: Backbone, out: Path, when_complete: Callable[[], objec
     ``when_complete`` is called just before the file appears.
 
     Raises:
-        InputError: As :func:`~d2v_composer.checkpoints.model_file.convert_to_timm`.
+        InputError: timm would compute something else with the file.
     """
     kind = "classifier" if isinstance(student.head, nn.Linear) else "student"  # timm's may be an Identity
     sizes, tensors = convert_to_timm(out, student)
@@ -162,9 +163,8 @@ def load_student(path: str | Path) -> Any:
     Returns:
         A :class:`~d2v_composer.models.student.Student`, the frozen encoder and the trained blocks, or a
         :class:`~d2v_composer.models.timm_network.NetworkStudent`; in eval mode and float32.
-        :meth:`~d2v_composer.models.backbone.Backbone.embed` computes an embedding; its ``provenance`` is the record of
-        the run. On a GPU, torch rounds convolutions to 10 bits unless ``torch.backends.cudnn.allow_tf32`` is false; it
-        is left as it is.
+        :meth:`~d2v_composer.models.backbone.Backbone.embed` computes an embedding; ``provenance`` is the record of the
+        run. On a GPU, torch rounds convolutions to 10 bits unless you set ``torch.backends.cudnn.allow_tf32`` to false.
 
     Raises:
         InputError: The file does not exist, or does not hold a student.
@@ -195,11 +195,11 @@ def load_models(path: str, weights: Weights = "model", teacher: str | None = Non
     Args:
         path: A data2vec 2.0 teacher's file, as for :func:`load_teacher`; an exported or fine-tuned student, or a
             training checkpoint.
-        weights, projected: For a teacher's file, as for :func:`load_teacher`.
-        teacher: The student's; for a checkpoint, the default is the path used in training.
+        weights, projected: Arguments of :func:`load_teacher`, for a teacher's file.
+        teacher: Path of the student's teacher; for a checkpoint, the default is the path used in training.
 
     Returns:
-        A student and its teacher, ``None`` if it is not known; or a teacher twice.
+        A student and its teacher, or ``None`` in place of an unknown teacher; for a teacher's file, the teacher twice.
 
     Raises:
         InputError: The file is corrupt, or not supported.
@@ -224,7 +224,7 @@ def load_models(path: str, weights: Weights = "model", teacher: str | None = Non
 
 
 def _with_teacher(student: Backbone, path: str | None) -> Models:
-    """Load the teacher of an exported or fine-tuned student from ``path``, or none for ``None``."""
+    """Return an exported or fine-tuned student with its teacher, loaded from ``path``; ``None`` loads no teacher."""
     if path is None:
         return student, None
     record = distillation_of(student.provenance)

@@ -1,7 +1,7 @@
 """Read and write our own model files: safetensors with a model's kind, sizes and provenance.
 
-A student is blocks on an encoder, or a whole timm model. timm reads the tensors alone, so blocks have their sizes in a
-tensor, too, ``config_json``; a timm model's tensors have timm's own names.
+A student is blocks on an encoder, or a whole timm model. timm reads only tensors, so a file of blocks has its sizes in
+a tensor, too, ``config_json``; in a file of a timm model, the tensors have timm's own names.
 """
 
 import copy
@@ -36,7 +36,7 @@ from d2v_composer.system.errors import InputError, errors_of, reading, reason
 from d2v_composer.system.files import out_file
 
 FORMAT_VERSIONS: dict[str, int] = {"teacher": 2, "student": 3, "classifier": 2}
-"""What this package writes, and all that it reads."""
+"""Kind of file → the format version that this package writes, the only one that it reads."""
 # Characters of sizes or provenance. Ours have some thousands; parsed, they take 25 times as many bytes.
 MAX_JSON = 4 << 20
 CONFIG_TENSOR = "config_json"
@@ -61,7 +61,7 @@ class ModelFile(NamedTuple):
         """Check that the file holds a model of this kind: teacher, student or classifier.
 
         Raises:
-            InputError: It is another one.
+            InputError: The file holds something else.
         """
         if self.kind != kind:
             description = f"a {self.kind} file" if self.kind in FORMAT_VERSIONS else "not a d2v_composer file"
@@ -99,7 +99,7 @@ def read_model_file(path: Path) -> ModelFile:
     """Read any safetensors file.
 
     Raises:
-        InputError: It is truncated or corrupt, or of another format version.
+        InputError: The file is truncated or corrupt, or of another format version.
     """
     with reading(path):
         with safe_open(path, framework="pt") as file:
@@ -117,7 +117,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     """Parse a JSON object from any source, within limits of time and memory.
 
     Raises:
-        ValueError: It is too long, or not an object.
+        ValueError: The text is too long, or not a JSON object.
     """
     if len(text) > MAX_JSON:
         raise ValueError(f"its metadata has {len(text)} characters; the limit is {MAX_JSON}")
@@ -134,7 +134,7 @@ def build_loaded(source: Any, build: Callable[[], ModuleT], tensors: Tensors) ->
     """Build a model from a file's tensors.
 
     Raises:
-        InputError: As in :func:`check_fits`.
+        InputError: The tensors do not fit the model; see :func:`check_fits`.
     """
     check_fits(source, build, tensors)
     model = build()
@@ -156,7 +156,7 @@ def check_fits(source: Any, build: Callable[[], nn.Module], tensors: Tensors) ->
     """Check that a file has exactly the tensors of a model, before memory is allocated for the model.
 
     Raises:
-        InputError: A size is invalid; or a tensor is missing, unknown, misshapen, or as in :func:`check_numbers`.
+        InputError: A size is invalid; or a tensor is missing, unknown, misshapen, or does not hold finite numbers.
     """
     with reading(source), torch.device("meta"), _Unset():
         model = build()
@@ -173,7 +173,7 @@ def check_numbers(tensors: Tensors) -> None:
     """Check that tensors hold finite floating-point numbers; load_state_dict silently converts any others.
 
     Raises:
-        ValueError: One does not.
+        ValueError: A tensor holds something else.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
@@ -184,7 +184,7 @@ def check_numbers(tensors: Tensors) -> None:
 
 
 def loading_fault(error: Exception) -> str:
-    """Reduce an error to one line; for load_state_dict's, the first mismatch."""
+    """Return an error as one line; for an error of load_state_dict, the line with the first mismatch."""
     return (str(error).splitlines()[1:] or [reason(error)])[0].strip()[:300]
 
 
@@ -192,7 +192,7 @@ def read_config(config_class: type[ConfigT], sizes: dict[str, Any]) -> ConfigT:
     """Read the sizes in a file.
 
     Raises:
-        ValueError: A field is missing, which would get its default; or as :class:`~d2v_composer.models.configs.Config`.
+        ValueError: A field is missing, so that it would get its default; or a value is wrong.
     """
     config = config_class(**sizes)
     if config.model_dump(mode="json") != sizes:
@@ -212,17 +212,17 @@ def read_sizes(source: Any, stored: dict[str, Any]) -> NetworkSizes | StudentSiz
     """Read what :func:`sizes_of` returned.
 
     Raises:
-        InputError: They are not the sizes of a student.
+        InputError: ``stored`` does not have the sizes of a student.
     """
     with reading(source):
         return read_config(NetworkSizes if "network" in stored else StudentSizes, stored)
 
 
 def build_student(source: Any, sizes: NetworkSizes | StudentSizes, tensors: Tensors, provenance: Any = None) -> Any:
-    """Build a student with a state dict, in eval mode.
+    """Build a student from its sizes and tensors, in eval mode.
 
     Raises:
-        InputError: As :func:`check_fits`.
+        InputError: The tensors do not fit the sizes; see :func:`check_fits`.
     """
 
     def build() -> Backbone:
@@ -240,7 +240,7 @@ def check_timm_outputs(source: Any, encoder: Any) -> None:
     """Check that a timm encoder computes what it did at export, since timm's version may differ.
 
     Raises:
-        InputError: It computes something else.
+        InputError: The installed timm computes something else.
     """
     config = encoder.config
     if isinstance(config, TimmConfig) and config.outputs:
@@ -267,8 +267,8 @@ def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], Tensors]
     """Return a student's sizes and tensors for a file, after a check that timm computes the same with them.
 
     Args:
-        source: Named in errors.
-        student: Perhaps with a head, which reads the primary embedding.
+        source: Name of the student in errors.
+        student: The student; if it has a head, the head reads the primary embedding.
 
     Raises:
         InputError: timm computes something else.

@@ -44,7 +44,7 @@ def load_untrusted(path: Path) -> Any:
     """Load any program's PyTorch file; its tensors are on the CPU, and are read from disk when used.
 
     Raises:
-        InputError: It cannot be read, or is truncated, corrupt, or not a PyTorch file.
+        InputError: The file cannot be read, or is truncated, corrupt, or not a PyTorch file.
     """
     check_archive(path)
     with _reading(path, InputError), warnings.catch_warnings():
@@ -63,8 +63,8 @@ def check_archive(path: Path, kind: type[InputError] = InputError) -> None:
     """Check an archive before torch reads it: its sizes, checksums and pickle, which torch does not check.
 
     Raises:
-        InputError: The file cannot be read, or as a ``kind``: it is truncated or corrupt, or would take too much time
-            or memory.
+        InputError: The file cannot be read.
+        kind: The file is truncated or corrupt, or would take too much time or memory.
     """
     with _reading(path, kind):
         num_bytes = path.stat().st_size
@@ -108,7 +108,7 @@ def _check_pickle(pickled: bytes) -> None:
     """Check a pickle's instructions without building any object.
 
     Raises:
-        ValueError: It would take torch's interpreter too long, or more memory than the file has numbers.
+        ValueError: The pickle would take torch's interpreter too long, or more memory than the file has numbers.
     """
     # For each object in the pickle: how many tuples it is made of.
     stack, marks, memo = list[int](), list[int](), dict[Any, int]()

@@ -89,7 +89,7 @@ def fetch_pretrained(model: str, pretrained: Mapping[str, Any]) -> Path:
     """Return the path of timm's pretrained weights in the hub's cache; fetch them if they are missing.
 
     Raises:
-        InputError: There are none, or they are neither in the cache nor reachable.
+        InputError: timm has no weights for this model, or they are neither in the cache nor reachable.
     """
     repository, _, revision = str(pretrained.get("hf_hub_id") or "").partition("@")
     names = [pretrained["hf_hub_filename"]] if pretrained.get("hf_hub_filename") else HUB_FILES
@@ -105,7 +105,7 @@ def read_state_dict(file: Path) -> Tensors:
     """Read all tensors of a weight file.
 
     Raises:
-        InputError: It is truncated, or loading it would run code.
+        InputError: The file is truncated, or loading it would run code.
     """
     contents: Any = read_model_file(file).tensors if is_safetensors(file) else load_untrusted(file)
     while nested := [name for name in NESTED if isinstance(contents, dict) and isinstance(contents.get(name), dict)]:
@@ -124,7 +124,7 @@ def load_weights(built: Any, model: str, stored: Tensors, left_out: tuple[str, .
     Tensors are left out whose names begin with one of ``left_out``.
 
     Raises:
-        Exception: These are not weights of such a model.
+        Exception: The tensors are not weights of this model.
     """
     named = {WRAPPERS.sub("", name): tensor for name, tensor in stored.items()}
     if len(named) < len(stored):  # one would silently win

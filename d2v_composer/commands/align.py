@@ -1,12 +1,13 @@
-"""Align a student with an existing index, or with a teacher, so that it can search what that model embedded.
+"""Align a student with an existing index, or with a teacher, so that it can search that other model's embeddings.
 
     d2v align student.safetensors photos aligned.safetensors --index photos.npy
     d2v align student.safetensors photos aligned.safetensors --to teacher.safetensors --pooling mean
     d2v embed aligned.safetensors queries queries.npy --representation projected
 
 One matrix maps the student's embeddings to those of the index, whatever model made the index. The matrix is fitted in
-closed form to the samples of SOURCE whose ids the index has. A tenth of these samples is held out to measure R², and
-the share of the index's own nearest neighbors that the student finds. OUT is the student with the matrix.
+closed form to the samples of SOURCE whose ids the index has or, with --to, to all samples. A tenth of them is held out
+to measure R² and recall: the share of a sample's nearest neighbors in the index that the student finds. OUT is the
+student with the matrix.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from d2v_composer.system.files import check_out_file
 
 
 def main(argv: Sequence[str]) -> None:
-    """Fit the map, print how good it is, and write the student."""
+    """Fit the map, print its R² and recall, and write the student."""
     arguments = make_parser(__doc__, "align").parse_args(argv)
     out, path = arguments.out, arguments.index
     if (path is None) == (arguments.to is None):

@@ -2,7 +2,7 @@
 
     d2v env
 
-It lists the versions of all packages that this one can use, the machine, torch's build and the GPUs.
+It lists the machine, torch's build, the GPUs, and the versions of all packages that d2v-composer can use.
 """
 
 from collections.abc import Sequence

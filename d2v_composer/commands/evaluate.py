@@ -8,11 +8,11 @@ usage: d2v evaluate [FILE.yaml] model=PATH [key=value …]
     d2v evaluate yamls/evaluate.yaml model=timm/vit_small_patch14_dinov2 checkpoint=dinov2.safetensors image_size=112
     d2v evaluate yamls/evaluate.yaml model=student.safetensors 'rivals=[timm/resnet18.a1_in1k, narrow.safetensors]'
 
-The model is a teacher's file, a training checkpoint, an exported student, or a timm ViT. The tables show
-retrieval and what ``probes='[knn, linear, agreement, instance, zero_shot]'`` adds (agreement and instance need no
-labels), in the primary embedding of the model's run unless pooling and representation choose another one. ``rivals``
-are further models in the same tables, with their size and speed. ``out`` receives the results of all embeddings as JSON
-and CSV and, with rivals, a picture of quality over speed. `d2v fields evaluation` lists all fields.
+The model is a teacher's file, a training checkpoint, an exported student, or a timm ViT. The tables show retrieval and,
+with ``probes='[knn, linear, agreement, instance, zero_shot]'``, further measures; agreement and instance need no
+labels. All are of the primary embedding of the model's run, unless pooling and representation choose another one.
+``rivals`` adds further models to the tables, with their size and speed. The folder ``out`` receives the results of all
+embeddings as JSON and CSV and, with rivals, a picture of quality over speed. `d2v fields evaluation` lists all fields.
 """
 
 from collections.abc import Sequence

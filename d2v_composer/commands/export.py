@@ -6,9 +6,10 @@
     d2v export student.safetensors student.onnx --int8 --calibrate photos
 
 OUT's suffix selects the format: ``.safetensors`` for ``load_student`` and timm, ``.onnx``, ``.pt2`` for torch.export.
-An .onnx or .pt2 file computes one embedding, by default the primary one, and holds no record of the run. It takes
-normalized images or, with --preprocessing in, images as decoded. An audio student's file takes clips of any length, but
-of the same length in a batch. The README.md beside a .safetensors file describes the student for the Hugging Face hub.
+An .onnx or .pt2 file computes one embedding, by default the primary one, and holds no record of the run. An image
+student's file takes normalized images or, with --preprocessing in, images as decoded. An audio student's file takes
+clips of any length, but of the same length in a batch. The README.md beside a .safetensors file describes the student
+for the Hugging Face hub.
 """
 
 import tempfile

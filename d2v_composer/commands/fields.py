@@ -28,7 +28,10 @@ def main(argv: Sequence[str]) -> None:
 
 
 def find_tables() -> Iterator[tuple[str, str, str]]:
-    """Yield the reader, section and table of each section; fields that equal training's are only named."""
+    """Yield what reads a section ('training', …), the section's name ('' at the top) and its table, as Markdown.
+
+    Fields that are the same as in training are only named.
+    """
     from d2v_composer.config.load import find_section
     from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabeledSetConfig, TrainConfig
 

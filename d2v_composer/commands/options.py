@@ -24,7 +24,7 @@ CORES = max(1, (os.cpu_count() or 1) // local_ranks())
 
 
 def choose_workers(asked: int | None, device: str) -> int:
-    """Return the number of processes that decode for a model: by default none on a CPU, where threads decode."""
+    """Return the number of processes that decode samples; by default, ``CORES`` for a GPU and none for a CPU."""
     return (CORES if device == "cuda" else 0) if asked is None else asked
 
 
@@ -47,14 +47,14 @@ TEXTS = {"COLUMN": COLUMN, "IDS": IDS, "LABEL_COLUMN": LABEL_COLUMN, "SOURCES": 
 
 
 def make_parser(about: str | None, command: str, **named: Any) -> ArgumentParser:
-    """Return a command's parser, with its options; its ``--help`` shows the command's docstring."""
+    """Return a command's parser with its options. ``--help`` shows ``about``, the command's docstring."""
     parser = command_line.make_parser(about)
     add_options(parser, command, **named)
     return parser
 
 
 def add_options(parser: ArgumentParser, command: str, **named: Any) -> None:
-    """Add a command's options; ``named`` has further words of the file and what they stand for."""
+    """Add a command's options to a parser; ``named`` gives values to further words in options.yaml."""
     words = NAMED | named
     groups: dict[str, Any] = {"": parser}
     for option, given in OPTIONS[command].items():

@@ -7,11 +7,11 @@
 
 EXPORTED is a .safetensors file, or an .onnx or .pt2 file that has the same student's .safetensors file beside it.
 Loading a .pt2 file runs the code in it. For each runtime, the table compares embeddings with PyTorch's: minimum and
-mean cosine; largest difference of a number, and largest change of a number due to other inputs in the batch, both
-relative to the largest number; and neighbor agreement. It also shows seconds to load, peak MB, and samples/s in batches
-of 1 and 16. The exit status is 1 if a value is out of range. The last line names the fastest runtime that is in
-range. The numbers go to EXPORTED.verify.json and to the model card beside the file. --kit writes a folder for a machine
-with other runtimes: the script in it prints the same numbers, and needs only numpy and the runtime.
+mean cosine, neighbor agreement, and two numbers relative to the largest value of an embedding: the largest difference,
+and the largest change when other inputs are in the batch. It also shows seconds to load, peak MB, and samples/s in
+batches of 1 and 16. The exit status is 1 if a number is out of range. The last line names the fastest runtime that is
+in range. The numbers go to EXPORTED.verify.json and to the model card beside the file. --kit writes a folder for a
+machine with other runtimes: the script in it prints the same numbers, and needs only numpy and the runtime.
 """
 
 from collections.abc import Sequence

@@ -38,10 +38,10 @@ def load_config(argv: Sequence[str], values: Mapping[str, Any] = {}) -> TrainCon
 
     Args:
         argv: The YAML's path, then any number of ``dotted.key=value``.
-        values: Dotted key → value, which replaces the YAML's; an override replaces it.
+        values: Dotted key → value; these replace the YAML's values, and overrides replace these.
 
     Raises:
-        InputError: It names each wrong key and what is allowed, in a line for each.
+        InputError: A key or value is wrong; the error has a line for each, with what is allowed.
 
     Example:
         >>> config = load_config(["quickstart.yaml", "student.depth=2"])
@@ -80,7 +80,7 @@ def read_yaml(path: str | Path) -> Any:
     """Read a YAML mapping, without resolving its references.
 
     Raises:
-        InputError: It is not one, or has a key twice.
+        InputError: The file is not a YAML mapping, or has a key twice.
     """
     with reading(path):
         try:
@@ -93,14 +93,16 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def merge_settings(schema: type[BaseModel], argv: Sequence[str], preset: Mapping[str, Any], problems: list[str]) -> Any:
-    """Merge defaults, YAML, a command's own values and overrides, and resolve references; add unreadable overrides to
-    ``problems``."""
+    """Merge defaults, YAML, ``preset`` and overrides, in this order, and resolve references.
+
+    An override that cannot be read adds a line to ``problems``.
+    """
     if not argv:
         raise InputError("no YAML given: expected FILE.yaml [dotted.key=value …]; --help shows examples")
     path, *overrides = argv
     OmegaConf.register_resolver("here", lambda name: str(Path(path).resolve().parent / name), replace=True)
     values = read_yaml(path)
-    values = values.get("config", values)  # of a run's record, run.yaml
+    values = values.get("config", values)  # run.yaml, a run's record, has the settings below config
     merged = OmegaConf.create(layered(defaults(schema), values))
     for key, value in preset.items():
         assign(merged, key, value)
@@ -124,7 +126,7 @@ def layered(below: Mapping[Any, Any], above: Any) -> dict[Any, Any]:
 
 
 def defaults(schema: type[BaseModel]) -> dict[str, Any]:
-    """Return the defaults as plain values, which references and overrides of single list items need."""
+    """Return the default of every field as a plain value; references and overrides of single list items need them."""
     required = {
         name: find_section(field.annotation) for name, field in schema.model_fields.items() if field.is_required()
     }
@@ -133,7 +135,7 @@ def defaults(schema: type[BaseModel]) -> dict[str, Any]:
 
 
 def parse_override(schema: type[BaseModel], override: str) -> tuple[str, Any]:
-    """Return key and value of one ``dotted.key=value``; text is taken as it is, unless it is null or in quotes."""
+    """Return key and value of one ``dotted.key=value``. In a field of text, only null and quotes are read as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key or key.startswith("-"):
         raise ValueError(f"got {key!r}")
@@ -185,7 +187,7 @@ def section_at(schema: type[BaseModel], place: Sequence[str | int]) -> type[Base
 
 
 def find_section(kind: Any) -> type[BaseModel] | None:
-    """Return the section class in a type, which may be optional or map names to sections."""
+    """Return the section class in a type, such as ``S | None`` or ``dict[str, S]``; ``None`` if there is none."""
     with suppress(TypeError):
         if issubclass(kind, BaseModel):
             return kind

@@ -60,13 +60,14 @@ class ModelReference(TimmSizes):
         """Load the model, and its teacher.
 
         Args:
-            projected: Give a teacher its image embedding, even if ``representation`` names another.
+            projected: Give a teacher its image embedding, even if ``representation`` is not ``projected``.
 
         Returns:
-            A student and its teacher, ``None`` if it is not known; or a teacher twice.
+            A student and its teacher, or ``None`` in place of an unknown teacher; if ``model`` is a teacher, it comes
+            twice.
 
         Raises:
-            InputError: A file is corrupt, or not supported, or a field does not apply to such a model.
+            InputError: A file is corrupt, or not supported, or a field does not apply to this kind of model.
         """
         from d2v_composer.checkpoints.load import load_models, load_teacher  # torch takes seconds to import
         from d2v_composer.models.teacher import Teacher
@@ -88,5 +89,5 @@ class ModelReference(TimmSizes):
 
 
 def load_any(model: str | Path, **fields: Any) -> "Models":
-    """Load a model, given fields of :class:`ModelReference`."""
+    """Load a model and its teacher, given fields of :class:`ModelReference`; see :meth:`ModelReference.load`."""
     return ModelReference.model_construct(model=str(model), **fields).load()

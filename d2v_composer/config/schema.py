@@ -80,7 +80,7 @@ class Section(BaseModel):
     model_config = STRICT
 
     def contradictions(self) -> Iterator[str]:
-        """Yield '.key: problem' for each value that contradicts another one; each alone is within its limits."""
+        """Yield '.key: problem' for each value that is within its own limits but contradicts another value."""
         yield from ()
 
     @model_validator(mode="after")
@@ -142,7 +142,8 @@ class TargetsConfig(Section):
     average_top_k_layers: Count | None = None
     """Number of the teacher's last blocks in the target; null: the teacher's own setting."""
     source: TargetSource = "ffn"
-    """``ffn``: the teacher's FFN outputs. ``block``: its blocks' outputs (in a pre-norm ViT, the residual stream)."""
+    """``ffn``: FFN outputs of the teacher's blocks. ``block``: the blocks' outputs (in a pre-norm ViT, the residual
+    stream)."""
     normalization: TargetNormalization | None = None
     """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in the
     thesis. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. ``dataset``: each
@@ -177,8 +178,8 @@ class ShardLoaderConfig(Section):
     """Workers and augmentation of training images, and how they are streamed from MDS shards."""
 
     num_workers: Annotated[int, Field(ge=0, le=1000)] = 8
-    """Processes per device that decode samples; 0: the training process decodes them. These processes put their batches
-    into /dev/shm; if /dev/shm is too small, the run fails at the start."""
+    """Processes per device that decode samples and put their batches into /dev/shm; if /dev/shm is too small, the run
+    fails at the start. 0: the training process decodes the samples."""
     prefetch_factor: Up1000 = 2
     """Batches that each worker prepares ahead."""
     crop_scale: Annotated[Range, must("be at most 1", lambda scale: scale[1] <= 1)] = (0.08, 1.0)
@@ -266,9 +267,9 @@ class LabeledSetConfig(Section):
     column: Text | None = None
     """Column of images or audio. null: in MDS ``image`` or ``audio``, else the only one."""
     label_column: Text | None = "label"
-    """Column of labels (in tars, ``cls`` or ``json:KEY``), unless folders are classes; null: none. Without labels
-    (null, or a folder without class folders), only the probes that need none run, on the test split or, if ROOT has no
-    splits, on all of ROOT."""
+    """Column of labels (in tars, ``cls`` or ``json:KEY``), unless folders are classes; null: no labels. Without labels
+    (null, or a folder without class folders), only the probes ``agreement`` and ``instance`` run, on the test split or,
+    if ROOT has no splits, on all of ROOT."""
     class_embeddings: PathText | None = None
     """For the probe ``zero_shot``: a .npy file, (C, P) float, of a text tower's embeddings of the classes, in the order
     of the class names."""
@@ -279,16 +280,17 @@ class LabeledSetConfig(Section):
 
 
 class AlignmentConfig(Section):
-    """The map from the student's embeddings to its teacher's, fitted in closed form when the run ends."""
+    """The map from the student's embeddings to its teacher's, fitted in closed form."""
 
     max_samples: Whole = 20000
     """Maximum number of training samples to fit the map to, at the end and before each retrieval; 0: no map."""
     pooling: Pooling | None = None
-    """Pooling of the teacher's embedding that the map leads to: ``cls``, ``mean`` or ``mean_patches``; null: the
+    """Pooling of the teacher's embedding to which the map is fitted: ``cls``, ``mean`` or ``mean_patches``; null: the
     teacher's default."""
     representation: Literal["output", "layer_mean"] | None = None
-    """Representation of that embedding: ``output`` of the last block, or ``layer_mean``, which the loss regresses;
-    null: ``output``, or with the probe ``zero_shot`` and no pooling the teacher's image embedding."""
+    """Representation of the teacher's embedding to which the map is fitted: ``output`` of the last block, or
+    ``layer_mean``, which the loss regresses. null: ``output``; but with the probe ``zero_shot`` and no pooling, the
+    teacher's image embedding."""
 
 
 class LookupConfig(Section):
@@ -475,7 +477,7 @@ class FinetuneConfig(TrainerConfig, ModelReference):
     """Fields of recipes/finetune.py."""
 
     train_encoder: bool = False
-    """Train the encoder too, except BEiT's relative position biases."""
+    """Train the encoder too, except data2vec's fixed positions and BEiT's relative position biases."""
     dataset: LabeledSetConfig
     """The MDS data set: the images in ROOT/train are for training, those in ROOT/test for evaluation. With
     ``train_loader.remote``, ROOT/train is the cache."""

@@ -19,13 +19,13 @@ MAX_INT = (1 << 31) - 1
 
 
 def suggest(name: str, allowed: Sequence[str]) -> str:
-    """Return the hint that follows an unknown name: the nearest name, and all allowed ones."""
+    """Return the end of a message about an unknown name: the nearest allowed name, and all allowed names."""
     nearest = difflib.get_close_matches(name, allowed, n=1)
     return f"{f'; did you mean {nearest[0]}?' if nearest else ''} (allowed: {', '.join(allowed) or 'none'})"
 
 
 def checked(check: Callable[[Any], object]) -> AfterValidator:
-    """Validate with a function that raises ValueError."""
+    """Return a validator that calls a function, which raises ValueError for a wrong value."""
 
     def validate(value: Any) -> Any:
         check(value)
@@ -35,7 +35,7 @@ def checked(check: Callable[[Any], object]) -> AfterValidator:
 
 
 def must(rule: str, holds: Callable[[Any], object]) -> AfterValidator:
-    """Validate with one rule, whose text continues 'must …', such as 'be at most 1'."""
+    """Return a validator with one rule, whose text continues 'must …', such as 'be at most 1'."""
 
     def validate(value: Any) -> Any:
         if not holds(value):
@@ -46,18 +46,18 @@ def must(rule: str, holds: Callable[[Any], object]) -> AfterValidator:
 
 
 def duration(pattern: str, example: str) -> AfterValidator:
-    """Validate a Composer time string: 'ba' batches, 'ep' epochs, 'dur' a fraction of the run."""
+    """Return a validator of Composer time strings: 'ba' batches, 'ep' epochs, 'dur' a fraction of the run."""
     return must(f"be a duration such as {example}", re.compile(pattern).fullmatch)
 
 
 def read_image_size(size: Any) -> int | str:
-    """Return an image size in one form, so that a resume can compare it."""
+    """Return an image size as a number, if it is square, or 'HEIGHTxWIDTH', so that a resume can compare sizes."""
     parsed = parse_image_size(size)
     return parsed if isinstance(parsed, int) else "x".join(map(str, parsed))
 
 
 def check_file(address: str) -> None:
-    """Raise ValueError if there is no such local file, or Composer would not read it."""
+    """Raise ValueError if an address is a local path at which there is no file, or which Composer would not read."""
     from d2v_composer.system.fetch import find_missing_file  # torch takes seconds to import
 
     if not Address.parse(address).is_remote:
@@ -67,7 +67,7 @@ def check_file(address: str) -> None:
 
 
 def arguments_of(known: Mapping[str, str]) -> AfterValidator:
-    """Validate a mapping from the names of callbacks or loggers to their arguments."""
+    """Return a validator of a mapping from names of callbacks or loggers to their arguments, given name → class."""
 
     def check(chosen: Mapping[str, Mapping[str, Any] | None]) -> None:
         lines: list[str] = []
@@ -101,7 +101,7 @@ Whole = Annotated[int, Field(ge=0, le=MAX_INT)]
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-# Many processes or blocks, or a wide layer, beyond which a number is a slip.
+# A larger number of batches prepared ahead is taken for a slip.
 Up1000 = Annotated[int, Field(ge=1, le=1000)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Range = Annotated[tuple[Positive, Positive], Field(strict=False), IS_RANGE]  # a YAML has lists

@@ -1,9 +1,8 @@
 """Convert images or audio to MDS shards, in a folder or directly in an object store, all or nothing.
 
 The samples are cut into groups beforehand, from the seed and the file sizes. A worker turns a group into one shard and
-writes a record of it. A conversion that starts again keeps the shards that still match their records. The
-index, without which there is no data set, comes last. So the result depends neither on the number of workers nor on
-kills.
+writes a record of the shard. A conversion that starts again keeps the shards that still match their records. The index,
+without which there is no data set, comes last. So the result depends neither on the number of workers nor on kills.
 """
 
 import hashlib
@@ -40,7 +39,7 @@ HASHES = ["sha1", "xxh64"]
 BYTES_PER_SQUARE = 0.4
 LOCK_SECONDS = 10.0
 MAX_HELD_OUT = 5000
-IMAGES = Images()  # of any size: a conversion does not decode them to a model's
+IMAGES = Images()  # a conversion does not resize images to a model's size
 
 
 def open_samples(source: str | Path, split: str | None = None, part: Part = ALL, **options: Any) -> Source:
@@ -50,9 +49,9 @@ def open_samples(source: str | Path, split: str | None = None, part: Part = ALL,
         source: What :func:`~d2v_composer.sources.open.open_source` opens; or ``cifar10:FOLDER``, for torchvision's
             CIFAR-10, which is downloaded to FOLDER if it is missing there.
         split: See :func:`~d2v_composer.sources.open.open_source`; default ``train``.
-        part: See ``split``.
-        **options: Those of :func:`~d2v_composer.sources.open.open_source`; by default, the samples are images, and
-            folders are classes.
+        part: See :func:`~d2v_composer.sources.open.open_source`.
+        **options: Other arguments of :func:`~d2v_composer.sources.open.open_source`; by default, the samples are
+            images, and folders are classes.
 
     Raises:
         InputError: There are no samples, or the split or the labels are ambiguous.
@@ -108,7 +107,7 @@ def hold_out(source: Source, record: Path, workers: int = 0) -> tuple[dict[str, 
 
 
 def _hash_contents(source: Source, numbers: Sequence[int], workers: int) -> dict[int, tuple[int, str]]:
-    """Return the size and hash of each of these samples as it is stored; no hash of one that cannot be read."""
+    """Return number → size and hash of the stored sample, for ``numbers``; the hash of an unreadable sample is ''."""
 
     def hash_content(number: int) -> tuple[int, str]:
         try:
@@ -143,14 +142,14 @@ class _Task(NamedTuple):
     """Folder of these shards' records; other samples or settings get another folder."""
 
     etags: dict[str, str]
-    """Name → ETag of the objects in ``out`` that this process knows; only in S3."""
+    """Name → ETag of the objects in ``out`` that this process knows; empty unless ``out`` is in S3."""
 
     def finish_shard(self, number: int) -> dict[str, Any]:
         """Write a group's shard, unless it exists.
 
         Returns:
-            Its record: ``entry`` in the index, ``None`` if none of its samples was readable, its ``etag`` in S3, the
-            ``skipped`` samples, and of audio the ``lengths`` of the others. And if it existed: ``is_kept``.
+            The shard's record: its ``entry`` in the index, or ``None`` if no sample was readable; its ``etag`` in S3;
+            the ``skipped`` samples; the ``lengths`` of audio clips; and ``is_kept``, if the shard existed.
         """
         record, name = self.records / f"{number}.json", f"shard.{number:05}.mds"
         if record.exists():
@@ -203,7 +202,7 @@ def _check_out(out: str, work: Path) -> None:
     """Check that OUT, local or in a store, is new or has an interrupted conversion, which its summary shows.
 
     Raises:
-        InputError: It holds a finished data set or anything else, or cannot be listed.
+        InputError: OUT holds a finished data set or anything else, or cannot be listed.
     """
     names = {*names_in(out)} - {work.name}
     if INDEX in names:
@@ -219,7 +218,7 @@ class Conversion(NamedTuple):
 
     samples: int
     lengths: list[int]
-    """Samples at 16 kHz of each audio clip."""
+    """Length of each audio clip, in samples at 16 kHz."""
     bytes: int
     """Total size of the shards."""
     shards: int
@@ -243,15 +242,16 @@ def convert(
     """Write samples to an MDS data set with their modality's columns (``image`` or ``audio``) and, if known, ``label``.
 
     Args:
-        source: The samples; see :func:`open_samples`. CIFAR-10's become PNGs, in their order.
+        source: The samples; see :func:`open_samples`. CIFAR-10's images become PNGs.
         out: A folder, or an address in any store that Composer can write: s3://, gs://, …
-        seed: The seed of the order.
-        workers: Processes that convert.
-        shard_bytes: The approximate size of a shard.
+        seed: The seed of the order, for samples in folders or zips; other samples keep their order.
+        workers: Number of processes that convert.
+        shard_bytes: Approximate size of a shard, in bytes.
         skip_unreadable: Skip and list unreadable samples instead of stopping.
-        plan: The record of a part, which may be empty; see :class:`~d2v_composer.conversion.parts.Parts`.
-        **options: Of images: ``resize``, the pixels to which a longer short side is shrunk (``None``: keep the files'
-            bytes), and ``quality``, 1 to 100, of JPEGs that are encoded again. Of audio: ``most_seconds`` of a clip.
+        plan: The record of a part, which may have no samples; see :class:`~d2v_composer.conversion.parts.Parts`.
+        **options: For images: ``resize``, the pixels to which the short side is shrunk if it is longer (``None``: keep
+            the files' bytes), and ``quality``, from 1 to 100, of JPEGs that are encoded again. For audio:
+            ``most_seconds``, the length after which a clip is cut off.
 
     Raises:
         InputError: A sample is unreadable, or ``out`` cannot be written or holds a data set.
@@ -350,7 +350,7 @@ def _published(out: str, name: str, work: Path | None) -> Iterator[Path]:
     Args:
         out: The folder, or its address in a store.
         name: The file's name.
-        work: A folder on the disk of a local ``out``; of a store, any.
+        work: Folder for the temporary file; for a local ``out``, it must be on the same disk.
 
     Raises:
         RunError: The disk or the store fails.
@@ -363,7 +363,7 @@ def _published(out: str, name: str, work: Path | None) -> Iterator[Path]:
 
 
 def _groups(source: Source, resize: int | None, seed: int, shard_bytes: int) -> list[Int64Array]:
-    """Return the numbers of the samples in each shard of about ``shard_bytes``, in random order."""
+    """Return the numbers of the samples in each shard of about ``shard_bytes``; samples in folders are shuffled."""
     sizes, order = source.sizes, np.arange(len(source))
     if resize:
         sizes = np.minimum(sizes, resize**2 * BYTES_PER_SQUARE)

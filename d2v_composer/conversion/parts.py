@@ -28,7 +28,7 @@ def plan_of(source: Source, part: Part, **settings: Any) -> dict[str, Any]:
 
 
 def bring(address: str, folder: Path) -> Path:
-    """Return the path of a file, downloaded to a folder if it is in a store; a missing file leaves no file there."""
+    """Return the local path of a file, downloaded to a folder if it is in a store; the file may be missing."""
     if not is_remote(address):
         return Path(address)
     path = folder / address.rpartition("/")[2]
@@ -37,14 +37,14 @@ def bring(address: str, folder: Path) -> Path:
 
 
 class Parts:
-    """The parts of an OUT: OUT/parts/00003-of-00016 of an MDS data set, OUT.parts/00003-of-00016.npy of embeddings.
+    """The parts of OUT: for an MDS data set, OUT/parts/00003-of-00016; for embeddings, OUT.parts/00003-of-00016.npy.
 
     Args:
         out: A folder or a file, local or in a store.
 
     Attributes:
         folder: The folder of the parts.
-        suffix: The file's suffix, for embeddings.
+        suffix: Suffix of the file of embeddings; '' for an MDS data set.
     """
 
     def __init__(self, out: str) -> None:
@@ -61,7 +61,7 @@ class Parts:
         """Return True if a part exists; otherwise check that it can be made.
 
         Raises:
-            InputError: Its source or settings differ, or the folder of an MDS data set has other files.
+            InputError: The part has another source or other settings, or OUT, a folder, holds other files.
         """
         if exists(f"{self.folder}/{part.name}{self._last}"):
             self._read(part, plan, "this command")
@@ -111,7 +111,7 @@ class Parts:
         """Return the content of a JSON file; ``None`` if there is no such file.
 
         Raises:
-            InputError: It cannot be read.
+            InputError: The file cannot be read.
         """
         with reading(address), TemporaryDirectory() as folder:
             path = bring(address, Path(folder))

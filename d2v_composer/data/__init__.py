@@ -21,9 +21,9 @@ def build_augmentation(loader: Any, modality: Modality, seed: int, for_views: bo
 
     Args:
         loader: The section ``train_loader``.
-        modality: What the samples are.
-        seed: The seed.
-        for_views: Build the augmentation of an evaluation's views.
+        modality: Modality of the samples.
+        seed: Seed of the random numbers.
+        for_views: Build the augmentation that makes the views of a sample.
 
     Raises:
         InputError: An option of another modality is set.

@@ -20,9 +20,9 @@ from d2v_composer.system.errors import UnreadableSampleError
 AUDIO_FORMATS = ("FLAC", "WAV", "WAVEX", "RF64", "OGG", "MP3")
 KIND = "a FLAC, WAV, OGG or MP3 file"
 MAX_CHANNELS, SAMPLE_RATES = 16, (4_000, 384_000)
-# Two frames, of which a target needs both.
+# Two frames: a target needs at least two.
 MIN_LENGTH = 720
-# A file's; what a model takes whole is far shorter, since attention grows with its square.
+# The longest file, and the longest clip that a model takes whole: attention's cost grows with the square of the length.
 MAX_SECONDS, MAX_SECONDS_WHOLE = 3600, 60  # seconds
 MAX_LOUDNESS = 10  # an encoder may overshoot 1
 UNKNOWN = (1 << 63) - 1  # libsndfile's length of a FLAC that was written to a pipe
@@ -33,7 +33,7 @@ def open_clip(encoded: bytes, longest: int) -> soundfile.SoundFile:
     """Read the header of an audio file.
 
     Raises:
-        UnreadableSampleError: Its format, channels, sample rate or length is not allowed.
+        UnreadableSampleError: The file's format, channels, sample rate or length is not allowed.
     """
     file = soundfile.SoundFile(io.BytesIO(encoded))
     low, high = SAMPLE_RATES
@@ -109,7 +109,7 @@ class RandomCrop(NamedTuple):
 
     longest: int
     max_share: float = 1.0
-    """Largest share of a decoded clip in a crop."""
+    """For a decoded clip, the largest share that a crop takes."""
 
     @property
     def sample_bytes(self) -> int:
@@ -148,7 +148,7 @@ class Audio(Modality):
     has_lengths = True
 
     def decode(self, stored: bytes, source: str) -> Tensor:
-        """Decode a clip to (L,) float32; silence, which trains nothing, can be embedded."""
+        """Decode a clip to (L,) float32; unlike :meth:`encode`, accept silent ones."""
         with decoding(stored, source, KIND), open_clip(stored, MAX_SECONDS_WHOLE) as file:
             return torch.from_numpy(read_span(file, 0, file.frames))
 
@@ -169,5 +169,5 @@ class Audio(Modality):
         return stored, len(clip)
 
     def augmentation(self, for_views: bool, **options: Any) -> RandomCrop:
-        # Views are halves: of a clip that a crop takes whole, both would be the same.
+        # A view takes half of a clip: if a crop took the whole clip, both views would be the same.
         return RandomCrop(round(options["crop_seconds"] * SAMPLE_RATE), 0.5 if for_views else 1.0)

@@ -23,7 +23,7 @@ from d2v_composer.system.errors import InputError, UnreadableSampleError
 
 CROP_ATTEMPTS = 10
 ORIENTATION = 0x0112  # of an EXIF record
-# What turns an image of each orientation upright; one of orientation 1 is.
+# EXIF orientation → the transposition that turns the image upright; an image of orientation 1 is upright.
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
 JPEG_START = b"\xff\xd8"
 with suppress(ImportError):
@@ -86,7 +86,7 @@ def decode_rgb(stored: bytes | Image.Image, source: str) -> Image.Image:
     """Decode an image file, or the image of a ``pil`` column, to RGB; of an animation, use the first frame.
 
     Raises:
-        UnreadableSampleError: As :func:`decoding`.
+        UnreadableSampleError: The image cannot be decoded.
     """
     with decoding(stored, source, "an image"):
         return to_rgb(open_image(stored) if isinstance(stored, bytes) else stored)
@@ -165,7 +165,7 @@ def read_image(stored: bytes | Image.Image, source: str) -> CuttableJpeg | Image
     """Return an image whose crops are RGB and upright; a :class:`CuttableJpeg` is not yet decoded.
 
     Raises:
-        UnreadableSampleError: As :func:`decode_rgb`.
+        UnreadableSampleError: The image cannot be decoded.
     """
     jpeg = CuttableJpeg.parse(stored, source) if isinstance(stored, bytes) else None
     return jpeg or decode_rgb(stored, source)
@@ -289,7 +289,7 @@ class Images(Modality):
     def encode(  # pyright: ignore[reportIncompatibleMethodOverride]: each modality has options of its own
         cls, stored: bytes | Image.Image, source: str, resize: int | None = None, quality: int = 90
     ) -> tuple[bytes, None]:
-        """Keep an upright RGB JPEG as it is; encode other and resized images as such, without metadata."""
+        """Keep an upright RGB JPEG as it is; encode all other images, and resized ones, as JPEGs without metadata."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = read_image(stored, source)

@@ -25,7 +25,7 @@ class Transform(Protocol):
 
     @property
     def sample_bytes(self) -> int:
-        """Size of the largest result."""
+        """Size of the largest result, in bytes."""
         ...
 
     @property
@@ -42,9 +42,9 @@ class Modality(ABC):
     Attributes:
         name: Name of the entry in a batch, and of the column in an MDS data set.
         unit: The word for several samples in messages.
-        cost_unit: The input for which a model's operations are counted.
+        cost_unit: Name of the input for which a model's operations are counted.
         suffixes: Suffixes of the files in a folder that are samples.
-        needs: Suffix of files that cannot be decoded here → the package that can.
+        needs: Suffix of files that cannot be decoded here → the package that can decode them.
         encodings: The encodings of a column that can be read.
         options: Fields of ``train_loader`` that are arguments of :meth:`augmentation`.
         batch_size: Samples that ``d2v embed`` embeds at once.
@@ -80,7 +80,7 @@ class Modality(ABC):
             source: The sample's name for errors.
 
         Raises:
-            UnreadableSampleError: It cannot be decoded.
+            UnreadableSampleError: The sample cannot be decoded.
         """
 
     @classmethod
@@ -89,12 +89,12 @@ class Modality(ABC):
         """Return a sample as a file that every reader can decode, and the sample's length if lengths vary.
 
         Raises:
-            UnreadableSampleError: It cannot be decoded.
+            UnreadableSampleError: The sample cannot be decoded.
         """
 
     @abstractmethod
     def augmentation(self, for_views: bool, **options: Any) -> Transform:
-        """Return the training augmentation, given ``options``, or the views' augmentation for instance retrieval."""
+        """Return the augmentation for training or, with ``for_views``, the one that makes the views of a sample."""
 
     def stack(self, samples: Iterator[Tensor], count: int) -> Tensor | list[Tensor]:
         """Collect decoded samples in memory."""
@@ -128,8 +128,8 @@ def decoding(stored: Any, source: str, kind: str) -> Iterator[None]:
     """Convert any error raised in a ``with`` block that decodes a sample to one line that names the sample.
 
     Raises:
-        UnreadableSampleError: It cannot be decoded. If memory or file descriptors run out, the error passes
-            unchanged; the decoders' own OSErrors have no number.
+        UnreadableSampleError: The sample cannot be decoded. If memory or file descriptors run out, the error passes
+            unchanged; decoders' own OSErrors have no ``errno``.
     """
     try:
         yield
@@ -154,7 +154,7 @@ class Augmentation(NamedTuple):
     seed: int
 
     def __call__(self, sample: Tensor, *place: int) -> Tensor:
-        """Augment a sample with random numbers that depend only on the seed and two whole numbers."""
+        """Augment a sample with random numbers that depend only on the seed and ``place``, two whole numbers."""
         return self.transform(sample, sample_rng(self.seed, *place))
 
 
@@ -162,8 +162,9 @@ def collate(samples: Sequence[Tensor], sizes: Sequence[int] = ()) -> tuple[Tenso
     """Return a batch's inputs and, if samples were padded with zeros at the end, the lengths, (B,) int64.
 
     Args:
-        samples: They differ at most in their last dimension.
-        sizes: Lengths to pad to, ascending, because a compiled model needs a graph for each; else the longest sample's.
+        samples: Samples whose shapes differ at most in the last dimension.
+        sizes: Lengths to choose the padded length from, ascending, because a compiled model needs a graph for each;
+            without one that is long enough, samples are padded to the longest.
     """
     lengths = torch.tensor([sample.shape[-1] for sample in samples])
     longest = int(lengths.max())

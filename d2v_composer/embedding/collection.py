@@ -1,8 +1,8 @@
 """Embed a collection of images or clips into one file, by one process or several, and merge its parts.
 
-The batches depend on the source alone. A process embeds a few batches, a chunk, and writes it to a file whose name says
-what is in it. So a killed run loses at most one chunk of each process, whatever changed since, and any number of
-processes ends with the same bytes. Shapes: N samples, D channels.
+The batches depend on the source and the batch size alone. A process embeds a few batches, a chunk, and writes their
+embeddings to a file whose name is a hash of all that they depend on. So a killed run loses at most one chunk of each
+process, and any number of processes ends with the same bytes. Shapes: N samples, B samples of a batch, D channels.
 """
 
 import io
@@ -41,8 +41,8 @@ LOCK_SECONDS = 10.0  # the workers of a killed run exit within a second
 CHUNK = 1024  # samples that a killed process loses at most
 POLL_SECONDS = 0.2
 RANK_SECONDS = 300.0  # by then a rank has begun, or never will
-PLAN = "plan.json"  # beside the chunks
-MOVING = "moving"  # in the folder of chunks, since OUT was checked for the last time
+PLAN = "plan.json"  # the run's settings, beside the chunks
+MOVING = "moving"  # beside the chunks from when OUT was last checked: its files are then replaced
 
 
 class EmbeddingOptions(NamedTuple):
@@ -56,7 +56,7 @@ class EmbeddingOptions(NamedTuple):
     dtype: str = "float32"
     """Type of the stored numbers: float32 or float16."""
     batch_size: int = 256
-    """Samples per batch; another batch size rounds differently."""
+    """Number of samples in a batch; embeddings of another batch size differ by rounding."""
 
 
 class Embedded(NamedTuple):
@@ -73,12 +73,12 @@ class Embedded(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """Consecutive batches, and the file with their ``rows`` and, of unreadable samples, ``numbers`` and ``reasons``."""
+    """Consecutive batches, and the file of their embeddings."""
 
     batches: Sequence[range]
     path: Path
     rank: int
-    """Number of the process that embeds it."""
+    """Rank of the process that embeds the batches."""
 
     @property
     def samples(self) -> range:
@@ -115,9 +115,9 @@ def embed_source(
 ) -> Embedded:
     """Embed every sample of a source, or of its part, into a file, or resume an interrupted run.
 
-    OUT appears when it is complete, and replaces an old one; NAME.ids.npy appears just before. Until then chunks of
-    rows are in a hidden folder next to it, or for a store in our cache. If files of the source changed, a resumed run
-    embeds again the chunks that have other samples now. All ranks of a run call this; the first writes the file.
+    ``out`` appears, or replaces an old file, only when it is complete; NAME.ids.npy appears just before. Until then,
+    chunks of embeddings are in a hidden folder next to ``out`` or, if that is in a store, in our cache. If files of the
+    source have changed, a resumed run embeds their chunks again. Call this on all ranks; the first writes ``out``.
 
     Args:
         model: The model in eval mode, on the device.
@@ -125,10 +125,10 @@ def embed_source(
         out: NAME.npy, (N, D), with the ids, (N,), in NAME.ids.npy; or NAME.parquet with both. See :func:`check_out`.
         options: The settings.
         device: cpu or cuda.
-        workers: Processes that decode samples.
+        workers: Number of processes that decode samples.
         skip_unreadable: Skip and list unreadable samples instead of stopping.
         overwrite: Replace ``out``.
-        part: What is recorded of a part; see :class:`~d2v_composer.conversion.parts.Parts`.
+        part: The record of a part; see :class:`~d2v_composer.conversion.parts.Parts`.
 
     Raises:
         InputError: A sample is unreadable, an embedding is not finite, another process writes the file or has written
@@ -203,7 +203,7 @@ def check_ids(ids: Iterable[Any]) -> None:
     """Check that Parquet can store the ids of samples.
 
     Raises:
-        InputError: One is no text.
+        InputError: An id is not UTF-8.
     """
     for name in map(str, ids):
         try:
@@ -213,7 +213,7 @@ def check_ids(ids: Iterable[Any]) -> None:
 
 
 def _cut(source: Source, plan: Mapping[str, Any], folder: Path) -> list[_Chunk]:
-    """Cut a source, or its part, into chunks of batches; a chunk's name is a hash of all that its rows depend on."""
+    """Cut a source, or its part, into chunks of batches; a chunk's name is a hash of what its embeddings depend on."""
     size, chunks = plan["batch_size"], list[_Chunk]()
     batches = source.part.of([range(first, min(first + size, len(source))) for first in range(0, len(source), size)])
     for first in range(0, len(batches), per_chunk := max(1, CHUNK // size)):
@@ -225,7 +225,7 @@ def _cut(source: Source, plan: Mapping[str, Any], folder: Path) -> list[_Chunk]:
 
 
 def _count(theirs: deque[_Chunk], bar: Any) -> None:
-    """Count the samples that the other ranks have embedded since the last call."""
+    """Advance the bar by the samples that the other ranks have embedded since the last call."""
     while theirs and theirs[0].path.exists():
         bar.update(len(theirs.popleft().samples))
 
@@ -287,7 +287,7 @@ def _read_part(address: str, record: Mapping[str, Any], folder: Path) -> Iterato
     """Yield the ids and embeddings of a part.
 
     Raises:
-        InputError: Its files are damaged, or not those that its record describes.
+        InputError: The part's files are damaged, or not those that its record describes.
     """
     is_array = address.endswith(".npy")
     with reading(address):
@@ -322,7 +322,7 @@ def _write_table(
     """Write ids and embeddings, move them to ``out``, and remove the folder of chunks.
 
     Raises:
-        InputError: As in :func:`check_out`: they have come meanwhile.
+        InputError: A file has come to ``out`` meanwhile; see :func:`check_out`.
     """
     complete, files = (folder := _partial_folder(out)) / "embeddings", {}
     if out.endswith(".npy"):
@@ -378,13 +378,12 @@ def _write_parquet(path: Path, blocks: Iterable[tuple[NDArray, NDArray]], width:
 
 
 def check_out(out: str, *, overwrite: bool, part: Mapping[str, Any] | None = None) -> None:
-    """Check, before the work starts and again before they are moved there, that embeddings can be written.
+    """Check that embeddings can be written to ``out``, before the work starts and again before they are moved there.
 
-    Files that a killed run began to move to ``out`` may be replaced: the run's folder, or a part's record, identifies
-    them.
+    Files that a killed run of ours began to move to ``out`` may be replaced.
 
     Raises:
-        InputError: The suffix is neither .npy nor .parquet, a file exists, or it cannot be written.
+        InputError: The suffix is neither .npy nor .parquet, or a file exists or cannot be written.
     """
     if not out.endswith(TABLE_SUFFIXES):
         raise InputError(f"{out} must end in {' or '.join(TABLE_SUFFIXES)}")
@@ -417,7 +416,7 @@ def _record_of(out: str) -> str:
 
 
 def embed_batch(model: Backbone, batch: tuple[Tensor, ...], options: EmbeddingOptions, device: str) -> NDArray:
-    """Embed a batch of :func:`load_batch`: (N, D)."""
+    """Return the embeddings, (B, D), of a batch of :func:`load_batch`."""
     dtype = choose_precision(options.precision).autocast_dtype
     values, *lengths = (tensor.to(device, non_blocking=True) for tensor in batch)
     with torch.inference_mode(), precision_of(dtype, device):
@@ -429,11 +428,14 @@ def embed_batch(model: Backbone, batch: tuple[Tensor, ...], options: EmbeddingOp
 def load_batch(
     decode: Callable[[int], Tensor], numbers: Sequence[int]
 ) -> tuple[tuple[Tensor, ...], list[tuple[int, str]]]:
-    """Load a batch for :func:`embed_batch`, with the number and reason of each unreadable sample.
+    """Load a batch for :func:`embed_batch`.
 
     Args:
-        decode: Returns a sample by number, as :meth:`Source.decode`.
+        decode: Returns a sample by number, like :meth:`Source.decode`.
         numbers: The samples' numbers.
+
+    Returns:
+        The batch of readable samples, empty if there are none; and the number and reason of each unreadable sample.
     """
 
     def attempt(number: int) -> Tensor | str:

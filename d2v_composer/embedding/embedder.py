@@ -32,10 +32,10 @@ class Embedder:
 
     Args:
         model: MODEL of ``d2v embed``, which every machine must reach.
-        column: The samples, each a file's bytes, the hub's struct of bytes and path, or a path; images also as
-            (height, width, 3) uint8 or PIL. Default: ``image`` or ``audio``.
-        batch_size: Samples that the model takes at once; default: 256 images, or 4 clips.
-        pooling: This option and the others are those of ``d2v embed``.
+        column: Column of the samples, each a file's bytes, the hub's struct of bytes and path, or a path; images also
+            as (height, width, 3) uint8 or PIL. Default: ``image`` or ``audio``.
+        batch_size: Number of samples that the model takes at once; default: 256 images, or 4 clips.
+        pooling: An option of ``d2v embed``, as are the other arguments.
 
     Example:
         >>> from d2v_composer import Embedder
@@ -57,7 +57,7 @@ class Embedder:
     first_blocks: int | None = None
     image_size: str | None = None
     made: int = field(default_factory=time_ns, init=False)
-    """When it was made: an embedder equals its copies in other processes, and no other, whose file may have changed."""
+    """Time of creation: an embedder equals only its own copies, since the file of a later one may have changed."""
 
     def __call__(self, batch: Any) -> Any:
         """Add the columns ``embedding`` and ``error`` to a batch.
@@ -66,11 +66,11 @@ class Embedder:
             batch: A dict of columns, or an Arrow table or record batch.
 
         Returns:
-            The same kind of batch. An unreadable sample has no embedding (null), and the others no error. In a dict,
-            the embeddings are (N, D), or with an unreadable sample a list.
+            The same kind of batch. An unreadable sample has no embedding (null), a readable one no error. In a dict,
+            the embeddings are an array, (N, D), or a list if a sample is unreadable.
 
         Raises:
-            InputError: As :meth:`load`.
+            InputError: The model cannot be used; see :meth:`load`.
         """
         model, modality, options, device = self.load()
         column, size = self.column or modality.name, options.batch_size
@@ -96,10 +96,10 @@ class Embedder:
         """Load the model, in eval mode, onto the GPU if there is one, and choose the embedding.
 
         Returns:
-            The model, its samples, the settings, and the device: cpu or cuda.
+            The model, the modality of its samples, the settings, and the device: cpu or cuda.
 
         Raises:
-            InputError: The model cannot be loaded, has no such embedding, or needs a GPU.
+            InputError: The model cannot be loaded or lacks the embedding, or the precision needs a GPU.
         """
         if hasattr(os, "register_at_fork"):  # a child would wait for the parent's threads
             os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))

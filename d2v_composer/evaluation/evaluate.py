@@ -1,4 +1,4 @@
-"""Compare models: build them, measure all, write the results."""
+"""Compare models: share their encoders, measure them on labeled sets, write the results."""
 
 import csv
 import io
@@ -31,7 +31,7 @@ from d2v_composer.system.files import check_out_file, write_atomically
 
 
 def cost(model: Backbone | Encoder | None) -> dict[str, Any]:
-    """Return a model's number of parameters and GFLOP for one input, both with its encoder; 0 for no model."""
+    """Return ``num_parameters`` and ``gflop``, for one input, of a model with its encoder; 0 for no model."""
     if model is None:
         return {"num_parameters": 0, "gflop": 0.0}
     return {"num_parameters": sum(map(torch.numel, model.parameters())), "gflop": model.flop() / 1e9}
@@ -40,15 +40,15 @@ def cost(model: Backbone | Encoder | None) -> dict[str, Any]:
 def share_encoders(
     first: Backbone, models: Mapping[str, Backbone], layer_mean: LayerMean, fill_to: int = 0
 ) -> dict[str, Embed]:
-    """Return embed functions by name: pixels or log_mel, ``encoder`` (its output in every pooling), then each model.
+    """Return functions that embed a batch, by name: pixels or log_mel, ``encoder`` (its output pooled), each model.
 
-    A tensor that another function has encoded is not encoded again: autocast must be the same for all. The
-    encoder's output lives as long as its inputs.
+    Functions of one encoder run it once for a batch, and keep its output as long as the batch's tensor lives. So call
+    all of them under the same autocast.
 
     Args:
-        first: The model on the encoder that is compared.
+        first: The model whose encoder is compared by itself.
         models: Name → model.
-        layer_mean: How ``layer_mean`` of all models is computed.
+        layer_mean: Settings with which ``layer_mean`` of all models is computed.
         fill_to: Fill up smaller batches to this size, because a compiled model needs a graph for each size.
     """
     encoded = WeakIdKeyDictionary()
@@ -74,13 +74,13 @@ class Evaluation(NamedTuple):
     """Models to compare, and their results."""
 
     groups: Mapping[Modality, dict[str, Embed]]
-    """Samples, such as images of one size → name → model that takes them, on the device and in eval mode."""
+    """Modality, such as images of one size → name of a model that takes it → function that embeds a batch."""
     costs: Mapping[str, dict[str, Any]]
     """Name → :func:`cost`."""
     lookup: Lookup
-    """How each set is looked up, without ``augment``."""
+    """Settings for all sets, without ``augment``."""
     load: Callable[[Modality], tuple[Mapping[str, EvaluationSet], Augmentation]]
-    """Returns name → samples for a group, and the augmentation that makes their views."""
+    """Returns a group's data sets, by name, and the augmentation that makes the views of their samples."""
     class_names: dict[str, Sequence[str]]
     """Data set → the name of each label; empty if the labels are only numbers."""
     results: list[Result]
@@ -91,8 +91,8 @@ class Evaluation(NamedTuple):
         """Embed every image once per model, look up each split's images in the other split, and run the probes.
 
         Args:
-            device: cpu or cuda, the models' own.
-            autocast_dtype: Enables autocast with this dtype.
+            device: Device of the models: cpu or cuda.
+            autocast_dtype: Dtype of autocast; ``None`` computes in float32.
         """
         for modality, embeds in self.groups.items():
             datasets, augment = self.load(modality)
@@ -109,9 +109,10 @@ class Evaluation(NamedTuple):
                     self.results.extend(measure_embeddings(rows, embeds, dataset, labeled, lookup))
 
     def write(self, folder: Path, about: dict[str, Any]) -> None:
-        """Write ``evaluation.json``, with further entries but no secrets, and ``evaluation.csv``, each atomically.
+        """Write ``evaluation.json`` and ``evaluation.csv`` to a folder, each atomically.
 
-        Both have a row for each candidate, data set, bank, embedding and k or probe.
+        Both have a row for each candidate, data set, bank, embedding and k or probe. ``about`` has further entries of
+        the JSON; secrets in them are hidden.
         """
 
         def cell(dataset: str, measure: Measure, interval: Interval) -> dict[str, Any]:
@@ -152,7 +153,7 @@ class Evaluation(NamedTuple):
 
 
 def read_evaluation(folder: Path, weights: str) -> dict[str, Any]:
-    """Return the contents of a folder's ``evaluation.json``; empty if there is none for these weights."""
+    """Return the contents of a folder's ``evaluation.json``; empty if it is missing, corrupt or of other weights."""
     with suppress(Exception):
         contents = json.loads((folder / "evaluation.json").read_bytes())
         if contents["weights"] == weights:

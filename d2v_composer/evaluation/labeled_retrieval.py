@@ -46,7 +46,7 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.progress import progress_bar
 
 Embed = Callable[..., Tensor | dict[str, Tensor]]
-"""Embeds a batch on the model's device → (B, D), or several embeddings by name.
+"""A function that embeds a batch on the model's device, and returns (B, D), or several embeddings by name.
 
 A batch is images, (B, 3, height, width) uint8; or clips, (B, L) float32, and, only if some are padded, the number of
 samples of each, (B,) int64, as a second argument.
@@ -63,16 +63,16 @@ LabeledVectors = tuple[Tensor, Tensor]
 
 @dataclass
 class Lookup:
-    """How sets are embedded, looked up and probed, and what is known of the teacher from an earlier time."""
+    """Settings with which sets are embedded, looked up and probed, and results of the teacher that later calls use."""
 
     primary: str
-    """The embedding to report as a model's own."""
+    """Name of the primary embedding, whose results stand for a model."""
     ks: Sequence[int]
-    """The k to count hits for; each at most the size of the smallest split."""
+    """Numbers of neighbors to count hits among; each at most the size of the smallest split."""
     probes: Collection[str]
-    """Names of ``PROBES``, further measures of the test images; without labels, all that need no labels run."""
+    """Names of ``PROBES``, further measures of the test images; a set without labels gets all that need no labels."""
     augment: Augmentation | None
-    """Makes an image's views."""
+    """Makes the two views of an image, for the probe ``instance``."""
     batch_size: int
     """Number of images that each rank embeds at once."""
     teacher_neighbors: Neighbors | None = None
@@ -85,9 +85,9 @@ class Lookup:
     progress: str | None = None
     """Text of the progress bar before the name of the set; ``None``: no bar."""
     target: str = ""
-    """The teacher's embedding that the student's ``projected_cls`` imitates by its alignment; '' without one."""
+    """Name of the teacher's embedding to which the student's ``projected_cls`` is fitted; '' without alignment."""
     kept: dict[str, EmbeddedSet] = field(default_factory=dict)
-    """Data set → the teacher's target, kept from the first time the teacher is embedded."""
+    """Data set → the teacher's embedding ``target``, kept from the first time that the teacher embeds the set."""
 
     def measures(self, labeled: EvaluationSet) -> list[Measure]:
         """Return the measures for a set: retrieval first, then the probes."""
@@ -96,7 +96,7 @@ class Lookup:
         return [measure for measure in measures if needs.get(measure.name, labeled) is not None]
 
     def conditions(self, name: str, labeled: EvaluationSet) -> dict[str, str]:
-        """Return what the numbers of a set depend on, besides the models: dotted name → a text that identifies it."""
+        """Return dotted name → text, for everything that a set's numbers depend on besides the models."""
         measured, classes = {measure.name for measure in self.measures(labeled)}, labeled.class_embeddings
         conditions = {f"{name}.primary embedding": self.primary, f"{name}.images": labeled.fingerprint()}
         if "instance" in measured:
@@ -109,7 +109,7 @@ class Lookup:
         """Check that a set has enough images for every k.
 
         Raises:
-            InputError: It has too few.
+            InputError: The set has too few images.
         """
         smallest, num_test, ks = min(filter(None, labeled.num_samples)), labeled.num_samples[1], self.ks
         if not 1 <= min(ks) <= max(ks) <= smallest:
@@ -131,8 +131,11 @@ def embed_set(
         embeds: Name → model on the device.
         dataset: The set's name.
         labeled: The images.
-        lookup: How they are embedded.
-        with_views: Embed two views of each test image, too, which depend on its number.
+        lookup: The settings.
+        with_views: Embed two augmented views of each test image, too; they depend on the image's number alone.
+
+    Returns:
+        Name of a model → embeddings.
     """
     parts = ({"train": labeled.train} if labeled.has_labels else {}) | {"test": labeled.test}
     parts |= dict.fromkeys(VIEWS, labeled.test) if with_views else {}
@@ -158,7 +161,7 @@ def embed_set(
 
 
 def move_batch(batch: tuple[Tensor, ...], to_device: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Return what :func:`collate` made of samples, on the device to which ``to_device`` moves the samples."""
+    """Move a batch of :func:`collate` to a device: the samples by ``to_device``, then their lengths to the same."""
     values = to_device(batch[0])
     return [values, *(lengths.to(values.device) for lengths in batch[1:])]
 
@@ -166,17 +169,17 @@ def move_batch(batch: tuple[Tensor, ...], to_device: Callable[[Tensor], Tensor])
 def search(
     name: str, bank: LabeledVectors, queries: LabeledVectors, lookup: Lookup, wanted: Collection[str], about: str
 ) -> tuple[dict[Measure, Tensor], Tensor]:
-    """Look up queries in a bank; if that is the train split, classify them by it, too.
+    """Look up queries in a bank; if the bank is the train split, also classify the queries by it.
 
     Args:
-        name: The bank's.
-        bank, queries: On the device.
-        lookup: How the queries are looked up.
+        name: Name of the bank.
+        bank, queries: Embeddings and labels, on the device.
+        lookup: The settings.
         wanted: Names of the measures.
         about: The beginning of a warning; '' for none.
 
     Returns:
-        Each measure's hits, (Q,), and the nearest in the bank, (Q, K).
+        Hits of each measure, (Q,), and indices of the queries' nearest in the bank, (Q, K).
     """
     ranks, (vectors, labels), (embeddings, expected) = lookup.ranks, bank, queries
     num_voters = NUM_NEIGHBORS if name == "train" and "knn" in wanted else 0
@@ -198,17 +201,17 @@ def search(
 def measure_embeddings(
     rows: Sequence[Row], embeds: Mapping[str, Embed], dataset: str, labeled: EvaluationSet, lookup: Lookup
 ) -> Iterator[Result]:
-    """Embed a set with every model; look up the test images among themselves, and each split in the other.
+    """Embed a set with every model, look up its images, and yield a result for each row, embedding and measure.
 
-    Each rank takes its share of the queries. One embedding is looked up at a time: on the device, all would take
-    gigabytes.
+    Each rank takes its share of the queries. One embedding is looked up at a time, because all would take gigabytes on
+    the device.
 
     Args:
-        rows: What is measured. The teacher need not be among them if it was measured before.
-        embeds: Name → model on the device; those that no row names are left out.
+        rows: The rows to measure. The teacher's need not be among them if it was measured before.
+        embeds: Name → model on the device; models that no row names are left out.
         dataset: The set's name.
         labeled: The set.
-        lookup: How it is looked up.
+        lookup: The settings.
     """
     wanted = {measure.name for measure in lookup.measures(labeled)}
     to_device, ranks, target, kept = lookup.to_device, lookup.ranks, lookup.target, lookup.kept

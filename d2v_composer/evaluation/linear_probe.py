@@ -27,7 +27,7 @@ class LinearProbe(NamedTuple):
     classes: Tensor
     """Labels in ascending order, (C,)."""
     weight: Tensor
-    """(C, D) float64, for embeddings that are not standardized: the weights include the standardization."""
+    """(C, D) float64, for embeddings as they are: the weights include the standardization."""
     bias: Tensor
     """(C,) float64."""
     strength: float
@@ -65,14 +65,14 @@ def linear_probe_accuracy(
 def fit_linear_probe(train: Tensor, labels: Tensor, strength: float | None = None) -> LinearProbe:
     """Fit a linear probe by L-BFGS in float32; the result is reproducible on the same machine.
 
-    The strength is the one of ``STRENGTHS`` with which a fit to the other images classifies a random tenth best, or the
-    largest of several. After two strengths that are worse than the best, no smaller ones are tried. The probe is then
-    fitted to all images.
+    By default, the strength is chosen on a random tenth of the images: strengths of ``STRENGTHS`` are tried from the
+    largest down, each fitted to the other images, until two in a row are worse than the best. Of equally good ones, the
+    largest is taken. The probe is then fitted to all images.
 
     Args:
-        train: (N, D), any float dtype, on the device that computes. It needs twice as much memory again.
+        train: (N, D), any float dtype, on the device that computes. The fit needs twice the memory of ``train`` more.
         labels: (N,) int.
-        strength: L2 penalty strength; default: chosen.
+        strength: L2 penalty strength; default: chosen as above.
     """
     # A callback measures in inference mode, in which nothing has a gradient.
     with torch.inference_mode(False), torch.enable_grad(), precision_of(None, train.device.type):
@@ -107,12 +107,13 @@ def fit_linear_probe(train: Tensor, labels: Tensor, strength: float | None = Non
 def _fit(
     x_ND: Tensor, targets_N: Tensor, variances_D: Tensor, num_classes: int, strength: float, tolerance: float
 ) -> tuple[Tensor, Tensor, bool]:
-    """Fit weights, (C, D), and bias, (C,), to standardized embeddings, rotated to their principal directions.
-
-    The third result is whether the solver converged.
+    """Fit a probe to standardized embeddings, rotated to their principal directions.
 
     At zero weights, the loss has the curvature variance / C + strength along each direction. The solver's unknowns are
-    the weights there times the root of it: all problems are alike then, and collinear channels do not slow it down.
+    the weights along a direction times the root of its curvature: so collinear channels do not slow the solver down.
+
+    Returns:
+        Weights, (C, D); bias, (C,); and whether the solver converged.
     """
     scale_D = (variances_D / num_classes + strength).rsqrt()
     u_CD = scale_D.new_zeros(num_classes, len(scale_D)).requires_grad_()

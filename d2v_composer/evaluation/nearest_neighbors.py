@@ -19,7 +19,7 @@ BANK_PART, QUERY_PART = 1 << 13, 1 << 11
 CPU_PART, GPU_PART = 4 << 20, 256 << 20
 # A shorter vector counts as this long, as in normalize.
 SHORTEST = 1e-12
-# Further neighbors in float32 among which float64 may find a nearer one.
+# How many more than k neighbors are found in float32, so that float64 can choose the k nearest among them.
 SPARE = 8
 # Columns whose maximum is found first, see top_k.
 GROUP_SIZE = 64
@@ -75,10 +75,9 @@ def nearest_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
 def exact_neighbors(bank: Tensor, queries: Tensor, k: int) -> TopK:
     """Return each query's k nearest neighbors like :func:`nearest_neighbors`, but in float64; the first wins a tie.
 
-    If more than k + ``SPARE`` are equal, the result has those that the search in float32 finds.
-
-    Where all images have much in common, cosines are close to 1 and differ by less than float32 can tell. So more than
-    k are found in float32, and put in order in float64.
+    Where all images have much in common, cosines are close to 1 and differ by less than float32 can tell. So k +
+    ``SPARE`` neighbors are found in float32, and put in order in float64. If more images than these are equally near,
+    float32 decides which are found.
     """
     candidates = nearest_neighbors(bank, queries, max(k, min(k + SPARE, len(bank)))).indices.sort(dim=1).values
     part_bytes = CPU_PART if bank.device.type == "cpu" else GPU_PART
@@ -114,7 +113,7 @@ def top_k(similarities_QN: Tensor, k: int) -> TopK:
 
 
 def retrieval_hits(nearest: Tensor, bank_labels: Tensor, query_labels: Tensor, ks: Sequence[int]) -> dict[int, Tensor]:
-    """Return a dict from k to a mask, (Q,) bool: True if any of a query's k nearest bank images has its label.
+    """Return k → mask, (Q,) bool: True if any of a query's k nearest bank images has the query's label.
 
     Args:
         nearest: (Q, K) indices from :func:`exact_neighbors`.
@@ -160,7 +159,7 @@ class Ranks(NamedTuple):
     world_size: int = 1
 
     def indices_of_rank(self, num_images: int) -> Tensor:
-        """Return this rank's indices: every W-th, padded so that all ranks have the same number."""
+        """Return the indices of this rank's images: every ``world_size``-th, padded to the same number on all ranks."""
         mine = torch.arange(num_images)[self.rank :: self.world_size]
         missing = -(-num_images // self.world_size) - len(mine)
         return torch.cat([mine, mine.new_zeros(missing)])
@@ -191,7 +190,7 @@ def vote(neighbors: TopK, bank_labels: Tensor, temperature: float | None) -> Ten
     Args:
         neighbors: (Q, K) from :func:`exact_neighbors`.
         bank_labels: (N,) int.
-        temperature: As in DINO, a neighbor counts exp(cosine / temperature); ``None``: all count the same.
+        temperature: A neighbor's vote counts exp(cosine / temperature), as in DINO; ``None``: all count the same.
     """
     classes, numbers = bank_labels.unique(return_inverse=True)
     weights_QK = torch.ones_like(neighbors.similarities)
@@ -218,7 +217,7 @@ def knn_accuracy(
         queries: (Q, D), Q ≥ 1.
         query_labels: (Q,) int.
         k: From 1 to N.
-        temperature: As for :func:`vote`.
+        temperature: Weights the votes; see :func:`vote`.
 
     Raises:
         ValueError: k is out of range.
@@ -239,7 +238,7 @@ def neighbor_agreement(embeddings: Tensor, others: Tensor, k: int = NUM_COMMON) 
 
     Args:
         embeddings: One model's embeddings, (N, D).
-        others: The other model's of the same images, (N, D of its own).
+        others: The other model's embeddings of the same images, (N, any number of channels).
         k: From 1 to N - 1.
 
     Raises:
@@ -258,7 +257,7 @@ def nearest_others(images: Tensor, k: int = NUM_COMMON, ranks: Ranks = ONE_RANK,
     """Return the indices of the k other images nearest to each image by cosine, nearest first, (N, k) int64.
 
     Args:
-        images: (N, D), on every rank all of them.
+        images: Embeddings of all images, on every rank, (N, D).
         k: From 1 to N - 1.
         ranks: The processes that share the work.
         bank: Another model's embeddings of the same images, (N, D), among which to search; default ``images``.
@@ -273,7 +272,7 @@ def nearest_others(images: Tensor, k: int = NUM_COMMON, ranks: Ranks = ONE_RANK,
 
 
 def others_of(nearest: Tensor, places: Tensor) -> Tensor:
-    """Return the neighbors of each query, (Q, K + 1), without the query's own place in the bank, (Q,): (Q, K)."""
+    """Remove each query's own image, at ``places`` in the bank, (Q,), from its neighbors: (Q, K + 1) → (Q, K)."""
     is_other = nearest != places[:, None]
     is_other[is_other.all(dim=1), -1] = False  # an image with many copies need not be among its nearest
     return nearest[is_other].view(len(places), -1)

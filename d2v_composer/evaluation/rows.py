@@ -1,4 +1,4 @@
-"""The rows of an evaluation, its columns and its log keys, the uncertainty of its results, and the table they make.
+"""Define the rows, columns and log keys of an evaluation, and make tables of its results with their uncertainty.
 
 Shapes: Q queries, K neighbors.
 """
@@ -21,11 +21,11 @@ UNTRAINED, STUDENT, TEACHER = GAP = ("untrained student", "student", "teacher")
 """The models between which the teacher gap lies; agreement compares with the teacher."""
 GAP_CLOSED = "teacher gap closed"
 PROJECTED_GAP = tuple(f"{model}, projected" for model in GAP)
-"""The same models in the teacher's space: the students' mapped embeddings, and the teacher's that these imitate."""
+"""Rows of the same models in the teacher's space: students' mapped embeddings, and the teacher's embedding itself."""
 GAPS = {GAP_CLOSED: GAP, f"{GAP_CLOSED}, projected": PROJECTED_GAP}
 NUM_RESAMPLES = 2000
 Hits = NDArray[np.bool_ | np.float64]
-"""A model's result for each query, (Q,): whether it is right, or a share from 0 to 1."""
+"""A model's result for each query, (Q,): True if the query is right, or a share from 0 to 1."""
 
 
 class Row(NamedTuple):
@@ -42,7 +42,8 @@ class Row(NamedTuple):
     bank: str
     """The model that embeds the bank."""
     is_projected: bool = False
-    """True for embeddings in the teacher's space: a student's ``projected_cls``, or the teacher's that it imitates."""
+    """True if the embeddings are in the teacher's space: a student's ``projected_cls``, or the teacher's embedding to
+    which it is fitted."""
 
     @property
     def moves(self) -> bool:
@@ -78,22 +79,22 @@ ROWS = {
 
 
 def rows_of(models: Collection[str], target: str = "") -> list[Row]:
-    """Return the rows that these models allow: those of ``ROWS``, then one row for each further model.
+    """Return the rows that can be measured with some models: those of ``ROWS``, then one row for each further model.
 
     Args:
-        models: The models.
-        target: The teacher's embedding that the student is aligned with; '' for none.
+        models: Names of the models.
+        target: Name of the teacher's embedding to which the student's is mapped; '' for no map.
     """
     known = [row for row in ROWS.values() if {row.queries, row.bank} <= {*models} and (target or not row.is_projected)]
     return known + [row_of(model) for model in models if model not in ROWS]
 
 
 def retrieval_from(bank: str, k: int) -> Measure:
-    """Return the measure of retrieval: a query is a hit if any of its k nearest in the bank has its label.
+    """Return the measure of retrieval: a query is a hit if any of its k nearest in the bank has the query's label.
 
     Args:
-        bank: A split; or ``classes``, text embeddings of the classes; or the second of ``VIEWS``, of which each test
-            image has one: the label of its first view.
+        bank: A split; ``classes``, for the text embeddings of the classes; or the second of ``VIEWS``, for a second
+            view of each test image, where the label is the image's number.
         k: The number of neighbors.
     """
     if bank in BANKS:
@@ -107,8 +108,7 @@ KNN = Measure("train", "knn", NUM_NEIGHBORS, "knn/top1", "20-NN weighted")
 KNN_MAJORITY = Measure("train", "knn_majority", NUM_NEIGHBORS, "knn_majority/top1", "20-NN majority")
 LINEAR = Measure("train", "linear", None, "linear/top1", "linear probe")
 AGREEMENT = Measure("", "agreement", NUM_COMMON, "agreement@10", "neighbor agreement")
-# Name in a config → what it measures: DINO's weighted vote of the nearest neighbors and their majority; a classifier;
-# the neighbors in common with the teacher; and, for each k of a retrieval, an image's views and its class by text.
+# Name in a config → its measures, or a function that returns the measure for each k of a retrieval.
 PROBES: Mapping[str, Sequence[Measure] | Callable[[int], Measure]] = {
     "knn": (KNN, KNN_MAJORITY),
     "linear": (LINEAR,),
@@ -127,7 +127,7 @@ TABLES = {
 
 
 def measures_of(ks: Sequence[int], probes: Iterable[str], has_labels: bool = True) -> list[Measure]:
-    """Return the measures of a set: with labels, retrieval, then the probes; without, those that need no labels."""
+    """Return the measures of a set: retrieval, then the probes; for a set without labels, those that need no labels."""
     measures = [retrieval_from(bank, k) for bank in BANKS for k in ks if has_labels]
     for probe in map(PROBES.__getitem__, probes if has_labels else WITHOUT_LABELS):
         measures += map(probe, ks) if callable(probe) else probe
@@ -135,7 +135,7 @@ def measures_of(ks: Sequence[int], probes: Iterable[str], has_labels: bool = Tru
 
 
 def metric_key(dataset: str, measure: Measure, embedding: str = "", row: str = STUDENT) -> str:
-    """Return the log key of an accuracy; by default, that of the student's primary embedding."""
+    """Return the log key of an accuracy; by default, the key of the student's accuracy in the primary embedding."""
     key = ROWS[row].key if row in ROWS else row
     return "/".join(filter(None, ["metrics", dataset, key, measure.key, embedding]))
 
@@ -158,8 +158,8 @@ class Interval(NamedTuple):
 def pivot(results: Iterable[Result], dataset: str) -> dict[Measure, dict[str, Interval | None]]:
     """Return measure → row → accuracy on a data set, in each row's primary embedding; further rows follow ``ROWS``.
 
-    The teacher gaps closed, in the last rows, :data:`GAPS`, are ``None`` if there is no gap, and missing if one of the
-    three rows is.
+    The last rows are the teacher gaps closed, :data:`GAPS`: ``None`` if there is no gap, and left out if one of the
+    three models was not measured.
     """
     columns: dict[Measure, dict[str, Hits]] = {}
     for result in sorted(results, key=lambda result: (*ROWS, result.row).index(result.row)):
@@ -182,14 +182,14 @@ def accuracy_interval(hits: Hits) -> Interval:
 
 
 def difference_interval(first: Hits, second: Hits) -> Interval:
-    """Return how much more of the same queries, (Q,), the first model gets right than the second, with its interval."""
+    """Return the first model's accuracy minus the second's on the same queries, (Q,) each, with its interval."""
     resampled = resample(first, second)
     low, high = np.percentile(resampled[:, 0] - resampled[:, 1], [2.5, 97.5]).tolist()
     return Interval(float(first.mean() - second.mean()), low, high)
 
 
 def gap_closed_interval(*hits: Hits) -> Interval | None:
-    """Return :func:`gap_closed` with its interval, from the three models' hits on the same queries, (Q,) each."""
+    """Return the teacher gap closed with its interval, ``None`` for no gap, from the three models' hits, (Q,) each."""
     value, *resampled = (gap_closed(*accuracies) for accuracies in ([array.mean() for array in hits], *resample(*hits)))
     if value is None:
         return None
@@ -215,13 +215,13 @@ def gap_closed_by_step(
     Args:
         log: Log of the student's run.
         dataset: Name of the labeled set.
-        embedding: Embedding of student and teacher alike.
+        embedding: Name of the embedding, the same for student and teacher.
         k: The k of top-k.
         baselines: The log with the untrained student (``retrieval.at_start``) and the teacher
             (``retrieval.baselines``); default ``log``.
 
     Returns:
-        Empty if either is missing, or there is no gap at all.
+        Empty if untrained student or teacher is missing, or if there is no gap in either bank.
     """
     values: dict[int, list[float]] = {}
     for bank in BANKS:

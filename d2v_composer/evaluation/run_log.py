@@ -14,7 +14,7 @@ Log = Mapping[str, Mapping[int, float]]
 
 
 def read_lines(path: Path) -> list[tuple[bytes, int, dict[str, float]]]:
-    """Read each line of a log, its step and its values.
+    """Return each line of a log with its step and its values.
 
     Corrupt lines, such as one truncated by a kill, are skipped with a warning.
     """

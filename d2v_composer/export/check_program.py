@@ -2,8 +2,8 @@
 
     python check_program.py onnxruntime student.onnx
 
-kit.npz has inputs and, last, PyTorch's embeddings of all; kit.json has the limits. The exit status is 1 if a limit is
-missed. For another runtime, add it to RUNTIMES.
+kit.npz has inputs and, last, PyTorch's embeddings of all inputs; kit.json has the limits. The exit status is 1 if a
+limit is missed. To measure another runtime, add it to RUNTIMES.
 """
 
 import json
@@ -93,7 +93,7 @@ def read_kit() -> dict[str, Any]:
 
 
 def measure(runtime: str, file: str) -> dict[str, Any]:
-    """Return the measured numbers by name."""
+    """Return name → number: seconds, memory, agreement with PyTorch's embeddings, and samples per second."""
     start = time.perf_counter()
     *inputs, theirs = np.load(FOLDER / "kit.npz").values()
     embed = RUNTIMES[runtime].load(file)

@@ -51,9 +51,9 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
     A README.md that d2v export did not write is kept, and so is the card of another student file in the folder.
 
     Args:
-        student: With its run's record as provenance.
-        source: The file that it was loaded from. An ``evaluation.json`` beside it, of the same weights, gives the
-            results, with intervals; otherwise the run's last retrieval does.
+        student: The student, with its run's record as provenance.
+        source: The file from which the student was loaded. An ``evaluation.json`` beside the file, of the same weights,
+            gives the results, with intervals; without one, the run's last retrieval does.
         out: The exported file.
 
     Raises:

@@ -58,9 +58,9 @@ class Program(nn.Module):
     16 kHz: a program knows no padding.
 
     Args:
-        student: Copied.
-        embedding: What the program computes.
-        takes_pixels: Inputs are images as decoders and cameras give them: (B, S, S, 3) uint8.
+        student: The student, which is copied.
+        embedding: The embedding that the program computes.
+        takes_pixels: Take images as decoders and cameras give them, (B, S, S, 3) uint8, instead of normalized ones.
     """
 
     def __init__(self, student: Backbone, embedding: Embedding, takes_pixels: bool) -> None:
@@ -83,7 +83,7 @@ class Program(nn.Module):
         return self.compute(self.student.embed, inputs)
 
     def compute(self, embed: Callable[..., Tensor], inputs: Tensor) -> Tensor:
-        """Compute the program's embedding by a student's ``embed``."""
+        """Compute the program's embedding by calling ``embed``, a student's method."""
         images = inputs.movedim(-1, 1) if self.takes_pixels else inputs
         return embed(images, self.embedding.pooling, self.embedding.representation)
 
@@ -92,7 +92,7 @@ def export_program(program: Program, path: Path) -> None:
     """Write a program to an .onnx or .pt2 file, after a check on one input that it computes what the student does.
 
     Raises:
-        InputError: It computes something else, or the student is too large.
+        InputError: The program computes something else, or the student is too large.
         RunError: The disk is full.
     """
     about = metadata_of(program.student, program.embedding.name, program.takes_pixels)
@@ -120,7 +120,7 @@ def read_metadata(path: Path, student: Backbone) -> tuple[str, bool, bool]:
     """Return which embedding a student's exported file computes, whether in int8, and whether from pixels.
 
     Raises:
-        InputError: It cannot be read, the student has no such embedding, or the file's preprocessing is another.
+        InputError: The file cannot be read, the student has no such embedding, or the file's preprocessing is another.
     """
     stored, is_int8 = {"embedding": ""}, False
     with reading(path):
@@ -148,9 +148,9 @@ def write_onnx(program: Program, path: Path, about: dict[str, str]) -> None:
     """Write ONNX, opset 18: ``images`` or ``waveforms``, as the program takes them → ``embedding`` (batch, D).
 
     Args:
-        program: To trace.
+        program: The program to trace.
         path: The file.
-        about: Its metadata, from :func:`metadata_of`.
+        about: The file's metadata, from :func:`metadata_of`.
 
     Raises:
         InputError: The student is too large.
@@ -177,7 +177,7 @@ def write_onnx(program: Program, path: Path, about: dict[str, str]) -> None:
 
 
 def write_archive(program: Program, path: Path, about: dict[str, str]) -> None:
-    """Write a program for ``torch.export.load(path).module()``; ``about`` are its extra files."""
+    """Write a program for ``torch.export.load(path).module()``, with the values of ``about`` as extra files."""
     archive = io.BytesIO()  # on a full disk, the writer of torch 2.13 would abort the process
     extra: Any = dict(zip(EXTRA_FILES, about.values(), strict=True))
     torch.export.save(trace(program), archive, extra_files=extra)
@@ -198,9 +198,9 @@ def quantize(program: Path, out: Path, images: Tensor) -> None:
     """Write an ONNX program whose linear layers and convolutions compute with int8 weights and uint8 inputs.
 
     Args:
-        program: The one in float32.
+        program: File of the program in float32.
         out: The file to write.
-        images: The program's inputs, which set the range of each layer's inputs.
+        images: Inputs of the program, which calibrate the range of each layer's inputs.
 
     Raises:
         RunError: The disk is full.
@@ -242,10 +242,10 @@ class TimmStudent(Student):
 
     Args:
         num_classes: Outputs of the head; 0: no head, the pooled features are the output.
-        global_pool: ``token``: CLS; ``avg``: the mean of the patches; ``mean``: of all time steps. Default: the
-            file's primary embedding.
+        global_pool: ``token``: CLS; ``avg``: the mean of the patches; ``mean``: the mean of all tokens. Default: as in
+            the file's primary embedding.
         representation: The features: ``output`` of the last block, or ``layer_mean``; ``projected``: the output, which
-            the file's projection pools. Default: the file's own.
+            the file's projection pools. Default: as in the file's primary embedding.
     """
 
     def __init__(self, num_classes: int = 0, global_pool: Any = None, representation: Any = None) -> None:
@@ -299,12 +299,12 @@ class TimmStudent(Student):
         destination[prefix + CONFIG_TENSOR] = config_tensor(sizes_of(self), self.embedding)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the tensors of an exported student or of this model, and take their sizes; all are checked.
+        """Load the tensors of an exported student, or of this model, and take on their sizes; both are checked.
 
-        A new head stays if the file has none.
+        If the tensors have no head, the model keeps its own.
 
         Raises:
-            InputError: There are no sizes, the tensors do not fit them, or as :meth:`reset_classifier`.
+            InputError: The sizes are missing, the tensors do not fit them, or the model lacks the chosen embedding.
         """
         tensors = dict(state_dict)
         if (stored := tensors.pop(CONFIG_TENSOR, None)) is None:

@@ -52,7 +52,9 @@ def verify(
     difference: float | None = None,
     kit: Path | None = None,
 ) -> None:
-    """Measure a student's exported file on ``images``; default: the run's retrieval data.
+    """Measure a student's exported file in each runtime, print a table, and write the numbers beside the file.
+
+    The samples come from ``images``, by default from the run's retrieval data. With ``kit``, only that folder is made.
 
     Raises:
         InputError: A file cannot be used, or a chosen runtime is not installed or takes other files.
@@ -126,7 +128,7 @@ def read_samples(student: Backbone, source: str | None, maximum: int, takes_pixe
     Audio clips are cut to the shortest, (N, L). Images are normalized, (N, 3, S, S), or (N, S, S, 3) uint8.
 
     Raises:
-        InputError: There are too few, or they cannot be read.
+        InputError: There are too few samples, or they cannot be read.
     """
     modality, samples = modality_of(student.encoder.config), []
     if source is not None:
@@ -152,7 +154,7 @@ def measure_runtimes(script: Path, files: Mapping[str, Path]) -> tuple[dict[str,
     """Run the script for each runtime in a process of its own, in turns.
 
     Returns:
-        Runtime → the median over rounds of each number, none if one failed; runtime → what is wrong.
+        Runtime → name → median over rounds, empty if a round failed; and runtime → what is wrong, if anything is.
     """
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in files}
     medians, faults, path = {}, {}, os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

@@ -1,6 +1,6 @@
 """Map a model's embeddings into the space of another model by one matrix, fitted in closed form, without labels.
 
-Shapes: N samples, I inputs (the channels of all poolings), P channels of the target, S strengths.
+Shapes: B samples of a batch, N pairs, I channels of the input (of all poolings), P of the target, S strengths.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,12 @@ MIN_PAIRS = 2 * HELD_OUT
 
 
 class Alignment(Freezable):
-    """A linear map from a model's poolings, side by side, to the embedding ``projected_cls``, in float32.
+    """A frozen linear map from several embeddings of a model, concatenated, to its ``projected_cls``, in float32.
 
     Args:
-        inputs: Names of the poolings.
-        weight: (P, I).
-        bias: (P,).
+        inputs: Names of the embeddings to concatenate.
+        weight: Matrix of the map, (P, I).
+        bias: Bias of the map, (P,).
     """
 
     def __init__(self, inputs: Sequence[str], weight: Tensor, bias: Tensor) -> None:
@@ -35,32 +35,32 @@ class Alignment(Freezable):
         self.freeze()
 
     def forward(self, embeddings: Mapping[str, Tensor]) -> Tensor:
-        """Return the embeddings in the other model's space, (B, P) float32."""
+        """Map a model's embeddings, by name, into the other model's space, (B, P) float32."""
         with torch.autocast(self.weight.device.type, enabled=False):
             return linear(side_by_side(embeddings, self.inputs), self.weight, self.bias)
 
 
 def side_by_side(embeddings: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Return the embeddings of these names, concatenated, (B, I) float32."""
+    """Return the embeddings in ``names``, concatenated in this order, (B, I) float32."""
     return torch.cat([embeddings[name].float() for name in names], dim=1)
 
 
 class Fit(NamedTuple):
-    """A fitted map."""
+    """A fitted linear map."""
 
     weight: Tensor
     """(P, I) float32."""
     bias: Tensor
     """(P,) float32."""
     about: dict[str, float]
-    """``pairs``, the number of samples; ``ridge``, the penalty on the squared weights that the held-out pairs chose;
-    ``r2``, the share of the held-out targets' variance that a map of the other pairs explains."""
+    """``pairs``: number of pairs; ``ridge``: penalty on the squared weights; ``r2``: share of the held-out targets'
+    variance that is explained by a map fitted to the other pairs."""
 
 
 class Moments:
-    """Sums over pairs of inputs and targets from which the map follows: one pass, in float64.
+    """Sums over pairs of inputs and targets, in float64, from which :meth:`fit` computes the map without the pairs.
 
-    They are added in the order of the calls: the result has the same bits for any division of the work.
+    Sums are added in the order of the calls, so the map has the same bits whichever processes embed the pairs.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Moments:
         self.count = 0
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
-        """Add pairs, (N, I) and (N, P); every tenth pair is held out."""
+        """Add pairs of inputs, (N, I), and targets, (N, P). Every tenth pair, counted over all calls, is held out."""
         rows = torch.cat([inputs.new_ones(len(inputs), 1), inputs, targets], dim=1).double()
         is_held_out = torch.arange(self.count, self.count + len(rows), device=rows.device) % HELD_OUT == HELD_OUT - 1
         sums = [part.T @ part for part in (rows[~is_held_out], rows[is_held_out])]
@@ -77,15 +77,15 @@ class Moments:
         self.inputs, self.targets = slice(inputs.shape[1]), slice(inputs.shape[1], None)
 
     def fit(self, whole: bool = True) -> Fit:
-        """Return the ridge regression with the strength that is best on the held-out pairs.
+        """Fit a ridge regression with the strength that has the least error on the held-out pairs.
 
         Args:
-            whole: Fit it to the held-out pairs, too, in the end.
+            whole: Fit the returned map to all pairs; otherwise, only to those that are not held out.
 
         Source: Hoerl and Kennard 1970, Technometrics 12(1); the map minimizes |Y - XW - b|² + ridge |W|².
 
         Raises:
-            ValueError: There are too few pairs, or they are not finite, or all alike.
+            ValueError: There are fewer than ``MIN_PAIRS`` pairs, or embeddings are not finite or all alike.
         """
         fitted, held_out = (sums.cpu() for sums in self.sums)
         if self.count < MIN_PAIRS or not (fitted + held_out).isfinite().all():
@@ -110,7 +110,7 @@ class Moments:
         return Fit(weight_IP.T.float().contiguous(), bias_P.float(), about)
 
     def _decomposed(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return all means, eigenvalues and eigenvectors of XᵀX, centered, and XᵀY in their basis, (I, P)."""
+        """Return all channels' means; eigenvalues and eigenvectors of the centered XᵀX; XᵀY in their basis, (I, P)."""
         means = sums[0, 1:] / sums[0, 0]
         scatter = scatter_about(sums, means)
         values_I, basis_II = torch.linalg.eigh(scatter[self.inputs, self.inputs])
@@ -118,7 +118,10 @@ class Moments:
 
 
 def scatter_about(sums: Tensor, means: Tensor) -> Tensor:
-    """Return the second moments of all channels about given means, from the sums of products with a leading 1."""
+    """Return the sums of products of all channels after subtracting ``means``, (I + P, I + P).
+
+    ``sums`` has the products before the subtraction, with a leading channel of ones, (1 + I + P, 1 + I + P).
+    """
     count, totals = sums[0, 0], sums[0, 1:]
     crossed = torch.outer(means, totals)
     return sums[1:, 1:] - crossed - crossed.T + count * torch.outer(means, means)

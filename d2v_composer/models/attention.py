@@ -47,9 +47,9 @@ class Alibi(nn.Module):
 
     Args:
         num_columns: Columns of the grid of patches; 1 for a sequence, whose distances are |i - j|.
-        num_heads: H. Heads from ``num_alibi_heads`` on have no bias.
-        num_alibi_heads: Heads with a bias; their slopes are those of a model with this many heads.
-        num_extra_tokens: E; they precede the patches.
+        num_heads: Number of heads, H. Heads from ``num_alibi_heads`` on have no bias.
+        num_alibi_heads: Number of heads with a bias, which have the slopes of a model with so many heads.
+        num_extra_tokens: Number of tokens before the patches, E.
     """
 
     def __init__(self, num_columns: int, *, num_heads: int, num_alibi_heads: int, num_extra_tokens: int) -> None:
@@ -93,7 +93,7 @@ class Alibi(nn.Module):
         return pad(alibi_slopes(self.num_alibi_heads), (0, self.num_heads - self.num_alibi_heads))
 
     def build(self, num_tokens: int, slopes_H: Tensor | None = None) -> Tensor:
-        """Compute the bias for T tokens, (1, H, T, T) float32, where the slopes are; default on the CPU."""
+        """Compute the bias for T tokens, (1, H, T, T) float32, on the device of the slopes, by default the CPU."""
         slopes_H = self.slopes() if slopes_H is None else slopes_H
         # Not arange: a program that torch.export writes would name the device.
         index_N = slopes_H.new_full((num_tokens - self.num_extra_tokens,), 1.0).cumsum(0) - 1
@@ -104,10 +104,12 @@ class Alibi(nn.Module):
 def attention_bias(
     alibi: Alibi | None, x_BTD: Tensor, padding_mask: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor | None:
-    """Return ALiBi's bias, (1, H, T, T), or (B, H, T, T) with -inf for padded keys; ``None`` without both.
+    """Return the attention bias of ALiBi and padding: (1, H, T, T), or (B, H, T, T) with -inf for padded keys.
+
+    Without ALiBi, a bias for padding alone is (B, 1, 1, T); without either, ``None``.
 
     Args:
-        alibi: ``None``: no ALiBi; then a bias for padding alone is (B, 1, 1, T).
+        alibi: The module that computes ALiBi's bias; ``None`` for no ALiBi.
         x_BTD: The blocks' input.
         padding_mask: (B, T), true for padding.
         scale: See :meth:`Alibi.forward`.
@@ -121,7 +123,7 @@ def attention_bias(
 
 
 def aligned(bias: Tensor) -> Tensor:
-    """Return the bias with rows aligned for the attention kernels; in a program of any length, unchanged."""
+    """Return a bias with rows aligned for the attention kernels; a bias that is traced for any length, unchanged."""
     return bias if isinstance(bias.shape[-1], torch.SymInt) else pad_rows(bias)[..., : bias.shape[-1]]
 
 

@@ -176,7 +176,7 @@ class LogMel(nn.Module):
 
         Args:
             waveforms: (B, L) float in [-1, 1], 16 kHz.
-            lengths: (B,) samples; ``None``: nothing is padded.
+            lengths: Number of samples in each clip, (B,); ``None``: nothing is padded.
         """
         padding_BL = None if lengths is None else beyond(lengths, waveforms.shape[1])
         waveforms = waveforms.float()
@@ -206,8 +206,8 @@ class EatEncoder(Sound, Data2Vec2Encoder):
     """EAT's: log-mel spectrogram, patch embedding, fixed positions, CLS, LayerNorm, ``prenet_depth`` blocks.
 
     Inputs are waveforms, (B, L) float in [-1, 1], 16 kHz mono. A spectrogram has ``target_length`` frames. A shorter
-    clip is filled up, as in pre-training, and no token is padding. A longer one loses its end, unless :meth:`windows`
-    divides it.
+    clip is filled up, as in pre-training, and no token is padding. A longer clip is cut off, unless :meth:`windows`
+    divides it before.
     """
 
     config: EatEncoderConfig

@@ -27,7 +27,7 @@ from d2v_composer.system.errors import InputError
 def frozen_use() -> Iterator[None]:
     """Compute without gradients; this is safe even if a training step follows in the same autocast region.
 
-    Autocast would keep the trained weights that it casts here, without gradient, and use them in that step.
+    Otherwise, autocast would keep weights that it casts here, without gradient, and use them in the training step.
     """
     caches_casts = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(caches_casts and not torch.is_grad_enabled())
@@ -104,8 +104,8 @@ class Projection(Freezable):
         linear: D → P; default the identity.
 
     Attributes:
-        num_outputs: P; 0: nothing follows the pooling, which gives D channels.
-        norm: The teacher's final norm, which a student's output passes first.
+        num_outputs: P, the number of outputs of ``linear``; 0 without it: then embeddings have D channels.
+        norm: The teacher's final norm, which is applied to a student's output before the pooling.
     """
 
     def __init__(self, pooling: Pooling = "cls", linear: nn.Linear | None = None) -> None:
@@ -124,16 +124,17 @@ class Backbone(nn.Module, ABC):
     """Base of models: an encoder, and layers that turn its tokens into features.
 
     Args:
-        encoder: Not copied: other models may hold it too.
+        encoder: The encoder; it is not copied, so that models can share it.
         config: The sizes of the layers after the encoder.
         provenance: Origin of the weights, stored in files that are derived from them.
 
     Attributes:
         embed_dim: Channels of features and embeddings; the encoder's, unless a student is narrower.
-        layer_mean: How this model computes its ``layer_mean`` embeddings.
-        head: The classifier of a fine-tuned student's embeddings, d → classes, or ``None``.
-        projection: A :class:`Projection`, which trained, or is the teacher's; or ``None``.
-        alignment: An :class:`~d2v_composer.models.alignment.Alignment` with the teacher's embeddings, or ``None``.
+        layer_mean: Settings with which this model computes its ``layer_mean`` embeddings.
+        head: The classifier of a fine-tuned student's embeddings, a module, or ``None``.
+        projection: The :class:`Projection` to ``projected_cls``, the teacher's or a trained one; or ``None``.
+        alignment: The :class:`~d2v_composer.models.alignment.Alignment` that maps embeddings to ``projected_cls``, if a
+            map was fitted; or ``None``.
     """
 
     def __init__(self, encoder: Encoder, config: Any, provenance: dict[str, Any] | None = None) -> None:
@@ -150,10 +151,10 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def features(self, tokens: Tokens) -> Features:
-        """Return the features of the encoder's tokens; each is computed when it is read."""
+        """Return the model's features, given the encoder's tokens; they are computed only when they are read."""
 
     def flop(self) -> int:
-        """Return the operations for all embeddings of one input; see :meth:`Encoder.flop`."""
+        """Return the number of operations for all embeddings of one input; see :meth:`Encoder.flop`."""
         return sum(count_flop(self, lambda: self.embed_all(self.encoder.example(1))).values())
 
     @property
@@ -162,7 +163,7 @@ class Backbone(nn.Module, ABC):
         return []
 
     def checkpoint_activations(self, enable: bool = True) -> None:
-        """Recompute activations in the backward pass (``enable``), or keep them in memory; a teacher has none."""
+        """Recompute activations in the backward pass (``enable``), or keep them in memory; by default, do nothing."""
 
     @property
     def num_extra_tokens(self) -> int:
@@ -260,14 +261,14 @@ class Backbone(nn.Module, ABC):
         """Compute every embedding in one forward pass, without gradient; for gradients, use :meth:`represent`.
 
         Args:
-            images, lengths: As for :meth:`embed`.
-            layer_mean: How to compute ``layer_mean``, to compare with another model; default: as this one does.
+            images, lengths: See :meth:`embed`.
+            layer_mean: Settings with which ``layer_mean`` is computed, to compare models; default: this model's.
 
         Returns:
             ``{representation}_{pooling}`` → (B, D) float32. Representations: ``output`` of the last block, and
             ``layer_mean``, norm_mean of the FFN outputs. Poolings: ``cls`` (if the model has that token), ``mean``
-            and ``mean_patches``. ``projected_cls``, (B, P), is in the space of the teacher's own image embedding, if
-            the model has one.
+            and ``mean_patches``. ``projected_cls``, (B, P), which some models have, is in the space of another model's
+            embedding, such as the teacher's own image embedding.
 
         Raises:
             ValueError: The images have another shape or dtype.
@@ -301,8 +302,8 @@ class Backbone(nn.Module, ABC):
                 over ``encoder.config.image_std``, by channel. For data2vec 2.0 these are ImageNet's, (0.485, 0.456,
                 0.406) and (0.229, 0.224, 0.225), for a timm model its own. For an audio model waveforms: (B, L) float
                 from -1 to 1, 16 kHz mono, normalized here.
-            pooling: ``cls``, ``mean`` of all tokens, or ``mean_patches`` (of frames, too); default: ``cls``, or
-                ``mean_patches`` of a model without that token, such as any of audio.
+            pooling: ``cls``, ``mean`` of all tokens, or ``mean_patches``, of patches or frames; default: ``cls`` or,
+                for a model without CLS, such as data2vec 2.0's of audio, ``mean_patches``.
             representation: ``output`` of the last block; ``layer_mean``, the norm_mean of the FFN outputs that the loss
                 regresses; or ``projected``, which has its own pooling.
             lengths: Samples of each waveform of a padded batch, (B,) int64.
@@ -326,11 +327,11 @@ class Transformer(Backbone):
     """Blocks that return their FFN outputs, on an encoder.
 
     Args:
-        encoder, config, provenance: As for :class:`Backbone`.
+        encoder, config, provenance: See :class:`Backbone`.
         blocks: The blocks after the encoder.
 
     Attributes:
-        norm: Follows the last block; an Identity unless the model has a final norm.
+        norm: The final norm, after the last block; an Identity in models without one.
     """
 
     norm: nn.Module
@@ -351,13 +352,13 @@ class Transformer(Backbone):
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
         """Return each block's context for an input: an attention bias or, for instance, rotary positions.
 
-        It is (1, H, T, T), or (B, H, T, T) with ``padding_mask``, (B, T), of keys to leave out.
+        A bias is (1, H, T, T), or (B, H, T, T) with ``padding_mask``, (B, T), which is true for keys to leave out.
         """
 
     def iterate_blocks(
         self, x: Tensor, needs_last_output: bool = True, padding_mask: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the output and the FFN output of each block, (B, T, D) each, from :meth:`encode`'s (B, T, D)."""
+        """Yield the output and the FFN output of each block, (B, T, D) each, given the encoder's tokens, (B, T, D)."""
         last = self.block_list[-1]
         for block, context in zip(self.block_list, self.block_contexts(x, padding_mask), strict=True):
             x, ffn_output_BTD = block(x, context, needs_last_output or block is not last)
@@ -377,7 +378,7 @@ class Transformer(Backbone):
         )
 
     def forward_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Return the model's output and every FFN output, (B, T, D) each, from :meth:`encode`'s (B, T, D).
+        """Return the model's output and every FFN output, (B, T, D) each, given the result of :meth:`encode`.
 
         ``padding_mask``, (B, T), is true for tokens that no other token may see.
 

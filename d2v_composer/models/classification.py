@@ -32,18 +32,18 @@ class Classifier(ComposerModel):
     Parameters on which the embedding does not depend, such as the last norm for ``layer_mean``, are frozen.
 
     Args:
-        backbone: Student or teacher; changed: what trains takes a gradient.
-        num_classes: C.
+        backbone: Student or teacher; ``requires_grad`` of its parameters is changed.
+        num_classes: Number of classes, C.
         representation: Representation of the embedding.
-        pooling: Pooling of the embedding; default as for
+        pooling: Pooling of the embedding; default: see
             :meth:`~d2v_composer.models.backbone.Backbone.embed`.
         train_encoder: Train the encoder too, except fixed positions.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
 
     Attributes:
         head: Linear, (D) → (C), initially zeros.
-        depth_of_trained: Name of each trained parameter → its depth: 0 before the blocks, then the number of its
-            block, the encoder's first; the head's is the number of blocks + 1.
+        depth_of_trained: Name of each trained parameter → its depth: 0 before the first block; in a block, the block's
+            number from 1, counted through encoder and backbone; in the head, the number of blocks + 1.
     """
 
     def __init__(

@@ -1,11 +1,17 @@
 """Configs of encoders, teachers and students, checked wherever they come from. Neither torch nor timm is imported: they
 load slowly.
 
-An encoder's config has, as a field or otherwise: ``modality`` (the name of its inputs in a batch),
-``num_extra_tokens`` before the patches or frames (CLS and registers), ``has_cls_token`` (the first of them is CLS),
-``num_columns`` (of the grid of patches; 1 for a sequence), ``norm_eps`` (of a student's LayerNorms, too),
-``is_normalized`` (by a LayerNorm: a pre-norm residual stream has no bounded scale), ``preprocessing`` (what prepares
-inputs, by name), ``timm_preprocessing`` (the same in timm's words) and ``recipe`` (the YAML to train with).
+An encoder's config has these attributes:
+
+- ``modality``: the name of its inputs in a batch;
+- ``num_extra_tokens``: number of tokens before the patches or frames, CLS and registers;
+- ``has_cls_token``: true if the first extra token is CLS;
+- ``num_columns``: columns of the grid of patches; 1 for a sequence;
+- ``norm_eps``: eps of LayerNorms, a student's, too;
+- ``is_normalized``: true if the tokens have passed a LayerNorm; a pre-norm residual stream has no bounded scale;
+- ``preprocessing``: names of the fields that tell how inputs are prepared;
+- ``timm_preprocessing``: the same as fields of timm's data config;
+- ``recipe``: the YAML to train with.
 """
 
 import math
@@ -60,7 +66,7 @@ def parse_image_size(image_size: Any) -> ImageSize:
     """Return an image size from any source: pixels per side, or (height, width) if they differ.
 
     Raises:
-        ValueError: It is neither a number of pixels, nor two, nor text such as '112x168'.
+        ValueError: The size is neither a number of pixels, nor two, nor text such as '112x168'.
     """
     shape = image_size if isinstance(image_size, tuple) else (image_size,)
     if isinstance(image_size, str) and re.fullmatch(r"\d{1,9}(x\d{1,9})?", image_size):
@@ -92,7 +98,7 @@ class Config(BaseModel):
         self.check()
 
     def check(self) -> None:
-        """Raise ValueError if values contradict each other; each alone is within its limits."""
+        """Raise ValueError if values that are within their own limits contradict each other."""
 
     def changed(self, **values: Any) -> Self:
         """Return a copy with these values changed."""
@@ -212,7 +218,7 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
 
     kind: Literal["audio"] = "audio"
     extractor_mode: Literal["layer_norm", "default"] = "layer_norm"
-    """``layer_norm``: LayerNorm after each convolution; ``default``: GroupNorm over time after the first alone."""
+    """``layer_norm``: LayerNorm after each convolution; ``default``: only GroupNorm over time after the first one."""
     feature_encoder_spec: str = Field(
         default="[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]", max_length=1000
     )
@@ -257,10 +263,10 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
 def parse_convolutions(spec: str) -> list[tuple[int, int, int]]:
     """Return (channels, kernel, stride) of each convolution of ``feature_encoder_spec``.
 
-    It is a Python expression, which fairseq evaluates. Here nothing but lists of tuples, ``*`` and ``+`` is read.
+    fairseq evaluates the text as Python. Here, only lists of tuples, ``*`` and ``+`` are read.
 
     Raises:
-        ValueError: It is another expression, or a number is out of range.
+        ValueError: The text has anything else, or a number is out of range.
     """
     layers = list[tuple[int, int, int]]()
     for text in spec.replace(" ", "").split("+"):
@@ -272,7 +278,7 @@ def parse_convolutions(spec: str) -> list[tuple[int, int, int]]:
         sizes = [int(number) for number in re.findall(r"\d+", part[1])]
         for size in sizes:
             check_whole("a size in feature_encoder_spec", size, 1, MAX_WIDTH)
-        # No longer than what is too long.
+        # Not repeated more often than is too often in any case.
         layers += [*zip(sizes[::3], sizes[1::3], sizes[2::3], strict=True)] * min(
             int(part[2] or 1), MAX_CONVOLUTIONS + 1
         )
@@ -287,7 +293,7 @@ class EatEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
     target_length: int = Field(default=1024, ge=EAT_PATCH, multiple_of=EAT_PATCH)
     """Frames of a spectrogram, one each 10 ms."""
     max_length: int = Field(default=768, ge=1, le=MAX_PATCHES)
-    """Rows of patches for which there are positions."""
+    """Number of rows of patches that have positions."""
     log_mel_mean: float = -4.268
     log_mel_std: PositiveFloat = 4.569
     preprocessing: ClassVar = ("sample_rate", "target_length", "log_mel_mean", "log_mel_std")
@@ -381,7 +387,7 @@ class TeacherConfig(Config):
 
 _SIZES = yaml.safe_load(Path(__file__).with_name("released.yaml").read_text("utf-8"))
 RELEASED = {name: TeacherConfig(**sizes) for name, sizes in _SIZES.items()}
-"""Sizes of Meta's models and of EAT's; those without a modality are of images."""
+"""Name → sizes of Meta's models and of EAT's; a name without a modality is an image model."""
 
 
 class BlockSizes(BaseModel):
@@ -409,8 +415,8 @@ class StudentConfig(BlockSizes, Config):
     final_layer_norm: bool = True
     """End target, prediction and ``layer_mean`` with a LayerNorm."""
     projection: NumOutputs | None = None
-    """Width of the layer that ends ``projected_cls``: of the teacher's head, or of a narrower student's own; 0: the
-    encoder's. ``None``: there is no such embedding."""
+    """Width of the last layer before ``projected_cls``: the teacher's head, or a narrower student's own layer; 0: the
+    encoder's width. ``None``: the student has no ``projected_cls``."""
     average_top_k_layers: ClassVar = None  # a target's
 
 
@@ -423,7 +429,7 @@ class TimmNetworkConfig(TimmConfig):
     final_layer_norm: bool = True
     """End target and prediction with a LayerNorm."""
     projection: Width | None = None
-    """Outputs of timm's classifier, which are ``projected_cls``; ``None``: it is not trained."""
+    """Number of outputs of timm's classifier, which compute ``projected_cls``; ``None``: no ``projected_cls``."""
     num_extra_tokens: ClassVar = 0
     has_cls_token: ClassVar = True  # the pooled feature
     average_top_k_layers: ClassVar = None  # a target's

@@ -19,10 +19,10 @@ from d2v_composer.models.configs import Config, EncoderConfig
 
 
 def count_flop(model: nn.Module, compute: Callable[[], object]) -> dict[Any, int]:
-    """Return the operations of a model's computation in eval mode, 2 per multiply-accumulate.
+    """Count the operations of a model's computation in eval mode, 2 per multiply-accumulate.
 
     Returns:
-        Operator of torch → its operations. ``aten.bmm`` has those of attention.
+        Operator of torch → number of operations. ``aten.bmm`` stands for attention.
     """
     was_training = model.training
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
@@ -37,16 +37,16 @@ class Inputs(NamedTuple):
 
     values: Tensor
     """Images, (B, 3, S, S) float, already normalized; or uint8 of any size, which the encoder resizes (antialias) and
-    normalizes. Or waveforms, (B, L) float, which it normalizes."""
+    normalizes. Or waveforms, (B, L) float, which the encoder normalizes."""
     lengths: Tensor | None = None
-    """Samples of each waveform of a padded batch, (B,) int64; ``None``: nothing is padded."""
+    """Number of samples of each waveform in a padded batch, (B,) int64; ``None``: nothing is padded."""
     window_weights: Tensor | None = None
     """The weight of each of W windows in the embeddings of B clips, (B, W), if ``values`` are windows, (B·W, …)."""
 
     def filled_up(self, missing: int) -> "Inputs":
         """Return the batch with black images or silence at its end, and padded clips at one of a few sizes.
 
-        A compiled model needs a graph for each size; there are eight from a power of two to the next.
+        A compiled model needs a graph for each size; there are eight sizes from a power of two to the next.
         """
         values, lengths, _ = self
         size, more = values.shape[-1], 0
@@ -66,7 +66,7 @@ class Tokens(NamedTuple):
     window_weights: Tensor | None = None
     """See :class:`Inputs`."""
     pooled: Tensor | None = None
-    """(B, P), of a model that pools its features itself."""
+    """The pooled feature, (B, P), of a model that pools its features itself."""
 
 
 class Freezable(nn.Module):
@@ -91,8 +91,8 @@ class Freezable(nn.Module):
     def cast_weights(self, dtype: torch.dtype) -> Self:
         """Cast the weights of linear and convolution layers to autocast's dtype once, instead of in every step.
 
-        Other modules are cast if they say ``is_cast``. Norms, positions and extra tokens keep float32, in which
-        autocast computes with them.
+        Other modules are cast if their attribute ``is_cast`` is true. Norms, positions and extra tokens keep float32,
+        in which autocast computes with them.
         """
         for layer in self.modules():
             if getattr(layer, "is_cast", isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)):
@@ -103,12 +103,13 @@ class Freezable(nn.Module):
 class Encoder(Freezable):
     """Base of encoders: inputs to tokens, then blocks. Only the subclasses depend on the modality.
 
-    Models that hold the same encoder share it: a step runs it once. It trains unless it is frozen.
+    Models may share an encoder, which a step then runs once. An encoder trains unless it is frozen.
 
     Attributes:
-        alibi: The bias of its blocks, if they have one.
-        half_residual: Keep the residual stream of these and of a teacher's blocks in autocast's dtype, not in float32.
-        baseline: The name of :meth:`raw` in tables.
+        alibi: ALiBi's bias for the encoder's blocks, if they have one.
+        half_residual: Keep the residual stream of the encoder's and the teacher's blocks in autocast's dtype, not in
+            float32.
+        baseline: The name of the embedding :meth:`raw` in tables.
         input_name: The name of the inputs in an exported program.
     """
 
@@ -124,7 +125,7 @@ class Encoder(Freezable):
 
     @property
     def embed_dim(self) -> int:
-        """D."""
+        """Number of channels, D."""
         return self.config.embed_dim
 
     @property
@@ -157,7 +158,7 @@ class Encoder(Freezable):
         """Return the first block's input, (B, T, D)."""
 
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
-        """Return each block's context, optionally followed by the contexts of a teacher's blocks."""
+        """Return each block's context, perhaps followed by the contexts of a teacher's blocks."""
         return []
 
     @abstractmethod
@@ -178,7 +179,7 @@ class Encoder(Freezable):
 
     @property
     def free_axes(self) -> dict[int, tuple[str, int, int]]:
-        """The dimensions of inputs that an exported program leaves free: name, smallest and largest size."""
+        """Dimension of the inputs that an exported program leaves free → its name, smallest and largest size."""
         return {0: ("batch", 1, 1 << 16)}
 
     def windows(self, inputs: Inputs) -> Inputs:
@@ -193,7 +194,7 @@ class Encoder(Freezable):
             num_samples: Length of the padded inputs; default the longest of ``lengths``.
 
         Raises:
-            ValueError: A length is too short; or the inputs have none.
+            ValueError: A length is out of range, or inputs of this kind have no lengths.
         """
         if lengths is not None:
             raise ValueError(f"lengths: {self.config.modality} inputs have none")
@@ -214,7 +215,7 @@ class Encoder(Freezable):
         return Tokens(x_BTD, padding_mask, inputs.window_weights)
 
     def flop(self) -> int:
-        """Return the operations for one input, the config's image or a second of audio."""
+        """Return the number of operations for one input, the config's image or a second of audio."""
         return sum(count_flop(self, lambda: self(Inputs(self.example(1)))).values())
 
 
@@ -257,7 +258,10 @@ class Data2Vec2Encoder(Encoder):
     def block_contexts(
         self, x_BTD: Tensor, padding_mask: Tensor | None = None, layers: range | None = None
     ) -> list[Tensor | None]:
-        """Return the attention bias of each layer of the encoder, or also of a teacher's layers after it."""
+        """Return the attention bias of each layer in ``layers``, counted through encoder and teacher.
+
+        By default, these are the encoder's layers.
+        """
         layers = range(len(self.block_list)) if layers is None else layers
         scales = [None] if self.alibi_scale is None else self.alibi_scale
         if len(scales) == 1:

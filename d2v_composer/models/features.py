@@ -17,7 +17,7 @@ Layers = Iterable[tuple[Tensor, Tensor]]
 
 
 def mean_over_time(x_BTD: Tensor, num_extra_tokens: int = 0, padding_mask: Tensor | None = None) -> Tensor:
-    """Return the mean over tokens, (B, 1, D), without extra tokens and padding, (B, T) true."""
+    """Return the mean over tokens, (B, 1, D), without the extra tokens and those where ``padding_mask`` is true."""
     x_BTD = x_BTD[:, num_extra_tokens:]
     if padding_mask is None:
         return x_BTD.mean(dim=1, keepdim=True)
@@ -27,13 +27,13 @@ def mean_over_time(x_BTD: Tensor, num_extra_tokens: int = 0, padding_mask: Tenso
 
 @dataclass(eq=False)
 class Features:
-    """The results of a model's blocks, which run again each time a result is read.
+    """The results of a model's blocks. The blocks run again each time that a result is read.
 
-    So a layer is freed once it was used, and nothing is computed that nobody reads.
+    A layer's memory is therefore freed as soon as the layer has been read, and nothing is computed that nobody reads.
     """
 
     run: Callable[[bool], Layers]
-    """Runs the blocks; if its argument is false, without the last block's output, which is then ``None``."""
+    """Runs the blocks, and yields each one's results; if its argument is false, the last block's output is ``None``."""
     num_layers: int
     """Number of blocks."""
     norm: Callable[[Tensor], Tensor]
@@ -41,15 +41,15 @@ class Features:
     num_extra_tokens: int
     """Number of leading tokens that are neither patches nor frames."""
     has_cls_token: bool
-    """True if the first of these tokens is CLS."""
+    """True if the first extra token is CLS."""
     padding_mask: Tensor | None = None
     """(B, T), true for padding."""
     window_weights: Tensor | None = None
     """See :class:`~d2v_composer.models.encoder.Inputs`."""
     pooled: Tensor | None = None
-    """(B, P), the model's own pooled feature, in place of CLS."""
+    """The model's own pooled feature, (B, P), if it takes the place of CLS."""
     project: Callable[["Features", Tensor], Tensor] | None = None
-    """Computes the embedding ``projected_cls``, (B, P), of these features and their output; ``None``: there is none."""
+    """Computes ``projected_cls``, (B, P), from these features and the output; ``None`` without this embedding."""
 
     @classmethod
     def of_layer(cls, x_BTD: Tensor, num_extra_tokens: int, has_cls_token: bool, **fields: Any) -> "Features":
@@ -57,7 +57,7 @@ class Features:
         return cls(lambda _: [(x_BTD, x_BTD)], 1, nn.Identity(), num_extra_tokens, has_cls_token, **fields)
 
     def layers(self, source: TargetSource = "ffn") -> Iterator[Tensor]:
-        """Yield each block's FFN output, or its output, (B, T, D)."""
+        """Yield each block's FFN output or, with the source ``block``, its output, (B, T, D)."""
         if source == "ffn":
             return (ffn_output for _, ffn_output in self.run(False))
         return (output for output, _ in self.run(True))
@@ -110,7 +110,7 @@ class Features:
         return replace(self, run=lambda _: layers)
 
     def poolings(self, x_BTD: Tensor, prefix: str = "") -> dict[str, Tensor]:
-        """Return every pooling of (B, T, D) by prefix and name, (B, D) float32; windows are averaged over the clip."""
+        """Return prefix + name → pooling of (B, T, D), (B, D) float32; a clip's windows are averaged by ``shares``."""
         x_BTD = x_BTD.float()
         cls_BP = x_BTD[:, 0] if self.pooled is None else self.pooled.float()
         pooled = {"cls": cls_BP} if self.has_cls_token else {}

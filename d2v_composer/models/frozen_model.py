@@ -21,10 +21,10 @@ HEAD_DIM = 64  # channels of a student's attention head
 
 
 class ModuleEncoder(PixelEncoder):
-    """An encoder that calls the module.
+    """An encoder that calls a module.
 
     Args:
-        module: (B, 3, S, S) float, normalized → (B, N, D).
+        module: Maps normalized images, (B, 3, S, S) float, to tokens, (B, N, D).
         config: Preprocessing and sizes.
     """
 
@@ -44,8 +44,8 @@ class FrozenModel(Teacher):
     Args:
         module: Maps images, (B, 3, height, width) float and normalized, to tokens, (B, N, D): CLS, if there is one,
             then the patches, row by row.
-        source: Where its weights come from; a student's files say so.
-        license: The license of its weights.
+        source: Origin of the module's weights, which a student's files record.
+        license: License of the module's weights.
         **sizes: ``image_size``, pixels per side or (height, width); ``grid_size``, rows and columns of patches;
             ``has_cls_token``; ``image_mean`` and ``image_std`` of each channel, for pixels from 0 to 1, by default
             ImageNet's.

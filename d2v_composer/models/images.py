@@ -18,7 +18,7 @@ from d2v_composer.models.encoder import Data2Vec2Encoder, Encoder, Inputs
 SIDE_OF_PIXELS = 32  # CIFAR's
 # An encoder's outputs in a file: how many, and the prime that spreads them over tokens and channels.
 NUM_OUTPUTS, OUTPUT_STEP = 32, 1_000_003
-# Relative to the norm. Another processor or runtime rounds float32 to less.
+# Largest difference, relative to the norm. Other processors and runtimes round float32 with smaller differences.
 OUTPUT_TOLERANCE = 1e-4
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,8 @@ class PixelEncoder(Encoder):
     """The part that all image encoders share: resizing, normalization and baseline.
 
     Attributes:
-        is_first: True until float images have come that are not an example; those are checked, and later ones would
-            cost a GPU time.
+        is_first: True until the first float images that are not all of one value. Only these are checked for their
+            normalization, because the check makes a GPU wait.
     """
 
     image_mean: Tensor
@@ -126,7 +126,7 @@ class ImageEncoder(PixelEncoder, Data2Vec2Encoder):
 
 
 def resize(images: Tensor, shape: tuple[int, int], mode: str) -> Tensor:
-    """Resize uint8 images to (B, 3, *shape) with antialiasing; whole numbers from 0 to 255."""
+    """Resize uint8 images to (B, 3, *shape) with antialiasing; the results are whole numbers from 0 to 255."""
     if images.device.type == "cpu":
         # The kernel is fastest on channels last, all that follows on contiguous images.
         return interpolate(images, shape, mode=mode, antialias=True).contiguous()

@@ -13,11 +13,11 @@ DATA2VEC2 = "data2vec2"
 TIMM_PREFIX = "timm/"
 """Prefix of a timm model's name."""
 PACKAGE_PREFIX = "ext/"
-"""Prefix of a teacher's name that is an installed package's, or that ``train_student`` is given."""
+"""Prefix of the name of a teacher that an installed package offers, or that ``train_student`` is given."""
 ENTRY_POINTS = "d2v_composer.teachers"
 """Group of entry points: each is called with ``teacher.checkpoint`` and returns a teacher."""
 PROJECTED = "projected_cls"
-"""The embedding in the space of the teacher's own image embedding, whatever it pools."""
+"""Name of the embedding in the space of another model's, such as the teacher's own image embedding, however pooled."""
 Pooling = Literal["cls", "mean", "mean_patches"]
 Representation = Literal["output", "layer_mean", "projected"]
 PrecisionName = Literal["fp32", "amp_bf16", "amp_fp16"]
@@ -32,7 +32,7 @@ Normalization = Literal["instance", "layer"]
 (``layer_norm_target_layer``): it keeps each channel's mean over time, which a mean pooling sees.
 """
 TargetNormalization = Literal["instance", "layer", "dataset"]
-"""The same of a target; ``dataset`` is by fixed numbers of each layer and channel."""
+"""Normalization of each layer of a target; ``dataset`` is by a fixed mean and deviation of each layer and channel."""
 TargetSource = Literal["ffn", "block"]
 """Layers of the target: the teacher's FFN outputs, or its blocks' outputs."""
 TokenLoss = Literal["mse", "cosine_smooth_l1"]
@@ -65,7 +65,7 @@ class Embedding(NamedTuple):
         """Read ``representation`` and ``pooling`` from a mapping; other keys are ignored.
 
         Raises:
-            LookupError, TypeError, ValueError: One is missing or unknown.
+            LookupError, TypeError, ValueError: A key is missing, or its value unknown.
         """
         check_choice("representation", fields["representation"], Representation)
         check_choice("pooling", fields["pooling"], Pooling)
@@ -75,15 +75,15 @@ class Embedding(NamedTuple):
 EMBEDDINGS = [
     *dict.fromkeys(Embedding(kind, pooling).name for kind in get_args(Representation) for pooling in get_args(Pooling))
 ]
-"""The names of all embeddings; without CLS, a model lacks the first of each representation."""
+"""The names of all embeddings; a model without CLS lacks those with the pooling ``cls``."""
 
 
 def find_primary(primary: str, names: Collection[str]) -> str:
     """Return the name of the embedding to report as a model's primary embedding.
 
     Args:
-        primary: The embedding asked for. For ``layer_mean`` and ``projected``, the output will do: the bare encoder has
-            neither.
+        primary: The embedding asked for. In place of ``layer_mean`` or ``projected``, which the encoder alone lacks,
+            ``output`` is found.
         names: The model's embeddings; a single one without a name ('') is its own primary embedding.
 
     Raises:
@@ -99,7 +99,7 @@ def timm_name(model: str) -> str:
     """Return the NAME of ``timm/NAME``.
 
     Raises:
-        ValueError: It has another form, or timm has no such model.
+        ValueError: The name has another form, or timm has no such model.
     """
     import timm  # takes seconds
 

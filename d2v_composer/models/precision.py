@@ -16,7 +16,7 @@ class Precision(NamedTuple):
     trainer: str
     """Precision of Composer's Trainer."""
     cpu_bf16: bool
-    """The model autocasts to bfloat16 itself: on a CPU, the Trainer does not support amp_bf16."""
+    """True if the model must autocast to bfloat16 itself, because on a CPU the Trainer does not support amp_bf16."""
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:

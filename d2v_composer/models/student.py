@@ -21,14 +21,15 @@ Init = Literal["random", "teacher_attention", "teacher_blocks"]
 class Student(Transformer):
     """The student: an encoder, and blocks that train.
 
-    A student narrower than its encoder reads the tokens through a linear layer, ``input_proj``. A head of this student
-    has at least as many channels as one of the encoder; there is at least one head.
+    A student narrower than its encoder reads the tokens through a linear layer, ``input_proj``. Its attention heads are
+    at least as wide as the encoder's, unless the student has only one head.
 
     Args:
-        encoder: The teacher's, or the student's own.
+        encoder: The teacher's encoder, or the student's own.
         config: Sizes.
         provenance: Origin of teacher and student, stored in exported files.
-        projection: The teacher's, if the config has one; a narrower student has its own, a linear layer.
+        projection: The teacher's projection, used if the config has a ``projection``; a narrower student has its own, a
+            linear layer.
 
     Attributes:
         input_proj: D → d; the identity at the encoder's width.

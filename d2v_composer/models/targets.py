@@ -52,7 +52,7 @@ def norm_mean(
         num_extra_tokens: Leading time steps excluded from InstanceNorm's statistics.
         normalization: Normalization of each layer: ``instance``, InstanceNorm over time, or ``layer``, LayerNorm.
         final_layer_norm: Apply the last LayerNorm; data2vec 2.0's audio models do not.
-        padding_mask: (B, T), true for padding, which is excluded from the statistics too. What it gets means nothing.
+        padding_mask: (B, T), true for padding, which is excluded from the statistics, too. Results there mean nothing.
 
     Raises:
         ValueError: There are no layers.
@@ -89,8 +89,8 @@ def instance_norm_mean(
 class InstanceNormMean(torch.autograd.Function):
     """norm_mean with InstanceNorm, and its gradient in closed form.
 
-    It keeps the layers and the result. Autograd would keep several float32 tensors a layer, and its backward pass would
-    move almost three times the bytes.
+    Only the layers and the result are kept for the backward pass. Autograd would keep several float32 tensors for each
+    layer, and its backward pass would move almost three times the bytes.
     """
 
     @staticmethod
@@ -155,7 +155,7 @@ class LayerMean(NamedTuple):
     prediction: Prediction = "layer_mean"
     """What is regressed: ``layer_mean`` of the student's FFN outputs, or ``last_block``, its output, not normalized."""
     dataset_norm: bool = False
-    """Normalize the target's layers by fixed numbers of the data set, in place of ``normalization``."""
+    """Normalize the target's layers by a fixed mean and deviation over the data set instead of ``normalization``."""
     norm_mean: Callable[..., Tensor] = norm_mean
     """:func:`norm_mean`, or its compiled version."""
 
@@ -181,10 +181,10 @@ class LayerMean(NamedTuple):
 
         Args:
             features: The teacher's features.
-            norm_mean: Replaces the attribute, as a compiled one does.
+            norm_mean: Function to use instead of the attribute ``norm_mean``.
 
         Raises:
-            ValueError: There are fewer layers.
+            ValueError: The teacher has fewer layers than ``average_top_k_layers``.
         """
         top_k = features.num_layers if self.average_top_k_layers is None else self.average_top_k_layers
         check_whole("average_top_k_layers", top_k, 1, features.num_layers)
@@ -215,9 +215,9 @@ class LayerMean(NamedTuple):
         return pooled if features.project is None else pooled | {PROJECTED: features.project(features, output).float()}
 
     def names(self, has_cls_token: bool) -> list[str]:
-        """Return the names of all embeddings.
+        """Return the names of all embeddings of a model's output and ``layer_mean``.
 
-        Without a final LayerNorm, the mean over tokens of an instance-normalized layer is 0, which embeds nothing.
+        Without a final LayerNorm, means of an instance-normalized ``layer_mean`` are left out, because they are 0.
         """
         names = ["cls", "mean", "mean_patches"][not has_cls_token :]
         is_zero = self.normalization == "instance" and not self.final_layer_norm

@@ -30,15 +30,15 @@ class Teacher(Backbone, Freezable):
         """Return the encoder of a student that is blocks: this teacher's, or a new one, which trains.
 
         Raises:
-            ValueError: There is none with this teacher's tokens.
+            ValueError: No encoder for students can have this teacher's tokens.
         """
         return self.encoder
 
     def init_sources(self, init: Init) -> Sequence[nn.Module]:
-        """Return the attention modules or blocks from which a student's can be initialized.
+        """Return the attention modules or blocks from which a student's blocks can be initialized.
 
         Raises:
-            ValueError: The student's are of another kind.
+            ValueError: The teacher's blocks are of another kind than a student's.
         """
         raise ValueError(f"init: {init} needs a teacher whose blocks can be copied")
 
@@ -52,16 +52,16 @@ class Teacher(Backbone, Freezable):
             x: (B, T, D), from :meth:`encode`.
             extra_tokens: ``regress`` them like patches, ``drop`` them before InstanceNorm, as data2vec 2.0's
                 pre-training does, or regress them ``only``.
-            padding_mask: (B, T), true for padding, from :meth:`padding_mask`; its targets mean nothing.
-            **options: Further fields of :class:`~d2v_composer.models.targets.LayerMean`; default as in this
-                teacher's pre-training. ``average_top_k_layers`` is all of data2vec 2.0 base's, 18 of large's 24, 24 of
-                huge's 32, and all of any other teacher's.
+            padding_mask: (B, T), true for padding, from :meth:`padding_mask`; targets of padding mean nothing.
+            **options: Further fields of :class:`~d2v_composer.models.targets.LayerMean`; default: as in this
+                teacher's pre-training. ``average_top_k_layers`` is then a data2vec 2.0 model's own (for images, all of
+                base's, 18 of large's 24, 24 of huge's 32), and all blocks of any other teacher.
 
         Returns:
-            (B, T, D) float32; (B, N, D) without the extra tokens, (B, E, D) of these only.
+            (B, T, D) float32; without the extra tokens (B, N, D), or with these only (B, E, D).
 
         Raises:
-            ValueError: There are fewer blocks, or ``source`` or ``normalization`` is unknown.
+            ValueError: The teacher has fewer blocks than asked for, or ``source`` or ``normalization`` is unknown.
 
         Example:
             >>> y = teacher.targets(teacher.encode(images))
@@ -84,11 +84,11 @@ class Teacher(Backbone, Freezable):
         Args:
             init: ``random`` (the thesis), or copy the teacher's first blocks: ``teacher_attention``, or
                 ``teacher_blocks`` if the MLP ratios agree.
-            model: ``timm/NAME``: that model instead of blocks, of any architecture whose features have a grid. All of
-                it trains; it takes images of this teacher's size, normalized as for this teacher.
+            model: ``timm/NAME``, for a timm model of any architecture whose features have a grid. The whole model
+                trains; it takes images of this teacher's size, normalized as for this teacher.
             pretrained: Start from timm's weights of ``model``.
-            projected: Give it the embedding ``projected_cls``, in the space of this teacher's: by this teacher's own
-                frozen head; of a narrower student or a timm model by a linear layer, which trains.
+            projected: Give the student the embedding ``projected_cls``, in the space of this teacher's. The teacher's
+                own frozen head computes it; in a narrower student or a timm model, a linear layer that trains.
             **sizes: Fields of :class:`~d2v_composer.models.configs.StudentConfig`, such as ``depth``, ``mlp_ratio`` and
                 ``alibi``; default the thesis's, and ``final_layer_norm`` the teacher's.
 

@@ -1,4 +1,4 @@
-"""Students of any architecture: timm models with a grid of features; all but the classifier trains.
+"""Students of any architecture: timm models whose features have a grid; a classifier trains only if a loss reads it.
 
 Shapes: B images, S pixels per side, N cells of the grid, T tokens of a teacher, C channels, P of the pooled feature.
 """
@@ -90,7 +90,7 @@ class TimmNetwork(PixelEncoder):
         pretrained: Start from timm's weights, from the Hugging Face hub or its cache.
 
     Attributes:
-        options: With these, ``timm.create_model`` builds this model.
+        options: Options with which ``timm.create_model`` builds this model.
 
     Raises:
         ValueError: There is no such model, or its features have no grid.
@@ -121,7 +121,7 @@ class TimmNetwork(PixelEncoder):
         """Return the grid (height, width) of a feature map, or of tokens.
 
         Raises:
-            ValueError: They are neither.
+            ValueError: The features are neither.
         """
         if features.ndim == 4:
             height, width = features.shape[1:3] if self.is_channels_last else features.shape[2:]

@@ -37,7 +37,7 @@ from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
 
 CLASSES = (VisionTransformer, Eva, Beit)
-# What a file says of itself. Weights of another tag may have another preprocessing: the file's counts.
+# Fields in which a file may differ from timm: weights of another tag may have another preprocessing.
 OF_A_FILE = ("image_mean", "image_std", "interpolation", "timm", "outputs")
 # Parts of a model after its final norm.
 HEAD = ("attn_pool", "fc_norm", "head_drop", "head")
@@ -49,7 +49,7 @@ class Kind(NamedTuple):
     """How a class of timm's blocks differs from the others."""
 
     context: str = ""
-    """The attention's argument that takes the context; empty: none."""
+    """Name of the attention's argument that takes the context; empty if it takes none."""
     is_post_norm: bool = False
     """True if each branch ends with its LayerNorm, before the residual sum."""
     scale: str = "gamma_{}"
@@ -122,8 +122,8 @@ class FixedContexts(nn.Module):
     """The contexts of blocks, in a buffer that moves with the model and is stored in exported files.
 
     Args:
-        table: (1 or L, …): one context for all blocks, or one for each; ``None``: they need none.
-        num_blocks: L.
+        table: One context for all blocks, (1, …), or one for each, (L, …); ``None`` if blocks need none.
+        num_blocks: Number of blocks, L.
     """
 
     table: Tensor | None
@@ -176,7 +176,7 @@ def take_contexts(model: Any) -> FixedContexts:
 
 
 def take_relative_bias(model: Any) -> Tensor | None:
-    """Gather each block's own bias, and add the bias that all blocks share."""
+    """Remove the relative biases from a model, and return each block's own with the shared one added, if it has any."""
     attentions = [block.attn for block in model.blocks if block.attn.relative_position_bias_table is not None]
     biases = [gather(attention) for attention in attentions]
     if model.rel_pos_bias is not None:
@@ -198,8 +198,8 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None, num_
 
     Args:
         model: ``timm/NAME``.
-        image_size: Default: the size of timm's data config, less what is left of a patch.
-        num_outputs: Outputs of the projection that ends the model; 0: there is none.
+        image_size: Pixels per side, or height and width; default: timm's size, rounded down to whole patches.
+        num_outputs: Number of outputs of a projection at the model's end; 0 for no projection.
 
     Raises:
         ValueError: There is no such model, or it cannot be a teacher, or not at this size.
@@ -248,7 +248,7 @@ def teacher_config(model: str, built: Any, first_blocks: int | None = None) -> T
     Args:
         model: ``timm/NAME``.
         built: The model.
-        first_blocks: Blocks in the encoder; default a sixth of all, as in data2vec 2.0 base.
+        first_blocks: Number of blocks in the encoder; default: a sixth of all, as in data2vec 2.0 base.
 
     Raises:
         ValueError: ``first_blocks`` leaves no block to the teacher.
@@ -378,9 +378,9 @@ class TimmTeacher(Transformer, Teacher):
 
     Args:
         model: A timm model with its weights; it is taken apart.
-        config: Its sizes.
+        config: Sizes of the model.
         provenance: Origin of the weights, stored with what is derived from them.
-        projected: Keep its head, for the embedding ``projected_cls``.
+        projected: Keep the model's head, for the embedding ``projected_cls``.
     """
 
     config: TeacherConfig

@@ -38,8 +38,9 @@ def compile_model(model: "DistillationModel", choice: bool | str = True) -> None
     ones are computed; activation checkpointing works on blocks.
 
     Args:
-        model: Changed; its weights may still move to a GPU.
-        choice: A mode of torch.compile. With ``True``, a GPU starts the joined blocks as one CUDA graph.
+        model: The model, which is changed; its weights may still move to a GPU.
+        choice: A mode of torch.compile. With ``True``, a GPU runs encoder and targets as one CUDA graph, unless an
+            encoder has ALiBi.
     """
     mode = choice if isinstance(choice, str) else None
     compiling = importlib.import_module("torch._inductor.async_compile")
@@ -112,7 +113,7 @@ def check_compiler(choice: bool | str) -> None:
     """Check that this machine has what torch.compile needs.
 
     Raises:
-        InputError: It lacks it, and ``choice`` is to compile.
+        InputError: ``choice`` is to compile, and Python's headers or a C++ compiler are missing.
     """
     missing, headers = "", sysconfig.get_path("include")
     if not Path(headers, "Python.h").is_file():

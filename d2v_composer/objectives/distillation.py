@@ -51,30 +51,30 @@ class DistillationModel(ComposerModel):
     Shared encoder and loss over all tokens are those of the thesis chapter *distilled unimodal data2vec 2.0*
     (github.com/TimCares/MasterThesis).
 
-    The student's config may replace InstanceNorm by LayerNorm. The ``layer_mean`` embeddings of the teacher that
-    :meth:`retrieval_baselines` gives are then computed so, too, so that both compare.
+    The student's config may replace InstanceNorm by LayerNorm. Then :meth:`retrieval_baselines` computes the teacher's
+    ``layer_mean`` embeddings with LayerNorm, too, so that they can be compared with the student's.
 
     A batch is a dict with ``image``, or the images themselves: (B, 3, S, S), float already normalized or uint8. With an
     audio teacher it has ``audio``, (B, L) float, and, if clips are padded, ``lengths``, (B,) int64. Labels and other
     entries are not read.
 
     Args:
-        teacher: Frozen.
-        student: On the teacher's encoder, or on one of its own with as many tokens.
+        teacher: The frozen teacher.
+        student: A student on the teacher's encoder, or on its own encoder with as many tokens.
         prediction: ``layer_mean``: norm_mean of the student's FFN outputs, like the target; ``last_block``: the last
             block's output, not normalized.
         extra_tokens: ``regress`` all tokens alike; ``drop``, as in data2vec 2.0's pre-training: exclude the extra
             tokens from InstanceNorm and the loss, and regress CLS, if there is one, to the mean
             target with weight 0.01; ``only``: regress no patch.
-        objectives: Name → section of each objective, as in a YAML; default the tokens alone. The first one's results
-            are what callbacks see.
+        objectives: Name → section of each objective, as in a YAML; default: only ``tokens``. Callbacks see the results
+            of the first one.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
-        **targets: Further fields of :class:`~d2v_composer.models.targets.LayerMean`; default those of the student's
-            config and all of the teacher's layers. :meth:`measure_targets` sets the numbers of ``dataset_norm``.
+        **targets: Further fields of :class:`~d2v_composer.models.targets.LayerMean`; default: the student's config, and
+            the teacher's own ``average_top_k_layers``. With ``dataset_norm``, call :meth:`measure_targets` first.
 
     Attributes:
-        layer_mean: How the ``layer_mean`` embeddings are computed that are compared.
-        flop: Operations of a step with one input; see :func:`~d2v_composer.models.encoder.count_flop`.
+        layer_mean: Settings with which ``layer_mean`` embeddings of student and teacher are computed to compare them.
+        flop: Numbers of operations in a step with one input; see :func:`~d2v_composer.models.encoder.count_flop`.
 
     Raises:
         ValueError: An option's value is unknown, or does not fit the teacher.
@@ -117,7 +117,7 @@ class DistillationModel(ComposerModel):
         self.register_load_state_dict_post_hook(expect_no_frozen_tensors)
 
     def _try_step(self) -> None:
-        """Compute the loss of one input and its gradient, and freeze what has none."""
+        """Compute the loss of one input and its gradients, and freeze the parameters that get none."""
         outputs = self(self.student.encoder.example(1))
         train_what_is_read(self, self.losses((outputs, *outputs.others))["total"])
 
@@ -181,7 +181,7 @@ class DistillationModel(ComposerModel):
             return function(*inputs)
 
     def flops_per_batch(self, batch: Batch) -> int:
-        """Return the operations of a training step; for audio about, as its layers have lengths that vary."""
+        """Return the number of operations in a training step; for audio, an estimate, because lengths vary."""
         inputs, encoder = self.inputs_of(batch).values, self.teacher.encoder
         length = encoder.num_tokens(inputs.shape[1:]) / encoder.num_tokens()
         attention = self.flop.get(torch.ops.aten.bmm, 0)
@@ -189,7 +189,7 @@ class DistillationModel(ComposerModel):
 
     @torch.no_grad()
     def measure_targets(self, batches: Iterable[Batch]) -> None:
-        """Measure mean and deviation of ``dataset_norm`` before training; each rank must give as many batches."""
+        """Measure mean and deviation for ``dataset_norm`` before training, on the same number of batches per rank."""
         tokens, teacher = self.objectives["tokens"], self.teacher
         tokens.dataset_norm.measures = True
         for batch in batches:
@@ -199,5 +199,5 @@ class DistillationModel(ComposerModel):
         dist.all_reduce(tokens.dataset_norm.moments)
 
     def retrieval_baselines(self) -> dict[str, Callable[..., dict[str, Tensor]]]:
-        """Return the models to compare the student with: the teacher."""
+        """Return name → function that embeds a batch, for the model to compare the student with: the teacher."""
         return {"teacher": partial(self.compute, partial(self.teacher.embed_all, layer_mean=self.layer_mean))}

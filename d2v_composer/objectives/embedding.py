@@ -27,7 +27,7 @@ class EmbeddingRegression(Objective):
         return normalize(features.projected)
 
     def regression(self, features: Features, target: Tensor) -> Regression:
-        """Return unit vectors, the predictions scaled by one factor that fits best, which the loss leaves free."""
+        """Return unit targets, and predictions that all have the length which fits best; the loss ignores length."""
         prediction = self.target(features)
         length = (prediction * target).sum(dim=1).mean().clamp(min=LEAST_LENGTH)
         return Regression(length.detach() * prediction, target)

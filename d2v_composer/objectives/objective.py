@@ -19,7 +19,7 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class Term(BaseModel):
-    """Fields of an objective's section in a YAML. Runs that began before there was a field go on with its default."""
+    """Fields of an objective's section in a YAML. Runs that began before a field was added go on with its default."""
 
     model_config = STRICT
 
@@ -31,7 +31,7 @@ class Regression(NamedTuple):
     """Prediction and target of a step, float32."""
 
     prediction: Tensor
-    """(B, T, D); (B, N, D) without the extra tokens, (B, E, D) with these only; of an embedding (B, D)."""
+    """(B, T, D); (B, N, D) without the extra tokens, (B, E, D) with these only; for an embedding, (B, D)."""
     target: Tensor
     """Same shape as ``prediction``, without gradient."""
     cls_prediction: Tensor | None = None
@@ -48,17 +48,19 @@ class Objective(nn.Module, ABC):
     :meth:`target` and :meth:`regression` compute in the run's precision, :meth:`loss` without autocast.
 
     Args:
-        options: The section.
-        teacher: Frozen. It runs once for all objectives.
+        options: The term's section in a YAML.
+        teacher: The frozen teacher, which runs once for all objectives.
         student: The student, which trains.
-        layer_mean: How a run computes target and prediction from layers.
+        layer_mean: Settings with which target and prediction are computed from layers.
 
     Attributes:
         Options: Fields of the section.
-        head: From the student's width to the target's, for this term alone: checkpoints have it, exported files do not.
-        compares: ``inputs``: the loss is a mean over inputs, so that the mean over microbatches and ranks is that of
-            the batch. ``microbatch``: it depends on which inputs are together. A resume then keeps their number.
-        needs_projection: Teacher and student need the embedding ``projected_cls``.
+        head: Maps the student's width to the target's, for this term alone; stored in checkpoints, but not in exported
+            files.
+        compares: ``inputs`` if the loss is a mean over inputs, so that its mean over microbatches and ranks is the loss
+            of the batch. ``microbatch`` if the loss depends on which inputs are together; then a resume must keep the
+            size of a microbatch and the number of ranks.
+        needs_projection: True if teacher and student need the embedding ``projected_cls``.
     """
 
     Options: ClassVar[type[Term]] = Term

@@ -30,13 +30,13 @@ class DatasetNorm(nn.Module):
     features of their teachers.
 
     Args:
-        num_layers: L.
-        dim: D.
+        num_layers: Number of layers, L.
+        dim: Number of channels, D.
 
     Attributes:
-        moments: (L, 3, D) float64: the number of inputs, and over them the sums of each one's mean value and mean
-            square. Checkpoints have them. While they are 0, all is NaN.
-        measures: Add what passes through to ``moments``.
+        moments: (L, 3, D) float64: the number of inputs, the sum of the inputs' mean values, and the sum of their mean
+            squares. Checkpoints have the moments. While they are 0, the result is NaN.
+        measures: If true, inputs are added to ``moments``.
     """
 
     moments: Tensor
@@ -49,9 +49,9 @@ class DatasetNorm(nn.Module):
     def forward(
         self, layers: Iterable[Tensor], num_extra_tokens: int, _: str, final_layer_norm: bool, mask: Tensor | None
     ) -> Tensor:
-        """Compute :func:`~d2v_composer.models.targets.norm_mean`, whose arguments these are, with this normalization.
+        """Compute :func:`~d2v_composer.models.targets.norm_mean`, with the same arguments, by this normalization.
 
-        The first tokens and padding do not count in the moments.
+        The extra tokens and padding do not count in the moments.
         """
 
         def normalize(layer_BTD: Tensor, moments_3D: Tensor) -> Tensor:
@@ -69,9 +69,9 @@ class DatasetNorm(nn.Module):
 class LayerRegression(Objective):
     """Regress the mean of the teacher's layers with the student's FFN outputs or its output.
 
-    The head follows each of the student's layers; it is the identity if their width is the teacher's. A student without
-    blocks has a feature map of any size and a pooled feature instead, which a :class:`GridHead` maps to the teacher's
-    tokens. Registers are left out of target and statistics then, because the student has nothing like them.
+    The head follows each of the student's layers; it is the identity if the student is as wide as the teacher. A
+    student without blocks has a feature map of any size and a pooled feature instead, which a :class:`GridHead` maps to
+    the teacher's tokens. For such a student, registers are left out of target and statistics, because it has none.
 
     Raises:
         ValueError: An option does not fit the teacher.
@@ -131,7 +131,7 @@ class GridHead(nn.Module):
 
     Args:
         encoder: The network, a :class:`~d2v_composer.models.timm_network.TimmNetwork`.
-        teacher: Its sizes: D channels, its grid, and whether it has CLS.
+        teacher: The teacher, of which only the sizes matter: D channels, its grid, and whether it has CLS.
     """
 
     def __init__(self, encoder: Any, teacher: Teacher) -> None:
@@ -155,8 +155,8 @@ class GridHead(nn.Module):
 def token_errors(prediction_BTD: Tensor, target_BTD: Tensor, loss: TokenLoss) -> Tensor:
     """Return the distance of each token's prediction from its target, (B, T, 1).
 
-    ``cosine_smooth_l1`` is 0.9 · (1 - cosine similarity) + 0.1 · smooth L1, the mean over channels, as AM-RADIO has it
-    for its spatial features (Ranzinger et al. 2024, arXiv:2312.06709, section 3.3).
+    ``mse`` is the mean squared error over channels. ``cosine_smooth_l1`` is 0.9 · (1 - cosine similarity) + 0.1 · mean
+    smooth L1 over channels, as AM-RADIO's for spatial features (Ranzinger et al. 2024, arXiv:2312.06709, section 3.3).
     """
     if loss == "mse":
         return (prediction_BTD - target_BTD).square().mean(dim=-1, keepdim=True)
@@ -168,13 +168,13 @@ def token_errors(prediction_BTD: Tensor, target_BTD: Tensor, loss: TokenLoss) ->
 def regression_loss(regression: Regression, loss: TokenLoss = "mse", cls_weight: float | None = None) -> Tensor:
     """Return the mean distance over all tokens, plus 0.01 × the mean squared error of ``cls_prediction``.
 
-    Padding does not count, and each input counts alike, however short. So the mean over ranks and microbatches, all of
-    one size, is that of the whole batch.
+    Padding does not count, and each input counts alike, however short. So the mean of the losses of microbatches of one
+    size, on all ranks, is the loss of the whole batch.
 
     Args:
         regression: Prediction and target.
-        loss: Distance of a token.
-        cls_weight: The share of the first token, CLS, in the loss; default as of any other token.
+        loss: Distance of a token's prediction from its target.
+        cls_weight: The share of the first token, CLS, in the loss; default: the share of any other token.
     """
     prediction, target, mask = regression.prediction.float(), regression.target, regression.padding_mask
     if loss == "mse" and cls_weight is None and mask is None:

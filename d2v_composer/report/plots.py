@@ -41,7 +41,8 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
-# File name → title with the samples' unit, unit ("%" of a share) or scale, and log key → its name in the legend.
+# File name → title, in which {} stands for the samples' unit; "%" for shares, "log" for a logarithmic axis, or ""; and
+# log key → its name in the legend.
 CURVES = {
     "accuracy": ("Accuracy on the test {}", "%", {"metrics/test/top1": "top-1", "metrics/test/top5": "top-5"}),
     "loss": ("Loss", "log", {"loss/train/total": "training", "metrics/test/loss": "test"}),
@@ -118,7 +119,10 @@ def gap_plot(title: str, lines: Mapping[str, Line]) -> Figure:
 
 
 def _accuracies(run: Run, dataset: str, measures: Sequence[Measure]) -> dict[str, Line]:
-    """Return the curves of rows that move and the others' levels, with a color per row and a line style per measure."""
+    """Return label → line: a curve of a row that changes in training, a level of any other row.
+
+    Each row has a color, each measure a line style.
+    """
     lines = {}
     for measure, dashes in zip(measures, cycle(["-", "--", ":", "-."])):
         label = f", {measure.heading}" if len(measures) > 1 else ""  # else the title says it
@@ -137,7 +141,7 @@ def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Fi
     Args:
         evaluation: The results; models whose speed was not measured are left out.
         batch_size: The batch size of the speed.
-        unit: What several samples are called.
+        unit: Name of the samples, in plural.
     """
     datasets, speeds = [*evaluation.class_names], evaluation.speeds[batch_size]
     shown = measures_of([min(evaluation.lookup.ks)], PROBES)

@@ -29,7 +29,8 @@ from d2v_composer.system.errors import InputError, reading
 
 # Side of the images of a folder in a gallery, in pixels.
 SHOWN_SIZE = 96
-# In % of the teacher gap: a student that closes less gets advice; to train longer, if so much of it came last.
+# In % of the teacher gap. A student that closes less than ENOUGH gets advice: to train longer, if the batches since the
+# measurement before the last closed at least RISING.
 ENOUGH, RISING = 90, 2
 COSTS = (("M parameters", "num_parameters", 1e-6), ("MB in float32", "num_parameters", 4e-6), ("GFLOP", "gflop", 1))
 
@@ -41,7 +42,7 @@ class Run(NamedTuple):
     """The sections of run.yaml: config, command, versions, hardware, data, and teacher or model."""
     log: Log
     datasets: Mapping[str, EvaluationSet] = {}
-    """The samples that can still be read; each label has a name."""
+    """Name → data set, of those that can still be read; each label has a name."""
     results: Sequence[Result] = ()
     """Results, as in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
 
@@ -58,7 +59,7 @@ class Run(NamedTuple):
 
     @property
     def primary(self) -> str:
-        """The primary embedding, and the batch after which the student was measured."""
+        """Text with the primary embedding and the batch after which the student was last measured."""
         return f"{Embedding.parse(self.retrieval).name}, batch {last_batch(self.results)}"
 
 
@@ -70,11 +71,11 @@ def latest(values: Mapping[int, float]) -> float | None:
 def read_run(folder: Path) -> Run:
     """Read the folder of a finished or unfinished run of ``recipes/train.py`` or ``recipes/finetune.py``.
 
-    The neighbors are those of the newest checkpoint. Data sets that cannot be read, or have changed since, are left
-    out, with a printed line.
+    Results and neighbors are those of the newest checkpoint. Data sets that cannot be read, or have changed since, are
+    left out, with a printed line.
 
     Raises:
-        InputError: It is not the folder of a run, or its newest checkpoint is corrupt.
+        InputError: The folder is not a run's, or its newest checkpoint is corrupt.
     """
     record_file, log_file, checkpoint = folder / "run.yaml", folder / LOG, folder / LATEST
     measured: dict[str, Any] = {"conditions": {}, "results": []}

@@ -29,13 +29,13 @@ from d2v_composer.system.processes import global_rank
 def build_labeled_sets(
     lookup: LookupConfig, modality: Modality, model: Backbone, target: str | None
 ) -> dict[str, EvaluationSet]:
-    """Load the data sets of a section ``datasets``, except the ones that null turns off.
+    """Load the labeled sets in ``lookup.datasets`` by name, except those that null turns off.
 
     A warning says how many test images are also train images, which makes accuracies too high.
 
     Args:
-        lookup: The section.
-        modality: What the samples are.
+        lookup: A section with the fields ``datasets``, ``probes`` and ``max_images``.
+        modality: Modality of the samples.
         model: Its ``projected_cls`` is compared with ``class_embeddings``.
         target: The teacher's embedding that it is aligned with, if it is; only ``projected_cls`` is a text tower's.
 
@@ -67,7 +67,12 @@ def build_labeled_sets(
 
 
 def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None:
-    """Build the student with which a model's run began, or a teacher's default; ``None`` if this needs the teacher."""
+    """Build a student as it was before its run, or a teacher's default student.
+
+    Returns:
+        The student; ``None``, after a line on stderr, if the teacher is needed but not known, or if the Hugging Face
+        hub cannot be reached.
+    """
     if isinstance(model, Teacher):
         return model.build_student(projected=model.projected_width > 0)
     if isinstance(model.config, TimmNetworkConfig):
@@ -97,7 +102,7 @@ def load_rival(place: str, modality: str) -> Backbone:
     """Load a further model to compare, from a file or, as ``timm/NAME``, from timm.
 
     Raises:
-        InputError: It cannot be loaded, or takes other samples.
+        InputError: The model cannot be loaded, or takes samples of another modality.
     """
     with errors_of("rivals"):
         if place.startswith(TIMM_PREFIX) and not Path(place).exists():
@@ -112,10 +117,13 @@ def load_rival(place: str, modality: str) -> Backbone:
 
 
 def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Evaluation]:
-    """Load a model and what to compare it with: pixels, the encoder alone, an untrained student, the teacher if known.
+    """Load a model, and pixels, the encoder alone, an untrained student, the teacher if known, and rivals to compare.
+
+    Returns:
+        The model, and the evaluation to run.
 
     Raises:
-        InputError: A file cannot be used, or the model has no such embedding.
+        InputError: A file cannot be used, or the model lacks the chosen embedding.
     """
     model, teacher = config.load("zero_shot" in config.probes)
     modality = modality_of(model.encoder.config)

@@ -1,4 +1,4 @@
-"""Distill a student, from top to bottom: config → model, data, retrieval; ``trainer.py`` has what every run shares."""
+"""Distill a student: build model, data and retrieval from the config, and train; ``trainer.py`` has what runs share."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -71,10 +71,13 @@ def train_student(
     """Train a student, from the run's last checkpoint if there is one, and report. Call it on every rank.
 
     Args:
-        config: The run's.
+        config: Config of the run.
         callbacks: Further callbacks, besides the YAML's.
         teacher: The config's teacher, if it is loaded already.
         when_built: Called with the Trainer before the training, when no bad input can end the run anymore.
+
+    Returns:
+        The Trainer, closed.
 
     Raises:
         InputError: A file, data set or setting cannot be used.
@@ -134,7 +137,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
     """Build the model from the sections ``teacher``, ``student``, ``prediction``, ``targets`` and ``objectives``.
 
     Raises:
-        InputError: The teacher's file cannot be used, or another setting does not fit it.
+        InputError: The teacher's file cannot be used, or another setting does not fit the teacher.
     """
     with node_leaders_first("the teacher"):
         teacher = teacher or build_teacher(config)
@@ -158,7 +161,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
 
 
 def accelerate(config: TrainConfig, model: DistillationModel) -> None:
-    """Cast what is frozen to the run's precision, compile, and recompute activations, as the config says.
+    """Cast the teacher to the run's precision and, if the config says so, compile and recompute activations.
 
     Raises:
         InputError: timm cannot recompute this student's activations.
@@ -173,10 +176,10 @@ def accelerate(config: TrainConfig, model: DistillationModel) -> None:
 
 
 def build_teacher(config: TrainConfig) -> Teacher:
-    """Load the teacher that the section ``teacher`` describes, with its image embedding if an objective needs it.
+    """Load the teacher that the section ``teacher`` describes, with its image embedding if the run needs that.
 
     Raises:
-        InputError: Its file cannot be used.
+        InputError: The teacher's file cannot be used.
     """
     section = config.teacher.model_dump()
     try:
@@ -187,12 +190,12 @@ def build_teacher(config: TrainConfig) -> Teacher:
 
 
 def build_alignment(config: TrainConfig, model: DistillationModel, index: Index) -> AlignStudent | None:
-    """Build what fits the student's map into the teacher's space; ``None`` if there is none to fit.
+    """Build the callback that fits the student's map into the teacher's space; ``None`` if the run has no map.
 
-    The seed chooses a few shards, so that a data set in a store need not be fetched whole for the samples.
+    The samples come from at most ``ALIGNMENT_SHARDS`` shards, so that a data set in a store is not fetched whole.
 
     Raises:
-        InputError: The teacher has no such embedding.
+        InputError: The teacher lacks the chosen embedding.
     """
     if (target := target_of(config, model)) is None:
         return None
@@ -210,10 +213,13 @@ def build_alignment(config: TrainConfig, model: DistillationModel, index: Index)
 
 
 def target_of(config: TrainConfig, model: DistillationModel) -> Embedding | None:
-    """Return the teacher's embedding that the student is aligned with; ``None`` if its own ``projected_cls`` trains.
+    """Return the teacher's embedding to which the student's is mapped.
+
+    Returns:
+        ``None`` if ``alignment.max_samples`` is 0, or if training already gives the student a ``projected_cls``.
 
     Raises:
-        InputError: The teacher has no such embedding.
+        InputError: The teacher lacks the chosen embedding, or computes ``layer_mean`` unlike the student.
     """
     how, teacher = config.alignment, model.teacher
     if how.max_samples == 0 or model.student.projected_width:
@@ -234,13 +240,13 @@ def target_of(config: TrainConfig, model: DistillationModel) -> Embedding | None
 def build_retrieval(
     config: TrainConfig, model: DistillationModel, align: AlignStudent | None, stop: Stop
 ) -> ZeroShotRetrieval | None:
-    """Build the section ``retrieval``; ``None`` if it has no data sets.
+    """Build the callback of the section ``retrieval``; ``None`` if the section has no data sets.
 
     Args:
-        config: The run's.
-        model: What it trains.
-        align: Fits the student's ``projected_cls``, unless that trains.
-        stop: Ends a measurement.
+        config: Config of the run.
+        model: Model that the run trains.
+        align: Callback that fits the student's map, if the run has one.
+        stop: Signal that ends a measurement.
 
     Raises:
         InputError: A data set cannot be used.
@@ -272,10 +278,10 @@ def build_retrieval(
 
 
 def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, Embed, dict[str, Embed]]:
-    """Return the primary embedding's name, and the functions that embed with student and baselines.
+    """Return the primary embedding's name, the student's function that embeds a batch, and the baselines' by name.
 
     Raises:
-        InputError: The section ``retrieval`` names others.
+        InputError: The section ``retrieval`` names an embedding or a baseline that these models do not have.
     """
     retrieval = config.retrieval
     with errors_of("retrieval"):
@@ -288,7 +294,7 @@ def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, E
 
 
 def embeds_of(config: TrainConfig, model: DistillationModel) -> dict[str, Any]:
-    """Return the functions that embed with the student, the teacher, and what both are compared with, by name."""
+    """Return name → function that embeds a batch, for pixels or log_mel, the encoder alone, teacher and student."""
     models = {TEACHER: model.teacher, STUDENT: model.student}
     fill_to = config.device_eval_batch_size if config.compile else 0
     shared = share_encoders(model.teacher, models, model.layer_mean, fill_to)

@@ -58,8 +58,11 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trai
     """Fine-tune a classifier, from the run's last checkpoint if there is one, and report.
 
     Args:
-        config: The run's.
+        config: Config of the run.
         callbacks: Further callbacks, besides the YAML's.
+
+    Returns:
+        The Trainer, closed.
 
     Raises:
         InputError: A file, data set or setting cannot be used.
@@ -68,7 +71,7 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trai
     with node_leaders_first("the model"):
         backbone, _ = config.load()
     is_student, backbone.head = not isinstance(backbone, Teacher), None  # a head is of an earlier fine-tuning run
-    backbone.alignment = None  # of the weights before
+    backbone.alignment = None  # it was fitted to the weights before this run
     embedding = backbone.choose_embedding(config.pooling, config.representation)
     modality = modality_of(backbone.encoder.config)
     for name in ("mixup", "cutmix") if modality.has_lengths else ():
@@ -127,7 +130,7 @@ def report(trainer: Trainer, config: FinetuneConfig, model: Classifier, unit: st
 
 
 class LabeledData(NamedTuple):
-    """Samples of a fine-tuning run."""
+    """Training and test samples of a fine-tuning run."""
 
     train_loader: DataLoader
     """Augmented samples of this rank, with their labels."""
@@ -141,7 +144,7 @@ class LabeledData(NamedTuple):
 
 
 def build_data(config: FinetuneConfig, sizes: EncoderConfig) -> LabeledData:
-    """Build an encoder's samples from the sections ``dataset`` and ``train_loader``.
+    """Build training and test samples from the sections ``dataset`` and ``train_loader``, for an encoder's sizes.
 
     Raises:
         InputError: The data set cannot be used or is smaller than a batch, or the node has too little disk space or
@@ -166,7 +169,7 @@ def count_classes(root: Path, class_names: tuple[str, ...], tested: Tensor) -> i
     """Return the number of classes, given their names and the labels of the test samples, (N,).
 
     Raises:
-        InputError: There are fewer than two, or a label is negative or far beyond the others.
+        InputError: There are fewer than two classes, or a label is negative or at least 100 times their number.
     """
     labels = tested.unique()
     smallest, largest, num_known = int(labels.min()), int(labels.max()), max(len(class_names), len(labels))

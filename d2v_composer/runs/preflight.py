@@ -78,15 +78,15 @@ def print_row(name: str, verdict: str, result: str) -> None:
 
 
 class Rehearsal:
-    """The user's run at a small scale, in its own folders.
+    """The user's run at a small scale, in folders of its own.
 
-    Each check and each phase returns what it found or did, and raises if the run would fail.
+    Each method that :func:`preflight` calls returns a line for the table, and raises if the user's run would fail.
     """
 
     def __init__(self, argv: Sequence[str], config: TrainConfig, train_script: Path) -> None:
         self.command, self.config, self.ranks = [str(train_script), *argv], config, dist.get_local_world_size()
         self.data: dict[str, Any] = {}
-        """What the run's record says of its samples."""
+        """The section ``data`` of the run's record: modality, location and number of samples."""
         self.logged: dict[str, dict[int, float]] = {}
         self.temporary = TemporaryDirectory()
         self.output = Path(self.temporary.name, "output.txt")
@@ -94,8 +94,8 @@ class Rehearsal:
         self.folder, self.cache = RunFolder.parse(self.save_folder), Path(config.train_loader.local, PREFLIGHT)
         self.log, self.latest = self.folder.local / LOG, self.folder.local / LATEST
         self.process: subprocess.Popen[Any] | None = None
-        # The pace is the mean of these last intervals. Before them come torch.compile and, on a GPU, the batches that
-        # were loaded meanwhile: a slow loader shows only after them.
+        # Only the last intervals count for the pace. Earlier batches include torch.compile and, on a GPU, were loaded
+        # while it ran, so that a slow loader does not show in them.
         loader, on_gpu = config.train_loader, torch.cuda.is_available()
         self.intervals = 10 if on_gpu else 1
         self.batches = (self.intervals + 1) * INTERVAL + on_gpu * loader.num_workers * loader.prefetch_factor
@@ -157,7 +157,7 @@ class Rehearsal:
         return self.log.read_text().count('"loss/train/total"') if self.log.is_file() else 0
 
     def start(self, *overrides: str) -> None:
-        """Start the run with overrides that keep it apart from the user's run and limit what it reads."""
+        """Start the rehearsal with overrides that keep its files apart from the user's run and limit what it reads."""
         loader = self.config.train_loader
         launcher = [sys.executable, "-m", "composer.cli", "--nproc", str(self.ranks)]
         settings = [
@@ -175,7 +175,7 @@ class Rehearsal:
             self.process = start_program(command, stdout=output, stderr=subprocess.STDOUT)
 
     def wait(self, seconds: float, batches: float = inf) -> int | None:
-        """Wait until the run has trained ``batches``, exits or takes ``seconds``; return its exit status."""
+        """Wait until the run has trained ``batches``, exits or takes ``seconds``; return its exit status, if any."""
         assert self.process is not None
         deadline = time.monotonic() + seconds
         while self.process.poll() is None and self.num_batches() < batches and time.monotonic() < deadline:
@@ -189,13 +189,13 @@ class Rehearsal:
                 killpg(self.process.pid, signum)
 
     def fault(self, what: str) -> RunError:
-        """Print the run's last lines, and return the error."""
+        """Print the last lines of the run's output, and return an error that begins with ``what``."""
         lines = self.output.read_text(errors="replace").splitlines()[-15:]
         print("\n".join(f"    | {line}" for line in lines), file=sys.stderr, flush=True)
         return RunError(f"{what}: {next((line for line in reversed(lines) if 'rror' in line), 'see its last lines')}")
 
     def remove(self) -> str:
-        """Remove the preflight's files; S3's error names an operation that is denied."""
+        """Remove the preflight's files, here and in S3; if S3 denies an operation, its error names the operation."""
         for folder in (self.folder.local, self.cache):
             shutil.rmtree(folder, ignore_errors=True)
         if self.save_folder.startswith("s3://"):  # Composer cannot delete a file of another store

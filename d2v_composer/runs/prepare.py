@@ -1,4 +1,4 @@
-"""Prepare a run that ``d2v distill`` is asked for: choose its settings, hold samples out, and convert all."""
+"""Prepare a run of ``d2v distill``: choose its settings, hold samples out, and convert all samples."""
 
 import json
 import os
@@ -42,9 +42,9 @@ from d2v_composer.system.fetch import is_remote, names_in
 from d2v_composer.system.files import check_out_file, check_owned, write_atomically
 from d2v_composer.system.processes import global_rank
 
-# A tenth of them are twenty: each needs ten neighbors among the others, and some may be unreadable.
+# A tenth, twenty, is held out: each held-out sample needs ten neighbors among the others, and some may be unreadable.
 MIN_SAMPLES = 200
-# The thesis's, on ImageNet: 30,000 batches of 256.
+# The thesis trains for 30,000 batches of 256 on ImageNet: 6 epochs.
 EPOCHS, MAX_BATCHES = 6, 30_000
 CHOSEN = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 SETTINGS, HELD_OUT = "distill.yaml", "held_out"
@@ -68,22 +68,22 @@ class Request(NamedTuple):
     column: str | None = None
     """Column of the samples; ``None``: the only one."""
     changes: tuple[str, ...] = ()
-    """dotted.key=value, for settings other than the chosen ones."""
+    """Settings that replace the chosen ones, each as dotted.key=value."""
 
     @property
     def settings(self) -> Path:
-        """The YAML with all settings of the run."""
+        """Path of the YAML with all settings of the run."""
         return self.out / SETTINGS
 
     @property
     def command(self) -> str:
-        """The command without OUT and changes, which the first line of the settings has."""
+        """The command without OUT, changes and secrets, as it stands in the first line of the settings."""
         column = ["--column", self.column] if self.column else []
         return hide_secrets(shlex.join(["d2v", "distill", self.source, "--teacher", self.teacher, *column]))
 
 
 class Plan(NamedTuple):
-    """The config, teacher and samples of a run, checked before any of them is written."""
+    """The config, teacher and samples of a run, checked before anything is written."""
 
     config: TrainConfig
     teacher: Teacher
@@ -93,10 +93,10 @@ class Plan(NamedTuple):
 def prepare(request: Request) -> Plan | None:
     """Plan the run, write its settings and convert its samples; ``None`` if its training has begun.
 
-    Shards of an interrupted call are kept.
+    Shards that an interrupted call has written are not converted again.
 
     Raises:
-        InputError: OUT is in use or not ours, or the samples, the teacher or a change cannot be used.
+        InputError: OUT is in use or holds other files, or the samples, the teacher or a change cannot be used.
     """
     if has_begun(request):
         return None
@@ -120,7 +120,8 @@ def has_begun(request: Request) -> bool:
     """Return True if OUT holds this command's run and its training has begun, so that its settings are fixed.
 
     Raises:
-        InputError: OUT is the user's or another command's, or cannot be written.
+        InputError: OUT holds other files or another command's run, is inside the folder of samples, or cannot be
+            written.
     """
     source, out, path = request.source, request.out, request.settings
     if not is_remote(source) and out.resolve().is_relative_to(Path(source).resolve(strict="*" not in source)):
@@ -143,7 +144,7 @@ def make_plan(request: Request, fetched: Path) -> Plan:
     """List the samples, load the teacher and choose the settings.
 
     Args:
-        request: What is asked for.
+        request: Arguments of the command.
         fetched: A folder for the shards of an MDS data set in a store.
 
     Raises:
@@ -174,7 +175,7 @@ def convert_samples(request: Request, plan: Plan) -> None:
     """Write the settings, and convert the held-out and the other samples that are not converted yet.
 
     Raises:
-        InputError: An earlier call converted them otherwise, or too few are left to train on.
+        InputError: An earlier call converted samples with other options, or too few samples are left to train on.
     """
     config, source, modality = plan.config, plan.source, plan.source.modality
     samples, workers = request.out / modality.unit, os.cpu_count() or 1
@@ -203,7 +204,7 @@ def convert_samples(request: Request, plan: Plan) -> None:
 
 
 def configure(request: Request, samples: Path, chosen: Mapping[str, Any], path: str | Path = os.devnull) -> TrainConfig:
-    """Return the run's config, from a YAML, the chosen settings, the command's own settings and the changes.
+    """Return the run's config: a YAML, then the chosen settings, the command's own and the changes; later ones win.
 
     Raises:
         InputError: A change of a setting is wrong.
@@ -221,7 +222,7 @@ def configure(request: Request, samples: Path, chosen: Mapping[str, Any], path: 
 
 
 def read_settings(request: Request) -> TrainConfig:
-    """Return the config in the ``distill.yaml`` that an earlier call wrote.
+    """Return the config in the ``distill.yaml`` that an earlier call wrote, with this request's changes.
 
     Raises:
         InputError: A change of a setting is wrong.
@@ -241,7 +242,7 @@ def settle(request: Request, config: TrainConfig, trainer: Trainer) -> None:
     if record is None or trainer.state.timestamp < config.max_duration:
         write_settings(request, config)
         return
-    before = read_settings(request._replace(changes=()))  # not of run.yaml, which has OUT's place before it was moved
+    before = read_settings(request._replace(changes=()))  # not run.yaml: if OUT was moved, it has the old place
     if changes := record.changes({"config": before.model_dump(mode="json")}, DECIDES):
         raise InputError(f"{request.out} holds a finished run: {changes}; choose another --out")
 
@@ -257,12 +258,12 @@ def choose(num_samples: int, teacher: TeacherConfig, student: str | None) -> dic
     """Choose sizes and duration: the quickstart's on a CPU, the thesis's on GPUs.
 
     Args:
-        num_samples: Images or clips of the source.
+        num_samples: Number of images or clips in the source.
         teacher: The teacher's sizes.
-        student: The timm model that is the student, if it is one.
+        student: Name of the timm model that becomes the student; ``None`` for blocks on the teacher's encoder.
 
     Returns:
-        Dotted key → value; all else has its default.
+        Dotted key → value; other settings keep their defaults.
     """
     num_gpus, cores, modality = torch.cuda.device_count(), os.cpu_count() or 1, modality_of(teacher.encoder).name
     min_batches, side, lr = (3000, 224, 0.384) if num_gpus else (600, 112, 0.768)
@@ -295,7 +296,7 @@ def choose(num_samples: int, teacher: TeacherConfig, student: str | None) -> dic
 
 
 def encoding(modality: Modality, config: TrainConfig, held_out: bool) -> dict[str, Any]:
-    """Return the options with which a conversion keeps the size or length that the run needs."""
+    """Return the options of :func:`convert` that shrink images, or shorten held-out clips, to what the run needs."""
     if isinstance(modality, Images):
         image_size = parse_image_size(config.teacher.image_size or modality.image_size)
         return {"resize": max(height_and_width(image_size)) * 8 // 7}  # 256 for 224

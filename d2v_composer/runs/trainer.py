@@ -58,7 +58,7 @@ from d2v_composer.system.processes import allow_open_files, if_interrupted, num_
 from d2v_composer.system.ranks import join_ranks, node_leaders_first, rank_zero_first
 from d2v_composer.system.third_party import lean_engine, patched_composer
 
-# A resume takes these from the checkpoint, or would silently mix old and new ones.
+# A resume may not change these settings: it would ignore a change, or silently mix old and new samples.
 FIXED_IN_ANY_RUN = (
     "data.sha256",  # the position in the order of samples is that data set's
     "config.seed",
@@ -87,16 +87,16 @@ def build_trainer(
     """Build the Trainer with the arguments that all runs share, and lock the run's folder.
 
     Args:
-        config: The run's.
+        config: Config of the run.
         model: The model that trains.
         train_loader: The loader of training samples.
-        about: Sections of the run's record; ``data`` has the samples' modality.
-        fixed: Keys of the record that a resume must not change.
-        run_callbacks: Callbacks of this kind of run, which a checkpoint may have saved.
+        about: Sections of the run's record; the section ``data`` must have the samples' ``modality``.
+        fixed: Dotted keys of the record that a resume must not change.
+        run_callbacks: Callbacks of this kind of run; each checks its saved state before a checkpoint is used.
         callbacks: Further callbacks, besides the YAML's.
-        prepare: Transforms a microbatch on the device.
-        stop: See :class:`Checkpoints`.
-        **arguments: The Trainer's other arguments.
+        prepare: Function that transforms a microbatch on the device.
+        stop: Argument of :class:`Checkpoints`.
+        **arguments: Further arguments of the Trainer.
 
     Raises:
         InputError: The folder is in use, or the checkpoint is another run's; or a callback, logger or schedule cannot
@@ -137,22 +137,22 @@ def build_trainer(
 
 
 def find_checkpoint(config: TrainerConfig, model: nn.Module, callbacks: Sequence[Callback]) -> Checkpoint | None:
-    """Read the run's newest checkpoint or, for a new run, the one in ``load_path``.
+    """Read the run's newest checkpoint or, for a new run, the one in ``load_path``; ``None`` if there is neither.
 
     Args:
-        config: The run's.
-        model: What it trains.
-        callbacks: Those that refuse a state of another run.
+        config: Config of the run.
+        model: Model that the run trains.
+        callbacks: Callbacks that refuse the state of another run.
 
     Raises:
-        InputError: It is corrupt, cannot be read, is another run's, leaves nothing to train, or ``recipes/train.py``
-            did not write it; or the folder has one, and ``autoresume`` is false.
+        InputError: The checkpoint is corrupt, cannot be read, is another run's or another program's, or leaves nothing
+            to train; or the folder has a checkpoint, and ``autoresume`` is false.
     """
 
     def accept(checkpoint: Checkpoint) -> None:
         """Check that the run may go on from a checkpoint, before a file is written or a tensor loaded."""
         with errors_of(str(checkpoint.path)):
-            for callback in callbacks:  # another program has saved others: its tensors are compared
+            for callback in callbacks:  # another program saved no such state; then only tensors are compared
                 if saved := checkpoint.saved_by(type(callback).__name__):
                     callback.load_state_dict(dict(saved))
             check_tensors(model, checkpoint.tensors, "")
@@ -182,7 +182,8 @@ def _share_newest(folder: RunFolder, resumes: bool, accept: Callable[[Checkpoint
     """Bring rank 0's newest checkpoint to every node, and read it; ``None`` for a new run.
 
     Raises:
-        InputError: A node cannot get it, or has another of that name: nodes would train different weights.
+        InputError: A node cannot get the checkpoint, or has a different file of that name, so that it would train
+            other weights.
     """
     on_several_nodes = num_nodes() > 1
     newest, shared = None, [("", "")]
@@ -217,14 +218,14 @@ def check_network(
     """Check that a timm student can be trained with the run's batch sizes, and then exported.
 
     Args:
-        key: The student's in a YAML.
-        student: Other kinds of students are not checked.
-        config: The run's.
-        embedding: What the head reads.
+        key: The student's key in a YAML, for messages.
+        student: The student; only a timm student is checked.
+        config: Config of the run.
+        embedding: The embedding that the head reads.
         head: A classifier, trained with the student.
 
     Raises:
-        InputError: It cannot.
+        InputError: The student cannot be trained or exported.
     """
     if not isinstance(student.config, TimmNetworkConfig):
         return
@@ -252,11 +253,11 @@ def build_optimizer(
     """Build torch's AdamW for the trained parameters, with separate groups for norms and biases.
 
     Args:
-        config: The section.
+        config: The section ``optimizer``.
         model: The model.
-        depths: Name of each trained parameter → its depth; default: all are of one.
-        layer_decay: Learning rate of a depth over that of the next one; the last one's, whose groups come first, is
-            ``lr``.
+        depths: Name of each trained parameter → its depth; default: all have the same depth.
+        layer_decay: Ratio of a depth's learning rate to the next depth's. The last depth's learning rate is ``lr``, and
+            its groups come first.
     """
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     depths = depths or dict.fromkeys(weights, 0)
@@ -278,10 +279,10 @@ def build_optimizer(
 def build_scheduler(config: TrainerConfig, batches_per_epoch: int) -> ComposerScheduler:
     """Build a linear warm-up, then a cosine decay to ``alpha_f`` times the learning rate.
 
-    Composer needs the warm-up in the unit of ``max_duration``, and never reaches ``lr`` if it is longer than the run.
+    The warm-up is converted to batches. Composer would never reach ``lr`` in a warm-up longer than the run.
 
     Raises:
-        InputError: The warm-up is longer than the run, which depends on the data if only one of them is in epochs.
+        InputError: The warm-up is longer than the run; if only one of the two is in epochs, this depends on the data.
     """
     warmup, duration = map(Time.from_timestring, (config.scheduler.t_warmup, config.max_duration))
     batches = {TimeUnit.BATCH: 1, TimeUnit.EPOCH: batches_per_epoch}
@@ -318,12 +319,12 @@ def build_callbacks(config: TrainerConfig) -> list[Callback]:
 
 
 def build_loggers(config: TrainerConfig, unit: str) -> list[LoggerDestination]:
-    """Build the progress logger and the section ``loggers``; by default, they write into the run's folder.
+    """Build the progress logger and the loggers of the section ``loggers``, which write into the run's folder.
 
-    JSON lines without a file name are left out of a run without a folder. ``unit``: what the samples are called.
+    In a run without a folder, JSON lines need a ``filename``, or they are left out. ``unit`` names the samples.
 
     Raises:
-        InputError: A logger's package is missing, or it refuses the value of an argument.
+        InputError: A logger's package is missing, or a logger refuses the value of an argument.
     """
     loggers: list[LoggerDestination] = [ProgressLogger(sys.stderr.isatty(), unit=unit)] if config.progress_bar else []
     folder = config.run_folder
@@ -385,7 +386,8 @@ def fit_and_close(
 ) -> None:
     """Train to the end, report on rank 0, wait for the uploads, and close the Trainer.
 
-    The log opens with the run, its device, the lines of ``header`` (name → text), its model and its length.
+    The log opens with the run's name and device, the lines of ``header`` (name → text), the model's size and the
+    training's length.
     """
     # Only now: each DeviceGPU that Composer constructs allows TF32.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
@@ -427,7 +429,7 @@ def _fit(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]) -> 
 
 
 def _describe(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]) -> str:
-    """Return the lines at the top of a run's log: its name, device, model and duration."""
+    """Return the lines at the top of a run's log: the run's name, device, model and duration."""
     state, steps, micro = trainer.state, num_batches(trainer.state), config.device_train_microbatch_size
     trained = sum(weight.numel() for weight in state.model.parameters() if weight.requires_grad)
     device = torch.cuda.get_device_name() if state.device.name == "gpu" else f"{torch.get_num_threads()} CPU threads"
@@ -445,7 +447,10 @@ def _describe(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]
 
 
 def write_run_report(trainer: Trainer, config: TrainerConfig, retrieval: ZeroShotRetrieval | None = None) -> None:
-    """Write the report into the run's folder, unless the config has none, and upload it with the checkpoints."""
+    """Write the report into the run's folder and upload it, if there is a folder and ``report`` is true.
+
+    A failure only prints a line.
+    """
     if not config.report or config.run_folder is None or not (config.run_folder.local / LOG).is_file():
         return
     from d2v_composer.report.page import write_report  # matplotlib takes a second to import

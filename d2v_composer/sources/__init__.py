@@ -17,9 +17,9 @@ class Container(NamedTuple):
     ids: str
     """Form of a sample's id."""
     samples: str
-    """Kind of its samples."""
+    """What the samples in the file are, as text for the guides."""
     labels: str
-    """Meaning of ``--label-column``; empty: the folders in the file are classes and splits, as in a folder."""
+    """What ``--label-column`` names; empty if folders in the file are classes and splits, as in a folder."""
     module: str
     """Module whose ``list_samples`` lists the samples of a file; imported when it is needed."""
 
@@ -61,7 +61,7 @@ SOURCES = f"MDS, {NAMES} (a file, folder or glob, here or in a store: s3://, …
 COLUMN = "the column of samples (in tars, their suffix); default: the only one (in MDS, image or audio)"
 CHOOSE = "choose one with --column, or column and label_column in a YAML"
 LABEL_COLUMN = ", ".join(f"for {container.plural} {container.labels}" for container in CONTAINERS if container.labels)
-# What an evaluation may read: data sets; or how it reads a folder or an address.
+# Values of ``format`` of a labeled set; those of LOCAL need a folder on this machine.
 LOCAL = ("cifar10", "cifar100", "speech_commands", "mds", "folder")
 FORMATS = (*LOCAL, *(container.suffix[1:] for container in CONTAINERS))
 FORMAT = "null: what ROOT holds. If it holds several kinds, or is a data set by itself: " + listed(

@@ -25,7 +25,7 @@ from d2v_composer.sources.open import NONE, SPLITS, find_files, open_source
 from d2v_composer.sources.source import Columns, Source, map_in_threads, name_counts, open_mds
 from d2v_composer.system.errors import InputError, reading, reason
 
-# What a format holds, if not any modality.
+# Format → the only modality that it holds.
 HOLDS = {"cifar10": "image", "cifar100": "image", "speech_commands": "audio"}
 SIDE = 32  # of CIFAR's images
 SPEECH_COMMANDS = "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
@@ -58,10 +58,10 @@ class EvaluationSet(NamedTuple):
     class_names: tuple[str, ...] = ()
     """Name of each label; empty if the labels are only numbers."""
     class_embeddings: Tensor | None = None
-    """(C, P) float32, of each label, from a text tower."""
+    """A text tower's embedding of each label, (C, P) float32."""
 
     def numbered(self) -> "EvaluationSet":
-        """Renumber the labels from 0 without gaps, and keep their names, because tables have a row for each label."""
+        """Return the set with labels from 0 without gaps, each with its name and class embedding at that place."""
         if not self.has_labels:
             return self
         values, numbers = torch.cat([self.train.labels, self.test.labels]).unique(return_inverse=True)
@@ -80,7 +80,7 @@ class EvaluationSet(NamedTuple):
     def fingerprint(self) -> str:
         """Return a hash of the labels, to identify the set. Pixels are left out: they vary with the decoder.
 
-        Without labels, the hash is of the mean pixel, as a whole number, and of the clips' lengths.
+        For a set without labels, the mean value, rounded to a whole number, and the lengths of clips are hashed.
         """
         labels = [split.labels.tolist() for split in (self.train, self.test)]
         if not self.has_labels:
@@ -95,7 +95,7 @@ class EvaluationSet(NamedTuple):
 
     @classmethod
     def without_labels(cls, samples: LabeledSamples) -> "EvaluationSet":
-        """Return a set of samples without labels."""
+        """Return a set that has only test samples, without labels."""
         return cls(LabeledSamples(samples.samples[:0], samples.labels[:0]), samples)
 
     @property
@@ -125,26 +125,25 @@ def load_labeled_set(
     """Load a labeled set, or a set without labels: a folder without class folders, or MDS without ``label_column``.
 
     Args:
-        format: ``cifar10`` or ``cifar100``: torchvision's files in ``root``; ``speech_commands``: what its archive
-            unpacks to; ``None``: what root holds. That is MDS in root/train and root/test; or what
-            :func:`~d2v_composer.sources.open.open_source` opens, with splits train, and test, validation or val. Others
-            of :data:`~d2v_composer.sources.FORMATS` tell which, if root holds several. Without labels only
-            the test split is read, or the whole root if it has no splits.
+        format: ``cifar10`` or ``cifar100`` for torchvision's files in ``root``; ``speech_commands`` for its unpacked
+            archive; ``None`` for whatever ``root`` holds: MDS in root/train and root/test, or what
+            :func:`~d2v_composer.sources.open.open_source` opens, with splits train, and test, validation or val. If
+            ``root`` holds several kinds, another value of :data:`~d2v_composer.sources.FORMATS` chooses. Without
+            labels, only the test split is read, or the whole root if it has no splits.
         root: The folder, or another source of :func:`~d2v_composer.sources.open.open_source`.
-        modality: What the samples are; default: images.
-        image_size: Images of a folder or of MDS are resized to this many pixels a side. CIFAR keeps its size: it is
-            resized in batches on the device.
-        interpolation: How they are resized: bicubic or bilinear, as the model's config says.
+        modality: Modality of the samples; default: images.
+        image_size: Pixels per side to which images are resized when they are loaded. CIFAR's keep their size until the
+            model resizes them, in batches on the device.
+        interpolation: Interpolation of the resizing: bicubic or bilinear, as in the model's config.
         download: Fetch CIFAR if it is missing.
         column: The column that holds the samples; see :func:`~d2v_composer.sources.open.open_source`.
-        label_column: The column that holds the labels; ``None``: there are none.
-        max_images: Load at most this many images of each split, evenly spaced; the others of a folder or of MDS are not
-            even read.
+        label_column: The column that holds the labels; ``None`` for no labels.
+        max_images: Load at most this many images of each split, evenly spaced; the others are not decoded.
         class_embeddings: A .npy with a text tower's embedding of each class, in the order of the class names.
 
     Raises:
-        InputError: The set is missing or corrupt, has no images or another modality's; or those chosen are all of one
-            class.
+        InputError: The set is missing or corrupt, or has no images or another modality's; or ``max_images`` selects
+            images of only one class.
 
     Example:
         >>> cifar10 = load_labeled_set("mds", "cifar10", image_size=32, max_images=100)
@@ -193,7 +192,7 @@ def open_cifar(name: str, root: Path, download: bool) -> dict[str, Source]:
     """Open train and test of torchvision's CIFAR-10 or CIFAR-100, as images of their own size.
 
     Raises:
-        InputError: It is missing, corrupt, or cannot be downloaded.
+        InputError: The data set is missing, corrupt, or cannot be downloaded.
     """
     from torchvision.datasets import CIFAR10, CIFAR100  # takes a second
 
@@ -231,7 +230,7 @@ def open_cifar(name: str, root: Path, download: bool) -> dict[str, Source]:
 def _open_splits(
     root: str, modality: Modality, format: str | None, column: str | None, label_column: str | None
 ) -> list[Source]:
-    """Open train and test, with labels; or the only samples of a set without labels."""
+    """Open train and test, both with labels; or, as the only source, the test samples of a set without labels."""
     whole, *folders = (Path(root, name) for name in ("", "train", "test"))
     if format == "mds" or (format is None and any(map(is_mds, (whole, *folders)))):
         if label_column is None:
@@ -261,8 +260,8 @@ def _open_splits(
 def _open_speech_commands(root: Path, modality: Modality) -> list[Source]:
     """Open Speech Commands v2 (Warden 2018, arXiv:1804.03209): one-second clips of 35 words.
 
-    Test is what its testing_list.txt names, train what neither that nor its validation_list.txt names; the validation
-    clips and the background noise are not used.
+    The test split is what testing_list.txt names; the train split, what neither this nor validation_list.txt names. The
+    validation clips and the background noise are not used.
     """
     with reading(root):
         if not (root / TEST_LIST).exists():
@@ -295,7 +294,7 @@ def read_class_names(root: Path) -> tuple[str, ...]:
     """Return the class names that d2v convert-images wrote next to the index in ROOT/train or ROOT/test, if any.
 
     Raises:
-        InputError: The two differ, so that a label means another class in test than in train.
+        InputError: The names of train and test differ, so that a label means another class in test than in train.
     """
     variants = set()
     for path in (root / split / SUMMARY for split in ("train", "test")):
@@ -316,7 +315,7 @@ def collate_labeled(pairs: Sequence[tuple[Tensor, Any]]) -> list[Tensor]:
 
 
 def eval_batches(labeled: LabeledSamples, batch_size: int) -> DataLoader:
-    """Return the loader of this rank's share of the samples, not augmented; Composer drops the padding at the end."""
+    """Return a loader of this rank's samples, not augmented. Composer drops samples that fill up the last batch."""
     from composer.utils import dist
 
     dataset: Any = list(zip(*labeled, strict=True))

@@ -16,7 +16,7 @@ from d2v_composer.system.fetch import HUB, READ_SECONDS, File, fetch, is_remote,
 
 # The branch of a data set on the hub to which its bot converts all others.
 CONVERTED = "refs/convert/parquet"
-# What is left out, besides suffixes.
+# Kinds of files that are left out, besides those with other suffixes.
 LINKS, SPECIAL = "links to files or folders already listed", "special files"
 
 ResultT = TypeVar("ResultT")
@@ -26,33 +26,33 @@ class Listing(NamedTuple):
     """Files of a source."""
 
     root: str
-    """A folder or an address, on the hub with the commit."""
+    """A folder or an address; an address on the hub has the commit."""
     files: list[File]
     """Files with a wanted suffix, sorted."""
     left_out: Mapping[str, int]
     """Number of other files by kind."""
     is_chosen: bool
-    """The user named a file or a glob in ``root``."""
+    """True if the user named a file or a glob in ``root``."""
 
 
 class Pinned(NamedTuple):
-    """A listed file on this machine, which is read only as it was listed."""
+    """A listed file, or its copy, on this machine. Reading it fails if it has changed since it was listed."""
 
     name: str
-    """Its path or address."""
+    """Path or address of the file."""
     path: Path
-    """The file, or its copy."""
+    """Path of the file, or of its copy."""
     file: File
     """The file as listed; if its store has no versions, with the copy's size and inode."""
     expected: File | None
-    """What the file system says of it; ``None`` for a copy of one version, which nobody replaces by another."""
+    """State of ``path`` in the file system, which must not change; ``None`` for a copy of one version, which cannot."""
 
     @classmethod
     def of(cls, root: str, file: File) -> Self:
         """Fetch a listed file if it is remote.
 
         Raises:
-            InputError: It cannot be fetched, or has changed.
+            InputError: The file cannot be fetched, or has changed.
         """
         name = f"{root}/{file.path}"
         path = fetch(name, file.version)
@@ -62,15 +62,15 @@ class Pinned(NamedTuple):
         return cls(name, path, copy._replace(version=""), copy)
 
     def read(self, function: Callable[[BinaryIO], ResultT], what: str = "", *, again: bool = False) -> ResultT:
-        """Call a function with the opened file. A copy that it cannot read is fetched once more.
+        """Return the result of a function of the opened file. A damaged copy is fetched once more.
 
         Args:
-            function: Raises an InputError if the content is not what the user wants, any other error if it is damaged.
-            what: The part that is read, which errors name after the file.
-            again: The copy has been fetched once more.
+            function: Raises InputError if the content is not what the user wants, any other error if it is damaged.
+            what: Name of the part that is read, which errors append to the file's name.
+            again: True if the copy has been fetched once more.
 
         Raises:
-            InputError: The function's, or the file is damaged.
+            InputError: The function raised one, or the file is damaged.
             RunError: The file is no longer the one that was listed.
         """
         copied = is_remote(self.name)
@@ -92,16 +92,16 @@ class Pinned(NamedTuple):
 
 
 def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str]) -> Listing | None:
-    """List the files of a source with these suffixes, and count the others by suffix.
+    """List the files of a source that have one of ``suffixes``, and count the others by suffix.
 
-    Hidden files and folders are left out. Links are followed, but each file and each folder is listed once: by its own
-    name, or by the first of several.
+    Hidden files and folders are left out. Links are followed, but each file and each folder is listed once: under its
+    own name or, if only links lead to it, under the first link's.
 
     Args:
         source: A file, a folder or a glob, in which ``**`` stands for any number of folders; local, in a store of
             :data:`~d2v_composer.system.addresses.STORES`, or hf://datasets/ORG/NAME[@REVISION][/FOLDER].
         suffixes: Suffixes in lowercase.
-        needs: Suffix of files that cannot be decoded here → the package that can.
+        needs: Suffix of files that cannot be decoded here → the package that can decode them.
 
     Returns:
         The files; ``None`` for an address that is a folder in another store.
@@ -143,7 +143,7 @@ def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str])
 
 
 def used_up(glob: Sequence[str], parts: Sequence[str]) -> frozenset[int]:
-    """Return how many leading parts of a glob can match a path: all of them, if the path fits."""
+    """Return how many leading parts of a glob a path can use up; a path that fits can use up all, ``len(glob)``."""
     counts = {0}
     for part in ("", *parts):
         if part:
@@ -157,7 +157,7 @@ def _list_disk(root: str, glob: Sequence[str], left_out: Counter[str]) -> Iterat
     """Yield what is in a folder and those subfolders that may hold files of a glob; links come last.
 
     Yields:
-        A file, and what is equal for all of its names; or a hidden file or folder, which may be listed no further.
+        A file, and an object that is equal for all names of the file; also hidden files and folders, not entered.
 
     Raises:
         OSError: A folder cannot be listed.

@@ -83,7 +83,7 @@ class Shard(NamedTuple):
 
         Raises:
             OSError: The file cannot be read.
-            ArithmeticError, LookupError, TypeError, ValueError: It is corrupt.
+            ArithmeticError, LookupError, TypeError, ValueError: The file is corrupt.
         """
         with path.open("rb", buffering=0) as file:
             file.seek(4 * (1 + number))
@@ -106,14 +106,15 @@ class Shard(NamedTuple):
 
 
 class Index:
-    """The index of a data set, parsed and checked: what it lists can be read.
+    """The index of a data set, parsed and checked, so that the samples that it lists can be read.
 
     Args:
-        folder: The folder of the ``index.json``, which is the cache of a data set in a store.
-        modality: What the samples are.
+        folder: The folder of the ``index.json``; for a data set in a store, its cache.
+        modality: Modality of the samples.
         column: The column of samples; default: the modality's name.
-        labels: A column of labels, which the samples must have.
-        remote: The data set's address, if its shards are fetched later. Otherwise each must be there in its full size.
+        labels: The column of labels, if labels are to be read.
+        remote: Address of a data set whose shards are fetched later. Without it, each shard must be in ``folder`` in
+            its full size.
 
     Raises:
         InputError: The index is missing or corrupt, lists no samples or lacks a column, the column cannot hold such

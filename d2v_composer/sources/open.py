@@ -50,10 +50,11 @@ class Files:
         root: A folder or an address.
         files: Files in it.
         left_out: Number of other files by kind.
-        is_chosen: The user named a file or a glob.
-        container: The files' kind; ``None``: they are samples in a folder.
+        is_chosen: True if the user named a file or a glob.
+        container: Kind of the files; ``None`` if they are samples in a folder.
         columns: The columns to read.
-        part: What to open: some of the files if there are enough, or else all, of whose samples it is a part.
+        part: Part to open: some of the files or, if there are fewer files than parts, all of them; then the part only
+            chooses among shards or batches later.
     """
 
     root: str
@@ -70,10 +71,10 @@ class Files:
         return self.container is None or not self.container.labels
 
     def find_splits(self, *names: str) -> dict[str, Any]:
-        """Return split → number → path of its samples, if they are in folders; or else split → its files.
+        """Return split → number of a sample → path, if samples are in folders; otherwise, split → its files.
 
         Raises:
-            InputError: A file may be of two splits.
+            InputError: A file's name has the words of two splits.
         """
         if self.in_folders:
             return sort_folders(self._opened[1], *names)
@@ -93,12 +94,10 @@ class Files:
         return self._opened[0]
 
     def open_split(self, split: str | None, labels: str | Path | None = None) -> Source:
-        """Open the samples of a split; ``none`` means all. The default is ``train``, or all if there are no splits.
-
-        Names of classes are those of ``train``, if there is one.
+        """Open the samples of a split. The names of classes are those of ``train``, if there is such a split.
 
         Args:
-            split: The split.
+            split: Name of the split; ``none``: all samples; default: ``train``, or all if there are no splits.
             labels: Labels of samples in folders; see :func:`open_source`.
 
         Raises:
@@ -131,7 +130,7 @@ class Files:
         return source.with_classes(file_labels, class_names, "each class must be in the train split")
 
     def _open_folders(self, splits: dict[str, dict[int, str]], split: str | None, labels: str | Path | None) -> Source:
-        """Open the samples of a split, or all if it is not there, with classes that are the folders in it."""
+        """Open the samples of a split, or all if there is no such split; the folders in it are the classes."""
         name = split or "train"
         chosen = splits[name if name in splits else ""]
         has_classes = any("/" in path for path in chosen.values())
@@ -170,8 +169,8 @@ class Files:
         """Open all samples, file by file, in each file's order; remote files are fetched first.
 
         Returns:
-            The samples; their labels as they are stored, or their paths if their folders tell them; and names of labels
-            that are numbers.
+            The samples; their labels as stored, or their paths if folders are the classes; and, if labels are numbers,
+            the names of the numbers, if known.
 
         Raises:
             InputError: A file cannot be read, a column is missing or ambiguous, or there are no samples.
@@ -229,14 +228,14 @@ class Files:
 
 
 def sort_folders(paths: Sequence[str], *splits: str) -> dict[str, dict[int, str]]:
-    """Sort samples by the folders of splits; these may lie in a folder, of any depth, that holds all samples.
+    """Sort samples by the folders of splits, which may lie deeper in the only folder that holds all samples.
 
     Args:
         paths: The samples' paths.
         splits: Names of splits.
 
     Returns:
-        Split, or '' of other samples → number of a sample → its path in the split's folder.
+        Split, '' for other samples → number of a sample → its path in the split's folder.
     """
     common = takewhile(lambda folder: folder not in splits, os.path.commonprefix([*paths]).split("/")[:-1])  # noqa: RUF071
     start = sum(len(folder) + 1 for folder in common)
@@ -263,22 +262,23 @@ def open_source(
     """Open the samples of a folder, an MDS data set, or files that hold many.
 
     Args:
-        source: A folder with an MDS ``index.json``, or with ``cache`` an object store's address: an MDS data set, whose
-            ids are the samples' numbers. What :func:`find_files` lists: the ids are those of its ``Container``, or in a
-            folder the paths.
-        modality: What the samples are.
-        split: See :meth:`Files.open_split`. An MDS data set has none.
-        labels: Of a folder or of zips: ``none``: no labels; ``None``: classes are folders, or else in Kaggle's
-            LOC_SPLIT_solution.csv, if it is there (the class is a cell's first word); or a CSV file with the sample's
-            path in the source or the split, with or without its suffix, in the first column, and the class in the
-            second. The ground truth file of ILSVRC's devkit is not supported: it has no file names, and its numbers are
-            not in the order of the train folder's classes.
-        column: The column that holds the samples, in tars their suffix; default: in MDS the modality's name, else the
-            only one.
+        source: An MDS data set, whose ids are the samples' numbers: a folder with an ``index.json`` or, if ``cache`` is
+            given, an address in a store. Or anything that :func:`find_files` lists: the ids are paths in a folder, or
+            have the form ``Container.ids``.
+        modality: Modality of the samples.
+        split: See :meth:`Files.open_split`; MDS data sets have no splits.
+        labels: Labels of samples in folders or zips. ``none``: no labels. ``None``: folders are classes; without
+            folders, labels come from Kaggle's LOC_SPLIT_solution.csv, if it is there (a cell's first word). Or a CSV
+            file with a sample's path in the source or the split, with or without its suffix, in the first column, and
+            the class in the second. The ground truth file of ILSVRC's devkit is not supported: it has no file names,
+            and its numbers are not in the order of the train folder's classes.
+        column: The column that holds the samples, in tars their suffix; default: in MDS the modality's name, otherwise
+            the only one.
         label_column: The column of labels, in tars ``cls`` or ``json:KEY``; default: no labels.
         cache: The folder for the shards of an MDS data set in a store.
         cache_limit: Maximum size of the cache, in bytes; default: no limit.
-        part: Open the files of a part alone; if there are fewer files than parts, all, with the part noted.
+        part: Part of the files to open. If there are fewer files than parts, all are opened, and :attr:`Source.part`
+            is set.
 
     Raises:
         InputError: The source cannot be used.
@@ -316,16 +316,16 @@ def find_files(
 
     Args:
         source: See :func:`~d2v_composer.sources.listing.list_files`.
-        modality: What the samples are.
+        modality: Modality of the samples.
         column, label_column: See :func:`open_source`.
-        split: If there is a folder of this name, the kind is that of the files in it.
+        split: If there is a folder of this name, only the files in it decide the kind.
         kind: A container's suffix, or '' for samples; default: whatever is there.
 
     Returns:
-        The files; ``None`` for an address with an MDS index, or that cannot be listed.
+        The files; ``None`` for an address that has an MDS index, or that is in a store whose files cannot be listed.
 
     Raises:
-        InputError: There are none in a store or of a glob, they are of several kinds, or they cannot be listed.
+        InputError: No file in a store or of a glob fits, files are of several kinds, or they cannot be listed.
     """
     is_remote = fetch.is_remote(source)
     kinds = {container.suffix: container for container in CONTAINERS if kind in (None, container.suffix)}

@@ -26,8 +26,8 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
     """List the rows of a Parquet file.
 
     Raises:
-        InputError: There is not one column of samples, or no column of labels.
-        Exception: pyarrow's, if the file is damaged.
+        InputError: Not exactly one column can hold samples, or the column of labels is missing.
+        Exception: pyarrow's error, if the file is damaged.
     """
     import pyarrow.parquet
 

@@ -36,9 +36,9 @@ INDEX_REQUEST_SECONDS, REQUEST_SECONDS = 60.0, 20
 POLL_SECONDS = 0.02
 # Shards that a machine fetches ahead at a time. One connection to an object store delivers about what one core decodes.
 MIN_AHEAD, MAX_AHEAD = 4, 64
-# The cache's folder of lock files: one for each shard, and one for the room.
+# The cache's folder of lock files: one for each shard, and one for making room.
 LOCKS = ".locks"
-# The end of a file beside a partial one: its shard will take room.
+# Suffix of a file beside a partial one, which reserves room for the whole shard.
 RESERVED = "reserved"
 
 log = logging.getLogger(__name__)
@@ -47,12 +47,12 @@ log = logging.getLogger(__name__)
 def fetch_index(remote: str, local: Path, retry_timeout: float = 0.0) -> None:
     """Fetch the index of a remote data set, and the summary of its conversion if it has one, into its cache.
 
-    If the store is unreachable, use files that are here, with a warning; shards are verified by the index.
+    If the store is unreachable, cached files are used, with a warning; shards are verified by the index.
 
     Args:
         remote: The data set's address.
         local: The cache.
-        retry_timeout: How long an unreachable store is retried if no such file is here, in seconds.
+        retry_timeout: Seconds in which an unreachable store is retried if the file is not cached.
 
     Raises:
         InputError: The index is missing or corrupt, the store is unreachable, or ``local`` is another data set's cache.
@@ -88,11 +88,11 @@ class Shards:
 
     Args:
         index: The data set's index. Processes and runs may share the cache of a data set in a store.
-        cache_limit: Maximum size of this cache, in bytes; default: no limit.
+        cache_limit: Maximum size of the cache, in bytes; default: no limit.
         timeout: How long an unreachable store is retried, in seconds.
 
     Attributes:
-        limit: The cache limit in bytes; 0: none.
+        limit: The cache limit in bytes; 0 for no limit.
 
     Raises:
         InputError: ``cache_limit`` is too small, or set for a local data set.
@@ -132,7 +132,7 @@ class Shards:
 
         Raises:
             IndexError: There is no such sample.
-            ShardError: Its shard cannot be fetched, or is corrupt.
+            ShardError: The sample's shard cannot be fetched, or is corrupt.
         """
         shard_id = bisect_right(self._ends, sample_id)
         shard = self.shards[shard_id]
@@ -227,7 +227,7 @@ class Shards:
         """Fetch and verify a shard, unless another thread does.
 
         Returns:
-            False if another thread is fetching it, or if shards that are being fetched take the room in the cache.
+            False if another thread fetches the shard, or if shards that are being fetched take the room in the cache.
         """
         path, shard = self._paths[shard_id], self.shards[shard_id]
         stored = shard.zipped or shard.raw

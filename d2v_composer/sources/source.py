@@ -1,4 +1,4 @@
-"""Read samples by number, from a folder of files or an MDS data set, local or in a store, with worker processes."""
+"""Read samples by number from any source, with worker processes."""
 
 import hashlib
 import os
@@ -53,19 +53,19 @@ class Source:
 
     Attributes:
         root: The folder or the address.
-        modality: What the samples are.
+        modality: Modality of the samples.
         ids: N names below ``root``, such as paths, or numbers.
         load: Returns a sample by number as it is stored: a file's bytes, or what a column holds.
-        label: Returns a sample's class by number; ``None`` without labels.
-        class_names: Name of each class, if they have names.
-        sizes: (N,) int64, about how many bytes a sample has.
-        marks: (N,) int64, a number for each sample that is another one if its file changes.
+        label: Returns the label of a sample by number; ``None`` without labels.
+        class_names: Name of each class; empty if labels are only numbers.
+        sizes: Approximate number of bytes of each sample, (N,) int64.
+        marks: A number for each sample, (N,) int64, that changes if the sample's file does.
         content: Hash of the paths, sizes and versions of all files, or of an MDS data set's index, wherever they are;
             the same for each part.
-        left_out: Number of other files by kind.
-        keeps_files: A conversion stores what ``load`` returns unchanged.
-        in_folders: The samples are listed by their paths in a folder or in zips: a conversion shuffles them.
-        part: Which of their shards or batches a command makes.
+        left_out: Kind of other files → their number.
+        keeps_files: True if a conversion stores what ``load`` returns unchanged.
+        in_folders: True if samples are listed by their paths in a folder or in zips; then a conversion shuffles them.
+        part: Part of the shards or batches of these samples that a command makes.
     """
 
     root: str
@@ -94,12 +94,12 @@ class Source:
         """Load and decode a sample; see :meth:`Modality.decode`.
 
         Raises:
-            UnreadableSampleError: It cannot be decoded.
+            UnreadableSampleError: The sample cannot be decoded.
         """
         return self.modality.decode(self.load(number), self.name(number))
 
     def select(self, numbers: Sequence[int] | Int64Array) -> Self:
-        """Return a source of these samples alone."""
+        """Return a source of only the samples with the given numbers, in the given order."""
         chosen = np.asarray(numbers, np.int64)
         load, label, ids = self.load, self.label, self.ids
         return replace(
@@ -112,10 +112,15 @@ class Source:
         )
 
     def with_classes(self, names: Sequence[str], class_names: Sequence[str], hint: str) -> Self:
-        """Return the samples with labels: the position of each sample's class among all classes, (N,).
+        """Return the samples with labels: a label is the position of a class in ``class_names``.
+
+        Args:
+            names: Name of each sample's class, (N,).
+            class_names: Names of all classes.
+            hint: End of the error's line.
 
         Raises:
-            InputError: A class is not among them; the line ends with ``hint``.
+            InputError: A sample's class is not among all classes.
         """
         places = {name: place for place, name in enumerate(class_names)}
         for number, name in enumerate(names):
@@ -135,7 +140,7 @@ class Columns(NamedTuple):
     samples: str | None = None
     """Column of the samples; default: the only one."""
     labels: str | None = None
-    """Column of their labels; default: they have none."""
+    """Column of the labels; default: no labels."""
 
 
 class Listed(NamedTuple):
@@ -146,11 +151,11 @@ class Listed(NamedTuple):
     marks: Int64Array
     load: Callable[[int], bytes]
     labels: Sequence[Any]
-    """Label of each sample; for samples in folders, their paths."""
+    """Label of each sample; for samples in folders, the path of each."""
     class_names: Sequence[str] = ()
     left_out: Mapping[str, int] = {}
     content: str = ""
-    """Hash of other files that hold the samples."""
+    """Hash of the files to which the paths in a column point; '' if the listed file holds the samples itself."""
 
 
 def open_mds(index: Index, cache_limit: int | None = None) -> Source:
@@ -177,7 +182,7 @@ def whole_label(value: Any, source: str) -> int:
     """Return a label as a whole number.
 
     Raises:
-        InputError: It is no whole number.
+        InputError: The value is no whole number.
     """
     with suppress(TypeError, ValueError, OverflowError):
         if (label := int(value)) == float(value):
@@ -206,8 +211,8 @@ def load_listed(folder: Path, paths: Names, marks: Int64Array, number: int) -> b
     """Read one of the files in a folder.
 
     Raises:
-        InputError: It cannot be read.
-        RunError: It is not the file that was listed.
+        InputError: The file cannot be read.
+        RunError: The file has changed since it was listed.
     """
     path = folder / paths[number]
     with reading(path):
@@ -247,7 +252,7 @@ def map_in_workers(
 
     Raises:
         RunError: A worker was killed.
-        Exception: The function's; other than ours, with the worker's traceback as its text.
+        Exception: The function raised it. If it is no InputError or RunError, its text has the worker's traceback.
     """
 
     def call(item: Any) -> tuple[Any, Exception | None]:
@@ -281,7 +286,7 @@ def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iter
 
 
 def marks_of(count: int, *contents: object) -> Int64Array:
-    """Return marks of the samples in one file; they change with its content."""
+    """Return :attr:`Source.marks` of the samples in one file, which change if ``contents`` do."""
     return mark_of(*contents) + np.arange(count)
 
 

@@ -23,11 +23,11 @@ LEAST_ZEROS, MOST_ZEROS = 1 << 10, 1 << 20
 
 
 def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
-    """List the samples of a tar; its columns are suffixes.
+    """List the samples of a tar; ``columns`` names suffixes.
 
     Raises:
-        InputError: A key has several samples or no label, or there are two of one name.
-        ValueError: See :func:`read_tar`.
+        InputError: A key has several samples or no label, or two samples have the same key.
+        ValueError: The tar is damaged; see :func:`read_tar`.
     """
     name, modality = pinned.name, columns.modality
     left_out, keys, offsets, sizes, labels = Counter[str](), list[str](), array("q"), array("q"), list[Any]()
@@ -70,7 +70,8 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str | None, list[tuple[str, int, 
         The key, ``None`` for members that belong to no sample; and suffix, offset and size of each member.
 
     Raises:
-        ValueError: The tar is damaged, cut, or joined to another, or has a sparse member. tarfile's errors likewise.
+        ValueError: The tar is damaged, cut, or joined to another, or has a sparse member.
+        tarfile.TarError: The tar is damaged.
     """
     key, members = None, list[tuple[str, int, int]]()
     with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -95,7 +96,7 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str | None, list[tuple[str, int, 
 
 
 def read_bytes(file: BinaryIO, offset: int, size: int) -> bytes:
-    """Return some bytes of a file."""
+    """Return ``size`` bytes of a file from ``offset`` on."""
     file.seek(offset)
     return file.read(size)
 

@@ -17,10 +17,10 @@ from d2v_composer.system.errors import InputError, UnreadableSampleError
 
 
 def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
-    """List the samples of a zip, with their paths in it, which tell split and class.
+    """List the samples of a zip, with their paths in the zip, which tell split and class.
 
     Raises:
-        InputError: A member is encrypted, compressed in a rare way or there twice.
+        InputError: A sample is encrypted, compressed by a method other than deflate, or there twice.
         ValueError, zipfile.BadZipFile: The zip is damaged, or joined to another.
     """
     left_out, paths, places = Counter[str](), list[str](), array("q")
@@ -49,7 +49,7 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
 
 
 def _load(pinned: Pinned, ids: Names, table: Int64Array, number: int) -> bytes:
-    """Read a member by its place: a ZipFile would first read the names of all."""
+    """Read a member at its known place in the file; a ZipFile would first read the names of all members."""
     path = ids[number].removeprefix(pinned.file.path)
     member = ZipInfo(path[1:])
     offset, *sizes = table[number].tolist()

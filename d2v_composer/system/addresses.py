@@ -10,9 +10,9 @@ from typing_extensions import Self
 
 # An exported student, beside its run and on the Hugging Face hub.
 STUDENT_FILE = "student.safetensors"
-# The file of a run's lock; a folder that has it is a run's, and in a store too.
+# Name of a run's lock file. A folder with this file, here or in a store, belongs to a run.
 MARK = ".in_use"
-# A preflight's folder in the folder and cache of its run, which it removes at its start and end.
+# Name of the folder of a preflight, in the run's folder and cache. A preflight removes it at its start and end.
 PREFLIGHT = ".d2v-preflight"
 # Stores to which Composer can write.
 STORES = ("s3", "gs", "oci", "azure", "dbfs")
@@ -92,7 +92,7 @@ class RunFolder(NamedTuple):
         """Parse a ``save_folder``, in which ``{run_name}`` is Composer's placeholder.
 
         Raises:
-            ValueError: It is malformed, or Composer would save elsewhere.
+            ValueError: The text is malformed, or Composer would save elsewhere.
         """
         text = text.replace("{run_name}", run_name)
         address = Address.parse(text)
@@ -110,7 +110,7 @@ def check_run_name(name: str) -> None:
     """Check that a name works as a folder name, locally and in every store.
 
     Raises:
-        ValueError: It cannot.
+        ValueError: The name has a '/' or other characters that are not allowed.
     """
     if "/" in name or name in (".", ".."):
         raise ValueError(f"expected a name without '/', got {name!r}")
@@ -121,7 +121,7 @@ def check_path(path: str) -> None:
     """Check that Composer uses a local path exactly as written.
 
     Raises:
-        ValueError: It does not.
+        ValueError: Composer would use another path.
     """
     if not CHARACTERS.fullmatch(path) or path != path.strip() or path.startswith("//"):
         hint = "; {run_name} in save_folder is the only placeholder" if "{" in path else ""

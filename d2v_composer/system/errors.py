@@ -9,7 +9,7 @@ from d2v_composer.system.addresses import hide_secrets
 
 # The local disk is full, or the user's share of it.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What an installation lacks without an extra, and this extra.
+# Package that is not always installed → the extra of d2v-composer that installs it.
 EXTRAS = {
     **dict.fromkeys(("boto3", "botocore", "composer", "streaming", "torchmetrics"), "train"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"),
@@ -18,7 +18,7 @@ EXTRAS = {
 
 
 class _ShownError(Exception):
-    """An error whose lines are shown and kept in records, and so without secrets."""
+    """An error whose lines are shown and recorded; secrets in them are hidden."""
 
     def __init__(self, *lines: object) -> None:
         super().__init__(*map(hide_secrets, lines))
@@ -36,7 +36,7 @@ class InputError(_ShownError, ValueError):
 
 
 class UnreadableSampleError(InputError):
-    """A sample that is missing, corrupt or of another format; others may be readable."""
+    """A sample is missing, corrupt or of another format; other samples may be readable."""
 
 
 class RunError(_ShownError, RuntimeError):
@@ -44,7 +44,7 @@ class RunError(_ShownError, RuntimeError):
 
 
 class ShardError(RunError):
-    """A shard that cannot be fetched or does not match its index."""
+    """A shard cannot be fetched or does not match its index."""
 
 
 def reason(error: BaseException) -> str:

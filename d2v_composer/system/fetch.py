@@ -36,7 +36,7 @@ RETRY_SECONDS = 600.0
 LARGEST_FILE = 32 << 30
 # Bytes a second. A link may be slow, and shared by many requests; a slower download is broken off.
 LEAST_RATE = 1024
-# A command may need a file several times: it asks once, and uses one version.
+# A command that needs a file again within these seconds uses its copy without asking whether the file has changed.
 ASK_SECONDS = 60.0
 # A model or a data set on the Hugging Face hub: kind, repository, revision and file or folder.
 HUB = re.compile(r"hf://(datasets/|(?!datasets/))([^/@]+/[^/@]+)(?:@(refs/[^/]+/[^/]+|[^/]+))?(?:/(.+))?")
@@ -71,7 +71,7 @@ _keeps_inodes: dict[int, bool] = {}
 
 
 class UnchangedError(ValueError):
-    """A file still has the version that is known."""
+    """A file still has the known version, so it is not fetched."""
 
 
 class File(NamedTuple):
@@ -88,7 +88,7 @@ class File(NamedTuple):
 
     @classmethod
     def of(cls, path: str, place: str | Path | int, status: os.stat_result | None = None) -> Self:
-        """Describe a file of this machine, at a path or opened, by its ``status`` in the file system."""
+        """Describe a file of this machine, given its path or descriptor and, to save a system call, its ``status``."""
         status = status or os.stat(place)
         if status.st_dev not in _keeps_inodes:  # a list of millions of files asks once
             _keeps_inodes[status.st_dev] = not hasattr(os, "statvfs") or os.statvfs(place).f_fsid != 0
@@ -123,7 +123,7 @@ def fetch(address: str | Path, version: str = "", *, again: bool = False) -> Pat
             the same file; signatures, logins and queries are not written to the disk. Or hf://ORG/NAME, a student on
             the Hugging Face hub; hf://ORG/NAME@REVISION/FILE for another revision and file; hf://datasets/… for a data
             set's.
-        version: The only version to fetch. Each has a copy of its own, which nobody replaces by another version.
+        version: The only version to fetch. Each version has a copy of its own in the cache.
         again: Replace the copy, because it is damaged.
 
     Raises:
@@ -181,20 +181,20 @@ def _renew(address: str, path: Path, version: str, again: bool) -> None:
 def fetch_from_hub(
     repository: str, names: Sequence[str], revision: str | None, *, again: bool = False, **options: Any
 ) -> Path:
-    """Return the first of these files that a repository on the Hugging Face hub has now.
+    """Return the local path of the first file in ``names`` that a repository on the Hugging Face hub has now.
 
-    If the hub does not answer, return what its cache has, with a warning. The hub's own variables apply: HF_HOME,
+    If the hub does not answer, the copy in its cache is used, with a warning. The hub's own variables apply: HF_HOME,
     HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
 
     Args:
         repository: ORG/NAME.
-        names: The files.
-        revision: A branch, a tag or a commit, which is not asked for again.
+        names: Paths in the repository.
+        revision: A branch, a tag or a commit; a cached file of a commit is used without asking the hub.
         again: Replace the copy in the cache, because it is damaged.
         options: ``repo_type``.
 
     Raises:
-        InputError: There is none, or the hub is not reachable.
+        InputError: The repository has none of the files, or the hub is not reachable and its cache has none.
     """
     from huggingface_hub import HfApi, hf_hub_download
 
@@ -226,14 +226,14 @@ def download_existing(address: str, path: Path) -> bool:
     """Fetch a file that may be missing, and retry for ten minutes while its store is unreachable.
 
     Args:
-        address: The file's, see :func:`fetch`.
-        path: Exists, or is replaced, only once the file is complete.
+        address: Address of the file; see :func:`fetch`.
+        path: Local path, which exists, or is replaced, only once the file is complete.
 
     Returns:
-        Whether there is such a file.
+        False if there is no such file.
 
     Raises:
-        Exception: The client's, if the file cannot be read.
+        Exception: The client's error, if the file cannot be read.
     """
 
     def attempt() -> None:
@@ -262,10 +262,10 @@ def exists(address: str) -> bool:
 
 
 def names_in(folder: str | Path) -> list[str]:
-    """Return the names or paths of what is in a folder, local or in a store; none if there is no such folder.
+    """Return the names in a local folder, or the paths of all files below a folder in a store; none if it is missing.
 
     Raises:
-        InputError: It cannot be listed.
+        InputError: The folder cannot be listed.
     """
     if is_remote(folder):
         return [file.path for file in list_store(str(folder))]
@@ -279,7 +279,7 @@ def check_outputs(*outputs: str, overwrite: bool) -> None:
     Call it before the work starts, and again under the command's lock before they are written.
 
     Raises:
-        InputError: One exists, or cannot be written.
+        InputError: A file exists and may not be replaced, or cannot be written.
     """
     for output in outputs:
         if not is_remote(output):
@@ -293,8 +293,8 @@ def put(path: Path, address: str, denial_passes: bool = False) -> None:
 
     Args:
         path: The file.
-        address: Its final path or address.
-        denial_passes: Retry, too, while the store denies the upload: this may be a fault of a store that allowed one.
+        address: The file's final path or address.
+        denial_passes: Also retry while the store denies the upload, because it has allowed an earlier one.
 
     Raises:
         RunError: The store cannot be written.
@@ -314,13 +314,13 @@ def transfer(address: str, path: Path, timeout: float, known: str | None = None)
     """Fetch a file without retries; a failure raises the client's error and leaves a partial file.
 
     Args:
-        address: The file's, see :func:`fetch`.
+        address: Address of the file; see :func:`fetch`.
         path: The local file.
         timeout: Seconds until an answer, and between parts; a steady download may take longer.
-        known: A version that is not fetched.
+        known: The version that is at hand, which is not fetched again.
 
     Returns:
-        The file's version: its ETag, or else its time and size; '' if its server or its client tells none.
+        The file's version: its ETag, or else its time and size; '' if the server or the store's client tells neither.
 
     Raises:
         UnchangedError: The file has the known version.
@@ -398,7 +398,7 @@ def list_store(folder: str, name: str = "") -> list[File]:
         name: List only the files whose paths begin like this.
 
     Raises:
-        InputError: It cannot be listed.
+        InputError: The folder cannot be listed.
     """
     try:
         return sorted(retry(lambda: _list(folder, name), folder, READ_SECONDS, lasting_attempts=1))
@@ -488,10 +488,10 @@ def retry(
 
     Args:
         attempt: Called at least once.
-        what: What is attempted, for the log.
-        timeout: Seconds; a running attempt is not interrupted.
-        lasting_attempts: 1 reports a wrong address or key immediately.
-        denial_passes: A store that denies access counts as unreachable.
+        what: Name of what is attempted, for the log.
+        timeout: Seconds in which new attempts start; a running attempt is not interrupted.
+        lasting_attempts: Number of attempts for lasting faults; 1 reports a wrong address or key immediately.
+        denial_passes: Treat a store that denies access as unreachable.
     """
     start = time.monotonic()
     pause, num_lasting = FIRST_PAUSE, 0

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from d2v_composer.system.addresses import PREFLIGHT
 from d2v_composer.system.errors import InputError, writing
 
-# NAME.PROCESS-NUMBER.partial; downloaders append suffixes of their own. It ends like no file that we look for.
+# Partial files are named NAME.PROCESS-NUMBER.partial, which is no suffix of samples; downloaders append their own.
 PARTIAL = re.compile(r"\.\d+-\d+\.partial(\.tmp|\.\w{8})?$")
 # Errors of file systems without locks, such as Lustre without its option for them.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
@@ -31,7 +31,7 @@ LONGEST_SOCKET_FOLDER = 70
 log = logging.getLogger(__name__)
 
 _free: set[Path] = set()
-"""Paths at which a command found no file: it replaces none that came there since."""
+"""Paths at which a command found no file; a file that has come there since is not replaced."""
 
 
 def check_out_file(path: Path, *, overwrite: bool = True) -> None:
@@ -40,7 +40,8 @@ def check_out_file(path: Path, *, overwrite: bool = True) -> None:
     Without ``overwrite``, :func:`move` also refuses a file that exists by then.
 
     Raises:
-        InputError: The path is a folder or an object store's address, its folder is not writable, or it exists.
+        InputError: The path is a folder or an object store's address, its folder is not writable, or a file exists
+            there and ``overwrite`` is false.
     """
     if re.match(r"\w\w+:/", path.as_posix()):  # not C:/
         raise InputError(f"{path}: expected a local file, not one in an object store")
@@ -82,7 +83,7 @@ def move(partial: Path, path: Path) -> None:
 
     Args:
         partial: The file, in a folder on the same disk.
-        path: Its name.
+        path: Its final path.
 
     Raises:
         InputError: :func:`check_out_file` found no file there, and now there is one.
@@ -96,7 +97,7 @@ def move(partial: Path, path: Path) -> None:
 
 
 def check_owned(folder: Path | str, names: Iterable[str], mark: str, key: str) -> None:
-    """Check that a folder, local or in a store, is missing, empty, or ours: then it has the file ``mark``.
+    """Check that a folder, local or in a store, is missing, empty or ours; a folder of ours has the file ``mark``.
 
     Args:
         folder: The folder's path or address.
@@ -105,7 +106,7 @@ def check_owned(folder: Path | str, names: Iterable[str], mark: str, key: str) -
         key: The setting that chooses the folder, for the error.
 
     Raises:
-        InputError: It holds other files, which are not mixed with ours.
+        InputError: The folder holds other files, which must not be mixed with ours.
     """
     inside = {name.partition("/")[0] for name in names}
     if mark not in inside and (foreign := sorted(inside - {PREFLIGHT})):
@@ -121,7 +122,7 @@ def partial_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
 
     Args:
         path: The final path. Missing folders are made.
-        sync: Survive a loss of power, as :func:`move` does. Without it, ``path`` may be torn afterwards.
+        sync: Survive a loss of power, as :func:`move` does. If false, a loss of power may leave a torn file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.randbits(32)}.partial")
@@ -171,7 +172,7 @@ def acquire(path: Path, wait: float = 0) -> FileLock | None:
     On a file system without locks this succeeds, with a warning: two runs may then use the same files.
 
     Args:
-        path: The file; created, with its folders, if missing, and perhaps emptied. Only its holder may remove it.
+        path: The file; created, with its folders, if missing, and perhaps emptied. Only the holder may remove it.
         wait: Maximum time to wait for another holder, in seconds.
 
     Returns:
@@ -192,12 +193,12 @@ def acquire(path: Path, wait: float = 0) -> FileLock | None:
 
 
 def missing_parts(path: Path) -> list[Path]:
-    """Return a file and those folders above it that do not exist yet."""
+    """Return those of a path and the folders above it that do not exist yet, from the path upwards."""
     return [part for part in (path, *path.parents) if not part.exists()]
 
 
 def release(lock: FileLock, made: Sequence[Path]) -> None:
-    """Unlock a file, and remove what :func:`missing_parts` returned before if nothing was added to it."""
+    """Unlock a file, and remove the file and folders in ``made`` unless something else was added to them."""
     with suppress(OSError):
         if made and [*made[0].parent.iterdir()] == [made[0]]:
             made[0].unlink()

@@ -2,7 +2,7 @@
 
 A command blocks SIGINT and SIGTERM in its first line. All its threads and children inherit the mask, so that no signal
 to the whole group, as schedulers and terminals send it, reaches a data worker or an upload.
-One thread awaits the signals. Windows has no masks, and commands no children there: handlers take the thread's place.
+One thread awaits the signals. On Windows, which has no masks, handlers take its place; commands have no children there.
 """
 
 import ctypes
@@ -222,7 +222,7 @@ def survive_closed_pipes() -> None:
             setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, "backslashreplace", line_buffering=True))
 
 
-# The first rank of a node may start so much later than the others.
+# The first rank of a node may start this much later than the others.
 REPORT_SECONDS = 30.0
 
 

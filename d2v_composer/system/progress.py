@@ -10,7 +10,7 @@ LINE_SECONDS = 10.0
 
 
 def progress_bar(*iterable: Any, desc: str, unit: str, **options: Any) -> tqdm:
-    """Return a tqdm bar that disappears when it is done; in a pipe or file, one that prints lines."""
+    """Return a tqdm bar that disappears when it is done; if stderr is no terminal, the bar prints lines instead."""
     if sys.stderr.isatty():
         return tqdm(*iterable, desc=desc, unit=unit, leave=False, **options)
     return Lines(*iterable, desc=desc, unit=f" {unit}", ncols=0, **options)

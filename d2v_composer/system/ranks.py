@@ -129,7 +129,7 @@ def raise_on_all_ranks(fault: str | None) -> None:
     """Raise, on every rank, a fault that any rank found, so that none waits for a rank that exited.
 
     Raises:
-        InputError: With the fault of the lowest rank that has one.
+        InputError: A rank found a fault; the message is the fault of the lowest such rank.
     """
     for problem in dist.all_gather_object(fault):
         if problem is not None:

@@ -4,16 +4,16 @@ While :func:`patched_composer` is active:
 
 - ``dist.get_node_signal_file_name``: the name of a signal file includes the node. Composer gives all nodes the same
   name, and in a shared folder each node deletes the others' file.
-- ``checkpoint._torch_load_with_validation``: a checkpoint is the caller's, who has read and checked it. Composer 0.32.1
-  unpickles all that a file names.
+- ``checkpoint._torch_load_with_validation`` returns the contents that the caller has read and checked. Composer 0.32.1
+  would unpickle whatever a file names.
 
 While :func:`lean_engine` is active, because the GPU waits for what the host does in each batch:
 
-- ``Engine._run_callbacks`` calls only what a callback has for an event, and Composer's monitors in every tenth batch.
-  Composer calls all callbacks for each of 13 events, and formats a line for each that it does not log.
-- ``State.fsdp_enabled`` is looked up once. Composer walks over all modules.
+- ``Engine._run_callbacks`` calls a callback only for the events that it handles, and Composer's monitors only in every
+  tenth batch. Composer calls all callbacks for each of 13 events, and formats a line for each that it does not log.
+- ``State.fsdp_enabled`` is looked up once. Composer would walk over all modules each time.
 
-Insides of packages that are used only where they belong:
+Other modules also use internals of packages:
 
 - ``objectives/compilation.py`` sets options of torch 2.7's Dynamo and Inductor.
 - ``training_data/order.py`` calls Streaming 0.13.0's ``get_sampling`` and ``get_shuffle``, which order the samples.

@@ -68,10 +68,10 @@ def build_train_loader(
 ) -> DataLoader:
     """Build this rank's loader from ``train_loader``: augmented samples, with labels if the index has them.
 
-    Clips are padded to the longest in a batch of a rank, and for a compiled model to one of few sizes.
+    Clips are padded to the longest in a rank's batch or, for a compiled model, to one of a few sizes.
 
-    An epoch is the largest whole number of global batches, so that it has the same batches on any number of ranks. The
-    few samples left over differ from epoch to epoch.
+    An epoch has only whole global batches, so that its batches are the same on any number of ranks. A few samples are
+    left over, with ``shuffle`` others in each epoch.
 
     Raises:
         InputError: The node has too little disk space or shared memory, or the cache limit is too small.
@@ -131,7 +131,7 @@ def check_memory(loader: ShardLoaderConfig, batch_size: int, sample_bytes: int) 
     SIGBUS would silently kill a process that writes more than is free.
 
     Raises:
-        InputError: It is too small on some node.
+        InputError: Some node has too little shared memory.
     """
     batch_bytes, workers = batch_size // dist.get_world_size() * sample_bytes, loader.num_workers
     # Beside those made in advance, each rank has one in the making and one in use.

@@ -19,9 +19,9 @@ from d2v_composer.sources.shards import Shards
 from d2v_composer.sources.source import Int64Array, whole_label
 from d2v_composer.system.errors import InputError
 
-# Samples of a rank by which shards are fetched before they are needed.
+# A shard is fetched at most this many samples of a rank before it is needed.
 AHEAD = 8192
-# The window opens over the first AHEAD / OPENING samples: each worker has a part of the first shards to fetch.
+# At the start of an epoch, each sample looks this much further ahead, so that all workers share the first shards.
 OPENING = 32
 
 
@@ -38,25 +38,25 @@ class EpochOrder(DistributedSampler[Sample]):
     """This rank's samples, in order; each iteration is the next epoch.
 
     The order is Streaming's, and its samples go to the nodes and ranks in turn, as Streaming deals them. So the batches
-    of all ranks together are the same for any number of nodes and ranks. It runs in the main process, so that workers
-    have no state: any number of them, also one that changes, reads the same batches.
+    of all ranks together are the same for any number of nodes and ranks. The order is drawn in the main process, and
+    workers have no state: any number of workers, even if a resume changes it, reads the same batches.
 
     With ``lengths``, samples of similar length come together: each canonical node's order is cut into windows of about
     ``shuffle_block_size`` samples of all nodes. Within a window, a node's samples are sorted by length and cut into its
     parts of the global batches. Parts at the same position form a batch, and the window's batches are shuffled.
 
     Args:
-        shard_sizes: (S,) the samples in each shard.
+        shard_sizes: Number of samples in each shard, (S,).
         shuffle: Shuffle the samples, differently in each epoch.
         seed: The seed of the order.
-        shuffle_block_size: The number of samples that are mixed with each other. The shards of as many samples are in
-            use at a time.
-        num_canonical_nodes: The number of equal parts into which the order is cut. The number of nodes should divide
-            it: each node then needs its own shards alone.
-        epoch_size: The samples of an epoch, drawn again for each: at most all, the default, since Streaming would
-            repeat samples; divisible by ``num_canonical_nodes``.
-        lengths: (N,) the length of each sample in a batch; ``None`` if all have one size.
-        global_batch_size: The batch size of all ranks, for ``lengths``.
+        shuffle_block_size: Number of samples that are mixed with each other. The shards of as many samples are in use
+            at a time.
+        num_canonical_nodes: Number of equal parts into which the order is cut. If it is a multiple of the number of
+            nodes, each node needs only its own shards.
+        epoch_size: Number of samples in an epoch, chosen anew for each epoch; default: all, which is also the most,
+            since Streaming would repeat samples. Must be divisible by ``num_canonical_nodes``.
+        lengths: Length of each sample in a batch, (N,); ``None`` if all have one size.
+        global_batch_size: Batch size of all ranks together, for ``lengths``.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class EpochOrder(DistributedSampler[Sample]):
         return self._with_shards_ahead(self.current_epoch, ids.tolist(), shards.tolist())
 
     def samples_of_rank(self, epoch: int, first_sample: int, world: World) -> Int64Array:
-        """Return a rank's samples of an epoch after the first ``first_sample`` samples of all ranks."""
+        """Return the numbers of a rank's samples in an epoch, after the first ``first_sample`` samples of all ranks."""
         left = self.draw(epoch)[first_sample:].reshape(-1, world.ranks_per_node, world.num_nodes)
         return left[:, world.rank_of_node, world.node]
 
     def draw(self, epoch: int) -> Int64Array:
-        """Return the samples of an epoch, (``epoch_size``,), one of each canonical node in turn."""
+        """Return the numbers of an epoch's samples, (``epoch_size``,), one from each canonical node in turn."""
         sizes, rng = self.shard_sizes, np.random.default_rng(self.seed + epoch)
         # Without shuffle, all epochs leave the same samples out.
         counts = get_sampling(sizes, self.epoch_size, 1, self.seed, epoch, self.shuffle)
@@ -144,9 +144,10 @@ class EpochOrder(DistributedSampler[Sample]):
 
 
 def padded_sizes(lengths: Int64Array) -> list[int]:
-    """Return at most 16 lengths that batches are padded to, ascending, up to the longest sample's, from (N,).
+    """Return at most 16 lengths to which batches are padded, ascending, given the lengths of all samples, (N,).
 
-    A compiled model needs a graph for each length. Lengths are closest together where most of the sound is.
+    A compiled model needs a graph for each length. Lengths are closest together where most of the sound is; the last
+    one is the longest sample's.
     """
     ascending = np.sort(lengths)
     place = ascending.cumsum() / ascending.sum() + ascending / (2 * ascending[-1])
@@ -155,7 +156,7 @@ def padded_sizes(lengths: Int64Array) -> list[int]:
 
 
 def collate_clips(samples: Sequence[dict[str, Any]], name: str, sizes: Sequence[int]) -> dict[str, Tensor]:
-    """Return a batch of :class:`StreamingSamples` called ``name``, with ``lengths`` if some are padded."""
+    """Return a batch of clips: ``name``, (B, L) float32; ``sample_id``, (B,); and, if some are padded, ``lengths``."""
     inputs, *lengths = collate([sample[name] for sample in samples], sizes)
     sample_ids = torch.tensor([sample["sample_id"] for sample in samples])
     return {name: inputs, "sample_id": sample_ids} | ({"lengths": lengths[0]} if lengths else {})
@@ -165,15 +166,16 @@ class StreamingSamples(Dataset[Any]):
     """Augmented samples from a column of an MDS data set; ``DataLoader(dataset, sampler=dataset.order)`` reads epochs.
 
     An epoch has every sample exactly once, or fails with an error that names the shard. A sample is ``{"image": (3, S,
-    S) uint8, "sample_id": int}``, or ``"audio": (L,) float32``; if labels are asked for, (image, label), as Composer's
-    algorithms need. Its augmentation depends on (seed, epoch, sample id) alone, and the order on the seed, the epoch
-    and ``num_canonical_nodes``: both are the same for any number of ranks and workers, and after any resume.
+    S) uint8, "sample_id": int}``, or has ``"audio": (L,) float32`` instead; if the index has labels, a sample is
+    (image, label), as Composer's algorithms need. The augmentation of a sample depends on (seed, epoch, sample id)
+    alone; the order, on its arguments and the epoch. So samples and order are the same for any number of ranks and
+    workers, and after any resume.
 
     Args:
-        index: The data set, and the columns to read: samples, and labels if they are asked for.
+        index: The data set, and its columns to read: samples and, if it has one, labels.
         transform: The augmentation.
         seed: The seed of the order and of the augmentation.
-        num_classes: The labels are numbers from 0 to ``num_classes - 1``.
+        num_classes: Number of classes: labels must be from 0 to ``num_classes - 1``.
         cache_limit: Maximum size of the cache of a remote data set, in bytes; default: no limit.
         timeout: How long an unreachable store is retried, in seconds.
         **order: The other arguments of :class:`EpochOrder`.
@@ -208,8 +210,8 @@ class StreamingSamples(Dataset[Any]):
         """Return one augmented sample.
 
         Raises:
-            ShardError: Its shard cannot be fetched, or is corrupt.
-            InputError: It is not an image that can be read, or its label is not that of a class.
+            ShardError: The sample's shard cannot be fetched, or is corrupt.
+            InputError: The sample cannot be decoded, or its label is not the number of a class.
         """
         epoch, sample_id, ahead = sample
         index, source = self.index, f"sample {sample_id} of {self.index.folder}"
