@@ -10,8 +10,7 @@ from composer.utils.misc import partial_format
 
 from d2v_composer.config.reference import load_any
 from d2v_composer.system.addresses import Address, RunFolder, check_run_name, hide_secrets
-from d2v_composer.system.command_line import explain
-from d2v_composer.system.errors import InputError, RunError, reading
+from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import fetch
 from helpers import time_limit
 
@@ -115,13 +114,3 @@ def test_a_hostile_text_takes_no_minutes() -> None:
     with time_limit(30):
         for part in ("://a:", ",a:", "a-", "://a?", "api_key: '"):
             hide_secrets(part * 50_000)
-
-
-def test_errors_show_no_secrets() -> None:
-    """Nor do retries, see test_retry.py."""
-    error = InputError("https://user:hunter2@host/f?token=topsecret: no such file")
-    assert explain(error) == (2, ["error: https://host/f: no such file"])
-    assert str(RunError("s3://key:hunter2@bucket/f: full")) == "s3://bucket/f: full"
-    shown = r"^https://host/f cannot be read: No such file or directory$"
-    with pytest.raises(InputError, match=shown), reading("https://user:hunter2@host/f"):
-        Path("nowhere").read_bytes()
