@@ -75,16 +75,15 @@ class File:
 
 
 class Folder:
-    """A folder, with its names at first and all their changes."""
+    """A folder, with all changes of its names; the first has those that were there before."""
 
     def __init__(self) -> None:
-        self.names: dict[str, Node] = {}
-        self.changes: list[tuple[int, dict[str, Node | None]]] = []
+        self.changes: list[tuple[int, dict[str, Node | None]]] = [(0, {})]
         """Number of the operation, and what it changed here."""
-        self.num_safe = 0
+        self.num_safe = 1
 
     def entries(self, num_changes: int | None = None) -> "dict[str, Node]":
-        entries: dict[str, Node | None] = {**self.names}
+        entries: dict[str, Node | None] = {}
         for _, changed in self.changes[:num_changes]:
             entries |= changed
         return {name: node for name, node in entries.items() if node is not None}
@@ -108,7 +107,7 @@ class Disk:
         for path, content in sorted(tree.items()):
             node: Node = File(content) if isinstance(content, bytes) else Folder() if content is None else content
             parent, name = self._find(path)
-            parent.names[name] = node
+            parent.changes[0][1][name] = node
             self.folders += [node] if isinstance(node, Folder) else []
 
     def _find(self, path: str) -> tuple[Folder, str]:
@@ -198,8 +197,8 @@ class Disk:
         For a folder, this is a number of its changes; for a file, an outcome.
         """
         folders = [folder for folder in self.folders if folder.num_safe < len(folder.changes)]
-        names = [names for folder in self.folders for names in (folder.names, *(names for _, names in folder.changes))]
-        nodes = {id(node): node for changed in names for node in changed.values()}  # a node may have several names
+        changes = [changed for folder in self.folders for _, changed in folder.changes]
+        nodes = {id(node): node for changed in changes for node in changed.values()}  # a node may have several names
         files = [node for node in nodes.values() if isinstance(node, File) and node.outcomes]
         cuts = [range(folder.num_safe, len(folder.changes) + 1) for folder in folders]
         return folders, files, [*cuts, *(file.outcomes for file in files)]

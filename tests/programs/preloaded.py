@@ -94,10 +94,10 @@ def start_server() -> subprocess.Popen[bytes]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(f"\0{os.environ[ADDRESS]}")
         listener.listen()
-        streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
-        passed = listener.fileno()
-        command = [sys.executable, __file__, str(passed)]
-        return subprocess.Popen(command, env=environment, pass_fds=[passed], **streams)
+        command, passed = [sys.executable, __file__, str(listener.fileno())], [listener.fileno()]
+        return subprocess.Popen(
+            command, env=environment, pass_fds=passed, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+        )
 
 
 class PreloadedPython:
@@ -245,18 +245,9 @@ if __name__ == "__main__":
 
     import torch
 
-    for name in (
-        "wandb",  # timm imports it, which takes seconds longer when many modules are there already
-        "timm",
-        "composer",
-        "streaming",
-        "d2v_composer.runs.distill",
-        "d2v_composer.report.page",
-        "d2v_composer.export.programs",
-        "d2v_composer.config.load",
-        "d2v_composer.commands.options",
-        "d2v_composer.embedding.collection",
-    ):
+    ours = ("runs.distill", "report.page", "export.programs", "config.load", "commands.options", "embedding.collection")
+    # timm imports wandb, which reads the docstrings of its classes: seconds, if many modules are there already.
+    for name in ("wandb", "timm", "composer", "streaming", *(f"d2v_composer.{name}" for name in ours)):
         with suppress(ImportError):  # its place may change, and a later import takes only longer
             importlib.import_module(name)
     know_the_machine()
