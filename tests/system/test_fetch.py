@@ -14,14 +14,6 @@ from unittest.mock import Mock
 import pytest
 import requests
 from botocore.exceptions import ConnectTimeoutError
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
 from streaming.base.storage import CloudDownloader
 
 from d2v_composer.checkpoints.load import load_teacher
@@ -29,7 +21,7 @@ from d2v_composer.config.reference import load_any
 from d2v_composer.system import fetch as fetch_module
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import cache_folder, fetch, transfer
-from d2v_composer.system.retry import CONNECT_SECONDS, is_lasting, is_missing
+from d2v_composer.system.retry import CONNECT_SECONDS, is_lasting
 from helpers import GOLDEN, time_limit
 
 FILE = bytes(range(256)) * 80  # 20 kB
@@ -221,22 +213,3 @@ def test_an_unreachable_host_times_out(tmp_path: Path, monkeypatch: pytest.Monke
                 transfer(address, tmp_path / "f", timeout=600)
         for client in waiting:
             client.close()
-
-
-def test_an_unreachable_hugging_face_is_not_a_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client's own attempts
-    with pytest.raises(FileNotFoundError) as caught:
-        hf_hub_download("someone/images", "index.json", cache_dir=tmp_path, endpoint="http://127.0.0.1:9")
-    assert (is_lasting(caught.value), is_missing(caught.value)) == (False, False)
-    offline = LocalEntryNotFoundError("offline mode is enabled")
-    offline.__cause__ = OfflineModeIsEnabled("offline")
-    assert is_lasting(offline)
-    for kind, status, answers in (
-        (EntryNotFoundError, 404, (True, True)),
-        (RepositoryNotFoundError, 401, (True, False)),
-        (HfHubHTTPError, 429, (False, False)),
-    ):
-        response = requests.Response()
-        response.status_code = status
-        error = kind("refused", response=response)
-        assert (is_lasting(error), is_missing(error)) == answers
