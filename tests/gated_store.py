@@ -227,28 +227,29 @@ class GatedStore:
         # A single master needs no long election.
         return [*arguments, "-master.electionTimeout=1s", "-master.heartbeatInterval=100ms"]
 
-    def answers(self) -> bool:
-        """Return True once an object can be written."""
-        client = self.client(connect_timeout=1, read_timeout=5, retries={"total_max_attempts": 1})
-        with suppress(BotoCoreError, ClientError):
-            with suppress(client.exceptions.BucketAlreadyOwnedByYou):
-                client.create_bucket(Bucket="ready")
-            client.put_object(Bucket="ready", Key="ready", Body=b"ready")
-            return True
-        return False
+
+def is_ready(client: Any) -> bool:
+    """Return True once a server's client can write an object."""
+    with suppress(BotoCoreError, ClientError):
+        with suppress(client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists):
+            client.create_bucket(Bucket="ready")
+        client.put_object(Bucket="ready", Key="ready", Body=b"ready")
+        return True
+    return False
 
 
 @contextmanager
 def running_store() -> Iterator[GatedStore]:
     """Run a store while the block lasts."""
     store = GatedStore()
+    client = store.client(connect_timeout=1, read_timeout=5, retries={"total_max_attempts": 1})
     # A short path: it holds unix sockets, whose names are limited to about a hundred characters.
     with tempfile.TemporaryDirectory(prefix="weed-") as folder, (Path(folder) / "server.log").open("wb") as log:
         command = [find_server(), *store.arguments(Path(folder))]
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
         with subprocess.Popen(command, cwd=folder, **streams) as server:
             try:
-                wait_until(lambda: server.poll() is not None or store.answers(), START_SECONDS)
+                wait_until(lambda: server.poll() is not None or is_ready(client), START_SECONDS)
                 assert server.poll() is None, (Path(folder) / "server.log").read_text(errors="replace")[-2000:]
                 yield store
             finally:
