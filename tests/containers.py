@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from helpers import write_mds
+from helpers import write_files, write_mds
 
 FEATURES = {
     "image": {"_type": "Image"},
@@ -47,14 +47,6 @@ def write_zip(path: Path, members: Sequence[tuple[str, bytes]], compression: int
     return path
 
 
-def write_files(root: Path, images: Sequence[bytes], labels: Sequence[int]) -> None:
-    (root / "folder").mkdir(parents=True)
-    for number, image in enumerate(images):
-        (root / "folder" / f"{number:05}.png").write_bytes(image)
-    rows = [f"{number:05}.png,{label}" for number, label in enumerate(labels)]
-    (root / "labels.csv").write_text("\n".join(rows))
-
-
 def write_tables(root: Path, name: str, images: Sequence[bytes], labels: Sequence[int], numbers: range) -> None:
     """Write some of the images as bytes, as the hub's structs, and as paths."""
     span = slice(numbers.start, numbers.stop)
@@ -85,7 +77,8 @@ def write_all(root: Path, images: Sequence[bytes], labels: Sequence[int], num_fi
     Returns:
         The name of each kind of source → SOURCE and the options of its labels.
     """
-    write_files(root, images, labels)
+    write_files(root / "folder", {f"{number:05}.png": image for number, image in enumerate(images)})
+    (root / "labels.csv").write_text("\n".join(f"{number:05}.png,{label}" for number, label in enumerate(labels)))
     size = len(images) // num_files + 1
     for number, first in enumerate(range(0, len(images), size)):
         numbers = range(first, min(first + size, len(images)))

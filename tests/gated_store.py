@@ -20,7 +20,8 @@ from typing import Any
 from boto3.session import Session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
-from typing_extensions import Self
+
+from helpers import flip_bit, wait_until
 
 HOST = "127.0.0.1"
 ROLES = ("master", "volume", "filer", "s3")
@@ -28,8 +29,11 @@ ACCESS_KEY, READER_KEY, SECRET_KEY = "test-access-key", "test-reader-key", "test
 START_SECONDS, STALL_SECONDS = 60, 1.5
 FAULTS = ("cut", "empty", "error", "short", "slow", "wrong")
 WRITE_FAULTS = ("cut", "error", "half", "quota", "stall")
-# Of a store that has no room left.
-OVER_QUOTA = b"<Error><Code>QuotaExceeded</Code><Message>the bucket is full</Message></Error>"
+ANSWERS = {
+    "error": b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
+    "quota": b"HTTP/1.1 403 Forbidden\r\nConnection: close\r\n\r\n"
+    b"<Error><Code>QuotaExceeded</Code><Message>the bucket is full</Message></Error>",
+}
 
 
 class Forwarder(BaseRequestHandler):
@@ -53,28 +57,27 @@ class Forwarder(BaseRequestHandler):
             answers.join()
 
     def spoil(self, request: bytes, fault: str, behind: socket.socket) -> None:
-        """Answer a request wrongly, or pass on only half of what it writes, and close the connection."""
-        if fault == "error":
-            self.request.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-        if fault == "quota":
-            head = f"HTTP/1.1 403 Forbidden\r\nContent-Length: {len(OVER_QUOTA)}\r\nConnection: close\r\n\r\n"
-            self.request.sendall(head.encode() + OVER_QUOTA)
-        if fault == "half":  # the content comes with the headers or after them
+        """Answer a request wrongly, or pass on only half of what it writes; then the connection is closed."""
+        if fault in ANSWERS:
+            self.request.sendall(ANSWERS[fault])
+        elif fault == "half":  # the content comes with the headers or after them
             head, end, content = request.partition(b"\r\n\r\n")
             content = content or self.request.recv(1 << 10)
             behind.sendall(head + end + content[: len(content) // 2])
-        if fault in ("cut", "error", "half", "quota"):
-            return
+        elif fault != "cut":
+            self.spoil_answer(request, fault)
+
+    def spoil_answer(self, request: bytes, fault: str) -> None:
         with socket.create_connection((HOST, self.server.port_behind)) as behind:
             behind.sendall(request)
             answer = http.client.HTTPResponse(behind)
             answer.begin()
             body, headers = answer.read(), dict(answer.getheaders())
-        middle = len(body) // 2
         if fault == "empty":
             body, headers["Content-Length"] = b"", "0"
         elif fault == "wrong":
-            body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+            body = flip_bit(body)
+        middle = len(body) // 2
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         self.request.sendall(f"HTTP/1.1 {answer.status} {answer.reason}\r\n{lines}\r\n".encode() + body[:middle])
         if fault == "slow":
@@ -130,21 +133,15 @@ class Gate(ThreadingTCPServer):
 
 
 class GatedStore:
-    """An object store in a ``with`` block. The tests of a process share one, with a bucket for each file."""
+    """An object store. The tests of a process share one, with a bucket for each file."""
 
     def __init__(self) -> None:
-        # A short path: it holds unix sockets, whose names are limited to about a hundred characters.
-        self.folder = Path(tempfile.mkdtemp(prefix="weed-"))
-        self.process: subprocess.Popen[bytes] | None = None
         self.ports = free_ports()
-        self.gate: Gate | None = None
         self.faults: dict[str, list[str]] = {}
         """bucket/key → how to spoil the answers to the next requests for it: names of :data:`FAULTS`. And
         ``PUT bucket/key`` → how to spoil the next requests that write it: names of :data:`WRITE_FAULTS`."""
-
-    @property
-    def endpoint(self) -> str:
-        return f"http://{HOST}:{self.ports['s3'] if self.gate is None else self.gate.server_address[1]}"
+        self.gate = Gate(0, self.ports["s3"], self.faults)
+        self.endpoint = f"http://{HOST}:{self.gate.server_address[1]}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -167,12 +164,8 @@ class GatedStore:
 
     def client(self, **config: Any) -> Any:
         """Return a boto3 client; ``config`` are arguments of :class:`botocore.config.Config`."""
-        keys: dict[str, Any] = {
-            "aws_access_key_id": ACCESS_KEY,
-            "aws_secret_access_key": SECRET_KEY,
-            "region_name": "us-east-1",
-        }
-        return Session().client("s3", endpoint_url=self.endpoint, config=Config(**config), **keys)
+        session = Session(ACCESS_KEY, SECRET_KEY, region_name="us-east-1")
+        return session.client("s3", endpoint_url=self.endpoint, config=Config(**config))
 
     def create_bucket(self, name: str) -> str:
         """Create a bucket and return its address."""
@@ -209,74 +202,61 @@ class GatedStore:
     @contextmanager
     def unreachable(self) -> Iterator[None]:
         """End all connections and refuse new ones while the block lasts, as if the server were down."""
-        assert self.gate is not None
         self.gate.close()
         try:
             yield
         finally:
             self.gate = Gate(self.gate.server_address[1], self.ports["s3"], self.faults)
 
-    def __enter__(self) -> Self:
-        try:
-            self._launch()
-            self.gate = Gate(0, self.ports["s3"], self.faults)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.gate is not None:
-            self.gate.close()
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        for role in ROLES:  # sockets whose folder cannot be chosen
-            Path(f"/tmp/seaweedfs-{role}-grpc-{self.ports.get(f'{role}.grpc')}.sock").unlink(missing_ok=True)
-
-    def _launch(self) -> None:
-        (self.folder / "data").mkdir(exist_ok=True)
+    def arguments(self, folder: Path) -> list[str]:
+        """Return the server's arguments, with its files in a folder."""
         actions = {ACCESS_KEY: ["Admin", "Read", "Write", "List"], READER_KEY: ["Read", "List"]}
         identities = [
             {"name": key, "credentials": [{"accessKey": key, "secretKey": SECRET_KEY}], "actions": allowed}
             for key, allowed in actions.items()
         ]
-        (self.folder / "identities.json").write_text(json.dumps({"identities": identities}))
-        with open(self.folder / "server.log", "ab") as log:
-            self.process = subprocess.Popen(
-                [find_server(), *self._arguments()], stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=self.folder
-            )
-        self._wait_until_ready(self.process)
-
-    def _arguments(self) -> list[str]:
-        arguments = ["server", "-s3", f"-dir={self.folder / 'data'}", f"-ip={HOST}", f"-ip.bind={HOST}"]
+        (folder / "identities.json").write_text(json.dumps({"identities": identities}))
+        arguments = ["server", "-s3", f"-dir={folder}", f"-ip={HOST}", f"-ip.bind={HOST}"]
         for role in ROLES:
             arguments += [f"-{role}.port={self.ports[role]}", f"-{role}.port.grpc={self.ports[f'{role}.grpc']}"]
-        arguments += [f"-{role}.localSocket={self.folder / role}.sock" for role in ("filer", "s3")]
+        arguments += [f"-{role}.localSocket={folder / role}.sock" for role in ("filer", "s3")]
         # Each bucket uses a few volumes: many small ones. Services that tests do not need are off.
         arguments += ["-volume.max=200", "-master.volumeSizeLimitMB=64", "-volume.minFreeSpace=100MiB"]
-        arguments += [f"-s3.config={self.folder / 'identities.json'}", "-s3.iam=false", "-s3.autoCreateBucket=false"]
+        arguments += [f"-s3.config={folder / 'identities.json'}", "-s3.iam=false", "-s3.autoCreateBucket=false"]
         arguments += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
         # A single master needs no long election.
         return [*arguments, "-master.electionTimeout=1s", "-master.heartbeatInterval=100ms"]
 
-    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> None:
-        client = self.client(connect_timeout=1, read_timeout=5, retries={"total_max_attempts": 1})
-        exists = client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists
-        deadline = time.monotonic() + START_SECONDS
-        cause: Exception | None = None
-        while time.monotonic() < deadline and process.poll() is None:
+
+def is_ready(client: Any) -> bool:
+    """Return True once a server's client can write an object."""
+    with suppress(BotoCoreError, ClientError):
+        with suppress(client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists):
+            client.create_bucket(Bucket="ready")
+        client.put_object(Bucket="ready", Key="ready", Body=b"ready")
+        return True
+    return False
+
+
+@contextmanager
+def running_store() -> Iterator[GatedStore]:
+    """Run a store while the block lasts."""
+    store = GatedStore()
+    client = store.client(connect_timeout=1, read_timeout=5, retries={"total_max_attempts": 1})
+    # A short path: it holds unix sockets, whose names are limited to about a hundred characters.
+    with tempfile.TemporaryDirectory(prefix="weed-") as folder, (Path(folder) / "server.log").open("wb") as log:
+        command = [find_server(), *store.arguments(Path(folder))]
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        with subprocess.Popen(command, cwd=folder, **streams) as server:
             try:
-                with suppress(*exists):
-                    client.create_bucket(Bucket="ready")
-                client.put_object(Bucket="ready", Key="ready", Body=b"ready")
-                return
-            except (BotoCoreError, ClientError) as error:
-                cause = error
-                time.sleep(0.1)
-        log = (self.folder / "server.log").read_text(errors="replace")[-2000:]
-        raise RuntimeError(f"the object store did not start:\n{log}") from cause
+                wait_until(lambda: server.poll() is not None or is_ready(client), START_SECONDS)
+                assert server.poll() is None, (Path(folder) / "server.log").read_text(errors="replace")[-2000:]
+                yield store
+            finally:
+                store.gate.close()
+                server.kill()
+    for role in ROLES:  # sockets whose folder cannot be chosen
+        Path(f"/tmp/seaweedfs-{role}-grpc-{store.ports[f'{role}.grpc']}.sock").unlink(missing_ok=True)
 
 
 def find_server() -> str:

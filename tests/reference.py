@@ -103,26 +103,16 @@ def commands_page() -> str:
 def describe(command: str, file: str) -> Iterator[str]:
     """Yield the lines of a command: what it does, examples, arguments."""
     source = (ROOT / file).read_text()
-    text = re.sub(r"\n\n((?:    .*\n)+)", as_code, f"{ast.get_docstring(ast.parse(source))}\n")
-    text = re.sub("(?<!`)``(?!`)", "`", re.sub("usage: (.*)", as_usage, text))
-    yield f"## {command}\n\n{re.sub(ITEMS, as_list, text)}"
+    text = f"{ast.get_docstring(ast.parse(source))}\n"
+    text = re.sub(r"\n\n((?:    .*\n)+)", lambda examples: f"\n\n```sh\n{dedent(examples[1])}```\n", text)
+    text = re.sub("(?<!`)``(?!`)", "`", re.sub("usage: (.*)", r"`\1`", text))
+    text = re.sub(ITEMS, lambda items: re.sub("^", "- ", items[0].strip(), flags=re.MULTILINE) + "\n\n", text)
+    yield f"## {command}\n\n{text}"
     # Other recipes import Composer, and have no options that their text does not name.
     if "make_parser" in source and (command.startswith("d2v") or "ablations" in command):
         module = import_module(file.removesuffix(".py").replace("/", "."))
         parser, _ = parse(module.main, ["--help"])
         yield from table(command, parser)
-
-
-def as_list(lines: re.Match[str]) -> str:
-    return re.sub("^", "- ", lines[0].strip(), flags=re.MULTILINE) + "\n\n"
-
-
-def as_usage(usage: re.Match[str]) -> str:
-    return f"`{usage[1]}`"
-
-
-def as_code(examples: re.Match[str]) -> str:
-    return f"\n\n```sh\n{dedent(examples[1])}```\n"
 
 
 def table(command: str, parser: argparse.ArgumentParser) -> Iterator[str]:

@@ -17,7 +17,7 @@ from filelock import FileLock
 from streaming import MDSWriter
 from streaming.base.shared import get_shm_prefix
 
-from gated_store import GatedStore
+from gated_store import GatedStore, running_store
 from helpers import NUM_IMAGES, encoded_image, run_training, small_run, succeed, write_mds
 from made_once import made_once
 from programs.preloaded import know_the_machine
@@ -99,7 +99,7 @@ def labeled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def object_store() -> Iterator[GatedStore]:
     """An S3 server; each file of tests has buckets of its own, made once a process, and restores what it changes."""
-    with GatedStore() as store:
+    with running_store() as store:
         yield store
 
 

@@ -1,10 +1,11 @@
-"""Pages: links and files exist, commands and keys are right, generated tables are today's, and no page is long."""
+"""Pages: links, files, commands, keys and messages are right, generated tables are today's, and no page is long."""
 
 import ast
 import re
 import shlex
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from itertools import dropwhile, groupby
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -113,6 +114,9 @@ def test_dotted_keys_exist(page: Path) -> None:
     assert [key for key in named if key not in known and not key.startswith(free)] == []
 
 
+PROGRAM = re.compile(r"d2v|d2v_composer\.commands|(\.?/)?recipes/\w+\.py")
+
+
 def commands(page: Path) -> Iterator[list[str]]:
     """The words of each command in a page's shell blocks or a YAML's header, from ``d2v`` or ``recipes/NAME.py`` on."""
     in_page, in_header = r"^```(?:sh|bash|console)\n((?s:.*?))^```", r"^#   ((?:d2v|composer|python) .*)$"
@@ -121,16 +125,10 @@ def commands(page: Path) -> Iterator[list[str]]:
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.shlex(line, posix=True, punctuation_chars=True)
             words.whitespace_split = True
-            command: list[str] = []
-            for word in [*words, ";"]:
-                if re.fullmatch(r"[();<>|&]+", word):  # a redirection's file is no argument
-                    if command:
-                        yield command
-                    command = []
-                elif command:
-                    command += [word] * ("…" not in word)
-                elif word in ("d2v", "d2v_composer.commands") or re.fullmatch(r"(\.?/)?recipes/\w+\.py", word):
-                    command = [word]
+            for is_separator, part in groupby(words, lambda word: re.fullmatch(r"[();<>|&]+", word) is not None):
+                command = [*dropwhile(lambda word: not PROGRAM.fullmatch(word), part)]
+                if command and not is_separator:
+                    yield [word for word in command if "…" not in word]
 
 
 def problems(program: str, argv: Sequence[str]) -> Iterator[str]:
@@ -227,3 +225,23 @@ def test_the_tree_is_the_real_one() -> None:
     package = ROOT / "d2v_composer"
     folders = [f"{path.parent.name}/" for path in package.glob("*/__init__.py")]
     assert sorted(rooms) == sorted([*folders, *(path.name for path in package.glob("[!_]*.py"))])
+
+
+def texts(path: Path) -> Iterator[str]:
+    """Yield each text in a source file, an f-string with what its braces choose from."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant | ast.JoinedStr):
+            values = [getattr(part, "value", None) for part in ast.walk(node)]
+            yield "".join(value for value in values if isinstance(value, str))
+
+
+def test_the_messages_of_the_troubleshooting_guide_are_printed() -> None:
+    guide = (ROOT / "recipes" / "guides" / "troubleshooting.md").read_text()
+    listed = guide.split("## By message")[1].split("## By symptom")[0]
+    messages = re.findall(r"^\| `(.+?)` \|", listed, flags=re.MULTILINE)
+    assert len(messages) > 30
+    paths = [path for folder in ("d2v_composer", "recipes") for path in (ROOT / folder).rglob("*.py")]
+    printed = [text for path in paths for text in texts(path)]
+    for message in messages:
+        parts = [part for part in message.split("…") if part.strip(":;, ")]
+        assert any(all(part in text for part in parts) for text in printed), message

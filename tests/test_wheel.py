@@ -16,7 +16,7 @@ import pytest
 import d2v_composer
 from d2v_composer import load_teacher
 from d2v_composer.checkpoints.load import save_student
-from helpers import GOLDEN, ROOT, encoded_image
+from helpers import GOLDEN, ROOT, write_images
 
 pytestmark = pytest.mark.slow
 
@@ -73,9 +73,7 @@ def test_the_command_embeds_a_folder(python: Path, tmp_path: Path) -> None:
     assert "embed" in run(command, "--help", cwd=tmp_path)
     assert run(command, "--version", cwd=tmp_path) == f"d2v-composer {d2v_composer.__version__}\n"
     save_student(load_teacher(GOLDEN / "tiny_base.pt").build_student(depth=1), tmp_path / "student.safetensors")
-    (tmp_path / "photos").mkdir()
-    for i in range(3):
-        (tmp_path / "photos" / f"{i}.jpg").write_bytes(encoded_image(i))
+    write_images(tmp_path / "photos", [f"{i}.jpg" for i in range(3)])
     run(command, "embed", "student.safetensors", "photos", "photos.npy", "--workers", "0", cwd=tmp_path)
     embeddings = np.load(tmp_path / "photos.npy")
     assert embeddings.shape == (3, 48)

@@ -20,7 +20,6 @@ from d2v_composer.sources.labeled import LabeledSamples, load_labeled_set
 
 SIZE, WIDTH, BATCH = 64, 64, 128
 CIFAR10 = Path(__file__).parents[2] / "yamls" / "quickstart" / "cifar10"
-MEAN, STD = (torch.tensor(color).view(3, 1, 1) for color in ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
 
 
 class TextTower(nn.Module):
@@ -41,7 +40,7 @@ class TextTower(nn.Module):
 def prepare(images: Tensor) -> Tensor:
     """Resize and normalize uint8 images."""
     resized = interpolate(images, (SIZE, SIZE), mode="bicubic", antialias=True)
-    return (resized.float() / 255 - MEAN) / STD
+    return (resized.float() / 255 - 0.5) / 0.5
 
 
 def train(images: nn.Module, texts: TextTower, data: LabeledSamples, names: tuple[str, ...], epochs: int) -> None:

@@ -15,9 +15,9 @@ In DEBS are the packages, 1.6.1-1; OUT becomes
 All clips are 16 kHz mono, without the silence around them. The same packages always give the same clips.
 """
 
-import argparse
 import hashlib
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -108,27 +108,23 @@ def write_long(out: Path, package: str, clips: Mapping[str, np.ndarray]) -> None
                 write(out / f"long/{folder}/{package}-{i:03}.flac", part)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("debs", metavar="DEBS", type=Path)
-    parser.add_argument("out", metavar="OUT", type=Path)
-    arguments = parser.parse_args()
+def main(debs: Path, out: Path) -> None:
     for package, (side, voice) in VOICES.items():
         words, clips = judged_words(package), {}
-        for name, samples in read_package(arguments.debs, package):
+        for name, samples in read_package(debs, package):
             if name in words:
-                write(arguments.out / f"words/{side}/{words[name]}/{voice}.flac", samples)
+                write(out / f"words/{side}/{words[name]}/{voice}.flac", samples)
             elif not name.startswith(("phonetic/", "letters/")):  # nor the same words, judged or not, in other voices
                 clips[f"{package}-{name.replace('/', '-')}"] = samples
-        write_long(arguments.out, package, clips)
+        write_long(out, package, clips)
         shipped = 0.0
         for name in sorted(clips, key=lambda name: hashlib.sha256(name.encode()).digest()):  # a random order
-            write(arguments.out / f"all_clips/{name}.flac", clips[name])
+            write(out / f"all_clips/{name}.flac", clips[name])
             seconds = len(clips[name]) / SAMPLE_RATE
             if SHORTEST <= seconds <= LONGEST and shipped < SHIPPED_SECONDS:
-                write(arguments.out / f"train_clips/{name}.flac", clips[name])
+                write(out / f"train_clips/{name}.flac", clips[name])
                 shipped += seconds
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(Path, sys.argv[1:]))

@@ -12,8 +12,8 @@
 A file's name up to the first "-" is its package; prepare_speech.py leaves the judged words out.
 """
 
-import argparse
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -177,13 +177,9 @@ def train_blocks(teacher: Data2Vec2, clips: Clips) -> None:
     train("blocks", torch.optim.AdamW(groups, betas=(0.9, 0.98)), STEPS, compute_loss)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("clips", metavar="CLIPS", type=Path)
-    parser.add_argument("out", metavar="OUT.safetensors", type=Path)
-    arguments = parser.parse_args()
+def main(speech: Path, out: Path) -> None:
     torch.manual_seed(17)
-    teacher, clips = Data2Vec2(CONFIG), Clips(arguments.clips, np.random.default_rng(17))
+    teacher, clips = Data2Vec2(CONFIG), Clips(speech, np.random.default_rng(17))
     init_linear_layers(teacher.blocks)
     train_encoder(teacher.encoder.requires_grad_(), clips)
     teacher.blocks.requires_grad_()
@@ -196,8 +192,8 @@ def main() -> None:
         "license": "CC BY-SA 3.0, as the speech that it was trained on",
     }
     tensors = {name: tensor.half() for name, tensor in teacher.state_dict().items()}
-    write_model_file(arguments.out, "teacher", CONFIG.model_dump(mode="json"), provenance, tensors)
+    write_model_file(out, "teacher", CONFIG.model_dump(mode="json"), provenance, tensors)
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(Path, sys.argv[1:]))

@@ -19,17 +19,22 @@ CALLS = (
     "fallocate,rename,renameat,renameat2,link,linkat,symlink,symlinkat,unlink,unlinkat,rmdir,mkdir,mkdirat,fsync,"
     "fdatasync,sync,syncfs,mmap,sendfile,copy_file_range,chdir,fchdir,clone,clone3,fork,vfork"
 )
-FORKS = ("clone", "clone3", "fork", "vfork")
+# What tells variants of a call apart; they do the same to a file.
+VARIANT = re.compile(r"(?<!^cre)(at2?|64|[23])$")
+FORKS = ("clone", "fork", "vfork")
 # What it prints: hexadecimal text, so that no path or content has a quote or a bracket; data of any size; paths.
 STRACE = ("strace", "-f", "--seccomp-bpf", "-qq", "-y", "-xx", "-s", str(1 << 29), "-e", "raw=read,readv")
 STARTED = re.compile(r"(\d+) +(\w+)\((.*)")
+UNFINISHED = " <unfinished ...>"
 RESUMED = re.compile(r"(\d+) +<\.\.\. \w+ resumed>(.*)")
-ENDED = re.compile(r"(.*)\) += (?:(0x[0-9a-f]+)|(\d+))(?:<([^>]*)>(\(deleted\))?)?")
+ENDED = re.compile(r"(.*)\) += (0x[0-9a-f]+|\d+)(?:<([^>]*)>(\(deleted\))?)?")
 DESCRIPTOR = re.compile(r"(\d+|AT_FDCWD)<([^>]*)>(\(deleted\))?")
 TEXT = re.compile(r'"([^"]*)"')
 
 # They change a file without data of theirs; so does a shared mapping.
 UNSEEN = ("fallocate", "sendfile", "copy_file_range")
+# No command calls them: all relative paths would be of another folder; all files would be safe.
+UNKNOWN = ("chdir", "fchdir", "sync", "syncfs")
 
 IS_AVAILABLE = shutil.which("strace") is not None and (
     subprocess.run([*STRACE, "-o", os.devnull, "true"], capture_output=True).returncode == 0  # ptrace may be forbidden
@@ -40,7 +45,7 @@ class Operation(NamedTuple):
     """An effect of a system call on a file or folder."""
 
     kind: str
-    """create (unless it exists), mkdir, symlink, link, rename, remove, write, resize, or sync; sync_all has no path."""
+    """create (unless it exists), mkdir, symlink, link, rename, remove, write, resize, or sync."""
     path: str = ""
     """Relative to the recorded folder; ``.`` is that folder."""
     other: str = ""
@@ -78,6 +83,19 @@ def record(command: Sequence[str | Path], folder: Path, log: Path, **options: ob
         return [*Reader(folder, Path(str(options.get("cwd", ".")))).read(lines)]
 
 
+class Call(NamedTuple):
+    """A system call that succeeded."""
+
+    pid: int
+    """The process or the thread."""
+    name: str
+    arguments: str
+    """As strace printed them."""
+    returned: int
+    opened: str
+    """The path of a returned descriptor; empty if it has none."""
+
+
 class Reader:
     """Reads strace's output.
 
@@ -96,9 +114,9 @@ class Reader:
     def read(self, lines: Iterator[str]) -> Iterator[Operation]:
         for line in lines:
             if match := STARTED.match(line):
-                pid, name, rest = int(match[1]), match[2], match[3]
-                if rest.endswith(" <unfinished ...>"):
-                    self.unfinished[pid] = name, rest.removesuffix(" <unfinished ...>")
+                pid, name, rest = int(match[1]), VARIANT.sub("", match[2]), match[3]
+                if rest.endswith(UNFINISHED):
+                    self.unfinished[pid] = name, rest.removesuffix(UNFINISHED)
                     continue
             elif match := RESUMED.match(line):
                 pid = int(match[1])
@@ -107,71 +125,50 @@ class Reader:
             else:
                 continue  # a signal, or an exit
             if ended := ENDED.match(rest):  # else it failed
-                returned = int(ended[2], 16) if ended[2] else int(ended[3])
-                opened = None if ended[5] else ended[4]
-                yield from self.interpret(pid, name, ended[1], returned, opened)
+                opened = "" if ended[4] else text_of(ended[3] or "")
+                yield from self.interpret(Call(pid, name, ended[1], int(ended[2], 0), opened))
 
-    def interpret(self, pid: int, name: str, arguments: str, returned: int, opened: str | None) -> Iterator[Operation]:
-        """Follow the descriptors through a call, and yield what it did to files.
-
-        Args:
-            pid: Of the process or the thread.
-            name: Of the call.
-            arguments: As strace printed them.
-            returned: Its result.
-            opened: The path of a returned descriptor, unless it has none.
-        """
-        table = self.table_of(pid)
+    def interpret(self, call: Call) -> Iterator[Operation]:
+        """Follow the descriptors through a call, and yield what it did to files."""
+        _, name, arguments, returned, opened = call
+        table = self.table_of(call.pid)
         if name in FORKS:
             self.tables.setdefault(returned, table if "CLONE_FILES" in arguments else {**table})
-        elif name in ("open", "openat", "creat"):
+        elif name in ("open", "creat"):
             table[returned] = OpenFile("O_APPEND" in arguments)
             if path := self.inside(opened):
                 if name == "creat" or "O_CREAT" in arguments:
                     yield Operation("create", path)
                 if name == "creat" or "O_TRUNC" in arguments:
                     yield Operation("resize", path)
-        elif name in ("rename", "renameat", "renameat2", "link", "linkat"):
+        elif name in ("rename", "link"):
             old, new = self.named(arguments)
-            yield from self.moved(name, old, new)
-        elif name in ("symlink", "symlinkat"):
-            target, path = TEXT.findall(arguments)[0], self.named(arguments)[-1]
-            if path:
-                yield Operation("symlink", path, decoded(target).decode())
-        elif name in ("mkdir", "mkdirat", "unlink", "unlinkat", "rmdir"):
-            if path := self.named(arguments)[0]:
-                yield Operation("mkdir" if name.startswith("mkdir") else "remove", path)
-        elif name == "truncate":
-            if path := self.named(arguments)[0]:
-                yield Operation("resize", path, size=int(arguments.rpartition(",")[2]))
-        elif name == "sync":
-            yield Operation("sync_all")
-        elif name in ("chdir", "fchdir"):
-            raise NotImplementedError(f"{name}: relative paths would be of another folder")
+            if (old is None) != (new is None):
+                raise NotImplementedError(f"{name} {old} → {new}: into the recorded folder, or out of it")
+            if old and new:
+                yield Operation(name, old, new)
+        elif name in ("symlink", "mkdir", "unlink", "rmdir", "truncate"):
+            if path := self.named(arguments)[-1]:
+                yield changed(name, arguments, path)
+        elif name in UNKNOWN:
+            raise NotImplementedError(name)
         elif name in ("read", "readv"):
-            self.file_of(pid, int(arguments.partition(",")[0], 16)).position += returned
+            self.file_of(call.pid, int(arguments.partition(",")[0], 16)).position += returned
         elif descriptor := DESCRIPTOR.search(arguments):
-            file = self.file_of(pid, int(descriptor[1]))
-            path = None if descriptor[3] else self.inside(descriptor[2])
-            yield from self.used(name, arguments, returned, table, file, path)
+            path = None if descriptor[3] else self.inside(text_of(descriptor[2]))
+            yield from self.used(call, int(descriptor[1]), path)
 
-    def used(
-        self,
-        name: str,
-        arguments: str,
-        returned: int,
-        table: dict[int, OpenFile],
-        file: OpenFile,
-        path: str | None,
-    ) -> Iterator[Operation]:
-        """Interpret a call whose first descriptor is of this open file, at this path if it is inside."""
-        if name.startswith("dup") or (name == "fcntl" and "F_DUPFD" in arguments):
+    def used(self, call: Call, descriptor: int, path: str | None) -> Iterator[Operation]:
+        """Interpret a call on an open descriptor, of a file at this path if it is inside."""
+        pid, name, arguments, returned, _ = call
+        table, file = self.table_of(pid), self.file_of(pid, descriptor)
+        if name == "dup" or (name == "fcntl" and "F_DUPFD" in arguments):
             table[returned] = file
         elif name == "close":
-            table.pop(int(DESCRIPTOR.match(arguments)[1]), None)  # pyright: ignore[reportOptionalSubscript]
+            table.pop(descriptor, None)
         elif name == "lseek":
             file.position = returned
-        elif name in ("write", "writev", "pwrite64", "pwritev"):
+        elif name in ("write", "writev", "pwrite", "pwritev"):
             place = int(arguments.rpartition(",")[2]) if name.startswith("p") else file.position
             if not name.startswith("p"):
                 file.position += returned
@@ -179,21 +176,13 @@ class Reader:
                 data = b"".join(map(decoded, TEXT.findall(arguments)))[:returned]
                 yield Operation("write", path, size=-1 if file.appends else place, data=data)
         elif name == "ftruncate" and path:
-            yield Operation("resize", path, size=int(arguments.rpartition(",")[2]))
+            yield changed(name, arguments, path)
         elif name in ("fsync", "fdatasync") and path:
             yield Operation("sync", path)
-        elif name == "syncfs":
-            yield Operation("sync_all")
-        elif name in UNSEEN or ("PROT_WRITE" in arguments and "MAP_SHARED" in arguments):
-            for _, printed, _ in DESCRIPTOR.findall(arguments):
-                if self.inside(printed):
-                    raise NotImplementedError(f"{name} {path}: strace does not see its data")
-
-    def moved(self, name: str, old: str | None, new: str | None) -> Iterator[Operation]:
-        if (old is None) != (new is None):
-            raise NotImplementedError(f"{name} {old} → {new}: into the recorded folder, or out of it")
-        if old and new:
-            yield Operation(name[:6] if name.startswith("rename") else "link", old, new)
+        elif (name in UNSEEN or ("PROT_WRITE" in arguments and "MAP_SHARED" in arguments)) and any(
+            self.inside(text_of(printed)) for _, printed, _ in DESCRIPTOR.findall(arguments)
+        ):
+            raise NotImplementedError(f"{name} {path}: strace does not see its data")
 
     def table_of(self, pid: int) -> dict[int, OpenFile]:
         """Return the descriptors of a process, which may print before the call that starts it has ended."""
@@ -212,21 +201,30 @@ class Reader:
         paths, base = [], self.cwd
         for match in re.finditer(f"{DESCRIPTOR.pattern}|{TEXT.pattern}", arguments):
             if match[4] is None:
-                base = decoded(match[2]).decode()
+                base = text_of(match[2])
             else:
-                path = os.path.normpath(os.path.join(base, decoded(match[4]).decode()))
-                paths.append(self.inside_text(path))
+                paths.append(self.inside(os.path.normpath(os.path.join(base, text_of(match[4])))))
         return paths
 
-    def inside(self, printed: str | None) -> str | None:
+    def inside(self, path: str) -> str | None:
         """Return a path relative to the recorded folder; ``None`` if it is outside."""
-        return None if printed is None else self.inside_text(decoded(printed).decode(errors="replace"))
-
-    def inside_text(self, path: str) -> str | None:
         if path == self.folder:
             return "."
         return path.removeprefix(f"{self.folder}/") if path.startswith(f"{self.folder}/") else None
 
 
+def changed(name: str, arguments: str, path: str) -> Operation:
+    """Return what a call has done to a path."""
+    if name == "symlink":
+        return Operation("symlink", path, text_of(TEXT.findall(arguments)[0]))
+    if name in ("truncate", "ftruncate"):
+        return Operation("resize", path, size=int(arguments.rpartition(",")[2]))
+    return Operation("mkdir" if name == "mkdir" else "remove", path)
+
+
 def decoded(printed: str) -> bytes:
     return bytes.fromhex(printed.replace("\\x", ""))
+
+
+def text_of(printed: str) -> str:
+    return decoded(printed).decode(errors="replace")

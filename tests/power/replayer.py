@@ -4,7 +4,6 @@ The names in a folder change in their order, and reach the disk up to any point 
 other. What is written to a file reaches the disk in blocks, in any order or not at all.
 """
 
-import hashlib
 import math
 import random
 import shutil
@@ -76,22 +75,15 @@ class File:
 
 
 class Folder:
-    """A folder, with its names at first and all their changes."""
+    """A folder, with all changes of its names; the first has those that were there before."""
 
     def __init__(self) -> None:
-        self.names: dict[str, Node] = {}
-        self.changes: list[tuple[int, dict[str, Node | None]]] = []
+        self.changes: list[tuple[int, dict[str, Node | None]]] = [(0, {})]
         """Number of the operation, and what it changed here."""
-        self.num_safe = 0
-
-    def all_nodes(self) -> "Iterator[Node | None]":
-        """Yield all nodes that have had a name here."""
-        yield from self.names.values()
-        for _, changed in self.changes:
-            yield from changed.values()
+        self.num_safe = 1
 
     def entries(self, num_changes: int | None = None) -> "dict[str, Node]":
-        entries: dict[str, Node | None] = {**self.names}
+        entries: dict[str, Node | None] = {}
         for _, changed in self.changes[:num_changes]:
             entries |= changed
         return {name: node for name, node in entries.items() if node is not None}
@@ -115,7 +107,7 @@ class Disk:
         for path, content in sorted(tree.items()):
             node: Node = File(content) if isinstance(content, bytes) else Folder() if content is None else content
             parent, name = self._find(path)
-            parent.names[name] = node
+            parent.changes[0][1][name] = node
             self.folders += [node] if isinstance(node, Folder) else []
 
     def _find(self, path: str) -> tuple[Folder, str]:
@@ -144,14 +136,8 @@ class Disk:
     def apply(self, operation: Operation) -> None:
         kind, path, other, size, data = operation
         self.number += 1
-        node = None if kind == "sync_all" else self._node(path)
-        if kind == "sync_all":
-            for folder in self.folders:
-                folder.num_safe = len(folder.changes)
-                for file in folder.entries().values():
-                    if isinstance(file, File):
-                        file.flush()
-        elif kind == "create":
+        node = self._node(path)
+        if kind == "create":
             if node is None:
                 self._change({path: File()})
         elif kind == "mkdir":
@@ -211,7 +197,8 @@ class Disk:
         For a folder, this is a number of its changes; for a file, an outcome.
         """
         folders = [folder for folder in self.folders if folder.num_safe < len(folder.changes)]
-        nodes = {id(node): node for folder in self.folders for node in folder.all_nodes()}
+        changes = [changed for folder in self.folders for _, changed in folder.changes]
+        nodes = {id(node): node for changed in changes for node in changed.values()}  # a node may have several names
         files = [node for node in nodes.values() if isinstance(node, File) and node.outcomes]
         cuts = [range(folder.num_safe, len(folder.changes) + 1) for folder in folders]
         return folders, files, [*cuts, *(file.outcomes for file in files)]
@@ -292,17 +279,10 @@ class State(NamedTuple):
         for path in sorted({*self.tree, *self.named}):
             if path not in self.tree or path not in self.named:
                 lines.append(f"{path} is {'missing' if path in self.named else 'still there'}")
-            elif self.tree[path] != self.named[path]:
-                lines.append(f"{path} is {kind_of(self.tree[path], self.named[path])}")
+            elif (left := self.tree[path]) != (expected := self.named[path]):
+                sizes = [len(content) if isinstance(content, bytes) else content for content in (left, expected)]
+                lines.append(f"{path} is damaged ({sizes[0]} of {sizes[1]} bytes)")
         return lines
-
-
-def kind_of(left: bytes | Link | None, expected: bytes | Link | None) -> str:
-    """Say how what a crash left differs from what was there."""
-    if not (isinstance(left, bytes) and isinstance(expected, bytes)):
-        return "another"
-    kind = "empty" if not left else "zero" if not any(left) else "damaged"
-    return f"{kind} ({len(left)} bytes of {len(expected)})"
 
 
 def crash_states(tree: Tree, operations: Sequence[Operation], limit: int = 1000, seed: int = 0) -> Iterator[State]:
@@ -311,15 +291,15 @@ def crash_states(tree: Tree, operations: Sequence[Operation], limit: int = 1000,
     Until something becomes safe, what a crash may leave only becomes more. So only the moments before each sync, and
     the last one, need to be tried. Moments at which more is at risk get more of the states.
     """
-    ends = [i for i, operation in enumerate(operations) if operation.kind.startswith("sync")] + [len(operations)]
+    ends = [i for i, operation in enumerate(operations) if operation.kind == "sync"] + [len(operations)]
     risks = [disk.choices()[2] for _, disk in replay(tree, operations, ends)]
     total = sum(math.prod(map(len, choices)) for choices in risks)
     weights = [sum(len(choice) - 1 for choice in choices) for choices in risks]
-    rng, seen = random.Random(seed), set[tuple[bytes, bool]]()
+    rng, seen = random.Random(seed), set[tuple[int, bool]]()
     for (i, disk), weight in zip(replay(tree, operations, ends), weights, strict=True):
         for left, written in disk.states(rng, total if total <= limit else -(-limit * weight // sum(weights))):
             # What is a state of an unfinished command, too, may be wrong when the command has ended.
-            if (key := (digest_of(left), i == len(operations))) not in seen:
+            if (key := (hash(frozenset(left.items())), i == len(operations))) not in seen:
                 seen.add(key)
                 yield State(i, left, written, disk.as_seen())
 
@@ -334,25 +314,13 @@ def replay(tree: Tree, operations: Sequence[Operation], ends: Sequence[int]) -> 
             disk.apply(operations[i])
 
 
-def digest_of(tree: Tree) -> bytes:
-    digest = hashlib.sha256()
-    for path, content in sorted(tree.items()):
-        kind = "file" if isinstance(content, bytes) else "folder" if content is None else f"link {content.target}"
-        digest.update(f"{path} {kind} {len(content) if isinstance(content, bytes) else ''}\0".encode())
-        digest.update(content if isinstance(content, bytes) else b"")
-    return digest.digest()
-
-
 def read_tree(folder: Path) -> Tree:
     """Return all that is below a folder."""
-    return {
-        str(path.relative_to(folder)): Link(str(path.readlink()))
-        if path.is_symlink()
-        else None
-        if path.is_dir()
-        else path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-    }
+    tree: Tree = {}
+    for path in sorted(folder.rglob("*")):
+        content = Link(str(path.readlink())) if path.is_symlink() else None if path.is_dir() else path.read_bytes()
+        tree[str(path.relative_to(folder))] = content
+    return tree
 
 
 def write_tree(tree: Tree, folder: Path) -> None:

@@ -13,13 +13,14 @@ from helpers import (
     GOLDEN,
     ROOT,
     command_environment,
-    d2v,
     encoded_image,
     log_of,
     run_command,
     run_training,
     small_run,
     student_of,
+    succeed,
+    write_images,
     write_mds,
 )
 from power.recorder import Operation, record
@@ -60,10 +61,7 @@ class Inputs:
     def images(self, count: int) -> Path:
         """Return a folder of images in three classes."""
         folder = self.folder / f"{count} images"
-        for i in range(0 if folder.exists() else count):
-            (path := folder / "abc"[i % 3] / f"{i}.jpg").parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(encoded_image(i))
-        return folder
+        return folder if folder.exists() else write_images(folder, [f"{'abc'[i % 3]}/{i}.jpg" for i in range(count)])
 
     def data(self, name: str = "data") -> Path:
         """Return a labeled data set in two splits."""
@@ -83,7 +81,7 @@ class Inputs:
         """An exported student of two batches."""
         run, file = self.folder / "run", self.folder / "student.safetensors"
         run_training(*training(self, run, "max_duration=2ba"))
-        assert d2v("export", run / "latest-rank0.pt", file).returncode == 0
+        succeed("export", run / "latest-rank0.pt", file)
         return file
 
     @cached_property
@@ -159,7 +157,7 @@ def distilled_at(out: Path) -> dict[str, Any]:
 
 def make_parts(*command: str | Path) -> None:
     for number in range(2):
-        assert d2v(*command, "--part", f"{number}/2").returncode == 0
+        succeed(*command, "--part", f"{number}/2")
 
 
 def converting(count: int) -> Case:

@@ -245,15 +245,9 @@ if __name__ == "__main__":
 
     import torch
 
+    ours = ("runs.distill", "report.page", "export.programs", "config.load", "commands.options", "embedding.collection")
     # timm imports wandb, which reads the docstrings of its classes: seconds, if many modules are there already.
-    PRELOADED = ("wandb", "timm", "composer", "streaming", "d2v_composer.runs.distill", "d2v_composer.report.page")
-    for name in (
-        *PRELOADED,
-        "d2v_composer.export.programs",
-        "d2v_composer.config.load",
-        "d2v_composer.commands.options",
-        "d2v_composer.embedding.collection",
-    ):
+    for name in ("wandb", "timm", "composer", "streaming", *(f"d2v_composer.{name}" for name in ours)):
         with suppress(ImportError):  # its place may change, and a later import takes only longer
             importlib.import_module(name)
     know_the_machine()

@@ -3,8 +3,8 @@
 SAMPLES=FOLDER: each process writes lines ``batch sample_id CRC-of-the-sample`` to its own file in FOLDER; of a clip,
 without padding.
 AT="EVENT BATCH ACTION": rank 0 does this once, at Composer's event in the batch of that number: ``kill`` (SIGKILL to
-itself), ``int``, ``term``, ``hang`` (say so, and sleep for ever), ``pause`` (for 3 s), ``retrieval_int`` (SIGINT
-when the model is next evaluated).
+itself), ``hang`` (say so, and sleep for ever), ``pause`` (for 3 s), ``retrieval_int`` (SIGINT when the model is next
+evaluated).
 SLOW=SECONDS: each batch waits, which leaves the cores to others.
 GRAPHS=FOLDER: each process writes torch.compile's counts of graphs and breaks after each batch and its retrieval.
 BACKEND: torch.compile's; ``static`` refuses a graph with a symbolic size, and runs the others as they are.
@@ -25,8 +25,6 @@ from typing import Any
 import torch
 from composer import Callback, Event, Logger, State, Trainer
 from composer.utils import dist
-
-SIGNALS = {"kill": signal.SIGKILL, "int": signal.SIGINT, "term": signal.SIGTERM}
 
 
 class Trace(Callback):
@@ -52,7 +50,9 @@ class Trace(Callback):
             write("GRAPHS", f"{counters['stats']['unique_graphs']} {sum(counters['graph_break'].values())}")
 
     def act(self, state: State) -> None:
-        if self.action == "hang":
+        if self.action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.action == "hang":
             hang()
         elif self.action == "pause":
             print("pauses", flush=True)
@@ -67,9 +67,6 @@ class Trace(Callback):
                 return evaluate()
 
             state.model.eval = eval  # pyright: ignore[reportAttributeAccessIssue]
-        else:
-            os.kill(os.getpid(), SIGNALS[self.action])
-            time.sleep(0.3)
 
 
 def write(variable: str, line: str) -> None:

@@ -17,12 +17,12 @@ from emulators import CONTAINER, azure_store, google_store
 from helpers import (
     GOLDEN,
     assert_same_student,
-    encoded_image,
     run_command,
     small_run,
     started_ranks,
     traced,
     wait_until,
+    write_images,
 )
 from streams import open_images, read_epoch
 
@@ -54,9 +54,7 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def converted(store: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The address of a data set."""
-    folder = tmp_path_factory.mktemp("images")
-    for number in range(NUM_IMAGES):
-        (folder / f"{number}.png").write_bytes(encoded_image(number))
+    folder = write_images(tmp_path_factory.mktemp("images"), [f"{number}.png" for number in range(NUM_IMAGES)])
     convert(open_samples(folder), f"{store}/data", workers=2, shard_bytes=1 << 15)
     with pytest.raises(InputError, match=r"data holds a finished data set"):
         convert(open_samples(folder), f"{store}/data")
@@ -107,8 +105,7 @@ def test_a_killed_run_resumes_on_another_machine(
 
 
 def test_parts_are_merged(store: str, tmp_path: Path) -> None:
-    for number in range(4):
-        (tmp_path / f"{number}.png").write_bytes(encoded_image(number))
+    write_images(tmp_path, [f"{number}.png" for number in range(4)])
     teacher, options = str(GOLDEN / "tiny_base.pt"), ["--batch-size", "1", "--workers", "0"]
     for part in ("1/2", "0/2"):
         convert_images.main([str(tmp_path), f"{store}/merged", "--shard-size", "1kb", "--workers", "1", "--part", part])

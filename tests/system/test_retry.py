@@ -3,14 +3,24 @@
 import errno
 import logging
 from http import HTTPStatus
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+import requests
 from boto3.exceptions import S3UploadFailedError
 from botocore.exceptions import ClientError, NoCredentialsError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 
 from d2v_composer.system import fetch as retry_module
-from d2v_composer.system.fetch import is_lasting, retry
+from d2v_composer.system.fetch import is_lasting, is_missing, retry
 from helpers import time_limit
 
 
@@ -61,8 +71,30 @@ class GoogleError(Exception):
     code = HTTPStatus.NOT_FOUND
 
 
-def test_tells_lasting_errors_from_passing_ones() -> None:
-    for error in (client_error(404), client_error(403), denial(), NoCredentialsError(), GoogleError()):
-        assert is_lasting(error)
-    for error in (client_error(400), client_error(503), ConnectionResetError("reset"), TimeoutError("late")):
-        assert not is_lasting(error)
+def hub_error(kind: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
+    response = requests.Response()
+    response.status_code = status
+    return kind("refused", response=response)
+
+
+def offline_error() -> LocalEntryNotFoundError:
+    error = LocalEntryNotFoundError("offline mode is enabled")
+    error.__cause__ = OfflineModeIsEnabled("offline")
+    return error
+
+
+def test_tells_lasting_errors_from_passing_ones_and_missing_files_from_denied_ones() -> None:
+    missing = (client_error(404), GoogleError(), hub_error(EntryNotFoundError, 404), offline_error())
+    denied = (client_error(403), denial(), NoCredentialsError(), hub_error(RepositoryNotFoundError, 401))
+    unreachable = (ConnectionResetError("reset"), TimeoutError("late"))
+    passing = (client_error(400), client_error(503), hub_error(HfHubHTTPError, 429), *unreachable)
+    for errors, answers in ((missing, (True, True)), (denied, (True, False)), (passing, (False, False))):
+        for error in errors:
+            assert (is_lasting(error), is_missing(error)) == answers, error
+
+
+def test_an_unreachable_hugging_face_is_not_a_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client's own attempts
+    with pytest.raises(FileNotFoundError) as caught:
+        hf_hub_download("someone/images", "index.json", cache_dir=tmp_path, endpoint="http://127.0.0.1:9")
+    assert (is_lasting(caught.value), is_missing(caught.value)) == (False, False)

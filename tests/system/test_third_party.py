@@ -13,38 +13,38 @@ from d2v_composer.system.third_party import lean_engine
 from foreign_models import Linear
 
 
-class Everything(Callback):
-    """Records each event."""
+class Events(Callback):
+    """Records each event, by the method of all."""
 
     def __init__(self) -> None:
-        self.events: list[tuple[str, int]] = []
+        self.seen: list[tuple[str, int]] = []
 
     def run_event(self, event: Event, state: Any, logger: Logger) -> None:
-        self.events.append((event.value, int(state.timestamp.batch)))
+        self.seen.append((event.value, int(state.timestamp.batch)))
 
 
-class BatchEnds(Callback):
-    """Records two events by their methods."""
+class Ends(Callback):
+    """Records two events, by their own methods."""
 
     def __init__(self) -> None:
-        self.batches: list[int] = []
+        self.seen: list[int] = []
 
     def batch_end(self, state: Any, logger: Logger) -> None:
-        self.batches.append(int(state.timestamp.batch))
+        self.seen.append(int(state.timestamp.batch))
 
     def fit_end(self, state: Any, logger: Logger) -> None:
-        self.batches.append(-1)
+        self.seen.append(-1)
 
 
-def fit_twice(engine: Callable[[Trainer], Any]) -> tuple[Everything, BatchEnds, InMemoryLogger]:
-    """Train three batches, and then, as a resumed run does, 19 more."""
-    model, everything, batch_ends, memory = Linear(), Everything(), BatchEnds(), InMemoryLogger()
+def fit_twice(engine: Callable[[Trainer], Any]) -> tuple[Events, Ends, dict[str, list[int]]]:
+    """Train three batches, and then, as a resumed run does, 19 more; return also the batches of each log key."""
+    model, events, ends, memory = Linear(), Events(), Ends(), InMemoryLogger()
     trainer = Trainer(
         model=model,
         train_dataloader=[torch.ones(2, 8)] * 50,
         device_train_microbatch_size=2,
         optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
-        callbacks=[everything, batch_ends, LRMonitor(), RuntimeEstimator(skip_batches=0)],
+        callbacks=[events, ends, LRMonitor(), RuntimeEstimator(skip_batches=0)],
         loggers=memory,
         progress_bar=False,
         max_duration="22ba",
@@ -53,15 +53,13 @@ def fit_twice(engine: Callable[[Trainer], Any]) -> tuple[Everything, BatchEnds, 
         with engine(trainer):
             trainer.fit(duration=duration)
     trainer.close()
-    return everything, batch_ends, memory
+    return events, ends, {key: [int(time.batch) for time, _ in logged] for key, logged in memory.data.items()}
 
 
 def test_all_events_arrive_and_monitors_log_every_ten_batches() -> None:
-    everything, batch_ends, memory = fit_twice(lean_engine)
-    expected = fit_twice(lambda _: nullcontext())
-    assert everything.events == expected[0].events
-    assert batch_ends.batches == expected[1].batches == [*range(1, 4), -1, *range(4, 23), -1]
-    learning_rates = [int(time.batch) for time, _ in memory.data["lr-SGD/group0"]]
-    assert learning_rates == [10, 20]
-    assert [int(time.batch) for time, _ in memory.data["time/remaining_estimate"]] == [10, 20]
-    assert len(expected[2].data["lr-SGD/group0"]) == 22
+    events, ends, logged = fit_twice(lean_engine)
+    all_events, all_ends, all_logged = fit_twice(lambda _: nullcontext())
+    assert events.seen == all_events.seen
+    assert ends.seen == all_ends.seen == [*range(1, 4), -1, *range(4, 23), -1]
+    assert logged["lr-SGD/group0"] == logged["time/remaining_estimate"] == [10, 20]
+    assert len(all_logged["lr-SGD/group0"]) == 22
