@@ -1,4 +1,4 @@
-"""Students with an encoder of their own, and several objectives: each encoder and teacher runs once a step."""
+"""Students with an encoder of their own, several objectives, and targets normalized by fixed numbers."""
 
 from collections import Counter
 from typing import Any
@@ -22,7 +22,7 @@ from d2v_composer.objectives.objective import Objective, Regression, Term
 from helpers import GOLDEN
 from steps import flops_of_a_step, random_images, total_loss, train
 
-IMAGES = random_images()
+IMAGES, OTHER_IMAGES = random_images(), random_images(seed=2)
 STUDENT = StudentConfig(depth=2, mlp_ratio=2.0)
 
 
@@ -47,9 +47,6 @@ class TinyConvolution(PixelEncoder):
         return []
 
 
-POOLED = {"pooled": {"weight": 0.5}}
-
-
 class PooledCosine(Objective):
     """Regress the mean of a teacher's output over patches, by its cosine."""
 
@@ -72,6 +69,12 @@ def teacher() -> Any:
     return load_teacher(GOLDEN / "tiny_base.pt")
 
 
+@pytest.fixture
+def own_encoder(teacher: Any) -> Student:
+    torch.manual_seed(0)
+    return Student(TinyConvolution(teacher.encoder.config), STUDENT)
+
+
 def model_with(teacher: Any, student: Any, embedding: float = 0.0, **tokens: Any) -> DistillationModel:
     return DistillationModel(teacher, student, objectives={"tokens": tokens, "embedding": {"weight": embedding}})
 
@@ -83,24 +86,20 @@ def count_calls(*modules: nn.Module) -> Counter[nn.Module]:
     return calls
 
 
-def test_a_student_trains_its_own_encoder(teacher: Any) -> None:
-    torch.manual_seed(0)
-    student = Student(TinyConvolution(teacher.encoder.config), STUDENT)
-    model = DistillationModel(teacher, student)
-    calls = count_calls(student.encoder, teacher.encoder)
-    before = {name: tensor.clone() for name, tensor in student.encoder.state_dict().items()}
+def test_a_student_trains_its_own_encoder(teacher: Any, own_encoder: Student) -> None:
+    model = DistillationModel(teacher, own_encoder)
+    calls = count_calls(own_encoder.encoder, teacher.encoder)
+    before = {name: tensor.clone() for name, tensor in own_encoder.encoder.state_dict().items()}
     losses = train(model, IMAGES)
-    assert calls == {student.encoder: len(losses), teacher.encoder: len(losses)}
+    assert calls == {own_encoder.encoder: len(losses), teacher.encoder: len(losses)}
     assert losses[-1] < 0.9 * losses[0]
-    after = student.encoder.state_dict()
+    after = own_encoder.encoder.state_dict()
     assert all(not torch.equal(after[name], tensor) for name, tensor in before.items())  # running statistics too
     assert not teacher.encoder.training
-    checkpoint = model.state_dict()
-    assert set(checkpoint) == {f"student.{name}" for name in student.state_dict()}
     again = DistillationModel(teacher, Student(TinyConvolution(teacher.encoder.config), STUDENT))
-    again.load_state_dict(checkpoint)
-    for name, embedding in again.eval().embed_all(IMAGES).items():
-        torch.testing.assert_close(embedding, model.eval().embed_all(IMAGES)[name])
+    again.load_state_dict(model.state_dict())
+    assert set(model.state_dict()) == {f"student.{name}" for name in own_encoder.state_dict()}
+    torch.testing.assert_close(again.eval().embed_all(IMAGES), model.eval().embed_all(IMAGES))
 
 
 def test_a_frozen_encoder_of_its_own_is_no_part_of_a_checkpoint(teacher: Any) -> None:
@@ -110,16 +109,17 @@ def test_a_frozen_encoder_of_its_own_is_no_part_of_a_checkpoint(teacher: Any) ->
     assert set(model.state_dict()) == {f"student.blocks.{name}" for name in student.blocks.state_dict()}
 
 
-def test_the_cost_of_a_step_with_an_encoder_of_its_own(teacher: Any) -> None:
-    model = DistillationModel(teacher, Student(TinyConvolution(teacher.encoder.config), STUDENT))
+def test_the_cost_of_a_step_with_an_encoder_of_its_own(teacher: Any, own_encoder: Student) -> None:
+    model = DistillationModel(teacher, own_encoder)
     assert model.flops_per_batch(IMAGES) == flops_of_a_step(model, IMAGES)
 
 
 def two_objectives(teacher: Any) -> DistillationModel:
     """Tokens, and the pooled output."""
     torch.manual_seed(0)
+    weights = {"tokens": {}, "pooled": {"weight": 0.5}}
     with patch.dict(OBJECTIVES, pooled=PooledCosine):
-        return DistillationModel(teacher, teacher.build_student(depth=2), objectives={"tokens": {}, **POOLED})
+        return DistillationModel(teacher, teacher.build_student(depth=2), objectives=weights)
 
 
 def test_objectives_add_up_and_encoder_and_teacher_run_once(teacher: Any) -> None:
@@ -129,30 +129,29 @@ def test_objectives_add_up_and_encoder_and_teacher_run_once(teacher: Any) -> Non
     results = model(IMAGES)
     assert calls == dict.fromkeys(parts, 1)
     (pooled,) = results.others
-    losses = [
-        objective.loss(result) for objective, result in zip(model.objectives.values(), (results, pooled), strict=True)
-    ]
-    sums = {"tokens": losses[0], "pooled": losses[1], "total": losses[0] + 0.5 * losses[1]}
-    torch.testing.assert_close(model.loss(results, IMAGES), sums)
+    losses = {name: model.objectives[name].loss(result) for name, result in (("tokens", results), ("pooled", pooled))}
+    total = losses["tokens"] + 0.5 * losses["pooled"]
+    torch.testing.assert_close(model.loss(results, IMAGES), losses | {"total": total})
     alone = DistillationModel(teacher, model.student)(IMAGES)
     torch.testing.assert_close((results.prediction, results.target), (alone.prediction, alone.target))
     output, _ = teacher.forward_blocks(teacher.encode(IMAGES))
     torch.testing.assert_close(pooled.target, output[:, 1:].mean(dim=1))
     model.student.block_list[-1].norm2.requires_grad_()
-    losses = train(model, IMAGES)
-    assert losses[-1] < losses[0]
+    steps = train(model, IMAGES)
+    assert steps[-1] < steps[0]
     heads = {f"objectives.pooled.head.{name}" for name in ("weight", "bias")}
     assert set(model.state_dict()) == heads | {f"student.blocks.{name}" for name in model.student.blocks.state_dict()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_all_of_it_compiles_to_whole_graphs(teacher: Any, on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    second, third = (load_teacher(GOLDEN / "tiny_base.pt") for _ in range(2))  # each is compiled once
-    student = Student(TinyConvolution(teacher.encoder.config), STUDENT)
+def test_all_of_it_compiles_to_whole_graphs(
+    own_encoder: Student, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third = (load_teacher(GOLDEN / "tiny_base.pt") for _ in range(3))  # each is compiled once
     of_dataset = DistillationModel(third, third.build_student(normalization="dataset"), dataset_norm=True)
     of_dataset.measure_targets([IMAGES])
-    models = two_objectives(teacher), DistillationModel(second, student), of_dataset
+    models = two_objectives(first), DistillationModel(second, own_encoder), of_dataset
     expected = [total_loss(model, IMAGES) for model in models]
     options: Any = {"fullgraph": True, "backend": "eager"}
     monkeypatch.setattr(torch, "compile", lambda function, compiled=torch.compile, **_: compiled(function, **options))
@@ -193,7 +192,7 @@ def test_cosine_and_smooth_l1(teacher: Any) -> None:
 
 
 def test_the_image_embedding_of_data2vec() -> None:
-    """CLS of the output, by its cosine; alone or beside the tokens, and of a narrower student through a layer."""
+    """CLS of the output, by its cosine, beside the tokens."""
     teacher = load_teacher(GOLDEN / "tiny_base.pt", projected=True)
     torch.manual_seed(0)
     student = teacher.build_student(depth=2, projected=True)
@@ -203,23 +202,27 @@ def test_the_image_embedding_of_data2vec() -> None:
     ours, _ = student.forward_blocks(student.encode(IMAGES))
     torch.testing.assert_close(results.others[0].target, normalize(theirs[:, 0]))
     torch.testing.assert_close(student.embed(IMAGES, representation="projected"), ours[:, 0])
-    products = (ours[:, 0] * theirs[:, 0]).sum(dim=1) / (ours[:, 0].norm(dim=1) * theirs[:, 0].norm(dim=1))
     tokens = DistillationModel(teacher, student)
-    expected = {"tokens": tokens.loss(tokens(IMAGES), IMAGES), "embedding": 1 - products.mean()}
+    cosines = (normalize(ours[:, 0]) * normalize(theirs[:, 0])).sum(dim=1)
+    expected = {"tokens": tokens.loss(tokens(IMAGES), IMAGES), "embedding": 1 - cosines.mean()}
     weighted = 0.5 * expected["tokens"] + 2 * expected["embedding"]
     torch.testing.assert_close(dict(model.loss(results, IMAGES)), expected | {"total": weighted})
-    narrow = teacher.build_student(depth=2, embed_dim=24, projected=True)
-    alone = model_with(teacher, narrow, embedding=1.0, weight=0.0)
-    output, _ = narrow.forward_blocks(narrow.encode(IMAGES))
-    projected, target, *_ = alone(IMAGES)
-    expected = normalize(narrow.projection.linear(output[:, 0]))
-    torch.testing.assert_close(normalize(projected), expected)
-    torch.testing.assert_close(target, normalize(theirs[:, 0]))
+
+
+def test_a_narrower_student_learns_the_image_embedding_through_a_layer() -> None:
+    """Alone, without the tokens."""
+    teacher = load_teacher(GOLDEN / "tiny_base.pt", projected=True)
+    torch.manual_seed(0)
+    student = teacher.build_student(depth=2, embed_dim=24, projected=True)
+    model = model_with(teacher, student, embedding=1.0, weight=0.0)
+    output, _ = student.forward_blocks(student.encode(IMAGES))
+    projected, target, *_ = model(IMAGES)
+    torch.testing.assert_close(normalize(projected), normalize(student.projection.linear(output[:, 0])))
     for length in (0.9, 1.1):  # the loss leaves it free, but Health compares with the target
         assert mse_loss(projected, target) < mse_loss(length * projected, target)
-    losses = train(alone, IMAGES)  # each trained parameter has a gradient
+    losses = train(model, IMAGES)
     assert losses[-1] < 0.5 * losses[0]
-    assert any(name.startswith("student.projection.") for name in alone.state_dict())
+    assert any(name.startswith("student.projection.") for name in model.state_dict())
 
 
 def test_the_image_embedding_of_sound_leaves_out_padding() -> None:
@@ -230,3 +233,64 @@ def test_the_image_embedding_of_sound_leaves_out_padding() -> None:
     torch.testing.assert_close(target, normalize(teacher.embed(clips, "mean_patches", lengths=lengths)))
     alone = normalize(teacher.embed(clips[1:, :2500], "mean_patches"))
     torch.testing.assert_close(target[1:], alone, rtol=1e-3, atol=1e-4)
+
+
+# Targets normalized by fixed numbers: what counts in them, and what does not.
+
+
+def with_dataset_norm(name: str = "tiny_base", network: str | None = None, **options: Any) -> DistillationModel:
+    torch.manual_seed(0)
+    teacher: Any = load_teacher(GOLDEN / f"{name}.pt")
+    student = teacher.build_student(normalization="dataset", model=network)
+    return DistillationModel(teacher, student, dataset_norm=True, **options)
+
+
+def moments(model: DistillationModel) -> Tensor:
+    """Return count, means and mean squares, (L, 3, D)."""
+    return model.state_dict()["objectives.tokens.dataset_norm.moments"]
+
+
+def measured(model: DistillationModel, *batches: Any) -> Tensor:
+    model.measure_targets(batches)
+    return moments(model)
+
+
+def test_padding_does_not_count() -> None:
+    """A clip counts as any other, however short."""
+    clips, lengths = torch.randn(2, 8000, generator=torch.Generator().manual_seed(0)), torch.tensor([3000, 8000])
+    together = measured(with_dataset_norm("audio_base"), {"audio": clips, "lengths": lengths})
+    alone = measured(with_dataset_norm("audio_base"), clips[:1, :3000], clips[1:])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("extra_tokens", "first"), [("regress", 0), ("drop", 1), ("only", 0)])
+def test_dropped_tokens_do_not_count(teacher: Any, extra_tokens: Any, first: int) -> None:
+    _, layers = teacher.forward_blocks(teacher.encode(IMAGES))
+    expected = torch.stack(layers)[:, :, first:].double()
+    model = with_dataset_norm(extra_tokens=extra_tokens)
+    count, mean, square = measured(model, IMAGES[:1], IMAGES[1:]).unbind(dim=1)
+    assert (count == 4).all()
+    torch.testing.assert_close(mean / 4, expected.mean(dim=(1, 2)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(square / 4, expected.square().mean(dim=(1, 2)), rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_target_changes() -> None:
+    """Forward passes measure nothing; without numbers there is no loss; block outputs and top K have numbers, too."""
+    options: Any = {"source": "block", "average_top_k_layers": 2}
+    model = with_dataset_norm(**options)
+    assert model.loss(model(IMAGES), IMAGES).isnan()
+    before = measured(model, IMAGES)
+    assert before.shape[0] == 2
+    regression = model.train()(OTHER_IMAGES)
+    assert torch.equal(moments(model), before)
+    assert model.loss(regression, OTHER_IMAGES).isfinite()
+    plain = DistillationModel(model.teacher, model.student, **options)
+    assert plain.layer_mean.normalization == "layer"
+    assert torch.equal(plain(OTHER_IMAGES).prediction, regression.prediction)
+    assert not torch.equal(plain(OTHER_IMAGES).target, regression.target)
+
+
+def test_a_network_regresses_such_targets() -> None:
+    network, blocks = with_dataset_norm(network="timm/test_byobnet"), with_dataset_norm()
+    assert torch.equal(measured(network, IMAGES), measured(blocks, IMAGES))
+    torch.testing.assert_close(network(IMAGES).target, blocks(IMAGES).target)
