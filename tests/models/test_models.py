@@ -159,8 +159,6 @@ def test_a_student_starts_from_the_teachers_blocks(teacher: Data2Vec2) -> None:
     attention = teacher.build_student(depth=2, init="teacher_attention")
     torch.testing.assert_close(attention.block_list[1].attn.qkv.weight, teacher.block_list[1].attn.qkv.weight)
     assert attention.block_list[1].attn.qkv.weight.requires_grad
-    with pytest.raises(ValueError, match=r"teacher_blocks needs the teacher's sizes: size mismatch for mlp.fc1.weight"):
-        teacher.build_student(depth=2, init="teacher_blocks")
     with pytest.raises(ValueError, match="at most 3, the number of the teacher's blocks"):
         teacher.build_student(depth=4, init="teacher_attention")
 

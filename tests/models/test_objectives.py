@@ -2,66 +2,22 @@
 
 from collections import Counter
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, mse_loss, normalize
+from torch.nn.functional import mse_loss, normalize
 
 from d2v_composer import load_teacher
 from d2v_composer.models.configs import StudentConfig
-from d2v_composer.models.encoder import Inputs
-from d2v_composer.models.features import Features
-from d2v_composer.models.images import PixelEncoder
+from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.student import Student
-from d2v_composer.objectives import OBJECTIVES
 from d2v_composer.objectives.compilation import compile_model
 from d2v_composer.objectives.distillation import DistillationModel
-from d2v_composer.objectives.objective import Objective, Regression, Term
 from helpers import GOLDEN
 from steps import flops_of_a_step, random_images, total_loss, train
 
 IMAGES, OTHER_IMAGES = random_images(), random_images(seed=2)
-STUDENT = StudentConfig(depth=2, mlp_ratio=2.0)
-
-
-class TinyConvolution(PixelEncoder):
-    """One convolution with BatchNorm, and a CLS token; as many tokens as a teacher's encoder gives."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.convolution = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, config.patch_size)
-        self.norm = nn.BatchNorm2d(config.embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
-
-    @property
-    def block_list(self) -> list[Any]:
-        return []
-
-    def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
-        x_BND = self.norm(self.convolution(self.prepare(inputs.values))).flatten(2).transpose(1, 2)
-        return torch.cat([self.cls_token.expand(len(x_BND), -1, -1), x_BND], dim=1)
-
-    def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
-        return []
-
-
-class PooledCosine(Objective):
-    """Regress the mean of a teacher's output over patches, by its cosine."""
-
-    def __init__(self, options: Term, teacher: Any, student: Any, layer_mean: Any) -> None:
-        super().__init__(options, teacher, student, layer_mean)
-        self.head = nn.Linear(student.embed_dim, teacher.embed_dim)
-
-    def target(self, features: Features) -> Tensor:
-        return features.poolings(features.output)["mean_patches"]
-
-    def regression(self, features: Features, target: Tensor) -> Regression:
-        return Regression(self.head(features.poolings(features.output)["mean_patches"]), target)
-
-    def loss(self, regression: Regression) -> Tensor:
-        return 1 - cosine_similarity(regression.prediction, regression.target).mean()
 
 
 @pytest.fixture
@@ -69,10 +25,9 @@ def teacher() -> Any:
     return load_teacher(GOLDEN / "tiny_base.pt")
 
 
-@pytest.fixture
-def own_encoder(teacher: Any) -> Student:
+def with_own_encoder(teacher: Any) -> Student:
     torch.manual_seed(0)
-    return Student(TinyConvolution(teacher.encoder.config), STUDENT)
+    return Student(ImageEncoder(teacher.encoder.config), StudentConfig(depth=2, mlp_ratio=2.0))
 
 
 def model_with(teacher: Any, student: Any, embedding: float = 0.0, **tokens: Any) -> DistillationModel:
@@ -86,72 +41,35 @@ def count_calls(*modules: nn.Module) -> Counter[nn.Module]:
     return calls
 
 
-def test_a_student_trains_its_own_encoder(teacher: Any, own_encoder: Student) -> None:
-    model = DistillationModel(teacher, own_encoder)
-    calls = count_calls(own_encoder.encoder, teacher.encoder)
-    before = {name: tensor.clone() for name, tensor in own_encoder.encoder.state_dict().items()}
+def test_a_student_trains_its_own_encoder(teacher: Any) -> None:
+    student = with_own_encoder(teacher)
+    model = DistillationModel(teacher, student)
+    calls = count_calls(student.encoder, teacher.encoder)
+    before = {name: weight.clone() for name, weight in student.encoder.named_parameters() if weight.requires_grad}
     losses = train(model, IMAGES)
-    assert calls == {own_encoder.encoder: len(losses), teacher.encoder: len(losses)}
+    assert calls == {student.encoder: len(losses), teacher.encoder: len(losses)}
     assert losses[-1] < 0.9 * losses[0]
-    after = own_encoder.encoder.state_dict()
-    assert all(not torch.equal(after[name], tensor) for name, tensor in before.items())  # running statistics too
+    assert not any(torch.equal(student.encoder.get_parameter(name), weight) for name, weight in before.items())
     assert not teacher.encoder.training
-    again = DistillationModel(teacher, Student(TinyConvolution(teacher.encoder.config), STUDENT))
+    assert set(model.state_dict()) == {f"student.{name}" for name in student.state_dict()}
+    again = DistillationModel(teacher, with_own_encoder(teacher))
     again.load_state_dict(model.state_dict())
-    assert set(model.state_dict()) == {f"student.{name}" for name in own_encoder.state_dict()}
     torch.testing.assert_close(again.eval().embed_all(IMAGES), model.eval().embed_all(IMAGES))
 
 
-def test_a_frozen_encoder_of_its_own_is_no_part_of_a_checkpoint(teacher: Any) -> None:
-    student = Student(TinyConvolution(teacher.encoder.config).freeze(), STUDENT)
-    model = DistillationModel(teacher, student)
-    train(model, IMAGES, steps=1)
-    assert set(model.state_dict()) == {f"student.blocks.{name}" for name in student.blocks.state_dict()}
-
-
-def test_the_cost_of_a_step_with_an_encoder_of_its_own(teacher: Any, own_encoder: Student) -> None:
-    model = DistillationModel(teacher, own_encoder)
+def test_the_cost_of_a_step_with_an_encoder_of_its_own(teacher: Any) -> None:
+    model = DistillationModel(teacher, with_own_encoder(teacher))
     assert model.flops_per_batch(IMAGES) == flops_of_a_step(model, IMAGES)
-
-
-def two_objectives(teacher: Any) -> DistillationModel:
-    """Tokens, and the pooled output."""
-    torch.manual_seed(0)
-    weights = {"tokens": {}, "pooled": {"weight": 0.5}}
-    with patch.dict(OBJECTIVES, pooled=PooledCosine):
-        return DistillationModel(teacher, teacher.build_student(depth=2), objectives=weights)
-
-
-def test_objectives_add_up_and_encoder_and_teacher_run_once(teacher: Any) -> None:
-    model = two_objectives(teacher)
-    parts = {*teacher.block_list, *model.student.block_list, teacher.encoder}
-    calls = count_calls(*parts)
-    results = model(IMAGES)
-    assert calls == dict.fromkeys(parts, 1)
-    (pooled,) = results.others
-    losses = {name: model.objectives[name].loss(result) for name, result in (("tokens", results), ("pooled", pooled))}
-    total = losses["tokens"] + 0.5 * losses["pooled"]
-    torch.testing.assert_close(model.loss(results, IMAGES), losses | {"total": total})
-    alone = DistillationModel(teacher, model.student)(IMAGES)
-    torch.testing.assert_close((results.prediction, results.target), (alone.prediction, alone.target))
-    output, _ = teacher.forward_blocks(teacher.encode(IMAGES))
-    torch.testing.assert_close(pooled.target, output[:, 1:].mean(dim=1))
-    model.student.block_list[-1].norm2.requires_grad_()
-    steps = train(model, IMAGES)
-    assert steps[-1] < steps[0]
-    heads = {f"objectives.pooled.head.{name}" for name in ("weight", "bias")}
-    assert set(model.state_dict()) == heads | {f"student.blocks.{name}" for name in model.student.blocks.state_dict()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_all_of_it_compiles_to_whole_graphs(
-    own_encoder: Student, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, second, third = (load_teacher(GOLDEN / "tiny_base.pt") for _ in range(3))  # each is compiled once
+def test_all_of_it_compiles_to_whole_graphs(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = (load_teacher(GOLDEN / "tiny_base.pt", projected=True) for _ in range(3))
     of_dataset = DistillationModel(third, third.build_student(normalization="dataset"), dataset_norm=True)
     of_dataset.measure_targets([IMAGES])
-    models = two_objectives(first), DistillationModel(second, own_encoder), of_dataset
+    of_both = model_with(first, first.build_student(depth=2, projected=True), embedding=0.5)
+    models = of_both, DistillationModel(second, with_own_encoder(second)), of_dataset
     expected = [total_loss(model, IMAGES) for model in models]
     options: Any = {"fullgraph": True, "backend": "eager"}
     monkeypatch.setattr(torch, "compile", lambda function, compiled=torch.compile, **_: compiled(function, **options))
@@ -192,12 +110,15 @@ def test_cosine_and_smooth_l1(teacher: Any) -> None:
 
 
 def test_the_image_embedding_of_data2vec() -> None:
-    """CLS of the output, by its cosine, beside the tokens."""
+    """CLS of the output, by its cosine, beside the tokens; encoder and teacher run once for both."""
     teacher = load_teacher(GOLDEN / "tiny_base.pt", projected=True)
     torch.manual_seed(0)
     student = teacher.build_student(depth=2, projected=True)
     model = model_with(teacher, student, embedding=2.0, weight=0.5)
+    parts = {teacher.encoder, *teacher.block_list, *student.block_list}
+    calls = count_calls(*parts)
     results = model(IMAGES)
+    assert calls == dict.fromkeys(parts, 1)
     theirs, _ = teacher.forward_blocks(teacher.encode(IMAGES))
     ours, _ = student.forward_blocks(student.encode(IMAGES))
     torch.testing.assert_close(results.others[0].target, normalize(theirs[:, 0]))
