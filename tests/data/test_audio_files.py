@@ -64,6 +64,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "half.flac": (FLAC[: len(FLAC) // 2], ALLOWED),
     "half.mp3": (MP3[: len(MP3) // 2], "truncated: the last"),
     "half.ogg": (VORBIS[: len(VORBIS) // 2], "truncated: the last page is missing"),
+    "pages.ogg": (VORBIS[: VORBIS.rindex(b"OggS")], "truncated: the last page is missing"),
     "most.ogg": (VORBIS[:-9], "truncated: the last page is missing"),
     "nan.wav": (floats(np.full(RATE, np.nan)), "some samples are not finite"),
     "inf.wav": (floats(np.full(RATE, np.inf)), "some samples are not finite"),
