@@ -15,9 +15,7 @@ SLOW_ON = "3.11"
 # What the extra 'train' is not needed for.
 CORE = [
     "tests/core",
-    "tests/checkpoints/test_altered_sizes.py",
     "tests/checkpoints/test_fairseq.py",
-    "tests/checkpoints/test_safe_pickle.py",
     "tests/checkpoints/test_safetensors_file.py",
     "tests/commands/test_env.py",
     "tests/embedding/test_embed_sound.py",

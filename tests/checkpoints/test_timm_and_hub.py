@@ -23,7 +23,7 @@ from d2v_composer.commands import export as export_student
 from d2v_composer.export.programs import TimmStudent
 from d2v_composer.models.configs import ImageEncoderConfig, height_and_width
 from d2v_composer.models.images import ImageEncoder
-from d2v_composer.models.names import Embedding
+from d2v_composer.models.names import Embedding, Pooling
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError, RunError
 from helpers import GOLDEN
@@ -35,15 +35,11 @@ def export(*arguments: str | Path) -> None:
     export_student.main([str(argument) for argument in arguments])
 
 
-@pytest.fixture(scope="module", params=[pytest.param(None, marks=pytest.mark.slow), 20], ids=["wide", "narrow"])
-def wide_or_narrow(exported: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    """That student, or one with random weights that is narrower than its encoder and has the same primary embedding."""
-    if request.param is None:
-        return exported
-    wide = load_student(exported)
-    narrow = Student(wide.encoder, wide.config.changed(embed_dim=request.param), wide.provenance)
-    path = tmp_path_factory.mktemp("narrow") / "student.safetensors"
-    save_student(narrow, path)
+@pytest.fixture(scope="module")
+def narrow(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student with random weights that is narrower than its encoder; the run's own is in tests/promises."""
+    wide, path = load_student(exported), tmp_path_factory.mktemp("narrow") / "student.safetensors"
+    save_student(Student(wide.encoder, wide.config.changed(embed_dim=20), wide.provenance), path)
     return path
 
 
@@ -55,14 +51,9 @@ def images(exported: Path) -> Tensor:
     return torch.randn(5, 3, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def embed(student: Student, images: Tensor, **options: str) -> Tensor:
-    with torch.inference_mode():
-        return student.embed(images, **options)  # pyright: ignore[reportArgumentType]
-
-
 def primary(student: Student, images: Tensor) -> Tensor:
     """The embedding of the run's primary embedding, see :func:`helpers.small_run`."""
-    return embed(student, images, representation="layer_mean", pooling="cls")
+    return student.embed(images, "cls", "layer_mean")
 
 
 def assert_close(ours: Tensor, expected: Tensor) -> None:
@@ -75,31 +66,31 @@ def create(name: str, **options: Any) -> TimmStudent:
     return model.eval()
 
 
-def test_timm(wide_or_narrow: Path, images: Tensor) -> None:
-    exported = wide_or_narrow
-    model, student = create("d2v2_student", checkpoint_path=str(exported)), load_student(exported)
+def test_timm(narrow: Path, images: Tensor) -> None:
+    model, student = create("d2v2_student", checkpoint_path=str(narrow)), load_student(narrow)
     with torch.inference_mode():
         assert_close(model(images), primary(student, images))
         features = model.forward_features(images)
         assert_close(model.forward_head(features, pre_logits=True), primary(student, images))
-        for pool, pooling in (("avg", "mean_patches"), ("mean", "mean")):
+        poolings: dict[str, Pooling] = {"avg": "mean_patches", "mean": "mean"}
+        for pool, pooling in poolings.items():
             model.reset_classifier(0, pool)
-            assert_close(model(images), embed(student, images, representation="layer_mean", pooling=pooling))
-        output = create("d2v2_student", checkpoint_path=str(exported), representation="output", global_pool="avg")
+            assert_close(model(images), student.embed(images, pooling, "layer_mean"))
+        options = {"representation": "output", "global_pool": "avg"}
+        output = create("d2v2_student", checkpoint_path=str(narrow), **options)
         assert_close(output.forward_features(images), student.forward_blocks(student.encode(images))[0])
-        assert_close(output(images), embed(student, images, pooling="mean_patches"))
+        assert_close(output(images), student.embed(images, "mean_patches"))
     assert all(parameter.requires_grad for parameter in output.blocks.parameters())
     assert not any(parameter.requires_grad for parameter in model.block_list[-1].norm2.parameters())  # not used
     assert model.num_features == features.shape[2] == student.embed_dim
     data = resolve_data_config(model=model)
-    assert data["input_size"] == tuple(images.shape[1:])
-    assert data["mean"] == student.encoder.config.image_mean
+    assert (data["input_size"], data["mean"]) == (tuple(images.shape[1:]), student.encoder.config.image_mean)
     assert (data["interpolation"], data["crop_pct"]) == ("bicubic", 1.0)
 
 
-def test_fine_tuning_and_a_hubs_folder(wide_or_narrow: Path, images: Tensor, tmp_path: Path) -> None:
+def test_fine_tuning_and_a_hubs_folder(narrow: Path, images: Tensor, tmp_path: Path) -> None:
     """A classifier on the student, trained for a step, saved as timm saves for the hub, and loaded from there."""
-    model = create("d2v2_student", checkpoint_path=str(wide_or_narrow), num_classes=7).train()
+    model = create("d2v2_student", checkpoint_path=str(narrow), num_classes=7).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     frozen = model.encode(images)
     optimizer = torch.optim.SGD(trained, lr=0.1)
@@ -112,13 +103,12 @@ def test_fine_tuning_and_a_hubs_folder(wide_or_narrow: Path, images: Tensor, tmp
 
     save_for_hf(model, str(tmp_path))
     assert json.loads((tmp_path / "config.json").read_text())["architecture"] == "d2v2_student"
-    again = create(f"local-dir:{tmp_path}", pretrained=True)
-    model.eval()
+    again, features_only = (
+        create(f"local-dir:{tmp_path}", pretrained=True, **size) for size in ({}, {"num_classes": 0})
+    )
+    assert again.num_classes == 7
     with torch.inference_mode():
-        assert again.num_classes == 7
-        assert_close(again(images), model(images))
-    features_only = create(f"local-dir:{tmp_path}", pretrained=True, num_classes=0)
-    with torch.inference_mode():
+        assert_close(again(images), model.eval()(images))
         assert_close(features_only(images), model.forward_head(model.forward_features(images), pre_logits=True))
 
 

@@ -18,12 +18,12 @@ from torch.testing import assert_close
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.config.reference import load_any
-from d2v_composer.models import timm_teacher
 from d2v_composer.models.student import Student
 from d2v_composer.models.timm_teacher import TimmEncoder
 from d2v_composer.system.errors import InputError
-from helpers import refused_by
+from helpers import refused_by, write_files
 from small_vits import RESAMPLED_BILINEARLY, random_vit
+from steps import random_images
 
 NAME = "test_vit"  # timm's own: 6 blocks of width 64, 160 px
 MODEL = f"timm/{NAME}"
@@ -48,25 +48,25 @@ def images_of(*shape: int) -> Tensor:
     return torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(1))
 
 
-# The files of training programs → how they write the weights.
-FILES: dict[str, Callable[[dict[str, Tensor], Path], object]] = {
-    "nested": lambda tensors, path: torch.save({"state_dict": {"model": tensors}, "epoch": 3}, path),
-    "with arguments": lambda tensors, path: torch.save({"model": tensors, "args": argparse.Namespace(lr=0.1)}, path),
-    "wrapped": lambda tensors, path: torch.save({f"module._orig_mod.{name}": tensors[name] for name in tensors}, path),
-    "DINO's": lambda tensors, path: torch.save(
-        {"student": {}, "teacher": {f"backbone.{name}": tensor for name, tensor in tensors.items()}}, path
-    ),
-    "averaged": lambda tensors, path: torch.save(
-        {"state_dict": {name: 0 * tensor for name, tensor in tensors.items()}, "state_dict_ema": tensors}, path
-    ),
-    "half": lambda tensors, path: torch.save({name: tensor.half() for name, tensor in tensors.items()}, path),
+def wrap(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+# What training programs write.
+FILES: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
+    "nested": lambda tensors: {"state_dict": {"model": tensors}, "epoch": 3},
+    "with arguments": lambda tensors: {"model": tensors, "args": argparse.Namespace(lr=0.1)},
+    "wrapped": lambda tensors: wrap(tensors, "module._orig_mod."),
+    "DINO's": lambda tensors: {"student": {}, "teacher": wrap(tensors, "backbone.")},
+    "averaged": lambda tensors: {"state_dict": dict.fromkeys(tensors, torch.zeros(1)), "state_dict_ema": tensors},
+    "half": lambda tensors: {name: tensor.half() for name, tensor in tensors.items()},
 }
 
 
 @pytest.mark.parametrize("what", FILES)
 def test_pytorch_files(what: str, tmp_path: Path) -> None:
     model = random_vit(NAME)
-    FILES[what](model.state_dict(), tmp_path / "weights.pth")
+    torch.save(FILES[what](model.state_dict()), tmp_path / "weights.pth")
     teacher = load_teacher(tmp_path / "weights.pth", model=MODEL)
     assert all(tensor.dtype == torch.float32 for tensor in teacher.state_dict().values())
     tolerance = 0.05 if what == "half" else 1e-5
@@ -111,31 +111,25 @@ def test_a_bias_that_timms_filter_drops_is_refused_unless_it_is_zero(tmp_path: P
     theirs = dict(model.state_dict())
     for old, new in (("gamma_1", "ls1.gamma"), ("gamma_2", "ls2.gamma"), ("reg_token", "storage_tokens")):
         theirs = {key.replace(old, new): tensor for key, tensor in theirs.items()}
-    for value in (0.0, 0.1):
-        biases = {f"blocks.{block}.attn.qkv.bias": torch.full((96,), value) for block in range(2)}
-        torch.save(theirs | biases, path)
-        if value == 0:
-            assert load_teacher(path, model=f"timm/{name}").config.depth == 2
-    with pytest.raises(
-        InputError, match=rf"timm/{name}: the file has blocks\.0\.attn\.qkv\.bias, but not the model; .*_qkvb$"
-    ):
+    biases = {f"blocks.{block}.attn.qkv.bias": torch.zeros(96) for block in range(2)}
+    torch.save(theirs | biases, path)
+    assert load_teacher(path, model=f"timm/{name}").config.depth == 2
+    torch.save(theirs | {key: zeros + 0.1 for key, zeros in biases.items()}, path)
+    problem = rf"timm/{name}: the file has blocks\.0\.attn\.qkv\.bias, but not the model; .*_qkvb$"
+    with pytest.raises(InputError, match=problem):
         load_teacher(path, model=f"timm/{name}")
 
 
 def test_provenance(file: Path) -> None:
-    teacher = load_teacher(file, model=MODEL, first_blocks=2)
-    sha256 = teacher.provenance.pop("sha256")
-    assert len(sha256) == 64
-    assert teacher.provenance == {
+    provenance = load_teacher(file, model=MODEL).provenance
+    assert len(provenance.pop("sha256")) == 64
+    assert provenance == {
         "model": MODEL,
         "tag": None,
         "timm": timm.__version__,
         "source": "weights.safetensors",
         "license": "the file's; timm states for its own: apache-2.0",
     }
-    sizes: Any = teacher.config
-    numbers = (sizes.embed_dim, sizes.num_heads, sizes.depth, sizes.num_extra_tokens, sizes.image_size)
-    assert numbers == (64, 2, 4, 1, 160)
 
 
 @pytest.fixture
@@ -150,15 +144,10 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_pretrained_weights_come_from_the_hubs_cache(offline: Path, file: Path, name: str) -> None:
-    folder = offline / "models--timm--test_vit.r160_in1k"
-    (folder / "snapshots" / "abc").mkdir(parents=True)
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text("abc")
-    (folder / "snapshots" / "abc" / name).write_bytes(file.read_bytes())
-    teacher = load_teacher(None, model=MODEL)
-    assert torch.equal(
-        features(teacher, images_of(160, 160)), features(load_teacher(file, model=MODEL), images_of(160, 160))
-    )
+    cached = offline / "models--timm--test_vit.r160_in1k"
+    write_files(cached, {f"snapshots/abc/{name}": file.read_bytes(), "refs/main": b"abc"})
+    teacher, images = load_teacher(None, model=MODEL), images_of(160, 160)
+    assert torch.equal(features(teacher, images), features(load_teacher(file, model=MODEL), images))
     provenance = {name: teacher.provenance[name] for name in ("tag", "source", "license")}
     assert provenance == {"tag": "r160_in1k", "source": "hub:timm/test_vit.r160_in1k", "license": "apache-2.0"}
     _, same = load_any(MODEL)
@@ -166,11 +155,11 @@ def test_pretrained_weights_come_from_the_hubs_cache(offline: Path, file: Path, 
     assert same.provenance == teacher.provenance
 
 
-def test_without_network_and_cache_pretrained_weights_are_refused(offline: Path) -> None:
-    with pytest.raises(InputError, match=f"^{MODEL}: no pretrained weights: .* in timm/{NAME}") as caught:
+@pytest.mark.usefixtures("offline")
+def test_without_network_and_cache_pretrained_weights_are_refused() -> None:
+    problem = rf"\A{MODEL}: no pretrained weights: .* in timm/{NAME}.*set checkpoint to a file\Z"
+    with pytest.raises(InputError, match=problem):
         load_teacher(None, model=MODEL)
-    assert "set checkpoint to a file" in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 QKV = "blocks.0.attn.qkv.weight"
@@ -178,7 +167,6 @@ QKV = "blocks.0.attn.qkv.weight"
 CHANGED: dict[str, tuple[dict[str, Any], str]] = {
     "deeper": ({"blocks.6.norm1.weight": torch.ones(64)}, "tensor blocks.6.norm1.weight is unknown"),
     "shallower": ({"blocks.5.norm1.weight": None}, "tensor blocks.5.norm1.weight is missing"),
-    "patches": ({"patch_embed.proj.weight": torch.ones(64, 3, 8, 8)}, "it has no 16 x 16 pixel patch embedding"),
     "shape": ({QKV: torch.ones(192, 32)}, f"size mismatch for {QKV}"),
     "no positions": ({"pos_embed": None}, "tensor pos_embed is missing"),
     "odd positions": ({"pos_embed": torch.zeros(7)}, f"not weights of {MODEL}"),
@@ -188,19 +176,21 @@ CHANGED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def refusal(content: Any, folder: Path) -> str:
+    """Return the one line with which a file of weights is refused."""
+    torch.save(content, folder / "weights.pth")
+    return refused_by(lambda path: load_teacher(path, model=MODEL), folder / "weights.pth")
+
+
 @pytest.mark.parametrize("what", CHANGED)
 def test_tensors_that_do_not_fit_are_refused(what: str, tmp_path: Path) -> None:
     tensors, message = CHANGED[what]
     state = random_vit(NAME).state_dict() | tensors
-    torch.save({name: tensor for name, tensor in state.items() if tensor is not None}, tmp_path / "weights.pth")
-    line = refused_by(lambda path: load_teacher(path, model=MODEL), tmp_path / "weights.pth")
-    assert message in line
+    assert message in refusal({name: tensor for name, tensor in state.items() if tensor is not None}, tmp_path)
 
 
 def test_a_file_without_weights_is_refused(tmp_path: Path) -> None:
-    torch.save({"model": {"a": 1}}, tmp_path / "weights.pth")
-    line = refused_by(lambda path: load_teacher(path, model=MODEL), tmp_path / "weights.pth")
-    assert line.endswith("not a weight file: it has no dict of tensors")
+    assert refusal({"model": {"a": 1}}, tmp_path).endswith("not a weight file: it has no dict of tensors")
 
 
 @pytest.mark.parametrize(
@@ -230,37 +220,15 @@ def test_an_exported_student_needs_no_teacher(name: str, tmp_path: Path) -> None
     student = Student(encoder, teacher.build_student(depth=2).config).eval()
     save_student(student, tmp_path / "student.safetensors")
     weights.unlink()
-    images = torch.randint(0, 256, (2, 3, 70, 90), dtype=torch.uint8)
-    with torch.inference_mode():
-        expected = student.embed_all(images)
-        again = load_student(tmp_path / "student.safetensors")
-        for key, embedding in again.embed_all(images).items():
-            assert torch.equal(embedding, expected[key])
-        model: Any = timm.create_model("d2v2_student", checkpoint_path=str(tmp_path / "student.safetensors")).eval()
-        assert_close(model(encoder.prepare(images)), expected["output_cls"])
+    images, again = random_images(2, 70), load_student(tmp_path / "student.safetensors")
+    expected = student.embed_all(images)
+    for key, embedding in again.embed_all(images).items():
+        assert torch.equal(embedding, expected[key])
+    model: Any = timm.create_model("d2v2_student", checkpoint_path=str(tmp_path / "student.safetensors")).eval()
+    assert_close(model(encoder.prepare(images)).detach(), expected["output_cls"])
     loaded_config: Any = again.encoder.config
     assert loaded_config.changed(outputs=()) == config
     assert not any(parameter.requires_grad for parameter in again.encoder.parameters())
-
-
-def test_another_version_of_timm_must_compute_the_same(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    teacher = load_teacher(file, model=MODEL, first_blocks=1)
-    path, create, before = tmp_path / "student.safetensors", timm.create_model, timm.__version__
-    save_student(teacher.build_student(depth=1), path)
-
-    def create_other(name: str, **options: Any) -> Any:
-        model: Any = create(name, **options)
-        for block in getattr(model, "blocks", ()):  # not the student's
-            block.mlp.act = nn.ReLU()
-        return model
-
-    monkeypatch.setattr(timm_teacher.timm, "create_model", create_other)
-    problem = f"the installed timm gives different results for {MODEL} than timm '{before}'"
-    assert problem in refused_by(load_student, path)
-    with pytest.raises(InputError, match=problem):
-        create("d2v2_student", checkpoint_path=str(path))
 
 
 def test_an_exported_students_sizes_are_timms(file: Path, tmp_path: Path) -> None:
@@ -269,30 +237,9 @@ def test_an_exported_students_sizes_are_timms(file: Path, tmp_path: Path) -> Non
     tensors = load_file(path)
     sizes = json.loads(tensors["config_json"].numpy().tobytes())
     wrong = {"model": ("timm/test_vit2", 3), "first_blocks": (2,), "image_size": (None,), "image_mean": (None, [0.5])}
-    wrong |= {"interpolation": ("nearest",), "embed_dim": (32,), "outputs": ([0.5] * 31, ["a"] * 32, 3)}
+    wrong |= {"interpolation": ("nearest",), "embed_dim": (32,), "outputs": ([0.5] * 31, [0.5] * 32, ["a"] * 32, 3)}
     for name, value in ((name, value) for name, values in wrong.items() for value in values):
         text = json.dumps(sizes | {"encoder": sizes["encoder"] | {name: value}})
         tensors["config_json"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        with pytest.raises(InputError, match=r"^config_json ") as caught:
+        with pytest.raises(InputError, match=r"\Aconfig_json .*\Z"):
             model.load_state_dict(tensors)
-        assert "\n" not in str(caught.value)
-
-
-def test_another_teacher_than_the_students_is_refused(tmp_path: Path) -> None:
-    """Its numbers would be compared with those of blocks that it never saw, or that run on another encoder."""
-    model, student, path = random_vit(NAME), tmp_path / "student.safetensors", tmp_path / "teacher.safetensors"
-    built = load_teacher(save(model, path), model=MODEL).build_student(depth=1)
-    save_student(built, student)
-    assert load_any(student, teacher=str(path))[1] is not None
-    with torch.no_grad():
-        model.blocks[-1].mlp.fc2.weight.mul_(1.1)  # not in the encoder
-    other = save(model, tmp_path / "other.safetensors")
-    with pytest.raises(
-        InputError, match=r"other\.safetensors: not this student's teacher: sha256 \w{64}, expected \w{64}$"
-    ):
-        load_any(student, teacher=str(other))
-
-    built.provenance = {}
-    save_student(built, student)
-    with pytest.raises(InputError, match=r"not this student's teacher: sha256 \w{64}, expected None$"):
-        load_any(student, teacher=str(path))

@@ -18,7 +18,7 @@ import yaml
 
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import save_student
-from helpers import GOLDEN, QUICKSTART, ROOT, command_environment, encoded_image, failure
+from helpers import GOLDEN, QUICKSTART, ROOT, command_environment, failure, write_files, write_images
 
 LIGHT = ROOT / "tests" / "programs" / "light.py"
 RECORD = {
@@ -31,11 +31,8 @@ RECORD = {
 
 def run_core(folder: Path, *system: str) -> str:
     """Run each command in a folder, in one process; the last needs the extra, and says so. Return what they print."""
-    (folder / "run").mkdir()
-    (folder / "run" / "run.yaml").write_text(yaml.safe_dump(RECORD, allow_unicode=True), "utf-8")
-    (folder / "run" / "log.jsonl").write_text(
-        '{"step": 0, "loss/train/total": 1}\n{"step": 1, "loss/train/total": 0.5}\n'
-    )
+    losses = b'{"step": 0, "loss/train/total": 1}\n{"step": 1, "loss/train/total": 0.5}\n'
+    write_files(folder / "run", {"run.yaml": yaml.safe_dump(RECORD, allow_unicode=True).encode(), "log.jsonl": losses})
     datasets = f"datasets={{small: {{format: mds, root: {(QUICKSTART / 'cifar10').as_posix()}}}}}"
     commands = [
         ["env"],
@@ -69,9 +66,7 @@ def here(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     root = tmp_path_factory.mktemp("core")
     if find_spec("composer") is not None:  # which trains; what it saved needs no Composer
         shutil.copy(request.getfixturevalue("uninterrupted") / "latest-rank0.pt", root / "checkpoint.pt")
-    (root / "photos").mkdir()
-    for i in range(10):
-        (root / "photos" / f"{i}.jpg").write_bytes(encoded_image(i))
+    write_images(root / "photos", [f"{i}.jpg" for i in range(10)])
     save_student(load_teacher(GOLDEN / "tiny_base.pt").build_student(depth=1), root / "student.safetensors")
     (root / "here").mkdir()
     said = run_core(root / "here")

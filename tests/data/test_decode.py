@@ -21,37 +21,41 @@ from d2v_composer.data import images
 from d2v_composer.data.images import Box, CuttableJpeg, RandomResizedCropFlip, random_crop_box
 from d2v_composer.data.modality import sample_rng
 from d2v_composer.system.errors import InputError
-from helpers import run_command
+from helpers import run_command, saved
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
-def photo(width: int, height: int) -> np.ndarray:
-    """(height, width, 3) with colors that differ from pixel to pixel, so that a wrong neighbor shows."""
+def photo(width: int, height: int) -> Image.Image:
+    """A picture with colors that differ from pixel to pixel, so that a wrong neighbor shows."""
     rng = np.random.default_rng((width, height))
     coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height))
-    return (np.asarray(coarse) // 2 + rng.integers(0, 128, (height, width, 3))).astype(np.uint8)
+    noise = rng.integers(0, 128, (height, width, 3))
+    return Image.fromarray((np.asarray(coarse) // 2 + noise).astype(np.uint8))
 
 
-def saved(image: np.ndarray, file_format: str = "JPEG", mode: str = "RGB", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).convert(mode).save(buffer, file_format, **options)
-    return buffer.getvalue()
+PHOTO = photo(90, 70)
+WHOLE = Box(0, 0, 90, 70)
 
 
-def expected_pixels(encoded: bytes, box: Box, image_size: int | list[int]) -> torch.Tensor:
-    """The pixels that torchvision crops from the whole image, decoded by Pillow, at (height, width) or a side."""
+def opened(encoded: bytes) -> Image.Image:
+    """Decode an image by Pillow."""
+    return Image.open(io.BytesIO(encoded)).convert("RGB")
+
+
+def expected_pixels(encoded: bytes, box: Box, height: int = 32, width: int = 32) -> torch.Tensor:
+    """The pixels that torchvision crops from the whole image, decoded by Pillow."""
     left, top, right, bottom = box
-    image = pil_to_tensor(Image.open(io.BytesIO(encoded)).convert("RGB"))
-    size = [image_size, image_size] if isinstance(image_size, int) else image_size
-    return resized_tensor(image, top, left, bottom - top, right - left, size, InterpolationMode.BICUBIC, antialias=True)
+    options: Any = [height, width], InterpolationMode.BICUBIC
+    image = pil_to_tensor(opened(encoded))
+    return resized_tensor(image, top, left, bottom - top, right - left, *options, antialias=True)
 
 
 @pytest.mark.parametrize("sampling", ["444", "422", "420", "440", "411"])
 @pytest.mark.parametrize(("width", "height"), [(97, 61), (17, 130), (7, 5)])
 def test_a_box_of_a_jpeg_has_the_pixels_of_the_whole_image(width: int, height: int, sampling: str) -> None:
-    encoded = simplejpeg.encode_jpeg(photo(width, height), quality=92, colorsubsampling=sampling)
-    whole = Image.open(io.BytesIO(encoded)).convert("RGB")
+    encoded = simplejpeg.encode_jpeg(np.array(photo(width, height)), quality=92, colorsubsampling=sampling)
+    whole = opened(encoded)
     jpeg = CuttableJpeg.parse(encoded, "a picture")
     assert jpeg
     assert jpeg.size == (width, height)
@@ -65,21 +69,21 @@ def test_a_box_of_a_jpeg_has_the_pixels_of_the_whole_image(width: int, height: i
             assert np.array_equal(np.asarray(jpeg.crop(box)), np.asarray(whole.crop(box)))
 
 
-RESTARTS, HOLED = saved(photo(90, 70), restart_marker_blocks=3), saved(photo(90, 70))
+RESTARTS, PLAIN = saved(PHOTO, restart_marker_blocks=3), saved(PHOTO)
 CUTTABLE = {
-    "RGB inside": saved(photo(90, 70), keep_rgb=True),
+    "RGB inside": saved(PHOTO, keep_rgb=True),
     "restart markers": RESTARTS,
     "a thumbnail with an end of its own": RESTARTS[:2] + b"\xff\xe1\0\x06\xff\xd8\xff\xd9" + RESTARTS[2:],
-    "a hole": HOLED[: len(HOLED) // 2] + HOLED[len(HOLED) // 2 + 200 :],
-    "nothing but the end after the middle": HOLED[: len(HOLED) // 2] + b"\xff\xd9",
+    "a hole": PLAIN[: len(PLAIN) // 2] + PLAIN[len(PLAIN) // 2 + 200 :],
+    "nothing but the end after the middle": PLAIN[: len(PLAIN) // 2] + b"\xff\xd9",
 }
 OTHER_IMAGES = {
-    "grayscale": saved(photo(90, 70), mode="L"),
-    "CMYK": saved(photo(90, 70), mode="CMYK"),
-    "PNG": saved(photo(90, 70), "PNG"),
-    "WebP": saved(photo(90, 70), "WEBP"),
-    "progressive": saved(photo(90, 70), progressive=True),
-    "bytes behind the end": saved(photo(90, 70)) + b"\0\0",
+    "grayscale": saved(PHOTO.convert("L")),
+    "CMYK": saved(PHOTO.convert("CMYK")),
+    "PNG": saved(PHOTO, "PNG"),
+    "WebP": saved(PHOTO, "WEBP"),
+    "progressive": saved(PHOTO, progressive=True),
+    "bytes behind the end": PLAIN + b"\0\0",
 }
 
 
@@ -89,7 +93,7 @@ def test_pixels_are_those_of_torchvision(kind: str) -> None:
     assert (CuttableJpeg.parse(encoded, kind) is None) == (kind in OTHER_IMAGES)
     for sample_id in range(20):
         box = random_crop_box(90, 70, sample_rng(0, 0, sample_id), SCALE, RATIO)
-        expected = expected_pixels(encoded, box, 32)
+        expected = expected_pixels(encoded, box)
         for flip, wanted in ((0.0, expected), (1.0, expected.flip(-1))):
             assert torch.equal(RandomResizedCropFlip(32, flip=flip)(encoded, sample_rng(0, 0, sample_id)), wanted)
 
@@ -97,13 +101,13 @@ def test_pixels_are_those_of_torchvision(kind: str) -> None:
 @pytest.mark.parametrize("kind", CUTTABLE | OTHER_IMAGES)
 def test_an_evaluation_resizes_jpegs_as_training_does_and_other_images_as_pillow_does(kind: str) -> None:
     encoded = (CUTTABLE | OTHER_IMAGES)[kind]
-    trained, decoded = expected_pixels(encoded, Box(0, 0, 90, 70), 32), images.Images(32).decode(encoded, kind)
-    image = Image.open(io.BytesIO(encoded)).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
-    assert torch.equal(decoded, pil_to_tensor(image) if kind in ("PNG", "WebP") else trained)
-    assert (decoded.int() - pil_to_tensor(image).int()).abs().max() <= 1
+    trained, decoded = expected_pixels(encoded, WHOLE), images.Images(32).decode(encoded, kind)
+    pillow = pil_to_tensor(opened(encoded).resize((32, 32), Image.Resampling.BICUBIC))
+    assert torch.equal(decoded, pillow if kind in ("PNG", "WebP") else trained)
+    assert (decoded.int() - pillow.int()).abs().max() <= 1
     converted, _ = images.Images.encode(encoded, kind, resize=32, quality=100)
-    shrunk = expected_pixels(encoded, Box(0, 0, 90, 70), [32, 41]).permute(1, 2, 0).numpy()
-    assert converted == saved(shrunk, quality=100)
+    shrunk = expected_pixels(encoded, WHOLE, 32, 41).permute(1, 2, 0).numpy()
+    assert converted == saved(Image.fromarray(shrunk), quality=100)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -112,13 +116,12 @@ def test_a_turned_image_is_upright_in_training_evaluation_and_conversion(file_fo
     """Pillow's exif_transpose says what upright is."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    smooth = np.asarray(Image.fromarray(photo(6, 5)).resize((90, 70)))
     options: dict[str, Any] = {"lossless": True} if file_format == "WEBP" else {}
-    encoded = saved(smooth, file_format, exif=exif, **options)
-    upright = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))))
-    height, width = (70, 90) if orientation < 5 else (90, 70)
-    assert upright.shape == (height, width, 3)
-    assert torch.equal(images.Images((height, width)).decode(encoded, "a"), pil_to_tensor(Image.fromarray(upright)))
+    encoded = saved(photo(6, 5).resize((90, 70)), file_format, exif=exif, **options)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+    width, height = (90, 70) if orientation < 5 else (70, 90)
+    assert upright.size == (width, height)
+    assert torch.equal(images.Images((height, width)).decode(encoded, "a"), pil_to_tensor(upright))
     for sample_id in range(3):
         pixels, wanted = (
             RandomResizedCropFlip(32)(file, sample_rng(0, 0, sample_id)) for file in (encoded, saved(upright, "PNG"))
@@ -129,7 +132,7 @@ def test_a_turned_image_is_upright_in_training_evaluation_and_conversion(file_fo
     if converted != encoded:
         again = Image.open(io.BytesIO(converted))
         assert not again.getexif()
-        assert np.abs(np.asarray(again).astype(int) - upright).mean() < 2
+        assert np.abs(np.asarray(again).astype(int) - np.asarray(upright)).mean() < 2
 
 
 WORDED = b"II*\0\x08\0\0\0" + b"\x01\0" + b"\x12\x01\x02\0\x04\0\0\0six\0" + bytes(4)  # the orientation is a text
@@ -137,26 +140,16 @@ WORDED = b"II*\0\x08\0\0\0" + b"\x01\0" + b"\x12\x01\x02\0\x04\0\0\0six\0" + byt
 
 @pytest.mark.parametrize("record", [b"", b"II*\0", b"no record", WORDED])
 def test_a_corrupt_exif_record_turns_nothing(record: bytes) -> None:
-    encoded = saved(photo(90, 70), exif=b"Exif\0\0" + record)
+    encoded = saved(PHOTO, exif=b"Exif\0\0" + record)
     assert CuttableJpeg.parse(encoded, "a")
-    assert images.decode_rgb(encoded, "a").tobytes() == images.decode_rgb(saved(photo(90, 70)), "a").tobytes()
+    assert images.decode_rgb(encoded, "a").tobytes() == images.decode_rgb(PLAIN, "a").tobytes()
 
 
 @pytest.mark.parametrize("kept", [2, 30, 700, 3000, -300, -2, -1])
 def test_a_truncated_jpeg_is_named(kept: int) -> None:
-    encoded = saved(photo(90, 70))[:kept]
+    encoded = PLAIN[:kept]
     with pytest.raises(InputError, match=rf"sample 3 of x: cannot decode as an image \({len(encoded)} bytes\)"):
         RandomResizedCropFlip(32)(encoded, sample_rng(0, 0, 0), "sample 3 of x")
-
-
-def test_a_jpeg_that_claims_to_be_huge_is_refused_before_it_is_decoded() -> None:
-    encoded = bytearray(saved(photo(90, 70)))
-    jpeg = CuttableJpeg.parse(bytes(encoded), "")
-    assert jpeg
-    encoded[jpeg.height_at : jpeg.height_at + 4] = b"\xff\xdc\xff\xdc"
-    assert CuttableJpeg.parse(bytes(encoded), "") is None
-    with pytest.raises(InputError, match="more than 89478485 pixels"):
-        RandomResizedCropFlip(32)(bytes(encoded), sample_rng(0, 0, 0))
 
 
 def test_boxes_are_distributed_as_torchvisions() -> None:
@@ -189,7 +182,7 @@ def test_decoding_without_descriptors_does_not_blame_the_image(monkeypatch: pyte
 
     monkeypatch.setattr(images, "open_image", no_descriptors)
     with pytest.raises(OSError, match="Too many open files"):
-        images.decode_rgb(HOLED, "sample 3")
+        images.decode_rgb(PLAIN, "sample 3")
     # Pillow would drop a format whose module cannot be opened at its first use.
     assert set(images.IMAGE_FORMATS) <= Image.OPEN.keys()
 
@@ -226,7 +219,5 @@ def test_heic_is_decoded_with_its_plugin(tmp_path: Path) -> None:
 def test_avif_is_decoded_if_pillow_can() -> None:
     assert (".avif" in images.Images.suffixes) == features.check("avif")
     if features.check("avif"):
-        decoded = np.asarray(
-            images.decode_rgb(saved(photo(64, 48), "AVIF", quality=100, subsampling="4:4:4"), "0.avif")
-        )
-        assert np.abs(decoded.astype(int) - photo(64, 48)).max() <= 3
+        decoded = images.decode_rgb(saved(photo(64, 48), "AVIF", quality=100, subsampling="4:4:4"), "0.avif")
+        assert np.abs(np.asarray(decoded).astype(int) - np.asarray(photo(64, 48))).max() <= 3

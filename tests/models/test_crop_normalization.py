@@ -3,6 +3,8 @@
 recipes/guides/method.md has the numbers that ``-m slow -s`` prints.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.sources.mds import Index
 from d2v_composer.sources.source import open_mds
 from helpers import ROOT
+from steps import total_loss
 
 FOLDER = ROOT / "yamls" / "quickstart_audio"
 SECOND, STEPS, HELD_OUT = 16_000, 100, 10
@@ -36,22 +39,17 @@ def with_quiet_half(clips: Tensor, decibels: np.ndarray) -> Tensor:
     return quiet
 
 
-class Model(DistillationModel):
+def over_clips(clips: Tensor) -> Tensor:
+    return layer_norm(clips, clips.shape[1:])
+
+
+def build(is_normalized: bool) -> DistillationModel:
     """The quickstart's teacher and student; crops that are normalized over their clips are taken as they are."""
-
-    def __init__(self, is_normalized: bool) -> None:
-        torch.manual_seed(0)
-        teacher = load_teacher(FOLDER / "teacher.safetensors")
-        super().__init__(teacher, teacher.build_student(depth=5, normalization="layer"))
-        if is_normalized:
-            teacher.encoder.prepare = lambda inputs, lengths=None: inputs  # pyright: ignore[reportAttributeAccessIssue]
-
-    def crops(self, clips: Tensor, is_normalized: bool, rng: np.random.Generator) -> Tensor:
-        """Sixteen crops."""
-        chosen = clips[rng.integers(len(clips), size=16)]
-        chosen = layer_norm(chosen, chosen.shape[1:]) if is_normalized else chosen
-        starts = rng.integers(CLIP - CROP, size=16)
-        return torch.stack([clip[start : start + CROP] for clip, start in zip(chosen, starts, strict=True)])
+    torch.manual_seed(0)
+    teacher: Any = load_teacher(FOLDER / "teacher.safetensors")
+    if is_normalized:
+        teacher.encoder.prepare = lambda inputs, lengths=None: inputs
+    return DistillationModel(teacher, teacher.build_student(depth=5, normalization="layer"))
 
 
 @pytest.mark.slow
@@ -59,7 +57,7 @@ class Model(DistillationModel):
 def test_targets_differ_only_in_quiet_crops() -> None:
     """By this share of their variance."""
     clips = read_speech()
-    models, differences = [Model(is_normalized) for is_normalized in (False, True)], {}
+    models, differences = (build(False), build(True)), {}
     for decibels in (0, 10, 20, 40):
         quiet = with_quiet_half(clips, np.full(len(clips), decibels))
         for second in (1, 4, 7):  # in the loud half, across both, in the quiet half
@@ -67,7 +65,7 @@ def test_targets_differ_only_in_quiet_crops() -> None:
             with torch.no_grad():
                 alone, of_clip = (
                     model.frozen_pass(Inputs(waveforms[:, span]))[1]["tokens"]
-                    for model, waveforms in zip(models, (quiet, layer_norm(quiet, quiet.shape[1:])), strict=True)
+                    for model, waveforms in zip(models, (quiet, over_clips(quiet)), strict=True)
                 )
             differences[decibels, second] = ((alone - of_clip).square().mean() / of_clip.var()).item()
             print(f"{decibels} dB, from second {second}: {differences[decibels, second]:.1%}")
@@ -84,17 +82,20 @@ def test_a_student_learns_as_much() -> None:
     quiet = with_quiet_half(clips, np.random.default_rng(0).uniform(10, 40, len(clips)))
     losses = {}
     for is_normalized in (False, True):
-        model, rng = Model(is_normalized), np.random.default_rng(1)
+        model, rng = build(is_normalized), np.random.default_rng(1)
         trained = [parameter for parameter in model.student.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=2e-3)
+        source = over_clips(quiet) if is_normalized else quiet
         for _ in range(STEPS):
-            inputs = model.crops(quiet[:-HELD_OUT], is_normalized, rng)
-            model.loss(model(inputs), inputs).backward()
+            numbers, starts = rng.integers(len(clips) - HELD_OUT, size=16), rng.integers(CLIP - CROP, size=16)
+            places = zip(numbers, starts, strict=True)
+            crops = torch.stack([source[number, start : start + CROP] for number, start in places])
+            total_loss(model, crops).backward()
             optimizer.step()
             optimizer.zero_grad()
-        whole = Model(False)
+        whole = build(False)
         whole.student.load_state_dict(model.student.state_dict())
         with torch.no_grad():
-            losses[is_normalized] = model.loss(whole(quiet[-HELD_OUT:]), quiet).item()
+            losses[is_normalized] = total_loss(whole, quiet[-HELD_OUT:]).item()
         print(f"normalized over the {'clip' if is_normalized else 'crop'}: loss {losses[is_normalized]:.4f}")
     assert losses[False] < 1.1 * losses[True]

@@ -1,75 +1,33 @@
-"""Students with an encoder of their own, and several objectives: each encoder and teacher runs once a step."""
+"""Students with an encoder of their own, several objectives, and targets normalized by fixed numbers."""
 
 from collections import Counter
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, mse_loss, normalize
+from torch.nn.functional import mse_loss, normalize
 
 from d2v_composer import load_teacher
 from d2v_composer.models.configs import StudentConfig
-from d2v_composer.models.encoder import Inputs
-from d2v_composer.models.features import Features
-from d2v_composer.models.images import PixelEncoder
+from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.student import Student
-from d2v_composer.objectives import OBJECTIVES
 from d2v_composer.objectives.compilation import compile_model
 from d2v_composer.objectives.distillation import DistillationModel
-from d2v_composer.objectives.objective import Objective, Regression, Term
 from helpers import GOLDEN
 from steps import flops_of_a_step, random_images, total_loss, train
 
-IMAGES = random_images()
-STUDENT = StudentConfig(depth=2, mlp_ratio=2.0)
-
-
-class TinyConvolution(PixelEncoder):
-    """One convolution with BatchNorm, and a CLS token; as many tokens as a teacher's encoder gives."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.convolution = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, config.patch_size)
-        self.norm = nn.BatchNorm2d(config.embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
-
-    @property
-    def block_list(self) -> list[Any]:
-        return []
-
-    def embed_tokens(self, inputs: Inputs, padding_mask: Tensor | None = None) -> Tensor:
-        x_BND = self.norm(self.convolution(self.prepare(inputs.values))).flatten(2).transpose(1, 2)
-        return torch.cat([self.cls_token.expand(len(x_BND), -1, -1), x_BND], dim=1)
-
-    def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
-        return []
-
-
-POOLED = {"pooled": {"weight": 0.5}}
-
-
-class PooledCosine(Objective):
-    """Regress the mean of a teacher's output over patches, by its cosine."""
-
-    def __init__(self, options: Term, teacher: Any, student: Any, layer_mean: Any) -> None:
-        super().__init__(options, teacher, student, layer_mean)
-        self.head = nn.Linear(student.embed_dim, teacher.embed_dim)
-
-    def target(self, features: Features) -> Tensor:
-        return features.poolings(features.output)["mean_patches"]
-
-    def regression(self, features: Features, target: Tensor) -> Regression:
-        return Regression(self.head(features.poolings(features.output)["mean_patches"]), target)
-
-    def loss(self, regression: Regression) -> Tensor:
-        return 1 - cosine_similarity(regression.prediction, regression.target).mean()
+IMAGES, OTHER_IMAGES = random_images(), random_images(seed=2)
 
 
 @pytest.fixture
 def teacher() -> Any:
     return load_teacher(GOLDEN / "tiny_base.pt")
+
+
+def with_own_encoder(teacher: Any) -> Student:
+    torch.manual_seed(0)
+    return Student(ImageEncoder(teacher.encoder.config), StudentConfig(depth=2, mlp_ratio=2.0))
 
 
 def model_with(teacher: Any, student: Any, embedding: float = 0.0, **tokens: Any) -> DistillationModel:
@@ -84,75 +42,34 @@ def count_calls(*modules: nn.Module) -> Counter[nn.Module]:
 
 
 def test_a_student_trains_its_own_encoder(teacher: Any) -> None:
-    torch.manual_seed(0)
-    student = Student(TinyConvolution(teacher.encoder.config), STUDENT)
+    student = with_own_encoder(teacher)
     model = DistillationModel(teacher, student)
     calls = count_calls(student.encoder, teacher.encoder)
-    before = {name: tensor.clone() for name, tensor in student.encoder.state_dict().items()}
+    before = {name: weight.clone() for name, weight in student.encoder.named_parameters() if weight.requires_grad}
     losses = train(model, IMAGES)
     assert calls == {student.encoder: len(losses), teacher.encoder: len(losses)}
     assert losses[-1] < 0.9 * losses[0]
-    after = student.encoder.state_dict()
-    assert all(not torch.equal(after[name], tensor) for name, tensor in before.items())  # running statistics too
+    assert not any(torch.equal(student.encoder.get_parameter(name), weight) for name, weight in before.items())
     assert not teacher.encoder.training
-    checkpoint = model.state_dict()
-    assert set(checkpoint) == {f"student.{name}" for name in student.state_dict()}
-    again = DistillationModel(teacher, Student(TinyConvolution(teacher.encoder.config), STUDENT))
-    again.load_state_dict(checkpoint)
-    for name, embedding in again.eval().embed_all(IMAGES).items():
-        torch.testing.assert_close(embedding, model.eval().embed_all(IMAGES)[name])
-
-
-def test_a_frozen_encoder_of_its_own_is_no_part_of_a_checkpoint(teacher: Any) -> None:
-    student = Student(TinyConvolution(teacher.encoder.config).freeze(), STUDENT)
-    model = DistillationModel(teacher, student)
-    train(model, IMAGES, steps=1)
-    assert set(model.state_dict()) == {f"student.blocks.{name}" for name in student.blocks.state_dict()}
+    assert set(model.state_dict()) == {f"student.{name}" for name in student.state_dict()}
+    again = DistillationModel(teacher, with_own_encoder(teacher))
+    again.load_state_dict(model.state_dict())
+    torch.testing.assert_close(again.eval().embed_all(IMAGES), model.eval().embed_all(IMAGES))
 
 
 def test_the_cost_of_a_step_with_an_encoder_of_its_own(teacher: Any) -> None:
-    model = DistillationModel(teacher, Student(TinyConvolution(teacher.encoder.config), STUDENT))
+    model = DistillationModel(teacher, with_own_encoder(teacher))
     assert model.flops_per_batch(IMAGES) == flops_of_a_step(model, IMAGES)
-
-
-def two_objectives(teacher: Any) -> DistillationModel:
-    """Tokens, and the pooled output."""
-    torch.manual_seed(0)
-    with patch.dict(OBJECTIVES, pooled=PooledCosine):
-        return DistillationModel(teacher, teacher.build_student(depth=2), objectives={"tokens": {}, **POOLED})
-
-
-def test_objectives_add_up_and_encoder_and_teacher_run_once(teacher: Any) -> None:
-    model = two_objectives(teacher)
-    parts = {*teacher.block_list, *model.student.block_list, teacher.encoder}
-    calls = count_calls(*parts)
-    results = model(IMAGES)
-    assert calls == dict.fromkeys(parts, 1)
-    (pooled,) = results.others
-    losses = [
-        objective.loss(result) for objective, result in zip(model.objectives.values(), (results, pooled), strict=True)
-    ]
-    sums = {"tokens": losses[0], "pooled": losses[1], "total": losses[0] + 0.5 * losses[1]}
-    torch.testing.assert_close(model.loss(results, IMAGES), sums)
-    alone = DistillationModel(teacher, model.student)(IMAGES)
-    torch.testing.assert_close((results.prediction, results.target), (alone.prediction, alone.target))
-    output, _ = teacher.forward_blocks(teacher.encode(IMAGES))
-    torch.testing.assert_close(pooled.target, output[:, 1:].mean(dim=1))
-    model.student.block_list[-1].norm2.requires_grad_()
-    losses = train(model, IMAGES)
-    assert losses[-1] < losses[0]
-    heads = {f"objectives.pooled.head.{name}" for name in ("weight", "bias")}
-    assert set(model.state_dict()) == heads | {f"student.blocks.{name}" for name in model.student.blocks.state_dict()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_all_of_it_compiles_to_whole_graphs(teacher: Any, on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    second, third = (load_teacher(GOLDEN / "tiny_base.pt") for _ in range(2))  # each is compiled once
-    student = Student(TinyConvolution(teacher.encoder.config), STUDENT)
+def test_all_of_it_compiles_to_whole_graphs(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = (load_teacher(GOLDEN / "tiny_base.pt", projected=True) for _ in range(3))
     of_dataset = DistillationModel(third, third.build_student(normalization="dataset"), dataset_norm=True)
     of_dataset.measure_targets([IMAGES])
-    models = two_objectives(teacher), DistillationModel(second, student), of_dataset
+    of_both = model_with(first, first.build_student(depth=2, projected=True), embedding=0.5)
+    models = of_both, DistillationModel(second, with_own_encoder(second)), of_dataset
     expected = [total_loss(model, IMAGES) for model in models]
     options: Any = {"fullgraph": True, "backend": "eager"}
     monkeypatch.setattr(torch, "compile", lambda function, compiled=torch.compile, **_: compiled(function, **options))
@@ -193,33 +110,40 @@ def test_cosine_and_smooth_l1(teacher: Any) -> None:
 
 
 def test_the_image_embedding_of_data2vec() -> None:
-    """CLS of the output, by its cosine; alone or beside the tokens, and of a narrower student through a layer."""
+    """CLS of the output, by its cosine, beside the tokens; encoder and teacher run once for both."""
     teacher = load_teacher(GOLDEN / "tiny_base.pt", projected=True)
     torch.manual_seed(0)
     student = teacher.build_student(depth=2, projected=True)
     model = model_with(teacher, student, embedding=2.0, weight=0.5)
+    parts = {teacher.encoder, *teacher.block_list, *student.block_list}
+    calls = count_calls(*parts)
     results = model(IMAGES)
+    assert calls == dict.fromkeys(parts, 1)
     theirs, _ = teacher.forward_blocks(teacher.encode(IMAGES))
     ours, _ = student.forward_blocks(student.encode(IMAGES))
     torch.testing.assert_close(results.others[0].target, normalize(theirs[:, 0]))
     torch.testing.assert_close(student.embed(IMAGES, representation="projected"), ours[:, 0])
-    products = (ours[:, 0] * theirs[:, 0]).sum(dim=1) / (ours[:, 0].norm(dim=1) * theirs[:, 0].norm(dim=1))
     tokens = DistillationModel(teacher, student)
-    expected = {"tokens": tokens.loss(tokens(IMAGES), IMAGES), "embedding": 1 - products.mean()}
+    cosines = (normalize(ours[:, 0]) * normalize(theirs[:, 0])).sum(dim=1)
+    expected = {"tokens": tokens.loss(tokens(IMAGES), IMAGES), "embedding": 1 - cosines.mean()}
     weighted = 0.5 * expected["tokens"] + 2 * expected["embedding"]
     torch.testing.assert_close(dict(model.loss(results, IMAGES)), expected | {"total": weighted})
-    narrow = teacher.build_student(depth=2, embed_dim=24, projected=True)
-    alone = model_with(teacher, narrow, embedding=1.0, weight=0.0)
-    output, _ = narrow.forward_blocks(narrow.encode(IMAGES))
-    projected, target, *_ = alone(IMAGES)
-    expected = normalize(narrow.projection.linear(output[:, 0]))
-    torch.testing.assert_close(normalize(projected), expected)
-    torch.testing.assert_close(target, normalize(theirs[:, 0]))
+
+
+def test_a_narrower_student_learns_the_image_embedding_through_a_layer() -> None:
+    """Alone, without the tokens."""
+    teacher = load_teacher(GOLDEN / "tiny_base.pt", projected=True)
+    torch.manual_seed(0)
+    student = teacher.build_student(depth=2, embed_dim=24, projected=True)
+    model = model_with(teacher, student, embedding=1.0, weight=0.0)
+    output, _ = student.forward_blocks(student.encode(IMAGES))
+    projected, target, *_ = model(IMAGES)
+    torch.testing.assert_close(normalize(projected), normalize(student.projection.linear(output[:, 0])))
     for length in (0.9, 1.1):  # the loss leaves it free, but Health compares with the target
         assert mse_loss(projected, target) < mse_loss(length * projected, target)
-    losses = train(alone, IMAGES)  # each trained parameter has a gradient
+    losses = train(model, IMAGES)
     assert losses[-1] < 0.5 * losses[0]
-    assert any(name.startswith("student.projection.") for name in alone.state_dict())
+    assert any(name.startswith("student.projection.") for name in model.state_dict())
 
 
 def test_the_image_embedding_of_sound_leaves_out_padding() -> None:
@@ -230,3 +154,64 @@ def test_the_image_embedding_of_sound_leaves_out_padding() -> None:
     torch.testing.assert_close(target, normalize(teacher.embed(clips, "mean_patches", lengths=lengths)))
     alone = normalize(teacher.embed(clips[1:, :2500], "mean_patches"))
     torch.testing.assert_close(target[1:], alone, rtol=1e-3, atol=1e-4)
+
+
+# Targets normalized by fixed numbers: what counts in them, and what does not.
+
+
+def with_dataset_norm(name: str = "tiny_base", network: str | None = None, **options: Any) -> DistillationModel:
+    torch.manual_seed(0)
+    teacher: Any = load_teacher(GOLDEN / f"{name}.pt")
+    student = teacher.build_student(normalization="dataset", model=network)
+    return DistillationModel(teacher, student, dataset_norm=True, **options)
+
+
+def moments(model: DistillationModel) -> Tensor:
+    """Return count, means and mean squares, (L, 3, D)."""
+    return model.state_dict()["objectives.tokens.dataset_norm.moments"]
+
+
+def measured(model: DistillationModel, *batches: Any) -> Tensor:
+    model.measure_targets(batches)
+    return moments(model)
+
+
+def test_padding_does_not_count() -> None:
+    """A clip counts as any other, however short."""
+    clips, lengths = torch.randn(2, 8000, generator=torch.Generator().manual_seed(0)), torch.tensor([3000, 8000])
+    together = measured(with_dataset_norm("audio_base"), {"audio": clips, "lengths": lengths})
+    alone = measured(with_dataset_norm("audio_base"), clips[:1, :3000], clips[1:])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("extra_tokens", "first"), [("regress", 0), ("drop", 1), ("only", 0)])
+def test_dropped_tokens_do_not_count(teacher: Any, extra_tokens: Any, first: int) -> None:
+    _, layers = teacher.forward_blocks(teacher.encode(IMAGES))
+    expected = torch.stack(layers)[:, :, first:].double()
+    model = with_dataset_norm(extra_tokens=extra_tokens)
+    count, mean, square = measured(model, IMAGES[:1], IMAGES[1:]).unbind(dim=1)
+    assert (count == 4).all()
+    torch.testing.assert_close(mean / 4, expected.mean(dim=(1, 2)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(square / 4, expected.square().mean(dim=(1, 2)), rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_target_changes() -> None:
+    """Forward passes measure nothing; without numbers there is no loss; block outputs and top K have numbers, too."""
+    options: Any = {"source": "block", "average_top_k_layers": 2}
+    model = with_dataset_norm(**options)
+    assert model.loss(model(IMAGES), IMAGES).isnan()
+    before = measured(model, IMAGES)
+    assert before.shape[0] == 2
+    regression = model.train()(OTHER_IMAGES)
+    assert torch.equal(moments(model), before)
+    assert model.loss(regression, OTHER_IMAGES).isfinite()
+    plain = DistillationModel(model.teacher, model.student, **options)
+    assert plain.layer_mean.normalization == "layer"
+    assert torch.equal(plain(OTHER_IMAGES).prediction, regression.prediction)
+    assert not torch.equal(plain(OTHER_IMAGES).target, regression.target)
+
+
+def test_a_network_regresses_such_targets() -> None:
+    network, blocks = with_dataset_norm(network="timm/test_byobnet"), with_dataset_norm()
+    assert torch.equal(measured(network, IMAGES), measured(blocks, IMAGES))
+    torch.testing.assert_close(network(IMAGES).target, blocks(IMAGES).target)

@@ -1,9 +1,17 @@
-"""The precision that "auto" stands for on each machine."""
+"""The precision that "auto" stands for on each machine; commands compute float32 in full, whatever a process allows."""
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
+from d2v_composer import load_student, load_teacher
+from d2v_composer.checkpoints.load import save_student
+from d2v_composer.commands import embed, evaluate
 from d2v_composer.models.precision import choose_precision, name_precision
+from helpers import GOLDEN, QUICKSTART, datasets_of, write_images
 
 
 @pytest.mark.parametrize(
@@ -25,3 +33,31 @@ def test_auto_is_what_the_machine_has_instructions_for(
     assert (name_precision("auto"), *choose_precision("auto")) == expected
     for explicit in ("fp32", "amp_bf16", "amp_fp16"):
         assert name_precision(explicit) == explicit
+
+
+SWITCHES: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+
+
+def allowed() -> list[bool]:
+    return [switch.allow_tf32 for switch in SWITCHES]
+
+
+@pytest.mark.slow
+def test_float32_is_not_tf32_in_commands_and_a_library_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos, student = write_images(tmp_path / "photos", ["a.jpg"]), tmp_path / "student.safetensors"
+    save_student(load_teacher(GOLDEN / "tiny_base.pt").build_student(depth=1), student)
+    for switch in SWITCHES:
+        monkeypatch.setattr(switch, "allow_tf32", True)
+    few = ["max_images=20", "probes=[linear]", datasets_of(QUICKSTART / "cifar10")]
+    for is_allowed, compute in (
+        (False, lambda: embed.main([str(student), str(photos), f"{photos}.npy", "--workers", "0"])),
+        (False, lambda: evaluate.main([f"model={student.as_posix()}", *few])),
+        (True, lambda: load_student(student).embed(torch.zeros(1, 3, 32, 32))),
+    ):
+        seen = set[bool]()
+        with register_module_forward_pre_hook(lambda *_, seen=seen: seen.update(allowed())):
+            compute()
+        assert seen == {is_allowed}
+    assert all(allowed())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.testing import assert_close
 
-from d2v_composer.models.configs import TeacherConfig
+from d2v_composer.models.configs import TeacherConfig, height_and_width
 from d2v_composer.models.encoder import Inputs, Tokens
 from d2v_composer.models.timm_network import projection_width
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, teacher_config
@@ -67,9 +67,8 @@ def build(name: str) -> tuple[nn.Module, TeacherConfig]:
 
 
 def images_for(config: TeacherConfig, count: int = 2) -> Tensor:
-    size = config.image_size
-    shape = (size, size) if isinstance(size, int) else size
-    return torch.randn(count, 3, *shape, generator=torch.Generator().manual_seed(1))
+    size = height_and_width(config.image_size)
+    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
@@ -105,12 +104,13 @@ def test_a_teacher_computes_what_timm_does(name: str) -> None:
         assert_equal_to_1e_5(ours, theirs)
 
 
-SOME = (
-    "vit_small_patch14_reg4_dinov2",
-    "vit_base_patch16_siglip_224",
-    "vit_small_patch16_dinov3",
-    "beit_base_patch16_224",
-)
+# Name → the layers that a student regresses.
+SOME = {
+    "vit_small_patch14_reg4_dinov2": "ffn",
+    "vit_base_patch16_siglip_224": "block",
+    "vit_small_patch16_dinov3": "ffn",
+    "beit_base_patch16_224": "block",
+}
 
 
 def build_teacher(name: str) -> TimmTeacher:
@@ -146,16 +146,14 @@ def test_its_parts_compile_without_a_break(name: str) -> None:
         assert_close(teacher.forward_blocks(teacher.encode(images))[0], expected)
 
 
-@pytest.mark.parametrize(("name", "source"), list(zip(SOME, ("ffn", "block", "ffn", "block"), strict=True)))
+@pytest.mark.parametrize(("name", "source"), SOME.items())
 def test_a_student_learns_on_its_encoder(name: str, source: Any) -> None:
     torch.manual_seed(0)
     teacher = build_teacher(name)
     student = teacher.build_student(depth=2)
     model = DistillationModel(teacher, student, source=source)
-    assert model.student.get_parameter("blocks.0.norm0.weight").requires_grad
-    assert set(model.state_dict()) == {
-        name for name in student.state_dict(prefix="student.") if ".blocks." in name[:15]
-    }
+    assert student.get_parameter("blocks.0.norm0.weight").requires_grad
+    assert set(model.state_dict()) == {f"student.blocks.{name}" for name in student.blocks.state_dict()}
     losses = train(model, images_for(teacher.config, 4), steps=5)
     assert losses[-1] < 0.9 * losses[0]
 
@@ -183,31 +181,27 @@ def test_a_student_starts_from_an_attention_of_its_kind() -> None:
         build_teacher("vit_small_patch16_dinov3").build_student(init="teacher_attention")
 
 
+PATCHES_14 = "timm/vit_small_patch14_dinov2"
+
+
 @pytest.mark.parametrize(
     ("model", "image_size", "message"),
     [
         ("vit_small_patch14_dinov2", None, "no model 'vit_small_patch14_dinov2'; expected timm/NAME"),
         ("timm/vit_smal", None, "no model 'timm/vit_smal'"),
-        ("timm/vit_small_patch14_dinov2.mine", None, r"Invalid pretrained tag \(mine\)"),
-        (
-            "timm/vit_base_patch16_xp_224",
-            None,
-            "class ParallelScalingBlock are not supported; expected one of Block, Eva",
-        ),
-        ("timm/vit_small_patch14_dinov2", 14 * 1000, "patches must be a whole number from 1 to 16384, got 1000000"),
+        (f"{PATCHES_14}.mine", None, r"Invalid pretrained tag \(mine\)"),
+        ("timm/vit_base_patch16_xp_224", None, "class ParallelScalingBlock are not supported; expected one of Block"),
+        (PATCHES_14, 14 * 1000, "patches must be a whole number from 1 to 16384, got 1000000"),
     ],
 )
 def test_what_cannot_be_a_teacher_is_refused(model: str, image_size: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match=rf"\A.*{message}.*\Z"):
         build_timm_model(model, image_size)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_sixth_of_the_blocks_is_the_encoders() -> None:
-    built = build_timm_model("timm/vit_small_patch14_dinov2", "112x168")
-    config = teacher_config("timm/vit_small_patch14_dinov2", built)
-    with pytest.raises(ValueError, match="first_blocks must be a whole number from 0 to 11, got 12"):
-        teacher_config("timm/vit_small_patch14_dinov2", built, 12)
+    built = build_timm_model(PATCHES_14, "112x168")
+    config = teacher_config(PATCHES_14, built)
     assert (config.first_blocks, config.depth, config.average_top_k_layers) == (2, 10, 10)
     assert (config.image_size, config.grid_size, config.num_tokens) == ((112, 168), (8, 12), 97)
     assert config.prenet_depth == 2
@@ -245,8 +239,7 @@ def test_its_image_embedding_is_timms(name: str, outputs: int) -> None:
     with torch.no_grad():
         theirs = teacher.projection.model.forward_head(norm(output))
     assert_equal_to_1e_5(student.embed(images, representation="projected"), theirs)
-    distillation.loss(distillation(images), images)["total"].backward()
-    assert all(parameter.grad is not None for parameter in distillation.parameters() if parameter.requires_grad)
+    train(distillation, images, steps=1)
     assert {name.split(".")[1] for name in distillation.state_dict()} == {"blocks"}
 
 
