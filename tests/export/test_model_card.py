@@ -12,15 +12,16 @@ import yaml
 
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.fairseq import LICENSE_NOTE, LICENSES
+from d2v_composer.checkpoints.results import Result
 from d2v_composer.commands import evaluate, export
+from d2v_composer.evaluation.rows import AGREEMENT, retrieval_from
 from d2v_composer.export.model_card import name_license, plan_model_card
 from d2v_composer.models.backbone import hash_weights
 from d2v_composer.models.configs import AudioEncoderConfig, ImageEncoderConfig
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, QUICKSTART, datasets_of, small_run
-from recipes import train
+from helpers import GOLDEN, QUICKSTART, datasets_of, load_checkpoint
 
 
 def small_student(**provenance: Any) -> Student:
@@ -28,9 +29,14 @@ def small_student(**provenance: Any) -> Student:
     return Student(ImageEncoder(config).freeze(), StudentConfig(depth=2), provenance)
 
 
+def write_card(student: Any, out: Path) -> str:
+    """Write the card of a student's file, and return what is said of it."""
+    return plan_model_card(student, str(out.with_name("none.pt")), out)()
+
+
 def card_of(student: Any, folder: Path) -> tuple[dict[str, Any], str]:
     """Write a student's card; return its front matter and its text."""
-    assert "wrote" in plan_model_card(student, str(folder / "none.pt"), folder / "mine.safetensors")()
+    assert "wrote" in write_card(student, folder / "mine.safetensors")
     _, front, text = (folder / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(front), text
 
@@ -85,22 +91,6 @@ def test_a_student_of_sound_says_how_it_takes_clips(tmp_path: Path) -> None:
     assert "image" not in text
 
 
-def test_the_runs_last_retrieval_is_in_the_card(tmp_path: Path) -> None:
-    top1 = {"teacher": 0.5, "untrained student": 0.1, "student": 0.25}
-    accuracies = {"small bank_train/top1": top1, "small agreement@10": {"student": 0.4}}  # a probe added since
-    results = {"batch": 14, "last": 14, "accuracies": accuracies}
-    front, text = card_of(small_student(results=results), tmp_path)
-    assert front["metrics"] == ["accuracy"]
-    table = [
-        "| | untrained student | student | teacher |",
-        "|---|---|---|---|",
-        "| small bank_train/top1 | 0.100 | 0.250 | 0.500 |",
-        "| small agreement@10 | – | 0.400 | – |",
-    ]
-    assert "\n".join(["", *table, ""]) in text
-    assert "after 14 batches, in" in text
-
-
 def run_export(*arguments: str | Path) -> None:
     export.main([str(argument) for argument in arguments])
 
@@ -129,28 +119,48 @@ def test_a_card_has_the_evaluation_of_its_weights(exported: Path, labeled: Path,
         assert is_measured == ("results" in content)
 
 
-def test_a_readme_that_export_did_not_write_is_kept(
-    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_runs_last_retrieval_is_in_the_card(uninterrupted: Path, tmp_path: Path) -> None:
+    """The student was trained on, and a probe was added, since the baselines were measured."""
+    shares = {"teacher": 5, "untrained student": 1, "student": 2}
+    top1, contents = retrieval_from("train", 1), load_checkpoint(uninterrupted / "latest-rank0.pt")
+    results = [Result(row, "small", top1, "", True, torch.arange(10) < hits) for row, hits in shares.items()]
+    results.append(Result("student", "small", AGREEMENT, "", True, torch.full((10,), 0.4)))
+    measured = {"history": [{"batch": 12}], "results": [result.plain() for result in results]}
+    contents["state"]["callbacks"]["ZeroShotRetrieval"] = measured
+    torch.save(contents, tmp_path / "checkpoint.pt")
+    run_export(tmp_path / "checkpoint.pt", tmp_path / "exported" / "student.safetensors")
+    table = [
+        "| | untrained student | student | teacher |",
+        "|---|---|---|---|",
+        "| small bank_train/top1 | 0.100 | 0.200 | 0.500 |",
+        "| small agreement@10 | – | 0.400 | – |",
+    ]
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "\n".join(["", *table, ""]) in card
+    assert "\nmetrics: [accuracy]\n" in card
+    assert "after 12 batches (this student was trained for 14), in" in card
+    _, text = card_of(small_student(results={"batch": 14, "last": 14, "accuracies": {}}), tmp_path)
+    assert "after 14 batches, in" in text
+
+
+def test_a_readme_that_export_did_not_write_is_kept(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("mine")
-    run_export(exported, tmp_path / "student.safetensors")
-    assert f"kept {readme}: d2v export did not write it" in capsys.readouterr().out
+    assert write_card(small_student(), tmp_path / "s") == f"kept {readme}: d2v export did not write it"
     assert readme.read_text() == "mine"
 
 
-def test_a_card_belongs_to_the_student_that_it_describes(
-    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_card_belongs_to_the_student_that_it_describes(tmp_path: Path) -> None:
     first, second, readme = (tmp_path / name for name in ("my first.safetensors", "second.safetensors", "README.md"))
-    run_export(exported, first)
+    write_card(small_student(), first)
+    first.touch()
     card = readme.read_text().replace("ORG/NAME", "me/mine")
     readme.write_text(card)
-    run_export(exported, second)
-    assert f"kept {readme}: it describes {first.name}; in another folder, second" in capsys.readouterr().out
+    said = write_card(small_student(), second)
+    assert said.startswith(f"kept {readme}: it describes {first.name}; in another folder, second")
     assert readme.read_text() == card
     first.unlink()
-    run_export(exported, second, "--overwrite")
+    write_card(small_student(), second)
     assert "NAME second.safetensors student.safetensors" in readme.read_text()
 
 
@@ -159,19 +169,6 @@ def test_a_card_that_cannot_be_written_is_told_before_the_student_is_written(exp
     with pytest.raises(InputError, match=r"README\.md is a folder; expected a file to write"):
         run_export(exported, tmp_path / "student.safetensors")
     assert not (tmp_path / "student.safetensors").exists()
-
-
-def test_a_checkpoint_says_that_its_results_are_older(
-    small_data: Path, labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = f"retrieval.{datasets_of(labeled)}", "retrieval.interval=3ba", "retrieval.baselines=[]"
-    monkeypatch.setattr("sys.argv", ["recipes/train.py"])
-    train.main(small_run(tmp_path, small_data, *options, "max_duration=6ba"))
-    for batch, said in ((4, "after 3 batches (this student was trained for 4), in"), (6, "after 6 batches, in")):
-        [checkpoint] = tmp_path.glob(f"*-ba{batch}-rank0.pt")
-        out = tmp_path / str(batch) / "student.safetensors"
-        run_export(checkpoint, out)
-        assert said in out.with_name("README.md").read_text()
 
 
 @pytest.mark.parametrize(("pretrained", "license"), [(True, "apache-2.0-and-cc-by-nc-4.0"), (False, "apache-2.0")])
