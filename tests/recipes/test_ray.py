@@ -34,6 +34,8 @@ MODEL = str(GOLDEN / "tiny_base.pt")
 NUM_IMAGES, BAD = 600, 123
 IMAGES = [encoded_image(seed) for seed in range(NUM_IMAGES)]
 IMAGES[BAD] = b"not an image"
+# Workers find the package and the recipes as this process does.
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
 NAMES = [f"{number:04}" for number in range(NUM_IMAGES)]
 
 
@@ -57,8 +59,7 @@ def cluster() -> Iterator[None]:
 
     Ray's own niceness is 15: beside the other tests' processes, its workers would get hardly any time.
     """
-    # Workers find the package and the recipes as this process does.
-    variables = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]), "OMP_NUM_THREADS": "1"}
+    variables = {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
     # Without the address, Ray may bind one that a sandbox does not route, and wait.
     options = {"include_dashboard": False, "log_to_driver": False, "runtime_env": {"env_vars": variables}}
     ray.init("local", num_cpus=3, _node_ip_address="127.0.0.1", _system_config={"worker_niceness": 0}, **options)
@@ -191,12 +192,8 @@ class Node(NamedTuple):
 def test_ray_loses_nothing_if_a_node_is_killed(sources: Path, tmp_path: Path) -> None:
     address, seen, out = f"127.0.0.1:{free_port()}", tmp_path / "seen", tmp_path / "out"
     seen.mkdir()
-    environment = command_environment() | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": "0" * 64,
-        "RAY_worker_niceness": "0",  # as in cluster()
-    }
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+    environment = command_environment() | token | {"PYTHONPATH": PATHS, "RAY_worker_niceness": "0"}  # as in cluster()
     nodes = dict[str, Node]()
 
     def start(ip: str, *options: str) -> None:

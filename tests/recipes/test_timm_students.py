@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -75,15 +74,11 @@ def test_another_version_of_timm_must_compute_the_same(exported: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_what_takes_a_student_takes_it(exported: Path, photos: Path, tmp_path: Path) -> None:
-    succeed("embed", exported, photos, tmp_path / "embeddings.npy")
-    assert len(np.load(tmp_path / "embeddings.npy")) == 100
+def test_its_convolutions_are_quantized(exported: Path, photos: Path, tmp_path: Path) -> None:
     succeed("export", exported, tmp_path / "student.onnx")
     succeed("export", exported, tmp_path / "int8.onnx", "--int8", "--calibrate", photos)
     of_int8, of_float32 = ((tmp_path / f"{name}.onnx").stat().st_size for name in ("int8", "student"))
-    assert of_int8 < 0.6 * of_float32  # of convolutions
-    evaluated = succeed("evaluate", f"model={exported}", f"datasets={{mine: {{format: folder, root: {photos}}}}}")
-    assert "untrained student" in evaluated.stdout
+    assert of_int8 < 0.6 * of_float32
 
 
 @pytest.mark.slow
