@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from d2v_composer.models.configs import ImageEncoderConfig, TeacherConfig
 from d2v_composer.runs import prepare
-from helpers import encoded_image
+from helpers import write_images
 
 
 @pytest.mark.parametrize(
@@ -35,11 +35,9 @@ def test_sizes_follow_from_images_teacher_and_device(
 
 def test_the_teacher_of_the_plan_has_the_size_that_it_chose(tmp_path: Path) -> None:
     """It is the run's: a timm model's own images are larger."""
-    weights, photos = tmp_path / "weights.safetensors", tmp_path / "photos"
+    weights = tmp_path / "weights.safetensors"
     save_file(timm.create_model("test_vit").state_dict(), weights)
-    photos.mkdir()
-    for i in range(200):
-        (photos / f"{i}.jpg").write_bytes(encoded_image(0))
+    photos = write_images(tmp_path / "photos", [f"{i}.jpg" for i in range(200)])
     changes = (f"teacher.checkpoint={weights}",)
     request = prepare.Request(str(photos), "timm/test_vit", tmp_path / "run", changes=changes)
     plan = prepare.make_plan(request, tmp_path / "fetched")

@@ -37,28 +37,21 @@ def test_a_yaml_names_files_in_any_folder(
     assert config.teacher.checkpoint == str(folder / "quickstart" / "teacher.safetensors")
 
 
-def relaunched(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[str]:
-    """Return the program by which d2v train replaces itself on two GPUs."""
-    started = []
+def test_several_gpus_have_a_rank_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command replaces itself by Composer's launcher, with SIGTERM unblocked; a rank goes on to train."""
 
     def execv(program: str, arguments: Sequence[str]) -> None:
-        started.append(list(arguments))
+        started.append([program, *arguments])
         assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
         raise SystemExit
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "execv", execv)
-        patch.setattr(torch.cuda, "device_count", lambda: 2)
-        with pytest.raises(SystemExit):
-            train.main(arguments)
-        patch.setenv("LOCAL_RANK", "0")
-        with pytest.raises(ValueError, match=r"no\.yaml cannot be read"):
-            train.main([str(GOLDEN / "no.yaml"), "seed=3"])
-    [program] = started
-    return program
-
-
-def test_several_gpus_have_a_rank_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    program = relaunched(monkeypatch, str(GOLDEN / "no.yaml"), "seed=3")
-    launcher = [sys.executable, "-m", "composer.cli", "-m", "d2v_composer.commands"]
-    assert program == [*launcher, "train", str(GOLDEN / "no.yaml"), "seed=3"]
+    started, given = [], (str(GOLDEN / "no.yaml"), "seed=3")
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SystemExit):
+        train.main(given)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ValueError, match=r"no\.yaml cannot be read"):
+        train.main(given)
+    launcher = [sys.executable, "-m", "composer.cli", "-m", "d2v_composer.commands", "train"]
+    assert started == [[sys.executable, *launcher, *given]]

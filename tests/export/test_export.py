@@ -1,6 +1,7 @@
 """ONNX and torch.export programs take what the student takes, and compute the same, or are not written."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return student_with_program(tmp_path_factory)
 
 
-STUDENTS = ["narrow", pytest.param("wide", marks=pytest.mark.slow)]
-STUDENTS += ["audio_base", pytest.param("audio_options", marks=pytest.mark.slow)]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("wide", "audio_options")]
 
 
-@pytest.fixture(scope="module", params=STUDENTS)
+@pytest.fixture(scope="module", params=["narrow", "audio_base", *SLOW])
 def student(request: pytest.FixtureRequest, exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That student; one that is narrower than its encoder; on an encoder of sound with a block with a learned scale."""
     if request.param == "wide":
@@ -83,22 +83,16 @@ def load(path: Path) -> tuple[Any, dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("suffix", "options"),
-    [
-        ("pt2", []),
-        # By default, the program of a small student is compared in test_verify.py.
-        pytest.param("onnx", ["--pooling", "mean", "--representation", "output"], marks=pytest.mark.slow),
-    ],
+    "suffix",
+    ["pt2", pytest.param("onnx", marks=pytest.mark.slow)],  # by default, test_verify.py compares an .onnx file
 )
-def test_a_program_computes_the_students_embedding(
-    student: Path, tmp_path: Path, suffix: str, options: list[str]
-) -> None:
+def test_a_program_computes_the_students_embedding(student: Path, tmp_path: Path, suffix: str) -> None:
     path, loaded = tmp_path / f"student.{suffix}", load_student(student)
-    export(student, path, *options)
+    export(student, path, *(["--pooling", "mean", "--representation", "output"] if suffix == "onnx" else []))
     program, about = load(path)
     is_sound = loaded.encoder.input_name == "waveforms"
     primary = "output_mean_patches" if is_sound else "layer_mean_cls"
-    assert about["embedding"] == ("output_mean" if options else primary)
+    assert about["embedding"] == ("output_mean" if suffix == "onnx" else primary)
     preprocessing = json.loads(about["preprocessing"])
     assert preprocessing == {"sample_rate": 16_000} if is_sound else preprocessing["image_size"] == 32
     batches = batches_for(loaded)
@@ -110,10 +104,12 @@ def test_a_program_computes_the_students_embedding(
         assert program.to("meta")(batches[0].to("meta")).shape == (len(batches[0]), loaded.embed_dim)
 
 
-def test_a_program_takes_pixels(exported: Path, tmp_path: Path) -> None:
+def test_a_program_takes_pixels(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As any decoder gives them; the other program needs them normalized by hand."""
     path, student = tmp_path / "student.pt2", load_student(exported)
     export(exported, path, "--preprocessing", "in")
+    *_, following = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"next: .* verify {path} --student {exported}", following)
     pixels = random_images(5)
     config: Any = student.encoder.config
     mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (config.image_mean, config.image_std))

@@ -1,6 +1,7 @@
 """The model card beside an exported student: its license, results and sizes; another README.md stays."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,31 @@ import yaml
 
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.fairseq import LICENSE_NOTE, LICENSES
+from d2v_composer.checkpoints.results import Result
 from d2v_composer.commands import evaluate, export
-from d2v_composer.export.model_card import CARD_MARK, name_license, plan_model_card
+from d2v_composer.evaluation.rows import AGREEMENT, retrieval_from
+from d2v_composer.export.model_card import name_license, plan_model_card
 from d2v_composer.models.backbone import hash_weights
 from d2v_composer.models.configs import AudioEncoderConfig, ImageEncoderConfig
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, QUICKSTART, ROOT, small_run
-from recipes import train
+from helpers import GOLDEN, QUICKSTART, datasets_of, load_checkpoint
 
 
-def written(folder: Path, **provenance: Any) -> tuple[dict[str, Any], str]:
-    """Write the card of a small student; return its front matter and its text."""
+def small_student(**provenance: Any) -> Student:
     config = ImageEncoderConfig(embed_dim=16, num_heads=2, prenet_depth=1, image_size=32, num_extra_tokens=1)
-    student = Student(ImageEncoder(config).freeze(), StudentConfig(depth=2), provenance)
-    plan_model_card(student, str(folder / "none.pt"), folder / "mine.safetensors")()
+    return Student(ImageEncoder(config).freeze(), StudentConfig(depth=2), provenance)
+
+
+def write_card(student: Any, out: Path) -> str:
+    """Write the card of a student's file, and return what is said of it."""
+    return plan_model_card(student, str(out.with_name("none.pt")), out)()
+
+
+def card_of(student: Any, folder: Path) -> tuple[dict[str, Any], str]:
+    """Write a student's card; return its front matter and its text."""
+    assert "wrote" in write_card(student, folder / "mine.safetensors")
     _, front, text = (folder / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(front), text
 
@@ -36,14 +46,12 @@ def written(folder: Path, **provenance: Any) -> tuple[dict[str, Any], str]:
     [
         ("apache-2.0", "apache-2.0"),
         ("Apache-2.0, as this repository", "apache-2.0"),
-        ("CC-BY-NC-4.0", "cc-by-nc-4.0"),
         (LICENSE_NOTE, "unknown"),
         ("MIT, weights for research only", "mit-weights-for-research-only"),
         ("CC BY-NC-SA 4.0", "cc-by-nc-sa-4.0"),
         ("the file's; timm states for its own: apache-2.0", "unknown"),
         ("not stated by timm", "unknown"),
         ("", "unknown"),
-        ("dinov3-license", "dinov3-license"),
         ("fair-noncommercial-research-license", "fair-noncommercial-research-license"),
         ("not MIT", "not-mit"),
     ],
@@ -51,8 +59,9 @@ def written(folder: Path, **provenance: Any) -> tuple[dict[str, Any], str]:
 def test_the_license_is_named_as_it_is_stated(stated: str, name: str, tmp_path: Path) -> None:
     """And comes first unless it allows commercial use."""
     assert name_license(stated) == name
-    front, text = written(tmp_path, teacher={"license": stated, "source": "hub:timm/vit.tag@main", "model": "timm/vit"})
-    is_on_hub = name in ("apache-2.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "unknown")
+    teacher = {"license": stated, "source": "hub:timm/vit.tag@main", "model": "timm/vit"}
+    front, text = card_of(small_student(teacher=teacher), tmp_path)
+    is_on_hub = name in ("apache-2.0", "cc-by-nc-sa-4.0", "unknown")
     assert front["license"] == (name if is_on_hub else "other")
     assert front.get("license_name") == (None if is_on_hub else name)
     assert front["base_model"] == "timm/vit.tag"
@@ -63,7 +72,7 @@ def test_the_license_is_named_as_it_is_stated(stated: str, name: str, tmp_path: 
 
 
 def test_a_student_without_a_record_has_a_card(tmp_path: Path) -> None:
-    front, text = written(tmp_path)
+    front, text = card_of(small_student(), tmp_path)
     assert (front["license"], front["library_name"], "base_model" in front) == ("unknown", "d2v-composer", False)
     assert "hf upload ORG/NAME mine.safetensors student.safetensors" in text
     assert "None are recorded" in text
@@ -74,101 +83,92 @@ def test_a_student_of_sound_says_how_it_takes_clips(tmp_path: Path) -> None:
     teacher = load_teacher(GOLDEN / "audio_base.pt")
     student = Student(teacher.encoder, StudentConfig(depth=2), {"teacher": teacher.provenance, "data": {"samples": 96}})
     assert teacher.provenance["license"] == license
-    out = tmp_path / "student.safetensors"
-    assert "wrote" in plan_model_card(student, str(tmp_path / "none.pt"), out)()
-    _, front, text = (tmp_path / "README.md").read_text().split("---\n", 2)
-    metadata = yaml.safe_load(front)
-    assert (metadata["pipeline_tag"], metadata["tags"][-1]) == ("feature-extraction", "audio")
-    for said in (
-        "trained it on 96 clips",
-        "maps an audio clip",
-        "GFLOP per audio second",
-        "| clips | 16 kHz mono",
-    ):
-        assert said in text, said
-    assert "student.embed(clips, " in text
-    assert license in text
+    front, text = card_of(student, tmp_path)
+    assert (front["pipeline_tag"], front["tags"][-1]) == ("feature-extraction", "audio")
+    shown = "trained it on 96 clips", "maps an audio clip", "GFLOP per audio second", "| clips | 16 kHz mono"
+    for words in (*shown, "student.embed(clips, ", license):
+        assert words in text, words
     assert "image" not in text
 
 
-def test_the_runs_last_retrieval_is_in_the_card(tmp_path: Path) -> None:
-    top1 = {"teacher": 0.5, "untrained student": 0.1, "student": 0.25}
-    accuracies = {"small bank_train/top1": top1, "small agreement@10": {"student": 0.4}}  # a probe added since
-    results = {"batch": 14, "last": 14, "accuracies": accuracies}
-    front, text = written(tmp_path, results=json.loads(json.dumps(results)))
-    assert front["metrics"] == ["accuracy"]
-    table = [
-        "| | untrained student | student | teacher |",
-        "|---|---|---|---|",
-        "| small bank_train/top1 | 0.100 | 0.250 | 0.500 |",
-        "| small agreement@10 | – | 0.400 | – |",
-    ]
-    assert "\n".join(["", *table, ""]) in text
-    assert "after 14 batches, in" in text
+def run_export(*arguments: str | Path) -> None:
+    export.main([str(argument) for argument in arguments])
 
 
-def test_an_exported_checkpoint_has_a_card_with_its_evaluation(
-    uninterrupted: Path, labeled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_exported_checkpoint_has_a_card(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    checkpoint, out = uninterrupted / "latest-rank0.pt", tmp_path / "student.safetensors"
-    export.main([str(checkpoint), str(out)])
-    readme = tmp_path / "README.md"
-    assert f"wrote {readme}: the model card; license: unknown" in capsys.readouterr().out
-    card = readme.read_text()
+    run_export(uninterrupted / "latest-rank0.pt", tmp_path / "student.safetensors")
+    assert f"wrote {tmp_path / 'README.md'}: the model card; license: unknown" in capsys.readouterr().out
+    card = (tmp_path / "README.md").read_text()
     assert "3 blocks on the first layers of its teacher. d2v-composer trained it on 96 images" in card
     assert "recipes/train.py" in card
     assert f"torch {torch.__version__.partition('+')[0]}" in card
-    datasets = f"datasets={{small: {{format: mds, root: {labeled}}}}}"
-    evaluate.main([str(ROOT / "yamls" / "evaluate.yaml"), f"model={out}", datasets, "max_images=20", f"out={tmp_path}"])
-    evaluation = tmp_path / "evaluation.json"
-    assert json.loads(evaluation.read_text())["weights"] == hash_weights(load_student(out))
-    again = tmp_path / "more" / "again.safetensors"
-    export.main([str(out), str(again)])
-    assert "Zero-shot retrieval on small" in again.with_name("README.md").read_text()
-    for other in ('{"weights": "of another student"}', "another program's"):
-        evaluation.write_text(other)
-        export.main([str(out), str(again), "--overwrite"])
-        expected = card.replace("student.safetensors student", "again.safetensors student")
-        assert again.with_name("README.md").read_text() == expected
-    readme.write_text(card.replace(CARD_MARK, ""))
-    export.main([str(checkpoint), str(out), "--overwrite"])
-    assert f"kept {readme}: d2v export did not write it" in capsys.readouterr().out
-    assert CARD_MARK not in readme.read_text()
 
 
-def test_a_card_belongs_to_the_student_that_it_describes(
-    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    checkpoint, readme = uninterrupted / "latest-rank0.pt", tmp_path / "README.md"
-    first, second = tmp_path / "my student.safetensors", tmp_path / "second.safetensors"
-    readme.mkdir()
-    with pytest.raises(InputError, match=rf"^{readme} is a folder; expected a file to write"):
-        export.main([str(checkpoint), str(first)])
-    assert not first.exists()  # refused before it is written
-    readme.rmdir()
-    export.main([str(checkpoint), str(first)])
+def test_a_card_has_the_evaluation_of_its_weights(exported: Path, labeled: Path, tmp_path: Path) -> None:
+    """Not another student's, or what another program wrote."""
+    student = Path(shutil.copy(exported, tmp_path))
+    evaluate.main([f"model={student}", datasets_of(labeled), "max_images=20", f"out={tmp_path}"])
+    evaluation, out = tmp_path / "evaluation.json", tmp_path / "more" / "student.safetensors"
+    assert json.loads(evaluation.read_text())["weights"] == hash_weights(load_student(student))
+    for content in (evaluation.read_text(), '{"weights": "of another student"}', "another program's"):
+        evaluation.write_text(content)
+        run_export(student, out, "--overwrite")
+        is_measured = "Zero-shot retrieval on small" in out.with_name("README.md").read_text()
+        assert is_measured == ("results" in content)
+
+
+def test_the_runs_last_retrieval_is_in_the_card(uninterrupted: Path, tmp_path: Path) -> None:
+    """The student was trained on, and a probe was added, since the baselines were measured."""
+    shares = {"teacher": 5, "untrained student": 1, "student": 2}
+    top1, contents = retrieval_from("train", 1), load_checkpoint(uninterrupted / "latest-rank0.pt")
+    results = [Result(row, "small", top1, "", True, torch.arange(10) < hits) for row, hits in shares.items()]
+    results.append(Result("student", "small", AGREEMENT, "", True, torch.full((10,), 0.4)))
+    measured = {"history": [{"batch": 12}], "results": [result.plain() for result in results]}
+    contents["state"]["callbacks"]["ZeroShotRetrieval"] = measured
+    torch.save(contents, tmp_path / "checkpoint.pt")
+    run_export(tmp_path / "checkpoint.pt", tmp_path / "exported" / "student.safetensors")
+    table = [
+        "| | untrained student | student | teacher |",
+        "|---|---|---|---|",
+        "| small bank_train/top1 | 0.100 | 0.200 | 0.500 |",
+        "| small agreement@10 | – | 0.400 | – |",
+    ]
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "\n".join(["", *table, ""]) in card
+    assert "\nmetrics: [accuracy]\n" in card
+    assert "after 12 batches (this student was trained for 14), in" in card
+    _, text = card_of(small_student(results={"batch": 14, "last": 14, "accuracies": {}}), tmp_path)
+    assert "after 14 batches, in" in text
+
+
+def test_a_readme_that_export_did_not_write_is_kept(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("mine")
+    assert write_card(small_student(), tmp_path / "s") == f"kept {readme}: d2v export did not write it"
+    assert readme.read_text() == "mine"
+
+
+def test_a_card_belongs_to_the_student_that_it_describes(tmp_path: Path) -> None:
+    first, second, readme = (tmp_path / name for name in ("my first.safetensors", "second.safetensors", "README.md"))
+    write_card(small_student(), first)
+    first.touch()
     card = readme.read_text().replace("ORG/NAME", "me/mine")
     readme.write_text(card)
-    export.main([str(checkpoint), str(second)])
-    assert f"kept {readme}: it describes my student.safetensors; in another folder, second" in capsys.readouterr().out
+    said = write_card(small_student(), second)
+    assert said.startswith(f"kept {readme}: it describes {first.name}; in another folder, second")
     assert readme.read_text() == card
     first.unlink()
-    export.main([str(checkpoint), str(second), "--overwrite"])
+    write_card(small_student(), second)
     assert "NAME second.safetensors student.safetensors" in readme.read_text()
 
 
-def test_a_checkpoint_says_that_its_results_are_older(
-    small_data: Path, labeled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sets = f"retrieval.datasets={{small: {{format: mds, root: {labeled}}}}}", "retrieval.interval=3ba"
-    options = *sets, "retrieval.baselines=[]", "max_duration=6ba", "save_num_checkpoints_to_keep=-1"
-    monkeypatch.setattr("sys.argv", ["recipes/train.py"])
-    train.main(small_run(tmp_path, small_data, *options))
-    for batch, said in ((4, "after 3 batches (this student was trained for 4), in"), (6, "after 6 batches, in")):
-        [checkpoint] = tmp_path.glob(f"*-ba{batch}-rank0.pt")
-        out = tmp_path / str(batch) / "student.safetensors"
-        export.main([str(checkpoint), str(out)])
-        assert said in out.with_name("README.md").read_text()
+def test_a_card_that_cannot_be_written_is_told_before_the_student_is_written(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").mkdir()
+    with pytest.raises(InputError, match=r"README\.md is a folder; expected a file to write"):
+        run_export(exported, tmp_path / "student.safetensors")
+    assert not (tmp_path / "student.safetensors").exists()
 
 
 @pytest.mark.parametrize(("pretrained", "license"), [(True, "apache-2.0-and-cc-by-nc-4.0"), (False, "apache-2.0")])
@@ -179,7 +179,6 @@ def test_weights_that_a_student_started_from_have_a_license_too(
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
     teacher = load_teacher(QUICKSTART / "teacher.safetensors")
     student = teacher.build_student(model="timm/convnextv2_atto.fcmae", pretrained=pretrained)
-    plan_model_card(student, str(tmp_path / "none.pt"), tmp_path / "mine.safetensors")()
-    card = (tmp_path / "README.md").read_text()
-    assert f"license_name: {license}\n" in card if pretrained else f"license: {license}\n" in card
-    assert ("no commercial use" in card) == ("timm's weights" in card) == pretrained
+    front, text = card_of(student, tmp_path)
+    assert front.get("license_name", front["license"]) == license
+    assert ("no commercial use" in text) == ("timm's weights" in text) == pretrained

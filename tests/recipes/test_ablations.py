@@ -2,14 +2,15 @@
 
 import csv
 import re
+import shutil
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -25,22 +26,46 @@ from d2v_composer.runs.distill import build_model
 from d2v_composer.runs.trainer import build_run_record
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError
-from helpers import QUICKSTART, ROOT, refused_by, start_python, wait_until
+from helpers import QUICKSTART, ROOT, refused_by, start_python, wait_until, write_files
+from programs.preloaded import Program
 from recipes import ablations
 from recipes.ablations import as_overrides, read_rows
 
+TRAIN = ROOT / "recipes" / "train.py"
+Plan = Callable[..., dict[str, TrainConfig]]
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["nowhere"], "nowhere/rows.yaml cannot be read: No such file or directory"),
-        (["--rows", "no such"], "--rows: no such row 'no such' (allowed: base, another seed, "),
-    ],
-)
-def test_a_wrong_argument_is_one_line(arguments: list[str], message: str) -> None:
-    with pytest.raises(InputError) as raised:
-        ablations.main(arguments)
-    assert str(raised.value).startswith(message)
+
+def write_study(folder: Path, rows: str) -> Path:
+    shutil.copy(ROOT / "yamls" / "quickstart.yaml", folder / "base.yaml")
+    (folder / "rows.yaml").write_text(rows)
+    return folder
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """A call of the command that converts and trains nothing, and returns the settings of each row's run."""
+    monkeypatch.setattr(convert, "convert_cifar10", Mock())
+    monkeypatch.setattr(ablations, "train_rows", train_rows := Mock(side_effect=InterruptedError))
+
+    def call_command(*arguments: str | Path) -> dict[str, TrainConfig]:
+        with pytest.raises(InterruptedError):
+            ablations.main([str(argument) for argument in arguments])
+        commands, folders = train_rows.call_args.args
+        assert {tuple(command[:2]) for command in commands.values()} == {(sys.executable, str(TRAIN))}
+        configs = {row: load_config(command[2:]) for row, command in commands.items()}
+        assert all(config.run_folder == RunFolder(folders[row]) for row, config in configs.items())
+        return configs
+
+    return call_command
+
+
+def test_a_wrong_argument_is_one_line() -> None:
+    for arguments, message in (
+        ("nowhere", "^nowhere/rows.yaml cannot be read: No such file or directory"),
+        ("--rows=no such", r"^--rows: no such row 'no such' \(allowed: base, another seed, "),
+    ):
+        with pytest.raises(InputError, match=message):
+            ablations.main([arguments])
 
 
 @pytest.mark.parametrize(
@@ -51,56 +76,33 @@ def test_a_malformed_study_is_one_line(rows: str, tmp_path: Path) -> None:
     assert str(tmp_path / "rows.yaml") in refused_by(read_rows, tmp_path)
 
 
-def test_each_row_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_row_has_a_folder_of_its_own(plan: Plan, tmp_path: Path) -> None:
     names = ["base", "crop 0.9,1", "crop 0.91", "ä", "1.10"]
-    (tmp_path / "rows.yaml").write_text("".join(f'"{name}": {{}}\n' for name in names))
-    started, check = Mock(side_effect=InterruptedError), Mock()
-    monkeypatch.setattr(convert, "convert_cifar10", started)
-    monkeypatch.setattr(ablations, "check_rows", check)
-    with pytest.raises(InterruptedError):
-        ablations.main([str(tmp_path), "--out", str(tmp_path / "out")])
-    commands, folders = check.call_args.args
-    assert [*folders] == names
-    assert len({*folders.values()}) == len(names)
-    assert folders["crop 0.9,1"] == tmp_path / "out" / "crop_0.9,1"
-    for name, (_, _, _, *overrides) in commands.items():
-        config = load_config([str(QUICKSTART.parent / "quickstart.yaml"), *overrides])
-        assert config.run_folder == RunFolder(folders[name]), name
+    study = write_study(tmp_path, "".join(f'"{name}": {{}}\n' for name in names))
+    configs = plan(study, "--out", tmp_path / "out")
+    assert [*configs] == names
+    assert len({config.run_name for config in configs.values()}) == len(names)
+    assert configs["crop 0.9,1"].run_folder == RunFolder(tmp_path / "out" / "crop_0.9,1")
 
 
-def test_a_row_wins_over_the_changes_of_all_rows_and_keeps_its_own_folder(tmp_path: Path) -> None:
-    row = {"seed": 18, "retrieval.max_images": None, "train_loader.crop_scale": [0.5, 1]}
-    folder, images = tmp_path / "a", QUICKSTART / "cifar10"
-    changes = ["seed=3", "save_folder=elsewhere"]
-    python, script, base, *overrides = ablations.train_command(tmp_path, row, changes, folder, images)
-    assert (python, script, base) == (sys.executable, str(ROOT / "recipes" / "train.py"), str(tmp_path / "base.yaml"))
-    config = load_config([str(QUICKSTART.parent / "quickstart.yaml"), *overrides])
-    assert (config.seed, config.run_folder, config.run_name) == (18, RunFolder(folder), "a")
-    assert config.train_loader.local == str(images / "train")
-    assert (config.retrieval.max_images, config.train_loader.crop_scale) == (None, (0.5, 1.0))
+def test_a_row_wins_over_the_changes_of_all_rows_and_keeps_its_own_folder(plan: Plan, tmp_path: Path) -> None:
+    row = "{seed: 18, retrieval.max_images: null, train_loader.crop_scale: [0.5, 1]}"
+    study = write_study(tmp_path, f"base: {{}}\na: {row}")
+    configs = plan(study, "seed=3", "save_folder=elsewhere", "--images", QUICKSTART, "--whole", "--out", tmp_path)
+    assert (configs["base"].seed, configs["a"].seed) == (3, 18)
+    assert (configs["a"].run_folder, configs["a"].run_name) == (RunFolder(tmp_path / "a"), "a")
+    assert configs["a"].train_loader.local == str(QUICKSTART / "cifar10" / "train")
+    assert (configs["a"].retrieval.max_images, configs["a"].train_loader.crop_scale) == (None, (0.5, 1.0))
 
 
-def test_a_row_trains_on_the_first_images_and_is_measured_on_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_trains_on_the_first_images_and_is_measured_on_all(plan: Plan, tmp_path: Path) -> None:
     """And the command converts as many images of each split as the rows need."""
-    (tmp_path / "rows.yaml").write_text("base: {}\nfew: {num_images: 500, seed: 18}")
-    row, images = read_rows(tmp_path)["few"], QUICKSTART / "cifar10"
-    command = ablations.train_command(tmp_path, row, [], tmp_path / "few", images)
-    config = load_config([str(QUICKSTART.parent / "quickstart.yaml"), *command[3:]])
-    assert (config.seed, config.train_loader.local) == (18, str(QUICKSTART / "cifar10_500" / "train"))
+    study, images = write_study(tmp_path, "base: {}\nfew: {num_images: 500}"), QUICKSTART / "cifar10"
+    config = plan(study, "--whole", "--images", QUICKSTART, "--out", tmp_path)["few"]
+    assert config.train_loader.local == str(QUICKSTART / "cifar10_500" / "train")
     assert getattr(config.retrieval.datasets["cifar10"], "root", None) == str(images)
-    converted = Mock()
-    monkeypatch.setattr(convert, "convert_cifar10", converted)
-    monkeypatch.setattr(ablations, "check_rows", Mock())
-    monkeypatch.setattr(ablations, "train_rows", Mock(side_effect=InterruptedError))
-    with pytest.raises(InterruptedError):
-        ablations.main([str(tmp_path), "--whole", "--images", "data", "--out", str(tmp_path)])
-    data = Path("data")
-    assert [call.args for call in converted.call_args_list] == [
-        (data, data / "cifar10"),
-        (data, data / "cifar10_500", 500, 0),
-    ]
+    converted: Any = convert.convert_cifar10
+    assert converted.call_args_list == [call(QUICKSTART, images), call(QUICKSTART, QUICKSTART / "cifar10_500", 500, 0)]
 
 
 # A run that waits for SIGTERM, and saves.
@@ -123,7 +125,6 @@ signal.pause()
 """
 WITH_ROOT = """
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from d2v_composer.conversion import convert
 from d2v_composer.system import command_line
@@ -135,13 +136,16 @@ command_line.run(ablations.main)
 """
 
 
+def start_with(recipe: str, folder: Path, *rows: str) -> Program:
+    """Start the command with another program in place of recipes/train.py; its runs are in the same folder."""
+    write_files(folder, {"recipes/train.py": recipe.encode()})
+    return start_python("-c", WITH_ROOT, folder, *(f"--rows={row}" for row in rows), "--out", folder)
+
+
 def test_a_failed_row_is_told_at_once_and_sigterm_lets_the_next_save(tmp_path: Path) -> None:
-    (tmp_path / "recipes").mkdir()
     fails = 'import sys\nif "run_name=base" in sys.argv:\n    sys.exit(2)\n'
-    (tmp_path / "recipes" / "train.py").write_text(fails + WAITS)
     failure = f"base: failed with status 2; see {tmp_path / 'base.txt'}; continuing with the other rows\n"
-    rows = ("--rows", "depth 1", "--rows", "depth 2")
-    program = start_python("-c", WITH_ROOT, tmp_path, *rows, "--out", tmp_path)
+    program = start_with(fails + WAITS, tmp_path, "depth 1", "depth 2")
     wait_until(lambda: (tmp_path / "depth_1" / "started").exists() and failure == program.stderr)
     program.send_signal(signal.SIGTERM)
     assert program.wait(timeout=20) == 143
@@ -151,36 +155,24 @@ def test_a_failed_row_is_told_at_once_and_sigterm_lets_the_next_save(tmp_path: P
 
 
 def test_all_failures_end_the_command(tmp_path: Path) -> None:
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "train.py").write_text("import sys\nsys.exit(2)\n")
-    program = start_python("-c", WITH_ROOT, tmp_path, "--rows", "depth 1", "--out", tmp_path)
+    program = start_with("import sys\nsys.exit(2)\n", tmp_path, "depth 1")
     assert program.wait(timeout=20) == 2
-    assert sorted(line for line in program.stderr.splitlines() if line.startswith("error: ")) == [
-        f"error: {name}: failed with status 2; see {tmp_path / folder}.txt"
-        for name, folder in (("base", "base"), ("depth 1", "depth_1"))
+    assert [line for line in program.stderr.splitlines() if line.startswith("error: ")] == [
+        f"error: base: failed with status 2; see {tmp_path / 'base.txt'}",
+        f"error: depth 1: failed with status 2; see {tmp_path / 'depth_1.txt'}",
     ]
 
 
-def test_rows_of_other_settings_are_refused_by_name_before_anything_is_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_of_other_settings_are_refused_by_name_before_anything_is_done(plan: Plan, tmp_path: Path) -> None:
     """A table is of one command's settings, also if another call trained some of its rows."""
-    rows, out = ("--rows", "depth 1"), ("--out", str(tmp_path))
-    folder, study = tmp_path / "depth_1", ablations.STUDIES / "data2vec2"
-    row = read_rows(study)["depth 1"]
-    _, _, *arguments = ablations.train_command(study, row, [], folder, Path("datasets/cifar10_sample"))
-    folder.mkdir()
-    (folder / "run.yaml").write_text(yaml.safe_dump(build_run_record(load_config(arguments), ()).record))
-    monkeypatch.setattr(convert, "convert_cifar10", Mock(side_effect=InterruptedError))
-    with pytest.raises(InterruptedError):
-        ablations.main([*rows, *out])
-    changes = ("max_duration=600ba", "train_loader.crop_scale=[0.5,1]")
-    with pytest.raises(InputError) as raised:
-        ablations.main([*rows, *out, *changes])
-    assert str(raised.value) == (
-        "depth 1: max_duration: checkpoint has 1200ba, config has 600ba; train_loader.crop_scale: checkpoint has "
-        f"[0.08, 1.0], config has [0.5, 1.0]; choose another --out, or remove {folder}"
-    )
+    command, folder = ("--rows", "depth 1", "--out", tmp_path), tmp_path / "depth_1"
+    record = build_run_record(plan(*command)["depth 1"], ()).record
+    write_files(folder, {"run.yaml": yaml.safe_dump(record).encode()})
+    plan(*command)
+    problem = "depth 1: max_duration: checkpoint has 1200ba, config has 600ba; train_loader.crop_scale: checkpoint has "
+    problem += f"[0.08, 1.0], config has [0.5, 1.0]; choose another --out, or remove {folder}"
+    with pytest.raises(InputError, match=re.escape(problem)):
+        plan(*command, "max_duration=600ba", "train_loader.crop_scale=[0.5,1]")
 
 
 def config_of(study: Path, row: Mapping[str, Any]) -> TrainConfig:
@@ -190,6 +182,7 @@ def config_of(study: Path, row: Mapping[str, Any]) -> TrainConfig:
 
 
 def reading_of(config: TrainConfig) -> tuple[Any, ...]:
+    """Return what the embeddings of the untrained student and the teacher depend on."""
     return config.targets.normalization, config.teacher.first_blocks, config.student.embed_dim, config.student.model
 
 
@@ -230,31 +223,27 @@ def test_choices_are_compared_at_equal_compute() -> None:
     assert costs == pytest.approx(dict.fromkeys(costs, costs["base"]), rel=2e-3)
 
 
-@pytest.mark.parametrize(
-    ("results", "study"),
-    [
-        ("data2vec2", "data2vec2"),
-        ("choices", "choices"),
-        ("width", "choices"),
-        ("timm", "timm"),
-        ("objectives", "data2vec2"),
-        ("objectives", "timm"),
-    ],
-)
-def test_results_are_those_of_a_studys_rows(results: str, study: str) -> None:
-    with (ablations.STUDIES / f"{results}.csv").open() as file:
-        assert {line["row"] for line in csv.DictReader(file)} <= read_rows(ablations.STUDIES / study).keys()
+def results_of(name: str) -> list[dict[str, str]]:
+    with (ablations.STUDIES / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+STUDIES = {"data2vec2": ["data2vec2", "objectives"], "choices": ["choices", "width"], "timm": ["timm", "objectives"]}
+
+
+@pytest.mark.parametrize(("study", "tables"), STUDIES.items())
+def test_results_are_those_of_a_studys_rows(study: str, tables: list[str]) -> None:
+    rows = read_rows(ablations.STUDIES / study).keys()
+    assert {result["row"] for table in tables for result in results_of(table)} <= rows
 
 
 def test_the_readmes_tables_show_what_the_csv_of_their_section_holds() -> None:
-    sections = re.split(r"\n##+ ", (ablations.STUDIES / "README.md").read_text())
     checked = []
-    for section in sections:
+    for section in re.split(r"\n##+ ", (ablations.STUDIES / "README.md").read_text()):
         named = re.search(r"\]\((\w+)\.csv\)", section)
         table = re.findall(r"^\|(.*)\|$", section, flags=re.MULTILINE)[2:]
         if named and table:
-            with (ablations.STUDIES / f"{named[1]}.csv").open() as file:
-                results = list(csv.reader(file))
+            results = [[*result.values()] for result in results_of(named[1])]
             for line in table:
                 name, *cells = (cell.strip() for cell in line.split("|"))
                 held = [value for result in results if name in result for value in result]
@@ -264,10 +253,8 @@ def test_the_readmes_tables_show_what_the_csv_of_their_section_holds() -> None:
 
 
 def test_the_teachers_index_shows_the_mean_of_its_seeds() -> None:
-    with (ablations.STUDIES / "index.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["run"].startswith("5 blocks") and row["pairs"] == "2000"]
-    shown = ("student", "all", "output_mean", "ridge")
-    chosen = [row for row in rows if tuple(row[key] for key in ("model", "inputs", "target", "map")) == shown]
-    assert len(chosen) == 3
-    means = [f"{mean(float(row[key]) for row in chosen):.1f}" for key in ("own_index", "teacher_index", "neighbors")]
+    shown = {"model": "student", "inputs": "all", "target": "output_mean", "map": "ridge", "pairs": "2000"}
+    rows = [row for row in results_of("index") if row["run"].startswith("5 blocks") and shown.items() <= row.items()]
+    assert len(rows) == 3
+    means = [f"{mean(float(row[key]) for row in rows):.1f}" for key in ("own_index", "teacher_index", "neighbors")]
     assert "".join(f" | **{value}**" for value in means) in (ablations.STUDIES / "README.md").read_text()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from d2v_composer import FrozenModel, load_student
-from helpers import ROOT, failure, load_checkpoint, run_command, small_run, succeed, train_command
+from helpers import ROOT, datasets_of, load_checkpoint, refused_run, run_command, small_run, succeed, train_command
 
 
 class Patches(torch.nn.Unfold):
@@ -61,18 +61,15 @@ def test_its_student_is_exported_and_evaluated_without_the_code(run: Path, label
     succeed("export", checkpoint, out)
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     assert load_student(out).embed(images).isfinite().all()
-    datasets = f"datasets={{small: {{format: mds, root: {labeled}}}}}"
     for model in (checkpoint, out):
-        shown = succeed("evaluate", f"model={model}", datasets).stdout
-        assert "student" in shown
-        assert "untrained" in shown
+        shown = succeed("evaluate", f"model={model}", datasets_of(labeled)).stdout
+        assert "untrained student" in shown
         assert "teacher" not in shown
 
 
 def test_a_run_resumes_only_with_it(run: Path, package: Path, small_data: Path) -> None:
     arguments = settings(run, small_data, run.name, "max_duration=6ba")
-    refused = failure(run_command(*train_command(arguments)), 2)
-    assert "teacher.model: no installed package offers ext/mine by an entry point" in refused
+    assert "teacher.model: no installed package offers ext/mine by an entry point" in refused_run(arguments)
     ended = run_command(sys.executable, "-c", INSTALLED, package, package / "installed", *train_command(arguments)[1:])
     assert ended.returncode == 0, ended.stderr
     assert load_checkpoint(run / "latest-rank0.pt")["state"]["timestamp"]["Timestamp"]["batch"] == 6

@@ -23,7 +23,7 @@ from containers import write_parquet, write_tar
 from d2v_composer import Embedder
 from d2v_composer.commands import convert_images
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, ROOT, command_environment, d2v, encoded_image, free_port, wait_until
+from helpers import GOLDEN, ROOT, command_environment, encoded_image, free_port, succeed, wait_until, write_files
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
@@ -34,27 +34,22 @@ MODEL = str(GOLDEN / "tiny_base.pt")
 NUM_IMAGES, BAD = 600, 123
 IMAGES = [encoded_image(seed) for seed in range(NUM_IMAGES)]
 IMAGES[BAD] = b"not an image"
-# Another order of sums.
-TOLERANCE = {"rtol": 0, "atol": 2e-5}
+# Workers find the package and the recipes as this process does.
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
+NAMES = [f"{number:04}" for number in range(NUM_IMAGES)]
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same images as files, as rows of Parquet and in tars, and as ``d2v embed`` embeds them; read-only."""
     root = tmp_path_factory.mktemp("sources")
-    (root / "files").mkdir()
-    names = [f"{number:04}" for number in range(NUM_IMAGES)]
-    for name, image in zip(names, IMAGES, strict=True):
-        (root / "files" / f"{name}.jpg").write_bytes(image)
+    files = {f"{name}.jpg": image for name, image in zip(NAMES, IMAGES, strict=True)}
+    write_files(root / "files", files)
     for first in range(0, NUM_IMAGES, 100):
-        images, ids = IMAGES[first : first + 100], names[first : first + 100]
-        structs = [{"bytes": image, "path": None} for image in images]
-        write_parquet(root / "rows" / f"{first}.parquet", {"image": structs, "id": ids})
-        write_tar(
-            root / "tars" / f"{first}.tar", [(f"{name}.jpg", image) for name, image in zip(ids, images, strict=True)]
-        )
-    ended = d2v("embed", MODEL, root / "files", root / "expected.npy", "--skip-unreadable", "--workers", "0")
-    assert ended.returncode == 0, ended.stderr
+        structs = [{"bytes": image, "path": None} for image in IMAGES[first : first + 100]]
+        write_parquet(root / "rows" / f"{first}.parquet", {"image": structs, "id": NAMES[first : first + 100]})
+        write_tar(root / "tars" / f"{first}.tar", [*files.items()][first : first + 100])
+    succeed("embed", MODEL, root / "files", root / "expected.npy", "--skip-unreadable", "--workers", "0")
     return root
 
 
@@ -64,8 +59,7 @@ def cluster() -> Iterator[None]:
 
     Ray's own niceness is 15: beside the other tests' processes, its workers would get hardly any time.
     """
-    # Workers find the package and the recipes as this process does.
-    variables = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]), "OMP_NUM_THREADS": "1"}
+    variables = {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
     # Without the address, Ray may bind one that a sandbox does not route, and wait.
     options = {"include_dashboard": False, "log_to_driver": False, "runtime_env": {"env_vars": variables}}
     ray.init("local", num_cpus=3, _node_ip_address="127.0.0.1", _system_config={"worker_niceness": 0}, **options)
@@ -79,16 +73,15 @@ def check(out: Path, expected: Path) -> None:
     import pyarrow.dataset
 
     table = pyarrow.dataset.dataset(out, format="parquet").to_table()
-    rows = dict(
-        zip(names_of(table), zip(table["embedding"].to_pylist(), table["error"].to_pylist(), strict=True), strict=True)
-    )
-    assert table.num_rows == len(rows) == NUM_IMAGES
-    assert sorted(rows) == [f"{number:04}" for number in range(NUM_IMAGES)]
-    embedding, error = rows.pop(f"{BAD:04}")
-    assert embedding is None
-    assert error.endswith(": cannot decode as an image (12 bytes)")
-    assert {error for _, error in rows.values()} == {None}
-    np.testing.assert_allclose([rows[name][0] for name in sorted(rows)], np.load(expected), **TOLERANCE)
+    rows = dict(zip(names_of(table), table.select(["embedding", "error"]).to_pylist(), strict=True))
+    assert table.num_rows == NUM_IMAGES
+    assert sorted(rows) == NAMES
+    bad = rows.pop(NAMES[BAD])
+    assert bad["embedding"] is None
+    assert bad["error"].endswith(": cannot decode as an image (12 bytes)")
+    assert {row["error"] for row in rows.values()} == {None}
+    embeddings = [rows[name]["embedding"] for name in sorted(rows)]
+    np.testing.assert_allclose(embeddings, np.load(expected), rtol=0, atol=2e-5)  # another order of sums
 
 
 def names_of(table: Any) -> list[str]:
@@ -150,9 +143,8 @@ def test_ray_converts_as_the_command_while_tasks_are_killed(
 ) -> None:
     from recipes import ray_convert
 
-    whole, out, killed = tmp_path / "whole", tmp_path / "out", tmp_path / "killed"
+    whole, out, killed, skip = tmp_path / "whole", tmp_path / "out", tmp_path / "killed", "--skip-unreadable"
     killed.mkdir()
-    skip = "--skip-unreadable"
 
     def convert(argv: list[str]) -> None:
         mark = killed / argv[-1].replace("/", "of")
@@ -163,8 +155,7 @@ def test_ray_converts_as_the_command_while_tasks_are_killed(
 
     monkeypatch.setattr(ray_convert, "convert", ray.remote(convert))
     monkeypatch.setattr(ray_convert, "PARTS", 5)
-    ended = d2v("convert-images", sources / "rows", whole, "--workers", "1", skip)
-    assert ended.returncode == 0, ended.stderr
+    succeed("convert-images", sources / "rows", whole, "--workers", "1", skip)
     ray_convert.main(str(sources / "rows"), str(out), skip)
     assert len(list(killed.iterdir())) == 2
     assert samples_of(out) == samples_of(whole)
@@ -201,12 +192,8 @@ class Node(NamedTuple):
 def test_ray_loses_nothing_if_a_node_is_killed(sources: Path, tmp_path: Path) -> None:
     address, seen, out = f"127.0.0.1:{free_port()}", tmp_path / "seen", tmp_path / "out"
     seen.mkdir()
-    environment = command_environment() | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path]),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": "0" * 64,
-        "RAY_worker_niceness": "0",  # as in cluster()
-    }
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+    environment = command_environment() | token | {"PYTHONPATH": PATHS, "RAY_worker_niceness": "0"}  # as in cluster()
     nodes = dict[str, Node]()
 
     def start(ip: str, *options: str) -> None:

@@ -22,7 +22,7 @@ from playwright.sync_api import Page, sync_playwright
 from d2v_composer.commands import embed
 from d2v_composer.data.images import Images
 from d2v_composer.sources.open import open_source
-from helpers import ROOT, truncated
+from helpers import ROOT, truncated, write_files
 from recipes import onnx_embed
 from small_students import student_with_program
 
@@ -75,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, name: str) -> tuple[list[str], np.ndarray]:
-    """Ids, and embeddings of length 1."""
+    """Return ids, and embeddings of length 1."""
     rows = np.load(folder / f"{name}.npy")
     return np.load(folder / f"{name}.ids.npy").tolist(), rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
@@ -94,12 +94,9 @@ def test_onnxruntime_alone_embeds_as_the_command_does(folder: Path) -> None:
 
 def test_onnxruntime_alone_lists_what_the_command_lists(tmp_path: Path) -> None:
     """Each image once, whatever links there are: to its folder, to a parent, to another folder, to itself."""
-    photos, linked = tmp_path / "photos" / "a" / "b", tmp_path / "others"
-    for folder in (photos, linked, photos / ".trash"):
-        folder.mkdir(parents=True)
-        (folder / f"{folder.name}.jpg").touch()
+    write_files(tmp_path, dict.fromkeys(("photos/a/b/b.jpg", "photos/.trash/c.jpg", "others/others.jpg"), b""))
     for name, target in {"0": "photos", "1": "photos/a", "2": "others", "3.jpg": "photos/a/b/b.jpg"}.items():
-        (photos.parent / name).symlink_to(tmp_path / target)
+        (tmp_path / "photos" / "a" / name).symlink_to(tmp_path / target)
     expected = ["a/2/others.jpg", "a/b/b.jpg"]
     assert onnx_embed.list_images(tmp_path / "photos") == expected
     assert [*open_source(str(tmp_path / "photos"), Images()).ids] == expected
@@ -117,18 +114,16 @@ def test_onnxruntime_alone_replaces_nothing(tmp_path: Path, name: str) -> None:
 def test_onnxruntime_alone_skips_what_it_cannot_read(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    photos = tmp_path / "photos"
-    photos.mkdir()
+    photos = write_files(tmp_path / "photos", {"cut.jpg": truncated((PHOTOS / "rocket.jpg").read_bytes())})
+    arguments = str(folder / "student.onnx"), str(photos), str(tmp_path / "photos.npy")
     with pytest.raises(SystemExit, match=f"^{photos}: no image can be read; supported suffixes are .jpg, "):
-        onnx_embed.main(str(folder / "student.onnx"), str(photos), str(tmp_path / "photos.npy"))
+        onnx_embed.main(*arguments)
     shutil.copy(folder / "photos" / "small.png", photos)
-    (photos / "cut.jpg").write_bytes(truncated((PHOTOS / "rocket.jpg").read_bytes()))
-    onnx_embed.main(str(folder / "student.onnx"), str(photos), str(tmp_path / "photos.npy"))
-    ids, rows = load(tmp_path, "photos")
-    their_ids, theirs = load(folder, "photos")
+    onnx_embed.main(*arguments)
+    assert capsys.readouterr().err.startswith("skipped cut.jpg: image file is truncated")
+    (ids, rows), (their_ids, theirs) = load(tmp_path, "photos"), load(folder, "photos")
     assert ids == ["small.png"]
     np.testing.assert_allclose(rows[0], theirs[their_ids.index("small.png")], atol=1e-5)
-    assert capsys.readouterr().err.startswith("skipped cut.jpg: image file is truncated")
 
 
 @pytest.mark.slow

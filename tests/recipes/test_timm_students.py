@@ -1,11 +1,9 @@
 """A timm model as the student, from a YAML to a file that timm alone loads."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -14,46 +12,36 @@ from composer import Callback
 from composer.core import State
 from composer.loggers import Logger
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands.train import train
 from d2v_composer.config.reference import load_any
-from d2v_composer.data.images import Images
+from d2v_composer.sources.labeled import load_labeled_set
 from d2v_composer.system.errors import InputError
 from helpers import (
     GOLDEN,
+    QUICKSTART,
     ROOT,
     assert_same_student,
     d2v,
-    encoded_image,
     failure,
     log_of,
     losses_of,
-    run_command,
     run_ranks,
     run_training,
+    small_finetuning,
     small_run,
     student_of,
     succeed,
     train_command,
     train_until_killed,
-    write_mds,
+    write_images,
 )
-from small_students import computed_by_timm_alone
+from recipes import finetune
 
-NETWORK = ["student.depth=5", "student.model=timm/test_byobnet", "retrieval.representation=output"]
-NETWORK += ["max_duration=4ba"]
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 100 images."""
-    folder = tmp_path_factory.mktemp("images")
-    for seed in range(100):
-        (folder / f"{seed}.jpg").write_bytes(encoded_image(seed))
-    return folder
+NETWORK = ["student.depth=5", "student.model=timm/test_byobnet", "retrieval.representation=output", "max_duration=4ba"]
 
 
 @pytest.fixture(scope="module")
@@ -63,75 +51,60 @@ def trained(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
-def test_timm_alone_loads_it(trained: Path, tmp_path: Path) -> None:
-    out = tmp_path / "student.safetensors"
-    d2v("export", trained / "latest-rank0.pt", out)
-    student: Any = load_student(out)
-    pixels = student.encoder.prepare(torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8))
-    torch.testing.assert_close(computed_by_timm_alone(tmp_path, "embeddings", pixels), student.embed(pixels, "cls"))
-    assert "teacher's own" not in (tmp_path / "README.md").read_text()
+@pytest.fixture(scope="module")
+def exported(trained: Path) -> Path:
+    path = trained.with_name("student.safetensors")
+    succeed("export", trained / "latest-rank0.pt", path)
+    return path
 
 
-def test_another_version_of_timm_must_compute_the_same(trained: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "photos", [f"{number}.jpg" for number in range(100)])
+
+
+def test_another_version_of_timm_must_compute_the_same(exported: Path, tmp_path: Path) -> None:
     """A changed weight stands for a changed model."""
-    out = tmp_path / "student.safetensors"
-    d2v("export", trained / "latest-rank0.pt", out)
-    with safe_open(out, framework="pt") as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file(
-        {name: 2 * tensor if name == "stem.conv.weight" else tensor for name, tensor in tensors.items()}, out, metadata
-    )
+    with safe_open(exported, framework="pt") as file:
+        tensors = load_file(exported)
+        tensors["stem.conv.weight"] *= 2
+        save_file(tensors, tmp_path / "student.safetensors", file.metadata())
     with pytest.raises(InputError, match="the installed timm gives different results for timm/test_byobnet"):
-        load_student(out)
+        load_student(tmp_path / "student.safetensors")
 
 
 @pytest.mark.slow
-def test_what_takes_a_student_takes_it(trained: Path, images: Path, tmp_path: Path) -> None:
-    out = tmp_path / "student.safetensors"
-    d2v("export", trained / "latest-rank0.pt", out)
-    d2v("embed", out, images, tmp_path / "embeddings.npy")
-    assert len(np.load(tmp_path / "embeddings.npy")) == 100
-    d2v("export", out, tmp_path / "student.onnx")
-    succeed("export", out, tmp_path / "int8.onnx", "--int8", "--calibrate", images)
-    sizes = [(tmp_path / f"{name}.onnx").stat().st_size for name in ("int8", "student")]
-    assert sizes[0] < 0.6 * sizes[1]  # of convolutions
-    sets = f"datasets={{mine: {{format: folder, root: {images}}}}}"
-    evaluated = succeed("evaluate", f"model={out}", sets, f"out={tmp_path / 'evaluated.json'}")
-    assert "untrained student" in evaluated.stdout
+def test_its_convolutions_are_quantized(exported: Path, photos: Path, tmp_path: Path) -> None:
+    succeed("export", exported, tmp_path / "student.onnx")
+    succeed("export", exported, tmp_path / "int8.onnx", "--int8", "--calibrate", photos)
+    of_int8, of_float32 = ((tmp_path / f"{name}.onnx").stat().st_size for name in ("int8", "student"))
+    assert of_int8 < 0.6 * of_float32
 
 
 @pytest.mark.slow
-def test_rivals_stand_in_the_same_tables(trained: Path, images: Path, tmp_path: Path) -> None:
-    """With size and speed; one that takes other samples is refused."""
-    out = tmp_path / "evaluated"
-    model, rival = trained / "latest-rank0.pt", GOLDEN / "tiny_alibi.pt"
-    arguments = [f"model={model}", f"datasets={{mine: {{format: folder, root: {images}}}}}", "probes=[instance]"]
-    succeed("evaluate", *arguments, f"rivals=[{rival}]", f"out={out}")
-    report = json.loads((out / "evaluation.json").read_text())
-    shown = (out / "evaluation.png").read_bytes()
-    succeed("evaluate", *arguments, f"out={out}")
-    assert not (out / "evaluation.png").exists()
+def test_rivals_have_size_and_speed(trained: Path, photos: Path, tmp_path: Path) -> None:
+    """A rival that takes other samples is refused."""
+    sets, rival = f"datasets={{mine: {{format: folder, root: {photos}}}}}", GOLDEN / "tiny_alibi.pt"
+    command = "evaluate", f"model={trained / 'latest-rank0.pt'}", sets, "probes=[instance]", f"out={tmp_path}"
+    succeed(*command, f"rivals=[{rival}]")
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     (rated,) = [row for row in report["candidates"] if row["name"] == str(rival)]
     assert rated["parameters"] > 0
-    assert shown.startswith(b"\x89PNG")
     assert all(rated["per_second"][size] > 0 for size in ("1", "64"))
-    assert {row["candidate"] for row in report["results"]} >= {str(rival), "student", "teacher"}
-    assert len(report["candidates"]) == 1 + len([row for row in report["candidates"] if row["per_second"]])  # pixels
-    refused = d2v("evaluate", *arguments, f"rivals=[{GOLDEN / 'audio_base.pt'}]")
-    assert "rivals: " in failure(refused, 2)
-    assert "takes audio, but the model takes image" in refused.stderr
+    assert [row["name"] for row in report["candidates"] if not row["per_second"]] == ["pixels"]
+    succeed(*command)
+    assert not (tmp_path / "evaluation.png").exists()
+    line = failure(d2v(*command, f"rivals=[{GOLDEN / 'audio_base.pt'}]"), 2)
+    assert line.startswith("error: rivals: ")
+    assert "takes audio, but the model takes image" in line
 
 
 @pytest.mark.parametrize("name", [pytest.param("test_byobnet", marks=pytest.mark.slow), "test_vit_relpos"])
 def test_a_killed_run_resumes_bit_for_bit(small_data: Path, tmp_path: Path, name: str) -> None:
     """With BatchNorm's statistics, and with dropout, which timm gives some models."""
-    whole, killed = (
-        small_run(
-            tmp_path / run, small_data, *NETWORK, f"student.model=timm/{name}", "max_duration=4ba", "save_interval=1ba"
-        )
-        for run in ("whole", "killed")
-    )
+    changes = *NETWORK, f"student.model=timm/{name}", "save_interval=1ba"
+    whole, killed = (small_run(tmp_path / run, small_data, *changes) for run in ("whole", "killed"))
     run_training(*whole)
     train_until_killed(killed, "batch_start 3")
     run_training(*killed)
@@ -208,55 +181,46 @@ def test_ranks_may_normalize_together(trained: Path, small_data: Path, tmp_path:
     ],
 )
 def test_what_cannot_be(small_data: Path, tmp_path: Path, change: str, message: str) -> None:
-    ended = run_command(*train_command(small_run(tmp_path / "run", small_data, *NETWORK, change)))
-    assert message in failure(ended, 2)
+    with pytest.raises(InputError, match=message):
+        train(small_run(tmp_path / "run", small_data, *NETWORK, change))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["efficientvit_m0", pytest.param("shvit_s1", marks=pytest.mark.slow)])
 def test_what_timm_would_compute_otherwise_is_not_trained(small_data: Path, tmp_path: Path, name: str) -> None:
     """A BatchNorm of timm's head comes before what would be the projection, or a classifier."""
-    model, folders = f"student.model=timm/{name}", [tmp_path / "run", tmp_path / "tuned"]
+    model, student = f"student.model=timm/{name}", tmp_path / "student.safetensors"
+    save_student(load_teacher(GOLDEN / "tiny_base.pt").build_student(model=f"timm/{name}"), student)
     aligned = [model, "objectives.embedding.weight=1", "retrieval.representation=projected"]
-    distilling = run_command(*train_command(small_run(folders[0], small_data, *NETWORK, *aligned)))
-    student = load_teacher(GOLDEN / "tiny_base.pt").build_student(model=f"timm/{name}")
-    save_student(student, tmp_path / "student.safetensors")
-    finetune = [ROOT / "recipes" / "finetune.py", ROOT / "yamls" / "finetune.yaml"]
-    changes = [f"model={tmp_path / 'student.safetensors'}", f"save_folder={folders[1]}", "precision=fp32"]
-    tuning = run_command(sys.executable, *finetune, *changes)
-    for key, ended in (("student.model", distilling), ("model", tuning)):
-        problem = "timm would not compute what the student computes; a classifier or projection must be one linear "
-        problem += "layer on output_cls"
-        assert failure(ended, 2) == f"error: {key}: {problem}: the outputs differ"
-    assert not any(folder.exists() for folder in folders)
+    problem = "timm would not compute what the student computes; a classifier or projection must be one linear layer "
+    problem += "on output_cls: the outputs differ"
+    with pytest.raises(InputError, match=f"^student.model: {problem}$"):
+        train(small_run(tmp_path / "run", small_data, *NETWORK, *aligned))
+    with pytest.raises(InputError, match=f"^model: {problem}$"):
+        finetune.main(small_finetuning(tmp_path / "run", student, QUICKSTART / "cifar10"))
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_classifier_is_timms_own(trained: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def tuned(trained: Path, labeled: Path, tmp_path: Path) -> Path:
+    """The folder of a fine-tuning on two ranks of the whole student, with its encoder."""
+    student, folder = tmp_path / "student.safetensors", tmp_path / "tuned"
+    save_student(load_any(trained / "latest-rank0.pt")[0], student)  # with outputs of the encoder, which changes
+    changes = small_finetuning(folder, student, labeled, "train_encoder=true", "max_duration=4ba")
+    run_ranks(ROOT / "recipes" / "finetune.py", *changes)
+    return folder
+
+
+def test_a_classifier_is_timms_own(tuned: Path, labeled: Path, tmp_path: Path) -> None:
     """The ranks have tested what is exported."""
-    for split, count in (("train", 32), ("test", 16)):
-        labels = [seed % 2 for seed in range(count)]
-        write_mds(tmp_path / "labeled" / split, [encoded_image(seed) for seed in range(count)], labels)
-    save_student(load_any(trained / "latest-rank0.pt")[0], tmp_path / "student.safetensors")
-    changes = [
-        f"model={tmp_path / 'student.safetensors'}",  # with outputs of the encoder, which changes
-        f"dataset={{format: mds, root: {tmp_path / 'labeled'}}}",
-        f"save_folder={tmp_path / 'tuned'}",
-        "train_encoder=true",
-        "max_duration=4ba",
-        "global_train_batch_size=8",
-        "precision=fp32",
-        "scheduler.t_warmup=1ba",
-        "train_loader.num_workers=0",
-    ]
-    run_ranks(ROOT / "recipes" / "finetune.py", ROOT / "yamls" / "finetune.yaml", *changes)
-    out = tmp_path / "classifier.safetensors"
-    exported = d2v("export", tmp_path / "tuned" / "latest-rank0.pt", out)
+    exported = succeed("export", tuned / "latest-rank0.pt", tmp_path / "classifier.safetensors")
     exec(exported.stdout.splitlines()[-1].removeprefix("next: "), printed := dict[str, Any]())
-    assert printed["model"].eval().get_classifier().weight.any()
-    classifier, _ = load_any(tmp_path / "tuned" / "latest-rank0.pt")
-    images = torch.stack([Images().decode(encoded_image(seed), "") for seed in range(16)])
-    logits = printed["model"](classifier.encoder.prepare(images)).detach()
-    torch.testing.assert_close(logits, classifier.head(classifier.embed(images, "cls")))
-    loss = torch.nn.functional.cross_entropy(logits, torch.arange(16) % 2).item()
-    assert log_of(tmp_path / "tuned")["metrics/test/loss"][4] == pytest.approx(loss, rel=1e-4)
-    assert yaml.safe_load((tmp_path / "tuned" / "run.yaml").read_text())["model"]["pooling"] == "cls"
+    model = printed["model"].eval()
+    assert model.get_classifier().weight.any()
+    classifier, _ = load_any(tuned / "latest-rank0.pt")
+    test = load_labeled_set("mds", labeled, image_size=32, interpolation="bicubic").test
+    logits = model(classifier.encoder.prepare(test.samples)).detach()
+    torch.testing.assert_close(logits, classifier.head(classifier.embed(test.samples, "cls")))
+    loss = torch.nn.functional.cross_entropy(logits, test.labels).item()
+    assert log_of(tuned)["metrics/test/loss"][4] == pytest.approx(loss, rel=1e-4)
+    assert yaml.safe_load((tuned / "run.yaml").read_text())["model"]["pooling"] == "cls"

@@ -24,10 +24,9 @@ from d2v_composer.commands import export as export_student
 from d2v_composer.config.load import load_evaluate_config
 from d2v_composer.data.images import Images
 from d2v_composer.embedding.collection import EmbeddingOptions, embed_source
-from d2v_composer.evaluation.run_log import read_jsonl
 from d2v_composer.runs.comparison import build_comparison
 from d2v_composer.sources.open import open_source
-from helpers import load_checkpoint, losses_of, small_run, student_of
+from helpers import datasets_of, load_checkpoint, log_of, losses_of, small_run, student_of
 from recipes import train
 
 pytestmark = [
@@ -125,8 +124,6 @@ EVERYTHING = (
     "device_train_microbatch_size=6",
     "save_num_checkpoints_to_keep=1",
     "retrieval.interval=2ba",
-    "retrieval.at_start=true",
-    "retrieval.baselines=[pixels,encoder,teacher]",
     "callbacks.health={interval: 1ba}",
     "callbacks.memory_monitor={}",
     "callbacks.nan_monitor={}",
@@ -137,9 +134,8 @@ EVERYTHING = (
 )
 
 
-def run_of_everything(folder: Path, data: Path, labeled: Path, *overrides: str) -> list[str]:
-    datasets = f"retrieval.datasets={{small: {{format: mds, root: {labeled}}}}}"
-    return small_run(folder, data, datasets, *EVERYTHING, *overrides)
+def run_of_everything(folder: Path, data: Path, labeled: Path) -> list[str]:
+    return small_run(folder, data, f"retrieval.{datasets_of(labeled)}", *EVERYTHING)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +148,7 @@ def here(tmp_path_factory: pytest.TempPathFactory, small_data: Path, labeled: Pa
 
 def assert_same_log(ours: Path, expected: Path) -> None:
     """Compare all measurements of model and training; equally near neighbors may differ."""
-    ours_log, log = read_jsonl(ours / "log.jsonl"), read_jsonl(expected / "log.jsonl")
+    ours_log, log = log_of(ours), log_of(expected)
     measured = [name for name in log if name.startswith(("loss/", "health/", "l2_", "metrics/", "norm_", "moment"))]
     assert len(measured) > 100
     for name in measured:
@@ -184,20 +180,16 @@ def test_a_run_with_every_callback_measures_as_on_the_host(
 @pytest.mark.usefixtures("device")
 def test_an_evaluation_measures_as_on_the_host(here: Path, labeled: Path) -> None:
     """With a checkpoint and all its comparisons."""
-    sets = f"datasets={{small: {{format: mds, root: {labeled}}}}}"
-    config = load_evaluate_config([f"model={here / 'latest-rank0.pt'}", "device_eval_batch_size=40", sets])
-    accuracies = []
+    checkpoint = f"model={here / 'latest-rank0.pt'}"
+    config = load_evaluate_config([checkpoint, "device_eval_batch_size=40", datasets_of(labeled)])
+    measured = []
     for device in ("xla", "cpu"):
         _, evaluation = build_comparison(config, device)
         evaluation.run(device)
-        accuracies.append(
-            [
-                (result.row, result.measure, result.embedding, result.hits.double().mean())
-                for result in evaluation.results
-            ]
-        )
-    assert [result[:3] for result in accuracies[0]] == [result[:3] for result in accuracies[1]]
-    on_device, on_host = ([result[3] for result in results] for results in accuracies)
+        names = [(result.row, result.measure, result.embedding) for result in evaluation.results]
+        measured.append((names, [result.hits.double().mean() for result in evaluation.results]))
+    (names, on_device), (expected_names, on_host) = measured
+    assert names == expected_names
     np.testing.assert_allclose(on_device, on_host, atol=0.05)
 
 

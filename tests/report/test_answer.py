@@ -1,16 +1,21 @@
-"""The verdict that says whether a student is worth it: its numbers, and its advice by the curve's slope."""
+"""The verdict on a student, with its advice by the curve's slope; a study's table; the plot of quality over speed."""
 
 import math
 import re
+from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from d2v_composer.evaluation.evaluate import Evaluation
+from d2v_composer.evaluation.labeled_retrieval import Lookup
 from d2v_composer.evaluation.rows import (
     AGREEMENT,
     BANKS,
     GAP,
+    LINEAR,
     UNTRAINED,
     Measure,
     Result,
@@ -18,8 +23,10 @@ from d2v_composer.evaluation.rows import (
     metric_key,
     retrieval_from,
 )
+from d2v_composer.models.names import EMBEDDINGS
+from d2v_composer.report.plots import quality_over_speed
 from d2v_composer.report.run import Run, answer
-from d2v_composer.report.tables import accuracy_tables
+from d2v_composer.report.tables import accuracy_tables, study_table
 
 TOP1 = retrieval_from("train", 1)
 SIZES = {
@@ -27,7 +34,7 @@ SIZES = {
     "teacher": {"num_parameters": 3_630_000, "gflop": 0.486},
 }
 COSTS = "It has 2.77 M parameters (teacher: 3.63), 11.08 MB in float32 (teacher: 14.52), 0.38 GFLOP (teacher: 0.49)."
-SMALLER = "smaller batches for the same number of samples"
+SMALLER = "smaller batches for the same number of samples: the last 300 batches closed"
 
 
 def run_of(measure: Measure, teacher: float, *curve: float, model: str | None = None, **record: Any) -> Run:
@@ -66,12 +73,8 @@ def scores(measure: str, untrained: float, student: float, teacher: float, batch
     ("curve", "model", "advice"),
     [
         ((0.2, 0.3, 0.4), None, " To close more, try longer training: the last 300 batches closed 25 %."),
-        (
-            (0.2, 0.396, 0.4),
-            None,
-            f" To close more, try more teacher.first_blocks or {SMALLER}: the last 300 batches closed 1 %.",
-        ),
-        ((0.2, 0.408, 0.4), "timm/resnet18", f" To close more, try {SMALLER}: the last 300 batches closed -2 %."),
+        ((0.2, 0.396, 0.4), None, f" To close more, try more teacher.first_blocks or {SMALLER} 1 %."),
+        ((0.2, 0.408, 0.4), "timm/resnet18", f" To close more, try {SMALLER} -2 %."),
         ((0.2, 0.5, 0.58), None, ""),
     ],
     ids=["rising", "flat", "a CNN, falling", "enough"],
@@ -136,3 +139,61 @@ def test_the_projected_embedding_has_a_pooling_of_its_own() -> None:
     run = run_of(TOP1, 0.6, 0.2, 0.4)
     run.record["config"]["retrieval"] |= {"representation": "projected", "pooling": "mean"}
     assert "(bank train top-1, projected_cls, batch 300);" in next(answer(run))
+
+
+def test_the_table_of_a_study_compares_each_row_with_its_own_baselines() -> None:
+    def log_of(**top1: list[float]) -> dict[str, dict[int, float]]:
+        log = {"loss/train/total": {0: 2.0, 1: 1.0}, "time/sample": {1: 64.0}}
+        for bank, embedding, row in product(BANKS, EMBEDDINGS[1:], top1):  # of a teacher without CLS
+            log[metric_key("cifar10", retrieval_from(bank, 1), embedding, row)] = dict(enumerate(top1[row]))
+        return log
+
+    speed = {"throughput/samples_per_sec": {0: 8.0}}
+    printed = study_table(
+        {
+            "base": log_of(student=[0.2, 0.3], teacher=[0.4]) | speed,
+            "another depth": log_of(student=[0.2, 0.35]),
+            "another reading": log_of(student=[0.1, 0.3], teacher=[0.35]),
+        }
+    )
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
+    assert head == ["bank train / bank test", *EMBEDDINGS[1:], "loss", "s"]
+    assert [row[:2] for row in rows] == [
+        ["untrained student", "20.0 / 20.0"],
+        ["base", "30.0 / 30.0 (50 %)"],
+        ["another depth", "35.0 / 35.0 (75 %)"],
+        ["another reading", "30.0 / 30.0 (80 %)"],
+        ["– its untrained student", "10.0 / 10.0"],
+        ["– its teacher", "35.0 / 35.0"],
+        ["teacher", "40.0 / 40.0"],
+    ]
+    assert [row[-2:] for row in rows[1:3]] == [["1.500", "8"], ["1.500", "–"]]
+
+
+def test_each_measure_is_a_line_through_the_models_in_order_of_speed() -> None:
+    load: Any = None
+    speeds: dict[int, dict[str, float]] = {1: {"fast": 3, "slow": 5}, 64: {"fast": 900, "slow": 30}}
+    right = {"pixels": 10, "fast": 40, "slow": 60}
+    measures = [retrieval_from("train", 1), retrieval_from("train", 3), LINEAR]
+    results = [
+        Result(row, dataset, measure, "output_mean", True, torch.arange(100) < hits + 10 * i)
+        for row, hits in right.items()
+        for i, measure in enumerate(measures)
+        for dataset in ("first", "second")
+    ]
+    lookup = Lookup("output_mean", (1, 3), ["linear"], None, 64)
+    evaluation = Evaluation({}, {}, lookup, load, {"first": [], "second": []}, results, speeds)
+    figure = quality_over_speed(evaluation, 64, "images")
+    assert [axes.get_title("left") for axes in figure.axes] == [
+        f"Quality over speed on {name}, with 95 % intervals" for name in ("first", "second")
+    ]
+    for axes in figure.axes:
+        containers: Any = axes.containers
+        texts: Any = axes.texts
+        lines = {container.get_label(): np.asarray(container.lines[0].get_xydata()) for container in containers}
+        assert lines.keys() == {"bank train top-1", "linear probe"}
+        assert lines["bank train top-1"] == pytest.approx(np.array([[30, 0.6], [900, 0.4]]))
+        assert lines["linear probe"] == pytest.approx(np.array([[30, 0.8], [900, 0.6]]))
+        assert {text.get_text(): text.xy[0] for text in texts} == {"slow": 30, "fast": 900}
+        assert axes.get_xlabel() == "images per second on this machine, in batches of 64"
+        assert axes.get_xscale() == "log"

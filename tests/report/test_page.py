@@ -7,7 +7,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from functools import partial
+from itertools import product
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -22,18 +24,17 @@ from d2v_composer.commands import report
 from d2v_composer.data.audio import Audio
 from d2v_composer.evaluation.rows import BANKS, GAP, STUDENT, TEACHER, Result, metric_key, retrieval_from
 from d2v_composer.evaluation.run_log import read_jsonl
-from d2v_composer.models.names import EMBEDDINGS
 from d2v_composer.report import page
 from d2v_composer.report.page import gallery, write_report
 from d2v_composer.report.plots import accuracy_plots
 from d2v_composer.report.run import Run, read_run
-from d2v_composer.report.tables import study_table
 from d2v_composer.sources.labeled import load_labeled_set
 from d2v_composer.system.command_line import d2v
 from helpers import ROOT, small_run
 from made_once import made_once
 from recipes import train
 
+PRIMARY, WEAK = "layer_mean_cls", "output_mean"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -49,17 +50,9 @@ def write_squares(root: Path) -> None:
 
 def train_with_retrieval(folder: Path, data: Path, images: Path) -> None:
     """Train a small run with retrieval and health, and check what it prints of its report."""
-    arguments = small_run(
-        folder,
-        data,
-        f"retrieval.datasets={{squares: {{format: folder, root: {images}}}}}",
-        "retrieval.interval=6ba",
-        "retrieval.probes=[knn, agreement, instance]",
-        "retrieval.max_images=24",
-        "callbacks.health={interval: 2ba}",
-        "run_name=mine",
-        "report=true",
-    )
+    sets = f"retrieval.datasets={{squares: {{format: folder, root: {images}}}}}"
+    measures = sets, "retrieval.interval=6ba", "retrieval.probes=[knn, agreement, instance]", "retrieval.max_images=24"
+    arguments = small_run(folder, data, *measures, "callbacks.health.interval=2ba", "run_name=mine", "report=true")
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as stdout:
         patch.setattr(sys, "argv", ["recipes/train.py", *arguments])
         train.main(arguments)
@@ -110,66 +103,57 @@ def test_training_ends_with_a_report(run_folder: Path) -> None:
 
 
 @pytest.fixture
-def accurate(run_folder: Path) -> tuple[Run, str, str]:
-    """The run with accuracies of 20 % before and 40 % after, its primary embedding, and one with a weak teacher."""
+def accurate(run_folder: Path) -> Run:
+    """The run with accuracies of 20 % before and 40 % after; the teacher has 60 %, and 30 % by ``output_mean``."""
     run = read_run(run_folder)
-    primary = "{representation}_{pooling}".format(**run.record["config"]["retrieval"])
-    [weak, *_] = {*EMBEDDINGS} - {primary}
-    accuracies = {(embedding, STUDENT): {0: 0.2, 14: 0.4} for embedding in ("", primary, weak)}
-    accuracies |= {(embedding, "teacher"): {0: 0.6} for embedding in ("", primary)}
-    accuracies |= {("", "pixels"): {0: 0.1}, (weak, "teacher"): {0: 0.3}}
-    ks = run.record["config"]["retrieval"]["ks"]
-    measures = [retrieval_from(bank, k) for bank in BANKS for k in ks]
+    accuracies: dict[tuple[str, str], dict[int, float]] = {("", "pixels"): {0: 0.1}}
+    for embedding, teacher in {"": 0.6, PRIMARY: 0.6, WEAK: 0.3}.items():
+        accuracies |= {(embedding, STUDENT): {0: 0.2, 14: 0.4}, (embedding, TEACHER): {0: teacher}}
+    measures = [retrieval_from(bank, k) for bank in BANKS for k in (1, 3)]
     log = {metric_key("squares", measure, *of): curve for of, curve in accuracies.items() for measure in measures}
-    measure, shares = retrieval_from("train", min(ks)), zip(GAP, (20, 40, 60), strict=True)
-    results = [Result(row, "squares", measure, "", True, torch.arange(100) < share, 14) for row, share in shares]
-    return run._replace(log=log, results=results), primary, weak
+    hits = {row: torch.arange(100) < share for row, share in zip(GAP, (20, 40, 60), strict=True)}
+    results = [Result(row, "squares", measures[0], "", True, hits[row], 14) for row in GAP]
+    return run._replace(log=log, results=results)
 
 
-def test_the_page_and_its_plots_show_the_log(accurate: tuple[Run, str, str], tmp_path: Path) -> None:
-    run, primary, weak = accurate
-    write_report(run, tmp_path)
+def test_the_page_and_its_plots_show_the_log(accurate: Run, tmp_path: Path) -> None:
+    write_report(accurate, tmp_path)
     page = (tmp_path / "report.html").read_text()
-    for shown in (
-        "untrained it scored 20.0 %",
-        "its teacher scores 60.0 %",
-        "40.0 %",
-        "50 %",
-        "<td>20.0 [",
-        "teacher gap closed",
-        "On squares, the student closes 50 % of the teacher gap",
-    ):
+    verdict = "On squares, the student closes 50 % of the teacher gap", "untrained it scored 20.0 %"
+    for shown in (*verdict, "its teacher scores 60.0 %", "40.0 %", "<td>20.0 [", "teacher gap closed"):
         assert shown in page, shown
     drawn = {
         name: {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in figure.axes[0].lines}
-        for name, figure in accuracy_plots(run)
+        for name, figure in accuracy_plots(accurate)
     }
     closed = drawn["gap_closed_squares"]
-    assert (closed[primary], closed[weak]) == (pytest.approx([0, 0.5]), pytest.approx([0, 2]))
+    assert (closed[PRIMARY], closed[WEAK]) == (pytest.approx([0, 0.5]), pytest.approx([0, 2]))
     expected = {"student": [0.2, 0.4], "pixels": [0.1, 0.1], "teacher": [0.6, 0.6]}
     assert drawn["retrieval_squares_bank_train"] == expected
+
+
+def write_tones(folder: Path) -> None:
+    """Write six high and low tones to train, and five to test."""
+    for split, i in [*product(("train",), range(6)), *product(("test",), range(5))]:
+        path = folder / split / ("high", "low")[i % 2] / f"{i}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        seconds = np.arange(int((0.3 + i) * 22_050)) / 22_050
+        soundfile.write(path, 0.1 * np.sin(2 * np.pi * (3000, 300)[i % 2] * seconds), 22_050)
 
 
 @pytest.fixture(scope="module")
 def sound_run(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose samples are tones: each of the first four queries found high ones, the last one low ones."""
     folder = tmp_path_factory.mktemp("sound")
-    for split, count in (("train", 6), ("test", 5)):
-        for i in range(count):
-            path = folder / "tones" / split / ("high", "low")[i % 2] / f"{i}.wav"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            seconds = np.arange(int((0.3 + i) * 22_050)) / 22_050
-            soundfile.write(path, 0.1 * np.sin(2 * np.pi * (3000, 300)[i % 2] * seconds), 22_050)
+    write_tones(folder / "tones")
     record = yaml.safe_load((run_folder / "run.yaml").read_text())
     record["data"]["modality"] = "audio"
     record["config"]["retrieval"]["datasets"] = {"tones": {"format": "folder", "root": str(folder / "tones")}}
-    nearest = torch.tensor([[0, 1, 2]] * 4 + [[3, 4, 5]])
+    measure, nearest = retrieval_from("train", 1), torch.tensor([[0, 1, 2]] * 4 + [[3, 4, 5]])
+    result = Result(STUDENT, "tones", measure, "", True, torch.ones(5, dtype=torch.bool), 14, nearest)
     images = load_labeled_set("folder", folder / "tones", Audio()).numbered().fingerprint()
-    measure, hits = retrieval_from("train", 1), torch.ones(5, dtype=torch.bool)
-    results = [Result(STUDENT, "tones", measure, "", True, hits, 14, nearest).plain()]
-    saved = {"conditions": {"tones.images": images}, "results": results}
-    state = {"callbacks": {"ZeroShotRetrieval": saved}}
-    torch.save({"state": state}, folder / LATEST)
+    saved = {"conditions": {"tones.images": images}, "results": [result.plain()]}
+    torch.save({"state": {"callbacks": {"ZeroShotRetrieval": saved}}}, folder / LATEST)
     (folder / "run.yaml").write_text(yaml.safe_dump(record))
     shutil.copy(run_folder / "log.jsonl", folder)
     report.main([str(folder)])
@@ -280,72 +264,32 @@ def test_a_class_may_have_a_name_that_is_no_text(
     assert r"do\udce7g" in (folder / "report.html").read_text()
 
 
-def test_galleries_show_the_neighbors_that_were_counted(run_folder: Path) -> None:
+@pytest.mark.parametrize(("model", "key"), [(STUDENT, ""), (TEACHER, "teacher/")])
+def test_galleries_show_the_neighbors_that_were_counted(model: str, key: str, run_folder: Path) -> None:
     run = read_run(run_folder)
-    bank, queries, names, _ = run.datasets["squares"]
+    squares, measure = run.datasets["squares"], retrieval_from("train", 1)
+    bank, queries, names, _ = squares
     assert names == ("<ship>", "cat", "dog")
-    measure = retrieval_from("train", 1)
-    nearest = {
-        result.row: result.nearest.long()
-        for result in run.results
-        if result.measure == measure and result.nearest is not None
-    }
-    for model, key in ((STUDENT, ""), (TEACHER, "teacher/")):
-        hits = bank.labels[nearest[model][:, 0]] == queries.labels
-        assert hits.double().mean().item() == max(run.log[f"metrics/squares/{key}bank_train/top1"].items())[1]
-        rows = gallery(run.datasets["squares"], torch.arange(4), {model: nearest[model][:, :1]})
-        for (query, neighbor), hit in zip(rows, hits, strict=False):
-            assert (query.model, neighbor.model) == ("query", model)
-            assert (query.mark, neighbor.mark, neighbor.sound) == ("", "✓" if hit else "✗", b"")
-            assert query.label in names
-            assert (neighbor.label == query.label) == hit
+    [nearest] = [result.nearest for result in run.results if (result.row, result.measure) == (model, measure)]
+    assert nearest is not None
+    first = nearest[:, 0].long()
+    hits = bank.labels[first] == queries.labels
+    assert hits.double().mean().item() == max(run.log[f"metrics/squares/{key}bank_train/top1"].items())[1]
+    rows = gallery(squares, torch.arange(4), {model: first[:, None]})
+    for (query, neighbor), hit in zip(rows, hits, strict=False):
+        assert (query.model, neighbor.model) == ("query", model)
+        assert (query.mark, neighbor.mark, neighbor.sound) == ("", "✓" if hit else "✗", b"")
+        assert query.label in names
+        assert (neighbor.label == query.label) == hit
     shown = decode_png(torch.frombuffer(bytearray(rows[0][1].picture), dtype=torch.uint8), ImageReadMode.RGB)
-    assert torch.equal(shown, bank.samples[int(nearest[TEACHER][0, 0])])
+    assert torch.equal(shown, bank.samples[first[0]])
 
 
 def test_training_succeeds_even_if_its_report_fails(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "run"
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(page, "write_report", fail)
-    trainer = train.main(small_run(folder, small_data, "max_duration=2ba", "scheduler.t_warmup=1ba", "report=true"))
+    monkeypatch.setattr(page, "write_report", Mock(side_effect=OSError(28, "No space left on device")))
+    trainer = train.main(small_run(tmp_path, small_data, "max_duration=2ba", "scheduler.t_warmup=1ba", "report=true"))
     assert trainer.state.timestamp.batch == 2
-    assert capfd.readouterr().err.splitlines()[-1] == (
-        "report: could not be written (OSError: [Errno 28] No space left on device); "
-        f"to try again, run {d2v('report', folder)}"
-    )
-
-
-def test_the_table_of_a_study_compares_each_row_with_its_own_baselines() -> None:
-    def log_of(**top1: list[float]) -> dict[str, dict[int, float]]:
-        log = {"loss/train/total": {0: 2.0, 1: 1.0}, "time/sample": {1: 64.0}}
-        for bank in BANKS:
-            for embedding in EMBEDDINGS[1:]:  # of a teacher without CLS
-                for name, values in top1.items():
-                    log[metric_key("cifar10", retrieval_from(bank, 1), embedding, name)] = dict(enumerate(values))
-        return log
-
-    speed = {"throughput/samples_per_sec": {0: 8.0}}
-    printed = study_table(
-        {
-            "base": log_of(student=[0.2, 0.3], teacher=[0.4]) | speed,
-            "another depth": log_of(student=[0.2, 0.35]),
-            "another reading": log_of(student=[0.1, 0.3], teacher=[0.35]),
-        }
-    )
-    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
-    assert head == ["bank train / bank test", *EMBEDDINGS[1:], "loss", "s"]
-    assert [row[:2] for row in rows] == [
-        ["untrained student", "20.0 / 20.0"],
-        ["base", "30.0 / 30.0 (50 %)"],
-        ["another depth", "35.0 / 35.0 (75 %)"],
-        ["another reading", "30.0 / 30.0 (80 %)"],
-        ["– its untrained student", "10.0 / 10.0"],
-        ["– its teacher", "35.0 / 35.0"],
-        ["teacher", "40.0 / 40.0"],
-    ]
-    assert [row[-2:] for row in rows[1:3]] == [["1.500", "8"], ["1.500", "–"]]
+    problem = "report: could not be written (OSError: [Errno 28] No space left on device); to try again, run "
+    assert capfd.readouterr().err.splitlines()[-1] == problem + d2v("report", tmp_path)
