@@ -449,12 +449,6 @@ def test_files_that_do_not_fit_together_are_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_is_written_again_is_read_again(tmp_path: Path) -> None:
-    for seed in range(2):
-        path = write_parquet(tmp_path / "x.parquet", {"image": [encoded_image(seed)]})
-        assert open_source(str(path), Images()).load(0) == encoded_image(seed)
-
-
 def test_labeled_parquet_files_are_read_as_mds_is(tmp_path: Path) -> None:
     """From the hub's files of names, of train and validation; the labels' names come from the files, too."""
     for split, name, first in (("train", "train", 0), ("test", "validation", 100)):
@@ -474,12 +468,6 @@ def assert_same_samples(ours: EvaluationSet, theirs: EvaluationSet) -> None:
     for our_split, their_split in zip(ours[:2], theirs[:2], strict=True):
         assert torch.equal(our_split.samples, their_split.samples)
         assert torch.equal(our_split.labels, their_split.labels)
-
-
-def test_labeled_parquet_files_need_two_splits(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "train.parquet", {"image": [IMAGE], "label": [0]})
-    with pytest.raises(InputError, match=r"no split 'test'; available: train$"):
-        load_labeled_set("parquet", tmp_path)
 
 
 @pytest.mark.parametrize("format", [None, "zip", "parquet"])
