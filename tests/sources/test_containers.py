@@ -20,9 +20,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils._http import reset_sessions
-from streaming import StreamingDataset
 from streaming.base.format.mds import MDSReader
-from torch.utils.data import DataLoader
 
 from containers import FEATURES, write_all, write_parquet, write_tar, write_zip
 from d2v_composer.commands import convert_images, embed
@@ -151,13 +149,11 @@ TWO_COLUMNS = {"image": [IMAGE], "depth": [IMAGE], "caption": ["a"]}
     [
         ("parquet", TWO_COLUMNS, "", "expected one column of images, as bytes or paths; 2 fit; columns: image, depth;"),
         ("parquet", TWO_COLUMNS, "--column mask", "mask is missing; columns: image, depth, caption"),
-        ("parquet", {"size": [1.0]}, "", "expected one column of images.*; 0 fit; columns: size; choose"),
         ("parquet", {"size": [1.0]}, "--column size", "size is double; columns: size"),
         ("parquet", {"image": [{"file": {"bytes": IMAGE}}]}, "", "0 fit; columns: image; choose"),
         ("parquet", {"url": ["a"], "text": ["b"]}, "", "2 fit; columns: url, text"),
         ("parquet", {"image": [IMAGE]}, "--label-column label", "no label column 'label'; columns: image"),
         ("parquet", {"image": [IMAGE], "label": [0.5]}, LABELED, "x.parquet#0: its label must be a whole number"),
-        ("parquet", {"image": [IMAGE], "label": [None]}, LABELED, "x.parquet#0: its label must be .*, got None"),
         ("parquet", {"image": [IMAGE]}, "--split test", "no split 'test'; available: none; omit --split"),
         ("parquet", {"image": [IMAGE]}, "--labels a.csv", "--labels: applies only to a folder; for .*x.parquet"),
         ("parquet", {"image": pa.array([], pa.binary())}, "", "no images in 1 files"),
@@ -216,18 +212,13 @@ def test_what_a_zip_must_not_hold_is_one_line(change: tuple[str, int], line: str
         ({"train": ["x/train/b/0", "x/train/a/1"], "val": ["x/val/b/2"]}, None, [0, 1], "ab"),
         ({"0": ["x/b/0"], "1": ["x/a/1", "x/b/2"]}, None, [0, 1, 2], "ab"),
         ({"x": ["y/0", "y/1"]}, None, [0, 1], ""),
-        ({"x": ["val/a/0"]}, None, "no split 'train'; available: val$", ""),
     ],
 )
 def test_folders_in_zips_are_splits_and_classes(
-    zips: dict[str, list[str]], split: str | None, ids: list[int] | str, classes: Sequence[str], tmp_path: Path
+    zips: dict[str, list[str]], split: str | None, ids: list[int], classes: Sequence[str], tmp_path: Path
 ) -> None:
     for name, paths in zips.items():
         write_zip(tmp_path / "in" / f"{name}.zip", [(f"{path}.jpg", IMAGE) for path in paths])
-    if isinstance(ids, str):
-        with pytest.raises(InputError, match=ids):
-            find_samples(tmp_path / "in", split)
-        return
     source = find_samples(tmp_path / "in", split)
     known = [f"{name}.zip/{path}.jpg" for name, paths in zips.items() for path in paths]
     assert [*source.ids] == [known[number] for number in ids]
@@ -360,11 +351,9 @@ def test_splits_and_classes(tmp_path: Path) -> None:
         (["train/0", "val/0", "val/train-1"], None, ["train/0", "val/train-1"]),
         (["0", "1"], None, ["0", "1"]),
         (["dev-clean-0", "train-clean-0"], "DEV-clean", ["dev-clean-0"]),
-        (["train-0", "val-0"], "none", ["train-0", "val-0"]),
         (["train_test-0"], "none", ["train_test-0"]),
         (["training-0", "validation-0"], None, "no split 'train'; available: validation$"),
         (["val-0", "test-0"], None, "no split 'train'; available: val, test$"),
-        (["test-0"], None, "no split 'train'; available: test$"),
         (["train-0"], "(", "no split '\\('; available: train$"),
         (["0"], "val", "no split 'val'; available: none; omit --split$"),
         (["train_test-0", "val-0"], "val", "x/train_test-0.tar: is it test or train\\? Choose files by a glob"),
@@ -560,23 +549,3 @@ def test_without_pyarrow_it_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ModuleNotFoundError) as caught:
         converted(path, tmp_path / "out")
     assert explain(caught.value) == (2, [f"error: {caught.value}: pip install 'd2v-composer[parquet]'"])
-
-
-@pytest.mark.slow
-def test_litdata_and_a_data_loader_read_what_we_write(tmp_path: Path) -> None:
-    """As the guide says: without another conversion."""
-    litdata = pytest.importorskip("litdata")
-    columns = {"image": [encoded_image(i) for i in range(40)], "label": [*range(40)]}
-    source = write_parquet(tmp_path / "x.parquet", columns)
-    converted(source, tmp_path / "out", "--label-column", "label", "--shard-size", "10kb")
-    out, links = tmp_path / "out", tmp_path / "links"
-    links.mkdir()
-    for path in out.glob("shard.*"):
-        (links / path.name).symlink_to(path)
-    index = json.loads((out / "index.json").read_bytes())
-    index["shards"] = [shard | {"zip_data": shard["raw_data"]} for shard in index["shards"]]
-    (links / "index.json").write_text(json.dumps(index))
-    dataset: Any = StreamingDataset(local=str(out), shuffle=False, batch_size=8)
-    batches = DataLoader(dataset, batch_size=8, collate_fn=lambda samples: samples)
-    for samples in (litdata.StreamingDataset(str(links)), [sample for batch in batches for sample in batch]):
-        assert sorted((bytes(sample["image"]), int(sample["label"])) for sample in samples) == stored(out)

@@ -15,9 +15,10 @@ from composer.utils import dist
 from PIL import Image
 from streaming import MDSWriter
 from streaming.base.format.mds import MDSReader
+from torch import Tensor
 
 from d2v_composer.config.load import load_config
-from d2v_composer.data.images import Images, RandomResizedCropFlip, decode_rgb
+from d2v_composer.data.images import Images, decode_rgb
 from d2v_composer.sources import shards
 from d2v_composer.sources.labeled import load_labeled_set
 from d2v_composer.sources.mds import ENCODINGS, NUMBERS, Index, Shard
@@ -25,7 +26,6 @@ from d2v_composer.sources.open import open_source
 from d2v_composer.sources.shards import fetch_index
 from d2v_composer.system.errors import InputError
 from d2v_composer.training_data.loader import build_train_loader, read_train_index
-from d2v_composer.training_data.order import StreamingSamples
 from helpers import encoded_image, small_run, write_images
 
 NUM_SAMPLES = 32
@@ -140,21 +140,25 @@ def write_as_streaming(folder: Path, files: list[Path], encoding: str) -> Path:
 
 def train_loader(data: Path, *overrides: str, size: int = 24) -> Any:
     """Build the loader of a small run with crops of ``size`` pixels."""
-    changes = ("seed=5", "train_loader.crop_scale=[0.08,1.0]", *overrides)
-    config = load_config(small_run(data / "run", data, *changes))
+    config = load_config(small_run(data / "run", data, "train_loader.crop_scale=[0.08,1.0]", *overrides))
     index = read_train_index(config.train_loader, Images(size), 16)
     return build_train_loader(config, config.train_loader, index)
 
 
-@pytest.mark.parametrize("encoding", ["bytes", "jpeg", "png", "pil"])
+def images_of_an_epoch(data: Path) -> dict[int, Tensor]:
+    """Return each sample's crop by its id."""
+    batches = list(train_loader(data, "train_loader.column=x"))
+    ids, images = (torch.cat([batch[name] for batch in batches]) for name in ("sample_id", "image"))
+    return dict(zip(ids.tolist(), images, strict=True))
+
+
+@pytest.mark.parametrize("encoding", ["jpeg", "png", "pil"])
 def test_trains_on_a_data_set_of_streamings_own_converter(files: list[Path], tmp_path: Path, encoding: str) -> None:
-    batches = list(train_loader(write_as_streaming(tmp_path / "data", files, encoding), "train_loader.column=x"))
-    ids, pixels = (torch.cat([batch[name] for batch in batches]) for name in ("sample_id", "image"))
-    assert sorted(ids.tolist()) == list(range(NUM_SAMPLES))
-    index = Index(write_as_streaming(tmp_path / "ours", files, "bytes"), Images(24), "x")
-    ours = StreamingSamples(index, RandomResizedCropFlip(24), seed=5)
-    expected = {sample["sample_id"]: sample["image"] for sample in map(ours.__getitem__, ours.order)}
-    assert all(torch.equal(image, expected[i]) for i, image in zip(ids.tolist(), pixels, strict=True))
+    ours, expected = (
+        images_of_an_epoch(write_as_streaming(tmp_path / name, files, name)) for name in (encoding, "bytes")
+    )
+    assert ours.keys() == expected.keys() == {*range(NUM_SAMPLES)}
+    assert all(torch.equal(image, expected[i]) for i, image in ours.items())
 
 
 @pytest.mark.parametrize("encoding", ["jpeg", "pil"])
