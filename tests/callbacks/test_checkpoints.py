@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -84,15 +85,15 @@ def test_a_failed_upload_ends_the_run_and_gives_up_the_others(caplog: pytest.Log
 
 
 def test_a_folder_is_of_one_address(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, "s3://a/runs")
     for _ in range(2):
-        Checkpoints(RunFolder(tmp_path, "s3://a/runs"), "5ba").post_close()
+        Checkpoints(folder, "5ba").post_close()
         assert list(tmp_path.iterdir()) == []
-    checkpoints = Checkpoints(RunFolder(tmp_path, "s3://a/runs"), "5ba")
+    checkpoints = Checkpoints(folder, "5ba")
     (tmp_path / "log.jsonl").touch()
     checkpoints.post_close()
-    for address, words in (("s3://b/runs", "s3://b/runs"), (None, "this run")):
-        with pytest.raises(InputError, match=f"holds the files of s3://a/runs, not of {words}"):
-            Checkpoints(RunFolder(tmp_path, address), "5ba")
+    with pytest.raises(InputError, match=r"holds the files of s3://a/runs, not of s3://b/runs"):
+        Checkpoints(RunFolder(tmp_path, "s3://b/runs"), "5ba")
 
 
 def test_a_run_stops_when_its_folder_is_another_runs(tmp_path: Path) -> None:
@@ -111,14 +112,8 @@ def test_a_run_stops_when_its_folder_is_another_runs(tmp_path: Path) -> None:
         checkpoints.post_close()
 
 
-def test_a_file_system_that_is_away_for_a_moment_does_not_end_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def is_away(*_: Any, **__: Any) -> Any:
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-
+def test_a_file_system_that_is_away_for_a_moment_does_not_end_a_run(tmp_path: Path) -> None:
     lock = FolderLock(RunFolder(tmp_path))
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "stat", is_away)
+    with patch.object(os, "stat", side_effect=OSError(errno.ESTALE, os.strerror(errno.ESTALE))):
         assert not lock.is_removed()
     lock.release()

@@ -1,7 +1,6 @@
-"""Numbers that are not finite: training continues or stops with a message, and never saves them."""
+"""Numbers that are not finite stop a run, and are never saved; tests/recipes/test_float16.py skips some."""
 
-import math
-from collections.abc import Callable, Container
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 from composer import Callback, Event, Logger, State, Trainer
 from composer.algorithms import GradientClipping
-from composer.core import Precision
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.utils._pytree import tree_leaves
@@ -17,7 +15,6 @@ from torch.utils.data import DataLoader
 
 from d2v_composer.callbacks import GradientNorm
 from d2v_composer.callbacks.checkpointing import Checkpoints, NanGuard
-from d2v_composer.callbacks.trainer_state import loss_scale
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.models.names import Normalization
 from d2v_composer.models.targets import norm_mean
@@ -29,9 +26,8 @@ from recipes import train as train_recipe
 NUM_BATCHES, BATCH_SIZE = 12, 8
 
 
-def train(folder: Path, *callbacks: Callback) -> list[float]:
-    """Train twelve batches with a checkpoint after each, and return the losses."""
-    losses = Losses()
+def train(folder: Path, *callbacks: Callback) -> None:
+    """Train twelve batches with a checkpoint after each."""
     torch.manual_seed(0)
     teacher = load_teacher(GOLDEN / "tiny_base.pt")
     model = DistillationModel(teacher, teacher.build_student(depth=2))
@@ -42,22 +38,13 @@ def train(folder: Path, *callbacks: Callback) -> list[float]:
         max_duration=f"{NUM_BATCHES}ba",
         optimizers=torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-3),
         algorithms=[GradientClipping("norm", 2.0), GradientNorm(every=1)],
-        callbacks=[losses, NanGuard(), *callbacks, Checkpoints(RunFolder(folder), "1ba")],
+        callbacks=[NanGuard(), *callbacks, Checkpoints(RunFolder(folder), "1ba")],
         progress_bar=False,
     )
     try:
         trainer.fit()
     finally:
         trainer.engine.close()
-    return losses.values
-
-
-class Losses(Callback):
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        self.values.append(state.total_loss_dict["loss/train/total"])
 
 
 def assert_all_saved_is_finite(folder: Path) -> None:
@@ -74,18 +61,18 @@ def test_a_target_without_variance_is_zero(normalization: Normalization) -> None
     assert not norm_mean([torch.full((2, 5, 8), 0.1)] * 2, normalization=normalization).any()
 
 
-def first_gradient(state: State) -> Tensor:
-    return next(parameter.grad for parameter in state.model.parameters() if parameter.grad is not None)
+def change_gradient(state: State, change: Callable[[Tensor], object]) -> None:
+    change(next(parameter.grad for parameter in state.model.parameters() if parameter.grad is not None))
 
 
 def infinite_gradient(state: State) -> None:
     """Clipping turns it into NaN in every weight, while the batch's loss is normal."""
-    first_gradient(state).view(-1)[3] = torch.inf
+    change_gradient(state, lambda gradient: gradient.view(-1)[3].fill_(torch.inf))
 
 
 def large_gradient(state: State) -> None:
     """Its square is beyond float32. AdamW divides by it, so that the weight would never change again."""
-    first_gradient(state).fill_(1e30)
+    change_gradient(state, lambda gradient: gradient.fill_(1e30))
 
 
 def infinite_loss(state: State) -> None:
@@ -121,71 +108,20 @@ def test_stops_after_numbers_that_are_not_finite(fault: Fault, message: str, tmp
     assert (tmp_path / "latest-rank0.pt").readlink().name == "ep0-ba5-rank0.pt"
 
 
-class LossScaling(Callback):
-    """Runs Composer's own loop of amp_fp16 without a GPU, in float32.
-
-    Args:
-        infinite: The batches whose loss is infinite.
-        scale: The first scale.
-    """
-
-    def __init__(self, infinite: Container[int], scale: float = 1024.0) -> None:
-        self.infinite, self.scale = infinite, scale
-        self.scales: list[float] = []
-
-    def fit_start(self, state: State, logger: Logger) -> None:
-        state.scaler = cast(Any, GradScaler("cpu", init_scale=self.scale))
-        state.precision = Precision.AMP_FP16
-
-    def after_loss(self, state: State, logger: Logger) -> None:
-        if int(state.timestamp.batch) in self.infinite:
-            infinite_loss(state)
-
-    def batch_end(self, state: State, logger: Logger) -> None:
-        self.scales.append(loss_scale(state))
-
-
-# Raised by Composer's autocast on a CPU.
-no_cuda = pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda', but CUDA is not available")
-
-
-@no_cuda
-def test_the_loss_scaler_may_skip_batches(tmp_path: Path) -> None:
-    """And another later. Checkpoints in between hold the unchanged student and the scale."""
-    scaling = LossScaling({*range(1, 10), 11})
-    losses = train(tmp_path, scaling)
-    assert [batch for batch, loss in enumerate(losses) if not math.isfinite(loss)] == [*range(1, 10), 11]
-    assert scaling.scales == [1024.0, *(1024.0 / 2**i for i in range(1, 10)), 2.0, 1.0]
-    assert_all_saved_is_finite(tmp_path)
-    first, skipped, stepped = (load_checkpoint(tmp_path / f"ep0-ba{i}-rank0.pt")["state"] for i in (1, 10, 11))
-    name = next(iter(first["model"]))
-    assert torch.equal(skipped["model"][name], first["model"][name])
-    assert not torch.equal(stepped["model"][name], first["model"][name])
-    restored = GradScaler("cpu")
-    restored.load_state_dict(skipped["scaler"]["GradScaler"])
-    assert restored.get_scale() == 2.0
-
-
-@no_cuda
-def test_stops_when_the_loss_scale_is_too_small(tmp_path: Path) -> None:
-    """As fairseq does: below it nothing is learned, and every batch is skipped."""
-    message = r"^batch 4: the loss scale fell to 6\.1\S+e-05 because the gradients are not finite"
-    with pytest.raises(FloatingPointError, match=message):
-        train(tmp_path, LossScaling(range(1, 12), scale=2.0**-10))
-    assert_all_saved_is_finite(tmp_path)
-    assert (tmp_path / "latest-rank0.pt").readlink().name == "ep0-ba4-rank0.pt"
-
-
-def test_tf32_is_the_users_choice(small_data: Path, tmp_path: Path) -> None:
-    """Although each of Composer's GPU devices changes it."""
-    switches: tuple[Any, Any] = torch.backends.cuda.matmul, torch.backends.cudnn
+@pytest.fixture
+def allowed_tf32() -> Iterator[list[Any]]:
+    """torch's two switches, on."""
+    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
     before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = True
+    yield switches
+    for switch, allowed in zip(switches, before, strict=True):
+        switch.allow_tf32 = allowed
+
+
+def test_tf32_is_the_users_choice(allowed_tf32: list[Any], small_data: Path, tmp_path: Path) -> None:
+    """Although each of Composer's GPU devices changes it."""
     options = ("max_duration=1ba", "scheduler.t_warmup=1ba", "allow_tf32=false")
-    try:
-        for switch in switches:
-            switch.allow_tf32 = True
-        train_recipe.main(small_run(tmp_path, small_data, *options))
-        assert not any(switch.allow_tf32 for switch in switches)
-    finally:
-        for switch, allowed in zip(switches, before, strict=True):
-            switch.allow_tf32 = allowed
+    train_recipe.main(small_run(tmp_path, small_data, *options))
+    assert not any(switch.allow_tf32 for switch in allowed_tf32)

@@ -105,19 +105,17 @@ def test_an_array_of_one_size_is_a_column_too(tmp_path: Path) -> None:
 
 def test_unreadable_samples_are_null_and_say_why(tmp_path: Path) -> None:
     files = [*IMAGES[:3], b"not an image", *IMAGES[3:6], b"", IMAGES[6][:200], *IMAGES[7:]]
-    bad, missing = [3, 7, 8], str(tmp_path / "missing.jpg")
-    rows = by_command(tmp_path, TEACHER, files, ".jpg")
-    embed = Embedder(TEACHER, batch_size=BATCH)
-    columns = embed({"image": [*files, None, missing]})
+    missing = str(tmp_path / "missing.jpg")
+    columns = Embedder(TEACHER, batch_size=BATCH)({"image": [*files, None, missing]})
     embeddings, errors = columns["embedding"], columns["error"]
-    assert [number for number, row in enumerate(embeddings) if row is None] == [*bad, 13, 14]
-    assert [number for number, error in enumerate(errors) if error is not None] == [*bad, 13, 14]
-    np.testing.assert_array_equal([row for row in embeddings if row is not None], rows)
+    bad = [number for number, error in enumerate(errors) if error is not None]
+    assert bad == [number for number, row in enumerate(embeddings) if row is None] == [3, 7, 8, 13, 14]
+    expected = by_command(tmp_path, TEACHER, files, ".jpg")
+    np.testing.assert_array_equal([row for row in embeddings if row is not None], expected)
     assert errors[3] == "image: cannot decode as an image (12 bytes)"
     assert errors[13] == "image: cannot decode as an image (None)"
     assert errors[14] == f"{missing} cannot be read (No such file or directory)"
-    nothing = embed({"image": [b"", b"x"]})
-    assert nothing["embedding"] == [None, None]
+    assert Embedder(TEACHER)({"image": [b"", b"x"]})["embedding"] == [None, None]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -24,7 +25,6 @@ from d2v_composer import (
 )
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import evaluate as evaluate_command
-from d2v_composer.commands import export as export_student
 from d2v_composer.config.reference import load_any
 from d2v_composer.evaluation.rows import (
     accuracy_interval,
@@ -37,12 +37,13 @@ from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.timm_network import NetworkStudent
 from d2v_composer.sources.labeled import load_labeled_set
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, QUICKSTART, ROOT, encoded_image, write_mds
+from helpers import GOLDEN, QUICKSTART, ROOT, datasets_of, write_images, write_mds
 
 YAML = ROOT / "yamls" / "evaluate.yaml"
 TEACHER = QUICKSTART / "teacher.safetensors"
 CLS = "layer_mean_cls"
-DATASETS = f"datasets={{small: {{format: mds, root: {QUICKSTART / 'cifar10'}}}}}"
+LATEST = "latest-rank0.pt"
+DATASETS = datasets_of(QUICKSTART / "cifar10")
 
 
 class Evaluated(NamedTuple):
@@ -64,66 +65,48 @@ def evaluate(out: Path, model: Path, *options: str) -> Evaluated:
 @pytest.fixture(scope="module")
 def of_a_checkpoint(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
     probes = "probes=[knn,linear,agreement,instance]"
-    return evaluate(tmp_path_factory.mktemp("checkpoint"), uninterrupted / "latest-rank0.pt", probes)
-
-
-@pytest.mark.slow
-def test_a_checkpoint_and_its_exported_student_give_the_same_numbers(
-    of_a_checkpoint: Evaluated, uninterrupted: Path, tmp_path: Path
-) -> None:
-    student = tmp_path / "student.safetensors"
-    export_student.main([str(uninterrupted / "latest-rank0.pt"), str(student)])
-    with pytest.raises(InputError, match="probes: agreement needs the teacher; name it with teacher=PATH"):
-        evaluate(tmp_path, student, "probes=[agreement]")
-    of_a_file = evaluate(tmp_path, student, "pooling=mean")
-    assert of_a_checkpoint.printed.startswith("embedding: layer_mean_cls\nZero-")
-    assert of_a_file.printed.startswith("embedding: layer_mean_mean\n")
-    names = [candidate["name"] for candidate in of_a_checkpoint.report["candidates"]]
-    assert names == ["pixels", "encoder", "untrained student", "student", "teacher"]
-    assert [candidate["name"] for candidate in of_a_file.report["candidates"]] == names[:-1]  # without a teacher
-    assert [run.report["primary"] for run in (of_a_checkpoint, of_a_file)] == ["layer_mean_cls", "layer_mean_mean"]
-    assert accuracies(of_a_checkpoint) == accuracies(of_a_file)
-
-
-def accuracies(evaluated: Evaluated) -> dict[tuple, tuple]:
-    """Return those of models without the teacher; with it, the student's ``projected_cls`` has a row of its own."""
-    return {
-        (row["candidate"].removesuffix(", projected"), row["bank"], row["embedding"], row["k"]): (
-            row["value"],
-            row["low"],
-        )
-        for row in evaluated.report["results"]
-        if "teacher" not in row["candidate"] and row["measure"] == "retrieval"
-    }
+    return evaluate(tmp_path_factory.mktemp("checkpoint"), uninterrupted / LATEST, probes)
 
 
 @pytest.mark.slow
 def test_the_students_numbers_are_those_of_its_embeddings(of_a_checkpoint: Evaluated, uninterrupted: Path) -> None:
-    student, _ = load_any(uninterrupted / "latest-rank0.pt")
-    labeled = load_labeled_set("mds", QUICKSTART / "cifar10", image_size=32, interpolation="bicubic", max_images=60)
-    teacher, printed, rows = load_teacher(GOLDEN / "tiny_base.pt"), of_a_checkpoint.printed, of_a_checkpoint.rows
+    printed, rows, (student, _) = of_a_checkpoint.printed, of_a_checkpoint.rows, load_any(uninterrupted / LATEST)
+    labeled = load_labeled_set("mds", QUICKSTART / "cifar10", image_size=32, max_images=60)
     with torch.inference_mode():
         bank, queries = (student.embed(images.samples, representation="layer_mean") for images in labeled[:2])
-        theirs = teacher.embed(labeled.test.samples, representation="layer_mean")
+        theirs = load_teacher(GOLDEN / "tiny_base.pt").embed(labeled.test.samples, representation="layer_mean")
     sets = bank, labeled.train.labels, queries, labeled.test.labels
+    values = {
+        (row["candidate"], row["bank"], row["measure"], row["k"]): float(row["value"])
+        for row in rows
+        if row["embedding"] == CLS
+    }
     for k, accuracy in retrieval_accuracy(*sets).items():
-        assert accuracies(of_a_checkpoint)["student", "train", CLS, k][0] == pytest.approx(accuracy)
+        assert values["student", "train", "retrieval", str(k)] == pytest.approx(accuracy)
         assert f"{100 * accuracy:.1f} [" in printed
-    retrievals, probes, without_labels = 2 * 2, 3, 3  # two banks, two k
+    assert values["student", "train", "knn", "20"] == knn_accuracy(*sets)
+    assert values["student", "train", "linear", ""] == linear_probe_accuracy(*sets)
+    assert values["student", "", "agreement", "10"] == pytest.approx(neighbor_agreement(queries, theirs))
+    assert values["teacher", "", "agreement", "10"] == 1
+    assert all(0 <= float(row["low"]) <= float(row["value"]) <= float(row["high"]) <= 1 for row in rows)
+    assert printed.startswith(f"embedding: {CLS}\nZero-")
+    assert "Probes fitted on train, measured on test on small" in printed
+
+
+@pytest.mark.slow
+def test_every_model_and_embedding_has_its_rows(of_a_checkpoint: Evaluated) -> None:
+    names = [candidate["name"] for candidate in of_a_checkpoint.report["candidates"]]
+    assert names == ["pixels", "encoder", "untrained student", "student", "teacher"]
     embeddings = {"pixels": 1, "encoder": 3, "untrained student": 6, "student": 6, "teacher": 6}
     embeddings |= dict.fromkeys(("student, projected", "teacher, projected", "student in the teacher's index"), 1)
-    num_results = (retrievals + probes + without_labels) * sum(embeddings.values())
-    assert len(rows) == len(of_a_checkpoint.report["results"]) == num_results
-    assert all(0 <= float(row["low"]) <= float(row["value"]) <= float(row["high"]) <= 1 for row in rows)
-    values = {(row["candidate"], row["measure"]): float(row["value"]) for row in rows if row["embedding"] == CLS}
-    assert values["student", "knn"] == knn_accuracy(*sets)
-    assert values["student", "linear"] == linear_probe_accuracy(*sets)
-    assert values["student", "agreement"] == pytest.approx(neighbor_agreement(queries, theirs))
-    assert "Probes fitted on train, measured on test on small" in printed
-    assert f"Measured without labels on small, {CLS}, in % [95 % interval]\n" in printed
-    of_teacher = [row for row in rows if (row["candidate"], row["embedding"]) == ("teacher", CLS)]
-    [teachers] = [row for row in of_teacher if row["measure"] == "agreement"]
-    assert [teachers[key] for key in ("k", "bank", "value", "low", "high")] == ["10", "", *["1.0"] * 3]
+    retrievals, probes, without_labels = 2 * 2, 3, 3  # two banks, two k
+    rows = Counter(row["candidate"] for row in of_a_checkpoint.report["results"])
+    assert rows == {name: (retrievals + probes + without_labels) * count for name, count in embeddings.items()}
+
+
+def test_agreement_needs_a_teacher(rivals: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="probes: agreement needs the teacher; name it with teacher=PATH"):
+        evaluate(tmp_path, rivals["layer_mean"], "probes=[agreement]")
 
 
 @pytest.fixture(scope="module")
@@ -204,34 +187,24 @@ def test_a_teacher_is_compared_with_an_untrained_student(capsys: pytest.CaptureF
     assert "gap closed" not in printed
 
 
-def test_images_without_labels_are_judged_without(
-    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for seed in range(12):
-        (tmp_path / f"{seed}.jpg").write_bytes(encoded_image(seed))
-    datasets = f"datasets={{photos: {{format: folder, root: {tmp_path}}}}}"
-    arguments = str(YAML), f"model={uninterrupted / 'latest-rank0.pt'}", datasets
-    evaluate_command.main([*arguments, f"out={tmp_path}", "probes=[knn]"])
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"embedding: {CLS}\nMeasured without labels on photos, {CLS}, in % [95 % interval]\n")
-    assert "\nteacher    100.0 [100.0, 100.0] " in re.sub(" {5,}", "    ", printed)
-    report = json.loads((tmp_path / "evaluation.json").read_text())
-    assert {(row["bank"], row["measure"], row["k"]) for row in report["results"]} == {
-        ("", "agreement", 10),
-        ("", "instance", 1),
-        ("", "instance", 3),
-    }
-    assert report["class_names"] == {"photos": []}
-    (tmp_path / "0.jpg").unlink()
-    (tmp_path / "1.jpg").unlink()
-    with pytest.raises(InputError, match=r"^datasets.photos: agreement needs more than 10 images, got 10"):
-        evaluate_command.main(list(arguments))
+def test_images_without_labels_are_judged_without(uninterrupted: Path, tmp_path: Path) -> None:
+    photos = write_images(tmp_path / "photos", [f"{number}.jpg" for number in range(12)])
+    sets = f"datasets={{photos: {{format: folder, root: {photos}}}}}"
+    judged = evaluate(tmp_path, uninterrupted / LATEST, sets, "probes=[knn]")
+    title = f"embedding: {CLS}\nMeasured without labels on photos, {CLS}, in % [95 % interval]\n"
+    assert judged.printed.startswith(title)
+    table = re.sub(" {2,}", "  ", judged.printed)
+    assert "neighbor agreement  instance top-1  instance top-3" in table
+    assert "\nteacher  100.0 [100.0, 100.0] " in table
+    assert "\nteacher gap closed  " in table
+    measures = {(row["bank"], row["measure"], row["k"]) for row in judged.report["results"]}
+    assert measures == {("", "agreement", 10), ("", "instance", 1), ("", "instance", 3)}
+    assert judged.report["class_names"] == {"photos": []}
 
 
 def test_more_neighbors_than_images_are_refused() -> None:
-    with pytest.raises(
-        InputError, match=r"^ks: must be from 1 to 2000, the number of images in cifar10's smaller split"
-    ):
+    problem = r"^ks: must be from 1 to 2000, the number of images in cifar10's smaller split"
+    with pytest.raises(InputError, match=problem):
         evaluate_command.main([str(YAML), f"model={GOLDEN / 'tiny_base.pt'}", "ks=[1,5000]"])
 
 
@@ -245,13 +218,13 @@ def test_an_accuracys_interval_is_that_of_a_binomial() -> None:
 def test_the_gap_closed_is_paired_by_query() -> None:
     rng = np.random.default_rng(0)
     untrained, teacher = rng.random(2000) < 0.3, rng.random(2000) < 0.5
+    half = np.where(np.arange(2000) % 2 == 0, teacher, untrained)
     assert gap_closed_interval(untrained, teacher, teacher) == (1, 1, 1, "")
     assert gap_closed_interval(untrained, untrained, teacher) == (0, 0, 0, "")
-    half = np.where(np.arange(2000) % 2 == 0, teacher, untrained)
+    assert gap_closed_interval(teacher, half, untrained) is None
     share = gap_closed_interval(untrained, half, teacher)
     assert share is not None
     assert share.low < 0.5 < share.high < share.low + 0.3
-    assert gap_closed_interval(teacher, half, untrained) is None
 
 
 def log_of(student: dict[str, dict[int, float]], teacher: dict[str, float]) -> dict[str, dict[int, float]]:

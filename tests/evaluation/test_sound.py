@@ -1,26 +1,22 @@
 """Clips of sound: padded batches, in any order of lengths, give each clip its own embedding."""
 
 import json
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from d2v_composer import load_teacher
-from d2v_composer.callbacks.checkpointing import Stop
 from d2v_composer.commands import evaluate as evaluate_command
-from d2v_composer.config.load import load_config
 from d2v_composer.evaluation.evaluate import share_encoders
 from d2v_composer.evaluation.labeled_retrieval import Lookup, embed_set
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.evaluation.rows import VIEWS
-from d2v_composer.objectives.distillation import DistillationModel
-from d2v_composer.runs.distill import build_retrieval
 from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples
-from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, QUICKSTART, ROOT, write_words
+from helpers import GOLDEN, write_words
 
 BASE = GOLDEN / "audio_base.pt"
 LENGTHS = (2000, 1440, 8000, 4501, 2000, 1600, 6172)
@@ -46,36 +42,34 @@ def half(sample: Tensor, number: int, view: int) -> Tensor:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
+@torch.inference_mode()
 def test_each_clip_is_embedded_as_if_alone(teacher: Any, world_size: int) -> None:
     models = {"student": teacher.build_student(depth=1).eval(), "teacher": teacher}
-    embeds, samples = share_encoders(teacher, models, teacher.layer_mean), clips()
+    embeds, samples, augment = share_encoders(teacher, models, teacher.layer_mean), clips(), cast(Any, half)
     assert list(embeds) == ["log_mel", "encoder", "student", "teacher"]
+    for rank in range(world_size):
+        share = Ranks(rank, world_size)
+        lookup = Lookup("", (1,), (), augment, 3, ranks=share)
+        embedded = embed_set(embeds, "clips", without_labels(samples), lookup, with_views=True)
+        for (model, embed), part in product(embeds.items(), ("test", *VIEWS)):
+            for place, i in enumerate(share.share(len(samples)).tolist()):
+                clip = samples[i] if part == "test" else half(samples[i], i, VIEWS.index(part))
+                alone = embed(clip[None])
+                expected = alone if isinstance(alone, dict) else {"": alone}
+                ours = {name: rows[place, None] for name, rows in embedded[model][part].items()}
+                torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-5)
+
+
+def test_clips_of_similar_length_are_padded_together() -> None:
     shapes = set()
 
-    def watched(inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def watch(inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
         shapes.add((tuple(inputs.shape), None if lengths is None else tuple(lengths.tolist())))
         return inputs[:, :1]
 
-    with torch.inference_mode():
-        for rank in range(world_size):
-            share = Ranks(rank, world_size)
-            augment: Any = half
-            lookup = Lookup("", (1,), (), augment, 3, ranks=share)
-            sets = embeds | {"watches": watched}
-            embedded = embed_set(sets, "clips", without_labels(samples), lookup, with_views=True)
-            for model, embed in embeds.items():
-                for part in ("test", *VIEWS):
-                    for place, i in enumerate(share.indices_of_rank(len(samples)).tolist()):
-                        clip = samples[i] if part == "test" else half(samples[i], i, VIEWS.index(part))
-                        alone: Any = embed(clip[None])
-                        alone = alone if isinstance(alone, dict) else {"": alone}
-                        assert embedded[model][part].keys() == alone.keys()
-                        for key, expected in alone.items():
-                            embedding = embedded[model][part][key][place]
-                            torch.testing.assert_close(embedding, expected[0], rtol=1e-5, atol=2e-5)
-    if world_size == 1:
-        assert ((3, 8000), (8000, 6172, 4501)) in shapes
-        assert ((1, 1440), None) in shapes
+    lookup = Lookup("", (1,), (), None, 3)
+    embed_set({"watches": watch}, "clips", without_labels(clips()), lookup)
+    assert {((3, 8000), (8000, 6172, 4501)), ((1, 1440), None)} <= shapes
 
 
 def test_words_are_compared_by_every_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,13 +94,3 @@ def test_words_are_compared_by_every_measure(tmp_path: Path, capsys: pytest.Capt
     }
     assert hits.keys() == {"log_mel", "encoder", "untrained student", "teacher"}
     assert all(0 < value < 1 for value in hits.values())  # the two views differ
-
-
-def test_a_baseline_of_another_modality_is_one_line() -> None:
-    data = f"retrieval.datasets={{words: {{format: mds, root: {QUICKSTART / 'cifar10'}}}}}"
-    config = load_config([str(ROOT / "yamls" / "quickstart.yaml"), data, "retrieval.baselines=[encoder,log_mel]"])
-    images = load_teacher(GOLDEN / "tiny_base.pt")
-    model = DistillationModel(images, images.build_student(depth=1))
-    line = "retrieval.baselines: must be among pixels, encoder, teacher with this teacher, got log_mel"
-    with pytest.raises(InputError, match=f"^{line}$"):
-        build_retrieval(config, model, None, Stop())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from d2v_composer.evaluation.run_log import read_jsonl
-from helpers import run_command, small_run, train_command
+from helpers import datasets_of, run_command, small_run, train_command
 
 ALL = ("loggers.tensorboard={}", "loggers.mlflow={experiment_name: mine}", "loggers.wandb={project: mine}")
 
@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path, labeled: 
     """Return the folder of a run with every logger, started in an empty folder; it says little."""
     started_in = tmp_path_factory.mktemp("loggers")
     folder = started_in / "runs" / "mine"
-    sets = f"retrieval.datasets={{squares: {{format: mds, root: {labeled}}}}}"
+    sets = f"retrieval.{datasets_of(labeled, 'squares')}"
     arguments = small_run(folder, small_data, sets, "retrieval.interval=4ba", "run_name=mine", "max_duration=4ba", *ALL)
     result = run_command(*train_command(arguments), cwd=started_in, environment={"WANDB_MODE": "offline"})
     assert result.returncode == 0, result.stderr

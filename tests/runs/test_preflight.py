@@ -16,7 +16,7 @@ from d2v_composer.config.load import load_config
 from d2v_composer.runs.preflight import Rehearsal
 from d2v_composer.system.errors import InputError
 from gated_store import GatedStore
-from helpers import ROOT, run_command, run_training, small_run, wait_until
+from helpers import ROOT, datasets_of, run_command, run_training, small_run, wait_until
 from recipes import preflight
 
 PREFLIGHT = ROOT / "recipes" / "preflight.py"
@@ -25,7 +25,7 @@ BUCKET = "preflight"
 
 def small_preflight(folder: Path | str, data: Path, labeled: Path, *overrides: str) -> list[str]:
     """Arguments of a tiny run with retrieval, health and a worker."""
-    sets = f"retrieval.datasets={{small: {{format: mds, root: {labeled}}}}}"
+    sets = f"retrieval.{datasets_of(labeled)}"
     return small_run(data, data, sets, f"save_folder={folder}", "train_loader.num_workers=1", *overrides)
 
 
@@ -81,11 +81,10 @@ def remote_preflight(tmp_path: Path, labeled: Path) -> list[str]:
     return small_preflight(f"s3://{BUCKET}/runs/small", tmp_path / "cache", labeled, remote)
 
 
+@pytest.mark.usefixtures("reachable_store")
 def test_faults_of_a_store_are_named(
     store: GatedStore, small_data: Path, tmp_path: Path, labeled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for variable, value in store.environment.items():
-        monkeypatch.setenv(variable, value)
     run = rehearsal(*remote_preflight(tmp_path, labeled))
     assert run.check_shards() == f"s3://{BUCKET}/images has all 4 shards"
     store.client().put_object(Bucket=BUCKET, Key="runs/small/.d2v-preflight/log.jsonl", Body=b"")

@@ -1,6 +1,7 @@
 """A student in its teacher's space: the same map on any ranks, in every file, measured in the teacher's index."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from helpers import (
     datasets_of,
     encoded_image,
     load_checkpoint,
+    map_of,
     refused_run,
     run_ranks,
     run_training,
@@ -36,10 +38,6 @@ from helpers import (
 from small_students import computed_by_timm_alone
 
 TEACHER_FILE = GOLDEN / "tiny_base.pt"
-
-
-def map_of(run: Path) -> dict[str, Any]:
-    return load_checkpoint(run / "latest-rank0.pt")["state"]["callbacks"]["AlignStudent"]
 
 
 def test_two_ranks_fit_the_same_bits(small_data: Path, tmp_path: Path) -> None:
@@ -150,77 +148,77 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_files(folder, {f"{number:03}.jpg": encoded_image(number) for number in range(120)})
 
 
+Index = tuple[np.ndarray, np.ndarray]
+"""Ids, and the embedding of each."""
+
+
 @pytest.fixture(scope="module")
-def index(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The photos as their teacher embeds them; read-only."""
+def embedded(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("index") / "old.npy"
     embed.main([str(TEACHER_FILE), str(photos), str(path), "--workers", "0"])
     return path
+
+
+@pytest.fixture
+def index(embedded: Path) -> Index:
+    """The photos as their teacher embeds them."""
+    return np.load(embedded.with_suffix(".ids.npy")), np.load(embedded)
+
+
+def write_index(path: Path, ids: np.ndarray, rows: np.ndarray) -> None:
+    """Write ids and embeddings as ``d2v embed`` does."""
+    if path.suffix == ".parquet":
+        write_parquet(path, {"id": ids.tolist(), "embedding": list(rows)})
+        return
+    np.save(path.with_suffix(".ids.npy"), ids)
+    np.save(path, rows)
 
 
 def run_align(student: Path, photos: Path, out: Path, *options: str | Path) -> None:
     align.main(list(map(str, (student, photos, out, "--workers", 0, *options))))
 
 
-@pytest.mark.parametrize("kind", [".npy", ".parquet", "float16", "teacher"])
+@pytest.mark.parametrize("kind", ["old.npy", "old.parquet", "float16", "teacher"])
 def test_a_student_finds_what_an_old_index_finds(
-    kind: str, exported: Path, photos: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, exported: Path, photos: Path, index: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ids, rows, out = np.load(index.with_suffix(".ids.npy")), np.load(index), tmp_path / "out.safetensors"
-    shuffled = np.random.default_rng(0).permutation(len(ids))
-    np.save(tmp_path / "old.npy", rows[shuffled].astype("float16" if kind == "float16" else "float32"))
-    np.save(tmp_path / "old.ids.npy", ids[shuffled])
-    write_parquet(tmp_path / "old.parquet", {"id": ids[shuffled].tolist(), "embedding": list(rows[shuffled])})
-    old = tmp_path / ("old.parquet" if kind == ".parquet" else "old.npy")
+    ids, rows = index
+    shuffled, out = np.random.default_rng(0).permutation(len(ids)), tmp_path / "out.safetensors"
+    old = tmp_path / (kind if "." in kind else "old.npy")
+    write_index(old, ids[shuffled], rows[shuffled].astype("float16" if kind == "float16" else "float32"))
     run_align(exported, photos, out, *(("--to", TEACHER_FILE) if kind == "teacher" else ("--index", old)))
-    printed = capsys.readouterr().out
-    assert "R²: 0." in printed
+    assert "R²: 0." in capsys.readouterr().out
     aligned = load_student(out).provenance["alignment"]
     assert aligned["pairs"] == 120
     assert aligned["r2"] > 0.2
     embed.main([str(out), str(photos), str(tmp_path / "q.npy"), "--representation", "projected", "--workers", "0"])
-    mapped = np.load(tmp_path / "q.npy")
-    error = np.square(mapped - rows).sum() / np.square(rows - rows.mean(axis=0)).sum()
+    error = np.square(np.load(tmp_path / "q.npy") - rows).sum() / np.square(rows - rows.mean(axis=0)).sum()
     assert error < 1 - aligned["r2"]
 
 
-def spoil(kind: str, ids: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids and rows as a careless user may have them."""
-    if kind == "another data set":
-        return np.array([f"cats/{name}" for name in ids]), rows
-    if kind == "not finite":
-        rows[7, 1] = np.nan
-    if kind == "rows are missing":
-        return ids, rows[:-1]
-    if kind == "few":
-        return ids[:39], rows[:39]
-    if kind == "all alike":
-        rows[:] = rows[0]
-    if kind == "rows are shuffled":
-        return ids, rows[np.random.default_rng(0).permutation(len(ids))]
-    return ids, rows
+def with_nan(rows: np.ndarray) -> np.ndarray:
+    rows[7, 1] = np.nan
+    return rows
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("spoil", "message"),
     [
+        (lambda ids, rows: (np.char.add("cats/", ids), rows), r"has rows for 0 samples of .*'cats/000.jpg#?0?'"),
         (
-            "another data set",
-            r"has rows for 0 samples of .*; expected at least 40 \(half its width, or 40 if .*'cats/000.jpg#?0?'",
+            lambda ids, rows: (ids[:39], rows[:39]),
+            r"39 samples of .*; expected at least 40 \(half its width, or 40 if ",
         ),
-        ("not finite", r"the row of 007.jpg\S* has numbers that are not finite"),
-        ("rows are missing", r"expected rows of numbers, one id each, got float32 \(119, \d+\), 120 ids"),
-        ("few", r"has rows for 39 samples of .*; expected at least 40"),
-        ("all alike", "expected embeddings that differ, got 120 pairs that are alike"),
-        ("rows are shuffled", "do the ids belong to these rows, in order?"),
+        (lambda ids, rows: (ids, with_nan(rows)), r"the row of 007.jpg\S* has numbers that are not finite"),
+        (lambda ids, rows: (ids, rows[:-1]), r"one id each, got float32 \(119, \d+\), 120 ids"),
+        (lambda ids, rows: (ids, rows[:1].repeat(120, 0)), "that differ, got 120 pairs that are alike"),
+        (lambda ids, rows: (ids, np.roll(rows, 50, 0)), r"do the ids belong to these rows, in order\?"),
     ],
 )
 def test_an_index_that_does_not_fit_is_refused(
-    kind: str, message: str, exported: Path, photos: Path, index: Path, tmp_path: Path
+    spoil: Callable[..., Index], message: str, exported: Path, photos: Path, index: Index, tmp_path: Path
 ) -> None:
-    ids, rows = spoil(kind, np.load(index.with_suffix(".ids.npy")), np.load(index))
-    np.save(tmp_path / "old.npy", rows)
-    np.save(tmp_path / "old.ids.npy", ids)
+    write_index(tmp_path / "old.npy", *spoil(*index))
     before = contents_of(tmp_path)
     with pytest.raises((InputError, RunError), match=message):
         run_align(exported, photos, tmp_path / "out.safetensors", "--index", tmp_path / "old.npy")
@@ -243,10 +241,10 @@ def test_what_does_not_go_together_is_refused(
 
 
 def test_the_fewest_pairs_make_a_map_and_fewer_readable_samples_none(
-    exported: Path, index: Path, tmp_path: Path
+    exported: Path, embedded: Path, tmp_path: Path
 ) -> None:
     photos = write_files(tmp_path / "photos", {f"{number:03}.jpg": encoded_image(number) for number in range(40)})
-    run_align(exported, photos, tmp_path / "out.safetensors", "--index", index)
+    run_align(exported, photos, tmp_path / "out.safetensors", "--index", embedded)
     (photos / "007.jpg").write_bytes(b"")
     with pytest.raises(InputError, match="expected at least 40 samples that can be read, got 39"):
         run_align(exported, photos, tmp_path / "again.safetensors", "--to", TEACHER_FILE)
@@ -279,11 +277,10 @@ def test_a_run_of_epochs_keeps_the_map_of_its_end(small_data: Path, tmp_path: Pa
 
 
 def test_rows_that_share_an_id_are_left_out_and_counted(
-    exported: Path, photos: Path, index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    exported: Path, photos: Path, index: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ids, rows = np.load(index.with_suffix(".ids.npy")), np.load(index)
-    np.save(tmp_path / "old.npy", np.concatenate([rows, rows[:3] + 1]))
-    np.save(tmp_path / "old.ids.npy", np.concatenate([ids, ids[:3]]))
+    ids, rows = index
+    write_index(tmp_path / "old.npy", np.concatenate([ids, ids[:3]]), np.concatenate([rows, rows[:3] + 1]))
     run_align(exported, photos, tmp_path / "out.safetensors", "--index", tmp_path / "old.npy")
     assert "pairs: 117 of 120 samples and 123 rows; left out 6 rows with repeated ids" in capsys.readouterr().out
 
@@ -302,24 +299,28 @@ def test_an_evaluation_has_no_row_of_a_map_that_an_untrained_student_lacks(label
     assert not re.search("untrained student(, projected| in)", table)
 
 
+def batches_of_rows(run: Path) -> dict[str, int]:
+    """Return each row of a run's last table with the batch at which it was measured."""
+    state = load_checkpoint(run / "latest-rank0.pt")["state"]
+    return {row: batch for row, *_, batch, _ in state["callbacks"]["ZeroShotRetrieval"]["results"]}
+
+
 def test_a_resume_without_the_map_keeps_no_row_of_it(small_data: Path, labeled: Path, tmp_path: Path) -> None:
-    run = small_run(tmp_path / "run", small_data, f"retrieval.{datasets_of(labeled)}", "scheduler.t_warmup=0ba")
+    run = small_run(tmp_path, small_data, f"retrieval.{datasets_of(labeled)}", "scheduler.t_warmup=0ba")
     run_training(*run, "max_duration=2ba")
     run_training(*run, "max_duration=4ba", "alignment.max_samples=0")
-    results = load_checkpoint(tmp_path / "run/latest-rank0.pt")["state"]["callbacks"]["ZeroShotRetrieval"]["results"]
-    batches = {row: batch for row, *_, batch, _ in results}
+    batches = batches_of_rows(tmp_path)
     assert batches["student"] == 4
     assert "student, projected" not in batches
 
 
 def test_a_run_with_too_few_samples_for_a_map_says_so(small_data: Path, labeled: Path, tmp_path: Path) -> None:
     options = f"retrieval.{datasets_of(labeled)}", "scheduler.t_warmup=0ba", "max_duration=2ba"
-    ended = run_training(*small_run(tmp_path / "run", small_data, *options, "alignment.max_samples=19"))
+    ended = run_training(*small_run(tmp_path, small_data, *options, "alignment.max_samples=19"))
     assert "the student is not aligned with its teacher: expected at least 20 pairs" in ended.stderr
-    results = load_checkpoint(tmp_path / "run/latest-rank0.pt")["state"]["callbacks"]["ZeroShotRetrieval"]["results"]
-    rows = {row for row, *_ in results}
-    assert "student" in rows
-    assert "student, projected" not in rows
+    batches = batches_of_rows(tmp_path)
+    assert "student" in batches
+    assert "student, projected" not in batches
 
 
 @pytest.mark.parametrize("change", ["targets.normalization=layer", "teacher.first_blocks=3"])

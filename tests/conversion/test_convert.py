@@ -1,4 +1,4 @@
-"""Convert ImageNet's layouts, unusual files and CIFAR-10 to MDS, on disk and in an object store; kill and resume."""
+"""Convert ImageNet's layouts, unusual files, CIFAR-10 and sound to MDS, on disk and in an object store; resume."""
 
 import errno
 import io
@@ -12,22 +12,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
+from streaming import MDSWriter, StreamingDataset
 from streaming.base.format.mds import MDSReader
 from streaming.base.hashing import get_hash
 
-from d2v_composer.commands import convert_images
+from d2v_composer.commands import convert_audio, convert_images
 from d2v_composer.conversion import convert
 from d2v_composer.conversion.convert import CIFAR10, convert_cifar10, open_samples, work_folder
+from d2v_composer.data.audio import Audio
 from d2v_composer.data.images import Images, decode_rgb
-from d2v_composer.sources.labeled import load_labeled_set
+from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples, load_labeled_set
 from d2v_composer.sources.source import Source
 from d2v_composer.system.errors import InputError, RunError
 from d2v_composer.system.fetch import cache_folder
 from d2v_composer.system.files import sole_user
 from gated_store import GatedStore
-from helpers import contents_of, encoded_image, flip_bit, saved, truncated, write_files, write_images
+from helpers import contents_of, encoded_clip, encoded_image, flip_bit, saved, truncated, write_files, write_images
 
 CLASSES = ("n01440764", "n01443537", "n02105855")
 NUM_IMAGES = 90
@@ -60,10 +63,6 @@ def samples(folder: Path) -> list[dict]:
 
 def images(folder: Path) -> list[bytes]:
     return sorted(sample["image"] for sample in samples(folder))
-
-
-def originals(source: Path) -> list[bytes]:
-    return sorted(path.read_bytes() for path in source.rglob("*.JPEG"))
 
 
 def labels_of(source: Source) -> list[int]:
@@ -137,15 +136,11 @@ def test_a_folder_without_images_is_no_class(tmp_path: Path) -> None:
     for split, labels in {"train": [0, 1], "test": [1]}.items():
         listing = open_samples(tmp_path, split)
         assert (listing.class_names, labels_of(listing)) == (("bee", "cat"), labels)
-    assert load_labeled_set("folder", tmp_path, image_size=32).class_names == ("bee", "cat")
 
 
 @pytest.mark.parametrize(
     ("files", "options", "message"),
     [
-        ([], [], "no images"),
-        (["val/a/1.jpg"], [], "no split 'train'; available: val"),
-        (["train/a/1.jpg"], ["--split", "val"], "no split 'val'"),
         (["a/1.jpg", "2.jpg"], [], "2.jpg: expected one of the classes a; got '2.jpg'; .* with --labels none"),
         (["train/a/1.jpg", "val/b/1.jpg"], ["--split", "val"], "1.jpg: expected one of the classes a; got 'b'"),
         (["1.jpg"], ["--quality", "0"], "--quality"),
@@ -163,55 +158,51 @@ def colors(size: tuple[int, int] = (60, 40)) -> Image.Image:
     return Image.open(io.BytesIO(encoded_image(3, size=64))).resize(size)
 
 
+def converted_images(folder: Path, files: dict[str, bytes], *options: str) -> list[bytes]:
+    """Convert files, and return the stored images, sorted."""
+    main([str(write_files(folder / "in", files)), str(folder / "out"), "--workers", "1", *options])
+    return images(folder / "out")
+
+
 def test_odd_files_become_rgb_jpegs(tmp_path: Path):
     deep = Image.fromarray(np.asarray(colors().convert("L")).astype(np.uint16) << 8)
     odd = {"CMYK": saved(colors().convert("CMYK")), "16 bits": saved(deep, "PNG"), "GIF": saved(colors(), "GIF")}
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    odd["turned"] = saved(colors().transpose(Image.Transpose.ROTATE_90), exif=exif)
     for kind, encoded in odd.items():
         converted = np.asarray(decode_rgb(Images.encode(encoded, kind, quality=95)[0], kind)).astype(int)
         assert kind == "GIF" or np.abs(converted - np.asarray(decode_rgb(encoded, kind))).mean() < 4  # dithered
-    exif[0x0112] = 1
-    plain = saved(colors(), exif=exif, comment=b"kept")
-    write_files(tmp_path / "in", {f"{kind}.JPEG": encoded for kind, encoded in {**odd, "plain": plain}.items()})
-    main([str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"])
-    jpegs = images(tmp_path / "out")
+    plain = saved(colors(), comment=b"kept")
+    jpegs = converted_images(tmp_path, {f"{kind}.JPEG": encoded for kind, encoded in {**odd, "plain": plain}.items()})
     assert plain in jpegs
-    assert len(jpegs) == len(odd) + 1
-    for encoded in jpegs:
-        image = Image.open(io.BytesIO(encoded))
-        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (60, 40))
+    opened = [Image.open(io.BytesIO(encoded)) for encoded in jpegs]
+    assert [(image.format, image.mode, image.size) for image in opened] == [("JPEG", "RGB", (60, 40))] * 4
 
 
 def test_resizes_the_short_side(tmp_path: Path):
-    sizes = {"wide": (300, 200), "tall": (101, 333), "small": (50, 40)}
-    write_files(tmp_path / "in", {f"{name}.jpg": saved(colors(size)) for name, size in sizes.items()})
-    main([str(tmp_path / "in"), str(tmp_path / "out"), "--resize", "64", "--workers", "1"])
-    jpegs = images(tmp_path / "out")
+    files = {f"{size}.jpg": saved(colors(size)) for size in ((300, 200), (101, 333), (50, 40))}
+    jpegs = converted_images(tmp_path, files, "--resize", "64")
     assert sorted(Image.open(io.BytesIO(encoded)).size for encoded in jpegs) == [(50, 40), (64, 211), (96, 64)]
-    assert (tmp_path / "in" / "small.jpg").read_bytes() in jpegs  # never enlarged
+    assert files["(50, 40).jpg"] in jpegs  # never enlarged
 
 
 def test_finished_shards_are_kept_if_they_are_whole_and_of_the_same_settings(source: Path, tmp_path: Path):
     """The conversion that wrote them stopped at an unreadable image."""
-    damaged, out = shutil.copytree(source, tmp_path / "in"), tmp_path / "out"
     skipped = [f"train/{CLASSES[0]}/cut.JPEG", f"train/{CLASSES[1]}/empty.JPEG"]
-    write_files(damaged, dict(zip(skipped, (truncated(encoded_image(1, size=48)), b""), strict=True)))
+    unreadable = dict(zip(skipped, (truncated(encoded_image(1, size=48)), b""), strict=True))
+    damaged, out = write_files(shutil.copytree(source, tmp_path / "in"), unreadable), tmp_path / "out"
     named = r"/train/n014\d+/(cut|empty)\.JPEG: cannot decode as an image .*--skip-unreadable"
     for shard_size in ("4kb", "10kb"):
         with pytest.raises(InputError, match=named):
             main([str(damaged), str(out), "--shard-size", shard_size, "--workers", "1"])
-    finished = sorted(out.glob("shard.*.mds"))
-    finished[0].write_bytes(flip_bit(finished[0].read_bytes()))
-    finished[1].unlink()
+    first, second, *_ = sorted(out.glob("shard.*.mds"))
+    first.write_bytes(flip_bit(first.read_bytes()))
+    second.unlink()
     (out / "shard.mine.mds").write_bytes(b"mine")
     result = main([str(damaged), str(out), *SMALL_SHARDS, "--skip-unreadable"])
     assert sorted(line.split(":")[0] for line in result.skipped) == skipped
     assert 0 < result.resumed < result.shards
     main([str(damaged), str(tmp_path / "clean"), *SMALL_SHARDS, "--skip-unreadable"])
     assert contents_of(out) == contents_of(tmp_path / "clean") | {"shard.mine.mds": b"mine"}
-    assert images(out) == originals(source)
+    assert images(out) == sorted(path.read_bytes() for path in source.rglob("*.JPEG"))
 
 
 def test_what_the_machine_cannot_read_is_not_skipped(source: Path, tmp_path: Path):
@@ -327,35 +318,109 @@ def test_what_vanishes_from_a_store_during_a_conversion_ends_it(
     assert "shard.00001.mds" in object_store.objects("vanishing", "train/")
 
 
-def test_cifar10_keeps_its_pixels_labels_and_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    torch.manual_seed(0)
-    pixels = {split: torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8) for split in ("train", "test")}
-    labels = torch.tensor([1, 0, 1, 1, 0])
+class Cifar10(list):
+    """A stand-in for torchvision's, with five images of two classes."""
 
-    class Cifar10(list):
-        classes, targets = ("a", "b"), labels.tolist()
+    classes, targets = ("a", "b"), [1, 0, 1, 1, 0]
 
-        def __init__(self, root: str, train: bool, download: bool) -> None:
-            self.data = pixels["train" if train else "test"].permute(0, 2, 3, 1).numpy()
-            super().__init__(self.data)
+    def __init__(self, root: str, train: bool, download: bool) -> None:
+        self.data = np.random.default_rng(train).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+        super().__init__(self.data)
 
+
+@pytest.fixture
+def cifar10(monkeypatch: pytest.MonkeyPatch) -> EvaluationSet:
+    """What a conversion and a labeled set read from torchvision's files, here of the stand-in."""
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Cifar10)
-    out = tmp_path / "out"
+    pixels = [torch.from_numpy(Cifar10("", train, False).data).permute(0, 3, 1, 2) for train in (True, False)]
+    train, test = (LabeledSamples(images, torch.tensor(Cifar10.targets)) for images in pixels)
+    return EvaluationSet(train, test, Cifar10.classes)
+
+
+def assert_begins(ours: EvaluationSet, expected: EvaluationSet, chosen: list[list[int]]) -> None:
+    """Check that train and test have the chosen images of two sets, with their labels."""
+    assert ours.class_names == expected.class_names
+    for split, whole, numbers in zip(ours[:2], expected[:2], chosen, strict=True):
+        assert torch.equal(split.samples, whole.samples[numbers])
+        assert torch.equal(split.labels, whole.labels[numbers])
+
+
+def test_cifar10_keeps_its_pixels_labels_and_order(
+    cifar10: EvaluationSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     for split in ("train", "test"):
-        main([f"{CIFAR10}{tmp_path}", str(out / split), "--split", split, "--workers", "1"])
+        main([f"{CIFAR10}{tmp_path}", str(tmp_path / split), "--split", split, "--workers", "1"])
     assert " train cifar10.yaml train_loader.local=" in capsys.readouterr().out.splitlines()[-1]
-    labeled_set = load_labeled_set("mds", out, image_size=32, interpolation="bicubic")
-    assert labeled_set.class_names == ("a", "b")
-    convert_cifar10(tmp_path, tmp_path / "sample", 4, 3)
-    convert_cifar10(tmp_path, tmp_path / "sample", 4, 3)  # what exists is not made again
-    sample = load_labeled_set("mds", tmp_path / "sample", image_size=32, interpolation="bicubic")
-    for split, num_images in (("train", 4), ("test", 3)):
-        assert torch.equal(getattr(labeled_set, split).samples, pixels[split])
-        assert torch.equal(getattr(labeled_set, split).labels, labels)
-        assert torch.equal(getattr(sample, split).samples, pixels[split][:num_images])
+    assert_begins(load_labeled_set("mds", tmp_path, image_size=32), cifar10, [[*range(5)]] * 2)
+    with pytest.raises(InputError, match="no split 'val'; available: train, test"):
+        main([f"{CIFAR10}{tmp_path}", str(tmp_path / "val"), "--split", "val"])
+
+
+def test_cifar10_is_read_in_part(cifar10: EvaluationSet, tmp_path: Path):
+    """An evaluation reads images at even distances, a sample of the data set has the first ones."""
+    for max_images, chosen in {None: [*range(5)], 9: [*range(5)], 3: [0, 1, 3]}.items():
+        assert_begins(load_labeled_set("cifar10", tmp_path, max_images=max_images), cifar10, [chosen] * 2)
+    for _ in range(2):  # what exists is not made again
+        convert_cifar10(tmp_path, tmp_path / "sample", 4, 3)
+    assert_begins(load_labeled_set("mds", tmp_path / "sample", image_size=32), cifar10, [[*range(4)], [*range(3)]])
     convert_cifar10(tmp_path, tmp_path / "few", 2, 0)
     assert [path.name for path in (tmp_path / "few").iterdir()] == ["train"]
-    with pytest.raises(InputError, match="no split 'val'; available: train, test"):
-        main([f"{CIFAR10}{tmp_path}", str(out / "val"), "--split", "val"])
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty FLAC files of 16 kHz in class folders, an OGG, an MP3, a WAV in stereo, one of 44.1 kHz, a cut FLAC."""
+    clips = {f"{('no', 'yes')[i % 2]}/{i:02}.flac": encoded_clip(i, 800 + 400 * i) for i in range(40)}
+    other_files = {
+        "no/vorbis.ogg": encoded_clip(50, 8000, format="OGG"),
+        "no/speech.mp3": encoded_clip(51, 8000, format="MP3"),
+        "yes/stereo.wav": encoded_clip(52, 8000, format="WAV", channels=2),
+        "yes/cd.wav": encoded_clip(53, 44100, format="WAV", rate=44100),
+        "yes/cut.flac": truncated(encoded_clip(54, 8000)),
+        "yes/notes.txt": b"notes",
+    }
+    return write_files(tmp_path_factory.mktemp("sounds"), clips | other_files)
+
+
+def clips_of(folder: Path) -> list[dict]:
+    """Read a data set with Streaming's own class."""
+    return list(StreamingDataset(local=str(folder), batch_size=1))
+
+
+def lengths_of(clips: list[dict]) -> list[int]:
+    return [len(Audio().decode(clip["audio"], "clip")) for clip in clips]
+
+
+def test_sound_is_stored_as_it_is_or_as_flac(sounds: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--shard-size", "50kb", "--workers", "2", "--skip-unreadable"]
+    result = convert_audio.main([str(sounds), str(tmp_path / "out"), *options])
+    said, summary = capfd.readouterr().out, json.loads((tmp_path / "out" / "conversion.json").read_bytes())
+    clips = clips_of(tmp_path / "out")
+    assert lengths_of(clips) == summary["lengths"] == result.lengths
+    assert summary["clips"] == result.samples == len(clips) == 44
+    assert summary["classes"] == ["no", "yes"]
+    assert "44 clips (0.01 hours), 2 classes" in said
+    assert "1 .txt" in said
+    assert result.shards > 2
+    [skipped] = result.skipped
+    assert skipped.startswith("yes/cut.flac: cannot decode as a FLAC, WAV, OGG or MP3 file")
+    originals, changed = {path.read_bytes(): path.parent.name for path in sounds.rglob("*.*")}, []
+    for clip in clips:
+        file = soundfile.SoundFile(io.BytesIO(clip["audio"]))
+        assert (file.samplerate, file.channels) == (16000, 1)
+        if clip["audio"] in originals:
+            assert summary["classes"][clip["label"]] == originals[clip["audio"]]
+        else:
+            changed.append((file.format, file.subtype, int(clip["label"])))
+    assert sorted(changed) == [("FLAC", "PCM_16", 0), ("FLAC", "PCM_16", 1), ("FLAC", "PCM_16", 1)]
+    assert sum(summary["lengths"]) == pytest.approx(sum(800 + 400 * i for i in range(40)) + 24000 + 16000, abs=1200)
+
+
+def test_another_makers_mds_of_sound_gets_lengths(tmp_path: Path) -> None:
+    """Its column has another name."""
+    with MDSWriter(out=str(tmp_path / "theirs"), columns={"flac": "bytes", "text": "str"}) as writer:
+        for i in range(5):
+            writer.write({"flac": encoded_clip(i, 2000 + i), "text": "word"})
+    command = [str(tmp_path / "theirs"), str(tmp_path / "out"), "--column", "flac", "--workers", "1"]
+    assert convert_audio.main(command).lengths == [2000 + i for i in range(5)]
+    assert lengths_of(clips_of(tmp_path / "out")) == [2000 + i for i in range(5)]
