@@ -37,14 +37,9 @@ LAUNCHER = Path(sys.executable).parent / "composer"
 ONE_WORKER = "train_loader.num_workers=1"
 
 # Evaluations of twice 499 images, which two ranks share unevenly: before the first batch, after each fifth, at the end.
-WITH_RETRIEVAL = (
-    f"retrieval.{datasets_of(QUICKSTART / 'cifar10')}",
-    "retrieval.interval=5ba",
-    "retrieval.at_start=true",
-    "retrieval.max_images=499",
-    "retrieval.probes=[knn,linear,agreement,instance]",
-    "retrieval.baselines=[encoder,teacher]",
-)
+WITH_RETRIEVAL = ("retrieval.at_start=true", "retrieval.interval=5ba", "retrieval.max_images=499")
+WITH_RETRIEVAL += ("retrieval.probes=[knn,linear,agreement,instance]", "retrieval.baselines=[encoder,teacher]")
+WITH_RETRIEVAL += (f"retrieval.{datasets_of(QUICKSTART / 'cifar10')}",)
 
 
 def trained(folder: Path, data: Path, *overrides: str, **variables: str) -> Run:
@@ -178,16 +173,9 @@ def test_evaluate_embed_and_export_read_the_narrow_embedding(narrow: Run, labele
 
 MOMENTS = "objectives.tokens.dataset_norm.moments"
 # Targets are normalized by fixed numbers, measured on two batches of 16 whole images before the first step.
-DATASET = (
-    "targets.normalization=dataset",
-    "targets.dataset_batches=2",
-    "train_loader.shuffle=false",
-    "train_loader.crop_scale=[1,1]",
-    "train_loader.crop_ratio=[1,1]",
-    "train_loader.flip=0",
-    "device_eval_batch_size=10",
-    "max_duration=8ba",
-)
+WHOLE_IMAGES = ("train_loader.crop_scale=[1,1]", "train_loader.crop_ratio=[1,1]", "train_loader.flip=0")
+DATASET = ("targets.normalization=dataset", "targets.dataset_batches=2", "device_eval_batch_size=10")
+DATASET += (*WHOLE_IMAGES, "train_loader.shuffle=false", "max_duration=8ba")
 
 
 @pytest.fixture(scope="module")
