@@ -25,7 +25,6 @@ LONG_FILES = (
     "test_data.py",
     "test_distill.py",
     "test_outputs.py",
-    "test_parts.py",
     "test_export.py",
     "test_files.py",
     "test_run_store.py",

@@ -48,11 +48,11 @@ def test_each_clip_is_embedded_as_if_alone(teacher: Any, world_size: int) -> Non
     embeds, samples, augment = share_encoders(teacher, models, teacher.layer_mean), clips(), cast(Any, half)
     assert list(embeds) == ["log_mel", "encoder", "student", "teacher"]
     for rank in range(world_size):
-        share = Ranks(rank, world_size)
-        lookup = Lookup("", (1,), (), augment, 3, ranks=share)
+        ranks = Ranks(rank, world_size)
+        lookup = Lookup("", (1,), (), augment, 3, ranks=ranks)
         embedded = embed_set(embeds, "clips", without_labels(samples), lookup, with_views=True)
         for (model, embed), part in product(embeds.items(), ("test", *VIEWS)):
-            for place, i in enumerate(share.share(len(samples)).tolist()):
+            for place, i in enumerate(ranks.indices_of_rank(len(samples)).tolist()):
                 clip = samples[i] if part == "test" else half(samples[i], i, VIEWS.index(part))
                 alone = embed(clip[None])
                 expected = alone if isinstance(alone, dict) else {"": alone}
@@ -68,7 +68,7 @@ def test_clips_of_similar_length_are_padded_together() -> None:
         return inputs[:, :1]
 
     lookup = Lookup("", (1,), (), None, 3)
-    embed_set({"watches": watch}, "clips", without_labels(clips()), lookup)
+    embed_set({"watches": watch}, "clips", without_labels(clips()), lookup, with_views=False)
     assert {((3, 8000), (8000, 6172, 4501)), ((1, 1440), None)} <= shapes
 
 

@@ -9,9 +9,9 @@ import pytest
 import timm
 import torch
 import yaml
-from d2v_composer.checkpoints.results import Result
 
 from d2v_composer import load_student, load_teacher
+from d2v_composer.checkpoints.checkpoint import Result
 from d2v_composer.checkpoints.fairseq import LICENSE_NOTE, LICENSES
 from d2v_composer.commands import evaluate, export
 from d2v_composer.evaluation.rows import AGREEMENT, retrieval_from

@@ -56,10 +56,6 @@ class Mutation(NamedTuple):
     def text(self) -> str:
         return yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True).replace(TWIN, "")
 
-    @property
-    def is_value(self) -> bool:
-        return self.what in VALUES
-
 
 def mutations(config: Mapping[str, Any], num: int | None = None, seed: int = 0) -> list[Mutation]:
     """Return the slips in a YAML: ``num`` at random, or all."""

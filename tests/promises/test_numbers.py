@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from streaming import StreamingDataset
+from torch.nn.functional import avg_pool2d
 
 from d2v_composer import knn_accuracy, linear_probe_accuracy, load_teacher, retrieval_accuracy
 from helpers import (
@@ -38,22 +39,25 @@ from helpers import (
 Embedded = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]
 
 
-@pytest.fixture(scope="module")
-def embedded(tmp_path_factory: pytest.TempPathFactory) -> Embedded:
-    """The pixels of CIFAR-10 images in 16 × 16 blocks of averages and their labels: bank and queries."""
-    arrays = []
-    for split in ("train", "test"):
-        dataset: Any = StreamingDataset(local=str(QUICKSTART / "cifar10" / split), shuffle=False, batch_size=1)
-        samples = [dataset[i] for i in range(800)]
-        images = torch.stack([decoded(sample["image"]) for sample in samples]).double() / 255
-        arrays += [torch.nn.functional.avg_pool2d(images, 4).flatten(1).numpy()]
-        arrays += [np.array([int(sample["label"]) for sample in samples])]
-    return tuple(arrays)  # pyright: ignore[reportReturnType]
+def read_cifar(split: str, num: int) -> tuple[list[Any], torch.Tensor, NDArray[np.int64]]:
+    """Return encoded images, their pixels, (N, 3, 32, 32) uint8, and their labels."""
+    dataset: Any = StreamingDataset(local=str(QUICKSTART / "cifar10" / split), shuffle=False, batch_size=1)
+    samples = [dataset[i] for i in range(num)]
+    images, labels = [sample["image"] for sample in samples], [int(sample["label"]) for sample in samples]
+    return images, torch.stack([decoded(image) for image in images]), np.array(labels)
 
 
-def decoded(encoded: object) -> torch.Tensor:
+def decoded(encoded: Any) -> torch.Tensor:
     image = Image.open(io.BytesIO(encoded)) if isinstance(encoded, bytes) else encoded
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)  # pyright: ignore
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Embedded:
+    """The pixels of CIFAR-10 images in 16 × 16 blocks of averages and their labels: bank and queries."""
+    (_, bank, bank_labels), (_, queries, query_labels) = (read_cifar(split, 800) for split in ("train", "test"))
+    means = [avg_pool2d(images.double() / 255, 4).flatten(1).numpy() for images in (bank, queries)]
+    return means[0], bank_labels, means[1], query_labels
 
 
 def similarities(embedded: Embedded) -> NDArray[np.float64]:
@@ -114,14 +118,10 @@ def test_an_evaluation_measures_what_a_brute_force_does(tmp_path: Path) -> None:
     """23: d2v evaluate's accuracies of a teacher, from embeddings that the teacher gives here, in float64."""
     teacher, parts = load_teacher(GOLDEN / "tiny_base.pt"), []
     for split, num in (("train", 200), ("test", 100)):
-        dataset: Any = StreamingDataset(local=str(QUICKSTART / "cifar10" / split), shuffle=False, batch_size=1)
-        samples = [dataset[i] for i in range(num)]
-        labels = [int(sample["label"]) for sample in samples]
-        write_mds(tmp_path / split, [sample["image"] for sample in samples], labels)
+        images, pixels, labels = read_cifar(split, num)
+        write_mds(tmp_path / split, images, labels.tolist())
         with torch.inference_mode():
-            images = torch.stack([decoded(sample["image"]) for sample in samples])
-            parts.append(teacher.embed(images, pooling="cls", representation="output").double().numpy())
-        parts.append(np.array(labels))
+            parts += [teacher.embed(pixels, pooling="cls", representation="output").double().numpy(), labels]
     succeed("evaluate", f"model={GOLDEN / 'tiny_base.pt'}", datasets_of(tmp_path), "ks=[1]", f"out={tmp_path}")
     values = list(numbers(json.loads((tmp_path / "evaluation.json").read_text())))
     for bank, queries in ((0, 2), (2, 0)):

@@ -7,15 +7,15 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import yaml
+from small_runs import Run
 
 from helpers import (
     ROOT,
@@ -29,22 +29,15 @@ from helpers import (
     failure,
     family_of,
     flip_bit,
-    has_trained,
     load_checkpoint,
-    log_of,
     losses_of,
-    refused_run,
     run_command,
-    run_ranks,
     run_training,
-    small_run,
-    start_python,
     started_ranks,
     student_of,
     succeed,
     traced,
     train_command,
-    train_until_killed,
     truncated,
     wait_until,
     write_files,
@@ -52,7 +45,9 @@ from helpers import (
 from programs.preloaded import Program
 
 ENDLESS = ("max_duration=100000ba", "save_interval=3ba")
+SHORT = ("max_duration=2ba", "scheduler.t_warmup=1ba")
 UNSAVED = "save_interval=1000ba"
+ONE_WORKER = "train_loader.num_workers=1"
 
 
 def batch_of(checkpoint: Path) -> int:
@@ -61,32 +56,29 @@ def batch_of(checkpoint: Path) -> int:
 
 # Batch 6 starts an epoch, 3 and 9 are within one; the checkpoints before them are those of batches 6, 2 and 8.
 @pytest.mark.parametrize("batch", [6, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (3, 9))])
-def test_a_killed_run_resumes_bit_for_bit(uninterrupted: Path, small_data: Path, tmp_path: Path, batch: int) -> None:
+def test_a_killed_run_resumes_bit_for_bit(run: Run, uninterrupted: Path, tmp_path: Path, batch: int) -> None:
     """3, 10: the same bits as without the kill; on two ranks, the same losses."""
-    alone = small_run(tmp_path / "alone", small_data)
-    train_until_killed(alone, f"batch_start {batch}")
-    assert len(losses_of(tmp_path / "alone")) == batch
-    shutil.copytree(tmp_path / "alone", tmp_path / "together", symlinks=True)
-    run_training(*alone)
-    assert_same_student(tmp_path / "alone", uninterrupted)
-    assert losses_of(tmp_path / "alone") == losses_of(uninterrupted)
-    run_ranks(*train_command(small_run(tmp_path / "together", small_data, "train_loader.num_workers=1"))[1:])
-    assert_same_losses(losses_of(tmp_path / "together"), losses_of(uninterrupted), num_steps=14)
+    run.train_until_killed(f"batch_start {batch}")
+    assert len(run.losses) == batch
+    together = run.copied_to(tmp_path / "together")
+    run.train()
+    assert_same_student(run.folder, uninterrupted)
+    assert run.losses == losses_of(uninterrupted)
+    together.train_on_ranks(ONE_WORKER)
+    assert_same_losses(together.losses, losses_of(uninterrupted), num_steps=14)
 
 
-def test_a_run_whose_worker_is_killed_ends_and_resumes(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
+def test_a_run_whose_worker_is_killed_ends_and_resumes(run: Run, uninterrupted: Path) -> None:
     """10, 18: as the kernel does when memory is short."""
-    arguments = small_run(tmp_path, small_data, "train_loader.num_workers=1")
-    program = start_python(*traced(arguments), environment={"AT": "batch_end 8 pause"})
-    wait_until(lambda: "pauses" in program.stdout, seconds=60)
+    program = run.start_until("pauses", ONE_WORKER, AT="batch_end 8 pause")
     _, *workers = family_of(program.pid)
     assert workers
     for worker in workers:
         worker.kill()
     assert program.wait(60) == 1, program.stderr
     assert "killed" in failure(program, 1)
-    run_training(*arguments)
-    assert_same_student(tmp_path, uninterrupted)
+    run.train(ONE_WORKER)
+    assert_same_student(run.folder, uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -98,32 +90,25 @@ def test_a_run_whose_worker_is_killed_ends_and_resumes(uninterrupted: Path, smal
         pytest.param(signal.SIGINT, True, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_saves_and_ends(
-    sent: signal.Signals, to_all: bool, uninterrupted: Path, small_data: Path, tmp_path: Path
-) -> None:
+def test_a_signal_saves_and_ends(sent: signal.Signals, to_all: bool, run: Run, uninterrupted: Path) -> None:
     """10, 11: SLURM, systemd and a terminal signal every process, kill and Docker one; the same command resumes."""
-    arguments = small_run(tmp_path, small_data, UNSAVED, "train_loader.num_workers=2")
-    program = start_python(*train_command(arguments)[1:])
-    wait_until(lambda: has_trained(tmp_path), seconds=60)
+    program = run.start_training(UNSAVED, "train_loader.num_workers=2")
     family = family_of(program.pid)
     (os.killpg if to_all else os.kill)(program.pid, sent)
     assert program.wait(timeout=60) == 128 + sent, program.stderr
     assert_gone(family)
-    batch = batch_of(tmp_path / "latest-rank0.pt")
-    name = "SIGTERM" if sent == signal.SIGTERM else "Interrupted"
-    assert f"{name}: saved at batch {batch} in {tmp_path}; the same command resumes" in program.stdout
-    assert batch == len(losses_of(tmp_path)) < 14
+    batch, name = batch_of(run.newest), "SIGTERM" if sent == signal.SIGTERM else "Interrupted"
+    assert f"{name}: saved at batch {batch} in {run.folder}; the same command resumes" in program.stdout
+    assert batch == len(run.losses) < 14
     assert program.stderr == ""
-    run_training(*arguments)
-    assert_same_student(tmp_path, uninterrupted)
+    run.train(UNSAVED)
+    assert_same_student(run.folder, uninterrupted)
 
 
 @pytest.mark.parametrize("moment", ["before_forward 0", "batch_start 3"])
-def test_a_second_ctrl_c_ends_at_once(moment: str, small_data: Path, tmp_path: Path) -> None:
+def test_a_second_ctrl_c_ends_at_once(moment: str, run: Run) -> None:
     """11: the first one does before the first batch, when there is nothing to save."""
-    arguments = small_run(tmp_path, small_data, UNSAVED, "train_loader.num_workers=1")
-    program = start_python(*traced(arguments), environment={"AT": f"{moment} hang"})
-    wait_until(lambda: "hangs" in program.stdout, seconds=60)
+    program = run.start_until("hangs", UNSAVED, ONE_WORKER, AT=f"{moment} hang")
     family = family_of(program.pid)
     assert len(family) > 1
     os.killpg(program.pid, signal.SIGINT)
@@ -132,96 +117,100 @@ def test_a_second_ctrl_c_ends_at_once(moment: str, small_data: Path, tmp_path: P
         os.killpg(program.pid, signal.SIGINT)
     assert program.wait(timeout=20) == 128 + signal.SIGINT
     assert len(program.stderr.splitlines()) == 1
-    assert checkpoints_of(tmp_path) == set()
+    assert checkpoints_of(run.folder) == set()
     assert_gone(family)
 
 
 @pytest.mark.slow
-def test_two_ranks_end_at_once(small_data: Path, tmp_path: Path) -> None:
+def test_two_ranks_end_at_once(run: Run) -> None:
     """11: one of them waits for the other in a collective."""
-    environment = {"AT": "batch_start 0 hang"}
-    with started_ranks(*traced(small_run(tmp_path, small_data)), ranks=2, environment=environment) as programs:
+    with started_ranks(*traced(run.arguments), ranks=2, environment={"AT": "batch_start 0 hang"}) as programs:
         wait_until(lambda: "hangs" in programs[0].stdout, seconds=60)
         for program in programs:
             program.send_signal(signal.SIGINT)
         assert [program.wait(timeout=20) for program in programs] == [128 + signal.SIGINT] * 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
-def test_ranks_save_at_one_batch_when_their_launcher_ends(
-    small_data: Path, tmp_path: Path, sent: signal.Signals
-) -> None:
-    """11: all get the signal, and the launcher passes it on once more; or the launcher alone is killed."""
-    command = train_command(small_run(tmp_path, small_data, UNSAVED, "max_duration=10000ba"), ranks=2)
+@contextmanager
+def launched(run: Run, *overrides: str) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """Start Composer's launcher, and wait until its two ranks have trained; leave none of them behind."""
     # Not start_python: the ranks may know the launcher by its command line, which a fork has not.
-    launcher = subprocess.Popen(command, env=command_environment(), start_new_session=True)
+    command = train_command([*run.arguments, *overrides], ranks=2)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    launcher = subprocess.Popen(command, env=command_environment(), start_new_session=True, **output)
     try:
-        wait_until(lambda: has_trained(tmp_path), seconds=300)
+        wait_until(run.has_trained, seconds=300)
         ranks = psutil.Process(launcher.pid).children()
         assert len(ranks) == 2
+        yield launcher, ranks
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
+def test_ranks_save_at_one_batch_when_their_launcher_ends(run: Run, sent: signal.Signals) -> None:
+    """11: all get the signal, and the launcher passes it on once more; or the launcher alone is killed."""
+    with launched(run, UNSAVED, "max_duration=10000ba") as (launcher, ranks):
         to_all = sent in (signal.SIGTERM, signal.SIGINT)
         (os.killpg if to_all else os.kill)(launcher.pid, sent)
         assert launcher.wait(timeout=180) == (128 + sent if to_all else -sent)
         assert_gone(ranks, seconds=60)
-    finally:  # a failure must not leave them running beside the other tests
-        with suppress(ProcessLookupError):
-            os.killpg(launcher.pid, signal.SIGKILL)
-        launcher.wait()
-    assert batch_of(tmp_path / "latest-rank0.pt") == len(losses_of(tmp_path))
+    assert batch_of(run.newest) == len(run.losses)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_run_ends_when_one_of_its_ranks_is_killed(victim: int, small_data: Path, tmp_path: Path) -> None:
+def test_a_run_ends_when_one_of_its_ranks_is_killed(victim: int, run: Run) -> None:
     """10, 11: the other rank does not wait, and the launcher names the killed one."""
-    launcher = start_python(*train_command(small_run(tmp_path, small_data, *ENDLESS), ranks=2))
-    wait_until(lambda: has_trained(tmp_path), seconds=90)
-    ranks = psutil.Process(launcher.pid).children()
-    assert len(ranks) == 2
-    ranks[victim].kill()
-    assert launcher.wait(timeout=60) != 0
-    assert_gone(ranks)
-    assert f"Rank {victim} crashed with exit code -9" in launcher.stdout + launcher.stderr
+    with launched(run, *ENDLESS) as (launcher, ranks):
+        ranks[victim].kill()
+        said, _ = launcher.communicate(timeout=60)
+        assert launcher.returncode != 0
+        assert_gone(ranks)
+    assert f"Rank {victim} crashed with exit code -9" in said
 
 
 def test_a_signal_in_a_retrieval(small_data: Path, labeled: Path, tmp_path: Path) -> None:
     """10, 11: that of batch 10 is cut short, and measured by the resumed run; the last one is finished at once."""
-    sets = f"retrieval.{datasets_of(labeled)}"
-    options = (sets, "retrieval.baselines=[]", "retrieval.interval=5ba", UNSAVED)
-    runs = {name: small_run(tmp_path / name, small_data, *options) for name in ("undisturbed", "stopped")}
-    run_training(*runs["undisturbed"])
-    stopped = run_command(sys.executable, *traced(runs["stopped"]), environment={"AT": "batch_start 9 retrieval_int"})
-    assert stopped.returncode == 130, stopped.stderr
-    assert f"Interrupted: saved at batch 10 in {tmp_path / 'stopped'}; the same command resumes" in stopped.stdout
+    options = f"retrieval.{datasets_of(labeled)}", "retrieval.baselines=[]", "retrieval.interval=5ba", UNSAVED
+    undisturbed, run = (Run(tmp_path / name, small_data, *options) for name in ("undisturbed", "stopped"))
+    undisturbed.train()
+    stopped = run.start(AT="batch_start 9 retrieval_int")
+    assert stopped.wait(120) == 130, stopped.stderr
+    assert f"Interrupted: saved at batch 10 in {run.folder}; the same command resumes" in stopped.stdout
     key = "metrics/small/bank_train/top1"
-    assert list(log_of(tmp_path / "stopped")[key]) == [0, 5]
-    again = run_command(sys.executable, *traced(runs["stopped"]), environment={"AT": "batch_start 13 retrieval_int"})
-    assert again.returncode == 130, again.stderr
-    assert_same_student(tmp_path / "stopped", tmp_path / "undisturbed")
-    ours, theirs = (log_of(tmp_path / name)[key] for name in runs)
-    assert ours == theirs
-    assert list(ours) == [0, 5, 10, 14]
+    assert list(run.log[key]) == [0, 5]
+    again = run.start(AT="batch_start 13 retrieval_int")
+    assert again.wait(120) == 130, again.stderr
+    assert_same_student(run.folder, undisturbed.folder)
+    assert run.log[key] == undisturbed.log[key]
+    assert list(run.log[key]) == [0, 5, 10, 14]
 
 
-def test_a_resumes_log_has_no_number_of_weights_that_no_file_holds(
-    small_data: Path, labeled: Path, tmp_path: Path
-) -> None:
+def test_a_resumes_log_has_no_number_of_weights_that_no_file_holds(run: Run, labeled: Path) -> None:
     """10, 23: the retrieval of batch 6 is of weights that the kill took, and the resumed run measures others."""
-    sets, key = f"retrieval.{datasets_of(labeled)}", "metrics/small/bank_train/top1"
-    arguments = small_run(tmp_path, small_data, sets, "retrieval.baselines=[]", "save_interval=4ba")
-    arguments.append("alignment.max_samples=0")
-    train_until_killed([*arguments, "retrieval.interval=3ba"], "batch_start 7")
-    with (tmp_path / "log.jsonl").open("a") as log:
+    key = "metrics/small/bank_train/top1"
+    sets = f"retrieval.{datasets_of(labeled)}", "retrieval.baselines=[]"
+    options = (*sets, "save_interval=4ba", "alignment.max_samples=0")
+    run.train_until_killed("batch_start 7", *options, "retrieval.interval=3ba")
+    with (run.folder / "log.jsonl").open("a") as log:
         log.write('{"step": 7, "loss/tr')
-    assert [*log_of(tmp_path)[key]] == [0, 3, 6]
-    succeed("report", tmp_path)
-    assert "Zero-shot retrieval on small, layer_mean_cls, batch 3, " in (tmp_path / "report.html").read_text()
-    run_training(*arguments, "retrieval.interval=100ba")
-    assert [*log_of(tmp_path)[key]] == [0, 3, 14]
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    losses = [line["step"] for line in lines if "loss/train/total" in line]
-    assert losses == [0, 1, 2, 3, 4, *range(4, 14)]
+    assert [*run.log[key]] == [0, 3, 6]
+    succeed("report", run.folder)
+    report = (run.folder / "report.html").read_text()
+    assert "Zero-shot retrieval on small, layer_mean_cls, batch 3, " in report
+    run.train(*options, "retrieval.interval=100ba")
+    assert [*run.log[key]] == [0, 3, 14]
+    assert steps_in(run) == [0, 1, 2, 3, 4, *range(4, 14)]
+
+
+def steps_in(run: Run) -> list[int]:
+    """Return the step of each loss that was logged, in the order of the file."""
+    lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "loss/train/total" in line]
 
 
 @pytest.mark.parametrize(
@@ -229,20 +218,19 @@ def test_a_resumes_log_has_no_number_of_weights_that_no_file_holds(
     [(signal.SIGTERM, "SIGTERM"), pytest.param(signal.SIGINT, "Interrupted", marks=pytest.mark.slow)],
 )
 def test_after_training_a_run_ends_at_once_and_the_same_command_makes_its_report(
-    sent: signal.Signals, name: str, small_data: Path, tmp_path: Path
+    sent: signal.Signals, name: str, run: Run
 ) -> None:
     """11: a plot hangs."""
-    arguments = small_run(tmp_path, small_data, "max_duration=1ba", "scheduler.t_warmup=0ba", "report=true")
-    program = start_python(*traced(arguments), environment={"HANG": "matplotlib.figure Figure savefig"})
-    wait_until(lambda: "hangs" in program.stdout, seconds=60)
+    options = "max_duration=1ba", "scheduler.t_warmup=0ba", "report=true"
+    program = run.start_until("hangs", *options, HANG="matplotlib.figure Figure savefig")
     program.send_signal(sent)
     assert program.wait(timeout=20) == 128 + sent
     line = program.stderr.splitlines()[-1]
     assert line.startswith(f"{name}: the model is saved, but its report is not; to write it, run ")
-    assert line.endswith(f" report {tmp_path}")
-    assert len(checkpoints_of(tmp_path)) == 1
-    run_training(*arguments)
-    assert (tmp_path / "report.html").is_file()
+    assert line.endswith(f" report {run.folder}")
+    assert len(checkpoints_of(run.folder)) == 1
+    run.train(*options)
+    assert (run.folder / "report.html").is_file()
 
 
 @pytest.mark.parametrize("damage", [truncated, flip_bit, pytest.param(lambda content: b"", marks=pytest.mark.slow)])
@@ -250,53 +238,51 @@ def test_a_damaged_newest_checkpoint_is_skipped(
     damage: Callable[[bytes], bytes], uninterrupted: Path, small_data: Path, tmp_path: Path
 ) -> None:
     """12: with a warning; the run ends with the same bits."""
-    folder = shutil.copytree(uninterrupted, tmp_path / "run", symlinks=True)
-    newest = folder / "ep2-ba14-rank0.pt"
+    run = Run(uninterrupted, small_data).copied_to(tmp_path / "run")
+    newest = run.folder / "ep2-ba14-rank0.pt"
     newest.write_bytes(damage(newest.read_bytes()))
-    ended = run_training(*small_run(folder, small_data))
+    ended = run.train()
     assert "ep2-ba14-rank0.pt" in ended.stderr
-    assert f"from {folder}/ep1-ba12-rank0.pt at batch 12" in ended.stdout
-    assert_same_student(folder, uninterrupted)
+    assert f"from {run.folder}/ep1-ba12-rank0.pt at batch 12" in ended.stdout
+    assert_same_student(run.folder, uninterrupted)
 
 
 def test_what_a_run_is_cannot_be_changed(uninterrupted: Path, small_data: Path, labeled: Path) -> None:
     """12: each change is named."""
     changes = ["seed=18", "student.depth=2", "student.alibi=false", "optimizer.lr=0.001", "targets.extra_tokens=drop"]
-    changes += ["global_train_batch_size=8", f"train_loader.local={labeled / 'test'}", "train_loader.column=image"]
-    changes += ["prediction=last_block", "teacher.first_blocks=1", "alignment.pooling=cls"]
-    changes += ["alignment.representation=output"]
-    before = contents_of(uninterrupted)
-    line = refused_run(small_run(uninterrupted, small_data, *changes))
+    changes += ["global_train_batch_size=8", "train_loader.column=image", "prediction=last_block"]
+    changes += ["teacher.first_blocks=1", "alignment.pooling=cls", "alignment.representation=output"]
+    before, run = contents_of(uninterrupted), Run(uninterrupted, small_data)
+    line = run.refused(*changes)
+    names = [change.partition("=")[0] for change in changes]
+    assert [name for name in names if f"{name}: checkpoint has " not in line] == [], line
     assert "seed: checkpoint has 17, config has 18" in line, line
-    names = ["student.depth", "student.alibi", "optimizer.lr", "targets.extra_tokens", "global_train_batch_size"]
-    for name in (*names, "prediction", "teacher.first_blocks", "alignment.pooling", "alignment.representation"):
-        assert f"{name}: checkpoint has " in line
     assert "train_loader.column: checkpoint has None, config has image" in line
-    assert "train_loader" in refused_run(small_run(uninterrupted, labeled / "test", "seed=17"))
+    assert "train_loader" in run.refused(f"train_loader.local={labeled / 'test'}")
     assert contents_of(uninterrupted) == before
 
 
 @pytest.mark.parametrize("name", ["run.yaml", "notes.txt"])
-def test_a_folder_of_other_files_is_refused(name: str, small_data: Path, tmp_path: Path) -> None:
+def test_a_folder_of_other_files_is_refused(name: str, run: Run) -> None:
     """7, 11: as it was."""
-    folder = write_files(tmp_path / "mine", {name: b"mine"})
-    line = refused_run(small_run(folder, small_data))
-    assert f"save_folder: {folder} holds files that are not ours, such as {name}; choose another" in line
-    assert contents_of(folder) == {name: b"mine"}
+    write_files(run.folder, {name: b"mine"})
+    line = run.refused()
+    assert f"save_folder: {run.folder} holds files that are not ours, such as {name}; choose another" in line
+    assert contents_of(run.folder) == {name: b"mine"}
 
 
 def test_a_used_folder_is_refused_unless_it_is_resumed(uninterrupted: Path, small_data: Path) -> None:
     """7, 11: another run's checkpoints, log, record and report stay."""
     before = contents_of(uninterrupted)
-    line = refused_run(small_run(uninterrupted, small_data, "autoresume=false", "save_interval=1ba", "report=true"))
+    line = Run(uninterrupted, small_data).refused("autoresume=false", "save_interval=1ba", "report=true")
     said = f"autoresume: must be true, because {uninterrupted} holds a run's checkpoints; a new run needs another save_"
     assert said in line
     assert contents_of(uninterrupted) == before
 
 
-def test_a_checkpoint_that_does_not_fit_is_named(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_is_named(uninterrupted: Path, run: Run, tmp_path: Path) -> None:
     """11, 12: a finished run's, one of other settings, one of other tensors; nothing is left behind each time."""
-    finished, foreign, new = uninterrupted / "latest-rank0.pt", tmp_path / "foreign.pt", tmp_path / "runs" / "new"
+    finished, foreign = uninterrupted / "latest-rank0.pt", tmp_path / "foreign.pt"
     checkpoint = load_checkpoint(uninterrupted / "ep1-ba12-rank0.pt")
     del checkpoint["state"]["callbacks"]["RunRecord"]
     torch.save(checkpoint, foreign)
@@ -306,45 +292,40 @@ def test_a_checkpoint_that_does_not_fit_is_named(uninterrupted: Path, small_data
         (finished, ["max_duration=20ba", "seed=18"], "seed: checkpoint has 17, config has 18"),
         (foreign, ["student.depth=2"], f"{foreign}: tensor student.blocks.2."),
     ):
-        assert words in refused_run(small_run(new, small_data, f"load_path={load_path}", *changes))
-        assert not (tmp_path / "runs").exists()
-    assert "at batch 12" in run_training(*small_run(new, small_data, f"load_path={foreign}")).stdout
-    assert_same_student(new, uninterrupted)
+        assert words in run.refused(f"load_path={load_path}", *changes)
+        assert not run.folder.exists()
+    assert "at batch 12" in run.train(f"load_path={foreign}").stdout
+    assert_same_student(run.folder, uninterrupted)
 
 
 def test_a_record_starts_another_run(small_data: Path, tmp_path: Path) -> None:
     """10, 18: in the folder of its own name, in the precision that was asked for, with next commands that exist."""
-    few = ("max_duration=2ba", "scheduler.t_warmup=1ba", "precision=auto")
-    run_training(*small_run(Path("runs/{run_name}"), small_data, *few), cwd=tmp_path)
+    Run(Path("runs/{run_name}"), small_data, *SHORT, "precision=auto", cwd=tmp_path).train()
     run = tmp_path / "runs" / "quickstart"
     before, record = contents_of(run), yaml.safe_load((run / "run.yaml").read_text())
     assert (record["config"]["save_folder"], record["config"]["precision"]) == ("runs/{run_name}", "auto")
     used = record["hardware"]["precision"]
     assert used in ("fp32", "amp_bf16", "amp_fp16")
-    ended = run_training(str(run / "run.yaml"), "run_name=again", cwd=tmp_path)
-    assert "saved in runs/again" in ended.stdout
-    assert f", {used}\n" in ended.stdout
-    assert "export runs/again/latest-rank0.pt" in ended.stdout
+    said = run_training(str(run / "run.yaml"), "run_name=again", cwd=tmp_path).stdout
+    assert all(words in said for words in ("saved in runs/again", f", {used}\n", "export runs/again/latest-rank0.pt"))
     assert checkpoints_of(tmp_path / "runs" / "again") == {"ep0-ba2-rank0.pt"}
     assert contents_of(run) == before
 
 
-def test_a_run_killed_before_its_first_checkpoint_leaves_no_log_to_the_next(small_data: Path, tmp_path: Path) -> None:
+def test_a_run_killed_before_its_first_checkpoint_leaves_no_log_to_the_next(run: Run) -> None:
     """7: which may have other settings."""
-    train_until_killed(small_run(tmp_path, small_data, UNSAVED), "batch_start 5")
-    assert len(losses_of(tmp_path)) == 5
-    few = ("max_duration=2ba", "scheduler.t_warmup=1ba", "seed=18")
-    run_training(*small_run(tmp_path, small_data, *few))
-    assert sorted(losses_of(tmp_path)) == [0, 1]
+    run.train_until_killed("batch_start 5", UNSAVED)
+    assert len(run.losses) == 5
+    run.train(*SHORT, "seed=18")
+    assert sorted(run.losses) == [0, 1]
 
 
-def test_a_run_with_a_nan_loss_ends_before_it_saves(small_data: Path, tmp_path: Path) -> None:
+def test_a_run_with_a_nan_loss_ends_before_it_saves(run: Run) -> None:
     """13, 18."""
-    options = ("optimizer.lr=1e20", "algorithms.gradient_clipping=null", "save_interval=1ba", "scheduler.t_warmup=0ba")
-    line = refused_run(small_run(tmp_path, small_data, *options), 1)
-    batch = batch_of(tmp_path / "latest-rank0.pt")
-    assert f"batch {batch}: the training loss is nan; earlier checkpoints are kept" in line
-    assert all(tensor.isfinite().all() for tensor in student_of(tmp_path).values())
+    options = "optimizer.lr=1e20", "algorithms.gradient_clipping=null", "save_interval=1ba", "scheduler.t_warmup=0ba"
+    line = run.refused(*options, status=1)
+    assert f"batch {batch_of(run.newest)}: the training loss is nan; earlier checkpoints are kept" in line
+    assert all(tensor.isfinite().all() for tensor in student_of(run.folder).values())
 
 
 @pytest.fixture
@@ -360,22 +341,21 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_that_fills_ends_the_run_in_one_line(small_data: Path, small_disk: Path) -> None:
     """14: the checkpoint before is whole, and the run goes on where there is room."""
-    line = refused_run(small_run(small_disk / "run", small_data), 1)
+    run = Run(small_disk / "run", small_data)
+    line = run.refused(status=1)
     assert "No space left" in line
     assert str(small_disk) in line
-    assert checkpoints_of(small_disk / "run") == {"ep0-ba2-rank0.pt"}
-    assert batch_of(small_disk / "run" / "latest-rank0.pt") == 2
+    assert checkpoints_of(run.folder) == {"ep0-ba2-rank0.pt"}
+    assert batch_of(run.newest) == 2
 
 
-def test_a_run_whose_folder_vanishes_ends_in_one_line(small_data: Path, tmp_path: Path) -> None:
+def test_a_run_whose_folder_vanishes_ends_in_one_line(run: Run) -> None:
     """14."""
-    folder = tmp_path / "run"
-    program = start_python(*train_command(small_run(folder, small_data, *ENDLESS))[1:])
-    wait_until(lambda: has_trained(folder), seconds=60)
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)  # it may have written meanwhile
+    program = run.start_training(*ENDLESS)
+    shutil.rmtree(run.folder, ignore_errors=True)
+    shutil.rmtree(run.folder, ignore_errors=True)  # it may have written meanwhile
     assert program.wait(60) in (1, 2), program.stderr
-    assert str(folder) in failure(program, program.wait(1))
+    assert str(run.folder) in failure(program, program.wait(1))
 
 
 def test_a_run_leaves_two_checkpoints_a_log_and_a_record(uninterrupted: Path) -> None:
@@ -386,56 +366,51 @@ def test_a_run_leaves_two_checkpoints_a_log_and_a_record(uninterrupted: Path) ->
     assert record["config"]["optimizer"]["lr"] == 0.004
     assert record["versions"]["mosaicml"]
     assert record["teacher"]["source"] == "tiny_base.pt"
-    checkpoint = load_checkpoint(uninterrupted / "latest-rank0.pt")["state"]
-    assert all(name.startswith("student.blocks.") for name in checkpoint["model"])
+    assert all(name.startswith("student.blocks.") for name in student_of(uninterrupted))
     lines = [json.loads(line) for line in (uninterrupted / "log.jsonl").read_text().splitlines()]
     assert all("step" in line for line in lines)
 
 
 @pytest.fixture
-def saving(tmp_path: Path, small_data: Path) -> Iterator[tuple[Program, Path]]:
-    """A run that trains for ever, saves every third batch, and keeps five checkpoints."""
-    folder = tmp_path / "run"
-    options = (*ENDLESS, "save_num_checkpoints_to_keep=5")
-    program = start_python(*traced(small_run(folder, small_data, *options)), environment={"SLOW": "0.2"})
+def saving(run: Run) -> Iterator[Program]:
+    """The run trains for ever, saves every third batch, and keeps five checkpoints."""
+    program = run.start(*ENDLESS, "save_num_checkpoints_to_keep=5", SLOW="0.2")
     try:
-        wait_until(lambda: (folder / "latest-rank0.pt").exists(), seconds=90)
-        yield program, folder
+        wait_until(run.newest.exists, seconds=90)
+        yield program
     finally:
         program.kill()
 
 
 def test_readers_and_a_second_run_beside_a_run_that_saves(
-    saving: tuple[Program, Path], small_data: Path, labeled: Path, tmp_path: Path
+    run: Run, saving: Program, labeled: Path, tmp_path: Path
 ) -> None:
     """20: evaluate, export, embed and report; 7, 18: a second run is refused, and told which process to stop.
 
     15: at the end of the first, five checkpoints are left.
     """
-    program, folder = saving
-    newest = folder / "latest-rank0.pt"
-    second = start_python(*train_command(small_run(folder, small_data, *ENDLESS))[1:])  # waits ten seconds
-    succeed("export", newest, tmp_path / "student.safetensors")
-    succeed("embed", newest, labeled / "test", tmp_path / "embeddings.npy", "--workers", "0")
-    succeed("evaluate", f"model={newest}", datasets_of(labeled), "ks=[1]", f"out={tmp_path / 'out'}")
-    succeed("report", folder)
+    second = run.start(*ENDLESS)  # waits ten seconds
+    succeed("export", run.newest, tmp_path / "student.safetensors")
+    succeed("embed", run.newest, labeled / "test", tmp_path / "embeddings.npy", "--workers", "0")
+    succeed("evaluate", f"model={run.newest}", datasets_of(labeled), "ks=[1]", f"out={tmp_path / 'out'}")
+    succeed("report", run.folder)
     second.wait(60)
     line = failure(second, 2)
-    assert str(folder) in line
-    assert f"process {program.pid} of {platform.node()}" in line
-    assert program.poll() is None
-    program.send_signal(signal.SIGTERM)
-    assert program.wait(timeout=60) == 143, program.stderr
-    steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines() if "loss/" in line]
+    assert str(run.folder) in line
+    assert f"process {saving.pid} of {platform.node()}" in line
+    assert saving.poll() is None
+    saving.send_signal(signal.SIGTERM)
+    assert saving.wait(timeout=60) == 143, saving.stderr
+    steps = steps_in(run)
     assert steps == list(range(len(steps)))  # one run wrote them
-    assert len(checkpoints_of(folder)) == 5
+    assert len(checkpoints_of(run.folder)) == 5
 
 
 def test_the_quickstart_opens_with_what_it_trains_and_warns_of_nothing(tmp_path: Path) -> None:
     """19: in a fresh process, with the warnings of all imports; in a pipe there are lines, no bar."""
     folder = tmp_path / "run"
-    options = ("precision=fp32", "max_duration=4ba", "scheduler.t_warmup=2ba", "global_train_batch_size=8")
-    options += ("retrieval.max_images=16", "alignment.max_samples=20", "callbacks.health=null", "report=false")
+    options = ["precision=fp32", "max_duration=4ba", "scheduler.t_warmup=2ba", "global_train_batch_size=8"]
+    options += ["retrieval.max_images=16", "alignment.max_samples=20", "callbacks.health=null", "report=false"]
     command = train_command([str(ROOT / "yamls" / "quickstart.yaml"), *options, f"save_folder={folder}"])
     ended = run_command("env", *command, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
@@ -446,7 +421,6 @@ def test_the_quickstart_opens_with_what_it_trains_and_warns_of_nothing(tmp_path:
     assert [line for line in lines if not line.startswith(("retrieval at batch ", "batch "))] == []
     assert lines[-1].startswith("batch 4/4 (100 %)  loss ")
     assert any(re.fullmatch(r"retrieval at batch 4: cifar10 student top-1 \d+\.\d%", line) for line in lines), lines
-    for command in ("evaluate", "export"):  # the next commands are named
-        assert f" {command} " in ended.stdout
-    model = torch.load(folder / "latest-rank0.pt", weights_only=False)["state"]["model"]
-    assert all(tensor.isfinite().all() for tensor in model.values())
+    for name in ("evaluate", "export"):  # the next commands are named
+        assert f" {name} " in ended.stdout
+    assert all(tensor.isfinite().all() for tensor in student_of(folder).values())

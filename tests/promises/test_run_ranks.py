@@ -1,46 +1,59 @@
-"""Promises 3, 8 and 10: several ranks train like one process: compiled, in microbatches, on several nodes."""
+"""Promises 3, 8 and 10: ranks train like one process: in microbatches, compiled, on nodes, with any student, target."""
 
+import io
 import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from small_runs import Run
+from torch.nn.functional import layer_norm
 
+from d2v_composer import DistillationModel, load_student, load_teacher
 from gated_store import GatedStore
 from helpers import (
+    GOLDEN,
     QUICKSTART,
+    ROOT,
     assert_same_losses,
+    assert_same_student,
     datasets_of,
+    encoded_image,
+    load_checkpoint,
     log_of,
     losses_of,
     run_command,
-    run_ranks,
-    run_training,
-    small_run,
+    student_of,
+    succeed,
     traced,
-    train_command,
 )
 
 LAUNCHER = Path(sys.executable).parent / "composer"
+ONE_WORKER = "train_loader.num_workers=1"
 
 # Evaluations of twice 499 images, which two ranks share unevenly: before the first batch, after each fifth, at the end.
-WITH_RETRIEVAL = (
-    f"retrieval.{datasets_of(QUICKSTART / 'cifar10')}",
-    "retrieval.interval=5ba",
-    "retrieval.at_start=true",
-    "retrieval.max_images=499",
-    "retrieval.probes=[knn,linear,agreement,instance]",
-    "retrieval.baselines=[encoder,teacher]",
-)
+WITH_RETRIEVAL = ("retrieval.at_start=true", "retrieval.interval=5ba", "retrieval.max_images=499")
+WITH_RETRIEVAL += ("retrieval.probes=[knn,linear,agreement,instance]", "retrieval.baselines=[encoder,teacher]")
+WITH_RETRIEVAL += (f"retrieval.{datasets_of(QUICKSTART / 'cifar10')}",)
+
+
+def trained(folder: Path, data: Path, *overrides: str, **variables: str) -> Run:
+    """Return a run that has been trained in one process."""
+    run = Run(folder / "run", data, *overrides)
+    program = run.start(**variables)
+    assert program.wait(300) == 0, program.stderr
+    return run
 
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Path:
     """Return the folder of a run in one process that measures retrieval."""
-    folder = tmp_path_factory.mktemp("evaluated") / "run"
-    run_training(*small_run(folder, small_data, *WITH_RETRIEVAL))
-    return folder
+    return trained(tmp_path_factory.mktemp("evaluated"), small_data, *WITH_RETRIEVAL).folder
 
 
 def assert_same_run(folder: Path, expected: Path) -> None:
@@ -54,21 +67,18 @@ def assert_same_run(folder: Path, expected: Path) -> None:
         assert at_the_same_steps == pytest.approx(theirs[name], abs=4.5e-3), name
 
 
-def test_microbatches_give_the_same_losses(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
+def test_microbatches_give_the_same_losses(uninterrupted: Path, run: Run) -> None:
     """Sixteen images in parts of 6, 6 and 4."""
-    options = ("device_train_microbatch_size=6", "activation_checkpointing=true")
-    run_training(*small_run(tmp_path, small_data, *options))
-    assert_same_losses(losses_of(tmp_path), losses_of(uninterrupted), num_steps=14)
+    run.train("device_train_microbatch_size=6", "activation_checkpointing=true")
+    assert_same_losses(run.losses, losses_of(uninterrupted), num_steps=14)
 
 
 @pytest.mark.slow
-def test_a_fresh_run_trains_with_static_graphs(small_data: Path, tmp_path: Path) -> None:
+def test_a_fresh_run_trains_with_static_graphs(run: Run, tmp_path: Path) -> None:
     """24: the evaluation before the first step ends with a batch of 51 images instead of 64."""
-    few = ("compile=true", "max_duration=2ba", "scheduler.t_warmup=1ba", "retrieval.probes=[]")
-    arguments = small_run(tmp_path / "run", small_data, *WITH_RETRIEVAL, *few)
-    variables = {"BACKEND": "static", "GRAPHS": str(tmp_path / "counts")}
-    result = run_command(sys.executable, *traced(arguments), environment=variables)
-    assert result.returncode == 0, result.stderr
+    few = "compile=true", "max_duration=2ba", "scheduler.t_warmup=1ba", "retrieval.probes=[]"
+    program = run.start(*WITH_RETRIEVAL, *few, BACKEND="static", GRAPHS=str(tmp_path / "counts"))
+    assert program.wait(300) == 0, program.stderr
     (counts,) = (tmp_path / "counts").iterdir()
     assert len(counts.read_text().splitlines()) == 2
 
@@ -76,12 +86,12 @@ def test_a_fresh_run_trains_with_static_graphs(small_data: Path, tmp_path: Path)
 # Both backends compile the same graphs; inductor takes a minute more to make kernels of them.
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_ranks_train_as_one_process(evaluated: Path, small_data: Path, tmp_path: Path, backend: str) -> None:
-    arguments = small_run(tmp_path / "run", small_data, "compile=true", *WITH_RETRIEVAL)
+def test_compiled_ranks_train_as_one_process(evaluated: Path, run: Run, tmp_path: Path, backend: str) -> None:
+    arguments = traced([*run.arguments, "compile=true", *WITH_RETRIEVAL])
     variables = {"BACKEND": backend, "GRAPHS": str(tmp_path / "counts")}
-    result = run_command(LAUNCHER, "-n", "2", *traced(arguments), timeout=400, environment=variables)
+    result = run_command(LAUNCHER, "-n", "2", *arguments, timeout=400, environment=variables)
     assert result.returncode == 0, result.stderr
-    assert_same_run(tmp_path / "run", evaluated)
+    assert_same_run(run.folder, evaluated)
     first, second = (tmp_path / "counts").iterdir()
     for rank in (first, second):
         counts = [line.split() for line in rank.read_text().splitlines()]
@@ -93,12 +103,11 @@ def test_compiled_ranks_train_as_one_process(evaluated: Path, small_data: Path, 
 
 
 @pytest.mark.slow
-def test_two_nodes_train_as_one_process(evaluated: Path, small_data: Path, tmp_path: Path) -> None:
+def test_two_nodes_train_as_one_process(evaluated: Path, run: Run) -> None:
     """They share data set and folder, as on machines with a common file system."""
-    options = ["train_loader.num_workers=1", "device_train_microbatch_size=3", "activation_checkpointing=true"]
-    arguments = small_run(tmp_path / "run", small_data, *options, *WITH_RETRIEVAL)
-    run_ranks(*train_command(arguments)[1:], num_nodes=2)
-    assert_same_run(tmp_path / "run", evaluated)
+    options = ONE_WORKER, "device_train_microbatch_size=3", "activation_checkpointing=true"
+    run.train_on_ranks(*options, *WITH_RETRIEVAL, num_nodes=2)
+    assert_same_run(run.folder, evaluated)
 
 
 @pytest.mark.slow
@@ -107,20 +116,123 @@ def test_a_checkpoint_that_was_not_uploaded_reaches_the_other_node(
     object_store: GatedStore, evaluated: Path, small_data: Path, tmp_path: Path, stored: bytes | None
 ) -> None:
     """Node 0 saved it and was killed; each node has a disk of its own."""
-    bucket = f"two-nodes-{'none' if stored is None else 'another'}"
+    bucket, newest = f"two-nodes-{'none' if stored is None else 'another'}", "ep1-ba12-rank0.pt"
     object_store.create_bucket_of_images(bucket, small_data)
     put = partial(object_store.client().put_object, Bucket=bucket)
     if stored is not None:
-        put(Key="runs/killed/ep1-ba12-rank0.pt", Body=stored)
-        put(Key="runs/killed/latest-rank0.pt.symlink", Body=b"runs/killed/ep1-ba12-rank0.pt")
+        put(Key=f"runs/killed/{newest}", Body=stored)
+        put(Key="runs/killed/latest-rank0.pt.symlink", Body=f"runs/killed/{newest}".encode())
     folders = tmp_path / "node0", tmp_path / "node1"
-    run = folders[0] / "runs" / "killed"
-    shutil.copytree(evaluated, run, symlinks=True)
-    (run / "latest-rank0.pt").unlink()
-    (run / "latest-rank0.pt").symlink_to("ep1-ba12-rank0.pt")
+    run = Run(folders[0] / "runs" / "killed", small_data, f"save_folder=s3://{bucket}/runs/killed", *WITH_RETRIEVAL)
+    shutil.copytree(evaluated, run.folder, symlinks=True)
+    run.newest.unlink()
+    run.newest.symlink_to(newest)
     folders[1].mkdir()
-    save = f"save_folder=s3://{bucket}/runs/killed"
-    command = train_command(small_run(run, small_data, save, *WITH_RETRIEVAL))[1:]
-    run_ranks(*command, num_nodes=2, folders=folders, environment=object_store.environment)
-    assert_same_run(run, evaluated)
-    assert (folders[1] / "runs" / "killed" / "ep1-ba12-rank0.pt").is_file()
+    run.train_on_ranks(num_nodes=2, folders=folders, environment=object_store.environment)
+    assert_same_run(run.folder, evaluated)
+    assert (folders[1] / "runs" / "killed" / newest).is_file()
+
+
+NARROW = ("student.embed_dim=20", "max_duration=6ba")  # of the teacher's 48
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Run:
+    """A run, in one process, of a student narrower than its encoder."""
+    return trained(tmp_path_factory.mktemp("narrow"), small_data, *NARROW)
+
+
+def test_a_narrow_students_checkpoint_holds_all_that_trains_and_ranks_train_as_one(narrow: Run, run: Run) -> None:
+    """3, 8, 10: the input projection, blocks and the objective's head."""
+    shapes = {name: tensor.shape for name, tensor in student_of(narrow.folder).items() if ".blocks." not in name}
+    assert shapes == {
+        "student.input_proj.weight": (20, 48),
+        "student.input_proj.bias": (20,),
+        "objectives.tokens.head.weight": (48, 20),
+        "objectives.tokens.head.bias": (48,),
+    }
+    run.train_on_ranks(*NARROW)
+    assert_same_losses(run.losses, narrow.losses, num_steps=6)
+
+
+def test_evaluate_embed_and_export_read_the_narrow_embedding(narrow: Run, labeled: Path, tmp_path: Path) -> None:
+    """17, 21: from the checkpoint and from its exported file."""
+    exported = tmp_path / "student.safetensors"
+    succeed("export", narrow.newest, exported)
+    for model in (narrow.newest, exported):
+        succeed("embed", model, labeled / "test", tmp_path / f"{model.name}.npy")
+    ours, expected = (np.load(tmp_path / f"{model.name}.npy") for model in (exported, narrow.newest))
+    assert ours.shape == (48, 20)
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+    datasets = datasets_of(labeled, "cifar10")
+    succeed("evaluate", ROOT / "yamls" / "evaluate.yaml", f"model={narrow.newest}", datasets)
+    student, trained = load_student(exported), load_checkpoint(narrow.newest)["state"]["model"]
+    assert torch.equal(student.state_dict()["input_proj.weight"], trained["student.input_proj.weight"])
+    assert not any("head" in name for name in student.state_dict())
+
+
+MOMENTS = "objectives.tokens.dataset_norm.moments"
+# Targets are normalized by fixed numbers, measured on two batches of 16 whole images before the first step.
+WHOLE_IMAGES = ("train_loader.crop_scale=[1,1]", "train_loader.crop_ratio=[1,1]", "train_loader.flip=0")
+DATASET = ("targets.normalization=dataset", "targets.dataset_batches=2", "device_eval_batch_size=10")
+DATASET += (*WHOLE_IMAGES, "train_loader.shuffle=false", "max_duration=8ba")
+
+
+@pytest.fixture(scope="module")
+def normalized(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Run:
+    """A run, in one process, with such targets; beside it, its samples."""
+    folder = tmp_path_factory.mktemp("normalized")
+    return trained(folder, small_data, *DATASET, SAMPLES=str(folder / "samples"))
+
+
+def test_targets_are_normalized_by_the_first_batches(normalized: Run) -> None:
+    """3: and the loader begins its epoch again after them."""
+    (samples,) = (normalized.folder.parent / "samples").iterdir()
+    read = [int(line.split()[1]) for line in samples.read_text().splitlines()]
+    assert read[:96] == list(range(96))
+    state, teacher = student_of(normalized.folder), load_teacher(GOLDEN / "tiny_base.pt")
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(encoded_image(seed)))) for seed in range(32)])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    layers = torch.stack(teacher.forward_blocks(teacher.encode(images))[1]).double().numpy()
+    mean, deviation = layers.mean(axis=(1, 2)), layers.std(axis=(1, 2))
+    count, total, squares = state[MOMENTS].unbind(dim=1)
+    assert (count == 32).all()
+    np.testing.assert_allclose(total / 32, mean, atol=1e-5 * deviation.mean())
+    np.testing.assert_allclose((squares / 32 - (total / 32) ** 2).sqrt(), deviation, rtol=1e-5)
+    student: Any = teacher.build_student(depth=3, normalization="dataset")
+    model = DistillationModel(teacher, student, dataset_norm=True)
+    model.load_state_dict(state)
+    mean, deviation = mean[:, None, None], np.sqrt(deviation[:, None, None] ** 2 + 1e-5)
+    expected = layer_norm(torch.from_numpy(((layers - mean) / deviation).mean(axis=0)), layers.shape[-1:], eps=1e-5)
+    torch.testing.assert_close(model(images).target, expected.float(), rtol=0, atol=2e-5)
+
+
+def test_a_killed_run_measures_nothing_anew_and_two_ranks_train_as_one(
+    normalized: Run, run: Run, small_data: Path, tmp_path: Path
+) -> None:
+    """3, 10, 12."""
+    run.train_until_killed("batch_start 5", *DATASET)
+    run.train(*DATASET)
+    assert_same_student(run.folder, normalized.folder)
+    ranks, moments = Run(tmp_path / "ranks", small_data, *DATASET), student_of(normalized.folder)[MOMENTS]
+    ranks.train_on_ranks(ONE_WORKER)
+    torch.testing.assert_close(student_of(ranks.folder)[MOMENTS], moments, rtol=1e-6, atol=0)
+    assert_same_losses(ranks.losses, normalized.losses, num_steps=8)
+    line = run.refused(*DATASET, "targets.dataset_batches=3", "max_duration=16ba")
+    assert "targets.dataset_batches: checkpoint has 2, config has 3" in line
+
+
+def test_the_exported_file_needs_no_moments(normalized: Run, tmp_path: Path) -> None:
+    """17: embeddings are normalized by layer."""
+    succeed("export", normalized.newest, tmp_path / "student.safetensors")
+    student: Any = load_student(tmp_path / "student.safetensors")
+    assert student.config.normalization == "layer"
+    assert not any("moments" in name for name in student.state_dict())
+
+
+@pytest.mark.slow
+def test_compiled_targets_are_the_same(normalized: Run, run: Run) -> None:
+    """10: on a CPU the numbers are constants of the compiled program; a resume has them, too."""
+    run.train_until_killed("batch_start 5", *DATASET, "compile=true")
+    run.train(*DATASET, "compile=true")
+    assert_same_losses(run.losses, normalized.losses, num_steps=8)

@@ -8,21 +8,23 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+from small_runs import Run
 
-from helpers import GOLDEN, ROOT, d2v, datasets_of, failure, losses_of, run_command, small_run, train_command
+from helpers import GOLDEN, ROOT, d2v, datasets_of, failure
 
 LOGIN = "someone:hunter\"7qXw'k9Ztrap%5C5"
 PARTS = ("hunter", "7qXw", "k9Ztrap", "topsecret")
 
 
-class Web:
+class Web(NamedTuple):
     """A web server that needs a login and a token, and the folder that it serves."""
 
-    def __init__(self, folder: Path, port: int) -> None:
-        self.folder, self.root = folder, f"http://{LOGIN}@127.0.0.1:{port}"
+    folder: Path
+    root: str
 
     def address(self, name: str) -> str:
         return f"{self.root}/{name}?token=topsecret"
@@ -46,7 +48,7 @@ def web(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Iterator[
     shutil.copytree(small_data, folder / "data" / "train")
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield Web(folder, server.server_port)
+        yield Web(folder, f"http://{LOGIN}@127.0.0.1:{server.server_port}")
         server.shutdown()
 
 
@@ -62,37 +64,25 @@ def assert_no_secrets(folder: Path, *ended: subprocess.CompletedProcess[str]) ->
         assert not [part for part in PARTS if part.encode() in content], path
 
 
-def training(web: Web, folder: Path, *overrides: str) -> list[str]:
-    return small_run(
-        folder / "run",
-        folder / "cache",
-        f"teacher.checkpoint={web.address('tiny_base.pt')}",
-        f"train_loader.remote={web.root}/data/train",
-        "max_duration=2ba",
-        "scheduler.t_warmup=1ba",
-        *overrides,
-    )
+def run_from(web: Web, folder: Path, *overrides: str, **variables: str) -> Run:
+    """Return a run whose teacher and shards need a login."""
+    teacher, remote = f"teacher.checkpoint={web.address('tiny_base.pt')}", f"train_loader.remote={web.root}/data/train"
+    settings = teacher, remote, "max_duration=2ba", "scheduler.t_warmup=1ba", *overrides
+    environment = {"TORCH_HOME": str(folder / "torch"), **variables}
+    return Run(folder / "run", folder / "cache", *settings, environment=environment)
 
 
 def test_a_run_and_what_is_made_of_it(web: Web, labeled: Path, tmp_path: Path) -> None:
-    """25: with a teacher and shards that need a login; the same command resumes."""
-    environment = {"TORCH_HOME": str(tmp_path / "torch")}
-    sets = datasets_of(labeled)
-    arguments = training(web, tmp_path, f"retrieval.{sets}", "retrieval.baselines=[]")
-    first = run_command(*train_command(arguments), environment=environment)
-    again = run_command(*train_command([*arguments, "max_duration=4ba"]), environment=environment)
+    """25: the same command resumes."""
+    sets, moved = datasets_of(labeled), web.address("tiny_base.pt")
+    run = run_from(web, tmp_path, f"retrieval.{sets}", "retrieval.baselines=[]")
+    first, again = run.train(), run.train("max_duration=4ba")
     assert "at batch 2" in again.stdout, again.stderr
-    assert sorted(losses_of(tmp_path / "run")) == [0, 1, 2, 3]
-    checkpoint, moved = tmp_path / "run" / "latest-rank0.pt", web.address("tiny_base.pt")
-    rivals = f"rivals={json.dumps([moved])}"
-    assert_no_secrets(
-        tmp_path,
-        first,
-        again,
-        d2v("evaluate", f"model={checkpoint}", f"teacher={moved}", rivals, sets, f"out={tmp_path / 'run'}"),
-        d2v("export", checkpoint, tmp_path / "student.safetensors", "--teacher", moved),
-        d2v("report", tmp_path / "run"),
-    )
+    assert sorted(run.losses) == [0, 1, 2, 3]
+    options = f"teacher={moved}", f"rivals={json.dumps([moved])}", sets, f"out={run.folder}"
+    evaluated = d2v("evaluate", f"model={run.newest}", *options)
+    exported = d2v("export", run.newest, tmp_path / "student.safetensors", "--teacher", moved)
+    assert_no_secrets(tmp_path, first, again, evaluated, exported, d2v("report", run.folder))
     card = (tmp_path / "README.md").read_text()
     assert "http://127.0.0.1" in card  # the command, without its login
     assert "Zero-shot retrieval on small" in card
@@ -101,17 +91,12 @@ def test_a_run_and_what_is_made_of_it(web: Web, labeled: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_loggers_and_a_checkpoint_of_another_run(web: Web, tmp_path: Path) -> None:
     """25: what W&B and MLflow keep, too."""
-    environment = {"TORCH_HOME": str(tmp_path / "torch"), "WANDB_MODE": "offline"}
-    first = run_command(*train_command(training(web, tmp_path / "first")), environment=environment)
-    shutil.copy(tmp_path / "first" / "run" / "latest-rank0.pt", web.folder / "checkpoint.pt")
-    options = (
-        f"load_path={web.address('checkpoint.pt')}",
-        "max_duration=4ba",
-        "report=true",
-        "loggers.mlflow={}",
-        "loggers.wandb.init_kwargs.settings.api_key=topsecret",
-    )
-    second = run_command(*train_command(training(web, tmp_path / "second", *options)), environment=environment)
+    run = run_from(web, tmp_path / "first", WANDB_MODE="offline")
+    first = run.train()
+    shutil.copy(run.newest, web.folder / "checkpoint.pt")
+    loggers = "loggers.mlflow={}", "loggers.wandb.init_kwargs.settings.api_key=topsecret"
+    options = f"load_path={web.address('checkpoint.pt')}", "max_duration=4ba", "report=true", *loggers
+    second = run_from(web, tmp_path / "second", *options, WANDB_MODE="offline").train()
     assert "at batch 2" in second.stdout, second.stderr
     assert_no_secrets(tmp_path, first, second)
     assert list(tmp_path.glob("second/run/wandb/offline-run-*/*.wandb"))
