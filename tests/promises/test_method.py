@@ -85,7 +85,7 @@ def compute_prenet(teacher: Any, local_features: Tensor, waveforms: Tensor, leng
     encoder, mask = teacher.encoder, teacher.padding_mask(lengths)
     padding_BN = None if mask is None else mask[:, teacher.num_extra_tokens :]
     inputs: Any = SimpleNamespace(values=waveforms, lengths=lengths)
-    x = encoder.embed_tokens(inputs, mask)
+    x = encoder.embed_tokens(inputs)
     arrays = {"positions": encoder.positions(local_features, padding_BN), "encoder_norm": x}
     for i, (block, bias) in enumerate(zip(encoder.block_list, encoder.block_contexts(x, mask), strict=True)):
         x, arrays[f"prenet_ffn_{i}"] = block(x, bias)
