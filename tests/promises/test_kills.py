@@ -41,20 +41,10 @@ POLL_SECONDS = 0.005
 
 def quickstart(folder: Path, labeled: Path) -> list[str]:
     """Return the command of the quickstart's teacher, student and data, for 24 batches of 8."""
-    arguments = [
-        str(ROOT / "yamls" / "quickstart.yaml"),
-        f"save_folder={folder}",
-        f"retrieval.datasets.cifar10.root={labeled}",
-        f"max_duration={NUM_BATCHES}ba",
-        "scheduler.t_warmup=4ba",
-        "global_train_batch_size=8",
-        "precision=fp32",
-        "retrieval.interval=8ba",
-        "retrieval.baselines=[pixels]",
-        "save_interval=3ba",
-        "report=false",
-    ]
-    return train_command(arguments)[1:]
+    arguments = [str(ROOT / "yamls" / "quickstart.yaml"), f"save_folder={folder}", "precision=fp32", "report=false"]
+    arguments += [f"max_duration={NUM_BATCHES}ba", "scheduler.t_warmup=4ba", "global_train_batch_size=8"]
+    arguments += ["save_interval=3ba", "retrieval.interval=8ba", "retrieval.baselines=[pixels]"]
+    return train_command([*arguments, f"retrieval.datasets.cifar10.root={labeled}"])[1:]
 
 
 def kill_all(programs: list[Program]) -> None:

@@ -137,16 +137,15 @@ def launched(run: Run, *overrides: str) -> Iterator[tuple[subprocess.Popen[str],
     # Not start_python: the ranks may know the launcher by its command line, which a fork has not.
     command = train_command([*run.arguments, *overrides], ranks=2)
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    launcher = subprocess.Popen(command, env=command_environment(), start_new_session=True, **output)
-    try:
-        wait_until(run.has_trained, seconds=300)
-        ranks = psutil.Process(launcher.pid).children()
-        assert len(ranks) == 2
-        yield launcher, ranks
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(launcher.pid, signal.SIGKILL)
-        launcher.wait()
+    with subprocess.Popen(command, env=command_environment(), start_new_session=True, **output) as launcher:
+        try:
+            wait_until(run.has_trained, seconds=300)
+            ranks = psutil.Process(launcher.pid).children()
+            assert len(ranks) == 2
+            yield launcher, ranks
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
