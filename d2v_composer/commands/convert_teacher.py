@@ -25,12 +25,11 @@ def main(argv: Sequence[str]) -> None:
 
     from d2v_composer.checkpoints.fairseq import convert_teacher
 
-    dtype = getattr(torch, arguments.dtype)
     names = ("target_length", "log_mel_mean", "log_mel_std")
     spectrogram = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    options = arguments.weights, dtype, arguments.license
-    teacher, left = convert_teacher(arguments.source, arguments.out, *options, **spectrogram)
-    config, provenance, out = teacher.config, teacher.provenance, arguments.out
+    out, options = arguments.out, (arguments.weights, getattr(torch, arguments.dtype), arguments.license)
+    teacher, left = convert_teacher(arguments.source, out, *options, **spectrogram)
+    config, provenance = teacher.config, teacher.provenance
     print(f"{provenance['source']} (sha256 {provenance['sha256']})")
     print(
         f"{config.modality} model: width {config.embed_dim}, {config.num_heads} heads, "

@@ -72,8 +72,8 @@ def load_pytorch(file: str) -> Any:
 
     from d2v_composer.checkpoints.load import load_student
 
-    embed, embedding, axes = load_student(file).embed_all, read_kit()["embedding"], (0, 3, 1, 2)
-    return lambda x: embed(torch.from_numpy(x if x.dtype == np.float32 else x.transpose(axes)))[embedding].numpy()
+    embed, embedding = load_student(file).embed_all, read_kit()["embedding"]
+    return lambda x: embed(torch.from_numpy(x if x.dtype == np.float32 else np.moveaxis(x, -1, 1)))[embedding].numpy()
 
 
 RUNTIMES = {

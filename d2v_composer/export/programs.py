@@ -159,14 +159,14 @@ def write_onnx(program: Program, path: Path, about: dict[str, str]) -> None:
 
     if (size := sum(tensor.nbytes for tensor in program.state_dict().values())) > MAX_ONNX:
         raise InputError(f"an ONNX file holds at most 2 GB, and this student has {size / 1e9:.1f}; export .pt2")
-    free_axes = program.student.encoder.free_axes
+    encoder = program.student.encoder
     with warnings.catch_warnings():  # torch 2.13 warns of its own LeafSpec
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
         traced = torch.onnx.export(
             trace(program),
-            input_names=[program.student.encoder.input_name],
+            input_names=[encoder.input_name],
             output_names=["embedding"],
-            dynamic_shapes={"inputs": {axis: name for axis, (name, *_) in free_axes.items()}},
+            dynamic_shapes={"inputs": {axis: name for axis, (name, *_) in encoder.free_axes.items()}},
             opset_version=OPSET,
             dynamo=True,
             verbose=False,

@@ -73,7 +73,6 @@ def verify(
         cosine = 0.98 if is_int8 else 0.999
     if difference is None:
         difference = 9 if is_int8 else 1e-4
-    limits = {"cosine": cosine, "difference": difference}
     batch = read_samples(student, images, MAX_SAMPLES, takes_pixels)
     inputs = [batch, batch[:7, : batch.shape[1] // 2]] if len(student.encoder.free_axes) > 1 else [batch]
     samples = [x.movedim(-1, 1) if takes_pixels else x for x in inputs]
@@ -81,7 +80,8 @@ def verify(
         folder = kit or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         np.savez(folder / "kit.npz", *inputs, np.concatenate([student.embed_all(x)[embedding] for x in samples]))
-        (folder / "kit.json").write_text(json.dumps({"embedding": embedding, **limits}, indent=1), encoding="utf-8")
+        limits = {"embedding": embedding, "cosine": cosine, "difference": difference}
+        (folder / "kit.json").write_text(json.dumps(limits, indent=1), encoding="utf-8")
         shutil.copy(script, folder)
         if kit is not None:
             with suppress(shutil.SameFileError):  # it lies there

@@ -407,8 +407,9 @@ class TimmTeacher(Transformer, Teacher):
     def init_sources(self, init: Init) -> Sequence[nn.Module]:
         blocks, name = [block.block for block in self.block_list], self.config.model
         if init == "teacher_blocks":
-            kind = type(blocks[0]).__name__
-            raise ValueError(f"init teacher_blocks needs data2vec 2.0's post-norm blocks, but {name} has {kind}")
+            raise ValueError(
+                f"init teacher_blocks needs data2vec 2.0's post-norm blocks, but {name} has {type(blocks[0]).__name__}"
+            )
         if self.contexts.table is not None:
             raise ValueError(
                 f"init teacher_attention needs an attention without rotary positions or relative bias, but {name} has "

@@ -125,8 +125,8 @@ def _accuracies(run: Run, dataset: str, measures: Sequence[Measure]) -> dict[str
         for title, row in ROWS.items():
             values = run.log.get(metric_key(dataset, measure, row=title), {})
             if values and row.color:
-                look = {"color": row.color, "linestyle": dashes}
-                lines[title + label] = values if row.moves else values[max(values)], look
+                shown = values if row.moves else values[max(values)]
+                lines[title + label] = shown, {"color": row.color, "linestyle": dashes}
     return lines
 
 

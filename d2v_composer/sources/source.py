@@ -155,7 +155,7 @@ class Listed(NamedTuple):
 
 def open_mds(index: Index, cache_limit: int | None = None) -> Source:
     """Open the samples of an MDS data set, with labels if the index has a column of labels."""
-    shards, numbers = Shards(index, cache_limit=cache_limit), np.arange(len(index))
+    shards = Shards(index, cache_limit=cache_limit)
     content = hash_of((index.folder / INDEX).read_bytes(), index.column)
 
     def label(number: int) -> int:
@@ -164,7 +164,7 @@ def open_mds(index: Index, cache_limit: int | None = None) -> Source:
     return Source(
         root=index.source,
         modality=index.modality,
-        ids=numbers,
+        ids=np.arange(len(index)),
         load=lambda number: shards[number][index.column],
         label=label if index.labels else None,
         sizes=np.full(len(index), sum(shard.raw.bytes for shard in index.shards) // len(index)),  # all may be copies

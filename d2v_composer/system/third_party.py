@@ -60,8 +60,7 @@ def lean_engine(trainer: Trainer) -> Iterator[None]:
     state, logger = trainer.state, trainer.logger
 
     def run_callbacks(event: Event, callbacks: list[Callback]) -> None:
-        is_passed_over = event in MONITORED and int(state.timestamp.batch) % 10
-        skipped = MONITORS if is_passed_over else ()
+        skipped = MONITORS if event in MONITORED and int(state.timestamp.batch) % 10 else ()
         for callback in callbacks:
             if not isinstance(callback, skipped) and (
                 overrides(callback, "run_event") or overrides(callback, event.value)
