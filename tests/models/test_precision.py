@@ -1,5 +1,6 @@
 """The precision that "auto" stands for on each machine; commands compute float32 in full, whatever a process allows."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,21 @@ def allowed() -> list[bool]:
     return [switch.allow_tf32 for switch in SWITCHES]
 
 
+@pytest.fixture
+def tf32_is_allowed() -> Iterator[None]:
+    before = allowed()
+    for switch in SWITCHES:
+        switch.allow_tf32 = True
+    yield
+    for switch, was_allowed in zip(SWITCHES, before, strict=True):
+        switch.allow_tf32 = was_allowed
+
+
 @pytest.mark.slow
-def test_float32_is_not_tf32_in_commands_and_a_library_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("tf32_is_allowed")
+def test_float32_is_not_tf32_in_commands_and_a_library_changes_nothing(tmp_path: Path) -> None:
     photos, student = write_images(tmp_path / "photos", ["a.jpg"]), tmp_path / "student.safetensors"
     save_student(load_teacher(GOLDEN / "tiny_base.pt").build_student(depth=1), student)
-    for switch in SWITCHES:
-        monkeypatch.setattr(switch, "allow_tf32", True)
     few = ["max_images=20", "probes=[linear]", datasets_of(QUICKSTART / "cifar10")]
     for is_allowed, compute in (
         (False, lambda: embed.main([str(student), str(photos), f"{photos}.npy", "--workers", "0"])),
