@@ -12,7 +12,8 @@ from composer.loggers import Logger
 from composer.utils import dist, model_eval_mode
 from torch import Tensor
 
-from d2v_composer.callbacks.algorithms import AlignStudent, broadcast_statistics
+from d2v_composer.callbacks.algorithms import broadcast_statistics
+from d2v_composer.callbacks.alignment import AlignStudent
 from d2v_composer.callbacks.run_record import find_changes
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
 from d2v_composer.checkpoints.checkpoint import Result, read_results

@@ -220,7 +220,7 @@ def measure_embeddings(
     used = {model: embed for model, embed in embeds.items() if model in needed}
     embedded = embed_set(used, dataset, labeled, lookup, "instance" in wanted)
     if TEACHER in used and target:
-        kept[dataset] = {part: {target: shares[target]} for part, shares in embedded[TEACHER].items()}
+        kept[dataset] = {part: {target: embeddings[target]} for part, embeddings in embedded[TEACHER].items()}
     embedded = {TEACHER: kept.get(dataset, {})} | embedded
     classes = labeled.class_embeddings if "zero_shot" in wanted else None
     labels = {split: to_device(getattr(labeled, split).labels) for split in BANKS}
@@ -231,8 +231,8 @@ def measure_embeddings(
 
     def gathered(model: str, name: str) -> dict[str, LabeledVectors]:
         return {
-            part: (ranks.gather(to_device(shares[name]), labeled.num_samples[part != "train"]), labels[part])
-            for part, shares in embedded[model].items()
+            part: (ranks.gather(to_device(embeddings[name]), labeled.num_samples[part != "train"]), labels[part])
+            for part, embeddings in embedded[model].items()
         }
 
     for row in sorted(rows, key=lambda row: row.title != TEACHER):  # with which the others are compared

@@ -63,7 +63,7 @@ class Program(nn.Module):
         takes_pixels: Take images as decoders and cameras give them, (B, S, S, 3) uint8, instead of normalized ones.
     """
 
-    def __init__(self, student: Backbone, embedding: Embedding, takes_pixels: bool) -> None:
+    def __init__(self, student: Backbone, embedding: Embedding, takes_pixels: bool = False) -> None:
         super().__init__()
         self.original = student.embed
         self.student = copy.deepcopy(student).cpu().requires_grad_(False).eval()

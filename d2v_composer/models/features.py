@@ -110,7 +110,7 @@ class Features:
         return replace(self, run=lambda _: layers)
 
     def poolings(self, x_BTD: Tensor, prefix: str = "") -> dict[str, Tensor]:
-        """Return prefix + name → pooling of (B, T, D), (B, D) float32; a clip's windows are averaged by ``shares``."""
+        """Return prefix + name → pooling of (B, T, D), (B, D) float32; a clip's windows are averaged by weight."""
         x_BTD = x_BTD.float()
         cls_BP = x_BTD[:, 0] if self.pooled is None else self.pooled.float()
         pooled = {"cls": cls_BP} if self.has_cls_token else {}

@@ -8,7 +8,8 @@ import numpy as np
 from composer import Trainer
 from composer.core import Callback
 
-from d2v_composer.callbacks.algorithms import AlignStudent, TargetStatistics
+from d2v_composer.callbacks.algorithms import TargetStatistics
+from d2v_composer.callbacks.alignment import AlignStudent
 from d2v_composer.callbacks.checkpointing import Stop
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.load import load_teacher

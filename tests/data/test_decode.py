@@ -152,6 +152,16 @@ def test_a_truncated_jpeg_is_named(kept: int) -> None:
         RandomResizedCropFlip(32)(encoded, sample_rng(0, 0, 0), "sample 3 of x")
 
 
+def test_a_jpeg_that_claims_to_be_huge_is_refused_before_it_is_decoded() -> None:
+    encoded = bytearray(saved(photo(90, 70)))
+    jpeg = CuttableJpeg.parse(bytes(encoded), "")
+    assert jpeg
+    encoded[jpeg.height_at : jpeg.height_at + 4] = b"\xff\xdc\xff\xdc"
+    assert CuttableJpeg.parse(bytes(encoded), "") is None
+    with pytest.raises(InputError, match="more than 89478485 pixels"):
+        RandomResizedCropFlip(32)(bytes(encoded), sample_rng(0, 0, 0))
+
+
 def test_boxes_are_distributed_as_torchvisions() -> None:
     ours = np.array([random_crop_box(500, 375, sample_rng(0, 0, i), SCALE, RATIO) for i in range(4000)])
     left, top, right, bottom = ours.T

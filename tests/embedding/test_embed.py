@@ -39,7 +39,7 @@ from d2v_composer.system import fetch
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError
 from d2v_composer.system.files import sole_user
 from gated_store import GatedStore
-from helpers import GOLDEN, QUICKSTART, ROOT, encoded_image, time_limit, write_files, write_images
+from helpers import GOLDEN, QUICKSTART, ROOT, encoded_image, flip_bit, time_limit, write_files, write_images
 
 TEACHER = GOLDEN / "tiny_base.pt"
 SIZE = 32
@@ -145,6 +145,15 @@ def test_another_programs_index_makes_no_mds(photos: Path, tmp_path: Path) -> No
     (source / "index.json").write_text('{"shards": [')
     with pytest.raises(InputError, match=r"index\.json cannot be read: "):
         embed(TEACHER, source, tmp_path / "other.npy")
+
+
+def test_a_corrupt_shard_is_not_skipped(many_shards: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(many_shards, tmp_path / "data")
+    shard = data / "shard.00005.mds"
+    shard.write_bytes(flip_bit(shard.read_bytes()))
+    with pytest.raises(RunError, match=r"shard\.00005\.mds: its content has changed \(xxh64\)"):
+        embed(TEACHER, data, tmp_path / "out.npy", "--skip-unreadable")  # which is for images, not for shards
+    assert not (tmp_path / "out.npy").exists()
 
 
 @pytest.mark.slow

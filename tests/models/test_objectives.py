@@ -57,6 +57,14 @@ def test_a_student_trains_its_own_encoder(teacher: Any) -> None:
     torch.testing.assert_close(again.eval().embed_all(IMAGES), model.eval().embed_all(IMAGES))
 
 
+def test_a_frozen_encoder_of_its_own_is_no_part_of_a_checkpoint(teacher: Any) -> None:
+    student = with_own_encoder(teacher)
+    student.encoder.freeze()
+    model = DistillationModel(teacher, student)
+    train(model, IMAGES, steps=1)
+    assert set(model.state_dict()) == {f"student.blocks.{name}" for name in student.blocks.state_dict()}
+
+
 def test_the_cost_of_a_step_with_an_encoder_of_its_own(teacher: Any) -> None:
     model = DistillationModel(teacher, with_own_encoder(teacher))
     assert model.flops_per_batch(IMAGES) == flops_of_a_step(model, IMAGES)

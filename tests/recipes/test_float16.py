@@ -45,6 +45,15 @@ class Watch(Callback):
         self.students.append(torch.cat([parameter.detach().flatten() for parameter in trained]))
 
 
+class NotFinite(Callback):
+    """Make the loss of every batch from the third infinite."""
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch >= 2:
+            assert isinstance(state.loss, Tensor)
+            state.loss = state.loss * math.inf
+
+
 def allow_float16(monkeypatch: pytest.MonkeyPatch, **scaler: float) -> None:
     """Let Composer train in amp_fp16 on a CPU, with the arguments of a GradScaler.
 
@@ -102,3 +111,12 @@ def test_an_overflow_skips_the_step_and_a_resume_has_the_scale(
     assert resumed.scales == watch.scales[8:]
     assert resumed.steps == watch.steps[8:]
     assert all(map(torch.equal, resumed.students, watch.students[8:]))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_scale_at_its_floor_ends_the_run(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allow_float16(monkeypatch, init_scale=2.0**-10)
+    with pytest.raises(
+        FloatingPointError, match=r"^batch 5: the loss scale fell to 6\.1\S+e-05 because the gradients are not"
+    ):
+        train.main(small_run(tmp_path, small_data, *FLOAT16), [NotFinite()])

@@ -193,3 +193,21 @@ def test_an_interrupted_call_goes_on_with_its_own_version(
     assert (convert_images.main(interrupted).resumed > 0) == resumes
     with nullcontext() if resumes else pytest.raises(InputError, match="an interrupted run had a different version"):
         embed.main([*table, "--skip-unreadable"])
+
+
+@pytest.mark.parametrize("kind", ["tars", "zips", "folder"])
+def test_parts_of_a_source_that_changed_are_not_joined(kind: str, tmp_path: Path) -> None:
+    """Even if the changed file has the same size."""
+    write_all(tmp_path, IMAGES, [0] * 6, num_files=2)
+    out, changed = tmp_path / "out", tmp_path / KINDS[kind]
+    first, second = ([str(tmp_path / kind), str(out), "--workers", "1", "--part", part] for part in ("0/2", "1/2"))
+    convert_images.main(first)
+    changed.write_bytes(changed.read_bytes())
+    convert_images.main(second)
+    with pytest.raises(InputError, match="00001-of-00002 was made with another source than 00000-of-00002"):
+        merge.main([str(out)])
+    with pytest.raises(InputError, match="00000-of-00002 was made with another source than this command"):
+        convert_images.main(first)
+    shutil.rmtree(out / "parts" / "00000-of-00002")
+    convert_images.main(first)
+    merge.main([str(out)])

@@ -1,0 +1,121 @@
+"""Align a student with its teacher: fit a map into the teacher's space before each retrieval and at a run's end."""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from composer.core import Callback, State, get_precision_context
+from composer.loggers import Logger
+from composer.utils import dist, model_eval_mode
+from torch import Tensor
+
+from d2v_composer.callbacks.algorithms import broadcast_statistics
+from d2v_composer.callbacks.trainer_state import has_ended
+from d2v_composer.data.modality import collate
+from d2v_composer.evaluation.labeled_retrieval import move_batch
+from d2v_composer.evaluation.nearest_neighbors import Ranks
+from d2v_composer.models.alignment import Moments, side_by_side
+from d2v_composer.models.backbone import Backbone
+from d2v_composer.sources.source import Int64Array, Source, map_in_workers
+
+EmbedAll = Callable[..., dict[str, Tensor]]
+"""A function that embeds a batch and returns every embedding by name, (B, D) each."""
+
+log = logging.getLogger(__name__)
+
+
+class AlignStudent(Callback):
+    """Fit a linear map from the student's embeddings to one of the teacher's, before each retrieval and at a run's end.
+
+    The samples are training samples without augmentation. N are in a batch; the map has I inputs and P channels.
+
+    The mapped embedding is the student's ``projected_cls``. Each rank embeds a share of the batches, and all ranks add
+    up the same sums in the same order. So the map has the same bits on any number of ranks, and after a resume.
+
+    Args:
+        student: The model that gets the map.
+        samples: The training samples.
+        batches: Numbers of the samples to fit to, (number of batches, batch size), the same on all ranks.
+        embed_student: Function that embeds a batch with the student.
+        embed_teacher: Function that embeds a batch with the teacher.
+        target: Name of the teacher's embedding to fit to.
+        workers: Number of processes that decode samples.
+
+    Attributes:
+        batch: Number of training batches after which the map was last fitted; -1 for never. Checkpoints keep it.
+        about: ``target`` and :attr:`Fit.about <d2v_composer.models.alignment.Fit.about>`. Checkpoints keep this, too,
+            and the map.
+    """
+
+    def __init__(
+        self,
+        student: Backbone,
+        samples: Source,
+        batches: Int64Array,
+        embed_student: EmbedAll,
+        embed_teacher: EmbedAll,
+        target: str,
+        workers: int,
+    ) -> None:
+        self.student, self.samples, self.batches = student, samples, batches
+        self.target, self.workers = target, workers
+        self.embed_student, self.embed_teacher = embed_student, embed_teacher
+        self.targets: list[Tensor] = []  # this rank's, embedded once
+        self.batch, self.about = -1, dict[str, Any]()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if has_ended(state):
+            broadcast_statistics(state.model)
+            self.fit(state, state.device.tensor_to_device)
+
+    epoch_end = batch_end
+
+    def state_dict(self) -> dict[str, Any]:
+        alignment = self.student.alignment
+        fitted = {} if alignment is None else {name: tensor.cpu() for name, tensor in alignment.state_dict().items()}
+        return {"batch": self.batch, "about": self.about, **fitted}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batch, self.about = state["batch"], state["about"]
+        if "weight" in state:
+            self.student.align(state["weight"], state["bias"])
+
+    def fit(self, state: State, to_device: Callable[[Tensor], Tensor]) -> None:
+        """Fit the map and give it to the student, unless this was done after the same batch.
+
+        All ranks must share BatchNorm's statistics. If the map cannot be fitted, the student gets none, and a warning
+        is logged.
+        """
+        if self.batch == (batch := int(state.timestamp.batch)):
+            return
+        moments, student = Moments(), self.student
+        precision = get_precision_context(state.precision, state.precision_config)
+        with model_eval_mode(state.model), torch.no_grad(), precision:
+            for inputs, targets in self.pairs(to_device, student.alignment_inputs):
+                moments.add(inputs, targets)
+        try:
+            fit = moments.fit()
+        except ValueError as error:  # the run must not be lost
+            student.alignment = None
+            log.warning("the student is not aligned with its teacher: %s", error)
+            return
+        student.align(fit.weight, fit.bias)
+        self.batch, self.about = batch, {"target": self.target, **fit.about}
+
+    def pairs(self, to_device: Callable[[Tensor], Tensor], inputs: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the inputs, (N, I), and targets, (N, P), of every batch, in the same order on every rank."""
+        ranks, count = Ranks(dist.get_global_rank(), dist.get_world_size()), len(self.batches)
+        rounds = range(0, count, ranks.world_size)
+        mine = [self.batches[min(first + ranks.rank, count - 1)] for first in rounds]
+        loaded = map_in_workers(self._load, mine, self.workers, torch.cuda.is_available())
+        for step, (first, samples) in enumerate(zip(rounds, loaded, strict=True)):
+            batch = move_batch(samples, to_device)
+            rows = side_by_side(self.embed_student(*batch), inputs)
+            if step == len(self.targets):
+                self.targets.append(self.embed_teacher(*batch)[self.target].float().cpu())
+            shares = rows, self.targets[step].to(rows.device)
+            yield from zip(*(ranks.gather(share[None], count - first) for share in shares), strict=True)
+
+    def _load(self, numbers: Int64Array) -> tuple[Tensor, ...]:
+        return collate(list(map(self.samples.decode, numbers.tolist())))
