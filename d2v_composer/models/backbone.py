@@ -88,7 +88,8 @@ def check_tensors(module: nn.Module, state_dict: dict, prefix: str, *args: Any) 
 def expect_alignment(model: "Backbone", state_dict: dict, prefix: str, *args: Any) -> None:
     """Give a model the map into its teacher's space, if a state dict has one."""
     if (weight := state_dict.get(f"{prefix}alignment.weight")) is not None:
-        model.align(weight, state_dict[f"{prefix}alignment.bias"])
+        bias = state_dict[f"{prefix}alignment.bias"]
+        model.alignment = Alignment(model.alignment_inputs, weight, bias)  # where the tensors are, perhaps nowhere
 
 
 def expect_no_frozen_tensors(module: nn.Module, incompatible_keys: Any) -> None:

@@ -36,6 +36,7 @@ from helpers import (
     write_files,
 )
 from small_students import computed_by_timm_alone
+from small_vits import random_vit
 
 TEACHER_FILE = GOLDEN / "tiny_base.pt"
 
@@ -90,6 +91,17 @@ def test_timm_alone_computes_the_map_of_its_own_model(pixels: Tensor, tmp_path: 
     torch.testing.assert_close(again.embed(pixels, representation="projected"), expected)
     aligned = computed_by_timm_alone(tmp_path, "aligned", student.encoder.prepare(pixels))
     torch.testing.assert_close(aligned, expected)
+
+
+def test_blocks_on_a_timm_vit_keep_their_map_in_a_file(tmp_path: Path) -> None:
+    torch.save(random_vit("test_vit").state_dict(), tmp_path / "vit.pt")
+    teacher = load_teacher(tmp_path / "vit.pt", model="timm/test_vit", image_size=32)
+    student = teacher.build_student(depth=1).eval()
+    student.align(torch.randn(24, 4 * student.embed_dim), torch.randn(24))
+    save_student(student, tmp_path / "student.safetensors")
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    mapped = load_student(tmp_path / "student.safetensors").embed(images, representation="projected")
+    assert torch.equal(mapped, student.embed(images, representation="projected"))
 
 
 class Measured:
