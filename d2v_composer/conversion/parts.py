@@ -103,7 +103,7 @@ class Parts:
             if (has["number"], has["total"]) != part:
                 raise InputError(f"{self.path(part)} holds part {has['number']} of {has['total']}; remove it")
             if keys := [key for key in plan if key != "number" and has.get(key) != plan[key]]:
-                raise InputError(f"{self.path(part)} was made with another {', '.join(keys)} than {whose}; remove it")
+                raise InputError(f"{self.path(part)} differs from {whose} in {', '.join(keys)}; remove it")
             return record
 
     @staticmethod

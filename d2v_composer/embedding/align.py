@@ -98,7 +98,7 @@ def match(source: Source, index: VectorIndex, path: str, maximum: int) -> tuple[
         there, here = (repr(str(ids[0])) if len(ids) else "none" for ids in (index.ids, source.ids))
         raise InputError(
             f"{path} has rows for {len(numbers)} samples of {source.root}; expected at least {least} (half its "
-            f"width, or {LEAST_PAIRS} if that is more). Its ids look like {there}, the samples' like {here}"
+            f"width, or {LEAST_PAIRS} if that is more). Ids in {path} look like {there}, ids of the samples like {here}"
         )
     numbers = [numbers[place] for place in evenly_spaced(len(numbers), maximum)]
     return numbers, np.array([rows[str(source.ids[number])] for number in numbers]), int(counts[counts > 1].sum())

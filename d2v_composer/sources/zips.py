@@ -35,7 +35,7 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
         elif suffix not in columns.modality.suffixes:
             left_out[suffix or "without suffix"] += not member.is_dir()
         elif member.flag_bits & 1 or member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
-            raise InputError(f"{pinned.name}: {path} is encrypted or compressed by another method than deflate")
+            raise InputError(f"{pinned.name}: {path} is encrypted, or compressed by a method other than deflate")
         else:
             paths.append(path)
             places.extend(

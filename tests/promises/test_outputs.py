@@ -306,12 +306,12 @@ def test_parts_of_another_command_are_named(sources: Sources, halves: Path) -> N
     """9, 21: they are of other images, made otherwise, doubled, or one of another number of parts."""
     out, table = halves / "out", halves / "table.npy"
     first, second = (out / "parts" / f"0000{number}-of-00002" for number in range(2))
-    another = "was made with another source, labels, label_column than this command; remove it"
+    another = "differs from this command in source, labels, label_column; remove it"
     refused = d2v("convert-images", *sources["bytes"], out, *SMALL_SHARDS, "--part", "1/2")
     assert failure(refused, 2).endswith(f"00001-of-00002 {another}")
     remove_second_half(table)
     embed(sources["folder"], table, "--normalize", "--part", "1/2")
-    said = "00001-of-00002.npy was made with another normalize than 00000-of-00002; remove it"
+    said = "00001-of-00002.npy differs from 00000-of-00002 in normalize; remove it"
     assert not_merged(table).endswith(said)
     shutil.rmtree(first)
     shutil.copytree(second, first)
@@ -328,7 +328,7 @@ def test_parts_whose_images_changed_are_not_merged(tmp_path: Path) -> None:
     embed(source, tmp_path / "o.npy", "--part", "0/2")
     (tmp_path / "0.png").write_bytes(encoded_image(9) + b"more")
     embed(source, tmp_path / "o.npy", "--part", "1/2")
-    assert not_merged(tmp_path / "o.npy").endswith("was made with another source than 00000-of-00002; remove it")
+    assert not_merged(tmp_path / "o.npy").endswith("differs from 00000-of-00002 in source; remove it")
 
 
 def test_parts_with_other_labels_are_not_merged(sources: Sources, tmp_path: Path) -> None:
@@ -338,9 +338,7 @@ def test_parts_with_other_labels_are_not_merged(sources: Sources, tmp_path: Path
         source, out = sources[kind], tmp_path / kind
         convert(source, out, "--part", "0/2")
         convert([source[0], *options], out, "--part", "1/2")
-        message = not_merged(out)
-        assert message.endswith(" than 00000-of-00002; remove it")
-        assert "00001-of-00002 was made with another label" in message
+        assert "00001-of-00002 differs from 00000-of-00002 in label" in not_merged(out)
 
 
 def test_a_damaged_part_is_named(halves: Path) -> None:

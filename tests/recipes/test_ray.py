@@ -99,7 +99,7 @@ def test_ray_embeds_every_kind_of_source_as_the_command(
     out = tmp_path / "out"
     ray_embed.main(MODEL, str(sources / kind), str(out), column)
     check(out, sources / "expected.npy")
-    assert "in the column error: 1\n" in capsys.readouterr().out
+    assert "in the column 'error': 1\n" in capsys.readouterr().out
     with pytest.raises(ValueError, match="already exists"):  # nothing is mixed
         ray_embed.main(MODEL, str(sources / kind), str(out), column)
 
@@ -160,7 +160,7 @@ def test_ray_converts_as_the_command_while_tasks_are_killed(
     assert len(list(killed.iterdir())) == 2
     assert samples_of(out) == samples_of(whole)
     assert len(samples_of(out)) == NUM_IMAGES - 1
-    with pytest.raises(InputError, match="was made with another source than this command"):
+    with pytest.raises(InputError, match="differs from this command in source"):
         ray_convert.main(str(sources / "files"), str(out), skip)
 
 

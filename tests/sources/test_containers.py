@@ -189,8 +189,8 @@ def test_a_wrong_file_is_one_line(kind: str, contents: Any, options: str, line: 
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (("flag_bits", 1), "x.zip: a.jpg is encrypted or compressed by another method than deflate"),
-        (("compress_type", 9), "x.zip: a.jpg is encrypted or compressed by another method"),
+        (("flag_bits", 1), "x.zip: a.jpg is encrypted, or compressed by a method other than deflate"),
+        (("compress_type", 9), "x.zip: a.jpg is encrypted, or compressed by a method other"),
         (("file_size", 1 << 31), "x.zip/a.jpg has 2,147,483,648 bytes, more than 1,073,741,824; --skip"),
     ],
 )

@@ -204,9 +204,9 @@ def test_parts_of_a_source_that_changed_are_not_joined(kind: str, tmp_path: Path
     convert_images.main(first)
     changed.write_bytes(changed.read_bytes())
     convert_images.main(second)
-    with pytest.raises(InputError, match="00001-of-00002 was made with another source than 00000-of-00002"):
+    with pytest.raises(InputError, match="00001-of-00002 differs from 00000-of-00002 in source"):
         merge.main([str(out)])
-    with pytest.raises(InputError, match="00000-of-00002 was made with another source than this command"):
+    with pytest.raises(InputError, match="00000-of-00002 differs from this command in source"):
         convert_images.main(first)
     shutil.rmtree(out / "parts" / "00000-of-00002")
     convert_images.main(first)
