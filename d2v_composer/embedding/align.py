@@ -41,7 +41,7 @@ class VectorIndex(NamedTuple):
 
 
 class Aligned(NamedTuple):
-    """What :func:`align` measured, and the samples that it left out."""
+    """The measures of a map that :func:`align` fitted, and the samples that it left out."""
 
     skipped: list[str]
     """Why each unreadable sample was left out."""
@@ -97,8 +97,8 @@ def match(source: Source, index: VectorIndex, path: str, maximum: int) -> tuple[
     if len(numbers) < (least := max(LEAST_PAIRS, index.rows.shape[1] // 2)):
         there, here = (repr(str(ids[0])) if len(ids) else "none" for ids in (index.ids, source.ids))
         raise InputError(
-            f"{path} has rows for {len(numbers)} samples of {source.root}; expected at least {least} (half its "
-            f"width, or {LEAST_PAIRS} if that is more). Ids in {path} look like {there}, ids of the samples like {here}"
+            f"{path} has rows for {len(numbers)} samples of {source.root}; expected at least {least} (half the "
+            f"index's width, or {LEAST_PAIRS} if more). Ids in {path} look like {there}, ids of the samples like {here}"
         )
     numbers = [numbers[place] for place in evenly_spaced(len(numbers), maximum)]
     return numbers, np.array([rows[str(source.ids[number])] for number in numbers]), int(counts[counts > 1].sum())

@@ -1,4 +1,4 @@
-"""What is loaded from a run's checkpoints, and from which of them a run resumes."""
+"""Checkpoints of a run: the models that are loaded from them, and the one from which a run resumes."""
 
 import re
 import shutil

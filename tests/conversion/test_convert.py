@@ -330,7 +330,7 @@ class Cifar10(list):
 
 @pytest.fixture
 def cifar10(monkeypatch: pytest.MonkeyPatch) -> EvaluationSet:
-    """What a conversion and a labeled set read from torchvision's files, here of the stand-in."""
+    """Replace torchvision's CIFAR-10 by a small one, and return the images and labels to expect from it."""
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Cifar10)
     pixels = [torch.from_numpy(Cifar10("", train, False).data).permute(0, 3, 1, 2) for train in (True, False)]
     train, test = (LabeledSamples(images, torch.tensor(Cifar10.targets)) for images in pixels)

@@ -1,4 +1,4 @@
-"""What a step costs: memory, synchronization, graphs; bfloat16 and torch.compile give nearly the same numbers.
+"""Costs of a step: memory, synchronization, graphs; bfloat16 and torch.compile give nearly the same numbers.
 
 tests/promises/test_run_ranks.py counts the graphs of a compiled run, and compares its losses and accuracies.
 """

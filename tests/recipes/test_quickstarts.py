@@ -1,4 +1,4 @@
-"""What the quickstarts ship reaches what their pages say; the one with sound and the notebook run."""
+"""The quickstarts' shipped files reach what their pages say; the audio quickstart and the notebook run."""
 
 import json
 import re

@@ -219,7 +219,7 @@ def with_nan(rows: np.ndarray) -> np.ndarray:
         (lambda ids, rows: (np.char.add("cats/", ids), rows), r"has rows for 0 samples of .*'cats/000.jpg#?0?'"),
         (
             lambda ids, rows: (ids[:39], rows[:39]),
-            r"39 samples of .*; expected at least 40 \(half its width, or 40 if ",
+            r"39 samples of .*; expected at least 40 \(half the index's width, or 40 if ",
         ),
         (lambda ids, rows: (ids, with_nan(rows)), r"the row of 007.jpg\S* has numbers that are not finite"),
         (lambda ids, rows: (ids, rows[:-1]), r"one id each, got float32 \(119, \d+\), 120 ids"),

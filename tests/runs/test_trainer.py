@@ -1,4 +1,4 @@
-"""What a run is built of: parameter groups, the schedule, clipping, and a record that shows no password."""
+"""Parts of a run: parameter groups, the schedule, clipping, and a record that shows no password."""
 
 import copy
 import json

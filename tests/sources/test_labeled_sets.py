@@ -150,7 +150,7 @@ TEST = ["go/4_nohash_0.wav", "up/5_nohash_1.wav", "up/6_nohash_0.wav"]
 
 @pytest.fixture
 def speech_commands(tmp_path: Path) -> Path:
-    """What the archive unpacks to; one clip is silent."""
+    """Write the folder to which the archive unpacks; one clip is silent."""
     clips = {path: encoded_clip(i, 1000 + 10 * i, "WAV") for i, path in enumerate([*TRAIN, *VALIDATION, *TEST])}
     clips["no/1_nohash_0.wav"] = encoded_clip(0, 1600, "WAV", volume=0)
     lists = {"testing_list.txt": "\n".join(TEST).encode(), "validation_list.txt": "\n".join(VALIDATION).encode()}
