@@ -177,15 +177,8 @@ def pivot(results: Iterable[Result], dataset: str) -> dict[Measure, dict[str, In
 
 
 def accuracy_interval(hits: Hits) -> Interval:
-    """Return the mean of the queries' hits (or fractions), (Q,), with its interval."""
+    """Return the mean of the queries' hits, fractions or differences of hits, (Q,), with its interval."""
     return Interval(float(hits.mean()), *np.percentile(resample(hits), [2.5, 97.5]).tolist())
-
-
-def difference_interval(first: Hits, second: Hits) -> Interval:
-    """Return the first model's accuracy minus the second's on the same queries, (Q,) each, with its interval."""
-    resampled = resample(first, second)
-    low, high = np.percentile(resampled[:, 0] - resampled[:, 1], [2.5, 97.5]).tolist()
-    return Interval(float(first.mean() - second.mean()), low, high)
 
 
 def gap_closed_interval(*hits: Hits) -> Interval | None:

@@ -16,7 +16,7 @@ from d2v_composer.evaluation.rows import (
     GAP_CLOSED,
     STUDENT,
     TEACHER,
-    difference_interval,
+    accuracy_interval,
     last_batch,
     metric_key,
     pivot,
@@ -119,11 +119,11 @@ def answer(run: Run) -> Iterator[str]:
 def _in_index(run: Run, dataset: str, measure: Measure) -> Iterator[str]:
     """Yield how well the student searches its teacher's index, if it is aligned with its teacher."""
     of_measure = (result for result in run.results if (result.dataset, result.measure) == (dataset, measure))
-    hits = {result.row: result.hits.numpy() for result in of_measure if result.is_primary}
+    hits = {result.row: result.hits.double().numpy() for result in of_measure if result.is_primary}
     if (row := f"{STUDENT} in the teacher's index") in hits:
         compared = []
         for name, other in (("its own index", STUDENT), ("the teacher", f"{TEACHER}, projected")):
-            value, low, high = (100 * number for number in difference_interval(hits[row], hits[other])[:3])
+            value, low, high = (100 * number for number in accuracy_interval(hits[row] - hits[other])[:3])
             compared.append(f"{value:+.1f} points compared with {name} [{low:+.1f}, {high:+.1f}]")
         yield f"In its teacher's index, the student scores {100 * hits[row].mean():.1f} %: {'; '.join(compared)}."
 
