@@ -28,8 +28,8 @@ from d2v_composer.sources.source import (
     list_folder,
     map_in_workers,
     name_counts,
-    number_labels,
     open_mds,
+    whole_label,
 )
 from d2v_composer.system import fetch
 from d2v_composer.system.errors import InputError, reading
@@ -123,7 +123,11 @@ class Files:
         if self.columns.labels is None:
             return source
         if not all(isinstance(label, str) for label in file_labels):
-            return number_labels(source, file_labels, names)
+            return replace(
+                source,
+                label=lambda number: whole_label(file_labels[number], source.name(number)),
+                class_names=tuple(names),
+            )
         has_all_classes = train in (None, chosen) and source.part == self.part
         class_names = () if has_all_classes else replace(whole, files=train or chosen).open_split(NONE).class_names
         class_names = class_names or sorted({*file_labels})

@@ -190,16 +190,6 @@ def whole_label(value: Any, source: str) -> int:
     raise InputError(f"{source}: its label must be a whole number, got {value!r:.40}")
 
 
-def number_labels(source: Source, labels: Sequence[Any], class_names: Sequence[str]) -> Source:
-    """Return a source with a label for each sample: whole numbers, which may have names.
-
-    Raises:
-        InputError: A label is no whole number.
-    """
-    numbers = np.array([whole_label(label, source.name(number)) for number, label in enumerate(labels)], np.int64)
-    return replace(source, label=lambda number: int(numbers[number]), class_names=tuple(class_names))
-
-
 def list_folder(root: Path, files: Sequence[File]) -> Listed:
     """List the files in a folder that are samples."""
     paths, marks = Names(file.path for file in files), np.array([*map(mark_of, files)], np.int64)
