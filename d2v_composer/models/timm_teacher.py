@@ -16,7 +16,6 @@ from timm.data.config import resolve_data_config
 from timm.layers.patch_embed import PatchEmbed
 from timm.models import Beit, Eva, VisionTransformer, beit, eva, vision_transformer
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from d2v_composer.models.attention import FfnBlock, autocast_dtype, pad_rows
 from d2v_composer.models.backbone import Projection, Transformer
@@ -65,13 +64,6 @@ KINDS: dict[type[nn.Module], Kind] = {
 }
 
 
-def check_block(block: nn.Module) -> None:
-    """Raise ValueError if a block's class is not supported."""
-    if type(block) not in KINDS:
-        allowed = ", ".join(sorted({kind.__name__ for kind in KINDS}))
-        raise ValueError(f"blocks of class {type(block).__name__} are not supported; expected one of {allowed}")
-
-
 @torch.no_grad()
 def fuse_biases(attention: Any) -> None:
     """Join the biases of queries, keys and values once; timm joins them at every call."""
@@ -93,7 +85,6 @@ class TimmBlock(FfnBlock):
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        check_block(block)
         self.block: Any = block
         self.kind = KINDS[type(block)]
         fuse_biases(self.block.attn)
@@ -124,41 +115,33 @@ class FixedContexts(nn.Module):
     Args:
         table: One context for all blocks, (1, …), or one for each, (L, …); ``None`` if blocks need none.
         num_blocks: Number of blocks, L.
+        is_cast: True for biases of the attention scores, which are read in the attention's dtype; their rows are padded
+            as its kernels require.
     """
 
     table: Tensor | None
 
-    def __init__(self, table: Tensor | None, num_blocks: int) -> None:
+    def __init__(self, table: Tensor | None, num_blocks: int, is_cast: bool = False) -> None:
         super().__init__()
-        self.num_blocks = num_blocks
+        self.num_blocks, self.is_cast = num_blocks, is_cast
         self.register_buffer("table", table if num_blocks else None)
 
-    def of_blocks(self, start: int, stop: int) -> Self:
+    def of_blocks(self, start: int, stop: int) -> "FixedContexts":
         """Return the contexts of blocks ``start`` to ``stop - 1``."""
         table = self.table
         if table is not None:
             table = (table if len(table) == 1 else table[start:stop]).clone()
-        return type(self)(table, stop - start)
+        return FixedContexts(table, stop - start, self.is_cast)
 
     def forward(self, x_BTD: Tensor) -> list[Tensor | None]:
         """Return the context of each block for an input."""
-        if self.table is None:
+        table = self.table
+        if table is None:
             return [None] * self.num_blocks
-        contexts: list[Tensor | None] = list(self.select(self.table, x_BTD))
+        if self.is_cast:
+            table = table.to(autocast_dtype(x_BTD))[..., : table.shape[-2]]
+        contexts: list[Tensor | None] = list(table)
         return contexts * self.num_blocks if len(contexts) == 1 else contexts
-
-    def select(self, table: Tensor, x_BTD: Tensor) -> Tensor:
-        """Return the table with a first axis of blocks, (1 or L, …)."""
-        return table
-
-
-class RelativeBias(FixedContexts):
-    """Biases of the attention scores, (1 or L, 1, H, T, T); the table's rows are padded as the kernels require."""
-
-    is_cast = True  # the attention computes in that dtype
-
-    def select(self, table: Tensor, x_BTD: Tensor) -> Tensor:
-        return table.to(autocast_dtype(x_BTD))[..., : table.shape[-2]]
 
 
 @torch.no_grad()
@@ -166,7 +149,7 @@ def take_contexts(model: Any) -> FixedContexts:
     """Remove the contexts of all blocks from a model, and return them."""
     num_blocks = len(model.blocks)
     if isinstance(model, Beit):
-        return RelativeBias(take_relative_bias(model), num_blocks)
+        return FixedContexts(take_relative_bias(model), num_blocks, is_cast=True)
     rope: Any = getattr(model, "rope", None)
     if rope is None:
         return FixedContexts(None, num_blocks)
@@ -214,8 +197,9 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None, num_
     stem: Any = built.patch_embed
     if type(stem) is not PatchEmbed:
         raise ValueError(f"{model} has a {type(stem).__name__} stem; only PatchEmbed is supported")
-    for block in built.blocks:
-        check_block(block)
+    if unknown := {type(block).__name__ for block in built.blocks if type(block) not in KINDS}:
+        allowed = ", ".join(sorted({kind.__name__ for kind in KINDS}))
+        raise ValueError(f"blocks of class {unknown.pop()} are not supported; expected one of {allowed}")
     patch = cast("tuple[int, int]", stem.patch_size)
     if image_size is None:  # timm leaves out what is left of a patch at the edge
         data = resolve_data_config(pretrained_cfg=built.pretrained_cfg)
