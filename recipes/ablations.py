@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     convert_cifar10(datasets, images, *(() if arguments.whole else (10_000, 2_000)))
     for row in rows.values():
         if number := row.get("num_images"):
-            convert_cifar10(arguments.images, first_images(images, row), number, 0)
+            convert_cifar10(datasets, first_images(images, row), number, 0)
     train_rows(commands, folders)
     print(study_table({name: read_jsonl(folder / "log.jsonl") for name, folder in folders.items()}))
     print_next(d2v("report", next(iter(folders.values()))))
