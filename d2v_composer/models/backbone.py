@@ -38,7 +38,7 @@ def frozen_use() -> Iterator[None]:
         torch.set_autocast_cache_enabled(caches_casts)
 
 
-def train_what_is_read(model: nn.Module, result: Tensor) -> None:
+def freeze_unused_parameters(model: nn.Module, result: Tensor) -> None:
     """Freeze the parameters on which a result does not depend: DDP refuses trained parameters without gradient."""
     if result.requires_grad:
         result.sum().backward()

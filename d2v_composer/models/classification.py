@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from d2v_composer.models.backbone import Backbone, check_tensors, train_what_is_read
+from d2v_composer.models.backbone import Backbone, check_tensors, freeze_unused_parameters
 from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.precision import cpu_autocast
@@ -66,7 +66,7 @@ class Classifier(ComposerModel):
         for name, parameter in backbone.encoder.named_parameters():
             parameter.requires_grad_(train_encoder and not name.startswith(FIXED))
         embedding = self.embed(Inputs(backbone.encoder.example(1)))
-        train_what_is_read(backbone, embedding)
+        freeze_unused_parameters(backbone, embedding)
         self.head = nn.Linear(embedding.shape[-1], num_classes)
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
