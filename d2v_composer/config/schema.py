@@ -25,9 +25,9 @@ from d2v_composer.config.types import (
     Microbatch,
     PathText,
     Positive,
+    PrefetchFactor,
     Range,
     Text,
-    Up1000,
     WarmUp,
     Whole,
     arguments_of,
@@ -180,7 +180,7 @@ class ShardLoaderConfig(Section):
     num_workers: Annotated[int, Field(ge=0, le=1000)] = 8
     """Processes per device that decode samples and put their batches into /dev/shm; if /dev/shm is too small, the run
     fails at the start. 0: the training process decodes the samples."""
-    prefetch_factor: Up1000 = 2
+    prefetch_factor: PrefetchFactor = 2
     """Batches that each worker prepares ahead."""
     crop_scale: Annotated[Range, must("be at most 1", lambda scale: scale[1] <= 1)] = (0.08, 1.0)
     """Smallest and largest area of a random crop, as a fraction of the image."""
@@ -214,6 +214,10 @@ class TrainLoaderConfig(ShardLoaderConfig):
     column: Text | None = None
     """Column of encoded files (bytes, jpeg, png) or pixels (pil); null: ``image`` or ``audio``. Streaming's own
     converters call it x."""
+    views: Count | None = None
+    """Number of fixed views (crops and flips) of each image: each epoch uses the next one, and after as many epochs the
+    first again, in a new order. null: new views in every epoch. From a view's second epoch on, its targets are read
+    from a file in ``save_folder`` (2 bytes per value; the run deletes it at its end), and the teacher does not run."""
 
 
 class OptimizerConfig(Section):
@@ -423,6 +427,11 @@ class TrainConfig(TrainerConfig):
     train_loader: TrainLoaderConfig  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
     alignment: AlignmentConfig = AlignmentConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        if self.train_loader.views is not None and self.save_folder is None:
+            yield ".train_loader.views: must be null without a save_folder, which holds the views' targets"
 
     @property
     def needs_projection(self) -> bool:

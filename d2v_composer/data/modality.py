@@ -142,9 +142,9 @@ def decoding(stored: Any, source: str, kind: str) -> Iterator[None]:
         raise UnreadableSampleError(f"{source}: cannot decode as {kind} ({detail})") from error
 
 
-def sample_rng(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
-    """Return the random generator of one sample in one epoch."""
-    return np.random.default_rng((seed, epoch, sample_id))
+def sample_rng(seed: int, view: int, sample_id: int) -> np.random.Generator:
+    """Return the random generator of one view of one sample."""
+    return np.random.default_rng((seed, view, sample_id))
 
 
 class Augmentation(NamedTuple):

@@ -16,9 +16,9 @@ from d2v_composer.models.backbone import (
     Backbone,
     check_tensors,
     expect_no_frozen_tensors,
+    freeze_unused_parameters,
     frozen_prefixes,
     keep_trained_tensors,
-    train_what_is_read,
 )
 from d2v_composer.models.encoder import Inputs, Tokens, count_flop
 from d2v_composer.models.names import ExtraTokens, Prediction
@@ -29,6 +29,11 @@ from d2v_composer.objectives.objective import Regression
 
 Batch = Tensor | Mapping[str, Any]
 EmbeddingT = TypeVar("EmbeddingT")
+
+
+def has_targets(batch: Batch) -> bool:
+    """Return True if a batch needs no teacher."""
+    return isinstance(batch, Mapping) and "targets" in batch
 
 
 class DistillationModel(ComposerModel):
@@ -58,6 +63,8 @@ class DistillationModel(ComposerModel):
     audio teacher it has ``audio``, (B, L) float, and, if clips are padded, ``lengths``, (B,) int64. Labels and other
     entries are not read.
 
+    For a batch that has ``targets``, the teacher does not run: (B, W) float16, each objective's target, flattened.
+
     Args:
         teacher: The frozen teacher.
         student: A student on the teacher's encoder, or on its own encoder with as many tokens.
@@ -69,12 +76,16 @@ class DistillationModel(ComposerModel):
         objectives: Name → section of each objective, as in a YAML; default: only ``tokens``. Callbacks see the results
             of the first one.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
+        rounds_targets: Round targets to float16, the precision of kept ones, so that it makes no difference which are
+            kept.
         **targets: Further fields of :class:`~d2v_composer.models.targets.LayerMean`; default: the student's config, and
             the teacher's own ``average_top_k_layers``. With ``dataset_norm``, call :meth:`measure_targets` first.
 
     Attributes:
         layer_mean: Settings with which ``layer_mean`` embeddings of student and teacher are computed to compare them.
         flop: Numbers of operations in a step with one input; see :func:`~d2v_composer.models.encoder.count_flop`.
+        teacher_flop: Number of operations that an input's kept targets save.
+        target_shapes: Objective → shape of an image's target.
 
     Raises:
         ValueError: An option's value is unknown, or does not fit the teacher.
@@ -93,12 +104,13 @@ class DistillationModel(ComposerModel):
         extra_tokens: ExtraTokens = "regress",
         objectives: Mapping[str, Any] = {"tokens": {}},
         cpu_bf16: bool = False,
+        rounds_targets: bool = False,
         **targets: Any,
     ) -> None:
         super().__init__()
         self.teacher: Any = teacher  # of the kind that is given
         self.student: Any = student
-        self.cpu_bf16 = cpu_bf16
+        self.cpu_bf16, self.rounds_targets = cpu_bf16, rounds_targets
         self.layer_mean = student.layer_mean.changed(prediction=prediction, extra_tokens=extra_tokens, **targets)
         terms = {name: OBJECTIVES[name].Options.model_validate(section) for name, section in objectives.items()}
         built = {
@@ -107,7 +119,10 @@ class DistillationModel(ComposerModel):
             if term.weight
         }
         self.objectives: Any = nn.ModuleDict(built)
-        self.flop = count_flop(student, self._try_step)
+        self.flop = count_flop(student, self._dry_run)
+        saved = count_flop(teacher, partial(self.targets_of, teacher.encoder(Inputs(teacher.encoder.example(1)))))
+        own = 0 if student.encoder is teacher.encoder else teacher.encoder.flop()
+        self.teacher_flop = sum(saved.values()) + own
         # Frozen, and equal on all ranks: DDP would broadcast them before every forward pass.
         frozen = frozen_prefixes(self)
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers() if name.startswith(frozen)]
@@ -116,10 +131,14 @@ class DistillationModel(ComposerModel):
         self.register_load_state_dict_pre_hook(check_tensors)
         self.register_load_state_dict_post_hook(expect_no_frozen_tensors)
 
-    def _try_step(self) -> None:
+    def _dry_run(self) -> None:
         """Compute the loss of one input and its gradients, and freeze the parameters that get none."""
         outputs = self(self.student.encoder.example(1))
-        train_what_is_read(self, self.losses((outputs, *outputs.others))["total"])
+        regressions = outputs, *outputs.others
+        self.target_shapes = {
+            name: regression.target.shape[1:] for name, regression in zip(self.objectives, regressions, strict=True)
+        }
+        freeze_unused_parameters(self, self.losses(regressions)["total"])
 
     @property
     def compares_microbatches(self) -> bool:
@@ -130,7 +149,12 @@ class DistillationModel(ComposerModel):
         """Compute prediction and target of each objective from a batch."""
         with cpu_autocast(self.cpu_bf16):
             inputs = self.inputs_of(batch)
-            tokens, targets = self.frozen_pass(inputs)
+            if has_targets(batch):
+                tokens, targets = None, self.split_targets(batch)
+            else:
+                tokens, targets = self.frozen_pass(inputs)
+                if self.rounds_targets:
+                    targets = {name: target.half().float() for name, target in targets.items()}
             features = self.student.features(self.student.encoder(inputs) if tokens is None else tokens)
             features = features.for_readers(len(targets))
             first, *rest = (
@@ -143,6 +167,12 @@ class DistillationModel(ComposerModel):
         if isinstance(batch, Tensor):
             return Inputs(batch)
         return Inputs(batch[self.student.encoder.config.modality], batch.get("lengths"))
+
+    def split_targets(self, batch: Any) -> dict[str, Tensor]:
+        """Return the target of each objective, from a batch's ``targets``."""
+        parts = batch["targets"].float().split([shape.numel() for shape in self.target_shapes.values()], dim=1)
+        shapes = self.target_shapes.items()
+        return {name: part.unflatten(1, shape) for (name, shape), part in zip(shapes, parts, strict=True)}
 
     @torch.no_grad()
     def frozen_pass(self, inputs: Inputs) -> tuple[Tokens | None, dict[str, Tensor]]:
@@ -185,7 +215,8 @@ class DistillationModel(ComposerModel):
         inputs, encoder = self.inputs_of(batch).values, self.teacher.encoder
         length = encoder.num_tokens(inputs.shape[1:]) / encoder.num_tokens()
         attention = self.flop.get(torch.ops.aten.bmm, 0)
-        return round(((sum(self.flop.values()) - attention) * length + attention * length**2) * len(inputs))
+        flop = (sum(self.flop.values()) - attention) * length + attention * length**2
+        return round((flop - has_targets(batch) * self.teacher_flop) * len(inputs))
 
     @torch.no_grad()
     def measure_targets(self, batches: Iterable[Batch]) -> None:

@@ -20,7 +20,7 @@ from d2v_composer.evaluation.evaluate import cost, share_encoders
 from d2v_composer.evaluation.labeled_retrieval import Embed
 from d2v_composer.evaluation.rows import STUDENT, TEACHER, last_batch
 from d2v_composer.models.names import TIMM_PREFIX, Embedding
-from d2v_composer.models.precision import choose_precision
+from d2v_composer.models.precision import choose_precision, name_precision
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives.compilation import check_compiler, compile_model
 from d2v_composer.objectives.distillation import DistillationModel
@@ -38,7 +38,8 @@ from d2v_composer.runs.trainer import (
 from d2v_composer.sources.mds import Index
 from d2v_composer.sources.source import open_mds
 from d2v_composer.system.errors import InputError, errors_of
-from d2v_composer.system.ranks import node_leaders_first
+from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
+from d2v_composer.training_data.kept_targets import KeptTargets
 from d2v_composer.training_data.loader import build_train_loader, read_train_index
 
 # At most this many shards are read for the map, so that few are fetched from a store; we write 64 MiB each.
@@ -96,7 +97,8 @@ def train_student(
     accelerate(config, model)
     modality, loader = modality_of(model.teacher.config), config.train_loader
     index = read_train_index(loader, modality, config.global_train_batch_size)
-    train_loader = build_train_loader(config, loader, index, is_compiled=config.compile is not False)
+    kept = build_kept_targets(config, model, index)
+    train_loader = build_train_loader(config, loader, index, is_compiled=config.compile is not False, kept=kept)
     if config.targets.normalization == "dataset" and config.objectives.tokens.weight:
         measure = TargetStatistics(config.targets.dataset_batches or 100, config.device_eval_batch_size)
         callbacks = [measure, *callbacks]
@@ -109,13 +111,15 @@ def train_student(
         train_loader,
         {"teacher": model.teacher.provenance, "student": student, "data": index.describe(), "costs": costs},
         fixed=FIXED_BY_A_CHECKPOINT + (FIXED_WITH_MICROBATCHES if model.compares_microbatches else ()),
-        run_callbacks=[callback for callback in (align, retrieval) if callback is not None],
+        run_callbacks=[callback for callback in (kept, align, retrieval) if callback is not None],
         callbacks=callbacks,
         stop=stop,
         optimizers=build_optimizer(config.optimizer, model),
     )
     when_built(trainer)
     header = {modality.unit: f"{len(index):,} in {index.source}"}
+    if kept is not None:
+        header["targets"] = f"{loader.views} views, {kept.num_bytes / 1e6:,.0f} MB in {kept.path}"
     if align is not None:
         header["alignment"] = f"with the teacher's {align.target}, on {align.batches.size:,} {modality.unit}"
     if retrieval is not None:
@@ -156,6 +160,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
             config.prediction,
             objectives=dict(config.objectives),
             cpu_bf16=choose_precision(config.precision).cpu_bf16,
+            rounds_targets=config.train_loader.views is not None,
             dataset_norm=targets.normalization == "dataset",
             **targets.model_dump(include={"extra_tokens", "average_top_k_layers", "source"}),
         )
@@ -190,6 +195,23 @@ def build_teacher(config: TrainConfig) -> Teacher:
         raise InputError(f"{key}{error}") from error
 
 
+def build_kept_targets(config: TrainConfig, model: DistillationModel, index: Index) -> KeptTargets | None:
+    """Build the callback that keeps the targets of fixed views; ``None`` without such views.
+
+    Raises:
+        InputError: The disk lacks space for them.
+    """
+    loader, folder = config.train_loader, config.run_folder
+    if loader.views is None or folder is None:
+        return None
+    width = sum(shape.numel() for shape in model.target_shapes.values())
+    parts = index.describe(), model.teacher.provenance, name_precision(config.precision)
+    made_from = [*parts, config.model_dump(mode="json")]
+    kept = KeptTargets(folder.local / "targets.f16", len(index), loader.views, width, made_from)
+    raise_on_all_ranks(kept.check_room())
+    return kept
+
+
 def build_alignment(config: TrainConfig, model: DistillationModel, index: Index) -> AlignStudent | None:
     """Build the callback that fits the student's map into the teacher's space; ``None`` if the run has no map.
 
@@ -222,14 +244,16 @@ def target_of(config: TrainConfig, model: DistillationModel) -> Embedding | None
     Raises:
         InputError: The teacher lacks the chosen embedding, or computes ``layer_mean`` unlike the student.
     """
-    how, teacher = config.alignment, model.teacher
-    if how.max_samples == 0 or model.student.projected_width:
+    alignment, teacher = config.alignment, model.teacher
+    if alignment.max_samples == 0 or model.student.projected_width:
         return None
-    default = "output" if how.pooling or not teacher.projected_width else "projected"
+    default = "output" if alignment.pooling or not teacher.projected_width else "projected"
     with errors_of("alignment"):
-        target = teacher.choose_embedding(how.pooling, how.representation or default)
+        target = teacher.choose_embedding(alignment.pooling, alignment.representation or default)
     has_own_layers = config.teacher.first_blocks is None or config.teacher.model.startswith(TIMM_PREFIX)
-    if how.representation == "layer_mean" and not (has_own_layers and model.layer_mean[:2] == teacher.layer_mean[:2]):
+    if alignment.representation == "layer_mean" and not (
+        has_own_layers and model.layer_mean[:2] == teacher.layer_mean[:2]
+    ):
         raise InputError(
             "alignment.representation: layer_mean needs the teacher's own, as d2v embed computes it: set "
             f"targets.normalization={teacher.layer_mean.normalization}, but not targets.final_layer_norm, nor, for a "

@@ -46,12 +46,12 @@ from d2v_composer.system.processes import global_rank
 MIN_SAMPLES = 200
 # The thesis trains for 30,000 batches of 256 on ImageNet: 6 epochs.
 EPOCHS, MAX_BATCHES = 6, 30_000
-CHOSEN = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+PRESETS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 SETTINGS, HELD_OUT = "distill.yaml", "held_out"
 # What a run's results depend on, besides what its checkpoint fixes.
-DECIDES = (
+RESULT_FIELDS = (
     *(f"config.{name}" for name in ("max_duration", "precision", "scheduler", "algorithms", "alignment", "retrieval")),
-    *(f"config.train_loader.{name}" for name in ("crop_scale", "crop_ratio", "flip")),
+    *(f"config.train_loader.{name}" for name in ("crop_scale", "crop_ratio", "flip", "views")),
 )
 # In OUT: the shards of a data set in a store, until they are converted.
 FETCHED = f"{MARK}.fetched"
@@ -151,14 +151,14 @@ def make_plan(request: Request, fetched: Path) -> Plan:
         InputError: The samples, the teacher or a change cannot be used.
     """
     # The changes are checked before the teacher is fetched.
-    unsized = configure(request, request.out, CHOSEN["any"])
+    unsized = configure(request, request.out, PRESETS["any"])
     teacher = build_teacher(unsized)
     modality, cache = modality_of(teacher.config), fetched if is_remote(request.source) else None
     files = find_files(request.source, modality, request.column) if cache else None
     source = files.open() if files else open_source(request.source, modality, column=request.column, cache=cache)
     if (number := len(source)) < MIN_SAMPLES:
         raise InputError(f"{request.source}: expected at least {MIN_SAMPLES} {modality.unit}, got {number}")
-    chosen = choose(number, teacher.config, unsized.student.model)
+    chosen = choose_settings(number, teacher.config, unsized.student.model)
     config = configure(request, request.out / modality.unit, chosen)
     if config.teacher != unsized.teacher:  # a timm model for smaller images
         teacher = build_teacher(config)
@@ -179,7 +179,7 @@ def convert_samples(request: Request, plan: Plan) -> None:
     """
     config, source, modality = plan.config, plan.source, plan.source.modality
     samples, workers = request.out / modality.unit, os.cpu_count() or 1
-    splits = {split: encoding(modality, config, split == "test") for split in ("test", "train")}
+    splits = {split: conversion_options(modality, config, split == "test") for split in ("test", "train")}
     for split, options in [*splits.items()]:
         if (samples / split / INDEX).exists():
             with reading(summary := samples / split / SUMMARY):
@@ -232,7 +232,7 @@ def read_settings(request: Request) -> TrainConfig:
     return configure(request, request.out / samples.name, {}, request.settings)
 
 
-def settle(request: Request, config: TrainConfig, trainer: Trainer) -> None:
+def update_settings(request: Request, config: TrainConfig, trainer: Trainer) -> None:
     """Write the settings with which the run goes on; a finished run's settings stay.
 
     Raises:
@@ -243,7 +243,7 @@ def settle(request: Request, config: TrainConfig, trainer: Trainer) -> None:
         write_settings(request, config)
         return
     before = read_settings(request._replace(changes=()))  # not run.yaml: if OUT was moved, it has the old place
-    if changes := record.changes({"config": before.model_dump(mode="json")}, DECIDES):
+    if changes := record.changes({"config": before.model_dump(mode="json")}, RESULT_FIELDS):
         raise InputError(f"{request.out} holds a finished run: {changes}; choose another --out")
 
 
@@ -254,7 +254,7 @@ def write_settings(request: Request, config: TrainConfig) -> None:
         write_atomically(request.settings, f"# {request.command}\n{settings}")
 
 
-def choose(num_samples: int, teacher: TeacherConfig, student: str | None) -> dict[str, Any]:
+def choose_settings(num_samples: int, teacher: TeacherConfig, student: str | None) -> dict[str, Any]:
     """Choose sizes and duration: the quickstart's on a CPU, the thesis's on GPUs.
 
     Args:
@@ -267,7 +267,7 @@ def choose(num_samples: int, teacher: TeacherConfig, student: str | None) -> dic
     """
     num_gpus, cores, modality = torch.cuda.device_count(), os.cpu_count() or 1, modality_of(teacher.encoder).name
     min_batches, side, lr = (3000, 224, 0.384) if num_gpus else (600, 112, 0.768)
-    chosen = {**CHOSEN["any"], **CHOSEN[modality], **CHOSEN[f"{modality} on a {'GPU' if num_gpus else 'CPU'}"]}
+    chosen = {**PRESETS["any"], **PRESETS[modality], **PRESETS[f"{modality} on a {'GPU' if num_gpus else 'CPU'}"]}
     batch = chosen["global_train_batch_size"]
     while batch > max(num_samples // 8, num_gpus):
         batch //= 2
@@ -295,7 +295,7 @@ def choose(num_samples: int, teacher: TeacherConfig, student: str | None) -> dic
     return chosen
 
 
-def encoding(modality: Modality, config: TrainConfig, held_out: bool) -> dict[str, Any]:
+def conversion_options(modality: Modality, config: TrainConfig, held_out: bool) -> dict[str, Any]:
     """Return the options of :func:`convert` that shrink images, or shorten held-out clips, to what the run needs."""
     if isinstance(modality, Images):
         image_size = parse_image_size(config.teacher.image_size or modality.image_size)

@@ -39,7 +39,7 @@ from d2v_composer.checkpoints.checkpoint import (
     read_checkpoint,
 )
 from d2v_composer.checkpoints.model_file import convert_to_timm
-from d2v_composer.config.load import defaults, layered
+from d2v_composer.config.load import deep_merge, defaults
 from d2v_composer.config.schema import CALLBACKS, LOGGERS, AlgorithmsConfig, OptimizerConfig, TrainerConfig
 from d2v_composer.data import MODALITIES
 from d2v_composer.evaluation.run_log import read_jsonl
@@ -68,6 +68,7 @@ FIXED_IN_ANY_RUN = (
     "config.train_loader.shuffle_block_size",
     "config.train_loader.crop_seconds",  # the order of clips is by their length in a batch
     "config.train_loader.column",
+    "config.train_loader.views",
 )
 
 

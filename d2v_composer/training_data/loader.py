@@ -20,6 +20,7 @@ from d2v_composer.sources.source import worker_options
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.processes import num_nodes
 from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
+from d2v_composer.training_data.kept_targets import KeptTargets
 from d2v_composer.training_data.order import StreamingSamples, collate_clips, padded_sizes
 
 # Grace beyond two shard timeouts before a silent worker counts as hung.
@@ -27,7 +28,7 @@ HANGING_SECONDS = 300
 # Time for a store to answer at the start, if the data set's index is not in the cache.
 START_SECONDS = 60.0
 # Fields of the section that are StreamingSamples' arguments.
-PASSED_ON = {"shuffle", "shuffle_block_size", "num_canonical_nodes", "cache_limit", "timeout"}
+PASSED_ON = {"shuffle", "shuffle_block_size", "num_canonical_nodes", "views", "cache_limit", "timeout"}
 # Shared memory, on Linux. The queues and events of one worker are semaphores, of a page each.
 SHARED_MEMORY, SEMAPHORES, PAGE = Path("/dev/shm"), 16, 4096
 
@@ -65,6 +66,7 @@ def build_train_loader(
     *,
     num_classes: int = 1,
     is_compiled: bool = False,
+    kept: KeptTargets | None = None,
 ) -> DataLoader:
     """Build this rank's loader from ``train_loader``: augmented samples, with labels if the index has them.
 
@@ -80,8 +82,8 @@ def build_train_loader(
     transform = build_augmentation(loader, index.modality, seed).transform
     if loader.remote is not None:
         raise_on_all_ranks(check_room(index, loader.cache_limit))
-    check_memory(loader, batch_size, transform.sample_bytes)
-    options, collate = loader.model_dump(include=PASSED_ON), None
+    check_memory(loader, batch_size, transform.sample_bytes + (kept.row_bytes if kept else 0))
+    options, collate = loader.model_dump(include=PASSED_ON), kept.collate if kept else None
     if index.lengths is not None and transform.longest is not None:
         options["lengths"] = np.minimum(index.lengths, transform.longest)
         sizes = padded_sizes(options["lengths"]) if is_compiled else []

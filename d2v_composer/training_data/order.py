@@ -28,7 +28,8 @@ OPENING = 32
 class Sample(NamedTuple):
     """A request for one sample, from the main process to a worker."""
 
-    epoch: int
+    view: int
+    """Number of the augmentation: the epoch or, with K fixed views, epoch mod K."""
     sample_id: int
     ahead: tuple[int, ...]
     """Shards that will be needed soon."""
@@ -55,6 +56,8 @@ class EpochOrder(DistributedSampler[Sample]):
             nodes, each node needs only its own shards.
         epoch_size: Number of samples in an epoch, chosen anew for each epoch; default: all, which is also the most,
             since Streaming would repeat samples. Must be divisible by ``num_canonical_nodes``.
+        views: Number K of fixed views of each sample: each epoch has the samples and views of the K-th epoch before it,
+            in a new order. ``None``: new views in each epoch.
         lengths: Length of each sample in a batch, (N,); ``None`` if all have one size.
         global_batch_size: Batch size of all ranks together, for ``lengths``.
     """
@@ -68,6 +71,7 @@ class EpochOrder(DistributedSampler[Sample]):
         shuffle_block_size: int = 1 << 16,
         num_canonical_nodes: int = 1,
         epoch_size: int | None = None,
+        views: int | None = None,
         lengths: Int64Array | None = None,
         global_batch_size: int = 1,
     ) -> None:
@@ -75,7 +79,7 @@ class EpochOrder(DistributedSampler[Sample]):
         num_samples = int(shard_sizes.sum())
         super().__init__(range(num_samples), num_replicas=1, rank=0)  # pyright: ignore[reportArgumentType]
         self.shard_sizes, self.num_canonical_nodes = shard_sizes, num_canonical_nodes
-        self.epoch_size = epoch_size or num_samples
+        self.epoch_size, self.views = epoch_size or num_samples, views
         self.shuffle, self.seed, self.shuffle_block_size = shuffle, seed, shuffle_block_size
         self.lengths, self.global_batch_size = lengths, global_batch_size
         self.resume(0, 0)
@@ -93,7 +97,7 @@ class EpochOrder(DistributedSampler[Sample]):
         self._is_begun = True
         ids = self.samples_of_rank(self.current_epoch, self._first_sample, World.detect())
         shards = np.searchsorted(self.shard_sizes.cumsum(), ids, side="right")
-        return self._with_shards_ahead(self.current_epoch, ids.tolist(), shards.tolist())
+        return self._with_shards_ahead(self._view_of(self.current_epoch), ids.tolist(), shards.tolist())
 
     def samples_of_rank(self, epoch: int, first_sample: int, world: World) -> Int64Array:
         """Return the numbers of a rank's samples in an epoch, after the first ``first_sample`` samples of all ranks."""
@@ -102,9 +106,10 @@ class EpochOrder(DistributedSampler[Sample]):
 
     def draw(self, epoch: int) -> Int64Array:
         """Return the numbers of an epoch's samples, (``epoch_size``,), one from each canonical node in turn."""
-        sizes, rng = self.shard_sizes, np.random.default_rng(self.seed + epoch)
+        view = self._view_of(epoch)
+        sizes, rng = self.shard_sizes, np.random.default_rng(self.seed + view)
         # Without shuffle, all epochs leave the same samples out.
-        counts = get_sampling(sizes, self.epoch_size, 1, self.seed, epoch, self.shuffle)
+        counts = get_sampling(sizes, self.epoch_size, 1, self.seed, view, self.shuffle)
         parts = [
             begin + (np.arange(count) if count in (0, size) else np.sort(rng.choice(size, count, replace=False)))
             for begin, size, count in zip(sizes.cumsum() - sizes, sizes, counts, strict=True)
@@ -116,6 +121,9 @@ class EpochOrder(DistributedSampler[Sample]):
         if self.shuffle and self.lengths is not None:
             order = self._by_length(order, self.lengths, epoch)
         return order.T.ravel()
+
+    def _view_of(self, epoch: int) -> int:
+        return epoch if self.views is None else epoch % self.views
 
     def _by_length(self, order: Int64Array, lengths: Int64Array, epoch: int) -> Int64Array:
         """Sort each canonical node's samples, (nodes, samples), by length within windows."""
@@ -135,11 +143,11 @@ class EpochOrder(DistributedSampler[Sample]):
         self.current_epoch, self._first_sample, self._is_begun = epoch, sample_in_epoch, False
 
     @staticmethod
-    def _with_shards_ahead(epoch: int, ids: list[int], shards: list[int]) -> Iterator[Sample]:
+    def _with_shards_ahead(view: int, ids: list[int], shards: list[int]) -> Iterator[Sample]:
         begin = 0
         for i, sample_id in enumerate(ids):
             end = i + 1 + min(AHEAD, OPENING * (i + 1))
-            yield Sample(epoch, sample_id, tuple(dict.fromkeys(shards[begin:end])))
+            yield Sample(view, sample_id, tuple(dict.fromkeys(shards[begin:end])))
             begin = end
 
 
@@ -166,8 +174,8 @@ class StreamingSamples(Dataset[Any]):
     """Augmented samples from a column of an MDS data set; ``DataLoader(dataset, sampler=dataset.order)`` reads epochs.
 
     An epoch has every sample exactly once, or fails with an error that names the shard. A sample is ``{"image": (3, S,
-    S) uint8, "sample_id": int}``, or has ``"audio": (L,) float32`` instead; if the index has labels, a sample is
-    (image, label), as Composer's algorithms need. The augmentation of a sample depends on (seed, epoch, sample id)
+    S) uint8, "sample_id": int, "view": int}``, or has ``"audio": (L,) float32`` instead; if the index has labels, it is
+    (image, label), as Composer's algorithms need. The augmentation of a sample depends on (seed, view, sample id)
     alone; the order, on its arguments and the epoch. So samples and order are the same for any number of ranks and
     workers, and after any resume.
 
@@ -213,13 +221,13 @@ class StreamingSamples(Dataset[Any]):
             ShardError: The sample's shard cannot be fetched, or is corrupt.
             InputError: The sample cannot be decoded, or its label is not the number of a class.
         """
-        epoch, sample_id, ahead = sample
+        view, sample_id, ahead = sample
         index, source = self.index, f"sample {sample_id} of {self.index.folder}"
         self.shards.fetch_ahead(ahead)
         stored = self.shards[sample_id]
-        values = self.transform(stored[index.column], sample_rng(self.seed, epoch, sample_id), source)
+        values = self.transform(stored[index.column], sample_rng(self.seed, view, sample_id), source)
         if index.labels is None:
-            return {index.modality.name: values, "sample_id": sample_id}
+            return {index.modality.name: values, "sample_id": sample_id, "view": view}
         label = whole_label(stored[index.labels], source)
         if not 0 <= label < self.num_classes:
             raise InputError(f"{source}: its label must be a number from 0 to {self.num_classes - 1}, got {label}")

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from d2v_composer.config import schema
-from d2v_composer.config.load import layered, load_config, load_evaluate_config, load_finetune_config
+from d2v_composer.config.load import deep_merge, load_config, load_evaluate_config, load_finetune_config
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError
@@ -46,7 +46,7 @@ PAPER = {
 
 def test_distill_is_the_papers_run() -> None:
     settings = load_config([str(ROOT / "yamls" / "distill.yaml"), *ON_CPU]).model_dump()
-    assert layered(settings, PAPER) == settings
+    assert deep_merge(settings, PAPER) == settings
 
 
 def test_overrides_change_single_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +129,7 @@ CONTRADICTIONS = {
     ),
     ("precision=amp_fp16",): "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or",
     ("device_train_microbatch_size=auto",): "device_train_microbatch_size: 'auto' needs a GPU",
+    ("train_loader.views=4", "save_folder=null"): "train_loader.views: must be null without a save_folder, which holds",
 }
 
 

@@ -70,6 +70,27 @@ def test_the_cost_of_a_step_with_an_encoder_of_its_own(teacher: Any) -> None:
     assert model.flops_per_batch(IMAGES) == flops_of_a_step(model, IMAGES)
 
 
+@pytest.mark.parametrize("has_own_encoder", [False, True])
+def test_a_step_with_kept_targets_needs_no_teacher(teacher: Any, has_own_encoder: bool) -> None:
+    student = with_own_encoder(teacher) if has_own_encoder else teacher.build_student(depth=2)
+    model = DistillationModel(teacher, student, rounds_targets=True)
+    outputs = model(IMAGES)
+    batch = {"image": IMAGES, "targets": outputs.target.flatten(1).half()}
+    calls = count_calls(teacher.blocks[0], teacher.encoder)
+    assert torch.equal(model.loss(model(batch), batch), model.loss(outputs, IMAGES))
+    assert calls == ({} if has_own_encoder else {teacher.encoder: 1})
+    assert model.flops_per_batch(batch) == flops_of_a_step(model, batch) < model.flops_per_batch(IMAGES)
+
+
+def test_kept_targets_of_two_objectives() -> None:
+    both = load_teacher(GOLDEN / "tiny_base.pt", projected=True)
+    model = model_with(both, both.build_student(depth=2, projected=True), embedding=0.5)
+    outputs = model(IMAGES)
+    targets = torch.cat([regression.target.flatten(1) for regression in (outputs, *outputs.others)], dim=1)
+    batch = {"image": IMAGES, "targets": targets}
+    assert torch.equal(total_loss(model, batch), total_loss(model, IMAGES))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_all_of_it_compiles_to_whole_graphs(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,20 @@ def test_a_killed_run_resumes_bit_for_bit(run: Run, uninterrupted: Path, tmp_pat
     assert_same_losses(together.losses, losses_of(uninterrupted), num_steps=14)
 
 
+def test_a_killed_run_of_fixed_views_resumes_bit_for_bit(run: Run, small_data: Path, tmp_path: Path) -> None:
+    """10: with a file of targets that has some of after the checkpoint, and some damaged ones."""
+    whole = Run(tmp_path / "whole", small_data, "train_loader.views=1")
+    whole.train()
+    run.train_until_killed("after_forward 3", "train_loader.views=1")
+    (targets,) = run.folder.glob("targets*")
+    kept = targets.read_bytes()
+    targets.write_bytes(flip_bit(kept[: len(kept) // 2]))
+    run.train("train_loader.views=1")
+    assert not targets.exists()
+    assert_same_student(run.folder, whole.folder)
+    assert run.losses == whole.losses
+
+
 def test_a_run_whose_worker_is_killed_ends_and_resumes(run: Run, uninterrupted: Path) -> None:
     """10, 18: as the kernel does when memory is short."""
     program = run.start_until("pauses", ONE_WORKER, AT="batch_end 8 pause")

@@ -61,7 +61,7 @@ def test_the_order_is_streamings(many_shards: Path, shuffle: bool) -> None:
     ours = open_images(many_shards, seed=SEED, **options)
     for epoch in range(3):
         samples = list(ours.order)
-        assert {sample.epoch for sample in samples} == {epoch}
+        assert {sample.view for sample in samples} == {epoch}
         images = [ours.shards[sample.sample_id]["image"] for sample in samples]
         assert images == [sample["image"] for sample in theirs]
 
@@ -224,6 +224,7 @@ CHANGES: dict[str, Any] = {
     "shuffle_block_size": 256,
     "num_canonical_nodes": 2,
     "column": "other",
+    "views": 1,
 }
 LOCATION = {"local", "remote", "cache_limit"}
 

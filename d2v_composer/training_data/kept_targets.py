@@ -1,0 +1,87 @@
+"""Keep the teacher's targets of fixed views, so that a view's second epoch needs no teacher."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor
+from torch.utils.data import default_collate
+from xxhash import xxh3_64_digest, xxh3_64_intdigest
+
+CHECKSUM = 8  # bytes at the end of a row
+
+
+class KeptTargets(Callback):
+    """Write the targets of each batch to a file, from which later epochs read them.
+
+    The file has a row for each view of each sample: the targets in float16, and a checksum of them and of what they
+    were computed from. A row that is missing, damaged or from other settings counts as not written: its batch runs the
+    teacher. So nothing else must be known of the file, whatever killed the run that wrote it.
+
+    The ranks of a node share the file. It is deleted at the end of the run.
+
+    Args:
+        path: The file.
+        num_samples: Number of samples in the data set.
+        views: Number of views of each sample.
+        width: Number of values of a sample's targets.
+        made_from: All that decides a sample's targets: the teacher, the data, the settings.
+    """
+
+    def __init__(self, path: Path, num_samples: int, views: int, width: int, made_from: Any) -> None:
+        self.path, self.num_samples, self.row_bytes = path, num_samples, 2 * width + CHECKSUM
+        self.num_bytes = views * num_samples * self.row_bytes
+        self.seed = xxh3_64_intdigest(json.dumps(made_from, sort_keys=True))
+
+    def check_room(self) -> str | None:
+        """Return an error message if the disk lacks space for the file."""
+        folder = next(folder for folder in self.path.absolute().parents if folder.exists())
+        present = self.path.stat().st_blocks * 512 if self.path.exists() else 0
+        if self.num_bytes - present <= (free := shutil.disk_usage(folder).free):
+            return None
+        return (
+            f"train_loader.views: the targets of all views need {self.num_bytes / 1e6:,.0f} MB in {self.path.parent}, "
+            f"but only {free / 1e6:,.0f} MB is free; free disk space, or set fewer views, or null"
+        )
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)  # on a node without rank 0
+        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+
+    def after_forward(self, state: State, logger: Logger) -> None:
+        """Write the targets of a batch that has none."""
+        if "targets" in state.batch:
+            return
+        outputs: Any = state.outputs
+        targets = [regression.target.flatten(1) for regression in (outputs, *outputs.others)]
+        values = torch.cat(targets, dim=1).half().cpu().numpy()
+        for place, row in zip(self._places(state.batch), values, strict=True):
+            data = row.tobytes()
+            os.pwrite(self.file, data + xxh3_64_digest(data, self.seed), place)
+
+    def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return a batch; it has ``targets``, (B, width) float16, only if those of all its samples were kept."""
+        batch, rows = default_collate(list(samples)), []
+        for place in self._places(batch):
+            data = os.pread(self.file, self.row_bytes, place)
+            values, checksum = data[:-CHECKSUM], data[-CHECKSUM:]
+            if xxh3_64_digest(values, self.seed) != checksum:
+                return batch
+            rows.append(np.frombuffer(values, np.float16))
+        return batch | {"targets": torch.from_numpy(np.stack(rows))}
+
+    def _places(self, batch: dict[str, Tensor]) -> list[int]:
+        """Return where in the file the rows of a batch begin."""
+        return ((batch["view"] * self.num_samples + batch["sample_id"]) * self.row_bytes).tolist()
+
+    def close(self, state: State, logger: Logger) -> None:
+        if state.max_duration is not None and state.timestamp >= state.max_duration and dist.get_local_rank() == 0:
+            self.path.unlink(missing_ok=True)

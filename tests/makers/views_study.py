@@ -1,0 +1,88 @@
+"""Train the quickstart's student on fixed views of 919 images, and measure it on others: yamls/ablations/views.csv.
+
+python tests/makers/views_study.py OUT.csv VIEWS SEED BATCHES
+
+VIEWS is train_loader.views, or null. A row has the loss of 1,000 test images, not augmented, and the student's top-1
+in % with the train and with the test images as the bank.
+"""
+
+import csv
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from d2v_composer.config.load import load_config
+from d2v_composer.runs.distill import train_student
+
+ROOT = Path(__file__).parents[2] / "yamls"
+CIFAR = ROOT / "quickstart" / "cifar10"
+FIELDS = ("views", "seed", "batches", "loss", "bank_train", "bank_test", "seconds")
+IMAGES, BATCH = 1000, 100
+
+
+def write_first_shard(folder: Path) -> None:
+    """Write a data set of the quickstart's first shard."""
+    index = json.loads((CIFAR / "train" / "index.json").read_text())
+    index["shards"] = index["shards"][:1]
+    shutil.copy(CIFAR / "train" / index["shards"][0]["raw_data"]["basename"], folder)
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def main(out: str, views: str, seed: str, batches: str) -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_first_shard(folder)
+        changes = {
+            "train_loader.local": folder,
+            "train_loader.views": views,
+            "train_loader.num_workers": 0,
+            "seed": seed,
+            "max_duration": f"{batches}ba",
+            "save_folder": folder / "run",
+            "save_interval": f"{batches}ba",
+            "retrieval.interval": f"{batches}ba",
+            "retrieval.at_start": "false",
+            "retrieval.baselines": "[]",
+            "alignment.max_samples": 0,
+            "callbacks": "{}",
+            "report": "false",
+        }
+        config = load_config([str(ROOT / "quickstart.yaml"), *(f"{key}={value}" for key, value in changes.items())])
+        begin = time.perf_counter()
+        trainer = train_student(config)
+        seconds = time.perf_counter() - begin
+        log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+        top1 = {
+            f"bank_{bank}": 100 * row[key]
+            for bank in ("train", "test")
+            for row in log
+            if (key := f"metrics/cifar10/bank_{bank}/top1") in row
+        }
+    model = trainer.state.model.eval()
+    images = read_test_images()
+    with torch.no_grad():
+        losses = [float(model.loss(model(batch), batch)) for batch in images.split(BATCH)]
+    row = {"views": views, "seed": seed, "batches": batches, "loss": sum(losses) / len(losses), **top1}
+    is_new = not Path(out).exists()
+    with open(out, "a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row | {"seconds": round(seconds)})
+
+
+def read_test_images() -> torch.Tensor:
+    """Return the first test images, (IMAGES, 3, 32, 32) uint8."""
+    from d2v_composer.sources.labeled import load_labeled_set
+
+    return load_labeled_set("mds", str(CIFAR), image_size=32, interpolation="bicubic").test[0][:IMAGES]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,119 @@
+"""Fixed views: they come again in another order, and their targets are computed once."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from composer.core import Timestamp
+from torch.utils.data import default_collate
+
+from d2v_composer.config.load import load_config
+from d2v_composer.runs.distill import train_student
+from d2v_composer.system.errors import InputError
+from d2v_composer.training_data.kept_targets import KeptTargets
+from d2v_composer.training_data.order import EpochOrder
+from helpers import losses_of, small_run
+
+VIEWS, WIDTH = 3, 5
+
+
+@pytest.mark.parametrize("nodes", [1, 4])
+def test_a_view_has_the_same_samples_in_another_order(nodes: int) -> None:
+    """Each node has its own samples again, so that it finds their targets on its own disk."""
+    sizes = np.full(40, 25)
+    order = EpochOrder(sizes, seed=17, views=VIEWS, epoch_size=992, num_canonical_nodes=nodes, shuffle_block_size=128)
+    for view in range(VIEWS):
+        first, again, other = (order.draw(epoch).reshape(-1, nodes) for epoch in (view, view + VIEWS, view + 1))
+        assert (first != again).mean() > 0.9
+        assert np.array_equal(np.sort(first, axis=0), np.sort(again, axis=0))
+        assert set(first.ravel()) != set(other.ravel())
+        order.resume(view + VIEWS, 0)
+        assert {sample.view for sample in order} == {view}
+
+
+def open_kept(folder: Path, made_from: str = "a teacher") -> KeptTargets:
+    kept = KeptTargets(folder / "targets", 4, 2, WIDTH, made_from)
+    kept.fit_start(None, None)  # pyright: ignore[reportArgumentType]
+    return kept
+
+
+def sample(view: int, sample_id: int) -> dict[str, int]:
+    return {"view": view, "sample_id": sample_id}
+
+
+def keep(kept: KeptTargets, samples: list[dict[str, int]], targets: torch.Tensor) -> None:
+    outputs = SimpleNamespace(target=targets[:, :3], others=(SimpleNamespace(target=targets[:, 3:, None]),))
+    state: Any = SimpleNamespace(batch=kept.collate(samples), outputs=outputs)
+    kept.after_forward(state, None)  # pyright: ignore[reportArgumentType]
+
+
+def targets_of(kept: KeptTargets, *samples: dict[str, int]) -> torch.Tensor | None:
+    return kept.collate(samples).get("targets")
+
+
+def test_a_batch_has_targets_if_those_of_all_its_samples_were_kept(tmp_path: Path) -> None:
+    kept, targets, first, second = open_kept(tmp_path), torch.randn(2, WIDTH), sample(1, 0), sample(0, 1)
+    keep(kept, [first, second], targets)
+    for reader in (kept, open_kept(tmp_path)):
+        assert torch.equal(reader.collate([second, first])["targets"], targets.flip(0).half())
+    assert [n for n in range(8) if targets_of(kept, sample(*divmod(n, 4))) is not None] == [1, 4]
+    batch = kept.collate([first, sample(0, 0), second])
+    assert batch.keys() == {"view", "sample_id"}
+    assert batch["view"].tolist() == [1, 0, 0]
+
+
+def test_only_a_whole_row_of_the_same_settings_is_read(tmp_path: Path) -> None:
+    """26: what a loss of power may leave of a row counts as not written."""
+    kept, first = open_kept(tmp_path), sample(1, 3)
+    keep(kept, [first], torch.ones(1, WIDTH))
+    assert targets_of(open_kept(tmp_path), first) is not None
+    assert targets_of(open_kept(tmp_path, "another teacher"), first) is None
+    contents = kept.path.read_bytes()
+    for damaged in (contents[:-1], contents[: 3 * kept.row_bytes], contents[:-12] + b"0" + contents[-11:], b""):
+        kept.path.write_bytes(damaged)
+        assert targets_of(open_kept(tmp_path), first) is None
+
+
+def test_a_finished_run_leaves_no_targets(tmp_path: Path) -> None:
+    kept = open_kept(tmp_path)
+    for batch, is_left in ((3, True), (4, False)):
+        state: Any = SimpleNamespace(timestamp=Timestamp(batch=batch), max_duration="4ba")
+        kept.close(state, None)  # pyright: ignore[reportArgumentType]
+        assert kept.path.exists() == is_left
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_teacher_runs_once_for_each_view(
+    workers: int, tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In 6 of 14 batches; the losses are those of a run that computes all targets."""
+
+    def train(name: str) -> tuple[dict[int, float], int]:
+        """Return the losses, and the number of batches for which the teacher ran."""
+        calls: list[Any] = []
+        changes = ("train_loader.views=1", f"train_loader.num_workers={workers}", "alignment.max_samples=0")
+        config = load_config(small_run(tmp_path / name, small_data, *changes, "callbacks={}"))
+
+        def count_from_now(trainer: Any) -> None:
+            trainer.state.model.teacher.blocks[0].register_forward_hook(lambda *_: calls.append(None))
+
+        train_student(config, when_built=count_from_now)
+        assert not list((tmp_path / name).glob("*targets*"))
+        return losses_of(tmp_path / name), len(calls)
+
+    losses, num_calls = train("kept")
+    assert (len(losses), num_calls) == (14, 6)
+    monkeypatch.setattr(KeptTargets, "collate", lambda _, samples: default_collate(samples))
+    assert train("computed") == (losses, 14)
+
+
+def test_a_full_disk_is_refused(tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(small_run(tmp_path / "runs" / "small", small_data, "train_loader.views=4"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match=r"train_loader\.views: the targets of all views need 1 MB .* set fewer views"):
+        train_student(config)
+    assert not (tmp_path / "runs").exists()
