@@ -94,10 +94,10 @@ def result_of(
 
 def format_result(result: Mapping[str, Any]) -> str:
     """Format :func:`result_of`'s result: the setting, the table and the ratios."""
-    about = [f"{name}: {value}" for name, value in result.items() if name not in ("unit", "rows", "ratios")]
+    settings = [f"{name}: {value}" for name, value in result.items() if name not in ("unit", "rows", "ratios")]
     rows = [[row["name"], *(f"{of(row['rates']):,.2f}" for of in (np.median, min, max))] for row in result["rows"]]
     ratios = [f"{pair['what']}: {pair['ratio']:.2f}" for pair in result["ratios"]]
-    return "\n".join([*about, "", format_table(["", result["unit"], "least", "most"], rows), "", *ratios])
+    return "\n".join([*settings, "", format_table(["", result["unit"], "least", "most"], rows), "", *ratios])
 
 
 @contextmanager

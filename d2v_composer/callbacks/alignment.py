@@ -44,8 +44,8 @@ class AlignStudent(Callback):
 
     Attributes:
         batch: Number of training batches after which the map was last fitted; -1 for never. Checkpoints keep it.
-        about: ``target`` and :attr:`Fit.about <d2v_composer.models.alignment.Fit.about>`. Checkpoints keep this, too,
-            and the map.
+        statistics: ``target`` and :attr:`Fit.statistics <d2v_composer.models.alignment.Fit.statistics>`. Checkpoints
+            keep this, too, and the map.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class AlignStudent(Callback):
         self.target, self.workers = target, workers
         self.embed_student, self.embed_teacher = embed_student, embed_teacher
         self.targets: list[Tensor] = []  # this rank's, embedded once
-        self.batch, self.about = -1, dict[str, Any]()
+        self.batch, self.statistics = -1, dict[str, Any]()
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if has_ended(state):
@@ -74,10 +74,10 @@ class AlignStudent(Callback):
     def state_dict(self) -> dict[str, Any]:
         alignment = self.student.alignment
         fitted = {} if alignment is None else {name: tensor.cpu() for name, tensor in alignment.state_dict().items()}
-        return {"batch": self.batch, "about": self.about, **fitted}
+        return {"batch": self.batch, "about": self.statistics, **fitted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.batch, self.about = state["batch"], state["about"]
+        self.batch, self.statistics = state["batch"], state["about"]
         if "weight" in state:
             self.student.align(state["weight"], state["bias"])
 
@@ -101,7 +101,7 @@ class AlignStudent(Callback):
             log.warning("the student is not aligned with its teacher: %s", error)
             return
         student.align(fit.weight, fit.bias)
-        self.batch, self.about = batch, {"target": self.target, **fit.about}
+        self.batch, self.statistics = batch, {"target": self.target, **fit.statistics}
 
     def pairs(self, to_device: Callable[[Tensor], Tensor], inputs: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the inputs, (N, I), and targets, (N, P), of every batch, in the same order on every rank."""

@@ -160,13 +160,13 @@ class ZeroShotRetrieval(Callback):
             for measure in self.lookup.measures(labeled)
             if row.title == TEACHER or measure.name != "zero_shot"  # pixels have no projection
         }
-        moves = [True] if self.at_start and state.timestamp.batch == 0 else []
+        changes = [True] if self.at_start and state.timestamp.batch == 0 else []
         if wanted <= {result[:3] for result in self.results}:
             logger.log_metrics(self.baseline_metrics)
         else:  # not measured yet, or a resume adds some
-            moves.append(False)
-        if moves:
-            self.measure(moves, state, logger)
+            changes.append(False)
+        if changes:
+            self.measure(changes, state, logger)
         if self.was_stopped:
             self.evaluate(state, logger)
 
@@ -203,11 +203,11 @@ class ZeroShotRetrieval(Callback):
             self.measure([True], state, logger)
             self.was_stopped = False
 
-    def measure(self, moves: Collection[bool], state: State, logger: Logger) -> None:
+    def measure(self, changes: Collection[bool], state: State, logger: Logger) -> None:
         """Measure rows of the evaluation on all sets; then keep and log the results.
 
         Args:
-            moves: ``True`` for the rows that change in training, ``False`` for the others, or both.
+            changes: ``True`` for the rows that change in training, ``False`` for the others, or both.
             state: The Trainer's state.
             logger: The Trainer's logger.
         """
@@ -215,7 +215,7 @@ class ZeroShotRetrieval(Callback):
         batch, results = int(state.timestamp.batch), list[Result]()
         student = STUDENT if batch else UNTRAINED
         embeds = {**(self.baselines or {}), student: self.embed_student}
-        rows = {row.title: row for row in rows_of(embeds, self.lookup.target) if row.moves in moves}
+        rows = {row.title: row for row in rows_of(embeds, self.lookup.target) if row.changes_in_training in changes}
 
         def to_device(tensor: Tensor) -> Tensor:
             if self.should_stop():  # before each batch of images, and each search
@@ -225,28 +225,28 @@ class ZeroShotRetrieval(Callback):
         progress = "retrieval " if self.progress_bar and ranks.rank == 0 else None
         lookup = replace(self.lookup, to_device=to_device, ranks=ranks, progress=progress)
         broadcast_statistics(state.model)
-        if self.align is not None and True in moves:
+        if self.align is not None and True in changes:
             self.align.fit(state, to_device)
         precision = get_precision_context(state.precision, state.precision_config)
         with model_eval_mode(state.model), torch.no_grad(), precision:
             for dataset, labeled in self.datasets.items():
                 results += measure_embeddings([*rows.values()], embeds, dataset, labeled, lookup)
-        of_student = {row.title for row in ROWS.values() if True in moves and student in (row.queries, row.bank)}
+        of_student = {row.title for row in ROWS.values() if True in changes and student in (row.queries, row.bank)}
         self.results = [result for result in self.results if result.row not in rows.keys() | of_student]
         for result in results:
             if result.is_primary:
                 is_shown = result.row in (STUDENT, TEACHER) and result.measure.bank == "train"
                 self.results.append(result._replace(batch=batch, nearest=result.nearest if is_shown else None))
         logger.log_metrics({"time/zero_shot_retrieval": time.monotonic() - start})
-        for moving in sorted(moves):
+        for changing in sorted(changes):
             metrics = {
                 metric_key(result.dataset, result.measure, name, result.row): result.hits.double().mean().item()
                 for result in results
-                if rows[result.row].moves == moving
+                if rows[result.row].changes_in_training == changing
                 for name in (("", result.embedding) if result.is_primary else (result.embedding,))
             }
             logger.log_metrics(metrics)
-            if moving:
+            if changing:
                 self.history.append({"batch": batch, "metrics": metrics})
             else:
                 self.baseline_metrics = metrics

@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
             f"pairs: {len(numbers):,} of {len(source):,} samples and {len(index.ids):,} rows; left out "
             f"{num_repeated:,} rows with repeated ids"
         )
-        target, about = index.rows, {"index": path}
+        target, origin = index.rows, {"index": path}
     else:
         teacher, _ = load_any(arguments.to)
         if (modality := teacher.encoder.config.modality) != (own := student.encoder.config.modality):
@@ -73,13 +73,14 @@ def main(argv: Sequence[str]) -> None:
             and value_at(record, "config.teacher.first_blocks") in (None, teacher.encoder.config.prenet_depth)
             and (not name.startswith("layer_mean") or student.layer_mean[:2] == teacher.layer_mean[:2])
         )
-        about = {"target": name} if is_own else {"index": f"{arguments.to}, {name}"}
+        origin = {"target": name} if is_own else {"index": f"{arguments.to}, {name}"}
     print("other files:", name_counts(source.left_out))
     workers = choose_workers(arguments.workers, device)
     aligned = align(student, source, numbers, target, places, device, workers)
-    student.provenance = student.provenance | {"alignment": about | aligned.about}
+    student.provenance = student.provenance | {"alignment": origin | aligned.statistics}
     print_skipped(aligned.skipped)
-    print(f"R²: {aligned.about['r2']:.3f} on a held-out tenth; {aligned.half:.3f} if fitted to half of the pairs")
+    r2 = aligned.statistics["r2"]
+    print(f"R²: {r2:.3f} on a held-out tenth; {aligned.r2_of_half:.3f} if fitted to half of the pairs")
     recall = ", ".join(f"@{k} {share:.3f}" for k, share in aligned.recall.items())
     print(f"recall of the index's own neighbors on {aligned.queries} held-out samples: {recall}")
     save_with_card(student, arguments.model, out)

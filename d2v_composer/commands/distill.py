@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     from d2v_composer.config.reference import load_any
     from d2v_composer.export.model_card import save_with_card
     from d2v_composer.runs.distill import build_teacher, train_student
-    from d2v_composer.runs.prepare import Request, prepare, read_settings, settle
+    from d2v_composer.runs.prepare import Request, prepare, read_settings, update_settings
 
     request = Request(**vars(arguments))
     try:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
             teacher = None if is_launched() else build_teacher(config)
         else:
             config, teacher, _ = plan
-        train_student(config, teacher=teacher, when_built=partial(settle, request, config))
+        train_student(config, teacher=teacher, when_built=partial(update_settings, request, config))
         if global_rank() == 0:
             latest, exported = str(request.out / LATEST), request.out / STUDENT_FILE
             student, _ = load_any(latest)

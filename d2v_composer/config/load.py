@@ -103,7 +103,7 @@ def merge_settings(schema: type[BaseModel], argv: Sequence[str], preset: Mapping
     OmegaConf.register_resolver("here", lambda name: str(Path(path).resolve().parent / name), replace=True)
     values = read_yaml(path)
     values = values.get("config", values)  # run.yaml, a run's record, has the settings below config
-    merged = OmegaConf.create(layered(defaults(schema), values))
+    merged = OmegaConf.create(deep_merge(defaults(schema), values))
     for key, value in preset.items():
         assign(merged, key, value)
     for override in overrides:
@@ -119,10 +119,10 @@ def merge_settings(schema: type[BaseModel], argv: Sequence[str], preset: Mapping
         raise InputError(*problems, f"{error.full_key or path}: {str(error).splitlines()[0]}") from error
 
 
-def layered(below: Mapping[Any, Any], above: Any) -> dict[Any, Any]:
+def deep_merge(below: Mapping[Any, Any], above: Any) -> dict[Any, Any]:
     """Merge nested keys and values, ``above`` over ``below``; unlike OmegaConf's merge, accept any types."""
     both = {key: value for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
-    return {**below, **above, **{key: layered(below[key], value) for key, value in both.items()}}
+    return {**below, **above, **{key: deep_merge(below[key], value) for key, value in both.items()}}
 
 
 def defaults(schema: type[BaseModel]) -> dict[str, Any]:

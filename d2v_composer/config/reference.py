@@ -50,11 +50,11 @@ class ModelReference(TimmSizes):
         for name, field in cls.model_fields.items():
             kinds = (field.annotation, *get_args(field.annotation))
             choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), None)
-            about = " ".join((field.description or "").rstrip(".").split()).replace("``", "")
-            about = about.replace("null: ", "default: ")
+            help_text = " ".join((field.description or "").rstrip(".").split()).replace("``", "")
+            help_text = help_text.replace("null: ", "default: ")
             if not field.is_required():
                 kind = int if name == "first_blocks" else str
-                add(f"--{name.replace('_', '-')}", type=kind, choices=choices, default=field.default, help=about)
+                add(f"--{name.replace('_', '-')}", type=kind, choices=choices, default=field.default, help=help_text)
 
     def load(self, projected: bool = False) -> "Models":
         """Load the model, and its teacher.

@@ -102,7 +102,7 @@ Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 # A larger number of batches prepared ahead is taken for a slip.
-Up1000 = Annotated[int, Field(ge=1, le=1000)]
+PrefetchFactor = Annotated[int, Field(ge=1, le=1000)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Range = Annotated[tuple[Positive, Positive], Field(strict=False), IS_RANGE]  # a YAML has lists
 Batches = Annotated[Text, duration(r"[1-9]\d{,8}ba", "'5ba'")]

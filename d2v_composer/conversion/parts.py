@@ -27,7 +27,7 @@ def plan_of(source: Source, part: Part, **settings: Any) -> dict[str, Any]:
     return part._asdict() | same | settings
 
 
-def bring(address: str, folder: Path) -> Path:
+def fetch_if_remote(address: str, folder: Path) -> Path:
     """Return the local path of a file, downloaded to a folder if it is in a store; the file may be missing."""
     if not is_remote(address):
         return Path(address)
@@ -114,5 +114,5 @@ class Parts:
             InputError: The file cannot be read.
         """
         with reading(address), TemporaryDirectory() as folder:
-            path = bring(address, Path(folder))
+            path = fetch_if_remote(address, Path(folder))
             return json.loads(path.read_bytes()) if path.is_file() else None

@@ -45,9 +45,9 @@ class Aligned(NamedTuple):
 
     skipped: list[str]
     """Why each unreadable sample was left out."""
-    about: dict[str, float]
-    """Measures of the map; see :attr:`Fit.about <d2v_composer.models.alignment.Fit.about>`."""
-    half: float
+    statistics: dict[str, float]
+    """Measures of the map; see :attr:`Fit.statistics <d2v_composer.models.alignment.Fit.statistics>`."""
+    r2_of_half: float
     """R² of a second map, fitted to half of the pairs, to show whether more pairs would help."""
     queries: int
     """Number of held-out samples that were looked up."""
@@ -146,10 +146,11 @@ def align(
     inputs_MI, targets_MP = torch.cat(inputs), bank_NP[places]
     with errors_of(source.root):
         moments = moments_of(inputs_MI, targets_MP)
-        fit, trial, half = moments.fit(), moments.fit(whole=False), moments_of(inputs_MI[::2], targets_MP[::2]).fit()
-    if fit.about["r2"] < LEAST_R2:
+        fit, trial = moments.fit(), moments.fit(whole=False)
+        fit_to_half = moments_of(inputs_MI[::2], targets_MP[::2]).fit()
+    if fit.statistics["r2"] < LEAST_R2:
         raise RunError(
-            f"R² of the map is {fit.about['r2']:.3f} on held-out rows; do the ids belong to these rows, in order?"
+            f"R² of the map is {fit.statistics['r2']:.3f} on held-out rows; do the ids belong to these rows, in order?"
         )
     held_out = range(HELD_OUT - 1, len(used), HELD_OUT)
     held_out = [held_out[place] for place in evenly_spaced(len(held_out), MAX_QUERIES)]
@@ -159,7 +160,7 @@ def align(
     )
     recall = {k: common_fractions(ours[:, :k], theirs[:, :k]).mean().item() for k in (1, NUM_COMMON)}
     model.align(fit.weight, fit.bias)
-    return Aligned([*unreadable.values()], fit.about, half.about["r2"], len(held_out), recall)
+    return Aligned([*unreadable.values()], fit.statistics, fit_to_half.statistics["r2"], len(held_out), recall)
 
 
 def moments_of(inputs: Tensor, targets: Tensor) -> Moments:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from d2v_composer.conversion.parts import TABLE_SUFFIXES, Parts, bring, plan_of
+from d2v_composer.conversion.parts import TABLE_SUFFIXES, Parts, fetch_if_remote, plan_of
 from d2v_composer.data.modality import collate
 from d2v_composer.models.backbone import Backbone, hash_weights
 from d2v_composer.models.names import Pooling, PrecisionName, Representation
@@ -291,7 +291,7 @@ def _read_part(address: str, record: Mapping[str, Any], folder: Path) -> Iterato
     """
     is_array = address.endswith(".npy")
     with reading(address):
-        files = [bring(path, folder) for path in ([ids_file(address)] if is_array else []) + [address]]
+        files = [fetch_if_remote(path, folder) for path in ([ids_file(address)] if is_array else []) + [address]]
         if [*map(_digest, files)] != record["digests"]:
             raise ValueError("it is not the file that its record describes; remove this part")
         if is_array:

@@ -108,10 +108,10 @@ class Evaluation(NamedTuple):
                 with torch.inference_mode(), precision_of(autocast_dtype, device):
                     self.results.extend(measure_embeddings(rows, embeds, dataset, labeled, lookup))
 
-    def write(self, folder: Path, about: dict[str, Any]) -> None:
+    def write(self, folder: Path, context: dict[str, Any]) -> None:
         """Write ``evaluation.json`` and ``evaluation.csv`` to a folder, each atomically.
 
-        Both have a row for each candidate, data set, bank, embedding and k or probe. ``about`` has further entries of
+        Both have a row for each candidate, data set, bank, embedding and k or probe. ``context`` has further entries of
         the JSON; secrets in them are hidden.
         """
 
@@ -148,7 +148,7 @@ class Evaluation(NamedTuple):
                 for name, costs in self.costs.items()
             ],
         }
-        write_atomically(folder / "evaluation.json", json.dumps(hide_secrets(about) | entries, indent=1) + "\n")
+        write_atomically(folder / "evaluation.json", json.dumps(hide_secrets(context) | entries, indent=1) + "\n")
         write_atomically(folder / "evaluation.csv", table.getvalue())
 
 

@@ -167,7 +167,12 @@ def move_batch(batch: tuple[Tensor, ...], to_device: Callable[[Tensor], Tensor])
 
 
 def search(
-    name: str, bank: LabeledVectors, queries: LabeledVectors, lookup: Lookup, wanted: Collection[str], about: str
+    name: str,
+    bank: LabeledVectors,
+    queries: LabeledVectors,
+    lookup: Lookup,
+    wanted: Collection[str],
+    warning: str,
 ) -> tuple[dict[Measure, Tensor], Tensor]:
     """Look up queries in a bank; if the bank is the train split, also classify the queries by it.
 
@@ -176,7 +181,7 @@ def search(
         bank, queries: Embeddings and labels, on the device.
         lookup: The settings.
         wanted: Names of the measures.
-        about: The beginning of a warning; '' for none.
+        warning: The beginning of a warning; '' for none.
 
     Returns:
         Hits of each measure, (Q,), and indices of the queries' nearest in the bank, (Q, K).
@@ -193,8 +198,8 @@ def search(
     if name == "train" and "linear" in wanted:  # each rank fits it alone: a probe takes seconds
         probe = fit_linear_probe(vectors, labels)
         hits[LINEAR] = probe.predict(embeddings) == expected
-        if about and not probe.converged:
-            warn_once(f"{about}: the linear probe has not converged")
+        if warning and not probe.converged:
+            warn_once(f"{warning}: the linear probe has not converged")
     return hits, indices
 
 
@@ -241,7 +246,7 @@ def measure_embeddings(
             primary = target if row.queries == TEACHER else PROJECTED
             names = {primary} & in_queries.keys()  # an untrained student's may be missing
         else:
-            primary, has_projected_row = find_primary(lookup.primary, in_queries), target and row.moves
+            primary, has_projected_row = find_primary(lookup.primary, in_queries), target and row.changes_in_training
             names = [name for name in in_queries if name == primary or name != PROJECTED or not has_projected_row]
         for name in names:
             queries = gathered(row.queries, name)
@@ -258,10 +263,10 @@ def measure_embeddings(
                 hits[AGREEMENT] = common_fractions(nearest, theirs[same])
             if name == PROJECTED and classes is not None and classes.shape[1] == in_queries[name].shape[1]:
                 banks = banks | {"classes": (to_device(classes), torch.arange(len(classes)).to(labels["test"]))}
-            about = f"{dataset}, {row.title}" if name == primary and ranks.rank == 0 else ""
+            warning = f"{dataset}, {row.title}" if name == primary and ranks.rank == 0 else ""
             for bank, query in searches:
                 if bank in banks:
-                    hits_in_bank, indices = search(bank, banks[bank], queries[query], lookup, wanted, about)
+                    hits_in_bank, indices = search(bank, banks[bank], queries[query], lookup, wanted, warning)
                     hits |= hits_in_bank
                     if name == primary and bank in BANKS:
                         neighbors[bank] = indices.int().cpu()

@@ -46,7 +46,7 @@ class Row(NamedTuple):
     which it is fitted."""
 
     @property
-    def moves(self) -> bool:
+    def changes_in_training(self) -> bool:
         """True for a row that a run measures again and again; the others are measured once."""
         return not {UNTRAINED, STUDENT}.isdisjoint((self.queries, self.bank))
 

@@ -95,9 +95,9 @@ def export_program(program: Program, path: Path) -> None:
         InputError: The program computes something else, or the student is too large.
         RunError: The disk is full.
     """
-    about = metadata_of(program.student, program.embedding.name, program.takes_pixels)
+    metadata = metadata_of(program.student, program.embedding.name, program.takes_pixels)
     with out_file(path) as partial, errors_of(str(path), InputError):
-        (write_onnx if path.suffix == ".onnx" else write_archive)(program, partial, about)
+        (write_onnx if path.suffix == ".onnx" else write_archive)(program, partial, metadata)
         load = next(runtime.load for runtime in RUNTIMES.values() if runtime.suffix == path.suffix)
         inputs = program.example(1)
         inputs = torch.randint_like(inputs, 256) if program.takes_pixels else torch.randn_like(inputs)
@@ -144,13 +144,13 @@ def read_metadata(path: Path, student: Backbone) -> tuple[str, bool, bool]:
     return embedding, is_int8, takes_pixels
 
 
-def write_onnx(program: Program, path: Path, about: dict[str, str]) -> None:
+def write_onnx(program: Program, path: Path, metadata: dict[str, str]) -> None:
     """Write ONNX, opset 18: ``images`` or ``waveforms``, as the program takes them → ``embedding`` (batch, D).
 
     Args:
         program: The program to trace.
         path: The file.
-        about: The file's metadata, from :func:`metadata_of`.
+        metadata: The file's metadata, from :func:`metadata_of`.
 
     Raises:
         InputError: The student is too large.
@@ -172,14 +172,14 @@ def write_onnx(program: Program, path: Path, about: dict[str, str]) -> None:
             verbose=False,
         )
     assert traced is not None  # without a file name, torch returns the program
-    traced.model.metadata_props.update(about)
+    traced.model.metadata_props.update(metadata)
     onnx.save(traced.model_proto, path)  # torch would write weights beside it
 
 
-def write_archive(program: Program, path: Path, about: dict[str, str]) -> None:
-    """Write a program for ``torch.export.load(path).module()``, with the values of ``about`` as extra files."""
+def write_archive(program: Program, path: Path, metadata: dict[str, str]) -> None:
+    """Write a program for ``torch.export.load(path).module()``, with the values of ``metadata`` as extra files."""
     archive = io.BytesIO()  # on a full disk, the writer of torch 2.13 would abort the process
-    extra: Any = dict(zip(EXTRA_FILES, about.values(), strict=True))
+    extra: Any = dict(zip(EXTRA_FILES, metadata.values(), strict=True))
     torch.export.save(trace(program), archive, extra_files=extra)
     path.write_bytes(archive.getbuffer())
 

@@ -99,9 +99,9 @@ def verify(
     table += f"\n{exported.name}: {exported.stat().st_size / 1e6:.1f} MB, {embedding}, sha256 {digest}"
     table += f"\n{name_fastest({name: medians[name] for name in medians if name not in faults})}"
     print(table)
-    about = {"embedding": embedding, "machine": describe_machine(), "faults": faults, "runtimes": medians}
-    about |= {"sha256": digest, "versions": package_versions("onnxruntime", "openvino")}
-    write_atomically(report, json.dumps(about, indent=1) + "\n")
+    report_entries = {"embedding": embedding, "machine": describe_machine(), "faults": faults, "runtimes": medians}
+    report_entries |= {"sha256": digest, "versions": package_versions("onnxruntime", "openvino")}
+    write_atomically(report, json.dumps(report_entries, indent=1) + "\n")
     add_section(exported.with_name("README.md"), f"{exported.name} in each runtime", f"```\n{table}\n```\n")
     if faults:
         raise RunError(*(f"{exported}: {name}: {fault}" for name, fault in faults.items()))

@@ -52,7 +52,7 @@ class Fit(NamedTuple):
     """(P, I) float32."""
     bias: Tensor
     """(P,) float32."""
-    about: dict[str, float]
+    statistics: dict[str, float]
     """``pairs``: number of pairs; ``ridge``: penalty on the squared weights; ``r2``: share of the held-out targets'
     variance that is explained by a map fitted to the other pairs."""
 
@@ -106,8 +106,8 @@ class Moments:
         ridge = STRENGTHS[int(errors_S.argmin())] * values_I.mean()
         weight_IP = basis_II @ (products_IP / (values_I + ridge)[:, None])
         bias_P = means[targets] - means[inputs] @ weight_IP
-        about = {"pairs": self.count, "ridge": float(ridge), "r2": 1 - float(errors_S.min() / total)}
-        return Fit(weight_IP.T.float().contiguous(), bias_P.float(), about)
+        statistics = {"pairs": self.count, "ridge": float(ridge), "r2": 1 - float(errors_S.min() / total)}
+        return Fit(weight_IP.T.float().contiguous(), bias_P.float(), statistics)
 
     def _decomposed(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return all channels' means; eigenvalues and eigenvectors of the centered XᵀX; XᵀY in their basis, (I, P)."""

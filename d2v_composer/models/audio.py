@@ -98,7 +98,7 @@ class AudioEncoder(Sound, Data2Vec2Encoder):
         waveforms = super().prepare(values)
         if lengths is None:
             return layer_norm(waveforms, waveforms.shape[1:])
-        padding_BL = beyond(lengths, waveforms.shape[1])
+        padding_BL = padding_mask_of(lengths, waveforms.shape[1])
         return instance_norm(waveforms[..., None], padding_mask=padding_BL)[0][..., 0].masked_fill(padding_BL, 0)
 
     def padding_mask(self, lengths: Tensor | None, num_samples: int | None = None) -> Tensor | None:
@@ -112,11 +112,11 @@ class AudioEncoder(Sound, Data2Vec2Encoder):
                     f"lengths must be from {self.min_samples} to {num_samples} samples, got {shortest} to {longest}"
                 )
         num_frames = self.config.num_frames(int(lengths.max()) if num_samples is None else num_samples)
-        return pad(beyond(self.config.num_frames(lengths), num_frames), (self.config.num_extra_tokens, 0))
+        return pad(padding_mask_of(self.config.num_frames(lengths), num_frames), (self.config.num_extra_tokens, 0))
 
     def embed_tokens(self, inputs: Inputs) -> Tensor:
         x_BND, lengths = self.local_features(inputs.values, inputs.lengths), inputs.lengths
-        padding_BN = None if lengths is None else beyond(self.config.num_frames(lengths), x_BND.shape[1])
+        padding_BN = None if lengths is None else padding_mask_of(self.config.num_frames(lengths), x_BND.shape[1])
         return self.add_extra_tokens(x_BND + self.positions(x_BND, padding_BN))
 
     def local_features(self, waveforms: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -128,7 +128,9 @@ class AudioEncoder(Sound, Data2Vec2Encoder):
                 x_BNC = layer["2"]["1"](x_BNC.float())
             elif "2" in layer:
                 # Its statistics are over time; only here does it matter which frames of a convolution are padding.
-                padding_BN = None if lengths is None else beyond(self.config.num_frames(lengths, 1), x_BNC.shape[1])
+                padding_BN = (
+                    None if lengths is None else padding_mask_of(self.config.num_frames(lengths, 1), x_BNC.shape[1])
+                )
                 x_BNC = instance_norm(x_BNC, padding_mask=padding_BN)[0] * layer["2"].weight + layer["2"].bias
             x_BCN = gelu(x_BNC).transpose(1, 2)
         return self.project_features["2"](self.project_features["1"](x_BCN.transpose(1, 2)))
@@ -155,7 +157,7 @@ class AudioEncoder(Sound, Data2Vec2Encoder):
         return super().free_axes | {1: ("time", self.config.min_samples(num_frames=2), 1 << 24)}
 
 
-def beyond(lengths: Tensor, size: int) -> Tensor:
+def padding_mask_of(lengths: Tensor, size: int) -> Tensor:
     """Return a mask of the positions past each clip's length, (B, size) bool."""
     return torch.arange(size, device=lengths.device) >= lengths[:, None]
 
@@ -178,11 +180,11 @@ class LogMel(nn.Module):
             waveforms: (B, L) float in [-1, 1], 16 kHz.
             lengths: Number of samples in each clip, (B,); ``None``: nothing is padded.
         """
-        padding_BL = None if lengths is None else beyond(lengths, waveforms.shape[1])
+        padding_BL = None if lengths is None else padding_mask_of(lengths, waveforms.shape[1])
         waveforms = waveforms.float()
         waveforms = waveforms - mean_over_time(waveforms[..., None], padding_mask=padding_BL)[..., 0]
         frames_BNF = waveforms.unfold(1, FRAME, HOP)
-        padding_BN = None if lengths is None else beyond((lengths - FRAME) // HOP + 1, frames_BNF.shape[1])
+        padding_BN = None if lengths is None else padding_mask_of((lengths - FRAME) // HOP + 1, frames_BNF.shape[1])
         frames_BNF = frames_BNF - frames_BNF.mean(dim=-1, keepdim=True)
         before_BNF = torch.cat([frames_BNF[..., :1], frames_BNF[..., :-1]], dim=-1)
         windowed_BNF = (frames_BNF - 0.97 * before_BNF) * self.window

@@ -137,9 +137,9 @@ class Teacher(Backbone, Freezable):
 
     def build_network(self, model: str, pretrained: bool, **options: Any) -> Any:
         """Build a student that is a timm model; see :meth:`build_student`."""
-        usual = {name: field.default for name, field in StudentConfig.model_fields.items()}
+        defaults = {name: field.default for name, field in StudentConfig.model_fields.items()}
         options = {
-            name: value for name, value in options.items() if name == "normalization" or value != usual.get(name)
+            name: value for name, value in options.items() if name == "normalization" or value != defaults.get(name)
         }
         if not_its := sorted(options.keys() - {"normalization", "final_layer_norm", "projection"}):
             raise ValueError(f"{not_its[0]}: applies only to blocks on the teacher's encoder; leave it out for {model}")

@@ -20,7 +20,7 @@ from d2v_composer.evaluation.run_log import HEALTH_STATES
 from d2v_composer.models.audio import LogMel
 from d2v_composer.models.configs import SAMPLE_RATE
 from d2v_composer.report.plots import accuracy_plots, curves, to_png
-from d2v_composer.report.run import Run, answer, latest
+from d2v_composer.report.run import Run, latest, verdicts
 from d2v_composer.report.tables import accuracy_tables
 from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples
 from d2v_composer.system.files import write_atomically
@@ -62,7 +62,7 @@ def write_report(run: Run, folder: Path) -> list[Path]:
             for state in HEALTH_STATES
             if (batches := [step for step, value in run.log.get(f"health/{state}", {}).items() if value])
         ],
-        answers=list(answer(run)),
+        answers=list(verdicts(run)),
         tables=list(accuracy_tables(run.results, run.retrieval["datasets"], run.primary)) if run.results else [],
         accuracies={k: latest(run.log.get(f"metrics/test/top{k}", {})) for k in (1, 5)},
         results=results,

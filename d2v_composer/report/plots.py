@@ -129,7 +129,7 @@ def _accuracies(run: Run, dataset: str, measures: Sequence[Measure]) -> dict[str
         for title, row in ROWS.items():
             values = run.log.get(metric_key(dataset, measure, row=title), {})
             if values and row.color:
-                shown = values if row.moves else values[max(values)]
+                shown = values if row.changes_in_training else values[max(values)]
                 lines[title + label] = shown, {"color": row.color, "linestyle": dashes}
     return lines
 

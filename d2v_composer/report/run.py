@@ -102,7 +102,7 @@ def read_run(folder: Path) -> Run:
     return run._replace(log=log, datasets=datasets, results=results)
 
 
-def answer(run: Run) -> Iterator[str]:
+def verdicts(run: Run) -> Iterator[str]:
     """Yield the verdict on each data set on which the untrained student, the student and its teacher were measured.
 
     The verdict is about retrieval or, without labels, about the neighbor agreement with the teacher.

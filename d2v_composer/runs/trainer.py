@@ -76,7 +76,7 @@ def build_trainer(
     config: TrainerConfig,
     model: ComposerModel,
     train_loader: DataLoader | Sequence[Any],
-    about: Mapping[str, Any],
+    record_sections: Mapping[str, Any],
     *,
     fixed: tuple[str, ...] = (),
     run_callbacks: Sequence[Callback] = (),
@@ -91,7 +91,7 @@ def build_trainer(
         config: Config of the run.
         model: The model that trains.
         train_loader: The loader of training samples.
-        about: Sections of the run's record; the section ``data`` must have the samples' ``modality``.
+        record_sections: Sections of the run's record; the section ``data`` must have the samples' ``modality``.
         fixed: Dotted keys of the record that a resume must not change.
         run_callbacks: Callbacks of this kind of run; each checks its saved state before a checkpoint is used.
         callbacks: Further callbacks, besides the YAML's.
@@ -106,7 +106,7 @@ def build_trainer(
     folder = config.run_folder
     uploads = None if folder is None or folder.address is None else Uploads(folder.address)
     chosen, scheduler = build_callbacks(config), build_scheduler(config, len(train_loader))
-    record, precision = build_run_record(config, fixed, **about), choose_precision(config.precision).trainer
+    record, precision = build_run_record(config, fixed, **record_sections), choose_precision(config.precision).trainer
     # First lock the folder, then select the checkpoint in it: another run could still write one.
     advice = "; the same command resumes" if config.autoresume else ""
     checkpoints = Checkpoints(folder, config.save_interval, config.save_num_checkpoints_to_keep, uploads, advice, stop)
@@ -123,7 +123,7 @@ def build_trainer(
                 *(SeededBatches(config.seed), *run_callbacks, *chosen, *callbacks),
             ],
             loggers=[
-                *build_loggers(config, MODALITIES[about["data"]["modality"]].unit),
+                *build_loggers(config, MODALITIES[record_sections["data"]["modality"]].unit),
                 *([] if uploads is None else [uploads]),
             ],
             progress_bar=False,  # ours is among the loggers
@@ -334,7 +334,7 @@ def build_loggers(config: TrainerConfig, unit: str) -> list[LoggerDestination]:
             continue
         with errors_of(f"loggers.{name}"):
             in_folder = {} if folder is None else arguments_in(folder, name)
-            loggers.append(resolve_name(LOGGERS[name])(**layered(in_folder, arguments)))
+            loggers.append(resolve_name(LOGGERS[name])(**deep_merge(in_folder, arguments)))
     return loggers
 
 
@@ -371,8 +371,8 @@ def build_run_record(config: TrainerConfig, fixed: tuple[str, ...], **contents: 
             "precision": name_precision(config.precision),
         },
     }
-    usual = {"config": defaults(type(config))}
-    return RunRecord(record, config.run_folder and config.run_folder.local, fixed, usual)
+    default_record = {"config": defaults(type(config))}
+    return RunRecord(record, config.run_folder and config.run_folder.local, fixed, default_record)
 
 
 def join_and_seed(config: TrainerConfig) -> None:
@@ -455,7 +455,7 @@ def write_run_report(trainer: Trainer, config: TrainerConfig, retrieval: ZeroSho
     if not config.report or config.run_folder is None or not (config.run_folder.local / LOG).is_file():
         return
     from d2v_composer.report.page import write_report  # matplotlib takes a second to import
-    from d2v_composer.report.run import Run, answer
+    from d2v_composer.report.run import Run, verdicts
 
     folder = config.run_folder.local
     measured: Any = () if retrieval is None else (retrieval.datasets, retrieval.results)
@@ -469,6 +469,6 @@ def write_run_report(trainer: Trainer, config: TrainerConfig, retrieval: ZeroSho
         problem = f"could not be written ({type(error).__name__}: {reason(error)})"
         print(f"report: {problem}; to try again, run {d2v('report', folder)}", file=sys.stderr)
         return
-    print(*answer(run), f"report: {written[0]}", sep="\n")
+    print(*verdicts(run), f"report: {written[0]}", sep="\n")
     for path in written:
         trainer.logger.upload_file(str(path.relative_to(folder)), path, overwrite=True)  # if the folder is in a store

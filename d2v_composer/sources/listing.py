@@ -131,7 +131,7 @@ def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str])
         entries = [(file, file.path) for file in files]
     for file, identity in entries:
         parts, suffix = file.path.split("/"), PurePosixPath(file.path).suffix.lower()
-        if file.path != name and len(glob) not in used_up(glob, parts):
+        if file.path != name and len(glob) not in matched_parts(glob, parts):
             continue
         if any(part.startswith(".") for part in parts):
             left_out["hidden"] += 1
@@ -142,7 +142,7 @@ def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str])
     return Listing(root, sorted(by_identity.values()), dict(sorted(left_out.items())), pattern != "")
 
 
-def used_up(glob: Sequence[str], parts: Sequence[str]) -> frozenset[int]:
+def matched_parts(glob: Sequence[str], parts: Sequence[str]) -> frozenset[int]:
     """Return how many leading parts of a glob a path can use up; a path that fits can use up all, ``len(glob)``."""
     counts = {0}
     for part in ("", *parts):
@@ -179,11 +179,11 @@ def _list_disk(root: str, glob: Sequence[str], left_out: Counter[str]) -> Iterat
             is_file = stat.S_ISREG(status.st_mode)
             if is_file or stat.S_ISLNK(status.st_mode):
                 yield File.of(path, place, status) if is_file else File(path), identity
-            elif len(glob) in used_up(glob, parts):
+            elif len(glob) in matched_parts(glob, parts):
                 left_out[SPECIAL] += 1
             continue
         # What is in a folder may fit a glob by one of its names, and not by another.
-        counts = used_up(glob, parts)
+        counts = matched_parts(glob, parts)
         if (identity, counts) in seen:
             left_out[LINKS] += 1
         elif counts - {len(glob)}:

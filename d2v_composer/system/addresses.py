@@ -128,7 +128,7 @@ def check_path(path: str) -> None:
         raise ValueError(f"expected letters, digits, inner spaces, ./@%=+,~-_ and no leading //, got {path!r}{hint}")
 
 
-def identity(address: str) -> str:
+def canonical_address(address: str) -> str:
     """Return an address without login, signature and fragment: an address with another signature means the same file.
 
     Other query parameters stay, since they may identify the file. Hash the result; do not show it.

@@ -20,7 +20,7 @@ from filelock import FileLock
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from typing_extensions import Self
 
-from d2v_composer.system.addresses import STUDENT_FILE, Address, file_name, hide_secrets, identity
+from d2v_composer.system.addresses import STUDENT_FILE, Address, canonical_address, file_name, hide_secrets
 from d2v_composer.system.errors import FULL, InputError, RunError, reading, reason
 from d2v_composer.system.files import check_out_file, move, partial_file, write_atomically
 from d2v_composer.system.processes import local_rank
@@ -138,7 +138,7 @@ def fetch(address: str | Path, version: str = "", *, again: bool = False) -> Pat
         kind, repository, revision, name = on_hub.groups()
         options = {"repo_type": "dataset"} if kind else {}
         return fetch_from_hub(repository, [name or STUDENT_FILE], revision, again=again, **options)
-    key = hashlib.sha256(f"{identity(address)}{version}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{canonical_address(address)}{version}".encode()).hexdigest()[:16]
     name = f"{key}-{file_name(address)[-100:]}"
     path = cache_folder() / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -343,10 +343,10 @@ def transfer(address: str, path: Path, timeout: float, known: str | None = None)
 
 def _transfer_from_web(address: str, path: Path, timeout: float, known: str | None) -> str:
     try:  # not torch.hub, which keeps a truncated file; not HEAD, which a presigned address does not allow
-        answer = requests.get(address, stream=True, timeout=(CONNECT_SECONDS, timeout))
+        verdicts = requests.get(address, stream=True, timeout=(CONNECT_SECONDS, timeout))
     except requests.exceptions.InvalidURL:  # whose text quotes a part of the login
         raise ValueError("not an address: percent-encode the special characters of a login") from None
-    with answer as response:
+    with verdicts as response:
         response.raise_for_status()
         tag, modified, length = (response.headers.get(name, "") for name in ("ETag", "Last-Modified", "Content-Length"))
         if (version := tag or (modified and f"{modified} {length}")) == known:

@@ -39,7 +39,7 @@ def curve(run: Path) -> Figure:
             continue
         accuracies = [100 * value for value in values.values()]
         first, last = accuracies[0], accuracies[-1]
-        if row.moves:
+        if row.changes_in_training:
             axes.plot([*values], accuracies, "o-", color=row.color)
             axes.annotate(f"{UNTRAINED} {first:.1f} %", (0, first), (8, -14), textcoords="offset points")
         else:

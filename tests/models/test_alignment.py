@@ -31,10 +31,10 @@ def fitted(inputs: Tensor, targets: Tensor, whole: bool = True) -> Fit:
 def test_it_is_scikit_learns_ridge(num_copies: int) -> None:
     inputs, targets = related(num_copies=num_copies)
     fit = fitted(inputs, targets)
-    expected = Ridge(alpha=fit.about["ridge"], solver="cholesky").fit(inputs.double(), targets.double())
+    expected = Ridge(alpha=fit.statistics["ridge"], solver="cholesky").fit(inputs.double(), targets.double())
     np.testing.assert_allclose(fit.weight, expected.coef_, atol=1e-6)
     np.testing.assert_allclose(fit.bias, expected.intercept_, atol=1e-5)
-    assert fit.about["pairs"] == 600
+    assert fit.statistics["pairs"] == 600
 
 
 def test_held_out_pairs_choose_the_strength_and_measure_it() -> None:
@@ -47,14 +47,14 @@ def test_held_out_pairs_choose_the_strength_and_measure_it() -> None:
     trial = fitted(*related(60), whole=False)
     np.testing.assert_allclose(trial.weight, best.coef_, atol=1e-6)
     spread = np.square(targets[is_held_out] - targets[~is_held_out].mean(axis=0)).sum()
-    assert trial.about["r2"] == fitted(*related(60)).about["r2"] == pytest.approx(1 - min(errors) / spread)
+    assert trial.statistics["r2"] == fitted(*related(60)).statistics["r2"] == pytest.approx(1 - min(errors) / spread)
     assert best is not ridges[0]
 
 
 def test_what_no_map_follows_from_has_no_r2() -> None:
     inputs, targets = related()
-    assert fitted(inputs, targets).about["r2"] > 0.9
-    assert fitted(inputs, targets.flip(0)).about["r2"] < 0.05
+    assert fitted(inputs, targets).statistics["r2"] > 0.9
+    assert fitted(inputs, targets.flip(0)).statistics["r2"] < 0.05
 
 
 @pytest.mark.parametrize("fault", ["too few", "not finite"])

@@ -25,7 +25,7 @@ from d2v_composer.evaluation.rows import (
 )
 from d2v_composer.models.names import EMBEDDINGS
 from d2v_composer.report.plots import quality_over_speed
-from d2v_composer.report.run import Run, answer
+from d2v_composer.report.run import Run, verdicts
 from d2v_composer.report.tables import accuracy_tables, study_table
 
 TOP1 = retrieval_from("train", 1)
@@ -85,16 +85,16 @@ def test_a_student_with_labels(curve: tuple[float, ...], model: str | None, advi
     assert kept.startswith(f"{100 * (curve[-1] - 0.2) / 0.4:.0f} % ")
     shown = scores("bank train top-1", 20, 100 * curve[-1], 60)
     expected = [f"On set, the student closes {kept}. {shown} {COSTS}{advice}"]
-    assert [*answer(run)] == expected
+    assert [*verdicts(run)] == expected
     # An interrupted run logged more, after its checkpoint.
-    assert [*answer(run._replace(log={key: {**values, 900: 0.9} for key, values in run.log.items()}))] == expected
+    assert [*verdicts(run._replace(log={key: {**values, 900: 0.9} for key, values in run.log.items()}))] == expected
 
 
 def test_a_student_without_labels() -> None:
     run = run_of(AGREEMENT, 1.0, 0.2, 0.5, 0.56)
     longer = "To close more, try longer training: the last 300 batches closed 8 %."
     shown = scores("neighbor agreement", 20, 56, 100)
-    assert [*answer(run)] == [f"On set, the student closes {closed(run)}. {shown} {COSTS} {longer}"]
+    assert [*verdicts(run)] == [f"On set, the student closes {closed(run)}. {shown} {COSTS} {longer}"]
 
 
 def test_a_student_in_its_teachers_index() -> None:
@@ -102,7 +102,7 @@ def test_a_student_in_its_teachers_index() -> None:
     run = run_of(TOP1, 0.6, 0.2, 0.4)
     hits = {"student in the teacher's index": torch.arange(1000) < 500, "teacher, projected": torch.arange(1000) < 580}
     aligned = [run.results[1]._replace(row=row, hits=right) for row, right in hits.items()]
-    _, said = answer(run._replace(results=[*run.results, *aligned]))
+    _, said = verdicts(run._replace(results=[*run.results, *aligned]))
     bounds = re.fullmatch(
         r"In its teacher's index, the student scores 50\.0 %: \+10\.0 points compared with its own index "
         r"\[\+(\S+), \+(\S+)\]; -8\.0 points compared with the teacher \[-(\S+), -(\S+)\]\.",
@@ -116,13 +116,15 @@ def test_a_student_in_its_teachers_index() -> None:
 
 def test_no_gap() -> None:
     run, shown = run_of(TOP1, 0.3, 0.3, 0.4), scores("bank train top-1", 30, 40, 30, 300)
-    assert [*answer(run)] == [f"On set, there is no teacher gap to close. {shown} {COSTS}"]
+    assert [*verdicts(run)] == [f"On set, there is no teacher gap to close. {shown} {COSTS}"]
 
 
 def test_resamples_without_a_gap_are_counted() -> None:
     """A teacher with one hit more has none in each e-th resample."""
     run = run_of(TOP1, 0.201, 0.2, 0.2)
-    said = re.search(r" closes 0 % .* interval 0 to 0( \((\d+) of 2,000 resamples have no gap\))\. ", next(answer(run)))
+    said = re.search(
+        r" closes 0 % .* interval 0 to 0( \((\d+) of 2,000 resamples have no gap\))\. ", next(verdicts(run))
+    )
     assert said is not None
     assert int(said[2]) == pytest.approx(2000 / math.e, rel=0.1)
     [(title, rows)] = accuracy_tables(run.results, ["set"], run.primary)
@@ -132,13 +134,13 @@ def test_resamples_without_a_gap_are_counted() -> None:
 
 def test_nothing_is_said_of_what_was_not_measured() -> None:
     run = run_of(TOP1, 0.6, 0.2, 0.4)
-    assert [*answer(run._replace(results=[result for result in run.results if result.row != UNTRAINED]))] == []
+    assert [*verdicts(run._replace(results=[result for result in run.results if result.row != UNTRAINED]))] == []
 
 
 def test_the_projected_embedding_has_a_pooling_of_its_own() -> None:
     run = run_of(TOP1, 0.6, 0.2, 0.4)
     run.record["config"]["retrieval"] |= {"representation": "projected", "pooling": "mean"}
-    assert "(bank train top-1, projected_cls, batch 300);" in next(answer(run))
+    assert "(bank train top-1, projected_cls, batch 300);" in next(verdicts(run))
 
 
 def test_the_table_of_a_study_compares_each_row_with_its_own_baselines() -> None:

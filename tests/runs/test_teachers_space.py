@@ -126,7 +126,7 @@ class Measured:
 
     def hits(self, *models: str) -> dict[tuple[str, Any], Tensor]:
         embeds = {name: self.teacher if name == TEACHER else self.student for name in models}
-        rows = [row for row in rows_of(embeds, "output_mean") if row.moves or not self.num_taught]
+        rows = [row for row in rows_of(embeds, "output_mean") if row.changes_in_training or not self.num_taught]
         results = list(measure_embeddings(rows, embeds, "set", self.labeled, self.lookup))
         assert all(result.is_primary for result in results if result.embedding != "output_mean")
         return {(result.row, result.measure): result.hits for result in results if result.is_primary}
