@@ -432,6 +432,9 @@ class TrainConfig(TrainerConfig):
         yield from super().contradictions()
         if self.train_loader.views is not None and self.save_folder is None:
             yield ".train_loader.views: must be null without a save_folder, which holds the views' targets"
+        parts, nodes = self.train_loader.num_canonical_nodes, num_nodes()
+        if self.train_loader.views is not None and self.train_loader.remote is None and parts % nodes:
+            yield f".train_loader.num_canonical_nodes: must be divisible by the {nodes} nodes with views, got {parts}"
 
     @property
     def needs_projection(self) -> bool:

@@ -267,7 +267,7 @@ class Images(Modality):
     suffixes = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", *KNOWN)
     needs = NEEDS
     encodings = ("bytes", "jpeg", "png", "pil")
-    options = frozenset({"crop_scale", "crop_ratio", "flip", "views"})
+    options = frozenset({"crop_scale", "crop_ratio", "flip"})
     batch_size = 256
 
     @classmethod

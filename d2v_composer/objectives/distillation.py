@@ -76,7 +76,7 @@ class DistillationModel(ComposerModel):
         objectives: Name → section of each objective, as in a YAML; default: only ``tokens``. Callbacks see the results
             of the first one.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
-        rounds_targets: Round targets to float16, the precision of kept ones, so that it makes no difference which are
+        keeps_targets: Round targets to float16, the precision of kept ones, so that it makes no difference which are
             kept.
         **targets: Further fields of :class:`~d2v_composer.models.targets.LayerMean`; default: the student's config, and
             the teacher's own ``average_top_k_layers``. With ``dataset_norm``, call :meth:`measure_targets` first.
@@ -104,13 +104,13 @@ class DistillationModel(ComposerModel):
         extra_tokens: ExtraTokens = "regress",
         objectives: Mapping[str, Any] = {"tokens": {}},
         cpu_bf16: bool = False,
-        rounds_targets: bool = False,
+        keeps_targets: bool = False,
         **targets: Any,
     ) -> None:
         super().__init__()
         self.teacher: Any = teacher  # of the kind that is given
         self.student: Any = student
-        self.cpu_bf16, self.rounds_targets = cpu_bf16, rounds_targets
+        self.cpu_bf16, self.keeps_targets = cpu_bf16, keeps_targets
         self.layer_mean = student.layer_mean.changed(prediction=prediction, extra_tokens=extra_tokens, **targets)
         terms = {name: OBJECTIVES[name].Options.model_validate(section) for name, section in objectives.items()}
         built = {
@@ -120,9 +120,7 @@ class DistillationModel(ComposerModel):
         }
         self.objectives: Any = nn.ModuleDict(built)
         self.flop = count_flop(student, self._dry_run)
-        saved = count_flop(teacher, partial(self.targets_of, teacher.encoder(Inputs(teacher.encoder.example(1)))))
-        own = 0 if student.encoder is teacher.encoder else teacher.encoder.flop()
-        self.teacher_flop = sum(saved.values()) + own
+        self.teacher_flop = self._count_teacher_flop() if keeps_targets else 0
         # Frozen, and equal on all ranks: DDP would broadcast them before every forward pass.
         frozen = frozen_prefixes(self)
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers() if name.startswith(frozen)]
@@ -140,6 +138,11 @@ class DistillationModel(ComposerModel):
         }
         freeze_unused_parameters(self, self.losses(regressions)["total"])
 
+    def _count_teacher_flop(self) -> int:
+        encoder = self.teacher.encoder
+        flop = sum(count_flop(self.teacher, partial(self.targets_of, encoder(Inputs(encoder.example(1))))).values())
+        return flop if self.student.encoder is encoder else flop + encoder.flop()
+
     @property
     def compares_microbatches(self) -> bool:
         """True if the loss depends on which inputs are in a microbatch."""
@@ -153,7 +156,7 @@ class DistillationModel(ComposerModel):
                 tokens, targets = None, self.split_targets(batch)
             else:
                 tokens, targets = self.frozen_pass(inputs)
-                if self.rounds_targets:
+                if self.keeps_targets:
                     targets = {name: target.half().float() for name, target in targets.items()}
             features = self.student.features(self.student.encoder(inputs) if tokens is None else tokens)
             features = features.for_readers(len(targets))

@@ -7,7 +7,7 @@ import torch
 
 from d2v_composer.checkpoints.model_file import build_encoder
 from d2v_composer.config.reference import load_any
-from d2v_composer.config.schema import EvaluateConfig, LookupConfig, TrainLoaderConfig
+from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ShardLoaderConfig
 from d2v_composer.data import build_augmentation, modality_of
 from d2v_composer.data.modality import Augmentation, Modality
 from d2v_composer.evaluation.evaluate import Evaluation, cost, share_encoders
@@ -131,7 +131,7 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
         torch.manual_seed(config.seed)
         untrained = build_untrained(model, teacher)
         recorded = value_at(model.provenance, "config.train_loader") or {}
-        loader = TrainLoaderConfig(local=".", **{name: recorded[name] for name in modality.options & recorded.keys()})
+        loader = ShardLoaderConfig(**{name: recorded[name] for name in modality.options & recorded.keys()})
     primary = model.choose_embedding(config.pooling, config.representation).name
     places = [*map(hide_secrets, config.rivals)]
     if taken := [place for place in places if place in (*ROWS, GAP_CLOSED) or places.count(place) > 1]:

@@ -11,6 +11,7 @@ from composer.core import Callback
 from d2v_composer.callbacks.algorithms import TargetStatistics
 from d2v_composer.callbacks.alignment import AlignStudent
 from d2v_composer.callbacks.checkpointing import Stop
+from d2v_composer.callbacks.kept_targets import KeptTargets
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.checkpoints.model_file import sizes_of
@@ -21,6 +22,7 @@ from d2v_composer.evaluation.labeled_retrieval import Embed
 from d2v_composer.evaluation.rows import STUDENT, TEACHER, last_batch
 from d2v_composer.models.names import TIMM_PREFIX, Embedding
 from d2v_composer.models.precision import choose_precision, name_precision
+from d2v_composer.models.provenance import value_at
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives.compilation import check_compiler, compile_model
 from d2v_composer.objectives.distillation import DistillationModel
@@ -39,7 +41,6 @@ from d2v_composer.sources.mds import Index
 from d2v_composer.sources.source import open_mds
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
-from d2v_composer.training_data.kept_targets import KeptTargets
 from d2v_composer.training_data.loader import build_train_loader, read_train_index
 
 # At most this many shards are read for the map, so that few are fetched from a store; we write 64 MiB each.
@@ -58,6 +59,13 @@ FIXED_BY_A_CHECKPOINT = (
     "config.alignment.representation",
     "config.optimizer",
     "teacher.sha256",
+)
+# What targets depend on.
+DECIDES_TARGETS = (
+    *FIXED_BY_A_CHECKPOINT,
+    "precision",
+    *(f"config.{name}" for name in ("half_residual", "allow_tf32", "compile", "load_path")),
+    *(f"config.train_loader.{name}" for name in ("crop_scale", "crop_ratio", "flip")),
 )
 # What else is fixed where a loss compares the inputs of a microbatch with each other.
 FIXED_WITH_MICROBATCHES = ("config.device_train_microbatch_size", "hardware.ranks")
@@ -98,7 +106,8 @@ def train_student(
     modality, loader = modality_of(model.teacher.config), config.train_loader
     index = read_train_index(loader, modality, config.global_train_batch_size)
     kept = build_kept_targets(config, model, index)
-    train_loader = build_train_loader(config, loader, index, is_compiled=config.compile is not False, kept=kept)
+    collated = {} if kept is None else {"collate": kept.collate, "extra_bytes": kept.row_bytes}
+    train_loader = build_train_loader(config, loader, index, is_compiled=config.compile is not False, **collated)
     if config.targets.normalization == "dataset" and config.objectives.tokens.weight:
         measure = TargetStatistics(config.targets.dataset_batches or 100, config.device_eval_batch_size)
         callbacks = [measure, *callbacks]
@@ -146,7 +155,9 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
     """
     with node_leaders_first("the teacher"):
         teacher = teacher or build_teacher(config)
-    targets = config.targets
+    targets, modality = config.targets, modality_of(teacher.config)
+    if config.train_loader.views is not None and modality.has_lengths:
+        raise InputError(f"train_loader.views: must be null for a teacher of {modality.unit}")
     check_compiler(config.compile)
     with errors_of("student"):
         normalization = targets.model_dump(include={"normalization", "final_layer_norm"})
@@ -160,7 +171,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
             config.prediction,
             objectives=dict(config.objectives),
             cpu_bf16=choose_precision(config.precision).cpu_bf16,
-            rounds_targets=config.train_loader.views is not None,
+            keeps_targets=config.train_loader.views is not None,
             dataset_norm=targets.normalization == "dataset",
             **targets.model_dump(include={"extra_tokens", "average_top_k_layers", "source"}),
         )
@@ -205,8 +216,13 @@ def build_kept_targets(config: TrainConfig, model: DistillationModel, index: Ind
     if loader.views is None or folder is None:
         return None
     width = sum(shape.numel() for shape in model.target_shapes.values())
-    parts = index.describe(), model.teacher.provenance, name_precision(config.precision)
-    made_from = [*parts, config.model_dump(mode="json")]
+    record = {
+        "config": config.model_dump(mode="json"),
+        "teacher": model.teacher.provenance,
+        "data": index.describe(),
+        "precision": name_precision(config.precision),
+    }
+    made_from = [value_at(record, key) for key in DECIDES_TARGETS]
     kept = KeptTargets(folder.local / "targets.f16", len(index), loader.views, width, made_from)
     raise_on_all_ranks(kept.check_room())
     return kept

@@ -51,7 +51,7 @@ SETTINGS, HELD_OUT = "distill.yaml", "held_out"
 # What a run's results depend on, besides what its checkpoint fixes.
 RESULT_FIELDS = (
     *(f"config.{name}" for name in ("max_duration", "precision", "scheduler", "algorithms", "alignment", "retrieval")),
-    *(f"config.train_loader.{name}" for name in ("crop_scale", "crop_ratio", "flip", "views")),
+    *(f"config.train_loader.{name}" for name in ("crop_scale", "crop_ratio", "flip")),
 )
 # In OUT: the shards of a data set in a store, until they are converted.
 FETCHED = f"{MARK}.fetched"

@@ -343,10 +343,10 @@ def transfer(address: str, path: Path, timeout: float, known: str | None = None)
 
 def _transfer_from_web(address: str, path: Path, timeout: float, known: str | None) -> str:
     try:  # not torch.hub, which keeps a truncated file; not HEAD, which a presigned address does not allow
-        verdicts = requests.get(address, stream=True, timeout=(CONNECT_SECONDS, timeout))
+        answer = requests.get(address, stream=True, timeout=(CONNECT_SECONDS, timeout))
     except requests.exceptions.InvalidURL:  # whose text quotes a part of the login
         raise ValueError("not an address: percent-encode the special characters of a login") from None
-    with verdicts as response:
+    with answer as response:
         response.raise_for_status()
         tag, modified, length = (response.headers.get(name, "") for name in ("ETag", "Last-Modified", "Content-Length"))
         if (version := tag or (modified and f"{modified} {length}")) == known:

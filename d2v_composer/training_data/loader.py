@@ -2,8 +2,10 @@
 
 import math
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,6 @@ from d2v_composer.sources.source import worker_options
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.processes import num_nodes
 from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
-from d2v_composer.training_data.kept_targets import KeptTargets
 from d2v_composer.training_data.order import StreamingSamples, collate_clips, padded_sizes
 
 # Grace beyond two shard timeouts before a silent worker counts as hung.
@@ -66,14 +67,24 @@ def build_train_loader(
     *,
     num_classes: int = 1,
     is_compiled: bool = False,
-    kept: KeptTargets | None = None,
+    collate: Callable[[Any], Any] | None = None,
+    extra_bytes: int = 0,
 ) -> DataLoader:
     """Build this rank's loader from ``train_loader``: augmented samples, with labels if the index has them.
 
     Clips are padded to the longest in a rank's batch or, for a compiled model, to one of a few sizes.
 
     An epoch has only whole global batches, so that its batches are the same on any number of ranks. A few samples are
-    left over, with ``shuffle`` others in each epoch.
+    left over, with ``shuffle`` others in each epoch, or for each fixed view.
+
+    Args:
+        config: Config of the run.
+        loader: The section ``train_loader``.
+        index: The samples.
+        num_classes: Number of classes of labels.
+        is_compiled: True if each size of a batch is compiled.
+        collate: Function that makes a batch of images; default: torch's.
+        extra_bytes: Bytes that ``collate`` adds to each image.
 
     Raises:
         InputError: The node has too little disk space or shared memory, or the cache limit is too small.
@@ -82,8 +93,8 @@ def build_train_loader(
     transform = build_augmentation(loader, index.modality, seed).transform
     if loader.remote is not None:
         raise_on_all_ranks(check_room(index, loader.cache_limit))
-    check_memory(loader, batch_size, transform.sample_bytes + (kept.row_bytes if kept else 0))
-    options, collate = loader.model_dump(include=PASSED_ON), kept.collate if kept else None
+    check_memory(loader, batch_size, transform.sample_bytes + extra_bytes)
+    options = loader.model_dump(include=PASSED_ON)
     if index.lengths is not None and transform.longest is not None:
         options["lengths"] = np.minimum(index.lengths, transform.longest)
         sizes = padded_sizes(options["lengths"]) if is_compiled else []

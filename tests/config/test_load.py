@@ -129,7 +129,12 @@ CONTRADICTIONS = {
     ),
     ("precision=amp_fp16",): "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or",
     ("device_train_microbatch_size=auto",): "device_train_microbatch_size: 'auto' needs a GPU",
-    ("train_loader.views=4", "save_folder=null"): "train_loader.views: must be null without a save_folder, which holds",
+    ("train_loader.views=4",): "train_loader.num_canonical_nodes: must be divisible by the 3 nodes with views, got 1",
+    (
+        "train_loader.views=4",
+        "train_loader.num_canonical_nodes=3",
+        "save_folder=null",
+    ): "train_loader.views: must be null without a save_folder, which holds",
 }
 
 

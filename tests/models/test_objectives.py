@@ -73,7 +73,7 @@ def test_the_cost_of_a_step_with_an_encoder_of_its_own(teacher: Any) -> None:
 @pytest.mark.parametrize("has_own_encoder", [False, True])
 def test_a_step_with_kept_targets_needs_no_teacher(teacher: Any, has_own_encoder: bool) -> None:
     student = with_own_encoder(teacher) if has_own_encoder else teacher.build_student(depth=2)
-    model = DistillationModel(teacher, student, rounds_targets=True)
+    model = DistillationModel(teacher, student, keeps_targets=True)
     outputs = model(IMAGES)
     batch = {"image": IMAGES, "targets": outputs.target.flatten(1).half()}
     calls = count_calls(teacher.blocks[0], teacher.encoder)

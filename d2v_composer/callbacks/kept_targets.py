@@ -16,6 +16,11 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
+from d2v_composer.callbacks.trainer_state import has_ended
+from d2v_composer.system.addresses import MARK
+from d2v_composer.system.errors import writing
+from d2v_composer.system.processes import num_nodes
+
 CHECKSUM = 8  # bytes at the end of a row
 
 
@@ -29,7 +34,7 @@ class KeptTargets(Callback):
     The ranks of a node share the file. It is deleted at the end of the run.
 
     Args:
-        path: The file.
+        path: The file, in the run's folder.
         num_samples: Number of samples in the data set.
         views: Number of views of each sample.
         width: Number of values of a sample's targets.
@@ -38,11 +43,12 @@ class KeptTargets(Callback):
 
     def __init__(self, path: Path, num_samples: int, views: int, width: int, made_from: Any) -> None:
         self.path, self.num_samples, self.row_bytes = path, num_samples, 2 * width + CHECKSUM
-        self.num_bytes = views * num_samples * self.row_bytes
+        self.num_bytes = views * num_samples * self.row_bytes // num_nodes()
         self.seed = xxh3_64_intdigest(json.dumps(made_from, sort_keys=True))
+        self.file = -1
 
     def check_room(self) -> str | None:
-        """Return an error message if the disk lacks space for the file."""
+        """Return an error message if the disk lacks space for a node's share of the targets."""
         folder = next(folder for folder in self.path.absolute().parents if folder.exists())
         present = self.path.stat().st_blocks * 512 if self.path.exists() else 0
         if self.num_bytes - present <= (free := shutil.disk_usage(folder).free):
@@ -53,8 +59,11 @@ class KeptTargets(Callback):
         )
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)  # on a node without rank 0
-        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for path in (self.path.with_name(MARK), self.path):  # on a node without rank 0, the folder is ours from now
+                path.touch()
+            self.file = os.open(self.path, os.O_RDWR)
 
     def after_forward(self, state: State, logger: Logger) -> None:
         """Write the targets of a batch that has none."""
@@ -63,25 +72,33 @@ class KeptTargets(Callback):
         outputs: Any = state.outputs
         targets = [regression.target.flatten(1) for regression in (outputs, *outputs.others)]
         values = torch.cat(targets, dim=1).half().cpu().numpy()
-        for place, row in zip(self._places(state.batch), values, strict=True):
-            data = row.tobytes()
-            os.pwrite(self.file, data + xxh3_64_digest(data, self.seed), place)
+        with writing(self.path):
+            for offset, row in zip(self._offsets(state.batch), values, strict=True):
+                data = row.tobytes()
+                os.pwrite(self.file, data + xxh3_64_digest(data, self.seed), offset)
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Return a batch; it has ``targets``, (B, width) float16, only if those of all its samples were kept."""
         batch, rows = default_collate(list(samples)), []
-        for place in self._places(batch):
-            data = os.pread(self.file, self.row_bytes, place)
+        for offset in self._offsets(batch):
+            try:
+                data = os.pread(self.file, self.row_bytes, offset)
+            except OSError:  # writing to such a disk ends the run
+                return batch
             values, checksum = data[:-CHECKSUM], data[-CHECKSUM:]
             if xxh3_64_digest(values, self.seed) != checksum:
                 return batch
             rows.append(np.frombuffer(values, np.float16))
         return batch | {"targets": torch.from_numpy(np.stack(rows))}
 
-    def _places(self, batch: dict[str, Tensor]) -> list[int]:
+    def _offsets(self, batch: dict[str, Tensor]) -> list[int]:
         """Return where in the file the rows of a batch begin."""
         return ((batch["view"] * self.num_samples + batch["sample_id"]) * self.row_bytes).tolist()
 
     def close(self, state: State, logger: Logger) -> None:
-        if state.max_duration is not None and state.timestamp >= state.max_duration and dist.get_local_rank() == 0:
-            self.path.unlink(missing_ok=True)
+        file, self.file = self.file, -1
+        if file >= 0:
+            os.close(file)
+        if has_ended(state) and dist.get_local_rank() == 0 and self.path.exists():
+            os.truncate(self.path, 0)  # workers still have it open
+            self.path.unlink()

@@ -1,5 +1,6 @@
 """Fixed views: they come again in another order, and their targets are computed once."""
 
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +12,14 @@ import torch
 from composer.core import Timestamp
 from torch.utils.data import default_collate
 
+from d2v_composer.callbacks.kept_targets import KeptTargets
 from d2v_composer.config.load import load_config
-from d2v_composer.runs.distill import train_student
+from d2v_composer.data.images import Images
+from d2v_composer.runs.distill import build_kept_targets, build_model, train_student
+from d2v_composer.sources.mds import Index
 from d2v_composer.system.errors import InputError
-from d2v_composer.training_data.kept_targets import KeptTargets
 from d2v_composer.training_data.order import EpochOrder
-from helpers import losses_of, small_run
+from helpers import GOLDEN, losses_of, small_run
 
 VIEWS, WIDTH = 3, 5
 
@@ -80,22 +83,26 @@ def test_only_a_whole_row_of_the_same_settings_is_read(tmp_path: Path) -> None:
 
 def test_a_finished_run_leaves_no_targets(tmp_path: Path) -> None:
     kept = open_kept(tmp_path)
-    for batch, is_left in ((3, True), (4, False)):
-        state: Any = SimpleNamespace(timestamp=Timestamp(batch=batch), max_duration="4ba")
-        kept.close(state, None)  # pyright: ignore[reportArgumentType]
-        assert kept.path.exists() == is_left
+    keep(kept, [sample(1, 3)], torch.ones(1, WIDTH))
+    with kept.path.open("rb") as used_by_a_worker:
+        for batch, is_left in ((3, True), (4, False), (4, False)):
+            state: Any = SimpleNamespace(timestamp=Timestamp(batch=batch), max_duration="4ba")
+            kept.close(state, None)  # pyright: ignore[reportArgumentType]
+            assert kept.path.exists() == is_left
+        assert os.fstat(used_by_a_worker.fileno()).st_blocks == 0
+    assert [path.name for path in tmp_path.iterdir()] == [".in_use"]  # on each node, the folder is the run's
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("views", "workers"), [(1, 0), (2, 1)])
 def test_the_teacher_runs_once_for_each_view(
-    workers: int, tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
+    views: int, workers: int, tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In 6 of 14 batches; the losses are those of a run that computes all targets."""
+    """A view has 6 of the 14 batches; the losses are those of a run that computes all targets."""
 
     def train(name: str) -> tuple[dict[int, float], int]:
         """Return the losses, and the number of batches for which the teacher ran."""
         calls: list[Any] = []
-        changes = ("train_loader.views=1", f"train_loader.num_workers={workers}", "alignment.max_samples=0")
+        changes = (f"train_loader.views={views}", f"train_loader.num_workers={workers}", "alignment.max_samples=0")
         config = load_config(small_run(tmp_path / name, small_data, *changes, "callbacks={}"))
 
         def count_from_now(trainer: Any) -> None:
@@ -106,7 +113,8 @@ def test_the_teacher_runs_once_for_each_view(
         return losses_of(tmp_path / name), len(calls)
 
     losses, num_calls = train("kept")
-    assert (len(losses), num_calls) == (14, 6)
+    assert len(losses) == 14
+    assert num_calls == 6 * views
     monkeypatch.setattr(KeptTargets, "collate", lambda _, samples: default_collate(samples))
     assert train("computed") == (losses, 14)
 
@@ -117,3 +125,32 @@ def test_a_full_disk_is_refused(tmp_path: Path, small_data: Path, monkeypatch: p
     with pytest.raises(InputError, match=r"train_loader\.views: the targets of all views need 1 MB .* set fewer views"):
         train_student(config)
     assert not (tmp_path / "runs").exists()
+
+
+def test_audio_has_no_views(small_data: Path) -> None:
+    teacher = f"teacher.checkpoint={GOLDEN / 'audio_base.pt'}"
+    with pytest.raises(InputError, match=r"train_loader\.views: must be null for a teacher of clips"):
+        build_model(load_config(small_run(Path("run"), small_data, teacher, "train_loader.views=4")))
+
+
+def test_what_targets_depend_on(small_data: Path, many_shards: Path) -> None:
+    """Rows of another setting are not read, but those of a longer run or another machine are."""
+    arguments = small_run(Path("run"), small_data, "train_loader.views=2")
+    config = load_config(arguments)
+    model = build_model(config)
+
+    def seed(*changes: str, data: Path = small_data) -> int:
+        kept = build_kept_targets(load_config([*arguments, *changes]), model, Index(data, Images()))
+        assert kept is not None
+        return kept.seed
+
+    harmless = ("max_duration=30ba", "train_loader.num_workers=1", "save_interval=5ba", "save_folder=other")
+    assert seed(*harmless) == seed()
+    others = (
+        *("seed=18", "precision=amp_bf16", "half_residual=true", "train_loader.views=3", "train_loader.flip=0"),
+        *("train_loader.crop_ratio=[1,1]", "train_loader.crop_scale=[1,1]", "teacher.weights=ema", "student.depth=2"),
+        *("targets.extra_tokens=drop", "objectives.embedding.weight=1", "global_train_batch_size=32"),
+    )
+    seeds = [seed(), seed(data=many_shards), *map(seed, others)]
+    model.teacher.provenance = model.teacher.provenance | {"sha256": "another"}
+    assert len({*seeds, seed()}) == len(seeds) + 1
