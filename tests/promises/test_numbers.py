@@ -150,23 +150,43 @@ def of_teacher_blocks(tmp_path_factory: pytest.TempPathFactory, small_data: Path
     return folder
 
 
-def test_the_untrained_student_is_the_runs(of_teacher_blocks: Path, labeled: Path, tmp_path: Path) -> None:
-    """23: its numbers are those that the run measured before its first batch; without the teacher, there are none."""
-    student, teacher = tmp_path / "student.safetensors", GOLDEN / "tiny_base.pt"
+@pytest.fixture(scope="module")
+def exported(of_teacher_blocks: Path) -> Path:
+    """The exported file of that run's student."""
+    student = of_teacher_blocks.parent / "student.safetensors"
     succeed("export", of_teacher_blocks / "latest-rank0.pt", student)
-    datasets = datasets_of(labeled)
-    logged = log_of(of_teacher_blocks)
-    for number, options in enumerate(([f"model={student}", f"teacher={teacher}"], [f"model={student}"])):
-        out = tmp_path / str(number)
-        ended = succeed("evaluate", datasets, "ks=[1]", f"out={out}", *options)
-        rows = json.loads((out / "evaluation.json").read_text())["results"]
-        accuracies = {
-            (row["bank"], row["embedding"]): row["value"] for row in rows if row["candidate"] == "untrained student"
-        }
-        said = "the untrained student is not measured: init teacher_blocks needs the teacher; give teacher=PATH\n"
-        assert (said in ended.stderr) == (not accuracies) == (len(options) == 1)
-        for (bank, embedding), value in accuracies.items():
-            assert value == pytest.approx(logged[f"metrics/small/bank_{bank}/top1/{embedding}"][0])
+    return student
+
+
+def accuracies_of_untrained(folder: Path) -> dict[tuple[str, str], float]:
+    """Return bank and embedding → the accuracy of the untrained student in an evaluation."""
+    rows = json.loads((folder / "evaluation.json").read_text())["results"]
+    return {(row["bank"], row["embedding"]): row["value"] for row in rows if row["candidate"] == "untrained student"}
+
+
+NOT_MEASURED = "the untrained student is not measured: init teacher_blocks needs the teacher; give teacher=PATH\n"
+
+
+def test_the_untrained_student_is_the_runs(
+    of_teacher_blocks: Path, exported: Path, labeled: Path, tmp_path: Path
+) -> None:
+    """23: an evaluation gives it the numbers that the run measured before its first batch."""
+    models = f"model={exported}", f"teacher={GOLDEN / 'tiny_base.pt'}"
+    ended = succeed("evaluate", datasets_of(labeled), "ks=[1]", f"out={tmp_path}", *models)
+    assert NOT_MEASURED not in ended.stderr
+    accuracies, logged = accuracies_of_untrained(tmp_path), log_of(of_teacher_blocks)
+    assert accuracies
+    for (bank, embedding), accuracy in accuracies.items():
+        assert accuracy == pytest.approx(logged[f"metrics/small/bank_{bank}/top1/{embedding}"][0])
+
+
+def test_without_its_teacher_the_untrained_student_is_not_measured(
+    exported: Path, labeled: Path, tmp_path: Path
+) -> None:
+    """23: a line says why."""
+    ended = succeed("evaluate", datasets_of(labeled), "ks=[1]", f"out={tmp_path}", f"model={exported}")
+    assert NOT_MEASURED in ended.stderr
+    assert accuracies_of_untrained(tmp_path) == {}
 
 
 def test_a_finished_run_prints_its_table_again(small_data: Path, labeled: Path, tmp_path: Path) -> None:
@@ -182,20 +202,19 @@ def test_a_finished_run_prints_its_table_again(small_data: Path, labeled: Path, 
     assert first.partition("\n\n")[2] == again.partition("\n\n")[2]
 
 
-def test_another_teacher_is_refused(of_teacher_blocks: Path, labeled: Path, tmp_path: Path) -> None:
-    """23: for an exported student as for a checkpoint; a converted teacher is the same one."""
-    student, converted, other = (tmp_path / f"{name}.safetensors" for name in ("student", "converted", "other"))
-    succeed("export", of_teacher_blocks / "latest-rank0.pt", student)
+def test_another_teacher_is_refused(of_teacher_blocks: Path, exported: Path, labeled: Path, tmp_path: Path) -> None:
+    """23: an exported student and a checkpoint take their own teacher alone, which may be converted."""
+    converted, other = (tmp_path / f"{name}.safetensors" for name in ("converted", "other"))
     succeed("convert-teacher", GOLDEN / "tiny_base.pt", converted, "--dtype", "float16")
     contents = torch.load(GOLDEN / "tiny_base.pt", weights_only=False)
     contents["model"]["blocks.1.mlp.fc2.weight"] *= 1.1  # not in the encoder
     torch.save(contents, tmp_path / "other.pt")
     succeed("convert-teacher", tmp_path / "other.pt", other)
     datasets = datasets_of(labeled)
-    for model in (student, of_teacher_blocks / "latest-rank0.pt"):
+    for model in (exported, of_teacher_blocks / "latest-rank0.pt"):
         line = failure(d2v("evaluate", datasets, f"model={model}", f"teacher={other}"), 2)
         assert re.fullmatch(rf"error: {other}: not this student's teacher: sha256 \w{{64}}, expected \w{{64}}", line)
-    ended = d2v("evaluate", datasets, f"model={student}", f"teacher={converted}", "max_images=20")
+    ended = d2v("evaluate", datasets, f"model={exported}", f"teacher={converted}", "max_images=20")
     assert "teacher  " in ended.stdout, ended.stderr
 
 
