@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 from small_runs import Run
+from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from d2v_composer import DistillationModel, load_student, load_teacher
 from gated_store import GatedStore
 from helpers import (
     GOLDEN,
+    NUM_IMAGES,
     QUICKSTART,
     ROOT,
     assert_same_losses,
@@ -173,6 +175,7 @@ def test_evaluate_embed_and_export_read_the_narrow_embedding(narrow: Run, labele
 
 MOMENTS = "objectives.tokens.dataset_norm.moments"
 # Targets are normalized by fixed numbers, measured on two batches of 16 whole images before the first step.
+NUM_MEASURED = 2 * 16
 WHOLE_IMAGES = ("train_loader.crop_scale=[1,1]", "train_loader.crop_ratio=[1,1]", "train_loader.flip=0")
 DATASET = ("targets.normalization=dataset", "targets.dataset_batches=2", "device_eval_batch_size=10")
 DATASET += (*WHOLE_IMAGES, "train_loader.shuffle=false", "max_duration=8ba")
@@ -185,25 +188,44 @@ def normalized(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Ru
     return trained(folder, small_data, *DATASET, SAMPLES=str(folder / "samples"))
 
 
-def test_targets_are_normalized_by_the_first_batches(normalized: Run) -> None:
-    """3: and the loader begins its epoch again after them."""
+def test_the_epoch_begins_again_after_the_batches_that_are_measured(normalized: Run) -> None:
+    """3: the run trains on them, too."""
     (samples,) = (normalized.folder.parent / "samples").iterdir()
-    read = [int(line.split()[1]) for line in samples.read_text().splitlines()]
-    assert read[:96] == list(range(96))
-    state, teacher = student_of(normalized.folder), load_teacher(GOLDEN / "tiny_base.pt")
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(encoded_image(seed)))) for seed in range(32)])
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    layers = torch.stack(teacher.forward_blocks(teacher.encode(images))[1]).double().numpy()
-    mean, deviation = layers.mean(axis=(1, 2)), layers.std(axis=(1, 2))
-    count, total, squares = state[MOMENTS].unbind(dim=1)
-    assert (count == 32).all()
-    np.testing.assert_allclose(total / 32, mean, atol=1e-5 * deviation.mean())
-    np.testing.assert_allclose((squares / 32 - (total / 32) ** 2).sqrt(), deviation, rtol=1e-5)
+    trained_on = [int(line.split()[1]) for line in samples.read_text().splitlines()]
+    assert trained_on[:NUM_IMAGES] == list(range(NUM_IMAGES))
+
+
+def measured_images() -> Tensor:
+    """Return the images of the first two batches."""
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(encoded_image(seed)))) for seed in range(NUM_MEASURED)])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def layers_of(teacher: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a teacher's FFN outputs, (layers, images, tokens, channels) float64, their means and deviations."""
+    layers = torch.stack(teacher.forward_blocks(teacher.encode(images))[1]).double()
+    return layers, layers.mean(dim=(1, 2)), layers.std(dim=(1, 2), correction=0)
+
+
+def test_mean_and_deviation_are_measured_on_the_first_batches(normalized: Run) -> None:
+    """3: for each layer and channel, over all tokens of the teacher."""
+    _, means, deviations = layers_of(load_teacher(GOLDEN / "tiny_base.pt"), measured_images())
+    count, sums, sums_of_squares = student_of(normalized.folder)[MOMENTS].unbind(dim=1)
+    assert (count == NUM_MEASURED).all()
+    ours = sums / count
+    torch.testing.assert_close(ours, means, rtol=0, atol=1e-5 * float(deviations.mean()))
+    torch.testing.assert_close((sums_of_squares / count - ours**2).sqrt(), deviations, rtol=1e-5, atol=0)
+
+
+def test_targets_are_normalized_by_what_was_measured(normalized: Run) -> None:
+    """3: the mean of the normalized layers, by a LayerNorm, is the target."""
+    teacher, images = load_teacher(GOLDEN / "tiny_base.pt"), measured_images()
     student: Any = teacher.build_student(depth=3, normalization="dataset")
     model = DistillationModel(teacher, student, dataset_norm=True)
-    model.load_state_dict(state)
-    mean, deviation = mean[:, None, None], np.sqrt(deviation[:, None, None] ** 2 + 1e-5)
-    expected = layer_norm(torch.from_numpy(((layers - mean) / deviation).mean(axis=0)), layers.shape[-1:], eps=1e-5)
+    model.load_state_dict(student_of(normalized.folder))
+    layers, means, deviations = layers_of(teacher, images)
+    normalized_layers = (layers - means[:, None, None]) / (deviations[:, None, None] ** 2 + 1e-5).sqrt()
+    expected = layer_norm(normalized_layers.mean(dim=0), layers.shape[-1:], eps=1e-5)
     torch.testing.assert_close(model(images).target, expected.float(), rtol=0, atol=2e-5)
 
 
