@@ -217,18 +217,39 @@ def test_another_length_of_eat(golden: Golden, tmp_path: Path) -> None:
     assert failure(wrong, 2) == f"error: {EAT}: target_length must be a multiple of 16, got 15"
 
 
-def test_embeddings_of_a_long_clip_of_eat_are_the_mean_of_its_windows() -> None:
-    """1: each counts as long as it lasts; a clip in a padded batch gives what it gives alone."""
-    student: Any = load_teacher(EAT).build_student(depth=2).eval()
-    window, hop = 63 * 160 + 400, 64 * 160
-    long, short = noise(2, 2 * hop + 400 + 15 * 160)
-    parts = [long[:window], long[hop : hop + window], long[2 * hop :]]
-    embedded = torch.cat([student.embed(part[None]) for part in parts])
-    expected = torch.tensor([[64.0, 64, 16]]) @ embedded / 144
-    assert_close(student.embed(long[None]), expected)
-    batch = student.embed(torch.stack([long, short]), lengths=torch.tensor([len(long), 9000]))
-    assert_close(batch, torch.cat([expected, student.embed(short[None, :9000])]))
-    assert student.embed(torch.stack([long, short]), lengths=torch.tensor([len(long), 300])).isfinite().all()
+HOP, FRAME = 160, 400  # of EAT's spectrograms, in samples of a waveform
+LONG = [64, 64, 16]  # the frames in each window of a long clip
+
+
+def num_samples(num_frames: int) -> int:
+    return (num_frames - 1) * HOP + FRAME
+
+
+@pytest.fixture(scope="module")
+def eats_student() -> Any:
+    return load_teacher(EAT).build_student(depth=2).eval()
+
+
+def test_embeddings_of_a_long_clip_of_eat_are_the_mean_of_its_windows(eats_student: Any) -> None:
+    """1: a window counts as long as it lasts."""
+    clip = noise(1, num_samples(sum(LONG)))
+    starts = [0, LONG[0] * HOP, (LONG[0] + LONG[1]) * HOP]
+    windows = [clip[:, start:][:, : num_samples(frames)] for start, frames in zip(starts, LONG, strict=True)]
+    embeddings = torch.cat([eats_student.embed(window) for window in windows])
+    assert_close(eats_student.embed(clip), torch.tensor([LONG]) / sum(LONG) @ embeddings)
+
+
+def test_a_long_and_a_short_clip_of_eat_give_together_what_they_give_alone(eats_student: Any) -> None:
+    """1: in a padded batch, the noise behind the short clip's end does not count."""
+    clips, end = noise(2, num_samples(sum(LONG))), 9000
+    alone = torch.cat([eats_student.embed(clips[:1]), eats_student.embed(clips[1:, :end])])
+    assert_close(eats_student.embed(clips, lengths=torch.tensor([clips.shape[1], end])), alone)
+
+
+def test_a_clip_of_eat_without_a_whole_frame_has_an_embedding(eats_student: Any) -> None:
+    """1: also beside a long clip."""
+    clips = noise(2, num_samples(sum(LONG)))
+    assert eats_student.embed(clips, lengths=torch.tensor([clips.shape[1], FRAME - 100])).isfinite().all()
 
 
 @pytest.mark.slow
