@@ -104,7 +104,7 @@ def assert_same_arrays(ours: Arrays, golden: Golden, prefix: str = "") -> None:
 
 @pytest.mark.parametrize("golden", [*IMAGES, *SOUND_TEACHERS, "eat_base"], indirect=True)
 def test_teacher(golden: Golden) -> None:
-    """1: its encoder, its blocks, and targets with and without extra tokens."""
+    """1: encoder, blocks and targets, with and without extra tokens, have the reference's numbers."""
     assert_same_arrays(compute(golden.teacher(), *golden.inputs), golden)
 
 
@@ -161,7 +161,7 @@ def test_short_clips(golden: Golden) -> None:
 
 
 def test_student(golden: Golden) -> None:
-    """1: ALiBi, blocks and prediction."""
+    """1: ALiBi, blocks and prediction have the reference's numbers."""
     arrays = golden.arrays
     model, batch = golden.distillation()
     x = model.teacher.encode(*golden.inputs)
@@ -193,7 +193,7 @@ def test_loss_of_the_last_block(golden: Golden) -> None:
 
 @pytest.mark.parametrize("golden", IMAGES, indirect=True)
 def test_only_the_students_blocks_are_trained_and_images_are_encoded_once(golden: Golden) -> None:
-    """2: the paper's sizes and FLOPs, tests/models shows."""
+    """2: tests/models shows that sizes and FLOPs are the paper's."""
     (model, images), calls = golden.distillation(), []
     model.teacher.encoder.register_forward_hook(lambda *_: calls.append(1))
     model.loss(model(images), images)
@@ -247,14 +247,14 @@ def test_a_long_and_a_short_clip_of_eat_give_together_what_they_give_alone(eats_
 
 
 def test_a_clip_of_eat_without_a_whole_frame_has_an_embedding(eats_student: Any) -> None:
-    """1: also beside a long clip."""
+    """1: a long clip stands beside it in the batch."""
     clips = noise(2, num_samples(sum(LONG)))
     assert eats_student.embed(clips, lengths=torch.tensor([clips.shape[1], FRAME - 100])).isfinite().all()
 
 
 @pytest.mark.slow
 def test_distill_takes_eat(tmp_path: Path) -> None:
-    """17: from a folder of sound to a student's file that embeds, also for another program."""
+    """17: a folder of sound becomes a student's file that embeds, also in another program."""
     sounds, out = tmp_path / "sounds", tmp_path / "out"
     sounds.mkdir()
     for seed in range(200):

@@ -70,7 +70,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
 
 
 def test_microbatches_give_the_same_losses(uninterrupted: Path, run: Run) -> None:
-    """Sixteen images in parts of 6, 6 and 4."""
+    """Sixteen images are trained on in parts of 6, 6 and 4."""
     run.train("device_train_microbatch_size=6", "activation_checkpointing=true")
     assert_same_losses(run.losses, losses_of(uninterrupted), num_steps=14)
 
@@ -145,7 +145,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Run:
 
 
 def test_a_narrow_students_checkpoint_holds_all_that_trains_and_ranks_train_as_one(narrow: Run, run: Run) -> None:
-    """3, 8, 10: the input projection, blocks and the objective's head."""
+    """3, 8, 10: these are the input projection, the blocks and the objective's head."""
     shapes = {name: tensor.shape for name, tensor in student_of(narrow.folder).items() if ".blocks." not in name}
     assert shapes == {
         "student.input_proj.weight": (20, 48),
@@ -158,7 +158,7 @@ def test_a_narrow_students_checkpoint_holds_all_that_trains_and_ranks_train_as_o
 
 
 def test_evaluate_embed_and_export_read_the_narrow_embedding(narrow: Run, labeled: Path, tmp_path: Path) -> None:
-    """17, 21: from the checkpoint and from its exported file."""
+    """17, 21: they read the checkpoint, and its exported file."""
     exported = tmp_path / "student.safetensors"
     succeed("export", narrow.newest, exported)
     for model in (narrow.newest, exported):
@@ -208,7 +208,7 @@ def layers_of(teacher: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_mean_and_deviation_are_measured_on_the_first_batches(normalized: Run) -> None:
-    """3: for each layer and channel, over all tokens of the teacher."""
+    """3: each channel of each layer has its own, over all tokens of the teacher."""
     _, means, deviations = layers_of(load_teacher(GOLDEN / "tiny_base.pt"), measured_images())
     count, sums, sums_of_squares = student_of(normalized.folder)[MOMENTS].unbind(dim=1)
     assert (count == NUM_MEASURED).all()
