@@ -95,8 +95,7 @@ def two_embeddings(images: Tensor) -> dict[str, Tensor]:
     return {"whole": pixels(images), "corner": pixels(images[..., :2, :2])}
 
 
-# Bank, its labels, queries and their labels, as the package's functions take them.
-SEARCH = pixels(WHOLE.train.samples), WHOLE.train.labels, pixels(WHOLE.test.samples), WHOLE.test.labels
+BANK_AND_QUERIES = pixels(WHOLE.train.samples), WHOLE.train.labels, pixels(WHOLE.test.samples), WHOLE.test.labels
 RETRIEVAL, KNN = "metrics/set/bank_train/top1", "metrics/set/knn/top1"
 
 
@@ -124,7 +123,7 @@ def resumed(first: ZeroShotRetrieval) -> ZeroShotRetrieval:
 
 
 def test_retrieval_is_what_the_function_measures(first: ZeroShotRetrieval) -> None:
-    metrics, accuracies = first.history[-1]["metrics"], retrieval_accuracy(*SEARCH, ks=first.lookup.ks)
+    metrics, accuracies = first.history[-1]["metrics"], retrieval_accuracy(*BANK_AND_QUERIES, ks=first.lookup.ks)
     assert metrics[RETRIEVAL] == pytest.approx(accuracies[1])
     assert metrics[f"{RETRIEVAL}/whole"] == metrics[RETRIEVAL]
     most = first.lookup.ks[-1]
@@ -133,7 +132,8 @@ def test_retrieval_is_what_the_function_measures(first: ZeroShotRetrieval) -> No
 
 
 def test_a_resume_may_add_probes(first: ZeroShotRetrieval, resumed: ZeroShotRetrieval) -> None:
-    before, probed, accuracy = first.history[-1]["metrics"], resumed.history[-1]["metrics"], knn_accuracy(*SEARCH)
+    before, probed = (callback.history[-1]["metrics"] for callback in (first, resumed))
+    accuracy = knn_accuracy(*BANK_AND_QUERIES)
     assert probed[KNN] == accuracy
     assert probed[f"{KNN}/whole"] == accuracy
     assert resumed.baseline_metrics["metrics/set/teacher/knn/top1"] == accuracy
@@ -145,7 +145,7 @@ def test_a_resume_may_add_probes(first: ZeroShotRetrieval, resumed: ZeroShotRetr
 def test_the_table_shows_added_probes(resumed: ZeroShotRetrieval) -> None:
     _, head, *rows = format_tables(resumed.results, ["set"], "whole").split("\n\n")[1].splitlines()
     assert re.split(" {2,}", head.strip()) == ["20-NN weighted", "20-NN majority", "linear probe"]
-    assert all(f"{100 * knn_accuracy(*SEARCH):.1f} [" in row for row in rows)
+    assert all(f"{100 * knn_accuracy(*BANK_AND_QUERIES):.1f} [" in row for row in rows)
 
 
 def test_a_resume_keeps_its_primary_embedding(first: ZeroShotRetrieval) -> None:
@@ -178,7 +178,6 @@ def test_a_measurement_cut_short_keeps_the_results_before_it() -> None:
     undisturbed = ZeroShotRetrieval(sets, "5ba", embed=pixels)
     train(Watched(), undisturbed, "5ba")
     assert as_lists(callback.results) == as_lists(undisturbed.results)
-    assert {result.batch for result in callback.results} == {5}
     assert all((result.nearest is not None) == (result.measure.bank == "train") for result in callback.results)
 
 

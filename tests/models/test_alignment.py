@@ -39,14 +39,12 @@ def test_it_is_scikit_learns_ridge(num_copies: int) -> None:
 
 def choose_with_scikit_learn(inputs: Tensor, targets: Tensor) -> tuple[Ridge, float]:
     """Return the fit with the least error on every tenth pair among fits to the others, one a strength; and its R²."""
-    is_held_out = torch.arange(len(inputs)) % HELD_OUT == HELD_OUT - 1
-    seen_x, seen_y = (array[~is_held_out].double().numpy() for array in (inputs, targets))
-    held_out_x, held_out_y = (array[is_held_out].double().numpy() for array in (inputs, targets))
-    unit = seen_x.var(axis=0).mean() * len(seen_x)  # Ridge's error is a sum over pairs
-    ridges = [Ridge(alpha=strength * unit).fit(seen_x, seen_y) for strength in STRENGTHS]
-    errors = [np.square(ridge.predict(held_out_x) - held_out_y).sum() for ridge in ridges]
+    x, y, is_seen = inputs.double().numpy(), targets.double().numpy(), np.arange(len(inputs)) % HELD_OUT < HELD_OUT - 1
+    unit = x[is_seen].var(axis=0).mean() * is_seen.sum()  # Ridge's error is a sum over pairs
+    ridges = [Ridge(alpha=strength * unit).fit(x[is_seen], y[is_seen]) for strength in STRENGTHS]
+    errors = [np.square(ridge.predict(x[~is_seen]) - y[~is_seen]).sum() for ridge in ridges]
     assert min(errors) < errors[0]
-    return ridges[int(np.argmin(errors))], 1 - min(errors) / np.square(held_out_y - seen_y.mean(axis=0)).sum()
+    return ridges[int(np.argmin(errors))], 1 - min(errors) / np.square(y[~is_seen] - y[is_seen].mean(axis=0)).sum()
 
 
 def test_held_out_pairs_choose_the_strength() -> None:
