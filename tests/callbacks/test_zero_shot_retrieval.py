@@ -1,6 +1,7 @@
 """The retrieval callback, in any Composer run and on several ranks."""
 
 import re
+from copy import deepcopy
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from d2v_composer import knn_accuracy, neighbor_agreement
 from d2v_composer.callbacks import ZeroShotRetrieval
+from d2v_composer.checkpoints.checkpoint import Result
 from d2v_composer.data.images import RandomResizedCropFlip
 from d2v_composer.data.modality import Augmentation
 from d2v_composer.evaluation.nearest_neighbors import retrieval_accuracy
@@ -83,7 +85,7 @@ def test_evaluates_at_the_interval_and_at_the_end(
 
 
 def nearest_shapes(callback: ZeroShotRetrieval) -> set[tuple[int, ...]]:
-    """The shapes of the neighbors in the train images that are kept of student and teacher."""
+    """Return the shapes of the neighbors in the train images that are kept of student and teacher."""
     kept = [result for result in callback.results if result.measure.bank == "train" and result.nearest is not None]
     assert {result.row for result in kept} == {"student", "teacher"}
     return {(*result.nearest.shape,) for result in kept if result.nearest is not None}
@@ -93,62 +95,90 @@ def two_embeddings(images: Tensor) -> dict[str, Tensor]:
     return {"whole": pixels(images), "corner": pixels(images[..., :2, :2])}
 
 
-@pytest.mark.parametrize("most", [3, 30])  # fewer and more than the 20 neighbors that vote
-def test_a_resume_may_add_probes_but_keeps_its_primary_embedding(most: int) -> None:
-    options: dict[str, Any] = {"embed": two_embeddings, "baselines": {"teacher": two_embeddings}, "ks": (1, most)}
-    first = ZeroShotRetrieval({"set": WHOLE}, "10ba", primary="whole", **options)
-    train(Watched(), first, "10ba")
-    bank, queries = (pixels(images.samples) for images in WHOLE[:2])
-    sets = bank, WHOLE.train.labels, queries, WHOLE.test.labels
-    metrics, key = first.history[-1]["metrics"], "metrics/set/bank_train/top1"
-    accuracies = retrieval_accuracy(*sets, ks=(1, most))
-    assert metrics[key] == metrics[f"{key}/whole"] == pytest.approx(accuracies[1])
+BANK_AND_QUERIES = pixels(WHOLE.train.samples), WHOLE.train.labels, pixels(WHOLE.test.samples), WHOLE.test.labels
+RETRIEVAL, KNN = "metrics/set/bank_train/top1", "metrics/set/knn/top1"
+
+
+def measuring_two_embeddings(most: int, **options: Any) -> ZeroShotRetrieval:
+    """Return the callback of a run that looks for the nearest and for the ``most`` nearest neighbors."""
+    embeds: dict[str, Any] = {"embed": two_embeddings, "baselines": {"teacher": two_embeddings}}
+    return ZeroShotRetrieval({"set": WHOLE}, "10ba", ks=(1, most), primary="whole", **embeds, **options)
+
+
+@pytest.fixture(scope="module", params=[3, 30])  # fewer and more than the 20 neighbors that vote
+def first(request: pytest.FixtureRequest) -> ZeroShotRetrieval:
+    """A run of 10 batches without probes."""
+    callback = measuring_two_embeddings(request.param)
+    train(Watched(), callback, "10ba")
+    return callback
+
+
+@pytest.fixture(scope="module")
+def resumed(first: ZeroShotRetrieval) -> ZeroShotRetrieval:
+    """The resume of that run to batch 20, with two more probes."""
+    callback = measuring_two_embeddings(first.lookup.ks[-1], probes=["knn", "linear"])
+    callback.load_state_dict(deepcopy(first.state_dict()))
+    train(Watched(), callback, "20ba")
+    return callback
+
+
+def test_retrieval_is_what_the_function_measures(first: ZeroShotRetrieval) -> None:
+    metrics, accuracies = first.history[-1]["metrics"], retrieval_accuracy(*BANK_AND_QUERIES, ks=first.lookup.ks)
+    assert metrics[RETRIEVAL] == pytest.approx(accuracies[1])
+    assert metrics[f"{RETRIEVAL}/whole"] == metrics[RETRIEVAL]
+    most = first.lookup.ks[-1]
     assert first.baseline_metrics[f"metrics/set/teacher/bank_train/top{most}"] == pytest.approx(accuracies[most])
-    assert nearest_shapes(first) == {(50, most)}
+    assert nearest_shapes(first) == {(len(WHOLE.test.labels), most)}
 
-    more = ZeroShotRetrieval({"set": WHOLE}, "10ba", primary="whole", probes=["knn", "linear"], **options)
-    more.load_state_dict(first.state_dict())
-    train(Watched(), more, "20ba")
-    probed, key_of_knn = more.history[-1]["metrics"], "metrics/set/knn/top1"
-    accuracy = knn_accuracy(*sets)
-    teachers = more.baseline_metrics["metrics/set/teacher/knn/top1"]
-    assert probed[key_of_knn] == probed[f"{key_of_knn}/whole"] == teachers == accuracy
-    assert {f"{key_of_knn}/corner", "metrics/set/linear/top1", "metrics/set/knn_majority/top1"} <= probed.keys()
-    assert metrics.items() <= probed.items()  # the retrieval is the same
-    assert nearest_shapes(more) == {(50, most)}
-    _, head, *rows = format_tables(more.results, ["set"], "whole").split("\n\n")[1].splitlines()
+
+def test_a_resume_may_add_probes(first: ZeroShotRetrieval, resumed: ZeroShotRetrieval) -> None:
+    before, probed = (callback.history[-1]["metrics"] for callback in (first, resumed))
+    accuracy = knn_accuracy(*BANK_AND_QUERIES)
+    assert probed[KNN] == accuracy
+    assert probed[f"{KNN}/whole"] == accuracy
+    assert resumed.baseline_metrics["metrics/set/teacher/knn/top1"] == accuracy
+    assert {f"{KNN}/corner", "metrics/set/linear/top1", "metrics/set/knn_majority/top1"} <= probed.keys()
+    assert before.items() <= probed.items()  # the retrieval is the same
+    assert nearest_shapes(resumed) == nearest_shapes(first)
+
+
+def test_the_table_shows_added_probes(resumed: ZeroShotRetrieval) -> None:
+    _, head, *rows = format_tables(resumed.results, ["set"], "whole").split("\n\n")[1].splitlines()
     assert re.split(" {2,}", head.strip()) == ["20-NN weighted", "20-NN majority", "linear probe"]
-    assert all(f"{100 * accuracy:.1f} [" in row for row in rows)
+    assert all(f"{100 * knn_accuracy(*BANK_AND_QUERIES):.1f} [" in row for row in rows)
 
+
+def test_a_resume_keeps_its_primary_embedding(first: ZeroShotRetrieval) -> None:
     other = ZeroShotRetrieval({"set": WHOLE}, "10ba", primary="corner")
     with pytest.raises(InputError, match=r"set\.primary embedding: checkpoint has whole, config has corner; give the"):
         other.load_state_dict(first.state_dict())
 
 
+def as_lists(results: list[Result]) -> list[list[Any]]:
+    """Return all fields of results, so that they can be compared with ``==``."""
+    return [[value.tolist() if isinstance(value, Tensor) else value for value in result] for result in results]
+
+
 def test_a_measurement_cut_short_keeps_the_results_before_it() -> None:
-    """Not some sets of one batch and some of another."""
-    sets = {"first": SMALL, "second": SMALL}
-    model, asked = Watched(), list[int]()
+    """A run never keeps results of one batch on some sets, and of another batch on the others."""
+    sets = {"first": SMALL, "second": EvaluationSet(numbered_images(9, 50), numbered_images(5, 200))}
+    model, last_image = Watched(), 204
 
     def should_stop() -> bool:
-        asked.append(len(model.embedded))
-        return len(model.embedded) > 2 * 28 - 5  # in the second set of the second measurement
+        return model.embedded.count(last_image) == 2  # only the search in the second set is left to do
 
     def embed(images: Tensor) -> Tensor:
         model.embed(images)
-        return pixels(images) if len(model.embedded) <= 28 else pixels(images).square()
+        return pixels(images).square() if callback.history else pixels(images)  # the second measurement's differ
 
     callback = ZeroShotRetrieval(sets, "5ba", embed=embed, should_stop=should_stop)
     train(model, callback, "10ba")
-    alone = ZeroShotRetrieval(sets, "5ba", embed=pixels)
-    train(Watched(), alone, "5ba")
-    assert (max(asked), callback.was_stopped) == (56, True)
+    assert callback.was_stopped
     assert [entry["batch"] for entry in callback.history] == [5]
-    for ours, expected in zip(callback.results, alone.results, strict=True):
-        assert (ours.nearest is None) == (expected.nearest is None) == (ours.measure.bank != "train")
-        assert ours.nearest is None or torch.equal(ours.nearest, expected.nearest)
-        assert ours[:5] == expected[:5]
-        assert (ours.hits.tolist(), ours.batch) == (expected.hits.tolist(), 5)
+    undisturbed = ZeroShotRetrieval(sets, "5ba", embed=pixels)
+    train(Watched(), undisturbed, "5ba")
+    assert as_lists(callback.results) == as_lists(undisturbed.results)
+    assert all((result.nearest is not None) == (result.measure.bank == "train") for result in callback.results)
 
 
 CHANGES: dict[str, tuple[EvaluationSet, Augmentation]] = {
@@ -280,10 +310,11 @@ def test_a_baseline_without_layer_mean_falls_back_to_its_output() -> None:
         baselines={"encoder": lambda images: {"output_cls": students["output_cls"](images)}, "pixels": pixels},
     )
     train(Watched(), callback, "10ba")
-    key = "metrics/set/bank_train/top1"
     metrics, baselines = callback.history[-1]["metrics"], callback.baseline_metrics
-    assert metrics[key] == metrics[f"{key}/layer_mean_cls"] == baselines["metrics/set/pixels/bank_train/top1"]
-    assert baselines["metrics/set/encoder/bank_train/top1"] == metrics[f"{key}/output_cls"] != metrics[key]
+    assert metrics[RETRIEVAL] == metrics[f"{RETRIEVAL}/layer_mean_cls"]
+    assert baselines["metrics/set/pixels/bank_train/top1"] == metrics[RETRIEVAL]
+    assert baselines["metrics/set/encoder/bank_train/top1"] == metrics[f"{RETRIEVAL}/output_cls"]
+    assert metrics[f"{RETRIEVAL}/output_cls"] != metrics[RETRIEVAL]
     without = ZeroShotRetrieval({"set": WHOLE}, "10ba", primary="layer_mean_cls", embed=two_embeddings)
     with pytest.raises(ValueError, match="primary embedding must be one of whole, corner, got 'layer_mean_cls'"):
         train(Watched(), without, "10ba")

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,21 +121,30 @@ def rivals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.safetensors" for name in students}
 
 
+class Compared(NamedTuple):
+    """Evaluations of two students, and of a teacher with them as rivals."""
+
+    tables: dict[str, Any]
+    timed: list[tuple[str, int]]
+    """Each batch whose encoding is timed: the model, and the batch's size."""
+
+
 @pytest.fixture(scope="module")
-def evaluated(rivals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[int]]:
-    """The tables of each student, and of a teacher with them as rivals, whose batches are recorded."""
-    folder, sizes = tmp_path_factory.mktemp("evaluated"), list[int]()
+def evaluated(rivals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    folder, timed = tmp_path_factory.mktemp("evaluated"), list[tuple[str, int]]()
     noise = np.random.default_rng(0).integers(0, 256, (80, 96, 96, 3), dtype=np.uint8)
     images = [simplejpeg.encode_jpeg(pixels) for pixels in noise]
     for split, chosen in {"train": images[:40], "test": images[40:]}.items():
         write_mds(folder / split, chosen, [i % 3 for i in range(40)])
 
     def measure(passes: dict[str, tuple[Callable[[], object], int]], repeats: int) -> dict[str, np.ndarray]:
-        forward = Encoder.__call__
+        forward, sizes = Encoder.__call__, list[int]()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Encoder, "__call__", lambda *args: sizes.append(len(args[1].values)) or forward(*args))
-            for work, _ in passes.values():
+            for name, (work, _) in passes.items():
+                sizes.clear()
                 work()
+                timed.extend((name, size) for size in sizes)
         return {name: np.ones(repeats) for name in passes}
 
     tables = {}
@@ -145,18 +155,16 @@ def evaluated(rivals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
             sets, out = f"datasets={{noise: {{format: mds, root: {folder}}}}}", folder / name
             evaluate_command.main([f"model={model}", sets, "probes=[instance]", f"out={out}", *options])
             tables[name] = json.loads((out / "evaluation.json").read_text())["results"]
-    return tables, sizes
+    return Compared(tables, timed)
 
 
 @pytest.mark.parametrize("name", ["layer_mean", "output"])
-def test_a_rival_has_the_numbers_of_its_own_evaluation(
-    name: str, rivals: dict[str, Path], evaluated: tuple[dict[str, Any], list[int]]
-) -> None:
+def test_a_rival_has_the_numbers_of_its_own_evaluation(name: str, rivals: dict[str, Path], evaluated: Compared) -> None:
     """It sees images of its own size, and computes layer_mean in its own way."""
-    tables, _ = evaluated
 
     def numbers(of: str, row: str) -> dict[tuple[str, ...], float]:
-        chosen = [entry for entry in tables[of] if entry["candidate"] == row and entry["embedding"].startswith(name)]
+        entries = [entry for entry in evaluated.tables[of] if entry["candidate"] == row]
+        chosen = [entry for entry in entries if entry["embedding"].startswith(name)]
         return {tuple(entry[key] for key in ("embedding", "bank", "measure", "k")): entry["value"] for entry in chosen}
 
     ours = numbers("rivals", str(rivals[name]))
@@ -171,9 +179,10 @@ def test_a_rival_has_a_row_of_its_own(places: str) -> None:
         evaluate_command.main([str(YAML), f"model={GOLDEN / 'tiny_base.pt'}", f"rivals=[{places}]"])
 
 
-def test_speed_is_of_the_batches_that_it_names(evaluated: tuple[dict[str, Any], list[int]]) -> None:
-    """After larger ones, too."""
-    assert evaluated[1] == [*[1] * 5, *[64] * 5]  # encoder, untrained student, teacher and two rivals
+def test_speed_is_of_the_batches_that_it_names(evaluated: Compared, rivals: dict[str, Path]) -> None:
+    """Each model encodes one batch of each size by itself, although several have the same encoder."""
+    models = ["encoder", "untrained student", "teacher", *map(str, rivals.values())]
+    assert sorted(evaluated.timed) == sorted(product(models, [1, 64]))
 
 
 def test_a_teacher_is_compared_with_an_untrained_student(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Students with an encoder of their own, several objectives, and targets normalized by fixed numbers."""
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -82,34 +83,17 @@ def test_a_step_with_kept_targets_needs_no_teacher(teacher: Any, has_own_encoder
     assert model.flops_per_batch(batch) == flops_of_a_step(model, batch) < model.flops_per_batch(IMAGES)
 
 
-def test_kept_targets_of_two_objectives() -> None:
+def with_two_objectives() -> DistillationModel:
     both = load_teacher(GOLDEN / "tiny_base.pt", projected=True)
-    model = model_with(both, both.build_student(depth=2, projected=True), embedding=0.5)
+    return model_with(both, both.build_student(depth=2, projected=True), embedding=0.5)
+
+
+def test_kept_targets_of_two_objectives() -> None:
+    model = with_two_objectives()
     outputs = model(IMAGES)
     targets = torch.cat([regression.target.flatten(1) for regression in (outputs, *outputs.others)], dim=1)
     batch = {"image": IMAGES, "targets": targets}
     assert torch.equal(total_loss(model, batch), total_loss(model, IMAGES))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_all_of_it_compiles_to_whole_graphs(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second, third = (load_teacher(GOLDEN / "tiny_base.pt", projected=True) for _ in range(3))
-    of_dataset = DistillationModel(third, third.build_student(normalization="dataset"), dataset_norm=True)
-    of_dataset.measure_targets([IMAGES])
-    of_both = model_with(first, first.build_student(depth=2, projected=True), embedding=0.5)
-    models = of_both, DistillationModel(second, with_own_encoder(second)), of_dataset
-    expected = [total_loss(model, IMAGES) for model in models]
-    options: Any = {"fullgraph": True, "backend": "eager"}
-    monkeypatch.setattr(torch, "compile", lambda function, compiled=torch.compile, **_: compiled(function, **options))
-    for model, loss in zip(models, expected, strict=True):
-        torch._dynamo.reset()
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.cuda, "is_available", lambda: on_gpu)
-            compile_model(model)
-        torch.testing.assert_close(total_loss(model, IMAGES), loss)
-    of_dataset.measure_targets([IMAGES])
-    torch.testing.assert_close(total_loss(of_dataset, IMAGES), expected[-1])
 
 
 def test_the_share_of_cls(teacher: Any) -> None:
@@ -244,3 +228,39 @@ def test_a_network_regresses_such_targets() -> None:
     network, blocks = with_dataset_norm(network="timm/test_byobnet"), with_dataset_norm()
     assert torch.equal(measured(network, IMAGES), measured(blocks, IMAGES))
     torch.testing.assert_close(network(IMAGES).target, blocks(IMAGES).target)
+
+
+# torch.compile.
+
+
+def compile_to_whole_graphs(model: DistillationModel, on_gpu: bool) -> None:
+    """Compile a model as for a GPU or a CPU, but without its kernels; a graph that breaks is an error later."""
+    torch._dynamo.reset()
+    whole: Any = partial(torch.compile, fullgraph=True, backend="eager")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, **_: whole(function))
+        patch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+        compile_model(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("kind", ["two objectives", "own encoder"])
+def test_a_step_compiles_to_whole_graphs(kind: str, on_gpu: bool, teacher: Any) -> None:
+    model = with_two_objectives() if kind == "two objectives" else DistillationModel(teacher, with_own_encoder(teacher))
+    expected = total_loss(model, IMAGES)
+    compile_to_whole_graphs(model, on_gpu)
+    torch.testing.assert_close(total_loss(model, IMAGES), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_compiled_model_can_still_measure_its_targets(on_gpu: bool) -> None:
+    """Mean and deviation stay the same if the same images are measured again."""
+    model = with_dataset_norm()
+    model.measure_targets([IMAGES])
+    expected = total_loss(model, IMAGES)
+    compile_to_whole_graphs(model, on_gpu)
+    torch.testing.assert_close(total_loss(model, IMAGES), expected)
+    model.measure_targets([IMAGES])
+    torch.testing.assert_close(total_loss(model, IMAGES), expected)

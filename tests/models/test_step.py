@@ -134,26 +134,32 @@ def test_a_half_residual_stream_ends_before_the_student(model: DistillationModel
     assert torch.cosine_similarity(target, expected["tokens"], dim=-1).mean() > 0.999
 
 
-@pytest.mark.parametrize(("choice", "is_captured"), [(True, True), ("default", False)])
-def test_a_gpu_starts_the_frozen_pass_as_one_graph(
-    choice: bool | str, is_captured: bool, model: DistillationModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its results are copies: the next replay overwrites the graph's own."""
+def compile_for_a_gpu(model: DistillationModel, choice: bool | str, results: Any = None) -> list[dict[str, Any]]:
+    """Compile a model as on a GPU, into functions that return ``results``; return the options of each CUDA graph."""
     asked: list[dict[str, Any]] = []
-    x_BTD, target = torch.zeros(1), torch.ones(1)
-    results = Tokens(x_BTD), {"tokens": target}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "compile", lambda _, **given: asked.append(given) or (lambda *_: results))
-    compiled = copy.deepcopy(model)
-    compile_model(compiled, choice)
-    graphs = [given for given in asked if given.get("options") == {"triton.cudagraphs": True}]
-    assert len(graphs) == is_captured
-    if is_captured:
-        tokens, targets = compiled.frozen_pass(Inputs(torch.empty(0)))
-        assert tokens is not None
-        for result, buffer in ((tokens.x, x_BTD), (targets["tokens"], target)):
-            assert torch.equal(result, buffer)
-            assert result.data_ptr() != buffer.data_ptr()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.cuda, "is_available", lambda: True)
+        patched.setattr(torch, "compile", lambda _, **options: asked.append(options) or (lambda *_: results))
+        compile_model(model, choice)
+    return [options for options in asked if options.get("options") == {"triton.cudagraphs": True}]
+
+
+@pytest.mark.parametrize(("choice", "num_graphs"), [(True, 1), ("default", 0)])
+def test_a_gpu_starts_the_frozen_pass_as_one_graph_unless_a_mode_is_chosen(
+    choice: bool | str, num_graphs: int, model: DistillationModel
+) -> None:
+    assert len(compile_for_a_gpu(copy.deepcopy(model), choice)) == num_graphs
+
+
+def test_the_results_of_a_graph_are_copies(model: DistillationModel) -> None:
+    """The next replay overwrites the graph's own."""
+    x_BTD, target, compiled = torch.zeros(1), torch.ones(1), copy.deepcopy(model)
+    compile_for_a_gpu(compiled, True, results=(Tokens(x_BTD), {"tokens": target}))
+    tokens, targets = compiled.frozen_pass(Inputs(torch.empty(0)))
+    assert tokens is not None
+    for result, buffer in ((tokens.x, x_BTD), (targets["tokens"], target)):
+        assert torch.equal(result, buffer)
+        assert result.data_ptr() != buffer.data_ptr()
 
 
 @pytest.mark.slow

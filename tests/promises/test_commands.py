@@ -65,7 +65,7 @@ def seconds_of_help(*command: str | Path) -> float:
 
 @pytest.mark.parametrize("command", [[D2V_SCRIPT], [sys.executable, ROOT / "recipes" / "train.py"]])
 def test_help_comes_within_a_second(command: list[str | Path]) -> None:
-    """19: at least once in three times, because others may use this machine."""
+    """19: one of three calls must be that fast, because others may use this machine."""
     assert any(seconds_of_help(*command) < 1 for _ in range(3))
 
 
@@ -82,7 +82,7 @@ def test_every_command_describes_itself() -> None:
 
 
 def test_each_command_names_the_next(small_data: Path, labeled: Path, tmp_path: Path) -> None:
-    """19: from a teacher to embeddings, by what each command prints, in another folder than the repository's."""
+    """19: what each command prints leads from a teacher to embeddings, also outside of the repository's folder."""
     ended = d2v("convert-teacher", TEACHER, "teacher.safetensors", cwd=tmp_path)
     assert "teacher.checkpoint=" in ended.stdout, ended.stderr
     few = ("max_duration=2ba", "scheduler.t_warmup=0ba", "retrieval.baselines=[]", "alignment.max_samples=0")
@@ -108,7 +108,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_a_terminal_gets_a_bar(small_data: Path, tmp_path: Path) -> None:
-    """19: what a pipe gets, tests/promises/test_run.py shows."""
+    """19: tests/promises/test_run.py shows what a pipe gets."""
     ours, theirs = pty.openpty()
     os.set_blocking(ours, False)
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
@@ -140,7 +140,7 @@ def test_lines_arrive_at_once_in_a_pipe_and_a_reader_may_leave(small_data: Path,
 
 
 def test_each_slip_of_a_config_has_a_line(small_data: Path, tmp_path: Path) -> None:
-    """18: all at once, before anything is built; each names its key."""
+    """18: all slips are reported at once, each with its key, before anything is built."""
     unknown = {"sead": "3", "train_loader.remot": "x", "optimizer.lrr": "1"}
     wrong = {"optimizer.weight_decay": "little", "scheduler.t_warmup": "3xy", "seed": "-1", "student.depth": "0"}
     slips = {**unknown, **wrong, "prediction": "best"}
@@ -168,7 +168,7 @@ def test_each_slip_of_a_config_has_a_line(small_data: Path, tmp_path: Path) -> N
     ],
 )
 def test_a_wrong_setting_is_one_line(override: str, words: list[str], small_data: Path, tmp_path: Path) -> None:
-    """18: that names the key and what is allowed."""
+    """18: the line names the key and what is allowed."""
     line = refused_run(small_run(tmp_path / "run", small_data, override), cwd=tmp_path)
     assert line.startswith("error: ")
     assert [word for word in words if word not in line] == [], line
@@ -223,7 +223,7 @@ KINDS = [
 
 
 def test_wrong_kinds_of_files_are_one_line(wrong: dict[str, Path], small_data: Path, tmp_path: Path) -> None:
-    """18: folders, files and nothing in place of each other; status 2, the path named, nothing half-written."""
+    """18: a folder, a file or nothing in place of another ends with status 2 and its path; nothing is half-made."""
     problems = []
     for kind in KINDS:
         command, _, rest = kind.format(**wrong, teacher=TEACHER).partition(" ")
@@ -339,7 +339,7 @@ def try_out(recipe: Recipe, mutation: Mutation, folder: Path, run: Path) -> str 
     ],
 )
 def test_a_slip_is_refused_or_accepted_as_written(name: str, num: int | None, labeled: Path, tmp_path: Path) -> None:
-    """18: keys dropped, misspelt, doubled or moved, and other values: one line and nothing built, or a right run."""
+    """18: a key that is dropped, misspelt, doubled, moved or changed ends in one line, or in the run that it means."""
     run, wrong = tmp_path / "run", []
     for i, mutation in enumerate(mutations(small_config(RUNS[name], labeled, run), num)):
         shutil.rmtree(run, ignore_errors=True)
@@ -350,7 +350,7 @@ def test_a_slip_is_refused_or_accepted_as_written(name: str, num: int | None, la
 
 
 def test_retrieval_works_in_anyones_run(labeled: Path) -> None:
-    """22, 23: it measures what the final weights give, and leaves the model in training mode."""
+    """22, 23: the callback measures what the final weights give, and leaves the model in training mode."""
     small = load_labeled_set("mds", labeled, image_size=32, interpolation="bicubic")
     model, callback = Classifier(3 * 32 * 32), ZeroShotRetrieval({"small": small}, interval="3ba", at_start=True)
     fit(model, DataLoader(TensorDataset(*small.train), batch_size=16), "8ba", callbacks=[callback])
@@ -382,7 +382,7 @@ assert heavy & set(sys.modules) == {"torch"}
 
 @pytest.mark.parametrize("first", ["d2v_composer", "timm"])
 def test_timm_knows_the_student_whichever_of_the_two_comes_first(first: str) -> None:
-    """17: in a process that is to import both again."""
+    """17: the process imports both packages anew."""
     code = f"""
 import sys
 for name in [name for name in sys.modules if name.partition(".")[0] in ("d2v_composer", "timm")]:

@@ -111,7 +111,7 @@ def copied(distilled: Path, tmp_path: Path) -> Path:
 
 
 def test_a_folder_becomes_a_student(distilled: Path, photos: Path) -> None:
-    """4, 8, 9: a tenth is in no form trained on, and measures the student."""
+    """4, 8, 9: the student is measured on a tenth of the images, which is not trained on in any form."""
     assert load_student(distilled / "student.safetensors").config.depth == 5
     settings = yaml.safe_load((distilled / "distill.yaml").read_text())
     assert settings["max_duration"] == "4ba"
@@ -166,7 +166,7 @@ def started(moment: str, photos: Path, out: Path) -> Iterator[Program]:
     "moment", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in MOMENTS if name not in QUICK)]
 )
 def test_the_same_command_goes_on_after_a_kill(moment: str, distilled: Path, photos: Path, tmp_path: Path) -> None:
-    """10: it ends with the tensors of an undisturbed call."""
+    """10: the second call ends with the tensors of an undisturbed one."""
     out = tmp_path / "run"
     with started(moment, photos, out) as program:
         program.kill()
@@ -265,7 +265,7 @@ def test_other_commands_count_the_same_files(mixed: Path, tmp_path: Path) -> Non
 
 
 def test_what_was_held_out_is_not_trained_on(photos: Path, tmp_path: Path) -> None:
-    """8: after a kill between the two conversions, under whatever names it comes back; a new image is."""
+    """8: a kill comes between the two conversions, then all images get other names; a new image is trained on."""
     source, out = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "run"
     with started("held-out samples", source, out):
         pass
@@ -296,7 +296,7 @@ def project(photos: Path, small_data: Path, tmp_path: Path) -> Path:
 
 
 def test_what_is_not_ours_stays(project: Path, photos: Path) -> None:
-    """7, 11: OUT is the user's, his link, inside the source or the source itself, or another run's."""
+    """7, 11: OUT belongs to the user, is a link of his, is inside the source or equal to it, or is another run's."""
     before = contents_of(project)
     for source, out, problem in (
         (photos, ".", "--out: .*project holds files that are not ours, such as "),
@@ -345,7 +345,7 @@ def test_a_refused_change_changes_nothing(copied: Path, distilled: Path, photos:
 
 @pytest.mark.parametrize("settings", ["distill.yaml", "run.yaml"])
 def test_a_copy_of_the_settings_trains_another_run(settings: str, distilled: Path, tmp_path: Path) -> None:
-    """7, 10: in the folder of its own name, beside OUT."""
+    """7, 10: the new run has a folder of its own name, beside OUT."""
     before, copy = contents_of(distilled), shutil.copy(distilled / settings, tmp_path / "mine.yaml")
     ended = d2v("train", copy, f"run_name={settings}", "max_duration=2ba")
     assert f"saved in {distilled.parent / settings}\n" in ended.stdout, ended.stderr
@@ -354,7 +354,7 @@ def test_a_copy_of_the_settings_trains_another_run(settings: str, distilled: Pat
 
 
 def test_a_refused_change_before_the_training_changes_nothing(photos: Path, distilled: Path, tmp_path: Path) -> None:
-    """7, 11: what only the built run can refuse is not kept; the user's folders in OUT are not read or removed."""
+    """7, 11: settings that only the built run can refuse are not kept; the user's folders in OUT are not touched."""
     out = tmp_path / "run"
     with started("held-out samples", photos, out):
         pass
@@ -378,7 +378,7 @@ def test_a_refused_change_before_the_training_changes_nothing(photos: Path, dist
 
 
 def test_bad_input_is_one_line(photos: Path, tmp_path: Path) -> None:
-    """18: before anything is written."""
+    """18: the line comes before anything is written."""
     few, out = write_images(tmp_path / "few", ["0.jpg"]), tmp_path / "run"
     none = write_files(tmp_path / "none", {f"{i}.heic": b"" for i in range(3)})
     for source, to, teacher, changes, problem in (
@@ -397,7 +397,7 @@ def test_bad_input_is_one_line(photos: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_without_images_to_train_on_is_one_line(tmp_path: Path) -> None:
-    """8, 18: they are corrupt, or all of them are copies of those that are held out."""
+    """8, 18: all images are corrupt, or copies of those that are held out."""
     corrupt = {f"{i}.jpg": b"corrupt %d" % i for i in range(NUM_IMAGES)}
     copies = dict.fromkeys(corrupt, encoded_image(0))
     for name, files, problem in (
@@ -422,7 +422,7 @@ def test_a_data_set_of_any_column_and_mode_is_distilled(tmp_path: Path) -> None:
 
 
 def test_parquet_files_in_a_store_are_distilled(object_store: GatedStore, tmp_path: Path) -> None:
-    """4, 8: each row once, copies on one side, a bad one counted."""
+    """4, 8: each row is used once, copies are on one side, and a bad row is left out."""
     out, images = tmp_path / "run", [encoded_image(i % NUM_IMAGES) for i in range(NUM_IMAGES + 10)]
     images[7] = b"no image"
     address = object_store.create_bucket("distill-parquet")
@@ -449,7 +449,7 @@ def shards(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_corrupt_shard_is_named(shards: Path, copied: Path, photos: Path, tmp_path: Path) -> None:
-    """5: one of the source, and one of OUT."""
+    """5: one shard is of the source, and one of OUT."""
     source, out = shutil.copytree(shards, tmp_path / "mds"), tmp_path / "run"
     shard = source / "shard.00001.mds"
     whole = shard.read_bytes()
@@ -519,7 +519,7 @@ def test_samples_of_other_settings_are_not_mixed(sounds: Path, tmp_path: Path) -
 def test_a_data_set_in_a_store_leaves_no_shards_behind(
     shards: Path, photos: Path, object_store: GatedStore, tmp_path: Path
 ) -> None:
-    """5 to 7, 10: killed while shards are fetched, the same command goes on; nothing of it stays in OUT."""
+    """5 to 7, 10: a kill comes while shards are fetched; the same command goes on, and leaves none of them in OUT."""
     out, environment = tmp_path / "run", object_store.environment
     object_store.create_bucket_of_images("distill", shards)
     arguments = command("s3://distill/images", out, *SHORTEST)
@@ -535,7 +535,7 @@ def test_a_data_set_in_a_store_leaves_no_shards_behind(
 
 @pytest.mark.slow
 def test_ranks_share_what_the_first_process_prepared(photos: Path, tmp_path: Path) -> None:
-    """10: as it starts them on several GPUs, and once more with changes."""
+    """10: ranks start together as on several GPUs, and once more with changed settings."""
     out = tmp_path / "run"
     with started("training samples", photos, out):
         pass

@@ -173,7 +173,7 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_a_hostile_model_is_refused(what: str, tmp_path: Path) -> None:
-    """16: as teacher and as student, of the public functions."""
+    """16: the public functions refuse it as a teacher and as a student."""
     (tmp_path / "secret").write_text("mine")
     (tmp_path / "secret").chmod(0o600)
     HOSTILE[what](tmp_path / "model.pt")
@@ -189,7 +189,7 @@ QUICK = ("a zip bomb", "code in a teacher", "code in a checkpoint", "a truncated
     "what", [what if what in QUICK else pytest.param(what, marks=pytest.mark.slow) for what in HOSTILE]
 )
 def test_commands_refuse_a_hostile_model(what: str, small_data: Path, tmp_path: Path) -> None:
-    """16, 18: as the model of a command, and as a run's teacher and load_path."""
+    """16, 18: it is the model of a command, a run's teacher, or its load_path."""
     path, out = tmp_path / "model.pt", tmp_path / "out"
     HOSTILE[what](path)
     train = train_command(small_run(out / "run", small_data))[1:]
@@ -266,7 +266,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_a_checkpoint_of_wrong_contents_is_refused(
     what: str, uninterrupted: Path, small_data: Path, tmp_path: Path
 ) -> None:
-    """16, 18: by export, and, where its weights are wrong, by a run's load_path, which would train on from them."""
+    """16, 18: export refuses it; a run's load_path refuses wrong weights, from which it would train on."""
     checkpoint = load_checkpoint(uninterrupted / "latest-rank0.pt")
     CHANGES[what](checkpoint["state"])
     path = tmp_path / "other.pt"
@@ -399,7 +399,7 @@ def test_a_shard_with_wrong_offsets_is_read_or_refused(seed: int, tmp_path: Path
 
 
 def test_an_exported_student_computes_the_same(uninterrupted: Path, exported: Path, tmp_path: Path) -> None:
-    """17: without the teacher's file, as safetensors and as a timm model; tests/checkpoints has the other formats."""
+    """17: it needs no file of the teacher, and is a timm model, too; tests/checkpoints has the other formats."""
     student, teacher = load_student(exported), load_teacher(TEACHER)
     trained = {name.removeprefix("student."): tensor for name, tensor in student_of(uninterrupted).items()}
     ours = student.state_dict()

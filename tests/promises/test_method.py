@@ -104,7 +104,7 @@ def assert_same_arrays(ours: Arrays, golden: Golden, prefix: str = "") -> None:
 
 @pytest.mark.parametrize("golden", [*IMAGES, *SOUND_TEACHERS, "eat_base"], indirect=True)
 def test_teacher(golden: Golden) -> None:
-    """1: its encoder, its blocks, and targets with and without extra tokens."""
+    """1: encoder, blocks and targets, with and without extra tokens, have the reference's numbers."""
     assert_same_arrays(compute(golden.teacher(), *golden.inputs), golden)
 
 
@@ -161,7 +161,7 @@ def test_short_clips(golden: Golden) -> None:
 
 
 def test_student(golden: Golden) -> None:
-    """1: ALiBi, blocks and prediction."""
+    """1: ALiBi, blocks and prediction have the reference's numbers."""
     arrays = golden.arrays
     model, batch = golden.distillation()
     x = model.teacher.encode(*golden.inputs)
@@ -193,7 +193,7 @@ def test_loss_of_the_last_block(golden: Golden) -> None:
 
 @pytest.mark.parametrize("golden", IMAGES, indirect=True)
 def test_only_the_students_blocks_are_trained_and_images_are_encoded_once(golden: Golden) -> None:
-    """2: the paper's sizes and FLOPs, tests/models shows."""
+    """2: tests/models shows that sizes and FLOPs are the paper's."""
     (model, images), calls = golden.distillation(), []
     model.teacher.encoder.register_forward_hook(lambda *_: calls.append(1))
     model.loss(model(images), images)
@@ -217,23 +217,44 @@ def test_another_length_of_eat(golden: Golden, tmp_path: Path) -> None:
     assert failure(wrong, 2) == f"error: {EAT}: target_length must be a multiple of 16, got 15"
 
 
-def test_embeddings_of_a_long_clip_of_eat_are_the_mean_of_its_windows() -> None:
-    """1: each counts as long as it lasts; a clip in a padded batch gives what it gives alone."""
-    student: Any = load_teacher(EAT).build_student(depth=2).eval()
-    window, hop = 63 * 160 + 400, 64 * 160
-    long, short = noise(2, 2 * hop + 400 + 15 * 160)
-    parts = [long[:window], long[hop : hop + window], long[2 * hop :]]
-    embedded = torch.cat([student.embed(part[None]) for part in parts])
-    expected = torch.tensor([[64.0, 64, 16]]) @ embedded / 144
-    assert_close(student.embed(long[None]), expected)
-    batch = student.embed(torch.stack([long, short]), lengths=torch.tensor([len(long), 9000]))
-    assert_close(batch, torch.cat([expected, student.embed(short[None, :9000])]))
-    assert student.embed(torch.stack([long, short]), lengths=torch.tensor([len(long), 300])).isfinite().all()
+HOP, FRAME = 160, 400  # of EAT's spectrograms, in samples of a waveform
+LONG = [64, 64, 16]  # the frames in each window of a long clip
+
+
+def num_samples(num_frames: int) -> int:
+    return (num_frames - 1) * HOP + FRAME
+
+
+@pytest.fixture(scope="module")
+def eats_student() -> Any:
+    return load_teacher(EAT).build_student(depth=2).eval()
+
+
+def test_embeddings_of_a_long_clip_of_eat_are_the_mean_of_its_windows(eats_student: Any) -> None:
+    """1: a window counts as long as it lasts."""
+    clip = noise(1, num_samples(sum(LONG)))
+    starts = [0, LONG[0] * HOP, (LONG[0] + LONG[1]) * HOP]
+    windows = [clip[:, start:][:, : num_samples(frames)] for start, frames in zip(starts, LONG, strict=True)]
+    embeddings = torch.cat([eats_student.embed(window) for window in windows])
+    assert_close(eats_student.embed(clip), torch.tensor([LONG]) / sum(LONG) @ embeddings)
+
+
+def test_a_long_and_a_short_clip_of_eat_give_together_what_they_give_alone(eats_student: Any) -> None:
+    """1: in a padded batch, the noise behind the short clip's end does not count."""
+    clips, end = noise(2, num_samples(sum(LONG))), 9000
+    alone = torch.cat([eats_student.embed(clips[:1]), eats_student.embed(clips[1:, :end])])
+    assert_close(eats_student.embed(clips, lengths=torch.tensor([clips.shape[1], end])), alone)
+
+
+def test_a_clip_of_eat_without_a_whole_frame_has_an_embedding(eats_student: Any) -> None:
+    """1: a long clip stands beside it in the batch."""
+    clips = noise(2, num_samples(sum(LONG)))
+    assert eats_student.embed(clips, lengths=torch.tensor([clips.shape[1], FRAME - 100])).isfinite().all()
 
 
 @pytest.mark.slow
 def test_distill_takes_eat(tmp_path: Path) -> None:
-    """17: from a folder of sound to a student's file that embeds, also for another program."""
+    """17: a folder of sound becomes a student's file that embeds, also in another program."""
     sounds, out = tmp_path / "sounds", tmp_path / "out"
     sounds.mkdir()
     for seed in range(200):

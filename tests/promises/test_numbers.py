@@ -75,7 +75,7 @@ def tensors(embedded: Sequence[NDArray[Any]]) -> list[torch.Tensor]:
 
 
 def test_retrieval_is_a_brute_force(embedded: Embedded) -> None:
-    """23: the share of queries with one of their label among the k nearest."""
+    """23: accuracy is the share of queries with one of their label among the k nearest."""
     _, bank_labels, _, query_labels = embedded
     nearest = np.argsort(-similarities(embedded), axis=1, kind="stable")
     accuracies = retrieval_accuracy(*tensors(embedded), ks=(1, 3, 10))  # pyright: ignore
@@ -99,7 +99,7 @@ def test_knn_is_a_brute_force(embedded: Embedded, k: int, temperature: float) ->
 
 
 def test_the_linear_probe_is_scikit_learns(embedded: Embedded) -> None:
-    """23: to 0.3 points, at the strength that is best for scikit-learn on the queries, among those near ours."""
+    """23: they agree to 0.3 points, at a strength near ours that is best for scikit-learn on the queries."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
@@ -115,7 +115,7 @@ def test_the_linear_probe_is_scikit_learns(embedded: Embedded) -> None:
 
 
 def test_an_evaluation_measures_what_a_brute_force_does(tmp_path: Path) -> None:
-    """23: d2v evaluate's accuracies of a teacher, from embeddings that the teacher gives here, in float64."""
+    """23: d2v evaluate's accuracies of a teacher are those of its embeddings here, in float64."""
     teacher, parts = load_teacher(GOLDEN / "tiny_base.pt"), []
     for split, num in (("train", 200), ("test", 100)):
         images, pixels, labels = read_cifar(split, num)
@@ -150,27 +150,47 @@ def of_teacher_blocks(tmp_path_factory: pytest.TempPathFactory, small_data: Path
     return folder
 
 
-def test_the_untrained_student_is_the_runs(of_teacher_blocks: Path, labeled: Path, tmp_path: Path) -> None:
-    """23: its numbers are those that the run measured before its first batch; without the teacher, there are none."""
-    student, teacher = tmp_path / "student.safetensors", GOLDEN / "tiny_base.pt"
+@pytest.fixture(scope="module")
+def exported(of_teacher_blocks: Path) -> Path:
+    """The exported file of that run's student."""
+    student = of_teacher_blocks.parent / "student.safetensors"
     succeed("export", of_teacher_blocks / "latest-rank0.pt", student)
-    datasets = datasets_of(labeled)
-    logged = log_of(of_teacher_blocks)
-    for number, options in enumerate(([f"model={student}", f"teacher={teacher}"], [f"model={student}"])):
-        out = tmp_path / str(number)
-        ended = succeed("evaluate", datasets, "ks=[1]", f"out={out}", *options)
-        rows = json.loads((out / "evaluation.json").read_text())["results"]
-        accuracies = {
-            (row["bank"], row["embedding"]): row["value"] for row in rows if row["candidate"] == "untrained student"
-        }
-        said = "the untrained student is not measured: init teacher_blocks needs the teacher; give teacher=PATH\n"
-        assert (said in ended.stderr) == (not accuracies) == (len(options) == 1)
-        for (bank, embedding), value in accuracies.items():
-            assert value == pytest.approx(logged[f"metrics/small/bank_{bank}/top1/{embedding}"][0])
+    return student
+
+
+def accuracies_of_untrained(folder: Path) -> dict[tuple[str, str], float]:
+    """Return bank and embedding → the accuracy of the untrained student in an evaluation."""
+    rows = json.loads((folder / "evaluation.json").read_text())["results"]
+    return {(row["bank"], row["embedding"]): row["value"] for row in rows if row["candidate"] == "untrained student"}
+
+
+NOT_MEASURED = "the untrained student is not measured: init teacher_blocks needs the teacher; give teacher=PATH\n"
+
+
+def test_the_untrained_student_is_the_runs(
+    of_teacher_blocks: Path, exported: Path, labeled: Path, tmp_path: Path
+) -> None:
+    """23: an evaluation gives it the numbers that the run measured before its first batch."""
+    models = f"model={exported}", f"teacher={GOLDEN / 'tiny_base.pt'}"
+    ended = succeed("evaluate", datasets_of(labeled), "ks=[1]", f"out={tmp_path}", *models)
+    assert NOT_MEASURED not in ended.stderr
+    accuracies, logged = accuracies_of_untrained(tmp_path), log_of(of_teacher_blocks)
+    assert accuracies
+    for (bank, embedding), accuracy in accuracies.items():
+        assert accuracy == pytest.approx(logged[f"metrics/small/bank_{bank}/top1/{embedding}"][0])
+
+
+def test_without_its_teacher_the_untrained_student_is_not_measured(
+    exported: Path, labeled: Path, tmp_path: Path
+) -> None:
+    """23: a line says why."""
+    ended = succeed("evaluate", datasets_of(labeled), "ks=[1]", f"out={tmp_path}", f"model={exported}")
+    assert NOT_MEASURED in ended.stderr
+    assert accuracies_of_untrained(tmp_path) == {}
 
 
 def test_a_finished_run_prints_its_table_again(small_data: Path, labeled: Path, tmp_path: Path) -> None:
-    """10, 23: with the rows and measures of the call that trained it, which it does not change."""
+    """10, 23: rows and measures are those of the call that trained it, and the checkpoint does not change."""
     sets = f"retrieval.datasets={{small: {{format: mds, root: {labeled / 'test'}, label_column: null}}}}"
     few = "retrieval.at_start=true", "max_duration=2ba", "scheduler.t_warmup=1ba"
     arguments, checkpoint = small_run(tmp_path, small_data, sets, *few), tmp_path / "latest-rank0.pt"
@@ -182,20 +202,19 @@ def test_a_finished_run_prints_its_table_again(small_data: Path, labeled: Path, 
     assert first.partition("\n\n")[2] == again.partition("\n\n")[2]
 
 
-def test_another_teacher_is_refused(of_teacher_blocks: Path, labeled: Path, tmp_path: Path) -> None:
-    """23: for an exported student as for a checkpoint; a converted teacher is the same one."""
-    student, converted, other = (tmp_path / f"{name}.safetensors" for name in ("student", "converted", "other"))
-    succeed("export", of_teacher_blocks / "latest-rank0.pt", student)
+def test_another_teacher_is_refused(of_teacher_blocks: Path, exported: Path, labeled: Path, tmp_path: Path) -> None:
+    """23: an exported student and a checkpoint take their own teacher alone, which may be converted."""
+    converted, other = (tmp_path / f"{name}.safetensors" for name in ("converted", "other"))
     succeed("convert-teacher", GOLDEN / "tiny_base.pt", converted, "--dtype", "float16")
     contents = torch.load(GOLDEN / "tiny_base.pt", weights_only=False)
     contents["model"]["blocks.1.mlp.fc2.weight"] *= 1.1  # not in the encoder
     torch.save(contents, tmp_path / "other.pt")
     succeed("convert-teacher", tmp_path / "other.pt", other)
     datasets = datasets_of(labeled)
-    for model in (student, of_teacher_blocks / "latest-rank0.pt"):
+    for model in (exported, of_teacher_blocks / "latest-rank0.pt"):
         line = failure(d2v("evaluate", datasets, f"model={model}", f"teacher={other}"), 2)
         assert re.fullmatch(rf"error: {other}: not this student's teacher: sha256 \w{{64}}, expected \w{{64}}", line)
-    ended = d2v("evaluate", datasets, f"model={student}", f"teacher={converted}", "max_images=20")
+    ended = d2v("evaluate", datasets, f"model={exported}", f"teacher={converted}", "max_images=20")
     assert "teacher  " in ended.stdout, ended.stderr
 
 
@@ -222,7 +241,7 @@ def test_an_evaluation_replaces_only_its_own(labeled: Path, tmp_path: Path) -> N
 
 
 def test_test_images_among_the_train_images_are_counted(labeled: Path, small_data: Path, tmp_path: Path) -> None:
-    """23: they make every model right; also in other files, of the same pixels."""
+    """23: they make every model right; equal pixels count, also in different files."""
     said = "warning: small: {} of {} test images are also among the train images\n"
     model = f"model={GOLDEN / 'tiny_base.pt'}"
     run = small_run(tmp_path / "run", small_data, f"retrieval.{datasets_of(labeled)}", "max_duration=1ba")

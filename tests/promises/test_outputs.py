@@ -103,7 +103,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, photos: Path) -> Place
     ],
 )
 def test_a_file_of_no_record_of_ours_is_not_replaced(place: Place, command: tuple[str, ...], foreign: str) -> None:
-    """7, 11: it is named, and nothing is written beside it."""
+    """7, 11: one line names it, and nothing is written beside it."""
     place.write(foreign, b"{}")
     assert place.name("o") in failure(d2v(*place.command(*command), **place.options), 2)
     assert place.contents() == {foreign: b"{}"}
@@ -122,7 +122,7 @@ RECORD = "o.npy.parts/00000-of-00002"
 def test_what_died_on_another_machine_is_made_again(
     place: Place, command: tuple[str, ...], left: Mapping[str, bytes], finished: str
 ) -> None:
-    """9, 10: only a record of ours, beside it, shows whose it is."""
+    """9, 10: only a record of ours, beside the output, shows whose it is."""
     for name, content in left.items():
         place.write(name, content)
     succeed(*place.command(*command), **place.options)
@@ -227,7 +227,7 @@ def read_table(path: Path) -> tuple[list[Any], np.ndarray]:
     ],
 )
 def test_parts_of_a_conversion(sources: Sources, tmp_path: Path, kind: str, count: int) -> None:
-    """9: files are shared if there are enough, and else whole shards, which are then those of one command."""
+    """9: parts share the files if there are enough; else they share whole shards, which are those of one command."""
     (source, *options), whole, out = sources[kind], tmp_path / "whole", tmp_path / "out"
     convert(sources[kind], whole)
     make_parts(count, "convert-images", source, out, *options, *SMALL_SHARDS)
@@ -257,7 +257,7 @@ def test_parts_of_a_conversion(sources: Sources, tmp_path: Path, kind: str, coun
     ],
 )
 def test_parts_of_embeddings(sources: Sources, tmp_path: Path, kind: str, count: int, suffix: str) -> None:
-    """21: batches are shared, so that the rows have the same bits; files, whose batches are others, nearly so."""
+    """21: parts share batches, and the rows have the same bits, or share files, and the rows are nearly the same."""
     source, whole, out = sources[kind], tmp_path / f"whole{suffix}", tmp_path / f"out{suffix}"
     embed(source, whole)
     make_parts(count, "embed", TEACHER, source[0], out, *SMALL_BATCHES)
@@ -342,7 +342,7 @@ def test_parts_with_other_labels_are_not_merged(sources: Sources, tmp_path: Path
 
 
 def test_a_damaged_part_is_named(halves: Path) -> None:
-    """5, 9, 21: a shard, an index, rows, or ids of other rows."""
+    """5, 9, 21: a shard or an index is damaged, rows are cut, or ids are missing."""
     out, table = halves / "out", halves / "table.npy"
     shard = next((out / "parts" / "00001-of-00002").glob("*.mds"))
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -400,7 +400,7 @@ def test_ranks_embed_to_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_parts_in_a_store(sources: Sources, object_store: GatedStore, tmp_path: Path) -> None:
-    """9, 21: each on a machine that has nothing in common with the others but the store."""
+    """9, 21: each part is made on a machine that shares nothing with the others but the store."""
     source, bucket = sources["tars"], object_store.create_bucket("parts")
     data, table = f"{bucket}/data", f"{bucket}/table.npy"
     convert(source, tmp_path / "whole")

@@ -27,7 +27,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 
 def test_a_small_conversion_survives_a_loss_of_power(inputs: Inputs, tmp_path: Path) -> None:
-    """26: the smallest of the campaign's cases; in four states, the command runs again."""
+    """26: this is the smallest of the campaign's cases; in four states, the command runs again."""
     trial = record_trial(converting(6), inputs, tmp_path)
     for number, state in enumerate(trial.states(100)):
         problem = trial.judge(state, repeats=number % 25 == 0)
@@ -71,7 +71,7 @@ def test_a_command_survives_a_loss_of_power(name: str, resumes: bool, inputs: In
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_flush_that_is_taken_out_is_found(name: str, inputs: Inputs, tmp_path: Path) -> None:
-    """26: the last one of a file, then of a folder: what the command has made is torn or lost although it has ended."""
+    """26: without the last flush of a file or of a folder, some state has lost or torn what an ended command made."""
     trial = record_trial(CASES[name], inputs, tmp_path)
     flushes = [
         (i, operation.path == "." or (trial.out / operation.path).is_dir())

@@ -57,7 +57,7 @@ def batch_of(checkpoint: Path) -> int:
 # Batch 6 starts an epoch, 3 and 9 are within one; the checkpoints before them are those of batches 6, 2 and 8.
 @pytest.mark.parametrize("batch", [6, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (3, 9))])
 def test_a_killed_run_resumes_bit_for_bit(run: Run, uninterrupted: Path, tmp_path: Path, batch: int) -> None:
-    """3, 10: the same bits as without the kill; on two ranks, the same losses."""
+    """3, 10: it ends with the bits of a run without a kill; resumed on two ranks, it has the same losses."""
     run.train_until_killed(f"batch_start {batch}")
     assert len(run.losses) == batch
     together = run.copied_to(tmp_path / "together")
@@ -69,7 +69,7 @@ def test_a_killed_run_resumes_bit_for_bit(run: Run, uninterrupted: Path, tmp_pat
 
 
 def test_a_killed_run_of_fixed_views_resumes_bit_for_bit(run: Run, small_data: Path, tmp_path: Path) -> None:
-    """10: with a file of targets that has some of after the checkpoint, and some damaged ones."""
+    """10: its file of targets has some from after the checkpoint, and some damaged ones."""
     whole = Run(tmp_path / "whole", small_data, "train_loader.views=1")
     whole.train()
     run.train_until_killed("after_forward 3", "train_loader.views=1")
@@ -83,7 +83,7 @@ def test_a_killed_run_of_fixed_views_resumes_bit_for_bit(run: Run, small_data: P
 
 
 def test_a_run_whose_worker_is_killed_ends_and_resumes(run: Run, uninterrupted: Path) -> None:
-    """10, 18: as the kernel does when memory is short."""
+    """10, 18: the kernel kills a worker when memory is short."""
     program = run.start_until("pauses", ONE_WORKER, AT="batch_end 8 pause")
     _, *workers = family_of(program.pid)
     assert workers
@@ -121,7 +121,7 @@ def test_a_signal_saves_and_ends(sent: signal.Signals, to_all: bool, run: Run, u
 
 @pytest.mark.parametrize("moment", ["before_forward 0", "batch_start 3"])
 def test_a_second_ctrl_c_ends_at_once(moment: str, run: Run) -> None:
-    """11: the first one does before the first batch, when there is nothing to save."""
+    """11: before the first batch, when there is nothing to save, the first one does."""
     program = run.start_until("hangs", UNSAVED, ONE_WORKER, AT=f"{moment} hang")
     family = family_of(program.pid)
     assert len(family) > 1
@@ -187,7 +187,7 @@ def test_a_run_ends_when_one_of_its_ranks_is_killed(victim: int, run: Run) -> No
 
 
 def test_a_signal_in_a_retrieval(small_data: Path, labeled: Path, tmp_path: Path) -> None:
-    """10, 11: that of batch 10 is cut short, and measured by the resumed run; the last one is finished at once."""
+    """10, 11: the resumed run repeats batch 10's retrieval, which was cut short; the last one is finished at once."""
     options = f"retrieval.{datasets_of(labeled)}", "retrieval.baselines=[]", "retrieval.interval=5ba", UNSAVED
     undisturbed, run = (Run(tmp_path / name, small_data, *options) for name in ("undisturbed", "stopped"))
     undisturbed.train()
@@ -233,7 +233,7 @@ def steps_in(run: Run) -> list[int]:
 def test_after_training_a_run_ends_at_once_and_the_same_command_makes_its_report(
     sent: signal.Signals, name: str, run: Run
 ) -> None:
-    """11: a plot hangs."""
+    """11: the signal comes while a plot hangs."""
     options = "max_duration=1ba", "scheduler.t_warmup=0ba", "report=true"
     program = run.start_until("hangs", *options, HANG="matplotlib.figure Figure savefig")
     program.send_signal(sent)
@@ -250,7 +250,7 @@ def test_after_training_a_run_ends_at_once_and_the_same_command_makes_its_report
 def test_a_damaged_newest_checkpoint_is_skipped(
     damage: Callable[[bytes], bytes], uninterrupted: Path, small_data: Path, tmp_path: Path
 ) -> None:
-    """12: with a warning; the run ends with the same bits."""
+    """12: a warning names it, and the run ends with the same bits."""
     run = Run(uninterrupted, small_data).copied_to(tmp_path / "run")
     newest = run.folder / "ep2-ba14-rank0.pt"
     newest.write_bytes(damage(newest.read_bytes()))
@@ -261,7 +261,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(
 
 
 def test_what_a_run_is_cannot_be_changed(uninterrupted: Path, small_data: Path, labeled: Path) -> None:
-    """12: each change is named."""
+    """12: the line names each change."""
     changes = ["seed=18", "student.depth=2", "student.alibi=false", "optimizer.lr=0.001", "targets.extra_tokens=drop"]
     changes += ["global_train_batch_size=8", "train_loader.column=image", "prediction=last_block"]
     changes += ["teacher.first_blocks=1", "alignment.pooling=cls", "alignment.representation=output"]
@@ -277,7 +277,7 @@ def test_what_a_run_is_cannot_be_changed(uninterrupted: Path, small_data: Path, 
 
 @pytest.mark.parametrize("name", ["run.yaml", "notes.txt"])
 def test_a_folder_of_other_files_is_refused(name: str, run: Run) -> None:
-    """7, 11: as it was."""
+    """7, 11: the folder stays as it was."""
     write_files(run.folder, {name: b"mine"})
     line = run.refused()
     assert f"save_folder: {run.folder} holds files that are not ours, such as {name}; choose another" in line
@@ -294,7 +294,7 @@ def test_a_used_folder_is_refused_unless_it_is_resumed(uninterrupted: Path, smal
 
 
 def test_a_checkpoint_that_does_not_fit_is_named(uninterrupted: Path, run: Run, tmp_path: Path) -> None:
-    """11, 12: a finished run's, one of other settings, one of other tensors; nothing is left behind each time."""
+    """11, 12: it is a finished run's, or has other settings or tensors; nothing is left behind each time."""
     finished, foreign = uninterrupted / "latest-rank0.pt", tmp_path / "foreign.pt"
     checkpoint = load_checkpoint(uninterrupted / "ep1-ba12-rank0.pt")
     del checkpoint["state"]["callbacks"]["RunRecord"]
@@ -312,7 +312,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(uninterrupted: Path, run: Run, 
 
 
 def test_a_record_starts_another_run(small_data: Path, tmp_path: Path) -> None:
-    """10, 18: in the folder of its own name, in the precision that was asked for, with next commands that exist."""
+    """10, 18: the run has a folder of its own name and the precision asked for, and prints next commands that exist."""
     Run(Path("runs/{run_name}"), small_data, *SHORT, "precision=auto", cwd=tmp_path).train()
     run = tmp_path / "runs" / "quickstart"
     before, record = contents_of(run), yaml.safe_load((run / "run.yaml").read_text())
@@ -326,7 +326,7 @@ def test_a_record_starts_another_run(small_data: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_killed_before_its_first_checkpoint_leaves_no_log_to_the_next(run: Run) -> None:
-    """7: which may have other settings."""
+    """7: the next run in this folder may have other settings."""
     run.train_until_killed("batch_start 5", UNSAVED)
     assert len(run.losses) == 5
     run.train(*SHORT, "seed=18")
@@ -372,7 +372,7 @@ def test_a_run_whose_folder_vanishes_ends_in_one_line(run: Run) -> None:
 
 
 def test_a_run_leaves_two_checkpoints_a_log_and_a_record(uninterrupted: Path) -> None:
-    """15: and what the run was."""
+    """15: the record says what the run was."""
     names = {path.name for path in uninterrupted.iterdir() if not path.name.startswith(".")}
     assert names == {"ep1-ba12-rank0.pt", "ep2-ba14-rank0.pt", "latest-rank0.pt", "log.jsonl", "run.yaml"}
     record = yaml.safe_load((uninterrupted / "run.yaml").read_text())
@@ -420,7 +420,7 @@ def test_readers_and_a_second_run_beside_a_run_that_saves(
 
 
 def test_the_quickstart_opens_with_what_it_trains_and_warns_of_nothing(tmp_path: Path) -> None:
-    """19: in a fresh process, with the warnings of all imports; in a pipe there are lines, no bar."""
+    """19: a fresh process shows the warnings of all imports; a pipe gets lines, no bar."""
     folder = tmp_path / "run"
     options = ["precision=fp32", "max_duration=4ba", "scheduler.t_warmup=2ba", "global_train_batch_size=8"]
     options += ["retrieval.max_images=16", "alignment.max_samples=20", "callbacks.health=null", "report=false"]

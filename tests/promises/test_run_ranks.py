@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 from small_runs import Run
+from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from d2v_composer import DistillationModel, load_student, load_teacher
 from gated_store import GatedStore
 from helpers import (
     GOLDEN,
+    NUM_IMAGES,
     QUICKSTART,
     ROOT,
     assert_same_losses,
@@ -68,7 +70,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
 
 
 def test_microbatches_give_the_same_losses(uninterrupted: Path, run: Run) -> None:
-    """Sixteen images in parts of 6, 6 and 4."""
+    """Sixteen images are trained on in parts of 6, 6 and 4."""
     run.train("device_train_microbatch_size=6", "activation_checkpointing=true")
     assert_same_losses(run.losses, losses_of(uninterrupted), num_steps=14)
 
@@ -143,7 +145,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Run:
 
 
 def test_a_narrow_students_checkpoint_holds_all_that_trains_and_ranks_train_as_one(narrow: Run, run: Run) -> None:
-    """3, 8, 10: the input projection, blocks and the objective's head."""
+    """3, 8, 10: these are the input projection, the blocks and the objective's head."""
     shapes = {name: tensor.shape for name, tensor in student_of(narrow.folder).items() if ".blocks." not in name}
     assert shapes == {
         "student.input_proj.weight": (20, 48),
@@ -156,7 +158,7 @@ def test_a_narrow_students_checkpoint_holds_all_that_trains_and_ranks_train_as_o
 
 
 def test_evaluate_embed_and_export_read_the_narrow_embedding(narrow: Run, labeled: Path, tmp_path: Path) -> None:
-    """17, 21: from the checkpoint and from its exported file."""
+    """17, 21: they read the checkpoint, and its exported file."""
     exported = tmp_path / "student.safetensors"
     succeed("export", narrow.newest, exported)
     for model in (narrow.newest, exported):
@@ -173,6 +175,7 @@ def test_evaluate_embed_and_export_read_the_narrow_embedding(narrow: Run, labele
 
 MOMENTS = "objectives.tokens.dataset_norm.moments"
 # Targets are normalized by fixed numbers, measured on two batches of 16 whole images before the first step.
+NUM_MEASURED = 2 * 16
 WHOLE_IMAGES = ("train_loader.crop_scale=[1,1]", "train_loader.crop_ratio=[1,1]", "train_loader.flip=0")
 DATASET = ("targets.normalization=dataset", "targets.dataset_batches=2", "device_eval_batch_size=10")
 DATASET += (*WHOLE_IMAGES, "train_loader.shuffle=false", "max_duration=8ba")
@@ -185,25 +188,44 @@ def normalized(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Ru
     return trained(folder, small_data, *DATASET, SAMPLES=str(folder / "samples"))
 
 
-def test_targets_are_normalized_by_the_first_batches(normalized: Run) -> None:
-    """3: and the loader begins its epoch again after them."""
+def test_the_epoch_begins_again_after_the_batches_that_are_measured(normalized: Run) -> None:
+    """3: the run trains on them, too."""
     (samples,) = (normalized.folder.parent / "samples").iterdir()
-    read = [int(line.split()[1]) for line in samples.read_text().splitlines()]
-    assert read[:96] == list(range(96))
-    state, teacher = student_of(normalized.folder), load_teacher(GOLDEN / "tiny_base.pt")
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(encoded_image(seed)))) for seed in range(32)])
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    layers = torch.stack(teacher.forward_blocks(teacher.encode(images))[1]).double().numpy()
-    mean, deviation = layers.mean(axis=(1, 2)), layers.std(axis=(1, 2))
-    count, total, squares = state[MOMENTS].unbind(dim=1)
-    assert (count == 32).all()
-    np.testing.assert_allclose(total / 32, mean, atol=1e-5 * deviation.mean())
-    np.testing.assert_allclose((squares / 32 - (total / 32) ** 2).sqrt(), deviation, rtol=1e-5)
+    trained_on = [int(line.split()[1]) for line in samples.read_text().splitlines()]
+    assert trained_on[:NUM_IMAGES] == list(range(NUM_IMAGES))
+
+
+def measured_images() -> Tensor:
+    """Return the images of the first two batches."""
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(encoded_image(seed)))) for seed in range(NUM_MEASURED)])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def layers_of(teacher: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a teacher's FFN outputs, (layers, images, tokens, channels) float64, their means and deviations."""
+    layers = torch.stack(teacher.forward_blocks(teacher.encode(images))[1]).double()
+    return layers, layers.mean(dim=(1, 2)), layers.std(dim=(1, 2), correction=0)
+
+
+def test_mean_and_deviation_are_measured_on_the_first_batches(normalized: Run) -> None:
+    """3: each channel of each layer has its own, over all tokens of the teacher."""
+    _, means, deviations = layers_of(load_teacher(GOLDEN / "tiny_base.pt"), measured_images())
+    count, sums, sums_of_squares = student_of(normalized.folder)[MOMENTS].unbind(dim=1)
+    assert (count == NUM_MEASURED).all()
+    ours = sums / count
+    torch.testing.assert_close(ours, means, rtol=0, atol=1e-5 * float(deviations.mean()))
+    torch.testing.assert_close((sums_of_squares / count - ours**2).sqrt(), deviations, rtol=1e-5, atol=0)
+
+
+def test_targets_are_normalized_by_what_was_measured(normalized: Run) -> None:
+    """3: the mean of the normalized layers, by a LayerNorm, is the target."""
+    teacher, images = load_teacher(GOLDEN / "tiny_base.pt"), measured_images()
     student: Any = teacher.build_student(depth=3, normalization="dataset")
     model = DistillationModel(teacher, student, dataset_norm=True)
-    model.load_state_dict(state)
-    mean, deviation = mean[:, None, None], np.sqrt(deviation[:, None, None] ** 2 + 1e-5)
-    expected = layer_norm(torch.from_numpy(((layers - mean) / deviation).mean(axis=0)), layers.shape[-1:], eps=1e-5)
+    model.load_state_dict(student_of(normalized.folder))
+    layers, means, deviations = layers_of(teacher, images)
+    normalized_layers = (layers - means[:, None, None]) / (deviations[:, None, None] ** 2 + 1e-5).sqrt()
+    expected = layer_norm(normalized_layers.mean(dim=0), layers.shape[-1:], eps=1e-5)
     torch.testing.assert_close(model(images).target, expected.float(), rtol=0, atol=2e-5)
 
 

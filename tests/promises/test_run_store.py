@@ -84,7 +84,7 @@ def in_store(store: GatedStore, small_data: Path, tmp_path: Path) -> InStore:
 def test_a_killed_run_resumes_on_another_machine(
     store: GatedStore, in_store: InStore, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """6, 10, 15: from the store, which is down for a while; it ends with the same bits and keeps two checkpoints."""
+    """6, 10, 15: the store is down for a while; the run ends with the same bits, and keeps two checkpoints there."""
     cache = f"train_loader.local={tmp_path / 'cache'}"
     options = IMAGES, TEACHER, cache, "train_loader.num_workers=1", "save_interval=5ba", "report=true"
     here, there, third = (in_store("killed", *options, cwd=tmp_path / name) for name in ("here", "there", "third"))
@@ -112,7 +112,7 @@ def test_a_killed_run_resumes_on_another_machine(
 
 
 def test_a_store_that_denies_writing_ends_the_run_before_it_trains(store: GatedStore, in_store: InStore) -> None:
-    """11, 18: in seconds, not after the retries for a store that is unreachable."""
+    """11, 18: it ends in seconds, without the retries for a store that is unreachable."""
     run, start = in_store("denied"), time.monotonic()
     run.options["environment"] = store.reader_environment
     line = run.refused(status=1)
@@ -144,7 +144,7 @@ def test_a_folder_in_a_store_that_holds_other_files_is_refused(
 def test_a_refused_run_uploads_nothing_and_the_right_ones_work_next(
     in_store: InStore, small_data: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """11: with the folder of a run that had no store so far, which goes on without, and then with one."""
+    """11: the folder is of a run without a store, which then goes on without, and later with one."""
     run, local = in_store("moved"), Run(Path("runs/moved"), small_data, cwd=tmp_path)
     shutil.copytree(uninterrupted, run.folder, symlinks=True)
     assert "seed: checkpoint has 17, config has 18" in run.refused("seed=18")
@@ -157,7 +157,7 @@ def test_a_refused_run_uploads_nothing_and_the_right_ones_work_next(
 
 
 def test_a_refused_run_leaves_no_copy_of_a_stores_checkpoint(in_store: InStore, uninterrupted: Path) -> None:
-    """11: it would lie beside another run's, or become another run's."""
+    """11: the copy would lie beside another run's files, or become another run's checkpoint."""
     run = in_store("copied")
     run.put_checkpoints(NEWEST, **{NEWEST: (uninterrupted / NEWEST).read_bytes()})
     assert "seed: checkpoint has 17, config has 18" in run.refused("seed=18")
@@ -165,7 +165,7 @@ def test_a_refused_run_leaves_no_copy_of_a_stores_checkpoint(in_store: InStore, 
 
 
 def test_a_checkpoint_of_a_store_comes_with_its_log(in_store: InStore, uninterrupted: Path) -> None:
-    """23: not with this machine's, which is longer, but was left behind."""
+    """23: this machine's log is longer, but was left behind, and is replaced."""
     run = in_store("logged")
     run.put_checkpoints(NEWEST, **{name: (uninterrupted / name).read_bytes() for name in (BEFORE, NEWEST)})
     run.put("log.jsonl", b'{"step": 13, "loss/train/total": 1.0}\n')
@@ -180,7 +180,7 @@ def test_a_checkpoint_of_a_store_comes_with_its_log(in_store: InStore, uninterru
 
 @pytest.mark.slow
 def test_a_damaged_newest_checkpoint_of_a_store_is_skipped(in_store: InStore, uninterrupted: Path) -> None:
-    """12: with a warning; where none is whole, or reading is denied, the run does not start over in silence."""
+    """12: a warning names it; where none is whole, or reading is denied, the run does not start over in silence."""
     run, hopeless, whole = in_store("damaged"), in_store("hopeless"), (uninterrupted / BEFORE).read_bytes()
     run.put_checkpoints(NEWEST, **{BEFORE: whole, NEWEST: whole[:1000]})
     denied = run.start(AWS_SECRET_ACCESS_KEY="wrong")
@@ -280,7 +280,7 @@ def test_sigterm_to_all_processes_still_uploads_the_checkpoint(in_store: InStore
 def test_what_a_store_does_not_give_is_one_line(
     store: GatedStore, tmp_path: Path, override: str, change: dict[str, str], said: str
 ) -> None:
-    """6, 18: it is missing, or access is denied."""
+    """6, 18: a file is missing, or access is denied."""
     environment = store.environment | {"TORCH_HOME": str(tmp_path / "torch")} | change
     arguments = small_run(tmp_path / "run", tmp_path / "cache", IMAGES, override, "train_loader.timeout=2")
     ended = run_command(*train_command(arguments), environment=environment)

@@ -4,9 +4,10 @@ tests/promises/test_data.py has kills and workers.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from numpy.typing import NDArray
 from streaming import StreamingDataset
 
 from d2v_composer.config.schema import TrainerConfig, TrainLoaderConfig
-from d2v_composer.data import MODALITIES
 from d2v_composer.data.audio import Audio
 from d2v_composer.data.images import Images
 from d2v_composer.data.modality import Modality, collate
@@ -131,38 +131,67 @@ def test_a_nodes_samples_are_its_part_of_streamings_order() -> None:
         assert set(parts[0][:7, node].ravel()) == set(parts[1][:7, node].ravel())
 
 
-@pytest.mark.parametrize(
-    ("draw", "number", "batch_size", "crop", "nodes"),
-    [(read_speech, 60_000, 64, 249_600, 1), (read_speech, 60_000, 128, 249_600, 4), (prompts, 4000, 32, 80_000, 1)],
-)
+class Clips(NamedTuple):
+    """The lengths of all clips, and those in each batch of an epoch, (batches, batch size), in our order or another."""
+
+    lengths: Lengths
+    by_length: Lengths
+    in_streamings_order: Lengths
+
+
+# How lengths are drawn, the number of clips, the longest in seconds, the batch size and the canonical nodes.
+CLIPS = [(read_speech, 60_000, 15.6, 64, 1), (read_speech, 60_000, 15.6, 128, 4), (prompts, 4000, 5, 32, 1)]
+
+
+@pytest.fixture(scope="module", params=CLIPS)
+def clips(request: pytest.FixtureRequest) -> Clips:
+    draw, number, longest, batch_size, nodes = request.param
+    lengths = np.minimum(draw(np.random.default_rng(2), number), int(16_000 * longest))
+    options = {"shuffle_block_size": 8192, "num_canonical_nodes": nodes}
+    batches = (batches_of(build_order(number, batch_size, known, **options)) for known in (lengths, None))
+    return Clips(lengths, *(lengths[samples][:300] for samples in batches))
+
+
+def padded_lengths(batches: Lengths, sizes: Sequence[int]) -> Lengths:
+    """Return the length to which each batch is padded."""
+    return np.array([collate([torch.empty(0, length) for length in batch], sizes)[0].shape[-1] for batch in batches])
+
+
+def share_of_padding(batches: Lengths, padded: Lengths) -> float:
+    """Return the share of frames, of 320 samples, that are padding."""
+    frames, padded_frames = (lengths // 320 - 1 for lengths in (batches, padded))
+    return 1 - frames.sum() / (padded_frames.sum() * batches.shape[1])
+
+
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_little_is_padding(
-    draw: Callable[..., Lengths], number: int, batch_size: int, crop: int, nodes: int, is_compiled: bool
-) -> None:
-    """At most 10 % of the frames, for a compiled model with at most 16 different lengths."""
-    lengths = np.minimum(draw(np.random.default_rng(2), number), crop)
-    order = build_order(number, batch_size, lengths, shuffle_block_size=8192, num_canonical_nodes=nodes)
-    batches = lengths[batches_of(order)]
-    sizes = padded_sizes(lengths) if is_compiled else []
-    padded = [collate([torch.empty(0, length) for length in batch], sizes)[0].shape[-1] for batch in batches[:400]]
-    assert not is_compiled or len(set(padded)) <= 16
-    frames, valid = (np.array(samples) // 320 - 1 for samples in (padded, batches[:400]))
-    share = 1 - valid.sum() / (frames.sum() * batch_size)
+def test_little_is_padding(clips: Clips, is_compiled: bool) -> None:
+    sizes = padded_sizes(clips.lengths) if is_compiled else []
+    share = share_of_padding(clips.by_length, padded_lengths(clips.by_length, sizes))
     assert share < 0.1
-    order.lengths = None
-    unsorted = lengths[order.draw(EPOCH)].reshape(-1, batch_size)
-    assert 1 - unsorted.mean() / unsorted.max(axis=1).mean() > 2 * share
+    assert share < share_of_padding(clips.in_streamings_order, clips.in_streamings_order.max(axis=1)) / 2
+
+
+def test_a_compiled_model_sees_few_lengths(clips: Clips) -> None:
+    assert len(np.unique(padded_lengths(clips.by_length, padded_sizes(clips.lengths)))) <= 16
+
+
+def lengths_by_time(epoch: int) -> NDArray[np.float64]:
+    """Return the mean length of each batch in an epoch's first four windows, (windows, batches)."""
+    batch_size, window = 32, 128
+    lengths = read_speech(np.random.default_rng(2), 20_000)
+    order = build_order(20_000, batch_size, lengths, shuffle_block_size=window * batch_size)
+    return lengths[batches_of(order, epoch=epoch)].mean(axis=1)[: 4 * window].reshape(4, window)
 
 
 def test_batches_of_all_lengths_come_at_all_times() -> None:
-    """And at other times in each window and in each epoch."""
-    lengths = read_speech(np.random.default_rng(2), 20_000)
-    order = build_order(20_000, 32, lengths, shuffle_block_size=128 * 32)
-    epochs = [lengths[batches_of(order, epoch=epoch)] for epoch in (EPOCH, EPOCH + 1)]
-    thirds = [part.mean() for part in np.array_split(epochs[0][:120], 3)]
-    assert max(thirds) < 1.15 * min(thirds)
-    windows = np.concatenate([batches[: 4 * 128].mean(axis=1).reshape(4, 128) for batches in epochs])
-    assert np.triu(np.corrcoef(windows), 1).max() < 0.5
+    for window in lengths_by_time(EPOCH):
+        thirds = [batches.mean() for batches in np.array_split(window, 3)]
+        assert max(thirds) < 1.15 * min(thirds)
+
+
+def test_lengths_come_at_other_times_in_each_window_and_in_each_epoch() -> None:
+    windows = np.concatenate([lengths_by_time(EPOCH), lengths_by_time(EPOCH + 1)])
+    assert np.triu(np.corrcoef(windows), 1).max() < 0.5  # of any two
 
 
 def test_without_shuffle_the_order_is_that_of_the_samples() -> None:
@@ -211,44 +240,40 @@ def test_other_lengths_are_another_data_set(tmp_path: Path) -> None:
 
 # What a checkpoint fixes.
 
-# Another value of each field of train_loader. Where the data lie does not matter: the run compares their sha256.
-CHANGES: dict[str, Any] = {
-    "num_workers": 1,
-    "prefetch_factor": 5,
-    "crop_scale": (0.5, 1.0),
-    "crop_ratio": (1.0, 1.0),
-    "flip": 0.0,
-    "crop_seconds": 0.1,
-    "timeout": 9.0,
-    "shuffle": False,
-    "shuffle_block_size": 256,
-    "num_canonical_nodes": 2,
-    "column": "other",
-    "views": 1,
-}
-LOCATION = {"local", "remote", "cache_limit"}
+# Fields that leave the order alone, each with another value than usual.
+FREE: dict[str, Any] = {"num_workers": 1, "prefetch_factor": 5, "timeout": 9.0}
+FREE_FOR_IMAGES: dict[str, Any] = {"crop_scale": (0.5, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0}
+LOCATION = {"local", "remote", "cache_limit"}  # of the data, whose sha256 the run compares
 
 
-def order_of(index: Index, is_compiled: bool = False, **changes: Any) -> list[int]:
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 clips of many lengths."""
+    lengths = np.random.default_rng(0).integers(800, 8000, 400).tolist()
+    return open_clips(tmp_path_factory.mktemp("clips"), json.dumps({"lengths": lengths}), 400).folder
+
+
+def order_of(folder: Path, modality: type[Modality], is_compiled: bool = False, **changes: Any) -> list[int]:
     """Return the samples of two epochs."""
-    loader = TrainLoaderConfig(local=str(index.folder), **{"column": "image", "num_workers": 0, **changes})
+    loader = TrainLoaderConfig(local=str(folder), **{"column": "image", "num_workers": 0, **changes})
     config = TrainerConfig(seed=SEED, precision="fp32", global_train_batch_size=16)
-    train_loader: Any = build_train_loader(config, loader, index, is_compiled=is_compiled)
+    train_loader: Any = build_train_loader(config, loader, Index(folder, modality(), "image"), is_compiled=is_compiled)
     return [sample.sample_id for _ in range(2) for sample in train_loader.sampler]
 
 
-@pytest.mark.parametrize("modality", [Images(32), Audio()], ids=["image", "audio"])
-def test_a_field_is_fixed_or_leaves_the_order_alone(modality: Modality, tmp_path: Path) -> None:
-    lengths = np.random.default_rng(0).integers(800, 8000, 400).tolist()
-    open_clips(tmp_path, json.dumps({"lengths": lengths}), 400)
-    index = Index(tmp_path, modality, "image")
-    before = order_of(index)
-    assert CHANGES.keys() | LOCATION == TrainLoaderConfig.model_fields.keys()
-    refused = frozenset().union(*(kind.options for kind in MODALITIES.values())) - modality.options
-    fixed = {name for name in CHANGES if f"config.train_loader.{name}" in FIXED_IN_ANY_RUN}
-    free = {name: CHANGES[name] for name in CHANGES.keys() - fixed - refused}
-    assert len(free) > 2
-    for name, value in free.items():
-        assert order_of(index, **{name: value}) == before, name
-    assert order_of(index, is_compiled=True) == before
-    assert order_of(index, shuffle_block_size=256) != before
+def test_each_field_is_free_or_fixed_by_a_checkpoint() -> None:
+    fixed = [name.rpartition(".")[2] for name in FIXED_IN_ANY_RUN if name.startswith("config.train_loader.")]
+    assert sorted([*FREE, *FREE_FOR_IMAGES, *LOCATION, *fixed]) == sorted(TrainLoaderConfig.model_fields)
+
+
+@pytest.mark.parametrize(("modality", "field"), [*product([Images, Audio], FREE), *product([Images], FREE_FOR_IMAGES)])
+def test_a_free_field_leaves_the_order_alone(modality: type[Modality], field: str, sounds: Path) -> None:
+    change = {field: (FREE | FREE_FOR_IMAGES)[field]}
+    assert order_of(sounds, modality, **change) == order_of(sounds, modality)
+
+
+@pytest.mark.parametrize("modality", [Images, Audio])
+def test_the_block_size_changes_the_order_and_compilation_does_not(modality: type[Modality], sounds: Path) -> None:
+    usual = order_of(sounds, modality)
+    assert order_of(sounds, modality, shuffle_block_size=256) != usual
+    assert order_of(sounds, modality, is_compiled=True) == usual
