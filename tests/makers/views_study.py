@@ -1,14 +1,19 @@
 """Train the quickstart's student on fixed views of 919 images, and measure it on others: yamls/ablations/views.csv.
 
 python tests/makers/views_study.py OUT.csv VIEWS SEED BATCHES
+python tests/makers/views_study.py TEACHER [NAME=VALUE...]
 
 VIEWS is train_loader.views, or null. A row has the loss of 1,000 test images, not augmented, and the student's top-1
 in % with the train and with the test images as the bank.
+
+With a teacher and load_teacher's arguments, print the CPU time of a step without kept targets over that of a step with
+them: batches of 32, steps of both kinds in turn, one thread.
 """
 
 import csv
 import json
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -16,13 +21,16 @@ from pathlib import Path
 
 import torch
 
+from d2v_composer import load_teacher
 from d2v_composer.config.load import load_config
+from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.runs.distill import train_student
 
 ROOT = Path(__file__).parents[2] / "yamls"
 CIFAR = ROOT / "quickstart" / "cifar10"
 FIELDS = ("views", "seed", "batches", "loss", "bank_train", "bank_test", "seconds")
 IMAGES, BATCH = 1000, 100
+PAIRS = 20
 
 
 def write_first_shard(folder: Path) -> None:
@@ -84,5 +92,21 @@ def read_test_images() -> torch.Tensor:
     return load_labeled_set("mds", str(CIFAR), image_size=32, interpolation="bicubic").test[0][:IMAGES]
 
 
+def print_ratio(path: str, *options: str) -> None:
+    torch.set_num_threads(1)
+    teacher = load_teacher(path, **dict(option.split("=") for option in options))
+    model = DistillationModel(teacher, teacher.build_student(depth=5), keeps_targets=True)
+    images = teacher.encoder.example(32)
+    targets = torch.cat([model(images).target.flatten(1)], dim=1).half()
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for step in range(2 * PAIRS):
+        batch = {"image": images} | ({"targets": targets} if step % 2 else {})
+        begin = time.process_time()
+        model.loss(model(batch), batch).backward()
+        seconds[bool(step % 2)].append(time.process_time() - begin)
+    ratios = [computed / kept for computed, kept in zip(seconds[False], seconds[True], strict=True)]
+    print(f"{path}: {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}")
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    (main if sys.argv[1].endswith(".csv") else print_ratio)(*sys.argv[1:])
