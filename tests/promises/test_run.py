@@ -68,6 +68,7 @@ def test_a_killed_run_resumes_bit_for_bit(run: Run, uninterrupted: Path, tmp_pat
     assert_same_losses(together.losses, losses_of(uninterrupted), num_steps=14)
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_fixed_views_resumes_bit_for_bit(run: Run, small_data: Path, tmp_path: Path) -> None:
     """10: its file of targets has some from after the checkpoint, and some damaged ones."""
     whole = Run(tmp_path / "whole", small_data, "train_loader.views=1")
