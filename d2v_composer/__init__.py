@@ -105,7 +105,7 @@ class _FindTimm:
                 execute(module)
                 import_module("timm.models").register_model(d2v2_student)
 
-            spec.loader.exec_module = exec_module  # of this import alone
+            spec.loader.exec_module = exec_module  # for this import alone
         return spec
 
 

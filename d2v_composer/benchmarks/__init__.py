@@ -58,7 +58,7 @@ def measure_speeds(
     """Return batch size → model → samples per second, the median over rounds; in a round, models take turns."""
 
     def apply(embed: Embed, batch: Tensor) -> object:
-        return embed(batch[:])  # of the same tensor, models would share an encoder's tokens
+        return embed(batch[:])  # a new tensor: models share tokens of the same one
 
     speeds = {}
     for size in BATCH_SIZES:

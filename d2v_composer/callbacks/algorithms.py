@@ -109,7 +109,7 @@ class TargetStatistics(Callback):
         self.num_batches, self.device_batch_size = num_batches, device_batch_size
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        if state.timestamp.batch > 0:  # they are in the checkpoint
+        if state.timestamp.batch > 0:  # the statistics are in the checkpoint
             return
         model: Any = unwrapped(state)
         loader: Any = state.dataloader

@@ -61,7 +61,7 @@ class AlignStudent(Callback):
         self.student, self.samples, self.batches = student, samples, batches
         self.target, self.workers = target, workers
         self.embed_student, self.embed_teacher = embed_student, embed_teacher
-        self.targets: list[Tensor] = []  # this rank's, embedded once
+        self.targets: list[Tensor] = []  # of this rank's samples, embedded once
         self.batch, self.statistics = -1, dict[str, Any]()
 
     def batch_end(self, state: State, logger: Logger) -> None:

@@ -198,7 +198,7 @@ class Checkpoints(Callback):
         with rank_zero_first("save_folder"):
             if self.folder is not None and self.lock is not None:
                 self.lock.mark(self.folder.address or "")
-                if not (self.folder.local / LATEST).exists():  # of a run that was killed before its first checkpoint
+                if not (self.folder.local / LATEST).exists():  # the run was killed before its first checkpoint
                     (self.folder.local / LOG).unlink(missing_ok=True)
                 if self.folder.address is not None:
                     put(self.lock.path, f"{self.folder.address}/{MARK}")

@@ -258,7 +258,7 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
     record = checkpoint.record | _results_of(checkpoint)
     sizes: Any = read_sizes(path, record["student"]["sizes"])
     config = getattr(sizes, "network", None) or sizes.student
-    if aligned.get("batch") == checkpoint.trained("batch"):  # else the map is of earlier weights
+    if aligned.get("batch") == checkpoint.trained("batch"):  # the map fits these weights
         record["alignment"] = aligned["about"]
     projected = config.projection is not None or value_at(record, "alignment.target") == PROJECTED
     teacher = _load_teacher_of(record, path, teacher_path, projected)

@@ -90,7 +90,7 @@ def write_model_file(
     with out_file(path) as partial:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
-        except SafetensorError as error:  # of the disk
+        except SafetensorError as error:  # the disk failed
             raise OSError(reason(error)) from error
         when_complete()
 
@@ -257,7 +257,7 @@ def build_encoder(config: EncoderConfig) -> Encoder:
     if type(config) in ENCODERS:
         return ENCODERS[type(config)](config).freeze()
     assert isinstance(config, TimmEncoderConfig)
-    with torch.device("cpu"):  # as above
+    with torch.device("cpu"):  # see build_student
         from d2v_composer.models.timm_teacher import TimmEncoder
 
     return TimmEncoder(config).freeze()

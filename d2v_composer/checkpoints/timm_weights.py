@@ -127,7 +127,7 @@ def load_weights(built: Any, model: str, stored: Tensors, left_out: tuple[str, .
         Exception: The tensors are not weights of this model.
     """
     named = {WRAPPERS.sub("", name): tensor for name, tensor in stored.items()}
-    if len(named) < len(stored):  # one would silently win
+    if len(named) < len(stored):  # two weights with one name: one would silently win
         raise ValueError("it holds two models, whose tensor names differ only in a prefix such as 'module.'; keep one")
     patch = built.patch_embed.proj
     kernels = [tensor for name, tensor in named.items() if tensor.ndim == 4 or "patch" in name]

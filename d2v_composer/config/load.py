@@ -181,7 +181,7 @@ def is_text(kind: Any) -> bool:
 def section_at(schema: type[BaseModel], place: Sequence[str | int]) -> type[BaseModel]:
     """Return the section at a dotted path in the config."""
     for name in place:
-        if name in schema.model_fields:  # else a data set's name
+        if name in schema.model_fields:  # other names are those of data sets
             schema = find_section(schema.model_fields[str(name)].annotation) or schema
     return schema
 

@@ -166,7 +166,7 @@ class _Task(NamedTuple):
         done = {"entry": None, "skipped": [], "lengths": []}
         with _published(self.out, name, self.work) as path:
             writer = MDSWriter(columns=columns, out=str(path.parent), hashes=HASHES, size_limit=None)
-            writer.shards = [None] * number  # their number becomes the next one's name
+            writer.shards = [None] * number  # the next shard is named by how many there are
             for sample in self.groups[number].tolist():
                 try:
                     stored, length = source.load(sample), None
@@ -181,7 +181,7 @@ class _Task(NamedTuple):
                 label = {} if source.label is None else {"label": source.label(sample)}
                 writer.write({column: stored, **label})
                 done["lengths"] += [] if length is None else [length]
-            if writer.new_samples:  # not finish(), which writes an index: an unfinished data set has none
+            if writer.new_samples:  # finish() would write an index of an unfinished data set
                 writer.flush_shard()
                 done["entry"] = writer.shards[-1]
             writer.executor.shutdown()
@@ -284,7 +284,7 @@ def convert(
             raise InputError(f"{source.root}: none of the {len(source)} {unit} can be read")
         etags = {shard["entry"]["raw_data"]["basename"]: shard.get("etag") for shard in shards if shard["entry"]}
         for path in folder.glob("shard.[0-9]*.mds"):
-            if path.name not in etags:  # of an interrupted conversion with other settings
+            if path.name not in etags:  # left by a conversion with other settings
                 path.unlink()
         if out.startswith("s3://") and (lost := sorted(name for name, _ in etags.items() - list_etags(out).items())):
             raise RunError(

@@ -22,7 +22,7 @@ from d2v_composer.models.configs import ImageSize, height_and_width
 from d2v_composer.system.errors import InputError, UnreadableSampleError
 
 CROP_ATTEMPTS = 10
-ORIENTATION = 0x0112  # of an EXIF record
+ORIENTATION = 0x0112  # tag in an EXIF record
 # EXIF orientation → the transposition that turns the image upright; an image of orientation 1 is upright.
 TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
 JPEG_START = b"\xff\xd8"

@@ -17,7 +17,7 @@ from typing_extensions import Self
 from d2v_composer.models.configs import EncoderConfig
 from d2v_composer.system.errors import UnreadableSampleError
 
-MAX_BYTES = 1 << 30  # of a file, which is read whole
+MAX_BYTES = 1 << 30  # limit of a file, because files are read whole
 
 
 class Transform(Protocol):
@@ -153,9 +153,9 @@ class Augmentation(NamedTuple):
     transform: Transform
     seed: int
 
-    def __call__(self, sample: Tensor, *place: int) -> Tensor:
-        """Augment a sample with random numbers that depend only on the seed and ``place``, two whole numbers."""
-        return self.transform(sample, sample_rng(self.seed, *place))
+    def __call__(self, sample: Tensor, *key: int) -> Tensor:
+        """Augment a sample with random numbers that depend only on the seed and ``key``, two whole numbers."""
+        return self.transform(sample, sample_rng(self.seed, *key))
 
 
 def collate(samples: Sequence[Tensor], sizes: Sequence[int] = ()) -> tuple[Tensor, ...]:

@@ -138,7 +138,7 @@ def embed_source(
     out, rank = str(out), global_rank()
     place = source.root if is_remote(source.root) else Path(source.root).resolve()
     settings = plan_of(source, ALL, model=hash_weights(model), device=device, **options._asdict())
-    plan = part or settings | {"source": hash_of(place)}  # of which some files may change
+    plan = part or settings | {"source": hash_of(place)}  # not the files: some may change
     width = embed_batch(model, (model.encoder.example(1),), options, device).shape[1]
     folder, unit = _partial_folder(out), source.modality.unit
     chunks = _cut(source, plan, folder)

@@ -86,7 +86,7 @@ class Lookup:
     """Text of the progress bar before the name of the set; ``None``: no bar."""
     target: str = ""
     """Name of the teacher's embedding to which the student's ``projected_cls`` is fitted; '' without alignment."""
-    kept: dict[str, EmbeddedSet] = field(default_factory=dict)
+    teacher_embeddings: dict[str, EmbeddedSet] = field(default_factory=dict)
     """Data set → the teacher's embedding ``target``, kept from the first time that the teacher embeds the set."""
 
     def measures(self, labeled: EvaluationSet) -> list[Measure]:
@@ -219,14 +219,18 @@ def measure_embeddings(
         lookup: The settings.
     """
     wanted = {measure.name for measure in lookup.measures(labeled)}
-    to_device, ranks, target, kept = lookup.to_device, lookup.ranks, lookup.target, lookup.kept
-    # A teacher's embeddings that serve only as a bank are embedded once.
-    needed = {row.queries for row in rows} | {row.bank for row in rows if dataset not in kept}
+    to_device, ranks, target = lookup.to_device, lookup.ranks, lookup.target
+    teacher_embeddings = lookup.teacher_embeddings
+    # Embed the set with each model; a teacher's embeddings that serve only as a bank, once in a run.
+    needed = {row.queries for row in rows} | {row.bank for row in rows if dataset not in teacher_embeddings}
     used = {model: embed for model, embed in embeds.items() if model in needed}
     embedded = embed_set(used, dataset, labeled, lookup, "instance" in wanted)
     if TEACHER in used and target:
-        kept[dataset] = {part: {target: embeddings[target]} for part, embeddings in embedded[TEACHER].items()}
-    embedded = {TEACHER: kept.get(dataset, {})} | embedded
+        teacher_embeddings[dataset] = {
+            part: {target: embeddings[target]} for part, embeddings in embedded[TEACHER].items()
+        }
+    embedded = {TEACHER: teacher_embeddings.get(dataset, {})} | embedded
+    # List what is searched: pairs of a bank and its queries.
     classes = labeled.class_embeddings if "zero_shot" in wanted else None
     labels = {split: to_device(getattr(labeled, split).labels) for split in BANKS}
     labels |= dict.fromkeys(VIEWS, torch.arange(len(labels["test"])).to(labels["test"]))
@@ -240,7 +244,8 @@ def measure_embeddings(
             for part, embeddings in embedded[model].items()
         }
 
-    for row in sorted(rows, key=lambda row: row.title != TEACHER):  # with which the others are compared
+    # For each row, choose its embeddings; for each embedding, find neighbors in common with the teacher, then search.
+    for row in sorted(rows, key=lambda row: row.title != TEACHER):  # the teacher first: others are compared with it
         in_queries = embedded[row.queries]["test"]
         if row.is_projected:
             primary = target if row.queries == TEACHER else PROJECTED
@@ -253,11 +258,11 @@ def measure_embeddings(
             banks = queries if row.bank == row.queries else gathered(row.bank, target)
             hits = dict[Measure, Tensor]()
             neighbors = dict[str, Tensor]()
-            if (known := lookup.teacher_neighbors) is not None and "agreement" in wanted:
+            if (of_teacher := lookup.teacher_neighbors) is not None and "agreement" in wanted:
                 nearest = nearest_others(queries["test"][0], ranks=ranks, bank=banks["test"][0])
                 if row.title == TEACHER:
-                    known.setdefault(dataset, {})[name] = nearest.int().cpu()
-                theirs = known[dataset]
+                    of_teacher.setdefault(dataset, {})[name] = nearest.int().cpu()
+                theirs = of_teacher[dataset]
                 same = name if name in theirs and name != primary else find_primary(lookup.primary, theirs)
                 same = target if row.is_projected else same
                 hits[AGREEMENT] = common_fractions(nearest, theirs[same])

@@ -47,7 +47,7 @@ def load_openvino(file: str, **config: str) -> Any:
 def load_litert(file: str) -> Any:
     from ai_edge_litert.interpreter import Interpreter  # pyright: ignore[reportMissingImports]
 
-    runner = Interpreter(file).get_signature_runner()  # of one sample
+    runner = Interpreter(file).get_signature_runner()  # takes one sample
     [name] = runner.get_input_details()
     return lambda x: np.concatenate([next(iter(runner(**{name: row[None]}).values())) for row in x])
 
@@ -106,7 +106,7 @@ def measure(runtime: str, file: str) -> dict[str, Any]:
     units = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (ours, theirs)]
     nearest = [np.argsort(unit @ unit.T - 3 * np.eye(len(unit)))[:, -10:] for unit in units]
     cosines = (units[0] * units[1]).sum(axis=1)
-    status = Path("/proc/self/status")  # of Linux
+    status = Path("/proc/self/status")  # exists on Linux
     return {
         "load s": seconds,
         "peak MB": int(status.read_text().split("VmHWM:")[1].split()[0]) / 1e3 if status.exists() else 0,
@@ -125,7 +125,7 @@ if __name__ == "__main__":
     numbers = measure(runtime, file)
     print(json.dumps(numbers, indent=1, default=float))
     limits = {"cosine": (kit["cosine"], 1.001), "agreement": (0.5, 1), "by batch": (0, 0.01)}
-    if runtime != "openvino":  # which computes in bfloat16 where the processor has it
+    if runtime != "openvino":  # OpenVINO uses bfloat16 if the processor has it
         limits["difference"] = (0, kit["difference"])
     wrong = [key for key, (low, high) in limits.items() if not low <= numbers[key] <= high]  # NaN is not
     sys.exit("; ".join("{} {:.4g}, expected {} to {}".format(key, numbers[key], *limits[key]) for key in wrong) or None)

@@ -78,7 +78,7 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
         accuracies = value_at(record, "results.accuracies") or {}
         stated, start = [teacher["license"] or ""], None
         if network and value_at(record, "config.student.pretrained"):
-            import timm  # which takes seconds
+            import timm  # the import takes seconds
 
             start = getattr(timm.get_pretrained_cfg(timm_name(network)), "license", None) or "nothing"
             stated.append(start)

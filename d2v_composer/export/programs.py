@@ -68,7 +68,7 @@ class Program(nn.Module):
         self.original = student.embed
         self.student = copy.deepcopy(student).cpu().requires_grad_(False).eval()
         for alibi in self.modules():
-            if isinstance(alibi, Alibi):  # for any number of tokens, and on any device
+            if isinstance(alibi, Alibi):  # the program needs any number of tokens and any device
                 alibi.register_buffer("slopes_of_heads", alibi.slopes())
                 alibi.unscaled = partial(build_bias, alibi)
         self.embedding = embedding

@@ -86,7 +86,7 @@ def verify(
         (folder / "kit.json").write_text(json.dumps(limits, indent=1), encoding="utf-8")
         shutil.copy(script, folder)
         if kit is not None:
-            with suppress(shutil.SameFileError):  # it lies there
+            with suppress(shutil.SameFileError):  # the file is in the folder already
                 shutil.copy(exported, kit)
             print(f"wrote {kit}; in this folder, run: python {script.name} RUNTIME {exported.name}")
             return

@@ -142,7 +142,7 @@ class AudioEncoder(Sound, Data2Vec2Encoder):
             x_BND, convolutions = convolutions["0"](x_BND), convolutions["1"]
         num_frames = x_BND.shape[1]
         for layer in convolutions.values():
-            if padding_BN is not None:  # each reaches over the clip's end
+            if padding_BN is not None:  # each convolution reaches over the clip's end
                 x_BND = x_BND.masked_fill(padding_BN[..., None], 0)
             x_BDN = layer["0"](x_BND.transpose(1, 2))[..., :num_frames]  # an even kernel gives one more
             x_BND = gelu(layer_norm(x_BDN.transpose(1, 2), x_BND.shape[2:]))

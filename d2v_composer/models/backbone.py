@@ -141,7 +141,7 @@ class Backbone(nn.Module, ABC):
     def __init__(self, encoder: Encoder, config: Any, provenance: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.encoder = encoder
-        self.config: Any = config  # of the subclass's kind
+        self.config: Any = config  # a subclass has its own class of configs
         self.provenance = provenance or {}
         self.embed_dim = encoder.embed_dim
         self.layer_mean = LayerMean.of(config)

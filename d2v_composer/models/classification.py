@@ -120,6 +120,6 @@ class Classifier(ComposerModel):
         for number, block in enumerate(blocks, 1):
             if any(weight is parameter for parameter in block.parameters()):
                 return number
-        if name.startswith("backbone.input_proj."):  # to the first block of a narrow student
+        if name.startswith("backbone.input_proj."):  # a narrow student's; trains with its first block
             return len(self.backbone.encoder.block_list) + 1
         return 0 if name.startswith("backbone.encoder.") else len(blocks) + 1

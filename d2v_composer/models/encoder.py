@@ -119,7 +119,7 @@ class Encoder(Freezable):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config: Any = config  # of the subclass's kind
+        self.config: Any = config  # a subclass has its own class of configs
         self.alibi = None
         self.half_residual = False
 

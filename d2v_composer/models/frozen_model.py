@@ -83,7 +83,7 @@ class FrozenModel(Teacher):
         return Features.of_layer(tokens.x, self.num_extra_tokens, self.has_cls_token)
 
     def cast_weights(self, dtype: torch.dtype) -> Self:
-        return self  # its code may read them in another way than autocast's
+        return self  # foreign code may not expect cast weights
 
     def student_encoder(self) -> ImageEncoder:
         """Build data2vec 2.0's stem, with learned positions, for as many tokens as the teacher's."""

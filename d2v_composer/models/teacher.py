@@ -131,7 +131,7 @@ class Teacher(Backbone, Freezable):
         try:
             for block, source in zip(student.block_list, sources, strict=False):
                 (block.attn if init == "teacher_attention" else block).load_state_dict(source.state_dict())
-        except RuntimeError as error:  # its first line is a title
+        except RuntimeError as error:  # the message's first line is a title
             raise ValueError(f"init {init} needs the teacher's sizes: {str(error).splitlines()[1].strip()}") from error
         return student
 

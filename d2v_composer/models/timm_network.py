@@ -36,7 +36,7 @@ def create_network(config: TimmNetworkConfig, pretrained: bool = False) -> tuple
         try:
             model: Any = timm.create_model(name, pretrained, **sized)
             options = sized
-        except TypeError:  # it takes images of any size
+        except TypeError:  # no such argument: the model takes images of any size
             model = timm.create_model(name, pretrained, **options)
     except Exception as error:
         raise ValueError(f"{config.model}: {reason(error)}") from error

@@ -108,7 +108,7 @@ class DistillationModel(ComposerModel):
         **targets: Any,
     ) -> None:
         super().__init__()
-        self.teacher: Any = teacher  # of the kind that is given
+        self.teacher: Any = teacher  # an instance of the given class
         self.student: Any = student
         self.cpu_bf16, self.keeps_targets = cpu_bf16, keeps_targets
         self.layer_mean = student.layer_mean.changed(prediction=prediction, extra_tokens=extra_tokens, **targets)

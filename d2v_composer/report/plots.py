@@ -165,7 +165,7 @@ def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Fi
             xscale="log",
         )
         axes.margins(0.15)
-        axes.tick_params("x", which="both", labelsize=8)  # of two decades, it has names such as 3 × 10²
+        axes.tick_params("x", which="both", labelsize=8)  # labels such as 3 × 10² are long
         axes.yaxis.set_major_formatter(percent)
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure

@@ -146,7 +146,7 @@ def _kept(run: Run, dataset: str, measure: Measure, rows: Mapping[str, Any]) -> 
     verdict += f"{closed.note}. {details}"
     if value >= ENOUGH:
         return verdict
-    logged = run.log.get(metric_key(dataset, measure), {})  # of an interrupted run also of later batches
+    logged = run.log.get(metric_key(dataset, measure), {})  # may go beyond the last checkpoint
     first, before = max({0: untrained / 100, **{step: value for step, value in logged.items() if step < batch}}.items())
     gain = 100 * (student - 100 * before) / (teacher - untrained)
     more = "" if run.record["config"]["student"]["model"] else "more teacher.first_blocks or "  # timm's has its own

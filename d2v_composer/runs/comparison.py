@@ -140,7 +140,7 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
     models = {name: candidate.eval().to(device) for name, candidate in compared if candidate is not None}
     first = teacher or model
     embeds = share_encoders(first, models, model.layer_mean)
-    if teacher is None and has_tuned_encoder(model.provenance):  # it is no longer the teacher's
+    if teacher is None and has_tuned_encoder(model.provenance):  # the encoder is no longer the teacher's
         embeds.pop("encoder", None)
     groups, parts = {modality: embeds}, {"encoder": first.encoder, **models}
     for place, name in zip(config.rivals, places, strict=True):

@@ -71,7 +71,7 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trai
     with node_leaders_first("the model"):
         backbone, _ = config.load()
     is_student, backbone.head = not isinstance(backbone, Teacher), None  # a head is of an earlier fine-tuning run
-    backbone.alignment = None  # it was fitted to the weights before this run
+    backbone.alignment = None  # fitted to the weights before this run
     embedding = backbone.choose_embedding(config.pooling, config.representation)
     modality = modality_of(backbone.encoder.config)
     for name in ("mixup", "cutmix") if modality.has_lengths else ():
@@ -86,7 +86,7 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trai
         "num_classes": data.num_classes,
         "class_names": list(data.class_names),
         "provenance": backbone.provenance,
-        **({"sizes": sizes_of(backbone)} if is_student else {}),  # for its export
+        **({"sizes": sizes_of(backbone)} if is_student else {}),  # an export needs them
     }
     cpu_bf16 = choose_precision(config.precision).cpu_bf16
     model = Classifier(backbone, data.num_classes, *embedding, config.train_encoder, cpu_bf16)

@@ -287,10 +287,10 @@ def choose_settings(num_samples: int, teacher: TeacherConfig, student: str | Non
     if isinstance(teacher.encoder, TimmEncoderConfig):
         height, width = height_and_width(teacher.image_size)
         patch = height // teacher.grid_size[0]
-        if height == width:  # else the model's own
+        if height == width:  # other models keep their own size
             chosen["teacher.image_size"] = min(height, side // patch * patch)
         chosen["train_loader.crop_scale"] = [0.7, 1.0]  # not worse than 0.35 in yamls/ablations/timm
-    if isinstance(teacher.encoder, EatEncoderConfig):  # it would cut off the rest
+    if isinstance(teacher.encoder, EatEncoderConfig):  # EAT cuts a clip to target_length
         chosen["train_loader.crop_seconds"] = min(chosen["train_loader.crop_seconds"], teacher.target_length / 100)
     return chosen
 

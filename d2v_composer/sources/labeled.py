@@ -27,7 +27,7 @@ from d2v_composer.system.errors import InputError, reading, reason
 
 # Format → the only modality that it holds.
 HOLDS = {"cifar10": "image", "cifar100": "image", "speech_commands": "audio"}
-SIDE = 32  # of CIFAR's images
+SIDE = 32  # pixels per side of CIFAR's images
 SPEECH_COMMANDS = "https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz"
 TEST_LIST, VALIDATION_LIST = "testing_list.txt", "validation_list.txt"
 

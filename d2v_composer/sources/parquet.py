@@ -19,7 +19,7 @@ from d2v_composer.system.fetch import File, is_remote
 # Types of columns that can hold samples: bytes, or the hub's struct of bytes and path; or paths.
 BYTES, PATH = r"(?:large_)?binary|struct<([^<>]*, )?bytes: (?:large_)?binary\b.*>", "(?:large_)?string"
 
-_one_reader = Lock()  # of threads that need the next row group
+_one_reader = Lock()  # one thread at a time decodes a row group
 
 
 def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:

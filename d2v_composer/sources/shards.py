@@ -107,7 +107,7 @@ class Shards:
                 f"cache_limit: needs a remote data set, but {self.local} is the data set itself, not its cache"
             )
         if any(shard.zipped for shard in self.shards):
-            from streaming.base.compression import decompress  # it imports a package for each kind
+            from streaming.base.compression import decompress  # imports a package for each kind of compression
 
             self._decompress = decompress
         self._ends = list(accumulate(shard.samples for shard in self.shards))

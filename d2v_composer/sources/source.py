@@ -222,7 +222,7 @@ def worker_options(num_workers: int, prefetch_factor: int, for_gpu: bool, timeou
 
     This process also does so on Windows, which cannot fork, and on macOS, where a process with threads must not.
     """
-    options = {"pin_memory": for_gpu}  # which creates a CUDA context
+    options = {"pin_memory": for_gpu}  # pinning creates a CUDA context
     if not num_workers or not hasattr(os, "fork") or sys.platform == "darwin":
         return options
     return options | {

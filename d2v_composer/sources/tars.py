@@ -76,7 +76,7 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str | None, list[tuple[str, int, 
     key, members = None, list[tuple[str, int, int]]()
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
-            cast("Any", tar).members.clear()  # it would keep all
+            cast("Any", tar).members.clear()  # tarfile would keep every member in memory
             if member.issparse():
                 raise ValueError(f"its member {member.name} is sparse; pack it without tar's option -S")
             if member.isdir():

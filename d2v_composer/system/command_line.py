@@ -59,7 +59,7 @@ def explain(error: BaseException) -> tuple[int | None, list[str]]:
         return 2, [f"error: {reason(error)}"]
     if (fault := find_full_disk(error)) is not None:
         return 1, [f"error: {fault.filename or 'a file'} cannot be written: {fault.strerror}"]
-    if isinstance(error, RuntimeError) and "gloo/transport" in str(error):  # of a connection to another rank
+    if isinstance(error, RuntimeError) and "gloo/transport" in str(error):  # a connection to another rank broke
         return 1, ["error: another rank has ended or hangs; its own message says why"]
     if isinstance(error, OSError) and error.filename is not None:  # the machine's, such as a file in the way
         return 2, [f"error: {error.filename2 or error.filename}: {error.strerror}"]

@@ -335,7 +335,7 @@ def transfer(address: str, path: Path, timeout: float, known: str | None = None)
         return _transfer_from_s3(address, path, timeout, known)
     from streaming.base.storage import CloudDownloader  # takes seconds
 
-    path.unlink(missing_ok=True)  # it would keep a part of the file
+    path.unlink(missing_ok=True)  # the downloader would keep a part of the file
     # Its uploader and Composer take azure://CONTAINER/KEY, its downloader azure://ACCOUNT/CONTAINER/KEY.
     CloudDownloader.direct_download(re.sub(r"^azure://(?=[^./]+/)", "azure://-/", address), str(path), timeout)
     return ""
@@ -344,7 +344,7 @@ def transfer(address: str, path: Path, timeout: float, known: str | None = None)
 def _transfer_from_web(address: str, path: Path, timeout: float, known: str | None) -> str:
     try:  # not torch.hub, which keeps a truncated file; not HEAD, which a presigned address does not allow
         answer = requests.get(address, stream=True, timeout=(CONNECT_SECONDS, timeout))
-    except requests.exceptions.InvalidURL:  # whose text quotes a part of the login
+    except requests.exceptions.InvalidURL:  # its text quotes a part of the login
         raise ValueError("not an address: percent-encode the special characters of a login") from None
     with answer as response:
         response.raise_for_status()
@@ -454,7 +454,7 @@ def list_names(address: str) -> list[str]:
 def _list(folder: str, name: str = "") -> list[File]:
     if folder.startswith("s3://"):
         return _list_s3(folder, name)
-    store, prefix = open_store(f"{folder}/")  # which tells names alone
+    store, prefix = open_store(f"{folder}/")  # lists names alone
     return [File(key.removeprefix(prefix)) for key in store.list_objects(prefix + name) if not key.endswith("/")]
 
 
@@ -504,7 +504,7 @@ def retry(
             left = timeout - (time.monotonic() - start)
             if is_local(error) or num_lasting >= lasting_attempts or left <= 0:
                 raise
-            level = logging.INFO if is_missing(error) else logging.WARNING  # it may well be missing
+            level = logging.INFO if is_missing(error) else logging.WARNING  # a missing file is no surprise
             log.log(level, "%s: %s; retrying for %.0f s", hide_secrets(what), reason(error), left)
             time.sleep(min(pause * dice.uniform(0.5, 1), left))
         pause = min(2 * pause, LONGEST_PAUSE)

@@ -43,7 +43,7 @@ def share_cores() -> None:
 def describe_machine() -> dict[str, str | int]:
     """Return the processor, GPU ('' for none), cores available to this process, memory and system."""
     import psutil
-    import torch  # which reads what share_cores sets
+    import torch  # reads what share_cores sets
 
     models = [platform.processor() or platform.machine()]
     with suppress(OSError):  # Linux alone has it, and names no model for some processors

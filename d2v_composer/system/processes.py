@@ -46,7 +46,7 @@ def handle_signals() -> None:
     if not hasattr(signal, "pthread_sigmask"):
         _set_handlers()
         return
-    resource_tracker.ensure_running()  # its start would unblock the signals
+    resource_tracker.ensure_running()  # a later start would unblock the signals
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNAL_NAMES)
     # Children inherit the mask: SIGTERM would not end them, and multiprocessing would wait for them for ever at exit.
     popen_fork.Popen.terminate = popen_fork.Popen.kill
@@ -166,7 +166,7 @@ def die_with_parent() -> None:
     """
     _at_parents_death(signal.SIGKILL)
     parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:  # it died before
+    if parent is not None and os.getppid() != parent.pid:  # the parent died before this call
         os._exit(1)
 
 
@@ -214,7 +214,7 @@ def survive_closed_pipes() -> None:
     """Print each line immediately, and survive if the output's reader exits, as in ``d2v report runs/a | head``."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream.isatty():  # which prints each line, and on Windows needs its own encoding
+        if stream.isatty():  # a terminal prints each line and keeps its encoding
             continue
         with suppress(OSError):  # replaced by something without a file
             pipe = io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False))

@@ -21,7 +21,8 @@ from d2v_composer.system.errors import InputError
 
 # A shard is fetched at most this many samples of a rank before it is needed.
 AHEAD = 8192
-# At the start of an epoch, each sample looks this much further ahead, so that all workers share the first shards.
+# At the start of an epoch, the distance grows by this many samples with each sample, up to AHEAD: so all workers share
+# the fetching of the first shards.
 OPENING = 32
 
 
@@ -158,8 +159,10 @@ def padded_sizes(lengths: Int64Array) -> list[int]:
     one is the longest sample's.
     """
     ascending = np.sort(lengths)
-    place = ascending.cumsum() / ascending.sum() + ascending / (2 * ascending[-1])
-    chosen = np.searchsorted(place, np.linspace(place[0], place[-1], 17)[1:-1])
+    # Sizes are equally far apart on this scale: the share of all sound that is in shorter clips, and, with half its
+    # weight, the length, so that few long clips get sizes, too.
+    scale = ascending.cumsum() / ascending.sum() + ascending / (2 * ascending[-1])
+    chosen = np.searchsorted(scale, np.linspace(scale[0], scale[-1], 17)[1:-1])
     return np.unique(np.append(ascending[chosen], ascending[-1])).tolist()
 
 
