@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,21 @@ from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
 from d2v_composer.callbacks.trainer_state import has_ended
 from d2v_composer.system.addresses import MARK
-from d2v_composer.system.errors import writing
+from d2v_composer.system.errors import InputError, writing
 from d2v_composer.system.processes import num_nodes
 
 CHECKSUM = 8  # bytes at the end of a row
 
 
 class KeptTargets(Callback):
-    """Write the targets of each batch to a file, from which later epochs read them.
+    """A file of targets: each batch's are written to it, and later epochs read them.
 
     The file has a row for each view of each sample: the targets in float16, and a checksum of them and of what they
     were computed from. A row that is missing, damaged or from other settings counts as not written: its batch runs the
     teacher. So nothing else must be known of the file, whatever killed the run that wrote it.
 
-    The ranks of a node share the file. It is deleted at the end of the run.
+    The ranks of a node share the file, as do nodes whose folder is on a shared file system. It is deleted at the end of
+    the run.
 
     Args:
         path: The file, in the run's folder.
@@ -43,15 +45,15 @@ class KeptTargets(Callback):
 
     def __init__(self, path: Path, num_samples: int, views: int, width: int, made_from: Any) -> None:
         self.path, self.num_samples, self.row_bytes = path, num_samples, 2 * width + CHECKSUM
-        self.num_bytes = views * num_samples * self.row_bytes // num_nodes()
+        self.num_bytes = views * num_samples * self.row_bytes
         self.seed = xxh3_64_intdigest(json.dumps(made_from, sort_keys=True))
         self.file = -1
 
     def check_room(self) -> str | None:
-        """Return an error message if the disk lacks space for a node's share of the targets."""
+        """Return an error message if the disk lacks space for the targets, or for a node's share of them."""
         folder = next(folder for folder in self.path.absolute().parents if folder.exists())
         present = self.path.stat().st_blocks * 512 if self.path.exists() else 0
-        if self.num_bytes - present <= (free := shutil.disk_usage(folder).free):
+        if self.num_bytes // num_nodes() - present <= (free := shutil.disk_usage(folder).free):
             return None
         return (
             f"train_loader.views: the targets of all views need {self.num_bytes / 1e6:,.0f} MB in {self.path.parent}, "
@@ -59,11 +61,13 @@ class KeptTargets(Callback):
         )
 
     def fit_start(self, state: State, logger: Logger) -> None:
+        mark = self.path.with_name(MARK)
+        if self.path.exists() and not mark.exists():  # on a node without rank 0
+            raise InputError(f"save_folder: {self.path} is not of this run; choose another save_folder")
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            for path in (self.path.with_name(MARK), self.path):  # on a node without rank 0, the folder is ours from now
-                path.touch()
-            self.file = os.open(self.path, os.O_RDWR)
+            mark.touch()  # the folder is the run's on each node
+            self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def after_forward(self, state: State, logger: Logger) -> None:
         """Write the targets of a batch that has none."""
@@ -99,6 +103,7 @@ class KeptTargets(Callback):
         file, self.file = self.file, -1
         if file >= 0:
             os.close(file)
-        if has_ended(state) and dist.get_local_rank() == 0 and self.path.exists():
-            os.truncate(self.path, 0)  # workers still have it open
-            self.path.unlink()
+        if has_ended(state) and dist.get_local_rank() == 0:
+            with suppress(FileNotFoundError):  # another node deleted it
+                os.truncate(self.path, 0)  # workers still have it open
+                self.path.unlink()

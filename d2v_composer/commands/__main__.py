@@ -54,7 +54,7 @@ def parse(argv: Sequence[str]) -> NoReturn:
     parser.add_argument("--version", action="version", version=f"d2v-composer {d2v_composer.__version__}")
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of the commands below")
     parser.parse_args(argv)
-    raise AssertionError  # main exits
+    raise AssertionError  # parse_args has exited
 
 
 def run() -> NoReturn:

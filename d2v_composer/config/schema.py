@@ -394,7 +394,7 @@ class TrainerConfig(RunConfig):
             yield f".global_train_batch_size: must be divisible by the {num_ranks()} ranks, got {size}"
         if size % (parts := self.train_loader.num_canonical_nodes):  # each part gives whole samples to a batch
             yield f".train_loader.num_canonical_nodes: must divide global_train_batch_size {size}, got {parts}"
-        if self.train_loader.remote is not None and parts % (nodes := num_nodes()):  # else nodes fetch every shard
+        if self.train_loader.remote is not None and parts % (nodes := num_nodes()):  # else each node fetches all
             yield f".train_loader.num_canonical_nodes: must be divisible by the {nodes} nodes, got {parts}"
         if self.device_train_microbatch_size == "auto" and not has_gpu():
             yield ".device_train_microbatch_size: 'auto' needs a GPU, and this machine has none; give a number or null"

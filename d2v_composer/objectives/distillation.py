@@ -63,7 +63,7 @@ class DistillationModel(ComposerModel):
     audio teacher it has ``audio``, (B, L) float, and, if clips are padded, ``lengths``, (B,) int64. Labels and other
     entries are not read.
 
-    For a batch that has ``targets``, the teacher does not run: (B, W) float16, each objective's target, flattened.
+    A batch may have ``targets``, (B, W) float16: each objective's target, flattened. Then the teacher does not run.
 
     Args:
         teacher: The frozen teacher.
@@ -84,8 +84,8 @@ class DistillationModel(ComposerModel):
     Attributes:
         layer_mean: Settings with which ``layer_mean`` embeddings of student and teacher are computed to compare them.
         flop: Numbers of operations in a step with one input; see :func:`~d2v_composer.models.encoder.count_flop`.
-        teacher_flop: Number of operations that an input's kept targets save.
-        target_shapes: Objective → shape of an image's target.
+        teacher_flop: Number of operations that an input's kept targets save; 0 without ``keeps_targets``.
+        target_shapes: Objective → shape of an input's target.
 
     Raises:
         ValueError: An option's value is unknown, or does not fit the teacher.

@@ -114,7 +114,7 @@ class LayerRegression(Objective):
         regressed = self.layer_mean.regressed(features)
         if self.layer_mean.prediction == "last_block":
             prediction = project(features.output)
-        else:  # each layer is normalized like the target's
+        else:  # statistics skip the tokens that the target's skip
             prediction = self.layer_mean.average(map(project, features.layers()), features, regressed.start)
         has_cls_loss = self.layer_mean.extra_tokens == "drop" and features.has_cls_token
         mask = None if features.padding_mask is None else features.padding_mask[:, regressed]

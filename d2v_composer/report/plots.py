@@ -96,11 +96,7 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
         }
         for name, (title, measures) in plots.items():
             if lines := _accuracies(run, dataset, measures):
-                figure = plot(title, "%", lines)
-                for start in (run.log.get(metric_key(dataset, measure), {}).get(0) for measure in measures):
-                    if start is not None:
-                        figure.axes[0].annotate(UNTRAINED, (0, start), (5, -4), textcoords="offset points", va="top")
-                yield name, figure
+                yield name, plot(title, "%", lines)
         gaps = {name: (gap_closed_by_step(run.log, dataset, name, ks[0]), {}) for name in EMBEDDINGS}
         if lines := {name: line for name, line in gaps.items() if line[0]}:
             yield (

@@ -60,7 +60,7 @@ FIXED_BY_A_CHECKPOINT = (
     "config.optimizer",
     "teacher.sha256",
 )
-# What targets depend on.
+# What targets depend on, and what else a checkpoint fixes.
 DECIDES_TARGETS = (
     *FIXED_BY_A_CHECKPOINT,
     "precision",

@@ -396,7 +396,7 @@ def fit_and_close(
         _fit(trainer, config, header)
         if dist.get_global_rank() == 0:
             report()
-        with rank_zero_first("uploads"):  # uploads take longer than a collective waits
+        with rank_zero_first("uploads"):  # uploads may take longer than collectives wait
             if (uploads := find_callback(trainer.state, Uploads)) is not None:
                 uploads.wait()
             trainer.engine.close()

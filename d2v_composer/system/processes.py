@@ -214,7 +214,7 @@ def survive_closed_pipes() -> None:
     """Print each line immediately, and survive if the output's reader exits, as in ``d2v report runs/a | head``."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream.isatty():  # a terminal prints each line and keeps its encoding
+        if stream.isatty():  # prints each line; on Windows, needs its own encoding
             continue
         with suppress(OSError):  # replaced by something without a file
             pipe = io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False))

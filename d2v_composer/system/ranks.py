@@ -73,7 +73,7 @@ def leaders_first(leaders: Collection[int], what: str) -> Iterator[None]:
         # Leaders wait too, or their next collective would wait for the other nodes and time out.
         for leader in leaders:
             _wait(store, f"{turn}/{leader}", f"{what}: rank {leader}")
-    except Exception:  # Ctrl-C and SIGTERM reach the other ranks, too
+    except Exception:  # not BaseException: Ctrl-C and SIGTERM reach the other ranks, too
         if rank == 0:
             time.sleep(FAREWELL_SECONDS)
         raise

@@ -119,6 +119,14 @@ def test_the_teacher_runs_once_for_each_view(
     assert train("computed") == (losses, 14)
 
 
+def test_a_file_in_a_folder_that_is_no_runs_is_left_alone(tmp_path: Path) -> None:
+    """7: on a node without rank 0, which locks the run's folder."""
+    (tmp_path / "targets").write_bytes(b"mine")
+    with pytest.raises(InputError, match=r"save_folder: .*/targets is not of this run; choose another save_folder"):
+        open_kept(tmp_path)
+    assert (tmp_path / "targets").read_bytes() == b"mine"
+
+
 def test_a_full_disk_is_refused(tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(small_run(tmp_path / "runs" / "small", small_data, "train_loader.views=4"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))

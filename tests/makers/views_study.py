@@ -1,4 +1,4 @@
-"""Train the quickstart's student on fixed views of 919 images, and measure it on others: yamls/ablations/views.csv.
+"""Train the quickstart's student on fixed views of 913 images, and measure it on others: yamls/ablations/views.csv.
 
 python tests/makers/views_study.py OUT.csv VIEWS SEED BATCHES
 python tests/makers/views_study.py TEACHER [NAME=VALUE...]
@@ -25,6 +25,7 @@ from d2v_composer import load_teacher
 from d2v_composer.config.load import load_config
 from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.runs.distill import train_student
+from d2v_composer.sources.labeled import load_labeled_set
 
 ROOT = Path(__file__).parents[2] / "yamls"
 CIFAR = ROOT / "quickstart" / "cifar10"
@@ -87,8 +88,6 @@ def main(out: str, views: str, seed: str, batches: str) -> None:
 
 def read_test_images() -> torch.Tensor:
     """Return the first test images, (IMAGES, 3, 32, 32) uint8."""
-    from d2v_composer.sources.labeled import load_labeled_set
-
     return load_labeled_set("mds", str(CIFAR), image_size=32, interpolation="bicubic").test[0][:IMAGES]
 
 

@@ -70,13 +70,12 @@ def test_a_killed_run_resumes_bit_for_bit(run: Run, uninterrupted: Path, tmp_pat
 
 @pytest.mark.slow
 def test_a_killed_run_of_fixed_views_resumes_bit_for_bit(run: Run, small_data: Path, tmp_path: Path) -> None:
-    """10: its file of targets has some from after the checkpoint, and some damaged ones."""
+    """10: its file of targets has some from after the checkpoint, and up to two damaged ones."""
     whole = Run(tmp_path / "whole", small_data, "train_loader.views=1")
     whole.train()
     run.train_until_killed("after_forward 3", "train_loader.views=1")
     (targets,) = run.folder.glob("targets*")
-    kept = targets.read_bytes()
-    targets.write_bytes(flip_bit(kept[: len(kept) // 2]))
+    targets.write_bytes(flip_bit(targets.read_bytes())[:-1])
     run.train("train_loader.views=1")
     assert not targets.exists()
     assert_same_student(run.folder, whole.folder)
