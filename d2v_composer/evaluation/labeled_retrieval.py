@@ -167,12 +167,7 @@ def move_batch(batch: tuple[Tensor, ...], to_device: Callable[[Tensor], Tensor])
 
 
 def search(
-    name: str,
-    bank: LabeledVectors,
-    queries: LabeledVectors,
-    lookup: Lookup,
-    wanted: Collection[str],
-    warning: str,
+    name: str, bank: LabeledVectors, queries: LabeledVectors, lookup: Lookup, wanted: Collection[str], warning: str
 ) -> tuple[dict[Measure, Tensor], Tensor]:
     """Look up queries in a bank; if the bank is the train split, also classify the queries by it.
 

@@ -197,9 +197,9 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None, num_
     stem: Any = built.patch_embed
     if type(stem) is not PatchEmbed:
         raise ValueError(f"{model} has a {type(stem).__name__} stem; only PatchEmbed is supported")
-    if unknown := {type(block).__name__ for block in built.blocks if type(block) not in KINDS}:
+    if unknown := [type(block).__name__ for block in built.blocks if type(block) not in KINDS]:
         allowed = ", ".join(sorted({kind.__name__ for kind in KINDS}))
-        raise ValueError(f"blocks of class {unknown.pop()} are not supported; expected one of {allowed}")
+        raise ValueError(f"blocks of class {unknown[0]} are not supported; expected one of {allowed}")
     patch = cast("tuple[int, int]", stem.patch_size)
     if image_size is None:  # timm leaves out what is left of a patch at the edge
         data = resolve_data_config(pretrained_cfg=built.pretrained_cfg)
