@@ -13,7 +13,7 @@ from torch import Tensor
 from d2v_composer.callbacks.algorithms import broadcast_statistics
 from d2v_composer.callbacks.trainer_state import has_ended
 from d2v_composer.data.modality import collate
-from d2v_composer.evaluation.labeled_retrieval import move_batch
+from d2v_composer.evaluation.embedded_set import move_batch
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.models.alignment import Moments, side_by_side
 from d2v_composer.models.backbone import Backbone

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,24 +16,19 @@ from d2v_composer.callbacks.algorithms import broadcast_statistics
 from d2v_composer.callbacks.alignment import AlignStudent
 from d2v_composer.callbacks.run_record import find_changes
 from d2v_composer.callbacks.trainer_state import due_every, unwrapped
-from d2v_composer.checkpoints.checkpoint import Result, read_results
 from d2v_composer.data.modality import Augmentation
-from d2v_composer.evaluation.labeled_retrieval import Embed, Lookup, Neighbors, measure_embeddings
+from d2v_composer.evaluation.embedded_set import Embed, EmbeddedSet, embed_set
+from d2v_composer.evaluation.measurement import measure
+from d2v_composer.evaluation.metrics import PROBES
 from d2v_composer.evaluation.nearest_neighbors import Ranks
-from d2v_composer.evaluation.rows import (
-    PROBES,
-    ROWS,
-    STUDENT,
-    TEACHER,
-    UNTRAINED,
-    metric_key,
-    rows_of,
-)
+from d2v_composer.evaluation.results import Result, read_results
+from d2v_composer.evaluation.rows import ROWS, STUDENT, TEACHER, UNTRAINED, Row, metric_key, rows_of
+from d2v_composer.evaluation.settings import Settings
 from d2v_composer.sources.labeled import EvaluationSet
 from d2v_composer.system.errors import InputError
 
 # Attributes in checkpoints.
-KEPT = ("history", "baseline_metrics", "teacher_neighbors", "conditions", "was_stopped")
+KEPT = ("history", "baseline_metrics", "conditions", "was_stopped")
 
 
 class _StoppedError(Exception):
@@ -86,8 +81,6 @@ class ZeroShotRetrieval(Callback):
         history: One entry for each evaluation, oldest first: ``{"batch": int, "metrics": {key: accuracy}}``; kept in
             checkpoints.
         baseline_metrics: Log key → accuracy of the baselines; kept in checkpoints.
-        teacher_neighbors: Data set → embedding → (N, 10) int32, each test image's nearest others, for agreement; kept
-            in checkpoints.
         results: Results in the primary embedding, for tables and the report: those of the baselines, of the student
             before training and of the student as last measured, with its batch; kept in checkpoints. The results of
             student and teacher include each test image's nearest train images, as many as the largest of ``ks``.
@@ -117,16 +110,18 @@ class ZeroShotRetrieval(Callback):
         device_batch_size: int = 256,
         progress_bar: bool = True,
     ) -> None:
-        if not PROBES.keys() >= set(probes):
-            raise ValueError(f"probes must be among {', '.join(PROBES)}, got {', '.join(probes)}")
+        known = [metric.name for metric in PROBES]
+        if not {*known} >= {*probes}:
+            raise ValueError(f"probes must be among {', '.join(known)}, got {', '.join(probes)}")
         if "agreement" in probes and baselines is not None and TEACHER not in baselines:
             raise ValueError("agreement needs a baseline named teacher")
         target = align.target if align else ""
-        self.lookup = Lookup(primary, tuple(ks), probes, augment, device_batch_size, target=target)
+        has_teacher = baselines is None or TEACHER in baselines  # else fit_start asks the model
+        self.settings = Settings(primary, tuple(ks), probes, augment, device_batch_size, has_teacher, target)
         self.conditions: dict[str, str] = {}
         for name, labeled in datasets.items():
-            self.lookup.check(name, labeled)
-            self.conditions |= self.lookup.conditions(name, labeled)
+            self.settings.check(name, labeled)
+            self.conditions |= self.settings.conditions(name, labeled)
             if augment is None and ("instance" in probes or not labeled.has_labels):
                 raise ValueError(f"{name}: instance retrieval needs the argument augment")
         self.datasets = dict(datasets)
@@ -138,7 +133,7 @@ class ZeroShotRetrieval(Callback):
         self.is_due = due_every(interval, {Event.BATCH_END, Event.EPOCH_END})
         self.history: list[dict[str, Any]] = []
         self.baseline_metrics: dict[str, float] = {}
-        self.teacher_neighbors: Neighbors = {}
+        self.of_teacher: dict[str, EmbeddedSet] = {}  # embeddings that rows of the student are compared with
         self.results: list[Result] = []
         self.was_stopped = False
 
@@ -151,22 +146,21 @@ class ZeroShotRetrieval(Callback):
             raise ValueError(
                 f"{type(model).__name__} has no method embed_all or embed: pass ZeroShotRetrieval(embed=…)"
             )
-        if TEACHER in self.baselines:
-            self.lookup.teacher_neighbors = self.teacher_neighbors
+        self.settings = self.settings._replace(has_teacher=TEACHER in self.baselines)
         wanted = {
-            (row.title, dataset, measure)
-            for row in rows_of(self.baselines, self.lookup.target)
+            (row.title, dataset, column)
+            for row in rows_of(self.baselines, self.settings.target)
             for dataset, labeled in self.datasets.items()
-            for measure in self.lookup.measures(labeled)
-            if row.title == TEACHER or measure.name != "zero_shot"  # pixels have no projection
+            for metric in self.settings.metrics(labeled)
+            if row.title == TEACHER or "texts" not in metric.needs  # pixels have no projection
+            for column in self.settings.columns(labeled, metric)
         }
-        changes = [True] if self.at_start and state.timestamp.batch == 0 else []
         if wanted <= {result[:3] for result in self.results}:
             logger.log_metrics(self.baseline_metrics)
         else:  # not measured yet, or a resume adds some
-            changes.append(False)
-        if changes:
-            self.measure(changes, state, logger)
+            self.measure_baselines(state, logger)
+        if self.at_start and state.timestamp.batch == 0:
+            self.measure_student(state, logger)
         if self.was_stopped:
             self.evaluate(state, logger)
 
@@ -200,53 +194,76 @@ class ZeroShotRetrieval(Callback):
             return
         self.was_stopped = True
         with suppress(_StoppedError):
-            self.measure([True], state, logger)
+            self.measure_student(state, logger)
             self.was_stopped = False
 
-    def measure(self, changes: Collection[bool], state: State, logger: Logger) -> None:
-        """Measure rows of the evaluation on all sets; then keep and log the results.
+    def measure_baselines(self, state: State, logger: Logger) -> None:
+        """Measure the rows that training does not change on all sets; then keep and log the results."""
+        rows = [row for row in rows_of(self.baselines or {}, self.settings.target) if not row.changes_in_training]
+        self.baseline_metrics = self._measure(rows, {row.title for row in rows}, state, logger)
 
-        Args:
-            changes: ``True`` for the rows that change in training, ``False`` for the others, or both.
-            state: The Trainer's state.
-            logger: The Trainer's logger.
+    def measure_student(self, state: State, logger: Logger) -> None:
+        """Measure the student's rows on all sets; then keep and log the results.
+
+        The student's map is fitted first. All earlier results of the student are dropped.
         """
-        start, ranks = time.monotonic(), Ranks(dist.get_global_rank(), dist.get_world_size())
-        batch, results = int(state.timestamp.batch), list[Result]()
+        batch = int(state.timestamp.batch)
         student = STUDENT if batch else UNTRAINED
-        embeds = {**(self.baselines or {}), student: self.embed_student}
-        rows = {row.title: row for row in rows_of(embeds, self.lookup.target) if row.changes_in_training in changes}
+        if self.align is not None:
+            broadcast_statistics(state.model)
+            self.align.fit(state, partial(self._to_device, state))
+        rows = [
+            row for row in rows_of([*(self.baselines or {}), student], self.settings.target) if student in row.models
+        ]
+        outdated = {row.title for row in ROWS.values() if student in row.models}
+        metrics = self._measure(rows, outdated, state, logger)
+        self.history.append({"batch": batch, "metrics": metrics})
 
-        def to_device(tensor: Tensor) -> Tensor:
-            if self.should_stop():  # before each batch of images, and each search
-                raise _StoppedError
-            return state.device.tensor_to_device(tensor)
-
+    def _measure(
+        self, rows: Sequence[Row], outdated: Collection[str], state: State, logger: Logger
+    ) -> dict[str, float]:
+        """Measure rows; replace the results of the outdated ones; log and return the accuracies by log key."""
+        start, results, batch = time.monotonic(), list[Result](), int(state.timestamp.batch)
+        ranks = Ranks(dist.get_global_rank(), dist.get_world_size())
         progress = "retrieval " if self.progress_bar and ranks.rank == 0 else None
-        lookup = replace(self.lookup, to_device=to_device, ranks=ranks, progress=progress)
+        settings = self.settings._replace(to_device=partial(self._to_device, state), ranks=ranks, progress=progress)
+        embeds = {**(self.baselines or {}), STUDENT: self.embed_student, UNTRAINED: self.embed_student}
         broadcast_statistics(state.model)
-        if self.align is not None and True in changes:
-            self.align.fit(state, to_device)
         precision = get_precision_context(state.precision, state.precision_config)
         with model_eval_mode(state.model), torch.no_grad(), precision:
             for dataset, labeled in self.datasets.items():
-                results += measure_embeddings([*rows.values()], embeds, dataset, labeled, lookup)
-        of_student = {row.title for row in ROWS.values() if True in changes and student in (row.queries, row.bank)}
-        self.results = [result for result in self.results if result.row not in rows.keys() | of_student]
+                models = set[str]().union(*(row.models for row in rows))
+                if needs_teacher := settings.needs(labeled, "teacher"):
+                    models.add(TEACHER)
+                embedded = dict[str, EmbeddedSet]()
+                if self.of_teacher.get(dataset) and TEACHER not in outdated:  # embedded before
+                    embedded[TEACHER] = self.of_teacher[dataset]
+                used = {model: embed for model, embed in embeds.items() if model in models - embedded.keys()}
+                embedded |= embed_set(used, dataset, labeled, settings)
+                results += measure(rows, embedded, dataset, labeled, settings)
+                self.of_teacher[dataset] = {
+                    part: {
+                        name: vectors
+                        for name, vectors in embeddings.items()
+                        if name == settings.target or (needs_teacher and part == "test")
+                    }
+                    for part, embeddings in embedded.get(TEACHER, {}).items()
+                }
+        self.results = [result for result in self.results if result.row not in outdated]
         for result in results:
             if result.is_primary:
-                is_shown = result.row in (STUDENT, TEACHER) and result.measure.bank == "train"
-                self.results.append(result._replace(batch=batch, nearest=result.nearest if is_shown else None))
+                shown = result.nearest if result.row in (STUDENT, TEACHER) else None
+                self.results.append(result._replace(batch=batch, nearest=shown))
+        metrics = {
+            metric_key(result.dataset, result.column, name, result.row): result.hits.double().mean().item()
+            for result in results
+            for name in (("", result.embedding) if result.is_primary else (result.embedding,))
+        }
         logger.log_metrics({"time/zero_shot_retrieval": time.monotonic() - start})
-        for changing in sorted(changes):
-            metrics = {
-                metric_key(result.dataset, result.measure, name, result.row): result.hits.double().mean().item()
-                for result in results
-                if rows[result.row].changes_in_training == changing
-                for name in (("", result.embedding) if result.is_primary else (result.embedding,))
-            }
-            logger.log_metrics(metrics)
-            if changing:
-                self.history.append({"batch": batch, "metrics": metrics})
-            else:
-                self.baseline_metrics = metrics
+        logger.log_metrics(metrics)
+        return metrics
+
+    def _to_device(self, state: State, tensor: Tensor) -> Tensor:
+        if self.should_stop():  # before each batch of images, and each search
+            raise _StoppedError
+        return state.device.tensor_to_device(tensor)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_newest, read_results
+from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_newest
 from d2v_composer.checkpoints.fairseq import load_data2vec2
 from d2v_composer.checkpoints.model_file import (
     CONFIG_TENSOR,
@@ -285,9 +285,9 @@ def _results_of(checkpoint: Checkpoint) -> dict[str, Any]:
     if not saved.get("history"):
         return {}
     accuracies = dict[str, dict[str, float]]()
-    for result in read_results(saved["results"]):
-        rows = accuracies.setdefault(f"{result.dataset} {result.measure.key}", {})
-        rows[result.row] = result.hits.double().mean().item()
+    for result in saved["results"]:
+        rows = accuracies.setdefault(f"{result['dataset']} {result['column']['key']}", {})
+        rows[result["row"]] = result["hits"].double().mean().item()
     last = saved["history"][-1]["batch"]
     return {"results": {"batch": checkpoint.trained("batch"), "last": last, "accuracies": accuracies}}
 

@@ -46,10 +46,10 @@ def main(argv: Sequence[str]) -> None:
     weights = hash_weights(model)
     if config.out is not None:
         check_replaceable(Path(config.out), weights)
-    if "agreement" in config.probes and evaluation.lookup.teacher_neighbors is None:
+    if "agreement" in config.probes and not evaluation.settings.has_teacher:
         raise InputError("probes: agreement needs the teacher; name it with teacher=PATH")
     modality = modality_of(model.encoder.config)
-    print(f"embedding: {evaluation.lookup.primary}")
+    print(f"embedding: {evaluation.settings.primary}")
     autocast_dtype = choose_precision(config.precision).autocast_dtype
     evaluation.run(device, autocast_dtype)
     if config.rivals:

@@ -35,6 +35,7 @@ from d2v_composer.config.types import (
     checked,
     must,
 )
+from d2v_composer.evaluation.metrics import PROBES
 from d2v_composer.models.configs import STRICT, BlockSizes
 from d2v_composer.models.names import (
     DATA2VEC2,
@@ -54,6 +55,10 @@ from d2v_composer.sources import FORMAT, FORMATS, LOCAL
 from d2v_composer.system.addresses import RunFolder, check_run_name
 from d2v_composer.system.processes import num_nodes, num_ranks
 
+PROBE_NAMES = tuple(metric.name for metric in PROBES)
+PROBES_ABOUT = "Further metrics of the test images: " + "; ".join(
+    f"``{metric.name}`` {metric.about}{'' if 'labels' in metric.needs else ' (needs no labels)'}" for metric in PROBES
+)
 # Names of the callbacks and loggers that a YAML may choose → their classes, imported when chosen.
 CALLBACKS = {
     "health": "d2v_composer.callbacks.health:Health",
@@ -302,10 +307,7 @@ class LookupConfig(Section):
 
     ks: Annotated[list[Count], Field(min_length=1)] = [1, 3]
     """Report top-k accuracy for each k: the fraction of queries whose k nearest images include one with their label."""
-    probes: list[Literal["knn", "linear", "agreement", "instance", "zero_shot"]] = []
-    """Further measures on the test images. ``knn`` and ``linear`` classify them from the train images. ``agreement``
-    (neighbors in common with the teacher) and ``instance`` (augmented views of one image) need no labels. ``zero_shot``
-    looks up the nearest of a set's ``class_embeddings``."""
+    probes: Annotated[list[Literal[PROBE_NAMES]], Field(description=PROBES_ABOUT)] = []  # pyright: ignore[reportInvalidTypeForm]
     datasets: dict[str, LabeledSetConfig | None] = {}
     """Name → labeled set; null turns one off."""
     max_images: Count | None = None

@@ -86,7 +86,7 @@ def _galleries(run: Run) -> Iterator[tuple[str, list[list[Shown]]]]:
             row: result.nearest
             for row in (STUDENT, TEACHER)
             for result in run.results
-            if (result.row, result.dataset, result.measure.bank) == (row, name, "train") and result.nearest is not None
+            if (result.row, result.dataset, result.column.bank) == (row, name, "train") and result.nearest is not None
         }
         if STUDENT in nearest:
             chosen = torch.randperm(len(labeled.test.labels), generator=torch.Generator().manual_seed(0))[:QUERIES]

@@ -6,25 +6,17 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from d2v_composer.checkpoints.checkpoint import LATEST, LOG, Checkpoint, Measure, Result, read_newest, read_results
+from d2v_composer.checkpoints.checkpoint import LATEST, LOG, Checkpoint, read_newest
 from d2v_composer.checkpoints.safe_load import load_untrusted
 from d2v_composer.data import MODALITIES
 from d2v_composer.data.modality import Modality
-from d2v_composer.evaluation.rows import (
-    AGREEMENT,
-    GAP,
-    GAP_CLOSED,
-    STUDENT,
-    TEACHER,
-    accuracy_interval,
-    last_batch,
-    metric_key,
-    pivot,
-    retrieval_from,
-)
+from d2v_composer.evaluation.metrics.metric import Column
+from d2v_composer.evaluation.metrics.retrieval import retrieval_from
+from d2v_composer.evaluation.results import Result, accuracy_interval, last_batch, pivot, read_results
+from d2v_composer.evaluation.rows import GAP, GAP_CLOSED, STUDENT, TEACHER, metric_key
 from d2v_composer.evaluation.run_log import Log, read_jsonl
 from d2v_composer.models.names import Embedding
-from d2v_composer.sources.labeled import EvaluationSet, load_labeled_set
+from d2v_composer.sources.labeled import ONLY_SAMPLES, EvaluationSet, open_labeled_sets
 from d2v_composer.system.errors import InputError, reading
 
 # Side of the images of a folder in a gallery, in pixels.
@@ -55,7 +47,7 @@ class Run(NamedTuple):
     def retrieval(self) -> Mapping[str, Any]:
         """The section ``retrieval`` of the config; in a fine-tuning run, it has no data sets."""
         config = self.record["config"]
-        return {"datasets": {}} if "dataset" in config else config["retrieval"]
+        return {"datasets": {}, "max_images": None} if "dataset" in config else config["retrieval"]
 
     @property
     def primary(self) -> str:
@@ -89,11 +81,10 @@ def read_run(folder: Path) -> Run:
             measured |= Checkpoint(checkpoint, read_newest(checkpoint, load_untrusted)).saved_by("ZeroShotRetrieval")
     results, datasets = read_results(measured["results"]), {}
     shown = {result.dataset for result in results if result.row == STUDENT and result.nearest is not None}
-    for name, labeled in retrieval["datasets"].items():
-        options = {"download": False, "max_images": retrieval["max_images"], "class_embeddings": None}
+    for name, load in open_labeled_sets(retrieval, modality, **ONLY_SAMPLES).items():
         try:
-            if labeled is not None and name in shown:
-                dataset = load_labeled_set(modality=modality, **labeled | options).numbered()
+            if name in shown:
+                dataset = load()
                 if measured["conditions"][f"{name}.images"] != dataset.fingerprint():
                     raise InputError(f"its {modality.unit} differ from those that the run measured")
                 datasets[name] = dataset
@@ -109,17 +100,18 @@ def verdicts(run: Run) -> Iterator[str]:
     """
     for dataset in run.retrieval["datasets"]:
         accuracies = pivot(run.results, dataset)
-        for measure in (retrieval_from("train", min(run.retrieval["ks"])), AGREEMENT):
-            if GAP_CLOSED in accuracies.get(measure, ()):
-                yield f"On {dataset}, {_kept(run, dataset, measure, accuracies[measure])}"
-                yield from _in_index(run, dataset, measure)
+        for column, rows in accuracies.items():
+            is_headline = column == retrieval_from("train", min(run.retrieval["ks"])) or column.name == "agreement"
+            if is_headline and GAP_CLOSED in rows:
+                yield f"On {dataset}, {_kept(run, dataset, column, rows)}"
+                yield from _in_index(run, dataset, column)
                 break
 
 
-def _in_index(run: Run, dataset: str, measure: Measure) -> Iterator[str]:
+def _in_index(run: Run, dataset: str, column: Column) -> Iterator[str]:
     """Yield how well the student searches its teacher's index, if it is aligned with its teacher."""
-    of_measure = (result for result in run.results if (result.dataset, result.measure) == (dataset, measure))
-    hits = {result.row: result.hits.double().numpy() for result in of_measure if result.is_primary}
+    of_column = (result for result in run.results if (result.dataset, result.column) == (dataset, column))
+    hits = {result.row: result.hits.double().numpy() for result in of_column if result.is_primary}
     if (row := f"{STUDENT} in the teacher's index") in hits:
         compared = []
         for name, other in (("its own index", STUDENT), ("the teacher", f"{TEACHER}, projected")):
@@ -128,10 +120,10 @@ def _in_index(run: Run, dataset: str, measure: Measure) -> Iterator[str]:
         yield f"In its teacher's index, the student scores {100 * hits[row].mean():.1f} %: {'; '.join(compared)}."
 
 
-def _kept(run: Run, dataset: str, measure: Measure, rows: Mapping[str, Any]) -> str:
+def _kept(run: Run, dataset: str, column: Column, rows: Mapping[str, Any]) -> str:
     untrained, student, teacher = (100 * rows[row].value for row in GAP)
     batch = last_batch(run.results)
-    details = f"The student scores {student:.1f} % ({measure.heading}, {run.primary}); untrained it scored "
+    details = f"The student scores {student:.1f} % ({column.heading}, {run.primary}); untrained it scored "
     details += f"{untrained:.1f} %, and its teacher scores {teacher:.1f} %."
     costs = run.record["costs"]
     sizes = [
@@ -146,7 +138,7 @@ def _kept(run: Run, dataset: str, measure: Measure, rows: Mapping[str, Any]) -> 
     verdict += f"{closed.note}. {details}"
     if value >= ENOUGH:
         return verdict
-    logged = run.log.get(metric_key(dataset, measure), {})  # may go beyond the last checkpoint
+    logged = run.log.get(metric_key(dataset, column), {})  # may go beyond the last checkpoint
     first, before = max({0: untrained / 100, **{step: value for step, value in logged.items() if step < batch}}.items())
     gain = 100 * (student - 100 * before) / (teacher - untrained)
     more = "" if run.record["config"]["student"]["model"] else "more teacher.first_blocks or "  # timm's has its own

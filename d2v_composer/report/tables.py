@@ -5,21 +5,12 @@ from statistics import mean
 
 from tabulate import tabulate
 
-from d2v_composer.checkpoints.checkpoint import Result
 from d2v_composer.evaluation.evaluate import Evaluation
-from d2v_composer.evaluation.rows import (
-    BANKS,
-    STUDENT,
-    TABLES,
-    TEACHER,
-    UNTRAINED,
-    WITHOUT_LABELS,
-    Interval,
-    gap_closed_by_step,
-    metric_key,
-    pivot,
-    retrieval_from,
-)
+from d2v_composer.evaluation.metrics import METRICS
+from d2v_composer.evaluation.metrics.metric import BANKS
+from d2v_composer.evaluation.metrics.retrieval import retrieval_from
+from d2v_composer.evaluation.results import Interval, Result, gap_closed_by_step, pivot
+from d2v_composer.evaluation.rows import STUDENT, TEACHER, UNTRAINED, metric_key
 from d2v_composer.evaluation.run_log import Log
 from d2v_composer.models.names import EMBEDDINGS, PROJECTED
 
@@ -40,14 +31,14 @@ def accuracy_tables(
     """
     for dataset in datasets:
         accuracies = pivot(results, dataset)
-        for what, names in TABLES.items():
-            columns = {measure.heading: cells for measure, cells in accuracies.items() if measure.name in names}
+        for table in dict.fromkeys(metric.table for metric in METRICS):
+            metrics = {metric.name: metric for metric in METRICS if metric.table == table}
+            columns = {column.heading: cells for column, cells in accuracies.items() if column.metric in metrics}
             rows = dict.fromkeys(row for cells in columns.values() for row in cells)
             if columns:
-                shown = PROJECTED if "zero_shot" in names else embedding
-                unit = "in %" if names == WITHOUT_LABELS else "accuracy in %"
+                shown = PROJECTED if any("texts" in metric.needs for metric in metrics.values()) else embedding
                 lines = [[row, *(_percent(cells.get(row)) for cells in columns.values())] for row in rows]
-                yield f"{what} on {dataset}, {shown}, {unit} [95 % interval]", [["", *columns], *lines]
+                yield f"{table.title} on {dataset}, {shown}, {table.unit} [95 % interval]", [["", *columns], *lines]
 
 
 def format_tables(results: Sequence[Result], datasets: Iterable[str], embedding: str) -> str:
@@ -70,7 +61,7 @@ def evaluation_tables(evaluation: Evaluation, unit: str) -> str:
         millions = cost["num_parameters"] / 1e6
         rates = [f"{rates[name]:.1f}" if name in rates else "–" for rates in speeds.values()]
         costs.append([name, f"{millions:.2f}", f"{4 * millions:.1f}", f"{cost['gflop']:.2f}", *rates])
-    tables = format_tables(evaluation.results, evaluation.class_names, evaluation.lookup.primary)
+    tables = format_tables(evaluation.results, evaluation.class_names, evaluation.settings.primary)
     return f"{tables}\n\n{format_table(head, costs)}"
 
 

@@ -11,8 +11,8 @@ from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ShardLoader
 from d2v_composer.data import build_augmentation, modality_of
 from d2v_composer.data.modality import Augmentation, Modality
 from d2v_composer.evaluation.evaluate import Evaluation, cost, share_encoders
-from d2v_composer.evaluation.labeled_retrieval import Lookup
 from d2v_composer.evaluation.rows import GAP, GAP_CLOSED, ROWS
+from d2v_composer.evaluation.settings import Settings
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import TimmNetworkConfig
 from d2v_composer.models.names import PROJECTED, TIMM_PREFIX
@@ -20,7 +20,7 @@ from d2v_composer.models.precision import precision_of
 from d2v_composer.models.provenance import distillation_of, has_tuned_encoder, value_at
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.sources.labeled import EvaluationSet, load_labeled_set
+from d2v_composer.sources.labeled import EvaluationSet, open_labeled_sets
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.processes import global_rank
@@ -48,11 +48,7 @@ def build_labeled_sets(
             f"probes: zero_shot needs the image embedding as {PROJECTED}: train with objectives.embedding.weight=1, or "
             "with this probe and a map (alignment.max_samples), but no alignment.pooling or alignment.representation"
         )
-    sets = {
-        name: load_labeled_set(modality=modality, **labeled.model_dump(), max_images=lookup.max_images).numbered()
-        for name, labeled in lookup.datasets.items()
-        if labeled is not None
-    }
+    sets = {name: load() for name, load in open_labeled_sets(lookup.model_dump(), modality).items()}
     widths = {labeled.class_embeddings.shape[1] for labeled in sets.values() if labeled.class_embeddings is not None}
     if "zero_shot" in lookup.probes and widths != {width}:
         raise InputError(
@@ -146,19 +142,17 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
     for place, name in zip(config.rivals, places, strict=True):
         parts[name] = rival = load_rival(place, modality.name).eval().to(device)
         groups.setdefault(modality_of(rival.encoder.config), {})[name] = rival.embed_all
-    lookup = Lookup(primary, config.ks, config.probes, None, config.device_eval_batch_size)
     target = value_at(model.provenance, "alignment.target")
-    if teacher is not None:
-        lookup.teacher_neighbors = {}
-        if model.projected_width:
-            lookup.target = target or ""
+    mapped_to = target or "" if teacher is not None and model.projected_width else ""
+    has_teacher, batch_size = teacher is not None, config.device_eval_batch_size
+    settings = Settings(primary, config.ks, config.probes, None, batch_size, has_teacher, mapped_to)
 
     def load(taken: Modality) -> tuple[dict[str, EvaluationSet], Augmentation]:
         sets = build_labeled_sets(config, taken, model, target)
         for name, labeled in sets.items():
-            lookup.check(name, labeled)
+            settings.check(name, labeled)
         return sets, build_augmentation(loader, taken, config.seed, for_views=True)
 
     with torch.device(device), precision_of(None, device):
         costs = {name: cost(parts.get(name)) for group in groups.values() for name in group}
-    return model, Evaluation(groups, costs, lookup, load, {}, [], {})
+    return model, Evaluation(groups, costs, settings, load, {}, [], {})

@@ -17,9 +17,10 @@ from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.checkpoints.model_file import sizes_of
 from d2v_composer.config.schema import TeacherSection, TrainConfig
 from d2v_composer.data import build_augmentation, modality_of
+from d2v_composer.evaluation.embedded_set import Embed
 from d2v_composer.evaluation.evaluate import cost, share_encoders
-from d2v_composer.evaluation.labeled_retrieval import Embed
-from d2v_composer.evaluation.rows import STUDENT, TEACHER, last_batch
+from d2v_composer.evaluation.results import last_batch
+from d2v_composer.evaluation.rows import STUDENT, TEACHER
 from d2v_composer.models.names import TIMM_PREFIX, Embedding
 from d2v_composer.models.precision import choose_precision, name_precision
 from d2v_composer.models.provenance import value_at
@@ -134,12 +135,12 @@ def train_student(
     if retrieval is not None:
         header["retrieval"] = (
             f"{', '.join(retrieval.datasets)} every {config.retrieval.interval}, primary embedding "
-            f"{retrieval.lookup.primary}"
+            f"{retrieval.settings.primary}"
         )
 
     def report() -> None:
         if retrieval is not None and retrieval.history:
-            embedding = f"{retrieval.lookup.primary}, batch {last_batch(retrieval.results)}"
+            embedding = f"{retrieval.settings.primary}, batch {last_batch(retrieval.results)}"
             print(f"\n{format_tables(retrieval.results, retrieval.datasets, embedding)}")
         write_run_report(trainer, config, retrieval)
 

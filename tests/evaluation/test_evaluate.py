@@ -27,13 +27,9 @@ from d2v_composer import (
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.config.reference import load_any
-from d2v_composer.evaluation.rows import (
-    accuracy_interval,
-    gap_closed_by_step,
-    gap_closed_interval,
-    metric_key,
-    retrieval_from,
-)
+from d2v_composer.evaluation.metrics.retrieval import retrieval_from
+from d2v_composer.evaluation.results import accuracy_interval, gap_closed_by_step, gap_closed_interval
+from d2v_composer.evaluation.rows import metric_key
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.timm_network import NetworkStudent
 from d2v_composer.sources.labeled import load_labeled_set

@@ -11,10 +11,11 @@ import torch
 import yaml
 
 from d2v_composer import load_student, load_teacher
-from d2v_composer.checkpoints.checkpoint import Result
 from d2v_composer.checkpoints.fairseq import LICENSE_NOTE, LICENSES
 from d2v_composer.commands import evaluate, export
-from d2v_composer.evaluation.rows import AGREEMENT, retrieval_from
+from d2v_composer.evaluation.metrics import AGREEMENT
+from d2v_composer.evaluation.metrics.retrieval import retrieval_from
+from d2v_composer.evaluation.results import Result
 from d2v_composer.export.model_card import name_license, plan_model_card
 from d2v_composer.models.backbone import hash_weights
 from d2v_composer.models.configs import AudioEncoderConfig, ImageEncoderConfig
@@ -124,7 +125,7 @@ def test_the_runs_last_retrieval_is_in_the_card(uninterrupted: Path, tmp_path: P
     shares = {"teacher": 5, "untrained student": 1, "student": 2}
     top1, contents = retrieval_from("train", 1), load_checkpoint(uninterrupted / "latest-rank0.pt")
     results = [Result(row, "small", top1, "", True, torch.arange(10) < hits) for row, hits in shares.items()]
-    results.append(Result("student", "small", AGREEMENT, "", True, torch.full((10,), 0.4)))
+    results.append(Result("student", "small", *AGREEMENT.columns((), {}), "", True, torch.full((10,), 0.4)))
     measured = {"history": [{"batch": 12}], "results": [result.plain() for result in results]}
     contents["state"]["callbacks"]["ZeroShotRetrieval"] = measured
     torch.save(contents, tmp_path / "checkpoint.pt")

@@ -10,25 +10,19 @@ import pytest
 import torch
 
 from d2v_composer.evaluation.evaluate import Evaluation
-from d2v_composer.evaluation.labeled_retrieval import Lookup
-from d2v_composer.evaluation.rows import (
-    AGREEMENT,
-    BANKS,
-    GAP,
-    LINEAR,
-    UNTRAINED,
-    Measure,
-    Result,
-    gap_closed_interval,
-    metric_key,
-    retrieval_from,
-)
+from d2v_composer.evaluation.metrics import agreement, linear
+from d2v_composer.evaluation.metrics.metric import BANKS, Column
+from d2v_composer.evaluation.metrics.retrieval import retrieval_from
+from d2v_composer.evaluation.results import Result, gap_closed_interval
+from d2v_composer.evaluation.rows import GAP, UNTRAINED, metric_key
+from d2v_composer.evaluation.settings import Settings
 from d2v_composer.models.names import EMBEDDINGS
 from d2v_composer.report.plots import quality_over_speed
 from d2v_composer.report.run import Run, verdicts
 from d2v_composer.report.tables import accuracy_tables, study_table
 
 TOP1 = retrieval_from("train", 1)
+[AGREEMENT], [LINEAR] = (metric.columns((), {}) for metric in (agreement, linear))
 SIZES = {
     "student": {"num_parameters": 2_770_000, "gflop": 0.379},
     "teacher": {"num_parameters": 3_630_000, "gflop": 0.486},
@@ -37,18 +31,18 @@ COSTS = "It has 2.77 M parameters (teacher: 3.63), 11.08 MB in float32 (teacher:
 SMALLER = "smaller batches for the same number of samples: the last 300 batches closed"
 
 
-def run_of(measure: Measure, teacher: float, *curve: float, model: str | None = None, **record: Any) -> Run:
+def run_of(column: Column, teacher: float, *curve: float, model: str | None = None, **record: Any) -> Run:
     """A run whose student was measured every 300 batches, on 1,000 queries, of which the first are hits."""
     retrieval = {"datasets": {"set": {}}, "ks": [3, 1], "representation": "layer_mean", "pooling": "cls"}
     config = {"retrieval": retrieval, "student": {"model": model}}
     log = {}
     for bank in BANKS:
-        bank_measure = measure._replace(key=measure.key.replace("train", bank))
-        log[metric_key("set", bank_measure)] = {300 * i: value for i, value in enumerate(curve)}
-        log[metric_key("set", bank_measure, row="teacher")] = {0: teacher}
+        in_bank = column._replace(key=column.key.replace("train", bank))
+        log[metric_key("set", in_bank)] = {300 * i: value for i, value in enumerate(curve)}
+        log[metric_key("set", in_bank, row="teacher")] = {0: teacher}
     last = 300 * (len(curve) - 1)
     results = [
-        Result(row, "set", measure, "", True, torch.arange(1000) < round(1000 * value), last)
+        Result(row, "set", column, "", True, torch.arange(1000) < round(1000 * value), last)
         for row, value in zip(GAP, (curve[0], curve[-1], teacher), strict=True)
     ]
     return Run({"config": config, "data": {}, "costs": SIZES, **record}, log, {}, results)
@@ -183,8 +177,8 @@ def test_each_measure_is_a_line_through_the_models_in_order_of_speed() -> None:
         for i, measure in enumerate(measures)
         for dataset in ("first", "second")
     ]
-    lookup = Lookup("output_mean", (1, 3), ["linear"], None, 64)
-    evaluation = Evaluation({}, {}, lookup, load, {"first": [], "second": []}, results, speeds)
+    settings = Settings("output_mean", (1, 3), ["linear"], None, 64)
+    evaluation = Evaluation({}, {}, settings, load, {"first": [], "second": []}, results, speeds)
     figure = quality_over_speed(evaluation, 64, "images")
     assert [axes.get_title("left") for axes in figure.axes] == [
         f"Quality over speed on {name}, with 95 % intervals" for name in ("first", "second")

@@ -22,7 +22,10 @@ from torchvision.io import ImageReadMode, decode_png, write_png
 from d2v_composer.checkpoints.checkpoint import LATEST
 from d2v_composer.commands import report
 from d2v_composer.data.audio import Audio
-from d2v_composer.evaluation.rows import BANKS, GAP, STUDENT, TEACHER, Result, metric_key, retrieval_from
+from d2v_composer.evaluation.metrics.metric import BANKS
+from d2v_composer.evaluation.metrics.retrieval import retrieval_from
+from d2v_composer.evaluation.results import Result
+from d2v_composer.evaluation.rows import GAP, STUDENT, TEACHER, metric_key
 from d2v_composer.evaluation.run_log import read_jsonl
 from d2v_composer.report import page
 from d2v_composer.report.page import gallery, write_report

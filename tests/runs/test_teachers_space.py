@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,12 @@ from containers import write_parquet
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import load_models, save_student
 from d2v_composer.commands import align, embed, evaluate, export
-from d2v_composer.evaluation.labeled_retrieval import Lookup, measure_embeddings
-from d2v_composer.evaluation.rows import AGREEMENT, STUDENT, TEACHER, UNTRAINED, retrieval_from, rows_of
+from d2v_composer.evaluation.embedded_set import embed_set
+from d2v_composer.evaluation.measurement import measure
+from d2v_composer.evaluation.metrics import agreement
+from d2v_composer.evaluation.metrics.retrieval import retrieval_from
+from d2v_composer.evaluation.rows import STUDENT, TEACHER, UNTRAINED, rows_of
+from d2v_composer.evaluation.settings import Settings
 from d2v_composer.models.names import PROJECTED
 from d2v_composer.models.timm_network import NetworkStudent
 from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples
@@ -112,45 +115,44 @@ class Measured:
         images = torch.randint(0, 256, (80, 3, 4, 4), dtype=torch.uint8, generator=generator)
         labels = torch.arange(80) % 4
         self.labeled = EvaluationSet(LabeledSamples(images[:40], labels[:40]), LabeledSamples(images[40:], labels[40:]))
-        self.lookup = Lookup("own", (1,), ("agreement",), None, 16, {}, target="output_mean")
-        self.num_taught = 0
+        self.settings = Settings("own", (1,), ("agreement",), None, 16, has_teacher=True, target="output_mean")
 
     def student(self, images: Tensor) -> dict[str, Tensor]:
         flat = images.flatten(1).float()
         return {"own": flat[:, :4], PROJECTED: flat.square()}
 
     def teacher(self, images: Tensor) -> dict[str, Tensor]:
-        self.num_taught += len(images)
         flat = images.flatten(1).float()
         return {"own": flat[:, 4:8], "output_mean": flat.square()}
 
     def hits(self, *models: str) -> dict[tuple[str, Any], Tensor]:
         embeds = {name: self.teacher if name == TEACHER else self.student for name in models}
-        rows = [row for row in rows_of(embeds, "output_mean") if row.changes_in_training or not self.num_taught]
-        results = list(measure_embeddings(rows, embeds, "set", self.labeled, self.lookup))
+        embedded = embed_set(embeds, "set", self.labeled, self.settings)
+        results = list(measure(rows_of(embeds, "output_mean"), embedded, "set", self.labeled, self.settings))
         assert all(result.is_primary for result in results if result.embedding != "output_mean")
-        return {(result.row, result.measure): result.hits for result in results if result.is_primary}
+        return {(result.row, result.column): result.hits for result in results if result.is_primary}
 
 
 def test_a_student_whose_primary_embedding_is_the_map_keeps_its_row() -> None:
     measured, embeds = Measured(), {STUDENT: Measured().student}
-    lookup = replace(measured.lookup, primary=PROJECTED, teacher_neighbors=None)
-    results = measure_embeddings(rows_of(embeds, "output_mean"), embeds, "set", measured.labeled, lookup)
-    primary = {(result.row, result.measure): result.hits for result in results if result.is_primary}
-    for measure in (retrieval_from("train", 1), retrieval_from("test", 1)):
-        assert torch.equal(primary[STUDENT, measure], primary[f"{STUDENT}, projected", measure])
+    settings = measured.settings._replace(primary=PROJECTED, has_teacher=False)
+    embedded = embed_set(embeds, "set", measured.labeled, settings)
+    results = measure(rows_of(embeds, "output_mean"), embedded, "set", measured.labeled, settings)
+    primary = {(result.row, result.column): result.hits for result in results if result.is_primary}
+    for column in (retrieval_from("train", 1), retrieval_from("test", 1)):
+        assert torch.equal(primary[STUDENT, column], primary[f"{STUDENT}, projected", column])
 
 
 def test_the_student_is_looked_up_in_its_teachers_index() -> None:
     measured, retrieval = Measured(), retrieval_from("train", 1)
     first, later = measured.hits(UNTRAINED, TEACHER), measured.hits(STUDENT, TEACHER)
-    assert measured.num_taught == 80  # not again
-    for measure in (retrieval, retrieval_from("test", 1), AGREEMENT):
-        target = first[f"{TEACHER}, projected", measure]
+    [AGREEMENT] = agreement.columns((), {})
+    for column in (retrieval, retrieval_from("test", 1), AGREEMENT):
+        target = first[f"{TEACHER}, projected", column]
         for hits, student in ((first, UNTRAINED), (later, STUDENT)):
             for row in (f"{student}, projected", f"{student} in the teacher's index"):
-                assert torch.equal(hits[row, measure], target), (row, measure)
-            assert not torch.equal(hits[student, measure], target)
+                assert torch.equal(hits[row, column], target), (row, column)
+            assert not torch.equal(hits[student, column], target)
     assert later[f"{STUDENT} in the teacher's index", AGREEMENT].min() == 1
 
 
@@ -314,7 +316,7 @@ def test_an_evaluation_has_no_row_of_a_map_that_an_untrained_student_lacks(label
 def batches_of_rows(run: Path) -> dict[str, int]:
     """Return each row of a run's last table with the batch at which it was measured."""
     state = load_checkpoint(run / "latest-rank0.pt")["state"]
-    return {row: batch for row, *_, batch, _ in state["callbacks"]["ZeroShotRetrieval"]["results"]}
+    return {result["row"]: result["batch"] for result in state["callbacks"]["ZeroShotRetrieval"]["results"]}
 
 
 def test_a_resume_without_the_map_keeps_no_row_of_it(small_data: Path, labeled: Path, tmp_path: Path) -> None:
