@@ -34,7 +34,7 @@ def cost(model: Backbone | Encoder | None) -> dict[str, Any]:
     """Return ``num_parameters`` and ``gflop``, for one input, of a model with its encoder; 0 for no model."""
     if model is None:
         return {"num_parameters": 0, "gflop": 0.0}
-    return {"num_parameters": sum(map(torch.numel, model.parameters())), "gflop": model.flop() / 1e9}
+    return {"num_parameters": sum(map(torch.numel, model.state_dict().values())), "gflop": model.flop() / 1e9}
 
 
 def share_encoders(
@@ -97,7 +97,7 @@ class Evaluation(NamedTuple):
         for modality, embeds in self.groups.items():
             datasets, augment = self.load(modality)
             rows = rows_of(embeds, self.lookup.target)
-            # Nothing aligns an untrained student here; its own ``projected_cls``, if it has one, is no map.
+            # Nothing aligns an untrained student here.
             rows = [row for row in rows if not (row.is_projected and row.queries == UNTRAINED)]
             lookup = replace(self.lookup, augment=augment, to_device=partial(Tensor.to, device=device), progress="")
             for dataset, labeled in datasets.items():

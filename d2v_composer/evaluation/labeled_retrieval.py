@@ -40,7 +40,7 @@ from d2v_composer.evaluation.rows import (
     measures_of,
     retrieval_from,
 )
-from d2v_composer.models.names import PROJECTED, find_primary
+from d2v_composer.models.names import EMBEDDING, find_primary
 from d2v_composer.sources.labeled import EvaluationSet
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.progress import progress_bar
@@ -85,7 +85,7 @@ class Lookup:
     progress: str | None = None
     """Text of the progress bar before the name of the set; ``None``: no bar."""
     target: str = ""
-    """Name of the teacher's embedding to which the student's ``projected_cls`` is fitted; '' without alignment."""
+    """Name of the teacher's embedding to which the student's embedding is fitted; '' without alignment."""
     teacher_embeddings: dict[str, EmbeddedSet] = field(default_factory=dict)
     """Data set → the teacher's embedding ``target``, kept from the first time that the teacher embeds the set."""
 
@@ -243,11 +243,11 @@ def measure_embeddings(
     for row in sorted(rows, key=lambda row: row.title != TEACHER):  # the teacher first: others are compared with it
         in_queries = embedded[row.queries]["test"]
         if row.is_projected:
-            primary = target if row.queries == TEACHER else PROJECTED
+            primary = target if row.queries == TEACHER else EMBEDDING
             names = {primary} & in_queries.keys()  # an untrained student's may be missing
         else:
             primary, has_projected_row = find_primary(lookup.primary, in_queries), target and row.changes_in_training
-            names = [name for name in in_queries if name == primary or name != PROJECTED or not has_projected_row]
+            names = [name for name in in_queries if name == primary or name != EMBEDDING or not has_projected_row]
         for name in names:
             queries = gathered(row.queries, name)
             banks = queries if row.bank == row.queries else gathered(row.bank, target)
@@ -261,7 +261,7 @@ def measure_embeddings(
                 same = name if name in theirs and name != primary else find_primary(lookup.primary, theirs)
                 same = target if row.is_projected else same
                 hits[AGREEMENT] = common_fractions(nearest, theirs[same])
-            if name == PROJECTED and classes is not None and classes.shape[1] == in_queries[name].shape[1]:
+            if name == EMBEDDING and classes is not None and classes.shape[1] == in_queries[name].shape[1]:
                 banks = banks | {"classes": (to_device(classes), torch.arange(len(classes)).to(labels["test"]))}
             warning = f"{dataset}, {row.title}" if name == primary and ranks.rank == 0 else ""
             for bank, query in searches:

@@ -21,7 +21,7 @@ from d2v_composer.evaluation.rows import (
     retrieval_from,
 )
 from d2v_composer.evaluation.run_log import Log
-from d2v_composer.models.names import EMBEDDINGS, PROJECTED
+from d2v_composer.models.names import EMBEDDING, RAW_EMBEDDINGS
 
 DATASET = "cifar10"
 
@@ -44,7 +44,7 @@ def accuracy_tables(
             columns = {measure.heading: cells for measure, cells in accuracies.items() if measure.name in names}
             rows = dict.fromkeys(row for cells in columns.values() for row in cells)
             if columns:
-                shown = PROJECTED if "zero_shot" in names else embedding
+                shown = EMBEDDING if "zero_shot" in names else embedding
                 unit = "in %" if names == WITHOUT_LABELS else "accuracy in %"
                 lines = [[row, *(_percent(cells.get(row)) for cells in columns.values())] for row in rows]
                 yield f"{what} on {dataset}, {shown}, {unit} [95 % interval]", [["", *columns], *lines]
@@ -91,7 +91,7 @@ def study_table(logs: Mapping[str, Log]) -> str:
         logs: Name → log; embeddings that the first run lacks are not shown.
     """
     first = next(iter(logs.values()))
-    names = [name for name in EMBEDDINGS if _top1(first, name) != "–"]
+    names = [name for name in (*RAW_EMBEDDINGS, EMBEDDING) if _top1(first, name) != "–"]
     lines = [[UNTRAINED, *(_top1(first, name, step=0) for name in names)]]
     for run, log in logs.items():
         has_own = _top1(log, names[0], TEACHER) != "–"
