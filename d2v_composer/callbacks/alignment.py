@@ -1,4 +1,4 @@
-"""Align a student with its teacher: fit a map into the teacher's space before each retrieval and at a run's end."""
+"""Align a student with its teacher: fit its alignment before each retrieval and at a run's end."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -17,6 +17,7 @@ from d2v_composer.evaluation.embedded_set import move_batch
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.models.alignment import Moments, side_by_side
 from d2v_composer.models.backbone import Backbone
+from d2v_composer.models.names import EMBEDDING
 from d2v_composer.sources.source import Int64Array, Source, map_in_workers
 
 EmbedAll = Callable[..., dict[str, Tensor]]
@@ -26,12 +27,12 @@ log = logging.getLogger(__name__)
 
 
 class AlignStudent(Callback):
-    """Fit a linear map from the student's embeddings to one of the teacher's, before each retrieval and at a run's end.
+    """Fit a linear map from the student's raw embeddings to its teacher's, before each retrieval and at a run's end.
 
     The samples are training samples without augmentation. N are in a batch; the map has I inputs and P channels.
 
-    The mapped embedding is the student's ``projected_cls``. Each rank embeds a share of the batches, and all ranks add
-    up the same sums in the same order. So the map has the same bits on any number of ranks, and after a resume.
+    Each rank embeds a share of the batches, and all ranks add up the same sums in the same order. So the map has the
+    same bits on any number of ranks, and after a resume.
 
     Args:
         student: The model that gets the map.
@@ -39,13 +40,13 @@ class AlignStudent(Callback):
         batches: Numbers of the samples to fit to, (number of batches, batch size), the same on all ranks.
         embed_student: Function that embeds a batch with the student.
         embed_teacher: Function that embeds a batch with the teacher.
-        target: Name of the teacher's embedding to fit to.
+        of: Name of the teacher's embedding.
         workers: Number of processes that decode samples.
 
     Attributes:
         batch: Number of training batches after which the map was last fitted; -1 for never. Checkpoints keep it.
-        statistics: ``target`` and :attr:`Fit.statistics <d2v_composer.models.alignment.Fit.statistics>`. Checkpoints
-            keep this, too, and the map.
+        statistics: ``of``, ``batch`` and :attr:`Fit.statistics <d2v_composer.models.alignment.Fit.statistics>`.
+            Checkpoints keep this, too, and the map.
     """
 
     def __init__(
@@ -55,11 +56,11 @@ class AlignStudent(Callback):
         batches: Int64Array,
         embed_student: EmbedAll,
         embed_teacher: EmbedAll,
-        target: str,
+        of: str,
         workers: int,
     ) -> None:
         self.student, self.samples, self.batches = student, samples, batches
-        self.target, self.workers = target, workers
+        self.of, self.workers = of, workers
         self.embed_student, self.embed_teacher = embed_student, embed_teacher
         self.targets: list[Tensor] = []  # of this rank's samples, embedded once
         self.batch, self.statistics = -1, dict[str, Any]()
@@ -79,7 +80,7 @@ class AlignStudent(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.batch, self.statistics = state["batch"], state["about"]
         if "weight" in state:
-            self.student.align(state["weight"], state["bias"])
+            self.student.align(state["weight"], state["bias"], self.of)
 
     def fit(self, state: State, to_device: Callable[[Tensor], Tensor]) -> None:
         """Fit the map and give it to the student, unless this was done after the same batch.
@@ -100,8 +101,8 @@ class AlignStudent(Callback):
             student.alignment = None
             log.warning("the student is not aligned with its teacher: %s", error)
             return
-        student.align(fit.weight, fit.bias)
-        self.batch, self.statistics = batch, {"target": self.target, **fit.statistics}
+        student.align(fit.weight, fit.bias, self.of)
+        self.batch, self.statistics = batch, {"of": self.of, "batch": batch, **fit.statistics}
 
     def pairs(self, to_device: Callable[[Tensor], Tensor], inputs: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the inputs, (N, I), and targets, (N, P), of every batch, in the same order on every rank."""
@@ -113,7 +114,7 @@ class AlignStudent(Callback):
             batch = move_batch(samples, to_device)
             rows = side_by_side(self.embed_student(*batch), inputs)
             if step == len(self.targets):
-                self.targets.append(self.embed_teacher(*batch)[self.target].float().cpu())
+                self.targets.append(self.embed_teacher(*batch)[EMBEDDING].float().cpu())
             shares = rows, self.targets[step].to(rows.device)
             yield from zip(*(ranks.gather(share[None], count - first) for share in shares), strict=True)
 

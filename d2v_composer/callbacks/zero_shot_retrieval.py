@@ -69,9 +69,9 @@ class ZeroShotRetrieval(Callback):
             in its embedding of the same name (for the primary embedding, in the teacher's primary one). ``instance``
             tells whether one augmented view of an image finds the other. ``zero_shot``, in sets with
             ``class_embeddings``, tells whether the text embedding of an image's class is the nearest to its
-            ``projected_cls``.
+            embedding.
         augment: Makes the views for ``instance``.
-        align: Fits the student's ``projected_cls`` before each evaluation, so that this embedding is measured, too.
+        align: Fits the student's alignment before each evaluation.
         should_stop: Asked before each batch of images; must be False until training begins, and the same on all ranks.
             True ends the evaluation; the run that resumes repeats it first.
         device_batch_size: Images embedded at once on each device.
@@ -115,7 +115,7 @@ class ZeroShotRetrieval(Callback):
             raise ValueError(f"probes must be among {', '.join(known)}, got {', '.join(probes)}")
         if "agreement" in probes and baselines is not None and TEACHER not in baselines:
             raise ValueError("agreement needs a baseline named teacher")
-        target = align.target if align else ""
+        target = align.of if align else ""
         has_teacher = baselines is None or TEACHER in baselines  # else fit_start asks the model
         self.settings = Settings(primary, tuple(ks), probes, augment, device_batch_size, has_teacher, target)
         self.conditions: dict[str, str] = {}

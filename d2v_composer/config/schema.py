@@ -36,6 +36,7 @@ from d2v_composer.config.types import (
     must,
 )
 from d2v_composer.evaluation.metrics import PROBES
+from d2v_composer.models.alignment import MIN_PAIRS
 from d2v_composer.models.configs import STRICT, BlockSizes
 from d2v_composer.models.names import (
     DATA2VEC2,
@@ -166,9 +167,9 @@ class Objectives(Section):
     """The terms of the loss."""
 
     @property
-    def needs_projection(self) -> bool:
-        """True if teacher and student need the embedding ``projected_cls``."""
-        return any(term.weight and OBJECTIVES[name].needs_projection for name, term in self)
+    def trains_embedding(self) -> bool:
+        """True if the student has an alignment that trains."""
+        return any(term.weight and OBJECTIVES[name].trains_embedding for name, term in self)
 
     def contradictions(self) -> Iterator[str]:
         if not any(term.weight for _, term in self):
@@ -289,17 +290,15 @@ class LabeledSetConfig(Section):
 
 
 class AlignmentConfig(Section):
-    """The map from the student's embeddings to its teacher's, fitted in closed form."""
+    """The alignment: the map from the student's raw embeddings to its teacher's embedding, fitted in closed form."""
 
-    max_samples: Whole = 20000
-    """Maximum number of training samples to fit the map to, at the end and before each retrieval; 0: no map."""
+    max_samples: Annotated[Whole, must(f"be 0, or at least {MIN_PAIRS}", lambda n: n == 0 or n >= MIN_PAIRS)] = 20000
+    """Maximum number of training samples to fit the alignment to, at the end and before each retrieval; 0: none."""
     pooling: Pooling | None = None
-    """Pooling of the teacher's embedding to which the map is fitted: ``cls``, ``mean`` or ``mean_patches``; null: the
-    teacher's default."""
-    representation: Literal["output", "layer_mean"] | None = None
-    """Representation of the teacher's embedding to which the map is fitted: ``output`` of the last block, or
-    ``layer_mean``, which the loss regresses. null: ``output``; but with the probe ``zero_shot`` and no pooling, the
-    teacher's image embedding."""
+    """Pooling of the teacher's embedding, instead of its default: ``cls``, ``mean`` or ``mean_patches``."""
+    representation: Representation | None = None
+    """Representation of the teacher's embedding, instead of its default: ``output`` of the last block, or
+    ``layer_mean``, which the loss regresses."""
 
 
 class LookupConfig(Section):
@@ -320,8 +319,8 @@ class RetrievalConfig(LookupConfig):
     pooling: Pooling = "cls"
     """Pooling of the primary embedding: ``cls``, ``mean`` of all tokens, or ``mean_patches``."""
     representation: Representation = "output"
-    """Representation of the primary embedding: ``output`` of the last block, ``layer_mean``, the normalized mean of
-    the FFN outputs, or ``projected``, the image embedding that ``objectives.embedding`` regresses."""
+    """Representation of the primary embedding: ``output`` of the last block, or ``layer_mean``, the normalized mean of
+    the FFN outputs."""
     interval: Duration = "5000ba"
     """Time between measurements, in batches or epochs; there is always one at the end of the run."""
     at_start: bool = False
@@ -437,11 +436,6 @@ class TrainConfig(TrainerConfig):
         parts, nodes = self.train_loader.num_canonical_nodes, num_nodes()
         if self.train_loader.views is not None and self.train_loader.remote is None and parts % nodes:
             yield f".train_loader.num_canonical_nodes: must be divisible by the {nodes} nodes with views, got {parts}"
-
-    @property
-    def needs_projection(self) -> bool:
-        """True if the teacher needs the embedding ``projected_cls``."""
-        return self.objectives.needs_projection or "zero_shot" in self.retrieval.probes
 
 
 class LayerwiseOptimizerConfig(OptimizerConfig):

@@ -36,7 +36,7 @@ def cost(model: Backbone | Encoder | None) -> dict[str, Any]:
     """Return ``num_parameters`` and ``gflop``, for one input, of a model with its encoder; 0 for no model."""
     if model is None:
         return {"num_parameters": 0, "gflop": 0.0}
-    return {"num_parameters": sum(map(torch.numel, model.parameters())), "gflop": model.flop() / 1e9}
+    return {"num_parameters": sum(map(torch.numel, model.state_dict().values())), "gflop": model.flop() / 1e9}
 
 
 def share_encoders(

@@ -17,7 +17,7 @@ from d2v_composer.evaluation.nearest_neighbors import TopK, exact_neighbors
 from d2v_composer.evaluation.results import Result
 from d2v_composer.evaluation.rows import Row, Side
 from d2v_composer.evaluation.settings import Settings
-from d2v_composer.models.names import PROJECTED, find_primary
+from d2v_composer.models.names import EMBEDDING, find_primary
 from d2v_composer.sources.labeled import EvaluationSet
 
 
@@ -88,7 +88,7 @@ class Lookup:
     def fits_texts(self, queries: Side) -> bool:
         """Return whether embeddings are in the space of the set's text embeddings."""
         vectors, classes = self.embedded[queries.model]["test"][queries.embedding], self.labeled.class_embeddings
-        return queries.embedding == PROJECTED and classes is not None and classes.shape[1] == vectors.shape[1]
+        return queries.embedding == EMBEDDING and classes is not None and classes.shape[1] == vectors.shape[1]
 
     def _labels(self, part: str) -> Tensor:
         if part in VIEWS or part == CLASSES:

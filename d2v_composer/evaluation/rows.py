@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from d2v_composer.evaluation.metrics.metric import Column
-from d2v_composer.models.names import PROJECTED, find_primary
+from d2v_composer.models.names import EMBEDDING, find_primary
 
 UNTRAINED, STUDENT, TEACHER = GAP = ("untrained student", "student", "teacher")
 """The models between which the teacher gap lies; agreement compares with the teacher."""
@@ -70,7 +70,7 @@ class Row(NamedTuple):
             return
         headline, has_projected_row = find_primary(primary, in_queries), target and self.changes_in_training
         for name in in_queries:
-            if name == headline or name != PROJECTED or not has_projected_row:
+            if name == headline or name != EMBEDDING or not has_projected_row:
                 is_same = name in of_teacher and name != headline
                 reference = name if is_same else primary
                 side = self.queries._replace(embedding=name)
@@ -83,7 +83,7 @@ def row_of(model: str, color: str = "") -> Row:
 
 
 def _projected(title: str, key: str, color: str, queries: str, bank: str) -> Row:
-    sides = [Side(model, TARGET if model == TEACHER else PROJECTED) for model in (queries, bank)]
+    sides = [Side(model, TARGET if model == TEACHER else EMBEDDING) for model in (queries, bank)]
     return Row(title, key, color, *sides)
 
 

@@ -4,6 +4,7 @@ Shapes: B inputs, E extra tokens, N patches, T = E + N tokens, D channels.
 """
 
 from collections.abc import Sequence
+from reprlib import repr as short  # a list in a file may hold another one a million times
 from typing import Any
 
 import torch
@@ -23,8 +24,20 @@ class Teacher(Backbone, Freezable):
         encoder: Shared with students that are blocks, unless :meth:`student_encoder` gives them one of their own.
         config: The sizes.
         provenance: Origin of the weights, stored with what is derived from them; at least ``source``, ``sha256`` and
-            ``license``.
+            ``license``. ``embedding`` names the teacher's embedding, if it is not the default of its kind.
     """
+
+    made_by = "teacher"
+
+    def name_embedding(self, name: str | None) -> None:
+        """Let the teacher's embedding be the raw one of this name; ``None`` changes nothing.
+
+        Raises:
+            ValueError: The teacher has no such embedding.
+        """
+        if name is not None and name not in self.raw_names:
+            raise ValueError(f"embedding must be one of {', '.join(self.raw_names)}, got {short(name)}")
+        self.raw_embedding = name or self.raw_embedding
 
     def student_encoder(self) -> Encoder:
         """Return the encoder of a student that is blocks: this teacher's, or a new one, which trains.
@@ -76,7 +89,7 @@ class Teacher(Backbone, Freezable):
         init: Init = "random",
         model: str | None = None,
         pretrained: bool = False,
-        projected: bool = False,
+        trains_embedding: bool = False,
         **sizes: Any,
     ) -> Any:
         """Build a trainable student: blocks on :meth:`student_encoder`, or a timm model.
@@ -87,8 +100,7 @@ class Teacher(Backbone, Freezable):
             model: ``timm/NAME``, for a timm model of any architecture whose features have a grid. The whole model
                 trains; it takes images of this teacher's size, normalized as for this teacher.
             pretrained: Start from timm's weights of ``model``.
-            projected: Give the student the embedding ``projected_cls``, in the space of this teacher's. The teacher's
-                own frozen head computes it; in a narrower student or a timm model, a linear layer that trains.
+            trains_embedding: Give the student an alignment that trains; otherwise, one can be fitted later.
             **sizes: Fields of :class:`~d2v_composer.models.configs.StudentConfig`, such as ``depth``, ``mlp_ratio`` and
                 ``alibi``; default the thesis's, and ``final_layer_norm`` the teacher's.
 
@@ -108,18 +120,24 @@ class Teacher(Backbone, Freezable):
         sizes = {name: value for name, value in sizes.items() if value is not None}
         if sizes.get("normalization") == "dataset":  # a target's alone
             sizes["normalization"] = "layer"
-        if projected:
-            if self.projection is None:
-                raise ValueError("projected: this teacher has no projection; load it with projected=True")
-            sizes["projection"] = self.projection.num_outputs if model is None else self.projected_width
         if model is not None:
-            return self.build_network(model, pretrained, **sizes, **({} if init == "random" else {"init": init}))
-        if pretrained:
+            student = self.build_network(model, pretrained, **sizes, **({} if init == "random" else {"init": init}))
+        elif pretrained:
             raise ValueError("pretrained: must be false without a model timm/NAME")
+        else:
+            student = self.build_blocks(init, **sizes)
+            if self.raw_embedding in student.raw_names:
+                student.raw_embedding = self.raw_embedding
+        if trains_embedding:
+            student.train_alignment(self.embedding.width, self.raw_embedding)
+        return student
+
+    def build_blocks(self, init: Init, **sizes: Any) -> Student:
+        """Build a student that is blocks on an encoder; see :meth:`build_student`."""
         config = StudentConfig(**{"final_layer_norm": self.layer_mean.final_layer_norm, **sizes})
         encoder = self.student_encoder()
         provenance = {"teacher": self.provenance, "student": {"own_encoder": encoder is not self.encoder}}
-        student = Student(encoder, config, provenance, self.projection)
+        student = Student(encoder, config, provenance)
         if init == "random":
             return student
         sources = self.init_sources(init)
@@ -141,7 +159,7 @@ class Teacher(Backbone, Freezable):
         options = {
             name: value for name, value in options.items() if name == "normalization" or value != defaults.get(name)
         }
-        if not_its := sorted(options.keys() - {"normalization", "final_layer_norm", "projection"}):
+        if not_its := sorted(options.keys() - {"normalization", "final_layer_norm"}):
             raise ValueError(f"{not_its[0]}: applies only to blocks on the teacher's encoder; leave it out for {model}")
         sizes = self.encoder.config
         if sizes.modality != "image":

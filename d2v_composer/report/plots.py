@@ -15,7 +15,7 @@ from d2v_composer.evaluation.metrics import METRICS, RETRIEVAL
 from d2v_composer.evaluation.metrics.metric import Column
 from d2v_composer.evaluation.results import gap_closed_by_step, pivot
 from d2v_composer.evaluation.rows import ROWS, TEACHER, UNTRAINED, metric_key
-from d2v_composer.models.names import EMBEDDINGS
+from d2v_composer.models.names import EMBEDDING, RAW_EMBEDDINGS
 from d2v_composer.report.run import Run
 
 WIDTH, HEIGHT, DPI = 6.4, 3.9, 150
@@ -73,7 +73,7 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
         for (name, title), columns in plots.items():
             if lines := _accuracies(run, dataset, columns):
                 yield name, plot(title, "%", lines)
-        gaps = {name: (gap_closed_by_step(run.log, dataset, name, ks[0]), {}) for name in EMBEDDINGS}
+        gaps = {name: (gap_closed_by_step(run.log, dataset, name, ks[0]), {}) for name in (*RAW_EMBEDDINGS, EMBEDDING)}
         if lines := {name: line for name, line in gaps.items() if line[0]}:
             yield (
                 f"gap_closed_{dataset}",

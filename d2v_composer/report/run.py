@@ -15,7 +15,6 @@ from d2v_composer.evaluation.metrics.retrieval import retrieval_from
 from d2v_composer.evaluation.results import Result, accuracy_interval, last_batch, pivot, read_results
 from d2v_composer.evaluation.rows import GAP, GAP_CLOSED, STUDENT, TEACHER, metric_key
 from d2v_composer.evaluation.run_log import Log, read_jsonl
-from d2v_composer.models.names import Embedding
 from d2v_composer.sources.labeled import ONLY_SAMPLES, EvaluationSet, open_labeled_sets
 from d2v_composer.system.errors import InputError, reading
 
@@ -52,7 +51,7 @@ class Run(NamedTuple):
     @property
     def primary(self) -> str:
         """Text with the primary embedding and the batch after which the student was last measured."""
-        return f"{Embedding.parse(self.retrieval).name}, batch {last_batch(self.results)}"
+        return f"{self.retrieval['representation']}_{self.retrieval['pooling']}, batch {last_batch(self.results)}"
 
 
 def latest(values: Mapping[int, float]) -> float | None:

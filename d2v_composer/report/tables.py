@@ -12,7 +12,7 @@ from d2v_composer.evaluation.metrics.retrieval import retrieval_from
 from d2v_composer.evaluation.results import Interval, Result, gap_closed_by_step, pivot
 from d2v_composer.evaluation.rows import STUDENT, TEACHER, UNTRAINED, metric_key
 from d2v_composer.evaluation.run_log import Log
-from d2v_composer.models.names import EMBEDDINGS, PROJECTED
+from d2v_composer.models.names import EMBEDDING, RAW_EMBEDDINGS
 
 DATASET = "cifar10"
 
@@ -36,7 +36,7 @@ def accuracy_tables(
             columns = {column.heading: cells for column, cells in accuracies.items() if column.metric in metrics}
             rows = dict.fromkeys(row for cells in columns.values() for row in cells)
             if columns:
-                shown = PROJECTED if any("texts" in metric.needs for metric in metrics.values()) else embedding
+                shown = EMBEDDING if any("texts" in metric.needs for metric in metrics.values()) else embedding
                 lines = [[row, *(_percent(cells.get(row)) for cells in columns.values())] for row in rows]
                 yield f"{table.title} on {dataset}, {shown}, {table.unit} [95 % interval]", [["", *columns], *lines]
 
@@ -82,7 +82,7 @@ def study_table(logs: Mapping[str, Log]) -> str:
         logs: Name → log; embeddings that the first run lacks are not shown.
     """
     first = next(iter(logs.values()))
-    names = [name for name in EMBEDDINGS if _top1(first, name) != "–"]
+    names = [name for name in (*RAW_EMBEDDINGS, EMBEDDING) if _top1(first, name) != "–"]
     lines = [[UNTRAINED, *(_top1(first, name, step=0) for name in names)]]
     for run, log in logs.items():
         has_own = _top1(log, names[0], TEACHER) != "–"

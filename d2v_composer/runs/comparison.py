@@ -13,9 +13,10 @@ from d2v_composer.data.modality import Augmentation, Modality
 from d2v_composer.evaluation.evaluate import Evaluation, cost, share_encoders
 from d2v_composer.evaluation.rows import GAP, GAP_CLOSED, ROWS
 from d2v_composer.evaluation.settings import Settings
+from d2v_composer.models.alignment import EmbeddingInfo
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import TimmNetworkConfig
-from d2v_composer.models.names import PROJECTED, TIMM_PREFIX
+from d2v_composer.models.names import JOINT, TIMM_PREFIX
 from d2v_composer.models.precision import precision_of
 from d2v_composer.models.provenance import distillation_of, has_tuned_encoder, value_at
 from d2v_composer.models.student import Student
@@ -26,9 +27,7 @@ from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.processes import global_rank
 
 
-def build_labeled_sets(
-    lookup: LookupConfig, modality: Modality, model: Backbone, target: str | None
-) -> dict[str, EvaluationSet]:
+def build_labeled_sets(lookup: LookupConfig, modality: Modality, embedding: EmbeddingInfo) -> dict[str, EvaluationSet]:
     """Load the labeled sets in ``lookup.datasets`` by name, except those that null turns off.
 
     A warning says how many test images are also train images, which makes accuracies too high.
@@ -36,17 +35,15 @@ def build_labeled_sets(
     Args:
         lookup: A section with the fields ``datasets``, ``probes`` and ``max_images``.
         modality: Modality of the samples.
-        model: Its ``projected_cls`` is compared with ``class_embeddings``.
-        target: The teacher's embedding that it is aligned with, if it is; only ``projected_cls`` is a text tower's.
+        embedding: What is compared with ``class_embeddings``; only ``joint`` is a text tower's.
 
     Raises:
         InputError: A data set cannot be used.
     """
-    width = model.projected_width if target in (None, PROJECTED) else 0
+    width = embedding.width if embedding.of == JOINT else 0
     if "zero_shot" in lookup.probes and not width:
         raise InputError(
-            f"probes: zero_shot needs the image embedding as {PROJECTED}: train with objectives.embedding.weight=1, or "
-            "with this probe and a map (alignment.max_samples), but no alignment.pooling or alignment.representation"
+            f"probes: zero_shot needs an embedding that texts share, the teacher's {JOINT}, but this is {embedding.of}"
         )
     sets = {name: load() for name, load in open_labeled_sets(lookup.model_dump(), modality).items()}
     widths = {labeled.class_embeddings.shape[1] for labeled in sets.values() if labeled.class_embeddings is not None}
@@ -70,7 +67,7 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
         hub cannot be reached.
     """
     if isinstance(model, Teacher):
-        return model.build_student(projected=model.projected_width > 0)
+        return model.build_student()
     if isinstance(model.config, TimmNetworkConfig):
         from d2v_composer.models.timm_network import NetworkStudent  # timm takes seconds to import
 
@@ -88,7 +85,7 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
         return teacher.build_student(**model.config.model_dump(), init=init)
     is_tuned = has_tuned_encoder(model.provenance)
     if init == "random" and not is_tuned:
-        return Student(model.encoder, model.config, projection=model.projection)
+        return Student(model.encoder, model.config)
     needed_by = "a tuned encoder" if is_tuned else f"init {init}"
     print(f"the untrained student is not measured: {needed_by} needs the teacher; give teacher=PATH", file=sys.stderr)
     return None
@@ -121,14 +118,14 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
     Raises:
         InputError: A file cannot be used, or the model lacks the chosen embedding.
     """
-    model, teacher = config.load("zero_shot" in config.probes)
+    model, teacher = config.load()
     modality = modality_of(model.encoder.config)
     with torch.random.fork_rng(), reading(config.model):
         torch.manual_seed(config.seed)
         untrained = build_untrained(model, teacher)
         recorded = value_at(model.provenance, "config.train_loader") or {}
         loader = ShardLoaderConfig(**{name: recorded[name] for name in modality.options & recorded.keys()})
-    primary = model.choose_embedding(config.pooling, config.representation).name
+    primary = model.choose_embedding(config.pooling, config.representation)
     places = [*map(hide_secrets, config.rivals)]
     if taken := [place for place in places if place in (*ROWS, GAP_CLOSED) or places.count(place) > 1]:
         raise InputError(f"rivals: {taken[0]!r} names another row of the tables; write ./{taken[0]} for the file")
@@ -142,13 +139,14 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
     for place, name in zip(config.rivals, places, strict=True):
         parts[name] = rival = load_rival(place, modality.name).eval().to(device)
         groups.setdefault(modality_of(rival.encoder.config), {})[name] = rival.embed_all
-    target = value_at(model.provenance, "alignment.target")
-    mapped_to = target or "" if teacher is not None and model.projected_width else ""
+    mapped_to = ""
+    if teacher is not None and model.embedding.made_by == "alignment" and model.embedding.of == teacher.embedding.of:
+        mapped_to = teacher.embedding.of
     has_teacher, batch_size = teacher is not None, config.device_eval_batch_size
     settings = Settings(primary, config.ks, config.probes, None, batch_size, has_teacher, mapped_to)
 
     def load(taken: Modality) -> tuple[dict[str, EvaluationSet], Augmentation]:
-        sets = build_labeled_sets(config, taken, model, target)
+        sets = build_labeled_sets(config, taken, model.embedding)
         for name, labeled in sets.items():
             settings.check(name, labeled)
         return sets, build_augmentation(loader, taken, config.seed, for_views=True)

@@ -21,7 +21,8 @@ from d2v_composer.evaluation.embedded_set import Embed
 from d2v_composer.evaluation.evaluate import cost, share_encoders
 from d2v_composer.evaluation.results import last_batch
 from d2v_composer.evaluation.rows import STUDENT, TEACHER
-from d2v_composer.models.names import TIMM_PREFIX, Embedding
+from d2v_composer.models.alignment import MIN_PAIRS
+from d2v_composer.models.names import DATA2VEC2
 from d2v_composer.models.precision import choose_precision, name_precision
 from d2v_composer.models.provenance import value_at
 from d2v_composer.models.teacher import Teacher
@@ -130,8 +131,7 @@ def train_student(
     header = {modality.unit: f"{len(index):,} in {index.source}"}
     if kept is not None:
         header["targets"] = f"{loader.views} views, {kept.num_bytes / 1e6:,.0f} MB in {kept.path}"
-    if align is not None:
-        header["alignment"] = f"with the teacher's {align.target}, on {align.batches.size:,} {modality.unit}"
+    header["embedding"] = describe_embedding(model, align, modality.unit)
     if retrieval is not None:
         header["retrieval"] = (
             f"{', '.join(retrieval.datasets)} every {config.retrieval.interval}, primary embedding "
@@ -156,14 +156,16 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
     """
     with node_leaders_first("the teacher"):
         teacher = teacher or build_teacher(config)
+    choose_embedding(config, teacher)
     targets, modality = config.targets, modality_of(teacher.config)
     if config.train_loader.views is not None and modality.has_lengths:
         raise InputError(f"train_loader.views: must be null for a teacher of {modality.unit}")
     check_compiler(config.compile)
     with errors_of("student"):
         normalization = targets.model_dump(include={"normalization", "final_layer_norm"})
-        projected = config.objectives.needs_projection
-        student = teacher.build_student(**config.student.model_dump(), **normalization, projected=projected)
+        trains_embedding = config.objectives.trains_embedding
+        sizes = config.student.model_dump() | normalization
+        student = teacher.build_student(**sizes, trains_embedding=trains_embedding)
     check_network("student.model", student, config)
     with errors_of("targets"):
         return DistillationModel(
@@ -194,14 +196,14 @@ def accelerate(config: TrainConfig, model: DistillationModel) -> None:
 
 
 def build_teacher(config: TrainConfig) -> Teacher:
-    """Load the teacher that the section ``teacher`` describes, with its image embedding if the run needs that.
+    """Load the teacher that the section ``teacher`` describes.
 
     Raises:
         InputError: The teacher's file cannot be used.
     """
     section = config.teacher.model_dump()
     try:
-        return load_teacher(section.pop("checkpoint"), **section, projected=config.needs_projection)
+        return load_teacher(section.pop("checkpoint"), **section)
     except InputError as error:
         key = "teacher." if str(error).startswith(tuple(TeacherSection.model_fields)) else "teacher.checkpoint: "
         raise InputError(f"{key}{error}") from error
@@ -229,15 +231,29 @@ def build_kept_targets(config: TrainConfig, model: DistillationModel, index: Ind
     return kept
 
 
+def choose_embedding(config: TrainConfig, teacher: Teacher) -> None:
+    """Let the teacher's embedding be the one that the section ``alignment`` names, if it names one.
+
+    Raises:
+        InputError: The teacher lacks it, or does not compute it as ``d2v embed`` does.
+    """
+    pooling, representation, section = config.alignment.pooling, config.alignment.representation, config.teacher
+    if pooling is not None or representation is not None:
+        with errors_of("alignment"):
+            teacher.raw_embedding = teacher.choose_embedding(pooling, representation)
+    if representation == "layer_mean" and section.first_blocks is not None and section.model == DATA2VEC2:
+        raise InputError("alignment.representation: layer_mean needs all layers of the teacher; unset first_blocks")
+
+
 def build_alignment(config: TrainConfig, model: DistillationModel, index: Index) -> AlignStudent | None:
-    """Build the callback that fits the student's map into the teacher's space; ``None`` if the run has no map.
+    """Build the callback that fits the student's alignment; ``None`` if it trains, or if the run has none.
 
     The samples come from at most ``ALIGNMENT_SHARDS`` shards, so that a data set in a store is not fetched whole.
 
     Raises:
-        InputError: The teacher lacks the chosen embedding.
+        InputError: There are too few samples.
     """
-    if (target := target_of(config, model)) is None:
+    if config.alignment.max_samples == 0 or model.student.alignment is not None:
         return None
     rng, ends = np.random.default_rng(config.seed), np.cumsum([shard.samples for shard in index.shards])
     shards, chosen = np.split(np.arange(ends[-1]), ends[:-1]), min(ALIGNMENT_SHARDS, len(ends))
@@ -247,36 +263,23 @@ def build_alignment(config: TrainConfig, model: DistillationModel, index: Index)
         numbers = numbers[np.argsort(index.lengths[numbers], kind="stable")]
     batch_size = min(config.device_eval_batch_size, len(numbers))
     batches = numbers[: len(numbers) // batch_size * batch_size].reshape(-1, batch_size)
-    embeds, source = embeds_of(config, model), open_mds(index, config.train_loader.cache_limit)
-    workers = config.train_loader.num_workers
-    return AlignStudent(model.student, source, batches, embeds[STUDENT], embeds[TEACHER], target.name, workers)
-
-
-def target_of(config: TrainConfig, model: DistillationModel) -> Embedding | None:
-    """Return the teacher's embedding to which the student's is mapped.
-
-    Returns:
-        ``None`` if ``alignment.max_samples`` is 0, or if training already gives the student a ``projected_cls``.
-
-    Raises:
-        InputError: The teacher lacks the chosen embedding, or computes ``layer_mean`` unlike the student.
-    """
-    alignment, teacher = config.alignment, model.teacher
-    if alignment.max_samples == 0 or model.student.projected_width:
-        return None
-    default = "output" if alignment.pooling or not teacher.projected_width else "projected"
-    with errors_of("alignment"):
-        target = teacher.choose_embedding(alignment.pooling, alignment.representation or default)
-    has_own_layers = config.teacher.first_blocks is None or config.teacher.model.startswith(TIMM_PREFIX)
-    if alignment.representation == "layer_mean" and not (
-        has_own_layers and model.layer_mean[:2] == teacher.layer_mean[:2]
-    ):
+    if batches.size < MIN_PAIRS:
         raise InputError(
-            "alignment.representation: layer_mean needs the teacher's own, as d2v embed computes it: set "
-            f"targets.normalization={teacher.layer_mean.normalization}, but not targets.final_layer_norm, nor, for a "
-            "data2vec 2.0 teacher, teacher.first_blocks"
+            f"alignment.max_samples: needs at least {MIN_PAIRS} training samples, got {batches.size}; set 0"
         )
-    return target
+    embeds, source = embeds_of(config, model), open_mds(index, config.train_loader.cache_limit)
+    workers, of = config.train_loader.num_workers, model.teacher.embedding.of
+    return AlignStudent(model.student, source, batches, embeds[STUDENT], embeds[TEACHER], of, workers)
+
+
+def describe_embedding(model: DistillationModel, align: AlignStudent | None, unit: str) -> str:
+    """Return what the student's embedding will be."""
+    info, of = model.student.embedding, model.teacher.embedding.of
+    if align is not None:
+        return f"an estimate of the teacher's {of}, by an alignment fitted to {align.batches.size:,} {unit}"
+    if info.made_by == "training":
+        return f"an estimate of the teacher's {of}, by an alignment that trains"
+    return f"the student's own {info.of}, not the teacher's {of}, because alignment.max_samples is 0"
 
 
 def build_retrieval(
@@ -298,9 +301,8 @@ def build_retrieval(
         return None
     primary, student, baselines = choose_embeds(config, model)
     modality = modality_of(model.teacher.config)
-    compared = (model.student, None) if align is None else (model.teacher, align.target)
     with node_leaders_first("the data sets for retrieval"):
-        datasets = build_labeled_sets(retrieval, modality, *compared)
+        datasets = build_labeled_sets(retrieval, modality, (model.teacher if align else model.student).embedding)
     with errors_of("retrieval"):
         return ZeroShotRetrieval(
             datasets,
@@ -327,7 +329,7 @@ def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, E
     """
     retrieval = config.retrieval
     with errors_of("retrieval"):
-        primary = model.student.choose_embedding(retrieval.pooling, retrieval.representation).name
+        primary = model.student.choose_embedding(retrieval.pooling, retrieval.representation)
     known = embeds_of(config, model)
     student = known.pop(STUDENT)
     if unknown := [name for name in retrieval.baselines if name not in known]:

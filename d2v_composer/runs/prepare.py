@@ -31,7 +31,7 @@ from d2v_composer.models.configs import (
 )
 from d2v_composer.models.names import DATA2VEC2, TIMM_PREFIX
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.runs.distill import build_model, build_teacher, choose_embeds, target_of
+from d2v_composer.runs.distill import build_model, build_teacher, choose_embeds
 from d2v_composer.runs.trainer import build_callbacks
 from d2v_composer.sources.mds import INDEX, SUMMARY
 from d2v_composer.sources.open import find_files, open_source
@@ -164,7 +164,6 @@ def make_plan(request: Request, fetched: Path) -> Plan:
         teacher = build_teacher(config)
     model = build_model(config, teacher)
     choose_embeds(config, model)
-    target_of(config, model)
     build_augmentation(config.train_loader, modality, config.seed)
     build_callbacks(config)
     print(f"settings for {number} {modality.unit}: {', '.join(f'{key}={value}' for key, value in chosen.items())}")

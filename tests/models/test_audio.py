@@ -121,9 +121,9 @@ def test_wrong_waveforms_and_lengths(teacher: Any) -> None:
 
 
 def test_without_cls_and_a_final_norm_there_are_fewer_embeddings(teacher: Any) -> None:
-    assert list(teacher.embed_all(sound())) == teacher.embedding_names == ["output_mean", "output_mean_patches"]
+    assert list(teacher.embed_all(sound())) == ["output_mean", "output_mean_patches", "embedding"]
     student = teacher.build_student(depth=1, normalization="layer")
-    assert student.embedding_names[2:] == ["layer_mean_mean", "layer_mean_mean_patches"]
+    assert student.raw_names[2:] == ["layer_mean_mean", "layer_mean_mean_patches"]
     assert student.embed(sound(), "mean", "layer_mean").abs().mean() > 0.1
     assert torch.equal(student.embed(sound()), student.embed(sound(), "mean_patches"))
     with pytest.raises(ValueError, match="no embedding 'output_cls'; this model has: output_mean, "):
