@@ -24,6 +24,9 @@ from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.evaluation.results import Result, read_results
 from d2v_composer.evaluation.rows import ROWS, STUDENT, TEACHER, UNTRAINED, Row, metric_key, rows_of
 from d2v_composer.evaluation.settings import Settings
+from d2v_composer.models.alignment import EmbeddingInfo
+from d2v_composer.models.backbone import Backbone, hash_weights
+from d2v_composer.models.names import EMBEDDING
 from d2v_composer.sources.labeled import EvaluationSet
 from d2v_composer.system.errors import InputError
 
@@ -38,8 +41,8 @@ class _StoppedError(Exception):
 class ZeroShotRetrieval(Callback):
     """Measure top-k retrieval accuracy on labeled sets in both directions, while the model trains without labels.
 
-    An evaluation embeds every image, or audio clip, once, for both directions and all embeddings; several ranks share
-    the work. Evaluations run every ``interval`` and at the end of training, never twice for one batch.
+    An evaluation embeds every image, or audio clip, once, for both directions; several ranks share the work.
+    Evaluations run every ``interval`` and at the end of training, never twice for one batch.
 
     In any Composer run, the model needs a method ``embed_all`` or ``embed``; or pass a function ``embed``. The function
     takes (B, 3, height, width) uint8 images, already on the model's device, resizes and normalizes them, and returns
@@ -47,9 +50,10 @@ class ZeroShotRetrieval(Callback):
     padded, the number of samples of each, (B,) int64. It is called in eval mode, without gradients, in the run's
     precision.
 
-    Logged: ``metrics/{dataset}/bank_{train|test}/top{k}`` for the primary embedding,
-    ``metrics/{dataset}/bank_{train|test}/top{k}/{embedding}`` for every named embedding, the same below
-    ``metrics/{dataset}/{baseline}/`` for each baseline, and ``time/zero_shot_retrieval`` in seconds. Probes have
+    Logged: ``metrics/{dataset}/bank_{train|test}/top{k}`` for the headline; with ``all_embeddings`` also
+    ``metrics/{dataset}/bank_{train|test}/top{k}/{embedding}`` for each; the same below
+    ``metrics/{dataset}/{baseline}/`` for each baseline, and below ``metrics/{dataset}/in_index/`` for the student's
+    queries in the teacher's index; and ``time/zero_shot_retrieval`` in seconds. Probes have
     ``{knn|knn_majority|linear}/top1``, ``agreement@10`` and ``{instance|zero_shot}/top{k}`` in place of
     ``bank_{train|test}/top{k}``.
 
@@ -59,19 +63,21 @@ class ZeroShotRetrieval(Callback):
         interval: Time between evaluations, a Composer time string.
         ks: Measure the accuracy among the k nearest, for each k.
         embed: Function to use instead of the model's own method.
-        primary: Name of the embedding that the short key reports, for a model with several.
+        headline: Name of the embedding that tables show and the short keys report, for a model with several.
+        all_embeddings: Measure the model's other embeddings, too.
         baselines: Name → embed function, measured once at the start, to compare the model with. Default: the model's
             ``retrieval_baselines()``, if it has that method.
         at_start: Evaluate the untrained model as well.
         probes: Further measures of the test images. ``knn`` classifies an image by its 20 nearest train images (DINO's
             weighted vote, and the majority), ``linear`` by a logistic regression (seconds for each embedding).
             ``agreement`` is the share of an image's 10 nearest test images that the baseline named teacher finds, too,
-            in its embedding of the same name (for the primary embedding, in the teacher's primary one). ``instance``
-            tells whether one augmented view of an image finds the other. ``zero_shot``, in sets with
-            ``class_embeddings``, tells whether the text embedding of an image's class is the nearest to its
-            embedding.
+            in its embedding of the same name. ``instance`` tells whether one augmented view of an image finds the
+            other. ``zero_shot``, in sets with ``class_embeddings``, tells whether the text embedding of an image's
+            class is the nearest to its embedding.
         augment: Makes the views for ``instance``.
         align: Fits the student's alignment before each evaluation.
+        models: The student and the teacher, by these names: results say what their embeddings are, and the student's is
+            looked up in the teacher's index if both are in one space.
         should_stop: Asked before each batch of images; must be False until training begins, and the same on all ranks.
             True ends the evaluation; the run that resumes repeats it first.
         device_batch_size: Images embedded at once on each device.
@@ -81,7 +87,7 @@ class ZeroShotRetrieval(Callback):
         history: One entry for each evaluation, oldest first: ``{"batch": int, "metrics": {key: accuracy}}``; kept in
             checkpoints.
         baseline_metrics: Log key → accuracy of the baselines; kept in checkpoints.
-        results: Results in the primary embedding, for tables and the report: those of the baselines, of the student
+        results: Results in the headline, for tables and the report: those of the baselines, of the student
             before training and of the student as last measured, with its batch; kept in checkpoints. The results of
             student and teacher include each test image's nearest train images, as many as the largest of ``ks``.
         conditions: For every set that the run ever measured, what its numbers depend on; kept in checkpoints.
@@ -100,12 +106,14 @@ class ZeroShotRetrieval(Callback):
         ks: Sequence[int] = (1, 3),
         *,
         embed: Embed | None = None,
-        primary: str = "output_cls",
+        headline: str = EMBEDDING,
+        all_embeddings: bool = False,
         baselines: Mapping[str, Embed] | None = None,
         at_start: bool = False,
         probes: Collection[str] = (),
         augment: Augmentation | None = None,
         align: AlignStudent | None = None,
+        models: Mapping[str, Backbone] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         device_batch_size: int = 256,
         progress_bar: bool = True,
@@ -115,9 +123,8 @@ class ZeroShotRetrieval(Callback):
             raise ValueError(f"probes must be among {', '.join(known)}, got {', '.join(probes)}")
         if "agreement" in probes and baselines is not None and TEACHER not in baselines:
             raise ValueError("agreement needs a baseline named teacher")
-        target = align.of if align else ""
         has_teacher = baselines is None or TEACHER in baselines  # else fit_start asks the model
-        self.settings = Settings(primary, tuple(ks), probes, augment, device_batch_size, has_teacher, target)
+        self.settings = Settings(headline, tuple(ks), probes, augment, device_batch_size, has_teacher, all_embeddings)
         self.conditions: dict[str, str] = {}
         for name, labeled in datasets.items():
             self.settings.check(name, labeled)
@@ -128,7 +135,7 @@ class ZeroShotRetrieval(Callback):
         self.embed = embed
         self.baselines = baselines
         self.at_start = at_start
-        self.align, self.should_stop = align, should_stop
+        self.align, self.models, self.should_stop = align, dict(models or {}), should_stop
         self.progress_bar = progress_bar
         self.is_due = due_every(interval, {Event.BATCH_END, Event.EPOCH_END})
         self.history: list[dict[str, Any]] = []
@@ -149,10 +156,10 @@ class ZeroShotRetrieval(Callback):
         self.settings = self.settings._replace(has_teacher=TEACHER in self.baselines)
         wanted = {
             (row.title, dataset, column)
-            for row in rows_of(self.baselines, self.settings.target)
+            for row in rows_of(self.baselines, {})
             for dataset, labeled in self.datasets.items()
             for metric in self.settings.metrics(labeled)
-            if row.title == TEACHER or "texts" not in metric.needs  # pixels have no projection
+            if row.title == TEACHER or "texts" not in metric.needs  # pixels are in no space of texts
             for column in self.settings.columns(labeled, metric)
         }
         if wanted <= {result[:3] for result in self.results}:
@@ -199,7 +206,7 @@ class ZeroShotRetrieval(Callback):
 
     def measure_baselines(self, state: State, logger: Logger) -> None:
         """Measure the rows that training does not change on all sets; then keep and log the results."""
-        rows = [row for row in rows_of(self.baselines or {}, self.settings.target) if not row.changes_in_training]
+        rows = rows_of(self.baselines or {}, {})
         self.baseline_metrics = self._measure(rows, {row.title for row in rows}, state, logger)
 
     def measure_student(self, state: State, logger: Logger) -> None:
@@ -212,12 +219,15 @@ class ZeroShotRetrieval(Callback):
         if self.align is not None:
             broadcast_statistics(state.model)
             self.align.fit(state, partial(self._to_device, state))
-        rows = [
-            row for row in rows_of([*(self.baselines or {}), student], self.settings.target) if student in row.models
-        ]
+        rows = [row for row in rows_of([*(self.baselines or {}), student], self.infos()) if student in row.models]
         outdated = {row.title for row in ROWS.values() if student in row.models}
         metrics = self._measure(rows, outdated, state, logger)
         self.history.append({"batch": batch, "metrics": metrics})
+
+    def infos(self) -> dict[str, EmbeddingInfo]:
+        """Return what the embeddings are of the models that are known."""
+        models = self.models | {UNTRAINED: self.models[STUDENT]} if STUDENT in self.models else self.models
+        return {name: model.embedding for name, model in models.items()}
 
     def _measure(
         self, rows: Sequence[Row], outdated: Collection[str], state: State, logger: Logger
@@ -227,6 +237,7 @@ class ZeroShotRetrieval(Callback):
         ranks = Ranks(dist.get_global_rank(), dist.get_world_size())
         progress = "retrieval " if self.progress_bar and ranks.rank == 0 else None
         settings = self.settings._replace(to_device=partial(self._to_device, state), ranks=ranks, progress=progress)
+        infos = self.infos()
         embeds = {**(self.baselines or {}), STUDENT: self.embed_student, UNTRAINED: self.embed_student}
         broadcast_statistics(state.model)
         precision = get_precision_context(state.precision, state.precision_config)
@@ -239,25 +250,28 @@ class ZeroShotRetrieval(Callback):
                 if self.of_teacher.get(dataset) and TEACHER not in outdated:  # embedded before
                     embedded[TEACHER] = self.of_teacher[dataset]
                 used = {model: embed for model, embed in embeds.items() if model in models - embedded.keys()}
-                embedded |= embed_set(used, dataset, labeled, settings)
-                results += measure(rows, embedded, dataset, labeled, settings)
+                embedded |= embed_set(used, dataset, labeled, settings, infos)
+                results += measure(rows, embedded, dataset, labeled, settings, infos)
                 self.of_teacher[dataset] = {
                     part: {
                         name: vectors
                         for name, vectors in embeddings.items()
-                        if name == settings.target or (needs_teacher and part == "test")
+                        if name == EMBEDDING or (needs_teacher and part == "test")
                     }
                     for part, embeddings in embedded.get(TEACHER, {}).items()
                 }
         self.results = [result for result in self.results if result.row not in outdated]
+        models = {row.title: {UNTRAINED: STUDENT}.get(row.queries.model, row.queries.model) for row in rows}
+        weights = {name: hash_weights(self.models[name]) for name in self.models.keys() & models.values()}
         for result in results:
-            if result.is_primary:
+            if result.is_headline:
                 shown = result.nearest if result.row in (STUDENT, TEACHER) else None
-                self.results.append(result._replace(batch=batch, nearest=shown))
+                of_model = weights.get(models[result.row], "")
+                self.results.append(result._replace(batch=batch, nearest=shown, weights=of_model))
         metrics = {
             metric_key(result.dataset, result.column, name, result.row): result.hits.double().mean().item()
             for result in results
-            for name in (("", result.embedding) if result.is_primary else (result.embedding,))
+            for name in ([""] if result.is_headline else []) + ([result.embedding] if settings.needs_all else [])
         }
         logger.log_metrics({"time/zero_shot_retrieval": time.monotonic() - start})
         logger.log_metrics(metrics)

@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> None:
     from d2v_composer.data import modality_of
     from d2v_composer.evaluation.evaluate import check_replaceable
     from d2v_composer.models.backbone import hash_weights
+    from d2v_composer.models.names import EMBEDDING
     from d2v_composer.models.precision import choose_precision
     from d2v_composer.report.tables import evaluation_tables
     from d2v_composer.runs.comparison import build_comparison
@@ -49,7 +50,9 @@ def main(argv: Sequence[str]) -> None:
     if "agreement" in config.probes and not evaluation.settings.has_teacher:
         raise InputError("probes: agreement needs the teacher; name it with teacher=PATH")
     modality = modality_of(model.encoder.config)
-    print(f"embedding: {evaluation.settings.primary}")
+    print(
+        f"embedding: {model.embedding if evaluation.settings.headline == EMBEDDING else evaluation.settings.headline}"
+    )
     autocast_dtype = choose_precision(config.precision).autocast_dtype
     evaluation.run(device, autocast_dtype)
     if config.rivals:

@@ -36,6 +36,7 @@ from d2v_composer.config.types import (
     must,
 )
 from d2v_composer.evaluation.metrics import PROBES
+from d2v_composer.evaluation.rows import ROWS
 from d2v_composer.models.alignment import MIN_PAIRS
 from d2v_composer.models.configs import STRICT, BlockSizes
 from d2v_composer.models.names import (
@@ -56,6 +57,7 @@ from d2v_composer.sources import FORMAT, FORMATS, LOCAL
 from d2v_composer.system.addresses import RunFolder, check_run_name
 from d2v_composer.system.processes import num_nodes, num_ranks
 
+BASELINES = tuple(title for title, row in ROWS.items() if not row.changes_in_training)
 PROBE_NAMES = tuple(metric.name for metric in PROBES)
 PROBES_ABOUT = "Further metrics of the test images: " + "; ".join(
     f"``{metric.name}`` {metric.about}{'' if 'labels' in metric.needs else ' (needs no labels)'}" for metric in PROBES
@@ -307,6 +309,11 @@ class LookupConfig(Section):
     ks: Annotated[list[Count], Field(min_length=1)] = [1, 3]
     """Report top-k accuracy for each k: the fraction of queries whose k nearest images include one with their label."""
     probes: Annotated[list[Literal[PROBE_NAMES]], Field(description=PROBES_ABOUT)] = []  # pyright: ignore[reportInvalidTypeForm]
+    baselines: list[Literal[BASELINES]] = ["teacher"]  # pyright: ignore[reportInvalidTypeForm]
+    """Models to compare the student with: ``pixels`` (for audio, ``log_mel``, the mean spectrum), the frozen
+    ``encoder`` if the student shares its teacher's, the ``teacher``. A run measures them once."""
+    embeddings: Literal["all"] | None = None
+    """Embeddings to measure: ``all``, or null: the one that tables show."""
     datasets: dict[str, LabeledSetConfig | None] = {}
     """Name → labeled set; null turns one off."""
     max_images: Count | None = None
@@ -316,18 +323,16 @@ class LookupConfig(Section):
 class RetrievalConfig(LookupConfig):
     """Retrieval during training, by the callback ZeroShotRetrieval."""
 
-    pooling: Pooling = "cls"
-    """Pooling of the primary embedding: ``cls``, ``mean`` of all tokens, or ``mean_patches``."""
-    representation: Representation = "output"
-    """Representation of the primary embedding: ``output`` of the last block, or ``layer_mean``, the normalized mean of
-    the FFN outputs."""
+    pooling: Pooling | None = None
+    """Pooling of a raw embedding that tables show in place of the embedding: ``cls``, ``mean`` of all tokens, or
+    ``mean_patches``."""
+    representation: Representation | None = None
+    """Representation of a raw embedding that tables show in place of the embedding: ``output`` of the last block, or
+    ``layer_mean``, the normalized mean of the FFN outputs."""
     interval: Duration = "5000ba"
     """Time between measurements, in batches or epochs; there is always one at the end of the run."""
     at_start: bool = False
     """Measure the untrained student too."""
-    baselines: list[Literal["pixels", "log_mel", "encoder", "teacher"]] = ["teacher"]
-    """Models to compare the student with, each measured once: ``pixels`` (for audio, ``log_mel``, the mean
-    spectrum), the frozen ``encoder``, the ``teacher``."""
 
 
 class RunConfig(Section):
@@ -508,6 +513,9 @@ class FinetuneConfig(TrainerConfig, ModelReference):
 class EvaluateConfig(RunConfig, LookupConfig, ModelReference):
     """Fields of ``d2v evaluate``."""
 
+    baselines: list[Literal[BASELINES]] = ["pixels", "log_mel", "teacher"]  # pyright: ignore[reportInvalidTypeForm]
+    """Models to compare the student with: ``pixels`` or, for audio, ``log_mel``; the frozen ``encoder`` if the student
+    shares its teacher's; the ``teacher``, if it is known."""
     out: LocalFolder | None = None
     """Folder for evaluation.json and evaluation.csv."""
     rivals: Annotated[tuple[PathText, ...], Field(strict=False)] = ()

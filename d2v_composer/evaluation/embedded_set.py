@@ -10,7 +10,10 @@ from torch import Tensor
 
 from d2v_composer.data.modality import collate
 from d2v_composer.evaluation.metrics.metric import VIEWS
+from d2v_composer.evaluation.rows import find_headline
 from d2v_composer.evaluation.settings import Settings
+from d2v_composer.models.alignment import EmbeddingInfo
+from d2v_composer.models.names import EMBEDDING
 from d2v_composer.sources.labeled import EvaluationSet
 from d2v_composer.system.progress import progress_bar
 
@@ -25,7 +28,11 @@ EmbeddedSet = dict[str, dict[str, Tensor]]
 
 
 def embed_set(
-    embeds: Mapping[str, Embed], dataset: str, labeled: EvaluationSet, settings: Settings
+    embeds: Mapping[str, Embed],
+    dataset: str,
+    labeled: EvaluationSet,
+    settings: Settings,
+    infos: Mapping[str, EmbeddingInfo] = {},
 ) -> dict[str, EmbeddedSet]:
     """Embed this rank's share of all parts with every model, in one pass over the samples.
 
@@ -37,9 +44,10 @@ def embed_set(
         dataset: The set's name.
         labeled: The images.
         settings: The settings.
+        infos: Name → what the model's embedding is, if known.
 
     Returns:
-        Name of a model → embeddings.
+        Name of a model → embeddings: all, or the headline and the model's own, as the settings say.
     """
     parts = ({"train": labeled.train} if labeled.has_labels else {}) | {"test": labeled.test}
     parts |= dict.fromkeys(VIEWS, labeled.test) if settings.needs(labeled, "views") else {}
@@ -57,7 +65,12 @@ def embed_set(
             inputs = move_batch(collate(batch), settings.to_device)
             for model, embed in embeds.items():
                 embeddings, of_part = embed(*inputs), embedded[model][part]
-                for name, vectors in ({"": embeddings} if isinstance(embeddings, Tensor) else embeddings).items():
+                if isinstance(embeddings, Tensor):
+                    embeddings = {"": embeddings}
+                needed = {EMBEDDING, find_headline(settings.headline, embeddings, infos.get(model))}
+                for name, vectors in embeddings.items():
+                    if name not in needed and not settings.needs_all:
+                        continue
                     if name not in of_part:
                         of_part[name] = torch.empty(len(mine), vectors.shape[1])
                     of_part[name][places] = vectors.float().cpu()

@@ -19,9 +19,10 @@ from d2v_composer.data.modality import Augmentation, Modality
 from d2v_composer.evaluation.embedded_set import Embed, embed_set
 from d2v_composer.evaluation.measurement import measure
 from d2v_composer.evaluation.metrics.metric import Column
-from d2v_composer.evaluation.results import Interval, Result, accuracy_interval, pivot
-from d2v_composer.evaluation.rows import GAP_CLOSED, UNTRAINED, rows_of
+from d2v_composer.evaluation.results import Interval, Result, accuracy_interval, gap_closed, pivot
+from d2v_composer.evaluation.rows import rows_of
 from d2v_composer.evaluation.settings import Settings
+from d2v_composer.models.alignment import EmbeddingInfo
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.encoder import Encoder, Inputs
 from d2v_composer.models.precision import precision_of
@@ -81,6 +82,8 @@ class Evaluation(NamedTuple):
     """Name → :func:`cost`."""
     settings: Settings
     """Settings for all sets, without ``augment``."""
+    infos: Mapping[str, EmbeddingInfo]
+    """Name → what the model's embedding is, for models that have one."""
     load: Callable[[Modality], tuple[Mapping[str, EvaluationSet], Augmentation]]
     """Returns a group's data sets, by name, and the augmentation that makes the views of their samples."""
     class_names: dict[str, Sequence[str]]
@@ -98,9 +101,7 @@ class Evaluation(NamedTuple):
         """
         for modality, embeds in self.groups.items():
             datasets, augment = self.load(modality)
-            rows = rows_of(embeds, self.settings.target)
-            # Nothing aligns an untrained student here; its own ``projected_cls``, if it has one, is no map.
-            rows = [row for row in rows if not (row.queries.embedding and row.queries.model == UNTRAINED)]
+            rows = rows_of(embeds, self.infos)
             to_device = partial(Tensor.to, device=device)
             settings = self.settings._replace(augment=augment, to_device=to_device, progress="")
             for dataset, labeled in datasets.items():
@@ -109,8 +110,8 @@ class Evaluation(NamedTuple):
                     f"embedding {sum(labeled.num_samples):,} samples of {dataset}: {', '.join(embeds)}", file=sys.stderr
                 )
                 with torch.inference_mode(), precision_of(autocast_dtype, device):
-                    embedded = embed_set(embeds, dataset, labeled, settings)
-                    self.results.extend(measure(rows, embedded, dataset, labeled, settings))
+                    embedded = embed_set(embeds, dataset, labeled, settings, self.infos)
+                    self.results.extend(measure(rows, embedded, dataset, labeled, settings, self.infos))
 
     def write(self, folder: Path, context: dict[str, Any]) -> None:
         """Write ``evaluation.json`` and ``evaluation.csv`` to a folder, each atomically.
@@ -124,7 +125,12 @@ class Evaluation(NamedTuple):
             return place | interval._asdict()
 
         rows = [
-            {"candidate": result.row, "embedding": result.embedding}
+            {
+                "candidate": result.row,
+                "embedding": result.embedding,
+                "of": result.info.of,
+                "alignment": result.info.fingerprint,
+            }
             | cell(result.dataset, result.column, accuracy_interval(result.hits.numpy()))
             for result in self.results
         ]
@@ -133,14 +139,14 @@ class Evaluation(NamedTuple):
         writer.writeheader()
         writer.writerows(rows)
         entries = {
-            "primary": self.settings.primary,
+            "embedding": self.settings.headline,
             "class_names": self.class_names,
             "results": rows,
             "teacher_gap_closed": [
-                cell(dataset, column, closed)
+                cell(dataset, column, closed.interval)
                 for dataset in self.class_names
                 for column, cells in pivot(self.results, dataset).items()
-                if (closed := cells.get(GAP_CLOSED)) is not None
+                if (closed := gap_closed(cells)) is not None and closed.interval is not None
             ],
             "candidates": [
                 {

@@ -4,16 +4,13 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from d2v_composer.evaluation.metrics.metric import Column
-from d2v_composer.models.names import EMBEDDING, find_primary
+from d2v_composer.models.alignment import EmbeddingInfo
+from d2v_composer.models.names import EMBEDDING
 
 UNTRAINED, STUDENT, TEACHER = GAP = ("untrained student", "student", "teacher")
 """The models between which the teacher gap lies; agreement compares with the teacher."""
+IN_INDEX = f"{STUDENT} in the teacher's index"
 GAP_CLOSED = "teacher gap closed"
-PROJECTED_GAP = tuple(f"{model}, projected" for model in GAP)
-"""Rows of the same models in the teacher's space: students' mapped embeddings, and the teacher's embedding itself."""
-GAPS = {GAP_CLOSED: GAP, f"{GAP_CLOSED}, projected": PROJECTED_GAP}
-TARGET = "target"
-"""Stands for the teacher's embedding to which the student's is mapped."""
 
 
 class Side(NamedTuple):
@@ -21,7 +18,7 @@ class Side(NamedTuple):
 
     model: str
     embedding: str = ""
-    """Name of the embedding; '' for the primary one and each other one."""
+    """Name of the embedding; '' for the headline."""
 
 
 class Row(NamedTuple):
@@ -45,36 +42,59 @@ class Row(NamedTuple):
         """True for a row that a run measures again and again; the others are measured once."""
         return not self.models.isdisjoint((UNTRAINED, STUDENT))
 
-    def is_measurable(self, models: Collection[str], target: str) -> bool:
-        """Return whether the row can be measured, given the models and the teacher's embedding of the map, if any."""
-        return self.models <= {*models} and bool(target or not self.queries.embedding)
-
-    def sides(
-        self, names: Mapping[str, Collection[str]], primary: str, target: str
-    ) -> Iterator[tuple[Side, Side, Side, bool]]:
-        """Yield queries, bank, the teacher's embedding to compare with, and whether they are the row's primary ones.
+    def is_measurable(self, models: Collection[str], infos: Mapping[str, EmbeddingInfo]) -> bool:
+        """Return whether the models are there and, if they are two, whether their embeddings are in one space.
 
         Args:
-            names: Model → names of its embeddings.
-            primary: The primary embedding.
-            target: The teacher's embedding to which the student's is mapped; '' for no map.
+            models: Names of the models.
+            infos: Model → what its embedding is, if known.
         """
-        in_queries, of_teacher = names[self.queries.model], names.get(TEACHER, ())
+        if not self.models <= {*models}:
+            return False
+        if len(self.models) == 1:
+            return True
+        queries, bank = (infos.get(side.model) for side in (self.queries, self.bank))
+        if queries is None or bank is None or queries.made_by == "raw":
+            return False
+        return (queries.of, queries.width) == (bank.of, bank.width)
+
+    def sides(
+        self, names: Collection[str], headline: str, info: EmbeddingInfo | None
+    ) -> Iterator[tuple[Side, Side, bool]]:
+        """Yield the queries, the bank and whether they are the row's headline, for each embedding.
+
+        Args:
+            names: Names of the embeddings of the model that embeds the queries.
+            headline: Name of the embedding in tables.
+            info: What the embedding is that the headline stands for, if known.
+
+        Raises:
+            ValueError: The model lacks the headline.
+        """
         if self.queries.embedding:
-            queries, bank = (
-                side._replace(embedding=target) if side.embedding == TARGET else side
-                for side in (self.queries, self.bank)
-            )
-            if queries.embedding in in_queries:  # an untrained student's may be missing
-                yield queries, bank, Side(TEACHER, target), True
+            yield self.queries, self.bank, True
             return
-        headline, has_projected_row = find_primary(primary, in_queries), target and self.changes_in_training
-        for name in in_queries:
-            if name == headline or name != EMBEDDING or not has_projected_row:
-                is_same = name in of_teacher and name != headline
-                reference = name if is_same else primary
-                side = self.queries._replace(embedding=name)
-                yield side, side, Side(TEACHER, reference), name == headline
+        chosen = find_headline(headline, names, info)
+        for name in names:
+            side = self.queries._replace(embedding=name)
+            yield side, side, name == chosen
+
+
+def find_headline(headline: str, names: Collection[str], info: EmbeddingInfo | None) -> str:
+    """Return the headline's name among a model's embeddings.
+
+    What lacks it, such as the encoder alone, has the output that is pooled in the same way; or its only embedding.
+
+    Raises:
+        ValueError: The model has no such embedding.
+    """
+    of = info.of if info is not None and headline == EMBEDDING else headline
+    for name in (headline, of, of.replace("layer_mean", "output"), "output_cls", "output_mean"):
+        if name in names:
+            return name
+    if len(names) == 1:
+        return next(iter(names))
+    raise ValueError(f"the headline must be one of {', '.join(names)}, got {headline!r}")
 
 
 def row_of(model: str, color: str = "") -> Row:
@@ -82,13 +102,6 @@ def row_of(model: str, color: str = "") -> Row:
     return Row(model, "" if model in (UNTRAINED, STUDENT) else model, color, Side(model), Side(model))
 
 
-def _projected(title: str, key: str, color: str, queries: str, bank: str) -> Row:
-    sides = [Side(model, TARGET if model == TEACHER else EMBEDDING) for model in (queries, bank)]
-    return Row(title, key, color, *sides)
-
-
-# Student → the color of its rows in the teacher's space.
-STUDENTS = {UNTRAINED: "", STUDENT: "C4"}
 ROWS = {
     row.title: row
     for row in (
@@ -97,30 +110,20 @@ ROWS = {
         row_of("encoder", "C3"),
         row_of(UNTRAINED),
         row_of(STUDENT, "C0"),
+        Row(IN_INDEX, "in_index", "C4", Side(STUDENT, EMBEDDING), Side(TEACHER, EMBEDDING)),
         row_of(TEACHER, "C1"),
-        *(_projected(f"{model}, projected", "projected", color, model, model) for model, color in STUDENTS.items()),
-        _projected(f"{TEACHER}, projected", "teacher_projected", "", TEACHER, TEACHER),
-        *(
-            _projected(f"{model} in the teacher's index", "in_teacher_index", color, model, TEACHER)
-            for model, color in STUDENTS.items()
-        ),
     )
 }
 """Title → row, in the order of tables."""
 
 
-def rows_of(models: Collection[str], target: str = "") -> list[Row]:
-    """Return the rows that can be measured with some models: those of ``ROWS``, then one row for each further model.
-
-    Args:
-        models: Names of the models.
-        target: Name of the teacher's embedding to which the student's is mapped; '' for no map.
-    """
-    known = [row for row in ROWS.values() if row.is_measurable(models, target)]
+def rows_of(models: Collection[str], infos: Mapping[str, EmbeddingInfo]) -> list[Row]:
+    """Return the rows that can be measured with some models: those of ``ROWS``, then one row for each further model."""
+    known = [row for row in ROWS.values() if row.is_measurable(models, infos)]
     return known + [row_of(model) for model in models if model not in ROWS]
 
 
 def metric_key(dataset: str, column: Column, embedding: str = "", row: str = STUDENT) -> str:
-    """Return the log key of an accuracy; by default, the key of the student's accuracy in the primary embedding."""
+    """Return the log key of an accuracy; by default, the key of the student's accuracy in the headline."""
     key = ROWS[row].key if row in ROWS else row
     return "/".join(filter(None, ["metrics", dataset, key, column.key, embedding]))

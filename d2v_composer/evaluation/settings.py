@@ -17,8 +17,8 @@ from d2v_composer.system.errors import InputError
 class Settings(NamedTuple):
     """Settings with which sets are embedded and measured."""
 
-    primary: str
-    """Name of the primary embedding, whose results stand for a model."""
+    headline: str
+    """Name of the embedding that tables show."""
     ks: Sequence[int]
     """Numbers of neighbors to count hits among; each at most the size of the smallest split."""
     probes: Collection[str]
@@ -29,8 +29,8 @@ class Settings(NamedTuple):
     """Number of images that each rank embeds at once."""
     has_teacher: bool = False
     """Whether there is a teacher to compare with."""
-    target: str = ""
-    """Name of the teacher's embedding to which the student's ``projected_cls`` is fitted; '' without alignment."""
+    needs_all: bool = False
+    """Whether every embedding is measured, or the headline alone."""
     to_device: Callable[[Tensor], Tensor] = lambda tensor: tensor
     """Moves a tensor to the device that embeds and searches."""
     ranks: Ranks = ONE_RANK
@@ -63,7 +63,7 @@ class Settings(NamedTuple):
     def conditions(self, name: str, labeled: EvaluationSet) -> dict[str, str]:
         """Return dotted name → text, for everything that a set's numbers depend on besides the models."""
         classes = labeled.class_embeddings
-        conditions = {f"{name}.primary embedding": self.primary, f"{name}.images": labeled.fingerprint()}
+        conditions = {f"{name}.embedding": self.headline, f"{name}.images": labeled.fingerprint()}
         if self.needs(labeled, "views"):
             conditions[f"{name}.augmented views"] = repr(self.augment)
         if self.needs(labeled, "texts") and classes is not None:

@@ -63,7 +63,7 @@ def write_report(run: Run, folder: Path) -> list[Path]:
             if (batches := [step for step, value in run.log.get(f"health/{state}", {}).items() if value])
         ],
         answers=list(verdicts(run)),
-        tables=list(accuracy_tables(run.results, run.retrieval["datasets"], run.primary)) if run.results else [],
+        tables=list(accuracy_tables(run.results, run.retrieval["datasets"])),
         accuracies={k: latest(run.log.get(f"metrics/test/top{k}", {})) for k in (1, 5)},
         results=results,
         training=training,

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from d2v_composer.evaluation.evaluate import Evaluation
 from d2v_composer.evaluation.metrics import METRICS, RETRIEVAL
 from d2v_composer.evaluation.metrics.metric import Column
-from d2v_composer.evaluation.results import gap_closed_by_step, pivot
+from d2v_composer.evaluation.results import accuracy_interval, gap_closed_by_step, pivot
 from d2v_composer.evaluation.rows import ROWS, TEACHER, UNTRAINED, metric_key
 from d2v_composer.models.names import EMBEDDING, RAW_EMBEDDINGS
 from d2v_composer.report.run import Run
@@ -73,7 +73,8 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
         for (name, title), columns in plots.items():
             if lines := _accuracies(run, dataset, columns):
                 yield name, plot(title, "%", lines)
-        gaps = {name: (gap_closed_by_step(run.log, dataset, name, ks[0]), {}) for name in (*RAW_EMBEDDINGS, EMBEDDING)}
+        names = {"": "headline", **{name: name for name in (*RAW_EMBEDDINGS, EMBEDDING)}}
+        gaps = {text: (gap_closed_by_step(run.log, dataset, name, ks[0]), {}) for name, text in names.items()}
         if lines := {name: line for name, line in gaps.items() if line[0]}:
             yield (
                 f"gap_closed_{dataset}",
@@ -123,7 +124,7 @@ def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Fi
             if column.k in evaluation.settings.ks[1:]:  # the first says enough
                 continue
             names = sorted(cells.keys() & speeds, key=lambda name: speeds[name])
-            values, lows, highs = np.array([interval[:3] for name in names if (interval := cells[name])]).T
+            values, lows, highs = np.array([accuracy_interval(cells[name].hits.numpy()) for name in names]).T
             places = [speeds[name] for name in names]
             axes.errorbar(places, values, (values - lows, highs - values), label=column.heading, marker="o")
             best |= {name: max(best.get(name, 0), high) for name, high in zip(names, highs, strict=True)}

@@ -9,8 +9,18 @@ from d2v_composer.evaluation.evaluate import Evaluation
 from d2v_composer.evaluation.metrics import METRICS
 from d2v_composer.evaluation.metrics.metric import BANKS
 from d2v_composer.evaluation.metrics.retrieval import retrieval_from
-from d2v_composer.evaluation.results import Interval, Result, gap_closed_by_step, pivot
-from d2v_composer.evaluation.rows import STUDENT, TEACHER, UNTRAINED, metric_key
+from d2v_composer.evaluation.results import (
+    Interval,
+    Result,
+    accuracy_interval,
+    gap_closed,
+    gap_closed_by_step,
+    heading,
+    label,
+    last_batch,
+    pivot,
+)
+from d2v_composer.evaluation.rows import GAP_CLOSED, ROWS, STUDENT, TEACHER, UNTRAINED, metric_key
 from d2v_composer.evaluation.run_log import Log
 from d2v_composer.models.names import EMBEDDING, RAW_EMBEDDINGS
 
@@ -22,28 +32,35 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str 
     return tabulate(rows, head, style, stralign="right", colalign=("left",), disable_numparse=True)
 
 
-def accuracy_tables(
-    results: Sequence[Result], datasets: Iterable[str], embedding: str
-) -> Iterator[tuple[str, list[list[str]]]]:
+def accuracy_tables(results: Sequence[Result], datasets: Iterable[str]) -> Iterator[tuple[str, list[list[str]]]]:
     """Yield the title of each data set's tables, with the embedding's name, and the lines: a head, then the rows.
 
-    Cells are in %, with 95 % intervals. The last row is the teacher gap closed.
+    Cells are in %, with 95 % intervals. The last row is the teacher gap closed. A row of another embedding says which.
     """
+    batch = last_batch(results)
     for dataset in datasets:
-        accuracies = pivot(results, dataset)
+        of_dataset = pivot(results, dataset)
         for table in dict.fromkeys(metric.table for metric in METRICS):
-            metrics = {metric.name: metric for metric in METRICS if metric.table == table}
-            columns = {column.heading: cells for column, cells in accuracies.items() if column.metric in metrics}
-            rows = dict.fromkeys(row for cells in columns.values() for row in cells)
-            if columns:
-                shown = EMBEDDING if any("texts" in metric.needs for metric in metrics.values()) else embedding
-                lines = [[row, *(_percent(cells.get(row)) for cells in columns.values())] for row in rows]
-                yield f"{table.title} on {dataset}, {shown}, {table.unit} [95 % interval]", [["", *columns], *lines]
+            names = {metric.name for metric in METRICS if metric.table == table}
+            columns = {column: cells for column, cells in of_dataset.items() if column.metric in names}
+            if not columns:
+                continue
+            embedding = heading({row: result for cells in columns.values() for row, result in cells.items()})
+            title = f"{table.title} on {dataset}" + (f", embedding: {embedding}" if embedding else "")
+            title += f", batch {batch}" if batch else ""
+            labels = {row: label(result, embedding) for cells in columns.values() for row, result in cells.items()}
+            lines = [
+                [labels[row], *(percent_of(cells[row]) if row in cells else "–" for cells in columns.values())]
+                for row in sorted(labels, key=lambda row: (*ROWS, row).index(row))
+            ]
+            if any(closed := [gap_closed(cells) for cells in columns.values()]):
+                lines.append([GAP_CLOSED, *(percent(gap.interval) if gap and gap.interval else "–" for gap in closed)])
+            yield f"{title}, {table.unit} [95 % interval]", [["", *(column.heading for column in columns)], *lines]
 
 
-def format_tables(results: Sequence[Result], datasets: Iterable[str], embedding: str) -> str:
+def format_tables(results: Sequence[Result], datasets: Iterable[str]) -> str:
     """Format :func:`accuracy_tables` as text."""
-    tables = accuracy_tables(results, datasets, embedding)
+    tables = accuracy_tables(results, datasets)
     return "\n\n".join(f"{title}\n{format_table(head, rows)}" for title, (head, *rows) in tables)
 
 
@@ -61,14 +78,18 @@ def evaluation_tables(evaluation: Evaluation, unit: str) -> str:
         millions = cost["num_parameters"] / 1e6
         rates = [f"{rates[name]:.1f}" if name in rates else "–" for rates in speeds.values()]
         costs.append([name, f"{millions:.2f}", f"{4 * millions:.1f}", f"{cost['gflop']:.2f}", *rates])
-    tables = format_tables(evaluation.results, evaluation.class_names, evaluation.settings.primary)
+    tables = format_tables(evaluation.results, evaluation.class_names)
     return f"{tables}\n\n{format_table(head, costs)}"
 
 
-def _percent(interval: Interval | None) -> str:
-    if interval is None:
-        return "–"
-    return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]{interval.note}"
+def percent_of(result: Result) -> str:
+    """Return an accuracy in %, with its interval."""
+    return percent(accuracy_interval(result.hits.numpy()))
+
+
+def percent(interval: Interval) -> str:
+    """Return an interval in %."""
+    return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
 def study_table(logs: Mapping[str, Log]) -> str:

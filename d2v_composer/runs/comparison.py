@@ -1,6 +1,7 @@
 """Build the models that an evaluation compares, and its labeled sets."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -9,19 +10,20 @@ from d2v_composer.checkpoints.model_file import build_encoder
 from d2v_composer.config.reference import load_any
 from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ShardLoaderConfig
 from d2v_composer.data import build_augmentation, modality_of
-from d2v_composer.data.modality import Augmentation, Modality
+from d2v_composer.data.modality import Augmentation, Modality, collate
 from d2v_composer.evaluation.evaluate import Evaluation, cost, share_encoders
-from d2v_composer.evaluation.rows import GAP, GAP_CLOSED, ROWS
+from d2v_composer.evaluation.rows import GAP, GAP_CLOSED, ROWS, STUDENT, TEACHER, UNTRAINED
 from d2v_composer.evaluation.settings import Settings
-from d2v_composer.models.alignment import EmbeddingInfo
+from d2v_composer.models.alignment import EmbeddingInfo, Moments, side_by_side
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import TimmNetworkConfig
-from d2v_composer.models.names import JOINT, TIMM_PREFIX
+from d2v_composer.models.names import EMBEDDING, JOINT, TIMM_PREFIX
 from d2v_composer.models.precision import precision_of
 from d2v_composer.models.provenance import distillation_of, has_tuned_encoder, value_at
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.sources.labeled import EvaluationSet, open_labeled_sets
+from d2v_composer.sources.labeled import EvaluationSet, evenly_spaced, open_labeled_sets
+from d2v_composer.sources.open import open_source
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.processes import global_rank
@@ -91,6 +93,42 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
     return None
 
 
+def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | None) -> bool:
+    """Give an untrained student an alignment of its own, made as the student's.
+
+    It is fitted to as many of the run's training samples.
+
+    Returns:
+        True; False, after a line on stderr, if this cannot be done.
+    """
+    info, source, device = model.embedding, None, next(untrained.parameters()).device
+    if info.made_by in ("teacher", "raw"):
+        return True
+    if info.made_by == "training":
+        untrained.train_alignment(info.width, info.of)
+        return True
+    loader = value_at(distillation_of(model.provenance), "config.train_loader") or {"local": None}
+    modality = modality_of(model.encoder.config)
+    if loader["local"] and loader["remote"] is None:  # else it is a cache
+        with suppress(InputError):
+            source = open_source(loader["local"], modality, column=loader["column"])
+    if source is None or teacher is None or teacher.embedding.of != info.of:
+        needed = "the run's training data" if source is None else "the run's teacher (teacher=PATH)"
+        print(f"the untrained student is not measured: its alignment needs {needed}", file=sys.stderr)
+        return False
+    moments, teacher, pairs = Moments(), teacher.to(device), value_at(model.provenance, "alignment.pairs")
+    numbers = evenly_spaced(len(source), pairs)
+    with torch.inference_mode():
+        for first in range(0, len(numbers), modality.batch_size):
+            samples = [source.decode(number) for number in numbers[first : first + modality.batch_size]]
+            inputs = [tensor.to(device) for tensor in collate(samples)]
+            raw = untrained.embed_all(*inputs, layer_mean=model.layer_mean)
+            moments.add(side_by_side(raw, untrained.alignment_inputs), teacher.embed_all(*inputs)[EMBEDDING])
+    fit = moments.fit()
+    untrained.align(fit.weight, fit.bias, info.of)
+    return True
+
+
 def load_rival(place: str, modality: str) -> Backbone:
     """Load a further model to compare, from a file or, as ``timm/NAME``, from timm.
 
@@ -125,7 +163,13 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
         untrained = build_untrained(model, teacher)
         recorded = value_at(model.provenance, "config.train_loader") or {}
         loader = ShardLoaderConfig(**{name: recorded[name] for name in modality.options & recorded.keys()})
-    primary = model.choose_embedding(config.pooling, config.representation)
+        headline = model.choose_embedding(config.pooling, config.representation)
+        if (
+            untrained is not None
+            and headline == EMBEDDING
+            and not align_untrained(untrained.to(device), model, teacher)
+        ):
+            untrained = None
     places = [*map(hide_secrets, config.rivals)]
     if taken := [place for place in places if place in (*ROWS, GAP_CLOSED) or places.count(place) > 1]:
         raise InputError(f"rivals: {taken[0]!r} names another row of the tables; write ./{taken[0]} for the file")
@@ -133,17 +177,22 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
     models = {name: candidate.eval().to(device) for name, candidate in compared if candidate is not None}
     first = teacher or model
     embeds = share_encoders(first, models, model.layer_mean)
-    if teacher is None and has_tuned_encoder(model.provenance):  # the encoder is no longer the teacher's
-        embeds.pop("encoder", None)
+    is_shared = model.encoder is first.encoder or not has_tuned_encoder(model.provenance)
+    shown = {*config.baselines, UNTRAINED, STUDENT} - (set() if is_shared else {"encoder"})
+    embeds = {name: embed for name, embed in embeds.items() if name in shown}
     groups, parts = {modality: embeds}, {"encoder": first.encoder, **models}
     for place, name in zip(config.rivals, places, strict=True):
         parts[name] = rival = load_rival(place, modality.name).eval().to(device)
         groups.setdefault(modality_of(rival.encoder.config), {})[name] = rival.embed_all
-    mapped_to = ""
-    if teacher is not None and model.embedding.made_by == "alignment" and model.embedding.of == teacher.embedding.of:
-        mapped_to = teacher.embedding.of
-    has_teacher, batch_size = teacher is not None, config.device_eval_batch_size
-    settings = Settings(primary, config.ks, config.probes, None, batch_size, has_teacher, mapped_to)
+    settings = Settings(
+        headline,
+        config.ks,
+        config.probes,
+        None,
+        config.device_eval_batch_size,
+        TEACHER in embeds,
+        bool(config.embeddings),
+    )
 
     def load(taken: Modality) -> tuple[dict[str, EvaluationSet], Augmentation]:
         sets = build_labeled_sets(config, taken, model.embedding)
@@ -153,4 +202,5 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
 
     with torch.device(device), precision_of(None, device):
         costs = {name: cost(parts.get(name)) for group in groups.values() for name in group}
-    return model, Evaluation(groups, costs, settings, load, {}, [], {})
+    infos = {name: part.embedding for name, part in parts.items() if isinstance(part, Backbone)}
+    return model, Evaluation(groups, costs, settings, infos, load, {}, [], {})

@@ -19,7 +19,6 @@ from d2v_composer.config.schema import TeacherSection, TrainConfig
 from d2v_composer.data import build_augmentation, modality_of
 from d2v_composer.evaluation.embedded_set import Embed
 from d2v_composer.evaluation.evaluate import cost, share_encoders
-from d2v_composer.evaluation.results import last_batch
 from d2v_composer.evaluation.rows import STUDENT, TEACHER
 from d2v_composer.models.alignment import MIN_PAIRS
 from d2v_composer.models.names import DATA2VEC2
@@ -134,14 +133,12 @@ def train_student(
     header["embedding"] = describe_embedding(model, align, modality.unit)
     if retrieval is not None:
         header["retrieval"] = (
-            f"{', '.join(retrieval.datasets)} every {config.retrieval.interval}, primary embedding "
-            f"{retrieval.settings.primary}"
+            f"{', '.join(retrieval.datasets)} every {config.retrieval.interval}, by {retrieval.settings.headline}"
         )
 
     def report() -> None:
         if retrieval is not None and retrieval.history:
-            embedding = f"{retrieval.settings.primary}, batch {last_batch(retrieval.results)}"
-            print(f"\n{format_tables(retrieval.results, retrieval.datasets, embedding)}")
+            print(f"\n{format_tables(retrieval.results, retrieval.datasets)}")
         write_run_report(trainer, config, retrieval)
 
     fit_and_close(trainer, config, header, report)
@@ -299,7 +296,7 @@ def build_retrieval(
     retrieval = config.retrieval
     if not any(retrieval.datasets.values()):
         return None
-    primary, student, baselines = choose_embeds(config, model)
+    headline, student, baselines = choose_embeds(config, model)
     modality = modality_of(model.teacher.config)
     with node_leaders_first("the data sets for retrieval"):
         datasets = build_labeled_sets(retrieval, modality, (model.teacher if align else model.student).embedding)
@@ -309,12 +306,14 @@ def build_retrieval(
             retrieval.interval,
             retrieval.ks,
             embed=student,
-            primary=primary,
+            headline=headline,
+            all_embeddings=retrieval.embeddings == "all",
             baselines=baselines,
             at_start=retrieval.at_start,
             probes=retrieval.probes,
             augment=build_augmentation(config.train_loader, modality, config.seed, for_views=True),
             align=align,
+            models={STUDENT: model.student, TEACHER: model.teacher},
             should_stop=stop.ends_retrieval,
             device_batch_size=config.device_eval_batch_size,
             progress_bar=config.progress_bar,
@@ -322,19 +321,21 @@ def build_retrieval(
 
 
 def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, Embed, dict[str, Embed]]:
-    """Return the primary embedding's name, the student's function that embeds a batch, and the baselines' by name.
+    """Return the headline's name, the student's function that embeds a batch, and the baselines' by name.
 
     Raises:
         InputError: The section ``retrieval`` names an embedding or a baseline that these models do not have.
     """
     retrieval = config.retrieval
     with errors_of("retrieval"):
-        primary = model.student.choose_embedding(retrieval.pooling, retrieval.representation)
+        headline = model.student.choose_embedding(retrieval.pooling, retrieval.representation)
     known = embeds_of(config, model)
-    student = known.pop(STUDENT)
+    student, encoder = known.pop(STUDENT), known.get("encoder")
     if unknown := [name for name in retrieval.baselines if name not in known]:
         raise InputError(f"retrieval.baselines: must be among {', '.join(known)} with this teacher, got {unknown[0]}")
-    return primary, student, {name: known[name] for name in retrieval.baselines}
+    if encoder is not None and model.student.encoder is not model.teacher.encoder:
+        del known["encoder"]  # it is no part of the student
+    return headline, student, {name: known[name] for name in retrieval.baselines if name in known}
 
 
 def embeds_of(config: TrainConfig, model: DistillationModel) -> dict[str, Any]:
