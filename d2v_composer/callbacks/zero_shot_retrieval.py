@@ -226,8 +226,10 @@ class ZeroShotRetrieval(Callback):
 
     def infos(self) -> dict[str, EmbeddingInfo]:
         """Return what the embeddings are of the models that are known."""
-        models = self.models | {UNTRAINED: self.models[STUDENT]} if STUDENT in self.models else self.models
-        return {name: model.embedding for name, model in models.items()}
+        infos = {name: model.embedding for name, model in self.models.items()}
+        if infos:
+            infos |= {UNTRAINED: infos[STUDENT], "encoder": infos[TEACHER]}
+        return infos
 
     def _measure(
         self, rows: Sequence[Row], outdated: Collection[str], state: State, logger: Logger

@@ -97,7 +97,8 @@ def verdicts(run: Run) -> Iterator[str]:
         for column, cells in pivot(run.results, dataset).items():
             is_judged = column == retrieval_from("train", min(run.retrieval["ks"])) or column.name == "agreement"
             if is_judged and (gap := gap_closed(cells)):
-                yield f"On {dataset}, {_found(column, cells, gap, run.modality.unit)} {_next(run, dataset, column, cells, gap)}"
+                found = _found(column, cells, gap, run.modality.unit)
+                yield f"On {dataset}, {found} {_next(run, dataset, column, cells, gap)}"
                 break
 
 
@@ -111,7 +112,8 @@ def _found(column: Column, cells: Mapping[str, Result], gap: GapClosed, unit: st
     else:
         said = f"the student scores {shown[STUDENT]}, and its teacher {shown[TEACHER]} ({column.heading})"
     if gap.interval is not None:
-        return f"{said}, {percent(gap.interval)} % of the way from the untrained student's {shown[UNTRAINED]} to the teacher."
+        way = f"of the way from the untrained student's {shown[UNTRAINED]} to the teacher"
+        return f"{said}, {percent(gap.interval)} % {way}."
     if not gap.queries_needed:
         return f"{said}; the teacher is no better than the untrained student, {shown[UNTRAINED]}."
     doubt = f"too few {unit} to tell ({len(cells[STUDENT].hits):,}); {gap.queries_needed:,} or more would"

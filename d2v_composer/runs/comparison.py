@@ -202,5 +202,6 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
 
     with torch.device(device), precision_of(None, device):
         costs = {name: cost(parts.get(name)) for group in groups.values() for name in group}
-    infos = {name: part.embedding for name, part in parts.items() if isinstance(part, Backbone)}
+    infos = {"encoder": first.embedding}
+    infos |= {name: part.embedding for name, part in parts.items() if isinstance(part, Backbone)}
     return model, Evaluation(groups, costs, settings, infos, load, {}, [], {})
