@@ -25,7 +25,7 @@ from d2v_composer.evaluation.results import Result, read_results
 from d2v_composer.evaluation.rows import ROWS, STUDENT, TEACHER, UNTRAINED, Row, metric_key, rows_of
 from d2v_composer.evaluation.settings import Settings
 from d2v_composer.models.alignment import EmbeddingInfo
-from d2v_composer.models.backbone import Backbone, hash_weights
+from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.names import EMBEDDING
 from d2v_composer.sources.labeled import EvaluationSet
 from d2v_composer.system.errors import InputError
@@ -264,7 +264,7 @@ class ZeroShotRetrieval(Callback):
                 }
         self.results = [result for result in self.results if result.row not in outdated]
         models = {row.title: {UNTRAINED: STUDENT}.get(row.queries.model, row.queries.model) for row in rows}
-        weights = {name: hash_weights(self.models[name]) for name in self.models.keys() & models.values()}
+        weights = {name: self.models[name].identify_weights() for name in self.models.keys() & models.values()}
         for result in results:
             if result.is_headline:
                 shown = result.nearest if result.row in (STUDENT, TEACHER) else None

@@ -284,12 +284,13 @@ def _results_of(checkpoint: Checkpoint) -> dict[str, Any]:
     saved = checkpoint.saved_by("ZeroShotRetrieval")
     if not saved.get("history"):
         return {}
-    accuracies = dict[str, dict[str, float]]()
+    accuracies, measured = dict[str, dict[str, float]](), dict[str, Any]()
     for result in saved["results"]:
         rows = accuracies.setdefault(f"{result['dataset']} {result['column']['key']}", {})
         rows[result["row"]] = result["hits"].double().mean().item()
-    last = saved["history"][-1]["batch"]
-    return {"results": {"batch": checkpoint.trained("batch"), "last": last, "accuracies": accuracies}}
+        if result["row"] == "student":
+            measured = {"weights": result["weights"], "embedding": result["embedding"], **result["info"]}
+    return {"results": {"accuracies": accuracies, **measured}}
 
 
 def _load_teacher_of(record: Mapping[str, Any], path: Path, teacher_path: str | None) -> Any:

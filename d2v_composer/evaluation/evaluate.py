@@ -84,6 +84,8 @@ class Evaluation(NamedTuple):
     """Settings for all sets, without ``augment``."""
     infos: Mapping[str, EmbeddingInfo]
     """Name → what the model's embedding is, for models that have one."""
+    weights: Mapping[str, str]
+    """Name → hash of the model's weights."""
     load: Callable[[Modality], tuple[Mapping[str, EvaluationSet], Augmentation]]
     """Returns a group's data sets, by name, and the augmentation that makes the views of their samples."""
     class_names: dict[str, Sequence[str]]
@@ -102,6 +104,7 @@ class Evaluation(NamedTuple):
         for modality, embeds in self.groups.items():
             datasets, augment = self.load(modality)
             rows = rows_of(embeds, self.infos)
+            models = {row.title: row.queries.model for row in rows}
             to_device = partial(Tensor.to, device=device)
             settings = self.settings._replace(augment=augment, to_device=to_device, progress="")
             for dataset, labeled in datasets.items():
@@ -111,7 +114,9 @@ class Evaluation(NamedTuple):
                 )
                 with torch.inference_mode(), precision_of(autocast_dtype, device):
                     embedded = embed_set(embeds, dataset, labeled, settings, self.infos)
-                    self.results.extend(measure(rows, embedded, dataset, labeled, settings, self.infos))
+                    for result in measure(rows, embedded, dataset, labeled, settings, self.infos):
+                        weights = self.weights.get(models[result.row], "")
+                        self.results.append(result._replace(weights=weights))
 
     def write(self, folder: Path, context: dict[str, Any]) -> None:
         """Write ``evaluation.json`` and ``evaluation.csv`` to a folder, each atomically.
@@ -130,6 +135,7 @@ class Evaluation(NamedTuple):
                 "embedding": result.embedding,
                 "of": result.info.of,
                 "alignment": result.info.fingerprint,
+                "weights": result.weights,
             }
             | cell(result.dataset, result.column, accuracy_interval(result.hits.numpy()))
             for result in self.results

@@ -46,10 +46,16 @@ def freeze_unused_parameters(model: nn.Module, result: Tensor) -> None:
         parameter.grad = None
 
 
-def hash_weights(model: "Backbone") -> str:
-    """Return a hash of a model's sizes and weights, not of its file, which a run in progress may have replaced."""
+def hash_weights(model: "Backbone", only_trained: bool = False) -> str:
+    """Return a hash of a model's sizes and weights, not of its file, which a run in progress may have replaced.
+
+    With ``only_trained``, frozen parts are left out, which a run may hold in another dtype than a file.
+    """
+    left_out = frozen_prefixes(model) if only_trained else ()
     digest = hashlib.sha256(repr((model.encoder.config, model.config)).encode())
     for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(left_out):
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -155,6 +161,10 @@ class Backbone(nn.Module, ABC):
 
     made_by: MadeBy = "raw"
     """What makes the embedding without an alignment."""
+
+    def identify_weights(self) -> str:
+        """Return the hash of a teacher's file, or of a student's trained weights."""
+        return self.provenance.get("sha256") or hash_weights(self, only_trained=True)
 
     def width_of(self, name: str) -> int:
         """Return the number of channels of a raw embedding."""

@@ -105,10 +105,8 @@ def verdicts(run: Run) -> Iterator[str]:
 def _found(column: Column, cells: Mapping[str, Result], gap: GapClosed, unit: str) -> str:
     shown = {row: f"{100 * result.hits.double().mean().item():.1f} %" for row, result in cells.items()}
     if IN_INDEX in cells:
-        said = (
-            f"the student scores {shown[IN_INDEX]} in its teacher's index, where the teacher scores {shown[TEACHER]} "
-        )
-        said += f"({column.heading}); in an index of its own it scores {shown[STUDENT]}"
+        beside = f"in its teacher's index, where the teacher scores {shown[TEACHER]} ({column.heading})"
+        said = f"the student scores {shown[IN_INDEX]} {beside}; in an index of its own it scores {shown[STUDENT]}"
     else:
         said = f"the student scores {shown[STUDENT]}, and its teacher {shown[TEACHER]} ({column.heading})"
     if gap.interval is not None:
@@ -122,12 +120,9 @@ def _found(column: Column, cells: Mapping[str, Result], gap: GapClosed, unit: st
 
 def _next(run: Run, dataset: str, column: Column, cells: Mapping[str, Result], gap: GapClosed) -> str:
     if gap.interval is None:
-        how = (
-            f"more test {run.modality.unit}"
-            if gap.queries_needed
-            else f"other {run.modality.unit}, or with another teacher"
-        )
-        return f"Measure it on {how}."
+        unit = run.modality.unit
+        how = f"on more test {unit}" if gap.queries_needed else f"on other {unit}, or with another teacher"
+        return f"Measure it {how}."
     if gap.interval.value >= ENOUGH:
         return "Export it, or fine-tune it: there is little left to close."
     untrained, student, teacher = (cells[row].hits.double().mean().item() for row in GAP)

@@ -204,4 +204,5 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
         costs = {name: cost(parts.get(name)) for group in groups.values() for name in group}
     infos = {"encoder": first.embedding}
     infos |= {name: part.embedding for name, part in parts.items() if isinstance(part, Backbone)}
-    return model, Evaluation(groups, costs, settings, infos, load, {}, [], {})
+    weights = {name: part.identify_weights() for name, part in parts.items() if isinstance(part, Backbone)}
+    return model, Evaluation(groups, costs, settings, infos, weights, load, {}, [], {})

@@ -102,7 +102,9 @@ RETRIEVAL, KNN = "metrics/set/bank_train/top1", "metrics/set/knn/top1"
 def measuring_two_embeddings(most: int, **options: Any) -> ZeroShotRetrieval:
     """Return the callback of a run that looks for the nearest and for the ``most`` nearest neighbors."""
     embeds: dict[str, Any] = {"embed": two_embeddings, "baselines": {"teacher": two_embeddings}}
-    return ZeroShotRetrieval({"set": WHOLE}, "10ba", ks=(1, most), primary="whole", **embeds, **options)
+    return ZeroShotRetrieval(
+        {"set": WHOLE}, "10ba", ks=(1, most), headline="whole", all_embeddings=True, **embeds, **options
+    )
 
 
 @pytest.fixture(scope="module", params=[3, 30])  # fewer and more than the 20 neighbors that vote
@@ -143,14 +145,14 @@ def test_a_resume_may_add_probes(first: ZeroShotRetrieval, resumed: ZeroShotRetr
 
 
 def test_the_table_shows_added_probes(resumed: ZeroShotRetrieval) -> None:
-    _, head, *rows = format_tables(resumed.results, ["set"], "whole").split("\n\n")[1].splitlines()
+    _, head, *rows = format_tables(resumed.results, ["set"]).split("\n\n")[1].splitlines()
     assert re.split(" {2,}", head.strip()) == ["20-NN weighted", "20-NN majority", "linear probe"]
     assert all(f"{100 * knn_accuracy(*BANK_AND_QUERIES):.1f} [" in row for row in rows)
 
 
-def test_a_resume_keeps_its_primary_embedding(first: ZeroShotRetrieval) -> None:
-    other = ZeroShotRetrieval({"set": WHOLE}, "10ba", primary="corner")
-    with pytest.raises(InputError, match=r"set\.primary embedding: checkpoint has whole, config has corner; give the"):
+def test_a_resume_keeps_its_headline(first: ZeroShotRetrieval) -> None:
+    other = ZeroShotRetrieval({"set": WHOLE}, "10ba", headline="corner")
+    with pytest.raises(InputError, match=r"set\.embedding: checkpoint has whole, config has corner; give the"):
         other.load_state_dict(first.state_dict())
 
 
@@ -241,7 +243,13 @@ def judged(request: pytest.FixtureRequest) -> Judged:
     def student(images: Tensor) -> dict[str, Tensor]:
         return {"whole": corner(images), "corner": pixels(images)}
 
-    options: dict[str, Any] = {"embed": student, "primary": "whole", "augment": AUGMENT, "device_batch_size": 16}
+    options: dict[str, Any] = {
+        "embed": student,
+        "headline": "whole",
+        "all_embeddings": True,
+        "augment": AUGMENT,
+        "device_batch_size": 16,
+    }
     options |= {"baselines": {"teacher": teacher, "pixels": corner}, "probes": ["agreement", "instance"]}
     callback = ZeroShotRetrieval(sets, "5ba", at_start=True, **options)
     train(Watched(), callback, "5ba")
@@ -309,7 +317,8 @@ def test_a_baseline_without_layer_mean_falls_back_to_its_output() -> None:
         {"set": WHOLE},
         "10ba",
         embed=lambda images: {name: embed(images) for name, embed in students.items()},
-        primary="layer_mean_cls",
+        headline="layer_mean_cls",
+        all_embeddings=True,
         baselines={"encoder": lambda images: {"output_cls": students["output_cls"](images)}, "pixels": pixels},
     )
     train(Watched(), callback, "10ba")
@@ -318,8 +327,10 @@ def test_a_baseline_without_layer_mean_falls_back_to_its_output() -> None:
     assert baselines["metrics/set/pixels/bank_train/top1"] == metrics[RETRIEVAL]
     assert baselines["metrics/set/encoder/bank_train/top1"] == metrics[f"{RETRIEVAL}/output_cls"]
     assert metrics[f"{RETRIEVAL}/output_cls"] != metrics[RETRIEVAL]
-    without = ZeroShotRetrieval({"set": WHOLE}, "10ba", primary="layer_mean_cls", embed=two_embeddings)
-    with pytest.raises(ValueError, match="primary embedding must be one of whole, corner, got 'layer_mean_cls'"):
+    without = ZeroShotRetrieval(
+        {"set": WHOLE}, "10ba", headline="layer_mean_cls", all_embeddings=True, embed=two_embeddings
+    )
+    with pytest.raises(ValueError, match="the headline must be one of whole, corner, got 'layer_mean_cls'"):
         train(Watched(), without, "10ba")
 
 
