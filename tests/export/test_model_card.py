@@ -12,6 +12,7 @@ import yaml
 
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.fairseq import LICENSE_NOTE, LICENSES
+from d2v_composer.checkpoints.load import load_models
 from d2v_composer.commands import evaluate, export
 from d2v_composer.evaluation.metrics import AGREEMENT
 from d2v_composer.evaluation.metrics.retrieval import retrieval_from
