@@ -256,9 +256,9 @@ def test_a_run_begun_by_slurm_is_finished_by_kubernetes(store: GatedStore, label
 
     first = start_job(here, save_folder, *settings, **variables, TORCH_HOME=str(here / "torch"))
     try:
-        wait_until(lambda: first.poll() is not None or has_trained(here / "runs" / "distill"), 400)
+        wait_until(lambda: first.poll() is not None or has_trained(here / "runs" / "distill"), 900)
         first.send_signal(signal.SIGUSR1)
-        assert first.wait(60) == 143, (here / "output.txt").read_text()
+        assert first.wait(120) == 143, (here / "output.txt").read_text()
     finally:
         kill_group(first)
     said = (here / "output.txt").read_text()
@@ -272,7 +272,7 @@ def test_a_run_begun_by_slurm_is_finished_by_kubernetes(store: GatedStore, label
     torch_home = str(there / "torch")
     second = start(sys.executable, *arguments, *settings, folder=there, **variables, TORCH_HOME=torch_home)
     try:
-        with time_limit(300):
+        with time_limit(900):
             assert second.wait() == 0, (there / "output.txt").read_text()
     finally:
         kill_group(second)
