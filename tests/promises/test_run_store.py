@@ -13,11 +13,11 @@ from small_runs import Run
 
 from gated_store import WRITE_FAULTS, GatedStore
 from helpers import (
-    datasets_of,
     GOLDEN,
     assert_same_losses,
     assert_same_student,
     checkpoints_of,
+    datasets_of,
     failure,
     losses_of,
     run_command,
