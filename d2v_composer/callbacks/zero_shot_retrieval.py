@@ -4,13 +4,15 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from statistics import mean
 from typing import Any
 
 import torch
-from composer.core import Callback, Event, State, get_precision_context
-from composer.loggers import Logger
+from composer.core import Callback, Event, State, Timestamp, get_precision_context
+from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist, model_eval_mode
 from torch import Tensor
+from torchmetrics import MeanMetric
 
 from d2v_composer.callbacks.algorithms import broadcast_statistics
 from d2v_composer.callbacks.alignment import AlignStudent
@@ -20,6 +22,8 @@ from d2v_composer.data.modality import Augmentation
 from d2v_composer.evaluation.embedded_set import Embed, EmbeddedSet, embed_set
 from d2v_composer.evaluation.measurement import measure
 from d2v_composer.evaluation.metrics import PROBES
+from d2v_composer.evaluation.metrics.metric import BANKS
+from d2v_composer.evaluation.metrics.retrieval import retrieval_from
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.evaluation.results import Result, read_results
 from d2v_composer.evaluation.rows import ROWS, STUDENT, TEACHER, UNTRAINED, Row, metric_key, rows_of
@@ -55,7 +59,11 @@ class ZeroShotRetrieval(Callback):
     ``metrics/{dataset}/{baseline}/`` for each baseline, and below ``metrics/{dataset}/in_index/`` for the student's
     queries in the teacher's index; and ``time/zero_shot_retrieval`` in seconds. Probes have
     ``{knn|knn_majority|linear}/top1``, ``agreement@10`` and ``{instance|zero_shot}/top{k}`` in place of
-    ``bank_{train|test}/top{k}``.
+    ``bank_{train|test}/top{k}``. ``metrics/mean/top1`` is the mean over data sets and banks of the student's top-1
+    retrieval accuracy in the primary embedding.
+
+    To Composer's callbacks, each measurement of the student is an evaluation labeled ``retrieval``, whose metrics have
+    the keys above without ``metrics/``. For example, ``EarlyStopper("mean/top1", "retrieval", patience="9ba")`` works.
 
     Args:
         datasets: Name → labeled images; each split is the bank for the other's queries. For a set without labels,
@@ -202,7 +210,6 @@ class ZeroShotRetrieval(Callback):
         self.was_stopped = True
         with suppress(_StoppedError):
             self.measure_student(state, logger)
-            self.was_stopped = False
 
     def measure_baselines(self, state: State, logger: Logger) -> None:
         """Measure the rows that training does not change on all sets; then keep and log the results."""
@@ -223,6 +230,8 @@ class ZeroShotRetrieval(Callback):
         outdated = {row.title for row in ROWS.values() if student in row.models}
         metrics = self._measure(rows, outdated, state, logger)
         self.history.append({"batch": batch, "metrics": metrics})
+        self.was_stopped = False
+        run_evaluation_events(state, logger, metrics)
 
     def infos(self) -> dict[str, EmbeddingInfo]:
         """Return what the embeddings are of the models that are known."""
@@ -275,6 +284,9 @@ class ZeroShotRetrieval(Callback):
             for result in results
             for name in ([""] if result.is_headline else []) + ([result.embedding] if settings.needs_all else [])
         }
+        keys = (metric_key(dataset, retrieval_from(bank, 1)) for dataset in self.datasets for bank in BANKS)
+        if top1 := [metrics[key] for key in keys if key in metrics]:
+            metrics["metrics/mean/top1"] = mean(top1)
         logger.log_metrics({"time/zero_shot_retrieval": time.monotonic() - start})
         logger.log_metrics(metrics)
         return metrics
@@ -283,3 +295,23 @@ class ZeroShotRetrieval(Callback):
         if self.should_stop():  # before each batch of images, and each search
             raise _StoppedError
         return state.device.tensor_to_device(tensor)
+
+
+def run_evaluation_events(state: State, logger: Logger, metrics: Mapping[str, float]) -> None:
+    """Give accuracies to other callbacks as Composer's Trainer does after an evaluation of its own.
+
+    Loggers get no events: Composer's look for the evaluation among the Trainer's own, and have the logged numbers.
+    """
+    state.eval_metrics["retrieval"] = {}
+    for key, accuracy in metrics.items():
+        metric = MeanMetric(sync_on_compute=False)  # all ranks have the same accuracies
+        metric.update(accuracy)
+        state.eval_metrics["retrieval"][key.removeprefix("metrics/")] = metric
+    loader, label, length = state.dataloader, state.dataloader_label, state.dataloader_len
+    state.set_dataloader([], "retrieval")
+    state.eval_timestamp = Timestamp()
+    for event in (Event.EVAL_START, Event.EVAL_END):
+        for callback in state.callbacks:
+            if not isinstance(callback, LoggerDestination):
+                callback.run_event(event, state, logger)
+    state.set_dataloader(loader, label, -1 if length is None else length)
