@@ -137,7 +137,7 @@ def test_the_mean_is_of_both_banks_of_all_labeled_sets() -> None:
     sets = {"small": SMALL, "fewer": FEWER, "unlabeled": unlabeled}
     baselines = {"teacher": lambda images: corner(images)}
     callback = ZeroShotRetrieval(
-        sets, "5ba", embed=two_embeddings, primary="whole", baselines=baselines, augment=AUGMENT
+        sets, "5ba", embed=two_embeddings, headline="whole", baselines=baselines, augment=AUGMENT
     )
     train(Watched(), callback, "5ba")
     metrics = callback.history[-1]["metrics"]

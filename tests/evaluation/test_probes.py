@@ -105,7 +105,7 @@ def test_a_warning_names_model_and_data_once(caplog: pytest.LogCaptureFixture, m
     data = blobs(40, 6)
     labeled = EvaluationSet(LabeledSamples(data.train, data.train_labels), LabeledSamples(data.test, data.test_labels))
     embeds = dict.fromkeys(["student", "teacher"], lambda x: {"a": x, "b": x})
-    settings = Settings("a", (1,), ["linear"], augment=None, batch_size=1000)
+    settings = Settings("a", (1,), ["linear"], augment=None, batch_size=1000, needs_all=True)
     embedded = embed_set(embeds, "", labeled, settings)
     for dataset in ("first", "first", "second"):
         results = list(measure(rows_of(embeds), embedded, dataset, labeled, settings))

@@ -50,7 +50,7 @@ def test_each_clip_is_embedded_as_if_alone(teacher: Any, world_size: int) -> Non
     assert list(embeds) == ["log_mel", "encoder", "student", "teacher"]
     for rank in range(world_size):
         ranks = Ranks(rank, world_size)
-        settings = Settings("", (1,), (), augment, 3, ranks=ranks)
+        settings = Settings("", (1,), (), augment, 3, needs_all=True, ranks=ranks)
         embedded = embed_set(embeds, "clips", without_labels(samples), settings)
         for (model, embed), part in product(embeds.items(), ("test", *VIEWS)):
             for place, i in enumerate(ranks.indices_of_rank(len(samples)).tolist()):
