@@ -32,10 +32,11 @@ def main(argv: Sequence[str]) -> None:
 
     import torch
 
+    from d2v_composer.checkpoints.load import save_student
     from d2v_composer.config.reference import load_any
     from d2v_composer.data import modality_of
     from d2v_composer.embedding.align import align, match, read_index
-    from d2v_composer.export.model_card import save_with_card
+    from d2v_composer.export.model_card import size_of
     from d2v_composer.models.names import EMBEDDING
     from d2v_composer.models.provenance import distillation_of, is_teacher_of, value_at
     from d2v_composer.models.teacher import Teacher
@@ -84,5 +85,6 @@ def main(argv: Sequence[str]) -> None:
     print(f"R²: {r2:.3f} on a held-out tenth; {aligned.r2_of_half:.3f} if fitted to half of the pairs")
     recall = ", ".join(f"@{k} {share:.3f}" for k, share in aligned.recall.items())
     print(f"recall of the index's own neighbors on {aligned.queries} held-out samples: {recall}")
-    save_with_card(student, arguments.model, out)
+    save_student(student, out)
+    print(size_of(student, out))
     print_next(d2v("embed", out, "QUERIES", "queries.npy"))

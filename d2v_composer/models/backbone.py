@@ -156,6 +156,10 @@ class Backbone(nn.Module, ABC):
     made_by: MadeBy = "raw"
     """What makes the embedding without an alignment."""
 
+    def describe(self, name: str) -> str:
+        """Return what an embedding is, by name, for people."""
+        return str(self.embedding) if name == EMBEDDING else name
+
     def width_of(self, name: str) -> int:
         """Return the number of channels of a raw embedding."""
         return self.embed_dim

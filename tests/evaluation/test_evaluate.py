@@ -98,7 +98,7 @@ def test_the_students_numbers_are_those_of_its_embeddings(of_a_checkpoint: Evalu
 def test_every_model_and_embedding_has_its_rows(of_a_checkpoint: Evaluated) -> None:
     names = [candidate["name"] for candidate in of_a_checkpoint.report["candidates"]]
     assert names == ["pixels", "encoder", "untrained student", "student", "teacher"]
-    embeddings = {"pixels": 1, "encoder": 3, "untrained student": 6, "student": 6, "teacher": 6}
+    embeddings = {"pixels": 1, "encoder": 3, "untrained student": 7, "student": 6, "teacher": 7}
     embeddings |= dict.fromkeys(("student, projected", "teacher, projected", "student in the teacher's index"), 1)
     retrievals, probes, without_labels = 2 * 2, 3, 3  # two banks, two k
     rows = Counter(row["candidate"] for row in of_a_checkpoint.report["results"])

@@ -23,7 +23,7 @@ from d2v_composer.evaluation.rows import (
     metric_key,
     retrieval_from,
 )
-from d2v_composer.models.names import EMBEDDINGS
+from d2v_composer.models.names import RAW_EMBEDDINGS
 from d2v_composer.report.plots import quality_over_speed
 from d2v_composer.report.run import Run, verdicts
 from d2v_composer.report.tables import accuracy_tables, study_table
@@ -137,16 +137,10 @@ def test_nothing_is_said_of_what_was_not_measured() -> None:
     assert [*verdicts(run._replace(results=[result for result in run.results if result.row != UNTRAINED]))] == []
 
 
-def test_the_projected_embedding_has_a_pooling_of_its_own() -> None:
-    run = run_of(TOP1, 0.6, 0.2, 0.4)
-    run.record["config"]["retrieval"] |= {"representation": "projected", "pooling": "mean"}
-    assert "(bank train top-1, projected_cls, batch 300);" in next(verdicts(run))
-
-
 def test_the_table_of_a_study_compares_each_row_with_its_own_baselines() -> None:
     def log_of(**top1: list[float]) -> dict[str, dict[int, float]]:
         log = {"loss/train/total": {0: 2.0, 1: 1.0}, "time/sample": {1: 64.0}}
-        for bank, embedding, row in product(BANKS, EMBEDDINGS[1:], top1):  # of a teacher without CLS
+        for bank, embedding, row in product(BANKS, RAW_EMBEDDINGS[1:], top1):  # of a teacher without CLS
             log[metric_key("cifar10", retrieval_from(bank, 1), embedding, row)] = dict(enumerate(top1[row]))
         return log
 
@@ -159,7 +153,7 @@ def test_the_table_of_a_study_compares_each_row_with_its_own_baselines() -> None
         }
     )
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
-    assert head == ["bank train / bank test", *EMBEDDINGS[1:], "loss", "s"]
+    assert head == ["bank train / bank test", *RAW_EMBEDDINGS[1:], "loss", "s"]
     assert [row[:2] for row in rows] == [
         ["untrained student", "20.0 / 20.0"],
         ["base", "30.0 / 30.0 (50 %)"],
