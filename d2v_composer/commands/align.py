@@ -63,9 +63,9 @@ def main(argv: Sequence[str]) -> None:
         teacher, _ = load_any(arguments.to)
         if (modality := teacher.encoder.config.modality) != (own := student.encoder.config.modality):
             raise InputError(f"--to: {arguments.to} takes {modality}, but {arguments.model} takes {own}")
-        name = teacher.choose_embedding(arguments.pooling, arguments.representation)
+        teacher.use_embedding(arguments.pooling, arguments.representation)
         teacher.eval().to(device)
-        target, places = lambda *inputs: teacher.embed_all(*inputs)[name], None
+        target, places = lambda *inputs: teacher.embed_all(*inputs)[EMBEDDING], None
         numbers = evenly_spaced(len(source), arguments.max_samples)
         record = distillation_of(student.provenance)
         # An evaluation computes the teacher's embeddings with the sizes and the normalization of the student's run.
@@ -74,8 +74,7 @@ def main(argv: Sequence[str]) -> None:
             and value_at(record, "config.teacher.image_size") is None
             and value_at(record, "config.teacher.first_blocks") in (None, teacher.encoder.config.prenet_depth)
         )
-        of = teacher.embedding.of if name == EMBEDDING else name
-        of = of if is_own else f"{arguments.to}, {of}"
+        of = teacher.embedding.of if is_own else f"{arguments.to}, {teacher.embedding.of}"
     print("other files:", name_counts(source.left_out))
     workers = choose_workers(arguments.workers, device)
     aligned = align(student, source, numbers, target, places, device, workers, of)

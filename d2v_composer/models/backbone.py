@@ -3,7 +3,6 @@
 Shapes: B inputs, T tokens, D channels, H heads, P channels of the embedding.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2v_composer.models.alignment import Alignment, EmbeddingInfo
+from d2v_composer.models.alignment import Alignment, EmbeddingInfo, hash_tensors
 from d2v_composer.models.attention import FfnBlock
 from d2v_composer.models.encoder import Encoder, Freezable, Inputs, Tokens, count_flop
 from d2v_composer.models.features import Features
@@ -48,11 +47,7 @@ def freeze_unused_parameters(model: nn.Module, result: Tensor) -> None:
 
 def hash_weights(model: "Backbone") -> str:
     """Return a hash of a model's sizes and weights, not of its file, which a run in progress may have replaced."""
-    digest = hashlib.sha256(repr((model.encoder.config, model.config)).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return hash_tensors(model.state_dict(), repr((model.encoder.config, model.config)))
 
 
 def frozen_prefixes(module: nn.Module, prefix: str = "") -> tuple[str, ...]:
@@ -178,6 +173,15 @@ class Backbone(nn.Module, ABC):
                 f"representation and pooling: this model has no {name}; it has {', '.join(self.raw_names)}"
             )
         return name
+
+    def use_embedding(self, pooling: Pooling | None, representation: Representation | None) -> None:
+        """Let the embedding without an alignment be the raw one with these; with neither, change nothing.
+
+        Raises:
+            InputError: The model has no such embedding.
+        """
+        if (name := self.choose_embedding(pooling, representation)) != EMBEDDING:
+            self.raw_embedding = name
 
     @property
     def alignment_inputs(self) -> list[str]:

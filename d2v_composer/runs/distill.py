@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from composer import Trainer
 from composer.core import Callback
 
@@ -22,7 +21,6 @@ from d2v_composer.evaluation.evaluate import cost, share_encoders
 from d2v_composer.evaluation.labeled_retrieval import Embed
 from d2v_composer.evaluation.rows import STUDENT, TEACHER, last_batch
 from d2v_composer.models.alignment import MIN_PAIRS
-from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.names import DATA2VEC2
 from d2v_composer.models.precision import choose_precision, name_precision
 from d2v_composer.models.provenance import value_at
@@ -62,6 +60,7 @@ FIXED_BY_A_CHECKPOINT = (
     "config.alignment.representation",
     "config.optimizer",
     "teacher.sha256",
+    "teacher.embedding",
 )
 # What targets depend on, and what else a checkpoint fixes.
 DECIDES_TARGETS = (
@@ -104,7 +103,7 @@ def train_student(
     """
     join_and_seed(config)
     model = build_model(config, teacher)
-    costs = {STUDENT: cost_of_student(config, model), TEACHER: cost(model.teacher)}
+    costs = {STUDENT: cost(model.student, fitted_width(config, model)), TEACHER: cost(model.teacher)}
     accelerate(config, model)
     modality, loader = modality_of(model.teacher.config), config.train_loader
     index = read_train_index(loader, modality, config.global_train_batch_size)
@@ -132,7 +131,8 @@ def train_student(
     header = {modality.unit: f"{len(index):,} in {index.source}"}
     if kept is not None:
         header["targets"] = f"{loader.views} views, {kept.num_bytes / 1e6:,.0f} MB in {kept.path}"
-    header["embedding"] = describe_embedding(config, model, align)
+    of_teacher = model.teacher.embedding._replace(made_by="alignment")
+    header["embedding"] = str(model.student.embedding if align is None else of_teacher)
     if retrieval is not None:
         header["retrieval"] = (
             f"{', '.join(retrieval.datasets)} every {config.retrieval.interval}, primary embedding "
@@ -238,12 +238,17 @@ def choose_embedding(config: TrainConfig, teacher: Teacher) -> None:
     Raises:
         InputError: The teacher lacks it, or does not compute it as ``d2v embed`` does.
     """
-    pooling, representation, section = config.alignment.pooling, config.alignment.representation, config.teacher
-    if pooling is not None or representation is not None:
-        with errors_of("alignment"):
-            teacher.raw_embedding = teacher.choose_embedding(pooling, representation)
-    if representation == "layer_mean" and section.first_blocks is not None and section.model == DATA2VEC2:
+    alignment, section = config.alignment, config.teacher
+    with errors_of("alignment"):
+        teacher.use_embedding(alignment.pooling, alignment.representation)
+    if alignment.representation == "layer_mean" and section.first_blocks is not None and section.model == DATA2VEC2:
         raise InputError("alignment.representation: layer_mean needs all layers of the teacher; unset first_blocks")
+
+
+def fitted_width(config: TrainConfig, model: DistillationModel) -> int:
+    """Return the width of the alignment that the run fits; 0 if it trains one, or has none."""
+    is_fitted = config.alignment.max_samples > 0 and model.student.alignment is None
+    return model.teacher.embedding.width if is_fitted else 0
 
 
 def build_alignment(config: TrainConfig, model: DistillationModel, index: Index) -> AlignStudent | None:
@@ -254,7 +259,7 @@ def build_alignment(config: TrainConfig, model: DistillationModel, index: Index)
     Raises:
         InputError: There are too few samples.
     """
-    if not fits_alignment(config, model.student):
+    if not fitted_width(config, model):
         return None
     rng, ends = np.random.default_rng(config.seed), np.cumsum([shard.samples for shard in index.shards])
     shards, chosen = np.split(np.arange(ends[-1]), ends[:-1]), min(ALIGNMENT_SHARDS, len(ends))
@@ -271,36 +276,6 @@ def build_alignment(config: TrainConfig, model: DistillationModel, index: Index)
     embeds, source = embeds_of(config, model), open_mds(index, config.train_loader.cache_limit)
     workers, of = config.train_loader.num_workers, model.teacher.embedding.of
     return AlignStudent(model.student, source, batches, embeds[STUDENT], embeds[TEACHER], of, workers)
-
-
-def cost_of_student(config: TrainConfig, model: DistillationModel) -> dict[str, Any]:
-    """Return the cost of what the run will export, with the alignment that it will fit."""
-    student, of_teacher = model.student, model.teacher.embedding
-    if not fits_alignment(config, student):
-        return cost(student)
-    width = sum(map(student.width_of, student.alignment_inputs))
-    student.align(torch.zeros(of_teacher.width, width), torch.zeros(of_teacher.width), of_teacher.of)
-    costs, student.alignment = cost(student), None
-    return costs
-
-
-def fits_alignment(config: TrainConfig, student: Backbone) -> bool:
-    """Return True if the run fits the student's alignment, and neither trains it nor goes without."""
-    return config.alignment.max_samples > 0 and student.alignment is None
-
-
-def describe_embedding(config: TrainConfig, model: DistillationModel, align: AlignStudent | None) -> str:
-    """Return what the student's embedding will be, and the flags for a teacher's embedding that the run chose."""
-    info, of, named = model.student.embedding, model.teacher.embedding.of, config.alignment
-    flags = {"--pooling": named.pooling, "--representation": named.representation}
-    if chosen := " ".join(f"{flag} {value}" for flag, value in flags.items() if value):
-        of += f" (d2v embed TEACHER {chosen})"
-    if align is not None:
-        unit = modality_of(model.teacher.config).unit
-        return f"an estimate of the teacher's {of}, by an alignment fitted to {align.batches.size:,} {unit}"
-    if info.made_by == "training":
-        return f"an estimate of the teacher's {of}, by an alignment that trains"
-    return f"the student's own {info.of}, not an estimate of the teacher's {of}: alignment.max_samples is 0"
 
 
 def build_retrieval(

@@ -64,10 +64,7 @@ def test_every_file_has_the_map_of_the_last_batch(uninterrupted: Path, pixels: T
     fitted = map_of(uninterrupted)
     assert torch.equal(trained.alignment.weight, fitted["weight"])
     export.main([str(checkpoint), str(path)])
-    assert (
-        "| embedding | 48 channels; an alignment estimates the teacher's output_cls |"
-        in (tmp_path / "README.md").read_text()
-    )
+    assert "| embedding | output_cls, 48 channels, estimated by an alignment |" in (tmp_path / "README.md").read_text()
     student = load_student(path)
     assert torch.equal(student.embed(pixels), expected)
     assert student.provenance["alignment"] == fitted["about"]
