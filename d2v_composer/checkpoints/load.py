@@ -12,6 +12,7 @@ from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_ne
 from d2v_composer.checkpoints.fairseq import load_data2vec2
 from d2v_composer.checkpoints.model_file import (
     CONFIG_TENSOR,
+    Tensors,
     build_loaded,
     build_student,
     check_fits,
@@ -26,7 +27,7 @@ from d2v_composer.checkpoints.model_file import (
 )
 from d2v_composer.checkpoints.safe_load import is_checkpoint, load_untrusted
 from d2v_composer.models.backbone import Backbone
-from d2v_composer.models.configs import ImageSize, NetworkSizes, TimmConfig
+from d2v_composer.models.configs import ImageSize, NetworkSizes, StudentSizes, TimmConfig
 from d2v_composer.models.names import DATA2VEC2, ENTRY_POINTS, PACKAGE_PREFIX, TIMM_PREFIX, Weights
 from d2v_composer.models.provenance import distillation_of, is_teacher_of, value_at
 from d2v_composer.models.teacher import Teacher
@@ -149,7 +150,7 @@ def save_student(student: Backbone, out: Path, when_complete: Callable[[], objec
 
 
 def load_student(path: str | Path) -> Any:
-    """Load an exported student; it needs no teacher, checkpoint or YAML.
+    """Load an exported student, with its classifier if it was fine-tuned; it needs no teacher, checkpoint or YAML.
 
     Args:
         path: A file of ``d2v export``: a local path, https://, or an object store's address (cached until it changes).
@@ -175,12 +176,13 @@ def load_student(path: str | Path) -> Any:
             f"{d2v('export', path, 'student.safetensors')}"
         )
     stored = read_model_file(file)
-    stored.expect(path, "student")
+    if not (is_classifier := stored.kind == "classifier"):
+        stored.expect(path, "student")
     sizes = read_sizes(path, stored.config)
     tensors = {name: tensor for name, tensor in stored.tensors.items() if name != CONFIG_TENSOR}
     if isinstance(sizes, NetworkSizes):
-        tensors = from_timm(path, sizes, tensors)
-    student = build_student(path, sizes, tensors, stored.provenance)
+        tensors = from_timm(path, sizes, tensors, is_classifier)
+    student = _build_with_head(path, sizes, tensors, stored.provenance)
     check_timm_outputs(path, student.encoder)
     return student
 
@@ -206,7 +208,7 @@ def load_models(path: str, weights: Weights = "model", teacher: str | None = Non
         kind, contents = (read_model_file(file).kind, {}) if is_safetensors(file) else ("", load_untrusted(file))
         if is_checkpoint(contents):
             return _load_checkpoint(Checkpoint(file, contents), teacher)
-        if kind == "student":
+        if kind in ("student", "classifier"):
             return _with_teacher(load_student(path), teacher)
         if not kind and isinstance(contents, dict) and "cfg" not in contents:  # weights without sizes, such as timm's
             raise InputError(
@@ -322,11 +324,18 @@ def own_parts(student: Backbone) -> nn.ModuleDict:
 
 def _load_finetuned(checkpoint: Checkpoint) -> Backbone:
     """Load a fine-tuned student with its head; the run's record is its provenance."""
-    path, record, tensors = checkpoint.path, checkpoint.record, dict(checkpoint.tensors)
+    path, record = checkpoint.path, checkpoint.record
     if record["model"]["kind"] != "student":
         raise InputError(f"{path} is a fine-tuned teacher, which can neither be exported nor embed images")
-    head = {name: tensors.pop(f"head.{name}") for name in ("weight", "bias")}
-    tensors = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
-    student = build_student(path, read_sizes(path, record["model"]["sizes"]), tensors, record)
-    student.head = build_loaded(path, lambda: nn.Linear(head["weight"].shape[1], len(head["bias"])), head)
+    tensors = {name.removeprefix("backbone."): tensor for name, tensor in checkpoint.tensors.items()}
+    return _build_with_head(path, read_sizes(path, record["model"]["sizes"]), tensors, record)
+
+
+def _build_with_head(path: Any, sizes: NetworkSizes | StudentSizes, tensors: Tensors, provenance: Any) -> Backbone:
+    """Build a student, with a classifier if the tensors have one."""
+    head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+    student = build_student(path, sizes, tensors, provenance)
+    if head:
+        student.head = build_loaded(path, lambda: nn.Linear(student.embedding.width, len(head["bias"])), head)
     return student

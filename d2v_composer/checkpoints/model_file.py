@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from d2v_composer.models.alignment import Alignment
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import (
     Config,
@@ -257,26 +258,30 @@ def new_student(
     student.raw_embedding = raw
     if made_by != "raw":
         weight, bias = (torch.empty(tensors[f"alignment.{name}"].shape) for name in ("weight", "bias"))
-        student.align(weight, bias, of, made_by)
+        student.alignment = Alignment(student.alignment_inputs, weight, bias, of, made_by)
     return student
 
 
-def from_timm(source: Any, sizes: NetworkSizes, tensors: Tensors) -> Tensors:
-    """Return the tensors of an exported timm student by our names, with timm's classifier as the alignment.
+def from_timm(source: Any, sizes: NetworkSizes, tensors: Tensors, is_classifier: bool) -> Tensors:
+    """Return the tensors of an exported timm student by our names, with timm's classifier as the alignment or the head.
 
     Raises:
         InputError: The tensors are not those of this model.
     """
-    from d2v_composer.models.timm_network import classifier_prefixes, create_network, take_classifier  # timm is slow
+    from d2v_composer.models.timm_network import classifier_prefixes, create_network  # timm takes seconds to import
 
-    if sizes.embedding.made_by != "raw":
+    last = dict[str, Tensor]()
+    if is_classifier or sizes.embedding.made_by != "raw":
         with reading(source):
-            prefix = (classifier_prefixes(sizes.network) or ("",))[0]
-            if (bias := tensors.get(f"{prefix}bias")) is None or bias.ndim != 1:
-                raise ValueError("its classifier is missing")
+            prefix, *_ = classifier_prefixes(sizes.network)
+            weight, bias = tensors[f"{prefix}weight"], tensors[f"{prefix}bias"]
+            name = "head" if is_classifier else "alignment"
+            last = {f"{name}.weight": weight.flatten(1), f"{name}.bias": bias.flatten()}
         check_fits(source, lambda: create_network(sizes.network, num_classes=len(bias))[0], tensors)
-        tensors = take_classifier(sizes.network, tensors)
-    return {name if name.startswith("alignment.") else sizes.prefix + name: tensor for name, tensor in tensors.items()}
+        with torch.device("meta"):
+            kept = create_network(sizes.network)[0].state_dict()
+        tensors = {name: tensor for name, tensor in tensors.items() if name in kept}
+    return {sizes.prefix + name: tensor for name, tensor in tensors.items()} | last
 
 
 def check_timm_outputs(source: Any, encoder: Any) -> None:

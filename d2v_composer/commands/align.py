@@ -32,10 +32,11 @@ def main(argv: Sequence[str]) -> None:
 
     import torch
 
+    from d2v_composer.checkpoints.load import save_student
     from d2v_composer.config.reference import load_any
     from d2v_composer.data import modality_of
     from d2v_composer.embedding.align import align, match, read_index
-    from d2v_composer.export.model_card import save_with_card
+    from d2v_composer.export.model_card import size_of
     from d2v_composer.models.names import EMBEDDING
     from d2v_composer.models.provenance import distillation_of, is_teacher_of, value_at
     from d2v_composer.models.teacher import Teacher
@@ -62,9 +63,9 @@ def main(argv: Sequence[str]) -> None:
         teacher, _ = load_any(arguments.to)
         if (modality := teacher.encoder.config.modality) != (own := student.encoder.config.modality):
             raise InputError(f"--to: {arguments.to} takes {modality}, but {arguments.model} takes {own}")
-        name = teacher.choose_embedding(arguments.pooling, arguments.representation)
+        teacher.use_embedding(arguments.pooling, arguments.representation)
         teacher.eval().to(device)
-        target, places = lambda *inputs: teacher.embed_all(*inputs)[name], None
+        target, places = lambda *inputs: teacher.embed_all(*inputs)[EMBEDDING], None
         numbers = evenly_spaced(len(source), arguments.max_samples)
         record = distillation_of(student.provenance)
         # An evaluation computes the teacher's embeddings with the sizes and the normalization of the student's run.
@@ -73,8 +74,7 @@ def main(argv: Sequence[str]) -> None:
             and value_at(record, "config.teacher.image_size") is None
             and value_at(record, "config.teacher.first_blocks") in (None, teacher.encoder.config.prenet_depth)
         )
-        of = teacher.embedding.of if name == EMBEDDING else name
-        of = of if is_own else f"{arguments.to}, {of}"
+        of = teacher.embedding.of if is_own else f"{arguments.to}, {teacher.embedding.of}"
     print("other files:", name_counts(source.left_out))
     workers = choose_workers(arguments.workers, device)
     aligned = align(student, source, numbers, target, places, device, workers, of)
@@ -84,5 +84,6 @@ def main(argv: Sequence[str]) -> None:
     print(f"R²: {r2:.3f} on a held-out tenth; {aligned.r2_of_half:.3f} if fitted to half of the pairs")
     recall = ", ".join(f"@{k} {share:.3f}" for k, share in aligned.recall.items())
     print(f"recall of the index's own neighbors on {aligned.queries} held-out samples: {recall}")
-    save_with_card(student, arguments.model, out)
+    save_student(student, out)
+    print(size_of(student, out))
     print_next(d2v("embed", out, "QUERIES", "queries.npy"))

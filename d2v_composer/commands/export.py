@@ -51,7 +51,6 @@ def main(argv: Sequence[str]) -> None:
     from d2v_composer.export import verification
     from d2v_composer.export.model_card import save_with_card, size_of
     from d2v_composer.export.programs import Program, export_program, quantize
-    from d2v_composer.models.names import EMBEDDING
     from d2v_composer.models.teacher import Teacher
 
     student, _ = load_any(source, teacher=arguments.teacher)
@@ -63,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
             f"{student.encoder.input_name}"
         )
     embedding = student.choose_embedding(pooling, representation)
-    print(f"embedding: {student.embedding if embedding == EMBEDDING else embedding}")
+    print(f"embedding: {student.describe(embedding)}")
     if out.suffix == ".safetensors":
         save_with_card(student, source, out)
         steps = [d2v("embed", out, "SOURCE", "embeddings.npy")]

@@ -33,11 +33,19 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file, write_atomically
 
 
-def cost(model: Backbone | Encoder | None) -> dict[str, Any]:
-    """Return ``num_parameters`` and ``gflop``, for one input, of a model with its encoder; 0 for no model."""
+def cost(model: Backbone | Encoder | None, fitted_width: int = 0) -> dict[str, Any]:
+    """Return ``num_parameters`` and ``gflop``, for one input, of a model as exported; 0 for no model.
+
+    The numbers of all tensors count, a BatchNorm's statistics too. ``fitted_width`` is the width of the alignment that
+    the model will get.
+    """
     if model is None:
         return {"num_parameters": 0, "gflop": 0.0}
-    return {"num_parameters": sum(map(torch.numel, model.state_dict().values())), "gflop": model.flop() / 1e9}
+    inputs = sum(map(model.width_of, model.alignment_inputs)) if isinstance(model, Backbone) else 0
+    return {
+        "num_parameters": sum(map(torch.numel, model.state_dict().values())) + fitted_width * (inputs + 1),
+        "gflop": (model.flop() + 2 * fitted_width * inputs) / 1e9,
+    }
 
 
 def share_encoders(

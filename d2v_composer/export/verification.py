@@ -96,7 +96,9 @@ def verify(
     rows = [[name, *map("{:.5g}".format, numbers.values())] for name, numbers in medians.items()]
     table = format_table(["", *max(medians.values(), key=len)], rows)
     digest = sha256(exported)
-    table += f"\n{exported.name}: {exported.stat().st_size / 1e6:.1f} MB, {embedding}, sha256 {digest}"
+    table += (
+        f"\n{exported.name}: {exported.stat().st_size / 1e6:.1f} MB, {student.describe(embedding)}, sha256 {digest}"
+    )
     table += f"\n{name_fastest({name: medians[name] for name in medians if name not in faults})}"
     print(table)
     report_entries = {"embedding": embedding, "machine": describe_machine(), "faults": faults, "runtimes": medians}

@@ -22,6 +22,14 @@ HELD_OUT = 10
 MIN_PAIRS = 2 * HELD_OUT
 
 
+MADE_BY: dict[MadeBy, str] = {
+    "teacher": "the teacher's own",
+    "alignment": "estimated by an alignment",
+    "training": "estimated by a trained alignment",
+    "raw": "the student's own, without an alignment",
+}
+
+
 class EmbeddingInfo(NamedTuple):
     """What a model's embedding is."""
 
@@ -35,11 +43,7 @@ class EmbeddingInfo(NamedTuple):
     """Hash of the alignment; '' without one."""
 
     def __str__(self) -> str:
-        estimate = {"alignment": "an alignment estimates", "training": "a trained alignment estimates"}
-        if self.made_by in estimate:
-            whose = "the teacher's " if self.of.isidentifier() else ""
-            return f"{self.width} channels; {estimate[self.made_by]} {whose}{self.of}"
-        return f"{self.width} channels; {self.of}" + (", without an alignment" if self.made_by == "raw" else "")
+        return f"{self.of}, {self.width} channels, {MADE_BY[self.made_by]}"
 
 
 class Alignment(Freezable):
@@ -64,15 +68,21 @@ class Alignment(Freezable):
 
     @property
     def info(self) -> EmbeddingInfo:
-        digest = hashlib.sha256()
-        for tensor in (self.weight, self.bias):
-            digest.update(tensor.detach().cpu().contiguous().numpy().data)
-        return EmbeddingInfo(self.of, self.made_by, len(self.bias), digest.hexdigest())
+        return EmbeddingInfo(self.of, self.made_by, len(self.bias), hash_tensors(self.state_dict()))
 
     def forward(self, embeddings: Mapping[str, Tensor]) -> Tensor:
         """Map a model's raw embeddings, by name, (B, P) float32."""
         with torch.autocast(self.weight.device.type, enabled=False):
             return linear(side_by_side(embeddings, self.inputs), self.weight, self.bias)
+
+
+def hash_tensors(tensors: Mapping[str, Tensor], about: str = "") -> str:
+    """Return a hash of tensors by name, and of a text."""
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def side_by_side(embeddings: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:

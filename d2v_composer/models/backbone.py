@@ -3,7 +3,6 @@
 Shapes: B inputs, T tokens, D channels, H heads, P channels of the embedding.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2v_composer.models.alignment import Alignment, EmbeddingInfo
+from d2v_composer.models.alignment import Alignment, EmbeddingInfo, hash_tensors
 from d2v_composer.models.attention import FfnBlock
 from d2v_composer.models.encoder import Encoder, Freezable, Inputs, Tokens, count_flop
 from d2v_composer.models.features import Features
@@ -52,13 +51,8 @@ def hash_weights(model: "Backbone", only_trained: bool = False) -> str:
     With ``only_trained``, frozen parts are left out, which a run may hold in another dtype than a file.
     """
     left_out = frozen_prefixes(model) if only_trained else ()
-    digest = hashlib.sha256(repr((model.encoder.config, model.config)).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.startswith(left_out):
-            continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(left_out)}
+    return hash_tensors(tensors, repr((model.encoder.config, model.config)))
 
 
 def frozen_prefixes(module: nn.Module, prefix: str = "") -> tuple[str, ...]:
@@ -166,6 +160,10 @@ class Backbone(nn.Module, ABC):
         """Return the hash of a teacher's file, or of a student's trained weights."""
         return self.provenance.get("sha256") or hash_weights(self, only_trained=True)
 
+    def describe(self, name: str) -> str:
+        """Return what an embedding is, by name, for people."""
+        return str(self.embedding) if name == EMBEDDING else name
+
     def width_of(self, name: str) -> int:
         """Return the number of channels of a raw embedding."""
         return self.embed_dim
@@ -184,6 +182,15 @@ class Backbone(nn.Module, ABC):
                 f"representation and pooling: this model has no {name}; it has {', '.join(self.raw_names)}"
             )
         return name
+
+    def use_embedding(self, pooling: Pooling | None, representation: Representation | None) -> None:
+        """Let the embedding without an alignment be the raw one with these; with neither, change nothing.
+
+        Raises:
+            InputError: The model has no such embedding.
+        """
+        if (name := self.choose_embedding(pooling, representation)) != EMBEDDING:
+            self.raw_embedding = name
 
     @property
     def alignment_inputs(self) -> list[str]:

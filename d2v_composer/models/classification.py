@@ -1,4 +1,4 @@
-"""A classifier for Composer: a linear head on an embedding of a student or a teacher.
+"""A classifier for Composer: a linear head on the embedding of a student or a teacher.
 
 Shapes: B images of S pixels per side, or clips of L samples, T tokens, D channels, C classes.
 """
@@ -14,7 +14,6 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from d2v_composer.models.backbone import Backbone, check_tensors, freeze_unused_parameters
 from d2v_composer.models.encoder import Inputs
-from d2v_composer.models.names import EMBEDDING
 from d2v_composer.models.precision import cpu_autocast
 
 Batch = Sequence[Tensor]
@@ -34,7 +33,6 @@ class Classifier(ComposerModel):
     Args:
         backbone: Student or teacher; ``requires_grad`` of its parameters is changed.
         num_classes: Number of classes, C.
-        embedding: Name of the embedding that the head reads.
         train_encoder: Train the encoder too, except fixed positions.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
 
@@ -48,13 +46,11 @@ class Classifier(ComposerModel):
         self,
         backbone: Backbone,
         num_classes: int,
-        embedding: str = EMBEDDING,
         train_encoder: bool = False,
         cpu_bf16: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.embedding = embedding
         self.cpu_bf16 = cpu_bf16
         if not train_encoder:
             backbone.encoder.freeze()  # a BatchNorm's statistics, too
@@ -85,7 +81,7 @@ class Classifier(ComposerModel):
 
     def embed(self, inputs: Inputs) -> Tensor:
         """Compute the embeddings of images or waveforms, (B, D), with gradient."""
-        return self.backbone.read(self.backbone.features(self.backbone.encoder(inputs)), self.embedding)
+        return self.backbone.read(self.backbone.features(self.backbone.encoder(inputs)))
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:

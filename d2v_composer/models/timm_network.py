@@ -3,7 +3,6 @@
 Shapes: B images, S pixels per side, N cells of the grid, T tokens of a teacher, C channels, P of the embedding.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -67,9 +66,8 @@ def load_pretrained(model: str) -> "NetworkStudent":
     )
     student = NetworkStudent(config, pretrained=True)
     if width := projection_width(pretrained.num_classes if pretrained else None):
-        projected, _ = create_network(config, pretrained=True, num_classes=width)
-        tensors = take_classifier(config, projected.state_dict())
-        student.align(tensors["alignment.weight"], tensors["alignment.bias"], JOINT, "teacher")
+        projection = create_network(config, pretrained=True, num_classes=width)[0].get_classifier()
+        student.align(projection.weight.data, projection.bias.data, JOINT, "teacher")
     return student
 
 
@@ -86,16 +84,6 @@ def classifier_prefixes(config: TimmNetworkConfig) -> tuple[str, ...]:
     pretrained: Any = timm.get_pretrained_cfg(timm_name(config.model))
     names = getattr(pretrained, "classifier", None) or ()
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
-
-
-def take_classifier(config: TimmNetworkConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a timm model's tensors with its classifier as an alignment."""
-    prefixes = classifier_prefixes(config)
-    taken = {
-        f"alignment.{part}": tensors[prefixes[0] + part].flatten(1 if part == "weight" else 0)
-        for part in ("weight", "bias")
-    }
-    return taken | {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
 
 
 class TimmNetwork(PixelEncoder):

@@ -60,6 +60,7 @@ FIXED_BY_A_CHECKPOINT = (
     "config.alignment.representation",
     "config.optimizer",
     "teacher.sha256",
+    "teacher.embedding",
 )
 # What targets depend on, and what else a checkpoint fixes.
 DECIDES_TARGETS = (
@@ -102,7 +103,7 @@ def train_student(
     """
     join_and_seed(config)
     model = build_model(config, teacher)
-    costs = {STUDENT: cost(model.student), TEACHER: cost(model.teacher)}
+    costs = {STUDENT: cost(model.student, fitted_width(config, model)), TEACHER: cost(model.teacher)}
     accelerate(config, model)
     modality, loader = modality_of(model.teacher.config), config.train_loader
     index = read_train_index(loader, modality, config.global_train_batch_size)
@@ -131,7 +132,8 @@ def train_student(
     header = {modality.unit: f"{len(index):,} in {index.source}"}
     if kept is not None:
         header["targets"] = f"{loader.views} views, {kept.num_bytes / 1e6:,.0f} MB in {kept.path}"
-    header["embedding"] = describe_embedding(model, align, modality.unit)
+    of_teacher = model.teacher.embedding._replace(made_by="alignment")
+    header["embedding"] = str(model.student.embedding if align is None else of_teacher)
     if retrieval is not None:
         header["retrieval"] = (
             f"{', '.join(retrieval.datasets)} every {config.retrieval.interval}, by {retrieval.settings.headline}"
@@ -235,12 +237,17 @@ def choose_embedding(config: TrainConfig, teacher: Teacher) -> None:
     Raises:
         InputError: The teacher lacks it, or does not compute it as ``d2v embed`` does.
     """
-    pooling, representation, section = config.alignment.pooling, config.alignment.representation, config.teacher
-    if pooling is not None or representation is not None:
-        with errors_of("alignment"):
-            teacher.raw_embedding = teacher.choose_embedding(pooling, representation)
-    if representation == "layer_mean" and section.first_blocks is not None and section.model == DATA2VEC2:
+    alignment, section = config.alignment, config.teacher
+    with errors_of("alignment"):
+        teacher.use_embedding(alignment.pooling, alignment.representation)
+    if alignment.representation == "layer_mean" and section.first_blocks is not None and section.model == DATA2VEC2:
         raise InputError("alignment.representation: layer_mean needs all layers of the teacher; unset first_blocks")
+
+
+def fitted_width(config: TrainConfig, model: DistillationModel) -> int:
+    """Return the width of the alignment that the run fits; 0 if it trains one, or has none."""
+    is_fitted = config.alignment.max_samples > 0 and model.student.alignment is None
+    return model.teacher.embedding.width if is_fitted else 0
 
 
 def build_alignment(config: TrainConfig, model: DistillationModel, index: Index) -> AlignStudent | None:
@@ -251,7 +258,7 @@ def build_alignment(config: TrainConfig, model: DistillationModel, index: Index)
     Raises:
         InputError: There are too few samples.
     """
-    if config.alignment.max_samples == 0 or model.student.alignment is not None:
+    if not fitted_width(config, model):
         return None
     rng, ends = np.random.default_rng(config.seed), np.cumsum([shard.samples for shard in index.shards])
     shards, chosen = np.split(np.arange(ends[-1]), ends[:-1]), min(ALIGNMENT_SHARDS, len(ends))
@@ -268,16 +275,6 @@ def build_alignment(config: TrainConfig, model: DistillationModel, index: Index)
     embeds, source = embeds_of(config, model), open_mds(index, config.train_loader.cache_limit)
     workers, of = config.train_loader.num_workers, model.teacher.embedding.of
     return AlignStudent(model.student, source, batches, embeds[STUDENT], embeds[TEACHER], of, workers)
-
-
-def describe_embedding(model: DistillationModel, align: AlignStudent | None, unit: str) -> str:
-    """Return what the student's embedding will be."""
-    info, of = model.student.embedding, model.teacher.embedding.of
-    if align is not None:
-        return f"an estimate of the teacher's {of}, by an alignment fitted to {align.batches.size:,} {unit}"
-    if info.made_by == "training":
-        return f"an estimate of the teacher's {of}, by an alignment that trains"
-    return f"the student's own {info.of}, not the teacher's {of}, because alignment.max_samples is 0"
 
 
 def build_retrieval(

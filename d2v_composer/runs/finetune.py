@@ -18,7 +18,6 @@ from d2v_composer.data import modality_of
 from d2v_composer.models.backbone import hash_weights
 from d2v_composer.models.classification import Classifier
 from d2v_composer.models.configs import EncoderConfig
-from d2v_composer.models.names import EMBEDDING
 from d2v_composer.models.precision import choose_precision
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.report.tables import format_table
@@ -72,8 +71,7 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trai
         backbone, _ = config.load()
     is_student, backbone.head = not isinstance(backbone, Teacher), None  # a head is of an earlier fine-tuning run
     backbone.alignment = None  # fitted to the weights before this run
-    if (chosen := backbone.choose_embedding(config.pooling, config.representation)) != EMBEDDING:
-        backbone.raw_embedding = chosen
+    backbone.use_embedding(config.pooling, config.representation)
     modality = modality_of(backbone.encoder.config)
     for name in ("mixup", "cutmix") if modality.has_lengths else ():
         if getattr(config.algorithms, name) is not None:

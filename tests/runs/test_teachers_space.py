@@ -67,10 +67,7 @@ def test_every_file_has_the_map_of_the_last_batch(uninterrupted: Path, pixels: T
     fitted = map_of(uninterrupted)
     assert torch.equal(trained.alignment.weight, fitted["weight"])
     export.main([str(checkpoint), str(path)])
-    assert (
-        "| embedding | 48 channels; an alignment estimates the teacher's output_cls |"
-        in (tmp_path / "README.md").read_text()
-    )
+    assert "| embedding | output_cls, 48 channels, estimated by an alignment |" in (tmp_path / "README.md").read_text()
     student = load_student(path)
     assert torch.equal(student.embed(pixels), expected)
     assert student.provenance["alignment"] == fitted["about"]
@@ -344,7 +341,7 @@ def test_a_resume_without_the_map_keeps_no_row_of_it(small_data: Path, labeled: 
 @pytest.mark.parametrize("number", [1, 19])
 def test_too_few_samples_for_a_map_are_refused(number: int, small_data: Path, tmp_path: Path) -> None:
     run = small_run(tmp_path / "run", small_data, f"alignment.max_samples={number}")
-    assert f"alignment.max_samples: must be 0, or at least 20, got {number}" in refused_run(*run)
+    assert f"alignment.max_samples: must be 0, or at least 20, got {number}" in refused_run(run)
 
 
 def test_the_teachers_embedding_is_its_own_whatever_the_run_sets(small_data: Path, tmp_path: Path) -> None:
