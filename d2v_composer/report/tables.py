@@ -71,15 +71,22 @@ def evaluation_tables(evaluation: Evaluation, unit: str) -> str:
         evaluation: The results.
         unit: The unit of GFLOP and speed: image or audio second.
     """
-    speeds = evaluation.speeds
+    head, *rows = cost_table(evaluation.costs, unit, evaluation.speeds)
+    tables = format_tables(evaluation.results, evaluation.class_names)
+    return f"{tables}\n\n{format_table(head, rows)}"
+
+
+def cost_table(
+    costs: Mapping[str, Mapping[str, float]], unit: str, speeds: Mapping[int, Mapping[str, float]] = {}
+) -> list[list[str]]:
+    """Return the head and the rows of a table of each model's size, GFLOP and, by batch size, samples per second."""
     head = ["", "M parameters", "MB in float32", f"GFLOP/{unit}", *(f"{unit}s/s, batch {size}" for size in speeds)]
-    costs = []
-    for name, cost in evaluation.costs.items():
+    rows = []
+    for name, cost in costs.items():
         millions = cost["num_parameters"] / 1e6
         rates = [f"{rates[name]:.1f}" if name in rates else "–" for rates in speeds.values()]
-        costs.append([name, f"{millions:.2f}", f"{4 * millions:.1f}", f"{cost['gflop']:.2f}", *rates])
-    tables = format_tables(evaluation.results, evaluation.class_names)
-    return f"{tables}\n\n{format_table(head, costs)}"
+        rows.append([name, f"{millions:.2f}", f"{4 * millions:.1f}", f"{cost['gflop']:.2f}", *rates])
+    return [head, *rows]
 
 
 def percent_of(result: Result) -> str:

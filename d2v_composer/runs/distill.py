@@ -27,7 +27,7 @@ from d2v_composer.models.provenance import value_at
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives.compilation import check_compiler, compile_model
 from d2v_composer.objectives.distillation import DistillationModel
-from d2v_composer.report.tables import format_tables
+from d2v_composer.report.tables import cost_table, format_table, format_tables
 from d2v_composer.runs.comparison import build_labeled_sets
 from d2v_composer.runs.trainer import (
     FIXED_IN_ANY_RUN,
@@ -141,7 +141,8 @@ def train_student(
 
     def report() -> None:
         if retrieval is not None and retrieval.history:
-            print(f"\n{format_tables(retrieval.results, retrieval.datasets)}")
+            head, *rows = cost_table(costs, modality.cost_unit)
+            print(f"\n{format_tables(retrieval.results, retrieval.datasets)}\n\n{format_table(head, rows)}")
         write_run_report(trainer, config, retrieval)
 
     fit_and_close(trainer, config, header, report)
