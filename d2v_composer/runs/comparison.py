@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from d2v_composer.callbacks.alignment import choose_pairs
 from d2v_composer.checkpoints.model_file import build_encoder
 from d2v_composer.config.reference import load_any
 from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ShardLoaderConfig
@@ -22,8 +23,9 @@ from d2v_composer.models.precision import precision_of
 from d2v_composer.models.provenance import distillation_of, has_tuned_encoder, value_at
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.sources.labeled import EvaluationSet, evenly_spaced, open_labeled_sets
-from d2v_composer.sources.open import open_source
+from d2v_composer.sources.labeled import EvaluationSet, open_labeled_sets
+from d2v_composer.sources.mds import Index
+from d2v_composer.sources.source import open_mds
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.processes import global_rank
@@ -96,7 +98,7 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
 def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | None) -> bool:
     """Give an untrained student an alignment of its own, made as the student's.
 
-    It is fitted to as many of the run's training samples.
+    It is fitted to the same training samples.
 
     Returns:
         True; False, after a line on stderr, if this cannot be done.
@@ -107,21 +109,20 @@ def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | Non
     if info.made_by == "training":
         untrained.train_alignment(info.width, info.of)
         return True
-    loader = value_at(distillation_of(model.provenance), "config.train_loader") or {"local": None}
-    modality = modality_of(model.encoder.config)
-    if loader["local"] and loader["remote"] is None:  # else it is a cache
-        with suppress(InputError):
-            source = open_source(loader["local"], modality, column=loader["column"])
+    config, modality = value_at(distillation_of(model.provenance), "config"), modality_of(model.encoder.config)
+    with suppress(InputError, LookupError, TypeError):
+        loader, sizes = config["train_loader"], (config["seed"], config["alignment"]["max_samples"])
+        if loader["remote"] is None:  # else it is a cache
+            source = open_mds(index := Index(Path(loader["local"]), modality, loader["column"]))
+            batches = choose_pairs(index, *sizes, config["device_eval_batch_size"])
     if source is None or teacher is None or teacher.embedding.of != info.of:
-        needed = "the run's training data" if source is None else "the run's teacher (teacher=PATH)"
+        needed = "the run's teacher (teacher=PATH)" if teacher is None else f"{info.of} of the run's training data"
         print(f"the untrained student is not measured: its alignment needs {needed}", file=sys.stderr)
         return False
-    moments, teacher, pairs = Moments(), teacher.to(device), value_at(model.provenance, "alignment.pairs")
-    numbers = evenly_spaced(len(source), pairs)
+    moments, teacher = Moments(), teacher.to(device)
     with torch.inference_mode():
-        for first in range(0, len(numbers), modality.batch_size):
-            samples = [source.decode(number) for number in numbers[first : first + modality.batch_size]]
-            inputs = [tensor.to(device) for tensor in collate(samples)]
+        for numbers in batches:
+            inputs = [tensor.to(device) for tensor in collate(list(map(source.decode, numbers.tolist())))]
             raw = untrained.embed_all(*inputs, layer_mean=model.layer_mean)
             moments.add(side_by_side(raw, untrained.alignment_inputs), teacher.embed_all(*inputs)[EMBEDDING])
     fit = moments.fit()

@@ -4,12 +4,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 from composer import Trainer
 from composer.core import Callback
 
 from d2v_composer.callbacks.algorithms import TargetStatistics
-from d2v_composer.callbacks.alignment import AlignStudent
+from d2v_composer.callbacks.alignment import AlignStudent, choose_pairs
 from d2v_composer.callbacks.checkpointing import Stop
 from d2v_composer.callbacks.kept_targets import KeptTargets
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
@@ -44,8 +43,6 @@ from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
 from d2v_composer.training_data.loader import build_train_loader, read_train_index
 
-# At most this many shards are read for the map, so that few are fetched from a store; we write 64 MiB each.
-ALIGNMENT_SHARDS = 64
 FIXED_BY_A_CHECKPOINT = (
     *FIXED_IN_ANY_RUN,
     "config.teacher.model",
@@ -254,21 +251,12 @@ def fitted_width(config: TrainConfig, model: DistillationModel) -> int:
 def build_alignment(config: TrainConfig, model: DistillationModel, index: Index) -> AlignStudent | None:
     """Build the callback that fits the student's alignment; ``None`` if it trains, or if the run has none.
 
-    The samples come from at most ``ALIGNMENT_SHARDS`` shards, so that a data set in a store is not fetched whole.
-
     Raises:
         InputError: There are too few samples.
     """
     if not fitted_width(config, model):
         return None
-    rng, ends = np.random.default_rng(config.seed), np.cumsum([shard.samples for shard in index.shards])
-    shards, chosen = np.split(np.arange(ends[-1]), ends[:-1]), min(ALIGNMENT_SHARDS, len(ends))
-    numbers = np.concatenate([shards[i] for i in np.sort(rng.choice(len(ends), chosen, replace=False))])
-    numbers = np.sort(rng.choice(numbers, min(config.alignment.max_samples, len(numbers)), replace=False))
-    if index.lengths is not None:
-        numbers = numbers[np.argsort(index.lengths[numbers], kind="stable")]
-    batch_size = min(config.device_eval_batch_size, len(numbers))
-    batches = numbers[: len(numbers) // batch_size * batch_size].reshape(-1, batch_size)
+    batches = choose_pairs(index, config.seed, config.alignment.max_samples, config.device_eval_batch_size)
     if batches.size < MIN_PAIRS:
         raise InputError(
             f"alignment.max_samples: needs at least {MIN_PAIRS} training samples, got {batches.size}; set 0"
