@@ -54,7 +54,7 @@ class Row(NamedTuple):
         if len(self.models) == 1:
             return True
         queries, bank = (infos.get(side.model) for side in (self.queries, self.bank))
-        if queries is None or bank is None or queries.made_by == "raw":
+        if queries is None or bank is None or "raw" in (queries.made_by, bank.made_by):
             return False
         return (queries.of, queries.width) == (bank.of, bank.width)
 

@@ -316,7 +316,7 @@ def test_an_evaluation_has_no_row_of_a_map_that_an_untrained_student_lacks(label
     student.align(torch.randn(48, student.encoder.num_pooled), torch.randn(48), "output_cls")
     student.provenance |= {"teacher": teacher.provenance}
     save_student(student, out)
-    options = [datasets_of(labeled), "pooling=cls", "representation=output", f"out={tmp_path}"]
+    options = [datasets_of(labeled), f"out={tmp_path}"]
     evaluate.main([f"model={out}", f"teacher={TEACHER_FILE}", *options])
     table = (tmp_path / "evaluation.csv").read_text()
     assert "student in the teacher's index" in table
