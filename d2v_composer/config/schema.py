@@ -7,7 +7,7 @@ Durations are Composer time strings: '5000ba' batches, '2ep' epochs.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import (
@@ -85,13 +85,26 @@ LOGGERS = {
     "wandb": "composer.loggers:WandBLogger",
 }
 
-# Names of the optimizers that a YAML may choose → their classes, which take the fields of OptimizerConfig, and further
-# arguments. Composer logs a learning rate below the name of the class.
-OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "adamw": ("torch.optim:AdamW", {"fused": True}),
-    "decoupled_adamw": ("composer.optim:DecoupledAdamW", {}),
-}
 
+class OptimizerKind(NamedTuple):
+    """An optimizer that a YAML may choose; it takes the fields of :class:`OptimizerConfig`."""
+
+    path: str
+    """The class, imported when chosen."""
+    arguments: dict[str, Any]
+    """Arguments besides the fields."""
+
+    @property
+    def log_key(self) -> str:
+        """The key below which Composer's LRMonitor logs the learning rate of the first group."""
+        return f"lr-{self.path.partition(':')[2]}/group0"
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerKind("torch.optim:AdamW", {"fused": True}),
+    "decoupled_adamw": OptimizerKind("composer.optim:DecoupledAdamW", {}),
+}
+"""Name → optimizer."""
 
 # Context in which a config is validated if its training samples must be there.
 NEEDS_DATA = "needs data"
@@ -273,8 +286,8 @@ class OptimizerConfig(Section):
     eps: Positive = 1e-6
     """Number added to the denominator of each update."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Weight decay. Each step multiplies the weights by 1 - r · weight_decay, where r is the step's learning rate; with
-    ``decoupled_adamw``, r is the step's learning rate over ``lr``, so its values are smaller by about ``lr``."""
+    """Weight decay: each step multiplies the weights by 1 - learning rate · weight_decay; with ``decoupled_adamw``, by
+    1 - weight_decay · learning rate / ``lr``."""
     decay_norms_and_biases: bool = False
     """Decay 1-D parameters too: norms and biases."""
 
@@ -283,7 +296,7 @@ class SchedulerConfig(Section):
     """The learning rate over the run."""
 
     name: Literal["cosine_with_warmup"] = "cosine_with_warmup"
-    """Composer's CosineAnnealingWithWarmupScheduler."""
+    """``cosine_with_warmup``: Composer's CosineAnnealingWithWarmupScheduler."""
     t_warmup: WarmUp = "3000ba"
     """Length of the linear warm-up: batches, epochs, or a fraction of the run ('0.1dur')."""
     alpha_f: Fraction = 0.0
@@ -472,8 +485,8 @@ class TrainConfig(TrainerConfig):
     teacher: TeacherSection
     student: StudentOptions = StudentOptions()
     prediction: Prediction = "layer_mean"
-    """``layer_mean``: the normalized mean of the student's FFN outputs, as in the code of the thesis. ``last_block``:
-    the student's last block's output, not normalized."""
+    """``layer_mean``: the normalized mean of the student's FFN outputs, as in the thesis's code. ``last_block``: the
+    student's last block's output, not normalized."""
     targets: TargetsConfig = TargetsConfig()
     objectives: ObjectivesConfig = ObjectivesConfig()  # pyright: ignore[reportInvalidTypeForm]
     train_loader: TrainLoaderConfig  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]

@@ -291,8 +291,8 @@ def build_optimizer(
         }
         for distance, is_vector in sorted(groups)
     ]
-    path, further = OPTIMIZERS[config.name]
-    return resolve_name(path)(arguments, betas=config.betas, eps=config.eps, **further)
+    kind = OPTIMIZERS[config.name]
+    return resolve_name(kind.path)(arguments, betas=config.betas, eps=config.eps, **kind.arguments)
 
 
 def build_scheduler(config: TrainerConfig, batches_per_epoch: int) -> ComposerScheduler:
