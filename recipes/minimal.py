@@ -8,8 +8,7 @@ of the teacher's normalized layers. The page is in the order in which the data f
 
 Sources: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525); ALiBi (Press et al. 2022, arXiv:2108.12409); a thesis
 chapter on distilled unimodal data2vec 2.0 (Tim Cares 2024, github.com/TimCares/MasterThesis).
-Shapes: B images, S pixels per side, E extra tokens (one: CLS), N patches, T = E + N tokens, D channels, H heads,
-K = D / H channels per head, Q queries.
+Shapes: B images, S pixels a side, E extra tokens (CLS), N patches, T = E + N, D channels, H heads, K = D / H, Q queries
 """
 
 import io
