@@ -1,4 +1,4 @@
-"""Align a student with its teacher: fit a map into the teacher's space before each retrieval and at a run's end."""
+"""Align a student with its teacher: fit a map into the teacher's space at a run's end, or before a retrieval."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class AlignStudent(Callback):
-    """Fit a linear map from the student's embeddings to one of the teacher's, before each retrieval and at a run's end.
+    """Fit a linear map from the student's embeddings to one of the teacher's, at a run's end, or by :meth:`fit`.
 
     The samples are training samples without augmentation. N are in a batch; the map has I inputs and P channels.
 

@@ -374,6 +374,13 @@ def drop_unused_scaler(checkpoint: dict[str, Any], precision: str) -> None:
         del state["scaler"]
 
 
+def drop_alignment(checkpoint: dict[str, Any]) -> None:
+    """Remove a student's map into its teacher's space from a checkpoint: training would make it wrong."""
+    tensors = checkpoint["state"]["model"]
+    for name in [name for name in tensors if ".alignment." in name]:
+        del tensors[name]
+
+
 class Measure(NamedTuple):
     """A measure that scores each query of a data set: a column of tables."""
 
