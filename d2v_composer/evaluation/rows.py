@@ -76,6 +76,8 @@ class Row(NamedTuple):
             return
         chosen = find_headline(headline, names, info)
         for name in names:
+            if name == EMBEDDING != chosen and info is not None and info.made_by == "raw":
+                continue  # another name of a raw embedding
             side = self.queries._replace(embedding=name)
             yield side, side, name == chosen
 

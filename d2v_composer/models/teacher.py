@@ -90,19 +90,21 @@ class Teacher(Backbone, Freezable):
         model: str | None = None,
         pretrained: bool = False,
         trains_embedding: bool = False,
+        freeze_copied: bool = False,
         **sizes: Any,
     ) -> Any:
         """Build a trainable student: blocks on :meth:`student_encoder`, or a timm model.
 
         Args:
-            init: ``random`` (the thesis), or copy the teacher's first blocks: ``teacher_attention``, or
-                ``teacher_blocks`` if the MLP ratios agree.
+            init: ``random``, or copy from the teacher's first blocks: ``teacher_attention``, or ``teacher_blocks`` if
+                the MLP ratios agree.
             model: ``timm/NAME``, for a timm model of any architecture whose features have a grid. The whole model
                 trains; it takes images of this teacher's size, normalized as for this teacher.
             pretrained: Start from timm's weights of ``model``.
             trains_embedding: Give the student an alignment that trains; otherwise, one can be fitted later.
+            freeze_copied: Train only what ``init`` does not copy.
             **sizes: Fields of :class:`~d2v_composer.models.configs.StudentConfig`, such as ``depth``, ``mlp_ratio`` and
-                ``alibi``; default the thesis's, and ``final_layer_norm`` the teacher's.
+                ``alibi``; default those of the thesis chapter, and ``final_layer_norm`` the teacher's.
 
         Returns:
             A :class:`~d2v_composer.models.student.Student`, or with ``model`` a
@@ -120,19 +122,21 @@ class Teacher(Backbone, Freezable):
         sizes = {name: value for name, value in sizes.items() if value is not None}
         if sizes.get("normalization") == "dataset":  # a target's alone
             sizes["normalization"] = "layer"
+        if freeze_copied and init != "teacher_attention":
+            raise ValueError("freeze_copied: must be false without init teacher_attention, or nothing would be trained")
         if model is not None:
             student = self.build_network(model, pretrained, **sizes, **({} if init == "random" else {"init": init}))
         elif pretrained:
             raise ValueError("pretrained: must be false without a model timm/NAME")
         else:
-            student = self.build_blocks(init, **sizes)
+            student = self.build_blocks(init, freeze_copied, **sizes)
             if self.raw_embedding in student.raw_names:
                 student.raw_embedding = self.raw_embedding
         if trains_embedding:
             student.train_alignment(self.embedding.width, self.raw_embedding)
         return student
 
-    def build_blocks(self, init: Init, **sizes: Any) -> Student:
+    def build_blocks(self, init: Init, freeze_copied: bool = False, **sizes: Any) -> Student:
         """Build a student that is blocks on an encoder; see :meth:`build_student`."""
         config = StudentConfig(**{"final_layer_norm": self.layer_mean.final_layer_norm, **sizes})
         encoder = self.student_encoder()
@@ -148,7 +152,9 @@ class Teacher(Backbone, Freezable):
             )
         try:
             for block, source in zip(student.block_list, sources, strict=False):
-                (block.attn if init == "teacher_attention" else block).load_state_dict(source.state_dict())
+                copied = block.attn if init == "teacher_attention" else block
+                copied.load_state_dict(source.state_dict())
+                copied.requires_grad_(not freeze_copied)
         except RuntimeError as error:  # the message's first line is a title
             raise ValueError(f"init {init} needs the teacher's sizes: {str(error).splitlines()[1].strip()}") from error
         return student
