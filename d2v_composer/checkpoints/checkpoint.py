@@ -37,6 +37,7 @@ from d2v_composer.system.files import check_owned, flush, move, partial_file
 
 CHECKPOINT_NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
 LATEST = "latest-rank0.pt"
+BEST = "best-rank0.pt"
 # Composer's pointer in a store: a small file with a key.
 STORED_POINTER = f"{LATEST}.symlink"
 LOG = "log.jsonl"
@@ -173,6 +174,7 @@ def find_newest(
                 download_checkpoint(f"{folder.address}/{name}", fetched)
                 accept(checkpoint := read_checkpoint(fetched)._replace(path=path))
                 _download(f"{folder.address}/{LOG}", local_log)
+                _download(f"{folder.address}/{BEST}", folder.local / BEST)
                 return checkpoint
         return None
 
@@ -309,6 +311,8 @@ def upload_missing(folder: RunFolder) -> None:
     """
     newest = (folder.local / LATEST).resolve()
     if folder.address is not None and newest.exists() and newest.name not in _stored_checkpoints(folder.address)[:1]:
+        if (best := newest.with_name(BEST)).exists():
+            put(best, f"{folder.address}/{BEST}", denial_passes=True)
         upload_checkpoint(newest, folder.address)
 
 
@@ -368,46 +372,3 @@ def drop_unused_scaler(checkpoint: dict[str, Any], precision: str) -> None:
     state = checkpoint["state"]
     if "scaler" in state and not (precision == "amp_fp16" and state["scaler"].get("GradScaler")):
         del state["scaler"]
-
-
-class Measure(NamedTuple):
-    """A measure that scores each query of a data set: a column of tables."""
-
-    bank: str
-    """The split that is searched, or to which a classifier is fitted; ``classes`` for text embeddings of the classes;
-    '' for the test images among themselves."""
-    name: str
-    k: int | None
-    """The number of neighbors; ``None`` for a classifier."""
-    key: str
-    """The measure's part of a log key."""
-    heading: str
-    """The heading of the measure's column in tables."""
-
-
-class Result(NamedTuple):
-    """One measure of one row's embedding on one data set."""
-
-    row: str
-    """The row's title."""
-    dataset: str
-    measure: Measure
-    embedding: str
-    """Name of the embedding; '' if it is the only one and has no name."""
-    is_primary: bool
-    """True for the row's primary embedding, and for the only embedding that ``zero_shot`` measures."""
-    hits: Tensor
-    """For each query, on the host: (Q,) bool, or the share of common neighbors, (Q,) float64."""
-    batch: int = 0
-    """Number of training batches after which a run measured the row."""
-    nearest: Tensor | None = None
-    """The bank's images nearest to each query in a primary embedding, nearest first, (Q, K) int32."""
-
-    def plain(self) -> tuple[Any, ...]:
-        """Return the fields as plain values, for a checkpoint."""
-        return (*self[:2], tuple(self.measure), *self[3:])
-
-
-def read_results(saved: Iterable[Any]) -> list[Result]:
-    """Return the results whose :meth:`Result.plain` was saved."""
-    return [Result(row, dataset, Measure(*measure), *fields) for row, dataset, measure, *fields in saved]

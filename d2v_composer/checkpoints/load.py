@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_newest, read_results
+from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_newest
 from d2v_composer.checkpoints.fairseq import load_data2vec2
 from d2v_composer.checkpoints.model_file import (
     CONFIG_TENSOR,
@@ -286,12 +286,13 @@ def _results_of(checkpoint: Checkpoint) -> dict[str, Any]:
     saved = checkpoint.saved_by("ZeroShotRetrieval")
     if not saved.get("history"):
         return {}
-    accuracies = dict[str, dict[str, float]]()
-    for result in read_results(saved["results"]):
-        rows = accuracies.setdefault(f"{result.dataset} {result.measure.key}", {})
-        rows[result.row] = result.hits.double().mean().item()
-    last = saved["history"][-1]["batch"]
-    return {"results": {"batch": checkpoint.trained("batch"), "last": last, "accuracies": accuracies}}
+    accuracies, measured = dict[str, dict[str, float]](), dict[str, Any]()
+    for result in saved["results"]:
+        rows = accuracies.setdefault(f"{result['dataset']} {result['column']['key']}", {})
+        rows[result["row"]] = result["hits"].double().mean().item()
+        if result["row"] == "student":
+            measured = {"weights": result["weights"], "embedding": result["embedding"], **result["info"]}
+    return {"results": {"accuracies": accuracies, **measured}}
 
 
 def _load_teacher_of(record: Mapping[str, Any], path: Path, teacher_path: str | None) -> Any:

@@ -35,6 +35,8 @@ from d2v_composer.config.types import (
     checked,
     must,
 )
+from d2v_composer.evaluation.metrics import PROBES
+from d2v_composer.evaluation.rows import ROWS
 from d2v_composer.models.alignment import MIN_PAIRS
 from d2v_composer.models.configs import STRICT, BlockSizes
 from d2v_composer.models.names import (
@@ -55,6 +57,11 @@ from d2v_composer.sources import FORMAT, FORMATS, LOCAL
 from d2v_composer.system.addresses import RunFolder, check_run_name
 from d2v_composer.system.processes import num_nodes, num_ranks
 
+BASELINES = tuple(title for title, row in ROWS.items() if not row.changes_in_training)
+PROBE_NAMES = tuple(metric.name for metric in PROBES)
+PROBES_ABOUT = "Further metrics of the test images: " + "; ".join(
+    f"``{metric.name}`` {metric.about}{'' if 'labels' in metric.needs else ' (needs no labels)'}" for metric in PROBES
+)
 # Names of the callbacks and loggers that a YAML may choose → their classes, imported when chosen.
 CALLBACKS = {
     "health": "d2v_composer.callbacks.health:Health",
@@ -296,10 +303,12 @@ class LookupConfig(Section):
 
     ks: Annotated[list[Count], Field(min_length=1)] = [1, 3]
     """Report top-k accuracy for each k: the fraction of queries whose k nearest images include one with their label."""
-    probes: list[Literal["knn", "linear", "agreement", "instance", "zero_shot"]] = []
-    """Further measures on the test images. ``knn`` and ``linear`` classify them from the train images. ``agreement``
-    (neighbors in common with the teacher) and ``instance`` (augmented views of one image) need no labels. ``zero_shot``
-    looks up the nearest of a set's ``class_embeddings``."""
+    probes: Annotated[list[Literal[PROBE_NAMES]], Field(description=PROBES_ABOUT)] = []  # pyright: ignore[reportInvalidTypeForm]
+    baselines: list[Literal[BASELINES]] = ["teacher"]  # pyright: ignore[reportInvalidTypeForm]
+    """Models to compare the student with: ``pixels`` (for audio, ``log_mel``, the mean spectrum), the frozen
+    ``encoder`` if the student shares its teacher's, the ``teacher``. A run measures them once."""
+    embeddings: Literal["all"] | None = None
+    """Embeddings to measure: ``all``, or null: the one that tables show."""
     datasets: dict[str, LabeledSetConfig | None] = {}
     """Name → labeled set; null turns one off."""
     max_images: Count | None = None
@@ -309,18 +318,16 @@ class LookupConfig(Section):
 class RetrievalConfig(LookupConfig):
     """Retrieval during training, by the callback ZeroShotRetrieval."""
 
-    pooling: Pooling = "cls"
-    """Pooling of the primary embedding: ``cls``, ``mean`` of all tokens, or ``mean_patches``."""
-    representation: Representation = "output"
-    """Representation of the primary embedding: ``output`` of the last block, or ``layer_mean``, the normalized mean of
-    the FFN outputs."""
+    pooling: Pooling | None = None
+    """Pooling of a raw embedding that tables show in place of the embedding: ``cls``, ``mean`` of all tokens, or
+    ``mean_patches``."""
+    representation: Representation | None = None
+    """Representation of a raw embedding that tables show in place of the embedding: ``output`` of the last block, or
+    ``layer_mean``, the normalized mean of the FFN outputs."""
     interval: Duration = "5000ba"
     """Time between measurements, in batches or epochs; there is always one at the end of the run."""
     at_start: bool = False
     """Measure the untrained student too."""
-    baselines: list[Literal["pixels", "log_mel", "encoder", "teacher"]] = ["teacher"]
-    """Models to compare the student with, each measured once: ``pixels`` (for audio, ``log_mel``, the mean
-    spectrum), the frozen ``encoder``, the ``teacher``."""
 
 
 class RunConfig(Section):
@@ -421,9 +428,15 @@ class TrainConfig(TrainerConfig):
     train_loader: TrainLoaderConfig  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
     alignment: AlignmentConfig = AlignmentConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
+    save_best: bool = False
+    """Also keep the checkpoint with the highest ``metrics/mean/top1``, saved when this is measured, as
+    ``best-rank0.pt``."""
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
+        measures_top1 = any(self.retrieval.datasets.values()) and 1 in self.retrieval.ks
+        if self.save_best and (self.save_folder is None or not measures_top1):
+            yield ".save_best: must be false without a save_folder, retrieval.datasets or 1 in retrieval.ks"
         if self.train_loader.views is not None and self.save_folder is None:
             yield ".train_loader.views: must be null without a save_folder, which holds the views' targets"
         parts, nodes = self.train_loader.num_canonical_nodes, num_nodes()
@@ -501,6 +514,9 @@ class FinetuneConfig(TrainerConfig, ModelReference):
 class EvaluateConfig(RunConfig, LookupConfig, ModelReference):
     """Fields of ``d2v evaluate``."""
 
+    baselines: list[Literal[BASELINES]] = ["pixels", "log_mel", "teacher"]  # pyright: ignore[reportInvalidTypeForm]
+    """Models to compare the student with: ``pixels`` or, for audio, ``log_mel``; the frozen ``encoder`` if the student
+    shares its teacher's; the ``teacher``, if it is known."""
     out: LocalFolder | None = None
     """Folder for evaluation.json and evaluation.csv."""
     rivals: Annotated[tuple[PathText, ...], Field(strict=False)] = ()

@@ -74,7 +74,12 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
     with reading(source):
         record = {"teacher": {}, "data": {}, "versions": {}, "command": "not recorded"} | student.provenance
         teacher = {"model": "", "source": "", "license": ""} | record["teacher"]
-        accuracies = value_at(record, "results.accuracies") or {}
+        results = record.get("results")
+        if results and (results.get("weights"), results.get("fingerprint")) != (
+            student.identify_weights(),
+            student.embedding.fingerprint,
+        ):
+            results = None  # of other weights, or by another alignment
         stated, start = [teacher["license"] or ""], None
         if network and value_at(record, "config.student.pretrained"):
             import timm  # the import takes seconds
@@ -97,8 +102,8 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
             timm_call=timm_call(student, out.name),
             embedding=student.embedding,
             tables=read_evaluation(Path(source).parent, hash_weights(student)).get("tables", ""),
-            results=record.get("results"),
-            rows=[row for row in ROWS if any(row in cells for cells in accuracies.values())],
+            results=results,
+            rows=[row for row in ROWS if results and any(row in cells for cells in results["accuracies"].values())],
             file=out.name,
             quote=shlex.quote,
         )

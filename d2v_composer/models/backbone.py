@@ -45,9 +45,14 @@ def freeze_unused_parameters(model: nn.Module, result: Tensor) -> None:
         parameter.grad = None
 
 
-def hash_weights(model: "Backbone") -> str:
-    """Return a hash of a model's sizes and weights, not of its file, which a run in progress may have replaced."""
-    return hash_tensors(model.state_dict(), repr((model.encoder.config, model.config)))
+def hash_weights(model: "Backbone", only_trained: bool = False) -> str:
+    """Return a hash of a model's sizes and weights, not of its file, which a run in progress may have replaced.
+
+    With ``only_trained``, frozen parts are left out, which a run may hold in another dtype than a file.
+    """
+    left_out = frozen_prefixes(model) if only_trained else ()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(left_out)}
+    return hash_tensors(tensors, repr((model.encoder.config, model.config)))
 
 
 def frozen_prefixes(module: nn.Module, prefix: str = "") -> tuple[str, ...]:
@@ -150,6 +155,10 @@ class Backbone(nn.Module, ABC):
 
     made_by: MadeBy = "raw"
     """What makes the embedding without an alignment."""
+
+    def identify_weights(self) -> str:
+        """Return the hash of a teacher's file, or of a student's trained weights."""
+        return self.provenance.get("sha256") or hash_weights(self, only_trained=True)
 
     def describe(self, name: str) -> str:
         """Return what an embedding is, by name, for people."""

@@ -3,7 +3,6 @@
 This module imports no torch, so ``--help`` shows them within a second.
 """
 
-from collections.abc import Collection
 from reprlib import repr as short  # a list in a file may hold another one a million times
 from typing import Any, Literal, get_args
 
@@ -54,23 +53,6 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
 
 RAW_EMBEDDINGS = [f"{kind}_{pooling}" for kind in get_args(Representation) for pooling in get_args(Pooling)]
 """The names ``{representation}_{pooling}``; a model without CLS lacks those with the pooling ``cls``."""
-
-
-def find_primary(primary: str, names: Collection[str]) -> str:
-    """Return the name of the embedding to report as a model's primary embedding.
-
-    Args:
-        primary: The embedding asked for. In place of ``layer_mean`` or the embedding, which the encoder alone lacks, an
-            ``output`` is found.
-        names: The model's embeddings; a single one without a name ('') is its own primary embedding.
-
-    Raises:
-        ValueError: The model has no such embedding.
-    """
-    for name in (primary, primary.replace("layer_mean", "output", 1), "output_cls", "output_mean_patches", ""):
-        if name in names:
-            return name
-    raise ValueError(f"primary embedding must be one of {', '.join(names)}, got {primary!r}")
 
 
 def timm_name(model: str) -> str:

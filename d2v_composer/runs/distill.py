@@ -4,12 +4,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 from composer import Trainer
 from composer.core import Callback
 
 from d2v_composer.callbacks.algorithms import TargetStatistics
-from d2v_composer.callbacks.alignment import AlignStudent
+from d2v_composer.callbacks.alignment import AlignStudent, choose_pairs
 from d2v_composer.callbacks.checkpointing import Stop
 from d2v_composer.callbacks.kept_targets import KeptTargets
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
@@ -17,9 +16,9 @@ from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.checkpoints.model_file import sizes_of
 from d2v_composer.config.schema import TeacherSection, TrainConfig
 from d2v_composer.data import build_augmentation, modality_of
+from d2v_composer.evaluation.embedded_set import Embed
 from d2v_composer.evaluation.evaluate import cost, share_encoders
-from d2v_composer.evaluation.labeled_retrieval import Embed
-from d2v_composer.evaluation.rows import STUDENT, TEACHER, last_batch
+from d2v_composer.evaluation.rows import STUDENT, TEACHER
 from d2v_composer.models.alignment import MIN_PAIRS
 from d2v_composer.models.names import DATA2VEC2
 from d2v_composer.models.precision import choose_precision, name_precision
@@ -27,7 +26,7 @@ from d2v_composer.models.provenance import value_at
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives.compilation import check_compiler, compile_model
 from d2v_composer.objectives.distillation import DistillationModel
-from d2v_composer.report.tables import format_tables
+from d2v_composer.report.tables import cost_table, format_table, format_tables
 from d2v_composer.runs.comparison import build_labeled_sets
 from d2v_composer.runs.trainer import (
     FIXED_IN_ANY_RUN,
@@ -44,8 +43,6 @@ from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
 from d2v_composer.training_data.loader import build_train_loader, read_train_index
 
-# At most this many shards are read for the map, so that few are fetched from a store; we write 64 MiB each.
-ALIGNMENT_SHARDS = 64
 FIXED_BY_A_CHECKPOINT = (
     *FIXED_IN_ANY_RUN,
     "config.teacher.model",
@@ -125,6 +122,7 @@ def train_student(
         run_callbacks=[callback for callback in (kept, align, retrieval) if callback is not None],
         callbacks=callbacks,
         stop=stop,
+        save_best=config.save_best,
         optimizers=build_optimizer(config.optimizer, model),
     )
     when_built(trainer)
@@ -135,14 +133,13 @@ def train_student(
     header["embedding"] = str(model.student.embedding if align is None else of_teacher)
     if retrieval is not None:
         header["retrieval"] = (
-            f"{', '.join(retrieval.datasets)} every {config.retrieval.interval}, primary embedding "
-            f"{retrieval.lookup.primary}"
+            f"{', '.join(retrieval.datasets)} every {config.retrieval.interval}, by {retrieval.settings.headline}"
         )
 
     def report() -> None:
         if retrieval is not None and retrieval.history:
-            embedding = f"{retrieval.lookup.primary}, batch {last_batch(retrieval.results)}"
-            print(f"\n{format_tables(retrieval.results, retrieval.datasets, embedding)}")
+            head, *rows = cost_table(costs, modality.cost_unit)
+            print(f"\n{format_tables(retrieval.results, retrieval.datasets)}\n\n{format_table(head, rows)}")
         write_run_report(trainer, config, retrieval)
 
     fit_and_close(trainer, config, header, report)
@@ -252,21 +249,12 @@ def fitted_width(config: TrainConfig, model: DistillationModel) -> int:
 def build_alignment(config: TrainConfig, model: DistillationModel, index: Index) -> AlignStudent | None:
     """Build the callback that fits the student's alignment; ``None`` if it trains, or if the run has none.
 
-    The samples come from at most ``ALIGNMENT_SHARDS`` shards, so that a data set in a store is not fetched whole.
-
     Raises:
         InputError: There are too few samples.
     """
     if not fitted_width(config, model):
         return None
-    rng, ends = np.random.default_rng(config.seed), np.cumsum([shard.samples for shard in index.shards])
-    shards, chosen = np.split(np.arange(ends[-1]), ends[:-1]), min(ALIGNMENT_SHARDS, len(ends))
-    numbers = np.concatenate([shards[i] for i in np.sort(rng.choice(len(ends), chosen, replace=False))])
-    numbers = np.sort(rng.choice(numbers, min(config.alignment.max_samples, len(numbers)), replace=False))
-    if index.lengths is not None:
-        numbers = numbers[np.argsort(index.lengths[numbers], kind="stable")]
-    batch_size = min(config.device_eval_batch_size, len(numbers))
-    batches = numbers[: len(numbers) // batch_size * batch_size].reshape(-1, batch_size)
+    batches = choose_pairs(index, config.seed, config.alignment.max_samples, config.device_eval_batch_size)
     if batches.size < MIN_PAIRS:
         raise InputError(
             f"alignment.max_samples: needs at least {MIN_PAIRS} training samples, got {batches.size}; set 0"
@@ -293,22 +281,26 @@ def build_retrieval(
     retrieval = config.retrieval
     if not any(retrieval.datasets.values()):
         return None
-    primary, student, baselines = choose_embeds(config, model)
+    headline, student, baselines = choose_embeds(config, model)
     modality = modality_of(model.teacher.config)
     with node_leaders_first("the data sets for retrieval"):
         datasets = build_labeled_sets(retrieval, modality, (model.teacher if align else model.student).embedding)
+    if config.save_best and not any(labeled.has_labels for labeled in datasets.values()):
+        raise InputError("save_best: must be false, because no data set of retrieval has labels")
     with errors_of("retrieval"):
         return ZeroShotRetrieval(
             datasets,
             retrieval.interval,
             retrieval.ks,
             embed=student,
-            primary=primary,
+            headline=headline,
+            all_embeddings=retrieval.embeddings == "all",
             baselines=baselines,
             at_start=retrieval.at_start,
             probes=retrieval.probes,
             augment=build_augmentation(config.train_loader, modality, config.seed, for_views=True),
             align=align,
+            models={STUDENT: model.student, TEACHER: model.teacher},
             should_stop=stop.ends_retrieval,
             device_batch_size=config.device_eval_batch_size,
             progress_bar=config.progress_bar,
@@ -316,19 +308,21 @@ def build_retrieval(
 
 
 def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, Embed, dict[str, Embed]]:
-    """Return the primary embedding's name, the student's function that embeds a batch, and the baselines' by name.
+    """Return the headline's name, the student's function that embeds a batch, and the baselines' by name.
 
     Raises:
         InputError: The section ``retrieval`` names an embedding or a baseline that these models do not have.
     """
     retrieval = config.retrieval
     with errors_of("retrieval"):
-        primary = model.student.choose_embedding(retrieval.pooling, retrieval.representation)
+        headline = model.student.choose_embedding(retrieval.pooling, retrieval.representation)
     known = embeds_of(config, model)
-    student = known.pop(STUDENT)
+    student, encoder = known.pop(STUDENT), known.get("encoder")
     if unknown := [name for name in retrieval.baselines if name not in known]:
         raise InputError(f"retrieval.baselines: must be among {', '.join(known)} with this teacher, got {unknown[0]}")
-    return primary, student, {name: known[name] for name in retrieval.baselines}
+    if encoder is not None and model.student.encoder is not model.teacher.encoder:
+        del known["encoder"]  # it is no part of the student
+    return headline, student, {name: known[name] for name in retrieval.baselines if name in known}
 
 
 def embeds_of(config: TrainConfig, model: DistillationModel) -> dict[str, Any]:

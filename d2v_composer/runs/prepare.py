@@ -158,7 +158,7 @@ def make_plan(request: Request, fetched: Path) -> Plan:
     source = files.open() if files else open_source(request.source, modality, column=request.column, cache=cache)
     if (number := len(source)) < MIN_SAMPLES:
         raise InputError(f"{request.source}: expected at least {MIN_SAMPLES} {modality.unit}, got {number}")
-    chosen = choose_settings(number, teacher.config, unsized.student.model)
+    chosen = choose_settings(number, teacher.config)
     config = configure(request, request.out / modality.unit, chosen)
     if config.teacher != unsized.teacher:  # a timm model for smaller images
         teacher = build_teacher(config)
@@ -253,13 +253,12 @@ def write_settings(request: Request, config: TrainConfig) -> None:
         write_atomically(request.settings, f"# {request.command}\n{settings}")
 
 
-def choose_settings(num_samples: int, teacher: TeacherConfig, student: str | None) -> dict[str, Any]:
+def choose_settings(num_samples: int, teacher: TeacherConfig) -> dict[str, Any]:
     """Choose sizes and duration: the quickstart's on a CPU, the thesis's on GPUs.
 
     Args:
         num_samples: Number of images or clips in the source.
         teacher: The teacher's sizes.
-        student: Name of the timm model that becomes the student; ``None`` for blocks on the teacher's encoder.
 
     Returns:
         Dotted key → value; other settings keep their defaults.
@@ -278,9 +277,6 @@ def choose_settings(num_samples: int, teacher: TeacherConfig, student: str | Non
         "train_loader.num_workers": max(1, min(8, cores // max(num_gpus, 2))),
         "optimizer.lr": round(lr / teacher.embed_dim, 6),
         "retrieval.interval": f"{num_batches // 2}ba",
-        # Without a LayerNorm at the target's end, the mean of a layer over tokens is 0.
-        "retrieval.representation": "layer_mean" if teacher.final_layer_norm and student is None else "output",
-        "retrieval.pooling": "cls" if teacher.has_cls_token else "mean",
         "save_interval": f"{min(num_batches // 6, 1000)}ba",
     }
     if isinstance(teacher.encoder, TimmEncoderConfig):

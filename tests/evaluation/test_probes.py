@@ -14,9 +14,11 @@ from torch import Tensor
 
 from d2v_composer import linear_probe_accuracy
 from d2v_composer.evaluation import linear_probe
-from d2v_composer.evaluation.labeled_retrieval import Lookup, measure_embeddings
+from d2v_composer.evaluation.embedded_set import embed_set
 from d2v_composer.evaluation.linear_probe import STRENGTHS, fit_linear_probe
+from d2v_composer.evaluation.measurement import measure
 from d2v_composer.evaluation.rows import rows_of
+from d2v_composer.evaluation.settings import Settings
 from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples
 
 
@@ -103,12 +105,13 @@ def test_a_warning_names_model_and_data_once(caplog: pytest.LogCaptureFixture, m
     data = blobs(40, 6)
     labeled = EvaluationSet(LabeledSamples(data.train, data.train_labels), LabeledSamples(data.test, data.test_labels))
     embeds = dict.fromkeys(["student", "teacher"], lambda x: {"a": x, "b": x})
-    lookup = Lookup("a", (1,), ["linear"], augment=None, batch_size=1000)
+    settings = Settings("a", (1,), ["linear"], augment=None, batch_size=1000, needs_all=True)
+    embedded = embed_set(embeds, "", labeled, settings)
     for dataset in ("first", "first", "second"):
-        results = list(measure_embeddings(rows_of(embeds), embeds, dataset, labeled, lookup))
+        results = list(measure(rows_of(embeds), embedded, dataset, labeled, settings))
         assert len(results) == 2 * 2 * 3
     assert caplog.messages == [
         f"{dataset}, {model}: the linear probe has not converged"
         for dataset in ("first", "second")
-        for model in ("teacher", "student")
+        for model in ("student", "teacher")
     ]

@@ -1,8 +1,7 @@
 """A student in its teacher's space: the same map on any ranks, in every file, measured in the teacher's index."""
 
-import re
 from collections.abc import Callable
-from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,12 @@ from containers import write_parquet
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import load_models, save_student
 from d2v_composer.commands import align, embed, evaluate, export
-from d2v_composer.evaluation.labeled_retrieval import Lookup, measure_embeddings
-from d2v_composer.evaluation.rows import AGREEMENT, STUDENT, TEACHER, UNTRAINED, retrieval_from, rows_of
+from d2v_composer.evaluation.embedded_set import embed_set
+from d2v_composer.evaluation.measurement import measure
+from d2v_composer.evaluation.results import Result
+from d2v_composer.evaluation.rows import STUDENT, TEACHER, UNTRAINED, rows_of
+from d2v_composer.evaluation.settings import Settings
+from d2v_composer.models.alignment import EmbeddingInfo
 from d2v_composer.models.names import EMBEDDING
 from d2v_composer.models.timm_network import NetworkStudent
 from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples
@@ -104,53 +107,64 @@ def test_blocks_on_a_timm_vit_keep_their_map_in_a_file(tmp_path: Path) -> None:
 
 
 class Measured:
-    """A student whose map is exact: its embeddings in the teacher's space are the teacher's."""
+    """A student whose map is exact: its embedding is the teacher's."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (80, 3, 4, 4), dtype=torch.uint8, generator=generator)
         labels = torch.arange(80) % 4
         self.labeled = EvaluationSet(LabeledSamples(images[:40], labels[:40]), LabeledSamples(images[40:], labels[40:]))
-        self.lookup = Lookup("own", (1,), ("agreement",), None, 16, {}, target="output_mean")
-        self.num_taught = 0
+        self.settings = Settings(EMBEDDING, (1,), ("agreement",), None, 16, has_teacher=True)
+        self.infos = dict.fromkeys((UNTRAINED, STUDENT), EmbeddingInfo("output_mean", "alignment", 48, "of the map"))
+        self.infos[TEACHER] = EmbeddingInfo("output_mean", "teacher", 48, "")
 
     def student(self, images: Tensor) -> dict[str, Tensor]:
         flat = images.flatten(1).float()
         return {"own": flat[:, :4], EMBEDDING: flat.square()}
 
     def teacher(self, images: Tensor) -> dict[str, Tensor]:
-        self.num_taught += len(images)
         flat = images.flatten(1).float()
-        return {"own": flat[:, 4:8], "output_mean": flat.square()}
+        return {"own": flat[:, 4:8], EMBEDDING: flat.square()}
 
-    def hits(self, *models: str) -> dict[tuple[str, Any], Tensor]:
+    def results(self, *models: str) -> list[Result]:
         embeds = {name: self.teacher if name == TEACHER else self.student for name in models}
-        rows = [row for row in rows_of(embeds, "output_mean") if row.changes_in_training or not self.num_taught]
-        results = list(measure_embeddings(rows, embeds, "set", self.labeled, self.lookup))
-        assert all(result.is_primary for result in results if result.embedding != "output_mean")
-        return {(result.row, result.measure): result.hits for result in results if result.is_primary}
-
-
-def test_a_student_whose_primary_embedding_is_the_map_keeps_its_row() -> None:
-    measured, embeds = Measured(), {STUDENT: Measured().student}
-    lookup = replace(measured.lookup, primary=EMBEDDING, teacher_neighbors=None)
-    results = measure_embeddings(rows_of(embeds, "output_mean"), embeds, "set", measured.labeled, lookup)
-    primary = {(result.row, result.measure): result.hits for result in results if result.is_primary}
-    for measure in (retrieval_from("train", 1), retrieval_from("test", 1)):
-        assert torch.equal(primary[STUDENT, measure], primary[f"{STUDENT}, projected", measure])
+        embedded = embed_set(embeds, "set", self.labeled, self.settings, self.infos)
+        return list(measure(rows_of(embeds, self.infos), embedded, "set", self.labeled, self.settings, self.infos))
 
 
 def test_the_student_is_looked_up_in_its_teachers_index() -> None:
-    measured, retrieval = Measured(), retrieval_from("train", 1)
-    first, later = measured.hits(UNTRAINED, TEACHER), measured.hits(STUDENT, TEACHER)
-    assert measured.num_taught == 80  # not again
-    for measure in (retrieval, retrieval_from("test", 1), AGREEMENT):
-        target = first[f"{TEACHER}, projected", measure]
-        for hits, student in ((first, UNTRAINED), (later, STUDENT)):
-            for row in (f"{student}, projected", f"{student} in the teacher's index"):
-                assert torch.equal(hits[row, measure], target), (row, measure)
-            assert not torch.equal(hits[student, measure], target)
-    assert later[f"{STUDENT} in the teacher's index", AGREEMENT].min() == 1
+    hits = {(result.row, result.column): result.hits for result in Measured().results(UNTRAINED, STUDENT, TEACHER)}
+    rows = dict.fromkeys(row for row, _ in hits)
+    assert [*rows] == [UNTRAINED, STUDENT, f"{STUDENT} in the teacher's index", TEACHER]
+    columns = dict.fromkeys(column for _, column in hits)
+    assert [column.name for column in columns] == ["retrieval", "retrieval", "agreement"]
+    for row, column in hits:
+        assert torch.equal(hits[row, column], hits[TEACHER, column]), (row, column)
+
+
+def test_every_embedding_is_measured_by_its_name_alone() -> None:
+    measured = Measured()
+    measured.settings = measured.settings._replace(headline="own", needs_all=True)
+    results = {
+        (result.row, result.embedding, result.column.key): result for result in measured.results(STUDENT, TEACHER)
+    }
+    in_index = f"{STUDENT} in the teacher's index"
+    named = {(row, name) for row, name, _ in results}
+    assert named == {*product((STUDENT, TEACHER), ("own", EMBEDDING)), (in_index, EMBEDDING)}
+    for (row, name, _), result in results.items():
+        assert result.is_headline == (name == "own" or row == in_index)
+    own, mapped = (results[STUDENT, name, "agreement@10"].hits.mean() for name in ("own", EMBEDDING))
+    assert own < mapped == 1  # each is compared with the teacher's of the same name
+    assert results[STUDENT, "own", "bank_train/top1"].info == ("own", "raw", 4, "")
+
+
+@pytest.mark.parametrize(
+    "change", [{"made_by": "raw"}, {"of": "output_cls"}, {"width": 24}], ids=["raw", "another's", "another width"]
+)
+def test_a_student_of_another_space_is_not_looked_up_in_its_teachers_index(change: dict[str, Any]) -> None:
+    measured = Measured()
+    measured.infos[STUDENT] = measured.infos[STUDENT]._replace(**change)
+    assert {result.row for result in measured.results(STUDENT, TEACHER)} == {STUDENT, TEACHER}
 
 
 @pytest.fixture(scope="module")
@@ -306,13 +320,13 @@ def test_an_evaluation_has_no_row_of_a_map_that_an_untrained_student_lacks(label
     evaluate.main([f"model={out}", f"teacher={TEACHER_FILE}", *options])
     table = (tmp_path / "evaluation.csv").read_text()
     assert "student in the teacher's index" in table
-    assert not re.search("untrained student(, projected| in)", table)
+    assert "untrained student" not in table
 
 
 def batches_of_rows(run: Path) -> dict[str, int]:
     """Return each row of a run's last table with the batch at which it was measured."""
     state = load_checkpoint(run / "latest-rank0.pt")["state"]
-    return {row: batch for row, *_, batch, _ in state["callbacks"]["ZeroShotRetrieval"]["results"]}
+    return {result["row"]: result["batch"] for result in state["callbacks"]["ZeroShotRetrieval"]["results"]}
 
 
 def test_a_resume_without_the_map_keeps_no_row_of_it(small_data: Path, labeled: Path, tmp_path: Path) -> None:
@@ -321,7 +335,7 @@ def test_a_resume_without_the_map_keeps_no_row_of_it(small_data: Path, labeled: 
     run_training(*run, "max_duration=4ba", "alignment.max_samples=0")
     batches = batches_of_rows(tmp_path)
     assert batches["student"] == 4
-    assert "student, projected" not in batches
+    assert "student in the teacher's index" not in batches
 
 
 @pytest.mark.parametrize("number", [1, 19])
