@@ -207,11 +207,6 @@ class TargetsConfig(Section):
 class Objectives(Section):
     """The terms of the loss."""
 
-    @property
-    def trains_embedding(self) -> bool:
-        """True if the student has an alignment that trains."""
-        return any(term.weight and OBJECTIVES[name].trains_embedding for name, term in self)
-
     def contradictions(self) -> Iterator[str]:
         if not any(term.weight for _, term in self):
             yield ".tokens.weight: must be positive unless another objective's weight is, got 0"

@@ -202,10 +202,11 @@ class Backbone(nn.Module, ABC):
         device = next(self.parameters()).device
         self.alignment = Alignment(self.alignment_inputs, weight.to(device), bias.to(device), of, made_by)
 
-    def train_alignment(self, width: int, of: str) -> None:
+    def train_alignment(self, teachers: EmbeddingInfo) -> None:
         """Give this model an alignment to train, with random weights."""
-        weight = nn.init.normal_(torch.empty(width, sum(map(self.width_of, self.alignment_inputs))), std=0.02)
-        self.align(weight, torch.zeros(width), of, "training")
+        width = sum(map(self.width_of, self.alignment_inputs))
+        weight = nn.init.normal_(torch.empty(teachers.width, width), std=0.02)
+        self.align(weight, torch.zeros(teachers.width), teachers.of, "training")
 
     @property
     def default_pooling(self) -> Pooling:

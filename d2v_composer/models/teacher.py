@@ -89,7 +89,6 @@ class Teacher(Backbone, Freezable):
         init: Init = "random",
         model: str | None = None,
         pretrained: bool = False,
-        trains_embedding: bool = False,
         freeze_copied: bool = False,
         **sizes: Any,
     ) -> Any:
@@ -101,7 +100,6 @@ class Teacher(Backbone, Freezable):
             model: ``timm/NAME``, for a timm model of any architecture whose features have a grid. The whole model
                 trains; it takes images of this teacher's size, normalized as for this teacher.
             pretrained: Start from timm's weights of ``model``.
-            trains_embedding: Give the student an alignment that trains; otherwise, one can be fitted later.
             freeze_copied: Train only what ``init`` does not copy.
             **sizes: Fields of :class:`~d2v_composer.models.configs.StudentConfig`, such as ``depth``, ``mlp_ratio`` and
                 ``alibi``; default those of the thesis chapter, and ``final_layer_norm`` the teacher's.
@@ -125,23 +123,15 @@ class Teacher(Backbone, Freezable):
         if freeze_copied and init != "teacher_attention":
             raise ValueError("freeze_copied: must be false without init teacher_attention, or nothing would be trained")
         if model is not None:
-            student = self.build_network(model, pretrained, **sizes, **({} if init == "random" else {"init": init}))
-        elif pretrained:
+            return self.build_network(model, pretrained, **sizes, **({} if init == "random" else {"init": init}))
+        if pretrained:
             raise ValueError("pretrained: must be false without a model timm/NAME")
-        else:
-            student = self.build_blocks(init, freeze_copied, **sizes)
-            if self.raw_embedding in student.raw_names:
-                student.raw_embedding = self.raw_embedding
-        if trains_embedding:
-            student.train_alignment(self.embedding.width, self.raw_embedding)
-        return student
-
-    def build_blocks(self, init: Init, freeze_copied: bool = False, **sizes: Any) -> Student:
-        """Build a student that is blocks on an encoder; see :meth:`build_student`."""
         config = StudentConfig(**{"final_layer_norm": self.layer_mean.final_layer_norm, **sizes})
         encoder = self.student_encoder()
         provenance = {"teacher": self.provenance, "student": {"own_encoder": encoder is not self.encoder}}
         student = Student(encoder, config, provenance)
+        if self.raw_embedding in student.raw_names:
+            student.raw_embedding = self.raw_embedding
         if init == "random":
             return student
         sources = self.init_sources(init)

@@ -17,19 +17,16 @@ LEAST_LENGTH = 1e-3
 
 
 class EmbeddingRegression(Objective):
-    """Regress the embedding's direction with an alignment that trains; the loss leaves its length free."""
+    """Regress the embedding's direction with an alignment that trains, which the student gets; its length is free."""
 
     class Options(Term):
         weight: Weight = 0.0
         """Weight of this term, 1 minus the cosine similarity of the student's embedding to its teacher's; 0: no such
         term, and the student's embedding is fitted after training instead."""
 
-    trains_embedding = True
-
     def __init__(self, options: Options, teacher: Teacher, student: Backbone, layer_mean: LayerMean) -> None:
         super().__init__(options, teacher, student, layer_mean)
-        if student.alignment is None:
-            raise ValueError("embedding: build the student with trains_embedding=True")
+        student.train_alignment(teacher.embedding)
         self.read_teacher, self.read_student = teacher.read, student.read
 
     def target(self, features: Features) -> Tensor:

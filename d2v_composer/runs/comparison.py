@@ -107,7 +107,7 @@ def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | Non
     if info.made_by in ("teacher", "raw"):
         return True
     if info.made_by == "training":
-        untrained.train_alignment(info.width, info.of)
+        untrained.train_alignment(info)
         return True
     config, modality = value_at(distillation_of(model.provenance), "config"), modality_of(model.encoder.config)
     with suppress(InputError, LookupError, TypeError):

@@ -164,9 +164,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
     check_compiler(config.compile)
     with errors_of("student"):
         normalization = targets.model_dump(include={"normalization", "final_layer_norm"})
-        trains_embedding = config.objectives.trains_embedding
-        sizes = config.student.model_dump() | normalization
-        student = teacher.build_student(**sizes, trains_embedding=trains_embedding)
+        student = teacher.build_student(**config.student.model_dump(), **normalization)
     check_network("student.model", student, config)
     with errors_of("targets"):
         return DistillationModel(

@@ -258,7 +258,7 @@ def check_network(
                 buffer.add_(torch.rand_like(buffer))
         trial.head = head and nn.Linear(head.in_features, head.out_features)
         if head is None:
-            trial.train_alignment(1, "")  # as in the file
+            trial.train_alignment(trial.embedding)  # as in the file
         convert_to_timm(key, trial)
 
 

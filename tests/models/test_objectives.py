@@ -86,7 +86,7 @@ def test_a_step_with_kept_targets_needs_no_teacher(teacher: Any, has_own_encoder
 
 def with_two_objectives() -> DistillationModel:
     both = load_teacher(GOLDEN / "tiny_base.pt")
-    return model_with(both, both.build_student(depth=2, trains_embedding=True), embedding=0.5)
+    return model_with(both, both.build_student(depth=2), embedding=0.5)
 
 
 def test_kept_targets_of_two_objectives() -> None:
@@ -127,7 +127,7 @@ def test_the_embedding_of_data2vec() -> None:
     """CLS of the output, by its cosine, beside the tokens; encoder and teacher run once for both."""
     teacher = load_teacher(GOLDEN / "tiny_base.pt")
     torch.manual_seed(0)
-    student = teacher.build_student(depth=2, trains_embedding=True)
+    student = teacher.build_student(depth=2)
     model = model_with(teacher, student, embedding=2.0, weight=0.5)
     parts = {teacher.encoder, *teacher.block_list, *student.block_list}
     calls = count_calls(*parts)
@@ -147,7 +147,7 @@ def test_a_narrower_student_learns_the_embedding_alone() -> None:
     """Without the tokens, by all that its alignment reads."""
     teacher = load_teacher(GOLDEN / "tiny_base.pt")
     torch.manual_seed(0)
-    student = teacher.build_student(depth=2, embed_dim=24, trains_embedding=True)
+    student = teacher.build_student(depth=2, embed_dim=24)
     model = model_with(teacher, student, embedding=1.0, weight=0.0)
     embeddings = student.embed_all(IMAGES)
     names = [f"{kind}_{pooling}" for kind in ("output", "layer_mean") for pooling in ("cls", "mean")]
@@ -167,7 +167,7 @@ def test_a_narrower_student_learns_the_embedding_alone() -> None:
 
 def test_the_embedding_of_sound_leaves_out_padding() -> None:
     teacher = load_teacher(GOLDEN / "audio_base.pt")
-    model = model_with(teacher, teacher.build_student(depth=1, trains_embedding=True), embedding=1.0)
+    model = model_with(teacher, teacher.build_student(depth=1), embedding=1.0)
     clips, lengths = torch.rand(2, 4000, generator=torch.Generator().manual_seed(1)) - 0.5, torch.tensor([4000, 2500])
     target = model({"audio": clips, "lengths": lengths}).others[0].target
     torch.testing.assert_close(target, normalize(teacher.embed(clips, "mean", lengths=lengths)))

@@ -237,7 +237,7 @@ def test_its_image_embedding_is_timms(name: str, outputs: int) -> None:
     assert teacher.embedding.width == expected.shape[1]
     assert (teacher.embedding.of == "joint") == is_joint
     torch.manual_seed(0)
-    student = teacher.build_student(depth=1, trains_embedding=True)
+    student = teacher.build_student(depth=1)
     distillation = DistillationModel(teacher, student, objectives={"tokens": {}, "embedding": {"weight": 1.0}})
     assert_equal_to_1e_5(distillation(images).others[0].target, normalize(expected))
     assert student.embed(images).shape == expected.shape
