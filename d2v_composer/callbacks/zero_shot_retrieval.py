@@ -166,7 +166,7 @@ class ZeroShotRetrieval(Callback):
         self.settings = self.settings._replace(has_teacher=TEACHER in self.baselines)
         wanted = {
             (row.title, dataset, column)
-            for row in rows_of(self.baselines, {})
+            for row in rows_of(self.baselines)
             for dataset, labeled in self.datasets.items()
             for metric in self.settings.metrics(labeled)
             if row.title == TEACHER or "texts" not in metric.needs  # pixels are in no space of texts
@@ -215,7 +215,7 @@ class ZeroShotRetrieval(Callback):
 
     def measure_baselines(self, state: State, logger: Logger) -> None:
         """Measure the rows that training does not change on all sets; then keep and log the results."""
-        rows = rows_of(self.baselines or {}, {})
+        rows = rows_of(self.baselines or {})
         self.baseline_metrics = self._measure(rows, {row.title for row in rows}, state, logger)
 
     def measure_student(self, state: State, logger: Logger) -> None:

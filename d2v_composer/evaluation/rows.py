@@ -119,7 +119,7 @@ ROWS = {
 """Title → row, in the order of tables."""
 
 
-def rows_of(models: Collection[str], infos: Mapping[str, EmbeddingInfo]) -> list[Row]:
+def rows_of(models: Collection[str], infos: Mapping[str, EmbeddingInfo] = {}) -> list[Row]:
     """Return the rows that can be measured with some models: those of ``ROWS``, then one row for each further model."""
     known = [row for row in ROWS.values() if row.is_measurable(models, infos)]
     return known + [row_of(model) for model in models if model not in ROWS]

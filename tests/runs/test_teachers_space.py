@@ -129,8 +129,9 @@ class Measured:
         labels = torch.arange(80) % 4
         self.labeled = EvaluationSet(LabeledSamples(images[:40], labels[:40]), LabeledSamples(images[40:], labels[40:]))
         self.settings = Settings(EMBEDDING, (1,), ("agreement",), None, 16, has_teacher=True)
-        self.infos = dict.fromkeys((UNTRAINED, STUDENT), EmbeddingInfo("output_mean", "alignment", 48, "of the map"))
-        self.infos[TEACHER] = EmbeddingInfo("output_mean", "teacher", 48, "")
+        mapped = EmbeddingInfo("output_mean", "alignment", 48, "of the map")
+        of_teacher = mapped._replace(made_by="teacher", fingerprint="")
+        self.infos: dict[str, EmbeddingInfo] = {UNTRAINED: mapped, STUDENT: mapped, TEACHER: of_teacher}
 
     def student(self, images: Tensor) -> dict[str, Tensor]:
         flat = images.flatten(1).float()
