@@ -60,7 +60,7 @@ class ZeroShotRetrieval(Callback):
     queries in the teacher's index; and ``time/zero_shot_retrieval`` in seconds. Probes have
     ``{knn|knn_majority|linear}/top1``, ``agreement@10`` and ``{instance|zero_shot}/top{k}`` in place of
     ``bank_{train|test}/top{k}``. ``metrics/mean/top1`` is the mean over data sets and banks of the student's top-1
-    retrieval accuracy in the primary embedding.
+    retrieval accuracy by the headline.
 
     To Composer's callbacks, each measurement of the student is an evaluation labeled ``retrieval``, whose metrics have
     the keys above without ``metrics/``. For example, ``EarlyStopper("mean/top1", "retrieval", patience="9ba")`` works.
