@@ -240,10 +240,8 @@ class ZeroShotRetrieval(Callback):
 
     def infos(self) -> dict[str, EmbeddingInfo]:
         """Return what the embeddings are of the models that are known."""
-        infos = {name: model.embedding for name, model in self.models.items()}
-        if infos:
-            infos |= {UNTRAINED: infos[STUDENT], "encoder": infos[TEACHER]}
-        return infos
+        names = {UNTRAINED: STUDENT, STUDENT: STUDENT, "encoder": TEACHER, TEACHER: TEACHER}
+        return {name: self.models[model].embedding for name, model in names.items() if model in self.models}
 
     def _measure(
         self, rows: Sequence[Row], outdated: Collection[str], state: State, logger: Logger
