@@ -1,4 +1,4 @@
-"""Align a student with its teacher: fit its alignment before each retrieval and at a run's end."""
+"""Align a student with its teacher: fit its alignment at a run's end, or before a retrieval."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -47,7 +47,7 @@ def choose_pairs(index: Index, seed: int, max_samples: int, batch_size: int) -> 
 
 
 class AlignStudent(Callback):
-    """Fit a linear map from the student's raw embeddings to its teacher's, before each retrieval and at a run's end.
+    """Fit a linear map from the student's raw embeddings to its teacher's, at a run's end, or by :meth:`fit`.
 
     The samples are training samples without augmentation. N are in a batch; the map has I inputs and P channels.
 

@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric
 from d2v_composer.callbacks.algorithms import broadcast_statistics
 from d2v_composer.callbacks.alignment import AlignStudent
 from d2v_composer.callbacks.run_record import find_changes
-from d2v_composer.callbacks.trainer_state import due_every, unwrapped
+from d2v_composer.callbacks.trainer_state import due_every, has_ended, unwrapped
 from d2v_composer.data.modality import Augmentation
 from d2v_composer.evaluation.embedded_set import Embed, EmbeddedSet, embed_set
 from d2v_composer.evaluation.measurement import measure
@@ -83,7 +83,8 @@ class ZeroShotRetrieval(Callback):
             other. ``zero_shot``, in sets with ``class_embeddings``, tells whether the text embedding of an image's
             class is the nearest to its embedding.
         augment: Makes the views for ``instance``.
-        align: Fits the student's alignment before each evaluation.
+        align: Fits the student's alignment: before each evaluation if ``headline`` is the embedding or a probe needs it,
+            otherwise only at the end of training.
         models: The student and the teacher, by these names: results say what their embeddings are, and the student's is
             looked up in the teacher's index if both are in one space.
         should_stop: Asked before each batch of images; must be False until training begins, and the same on all ranks.
@@ -144,6 +145,7 @@ class ZeroShotRetrieval(Callback):
         self.baselines = baselines
         self.at_start = at_start
         self.align, self.models, self.should_stop = align, dict(models or {}), should_stop
+        self.needs_alignment = headline == EMBEDDING or "zero_shot" in probes
         self.progress_bar = progress_bar
         self.is_due = due_every(interval, {Event.BATCH_END, Event.EPOCH_END})
         self.history: list[dict[str, Any]] = []
@@ -223,9 +225,12 @@ class ZeroShotRetrieval(Callback):
         """
         batch = int(state.timestamp.batch)
         student = STUDENT if batch else UNTRAINED
-        if self.align is not None:
+        # If a shorter run has ended before, the student has an alignment that does not fit its weights anymore.
+        if (align := self.align) is not None and (
+            align.student.alignment is not None or self.needs_alignment or has_ended(state)
+        ):
             broadcast_statistics(state.model)
-            self.align.fit(state, partial(self._to_device, state))
+            align.fit(state, partial(self._to_device, state))
         rows = [row for row in rows_of([*(self.baselines or {}), student], self.infos()) if student in row.models]
         outdated = {row.title for row in ROWS.values() if student in row.models}
         metrics = self._measure(rows, outdated, state, logger)

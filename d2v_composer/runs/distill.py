@@ -99,6 +99,9 @@ def train_student(
         ...
     """
     join_and_seed(config)
+    if (problem := config.train_loader.find_missing_data()) is not None:  # before the teacher is fetched
+        problem = f"train_loader{problem}"
+    raise_on_all_ranks(problem)
     model = build_model(config, teacher)
     costs = {STUDENT: cost(model.student, fitted_width(config, model)), TEACHER: cost(model.teacher)}
     accelerate(config, model)
