@@ -83,8 +83,8 @@ class ZeroShotRetrieval(Callback):
             other. ``zero_shot``, in sets with ``class_embeddings``, tells whether the text embedding of an image's
             class is the nearest to its embedding.
         augment: Makes the views for ``instance``.
-        align: Fits the student's alignment: before each evaluation if this is the headline or a probe needs it,
-            otherwise only at the end of training.
+        align: Fits the student's alignment: before each evaluation if ``headline`` is the embedding or a probe needs
+            it, otherwise only at the end of training.
         models: The student and the teacher, by these names: results say what their embeddings are, and the student's is
             looked up in the teacher's index if both are in one space.
         should_stop: Asked before each batch of images; must be False until training begins, and the same on all ranks.
@@ -225,12 +225,12 @@ class ZeroShotRetrieval(Callback):
         """
         batch = int(state.timestamp.batch)
         student = STUDENT if batch else UNTRAINED
-        if (align := self.align) is not None:
-            # If a shorter run has ended before, the student has a map that does not fit its weights anymore.
-            has_map = align.student.alignment is not None
-            if has_map or self.needs_alignment or has_ended(state):
-                broadcast_statistics(state.model)
-                align.fit(state, partial(self._to_device, state))
+        # If a shorter run has ended before, the student has an alignment that does not fit its weights anymore.
+        if (align := self.align) is not None and (
+            align.student.alignment is not None or self.needs_alignment or has_ended(state)
+        ):
+            broadcast_statistics(state.model)
+            align.fit(state, partial(self._to_device, state))
         rows = [row for row in rows_of([*(self.baselines or {}), student], self.infos()) if student in row.models]
         outdated = {row.title for row in ROWS.values() if student in row.models}
         metrics = self._measure(rows, outdated, state, logger)

@@ -372,10 +372,3 @@ def drop_unused_scaler(checkpoint: dict[str, Any], precision: str) -> None:
     state = checkpoint["state"]
     if "scaler" in state and not (precision == "amp_fp16" and state["scaler"].get("GradScaler")):
         del state["scaler"]
-
-
-def drop_alignment(checkpoint: dict[str, Any]) -> None:
-    """Remove a student's map into its teacher's space from a checkpoint: training would make it wrong."""
-    tensors = checkpoint["state"]["model"]
-    for name in [name for name in tensors if ".alignment." in name]:
-        del tensors[name]

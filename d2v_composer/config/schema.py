@@ -350,7 +350,7 @@ class AlignmentConfig(Section):
 
     max_samples: Annotated[Whole, must(f"be 0, or at least {MIN_PAIRS}", lambda n: n == 0 or n >= MIN_PAIRS)] = 20000
     """Maximum number of training samples to fit the alignment to; 0: none. It is fitted at the end of the run, and
-    before each retrieval that needs it."""
+    before each retrieval whose embedding or probes need it."""
     pooling: Pooling | None = None
     """Pooling of the teacher's embedding, instead of its default: ``cls``, ``mean`` or ``mean_patches``."""
     representation: Representation | None = None

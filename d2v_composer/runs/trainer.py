@@ -34,7 +34,6 @@ from d2v_composer.checkpoints.checkpoint import (
     LOG,
     Checkpoint,
     download_checkpoint,
-    drop_alignment,
     drop_unused_scaler,
     find_newest,
     read_checkpoint,
@@ -142,7 +141,7 @@ def build_trainer(
             run_name=config.run_name,
             load_path=checkpoint and str(checkpoint.path),  # instead of Composer's autoresume
             load_weights_only=not is_resumed,
-            load_ignore_keys=partial(drop_unused_scaler, precision=precision) if is_resumed else drop_alignment,
+            load_ignore_keys=partial(drop_unused_scaler, precision=precision) if is_resumed else None,
             **arguments,
         )
 
