@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from composer.core import Callback, State, get_precision_context
 from composer.loggers import Logger
@@ -16,13 +17,21 @@ from d2v_composer.data.modality import collate
 from d2v_composer.evaluation.labeled_retrieval import move_batch
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.models.alignment import Moments, side_by_side
-from d2v_composer.models.backbone import Backbone
-from d2v_composer.sources.source import Int64Array, Source, map_in_workers
+from d2v_composer.objectives.distillation import DistillationModel
+from d2v_composer.sources.source import Int64Array, map_in_workers
 
 EmbedAll = Callable[..., dict[str, Tensor]]
 """A function that embeds a batch and returns every embedding by name, (B, D) each."""
 
 log = logging.getLogger(__name__)
+
+
+class Samples(Protocol):
+    """Samples by number, such as a map-style dataset of torch."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Tensor: ...
 
 
 class AlignStudent(Callback):
@@ -34,33 +43,46 @@ class AlignStudent(Callback):
     up the same sums in the same order. So the map has the same bits on any number of ranks, and after a resume.
 
     Args:
-        student: The model that gets the map.
-        samples: The training samples.
-        batches: Numbers of the samples to fit to, (number of batches, batch size), the same on all ranks.
-        embed_student: Function that embeds a batch with the student.
-        embed_teacher: Function that embeds a batch with the teacher.
-        target: Name of the teacher's embedding to fit to.
-        workers: Number of processes that decode samples.
+        model: The model that trains; its student gets the map.
+        samples: A map-style dataset of torch, the same on all ranks. Each sample is an image, (3, height, width) uint8;
+            all have one size.
+        numbers: Numbers of the samples to fit to, (M,); default: all. Only whole batches of them are used.
+        device_batch_size: Number of samples embedded at once on each device.
+        embed_student: Function that embeds a batch with the student; default: the model's.
+        embed_teacher: Function that embeds a batch with the teacher; default: the model's.
+        target: Name of the teacher's embedding to fit to; default: its primary embedding.
+        workers: Number of processes that load samples.
 
     Attributes:
         batch: Number of training batches after which the map was last fitted; -1 for never. Checkpoints keep it.
         statistics: ``target`` and :attr:`Fit.statistics <d2v_composer.models.alignment.Fit.statistics>`. Checkpoints
             keep this, too, and the map.
+
+    Example:
+        >>> from d2v_composer.callbacks import AlignStudent
+        >>> model = DistillationModel(teacher, student)
+        >>> align = AlignStudent(model, images)  # Trainer(model, callbacks=[align])
     """
 
     def __init__(
         self,
-        student: Backbone,
-        samples: Source,
-        batches: Int64Array,
-        embed_student: EmbedAll,
-        embed_teacher: EmbedAll,
-        target: str,
-        workers: int,
+        model: DistillationModel,
+        samples: Samples,
+        numbers: Int64Array | None = None,
+        *,
+        device_batch_size: int = 64,
+        embed_student: EmbedAll | None = None,
+        embed_teacher: EmbedAll | None = None,
+        target: str | None = None,
+        workers: int = 0,
     ) -> None:
-        self.student, self.samples, self.batches = student, samples, batches
-        self.target, self.workers = target, workers
-        self.embed_student, self.embed_teacher = embed_student, embed_teacher
+        numbers = np.arange(len(samples)) if numbers is None else numbers
+        size = min(device_batch_size, len(numbers))
+        self.batches = numbers[: len(numbers) // size * size].reshape(-1, size)
+        self.student, self.samples, self.workers = model.student, samples, workers
+        self.target = target or model.teacher.choose_embedding().name
+        self.embed_student = embed_student or model.embed_all
+        self.embed_teacher = embed_teacher or model.retrieval_baselines()["teacher"]
         self.targets: list[Tensor] = []  # of this rank's samples, embedded once
         self.batch, self.statistics = -1, dict[str, Any]()
 
@@ -118,4 +140,4 @@ class AlignStudent(Callback):
             yield from zip(*(ranks.gather(share[None], count - first) for share in shares), strict=True)
 
     def _load(self, numbers: Int64Array) -> tuple[Tensor, ...]:
-        return collate(list(map(self.samples.decode, numbers.tolist())))
+        return collate([self.samples[number] for number in numbers.tolist()])

@@ -244,11 +244,17 @@ def build_alignment(config: TrainConfig, model: DistillationModel, index: Index)
     numbers = np.sort(rng.choice(numbers, min(config.alignment.max_samples, len(numbers)), replace=False))
     if index.lengths is not None:
         numbers = numbers[np.argsort(index.lengths[numbers], kind="stable")]
-    batch_size = min(config.device_eval_batch_size, len(numbers))
-    batches = numbers[: len(numbers) // batch_size * batch_size].reshape(-1, batch_size)
-    embeds, source = embeds_of(config, model), open_mds(index, config.train_loader.cache_limit)
-    workers = config.train_loader.num_workers
-    return AlignStudent(model.student, source, batches, embeds[STUDENT], embeds[TEACHER], target.name, workers)
+    embeds = embeds_of(config, model)
+    return AlignStudent(
+        model,
+        open_mds(index, config.train_loader.cache_limit),
+        numbers,
+        device_batch_size=config.device_eval_batch_size,
+        embed_student=embeds[STUDENT],
+        embed_teacher=embeds[TEACHER],
+        target=target.name,
+        workers=config.train_loader.num_workers,
+    )
 
 
 def target_of(config: TrainConfig, model: DistillationModel) -> Embedding | None:
