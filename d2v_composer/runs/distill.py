@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 from composer import Trainer
-from composer.core import Callback
+from composer.core import Algorithm, Callback
+from composer.loggers import LoggerDestination
+from composer.utils import dist
+from torch.utils.data import DataLoader
 
 from d2v_composer.callbacks.algorithms import TargetStatistics
-from d2v_composer.callbacks.alignment import AlignStudent
+from d2v_composer.callbacks.alignment import AlignStudent, Samples
 from d2v_composer.callbacks.checkpointing import Stop
 from d2v_composer.callbacks.kept_targets import KeptTargets
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
@@ -38,7 +41,8 @@ from d2v_composer.runs.trainer import (
     write_run_report,
 )
 from d2v_composer.sources.mds import Index
-from d2v_composer.sources.source import open_mds
+from d2v_composer.sources.labeled import evenly_spaced
+from d2v_composer.sources.source import Int64Array, open_mds
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
 from d2v_composer.training_data.loader import build_train_loader, read_train_index
@@ -76,6 +80,10 @@ def train_student(
     callbacks: Sequence[Callback] = (),
     *,
     teacher: Teacher | None = None,
+    train_dataloader: DataLoader | None = None,
+    alignment_samples: Samples | None = None,
+    algorithms: Sequence[Algorithm] = (),
+    loggers: Sequence[LoggerDestination] = (),
     when_built: Callable[[Trainer], object] = lambda trainer: None,
 ) -> Trainer:
     """Train a student, from the run's last checkpoint if there is one, and report. Call it on every rank.
@@ -84,6 +92,14 @@ def train_student(
         config: Config of the run.
         callbacks: Further callbacks, besides the YAML's.
         teacher: The config's teacher, if it is loaded already.
+        train_dataloader: This rank's loader of training samples, instead of the section ``train_loader``. Its batches
+            are as :class:`DistillationModel` takes them. The run neither records nor checks which data it reads; on
+            each rank, an epoch must have the same number of batches. If its dataset has no ``state_dict``, a resume
+            within an epoch reads the batches before it again.
+        alignment_samples: With a ``train_dataloader``, the samples to which the map is fitted; default: no map. See
+            :class:`~d2v_composer.callbacks.alignment.AlignStudent`.
+        algorithms: Further algorithms, after the YAML's.
+        loggers: Further loggers, besides the YAML's.
         when_built: Called with the Trainer before the training, when no bad input can end the run anymore.
 
     Returns:
@@ -104,33 +120,43 @@ def train_student(
     costs = {STUDENT: cost(model.student), TEACHER: cost(model.teacher)}
     accelerate(config, model)
     modality, loader = modality_of(model.teacher.config), config.train_loader
-    index = read_train_index(loader, modality, config.global_train_batch_size)
-    kept = build_kept_targets(config, model, index)
-    collated = {} if kept is None else {"collate": kept.collate, "extra_bytes": kept.row_bytes}
-    train_loader = build_train_loader(config, loader, index, is_compiled=config.compile is not False, **collated)
+    if train_dataloader is None:
+        samples = index = read_train_index(loader, modality, config.global_train_batch_size)
+        kept = build_kept_targets(config, model, index)
+        collated = {} if kept is None else {"collate": kept.collate, "extra_bytes": kept.row_bytes}
+        train_dataloader = build_train_loader(config, loader, index, is_compiled=config.compile is not False, **collated)
+        data, read = index.describe(), f"{len(index):,} in {index.source}"
+    else:
+        check_own_loader(config, train_dataloader)
+        samples, kept = alignment_samples, None
+        data, read = {"modality": modality.name, "location": "train_dataloader"}, "of the given train_dataloader"
     if config.targets.normalization == "dataset" and config.objectives.tokens.weight:
         measure = TargetStatistics(config.targets.dataset_batches or 100, config.device_eval_batch_size)
         callbacks = [measure, *callbacks]
-    align, stop = build_alignment(config, model, index), Stop()
+    align, stop = build_alignment(config, model, samples), Stop()
     retrieval = build_retrieval(config, model, align, stop)
     student = model.student.provenance["student"] | {"sizes": sizes_of(model.student)}
     trainer = build_trainer(
         config,
         model,
-        train_loader,
-        {"teacher": model.teacher.provenance, "student": student, "data": index.describe(), "costs": costs},
+        train_dataloader,
+        {"teacher": model.teacher.provenance, "student": student, "data": data, "costs": costs},
         fixed=FIXED_BY_A_CHECKPOINT + (FIXED_WITH_MICROBATCHES if model.compares_microbatches else ()),
         run_callbacks=[callback for callback in (kept, align, retrieval) if callback is not None],
         callbacks=callbacks,
+        algorithms=algorithms,
+        loggers=loggers,
         stop=stop,
         optimizers=build_optimizer(config.optimizer, model),
     )
     when_built(trainer)
-    header = {modality.unit: f"{len(index):,} in {index.source}"}
+    header = {modality.unit: read}
     if kept is not None:
         header["targets"] = f"{loader.views} views, {kept.num_bytes / 1e6:,.0f} MB in {kept.path}"
     if align is not None:
         header["alignment"] = f"with the teacher's {align.target}, on {align.batches.size:,} {modality.unit}"
+    elif samples is None and config.alignment.max_samples:
+        header["alignment"] = "off, because train_student got a train_dataloader without alignment_samples"
     if retrieval is not None:
         header["retrieval"] = (
             f"{', '.join(retrieval.datasets)} every {config.retrieval.interval}, primary embedding "
@@ -145,6 +171,22 @@ def train_student(
 
     fit_and_close(trainer, config, header, report)
     return trainer
+
+
+def check_own_loader(config: TrainConfig, loader: DataLoader) -> None:
+    """Check that a run's settings fit a loader that is not built from them.
+
+    Raises:
+        InputError: There are fixed views, or the loader's batches have another size than the config's.
+    """
+    if config.train_loader.views is not None:
+        raise InputError("train_loader.views: must be null with a train_dataloader: only the run's own loader has views")
+    size = (loader.batch_size or 0) * dist.get_world_size()
+    if size not in (0, config.global_train_batch_size):
+        raise InputError(
+            f"global_train_batch_size: must be the {size} of train_dataloader on all ranks, "
+            f"got {config.global_train_batch_size}"
+        )
 
 
 def build_model(config: TrainConfig, teacher: Teacher | None = None) -> DistillationModel:
@@ -228,26 +270,31 @@ def build_kept_targets(config: TrainConfig, model: DistillationModel, index: Ind
     return kept
 
 
-def build_alignment(config: TrainConfig, model: DistillationModel, index: Index) -> AlignStudent | None:
+def build_alignment(
+    config: TrainConfig, model: DistillationModel, samples: Index | Samples | None
+) -> AlignStudent | None:
     """Build the callback that fits the student's map into the teacher's space; ``None`` if the run has no map.
 
-    The samples come from at most ``ALIGNMENT_SHARDS`` shards, so that a data set in a store is not fetched whole.
+    Args:
+        config: Config of the run.
+        model: Model that the run trains.
+        samples: The training samples. Those in shards come from at most ``ALIGNMENT_SHARDS`` of them, so that a data
+            set in a store is not fetched whole. ``None``: no map.
 
     Raises:
         InputError: The teacher lacks the chosen embedding.
     """
-    if (target := target_of(config, model)) is None:
+    if samples is None or (target := target_of(config, model)) is None:
         return None
-    rng, ends = np.random.default_rng(config.seed), np.cumsum([shard.samples for shard in index.shards])
-    shards, chosen = np.split(np.arange(ends[-1]), ends[:-1]), min(ALIGNMENT_SHARDS, len(ends))
-    numbers = np.concatenate([shards[i] for i in np.sort(rng.choice(len(ends), chosen, replace=False))])
-    numbers = np.sort(rng.choice(numbers, min(config.alignment.max_samples, len(numbers)), replace=False))
-    if index.lengths is not None:
-        numbers = numbers[np.argsort(index.lengths[numbers], kind="stable")]
+    if isinstance(samples, Index):
+        numbers = choose_numbers(config, samples)
+        samples = open_mds(samples, config.train_loader.cache_limit)
+    else:
+        numbers = np.array(evenly_spaced(len(samples), config.alignment.max_samples))
     embeds = embeds_of(config, model)
     return AlignStudent(
         model,
-        open_mds(index, config.train_loader.cache_limit),
+        samples,
         numbers,
         device_batch_size=config.device_eval_batch_size,
         embed_student=embeds[STUDENT],
@@ -255,6 +302,15 @@ def build_alignment(config: TrainConfig, model: DistillationModel, index: Index)
         target=target.name,
         workers=config.train_loader.num_workers,
     )
+
+
+def choose_numbers(config: TrainConfig, index: Index) -> Int64Array:
+    """Choose the samples to which a map is fitted, from a few shards; clips are sorted by length."""
+    rng, ends = np.random.default_rng(config.seed), np.cumsum([shard.samples for shard in index.shards])
+    shards, chosen = np.split(np.arange(ends[-1]), ends[:-1]), min(ALIGNMENT_SHARDS, len(ends))
+    numbers = np.concatenate([shards[i] for i in np.sort(rng.choice(len(ends), chosen, replace=False))])
+    numbers = np.sort(rng.choice(numbers, min(config.alignment.max_samples, len(numbers)), replace=False))
+    return numbers if index.lengths is None else numbers[np.argsort(index.lengths[numbers], kind="stable")]
 
 
 def target_of(config: TrainConfig, model: DistillationModel) -> Embedding | None:

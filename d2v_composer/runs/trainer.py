@@ -81,6 +81,8 @@ def build_trainer(
     fixed: tuple[str, ...] = (),
     run_callbacks: Sequence[Callback] = (),
     callbacks: Sequence[Callback] = (),
+    algorithms: Sequence[Algorithm] = (),
+    loggers: Sequence[LoggerDestination] = (),
     prepare: Callable[[Any], Any] | None = None,
     stop: Stop | None = None,
     **arguments: Any,
@@ -94,7 +96,7 @@ def build_trainer(
         record_sections: Sections of the run's record; the section ``data`` must have the samples' ``modality``.
         fixed: Dotted keys of the record that a resume must not change.
         run_callbacks: Callbacks of this kind of run; each checks its saved state before a checkpoint is used.
-        callbacks: Further callbacks, besides the YAML's.
+        callbacks, algorithms, loggers: Further ones, besides the YAML's.
         prepare: Function that transforms a microbatch on the device.
         stop: Argument of :class:`Checkpoints`.
         **arguments: Further arguments of the Trainer.
@@ -117,7 +119,7 @@ def build_trainer(
             train_dataloader=DataSpec(train_loader, microbatch_transforms=prepare),
             max_duration=config.max_duration,
             schedulers=scheduler,
-            algorithms=build_algorithms(config.algorithms),
+            algorithms=[*build_algorithms(config.algorithms), *algorithms],
             callbacks=[
                 *(record, Throughput(), NanGuard(), checkpoints),
                 *(SeededBatches(config.seed), *run_callbacks, *chosen, *callbacks),
@@ -125,6 +127,7 @@ def build_trainer(
             loggers=[
                 *build_loggers(config, MODALITIES[record_sections["data"]["modality"]].unit),
                 *([] if uploads is None else [uploads]),
+                *loggers,
             ],
             progress_bar=False,  # ours is among the loggers
             precision=precision,
@@ -133,6 +136,8 @@ def build_trainer(
             run_name=config.run_name,
             load_path=checkpoint and str(checkpoint.path),  # instead of Composer's autoresume
             load_ignore_keys=partial(drop_unused_scaler, precision=precision),
+            # Composer would evaluate what a checkpoint says of them as Python expressions.
+            load_exclude_algorithms=checkpoint and checkpoint.algorithms,
             **arguments,
         )
 
