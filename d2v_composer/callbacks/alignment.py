@@ -1,8 +1,8 @@
 """Align a student with its teacher: fit a map into the teacher's space before each retrieval and at a run's end."""
 
 import logging
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from d2v_composer.callbacks.trainer_state import has_ended
 from d2v_composer.data.modality import collate
 from d2v_composer.evaluation.labeled_retrieval import move_batch
 from d2v_composer.evaluation.nearest_neighbors import Ranks
+from d2v_composer.evaluation.rows import STUDENT, TEACHER
 from d2v_composer.models.alignment import Moments, side_by_side
 from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.sources.source import Int64Array, map_in_workers
@@ -24,14 +25,6 @@ EmbedAll = Callable[..., dict[str, Tensor]]
 """A function that embeds a batch and returns every embedding by name, (B, D) each."""
 
 log = logging.getLogger(__name__)
-
-
-class Samples(Protocol):
-    """Samples by number, such as a map-style dataset of torch."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int, /) -> Tensor: ...
 
 
 class AlignStudent(Callback):
@@ -44,12 +37,10 @@ class AlignStudent(Callback):
 
     Args:
         model: The model that trains; its student gets the map.
-        samples: A map-style dataset of torch, the same on all ranks. Each sample is an image, (3, height, width) uint8;
-            all have one size.
-        numbers: Numbers of the samples to fit to, (M,); default: all. Only whole batches of them are used.
+        samples: The samples to fit to: a map-style dataset of torch, or a list, the same on all ranks. Each sample is
+            an image, (3, height, width) uint8; all have one size. Only whole batches are used.
         device_batch_size: Number of samples embedded at once on each device.
-        embed_student: Function that embeds a batch with the student; default: the model's.
-        embed_teacher: Function that embeds a batch with the teacher; default: the model's.
+        embeds: Functions that embed a batch with ``student`` and ``teacher``; default: the model's.
         target: Name of the teacher's embedding to fit to; default: its primary embedding.
         workers: Number of processes that load samples.
 
@@ -67,22 +58,18 @@ class AlignStudent(Callback):
     def __init__(
         self,
         model: DistillationModel,
-        samples: Samples,
-        numbers: Int64Array | None = None,
+        samples: Any,
         *,
         device_batch_size: int = 64,
-        embed_student: EmbedAll | None = None,
-        embed_teacher: EmbedAll | None = None,
+        embeds: Mapping[str, EmbedAll] | None = None,
         target: str | None = None,
         workers: int = 0,
     ) -> None:
-        numbers = np.arange(len(samples)) if numbers is None else numbers
-        size = min(device_batch_size, len(numbers))
-        self.batches = numbers[: len(numbers) // size * size].reshape(-1, size)
+        size = min(device_batch_size, len(samples))
+        self.batches = np.arange(len(samples) // size * size).reshape(-1, size)
         self.student, self.samples, self.workers = model.student, samples, workers
         self.target = target or model.teacher.choose_embedding().name
-        self.embed_student = embed_student or model.embed_all
-        self.embed_teacher = embed_teacher or model.retrieval_baselines()["teacher"]
+        self.embeds = embeds or {STUDENT: model.embed_all, **model.retrieval_baselines()}
         self.targets: list[Tensor] = []  # of this rank's samples, embedded once
         self.batch, self.statistics = -1, dict[str, Any]()
 
@@ -133,9 +120,9 @@ class AlignStudent(Callback):
         loaded = map_in_workers(self._load, mine, self.workers, torch.cuda.is_available())
         for step, (first, samples) in enumerate(zip(rounds, loaded, strict=True)):
             batch = move_batch(samples, to_device)
-            rows = side_by_side(self.embed_student(*batch), inputs)
+            rows = side_by_side(self.embeds[STUDENT](*batch), inputs)
             if step == len(self.targets):
-                self.targets.append(self.embed_teacher(*batch)[self.target].float().cpu())
+                self.targets.append(self.embeds[TEACHER](*batch)[self.target].float().cpu())
             shares = rows, self.targets[step].to(rows.device)
             yield from zip(*(ranks.gather(share[None], count - first) for share in shares), strict=True)
 

@@ -8,11 +8,10 @@ import numpy as np
 from composer import Trainer
 from composer.core import Algorithm, Callback
 from composer.loggers import LoggerDestination
-from composer.utils import dist
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from d2v_composer.callbacks.algorithms import TargetStatistics
-from d2v_composer.callbacks.alignment import AlignStudent, Samples
+from d2v_composer.callbacks.alignment import AlignStudent
 from d2v_composer.callbacks.checkpointing import Stop
 from d2v_composer.callbacks.kept_targets import KeptTargets
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
@@ -40,9 +39,9 @@ from d2v_composer.runs.trainer import (
     join_and_seed,
     write_run_report,
 )
-from d2v_composer.sources.mds import Index
 from d2v_composer.sources.labeled import evenly_spaced
-from d2v_composer.sources.source import Int64Array, open_mds
+from d2v_composer.sources.mds import Index
+from d2v_composer.sources.source import Source, open_mds
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
 from d2v_composer.training_data.loader import build_train_loader, read_train_index
@@ -81,7 +80,7 @@ def train_student(
     *,
     teacher: Teacher | None = None,
     train_dataloader: DataLoader | None = None,
-    alignment_samples: Samples | None = None,
+    alignment_samples: Any = None,
     algorithms: Sequence[Algorithm] = (),
     loggers: Sequence[LoggerDestination] = (),
     when_built: Callable[[Trainer], object] = lambda trainer: None,
@@ -121,15 +120,17 @@ def train_student(
     accelerate(config, model)
     modality, loader = modality_of(model.teacher.config), config.train_loader
     if train_dataloader is None:
-        samples = index = read_train_index(loader, modality, config.global_train_batch_size)
+        index = read_train_index(loader, modality, config.global_train_batch_size)
         kept = build_kept_targets(config, model, index)
         collated = {} if kept is None else {"collate": kept.collate, "extra_bytes": kept.row_bytes}
-        train_dataloader = build_train_loader(config, loader, index, is_compiled=config.compile is not False, **collated)
-        data, read = index.describe(), f"{len(index):,} in {index.source}"
+        train_dataloader = build_train_loader(
+            config, loader, index, is_compiled=config.compile is not False, **collated
+        )
+        samples, data, shown = open_some(config, index), index.describe(), f"{len(index):,} in {index.source}"
     else:
-        check_own_loader(config, train_dataloader)
-        samples, kept = alignment_samples, None
-        data, read = {"modality": modality.name, "location": "train_dataloader"}, "of the given train_dataloader"
+        if loader.views is not None:
+            raise InputError("train_loader.views: must be null with a train_dataloader of your own")
+        kept, samples, data, shown = None, alignment_samples, {"modality": modality.name}, "those of train_dataloader"
     if config.targets.normalization == "dataset" and config.objectives.tokens.weight:
         measure = TargetStatistics(config.targets.dataset_batches or 100, config.device_eval_batch_size)
         callbacks = [measure, *callbacks]
@@ -150,7 +151,7 @@ def train_student(
         optimizers=build_optimizer(config.optimizer, model),
     )
     when_built(trainer)
-    header = {modality.unit: read}
+    header = {modality.unit: shown}
     if kept is not None:
         header["targets"] = f"{loader.views} views, {kept.num_bytes / 1e6:,.0f} MB in {kept.path}"
     if align is not None:
@@ -171,22 +172,6 @@ def train_student(
 
     fit_and_close(trainer, config, header, report)
     return trainer
-
-
-def check_own_loader(config: TrainConfig, loader: DataLoader) -> None:
-    """Check that a run's settings fit a loader that is not built from them.
-
-    Raises:
-        InputError: There are fixed views, or the loader's batches have another size than the config's.
-    """
-    if config.train_loader.views is not None:
-        raise InputError("train_loader.views: must be null with a train_dataloader: only the run's own loader has views")
-    size = (loader.batch_size or 0) * dist.get_world_size()
-    if size not in (0, config.global_train_batch_size):
-        raise InputError(
-            f"global_train_batch_size: must be the {size} of train_dataloader on all ranks, "
-            f"got {config.global_train_batch_size}"
-        )
 
 
 def build_model(config: TrainConfig, teacher: Teacher | None = None) -> DistillationModel:
@@ -270,47 +255,41 @@ def build_kept_targets(config: TrainConfig, model: DistillationModel, index: Ind
     return kept
 
 
-def build_alignment(
-    config: TrainConfig, model: DistillationModel, samples: Index | Samples | None
-) -> AlignStudent | None:
+def build_alignment(config: TrainConfig, model: DistillationModel, samples: Any) -> AlignStudent | None:
     """Build the callback that fits the student's map into the teacher's space; ``None`` if the run has no map.
 
     Args:
         config: Config of the run.
         model: Model that the run trains.
-        samples: The training samples. Those in shards come from at most ``ALIGNMENT_SHARDS`` of them, so that a data
-            set in a store is not fetched whole. ``None``: no map.
+        samples: Training samples as :class:`AlignStudent` takes them; ``None``: no map.
 
     Raises:
         InputError: The teacher lacks the chosen embedding.
     """
     if samples is None or (target := target_of(config, model)) is None:
         return None
-    if isinstance(samples, Index):
-        numbers = choose_numbers(config, samples)
-        samples = open_mds(samples, config.train_loader.cache_limit)
-    else:
-        numbers = np.array(evenly_spaced(len(samples), config.alignment.max_samples))
-    embeds = embeds_of(config, model)
     return AlignStudent(
         model,
-        samples,
-        numbers,
+        Subset(samples, evenly_spaced(len(samples), config.alignment.max_samples)),
         device_batch_size=config.device_eval_batch_size,
-        embed_student=embeds[STUDENT],
-        embed_teacher=embeds[TEACHER],
+        embeds=embeds_of(config, model),
         target=target.name,
         workers=config.train_loader.num_workers,
     )
 
 
-def choose_numbers(config: TrainConfig, index: Index) -> Int64Array:
-    """Choose the samples to which a map is fitted, from a few shards; clips are sorted by length."""
+def open_some(config: TrainConfig, index: Index) -> Source:
+    """Open ``alignment.max_samples`` training samples, to fit a map to; clips are sorted by length.
+
+    They come from at most ``ALIGNMENT_SHARDS`` shards, so that a data set in a store is not fetched whole.
+    """
     rng, ends = np.random.default_rng(config.seed), np.cumsum([shard.samples for shard in index.shards])
     shards, chosen = np.split(np.arange(ends[-1]), ends[:-1]), min(ALIGNMENT_SHARDS, len(ends))
     numbers = np.concatenate([shards[i] for i in np.sort(rng.choice(len(ends), chosen, replace=False))])
     numbers = np.sort(rng.choice(numbers, min(config.alignment.max_samples, len(numbers)), replace=False))
-    return numbers if index.lengths is None else numbers[np.argsort(index.lengths[numbers], kind="stable")]
+    if index.lengths is not None:
+        numbers = numbers[np.argsort(index.lengths[numbers], kind="stable")]
+    return open_mds(index, config.train_loader.cache_limit).select(numbers)
 
 
 def target_of(config: TrainConfig, model: DistillationModel) -> Embedding | None:
