@@ -243,7 +243,7 @@ def test_no_code_of_a_checkpoint_runs(run_folder: Path, small_data: Path, tmp_pa
     newest = run_folder / "ep2-ba14-rank0.pt"
     checkpoint = load_checkpoint(newest)
     expression = f"__import__('os').system('touch {tmp_path}/canary')"
-    checkpoint["state"]["algorithms"] = [("BlurPool", {"repr": f"BlurPool if {expression} else 0"})]
+    checkpoint["state"]["algorithms"] += [("BlurPool", {"repr": f"BlurPool if {expression} else 0"})]
     torch.save(checkpoint, newest)
     trained = train.main(small_run(tmp_path / "another", small_data, f"load_path={newest}", "max_duration=15ba"))
     assert trained.state.timestamp.batch == 15

@@ -45,10 +45,10 @@ def arguments(folder: Path, labeled: Path, **options: Any) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in (usual | options).items()]
 
 
-def scalars(folder: Path) -> dict[str, dict[int, float]]:
+def scalars(folder: Path, files: str = "*") -> dict[str, dict[int, float]]:
     """What TensorBoard shows of a run: key → step → value."""
     series: dict[str, dict[int, float]] = {}
-    for file in sorted(folder.rglob("events.out.tfevents*")) if folder.is_dir() else [folder]:
+    for file in sorted(folder.rglob(f"events.out.tfevents.{files}")):
         events = EventAccumulator(str(file)).Reload()
         for key in events.Tags()["scalars"]:
             series.setdefault(key, {}).update({event.step: event.value for event in events.Scalars(key)})
@@ -96,8 +96,9 @@ def test_its_losses_are_a_runs_on_the_same_batches(
 
 def assert_ended(folder: Path, steps: list[int]) -> None:
     """Check that the newest process trained these batches, that TensorBoard shows each callback, and the map."""
-    newest = max((folder / "out").rglob("events.out.tfevents*"), key=lambda file: file.stat().st_mtime)
-    assert list(scalars(newest)["loss/train/total"]) == steps
+    newest = max((folder / "out").rglob("events.*"), key=lambda file: file.stat().st_mtime)
+    process = newest.name.split(".")[-2]  # each process writes several files
+    assert list(scalars(folder / "out", f"*.{process}.*")["loss/train/total"]) == steps
     shown = scalars(folder / "out")
     top1 = "metrics/cifar10/bank_train/top1"
     assert shown.keys() >= {top1, f"{top1}/projected_cls", "lr-AdamW/group0", "l2_norm/grad/global"}
