@@ -61,7 +61,7 @@ def main() -> None:
         optimizers=torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), eps=1e-6),
         schedulers=CosineAnnealingWithWarmupScheduler("0.1dur"),
         algorithms=[GradientClipping("norm", 2.0), GradientNorm()],
-        callbacks=[Throughput(), NanGuard(), Health(), LRMonitor(), align, retrieval],
+        callbacks=[Throughput(), NanGuard(), Health(args.interval), LRMonitor(), align, retrieval],
         loggers=[TensorboardLogger(args.out)],
         run_name="stock",
         save_folder=args.save_folder,

@@ -1,6 +1,7 @@
 """Composer's Trainer over Streaming's own dataset, with the model, callbacks and algorithms of this package."""
 
 import importlib.util
+import re
 import shutil
 import signal
 import sys
@@ -90,8 +91,9 @@ def test_its_losses_are_a_runs_on_the_same_batches(
         "optimizer.decay_norms_and_biases=true",
     )
     train_student(load_config(settings), train_dataloader=loader)
-    losses = scalars(tmp_path / "out")["loss/train/total"]
-    assert_same_losses(losses, losses_of(tmp_path / "ours"), 20)
+    shown = scalars(tmp_path / "out")
+    assert_same_losses(shown["loss/train/total"], losses_of(tmp_path / "ours"), 20)
+    assert "throughput/samples_per_sec" in shown
 
 
 def assert_ended(folder: Path, steps: list[int]) -> None:
@@ -101,7 +103,7 @@ def assert_ended(folder: Path, steps: list[int]) -> None:
     assert list(scalars(folder / "out", f"*.{process}.*")["loss/train/total"]) == steps
     shown = scalars(folder / "out")
     top1 = "metrics/cifar10/bank_train/top1"
-    assert shown.keys() >= {top1, f"{top1}/projected_cls", "lr-AdamW/group0", "l2_norm/grad/global"}
+    assert shown.keys() >= {top1, "lr-AdamW/group0", "l2_norm/grad/global", "health/prediction_error"}
     assert shown[top1].keys() >= {4, 6}
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     assert load_student(folder / "out/student.safetensors").embed_all(images)["projected_cls"].isfinite().all()
@@ -119,16 +121,17 @@ def test_it_is_killed_and_resumes(labeled: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_are_killed_and_resume_from_a_store(labeled: Path, tmp_path: Path, object_store: GatedStore) -> None:
-    """Composer points at an uploaded checkpoint up to half a minute later, so the run pauses before it is killed."""
+    """Composer points at an uploaded checkpoint half a minute later, at the end of a batch."""
     object_store.create_bucket_of_images("stock", labeled / "train")
     address = object_store.create_bucket("stock-run")
     places = {"remote": "s3://stock/images", "local": tmp_path / "cache", "save_folder": f"{address}/run"}
     given = arguments(tmp_path, labeled, **places)
-    environment = object_store.environment | {"AT": "batch_start 5 hang"}
+    environment = object_store.environment | {"SLOW": "12"}
+    pointer = "run/latest-rank0.pt.symlink"
     with started_ranks(*traced(given, "stock"), ranks=2, environment=environment) as ranks:
-        pointer = "run/latest-rank0.pt.symlink"
-        wait_until(lambda: b"ba4" in object_store.objects("stock-run").get(pointer, b""), seconds=200)
+        wait_until(lambda: pointer in object_store.objects("stock-run"), seconds=280)
         for rank in ranks:
             rank.kill()
+    saved = int(re.findall(rb"ba(\d+)", object_store.objects("stock-run")[pointer])[0])
     run_ranks(str(SCRIPT), *given, ranks=2, environment=object_store.environment)
-    assert_ended(tmp_path, [4, 5])
+    assert_ended(tmp_path, [*range(saved, 6)])
