@@ -89,16 +89,13 @@ def train_student(
 
     Args:
         config: Config of the run.
-        callbacks: Further callbacks, besides the YAML's.
+        callbacks, algorithms, loggers: Further ones, besides the YAML's.
         teacher: The config's teacher, if it is loaded already.
-        train_dataloader: This rank's loader of training samples, instead of the section ``train_loader``. Its batches
-            are as :class:`DistillationModel` takes them. The run neither records nor checks which data it reads; on
-            each rank, an epoch must have the same number of batches. If its dataset has no ``state_dict``, a resume
-            within an epoch reads the batches before it again.
+        train_dataloader: This rank's loader, instead of the section ``train_loader``; for its batches, see
+            :class:`DistillationModel`. The run neither records nor checks what it reads. All ranks need as many batches
+            an epoch. If its dataset has no ``state_dict``, a resume reads the epoch's batches again and skips them.
         alignment_samples: With a ``train_dataloader``, the samples to which the map is fitted; default: no map. See
             :class:`~d2v_composer.callbacks.alignment.AlignStudent`.
-        algorithms: Further algorithms, after the YAML's.
-        loggers: Further loggers, besides the YAML's.
         when_built: Called with the Trainer before the training, when no bad input can end the run anymore.
 
     Returns:
@@ -119,18 +116,7 @@ def train_student(
     costs = {STUDENT: cost(model.student), TEACHER: cost(model.teacher)}
     accelerate(config, model)
     modality, loader = modality_of(model.teacher.config), config.train_loader
-    if train_dataloader is None:
-        index = read_train_index(loader, modality, config.global_train_batch_size)
-        kept = build_kept_targets(config, model, index)
-        collated = {} if kept is None else {"collate": kept.collate, "extra_bytes": kept.row_bytes}
-        train_dataloader = build_train_loader(
-            config, loader, index, is_compiled=config.compile is not False, **collated
-        )
-        samples, data, shown = open_some(config, index), index.describe(), f"{len(index):,} in {index.source}"
-    else:
-        if loader.views is not None:
-            raise InputError("train_loader.views: must be null with a train_dataloader of your own")
-        kept, samples, data, shown = None, alignment_samples, {"modality": modality.name}, "those of train_dataloader"
+    train_dataloader, kept, samples, data, shown = build_data(config, model, train_dataloader, alignment_samples)
     if config.targets.normalization == "dataset" and config.objectives.tokens.weight:
         measure = TargetStatistics(config.targets.dataset_batches or 100, config.device_eval_batch_size)
         callbacks = [measure, *callbacks]
@@ -172,6 +158,30 @@ def train_student(
 
     fit_and_close(trainer, config, header, report)
     return trainer
+
+
+def build_data(
+    config: TrainConfig, model: DistillationModel, given: DataLoader | None, samples: Any
+) -> tuple[DataLoader, KeptTargets | None, Any, dict[str, Any], str]:
+    """Build the loader, unless one is ``given``, and what depends on the data.
+
+    Returns:
+        The loader; the callback that keeps targets; samples to fit the map to; the record's section ``data``; and the
+        data in a few words.
+
+    Raises:
+        InputError: The data cannot be used, or there are fixed views but a loader is given.
+    """
+    modality, loader = modality_of(model.teacher.config), config.train_loader
+    if given is not None:
+        if loader.views is not None:
+            raise InputError("train_loader.views: must be null with a train_dataloader of your own")
+        return given, None, samples, {"modality": modality.name}, "those of train_dataloader"
+    index = read_train_index(loader, modality, config.global_train_batch_size)
+    kept = build_kept_targets(config, model, index)
+    collated = {} if kept is None else {"collate": kept.collate, "extra_bytes": kept.row_bytes}
+    built = build_train_loader(config, loader, index, is_compiled=config.compile is not False, **collated)
+    return built, kept, open_some(config, index), index.describe(), f"{len(index):,} in {index.source}"
 
 
 def build_model(config: TrainConfig, teacher: Teacher | None = None) -> DistillationModel:
