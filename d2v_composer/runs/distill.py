@@ -91,11 +91,9 @@ def train_student(
         config: Config of the run.
         callbacks, algorithms, loggers: Further ones, besides the YAML's.
         teacher: The config's teacher, if it is loaded already.
-        train_dataloader: This rank's loader, instead of the section ``train_loader``; for its batches, see
-            :class:`DistillationModel`. The run neither records nor checks what it reads. All ranks need as many batches
-            an epoch. If its dataset has no ``state_dict``, a resume reads the epoch's batches again and skips them.
-        alignment_samples: With a ``train_dataloader``, the samples to which the map is fitted; default: no map. See
-            :class:`~d2v_composer.callbacks.alignment.AlignStudent`.
+        train_dataloader: This rank's loader, instead of the section ``train_loader``; its batches are as
+            :class:`DistillationModel` takes them. The run neither records nor checks what it reads.
+        alignment_samples: With a ``train_dataloader``, the samples of :class:`AlignStudent`; default: no map.
         when_built: Called with the Trainer before the training, when no bad input can end the run anymore.
 
     Returns:
@@ -142,8 +140,6 @@ def train_student(
         header["targets"] = f"{loader.views} views, {kept.num_bytes / 1e6:,.0f} MB in {kept.path}"
     if align is not None:
         header["alignment"] = f"with the teacher's {align.target}, on {align.batches.size:,} {modality.unit}"
-    elif samples is None and config.alignment.max_samples:
-        header["alignment"] = "off, because train_student got a train_dataloader without alignment_samples"
     if retrieval is not None:
         header["retrieval"] = (
             f"{', '.join(retrieval.datasets)} every {config.retrieval.interval}, primary embedding "
@@ -176,7 +172,8 @@ def build_data(
     if given is not None:
         if loader.views is not None:
             raise InputError("train_loader.views: must be null with a train_dataloader of your own")
-        return given, None, samples, {"modality": modality.name}, "those of train_dataloader"
+        shown = f"of train_dataloader{'' if samples is not None else '; no alignment without alignment_samples'}"
+        return given, None, samples, {"modality": modality.name}, shown
     index = read_train_index(loader, modality, config.global_train_batch_size)
     kept = build_kept_targets(config, model, index)
     collated = {} if kept is None else {"collate": kept.collate, "extra_bytes": kept.row_bytes}
