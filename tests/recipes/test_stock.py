@@ -124,9 +124,14 @@ def test_two_ranks_are_killed_and_resume_from_a_store(labeled: Path, tmp_path: P
     """Composer points at an uploaded checkpoint half a minute later, at the end of a batch."""
     object_store.create_bucket_of_images("stock", labeled / "train")
     address = object_store.create_bucket("stock-run")
-    places = {"remote": "s3://stock/images", "local": tmp_path / "cache", "save_folder": f"{address}/run"}
+    places = {
+        "remote": "s3://stock/images",
+        "local": tmp_path / "cache",
+        "save_folder": f"{address}/run",
+        "max_duration": "12ba",
+    }
     given = arguments(tmp_path, labeled, **places)
-    environment = object_store.environment | {"SLOW": "12"}
+    environment = object_store.environment | {"SLOW": "8"}
     pointer = "run/latest-rank0.pt.symlink"
     with started_ranks(*traced(given, "stock"), ranks=2, environment=environment) as ranks:
         wait_until(lambda: pointer in object_store.objects("stock-run"), seconds=280)
@@ -134,4 +139,4 @@ def test_two_ranks_are_killed_and_resume_from_a_store(labeled: Path, tmp_path: P
             rank.kill()
     saved = int(re.findall(rb"ba(\d+)", object_store.objects("stock-run")[pointer])[0])
     run_ranks(str(SCRIPT), *given, ranks=2, environment=object_store.environment)
-    assert_ended(tmp_path, [*range(saved, 6)])
+    assert_ended(tmp_path, [*range(saved, 12)])
