@@ -91,8 +91,7 @@ def train_student(
         config: Config of the run.
         callbacks, algorithms, loggers: Further ones, besides the YAML's.
         teacher: The config's teacher, if it is loaded already.
-        train_dataloader: This rank's loader, instead of the section ``train_loader``; its batches are as
-            :class:`DistillationModel` takes them. The run neither records nor checks what it reads.
+        train_dataloader: This rank's loader, instead of ``train_loader``; the run does not check what it reads.
         alignment_samples: With a ``train_dataloader``, the samples of :class:`AlignStudent`; default: no map.
         when_built: Called with the Trainer before the training, when no bad input can end the run anymore.
 
