@@ -421,9 +421,11 @@ class TrainerConfig(RunConfig):
     algorithms: AlgorithmsConfig = AlgorithmsConfig()
     callbacks: Annotated[Arguments, arguments_of(CALLBACKS)] = {}
     """Name → arguments, {} for the defaults; null turns one off. Names: health, lr_monitor, memory_monitor,
-    nan_monitor, optimizer_monitor, runtime_estimator, speed_monitor, system_metrics_monitor."""
+    nan_monitor, optimizer_monitor, runtime_estimator, speed_monitor, system_metrics_monitor; ``ext/NAME`` for an
+    installed package's."""
     loggers: Annotated[Arguments, arguments_of(LOGGERS)] = {}
-    """Name → arguments, {} for the defaults; null turns one off. Names: jsonl, mlflow, tensorboard, wandb."""
+    """Name → arguments, {} for the defaults; null turns one off. Names: jsonl, mlflow, tensorboard, wandb;
+    ``ext/NAME`` for an installed package's."""
     progress_bar: bool = True
     """Show a progress bar on a terminal; elsewhere, print a line every ten seconds. false: neither."""
     report: bool = True

@@ -49,6 +49,7 @@ from d2v_composer.config.schema import (
     OptimizerConfig,
     TrainerConfig,
 )
+from d2v_composer.config.types import place_of
 from d2v_composer.data import MODALITIES
 from d2v_composer.evaluation.run_log import read_jsonl
 from d2v_composer.models.backbone import check_tensors
@@ -89,6 +90,8 @@ def build_trainer(
     fixed: tuple[str, ...] = (),
     run_callbacks: Sequence[Callback] = (),
     callbacks: Sequence[Callback] = (),
+    algorithms: Sequence[Algorithm] = (),
+    loggers: Sequence[LoggerDestination] = (),
     prepare: Callable[[Any], Any] | None = None,
     stop: Stop | None = None,
     save_best: bool = False,
@@ -103,7 +106,7 @@ def build_trainer(
         record_sections: Sections of the run's record; the section ``data`` must have the samples' ``modality``.
         fixed: Dotted keys of the record that a resume must not change.
         run_callbacks: Callbacks of this kind of run; each checks its saved state before a checkpoint is used.
-        callbacks: Further callbacks, besides the YAML's.
+        callbacks, algorithms, loggers: Further ones, besides the YAML's.
         prepare: Function that transforms a microbatch on the device.
         stop, save_best: Arguments of :class:`Checkpoints`.
         **arguments: Further arguments of the Trainer.
@@ -127,7 +130,7 @@ def build_trainer(
             train_dataloader=DataSpec(train_loader, microbatch_transforms=prepare),
             max_duration=config.max_duration,
             schedulers=scheduler,
-            algorithms=build_algorithms(config.algorithms),
+            algorithms=[*build_algorithms(config.algorithms), *algorithms],
             callbacks=[
                 *(record, Throughput(), NanGuard(), checkpoints),
                 *(SeededBatches(config.seed), *run_callbacks, *chosen, *callbacks),
@@ -135,6 +138,7 @@ def build_trainer(
             loggers=[
                 *build_loggers(config, MODALITIES[record_sections["data"]["modality"]].unit),
                 *([] if uploads is None else [uploads]),
+                *loggers,
             ],
             progress_bar=False,  # ours is among the loggers
             precision=precision,
@@ -144,6 +148,8 @@ def build_trainer(
             load_path=checkpoint and str(checkpoint.path),  # instead of Composer's autoresume
             load_weights_only=not is_resumed,
             load_ignore_keys=partial(drop_unused_scaler, precision=precision) if is_resumed else drop_alignment,
+            # Composer would evaluate what a checkpoint says of them as Python expressions.
+            load_exclude_algorithms=checkpoint and checkpoint.algorithms,
             **arguments,
         )
 
@@ -335,7 +341,7 @@ def build_callbacks(config: TrainerConfig) -> list[Callback]:
     for name, arguments in config.callbacks.items():
         if arguments is not None:
             with errors_of(f"callbacks.{name} with {arguments}"):
-                callbacks.append(resolve_name(CALLBACKS[name])(**arguments))
+                callbacks.append(resolve_name(place_of(name, CALLBACKS))(**arguments))
     return callbacks
 
 
@@ -354,7 +360,7 @@ def build_loggers(config: TrainerConfig, unit: str) -> list[LoggerDestination]:
             continue
         with errors_of(f"loggers.{name}"):
             in_folder = {} if folder is None else arguments_in(folder, name)
-            loggers.append(resolve_name(LOGGERS[name])(**deep_merge(in_folder, arguments)))
+            loggers.append(resolve_name(place_of(name, LOGGERS))(**deep_merge(in_folder, arguments)))
     return loggers
 
 
