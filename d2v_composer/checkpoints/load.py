@@ -117,7 +117,7 @@ def load_same_teacher(source: str, record: Any, **options: Any) -> Any:
     if not is_teacher_of(record, teacher):
         raise InputError(
             f"{source}: not this student's teacher: sha256 {teacher.provenance['sha256']}, "
-            f"expected {value_at(record, 'teacher.sha256')}"
+            f"expected {value_at(record, 'teacher.sha256')}, and the same outputs"
         )
     return teacher
 
@@ -187,7 +187,7 @@ def load_student(path: str | Path) -> Any:
     sizes = read_sizes(path, stored.config)
     tensors = {sizes.prefix + name: tensor for name, tensor in stored.tensors.items() if name != CONFIG_TENSOR}
     student = build_student(path, sizes, tensors, stored.provenance)
-    check_timm_outputs(path, student.encoder)
+    check_timm_outputs(path, student)
     return student
 
 

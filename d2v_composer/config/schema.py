@@ -31,6 +31,7 @@ from d2v_composer.config.types import (
     Beta,
     Count,
     Duration,
+    FoundAddress,
     Fraction,
     LocalFolder,
     Microbatch,
@@ -147,7 +148,7 @@ class TeacherSection(TimmSizes, Section):
     model: Annotated[Text, IS_TEACHER] = DATA2VEC2
     """``data2vec2``; ``timm/NAME`` with a NAME that ``timm.create_model`` accepts; or ``ext/NAME``, a teacher that an
     installed package offers or that you pass in Python."""
-    checkpoint: AddressText | None
+    checkpoint: FoundAddress | None
     """Path or address. data2vec2: fairseq's .pt or a converted .safetensors. timm: a .safetensors or PyTorch file;
     null: timm's pretrained weights, from the Hugging Face hub. ext: what the package takes."""
     weights: Weights = "model"

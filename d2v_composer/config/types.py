@@ -4,7 +4,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from os.path import expanduser
+from os.path import abspath, exists, expanduser
 from pkgutil import resolve_name
 from typing import Annotated, Any
 
@@ -116,6 +116,8 @@ IS_PRINTABLE = must("be printable characters", lambda text: bool(text) and text.
 Text = Annotated[str, IS_PRINTABLE]
 PathText = Annotated[Text, AfterValidator(expanduser)]
 AddressText = Annotated[PathText, checked(Address.parse)]
+# A path that the record of a run keeps, found from any folder; other texts may hide a password, and stay as they are.
+FoundAddress = Annotated[AddressText, AfterValidator(lambda place: abspath(place) if exists(place) else place)]
 LocalFolder = Annotated[PathText, must("be a folder on this machine", lambda folder: "://" not in folder)]
 Whole = Annotated[int, Field(ge=0, le=MAX_INT)]
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]

@@ -50,10 +50,7 @@ from d2v_composer.training_data.loader import build_train_loader, read_train_ind
 ALIGNMENT_SHARDS = 64
 FIXED_BY_A_CHECKPOINT = (
     *FIXED_IN_ANY_RUN,
-    "config.teacher.model",
-    "config.teacher.weights",
     "config.teacher.first_blocks",
-    "config.teacher.image_size",
     "config.student",
     "config.prediction",
     "config.targets",
@@ -62,13 +59,13 @@ FIXED_BY_A_CHECKPOINT = (
     "config.alignment.representation",
     "config.optimizer",
     "teacher.sha256",
+    "teacher.outputs",
 )
-# What targets depend on, and what else a checkpoint fixes.
+# What the targets of an augmented image depend on, and what else a checkpoint fixes.
 DECIDES_TARGETS = (
     *FIXED_BY_A_CHECKPOINT,
     "precision",
     *(f"config.{name}" for name in ("half_residual", "allow_tf32", "compile", "load_path")),
-    *(f"config.train_loader.{name}" for name in ("crop_scale", "crop_ratio", "flip")),
 )
 # What else is fixed where a loss compares the inputs of a microbatch with each other.
 FIXED_WITH_MICROBATCHES = ("config.device_train_microbatch_size", "hardware.ranks")
@@ -202,7 +199,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
         student = teacher.build_student(**config.student.model_dump(), **normalization, projected=projected)
     check_network("student.model", student, config)
     with errors_of("targets"):
-        return DistillationModel(
+        model = DistillationModel(
             teacher,
             student,
             config.prediction,
@@ -212,6 +209,11 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
             dataset_norm=targets.normalization == "dataset",
             **targets.model_dump(include={"extra_tokens", "average_top_k_layers", "source"}),
         )
+    if model.compares_microbatches and config.device_train_microbatch_size == "auto":
+        raise InputError(
+            "device_train_microbatch_size: must be a number or null, got 'auto': a loss compares a microbatch's inputs"
+        )
+    return model
 
 
 def accelerate(config: TrainConfig, model: DistillationModel) -> None:
@@ -244,11 +246,7 @@ def build_teacher(config: TrainConfig) -> Teacher:
 
 
 def build_kept_targets(config: TrainConfig, model: DistillationModel, index: Index) -> KeptTargets | None:
-    """Build the callback that keeps the targets of fixed views; ``None`` without such views.
-
-    Raises:
-        InputError: The disk lacks space for them.
-    """
+    """Build the callback that keeps the targets of fixed views; ``None`` without such views."""
     loader, folder = config.train_loader, config.run_folder
     if loader.views is None or folder is None:
         return None
@@ -260,9 +258,7 @@ def build_kept_targets(config: TrainConfig, model: DistillationModel, index: Ind
         "precision": name_precision(config.precision),
     }
     made_from = [value_at(record, key) for key in DECIDES_TARGETS]
-    kept = KeptTargets(folder.local / "targets.f16", len(index), loader.views, width, made_from)
-    raise_on_all_ranks(kept.check_room())
-    return kept
+    return KeptTargets(folder.local / "targets.f16", len(index), loader.views, width, made_from)
 
 
 def build_alignment(config: TrainConfig, model: DistillationModel, samples: Any) -> AlignStudent | None:
