@@ -27,6 +27,7 @@ from d2v_composer.sources.labeled import open_cifar
 from d2v_composer.sources.mds import INDEX, SUMMARY, ShardFile
 from d2v_composer.sources.open import open_source
 from d2v_composer.sources.source import Int64Array, Source, hash_of, map_in_workers
+from d2v_composer.system.addresses import place_to_write
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, is_remote, list_etags, names_in, put
 from d2v_composer.system.files import check_owned, sole_user, write_atomically
@@ -195,7 +196,7 @@ def work_folder(out: str) -> Path:
     """Return the local folder for an unfinished conversion to OUT, a folder or an address in a store."""
     if is_remote(out):
         return cache_folder() / "conversions" / hash_of(out)[:16]
-    return Path(out).resolve() / ".converting"
+    return Path(out, ".converting")
 
 
 def _check_out(out: str, work: Path) -> None:
@@ -257,7 +258,7 @@ def convert(
         InputError: A sample is unreadable, or ``out`` cannot be written or holds a data set.
         RunError: The disk or the store fails, or a worker was killed.
     """
-    out = str(out).rstrip("/")
+    out = place_to_write(out)
     work, folder, unit = work_folder(out), Path(out), source.modality.unit
     _check_out(out, work)
     groups = source.part.of(_groups(source, options.get("resize"), seed, shard_bytes))

@@ -14,6 +14,7 @@ from typing import Any
 
 from d2v_composer.sources.mds import INDEX, SUMMARY
 from d2v_composer.sources.source import Source
+from d2v_composer.system.addresses import place_to_write
 from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.fetch import File, download_existing, exists, is_remote, list_store, names_in
 from d2v_composer.system.processes import Part
@@ -48,7 +49,7 @@ class Parts:
     """
 
     def __init__(self, out: str) -> None:
-        self.out = out.rstrip("/")
+        self.out = place_to_write(out)
         self.suffix = Path(out).suffix if out.endswith(TABLE_SUFFIXES) else ""
         self.folder = f"{self.out}.parts" if self.suffix else f"{self.out}/parts"
         self._last, self._record = (self.suffix, ".json") if self.suffix else (f"/{INDEX}", f"/{SUMMARY}")

@@ -138,7 +138,7 @@ def training(yaml: str, *changes: str) -> tuple[str, str]:
 
 def training_on(out: str, yaml: str) -> tuple[str, str]:
     """Return the command lines that train on a data set."""
-    return training(yaml, f"train_loader.remote={out}" if "://" in out else f"train_loader.local={Path(out).resolve()}")
+    return training(yaml, f"train_loader.remote={out}" if "://" in out else f"train_loader.local={out}")
 
 
 def reading_of(out: str) -> str:
