@@ -4,6 +4,7 @@ The kinds of files that hold many samples have their names here; help, errors an
 records.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -47,6 +48,12 @@ CONTAINERS = (
     ),
     Container(".zip", "zips", "FILE.zip/PATH", "files by suffix", "", "zips"),
 )
+
+
+def path_of(name: str, separators: str = "/") -> str:
+    """Return a listed file's path, with '/' between its parts, however its packer wrote it; '' if a part is hidden."""
+    parts = [part for part in re.split(f"[{re.escape(separators)}]", name) if part not in ("", ".")]
+    return "" if any(part.startswith(".") for part in parts) else "/".join(parts)
 
 
 def listed(words: Iterable[str]) -> str:
