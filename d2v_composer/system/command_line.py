@@ -24,12 +24,12 @@ from d2v_composer.system.files import shorten_socket_paths
 
 def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
     """Call ``main`` with the command line's arguments, then exit."""
-    _prepare()
-    processes.survive_closed_pipes()
     status: int | None = 0
     try:
+        _prepare()
         shorten_socket_paths()
         main(sys.argv[1:])
+        sys.stdout.flush()
     except SystemExit:
         raise
     except BaseException as error:
@@ -67,7 +67,8 @@ def explain(error: BaseException) -> tuple[int | None, list[str]]:
 
 
 def _prepare() -> None:
-    """Handle signals, and hide other packages' warnings that no user can act on, here and in child processes."""
+    """Handle streams and signals, and hide other packages' warnings on which no user can act, in children, too."""
+    processes.prepare_streams()
     # multiprocessing (Python 3.10 to 3.12): its resource tracker removes what a process that ended without clean-up
     # left in shared memory, and counts it. The tracker takes over this process's options.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
@@ -79,12 +80,17 @@ def _prepare() -> None:
 def begin(text: str | None) -> None:
     """Start a recipe with imports that take seconds: answer ``--help``, and let Ctrl-C end the imports."""
     _prepare()
-    show_help(sys.argv[1:], text)
+    if asks_help(sys.argv[1:]):
+        run(lambda argv: print(text))
+
+
+def asks_help(argv: Sequence[str]) -> bool:
+    return not {"-h", "--help"}.isdisjoint(argv)
 
 
 def show_help(argv: Sequence[str], text: str | None) -> None:
     """Print a command's help and exit if ``--help`` is given; commands that take a YAML have no parser."""
-    if not {"-h", "--help"}.isdisjoint(argv):
+    if asks_help(argv):
         print(text)
         sys.exit(0)
 

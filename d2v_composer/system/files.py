@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from d2v_composer.system.addresses import PREFLIGHT
-from d2v_composer.system.errors import InputError, writing
+from d2v_composer.system.errors import InputError, reading, writing
 
 # Partial files are named NAME.PROCESS-NUMBER.partial, which is no suffix of samples; downloaders append their own.
 PARTIAL = re.compile(r"\.\d+-\d+\.partial(\.tmp|\.\w{8})?$")
@@ -220,7 +220,8 @@ def sole_user(path: Path, wait: float = 0) -> Iterator[bool]:
 
 def shorten_socket_paths() -> None:
     """Let multiprocessing create its sockets in /tmp if TMPDIR's path is too long, so that a DataLoader cannot hang."""
-    long = tempfile.gettempdir()
+    with reading("TMPDIR"):  # a full or read-only disk
+        long = tempfile.gettempdir()
     if len(long) > LONGEST_SOCKET_FOLDER and os.name == "posix":
         tempfile.tempdir = "/tmp"
         multiprocessing.util.get_temp_dir()  # made now, used by this process and its children, removed at exit
