@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from streaming import MDSWriter
+from typing_extensions import TypedDict
 
 from d2v_composer.conversion.parts import Parts
 from d2v_composer.data.images import Images
@@ -30,7 +31,7 @@ from d2v_composer.sources.source import Int64Array, Source, hash_of, map_in_work
 from d2v_composer.system.addresses import place_to_write
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, is_remote, list_etags, names_in, put
-from d2v_composer.system.files import check_owned, sole_user, write_atomically
+from d2v_composer.system.files import check_owned, read_json, sole_user, write_atomically
 from d2v_composer.system.processes import ALL, Part, if_interrupted
 from d2v_composer.system.progress import progress_bar
 
@@ -95,7 +96,7 @@ def hold_out(source: Source, record: Path, workers: int = 0) -> tuple[dict[str, 
     hashed, is_new = _hash_contents(source, numbers, workers), not record.exists()
     if is_new:
         write_atomically(record, json.dumps(sorted({sha256 for _, sha256 in hashed.values()} - {""})))
-    held = {*json.loads(record.read_bytes())}
+    held = {*read_json(record, list[str])}
     # If a source knows the sizes of its samples, a copy has the size of one of these.
     is_sized = is_new and all(source.sizes[number] == size for number, (size, _) in hashed.items())
     may_be_copies = np.isin(source.sizes, source.sizes[numbers]) if is_sized else np.full(len(source), True)
@@ -127,6 +128,15 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+class _Finished(TypedDict):
+    """The record of a finished shard; see :meth:`_Task.finish_shard`."""
+
+    entry: dict[str, Any] | None
+    etag: str | None
+    skipped: list[Any]
+    lengths: list[int]
+
+
 class _Task(NamedTuple):
     """Settings of a conversion, which its workers inherit."""
 
@@ -154,7 +164,7 @@ class _Task(NamedTuple):
         """
         record, name = self.records / f"{number}.json", f"shard.{number:05}.mds"
         if record.exists():
-            done, path = json.loads(record.read_bytes()), Path(self.out, name)
+            done, path = dict(read_json(record, _Finished)), Path(self.out, name)
             is_whole = (
                 done["entry"] is None
                 or self.etags.get(name, "") == done.get("etag")
@@ -209,8 +219,7 @@ def _check_out(out: str, work: Path) -> None:
     if INDEX in names:
         shutil.rmtree(work, ignore_errors=True)  # if the conversion was killed after its index
         raise InputError(f"{out} holds a finished data set; remove it, or choose another OUT")
-    with reading(f"{out}/{SUMMARY}"):
-        is_ours = SUMMARY in names and "seed" in Parts.load(f"{out}/{SUMMARY}")
+    is_ours = SUMMARY in names and "seed" in (Parts.load(f"{out}/{SUMMARY}") or ())
     check_owned(out, names, SUMMARY if is_ours else "", "OUT")
 
 

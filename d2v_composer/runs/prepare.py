@@ -1,6 +1,5 @@
 """Prepare a run of ``d2v distill``: choose its settings, hold samples out, and convert all samples."""
 
-import json
 import os
 import shlex
 import shutil
@@ -37,9 +36,10 @@ from d2v_composer.sources.mds import INDEX, SUMMARY
 from d2v_composer.sources.open import find_files, open_source
 from d2v_composer.sources.source import Source, name_counts
 from d2v_composer.system.addresses import MARK, RunFolder, hide_secrets
+from d2v_composer.system.command_line import print_skipped
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.fetch import is_remote, names_in
-from d2v_composer.system.files import check_out_file, check_owned, write_atomically
+from d2v_composer.system.files import check_out_file, check_owned, read_json, write_atomically
 from d2v_composer.system.processes import global_rank
 
 # A tenth, twenty, is held out: each held-out sample needs ten neighbors among the others, and some may be unreadable.
@@ -182,10 +182,9 @@ def convert_samples(request: Request, plan: Plan) -> None:
     splits = {split: conversion_options(modality, config, split == "test") for split in ("test", "train")}
     for split, options in [*splits.items()]:
         if (samples / split / INDEX).exists():
-            with reading(summary := samples / split / SUMMARY):
-                made_with = json.loads(summary.read_bytes())
+            made_with = read_json(samples / split / SUMMARY, dict[str, Any])
             if made_with | options != made_with:
-                raise InputError(f"{summary.parent} was not converted with {options}; choose another --out")
+                raise InputError(f"{samples / split} was not converted with {options}; choose another --out")
             del splits[split]
     write_settings(request, config)
     print(f"all settings, including yours, are in {request.settings}")
@@ -199,8 +198,8 @@ def convert_samples(request: Request, plan: Plan) -> None:
         raise InputError(f"global_train_batch_size: must be at most {left}, {left_to_train}; got {batch}")
     for split, options in splits.items():
         done = convert(parts[split], samples / split, workers=workers, **options, skip_unreadable=True)
-        counts = f"{done.samples} {modality.unit}, {len(done.skipped)} unreadable"
-        print(f"{samples / split}: {counts}; see its {SUMMARY}")
+        print(f"{samples / split}: {done.samples} {modality.unit}")
+        print_skipped(done.skipped)
 
 
 def configure(request: Request, samples: Path, chosen: Mapping[str, Any], path: str | Path = os.devnull) -> TrainConfig:

@@ -6,6 +6,7 @@ traceback for a fault of ours.
 
 import argparse
 import gc
+import os
 import shlex
 import shutil
 import signal
@@ -74,6 +75,8 @@ def _prepare() -> None:
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     # Composer, of the last batch of an evaluation, which may be smaller than the others.
     warnings.filterwarnings("ignore", "Cannot split tensor of length", UserWarning)
+    # Composer, if a run resumes at an epoch's end, whose loader has nothing left. Ours fails if it should have more.
+    warnings.filterwarnings("ignore", "No batches were trained", UserWarning)
     processes.handle_signals()
 
 
@@ -154,7 +157,11 @@ def reading_of(out: str) -> str:
 
 
 def d2v(*arguments: str | Path) -> str:
-    """Return a command line of d2v that this shell can run, even if the environment is not activated."""
-    is_active = shutil.which("d2v") == str(Path(sys.executable).with_name("d2v"))
-    program = ["d2v"] if is_active else [sys.executable, "-m", "d2v_composer.commands"]
+    """Return a command line of d2v as one would type it here, even if the environment is not activated."""
+    script = Path(sys.executable).with_name("d2v")
+    program = [min(os.path.relpath(script), str(script), key=len)]
+    if shutil.which("d2v") == str(script):
+        program = ["d2v"]
+    elif not script.exists():  # d2v is elsewhere, as pip's --user and Windows have it
+        program = [sys.executable, "-m", "d2v_composer.commands"]
     return shlex.join([*program, *map(str, arguments)])

@@ -5,6 +5,7 @@ Each file of ours gets its name in :func:`move`.
 
 import errno
 import hashlib
+import json
 import logging
 import multiprocessing.util
 import os
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -27,6 +29,8 @@ PARTIAL = re.compile(r"\.\d+-\d+\.partial(\.tmp|\.\w{8})?$")
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 # multiprocessing appends 33 characters for a socket, whose path has at most 107.
 LONGEST_SOCKET_FOLDER = 70
+
+KindT = TypeVar("KindT")
 
 log = logging.getLogger(__name__)
 
@@ -226,6 +230,23 @@ def shorten_socket_paths() -> None:
         tempfile.tempdir = "/tmp"
         multiprocessing.util.get_temp_dir()  # made now, used by this process and its children, removed at exit
         tempfile.tempdir = long
+
+
+def read_json(path: Path, kind: type[KindT]) -> KindT:
+    """Read a JSON file of ours, given its schema: a type such as list[str], or a TypedDict.
+
+    Raises:
+        InputError: The file cannot be read, or its content is of another kind.
+    """
+    from pydantic import TypeAdapter, ValidationError  # a fifth of a second
+
+    with reading(path):
+        try:
+            return TypeAdapter(kind).validate_python(json.loads(path.read_bytes()))
+        except ValidationError as error:
+            fault = error.errors()[0]
+            place = ".".join(map(str, fault["loc"])) or "content"
+            raise InputError(f"{path} is damaged: {place}: {fault['msg']}") from error
 
 
 def sha256(path: Path) -> str:

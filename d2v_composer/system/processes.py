@@ -228,7 +228,7 @@ def prepare_streams() -> None:
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # else a file of ours would take its number, and what others print
             _discard(descriptor)
-            setattr(sys, name, open(descriptor, "r" if name == "stdin" else "w", closefd=False))
+            setattr(sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w", closefd=False))
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream.isatty():  # prints each line; on Windows, needs its own encoding

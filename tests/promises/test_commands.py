@@ -165,7 +165,8 @@ def test_streams_and_temporary_folders_that_fail_are_one_line(command: str, stat
     command = f"set -o pipefail; {command.replace('d2v ', f'{script} ').replace('train ', f'{train} ')}"
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert ended.returncode == status, ended.stderr
-    assert line in ended.stderr and len(ended.stderr.splitlines()) == bool(line)
+    assert line in ended.stderr
+    assert len(ended.stderr.splitlines()) == bool(line)
 
 
 def test_each_slip_of_a_config_has_a_line(small_data: Path, tmp_path: Path) -> None:
