@@ -403,7 +403,7 @@ def fit_and_close(
     except BaseException as error:
         # Not trainer.close(), which waits for all ranks: some may not have failed.
         trainer.engine.close()
-        if (fault := find_full_disk(error)) is not None:
+        if not isinstance(error, RunError) and (fault := find_full_disk(error)) is not None:
             raise RunError(f"{config.run_folder} cannot be written: {fault.strerror}") from error
         if isinstance(error, RuntimeError) and re.match(r"DataLoader worker .* (killed by|exited)", str(error)):
             raise RunError(f"{reason(error)}; the same command resumes") from error

@@ -169,6 +169,14 @@ def test_streams_and_temporary_folders_that_fail_are_one_line(command: str, stat
     assert len(ended.stderr.splitlines()) == bool(line)
 
 
+def test_a_hub_out_of_reach_is_asked_once(tmp_path: Path) -> None:
+    """6, 18: its client would warn of each of ten attempts."""
+    variables = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    ended = run_command(D2V_SCRIPT, "embed", "hf://org/photos", tmp_path, tmp_path / "out.npy", environment=variables)
+    assert failure(ended, 2).startswith("error: no student.safetensors in org/photos on the Hugging Face hub")
+    assert len(ended.stderr.splitlines()) == 2, ended.stderr
+
+
 def test_each_slip_of_a_config_has_a_line(small_data: Path, tmp_path: Path) -> None:
     """18: all slips are reported at once, each with its key, before anything is built."""
     unknown = {"sead": "3", "train_loader.remot": "x", "optimizer.lrr": "1"}
