@@ -4,7 +4,6 @@ The kinds of files that hold many samples have their names here; help, errors an
 records.
 """
 
-import re
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -50,9 +49,9 @@ CONTAINERS = (
 )
 
 
-def path_of(name: str, separators: str = "/") -> str:
-    """Return a listed file's path, with '/' between its parts, however its packer wrote it; '' if a part is hidden."""
-    parts = [part for part in re.split(f"[{re.escape(separators)}]", name) if part not in ("", ".")]
+def path_of(name: str) -> str:
+    """Return a listed file's path as a folder has it, whoever wrote ``name``; '' if a part of it is hidden."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
     return "" if any(part.startswith(".") for part in parts) else "/".join(parts)
 
 

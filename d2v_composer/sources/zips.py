@@ -16,8 +16,6 @@ from d2v_composer.sources.listing import Pinned
 from d2v_composer.sources.source import Columns, Int64Array, Listed, Names, marks_of
 from d2v_composer.system.errors import InputError, UnreadableSampleError
 
-SEPARATORS = ("/", "\\")  # old PowerShells write backslashes
-
 
 def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
     """List the samples of a zip, with their paths in the zip, which tell split and class.
@@ -32,10 +30,10 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
     if members and (before := min(member.header_offset for member in members)):
         raise ValueError(f"{before} bytes precede its first member: it is damaged, or joined to another")
     for member in members:
-        name = member.filename
-        if name.endswith(SEPARATORS):  # a folder
+        name = member.filename.replace("\\", "/")  # old PowerShells write backslashes
+        if name.endswith("/"):  # a folder
             continue
-        path, suffix = path_of(name, "".join(SEPARATORS)), PurePosixPath(name).suffix.lower()
+        path, suffix = path_of(name), PurePosixPath(name).suffix.lower()
         if not path:
             left_out["hidden"] += 1
         elif suffix not in columns.modality.suffixes:
@@ -43,7 +41,7 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
         elif member.flag_bits & 1 or member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
             raise InputError(f"{pinned.name}: {path} is encrypted, or compressed by a method other than deflate")
         else:
-            names.append(name)
+            names.append(member.filename)
             paths.append(path)
             places.extend(
                 (member.header_offset, member.compress_type, member.compress_size, member.file_size, member.CRC)

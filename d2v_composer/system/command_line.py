@@ -22,6 +22,8 @@ from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, RunError, find_extra, find_full_disk, reason
 from d2v_composer.system.files import shorten_socket_paths
 
+HELP = {"-h", "--help"}
+
 
 def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
     """Call ``main`` with the command line's arguments, then exit."""
@@ -83,17 +85,13 @@ def _prepare() -> None:
 def begin(text: str | None) -> None:
     """Start a recipe with imports that take seconds: answer ``--help``, and let Ctrl-C end the imports."""
     _prepare()
-    if asks_help(sys.argv[1:]):
-        run(lambda argv: print(text))
-
-
-def asks_help(argv: Sequence[str]) -> bool:
-    return not {"-h", "--help"}.isdisjoint(argv)
+    if HELP & {*sys.argv[1:]}:
+        run(lambda argv: show_help(argv, text))
 
 
 def show_help(argv: Sequence[str], text: str | None) -> None:
     """Print a command's help and exit if ``--help`` is given; commands that take a YAML have no parser."""
-    if asks_help(argv):
+    if HELP & {*argv}:
         print(text)
         sys.exit(0)
 
@@ -159,9 +157,7 @@ def reading_of(out: str) -> str:
 def d2v(*arguments: str | Path) -> str:
     """Return a command line of d2v as one would type it here, even if the environment is not activated."""
     script = Path(sys.executable).with_name("d2v")
-    program = [min(os.path.relpath(script), str(script), key=len)]
-    if shutil.which("d2v") == str(script):
-        program = ["d2v"]
-    elif not script.exists():  # d2v is elsewhere, as pip's --user and Windows have it
-        program = [sys.executable, "-m", "d2v_composer.commands"]
-    return shlex.join([*program, *map(str, arguments)])
+    # Without a script beside it, as pip's --user and Windows have it, d2v is on the PATH.
+    is_on_path = shutil.which("d2v") == str(script) or not script.exists()
+    program = "d2v" if is_on_path else min(os.path.relpath(script), str(script), key=len)
+    return shlex.join([program, *map(str, arguments)])
