@@ -31,6 +31,7 @@ READERS = {
     "train": (load_config, "yamls/distill.yaml"),
     "train.py": (load_config, "yamls/distill.yaml"),
     "preflight.py": (load_config, "yamls/distill.yaml"),
+    "run.py": (load_config, "yamls/distill.yaml"),
     "evaluate": (load_evaluate_config, "yamls/evaluate.yaml"),
     "finetune.py": (load_finetune_config, "yamls/finetune.yaml"),
 }
@@ -84,7 +85,7 @@ def test_dotted_keys_exist(page: Path) -> None:
     assert [key for key in named if key not in known and not key.startswith(free)] == []
 
 
-PROGRAM = re.compile(r"d2v|d2v_composer\.commands|(\.?/)?recipes/\w+\.py")
+PROGRAM = re.compile(r"d2v|d2v_composer\.commands|(\.?/)?recipes/(launch/)?\w+\.py")
 
 
 def commands(page: Path) -> Iterator[list[str]]:

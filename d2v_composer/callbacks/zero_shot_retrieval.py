@@ -4,13 +4,15 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from statistics import mean
 from typing import Any
 
 import torch
-from composer.core import Callback, Event, State, get_precision_context
-from composer.loggers import Logger
+from composer.core import Callback, Event, State, Timestamp, get_precision_context
+from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist, model_eval_mode
 from torch import Tensor
+from torchmetrics import MeanMetric
 
 from d2v_composer.callbacks.algorithms import broadcast_statistics
 from d2v_composer.callbacks.alignment import AlignStudent
@@ -21,12 +23,14 @@ from d2v_composer.data.modality import Augmentation
 from d2v_composer.evaluation.labeled_retrieval import Embed, Lookup, Neighbors, measure_embeddings
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.evaluation.rows import (
+    BANKS,
     PROBES,
     ROWS,
     STUDENT,
     TEACHER,
     UNTRAINED,
     metric_key,
+    retrieval_from,
     rows_of,
 )
 from d2v_composer.sources.labeled import EvaluationSet
@@ -56,7 +60,11 @@ class ZeroShotRetrieval(Callback):
     ``metrics/{dataset}/bank_{train|test}/top{k}/{embedding}`` for every named embedding, the same below
     ``metrics/{dataset}/{baseline}/`` for each baseline, and ``time/zero_shot_retrieval`` in seconds. Probes have
     ``{knn|knn_majority|linear}/top1``, ``agreement@10`` and ``{instance|zero_shot}/top{k}`` in place of
-    ``bank_{train|test}/top{k}``.
+    ``bank_{train|test}/top{k}``. ``metrics/mean/top1`` is the mean over data sets and banks of the student's top-1
+    retrieval accuracy in the primary embedding.
+
+    To Composer's callbacks, each measurement of the student is an evaluation labeled ``retrieval``, whose metrics have
+    the keys above without ``metrics/``. For example, ``EarlyStopper("mean/top1", "retrieval", patience="9ba")`` works.
 
     Args:
         datasets: Name → labeled images; each split is the bank for the other's queries. For a set without labels,
@@ -201,7 +209,6 @@ class ZeroShotRetrieval(Callback):
         self.was_stopped = True
         with suppress(_StoppedError):
             self.measure([True], state, logger)
-            self.was_stopped = False
 
     def measure(self, changes: Collection[bool], state: State, logger: Logger) -> None:
         """Measure rows of the evaluation on all sets; then keep and log the results.
@@ -245,8 +252,34 @@ class ZeroShotRetrieval(Callback):
                 if rows[result.row].changes_in_training == changing
                 for name in (("", result.embedding) if result.is_primary else (result.embedding,))
             }
+            if changing:
+                keys = (metric_key(dataset, retrieval_from(bank, 1)) for dataset in self.datasets for bank in BANKS)
+                if top1 := [metrics[key] for key in keys if key in metrics]:
+                    metrics["metrics/mean/top1"] = mean(top1)
             logger.log_metrics(metrics)
             if changing:
                 self.history.append({"batch": batch, "metrics": metrics})
+                self.was_stopped = False
+                run_evaluation_events(state, logger, metrics)
             else:
                 self.baseline_metrics = metrics
+
+
+def run_evaluation_events(state: State, logger: Logger, metrics: Mapping[str, float]) -> None:
+    """Give accuracies to other callbacks as Composer's Trainer does after an evaluation of its own.
+
+    Loggers get no events: Composer's look for the evaluation among the Trainer's own, and have the logged numbers.
+    """
+    state.eval_metrics["retrieval"] = {}
+    for key, accuracy in metrics.items():
+        metric = MeanMetric(sync_on_compute=False)  # all ranks have the same accuracies
+        metric.update(accuracy)
+        state.eval_metrics["retrieval"][key.removeprefix("metrics/")] = metric
+    loader, label, length = state.dataloader, state.dataloader_label, state.dataloader_len
+    state.set_dataloader([], "retrieval")
+    state.eval_timestamp = Timestamp()
+    for event in (Event.EVAL_START, Event.EVAL_END):
+        for callback in state.callbacks:
+            if not isinstance(callback, LoggerDestination):
+                callback.run_event(event, state, logger)
+    state.set_dataloader(loader, label, -1 if length is None else length)

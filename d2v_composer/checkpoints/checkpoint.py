@@ -38,6 +38,7 @@ from d2v_composer.system.files import check_owned, flush, move, partial_file
 
 CHECKPOINT_NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
 LATEST = "latest-rank0.pt"
+BEST = "best-rank0.pt"
 # Composer's pointer in a store: a small file with a key.
 STORED_POINTER = f"{LATEST}.symlink"
 LOG = "log.jsonl"
@@ -174,6 +175,7 @@ def find_newest(
                 download_checkpoint(f"{folder.address}/{name}", fetched)
                 accept(checkpoint := read_checkpoint(fetched)._replace(path=path))
                 _download(f"{folder.address}/{LOG}", local_log)
+                _download(f"{folder.address}/{BEST}", folder.local / BEST)
                 return checkpoint
         return None
 
@@ -310,6 +312,8 @@ def upload_missing(folder: RunFolder) -> None:
     """
     newest = Path(os.path.realpath(folder.local / LATEST))
     if folder.address is not None and newest.exists() and newest.name not in _stored_checkpoints(folder.address)[:1]:
+        if (best := newest.with_name(BEST)).exists():
+            put(best, f"{folder.address}/{BEST}", denial_passes=True)
         upload_checkpoint(newest, folder.address)
 
 

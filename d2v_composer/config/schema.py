@@ -427,9 +427,15 @@ class TrainConfig(TrainerConfig):
     train_loader: TrainLoaderConfig  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
     alignment: AlignmentConfig = AlignmentConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
+    save_best: bool = False
+    """Also keep the checkpoint with the highest ``metrics/mean/top1``, saved when this is measured, as
+    ``best-rank0.pt``."""
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
+        measures_top1 = any(self.retrieval.datasets.values()) and 1 in self.retrieval.ks
+        if self.save_best and (self.save_folder is None or not measures_top1):
+            yield ".save_best: must be false without a save_folder, retrieval.datasets or 1 in retrieval.ks"
         if self.train_loader.views is not None and self.save_folder is None:
             yield ".train_loader.views: must be null without a save_folder, which holds the views' targets"
         parts, nodes = self.train_loader.num_canonical_nodes, num_nodes()

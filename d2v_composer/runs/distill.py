@@ -123,6 +123,7 @@ def train_student(
         run_callbacks=[callback for callback in (kept, align, retrieval) if callback is not None],
         callbacks=callbacks,
         stop=stop,
+        save_best=config.save_best,
         optimizers=build_optimizer(config.optimizer, model),
     )
     when_built(trainer)
@@ -300,6 +301,8 @@ def build_retrieval(
     compared = (model.student, None) if align is None else (model.teacher, align.target)
     with node_leaders_first("the data sets for retrieval"):
         datasets = build_labeled_sets(retrieval, modality, *compared)
+    if config.save_best and not any(labeled.has_labels for labeled in datasets.values()):
+        raise InputError("save_best: must be false, because no data set of retrieval has labels")
     with errors_of("retrieval"):
         return ZeroShotRetrieval(
             datasets,

@@ -83,6 +83,7 @@ def build_trainer(
     callbacks: Sequence[Callback] = (),
     prepare: Callable[[Any], Any] | None = None,
     stop: Stop | None = None,
+    save_best: bool = False,
     **arguments: Any,
 ) -> Trainer:
     """Build the Trainer with the arguments that all runs share, and lock the run's folder.
@@ -96,7 +97,7 @@ def build_trainer(
         run_callbacks: Callbacks of this kind of run; each checks its saved state before a checkpoint is used.
         callbacks: Further callbacks, besides the YAML's.
         prepare: Function that transforms a microbatch on the device.
-        stop: Argument of :class:`Checkpoints`.
+        stop, save_best: Arguments of :class:`Checkpoints`.
         **arguments: Further arguments of the Trainer.
 
     Raises:
@@ -109,7 +110,8 @@ def build_trainer(
     record, precision = build_run_record(config, fixed, **record_sections), choose_precision(config.precision).trainer
     # First lock the folder, then select the checkpoint in it: another run could still write one.
     advice = "; the same command resumes" if config.autoresume else ""
-    checkpoints = Checkpoints(folder, config.save_interval, config.save_num_checkpoints_to_keep, uploads, advice, stop)
+    keep = config.save_num_checkpoints_to_keep
+    checkpoints = Checkpoints(folder, config.save_interval, keep, uploads, advice, stop, save_best)
     checkpoint = find_checkpoint(config, model, [record, *run_callbacks])
     with patched_composer(checkpoint and checkpoint.contents):
         return Trainer(

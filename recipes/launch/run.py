@@ -1,0 +1,82 @@
+"""Take a run from its preflight to its exported student: what a scheduler starts, and starts again.
+
+usage: python recipes/launch/run.py FILE.yaml save_folder=s3://… [dotted.key=value …]
+
+    IMAGENET=s3://BUCKET/imagenet/train python recipes/launch/run.py yamls/distill.yaml save_folder=s3://BUCKET/runs/distill
+
+It runs recipes/preflight.py unless the run has begun, then recipes/train.py, each on all GPUs of this machine, and
+exports the student into save_folder, beside checkpoints, log and report. After SIGTERM, the run saves, and the exit
+status is 143; the same command then resumes, on any machine. Other statuses are those of the first recipe that failed.
+slurm.sh and kubernetes.yaml start this program.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from d2v_composer.system import command_line
+
+if __name__ == "__main__":
+    command_line.begin(__doc__)
+
+import psutil
+
+from d2v_composer.checkpoints.checkpoint import LATEST
+from d2v_composer.config.load import load_config
+from d2v_composer.config.reference import load_any
+from d2v_composer.export.model_card import save_with_card
+from d2v_composer.system.addresses import MARK, STUDENT_FILE
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.fetch import names_in, put
+from d2v_composer.system.processes import defer_signals, if_interrupted, obey_signals, received, start_program
+
+RECIPES = Path(__file__).resolve().parent.parent
+POLL_SECONDS = 0.5
+
+
+def main(argv: Sequence[str]) -> None:
+    """Rehearse, train and export, each unless it is done."""
+    folder = load_config(argv).run_folder
+    if folder is None:
+        raise InputError("save_folder: must be set, because a rescheduled run resumes from there")
+    if MARK not in names_in(str(folder)):
+        run_on_all_gpus("preflight.py", argv)
+    run_on_all_gpus("train.py", argv)
+
+    latest, student_file = folder.local / LATEST, folder.local / STUDENT_FILE
+    student, _ = load_any(latest)
+    save_with_card(student, str(latest), student_file)
+    if folder.address is not None:
+        for path in (student_file, student_file.with_name("README.md")):
+            put(path, f"{folder.address}/{path.name}")
+    command_line.print_next(command_line.d2v("embed", f"{folder}/{STUDENT_FILE}", "SOURCE", "embeddings.npy"))
+
+
+def run_on_all_gpus(recipe: str, argv: Sequence[str]) -> None:
+    """Run a recipe with Composer's launcher; exit with its status if it fails, or after a signal, once it has saved."""
+    command = [sys.executable, "-m", "composer.cli", str(RECIPES / recipe), *argv]
+    with if_interrupted(lambda: "the same command resumes"):
+        defer_signals()
+        launcher = start_program(command)
+        while launcher.poll() is None:
+            if received() is not None:
+                stop(launcher)
+            time.sleep(POLL_SECONDS)
+        obey_signals()
+    if launcher.returncode != 0:
+        sys.exit(launcher.returncode if launcher.returncode > 0 else 128 - launcher.returncode)
+
+
+def stop(launcher: "subprocess.Popen[bytes]") -> None:
+    """Send SIGTERM to the ranks: Composer's launcher, which passes it on, would kill them 30 seconds later."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(launcher.pid)
+        for rank in process.children() or [process]:
+            rank.terminate()
+
+
+if __name__ == "__main__":
+    command_line.run(main)
