@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric
 from d2v_composer.callbacks.algorithms import broadcast_statistics
 from d2v_composer.callbacks.alignment import AlignStudent
 from d2v_composer.callbacks.run_record import find_changes
-from d2v_composer.callbacks.trainer_state import due_every, unwrapped
+from d2v_composer.callbacks.trainer_state import due_every, has_ended, unwrapped
 from d2v_composer.checkpoints.checkpoint import Result, read_results
 from d2v_composer.data.modality import Augmentation
 from d2v_composer.evaluation.labeled_retrieval import Embed, Lookup, Neighbors, measure_embeddings
@@ -33,6 +33,7 @@ from d2v_composer.evaluation.rows import (
     retrieval_from,
     rows_of,
 )
+from d2v_composer.models.names import PROJECTED
 from d2v_composer.sources.labeled import EvaluationSet
 from d2v_composer.system.errors import InputError
 
@@ -84,7 +85,8 @@ class ZeroShotRetrieval(Callback):
             ``class_embeddings``, tells whether the text embedding of an image's class is the nearest to its
             ``projected_cls``.
         augment: Makes the views for ``instance``.
-        align: Fits the student's ``projected_cls`` before each evaluation, so that this embedding is measured, too.
+        align: Fits the student's ``projected_cls``, so that this embedding is measured, too: in each evaluation if it
+            is ``primary`` or a probe needs it, otherwise only at the end of training.
         should_stop: Asked before each batch of images; must be False until training begins, and the same on all ranks.
             True ends the evaluation; the run that resumes repeats it first.
         device_batch_size: Images embedded at once on each device.
@@ -142,6 +144,7 @@ class ZeroShotRetrieval(Callback):
         self.baselines = baselines
         self.at_start = at_start
         self.align, self.should_stop = align, should_stop
+        self.needs_alignment = primary == PROJECTED or "zero_shot" in probes
         self.progress_bar = progress_bar
         self.is_due = due_every(interval, {Event.BATCH_END, Event.EPOCH_END})
         self.history: list[dict[str, Any]] = []
@@ -232,8 +235,11 @@ class ZeroShotRetrieval(Callback):
         progress = "retrieval " if self.progress_bar and ranks.rank == 0 else None
         lookup = replace(self.lookup, to_device=to_device, ranks=ranks, progress=progress)
         broadcast_statistics(state.model)
-        if self.align is not None and True in changes:
-            self.align.fit(state, to_device)
+        if (align := self.align) is not None and True in changes:
+            # If a shorter run has ended before, the student has a map that does not fit its weights anymore.
+            has_map = align.student.alignment is not None
+            if has_map or self.needs_alignment or has_ended(state):
+                align.fit(state, to_device)
         precision = get_precision_context(state.precision, state.precision_config)
         with model_eval_mode(state.model), torch.no_grad(), precision:
             for dataset, labeled in self.datasets.items():

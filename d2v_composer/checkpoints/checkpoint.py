@@ -62,8 +62,6 @@ ALGORITHMS = {
     "label_smoothing": "composer.algorithms:LabelSmoothing",
 }
 """Name in the section ``algorithms`` → the class of which its fields are the arguments."""
-# Composer evaluates a checkpoint's entries for algorithms as Python expressions.
-OUR_ALGORITHMS = {"GradientNorm", *(place.partition(":")[2] for place in ALGORITHMS.values())}
 
 ReadT = TypeVar("ReadT")
 
@@ -85,6 +83,11 @@ class Checkpoint(NamedTuple):
     def tensors(self) -> dict[str, Tensor]:
         """The state dict of the model."""
         return self.contents["state"]["model"]
+
+    @property
+    def algorithms(self) -> list[str]:
+        """The names of the run's algorithms."""
+        return [name for name, _ in self.contents["state"]["algorithms"]]
 
     def trained(self, unit: str) -> int:
         """Return how long the run has trained, in ``batch`` or ``epoch``."""
@@ -113,14 +116,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
         with torch.serialization.safe_globals(OUR_GLOBALS):
             # Without mmap, torch reads as many numbers as the pickle says, even if the record has fewer.
             checkpoint = Checkpoint(path, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        algorithms = [name for name, _ in checkpoint.contents["state"]["algorithms"]]
         tensors = list(checkpoint.tensors.values())
+        ",".join(checkpoint.algorithms)  # fails if these are no names
     except Exception as error:
         if isinstance(error, RuntimeError):  # torch's reader of archives
             raise CorruptCheckpointError(f"{path}: truncated or corrupt ({fault_of(error)})") from error
         raise InputError(f"{foreign} ({fault_of(error)})") from error
-    if not OUR_ALGORITHMS.issuperset(algorithms):
-        raise InputError(f"{foreign}: expected no algorithms except {sorted(OUR_ALGORITHMS)}, got {algorithms}")
     # Composer does not load strictly: it would train on from random weights.
     if not tensors or not all(isinstance(tensor, Tensor) and tensor.isfinite().all() for tensor in tensors):
         raise InputError(f"{foreign}: expected only tensors of finite numbers in state.model")
@@ -373,6 +374,13 @@ def drop_unused_scaler(checkpoint: dict[str, Any], precision: str) -> None:
     state = checkpoint["state"]
     if "scaler" in state and not (precision == "amp_fp16" and state["scaler"].get("GradScaler")):
         del state["scaler"]
+
+
+def drop_alignment(checkpoint: dict[str, Any]) -> None:
+    """Remove a student's map into its teacher's space from a checkpoint: training would make it wrong."""
+    tensors = checkpoint["state"]["model"]
+    for name in [name for name in tensors if ".alignment." in name]:
+        del tensors[name]
 
 
 class Measure(NamedTuple):

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from d2v_composer.models.provenance import distillation_of, is_teacher_of, value
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.command_line import d2v
+from d2v_composer.system.entry_points import find_entry_point
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.fetch import is_remote
 
@@ -126,18 +126,20 @@ def load_external(path: str | Path | None, model: str) -> Teacher:
     """Load the teacher ``ext/NAME`` that an installed package offers; the package receives ``path``.
 
     Raises:
-        InputError: No package offers this teacher, or what a package offers is no teacher.
+        InputError: No package offers this teacher, or several do; or what the package offers is no teacher.
     """
-    for entry in entry_points(group=ENTRY_POINTS, name=model.removeprefix(PACKAGE_PREFIX)):
-        with errors_of(f"model: {model} from {entry.value}"):
-            teacher = entry.load()(path)
-        if not isinstance(teacher, Teacher):
-            raise InputError(f"model: {model} must be a FrozenModel, got {type(teacher).__name__} from {entry.value}")
-        return teacher
-    raise InputError(
-        f"model: no installed package offers {model} by an entry point of the group {ENTRY_POINTS}; pass a "
-        "teacher made in Python: train_student(config, teacher=…)"
-    )
+    with errors_of("model"):
+        entry = find_entry_point(ENTRY_POINTS, model.removeprefix(PACKAGE_PREFIX))
+    if entry is None:
+        raise InputError(
+            f"model: no installed package offers {model} by an entry point of the group {ENTRY_POINTS}; pass a "
+            "teacher made in Python: train_student(config, teacher=…)"
+        )
+    with errors_of(f"model: {model} from {entry.value}"):
+        teacher = entry.load()(path)
+    if not isinstance(teacher, Teacher):
+        raise InputError(f"model: {model} must be a FrozenModel, got {type(teacher).__name__} from {entry.value}")
+    return teacher
 
 
 def save_student(student: Backbone, out: Path, when_complete: Callable[[], object] = lambda: None) -> None:

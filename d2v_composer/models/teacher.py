@@ -77,20 +77,22 @@ class Teacher(Backbone, Freezable):
         model: str | None = None,
         pretrained: bool = False,
         projected: bool = False,
+        freeze_copied: bool = False,
         **sizes: Any,
     ) -> Any:
         """Build a trainable student: blocks on :meth:`student_encoder`, or a timm model.
 
         Args:
-            init: ``random`` (the thesis), or copy the teacher's first blocks: ``teacher_attention``, or
-                ``teacher_blocks`` if the MLP ratios agree.
+            init: ``random``, or copy from the teacher's first blocks: ``teacher_attention``, or ``teacher_blocks`` if
+                the MLP ratios agree.
             model: ``timm/NAME``, for a timm model of any architecture whose features have a grid. The whole model
                 trains; it takes images of this teacher's size, normalized as for this teacher.
             pretrained: Start from timm's weights of ``model``.
             projected: Give the student the embedding ``projected_cls``, in the space of this teacher's. The teacher's
                 own frozen head computes it; in a narrower student or a timm model, a linear layer that trains.
+            freeze_copied: Train only what ``init`` does not copy.
             **sizes: Fields of :class:`~d2v_composer.models.configs.StudentConfig`, such as ``depth``, ``mlp_ratio`` and
-                ``alibi``; default the thesis's, and ``final_layer_norm`` the teacher's.
+                ``alibi``; default those of the thesis chapter, and ``final_layer_norm`` the teacher's.
 
         Returns:
             A :class:`~d2v_composer.models.student.Student`, or with ``model`` a
@@ -112,6 +114,8 @@ class Teacher(Backbone, Freezable):
             if self.projection is None:
                 raise ValueError("projected: this teacher has no projection; load it with projected=True")
             sizes["projection"] = self.projection.num_outputs if model is None else self.projected_width
+        if freeze_copied and init != "teacher_attention":
+            raise ValueError("freeze_copied: must be false without init teacher_attention, or nothing would be trained")
         if model is not None:
             return self.build_network(model, pretrained, **sizes, **({} if init == "random" else {"init": init}))
         if pretrained:
@@ -130,7 +134,9 @@ class Teacher(Backbone, Freezable):
             )
         try:
             for block, source in zip(student.block_list, sources, strict=False):
-                (block.attn if init == "teacher_attention" else block).load_state_dict(source.state_dict())
+                copied = block.attn if init == "teacher_attention" else block
+                copied.load_state_dict(source.state_dict())
+                copied.requires_grad_(not freeze_copied)
         except RuntimeError as error:  # the message's first line is a title
             raise ValueError(f"init {init} needs the teacher's sizes: {str(error).splitlines()[1].strip()}") from error
         return student

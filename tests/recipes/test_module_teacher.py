@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2v_composer import FrozenModel, load_student
+from d2v_composer import FrozenModel, load_student, load_teacher
 from helpers import ROOT, datasets_of, load_checkpoint, refused_run, run_command, small_run, succeed, train_command
 
 
@@ -36,11 +36,16 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, guide = tmp_path_factory.mktemp("package"), (ROOT / "recipes/guides/own-teacher.md").read_text()
     code, entry = re.findall("```(?:python|toml)\n(.*?)```", guide, flags=re.DOTALL)
     (folder / "mine.py").write_text(code)
-    about = folder / "installed/mine-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(re.sub('.*"(.*)".*\n', r"[\1]\n", entry, count=1).replace('"', ""))
+    install(folder / "installed", "mine", re.sub('.*"(.*)".*\n', r"[\1]\n", entry, count=1).replace('"', ""))
     return folder
+
+
+def install(folder: Path, name: str, entry_points: str) -> None:
+    """Write what pip would leave of a package in a folder, without its code."""
+    about = folder / f"{name}-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(entry_points)
 
 
 def settings(folder: Path, data: Path, kind: str, *overrides: str) -> list[str]:
@@ -73,6 +78,16 @@ def test_a_run_resumes_only_with_it(run: Path, package: Path, small_data: Path) 
     ended = run_command(sys.executable, "-c", INSTALLED, package, package / "installed", *train_command(arguments)[1:])
     assert ended.returncode == 0, ended.stderr
     assert load_checkpoint(run / "latest-rank0.pt")["state"]["timestamp"]["Timestamp"]["batch"] == 6
+
+
+def test_a_name_that_two_packages_offer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """12: the order of sys.path must not decide which teacher is meant."""
+    for name in ("mine", "other"):
+        install(tmp_path / name, name, f"[d2v_composer.teachers]\nmine = {name}:load\n")
+        monkeypatch.syspath_prepend(tmp_path / name)
+    problem = r"^model: mine \(mine:load\) and other \(other:load\) offer 'mine' in d2v_composer.teachers; "
+    with pytest.raises(ValueError, match=problem):
+        load_teacher(None, model="ext/mine")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from torch import nn
 
 from d2v_composer.config.load import defaults, load_checked, load_config
 from d2v_composer.config.schema import (
+    OPTIMIZERS,
     AlgorithmsConfig,
     FinetuneConfig,
     OptimizerConfig,
@@ -29,7 +30,7 @@ from d2v_composer.objectives.tokens import LayerRegression
 from d2v_composer.runs.distill import FIXED_BY_A_CHECKPOINT, train_student
 from d2v_composer.runs.trainer import build_algorithms, build_optimizer, build_run_record, build_scheduler
 from d2v_composer.system.errors import InputError
-from helpers import QUICKSTART, ROOT, small_run
+from helpers import QUICKSTART, ROOT, log_of, run_training, small_run
 
 BATCHES_PER_EPOCH = 6
 
@@ -44,6 +45,25 @@ def test_weight_decay_spares_norms_and_biases_unless_asked(decay_norms_and_biase
     expected = {"0.weight": 0.1, "0.bias": of_vectors, "1.weight": of_vectors, "1.bias": of_vectors}
     names = {id(weight): name for name, weight in model.named_parameters()}
     assert {names[weight]: value for weight, value in decay.items()} == expected
+
+
+@pytest.mark.parametrize(("name", "shrunk"), [("adamw", 1 - 0.1 * 0.5), ("decoupled_adamw", 1 - 0.1)])
+def test_an_optimizer_decays_as_its_field_says(name: str, shrunk: float) -> None:
+    """Without a gradient, a step does nothing else."""
+    model = nn.Linear(2, 2, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = build_optimizer(OptimizerConfig(name=name, lr=0.5, weight_decay=0.1), model)
+    model.weight.grad = torch.zeros(2, 2)
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), shrunk * before)
+
+
+def test_each_optimizers_learning_rate_is_in_the_report(tmp_path: Path, small_data: Path) -> None:
+    for name, kind in OPTIMIZERS.items():
+        options = f"optimizer.name={name}", "optimizer.weight_decay=0", "callbacks={lr_monitor: {}}", "report=true"
+        run_training(*small_run(tmp_path / name, small_data, "max_duration=11ba", *options))
+        assert kind.log_key in log_of(tmp_path / name)
+        assert (tmp_path / name / "report" / "learning_rate.png").is_file()
 
 
 def learning_rates(max_duration: str, t_warmup: str, num_batches: int) -> list[float]:
