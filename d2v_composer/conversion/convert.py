@@ -164,7 +164,8 @@ class _Task(NamedTuple):
         """
         record, name = self.records / f"{number}.json", f"shard.{number:05}.mds"
         if record.exists():
-            done, path = dict(read_json(record, _Finished)), Path(self.out, name)
+            done: Any = read_json(record, _Finished)
+            path = Path(self.out, name)
             is_whole = (
                 done["entry"] is None
                 or self.etags.get(name, "") == done.get("etag")
