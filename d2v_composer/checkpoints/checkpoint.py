@@ -6,6 +6,7 @@ names, and cannot tell a store that denies access from one without checkpoints.
 
 import datetime
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -184,7 +185,7 @@ def find_newest(
         if here or there:
             raise InputError(f"{folder}: none of its checkpoints is complete; remove them to restart")
         return None
-    if pointer.resolve() != newest.path.resolve():  # another machine saved it
+    if os.path.realpath(pointer) != os.path.realpath(newest.path):  # another machine saved it, or it is damaged
         point_at(newest.path)
     if folder.address is not None and not local_log.exists():
         _download(f"{folder.address}/{LOG}", local_log)
@@ -310,7 +311,7 @@ def upload_missing(folder: RunFolder) -> None:
     Raises:
         RunError: The store cannot be written.
     """
-    newest = (folder.local / LATEST).resolve()
+    newest = Path(os.path.realpath(folder.local / LATEST))
     if folder.address is not None and newest.exists() and newest.name not in _stored_checkpoints(folder.address)[:1]:
         if (best := newest.with_name(BEST)).exists():
             put(best, f"{folder.address}/{BEST}", denial_passes=True)

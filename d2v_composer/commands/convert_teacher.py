@@ -41,4 +41,4 @@ def main(argv: Sequence[str]) -> None:
         for group, count in Counter(name.rsplit(".", 1)[0] for name in names).items():
             print(f"  {group} ({count})")
     print(f"wrote {out}: {provenance['weights']} weights, {provenance['dtype']}, {out.stat().st_size / 1e6:.1f} MB")
-    print_next(*training(config.recipe, f"teacher.checkpoint={out.resolve()}"))
+    print_next(*training(config.recipe, f"teacher.checkpoint={out}"))

@@ -64,7 +64,7 @@ from d2v_composer.models.student import Init
 from d2v_composer.objectives import OBJECTIVES
 from d2v_composer.sources import FORMAT, FORMATS, LOCAL
 from d2v_composer.sources.mds import is_mds
-from d2v_composer.system.addresses import RunFolder, check_run_name
+from d2v_composer.system.addresses import RunFolder, check_run_name, place_to_write
 from d2v_composer.system.processes import num_nodes, num_ranks
 
 # Names of the callbacks and loggers that a YAML may choose → their classes, imported when chosen.
@@ -586,7 +586,7 @@ class FinetuneConfig(TrainerConfig, ModelReference):
 class EvaluateConfig(RunConfig, LookupConfig, ModelReference):
     """Fields of ``d2v evaluate``."""
 
-    out: LocalFolder | None = None
+    out: Annotated[LocalFolder, AfterValidator(place_to_write)] | None = None
     """Folder for evaluation.json and evaluation.csv."""
     rivals: Annotated[tuple[PathText, ...], Field(strict=False)] = ()
     """Further models in the same tables: timm/NAME, with timm's weights and preprocessing, or paths or addresses of

@@ -34,13 +34,14 @@ from d2v_composer.models.provenance import value_at
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.runs.distill import build_model, build_teacher, choose_embeds, target_of
 from d2v_composer.runs.trainer import build_callbacks
-from d2v_composer.sources.mds import INDEX, SUMMARY
+from d2v_composer.sources.mds import INDEX
 from d2v_composer.sources.open import find_files, open_source
 from d2v_composer.sources.source import Source, name_counts
 from d2v_composer.system.addresses import MARK, RunFolder, hide_secrets
+from d2v_composer.system.command_line import print_skipped
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.fetch import is_remote, names_in
-from d2v_composer.system.files import check_out_file, check_owned, write_atomically
+from d2v_composer.system.files import check_out_file, check_owned, read_json, write_atomically
 from d2v_composer.system.processes import global_rank
 
 # A tenth, twenty, is held out: each held-out sample needs ten neighbors among the others, and some may be unreadable.
@@ -89,11 +90,11 @@ class Request(NamedTuple):
             InputError: Something was different; or an earlier call's file is damaged.
         """
         about = hide_secrets({"source": self.source, "teacher": self.teacher, "column": self.column, **more})
-        with reading(path := self.out / REQUEST):
-            before = json.loads(path.read_bytes()) if path.exists() else about
-            for name, value in about.items():
-                if (begun := before.get(name)) != value:
-                    raise InputError(f"{self.out} was begun with {name} {begun!r}, not {value!r}; choose another --out")
+        path = self.out / REQUEST
+        before = read_json(path, dict[str, Any]) if path.exists() else about
+        for name, value in about.items():
+            if (begun := before.get(name)) != value:
+                raise InputError(f"{self.out} was begun with {name} {begun!r}, not {value!r}; choose another --out")
         return about
 
 
@@ -212,8 +213,8 @@ def convert_samples(request: Request, plan: Plan) -> None:
         raise InputError(f"global_train_batch_size: must be at most {left}, {left_to_train}; got {batch}")
     for split, options in splits.items():
         done = convert(parts[split], samples / split, workers=workers, **options, skip_unreadable=True)
-        counts = f"{done.samples} {modality.unit}, {len(done.skipped)} unreadable"
-        print(f"{samples / split}: {counts}; see its {SUMMARY}")
+        print(f"{samples / split}: {done.samples} {modality.unit}")
+        print_skipped(done.skipped)
 
 
 def configure(request: Request, samples: Path, chosen: Mapping[str, Any], path: str | Path = os.devnull) -> TrainConfig:

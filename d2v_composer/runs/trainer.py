@@ -59,7 +59,7 @@ from d2v_composer.models.names import Embedding
 from d2v_composer.models.precision import choose_precision, name_precision
 from d2v_composer.system.addresses import RunFolder, hide_secrets
 from d2v_composer.system.command_line import d2v
-from d2v_composer.system.errors import InputError, RunError, errors_of, find_full_disk, reading, reason
+from d2v_composer.system.errors import InputError, RunError, errors_of, reading, reason
 from d2v_composer.system.fetch import cache_folder, is_remote
 from d2v_composer.system.files import sha256
 from d2v_composer.system.machine import describe_machine, package_versions
@@ -429,8 +429,6 @@ def fit_and_close(
     except BaseException as error:
         # Not trainer.close(), which waits for all ranks: some may not have failed.
         trainer.engine.close()
-        if (fault := find_full_disk(error)) is not None:
-            raise RunError(f"{config.run_folder} cannot be written: {fault.strerror}") from error
         if isinstance(error, RuntimeError) and re.match(r"DataLoader worker .* (killed by|exited)", str(error)):
             raise RunError(f"{reason(error)}; the same command resumes") from error
         raise
