@@ -60,7 +60,7 @@ class ZeroShotRetrieval(Callback):
     queries in the teacher's index; and ``time/zero_shot_retrieval`` in seconds. Probes have
     ``{knn|knn_majority|linear}/top1``, ``agreement@10`` and ``{instance|zero_shot}/top{k}`` in place of
     ``bank_{train|test}/top{k}``. ``metrics/mean/top1`` is the mean over data sets and banks of the student's top-1
-    retrieval accuracy in the primary embedding.
+    retrieval accuracy by the headline.
 
     To Composer's callbacks, each measurement of the student is an evaluation labeled ``retrieval``, whose metrics have
     the keys above without ``metrics/``. For example, ``EarlyStopper("mean/top1", "retrieval", patience="9ba")`` works.
@@ -83,8 +83,8 @@ class ZeroShotRetrieval(Callback):
             other. ``zero_shot``, in sets with ``class_embeddings``, tells whether the text embedding of an image's
             class is the nearest to its embedding.
         augment: Makes the views for ``instance``.
-        align: Fits the student's alignment: before each evaluation if ``headline`` is the embedding, or if a probe
-            needs it; otherwise only at the end of training.
+        align: Fits the student's alignment: before each evaluation if ``headline`` is the embedding or a probe needs
+            it, otherwise only at the end of training.
         models: The student and the teacher, by these names: results say what their embeddings are, and the student's is
             looked up in the teacher's index if both are in one space.
         should_stop: Asked before each batch of images; must be False until training begins, and the same on all ranks.
@@ -166,7 +166,7 @@ class ZeroShotRetrieval(Callback):
         self.settings = self.settings._replace(has_teacher=TEACHER in self.baselines)
         wanted = {
             (row.title, dataset, column)
-            for row in rows_of(self.baselines, {})
+            for row in rows_of(self.baselines)
             for dataset, labeled in self.datasets.items()
             for metric in self.settings.metrics(labeled)
             if row.title == TEACHER or "texts" not in metric.needs  # pixels are in no space of texts
@@ -215,7 +215,7 @@ class ZeroShotRetrieval(Callback):
 
     def measure_baselines(self, state: State, logger: Logger) -> None:
         """Measure the rows that training does not change on all sets; then keep and log the results."""
-        rows = rows_of(self.baselines or {}, {})
+        rows = rows_of(self.baselines or {})
         self.baseline_metrics = self._measure(rows, {row.title for row in rows}, state, logger)
 
     def measure_student(self, state: State, logger: Logger) -> None:
@@ -240,10 +240,8 @@ class ZeroShotRetrieval(Callback):
 
     def infos(self) -> dict[str, EmbeddingInfo]:
         """Return what the embeddings are of the models that are known."""
-        infos = {name: model.embedding for name, model in self.models.items()}
-        if infos:
-            infos |= {UNTRAINED: infos[STUDENT], "encoder": infos[TEACHER]}
-        return infos
+        names = {UNTRAINED: STUDENT, STUDENT: STUDENT, "encoder": TEACHER, TEACHER: TEACHER}
+        return {name: self.models[model].embedding for name, model in names.items() if model in self.models}
 
     def _measure(
         self, rows: Sequence[Row], outdated: Collection[str], state: State, logger: Logger

@@ -54,7 +54,7 @@ class Row(NamedTuple):
         if len(self.models) == 1:
             return True
         queries, bank = (infos.get(side.model) for side in (self.queries, self.bank))
-        if queries is None or bank is None or queries.made_by == "raw":
+        if queries is None or bank is None or "raw" in (queries.made_by, bank.made_by):
             return False
         return (queries.of, queries.width) == (bank.of, bank.width)
 
@@ -76,6 +76,8 @@ class Row(NamedTuple):
             return
         chosen = find_headline(headline, names, info)
         for name in names:
+            if name == EMBEDDING != chosen and info is not None and info.made_by == "raw":
+                continue  # another name of a raw embedding
             side = self.queries._replace(embedding=name)
             yield side, side, name == chosen
 
@@ -117,7 +119,7 @@ ROWS = {
 """Title → row, in the order of tables."""
 
 
-def rows_of(models: Collection[str], infos: Mapping[str, EmbeddingInfo]) -> list[Row]:
+def rows_of(models: Collection[str], infos: Mapping[str, EmbeddingInfo] = {}) -> list[Row]:
     """Return the rows that can be measured with some models: those of ``ROWS``, then one row for each further model."""
     known = [row for row in ROWS.values() if row.is_measurable(models, infos)]
     return known + [row_of(model) for model in models if model not in ROWS]

@@ -51,7 +51,7 @@ class Settings(NamedTuple):
 
     def columns(self, labeled: EvaluationSet, metric: Metric) -> list[Column]:
         """Return a metric's columns for a set."""
-        sizes = dict(zip(BANKS, labeled.num_samples, strict=True))
+        sizes: dict[str, int] = dict(zip(BANKS, labeled.num_samples, strict=True))
         if labeled.class_embeddings is not None:
             sizes[CLASSES] = len(labeled.class_embeddings)
         return metric.columns(self.ks, sizes)

@@ -103,7 +103,8 @@ def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | Non
     Returns:
         True; False, after a line on stderr, if this cannot be done.
     """
-    info, source, device = model.embedding, None, next(untrained.parameters()).device
+    info, device = model.embedding, next(untrained.parameters()).device
+    source = batches = None
     if info.made_by in ("teacher", "raw"):
         return True
     if info.made_by == "training":
@@ -115,7 +116,7 @@ def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | Non
         if loader["remote"] is None:  # else it is a cache
             source = open_mds(index := Index(Path(loader["local"]), modality, loader["column"]))
             batches = choose_pairs(index, *sizes, config["device_eval_batch_size"])
-    if source is None or teacher is None or teacher.embedding.of != info.of:
+    if source is None or batches is None or teacher is None or teacher.embedding.of != info.of:
         needed = "the run's teacher (teacher=PATH)" if teacher is None else f"{info.of} of the run's training data"
         print(f"the untrained student is not measured: its alignment needs {needed}", file=sys.stderr)
         return False

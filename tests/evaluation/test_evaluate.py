@@ -87,7 +87,7 @@ def test_the_students_numbers_are_those_of_its_embeddings(of_a_checkpoint: Evalu
     assert values["student", "", "agreement", "10"] == pytest.approx(neighbor_agreement(queries, theirs))
     assert values["teacher", "", "agreement", "10"] == 1
     assert all(0 <= float(row["low"]) <= float(row["value"]) <= float(row["high"]) <= 1 for row in rows)
-    assert printed.startswith("embedding: 48 channels; an alignment estimates the teacher's output_cls\nZero-")
+    assert printed.startswith("embedding: output_cls, 48 channels, ")
     assert "Probes fitted on train, measured on test on small" in printed
 
 
@@ -188,7 +188,7 @@ def test_a_teacher_is_compared_with_an_untrained_student(capsys: pytest.CaptureF
     evaluate_command.main([str(YAML), f"model={TEACHER}", DATASETS, "max_images=8", "precision=amp_bf16"])
     printed = capsys.readouterr().out
     first, *lines = printed.splitlines()
-    assert first == "embedding: 192 channels; output_mean"
+    assert first == "embedding: output_mean, 192 channels, the teacher's own"
     assert lines[0] == (
         "Zero-shot retrieval on small, embedding: the teacher's output_mean, accuracy in % [95 % interval]"
     )

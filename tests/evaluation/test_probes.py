@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from d2v_composer import linear_probe_accuracy
+from d2v_composer import knn_accuracy, linear_probe_accuracy
 from d2v_composer.evaluation import linear_probe
 from d2v_composer.evaluation.embedded_set import embed_set
 from d2v_composer.evaluation.linear_probe import STRENGTHS, fit_linear_probe
@@ -97,6 +97,18 @@ def test_doubts_a_fit_that_has_not_converged_and_no_other(monkeypatch: pytest.Mo
         assert fit_linear_probe(data.train, data.train_labels, strength).converged
     monkeypatch.setattr(linear_probe, "MAX_EVALUATIONS", 2)
     assert not fit_linear_probe(data.train, data.train_labels, 1e-3).converged
+
+
+def test_fewer_than_20_train_images_say_how_many_voted() -> None:
+    data = blobs(9, 6)
+    labeled = EvaluationSet(LabeledSamples(data.train, data.train_labels), LabeledSamples(data.test, data.test_labels))
+    settings = Settings("a", (1,), ["knn"], augment=None, batch_size=1000)
+    embeds = {"student": lambda x: {"a": x}}
+    results = measure(rows_of(embeds), embed_set(embeds, "", labeled, settings), "", labeled, settings)
+    voted = {result.column.heading: result for result in results if result.column.metric == "knn"}
+    assert voted.keys() == {"9-NN weighted", "9-NN majority"}
+    assert {result.column.k for result in voted.values()} == {9}
+    assert voted["9-NN weighted"].hits.double().mean() == knn_accuracy(*data, k=9)
 
 
 def test_a_warning_names_model_and_data_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,7 +288,7 @@ def test_galleries_show_the_neighbors_that_were_counted(model: str, key: str, ru
     squares, measure = run.datasets["squares"], retrieval_from("train", 1)
     bank, queries, names, _ = squares
     assert names == ("<ship>", "cat", "dog")
-    [nearest] = [result.nearest for result in run.results if (result.row, result.measure) == (model, measure)]
+    [nearest] = [result.nearest for result in run.results if (result.row, result.column) == (model, measure)]
     assert nearest is not None
     first = nearest[:, 0].long()
     hits = bank.labels[first] == queries.labels

@@ -129,8 +129,9 @@ class Measured:
         labels = torch.arange(80) % 4
         self.labeled = EvaluationSet(LabeledSamples(images[:40], labels[:40]), LabeledSamples(images[40:], labels[40:]))
         self.settings = Settings(EMBEDDING, (1,), ("agreement",), None, 16, has_teacher=True)
-        self.infos = dict.fromkeys((UNTRAINED, STUDENT), EmbeddingInfo("output_mean", "alignment", 48, "of the map"))
-        self.infos[TEACHER] = EmbeddingInfo("output_mean", "teacher", 48, "")
+        mapped = EmbeddingInfo("output_mean", "alignment", 48, "of the map")
+        of_teacher = mapped._replace(made_by="teacher", fingerprint="")
+        self.infos: dict[str, EmbeddingInfo] = {UNTRAINED: mapped, STUDENT: mapped, TEACHER: of_teacher}
 
     def student(self, images: Tensor) -> dict[str, Tensor]:
         flat = images.flatten(1).float()
@@ -330,7 +331,7 @@ def test_an_evaluation_has_no_row_of_a_map_that_an_untrained_student_lacks(label
     student.align(torch.randn(48, student.encoder.num_pooled), torch.randn(48), "output_cls")
     student.provenance |= {"teacher": teacher.provenance}
     save_student(student, out)
-    options = [datasets_of(labeled), "pooling=cls", "representation=output", f"out={tmp_path}"]
+    options = [datasets_of(labeled), f"out={tmp_path}"]
     evaluate.main([f"model={out}", f"teacher={TEACHER_FILE}", *options])
     table = (tmp_path / "evaluation.csv").read_text()
     assert "student in the teacher's index" in table
