@@ -105,13 +105,12 @@ def train_student(
         ...
     """
     join_and_seed(config)
-    if (problem := config.train_loader.find_missing_data()) is not None:  # before the teacher is fetched
-        problem = f"train_loader{problem}"
-    raise_on_all_ranks(problem)
+    problem = config.train_loader.find_missing_data()  # before the teacher is fetched
+    raise_on_all_ranks(problem and f"train_loader{problem}")
     model = build_model(config, teacher)
     costs = {STUDENT: cost(model.student, fitted_width(config, model)), TEACHER: cost(model.teacher)}
     accelerate(config, model)
-    modality, loader = modality_of(model.teacher.config), config.train_loader
+    modality = modality_of(model.teacher.config)
     train_dataloader, kept, samples, data, shown = build_data(config, model, train_dataloader, alignment_samples)
     if config.targets.normalization == "dataset" and config.objectives.tokens.weight:
         measure = TargetStatistics(config.targets.dataset_batches or 100, config.device_eval_batch_size)
@@ -136,13 +135,12 @@ def train_student(
     when_built(trainer)
     header = {modality.unit: shown}
     if kept is not None:
-        header["targets"] = f"{loader.views} views, {kept.num_bytes / 1e6:,.0f} MB in {kept.path}"
-    of_teacher = model.teacher.embedding._replace(made_by="alignment")
-    header["embedding"] = str(model.student.embedding if align is None else of_teacher)
+        header["targets"] = f"{config.train_loader.views} views, {kept.num_bytes / 1e6:,.0f} MB in {kept.path}"
+    fitted = model.teacher.embedding._replace(made_by="alignment")
+    header["embedding"] = str(model.student.embedding if align is None else fitted)
     if retrieval is not None:
-        header["retrieval"] = (
-            f"{', '.join(retrieval.datasets)} every {config.retrieval.interval}, by {retrieval.settings.headline}"
-        )
+        sets, headline = ", ".join(retrieval.datasets), retrieval.settings.headline
+        header["retrieval"] = f"{sets} every {config.retrieval.interval}, by {headline}"
 
     def report() -> None:
         if retrieval is not None and retrieval.history:
