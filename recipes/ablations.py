@@ -132,6 +132,7 @@ def train_command(study: Path, row: Mapping[str, Any], changes: Sequence[str], f
         "run_name": folder.name,
         "save_folder": folder.with_name("{run_name}"),
         "train_loader.local": first_images(images, row) / "train",
+        "retrieval.embeddings": "all",
         "retrieval.datasets.cifar10.root": images,
     }
     base, overrides = str(study / "base.yaml"), [f"{key}={value}" for key, value in settings.items()]

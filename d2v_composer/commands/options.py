@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import yaml
 
-from d2v_composer.models.names import TIMM_PREFIX, Pooling, PrecisionChoice, Representation, Weights
+from d2v_composer.models.names import RAW_EMBEDDINGS, TIMM_PREFIX, Pooling, PrecisionChoice, Representation, Weights
 from d2v_composer.sources import COLUMN, IDS, LABEL_COLUMN, SOURCES
 from d2v_composer.system import command_line
 from d2v_composer.system.addresses import place_to_write
@@ -49,6 +49,7 @@ NAMED: dict[str, Any] = {
     "place_here": lambda text: Path(place(text)),
     "size": size,
     "Pooling": get_args(Pooling),
+    "RAW_EMBEDDINGS": RAW_EMBEDDINGS,
     "PrecisionChoice": get_args(PrecisionChoice),
     "Representation": get_args(Representation),
     "Weights": get_args(Weights),

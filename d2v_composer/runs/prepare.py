@@ -32,7 +32,7 @@ from d2v_composer.models.configs import (
 from d2v_composer.models.names import DATA2VEC2, TIMM_PREFIX
 from d2v_composer.models.provenance import value_at
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.runs.distill import build_model, build_teacher, choose_embeds, target_of
+from d2v_composer.runs.distill import build_model, build_teacher, choose_embeds
 from d2v_composer.runs.trainer import build_callbacks
 from d2v_composer.sources.mds import INDEX
 from d2v_composer.sources.open import find_files, open_source
@@ -171,15 +171,12 @@ def make_plan(request: Request, fetched: Path) -> Plan:
     source = files.open() if files else open_source(request.source, modality, column=request.column, cache=cache)
     if (number := len(source)) < MIN_SAMPLES:
         raise InputError(f"{request.source}: expected at least {MIN_SAMPLES} {modality.unit}, got {number}")
-    chosen = choose_settings(number, teacher.config, unsized.student.model)
-    samples = request.out / modality.unit
-    held_out = {HELD_OUT: {"format": "mds", "root": str(samples), "label_column": None}}
-    config = configure(request, samples, {**chosen, "retrieval.datasets": held_out})
+    chosen = choose_settings(number, teacher.config)
+    config = configure(request, request.out / modality.unit, chosen)
     if config.teacher != unsized.teacher:  # a timm model for smaller images
         teacher = build_teacher(config)
     model = build_model(config, teacher)
     choose_embeds(config, model)
-    target_of(config, model)
     build_augmentation(config.train_loader, modality, config.seed)
     build_callbacks(config)
     settings = hide_secrets(config.model_dump(mode="json"))
@@ -274,13 +271,12 @@ def as_yaml(value: Any) -> str:
     return yaml.safe_dump([value], default_flow_style=True, width=math.inf).strip()[1:-1]
 
 
-def choose_settings(num_samples: int, teacher: TeacherConfig, student: str | None) -> dict[str, Any]:
+def choose_settings(num_samples: int, teacher: TeacherConfig) -> dict[str, Any]:
     """Choose sizes and duration: the quickstart's on a CPU, the thesis's on GPUs.
 
     Args:
         num_samples: Number of images or clips in the source.
         teacher: The teacher's sizes.
-        student: Name of the timm model that becomes the student; ``None`` for blocks on the teacher's encoder.
 
     Returns:
         Dotted key → value; other settings keep their defaults.
@@ -299,9 +295,6 @@ def choose_settings(num_samples: int, teacher: TeacherConfig, student: str | Non
         "train_loader.num_workers": max(1, min(8, cores // max(num_gpus, 2))),
         "optimizer.lr": round(lr / teacher.embed_dim, 6),
         "retrieval.interval": f"{num_batches // 2}ba",
-        # Without a LayerNorm at the target's end, the mean of a layer over tokens is 0.
-        "retrieval.representation": "layer_mean" if teacher.final_layer_norm and student is None else "output",
-        "retrieval.pooling": "cls" if teacher.has_cls_token else "mean",
         "save_interval": f"{min(num_batches // 6, 1000)}ba",
     }
     if isinstance(teacher.encoder, TimmEncoderConfig):

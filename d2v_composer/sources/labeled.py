@@ -3,9 +3,10 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,6 +174,30 @@ def load_labeled_set(
     if class_embeddings is not None and labeled.has_labels:
         labeled = labeled._replace(class_embeddings=_read_class_embeddings(Path(class_embeddings), labeled))
     return labeled
+
+
+def open_labeled_sets(
+    section: Mapping[str, Any], modality: Modality, **changes: Any
+) -> dict[str, Callable[[], EvaluationSet]]:
+    """Return name → function that loads the set, numbered, for the data sets of a section that null does not turn off.
+
+    Args:
+        section: The fields ``datasets``, of :func:`load_labeled_set`'s arguments, and ``max_images``, as in a YAML's
+            section ``retrieval``.
+        modality: Modality of the samples.
+        **changes: Other values of arguments of :func:`load_labeled_set`.
+    """
+
+    def load(options: Mapping[str, Any]) -> EvaluationSet:
+        return load_labeled_set(
+            modality=modality, **{"max_images": section["max_images"], **options, **changes}
+        ).numbered()
+
+    return {name: partial(load, options) for name, options in section["datasets"].items() if options is not None}
+
+
+ONLY_SAMPLES = {"download": False, "class_embeddings": None}
+"""Changes with which :func:`open_labeled_sets` reads samples and labels alone, and downloads nothing."""
 
 
 def _read_class_embeddings(path: Path, labeled: EvaluationSet) -> Tensor:
