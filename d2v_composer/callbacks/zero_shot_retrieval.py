@@ -83,8 +83,8 @@ class ZeroShotRetrieval(Callback):
             other. ``zero_shot``, in sets with ``class_embeddings``, tells whether the text embedding of an image's
             class is the nearest to its embedding.
         augment: Makes the views for ``instance``.
-        align: Fits the student's alignment: before each evaluation if ``headline`` is the embedding, or if a probe
-            needs it; otherwise only at the end of training.
+        align: Fits the student's alignment: before each evaluation if ``headline`` is the embedding or a probe needs
+            it, otherwise only at the end of training.
         models: The student and the teacher, by these names: results say what their embeddings are, and the student's is
             looked up in the teacher's index if both are in one space.
         should_stop: Asked before each batch of images; must be False until training begins, and the same on all ranks.

@@ -6,6 +6,7 @@ names, and cannot tell a store that denies access from one without checkpoints.
 
 import datetime
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -61,8 +62,6 @@ ALGORITHMS = {
     "label_smoothing": "composer.algorithms:LabelSmoothing",
 }
 """Name in the section ``algorithms`` → the class of which its fields are the arguments."""
-# Composer evaluates a checkpoint's entries for algorithms as Python expressions.
-OUR_ALGORITHMS = {"GradientNorm", *(place.partition(":")[2] for place in ALGORITHMS.values())}
 
 ReadT = TypeVar("ReadT")
 
@@ -84,6 +83,11 @@ class Checkpoint(NamedTuple):
     def tensors(self) -> dict[str, Tensor]:
         """The state dict of the model."""
         return self.contents["state"]["model"]
+
+    @property
+    def algorithms(self) -> list[str]:
+        """The names of the run's algorithms."""
+        return [name for name, _ in self.contents["state"]["algorithms"]]
 
     def trained(self, unit: str) -> int:
         """Return how long the run has trained, in ``batch`` or ``epoch``."""
@@ -112,14 +116,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
         with torch.serialization.safe_globals(OUR_GLOBALS):
             # Without mmap, torch reads as many numbers as the pickle says, even if the record has fewer.
             checkpoint = Checkpoint(path, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        algorithms = [name for name, _ in checkpoint.contents["state"]["algorithms"]]
         tensors = list(checkpoint.tensors.values())
+        ",".join(checkpoint.algorithms)  # fails if these are no names
     except Exception as error:
         if isinstance(error, RuntimeError):  # torch's reader of archives
             raise CorruptCheckpointError(f"{path}: truncated or corrupt ({fault_of(error)})") from error
         raise InputError(f"{foreign} ({fault_of(error)})") from error
-    if not OUR_ALGORITHMS.issuperset(algorithms):
-        raise InputError(f"{foreign}: expected no algorithms except {sorted(OUR_ALGORITHMS)}, got {algorithms}")
     # Composer does not load strictly: it would train on from random weights.
     if not tensors or not all(isinstance(tensor, Tensor) and tensor.isfinite().all() for tensor in tensors):
         raise InputError(f"{foreign}: expected only tensors of finite numbers in state.model")
@@ -183,7 +185,7 @@ def find_newest(
         if here or there:
             raise InputError(f"{folder}: none of its checkpoints is complete; remove them to restart")
         return None
-    if pointer.resolve() != newest.path.resolve():  # another machine saved it
+    if os.path.realpath(pointer) != os.path.realpath(newest.path):  # another machine saved it, or it is damaged
         point_at(newest.path)
     if folder.address is not None and not local_log.exists():
         _download(f"{folder.address}/{LOG}", local_log)
@@ -309,7 +311,7 @@ def upload_missing(folder: RunFolder) -> None:
     Raises:
         RunError: The store cannot be written.
     """
-    newest = (folder.local / LATEST).resolve()
+    newest = Path(os.path.realpath(folder.local / LATEST))
     if folder.address is not None and newest.exists() and newest.name not in _stored_checkpoints(folder.address)[:1]:
         if (best := newest.with_name(BEST)).exists():
             put(best, f"{folder.address}/{BEST}", denial_passes=True)

@@ -284,16 +284,16 @@ def from_timm(source: Any, sizes: NetworkSizes, tensors: Tensors, is_classifier:
     return {sizes.prefix + name: tensor for name, tensor in tensors.items()} | last
 
 
-def check_timm_outputs(source: Any, encoder: Any) -> None:
-    """Check that a timm encoder computes what it did at export, since timm's version may differ.
+def check_timm_outputs(source: Any, student: Any) -> None:
+    """Check that a student with a timm encoder computes what it did at export, since timm's version may differ.
 
     Raises:
         InputError: The installed timm computes something else.
     """
-    config = encoder.config
+    config = student.encoder.config
     if isinstance(config, TimmConfig) and config.outputs:
         with reading(source):
-            if not is_same(torch.tensor(encoder.sample_outputs()), torch.tensor(config.outputs)):
+            if not is_same(torch.tensor(student.sample_outputs()), torch.tensor(config.outputs)):
                 raise ValueError(
                     f"the installed timm gives different results for {config.model} than timm {config.timm!r:.30}, "
                     "which exported it: install that version"
@@ -326,7 +326,7 @@ def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], Tensors]
     student = copy.deepcopy(student).cpu().eval()
     encoder, is_network = student.encoder, isinstance(student.config, TimmNetworkConfig)
     if isinstance(encoder.config, TimmConfig):
-        encoder.config = encoder.config.changed(timm=timm.__version__, outputs=encoder.sample_outputs())
+        encoder.config = encoder.config.changed(timm=timm.__version__, outputs=student.sample_outputs())
     sizes, (name, options) = sizes_of(student), timm_arguments(student)
     rule = "; a classifier or alignment must be one linear layer on output_cls" if options["num_classes"] else ""
     with errors_of(f"{source}: timm would not compute what the student computes{rule}"), torch.no_grad():

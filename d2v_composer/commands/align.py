@@ -69,10 +69,9 @@ def main(argv: Sequence[str]) -> None:
         numbers = evenly_spaced(len(source), arguments.max_samples)
         record = distillation_of(student.provenance)
         # An evaluation computes the teacher's embeddings with the sizes and the normalization of the student's run.
-        is_own = (
-            is_teacher_of(record, teacher)
-            and value_at(record, "config.teacher.image_size") is None
-            and value_at(record, "config.teacher.first_blocks") in (None, teacher.encoder.config.prenet_depth)
+        is_own = is_teacher_of(record, teacher) and value_at(record, "config.teacher.first_blocks") in (
+            None,
+            teacher.encoder.config.prenet_depth,
         )
         of = teacher.embedding.of if is_own else f"{arguments.to}, {teacher.embedding.of}"
     print("other files:", name_counts(source.left_out))

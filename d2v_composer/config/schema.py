@@ -31,6 +31,7 @@ from d2v_composer.config.types import (
     Beta,
     Count,
     Duration,
+    FoundAddress,
     Fraction,
     LocalFolder,
     Microbatch,
@@ -66,7 +67,7 @@ from d2v_composer.models.student import Init
 from d2v_composer.objectives import OBJECTIVES
 from d2v_composer.sources import FORMAT, FORMATS, LOCAL
 from d2v_composer.sources.mds import is_mds
-from d2v_composer.system.addresses import RunFolder, check_run_name
+from d2v_composer.system.addresses import RunFolder, check_run_name, place_to_write
 from d2v_composer.system.processes import num_nodes, num_ranks
 
 BASELINES = tuple(title for title, row in ROWS.items() if not row.changes_in_training)
@@ -155,7 +156,7 @@ class TeacherSection(TimmSizes, Section):
     model: Annotated[Text, IS_TEACHER] = DATA2VEC2
     """``data2vec2``; ``timm/NAME`` with a NAME that ``timm.create_model`` accepts; or ``ext/NAME``, a teacher that an
     installed package offers or that you pass in Python."""
-    checkpoint: AddressText | None
+    checkpoint: FoundAddress | None
     """Path or address. data2vec2: fairseq's .pt or a converted .safetensors. timm: a .safetensors or PyTorch file;
     null: timm's pretrained weights, from the Hugging Face hub. ext: what the package takes."""
     weights: Weights = "model"
@@ -422,9 +423,11 @@ class TrainerConfig(RunConfig):
     algorithms: AlgorithmsConfig = AlgorithmsConfig()
     callbacks: Annotated[Arguments, arguments_of(CALLBACKS)] = {}
     """Name → arguments, {} for the defaults; null turns one off. Names: health, lr_monitor, memory_monitor,
-    nan_monitor, optimizer_monitor, runtime_estimator, speed_monitor, system_metrics_monitor."""
+    nan_monitor, optimizer_monitor, runtime_estimator, speed_monitor, system_metrics_monitor; ``ext/NAME`` for an
+    installed package's."""
     loggers: Annotated[Arguments, arguments_of(LOGGERS)] = {}
-    """Name → arguments, {} for the defaults; null turns one off. Names: jsonl, mlflow, tensorboard, wandb."""
+    """Name → arguments, {} for the defaults; null turns one off. Names: jsonl, mlflow, tensorboard, wandb;
+    ``ext/NAME`` for an installed package's."""
     progress_bar: bool = True
     """Show a progress bar on a terminal; elsewhere, print a line every ten seconds. false: neither."""
     report: bool = True
@@ -582,7 +585,7 @@ class EvaluateConfig(RunConfig, LookupConfig, ModelReference):
     baselines: list[Literal[BASELINES]] = ["pixels", "log_mel", "teacher"]  # pyright: ignore[reportInvalidTypeForm]
     """Models to compare the student with: ``pixels`` or, for audio, ``log_mel``; the frozen ``encoder`` if the student
     shares its teacher's; the ``teacher``, if it is known."""
-    out: LocalFolder | None = None
+    out: Annotated[LocalFolder, AfterValidator(place_to_write)] | None = None
     """Folder for evaluation.json and evaluation.csv."""
     rivals: Annotated[tuple[PathText, ...], Field(strict=False)] = ()
     """Further models in the same tables: timm/NAME, with timm's weights and preprocessing, or paths or addresses of

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from streaming import MDSWriter
+from typing_extensions import TypedDict
 
 from d2v_composer.conversion.parts import Parts
 from d2v_composer.data.images import Images
@@ -27,9 +28,10 @@ from d2v_composer.sources.labeled import open_cifar
 from d2v_composer.sources.mds import INDEX, SUMMARY, ShardFile
 from d2v_composer.sources.open import open_source
 from d2v_composer.sources.source import Int64Array, Source, hash_of, map_in_workers
+from d2v_composer.system.addresses import place_to_write
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, is_remote, list_etags, names_in, put
-from d2v_composer.system.files import check_owned, sole_user, write_atomically
+from d2v_composer.system.files import check_owned, read_json, sole_user, write_atomically
 from d2v_composer.system.processes import ALL, Part, if_interrupted
 from d2v_composer.system.progress import progress_bar
 
@@ -78,12 +80,11 @@ def _cifar10_images(folder: Path, split: str) -> Source:
 def hold_out(source: Source, record: Path, workers: int = 0) -> tuple[dict[str, Source], int]:
     """Split samples into ``test`` (a tenth, at most 5,000, and all exact copies of them) and ``train`` (the rest).
 
-    The hash of a sample's id decides. The file ``record`` keeps hashes of the held-out contents: a repeated call holds
-    out the same contents, whatever their samples are called by then.
+    The hash of a sample's id decides.
 
     Args:
         source: The samples.
-        record: A JSON file.
+        record: A JSON file, which gets the hashes of the held-out contents.
         workers: Processes that read samples to compare them.
 
     Returns:
@@ -91,12 +92,11 @@ def hold_out(source: Source, record: Path, workers: int = 0) -> tuple[dict[str, 
     """
     by_hash = sorted(range(len(source)), key=lambda number: _sha256(os.fsencode(str(source.ids[number]))))
     numbers = sorted(by_hash[: min(len(source) // 10, MAX_HELD_OUT)])
-    hashed, is_new = _hash_contents(source, numbers, workers), not record.exists()
-    if is_new:
-        write_atomically(record, json.dumps(sorted({sha256 for _, sha256 in hashed.values()} - {""})))
-    held = {*json.loads(record.read_bytes())}
+    hashed = _hash_contents(source, numbers, workers)
+    held = {sha256 for _, sha256 in hashed.values()} - {""}
+    write_atomically(record, json.dumps(sorted(held)))
     # If a source knows the sizes of its samples, a copy has the size of one of these.
-    is_sized = is_new and all(source.sizes[number] == size for number, (size, _) in hashed.items())
+    is_sized = all(source.sizes[number] == size for number, (size, _) in hashed.items())
     may_be_copies = np.isin(source.sizes, source.sizes[numbers]) if is_sized else np.full(len(source), True)
     may_be_copies[numbers] = False
     hashed |= _hash_contents(source, np.flatnonzero(may_be_copies).tolist(), workers)
@@ -126,6 +126,15 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+class _Finished(TypedDict):
+    """The record of a finished shard; see :meth:`_Task.finish_shard`."""
+
+    entry: dict[str, Any] | None
+    etag: str | None
+    skipped: list[Any]
+    lengths: list[int]
+
+
 class _Task(NamedTuple):
     """Settings of a conversion, which its workers inherit."""
 
@@ -153,7 +162,8 @@ class _Task(NamedTuple):
         """
         record, name = self.records / f"{number}.json", f"shard.{number:05}.mds"
         if record.exists():
-            done, path = json.loads(record.read_bytes()), Path(self.out, name)
+            done: Any = read_json(record, _Finished)
+            path = Path(self.out, name)
             is_whole = (
                 done["entry"] is None
                 or self.etags.get(name, "") == done.get("etag")
@@ -195,7 +205,7 @@ def work_folder(out: str) -> Path:
     """Return the local folder for an unfinished conversion to OUT, a folder or an address in a store."""
     if is_remote(out):
         return cache_folder() / "conversions" / hash_of(out)[:16]
-    return Path(out).resolve() / ".converting"
+    return Path(out, ".converting")
 
 
 def _check_out(out: str, work: Path) -> None:
@@ -208,8 +218,7 @@ def _check_out(out: str, work: Path) -> None:
     if INDEX in names:
         shutil.rmtree(work, ignore_errors=True)  # if the conversion was killed after its index
         raise InputError(f"{out} holds a finished data set; remove it, or choose another OUT")
-    with reading(f"{out}/{SUMMARY}"):
-        is_ours = SUMMARY in names and "seed" in Parts.load(f"{out}/{SUMMARY}")
+    is_ours = SUMMARY in names and "seed" in (Parts.load(f"{out}/{SUMMARY}") or ())
     check_owned(out, names, SUMMARY if is_ours else "", "OUT")
 
 
@@ -257,7 +266,7 @@ def convert(
         InputError: A sample is unreadable, or ``out`` cannot be written or holds a data set.
         RunError: The disk or the store fails, or a worker was killed.
     """
-    out = str(out).rstrip("/")
+    out = place_to_write(out)
     work, folder, unit = work_folder(out), Path(out), source.modality.unit
     _check_out(out, work)
     groups = source.part.of(_groups(source, options.get("resize"), seed, shard_bytes))

@@ -33,7 +33,7 @@ from d2v_composer.models.precision import choose_precision, precision_of
 from d2v_composer.sources.source import Source, hash_of, map_in_threads, map_in_workers
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, check_outputs, exists, is_remote, put
-from d2v_composer.system.files import acquire, sole_user, write_atomically
+from d2v_composer.system.files import acquire, read_json, sole_user, write_atomically
 from d2v_composer.system.processes import ALL, global_rank, num_ranks
 from d2v_composer.system.progress import progress_bar
 
@@ -256,7 +256,7 @@ def _check_skipped(reasons: Sequence[str], skip_unreadable: bool, unit: str) -> 
 
 def _check_plan(folder: Path, plan: Mapping[str, Any]) -> None:
     recorded = folder / PLAN
-    before = json.loads(recorded.read_bytes()) if recorded.exists() else plan
+    before = read_json(recorded, dict[str, Any]) if recorded.exists() else plan
     if changed := [key.replace("_", " ") for key in plan if before.get(key) != plan[key]]:
         raise InputError(
             f"{folder}: an interrupted run had a different {', '.join(changed)}; delete that folder, or choose another "

@@ -91,7 +91,7 @@ def verify(
             print(f"wrote {kit}; in this folder, run: python {script.name} RUNTIME {exported.name}")
             return
         save_student(student, folder / "pytorch.safetensors")
-        files = {"pytorch": folder / "pytorch.safetensors"} | dict.fromkeys(runtime or suited, exported.absolute())
+        files = {"pytorch": folder / "pytorch.safetensors"} | dict.fromkeys(runtime or suited, exported)
         medians, faults = measure_runtimes(folder / script.name, files)
     rows = [[name, *map("{:.5g}".format, numbers.values())] for name, numbers in medians.items()]
     table = format_table(["", *max(medians.values(), key=len)], rows)

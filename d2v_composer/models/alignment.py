@@ -76,12 +76,12 @@ class Alignment(Freezable):
             return linear(side_by_side(embeddings, self.inputs), self.weight, self.bias)
 
 
-def hash_tensors(tensors: Mapping[str, Tensor], about: str = "") -> str:
-    """Return a hash of tensors by name, and of a text."""
-    digest = hashlib.sha256(about.encode())
+def hash_tensors(tensors: Mapping[str, Tensor], *about: object) -> str:
+    """Return a hash of tensors, in whatever file or precision they are stored, and of values by their ``repr``."""
+    digest = hashlib.sha256(repr(about).encode())
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
     return digest.hexdigest()
 
 

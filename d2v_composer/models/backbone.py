@@ -20,6 +20,9 @@ from d2v_composer.models.names import EMBEDDING, JOINT, MadeBy, Pooling, Represe
 from d2v_composer.models.targets import LayerMean
 from d2v_composer.system.errors import InputError
 
+# What is kept of a model's outputs for fixed inputs: how many numbers of each kind, and the prime that spreads them.
+NUM_FIXED_INPUTS, NUM_OUTPUTS, OUTPUT_STEP = 2, 8, 1_000_003
+
 
 @contextmanager
 def frozen_use() -> Iterator[None]:
@@ -52,7 +55,7 @@ def hash_weights(model: "Backbone", only_trained: bool = False) -> str:
     """
     left_out = frozen_prefixes(model) if only_trained else ()
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(left_out)}
-    return hash_tensors(tensors, repr((model.encoder.config, model.config)))
+    return hash_tensors(tensors, (model.encoder.config, model.config))
 
 
 def frozen_prefixes(module: nn.Module, prefix: str = "") -> tuple[str, ...]:
@@ -274,6 +277,22 @@ class Backbone(nn.Module, ABC):
         """
         with frozen_use():
             return self.embed_encoded(self.encoder(self.encoder.windows(Inputs(images, lengths))), layer_mean)
+
+    def sample_outputs(self) -> tuple[float, ...]:
+        """Return a few numbers of what this model, on a CPU in float32, computes for fixed inputs.
+
+        Returns:
+            Numbers from its output, and from each pooling of the output; none if the output is not finite.
+        """
+        with frozen_use(), torch.autocast("cpu", enabled=False):
+            encoder = self.encoder
+            features = self.features(encoder(encoder.windows(Inputs(encoder.fixed_inputs(NUM_FIXED_INPUTS)))))
+            output = features.output
+            parts = [part.flatten() for part in (output, *features.poolings(output).values())]
+        if not output.isfinite().all():
+            return ()
+        numbers = torch.arange(NUM_OUTPUTS) * OUTPUT_STEP
+        return tuple(torch.cat([part[numbers % len(part)] for part in parts]).tolist())
 
     def embed_encoded(self, tokens: Tokens, layer_mean: LayerMean | None) -> dict[str, Tensor]:
         """Compute every embedding from the encoder's tokens, without gradient; see :meth:`embed_all`."""

@@ -3,14 +3,15 @@
 Shapes: B inputs, E extra tokens, N patches, T = E + N tokens, D channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from reprlib import repr as short  # a list in a file may hold another one a million times
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from d2v_composer.models.backbone import Backbone
+from d2v_composer.models.backbone import Backbone, hash_tensors
 from d2v_composer.models.configs import StudentConfig, TimmNetworkConfig
 from d2v_composer.models.encoder import Encoder, Freezable, Tokens
 from d2v_composer.models.names import ExtraTokens, check_choice
@@ -23,8 +24,9 @@ class Teacher(Backbone, Freezable):
     Args:
         encoder: Shared with students that are blocks, unless :meth:`student_encoder` gives them one of their own.
         config: The sizes.
-        provenance: Origin of the weights, stored with what is derived from them; at least ``source``, ``sha256`` and
+        provenance: Origin of the weights, stored with what is derived from them; at least ``source`` and
             ``license``. ``embedding`` names the teacher's embedding, if it is not the default of its kind.
+            :meth:`identify` adds ``sha256`` and ``outputs``.
     """
 
     made_by = "teacher"
@@ -46,6 +48,26 @@ class Teacher(Backbone, Freezable):
             ValueError: No encoder for students can have this teacher's tokens.
         """
         return self.encoder
+
+    def identify(self, weights: Mapping[str, Tensor] | None = None) -> Self:
+        """Record in the provenance what this teacher is: a hash of its weights and preprocessing, and what it computes.
+
+        A hash that the provenance has stays: it is of the weights from which a file of fewer bits was converted.
+
+        Args:
+            weights: The weights to hash; default: this model's. timm resamples some of a file's for other images.
+
+        Raises:
+            ValueError: The teacher's outputs are not finite.
+        """
+        if not (outputs := self.sample_outputs()):
+            raise ValueError("the teacher's outputs are not finite")
+        self.provenance["outputs"] = [float(f"{output:.3g}") for output in outputs]
+        if "sha256" not in self.provenance:
+            config = self.encoder.config
+            preprocessing = [(name, getattr(config, name)) for name in config.preprocessing]
+            self.provenance["sha256"] = hash_tensors(self.state_dict() if weights is None else weights, preprocessing)
+        return self
 
     def init_sources(self, init: Init) -> Sequence[nn.Module]:
         """Return the attention modules or blocks from which a student's blocks can be initialized.

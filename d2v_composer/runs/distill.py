@@ -5,7 +5,9 @@ from functools import partial
 from typing import Any
 
 from composer import Trainer
-from composer.core import Callback
+from composer.core import Algorithm, Callback
+from composer.loggers import LoggerDestination
+from torch.utils.data import DataLoader, Subset
 
 from d2v_composer.callbacks.algorithms import TargetStatistics
 from d2v_composer.callbacks.alignment import AlignStudent, choose_pairs
@@ -37,18 +39,16 @@ from d2v_composer.runs.trainer import (
     join_and_seed,
     write_run_report,
 )
+from d2v_composer.sources.labeled import evenly_spaced
 from d2v_composer.sources.mds import Index
-from d2v_composer.sources.source import open_mds
+from d2v_composer.sources.source import Source, open_mds
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
 from d2v_composer.training_data.loader import build_train_loader, read_train_index
 
 FIXED_BY_A_CHECKPOINT = (
     *FIXED_IN_ANY_RUN,
-    "config.teacher.model",
-    "config.teacher.weights",
     "config.teacher.first_blocks",
-    "config.teacher.image_size",
     "config.student",
     "config.prediction",
     "config.targets",
@@ -58,13 +58,13 @@ FIXED_BY_A_CHECKPOINT = (
     "config.optimizer",
     "teacher.sha256",
     "teacher.embedding",
+    "teacher.outputs",
 )
-# What targets depend on, and what else a checkpoint fixes.
+# What the targets of an augmented image depend on, and what else a checkpoint fixes.
 DECIDES_TARGETS = (
     *FIXED_BY_A_CHECKPOINT,
     "precision",
     *(f"config.{name}" for name in ("half_residual", "allow_tf32", "compile", "load_path")),
-    *(f"config.train_loader.{name}" for name in ("crop_scale", "crop_ratio", "flip")),
 )
 # What else is fixed where a loss compares the inputs of a microbatch with each other.
 FIXED_WITH_MICROBATCHES = ("config.device_train_microbatch_size", "hardware.ranks")
@@ -75,14 +75,20 @@ def train_student(
     callbacks: Sequence[Callback] = (),
     *,
     teacher: Teacher | None = None,
+    train_dataloader: DataLoader | None = None,
+    alignment_samples: Any = None,
+    algorithms: Sequence[Algorithm] = (),
+    loggers: Sequence[LoggerDestination] = (),
     when_built: Callable[[Trainer], object] = lambda trainer: None,
 ) -> Trainer:
     """Train a student, from the run's last checkpoint if there is one, and report. Call it on every rank.
 
     Args:
         config: Config of the run.
-        callbacks: Further callbacks, besides the YAML's.
+        callbacks, algorithms, loggers: Further ones, besides the YAML's.
         teacher: The config's teacher, if it is loaded already.
+        train_dataloader: This rank's loader, instead of ``train_loader``; the run does not check what it reads.
+        alignment_samples: With a ``train_dataloader``, the samples of :class:`AlignStudent`; default: no map.
         when_built: Called with the Trainer before the training, when no bad input can end the run anymore.
 
     Returns:
@@ -99,45 +105,42 @@ def train_student(
         ...
     """
     join_and_seed(config)
-    if (problem := config.train_loader.find_missing_data()) is not None:  # before the teacher is fetched
-        problem = f"train_loader{problem}"
-    raise_on_all_ranks(problem)
+    problem = config.train_loader.find_missing_data()  # before the teacher is fetched
+    raise_on_all_ranks(problem and f"train_loader{problem}")
     model = build_model(config, teacher)
     costs = {STUDENT: cost(model.student, fitted_width(config, model)), TEACHER: cost(model.teacher)}
     accelerate(config, model)
-    modality, loader = modality_of(model.teacher.config), config.train_loader
-    index = read_train_index(loader, modality, config.global_train_batch_size)
-    kept = build_kept_targets(config, model, index)
-    collated = {} if kept is None else {"collate": kept.collate, "extra_bytes": kept.row_bytes}
-    train_loader = build_train_loader(config, loader, index, is_compiled=config.compile is not False, **collated)
+    modality = modality_of(model.teacher.config)
+    train_dataloader, kept, samples, data, shown = build_data(config, model, train_dataloader, alignment_samples)
     if config.targets.normalization == "dataset" and config.objectives.tokens.weight:
         measure = TargetStatistics(config.targets.dataset_batches or 100, config.device_eval_batch_size)
         callbacks = [measure, *callbacks]
-    align, stop = build_alignment(config, model, index), Stop()
+    align, stop = build_alignment(config, model, samples), Stop()
     retrieval = build_retrieval(config, model, align, stop)
     student = model.student.provenance["student"] | {"sizes": sizes_of(model.student)}
     trainer = build_trainer(
         config,
         model,
-        train_loader,
-        {"teacher": model.teacher.provenance, "student": student, "data": index.describe(), "costs": costs},
+        train_dataloader,
+        {"teacher": model.teacher.provenance, "student": student, "data": data, "costs": costs},
         fixed=FIXED_BY_A_CHECKPOINT + (FIXED_WITH_MICROBATCHES if model.compares_microbatches else ()),
         run_callbacks=[callback for callback in (kept, align, retrieval) if callback is not None],
         callbacks=callbacks,
+        algorithms=algorithms,
+        loggers=loggers,
         stop=stop,
         save_best=config.save_best,
         optimizers=build_optimizer(config.optimizer, model),
     )
     when_built(trainer)
-    header = {modality.unit: f"{len(index):,} in {index.source}"}
+    header = {modality.unit: shown}
     if kept is not None:
-        header["targets"] = f"{loader.views} views, {kept.num_bytes / 1e6:,.0f} MB in {kept.path}"
-    of_teacher = model.teacher.embedding._replace(made_by="alignment")
-    header["embedding"] = str(model.student.embedding if align is None else of_teacher)
+        header["targets"] = f"{config.train_loader.views} views, {kept.num_bytes / 1e6:,.0f} MB in {kept.path}"
+    fitted = model.teacher.embedding._replace(made_by="alignment")
+    header["embedding"] = str(model.student.embedding if align is None else fitted)
     if retrieval is not None:
-        header["retrieval"] = (
-            f"{', '.join(retrieval.datasets)} every {config.retrieval.interval}, by {retrieval.settings.headline}"
-        )
+        sets, headline = ", ".join(retrieval.datasets), retrieval.settings.headline
+        header["retrieval"] = f"{sets} every {config.retrieval.interval}, by {headline}"
 
     def report() -> None:
         if retrieval is not None and retrieval.history:
@@ -147,6 +150,31 @@ def train_student(
 
     fit_and_close(trainer, config, header, report)
     return trainer
+
+
+def build_data(
+    config: TrainConfig, model: DistillationModel, given: DataLoader | None, samples: Any
+) -> tuple[DataLoader, KeptTargets | None, Any, dict[str, Any], str]:
+    """Build the loader, unless one is ``given``, and what depends on the data.
+
+    Returns:
+        The loader; the callback that keeps targets; samples to fit the map to; the record's section ``data``; and the
+        data in a few words.
+
+    Raises:
+        InputError: The data cannot be used, or there are fixed views but a loader is given.
+    """
+    modality, loader = modality_of(model.teacher.config), config.train_loader
+    if given is not None:
+        if loader.views is not None:
+            raise InputError("train_loader.views: must be null with a train_dataloader of your own")
+        shown = f"of train_dataloader{'' if samples is not None else '; no alignment without alignment_samples'}"
+        return given, None, samples, {"modality": modality.name}, shown
+    index = read_train_index(loader, modality, config.global_train_batch_size)
+    kept = build_kept_targets(config, model, index)
+    collated = {} if kept is None else {"collate": kept.collate, "extra_bytes": kept.row_bytes}
+    built = build_train_loader(config, loader, index, is_compiled=config.compile is not False, **collated)
+    return built, kept, open_some(config, index), index.describe(), f"{len(index):,} in {index.source}"
 
 
 def build_model(config: TrainConfig, teacher: Teacher | None = None) -> DistillationModel:
@@ -167,7 +195,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
         student = teacher.build_student(**config.student.model_dump(), **normalization)
     check_network("student.model", student, config)
     with errors_of("targets"):
-        return DistillationModel(
+        model = DistillationModel(
             teacher,
             student,
             config.prediction,
@@ -177,6 +205,11 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
             dataset_norm=targets.normalization == "dataset",
             **targets.model_dump(include={"extra_tokens", "average_top_k_layers", "source"}),
         )
+    if model.compares_microbatches and config.device_train_microbatch_size == "auto":
+        raise InputError(
+            "device_train_microbatch_size: must be a number or null, got 'auto': a loss compares a microbatch's inputs"
+        )
+    return model
 
 
 def accelerate(config: TrainConfig, model: DistillationModel) -> None:
@@ -209,11 +242,7 @@ def build_teacher(config: TrainConfig) -> Teacher:
 
 
 def build_kept_targets(config: TrainConfig, model: DistillationModel, index: Index) -> KeptTargets | None:
-    """Build the callback that keeps the targets of fixed views; ``None`` without such views.
-
-    Raises:
-        InputError: The disk lacks space for them.
-    """
+    """Build the callback that keeps the targets of fixed views; ``None`` without such views."""
     loader, folder = config.train_loader, config.run_folder
     if loader.views is None or folder is None:
         return None
@@ -225,9 +254,7 @@ def build_kept_targets(config: TrainConfig, model: DistillationModel, index: Ind
         "precision": name_precision(config.precision),
     }
     made_from = [value_at(record, key) for key in DECIDES_TARGETS]
-    kept = KeptTargets(folder.local / "targets.f16", len(index), loader.views, width, made_from)
-    raise_on_all_ranks(kept.check_room())
-    return kept
+    return KeptTargets(folder.local / "targets.f16", len(index), loader.views, width, made_from)
 
 
 def choose_embedding(config: TrainConfig, teacher: Teacher) -> None:
@@ -249,22 +276,35 @@ def fitted_width(config: TrainConfig, model: DistillationModel) -> int:
     return model.teacher.embedding.width if is_fitted else 0
 
 
-def build_alignment(config: TrainConfig, model: DistillationModel, index: Index) -> AlignStudent | None:
+def build_alignment(config: TrainConfig, model: DistillationModel, samples: Any) -> AlignStudent | None:
     """Build the callback that fits the student's alignment; ``None`` if it trains, or if the run has none.
+
+    Args:
+        config: Config of the run.
+        model: Model that the run trains.
+        samples: Training samples as :class:`AlignStudent` takes them; ``None``: no alignment.
 
     Raises:
         InputError: There are too few samples.
     """
-    if not fitted_width(config, model):
+    if samples is None or not fitted_width(config, model):
         return None
-    batches = choose_pairs(index, config.seed, config.alignment.max_samples, config.device_eval_batch_size)
-    if batches.size < MIN_PAIRS:
-        raise InputError(
-            f"alignment.max_samples: needs at least {MIN_PAIRS} training samples, got {batches.size}; set 0"
-        )
-    embeds, source = embeds_of(config, model), open_mds(index, config.train_loader.cache_limit)
-    workers, of = config.train_loader.num_workers, model.teacher.embedding.of
-    return AlignStudent(model.student, source, batches, embeds[STUDENT], embeds[TEACHER], of, workers)
+    align = AlignStudent(
+        model,
+        Subset(samples, evenly_spaced(len(samples), config.alignment.max_samples)),
+        device_batch_size=config.device_eval_batch_size,
+        embeds=embeds_of(config, model),
+        workers=config.train_loader.num_workers,
+    )
+    if (count := align.batches.size) < MIN_PAIRS:
+        raise InputError(f"alignment.max_samples: needs at least {MIN_PAIRS} training samples, got {count}; set 0")
+    return align
+
+
+def open_some(config: TrainConfig, index: Index) -> Source:
+    """Open ``alignment.max_samples`` training samples, to fit an alignment to; clips are sorted by length."""
+    numbers = choose_pairs(index, config.seed, config.alignment.max_samples, config.device_eval_batch_size)
+    return open_mds(index, config.train_loader.cache_limit).select(numbers.ravel())
 
 
 def build_retrieval(

@@ -48,6 +48,7 @@ from d2v_composer.config.schema import (
     OptimizerConfig,
     TrainerConfig,
 )
+from d2v_composer.config.types import place_of
 from d2v_composer.data import MODALITIES
 from d2v_composer.evaluation.run_log import read_jsonl
 from d2v_composer.models.backbone import check_tensors
@@ -56,7 +57,7 @@ from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.precision import choose_precision, name_precision
 from d2v_composer.system.addresses import RunFolder, hide_secrets
 from d2v_composer.system.command_line import d2v
-from d2v_composer.system.errors import InputError, RunError, errors_of, find_full_disk, reading, reason
+from d2v_composer.system.errors import InputError, RunError, errors_of, reading, reason
 from d2v_composer.system.fetch import cache_folder, is_remote
 from d2v_composer.system.files import sha256
 from d2v_composer.system.machine import describe_machine, package_versions
@@ -87,6 +88,8 @@ def build_trainer(
     fixed: tuple[str, ...] = (),
     run_callbacks: Sequence[Callback] = (),
     callbacks: Sequence[Callback] = (),
+    algorithms: Sequence[Algorithm] = (),
+    loggers: Sequence[LoggerDestination] = (),
     prepare: Callable[[Any], Any] | None = None,
     stop: Stop | None = None,
     save_best: bool = False,
@@ -101,7 +104,7 @@ def build_trainer(
         record_sections: Sections of the run's record; the section ``data`` must have the samples' ``modality``.
         fixed: Dotted keys of the record that a resume must not change.
         run_callbacks: Callbacks of this kind of run; each checks its saved state before a checkpoint is used.
-        callbacks: Further callbacks, besides the YAML's.
+        callbacks, algorithms, loggers: Further ones, besides the YAML's.
         prepare: Function that transforms a microbatch on the device.
         stop, save_best: Arguments of :class:`Checkpoints`.
         **arguments: Further arguments of the Trainer.
@@ -125,7 +128,7 @@ def build_trainer(
             train_dataloader=DataSpec(train_loader, microbatch_transforms=prepare),
             max_duration=config.max_duration,
             schedulers=scheduler,
-            algorithms=build_algorithms(config.algorithms),
+            algorithms=[*build_algorithms(config.algorithms), *algorithms],
             callbacks=[
                 *(record, Throughput(), NanGuard(), checkpoints),
                 *(SeededBatches(config.seed), *run_callbacks, *chosen, *callbacks),
@@ -133,6 +136,7 @@ def build_trainer(
             loggers=[
                 *build_loggers(config, MODALITIES[record_sections["data"]["modality"]].unit),
                 *([] if uploads is None else [uploads]),
+                *loggers,
             ],
             progress_bar=False,  # ours is among the loggers
             precision=precision,
@@ -142,6 +146,8 @@ def build_trainer(
             load_path=checkpoint and str(checkpoint.path),  # instead of Composer's autoresume
             load_weights_only=not is_resumed,
             load_ignore_keys=partial(drop_unused_scaler, precision=precision) if is_resumed else None,
+            # Composer would evaluate what a checkpoint says of them as Python expressions.
+            load_exclude_algorithms=checkpoint and checkpoint.algorithms,
             **arguments,
         )
 
@@ -332,7 +338,7 @@ def build_callbacks(config: TrainerConfig) -> list[Callback]:
     for name, arguments in config.callbacks.items():
         if arguments is not None:
             with errors_of(f"callbacks.{name} with {arguments}"):
-                callbacks.append(resolve_name(CALLBACKS[name])(**arguments))
+                callbacks.append(resolve_name(place_of(name, CALLBACKS))(**arguments))
     return callbacks
 
 
@@ -351,7 +357,7 @@ def build_loggers(config: TrainerConfig, unit: str) -> list[LoggerDestination]:
             continue
         with errors_of(f"loggers.{name}"):
             in_folder = {} if folder is None else arguments_in(folder, name)
-            loggers.append(resolve_name(LOGGERS[name])(**deep_merge(in_folder, arguments)))
+            loggers.append(resolve_name(place_of(name, LOGGERS))(**deep_merge(in_folder, arguments)))
     return loggers
 
 
@@ -420,8 +426,6 @@ def fit_and_close(
     except BaseException as error:
         # Not trainer.close(), which waits for all ranks: some may not have failed.
         trainer.engine.close()
-        if (fault := find_full_disk(error)) is not None:
-            raise RunError(f"{config.run_folder} cannot be written: {fault.strerror}") from error
         if isinstance(error, RuntimeError) and re.match(r"DataLoader worker .* (killed by|exited)", str(error)):
             raise RunError(f"{reason(error)}; the same command resumes") from error
         raise

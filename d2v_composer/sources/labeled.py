@@ -21,10 +21,11 @@ from xxhash import xxh3_128_digest
 from d2v_composer.data.images import Images
 from d2v_composer.data.modality import Modality, collate
 from d2v_composer.models.configs import ImageSize
-from d2v_composer.sources.mds import SUMMARY, Index, is_mds
+from d2v_composer.sources.mds import SUMMARY, Index, Summary, is_mds
 from d2v_composer.sources.open import NONE, SPLITS, find_files, open_source
 from d2v_composer.sources.source import Columns, Source, map_in_threads, name_counts, open_mds
 from d2v_composer.system.errors import InputError, reading, reason
+from d2v_composer.system.files import read_json
 
 # Format → the only modality that it holds.
 HOLDS = {"cifar10": "image", "cifar100": "image", "speech_commands": "audio"}
@@ -324,8 +325,7 @@ def read_class_names(root: Path) -> tuple[str, ...]:
     variants = set()
     for path in (root / split / SUMMARY for split in ("train", "test")):
         if path.exists():
-            with reading(path):
-                variants.add(tuple(json.loads(path.read_bytes())["classes"] or ()))
+            variants.add(tuple(read_json(path, Summary).get("classes") or ()))
     names, *conflicts = sorted(variants - {()}) or [()]
     if conflicts:
         raise InputError(f"{root}: train and test name their classes differently; convert both from one SOURCE")

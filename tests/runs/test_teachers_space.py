@@ -61,7 +61,7 @@ def test_the_map_is_fitted_only_at_the_end_if_no_retrieval_needs_it(
 ) -> None:
     """A run that then goes on measures no map of weights that it had before."""
     options = f"retrieval.{datasets_of(labeled)}", "retrieval.interval=2ba", "scheduler.t_warmup=0ba"
-    in_index = "metrics/small/in_teacher_index/bank_train/top1"
+    in_index = "metrics/small/in_index/bank_train/top1"
     run_training(*small_run(tmp_path / "run", small_data, *options, "max_duration=4ba"))
     assert list(log_of(tmp_path / "run")[in_index]) == [4]
     assert map_of(tmp_path / "run")["batch"] == 4

@@ -15,7 +15,9 @@ import yaml
 from composer.core import Event, State, Time, Timestamp
 from torch import nn
 
+from d2v_composer.config import schema as schema_module
 from d2v_composer.config.load import defaults, load_checked, load_config
+from d2v_composer.config.reference import load_any
 from d2v_composer.config.schema import (
     OPTIMIZERS,
     AlgorithmsConfig,
@@ -30,7 +32,7 @@ from d2v_composer.objectives.tokens import LayerRegression
 from d2v_composer.runs.distill import FIXED_BY_A_CHECKPOINT, train_student
 from d2v_composer.runs.trainer import build_algorithms, build_optimizer, build_run_record, build_scheduler
 from d2v_composer.system.errors import InputError
-from helpers import QUICKSTART, ROOT, log_of, run_training, small_run
+from helpers import GOLDEN, QUICKSTART, ROOT, log_of, run_training, small_run
 
 BATCHES_PER_EPOCH = 6
 
@@ -172,3 +174,21 @@ def test_a_loss_that_compares_inputs_keeps_its_microbatches(
     train_student(load_config(arguments))
     with pytest.raises(InputError, match="device_train_microbatch_size: checkpoint has None, config has 2"):
         train_student(load_config([*arguments, "max_duration=3ba", "device_train_microbatch_size=2"]))
+    monkeypatch.setattr(schema_module, "has_gpu", lambda: True)
+    with pytest.raises(InputError, match="device_train_microbatch_size: must be a number or null, got 'auto': a loss"):
+        train_student(load_config([*arguments, "device_train_microbatch_size=auto"]))
+
+
+def test_the_teacher_is_found_from_another_folder(
+    tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = (
+        "teacher.checkpoint=tiny_base.pt",
+        "max_duration=1ba",
+        "scheduler.t_warmup=0ba",
+        "alignment.max_samples=0",
+    )
+    monkeypatch.chdir(GOLDEN)
+    train_student(load_config(small_run(tmp_path, small_data, *changes)))
+    monkeypatch.chdir(tmp_path)
+    assert load_any("latest-rank0.pt")[1] is not None
