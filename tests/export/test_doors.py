@@ -18,7 +18,7 @@ from d2v_composer.commands import embed, export
 from d2v_composer.data import modality_of
 from helpers import GOLDEN, encoded_clip, encoded_image, write_files
 
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 INT8_COSINE = 0.98
 
 

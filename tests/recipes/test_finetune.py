@@ -186,12 +186,11 @@ def test_what_was_fine_tuned_is_aligned_again(finetuned: Path, small_data: Path,
     """Its checkpoint, and its export; without a card in OUT's folder."""
     checkpoint, classifier = finetuned / "latest-rank0.pt", tmp_path / "classifier.safetensors"
     succeed("export", checkpoint, classifier)
+    (folder := tmp_path / "aligned").mkdir()
     for number, model in enumerate((checkpoint, classifier)):
-        out = tmp_path / "aligned" / f"{number}.safetensors"
-        out.parent.mkdir(exist_ok=True)
-        succeed("align", model, small_data, out, "--to", TEACHER)
+        succeed("align", model, small_data, out := folder / f"{number}.safetensors", "--to", TEACHER)
         assert load_student(out).embedding[:2] == ("output_cls", "alignment")
-    assert sorted(path.name for path in out.parent.iterdir()) == ["0.safetensors", "1.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["0.safetensors", "1.safetensors"]
 
 
 def test_a_fine_tuned_student_is_fine_tuned_again_with_a_new_head(
