@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     train, ranks = Path(__file__).with_name("train.py"), dist.get_local_world_size()
     if dist.get_world_size() > ranks:
         raise InputError(f"the preflight runs on one node: composer -n {ranks} recipes/preflight.py FILE.yaml …")
-    if not preflight(argv, load_config(argv), train):
+    if not preflight(argv, load_config(argv, needs_data=True), train):
         sys.exit(1)
     command_line.print_next(shlex.join(["composer", "-n", str(ranks), str(train), *argv]))
 

@@ -45,6 +45,6 @@ def fit(model: ComposerModel, loader: DataLoader, max_duration: str, lr: float =
     """Train a model of another project with SGD."""
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     settings: dict[str, Any] = {"train_dataloader": loader, "optimizers": optimizer, "progress_bar": False}
-    trainer = Trainer(model=model, max_duration=max_duration, **settings, **options)
+    trainer = Trainer(model=model, max_duration=max_duration, **settings | options)
     trainer.fit()
     trainer.close()

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import Any
 
 MODULES = {
+    "AlignStudent": "alignment",
     "GradientNorm": "algorithms",
     "Health": "health",
     "JSONLLogger": "logging",

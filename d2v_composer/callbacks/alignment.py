@@ -1,9 +1,10 @@
-"""Align a student with its teacher: fit a map into the teacher's space before each retrieval and at a run's end."""
+"""Align a student with its teacher: fit a map into the teacher's space at a run's end, or before a retrieval."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from composer.core import Callback, State, get_precision_context
 from composer.loggers import Logger
@@ -15,9 +16,10 @@ from d2v_composer.callbacks.trainer_state import has_ended
 from d2v_composer.data.modality import collate
 from d2v_composer.evaluation.labeled_retrieval import move_batch
 from d2v_composer.evaluation.nearest_neighbors import Ranks
+from d2v_composer.evaluation.rows import STUDENT, TEACHER
 from d2v_composer.models.alignment import Moments, side_by_side
-from d2v_composer.models.backbone import Backbone
-from d2v_composer.sources.source import Int64Array, Source, map_in_workers
+from d2v_composer.objectives.distillation import DistillationModel
+from d2v_composer.sources.source import Int64Array, map_in_workers
 
 EmbedAll = Callable[..., dict[str, Tensor]]
 """A function that embeds a batch and returns every embedding by name, (B, D) each."""
@@ -26,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class AlignStudent(Callback):
-    """Fit a linear map from the student's embeddings to one of the teacher's, before each retrieval and at a run's end.
+    """Fit a linear map from the student's embeddings to one of the teacher's, at a run's end, or by :meth:`fit`.
 
     The samples are training samples without augmentation. N are in a batch; the map has I inputs and P channels.
 
@@ -34,33 +36,40 @@ class AlignStudent(Callback):
     up the same sums in the same order. So the map has the same bits on any number of ranks, and after a resume.
 
     Args:
-        student: The model that gets the map.
-        samples: The training samples.
-        batches: Numbers of the samples to fit to, (number of batches, batch size), the same on all ranks.
-        embed_student: Function that embeds a batch with the student.
-        embed_teacher: Function that embeds a batch with the teacher.
-        target: Name of the teacher's embedding to fit to.
-        workers: Number of processes that decode samples.
+        model: The model that trains; its student gets the map.
+        samples: The samples to fit to: a map-style dataset of torch, or a list, the same on all ranks. Each sample is
+            an image, (3, height, width) uint8; all have one size. Only whole batches are used.
+        device_batch_size: Number of samples embedded at once on each device.
+        embeds: Functions that embed a batch with ``student`` and ``teacher``; default: the model's.
+        target: Name of the teacher's embedding to fit to; default: its primary embedding.
+        workers: Number of processes that load samples.
 
     Attributes:
         batch: Number of training batches after which the map was last fitted; -1 for never. Checkpoints keep it.
         statistics: ``target`` and :attr:`Fit.statistics <d2v_composer.models.alignment.Fit.statistics>`. Checkpoints
             keep this, too, and the map.
+
+    Example:
+        >>> from d2v_composer.callbacks import AlignStudent
+        >>> model = DistillationModel(teacher, student)
+        >>> align = AlignStudent(model, images)  # Trainer(model, callbacks=[align])
     """
 
     def __init__(
         self,
-        student: Backbone,
-        samples: Source,
-        batches: Int64Array,
-        embed_student: EmbedAll,
-        embed_teacher: EmbedAll,
-        target: str,
-        workers: int,
+        model: DistillationModel,
+        samples: Any,
+        *,
+        device_batch_size: int = 64,
+        embeds: Mapping[str, EmbedAll] | None = None,
+        target: str | None = None,
+        workers: int = 0,
     ) -> None:
-        self.student, self.samples, self.batches = student, samples, batches
-        self.target, self.workers = target, workers
-        self.embed_student, self.embed_teacher = embed_student, embed_teacher
+        size = min(device_batch_size, len(samples))
+        self.batches = np.arange(len(samples) // size * size).reshape(-1, size)
+        self.student, self.samples, self.workers = model.student, samples, workers
+        self.target = target or model.teacher.choose_embedding().name
+        self.embeds = embeds or {STUDENT: model.embed_all, **model.retrieval_baselines()}
         self.targets: list[Tensor] = []  # of this rank's samples, embedded once
         self.batch, self.statistics = -1, dict[str, Any]()
 
@@ -111,11 +120,11 @@ class AlignStudent(Callback):
         loaded = map_in_workers(self._load, mine, self.workers, torch.cuda.is_available())
         for step, (first, samples) in enumerate(zip(rounds, loaded, strict=True)):
             batch = move_batch(samples, to_device)
-            rows = side_by_side(self.embed_student(*batch), inputs)
+            rows = side_by_side(self.embeds[STUDENT](*batch), inputs)
             if step == len(self.targets):
-                self.targets.append(self.embed_teacher(*batch)[self.target].float().cpu())
+                self.targets.append(self.embeds[TEACHER](*batch)[self.target].float().cpu())
             shares = rows, self.targets[step].to(rows.device)
             yield from zip(*(ranks.gather(share[None], count - first) for share in shares), strict=True)
 
     def _load(self, numbers: Int64Array) -> tuple[Tensor, ...]:
-        return collate(list(map(self.samples.decode, numbers.tolist())))
+        return collate([self.samples[number] for number in numbers.tolist()])

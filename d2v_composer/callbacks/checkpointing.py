@@ -10,7 +10,7 @@ import platform
 import signal
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from composer.utils.checkpoint import save_checkpoint
 from torch import Tensor
 from tqdm import tqdm
 
+from d2v_composer.callbacks.alignment import AlignStudent
 from d2v_composer.callbacks.logging import Uploads
-from d2v_composer.callbacks.trainer_state import has_ended, loss_scale
+from d2v_composer.callbacks.trainer_state import find_callback, has_ended, loss_scale
 from d2v_composer.checkpoints.checkpoint import (
+    BEST,
     LATEST,
     LOG,
     prune,
@@ -38,7 +40,7 @@ from d2v_composer.system import processes
 from d2v_composer.system.addresses import MARK, RunFolder
 from d2v_composer.system.errors import InputError, RunError, writing
 from d2v_composer.system.fetch import names_in, put
-from d2v_composer.system.files import acquire, check_owned, missing_parts, release
+from d2v_composer.system.files import acquire, check_owned, missing_parts, move, release
 from d2v_composer.system.ranks import rank_zero_first
 
 NOTICE = "Interrupted: saving after this batch; a second Ctrl-C stops the run immediately, without saving"
@@ -97,6 +99,11 @@ class Checkpoints(Callback):
         uploads: The run's uploads, if the folder is in a store.
         advice: The end of the line that says where the run was saved.
         stop: Updated at the end of each batch. Pass its ``ends_retrieval`` to ZeroShotRetrieval as ``should_stop``.
+        save_best: Also keep the checkpoint with the highest ``metrics/mean/top1`` of a ZeroShotRetrieval, in the file
+            :data:`BEST`, which no run resumes from.
+
+    Attributes:
+        best: The highest ``metrics/mean/top1`` so far; -1 for none. Checkpoints keep it.
 
     Raises:
         InputError: Another run uses the folder, or the folder holds other files or cannot be written.
@@ -110,8 +117,10 @@ class Checkpoints(Callback):
         uploads: Uploads | None = None,
         advice: str = "",
         stop: Stop | None = None,
+        save_best: bool = False,
     ) -> None:
         self.folder, self.num_to_keep, self.uploads, self.advice = folder, num_to_keep, uploads, advice
+        self.save_best, self.best = save_best, -1.0
         self.is_due = create_interval_scheduler(save_interval)
         self.stop = stop or Stop()
         self.last_saved = -1
@@ -147,15 +156,34 @@ class Checkpoints(Callback):
             self.last_saved = -1
             self._save(state)
 
-    def _save(self, state: State) -> None:
-        batch = int(state.timestamp.batch)
-        if self.folder is None or batch == self.last_saved:
+    def eval_end(self, state: State, logger: Logger) -> None:
+        """Save a model whose mean of top-1 is the highest so far, with its map into the teacher's space."""
+        if self.folder is None or not self.save_best or state.dataloader_label != "retrieval":
             return
-        self.last_saved = batch
-        path = self.folder.local / f"ep{int(state.timestamp.epoch)}-ba{batch}-rank0.pt"
+        mean = float(state.eval_metrics["retrieval"]["mean/top1"].compute())
+        if mean <= self.best:
+            return
+        self.best = mean
+        if (align := find_callback(state, AlignStudent)) is not None:
+            align.fit(state, state.device.tensor_to_device)
+        with rank_zero_first("the uploads"):  # a file that is replaced during its upload arrives in pieces of both
+            if self.uploads is not None:
+                self.uploads.wait()
+        self._write(state, path := self.folder.local / BEST, move)
+        if self.uploads is not None and dist.get_global_rank() == 0:
+            self.uploads.start(self.uploads.upload, path)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = state.get("best", self.best)  # earlier releases kept none
+
+    def _write(self, state: State, path: Path, publish: Callable[[Path, Path], None]) -> None:
+        """Write the state to a partial file, which rank 0 then gives its name by ``publish``."""
         # A kill leaves a file that the next checkpoint replaces.
-        partial = self.folder.local / "checkpoint.partial"
-        with writing(self.folder.local):
+        partial = path.with_name("checkpoint.partial")
+        with writing(path.parent):
             try:
                 save_checkpoint(state, str(partial), ignore_keys=check_finite)  # a callable gets the contents
             except BaseException:
@@ -163,6 +191,16 @@ class Checkpoints(Callback):
                 raise
             if dist.get_global_rank() == 0:
                 publish(partial, path)
+
+    def _save(self, state: State) -> None:
+        batch = int(state.timestamp.batch)
+        if self.folder is None or batch == self.last_saved:
+            return
+        self.last_saved = batch
+        path = self.folder.local / f"ep{int(state.timestamp.epoch)}-ba{batch}-rank0.pt"
+        self._write(state, path, publish)
+        with writing(self.folder.local):
+            if dist.get_global_rank() == 0:
                 if self.uploads is None:
                     prune(self.folder.local, self.num_to_keep)
                 else:

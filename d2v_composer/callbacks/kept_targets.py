@@ -21,6 +21,7 @@ from d2v_composer.callbacks.trainer_state import has_ended
 from d2v_composer.system.addresses import MARK
 from d2v_composer.system.errors import InputError, writing
 from d2v_composer.system.processes import num_nodes
+from d2v_composer.system.ranks import raise_on_all_ranks
 
 CHECKSUM = 8  # bytes at the end of a row
 
@@ -29,8 +30,9 @@ class KeptTargets(Callback):
     """A file of targets: each batch's are written to it, and later epochs read them.
 
     The file has a row for each view of each sample: the targets in float16, and a checksum of them and of what they
-    were computed from. A row that is missing, damaged or from other settings counts as not written: its batch runs the
-    teacher. So nothing else must be known of the file, whatever killed the run that wrote it.
+    were computed from: the augmented image, the teacher and the settings. A row that is missing, damaged or of anything
+    else counts as not written: its batch runs the teacher. So nothing else must be known of the file, whatever killed
+    the run that wrote it.
 
     The ranks of a node share the file, as do nodes whose folder is on a shared file system. It is deleted at the end of
     the run.
@@ -40,7 +42,7 @@ class KeptTargets(Callback):
         num_samples: Number of samples in the data set.
         views: Number of views of each sample.
         width: Number of values of a sample's targets.
-        made_from: All that decides a sample's targets: the teacher, the data, the settings.
+        made_from: All that decides the targets of an augmented image: the teacher and the settings.
     """
 
     def __init__(self, path: Path, num_samples: int, views: int, width: int, made_from: Any) -> None:
@@ -60,6 +62,10 @@ class KeptTargets(Callback):
             f"but only {free / 1e6:,.0f} MB is free; free disk space, or set fewer views, or null"
         )
 
+    def after_load(self, state: State, logger: Logger) -> None:
+        if not has_ended(state):
+            raise_on_all_ranks(self.check_room())
+
     def fit_start(self, state: State, logger: Logger) -> None:
         mark = self.path.with_name(MARK)
         if self.path.exists() and not mark.exists():  # on a node without rank 0
@@ -77,20 +83,28 @@ class KeptTargets(Callback):
         targets = [regression.target.flatten(1) for regression in (outputs, *outputs.others)]
         values = torch.cat(targets, dim=1).half().cpu().numpy()
         with writing(self.path):
-            for offset, row in zip(self._offsets(state.batch), values, strict=True):
+            origins = state.batch["origin"].tolist()
+            for offset, origin, row in zip(self._offsets(state.batch), origins, values, strict=True):
                 data = row.tobytes()
-                os.pwrite(self.file, data + xxh3_64_digest(data, self.seed), offset)
+                os.pwrite(self.file, data + xxh3_64_digest(data, origin), offset)
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return a batch; it has ``targets``, (B, width) float16, only if those of all its samples were kept."""
+        """Return a batch.
+
+        It has ``origin``, (B,) int64, a hash of each image and of what else decides its targets; and ``targets``,
+        (B, width) float16, only if those of all its samples were kept.
+        """
         batch, rows = default_collate(list(samples)), []
-        for offset in self._offsets(batch):
+        images = (sample["image"].contiguous().numpy() for sample in samples)
+        origins = [xxh3_64_intdigest(image, self.seed) >> 1 for image in images]  # an int64
+        batch["origin"] = torch.tensor(origins)
+        for offset, origin in zip(self._offsets(batch), origins, strict=True):
             try:
                 data = os.pread(self.file, self.row_bytes, offset)
             except OSError:  # writing to such a disk ends the run
                 return batch
             values, checksum = data[:-CHECKSUM], data[-CHECKSUM:]
-            if xxh3_64_digest(values, self.seed) != checksum:
+            if xxh3_64_digest(values, origin) != checksum:
                 return batch
             rows.append(np.frombuffer(values, np.float16))
         return batch | {"targets": torch.from_numpy(np.stack(rows))}

@@ -9,14 +9,15 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from d2v_composer.models.provenance import value_at
+from d2v_composer.models.provenance import is_same_but_for_rounding, value_at
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import write_atomically
 
 # What a message calls a key that is no field of a YAML.
 SHOWN_AS = {
-    "teacher.sha256": "teacher.checkpoint (its sha256)",
+    "teacher.sha256": "teacher (sha256 of its weights and preprocessing)",
+    "teacher.outputs": "teacher (its outputs for fixed inputs)",
     "model.sha256": "model (its sha256)",
     "model.representation": "representation",
     "model.pooling": "pooling",
@@ -81,5 +82,5 @@ def find_changes(key: str, before: Any, now: Any, default: Any = None) -> Iterat
         for name in dict.fromkeys([*now, *before]):
             usual = value_at(default, name)
             yield from find_changes(f"{key}.{name}", before.get(name, usual), now.get(name), usual)
-    elif before != now:
+    elif before != now and not (key == "teacher.outputs" and is_same_but_for_rounding(before, now)):
         yield f"{SHOWN_AS.get(key, key.removeprefix('config.'))}: checkpoint has {before}, config has {now}"

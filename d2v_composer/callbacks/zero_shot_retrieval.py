@@ -4,31 +4,36 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from statistics import mean
 from typing import Any
 
 import torch
-from composer.core import Callback, Event, State, get_precision_context
-from composer.loggers import Logger
+from composer.core import Callback, Event, State, Timestamp, get_precision_context
+from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist, model_eval_mode
 from torch import Tensor
+from torchmetrics import MeanMetric
 
 from d2v_composer.callbacks.algorithms import broadcast_statistics
 from d2v_composer.callbacks.alignment import AlignStudent
 from d2v_composer.callbacks.run_record import find_changes
-from d2v_composer.callbacks.trainer_state import due_every, unwrapped
+from d2v_composer.callbacks.trainer_state import due_every, has_ended, unwrapped
 from d2v_composer.checkpoints.checkpoint import Result, read_results
 from d2v_composer.data.modality import Augmentation
 from d2v_composer.evaluation.labeled_retrieval import Embed, Lookup, Neighbors, measure_embeddings
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.evaluation.rows import (
+    BANKS,
     PROBES,
     ROWS,
     STUDENT,
     TEACHER,
     UNTRAINED,
     metric_key,
+    retrieval_from,
     rows_of,
 )
+from d2v_composer.models.names import PROJECTED
 from d2v_composer.sources.labeled import EvaluationSet
 from d2v_composer.system.errors import InputError
 
@@ -56,7 +61,11 @@ class ZeroShotRetrieval(Callback):
     ``metrics/{dataset}/bank_{train|test}/top{k}/{embedding}`` for every named embedding, the same below
     ``metrics/{dataset}/{baseline}/`` for each baseline, and ``time/zero_shot_retrieval`` in seconds. Probes have
     ``{knn|knn_majority|linear}/top1``, ``agreement@10`` and ``{instance|zero_shot}/top{k}`` in place of
-    ``bank_{train|test}/top{k}``.
+    ``bank_{train|test}/top{k}``. ``metrics/mean/top1`` is the mean over data sets and banks of the student's top-1
+    retrieval accuracy in the primary embedding.
+
+    To Composer's callbacks, each measurement of the student is an evaluation labeled ``retrieval``, whose metrics have
+    the keys above without ``metrics/``. For example, ``EarlyStopper("mean/top1", "retrieval", patience="9ba")`` works.
 
     Args:
         datasets: Name → labeled images; each split is the bank for the other's queries. For a set without labels,
@@ -76,7 +85,8 @@ class ZeroShotRetrieval(Callback):
             ``class_embeddings``, tells whether the text embedding of an image's class is the nearest to its
             ``projected_cls``.
         augment: Makes the views for ``instance``.
-        align: Fits the student's ``projected_cls`` before each evaluation, so that this embedding is measured, too.
+        align: Fits the student's ``projected_cls``, so that this embedding is measured, too: in each evaluation if it
+            is ``primary`` or a probe needs it, otherwise only at the end of training.
         should_stop: Asked before each batch of images; must be False until training begins, and the same on all ranks.
             True ends the evaluation; the run that resumes repeats it first.
         device_batch_size: Images embedded at once on each device.
@@ -134,6 +144,7 @@ class ZeroShotRetrieval(Callback):
         self.baselines = baselines
         self.at_start = at_start
         self.align, self.should_stop = align, should_stop
+        self.needs_alignment = primary == PROJECTED or "zero_shot" in probes
         self.progress_bar = progress_bar
         self.is_due = due_every(interval, {Event.BATCH_END, Event.EPOCH_END})
         self.history: list[dict[str, Any]] = []
@@ -201,7 +212,6 @@ class ZeroShotRetrieval(Callback):
         self.was_stopped = True
         with suppress(_StoppedError):
             self.measure([True], state, logger)
-            self.was_stopped = False
 
     def measure(self, changes: Collection[bool], state: State, logger: Logger) -> None:
         """Measure rows of the evaluation on all sets; then keep and log the results.
@@ -225,8 +235,11 @@ class ZeroShotRetrieval(Callback):
         progress = "retrieval " if self.progress_bar and ranks.rank == 0 else None
         lookup = replace(self.lookup, to_device=to_device, ranks=ranks, progress=progress)
         broadcast_statistics(state.model)
-        if self.align is not None and True in changes:
-            self.align.fit(state, to_device)
+        if (align := self.align) is not None and True in changes:
+            # If a shorter run has ended before, the student has a map that does not fit its weights anymore.
+            has_map = align.student.alignment is not None
+            if has_map or self.needs_alignment or has_ended(state):
+                align.fit(state, to_device)
         precision = get_precision_context(state.precision, state.precision_config)
         with model_eval_mode(state.model), torch.no_grad(), precision:
             for dataset, labeled in self.datasets.items():
@@ -245,8 +258,34 @@ class ZeroShotRetrieval(Callback):
                 if rows[result.row].changes_in_training == changing
                 for name in (("", result.embedding) if result.is_primary else (result.embedding,))
             }
+            if changing:
+                keys = (metric_key(dataset, retrieval_from(bank, 1)) for dataset in self.datasets for bank in BANKS)
+                if top1 := [metrics[key] for key in keys if key in metrics]:
+                    metrics["metrics/mean/top1"] = mean(top1)
             logger.log_metrics(metrics)
             if changing:
                 self.history.append({"batch": batch, "metrics": metrics})
+                self.was_stopped = False
+                run_evaluation_events(state, logger, metrics)
             else:
                 self.baseline_metrics = metrics
+
+
+def run_evaluation_events(state: State, logger: Logger, metrics: Mapping[str, float]) -> None:
+    """Give accuracies to other callbacks as Composer's Trainer does after an evaluation of its own.
+
+    Loggers get no events: Composer's look for the evaluation among the Trainer's own, and have the logged numbers.
+    """
+    state.eval_metrics["retrieval"] = {}
+    for key, accuracy in metrics.items():
+        metric = MeanMetric(sync_on_compute=False)  # all ranks have the same accuracies
+        metric.update(accuracy)
+        state.eval_metrics["retrieval"][key.removeprefix("metrics/")] = metric
+    loader, label, length = state.dataloader, state.dataloader_label, state.dataloader_len
+    state.set_dataloader([], "retrieval")
+    state.eval_timestamp = Timestamp()
+    for event in (Event.EVAL_START, Event.EVAL_END):
+        for callback in state.callbacks:
+            if not isinstance(callback, LoggerDestination):
+                callback.run_event(event, state, logger)
+    state.set_dataloader(loader, label, -1 if length is None else length)

@@ -37,6 +37,7 @@ from d2v_composer.system.files import check_owned, flush, move, partial_file
 
 CHECKPOINT_NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
 LATEST = "latest-rank0.pt"
+BEST = "best-rank0.pt"
 # Composer's pointer in a store: a small file with a key.
 STORED_POINTER = f"{LATEST}.symlink"
 LOG = "log.jsonl"
@@ -60,8 +61,6 @@ ALGORITHMS = {
     "label_smoothing": "composer.algorithms:LabelSmoothing",
 }
 """Name in the section ``algorithms`` → the class of which its fields are the arguments."""
-# Composer evaluates a checkpoint's entries for algorithms as Python expressions.
-OUR_ALGORITHMS = {"GradientNorm", *(place.partition(":")[2] for place in ALGORITHMS.values())}
 
 ReadT = TypeVar("ReadT")
 
@@ -83,6 +82,11 @@ class Checkpoint(NamedTuple):
     def tensors(self) -> dict[str, Tensor]:
         """The state dict of the model."""
         return self.contents["state"]["model"]
+
+    @property
+    def algorithms(self) -> list[str]:
+        """The names of the run's algorithms."""
+        return [name for name, _ in self.contents["state"]["algorithms"]]
 
     def trained(self, unit: str) -> int:
         """Return how long the run has trained, in ``batch`` or ``epoch``."""
@@ -111,14 +115,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
         with torch.serialization.safe_globals(OUR_GLOBALS):
             # Without mmap, torch reads as many numbers as the pickle says, even if the record has fewer.
             checkpoint = Checkpoint(path, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        algorithms = [name for name, _ in checkpoint.contents["state"]["algorithms"]]
         tensors = list(checkpoint.tensors.values())
+        ",".join(checkpoint.algorithms)  # fails if these are no names
     except Exception as error:
         if isinstance(error, RuntimeError):  # torch's reader of archives
             raise CorruptCheckpointError(f"{path}: truncated or corrupt ({fault_of(error)})") from error
         raise InputError(f"{foreign} ({fault_of(error)})") from error
-    if not OUR_ALGORITHMS.issuperset(algorithms):
-        raise InputError(f"{foreign}: expected no algorithms except {sorted(OUR_ALGORITHMS)}, got {algorithms}")
     # Composer does not load strictly: it would train on from random weights.
     if not tensors or not all(isinstance(tensor, Tensor) and tensor.isfinite().all() for tensor in tensors):
         raise InputError(f"{foreign}: expected only tensors of finite numbers in state.model")
@@ -173,6 +175,7 @@ def find_newest(
                 download_checkpoint(f"{folder.address}/{name}", fetched)
                 accept(checkpoint := read_checkpoint(fetched)._replace(path=path))
                 _download(f"{folder.address}/{LOG}", local_log)
+                _download(f"{folder.address}/{BEST}", folder.local / BEST)
                 return checkpoint
         return None
 
@@ -309,6 +312,8 @@ def upload_missing(folder: RunFolder) -> None:
     """
     newest = (folder.local / LATEST).resolve()
     if folder.address is not None and newest.exists() and newest.name not in _stored_checkpoints(folder.address)[:1]:
+        if (best := newest.with_name(BEST)).exists():
+            put(best, f"{folder.address}/{BEST}", denial_passes=True)
         upload_checkpoint(newest, folder.address)
 
 
@@ -368,6 +373,13 @@ def drop_unused_scaler(checkpoint: dict[str, Any], precision: str) -> None:
     state = checkpoint["state"]
     if "scaler" in state and not (precision == "amp_fp16" and state["scaler"].get("GradScaler")):
         del state["scaler"]
+
+
+def drop_alignment(checkpoint: dict[str, Any]) -> None:
+    """Remove a student's map into its teacher's space from a checkpoint: training would make it wrong."""
+    tensors = checkpoint["state"]["model"]
+    for name in [name for name in tensors if ".alignment." in name]:
+        del tensors[name]
 
 
 class Measure(NamedTuple):

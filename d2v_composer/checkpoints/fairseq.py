@@ -21,7 +21,6 @@ from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.names import Weights
 from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError, errors_of, reading
-from d2v_composer.system.files import sha256
 
 # How the names of an encoder's tensors begin → its kind.
 PREFIXES: dict[str, type[Any]] = {
@@ -84,7 +83,7 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
     # Only pre-training uses these: data2vec 2.0's decoder, and the heads of its and EAT's losses.
     left = (f"{prefix}decoder.", "shared_decoder.", "recon_proj.", "cls_proj.", "center")
     used = {ours: stored[name] for ours, name in renamed.items() if not name.startswith(left)}
-    provenance = {"source": file_name(path), "sha256": sha256(file), "weights": weights, "license": LICENSES[kind]}
+    provenance = {"source": file_name(path), "weights": weights, "license": LICENSES[kind]}
     teacher = build_loaded(path, lambda: Data2Vec2(config, provenance), used)
     return teacher, [name for name in stored if name.startswith(left)]
 
@@ -147,18 +146,21 @@ def load_data2vec2(path: str | Path, weights: Weights) -> Data2Vec2:
     """
     file = fetch_model(path)
     if not is_safetensors(file):
-        return read_fairseq_checkpoint(path, file, weights)[0]
-    stored = read_model_file(file)
-    stored.expect(path, "teacher")
-    with reading(path):
-        file_weights = stored.provenance["weights"]
-        config = read_config(TeacherConfig, stored.config)
-    if file_weights != weights:
-        raise InputError(
-            f"{path} was converted with --weights {file_weights}, and has no {weights} weights; convert it again with "
-            f"--weights {weights}"
-        )
-    return build_loaded(path, lambda: Data2Vec2(config, stored.provenance), stored.tensors)
+        teacher, _ = read_fairseq_checkpoint(path, file, weights)
+    else:
+        stored = read_model_file(file)
+        stored.expect(path, "teacher")
+        with reading(path):
+            file_weights = stored.provenance["weights"]
+            config = read_config(TeacherConfig, stored.config)
+        if file_weights != weights:
+            raise InputError(
+                f"{path} was converted with --weights {file_weights}, and has no {weights} weights; convert it again "
+                f"with --weights {weights}"
+            )
+        teacher = build_loaded(path, lambda: Data2Vec2(config, stored.provenance), stored.tensors)
+    with errors_of(str(path)):
+        return teacher.identify()
 
 
 def convert_teacher(
@@ -194,7 +196,8 @@ def convert_teacher(
         raise InputError(f"{source} is not an EAT checkpoint; leave out {', '.join(spectrogram)}")
     with errors_of(str(source)):
         teacher.encoder.config = teacher.encoder.config.changed(**spectrogram)
-    teacher.config = teacher.config.changed(encoder=teacher.encoder.config)
+        teacher.config = teacher.config.changed(encoder=teacher.encoder.config)
+        teacher.identify()
     teacher.provenance |= {
         "dtype": str(dtype).removeprefix("torch."),
         "license": license or teacher.provenance["license"],

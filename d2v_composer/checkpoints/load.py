@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from d2v_composer.models.provenance import distillation_of, is_teacher_of, value
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.command_line import d2v
+from d2v_composer.system.entry_points import find_entry_point
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.fetch import is_remote
 
@@ -117,7 +117,7 @@ def load_same_teacher(source: str, record: Any, **options: Any) -> Any:
     if not is_teacher_of(record, teacher):
         raise InputError(
             f"{source}: not this student's teacher: sha256 {teacher.provenance['sha256']}, "
-            f"expected {value_at(record, 'teacher.sha256')}"
+            f"expected {value_at(record, 'teacher.sha256')}, and the same outputs"
         )
     return teacher
 
@@ -126,18 +126,20 @@ def load_external(path: str | Path | None, model: str) -> Teacher:
     """Load the teacher ``ext/NAME`` that an installed package offers; the package receives ``path``.
 
     Raises:
-        InputError: No package offers this teacher, or what a package offers is no teacher.
+        InputError: No package offers this teacher, or several do; or what the package offers is no teacher.
     """
-    for entry in entry_points(group=ENTRY_POINTS, name=model.removeprefix(PACKAGE_PREFIX)):
-        with errors_of(f"model: {model} from {entry.value}"):
-            teacher = entry.load()(path)
-        if not isinstance(teacher, Teacher):
-            raise InputError(f"model: {model} must be a FrozenModel, got {type(teacher).__name__} from {entry.value}")
-        return teacher
-    raise InputError(
-        f"model: no installed package offers {model} by an entry point of the group {ENTRY_POINTS}; pass a "
-        "teacher made in Python: train_student(config, teacher=…)"
-    )
+    with errors_of("model"):
+        entry = find_entry_point(ENTRY_POINTS, model.removeprefix(PACKAGE_PREFIX))
+    if entry is None:
+        raise InputError(
+            f"model: no installed package offers {model} by an entry point of the group {ENTRY_POINTS}; pass a "
+            "teacher made in Python: train_student(config, teacher=…)"
+        )
+    with errors_of(f"model: {model} from {entry.value}"):
+        teacher = entry.load()(path)
+    if not isinstance(teacher, Teacher):
+        raise InputError(f"model: {model} must be a FrozenModel, got {type(teacher).__name__} from {entry.value}")
+    return teacher
 
 
 def save_student(student: Backbone, out: Path, when_complete: Callable[[], object] = lambda: None) -> None:
@@ -185,7 +187,7 @@ def load_student(path: str | Path) -> Any:
     sizes = read_sizes(path, stored.config)
     tensors = {sizes.prefix + name: tensor for name, tensor in stored.tensors.items() if name != CONFIG_TENSOR}
     student = build_student(path, sizes, tensors, stored.provenance)
-    check_timm_outputs(path, student.encoder)
+    check_timm_outputs(path, student)
     return student
 
 

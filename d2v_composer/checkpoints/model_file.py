@@ -236,16 +236,16 @@ def build_student(source: Any, sizes: NetworkSizes | StudentSizes, tensors: Tens
     return build_loaded(source, build, tensors).eval()
 
 
-def check_timm_outputs(source: Any, encoder: Any) -> None:
-    """Check that a timm encoder computes what it did at export, since timm's version may differ.
+def check_timm_outputs(source: Any, student: Any) -> None:
+    """Check that a student with a timm encoder computes what it did at export, since timm's version may differ.
 
     Raises:
         InputError: The installed timm computes something else.
     """
-    config = encoder.config
+    config = student.encoder.config
     if isinstance(config, TimmConfig) and config.outputs:
         with reading(source):
-            if not is_same(torch.tensor(encoder.sample_outputs()), torch.tensor(config.outputs)):
+            if not is_same(torch.tensor(student.sample_outputs()), torch.tensor(config.outputs)):
                 raise ValueError(
                     f"the installed timm gives different results for {config.model} than timm {config.timm!r:.30}, "
                     "which exported it: install that version"
@@ -278,7 +278,7 @@ def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], Tensors]
     student = copy.deepcopy(student).cpu().eval()
     encoder, is_network = student.encoder, isinstance(student.config, TimmNetworkConfig)
     if isinstance(encoder.config, TimmConfig):
-        encoder.config = encoder.config.changed(timm=timm.__version__, outputs=encoder.sample_outputs())
+        encoder.config = encoder.config.changed(timm=timm.__version__, outputs=student.sample_outputs())
     if is_network and student.alignment is not None:  # in a file, the map is timm's classifier
         encoder.config = encoder.config.changed(projection=student.projected_width)
     sizes, (name, options) = sizes_of(student), timm_arguments(student)

@@ -31,9 +31,8 @@ from d2v_composer.models.configs import ImageSize
 from d2v_composer.models.timm_network import projection_width
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, materialize, teacher_config
 from d2v_composer.system.addresses import file_name
-from d2v_composer.system.errors import InputError
+from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.fetch import fetch_from_hub
-from d2v_composer.system.files import sha256
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # Training programs nest the weights below these names; like timm, averaged ones before others.
@@ -79,10 +78,10 @@ def load_timm_teacher(
         "tag": pretrained.get("tag") if path is None else None,
         "timm": timm.__version__,
         "source": f"hub:{pretrained['hf_hub_id']}" if path is None else file_name(path),
-        "sha256": sha256(file),
         "license": license if path is None else f"the file's; timm states for its own: {license}",
     }
-    return TimmTeacher(built, config, provenance, projected)
+    with errors_of(str(file)):
+        return TimmTeacher(built, config, provenance, projected).identify(stored)
 
 
 def fetch_pretrained(model: str, pretrained: Mapping[str, Any]) -> Path:

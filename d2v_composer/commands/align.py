@@ -69,7 +69,6 @@ def main(argv: Sequence[str]) -> None:
         # An evaluation computes the teacher's embeddings with the sizes and the normalization of the student's run.
         is_own = (
             is_teacher_of(record, teacher)
-            and value_at(record, "config.teacher.image_size") is None
             and value_at(record, "config.teacher.first_blocks") in (None, teacher.encoder.config.prenet_depth)
             and (not name.startswith("layer_mean") or student.layer_mean[:2] == teacher.layer_mean[:2])
         )

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     out, options = arguments.out, (arguments.weights, getattr(torch, arguments.dtype), arguments.license)
     teacher, left = convert_teacher(arguments.source, out, *options, **spectrogram)
     config, provenance = teacher.config, teacher.provenance
-    print(f"{provenance['source']} (sha256 {provenance['sha256']})")
+    print(f"{provenance['source']} (sha256 of its weights: {provenance['sha256']})")
     print(
         f"{config.modality} model: width {config.embed_dim}, {config.num_heads} heads, "
         f"{config.prenet_depth} + {config.depth} blocks, {teacher.encoder.num_tokens()} tokens of "

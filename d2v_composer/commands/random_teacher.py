@@ -7,7 +7,6 @@ SIZE is base, large or huge for data2vec 2.0's image models; base_audio or large
 for EAT; or timm/NAME.
 """
 
-import hashlib
 from collections.abc import Sequence
 
 from d2v_composer.commands.options import make_parser
@@ -32,14 +31,15 @@ def main(argv: Sequence[str]) -> None:
 
     torch.manual_seed(0)
     config = RELEASED.get(size)
+    provenance = {"source": f"random {size}", "weights": "model", "license": "none: random weights"}
     with errors_of(f"SIZE is not {', '.join(RELEASED)}"):
-        model = materialize(build_timm_model(size)) if config is None else Data2Vec2(config)
+        model = materialize(build_timm_model(size)) if config is None else Data2Vec2(config, provenance)
     tensors = model.state_dict()
     for name, tensor in tensors.items():  # LayerScale becomes 1: timm's 1e-5 would leave nothing of a block
         is_drawn = tensor.ndim > 1 and not name.endswith("alibi_scale")
         tensor.normal_(std=0.02) if is_drawn else tensor.fill_(not name.endswith("bias"))
-    sha256 = hashlib.sha256(f"random {size}".encode()).hexdigest()
-    provenance = {"source": f"random {size}", "sha256": sha256, "weights": "model", "license": "none: random weights"}
+    if isinstance(model, Data2Vec2):
+        model.identify()
     write_model_file(out, "teacher", config.model_dump(mode="json") if config else {}, provenance, tensors)
     print(f"wrote {out}: {sum(map(torch.numel, tensors.values())) / 1e6:.1f} M random parameters")
     teacher = f"teacher.model={DATA2VEC2 if config else size}", f"teacher.checkpoint={out.resolve()}"

@@ -41,7 +41,7 @@ def train(argv: Sequence[str], callbacks: "Sequence[Callback]" = ()) -> "Trainer
     from d2v_composer.config.load import load_config
     from d2v_composer.runs.distill import train_student
 
-    config = load_config(argv)
+    config = load_config(argv, needs_data=True)
     trainer = train_student(config, callbacks)
     if config.run_folder is not None:
         checkpoint = config.run_folder.local / LATEST

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, RunConfig, TrainConfig
+from d2v_composer.config.schema import NEEDS_DATA, EvaluateConfig, FinetuneConfig, RunConfig, TrainConfig
 from d2v_composer.config.types import suggest
 from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.processes import let_first_rank_report
@@ -31,7 +31,7 @@ MESSAGES = {
 }
 
 
-def load_config(argv: Sequence[str], values: Mapping[str, Any] = {}) -> TrainConfig:
+def load_config(argv: Sequence[str], values: Mapping[str, Any] = {}, *, needs_data: bool = False) -> TrainConfig:
     """Read and check a YAML and its overrides.
 
     ``${here:FILE}`` in a YAML is FILE beside that YAML.
@@ -39,6 +39,7 @@ def load_config(argv: Sequence[str], values: Mapping[str, Any] = {}) -> TrainCon
     Args:
         argv: The YAML's path, then any number of ``dotted.key=value``.
         values: Dotted key → value; these replace the YAML's values, and overrides replace these.
+        needs_data: Missing training samples are an error, too.
 
     Raises:
         InputError: A key or value is wrong; the error has a line for each, with what is allowed.
@@ -48,7 +49,7 @@ def load_config(argv: Sequence[str], values: Mapping[str, Any] = {}) -> TrainCon
         >>> config.student.depth
         2
     """
-    return load_checked(TrainConfig, argv, values)
+    return load_checked(TrainConfig, argv, values, NEEDS_DATA if needs_data else None)
 
 
 def load_finetune_config(argv: Sequence[str]) -> FinetuneConfig:
@@ -62,10 +63,12 @@ def load_evaluate_config(argv: Sequence[str]) -> EvaluateConfig:
     return load_checked(EvaluateConfig, argv if has_yaml else [devnull, *argv])
 
 
-def load_checked(schema: type[ConfigT], argv: Sequence[str], values: Mapping[str, Any] = {}) -> ConfigT:
+def load_checked(
+    schema: type[ConfigT], argv: Sequence[str], values: Mapping[str, Any] = {}, context: str | None = None
+) -> ConfigT:
     problems: list[str] = []
     try:
-        config = schema.model_validate(merge_settings(schema, argv, values, problems))
+        config = schema.model_validate(merge_settings(schema, argv, values, problems), context=context)
         if not problems:
             return config
     except ValidationError as error:

@@ -1,13 +1,24 @@
 """Every field of a YAML: name, type, limits, default and description; ``d2v fields`` prints them.
 
-The names are those of MosaicML's own recipes. Durations are Composer time strings: '5000ba' batches, '2ep' epochs.
+The fields of the Trainer, ``optimizer``, ``scheduler``, ``algorithms``, ``callbacks`` and ``loggers`` have the names of
+MosaicML's llm-foundry, where it has them. ``train_loader`` is flat: llm-foundry has ``name`` and ``dataset`` in it.
+Durations are Composer time strings: '5000ba' batches, '2ep' epochs.
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import AfterValidator, BaseModel, ByteSize, Field, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ByteSize,
+    Field,
+    ValidationInfo,
+    create_model,
+    model_validator,
+)
 from typing_extensions import Self
 
 from d2v_composer.config.reference import ModelReference, TimmSizes
@@ -20,6 +31,7 @@ from d2v_composer.config.types import (
     Beta,
     Count,
     Duration,
+    FoundAddress,
     Fraction,
     LocalFolder,
     Microbatch,
@@ -51,6 +63,7 @@ from d2v_composer.models.names import (
 from d2v_composer.models.student import Init
 from d2v_composer.objectives import OBJECTIVES
 from d2v_composer.sources import FORMAT, FORMATS, LOCAL
+from d2v_composer.sources.mds import is_mds
 from d2v_composer.system.addresses import RunFolder, check_run_name
 from d2v_composer.system.processes import num_nodes, num_ranks
 
@@ -72,6 +85,30 @@ LOGGERS = {
     "tensorboard": "composer.loggers:TensorboardLogger",
     "wandb": "composer.loggers:WandBLogger",
 }
+
+
+class OptimizerKind(NamedTuple):
+    """An optimizer that a YAML may choose; it takes the fields of :class:`OptimizerConfig`."""
+
+    path: str
+    """The class, imported when chosen."""
+    arguments: dict[str, Any]
+    """Arguments besides the fields."""
+
+    @property
+    def log_key(self) -> str:
+        """The key below which Composer's LRMonitor logs the learning rate of the first group."""
+        return f"lr-{self.path.partition(':')[2]}/group0"
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerKind("torch.optim:AdamW", {"fused": True}),
+    "decoupled_adamw": OptimizerKind("composer.optim:DecoupledAdamW", {}),
+}
+"""Name → optimizer."""
+
+# Context in which a config is validated if its training samples must be there.
+NEEDS_DATA = "needs data"
 
 
 class Section(BaseModel):
@@ -111,7 +148,7 @@ class TeacherSection(TimmSizes, Section):
     model: Annotated[Text, IS_TEACHER] = DATA2VEC2
     """``data2vec2``; ``timm/NAME`` with a NAME that ``timm.create_model`` accepts; or ``ext/NAME``, a teacher that an
     installed package offers or that you pass in Python."""
-    checkpoint: AddressText | None
+    checkpoint: FoundAddress | None
     """Path or address. data2vec2: fairseq's .pt or a converted .safetensors. timm: a .safetensors or PyTorch file;
     null: timm's pretrained weights, from the Hugging Face hub. ext: what the package takes."""
     weights: Weights = "model"
@@ -122,14 +159,17 @@ class StudentOptions(BlockSizes, Section):
     """The student: the arguments of ``Teacher.build_student``."""
 
     model: Annotated[Text, must("be timm/NAME", lambda name: name.startswith(TIMM_PREFIX))] | None = None
-    """null: blocks on the teacher's encoder, as in the thesis. timm/NAME: the whole timm model; its features must form
-    a grid, and the other fields, except ``pretrained``, must keep their defaults."""
+    """null: blocks on the teacher's encoder, as in the thesis chapter. timm/NAME: the whole timm model; its features
+    must form a grid, and the other fields, except ``pretrained``, must keep their defaults."""
     pretrained: bool = False
     """With ``model``: start from timm's pretrained weights, fetched from the Hugging Face hub."""
 
     init: Init = "random"
-    """``random``, as in the thesis. ``teacher_attention``: copy the attention of the teacher's first blocks.
-    ``teacher_blocks``: copy those blocks whole."""
+    """``random``: our choice, because the thesis chapter names none. ``teacher_attention``: copy the attention of the
+    teacher's first blocks. ``teacher_blocks``: copy those blocks whole."""
+    freeze_copied: bool = False
+    """Keep what ``init`` copies as it is, and train the rest. The author of the thesis did so with
+    ``teacher_attention``."""
 
 
 class TargetsConfig(Section):
@@ -145,8 +185,8 @@ class TargetsConfig(Section):
     """``ffn``: FFN outputs of the teacher's blocks. ``block``: the blocks' outputs (in a pre-norm ViT, the residual
     stream)."""
     normalization: TargetNormalization | None = None
-    """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in the
-    thesis. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. ``dataset``: each
+    """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in data2vec
+    2.0. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. ``dataset``: each
     channel of the target by a fixed mean and deviation, measured before the first step, but prediction and
     ``layer_mean`` as with ``layer``. null: ``instance``; with ``student.model``, ``layer``."""
     dataset_batches: Count | None = None
@@ -219,10 +259,27 @@ class TrainLoaderConfig(ShardLoaderConfig):
     first again, in a new order. null: new views in every epoch. From a view's second epoch on, its targets are read
     from a file in ``save_folder`` (2 bytes per value; the run deletes it at its end), and the teacher does not run."""
 
+    def find_missing_data(self) -> str | None:
+        """Return '.key: problem' if there are no samples to train on; ``None`` if there are, or a store has them."""
+        if self.remote is not None or is_mds(Path(self.local)):
+            return None
+        return (
+            f".remote: must be the address of an MDS data set, such as s3://BUCKET/imagenet/train, because there is "
+            f"none in train_loader.local, {self.local}; the YAMLs for ImageNet take it from the variable IMAGENET"
+        )
+
+    @model_validator(mode="after")
+    def _check_data(self, info: ValidationInfo) -> Self:
+        if info.context == NEEDS_DATA and (problem := self.find_missing_data()) is not None:
+            raise ValueError(problem)
+        return self
+
 
 class OptimizerConfig(Section):
-    """torch.optim.AdamW."""
+    """The optimizer."""
 
+    name: Annotated[Text, must(f"be one of {', '.join(OPTIMIZERS)}", OPTIMIZERS.__contains__)] = "adamw"
+    """``adamw``: torch.optim.AdamW, fused. ``decoupled_adamw``: Composer's DecoupledAdamW, as in llm-foundry."""
     lr: Positive = 5e-4
     """Learning rate at the end of the warm-up."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.98)
@@ -230,14 +287,17 @@ class OptimizerConfig(Section):
     eps: Positive = 1e-6
     """Number added to the denominator of each update."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Weight decay: each step multiplies the weights by 1 - learning rate · weight_decay."""
+    """Weight decay: each step multiplies the weights by 1 - learning rate · weight_decay; with ``decoupled_adamw``, by
+    1 - weight_decay · learning rate / ``lr``."""
     decay_norms_and_biases: bool = False
     """Decay 1-D parameters too: norms and biases."""
 
 
 class SchedulerConfig(Section):
-    """Composer's CosineAnnealingWithWarmupScheduler."""
+    """The learning rate over the run."""
 
+    name: Literal["cosine_with_warmup"] = "cosine_with_warmup"
+    """``cosine_with_warmup``: Composer's CosineAnnealingWithWarmupScheduler."""
     t_warmup: WarmUp = "3000ba"
     """Length of the linear warm-up: batches, epochs, or a fraction of the run ('0.1dur')."""
     alpha_f: Fraction = 0.0
@@ -287,7 +347,8 @@ class AlignmentConfig(Section):
     """The map from the student's embeddings to its teacher's, fitted in closed form."""
 
     max_samples: Whole = 20000
-    """Maximum number of training samples to fit the map to, at the end and before each retrieval; 0: no map."""
+    """Maximum number of training samples to fit the map to; 0: no map. It is fitted at the end of the run, and before
+    each retrieval whose primary embedding or probes need it."""
     pooling: Pooling | None = None
     """Pooling of the teacher's embedding to which the map is fitted: ``cls``, ``mean`` or ``mean_patches``; null: the
     teacher's default."""
@@ -361,9 +422,11 @@ class TrainerConfig(RunConfig):
     algorithms: AlgorithmsConfig = AlgorithmsConfig()
     callbacks: Annotated[Arguments, arguments_of(CALLBACKS)] = {}
     """Name → arguments, {} for the defaults; null turns one off. Names: health, lr_monitor, memory_monitor,
-    nan_monitor, optimizer_monitor, runtime_estimator, speed_monitor, system_metrics_monitor."""
+    nan_monitor, optimizer_monitor, runtime_estimator, speed_monitor, system_metrics_monitor; ``ext/NAME`` for an
+    installed package's."""
     loggers: Annotated[Arguments, arguments_of(LOGGERS)] = {}
-    """Name → arguments, {} for the defaults; null turns one off. Names: jsonl, mlflow, tensorboard, wandb."""
+    """Name → arguments, {} for the defaults; null turns one off. Names: jsonl, mlflow, tensorboard, wandb;
+    ``ext/NAME`` for an installed package's."""
     progress_bar: bool = True
     """Show a progress bar on a terminal; elsewhere, print a line every ten seconds. false: neither."""
     report: bool = True
@@ -380,6 +443,9 @@ class TrainerConfig(RunConfig):
     """Resume from the newest checkpoint in ``save_folder``. false: refuse a folder that has checkpoints."""
     load_path: Annotated[PathText, checked(check_file)] | None = None
     """Checkpoint to resume from if ``save_folder`` has none."""
+    load_weights_only: bool = False
+    """Take only the student's weights from ``load_path``: steps, order of samples and optimizer begin anew, and all
+    settings may differ."""
 
     @property
     def run_folder(self) -> RunFolder | None:
@@ -396,6 +462,8 @@ class TrainerConfig(RunConfig):
             yield f".train_loader.num_canonical_nodes: must divide global_train_batch_size {size}, got {parts}"
         if self.train_loader.remote is not None and parts % (nodes := num_nodes()):  # else each node fetches all
             yield f".train_loader.num_canonical_nodes: must be divisible by the {nodes} nodes, got {parts}"
+        if self.load_weights_only and self.load_path is None:
+            yield ".load_weights_only: must be false without a load_path"
         if self.device_train_microbatch_size == "auto" and not has_gpu():
             yield ".device_train_microbatch_size: 'auto' needs a GPU, and this machine has none; give a number or null"
 
@@ -420,16 +488,22 @@ class TrainConfig(TrainerConfig):
     teacher: TeacherSection
     student: StudentOptions = StudentOptions()
     prediction: Prediction = "layer_mean"
-    """``layer_mean``: the normalized mean of the student's FFN outputs, as in the thesis. ``last_block``: the
+    """``layer_mean``: the normalized mean of the student's FFN outputs, as in the thesis's code. ``last_block``: the
     student's last block's output, not normalized."""
     targets: TargetsConfig = TargetsConfig()
     objectives: ObjectivesConfig = ObjectivesConfig()  # pyright: ignore[reportInvalidTypeForm]
     train_loader: TrainLoaderConfig  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
     alignment: AlignmentConfig = AlignmentConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
+    save_best: bool = False
+    """Also keep the checkpoint with the highest ``metrics/mean/top1``, saved when this is measured, as
+    ``best-rank0.pt``."""
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
+        measures_top1 = any(self.retrieval.datasets.values()) and 1 in self.retrieval.ks
+        if self.save_best and (self.save_folder is None or not measures_top1):
+            yield ".save_best: must be false without a save_folder, retrieval.datasets or 1 in retrieval.ks"
         if self.train_loader.views is not None and self.save_folder is None:
             yield ".train_loader.views: must be null without a save_folder, which holds the views' targets"
         parts, nodes = self.train_loader.num_canonical_nodes, num_nodes()
@@ -443,7 +517,7 @@ class TrainConfig(TrainerConfig):
 
 
 class LayerwiseOptimizerConfig(OptimizerConfig):
-    """torch.optim.AdamW with a learning rate for each depth."""
+    """The optimizer, with a learning rate for each depth."""
 
     layer_decay: Annotated[float, Field(ge=0.01, le=1)] = 1.0
     """Ratio of a block's learning rate to the next block's; the head's learning rate is ``lr``."""

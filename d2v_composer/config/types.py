@@ -4,15 +4,17 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from os.path import expanduser
+from os.path import abspath, exists, expanduser
 from pkgutil import resolve_name
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, JsonValue
 
 from d2v_composer.models.configs import parse_image_size
-from d2v_composer.models.names import DATA2VEC2, PACKAGE_PREFIX, TIMM_PREFIX
+from d2v_composer.models.names import CALLBACKS_GROUP, DATA2VEC2, PACKAGE_PREFIX, TIMM_PREFIX
 from d2v_composer.system.addresses import Address, check_path
+from d2v_composer.system.entry_points import find_entry_point
+from d2v_composer.system.errors import errors_of
 
 # Also the largest seed: ranks and epochs add to it, and numpy's seeds end at 2^32.
 MAX_INT = (1 << 31) - 1
@@ -66,16 +68,34 @@ def check_file(address: str) -> None:
         raise ValueError(f"{address}: {missing}")
 
 
+def place_of(name: str, known: Mapping[str, str]) -> Any:
+    """Return where the class of a callback or logger is, 'module:class'; ``None`` if there is none of this name.
+
+    Args:
+        name: Its name; ``ext/NAME`` is an entry point of the group :data:`CALLBACKS_GROUP`.
+        known: Name → class.
+
+    Raises:
+        InputError: Two packages offer the name.
+    """
+    if name.startswith(PACKAGE_PREFIX):
+        entry = find_entry_point(CALLBACKS_GROUP, name.removeprefix(PACKAGE_PREFIX))
+        return entry and entry.value
+    return known.get(name)
+
+
 def arguments_of(known: Mapping[str, str]) -> AfterValidator:
-    """Return a validator of a mapping from names of callbacks or loggers to their arguments, given name → class."""
+    """Return a validator of a mapping from names of callbacks or loggers to arguments; see :func:`place_of`."""
+    names = [*known, f"{PACKAGE_PREFIX}NAME, an entry point of the group {CALLBACKS_GROUP}"]
 
     def check(chosen: Mapping[str, Mapping[str, Any] | None]) -> None:
         lines: list[str] = []
         for name, arguments in chosen.items():
-            if name not in known:
-                lines.append(f".{name}: no such name{suggest(name, list(known))}")
+            if (place := place_of(name, known)) is None:
+                lines.append(f".{name}: no such name{suggest(name, names)}")
             elif arguments:
-                allowed = list(inspect.signature(resolve_name(known[name])).parameters)
+                with errors_of(place):
+                    allowed = list(inspect.signature(resolve_name(place)).parameters)
                 wrong = [argument for argument in arguments if argument not in allowed]
                 lines += [f".{name}.{argument}: no such argument{suggest(argument, allowed)}" for argument in wrong]
                 # Composer would divide by them.
@@ -96,6 +116,8 @@ IS_PRINTABLE = must("be printable characters", lambda text: bool(text) and text.
 Text = Annotated[str, IS_PRINTABLE]
 PathText = Annotated[Text, AfterValidator(expanduser)]
 AddressText = Annotated[PathText, checked(Address.parse)]
+# A path that the record of a run keeps, found from any folder; other texts may hide a password, and stay as they are.
+FoundAddress = Annotated[AddressText, AfterValidator(lambda place: abspath(place) if exists(place) else place)]
 LocalFolder = Annotated[PathText, must("be a folder on this machine", lambda folder: "://" not in folder)]
 Whole = Annotated[int, Field(ge=0, le=MAX_INT)]
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]

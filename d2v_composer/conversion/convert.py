@@ -78,12 +78,11 @@ def _cifar10_images(folder: Path, split: str) -> Source:
 def hold_out(source: Source, record: Path, workers: int = 0) -> tuple[dict[str, Source], int]:
     """Split samples into ``test`` (a tenth, at most 5,000, and all exact copies of them) and ``train`` (the rest).
 
-    The hash of a sample's id decides. The file ``record`` keeps hashes of the held-out contents: a repeated call holds
-    out the same contents, whatever their samples are called by then.
+    The hash of a sample's id decides.
 
     Args:
         source: The samples.
-        record: A JSON file.
+        record: A JSON file, which gets the hashes of the held-out contents.
         workers: Processes that read samples to compare them.
 
     Returns:
@@ -91,12 +90,11 @@ def hold_out(source: Source, record: Path, workers: int = 0) -> tuple[dict[str, 
     """
     by_hash = sorted(range(len(source)), key=lambda number: _sha256(os.fsencode(str(source.ids[number]))))
     numbers = sorted(by_hash[: min(len(source) // 10, MAX_HELD_OUT)])
-    hashed, is_new = _hash_contents(source, numbers, workers), not record.exists()
-    if is_new:
-        write_atomically(record, json.dumps(sorted({sha256 for _, sha256 in hashed.values()} - {""})))
-    held = {*json.loads(record.read_bytes())}
+    hashed = _hash_contents(source, numbers, workers)
+    held = {sha256 for _, sha256 in hashed.values()} - {""}
+    write_atomically(record, json.dumps(sorted(held)))
     # If a source knows the sizes of its samples, a copy has the size of one of these.
-    is_sized = is_new and all(source.sizes[number] == size for number, (size, _) in hashed.items())
+    is_sized = all(source.sizes[number] == size for number, (size, _) in hashed.items())
     may_be_copies = np.isin(source.sizes, source.sizes[numbers]) if is_sized else np.full(len(source), True)
     may_be_copies[numbers] = False
     hashed |= _hash_contents(source, np.flatnonzero(may_be_copies).tolist(), workers)

@@ -65,6 +65,8 @@ def read_index(path: str) -> VectorIndex:
     with reading(path):
         if path.endswith(".npy"):
             ids, rows = np.load(ids_file(path)), np.load(path, mmap_mode="r")
+        elif not path.endswith(".parquet"):
+            raise ValueError("expected .npy or .parquet")
         else:
             from pyarrow.parquet import read_table  # an extra
 

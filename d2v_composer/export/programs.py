@@ -314,7 +314,7 @@ class TimmStudent(Student):
             primary = Embedding.parse(config.pop("primary"))
             sizes = read_config(StudentSizes, config)
         head = {name: tensors.pop(name) for name in [*tensors] if name.startswith("head.")}
-        check_timm_outputs(CONFIG_TENSOR, build_student(CONFIG_TENSOR, sizes, tensors).encoder)
+        check_timm_outputs(CONFIG_TENSOR, build_student(CONFIG_TENSOR, sizes, tensors))
         if self.loaded != (sizes, primary):
             self.loaded = sizes, primary
             super().__init__(build_encoder(sizes.encoder), sizes.student, {"model": primary._asdict()})
@@ -331,9 +331,15 @@ def pretrained_cfg(config: EncoderConfig | None) -> dict[str, Any]:
 
 
 def build_timm_student(pretrained: bool = False, **kwargs: Any) -> TimmStudent:
-    """Build a student for timm, to load a file into (see :class:`TimmStudent`)."""
+    """Build a student for timm, to load a file into (see :class:`TimmStudent`).
+
+    Raises:
+        ValueError: ``features_only`` is true: timm would ask for the layers before the file says how many there are.
+    """
     from timm.models import build_model_with_cfg  # takes seconds
 
+    if kwargs.pop("features_only", False):
+        raise ValueError("features_only: d2v2_student has no feature maps; use its forward_features, (B, T, D)")
     not_ours: Any = ("in_chans", "img_size")  # timm's defaults; the file has its own
     kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or pretrained_cfg(None)  # timm gives None
     return build_model_with_cfg(TimmStudent, "d2v2_student", pretrained, kwargs_filter=not_ours, **kwargs)

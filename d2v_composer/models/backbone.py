@@ -5,7 +5,7 @@ Shapes: B inputs, T tokens, D channels, H heads, P channels of ``projected_cls``
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -21,6 +21,9 @@ from d2v_composer.models.names import PROJECTED, Embedding, Pooling, Representat
 from d2v_composer.models.provenance import value_at
 from d2v_composer.models.targets import LayerMean
 from d2v_composer.system.errors import InputError
+
+# What is kept of a model's outputs for fixed inputs: how many numbers of each kind, and the prime that spreads them.
+NUM_FIXED_INPUTS, NUM_OUTPUTS, OUTPUT_STEP = 2, 8, 1_000_003
 
 
 @contextmanager
@@ -49,10 +52,15 @@ def freeze_unused_parameters(model: nn.Module, result: Tensor) -> None:
 
 def hash_weights(model: "Backbone") -> str:
     """Return a hash of a model's sizes and weights, not of its file, which a run in progress may have replaced."""
-    digest = hashlib.sha256(repr((model.encoder.config, model.config)).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return hash_tensors(model.state_dict(), (model.encoder.config, model.config))
+
+
+def hash_tensors(tensors: Mapping[str, Tensor], *about: object) -> str:
+    """Return a hash of tensors, in whatever file or precision they are stored, and of values by their ``repr``."""
+    digest = hashlib.sha256(repr(about).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -281,6 +289,22 @@ class Backbone(nn.Module, ABC):
         """
         with frozen_use():
             return self.embed_encoded(self.encoder(self.encoder.windows(Inputs(images, lengths))), layer_mean)
+
+    def sample_outputs(self) -> tuple[float, ...]:
+        """Return a few numbers of what this model, on a CPU in float32, computes for fixed inputs.
+
+        Returns:
+            Numbers from its output, and from each pooling of the output; none if the output is not finite.
+        """
+        with frozen_use(), torch.autocast("cpu", enabled=False):
+            encoder = self.encoder
+            features = self.features(encoder(encoder.windows(Inputs(encoder.fixed_inputs(NUM_FIXED_INPUTS)))))
+            output = features.output
+            parts = [part.flatten() for part in (output, *features.poolings(output).values())]
+        if not output.isfinite().all():
+            return ()
+        numbers = torch.arange(NUM_OUTPUTS) * OUTPUT_STEP
+        return tuple(torch.cat([part[numbers % len(part)] for part in parts]).tolist())
 
     def embed_encoded(self, tokens: Tokens, layer_mean: LayerMean | None) -> dict[str, Tensor]:
         """Compute every embedding from the encoder's tokens, without gradient; see :meth:`embed_all`."""

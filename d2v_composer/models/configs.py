@@ -400,7 +400,7 @@ class BlockSizes(BaseModel):
     mlp_ratio: PositiveFloat = 3.0
     """Ratio of a block's MLP width to its number of channels."""
     alibi: bool = True
-    """Add the 2-D ALiBi bias to attention, as in the thesis."""
+    """Add the 2-D ALiBi bias to attention, as in the thesis chapter."""
     embed_dim: Width | None = None
     """Channels of blocks and embeddings, at most the encoder's; null: the encoder's. A narrower student has a linear
     layer before its blocks and, only for the regression, one after them."""

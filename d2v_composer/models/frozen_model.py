@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from d2v_composer.models.backbone import hash_weights
 from d2v_composer.models.configs import FrozenModelConfig, ImageEncoderConfig, height_and_width
 from d2v_composer.models.encoder import Inputs, Tokens
 from d2v_composer.models.features import Features
@@ -51,7 +50,8 @@ class FrozenModel(Teacher):
             ImageNet's.
 
     Raises:
-        ValueError: The module returns another shape, or a size is out of range.
+        ValueError: The module returns something else than such tokens, or numbers that are not finite; or a size is out
+            of range.
 
     Example:
         >>> class Grid(torch.nn.Module):  # patches without CLS
@@ -72,12 +72,13 @@ class FrozenModel(Teacher):
         shape = 1, 3, *height_and_width(config.image_size)
         with torch.no_grad():
             tokens = module.eval()(torch.zeros(shape))
-        if tokens.ndim != 3 or tokens.shape[:2] != (1, config.num_tokens):
-            raise ValueError(f"the module must map {shape} to (1, {config.num_tokens}, D), got {tuple(tokens.shape)}")
+        found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        if len(found) != 3 or found[:2] != (1, config.num_tokens):
+            raise ValueError(f"the module must map {shape} to (1, {config.num_tokens}, D), got {found}")
         config = config.changed(embed_dim=tokens.shape[2])
         super().__init__(ModuleEncoder(module, config), config)
-        self.provenance = {"source": source, "license": license, "sha256": hash_weights(self)}
-        self.freeze()
+        self.provenance = {"source": source, "license": license}
+        self.freeze().identify()
 
     def features(self, tokens: Tokens) -> Features:
         return Features.of_layer(tokens.x, self.num_extra_tokens, self.has_cls_token)

@@ -6,7 +6,6 @@ Shapes: B images, S pixels per side (or height and width), N patches, T tokens, 
 import logging
 import math
 from collections.abc import Sequence
-from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,6 @@ from d2v_composer.models.configs import ImageConfig, ImageEncoderConfig, height_
 from d2v_composer.models.encoder import Data2Vec2Encoder, Encoder, Inputs
 
 SIDE_OF_PIXELS = 32  # CIFAR's
-# An encoder's outputs in a file: how many, and the prime that spreads them over tokens and channels.
-NUM_OUTPUTS, OUTPUT_STEP = 32, 1_000_003
 # Largest difference, relative to the norm. Other processors and runtimes round float32 with smaller differences.
 OUTPUT_TOLERANCE = 1e-4
 
@@ -96,14 +93,6 @@ class PixelEncoder(Encoder):
         """Return the encoder's input, shrunk to CIFAR's 32 px, since a 224 px image would have 150,528 channels."""
         size = [min(SIDE_OF_PIXELS, side) for side in height_and_width(self.config.image_size)]
         return interpolate(self.prepare(inputs.values), size, mode="area").flatten(1)
-
-    def sample_outputs(self) -> tuple[float, ...]:
-        """Return a few outputs for a fixed image, computed by a copy of this encoder on a CPU in float32."""
-        shape = self.example(1).shape
-        image = (torch.arange(math.prod(shape)) * 7919 % 251).to(torch.uint8).view(shape)
-        with torch.autocast("cpu", enabled=False):
-            output = deepcopy(self).cpu().float().eval()(Inputs(image)).x.flatten()
-        return tuple(output[torch.arange(NUM_OUTPUTS) * OUTPUT_STEP % len(output)].tolist())
 
 
 class ImageEncoder(PixelEncoder, Data2Vec2Encoder):

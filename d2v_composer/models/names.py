@@ -13,9 +13,12 @@ DATA2VEC2 = "data2vec2"
 TIMM_PREFIX = "timm/"
 """Prefix of a timm model's name."""
 PACKAGE_PREFIX = "ext/"
-"""Prefix of the name of a teacher that an installed package offers, or that ``train_student`` is given."""
+"""Prefix of the name of a teacher, callback or logger that an installed package offers, or of a teacher that
+``train_student`` is given."""
 ENTRY_POINTS = "d2v_composer.teachers"
 """Group of entry points: each is called with ``teacher.checkpoint`` and returns a teacher."""
+CALLBACKS_GROUP = "d2v_composer.callbacks"
+"""Group of entry points: each is called with a YAML's arguments and returns a Composer callback or logger."""
 PROJECTED = "projected_cls"
 """Name of the embedding in the space of another model's, such as the teacher's own image embedding, however pooled."""
 Pooling = Literal["cls", "mean", "mean_patches"]

@@ -3,13 +3,14 @@
 Shapes: B inputs, E extra tokens, N patches, T = E + N tokens, D channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from d2v_composer.models.backbone import Backbone
+from d2v_composer.models.backbone import Backbone, hash_tensors
 from d2v_composer.models.configs import StudentConfig, TimmNetworkConfig
 from d2v_composer.models.encoder import Encoder, Freezable, Tokens
 from d2v_composer.models.names import ExtraTokens, check_choice
@@ -22,8 +23,8 @@ class Teacher(Backbone, Freezable):
     Args:
         encoder: Shared with students that are blocks, unless :meth:`student_encoder` gives them one of their own.
         config: The sizes.
-        provenance: Origin of the weights, stored with what is derived from them; at least ``source``, ``sha256`` and
-            ``license``.
+        provenance: Origin of the weights, stored with what is derived from them; at least ``source`` and
+            ``license``. :meth:`identify` adds ``sha256`` and ``outputs``.
     """
 
     def student_encoder(self) -> Encoder:
@@ -33,6 +34,26 @@ class Teacher(Backbone, Freezable):
             ValueError: No encoder for students can have this teacher's tokens.
         """
         return self.encoder
+
+    def identify(self, weights: Mapping[str, Tensor] | None = None) -> Self:
+        """Record in the provenance what this teacher is: a hash of its weights and preprocessing, and what it computes.
+
+        A hash that the provenance has stays: it is of the weights from which a file of fewer bits was converted.
+
+        Args:
+            weights: The weights to hash; default: this model's. timm resamples some of a file's for other images.
+
+        Raises:
+            ValueError: The teacher's outputs are not finite.
+        """
+        if not (outputs := self.sample_outputs()):
+            raise ValueError("the teacher's outputs are not finite")
+        self.provenance["outputs"] = [float(f"{output:.3g}") for output in outputs]
+        if "sha256" not in self.provenance:
+            config = self.encoder.config
+            preprocessing = [(name, getattr(config, name)) for name in config.preprocessing]
+            self.provenance["sha256"] = hash_tensors(self.state_dict() if weights is None else weights, preprocessing)
+        return self
 
     def init_sources(self, init: Init) -> Sequence[nn.Module]:
         """Return the attention modules or blocks from which a student's blocks can be initialized.
@@ -77,20 +98,22 @@ class Teacher(Backbone, Freezable):
         model: str | None = None,
         pretrained: bool = False,
         projected: bool = False,
+        freeze_copied: bool = False,
         **sizes: Any,
     ) -> Any:
         """Build a trainable student: blocks on :meth:`student_encoder`, or a timm model.
 
         Args:
-            init: ``random`` (the thesis), or copy the teacher's first blocks: ``teacher_attention``, or
-                ``teacher_blocks`` if the MLP ratios agree.
+            init: ``random``, or copy from the teacher's first blocks: ``teacher_attention``, or ``teacher_blocks`` if
+                the MLP ratios agree.
             model: ``timm/NAME``, for a timm model of any architecture whose features have a grid. The whole model
                 trains; it takes images of this teacher's size, normalized as for this teacher.
             pretrained: Start from timm's weights of ``model``.
             projected: Give the student the embedding ``projected_cls``, in the space of this teacher's. The teacher's
                 own frozen head computes it; in a narrower student or a timm model, a linear layer that trains.
+            freeze_copied: Train only what ``init`` does not copy.
             **sizes: Fields of :class:`~d2v_composer.models.configs.StudentConfig`, such as ``depth``, ``mlp_ratio`` and
-                ``alibi``; default the thesis's, and ``final_layer_norm`` the teacher's.
+                ``alibi``; default those of the thesis chapter, and ``final_layer_norm`` the teacher's.
 
         Returns:
             A :class:`~d2v_composer.models.student.Student`, or with ``model`` a
@@ -112,6 +135,8 @@ class Teacher(Backbone, Freezable):
             if self.projection is None:
                 raise ValueError("projected: this teacher has no projection; load it with projected=True")
             sizes["projection"] = self.projection.num_outputs if model is None else self.projected_width
+        if freeze_copied and init != "teacher_attention":
+            raise ValueError("freeze_copied: must be false without init teacher_attention, or nothing would be trained")
         if model is not None:
             return self.build_network(model, pretrained, **sizes, **({} if init == "random" else {"init": init}))
         if pretrained:
@@ -130,7 +155,9 @@ class Teacher(Backbone, Freezable):
             )
         try:
             for block, source in zip(student.block_list, sources, strict=False):
-                (block.attn if init == "teacher_attention" else block).load_state_dict(source.state_dict())
+                copied = block.attn if init == "teacher_attention" else block
+                copied.load_state_dict(source.state_dict())
+                copied.requires_grad_(not freeze_copied)
         except RuntimeError as error:  # the message's first line is a title
             raise ValueError(f"init {init} needs the teacher's sizes: {str(error).splitlines()[1].strip()}") from error
         return student

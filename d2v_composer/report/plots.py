@@ -11,6 +11,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 
 from d2v_composer.checkpoints.checkpoint import Measure
+from d2v_composer.config.schema import OPTIMIZERS
 from d2v_composer.evaluation.evaluate import Evaluation
 from d2v_composer.evaluation.rows import (
     AGREEMENT,
@@ -46,7 +47,7 @@ STYLE: dict[Any, Any] = {
 CURVES = {
     "accuracy": ("Accuracy on the test {}", "%", {"metrics/test/top1": "top-1", "metrics/test/top5": "top-5"}),
     "loss": ("Loss", "log", {"loss/train/total": "training", "metrics/test/loss": "test"}),
-    "learning_rate": ("Learning rate", "", {"lr-AdamW/group0": ""}),
+    "learning_rate": ("Learning rate", "", {kind.log_key: "" for kind in OPTIMIZERS.values()}),
     "gradient_norm": ("Gradient norm before clipping", "log", {"l2_norm/grad/global": ""}),
     "throughput": ("Speed in {}/s", "", {"throughput/samples_per_sec": ""}),
     "data_wait": ("Share of the time spent waiting for {}", "%", {"throughput/data_wait": ""}),

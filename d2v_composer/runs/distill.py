@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 from composer import Trainer
-from composer.core import Callback
+from composer.core import Algorithm, Callback
+from composer.loggers import LoggerDestination
+from torch.utils.data import DataLoader, Subset
 
 from d2v_composer.callbacks.algorithms import TargetStatistics
 from d2v_composer.callbacks.alignment import AlignStudent
@@ -37,8 +39,9 @@ from d2v_composer.runs.trainer import (
     join_and_seed,
     write_run_report,
 )
+from d2v_composer.sources.labeled import evenly_spaced
 from d2v_composer.sources.mds import Index
-from d2v_composer.sources.source import open_mds
+from d2v_composer.sources.source import Source, open_mds
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
 from d2v_composer.training_data.loader import build_train_loader, read_train_index
@@ -47,10 +50,7 @@ from d2v_composer.training_data.loader import build_train_loader, read_train_ind
 ALIGNMENT_SHARDS = 64
 FIXED_BY_A_CHECKPOINT = (
     *FIXED_IN_ANY_RUN,
-    "config.teacher.model",
-    "config.teacher.weights",
     "config.teacher.first_blocks",
-    "config.teacher.image_size",
     "config.student",
     "config.prediction",
     "config.targets",
@@ -59,13 +59,13 @@ FIXED_BY_A_CHECKPOINT = (
     "config.alignment.representation",
     "config.optimizer",
     "teacher.sha256",
+    "teacher.outputs",
 )
-# What targets depend on, and what else a checkpoint fixes.
+# What the targets of an augmented image depend on, and what else a checkpoint fixes.
 DECIDES_TARGETS = (
     *FIXED_BY_A_CHECKPOINT,
     "precision",
     *(f"config.{name}" for name in ("half_residual", "allow_tf32", "compile", "load_path")),
-    *(f"config.train_loader.{name}" for name in ("crop_scale", "crop_ratio", "flip")),
 )
 # What else is fixed where a loss compares the inputs of a microbatch with each other.
 FIXED_WITH_MICROBATCHES = ("config.device_train_microbatch_size", "hardware.ranks")
@@ -76,14 +76,20 @@ def train_student(
     callbacks: Sequence[Callback] = (),
     *,
     teacher: Teacher | None = None,
+    train_dataloader: DataLoader | None = None,
+    alignment_samples: Any = None,
+    algorithms: Sequence[Algorithm] = (),
+    loggers: Sequence[LoggerDestination] = (),
     when_built: Callable[[Trainer], object] = lambda trainer: None,
 ) -> Trainer:
     """Train a student, from the run's last checkpoint if there is one, and report. Call it on every rank.
 
     Args:
         config: Config of the run.
-        callbacks: Further callbacks, besides the YAML's.
+        callbacks, algorithms, loggers: Further ones, besides the YAML's.
         teacher: The config's teacher, if it is loaded already.
+        train_dataloader: This rank's loader, instead of ``train_loader``; the run does not check what it reads.
+        alignment_samples: With a ``train_dataloader``, the samples of :class:`AlignStudent`; default: no map.
         when_built: Called with the Trainer before the training, when no bad input can end the run anymore.
 
     Returns:
@@ -100,33 +106,36 @@ def train_student(
         ...
     """
     join_and_seed(config)
+    if (problem := config.train_loader.find_missing_data()) is not None:  # before the teacher is fetched
+        problem = f"train_loader{problem}"
+    raise_on_all_ranks(problem)
     model = build_model(config, teacher)
     costs = {STUDENT: cost(model.student), TEACHER: cost(model.teacher)}
     accelerate(config, model)
     modality, loader = modality_of(model.teacher.config), config.train_loader
-    index = read_train_index(loader, modality, config.global_train_batch_size)
-    kept = build_kept_targets(config, model, index)
-    collated = {} if kept is None else {"collate": kept.collate, "extra_bytes": kept.row_bytes}
-    train_loader = build_train_loader(config, loader, index, is_compiled=config.compile is not False, **collated)
+    train_dataloader, kept, samples, data, shown = build_data(config, model, train_dataloader, alignment_samples)
     if config.targets.normalization == "dataset" and config.objectives.tokens.weight:
         measure = TargetStatistics(config.targets.dataset_batches or 100, config.device_eval_batch_size)
         callbacks = [measure, *callbacks]
-    align, stop = build_alignment(config, model, index), Stop()
+    align, stop = build_alignment(config, model, samples), Stop()
     retrieval = build_retrieval(config, model, align, stop)
     student = model.student.provenance["student"] | {"sizes": sizes_of(model.student)}
     trainer = build_trainer(
         config,
         model,
-        train_loader,
-        {"teacher": model.teacher.provenance, "student": student, "data": index.describe(), "costs": costs},
+        train_dataloader,
+        {"teacher": model.teacher.provenance, "student": student, "data": data, "costs": costs},
         fixed=FIXED_BY_A_CHECKPOINT + (FIXED_WITH_MICROBATCHES if model.compares_microbatches else ()),
         run_callbacks=[callback for callback in (kept, align, retrieval) if callback is not None],
         callbacks=callbacks,
+        algorithms=algorithms,
+        loggers=loggers,
         stop=stop,
+        save_best=config.save_best,
         optimizers=build_optimizer(config.optimizer, model),
     )
     when_built(trainer)
-    header = {modality.unit: f"{len(index):,} in {index.source}"}
+    header = {modality.unit: shown}
     if kept is not None:
         header["targets"] = f"{loader.views} views, {kept.num_bytes / 1e6:,.0f} MB in {kept.path}"
     if align is not None:
@@ -147,6 +156,31 @@ def train_student(
     return trainer
 
 
+def build_data(
+    config: TrainConfig, model: DistillationModel, given: DataLoader | None, samples: Any
+) -> tuple[DataLoader, KeptTargets | None, Any, dict[str, Any], str]:
+    """Build the loader, unless one is ``given``, and what depends on the data.
+
+    Returns:
+        The loader; the callback that keeps targets; samples to fit the map to; the record's section ``data``; and the
+        data in a few words.
+
+    Raises:
+        InputError: The data cannot be used, or there are fixed views but a loader is given.
+    """
+    modality, loader = modality_of(model.teacher.config), config.train_loader
+    if given is not None:
+        if loader.views is not None:
+            raise InputError("train_loader.views: must be null with a train_dataloader of your own")
+        shown = f"of train_dataloader{'' if samples is not None else '; no alignment without alignment_samples'}"
+        return given, None, samples, {"modality": modality.name}, shown
+    index = read_train_index(loader, modality, config.global_train_batch_size)
+    kept = build_kept_targets(config, model, index)
+    collated = {} if kept is None else {"collate": kept.collate, "extra_bytes": kept.row_bytes}
+    built = build_train_loader(config, loader, index, is_compiled=config.compile is not False, **collated)
+    return built, kept, open_some(config, index), index.describe(), f"{len(index):,} in {index.source}"
+
+
 def build_model(config: TrainConfig, teacher: Teacher | None = None) -> DistillationModel:
     """Build the model from the sections ``teacher``, ``student``, ``prediction``, ``targets`` and ``objectives``.
 
@@ -165,7 +199,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
         student = teacher.build_student(**config.student.model_dump(), **normalization, projected=projected)
     check_network("student.model", student, config)
     with errors_of("targets"):
-        return DistillationModel(
+        model = DistillationModel(
             teacher,
             student,
             config.prediction,
@@ -175,6 +209,11 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
             dataset_norm=targets.normalization == "dataset",
             **targets.model_dump(include={"extra_tokens", "average_top_k_layers", "source"}),
         )
+    if model.compares_microbatches and config.device_train_microbatch_size == "auto":
+        raise InputError(
+            "device_train_microbatch_size: must be a number or null, got 'auto': a loss compares a microbatch's inputs"
+        )
+    return model
 
 
 def accelerate(config: TrainConfig, model: DistillationModel) -> None:
@@ -207,11 +246,7 @@ def build_teacher(config: TrainConfig) -> Teacher:
 
 
 def build_kept_targets(config: TrainConfig, model: DistillationModel, index: Index) -> KeptTargets | None:
-    """Build the callback that keeps the targets of fixed views; ``None`` without such views.
-
-    Raises:
-        InputError: The disk lacks space for them.
-    """
+    """Build the callback that keeps the targets of fixed views; ``None`` without such views."""
     loader, folder = config.train_loader, config.run_folder
     if loader.views is None or folder is None:
         return None
@@ -223,32 +258,44 @@ def build_kept_targets(config: TrainConfig, model: DistillationModel, index: Ind
         "precision": name_precision(config.precision),
     }
     made_from = [value_at(record, key) for key in DECIDES_TARGETS]
-    kept = KeptTargets(folder.local / "targets.f16", len(index), loader.views, width, made_from)
-    raise_on_all_ranks(kept.check_room())
-    return kept
+    return KeptTargets(folder.local / "targets.f16", len(index), loader.views, width, made_from)
 
 
-def build_alignment(config: TrainConfig, model: DistillationModel, index: Index) -> AlignStudent | None:
+def build_alignment(config: TrainConfig, model: DistillationModel, samples: Any) -> AlignStudent | None:
     """Build the callback that fits the student's map into the teacher's space; ``None`` if the run has no map.
 
-    The samples come from at most ``ALIGNMENT_SHARDS`` shards, so that a data set in a store is not fetched whole.
+    Args:
+        config: Config of the run.
+        model: Model that the run trains.
+        samples: Training samples as :class:`AlignStudent` takes them; ``None``: no map.
 
     Raises:
         InputError: The teacher lacks the chosen embedding.
     """
-    if (target := target_of(config, model)) is None:
+    if samples is None or (target := target_of(config, model)) is None:
         return None
+    return AlignStudent(
+        model,
+        Subset(samples, evenly_spaced(len(samples), config.alignment.max_samples)),
+        device_batch_size=config.device_eval_batch_size,
+        embeds=embeds_of(config, model),
+        target=target.name,
+        workers=config.train_loader.num_workers,
+    )
+
+
+def open_some(config: TrainConfig, index: Index) -> Source:
+    """Open ``alignment.max_samples`` training samples, to fit a map to; clips are sorted by length.
+
+    They come from at most ``ALIGNMENT_SHARDS`` shards, so that a data set in a store is not fetched whole.
+    """
     rng, ends = np.random.default_rng(config.seed), np.cumsum([shard.samples for shard in index.shards])
     shards, chosen = np.split(np.arange(ends[-1]), ends[:-1]), min(ALIGNMENT_SHARDS, len(ends))
     numbers = np.concatenate([shards[i] for i in np.sort(rng.choice(len(ends), chosen, replace=False))])
     numbers = np.sort(rng.choice(numbers, min(config.alignment.max_samples, len(numbers)), replace=False))
     if index.lengths is not None:
         numbers = numbers[np.argsort(index.lengths[numbers], kind="stable")]
-    batch_size = min(config.device_eval_batch_size, len(numbers))
-    batches = numbers[: len(numbers) // batch_size * batch_size].reshape(-1, batch_size)
-    embeds, source = embeds_of(config, model), open_mds(index, config.train_loader.cache_limit)
-    workers = config.train_loader.num_workers
-    return AlignStudent(model.student, source, batches, embeds[STUDENT], embeds[TEACHER], target.name, workers)
+    return open_mds(index, config.train_loader.cache_limit).select(numbers)
 
 
 def target_of(config: TrainConfig, model: DistillationModel) -> Embedding | None:
@@ -300,6 +347,8 @@ def build_retrieval(
     compared = (model.student, None) if align is None else (model.teacher, align.target)
     with node_leaders_first("the data sets for retrieval"):
         datasets = build_labeled_sets(retrieval, modality, *compared)
+    if config.save_best and not any(labeled.has_labels for labeled in datasets.values()):
+        raise InputError("save_best: must be false, because no data set of retrieval has labels")
     with errors_of("retrieval"):
         return ZeroShotRetrieval(
             datasets,

@@ -1,8 +1,8 @@
 """Prepare a run of ``d2v distill``: choose its settings, hold samples out, and convert all samples."""
 
 import json
+import math
 import os
-import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +30,7 @@ from d2v_composer.models.configs import (
     parse_image_size,
 )
 from d2v_composer.models.names import DATA2VEC2, TIMM_PREFIX
+from d2v_composer.models.provenance import value_at
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.runs.distill import build_model, build_teacher, choose_embeds, target_of
 from d2v_composer.runs.trainer import build_callbacks
@@ -47,7 +48,7 @@ MIN_SAMPLES = 200
 # The thesis trains for 30,000 batches of 256 on ImageNet: 6 epochs.
 EPOCHS, MAX_BATCHES = 6, 30_000
 PRESETS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
-SETTINGS, HELD_OUT = "distill.yaml", "held_out"
+REQUEST, SETTINGS, HELD_OUT = "distill.json", "distill.yaml", "held_out"
 # What a run's results depend on, besides what its checkpoint fixes.
 RESULT_FIELDS = (
     *(f"config.{name}" for name in ("max_duration", "precision", "scheduler", "algorithms", "alignment", "retrieval")),
@@ -75,11 +76,25 @@ class Request(NamedTuple):
         """Path of the YAML with all settings of the run."""
         return self.out / SETTINGS
 
-    @property
-    def command(self) -> str:
-        """The command without OUT, changes and secrets, as it stands in the first line of the settings."""
-        column = ["--column", self.column] if self.column else []
-        return hide_secrets(shlex.join(["d2v", "distill", self.source, "--teacher", self.teacher, *column]))
+    def check(self, **more: Any) -> dict[str, Any]:
+        """Check that OUT, if an earlier call began there, is of this request; the settings are in a file of their own.
+
+        Args:
+            **more: What else OUT is made from.
+
+        Returns:
+            All that OUT is made from, without secrets.
+
+        Raises:
+            InputError: Something was different; or an earlier call's file is damaged.
+        """
+        about = hide_secrets({"source": self.source, "teacher": self.teacher, "column": self.column, **more})
+        with reading(path := self.out / REQUEST):
+            before = json.loads(path.read_bytes()) if path.exists() else about
+            for name, value in about.items():
+                if (begun := before.get(name)) != value:
+                    raise InputError(f"{self.out} was begun with {name} {begun!r}, not {value!r}; choose another --out")
+        return about
 
 
 class Plan(NamedTuple):
@@ -131,12 +146,9 @@ def has_begun(request: Request) -> bool:
         RunFolder.parse(str(out))
     check_owned(out, names := names_in(out), MARK, "--out")
     with reading(out):
-        if not path.exists():
-            if any(not name.startswith((MARK, SETTINGS)) for name in names):
-                raise InputError(f"{out} holds a run of another command; choose another --out")
-            return False
-        if (made_by := path.read_text().partition("\n")[0][2:]) != request.command:
-            raise InputError(f"{out} was made by {made_by!r}; choose another --out")
+        if not (out / REQUEST).exists() and any(not name.startswith((MARK, REQUEST)) for name in names):
+            raise InputError(f"{out} holds a run of another command; choose another --out")
+        request.check()
         return (out / "run.yaml").exists()
 
 
@@ -159,7 +171,9 @@ def make_plan(request: Request, fetched: Path) -> Plan:
     if (number := len(source)) < MIN_SAMPLES:
         raise InputError(f"{request.source}: expected at least {MIN_SAMPLES} {modality.unit}, got {number}")
     chosen = choose_settings(number, teacher.config, unsized.student.model)
-    config = configure(request, request.out / modality.unit, chosen)
+    samples = request.out / modality.unit
+    held_out = {HELD_OUT: {"format": "mds", "root": str(samples), "label_column": None}}
+    config = configure(request, samples, {**chosen, "retrieval.datasets": held_out})
     if config.teacher != unsized.teacher:  # a timm model for smaller images
         teacher = build_teacher(config)
     model = build_model(config, teacher)
@@ -167,28 +181,27 @@ def make_plan(request: Request, fetched: Path) -> Plan:
     target_of(config, model)
     build_augmentation(config.train_loader, modality, config.seed)
     build_callbacks(config)
-    print(f"settings for {number} {modality.unit}: {', '.join(f'{key}={value}' for key, value in chosen.items())}")
+    settings = hide_secrets(config.model_dump(mode="json"))
+    shown = [f"{key}={as_yaml(value_at(settings, key))}" for key in chosen]
+    print(f"settings for {number} {modality.unit}: {', '.join(shown)}")
     return Plan(config, teacher, source)
 
 
 def convert_samples(request: Request, plan: Plan) -> None:
-    """Write the settings, and convert the held-out and the other samples that are not converted yet.
+    """Write request and settings, and convert the held-out and the other samples that are not converted yet.
 
     Raises:
-        InputError: An earlier call converted samples with other options, or too few samples are left to train on.
+        InputError: An earlier call began with other samples or options, or too few samples are left to train on.
     """
     config, source, modality = plan.config, plan.source, plan.source.modality
     samples, workers = request.out / modality.unit, os.cpu_count() or 1
     splits = {split: conversion_options(modality, config, split == "test") for split in ("test", "train")}
-    for split, options in [*splits.items()]:
-        if (samples / split / INDEX).exists():
-            with reading(summary := samples / split / SUMMARY):
-                made_with = json.loads(summary.read_bytes())
-            if made_with | options != made_with:
-                raise InputError(f"{summary.parent} was not converted with {options}; choose another --out")
-            del splits[split]
+    made_from = {modality.unit: len(source), "list of files": source.content, "conversion": splits}
+    about = request.check(**made_from)
+    write_atomically(request.out / REQUEST, json.dumps(about))
     write_settings(request, config)
     print(f"all settings, including yours, are in {request.settings}")
+    splits = {split: options for split, options in splits.items() if not (samples / split / INDEX).exists()}
     if not splits:
         return
     print(f"other files: {name_counts(source.left_out)}")
@@ -216,7 +229,6 @@ def configure(request: Request, samples: Path, chosen: Mapping[str, Any], path: 
         "teacher.model": request.teacher if is_timm else DATA2VEC2,
         "teacher.checkpoint": None if is_timm else request.teacher,
         "train_loader.local": str(samples / "train"),
-        "retrieval.datasets": {HELD_OUT: {"format": "mds", "root": str(samples), "label_column": None}},
     }
     return load_config([str(path), *request.changes], {**chosen, **settings})
 
@@ -227,31 +239,38 @@ def read_settings(request: Request) -> TrainConfig:
     Raises:
         InputError: A change of a setting is wrong.
     """
-    with reading(request.settings):  # the folder's name follows from the teacher
-        samples = Path(yaml.safe_load(request.settings.read_text())["train_loader"]["local"]).parent
-    return configure(request, request.out / samples.name, {}, request.settings)
+    with reading(request.settings):
+        written = yaml.safe_load(request.settings.read_text())
+        samples = request.out / Path(written["train_loader"]["local"]).parent.name  # it follows from the teacher
+        has_held_out = HELD_OUT in written["retrieval"]["datasets"]
+    moved = {f"retrieval.datasets.{HELD_OUT}.root": str(samples)} if has_held_out else {}
+    return configure(request, samples, moved, request.settings)
 
 
 def update_settings(request: Request, config: TrainConfig, trainer: Trainer) -> None:
-    """Write the settings with which the run goes on; a finished run's settings stay.
+    """Write the settings with which the run goes on.
 
     Raises:
-        InputError: The run has finished, and its results would depend on a change.
+        InputError: The run's results depend on a change.
     """
-    record = find_callback(trainer.state, RunRecord)
-    if record is None or trainer.state.timestamp < config.max_duration:
-        write_settings(request, config)
-        return
     before = read_settings(request._replace(changes=()))  # not run.yaml: if OUT was moved, it has the old place
+    record = find_callback(trainer.state, RunRecord)
+    assert record is not None
     if changes := record.changes({"config": before.model_dump(mode="json")}, RESULT_FIELDS):
-        raise InputError(f"{request.out} holds a finished run: {changes}; choose another --out")
+        raise InputError(f"{request.out} holds a run with other settings: {changes}; choose another --out")
+    write_settings(request, config)
 
 
 def write_settings(request: Request, config: TrainConfig) -> None:
     """Write all settings of the run, without secrets, on rank 0."""
     if global_rank() == 0:
-        settings = yaml.safe_dump(hide_secrets(config.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
-        write_atomically(request.settings, f"# {request.command}\n{settings}")
+        settings = hide_secrets(config.model_dump(mode="json"))
+        write_atomically(request.settings, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
+def as_yaml(value: Any) -> str:
+    """Return a value on one line, as an override has it."""
+    return yaml.safe_dump([value], default_flow_style=True, width=math.inf).strip()[1:-1]
 
 
 def choose_settings(num_samples: int, teacher: TeacherConfig, student: str | None) -> dict[str, Any]:

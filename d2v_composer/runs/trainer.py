@@ -34,13 +34,22 @@ from d2v_composer.checkpoints.checkpoint import (
     LOG,
     Checkpoint,
     download_checkpoint,
+    drop_alignment,
     drop_unused_scaler,
     find_newest,
     read_checkpoint,
 )
 from d2v_composer.checkpoints.model_file import convert_to_timm
 from d2v_composer.config.load import deep_merge, defaults
-from d2v_composer.config.schema import CALLBACKS, LOGGERS, AlgorithmsConfig, OptimizerConfig, TrainerConfig
+from d2v_composer.config.schema import (
+    CALLBACKS,
+    LOGGERS,
+    OPTIMIZERS,
+    AlgorithmsConfig,
+    OptimizerConfig,
+    TrainerConfig,
+)
+from d2v_composer.config.types import place_of
 from d2v_composer.data import MODALITIES
 from d2v_composer.evaluation.run_log import read_jsonl
 from d2v_composer.models.backbone import check_tensors
@@ -81,8 +90,11 @@ def build_trainer(
     fixed: tuple[str, ...] = (),
     run_callbacks: Sequence[Callback] = (),
     callbacks: Sequence[Callback] = (),
+    algorithms: Sequence[Algorithm] = (),
+    loggers: Sequence[LoggerDestination] = (),
     prepare: Callable[[Any], Any] | None = None,
     stop: Stop | None = None,
+    save_best: bool = False,
     **arguments: Any,
 ) -> Trainer:
     """Build the Trainer with the arguments that all runs share, and lock the run's folder.
@@ -94,9 +106,9 @@ def build_trainer(
         record_sections: Sections of the run's record; the section ``data`` must have the samples' ``modality``.
         fixed: Dotted keys of the record that a resume must not change.
         run_callbacks: Callbacks of this kind of run; each checks its saved state before a checkpoint is used.
-        callbacks: Further callbacks, besides the YAML's.
+        callbacks, algorithms, loggers: Further ones, besides the YAML's.
         prepare: Function that transforms a microbatch on the device.
-        stop: Argument of :class:`Checkpoints`.
+        stop, save_best: Arguments of :class:`Checkpoints`.
         **arguments: Further arguments of the Trainer.
 
     Raises:
@@ -109,15 +121,16 @@ def build_trainer(
     record, precision = build_run_record(config, fixed, **record_sections), choose_precision(config.precision).trainer
     # First lock the folder, then select the checkpoint in it: another run could still write one.
     advice = "; the same command resumes" if config.autoresume else ""
-    checkpoints = Checkpoints(folder, config.save_interval, config.save_num_checkpoints_to_keep, uploads, advice, stop)
-    checkpoint = find_checkpoint(config, model, [record, *run_callbacks])
+    keep = config.save_num_checkpoints_to_keep
+    checkpoints = Checkpoints(folder, config.save_interval, keep, uploads, advice, stop, save_best)
+    checkpoint, is_resumed = find_checkpoint(config, model, [record, *run_callbacks])
     with patched_composer(checkpoint and checkpoint.contents):
         return Trainer(
             model=model,
             train_dataloader=DataSpec(train_loader, microbatch_transforms=prepare),
             max_duration=config.max_duration,
             schedulers=scheduler,
-            algorithms=build_algorithms(config.algorithms),
+            algorithms=[*build_algorithms(config.algorithms), *algorithms],
             callbacks=[
                 *(record, Throughput(), NanGuard(), checkpoints),
                 *(SeededBatches(config.seed), *run_callbacks, *chosen, *callbacks),
@@ -125,6 +138,7 @@ def build_trainer(
             loggers=[
                 *build_loggers(config, MODALITIES[record_sections["data"]["modality"]].unit),
                 *([] if uploads is None else [uploads]),
+                *loggers,
             ],
             progress_bar=False,  # ours is among the loggers
             precision=precision,
@@ -132,25 +146,33 @@ def build_trainer(
             seed=config.seed,
             run_name=config.run_name,
             load_path=checkpoint and str(checkpoint.path),  # instead of Composer's autoresume
-            load_ignore_keys=partial(drop_unused_scaler, precision=precision),
+            load_weights_only=not is_resumed,
+            load_ignore_keys=partial(drop_unused_scaler, precision=precision) if is_resumed else drop_alignment,
+            # Composer would evaluate what a checkpoint says of them as Python expressions.
+            load_exclude_algorithms=checkpoint and checkpoint.algorithms,
             **arguments,
         )
 
 
-def find_checkpoint(config: TrainerConfig, model: nn.Module, callbacks: Sequence[Callback]) -> Checkpoint | None:
-    """Read the run's newest checkpoint or, for a new run, the one in ``load_path``; ``None`` if there is neither.
+def find_checkpoint(
+    config: TrainerConfig, model: nn.Module, callbacks: Sequence[Callback]
+) -> tuple[Checkpoint | None, bool]:
+    """Read the run's newest checkpoint or, for a new run, the one in ``load_path``.
 
     Args:
         config: Config of the run.
         model: Model that the run trains.
         callbacks: Callbacks that refuse the state of another run.
 
+    Returns:
+        The checkpoint, ``None`` if there is neither; and False if the run takes only the weights of the checkpoint.
+
     Raises:
         InputError: The checkpoint is corrupt, cannot be read, is another run's or another program's, or leaves nothing
             to train; or the folder has a checkpoint, and ``autoresume`` is false.
     """
 
-    def accept(checkpoint: Checkpoint) -> None:
+    def accept(checkpoint: Checkpoint, callbacks: Sequence[Callback] = callbacks) -> None:
         """Check that the run may go on from a checkpoint, before a file is written or a tensor loaded."""
         with errors_of(str(checkpoint.path)):
             for callback in callbacks:  # another program saved no such state; then only tensors are compared
@@ -160,15 +182,18 @@ def find_checkpoint(config: TrainerConfig, model: nn.Module, callbacks: Sequence
 
     folder = config.run_folder
     if folder is not None and (newest := _share_newest(folder, config.autoresume, accept)) is not None:
-        return newest
+        return newest, True
     if config.load_path is None:
-        return None
+        return None, True
     cached = f"checkpoints/{hashlib.sha256(config.load_path.encode()).hexdigest()[:16]}.pt"
     path = cache_folder() / cached if is_remote(config.load_path) else Path(config.load_path)
     with node_leaders_first("the checkpoint"), errors_of("load_path"):
         if is_remote(config.load_path) and dist.get_local_rank() == 0:
             download_checkpoint(config.load_path, path)
         start, length = read_checkpoint(path), config.max_duration
+    if config.load_weights_only:
+        accept(start, ())
+        return start, False
     with reading(path):
         if start.trained({"ba": "batch", "ep": "epoch"}[length[-2:]]) >= int(length[:-2]):
             raise InputError(
@@ -176,7 +201,7 @@ def find_checkpoint(config: TrainerConfig, model: nn.Module, callbacks: Sequence
                 "set a larger max_duration"
             )
     accept(start)
-    return start
+    return start, True
 
 
 def _share_newest(folder: RunFolder, resumes: bool, accept: Callable[[Checkpoint], None]) -> Checkpoint | None:
@@ -250,8 +275,8 @@ def build_optimizer(
     model: nn.Module,
     depths: Mapping[str, int] | None = None,
     layer_decay: float = 1.0,
-) -> torch.optim.AdamW:
-    """Build torch's AdamW for the trained parameters, with separate groups for norms and biases.
+) -> torch.optim.Optimizer:
+    """Build the optimizer of the trained parameters, with separate groups for norms and biases.
 
     Args:
         config: The section ``optimizer``.
@@ -274,7 +299,8 @@ def build_optimizer(
         }
         for distance, is_vector in sorted(groups)
     ]
-    return torch.optim.AdamW(arguments, betas=config.betas, eps=config.eps, fused=True)
+    kind = OPTIMIZERS[config.name]
+    return resolve_name(kind.path)(arguments, betas=config.betas, eps=config.eps, **kind.arguments)
 
 
 def build_scheduler(config: TrainerConfig, batches_per_epoch: int) -> ComposerScheduler:
@@ -315,7 +341,7 @@ def build_callbacks(config: TrainerConfig) -> list[Callback]:
     for name, arguments in config.callbacks.items():
         if arguments is not None:
             with errors_of(f"callbacks.{name} with {arguments}"):
-                callbacks.append(resolve_name(CALLBACKS[name])(**arguments))
+                callbacks.append(resolve_name(place_of(name, CALLBACKS))(**arguments))
     return callbacks
 
 
@@ -334,7 +360,7 @@ def build_loggers(config: TrainerConfig, unit: str) -> list[LoggerDestination]:
             continue
         with errors_of(f"loggers.{name}"):
             in_folder = {} if folder is None else arguments_in(folder, name)
-            loggers.append(resolve_name(LOGGERS[name])(**deep_merge(in_folder, arguments)))
+            loggers.append(resolve_name(place_of(name, LOGGERS))(**deep_merge(in_folder, arguments)))
     return loggers
 
 
@@ -444,6 +470,8 @@ def _describe(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]
     }
     if state.timestamp.batch > 0:
         lines["resumed"] = f"from {state.load_path} at batch {int(state.timestamp.batch)}"
+    elif state.load_path is not None:
+        lines["weights"] = f"from {state.load_path}"
     return hide_secrets("\n".join(f"{name:10}{text}" for name, text in lines.items()))
 
 

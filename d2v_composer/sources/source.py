@@ -98,6 +98,8 @@ class Source:
         """
         return self.modality.decode(self.load(number), self.name(number))
 
+    __getitem__ = decode
+
     def select(self, numbers: Sequence[int] | Int64Array) -> Self:
         """Return a source of only the samples with the given numbers, in the given order."""
         chosen = np.asarray(numbers, np.int64)

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from composer.callbacks import EarlyStopper, RuntimeEstimator, SpeedMonitor
+from composer.core import Callback, Evaluator, State
+from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -54,11 +57,11 @@ FEWER = EvaluationSet(numbered_images(40, 0), numbered_images(40, 100))
 WHOLE = EvaluationSet(numbered_images(90, 0), numbered_images(50, 100), class_embeddings=torch.eye(4))
 
 
-def train(model: Classifier, callback: ZeroShotRetrieval, max_duration: str) -> None:
+def train(model: Classifier, callback: ZeroShotRetrieval, max_duration: str, *others: Callback, **options: Any) -> None:
     samples = TensorDataset(torch.randn(40, 3 * 8 * 8), torch.arange(40) % 4)
     sampler = dist.get_sampler(samples)
     loader = DataLoader(samples, batch_size=8 // dist.get_world_size(), sampler=sampler)
-    fit(model, loader, max_duration, callbacks=[callback], device_train_microbatch_size=4)
+    fit(model, loader, max_duration, callbacks=[callback, *others], device_train_microbatch_size=4, **options)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +85,69 @@ def test_evaluates_at_the_interval_and_at_the_end(
     assert sorted(model.embedded) == sorted(numbers * len(batches))
     assert not any(model.modes)
     assert model.training
+
+
+class Observer(Callback):
+    """Records what callbacks find in the state after each evaluation, and at the start of each batch."""
+
+    def __init__(self) -> None:
+        self.labels, self.values, self.training = list[str](), list[dict[str, float]](), set[tuple[Any, ...]]()
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        self.labels.append(str(state.dataloader_label))
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        assert self.labels[-1] == state.dataloader_label
+        metrics = state.eval_metrics[self.labels[-1]]
+        self.values.append({f"metrics/{name}": metric.compute().item() for name, metric in metrics.items()})
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self.training.add((state.dataloader_label, int(state.dataloader_len or 0)))
+
+
+@pytest.mark.parametrize("monitor", ["mean/top1", "set/bank_test/top3"])
+@pytest.mark.parametrize(
+    ("interval", "patience", "stops_at", "output"),
+    [("2ba", "3ba", 6, "progress_bar"), ("1ep", "1ep", 15, "log_to_console")],
+)
+def test_composers_early_stopper_stops_a_run(
+    monitor: str, interval: str, patience: str, stops_at: int, output: str
+) -> None:
+    """The pixels' accuracy never changes. Composer's other callbacks and loggers run beside it, as in any script."""
+    callback, observer = ZeroShotRetrieval({"set": FEWER}, interval, embed=pixels), Observer()
+    stopper = EarlyStopper(monitor, "retrieval", patience=patience)
+    others = SpeedMonitor(), RuntimeEstimator(), observer
+    train(Watched(), callback, "4ep", stopper, *others, **{output: True})
+    assert callback.history[-1]["batch"] == stops_at
+    assert observer.labels == ["retrieval"] * len(callback.history)
+    assert observer.values == [pytest.approx(entry["metrics"]) for entry in callback.history]
+    assert observer.training == {("train", 5)}
+
+
+def test_an_evaluator_of_the_trainers_own_is_left_alone() -> None:
+    observer, evaluator = Observer(), Evaluator(label="own", dataloader=DataLoader(TensorDataset(torch.ones(8, 192))))
+    callback = ZeroShotRetrieval({"set": FEWER}, "5ba", embed=pixels)
+    train(Watched(), callback, "5ba", observer, eval_dataloader=evaluator)
+    assert observer.labels == ["retrieval", "own"]
+    assert observer.values[1] == {}
+
+
+def test_the_mean_is_of_both_banks_of_all_labeled_sets() -> None:
+    unlabeled = EvaluationSet.without_labels(FEWER.test)
+    sets = {"small": SMALL, "fewer": FEWER, "unlabeled": unlabeled}
+    baselines = {"teacher": lambda images: corner(images)}
+    callback = ZeroShotRetrieval(
+        sets, "5ba", embed=two_embeddings, primary="whole", baselines=baselines, augment=AUGMENT
+    )
+    train(Watched(), callback, "5ba")
+    metrics = callback.history[-1]["metrics"]
+    top1 = [metrics[f"metrics/{name}/bank_{bank}/top1"] for name in ("small", "fewer") for bank in ("train", "test")]
+    assert len(set(top1)) > 1
+    assert metrics["metrics/mean/top1"] == pytest.approx(sum(top1) / 4)
+    assert [key for key in callback.baseline_metrics if "mean" in key] == []
+    of_unlabeled = ZeroShotRetrieval({"set": unlabeled}, "5ba", embed=pixels, augment=AUGMENT)
+    train(Watched(), of_unlabeled, "5ba")
+    assert "metrics/mean/top1" not in of_unlabeled.history[-1]["metrics"]
 
 
 def nearest_shapes(callback: ZeroShotRetrieval) -> set[tuple[int, ...]]:

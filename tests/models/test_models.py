@@ -163,6 +163,20 @@ def test_a_student_starts_from_the_teachers_blocks(teacher: Data2Vec2) -> None:
         teacher.build_student(depth=4, init="teacher_attention")
 
 
+def test_copied_attention_that_is_frozen_stays_the_teachers(teacher: Data2Vec2) -> None:
+    model = DistillationModel(teacher, teacher.build_student(depth=2, init="teacher_attention", freeze_copied=True))
+    before = {name: weight.clone() for name, weight in model.student.state_dict().items()}
+    assert model.flops_per_batch(IMAGES) == flops_of_a_step(model, IMAGES)
+    train(model, IMAGES, steps=2)
+    for ours, theirs in zip(model.student.block_list, teacher.block_list, strict=False):
+        assert all(torch.equal(*pair) for pair in zip(ours.attn.parameters(), theirs.attn.parameters(), strict=True))
+    changed = {name for name, weight in model.student.state_dict().items() if not torch.equal(weight, before[name])}
+    assert {name.split(".")[2] for name in changed} == {"mlp", "norm1", "norm2"}
+    for init in ("random", "teacher_blocks"):
+        with pytest.raises(ValueError, match="freeze_copied: must be false without init teacher_attention"):
+            teacher.build_student(init=init, freeze_copied=True)
+
+
 @pytest.mark.parametrize("prediction", ["layer_mean", "last_block"])
 @pytest.mark.parametrize("width", [None, 20])
 def test_the_cost_of_a_step(teacher: Data2Vec2, width: int | None, prediction: Any) -> None:

@@ -98,7 +98,10 @@ def distilled(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an undisturbed call; read-only."""
     out = tmp_path_factory.mktemp("distilled") / "run"
     said = distill(photos, out)
-    assert "optimizer.lr=0.016" in said  # 0.768 / 48 channels
+    [settings] = re.findall("settings for 200 images: (.*)", said)
+    assert "optimizer.lr=0.016" in settings  # 0.768 / 48 channels
+    for setting in ("max_duration=4ba", "callbacks={}", "loggers={jsonl: {}}", "baselines=[pixels, encoder, teacher]"):
+        assert f"{setting}, " in settings
     assert "other files: none" in said
     assert " embed " in said.splitlines()[-1]
     return out
@@ -264,29 +267,38 @@ def test_other_commands_count_the_same_files(mixed: Path, tmp_path: Path) -> Non
         assert sorted(counts_in(ended.stdout)["other files"].split(", ")) == OTHER_FILES
 
 
-def test_what_was_held_out_is_not_trained_on(photos: Path, tmp_path: Path) -> None:
-    """8: a kill comes between the two conversions, then all images get other names; a new image is trained on."""
+def test_what_is_read_is_what_was_listed(photos: Path, tmp_path: Path) -> None:
+    """8: a kill comes between the two conversions, then the source changes; held-out images must not be trained on."""
     source, out = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "run"
     with started("held-out samples", source, out):
         pass
-    held = samples_of(out / "images" / "test")
-    for number, path in enumerate([*source.rglob("*.jpg")]):
-        path.rename(source / f"{number}.jpg")
-    (source / "copy.jpg").write_bytes(held[0])
+    held, before = samples_of(out / "images" / "test"), contents_of(out)
     (source / "new.jpg").write_bytes(encoded_image(1000))
+    assert f"{out} was begun with images 200, not 201; choose another --out" in refused(source, out, *SHORT)
+    (source / "new.jpg").unlink()
+    for number, path in enumerate(paths := sorted(source.rglob("*.jpg"))):
+        path.rename(source / f"{number}.jpg")
+    assert "was begun with list of files '" in refused(source, out, *SHORT)
+    assert contents_of(out) == before
+    for number, path in enumerate(paths):
+        (source / f"{number}.jpg").rename(path)
     distill(source, out, changes=SHORTEST)
     assert samples_of(out / "images" / "test") == held
-    trained = samples_of(out / "images" / "train")
-    assert not {*held} & {*trained}
-    assert len(trained) == NUM_IMAGES - len(held) + 1
-    assert encoded_image(1000) in trained
+    assert not {*held} & {*samples_of(out / "images" / "train")}
+
+
+@pytest.mark.parametrize("name", [os.fsdecode(b"caf\xe9"), "two\nlines"])
+def test_a_source_of_any_name_goes_on(name: str, photos: Path, tmp_path: Path) -> None:
+    """10: the name is Latin-1, or has a newline; the data sets are the user's."""
+    source, changes = shutil.copytree(photos, tmp_path / name), (*SHORTEST, "retrieval.datasets={}")
+    distill(source, tmp_path / "run", changes=changes)
+    assert "this run is complete at 1ba" in distill(source, tmp_path / "run", changes=changes)
 
 
 @pytest.fixture
 def project(photos: Path, small_data: Path, tmp_path: Path) -> Path:
     """A user's folders, with names that are ours too; and a run of another command."""
-    settings = f"# d2v distill {photos} --teacher {TEACHER}\n".encode()
-    files = {"clips/train/index.json": b"mine", "copied/distill.yaml": settings}
+    files = {"clips/train/index.json": b"mine", "copied/distill.yaml": b"", "copied/distill.json": b"{}"}
     folder = write_files(tmp_path / "project", {**files, "run/.in_use": b"", "run/run.yaml": b""})
     shutil.copytree(photos, folder / "images" / "source")
     (folder / "images" / "source" / "empty").mkdir()
@@ -308,7 +320,7 @@ def test_what_is_not_ours_stays(project: Path, photos: Path) -> None:
         (photos, "link", "--out: .*link holds files that are not ours, such as train"),
         (photos, "gone", "gone/distill.yaml cannot be written"),
         (photos, "clips/train/index.json", "index.json/distill.yaml cannot be written"),
-        (photos, "copied", "--out: .*copied holds files that are not ours, such as distill.yaml"),
+        (photos, "copied", "--out: .*copied holds files that are not ours, such as distill.json"),
         (photos, "run", "run holds a run of another command; choose another --out"),
         (photos, "new[1]", r"--out: expected letters, .*new\[1\]'"),
         (photos, "s3://bucket/run", "expected a local file, not one in an object store"),
@@ -325,22 +337,29 @@ def test_a_refused_change_changes_nothing(copied: Path, distilled: Path, photos:
         (["student.depth=3"], "student.depth: checkpoint has 5, config has 3; .*another --out"),
         (["seed=1", "optimizer.lr=0.1"], "seed: checkpoint has 17, config has 1; optimizer.lr: "),
         (["optimiser.lr=1"], "optimiser: no such key; did you mean optimizer"),
-        (["retrieval.ks=[1,5]"], r"holds a finished run: retrieval.ks: checkpoint has \[1, 3\], config has \[1, 5\]; "),
-        (["alignment.max_samples=0"], "finished run: alignment.max_samples: checkpoint has 20000, config has 0; "),
-        (["max_duration=2ba"], "holds a finished run: max_duration: checkpoint has 4ba, config has 2ba; "),
+        (["retrieval.ks=[1,5]"], r" other settings: retrieval.ks: checkpoint has \[1, 3\], config has \[1, 5\]; "),
+        (["alignment.max_samples=0"], "other settings: alignment.max_samples: checkpoint has 20000, config has 0; "),
+        (
+            ["max_duration=2ba"],
+            "copied holds a run with other settings: max_duration: checkpoint has 4ba, config has 2ba; ",
+        ),
+        (
+            ["max_duration=6ba"],
+            "other settings: max_duration: checkpoint has 4ba, config has 6ba; choose another --out",
+        ),
     ):
         line = refused(photos, copied, *SHORT, *changes)
         assert re.search(problem, line), line
         assert "save_folder" not in line
     other = shutil.copytree(photos, tmp_path / "other")
-    assert re.search(r"was made by 'd2v distill .*photos\d+ .*; choose another --out", refused(other, copied))
+    assert f"was begun with source '{photos}', not '{other}'; choose another --out" in refused(other, copied)
     teacher = shutil.copy(TEACHER, tmp_path / "teacher.pt")
-    assert "; choose another --out" in refused(photos, copied, teacher=teacher)
+    assert f"was begun with teacher '{TEACHER}', not '{teacher}'; " in refused(photos, copied, teacher=teacher)
     assert contents_of(copied) == before
     assert "this run is complete at 4ba" in distill(photos, copied)
     assert_same_student(copied, distilled)
-    distill(photos, copied, changes=("max_duration=6ba",))  # what a resume may change
-    assert yaml.safe_load((copied / "distill.yaml").read_text())["max_duration"] == "6ba"
+    distill(photos, copied, changes=("save_num_checkpoints_to_keep=1",))  # what a resume may change
+    assert yaml.safe_load((copied / "distill.yaml").read_text())["save_num_checkpoints_to_keep"] == 1
 
 
 @pytest.mark.parametrize("settings", ["distill.yaml", "run.yaml"])
@@ -460,7 +479,9 @@ def test_a_corrupt_shard_is_named(shards: Path, copied: Path, photos: Path, tmp_
     assert shard.name in refused(source, out, status=1)
     shard = copied / "images" / "train" / "shard.00000.mds"
     shard.write_bytes(flip_bit(shard.read_bytes()))
-    assert shard.name in failure(d2v(*command(photos, copied, *SHORT, "max_duration=6ba")), 1)
+    for path in copied.glob("*rank0.pt"):  # the training starts again
+        path.unlink()
+    assert shard.name in failure(d2v(*command(photos, copied, *SHORT)), 1)
 
 
 @pytest.fixture(scope="module")
@@ -512,7 +533,8 @@ def test_samples_of_other_settings_are_not_mixed(sounds: Path, tmp_path: Path) -
     program.kill()
     before = contents_of(out)
     line = refused(sounds, out, *SHORT, "train_loader.crop_seconds=0.3", teacher=teacher)
-    assert line.endswith("clips/test was not converted with {'most_seconds': 0.3}; choose another --out")
+    begun, now = ({"test": {"most_seconds": seconds}, "train": {}} for seconds in (0.2, 0.3))
+    assert line.endswith(f"run was begun with conversion {begun}, not {now}; choose another --out")
     assert contents_of(out) == before
 
 
@@ -541,7 +563,6 @@ def test_ranks_share_what_the_first_process_prepared(photos: Path, tmp_path: Pat
         pass
     run_ranks(*D2V, *command(photos, out, *SHORT))
     (out / "student.safetensors").unlink()
-    run_ranks(*D2V, *command(photos, out, *SHORT, "max_duration=6ba", "retrieval.ks=[1,5]"))
-    assert (out / "latest-rank0.pt").readlink().name.endswith("-ba6-rank0.pt")
+    run_ranks(*D2V, *command(photos, out, *SHORT, "save_num_checkpoints_to_keep=1"))
     load_student(out / "student.safetensors")
-    assert yaml.safe_load((out / "distill.yaml").read_text())["retrieval"]["ks"] == [1, 5]
+    assert yaml.safe_load((out / "distill.yaml").read_text())["save_num_checkpoints_to_keep"] == 1

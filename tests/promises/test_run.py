@@ -311,6 +311,24 @@ def test_a_checkpoint_that_does_not_fit_is_named(uninterrupted: Path, run: Run, 
     assert_same_student(run.folder, uninterrupted)
 
 
+def test_a_run_takes_only_the_weights_of_a_checkpoint(uninterrupted: Path, run: Run) -> None:
+    """10, 12: steps, order and optimizer are the new run's, whose settings may differ; then it resumes itself."""
+    finished = uninterrupted / "latest-rank0.pt"
+    options = f"load_path={finished}", "load_weights_only=true", "seed=18", "optimizer.lr=1e-30", "max_duration=4ba"
+    said = run.train(*options, "save_interval=1ba", "save_num_checkpoints_to_keep=-1").stdout
+    assert f"weights   from {finished}\n" in said
+    assert len(losses_of(run.folder)) == 4
+    first, last = (load_checkpoint(run.folder / f"ep0-ba{batch}-rank0.pt")["state"] for batch in (1, 4))
+    theirs = {name: tensor for name, tensor in student_of(uninterrupted).items() if ".alignment." not in name}
+    assert first["model"].keys() == theirs.keys()  # the map of other weights is not taken
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(last["model"][name], tensor, rtol=0, atol=1e-6)
+    steps = [int(moments["step"]) for moments in last["optimizers"]["AdamW"]["state"].values()]
+    assert set(steps) == {4}
+    assert "at batch 4" in run.train(*options, "max_duration=5ba").stdout
+    assert "load_weights_only: must be false without a load_path" in run.refused("load_weights_only=true")
+
+
 def test_a_record_starts_another_run(small_data: Path, tmp_path: Path) -> None:
     """10, 18: the run has a folder of its own name and the precision asked for, and prints next commands that exist."""
     Run(Path("runs/{run_name}"), small_data, *SHORT, "precision=auto", cwd=tmp_path).train()

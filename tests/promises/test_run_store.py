@@ -17,6 +17,7 @@ from helpers import (
     assert_same_losses,
     assert_same_student,
     checkpoints_of,
+    datasets_of,
     failure,
     losses_of,
     run_command,
@@ -176,6 +177,26 @@ def test_a_checkpoint_of_a_store_comes_with_its_log(in_store: InStore, uninterru
     (run.folder / ".in_use").write_text(f"{run.address}\n")
     run.train()
     assert run.losses == {13: 1.0}
+
+
+def test_the_best_checkpoint_is_in_the_store(
+    store: GatedStore, in_store: InStore, labeled: Path, tmp_path: Path
+) -> None:
+    """10, 15: also if a kill came before its upload; another machine gets it with the checkpoint."""
+    options = f"retrieval.{datasets_of(labeled)}", "retrieval.baselines=[]", "save_best=true", "retrieval.interval=2ba"
+    best = "best-rank0.pt"
+    run = in_store("best", *options, "save_num_checkpoints_to_keep=1")
+    run.train()
+    expected = (run.folder / best).read_bytes()
+    assert {name for name in run.files() if name.endswith(".pt")} == {best, NEWEST}
+    assert run.files()[best] == expected
+    for name in (best, NEWEST):
+        store.client().delete_object(Bucket=BUCKET, Key=run.prefix + name)
+    run.train()
+    assert run.files()[best] == expected
+    there = in_store("best", *options, cwd=tmp_path / "there")
+    there.train()
+    assert (there.folder / best).read_bytes() == expected
 
 
 @pytest.mark.slow

@@ -2,13 +2,14 @@
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from d2v_composer import FrozenModel, load_student
+from d2v_composer import FrozenModel, load_config, load_student, load_teacher, train_student
 from helpers import ROOT, datasets_of, load_checkpoint, refused_run, run_command, small_run, succeed, train_command
 
 
@@ -36,11 +37,16 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, guide = tmp_path_factory.mktemp("package"), (ROOT / "recipes/guides/own-teacher.md").read_text()
     code, entry = re.findall("```(?:python|toml)\n(.*?)```", guide, flags=re.DOTALL)
     (folder / "mine.py").write_text(code)
-    about = folder / "installed/mine-1.0.dist-info"
-    about.mkdir(parents=True)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(re.sub('.*"(.*)".*\n', r"[\1]\n", entry, count=1).replace('"', ""))
+    install(folder / "installed", "mine", re.sub('.*"(.*)".*\n', r"[\1]\n", entry, count=1).replace('"', ""))
     return folder
+
+
+def install(folder: Path, name: str, entry_points: str) -> None:
+    """Write what pip would leave of a package in a folder, without its code."""
+    about = folder / f"{name}-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(entry_points)
 
 
 def settings(folder: Path, data: Path, kind: str, *overrides: str) -> list[str]:
@@ -73,6 +79,75 @@ def test_a_run_resumes_only_with_it(run: Path, package: Path, small_data: Path) 
     ended = run_command(sys.executable, "-c", INSTALLED, package, package / "installed", *train_command(arguments)[1:])
     assert ended.returncode == 0, ended.stderr
     assert load_checkpoint(run / "latest-rank0.pt")["state"]["timestamp"]["Timestamp"]["batch"] == 6
+
+
+def test_a_name_that_two_packages_offer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """12: the order of sys.path must not decide which teacher is meant."""
+    for name in ("mine", "other"):
+        install(tmp_path / name, name, f"[d2v_composer.teachers]\nmine = {name}:load\n")
+        monkeypatch.syspath_prepend(tmp_path / name)
+    problem = r"^model: mine \(mine:load\) and other \(other:load\) offer 'mine' in d2v_composer.teachers; "
+    with pytest.raises(ValueError, match=problem):
+        load_teacher(None, model="ext/mine")
+
+
+class Own(Patches):
+    """Its weight is an attribute that no state dict has."""
+
+    weight, is_flipped = 1.0, False
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        tokens = self.weight * super().forward(input)
+        return tokens.flip(1) if self.is_flipped else tokens
+
+
+def own_teacher(**changes: Any) -> FrozenModel:
+    module = Own()
+    for name, value in changes.items():
+        setattr(module, name, value)
+    return FrozenModel(module, source="none", image_size=32, grid_size=(4, 4), has_cls_token=False)
+
+
+def test_a_resume_with_another_teacher_is_refused(small_data: Path, tmp_path: Path) -> None:
+    """12: it may differ by what processors round differently."""
+    changes = ("retrieval.pooling=mean_patches", "alignment.max_samples=0", "scheduler.t_warmup=0ba")
+    arguments = settings(tmp_path, small_data, "blocks", *changes, "max_duration=1ba")
+    train_student(load_config(arguments), teacher=own_teacher())
+    config = load_config([*arguments, "max_duration=2ba"])
+    for changed in ({"weight": 1.1}, {"is_flipped": True}):
+        with pytest.raises(ValueError, match=r"teacher \(its outputs for fixed inputs\): checkpoint has \["):
+            train_student(config, teacher=own_teacher(**changed))
+    train_student(config, teacher=own_teacher(weight=1.0001))
+
+
+def test_bad_input_is_one_line(package: Path, small_data: Path, tmp_path: Path) -> None:
+    """18: a module without CLS."""
+    code = (package / "mine.py").read_text().replace("(images)", "(images)[:, 1:]").replace("True", "False")
+    (tmp_path / "mine.py").write_text(code)
+    changes = settings(
+        tmp_path / "run", small_data, "blocks", "retrieval.datasets={a: {root: a}}", "retrieval.pooling=cls"
+    )
+    ended = run_command(sys.executable, tmp_path / "mine.py", *changes[1:])
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
+    assert ended.stderr.startswith(
+        "error: retrieval: representation and pooling: this model has no output_cls; it has "
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda tokens: (tokens, tokens), r"must map \(1, 3, 32, 32\) to \(1, 16, D\), got tuple"),
+        (lambda tokens: tokens * torch.nan, "the teacher's outputs are not finite"),
+    ],
+)
+def test_a_module_that_returns_something_else_is_refused(
+    change: Callable[[torch.Tensor], Any], problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Own.forward
+    monkeypatch.setattr(Own, "forward", lambda module, images: change(forward(module, images)))
+    with pytest.raises(ValueError, match=problem):
+        own_teacher()
 
 
 @pytest.mark.parametrize(

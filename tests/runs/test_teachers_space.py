@@ -27,6 +27,7 @@ from helpers import (
     datasets_of,
     encoded_image,
     load_checkpoint,
+    log_of,
     map_of,
     refused_run,
     run_ranks,
@@ -50,6 +51,19 @@ def test_two_ranks_fit_the_same_bits(small_data: Path, tmp_path: Path) -> None:
     assert one["about"] == two["about"]
     assert one["about"]["pairs"] == 96
     assert all(torch.equal(one[name], two[name]) for name in ("weight", "bias"))
+
+
+def test_the_map_is_fitted_only_at_the_end_if_no_retrieval_needs_it(
+    small_data: Path, labeled: Path, tmp_path: Path
+) -> None:
+    """A run that then goes on measures no map of weights that it had before."""
+    options = f"retrieval.{datasets_of(labeled)}", "retrieval.interval=2ba", "scheduler.t_warmup=0ba"
+    in_index = "metrics/small/in_teacher_index/bank_train/top1"
+    run_training(*small_run(tmp_path / "run", small_data, *options, "max_duration=4ba"))
+    assert list(log_of(tmp_path / "run")[in_index]) == [4]
+    assert map_of(tmp_path / "run")["batch"] == 4
+    run_training(*small_run(tmp_path / "run", small_data, *options, "max_duration=7ba"))
+    assert list(log_of(tmp_path / "run")[in_index]) == [4, 6, 7]
 
 
 @pytest.fixture

@@ -15,8 +15,11 @@ import yaml
 from composer.core import Event, State, Time, Timestamp
 from torch import nn
 
+from d2v_composer.config import schema as schema_module
 from d2v_composer.config.load import defaults, load_checked, load_config
+from d2v_composer.config.reference import load_any
 from d2v_composer.config.schema import (
+    OPTIMIZERS,
     AlgorithmsConfig,
     FinetuneConfig,
     OptimizerConfig,
@@ -29,7 +32,7 @@ from d2v_composer.objectives.tokens import LayerRegression
 from d2v_composer.runs.distill import FIXED_BY_A_CHECKPOINT, train_student
 from d2v_composer.runs.trainer import build_algorithms, build_optimizer, build_run_record, build_scheduler
 from d2v_composer.system.errors import InputError
-from helpers import QUICKSTART, ROOT, small_run
+from helpers import GOLDEN, QUICKSTART, ROOT, log_of, run_training, small_run
 
 BATCHES_PER_EPOCH = 6
 
@@ -44,6 +47,25 @@ def test_weight_decay_spares_norms_and_biases_unless_asked(decay_norms_and_biase
     expected = {"0.weight": 0.1, "0.bias": of_vectors, "1.weight": of_vectors, "1.bias": of_vectors}
     names = {id(weight): name for name, weight in model.named_parameters()}
     assert {names[weight]: value for weight, value in decay.items()} == expected
+
+
+@pytest.mark.parametrize(("name", "shrunk"), [("adamw", 1 - 0.1 * 0.5), ("decoupled_adamw", 1 - 0.1)])
+def test_an_optimizer_decays_as_its_field_says(name: str, shrunk: float) -> None:
+    """Without a gradient, a step does nothing else."""
+    model = nn.Linear(2, 2, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = build_optimizer(OptimizerConfig(name=name, lr=0.5, weight_decay=0.1), model)
+    model.weight.grad = torch.zeros(2, 2)
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), shrunk * before)
+
+
+def test_each_optimizers_learning_rate_is_in_the_report(tmp_path: Path, small_data: Path) -> None:
+    for name, kind in OPTIMIZERS.items():
+        options = f"optimizer.name={name}", "optimizer.weight_decay=0", "callbacks={lr_monitor: {}}", "report=true"
+        run_training(*small_run(tmp_path / name, small_data, "max_duration=11ba", *options))
+        assert kind.log_key in log_of(tmp_path / name)
+        assert (tmp_path / name / "report" / "learning_rate.png").is_file()
 
 
 def learning_rates(max_duration: str, t_warmup: str, num_batches: int) -> list[float]:
@@ -152,3 +174,21 @@ def test_a_loss_that_compares_inputs_keeps_its_microbatches(
     train_student(load_config(arguments))
     with pytest.raises(InputError, match="device_train_microbatch_size: checkpoint has None, config has 2"):
         train_student(load_config([*arguments, "max_duration=3ba", "device_train_microbatch_size=2"]))
+    monkeypatch.setattr(schema_module, "has_gpu", lambda: True)
+    with pytest.raises(InputError, match="device_train_microbatch_size: must be a number or null, got 'auto': a loss"):
+        train_student(load_config([*arguments, "device_train_microbatch_size=auto"]))
+
+
+def test_the_teacher_is_found_from_another_folder(
+    tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = (
+        "teacher.checkpoint=tiny_base.pt",
+        "max_duration=1ba",
+        "scheduler.t_warmup=0ba",
+        "alignment.max_samples=0",
+    )
+    monkeypatch.chdir(GOLDEN)
+    train_student(load_config(small_run(tmp_path, small_data, *changes)))
+    monkeypatch.chdir(tmp_path)
+    assert load_any("latest-rank0.pt")[1] is not None
