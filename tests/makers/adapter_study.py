@@ -5,10 +5,10 @@ python tests/makers/adapter_study.py OUT.csv CHECKPOINT...
 CHECKPOINT is one of a run on the quickstart's images. Maps are fitted to 1,000 or to all 4,480 of its training images.
 The bank is the teacher's output_mean of all of them; the queries are the student's embeddings of the 2,000 test images.
 
-Drift-Adapter (Vejendla 2025, arXiv:2509.23471) maps by an orthogonal matrix, a low-rank affine map of rank 64, or an
-MLP of 256 hidden units beside a linear map. How these are trained here is our choice: like the ridge's strength, the
-number of steps is the one with the least error on every tenth pair, and a second fit includes these pairs. Seconds are
-those of one thread's CPU time, with that choice.
+Drift-Adapter (Vejendla 2025, arXiv:2509.23471) maps by an orthogonal matrix, a low-rank affine map or a residual MLP. A
+reproduction of it names a rank of 64, and 256 hidden units beside a linear map; we read only the paper's abstract. How
+these maps are trained here is our choice: like the ridge's strength, the number of steps is the one with the least
+error on every tenth pair, and a second fit includes these pairs. Seconds are one thread's CPU time, with that choice.
 """
 
 import csv
