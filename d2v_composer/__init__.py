@@ -3,7 +3,7 @@
 Example:
     >>> from d2v_composer import load_student
     >>> student = load_student("student.safetensors")
-    >>> embeddings = student.embed(images)  # (B, 3, height, width) uint8 → (B, D)
+    >>> embeddings = student.embed(images)  # (B, 3, height, width) uint8 → (B, P), as the teacher's
 """
 
 # A name is imported when it is first used: torch, Composer and timm take seconds together, and few programs use all.
@@ -80,10 +80,11 @@ def d2v2_student(pretrained: bool = False, **kwargs: Any) -> Any:
 
     Args:
         pretrained: Not supported: no weights are published.
-        **kwargs: Arguments of a timm ViT: ``num_classes`` (0: the output is the embedding), ``global_pool``.
+        **kwargs: Arguments of a timm ViT: ``num_classes`` (the width of the file's alignment: the output is the
+            embedding; 0: the output is the features; another number: the head is new), ``global_pool``.
 
     Returns:
-        A ``torch.nn.Module``: normalized images, (B, 3, S, S) float → (B, D), or (B, C) with ``num_classes=C``.
+        A ``torch.nn.Module``: normalized images, (B, 3, S, S) float → (B, ``num_classes``).
 
     Example:
         >>> import timm, d2v_composer

@@ -38,9 +38,7 @@ def main(argv: Sequence[str]) -> None:
     given = arguments.given
     study = Path(given.pop(0)) if given and "=" not in given[0] else STUDIES / "data2vec2"
     rows = read_rows(study, arguments.rows)
-    # The shell leaves ~ in --out=~/runs.
-    out = (arguments.out or Path("runs/ablations", study.name)).expanduser()
-    datasets = arguments.images.expanduser()
+    out, datasets = arguments.out or Path("runs/ablations", study.name), arguments.images
     folders = {name: out / name.replace(" ", "_") for name in rows}
 
     from d2v_composer.conversion.convert import convert_cifar10  # takes seconds
@@ -134,6 +132,7 @@ def train_command(study: Path, row: Mapping[str, Any], changes: Sequence[str], f
         "run_name": folder.name,
         "save_folder": folder.with_name("{run_name}"),
         "train_loader.local": first_images(images, row) / "train",
+        "retrieval.embeddings": "all",
         "retrieval.datasets.cifar10.root": images,
     }
     base, overrides = str(study / "base.yaml"), [f"{key}={value}" for key, value in settings.items()]

@@ -42,7 +42,7 @@ def export_random_student(folder: Path) -> None:
         export.main([str(student), str(folder / "student.onnx")])
 
 
-# Runs the lines of a student's card where nothing of ours can be imported, and saves one of their results.
+# Runs the lines of a student's card where nothing of ours can be imported, and saves their result.
 TIMM_ALONE = """
 import sys, numpy, torch
 for name in list(sys.modules):
@@ -51,15 +51,15 @@ for name in list(sys.modules):
 images = torch.from_numpy(numpy.load("pixels.npy"))
 with torch.no_grad():
     exec(sys.argv[1])
-numpy.save("computed.npy", globals()[sys.argv[2]])
+numpy.save("computed.npy", embeddings)
 """
 
 
-def computed_by_timm_alone(folder: Path, name: str, pixels: Tensor) -> Tensor:
-    """Return ``embeddings`` or ``aligned``, which the card of an exported student computes of normalized images."""
+def computed_by_timm_alone(folder: Path, pixels: Tensor) -> Tensor:
+    """Return the embeddings that the card of an exported student computes of normalized images."""
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
     [code] = [block for block in blocks if block.startswith("import timm\n")]
     np.save(folder / "pixels.npy", pixels.numpy())
-    ended = run_command(sys.executable, "-c", TIMM_ALONE, code, name, cwd=folder)
+    ended = run_command(sys.executable, "-c", TIMM_ALONE, code, cwd=folder)
     assert ended.returncode == 0, ended.stderr
     return torch.from_numpy(np.load(folder / "computed.npy"))

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from d2v_composer.evaluation.embedded_set import Embed
 from d2v_composer.evaluation.evaluate import Evaluation
-from d2v_composer.evaluation.labeled_retrieval import Embed
 from d2v_composer.models.precision import precision_of
 from d2v_composer.report.tables import format_table
 from d2v_composer.system.machine import describe_machine, package_versions

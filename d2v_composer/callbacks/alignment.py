@@ -1,4 +1,4 @@
-"""Align a student with its teacher: fit a map into the teacher's space at a run's end, or before a retrieval."""
+"""Align a student with its teacher: fit its alignment at a run's end, or before a retrieval."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -14,26 +14,46 @@ from torch import Tensor
 from d2v_composer.callbacks.algorithms import broadcast_statistics
 from d2v_composer.callbacks.trainer_state import has_ended
 from d2v_composer.data.modality import collate
-from d2v_composer.evaluation.labeled_retrieval import move_batch
+from d2v_composer.evaluation.embedded_set import move_batch
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.evaluation.rows import STUDENT, TEACHER
 from d2v_composer.models.alignment import Moments, side_by_side
+from d2v_composer.models.names import EMBEDDING
 from d2v_composer.objectives.distillation import DistillationModel
+from d2v_composer.sources.mds import Index
 from d2v_composer.sources.source import Int64Array, map_in_workers
 
 EmbedAll = Callable[..., dict[str, Tensor]]
 """A function that embeds a batch and returns every embedding by name, (B, D) each."""
 
+# At most this many shards are read for the map, so that few are fetched from a store; we write 64 MiB each.
+ALIGNMENT_SHARDS = 64
+
 log = logging.getLogger(__name__)
 
 
+def choose_pairs(index: Index, seed: int, max_samples: int, batch_size: int) -> Int64Array:
+    """Return the numbers of the training samples to fit an alignment to, (number of batches, batch size).
+
+    They come from at most ``ALIGNMENT_SHARDS`` shards, so that a data set in a store is not fetched whole.
+    """
+    rng, ends = np.random.default_rng(seed), np.cumsum([shard.samples for shard in index.shards])
+    shards, chosen = np.split(np.arange(ends[-1]), ends[:-1]), min(ALIGNMENT_SHARDS, len(ends))
+    numbers = np.concatenate([shards[i] for i in np.sort(rng.choice(len(ends), chosen, replace=False))])
+    numbers = np.sort(rng.choice(numbers, min(max_samples, len(numbers)), replace=False))
+    if index.lengths is not None:
+        numbers = numbers[np.argsort(index.lengths[numbers], kind="stable")]
+    batch_size = max(1, min(batch_size, len(numbers)))
+    return numbers[: len(numbers) // batch_size * batch_size].reshape(-1, batch_size)
+
+
 class AlignStudent(Callback):
-    """Fit a linear map from the student's embeddings to one of the teacher's, at a run's end, or by :meth:`fit`.
+    """Fit a linear map from the student's raw embeddings to its teacher's, at a run's end, or by :meth:`fit`.
 
     The samples are training samples without augmentation. N are in a batch; the map has I inputs and P channels.
 
-    The mapped embedding is the student's ``projected_cls``. Each rank embeds a share of the batches, and all ranks add
-    up the same sums in the same order. So the map has the same bits on any number of ranks, and after a resume.
+    Each rank embeds a share of the batches, and all ranks add up the same sums in the same order. So the map has the
+    same bits on any number of ranks, and after a resume.
 
     Args:
         model: The model that trains; its student gets the map.
@@ -41,13 +61,13 @@ class AlignStudent(Callback):
             an image, (3, height, width) uint8; all have one size. Only whole batches are used.
         device_batch_size: Number of samples embedded at once on each device.
         embeds: Functions that embed a batch with ``student`` and ``teacher``; default: the model's.
-        target: Name of the teacher's embedding to fit to; default: its primary embedding.
         workers: Number of processes that load samples.
 
     Attributes:
+        of: Name of the teacher's embedding.
         batch: Number of training batches after which the map was last fitted; -1 for never. Checkpoints keep it.
-        statistics: ``target`` and :attr:`Fit.statistics <d2v_composer.models.alignment.Fit.statistics>`. Checkpoints
-            keep this, too, and the map.
+        statistics: ``of``, ``batch`` and :attr:`Fit.statistics <d2v_composer.models.alignment.Fit.statistics>`.
+            Checkpoints keep this, too, and the map.
 
     Example:
         >>> from d2v_composer.callbacks import AlignStudent
@@ -62,13 +82,12 @@ class AlignStudent(Callback):
         *,
         device_batch_size: int = 64,
         embeds: Mapping[str, EmbedAll] | None = None,
-        target: str | None = None,
         workers: int = 0,
     ) -> None:
         size = min(device_batch_size, len(samples))
         self.batches = np.arange(len(samples) // size * size).reshape(-1, size)
         self.student, self.samples, self.workers = model.student, samples, workers
-        self.target = target or model.teacher.choose_embedding().name
+        self.of = model.teacher.embedding.of
         self.embeds = embeds or {STUDENT: model.embed_all, **model.retrieval_baselines()}
         self.targets: list[Tensor] = []  # of this rank's samples, embedded once
         self.batch, self.statistics = -1, dict[str, Any]()
@@ -88,7 +107,7 @@ class AlignStudent(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.batch, self.statistics = state["batch"], state["about"]
         if "weight" in state:
-            self.student.align(state["weight"], state["bias"])
+            self.student.align(state["weight"], state["bias"], self.of)
 
     def fit(self, state: State, to_device: Callable[[Tensor], Tensor]) -> None:
         """Fit the map and give it to the student, unless this was done after the same batch.
@@ -109,8 +128,8 @@ class AlignStudent(Callback):
             student.alignment = None
             log.warning("the student is not aligned with its teacher: %s", error)
             return
-        student.align(fit.weight, fit.bias)
-        self.batch, self.statistics = batch, {"target": self.target, **fit.statistics}
+        student.align(fit.weight, fit.bias, self.of)
+        self.batch, self.statistics = batch, {"of": self.of, "batch": batch, **fit.statistics}
 
     def pairs(self, to_device: Callable[[Tensor], Tensor], inputs: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the inputs, (N, I), and targets, (N, P), of every batch, in the same order on every rank."""
@@ -122,7 +141,7 @@ class AlignStudent(Callback):
             batch = move_batch(samples, to_device)
             rows = side_by_side(self.embeds[STUDENT](*batch), inputs)
             if step == len(self.targets):
-                self.targets.append(self.embeds[TEACHER](*batch)[self.target].float().cpu())
+                self.targets.append(self.embeds[TEACHER](*batch)[EMBEDDING].float().cpu())
             shares = rows, self.targets[step].to(rows.device)
             yield from zip(*(ranks.gather(share[None], count - first) for share in shares), strict=True)
 

@@ -130,19 +130,11 @@ class Checkpoints(Callback):
                 self.lock = FolderLock(folder)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Agree with the other ranks on whether to stop: a signal may reach them at different batches.
-
-        Raises:
-            RunError: The run's folder was removed, so that nothing can be saved.
-        """
+        """Agree with the other ranks on whether to stop: a signal may reach them at different batches."""
         processes.defer_signals(NOTICE)
         # A finished run measures nothing when it starts again.
         self.stop.is_last_batch = has_ended(state)
-        if self._agree(state) == REMOVED and self.folder is not None:
-            raise RunError(
-                f"save_folder: {self.folder.local} or its lock {MARK} was removed during the run: "
-                f"stopped after batch {int(state.timestamp.batch) - 1}; progress not saved elsewhere is lost"
-            )
+        self._agree(state)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         if self.is_due(state, Event.BATCH_CHECKPOINT) or self.stop.has_come():
@@ -214,16 +206,24 @@ class Checkpoints(Callback):
                 prune(checkpoint.parent, self.num_to_keep)
             prune_store(uploads.address, checkpoint.name, self.num_to_keep)
 
-    def _agree(self, state: State) -> int:
-        """Agree on the signal that reached any rank; return its place in ``STOPS``, or ``REMOVED``, on all ranks."""
+    def _agree(self, state: State) -> None:
+        """Learn on all ranks which signal has reached any rank.
+
+        Raises:
+            RunError: The run's folder was removed, so that nothing can be saved.
+        """
         is_removed = self.lock is not None and self.lock.is_removed()
         code = REMOVED if is_removed else STOPS.index(processes.received())
         if dist.get_world_size() > 1:
             tensor = state.device.tensor_to_device(torch.tensor(code))
             dist.all_reduce(tensor, reduce_operation="MAX")
             code = int(tensor)
-        self.stop.signal = (*STOPS, None)[code]
-        return code
+        if code == REMOVED and self.folder is not None:
+            raise RunError(
+                f"save_folder: {self.folder.local} or its lock {MARK} was removed during the run: "
+                f"stopped after batch {int(state.timestamp.batch) - 1}; progress not saved elsewhere is lost"
+            )
+        self.stop.signal = STOPS[code]
 
     def begin(self) -> None:
         """Mark the folder, here and in the store, as the run's, now that nothing can refuse the run.

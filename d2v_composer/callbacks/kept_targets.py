@@ -68,7 +68,8 @@ class KeptTargets(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         mark = self.path.with_name(MARK)
-        if self.path.exists() and not mark.exists():  # on a node without rank 0
+        is_file = self.path.is_file() and not self.path.is_symlink()
+        if os.path.lexists(self.path) and not (is_file and mark.exists()):  # no mark: on a node without rank 0
             raise InputError(f"save_folder: {self.path} is not of this run; choose another save_folder")
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from d2v_composer.system.fetch import put
 from d2v_composer.system.files import write_atomically
 from d2v_composer.system.progress import Lines
 
-# Keys of the accuracies that progress shows: metrics/DATASET/[BASELINE/]bank_train/topK, of the primary embedding; and
+# Keys of the accuracies that progress shows: metrics/DATASET/[BASELINE/]bank_train/topK, of the headline; and
 # metrics/test/topK, of a fine-tuned classifier.
 ACCURACY = re.compile(r"metrics/(?:test|([^/]+)/(?:([^/]+)/)?bank_train)/top(\d+)")
 # The part of a key between an accuracy's name and the embedding's.

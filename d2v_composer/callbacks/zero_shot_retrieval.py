@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -18,27 +18,24 @@ from d2v_composer.callbacks.algorithms import broadcast_statistics
 from d2v_composer.callbacks.alignment import AlignStudent
 from d2v_composer.callbacks.run_record import find_changes
 from d2v_composer.callbacks.trainer_state import due_every, has_ended, unwrapped
-from d2v_composer.checkpoints.checkpoint import Result, read_results
 from d2v_composer.data.modality import Augmentation
-from d2v_composer.evaluation.labeled_retrieval import Embed, Lookup, Neighbors, measure_embeddings
+from d2v_composer.evaluation.embedded_set import Embed, EmbeddedSet, embed_set
+from d2v_composer.evaluation.measurement import measure
+from d2v_composer.evaluation.metrics import PROBES
+from d2v_composer.evaluation.metrics.metric import BANKS
+from d2v_composer.evaluation.metrics.retrieval import retrieval_from
 from d2v_composer.evaluation.nearest_neighbors import Ranks
-from d2v_composer.evaluation.rows import (
-    BANKS,
-    PROBES,
-    ROWS,
-    STUDENT,
-    TEACHER,
-    UNTRAINED,
-    metric_key,
-    retrieval_from,
-    rows_of,
-)
-from d2v_composer.models.names import PROJECTED
+from d2v_composer.evaluation.results import Result, read_results
+from d2v_composer.evaluation.rows import ROWS, STUDENT, TEACHER, UNTRAINED, Row, metric_key, rows_of
+from d2v_composer.evaluation.settings import Settings
+from d2v_composer.models.alignment import EmbeddingInfo
+from d2v_composer.models.backbone import Backbone
+from d2v_composer.models.names import EMBEDDING
 from d2v_composer.sources.labeled import EvaluationSet
 from d2v_composer.system.errors import InputError
 
 # Attributes in checkpoints.
-KEPT = ("history", "baseline_metrics", "teacher_neighbors", "conditions", "was_stopped")
+KEPT = ("history", "baseline_metrics", "conditions", "was_stopped")
 
 
 class _StoppedError(Exception):
@@ -48,8 +45,8 @@ class _StoppedError(Exception):
 class ZeroShotRetrieval(Callback):
     """Measure top-k retrieval accuracy on labeled sets in both directions, while the model trains without labels.
 
-    An evaluation embeds every image, or audio clip, once, for both directions and all embeddings; several ranks share
-    the work. Evaluations run every ``interval`` and at the end of training, never twice for one batch.
+    An evaluation embeds every image, or audio clip, once, for both directions; several ranks share the work.
+    Evaluations run every ``interval`` and at the end of training, never twice for one batch.
 
     In any Composer run, the model needs a method ``embed_all`` or ``embed``; or pass a function ``embed``. The function
     takes (B, 3, height, width) uint8 images, already on the model's device, resizes and normalizes them, and returns
@@ -57,12 +54,13 @@ class ZeroShotRetrieval(Callback):
     padded, the number of samples of each, (B,) int64. It is called in eval mode, without gradients, in the run's
     precision.
 
-    Logged: ``metrics/{dataset}/bank_{train|test}/top{k}`` for the primary embedding,
-    ``metrics/{dataset}/bank_{train|test}/top{k}/{embedding}`` for every named embedding, the same below
-    ``metrics/{dataset}/{baseline}/`` for each baseline, and ``time/zero_shot_retrieval`` in seconds. Probes have
+    Logged: ``metrics/{dataset}/bank_{train|test}/top{k}`` for the headline; with ``all_embeddings`` also
+    ``metrics/{dataset}/bank_{train|test}/top{k}/{embedding}`` for each; the same below
+    ``metrics/{dataset}/{baseline}/`` for each baseline, and below ``metrics/{dataset}/in_index/`` for the student's
+    queries in the teacher's index; and ``time/zero_shot_retrieval`` in seconds. Probes have
     ``{knn|knn_majority|linear}/top1``, ``agreement@10`` and ``{instance|zero_shot}/top{k}`` in place of
     ``bank_{train|test}/top{k}``. ``metrics/mean/top1`` is the mean over data sets and banks of the student's top-1
-    retrieval accuracy in the primary embedding.
+    retrieval accuracy by the headline.
 
     To Composer's callbacks, each measurement of the student is an evaluation labeled ``retrieval``, whose metrics have
     the keys above without ``metrics/``. For example, ``EarlyStopper("mean/top1", "retrieval", patience="9ba")`` works.
@@ -73,20 +71,22 @@ class ZeroShotRetrieval(Callback):
         interval: Time between evaluations, a Composer time string.
         ks: Measure the accuracy among the k nearest, for each k.
         embed: Function to use instead of the model's own method.
-        primary: Name of the embedding that the short key reports, for a model with several.
+        headline: Name of the embedding that tables show and the short keys report, for a model with several.
+        all_embeddings: Measure the model's other embeddings, too.
         baselines: Name → embed function, measured once at the start, to compare the model with. Default: the model's
             ``retrieval_baselines()``, if it has that method.
         at_start: Evaluate the untrained model as well.
         probes: Further measures of the test images. ``knn`` classifies an image by its 20 nearest train images (DINO's
             weighted vote, and the majority), ``linear`` by a logistic regression (seconds for each embedding).
             ``agreement`` is the share of an image's 10 nearest test images that the baseline named teacher finds, too,
-            in its embedding of the same name (for the primary embedding, in the teacher's primary one). ``instance``
-            tells whether one augmented view of an image finds the other. ``zero_shot``, in sets with
-            ``class_embeddings``, tells whether the text embedding of an image's class is the nearest to its
-            ``projected_cls``.
+            in its embedding of the same name. ``instance`` tells whether one augmented view of an image finds the
+            other. ``zero_shot``, in sets with ``class_embeddings``, tells whether the text embedding of an image's
+            class is the nearest to its embedding.
         augment: Makes the views for ``instance``.
-        align: Fits the student's ``projected_cls``, so that this embedding is measured, too: in each evaluation if it
-            is ``primary`` or a probe needs it, otherwise only at the end of training.
+        align: Fits the student's alignment: before each evaluation if ``headline`` is the embedding or a probe needs
+            it, otherwise only at the end of training.
+        models: The student and the teacher, by these names: results say what their embeddings are, and the student's is
+            looked up in the teacher's index if both are in one space.
         should_stop: Asked before each batch of images; must be False until training begins, and the same on all ranks.
             True ends the evaluation; the run that resumes repeats it first.
         device_batch_size: Images embedded at once on each device.
@@ -96,9 +96,7 @@ class ZeroShotRetrieval(Callback):
         history: One entry for each evaluation, oldest first: ``{"batch": int, "metrics": {key: accuracy}}``; kept in
             checkpoints.
         baseline_metrics: Log key → accuracy of the baselines; kept in checkpoints.
-        teacher_neighbors: Data set → embedding → (N, 10) int32, each test image's nearest others, for agreement; kept
-            in checkpoints.
-        results: Results in the primary embedding, for tables and the report: those of the baselines, of the student
+        results: Results in the headline, for tables and the report: those of the baselines, of the student
             before training and of the student as last measured, with its batch; kept in checkpoints. The results of
             student and teacher include each test image's nearest train images, as many as the largest of ``ks``.
         conditions: For every set that the run ever measured, what its numbers depend on; kept in checkpoints.
@@ -117,39 +115,42 @@ class ZeroShotRetrieval(Callback):
         ks: Sequence[int] = (1, 3),
         *,
         embed: Embed | None = None,
-        primary: str = "output_cls",
+        headline: str = EMBEDDING,
+        all_embeddings: bool = False,
         baselines: Mapping[str, Embed] | None = None,
         at_start: bool = False,
         probes: Collection[str] = (),
         augment: Augmentation | None = None,
         align: AlignStudent | None = None,
+        models: Mapping[str, Backbone] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         device_batch_size: int = 256,
         progress_bar: bool = True,
     ) -> None:
-        if not PROBES.keys() >= set(probes):
-            raise ValueError(f"probes must be among {', '.join(PROBES)}, got {', '.join(probes)}")
+        known = [metric.name for metric in PROBES]
+        if not {*known} >= {*probes}:
+            raise ValueError(f"probes must be among {', '.join(known)}, got {', '.join(probes)}")
         if "agreement" in probes and baselines is not None and TEACHER not in baselines:
             raise ValueError("agreement needs a baseline named teacher")
-        target = align.target if align else ""
-        self.lookup = Lookup(primary, tuple(ks), probes, augment, device_batch_size, target=target)
+        has_teacher = baselines is None or TEACHER in baselines  # else fit_start asks the model
+        self.settings = Settings(headline, tuple(ks), probes, augment, device_batch_size, has_teacher, all_embeddings)
         self.conditions: dict[str, str] = {}
         for name, labeled in datasets.items():
-            self.lookup.check(name, labeled)
-            self.conditions |= self.lookup.conditions(name, labeled)
+            self.settings.check(name, labeled)
+            self.conditions |= self.settings.conditions(name, labeled)
             if augment is None and ("instance" in probes or not labeled.has_labels):
                 raise ValueError(f"{name}: instance retrieval needs the argument augment")
         self.datasets = dict(datasets)
         self.embed = embed
         self.baselines = baselines
         self.at_start = at_start
-        self.align, self.should_stop = align, should_stop
-        self.needs_alignment = primary == PROJECTED or "zero_shot" in probes
+        self.align, self.models, self.should_stop = align, dict(models or {}), should_stop
+        self.needs_alignment = headline == EMBEDDING or "zero_shot" in probes
         self.progress_bar = progress_bar
         self.is_due = due_every(interval, {Event.BATCH_END, Event.EPOCH_END})
         self.history: list[dict[str, Any]] = []
         self.baseline_metrics: dict[str, float] = {}
-        self.teacher_neighbors: Neighbors = {}
+        self.of_teacher: dict[str, EmbeddedSet] = {}  # embeddings that rows of the student are compared with
         self.results: list[Result] = []
         self.was_stopped = False
 
@@ -162,22 +163,21 @@ class ZeroShotRetrieval(Callback):
             raise ValueError(
                 f"{type(model).__name__} has no method embed_all or embed: pass ZeroShotRetrieval(embed=…)"
             )
-        if TEACHER in self.baselines:
-            self.lookup.teacher_neighbors = self.teacher_neighbors
+        self.settings = self.settings._replace(has_teacher=TEACHER in self.baselines)
         wanted = {
-            (row.title, dataset, measure)
-            for row in rows_of(self.baselines, self.lookup.target)
+            (row.title, dataset, column)
+            for row in rows_of(self.baselines)
             for dataset, labeled in self.datasets.items()
-            for measure in self.lookup.measures(labeled)
-            if row.title == TEACHER or measure.name != "zero_shot"  # pixels have no projection
+            for metric in self.settings.metrics(labeled)
+            if row.title == TEACHER or "texts" not in metric.needs  # pixels are in no space of texts
+            for column in self.settings.columns(labeled, metric)
         }
-        changes = [True] if self.at_start and state.timestamp.batch == 0 else []
         if wanted <= {result[:3] for result in self.results}:
             logger.log_metrics(self.baseline_metrics)
         else:  # not measured yet, or a resume adds some
-            changes.append(False)
-        if changes:
-            self.measure(changes, state, logger)
+            self.measure_baselines(state, logger)
+        if self.at_start and state.timestamp.batch == 0:
+            self.measure_student(state, logger)
         if self.was_stopped:
             self.evaluate(state, logger)
 
@@ -211,64 +211,93 @@ class ZeroShotRetrieval(Callback):
             return
         self.was_stopped = True
         with suppress(_StoppedError):
-            self.measure([True], state, logger)
+            self.measure_student(state, logger)
 
-    def measure(self, changes: Collection[bool], state: State, logger: Logger) -> None:
-        """Measure rows of the evaluation on all sets; then keep and log the results.
+    def measure_baselines(self, state: State, logger: Logger) -> None:
+        """Measure the rows that training does not change on all sets; then keep and log the results."""
+        rows = rows_of(self.baselines or {})
+        self.baseline_metrics = self._measure(rows, {row.title for row in rows}, state, logger)
 
-        Args:
-            changes: ``True`` for the rows that change in training, ``False`` for the others, or both.
-            state: The Trainer's state.
-            logger: The Trainer's logger.
+    def measure_student(self, state: State, logger: Logger) -> None:
+        """Measure the student's rows on all sets; then keep and log the results.
+
+        The student's map is fitted first. All earlier results of the student are dropped.
         """
-        start, ranks = time.monotonic(), Ranks(dist.get_global_rank(), dist.get_world_size())
-        batch, results = int(state.timestamp.batch), list[Result]()
+        batch = int(state.timestamp.batch)
         student = STUDENT if batch else UNTRAINED
-        embeds = {**(self.baselines or {}), student: self.embed_student}
-        rows = {row.title: row for row in rows_of(embeds, self.lookup.target) if row.changes_in_training in changes}
+        # If a shorter run has ended before, the student has an alignment that does not fit its weights anymore.
+        if (align := self.align) is not None and (
+            align.student.alignment is not None or self.needs_alignment or has_ended(state)
+        ):
+            broadcast_statistics(state.model)
+            align.fit(state, partial(self._to_device, state))
+        rows = [row for row in rows_of([*(self.baselines or {}), student], self.infos()) if student in row.models]
+        outdated = {row.title for row in ROWS.values() if student in row.models}
+        metrics = self._measure(rows, outdated, state, logger)
+        self.history.append({"batch": batch, "metrics": metrics})
+        self.was_stopped = False
+        run_evaluation_events(state, logger, metrics)
 
-        def to_device(tensor: Tensor) -> Tensor:
-            if self.should_stop():  # before each batch of images, and each search
-                raise _StoppedError
-            return state.device.tensor_to_device(tensor)
+    def infos(self) -> dict[str, EmbeddingInfo]:
+        """Return what the embeddings are of the models that are known."""
+        names = {UNTRAINED: STUDENT, STUDENT: STUDENT, "encoder": TEACHER, TEACHER: TEACHER}
+        return {name: self.models[model].embedding for name, model in names.items() if model in self.models}
 
+    def _measure(
+        self, rows: Sequence[Row], outdated: Collection[str], state: State, logger: Logger
+    ) -> dict[str, float]:
+        """Measure rows; replace the results of the outdated ones; log and return the accuracies by log key."""
+        start, results, batch = time.monotonic(), list[Result](), int(state.timestamp.batch)
+        ranks = Ranks(dist.get_global_rank(), dist.get_world_size())
         progress = "retrieval " if self.progress_bar and ranks.rank == 0 else None
-        lookup = replace(self.lookup, to_device=to_device, ranks=ranks, progress=progress)
+        settings = self.settings._replace(to_device=partial(self._to_device, state), ranks=ranks, progress=progress)
+        infos = self.infos()
+        embeds = {**(self.baselines or {}), STUDENT: self.embed_student, UNTRAINED: self.embed_student}
         broadcast_statistics(state.model)
-        if (align := self.align) is not None and True in changes:
-            # If a shorter run has ended before, the student has a map that does not fit its weights anymore.
-            has_map = align.student.alignment is not None
-            if has_map or self.needs_alignment or has_ended(state):
-                align.fit(state, to_device)
         precision = get_precision_context(state.precision, state.precision_config)
         with model_eval_mode(state.model), torch.no_grad(), precision:
             for dataset, labeled in self.datasets.items():
-                results += measure_embeddings([*rows.values()], embeds, dataset, labeled, lookup)
-        of_student = {row.title for row in ROWS.values() if True in changes and student in (row.queries, row.bank)}
-        self.results = [result for result in self.results if result.row not in rows.keys() | of_student]
+                models = set[str]().union(*(row.models for row in rows))
+                if needs_teacher := settings.needs(labeled, "teacher"):
+                    models.add(TEACHER)
+                embedded = dict[str, EmbeddedSet]()
+                if self.of_teacher.get(dataset) and TEACHER not in outdated:  # embedded before
+                    embedded[TEACHER] = self.of_teacher[dataset]
+                used = {model: embed for model, embed in embeds.items() if model in models - embedded.keys()}
+                embedded |= embed_set(used, dataset, labeled, settings, infos)
+                results += measure(rows, embedded, dataset, labeled, settings, infos)
+                self.of_teacher[dataset] = {
+                    part: {
+                        name: vectors
+                        for name, vectors in embeddings.items()
+                        if name == EMBEDDING or (needs_teacher and part == "test")
+                    }
+                    for part, embeddings in embedded.get(TEACHER, {}).items()
+                }
+        self.results = [result for result in self.results if result.row not in outdated]
+        models = {row.title: {UNTRAINED: STUDENT}.get(row.queries.model, row.queries.model) for row in rows}
+        weights = {name: self.models[name].identify_weights() for name in self.models.keys() & models.values()}
         for result in results:
-            if result.is_primary:
-                is_shown = result.row in (STUDENT, TEACHER) and result.measure.bank == "train"
-                self.results.append(result._replace(batch=batch, nearest=result.nearest if is_shown else None))
+            if result.is_headline:
+                shown = result.nearest if result.row in (STUDENT, TEACHER) else None
+                of_model = weights.get(models[result.row], "")
+                self.results.append(result._replace(batch=batch, nearest=shown, weights=of_model))
+        metrics = {
+            metric_key(result.dataset, result.column, name, result.row): result.hits.double().mean().item()
+            for result in results
+            for name in ([""] if result.is_headline else []) + ([result.embedding] if settings.needs_all else [])
+        }
+        keys = (metric_key(dataset, retrieval_from(bank, 1)) for dataset in self.datasets for bank in BANKS)
+        if top1 := [metrics[key] for key in keys if key in metrics]:
+            metrics["metrics/mean/top1"] = mean(top1)
         logger.log_metrics({"time/zero_shot_retrieval": time.monotonic() - start})
-        for changing in sorted(changes):
-            metrics = {
-                metric_key(result.dataset, result.measure, name, result.row): result.hits.double().mean().item()
-                for result in results
-                if rows[result.row].changes_in_training == changing
-                for name in (("", result.embedding) if result.is_primary else (result.embedding,))
-            }
-            if changing:
-                keys = (metric_key(dataset, retrieval_from(bank, 1)) for dataset in self.datasets for bank in BANKS)
-                if top1 := [metrics[key] for key in keys if key in metrics]:
-                    metrics["metrics/mean/top1"] = mean(top1)
-            logger.log_metrics(metrics)
-            if changing:
-                self.history.append({"batch": batch, "metrics": metrics})
-                self.was_stopped = False
-                run_evaluation_events(state, logger, metrics)
-            else:
-                self.baseline_metrics = metrics
+        logger.log_metrics(metrics)
+        return metrics
+
+    def _to_device(self, state: State, tensor: Tensor) -> Tensor:
+        if self.should_stop():  # before each batch of images, and each search
+            raise _StoppedError
+        return state.device.tensor_to_device(tensor)
 
 
 def run_evaluation_events(state: State, logger: Logger, metrics: Mapping[str, float]) -> None:

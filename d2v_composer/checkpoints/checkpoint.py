@@ -6,6 +6,7 @@ names, and cannot tell a store that denies access from one without checkpoints.
 
 import datetime
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -184,7 +185,7 @@ def find_newest(
         if here or there:
             raise InputError(f"{folder}: none of its checkpoints is complete; remove them to restart")
         return None
-    if pointer.resolve() != newest.path.resolve():  # another machine saved it
+    if os.path.realpath(pointer) != os.path.realpath(newest.path):  # another machine saved it, or it is damaged
         point_at(newest.path)
     if folder.address is not None and not local_log.exists():
         _download(f"{folder.address}/{LOG}", local_log)
@@ -310,7 +311,7 @@ def upload_missing(folder: RunFolder) -> None:
     Raises:
         RunError: The store cannot be written.
     """
-    newest = (folder.local / LATEST).resolve()
+    newest = Path(os.path.realpath(folder.local / LATEST))
     if folder.address is not None and newest.exists() and newest.name not in _stored_checkpoints(folder.address)[:1]:
         if (best := newest.with_name(BEST)).exists():
             put(best, f"{folder.address}/{BEST}", denial_passes=True)
@@ -373,53 +374,3 @@ def drop_unused_scaler(checkpoint: dict[str, Any], precision: str) -> None:
     state = checkpoint["state"]
     if "scaler" in state and not (precision == "amp_fp16" and state["scaler"].get("GradScaler")):
         del state["scaler"]
-
-
-def drop_alignment(checkpoint: dict[str, Any]) -> None:
-    """Remove a student's map into its teacher's space from a checkpoint: training would make it wrong."""
-    tensors = checkpoint["state"]["model"]
-    for name in [name for name in tensors if ".alignment." in name]:
-        del tensors[name]
-
-
-class Measure(NamedTuple):
-    """A measure that scores each query of a data set: a column of tables."""
-
-    bank: str
-    """The split that is searched, or to which a classifier is fitted; ``classes`` for text embeddings of the classes;
-    '' for the test images among themselves."""
-    name: str
-    k: int | None
-    """The number of neighbors; ``None`` for a classifier."""
-    key: str
-    """The measure's part of a log key."""
-    heading: str
-    """The heading of the measure's column in tables."""
-
-
-class Result(NamedTuple):
-    """One measure of one row's embedding on one data set."""
-
-    row: str
-    """The row's title."""
-    dataset: str
-    measure: Measure
-    embedding: str
-    """Name of the embedding; '' if it is the only one and has no name."""
-    is_primary: bool
-    """True for the row's primary embedding, and for the only embedding that ``zero_shot`` measures."""
-    hits: Tensor
-    """For each query, on the host: (Q,) bool, or the share of common neighbors, (Q,) float64."""
-    batch: int = 0
-    """Number of training batches after which a run measured the row."""
-    nearest: Tensor | None = None
-    """The bank's images nearest to each query in a primary embedding, nearest first, (Q, K) int32."""
-
-    def plain(self) -> tuple[Any, ...]:
-        """Return the fields as plain values, for a checkpoint."""
-        return (*self[:2], tuple(self.measure), *self[3:])
-
-
-def read_results(saved: Iterable[Any]) -> list[Result]:
-    """Return the results whose :meth:`Result.plain` was saved."""
-    return [Result(row, dataset, Measure(*measure), *fields) for row, dataset, measure, *fields in saved]

@@ -169,6 +169,7 @@ def convert_teacher(
     weights: Weights = "model",
     dtype: torch.dtype = torch.float32,
     license: str | None = None,
+    embedding: str | None = None,
     **spectrogram: float,
 ) -> tuple[Data2Vec2, list[str]]:
     """Convert a fairseq checkpoint to a safetensors file.
@@ -179,6 +180,7 @@ def convert_teacher(
         weights: The weights to keep.
         dtype: Stored dtype; a loaded teacher is float32 in any case.
         license: A note on the weights' license for the metadata.
+        embedding: Name of the teacher's embedding for the metadata; default: that of its kind.
         spectrogram: For EAT: ``target_length``, by default the file's; ``log_mel_mean`` and ``log_mel_std``, by default
             AudioSet's.
 
@@ -196,12 +198,14 @@ def convert_teacher(
         raise InputError(f"{source} is not an EAT checkpoint; leave out {', '.join(spectrogram)}")
     with errors_of(str(source)):
         teacher.encoder.config = teacher.encoder.config.changed(**spectrogram)
+        teacher.name_embedding(embedding)
         teacher.config = teacher.config.changed(encoder=teacher.encoder.config)
         teacher.identify()
     teacher.provenance |= {
         "dtype": str(dtype).removeprefix("torch."),
         "license": license or teacher.provenance["license"],
         "converted": datetime.date.today().isoformat(),
+        **({} if embedding is None else {"embedding": embedding}),
     }
     tensors = {name: tensor.to(dtype) for name, tensor in teacher.state_dict().items()}
     write_model_file(out, "teacher", teacher.config.model_dump(mode="json"), teacher.provenance, tensors)

@@ -2,32 +2,33 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_newest, read_results
+from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_newest
 from d2v_composer.checkpoints.fairseq import load_data2vec2
 from d2v_composer.checkpoints.model_file import (
     CONFIG_TENSOR,
+    Tensors,
     build_loaded,
     build_student,
     check_fits,
     check_timm_outputs,
     convert_to_timm,
+    from_timm,
     is_safetensors,
+    new_student,
     read_model_file,
     read_sizes,
     write_model_file,
 )
 from d2v_composer.checkpoints.safe_load import is_checkpoint, load_untrusted
-from d2v_composer.models.backbone import Backbone, Projection
-from d2v_composer.models.configs import ImageSize, TimmConfig
-from d2v_composer.models.names import DATA2VEC2, ENTRY_POINTS, PACKAGE_PREFIX, PROJECTED, TIMM_PREFIX, Weights
+from d2v_composer.models.backbone import Backbone
+from d2v_composer.models.configs import ImageSize, NetworkSizes, StudentSizes, TimmConfig
+from d2v_composer.models.names import DATA2VEC2, ENTRY_POINTS, PACKAGE_PREFIX, TIMM_PREFIX, Weights
 from d2v_composer.models.provenance import distillation_of, is_teacher_of, value_at
-from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.entry_points import find_entry_point
@@ -44,7 +45,6 @@ def load_teacher(
     model: str = DATA2VEC2,
     first_blocks: int | None = None,
     image_size: ImageSize | str | None = None,
-    projected: bool = False,
 ) -> Any:
     """Load a frozen teacher, in eval mode and float32.
 
@@ -59,9 +59,6 @@ def load_teacher(
             data2vec 2.0, the blocks of the modality encoder.
         image_size: For timm: pixels per side, or height and width: (112, 168) or '112x168'; default: timm's size for
             this model.
-        projected: Give the teacher ``projected_cls``, its own image embedding. For timm, this is what ``forward_head``
-            computes, with the projection to a text tower's space if there is one; for data2vec 2.0, CLS of the output
-            or, without CLS, its mean over patches or frames.
 
     Returns:
         A :class:`~d2v_composer.models.teacher.Teacher`, whose ``config`` has the sizes and whose ``provenance`` has the
@@ -80,10 +77,10 @@ def load_teacher(
     if model.startswith(TIMM_PREFIX):
         from d2v_composer.checkpoints.timm_weights import load_timm_teacher  # timm takes seconds to import
 
-        return load_timm_teacher(path, model, first_blocks, image_size, projected)
+        return load_timm_teacher(path, model, first_blocks, image_size)
     if model.startswith(PACKAGE_PREFIX):
-        if projected or first_blocks is not None or image_size is not None:
-            raise InputError(f"{model}: its package fixes first_blocks, image_size and image embedding; leave them out")
+        if first_blocks is not None or image_size is not None:
+            raise InputError(f"{model}: its package fixes first_blocks and image_size; leave them out")
         return load_external(path, model)
     if model != DATA2VEC2:
         raise InputError(f"model: must be {DATA2VEC2}, timm/NAME or ext/NAME, got {model!r}")
@@ -97,8 +94,6 @@ def load_teacher(
             teacher.share_blocks(first_blocks)
         except ValueError as error:
             raise InputError(str(error)) from error
-    if projected:
-        teacher.projection = Projection(teacher.default_pooling).freeze()
     return teacher
 
 
@@ -157,7 +152,7 @@ def save_student(student: Backbone, out: Path, when_complete: Callable[[], objec
 
 
 def load_student(path: str | Path) -> Any:
-    """Load an exported student; it needs no teacher, checkpoint or YAML.
+    """Load an exported student, with its classifier if it was fine-tuned; it needs no teacher, checkpoint or YAML.
 
     Args:
         path: A file of ``d2v export``: a local path, https://, or an object store's address (cached until it changes).
@@ -173,7 +168,7 @@ def load_student(path: str | Path) -> Any:
 
     Example:
         >>> student = load_student("student.safetensors")
-        >>> embeddings = student.embed(images, pooling="mean")  # (B, 3, height, width) uint8 → (B, D)
+        >>> embeddings = student.embed(images)  # (B, 3, height, width) uint8 → (B, P), as the teacher's
         >>> teacher = student.provenance["teacher"]["source"]
     """
     file = fetch_model(path)
@@ -183,21 +178,24 @@ def load_student(path: str | Path) -> Any:
             f"{d2v('export', path, 'student.safetensors')}"
         )
     stored = read_model_file(file)
-    stored.expect(path, "student")
+    if not (is_classifier := stored.kind == "classifier"):
+        stored.expect(path, "student")
     sizes = read_sizes(path, stored.config)
-    tensors = {sizes.prefix + name: tensor for name, tensor in stored.tensors.items() if name != CONFIG_TENSOR}
-    student = build_student(path, sizes, tensors, stored.provenance)
+    tensors = {name: tensor for name, tensor in stored.tensors.items() if name != CONFIG_TENSOR}
+    if isinstance(sizes, NetworkSizes):
+        tensors = from_timm(path, sizes, tensors, is_classifier)
+    student = _build_with_head(path, sizes, tensors, stored.provenance)
     check_timm_outputs(path, student)
     return student
 
 
-def load_models(path: str, weights: Weights = "model", teacher: str | None = None, projected: bool = False) -> Models:
+def load_models(path: str, weights: Weights = "model", teacher: str | None = None) -> Models:
     """Load the model in any supported file, and its teacher.
 
     Args:
         path: A data2vec 2.0 teacher's file, as for :func:`load_teacher`; an exported or fine-tuned student, or a
             training checkpoint.
-        weights, projected: Arguments of :func:`load_teacher`, for a teacher's file.
+        weights: Argument of :func:`load_teacher`, for a teacher's file.
         teacher: Path of the student's teacher; for a checkpoint, the default is the path used in training.
 
     Returns:
@@ -212,14 +210,14 @@ def load_models(path: str, weights: Weights = "model", teacher: str | None = Non
         kind, contents = (read_model_file(file).kind, {}) if is_safetensors(file) else ("", load_untrusted(file))
         if is_checkpoint(contents):
             return _load_checkpoint(Checkpoint(file, contents), teacher)
-        if kind == "student":
+        if kind in ("student", "classifier"):
             return _with_teacher(load_student(path), teacher)
         if not kind and isinstance(contents, dict) and "cfg" not in contents:  # weights without sizes, such as timm's
             raise InputError(
                 f"{path} does not name its model; if it has the weights of a timm model, give timm/NAME as the model "
                 "and this file as its checkpoint"
             )
-        model = load_teacher(path, weights, projected=projected)
+        model = load_teacher(path, weights)
         return model, model
 
     return load(fetch_model(path)) if is_remote(path) else read_newest(Path(path), load)
@@ -235,9 +233,15 @@ def _with_teacher(student: Backbone, path: str | None) -> Models:
     settings = value_at(record, "config.teacher") if has_own else dict(sizes) | {"first_blocks": sizes.prenet_depth}
     names = ("first_blocks", "model", "image_size") if has_own or isinstance(sizes, TimmConfig) else ("first_blocks",)
     options: Any = {name: settings[name] for name in names if name in (settings or {})}
-    options["weights"], alignment = value_at(record, "teacher.weights") or "model", student.provenance.get("alignment")
-    projected = student.projected_width > 0 if alignment is None else value_at(alignment, "target") == PROJECTED
-    return student, load_same_teacher(path, record, **options, projected=projected)
+    options["weights"] = value_at(record, "teacher.weights") or "model"
+    return student, _as_estimated(load_same_teacher(path, record, **options), student)
+
+
+def _as_estimated(teacher: Any, student: Backbone) -> Any:
+    """Return a teacher whose embedding is the one that the student estimates, as a run may have chosen it."""
+    if teacher is not None and (of := student.embedding.of) in teacher.raw_names:
+        teacher.raw_embedding = of
+    return teacher
 
 
 def _load_checkpoint(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
@@ -259,11 +263,7 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
     path, aligned = checkpoint.path, checkpoint.saved_by("AlignStudent")
     record = checkpoint.record | _results_of(checkpoint)
     sizes: Any = read_sizes(path, record["student"]["sizes"])
-    config = getattr(sizes, "network", None) or sizes.student
-    if aligned.get("batch") == checkpoint.trained("batch"):  # the map fits these weights
-        record["alignment"] = aligned["about"]
-    projected = config.projection is not None or value_at(record, "alignment.target") == PROJECTED
-    teacher = _load_teacher_of(record, path, teacher_path, projected)
+    teacher = _load_teacher_of(record, path, teacher_path)
     prefix = "student."  # the others are the objectives' heads
     tensors = {
         name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)
@@ -271,14 +271,16 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
     if record["student"]["own_encoder"]:
         student = build_student(path, sizes, tensors)
     else:
-        build = partial(Student, teacher.encoder, config, projection=teacher.projection)
-        check_fits(path, lambda: own_parts(build()), tensors)
-        student = build()
+        check_fits(path, lambda: own_parts(new_student(sizes, tensors, encoder=teacher.encoder)), tensors)
+        student = new_student(sizes, tensors, encoder=teacher.encoder)
         own_parts(student).load_state_dict(tensors)
+    if "weight" in aligned:
+        student.align(aligned["weight"], aligned["bias"], aligned["about"]["of"])
+        record["alignment"] = aligned["about"]
+        if (fitted := aligned["batch"]) != (trained := checkpoint.trained("batch")):
+            print(f"{path}: the alignment is of batch {fitted}, the student of batch {trained}", file=sys.stderr)
     student.provenance = record
-    if "alignment" in record:
-        student.align(aligned["weight"], aligned["bias"])
-    return student.eval(), teacher
+    return student.eval(), _as_estimated(teacher, student)
 
 
 def _results_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -286,15 +288,16 @@ def _results_of(checkpoint: Checkpoint) -> dict[str, Any]:
     saved = checkpoint.saved_by("ZeroShotRetrieval")
     if not saved.get("history"):
         return {}
-    accuracies = dict[str, dict[str, float]]()
-    for result in read_results(saved["results"]):
-        rows = accuracies.setdefault(f"{result.dataset} {result.measure.key}", {})
-        rows[result.row] = result.hits.double().mean().item()
-    last = saved["history"][-1]["batch"]
-    return {"results": {"batch": checkpoint.trained("batch"), "last": last, "accuracies": accuracies}}
+    accuracies, measured = dict[str, dict[str, float]](), dict[str, Any]()
+    for result in saved["results"]:
+        rows = accuracies.setdefault(f"{result['dataset']} {result['column']['key']}", {})
+        rows[result["row"]] = result["hits"].double().mean().item()
+        if result["row"] == "student":
+            measured = {"weights": result["weights"], "embedding": result["embedding"], **result["info"]}
+    return {"results": {"accuracies": accuracies, **measured}}
 
 
-def _load_teacher_of(record: Mapping[str, Any], path: Path, teacher_path: str | None, projected: bool) -> Any:
+def _load_teacher_of(record: Mapping[str, Any], path: Path, teacher_path: str | None) -> Any:
     """Load the teacher of a training run whose checkpoint is ``path``, from ``teacher_path`` or where the run had it.
 
     Returns:
@@ -303,7 +306,7 @@ def _load_teacher_of(record: Mapping[str, Any], path: Path, teacher_path: str | 
     options = dict(record["config"]["teacher"])
     trained_with, model = options.pop("checkpoint"), options["model"]
     try:
-        return load_same_teacher(teacher_path or trained_with or model, record, **options, projected=projected)
+        return load_same_teacher(teacher_path or trained_with or model, record, **options)
     except InputError as error:
         if teacher_path is not None:
             raise
@@ -323,11 +326,18 @@ def own_parts(student: Backbone) -> nn.ModuleDict:
 
 def _load_finetuned(checkpoint: Checkpoint) -> Backbone:
     """Load a fine-tuned student with its head; the run's record is its provenance."""
-    path, record, tensors = checkpoint.path, checkpoint.record, dict(checkpoint.tensors)
+    path, record = checkpoint.path, checkpoint.record
     if record["model"]["kind"] != "student":
         raise InputError(f"{path} is a fine-tuned teacher, which can neither be exported nor embed images")
-    head = {name: tensors.pop(f"head.{name}") for name in ("weight", "bias")}
-    tensors = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
-    student = build_student(path, read_sizes(path, record["model"]["sizes"]), tensors, record)
-    student.head = build_loaded(path, lambda: nn.Linear(head["weight"].shape[1], len(head["bias"])), head)
+    tensors = {name.removeprefix("backbone."): tensor for name, tensor in checkpoint.tensors.items()}
+    return _build_with_head(path, read_sizes(path, record["model"]["sizes"]), tensors, record)
+
+
+def _build_with_head(path: Any, sizes: NetworkSizes | StudentSizes, tensors: Tensors, provenance: Any) -> Backbone:
+    """Build a student, with a classifier if the tensors have one."""
+    head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+    student = build_student(path, sizes, tensors, provenance)
+    if head:
+        student.head = build_loaded(path, lambda: nn.Linear(student.embedding.width, len(head["bias"])), head)
     return student

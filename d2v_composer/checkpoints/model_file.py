@@ -7,6 +7,7 @@ a tensor, too, ``config_json``; in a file of a timm model, the tensors have timm
 import copy
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -16,9 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from d2v_composer.models.alignment import Alignment
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import (
     Config,
+    EmbeddingConfig,
     EncoderConfig,
     NetworkSizes,
     StudentSizes,
@@ -29,13 +32,13 @@ from d2v_composer.models.configs import (
 from d2v_composer.models.data2vec2 import ENCODERS
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.images import is_same
-from d2v_composer.models.names import PROJECTED, Embedding, timm_name
+from d2v_composer.models.names import timm_name
 from d2v_composer.models.student import Student
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, errors_of, reading, reason
 from d2v_composer.system.files import out_file
 
-FORMAT_VERSIONS: dict[str, int] = {"teacher": 2, "student": 3, "classifier": 2}
+FORMAT_VERSIONS: dict[str, int] = {"teacher": 2, "student": 4, "classifier": 3}
 """Kind of file → the format version that this package writes, the only one that it reads."""
 # Characters of sizes or provenance. Ours have some thousands; parsed, they take 25 times as many bytes.
 MAX_JSON = 4 << 20
@@ -201,11 +204,12 @@ def read_config(config_class: type[ConfigT], sizes: dict[str, Any]) -> ConfigT:
 
 
 def sizes_of(student: Backbone) -> dict[str, Any]:
-    """Return the sizes of a student and its encoder, for JSON."""
-    config = student.encoder.config
-    is_network = isinstance(config, TimmNetworkConfig)
-    sizes = NetworkSizes(network=config) if is_network else StudentSizes(encoder=config, student=student.config)
-    return sizes.model_dump(mode="json")
+    """Return the sizes of a student and its encoder, and what its embedding is, for JSON."""
+    config, info = student.encoder.config, student.embedding
+    embedding = EmbeddingConfig(raw=student.raw_embedding, of=info.of, made_by=info.made_by)
+    if isinstance(config, TimmNetworkConfig):
+        return NetworkSizes(network=config, embedding=embedding).model_dump(mode="json")
+    return StudentSizes(encoder=config, student=student.config, embedding=embedding).model_dump(mode="json")
 
 
 def read_sizes(source: Any, stored: dict[str, Any]) -> NetworkSizes | StudentSizes:
@@ -225,15 +229,59 @@ def build_student(source: Any, sizes: NetworkSizes | StudentSizes, tensors: Tens
         InputError: The tensors do not fit the sizes; see :func:`check_fits`.
     """
 
-    def build() -> Backbone:
-        if isinstance(sizes, StudentSizes):
-            return Student(build_encoder(sizes.encoder), sizes.student, provenance)
+    return build_loaded(source, partial(new_student, sizes, tensors, provenance), tensors).eval()
+
+
+def new_student(
+    sizes: NetworkSizes | StudentSizes, tensors: Tensors, provenance: Any = None, encoder: Encoder | None = None
+) -> Any:
+    """Build a student, to load tensors into: with an alignment if they have one.
+
+    Args:
+        sizes, tensors, provenance: See :func:`build_student`.
+        encoder: The teacher's; default: a new one.
+
+    Raises:
+        ValueError: The student has no such embedding.
+    """
+    student: Backbone
+    if isinstance(sizes, StudentSizes):
+        student = Student(encoder or build_encoder(sizes.encoder), sizes.student, provenance)
+    else:
         with torch.device("cpu"):  # torch._dynamo cannot be imported on the meta device
             from d2v_composer.models.timm_network import NetworkStudent  # timm takes seconds to import
 
-        return NetworkStudent(sizes.network, provenance)
+        student = NetworkStudent(sizes.network, provenance)
+    raw, of, made_by = sizes.embedding.raw, sizes.embedding.of, sizes.embedding.made_by
+    if raw not in student.raw_names or (made_by != "raw") != ("alignment.weight" in tensors):
+        raise ValueError(f"expected an embedding that is raw or has an alignment, got {sizes.embedding}")
+    student.raw_embedding = raw
+    if made_by != "raw":
+        weight, bias = (torch.empty(tensors[f"alignment.{name}"].shape) for name in ("weight", "bias"))
+        student.alignment = Alignment(student.alignment_inputs, weight, bias, of, made_by)
+    return student
 
-    return build_loaded(source, build, tensors).eval()
+
+def from_timm(source: Any, sizes: NetworkSizes, tensors: Tensors, is_classifier: bool) -> Tensors:
+    """Return the tensors of an exported timm student by our names, with timm's classifier as the alignment or the head.
+
+    Raises:
+        InputError: The tensors are not those of this model.
+    """
+    from d2v_composer.models.timm_network import classifier_prefixes, create_network  # timm takes seconds to import
+
+    last = dict[str, Tensor]()
+    if is_classifier or sizes.embedding.made_by != "raw":
+        with reading(source):
+            prefix, *_ = classifier_prefixes(sizes.network)
+            weight, bias = tensors[f"{prefix}weight"], tensors[f"{prefix}bias"]
+            name = "head" if is_classifier else "alignment"
+            last = {f"{name}.weight": weight.flatten(1), f"{name}.bias": bias.flatten()}
+        check_fits(source, lambda: create_network(sizes.network, num_classes=len(bias))[0], tensors)
+        with torch.device("meta"):
+            kept = create_network(sizes.network)[0].state_dict()
+        tensors = {name: tensor for name, tensor in tensors.items() if name in kept}
+    return {sizes.prefix + name: tensor for name, tensor in tensors.items()} | last
 
 
 def check_timm_outputs(source: Any, student: Any) -> None:
@@ -268,7 +316,7 @@ def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], Tensors]
 
     Args:
         source: Name of the student in errors.
-        student: The student; if it has a head, the head reads the primary embedding.
+        student: The student; if it has a head, the head reads the embedding.
 
     Raises:
         InputError: timm computes something else.
@@ -279,47 +327,39 @@ def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], Tensors]
     encoder, is_network = student.encoder, isinstance(student.config, TimmNetworkConfig)
     if isinstance(encoder.config, TimmConfig):
         encoder.config = encoder.config.changed(timm=timm.__version__, outputs=student.sample_outputs())
-    if is_network and student.alignment is not None:  # in a file, the map is timm's classifier
-        encoder.config = encoder.config.changed(projection=student.projected_width)
     sizes, (name, options) = sizes_of(student), timm_arguments(student)
-    has_last_layer = isinstance(student.head, nn.Linear) or student.projected_width > 0
-    rule = "; a classifier or projection must be one linear layer on output_cls" if has_last_layer else ""
+    rule = "; a classifier or alignment must be one linear layer on output_cls" if options["num_classes"] else ""
     with errors_of(f"{source}: timm would not compute what the student computes{rule}"), torch.no_grad():
         model: Any = timm.create_model(name, **options)
         if is_network:
             tensors = encoder.timm_tensors(model, student.head or student.alignment)
         else:
-            tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes, student.choose_embedding())}
+            tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes)}
         model.load_state_dict(tensors)
         inputs = torch.randn_like(encoder.example(1))
-        features = model.eval().forward_features(inputs)
-        if not is_same(model.forward_head(features, pre_logits=not has_last_layer), _output_in_timm(student, inputs)):
+        expected = student.embed(inputs)
+        expected = student.head(expected) if isinstance(student.head, nn.Linear) else expected
+        if not is_same(model.eval()(inputs), expected):
             raise ValueError("the outputs differ")
     return sizes, tensors
 
 
-def _output_in_timm(student: Any, inputs: Tensor) -> Tensor:
-    """Return what timm must compute with a student's file: its logits or, without a head, an embedding."""
-    embeddings, name = student.embed_all(inputs), student.choose_embedding().name
-    if isinstance(student.head, nn.Linear):
-        return student.head(embeddings[name])
-    if isinstance(student.config, TimmNetworkConfig):
-        name = PROJECTED if student.projected_width else "output_cls"
-    return embeddings[name]
-
-
-def config_tensor(sizes: dict[str, Any], primary: Embedding) -> Tensor:
-    """Return a student's sizes and primary embedding as JSON bytes, uint8."""
-    return torch.tensor(list(json.dumps(sizes | {"primary": primary._asdict()}).encode()), dtype=torch.uint8)
+def config_tensor(sizes: dict[str, Any]) -> Tensor:
+    """Return a student's sizes as JSON bytes, uint8."""
+    return torch.tensor(list(json.dumps(sizes).encode()), dtype=torch.uint8)
 
 
 def timm_arguments(student: Backbone) -> tuple[str, dict[str, Any]]:
-    """Return the name and the options with which ``timm.create_model`` builds a student, to load its file."""
-    classes = {"num_classes": student.head.out_features} if isinstance(student.head, nn.Linear) else {}
+    """Return the name and the options with which ``timm.create_model`` builds a student, to load its file.
+
+    Its number of classes is that of the classifier or, without one, the width of the alignment.
+    """
+    if isinstance(student.head, nn.Linear):
+        classes = {"num_classes": student.head.out_features}
+    else:
+        classes = {"num_classes": 0 if student.alignment is None else student.embedding.width}
     if not isinstance(student.config, TimmNetworkConfig):
         return "d2v2_student", classes
-    if student.alignment is not None:
-        classes = {"num_classes": student.projected_width}
     return timm_name(student.config.model), cast("Any", student.encoder).options | classes
 
 

@@ -49,9 +49,11 @@ BIASES = ("attn.qkv.bias", "attn.q_bias", "attn.q_proj.bias")
 
 
 def load_timm_teacher(
-    path: str | Path | None, model: str, first_blocks: int | None, image_size: ImageSize | str | None, projected: bool
+    path: str | Path | None, model: str, first_blocks: int | None, image_size: ImageSize | str | None
 ) -> TimmTeacher:
     """Load a frozen teacher ``timm/NAME``; see :func:`~d2v_composer.checkpoints.load.load_teacher`.
+
+    It has the head of a model that shares a space with a text tower, if the file has the head's weights.
 
     Raises:
         InputError: The model cannot be a teacher, or the file is not one of its weights.
@@ -63,13 +65,11 @@ def load_timm_teacher(
         raise InputError(str(error)) from error
     pretrained: Mapping[str, Any] = built.pretrained_cfg  # pyright: ignore[reportAssignmentType]: timm sets it
     file = fetch_pretrained(model, pretrained) if path is None else fetch_model(path)
-    stored = read_state_dict(file)
-    if projected:
-        num_classes = len(stored["head.weight"]) if "head.weight" in stored else pretrained["num_classes"]
-        built = build_timm_model(model, config.image_size, projection_width(num_classes))
-    materialize(built)
+    stored, about = read_state_dict(file)
+    num_classes = len(stored["head.weight"]) if "head.weight" in stored else pretrained["num_classes"]
+    built = materialize(build_timm_model(model, config.image_size, projection_width(num_classes)))
     try:
-        load_weights(built, model, stored, () if projected else HEADS)
+        has_head = load_weights(built, model, stored)
     except Exception as error:
         raise InputError(f"{file}: not weights of {model}: {loading_fault(error)}") from error
     license = pretrained.get("license") or "not stated by timm"
@@ -80,8 +80,9 @@ def load_timm_teacher(
         "source": f"hub:{pretrained['hf_hub_id']}" if path is None else file_name(path),
         "license": license if path is None else f"the file's; timm states for its own: {license}",
     }
+    provenance |= {"embedding": about["embedding"]} if "embedding" in about else {}
     with errors_of(str(file)):
-        return TimmTeacher(built, config, provenance, projected).identify(stored)
+        return TimmTeacher(built, config, provenance, has_head).identify(stored)
 
 
 def fetch_pretrained(model: str, pretrained: Mapping[str, Any]) -> Path:
@@ -100,13 +101,17 @@ def fetch_pretrained(model: str, pretrained: Mapping[str, Any]) -> Path:
         ) from error
 
 
-def read_state_dict(file: Path) -> Tensors:
-    """Read all tensors of a weight file.
+def read_state_dict(file: Path) -> tuple[Tensors, dict[str, Any]]:
+    """Read all tensors of a weight file, and its provenance if it is one of ours.
 
     Raises:
         InputError: The file is truncated, or loading it would run code.
     """
-    contents: Any = read_model_file(file).tensors if is_safetensors(file) else load_untrusted(file)
+    contents: Any
+    if is_safetensors(file):
+        _, _, provenance, contents = read_model_file(file)
+    else:
+        provenance, contents = {}, load_untrusted(file)
     while nested := [name for name in NESTED if isinstance(contents, dict) and isinstance(contents.get(name), dict)]:
         contents = contents[nested[0]]
     items = contents.items() if isinstance(contents, dict) else ()
@@ -114,13 +119,15 @@ def read_state_dict(file: Path) -> Tensors:
     if not tensors:
         raise InputError(f"{file}: not a weight file: it has no dict of tensors")
     # Other numbers stay as they are, such as quantized weights, which are no weights of a timm model.
-    return {name: tensor.float() if tensor.dtype in FLOATS else tensor for name, tensor in tensors.items()}
+    tensors = {name: tensor.float() if tensor.dtype in FLOATS else tensor for name, tensor in tensors.items()}
+    return tensors, provenance
 
 
-def load_weights(built: Any, model: str, stored: Tensors, left_out: tuple[str, ...]) -> None:
+def load_weights(built: Any, model: str, stored: Tensors) -> bool:
     """Load a file's tensors through timm's filter, which renames them and resamples positions to the model's grid.
 
-    Tensors are left out whose names begin with one of ``left_out``.
+    Returns:
+        True if the model has a head that gives the embedding ``joint``, and the file has the head's weights.
 
     Raises:
         Exception: The tensors are not weights of this model.
@@ -141,13 +148,15 @@ def load_weights(built: Any, model: str, stored: Tensors, left_out: tuple[str, .
         tensors = checkpoint_filter(built, model)(named, built)
     if biases and not any(name.endswith(BIASES) for name in tensors):
         raise ValueError(f"the file has {biases[0]}, but not the model; use a timm model whose name ends in _qkvb")
-    left_out += () if built.num_classes else HEADS[:2]  # classes
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(left_out)}
+    if not built.num_classes:  # a head of classes
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(HEADS[:2])}
     check_numbers({name: tensor for name, tensor in tensors.items() if name.startswith((*TRUNK, *HEADS))})
     missing, unknown = built.load_state_dict(tensors, strict=False)
-    wrong = [name for name in missing if not name.startswith(left_out)]
+    of_head = {name for name in built.state_dict() if name.startswith(HEADS)}
+    wrong = [name for name in missing if name not in of_head or not of_head.issubset(missing)]
     if wrong or (wrong := [name for name in unknown if name.startswith(TRUNK)]):
         raise ValueError(f"tensor {wrong[0]} is {'missing' if wrong[0] in missing else 'unknown'}")
+    return bool(built.num_classes or getattr(built, "attn_pool", None) is not None) and of_head.isdisjoint(missing)
 
 
 def checkpoint_filter(built: Any, model: str) -> Callable[..., Tensors]:

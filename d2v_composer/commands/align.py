@@ -1,12 +1,12 @@
-"""Align a student with an existing index, or with a teacher, so that it can search that other model's embeddings.
+"""Align a student with an existing index, or with a teacher, so that its embedding is that other model's.
 
     d2v align student.safetensors photos aligned.safetensors --index photos.npy
     d2v align student.safetensors photos aligned.safetensors --to teacher.safetensors --pooling mean
-    d2v embed aligned.safetensors queries queries.npy --representation projected
+    d2v embed aligned.safetensors queries queries.npy
 
-One matrix maps the student's embeddings to those of the index, whatever model made the index. The matrix is fitted in
-closed form to the samples of SOURCE whose ids the index has or, with --to, to all samples. A tenth of them is held out
-to measure R² and recall: the share of a sample's nearest neighbors in the index that the student finds. OUT is the
+One matrix maps the student's raw embeddings to those of the index, whatever model made the index. The matrix is fitted
+in closed form to the samples of SOURCE whose ids the index has or, with --to, to all samples. A tenth of them is held
+out to measure R² and recall: the share of a sample's nearest neighbors in the index that the student finds. OUT is the
 student with the matrix.
 """
 
@@ -32,10 +32,12 @@ def main(argv: Sequence[str]) -> None:
 
     import torch
 
+    from d2v_composer.checkpoints.load import save_student
     from d2v_composer.config.reference import load_any
     from d2v_composer.data import modality_of
     from d2v_composer.embedding.align import align, match, read_index
-    from d2v_composer.export.model_card import save_with_card
+    from d2v_composer.export.model_card import size_of
+    from d2v_composer.models.names import EMBEDDING
     from d2v_composer.models.provenance import distillation_of, is_teacher_of, value_at
     from d2v_composer.models.teacher import Teacher
     from d2v_composer.sources.labeled import evenly_spaced
@@ -44,8 +46,9 @@ def main(argv: Sequence[str]) -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student, _ = load_any(arguments.model)
-    if isinstance(student, Teacher) or student.head is not None:
-        raise InputError(f"{arguments.model}: expected a student without a classifier")
+    if isinstance(student, Teacher):
+        raise InputError(f"{arguments.model} is a teacher; expected a student")
+    student.head = None  # a classifier's weights give a student, too
     student.eval().to(device)
     source = open_source(arguments.source, modality_of(student.encoder.config), column=arguments.column)
     if path is not None:
@@ -55,32 +58,31 @@ def main(argv: Sequence[str]) -> None:
             f"pairs: {len(numbers):,} of {len(source):,} samples and {len(index.ids):,} rows; left out "
             f"{num_repeated:,} rows with repeated ids"
         )
-        target, origin = index.rows, {"index": path}
+        target, of = index.rows, path
     else:
         teacher, _ = load_any(arguments.to)
         if (modality := teacher.encoder.config.modality) != (own := student.encoder.config.modality):
             raise InputError(f"--to: {arguments.to} takes {modality}, but {arguments.model} takes {own}")
-        representation = arguments.representation or (arguments.pooling and "output")
-        name = teacher.choose_embedding(arguments.pooling, representation).name
+        teacher.use_embedding(arguments.pooling, arguments.representation)
         teacher.eval().to(device)
-        target, places = lambda *inputs: teacher.embed_all(*inputs)[name], None
+        target, places = lambda *inputs: teacher.embed_all(*inputs)[EMBEDDING], None
         numbers = evenly_spaced(len(source), arguments.max_samples)
         record = distillation_of(student.provenance)
         # An evaluation computes the teacher's embeddings with the sizes and the normalization of the student's run.
-        is_own = (
-            is_teacher_of(record, teacher)
-            and value_at(record, "config.teacher.first_blocks") in (None, teacher.encoder.config.prenet_depth)
-            and (not name.startswith("layer_mean") or student.layer_mean[:2] == teacher.layer_mean[:2])
+        is_own = is_teacher_of(record, teacher) and value_at(record, "config.teacher.first_blocks") in (
+            None,
+            teacher.encoder.config.prenet_depth,
         )
-        origin = {"target": name} if is_own else {"index": f"{arguments.to}, {name}"}
+        of = teacher.embedding.of if is_own else f"{arguments.to}, {teacher.embedding.of}"
     print("other files:", name_counts(source.left_out))
     workers = choose_workers(arguments.workers, device)
-    aligned = align(student, source, numbers, target, places, device, workers)
-    student.provenance = student.provenance | {"alignment": origin | aligned.statistics}
+    aligned = align(student, source, numbers, target, places, device, workers, of)
+    student.provenance = student.provenance | {"alignment": {"of": of} | aligned.statistics}
     print_skipped(aligned.skipped)
     r2 = aligned.statistics["r2"]
     print(f"R²: {r2:.3f} on a held-out tenth; {aligned.r2_of_half:.3f} if fitted to half of the pairs")
     recall = ", ".join(f"@{k} {share:.3f}" for k, share in aligned.recall.items())
     print(f"recall of the index's own neighbors on {aligned.queries} held-out samples: {recall}")
-    save_with_card(student, arguments.model, out)
-    print_next(d2v("embed", out, "QUERIES", "queries.npy", "--representation", "projected"))
+    save_student(student, out)
+    print(size_of(student, out))
+    print_next(d2v("embed", out, "QUERIES", "queries.npy"))

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     names = ("target_length", "log_mel_mean", "log_mel_std")
     spectrogram = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     out, options = arguments.out, (arguments.weights, getattr(torch, arguments.dtype), arguments.license)
-    teacher, left = convert_teacher(arguments.source, out, *options, **spectrogram)
+    teacher, left = convert_teacher(arguments.source, out, *options, arguments.embedding, **spectrogram)
     config, provenance = teacher.config, teacher.provenance
     print(f"{provenance['source']} (sha256 of its weights: {provenance['sha256']})")
     print(
@@ -41,4 +41,4 @@ def main(argv: Sequence[str]) -> None:
         for group, count in Counter(name.rsplit(".", 1)[0] for name in names).items():
             print(f"  {group} ({count})")
     print(f"wrote {out}: {provenance['weights']} weights, {provenance['dtype']}, {out.stat().st_size / 1e6:.1f} MB")
-    print_next(*training(config.recipe, f"teacher.checkpoint={out.resolve()}"))
+    print_next(*training(config.recipe, f"teacher.checkpoint={out}"))

@@ -16,7 +16,6 @@ Run the same command again to resume after any interruption.
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from d2v_composer.commands.options import make_parser
 from d2v_composer.system.addresses import STUDENT_FILE
@@ -28,7 +27,6 @@ from d2v_composer.system.processes import global_rank, is_launched, relaunch_on_
 def main(argv: Sequence[str]) -> None:
     """Prepare a run, or go on with one, on every GPU; then export its student."""
     arguments = make_parser(__doc__, "distill").parse_intermixed_args(argv)
-    arguments.out = Path(arguments.out)
     if any(change.startswith(("run_name=", "save_folder=")) for change in arguments.changes):
         raise InputError("run_name and save_folder: use --out instead")
 

@@ -43,7 +43,6 @@ def main(argv: Sequence[str]) -> Any:
     from d2v_composer.embedding.collection import check_ids, check_out, embed_source
     from d2v_composer.embedding.embedder import Embedder
     from d2v_composer.models.backbone import hash_weights
-    from d2v_composer.models.names import Embedding
     from d2v_composer.sources.open import open_source
     from d2v_composer.sources.source import name_counts
 
@@ -67,7 +66,7 @@ def main(argv: Sequence[str]) -> Any:
         raise InputError(f"{out} is among the source's files; choose another OUT")
     if out.endswith(".parquet"):
         check_ids(source.ids)
-    print(f"embedding: {Embedding(options.representation, options.pooling).name}")
+    print(f"embedding: {model.describe(options.embedding)}")
     if part:
         plan = plan_of(source, part, model=hash_weights(model), device=device, **options._asdict())
         if parts.has(part, plan):

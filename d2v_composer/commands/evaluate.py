@@ -1,4 +1,4 @@
-"""Measure a model's embeddings, and compare it with its teacher, the frozen encoder, an untrained student and pixels.
+"""Measure a model's embedding, and compare it with its teacher, an untrained student and pixels.
 
 usage: d2v evaluate [FILE.yaml] model=PATH [key=value …]
 
@@ -10,9 +10,9 @@ usage: d2v evaluate [FILE.yaml] model=PATH [key=value …]
 
 The model is a teacher's file, a training checkpoint, an exported student, or a timm ViT. The tables show retrieval and,
 with ``probes='[knn, linear, agreement, instance, zero_shot]'``, further measures; agreement and instance need no
-labels. All are of the primary embedding of the model's run, unless pooling and representation choose another one.
-``rivals`` adds further models to the tables, with their size and speed. The folder ``out`` receives the results of all
-embeddings as JSON and CSV and, with rivals, a picture of quality over speed. `d2v fields evaluation` lists all fields.
+labels. All are of the embedding, unless pooling and representation choose a raw one. ``rivals`` adds further models to
+the tables, with their size and speed. The folder ``out`` receives the results, with ``embeddings=all`` those of every
+embedding, as JSON and CSV and, with rivals, a picture of quality over speed. `d2v fields evaluation` lists all fields.
 """
 
 from collections.abc import Sequence
@@ -46,10 +46,10 @@ def main(argv: Sequence[str]) -> None:
     weights = hash_weights(model)
     if config.out is not None:
         check_replaceable(Path(config.out), weights)
-    if "agreement" in config.probes and evaluation.lookup.teacher_neighbors is None:
+    if "agreement" in config.probes and not evaluation.settings.has_teacher:
         raise InputError("probes: agreement needs the teacher; name it with teacher=PATH")
     modality = modality_of(model.encoder.config)
-    print(f"embedding: {evaluation.lookup.primary}")
+    print(f"embedding: {model.describe(evaluation.settings.headline)}")
     autocast_dtype = choose_precision(config.precision).autocast_dtype
     evaluation.run(device, autocast_dtype)
     if config.rivals:

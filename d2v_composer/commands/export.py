@@ -6,7 +6,7 @@
     d2v export student.safetensors student.onnx --int8 --calibrate photos
 
 OUT's suffix selects the format: ``.safetensors`` for ``load_student`` and timm, ``.onnx``, ``.pt2`` for torch.export.
-An .onnx or .pt2 file computes one embedding, by default the primary one, and holds no record of the run. An image
+An .onnx or .pt2 file computes the embedding, or a raw one that --pooling or --representation names. An image
 student's file takes normalized images or, with --preprocessing in, images as decoded. An audio student's file takes
 clips of any length, but of the same length in a batch. The README.md beside a .safetensors file describes the student
 for the Hugging Face hub.
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
             f"{student.encoder.input_name}"
         )
     embedding = student.choose_embedding(pooling, representation)
-    print(f"embedding: {embedding.name}")
+    print(f"embedding: {student.describe(embedding)}")
     if out.suffix == ".safetensors":
         save_with_card(student, source, out)
         steps = [d2v("embed", out, "SOURCE", "embeddings.npy")]

@@ -1,15 +1,16 @@
 """Make the parser of a command, with the options that options.yaml has for it."""
 
 import os
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 
-from d2v_composer.models.names import TIMM_PREFIX, Pooling, PrecisionChoice, Representation, Weights
+from d2v_composer.models.names import RAW_EMBEDDINGS, TIMM_PREFIX, Pooling, PrecisionChoice, Representation, Weights
 from d2v_composer.sources import COLUMN, IDS, LABEL_COLUMN, SOURCES
 from d2v_composer.system import command_line
+from d2v_composer.system.addresses import place_to_write
 from d2v_composer.system.command_line import size, whole
 from d2v_composer.system.processes import Part, local_ranks
 
@@ -17,6 +18,14 @@ from d2v_composer.system.processes import Part, local_ranks
 def absolute(place: str) -> str:
     """Return an address or timm/NAME unchanged, and a local path as an absolute path."""
     return place if "://" in place or place.startswith(TIMM_PREFIX) else os.path.abspath(os.path.expanduser(place))
+
+
+def place(text: str) -> str:
+    """Return an argument that a command writes; see :func:`place_to_write`."""
+    try:
+        return place_to_write(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from error
 
 
 CORES = max(1, (os.cpu_count() or 1) // local_ranks())
@@ -36,8 +45,11 @@ NAMED: dict[str, Any] = {
     "int": int,
     "part": Part.parse,
     "path": Path,
+    "place": place,
+    "place_here": lambda text: Path(place(text)),
     "size": size,
     "Pooling": get_args(Pooling),
+    "RAW_EMBEDDINGS": RAW_EMBEDDINGS,
     "PrecisionChoice": get_args(PrecisionChoice),
     "Representation": get_args(Representation),
     "Weights": get_args(Weights),

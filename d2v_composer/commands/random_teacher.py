@@ -40,7 +40,9 @@ def main(argv: Sequence[str]) -> None:
         tensor.normal_(std=0.02) if is_drawn else tensor.fill_(not name.endswith("bias"))
     if isinstance(model, Data2Vec2):
         model.identify()
+    if arguments.embedding is not None:
+        provenance["embedding"] = arguments.embedding
     write_model_file(out, "teacher", config.model_dump(mode="json") if config else {}, provenance, tensors)
     print(f"wrote {out}: {sum(map(torch.numel, tensors.values())) / 1e6:.1f} M random parameters")
-    teacher = f"teacher.model={DATA2VEC2 if config else size}", f"teacher.checkpoint={out.resolve()}"
+    teacher = f"teacher.model={DATA2VEC2 if config else size}", f"teacher.checkpoint={out}"
     print_next(*training((config or ImageConfig).recipe, *teacher))

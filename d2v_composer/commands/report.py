@@ -23,5 +23,5 @@ def main(argv: Sequence[str]) -> list[Path]:
 
     written = write_report(read_run(folder), folder)
     print(f"wrote {written[0]} and {len(written) - 1} plots in {folder / 'report'}")
-    print_next(f"open {written[0].resolve().as_uri()}")
+    print_next(f"open {written[0].as_uri()}")
     return written

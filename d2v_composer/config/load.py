@@ -105,7 +105,8 @@ def merge_settings(schema: type[BaseModel], argv: Sequence[str], preset: Mapping
     path, *overrides = argv
     OmegaConf.register_resolver("here", lambda name: str(Path(path).resolve().parent / name), replace=True)
     values = read_yaml(path)
-    values = values.get("config", values)  # run.yaml, a run's record, has the settings below config
+    config = values.get("config")  # run.yaml, a run's record, has the settings below config
+    values = config if isinstance(config, dict) else values
     merged = OmegaConf.create(deep_merge(defaults(schema), values))
     for key, value in preset.items():
         assign(merged, key, value)

@@ -38,11 +38,9 @@ class ModelReference(TimmSizes):
     teacher: PathText | None = None
     """Path of the student's teacher; null: the path in a training checkpoint, or none for an exported student."""
     pooling: Pooling | None = None
-    """Pooling of the primary embedding: ``cls``, ``mean`` or ``mean_patches``; null: as in the model's run, else
-    ``cls``."""
+    """Pooling of a raw embedding, to use instead of the model's embedding: ``cls``, ``mean`` or ``mean_patches``."""
     representation: Representation | None = None
-    """Representation of the primary embedding: ``output``, ``layer_mean`` or ``projected``; null: as in the model's
-    run, else ``output``."""
+    """Representation of a raw embedding, to use instead of the model's embedding: ``output`` or ``layer_mean``."""
 
     @classmethod
     def add_flags(cls, add: Callable[..., Any]) -> None:
@@ -56,11 +54,8 @@ class ModelReference(TimmSizes):
                 kind = int if name == "first_blocks" else str
                 add(f"--{name.replace('_', '-')}", type=kind, choices=choices, default=field.default, help=help_text)
 
-    def load(self, projected: bool = False) -> "Models":
+    def load(self) -> "Models":
         """Load the model, and its teacher.
-
-        Args:
-            projected: Give a teacher its image embedding, even if ``representation`` is not ``projected``.
 
         Returns:
             A student and its teacher, or ``None`` in place of an unknown teacher; if ``model`` is a teacher, it comes
@@ -72,14 +67,14 @@ class ModelReference(TimmSizes):
         from d2v_composer.checkpoints.load import load_models, load_teacher  # torch takes seconds to import
         from d2v_composer.models.teacher import Teacher
 
-        path, weights, projected = self.model, self.weights, projected or self.representation == "projected"
+        path, weights = self.model, self.weights
         sizes: Any = {"first_blocks": self.first_blocks, "image_size": self.image_size}
         if path.startswith(TIMM_PREFIX) and not Path(path).exists():
-            model = teacher = load_teacher(self.checkpoint, weights, model=path, projected=projected, **sizes)
+            model = teacher = load_teacher(self.checkpoint, weights, model=path, **sizes)
         elif given := [name for name, value in {"checkpoint": self.checkpoint, **sizes}.items() if value is not None]:
             raise InputError(f"{' and '.join(given)}: only for timm/NAME models; got {path}")
         else:
-            model, teacher = load_models(path, weights, self.teacher, projected)
+            model, teacher = load_models(path, weights, self.teacher)
         if isinstance(model, Teacher):
             if self.teacher is not None:
                 raise InputError(f"{path} is not a student, so a teacher ({self.teacher}) is not allowed")

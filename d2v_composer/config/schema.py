@@ -47,6 +47,9 @@ from d2v_composer.config.types import (
     checked,
     must,
 )
+from d2v_composer.evaluation.metrics import PROBES
+from d2v_composer.evaluation.rows import ROWS
+from d2v_composer.models.alignment import MIN_PAIRS
 from d2v_composer.models.configs import STRICT, BlockSizes
 from d2v_composer.models.names import (
     DATA2VEC2,
@@ -64,9 +67,14 @@ from d2v_composer.models.student import Init
 from d2v_composer.objectives import OBJECTIVES
 from d2v_composer.sources import FORMAT, FORMATS, LOCAL
 from d2v_composer.sources.mds import is_mds
-from d2v_composer.system.addresses import RunFolder, check_run_name
+from d2v_composer.system.addresses import RunFolder, check_run_name, place_to_write
 from d2v_composer.system.processes import num_nodes, num_ranks
 
+BASELINES = tuple(title for title, row in ROWS.items() if not row.changes_in_training)
+PROBE_NAMES = tuple(metric.name for metric in PROBES)
+PROBES_ABOUT = "Further metrics of the test images: " + "; ".join(
+    f"``{metric.name}`` {metric.about}{'' if 'labels' in metric.needs else ' (needs no labels)'}" for metric in PROBES
+)
 # Names of the callbacks and loggers that a YAML may choose → their classes, imported when chosen.
 CALLBACKS = {
     "health": "d2v_composer.callbacks.health:Health",
@@ -199,11 +207,6 @@ class TargetsConfig(Section):
 
 class Objectives(Section):
     """The terms of the loss."""
-
-    @property
-    def needs_projection(self) -> bool:
-        """True if teacher and student need the embedding ``projected_cls``."""
-        return any(term.weight and OBJECTIVES[name].needs_projection for name, term in self)
 
     def contradictions(self) -> Iterator[str]:
         if not any(term.weight for _, term in self):
@@ -344,18 +347,16 @@ class LabeledSetConfig(Section):
 
 
 class AlignmentConfig(Section):
-    """The map from the student's embeddings to its teacher's, fitted in closed form."""
+    """The alignment: the map from the student's raw embeddings to its teacher's embedding, fitted in closed form."""
 
-    max_samples: Whole = 20000
-    """Maximum number of training samples to fit the map to; 0: no map. It is fitted at the end of the run, and before
-    each retrieval whose primary embedding or probes need it."""
+    max_samples: Annotated[Whole, must(f"be 0, or at least {MIN_PAIRS}", lambda n: n == 0 or n >= MIN_PAIRS)] = 20000
+    """Maximum number of training samples to fit the alignment to; 0: none. It is fitted at the end of the run, and
+    before each retrieval whose embedding or probes need it."""
     pooling: Pooling | None = None
-    """Pooling of the teacher's embedding to which the map is fitted: ``cls``, ``mean`` or ``mean_patches``; null: the
-    teacher's default."""
-    representation: Literal["output", "layer_mean"] | None = None
-    """Representation of the teacher's embedding to which the map is fitted: ``output`` of the last block, or
-    ``layer_mean``, which the loss regresses. null: ``output``; but with the probe ``zero_shot`` and no pooling, the
-    teacher's image embedding."""
+    """Pooling of the teacher's embedding, instead of its default: ``cls``, ``mean`` or ``mean_patches``."""
+    representation: Representation | None = None
+    """Representation of the teacher's embedding, instead of its default: ``output`` of the last block, or
+    ``layer_mean``, which the loss regresses."""
 
 
 class LookupConfig(Section):
@@ -363,10 +364,12 @@ class LookupConfig(Section):
 
     ks: Annotated[list[Count], Field(min_length=1)] = [1, 3]
     """Report top-k accuracy for each k: the fraction of queries whose k nearest images include one with their label."""
-    probes: list[Literal["knn", "linear", "agreement", "instance", "zero_shot"]] = []
-    """Further measures on the test images. ``knn`` and ``linear`` classify them from the train images. ``agreement``
-    (neighbors in common with the teacher) and ``instance`` (augmented views of one image) need no labels. ``zero_shot``
-    looks up the nearest of a set's ``class_embeddings``."""
+    probes: Annotated[list[Literal[PROBE_NAMES]], Field(description=PROBES_ABOUT)] = []  # pyright: ignore[reportInvalidTypeForm]
+    baselines: list[Literal[BASELINES]] = ["teacher"]  # pyright: ignore[reportInvalidTypeForm]
+    """Models to compare the student with: ``pixels`` (for audio, ``log_mel``, the mean spectrum), the frozen
+    ``encoder`` if the student shares its teacher's, the ``teacher``. A run measures them once."""
+    embeddings: Literal["all"] | None = None
+    """Embeddings to measure: ``all``, or null: the one that tables show."""
     datasets: dict[str, LabeledSetConfig | None] = {}
     """Name → labeled set; null turns one off."""
     max_images: Count | None = None
@@ -376,18 +379,16 @@ class LookupConfig(Section):
 class RetrievalConfig(LookupConfig):
     """Retrieval during training, by the callback ZeroShotRetrieval."""
 
-    pooling: Pooling = "cls"
-    """Pooling of the primary embedding: ``cls``, ``mean`` of all tokens, or ``mean_patches``."""
-    representation: Representation = "output"
-    """Representation of the primary embedding: ``output`` of the last block, ``layer_mean``, the normalized mean of
-    the FFN outputs, or ``projected``, the image embedding that ``objectives.embedding`` regresses."""
+    pooling: Pooling | None = None
+    """Pooling of a raw embedding that tables show in place of the embedding: ``cls``, ``mean`` of all tokens, or
+    ``mean_patches``."""
+    representation: Representation | None = None
+    """Representation of a raw embedding that tables show in place of the embedding: ``output`` of the last block, or
+    ``layer_mean``, the normalized mean of the FFN outputs."""
     interval: Duration = "5000ba"
     """Time between measurements, in batches or epochs; there is always one at the end of the run."""
     at_start: bool = False
     """Measure the untrained student too."""
-    baselines: list[Literal["pixels", "log_mel", "encoder", "teacher"]] = ["teacher"]
-    """Models to compare the student with, each measured once: ``pixels`` (for audio, ``log_mel``, the mean
-    spectrum), the frozen ``encoder``, the ``teacher``."""
 
 
 class RunConfig(Section):
@@ -510,11 +511,6 @@ class TrainConfig(TrainerConfig):
         if self.train_loader.views is not None and self.train_loader.remote is None and parts % nodes:
             yield f".train_loader.num_canonical_nodes: must be divisible by the {nodes} nodes with views, got {parts}"
 
-    @property
-    def needs_projection(self) -> bool:
-        """True if the teacher needs the embedding ``projected_cls``."""
-        return self.objectives.needs_projection or "zero_shot" in self.retrieval.probes
-
 
 class LayerwiseOptimizerConfig(OptimizerConfig):
     """The optimizer, with a learning rate for each depth."""
@@ -586,7 +582,10 @@ class FinetuneConfig(TrainerConfig, ModelReference):
 class EvaluateConfig(RunConfig, LookupConfig, ModelReference):
     """Fields of ``d2v evaluate``."""
 
-    out: LocalFolder | None = None
+    baselines: list[Literal[BASELINES]] = ["pixels", "log_mel", "teacher"]  # pyright: ignore[reportInvalidTypeForm]
+    """Models to compare the student with: ``pixels`` or, for audio, ``log_mel``; the frozen ``encoder`` if the student
+    shares its teacher's; the ``teacher``, if it is known."""
+    out: Annotated[LocalFolder, AfterValidator(place_to_write)] | None = None
     """Folder for evaluation.json and evaluation.csv."""
     rivals: Annotated[tuple[PathText, ...], Field(strict=False)] = ()
     """Further models in the same tables: timm/NAME, with timm's weights and preprocessing, or paths or addresses of

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from streaming import MDSWriter
+from typing_extensions import TypedDict
 
 from d2v_composer.conversion.parts import Parts
 from d2v_composer.data.images import Images
@@ -27,9 +28,10 @@ from d2v_composer.sources.labeled import open_cifar
 from d2v_composer.sources.mds import INDEX, SUMMARY, ShardFile
 from d2v_composer.sources.open import open_source
 from d2v_composer.sources.source import Int64Array, Source, hash_of, map_in_workers
+from d2v_composer.system.addresses import place_to_write
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, is_remote, list_etags, names_in, put
-from d2v_composer.system.files import check_owned, sole_user, write_atomically
+from d2v_composer.system.files import check_owned, read_json, sole_user, write_atomically
 from d2v_composer.system.processes import ALL, Part, if_interrupted
 from d2v_composer.system.progress import progress_bar
 
@@ -124,6 +126,15 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+class _Finished(TypedDict):
+    """The record of a finished shard; see :meth:`_Task.finish_shard`."""
+
+    entry: dict[str, Any] | None
+    etag: str | None
+    skipped: list[Any]
+    lengths: list[int]
+
+
 class _Task(NamedTuple):
     """Settings of a conversion, which its workers inherit."""
 
@@ -151,7 +162,8 @@ class _Task(NamedTuple):
         """
         record, name = self.records / f"{number}.json", f"shard.{number:05}.mds"
         if record.exists():
-            done, path = json.loads(record.read_bytes()), Path(self.out, name)
+            done: Any = read_json(record, _Finished)
+            path = Path(self.out, name)
             is_whole = (
                 done["entry"] is None
                 or self.etags.get(name, "") == done.get("etag")
@@ -193,7 +205,7 @@ def work_folder(out: str) -> Path:
     """Return the local folder for an unfinished conversion to OUT, a folder or an address in a store."""
     if is_remote(out):
         return cache_folder() / "conversions" / hash_of(out)[:16]
-    return Path(out).resolve() / ".converting"
+    return Path(out, ".converting")
 
 
 def _check_out(out: str, work: Path) -> None:
@@ -206,8 +218,7 @@ def _check_out(out: str, work: Path) -> None:
     if INDEX in names:
         shutil.rmtree(work, ignore_errors=True)  # if the conversion was killed after its index
         raise InputError(f"{out} holds a finished data set; remove it, or choose another OUT")
-    with reading(f"{out}/{SUMMARY}"):
-        is_ours = SUMMARY in names and "seed" in Parts.load(f"{out}/{SUMMARY}")
+    is_ours = SUMMARY in names and "seed" in (Parts.load(f"{out}/{SUMMARY}") or ())
     check_owned(out, names, SUMMARY if is_ours else "", "OUT")
 
 
@@ -255,7 +266,7 @@ def convert(
         InputError: A sample is unreadable, or ``out`` cannot be written or holds a data set.
         RunError: The disk or the store fails, or a worker was killed.
     """
-    out = str(out).rstrip("/")
+    out = place_to_write(out)
     work, folder, unit = work_folder(out), Path(out), source.modality.unit
     _check_out(out, work)
     groups = source.part.of(_groups(source, options.get("resize"), seed, shard_bytes))

@@ -3,7 +3,6 @@
 A part exists once its last file does. The record beside it has the part's number, source, version and settings.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -14,8 +13,10 @@ from typing import Any
 
 from d2v_composer.sources.mds import INDEX, SUMMARY
 from d2v_composer.sources.source import Source
+from d2v_composer.system.addresses import place_to_write
 from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.fetch import File, download_existing, exists, is_remote, list_store, names_in
+from d2v_composer.system.files import read_json
 from d2v_composer.system.processes import Part
 
 TABLE_SUFFIXES = (".npy", ".parquet")
@@ -48,7 +49,7 @@ class Parts:
     """
 
     def __init__(self, out: str) -> None:
-        self.out = out.rstrip("/")
+        self.out = place_to_write(out)
         self.suffix = Path(out).suffix if out.endswith(TABLE_SUFFIXES) else ""
         self.folder = f"{self.out}.parts" if self.suffix else f"{self.out}/parts"
         self._last, self._record = (self.suffix, ".json") if self.suffix else (f"/{INDEX}", f"/{SUMMARY}")
@@ -108,11 +109,11 @@ class Parts:
 
     @staticmethod
     def load(address: str) -> Any:
-        """Return the content of a JSON file; ``None`` if there is no such file.
+        """Return the content of a JSON file of ours; ``None`` if there is no such file.
 
         Raises:
             InputError: The file cannot be read.
         """
         with reading(address), TemporaryDirectory() as folder:
             path = fetch_if_remote(address, Path(folder))
-            return json.loads(path.read_bytes()) if path.is_file() else None
+            return read_json(path, dict[str, Any]) if path.exists() else None

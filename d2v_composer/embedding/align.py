@@ -91,16 +91,15 @@ def match(source: Source, index: VectorIndex, path: str, maximum: int) -> tuple[
         id with another row.
 
     Raises:
-        InputError: The index has too few of the samples; the message names it by ``path``.
+        InputError: The index has none of the samples; the message names it by ``path``.
     """
     names, places, counts = np.unique(index.ids, return_index=True, return_counts=True)
     rows = dict(zip(names[counts == 1].tolist(), places[counts == 1].tolist(), strict=True))
     numbers = [number for number, name in enumerate(map(str, source.ids)) if name in rows]
-    if len(numbers) < (least := max(LEAST_PAIRS, index.rows.shape[1] // 2)):
+    if not numbers:
         there, here = (repr(str(ids[0])) if len(ids) else "none" for ids in (index.ids, source.ids))
         raise InputError(
-            f"{path} has rows for {len(numbers)} samples of {source.root}; expected at least {least} (half the "
-            f"index's width, or {LEAST_PAIRS} if more). Ids in {path} look like {there}, ids of the samples like {here}"
+            f"{path} has no row for a sample of {source.root}: its ids look like {there}, the samples' like {here}"
         )
     numbers = [numbers[place] for place in evenly_spaced(len(numbers), maximum)]
     return numbers, np.array([rows[str(source.ids[number])] for number in numbers]), int(counts[counts > 1].sum())
@@ -114,6 +113,7 @@ def align(
     places: Int64Array | None,
     device: str,
     workers: int,
+    of: str,
 ) -> Aligned:
     """Fit a map from a model's embeddings to other embeddings of the same samples, and give it to the model.
 
@@ -125,6 +125,7 @@ def align(
         places: The samples' rows in the index, (M,); ``None`` for a function.
         device: cpu or cuda.
         workers: Number of processes that decode samples.
+        of: Name of the other embeddings.
 
     Raises:
         InputError: Too few samples can be read.
@@ -141,10 +142,13 @@ def align(
             if callable(target):
                 rows.append(target(*values).cpu())
     used = [place for place, number in enumerate(numbers) if number not in unreadable]
-    if len(used) < LEAST_PAIRS:
-        raise InputError(f"{source.root}: expected at least {LEAST_PAIRS} samples that can be read, got {len(used)}")
     places = np.arange(len(used)) if places is None else places[used]
     bank_NP = torch.cat(rows) if callable(target) else torch.from_numpy(np.array(target, np.float32))
+    if len(used) < (least := max(LEAST_PAIRS, bank_NP.shape[1] // 2)):
+        raise InputError(
+            f"{source.root}: expected at least {least} pairs (half the width of the embeddings, or {LEAST_PAIRS} if "
+            f"more), got {len(used)}"
+        )
     inputs_MI, targets_MP = torch.cat(inputs), bank_NP[places]
     with errors_of(source.root):
         moments = moments_of(inputs_MI, targets_MP)
@@ -161,7 +165,7 @@ def align(
         for queries in (linear(inputs_MI[held_out], trial.weight, trial.bias), targets_MP[held_out])
     )
     recall = {k: common_fractions(ours[:, :k], theirs[:, :k]).mean().item() for k in (1, NUM_COMMON)}
-    model.align(fit.weight, fit.bias)
+    model.align(fit.weight, fit.bias, of)
     return Aligned([*unreadable.values()], fit.statistics, fit_to_half.statistics["r2"], len(held_out), recall)
 
 

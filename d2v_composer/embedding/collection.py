@@ -28,12 +28,12 @@ from torch.nn.functional import normalize
 from d2v_composer.conversion.parts import TABLE_SUFFIXES, Parts, fetch_if_remote, plan_of
 from d2v_composer.data.modality import collate
 from d2v_composer.models.backbone import Backbone, hash_weights
-from d2v_composer.models.names import Pooling, PrecisionName, Representation
+from d2v_composer.models.names import EMBEDDING, PrecisionName
 from d2v_composer.models.precision import choose_precision, precision_of
 from d2v_composer.sources.source import Source, hash_of, map_in_threads, map_in_workers
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, check_outputs, exists, is_remote, put
-from d2v_composer.system.files import acquire, sole_user, write_atomically
+from d2v_composer.system.files import acquire, read_json, sole_user, write_atomically
 from d2v_composer.system.processes import ALL, global_rank, num_ranks
 from d2v_composer.system.progress import progress_bar
 
@@ -48,8 +48,8 @@ MOVING = "moving"  # beside the chunks from when OUT was last checked: its files
 class EmbeddingOptions(NamedTuple):
     """Settings of a run, which resumes only with the same settings."""
 
-    pooling: Pooling = "cls"
-    representation: Representation = "output"
+    embedding: str = EMBEDDING
+    """Name of the embedding."""
     precision: PrecisionName = "fp32"
     normalize: bool = False
     """Scale embeddings to length 1."""
@@ -256,7 +256,7 @@ def _check_skipped(reasons: Sequence[str], skip_unreadable: bool, unit: str) -> 
 
 def _check_plan(folder: Path, plan: Mapping[str, Any]) -> None:
     recorded = folder / PLAN
-    before = json.loads(recorded.read_bytes()) if recorded.exists() else plan
+    before = read_json(recorded, dict[str, Any]) if recorded.exists() else plan
     if changed := [key.replace("_", " ") for key in plan if before.get(key) != plan[key]]:
         raise InputError(
             f"{folder}: an interrupted run had a different {', '.join(changed)}; delete that folder, or choose another "
@@ -420,7 +420,7 @@ def embed_batch(model: Backbone, batch: tuple[Tensor, ...], options: EmbeddingOp
     dtype = choose_precision(options.precision).autocast_dtype
     values, *lengths = (tensor.to(device, non_blocking=True) for tensor in batch)
     with torch.inference_mode(), precision_of(dtype, device):
-        embeddings = model.embed(values, options.pooling, options.representation, *lengths)
+        embeddings = model.embed_all(values, *lengths)[options.embedding]
         embeddings = normalize(embeddings, dim=1) if options.normalize else embeddings
         return embeddings.to(getattr(torch, options.dtype)).cpu().numpy()
 

@@ -40,7 +40,7 @@ class Embedder:
     Example:
         >>> from d2v_composer import Embedder
         >>> embed = Embedder("student.safetensors", column="image", batch_size=64)
-        >>> columns = embed({"image": files})  # also has "embedding", (N, D); "error", None or why it is unreadable
+        >>> columns = embed({"image": files})  # also has "embedding", (N, P); "error", None or why it is unreadable
     """
 
     model: str
@@ -109,9 +109,9 @@ class Embedder:
             raise InputError("precision: amp_fp16 needs a GPU; on a CPU, use fp32, amp_bf16 or auto")
         model, _ = load_any(**vars(self))
         modality = modality_of(model.encoder.config)
-        representation, pooling = model.choose_embedding(self.pooling, self.representation)
+        embedding = model.choose_embedding(self.pooling, self.representation)
         options = EmbeddingOptions(
-            pooling, representation, precision, self.normalize, self.dtype, self.batch_size or modality.batch_size
+            embedding, precision, self.normalize, self.dtype, self.batch_size or modality.batch_size
         )
         return model.eval().to(device), modality, options, device
 

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from d2v_composer.checkpoints.checkpoint import Measure, Result
 from d2v_composer.data.modality import Augmentation, Modality
-from d2v_composer.evaluation.labeled_retrieval import Embed, Lookup, measure_embeddings
-from d2v_composer.evaluation.rows import GAP_CLOSED, UNTRAINED, Interval, accuracy_interval, pivot, rows_of
+from d2v_composer.evaluation.embedded_set import Embed, embed_set
+from d2v_composer.evaluation.measurement import measure
+from d2v_composer.evaluation.metrics.metric import Column
+from d2v_composer.evaluation.results import Interval, Result, accuracy_interval, gap_closed, pivot
+from d2v_composer.evaluation.rows import rows_of
+from d2v_composer.evaluation.settings import Settings
+from d2v_composer.models.alignment import EmbeddingInfo
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.encoder import Encoder, Inputs
 from d2v_composer.models.precision import precision_of
@@ -30,11 +33,19 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file, write_atomically
 
 
-def cost(model: Backbone | Encoder | None) -> dict[str, Any]:
-    """Return ``num_parameters`` and ``gflop``, for one input, of a model with its encoder; 0 for no model."""
+def cost(model: Backbone | Encoder | None, fitted_width: int = 0) -> dict[str, Any]:
+    """Return ``num_parameters`` and ``gflop``, for one input, of a model as exported; 0 for no model.
+
+    The numbers of all tensors count, a BatchNorm's statistics too. ``fitted_width`` is the width of the alignment that
+    the model will get.
+    """
     if model is None:
         return {"num_parameters": 0, "gflop": 0.0}
-    return {"num_parameters": sum(map(torch.numel, model.parameters())), "gflop": model.flop() / 1e9}
+    inputs = sum(map(model.width_of, model.alignment_inputs)) if isinstance(model, Backbone) else 0
+    return {
+        "num_parameters": sum(map(torch.numel, model.state_dict().values())) + fitted_width * (inputs + 1),
+        "gflop": (model.flop() + 2 * fitted_width * inputs) / 1e9,
+    }
 
 
 def share_encoders(
@@ -77,8 +88,12 @@ class Evaluation(NamedTuple):
     """Modality, such as images of one size → name of a model that takes it → function that embeds a batch."""
     costs: Mapping[str, dict[str, Any]]
     """Name → :func:`cost`."""
-    lookup: Lookup
+    settings: Settings
     """Settings for all sets, without ``augment``."""
+    infos: Mapping[str, EmbeddingInfo]
+    """Name → what the model's embedding is, for models that have one."""
+    weights: Mapping[str, str]
+    """Name → hash of the model's weights."""
     load: Callable[[Modality], tuple[Mapping[str, EvaluationSet], Augmentation]]
     """Returns a group's data sets, by name, and the augmentation that makes the views of their samples."""
     class_names: dict[str, Sequence[str]]
@@ -96,17 +111,20 @@ class Evaluation(NamedTuple):
         """
         for modality, embeds in self.groups.items():
             datasets, augment = self.load(modality)
-            rows = rows_of(embeds, self.lookup.target)
-            # Nothing aligns an untrained student here; its own ``projected_cls``, if it has one, is no map.
-            rows = [row for row in rows if not (row.is_projected and row.queries == UNTRAINED)]
-            lookup = replace(self.lookup, augment=augment, to_device=partial(Tensor.to, device=device), progress="")
+            rows = rows_of(embeds, self.infos)
+            models = {row.title: row.queries.model for row in rows}
+            to_device = partial(Tensor.to, device=device)
+            settings = self.settings._replace(augment=augment, to_device=to_device, progress="")
             for dataset, labeled in datasets.items():
                 self.class_names[dataset] = labeled.class_names
                 print(
                     f"embedding {sum(labeled.num_samples):,} samples of {dataset}: {', '.join(embeds)}", file=sys.stderr
                 )
                 with torch.inference_mode(), precision_of(autocast_dtype, device):
-                    self.results.extend(measure_embeddings(rows, embeds, dataset, labeled, lookup))
+                    embedded = embed_set(embeds, dataset, labeled, settings, self.infos)
+                    for result in measure(rows, embedded, dataset, labeled, settings, self.infos):
+                        weights = self.weights.get(models[result.row], "")
+                        self.results.append(result._replace(weights=weights))
 
     def write(self, folder: Path, context: dict[str, Any]) -> None:
         """Write ``evaluation.json`` and ``evaluation.csv`` to a folder, each atomically.
@@ -115,13 +133,19 @@ class Evaluation(NamedTuple):
         the JSON; secrets in them are hidden.
         """
 
-        def cell(dataset: str, measure: Measure, interval: Interval) -> dict[str, Any]:
-            place = {"dataset": dataset, "bank": measure.bank, "measure": measure.name, "k": measure.k}
+        def cell(dataset: str, column: Column, interval: Interval) -> dict[str, Any]:
+            place = {"dataset": dataset, "bank": column.bank, "measure": column.name, "k": column.k}
             return place | interval._asdict()
 
         rows = [
-            {"candidate": result.row, "embedding": result.embedding}
-            | cell(result.dataset, result.measure, accuracy_interval(result.hits.numpy()))
+            {
+                "candidate": result.row,
+                "embedding": result.embedding,
+                "of": result.info.of,
+                "alignment": result.info.fingerprint,
+                "weights": result.weights,
+            }
+            | cell(result.dataset, result.column, accuracy_interval(result.hits.numpy()))
             for result in self.results
         ]
         table = io.StringIO(newline="")
@@ -129,14 +153,14 @@ class Evaluation(NamedTuple):
         writer.writeheader()
         writer.writerows(rows)
         entries = {
-            "primary": self.lookup.primary,
+            "embedding": self.settings.headline,
             "class_names": self.class_names,
             "results": rows,
             "teacher_gap_closed": [
-                cell(dataset, measure, closed)
+                cell(dataset, column, closed.interval)
                 for dataset in self.class_names
-                for measure, cells in pivot(self.results, dataset).items()
-                if (closed := cells.get(GAP_CLOSED)) is not None
+                for column, cells in pivot(self.results, dataset).items()
+                if (closed := gap_closed(cells)) is not None and closed.interval is not None
             ],
             "candidates": [
                 {

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
 
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.checkpoints.model_file import timm_call
 from d2v_composer.data import MODALITIES
-from d2v_composer.evaluation.evaluate import read_evaluation
+from d2v_composer.evaluation.evaluate import cost, read_evaluation
 from d2v_composer.evaluation.rows import ROWS
 from d2v_composer.models.backbone import hash_weights
 from d2v_composer.models.names import timm_name
@@ -41,8 +40,8 @@ def save_with_card(student: Any, source: str, out: Path) -> None:
 
 def size_of(student: Any, out: Path) -> str:
     """Return a line about a file that was written."""
-    size = sum(map(torch.numel, student.parameters()))
-    return f"wrote {out}: {size / 1e6:.1f} M parameters, {out.stat().st_size / 1e6:.1f} MB"
+    size = cost(student)["num_parameters"]
+    return f"wrote {out}: {size / 1e6:.2f} M parameters, {out.stat().st_size / 1e6:.1f} MB"
 
 
 def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
@@ -71,11 +70,16 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
     if described != out.name and out.with_name(described).exists():
         return lambda: f"kept {readme}: it describes {described}; in another folder, {out.name} gets its own card"
     modality = MODALITIES[student.encoder.config.modality]
-    network, embedding = getattr(student.config, "model", None), student.choose_embedding()
+    network = getattr(student.config, "model", None)
     with reading(source):
         record = {"teacher": {}, "data": {}, "versions": {}, "command": "not recorded"} | student.provenance
         teacher = {"model": "", "source": "", "license": ""} | record["teacher"]
-        accuracies = value_at(record, "results.accuracies") or {}
+        results = record.get("results")
+        if results and (results.get("weights"), results.get("fingerprint")) != (
+            student.identify_weights(),
+            student.embedding.fingerprint,
+        ):
+            results = None  # of other weights, or by another alignment
         stated, start = [teacher["license"] or ""], None
         if network and value_at(record, "config.student.pretrained"):
             import timm  # the import takes seconds
@@ -92,15 +96,14 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
             start=start,
             record=record,
             student=student,
-            parameters=lambda model: sum(map(torch.numel, model.parameters())),
+            cost=cost,
             modality=modality,
             network=network,
             timm_call=timm_call(student, out.name),
-            embedding=embedding,
-            width=student.embed(student.encoder.example(1), embedding.pooling, embedding.representation).shape[1],
+            embedding=student.embedding,
             tables=read_evaluation(Path(source).parent, hash_weights(student)).get("tables", ""),
-            results=record.get("results"),
-            rows=[row for row in ROWS if any(row in cells for cells in accuracies.values())],
+            results=results,
+            rows=[row for row in ROWS if results and any(row in cells for cells in results["accuracies"].values())],
             file=out.name,
             quote=shlex.quote,
         )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,15 +23,16 @@ from d2v_composer.checkpoints.model_file import (
     config_tensor,
     parse_object,
     read_config,
-    sizes_of,
 )
 from d2v_composer.export.check_program import RUNTIMES
+from d2v_composer.models.alignment import side_by_side
 from d2v_composer.models.attention import Alibi
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import EncoderConfig, StudentSizes
 from d2v_composer.models.encoder import Tokens
+from d2v_composer.models.features import Features
 from d2v_composer.models.images import is_same
-from d2v_composer.models.names import Embedding
+from d2v_composer.models.names import EMBEDDING, Representation
 from d2v_composer.models.student import Student
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.files import out_file
@@ -59,13 +60,13 @@ class Program(nn.Module):
 
     Args:
         student: The student, which is copied.
-        embedding: The embedding that the program computes.
+        embedding: Name of the embedding that the program computes.
         takes_pixels: Take images as decoders and cameras give them, (B, S, S, 3) uint8, instead of normalized ones.
     """
 
-    def __init__(self, student: Backbone, embedding: Embedding, takes_pixels: bool = False) -> None:
+    def __init__(self, student: Backbone, embedding: str, takes_pixels: bool = False) -> None:
         super().__init__()
-        self.original = student.embed
+        self.original = student.embed_all
         self.student = copy.deepcopy(student).cpu().requires_grad_(False).eval()
         for alibi in self.modules():
             if isinstance(alibi, Alibi):  # the program needs any number of tokens and any device
@@ -80,12 +81,11 @@ class Program(nn.Module):
         return inputs.movedim(1, -1).to(torch.uint8).contiguous() if self.takes_pixels else inputs
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.compute(self.student.embed, inputs)
+        return self.compute(self.student.embed_all, inputs)
 
-    def compute(self, embed: Callable[..., Tensor], inputs: Tensor) -> Tensor:
-        """Compute the program's embedding by calling ``embed``, a student's method."""
-        images = inputs.movedim(-1, 1) if self.takes_pixels else inputs
-        return embed(images, self.embedding.pooling, self.embedding.representation)
+    def compute(self, embed_all: Callable[..., dict[str, Tensor]], inputs: Tensor) -> Tensor:
+        """Compute the program's embedding by calling ``embed_all``, a student's method."""
+        return embed_all(inputs.movedim(-1, 1) if self.takes_pixels else inputs)[self.embedding]
 
 
 def export_program(program: Program, path: Path) -> None:
@@ -95,7 +95,7 @@ def export_program(program: Program, path: Path) -> None:
         InputError: The program computes something else, or the student is too large.
         RunError: The disk is full.
     """
-    metadata = metadata_of(program.student, program.embedding.name, program.takes_pixels)
+    metadata = metadata_of(program.student, program.embedding, program.takes_pixels)
     with out_file(path) as partial, errors_of(str(path), InputError):
         (write_onnx if path.suffix == ".onnx" else write_archive)(program, partial, metadata)
         load = next(runtime.load for runtime in RUNTIMES.values() if runtime.suffix == path.suffix)
@@ -134,8 +134,8 @@ def read_metadata(path: Path, student: Backbone) -> tuple[str, bool, bool]:
             torch.export.load(path, extra_files=(stored := dict.fromkeys(EXTRA_FILES, "")))
             stored["preprocessing"] = stored[EXTRA_FILES[0]]
         elif path.suffix == ".safetensors":
-            stored = metadata_of(load_student(path), student.choose_embedding().name, takes_pixels=False)
-    if (embedding := stored["embedding"]) not in student.embedding_names:
+            stored = metadata_of(load_student(path), EMBEDDING, takes_pixels=False)
+    if (embedding := stored["embedding"]) not in (EMBEDDING, *student.raw_names):
         raise InputError(f"{path} must be an .onnx, .pt2 or .safetensors file that d2v export wrote from this student")
     takes_pixels = PIXELS in stored["preprocessing"]
     expected = metadata_of(student, embedding, takes_pixels)["preprocessing"]
@@ -241,11 +241,12 @@ class TimmStudent(Student):
     the head train.
 
     Args:
-        num_classes: Outputs of the head; 0: no head, the pooled features are the output.
-        global_pool: ``token``: CLS; ``avg``: the mean of the patches; ``mean``: the mean of all tokens. Default: as in
-            the file's primary embedding.
-        representation: The features: ``output`` of the last block, or ``layer_mean``; ``projected``: the output, which
-            the file's projection pools. Default: as in the file's primary embedding.
+        num_classes: Outputs of the head. The width of the file's alignment: the head is the alignment, and the output
+            is the embedding. 0: no head, the pooled features are the output. Any other number: a new head of zeros.
+        global_pool: ``token``: CLS; ``avg``: the mean of the patches; ``mean``: the mean of all tokens. Default: the
+            poolings that the file's alignment reads, side by side; without an alignment, its raw embedding.
+        representation: The features: ``output`` of the last block, or ``layer_mean``. Default: those that the
+            alignment reads, side by side.
     """
 
     def __init__(self, num_classes: int = 0, global_pool: Any = None, representation: Any = None) -> None:
@@ -261,15 +262,20 @@ class TimmStudent(Student):
         """
         self.global_pool = global_pool or self.global_pool
         pooling: Any = POOLINGS.get(self.global_pool, self.global_pool)
-        self.embedding = self.choose_embedding(pooling, self.representation)
-        representation = self.embedding.representation
+        if pooling or self.representation:
+            self.pooled = [self.choose_embedding(pooling, self.representation)]
+        else:
+            is_raw = self.loaded.embedding.made_by == "raw"
+            self.pooled = [self.raw_embedding] if is_raw else self.alignment_inputs
+        self.representations: list[Any] = [
+            kind for kind in get_args(Representation) if any(name.startswith(kind) for name in self.pooled)
+        ]
         # DDP refuses trainable parameters without gradient.
-        self.blocks[-1].norm2.requires_grad_(representation != "layer_mean")
-        if self.projection is not None and not self.projection.is_frozen:
-            self.projection.requires_grad_(representation == "projected")
-        self.num_features = self.projected_width if representation == "projected" else self.embed_dim
+        self.blocks[-1].norm2.requires_grad_("output" in self.representations)
+        self.num_features = self.embed_dim * len(self.representations)
+        self.head_hidden_size = sum(map(self.width_of, self.pooled))
         self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
 
@@ -277,15 +283,24 @@ class TimmStudent(Student):
         return self.head
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Map images, (B, 3, S, S), normalized as in ``pretrained_cfg``, or waveforms to features, (B, T, D)."""
-        return self.represent(self.features(Tokens(self.encode(x))), self.embedding.representation)
+        """Map images, (B, 3, S, S), normalized as in ``pretrained_cfg``, or waveforms to features, (B, T, D).
+
+        If the head reads both representations, they are side by side, (B, T, 2 D).
+        """
+        features = self.features(Tokens(self.encode(x)))
+        if len(self.representations) == 1:
+            return self.represent(features, *self.representations)
+        output_and_mean = features.with_output(lambda layers: self.layer_mean.average(layers, features))
+        return torch.cat(output_and_mean, dim=-1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map features to logits, (B, num_classes), or with ``pre_logits`` or no head to pooled features, (B, D)."""
-        features, (representation, pooling) = self.features(Tokens(x)), self.embedding
-        is_projected = representation == "projected"
-        pooled = self.project(features, x) if is_projected else features.poolings(x)[pooling]
-        return pooled if pre_logits else self.head(pooled)
+        """Map features to the head's outputs, or with ``pre_logits`` to pooled features, (B, ``head_hidden_size``)."""
+        features = Features.of_layer(x, self.num_extra_tokens, self.has_cls_token)
+        pooled = dict[str, Tensor]()
+        for name, part in zip(self.representations, x.chunk(len(self.representations), dim=-1), strict=True):
+            pooled |= features.poolings(part, f"{name}_")
+        joined = side_by_side(pooled, self.pooled)
+        return joined if pre_logits else self.head(joined)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -294,14 +309,14 @@ class TimmStudent(Student):
         self.checkpoint_activations(enable)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Save the sizes and the embedding with the tensors, so that a loaded model has the same."""
+        """Save the sizes with the tensors, so that a loaded model has the same."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + CONFIG_TENSOR] = config_tensor(sizes_of(self), self.embedding)
+        destination[prefix + CONFIG_TENSOR] = config_tensor(self.loaded.model_dump(mode="json"))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the tensors of an exported student, or of this model, and take on their sizes; both are checked.
 
-        If the tensors have no head, the model keeps its own.
+        If the tensors have no head of this model's size, the model keeps its own.
 
         Raises:
             InputError: The sizes are missing, the tensors do not fit them, or the model lacks the chosen embedding.
@@ -310,17 +325,19 @@ class TimmStudent(Student):
         if (stored := tensors.pop(CONFIG_TENSOR, None)) is None:
             raise InputError(f"no tensor {CONFIG_TENSOR}: not a file written by d2v export")
         with reading(CONFIG_TENSOR):
-            config = parse_object(stored.cpu().numpy().tobytes())
-            primary = Embedding.parse(config.pop("primary"))
-            sizes = read_config(StudentSizes, config)
-        head = {name: tensors.pop(name) for name in [*tensors] if name.startswith("head.")}
-        check_timm_outputs(CONFIG_TENSOR, build_student(CONFIG_TENSOR, sizes, tensors))
-        if self.loaded != (sizes, primary):
-            self.loaded = sizes, primary
-            super().__init__(build_encoder(sizes.encoder), sizes.student, {"model": primary._asdict()})
+            sizes = read_config(StudentSizes, parse_object(stored.cpu().numpy().tobytes()))
+        last = {name: tensors.pop(name) for name in [*tensors] if name.startswith(("head.", "alignment."))}
+        with_raw = sizes.changed(embedding=sizes.embedding.changed(made_by="raw"))
+        check_timm_outputs(CONFIG_TENSOR, build_student(CONFIG_TENSOR, with_raw, tensors))
+        if self.loaded != sizes:
+            self.loaded = sizes
+            super().__init__(build_encoder(sizes.encoder), sizes.student)
+            self.raw_embedding = sizes.embedding.raw
             self.pretrained_cfg = self.default_cfg = pretrained_cfg(sizes.encoder)
             self.reset_classifier(self.num_classes)
-        head = head if self.num_classes else {}
+        if self.num_classes != len(last.get("alignment.bias", ())):
+            last = {name: tensor for name, tensor in last.items() if name.startswith("head.") and self.num_classes}
+        head = {name.replace("alignment.", "head."): tensor for name, tensor in last.items()}
         return super().load_state_dict(tensors | head, bool(head), assign)
 
 

@@ -27,7 +27,7 @@ from d2v_composer.models.configs import height_and_width
 from d2v_composer.models.images import resize
 from d2v_composer.models.provenance import value_at
 from d2v_composer.report.tables import format_table
-from d2v_composer.sources.labeled import evenly_spaced, load_labeled_set
+from d2v_composer.sources.labeled import ONLY_SAMPLES, evenly_spaced, open_labeled_sets
 from d2v_composer.sources.open import open_source
 from d2v_composer.system.errors import InputError, RunError
 from d2v_composer.system.fetch import names_in
@@ -91,12 +91,14 @@ def verify(
             print(f"wrote {kit}; in this folder, run: python {script.name} RUNTIME {exported.name}")
             return
         save_student(student, folder / "pytorch.safetensors")
-        files = {"pytorch": folder / "pytorch.safetensors"} | dict.fromkeys(runtime or suited, exported.absolute())
+        files = {"pytorch": folder / "pytorch.safetensors"} | dict.fromkeys(runtime or suited, exported)
         medians, faults = measure_runtimes(folder / script.name, files)
     rows = [[name, *map("{:.5g}".format, numbers.values())] for name, numbers in medians.items()]
     table = format_table(["", *max(medians.values(), key=len)], rows)
     digest = sha256(exported)
-    table += f"\n{exported.name}: {exported.stat().st_size / 1e6:.1f} MB, {embedding}, sha256 {digest}"
+    table += (
+        f"\n{exported.name}: {exported.stat().st_size / 1e6:.1f} MB, {student.describe(embedding)}, sha256 {digest}"
+    )
     table += f"\n{name_fastest({name: medians[name] for name in medians if name not in faults})}"
     print(table)
     report_entries = {"embedding": embedding, "machine": describe_machine(), "faults": faults, "runtimes": medians}
@@ -134,9 +136,9 @@ def read_samples(student: Backbone, source: str | None, maximum: int, takes_pixe
     if source is not None:
         opened = open_source(source, modality)
         samples = [opened.decode(i) for i in evenly_spaced(len(opened), maximum)]
-    elif datasets := [*filter(None, (value_at(student.provenance, "config.retrieval.datasets") or {}).values())]:
-        options = datasets[0] | {"download": False, "max_images": maximum, "class_embeddings": None}
-        samples = load_labeled_set(modality=modality, **options).test.samples
+    elif section := value_at(student.provenance, "config.retrieval"):
+        for load in [*open_labeled_sets(section, modality, **ONLY_SAMPLES, max_images=maximum).values()][:1]:
+            samples = load().test.samples
     if len(samples) < MIN_SAMPLES:
         raise InputError(
             f"expected at least {MIN_SAMPLES} {modality.unit}, got {len(samples)}; use --images FOLDER, or --calibrate "

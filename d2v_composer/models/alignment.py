@@ -1,8 +1,10 @@
-"""Map a model's embeddings into the space of another model by one matrix, fitted in closed form, without labels.
+"""The alignment: one matrix from a student's raw embeddings to its teacher's embedding, or to another model's.
 
+It is fitted in closed form, without labels, or trained.
 Shapes: B samples of a batch, N pairs, I channels of the input (of all poolings), P of the target, S strengths.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from d2v_composer.models.encoder import Freezable
+from d2v_composer.models.names import MadeBy
 
 # Ridge strengths that are tried, as multiples of the inputs' mean variance.
 STRENGTHS = [10.0**power for power in range(-8, 2)]
@@ -19,25 +22,67 @@ HELD_OUT = 10
 MIN_PAIRS = 2 * HELD_OUT
 
 
+MADE_BY: dict[MadeBy, str] = {
+    "teacher": "the teacher's own",
+    "alignment": "estimated by an alignment",
+    "training": "estimated by a trained alignment",
+    "raw": "the student's own, without an alignment",
+}
+
+
+class EmbeddingInfo(NamedTuple):
+    """What a model's embedding is."""
+
+    of: str
+    """The teacher's embedding that this is or estimates: ``output_cls``, ``output_mean``, ``joint``, …; or the file of
+    an index that another model made."""
+    made_by: MadeBy
+    width: int
+    """Channels, P."""
+    fingerprint: str
+    """Hash of the alignment; '' without one."""
+
+    def __str__(self) -> str:
+        return f"{self.of}, {self.width} channels, {MADE_BY[self.made_by]}"
+
+
 class Alignment(Freezable):
-    """A frozen linear map from several embeddings of a model, concatenated, to its ``projected_cls``, in float32.
+    """A linear map from several raw embeddings of a model, concatenated, to its embedding, in float32.
+
+    A fitted map is frozen; a trained one has gradients.
 
     Args:
         inputs: Names of the embeddings to concatenate.
         weight: Matrix of the map, (P, I).
         bias: Bias of the map, (P,).
+        of, made_by: See :class:`EmbeddingInfo`.
     """
 
-    def __init__(self, inputs: Sequence[str], weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, inputs: Sequence[str], weight: Tensor, bias: Tensor, of: str, made_by: MadeBy) -> None:
         super().__init__()
-        self.inputs = inputs
+        self.inputs, self.of = inputs, of
+        self.made_by: MadeBy = made_by
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
-        self.freeze()
+        if made_by != "training":
+            self.freeze()
+
+    @property
+    def info(self) -> EmbeddingInfo:
+        return EmbeddingInfo(self.of, self.made_by, len(self.bias), hash_tensors(self.state_dict()))
 
     def forward(self, embeddings: Mapping[str, Tensor]) -> Tensor:
-        """Map a model's embeddings, by name, into the other model's space, (B, P) float32."""
+        """Map a model's raw embeddings, by name, (B, P) float32."""
         with torch.autocast(self.weight.device.type, enabled=False):
             return linear(side_by_side(embeddings, self.inputs), self.weight, self.bias)
+
+
+def hash_tensors(tensors: Mapping[str, Tensor], *about: object) -> str:
+    """Return a hash of tensors, in whatever file or precision they are stored, and of values by their ``repr``."""
+    digest = hashlib.sha256(repr(about).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def side_by_side(embeddings: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:

@@ -1,24 +1,22 @@
 """Models that turn inputs into features, and features into embeddings: the base of teachers and students.
 
-Shapes: B inputs, T tokens, D channels, H heads, P channels of ``projected_cls``.
+Shapes: B inputs, T tokens, D channels, H heads, P channels of the embedding.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from d2v_composer.models.alignment import Alignment
+from d2v_composer.models.alignment import Alignment, EmbeddingInfo, hash_tensors
 from d2v_composer.models.attention import FfnBlock
 from d2v_composer.models.encoder import Encoder, Freezable, Inputs, Tokens, count_flop
 from d2v_composer.models.features import Features
-from d2v_composer.models.names import PROJECTED, Embedding, Pooling, Representation
-from d2v_composer.models.provenance import value_at
+from d2v_composer.models.names import EMBEDDING, JOINT, MadeBy, Pooling, Representation
 from d2v_composer.models.targets import LayerMean
 from d2v_composer.system.errors import InputError
 
@@ -50,18 +48,14 @@ def freeze_unused_parameters(model: nn.Module, result: Tensor) -> None:
         parameter.grad = None
 
 
-def hash_weights(model: "Backbone") -> str:
-    """Return a hash of a model's sizes and weights, not of its file, which a run in progress may have replaced."""
-    return hash_tensors(model.state_dict(), (model.encoder.config, model.config))
+def hash_weights(model: "Backbone", only_trained: bool = False) -> str:
+    """Return a hash of a model's sizes and weights, not of its file, which a run in progress may have replaced.
 
-
-def hash_tensors(tensors: Mapping[str, Tensor], *about: object) -> str:
-    """Return a hash of tensors, in whatever file or precision they are stored, and of values by their ``repr``."""
-    digest = hashlib.sha256(repr(about).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
-    return digest.hexdigest()
+    With ``only_trained``, frozen parts are left out, which a run may hold in another dtype than a file.
+    """
+    left_out = frozen_prefixes(model) if only_trained else ()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(left_out)}
+    return hash_tensors(tensors, (model.encoder.config, model.config))
 
 
 def frozen_prefixes(module: nn.Module, prefix: str = "") -> tuple[str, ...]:
@@ -93,40 +87,9 @@ def check_tensors(module: nn.Module, state_dict: dict, prefix: str, *args: Any) 
         raise InputError(f"tensor {name}: checkpoint has {shapes[0]}, model has {shapes[1]}")
 
 
-def expect_alignment(model: "Backbone", state_dict: dict, prefix: str, *args: Any) -> None:
-    """Give a model the map into its teacher's space, if a state dict has one."""
-    if (weight := state_dict.get(f"{prefix}alignment.weight")) is not None:
-        bias = state_dict[f"{prefix}alignment.bias"]
-        model.alignment = Alignment(model.alignment_inputs, weight, bias)  # where the tensors are, perhaps nowhere
-
-
 def expect_no_frozen_tensors(module: nn.Module, incompatible_keys: Any) -> None:
     """Let strict loading accept a state dict without the frozen parts."""
     incompatible_keys.missing_keys.clear()
-
-
-class Projection(Freezable):
-    """Pool a model's output: CLS, or the mean of patches or frames; then map it.
-
-    Args:
-        pooling: Pooling of the output.
-        linear: D → P; default the identity.
-
-    Attributes:
-        num_outputs: P, the number of outputs of ``linear``; 0 without it: then embeddings have D channels.
-        norm: The teacher's final norm, which is applied to a student's output before the pooling.
-    """
-
-    def __init__(self, pooling: Pooling = "cls", linear: nn.Linear | None = None) -> None:
-        super().__init__()
-        self.pooling = pooling
-        self.linear = linear or nn.Identity()
-        self.num_outputs = 0 if linear is None else linear.out_features
-        self.norm: nn.Module = nn.Identity()
-
-    def forward(self, features: Features, output_BTD: Tensor) -> Tensor:
-        """Return the embeddings, (B, P)."""
-        return self.linear(features.poolings(output_BTD)[self.pooling])
 
 
 class Backbone(nn.Module, ABC):
@@ -141,9 +104,9 @@ class Backbone(nn.Module, ABC):
         embed_dim: Channels of features and embeddings; the encoder's, unless a student is narrower.
         layer_mean: Settings with which this model computes its ``layer_mean`` embeddings.
         head: The classifier of a fine-tuned student's embeddings, a module, or ``None``.
-        projection: The :class:`Projection` to ``projected_cls``, the teacher's or a trained one; or ``None``.
-        alignment: The :class:`~d2v_composer.models.alignment.Alignment` that maps embeddings to ``projected_cls``, if a
-            map was fitted; or ``None``.
+        raw_embedding: Name of the embedding to which :data:`~d2v_composer.models.names.EMBEDDING` is equal without an
+            alignment: a teacher's own, and in a student the one of that name.
+        alignment: The :class:`~d2v_composer.models.alignment.Alignment` that makes the embedding; or ``None``.
     """
 
     def __init__(self, encoder: Encoder, config: Any, provenance: dict[str, Any] | None = None) -> None:
@@ -154,9 +117,8 @@ class Backbone(nn.Module, ABC):
         self.embed_dim = encoder.embed_dim
         self.layer_mean = LayerMean.of(config)
         self.head: Any = None  # a module
-        self.projection: Any = None  # a module
         self.alignment: Any = None  # a module
-        self.register_load_state_dict_pre_hook(expect_alignment)
+        self.raw_embedding = f"output_{self.default_pooling}"
 
     @abstractmethod
     def features(self, tokens: Tokens) -> Features:
@@ -183,61 +145,76 @@ class Backbone(nn.Module, ABC):
         return self.encoder.config.has_cls_token
 
     @property
-    def pooled_names(self) -> list[str]:
-        """The names of all embeddings but ``projected_cls``."""
+    def raw_names(self) -> list[str]:
+        """The names of all raw embeddings."""
         return self.layer_mean.names(self.has_cls_token)
 
     @property
-    def embedding_names(self) -> list[str]:
-        """The names of all embeddings."""
-        return [*self.pooled_names, *([PROJECTED] if self.projected_width else [])]
-
-    @property
-    def projected_width(self) -> int:
-        """P, the channels of ``projected_cls``; 0 without this embedding."""
+    def embedding(self) -> EmbeddingInfo:
+        """What the model's embedding is."""
         if self.alignment is not None:
-            return len(self.alignment.bias)
-        return 0 if self.projection is None else self.projection.num_outputs or self.encoder.embed_dim
+            return self.alignment.info
+        return EmbeddingInfo(self.raw_embedding, self.made_by, self.width_of(self.raw_embedding), "")
 
-    def choose_embedding(
-        self, pooling: Pooling | None = None, representation: Representation | None = None
-    ) -> Embedding:
-        """Return the requested embedding; ``None`` stands for the primary embedding's pooling or representation.
+    made_by: MadeBy = "raw"
+    """What makes the embedding without an alignment."""
+
+    def identify_weights(self) -> str:
+        """Return the hash of a teacher's file, or of a student's trained weights."""
+        return self.provenance.get("sha256") or hash_weights(self, only_trained=True)
+
+    def describe(self, name: str) -> str:
+        """Return what an embedding is, by name, for people."""
+        return str(self.embedding) if name == EMBEDDING else name
+
+    def width_of(self, name: str) -> int:
+        """Return the number of channels of a raw embedding."""
+        return self.embed_dim
+
+    def choose_embedding(self, pooling: Pooling | None = None, representation: Representation | None = None) -> str:
+        """Return the name of the raw embedding with this pooling and representation; with neither, of the embedding.
 
         Raises:
             InputError: The model has no such embedding.
         """
-        primary = Embedding()
-        for key in ("model", "config.retrieval"):  # the record of a fine-tuning run, and of a distillation
-            with suppress(LookupError, TypeError, ValueError):
-                primary = Embedding.parse(value_at(self.provenance, key))
-        if primary.pooling == "cls" and not self.has_cls_token:
-            primary = primary._replace(pooling=self.default_pooling)
-        chosen = Embedding(representation or primary.representation, pooling or primary.pooling)
-        if chosen.name not in self.embedding_names:
+        if pooling is None and representation is None:
+            return EMBEDDING
+        name = f"{representation or 'output'}_{pooling or self.default_pooling}"
+        if name not in self.raw_names:
             raise InputError(
-                f"representation and pooling: this model has no {chosen.name}; it has {', '.join(self.embedding_names)}"
+                f"representation and pooling: this model has no {name}; it has {', '.join(self.raw_names)}"
             )
-        return chosen
+        return name
+
+    def use_embedding(self, pooling: Pooling | None, representation: Representation | None) -> None:
+        """Let the embedding without an alignment be the raw one with these; with neither, change nothing.
+
+        Raises:
+            InputError: The model has no such embedding.
+        """
+        if (name := self.choose_embedding(pooling, representation)) != EMBEDDING:
+            self.raw_embedding = name
 
     @property
     def alignment_inputs(self) -> list[str]:
         """The embeddings that an alignment reads: CLS and mean of each representation."""
-        return [name for name in self.pooled_names if name.endswith(("_cls", "_mean"))]
+        return [name for name in self.raw_names if name.endswith(("_cls", "_mean"))]
 
-    def align(self, weight: Tensor, bias: Tensor) -> None:
-        """Give this model the map to another model's space, (P, I) and (P,), or replace it; see :class:`Alignment`."""
+    def align(self, weight: Tensor, bias: Tensor, of: str, made_by: MadeBy = "alignment") -> None:
+        """Give this model an alignment, (P, I) and (P,), or replace it; see :class:`Alignment`."""
         device = next(self.parameters()).device
-        self.alignment = Alignment(self.alignment_inputs, weight.to(device), bias.to(device))
+        self.alignment = Alignment(self.alignment_inputs, weight.to(device), bias.to(device), of, made_by)
 
-    def project(self, features: Features, output: Tensor) -> Tensor:
-        """Return the embedding ``projected_cls``, (B, P), of the model's features and output, with gradient."""
-        return self.projection(features, output)
+    def train_alignment(self, teachers: EmbeddingInfo) -> None:
+        """Give this model an alignment to train, with random weights."""
+        width = sum(map(self.width_of, self.alignment_inputs))
+        weight = nn.init.normal_(torch.empty(teachers.width, width), std=0.02)
+        self.align(weight, torch.zeros(teachers.width), teachers.of, "training")
 
     @property
     def default_pooling(self) -> Pooling:
-        """``cls``; if the model has no CLS token, ``mean_patches``."""
-        return "cls" if self.has_cls_token else "mean_patches"
+        """``cls``; if the model has no CLS token, ``mean``."""
+        return "cls" if self.has_cls_token else "mean"
 
     def padding_mask(self, lengths: Tensor | None, num_samples: int | None = None) -> Tensor | None:
         """Return which tokens are padding, (B, T) bool; see :meth:`~d2v_composer.models.encoder.Encoder.padding_mask`.
@@ -259,25 +236,36 @@ class Backbone(nn.Module, ABC):
             return self.encoder(Inputs(images, lengths)).x
 
     def represent(self, features: Features, representation: Representation) -> Tensor:
-        """Return a representation, (B, T, D), with gradient; for ``projected``, the output before its projection."""
+        """Return a representation, (B, T, D), with gradient."""
         if representation == "layer_mean":
             return self.layer_mean.average(features.layers(), features)
         return features.output
 
+    def read(self, features: Features, name: str = EMBEDDING) -> Tensor:
+        """Return one embedding of a model's features by name, (B, D) float32, with gradient."""
+        if name == EMBEDDING and self.alignment is not None:
+            return self.alignment(self.layer_mean.embeddings(features))
+        name = self.raw_embedding if name == EMBEDDING else name
+        if name == JOINT:
+            assert features.joint is not None
+            return features.joint(features.output).float()
+        representation: Any = "layer_mean" if name.startswith("layer_mean") else "output"
+        return features.poolings(self.represent(features, representation), f"{representation}_")[name]
+
     def embed_all(
         self, images: Tensor, lengths: Tensor | None = None, *, layer_mean: LayerMean | None = None
     ) -> dict[str, Tensor]:
-        """Compute every embedding in one forward pass, without gradient; for gradients, use :meth:`represent`.
+        """Compute every embedding in one forward pass, without gradient; for gradients, use :meth:`read`.
 
         Args:
             images, lengths: See :meth:`embed`.
             layer_mean: Settings with which ``layer_mean`` is computed, to compare models; default: this model's.
 
         Returns:
-            ``{representation}_{pooling}`` → (B, D) float32. Representations: ``output`` of the last block, and
-            ``layer_mean``, norm_mean of the FFN outputs. Poolings: ``cls`` (if the model has that token), ``mean``
-            and ``mean_patches``. ``projected_cls``, (B, P), which some models have, is in the space of another model's
-            embedding, such as the teacher's own image embedding.
+            ``embedding`` → (B, P) float32; and the raw embeddings, ``{representation}_{pooling}`` → (B, D) float32.
+            Representations: ``output`` of the last block, and ``layer_mean``, norm_mean of the FFN outputs. Poolings:
+            ``cls`` (if the model has that token), ``mean`` and ``mean_patches``. A teacher that shares a space with a
+            text tower has ``joint``, too.
 
         Raises:
             ValueError: The images have another shape or dtype.
@@ -309,17 +297,27 @@ class Backbone(nn.Module, ABC):
     def embed_encoded(self, tokens: Tokens, layer_mean: LayerMean | None) -> dict[str, Tensor]:
         """Compute every embedding from the encoder's tokens, without gradient; see :meth:`embed_all`."""
         with frozen_use():
-            embeddings = (layer_mean or self.layer_mean).embeddings(self.features(tokens))
-            return embeddings | ({} if self.alignment is None else {PROJECTED: self.alignment(embeddings)})
+            features = self.features(tokens)
+            embeddings = (layer_mean or self.layer_mean).embeddings(features)
+            if self.alignment is not None:
+                embedding = self.alignment(embeddings)
+            elif layer_mean is not None and self.raw_embedding.startswith("layer_mean"):
+                embedding = self.read(features)  # by its own settings
+            else:
+                embedding = embeddings[self.raw_embedding]
+            return {**embeddings, EMBEDDING: embedding}
 
     def embed(
         self,
         images: Tensor,
         pooling: Pooling | None = None,
-        representation: Representation = "output",
+        representation: Representation | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """Return one embedding of each image or clip, (B, D) float32, without gradient.
+        """Return the embedding of each image or clip, (B, P) float32, without gradient; or a raw one, (B, D).
+
+        A teacher's embedding is its own, a student's is an estimate of its teacher's, so that both compare by cosine.
+        ``embedding`` says which of the teacher's it is.
 
         Args:
             images: (B, 3, height, width) uint8 of any size, which is resized and normalized here; or (B, 3, S, S)
@@ -327,25 +325,22 @@ class Backbone(nn.Module, ABC):
                 over ``encoder.config.image_std``, by channel. For data2vec 2.0 these are ImageNet's, (0.485, 0.456,
                 0.406) and (0.229, 0.224, 0.225), for a timm model its own. For an audio model waveforms: (B, L) float
                 from -1 to 1, 16 kHz mono, normalized here.
-            pooling: ``cls``, ``mean`` of all tokens, or ``mean_patches``, of patches or frames; default: ``cls`` or,
-                for a model without CLS, such as data2vec 2.0's of audio, ``mean_patches``.
-            representation: ``output`` of the last block; ``layer_mean``, the norm_mean of the FFN outputs that the loss
-                regresses; or ``projected``, which has its own pooling.
+            pooling: Pooling of a raw embedding: ``cls``, ``mean`` of all tokens, or ``mean_patches``, of patches or
+                frames; default: ``cls`` or, for a model without CLS, such as data2vec 2.0's of audio, ``mean``.
+            representation: Representation of a raw embedding: ``output`` of the last block, the default with a
+                pooling; or ``layer_mean``, the norm_mean of the FFN outputs that the loss regresses.
             lengths: Samples of each waveform of a padded batch, (B,) int64.
 
         Raises:
-            ValueError: The model has no such embedding, or the images have another shape or dtype.
+            InputError: The model has no such embedding.
+            ValueError: The images have another shape or dtype.
 
         Example:
-            >>> embeddings = student.embed(images, pooling="mean")
-            >>> embeddings.shape
+            >>> student.embed(images).shape
             torch.Size([2, 192])
+            >>> features = student.embed(images, pooling="mean")  # the output's mean over tokens
         """
-        embeddings = self.embed_all(images, lengths)
-        name = Embedding(representation, pooling or self.default_pooling).name
-        if name not in embeddings:
-            raise ValueError(f"no embedding {name!r}; this model has: {', '.join(embeddings)}")
-        return embeddings[name]
+        return self.embed_all(images, lengths)[self.choose_embedding(pooling, representation)]
 
 
 class Transformer(Backbone):
@@ -399,7 +394,6 @@ class Transformer(Backbone):
             self.has_cls_token,
             padding_mask,
             window_weights,
-            project=self.projection and self.project,
         )
 
     def forward_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:

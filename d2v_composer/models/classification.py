@@ -1,4 +1,4 @@
-"""A classifier for Composer: a linear head on an embedding of a student or a teacher.
+"""A classifier for Composer: a linear head on the embedding of a student or a teacher.
 
 Shapes: B images of S pixels per side, or clips of L samples, T tokens, D channels, C classes.
 """
@@ -14,7 +14,6 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from d2v_composer.models.backbone import Backbone, check_tensors, freeze_unused_parameters
 from d2v_composer.models.encoder import Inputs
-from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.models.precision import cpu_autocast
 
 Batch = Sequence[Tensor]
@@ -34,9 +33,6 @@ class Classifier(ComposerModel):
     Args:
         backbone: Student or teacher; ``requires_grad`` of its parameters is changed.
         num_classes: Number of classes, C.
-        representation: Representation of the embedding.
-        pooling: Pooling of the embedding; default: see
-            :meth:`~d2v_composer.models.backbone.Backbone.embed`.
         train_encoder: Train the encoder too, except fixed positions.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
 
@@ -50,24 +46,20 @@ class Classifier(ComposerModel):
         self,
         backbone: Backbone,
         num_classes: int,
-        representation: Representation = "output",
-        pooling: Pooling | None = None,
         train_encoder: bool = False,
         cpu_bf16: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.representation: Representation = representation
-        self.pooling: Pooling = pooling or backbone.default_pooling
         self.cpu_bf16 = cpu_bf16
         if not train_encoder:
             backbone.encoder.freeze()  # a BatchNorm's statistics, too
         backbone.requires_grad_(True)
         for name, parameter in backbone.encoder.named_parameters():
             parameter.requires_grad_(train_encoder and not name.startswith(FIXED))
-        embedding = self.embed(Inputs(backbone.encoder.example(1)))
-        freeze_unused_parameters(backbone, embedding)
-        self.head = nn.Linear(embedding.shape[-1], num_classes)
+        embedded = self.embed(Inputs(backbone.encoder.example(1)))
+        freeze_unused_parameters(backbone, embedded)
+        self.head = nn.Linear(embedded.shape[-1], num_classes)
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
         self.depth_of_trained = {
@@ -89,10 +81,7 @@ class Classifier(ComposerModel):
 
     def embed(self, inputs: Inputs) -> Tensor:
         """Compute the embeddings of images or waveforms, (B, D), with gradient."""
-        features = self.backbone.features(self.backbone.encoder(inputs))
-        if self.representation == "projected":
-            return features.projected
-        return features.poolings(self.backbone.represent(features, self.representation))[self.pooling]
+        return self.backbone.read(self.backbone.features(self.backbone.encoder(inputs)))
 
     @torch.no_grad()
     def prepare(self, batch: Batch) -> Batch:

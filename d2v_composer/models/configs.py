@@ -25,7 +25,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, ValidationError
 from typing_extensions import Self
 
-from d2v_composer.models.names import Normalization
+from d2v_composer.models.names import RAW_EMBEDDINGS, MadeBy, Normalization
 
 Shape = Annotated[tuple[int, int], Field(strict=False)]
 """(height, width) in pixels, or rows and columns."""
@@ -46,7 +46,7 @@ NUM_MELS, EAT_PATCH = 128, 16
 
 Depth = Annotated[int, Field(ge=1, le=MAX_DEPTH)]
 Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
-NumOutputs = Annotated[int, Field(ge=0, le=MAX_WIDTH)]
+RawName = Literal[tuple(RAW_EMBEDDINGS)]  # pyright: ignore[reportInvalidTypeForm]
 T = TypeVar("T")
 Tuple = Annotated[tuple[T, ...], Field(strict=False)]  # JSON has lists
 
@@ -414,9 +414,6 @@ class StudentConfig(BlockSizes, Config):
     """Normalization of each layer in target, prediction and ``layer_mean``."""
     final_layer_norm: bool = True
     """End target, prediction and ``layer_mean`` with a LayerNorm."""
-    projection: NumOutputs | None = None
-    """Width of the last layer before ``projected_cls``: the teacher's head, or a narrower student's own layer; 0: the
-    encoder's width. ``None``: the student has no ``projected_cls``."""
     average_top_k_layers: ClassVar = None  # a target's
 
 
@@ -428,11 +425,18 @@ class TimmNetworkConfig(TimmConfig):
     """Normalization of each layer in target and prediction."""
     final_layer_norm: bool = True
     """End target and prediction with a LayerNorm."""
-    projection: Width | None = None
-    """Number of outputs of timm's classifier, which compute ``projected_cls``; ``None``: no ``projected_cls``."""
     num_extra_tokens: ClassVar = 0
     has_cls_token: ClassVar = True  # the pooled feature
     average_top_k_layers: ClassVar = None  # a target's
+
+
+class EmbeddingConfig(Config):
+    """What a student's embedding is, in its file."""
+
+    raw: RawName  # pyright: ignore[reportInvalidTypeForm]
+    """Name of the raw embedding that it is without an alignment."""
+    of: Annotated[str, Field(max_length=1000)]
+    made_by: MadeBy
 
 
 class StudentSizes(Config):
@@ -440,6 +444,7 @@ class StudentSizes(Config):
 
     encoder: EncoderConfig
     student: StudentConfig
+    embedding: EmbeddingConfig
     prefix: ClassVar = ""
     """Prefix of the tensors' names in the model, which the file leaves out."""
 
@@ -448,4 +453,5 @@ class NetworkSizes(Config):
     """Sizes in the file of a student that is a timm model."""
 
     network: TimmNetworkConfig
+    embedding: EmbeddingConfig
     prefix: ClassVar = "encoder.model."

@@ -47,6 +47,7 @@ class Data2Vec2(Transformer, Teacher):
         hidden_dim = int(config.embed_dim * config.mlp_ratio)
         blocks = [Block(config.embed_dim, config.num_heads, hidden_dim, config.norm_eps) for _ in range(config.depth)]
         super().__init__(ENCODERS[type(config.encoder)](config.encoder), blocks, config, provenance)
+        self.name_embedding(self.provenance.get("embedding"))
         self.freeze()
 
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:

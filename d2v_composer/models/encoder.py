@@ -133,14 +133,6 @@ class Encoder(Freezable):
         """The encoder's blocks; by default there are none."""
         return []
 
-    def build_head(self, num_outputs: int) -> Any:
-        """Build the head of a teacher on this encoder, without its weights; ``None`` if the teacher only pools.
-
-        Args:
-            num_outputs: See :class:`~d2v_composer.models.backbone.Projection`.
-        """
-        return None
-
     @abstractmethod
     def prepare(self, values: Tensor) -> Tensor:
         """Resize or normalize raw inputs, none of which is padded.

@@ -48,8 +48,8 @@ class Features:
     """See :class:`~d2v_composer.models.encoder.Inputs`."""
     pooled: Tensor | None = None
     """The model's own pooled feature, (B, P), if it takes the place of CLS."""
-    project: Callable[["Features", Tensor], Tensor] | None = None
-    """Computes ``projected_cls``, (B, P), from these features and the output; ``None`` without this embedding."""
+    joint: Callable[[Tensor], Tensor] | None = None
+    """Computes the embedding ``joint``, (B, P), from the output; ``None`` without this embedding."""
 
     @classmethod
     def of_layer(cls, x_BTD: Tensor, num_extra_tokens: int, has_cls_token: bool, **fields: Any) -> "Features":
@@ -69,12 +69,6 @@ class Features:
         for output, _ in self.run(True):  # noqa: B007  (the last one)
             pass
         return self.norm(output)
-
-    @property
-    def projected(self) -> Tensor:
-        """The embedding ``projected_cls``, (B, P) float32, with gradient."""
-        assert self.project is not None
-        return self.project(self, self.output).float()
 
     def with_output(self, read: Callable[[Iterator[Tensor]], ResultT]) -> tuple[Tensor, ResultT]:
         """Run the blocks once; return the output, and the result of ``read`` on an iterator of the FFN outputs."""

@@ -45,6 +45,8 @@ class FrozenModel(Teacher):
             then the patches, row by row.
         source: Origin of the module's weights, which a student's files record.
         license: License of the module's weights.
+        embedding: Name of the teacher's embedding, such as ``output_mean``; default: ``output_cls`` or, without CLS,
+            ``output_mean``.
         **sizes: ``image_size``, pixels per side or (height, width); ``grid_size``, rows and columns of patches;
             ``has_cls_token``; ``image_mean`` and ``image_std`` of each channel, for pixels from 0 to 1, by default
             ImageNet's.
@@ -63,11 +65,19 @@ class FrozenModel(Teacher):
         ...         return self.patches(images).flatten(2).transpose(1, 2)
         >>> teacher = FrozenModel(Grid(), image_size=32, grid_size=(4, 4), has_cls_token=False, source="random")
         >>> student = teacher.build_student(depth=2)  # or model="timm/resnet18"
-        >>> student.embed(images, pooling="mean_patches").shape
+        >>> student.embed(images).shape
         torch.Size([2, 96])
     """
 
-    def __init__(self, module: nn.Module, *, source: str, license: str | None = None, **sizes: Any) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        source: str,
+        license: str | None = None,
+        embedding: str | None = None,
+        **sizes: Any,
+    ) -> None:
         config = FrozenModelConfig(embed_dim=1, **sizes)
         shape = 1, 3, *height_and_width(config.image_size)
         with torch.no_grad():
@@ -78,6 +88,7 @@ class FrozenModel(Teacher):
         config = config.changed(embed_dim=tokens.shape[2])
         super().__init__(ModuleEncoder(module, config), config)
         self.provenance = {"source": source, "license": license}
+        self.name_embedding(embedding)
         self.freeze().identify()
 
     def features(self, tokens: Tokens) -> Features:

@@ -1,12 +1,10 @@
-"""Choices for YAMLs and command lines, and the names of embeddings, each a representation and a pooling.
+"""Choices for YAMLs and command lines, and the names of embeddings.
 
 This module imports no torch, so ``--help`` shows them within a second.
 """
 
-import re
-from collections.abc import Collection
 from reprlib import repr as short  # a list in a file may hold another one a million times
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 DATA2VEC2 = "data2vec2"
 """Default of ``teacher.model``."""
@@ -19,10 +17,14 @@ ENTRY_POINTS = "d2v_composer.teachers"
 """Group of entry points: each is called with ``teacher.checkpoint`` and returns a teacher."""
 CALLBACKS_GROUP = "d2v_composer.callbacks"
 """Group of entry points: each is called with a YAML's arguments and returns a Composer callback or logger."""
-PROJECTED = "projected_cls"
-"""Name of the embedding in the space of another model's, such as the teacher's own image embedding, however pooled."""
+EMBEDDING = "embedding"
+"""Name of a model's embedding: a teacher's own, or a student's estimate of it. All others are raw."""
+JOINT = "joint"
+"""Name of the image embedding that a teacher shares with a text tower, such as CLIP's after its projection."""
 Pooling = Literal["cls", "mean", "mean_patches"]
-Representation = Literal["output", "layer_mean", "projected"]
+Representation = Literal["output", "layer_mean"]
+MadeBy = Literal["teacher", "alignment", "training", "raw"]
+"""What makes an embedding: a teacher; a student's alignment, fitted or trained; or a student without an alignment."""
 PrecisionName = Literal["fp32", "amp_bf16", "amp_fp16"]
 PrecisionChoice = Literal["auto", "fp32", "amp_fp16", "amp_bf16"]
 """``auto`` is the fastest that the machine has instructions for."""
@@ -52,50 +54,8 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
         raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {short(value)}")
 
 
-class Embedding(NamedTuple):
-    """An embedding; the default is for files without a run's record: data2vec 2.0 base retrieves best with it."""
-
-    representation: Representation = "output"
-    pooling: Pooling = "cls"
-
-    @property
-    def name(self) -> str:
-        """Name in metrics, such as layer_mean_cls; ``projected`` has a pooling of its own."""
-        return PROJECTED if self.representation == "projected" else "_".join(self)
-
-    @classmethod
-    def parse(cls, fields: Any) -> "Embedding":
-        """Read ``representation`` and ``pooling`` from a mapping; other keys are ignored.
-
-        Raises:
-            LookupError, TypeError, ValueError: A key is missing, or its value unknown.
-        """
-        check_choice("representation", fields["representation"], Representation)
-        check_choice("pooling", fields["pooling"], Pooling)
-        return cls(fields["representation"], fields["pooling"])
-
-
-EMBEDDINGS = [
-    *dict.fromkeys(Embedding(kind, pooling).name for kind in get_args(Representation) for pooling in get_args(Pooling))
-]
-"""The names of all embeddings; a model without CLS lacks those with the pooling ``cls``."""
-
-
-def find_primary(primary: str, names: Collection[str]) -> str:
-    """Return the name of the embedding to report as a model's primary embedding.
-
-    Args:
-        primary: The embedding asked for. In place of ``layer_mean`` or ``projected``, which the encoder alone lacks,
-            ``output`` is found.
-        names: The model's embeddings; a single one without a name ('') is its own primary embedding.
-
-    Raises:
-        ValueError: The model has no such embedding.
-    """
-    for name in (primary, re.sub("^(layer_mean|projected)", "output", primary), "output_mean_patches", ""):
-        if name in names:
-            return name
-    raise ValueError(f"primary embedding must be one of {', '.join(names)}, got {primary!r}")
+RAW_EMBEDDINGS = [f"{kind}_{pooling}" for kind in get_args(Representation) for pooling in get_args(Pooling)]
+"""The names ``{representation}_{pooling}``; a model without CLS lacks those with the pooling ``cls``."""
 
 
 def timm_name(model: str) -> str:

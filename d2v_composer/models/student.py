@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from d2v_composer.models.attention import Block, attention_bias, init_linear_layers
-from d2v_composer.models.backbone import Projection, Transformer
+from d2v_composer.models.backbone import Transformer
 from d2v_composer.models.configs import MAX_WIDTH, StudentConfig, check_whole
 from d2v_composer.models.encoder import Encoder, build_alibi
-from d2v_composer.models.features import Features
 
 Init = Literal["random", "teacher_attention", "teacher_blocks"]
 
@@ -28,8 +27,6 @@ class Student(Transformer):
         encoder: The teacher's encoder, or the student's own.
         config: Sizes.
         provenance: Origin of teacher and student, stored in exported files.
-        projection: The teacher's projection, used if the config has a ``projection``; a narrower student has its own, a
-            linear layer.
 
     Attributes:
         input_proj: D → d; the identity at the encoder's width.
@@ -38,13 +35,7 @@ class Student(Transformer):
         ValueError: The sizes do not fit the encoder's.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        config: StudentConfig,
-        provenance: dict[str, Any] | None = None,
-        projection: Projection | None = None,
-    ) -> None:
+    def __init__(self, encoder: Encoder, config: StudentConfig, provenance: dict[str, Any] | None = None) -> None:
         width, norm_eps = encoder.config.embed_dim, encoder.config.norm_eps
         dim = width if config.embed_dim is None else config.embed_dim
         check_whole("student.embed_dim", dim, 1, width)
@@ -59,17 +50,6 @@ class Student(Transformer):
         self.alibi = build_alibi(encoder.config, num_heads, num_heads if config.alibi else 0)
         init_linear_layers(self.blocks)
         self.input_proj = init_linear_layers(nn.Linear(width, dim)) if dim < width else nn.Identity()
-        if config.projection is None:
-            return
-        if dim < width:
-            linear: Any = init_linear_layers(nn.Linear(dim, config.projection or width))
-            self.projection = Projection(self.default_pooling, linear)
-        else:
-            head = projection or encoder.build_head(config.projection) or Projection(self.default_pooling)
-            self.projection = head.freeze()
-
-    def project(self, features: Features, output: Tensor) -> Tensor:
-        return super().project(features, self.projection.norm(output))
 
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
         return [attention_bias(self.alibi, x_BTD, padding_mask)] * len(self.blocks)

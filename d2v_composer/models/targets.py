@@ -15,7 +15,7 @@ from torch.nn.functional import layer_norm
 
 from d2v_composer.models.configs import check_whole
 from d2v_composer.models.features import Features, mean_over_time
-from d2v_composer.models.names import PROJECTED, ExtraTokens, Normalization, Prediction, TargetSource, check_choice
+from d2v_composer.models.names import JOINT, ExtraTokens, Normalization, Prediction, TargetSource, check_choice
 
 NORM_EPS = 1e-5
 
@@ -212,7 +212,7 @@ class LayerMean(NamedTuple):
             output, mean = features.with_output(lambda layers: self.average(layers, features))
             both = features.poolings(output, "output_") | features.poolings(mean, "layer_mean_")
             pooled = {name: both[name] for name in self.names(features.has_cls_token)}
-        return pooled if features.project is None else pooled | {PROJECTED: features.project(features, output).float()}
+        return pooled if features.joint is None else pooled | {JOINT: features.joint(output).float()}
 
     def names(self, has_cls_token: bool) -> list[str]:
         """Return the names of all embeddings of a model's output and ``layer_mean``.

@@ -4,6 +4,7 @@ Shapes: B inputs, E extra tokens, N patches, T = E + N tokens, D channels.
 """
 
 from collections.abc import Mapping, Sequence
+from reprlib import repr as short  # a list in a file may hold another one a million times
 from typing import Any
 
 import torch
@@ -24,8 +25,21 @@ class Teacher(Backbone, Freezable):
         encoder: Shared with students that are blocks, unless :meth:`student_encoder` gives them one of their own.
         config: The sizes.
         provenance: Origin of the weights, stored with what is derived from them; at least ``source`` and
-            ``license``. :meth:`identify` adds ``sha256`` and ``outputs``.
+            ``license``. ``embedding`` names the teacher's embedding, if it is not the default of its kind.
+            :meth:`identify` adds ``sha256`` and ``outputs``.
     """
+
+    made_by = "teacher"
+
+    def name_embedding(self, name: str | None) -> None:
+        """Let the teacher's embedding be the raw one of this name; ``None`` changes nothing.
+
+        Raises:
+            ValueError: The teacher has no such embedding.
+        """
+        if name is not None and name not in self.raw_names:
+            raise ValueError(f"embedding must be one of {', '.join(self.raw_names)}, got {short(name)}")
+        self.raw_embedding = name or self.raw_embedding
 
     def student_encoder(self) -> Encoder:
         """Return the encoder of a student that is blocks: this teacher's, or a new one, which trains.
@@ -97,7 +111,6 @@ class Teacher(Backbone, Freezable):
         init: Init = "random",
         model: str | None = None,
         pretrained: bool = False,
-        projected: bool = False,
         freeze_copied: bool = False,
         **sizes: Any,
     ) -> Any:
@@ -109,8 +122,6 @@ class Teacher(Backbone, Freezable):
             model: ``timm/NAME``, for a timm model of any architecture whose features have a grid. The whole model
                 trains; it takes images of this teacher's size, normalized as for this teacher.
             pretrained: Start from timm's weights of ``model``.
-            projected: Give the student the embedding ``projected_cls``, in the space of this teacher's. The teacher's
-                own frozen head computes it; in a narrower student or a timm model, a linear layer that trains.
             freeze_copied: Train only what ``init`` does not copy.
             **sizes: Fields of :class:`~d2v_composer.models.configs.StudentConfig`, such as ``depth``, ``mlp_ratio`` and
                 ``alibi``; default those of the thesis chapter, and ``final_layer_norm`` the teacher's.
@@ -131,10 +142,6 @@ class Teacher(Backbone, Freezable):
         sizes = {name: value for name, value in sizes.items() if value is not None}
         if sizes.get("normalization") == "dataset":  # a target's alone
             sizes["normalization"] = "layer"
-        if projected:
-            if self.projection is None:
-                raise ValueError("projected: this teacher has no projection; load it with projected=True")
-            sizes["projection"] = self.projection.num_outputs if model is None else self.projected_width
         if freeze_copied and init != "teacher_attention":
             raise ValueError("freeze_copied: must be false without init teacher_attention, or nothing would be trained")
         if model is not None:
@@ -144,7 +151,9 @@ class Teacher(Backbone, Freezable):
         config = StudentConfig(**{"final_layer_norm": self.layer_mean.final_layer_norm, **sizes})
         encoder = self.student_encoder()
         provenance = {"teacher": self.provenance, "student": {"own_encoder": encoder is not self.encoder}}
-        student = Student(encoder, config, provenance, self.projection)
+        student = Student(encoder, config, provenance)
+        if self.raw_embedding in student.raw_names:
+            student.raw_embedding = self.raw_embedding
         if init == "random":
             return student
         sources = self.init_sources(init)
@@ -168,7 +177,7 @@ class Teacher(Backbone, Freezable):
         options = {
             name: value for name, value in options.items() if name == "normalization" or value != defaults.get(name)
         }
-        if not_its := sorted(options.keys() - {"normalization", "final_layer_norm", "projection"}):
+        if not_its := sorted(options.keys() - {"normalization", "final_layer_norm"}):
             raise ValueError(f"{not_its[0]}: applies only to blocks on the teacher's encoder; leave it out for {model}")
         sizes = self.encoder.config
         if sizes.modality != "image":

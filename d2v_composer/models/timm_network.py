@@ -1,6 +1,6 @@
-"""Students of any architecture: timm models whose features have a grid; a classifier trains only if a loss reads it.
+"""Students of any architecture: timm models whose features have a grid, without their classifiers.
 
-Shapes: B images, S pixels per side, N cells of the grid, T tokens of a teacher, C channels, P of the pooled feature.
+Shapes: B images, S pixels per side, N cells of the grid, T tokens of a teacher, C channels, P of the embedding.
 """
 
 from typing import Any
@@ -15,12 +15,14 @@ from d2v_composer.models.configs import TimmNetworkConfig, height_and_width, par
 from d2v_composer.models.encoder import Inputs, Tokens
 from d2v_composer.models.features import Features
 from d2v_composer.models.images import PixelEncoder
-from d2v_composer.models.names import timm_name
+from d2v_composer.models.names import JOINT, timm_name
 from d2v_composer.system.errors import reason
 
 
-def create_network(config: TimmNetworkConfig, pretrained: bool = False) -> tuple[Any, dict[str, Any]]:
-    """Build timm's model; a classifier that no loss reads is set to zero.
+def create_network(
+    config: TimmNetworkConfig, pretrained: bool = False, num_classes: int = 0
+) -> tuple[Any, dict[str, Any]]:
+    """Build timm's model, by default without its classifier.
 
     Returns:
         The model, and the options with which ``timm.create_model`` builds it.
@@ -29,8 +31,7 @@ def create_network(config: TimmNetworkConfig, pretrained: bool = False) -> tuple
         ValueError: timm has no such model, or not at this image size, or no weights of it.
     """
     name = timm_name(config.model)
-    # timm leaves out None: its own number of classes.
-    options: Any = {"in_chans": None if config.in_chans == 3 else config.in_chans, "num_classes": config.projection}
+    options: Any = {"num_classes": num_classes} | ({} if config.in_chans == 3 else {"in_chans": config.in_chans})
     sized = {"img_size": height_and_width(config.image_size)} | options
     try:
         try:
@@ -40,14 +41,13 @@ def create_network(config: TimmNetworkConfig, pretrained: bool = False) -> tuple
             model = timm.create_model(name, pretrained, **options)
     except Exception as error:
         raise ValueError(f"{config.model}: {reason(error)}") from error
-    for parameter_name, parameter in model.named_parameters() if config.projection is None else ():
-        if parameter_name.startswith(classifier_prefixes(model)):
-            nn.init.zeros_(parameter)
     return model, options
 
 
 def load_pretrained(model: str) -> "NetworkStudent":
     """Load a timm model with timm's weights and preprocessing, to compare others with it.
+
+    A final projection, such as CLIP's, makes its embedding.
 
     Raises:
         ValueError: timm has no such model or no weights of it, or its features have no grid.
@@ -63,9 +63,12 @@ def load_pretrained(model: str) -> "NetworkStudent":
         image_mean=data["mean"],
         image_std=data["std"],
         interpolation=data["interpolation"],
-        projection=projection_width(pretrained.num_classes if pretrained else None) or None,
     )
-    return NetworkStudent(config, pretrained=True)
+    student = NetworkStudent(config, pretrained=True)
+    if width := projection_width(pretrained.num_classes if pretrained else None):
+        projection = create_network(config, pretrained=True, num_classes=width)[0].get_classifier()
+        student.align(projection.weight.data, projection.bias.data, JOINT, "teacher")
+    return student
 
 
 def projection_width(num_classes: int | None) -> int:
@@ -76,9 +79,10 @@ def projection_width(num_classes: int | None) -> int:
     return 0 if num_classes is None or num_classes % 64 else num_classes
 
 
-def classifier_prefixes(model: Any) -> tuple[str, ...]:
+def classifier_prefixes(config: TimmNetworkConfig) -> tuple[str, ...]:
     """Return the prefixes of the names of a timm model's classifier tensors."""
-    names = model.pretrained_cfg["classifier"] or ()
+    pretrained: Any = timm.get_pretrained_cfg(timm_name(config.model))
+    names = getattr(pretrained, "classifier", None) or ()
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
@@ -147,9 +151,9 @@ class TimmNetwork(PixelEncoder):
         return features.flatten(1, 2) if self.is_channels_last else features.flatten(2).transpose(1, 2)
 
     def timm_tensors(self, model: Any, head: nn.Module | None) -> dict[str, Tensor]:
-        """Return the state dict for timm's ``model``, which :attr:`options` built, with ``head`` as its classifier."""
-        tensors = self.model.state_dict()
-        for prefix in classifier_prefixes(model):  # timm's may be a convolution, or two layers
+        """Return the state dict for a ``model`` that timm built with a classifier, which is ``head``."""
+        tensors = model.state_dict() | self.model.state_dict()
+        for prefix in classifier_prefixes(self.config):  # a convolution, or two layers
             for name, tensor in ({} if head is None else head.state_dict()).items():
                 tensors[prefix + name] = tensor.reshape_as(model.get_parameter(prefix + name)).clone()
         return tensors
@@ -166,9 +170,8 @@ class TimmNetwork(PixelEncoder):
 class NetworkStudent(Backbone):
     """A student that is a timm model; the whole model is its encoder.
 
-    Its embeddings are those of timm: ``output_cls`` is ``forward_head(…, pre_logits=True)``, ``output_mean`` and
-    ``output_mean_patches`` are the mean of the feature map; ``projected_cls``, if there is one, is what the model
-    returns, as its classifier is the projection.
+    Its raw embeddings are those of timm: ``output_cls`` is ``forward_head(…, pre_logits=True)``, ``output_mean`` and
+    ``output_mean_patches`` are the mean of the feature map. In a file, its alignment is timm's classifier.
 
     Args:
         config, pretrained: See :class:`TimmNetwork`.
@@ -183,23 +186,18 @@ class NetworkStudent(Backbone):
         super().__init__(TimmNetwork(config, pretrained), config, provenance)
 
     @property
-    def pooled_names(self) -> list[str]:
+    def raw_names(self) -> list[str]:
         return ["output_cls", "output_mean", "output_mean_patches"]
 
-    @property
-    def projected_width(self) -> int:
-        return super().projected_width or self.config.projection or 0
+    def width_of(self, name: str) -> int:
+        return self.encoder.num_pooled if name == "output_cls" else self.encoder.num_channels
 
     @property
     def alignment_inputs(self) -> list[str]:
         return ["output_cls"]  # so that the map is timm's classifier
 
-    def project(self, features: Features, output: Tensor) -> Tensor:
-        return self.encoder.model.get_classifier()(features.pooled)
-
     def features(self, tokens: Tokens) -> Features:
-        project = self.project if self.config.projection else None
-        return Features.of_layer(tokens.x, 0, True, pooled=tokens.pooled, project=project)
+        return Features.of_layer(tokens.x, 0, True, pooled=tokens.pooled)
 
     def checkpoint_activations(self, enable: bool = True) -> None:
         self.encoder.model.set_grad_checkpointing(enable)  # an AssertionError if timm has none for this model

@@ -8,6 +8,7 @@ Shapes: B images, T tokens, D channels, L blocks, H heads.
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar, cast
 
 import timm
@@ -18,7 +19,7 @@ from timm.models import Beit, Eva, VisionTransformer, beit, eva, vision_transfor
 from torch import Tensor, nn
 
 from d2v_composer.models.attention import FfnBlock, autocast_dtype, pad_rows
-from d2v_composer.models.backbone import Projection, Transformer
+from d2v_composer.models.backbone import Transformer
 from d2v_composer.models.configs import (
     MAX_PATCHES,
     ImageSize,
@@ -28,10 +29,10 @@ from d2v_composer.models.configs import (
     height_and_width,
     parse_image_size,
 )
-from d2v_composer.models.encoder import Inputs
+from d2v_composer.models.encoder import Freezable, Inputs, Tokens
 from d2v_composer.models.features import Features
 from d2v_composer.models.images import PatchProjection, PixelEncoder
-from d2v_composer.models.names import timm_name
+from d2v_composer.models.names import JOINT, timm_name
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
 
@@ -292,8 +293,8 @@ def materialize(module: ModuleT) -> ModuleT:
     return module
 
 
-class TimmHead(Projection):
-    """The head of a timm model, from the final norm to the projection, in timm's code.
+class TimmHead(Freezable):
+    """What a timm model has after its final norm, in timm's code: CLIP's pooling and projection, SigLIP's pooling.
 
     Args:
         model: The model, before it is taken apart.
@@ -301,13 +302,13 @@ class TimmHead(Projection):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.num_outputs = model.num_classes
-        self.norm = copy.deepcopy(model.norm)
+        self.width = model.num_classes or model.embed_dim
         self.model = copy.copy(model)
         self.model._modules = {name: getattr(model, name, None) for name in HEAD}
         self.model._parameters, self.model._buffers = {}, {}
 
-    def forward(self, features: Features, output_BTD: Tensor) -> Tensor:
+    def forward(self, output_BTD: Tensor) -> Tensor:
+        """Return the embedding ``joint``, (B, P)."""
         return self.model.forward_head(output_BTD)
 
 
@@ -347,9 +348,6 @@ class TimmEncoder(PixelEncoder):
     def block_list(self) -> list[Any]:
         return list(self.blocks)
 
-    def build_head(self, num_outputs: int) -> TimmHead:
-        return materialize(TimmHead(build_timm_model(self.config.model, self.config.image_size, num_outputs)))
-
     def embed_tokens(self, inputs: Inputs) -> Tensor:
         return self.stem.forward_features(self.prepare(inputs.values))
 
@@ -364,7 +362,7 @@ class TimmTeacher(Transformer, Teacher):
         model: A timm model with its weights; it is taken apart.
         config: Sizes of the model.
         provenance: Origin of the weights, stored with what is derived from them.
-        projected: Keep the model's head, for the embedding ``projected_cls``.
+        has_head: The model's head has weights, too, and gives the embedding ``joint``.
     """
 
     config: TeacherConfig
@@ -374,16 +372,28 @@ class TimmTeacher(Transformer, Teacher):
         model: nn.Module,
         config: TeacherConfig,
         provenance: dict[str, Any] | None = None,
-        projected: bool = False,
+        has_head: bool = False,
     ) -> None:
-        head = TimmHead(model) if projected else None
+        head, pooling = TimmHead(model) if has_head else None, cast("Any", model).global_pool
         parts = TimmParts.of(model)
         first, num_blocks = config.first_blocks, len(parts.blocks)
         encoder = TimmEncoder(cast("TimmEncoderConfig", config.encoder), parts)
         super().__init__(encoder, parts.blocks[first:], config, provenance)
-        self.contexts, self.projection = parts.contexts.of_blocks(first, num_blocks), head
+        self.contexts, self.joint = parts.contexts.of_blocks(first, num_blocks), head
         self.norm = parts.norm
+        default = JOINT if has_head else "output_mean_patches" if pooling == "avg" else None
+        self.name_embedding(self.provenance.get("embedding", default))
         self.freeze()
+
+    @property
+    def raw_names(self) -> list[str]:
+        return super().raw_names + ([] if self.joint is None else [JOINT])
+
+    def width_of(self, name: str) -> int:
+        return self.joint.width if name == JOINT and self.joint is not None else super().width_of(name)
+
+    def features(self, tokens: Tokens) -> Features:
+        return replace(super().features(tokens), joint=self.joint)
 
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
         return self.contexts(x_BTD)

@@ -1,4 +1,4 @@
-"""Regress the teacher's own image embedding, ``projected_cls``: the loss is 1 - cosine similarity.
+"""Regress the teacher's embedding with the student's: the loss is 1 - cosine similarity.
 
 Shapes: B inputs, P channels of the embedding.
 """
@@ -6,7 +6,10 @@ Shapes: B inputs, P channels of the embedding.
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.features import Features
+from d2v_composer.models.targets import LayerMean
+from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives.objective import Objective, Regression, Term, Weight
 
 # Least length of the predictions: they may point away from their targets.
@@ -14,21 +17,24 @@ LEAST_LENGTH = 1e-3
 
 
 class EmbeddingRegression(Objective):
-    """Regress the embedding's direction; the loss leaves its length free."""
+    """Regress the embedding's direction with an alignment that trains, which the student gets; its length is free."""
 
     class Options(Term):
         weight: Weight = 0.0
-        """Weight of this term, 1 minus the cosine similarity of ``projected_cls`` to the teacher's own image embedding;
-        0: no such term. The term keeps a student in the space of its teacher's text tower."""
+        """Weight of this term, 1 minus the cosine similarity of the student's embedding to its teacher's; 0: no such
+        term, and the student's embedding is fitted after training instead."""
 
-    needs_projection = True
+    def __init__(self, options: Options, teacher: Teacher, student: Backbone, layer_mean: LayerMean) -> None:
+        super().__init__(options, teacher, student, layer_mean)
+        student.train_alignment(teacher.embedding)
+        self.read_teacher, self.read_student = teacher.read, student.read
 
     def target(self, features: Features) -> Tensor:
-        return normalize(features.projected)
+        return normalize(self.read_teacher(features))
 
     def regression(self, features: Features, target: Tensor) -> Regression:
         """Return unit targets, and predictions that all have the length which fits best; the loss ignores length."""
-        prediction = self.target(features)
+        prediction = normalize(self.read_student(features))
         length = (prediction * target).sum(dim=1).mean().clamp(min=LEAST_LENGTH)
         return Regression(length.detach() * prediction, target)
 

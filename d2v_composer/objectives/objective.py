@@ -60,12 +60,10 @@ class Objective(nn.Module, ABC):
         compares: ``inputs`` if the loss is a mean over inputs, so that its mean over microbatches and ranks is the loss
             of the batch. ``microbatch`` if the loss depends on which inputs are together; then a resume must keep the
             size of a microbatch and the number of ranks.
-        needs_projection: True if teacher and student need the embedding ``projected_cls``.
     """
 
     Options: ClassVar[type[Term]] = Term
     compares: ClassVar[Literal["inputs", "microbatch"]] = "inputs"
-    needs_projection = False
     head: Any  # a module
 
     def __init__(self, options: Any, teacher: Teacher, student: Backbone, layer_mean: LayerMean) -> None:

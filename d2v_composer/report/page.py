@@ -21,7 +21,7 @@ from d2v_composer.models.audio import LogMel
 from d2v_composer.models.configs import SAMPLE_RATE
 from d2v_composer.report.plots import accuracy_plots, curves, to_png
 from d2v_composer.report.run import Run, latest, verdicts
-from d2v_composer.report.tables import accuracy_tables
+from d2v_composer.report.tables import accuracy_tables, cost_table
 from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples
 from d2v_composer.system.files import write_atomically
 
@@ -63,7 +63,7 @@ def write_report(run: Run, folder: Path) -> list[Path]:
             if (batches := [step for step, value in run.log.get(f"health/{state}", {}).items() if value])
         ],
         answers=list(verdicts(run)),
-        tables=list(accuracy_tables(run.results, run.retrieval["datasets"], run.primary)) if run.results else [],
+        tables=[*accuracy_tables(run.results, run.retrieval["datasets"]), *cost_tables(run)],
         accuracies={k: latest(run.log.get(f"metrics/test/top{k}", {})) for k in (1, 5)},
         results=results,
         training=training,
@@ -79,6 +79,12 @@ def write_report(run: Run, folder: Path) -> list[Path]:
     return [folder / name for name in ("report.html", *files)]
 
 
+def cost_tables(run: Run) -> Iterator[tuple[str, list[list[str]]]]:
+    """Yield a distillation's table of sizes."""
+    if costs := run.record.get("costs"):
+        yield "Size and computation of what d2v export writes", cost_table(costs, run.modality.cost_unit)
+
+
 def _galleries(run: Run) -> Iterator[tuple[str, list[list[Shown]]]]:
     """Yield each data set's name and gallery, of test samples that are the same in every run."""
     for name, labeled in run.datasets.items():
@@ -86,7 +92,7 @@ def _galleries(run: Run) -> Iterator[tuple[str, list[list[Shown]]]]:
             row: result.nearest
             for row in (STUDENT, TEACHER)
             for result in run.results
-            if (result.row, result.dataset, result.measure.bank) == (row, name, "train") and result.nearest is not None
+            if (result.row, result.dataset, result.column.bank) == (row, name, "train") and result.nearest is not None
         }
         if STUDENT in nearest:
             chosen = torch.randperm(len(labeled.test.labels), generator=torch.Generator().manual_seed(0))[:QUERIES]

@@ -10,27 +10,13 @@ import numpy as np
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from d2v_composer.checkpoints.checkpoint import Measure
 from d2v_composer.config.schema import OPTIMIZERS
 from d2v_composer.evaluation.evaluate import Evaluation
-from d2v_composer.evaluation.rows import (
-    AGREEMENT,
-    BANKS,
-    KNN,
-    KNN_MAJORITY,
-    LINEAR,
-    PROBES,
-    ROWS,
-    TEACHER,
-    UNTRAINED,
-    VIEWS,
-    gap_closed_by_step,
-    measures_of,
-    metric_key,
-    pivot,
-    retrieval_from,
-)
-from d2v_composer.models.names import EMBEDDINGS
+from d2v_composer.evaluation.metrics import METRICS, RETRIEVAL
+from d2v_composer.evaluation.metrics.metric import Column
+from d2v_composer.evaluation.results import accuracy_interval, gap_closed_by_step, pivot
+from d2v_composer.evaluation.rows import ROWS, TEACHER, UNTRAINED, metric_key
+from d2v_composer.models.names import EMBEDDING, RAW_EMBEDDINGS
 from d2v_composer.report.run import Run
 
 WIDTH, HEIGHT, DPI = 6.4, 3.9, 150
@@ -74,31 +60,22 @@ def curves(run: Run) -> Iterator[tuple[str, Figure]]:
 def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
     """Yield the file names and figures of each data set's retrieval, probes and teacher gap closed over the steps."""
     for dataset in run.retrieval["datasets"]:
-        ks, unit = sorted(run.retrieval["ks"]), run.modality.unit
-        plots = {
-            f"retrieval_{dataset}_bank_{bank}": (
-                f"Does it find the right {unit}?\n{dataset}, bank {bank}, top-{ks[0]}",
-                [retrieval_from(bank, ks[0])],
-            )
-            for bank in BANKS
-        } | {
-            f"probes_{dataset}": (
-                f"Do classifiers find the right class?\n{dataset}, fitted to train",
-                [KNN, KNN_MAJORITY, LINEAR],
-            ),
-            f"zero_shot_{dataset}": (
-                f"Is the text of its class the nearest?\n{dataset}",
-                [retrieval_from("classes", k) for k in ks],
-            ),
-            f"without_labels_{dataset}": (
-                f"Does it find what its teacher finds?\n{dataset}, without labels",
-                [AGREEMENT, *(retrieval_from(VIEWS[1], k) for k in ks)],
-            ),
-        }
-        for name, (title, measures) in plots.items():
-            if lines := _accuracies(run, dataset, measures):
+        ks, plots = sorted(run.retrieval["ks"]), dict[tuple[str, str], list[Column]]()
+        measured = {result.column.key: result.column for result in run.results if result.dataset == dataset}
+        for metric in METRICS:
+            question = metric.table.question.format(unit=run.modality.unit)
+            for column in (measured.get(column.key, column) for column in metric.columns(ks, {})):
+                if metric is not RETRIEVAL:
+                    plots.setdefault((f"{metric.table.name}_{dataset}", f"{question}\n{dataset}"), []).append(column)
+                elif column.k == ks[0]:  # a plot for each bank
+                    plots[f"retrieval_{dataset}_bank_{column.bank}", f"{question}\n{dataset}, {column.heading}"] = [
+                        column
+                    ]
+        for (name, title), columns in plots.items():
+            if lines := _accuracies(run, dataset, columns):
                 yield name, plot(title, "%", lines)
-        gaps = {name: (gap_closed_by_step(run.log, dataset, name, ks[0]), {}) for name in EMBEDDINGS}
+        names = {"": "headline", **{name: name for name in (*RAW_EMBEDDINGS, EMBEDDING)}}
+        gaps = {text: (gap_closed_by_step(run.log, dataset, name, ks[0]), {}) for name, text in names.items()}
         if lines := {name: line for name, line in gaps.items() if line[0]}:
             yield (
                 f"gap_closed_{dataset}",
@@ -115,16 +92,16 @@ def gap_plot(title: str, lines: Mapping[str, Line]) -> Figure:
     return figure
 
 
-def _accuracies(run: Run, dataset: str, measures: Sequence[Measure]) -> dict[str, Line]:
+def _accuracies(run: Run, dataset: str, columns: Sequence[Column]) -> dict[str, Line]:
     """Return label → line: a curve of a row that changes in training, a level of any other row.
 
-    Each row has a color, each measure a line style.
+    Each row has a color, each column a line style.
     """
     lines = {}
-    for measure, dashes in zip(measures, cycle(["-", "--", ":", "-."])):
-        label = f", {measure.heading}" if len(measures) > 1 else ""  # else the title says it
+    for column, dashes in zip(columns, cycle(["-", "--", ":", "-."])):
+        label = f", {column.heading}" if len(columns) > 1 else ""  # else the title says it
         for title, row in ROWS.items():
-            values = run.log.get(metric_key(dataset, measure, row=title), {})
+            values = run.log.get(metric_key(dataset, column, row=title), {})
             if values and row.color:
                 shown = values if row.changes_in_training else values[max(values)]
                 lines[title + label] = shown, {"color": row.color, "linestyle": dashes}
@@ -141,17 +118,16 @@ def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Fi
         unit: Name of the samples, in plural.
     """
     datasets, speeds = [*evaluation.class_names], evaluation.speeds[batch_size]
-    shown = measures_of([min(evaluation.lookup.ks)], PROBES)
     figure = Figure(figsize=(8, 5 * len(datasets)))
     for dataset, axes in zip(datasets, figure.subplots(len(datasets), squeeze=False).flat, strict=True):
         best: dict[str, float] = {}
-        for measure, cells in pivot(evaluation.results, dataset).items():
-            if measure not in shown:
+        for column, cells in pivot(evaluation.results, dataset).items():
+            if column.k in evaluation.settings.ks[1:]:  # the first says enough
                 continue
             names = sorted(cells.keys() & speeds, key=lambda name: speeds[name])
-            values, lows, highs = np.array([interval[:3] for name in names if (interval := cells[name])]).T
+            values, lows, highs = np.array([accuracy_interval(cells[name].hits.numpy()) for name in names]).T
             places = [speeds[name] for name in names]
-            axes.errorbar(places, values, (values - lows, highs - values), label=measure.heading, marker="o")
+            axes.errorbar(places, values, (values - lows, highs - values), label=column.heading, marker="o")
             best |= {name: max(best.get(name, 0), high) for name, high in zip(names, highs, strict=True)}
         for name, height in best.items():  # slanted, as several models may be about as fast
             axes.annotate(name, (speeds[name], height), (0, 4), textcoords="offset points", size=8, rotation=30)

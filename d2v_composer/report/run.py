@@ -6,33 +6,24 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from d2v_composer.checkpoints.checkpoint import LATEST, LOG, Checkpoint, Measure, Result, read_newest, read_results
+from d2v_composer.checkpoints.checkpoint import LATEST, LOG, Checkpoint, read_newest
 from d2v_composer.checkpoints.safe_load import load_untrusted
 from d2v_composer.data import MODALITIES
 from d2v_composer.data.modality import Modality
-from d2v_composer.evaluation.rows import (
-    AGREEMENT,
-    GAP,
-    GAP_CLOSED,
-    STUDENT,
-    TEACHER,
-    accuracy_interval,
-    last_batch,
-    metric_key,
-    pivot,
-    retrieval_from,
-)
+from d2v_composer.evaluation.metrics.metric import Column
+from d2v_composer.evaluation.metrics.retrieval import retrieval_from
+from d2v_composer.evaluation.results import GapClosed, Result, gap_closed, last_batch, pivot, read_results
+from d2v_composer.evaluation.rows import GAP, IN_INDEX, STUDENT, TEACHER, UNTRAINED, metric_key
 from d2v_composer.evaluation.run_log import Log, read_jsonl
-from d2v_composer.models.names import Embedding
-from d2v_composer.sources.labeled import EvaluationSet, load_labeled_set
+from d2v_composer.report.tables import percent
+from d2v_composer.sources.labeled import ONLY_SAMPLES, EvaluationSet, open_labeled_sets
 from d2v_composer.system.errors import InputError, reading
 
 # Side of the images of a folder in a gallery, in pixels.
 SHOWN_SIZE = 96
-# In % of the teacher gap. A student that closes less than ENOUGH gets advice: to train longer, if the batches since the
-# measurement before the last closed at least RISING.
-ENOUGH, RISING = 90, 2
-COSTS = (("M parameters", "num_parameters", 1e-6), ("MB in float32", "num_parameters", 4e-6), ("GFLOP", "gflop", 1))
+# Shares of the teacher gap. A student that closes less than ENOUGH gets advice: to train longer, if the batches since
+# the measurement before the last closed at least RISING.
+ENOUGH, RISING = 0.9, 0.02
 
 
 class Run(NamedTuple):
@@ -55,12 +46,7 @@ class Run(NamedTuple):
     def retrieval(self) -> Mapping[str, Any]:
         """The section ``retrieval`` of the config; in a fine-tuning run, it has no data sets."""
         config = self.record["config"]
-        return {"datasets": {}} if "dataset" in config else config["retrieval"]
-
-    @property
-    def primary(self) -> str:
-        """Text with the primary embedding and the batch after which the student was last measured."""
-        return f"{Embedding.parse(self.retrieval).name}, batch {last_batch(self.results)}"
+        return {"datasets": {}, "max_images": None} if "dataset" in config else config["retrieval"]
 
 
 def latest(values: Mapping[int, float]) -> float | None:
@@ -89,11 +75,10 @@ def read_run(folder: Path) -> Run:
             measured |= Checkpoint(checkpoint, read_newest(checkpoint, load_untrusted)).saved_by("ZeroShotRetrieval")
     results, datasets = read_results(measured["results"]), {}
     shown = {result.dataset for result in results if result.row == STUDENT and result.nearest is not None}
-    for name, labeled in retrieval["datasets"].items():
-        options = {"download": False, "max_images": retrieval["max_images"], "class_embeddings": None}
+    for name, load in open_labeled_sets(retrieval, modality, **ONLY_SAMPLES).items():
         try:
-            if labeled is not None and name in shown:
-                dataset = load_labeled_set(modality=modality, **labeled | options).numbered()
+            if name in shown:
+                dataset = load()
                 if measured["conditions"][f"{name}.images"] != dataset.fingerprint():
                     raise InputError(f"its {modality.unit} differ from those that the run measured")
                 datasets[name] = dataset
@@ -105,50 +90,46 @@ def read_run(folder: Path) -> Run:
 def verdicts(run: Run) -> Iterator[str]:
     """Yield the verdict on each data set on which the untrained student, the student and its teacher were measured.
 
-    The verdict is about retrieval or, without labels, about the neighbor agreement with the teacher.
+    The verdict has two sentences: what the student finds, beside its teacher; and what to do next. It is about
+    retrieval or, without labels, about the neighbor agreement with the teacher. Each number is one of the table's.
     """
     for dataset in run.retrieval["datasets"]:
-        accuracies = pivot(run.results, dataset)
-        for measure in (retrieval_from("train", min(run.retrieval["ks"])), AGREEMENT):
-            if GAP_CLOSED in accuracies.get(measure, ()):
-                yield f"On {dataset}, {_kept(run, dataset, measure, accuracies[measure])}"
-                yield from _in_index(run, dataset, measure)
+        for column, cells in pivot(run.results, dataset).items():
+            is_judged = column == retrieval_from("train", min(run.retrieval["ks"])) or column.name == "agreement"
+            if is_judged and (gap := gap_closed(cells)):
+                found = _found(column, cells, gap, run.modality.unit)
+                yield f"On {dataset}, {found} {_next(run, dataset, column, cells, gap)}"
                 break
 
 
-def _in_index(run: Run, dataset: str, measure: Measure) -> Iterator[str]:
-    """Yield how well the student searches its teacher's index, if it is aligned with its teacher."""
-    of_measure = (result for result in run.results if (result.dataset, result.measure) == (dataset, measure))
-    hits = {result.row: result.hits.double().numpy() for result in of_measure if result.is_primary}
-    if (row := f"{STUDENT} in the teacher's index") in hits:
-        compared = []
-        for name, other in (("its own index", STUDENT), ("the teacher", f"{TEACHER}, projected")):
-            value, low, high = (100 * number for number in accuracy_interval(hits[row] - hits[other])[:3])
-            compared.append(f"{value:+.1f} points compared with {name} [{low:+.1f}, {high:+.1f}]")
-        yield f"In its teacher's index, the student scores {100 * hits[row].mean():.1f} %: {'; '.join(compared)}."
+def _found(column: Column, cells: Mapping[str, Result], gap: GapClosed, unit: str) -> str:
+    shown = {row: f"{100 * result.hits.double().mean().item():.1f} %" for row, result in cells.items()}
+    if IN_INDEX in cells:
+        beside = f"in its teacher's index, where the teacher scores {shown[TEACHER]} ({column.heading})"
+        said = f"the student scores {shown[IN_INDEX]} {beside}; in an index of its own it scores {shown[STUDENT]}"
+    else:
+        said = f"the student scores {shown[STUDENT]}, and its teacher {shown[TEACHER]} ({column.heading})"
+    if gap.interval is not None:
+        way = f"of the way from the untrained student's {shown[UNTRAINED]} to the teacher"
+        return f"{said}, {percent(gap.interval)} % {way}."
+    if not gap.queries_needed:
+        return f"{said}; the teacher is no better than the untrained student, {shown[UNTRAINED]}."
+    doubt = f"too few {unit} to tell ({len(cells[STUDENT].hits):,}); {gap.queries_needed:,} or more would"
+    return f"{said}; how much of the gap from the untrained student's {shown[UNTRAINED]} that closes: {doubt}."
 
 
-def _kept(run: Run, dataset: str, measure: Measure, rows: Mapping[str, Any]) -> str:
-    untrained, student, teacher = (100 * rows[row].value for row in GAP)
+def _next(run: Run, dataset: str, column: Column, cells: Mapping[str, Result], gap: GapClosed) -> str:
+    if gap.interval is None:
+        unit = run.modality.unit
+        how = f"on more test {unit}" if gap.queries_needed else f"on other {unit}, or with another teacher"
+        return f"Measure it {how}."
+    if gap.interval.value >= ENOUGH:
+        return "Export it, or fine-tune it: there is little left to close."
+    untrained, student, teacher = (cells[row].hits.double().mean().item() for row in GAP)
     batch = last_batch(run.results)
-    details = f"The student scores {student:.1f} % ({measure.heading}, {run.primary}); untrained it scored "
-    details += f"{untrained:.1f} %, and its teacher scores {teacher:.1f} %."
-    costs = run.record["costs"]
-    sizes = [
-        f"{scale * costs['student'][key]:.2f} {name} (teacher: {scale * costs[TEACHER][key]:.2f})"
-        for name, key, scale in COSTS
-    ]
-    details += f" It has {', '.join(sizes)}."
-    if (closed := rows[GAP_CLOSED]) is None:
-        return f"there is no teacher gap to close. {details}"
-    value, low, high = (100 * fraction for fraction in closed[:3])
-    verdict = f"the student closes {value:.0f} % of the teacher gap, 95 % interval {low:.0f} to {high:.0f}"
-    verdict += f"{closed.note}. {details}"
-    if value >= ENOUGH:
-        return verdict
-    logged = run.log.get(metric_key(dataset, measure), {})  # may go beyond the last checkpoint
-    first, before = max({0: untrained / 100, **{step: value for step, value in logged.items() if step < batch}}.items())
-    gain = 100 * (student - 100 * before) / (teacher - untrained)
+    logged = run.log.get(metric_key(dataset, column), {})  # may go beyond the last checkpoint
+    before = {0: untrained, **{step: value for step, value in logged.items() if step < batch}}
+    if student - before[max(before)] >= RISING * (teacher - untrained):
+        return "Train it longer: the curve still rises."
     more = "" if run.record["config"]["student"]["model"] else "more teacher.first_blocks or "  # timm's has its own
-    tried = "longer training" if gain >= RISING else f"{more}smaller batches for the same number of samples"
-    return f"{verdict} To close more, try {tried}: the last {batch - first} batches closed {gain:.0f} %."
+    return f"Try {more}smaller batches for the same number of samples: the curve is flat."

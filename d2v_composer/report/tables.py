@@ -5,23 +5,24 @@ from statistics import mean
 
 from tabulate import tabulate
 
-from d2v_composer.checkpoints.checkpoint import Result
 from d2v_composer.evaluation.evaluate import Evaluation
-from d2v_composer.evaluation.rows import (
-    BANKS,
-    STUDENT,
-    TABLES,
-    TEACHER,
-    UNTRAINED,
-    WITHOUT_LABELS,
+from d2v_composer.evaluation.metrics import METRICS
+from d2v_composer.evaluation.metrics.metric import BANKS
+from d2v_composer.evaluation.metrics.retrieval import retrieval_from
+from d2v_composer.evaluation.results import (
     Interval,
+    Result,
+    accuracy_interval,
+    gap_closed,
     gap_closed_by_step,
-    metric_key,
+    heading,
+    label,
+    last_batch,
     pivot,
-    retrieval_from,
 )
+from d2v_composer.evaluation.rows import GAP_CLOSED, ROWS, STUDENT, TEACHER, UNTRAINED, metric_key
 from d2v_composer.evaluation.run_log import Log
-from d2v_composer.models.names import EMBEDDINGS, PROJECTED
+from d2v_composer.models.names import EMBEDDING, RAW_EMBEDDINGS
 
 DATASET = "cifar10"
 
@@ -31,28 +32,35 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str 
     return tabulate(rows, head, style, stralign="right", colalign=("left",), disable_numparse=True)
 
 
-def accuracy_tables(
-    results: Sequence[Result], datasets: Iterable[str], embedding: str
-) -> Iterator[tuple[str, list[list[str]]]]:
+def accuracy_tables(results: Sequence[Result], datasets: Iterable[str]) -> Iterator[tuple[str, list[list[str]]]]:
     """Yield the title of each data set's tables, with the embedding's name, and the lines: a head, then the rows.
 
-    Cells are in %, with 95 % intervals. The last row is the teacher gap closed.
+    Cells are in %, with 95 % intervals. The last row is the teacher gap closed. A row of another embedding says which.
     """
+    batch = last_batch(results)
     for dataset in datasets:
-        accuracies = pivot(results, dataset)
-        for what, names in TABLES.items():
-            columns = {measure.heading: cells for measure, cells in accuracies.items() if measure.name in names}
-            rows = dict.fromkeys(row for cells in columns.values() for row in cells)
-            if columns:
-                shown = PROJECTED if "zero_shot" in names else embedding
-                unit = "in %" if names == WITHOUT_LABELS else "accuracy in %"
-                lines = [[row, *(_percent(cells.get(row)) for cells in columns.values())] for row in rows]
-                yield f"{what} on {dataset}, {shown}, {unit} [95 % interval]", [["", *columns], *lines]
+        of_dataset = pivot(results, dataset)
+        for table in dict.fromkeys(metric.table for metric in METRICS):
+            names = {metric.name for metric in METRICS if metric.table == table}
+            columns = {column: cells for column, cells in of_dataset.items() if column.metric in names}
+            if not columns:
+                continue
+            embedding = heading({row: result for cells in columns.values() for row, result in cells.items()})
+            title = f"{table.title} on {dataset}" + (f", embedding: {embedding}" if embedding else "")
+            title += f", batch {batch}" if batch else ""
+            labels = {row: label(result, embedding) for cells in columns.values() for row, result in cells.items()}
+            lines = [
+                [labels[row], *(percent_of(cells[row]) if row in cells else "–" for cells in columns.values())]
+                for row in sorted(labels, key=lambda row: (*ROWS, row).index(row))
+            ]
+            if any(closed := [gap_closed(cells) for cells in columns.values()]):
+                lines.append([GAP_CLOSED, *(percent(gap.interval) if gap and gap.interval else "–" for gap in closed)])
+            yield f"{title}, {table.unit} [95 % interval]", [["", *(column.heading for column in columns)], *lines]
 
 
-def format_tables(results: Sequence[Result], datasets: Iterable[str], embedding: str) -> str:
+def format_tables(results: Sequence[Result], datasets: Iterable[str]) -> str:
     """Format :func:`accuracy_tables` as text."""
-    tables = accuracy_tables(results, datasets, embedding)
+    tables = accuracy_tables(results, datasets)
     return "\n\n".join(f"{title}\n{format_table(head, rows)}" for title, (head, *rows) in tables)
 
 
@@ -63,21 +71,32 @@ def evaluation_tables(evaluation: Evaluation, unit: str) -> str:
         evaluation: The results.
         unit: The unit of GFLOP and speed: image or audio second.
     """
-    speeds = evaluation.speeds
+    head, *rows = cost_table(evaluation.costs, unit, evaluation.speeds)
+    tables = format_tables(evaluation.results, evaluation.class_names)
+    return f"{tables}\n\n{format_table(head, rows)}"
+
+
+def cost_table(
+    costs: Mapping[str, Mapping[str, float]], unit: str, speeds: Mapping[int, Mapping[str, float]] = {}
+) -> list[list[str]]:
+    """Return the head and the rows of a table of each model's size, GFLOP and, by batch size, samples per second."""
     head = ["", "M parameters", "MB in float32", f"GFLOP/{unit}", *(f"{unit}s/s, batch {size}" for size in speeds)]
-    costs = []
-    for name, cost in evaluation.costs.items():
+    rows = []
+    for name, cost in costs.items():
         millions = cost["num_parameters"] / 1e6
         rates = [f"{rates[name]:.1f}" if name in rates else "–" for rates in speeds.values()]
-        costs.append([name, f"{millions:.2f}", f"{4 * millions:.1f}", f"{cost['gflop']:.2f}", *rates])
-    tables = format_tables(evaluation.results, evaluation.class_names, evaluation.lookup.primary)
-    return f"{tables}\n\n{format_table(head, costs)}"
+        rows.append([name, f"{millions:.2f}", f"{4 * millions:.1f}", f"{cost['gflop']:.2f}", *rates])
+    return [head, *rows]
 
 
-def _percent(interval: Interval | None) -> str:
-    if interval is None:
-        return "–"
-    return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]{interval.note}"
+def percent_of(result: Result) -> str:
+    """Return an accuracy in %, with its interval."""
+    return percent(accuracy_interval(result.hits.numpy()))
+
+
+def percent(interval: Interval) -> str:
+    """Return an interval in %."""
+    return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
 def study_table(logs: Mapping[str, Log]) -> str:
@@ -91,7 +110,7 @@ def study_table(logs: Mapping[str, Log]) -> str:
         logs: Name → log; embeddings that the first run lacks are not shown.
     """
     first = next(iter(logs.values()))
-    names = [name for name in EMBEDDINGS if _top1(first, name) != "–"]
+    names = [name for name in (*RAW_EMBEDDINGS, EMBEDDING) if _top1(first, name) != "–"]
     lines = [[UNTRAINED, *(_top1(first, name, step=0) for name in names)]]
     for run, log in logs.items():
         has_own = _top1(log, names[0], TEACHER) != "–"

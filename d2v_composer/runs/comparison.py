@@ -1,34 +1,37 @@
 """Build the models that an evaluation compares, and its labeled sets."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from d2v_composer.callbacks.alignment import choose_pairs
 from d2v_composer.checkpoints.model_file import build_encoder
 from d2v_composer.config.reference import load_any
 from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ShardLoaderConfig
 from d2v_composer.data import build_augmentation, modality_of
-from d2v_composer.data.modality import Augmentation, Modality
+from d2v_composer.data.modality import Augmentation, Modality, collate
 from d2v_composer.evaluation.evaluate import Evaluation, cost, share_encoders
-from d2v_composer.evaluation.labeled_retrieval import Lookup
-from d2v_composer.evaluation.rows import GAP, GAP_CLOSED, ROWS
+from d2v_composer.evaluation.rows import GAP, GAP_CLOSED, ROWS, STUDENT, TEACHER, UNTRAINED
+from d2v_composer.evaluation.settings import Settings
+from d2v_composer.models.alignment import EmbeddingInfo, Moments, side_by_side
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import TimmNetworkConfig
-from d2v_composer.models.names import PROJECTED, TIMM_PREFIX
+from d2v_composer.models.names import EMBEDDING, JOINT, TIMM_PREFIX
 from d2v_composer.models.precision import precision_of
 from d2v_composer.models.provenance import distillation_of, has_tuned_encoder, value_at
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.sources.labeled import EvaluationSet, load_labeled_set
+from d2v_composer.sources.labeled import EvaluationSet, open_labeled_sets
+from d2v_composer.sources.mds import Index
+from d2v_composer.sources.source import open_mds
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.processes import global_rank
 
 
-def build_labeled_sets(
-    lookup: LookupConfig, modality: Modality, model: Backbone, target: str | None
-) -> dict[str, EvaluationSet]:
+def build_labeled_sets(lookup: LookupConfig, modality: Modality, embedding: EmbeddingInfo) -> dict[str, EvaluationSet]:
     """Load the labeled sets in ``lookup.datasets`` by name, except those that null turns off.
 
     A warning says how many test images are also train images, which makes accuracies too high.
@@ -36,23 +39,17 @@ def build_labeled_sets(
     Args:
         lookup: A section with the fields ``datasets``, ``probes`` and ``max_images``.
         modality: Modality of the samples.
-        model: Its ``projected_cls`` is compared with ``class_embeddings``.
-        target: The teacher's embedding that it is aligned with, if it is; only ``projected_cls`` is a text tower's.
+        embedding: What is compared with ``class_embeddings``; only ``joint`` is a text tower's.
 
     Raises:
         InputError: A data set cannot be used.
     """
-    width = model.projected_width if target in (None, PROJECTED) else 0
+    width = embedding.width if embedding.of == JOINT else 0
     if "zero_shot" in lookup.probes and not width:
         raise InputError(
-            f"probes: zero_shot needs the image embedding as {PROJECTED}: train with objectives.embedding.weight=1, or "
-            "with this probe and a map (alignment.max_samples), but no alignment.pooling or alignment.representation"
+            f"probes: zero_shot needs an embedding that texts share, the teacher's {JOINT}, but this is {embedding.of}"
         )
-    sets = {
-        name: load_labeled_set(modality=modality, **labeled.model_dump(), max_images=lookup.max_images).numbered()
-        for name, labeled in lookup.datasets.items()
-        if labeled is not None
-    }
+    sets = {name: load() for name, load in open_labeled_sets(lookup.model_dump(), modality).items()}
     widths = {labeled.class_embeddings.shape[1] for labeled in sets.values() if labeled.class_embeddings is not None}
     if "zero_shot" in lookup.probes and widths != {width}:
         raise InputError(
@@ -74,7 +71,7 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
         hub cannot be reached.
     """
     if isinstance(model, Teacher):
-        return model.build_student(projected=model.projected_width > 0)
+        return model.build_student()
     if isinstance(model.config, TimmNetworkConfig):
         from d2v_composer.models.timm_network import NetworkStudent  # timm takes seconds to import
 
@@ -92,10 +89,46 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
         return teacher.build_student(**model.config.model_dump(), init=init)
     is_tuned = has_tuned_encoder(model.provenance)
     if init == "random" and not is_tuned:
-        return Student(model.encoder, model.config, projection=model.projection)
+        return Student(model.encoder, model.config)
     needed_by = "a tuned encoder" if is_tuned else f"init {init}"
     print(f"the untrained student is not measured: {needed_by} needs the teacher; give teacher=PATH", file=sys.stderr)
     return None
+
+
+def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | None) -> bool:
+    """Give an untrained student an alignment of its own, made as the student's.
+
+    It is fitted to the same training samples.
+
+    Returns:
+        True; False, after a line on stderr, if this cannot be done.
+    """
+    info, device = model.embedding, next(untrained.parameters()).device
+    source = batches = None
+    if info.made_by in ("teacher", "raw"):
+        return True
+    if info.made_by == "training":
+        untrained.train_alignment(info)
+        return True
+    config, modality = value_at(distillation_of(model.provenance), "config"), modality_of(model.encoder.config)
+    with suppress(InputError, LookupError, TypeError):
+        loader, sizes = config["train_loader"], (config["seed"], config["alignment"]["max_samples"])
+        if loader["remote"] is None:  # else it is a cache
+            source = open_mds(index := Index(Path(loader["local"]), modality, loader["column"]))
+            batches = choose_pairs(index, *sizes, config["device_eval_batch_size"])
+    if source is None or batches is None or teacher is None or teacher.embedding.of != info.of:
+        needed = "the run's teacher (teacher=PATH)" if teacher is None else f"{info.of} of the run's training data"
+        print(f"the untrained student is not measured: its alignment needs {needed}", file=sys.stderr)
+        return False
+    moments, teacher = Moments(), teacher.to(device)
+    with torch.inference_mode():
+        for numbers in batches:
+            inputs = [tensor.to(device) for tensor in collate(list(map(source.decode, numbers.tolist())))]
+            raw = untrained.embed_all(*inputs, layer_mean=model.layer_mean)
+            moments.add(side_by_side(raw, untrained.alignment_inputs), teacher.embed_all(*inputs)[EMBEDDING])
+    fit = moments.fit()
+    untrained.align(fit.weight, fit.bias, info.of)
+    return True
 
 
 def load_rival(place: str, modality: str) -> Backbone:
@@ -125,14 +158,20 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
     Raises:
         InputError: A file cannot be used, or the model lacks the chosen embedding.
     """
-    model, teacher = config.load("zero_shot" in config.probes)
+    model, teacher = config.load()
     modality = modality_of(model.encoder.config)
     with torch.random.fork_rng(), reading(config.model):
         torch.manual_seed(config.seed)
         untrained = build_untrained(model, teacher)
         recorded = value_at(model.provenance, "config.train_loader") or {}
         loader = ShardLoaderConfig(**{name: recorded[name] for name in modality.options & recorded.keys()})
-    primary = model.choose_embedding(config.pooling, config.representation).name
+        headline = model.choose_embedding(config.pooling, config.representation)
+        if (
+            untrained is not None
+            and headline == EMBEDDING
+            and not align_untrained(untrained.to(device), model, teacher)
+        ):
+            untrained = None
     places = [*map(hide_secrets, config.rivals)]
     if taken := [place for place in places if place in (*ROWS, GAP_CLOSED) or places.count(place) > 1]:
         raise InputError(f"rivals: {taken[0]!r} names another row of the tables; write ./{taken[0]} for the file")
@@ -140,25 +179,32 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
     models = {name: candidate.eval().to(device) for name, candidate in compared if candidate is not None}
     first = teacher or model
     embeds = share_encoders(first, models, model.layer_mean)
-    if teacher is None and has_tuned_encoder(model.provenance):  # the encoder is no longer the teacher's
-        embeds.pop("encoder", None)
+    is_shared = model.encoder is first.encoder or not has_tuned_encoder(model.provenance)
+    shown = {*config.baselines, UNTRAINED, STUDENT} - (set() if is_shared else {"encoder"})
+    embeds = {name: embed for name, embed in embeds.items() if name in shown}
     groups, parts = {modality: embeds}, {"encoder": first.encoder, **models}
     for place, name in zip(config.rivals, places, strict=True):
         parts[name] = rival = load_rival(place, modality.name).eval().to(device)
         groups.setdefault(modality_of(rival.encoder.config), {})[name] = rival.embed_all
-    lookup = Lookup(primary, config.ks, config.probes, None, config.device_eval_batch_size)
-    target = value_at(model.provenance, "alignment.target")
-    if teacher is not None:
-        lookup.teacher_neighbors = {}
-        if model.projected_width:
-            lookup.target = target or ""
+    settings = Settings(
+        headline,
+        config.ks,
+        config.probes,
+        None,
+        config.device_eval_batch_size,
+        TEACHER in embeds,
+        bool(config.embeddings),
+    )
 
     def load(taken: Modality) -> tuple[dict[str, EvaluationSet], Augmentation]:
-        sets = build_labeled_sets(config, taken, model, target)
+        sets = build_labeled_sets(config, taken, model.embedding)
         for name, labeled in sets.items():
-            lookup.check(name, labeled)
+            settings.check(name, labeled)
         return sets, build_augmentation(loader, taken, config.seed, for_views=True)
 
     with torch.device(device), precision_of(None, device):
         costs = {name: cost(parts.get(name)) for group in groups.values() for name in group}
-    return model, Evaluation(groups, costs, lookup, load, {}, [], {})
+    infos = {"encoder": first.embedding}
+    infos |= {name: part.embedding for name, part in parts.items() if isinstance(part, Backbone)}
+    weights = {name: part.identify_weights() for name, part in parts.items() if isinstance(part, Backbone)}
+    return model, Evaluation(groups, costs, settings, infos, weights, load, {}, [], {})

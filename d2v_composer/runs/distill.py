@@ -4,14 +4,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 from composer import Trainer
 from composer.core import Algorithm, Callback
 from composer.loggers import LoggerDestination
 from torch.utils.data import DataLoader, Subset
 
 from d2v_composer.callbacks.algorithms import TargetStatistics
-from d2v_composer.callbacks.alignment import AlignStudent
+from d2v_composer.callbacks.alignment import AlignStudent, choose_pairs
 from d2v_composer.callbacks.checkpointing import Stop
 from d2v_composer.callbacks.kept_targets import KeptTargets
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
@@ -19,16 +18,17 @@ from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.checkpoints.model_file import sizes_of
 from d2v_composer.config.schema import TeacherSection, TrainConfig
 from d2v_composer.data import build_augmentation, modality_of
+from d2v_composer.evaluation.embedded_set import Embed
 from d2v_composer.evaluation.evaluate import cost, share_encoders
-from d2v_composer.evaluation.labeled_retrieval import Embed
-from d2v_composer.evaluation.rows import STUDENT, TEACHER, last_batch
-from d2v_composer.models.names import TIMM_PREFIX, Embedding
+from d2v_composer.evaluation.rows import STUDENT, TEACHER
+from d2v_composer.models.alignment import MIN_PAIRS
+from d2v_composer.models.names import DATA2VEC2
 from d2v_composer.models.precision import choose_precision, name_precision
 from d2v_composer.models.provenance import value_at
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives.compilation import check_compiler, compile_model
 from d2v_composer.objectives.distillation import DistillationModel
-from d2v_composer.report.tables import format_tables
+from d2v_composer.report.tables import cost_table, format_table, format_tables
 from d2v_composer.runs.comparison import build_labeled_sets
 from d2v_composer.runs.trainer import (
     FIXED_IN_ANY_RUN,
@@ -46,8 +46,6 @@ from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
 from d2v_composer.training_data.loader import build_train_loader, read_train_index
 
-# At most this many shards are read for the map, so that few are fetched from a store; we write 64 MiB each.
-ALIGNMENT_SHARDS = 64
 FIXED_BY_A_CHECKPOINT = (
     *FIXED_IN_ANY_RUN,
     "config.teacher.first_blocks",
@@ -59,6 +57,7 @@ FIXED_BY_A_CHECKPOINT = (
     "config.alignment.representation",
     "config.optimizer",
     "teacher.sha256",
+    "teacher.embedding",
     "teacher.outputs",
 )
 # What the targets of an augmented image depend on, and what else a checkpoint fixes.
@@ -106,13 +105,12 @@ def train_student(
         ...
     """
     join_and_seed(config)
-    if (problem := config.train_loader.find_missing_data()) is not None:  # before the teacher is fetched
-        problem = f"train_loader{problem}"
-    raise_on_all_ranks(problem)
+    problem = config.train_loader.find_missing_data()  # before the teacher is fetched
+    raise_on_all_ranks(problem and f"train_loader{problem}")
     model = build_model(config, teacher)
-    costs = {STUDENT: cost(model.student), TEACHER: cost(model.teacher)}
+    costs = {STUDENT: cost(model.student, fitted_width(config, model)), TEACHER: cost(model.teacher)}
     accelerate(config, model)
-    modality, loader = modality_of(model.teacher.config), config.train_loader
+    modality = modality_of(model.teacher.config)
     train_dataloader, kept, samples, data, shown = build_data(config, model, train_dataloader, alignment_samples)
     if config.targets.normalization == "dataset" and config.objectives.tokens.weight:
         measure = TargetStatistics(config.targets.dataset_batches or 100, config.device_eval_batch_size)
@@ -137,19 +135,17 @@ def train_student(
     when_built(trainer)
     header = {modality.unit: shown}
     if kept is not None:
-        header["targets"] = f"{loader.views} views, {kept.num_bytes / 1e6:,.0f} MB in {kept.path}"
-    if align is not None:
-        header["alignment"] = f"with the teacher's {align.target}, on {align.batches.size:,} {modality.unit}"
+        header["targets"] = f"{config.train_loader.views} views, {kept.num_bytes / 1e6:,.0f} MB in {kept.path}"
+    fitted = model.teacher.embedding._replace(made_by="alignment")
+    header["embedding"] = str(model.student.embedding if align is None else fitted)
     if retrieval is not None:
-        header["retrieval"] = (
-            f"{', '.join(retrieval.datasets)} every {config.retrieval.interval}, primary embedding "
-            f"{retrieval.lookup.primary}"
-        )
+        sets, headline = ", ".join(retrieval.datasets), retrieval.settings.headline
+        header["retrieval"] = f"{sets} every {config.retrieval.interval}, by {headline}"
 
     def report() -> None:
         if retrieval is not None and retrieval.history:
-            embedding = f"{retrieval.lookup.primary}, batch {last_batch(retrieval.results)}"
-            print(f"\n{format_tables(retrieval.results, retrieval.datasets, embedding)}")
+            head, *rows = cost_table(costs, modality.cost_unit)
+            print(f"\n{format_tables(retrieval.results, retrieval.datasets)}\n\n{format_table(head, rows)}")
         write_run_report(trainer, config, retrieval)
 
     fit_and_close(trainer, config, header, report)
@@ -189,14 +185,14 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
     """
     with node_leaders_first("the teacher"):
         teacher = teacher or build_teacher(config)
+    choose_embedding(config, teacher)
     targets, modality = config.targets, modality_of(teacher.config)
     if config.train_loader.views is not None and modality.has_lengths:
         raise InputError(f"train_loader.views: must be null for a teacher of {modality.unit}")
     check_compiler(config.compile)
     with errors_of("student"):
         normalization = targets.model_dump(include={"normalization", "final_layer_norm"})
-        projected = config.objectives.needs_projection
-        student = teacher.build_student(**config.student.model_dump(), **normalization, projected=projected)
+        student = teacher.build_student(**config.student.model_dump(), **normalization)
     check_network("student.model", student, config)
     with errors_of("targets"):
         model = DistillationModel(
@@ -232,14 +228,14 @@ def accelerate(config: TrainConfig, model: DistillationModel) -> None:
 
 
 def build_teacher(config: TrainConfig) -> Teacher:
-    """Load the teacher that the section ``teacher`` describes, with its image embedding if the run needs that.
+    """Load the teacher that the section ``teacher`` describes.
 
     Raises:
         InputError: The teacher's file cannot be used.
     """
     section = config.teacher.model_dump()
     try:
-        return load_teacher(section.pop("checkpoint"), **section, projected=config.needs_projection)
+        return load_teacher(section.pop("checkpoint"), **section)
     except InputError as error:
         key = "teacher." if str(error).startswith(tuple(TeacherSection.model_fields)) else "teacher.checkpoint: "
         raise InputError(f"{key}{error}") from error
@@ -261,68 +257,54 @@ def build_kept_targets(config: TrainConfig, model: DistillationModel, index: Ind
     return KeptTargets(folder.local / "targets.f16", len(index), loader.views, width, made_from)
 
 
+def choose_embedding(config: TrainConfig, teacher: Teacher) -> None:
+    """Let the teacher's embedding be the one that the section ``alignment`` names, if it names one.
+
+    Raises:
+        InputError: The teacher lacks it, or does not compute it as ``d2v embed`` does.
+    """
+    alignment, section = config.alignment, config.teacher
+    with errors_of("alignment"):
+        teacher.use_embedding(alignment.pooling, alignment.representation)
+    if alignment.representation == "layer_mean" and section.first_blocks is not None and section.model == DATA2VEC2:
+        raise InputError("alignment.representation: layer_mean needs all layers of the teacher; unset first_blocks")
+
+
+def fitted_width(config: TrainConfig, model: DistillationModel) -> int:
+    """Return the width of the alignment that the run fits; 0 if it trains one, or has none."""
+    is_fitted = config.alignment.max_samples > 0 and model.student.alignment is None
+    return model.teacher.embedding.width if is_fitted else 0
+
+
 def build_alignment(config: TrainConfig, model: DistillationModel, samples: Any) -> AlignStudent | None:
-    """Build the callback that fits the student's map into the teacher's space; ``None`` if the run has no map.
+    """Build the callback that fits the student's alignment; ``None`` if it trains, or if the run has none.
 
     Args:
         config: Config of the run.
         model: Model that the run trains.
-        samples: Training samples as :class:`AlignStudent` takes them; ``None``: no map.
+        samples: Training samples as :class:`AlignStudent` takes them; ``None``: no alignment.
 
     Raises:
-        InputError: The teacher lacks the chosen embedding.
+        InputError: There are too few samples.
     """
-    if samples is None or (target := target_of(config, model)) is None:
+    if samples is None or not fitted_width(config, model):
         return None
-    return AlignStudent(
+    align = AlignStudent(
         model,
         Subset(samples, evenly_spaced(len(samples), config.alignment.max_samples)),
         device_batch_size=config.device_eval_batch_size,
         embeds=embeds_of(config, model),
-        target=target.name,
         workers=config.train_loader.num_workers,
     )
+    if (count := align.batches.size) < MIN_PAIRS:
+        raise InputError(f"alignment.max_samples: needs at least {MIN_PAIRS} training samples, got {count}; set 0")
+    return align
 
 
 def open_some(config: TrainConfig, index: Index) -> Source:
-    """Open ``alignment.max_samples`` training samples, to fit a map to; clips are sorted by length.
-
-    They come from at most ``ALIGNMENT_SHARDS`` shards, so that a data set in a store is not fetched whole.
-    """
-    rng, ends = np.random.default_rng(config.seed), np.cumsum([shard.samples for shard in index.shards])
-    shards, chosen = np.split(np.arange(ends[-1]), ends[:-1]), min(ALIGNMENT_SHARDS, len(ends))
-    numbers = np.concatenate([shards[i] for i in np.sort(rng.choice(len(ends), chosen, replace=False))])
-    numbers = np.sort(rng.choice(numbers, min(config.alignment.max_samples, len(numbers)), replace=False))
-    if index.lengths is not None:
-        numbers = numbers[np.argsort(index.lengths[numbers], kind="stable")]
-    return open_mds(index, config.train_loader.cache_limit).select(numbers)
-
-
-def target_of(config: TrainConfig, model: DistillationModel) -> Embedding | None:
-    """Return the teacher's embedding to which the student's is mapped.
-
-    Returns:
-        ``None`` if ``alignment.max_samples`` is 0, or if training already gives the student a ``projected_cls``.
-
-    Raises:
-        InputError: The teacher lacks the chosen embedding, or computes ``layer_mean`` unlike the student.
-    """
-    alignment, teacher = config.alignment, model.teacher
-    if alignment.max_samples == 0 or model.student.projected_width:
-        return None
-    default = "output" if alignment.pooling or not teacher.projected_width else "projected"
-    with errors_of("alignment"):
-        target = teacher.choose_embedding(alignment.pooling, alignment.representation or default)
-    has_own_layers = config.teacher.first_blocks is None or config.teacher.model.startswith(TIMM_PREFIX)
-    if alignment.representation == "layer_mean" and not (
-        has_own_layers and model.layer_mean[:2] == teacher.layer_mean[:2]
-    ):
-        raise InputError(
-            "alignment.representation: layer_mean needs the teacher's own, as d2v embed computes it: set "
-            f"targets.normalization={teacher.layer_mean.normalization}, but not targets.final_layer_norm, nor, for a "
-            "data2vec 2.0 teacher, teacher.first_blocks"
-        )
-    return target
+    """Open ``alignment.max_samples`` training samples, to fit an alignment to; clips are sorted by length."""
+    numbers = choose_pairs(index, config.seed, config.alignment.max_samples, config.device_eval_batch_size)
+    return open_mds(index, config.train_loader.cache_limit).select(numbers.ravel())
 
 
 def build_retrieval(
@@ -342,11 +324,10 @@ def build_retrieval(
     retrieval = config.retrieval
     if not any(retrieval.datasets.values()):
         return None
-    primary, student, baselines = choose_embeds(config, model)
+    headline, student, baselines = choose_embeds(config, model)
     modality = modality_of(model.teacher.config)
-    compared = (model.student, None) if align is None else (model.teacher, align.target)
     with node_leaders_first("the data sets for retrieval"):
-        datasets = build_labeled_sets(retrieval, modality, *compared)
+        datasets = build_labeled_sets(retrieval, modality, (model.teacher if align else model.student).embedding)
     if config.save_best and not any(labeled.has_labels for labeled in datasets.values()):
         raise InputError("save_best: must be false, because no data set of retrieval has labels")
     with errors_of("retrieval"):
@@ -355,12 +336,14 @@ def build_retrieval(
             retrieval.interval,
             retrieval.ks,
             embed=student,
-            primary=primary,
+            headline=headline,
+            all_embeddings=retrieval.embeddings == "all",
             baselines=baselines,
             at_start=retrieval.at_start,
             probes=retrieval.probes,
             augment=build_augmentation(config.train_loader, modality, config.seed, for_views=True),
             align=align,
+            models={STUDENT: model.student, TEACHER: model.teacher},
             should_stop=stop.ends_retrieval,
             device_batch_size=config.device_eval_batch_size,
             progress_bar=config.progress_bar,
@@ -368,19 +351,21 @@ def build_retrieval(
 
 
 def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, Embed, dict[str, Embed]]:
-    """Return the primary embedding's name, the student's function that embeds a batch, and the baselines' by name.
+    """Return the headline's name, the student's function that embeds a batch, and the baselines' by name.
 
     Raises:
         InputError: The section ``retrieval`` names an embedding or a baseline that these models do not have.
     """
     retrieval = config.retrieval
     with errors_of("retrieval"):
-        primary = model.student.choose_embedding(retrieval.pooling, retrieval.representation).name
+        headline = model.student.choose_embedding(retrieval.pooling, retrieval.representation)
     known = embeds_of(config, model)
-    student = known.pop(STUDENT)
+    student, encoder = known.pop(STUDENT), known.get("encoder")
     if unknown := [name for name in retrieval.baselines if name not in known]:
         raise InputError(f"retrieval.baselines: must be among {', '.join(known)} with this teacher, got {unknown[0]}")
-    return primary, student, {name: known[name] for name in retrieval.baselines}
+    if encoder is not None and model.student.encoder is not model.teacher.encoder:
+        del known["encoder"]  # it is no part of the student
+    return headline, student, {name: known[name] for name in retrieval.baselines if name in known}
 
 
 def embeds_of(config: TrainConfig, model: DistillationModel) -> dict[str, Any]:

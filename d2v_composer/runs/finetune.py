@@ -44,8 +44,7 @@ FIXED_BY_A_CHECKPOINT = (
     "config.dataset.label_column",
     "config.train_encoder",
     "config.optimizer",
-    "model.representation",
-    "model.pooling",
+    "model.embedding",
     "model.sha256",
     "model.num_classes",
     "data.test_sha256",
@@ -72,7 +71,7 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trai
         backbone, _ = config.load()
     is_student, backbone.head = not isinstance(backbone, Teacher), None  # a head is of an earlier fine-tuning run
     backbone.alignment = None  # fitted to the weights before this run
-    embedding = backbone.choose_embedding(config.pooling, config.representation)
+    backbone.use_embedding(config.pooling, config.representation)
     modality = modality_of(backbone.encoder.config)
     for name in ("mixup", "cutmix") if modality.has_lengths else ():
         if getattr(config.algorithms, name) is not None:
@@ -82,15 +81,15 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trai
         "kind": "student" if is_student else "teacher",
         "path": config.model,
         "sha256": hash_weights(backbone),
-        **embedding._asdict(),
+        "embedding": backbone.embedding.of,
         "num_classes": data.num_classes,
         "class_names": list(data.class_names),
         "provenance": backbone.provenance,
         **({"sizes": sizes_of(backbone)} if is_student else {}),  # an export needs them
     }
     cpu_bf16 = choose_precision(config.precision).cpu_bf16
-    model = Classifier(backbone, data.num_classes, *embedding, config.train_encoder, cpu_bf16)
-    check_network("model", backbone, config, embedding, model.head)
+    model = Classifier(backbone, data.num_classes, train_encoder=config.train_encoder, cpu_bf16=cpu_bf16)
+    check_network("model", backbone, config, model.head)
     tested = eval_batches(data.test, config.device_eval_batch_size)
     trainer = build_trainer(
         config,

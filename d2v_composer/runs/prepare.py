@@ -32,15 +32,16 @@ from d2v_composer.models.configs import (
 from d2v_composer.models.names import DATA2VEC2, TIMM_PREFIX
 from d2v_composer.models.provenance import value_at
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.runs.distill import build_model, build_teacher, choose_embeds, target_of
+from d2v_composer.runs.distill import build_model, build_teacher, choose_embeds
 from d2v_composer.runs.trainer import build_callbacks
-from d2v_composer.sources.mds import INDEX, SUMMARY
+from d2v_composer.sources.mds import INDEX
 from d2v_composer.sources.open import find_files, open_source
 from d2v_composer.sources.source import Source, name_counts
 from d2v_composer.system.addresses import MARK, RunFolder, hide_secrets
+from d2v_composer.system.command_line import print_skipped
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.fetch import is_remote, names_in
-from d2v_composer.system.files import check_out_file, check_owned, write_atomically
+from d2v_composer.system.files import check_out_file, check_owned, read_json, write_atomically
 from d2v_composer.system.processes import global_rank
 
 # A tenth, twenty, is held out: each held-out sample needs ten neighbors among the others, and some may be unreadable.
@@ -89,11 +90,11 @@ class Request(NamedTuple):
             InputError: Something was different; or an earlier call's file is damaged.
         """
         about = hide_secrets({"source": self.source, "teacher": self.teacher, "column": self.column, **more})
-        with reading(path := self.out / REQUEST):
-            before = json.loads(path.read_bytes()) if path.exists() else about
-            for name, value in about.items():
-                if (begun := before.get(name)) != value:
-                    raise InputError(f"{self.out} was begun with {name} {begun!r}, not {value!r}; choose another --out")
+        path = self.out / REQUEST
+        before = read_json(path, dict[str, Any]) if path.exists() else about
+        for name, value in about.items():
+            if (begun := before.get(name)) != value:
+                raise InputError(f"{self.out} was begun with {name} {begun!r}, not {value!r}; choose another --out")
         return about
 
 
@@ -170,15 +171,12 @@ def make_plan(request: Request, fetched: Path) -> Plan:
     source = files.open() if files else open_source(request.source, modality, column=request.column, cache=cache)
     if (number := len(source)) < MIN_SAMPLES:
         raise InputError(f"{request.source}: expected at least {MIN_SAMPLES} {modality.unit}, got {number}")
-    chosen = choose_settings(number, teacher.config, unsized.student.model)
-    samples = request.out / modality.unit
-    held_out = {HELD_OUT: {"format": "mds", "root": str(samples), "label_column": None}}
-    config = configure(request, samples, {**chosen, "retrieval.datasets": held_out})
+    chosen = choose_settings(number, teacher.config)
+    config = configure(request, request.out / modality.unit, chosen)
     if config.teacher != unsized.teacher:  # a timm model for smaller images
         teacher = build_teacher(config)
     model = build_model(config, teacher)
     choose_embeds(config, model)
-    target_of(config, model)
     build_augmentation(config.train_loader, modality, config.seed)
     build_callbacks(config)
     settings = hide_secrets(config.model_dump(mode="json"))
@@ -212,8 +210,8 @@ def convert_samples(request: Request, plan: Plan) -> None:
         raise InputError(f"global_train_batch_size: must be at most {left}, {left_to_train}; got {batch}")
     for split, options in splits.items():
         done = convert(parts[split], samples / split, workers=workers, **options, skip_unreadable=True)
-        counts = f"{done.samples} {modality.unit}, {len(done.skipped)} unreadable"
-        print(f"{samples / split}: {counts}; see its {SUMMARY}")
+        print(f"{samples / split}: {done.samples} {modality.unit}")
+        print_skipped(done.skipped)
 
 
 def configure(request: Request, samples: Path, chosen: Mapping[str, Any], path: str | Path = os.devnull) -> TrainConfig:
@@ -273,13 +271,12 @@ def as_yaml(value: Any) -> str:
     return yaml.safe_dump([value], default_flow_style=True, width=math.inf).strip()[1:-1]
 
 
-def choose_settings(num_samples: int, teacher: TeacherConfig, student: str | None) -> dict[str, Any]:
+def choose_settings(num_samples: int, teacher: TeacherConfig) -> dict[str, Any]:
     """Choose sizes and duration: the quickstart's on a CPU, the thesis's on GPUs.
 
     Args:
         num_samples: Number of images or clips in the source.
         teacher: The teacher's sizes.
-        student: Name of the timm model that becomes the student; ``None`` for blocks on the teacher's encoder.
 
     Returns:
         Dotted key → value; other settings keep their defaults.
@@ -298,9 +295,6 @@ def choose_settings(num_samples: int, teacher: TeacherConfig, student: str | Non
         "train_loader.num_workers": max(1, min(8, cores // max(num_gpus, 2))),
         "optimizer.lr": round(lr / teacher.embed_dim, 6),
         "retrieval.interval": f"{num_batches // 2}ba",
-        # Without a LayerNorm at the target's end, the mean of a layer over tokens is 0.
-        "retrieval.representation": "layer_mean" if teacher.final_layer_norm and student is None else "output",
-        "retrieval.pooling": "cls" if teacher.has_cls_token else "mean",
         "save_interval": f"{min(num_batches // 6, 1000)}ba",
     }
     if isinstance(teacher.encoder, TimmEncoderConfig):

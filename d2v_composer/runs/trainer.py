@@ -34,7 +34,6 @@ from d2v_composer.checkpoints.checkpoint import (
     LOG,
     Checkpoint,
     download_checkpoint,
-    drop_alignment,
     drop_unused_scaler,
     find_newest,
     read_checkpoint,
@@ -55,11 +54,10 @@ from d2v_composer.evaluation.run_log import read_jsonl
 from d2v_composer.models.backbone import check_tensors
 from d2v_composer.models.configs import TimmNetworkConfig
 from d2v_composer.models.encoder import Inputs
-from d2v_composer.models.names import Embedding
 from d2v_composer.models.precision import choose_precision, name_precision
 from d2v_composer.system.addresses import RunFolder, hide_secrets
 from d2v_composer.system.command_line import d2v
-from d2v_composer.system.errors import InputError, RunError, errors_of, find_full_disk, reading, reason
+from d2v_composer.system.errors import InputError, RunError, errors_of, reading, reason
 from d2v_composer.system.fetch import cache_folder, is_remote
 from d2v_composer.system.files import sha256
 from d2v_composer.system.machine import describe_machine, package_versions
@@ -147,7 +145,7 @@ def build_trainer(
             run_name=config.run_name,
             load_path=checkpoint and str(checkpoint.path),  # instead of Composer's autoresume
             load_weights_only=not is_resumed,
-            load_ignore_keys=partial(drop_unused_scaler, precision=precision) if is_resumed else drop_alignment,
+            load_ignore_keys=partial(drop_unused_scaler, precision=precision) if is_resumed else None,
             # Composer would evaluate what a checkpoint says of them as Python expressions.
             load_exclude_algorithms=checkpoint and checkpoint.algorithms,
             **arguments,
@@ -238,7 +236,6 @@ def check_network(
     key: str,
     student: Any,
     config: TrainerConfig,
-    embedding: Embedding | None = None,
     head: nn.Linear | None = None,
 ) -> None:
     """Check that a timm student can be trained with the run's batch sizes, and then exported.
@@ -247,7 +244,6 @@ def check_network(
         key: The student's key in a YAML, for messages.
         student: The student; only a timm student is checked.
         config: Config of the run.
-        embedding: The embedding that the head reads.
         head: A classifier, trained with the student.
 
     Raises:
@@ -266,7 +262,8 @@ def check_network(
             if "running_" in name:  # a new BatchNorm changes nothing
                 buffer.add_(torch.rand_like(buffer))
         trial.head = head and nn.Linear(head.in_features, head.out_features)
-        trial.provenance = {"model": embedding and embedding._asdict()}
+        if head is None:
+            trial.train_alignment(trial.embedding)  # as in the file
         convert_to_timm(key, trial)
 
 
@@ -429,8 +426,6 @@ def fit_and_close(
     except BaseException as error:
         # Not trainer.close(), which waits for all ranks: some may not have failed.
         trainer.engine.close()
-        if (fault := find_full_disk(error)) is not None:
-            raise RunError(f"{config.run_folder} cannot be written: {fault.strerror}") from error
         if isinstance(error, RuntimeError) and re.match(r"DataLoader worker .* (killed by|exited)", str(error)):
             raise RunError(f"{reason(error)}; the same command resumes") from error
         raise

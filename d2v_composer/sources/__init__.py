@@ -49,6 +49,12 @@ CONTAINERS = (
 )
 
 
+def path_of(name: str) -> str:
+    """Return a listed file's path as a folder has it, whoever wrote ``name``; '' if a part of it is hidden."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    return "" if any(part.startswith(".") for part in parts) else "/".join(parts)
+
+
 def listed(words: Iterable[str]) -> str:
     """Return words as text: a, b or c."""
     *first, end = words

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +21,11 @@ from xxhash import xxh3_128_digest
 from d2v_composer.data.images import Images
 from d2v_composer.data.modality import Modality, collate
 from d2v_composer.models.configs import ImageSize
-from d2v_composer.sources.mds import SUMMARY, Index, is_mds
+from d2v_composer.sources.mds import SUMMARY, Index, Summary, is_mds
 from d2v_composer.sources.open import NONE, SPLITS, find_files, open_source
 from d2v_composer.sources.source import Columns, Source, map_in_threads, name_counts, open_mds
 from d2v_composer.system.errors import InputError, reading, reason
+from d2v_composer.system.files import read_json
 
 # Format → the only modality that it holds.
 HOLDS = {"cifar10": "image", "cifar100": "image", "speech_commands": "audio"}
@@ -174,6 +176,30 @@ def load_labeled_set(
     return labeled
 
 
+def open_labeled_sets(
+    section: Mapping[str, Any], modality: Modality, **changes: Any
+) -> dict[str, Callable[[], EvaluationSet]]:
+    """Return name → function that loads the set, numbered, for the data sets of a section that null does not turn off.
+
+    Args:
+        section: The fields ``datasets``, of :func:`load_labeled_set`'s arguments, and ``max_images``, as in a YAML's
+            section ``retrieval``.
+        modality: Modality of the samples.
+        **changes: Other values of arguments of :func:`load_labeled_set`.
+    """
+
+    def load(options: Mapping[str, Any]) -> EvaluationSet:
+        return load_labeled_set(
+            modality=modality, **{"max_images": section["max_images"], **options, **changes}
+        ).numbered()
+
+    return {name: partial(load, options) for name, options in section["datasets"].items() if options is not None}
+
+
+ONLY_SAMPLES = {"download": False, "class_embeddings": None}
+"""Changes with which :func:`open_labeled_sets` reads samples and labels alone, and downloads nothing."""
+
+
 def _read_class_embeddings(path: Path, labeled: EvaluationSet) -> Tensor:
     """Read the embedding of each class, (C, P) float32."""
     with reading(path):
@@ -299,8 +325,7 @@ def read_class_names(root: Path) -> tuple[str, ...]:
     variants = set()
     for path in (root / split / SUMMARY for split in ("train", "test")):
         if path.exists():
-            with reading(path):
-                variants.add(tuple(json.loads(path.read_bytes())["classes"] or ()))
+            variants.add(tuple(read_json(path, Summary).get("classes") or ()))
     names, *conflicts = sorted(variants - {()}) or [()]
     if conflicts:
         raise InputError(f"{root}: train and test name their classes differently; convert both from one SOURCE")

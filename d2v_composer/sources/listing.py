@@ -10,6 +10,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 
 from typing_extensions import Self
 
+from d2v_composer.sources import path_of
 from d2v_composer.system.addresses import STORES
 from d2v_composer.system.errors import InputError, RunError, reading, reason
 from d2v_composer.system.fetch import HUB, READ_SECONDS, File, fetch, is_remote, list_store
@@ -133,7 +134,7 @@ def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str])
         parts, suffix = file.path.split("/"), PurePosixPath(file.path).suffix.lower()
         if file.path != name and len(glob) not in matched_parts(glob, parts):
             continue
-        if any(part.startswith(".") for part in parts):
+        if not path_of(file.path):
             left_out["hidden"] += 1
         elif file.path != name and suffix not in suffixes:
             left_out[f"{suffix} (needs {needs[suffix]})" if suffix in needs else suffix or "without suffix"] += 1

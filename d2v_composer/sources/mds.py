@@ -15,13 +15,22 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 from PIL import Image
+from typing_extensions import TypedDict
 
 from d2v_composer.data.modality import Modality
 from d2v_composer.sources import CHOOSE
 from d2v_composer.system.errors import InputError, reading
+from d2v_composer.system.files import read_json
 
 INDEX = "index.json"
 SUMMARY = "conversion.json"
+
+
+class Summary(TypedDict, total=False):
+    """What readers need of the summary of a conversion, which also has its settings."""
+
+    classes: list[Any] | None
+    lengths: list[int]
 
 
 def _read_pil(data: bytes) -> Image.Image:
@@ -158,10 +167,9 @@ class Index:
         """
         if not self.modality.has_lengths:
             return None
-        lengths, path = np.zeros(0, np.int64), self.folder / SUMMARY
-        if path.is_file():
-            with reading(path):
-                lengths = np.array(json.loads(path.read_bytes()).get("lengths", []), np.int64).ravel()
+        path = self.folder / SUMMARY
+        summary = read_json(path, Summary) if path.exists() else Summary()
+        lengths = np.array(summary.get("lengths", []), np.int64)
         if len(lengths) != len(self):
             raise InputError(
                 f"{self.source}: expected the lengths of {len(self)} samples in {SUMMARY}, got {len(lengths)}; convert "

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain, takewhile
+from os.path import splitext
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from d2v_composer.data.modality import Modality
-from d2v_composer.sources import CONTAINERS, NAMES, Container, listed
+from d2v_composer.sources import CONTAINERS, NAMES, Container, listed, path_of
 from d2v_composer.sources.listing import Pinned, list_files
 from d2v_composer.sources.mds import INDEX, Index, is_mds
 from d2v_composer.sources.shards import fetch_index
@@ -105,6 +106,7 @@ class Files:
         """
         if self.in_folders and split == labels == NONE:
             return self.open()
+        split = split and split.lower()
         whole, name = replace(self, part=ALL), split or "train"
         splits = whole.find_splits(*(() if split == NONE else (*SPLITS, name)))
         # Without --split, the one split of a file or a glob that the user chose is meant.
@@ -149,21 +151,22 @@ class Files:
             labels = file if (file := Path(self.root, f"LOC_{name}_solution.csv")).is_file() else NONE
         if labels == NONE:
             return source
-        of_train = splits.get("train", chosen).values()
-        class_names = sorted({path.partition("/")[0] for path in of_train if "/" in path})
+        of_train = splits.get("train", chosen)
+        class_names = sorted({path.partition("/")[0] for path in of_train.values() if "/" in path})
         names = [path.partition("/")[0] for path in chosen.values()]
         if labels is not None:
             with reading(labels), open(labels, encoding="utf-8-sig", newline="") as file:
                 rows = [row for row in csv.reader(file) if len(row) > 1]
             end = " " if KAGGLE_LABELS.fullmatch(Path(labels).name) else "\n"  # in Kaggle's, boxes follow the class
-            classes = {row[0]: row[1].strip().partition(end)[0] for row in rows}
+            classes = {path_of(row[0]): row[1].strip().partition(end)[0] for row in rows}
 
-            def class_of(path: str) -> str:
-                return classes.get(path) or classes.get(os.path.splitext(path)[0], "")
+            def class_of(number: int, path: str) -> str:
+                known = (classes.get(name) for whole in (path, all_ids[number]) for name in (whole, splitext(whole)[0]))
+                return next(filter(None, known), "")
 
-            paths = zip(chosen.values(), map(str, source.ids), strict=True)
-            names = [class_of(path) or class_of(whole_path) for path, whole_path in paths]
-            class_names = class_names or sorted({*names} - {""})
+            all_ids = self.open().ids
+            names = [*map(class_of, chosen, chosen.values())]
+            class_names = sorted({*map(class_of, of_train, of_train.values())} - {""}) or class_names
         return source.with_classes(
             names, class_names, "a class is a folder in train; for no classes, convert with --labels none"
         )
@@ -226,7 +229,7 @@ class Files:
         samples: Listed = pinned.read(partial(self.container.list_samples, pinned, columns=self.columns))
         if self.in_folders and len(words := split_words(file.path, SPLITS)) == 1:  # a zip of a split
             folder = f"{words.pop()}/"
-            paths = [path if f"/{folder}" in f"/{path}" else folder + path for path in samples.labels]
+            paths = [path if f"/{folder}" in f"/{path.lower()}" else folder + path for path in samples.labels]
             samples = samples._replace(labels=paths)
         return samples
 
@@ -241,13 +244,13 @@ def sort_folders(paths: Sequence[str], *splits: str) -> dict[str, dict[int, str]
     Returns:
         Split, '' for other samples → number of a sample → its path in the split's folder.
     """
-    common = takewhile(lambda folder: folder not in splits, os.path.commonprefix([*paths]).split("/")[:-1])  # noqa: RUF071
+    common = takewhile(lambda folder: folder.lower() not in splits, os.path.commonprefix([*paths]).split("/")[:-1])  # noqa: RUF071
     start = sum(len(folder) + 1 for folder in common)
     folders = dict[str, dict[int, str]]()
     for number, path in enumerate(paths):
         top, _, rest = path[start:].partition("/")
-        is_split = rest != "" and top in splits
-        folders.setdefault(top if is_split else "", {})[number] = rest if is_split else path[start:]
+        is_split = rest != "" and top.lower() in splits
+        folders.setdefault(top.lower() if is_split else "", {})[number] = rest if is_split else path[start:]
     return folders
 
 
@@ -340,8 +343,8 @@ def find_files(
     for file in listing.files:
         suffix = PurePosixPath(file.path).suffix.lower()
         by_kind.setdefault(suffix if suffix in kinds else "", []).append(file)
-    folder = f"/{split or 'train'}/"
-    inside = [suffix for suffix, files in by_kind.items() if any(folder in f"/{file.path}" for file in files)]
+    folder = f"/{split or 'train'}/".lower()
+    inside = [suffix for suffix, files in by_kind.items() if any(folder in f"/{file.path.lower()}" for file in files)]
     tars, tables = ({file.path.removesuffix(end) for file in by_kind.get(end, ())} for end in (TAR, TABLE))
     suffixes = inside if inside and split != NONE else by_kind
     # A file that the user names is listed, whatever it is.

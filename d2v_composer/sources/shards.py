@@ -156,12 +156,9 @@ class Shards:
             ShardError: The shard cannot be fetched, or is corrupt.
         """
         deadline = time.monotonic() + self.timeout
-        while not self._is_here(shard_id) and not self._fetch(shard_id, deadline - time.monotonic()):
-            if time.monotonic() > deadline:
-                raise ShardError(
-                    f"{self._paths[shard_id]}: waited {self.timeout:.0f} s for another process to fetch it, or for "
-                    "space in the cache"
-                )
+        while not self._is_here(shard_id) and not self._fetch(shard_id, left := deadline - time.monotonic()):
+            if left <= 0:
+                raise ShardError(f"{self._paths[shard_id]}: waited {self.timeout:.0f} s for space in the cache")
             time.sleep(POLL_SECONDS)
 
     def fetch_ahead(self, shard_ids: Iterable[int]) -> None:
@@ -226,6 +223,8 @@ class Shards:
     def _fetch(self, shard_id: int, timeout: float) -> bool:
         """Fetch and verify a shard, unless another thread does.
 
+        When ``timeout`` is over, no other thread is waited for: this one's own error tells what the store says.
+
         Returns:
             False if another thread fetches the shard, or if shards that are being fetched take the room in the cache.
         """
@@ -246,8 +245,10 @@ class Shards:
             if is_ours and path.is_file() and (fault := shard.raw.find_fault(path)) is not None:
                 log.warning("%s; fetching it again", fault)
                 path.unlink()
-            if not is_ours or path.is_file():
-                return is_ours
+            if not is_ours and timeout > 0:
+                return False
+            if is_ours and path.is_file():
+                return True
             try:
                 with partial_file(path, sync=False) as fetched:  # after a power failure, the shard is verified again
                     reservation = Path(f"{fetched}.{RESERVED}")  # removed with the partial file, if this fails

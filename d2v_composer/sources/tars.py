@@ -11,13 +11,13 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from d2v_composer.sources import CHOOSE
+from d2v_composer.sources import CHOOSE, path_of
 from d2v_composer.sources.listing import Pinned
 from d2v_composer.sources.source import Columns, Int64Array, Listed, Names, marks_of
 from d2v_composer.system.errors import InputError
 
 # A member: key and suffixes.
-MEMBER = re.compile(r"(?:\./)?((?:.*/)?[^./]+)\.([^/]+)")
+MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
 # After the last member come two blocks of zeros, and more that fill a record, of 1 MiB at most.
 LEAST_ZEROS, MOST_ZEROS = 1 << 10, 1 << 20
 
@@ -81,7 +81,7 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str | None, list[tuple[str, int, 
                 raise ValueError(f"its member {member.name} is sparse; pack it without tar's option -S")
             if member.isdir():
                 continue
-            name = MEMBER.fullmatch(member.name) if member.isreg() else None
+            name = MEMBER.fullmatch(path_of(member.name)) if member.isreg() else None
             if members and (name and name[1]) != key:
                 yield key, members
                 members = []

@@ -11,6 +11,7 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipExtFile, ZipFile, ZipInfo
 import numpy as np
 
 from d2v_composer.data.modality import MAX_BYTES
+from d2v_composer.sources import path_of
 from d2v_composer.sources.listing import Pinned
 from d2v_composer.sources.source import Columns, Int64Array, Listed, Names, marks_of
 from d2v_composer.system.errors import InputError, UnreadableSampleError
@@ -23,27 +24,31 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
         InputError: A sample is encrypted, compressed by a method other than deflate, or there twice.
         ValueError, zipfile.BadZipFile: The zip is damaged, or joined to another.
     """
-    left_out, paths, places = Counter[str](), list[str](), array("q")
+    left_out, names, paths, places = Counter[str](), list[str](), list[str](), array("q")
     with ZipFile(file) as archive:
         members = archive.infolist()
     if members and (before := min(member.header_offset for member in members)):
         raise ValueError(f"{before} bytes precede its first member: it is damaged, or joined to another")
     for member in members:
-        path, suffix = member.filename, PurePosixPath(member.filename).suffix.lower()
-        if f"/{path}".startswith("/__MACOSX/") or "/." in f"/{path}":
-            left_out["hidden"] += not member.is_dir()
+        name = member.filename.replace("\\", "/")  # old PowerShells write backslashes
+        if name.endswith("/"):  # a folder
+            continue
+        path, suffix = path_of(name), PurePosixPath(name).suffix.lower()
+        if not path:
+            left_out["hidden"] += 1
         elif suffix not in columns.modality.suffixes:
-            left_out[suffix or "without suffix"] += not member.is_dir()
+            left_out[suffix or "without suffix"] += 1
         elif member.flag_bits & 1 or member.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
             raise InputError(f"{pinned.name}: {path} is encrypted, or compressed by a method other than deflate")
         else:
+            names.append(member.filename)
             paths.append(path)
             places.extend(
                 (member.header_offset, member.compress_type, member.compress_size, member.file_size, member.CRC)
             )
     if twice := next((path for path, count in Counter(paths).items() if count > 1), None):
         raise InputError(f"{pinned.name} has two members named {twice}")
-    ids, table = Names(f"{pinned.file.path}/{path}" for path in paths), np.array(places, np.int64).reshape(-1, 5)
+    ids, table = Names(f"{pinned.file.path}/{name}" for name in names), np.array(places, np.int64).reshape(-1, 5)
     marks = marks_of(len(ids), pinned.file)
     return Listed(ids, table[:, 3], marks, partial(_load, pinned, ids, table), paths, left_out=left_out)
 

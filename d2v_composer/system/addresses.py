@@ -1,5 +1,6 @@
 """Parse addresses of files: a local path, https://…, or SCHEME://BUCKET/KEY in an object store."""
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -99,11 +100,25 @@ class RunFolder(NamedTuple):
         if address.scheme not in ("", *STORES) or not re.fullmatch(r"[\w.-]*", address.bucket):
             raise ValueError(f"expected a folder or an address in one of {', '.join(STORES)}, got {text!r}")
         local = address.path or "." if address.is_remote else text
+        place_to_write(local)
         check_path(local)
         return cls(Path(local), text.rstrip("/") if address.is_remote else None)
 
     def __str__(self) -> str:
         return self.address or str(self.local)
+
+
+def place_to_write(text: str | Path) -> str:
+    """Return the address without a slash at its end, or the absolute path, of what a command writes.
+
+    Raises:
+        ValueError: The text is empty, or the root of a file system.
+    """
+    path = os.path.expanduser(text)
+    place = path.rstrip("/") if "://" in path else os.path.abspath(path)
+    if not path or os.path.dirname(place) == place:
+        raise ValueError(f"expected a place to write that is neither empty nor a root, got {str(text)!r}")
+    return place
 
 
 def check_run_name(name: str) -> None:

@@ -6,6 +6,7 @@ traceback for a fault of ours.
 
 import argparse
 import gc
+import os
 import shlex
 import shutil
 import signal
@@ -21,15 +22,17 @@ from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, RunError, find_extra, find_full_disk, reason
 from d2v_composer.system.files import shorten_socket_paths
 
+HELP = {"-h", "--help"}
+
 
 def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
     """Call ``main`` with the command line's arguments, then exit."""
-    _prepare()
-    processes.survive_closed_pipes()
     status: int | None = 0
     try:
+        _prepare()
         shorten_socket_paths()
         main(sys.argv[1:])
+        sys.stdout.flush()
     except SystemExit:
         raise
     except BaseException as error:
@@ -67,24 +70,28 @@ def explain(error: BaseException) -> tuple[int | None, list[str]]:
 
 
 def _prepare() -> None:
-    """Handle signals, and hide other packages' warnings that no user can act on, here and in child processes."""
+    """Handle streams and signals, and hide other packages' warnings on which no user can act, in children, too."""
+    processes.prepare_streams()
     # multiprocessing (Python 3.10 to 3.12): its resource tracker removes what a process that ended without clean-up
     # left in shared memory, and counts it. The tracker takes over this process's options.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     # Composer, of the last batch of an evaluation, which may be smaller than the others.
     warnings.filterwarnings("ignore", "Cannot split tensor of length", UserWarning)
+    # Composer, if a run resumes at an epoch's end, whose loader has nothing left. Ours fails if it should have more.
+    warnings.filterwarnings("ignore", "No batches were trained", UserWarning)
     processes.handle_signals()
 
 
 def begin(text: str | None) -> None:
     """Start a recipe with imports that take seconds: answer ``--help``, and let Ctrl-C end the imports."""
     _prepare()
-    show_help(sys.argv[1:], text)
+    if HELP & {*sys.argv[1:]}:
+        run(lambda argv: show_help(argv, text))
 
 
 def show_help(argv: Sequence[str], text: str | None) -> None:
     """Print a command's help and exit if ``--help`` is given; commands that take a YAML have no parser."""
-    if not {"-h", "--help"}.isdisjoint(argv):
+    if HELP & {*argv}:
         print(text)
         sys.exit(0)
 
@@ -138,7 +145,7 @@ def training(yaml: str, *changes: str) -> tuple[str, str]:
 
 def training_on(out: str, yaml: str) -> tuple[str, str]:
     """Return the command lines that train on a data set."""
-    return training(yaml, f"train_loader.remote={out}" if "://" in out else f"train_loader.local={Path(out).resolve()}")
+    return training(yaml, f"train_loader.remote={out}" if "://" in out else f"train_loader.local={out}")
 
 
 def reading_of(out: str) -> str:
@@ -148,7 +155,9 @@ def reading_of(out: str) -> str:
 
 
 def d2v(*arguments: str | Path) -> str:
-    """Return a command line of d2v that this shell can run, even if the environment is not activated."""
-    is_active = shutil.which("d2v") == str(Path(sys.executable).with_name("d2v"))
-    program = ["d2v"] if is_active else [sys.executable, "-m", "d2v_composer.commands"]
-    return shlex.join([*program, *map(str, arguments)])
+    """Return a command line of d2v as one would type it here, even if the environment is not activated."""
+    script = Path(sys.executable).with_name("d2v")
+    # Without a script beside it, as pip's --user and Windows have it, d2v is on the PATH.
+    is_on_path = shutil.which("d2v") == str(script) or not script.exists()
+    program = "d2v" if is_on_path else min(os.path.relpath(script), str(script), key=len)
+    return shlex.join([program, *map(str, arguments)])

@@ -87,15 +87,18 @@ def reading(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Convert an OSError, such as a full disk, to one line with the path that the ``with`` block writes.
+    """Convert an OSError, or one that a full disk has caused, to one line with the path that the ``with`` block writes.
 
     Raises:
-        RunError: The block raised an OSError.
+        RunError: The block raised such an error.
     """
     try:
         yield
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or reason(error)}") from error
+    except Exception as error:
+        fault = error if isinstance(error, OSError) else find_full_disk(error)
+        if fault is None or isinstance(error, RunError):
+            raise
+        raise RunError(f"{path} cannot be written: {fault.strerror or reason(fault)}") from error
 
 
 @contextmanager

@@ -200,18 +200,19 @@ def fetch_from_hub(
 
     # A commit does not change, and of others the node's first rank has asked.
     is_known, problem = COMMIT.fullmatch(revision or "") is not None or local_rank() > 0, ""
+    from_caches = (True, False) if is_known and not again else (False,)
     try:
         if not is_known:
             HfApi().repo_info(repository, revision=revision, timeout=CONNECT_SECONDS, **options)
     except (OSError, ValueError) as error:
-        log.warning("%s: the Hugging Face hub does not answer (%s); using its cache", repository, reason(error)[:200])
-        is_known = True
+        problem, from_caches = reason(error)[:200], (True,)  # its client would try, and warn, for half a minute
+        log.warning("%s: the Hugging Face hub does not answer (%s); using its cache", repository, problem)
     options |= {"force_download": True} if again else {}
-    for from_cache, name in product((True, False) if is_known and not again else (False,), names):
+    for from_cache, name in product(from_caches, names):
         try:
             return Path(hf_hub_download(repository, name, revision=revision, local_files_only=from_cache, **options))
         except (OSError, ValueError) as error:
-            problem = reason(error)[:200]
+            problem = problem or reason(error)[:200]
     raise InputError(f"no {' or '.join(names)} in {repository} on the Hugging Face hub or in its cache: {problem}")
 
 

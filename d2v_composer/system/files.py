@@ -5,6 +5,7 @@ Each file of ours gets its name in :func:`move`.
 
 import errno
 import hashlib
+import json
 import logging
 import multiprocessing.util
 import os
@@ -15,11 +16,12 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
 from d2v_composer.system.addresses import PREFLIGHT
-from d2v_composer.system.errors import InputError, writing
+from d2v_composer.system.errors import InputError, reading, writing
 
 # Partial files are named NAME.PROCESS-NUMBER.partial, which is no suffix of samples; downloaders append their own.
 PARTIAL = re.compile(r"\.\d+-\d+\.partial(\.tmp|\.\w{8})?$")
@@ -27,6 +29,8 @@ PARTIAL = re.compile(r"\.\d+-\d+\.partial(\.tmp|\.\w{8})?$")
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 # multiprocessing appends 33 characters for a socket, whose path has at most 107.
 LONGEST_SOCKET_FOLDER = 70
+
+KindT = TypeVar("KindT")
 
 log = logging.getLogger(__name__)
 
@@ -220,11 +224,29 @@ def sole_user(path: Path, wait: float = 0) -> Iterator[bool]:
 
 def shorten_socket_paths() -> None:
     """Let multiprocessing create its sockets in /tmp if TMPDIR's path is too long, so that a DataLoader cannot hang."""
-    long = tempfile.gettempdir()
+    with reading("TMPDIR"):  # a full or read-only disk
+        long = tempfile.gettempdir()
     if len(long) > LONGEST_SOCKET_FOLDER and os.name == "posix":
         tempfile.tempdir = "/tmp"
         multiprocessing.util.get_temp_dir()  # made now, used by this process and its children, removed at exit
         tempfile.tempdir = long
+
+
+def read_json(path: Path, kind: type[KindT]) -> KindT:
+    """Read a JSON file of ours, given its schema: a type such as list[str], or a TypedDict.
+
+    Raises:
+        InputError: The file cannot be read, or its content is of another kind.
+    """
+    from pydantic import TypeAdapter, ValidationError  # a fifth of a second
+
+    with reading(path):
+        try:
+            return TypeAdapter(kind).validate_python(json.loads(path.read_bytes()))
+        except ValidationError as error:
+            fault = error.errors()[0]
+            place = ".".join(map(str, fault["loc"])) or "content"
+            raise InputError(f"{path} is damaged: {place}: {fault['msg']}") from error
 
 
 def sha256(path: Path) -> str:

@@ -22,8 +22,11 @@ from typing import Any, NamedTuple
 
 from typing_extensions import Self
 
+from d2v_composer.system.errors import RunError
+
 SIGNAL_NAMES = {signal.SIGINT: "Interrupted", signal.SIGTERM: "SIGTERM"}
 PR_SET_PDEATHSIG = 1
+STDOUT = 1
 
 _is_watching = False
 _received: signal.Signals | None = None
@@ -197,29 +200,43 @@ def allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-class _Pipe(io.FileIO):
-    """A pipe that becomes /dev/null when its reader exits, for child processes, too."""
+class _Output(io.FileIO):
+    """An output that becomes /dev/null, for child processes, too, when its reader exits or its disk is full."""
 
     def write(self, data: Any) -> int | None:
         try:
             return super().write(data)
-        except BrokenPipeError:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self.fileno())
-            os.close(null)
+        except OSError as error:
+            _discard(self.fileno())
+            if self.fileno() == STDOUT and not isinstance(error, BrokenPipeError):  # it was to keep the results
+                raise RunError(f"standard output cannot be written: {error.strerror}") from error
             return super().write(data)
 
 
-def survive_closed_pipes() -> None:
-    """Print each line immediately, and survive if the output's reader exits, as in ``d2v report runs/a | head``."""
+def _discard(descriptor: int) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, descriptor)
+    if null != descriptor:
+        os.close(null)
+
+
+def prepare_streams() -> None:
+    """Print each line immediately; survive closed streams, and readers that exit, as in ``d2v report runs/a | head``.
+
+    A full disk is a RunError if it is standard output's.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # else a file of ours would take its number, and what others print
+            _discard(descriptor)
+            setattr(sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w", closefd=False))
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream.isatty():  # prints each line; on Windows, needs its own encoding
             continue
         with suppress(OSError):  # replaced by something without a file
-            pipe = io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False))
+            output = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
             stream.flush()
-            setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, "backslashreplace", line_buffering=True))
+            setattr(sys, name, io.TextIOWrapper(output, stream.encoding, "backslashreplace", line_buffering=True))
 
 
 # The first rank of a node may start this much later than the others.

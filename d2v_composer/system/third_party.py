@@ -1,5 +1,8 @@
 """Patches to Composer 0.32.1's internals, with the reason for each.
 
+- A callback whose ``close`` or ``post_close`` fails is one line. Composer logs a traceback, after which nobody would
+  find why the run ended.
+
 While :func:`patched_composer` is active:
 
 - ``dist.get_node_signal_file_name``: the name of a signal file includes the node. Composer gives all nodes the same
@@ -21,6 +24,7 @@ Other modules also use internals of packages:
   ``_raw_stream``, because botocore's own reads block until full.
 """
 
+import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,8 +35,20 @@ from composer import Callback, Event, State, Trainer
 from composer.callbacks import LRMonitor, MemoryMonitor, RuntimeEstimator
 from composer.utils import checkpoint, dist
 
+from d2v_composer.system.errors import reason
+
 MONITORS = (LRMonitor, MemoryMonitor, RuntimeEstimator)
 MONITORED = (Event.AFTER_TRAIN_BATCH, Event.BATCH_END)
+
+
+def _shorten(record: logging.LogRecord) -> bool:
+    if record.exc_info and record.exc_info[1]:
+        record.msg, record.args = "%s: %s", (record.getMessage(), reason(record.exc_info[1]))
+        record.exc_info = record.stack_info = None
+    return True
+
+
+logging.getLogger("composer.core.engine").addFilter(_shorten)
 
 
 @contextmanager

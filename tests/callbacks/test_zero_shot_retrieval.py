@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from d2v_composer import knn_accuracy, neighbor_agreement
 from d2v_composer.callbacks import ZeroShotRetrieval
-from d2v_composer.checkpoints.checkpoint import Result
 from d2v_composer.data.images import RandomResizedCropFlip
 from d2v_composer.data.modality import Augmentation
 from d2v_composer.evaluation.nearest_neighbors import retrieval_accuracy
+from d2v_composer.evaluation.results import Result
 from d2v_composer.report.tables import format_tables
 from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples
 from d2v_composer.system.errors import InputError
@@ -137,7 +137,7 @@ def test_the_mean_is_of_both_banks_of_all_labeled_sets() -> None:
     sets = {"small": SMALL, "fewer": FEWER, "unlabeled": unlabeled}
     baselines = {"teacher": lambda images: corner(images)}
     callback = ZeroShotRetrieval(
-        sets, "5ba", embed=two_embeddings, primary="whole", baselines=baselines, augment=AUGMENT
+        sets, "5ba", embed=two_embeddings, headline="whole", baselines=baselines, augment=AUGMENT
     )
     train(Watched(), callback, "5ba")
     metrics = callback.history[-1]["metrics"]
@@ -152,7 +152,7 @@ def test_the_mean_is_of_both_banks_of_all_labeled_sets() -> None:
 
 def nearest_shapes(callback: ZeroShotRetrieval) -> set[tuple[int, ...]]:
     """Return the shapes of the neighbors in the train images that are kept of student and teacher."""
-    kept = [result for result in callback.results if result.measure.bank == "train" and result.nearest is not None]
+    kept = [result for result in callback.results if result.column.bank == "train" and result.nearest is not None]
     assert {result.row for result in kept} == {"student", "teacher"}
     return {(*result.nearest.shape,) for result in kept if result.nearest is not None}
 
@@ -168,7 +168,9 @@ RETRIEVAL, KNN = "metrics/set/bank_train/top1", "metrics/set/knn/top1"
 def measuring_two_embeddings(most: int, **options: Any) -> ZeroShotRetrieval:
     """Return the callback of a run that looks for the nearest and for the ``most`` nearest neighbors."""
     embeds: dict[str, Any] = {"embed": two_embeddings, "baselines": {"teacher": two_embeddings}}
-    return ZeroShotRetrieval({"set": WHOLE}, "10ba", ks=(1, most), primary="whole", **embeds, **options)
+    return ZeroShotRetrieval(
+        {"set": WHOLE}, "10ba", ks=(1, most), headline="whole", all_embeddings=True, **embeds, **options
+    )
 
 
 @pytest.fixture(scope="module", params=[3, 30])  # fewer and more than the 20 neighbors that vote
@@ -182,17 +184,17 @@ def first(request: pytest.FixtureRequest) -> ZeroShotRetrieval:
 @pytest.fixture(scope="module")
 def resumed(first: ZeroShotRetrieval) -> ZeroShotRetrieval:
     """The resume of that run to batch 20, with two more probes."""
-    callback = measuring_two_embeddings(first.lookup.ks[-1], probes=["knn", "linear"])
+    callback = measuring_two_embeddings(first.settings.ks[-1], probes=["knn", "linear"])
     callback.load_state_dict(deepcopy(first.state_dict()))
     train(Watched(), callback, "20ba")
     return callback
 
 
 def test_retrieval_is_what_the_function_measures(first: ZeroShotRetrieval) -> None:
-    metrics, accuracies = first.history[-1]["metrics"], retrieval_accuracy(*BANK_AND_QUERIES, ks=first.lookup.ks)
+    metrics, accuracies = first.history[-1]["metrics"], retrieval_accuracy(*BANK_AND_QUERIES, ks=first.settings.ks)
     assert metrics[RETRIEVAL] == pytest.approx(accuracies[1])
     assert metrics[f"{RETRIEVAL}/whole"] == metrics[RETRIEVAL]
-    most = first.lookup.ks[-1]
+    most = first.settings.ks[-1]
     assert first.baseline_metrics[f"metrics/set/teacher/bank_train/top{most}"] == pytest.approx(accuracies[most])
     assert nearest_shapes(first) == {(len(WHOLE.test.labels), most)}
 
@@ -209,14 +211,14 @@ def test_a_resume_may_add_probes(first: ZeroShotRetrieval, resumed: ZeroShotRetr
 
 
 def test_the_table_shows_added_probes(resumed: ZeroShotRetrieval) -> None:
-    _, head, *rows = format_tables(resumed.results, ["set"], "whole").split("\n\n")[1].splitlines()
+    _, head, *rows = format_tables(resumed.results, ["set"]).split("\n\n")[1].splitlines()
     assert re.split(" {2,}", head.strip()) == ["20-NN weighted", "20-NN majority", "linear probe"]
     assert all(f"{100 * knn_accuracy(*BANK_AND_QUERIES):.1f} [" in row for row in rows)
 
 
-def test_a_resume_keeps_its_primary_embedding(first: ZeroShotRetrieval) -> None:
-    other = ZeroShotRetrieval({"set": WHOLE}, "10ba", primary="corner")
-    with pytest.raises(InputError, match=r"set\.primary embedding: checkpoint has whole, config has corner; give the"):
+def test_a_resume_keeps_its_headline(first: ZeroShotRetrieval) -> None:
+    other = ZeroShotRetrieval({"set": WHOLE}, "10ba", headline="corner")
+    with pytest.raises(InputError, match=r"set\.embedding: checkpoint has whole, config has corner; give the"):
         other.load_state_dict(first.state_dict())
 
 
@@ -244,7 +246,8 @@ def test_a_measurement_cut_short_keeps_the_results_before_it() -> None:
     undisturbed = ZeroShotRetrieval(sets, "5ba", embed=pixels)
     train(Watched(), undisturbed, "5ba")
     assert as_lists(callback.results) == as_lists(undisturbed.results)
-    assert all((result.nearest is not None) == (result.measure.bank == "train") for result in callback.results)
+    shown = {result.dataset: result.column.key for result in callback.results if result.nearest is not None}
+    assert shown == dict.fromkeys(sets, "bank_train/top1")
 
 
 CHANGES: dict[str, tuple[EvaluationSet, Augmentation]] = {
@@ -306,7 +309,13 @@ def judged(request: pytest.FixtureRequest) -> Judged:
     def student(images: Tensor) -> dict[str, Tensor]:
         return {"whole": corner(images), "corner": pixels(images)}
 
-    options: dict[str, Any] = {"embed": student, "primary": "whole", "augment": AUGMENT, "device_batch_size": 16}
+    options: dict[str, Any] = {
+        "embed": student,
+        "headline": "whole",
+        "all_embeddings": True,
+        "augment": AUGMENT,
+        "device_batch_size": 16,
+    }
     options |= {"baselines": {"teacher": teacher, "pixels": corner}, "probes": ["agreement", "instance"]}
     callback = ZeroShotRetrieval(sets, "5ba", at_start=True, **options)
     train(Watched(), callback, "5ba")
@@ -332,18 +341,20 @@ def test_judges_without_labels_as_the_functions_do(judged: Judged) -> None:
         assert 0 < expected < 1
 
 
-def test_a_resume_keeps_the_teachers_neighbors(judged: Judged) -> None:
+def test_a_resume_compares_with_the_teacher_again(judged: Judged) -> None:
     resumed = ZeroShotRetrieval(judged.sets, "5ba", **judged.options)
     resumed.load_state_dict(judged.callback.state_dict())
     judged.images_of_teacher.clear()
     resumed.history.clear()
     train(Watched(), resumed, "5ba")
     assert resumed.history[-1]["metrics"] == judged.callback.history[-1]["metrics"]
-    assert judged.images_of_teacher == []
+    labeled, views = judged.sets["set"], 2
+    num_train, num_test = labeled.num_samples
+    assert sum(judged.images_of_teacher) == num_train + (1 + views) * num_test  # once, for the agreement
     assert {result[:3] for result in resumed.results} == {result[:3] for result in judged.callback.results}
 
 
-def test_baselines_are_measured_once_in_one_pass() -> None:
+def test_baselines_are_measured_once() -> None:
     events: list[str] = []
 
     def embed_as(name: str, images: Tensor) -> Tensor:
@@ -354,7 +365,7 @@ def test_baselines_are_measured_once_in_one_pass() -> None:
     options: dict[str, Any] = {"embed": partial(embed_as, "student"), "baselines": baselines, "device_batch_size": 9}
     callback = ZeroShotRetrieval({"set": SMALL}, "10ba", at_start=True, **options)
     train(Watched(), callback, "1ba")
-    assert events == ["teacher", "pixels", "student"] * 2 + ["student"] * 2  # train and test images
+    assert events == ["teacher", "pixels"] * 2 + ["student"] * 4  # train and test images
     assert len(callback.baseline_metrics) == 2 * 4  # baselines, and both banks with both k
     assert [entry["batch"] for entry in callback.history] == [0, 1]
 
@@ -372,7 +383,8 @@ def test_a_baseline_without_layer_mean_falls_back_to_its_output() -> None:
         {"set": WHOLE},
         "10ba",
         embed=lambda images: {name: embed(images) for name, embed in students.items()},
-        primary="layer_mean_cls",
+        headline="layer_mean_cls",
+        all_embeddings=True,
         baselines={"encoder": lambda images: {"output_cls": students["output_cls"](images)}, "pixels": pixels},
     )
     train(Watched(), callback, "10ba")
@@ -381,8 +393,10 @@ def test_a_baseline_without_layer_mean_falls_back_to_its_output() -> None:
     assert baselines["metrics/set/pixels/bank_train/top1"] == metrics[RETRIEVAL]
     assert baselines["metrics/set/encoder/bank_train/top1"] == metrics[f"{RETRIEVAL}/output_cls"]
     assert metrics[f"{RETRIEVAL}/output_cls"] != metrics[RETRIEVAL]
-    without = ZeroShotRetrieval({"set": WHOLE}, "10ba", primary="layer_mean_cls", embed=two_embeddings)
-    with pytest.raises(ValueError, match="primary embedding must be one of whole, corner, got 'layer_mean_cls'"):
+    without = ZeroShotRetrieval(
+        {"set": WHOLE}, "10ba", headline="layer_mean_cls", all_embeddings=True, embed=two_embeddings
+    )
+    with pytest.raises(ValueError, match="the headline must be one of whole, corner, got 'layer_mean_cls'"):
         train(Watched(), without, "10ba")
 
 
@@ -397,7 +411,7 @@ def test_a_model_without_embed_is_refused() -> None:
     ("labeled", "options", "problem"),
     [
         (SMALL, {"ks": (1, 6)}, "ks: must be from 1 to 5, the number of images in set's smaller split"),
-        (SMALL, {"probes": ["knm"]}, "probes must be among knn, linear, agreement, instance, zero_shot, got knm"),
+        (SMALL, {"probes": ["knm"]}, "probes must be among knn, linear, zero_shot, agreement, instance, got knm"),
         (SMALL, {"probes": ["instance"]}, "set: instance retrieval needs the argument augment"),
         (SMALL, {"probes": ["agreement"]}, "set: agreement needs more than 10 images, got 5"),
         (WHOLE, {"probes": ["agreement"], "baselines": {"pixels": pixels}}, "agreement needs a baseline named teacher"),

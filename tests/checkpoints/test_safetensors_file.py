@@ -250,14 +250,11 @@ def with_sizes(source: Path, text: str) -> Path:
 
 
 def embeddings(model: Transformer) -> Tensor:
-    """Return all embeddings of the same images, as uint8 and as normalized floats.
-
-    ``projected_cls`` is left out: without a linear layer, a file may have it or not.
-    """
+    """Return all raw embeddings of the same images, as uint8 and as normalized floats."""
     size, _ = height_and_width(model.encoder.config.image_size)
     with torch.inference_mode():
         both = model.embed_all(random_images(2, size + 8)), model.embed_all(random_images(2, size) / 255)
-        return torch.cat([result[name] for result in both for name in result if name != "projected_cls"])
+        return torch.cat([result[name] for result in both for name in result if name != "embedding"])
 
 
 def timm_model(path: Path) -> Transformer:

@@ -21,9 +21,10 @@ from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed as embed_command
 from d2v_composer.commands import export as export_student
 from d2v_composer.export.programs import TimmStudent
+from d2v_composer.models.alignment import side_by_side
 from d2v_composer.models.configs import ImageEncoderConfig, height_and_width
 from d2v_composer.models.images import ImageEncoder
-from d2v_composer.models.names import Embedding, Pooling
+from d2v_composer.models.names import EMBEDDING, Pooling
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError, RunError
 from helpers import GOLDEN
@@ -39,7 +40,9 @@ def export(*arguments: str | Path) -> None:
 def narrow(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A student with random weights that is narrower than its encoder; the run's own is in tests/promises."""
     wide, path = load_student(exported), tmp_path_factory.mktemp("narrow") / "student.safetensors"
-    save_student(Student(wide.encoder, wide.config.changed(embed_dim=20), wide.provenance), path)
+    student = Student(wide.encoder, wide.config.changed(embed_dim=20), wide.provenance)
+    student.align(torch.randn(48, 80), torch.randn(48), "output_mean")
+    save_student(student, path)
     return path
 
 
@@ -49,11 +52,6 @@ def images(exported: Path) -> Tensor:
     config = load_student(exported).encoder.config
     shape = height_and_width(config.image_size)
     return torch.randn(5, 3, *shape, generator=torch.Generator().manual_seed(0))
-
-
-def primary(student: Student, images: Tensor) -> Tensor:
-    """The embedding of the run's primary embedding, see :func:`helpers.small_run`."""
-    return student.embed(images, "cls", "layer_mean")
 
 
 def assert_close(ours: Tensor, expected: Tensor) -> None:
@@ -67,17 +65,25 @@ def create(name: str, **options: Any) -> TimmStudent:
 
 
 def test_timm(narrow: Path, images: Tensor) -> None:
-    model, student = create("d2v2_student", checkpoint_path=str(narrow)), load_student(narrow)
+    """With as many classes as the alignment has outputs, the model gives the embedding; with 0, its features."""
+    model, student = create("d2v2_student", num_classes=48, checkpoint_path=str(narrow)), load_student(narrow)
     with torch.inference_mode():
-        assert_close(model(images), primary(student, images))
-        features = model.forward_features(images)
-        assert_close(model.forward_head(features, pre_logits=True), primary(student, images))
+        assert_close(model(images), student.embed(images))
+        features, embeddings = model.forward_features(images), student.embed_all(images)
+        pooled = side_by_side(embeddings, student.alignment_inputs)
+        assert_close(model.forward_head(features, pre_logits=True), pooled)
+        assert model.head_hidden_size == pooled.shape[1]
+        assert_close(create("d2v2_student", checkpoint_path=str(narrow))(images), pooled)
+        assert_close(create("d2v2_student", num_classes=3, checkpoint_path=str(narrow))(images), torch.zeros(5, 3))
+        options = {"representation": "layer_mean", "global_pool": "avg", "checkpoint_path": str(narrow)}
+        model = create("d2v2_student", **options)
         poolings: dict[str, Pooling] = {"avg": "mean_patches", "mean": "mean"}
         for pool, pooling in poolings.items():
             model.reset_classifier(0, pool)
             assert_close(model(images), student.embed(images, pooling, "layer_mean"))
-        options = {"representation": "output", "global_pool": "avg"}
-        output = create("d2v2_student", checkpoint_path=str(narrow), **options)
+        features = model.forward_features(images)
+        options |= {"representation": "output"}
+        output = create("d2v2_student", **options)
         assert_close(output.forward_features(images), student.forward_blocks(student.encode(images))[0])
         assert_close(output(images), student.embed(images, "mean_patches"))
     assert all(parameter.requires_grad for parameter in output.blocks.parameters())
@@ -132,8 +138,7 @@ def test_timm_refuses_other_files(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no tensor config_json: not a file written by d2v export"):
         timm.create_model("d2v2_student", checkpoint_path=str(old))
     for option, value, missing in (
-        ("representation", "projected", "projected_cls"),
-        ("global_pool", "max", "layer_mean_max"),
+        ("global_pool", "max", "output_max"),
         ("representation", "max", "max_cls"),
     ):
         with pytest.raises(InputError, match=f"this model has no {missing}; it has output_cls, "):
@@ -153,7 +158,7 @@ def test_a_student_comes_from_the_hub(
 
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", Mock())
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert_close(primary(load_student("hf://org/photos"), images), primary(load_student(exported), images))
+    assert_close(load_student("hf://org/photos").embed(images), load_student(exported).embed(images))
     embed_command.main(["hf://org/photos@v2/a/b.safetensors", str(small_data), str(tmp_path / "embeddings.npy")])
     assert np.load(tmp_path / "embeddings.npy").shape == (96, load_student(exported).embed_dim)
     expected = ("org/photos", "student.safetensors", None), ("org/photos", "a/b.safetensors", "v2")
@@ -177,8 +182,8 @@ def test_unsupported_files_and_options_are_refused(exported: Path, tmp_path: Pat
     ):
         export(without_cls, tmp_path / "student.onnx", "--pooling", "cls")
     student = load_student(without_cls)
-    assert student.choose_embedding() == Embedding("output", "mean_patches")
-    assert create("d2v2_student", checkpoint_path=str(without_cls)).embedding.name == "output_mean_patches"
+    assert (student.choose_embedding(), student.embedding.of) == (EMBEDDING, "output_mean")
+    assert create("d2v2_student", checkpoint_path=str(without_cls)).pooled == ["output_mean"]
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", pytest.param("pt2", marks=pytest.mark.slow)])

@@ -49,8 +49,9 @@ def test_the_next_step_can_be_copied(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setenv("PATH", "/usr/bin")
-    assert command_line.d2v("embed", "a b") == f"{python} -m d2v_composer.commands embed 'a b'"
+    assert command_line.d2v("embed", "a b") == "d2v embed 'a b'"
     script.touch(mode=0o755)
+    assert command_line.d2v("embed") == "bin/d2v embed"
     monkeypatch.setenv("PATH", str(script.parent))
     assert command_line.d2v("embed") == "d2v embed"
 

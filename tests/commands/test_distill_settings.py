@@ -27,7 +27,7 @@ def test_sizes_follow_from_images_teacher_and_device(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     teacher = TeacherConfig(encoder=ImageEncoderConfig(embed_dim=192), depth=8, average_top_k_layers=8)
-    chosen = prepare.choose_settings(num_images, teacher, None)
+    chosen = prepare.choose_settings(num_images, teacher)
     sizes = tuple(chosen[key] for key in ("max_duration", "global_train_batch_size", "optimizer.lr"))
     assert sizes == expected
     assert "teacher.image_size" not in chosen

@@ -27,13 +27,10 @@ from d2v_composer import (
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import evaluate as evaluate_command
 from d2v_composer.config.reference import load_any
-from d2v_composer.evaluation.rows import (
-    accuracy_interval,
-    gap_closed_by_step,
-    gap_closed_interval,
-    metric_key,
-    retrieval_from,
-)
+from d2v_composer.evaluation.metrics.retrieval import retrieval_from
+from d2v_composer.evaluation.results import Result, accuracy_interval, gap_closed, gap_closed_by_step
+from d2v_composer.evaluation.rows import GAP, metric_key
+from d2v_composer.models.alignment import EmbeddingInfo
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.timm_network import NetworkStudent
 from d2v_composer.sources.labeled import load_labeled_set
@@ -42,7 +39,6 @@ from helpers import GOLDEN, QUICKSTART, ROOT, datasets_of, write_images, write_m
 
 YAML = ROOT / "yamls" / "evaluate.yaml"
 TEACHER = QUICKSTART / "teacher.safetensors"
-CLS = "layer_mean_cls"
 LATEST = "latest-rank0.pt"
 DATASETS = datasets_of(QUICKSTART / "cifar10")
 
@@ -66,7 +62,8 @@ def evaluate(out: Path, model: Path, *options: str) -> Evaluated:
 @pytest.fixture(scope="module")
 def of_a_checkpoint(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
     probes = "probes=[knn,linear,agreement,instance]"
-    return evaluate(tmp_path_factory.mktemp("checkpoint"), uninterrupted / LATEST, probes)
+    options = probes, "embeddings=all", "baselines=[pixels, encoder, teacher]"
+    return evaluate(tmp_path_factory.mktemp("checkpoint"), uninterrupted / LATEST, *options)
 
 
 @pytest.mark.slow
@@ -74,13 +71,13 @@ def test_the_students_numbers_are_those_of_its_embeddings(of_a_checkpoint: Evalu
     printed, rows, (student, _) = of_a_checkpoint.printed, of_a_checkpoint.rows, load_any(uninterrupted / LATEST)
     labeled = load_labeled_set("mds", QUICKSTART / "cifar10", image_size=32, max_images=60)
     with torch.inference_mode():
-        bank, queries = (student.embed(images.samples, representation="layer_mean") for images in labeled[:2])
-        theirs = load_teacher(GOLDEN / "tiny_base.pt").embed(labeled.test.samples, representation="layer_mean")
+        bank, queries = (student.embed(images.samples) for images in labeled[:2])
+        theirs = load_teacher(GOLDEN / "tiny_base.pt").embed(labeled.test.samples)
     sets = bank, labeled.train.labels, queries, labeled.test.labels
     values = {
         (row["candidate"], row["bank"], row["measure"], row["k"]): float(row["value"])
         for row in rows
-        if row["embedding"] == CLS
+        if row["embedding"] == "embedding"
     }
     for k, accuracy in retrieval_accuracy(*sets).items():
         assert values["student", "train", "retrieval", str(k)] == pytest.approx(accuracy)
@@ -90,7 +87,7 @@ def test_the_students_numbers_are_those_of_its_embeddings(of_a_checkpoint: Evalu
     assert values["student", "", "agreement", "10"] == pytest.approx(neighbor_agreement(queries, theirs))
     assert values["teacher", "", "agreement", "10"] == 1
     assert all(0 <= float(row["low"]) <= float(row["value"]) <= float(row["high"]) <= 1 for row in rows)
-    assert printed.startswith(f"embedding: {CLS}\nZero-")
+    assert printed.startswith("embedding: output_cls, 48 channels, ")
     assert "Probes fitted on train, measured on test on small" in printed
 
 
@@ -98,8 +95,8 @@ def test_the_students_numbers_are_those_of_its_embeddings(of_a_checkpoint: Evalu
 def test_every_model_and_embedding_has_its_rows(of_a_checkpoint: Evaluated) -> None:
     names = [candidate["name"] for candidate in of_a_checkpoint.report["candidates"]]
     assert names == ["pixels", "encoder", "untrained student", "student", "teacher"]
-    embeddings = {"pixels": 1, "encoder": 3, "untrained student": 6, "student": 6, "teacher": 6}
-    embeddings |= dict.fromkeys(("student, projected", "teacher, projected", "student in the teacher's index"), 1)
+    embeddings = {"pixels": 1, "encoder": 3, "untrained student": 7, "student": 7, "teacher": 7}
+    embeddings["student in the teacher's index"] = 1
     retrievals, probes, without_labels = 2 * 2, 3, 3  # two banks, two k
     rows = Counter(row["candidate"] for row in of_a_checkpoint.report["results"])
     assert rows == {name: (retrievals + probes + without_labels) * count for name, count in embeddings.items()}
@@ -153,7 +150,9 @@ def evaluated(rivals: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         for name, model in {**rivals, "rivals": GOLDEN / "tiny_base.pt"}.items():
             options = [f"rivals=[{','.join(map(str, rivals.values()))}]"] if name == "rivals" else []
             sets, out = f"datasets={{noise: {{format: mds, root: {folder}}}}}", folder / name
-            evaluate_command.main([f"model={model}", sets, "probes=[instance]", f"out={out}", *options])
+            evaluate_command.main(
+                [f"model={model}", sets, "probes=[instance]", "embeddings=all", f"out={out}", *options]
+            )
             tables[name] = json.loads((out / "evaluation.json").read_text())["results"]
     return Compared(tables, timed)
 
@@ -181,7 +180,7 @@ def test_a_rival_has_a_row_of_its_own(places: str) -> None:
 
 def test_speed_is_of_the_batches_that_it_names(evaluated: Compared, rivals: dict[str, Path]) -> None:
     """Each model encodes one batch of each size by itself, although several have the same encoder."""
-    models = ["encoder", "untrained student", "teacher", *map(str, rivals.values())]
+    models = ["untrained student", "teacher", *map(str, rivals.values())]
     assert sorted(evaluated.timed) == sorted(product(models, [1, 64]))
 
 
@@ -189,10 +188,12 @@ def test_a_teacher_is_compared_with_an_untrained_student(capsys: pytest.CaptureF
     evaluate_command.main([str(YAML), f"model={TEACHER}", DATASETS, "max_images=8", "precision=amp_bf16"])
     printed = capsys.readouterr().out
     first, *lines = printed.splitlines()
-    assert first == "embedding: output_cls"
-    assert lines[0] == "Zero-shot retrieval on small, output_cls, accuracy in % [95 % interval]"
-    rows = [re.match(r"\D+?(?= +\d)", line) for line in lines[2:6]]
-    assert [row and row[0] for row in rows] == ["pixels", "encoder", "untrained student", "teacher"]
+    assert first == "embedding: output_mean, 192 channels, the teacher's own"
+    assert lines[0] == (
+        "Zero-shot retrieval on small, embedding: the teacher's output_mean, accuracy in % [95 % interval]"
+    )
+    rows = [re.match(r"\D+?(?= +\d)", line) for line in lines[2:5]]
+    assert [row and row[0] for row in rows] == ["pixels", "untrained student (raw output_mean)", "teacher"]
     assert "gap closed" not in printed
 
 
@@ -200,8 +201,9 @@ def test_images_without_labels_are_judged_without(uninterrupted: Path, tmp_path:
     photos = write_images(tmp_path / "photos", [f"{number}.jpg" for number in range(12)])
     sets = f"datasets={{photos: {{format: folder, root: {photos}}}}}"
     judged = evaluate(tmp_path, uninterrupted / LATEST, sets, "probes=[knn]")
-    title = f"embedding: {CLS}\nMeasured without labels on photos, {CLS}, in % [95 % interval]\n"
-    assert judged.printed.startswith(title)
+    assert "Measured without labels on photos, embedding: the teacher's output_cls, in % [95 % interval]\n" in (
+        judged.printed
+    )
     table = re.sub(" {2,}", "  ", judged.printed)
     assert "neighbor agreement  instance top-1  instance top-3" in table
     assert "\nteacher  100.0 [100.0, 100.0] " in table
@@ -228,18 +230,26 @@ def test_the_gap_closed_is_paired_by_query() -> None:
     rng = np.random.default_rng(0)
     untrained, teacher = rng.random(2000) < 0.3, rng.random(2000) < 0.5
     half = np.where(np.arange(2000) % 2 == 0, teacher, untrained)
-    assert gap_closed_interval(untrained, teacher, teacher) == (1, 1, 1, "")
-    assert gap_closed_interval(untrained, untrained, teacher) == (0, 0, 0, "")
-    assert gap_closed_interval(teacher, half, untrained) is None
-    share = gap_closed_interval(untrained, half, teacher)
-    assert share is not None
+
+    def closed(*hits: np.ndarray) -> Any:
+        info, column = EmbeddingInfo("output_cls", "raw", 8, ""), retrieval_from("train", 1)
+        cells = {
+            row: Result(row, "set", column, "output_cls", info, True, torch.from_numpy(hit))
+            for row, hit in zip(GAP, hits, strict=True)
+        }
+        return gap_closed(cells)
+
+    assert closed(untrained, teacher, teacher).interval == (1, 1, 1)
+    assert closed(untrained, untrained, teacher).interval == (0, 0, 0)
+    assert closed(teacher, half, untrained) == (None, 0)
+    share = closed(untrained, half, teacher).interval
     assert share.low < 0.5 < share.high < share.low + 0.3
 
 
 def log_of(student: dict[str, dict[int, float]], teacher: dict[str, float]) -> dict[str, dict[int, float]]:
     measures = {bank: retrieval_from(bank, 1) for bank in student}
-    log = {metric_key("cifar10", measures[bank], CLS): values for bank, values in student.items()}
-    return log | {metric_key("cifar10", measures[bank], CLS, "teacher"): {0: value} for bank, value in teacher.items()}
+    log = {metric_key("cifar10", measures[bank]): values for bank, values in student.items()}
+    return log | {metric_key("cifar10", measures[bank], row="teacher"): {0: value} for bank, value in teacher.items()}
 
 
 STUDENT = {"train": {0: 0.2, 10: 0.3}, "test": {0: 0.1, 10: 0.2}}
@@ -258,8 +268,8 @@ STUDENT = {"train": {0: 0.2, 10: 0.3}, "test": {0: 0.1, 10: 0.2}}
 def test_the_gap_closed_over_a_run(
     student: dict[str, dict[int, float]], teacher: dict[str, float], expected: dict[int, float]
 ) -> None:
-    assert gap_closed_by_step(log_of(student, teacher), "cifar10", CLS) == pytest.approx(expected)
+    assert gap_closed_by_step(log_of(student, teacher), "cifar10") == pytest.approx(expected)
     if student is STUDENT:  # the baselines may be another run's
         log, baselines = log_of({bank: {10: top1[10]} for bank, top1 in student.items()}, {}), log_of(student, teacher)
         later = {step: value for step, value in expected.items() if step}
-        assert gap_closed_by_step(log, "cifar10", CLS, baselines=baselines) == pytest.approx(later)
+        assert gap_closed_by_step(log, "cifar10", baselines=baselines) == pytest.approx(later)

@@ -12,11 +12,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from d2v_composer import linear_probe_accuracy
+from d2v_composer import knn_accuracy, linear_probe_accuracy
 from d2v_composer.evaluation import linear_probe
-from d2v_composer.evaluation.labeled_retrieval import Lookup, measure_embeddings
+from d2v_composer.evaluation.embedded_set import embed_set
 from d2v_composer.evaluation.linear_probe import STRENGTHS, fit_linear_probe
+from d2v_composer.evaluation.measurement import measure
 from d2v_composer.evaluation.rows import rows_of
+from d2v_composer.evaluation.settings import Settings
 from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples
 
 
@@ -97,18 +99,31 @@ def test_doubts_a_fit_that_has_not_converged_and_no_other(monkeypatch: pytest.Mo
     assert not fit_linear_probe(data.train, data.train_labels, 1e-3).converged
 
 
+def test_fewer_than_20_train_images_say_how_many_voted() -> None:
+    data = blobs(9, 6)
+    labeled = EvaluationSet(LabeledSamples(data.train, data.train_labels), LabeledSamples(data.test, data.test_labels))
+    settings = Settings("a", (1,), ["knn"], augment=None, batch_size=1000)
+    embeds = {"student": lambda x: {"a": x}}
+    results = measure(rows_of(embeds), embed_set(embeds, "", labeled, settings), "", labeled, settings)
+    voted = {result.column.heading: result for result in results if result.column.metric == "knn"}
+    assert voted.keys() == {"9-NN weighted", "9-NN majority"}
+    assert {result.column.k for result in voted.values()} == {9}
+    assert voted["9-NN weighted"].hits.double().mean() == knn_accuracy(*data, k=9)
+
+
 def test_a_warning_names_model_and_data_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run measures its student many times; an embedding that no table shows is not named."""
     monkeypatch.setattr(linear_probe, "MAX_EVALUATIONS", 2)
     data = blobs(40, 6)
     labeled = EvaluationSet(LabeledSamples(data.train, data.train_labels), LabeledSamples(data.test, data.test_labels))
     embeds = dict.fromkeys(["student", "teacher"], lambda x: {"a": x, "b": x})
-    lookup = Lookup("a", (1,), ["linear"], augment=None, batch_size=1000)
+    settings = Settings("a", (1,), ["linear"], augment=None, batch_size=1000, needs_all=True)
+    embedded = embed_set(embeds, "", labeled, settings)
     for dataset in ("first", "first", "second"):
-        results = list(measure_embeddings(rows_of(embeds), embeds, dataset, labeled, lookup))
+        results = list(measure(rows_of(embeds), embedded, dataset, labeled, settings))
         assert len(results) == 2 * 2 * 3
     assert caplog.messages == [
         f"{dataset}, {model}: the linear probe has not converged"
         for dataset in ("first", "second")
-        for model in ("teacher", "student")
+        for model in ("student", "teacher")
     ]

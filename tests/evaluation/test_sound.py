@@ -11,10 +11,11 @@ from torch import Tensor
 
 from d2v_composer import load_teacher
 from d2v_composer.commands import evaluate as evaluate_command
+from d2v_composer.evaluation.embedded_set import embed_set
 from d2v_composer.evaluation.evaluate import share_encoders
-from d2v_composer.evaluation.labeled_retrieval import Lookup, embed_set
+from d2v_composer.evaluation.metrics.metric import VIEWS
 from d2v_composer.evaluation.nearest_neighbors import Ranks
-from d2v_composer.evaluation.rows import VIEWS
+from d2v_composer.evaluation.settings import Settings
 from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples
 from helpers import GOLDEN, write_words
 
@@ -49,8 +50,8 @@ def test_each_clip_is_embedded_as_if_alone(teacher: Any, world_size: int) -> Non
     assert list(embeds) == ["log_mel", "encoder", "student", "teacher"]
     for rank in range(world_size):
         ranks = Ranks(rank, world_size)
-        lookup = Lookup("", (1,), (), augment, 3, ranks=ranks)
-        embedded = embed_set(embeds, "clips", without_labels(samples), lookup, with_views=True)
+        settings = Settings("", (1,), (), augment, 3, needs_all=True, ranks=ranks)
+        embedded = embed_set(embeds, "clips", without_labels(samples), settings)
         for (model, embed), part in product(embeds.items(), ("test", *VIEWS)):
             for place, i in enumerate(ranks.indices_of_rank(len(samples)).tolist()):
                 clip = samples[i] if part == "test" else half(samples[i], i, VIEWS.index(part))
@@ -67,8 +68,7 @@ def test_clips_of_similar_length_are_padded_together() -> None:
         shapes.add((tuple(inputs.shape), None if lengths is None else tuple(lengths.tolist())))
         return inputs[:, :1]
 
-    lookup = Lookup("", (1,), (), None, 3)
-    embed_set({"watches": watch}, "clips", without_labels(clips()), lookup, with_views=False)
+    embed_set({"watches": watch}, "clips", without_labels(clips()), Settings("", (1,), (), None, 3))
     assert {((3, 8000), (8000, 6172, 4501)), ((1, 1440), None)} <= shapes
 
 
@@ -78,10 +78,10 @@ def test_words_are_compared_by_every_measure(tmp_path: Path, capsys: pytest.Capt
     arguments = [f"model={BASE}", sets, "device_eval_batch_size=8", f"out={tmp_path / 'out'}"]
     evaluate_command.main([*arguments, "probes=[knn,linear,agreement,instance]"])
     printed = capsys.readouterr()
-    assert printed.out.startswith("embedding: output_mean_patches\nZero-shot retrieval on words, output_mean_patches")
+    assert "\nZero-shot retrieval on words, embedding: the teacher's output_mean, accuracy" in printed.out
     assert "GFLOP/audio second\n" in printed.out
     assert printed.out.endswith(f"embed {BASE} CLIPS embeddings.npy\n")
-    assert "embedding 39 samples of words: log_mel, encoder, untrained student, teacher" in printed.err
+    assert "embedding 39 samples of words: log_mel, untrained student, teacher" in printed.err
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert report["class_names"] == {"words": ["no", "stop", "yes"]}
     assert {row["measure"] for row in report["results"]} == {
@@ -90,7 +90,7 @@ def test_words_are_compared_by_every_measure(tmp_path: Path, capsys: pytest.Capt
     hits = {
         row["candidate"]: row["value"]
         for row in report["results"]
-        if (row["measure"], row["k"], row["embedding"]) in (("instance", 1, ""), ("instance", 1, "output_mean"))
+        if (row["measure"], row["k"], row["embedding"]) in (("instance", 1, ""), ("instance", 1, "embedding"))
     }
-    assert hits.keys() == {"log_mel", "encoder", "untrained student", "teacher"}
+    assert hits.keys() == {"log_mel", "untrained student", "teacher"}
     assert all(0 < value < 1 for value in hits.values())  # the two views differ

@@ -91,8 +91,7 @@ def test_a_program_computes_the_students_embedding(student: Path, tmp_path: Path
     export(student, path, *(["--pooling", "mean", "--representation", "output"] if suffix == "onnx" else []))
     program, about = load(path)
     is_sound = loaded.encoder.input_name == "waveforms"
-    primary = "output_mean_patches" if is_sound else "layer_mean_cls"
-    assert about["embedding"] == ("output_mean" if suffix == "onnx" else primary)
+    assert about["embedding"] == ("output_mean" if suffix == "onnx" else "embedding")
     preprocessing = json.loads(about["preprocessing"])
     assert preprocessing == {"sample_rate": 16_000} if is_sound else preprocessing["image_size"] == 32
     batches = batches_for(loaded)

@@ -11,10 +11,12 @@ import torch
 import yaml
 
 from d2v_composer import load_student, load_teacher
-from d2v_composer.checkpoints.checkpoint import Result
 from d2v_composer.checkpoints.fairseq import LICENSE_NOTE, LICENSES
+from d2v_composer.checkpoints.load import load_models
 from d2v_composer.commands import evaluate, export
-from d2v_composer.evaluation.rows import AGREEMENT, retrieval_from
+from d2v_composer.evaluation.metrics import AGREEMENT
+from d2v_composer.evaluation.metrics.retrieval import retrieval_from
+from d2v_composer.evaluation.results import Result
 from d2v_composer.export.model_card import name_license, plan_model_card
 from d2v_composer.models.backbone import hash_weights
 from d2v_composer.models.configs import AudioEncoderConfig, ImageEncoderConfig
@@ -86,7 +88,7 @@ def test_a_student_of_sound_says_how_it_takes_clips(tmp_path: Path) -> None:
     front, text = card_of(student, tmp_path)
     assert (front["pipeline_tag"], front["tags"][-1]) == ("feature-extraction", "audio")
     shown = "trained it on 96 clips", "maps an audio clip", "GFLOP per audio second", "| clips | 16 kHz mono"
-    for words in (*shown, "student.embed(clips, ", license):
+    for words in (*shown, "student.embed(clips)", license):
         assert words in text, words
     assert "image" not in text
 
@@ -123,8 +125,15 @@ def test_the_runs_last_retrieval_is_in_the_card(uninterrupted: Path, tmp_path: P
     """The student was trained on, and a probe was added, since the baselines were measured."""
     shares = {"teacher": 5, "untrained student": 1, "student": 2}
     top1, contents = retrieval_from("train", 1), load_checkpoint(uninterrupted / "latest-rank0.pt")
-    results = [Result(row, "small", top1, "", True, torch.arange(10) < hits) for row, hits in shares.items()]
-    results.append(Result("student", "small", AGREEMENT, "", True, torch.full((10,), 0.4)))
+    student, _ = load_models(str(uninterrupted / "latest-rank0.pt"))
+    weights, info = student.identify_weights(), student.embedding
+
+    results = [
+        Result(row, "small", top1, "embedding", info, True, torch.arange(10) < hits, weights)
+        for row, hits in shares.items()
+    ]
+    [agreement] = AGREEMENT.columns((), {})
+    results.append(results[-1]._replace(column=agreement, hits=torch.full((10,), 0.4)))
     measured = {"history": [{"batch": 12}], "results": [result.plain() for result in results]}
     contents["state"]["callbacks"]["ZeroShotRetrieval"] = measured
     torch.save(contents, tmp_path / "checkpoint.pt")
@@ -138,9 +147,23 @@ def test_the_runs_last_retrieval_is_in_the_card(uninterrupted: Path, tmp_path: P
     card = (tmp_path / "exported" / "README.md").read_text()
     assert "\n".join(["", *table, ""]) in card
     assert "\nmetrics: [accuracy]\n" in card
-    assert "after 12 batches (this student was trained for 14), in" in card
-    _, text = card_of(small_student(results={"batch": 14, "last": 14, "accuracies": {}}), tmp_path)
-    assert "after 14 batches, in" in text
+    assert "The run's last retrieval, by the embedding, without intervals." in card
+
+
+@pytest.mark.parametrize("change", ["weights", "alignment"])
+def test_a_card_has_no_results_of_other_weights_or_of_another_alignment(change: str, tmp_path: Path) -> None:
+    """As after d2v align, or in a checkpoint between two retrievals."""
+    student = small_student()
+    student.align(torch.eye(student.embed_dim, 4 * student.embed_dim), torch.zeros(student.embed_dim), "output_cls")
+    results = {"accuracies": {"small bank_train/top1": {"student": 0.5}}, "embedding": "embedding"}
+    results |= {"weights": student.identify_weights(), "fingerprint": student.embedding.fingerprint}
+    student.provenance["results"] = results
+    assert "| small bank_train/top1 | 0.500 |" in card_of(student, tmp_path / "before")[1]
+    if change == "weights":
+        next(student.blocks.parameters()).data.add_(1)
+    else:
+        student.align(student.alignment.weight + 1, student.alignment.bias, "output_cls")
+    assert "None are recorded" in card_of(student, tmp_path / "after")[1]
 
 
 def test_a_readme_that_export_did_not_write_is_kept(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from d2v_composer.config.reference import load_any
 from d2v_composer.data.audio import Audio
 from d2v_composer.evaluation.nearest_neighbors import common_fractions, nearest_others
-from d2v_composer.evaluation.rows import accuracy_interval
+from d2v_composer.evaluation.results import accuracy_interval
 from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher

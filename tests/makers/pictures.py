@@ -35,7 +35,7 @@ def curve(run: Path) -> Figure:
     axes = figure.subplots()
     for row in ROWS.values():
         values = log.get("/".join(filter(None, ["metrics/cifar10", row.key, "bank_train/top1"])), {})
-        if not values or not row.color or row.is_projected:
+        if not values or not row.color or len(row.models) > 1:
             continue
         accuracies = [100 * value for value in values.values()]
         first, last = accuracies[0], accuracies[-1]

@@ -1,22 +1,19 @@
 """The classifier: what trains, how deep it is, and the same network with random weights."""
 
-from typing import get_args
-
 import torch
 
 from d2v_composer import load_teacher
 from d2v_composer.config.schema import LayerwiseOptimizerConfig
 from d2v_composer.models.classification import Classifier
-from d2v_composer.models.names import Representation
 from d2v_composer.runs.trainer import build_optimizer
 from helpers import GOLDEN
 
 
-def build_classifier(representation: Representation = "output", *, train_encoder: bool) -> Classifier:
+def build_classifier(embedding: str = "output_cls", *, train_encoder: bool) -> Classifier:
     """Return one of a student that is narrower than its encoder."""
-    teacher = load_teacher(GOLDEN / "tiny_base.pt", projected=True)
-    student = teacher.build_student(depth=2, embed_dim=24, projected=representation == "projected")
-    return Classifier(student, 3, representation, train_encoder=train_encoder)
+    student = load_teacher(GOLDEN / "tiny_base.pt").build_student(depth=2, embed_dim=24)
+    student.raw_embedding = embedding
+    return Classifier(student, 3, train_encoder=train_encoder)
 
 
 def names_of_trained(model: Classifier) -> set[str]:
@@ -25,9 +22,9 @@ def names_of_trained(model: Classifier) -> set[str]:
 
 def test_every_trained_parameter_has_a_gradient() -> None:
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    for representation in get_args(Representation):
+    for embedding in ("output_cls", "output_mean", "layer_mean_cls"):
         for train_encoder in (False, True):
-            model = build_classifier(representation, train_encoder=train_encoder)
+            model = build_classifier(embedding, train_encoder=train_encoder)
             batch = model.prepare((images, torch.tensor([0, 2])))
             torch.nn.init.normal_(model.head.weight)
             model.loss(model(batch), batch).backward()

@@ -258,8 +258,8 @@ def test_embeddings_are_poolings_of_output_and_layer_mean(teacher: Data2Vec2) ->
     torch.testing.assert_close(student.embed(IMAGES, "mean_patches", "layer_mean"), patches.mean(1))
     of_teacher = DistillationModel(teacher, student).retrieval_baselines()["teacher"](IMAGES)
     torch.testing.assert_close(of_teacher["layer_mean_mean"], teacher.targets(x).mean(1))
-    assert len(of_teacher) == 6
-    with pytest.raises(ValueError, match="no embedding 'output_max'; this model has: output_cls"):
+    assert len(of_teacher) == 7
+    with pytest.raises(ValueError, match="this model has no output_max; it has output_cls"):
         student.embed(IMAGES, pooling="max")  # pyright: ignore[reportArgumentType]
 
 

@@ -85,8 +85,8 @@ def test_a_step_with_kept_targets_needs_no_teacher(teacher: Any, has_own_encoder
 
 
 def with_two_objectives() -> DistillationModel:
-    both = load_teacher(GOLDEN / "tiny_base.pt", projected=True)
-    return model_with(both, both.build_student(depth=2, projected=True), embedding=0.5)
+    both = load_teacher(GOLDEN / "tiny_base.pt")
+    return model_with(both, both.build_student(depth=2), embedding=0.5)
 
 
 def test_kept_targets_of_two_objectives() -> None:
@@ -123,50 +123,55 @@ def test_cosine_and_smooth_l1(teacher: Any) -> None:
     assert train(model, IMAGES)[-1] < 0.9 * model.loss(regression, IMAGES)
 
 
-def test_the_image_embedding_of_data2vec() -> None:
+def test_the_embedding_of_data2vec() -> None:
     """CLS of the output, by its cosine, beside the tokens; encoder and teacher run once for both."""
-    teacher = load_teacher(GOLDEN / "tiny_base.pt", projected=True)
+    teacher = load_teacher(GOLDEN / "tiny_base.pt")
     torch.manual_seed(0)
-    student = teacher.build_student(depth=2, projected=True)
+    student = teacher.build_student(depth=2)
     model = model_with(teacher, student, embedding=2.0, weight=0.5)
     parts = {teacher.encoder, *teacher.block_list, *student.block_list}
     calls = count_calls(*parts)
     results = model(IMAGES)
     assert calls == dict.fromkeys(parts, 1)
     theirs, _ = teacher.forward_blocks(teacher.encode(IMAGES))
-    ours, _ = student.forward_blocks(student.encode(IMAGES))
     torch.testing.assert_close(results.others[0].target, normalize(theirs[:, 0]))
-    torch.testing.assert_close(student.embed(IMAGES, representation="projected"), ours[:, 0])
-    tokens = DistillationModel(teacher, student)
-    cosines = (normalize(ours[:, 0]) * normalize(theirs[:, 0])).sum(dim=1)
+    tokens = DistillationModel(teacher, teacher.build_student(depth=2))
+    tokens.student.load_state_dict(student.state_dict(), strict=False)
+    cosines = (normalize(student.embed(IMAGES)) * normalize(teacher.embed(IMAGES))).sum(dim=1)
     expected = {"tokens": tokens.loss(tokens(IMAGES), IMAGES), "embedding": 1 - cosines.mean()}
     weighted = 0.5 * expected["tokens"] + 2 * expected["embedding"]
     torch.testing.assert_close(dict(model.loss(results, IMAGES)), expected | {"total": weighted})
 
 
-def test_a_narrower_student_learns_the_image_embedding_through_a_layer() -> None:
-    """Alone, without the tokens."""
-    teacher = load_teacher(GOLDEN / "tiny_base.pt", projected=True)
+def test_a_narrower_student_learns_the_embedding_alone() -> None:
+    """Without the tokens, by all that its alignment reads."""
+    teacher = load_teacher(GOLDEN / "tiny_base.pt")
     torch.manual_seed(0)
-    student = teacher.build_student(depth=2, embed_dim=24, projected=True)
+    student = teacher.build_student(depth=2, embed_dim=24)
     model = model_with(teacher, student, embedding=1.0, weight=0.0)
-    output, _ = student.forward_blocks(student.encode(IMAGES))
-    projected, target, *_ = model(IMAGES)
-    torch.testing.assert_close(normalize(projected), normalize(student.projection.linear(output[:, 0])))
-    for length in (0.9, 1.1):  # the loss leaves it free, but Health compares with the target
-        assert mse_loss(projected, target) < mse_loss(length * projected, target)
+    embeddings = student.embed_all(IMAGES)
+    names = [f"{kind}_{pooling}" for kind in ("output", "layer_mean") for pooling in ("cls", "mean")]
+    joined = torch.cat([embeddings[name] for name in names], dim=1)
+    expected = torch.nn.functional.linear(joined, student.alignment.weight, student.alignment.bias)
+    torch.testing.assert_close(embeddings["embedding"], expected)
+    prediction, target, *_ = model(IMAGES)
+    torch.testing.assert_close(normalize(prediction), normalize(expected))
     losses = train(model, IMAGES)
+    prediction, target, *_ = model(IMAGES)
+    for length in (0.9, 1.1):  # the loss leaves it free, but Health compares with the target
+        assert mse_loss(prediction, target) < mse_loss(length * prediction, target)
     assert losses[-1] < 0.5 * losses[0]
-    assert any(name.startswith("student.projection.") for name in model.state_dict())
+    assert any(name.startswith("student.alignment.") for name in model.state_dict())
+    assert student.embedding[:3] == ("output_cls", "training", teacher.embed_dim)
 
 
-def test_the_image_embedding_of_sound_leaves_out_padding() -> None:
-    teacher = load_teacher(GOLDEN / "audio_base.pt", projected=True)
-    model = model_with(teacher, teacher.build_student(depth=1, projected=True), embedding=1.0)
+def test_the_embedding_of_sound_leaves_out_padding() -> None:
+    teacher = load_teacher(GOLDEN / "audio_base.pt")
+    model = model_with(teacher, teacher.build_student(depth=1), embedding=1.0)
     clips, lengths = torch.rand(2, 4000, generator=torch.Generator().manual_seed(1)) - 0.5, torch.tensor([4000, 2500])
     target = model({"audio": clips, "lengths": lengths}).others[0].target
-    torch.testing.assert_close(target, normalize(teacher.embed(clips, "mean_patches", lengths=lengths)))
-    alone = normalize(teacher.embed(clips[1:, :2500], "mean_patches"))
+    torch.testing.assert_close(target, normalize(teacher.embed(clips, "mean", lengths=lengths)))
+    alone = normalize(teacher.embed(clips[1:, :2500], "mean"))
     torch.testing.assert_close(target[1:], alone, rtol=1e-3, atol=1e-4)
 
 

@@ -48,17 +48,17 @@ def test_it_trains_whole(teacher: Any, name: str) -> None:
     assert losses[-1] < 0.8 * losses[0]
     assert {key.split(".")[0] for key in model.state_dict()} == {"student", "objectives"}
     embeddings = student.eval().embed_all(IMAGES)
-    assert list(embeddings) == student.embedding_names
+    assert list(embeddings) == [*student.raw_names, "embedding"]
 
 
 def test_what_one_gets_is_timms(teacher: Any) -> None:
     student = teacher.build_student(model="timm/mobilenetv3_small_050").eval()
-    theirs: Any = timm.create_model("mobilenetv3_small_050").eval()
+    theirs: Any = timm.create_model("mobilenetv3_small_050", num_classes=0).eval()
     theirs.load_state_dict(student.encoder.model.state_dict())
     with torch.no_grad():
         features = theirs.forward_features(student.encoder.prepare(IMAGES))
         pooled = theirs.forward_head(features, pre_logits=True)
-        assert not theirs(student.encoder.prepare(IMAGES)).any()  # its classifier knows no classes
+        assert torch.equal(theirs(student.encoder.prepare(IMAGES)), pooled)
     torch.testing.assert_close(student.embed(IMAGES, "cls"), pooled)
     torch.testing.assert_close(student.embed(IMAGES, "mean"), features.mean(dim=(2, 3)))
 
@@ -70,8 +70,8 @@ def test_what_one_gets_is_timms(teacher: Any) -> None:
         ("eva02_tiny_patch14_224", 28, ""),  # none, unless one asks for it
         ("test_vit_relpos", 32, ""),  # another size, which no weight shows
         pytest.param("efficientformer_l1", 224, "", marks=pytest.mark.slow),  # whole numbers among the weights
-        ("levit_128s", 32, "the outputs differ"),
-        pytest.param("repvit_m0_9", 32, "the outputs differ", marks=pytest.mark.slow),
+        ("levit_128s", 32, ""),  # two, each after a BatchNorm, which is new and changes nothing
+        pytest.param("repvit_m0_9", 32, "", marks=pytest.mark.slow),
         pytest.param("caformer_s18", 32, "is invalid for input of size", marks=pytest.mark.slow),
     ],
 )
@@ -87,7 +87,7 @@ def test_a_file_computes_the_same_in_timm_or_is_not_written(tmp_path: Path, name
     save_student(student, path)
     expected = student.embed(pictures)
     model = eval(timm_call(student, path)).eval()
-    torch.testing.assert_close(model.forward_head(model.forward_features(pictures), pre_logits=True), expected)
+    torch.testing.assert_close(model(pictures), expected)
     torch.testing.assert_close(load_student(path).embed(pictures), expected)
     student.head = torch.nn.Linear(expected.shape[1], 3)
     if problem:
@@ -96,7 +96,16 @@ def test_a_file_computes_the_same_in_timm_or_is_not_written(tmp_path: Path, name
         assert [file.name for file in tmp_path.iterdir()] == ["student.safetensors"]
         return
     save_student(student, path)
-    torch.testing.assert_close(eval(timm_call(student, path)).eval()(pictures), student.head(expected))
+    logits = eval(timm_call(student, path)).eval()(pictures)
+    torch.testing.assert_close(logits, student.head(expected), rtol=1e-5, atol=1e-5)
+    student.head = None
+    student.align(torch.randn(5, expected.shape[1]), torch.randn(5), "output_mean")
+    save_student(student, path)
+    aligned = student.embed(pictures)
+    torch.testing.assert_close(eval(timm_call(student, path)).eval()(pictures), aligned, rtol=1e-5, atol=1e-5)
+    again = load_student(path)
+    assert again.embedding == student.embedding
+    assert torch.equal(again.embed(pictures), aligned)
 
 
 def test_registers_are_left_out() -> None:

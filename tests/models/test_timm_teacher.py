@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from torch.testing import assert_close
 
 from d2v_composer.models.configs import TeacherConfig, height_and_width
-from d2v_composer.models.encoder import Inputs, Tokens
+from d2v_composer.models.encoder import Tokens
 from d2v_composer.models.timm_network import projection_width
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, teacher_config
 from d2v_composer.objectives.distillation import DistillationModel
@@ -164,8 +164,8 @@ def test_registers_are_not_cls() -> None:
     student = teacher.build_student(depth=1)
     images = images_for(teacher.config)
     names = {f"{name}_{pooling}" for name in ("output", "layer_mean") for pooling in ("mean", "mean_patches")}
-    assert set(student.embed_all(images)) == names
-    assert student.choose_embedding().name == "output_mean_patches"
+    assert set(student.embed_all(images)) == {*names, "embedding"}
+    assert student.embedding[:2] == teacher.embedding._replace(made_by="raw")[:2] == ("output_mean_patches", "raw")
     with pytest.raises(InputError, match=r"this model has no .*_cls; it has output_mean"):
         student.choose_embedding("cls")
     outputs = DistillationModel(teacher, student, extra_tokens="drop")(images)
@@ -219,28 +219,30 @@ HEADS = {
 
 @pytest.mark.parametrize(("name", "outputs"), HEADS.items())
 def test_its_image_embedding_is_timms(name: str, outputs: int) -> None:
-    """And a student ends with its head, which stays as it is."""
+    """Where it is a text tower's, it is the teacher's embedding; elsewhere, the teacher has a raw one like it."""
     options, first_blocks = MODELS[name]
     model: Any = randomise(timm.create_model(name, num_classes=outputs, **options))
     config = teacher_config(f"timm/{name}", model, first_blocks)
     images = images_for(config)
     with torch.no_grad():
         expected = model.forward_head(model.forward_features(images))
-        norm = nn.Identity() if isinstance(model.norm, nn.Identity) else nn.LayerNorm(48, model.norm.eps)
-        norm.load_state_dict(model.norm.state_dict())
-    teacher = TimmTeacher(model, config, projected=True)
-    assert_equal_to_1e_5(teacher.embed_all(images)["projected_cls"], expected)
-    assert teacher.projected_width == expected.shape[1]
+        is_joint = bool(outputs) or model.attn_pool is not None
+        if not is_joint:
+            expected = model.forward_features(images)
+            expected = (
+                expected[:, 0] if model.global_pool == "token" else expected[:, model.num_prefix_tokens :].mean(1)
+            )
+    teacher = TimmTeacher(model, config, has_head=is_joint)
+    assert_equal_to_1e_5(teacher.embed(images), expected)
+    assert teacher.embedding.width == expected.shape[1]
+    assert (teacher.embedding.of == "joint") == is_joint
     torch.manual_seed(0)
-    student = teacher.build_student(depth=1, projected=True)
+    student = teacher.build_student(depth=1)
     distillation = DistillationModel(teacher, student, objectives={"tokens": {}, "embedding": {"weight": 1.0}})
     assert_equal_to_1e_5(distillation(images).others[0].target, normalize(expected))
-    output = student.features(student.encoder(Inputs(images))).output
-    with torch.no_grad():
-        theirs = teacher.projection.model.forward_head(norm(output))
-    assert_equal_to_1e_5(student.embed(images, representation="projected"), theirs)
+    assert student.embed(images).shape == expected.shape
     train(distillation, images, steps=1)
-    assert {name.split(".")[1] for name in distillation.state_dict()} == {"blocks"}
+    assert {name.split(".")[1] for name in distillation.state_dict()} == {"blocks", "alignment"}
 
 
 def test_which_of_timms_models_have_a_projection() -> None:

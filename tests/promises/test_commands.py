@@ -139,6 +139,44 @@ def test_lines_arrive_at_once_in_a_pipe_and_a_reader_may_leave(small_data: Path,
     assert subprocess.run(piped, shell=True, capture_output=True, timeout=60).stderr == b""
 
 
+NO_STDOUT = "standard output cannot be written: No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "line"),
+    [
+        ("d2v fields >&-", 0, ""),
+        ("d2v fields <&- >&-", 0, ""),
+        ("d2v fields > /dev/full", 1, NO_STDOUT),
+        ("d2v --help > /dev/full", 1, NO_STDOUT),
+        ("train --help > /dev/full", 1, NO_STDOUT),
+        ("train --help >&-", 0, ""),
+        ("d2v fields 2>&-", 0, ""),
+        ("d2v fieldss 2>&-", 2, ""),
+        ("d2v fieldss 2> /dev/full", 2, ""),
+        ("d2v fields | true", 0, ""),
+        ("train --help | true", 0, ""),
+        ("ulimit -f 0; d2v fields | cat", 2, "No usable temporary directory"),  # no file can be written anywhere
+    ],
+)
+def test_streams_and_temporary_folders_that_fail_are_one_line(command: str, status: int, line: str) -> None:
+    """18: closed, full, or without a reader."""
+    script, train = shlex.quote(str(D2V_SCRIPT)), f"{sys.executable} {ROOT / 'recipes' / 'train.py'}"
+    command = f"set -o pipefail; {command.replace('d2v ', f'{script} ').replace('train ', f'{train} ')}"
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == status, ended.stderr
+    assert line in ended.stderr
+    assert len(ended.stderr.splitlines()) == bool(line)
+
+
+def test_a_hub_out_of_reach_is_asked_once(tmp_path: Path) -> None:
+    """6, 18: its client would warn of each of ten attempts."""
+    variables = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    ended = run_command(D2V_SCRIPT, "embed", "hf://org/photos", tmp_path, tmp_path / "out.npy", environment=variables)
+    assert failure(ended, 2).startswith("error: no student.safetensors in org/photos on the Hugging Face hub")
+    assert len(ended.stderr.splitlines()) == 2, ended.stderr
+
+
 def test_each_slip_of_a_config_has_a_line(small_data: Path, tmp_path: Path) -> None:
     """18: all slips are reported at once, each with its key, before anything is built."""
     unknown = {"sead": "3", "train_loader.remot": "x", "optimizer.lrr": "1"}

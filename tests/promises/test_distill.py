@@ -130,6 +130,22 @@ def test_a_folder_becomes_a_student(distilled: Path, photos: Path) -> None:
     assert (loader["local"], loader["remote"]) == (str(distilled / "images" / "train"), None)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("distill.json", "[]"),
+        ("distill.json", "[1,"),
+        ("distill.yaml", "config: null\n"),
+    ],
+)
+def test_a_damaged_file_of_ours_is_named(file: str, content: str, photos: Path, copied: Path) -> None:
+    """18."""
+    (copied / file).write_text(content)
+    line = failure(d2v(*command(photos, copied, *SHORT)), 2)
+    assert str(copied / file) in line
+    assert "damaged" in line or "cannot be read" in line
+
+
 # A file that exists in OUT, or when traced.py kills or hangs the program.
 MOMENTS = {
     "lock": ".in_use",
@@ -239,19 +255,19 @@ def counts_in(said: str) -> dict[str, str]:
 def test_what_is_left_out_is_counted(mixed: Path, tmp_path: Path) -> None:
     """8, 9: every name is in one of the printed counts."""
     out = tmp_path / "run"
-    counts = counts_in(distill(mixed, out, changes=SHORTEST))
+    counts = counts_in(output := distill(mixed, out, changes=SHORTEST))
     assert sorted(counts["other files"].split(", ")) == OTHER_FILES
     assert counts["copies of held-out images, also held out"] == "1"
     skipped = []
     for split in ("test", "train"):
         summary = json.loads((out / "images" / split / "conversion.json").read_bytes())
-        said = f"{summary['images']} images, {len(summary['skipped'])} unreadable; see its conversion.json"
-        assert counts[str(out / "images" / split)] == said
+        assert counts[str(out / "images" / split)] == f"{summary['images']} images"
         skipped += summary["skipped"]
     held, trained = held_out_and_trained_on(out)
     assert not {*held} & {*trained}
     assert (mixed / "more" / "copy.jpg").read_bytes() in held
     assert len(skipped) == 11  # the dangling link too
+    assert not [line for line in skipped if f"  {line}\n" not in output]
     unreadable_and_held_out = held_out_first([f"{i}.jpg" for i in range(NUM_IMAGES)])[1]
     assert any(unreadable_and_held_out in line for line in skipped)
     num_left_out = sum(int(entry.split()[0]) for entry in OTHER_FILES)

@@ -121,7 +121,7 @@ def test_an_evaluation_measures_what_a_brute_force_does(tmp_path: Path) -> None:
         images, pixels, labels = read_cifar(split, num)
         write_mds(tmp_path / split, images, labels.tolist())
         with torch.inference_mode():
-            parts += [teacher.embed(pixels, pooling="cls", representation="output").double().numpy(), labels]
+            parts += [teacher.embed(pixels).double().numpy(), labels]
     succeed("evaluate", f"model={GOLDEN / 'tiny_base.pt'}", datasets_of(tmp_path), "ks=[1]", f"out={tmp_path}")
     values = list(numbers(json.loads((tmp_path / "evaluation.json").read_text())))
     for bank, queries in ((0, 2), (2, 0)):
@@ -177,7 +177,8 @@ def test_the_untrained_student_is_the_runs(
     accuracies, logged = accuracies_of_untrained(tmp_path), log_of(of_teacher_blocks)
     assert accuracies
     for (bank, embedding), accuracy in accuracies.items():
-        assert accuracy == pytest.approx(logged[f"metrics/small/bank_{bank}/top1/{embedding}"][0])
+        assert embedding == "embedding"
+        assert accuracy == pytest.approx(logged[f"metrics/small/bank_{bank}/top1"][0])
 
 
 def test_without_its_teacher_the_untrained_student_is_not_measured(

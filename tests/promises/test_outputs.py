@@ -23,6 +23,7 @@ from gated_store import GatedStore
 from helpers import (
     D2V,
     GOLDEN,
+    ROOT,
     contents_of,
     d2v,
     encoded_image,
@@ -155,6 +156,41 @@ def test_what_came_meanwhile_is_not_replaced(
     second.wait(120)
     assert f"{command[-1]} already exists; choose another" in failure(second, 2)
     assert place.contents() == before
+
+
+# Commands that write; OUT is the place.
+WRITERS = (
+    "align TEACHER photos OUT --index o.npy",
+    "benchmark step --json OUT",
+    "convert-audio photos OUT",
+    "convert-images photos OUT --labels none",
+    "convert-teacher TEACHER OUT",
+    "distill photos --teacher TEACHER --out OUT",
+    "embed TEACHER photos OUT",
+    "evaluate model=TEACHER out=OUT",
+    "export TEACHER OUT",
+    "merge OUT",
+    "random-teacher base OUT",
+    "report OUT",
+    "train quickstart save_folder=OUT",
+    "verify OUT",
+    "verify o.onnx --kit OUT",
+)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("out", ["", "/", "//."])
+def test_no_place_is_refused(writer: str, out: str, photos: Path, tmp_path: Path) -> None:
+    """7, 18: an empty place, as of an unset variable, or a root, is one line; nothing of this folder is touched."""
+    write_files(
+        tmp_path, {"shard.00007.mds": b"of another data set", "o.npy": b"", "o.onnx": b"", "o.safetensors": b""}
+    )
+    (tmp_path / "quickstart").write_bytes((ROOT / "yamls" / "quickstart.yaml").read_bytes())
+    before = contents_of(tmp_path)
+    words = [word.replace("TEACHER", TEACHER).replace("OUT", out) for word in writer.split()]
+    line = failure(d2v(*words, cwd=tmp_path), 2)
+    assert "neither empty nor a root" in line or "printable" in line, line
+    assert contents_of(tmp_path) == before
 
 
 # Parts.

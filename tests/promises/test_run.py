@@ -214,7 +214,7 @@ def test_a_resumes_log_has_no_number_of_weights_that_no_file_holds(run: Run, lab
     assert [*run.log[key]] == [0, 3, 6]
     succeed("report", run.folder)
     report = (run.folder / "report.html").read_text()
-    assert "Zero-shot retrieval on small, layer_mean_cls, batch 3, " in report
+    assert "Zero-shot retrieval on small, embedding: raw output_cls, batch 3, " in report
     run.train(*options, "retrieval.interval=100ba")
     assert [*run.log[key]] == [0, 3, 14]
     assert steps_in(run) == [0, 1, 2, 3, 4, *range(4, 14)]
@@ -387,6 +387,45 @@ def test_a_run_whose_folder_vanishes_ends_in_one_line(run: Run) -> None:
     shutil.rmtree(run.folder, ignore_errors=True)  # it may have written meanwhile
     assert program.wait(60) in (1, 2), program.stderr
     assert str(run.folder) in failure(program, program.wait(1))
+
+
+def test_a_folder_that_vanishes_during_the_last_measurement_ends_the_run_in_one_line(run: Run) -> None:
+    """14, 19: else the next commands would be named for a checkpoint that is not there."""
+    program = run.start_until("pauses", AT="batch_checkpoint 14 pause")
+    shutil.rmtree(run.folder)
+    program.wait(60)
+    assert f"{run.folder} or its lock .in_use was removed" in failure(program, 1)
+    assert "next:" not in program.stdout
+
+
+def test_a_resume_at_an_epochs_end_warns_of_nothing(run: Run) -> None:
+    run.train_until_killed("batch_start 6")
+    assert "Warning" not in run.train().stderr
+
+
+def test_a_pointer_that_is_a_loop_of_links_is_mended(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
+    """12."""
+    run = Run(uninterrupted, small_data).copied_to(tmp_path / "run")
+    (run.folder / "latest-rank0.pt").unlink()
+    (run.folder / "latest-rank0.pt").symlink_to("latest-rank0.pt")
+    run.train()
+    assert_same_student(run.folder, uninterrupted)
+
+
+@pytest.mark.parametrize("kind", ["folder", "device", "file"])
+def test_targets_that_are_no_file_of_the_run_are_refused(kind: str, run: Run, tmp_path: Path) -> None:
+    """7, 18: nothing is written to what a link names."""
+    (tmp_path / "mine").write_bytes(b"mine")
+    write_files(run.folder, {".in_use": b"\nprocess 1 of another\n"})
+    targets = run.folder / "targets.f16"
+    targets.mkdir() if kind == "folder" else targets.symlink_to("/dev/zero" if kind == "device" else tmp_path / "mine")
+    assert f"{targets} is not of this run" in run.refused("train_loader.views=1")
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+
+
+def test_a_callback_that_cannot_close_hides_no_error(run: Run) -> None:
+    """18: a log on a full disk, whose rest cannot be written at the end, either."""
+    assert "/dev/full cannot be written: No space left" in run.refused("loggers.jsonl.filename=/dev/full", status=1)
 
 
 def test_a_run_leaves_two_checkpoints_a_log_and_a_record(uninterrupted: Path) -> None:

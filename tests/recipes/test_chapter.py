@@ -132,7 +132,7 @@ def test_the_commissions_command_reads_a_store_and_ends_with_a_report(
     assert "29.5 M trained parameters" in ended.stdout
     assert list(log["metrics/cifar10/bank_train/top1"]) == [2, 3]
     # The map into the teacher's space is fitted only at the end, because the headline does not need it.
-    assert list(log["metrics/cifar100/in_teacher_index/bank_train/top1"]) == [3]
+    assert list(log["metrics/cifar100/in_index/bank_train/top1"]) == [3]
     assert map_of(run)["batch"] == 3
     assert (run / "report.html").is_file()
     assert "export runs/distill/latest-rank0.pt" in ended.stdout + ended.stderr

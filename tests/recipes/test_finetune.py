@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 
-from d2v_composer import load_teacher
+from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.config.load import load_finetune_config
 from d2v_composer.config.reference import load_any
@@ -178,8 +178,20 @@ def test_the_classifier_loads_in_timm_with_its_head(finetuned: Path, labeled: Pa
         torch.testing.assert_close(student.embed(test.samples), pooled)
         accuracy = (model(images).argmax(1) == test.labels).double().mean().item()
     assert log_of(finetuned)["metrics/test/top1"][12] == pytest.approx(accuracy)
-    with pytest.raises(ValueError, match="is a classifier file; expected a "):
-        load_any(out)
+    again, _ = load_any(out)
+    torch.testing.assert_close(again.head(again.embed(test.samples)), model(images))
+
+
+def test_what_was_fine_tuned_is_aligned_again(finetuned: Path, small_data: Path, tmp_path: Path) -> None:
+    """Its checkpoint, and its export; without a card in OUT's folder."""
+    checkpoint, classifier = finetuned / "latest-rank0.pt", tmp_path / "classifier.safetensors"
+    succeed("export", checkpoint, classifier)
+    for number, model in enumerate((checkpoint, classifier)):
+        out = tmp_path / "aligned" / f"{number}.safetensors"
+        out.parent.mkdir(exist_ok=True)
+        succeed("align", model, small_data, out, "--to", TEACHER)
+        assert load_student(out).embedding[:2] == ("output_cls", "alignment")
+    assert sorted(path.name for path in out.parent.iterdir()) == ["0.safetensors", "1.safetensors"]
 
 
 def test_a_fine_tuned_student_is_fine_tuned_again_with_a_new_head(
@@ -214,7 +226,7 @@ def test_too_few_images_are_refused_before_anything_is_written(student: Path, la
 
 def test_a_resume_keeps_its_features(finetuned: Path, student: Path, labeled: Path) -> None:
     line = refused(small_finetuning(finetuned, student, labeled, "pooling=mean"))
-    assert "pooling: checkpoint has cls, config has mean" in line
+    assert "embedding: checkpoint has output_cls, config has output_mean" in line
 
 
 def test_a_resume_keeps_its_test_images(finetuned: Path, student: Path, labeled: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def assert_ended(folder: Path, steps: list[int]) -> None:
     assert shown.keys() >= {top1, "lr-AdamW/group0", "l2_norm/grad/global", "health/prediction_error"}
     assert shown[top1].keys() >= {4, 6}
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    assert load_student(folder / "out/student.safetensors").embed_all(images)["projected_cls"].isfinite().all()
+    assert load_student(folder / "out/student.safetensors").embed_all(images)["embedding"].isfinite().all()
 
 
 def test_it_is_killed_and_resumes(labeled: Path, tmp_path: Path) -> None:

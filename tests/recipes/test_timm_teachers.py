@@ -11,8 +11,8 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
-from torch.nn.functional import layer_norm, normalize
+from safetensors.torch import save_file
+from torch.nn.functional import normalize
 from torch.testing import assert_close
 
 from d2v_composer import load_student, load_teacher
@@ -37,8 +37,6 @@ from helpers import (
 from recipes import train
 from small_students import computed_by_timm_alone
 from small_vits import random_vit
-
-PROJECTED = ["--representation", "projected"]
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +70,7 @@ def trained(
 ) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
     retrieval = [f"retrieval.{sets_of(labeled, classes)}", "retrieval.probes=[zero_shot]"]
-    options = ["retrieval.representation=projected", "callbacks.health.interval=2ba"]
-    run_training(*arguments(folder, small_data, teacher, *retrieval, *options))
+    run_training(*arguments(folder, small_data, teacher, *retrieval, "callbacks.health.interval=2ba"))
     return folder
 
 
@@ -98,13 +95,12 @@ def test_losses_and_zero_shot_are_logged(
         assert total == pytest.approx(tokens + 0.5 * embedding)
         assert 0 < embedding < 2
     test = load_labeled_set("mds", labeled, image_size=(48, 64)).test
-    whole = load_teacher(teacher, model="timm/test_vit", image_size="48x64", projected=True)
+    whole = load_teacher(teacher, model="timm/test_vit", image_size="48x64")
     for prefix, model, batch in (("", load_student(exported), 4), ("teacher/", whole, 0)):
         with torch.no_grad():
-            expected = top1(model.embed(test.samples, representation="projected"), classes, test.labels)
-        for name in ("zero_shot/top1", "zero_shot/top1/projected_cls"):
-            assert log[f"metrics/four/{prefix}{name}"][batch] == pytest.approx(expected)
-    assert {name.split(".")[1] for name in student_of(trained)} == {"blocks"}  # the head is frozen
+            expected = top1(model.embed(test.samples), classes, test.labels)
+        assert log[f"metrics/four/{prefix}zero_shot/top1"][batch] == pytest.approx(expected)
+    assert {name.split(".")[1] for name in student_of(trained)} == {"blocks", "alignment"}
 
 
 @pytest.mark.slow
@@ -114,22 +110,18 @@ def test_a_compiled_run_in_bfloat16_is_close(trained: Path, teacher: Path, small
 
 
 @pytest.mark.slow
-def test_files_have_the_teachers_head(exported: Path, teacher: Path, tmp_path: Path) -> None:
-    tensors, theirs = load_file(exported), load_file(teacher)
-    assert torch.equal(tensors["projection.model.head.weight"], theirs["head.weight"])
-    assert torch.equal(tensors["projection.norm.weight"], theirs["norm.weight"])
+def test_files_give_the_embedding(exported: Path, tmp_path: Path) -> None:
     student, images = load_student(exported), torch.randn(3, 3, 48, 64)
-    expected = student.embed(images, representation="projected")
-    normed = layer_norm(student.embed(images), (64,), theirs["norm.weight"], theirs["norm.bias"], eps=1e-6)
-    assert_close(expected, normed @ theirs["head.weight"].T + theirs["head.bias"])
-    for suffix in ("onnx", "pt2"):  # of the run's primary embedding
+    expected = student.embed(images)
+    assert student.embedding[:3] == ("joint", "training", 128)
+    for suffix in ("onnx", "pt2"):
         succeed("export", exported, tmp_path / f"student.{suffix}")
     (embeddings,) = onnxruntime.InferenceSession(tmp_path / "student.onnx").run(None, {"images": images.numpy()})
     assert_close(torch.from_numpy(embeddings), expected, rtol=1e-4, atol=1e-4)
     program = torch.export.load(tmp_path / "student.pt2", extra_files=(extra := {"preprocessing.json": ""}))
     assert_close(program.module()(images), expected)
     assert json.loads(extra["preprocessing.json"])["image_size"] == [48, 64]
-    model: Any = timm.create_model("d2v2_student", checkpoint_path=exported).eval()
+    model: Any = timm.create_model("d2v2_student", num_classes=128, checkpoint_path=exported).eval()
     assert_close(model(images), expected)
     classifier: Any = timm.create_model("d2v2_student", checkpoint_path=exported, num_classes=3)
     assert classifier(images).shape == (3, 3)
@@ -139,8 +131,8 @@ def test_both_embed(exported: Path, teacher: Path, labeled: Path, tmp_path: Path
     of_timm, out = ["timm/test_vit", "--checkpoint", str(teacher), "--image-size", "48x64"], tmp_path / "embeddings.npy"
     for model, width in (
         ([str(exported)], 128),
-        ([*of_timm, "--first-blocks", "2"], 64),
-        ([*of_timm, *PROJECTED], 128),
+        ([*of_timm, "--first-blocks", "2"], 128),
+        ([*of_timm, "--pooling", "cls"], 64),
     ):
         name, *options = model
         embed.main([name, str(labeled / "test"), str(out), *options, "--overwrite"])
@@ -153,13 +145,13 @@ def test_an_evaluation_compares_zero_shot(
     models = [f"model={exported}", f"teacher={teacher}", sets_of(labeled, classes)]
     evaluate.main([*models, "probes=[zero_shot]", "ks=[1,3]", f"out={tmp_path}"])
     shown = capsys.readouterr().out
-    assert "Zero-shot classification of test by text embeddings of the classes on four, projected_cls" in shown
+    assert "Zero-shot classification of test by text embeddings of the classes on four, embedding" in shown
     report = json.loads((tmp_path / "evaluation.json").read_text())
     names = [candidate["name"] for candidate in report["candidates"]]
-    assert names == ["pixels", "encoder", "untrained student", "student", "teacher"]
+    assert names == ["pixels", "untrained student", "student", "teacher"]
     zero_shot = {(row["candidate"], row["k"]): row for row in report["results"] if row["measure"] == "zero_shot"}
-    assert zero_shot.keys() == {(name, k) for name in names[2:] for k in (1, 3)}
-    assert all(row["embedding"] == "projected_cls" and row["low"] <= row["value"] for row in zero_shot.values())
+    assert zero_shot.keys() == {(name, k) for name in names[1:] for k in (1, 3)}
+    assert all(row["embedding"] == "embedding" and row["low"] <= row["value"] for row in zero_shot.values())
 
 
 @pytest.mark.slow
@@ -176,7 +168,6 @@ def test_zero_shot_is_kept(tmp_path: Path) -> None:
         "objectives={tokens: {weight: 0}, embedding: {weight: 1}}",
         f"retrieval.datasets.cifar10.class_embeddings={tmp_path / 'classes.npy'}",
         "retrieval.probes=[zero_shot]",
-        "retrieval.representation=projected",
         "retrieval.baselines=[teacher]",
         "max_duration=400ba",
         "retrieval.interval=400ba",
@@ -204,19 +195,18 @@ def test_timm_alone_loads_an_aligned_student(
     succeed("export", tmp_path / "run" / "latest-rank0.pt", out)
     student: Any = load_student(out)
     pixels = student.encoder.prepare(torch.randint(0, 256, (4, 3, 48, 64), dtype=torch.uint8))
-    aligned = computed_by_timm_alone(tmp_path, "aligned", pixels)
-    assert_close(aligned, student.embed(pixels, representation="projected"))
+    assert_close(computed_by_timm_alone(tmp_path, pixels), student.embed(pixels))
     assert "teacher's own" not in (tmp_path / "README.md").read_text()
-    succeed("export", out, tmp_path / "student.onnx", *PROJECTED)
+    succeed("export", out, tmp_path / "student.onnx")
     ended = d2v("evaluate", f"model={out}", f"teacher={teacher}", sets_of(labeled, classes), "probes=[zero_shot]")
     assert "zero-shot top-1" in ended.stdout, ended.stderr
 
 
-def test_a_narrower_student_learns_a_projection(teacher: Path, small_data: Path, tmp_path: Path) -> None:
+def test_a_narrower_student_learns_an_alignment(teacher: Path, small_data: Path, tmp_path: Path) -> None:
     """A checkpoint holds it, and two ranks train as one process."""
     changes = ["student.embed_dim=16", "objectives.tokens.weight=0"]
     run_training(*arguments(tmp_path / "run", small_data, teacher, *changes))
-    assert "student.projection.linear.weight" in student_of(tmp_path / "run")
+    assert "student.alignment.weight" in student_of(tmp_path / "run")
     run_ranks(*train_command(arguments(tmp_path / "ranks", small_data, teacher, *changes))[1:])
     assert_same_losses(losses_of(tmp_path / "ranks"), losses_of(tmp_path / "run"), num_steps=4)
 
@@ -225,13 +215,13 @@ def test_a_map_to_another_embedding_is_not_compared_with_texts(
     exported: Path, classes: Path, labeled: Path, tmp_path: Path
 ) -> None:
     student, out = load_student(exported), tmp_path / "student.safetensors"
-    student.provenance["alignment"] = {"target": "output_cls"}
+    student.alignment.of = "output_cls"
     save_student(student, out)
-    with pytest.raises(InputError, match="zero_shot needs the image embedding"):
+    with pytest.raises(InputError, match="zero_shot needs an embedding that texts share"):
         evaluate.main([f"model={out}", sets_of(labeled, classes), "probes=[zero_shot]"])
 
 
-NO_EMBEDDING = "probes: zero_shot needs the image embedding as projected_cls"
+NO_EMBEDDING = "probes: zero_shot needs an embedding that texts share, the teacher's joint, but this is output_"
 TEXTS = "retrieval.datasets.four.class_embeddings"
 
 

@@ -186,7 +186,7 @@ def test_an_evaluation_measures_as_on_the_host(here: Path, labeled: Path) -> Non
     for device in ("xla", "cpu"):
         _, evaluation = build_comparison(config, device)
         evaluation.run(device)
-        names = [(result.row, result.measure, result.embedding) for result in evaluation.results]
+        names = [(result.row, result.column, result.embedding) for result in evaluation.results]
         measured.append((names, [result.hits.double().mean() for result in evaluation.results]))
     (names, on_device), (expected_names, on_host) = measured
     assert names == expected_names

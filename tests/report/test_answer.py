@@ -1,6 +1,5 @@
 """The verdict on a student, with its advice by the curve's slope; a study's table; the plot of quality over speed."""
 
-import math
 import re
 from itertools import product
 from typing import Any
@@ -10,81 +9,70 @@ import pytest
 import torch
 
 from d2v_composer.evaluation.evaluate import Evaluation
-from d2v_composer.evaluation.labeled_retrieval import Lookup
-from d2v_composer.evaluation.rows import (
-    AGREEMENT,
-    BANKS,
-    GAP,
-    LINEAR,
-    UNTRAINED,
-    Measure,
-    Result,
-    gap_closed_interval,
-    metric_key,
-    retrieval_from,
-)
-from d2v_composer.models.names import EMBEDDINGS
+from d2v_composer.evaluation.metrics import agreement, linear
+from d2v_composer.evaluation.metrics.metric import BANKS, Column
+from d2v_composer.evaluation.metrics.retrieval import retrieval_from
+from d2v_composer.evaluation.results import Result, check_comparable
+from d2v_composer.evaluation.rows import GAP, UNTRAINED, metric_key
+from d2v_composer.evaluation.settings import Settings
+from d2v_composer.models.alignment import EmbeddingInfo
+from d2v_composer.models.names import EMBEDDING, RAW_EMBEDDINGS
 from d2v_composer.report.plots import quality_over_speed
 from d2v_composer.report.run import Run, verdicts
 from d2v_composer.report.tables import accuracy_tables, study_table
 
 TOP1 = retrieval_from("train", 1)
-SIZES = {
-    "student": {"num_parameters": 2_770_000, "gflop": 0.379},
-    "teacher": {"num_parameters": 3_630_000, "gflop": 0.486},
-}
-COSTS = "It has 2.77 M parameters (teacher: 3.63), 11.08 MB in float32 (teacher: 14.52), 0.38 GFLOP (teacher: 0.49)."
-SMALLER = "smaller batches for the same number of samples: the last 300 batches closed"
+[AGREEMENT], [LINEAR] = (metric.columns((), {}) for metric in (agreement, linear))
+FLAT = "smaller batches for the same number of samples: the curve is flat."
+INFO = EmbeddingInfo("output_mean", "alignment", 8, "of the map")
 
 
-def run_of(measure: Measure, teacher: float, *curve: float, model: str | None = None, **record: Any) -> Run:
-    """A run whose student was measured every 300 batches, on 1,000 queries, of which the first are hits."""
-    retrieval = {"datasets": {"set": {}}, "ks": [3, 1], "representation": "layer_mean", "pooling": "cls"}
-    config = {"retrieval": retrieval, "student": {"model": model}}
-    log = {}
-    for bank in BANKS:
-        bank_measure = measure._replace(key=measure.key.replace("train", bank))
-        log[metric_key("set", bank_measure)] = {300 * i: value for i, value in enumerate(curve)}
-        log[metric_key("set", bank_measure, row="teacher")] = {0: teacher}
+def result_of(row: str, column: Column, hits: torch.Tensor, batch: int = 0, dataset: str = "set") -> Result:
+    info = INFO._replace(made_by="teacher", fingerprint="") if row == "teacher" else INFO
+    return Result(row, dataset, column, EMBEDDING, info, True, hits, batch=batch)
+
+
+def run_of(column: Column, teacher: float, *curve: float, model: str | None = None, queries: int = 4000) -> Run:
+    """A run whose student was measured every 300 batches, on queries of which the first are hits."""
+    config = {"retrieval": {"datasets": {"set": {}}, "ks": [3, 1]}, "student": {"model": model}}
+    log = {metric_key("set", column): {300 * i: value for i, value in enumerate(curve)}}
     last = 300 * (len(curve) - 1)
     results = [
-        Result(row, "set", measure, "", True, torch.arange(1000) < round(1000 * value), last)
+        result_of(row, column, torch.arange(queries) < round(queries * value), last)
         for row, value in zip(GAP, (curve[0], curve[-1], teacher), strict=True)
     ]
-    return Run({"config": config, "data": {}, "costs": SIZES, **record}, log, {}, results)
+    return Run({"config": config, "data": {"modality": "image"}}, log, {}, results)
 
 
 def closed(run: Run) -> str:
-    interval = gap_closed_interval(*(result.hits.numpy() for result in run.results))
-    assert interval is not None
-    value, low, high = (100 * share for share in interval[:3])
-    assert low < value < high
-    return f"{value:.0f} % of the teacher gap, 95 % interval {low:.0f} to {high:.0f}"
+    """Return the gap closed as the table has it."""
+    [(_, lines)] = accuracy_tables(run.results, ["set"])
+    assert lines[-1][0] == "teacher gap closed"
+    return lines[-1][1]
 
 
-def scores(measure: str, untrained: float, student: float, teacher: float, batch: int = 600) -> str:
+def scores(column: str, untrained: float, student: float, teacher: float) -> tuple[str, str]:
     return (
-        f"The student scores {student:.1f} % ({measure}, layer_mean_cls, batch {batch}); untrained it scored "
-        f"{untrained:.1f} %, and its teacher scores {teacher:.1f} %."
+        f"On set, the student scores {student:.1f} %, and its teacher {teacher:.1f} % ({column})",
+        f"the untrained student's {untrained:.1f} %",
     )
 
 
 @pytest.mark.parametrize(
     ("curve", "model", "advice"),
     [
-        ((0.2, 0.3, 0.4), None, " To close more, try longer training: the last 300 batches closed 25 %."),
-        ((0.2, 0.396, 0.4), None, f" To close more, try more teacher.first_blocks or {SMALLER} 1 %."),
-        ((0.2, 0.408, 0.4), "timm/resnet18", f" To close more, try {SMALLER} -2 %."),
-        ((0.2, 0.5, 0.58), None, ""),
+        ((0.2, 0.3, 0.4), None, "Train it longer: the curve still rises."),
+        ((0.2, 0.396, 0.4), None, f"Try more teacher.first_blocks or {FLAT}"),
+        ((0.2, 0.408, 0.4), "timm/resnet18", f"Try {FLAT}"),
+        ((0.2, 0.5, 0.58), None, "Export it, or fine-tune it: there is little left to close."),
     ],
     ids=["rising", "flat", "a CNN, falling", "enough"],
 )
 def test_a_student_with_labels(curve: tuple[float, ...], model: str | None, advice: str) -> None:
     run = run_of(TOP1, 0.6, *curve, model=model)
-    kept = closed(run)
-    assert kept.startswith(f"{100 * (curve[-1] - 0.2) / 0.4:.0f} % ")
-    shown = scores("bank train top-1", 20, 100 * curve[-1], 60)
-    expected = [f"On set, the student closes {kept}. {shown} {COSTS}{advice}"]
+    assert closed(run).startswith(f"{100 * (curve[-1] - 0.2) / 0.4:.1f} [")
+    shown, from_untrained = scores("bank train top-1", 20, 100 * curve[-1], 60)
+    expected = [f"{shown}, {closed(run)} % of the way from {from_untrained} to the teacher. {advice}"]
     assert [*verdicts(run)] == expected
     # An interrupted run logged more, after its checkpoint.
     assert [*verdicts(run._replace(log={key: {**values, 900: 0.9} for key, values in run.log.items()}))] == expected
@@ -92,44 +80,64 @@ def test_a_student_with_labels(curve: tuple[float, ...], model: str | None, advi
 
 def test_a_student_without_labels() -> None:
     run = run_of(AGREEMENT, 1.0, 0.2, 0.5, 0.56)
-    longer = "To close more, try longer training: the last 300 batches closed 8 %."
-    shown = scores("neighbor agreement", 20, 56, 100)
-    assert [*verdicts(run)] == [f"On set, the student closes {closed(run)}. {shown} {COSTS} {longer}"]
+    shown, from_untrained = scores("neighbor agreement", 20, 56, 100)
+    way = f"{closed(run)} % of the way from {from_untrained} to the teacher"
+    assert [*verdicts(run)] == [f"{shown}, {way}. Train it longer: the curve still rises."]
 
 
 def test_a_student_in_its_teachers_index() -> None:
-    """The student hits 400 of 1,000 queries by itself and 500 in the index, all these again; the teacher 580."""
+    """Each number of the verdict is one of the table's."""
     run = run_of(TOP1, 0.6, 0.2, 0.4)
-    hits = {"student in the teacher's index": torch.arange(1000) < 500, "teacher, projected": torch.arange(1000) < 580}
-    aligned = [run.results[1]._replace(row=row, hits=right) for row, right in hits.items()]
-    _, said = verdicts(run._replace(results=[*run.results, *aligned]))
-    bounds = re.fullmatch(
-        r"In its teacher's index, the student scores 50\.0 %: \+10\.0 points compared with its own index "
-        r"\[\+(\S+), \+(\S+)\]; -8\.0 points compared with the teacher \[-(\S+), -(\S+)\]\.",
-        said,
+    in_index = result_of("student in the teacher's index", TOP1, torch.arange(4000) < 2000, 300)
+    run = run._replace(results=[*run.results, in_index])
+    [said], [(title, [_, *lines])] = verdicts(run), accuracy_tables(run.results, ["set"])
+    assert title.startswith(
+        "Zero-shot retrieval on set, embedding: the teacher's output_mean, batch 300, accuracy in %"
     )
-    assert bounds is not None
-    # A difference of paired hits is a share of 0.1, or 0.08, of 1,000 queries.
-    expected = [10 - 1.96 * 0.949, 10 + 1.96 * 0.949, 8 + 1.96 * 0.858, 8 - 1.96 * 0.858]
-    assert [float(bound) for bound in bounds.groups()] == pytest.approx(expected, abs=0.25)
+    rows = [row for row, _ in lines]
+    assert rows == ["untrained student", "student", in_index.row, "teacher", "teacher gap closed"]
+    assert said.startswith(
+        "On set, the student scores 50.0 % in its teacher's index, where the teacher scores 60.0 % (bank train top-1); "
+        f"in an index of its own it scores 40.0 %, {closed(run)} % of the way from the untrained student's 20.0 % to "
+    )
+    numbers = {number for _, cell in lines for number in re.findall(r"-?\d+\.\d", cell)}
+    assert {*re.findall(r"-?\d+\.\d", said)} <= numbers
 
 
 def test_no_gap() -> None:
-    run, shown = run_of(TOP1, 0.3, 0.3, 0.4), scores("bank train top-1", 30, 40, 30, 300)
-    assert [*verdicts(run)] == [f"On set, there is no teacher gap to close. {shown} {COSTS}"]
+    run = run_of(TOP1, 0.3, 0.3, 0.4)
+    assert closed(run) == "–"
+    shown, _ = scores("bank train top-1", 30, 40, 30)
+    assert [*verdicts(run)] == [
+        f"{shown}; the teacher is no better than the untrained student, 30.0 %. "
+        "Measure it on other images, or with another teacher."
+    ]
 
 
-def test_resamples_without_a_gap_are_counted() -> None:
-    """A teacher with one hit more has none in each e-th resample."""
-    run = run_of(TOP1, 0.201, 0.2, 0.2)
-    said = re.search(
-        r" closes 0 % .* interval 0 to 0( \((\d+) of 2,000 resamples have no gap\))\. ", next(verdicts(run))
-    )
-    assert said is not None
-    assert int(said[2]) == pytest.approx(2000 / math.e, rel=0.1)
-    [(title, rows)] = accuracy_tables(run.results, ["set"], run.primary)
-    assert title == "Zero-shot retrieval on set, layer_mean_cls, batch 300, accuracy in % [95 % interval]"
-    assert rows[-1][:2] == ["teacher gap closed", f"0.0 [0.0, 0.0]{said[1]}"]
+@pytest.mark.parametrize(("queries", "teacher"), [(40, 0.3), (400, 0.21)])
+def test_too_few_queries_make_no_percentage(queries: int, teacher: float) -> None:
+    run = run_of(TOP1, teacher, 0.2, 0.25, queries=queries)
+    assert closed(run) == "–"
+    [said] = verdicts(run)
+    doubt = re.search(rf"too few images to tell \({queries}\); ([\d,]+) or more would\. Measure it on more test", said)
+    assert doubt is not None
+    enough = int(doubt[1].replace(",", ""))
+    assert enough > queries
+    assert closed(run_of(TOP1, teacher, 0.2, 0.25, queries=2 * enough)) != "–"
+
+
+@pytest.mark.parametrize("change", ["of", "made_by"])
+def test_no_gap_is_formed_across_embeddings(change: str) -> None:
+    run = run_of(TOP1, 0.6, 0.2, 0.4)
+    untrained, *others = run.results
+    other = {"of": "output_cls", "made_by": "raw"}[change]
+    results = [untrained._replace(info=untrained.info._replace(**{change: other})), *others]
+    with pytest.raises(ValueError, match="cannot be compared"):
+        check_comparable(*results)
+    [(_, [_, *lines])] = accuracy_tables(results, ["set"])
+    shown = {"of": "the teacher's output_cls", "made_by": "raw output_mean"}[change]
+    assert [row for row, _ in lines] == [f"untrained student ({shown})", "student", "teacher"]
+    assert [*verdicts(run._replace(results=results))] == []
 
 
 def test_nothing_is_said_of_what_was_not_measured() -> None:
@@ -137,16 +145,10 @@ def test_nothing_is_said_of_what_was_not_measured() -> None:
     assert [*verdicts(run._replace(results=[result for result in run.results if result.row != UNTRAINED]))] == []
 
 
-def test_the_projected_embedding_has_a_pooling_of_its_own() -> None:
-    run = run_of(TOP1, 0.6, 0.2, 0.4)
-    run.record["config"]["retrieval"] |= {"representation": "projected", "pooling": "mean"}
-    assert "(bank train top-1, projected_cls, batch 300);" in next(verdicts(run))
-
-
 def test_the_table_of_a_study_compares_each_row_with_its_own_baselines() -> None:
     def log_of(**top1: list[float]) -> dict[str, dict[int, float]]:
         log = {"loss/train/total": {0: 2.0, 1: 1.0}, "time/sample": {1: 64.0}}
-        for bank, embedding, row in product(BANKS, EMBEDDINGS[1:], top1):  # of a teacher without CLS
+        for bank, embedding, row in product(BANKS, RAW_EMBEDDINGS[1:], top1):  # of a teacher without CLS
             log[metric_key("cifar10", retrieval_from(bank, 1), embedding, row)] = dict(enumerate(top1[row]))
         return log
 
@@ -159,7 +161,7 @@ def test_the_table_of_a_study_compares_each_row_with_its_own_baselines() -> None
         }
     )
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines()]
-    assert head == ["bank train / bank test", *EMBEDDINGS[1:], "loss", "s"]
+    assert head == ["bank train / bank test", *RAW_EMBEDDINGS[1:], "loss", "s"]
     assert [row[:2] for row in rows] == [
         ["untrained student", "20.0 / 20.0"],
         ["base", "30.0 / 30.0 (50 %)"],
@@ -176,15 +178,15 @@ def test_each_measure_is_a_line_through_the_models_in_order_of_speed() -> None:
     load: Any = None
     speeds: dict[int, dict[str, float]] = {1: {"fast": 3, "slow": 5}, 64: {"fast": 900, "slow": 30}}
     right = {"pixels": 10, "fast": 40, "slow": 60}
-    measures = [retrieval_from("train", 1), retrieval_from("train", 3), LINEAR]
+    columns = [retrieval_from("train", 1), retrieval_from("train", 3), LINEAR]
     results = [
-        Result(row, dataset, measure, "output_mean", True, torch.arange(100) < hits + 10 * i)
+        result_of(row, column, torch.arange(100) < hits + 10 * i, dataset=dataset)
         for row, hits in right.items()
-        for i, measure in enumerate(measures)
+        for i, column in enumerate(columns)
         for dataset in ("first", "second")
     ]
-    lookup = Lookup("output_mean", (1, 3), ["linear"], None, 64)
-    evaluation = Evaluation({}, {}, lookup, load, {"first": [], "second": []}, results, speeds)
+    settings = Settings("output_mean", (1, 3), ["linear"], None, 64)
+    evaluation = Evaluation({}, {}, settings, {}, {}, load, {"first": [], "second": []}, results, speeds)
     figure = quality_over_speed(evaluation, 64, "images")
     assert [axes.get_title("left") for axes in figure.axes] == [
         f"Quality over speed on {name}, with 95 % intervals" for name in ("first", "second")

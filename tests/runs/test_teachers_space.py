@@ -1,8 +1,7 @@
 """A student in its teacher's space: the same map on any ranks, in every file, measured in the teacher's index."""
 
-import re
 from collections.abc import Callable
-from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,13 @@ from containers import write_parquet
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import load_models, save_student
 from d2v_composer.commands import align, embed, evaluate, export
-from d2v_composer.evaluation.labeled_retrieval import Lookup, measure_embeddings
-from d2v_composer.evaluation.rows import AGREEMENT, STUDENT, TEACHER, UNTRAINED, retrieval_from, rows_of
-from d2v_composer.models.names import PROJECTED
+from d2v_composer.evaluation.embedded_set import embed_set
+from d2v_composer.evaluation.measurement import measure
+from d2v_composer.evaluation.results import Result
+from d2v_composer.evaluation.rows import STUDENT, TEACHER, UNTRAINED, rows_of
+from d2v_composer.evaluation.settings import Settings
+from d2v_composer.models.alignment import EmbeddingInfo
+from d2v_composer.models.names import EMBEDDING
 from d2v_composer.models.timm_network import NetworkStudent
 from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples
 from d2v_composer.system.errors import InputError, RunError
@@ -58,7 +61,7 @@ def test_the_map_is_fitted_only_at_the_end_if_no_retrieval_needs_it(
 ) -> None:
     """A run that then goes on measures no map of weights that it had before."""
     options = f"retrieval.{datasets_of(labeled)}", "retrieval.interval=2ba", "scheduler.t_warmup=0ba"
-    in_index = "metrics/small/in_teacher_index/bank_train/top1"
+    in_index = "metrics/small/in_index/bank_train/top1"
     run_training(*small_run(tmp_path / "run", small_data, *options, "max_duration=4ba"))
     assert list(log_of(tmp_path / "run")[in_index]) == [4]
     assert map_of(tmp_path / "run")["batch"] == 4
@@ -74,98 +77,109 @@ def pixels() -> Tensor:
 def test_every_file_has_the_map_of_the_last_batch(uninterrupted: Path, pixels: Tensor, tmp_path: Path) -> None:
     checkpoint, path, program = uninterrupted / "latest-rank0.pt", tmp_path / "s.safetensors", tmp_path / "s.pt2"
     trained, _ = load_models(str(checkpoint))
-    expected = trained.embed(pixels, representation="projected")
+    expected = trained.embed(pixels)
     fitted = map_of(uninterrupted)
     assert torch.equal(trained.alignment.weight, fitted["weight"])
     export.main([str(checkpoint), str(path)])
-    assert "; representation='projected' → (B, 48), in another model's space\n" in (tmp_path / "README.md").read_text()
+    assert "| embedding | output_cls, 48 channels, estimated by an alignment |" in (tmp_path / "README.md").read_text()
     student = load_student(path)
-    assert torch.equal(student.embed(pixels, representation="projected"), expected)
+    assert torch.equal(student.embed(pixels), expected)
     assert student.provenance["alignment"] == fitted["about"]
-    export.main([str(path), str(program), "--representation", "projected", "--preprocessing", "in"])
+    export.main([str(path), str(program), "--preprocessing", "in"])
     computed = torch.export.load(program).module()(pixels.movedim(1, -1).contiguous())
     torch.testing.assert_close(computed, expected, rtol=0, atol=1e-4)
 
 
-def test_a_checkpoint_whose_map_is_of_other_weights_has_none(uninterrupted: Path) -> None:
+def test_a_checkpoint_before_the_first_map_has_none(uninterrupted: Path) -> None:
     earlier, _ = load_models(str(uninterrupted / "ep1-ba12-rank0.pt"))
-    assert earlier.alignment is None
-    assert PROJECTED not in earlier.embedding_names
+    assert earlier.embedding == ("output_cls", "raw", 48, "")
 
 
 def test_timm_alone_computes_the_map_of_its_own_model(pixels: Tensor, tmp_path: Path) -> None:
     torch.manual_seed(0)
     student = load_teacher(TEACHER_FILE).build_student(model="timm/test_byobnet")
-    student.eval().align(torch.randn(24, student.encoder.num_pooled), torch.randn(24))
+    student.eval().align(torch.randn(24, student.encoder.num_pooled), torch.randn(24), "output_cls")
     save_student(student, tmp_path / "network.safetensors")
     export.main([str(tmp_path / "network.safetensors"), str(tmp_path / "student.safetensors")])
     again = load_student(tmp_path / "student.safetensors")
     assert isinstance(again, NetworkStudent)
-    expected = student.embed(pixels, representation="projected")
-    torch.testing.assert_close(again.embed(pixels, representation="projected"), expected)
-    aligned = computed_by_timm_alone(tmp_path, "aligned", student.encoder.prepare(pixels))
-    torch.testing.assert_close(aligned, expected)
+    expected = student.embed(pixels)
+    torch.testing.assert_close(again.embed(pixels), expected)
+    computed = computed_by_timm_alone(tmp_path, student.encoder.prepare(pixels))
+    torch.testing.assert_close(computed, expected)
 
 
 def test_blocks_on_a_timm_vit_keep_their_map_in_a_file(tmp_path: Path) -> None:
     torch.save(random_vit("test_vit").state_dict(), tmp_path / "vit.pt")
     teacher = load_teacher(tmp_path / "vit.pt", model="timm/test_vit", image_size=32)
     student = teacher.build_student(depth=1).eval()
-    student.align(torch.randn(24, 4 * student.embed_dim), torch.randn(24))
+    student.align(torch.randn(24, 4 * student.embed_dim), torch.randn(24), "output_cls")
     save_student(student, tmp_path / "student.safetensors")
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    mapped = load_student(tmp_path / "student.safetensors").embed(images, representation="projected")
-    assert torch.equal(mapped, student.embed(images, representation="projected"))
+    mapped = load_student(tmp_path / "student.safetensors").embed(images)
+    assert torch.equal(mapped, student.embed(images))
 
 
 class Measured:
-    """A student whose map is exact: its embeddings in the teacher's space are the teacher's."""
+    """A student whose map is exact: its embedding is the teacher's."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (80, 3, 4, 4), dtype=torch.uint8, generator=generator)
         labels = torch.arange(80) % 4
         self.labeled = EvaluationSet(LabeledSamples(images[:40], labels[:40]), LabeledSamples(images[40:], labels[40:]))
-        self.lookup = Lookup("own", (1,), ("agreement",), None, 16, {}, target="output_mean")
-        self.num_taught = 0
+        self.settings = Settings(EMBEDDING, (1,), ("agreement",), None, 16, has_teacher=True)
+        mapped = EmbeddingInfo("output_mean", "alignment", 48, "of the map")
+        of_teacher = mapped._replace(made_by="teacher", fingerprint="")
+        self.infos: dict[str, EmbeddingInfo] = {UNTRAINED: mapped, STUDENT: mapped, TEACHER: of_teacher}
 
     def student(self, images: Tensor) -> dict[str, Tensor]:
         flat = images.flatten(1).float()
-        return {"own": flat[:, :4], PROJECTED: flat.square()}
+        return {"own": flat[:, :4], EMBEDDING: flat.square()}
 
     def teacher(self, images: Tensor) -> dict[str, Tensor]:
-        self.num_taught += len(images)
         flat = images.flatten(1).float()
-        return {"own": flat[:, 4:8], "output_mean": flat.square()}
+        return {"own": flat[:, 4:8], EMBEDDING: flat.square()}
 
-    def hits(self, *models: str) -> dict[tuple[str, Any], Tensor]:
+    def results(self, *models: str) -> list[Result]:
         embeds = {name: self.teacher if name == TEACHER else self.student for name in models}
-        rows = [row for row in rows_of(embeds, "output_mean") if row.changes_in_training or not self.num_taught]
-        results = list(measure_embeddings(rows, embeds, "set", self.labeled, self.lookup))
-        assert all(result.is_primary for result in results if result.embedding != "output_mean")
-        return {(result.row, result.measure): result.hits for result in results if result.is_primary}
-
-
-def test_a_student_whose_primary_embedding_is_the_map_keeps_its_row() -> None:
-    measured, embeds = Measured(), {STUDENT: Measured().student}
-    lookup = replace(measured.lookup, primary=PROJECTED, teacher_neighbors=None)
-    results = measure_embeddings(rows_of(embeds, "output_mean"), embeds, "set", measured.labeled, lookup)
-    primary = {(result.row, result.measure): result.hits for result in results if result.is_primary}
-    for measure in (retrieval_from("train", 1), retrieval_from("test", 1)):
-        assert torch.equal(primary[STUDENT, measure], primary[f"{STUDENT}, projected", measure])
+        embedded = embed_set(embeds, "set", self.labeled, self.settings, self.infos)
+        return list(measure(rows_of(embeds, self.infos), embedded, "set", self.labeled, self.settings, self.infos))
 
 
 def test_the_student_is_looked_up_in_its_teachers_index() -> None:
-    measured, retrieval = Measured(), retrieval_from("train", 1)
-    first, later = measured.hits(UNTRAINED, TEACHER), measured.hits(STUDENT, TEACHER)
-    assert measured.num_taught == 80  # not again
-    for measure in (retrieval, retrieval_from("test", 1), AGREEMENT):
-        target = first[f"{TEACHER}, projected", measure]
-        for hits, student in ((first, UNTRAINED), (later, STUDENT)):
-            for row in (f"{student}, projected", f"{student} in the teacher's index"):
-                assert torch.equal(hits[row, measure], target), (row, measure)
-            assert not torch.equal(hits[student, measure], target)
-    assert later[f"{STUDENT} in the teacher's index", AGREEMENT].min() == 1
+    hits = {(result.row, result.column): result.hits for result in Measured().results(UNTRAINED, STUDENT, TEACHER)}
+    rows = dict.fromkeys(row for row, _ in hits)
+    assert [*rows] == [UNTRAINED, STUDENT, f"{STUDENT} in the teacher's index", TEACHER]
+    columns = dict.fromkeys(column for _, column in hits)
+    assert [column.name for column in columns] == ["retrieval", "retrieval", "agreement"]
+    for row, column in hits:
+        assert torch.equal(hits[row, column], hits[TEACHER, column]), (row, column)
+
+
+def test_every_embedding_is_measured_by_its_name_alone() -> None:
+    measured = Measured()
+    measured.settings = measured.settings._replace(headline="own", needs_all=True)
+    results = {
+        (result.row, result.embedding, result.column.key): result for result in measured.results(STUDENT, TEACHER)
+    }
+    in_index = f"{STUDENT} in the teacher's index"
+    named = {(row, name) for row, name, _ in results}
+    assert named == {*product((STUDENT, TEACHER), ("own", EMBEDDING)), (in_index, EMBEDDING)}
+    for (row, name, _), result in results.items():
+        assert result.is_headline == (name == "own" or row == in_index)
+    own, mapped = (results[STUDENT, name, "agreement@10"].hits.mean() for name in ("own", EMBEDDING))
+    assert own < mapped == 1  # each is compared with the teacher's of the same name
+    assert results[STUDENT, "own", "bank_train/top1"].info == ("own", "raw", 4, "")
+
+
+@pytest.mark.parametrize(
+    "change", [{"made_by": "raw"}, {"of": "output_cls"}, {"width": 24}], ids=["raw", "another's", "another width"]
+)
+def test_a_student_of_another_space_is_not_looked_up_in_its_teachers_index(change: dict[str, Any]) -> None:
+    measured = Measured()
+    measured.infos[STUDENT] = measured.infos[STUDENT]._replace(**change)
+    assert {result.row for result in measured.results(STUDENT, TEACHER)} == {STUDENT, TEACHER}
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +231,7 @@ def test_a_student_finds_what_an_old_index_finds(
     aligned = load_student(out).provenance["alignment"]
     assert aligned["pairs"] == 120
     assert aligned["r2"] > 0.2
-    embed.main([str(out), str(photos), str(tmp_path / "q.npy"), "--representation", "projected", "--workers", "0"])
+    embed.main([str(out), str(photos), str(tmp_path / "q.npy"), "--workers", "0"])
     error = np.square(np.load(tmp_path / "q.npy") - rows).sum() / np.square(rows - rows.mean(axis=0)).sum()
     assert error < 1 - aligned["r2"]
 
@@ -230,10 +244,10 @@ def with_nan(rows: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda ids, rows: (np.char.add("cats/", ids), rows), r"has rows for 0 samples of .*'cats/000.jpg#?0?'"),
+        (lambda ids, rows: (np.char.add("cats/", ids), rows), r"has no row for a sample of .*'cats/000.jpg#?0?'"),
         (
             lambda ids, rows: (ids[:39], rows[:39]),
-            r"39 samples of .*; expected at least 40 \(half the index's width, or 40 if ",
+            r"expected at least 40 pairs \(half the width of the embeddings, or 40 if more\), got 39",
         ),
         (lambda ids, rows: (ids, with_nan(rows)), r"the row of 007.jpg\S* has numbers that are not finite"),
         (lambda ids, rows: (ids, rows[:-1]), r"one id each, got float32 \(119, \d+\), 120 ids"),
@@ -272,7 +286,7 @@ def test_the_fewest_pairs_make_a_map_and_fewer_readable_samples_none(
     photos = write_files(tmp_path / "photos", {f"{number:03}.jpg": encoded_image(number) for number in range(40)})
     run_align(exported, photos, tmp_path / "out.safetensors", "--index", embedded)
     (photos / "007.jpg").write_bytes(b"")
-    with pytest.raises(InputError, match="expected at least 40 samples that can be read, got 39"):
+    with pytest.raises(InputError, match=r"expected at least 40 pairs .*, got 39"):
         run_align(exported, photos, tmp_path / "again.safetensors", "--to", TEACHER_FILE)
 
 
@@ -283,14 +297,13 @@ def test_a_student_aligned_with_what_its_run_did_not_use_is_not_measured_in_its_
     student.provenance["config"]["teacher"]["first_blocks"] = 3
     save_student(student, other)
     cases = ((exported, GOLDEN / "tiny_alibi.pt", False), (other, TEACHER_FILE, False), (exported, TEACHER_FILE, True))
-    for number, (path, teacher, has_target) in enumerate(cases):
+    for number, (path, teacher, is_own) in enumerate(cases):
         out = tmp_path / f"{number}.safetensors"
         run_align(path, photos, out, "--to", teacher, "--representation", "layer_mean")
-        about = load_student(out).provenance["alignment"]
-        assert about.get("target") == ("layer_mean_cls" if has_target else None)
-        _, loaded = load_models(str(out), teacher=str(TEACHER_FILE))
+        aligned, loaded = load_models(str(out), teacher=str(TEACHER_FILE))
         assert loaded is not None
-        assert loaded.projection is None
+        assert aligned.embedding.of == ("layer_mean_cls" if is_own else f"{teacher}, layer_mean_cls")
+        assert loaded.embedding.of == ("layer_mean_cls" if is_own else "output_cls")
 
 
 def test_a_run_of_epochs_keeps_the_map_of_its_end(small_data: Path, tmp_path: Path) -> None:
@@ -299,7 +312,7 @@ def test_a_run_of_epochs_keeps_the_map_of_its_end(small_data: Path, tmp_path: Pa
     run_training(*small_run(tmp_path / "run", small_data, *options))
     fitted = map_of(tmp_path / "run")
     assert fitted["batch"] == 6
-    assert fitted["about"]["target"] == "layer_mean_mean"
+    assert fitted["about"]["of"] == "layer_mean_cls"
 
 
 def test_rows_that_share_an_id_are_left_out_and_counted(
@@ -315,20 +328,20 @@ def test_an_evaluation_has_no_row_of_a_map_that_an_untrained_student_lacks(label
     """A timm student has its map as classifier, which the untrained one has at random."""
     teacher, out = load_teacher(TEACHER_FILE), tmp_path / "student.safetensors"
     student = teacher.build_student(model="timm/test_byobnet").eval()
-    student.align(torch.randn(48, student.encoder.num_pooled), torch.randn(48))
-    student.provenance |= {"teacher": teacher.provenance, "alignment": {"target": "output_cls"}}
+    student.align(torch.randn(48, student.encoder.num_pooled), torch.randn(48), "output_cls")
+    student.provenance |= {"teacher": teacher.provenance}
     save_student(student, out)
-    options = [datasets_of(labeled), "pooling=cls", "representation=output", f"out={tmp_path}"]
+    options = [datasets_of(labeled), f"out={tmp_path}"]
     evaluate.main([f"model={out}", f"teacher={TEACHER_FILE}", *options])
     table = (tmp_path / "evaluation.csv").read_text()
     assert "student in the teacher's index" in table
-    assert not re.search("untrained student(, projected| in)", table)
+    assert "untrained student" not in table
 
 
 def batches_of_rows(run: Path) -> dict[str, int]:
     """Return each row of a run's last table with the batch at which it was measured."""
     state = load_checkpoint(run / "latest-rank0.pt")["state"]
-    return {row: batch for row, *_, batch, _ in state["callbacks"]["ZeroShotRetrieval"]["results"]}
+    return {result["row"]: result["batch"] for result in state["callbacks"]["ZeroShotRetrieval"]["results"]}
 
 
 def test_a_resume_without_the_map_keeps_no_row_of_it(small_data: Path, labeled: Path, tmp_path: Path) -> None:
@@ -337,20 +350,22 @@ def test_a_resume_without_the_map_keeps_no_row_of_it(small_data: Path, labeled: 
     run_training(*run, "max_duration=4ba", "alignment.max_samples=0")
     batches = batches_of_rows(tmp_path)
     assert batches["student"] == 4
-    assert "student, projected" not in batches
+    assert "student in the teacher's index" not in batches
 
 
-def test_a_run_with_too_few_samples_for_a_map_says_so(small_data: Path, labeled: Path, tmp_path: Path) -> None:
-    options = f"retrieval.{datasets_of(labeled)}", "scheduler.t_warmup=0ba", "max_duration=2ba"
-    ended = run_training(*small_run(tmp_path, small_data, *options, "alignment.max_samples=19"))
-    assert "the student is not aligned with its teacher: expected at least 20 pairs" in ended.stderr
-    batches = batches_of_rows(tmp_path)
-    assert "student" in batches
-    assert "student, projected" not in batches
+@pytest.mark.parametrize("number", [1, 19])
+def test_too_few_samples_for_a_map_are_refused(number: int, small_data: Path, tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run", small_data, f"alignment.max_samples={number}")
+    assert f"alignment.max_samples: must be 0, or at least 20, got {number}" in refused_run(run)
 
 
-@pytest.mark.parametrize("change", ["targets.normalization=layer", "teacher.first_blocks=3"])
-def test_a_layer_mean_that_is_not_the_teachers_own_is_refused(change: str, small_data: Path, tmp_path: Path) -> None:
-    """d2v embed would give the index of the teacher's own layer mean."""
-    line = refused_run(small_run(tmp_path / "run", small_data, "alignment.representation=layer_mean", change))
-    assert "alignment.representation: layer_mean needs the teacher's own" in line
+def test_the_teachers_embedding_is_its_own_whatever_the_run_sets(small_data: Path, tmp_path: Path) -> None:
+    """As d2v embed gives it."""
+    teacher, images = load_teacher(TEACHER_FILE), torch.rand(2, 3, 32, 32)
+    expected = teacher.embed(images, representation="layer_mean")
+    teacher.name_embedding("layer_mean_cls")
+    shared = teacher.embed_all(images, layer_mean=teacher.layer_mean.changed(normalization="layer"))
+    torch.testing.assert_close(shared["embedding"], expected)
+    assert not torch.allclose(shared["layer_mean_cls"], expected)
+    line = refused_run(small_run(tmp_path, small_data, "alignment.representation=layer_mean", "teacher.first_blocks=3"))
+    assert "alignment.representation: layer_mean needs all layers of the teacher" in line

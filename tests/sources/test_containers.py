@@ -227,6 +227,48 @@ def test_folders_in_zips_are_splits_and_classes(
         assert all(f"/{classes[source.label(number)]}/" in name for number, name in enumerate(source.ids))
 
 
+PACKERS: dict[str, Callable[[Path, list[tuple[str, bytes]]], object]] = {
+    "folder": lambda root, members: write_files(root, dict(members)),
+    "capitals": lambda root, members: write_files(
+        root, {name.replace("train/", "Train/").replace("test/", "Test/"): content for name, content in members}
+    ),
+    "zip": lambda root, members: write_zip(root / "x.zip", [("photos.jpg/", b""), *members]),
+    "old PowerShell": lambda root, members: write_zip(
+        root / "x.zip", [("photos.jpg\\", b""), *((name.replace("/", "\\"), content) for name, content in members)]
+    ),
+    "dots": lambda root, members: write_zip(root / "x.zip", [(f"./{name}", content) for name, content in members]),
+    "a zip of capitals": lambda root, members: write_zip(
+        root / "TRAIN.zip", [(name.removeprefix("train/"), content) for name, content in members if "train/" in name]
+    ),
+}
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize("labels", [None, "labels.csv"])
+def test_splits_classes_and_hidden_files_are_the_same_whoever_packed_them(
+    packer: str, labels: str | None, tmp_path: Path
+) -> None:
+    """The labels of a CSV, too, which may name classes of its own."""
+    names = ["train/cat/0.png", "train/dog/1.png", "test/cat/2.png", "train/.cat/3.png", "train/dog/.4.png"]
+    PACKERS[packer](tmp_path / "in", [(name, encoded_image(number)) for number, name in enumerate(names)])
+    (tmp_path / "labels.csv").write_text("./cat/0.png,b\ndog/1.png,a\n")
+    source = open_samples(tmp_path / "in", labels=labels and tmp_path / labels)
+    assert [source.load(number) for number in range(len(source))] == [encoded_image(0), encoded_image(1)]
+    assert source.label is not None
+    classes = [source.class_names[source.label(number)] for number in range(2)]
+    assert classes == (["b", "a"] if labels else ["cat", "dog"])
+    assert source.left_out == {"hidden": 2}
+    assert source.class_names == (("a", "b") if labels else ("cat", "dog"))
+
+
+def test_hidden_members_of_a_tar_are_no_samples(tmp_path: Path) -> None:
+    names = ["./a/0.jpg", ".trash/1.jpg", "a/.2.jpg", "b//./3.jpg"]
+    write_tar(tmp_path / "x.tar", [(name, encoded_image(number)) for number, name in enumerate(names)])
+    source = open_source(str(tmp_path / "x.tar"), Images())
+    assert [*source.ids] == ["x.tar/a/0", "x.tar/b/3"]
+    assert source.left_out == {"members without a key": 2}
+
+
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_a_tar_is_read_as_tarfile_reads_it(format: int, tmp_path: Path) -> None:
     """Long names, names that are not ASCII, folders and links, times that need a header of their own."""

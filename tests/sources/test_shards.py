@@ -99,7 +99,7 @@ def test_waits_for_room_no_longer_than_the_timeout(many_shards: Path, tmp_path: 
     with ExitStack() as live, time_limit(30):
         for name in shards[::2]:
             live.enter_context(sole_user(cache / LOCKS / name))
-        with pytest.raises(ShardError, match=r"shard\.\d+\.mds: waited 1 s for .* space in the cache"):
+        with pytest.raises(ShardError, match=r"shard\.\d+\.mds: waited 1 s for space in the cache"):
             read_epoch(dataset)
     assert read_epoch(dataset) == ALL
 
@@ -191,6 +191,16 @@ def test_takes_over_from_a_process_that_is_killed_while_it_fetches(
     waiting.join(10)
     assert not waiting.is_alive()
     assert read_epoch(dataset) == ALL
+
+
+def test_who_waits_for_another_names_the_store_and_the_cause(remote: Path, tmp_path: Path) -> None:
+    dataset = open_images(tmp_path / "cache", remote, timeout=0.5)
+    shutil.rmtree(remote)
+    with (
+        sole_user(tmp_path / "cache" / LOCKS / "shard.00007.mds"),
+        pytest.raises(ShardError, match=rf"^{remote}/shard\.00007\.mds: the shard cannot be fetched .*No such file"),
+    ):
+        dataset.shards.prepare(7)
 
 
 def test_stops_when_the_disk_is_full(many_shards: Path, tmp_path: Path) -> None:

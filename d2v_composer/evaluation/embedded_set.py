@@ -1,0 +1,83 @@
+"""Embed a set of images with several models, in one pass; several ranks share the work.
+
+Shapes: B images of a batch, N of a split, D channels.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from d2v_composer.data.modality import collate
+from d2v_composer.evaluation.metrics.metric import VIEWS
+from d2v_composer.evaluation.rows import find_headline
+from d2v_composer.evaluation.settings import Settings
+from d2v_composer.models.alignment import EmbeddingInfo
+from d2v_composer.models.names import EMBEDDING
+from d2v_composer.sources.labeled import EvaluationSet
+from d2v_composer.system.progress import progress_bar
+
+Embed = Callable[..., Tensor | dict[str, Tensor]]
+"""A function that embeds a batch on the model's device, and returns (B, D), or several embeddings by name.
+
+A batch is images, (B, 3, height, width) uint8; or clips, (B, L) float32, and, only if some are padded, the number of
+samples of each, (B,) int64, as a second argument.
+"""
+EmbeddedSet = dict[str, dict[str, Tensor]]
+"""Part ('train', 'test', the ``VIEWS`` of test) → embedding → this rank's share, (share, D) float32 on the host."""
+
+
+def embed_set(
+    embeds: Mapping[str, Embed],
+    dataset: str,
+    labeled: EvaluationSet,
+    settings: Settings,
+    infos: Mapping[str, EmbeddingInfo] = {},
+) -> dict[str, EmbeddedSet]:
+    """Embed this rank's share of all parts with every model, in one pass over the samples.
+
+    Clips of a similar length share a batch; the longest come first. The views of test images, which depend on the
+    image's number alone, are embedded if a metric needs them.
+
+    Args:
+        embeds: Name → model on the device.
+        dataset: The set's name.
+        labeled: The images.
+        settings: The settings.
+        infos: Name → what the model's embedding is, if known.
+
+    Returns:
+        Name of a model → embeddings: all, or the headline and the model's own, as the settings say.
+    """
+    parts = ({"train": labeled.train} if labeled.has_labels else {}) | {"test": labeled.test}
+    parts |= dict.fromkeys(VIEWS, labeled.test) if settings.needs(labeled, "views") else {}
+    embedded: dict[str, EmbeddedSet] = {model: {part: {} for part in parts} for model in embeds}
+    for part, (samples, _) in parts.items() if embeds else ():
+        mine = settings.ranks.indices_of_rank(len(samples))
+        sizes = torch.tensor([samples[i].shape[-1] for i in mine.tolist()])
+        batches = sizes.argsort(descending=True, stable=True).split(settings.batch_size)
+        shown, is_hidden = f"{settings.progress}{dataset} {part}", settings.progress is None
+        for places in progress_bar(batches, desc=shown, unit="batches", disable=is_hidden):
+            numbers = mine[places].tolist()
+            batch = [samples[i] for i in numbers]
+            if settings.augment is not None and part in VIEWS:
+                batch = [settings.augment(samples[i], i, VIEWS.index(part)) for i in numbers]
+            inputs = move_batch(collate(batch), settings.to_device)
+            for model, embed in embeds.items():
+                embeddings, of_part = embed(*inputs), embedded[model][part]
+                if isinstance(embeddings, Tensor):
+                    embeddings = {"": embeddings}
+                needed = {EMBEDDING, find_headline(settings.headline, embeddings, infos.get(model))}
+                for name, vectors in embeddings.items():
+                    if name not in needed and not settings.needs_all:
+                        continue
+                    if name not in of_part:
+                        of_part[name] = torch.empty(len(mine), vectors.shape[1])
+                    of_part[name][places] = vectors.float().cpu()
+    return embedded
+
+
+def move_batch(batch: tuple[Tensor, ...], to_device: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Move a batch of :func:`collate` to a device: the samples by ``to_device``, then their lengths to the same."""
+    values = to_device(batch[0])
+    return [values, *(lengths.to(values.device) for lengths in batch[1:])]

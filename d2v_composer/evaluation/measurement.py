@@ -1,0 +1,135 @@
+"""Measure the rows of an evaluation, given a set's embeddings by every model; several ranks share the searches.
+
+Shapes: N images of a part, Q queries, K neighbors, D channels.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from d2v_composer.evaluation.embedded_set import EmbeddedSet
+from d2v_composer.evaluation.metrics.agreement import nearest_others
+from d2v_composer.evaluation.metrics.metric import CLASSES, VIEWS, Pair
+from d2v_composer.evaluation.metrics.retrieval import RETRIEVAL
+from d2v_composer.evaluation.nearest_neighbors import TopK, exact_neighbors
+from d2v_composer.evaluation.results import Result
+from d2v_composer.evaluation.rows import TEACHER, Row, Side, find_headline
+from d2v_composer.evaluation.settings import Settings
+from d2v_composer.models.alignment import EmbeddingInfo
+from d2v_composer.models.names import EMBEDDING, JOINT
+from d2v_composer.sources.labeled import EvaluationSet
+
+
+def measure(
+    rows: Sequence[Row],
+    embedded: Mapping[str, EmbeddedSet],
+    dataset: str,
+    labeled: EvaluationSet,
+    settings: Settings,
+    infos: Mapping[str, EmbeddingInfo] = {},
+) -> Iterator[Result]:
+    """Yield a result for each row, embedding and column; each rank takes its share of the queries.
+
+    One embedding is looked up at a time, because all would take gigabytes on the device.
+
+    Args:
+        rows: The rows to measure.
+        embedded: Model → embeddings of the set, as :func:`~d2v_composer.evaluation.embedded_set.embed_set` gives them.
+        dataset: The set's name.
+        labeled: The set.
+        settings: The settings.
+        infos: Model → what its embedding is, if known.
+    """
+    lookup = Lookup(embedded, labeled, settings, infos)
+    metrics = [(metric, settings.columns(labeled, metric)) for metric in settings.metrics(labeled)]
+    for row in rows:
+        names, info = embedded[row.queries.model]["test"], infos.get(row.queries.model)
+        for queries, bank, is_headline in row.sides(names, settings.headline, info):
+            pair = lookup.pair(queries, bank)
+            pair.title = f"{dataset}, {row.title}" if is_headline and settings.ranks.rank == 0 else ""
+            info_of_queries = lookup.info(queries)
+            for metric, columns in metrics:
+                if needs_texts := "texts" in metric.needs:
+                    is_measured = lookup.fits_texts(queries, info_of_queries)
+                else:
+                    is_measured = is_headline or settings.needs_all
+                if not is_measured:
+                    continue
+                for column, hits in zip(columns, metric.hits(pair, columns), strict=True):
+                    nearest = None
+                    if is_headline and metric is RETRIEVAL and column == columns[0]:
+                        nearest = pair.nearest("train", "test", max(settings.ks)).indices.int().cpu()
+                    about = row.title, dataset, column, queries.embedding, info_of_queries
+                    yield Result(*about, is_headline or needs_texts, hits.cpu(), nearest=nearest)
+
+
+class Lookup:
+    """A set's embeddings by every model, as pairs of queries and a bank on the device."""
+
+    def __init__(
+        self,
+        embedded: Mapping[str, EmbeddedSet],
+        labeled: EvaluationSet,
+        settings: Settings,
+        infos: Mapping[str, EmbeddingInfo],
+    ) -> None:
+        self.embedded, self.labeled, self.settings, self.infos = embedded, labeled, settings, infos
+        self.widths: dict[str, int] = {}
+        for metric in settings.metrics(labeled):
+            for column in settings.columns(labeled, metric):
+                self.widths[column.bank] = max(self.widths.get(column.bank, 0), column.k or 0)
+        self.labels, self.neighbors_of_teacher = cache(self._labels), cache(self._neighbors_of_teacher)
+
+    def pair(self, queries: Side, bank: Side) -> Pair:
+        """Return a pair, whose embeddings are moved to the device when they are first read."""
+        in_queries = cache(partial(self.vectors, queries))
+        in_bank = in_queries if bank == queries else cache(partial(self.vectors, bank))
+        teacher = partial(self.neighbors_of_teacher, queries.embedding)
+        return Pair(in_queries, in_bank, self.labels, self.search, teacher, self.widths)
+
+    def vectors(self, side: Side, part: str) -> Tensor:
+        """Return a part's embeddings, those of all ranks, on the device, (N, D)."""
+        settings, classes = self.settings, self.labeled.class_embeddings
+        if part == CLASSES and classes is not None:
+            return settings.to_device(classes)
+        share = settings.to_device(self.embedded[side.model][part][side.embedding])
+        return settings.ranks.gather(share, self.labeled.num_samples[part != "train"])
+
+    def search(self, bank: Tensor, queries: Tensor, k: int) -> TopK:
+        """Search with this rank's share of the queries; return the neighbors of all, (Q, k)."""
+        ranks = self.settings.ranks
+        nearest = exact_neighbors(bank, ranks.rows_of_rank(queries), k)
+        return TopK(*(ranks.gather(tensor, len(queries)) for tensor in nearest))
+
+    def info(self, side: Side) -> EmbeddingInfo:
+        """Return what an embedding is."""
+        if side.embedding == EMBEDDING and side.model in self.infos:
+            return self.infos[side.model]
+        return EmbeddingInfo(side.embedding, "raw", self.embedded[side.model]["test"][side.embedding].shape[1], "")
+
+    def fits_texts(self, queries: Side, info: EmbeddingInfo) -> bool:
+        """Return whether embeddings are in the space of the set's text embeddings."""
+        classes = self.labeled.class_embeddings
+        return (
+            queries.embedding == EMBEDDING
+            and info.of == JOINT
+            and classes is not None
+            and classes.shape[1] == info.width
+        )
+
+    def _labels(self, part: str) -> Tensor:
+        if part in VIEWS or part == CLASSES:
+            classes = self.labeled.class_embeddings
+            count = len(classes) if part == CLASSES and classes is not None else len(self.labeled.test.labels)
+            return self.settings.to_device(torch.arange(count))
+        return self.settings.to_device(getattr(self.labeled, part).labels)
+
+    def _neighbors_of_teacher(self, embedding: str) -> Tensor:
+        """Return the teacher's nearest others by its embedding of the same name or, if it has none, by its headline."""
+        names = self.embedded[TEACHER]["test"]
+        if embedding not in names:
+            embedding = find_headline(self.settings.headline, names, self.infos.get(TEACHER))
+        side = Side(TEACHER, embedding)
+        return nearest_others(self.pair(side, side))

@@ -1,0 +1,32 @@
+"""k-NN classification: the label that wins the vote of a test image's 20 nearest train images.
+
+DINO's weighted vote (Caron et al. 2021, arXiv:2104.14294), and the plain majority.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+from d2v_composer.evaluation.metrics.metric import Column, Metric, Pair, Table
+from d2v_composer.evaluation.nearest_neighbors import NUM_NEIGHBORS, TEMPERATURE, vote
+
+PROBES = Table(
+    "probes", "Probes fitted on train, measured on test", "Do classifiers, fitted to train, find the right class?"
+)
+
+
+def columns(ks: Sequence[int], sizes: Mapping[str, int]) -> list[Column]:
+    k = min(NUM_NEIGHBORS, sizes.get("train", NUM_NEIGHBORS))
+    return [
+        Column("knn", "train", "knn", k, "knn/top1", f"{k}-NN weighted"),
+        Column("knn", "train", "knn_majority", k, "knn_majority/top1", f"{k}-NN majority"),
+    ]
+
+
+def hits(pair: Pair, columns: Sequence[Column]) -> Iterator[Tensor]:
+    for column, temperature in zip(columns, (TEMPERATURE, None), strict=True):
+        voters = pair.nearest("train", "test", column.k or 0)
+        yield vote(voters, pair.labels("train"), temperature) == pair.labels("test")
+
+
+KNN = Metric("knn", "classifies an image by its 20 nearest train images", PROBES, frozenset({"labels"}), columns, hits)

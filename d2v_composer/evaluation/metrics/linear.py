@@ -1,0 +1,35 @@
+"""A linear probe: logistic regression, fitted to the train images and measured on the test images."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+from torch import Tensor
+
+from d2v_composer.evaluation.linear_probe import fit_linear_probe
+from d2v_composer.evaluation.metrics.knn import PROBES
+from d2v_composer.evaluation.metrics.metric import Column, Metric, Pair
+
+warn_once = cache(logging.getLogger(__name__).warning)
+"""Logs a warning, unless the process has logged it before: a run measures its student many times."""
+
+
+def columns(ks: Sequence[int], sizes: Mapping[str, int]) -> list[Column]:
+    return [Column("linear", "train", "linear", None, "linear/top1", "linear probe")]
+
+
+def hits(pair: Pair, columns: Sequence[Column]) -> list[Tensor]:
+    probe = fit_linear_probe(pair.bank("train"), pair.labels("train"))  # each rank fits it alone: it takes seconds
+    if pair.title and not probe.converged:
+        warn_once(f"{pair.title}: the linear probe has not converged")
+    return [probe.predict(pair.queries("test")) == pair.labels("test")]
+
+
+LINEAR = Metric(
+    "linear",
+    "classifies an image by a logistic regression, which takes seconds for each row",
+    PROBES,
+    frozenset({"labels"}),
+    columns,
+    hits,
+)

@@ -1,0 +1,210 @@
+"""Results of an evaluation: hits of each query; accuracies, intervals and the teacher gap closed.
+
+Shapes: Q queries, K neighbors.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from statistics import mean
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from d2v_composer.evaluation.metrics.metric import BANKS, Column
+from d2v_composer.evaluation.metrics.retrieval import retrieval_from
+from d2v_composer.evaluation.rows import GAP, ROWS, STUDENT, metric_key
+from d2v_composer.evaluation.run_log import Log
+from d2v_composer.models.alignment import EmbeddingInfo
+from d2v_composer.models.names import EMBEDDING
+
+NUM_RESAMPLES = 2000
+# A gap closed is stated if its 95 % interval is narrower than this share of the gap.
+WIDEST = 0.5
+Hits = NDArray[np.bool_ | np.float64]
+"""A model's result for each query, (Q,): True if the query is right, or a share from 0 to 1."""
+
+
+class Result(NamedTuple):
+    """A column of one row's embedding on one data set."""
+
+    row: str
+    """The row's title."""
+    dataset: str
+    column: Column
+    embedding: str
+    """Name of the embedding of the queries; '' if it is the only one and has no name."""
+    info: EmbeddingInfo
+    """What this embedding is."""
+    is_headline: bool
+    """True for the embedding that tables show."""
+    hits: Tensor
+    """For each query, on the host: (Q,) bool, or the share of common neighbors, (Q,) float64."""
+    weights: str = ""
+    """Hash of the weights of the model that embeds the queries; '' if it has none."""
+    batch: int = 0
+    """Number of training batches after which a run measured the row."""
+    nearest: Tensor | None = None
+    """The train images nearest to each test image, nearest first, (Q, K) int32."""
+
+    def plain(self) -> dict[str, Any]:
+        """Return the fields as plain values, for a checkpoint."""
+        return self._asdict() | {"column": self.column._asdict(), "info": self.info._asdict()}
+
+    @property
+    def is_raw(self) -> bool:
+        """True for a student's own embedding in place of its teacher's."""
+        return self.embedding == EMBEDDING and self.info.made_by == "raw"
+
+    @property
+    def embedding_text(self) -> str:
+        """What the embedding is, in words: the teacher's output_cls."""
+        if self.embedding != EMBEDDING or self.info.of == EMBEDDING:
+            return self.embedding
+        return f"raw {self.info.of}" if self.is_raw else f"the teacher's {self.info.of}"
+
+
+def read_results(saved: Iterable[Mapping[str, Any]]) -> list[Result]:
+    """Return the results whose :meth:`Result.plain` was saved."""
+    return [
+        Result(**{**fields, "column": Column(**fields["column"]), "info": EmbeddingInfo(**fields["info"])})
+        for fields in saved
+    ]
+
+
+def last_batch(results: Iterable[Result]) -> int:
+    """Return the batch after which a run last measured its student; 0 if it did not."""
+    return max((result.batch for result in results if result.row == STUDENT), default=0)
+
+
+def pivot(results: Iterable[Result], dataset: str) -> dict[Column, dict[str, Result]]:
+    """Return column → row → result on a data set in the headline; further rows follow ``ROWS``."""
+    columns: dict[Column, dict[str, Result]] = {}
+    for result in sorted(results, key=lambda result: (*ROWS, result.row).index(result.row)):
+        if result.dataset == dataset and result.is_headline:
+            columns.setdefault(result.column, {})[result.row] = result
+    return columns
+
+
+def heading(cells: Mapping[str, Result]) -> str:
+    """Return the embedding of a table in words: the teacher's, the student's or the first row's that has a name."""
+    ordered = [cells[row] for row in GAP[::-1] if row in cells] + [*cells.values()]
+    return next((result.embedding_text for result in ordered if result.embedding), "")
+
+
+def label(result: Result, of_table: str) -> str:
+    """Return a row's title and, if its embedding is another one than the table's, this embedding."""
+    is_other = result.embedding and result.embedding_text != of_table
+    return f"{result.row} ({result.embedding_text})" if is_other else result.row
+
+
+class Interval(NamedTuple):
+    """An estimate with its 95 % percentile interval over resampled queries (Efron 1979)."""
+
+    value: float
+    low: float
+    high: float
+
+
+def accuracy_interval(hits: Hits) -> Interval:
+    """Return the mean of the queries' hits, fractions or differences of hits, (Q,), with its interval."""
+    return Interval(float(hits.mean()), *np.percentile(resample(hits), [2.5, 97.5]).tolist())
+
+
+def check_comparable(*results: Result) -> None:
+    """Check that results are of one column, of the same queries and of one embedding.
+
+    Raises:
+        ValueError: They are not, so that a difference of them means nothing.
+    """
+    ways = {result.info.made_by for result in results} - {"teacher"}
+    places = {(result.dataset, result.column, len(result.hits)) for result in results}
+    embeddings = {(result.embedding, result.info.of) for result in results}
+    if max(map(len, (ways, places, embeddings))) > 1:
+        raise ValueError(f"{', '.join(result.row for result in results)} cannot be compared: their embeddings differ")
+
+
+class GapClosed(NamedTuple):
+    """The fraction of the gap from untrained student to teacher that the student closes."""
+
+    interval: Interval | None
+    """``None`` if it cannot be told."""
+    queries_needed: int = 0
+    """About how many queries could tell it, if these are too few; 0 if the teacher is no better."""
+
+
+def gap_closed(cells: Mapping[str, Result]) -> GapClosed | None:
+    """Return the teacher gap closed in a column; ``None`` if the three models were not measured by one embedding.
+
+    It is stated if the teacher is clearly better than the untrained student, and its interval is narrower than
+    ``WIDEST``.
+    """
+    if not cells.keys() >= {*GAP}:
+        return None
+    try:
+        check_comparable(*(cells[row] for row in GAP))
+    except ValueError:  # a resume changed how the embedding is made
+        return None
+    untrained, student, teacher = hits = [cells[row].hits.double().numpy() for row in GAP]
+    if (gap := teacher.mean() - untrained.mean()) <= 0:
+        return GapClosed(None)
+    value = (student.mean() - untrained.mean()) / gap
+    resampled = resample(*hits)
+    gaps = resampled[:, 2] - resampled[:, 0]
+    if np.percentile(gaps, 2.5) > 0:
+        low, high = np.percentile((resampled[:, 1] - resampled[:, 0])[gaps > 0] / gaps[gaps > 0], [2.5, 97.5]).tolist()
+        if high - low < WIDEST:
+            return GapClosed(Interval(float(value), low, high))
+    # Both intervals shrink with the root of the number of queries.
+    gains = teacher - untrained
+    of_gap, of_value = gains.std() / gap, (student - untrained - value * gains).std() / gap
+    needed = max(1.96 * of_gap, 2 * 1.96 * of_value / WIDEST) ** 2
+    return GapClosed(None, round_up(max(len(untrained) + 1, math.ceil(needed))))
+
+
+def round_up(number: int) -> int:
+    """Return the number rounded up to its first digit."""
+    unit = 10 ** int(math.log10(number))
+    return -(-number // unit) * unit
+
+
+def gap_closed_by_step(
+    log: Log, dataset: str, embedding: str = "", k: int = 1, baselines: Log | None = None
+) -> dict[int, float]:
+    """Return step → teacher gap closed: the mean over both banks, or the value for the only bank with a gap.
+
+    Args:
+        log: Log of the student's run.
+        dataset: Name of the labeled set.
+        embedding: Name of the embedding, the same for student and teacher; '' for the headline.
+        k: The k of top-k.
+        baselines: The log with the untrained student (``retrieval.at_start``) and the teacher
+            (``retrieval.baselines``); default ``log``.
+
+    Returns:
+        Empty if untrained student or teacher is missing, or if there is no gap in either bank.
+    """
+    values: dict[int, list[float]] = {}
+    for bank in BANKS:
+        options = dataset, retrieval_from(bank, k), embedding
+        untrained, _, teacher = ((baselines or log).get(metric_key(*options, row), {}) for row in GAP)
+        if 0 not in untrained or not teacher or (gap := teacher[max(teacher)] - untrained[0]) <= 0:
+            continue
+        for step, accuracy in log.get(metric_key(*options), {}).items():
+            values.setdefault(step, []).append((accuracy - untrained[0]) / gap)
+    return {step: mean(values[step]) for step in sorted(values)}
+
+
+def resample(*hits: Hits) -> NDArray[np.float64]:
+    """Return the accuracies of S models in each bootstrap resample of their common queries, (R, S).
+
+    Queries that the same models get right are interchangeable, so only the number of queries of each kind is drawn.
+
+    Args:
+        hits: Hits of each model, (Q,) each.
+    """
+    kinds, counts = np.unique(np.stack(hits, axis=1), axis=0, return_counts=True)
+    num_queries = counts.sum()
+    drawn = np.random.default_rng(0).multinomial(num_queries, counts / num_queries, size=NUM_RESAMPLES)
+    return drawn @ kinds / num_queries
