@@ -105,7 +105,7 @@ def train_student(
         ...
     """
     join_and_seed(config)
-    problem = config.train_loader.find_missing_data()  # before the teacher is fetched
+    problem = None if train_dataloader else config.train_loader.find_missing_data()  # before the teacher is fetched
     raise_on_all_ranks(problem and f"train_loader{problem}")
     model = build_model(config, teacher)
     costs = {STUDENT: cost(model.student, fitted_width(config, model)), TEACHER: cost(model.teacher)}
