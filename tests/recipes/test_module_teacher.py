@@ -68,7 +68,7 @@ def test_its_student_is_exported_and_evaluated_without_the_code(run: Path, label
     succeed("export", checkpoint, out)
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     assert load_student(out).embed(images).isfinite().all()
-    for model in (checkpoint, out):
+    for model in (checkpoint, out):  # which have the same weights, so the second replaces the results of the first
         rows, said = evaluated(tmp_path, f"model={model}", datasets_of(labeled))
         assert rows == {"pixels", "student"}
         assert "the untrained student is not measured: its alignment needs the run's teacher (teacher=PATH)" in said
