@@ -10,7 +10,7 @@ from composer.loggers import LoggerDestination
 from torch.utils.data import DataLoader, Subset
 
 from d2v_composer.callbacks.algorithms import TargetStatistics
-from d2v_composer.callbacks.alignment import AlignStudent, choose_pairs
+from d2v_composer.callbacks.alignment import AlignStudent
 from d2v_composer.callbacks.checkpointing import Stop
 from d2v_composer.callbacks.kept_targets import KeptTargets
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
@@ -40,7 +40,7 @@ from d2v_composer.runs.trainer import (
     write_run_report,
 )
 from d2v_composer.sources.labeled import evenly_spaced
-from d2v_composer.sources.mds import Index
+from d2v_composer.sources.mds import Index, choose_pairs
 from d2v_composer.sources.source import Source, open_mds
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
@@ -105,8 +105,8 @@ def train_student(
         ...
     """
     join_and_seed(config)
-    problem = None if train_dataloader else config.train_loader.find_missing_data()  # before the teacher is fetched
-    raise_on_all_ranks(problem and f"train_loader{problem}")
+    problem = None if train_dataloader is not None else config.train_loader.find_missing_data()
+    raise_on_all_ranks(problem and f"train_loader{problem}")  # before the teacher is fetched
     model = build_model(config, teacher)
     costs = {STUDENT: cost(model.student, fitted_width(config, model)), TEACHER: cost(model.teacher)}
     accelerate(config, model)

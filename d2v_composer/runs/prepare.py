@@ -172,7 +172,9 @@ def make_plan(request: Request, fetched: Path) -> Plan:
     if (number := len(source)) < MIN_SAMPLES:
         raise InputError(f"{request.source}: expected at least {MIN_SAMPLES} {modality.unit}, got {number}")
     chosen = choose_settings(number, teacher.config)
-    config = configure(request, request.out / modality.unit, chosen)
+    samples = request.out / modality.unit
+    held_out = {HELD_OUT: {"format": "mds", "root": str(samples), "label_column": None}}
+    config = configure(request, samples, {**chosen, "retrieval.datasets": held_out})
     if config.teacher != unsized.teacher:  # a timm model for smaller images
         teacher = build_teacher(config)
     model = build_model(config, teacher)

@@ -9,7 +9,9 @@
 #       save_folder=s3://BUCKET/runs/distill train_loader.local=/mnt/nvme/imagenet/train
 #
 # The job saves and enters the queue again three minutes before its time ends; SLURM itself requeues a job that is
-# preempted or whose machine fails. Each time, the run resumes. A canceled job saves and ends.
+# preempted or whose machine fails. Each time, the run resumes. To end it with a checkpoint, signal the script alone, by
+# scancel --batch --signal=TERM JOB: plain scancel and a preemption signal every process, and kill them after KillWait or
+# GraceTime, often 30 seconds; then the run resumes from its last checkpoint.
 set -uo pipefail
 
 .venv/bin/python recipes/launch/run.py yamls/distill.yaml "$@" &

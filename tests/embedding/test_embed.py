@@ -34,6 +34,7 @@ from d2v_composer.embedding.collection import Embedded
 from d2v_composer.models.backbone import Transformer
 from d2v_composer.models.configs import ImageEncoderConfig, StudentConfig
 from d2v_composer.models.images import ImageEncoder
+from d2v_composer.models.names import EMBEDDING
 from d2v_composer.models.student import Student
 from d2v_composer.system import fetch
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError
@@ -184,14 +185,14 @@ def interrupted(photos: Path, tmp_path: Path) -> Path:
     """The folder of a call that was interrupted after two of its parts: its source, and the files that it replaces."""
     shutil.copytree(photos, tmp_path / "photos")
     write_files(tmp_path, {"photos.npy": b"old", "photos.ids.npy": b"old"})
-    embed_images, calls = Transformer.embed, itertools.count()
+    embed_images, calls = Transformer.embed_all, itertools.count()
 
-    def embed_some(*arguments: Any) -> Tensor:
+    def embed_some(*arguments: Any) -> dict[str, Tensor]:
         if next(calls) == 5:  # two batches a part
             raise KeyboardInterrupt
         return embed_images(*arguments)
 
-    with patch.object(Transformer, "embed", embed_some), pytest.raises(KeyboardInterrupt):
+    with patch.object(Transformer, "embed_all", embed_some), pytest.raises(KeyboardInterrupt):
         embed(TEACHER, tmp_path / "photos", tmp_path / "photos.npy", *AGAIN)
     return tmp_path
 
@@ -202,7 +203,7 @@ def test_rows_of_two_different_runs_are_not_joined(interrupted: Path) -> None:
     for model, images, options, difference in (
         (other, source, (), "model"),
         (TEACHER, source / "b", (), "source"),
-        (TEACHER, source, ("--pooling", "mean", "--normalize"), "pooling, normalize"),
+        (TEACHER, source, ("--pooling", "mean", "--normalize"), "embedding, normalize"),
     ):
         named = rf"/\.photos\.npy\.partial: an interrupted run had a different {difference}; delete that folder"
         with pytest.raises(InputError, match=named):
@@ -362,7 +363,10 @@ def test_unreadable_images_stop_or_are_skipped(
 def test_an_embedding_that_is_not_finite_is_refused(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Transformer, "embed", lambda self, images, *_: torch.full((len(images), 48), 1e5))
+    def embed_all(_: Transformer, images: Tensor) -> dict[str, Tensor]:
+        return {EMBEDDING: torch.full((len(images), 48), 1e5)}
+
+    monkeypatch.setattr(Transformer, "embed_all", embed_all)
     with pytest.raises(InputError, match=r"00\.JPEG, or .*: its embedding is not finite with .* float16"):
         embed(TEACHER, photos, tmp_path / "photos.npy", "--dtype", "float16")
 

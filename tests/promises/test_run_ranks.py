@@ -162,11 +162,12 @@ def test_evaluate_embed_and_export_read_the_narrow_embedding(narrow: Run, labele
     """17, 21: they read the checkpoint, and its exported file."""
     exported = tmp_path / "student.safetensors"
     succeed("export", narrow.newest, exported)
-    for model in (narrow.newest, exported):
-        succeed("embed", model, labeled / "test", tmp_path / f"{model.name}.npy")
-    ours, expected = (np.load(tmp_path / f"{model.name}.npy") for model in (exported, narrow.newest))
-    assert ours.shape == (48, 20)
-    np.testing.assert_allclose(ours, expected, atol=1e-5)
+    for options, width in (((), 48), (("--pooling", "cls"), 20)):  # the teacher's embedding, and the student's own
+        for model in (narrow.newest, exported):
+            succeed("embed", model, labeled / "test", tmp_path / f"{model.name}.npy", "--overwrite", *options)
+        ours, expected = (np.load(tmp_path / f"{model.name}.npy") for model in (exported, narrow.newest))
+        assert ours.shape == (48, width)
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
     datasets = datasets_of(labeled, "cifar10")
     succeed("evaluate", ROOT / "yamls" / "evaluate.yaml", f"model={narrow.newest}", datasets)
     student, trained = load_student(exported), load_checkpoint(narrow.newest)["state"]["model"]

@@ -190,7 +190,7 @@ def reading_of(config: TrainConfig) -> tuple[Any, ...]:
 def test_every_row_is_a_valid_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its config is right, and teacher and student of its sizes can be built, here without weights."""
 
-    def load_timm_teacher(path: None, model: str, first_blocks: int, image_size: int, _: bool) -> TimmTeacher:
+    def load_timm_teacher(path: None, model: str, first_blocks: int, image_size: int) -> TimmTeacher:
         built = build_timm_model(model, image_size)
         return TimmTeacher(built, teacher_config(model, built, first_blocks))
 

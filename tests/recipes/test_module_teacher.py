@@ -1,5 +1,6 @@
 """Anyone's module as the teacher, by the script of the guide."""
 
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -67,10 +68,20 @@ def test_its_student_is_exported_and_evaluated_without_the_code(run: Path, label
     succeed("export", checkpoint, out)
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     assert load_student(out).embed(images).isfinite().all()
-    for model in (checkpoint, out):
-        shown = succeed("evaluate", f"model={model}", datasets_of(labeled)).stdout
-        assert "untrained student" in shown
-        assert "teacher" not in shown
+    for model in (checkpoint, out):  # which have the same weights, so the second replaces the results of the first
+        rows, said = evaluated(tmp_path, f"model={model}", datasets_of(labeled))
+        assert rows == {"pixels", "student"}
+        assert "the untrained student is not measured: its alignment needs the run's teacher (teacher=PATH)" in said
+        rows, said = evaluated(tmp_path, f"model={model}", datasets_of(labeled), "pooling=mean")  # needs no alignment
+        assert rows == {"pixels", "untrained student", "student"}
+        assert "not measured" not in said
+
+
+def evaluated(folder: Path, *options: str) -> tuple[set[str], str]:
+    """Return the rows of an evaluation, and what it says on stderr."""
+    ended = succeed("evaluate", f"out={folder}", *options)
+    results = json.loads((folder / "evaluation.json").read_text())["results"]
+    return {row["candidate"] for row in results}, ended.stderr
 
 
 def test_a_run_resumes_only_with_it(run: Path, package: Path, small_data: Path) -> None:

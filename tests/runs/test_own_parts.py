@@ -55,7 +55,7 @@ def test_it_trains_resumes_and_exports(tmp_path: Path, capsys: pytest.CaptureFix
     folder, counter, memory = tmp_path / "run", Counter(), InMemoryLogger()
     parts = {"algorithms": [counter], "loggers": [memory], "alignment_samples": Images()}
     train(folder, **parts)
-    assert "alignment with the teacher's output_mean, on 48 images" in capsys.readouterr().out
+    assert "estimated by an alignment" in capsys.readouterr().out
     assert len(memory.data["loss/train/total"]) == counter.batches == 4
     assert map_of(folder)["about"]["pairs"] == 48
     resumed = Counter()
