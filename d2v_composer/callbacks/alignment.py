@@ -74,12 +74,10 @@ class AlignStudent(Callback):
         self.targets: list[Tensor] = []  # of this rank's samples, embedded once
         self.batch, self.statistics = -1, dict[str, Any]()
 
-    def batch_end(self, state: State, logger: Logger) -> None:
-        if has_ended(state):
-            broadcast_statistics(state.model)
-            self.fit(state, state.device.tensor_to_device)
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        self.fit_at_end(state)
 
-    epoch_end = batch_end
+    epoch_checkpoint = batch_checkpoint
 
     def state_dict(self) -> dict[str, Any]:
         alignment = self.student.alignment
@@ -90,6 +88,12 @@ class AlignStudent(Callback):
         self.batch, self.statistics = state["batch"], state["about"]
         if "weight" in state:
             self.student.align(state["weight"], state["bias"], self.of)
+
+    def fit_at_end(self, state: State) -> None:
+        """Fit the map if the run has ended; at the end of a batch, a callback such as EarlyStopper may still end it."""
+        if has_ended(state):
+            broadcast_statistics(state.model)
+            self.fit(state, state.device.tensor_to_device)
 
     def fit(self, state: State, to_device: Callable[[Tensor], Tensor]) -> None:
         """Fit the map and give it to the student, unless this was done after the same batch.

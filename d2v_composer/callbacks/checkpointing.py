@@ -189,6 +189,8 @@ class Checkpoints(Callback):
         if self.folder is None or batch == self.last_saved:
             return
         self.last_saved = batch
+        if (align := find_callback(state, AlignStudent)) is not None:
+            align.fit_at_end(state)
         path = self.folder.local / f"ep{int(state.timestamp.epoch)}-ba{batch}-rank0.pt"
         self._write(state, path, publish)
         with writing(self.folder.local):

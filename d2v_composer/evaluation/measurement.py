@@ -51,8 +51,8 @@ def measure(
             pair.title = f"{dataset}, {row.title}" if is_headline and settings.ranks.rank == 0 else ""
             info_of_queries = lookup.info(queries)
             for metric, columns in metrics:
-                if needs_texts := "texts" in metric.needs:
-                    is_measured = lookup.fits_texts(queries, info_of_queries)
+                if needs_texts := "texts" in metric.needs:  # are the bank, so that one row of a model is enough
+                    is_measured = queries == bank and lookup.fits_texts(queries, info_of_queries)
                 else:
                     is_measured = is_headline or settings.needs_all
                 if not is_measured:

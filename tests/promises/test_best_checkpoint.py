@@ -1,6 +1,7 @@
 """Promises 10, 11 and 15 for ``save_best``: the checkpoint with the highest mean of top-1, whole and never resumed."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from helpers import (
     datasets_of,
     load_checkpoint,
     losses_of,
+    run_command,
     run_ranks,
     small_run,
     succeed,
@@ -39,9 +41,9 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def options(labeled: Path) -> list[str]:
-    """A retrieval after each batch, and one checkpoint to keep."""
+    """A retrieval after each batch, by a raw embedding, which needs no map; and one checkpoint to keep."""
     retrieval = f"retrieval.{datasets_of(labeled)}", "retrieval.baselines=[]", "retrieval.interval=1ba"
-    return [*retrieval, "save_num_checkpoints_to_keep=1"]
+    return [*retrieval, "retrieval.pooling=mean", "save_num_checkpoints_to_keep=1"]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,9 @@ def test_the_best_checkpoint_is_of_the_highest_mean_and_has_its_map(
     assert checkpoints_of(undisturbed.folder) == {"ep2-ba14-rank0.pt"}
     succeed("export", path, tmp_path / "student.safetensors")
     accuracy = undisturbed.log["metrics/small/bank_test/top1"][best]
-    table = succeed("evaluate", f"model={tmp_path / 'student.safetensors'}", datasets_of(labeled)).stdout
+    table = succeed(
+        "evaluate", f"model={tmp_path / 'student.safetensors'}", datasets_of(labeled), "pooling=mean"
+    ).stdout
     assert f"{100 * accuracy:.1f} [" in table
 
 
@@ -111,6 +115,16 @@ def test_a_kill_while_the_best_is_written_leaves_the_one_before(
     run.train(on)
     assert saved_in(run.folder / BEST)["batch"] == best_of(run, first=3)
     assert not (run.folder / "checkpoint.partial").exists()
+
+
+def test_a_run_that_a_retrieval_stops_ends_with_its_map(small_data: Path, options: list[str], tmp_path: Path) -> None:
+    run, script = Run(tmp_path / "run", small_data, *options), tmp_path / "stopped.py"
+    script.write_text(EARLY_STOPPED)
+    ended = run_command(sys.executable, script, *run.arguments, "max_duration=100000ba", "save_interval=100ba")
+    assert ended.returncode == 0, ended.stderr
+    last = best_of(run) + 4
+    saved = saved_in(run.newest)
+    assert (saved["batch"], saved["map"]["batch"]) == (last, last)
 
 
 @pytest.mark.slow

@@ -60,7 +60,8 @@ def test_the_map_is_fitted_only_at_the_end_if_no_retrieval_needs_it(
     small_data: Path, labeled: Path, tmp_path: Path
 ) -> None:
     """A run that then goes on measures no map of weights that it had before."""
-    options = f"retrieval.{datasets_of(labeled)}", "retrieval.interval=2ba", "scheduler.t_warmup=0ba"
+    raw = "retrieval.pooling=cls", "retrieval.representation=output"
+    options = f"retrieval.{datasets_of(labeled)}", *raw, "retrieval.interval=2ba", "scheduler.t_warmup=0ba"
     in_index = "metrics/small/in_index/bank_train/top1"
     run_training(*small_run(tmp_path / "run", small_data, *options, "max_duration=4ba"))
     assert list(log_of(tmp_path / "run")[in_index]) == [4]
