@@ -1,9 +1,9 @@
 """Distill a student in a plain Composer script over Streaming's own StreamingDataset. The same command resumes.
-
-python recipes/stock.py
+python recipes/stock.py     # after: pip install -e '.[train,tensorboard]'
 composer -n 2 recipes/stock.py --remote s3://BUCKET/images --local /tmp/cache --save-folder s3://BUCKET/run
 """
 
+import shutil
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from io import BytesIO
 from pathlib import Path
@@ -30,9 +30,7 @@ parser.add_argument("--remote", help="images as MDS shards in a store; without i
 parser.add_argument("--local", default="yamls/quickstart/cifar10/train", help="the shards, or their cache")
 parser.add_argument("--labeled", default="yamls/quickstart/cifar10", help="labeled images for the retrieval")
 parser.add_argument("--save-folder", default="runs/stock", help="for checkpoints: a folder, or an address in a store")
-parser.add_argument(
-    "--out", default="runs/stock_results", help="folder for TensorBoard, and for the student at the end"
-)
+parser.add_argument("--out", default="runs/stock_results", help="folder for TensorBoard and the student")
 parser.add_argument("--max-duration", default="600ba", help="length of the run, in batches of 32 images or epochs")
 parser.add_argument("--interval", default="200ba", help="time between checkpoints, and between retrievals")
 
@@ -54,13 +52,15 @@ def main() -> None:
     align = AlignStudent(model, [resize(images[number]) for number in range(min(1000, images.size))])
     labeled = {"cifar10": load_labeled_set("mds", args.labeled, image_size=side)}
     retrieval = ZeroShotRetrieval(labeled, args.interval, align=align)
+    if "://" in args.save_folder and dist.get_local_rank() == 0:
+        shutil.rmtree(args.save_folder, ignore_errors=True)  # ./s3:/…, where Composer would find an older checkpoint
     trainer = Trainer(
         model=model,
         train_dataloader=loader,
         max_duration=args.max_duration,
         optimizers=torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), eps=1e-6),
         schedulers=CosineAnnealingWithWarmupScheduler("0.1dur"),
-        algorithms=[GradientClipping("norm", 2.0), GradientNorm()],
+        algorithms=[GradientClipping("norm", 2.0), GradientNorm()],  # the last runs first: before the clipping
         callbacks=[Throughput(), NanGuard(), Health(args.interval), LRMonitor(), align, retrieval],
         loggers=[TensorboardLogger(args.out)],
         run_name="stock",
@@ -70,7 +70,8 @@ def main() -> None:
         autoresume=True,
         seed=seed,
     )
-    trainer.fit()
+    if trainer.state.timestamp < args.max_duration:
+        trainer.fit()
     if dist.get_global_rank() == 0:
         save_student(model.student, Path(args.out, "student.safetensors"))
 

@@ -117,6 +117,10 @@ def test_it_is_killed_and_resumes(labeled: Path, tmp_path: Path) -> None:
     resumed = run_command(sys.executable, SCRIPT, *given)
     assert resumed.returncode == 0, resumed.stderr
     assert_ended(tmp_path, [4, 5])
+    (tmp_path / "out/student.safetensors").unlink()
+    again = run_command(sys.executable, SCRIPT, *given)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "out/student.safetensors").exists()
 
 
 @pytest.mark.slow
@@ -133,10 +137,16 @@ def test_two_ranks_are_killed_and_resume_from_a_store(labeled: Path, tmp_path: P
     given = arguments(tmp_path, labeled, **places)
     environment = object_store.environment | {"SLOW": "8"}
     pointer = "run/latest-rank0.pt.symlink"
-    with started_ranks(*traced(given, "stock"), ranks=2, environment=environment) as ranks:
-        wait_until(lambda: pointer in object_store.objects("stock-run"), seconds=280)
+    folders = (tmp_path, tmp_path)  # Composer writes what it finds in the store below the working folder
+    with started_ranks(*traced(given, "stock"), ranks=2, environment=environment, folders=folders) as ranks:
+
+        def is_saved() -> bool:
+            assert all(rank.poll() is None for rank in ranks), [rank.stderr for rank in ranks]
+            return pointer in object_store.objects("stock-run")
+
+        wait_until(is_saved, seconds=280)
         for rank in ranks:
             rank.kill()
     saved = int(re.findall(rb"ba(\d+)", object_store.objects("stock-run")[pointer])[0])
-    run_ranks(str(SCRIPT), *given, ranks=2, environment=object_store.environment)
+    run_ranks(str(SCRIPT), *given, ranks=2, environment=object_store.environment, folders=folders)
     assert_ended(tmp_path, [*range(saved, 12)])
