@@ -31,9 +31,13 @@ for program, *arguments in json.loads(sys.argv[1]):
 """
 
 
+# Programs to read, which import what they need at their head.
+PLAIN = {"minimal.py", "stock.py"}
+
+
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     """In one fresh interpreter."""
-    recipes = [str(path) for path in sorted((ROOT / "recipes").glob("*.py"))]
+    recipes = [str(path) for path in sorted((ROOT / "recipes").glob("*.py")) if path.name not in PLAIN]
     commands = [["d2v", "--help"], *([program, "--help"] for program in recipes)]
     commands += [["d2v", name, "--help"] for name in COMMANDS]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
