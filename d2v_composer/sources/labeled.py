@@ -190,7 +190,7 @@ def open_labeled_sets(
 
     def load(options: Mapping[str, Any]) -> EvaluationSet:
         return load_labeled_set(
-            modality=modality, **{"max_images": section["max_images"], **options, **changes}
+            modality=modality, **{"max_images": section.get("max_images"), **options, **changes}
         ).numbered()
 
     return {name: partial(load, options) for name, options in section["datasets"].items() if options is not None}
