@@ -3,8 +3,8 @@
 usage: python recipes/minimal.py
 
 It needs torch, torchvision, safetensors and Streaming; neither d2v_composer nor Composer. Teacher and student share one
-frozen encoder, which runs once per step; only the student's blocks are trained. At every token, they regress the mean
-of the teacher's normalized layers. The page is in the order in which the data flow.
+frozen encoder, which runs once per step; only the student's blocks are trained. At every token, the mean of their
+normalized FFN outputs regresses the mean of the teacher's. The page is in the order in which the data flow.
 
 Sources: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525); ALiBi (Press et al. 2022, arXiv:2108.12409); a thesis
 chapter on distilled unimodal data2vec 2.0 (Tim Cares 2024, github.com/TimCares/MasterThesis).
@@ -135,7 +135,7 @@ def alibi(sizes: dict) -> Tensor:
     return pad(-torch.tensor(slopes)[:, None, None] * distance_NN, (sizes["num_extra_tokens"], 0) * 2)
 
 
-# 3. The loss: both sides are LayerNorm(mean over layers of InstanceNorm(FFN output)); data2vec 2.0, section 3.
+# 3. The loss. The target is data2vec 2.0's (section 3); the prediction is made of the student's layers in the same way.
 def norm_mean(ffn_outputs: list[Tensor]) -> Tensor:
     """Normalize each channel over an image's tokens, average the layers, normalize each token: (B, T, D)."""
     mean_BTD = torch.stack([instance_norm(ffn_BTD.mT).mT for ffn_BTD in ffn_outputs]).mean(dim=0)
