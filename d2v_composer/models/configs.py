@@ -331,7 +331,7 @@ class TimmConfig(ImageConfig):
     interpolation: Literal["bicubic", "bilinear"]
     timm: str
     """Version of timm that built the encoder."""
-    outputs: Tuple[float] = Field((), repr=False)  # no part of the weights' hash, which is of a repr
+    outputs: Tuple[float] = Field(default=(), repr=False)  # no part of the weights' hash, which is of a repr
     """A few outputs for a fixed image, in an exported file: another version of timm may silently build something else
     under the same name."""
 
