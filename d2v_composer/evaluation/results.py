@@ -59,7 +59,7 @@ class Result(NamedTuple):
 
     @property
     def embedding_text(self) -> str:
-        """What the embedding is, in words: the teacher's output_cls."""
+        """The embedding in words, such as "the teacher's output_cls"."""
         if self.embedding != EMBEDDING or self.info.of == EMBEDDING:
             return self.embedding
         return f"raw {self.info.of}" if self.is_raw else f"the teacher's {self.info.of}"

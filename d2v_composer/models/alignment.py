@@ -31,7 +31,7 @@ MADE_BY: dict[MadeBy, str] = {
 
 
 class EmbeddingInfo(NamedTuple):
-    """What a model's embedding is."""
+    """Description of a model's embedding: whose it is, what made it, its width."""
 
     of: str
     """The teacher's embedding that this is or estimates: ``output_cls``, ``output_mean``, ``joint``, …; or the file of

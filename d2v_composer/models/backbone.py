@@ -151,7 +151,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     def embedding(self) -> EmbeddingInfo:
-        """What the model's embedding is."""
+        """The description of the model's embedding."""
         if self.alignment is not None:
             return self.alignment.info
         return EmbeddingInfo(self.raw_embedding, self.made_by, self.width_of(self.raw_embedding), "")

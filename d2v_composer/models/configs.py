@@ -431,7 +431,7 @@ class TimmNetworkConfig(TimmConfig):
 
 
 class EmbeddingConfig(Config):
-    """What a student's embedding is, in its file."""
+    """Description of a student's embedding, in its file."""
 
     raw: RawName  # pyright: ignore[reportInvalidTypeForm]
     """Name of the raw embedding that it is without an alignment."""

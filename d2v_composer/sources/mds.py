@@ -29,7 +29,7 @@ ALIGNMENT_SHARDS = 64
 
 
 class Summary(TypedDict, total=False):
-    """What readers need of the summary of a conversion, which also has its settings."""
+    """The part of a conversion's summary that readers need; the file also has the settings."""
 
     classes: list[Any] | None
     lengths: list[int]

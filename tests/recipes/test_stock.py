@@ -47,7 +47,7 @@ def arguments(folder: Path, labeled: Path, **options: Any) -> list[str]:
 
 
 def scalars(folder: Path, files: str = "*") -> dict[str, dict[int, float]]:
-    """What TensorBoard shows of a run: key → step → value."""
+    """Return key → step → value of the scalars that TensorBoard shows of a run."""
     series: dict[str, dict[int, float]] = {}
     for file in sorted(folder.rglob(f"events.out.tfevents.{files}")):
         events = EventAccumulator(str(file)).Reload()

@@ -1,4 +1,4 @@
-"""What a metric is: a name, what it needs, its columns of tables, and a function from embeddings to hits.
+"""Metrics: a metric has a name, what it needs, its columns of tables, and a function from embeddings to hits.
 
 Shapes: Q queries, N bank images, K neighbors, D channels.
 """
