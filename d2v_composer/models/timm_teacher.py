@@ -294,7 +294,7 @@ def materialize(module: ModuleT) -> ModuleT:
 
 
 class TimmHead(Freezable):
-    """What a timm model has after its final norm, in timm's code: CLIP's pooling and projection, SigLIP's pooling.
+    """The layers of a timm model after its final norm, in timm's code: CLIP's pooling and projection, SigLIP's pooling.
 
     Args:
         model: The model, before it is taken apart.
