@@ -151,12 +151,15 @@ def test_a_full_disk_is_refused(tmp_path: Path, small_data: Path, monkeypatch: p
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_finished_run_needs_no_room(tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_needs_no_room(
+    tmp_path: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     changes = ("train_loader.views=4", "max_duration=1ba", "scheduler.t_warmup=0ba", "alignment.max_samples=0")
     config = load_config(small_run(tmp_path, small_data, *changes))
     train_student(config)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     train_student(config)
+    assert "this run is complete at 1ba" in capsys.readouterr().out
 
 
 def test_audio_has_no_views(small_data: Path) -> None:
