@@ -92,17 +92,16 @@ class AlignStudent(Callback):
     def fit_at_end(self, state: State) -> None:
         """Fit the map if the run has ended; at the end of a batch, a callback such as EarlyStopper may still end it."""
         if has_ended(state):
-            broadcast_statistics(state.model)
             self.fit(state, state.device.tensor_to_device)
 
     def fit(self, state: State, to_device: Callable[[Tensor], Tensor]) -> None:
         """Fit the map and give it to the student, unless this was done after the same batch.
 
-        All ranks must share BatchNorm's statistics. If the map cannot be fitted, the student gets none, and a warning
-        is logged.
+        Call it on all ranks. If the map cannot be fitted, the student gets none, and a warning is logged.
         """
         if self.batch == (batch := int(state.timestamp.batch)):
             return
+        broadcast_statistics(state.model)
         moments, student = Moments(), self.student
         precision = get_precision_context(state.precision, state.precision_config)
         with model_eval_mode(state.model), torch.no_grad(), precision:

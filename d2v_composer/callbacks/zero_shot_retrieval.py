@@ -229,7 +229,6 @@ class ZeroShotRetrieval(Callback):
         if (align := self.align) is not None and (
             align.student.alignment is not None or self.needs_alignment or has_ended(state)
         ):
-            broadcast_statistics(state.model)
             align.fit(state, partial(self._to_device, state))
         rows = [row for row in rows_of([*(self.baselines or {}), student], self.infos()) if student in row.models]
         outdated = {row.title for row in ROWS.values() if student in row.models}
