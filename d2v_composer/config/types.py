@@ -68,8 +68,8 @@ def check_file(address: str) -> None:
         raise ValueError(f"{address}: {missing}")
 
 
-def place_of(name: str, known: Mapping[str, str]) -> Any:
-    """Return where the class of a callback or logger is, 'module:class'; ``None`` if there is none of this name.
+def class_path(name: str, known: Mapping[str, str]) -> Any:
+    """Return 'module:class' of a callback or logger; ``None`` if there is none of this name.
 
     Args:
         name: Its name; ``ext/NAME`` is an entry point of the group :data:`CALLBACKS_GROUP`.
@@ -85,17 +85,17 @@ def place_of(name: str, known: Mapping[str, str]) -> Any:
 
 
 def arguments_of(known: Mapping[str, str]) -> AfterValidator:
-    """Return a validator of a mapping from names of callbacks or loggers to arguments; see :func:`place_of`."""
+    """Return a validator of a mapping from names of callbacks or loggers to arguments; see :func:`class_path`."""
     names = [*known, f"{PACKAGE_PREFIX}NAME, an entry point of the group {CALLBACKS_GROUP}"]
 
     def check(chosen: Mapping[str, Mapping[str, Any] | None]) -> None:
         lines: list[str] = []
         for name, arguments in chosen.items():
-            if (place := place_of(name, known)) is None:
+            if (path := class_path(name, known)) is None:
                 lines.append(f".{name}: no such name{suggest(name, names)}")
             elif arguments:
-                with errors_of(place):
-                    allowed = list(inspect.signature(resolve_name(place)).parameters)
+                with errors_of(path):
+                    allowed = list(inspect.signature(resolve_name(path)).parameters)
                 wrong = [argument for argument in arguments if argument not in allowed]
                 lines += [f".{name}.{argument}: no such argument{suggest(argument, allowed)}" for argument in wrong]
                 # Composer would divide by them.

@@ -48,7 +48,7 @@ from d2v_composer.config.schema import (
     OptimizerConfig,
     TrainerConfig,
 )
-from d2v_composer.config.types import place_of
+from d2v_composer.config.types import class_path
 from d2v_composer.data import MODALITIES
 from d2v_composer.evaluation.run_log import read_jsonl
 from d2v_composer.models.backbone import check_tensors
@@ -338,7 +338,7 @@ def build_callbacks(config: TrainerConfig) -> list[Callback]:
     for name, arguments in config.callbacks.items():
         if arguments is not None:
             with errors_of(f"callbacks.{name} with {arguments}"):
-                callbacks.append(resolve_name(place_of(name, CALLBACKS))(**arguments))
+                callbacks.append(resolve_name(class_path(name, CALLBACKS))(**arguments))
     return callbacks
 
 
@@ -357,7 +357,7 @@ def build_loggers(config: TrainerConfig, unit: str) -> list[LoggerDestination]:
             continue
         with errors_of(f"loggers.{name}"):
             in_folder = {} if folder is None else arguments_in(folder, name)
-            loggers.append(resolve_name(place_of(name, LOGGERS))(**deep_merge(in_folder, arguments)))
+            loggers.append(resolve_name(class_path(name, LOGGERS))(**deep_merge(in_folder, arguments)))
     return loggers
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from d2v_composer.evaluation.metrics.metric import Column, Metric, Pair, Table
 from d2v_composer.evaluation.nearest_neighbors import NUM_NEIGHBORS, TEMPERATURE, vote
 
-PROBES = Table(
+CLASSIFIERS = Table(
     "probes", "Probes fitted on train, measured on test", "Do classifiers, fitted to train, find the right class?"
 )
 
@@ -29,4 +29,6 @@ def hits(pair: Pair, columns: Sequence[Column]) -> Iterator[Tensor]:
         yield vote(voters, pair.labels("train"), temperature) == pair.labels("test")
 
 
-KNN = Metric("knn", "classifies an image by its 20 nearest train images", PROBES, frozenset({"labels"}), columns, hits)
+KNN = Metric(
+    "knn", "classifies an image by its 20 nearest train images", CLASSIFIERS, frozenset({"labels"}), columns, hits
+)

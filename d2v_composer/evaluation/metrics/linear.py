@@ -7,7 +7,7 @@ from functools import cache
 from torch import Tensor
 
 from d2v_composer.evaluation.linear_probe import fit_linear_probe
-from d2v_composer.evaluation.metrics.knn import PROBES
+from d2v_composer.evaluation.metrics.knn import CLASSIFIERS
 from d2v_composer.evaluation.metrics.metric import Column, Metric, Pair
 
 warn_once = cache(logging.getLogger(__name__).warning)
@@ -28,7 +28,7 @@ def hits(pair: Pair, columns: Sequence[Column]) -> list[Tensor]:
 LINEAR = Metric(
     "linear",
     "classifies an image by a logistic regression, which takes seconds for each row",
-    PROBES,
+    CLASSIFIERS,
     frozenset({"labels"}),
     columns,
     hits,
