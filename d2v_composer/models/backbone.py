@@ -160,7 +160,7 @@ class Backbone(nn.Module, ABC):
     """What makes the embedding without an alignment."""
 
     def identify_weights(self) -> str:
-        """Return the hash of a teacher's file, or of a student's trained weights."""
+        """Return the hash of a teacher's weights and preprocessing, or of a student's sizes and trained weights."""
         return self.provenance.get("sha256") or hash_weights(self, only_trained=True)
 
     def describe(self, name: str) -> str:
