@@ -166,7 +166,7 @@ def test_all_failures_end_the_command(tmp_path: Path) -> None:
 def test_rows_of_other_settings_are_refused_by_name_before_anything_is_done(plan: Plan, tmp_path: Path) -> None:
     """A table is of one command's settings, also if another call trained some of its rows."""
     command, folder = ("--rows", "depth 1", "--out", tmp_path), tmp_path / "depth_1"
-    record = build_run_record(plan(*command)["depth 1"], ()).record
+    record = build_run_record(plan(*command)["depth 1"]).record
     write_files(folder, {"run.yaml": yaml.safe_dump(record).encode()})
     plan(*command)
     problem = "depth 1: max_duration: checkpoint has 1200ba, config has 600ba; train_loader.crop_scale: checkpoint has "
