@@ -48,11 +48,11 @@ from d2v_composer.models.names import (
     DATA2VEC2,
     TIMM_PREFIX,
     ExtraTokens,
+    Normalization,
     Pooling,
     PrecisionChoice,
     Prediction,
     Representation,
-    TargetNormalization,
     TargetSource,
     Weights,
 )
@@ -178,21 +178,16 @@ class TargetsConfig(Section):
 
     extra_tokens: ExtraTokens = "regress"
     """Treatment of CLS and registers. ``regress``: like patches. ``drop``: exclude them from InstanceNorm and the loss,
-    and regress CLS to the mean target with weight 0.01, as in data2vec 2.0's pre-training. ``only``: regress no
-    patch."""
+    and regress CLS to the mean target with weight 0.01, as in data2vec 2.0's pre-training."""
     average_top_k_layers: Count | None = None
     """Number of the teacher's last blocks in the target; null: the teacher's own setting."""
     source: TargetSource = "ffn"
     """``ffn``: FFN outputs of the teacher's blocks. ``block``: the blocks' outputs (in a pre-norm ViT, the residual
     stream)."""
-    normalization: TargetNormalization | None = None
+    normalization: Normalization | None = None
     """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in data2vec
-    2.0. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. ``dataset``: each
-    channel of the target by a fixed mean and deviation, measured before the first step, but prediction and
-    ``layer_mean`` as with ``layer``. null: ``instance``; with ``student.model``, ``layer``."""
-    dataset_batches: Count | None = None
-    """Number of batches on which ``dataset`` measures mean and deviation: the run's first ones, at most an epoch; null:
-    100."""
+    2.0. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. null: ``instance``; with
+    ``student.model``, ``layer``."""
     final_layer_norm: bool | None = None
     """End target, prediction and ``layer_mean`` with a LayerNorm. null: as in the teacher's pre-training, which is
     false for data2vec 2.0's audio models."""

@@ -9,7 +9,6 @@ from composer.core import Algorithm, Callback
 from composer.loggers import LoggerDestination
 from torch.utils.data import DataLoader, Subset
 
-from d2v_composer.callbacks.algorithms import TargetStatistics
 from d2v_composer.callbacks.alignment import AlignStudent
 from d2v_composer.callbacks.checkpointing import Stop
 from d2v_composer.callbacks.kept_targets import KeptTargets
@@ -90,9 +89,6 @@ def train_student(
     accelerate(config, model)
     modality = modality_of(model.teacher.config)
     train_dataloader, kept, samples, data, shown = build_data(config, model, train_dataloader, alignment_samples)
-    if config.targets.normalization == "dataset" and config.objectives.tokens.weight:
-        measure = TargetStatistics(config.targets.dataset_batches or 100, config.device_eval_batch_size)
-        callbacks = [measure, *callbacks]
     align, stop = build_alignment(config, model, samples), Stop()
     retrieval = build_retrieval(config, model, align, stop)
     student = model.student.provenance["student"] | {"sizes": sizes_of(model.student)}
@@ -180,7 +176,6 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
             objectives=dict(config.objectives),
             cpu_bf16=choose_precision(config.precision).cpu_bf16,
             keeps_targets=config.train_loader.views is not None,
-            dataset_norm=targets.normalization == "dataset",
             **targets.model_dump(include={"extra_tokens", "average_top_k_layers", "source"}),
         )
     if model.compares_microbatches and config.device_train_microbatch_size == "auto":
