@@ -3,17 +3,13 @@
     d2v benchmark step --precision fp32
     d2v benchmark step --size large --json step.json
     d2v benchmark step --loop trainer --only ours --batch-size 32 --trace trace.json
-    d2v benchmark plan --batch-size 256
     d2v benchmark data --images /data/ILSVRC/Data/CLS-LOC/train --workers 8
     d2v benchmark data --remote s3://BUCKET/benchmark
     d2v benchmark retrieval
-    d2v benchmark first-hour OUT
 
 step: images/s of a training step, compared with a naive program.
-plan: kernels and bytes of a compiled step on an H100, by Inductor's plan; needs no GPU.
 data: images/s of the training data, compared with torchvision's ImageFolder; --remote adds a store.
 retrieval: queries/s of the neighbor search, compared with a bare matmul and faiss.
-first-hour: all of these, and training runs, unattended, on a new GPU; OUT/first_hour.json has the results.
 step and retrieval use the GPU if there is one; CUDA_VISIBLE_DEVICES= hides it.
 data and retrieval need `pip install -e '.[benchmark]'`.
 """
@@ -34,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     """Run a benchmark, and print and write its result."""
     parser = make_parser(__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    for name in ("step", "plan", "data", "retrieval", "first-hour"):
+    for name in ("step", "data", "retrieval"):
         benchmark = benchmarks.add_parser(name, argument_default=argparse.SUPPRESS)
         add_options(benchmark, f"benchmark {name}", sizes=(*RELEASED, "quickstart"))
     options = vars(parser.parse_args(argv))
@@ -42,9 +38,9 @@ def main(argv: Sequence[str]) -> None:
 
     from d2v_composer.benchmarks import format_result
 
-    module = import_module(f"d2v_composer.benchmarks.{name.replace('-', '_')}")
+    module = import_module(f"d2v_composer.benchmarks.{name}")
     result = module.benchmark(**options)
     command = shlex.join(["d2v", "benchmark", *argv])
-    print(f"{command}\n{getattr(module, 'format_result', format_result)(result)}")
+    print(f"{command}\n{format_result(result)}")
     if out is not None:
         write_atomically(out, json.dumps({"command": command, **result}, indent=1) + "\n")

@@ -2,25 +2,20 @@
 
 import json
 import os
-import shlex
-import subprocess
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from d2v_composer.benchmarks import first_hour, one_core
+from d2v_composer.benchmarks import one_core
 from d2v_composer.benchmarks import step as step_benchmark
 from d2v_composer.benchmarks.retrieval import check_neighbors
 from d2v_composer.benchmarks.step import check_losses
 from d2v_composer.commands import benchmark
-from d2v_composer.config import schema
-from d2v_composer.config.load import load_config
 from d2v_composer.models.configs import RELEASED
-from d2v_composer.system.errors import InputError, RunError
+from d2v_composer.system.errors import InputError
 from gated_store import GatedStore
 
 
@@ -79,27 +74,6 @@ def test_step_beside_the_naive_program(
     assert f"{ours} ÷ naive: {of_naive:.2f}" in capsys.readouterr().out
 
 
-def plan(tmp_path: Path, *arguments: str) -> dict[str, dict[str, Any]]:
-    """Return the plan of a step: its parts, what each moves, and its kernels."""
-    benchmark.main(["plan", *arguments, "--json", str(tmp_path / "report.json")])
-    return {row["part"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
-
-
-@pytest.mark.slow
-def test_the_plan_of_a_step_with_sound(small_audio: str, tmp_path: Path) -> None:
-    assert all(part["kernels"] for part in plan(tmp_path, "--size", small_audio, "--batch-size", "2").values())
-
-
-@pytest.mark.slow
-def test_the_plan_of_a_step_without_a_gpu(tmp_path: Path) -> None:
-    small = "--size", "quickstart", "--batch-size", "8"
-    full, half = (plan(tmp_path, *small, "--residual", residual) for residual in ("full", "half"))
-    assert list(full) == ["frozen, forward", "student, forward", "loss", "backward", "step"]
-    assert full["step"]["bytes"] == sum(part["bytes"] for part in full.values()) / 2
-    # 8 blocks move their residual stream of (8, 65, 192) nine times or so.
-    assert full["step"]["bytes"] - half["step"]["bytes"] > 5 * 8 * 2 * 8 * 65 * 192
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_step_in_the_trainer_with_a_trace(tmp_path: Path) -> None:
@@ -114,57 +88,6 @@ def test_step_in_the_trainer_with_a_trace(tmp_path: Path) -> None:
     assert "Self CPU time total" in trace.with_suffix(".txt").read_text()
     result = json.loads((tmp_path / "report.json").read_text())
     assert "aten::_scaled_dot_product_flash_attention_for_cpu" in result["attention"]
-
-
-# Name → command and verdict.
-STEPS = {
-    "batches of <small>": ("echo naive 4.5; echo noise; pwd > <file>.txt.pwd", "ok"),
-    "fails": ("echo 'error: no luck' >&2; exit 3", "failed with status 3"),
-    "hangs": ("sleep 600 & sleep 600", "stopped after 0.02 minutes"),
-    "needs a GPU": ("touch ran", "skipped: needs a GPU"),
-    "last": ("true", "ok"),
-}
-
-
-def test_first_hour_goes_on_after_a_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    steps = [{"name": name, "command": STEPS[name][0], "needs_gpu": name == "needs a GPU"} for name in STEPS]
-    monkeypatch.setitem(first_hour.TABLE, "steps", steps)
-    monkeypatch.setattr(first_hour, "MINUTES", 0.02)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    out = tmp_path / "a folder" / "hour"
-    with pytest.raises(RunError, match="2 of 5 steps failed: fails, hangs; see "):
-        benchmark.main(["first-hour", str(out)])
-    rows = json.loads((out / "first_hour.json").read_text())["steps"]
-    assert [row["verdict"] for row in rows] == [verdict for _, verdict in STEPS.values()]
-    assert (rows[0]["name"], rows[0]["found"]) == ("batches of 4", ["naive 4.5", "0 recompilations"])
-    assert (out / "batches_of_4.txt.pwd").read_text() == f"{out}\n"
-    assert "  failed with status 3\n    error: no luck\n" in capsys.readouterr().out
-    assert not (out / "ran").exists()
-    with pytest.raises(FileExistsError):
-        benchmark.main(["first-hour", str(out)])
-
-
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_first_hours_commands_are_valid(on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing = SimpleNamespace(benchmark=lambda **_: {}, format_result=lambda _: "")
-    monkeypatch.setattr(benchmark, "import_module", lambda _: nothing)
-    monkeypatch.setattr(benchmark, "write_atomically", lambda *_: None)
-    monkeypatch.setattr(schema, "has_gpu", lambda: True)
-    num_checked = 0
-    for step in first_hour.TABLE["steps"]:
-        command = first_hour.fill(step["command"], on_gpu, "file")
-        subprocess.run(["sh", "-n", "-c", command], check=True)
-        program, *arguments = shlex.split(command)
-        if program.endswith("d2v") and arguments[0] == "benchmark":
-            benchmark.main(arguments[1:])
-        elif program.endswith("d2v") and arguments[1].endswith("quickstart.yaml"):
-            load_config(arguments[1:])
-        else:
-            continue
-        num_checked += 1
-    assert num_checked > 12
 
 
 @pytest.mark.usefixtures("one_thread")
