@@ -130,8 +130,9 @@ def embed_source(
     """Embed every sample of a source, or of its part, into a file, or resume an interrupted run.
 
     ``out`` appears, or replaces an old file, only when it is complete; the files beside it appear just before. Until
-    then, chunks of embeddings are in a hidden folder next to ``out`` or, if that is in a store, in our cache. If files of the
-    source have changed, a resumed run embeds their chunks again. Call this on all ranks; the first writes ``out``.
+    then, chunks of embeddings are in a hidden folder next to ``out`` or, if that is in a store, in our cache. If files
+    of the source have changed, a resumed run embeds their chunks again. Call this on all ranks; the first writes
+    ``out``.
 
     Args:
         model: The model in eval mode, on the device.
@@ -154,7 +155,11 @@ def embed_source(
     out, rank = str(out), global_rank()
     place = source.root if is_remote(source.root) else Path(source.root).resolve()
     plan = part or record_of(model, source, ALL, options, device) | {"source": hash_of(place)}  # some files may change
-    about = {"reference": dict(reference), "model": plan["model"], "embedding": plan["embedding"]}
+    about = {
+        "reference": dict(reference),
+        "model": plan["model"],
+        "embedding": model.describe(options.embedding)._asdict(),
+    }
     width = embed_batch(model, (model.encoder.example(1),), options, device).shape[1]
     folder, unit = _partial_folder(out), source.modality.unit
     chunks = _cut(source, plan, folder)
@@ -201,9 +206,8 @@ def embed_source(
 
 def record_of(model: Backbone, source: Source, part: Part, options: EmbeddingOptions, device: str) -> dict[str, Any]:
     """Return a part's record of embeddings; see :class:`~d2v_composer.conversion.parts.Parts`."""
-    embedding = model.describe(options.embedding)._asdict()
-    settings = options._asdict() | {"model": hash_weights(model), "device": device, "embedding": embedding}
-    return plan_of(source, part, **settings)
+    settings = options._asdict() | {"embedding": str(model.describe(options.embedding))}
+    return plan_of(source, part, model=hash_weights(model), device=device, **settings)
 
 
 @contextmanager
@@ -302,8 +306,8 @@ def merge_embeddings(out: str, *, overwrite: bool) -> Embedded:
         skipped = [reason for record in records.values() for reason in record["skipped"]]
         embedding = Embedded(sum(record["images"] for record in records.values()), first["channels"], skipped, 0, 0.0)
         read = (_read_part(parts.path(part), record, folder) for part, record in records.items())
-        about = {"reference": first["reference"]} | {name: first["part"][name] for name in ("model", "embedding")}
-        _write_table(out, chain.from_iterable(read), embedding, np.dtype(first["part"]["dtype"]), overwrite, about)
+        dtype = np.dtype(first["part"]["dtype"])
+        _write_table(out, chain.from_iterable(read), embedding, dtype, overwrite, first["about"])
     return embedding
 
 
@@ -369,7 +373,7 @@ def _write_table(
         _write_parquet(complete, blocks, embedding.channels, dtype, about)
     if part is not None:  # first, as it tells whose the others are
         digests = [*map(_digest, [*files.values(), complete])]
-        record = {"part": part, "digests": digests, "reference": about["reference"]} | embedding._asdict()
+        record = {"part": part, "digests": digests, "about": about} | embedding._asdict()
         write_atomically(folder / "record.json", json.dumps(record))
         files = {_record_of(out): folder / "record.json"} | files
     check_out(out, overwrite=overwrite, part=part)
