@@ -268,7 +268,6 @@ def build_alignment(config: TrainConfig, model: DistillationModel, samples: Any)
         model,
         Subset(samples, evenly_spaced(len(samples), config.alignment.max_samples)),
         device_batch_size=config.device_eval_batch_size,
-        embeds=embeds_of(config, model),
         workers=config.train_loader.num_workers,
     )
     if (count := align.batches.size) < MIN_PAIRS:
