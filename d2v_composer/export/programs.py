@@ -249,6 +249,8 @@ class TimmStudent(Student):
             alignment reads, side by side.
     """
 
+    head: nn.Module  # pyright: ignore[reportIncompatibleVariableOverride]: a timm model always has one
+
     def __init__(self, num_classes: int = 0, global_pool: Any = None, representation: Any = None) -> None:
         nn.Module.__init__(self)
         self.num_classes, self.global_pool, self.representation = num_classes, global_pool, representation
