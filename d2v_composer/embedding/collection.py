@@ -33,6 +33,7 @@ from d2v_composer.models.backbone import Backbone, hash_weights
 from d2v_composer.models.names import EMBEDDING, PrecisionName
 from d2v_composer.models.precision import choose_precision, precision_of
 from d2v_composer.sources.source import Source, hash_of, map_in_threads, map_in_workers
+from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, check_outputs, exists, is_remote, put
 from d2v_composer.system.files import acquire, read_json, sole_user, write_atomically
@@ -70,6 +71,10 @@ class IndexRecord(TypedDict):
     model: str
     """Hash of the model's sizes and weights."""
     embedding: EmbeddingInfo
+    source: str
+    """Folder or address to which the ids belong."""
+    modality: str
+    """``image`` or ``audio``."""
 
 
 class Embedded(NamedTuple):
@@ -154,7 +159,8 @@ def embed_source(
     out, rank = str(out), global_rank()
     place = source.root if is_remote(source.root) else Path(source.root).resolve()
     plan = part or record_of(model, source, ALL, options, device) | {"source": hash_of(place)}  # some files may change
-    about = {"reference": dict(reference), "model": plan["model"], "embedding": plan["embedding"]}
+    about = {"reference": dict(reference), "source": hide_secrets(str(place)), "modality": source.modality.name}
+    about |= {name: plan[name] for name in ("model", "embedding")}
     width = embed_batch(model, (model.encoder.example(1),), options, device).shape[1]
     folder, unit = _partial_folder(out), source.modality.unit
     chunks = _cut(source, plan, folder)
@@ -302,8 +308,8 @@ def merge_embeddings(out: str, *, overwrite: bool) -> Embedded:
         skipped = [reason for record in records.values() for reason in record["skipped"]]
         embedding = Embedded(sum(record["images"] for record in records.values()), first["channels"], skipped, 0, 0.0)
         read = (_read_part(parts.path(part), record, folder) for part, record in records.items())
-        about = {"reference": first["reference"]} | {name: first["part"][name] for name in ("model", "embedding")}
-        _write_table(out, chain.from_iterable(read), embedding, np.dtype(first["part"]["dtype"]), overwrite, about)
+        dtype = np.dtype(first["part"]["dtype"])
+        _write_table(out, chain.from_iterable(read), embedding, dtype, overwrite, first["about"])
     return embedding
 
 
@@ -369,7 +375,7 @@ def _write_table(
         _write_parquet(complete, blocks, embedding.channels, dtype, about)
     if part is not None:  # first, as it tells whose the others are
         digests = [*map(_digest, [*files.values(), complete])]
-        record = {"part": part, "digests": digests, "reference": about["reference"]} | embedding._asdict()
+        record = {"part": part, "digests": digests, "about": about} | embedding._asdict()
         write_atomically(folder / "record.json", json.dumps(record))
         files = {_record_of(out): folder / "record.json"} | files
     check_out(out, overwrite=overwrite, part=part)

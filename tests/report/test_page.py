@@ -29,7 +29,8 @@ from d2v_composer.evaluation.rows import GAP, STUDENT, TEACHER, metric_key
 from d2v_composer.evaluation.run_log import read_jsonl
 from d2v_composer.models.alignment import EmbeddingInfo
 from d2v_composer.report import page
-from d2v_composer.report.page import gallery, write_report
+from d2v_composer.report.gallery import gallery
+from d2v_composer.report.page import write_report
 from d2v_composer.report.plots import accuracy_plots
 from d2v_composer.report.run import Run, read_run
 from d2v_composer.sources.labeled import load_labeled_set
