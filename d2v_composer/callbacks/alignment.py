@@ -48,8 +48,8 @@ class AlignStudent(Callback):
     Attributes:
         of: Description of the teacher's embedding.
         batch: Number of training batches after which the map was last fitted; -1 for never. Checkpoints keep it.
-        statistics: ``of``, ``space``, ``batch`` and :attr:`Fit.statistics <d2v_composer.models.alignment.Fit.statistics>`.
-            Checkpoints keep this, too, and the map.
+        statistics: ``of``, ``space``, ``batch`` and :attr:`Fit.statistics
+            <d2v_composer.models.alignment.Fit.statistics>`. Checkpoints keep this, too, and the map.
 
     Example:
         >>> from d2v_composer.callbacks import AlignStudent

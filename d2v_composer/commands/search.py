@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 SLOW_HOURS = 1 / 60  # what takes longer is announced
 ROWS_SHOWN, SAMPLES_SHOWN = 100, 12  # of a page
+NEIGHBORS_SHOWN = "Each row is a query, and what is nearest to it, with its cosine."
+DUPLICATES_SHOWN = (
+    "Each row is a group of near-duplicates, with the cosine of each with the first, without the mean of all."
+)
 
 
 def main(argv: Sequence[str]) -> "list[Found]":
@@ -70,7 +74,9 @@ def main(argv: Sequence[str]) -> "list[Found]":
     if page is not None:
         from d2v_composer.report.gallery import render
 
-        write_atomically(page, render("search.html", title=path, rows=rows, left_out=len(found) - len(rows)))
+        about = DUPLICATES_SHOWN if arguments.duplicates else NEIGHBORS_SHOWN
+        values = {"title": path, "about": about, "rows": rows, "left_out": len(found) - len(rows)}
+        write_atomically(page, render("search.html", **values))
         if not arguments.json:
             print_next(f"open {page.absolute().as_uri()}")
     return found

@@ -135,8 +135,9 @@ def embed_source(
     """Embed every sample of a source, or of its part, into a file, or resume an interrupted run.
 
     ``out`` appears, or replaces an old file, only when it is complete; the files beside it appear just before. Until
-    then, chunks of embeddings are in a hidden folder next to ``out`` or, if that is in a store, in our cache. If files of the
-    source have changed, a resumed run embeds their chunks again. Call this on all ranks; the first writes ``out``.
+    then, chunks of embeddings are in a hidden folder next to ``out`` or, if that is in a store, in our cache. If files
+    of the source have changed, a resumed run embeds their chunks again. Call this on all ranks; the first writes
+    ``out``.
 
     Args:
         model: The model in eval mode, on the device.
@@ -159,8 +160,13 @@ def embed_source(
     out, rank = str(out), global_rank()
     place = source.root if is_remote(source.root) else Path(source.root).resolve()
     plan = part or record_of(model, source, ALL, options, device) | {"source": hash_of(place)}  # some files may change
-    about = {"reference": dict(reference), "source": hide_secrets(str(place)), "modality": source.modality.name}
-    about |= {name: plan[name] for name in ("model", "embedding")}
+    about = {
+        "reference": dict(reference),
+        "model": plan["model"],
+        "embedding": model.describe(options.embedding)._asdict(),
+        "source": hide_secrets(str(place)),
+        "modality": source.modality.name,
+    }
     width = embed_batch(model, (model.encoder.example(1),), options, device).shape[1]
     folder, unit = _partial_folder(out), source.modality.unit
     chunks = _cut(source, plan, folder)
@@ -207,9 +213,8 @@ def embed_source(
 
 def record_of(model: Backbone, source: Source, part: Part, options: EmbeddingOptions, device: str) -> dict[str, Any]:
     """Return a part's record of embeddings; see :class:`~d2v_composer.conversion.parts.Parts`."""
-    embedding = model.describe(options.embedding)._asdict()
-    settings = options._asdict() | {"model": hash_weights(model), "device": device, "embedding": embedding}
-    return plan_of(source, part, **settings)
+    settings = options._asdict() | {"embedding": str(model.describe(options.embedding))}
+    return plan_of(source, part, model=hash_weights(model), device=device, **settings)
 
 
 @contextmanager

@@ -124,7 +124,8 @@ def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | Non
     embeds, names = (untrained.embed_all, teacher.to(device).embed_all), untrained.alignment_inputs
     with torch.inference_mode():
         pairs = ([embed(*batch) for embed in embeds] for batch in inputs)
-        fit = Moments((side_by_side(ours, names), theirs[EMBEDDING]) for ours, theirs in pairs).fit()
+        moments = Moments((side_by_side(ours, names), theirs[EMBEDDING]) for ours, theirs in pairs)
+    fit = moments.fit()
     untrained.align(fit.weight, fit.bias, info.of, space=info.space)
     return True
 

@@ -162,7 +162,7 @@ def test_an_index_of_unknown_origin_needs_a_model(indexes: Path, tmp_path: Path)
     index, query = tmp_path / "photos.npy", indexes / "photos/1.png"
     with pytest.raises(InputError, match="does not say which model made it; name the model with --model"):
         found(index, query)
-    with pytest.raises(InputError, match="rows of 192 channels.*gives 48"):
+    with pytest.raises(InputError, match=r"rows of 192 channels.*gives 48"):
         found(index, query, "--model", GOLDEN / "tiny_base.pt")
     assert found(index, query, "--model", TEACHER, "--k", "1")[0].rows.tolist() == [1]
     with pytest.raises(InputError, match="does not say of what its rows are"):

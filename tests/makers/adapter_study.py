@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, mse_loss, normalize
 
 from d2v_composer.checkpoints.load import load_models
-from d2v_composer.models.alignment import Moments
 from d2v_composer.evaluation.nearest_neighbors import common_fractions, exact_neighbors, retrieval_accuracy
-from d2v_composer.models.alignment import HELD_OUT, side_by_side
+from d2v_composer.models.alignment import HELD_OUT, Moments, side_by_side
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.sources.labeled import load_labeled_set
 

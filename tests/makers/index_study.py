@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.nn.functional import linear, mse_loss
 
 from d2v_composer.checkpoints.load import load_models
-from d2v_composer.models.alignment import Moments
 from d2v_composer.evaluation.evaluate import share_encoders
 from d2v_composer.evaluation.nearest_neighbors import common_fractions, exact_neighbors, retrieval_accuracy
 from d2v_composer.models import alignment
-from d2v_composer.models.alignment import side_by_side
+from d2v_composer.models.alignment import Moments, side_by_side
 from d2v_composer.runs.comparison import build_untrained
 from d2v_composer.sources.labeled import load_labeled_set
 
