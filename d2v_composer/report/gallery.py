@@ -27,7 +27,7 @@ class Shown(NamedTuple):
     model: str
     """``query``, or the model that found the sample."""
     mark: str
-    """✓ if the sample is of the query's class, else ✗; empty for the query."""
+    """✓ if the sample is of the query's class, else ✗. Without labels, ✓ if both models find it. The query has none."""
     label: str
     picture: bytes
     """A PNG file."""
@@ -47,25 +47,35 @@ def render(template: str, **values: Any) -> str:
 
 
 def gallery(labeled: EvaluationSet, chosen: Tensor, nearest: Mapping[str, Tensor]) -> list[list[Shown]]:
-    """Show test samples, each in a row with the train samples nearest to it in each model, marked as right or wrong.
+    """Show test samples, each in a row with the samples nearest to it in each model.
+
+    With labels, the neighbors are train samples, marked as right or wrong. Without labels, they are other test samples,
+    marked where both models find them.
 
     Args:
         labeled: A data set.
         chosen: Indices of the test samples, (Q,).
-        nearest: Model → indices of the train samples nearest to each test sample, nearest first, (N, K).
+        nearest: Model → indices of the samples nearest to each test sample, nearest first, (N, K).
     """
-    bank, queries, class_names, _ = labeled
+    train, queries, class_names, _ = labeled
+    bank = train if labeled.has_labels else queries
 
     def show(model: str, mark: str, split: LabeledSamples, i: Tensor) -> Shown:
         sample = split.samples[i]
-        return Shown(model, mark, class_names[split.labels[i]], picture(sample), sound(sample))
+        label = class_names[split.labels[i]] if labeled.has_labels else ""
+        return Shown(model, mark, label, picture(sample), sound(sample))
 
     rows = []
     for query in chosen:
         row = [show("query", "", queries, query)]
-        for model, indices in nearest.items():
-            for i in indices[query, :NEIGHBORS_SHOWN].long():
-                row.append(show(model, "✓" if bank.labels[i] == queries.labels[query] else "✗", bank, i))
+        found = {model: indices[query, :NEIGHBORS_SHOWN].long() for model, indices in nearest.items()}
+        for model, neighbors in found.items():
+            for i in neighbors:
+                if labeled.has_labels:
+                    mark = "✓" if bank.labels[i] == queries.labels[query] else "✗"
+                else:
+                    mark = "✓" if len(found) > 1 and all(i in others for others in found.values()) else ""
+                row.append(show(model, mark, bank, i))
         rows.append(row)
     return rows
 

@@ -59,15 +59,21 @@ def cost_tables(run: Run) -> Iterator[tuple[str, list[list[str]]]]:
         yield "Size and computation of what d2v export writes", cost_table(costs, run.modality.cost_unit)
 
 
-def _galleries(run: Run) -> Iterator[tuple[str, list[list[Shown]]]]:
-    """Yield each data set's name and gallery, of test samples that are the same in every run."""
+def _galleries(run: Run) -> Iterator[tuple[str, tuple[str, list[list[Shown]]]]]:
+    """Yield each data set's name, and its gallery's note and rows, of test samples that are the same in every run."""
     for name, labeled in run.datasets.items():
         nearest = {
             row: result.nearest
             for row in (STUDENT, TEACHER)
             for result in run.results
-            if (result.row, result.dataset, result.column.bank) == (row, name, "train") and result.nearest is not None
+            if (result.row, result.dataset) == (row, name) and result.nearest is not None
         }
         if STUDENT in nearest:
             chosen = torch.randperm(len(labeled.test.labels), generator=torch.Generator().manual_seed(0))[:QUERIES]
-            yield name, gallery(labeled, chosen, nearest)
+            of, marks = (
+                ("train", "✓ of its class, ✗ of another") if labeled.has_labels else ("other", "✓ found by both")
+            )
+            beside = ", and in its teacher's" if TEACHER in nearest else ""
+            unit = run.modality.unit
+            about = f"A query, then the {of} {unit} that are nearest to it in the trained student's embedding{beside}"
+            yield name, (f"{about}: {marks}.", gallery(labeled, chosen, nearest))

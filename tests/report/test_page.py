@@ -304,6 +304,26 @@ def test_galleries_show_the_neighbors_that_were_counted(model: str, key: str, ru
     assert torch.equal(shown, bank.samples[first[0]])
 
 
+def test_a_set_without_labels_has_a_gallery(small_data: Path, images: Path, tmp_path: Path) -> None:
+    """The neighbors are those whose agreement was counted; the ones that the teacher finds, too, are marked."""
+    (plain := tmp_path / "plain").mkdir()
+    for path in (images / "test").rglob("*.png"):
+        shutil.copy(path, plain / f"{path.parent.name}{path.name}".replace("<ship>", "ship"))
+    sets = f"retrieval.datasets={{plain: {{format: folder, root: {plain}}}}}"
+    train.main(small_run(tmp_path / "run", small_data, sets, "max_duration=2ba", "scheduler.t_warmup=1ba"))
+    run = read_run(tmp_path / "run")
+    nearest = {result.row: result.nearest for result in run.results if result.nearest is not None}
+    students, teachers = nearest[STUDENT][:, :3], nearest[TEACHER][:, :3]
+    assert not (students == torch.arange(30)[:, None]).any()  # an image is not its own neighbor
+    rows = gallery(run.datasets["plain"], torch.arange(30), {STUDENT: students, TEACHER: teachers})
+    shared = [len({*ours} & {*theirs}) for ours, theirs in zip(students.tolist(), teachers.tolist(), strict=True)]
+    for model in (STUDENT, TEACHER):
+        assert [sum(each.model == model and each.mark == "✓" for each in row) for row in rows] == shared
+    assert 0 < sum(shared) < 90
+    page.write_report(run, tmp_path / "run")
+    assert "the other images that are nearest to it" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_training_succeeds_even_if_its_report_fails(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
