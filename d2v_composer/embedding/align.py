@@ -86,7 +86,8 @@ def read_index(path: str) -> VectorIndex:
         for first in range(0, len(rows), 1 << 16):
             if not (is_finite := np.isfinite(rows[first : first + (1 << 16)]).all(axis=1)).all():
                 raise ValueError(f"the row of {ids[first + int(is_finite.argmin())]} has numbers that are not finite")
-        return VectorIndex(ids.astype(str), rows, stored and TypeAdapter(IndexRecord).validate_json(stored))
+        made_by = None if stored is None else TypeAdapter(IndexRecord).validate_json(stored)
+        return VectorIndex(ids.astype(str), rows, made_by)
 
 
 def match(source: Source, index: VectorIndex, path: str, maximum: int) -> tuple[list[int], Int64Array, int]:

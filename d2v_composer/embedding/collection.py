@@ -134,16 +134,14 @@ def embed_source(
 ) -> Embedded:
     """Embed every sample of a source, or of its part, into a file, or resume an interrupted run.
 
-    ``out`` appears, or replaces an old file, only when it is complete; the files beside it appear just before. Until
-    then, chunks of embeddings are in a hidden folder next to ``out`` or, if that is in a store, in our cache. If files
-    of the source have changed, a resumed run embeds their chunks again. Call this on all ranks; the first writes
-    ``out``.
+    ``out`` appears, or replaces an old file, only when it is complete, after the files beside it. Until then, chunks of
+    embeddings are in a hidden folder next to ``out`` or, if that is in a store, in our cache. If files of the source
+    have changed, a resumed run embeds their chunks again. Call this on all ranks; the first writes ``out``.
 
     Args:
         model: The model in eval mode, on the device.
         source: The samples.
-        out: NAME.npy, (N, D), with the ids, (N,), in NAME.ids.npy; or NAME.parquet with both. See :func:`check_out` and
-            :class:`IndexRecord`.
+        out: NAME.npy, (N, D), beside NAME.ids.npy, (N,), and NAME.model.json; or NAME.parquet. See :func:`check_out`.
         options: The settings.
         device: cpu or cuda.
         workers: Number of processes that decode samples.
@@ -160,14 +158,7 @@ def embed_source(
     out, rank = str(out), global_rank()
     place = source.root if is_remote(source.root) else Path(source.root).resolve()
     plan = part or record_of(model, source, ALL, options, device) | {"source": hash_of(place)}  # some files may change
-    about = {
-        "reference": dict(reference),
-        "model": plan["model"],
-        "embedding": model.describe(options.embedding)._asdict(),
-        "source": hide_secrets(str(place)),
-        "modality": source.modality.name,
-    }
-    width = embed_batch(model, (model.encoder.example(1),), options, device).shape[1]
+    info = model.describe(options.embedding)
     folder, unit = _partial_folder(out), source.modality.unit
     chunks = _cut(source, plan, folder)
     with _sole_writer(out, folder, f".lock{rank or ''}"):
@@ -179,18 +170,11 @@ def embed_source(
         theirs, resumed = deque(chunk for chunk in left if chunk.rank != rank), total - to_do
         with progress_bar(total=total, initial=resumed, desc="embedding", unit=unit) as bar:
             batches = [(chunk, batch) for chunk in left if chunk.rank == rank for batch in chunk.batches]
-            load = partial(load_batch, source.decode)
-            loaded = map_in_workers(load, [batch for _, batch in batches], workers, device == "cuda")
+            embedded = _embed_batches(model, source, [batch for _, batch in batches], options, device, workers)
             rows, skipped = list[NDArray](), list[tuple[int, str]]()
-            for (chunk, batch), (inputs, unreadable) in zip(batches, loaded, strict=True):
+            for (chunk, batch), (block, unreadable) in zip(batches, embedded, strict=True):
                 skipped += unreadable
                 _check_skipped([reason for _, reason in skipped], skip_unreadable, unit)
-                block = embed_batch(model, inputs, options, device) if inputs else np.zeros((0, width), options.dtype)
-                if not np.isfinite(block).all():
-                    raise InputError(
-                        f"{source.ids[batch.start]}, or a later sample in its batch: its embedding is not finite with "
-                        f"--precision {options.precision} and --dtype {options.dtype}"
-                    )
                 rows.append(block)
                 bar.update(len(batch))
                 if batch is chunk.batches[-1]:
@@ -202,13 +186,35 @@ def embed_source(
                 _wait(theirs, bar, folder)
         seconds = time.monotonic() - start
         if rank > 0:
-            return Embedded(total, width, [], resumed, seconds)
+            return Embedded(total, info.width, [], resumed, seconds)
         reasons = [reason for chunk in chunks for reason in chunk.read("reasons").tolist()]
         _check_skipped(reasons, skip_unreadable, unit)  # an interrupted run may have skipped them
-        embedding = Embedded(total - len(reasons), width, reasons, resumed, seconds)
+        embedding = Embedded(total - len(reasons), info.width, reasons, resumed, seconds)
         blocks = (chunk.read_block(source) for chunk in chunks)
+        about = {"reference": dict(reference), "model": plan["model"], "embedding": info._asdict()}
+        about |= {"source": hide_secrets(str(place)), "modality": source.modality.name}
         _write_table(out, blocks, embedding, np.dtype(options.dtype), overwrite, about, part)
     return embedding
+
+
+def _embed_batches(
+    model: Backbone, source: Source, batches: Sequence[range], options: EmbeddingOptions, device: str, workers: int
+) -> Iterator[tuple[NDArray, list[tuple[int, str]]]]:
+    """Yield for each batch the embeddings of its readable samples, and the number and reason of each unreadable one.
+
+    Raises:
+        InputError: An embedding is not finite.
+    """
+    width = model.describe(options.embedding).width
+    loaded = map_in_workers(partial(load_batch, source.decode), batches, workers, device == "cuda")
+    for batch, (inputs, unreadable) in zip(batches, loaded, strict=True):
+        block = embed_batch(model, inputs, options, device) if inputs else np.zeros((0, width), options.dtype)
+        if not np.isfinite(block).all():
+            raise InputError(
+                f"{source.ids[batch.start]}, or a later sample in its batch: its embedding is not finite with "
+                f"--precision {options.precision} and --dtype {options.dtype}"
+            )
+        yield block, unreadable
 
 
 def record_of(model: Backbone, source: Source, part: Part, options: EmbeddingOptions, device: str) -> dict[str, Any]:

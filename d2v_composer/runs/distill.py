@@ -148,7 +148,8 @@ def build_data(
     kept = build_kept_targets(config, model, index)
     collated = {} if kept is None else {"collate": kept.collate, "extra_bytes": kept.row_bytes}
     built = build_train_loader(config, loader, index, is_compiled=config.compile is not False, **collated)
-    return built, kept, open_some(config, index), index.describe(), f"{len(index):,} in {index.source}"
+    shown = f"{len(index):,} in {index.source}{'' if index.has_hashes else ', known by sizes: its index has no hashes'}"
+    return built, kept, open_some(config, index), index.describe(), shown
 
 
 def build_model(config: TrainConfig, teacher: Teacher | None = None) -> DistillationModel:

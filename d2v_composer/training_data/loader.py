@@ -46,13 +46,14 @@ def read_train_index(
     with node_leaders_first("the data set's index"):
         if loader.remote is not None and dist.get_local_rank() == 0:  # the other ranks share its folder
             fetch_index(loader.remote, local, min(loader.timeout, START_SECONDS))
-    with errors_of("train_loader.local" if label_column is None else "dataset.root", InputError):
-        index = Index(local, modality, loader.column, labels=label_column, remote=loader.remote)
-        digest = index.describe()["sha256"]
+        with errors_of("train_loader.local" if label_column is None else "dataset.root", InputError):
+            index = Index(local, modality, loader.column, labels=label_column, remote=loader.remote)
+            digest = index.sha256 if dist.get_local_rank() == 0 else ""  # one rank of a node reads the shards
     # With other data on a node, some samples would be read twice, others never.
     digests = dist.all_gather_object((dist.get_node_rank(), digest))
-    if nodes := sorted({node for node, digest in digests if digest != digests[0][1]}):
+    if nodes := sorted({node for node, digest in digests if digest not in ("", digests[0][1])}):
         raise InputError(f"{local}: the data set on node {nodes[0]} differs from the one on node 0")
+    index.sha256 = digests[0][1]
     if len(index) < batch_size:
         raise InputError(
             f"{local} has {len(index)} samples, fewer than one batch of global_train_batch_size {batch_size}"
