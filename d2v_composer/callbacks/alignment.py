@@ -13,7 +13,7 @@ from torch import Tensor
 
 from d2v_composer.callbacks.algorithms import broadcast_statistics
 from d2v_composer.callbacks.trainer_state import has_ended
-from d2v_composer.data.modality import collate
+from d2v_composer.data.modality import Samples, collate
 from d2v_composer.evaluation.embedded_set import move_batch
 from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.evaluation.rows import STUDENT, TEACHER
@@ -60,7 +60,7 @@ class AlignStudent(Callback):
     def __init__(
         self,
         model: DistillationModel,
-        samples: Any,
+        samples: Samples,
         *,
         device_batch_size: int = 64,
         embeds: Mapping[str, EmbedAll] | None = None,
