@@ -175,12 +175,12 @@ def plot(title: str, scale: str, lines: Mapping[str, Line], limits: tuple[float,
     ends = list[tuple[float, str, Any]]()
     for label, (values, look) in lines.items():
         if not isinstance(values, Mapping):
-            ends.append((values, label, axes.axhline(values, **look).get_color()))
+            ends.append((values, label, axes.axhline(values, label=label, **look).get_color()))
             continue
         steps = [step for step in sorted(values) if np.isfinite(values[step])]
         numbers, width = [values[step] for step in steps], max(1, len(steps) // 100)
         means = np.convolve(numbers, np.full(width, 1 / width), mode="valid") if numbers else []
-        [line] = axes.plot(steps[width - 1 :], means, marker="." if len(steps) < 50 else "", **look)
+        [line] = axes.plot(steps[width - 1 :], means, label=label, marker="." if len(steps) < 50 else "", **look)
         if width > 1:
             axes.plot(steps, numbers, color=line.get_color(), alpha=0.3, linewidth=0.7)
         if numbers:

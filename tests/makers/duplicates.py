@@ -1,6 +1,6 @@
 """Plant altered copies among CIFAR-10 images, and count those that d2v search --duplicates finds, for search.md.
 
-    PYTHONPATH=tests python tests/makers/duplicates.py
+PYTHONPATH=tests python tests/makers/duplicates.py
 """
 
 import io

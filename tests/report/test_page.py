@@ -136,7 +136,7 @@ def test_the_page_and_its_plots_show_the_log(accurate: Run, tmp_path: Path) -> N
         for name, figure in accuracy_plots(accurate)
     }
     closed = drawn["gap_closed_squares"]
-    assert (closed["headline"], closed[WEAK]) == (pytest.approx([0, 0.5]), pytest.approx([0, 2]))
+    assert (closed[STUDENT], closed[WEAK]) == (pytest.approx([0, 0.5]), pytest.approx([0, 2]))
     expected = {"student": [0.2, 0.4], "pixels": [0.1, 0.1], "teacher": [0.6, 0.6]}
     assert drawn["retrieval_squares_bank_train"] == expected
 
