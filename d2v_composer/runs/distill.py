@@ -270,7 +270,6 @@ def build_alignment(config: TrainConfig, model: DistillationModel, samples: Samp
         model,
         Subset(samples, chosen),  # pyright: ignore[reportArgumentType]: torch's class takes any samples by number
         device_batch_size=config.device_eval_batch_size,
-        embeds=embeds_of(config, model),
         workers=config.train_loader.num_workers,
     )
     if (count := align.batches.size) < MIN_PAIRS:

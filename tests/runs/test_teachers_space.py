@@ -286,8 +286,8 @@ def with_nan(rows: np.ndarray) -> np.ndarray:
     [
         (lambda ids, rows: (np.char.add("cats/", ids), rows), r"has no row for a sample of .*'cats/000.jpg#?0?'"),
         (
-            lambda ids, rows: (ids[:39], rows[:39]),
-            r"expected at least 40 pairs \(half the width of the embeddings, or 40 if more\), got 39",
+            lambda ids, rows: (ids[:23], rows[:23]),
+            r"expected at least 24 pairs \(half the width of the embeddings, or 20 if more\), got 23",
         ),
         (lambda ids, rows: (ids, with_nan(rows)), r"the row of 007.jpg\S* has numbers that are not finite"),
         (lambda ids, rows: (ids, rows[:-1]), r"one id each, got float32 \(119, \d+\), 120 ids"),
@@ -323,10 +323,10 @@ def test_what_does_not_go_together_is_refused(
 def test_the_fewest_pairs_make_a_map_and_fewer_readable_samples_none(
     exported: Path, embedded: Path, tmp_path: Path
 ) -> None:
-    photos = write_files(tmp_path / "photos", {f"{number:03}.jpg": encoded_image(number) for number in range(40)})
+    photos = write_files(tmp_path / "photos", {f"{number:03}.jpg": encoded_image(number) for number in range(24)})
     run_align(exported, photos, tmp_path / "out.safetensors", "--index", embedded)
     (photos / "007.jpg").write_bytes(b"")
-    with pytest.raises(InputError, match=r"expected at least 40 pairs .*, got 39"):
+    with pytest.raises(InputError, match=r"expected at least 24 pairs .*, got 23"):
         run_align(exported, photos, tmp_path / "again.safetensors", "--to", TEACHER_FILE)
 
 
