@@ -35,7 +35,6 @@ from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.runs.trainer import build_optimizer, build_trainer
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.processes import obey_signals
-from d2v_composer.system.third_party import lean_engine
 
 NAIVE, EAGER, OURS, TRAINER, PRODUCT = "naive", "eager", "ours", "trainer", "matrix product alone"
 LOSS_TOLERANCE = 1e-3
@@ -180,8 +179,7 @@ def in_trainer(
     at_end.callback(trainer.close)
 
     def run(times: int) -> Tensor:
-        with lean_engine(trainer):
-            trainer.fit(duration=f"{times}ba")
+        trainer.fit(duration=f"{times}ba")
         obey_signals()
         return torch.tensor(trainer.state.total_loss_dict["loss/train/total"])
 

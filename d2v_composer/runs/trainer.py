@@ -63,7 +63,7 @@ from d2v_composer.system.files import sha256
 from d2v_composer.system.machine import describe_machine, package_versions
 from d2v_composer.system.processes import allow_open_files, if_interrupted, num_nodes, num_ranks
 from d2v_composer.system.ranks import join_ranks, node_leaders_first, rank_zero_first
-from d2v_composer.system.third_party import lean_engine, patched_composer
+from d2v_composer.system.third_party import patched_composer
 
 # A resume may not change these settings: it would ignore a change, or silently mix old and new samples.
 FIXED_IN_ANY_RUN = (
@@ -439,8 +439,7 @@ def _fit(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]) -> 
     if trainer.state.timestamp < config.max_duration:
         if dist.get_global_rank() == 0:
             print(_describe(trainer, config, header))
-        with lean_engine(trainer):
-            trainer.fit()
+        trainer.fit()
         checkpoints.end_training(trainer.state)
         return
     if dist.get_global_rank() == 0:  # Composer would raise an error
