@@ -38,7 +38,7 @@ from d2v_composer.checkpoints.checkpoint import (
     find_newest,
     read_checkpoint,
 )
-from d2v_composer.checkpoints.model_file import convert_to_timm
+from d2v_composer.checkpoints.timm_student import convert_to_timm
 from d2v_composer.config.load import deep_merge, defaults
 from d2v_composer.config.resume import FIXED, FIXED_IF_COMPARED, keys_marked
 from d2v_composer.config.schema import (

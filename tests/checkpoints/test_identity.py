@@ -9,6 +9,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+import d2v_composer.timm_models  # noqa: F401  (registers the student)
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import align, convert_teacher, random_teacher

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 
+import d2v_composer.timm_models  # noqa: F401  (registers the student)
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.config.load import load_finetune_config
