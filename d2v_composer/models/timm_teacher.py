@@ -31,7 +31,7 @@ from d2v_composer.models.configs import (
 )
 from d2v_composer.models.encoder import Freezable, Inputs, Tokens
 from d2v_composer.models.features import Features
-from d2v_composer.models.images import PatchProjection, PixelEncoder
+from d2v_composer.models.images import PixelEncoder
 from d2v_composer.models.names import JOINT, timm_name
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
@@ -336,8 +336,6 @@ class TimmEncoder(PixelEncoder):
                     raise ValueError(f"{config.model} has {name} {value} in timm {timm.__version__}, not {given}")
             parts = TimmParts.of(model)
         self.stem: Any = parts.stem
-        patches: Any = self.stem.patch_embed.proj
-        patches.__class__ = PatchProjection  # an image is whole patches: build_timm_model allows no other size
         self.blocks = nn.ModuleList(parts.blocks[: config.first_blocks])
         self.contexts = parts.contexts.of_blocks(0, config.first_blocks)
         if is_new:
