@@ -1,5 +1,6 @@
 """The model that a user names: its fields in a YAML, its flags on a command line, and what it loads."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, PlainValidator
 from d2v_composer.config.resume import FIXED
 from d2v_composer.config.types import AddressText, PathText, Whole, read_image_size
 from d2v_composer.models.names import TIMM_PREFIX, Pooling, Representation, Weights
+from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
@@ -54,6 +56,13 @@ class ModelReference(TimmSizes):
             if not field.is_required():
                 kind = int if name == "first_blocks" else str
                 add(f"--{name.replace('_', '-')}", type=kind, choices=choices, default=field.default, help=help_text)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the fields that are set, with absolute paths and without secrets, to load the model again later."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        files = {name: os.path.abspath(fields[name]) for name in ("model", "checkpoint", "teacher") if fields[name]}
+        fields |= {name: path for name, path in files.items() if os.path.exists(path)}
+        return hide_secrets({name: value for name, value in fields.items() if value is not None})
 
     def load(self) -> "Models":
         """Load the model, and its teacher; see :func:`load_any`."""
