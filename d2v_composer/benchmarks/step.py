@@ -76,7 +76,7 @@ def benchmark(
         only: The only contender to measure, besides ``trainer``.
         loop: ``trainer`` also measures a step in Composer's Trainer.
         trace: File for a profile of the last contender, in Chrome's format, with a table beside it.
-        overrides: Settings of distill.yaml, such as ``half_residual=true``.
+        overrides: Settings of distill.yaml, such as ``compile=default``.
 
     Raises:
         InputError: There is no compiler, or ``overrides`` name a student.
@@ -147,7 +147,6 @@ def build_run(
         return partial(repeat, partial(train_step, partial(naive_loss, teacher, student), optimizer, dtype, images))
     ours = copy.deepcopy(model).to(images.device)
     ours.teacher.cast_weights(dtype)
-    ours.teacher.encoder.half_residual = config.half_residual
     if name != EAGER and config.compile:
         compile_model(ours, choice=config.compile)
     optimizer = build_optimizer(config.optimizer, ours)

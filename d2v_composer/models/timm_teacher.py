@@ -95,12 +95,12 @@ class TimmBlock(FfnBlock):
     ) -> tuple[Tensor | None, Tensor]:
         block, arguments = self.block, {} if context is None else {self.kind.context: context}
         if self.kind.is_post_norm:
-            attended_BTD = (x_BTD + block.norm1(block.attn(x_BTD, **arguments))).to(x_BTD.dtype)
+            attended_BTD = x_BTD + block.norm1(block.attn(x_BTD, **arguments))
             ffn_output_BTD = block.norm2(block.mlp(attended_BTD))
         else:
-            attended_BTD = (x_BTD + self.scale(1, block.attn(block.norm1(x_BTD), **arguments))).to(x_BTD.dtype)
+            attended_BTD = x_BTD + self.scale(1, block.attn(block.norm1(x_BTD), **arguments))
             ffn_output_BTD = self.scale(2, block.mlp(block.norm2(attended_BTD)))
-        return (attended_BTD + ffn_output_BTD).to(x_BTD.dtype) if needs_output else None, ffn_output_BTD
+        return attended_BTD + ffn_output_BTD if needs_output else None, ffn_output_BTD
 
     def scale(self, branch: int, x_BTD: Tensor) -> Tensor:
         """Apply the LayerScale of a branch, if it has one."""
