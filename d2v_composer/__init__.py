@@ -9,7 +9,7 @@ Example:
 # A name is imported when it is first used: torch, Composer and timm take seconds together, and few programs use all.
 
 from importlib import import_module, metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
@@ -58,11 +58,13 @@ MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name."""
-    if name not in MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
+if not TYPE_CHECKING:  # for which each name has its own type
+
+    def __getattr__(name: str) -> object:
+        """Import a public name."""
+        if name not in MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

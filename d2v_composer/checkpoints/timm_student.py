@@ -3,13 +3,14 @@
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from d2v_composer.checkpoints.model_file import (
     CONFIG_TENSOR,
+    Source,
     Tensors,
     build_student,
     check_timm_outputs,
@@ -25,6 +26,7 @@ from d2v_composer.models.encoder import Tokens
 from d2v_composer.models.features import Features
 from d2v_composer.models.images import is_same
 from d2v_composer.models.names import Representation, timm_name
+from d2v_composer.models.provenance import Record
 from d2v_composer.system.errors import InputError, errors_of, reading
 
 NAME = "d2v2_student"
@@ -33,7 +35,7 @@ NAME = "d2v2_student"
 POOLINGS = {"token": "cls", "avg": "mean_patches"}
 
 
-def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], Tensors]:
+def convert_to_timm(source: Source, student: Backbone) -> tuple[Record, Tensors]:
     """Return a student's sizes and tensors for a file, after a check that timm computes the same with them.
 
     Args:
@@ -45,6 +47,8 @@ def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], Tensors]
     """
     import timm  # takes seconds
 
+    from d2v_composer.models.timm_network import TimmNetwork
+
     student = copy.deepcopy(student).cpu().eval()
     encoder = student.encoder
     if isinstance(encoder.config, TimmConfig):
@@ -53,7 +57,7 @@ def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], Tensors]
     rule = "; a classifier or alignment must be one linear layer on output_cls" if options["num_classes"] else ""
     with errors_of(f"{source}: timm would not compute what the student computes{rule}"), torch.no_grad():
         model: Any
-        if isinstance(student.config, TimmNetworkConfig):
+        if isinstance(encoder, TimmNetwork):
             model = timm.create_model(name, **options)
             tensors = encoder.timm_tensors(model, student.head or student.alignment)
         else:
@@ -68,7 +72,7 @@ def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], Tensors]
     return sizes, tensors
 
 
-def timm_arguments(student: Backbone) -> tuple[str, dict[str, Any]]:
+def timm_arguments(student: Backbone) -> tuple[str, Record]:
     """Return the name and the options with which ``timm.create_model`` builds a student, to load its file.
 
     Its number of classes is that of the classifier or, without one, the width of the alignment.
@@ -79,7 +83,10 @@ def timm_arguments(student: Backbone) -> tuple[str, dict[str, Any]]:
         classes = {"num_classes": 0 if student.alignment is None else student.embedding.width}
     if not isinstance(student.config, TimmNetworkConfig):
         return NAME, classes
-    return timm_name(student.config.model), cast("Any", student.encoder).options | classes
+    from d2v_composer.models.timm_network import TimmNetwork  # timm takes seconds to import
+
+    assert isinstance(student.encoder, TimmNetwork)
+    return timm_name(student.config.model), student.encoder.options | classes
 
 
 def timm_call(student: Backbone, file: str | Path) -> str:
@@ -108,7 +115,7 @@ class TimmWrapper(nn.Module):
     def __init__(self, num_classes: int = 0, global_pool: Any = None, representation: Any = None) -> None:
         super().__init__()
         self.num_classes, self.global_pool, self.representation = num_classes, global_pool, representation
-        self.student: Any = None
+        self.student: Any = None  # a Student, once a file is loaded; its StudentSizes
         self.sizes: Any = None
         self.head: nn.Module = nn.Identity()
 
@@ -201,7 +208,7 @@ class TimmWrapper(nn.Module):
         return self.head.load_state_dict(head, bool(head), assign)
 
 
-def pretrained_cfg(sizes: StudentSizes | None) -> dict[str, Any]:
+def pretrained_cfg(sizes: StudentSizes | None) -> Record:
     """Return timm's record of the model, with the preprocessing for timm's ``resolve_data_config``."""
     preprocessing = {} if sizes is None else sizes.encoder.timm_preprocessing
     return {"architecture": NAME, "num_classes": 0, "classifier": "head", **preprocessing}
