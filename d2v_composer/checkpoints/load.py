@@ -111,10 +111,9 @@ def load_same_teacher(source: str, record: Record, **options: Any) -> Teacher:
     """
     teacher = load_teacher(None if source == options.get("model") else source, **options)
     if not is_teacher_of(record, teacher):
-        raise InputError(
-            f"{source}: not this student's teacher: sha256 {teacher.provenance['sha256']}, "
-            f"expected {value_at(record, 'teacher.sha256')}, and the same outputs"
-        )
+        found, expected = teacher.provenance["sha256"], value_at(record, "teacher.sha256")
+        fault = "its outputs differ" if found == expected else f"sha256 {found}, expected {expected}"
+        raise InputError(f"{source}: not this student's teacher: {fault}")
     return teacher
 
 

@@ -21,7 +21,7 @@ from d2v_composer.checkpoints.model_file import (
 )
 from d2v_composer.models.alignment import side_by_side
 from d2v_composer.models.backbone import Backbone
-from d2v_composer.models.configs import StudentSizes, TimmConfig, TimmNetworkConfig
+from d2v_composer.models.configs import StudentSizes, TimmConfig, TimmNetworkConfig, height_and_width
 from d2v_composer.models.encoder import Tokens
 from d2v_composer.models.features import Features
 from d2v_composer.models.images import is_same
@@ -138,6 +138,9 @@ class TimmWrapper(nn.Module):
         # DDP refuses trainable parameters without gradient.
         student.blocks[-1].norm2.requires_grad_("output" in self.representations)
         self.num_features = student.embed_dim * len(self.representations)
+        if (sizes := student.encoder.config).modality == "image":
+            reduction = height_and_width(sizes.image_size)[0] // sizes.grid_size[0]
+            self.feature_info = [{"num_chs": self.num_features, "reduction": reduction, "module": "blocks"}]
         self.head_hidden_size = sum(map(student.width_of, self.pooled))
         self.num_classes = num_classes
         self.head = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
@@ -158,6 +161,23 @@ class TimmWrapper(nn.Module):
             return student.represent(features, *self.representations)
         output_and_mean = features.with_output(lambda layers: student.layer_mean.average(layers, features))
         return torch.cat(output_and_mean, dim=-1)
+
+    def forward_intermediates(
+        self, x: Tensor, indices: Any = None, output_fmt: str = "NCHW", intermediates_only: bool = False, **_: Any
+    ) -> Any:
+        """Return the features and a list with their only scale, for timm's ``features_only``.
+
+        Args:
+            x: See :meth:`forward_features`; images.
+            indices: Not used: there is one scale.
+            output_fmt: ``NCHW``: the scale is (B, C, rows, columns); ``NLC``: (B, rows · columns, C).
+            intermediates_only: Return only the list.
+        """
+        features = self.forward_features(x)
+        cells = features[:, self.student.num_extra_tokens :]
+        if output_fmt == "NCHW":
+            cells = cells.transpose(1, 2).unflatten(2, self.student.encoder.config.grid_size)
+        return [cells] if intermediates_only else (features, [cells])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map features to the head's outputs, or with ``pre_logits`` to pooled features, (B, ``head_hidden_size``)."""
