@@ -1,8 +1,7 @@
 """The model that a user names: its fields in a YAML, its flags on a command line, and what it loads."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, PlainValidator
 
@@ -41,18 +40,6 @@ class ModelReference(TimmSizes):
     """Pooling of a raw embedding, to use instead of the model's embedding: ``cls``, ``mean`` or ``mean_patches``."""
     representation: Representation | None = None
     """Representation of a raw embedding, to use instead of the model's embedding: ``output`` or ``layer_mean``."""
-
-    @classmethod
-    def add_flags(cls, add: Callable[..., Any]) -> None:
-        """Add a flag for each field except the model, with an ``argparse`` parser's ``add_argument``."""
-        for name, field in cls.model_fields.items():
-            kinds = (field.annotation, *get_args(field.annotation))
-            choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), None)
-            help_text = " ".join((field.description or "").rstrip(".").split()).replace("``", "")
-            help_text = help_text.replace("null: ", "default: ")
-            if not field.is_required():
-                kind = int if name == "first_blocks" else str
-                add(f"--{name.replace('_', '-')}", type=kind, choices=choices, default=field.default, help=help_text)
 
     def load(self) -> "Models":
         """Load the model, and its teacher.
