@@ -107,8 +107,8 @@ def check_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
     for row, (_, _, *arguments) in commands.items():
         if (path := folders[row] / "run.yaml").exists():
             with reading(path):
-                before, record = yaml.safe_load(path.read_text()), build_run_record(load_config(arguments), ("config",))
-                if changes := record.changes(before):
+                before, record = yaml.safe_load(path.read_text()), build_run_record(load_config(arguments))
+                if changes := record.changes(before, ["config"]):
                     raise InputError(f"{row}: {changes}; choose another --out, or remove {folders[row]}")
 
 

@@ -1,19 +1,13 @@
-"""Clip the gradient, log its norm, seed each batch, measure target statistics, and share BatchNorm's among ranks."""
-
-from itertools import islice
-from typing import Any
+"""Clip the gradient, log its norm, seed each batch, and share BatchNorm's statistics among ranks."""
 
 import numpy as np
 import torch
 from composer import algorithms
-from composer.core import Algorithm, Callback, Event, State, ensure_data_spec, get_precision_context
+from composer.core import Algorithm, Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import dist
 from composer.utils.reproducibility import seed_all
 from torch import Tensor
-
-from d2v_composer.callbacks.trainer_state import unwrapped
-from d2v_composer.system.progress import progress_bar
 
 
 def trained(state: State) -> list[Tensor]:
@@ -92,30 +86,3 @@ class SharedStatistics(Callback):
 
     def eval_start(self, state: State, logger: Logger) -> None:
         broadcast_statistics(state.model)
-
-
-class TargetStatistics(Callback):
-    """Measure mean and deviation of the teacher's layers on a run's first batches, before its first step.
-
-    ``targets.normalization: dataset`` normalizes all targets by these statistics, in the run and after each resume, on
-    any number of ranks. After the measurement, the loader begins its epoch again.
-
-    Args:
-        num_batches: Number of batches; if an epoch has fewer, all of these are used.
-        device_batch_size: Number of inputs in a forward pass.
-    """
-
-    def __init__(self, num_batches: int, device_batch_size: int) -> None:
-        self.num_batches, self.device_batch_size = num_batches, device_batch_size
-
-    def fit_start(self, state: State, logger: Logger) -> None:
-        if state.timestamp.batch > 0:  # the statistics are in the checkpoint
-            return
-        model: Any = unwrapped(state)
-        loader: Any = state.dataloader
-        split, to_device = ensure_data_spec(loader).split_batch, state.device.batch_to_device
-        is_shown = dist.get_global_rank() == 0
-        batches = progress_bar(islice(loader, self.num_batches), desc="targets", unit="batches", disable=not is_shown)
-        with get_precision_context(state.precision, state.precision_config):
-            model.measure_targets(part for batch in batches for part in split(to_device(batch), self.device_batch_size))
-        loader.dataset.load_state_dict(loader.dataset.state_dict(0, from_beginning=True))

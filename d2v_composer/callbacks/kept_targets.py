@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from xxhash import xxh3_64_digest, xxh3_64_intdigest
 from d2v_composer.callbacks.trainer_state import has_ended
 from d2v_composer.system.addresses import MARK
 from d2v_composer.system.errors import InputError, writing
-from d2v_composer.system.processes import num_nodes
+from d2v_composer.system.files import check_room
 from d2v_composer.system.ranks import raise_on_all_ranks
 
 CHECKSUM = 8  # bytes at the end of a row
@@ -53,14 +52,9 @@ class KeptTargets(Callback):
 
     def check_room(self) -> str | None:
         """Return an error message if the disk lacks space for the targets, or for a node's share of them."""
-        folder = next(folder for folder in self.path.absolute().parents if folder.exists())
-        present = self.path.stat().st_blocks * 512 if self.path.exists() else 0
-        if self.num_bytes // num_nodes() - present <= (free := shutil.disk_usage(folder).free):
-            return None
-        return (
-            f"train_loader.views: the targets of all views need {self.num_bytes / 1e6:,.0f} MB in {self.path.parent}, "
-            f"but only {free / 1e6:,.0f} MB is free; free disk space, or set fewer views, or null"
-        )
+        stored = self.path.stat().st_blocks * 512 if self.path.exists() else 0
+        what = "train_loader.views: the targets of all views"
+        return check_room(self.path.parent, what, self.num_bytes, stored, "set fewer views, or null")
 
     def after_load(self, state: State, logger: Logger) -> None:
         if not has_ended(state):

@@ -14,13 +14,13 @@ from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import write_atomically
 
-# What a message calls a key that is no field of a YAML.
-SHOWN_AS = {
+# What a resume must not change besides fields of a YAML: key of the record → what messages call it.
+IDENTITIES = {
     "teacher.sha256": "teacher (sha256 of its weights and preprocessing)",
+    "teacher.embedding": "teacher.embedding",
     "teacher.outputs": "teacher (its outputs for fixed inputs)",
     "model.sha256": "model (its sha256)",
-    "model.representation": "representation",
-    "model.pooling": "pooling",
+    "model.embedding": "model.embedding",
     "model.num_classes": "number of classes",
     "data.sha256": "train_loader or dataset (sha256 of the samples)",
     "data.test_sha256": "dataset (sha256 of the test samples)",
@@ -37,7 +37,7 @@ class RunRecord(Callback):
         record: The sections ``config`` (resolved), ``versions``, ``teacher`` or ``model`` (provenance) and ``data``
             (identity and location), as plain containers. Secrets in them are hidden.
         folder: The folder of ``run.yaml``, or ``None``.
-        fixed: Dotted keys of the record that a resume must not change.
+        fixed: Dotted keys of the record that a resume must not change, besides :data:`IDENTITIES`.
         defaults: Values of keys that the record of an earlier version lacks.
     """
 
@@ -45,10 +45,15 @@ class RunRecord(Callback):
         self,
         record: dict[str, Any],
         folder: Path | None,
-        fixed: tuple[str, ...],
+        fixed: Sequence[str],
         defaults: Mapping[str, Any],
     ) -> None:
-        self.record, self.folder, self.fixed, self.defaults = hide_secrets(record), folder, fixed, defaults
+        self.record, self.folder, self.fixed, self.defaults = (
+            hide_secrets(record),
+            folder,
+            (*IDENTITIES, *fixed),
+            defaults,
+        )
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if self.folder is None or dist.get_global_rank() != 0:
@@ -83,4 +88,4 @@ def find_changes(key: str, before: Any, now: Any, default: Any = None) -> Iterat
             usual = value_at(default, name)
             yield from find_changes(f"{key}.{name}", before.get(name, usual), now.get(name), usual)
     elif before != now and not (key == "teacher.outputs" and is_same_but_for_rounding(before, now)):
-        yield f"{SHOWN_AS.get(key, key.removeprefix('config.'))}: checkpoint has {before}, config has {now}"
+        yield f"{IDENTITIES.get(key, key.removeprefix('config.'))}: checkpoint has {before}, config has {now}"

@@ -9,9 +9,9 @@ silent, shorter than 45 ms or longer than an hour are errors, like corrupt ones.
 OUT/conversion.json lists the length of every clip, so that training can put clips of similar length into a batch.
 An interrupted conversion leaves no index.json, so nothing reads it as a data set. The same command resumes it; with
 other settings, the conversion starts over.
-The clips are in SOURCE/SPLIT or SOURCE. In zips, SPLIT is a folder; for Parquet files and tars, it is a word in the
-file's name, or else in its folders' names. Labels come from class folders, a CSV file with lines 'clip,class', or
---label-column.
+The clips are in SOURCE/SPLIT or SOURCE. In zips and in tars with folders, SPLIT is a folder; for Parquet files and
+other tars, it is a word in the file's name, or else in its folders' names. Labels come from class folders, a CSV file
+with lines 'clip,class', or --label-column.
 """
 
 from typing import Any

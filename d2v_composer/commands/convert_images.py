@@ -13,9 +13,9 @@ For an S3-compatible store, set S3_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRE
 An interrupted conversion leaves no index.json, so nothing reads it as a data set. The same command resumes it; with
 other settings, the conversion starts over.
 The images are in SOURCE/SPLIT or SOURCE, or in a single folder there that holds all of them, such as Kaggle's
-ILSVRC/Data/CLS-LOC. In zips, SPLIT is a folder; for Parquet files and tars, it is a word in the file's name, or else in
-its folders' names. Labels come from class folders, Kaggle's LOC_SPLIT_solution.csv, a CSV file with lines
-'image,class', or --label-column.
+ILSVRC/Data/CLS-LOC. In zips and in tars with folders, SPLIT is a folder; for Parquet files and other tars, it is a word
+in the file's name, or else in its folders' names. Labels come from class folders, Kaggle's LOC_SPLIT_solution.csv, a
+CSV file with lines 'image,class', or --label-column.
 """
 
 import os

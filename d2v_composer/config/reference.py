@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, PlainValidator
 
+from d2v_composer.config.resume import FIXED
 from d2v_composer.config.types import AddressText, PathText, Whole, read_image_size
 from d2v_composer.models.names import TIMM_PREFIX, Pooling, Representation, Weights
 from d2v_composer.system.errors import InputError
@@ -18,9 +19,9 @@ class TimmSizes(BaseModel):
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
-    first_blocks: Whole | None = None
+    first_blocks: Annotated[Whole | None, FIXED] = None
     """Blocks in the shared encoder; null: for timm, a sixth of the model's blocks; for data2vec2, as in its file."""
-    image_size: Annotated[int | str, PlainValidator(read_image_size)] | None = None
+    image_size: Annotated[Annotated[int | str, PlainValidator(read_image_size)] | None, FIXED] = None
     """timm: pixels per side, or HEIGHTxWIDTH; null: the model's own."""
 
 

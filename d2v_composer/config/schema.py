@@ -10,18 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ByteSize,
-    Field,
-    ValidationInfo,
-    create_model,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ByteSize, Field, ValidationInfo, create_model, model_validator
 from typing_extensions import Self
 
 from d2v_composer.config.reference import ModelReference, TimmSizes
+from d2v_composer.config.resume import FIXED, FIXED_IF_COMPARED, NEW_RESULT, NEW_TARGETS
 from d2v_composer.config.types import (
     IS_MODE,
     IS_TEACHER,
@@ -55,11 +48,11 @@ from d2v_composer.models.names import (
     DATA2VEC2,
     TIMM_PREFIX,
     ExtraTokens,
+    Normalization,
     Pooling,
     PrecisionChoice,
     Prediction,
     Representation,
-    TargetNormalization,
     TargetSource,
     Weights,
 )
@@ -185,21 +178,16 @@ class TargetsConfig(Section):
 
     extra_tokens: ExtraTokens = "regress"
     """Treatment of CLS and registers. ``regress``: like patches. ``drop``: exclude them from InstanceNorm and the loss,
-    and regress CLS to the mean target with weight 0.01, as in data2vec 2.0's pre-training. ``only``: regress no
-    patch."""
+    and regress CLS to the mean target with weight 0.01, as in data2vec 2.0's pre-training."""
     average_top_k_layers: Count | None = None
     """Number of the teacher's last blocks in the target; null: the teacher's own setting."""
     source: TargetSource = "ffn"
     """``ffn``: FFN outputs of the teacher's blocks. ``block``: the blocks' outputs (in a pre-norm ViT, the residual
     stream)."""
-    normalization: TargetNormalization | None = None
+    normalization: Normalization | None = None
     """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in data2vec
-    2.0. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. ``dataset``: each
-    channel of the target by a fixed mean and deviation, measured before the first step, but prediction and
-    ``layer_mean`` as with ``layer``. null: ``instance``; with ``student.model``, ``layer``."""
-    dataset_batches: Count | None = None
-    """Number of batches on which ``dataset`` measures mean and deviation: the run's first ones, at most an epoch; null:
-    100."""
+    2.0. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. null: ``instance``; with
+    ``student.model``, ``layer``."""
     final_layer_norm: bool | None = None
     """End target, prediction and ``layer_mean`` with a LayerNorm. null: as in the teacher's pre-training, which is
     false for data2vec 2.0's audio models."""
@@ -225,28 +213,34 @@ class ShardLoaderConfig(Section):
     fails at the start. 0: the training process decodes the samples."""
     prefetch_factor: PrefetchFactor = 2
     """Batches that each worker prepares ahead."""
-    crop_scale: Annotated[Range, must("be at most 1", lambda scale: scale[1] <= 1)] = (0.08, 1.0)
+    crop_scale: Annotated[Range, must("be at most 1", lambda scale: scale[1] <= 1), NEW_RESULT] = (0.08, 1.0)
     """Smallest and largest area of a random crop, as a fraction of the image."""
-    crop_ratio: Range = (3 / 4, 4 / 3)
+    crop_ratio: Annotated[Range, NEW_RESULT] = (3 / 4, 4 / 3)
     """Smallest and largest ratio of width to height of a random crop."""
-    flip: Fraction = 0.5
+    flip: Annotated[Fraction, NEW_RESULT] = 0.5
     """Probability of a horizontal flip."""
-    crop_seconds: Annotated[float, Field(ge=0.045, le=3600)] = 15.6
+    # The order of clips is by their length in a batch.
+    crop_seconds: Annotated[float, Field(ge=0.045, le=3600), FIXED] = 15.6
     """Audio: length of the longest clip. Longer clips are cropped at random; shorter ones are padded to the longest in
     a batch."""
     remote: AddressText | None = None
     """Address of the MDS data set (s3://, gs://, …); null: it is on this machine."""
     timeout: Annotated[float, Field(ge=1, le=1e6)] = 600.0
     """Seconds during which an unreachable store is retried before the run fails."""
-    shuffle: bool = True
+    shuffle: Annotated[bool, FIXED] = True
     """Shuffle the samples in every epoch, with Streaming's py1e algorithm."""
-    shuffle_block_size: Count = 1 << 16
+    shuffle_block_size: Annotated[Count, FIXED] = 1 << 16
     """Number of samples that are shuffled together; their shards are in use at the same time."""
-    num_canonical_nodes: Count = 1
+    num_canonical_nodes: Annotated[Count, FIXED] = 1
     """Streaming's unit of the sample order: the number of nodes, or a multiple of it."""
     cache_limit: Annotated[ByteSize, Field(ge=1), AfterValidator(int)] | None = None
     """Largest size of the cache of a remote data set, in bytes or as '100gb'; null: no limit. If ``shuffle_block_size``
     samples are larger, an epoch fetches shards several times."""
+
+    @property
+    def needs_samples_of_a_node(self) -> bool:
+        """True if each node must read the same samples in every epoch, because it stores something for each."""
+        return self.remote is not None  # its shards
 
 
 class TrainLoaderConfig(ShardLoaderConfig):
@@ -254,13 +248,17 @@ class TrainLoaderConfig(ShardLoaderConfig):
 
     local: LocalFolder
     """An MDS folder; with ``remote``, the cache."""
-    column: Text | None = None
+    column: Annotated[Text | None, FIXED] = None
     """Column of encoded files (bytes, jpeg, png) or pixels (pil); null: ``image`` or ``audio``. Streaming's own
     converters call it x."""
-    views: Count | None = None
+    views: Annotated[Count | None, FIXED] = None
     """Number of fixed views (crops and flips) of each image: each epoch uses the next one, and after as many epochs the
     first again, in a new order. null: new views in every epoch. From a view's second epoch on, its targets are read
     from a file in ``save_folder`` (2 bytes per value; the run deletes it at its end), and the teacher does not run."""
+
+    @property
+    def needs_samples_of_a_node(self) -> bool:
+        return super().needs_samples_of_a_node or self.views is not None  # their targets
 
     def find_missing_data(self) -> str | None:
         """Return '.key: problem' if there are no samples to train on; ``None`` if there are, or a store has them."""
@@ -331,9 +329,9 @@ class LabeledSetConfig(Section):
     ROOT/test; or a SOURCE of ``d2v embed`` with train and test (or validation) in its file or folder names."""
     download: bool = False
     """Download CIFAR if it is missing."""
-    column: Text | None = None
+    column: Annotated[Text | None, FIXED] = None
     """Column of images or audio. null: in MDS ``image`` or ``audio``, else the only one."""
-    label_column: Text | None = "label"
+    label_column: Annotated[Text | None, FIXED] = "label"
     """Column of labels (in tars, ``cls`` or ``json:KEY``), unless folders are classes; null: no labels. Without labels
     (null, or a folder without class folders), only the probes ``agreement`` and ``instance`` run, on the test split or,
     if ROOT has no splits, on all of ROOT."""
@@ -352,9 +350,9 @@ class AlignmentConfig(Section):
     max_samples: Annotated[Whole, must(f"be 0, or at least {MIN_PAIRS}", lambda n: n == 0 or n >= MIN_PAIRS)] = 20000
     """Maximum number of training samples to fit the alignment to; 0: none. It is fitted at the end of the run, and
     before each retrieval whose embedding or probes need it."""
-    pooling: Pooling | None = None
+    pooling: Annotated[Pooling | None, FIXED] = None
     """Pooling of the teacher's embedding, instead of its default: ``cls``, ``mean`` or ``mean_patches``."""
-    representation: Representation | None = None
+    representation: Annotated[Representation | None, FIXED] = None
     """Representation of the teacher's embedding, instead of its default: ``output`` of the last block, or
     ``layer_mean``, which the loss regresses."""
 
@@ -394,7 +392,7 @@ class RetrievalConfig(LookupConfig):
 class RunConfig(Section):
     """Fields of training and of evaluation."""
 
-    seed: Whole = 17
+    seed: Annotated[Whole, FIXED] = 17
     """Seed of random weights, sample order and augmentation."""
     precision: SupportedPrecision = "fp32"
     """``fp32``, ``amp_bf16``, ``amp_fp16`` (GPU only), or ``auto``: the fastest that this machine supports."""
@@ -407,20 +405,20 @@ class TrainerConfig(RunConfig):
 
     run_name: Annotated[Text, checked(check_run_name)] = "distill"
     """Name of the run in logs and in the default ``save_folder``."""
-    precision: SupportedPrecision = "amp_fp16"
+    precision: Annotated[SupportedPrecision, NEW_RESULT] = "amp_fp16"
     """``fp32``, ``amp_bf16``, ``amp_fp16`` (GPU only), or ``auto``: the fastest that this machine supports."""
-    allow_tf32: bool = True
+    allow_tf32: Annotated[bool, NEW_TARGETS] = True
     """Let a GPU multiply float32 matrices in TF32, as Composer does. This is faster, with only 10 mantissa bits."""
-    max_duration: Duration = "30000ba"
+    max_duration: Annotated[Duration, NEW_RESULT] = "30000ba"
     """Length of the run, in batches or epochs."""
-    global_train_batch_size: Count = 256
+    global_train_batch_size: Annotated[Count, FIXED] = 256
     """Number of images in a step, across all devices."""
-    device_train_microbatch_size: Microbatch | None = None
+    device_train_microbatch_size: Annotated[Microbatch | None, FIXED_IF_COMPARED] = None
     """Number of images in a device's forward pass; null: its whole batch; 'auto': halved until it fits on the GPU."""
     train_loader: ShardLoaderConfig = ShardLoaderConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    scheduler: SchedulerConfig = SchedulerConfig()
-    algorithms: AlgorithmsConfig = AlgorithmsConfig()
+    optimizer: Annotated[OptimizerConfig, FIXED] = OptimizerConfig()
+    scheduler: Annotated[SchedulerConfig, NEW_RESULT] = SchedulerConfig()
+    algorithms: Annotated[AlgorithmsConfig, NEW_RESULT] = AlgorithmsConfig()
     callbacks: Annotated[Arguments, arguments_of(CALLBACKS)] = {}
     """Name → arguments, {} for the defaults; null turns one off. Names: health, lr_monitor, memory_monitor,
     nan_monitor, optimizer_monitor, runtime_estimator, speed_monitor, system_metrics_monitor; ``ext/NAME`` for an
@@ -442,7 +440,7 @@ class TrainerConfig(RunConfig):
     """Number of newest checkpoints to keep; -1: all."""
     autoresume: bool = True
     """Resume from the newest checkpoint in ``save_folder``. false: refuse a folder that has checkpoints."""
-    load_path: Annotated[PathText, checked(check_file)] | None = None
+    load_path: Annotated[Annotated[PathText, checked(check_file)] | None, NEW_TARGETS] = None
     """Checkpoint to resume from if ``save_folder`` has none."""
     load_weights_only: bool = False
     """Take only the student's weights from ``load_path``: steps, order of samples and optimizer begin anew, and all
@@ -461,7 +459,7 @@ class TrainerConfig(RunConfig):
             yield f".global_train_batch_size: must be divisible by the {num_ranks()} ranks, got {size}"
         if size % (parts := self.train_loader.num_canonical_nodes):  # each part gives whole samples to a batch
             yield f".train_loader.num_canonical_nodes: must divide global_train_batch_size {size}, got {parts}"
-        if self.train_loader.remote is not None and parts % (nodes := num_nodes()):  # else each node fetches all
+        if self.train_loader.needs_samples_of_a_node and parts % (nodes := num_nodes()):
             yield f".train_loader.num_canonical_nodes: must be divisible by the {nodes} nodes, got {parts}"
         if self.load_weights_only and self.load_path is None:
             yield ".load_weights_only: must be false without a load_path"
@@ -479,23 +477,23 @@ class TrainerConfig(RunConfig):
 class TrainConfig(TrainerConfig):
     """Fields of ``d2v train``, ``d2v distill``, recipes/train.py and recipes/preflight.py."""
 
-    compile: Annotated[Any, IS_MODE] = False
+    compile: Annotated[Any, IS_MODE, NEW_TARGETS] = False
     """true: use torch.compile, on a GPU with one CUDA graph for encoder and target. ``default``: without CUDA graphs.
     ``max-autotune-no-cudagraphs``: also try Triton's matmuls, which takes minutes longer at the start."""
-    half_residual: bool = False
+    half_residual: Annotated[bool, NEW_TARGETS] = False
     """Keep the residual stream of encoder and teacher in the precision's dtype instead of float32."""
     activation_checkpointing: bool = False
     """Recompute the student's blocks in the backward pass instead of keeping their activations."""
     teacher: TeacherSection
-    student: StudentOptions = StudentOptions()
-    prediction: Prediction = "layer_mean"
+    student: Annotated[StudentOptions, FIXED] = StudentOptions()
+    prediction: Annotated[Prediction, FIXED] = "layer_mean"
     """``layer_mean``: the normalized mean of the student's FFN outputs, as in the thesis's code. ``last_block``: the
     student's last block's output, not normalized."""
-    targets: TargetsConfig = TargetsConfig()
-    objectives: ObjectivesConfig = ObjectivesConfig()  # pyright: ignore[reportInvalidTypeForm]
+    targets: Annotated[TargetsConfig, FIXED] = TargetsConfig()
+    objectives: Annotated[ObjectivesConfig, FIXED] = ObjectivesConfig()  # pyright: ignore[reportInvalidTypeForm]
     train_loader: TrainLoaderConfig  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
-    alignment: AlignmentConfig = AlignmentConfig()
-    retrieval: RetrievalConfig = RetrievalConfig()
+    alignment: Annotated[AlignmentConfig, NEW_RESULT] = AlignmentConfig()
+    retrieval: Annotated[RetrievalConfig, NEW_RESULT] = RetrievalConfig()
     save_best: bool = False
     """Also keep the checkpoint with the highest ``metrics/mean/top1``, saved when this is measured, as
     ``best-rank0.pt``."""
@@ -507,9 +505,6 @@ class TrainConfig(TrainerConfig):
             yield ".save_best: must be false without a save_folder, retrieval.datasets or 1 in retrieval.ks"
         if self.train_loader.views is not None and self.save_folder is None:
             yield ".train_loader.views: must be null without a save_folder, which holds the views' targets"
-        parts, nodes = self.train_loader.num_canonical_nodes, num_nodes()
-        if self.train_loader.views is not None and self.train_loader.remote is None and parts % nodes:
-            yield f".train_loader.num_canonical_nodes: must be divisible by the {nodes} nodes with views, got {parts}"
 
 
 class LayerwiseOptimizerConfig(OptimizerConfig):
@@ -558,15 +553,15 @@ class ClassifierAlgorithmsConfig(AlgorithmsConfig):
 class FinetuneConfig(TrainerConfig, ModelReference):
     """Fields of recipes/finetune.py."""
 
-    train_encoder: bool = False
+    train_encoder: Annotated[bool, FIXED] = False
     """Train the encoder too, except data2vec's fixed positions and BEiT's relative position biases."""
     dataset: LabeledSetConfig
     """The MDS data set: the images in ROOT/train are for training, those in ROOT/test for evaluation. With
     ``train_loader.remote``, ROOT/train is the cache."""
     eval_interval: Duration = "1ep"
     """Time between evaluations, in batches or epochs; there is always one at the end of the run."""
-    optimizer: LayerwiseOptimizerConfig = LayerwiseOptimizerConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
-    algorithms: ClassifierAlgorithmsConfig = ClassifierAlgorithmsConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    optimizer: Annotated[LayerwiseOptimizerConfig, FIXED] = LayerwiseOptimizerConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
+    algorithms: Annotated[ClassifierAlgorithmsConfig, NEW_RESULT] = ClassifierAlgorithmsConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()

@@ -36,13 +36,9 @@ Normalization = Literal["instance", "layer"]
 ``instance`` is over time (fairseq's ``instance_norm_target_layer``, the image models'). ``layer`` is over channels
 (``layer_norm_target_layer``): it keeps each channel's mean over time, which a mean pooling sees.
 """
-TargetNormalization = Literal["instance", "layer", "dataset"]
-"""Normalization of each layer of a target; ``dataset`` is by a fixed mean and deviation of each layer and channel."""
 TargetSource = Literal["ffn", "block"]
 """Layers of the target: the teacher's FFN outputs, or its blocks' outputs."""
-TokenLoss = Literal["mse", "cosine_smooth_l1"]
-"""Distance of a token's prediction from its target."""
-ExtraTokens = Literal["regress", "drop", "only"]
+ExtraTokens = Literal["regress", "drop"]
 """What becomes of CLS and registers in the loss."""
 Weights = Literal["model", "ema"]
 """Weights of a teacher's file: the trained ones, or their moving average."""

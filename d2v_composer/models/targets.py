@@ -150,12 +150,9 @@ class LayerMean(NamedTuple):
     average_top_k_layers: int | None = None
     """Number of last blocks in the target; ``None``: all."""
     extra_tokens: ExtraTokens = "regress"
-    """``regress`` them like patches; ``drop`` them before InstanceNorm, as data2vec 2.0's pre-training does; or regress
-    them ``only``."""
+    """``regress`` them like patches; or ``drop`` them before InstanceNorm, as data2vec 2.0's pre-training does."""
     prediction: Prediction = "layer_mean"
     """What is regressed: ``layer_mean`` of the student's FFN outputs, or ``last_block``, its output, not normalized."""
-    dataset_norm: bool = False
-    """Normalize the target's layers by a fixed mean and deviation over the data set instead of ``normalization``."""
     norm_mean: Callable[..., Tensor] = norm_mean
     """:func:`norm_mean`, or its compiled version."""
 
@@ -176,12 +173,8 @@ class LayerMean(NamedTuple):
                 check_choice(name, getattr(changed, name), choices)
         return changed
 
-    def target(self, features: Features, norm_mean: Callable[..., Tensor] | None = None) -> Tensor:
-        """Compute the target from a teacher's features: the regressed tokens of (B, T, D), float32.
-
-        Args:
-            features: The teacher's features.
-            norm_mean: Function to use instead of the attribute ``norm_mean``.
+    def target(self, features: Features) -> Tensor:
+        """Compute the target from a teacher's features: (B, T, D) float32, without dropped tokens.
 
         Raises:
             ValueError: The teacher has fewer layers than ``average_top_k_layers``.
@@ -189,19 +182,16 @@ class LayerMean(NamedTuple):
         top_k = features.num_layers if self.average_top_k_layers is None else self.average_top_k_layers
         check_whole("average_top_k_layers", top_k, 1, features.num_layers)
         layers = islice(features.layers(self.source), features.num_layers - top_k, None)
-        regressed = self.regressed(features)
-        norm_mean = self.norm_mean if norm_mean is None else norm_mean
-        options = self.normalization, self.final_layer_norm, features.padding_mask
-        return norm_mean(layers, regressed.start, *options)[:, regressed]
+        num_dropped = self.num_dropped(features)
+        return self.average(layers, features, num_dropped)[:, num_dropped:]
 
     def average(self, layers: Iterable[Tensor], features: Features, num_dropped: int = 0) -> Tensor:
         """Compute the mean of layers, (B, T, D) float32; statistics skip padding and ``num_dropped`` first tokens."""
         return self.norm_mean(layers, num_dropped, self.normalization, self.final_layer_norm, features.padding_mask)
 
-    def regressed(self, features: Features) -> slice:
-        """Return the slice of tokens that the loss counts."""
-        first = features.num_extra_tokens if self.extra_tokens == "drop" else 0
-        return slice(first, features.num_extra_tokens if self.extra_tokens == "only" else None)
+    def num_dropped(self, features: Features) -> int:
+        """Return the number of first tokens that the loss leaves out."""
+        return features.num_extra_tokens if self.extra_tokens == "drop" else 0
 
     def embeddings(self, features: Features) -> dict[str, Tensor]:
         """Compute every embedding of a model, (B, D) float32, by name: poolings of its output and of its layers."""

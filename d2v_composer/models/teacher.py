@@ -85,15 +85,15 @@ class Teacher(Backbone, Freezable):
 
         Args:
             x: (B, T, D), from :meth:`encode`.
-            extra_tokens: ``regress`` them like patches, ``drop`` them before InstanceNorm, as data2vec 2.0's
-                pre-training does, or regress them ``only``.
+            extra_tokens: ``regress`` them like patches, or ``drop`` them before InstanceNorm, as data2vec 2.0's
+                pre-training does.
             padding_mask: (B, T), true for padding, from :meth:`padding_mask`; targets of padding mean nothing.
             **options: Further fields of :class:`~d2v_composer.models.targets.LayerMean`; default: as in this
                 teacher's pre-training. ``average_top_k_layers`` is then a data2vec 2.0 model's own (for images, all of
                 base's, 18 of large's 24, 24 of huge's 32), and all blocks of any other teacher.
 
         Returns:
-            (B, T, D) float32; without the extra tokens (B, N, D), or with these only (B, E, D).
+            (B, T, D) float32; without the extra tokens (B, N, D).
 
         Raises:
             ValueError: The teacher has fewer blocks than asked for, or ``source`` or ``normalization`` is unknown.
@@ -140,8 +140,6 @@ class Teacher(Backbone, Freezable):
         """
         check_choice("init", init, Init)
         sizes = {name: value for name, value in sizes.items() if value is not None}
-        if sizes.get("normalization") == "dataset":  # a target's alone
-            sizes["normalization"] = "layer"
         if freeze_copied and init != "teacher_attention":
             raise ValueError("freeze_copied: must be false without init teacher_attention, or nothing would be trained")
         if model is not None:

@@ -3,13 +3,12 @@
 Shapes: B inputs, S pixels per side, E extra tokens, N patches or frames, T = E + N tokens, D channels, L layers.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
 from composer.models import ComposerModel
-from composer.utils import dist
 from torch import Tensor, nn
 
 from d2v_composer.models.backbone import (
@@ -71,15 +70,15 @@ class DistillationModel(ComposerModel):
         prediction: ``layer_mean``: norm_mean of the student's FFN outputs, like the target; ``last_block``: the last
             block's output, not normalized.
         extra_tokens: ``regress`` all tokens alike; ``drop``, as in data2vec 2.0's pre-training: exclude the extra
-            tokens from InstanceNorm and the loss, and regress CLS, if there is one, to the mean
-            target with weight 0.01; ``only``: regress no patch.
+            tokens from InstanceNorm and the loss, and regress CLS, if there is one, to the mean target with weight
+            0.01.
         objectives: Name → section of each objective, as in a YAML; default: only ``tokens``. Callbacks see the results
             of the first one.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
         keeps_targets: Round targets to float16, the precision of kept ones, so that it makes no difference which are
             kept.
         **targets: Further fields of :class:`~d2v_composer.models.targets.LayerMean`; default: the student's config, and
-            the teacher's own ``average_top_k_layers``. With ``dataset_norm``, call :meth:`measure_targets` first.
+            the teacher's own ``average_top_k_layers``.
 
     Attributes:
         layer_mean: Settings with which ``layer_mean`` embeddings of student and teacher are computed to compare them.
@@ -220,17 +219,6 @@ class DistillationModel(ComposerModel):
         attention = self.flop.get(torch.ops.aten.bmm, 0)
         flop = (sum(self.flop.values()) - attention) * length + attention * length**2
         return round((flop - has_targets(batch) * self.teacher_flop) * len(inputs))
-
-    @torch.no_grad()
-    def measure_targets(self, batches: Iterable[Batch]) -> None:
-        """Measure mean and deviation for ``dataset_norm`` before training, on the same number of batches per rank."""
-        tokens, teacher = self.objectives["tokens"], self.teacher
-        tokens.dataset_norm.measures = True
-        for batch in batches:
-            inputs = self.inputs_of(batch)
-            self.compute(lambda *inputs: tokens.target(teacher.features(teacher.encoder(Inputs(*inputs)))), *inputs)
-        tokens.dataset_norm.measures = False
-        dist.all_reduce(tokens.dataset_norm.moments)
 
     def retrieval_baselines(self) -> dict[str, Callable[..., dict[str, Tensor]]]:
         """Return name → function that embeds a batch, for the model to compare the student with: the teacher."""

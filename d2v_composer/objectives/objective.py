@@ -31,7 +31,7 @@ class Regression(NamedTuple):
     """Prediction and target of a step, float32."""
 
     prediction: Tensor
-    """(B, T, D); (B, N, D) without the extra tokens, (B, E, D) with these only; for an embedding, (B, D)."""
+    """(B, T, D); (B, N, D) without the extra tokens; for an embedding, (B, D)."""
     target: Tensor
     """Same shape as ``prediction``, without gradient."""
     cls_prediction: Tensor | None = None

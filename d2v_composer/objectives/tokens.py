@@ -3,67 +3,20 @@
 Shapes: B inputs, T tokens, D channels of the teacher, d of a student of another width, L layers.
 """
 
-from collections.abc import Iterable
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 from torch import Tensor, cat, nn
-from torch.nn.functional import cosine_similarity, interpolate, mse_loss, smooth_l1_loss
+from torch.nn.functional import interpolate, mse_loss
 
 from d2v_composer.models.attention import init_linear_layers
 from d2v_composer.models.backbone import Backbone, Transformer
 from d2v_composer.models.features import Features, mean_over_time
-from d2v_composer.models.names import TokenLoss
-from d2v_composer.models.targets import NORM_EPS, LayerMean, average
+from d2v_composer.models.targets import LayerMean
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives.objective import Objective, Regression, Term, Weight
 
 CLS_LOSS_WEIGHT = 0.01  # data2vec 2.0's `cls_loss` of the image models
-
-
-class DatasetNorm(nn.Module):
-    """Subtract a fixed mean from each channel of each layer, and divide by a fixed deviation, both over a data set.
-
-    Unlike InstanceNorm, this keeps what the tokens of an input share, and unlike LayerNorm, it keeps how far a token is
-    from the mean token. UNIC (arXiv:2408.05088), PHI-S (arXiv:2410.01680) and EUPE (arXiv:2603.22387) standardize the
-    features of their teachers.
-
-    Args:
-        num_layers: Number of layers, L.
-        dim: Number of channels, D.
-
-    Attributes:
-        moments: (L, 3, D) float64: the number of inputs, the sum of the inputs' mean values, and the sum of their mean
-            squares. Checkpoints have the moments. While they are 0, the result is NaN.
-        measures: If true, inputs are added to ``moments``.
-    """
-
-    moments: Tensor
-    measures = False
-
-    def __init__(self, num_layers: int, dim: int) -> None:
-        super().__init__()
-        self.register_buffer("moments", torch.zeros(num_layers, 3, dim, dtype=torch.float64))
-
-    def forward(
-        self, layers: Iterable[Tensor], num_extra_tokens: int, _: str, final_layer_norm: bool, mask: Tensor | None
-    ) -> Tensor:
-        """Compute :func:`~d2v_composer.models.targets.norm_mean`, with the same arguments, by this normalization.
-
-        The extra tokens and padding do not count in the moments.
-        """
-
-        def normalize(layer_BTD: Tensor, moments_3D: Tensor) -> Tensor:
-            if self.measures:
-                powers = (layer_BTD.double() ** power for power in range(3))
-                means_3B1D = [mean_over_time(power, num_extra_tokens, mask) for power in powers]
-                moments_3D += torch.stack(means_3B1D).sum(dim=(1, 2))
-            mean_D, square_D = moments_3D[1:] / moments_3D[0]
-            scale_D = (square_D - mean_D.square() + NORM_EPS).rsqrt()
-            return (layer_BTD - mean_D.float()) * scale_D.float()
-
-        return average(map(normalize, layers, self.moments), final_layer_norm)
 
 
 class LayerRegression(Objective):
@@ -78,9 +31,6 @@ class LayerRegression(Objective):
     """
 
     class Options(Term):
-        loss: TokenLoss = "mse"
-        """Distance of a token's prediction from its target: ``mse``, as in the thesis, or ``cosine_smooth_l1``, 0.9 ·
-        (1 - cosine similarity) + 0.1 · smooth L1, as in AM-RADIO."""
         cls_weight: Annotated[float, Field(ge=0, le=1)] | None = None
         """Share of CLS in the loss; null: 1 / T, the share of any of the T tokens."""
         weight: Weight = 1.0
@@ -92,10 +42,6 @@ class LayerRegression(Objective):
         self.is_grid = not isinstance(student, Transformer)
         if options.cls_weight is not None and (layer_mean.extra_tokens != "regress" or not has_cls):
             raise ValueError("cls_weight: allowed only with extra_tokens 'regress' and a teacher that has CLS")
-        if layer_mean.extra_tokens == "only" and not (has_cls if self.is_grid else teacher.num_extra_tokens):
-            raise ValueError(
-                "extra_tokens: 'only' needs extra tokens, and this teacher has none that a student predicts"
-            )
         if self.is_grid:
             self.head = GridHead(student.encoder, teacher)
         elif widths[0] != widths[1]:
@@ -103,25 +49,24 @@ class LayerRegression(Objective):
         init_linear_layers(self.head)
         top_k = layer_mean.average_top_k_layers or teacher.config.average_top_k_layers
         self.options, self.layer_mean = options, layer_mean.changed(average_top_k_layers=top_k)
-        self.dataset_norm = DatasetNorm(top_k, teacher.embed_dim) if layer_mean.dataset_norm else None
 
     def target(self, features: Features) -> Tensor:
         features = features.without_registers() if self.is_grid else features
-        return self.layer_mean.target(features, self.dataset_norm)
+        return self.layer_mean.target(features)
 
     def regression(self, features: Features, target: Tensor) -> Regression:
         features, project = (self.head(features), nn.Identity()) if self.is_grid else (features, self.head)
-        regressed = self.layer_mean.regressed(features)
+        num_dropped = self.layer_mean.num_dropped(features)
         if self.layer_mean.prediction == "last_block":
             prediction = project(features.output)
         else:  # statistics skip the tokens that the target's skip
-            prediction = self.layer_mean.average(map(project, features.layers()), features, regressed.start)
+            prediction = self.layer_mean.average(map(project, features.layers()), features, num_dropped)
         has_cls_loss = self.layer_mean.extra_tokens == "drop" and features.has_cls_token
-        mask = None if features.padding_mask is None else features.padding_mask[:, regressed]
-        return Regression(prediction[:, regressed], target, prediction[:, 0] if has_cls_loss else None, mask)
+        mask = None if features.padding_mask is None else features.padding_mask[:, num_dropped:]
+        return Regression(prediction[:, num_dropped:], target, prediction[:, 0] if has_cls_loss else None, mask)
 
     def loss(self, regression: Regression) -> Tensor:
-        return regression_loss(regression, self.options.loss, self.options.cls_weight)
+        return regression_loss(regression, self.options.cls_weight)
 
 
 class GridHead(nn.Module):
@@ -152,35 +97,21 @@ class GridHead(nn.Module):
         return Features.of_layer(x_BTD, int(self.cls is not None), self.cls is not None)
 
 
-def token_errors(prediction_BTD: Tensor, target_BTD: Tensor, loss: TokenLoss) -> Tensor:
-    """Return the distance of each token's prediction from its target, (B, T, 1).
-
-    ``mse`` is the mean squared error over channels. ``cosine_smooth_l1`` is 0.9 · (1 - cosine similarity) + 0.1 · mean
-    smooth L1 over channels, as AM-RADIO's for spatial features (Ranzinger et al. 2024, arXiv:2312.06709, section 3.3).
-    """
-    if loss == "mse":
-        return (prediction_BTD - target_BTD).square().mean(dim=-1, keepdim=True)
-    cosine_BT1 = cosine_similarity(prediction_BTD, target_BTD, dim=-1)[..., None]
-    distance_BT1 = smooth_l1_loss(prediction_BTD, target_BTD, reduction="none").mean(dim=-1, keepdim=True)
-    return 0.9 * (1 - cosine_BT1) + 0.1 * distance_BT1
-
-
-def regression_loss(regression: Regression, loss: TokenLoss = "mse", cls_weight: float | None = None) -> Tensor:
-    """Return the mean distance over all tokens, plus 0.01 × the mean squared error of ``cls_prediction``.
+def regression_loss(regression: Regression, cls_weight: float | None = None) -> Tensor:
+    """Return the mean squared error over all tokens, plus 0.01 × that of ``cls_prediction``.
 
     Padding does not count, and each input counts alike, however short. So the mean of the losses of microbatches of one
     size, on all ranks, is the loss of the whole batch.
 
     Args:
         regression: Prediction and target.
-        loss: Distance of a token's prediction from its target.
         cls_weight: The share of the first token, CLS, in the loss; default: the share of any other token.
     """
     prediction, target, mask = regression.prediction.float(), regression.target, regression.padding_mask
-    if loss == "mse" and cls_weight is None and mask is None:
+    if cls_weight is None and mask is None:
         total = mse_loss(prediction, target)
     else:
-        error_BT1 = token_errors(prediction, target, loss)
+        error_BT1 = (prediction - target).square().mean(dim=-1, keepdim=True)
         total = mean_over_time(error_BT1, cls_weight is not None, mask).mean()
         if cls_weight is not None:
             total = cls_weight * error_BT1[:, 0].mean() + (1 - cls_weight) * total

@@ -9,13 +9,14 @@ from composer.core import Algorithm, Callback
 from composer.loggers import LoggerDestination
 from torch.utils.data import DataLoader, Subset
 
-from d2v_composer.callbacks.algorithms import TargetStatistics
 from d2v_composer.callbacks.alignment import AlignStudent
 from d2v_composer.callbacks.checkpointing import Stop
 from d2v_composer.callbacks.kept_targets import KeptTargets
+from d2v_composer.callbacks.run_record import IDENTITIES
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.load import load_teacher
 from d2v_composer.checkpoints.model_file import sizes_of
+from d2v_composer.config.resume import FIXED, NEW_TARGETS, keys_marked
 from d2v_composer.config.schema import TeacherSection, TrainConfig
 from d2v_composer.data import build_augmentation, modality_of
 from d2v_composer.evaluation.embedded_set import Embed
@@ -31,7 +32,6 @@ from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.report.tables import cost_table, format_table, format_tables
 from d2v_composer.runs.comparison import build_labeled_sets
 from d2v_composer.runs.trainer import (
-    FIXED_IN_ANY_RUN,
     build_optimizer,
     build_trainer,
     check_network,
@@ -45,29 +45,6 @@ from d2v_composer.sources.source import Source, open_mds
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
 from d2v_composer.training_data.loader import build_train_loader, read_train_index
-
-FIXED_BY_A_CHECKPOINT = (
-    *FIXED_IN_ANY_RUN,
-    "config.teacher.first_blocks",
-    "config.student",
-    "config.prediction",
-    "config.targets",
-    "config.objectives",
-    "config.alignment.pooling",
-    "config.alignment.representation",
-    "config.optimizer",
-    "teacher.sha256",
-    "teacher.embedding",
-    "teacher.outputs",
-)
-# What the targets of an augmented image depend on, and what else a checkpoint fixes.
-DECIDES_TARGETS = (
-    *FIXED_BY_A_CHECKPOINT,
-    "precision",
-    *(f"config.{name}" for name in ("half_residual", "allow_tf32", "compile", "load_path")),
-)
-# What else is fixed where a loss compares the inputs of a microbatch with each other.
-FIXED_WITH_MICROBATCHES = ("config.device_train_microbatch_size", "hardware.ranks")
 
 
 def train_student(
@@ -112,9 +89,6 @@ def train_student(
     accelerate(config, model)
     modality = modality_of(model.teacher.config)
     train_dataloader, kept, samples, data, shown = build_data(config, model, train_dataloader, alignment_samples)
-    if config.targets.normalization == "dataset" and config.objectives.tokens.weight:
-        measure = TargetStatistics(config.targets.dataset_batches or 100, config.device_eval_batch_size)
-        callbacks = [measure, *callbacks]
     align, stop = build_alignment(config, model, samples), Stop()
     retrieval = build_retrieval(config, model, align, stop)
     student = model.student.provenance["student"] | {"sizes": sizes_of(model.student)}
@@ -123,7 +97,7 @@ def train_student(
         model,
         train_dataloader,
         {"teacher": model.teacher.provenance, "student": student, "data": data, "costs": costs},
-        fixed=FIXED_BY_A_CHECKPOINT + (FIXED_WITH_MICROBATCHES if model.compares_microbatches else ()),
+        compares_microbatches=model.compares_microbatches,
         run_callbacks=[callback for callback in (kept, align, retrieval) if callback is not None],
         callbacks=callbacks,
         algorithms=algorithms,
@@ -174,7 +148,8 @@ def build_data(
     kept = build_kept_targets(config, model, index)
     collated = {} if kept is None else {"collate": kept.collate, "extra_bytes": kept.row_bytes}
     built = build_train_loader(config, loader, index, is_compiled=config.compile is not False, **collated)
-    return built, kept, open_some(config, index), index.describe(), f"{len(index):,} in {index.source}"
+    shown = f"{len(index):,} in {index.source}{'' if index.has_hashes else ', known by sizes: its index has no hashes'}"
+    return built, kept, open_some(config, index), index.describe(), shown
 
 
 def build_model(config: TrainConfig, teacher: Teacher | None = None) -> DistillationModel:
@@ -202,7 +177,6 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
             objectives=dict(config.objectives),
             cpu_bf16=choose_precision(config.precision).cpu_bf16,
             keeps_targets=config.train_loader.views is not None,
-            dataset_norm=targets.normalization == "dataset",
             **targets.model_dump(include={"extra_tokens", "average_top_k_layers", "source"}),
         )
     if model.compares_microbatches and config.device_train_microbatch_size == "auto":
@@ -253,7 +227,8 @@ def build_kept_targets(config: TrainConfig, model: DistillationModel, index: Ind
         "data": index.describe(),
         "precision": name_precision(config.precision),
     }
-    made_from = [value_at(record, key) for key in DECIDES_TARGETS]
+    fields = [f"config.{key}" for mark in (FIXED, NEW_TARGETS) for key in keys_marked(config, mark)]
+    made_from = {key: value_at(record, key) for key in (*fields, *IDENTITIES, "precision")}
     return KeptTargets(folder.local / "targets.f16", len(index), loader.views, width, made_from)
 
 

@@ -22,7 +22,6 @@ from d2v_composer.models.precision import choose_precision
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.report.tables import format_table
 from d2v_composer.runs.trainer import (
-    FIXED_IN_ANY_RUN,
     build_optimizer,
     build_trainer,
     check_network,
@@ -36,19 +35,6 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.ranks import node_leaders_first
 from d2v_composer.training_data.loader import build_train_loader, read_train_index
 
-FIXED_BY_A_CHECKPOINT = (
-    *FIXED_IN_ANY_RUN,
-    "config.first_blocks",
-    "config.image_size",
-    "config.dataset.column",
-    "config.dataset.label_column",
-    "config.train_encoder",
-    "config.optimizer",
-    "model.embedding",
-    "model.sha256",
-    "model.num_classes",
-    "data.test_sha256",
-)
 EVALUATOR = "test"
 """Name of the evaluation in metric keys, such as metrics/test/top1."""
 
@@ -96,7 +82,6 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trai
         model,
         data.train_loader,
         {"model": about, "data": data.about},
-        fixed=FIXED_BY_A_CHECKPOINT,
         run_callbacks=[SharedStatistics()],
         callbacks=callbacks,
         prepare=model.prepare,

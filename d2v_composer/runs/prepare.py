@@ -16,6 +16,7 @@ from d2v_composer.callbacks.checkpointing import FolderLock
 from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.callbacks.trainer_state import find_callback
 from d2v_composer.config.load import load_config
+from d2v_composer.config.resume import NEW_RESULT, keys_marked
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.conversion.convert import convert, hold_out
 from d2v_composer.data import build_augmentation, modality_of
@@ -50,11 +51,6 @@ MIN_SAMPLES = 200
 EPOCHS, MAX_BATCHES = 6, 30_000
 PRESETS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 REQUEST, SETTINGS, HELD_OUT = "distill.json", "distill.yaml", "held_out"
-# What a run's results depend on, besides what its checkpoint fixes.
-RESULT_FIELDS = (
-    *(f"config.{name}" for name in ("max_duration", "precision", "scheduler", "algorithms", "alignment", "retrieval")),
-    *(f"config.train_loader.{name}" for name in ("crop_scale", "crop_ratio", "flip")),
-)
 # In OUT: the shards of a data set in a store, until they are converted.
 FETCHED = f"{MARK}.fetched"
 
@@ -256,7 +252,8 @@ def update_settings(request: Request, config: TrainConfig, trainer: Trainer) -> 
     before = read_settings(request._replace(changes=()))  # not run.yaml: if OUT was moved, it has the old place
     record = find_callback(trainer.state, RunRecord)
     assert record is not None
-    if changes := record.changes({"config": before.model_dump(mode="json")}, RESULT_FIELDS):
+    keys = [f"config.{key}" for key in keys_marked(config, NEW_RESULT)]
+    if changes := record.changes({"config": before.model_dump(mode="json")}, keys):
         raise InputError(f"{request.out} holds a run with other settings: {changes}; choose another --out")
     write_settings(request, config)
 

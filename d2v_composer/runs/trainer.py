@@ -40,6 +40,7 @@ from d2v_composer.checkpoints.checkpoint import (
 )
 from d2v_composer.checkpoints.model_file import convert_to_timm
 from d2v_composer.config.load import deep_merge, defaults
+from d2v_composer.config.resume import FIXED, FIXED_IF_COMPARED, keys_marked
 from d2v_composer.config.schema import (
     CALLBACKS,
     LOGGERS,
@@ -65,19 +66,6 @@ from d2v_composer.system.processes import allow_open_files, if_interrupted, num_
 from d2v_composer.system.ranks import join_ranks, node_leaders_first, rank_zero_first
 from d2v_composer.system.third_party import lean_engine, patched_composer
 
-# A resume may not change these settings: it would ignore a change, or silently mix old and new samples.
-FIXED_IN_ANY_RUN = (
-    "data.sha256",  # the position in the order of samples is that data set's
-    "config.seed",
-    "config.global_train_batch_size",
-    "config.train_loader.shuffle",
-    "config.train_loader.num_canonical_nodes",
-    "config.train_loader.shuffle_block_size",
-    "config.train_loader.crop_seconds",  # the order of clips is by their length in a batch
-    "config.train_loader.column",
-    "config.train_loader.views",
-)
-
 
 def build_trainer(
     config: TrainerConfig,
@@ -85,7 +73,7 @@ def build_trainer(
     train_loader: DataLoader | Sequence[Any],
     record_sections: Mapping[str, Any],
     *,
-    fixed: tuple[str, ...] = (),
+    compares_microbatches: bool = False,
     run_callbacks: Sequence[Callback] = (),
     callbacks: Sequence[Callback] = (),
     algorithms: Sequence[Algorithm] = (),
@@ -102,7 +90,7 @@ def build_trainer(
         model: The model that trains.
         train_loader: The loader of training samples.
         record_sections: Sections of the run's record; the section ``data`` must have the samples' ``modality``.
-        fixed: Dotted keys of the record that a resume must not change.
+        compares_microbatches: The loss compares the inputs of a microbatch, which a resume must not change then.
         run_callbacks: Callbacks of this kind of run; each checks its saved state before a checkpoint is used.
         callbacks, algorithms, loggers: Further ones, besides the YAML's.
         prepare: Function that transforms a microbatch on the device.
@@ -116,7 +104,8 @@ def build_trainer(
     folder = config.run_folder
     uploads = None if folder is None or folder.address is None else Uploads(folder.address)
     chosen, scheduler = build_callbacks(config), build_scheduler(config, len(train_loader))
-    record, precision = build_run_record(config, fixed, **record_sections), choose_precision(config.precision).trainer
+    record = build_run_record(config, compares_microbatches, **record_sections)
+    precision = choose_precision(config.precision).trainer
     # First lock the folder, then select the checkpoint in it: another run could still write one.
     advice = "; the same command resumes" if config.autoresume else ""
     keep = config.save_num_checkpoints_to_keep
@@ -377,10 +366,13 @@ def arguments_in(folder: RunFolder, name: str) -> dict[str, Any]:
     return {}
 
 
-def build_run_record(config: TrainerConfig, fixed: tuple[str, ...], **contents: Mapping[str, Any]) -> RunRecord:
+def build_run_record(
+    config: TrainerConfig, compares_microbatches: bool = False, **contents: Mapping[str, Any]
+) -> RunRecord:
     """Build the record of config, model, data and machine that is saved in the run's folder and checkpoints.
 
-    A ``sha256`` in the ``contents`` identifies weights or samples. ``fixed``: see :class:`RunRecord`.
+    A ``sha256`` in the ``contents`` identifies weights or samples; for ``compares_microbatches``, see
+    :func:`build_trainer`.
     """
     sys.argv = hide_secrets(sys.argv)  # W&B records it, too
     record = {
@@ -394,6 +386,9 @@ def build_run_record(config: TrainerConfig, fixed: tuple[str, ...], **contents: 
             "precision": name_precision(config.precision),
         },
     }
+    fixed = [f"config.{key}" for key in keys_marked(config, FIXED)]
+    if compares_microbatches:
+        fixed += [*(f"config.{key}" for key in keys_marked(config, FIXED_IF_COMPARED)), "hardware.ranks"]
     default_record = {"config": defaults(type(config))}
     return RunRecord(record, config.run_folder and config.run_folder.local, fixed, default_record)
 

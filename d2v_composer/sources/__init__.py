@@ -41,7 +41,8 @@ CONTAINERS = (
         ".tar",
         "tars",
         "FILE.tar/KEY",
-        "files by suffix, as in WebDataset; if a key has several, `--column jpg` chooses",
+        "files by suffix, as in WebDataset; if a key has several, `--column jpg` chooses; without labels of their own, "
+        "classes and splits are folders in it",
         "cls or json:KEY",
         "tars",
     ),

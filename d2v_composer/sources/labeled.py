@@ -269,8 +269,9 @@ def _open_splits(
     files = find_files(root, modality, column, label_column, split=None, kind=kind)
     if files is None:
         raise InputError(f"{root}: MDS in a store cannot be evaluated; expected a folder on this machine")
-    if files.in_folders:
-        files = replace(files, columns=Columns(modality))
+    unlabeled = replace(files, columns=Columns(modality, column if files.has_columns else None))
+    if not files.has_columns or (label_column == "label" and unlabeled.in_folders):  # "label" is the default
+        files = unlabeled
     splits = files.find_splits(*SPLITS)
     test = next(filter(splits.__contains__, ("test", "validation", "val")), None)
     if label_column is None or (files.in_folders and "train" not in splits):

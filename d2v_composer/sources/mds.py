@@ -21,6 +21,7 @@ from d2v_composer.data.modality import Modality
 from d2v_composer.sources import CHOOSE
 from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.files import read_json
+from d2v_composer.system.progress import progress_bar
 
 INDEX = "index.json"
 SUMMARY = "conversion.json"
@@ -179,13 +180,38 @@ class Index:
             )
         return lengths
 
-    def describe(self) -> dict[str, Any]:
-        """Describe the data set: where it is, and its content, of whose hash location and file names are no part."""
-        contents: list[Any] = [(shard.samples, shard.raw.bytes, shard.raw.hashes) for shard in self.shards]
+    @cached_property
+    def sha256(self) -> str:
+        """The hash of the content, of which the location and the names of files are no part.
+
+        Shards of a local data set whose index has no hashes are read and hashed. In a store, only their sizes count.
+
+        Raises:
+            InputError: A shard cannot be read.
+        """
+        shards = progress_bar(self.shards, desc="hashing", unit="shards")
+        contents: list[Any] = [(shard.samples, shard.raw.bytes, self._hashes(shard)) for shard in shards]
         contents += [] if self.lengths is None else self.lengths.tolist()
-        digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def has_hashes(self) -> bool:
+        """True if ``sha256`` depends on every byte of the samples."""
+        return self.remote is None or all(shard.raw.hashes for shard in self.shards)
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the data set: where it is, and its content."""
         place = {"modality": self.modality.name, "location": self.source}
-        return {**place, "sha256": digest, "samples": len(self), "shards": len(self.shards)}
+        return {**place, "sha256": self.sha256, "samples": len(self), "shards": len(self.shards)}
+
+    def _hashes(self, shard: Shard) -> Mapping[str, str]:
+        if shard.raw.hashes or self.remote is not None:
+            return shard.raw.hashes
+        path = self.folder / shard.raw.basename
+        if shard.zipped and (zipped := self.folder / shard.zipped.basename).is_file():
+            path = zipped  # it stays when it is decompressed
+        with reading(path):
+            return {"xxh128": xxhash.xxh128_hexdigest(path.read_bytes())}
 
     def _parse(self, entry: Mapping[str, Any]) -> Shard:
         raw, zipped = (entry[kind] and ShardFile(**entry[kind]) for kind in ("raw_data", "zip_data"))

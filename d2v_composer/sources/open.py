@@ -67,9 +67,22 @@ class Files:
     part: Part = ALL
 
     @property
+    def has_columns(self) -> bool:
+        """True if the files are of a kind that has columns."""
+        return self.container is not None and self.container.labels != ""
+
+    @cached_property
     def in_folders(self) -> bool:
-        """True if the folders of samples are splits and classes."""
-        return self.container is None or not self.container.labels
+        """True if the folders of samples are splits and classes; of tars, the first decides."""
+        return not self.has_columns or (self.has_paths and self._have_folders(self._list(self.files[0]).labels))
+
+    @property
+    def has_paths(self) -> bool:
+        """True if samples are listed with paths, not with labels of a column."""
+        return not self.has_columns or (self.container.suffix == TAR and self.columns.labels is None)
+
+    def _have_folders(self, labels: Sequence[Any]) -> bool:
+        return not self.has_columns or (self.has_paths and any("/" in path for path in labels))
 
     def find_splits(self, *names: str) -> dict[str, Any]:
         """Return split → number of a sample → path, if samples are in folders; otherwise, split → its files.
@@ -104,7 +117,7 @@ class Files:
         Raises:
             InputError: There are no samples or no such split, splits or labels are ambiguous, or a file is damaged.
         """
-        if self.in_folders and split == labels == NONE:
+        if self.has_paths and split == labels == NONE:
             return self.open()
         split = split and split.lower()
         whole, name = replace(self, part=ALL), split or "train"
@@ -115,7 +128,7 @@ class Files:
             raise InputError(
                 f"{self.root}: no split {name!r}; available: {', '.join(available) or 'none; omit --split'}"
             )
-        if self.in_folders:
+        if whole.in_folders:
             source = whole._open_folders(splits if name in splits else whole.find_splits(), split, labels)
             return replace(source, part=self.part)
         chosen, train = splits.get(name, self.files), splits.get("train")
@@ -183,7 +196,7 @@ class Files:
             InputError: A file cannot be read, a column is missing or ambiguous, or there are no samples.
         """
         modality, columns = self.columns.modality, self.columns
-        if self.in_folders and (columns.samples or columns.labels):
+        if not self.has_columns and (columns.samples or columns.labels):
             raise InputError(f"{self.root}: samples in folders have no columns; omit --column and --label-column")
         of_files = self.container is not None and 1 < self.part.total <= len(self.files)
         files = self.part.of(self.files) if of_files else self.files
@@ -204,6 +217,8 @@ class Files:
             part = bisect_right(ends, number)
             return parts[part].load(number - ends[part] + len(parts[part].sizes))
 
+        listed_labels = chain.from_iterable(part.labels for part in parts)
+        labels: Sequence[Any] = Names(listed_labels) if self.has_paths else [*listed_labels]
         source = Source(
             root=self.root,
             modality=modality,
@@ -218,16 +233,16 @@ class Files:
                 of_files or [part.content for part in parts],
             ),
             left_out=dict(sorted(left_out.items())),
-            in_folders=self.in_folders,
+            in_folders=self._have_folders(labels),
             part=ALL if of_files else self.part,
         )
-        return source, [label for part in parts for label in part.labels], parts[0].class_names
+        return source, labels, parts[0].class_names
 
     def _list(self, file: File) -> Listed:
         assert self.container is not None
         pinned = Pinned.of(self.root, file)
         samples: Listed = pinned.read(partial(self.container.list_samples, pinned, columns=self.columns))
-        if self.in_folders and len(words := split_words(file.path, SPLITS)) == 1:  # a zip of a split
+        if self._have_folders(samples.labels) and len(words := split_words(file.path, SPLITS)) == 1:  # a zip of a split
             folder = f"{words.pop()}/"
             paths = [path if f"/{folder}" in f"/{path.lower()}" else folder + path for path in samples.labels]
             samples = samples._replace(labels=paths)

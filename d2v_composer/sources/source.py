@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import Self
 
 from d2v_composer.data.modality import Modality, read_sample_file
-from d2v_composer.sources.mds import INDEX, Index
+from d2v_composer.sources.mds import Index
 from d2v_composer.sources.shards import Shards
 from d2v_composer.system.errors import InputError, RunError, reading
 from d2v_composer.system.fetch import File
@@ -163,7 +163,7 @@ class Listed(NamedTuple):
 def open_mds(index: Index, cache_limit: int | None = None) -> Source:
     """Open the samples of an MDS data set, with labels if the index has a column of labels."""
     shards = Shards(index, cache_limit=cache_limit)
-    content = hash_of((index.folder / INDEX).read_bytes(), index.column)
+    content = hash_of(index.sha256, index.column)
 
     def label(number: int) -> int:
         return whole_label(shards[number][index.labels or ""], f"sample {number} of {index.source}")

@@ -23,18 +23,19 @@ LEAST_ZEROS, MOST_ZEROS = 1 << 10, 1 << 20
 
 
 def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
-    """List the samples of a tar; ``columns`` names suffixes.
+    """List the samples of a tar, with their paths in it or, if ``columns``, which are suffixes, say so, their labels.
 
     Raises:
         InputError: A key has several samples or no label, or two samples have the same key.
         ValueError: The tar is damaged; see :func:`read_tar`.
     """
     name, modality = pinned.name, columns.modality
-    left_out, keys, offsets, sizes, labels = Counter[str](), list[str](), array("q"), array("q"), list[Any]()
+    left_out, keys, offsets, sizes = Counter[str](), list[str](), array("q"), array("q")
+    labels, paths = list[Any](), list[str]()
     labeled, _, key_of_label = (columns.labels or "").partition(":")
     for key, members in read_tar(file):
         if key is None:
-            left_out["members without a key"] += len(members)
+            left_out.update(kind for kind, *_ in members)
             continue
         fields = {suffix: place for suffix, *place in members}
         suited = [suffix for suffix in fields if f".{suffix}".lower().endswith(modality.suffixes)]
@@ -54,20 +55,22 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
             label = json.loads(label).get(key_of_label) if key_of_label else label
             labels.append(int(label) if re.fullmatch(r"-?\d+", str(label)) else label)
         keys.append(key)
+        paths.append(f"{key}.{images[0]}")
         offsets.append(fields[images[0]][0])
         sizes.append(fields[images[0]][1])
     if twice := next((key for key, count in Counter(keys).items() if count > 1), None):
         raise InputError(f"{name}: two samples have the key {twice}, and other samples lie between them")
     ids, marks = Names(f"{pinned.file.path}/{key}" for key in keys), marks_of(len(keys), pinned.file, columns.samples)
     load = partial(_load, pinned, np.array(offsets), np.array(sizes))
-    return Listed(ids, np.array(sizes), marks, load, labels, left_out=left_out)
+    return Listed(ids, np.array(sizes), marks, load, labels if labeled else Names(paths), left_out=left_out)
 
 
 def read_tar(file: BinaryIO) -> Iterator[tuple[str | None, list[tuple[str, int, int]]]]:
     """Yield the samples of a tar: adjacent members whose names are equal up to the first dot.
 
     Yields:
-        The key, ``None`` for members that belong to no sample; and suffix, offset and size of each member.
+        The key, and suffix, offset and size of each member; for members that belong to no sample ``None``, and their
+        kind instead of a suffix.
 
     Raises:
         ValueError: The tar is damaged, cut, or joined to another, or has a sparse member.
@@ -81,12 +84,14 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str | None, list[tuple[str, int, 
                 raise ValueError(f"its member {member.name} is sparse; pack it without tar's option -S")
             if member.isdir():
                 continue
-            name = MEMBER.fullmatch(path_of(member.name)) if member.isreg() else None
+            path = path_of(member.name)
+            name = MEMBER.fullmatch(path) if member.isreg() else None
             if members and (name and name[1]) != key:
                 yield key, members
                 members = []
             key = name and name[1]
-            members.append((name[2] if name else "", member.offset_data, member.size))
+            kind = name[2] if name else "members without a key" if path else "hidden"
+            members.append((kind, member.offset_data, member.size))
         # tarfile takes a damaged header for the end, and misses a cut between two members.
         rest = read_bytes(file, tar.offset, MOST_ZEROS + 1)
     if rest.strip(b"\0") or not LEAST_ZEROS <= len(rest) <= MOST_ZEROS:

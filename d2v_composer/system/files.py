@@ -11,6 +11,7 @@ import multiprocessing.util
 import os
 import re
 import secrets
+import shutil
 import stat
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -22,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from d2v_composer.system.addresses import PREFLIGHT
 from d2v_composer.system.errors import InputError, reading, writing
+from d2v_composer.system.processes import num_nodes
 
 # Partial files are named NAME.PROCESS-NUMBER.partial, which is no suffix of samples; downloaders append their own.
 PARTIAL = re.compile(r"\.\d+-\d+\.partial(\.tmp|\.\w{8})?$")
@@ -230,6 +232,28 @@ def shorten_socket_paths() -> None:
         tempfile.tempdir = "/tmp"
         multiprocessing.util.get_temp_dir()  # made now, used by this process and its children, removed at exit
         tempfile.tempdir = long
+
+
+def check_room(folder: Path, what: str, total: int, stored: int, advice: str, limit: int | None = None) -> str | None:
+    """Return an error message if a disk lacks space for a node's share of what all nodes store.
+
+    Args:
+        folder: The folder on this node, which need not exist.
+        what: What is stored, for the message.
+        total: Bytes on all nodes together.
+        stored: Bytes that are in the folder already.
+        advice: What needs less space, for the message.
+        limit: Largest number of bytes on a node.
+    """
+    share = total // num_nodes()
+    needed = min(share, limit or share) - stored
+    present = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if needed <= (free := shutil.disk_usage(present).free):
+        return None
+    return (
+        f"{what} need {needed / 1e6:,.0f} MB more in {folder}, but only {free / 1e6:,.0f} MB is free; "
+        f"free disk space, or {advice}"
+    )
 
 
 def read_json(path: Path, kind: type[KindT]) -> KindT:

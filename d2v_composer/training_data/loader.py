@@ -20,7 +20,7 @@ from d2v_composer.sources.mds import Index
 from d2v_composer.sources.shards import fetch_index
 from d2v_composer.sources.source import worker_options
 from d2v_composer.system.errors import InputError, errors_of
-from d2v_composer.system.processes import num_nodes
+from d2v_composer.system.files import check_room
 from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
 from d2v_composer.training_data.order import StreamingSamples, collate_clips, padded_sizes
 
@@ -46,13 +46,14 @@ def read_train_index(
     with node_leaders_first("the data set's index"):
         if loader.remote is not None and dist.get_local_rank() == 0:  # the other ranks share its folder
             fetch_index(loader.remote, local, min(loader.timeout, START_SECONDS))
-    with errors_of("train_loader.local" if label_column is None else "dataset.root", InputError):
-        index = Index(local, modality, loader.column, labels=label_column, remote=loader.remote)
-        digest = index.describe()["sha256"]
+        with errors_of("train_loader.local" if label_column is None else "dataset.root", InputError):
+            index = Index(local, modality, loader.column, labels=label_column, remote=loader.remote)
+            digest = index.sha256 if dist.get_local_rank() == 0 else ""  # one rank of a node reads the shards
     # With other data on a node, some samples would be read twice, others never.
     digests = dist.all_gather_object((dist.get_node_rank(), digest))
-    if nodes := sorted({node for node, digest in digests if digest != digests[0][1]}):
+    if nodes := sorted({node for node, digest in digests if digest not in ("", digests[0][1])}):
         raise InputError(f"{local}: the data set on node {nodes[0]} differs from the one on node 0")
+    index.sha256 = digests[0][1]
     if len(index) < batch_size:
         raise InputError(
             f"{local} has {len(index)} samples, fewer than one batch of global_train_batch_size {batch_size}"
@@ -92,7 +93,11 @@ def build_train_loader(
     batch_size, seed = config.global_train_batch_size, config.seed
     transform = build_augmentation(loader, index.modality, seed).transform
     if loader.remote is not None:
-        raise_on_all_ranks(check_room(index, loader.cache_limit))
+        sizes = {index.folder / shard.raw.basename: shard.raw.bytes for shard in index.shards}
+        stored = sum(size for path, size in sizes.items() if path.is_file())
+        advice = "set train_loader.cache_limit"
+        room = check_room(index.folder, "the shards", sum(sizes.values()), stored, advice, loader.cache_limit)
+        raise_on_all_ranks(room)
     check_memory(loader, batch_size, transform.sample_bytes + extra_bytes)
     options = loader.model_dump(include=PASSED_ON)
     if index.lengths is not None and transform.longest is not None:
@@ -122,19 +127,6 @@ def build_train_loader(
             # For a worker that hangs. It ends after the worker's own error would have named the shard.
             timeout=2 * loader.timeout + HANGING_SECONDS,
         ),
-    )
-
-
-def check_room(index: Index, cache_limit: int | None) -> str | None:
-    """Return an error message if the disk lacks space for a node's share of the shards."""
-    sizes = {index.folder / shard.raw.basename: shard.raw.bytes for shard in index.shards}
-    wanted = sum(sizes.values()) // num_nodes()
-    needed = min(wanted, cache_limit or wanted) - sum(size for path, size in sizes.items() if path.is_file())
-    if needed <= (free := shutil.disk_usage(index.folder).free):
-        return None
-    return (
-        f"{index.folder}: {needed / 1e9:.1f} GB of shards must still be fetched, but only {free / 1e9:.1f} GB is free; "
-        "free disk space, or set a cache limit"
     )
 
 

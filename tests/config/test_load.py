@@ -129,7 +129,7 @@ CONTRADICTIONS = {
     ),
     ("precision=amp_fp16",): "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or",
     ("device_train_microbatch_size=auto",): "device_train_microbatch_size: 'auto' needs a GPU",
-    ("train_loader.views=4",): "train_loader.num_canonical_nodes: must be divisible by the 3 nodes with views, got 1",
+    ("train_loader.views=4",): "train_loader.num_canonical_nodes: must be divisible by the 3 nodes, got 1",
     (
         "train_loader.views=4",
         "train_loader.num_canonical_nodes=3",

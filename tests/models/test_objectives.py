@@ -1,4 +1,4 @@
-"""Students with an encoder of their own, several objectives, and targets normalized by fixed numbers."""
+"""Students with an encoder of their own, and several objectives."""
 
 from collections import Counter
 from functools import partial
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import mse_loss, normalize
 
 from d2v_composer import load_teacher
@@ -112,17 +112,6 @@ def test_the_share_of_cls(teacher: Any) -> None:
         DistillationModel(teacher, student, extra_tokens="drop", objectives={"tokens": {"cls_weight": 0.5}})
 
 
-def test_cosine_and_smooth_l1(teacher: Any) -> None:
-    model = model_with(teacher, teacher.build_student(depth=2), loss="cosine_smooth_l1")
-    regression = model(IMAGES)
-    ours, theirs = regression.prediction, regression.target
-    difference = (ours - theirs).abs()
-    smooth_l1 = torch.where(difference < 1, difference.square() / 2, difference - 0.5).mean()
-    cosine = (ours * theirs).sum(dim=-1) / (ours.norm(dim=-1) * theirs.norm(dim=-1))
-    torch.testing.assert_close(model.loss(regression, IMAGES), 0.9 * (1 - cosine).mean() + 0.1 * smooth_l1)
-    assert train(model, IMAGES)[-1] < 0.9 * model.loss(regression, IMAGES)
-
-
 def test_the_embedding_of_data2vec() -> None:
     """CLS of the output, by its cosine, beside the tokens; encoder and teacher run once for both."""
     teacher = load_teacher(GOLDEN / "tiny_base.pt")
@@ -175,67 +164,6 @@ def test_the_embedding_of_sound_leaves_out_padding() -> None:
     torch.testing.assert_close(target[1:], alone, rtol=1e-3, atol=1e-4)
 
 
-# Targets normalized by fixed numbers: what counts in them, and what does not.
-
-
-def with_dataset_norm(name: str = "tiny_base", network: str | None = None, **options: Any) -> DistillationModel:
-    torch.manual_seed(0)
-    teacher: Any = load_teacher(GOLDEN / f"{name}.pt")
-    student = teacher.build_student(normalization="dataset", model=network)
-    return DistillationModel(teacher, student, dataset_norm=True, **options)
-
-
-def moments(model: DistillationModel) -> Tensor:
-    """Return count, means and mean squares, (L, 3, D)."""
-    return model.state_dict()["objectives.tokens.dataset_norm.moments"]
-
-
-def measured(model: DistillationModel, *batches: Any) -> Tensor:
-    model.measure_targets(batches)
-    return moments(model)
-
-
-def test_padding_does_not_count() -> None:
-    """A clip counts as any other, however short."""
-    clips, lengths = torch.randn(2, 8000, generator=torch.Generator().manual_seed(0)), torch.tensor([3000, 8000])
-    together = measured(with_dataset_norm("audio_base"), {"audio": clips, "lengths": lengths})
-    alone = measured(with_dataset_norm("audio_base"), clips[:1, :3000], clips[1:])
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("extra_tokens", "first"), [("regress", 0), ("drop", 1), ("only", 0)])
-def test_dropped_tokens_do_not_count(teacher: Any, extra_tokens: Any, first: int) -> None:
-    _, layers = teacher.forward_blocks(teacher.encode(IMAGES))
-    expected = torch.stack(layers)[:, :, first:].double()
-    model = with_dataset_norm(extra_tokens=extra_tokens)
-    count, mean, square = measured(model, IMAGES[:1], IMAGES[1:]).unbind(dim=1)
-    assert (count == 4).all()
-    torch.testing.assert_close(mean / 4, expected.mean(dim=(1, 2)), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(square / 4, expected.square().mean(dim=(1, 2)), rtol=1e-5, atol=1e-6)
-
-
-def test_only_the_target_changes() -> None:
-    """Forward passes measure nothing; without numbers there is no loss; block outputs and top K have numbers, too."""
-    options: Any = {"source": "block", "average_top_k_layers": 2}
-    model = with_dataset_norm(**options)
-    assert model.loss(model(IMAGES), IMAGES).isnan()
-    before = measured(model, IMAGES)
-    assert before.shape[0] == 2
-    regression = model.train()(OTHER_IMAGES)
-    assert torch.equal(moments(model), before)
-    assert model.loss(regression, OTHER_IMAGES).isfinite()
-    plain = DistillationModel(model.teacher, model.student, **options)
-    assert plain.layer_mean.normalization == "layer"
-    assert torch.equal(plain(OTHER_IMAGES).prediction, regression.prediction)
-    assert not torch.equal(plain(OTHER_IMAGES).target, regression.target)
-
-
-def test_a_network_regresses_such_targets() -> None:
-    network, blocks = with_dataset_norm(network="timm/test_byobnet"), with_dataset_norm()
-    assert torch.equal(measured(network, IMAGES), measured(blocks, IMAGES))
-    torch.testing.assert_close(network(IMAGES).target, blocks(IMAGES).target)
-
-
 # torch.compile.
 
 
@@ -256,17 +184,4 @@ def test_a_step_compiles_to_whole_graphs(kind: str, on_gpu: bool, teacher: Any) 
     model = with_two_objectives() if kind == "two objectives" else DistillationModel(teacher, with_own_encoder(teacher))
     expected = total_loss(model, IMAGES)
     compile_to_whole_graphs(model, on_gpu)
-    torch.testing.assert_close(total_loss(model, IMAGES), expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_a_compiled_model_can_still_measure_its_targets(on_gpu: bool) -> None:
-    """Mean and deviation stay the same if the same images are measured again."""
-    model = with_dataset_norm()
-    model.measure_targets([IMAGES])
-    expected = total_loss(model, IMAGES)
-    compile_to_whole_graphs(model, on_gpu)
-    torch.testing.assert_close(total_loss(model, IMAGES), expected)
-    model.measure_targets([IMAGES])
     torch.testing.assert_close(total_loss(model, IMAGES), expected)

@@ -275,6 +275,20 @@ def test_what_a_run_is_cannot_be_changed(uninterrupted: Path, small_data: Path, 
     assert contents_of(uninterrupted) == before
 
 
+def test_other_images_of_the_same_sizes_are_another_data_set(small_data: Path, tmp_path: Path) -> None:
+    """12: also if the index has no hashes, as Streaming's has none by default."""
+    data = shutil.copytree(small_data, tmp_path / "data")
+    run = Run(tmp_path / "run", data, "max_duration=4ba")
+    run.train_until_killed("batch_start 3")
+    shard = min(data.glob("shard.*.mds"))
+    shard.write_bytes(flip_bit(shard.read_bytes()))
+    before = contents_of(run.folder)
+    assert "train_loader or dataset (sha256 of the samples): checkpoint has " in run.refused()
+    assert contents_of(run.folder) == before
+    shutil.copyfile(small_data / shard.name, shard)
+    run.train()
+
+
 @pytest.mark.parametrize("name", ["run.yaml", "notes.txt"])
 def test_a_folder_of_other_files_is_refused(name: str, run: Run) -> None:
     """7, 11: the folder stays as it was."""

@@ -1,31 +1,22 @@
 """Promises 3, 8 and 10: ranks train like one process: in microbatches, compiled, on nodes, with any student, target."""
 
-import io
 import shutil
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from small_runs import Run
-from torch import Tensor
-from torch.nn.functional import layer_norm
 
-from d2v_composer import DistillationModel, load_student, load_teacher
+from d2v_composer import load_student
 from gated_store import GatedStore
 from helpers import (
-    GOLDEN,
-    NUM_IMAGES,
     QUICKSTART,
     ROOT,
     assert_same_losses,
-    assert_same_student,
     datasets_of,
-    encoded_image,
     load_checkpoint,
     log_of,
     losses_of,
@@ -173,90 +164,3 @@ def test_evaluate_embed_and_export_read_the_narrow_embedding(narrow: Run, labele
     student, trained = load_student(exported), load_checkpoint(narrow.newest)["state"]["model"]
     assert torch.equal(student.state_dict()["input_proj.weight"], trained["student.input_proj.weight"])
     assert not any("head" in name for name in student.state_dict())
-
-
-MOMENTS = "objectives.tokens.dataset_norm.moments"
-# Targets are normalized by fixed numbers, measured on two batches of 16 whole images before the first step.
-NUM_MEASURED = 2 * 16
-WHOLE_IMAGES = ("train_loader.crop_scale=[1,1]", "train_loader.crop_ratio=[1,1]", "train_loader.flip=0")
-DATASET = ("targets.normalization=dataset", "targets.dataset_batches=2", "device_eval_batch_size=10")
-DATASET += (*WHOLE_IMAGES, "train_loader.shuffle=false", "max_duration=8ba")
-
-
-@pytest.fixture(scope="module")
-def normalized(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Run:
-    """A run, in one process, with such targets; beside it, its samples."""
-    folder = tmp_path_factory.mktemp("normalized")
-    return trained(folder, small_data, *DATASET, SAMPLES=str(folder / "samples"))
-
-
-def test_the_epoch_begins_again_after_the_batches_that_are_measured(normalized: Run) -> None:
-    """3: the run trains on them, too."""
-    (samples,) = (normalized.folder.parent / "samples").iterdir()
-    trained_on = [int(line.split()[1]) for line in samples.read_text().splitlines()]
-    assert trained_on[:NUM_IMAGES] == list(range(NUM_IMAGES))
-
-
-def measured_images() -> Tensor:
-    """Return the images of the first two batches."""
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(encoded_image(seed)))) for seed in range(NUM_MEASURED)])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
-
-
-def layers_of(teacher: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a teacher's FFN outputs, (layers, images, tokens, channels) float64, their means and deviations."""
-    layers = torch.stack(teacher.forward_blocks(teacher.encode(images))[1]).double()
-    return layers, layers.mean(dim=(1, 2)), layers.std(dim=(1, 2), correction=0)
-
-
-def test_mean_and_deviation_are_measured_on_the_first_batches(normalized: Run) -> None:
-    """3: each channel of each layer has its own, over all tokens of the teacher."""
-    _, means, deviations = layers_of(load_teacher(GOLDEN / "tiny_base.pt"), measured_images())
-    count, sums, sums_of_squares = student_of(normalized.folder)[MOMENTS].unbind(dim=1)
-    assert (count == NUM_MEASURED).all()
-    ours = sums / count
-    torch.testing.assert_close(ours, means, rtol=0, atol=1e-5 * float(deviations.mean()))
-    torch.testing.assert_close((sums_of_squares / count - ours**2).sqrt(), deviations, rtol=1e-5, atol=0)
-
-
-def test_targets_are_normalized_by_what_was_measured(normalized: Run) -> None:
-    """3: the mean of the normalized layers, by a LayerNorm, is the target."""
-    teacher, images = load_teacher(GOLDEN / "tiny_base.pt"), measured_images()
-    student: Any = teacher.build_student(depth=3, normalization="dataset")
-    model = DistillationModel(teacher, student, dataset_norm=True)
-    model.load_state_dict(student_of(normalized.folder))
-    layers, means, deviations = layers_of(teacher, images)
-    normalized_layers = (layers - means[:, None, None]) / (deviations[:, None, None] ** 2 + 1e-5).sqrt()
-    expected = layer_norm(normalized_layers.mean(dim=0), layers.shape[-1:], eps=1e-5)
-    torch.testing.assert_close(model(images).target, expected.float(), rtol=0, atol=2e-5)
-
-
-def test_a_killed_run_measures_nothing_anew_and_two_ranks_train_as_one(
-    normalized: Run, run: Run, small_data: Path, tmp_path: Path
-) -> None:
-    """3, 10, 12."""
-    run.train_until_killed("batch_start 5", *DATASET)
-    run.train(*DATASET)
-    assert_same_student(run.folder, normalized.folder)
-    ranks, moments = Run(tmp_path / "ranks", small_data, *DATASET), student_of(normalized.folder)[MOMENTS]
-    ranks.train_on_ranks(ONE_WORKER)
-    torch.testing.assert_close(student_of(ranks.folder)[MOMENTS], moments, rtol=1e-6, atol=0)
-    assert_same_losses(ranks.losses, normalized.losses, num_steps=8)
-    line = run.refused(*DATASET, "targets.dataset_batches=3", "max_duration=16ba")
-    assert "targets.dataset_batches: checkpoint has 2, config has 3" in line
-
-
-def test_the_exported_file_needs_no_moments(normalized: Run, tmp_path: Path) -> None:
-    """17: embeddings are normalized by layer."""
-    succeed("export", normalized.newest, tmp_path / "student.safetensors")
-    student: Any = load_student(tmp_path / "student.safetensors")
-    assert student.config.normalization == "layer"
-    assert not any("moments" in name for name in student.state_dict())
-
-
-@pytest.mark.slow
-def test_compiled_targets_are_the_same(normalized: Run, run: Run) -> None:
-    """10: on a CPU the numbers are constants of the compiled program; a resume has them, too."""
-    run.train_until_killed("batch_start 5", *DATASET, "compile=true")
-    run.train(*DATASET, "compile=true")
-    assert_same_losses(run.losses, normalized.losses, num_steps=8)

@@ -166,7 +166,7 @@ def test_all_failures_end_the_command(tmp_path: Path) -> None:
 def test_rows_of_other_settings_are_refused_by_name_before_anything_is_done(plan: Plan, tmp_path: Path) -> None:
     """A table is of one command's settings, also if another call trained some of its rows."""
     command, folder = ("--rows", "depth 1", "--out", tmp_path), tmp_path / "depth_1"
-    record = build_run_record(plan(*command)["depth 1"], ()).record
+    record = build_run_record(plan(*command)["depth 1"]).record
     write_files(folder, {"run.yaml": yaml.safe_dump(record).encode()})
     plan(*command)
     problem = "depth 1: max_duration: checkpoint has 1200ba, config has 600ba; train_loader.crop_scale: checkpoint has "
@@ -228,13 +228,15 @@ def results_of(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+# Rows whose options no longer exist.
+REMOVED = {"CLS alone", "cosine and smooth L1", "cosine and smooth L1, another seed", "dataset normalization"}
 STUDIES = {"data2vec2": ["data2vec2", "objectives"], "choices": ["choices", "width"], "timm": ["timm", "objectives"]}
 
 
 @pytest.mark.parametrize(("study", "tables"), STUDIES.items())
 def test_results_are_those_of_a_studys_rows(study: str, tables: list[str]) -> None:
     rows = read_rows(ablations.STUDIES / study).keys()
-    assert {result["row"] for table in tables for result in results_of(table)} <= rows
+    assert {result["row"] for table in tables for result in results_of(table)} <= rows | REMOVED
 
 
 def test_the_readmes_tables_show_what_the_csv_of_their_section_holds() -> None:

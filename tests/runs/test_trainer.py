@@ -29,7 +29,7 @@ from d2v_composer.config.schema import (
     TrainerConfig,
 )
 from d2v_composer.objectives.tokens import LayerRegression
-from d2v_composer.runs.distill import FIXED_BY_A_CHECKPOINT, train_student
+from d2v_composer.runs.distill import train_student
 from d2v_composer.runs.trainer import build_algorithms, build_optimizer, build_run_record, build_scheduler
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, QUICKSTART, ROOT, log_of, run_training, small_run
@@ -129,7 +129,7 @@ def shown(schema: type[RunConfig], argv: list[str]) -> tuple[bool, str]:
     except InputError as error:
         return False, str(error)
     with patch.object(sys, "argv", ["recipes/train.py", *argv]):
-        record = build_run_record(config, (), data={"location": config.train_loader.remote}).record
+        record = build_run_record(config, data={"location": config.train_loader.remote}).record
         assert argv[-1].partition("=")[0] in record["command"]
         return True, yaml.safe_dump(record, width=1 << 20) + json.dumps([record, sys.argv])
 
@@ -159,7 +159,7 @@ def test_no_field_gives_a_secret_away(schema: type[RunConfig], given: list[str],
 @pytest.mark.parametrize(("weight", "is_same"), [(0.0, True), (1.0, False)])
 def test_a_run_from_before_an_objective_goes_on_without_it(weight: float, is_same: bool) -> None:
     argv = [str(ROOT / "yamls/quickstart.yaml"), f"objectives.embedding.weight={weight}"]
-    record = build_run_record(load_checked(TrainConfig, argv), FIXED_BY_A_CHECKPOINT)
+    record = build_run_record(load_checked(TrainConfig, argv))
     earlier = copy.deepcopy(record.record)
     del earlier["config"]["objectives"]["embedding"], earlier["config"]["objectives"]["tokens"]["cls_weight"]
     expected = "" if is_same else "objectives.embedding.weight: checkpoint has 0.0, config has 1.0"

@@ -109,8 +109,8 @@ def test_what_is_left_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
     write_tar(folder / "00000.tar", [*members, *strange.items()])
     write_parquet(folder / "00000.parquet", {"url": ["a"]})
     (folder / "00000_stats.json").write_text("{}")
-    assert converted(folder, tmp_path / "out").samples == 10
-    counts = "11 .json, 1 .parquet, 9 .txt, 1 keys without images, 2 members without a key"
+    assert converted(folder, tmp_path / "out", "--labels", "none").samples == 10
+    counts = "11 .json, 1 .parquet, 9 .txt, 1 hidden, 1 keys without images, 1 members without a key"
     assert f"other files: {counts}\n" in capsys.readouterr().out
     source = open_source(str(folder), Images())
     assert [*source.ids][-2:] == ["00000.tar/00008", "00000.tar/a.b/00010"]
@@ -232,6 +232,14 @@ PACKERS: dict[str, Callable[[Path, list[tuple[str, bytes]]], object]] = {
     "capitals": lambda root, members: write_files(
         root, {name.replace("train/", "Train/").replace("test/", "Test/"): content for name, content in members}
     ),
+    "tar": lambda root, members: write_tar(root / "x.tar", members),
+    "tar of dots and capitals": lambda root, members: write_tar(
+        root / "x.tar", [(f"./{name.replace('train/', 'Train/')}", content) for name, content in members]
+    ),
+    "a tar for each split": lambda root, members: [
+        write_tar(root / f"{split}.tar", [(name, content) for name, content in members if f"{split}/" in name])
+        for split in ("train", "test")
+    ],
     "zip": lambda root, members: write_zip(root / "x.zip", [("photos.jpg/", b""), *members]),
     "old PowerShell": lambda root, members: write_zip(
         root / "x.zip", [("photos.jpg\\", b""), *((name.replace("/", "\\"), content) for name, content in members)]
@@ -266,7 +274,7 @@ def test_hidden_members_of_a_tar_are_no_samples(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", [(name, encoded_image(number)) for number, name in enumerate(names)])
     source = open_source(str(tmp_path / "x.tar"), Images())
     assert [*source.ids] == ["x.tar/a/0", "x.tar/b/3"]
-    assert source.left_out == {"members without a key": 2}
+    assert source.left_out == {"hidden": 2}
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -501,19 +509,21 @@ def assert_same_samples(ours: EvaluationSet, theirs: EvaluationSet) -> None:
         assert torch.equal(our_split.labels, their_split.labels)
 
 
-@pytest.mark.parametrize("format", [None, "zip", "parquet"])
-def test_an_evaluation_reads_a_zip_as_the_folder_in_it(format: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", ["zip", "tar"])
+@pytest.mark.parametrize("format", [None, "same", "parquet"])
+def test_an_evaluation_reads_an_archive_as_the_folder_in_it(format: str | None, suffix: str, tmp_path: Path) -> None:
     """``format`` may be left out, and is refused if it is another one."""
     places = [f"birds/{split}/{place}" for split in ("train", "val") for place in ("a/0.jpg", "a/1.jpg", "b/2.jpg")]
     images = {place: encoded_image(number) for number, place in enumerate(places)}
     write_files(tmp_path, images)
     expected = load_labeled_set("folder", tmp_path / "birds", image_size=32)
-    write_zip(tmp_path / "birds.zip", [*images.items()])
+    write, archive = {"zip": write_zip, "tar": write_tar}[suffix], tmp_path / f"birds.{suffix}"
+    write(archive, [*images.items()])
     if format == "parquet":
-        with pytest.raises(InputError, match=r"birds.zip: no Parquet files$"):
-            load_labeled_set(format, tmp_path / "birds.zip")
+        with pytest.raises(InputError, match=rf"birds.{suffix}: no Parquet files$"):
+            load_labeled_set(format, archive)
         return
-    labeled_set = load_labeled_set(format, tmp_path / "birds.zip", image_size=32)
+    labeled_set = load_labeled_set(format and suffix, archive, image_size=32)
     assert labeled_set.class_names == expected.class_names == ("a", "b")
     assert_same_samples(labeled_set, expected)
 

@@ -24,9 +24,10 @@ from d2v_composer.sources.labeled import load_labeled_set
 from d2v_composer.sources.mds import ENCODINGS, NUMBERS, Index, Shard
 from d2v_composer.sources.open import open_source
 from d2v_composer.sources.shards import fetch_index
+from d2v_composer.sources.source import open_mds
 from d2v_composer.system.errors import InputError
 from d2v_composer.training_data.loader import build_train_loader, read_train_index
-from helpers import encoded_image, small_run, write_images
+from helpers import encoded_image, flip_bit, small_run, write_images
 
 NUM_SAMPLES = 32
 Usage = namedtuple("Usage", ["total", "used", "free"])
@@ -207,6 +208,26 @@ def test_the_index_in_a_cache_suffices_if_the_store_is_unreachable(
     assert Path(index).read_bytes() == (small_data / "index.json").read_bytes()
 
 
+def test_a_data_set_is_its_bytes_or_says_that_it_is_known_by_sizes(small_data: Path, tmp_path: Path) -> None:
+    """Decompressed shards beside the compressed ones change nothing."""
+
+    def index_of(folder: Path, remote: str | None = None) -> Index:
+        return Index(folder, Images(), remote=remote)
+
+    changed = shutil.copytree(small_data, tmp_path / "changed")
+    shard = min(changed.glob("shard.*.mds"))
+    shard.write_bytes(flip_bit(shard.read_bytes()))
+    assert index_of(changed).sha256 != index_of(small_data).sha256
+    assert index_of(changed, "s3://bucket/x").sha256 == index_of(small_data, "s3://bucket/x").sha256
+    assert (index_of(changed).has_hashes, index_of(changed, "s3://bucket/x").has_hashes) == (True, False)
+    with MDSWriter(out=str(tmp_path / "zipped"), columns={"image": "bytes"}, compression="zstd") as writer:
+        writer.write({"image": encoded_image(0)})
+    before = index_of(tmp_path / "zipped")
+    open_mds(before).load(0)
+    assert (tmp_path / "zipped" / "shard.00000.mds").exists()
+    assert index_of(tmp_path / "zipped").sha256 == before.sha256
+
+
 def test_nodes_with_other_data_are_refused(small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_node_rank", lambda: 0)
     monkeypatch.setattr(dist, "all_gather_object", lambda this: [this, this, (1, this[1]), (2, "another")])
@@ -216,7 +237,7 @@ def test_nodes_with_other_data_are_refused(small_data: Path, monkeypatch: pytest
 
 def test_a_cache_on_a_full_disk_is_refused(many_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 1000))
-    with pytest.raises(InputError, match=r"cache: 0\.0 GB of shards must still be fetched, but only 0\.0 GB is free"):
+    with pytest.raises(InputError, match=r"^the shards need 0 MB more in \S*cache, but only 0 MB is free"):
         train_loader(tmp_path / "cache", f"train_loader.remote={many_shards}")
 
 

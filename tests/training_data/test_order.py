@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from streaming import StreamingDataset
 
+from d2v_composer.config.resume import FIXED, keys_marked
 from d2v_composer.config.schema import TrainerConfig, TrainLoaderConfig
 from d2v_composer.data.audio import Audio
 from d2v_composer.data.images import Images
 from d2v_composer.data.modality import Modality, collate
-from d2v_composer.runs.trainer import FIXED_IN_ANY_RUN
 from d2v_composer.sources.mds import Index
 from d2v_composer.system.errors import InputError
 from d2v_composer.training_data.loader import build_train_loader
@@ -262,7 +262,7 @@ def order_of(folder: Path, modality: type[Modality], is_compiled: bool = False, 
 
 
 def test_each_field_is_free_or_fixed_by_a_checkpoint() -> None:
-    fixed = [name.rpartition(".")[2] for name in FIXED_IN_ANY_RUN if name.startswith("config.train_loader.")]
+    fixed = keys_marked(TrainLoaderConfig(local="x"), FIXED)
     assert sorted([*FREE, *FREE_FOR_IMAGES, *LOCATION, *fixed]) == sorted(TrainLoaderConfig.model_fields)
 
 

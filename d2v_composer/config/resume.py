@@ -1,0 +1,31 @@
+"""Marks of a YAML's fields: what a resume does if a field has changed."""
+
+from collections.abc import Iterator
+from enum import Enum, auto
+
+from pydantic import BaseModel
+
+
+class OnResume(Enum):
+    """A field's mark: what happens to a resume with another value than the checkpoint's. Without a mark, it goes on."""
+
+    FIXED = auto()
+    """It is refused: it would ignore the change, or silently mix old and new samples or targets."""
+    FIXED_IF_COMPARED = auto()
+    """It is refused in a run whose loss compares the inputs of a microbatch."""
+    NEW_TARGETS = auto()
+    """It goes on, and computes the targets that the run has kept again."""
+    NEW_RESULT = auto()
+    """It goes on, to another result; ``d2v distill`` refuses it, because its OUT has the result of one command."""
+
+
+FIXED, FIXED_IF_COMPARED, NEW_TARGETS, NEW_RESULT = OnResume
+
+
+def keys_marked(section: BaseModel, mark: OnResume) -> Iterator[str]:
+    """Yield the dotted key of each field with a mark, in a section and in the sections in it."""
+    for name, field in type(section).model_fields.items():
+        if mark in field.metadata:
+            yield name
+        elif isinstance(value := getattr(section, name), BaseModel):
+            yield from (f"{name}.{key}" for key in keys_marked(value, mark))
