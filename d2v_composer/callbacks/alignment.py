@@ -46,10 +46,10 @@ class AlignStudent(Callback):
         workers: Number of processes that load samples.
 
     Attributes:
-        of: Name of the teacher's embedding.
+        of: Description of the teacher's embedding.
         batch: Number of training batches after which the map was last fitted; -1 for never. Checkpoints keep it.
-        statistics: ``of``, ``batch`` and :attr:`Fit.statistics <d2v_composer.models.alignment.Fit.statistics>`.
-            Checkpoints keep this, too, and the map.
+        statistics: ``of``, ``space``, ``batch`` and :attr:`Fit.statistics
+            <d2v_composer.models.alignment.Fit.statistics>`. Checkpoints keep this, too, and the map.
 
     Example:
         >>> from d2v_composer.callbacks import AlignStudent
@@ -69,7 +69,7 @@ class AlignStudent(Callback):
         size = min(device_batch_size, len(samples))
         self.batches = np.arange(len(samples) // size * size).reshape(-1, size)
         self.student, self.samples, self.workers = model.student, samples, workers
-        self.of = model.teacher.embedding.of
+        self.of = model.teacher.embedding
         self.embeds = embeds or {STUDENT: model.embed_all, **model.retrieval_baselines()}
         self.targets: list[Tensor] = []  # of this rank's samples, embedded once
         self.batch, self.statistics = -1, dict[str, Any]()
@@ -87,7 +87,7 @@ class AlignStudent(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.batch, self.statistics = state["batch"], state["about"]
         if "weight" in state:
-            self.student.align(state["weight"], state["bias"], self.of)
+            self.student.align(state["weight"], state["bias"], self.of.of, space=self.of.space)
 
     def fit_at_end(self, state: State) -> None:
         """Fit the map if the run has ended; at the end of a batch, a callback such as EarlyStopper may still end it."""
@@ -102,19 +102,19 @@ class AlignStudent(Callback):
         if self.batch == (batch := int(state.timestamp.batch)):
             return
         broadcast_statistics(state.model)
-        moments, student = Moments(), self.student
+        student = self.student
         precision = get_precision_context(state.precision, state.precision_config)
         with model_eval_mode(state.model), torch.no_grad(), precision:
-            for inputs, targets in self.pairs(to_device, student.alignment_inputs):
-                moments.add(inputs, targets)
+            moments = Moments(self.pairs(to_device, student.alignment_inputs))
         try:
             fit = moments.fit()
         except ValueError as error:  # the run must not be lost
             student.alignment = None
             log.warning("the student is not aligned with its teacher: %s", error)
             return
-        student.align(fit.weight, fit.bias, self.of)
-        self.batch, self.statistics = batch, {"of": self.of, "batch": batch, **fit.statistics}
+        student.align(fit.weight, fit.bias, self.of.of, space=self.of.space)
+        about = {"of": self.of.of, "space": self.of.space, "batch": batch}
+        self.batch, self.statistics = batch, about | fit.statistics
 
     def pairs(self, to_device: Callable[[Tensor], Tensor], inputs: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the inputs, (N, I), and targets, (N, P), of every batch, in the same order on every rank."""

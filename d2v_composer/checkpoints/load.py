@@ -275,8 +275,9 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
         student = new_student(sizes, tensors, encoder=teacher.encoder)
         own_parts(student).load_state_dict(tensors)
     if "weight" in aligned:
-        student.align(aligned["weight"], aligned["bias"], aligned["about"]["of"])
-        record["alignment"] = aligned["about"]
+        about = aligned["about"]
+        student.align(aligned["weight"], aligned["bias"], about["of"], space=about["space"])
+        record["alignment"] = about
         if (fitted := aligned["batch"]) != (trained := checkpoint.trained("batch")):
             print(f"{path}: the alignment is of batch {fitted}, the student of batch {trained}", file=sys.stderr)
     student.provenance = record

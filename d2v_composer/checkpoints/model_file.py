@@ -38,7 +38,7 @@ from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, errors_of, reading, reason
 from d2v_composer.system.files import out_file
 
-FORMAT_VERSIONS: dict[str, int] = {"teacher": 2, "student": 4, "classifier": 3}
+FORMAT_VERSIONS: dict[str, int] = {"teacher": 2, "student": 5, "classifier": 4}
 """Kind of file → the format version that this package writes, the only one that it reads."""
 # Characters of sizes or provenance. Ours have some thousands; parsed, they take 25 times as many bytes.
 MAX_JSON = 4 << 20
@@ -206,7 +206,8 @@ def read_config(config_class: type[ConfigT], sizes: dict[str, Any]) -> ConfigT:
 def sizes_of(student: Backbone) -> dict[str, Any]:
     """Return the sizes of a student and its encoder, and what its embedding is, for JSON."""
     config, info = student.encoder.config, student.embedding
-    embedding = EmbeddingConfig(raw=student.raw_embedding, of=info.of, made_by=info.made_by)
+    space = "" if student.alignment is None else info.space
+    embedding = EmbeddingConfig(raw=student.raw_embedding, of=info.of, made_by=info.made_by, space=space)
     if isinstance(config, TimmNetworkConfig):
         return NetworkSizes(network=config, embedding=embedding).model_dump(mode="json")
     return StudentSizes(encoder=config, student=student.config, embedding=embedding).model_dump(mode="json")
@@ -252,13 +253,13 @@ def new_student(
             from d2v_composer.models.timm_network import NetworkStudent  # timm takes seconds to import
 
         student = NetworkStudent(sizes.network, provenance)
-    raw, of, made_by = sizes.embedding.raw, sizes.embedding.of, sizes.embedding.made_by
-    if raw not in student.raw_names or (made_by != "raw") != ("alignment.weight" in tensors):
-        raise ValueError(f"expected an embedding that is raw or has an alignment, got {sizes.embedding}")
-    student.raw_embedding = raw
-    if made_by != "raw":
+    info = sizes.embedding
+    if info.raw not in student.raw_names or (info.made_by != "raw") != ("alignment.weight" in tensors):
+        raise ValueError(f"expected an embedding that is raw or has an alignment, got {info}")
+    student.raw_embedding = info.raw
+    if info.made_by != "raw":
         weight, bias = (torch.empty(tensors[f"alignment.{name}"].shape) for name in ("weight", "bias"))
-        student.alignment = Alignment(student.alignment_inputs, weight, bias, of, made_by)
+        student.alignment = Alignment(student.alignment_inputs, weight, bias, info.of, info.made_by, info.space)
     return student
 
 

@@ -67,8 +67,9 @@ class Align(Command):
         from d2v_composer.data import modality_of
         from d2v_composer.embedding.align import align, match, read_index
         from d2v_composer.export.model_card import size_of
+        from d2v_composer.models.alignment import EmbeddingInfo
         from d2v_composer.models.names import EMBEDDING
-        from d2v_composer.models.provenance import distillation_of, is_teacher_of, value_at
+        from d2v_composer.models.provenance import distillation_of, value_at
         from d2v_composer.models.teacher import Teacher
         from d2v_composer.sources.labeled import evenly_spaced
         from d2v_composer.sources.open import open_source
@@ -88,7 +89,9 @@ class Align(Command):
                 f"pairs: {len(numbers):,} of {len(source):,} samples and {len(index.ids):,} rows; left out "
                 f"{num_repeated:,} rows with repeated ids"
             )
-            target, of = index.rows, path
+            target, place = index.rows, path
+            unknown = EmbeddingInfo("unknown embedding", "raw", index.rows.shape[1], "")
+            info = unknown if index.made_by is None else index.made_by["embedding"]
         else:
             assert self.to is not None  # because there is no index
             teacher, _ = load_any(self.to)
@@ -98,17 +101,14 @@ class Align(Command):
             teacher.eval().to(device)
             target, places = lambda *inputs: teacher.embed_all(*inputs)[EMBEDDING], None
             numbers = evenly_spaced(len(source), self.max_samples)
-            record = distillation_of(student.provenance)
-            # An evaluation computes the teacher's embeddings with the sizes and the normalization of the student's run.
-            is_own = is_teacher_of(record, teacher) and value_at(record, "config.teacher.first_blocks") in (
-                None,
-                teacher.encoder.config.prenet_depth,
-            )
-            of = teacher.embedding.of if is_own else f"{self.to}, {teacher.embedding.of}"
+            info, place = teacher.embedding, self.to
+        if info.space.partition(" ")[0] != value_at(distillation_of(student.provenance), "teacher.sha256"):
+            info = info._replace(of=f"{place}, {info.of}")
         print("other files:", name_counts(source.left_out))
         workers = choose_workers(self.workers, device)
-        aligned = align(student, source, numbers, target, places, device, workers, of)
-        student.provenance = student.provenance | {"alignment": {"of": of} | aligned.statistics}
+        aligned = align(student, source, numbers, target, places, device, workers, info)
+        about = {"of": info.of, "space": info.space} | aligned.statistics
+        student.provenance = student.provenance | {"alignment": about}
         print_skipped(aligned.skipped)
         r2 = aligned.statistics["r2"]
         print(f"R²: {r2:.3f} on a held-out tenth; {aligned.r2_of_half:.3f} if fitted to half of the pairs")

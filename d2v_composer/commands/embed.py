@@ -9,7 +9,7 @@
     composer -n 2 -m d2v_composer.commands embed student.safetensors photos photos.npy
 
 Read NAME.npy, (N, D), with np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy. NAME.parquet has the columns id and
-embedding.
+embedding. NAME.model.json, or the Parquet file's metadata, says which model and which of its embeddings it is.
 Images are resized to the model's size without cropping; clips are embedded whole.
 If Composer is installed, the command uses all GPUs of this machine, or as many processes as Composer's launcher starts.
 Any number of processes writes the same bytes.
@@ -78,10 +78,9 @@ class Embed(ModelReference, Command):
 
         import torch
 
-        from d2v_composer.conversion.parts import Parts, plan_of
-        from d2v_composer.embedding.collection import check_ids, check_out, embed_source
+        from d2v_composer.conversion.parts import Parts
+        from d2v_composer.embedding.collection import check_ids, check_out, embed_source, record_of
         from d2v_composer.embedding.embedder import Embedder
-        from d2v_composer.models.backbone import hash_weights
         from d2v_composer.sources.open import open_source
         from d2v_composer.sources.source import name_counts
 
@@ -108,7 +107,7 @@ class Embed(ModelReference, Command):
             check_ids(source.ids)
         print(f"embedding: {model.describe(options.embedding)}")
         if part:
-            plan = plan_of(source, part, model=hash_weights(model), device=device, **options._asdict())
+            plan = record_of(model, source, part, options, device)
             if parts.has(part, plan):
                 print(f"part {part.number} of {part.total} exists already")
                 return None
@@ -123,6 +122,7 @@ class Embed(ModelReference, Command):
             skip_unreadable=self.skip_unreadable,
             overwrite=self.overwrite,
             part=plan,
+            reference=self.describe(),
         )
         if embedding.resumed:
             print(f"resumed an interrupted run after {embedding.resumed} {modality.unit}")

@@ -1,5 +1,6 @@
 """The model that a user names: its fields in a YAML, its flags on a command line, and what it loads."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, PlainValidator
 from d2v_composer.config.resume import FIXED
 from d2v_composer.config.types import AddressText, PathText, Whole, read_image_size
 from d2v_composer.models.names import TIMM_PREFIX, Pooling, Representation, Weights
+from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,6 +43,13 @@ class ModelReference(TimmSizes):
     """Pooling of a raw embedding, to use instead of the model's embedding: ``cls``, ``mean`` or ``mean_patches``."""
     representation: Representation | None = None
     """Representation of a raw embedding, to use instead of the model's embedding: ``output`` or ``layer_mean``."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the fields that are set, with absolute paths and without secrets, to load the model again later."""
+        fields = {name: getattr(self, name) for name in ModelReference.model_fields}
+        files = {name: os.path.abspath(fields[name]) for name in ("model", "checkpoint", "teacher") if fields[name]}
+        fields |= {name: path for name, path in files.items() if os.path.exists(path)}
+        return hide_secrets({name: value for name, value in fields.items() if value is not None})
 
     def load(self) -> "Models":
         """Load the model, and its teacher.

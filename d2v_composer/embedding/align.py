@@ -5,17 +5,19 @@ Shapes: N rows of the index, M pairs, B samples of a batch, I inputs of the map,
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from torch import Tensor
 from torch.nn.functional import linear
 
-from d2v_composer.embedding.collection import ids_file, load_batch
+from d2v_composer.embedding.collection import INDEX_KEY, IndexRecord, about_file, ids_file, load_batch
 from d2v_composer.evaluation.nearest_neighbors import NUM_COMMON, common_fractions, exact_neighbors, others_of
-from d2v_composer.models.alignment import HELD_OUT, MIN_PAIRS, Moments, side_by_side
+from d2v_composer.models.alignment import HELD_OUT, MIN_PAIRS, EmbeddingInfo, Moments, side_by_side
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.sources.labeled import evenly_spaced
 from d2v_composer.sources.source import Int64Array, Source, map_in_workers
@@ -38,6 +40,8 @@ class VectorIndex(NamedTuple):
     """Id of each row, (N,)."""
     rows: NDArray[Any]
     """Embeddings, (N, P), of any float type."""
+    made_by: IndexRecord | None
+    """``None`` if the index does not say."""
 
 
 class Aligned(NamedTuple):
@@ -65,12 +69,14 @@ def read_index(path: str) -> VectorIndex:
     with reading(path):
         if path.endswith(".npy"):
             ids, rows = np.load(ids_file(path)), np.load(path, mmap_mode="r")
+            stored = about.read_bytes() if (about := Path(about_file(path))).exists() else None
         elif not path.endswith(".parquet"):
             raise ValueError("expected .npy or .parquet")
         else:
             from pyarrow.parquet import read_table  # an extra
 
             table = read_table(path, columns=["id", "embedding"]).combine_chunks()
+            stored = (table.schema.metadata or {}).get(INDEX_KEY)
             ids, column = np.array(table["id"].to_pylist()), table["embedding"].combine_chunks()
             rows = column.flatten().to_numpy(zero_copy_only=False).reshape(len(ids), -1)
             if set(column.value_lengths().to_pylist()) != {rows.shape[1]}:
@@ -80,7 +86,8 @@ def read_index(path: str) -> VectorIndex:
         for first in range(0, len(rows), 1 << 16):
             if not (is_finite := np.isfinite(rows[first : first + (1 << 16)]).all(axis=1)).all():
                 raise ValueError(f"the row of {ids[first + int(is_finite.argmin())]} has numbers that are not finite")
-        return VectorIndex(ids.astype(str), rows)
+        made_by = None if stored is None else TypeAdapter(IndexRecord).validate_json(stored)
+        return VectorIndex(ids.astype(str), rows, made_by)
 
 
 def match(source: Source, index: VectorIndex, path: str, maximum: int) -> tuple[list[int], Int64Array, int]:
@@ -113,7 +120,7 @@ def align(
     places: Int64Array | None,
     device: str,
     workers: int,
-    of: str,
+    of: EmbeddingInfo,
 ) -> Aligned:
     """Fit a map from a model's embeddings to other embeddings of the same samples, and give it to the model.
 
@@ -125,7 +132,7 @@ def align(
         places: The samples' rows in the index, (M,); ``None`` for a function.
         device: cpu or cuda.
         workers: Number of processes that decode samples.
-        of: Name of the other embeddings.
+        of: Description of the other embeddings.
 
     Raises:
         InputError: Too few samples can be read.
@@ -151,9 +158,11 @@ def align(
         )
     inputs_MI, targets_MP = torch.cat(inputs), bank_NP[places]
     with errors_of(source.root):
-        moments = moments_of(inputs_MI, targets_MP)
-        fit, trial = moments.fit(), moments.fit(whole=False)
-        fit_to_half = moments_of(inputs_MI[::2], targets_MP[::2]).fit()
+        moments, half = (
+            Moments(zip(inputs_MI[::step].split(BLOCK), targets_MP[::step].split(BLOCK), strict=True))
+            for step in (1, 2)
+        )
+        fit, trial, fit_to_half = moments.fit(), moments.fit(whole=False), half.fit()
     if fit.statistics["r2"] < LEAST_R2:
         raise RunError(
             f"R² of the map is {fit.statistics['r2']:.3f} on held-out rows; do the ids belong to these rows, in order?"
@@ -165,13 +174,5 @@ def align(
         for queries in (linear(inputs_MI[held_out], trial.weight, trial.bias), targets_MP[held_out])
     )
     recall = {k: common_fractions(ours[:, :k], theirs[:, :k]).mean().item() for k in (1, NUM_COMMON)}
-    model.align(fit.weight, fit.bias, of)
+    model.align(fit.weight, fit.bias, of.of, space=of.space)
     return Aligned([*unreadable.values()], fit.statistics, fit_to_half.statistics["r2"], len(held_out), recall)
-
-
-def moments_of(inputs: Tensor, targets: Tensor) -> Moments:
-    """Return the sums over pairs of inputs, (M, I), and targets, (M, P)."""
-    moments = Moments()
-    for pairs in zip(inputs.split(BLOCK), targets.split(BLOCK), strict=True):
-        moments.add(*pairs)
-    return moments

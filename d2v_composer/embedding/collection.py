@@ -24,9 +24,11 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
+from typing_extensions import TypedDict
 
 from d2v_composer.conversion.parts import TABLE_SUFFIXES, Parts, fetch_if_remote, plan_of
 from d2v_composer.data.modality import collate
+from d2v_composer.models.alignment import EmbeddingInfo
 from d2v_composer.models.backbone import Backbone, hash_weights
 from d2v_composer.models.names import EMBEDDING, PrecisionName
 from d2v_composer.models.precision import choose_precision, precision_of
@@ -34,13 +36,14 @@ from d2v_composer.sources.source import Source, hash_of, map_in_threads, map_in_
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, check_outputs, exists, is_remote, put
 from d2v_composer.system.files import acquire, read_json, sole_user, write_atomically
-from d2v_composer.system.processes import ALL, global_rank, num_ranks
+from d2v_composer.system.processes import ALL, Part, global_rank, num_ranks
 from d2v_composer.system.progress import progress_bar
 
 LOCK_SECONDS = 10.0  # the workers of a killed run exit within a second
 CHUNK = 1024  # samples that a killed process loses at most
 POLL_SECONDS = 0.2
 RANK_SECONDS = 300.0  # by then a rank has begun, or never will
+INDEX_KEY = b"d2v_composer"  # of a Parquet file's metadata
 PLAN = "plan.json"  # the run's settings, beside the chunks
 MOVING = "moving"  # beside the chunks from when OUT was last checked: its files are then replaced
 
@@ -57,6 +60,16 @@ class EmbeddingOptions(NamedTuple):
     """Type of the stored numbers: float32 or float16."""
     batch_size: int = 256
     """Number of samples in a batch; embeddings of another batch size differ by rounding."""
+
+
+class IndexRecord(TypedDict):
+    """What made an index: metadata of NAME.parquet under ``INDEX_KEY``, or NAME.model.json beside NAME.npy."""
+
+    reference: dict[str, Any]
+    """The fields of :class:`~d2v_composer.config.reference.ModelReference` that load the model again."""
+    model: str
+    """Hash of the model's sizes and weights."""
+    embedding: EmbeddingInfo
 
 
 class Embedded(NamedTuple):
@@ -112,23 +125,25 @@ def embed_source(
     skip_unreadable: bool = False,
     overwrite: bool = False,
     part: Mapping[str, Any] | None = None,
+    reference: Mapping[str, Any] = {},
 ) -> Embedded:
     """Embed every sample of a source, or of its part, into a file, or resume an interrupted run.
 
-    ``out`` appears, or replaces an old file, only when it is complete; NAME.ids.npy appears just before. Until then,
-    chunks of embeddings are in a hidden folder next to ``out`` or, if that is in a store, in our cache. If files of the
-    source have changed, a resumed run embeds their chunks again. Call this on all ranks; the first writes ``out``.
+    ``out`` appears, or replaces an old file, only when it is complete, after the files beside it. Until then, chunks of
+    embeddings are in a hidden folder next to ``out`` or, if that is in a store, in our cache. If files of the source
+    have changed, a resumed run embeds their chunks again. Call this on all ranks; the first writes ``out``.
 
     Args:
         model: The model in eval mode, on the device.
         source: The samples.
-        out: NAME.npy, (N, D), with the ids, (N,), in NAME.ids.npy; or NAME.parquet with both. See :func:`check_out`.
+        out: NAME.npy, (N, D), beside NAME.ids.npy, (N,), and NAME.model.json; or NAME.parquet. See :func:`check_out`.
         options: The settings.
         device: cpu or cuda.
         workers: Number of processes that decode samples.
         skip_unreadable: Skip and list unreadable samples instead of stopping.
         overwrite: Replace ``out``.
-        part: The record of a part; see :class:`~d2v_composer.conversion.parts.Parts`.
+        part: The :func:`record_of` a part.
+        reference: See :class:`IndexRecord`.
 
     Raises:
         InputError: A sample is unreadable, an embedding is not finite, another process writes the file or has written
@@ -137,9 +152,8 @@ def embed_source(
     """
     out, rank = str(out), global_rank()
     place = source.root if is_remote(source.root) else Path(source.root).resolve()
-    settings = plan_of(source, ALL, model=hash_weights(model), device=device, **options._asdict())
-    plan = part or settings | {"source": hash_of(place)}  # not the files: some may change
-    width = embed_batch(model, (model.encoder.example(1),), options, device).shape[1]
+    plan = part or record_of(model, source, ALL, options, device) | {"source": hash_of(place)}  # some files may change
+    info = model.describe(options.embedding)
     folder, unit = _partial_folder(out), source.modality.unit
     chunks = _cut(source, plan, folder)
     with _sole_writer(out, folder, f".lock{rank or ''}"):
@@ -151,18 +165,11 @@ def embed_source(
         theirs, resumed = deque(chunk for chunk in left if chunk.rank != rank), total - to_do
         with progress_bar(total=total, initial=resumed, desc="embedding", unit=unit) as bar:
             batches = [(chunk, batch) for chunk in left if chunk.rank == rank for batch in chunk.batches]
-            load = partial(load_batch, source.decode)
-            loaded = map_in_workers(load, [batch for _, batch in batches], workers, device == "cuda")
+            embedded = _embed_batches(model, source, [batch for _, batch in batches], options, device, workers)
             rows, skipped = list[NDArray](), list[tuple[int, str]]()
-            for (chunk, batch), (inputs, unreadable) in zip(batches, loaded, strict=True):
+            for (chunk, batch), (block, unreadable) in zip(batches, embedded, strict=True):
                 skipped += unreadable
                 _check_skipped([reason for _, reason in skipped], skip_unreadable, unit)
-                block = embed_batch(model, inputs, options, device) if inputs else np.zeros((0, width), options.dtype)
-                if not np.isfinite(block).all():
-                    raise InputError(
-                        f"{source.ids[batch.start]}, or a later sample in its batch: its embedding is not finite with "
-                        f"--precision {options.precision} and --dtype {options.dtype}"
-                    )
                 rows.append(block)
                 bar.update(len(batch))
                 if batch is chunk.batches[-1]:
@@ -174,13 +181,40 @@ def embed_source(
                 _wait(theirs, bar, folder)
         seconds = time.monotonic() - start
         if rank > 0:
-            return Embedded(total, width, [], resumed, seconds)
+            return Embedded(total, info.width, [], resumed, seconds)
         reasons = [reason for chunk in chunks for reason in chunk.read("reasons").tolist()]
         _check_skipped(reasons, skip_unreadable, unit)  # an interrupted run may have skipped them
-        embedding = Embedded(total - len(reasons), width, reasons, resumed, seconds)
+        embedding = Embedded(total - len(reasons), info.width, reasons, resumed, seconds)
         blocks = (chunk.read_block(source) for chunk in chunks)
-        _write_table(out, blocks, embedding, np.dtype(options.dtype), overwrite, part)
+        about = {"reference": dict(reference), "model": plan["model"], "embedding": info._asdict()}
+        _write_table(out, blocks, embedding, np.dtype(options.dtype), overwrite, about, part)
     return embedding
+
+
+def _embed_batches(
+    model: Backbone, source: Source, batches: Sequence[range], options: EmbeddingOptions, device: str, workers: int
+) -> Iterator[tuple[NDArray, list[tuple[int, str]]]]:
+    """Yield for each batch the embeddings of its readable samples, and the number and reason of each unreadable one.
+
+    Raises:
+        InputError: An embedding is not finite.
+    """
+    width = model.describe(options.embedding).width
+    loaded = map_in_workers(partial(load_batch, source.decode), batches, workers, device == "cuda")
+    for batch, (inputs, unreadable) in zip(batches, loaded, strict=True):
+        block = embed_batch(model, inputs, options, device) if inputs else np.zeros((0, width), options.dtype)
+        if not np.isfinite(block).all():
+            raise InputError(
+                f"{source.ids[batch.start]}, or a later sample in its batch: its embedding is not finite with "
+                f"--precision {options.precision} and --dtype {options.dtype}"
+            )
+        yield block, unreadable
+
+
+def record_of(model: Backbone, source: Source, part: Part, options: EmbeddingOptions, device: str) -> dict[str, Any]:
+    """Return a part's record of embeddings; see :class:`~d2v_composer.conversion.parts.Parts`."""
+    settings = options._asdict() | {"embedding": str(model.describe(options.embedding))}
+    return plan_of(source, part, model=hash_weights(model), device=device, **settings)
 
 
 @contextmanager
@@ -279,7 +313,8 @@ def merge_embeddings(out: str, *, overwrite: bool) -> Embedded:
         skipped = [reason for record in records.values() for reason in record["skipped"]]
         embedding = Embedded(sum(record["images"] for record in records.values()), first["channels"], skipped, 0, 0.0)
         read = (_read_part(parts.path(part), record, folder) for part, record in records.items())
-        _write_table(out, chain.from_iterable(read), embedding, np.dtype(first["part"]["dtype"]), overwrite)
+        dtype = np.dtype(first["part"]["dtype"])
+        _write_table(out, chain.from_iterable(read), embedding, dtype, overwrite, first["about"])
     return embedding
 
 
@@ -317,6 +352,7 @@ def _write_table(
     embedding: Embedded,
     dtype: np.dtype,
     overwrite: bool,
+    about: Mapping[str, Any],
     part: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ids and embeddings, move them to ``out``, and remove the folder of chunks.
@@ -337,11 +373,15 @@ def _write_table(
         # Each id takes the room of the longest, but only on the disk.
         _write_array(folder / "ids.npy", all_ids, shape[:1], np.result_type(*all_ids or [np.array([], str)]))
         files[ids_file(out)] = folder / "ids.npy"
+        if part is None:
+            write_atomically(folder / "model.json", json.dumps(about, indent=1))
+            files[about_file(out)] = folder / "model.json"
     else:
-        _write_parquet(complete, blocks, embedding.channels, dtype)
+        _write_parquet(complete, blocks, embedding.channels, dtype, about)
     if part is not None:  # first, as it tells whose the others are
         digests = [*map(_digest, [*files.values(), complete])]
-        write_atomically(folder / "record.json", json.dumps({"part": part, "digests": digests} | embedding._asdict()))
+        record = {"part": part, "digests": digests, "about": about} | embedding._asdict()
+        write_atomically(folder / "record.json", json.dumps(record))
         files = {_record_of(out): folder / "record.json"} | files
     check_out(out, overwrite=overwrite, part=part)
     (folder / MOVING).touch()
@@ -363,14 +403,17 @@ def _write_array(path: Path, blocks: Iterable[NDArray], shape: tuple[int, ...], 
             file.write(block.astype(dtype, copy=False).tobytes())
 
 
-def _write_parquet(path: Path, blocks: Iterable[tuple[NDArray, NDArray]], width: int, dtype: np.dtype) -> None:
+def _write_parquet(
+    path: Path, blocks: Iterable[tuple[NDArray, NDArray]], width: int, dtype: np.dtype, about: Mapping[str, Any]
+) -> None:
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
 
     blocks = iter(blocks)
     first = next(blocks, (np.array([], str), np.zeros((0, width), dtype)))
     id_type = pa.string() if first[0].dtype.kind == "U" else pa.int64()
-    schema = pa.schema([("id", id_type), ("embedding", pa.list_(pa.from_numpy_dtype(dtype), width))])
+    fields = [("id", id_type), ("embedding", pa.list_(pa.from_numpy_dtype(dtype), width))]
+    schema = pa.schema(fields, {INDEX_KEY: json.dumps(about)})
     with ParquetWriter(path, schema) as writer:
         for ids, rows in chain([first], blocks):
             embeddings = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), width)
@@ -389,7 +432,7 @@ def check_out(out: str, *, overwrite: bool, part: Mapping[str, Any] | None = Non
         raise InputError(f"{out} must end in {' or '.join(TABLE_SUFFIXES)}")
     outputs = [out]
     if out.endswith(".npy"):
-        outputs.append(ids_file(out))
+        outputs += [ids_file(out), about_file(out)]
     else:
         import pyarrow  # noqa: F401  (if it is missing, this error says what to install)
     is_ours = (_partial_folder(out) / MOVING).exists()
@@ -409,6 +452,11 @@ def _partial_folder(out: str) -> Path:
 def ids_file(out: str) -> str:
     """Return the path of the ids of NAME.npy."""
     return f"{out.removesuffix('.npy')}.ids.npy"
+
+
+def about_file(out: str) -> str:
+    """Return the path of the :class:`IndexRecord` of NAME.npy."""
+    return f"{out.removesuffix('.npy')}.model.json"
 
 
 def _record_of(out: str) -> str:

@@ -121,7 +121,8 @@ def check_comparable(*results: Result) -> None:
     ways = {result.info.made_by for result in results} - {"teacher"}
     places = {(result.dataset, result.column, len(result.hits)) for result in results}
     embeddings = {(result.embedding, result.info.of) for result in results}
-    if max(map(len, (ways, places, embeddings))) > 1:
+    spaces = {result.info.space for result in results if result.info.made_by != "raw"}
+    if max(map(len, (ways, places, embeddings, spaces))) > 1:
         raise ValueError(f"{', '.join(result.row for result in results)} cannot be compared: their embeddings differ")
 
 

@@ -53,10 +53,9 @@ class Row(NamedTuple):
             return False
         if len(self.models) == 1:
             return True
-        queries, bank = (infos.get(side.model) for side in (self.queries, self.bank))
-        if queries is None or bank is None or "raw" in (queries.made_by, bank.made_by):
+        if not self.models <= infos.keys():
             return False
-        return (queries.of, queries.width) == (bank.of, bank.width)
+        return infos[self.queries.model].is_in_space_of(infos[self.bank.model])
 
     def sides(
         self, names: Collection[str], headline: str, info: EmbeddingInfo | None

@@ -5,7 +5,7 @@ Shapes: B samples of a batch, N pairs, I channels of the input (of all poolings)
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,6 +41,12 @@ class EmbeddingInfo(NamedTuple):
     """Channels, P."""
     fingerprint: str
     """Hash of the alignment; '' without one."""
+    space: str = ""
+    """Identifier of the space: the model and the embedding of it that this is or estimates; '' if unknown."""
+
+    def is_in_space_of(self, other: "EmbeddingInfo") -> bool:
+        """Return whether a cosine between the two embeddings means something."""
+        return self.space == other.space != ""
 
     def __str__(self) -> str:
         return f"{self.of}, {self.width} channels, {MADE_BY[self.made_by]}"
@@ -55,12 +61,14 @@ class Alignment(Freezable):
         inputs: Names of the embeddings to concatenate.
         weight: Matrix of the map, (P, I).
         bias: Bias of the map, (P,).
-        of, made_by: See :class:`EmbeddingInfo`.
+        of, made_by, space: See :class:`EmbeddingInfo`.
     """
 
-    def __init__(self, inputs: Sequence[str], weight: Tensor, bias: Tensor, of: str, made_by: MadeBy) -> None:
+    def __init__(
+        self, inputs: Sequence[str], weight: Tensor, bias: Tensor, of: str, made_by: MadeBy, space: str = ""
+    ) -> None:
         super().__init__()
-        self.inputs, self.of = inputs, of
+        self.inputs, self.of, self.space = inputs, of, space
         self.made_by: MadeBy = made_by
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
         if made_by != "training":
@@ -68,7 +76,7 @@ class Alignment(Freezable):
 
     @property
     def info(self) -> EmbeddingInfo:
-        return EmbeddingInfo(self.of, self.made_by, len(self.bias), hash_tensors(self.state_dict()))
+        return EmbeddingInfo(self.of, self.made_by, len(self.bias), hash_tensors(self.state_dict()), self.space)
 
     def forward(self, embeddings: Mapping[str, Tensor]) -> Tensor:
         """Map a model's raw embeddings, by name, (B, P) float32."""
@@ -106,11 +114,16 @@ class Moments:
     """Sums over pairs of inputs and targets, in float64, from which :meth:`fit` computes the map without the pairs.
 
     Sums are added in the order of the calls, so the map has the same bits whichever processes embed the pairs.
+
+    Args:
+        pairs: Arguments of the first calls of :meth:`add`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]] = ()) -> None:
         self.sums: list[Tensor] = []
         self.count = 0
+        for inputs, targets in pairs:
+            self.add(inputs, targets)
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         """Add pairs of inputs, (N, I), and targets, (N, P). Every tenth pair, counted over all calls, is held out."""

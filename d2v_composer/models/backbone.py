@@ -152,9 +152,7 @@ class Backbone(nn.Module, ABC):
     @property
     def embedding(self) -> EmbeddingInfo:
         """The description of the model's embedding."""
-        if self.alignment is not None:
-            return self.alignment.info
-        return EmbeddingInfo(self.raw_embedding, self.made_by, self.width_of(self.raw_embedding), "")
+        return self.describe(EMBEDDING)
 
     made_by: MadeBy = "raw"
     """What makes the embedding without an alignment."""
@@ -163,9 +161,15 @@ class Backbone(nn.Module, ABC):
         """Return the hash of a teacher's weights and preprocessing, or of a student's sizes and trained weights."""
         return self.provenance.get("sha256") or hash_weights(self, only_trained=True)
 
-    def describe(self, name: str) -> str:
-        """Return what an embedding is, by name, for people."""
-        return str(self.embedding) if name == EMBEDDING else name
+    def describe(self, name: str) -> EmbeddingInfo:
+        """Return the description of an embedding, by name."""
+        if name == EMBEDDING and self.alignment is not None:
+            return self.alignment.info
+        name = self.raw_embedding if name == EMBEDDING else name
+        space = f"{self.identify_weights()} {name}"
+        if name.startswith("layer_mean"):
+            space += f" {len(self.block_list)} {self.layer_mean.normalization} {self.layer_mean.final_layer_norm}"
+        return EmbeddingInfo(name, self.made_by, self.width_of(name), "", space)
 
     def width_of(self, name: str) -> int:
         """Return the number of channels of a raw embedding."""
@@ -200,16 +204,16 @@ class Backbone(nn.Module, ABC):
         """The embeddings that an alignment reads: CLS and mean of each representation."""
         return [name for name in self.raw_names if name.endswith(("_cls", "_mean"))]
 
-    def align(self, weight: Tensor, bias: Tensor, of: str, made_by: MadeBy = "alignment") -> None:
+    def align(self, weight: Tensor, bias: Tensor, of: str, made_by: MadeBy = "alignment", space: str = "") -> None:
         """Give this model an alignment, (P, I) and (P,), or replace it; see :class:`Alignment`."""
         device = next(self.parameters()).device
-        self.alignment = Alignment(self.alignment_inputs, weight.to(device), bias.to(device), of, made_by)
+        self.alignment = Alignment(self.alignment_inputs, weight.to(device), bias.to(device), of, made_by, space)
 
     def train_alignment(self, teachers: EmbeddingInfo) -> None:
         """Give this model an alignment to train, with random weights."""
         width = sum(map(self.width_of, self.alignment_inputs))
         weight = nn.init.normal_(torch.empty(teachers.width, width), std=0.02)
-        self.align(weight, torch.zeros(teachers.width), teachers.of, "training")
+        self.align(weight, torch.zeros(teachers.width), teachers.of, "training", teachers.space)
 
     @property
     def default_pooling(self) -> Pooling:

@@ -437,6 +437,7 @@ class EmbeddingConfig(Config):
     """Name of the raw embedding that it is without an alignment."""
     of: Annotated[str, Field(max_length=1000)]
     made_by: MadeBy
+    space: Annotated[str, Field(max_length=1000)]
 
 
 class StudentSizes(Config):

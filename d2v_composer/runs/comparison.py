@@ -103,7 +103,7 @@ def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | Non
         True; False, after a line on stderr, if this cannot be done.
     """
     info, device = model.embedding, next(untrained.parameters()).device
-    source = batches = None
+    source, batches = None, []
     if info.made_by in ("teacher", "raw"):
         return True
     if info.made_by == "training":
@@ -115,18 +115,18 @@ def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | Non
         if loader["remote"] is None:  # else it is a cache
             source = open_mds(index := Index(Path(loader["local"]), modality, loader["column"]))
             batches = choose_pairs(index, *sizes, config["device_eval_batch_size"])
-    if source is None or batches is None or teacher is None or teacher.embedding.of != info.of:
+    if source is None or teacher is None or not teacher.embedding.is_in_space_of(info):
         needed = "the run's teacher (teacher=PATH)" if teacher is None else f"{info.of} of the run's training data"
         print(f"the untrained student is not measured: its alignment needs {needed}", file=sys.stderr)
         return False
-    moments, teacher = Moments(), teacher.to(device)
+    samples = (collate([*map(source.decode, numbers.tolist())]) for numbers in batches)
+    inputs = ([tensor.to(device) for tensor in batch] for batch in samples)
+    embeds, names = (untrained.embed_all, teacher.to(device).embed_all), untrained.alignment_inputs
     with torch.inference_mode():
-        for numbers in batches:
-            inputs = [tensor.to(device) for tensor in collate(list(map(source.decode, numbers.tolist())))]
-            raw = untrained.embed_all(*inputs, layer_mean=model.layer_mean)
-            moments.add(side_by_side(raw, untrained.alignment_inputs), teacher.embed_all(*inputs)[EMBEDDING])
+        pairs = ([embed(*batch) for embed in embeds] for batch in inputs)
+        moments = Moments((side_by_side(ours, names), theirs[EMBEDDING]) for ours, theirs in pairs)
     fit = moments.fit()
-    untrained.align(fit.weight, fit.bias, info.of)
+    untrained.align(fit.weight, fit.bias, info.of, space=info.space)
     return True
 
 

@@ -25,8 +25,8 @@ from torch.nn.functional import normalize
 from containers import write_parquet
 from d2v_composer import load_teacher
 from d2v_composer.checkpoints.load import save_student
+from d2v_composer.commands import convert_teacher, export
 from d2v_composer.commands import embed as embed_command
-from d2v_composer.commands import export
 from d2v_composer.data.images import Images
 from d2v_composer.data.modality import read_sample_file
 from d2v_composer.embedding import collection as embedding
@@ -106,7 +106,7 @@ def test_embeds_a_folder(photos: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert re.fullmatch(rf"wrote {out}: 41 embeddings of 48 dimensions, \d+ images/s", wrote)
     assert following.startswith("next: ")
     # There are no other files.
-    assert set(os.listdir(out.parent)) == {"photos.npy", "photos.ids.npy"}
+    assert set(os.listdir(out.parent)) == {"photos.npy", "photos.ids.npy", "photos.model.json"}
 
 
 def test_options_change_the_embeddings(photos: Path, tmp_path: Path) -> None:
@@ -200,10 +200,13 @@ def interrupted(photos: Path, tmp_path: Path) -> Path:
 def test_rows_of_two_different_runs_are_not_joined(interrupted: Path) -> None:
     source, out, other = (interrupted / name for name in ("photos", "photos.npy", "other.safetensors"))
     save_student(load_teacher(TEACHER).build_student(depth=1), other)
+    renamed = interrupted / "renamed.safetensors"  # the same weights, but another embedding by default
+    convert_teacher.main([str(TEACHER), str(renamed), "--embedding", "output_mean"])
     for model, images, options, difference in (
-        (other, source, (), "model"),
+        (other, source, (), "model, embedding"),
         (TEACHER, source / "b", (), "source"),
         (TEACHER, source, ("--pooling", "mean", "--normalize"), "embedding, normalize"),
+        (renamed, source, (), "embedding"),
     ):
         named = rf"/\.photos\.npy\.partial: an interrupted run had a different {difference}; delete that folder"
         with pytest.raises(InputError, match=named):
@@ -379,6 +382,7 @@ def test_an_embedding_that_is_not_finite_is_refused(
         ("photos", "o.npy", ["--local", "c"], "photos: expected Parquet files, tars or zips, or MDS in a folder (in a"),
         ("photos", "o.csv", [], "o.csv must end in .npy or .parquet"),
         ("photos", "half.npy", [], "half.ids.npy already exists; choose another file, or "),
+        ("photos", "other.npy", [], "other.model.json already exists; choose another file, or "),
         ("photos", "o.npy", ["--precision", "amp_fp16"], "precision: amp_fp16 needs a GPU"),
         ("photos", "o.npy", ["--batch-size", "0"], "argument --batch-size: must be from 1 to 1048576, got '0'"),
     ],
@@ -388,7 +392,7 @@ def test_bad_input_is_refused_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    write_files(tmp_path, {"photos/a.jpg": encoded_image(0), "half.ids.npy": b"mine"})
+    write_files(tmp_path, {"photos/a.jpg": encoded_image(0), "half.ids.npy": b"mine", "other.model.json": b"mine"})
     before = set(os.listdir())
     with pytest.raises(InputError, match=re.escape(message)) as caught:
         embed(TEACHER, source, Path(out), *options)

@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, mse_loss, normalize
 
 from d2v_composer.checkpoints.load import load_models
-from d2v_composer.embedding.align import moments_of
 from d2v_composer.evaluation.nearest_neighbors import common_fractions, exact_neighbors, retrieval_accuracy
-from d2v_composer.models.alignment import HELD_OUT, side_by_side
+from d2v_composer.models.alignment import HELD_OUT, Moments, side_by_side
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.sources.labeled import load_labeled_set
 
@@ -55,12 +54,12 @@ def linear_map(weight: Tensor, bias: Tensor) -> Map:
 
 
 def ridge(sources: Tensor, targets: Tensor) -> Map:
-    return linear_map(*moments_of(sources, targets).fit()[:2])
+    return linear_map(*Moments([(sources, targets)]).fit()[:2])
 
 
 def low_rank_ridge(sources: Tensor, targets: Tensor) -> Map:
     """Project the ridge's predictions on their main directions (Izenman 1975, reduced-rank regression)."""
-    weight, bias, _ = moments_of(sources, targets).fit()
+    weight, bias, _ = Moments([(sources, targets)]).fit()
     directions = torch.linalg.svd((sources - sources.mean(0)) @ weight.T, full_matrices=False).Vh[:RANK]
     weight, bias = directions.T @ directions @ weight, targets.mean(0)
     return Map(lambda x: linear(x - sources.mean(0), weight, bias), RANK * sum(weight.shape) + len(bias))

@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.nn.functional import linear, mse_loss
 
 from d2v_composer.checkpoints.load import load_models
-from d2v_composer.embedding.align import moments_of
 from d2v_composer.evaluation.evaluate import share_encoders
 from d2v_composer.evaluation.nearest_neighbors import common_fractions, exact_neighbors, retrieval_accuracy
 from d2v_composer.models import alignment
-from d2v_composer.models.alignment import side_by_side
+from d2v_composer.models.alignment import Moments, side_by_side
 from d2v_composer.runs.comparison import build_untrained
 from d2v_composer.sources.labeled import load_labeled_set
 
@@ -100,7 +99,7 @@ class Bench:
         """Fit a map from a model's embeddings to the teacher's, and measure it."""
         sources = self.inputs(model, names, "fit")[:pairs]
         targets = self.embeddings["fit"]["teacher"][target][:pairs]
-        weight, bias = trained_head(sources, targets) if how == "trained" else moments_of(sources, targets).fit()[:2]
+        weight, bias = trained_head(sources, targets) if how == "trained" else Moments([(sources, targets)]).fit()[:2]
         bank, queries = (linear(self.inputs(model, names, part), weight, bias) for part in ("bank", "queries"))
         shown = "all" if len(names) > 1 else names[0]
         return self.row(bank, queries, target, model=model, inputs=shown, pairs=len(sources), map=how)

@@ -94,6 +94,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, photos: Path) -> Place
     [
         (EMBED, "o.npy"),
         (EMBED, "o.ids.npy"),
+        (EMBED, "o.model.json"),
         ((*EMBED, *PART), "o.npy.parts/00000-of-00002.ids.npy"),
         ((*EMBED, *PART), "o.npy.parts/00000-of-00002.json"),
         (CONVERT, "o/shard.00000.mds"),
@@ -135,7 +136,7 @@ def test_what_died_on_another_machine_is_made_again(
 @pytest.mark.parametrize(
     ("command", "outputs"),
     [
-        (["embed", "MODEL", "photos", "o.npy"], {"o.npy", "o.ids.npy"}),
+        (["embed", "MODEL", "photos", "o.npy"], {"o.npy", "o.ids.npy", "o.model.json"}),
         (["export", "MODEL", "o.safetensors"], {"o.safetensors"}),
     ],
 )

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,10 @@ from torch import Tensor
 from containers import write_parquet
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import load_models, save_student
-from d2v_composer.commands import align, embed, evaluate, export
+from d2v_composer.commands import align, embed, evaluate, export, merge
+from d2v_composer.config.reference import ModelReference
+from d2v_composer.embedding.align import read_index
+from d2v_composer.embedding.collection import IndexRecord
 from d2v_composer.evaluation.embedded_set import embed_set
 from d2v_composer.evaluation.measurement import measure
 from d2v_composer.evaluation.results import Result
@@ -93,7 +95,7 @@ def test_every_file_has_the_map_of_the_last_batch(uninterrupted: Path, pixels: T
 
 def test_a_checkpoint_before_the_first_map_has_none(uninterrupted: Path) -> None:
     earlier, _ = load_models(str(uninterrupted / "ep1-ba12-rank0.pt"))
-    assert earlier.embedding == ("output_cls", "raw", 48, "")
+    assert earlier.embedding[:4] == ("output_cls", "raw", 48, "")
 
 
 def test_timm_alone_computes_the_map_of_its_own_model(pixels: Tensor, tmp_path: Path) -> None:
@@ -130,7 +132,7 @@ class Measured:
         labels = torch.arange(80) % 4
         self.labeled = EvaluationSet(LabeledSamples(images[:40], labels[:40]), LabeledSamples(images[40:], labels[40:]))
         self.settings = Settings(EMBEDDING, (1,), ("agreement",), None, 16, has_teacher=True)
-        mapped = EmbeddingInfo("output_mean", "alignment", 48, "of the map")
+        mapped = EmbeddingInfo("output_mean", "alignment", 48, "of the map", "of the teacher")
         of_teacher = mapped._replace(made_by="teacher", fingerprint="")
         self.infos: dict[str, EmbeddingInfo] = {UNTRAINED: mapped, STUDENT: mapped, TEACHER: of_teacher}
 
@@ -171,15 +173,13 @@ def test_every_embedding_is_measured_by_its_name_alone() -> None:
         assert result.is_headline == (name == "own" or row == in_index)
     own, mapped = (results[STUDENT, name, "agreement@10"].hits.mean() for name in ("own", EMBEDDING))
     assert own < mapped == 1  # each is compared with the teacher's of the same name
-    assert results[STUDENT, "own", "bank_train/top1"].info == ("own", "raw", 4, "")
+    assert results[STUDENT, "own", "bank_train/top1"].info == ("own", "raw", 4, "", "")
 
 
-@pytest.mark.parametrize(
-    "change", [{"made_by": "raw"}, {"of": "output_cls"}, {"width": 24}], ids=["raw", "another's", "another width"]
-)
-def test_a_student_of_another_space_is_not_looked_up_in_its_teachers_index(change: dict[str, Any]) -> None:
+@pytest.mark.parametrize("space", ["", "of another teacher"])
+def test_a_student_of_another_space_is_not_looked_up_in_its_teachers_index(space: str) -> None:
     measured = Measured()
-    measured.infos[STUDENT] = measured.infos[STUDENT]._replace(**change)
+    measured.infos[STUDENT] = measured.infos[STUDENT]._replace(space=space)
     assert {result.row for result in measured.results(STUDENT, TEACHER)} == {STUDENT, TEACHER}
 
 
@@ -235,6 +235,44 @@ def test_a_student_finds_what_an_old_index_finds(
     embed.main([str(out), str(photos), str(tmp_path / "q.npy"), "--workers", "0"])
     error = np.square(np.load(tmp_path / "q.npy") - rows).sum() / np.square(rows - rows.mean(axis=0)).sum()
     assert error < 1 - aligned["r2"]
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".parquet"])
+def test_an_index_says_which_embedding_of_which_model_it_holds(
+    suffix: str, exported: Path, photos: Path, tmp_path: Path
+) -> None:
+    """So one knows which student's queries it answers, and the model is loaded again."""
+
+    def record_of(name: str, model: Path, *options: str) -> IndexRecord:
+        out = str(tmp_path / f"{name}{suffix}")
+        embed.main([str(model), str(photos), out, "--workers", "0", *options])
+        if options[-2:] == ("--part", "1/2"):
+            embed.main([str(model), str(photos), out, "--workers", "0", "--part", "0/2"])
+            merge.main([out])
+        record = read_index(out).made_by
+        assert record is not None
+        return record
+
+    default, mean = record_of("default", TEACHER_FILE), record_of("mean", TEACHER_FILE, "--pooling", "mean")
+    records = default, mean, record_of("student", exported), record_of("raw", exported, "--pooling", "cls")
+    embedding = load_student(exported).embedding
+    assert [embedding.is_in_space_of(record["embedding"]) for record in records] == [True, False, True, False]
+    assert record_of("merged", TEACHER_FILE, "--part", "1/2") == default
+    again = ModelReference(**mean["reference"])
+    teacher, _ = again.load()
+    assert teacher.describe(teacher.choose_embedding(again.pooling, again.representation)) == mean["embedding"]
+    run_align(exported, photos, tmp_path / "aligned.safetensors", "--index", tmp_path / f"mean{suffix}")
+    aligned, own_teacher = load_models(str(tmp_path / "aligned.safetensors"), teacher=str(TEACHER_FILE))
+    assert own_teacher is not None
+    assert aligned.embedding.of == "output_mean"
+    assert aligned.embedding.is_in_space_of(own_teacher.embedding)
+
+
+def test_a_damaged_record_of_an_index_is_one_line(exported: Path, photos: Path, index: Index, tmp_path: Path) -> None:
+    write_index(tmp_path / "old.npy", *index)
+    (tmp_path / "old.model.json").write_text('{"reference": {}, "model": "", "embedding": {"of": [1]}}')
+    with pytest.raises(InputError, match=r"old.npy cannot be read: \d+ validation errors for IndexRecord$"):
+        run_align(exported, photos, tmp_path / "out.safetensors", "--index", tmp_path / "old.npy")
 
 
 def with_nan(rows: np.ndarray) -> np.ndarray:
@@ -294,17 +332,15 @@ def test_the_fewest_pairs_make_a_map_and_fewer_readable_samples_none(
 def test_a_student_aligned_with_what_its_run_did_not_use_is_not_measured_in_its_teachers_index(
     exported: Path, photos: Path, tmp_path: Path
 ) -> None:
-    student, other = load_student(exported), tmp_path / "other.safetensors"
-    student.provenance["config"]["teacher"]["first_blocks"] = 3
-    save_student(student, other)
+    other = tmp_path / "other.safetensors"  # its teacher's layer_mean has fewer layers
+    save_student(load_teacher(TEACHER_FILE, first_blocks=3).build_student(depth=1), other)
     cases = ((exported, GOLDEN / "tiny_alibi.pt", False), (other, TEACHER_FILE, False), (exported, TEACHER_FILE, True))
     for number, (path, teacher, is_own) in enumerate(cases):
         out = tmp_path / f"{number}.safetensors"
         run_align(path, photos, out, "--to", teacher, "--representation", "layer_mean")
         aligned, loaded = load_models(str(out), teacher=str(TEACHER_FILE))
         assert loaded is not None
-        assert aligned.embedding.of == ("layer_mean_cls" if is_own else f"{teacher}, layer_mean_cls")
-        assert loaded.embedding.of == ("layer_mean_cls" if is_own else "output_cls")
+        assert aligned.embedding.is_in_space_of(loaded.embedding) == is_own
 
 
 def test_a_run_of_epochs_keeps_the_map_of_its_end(small_data: Path, tmp_path: Path) -> None:
@@ -329,7 +365,8 @@ def test_an_evaluation_has_no_row_of_a_map_that_an_untrained_student_lacks(label
     """A timm student has its map as classifier, which the untrained one has at random."""
     teacher, out = load_teacher(TEACHER_FILE), tmp_path / "student.safetensors"
     student = teacher.build_student(model="timm/test_byobnet").eval()
-    student.align(torch.randn(48, student.encoder.num_pooled), torch.randn(48), "output_cls")
+    space = teacher.embedding.space
+    student.align(torch.randn(48, student.encoder.num_pooled), torch.randn(48), "output_cls", space=space)
     student.provenance |= {"teacher": teacher.provenance}
     save_student(student, out)
     options = [datasets_of(labeled), f"out={tmp_path}"]
