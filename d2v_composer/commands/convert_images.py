@@ -71,11 +71,11 @@ class Convert(Command):
         from d2v_composer.models.configs import SAMPLE_RATE
         from d2v_composer.sources.source import hash_of, name_counts
 
-        names, part, out = ("source", "split", "labels", "column", "label_column"), self.part, self.out
-        source = open_samples(modality=modality, part=part or ALL, **{name: getattr(self, name) for name in names})
-        start, plan = time.monotonic(), None
+        part, out, start, plan = self.part, self.out, time.monotonic(), None
+        opened = self.model_dump(include={"source", "split", "labels", "column", "label_column"})
+        source = open_samples(modality=modality, part=part or ALL, **opened)
         if part:
-            settings = {name: getattr(self, name) for name in ("seed", "shard_size", "label_column")} | options
+            settings = self.model_dump(include={"seed", "shard_size", "label_column"}) | options
             listed = os.path.isfile(labels := self.labels or "") and Path(labels).read_bytes()
             labels = hash_of(source.label is None, source.class_names, listed)
             parts, plan = Parts(out), plan_of(source, part, labels=labels, **settings)

@@ -46,8 +46,7 @@ class ConvertTeacher(Command):
 
         from d2v_composer.checkpoints.fairseq import convert_teacher
 
-        names = ("target_length", "log_mel_mean", "log_mel_std")
-        spectrogram = {name: value for name in names if (value := getattr(self, name)) is not None}
+        spectrogram = self.model_dump(include={"target_length", "log_mel_mean", "log_mel_std"}, exclude_none=True)
         out, dtype = self.out, getattr(torch, self.dtype)
         teacher, left = convert_teacher(
             self.source, out, self.weights, dtype, self.license, self.embedding, **spectrogram

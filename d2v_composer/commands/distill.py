@@ -57,7 +57,7 @@ class Distill(Command):
         from d2v_composer.runs.distill import build_teacher, train_student
         from d2v_composer.runs.prepare import Request, prepare, read_settings, update_settings
 
-        request = Request(self.source, self.teacher, self.out, self.column, self.changes)
+        request = Request(**self.model_dump())
         try:
             plan = None if is_launched() else prepare(request)
             if argv is not None:

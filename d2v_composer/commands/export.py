@@ -55,17 +55,16 @@ class Export(Command):
 
     def run(self) -> None:
         """Export a student; a training checkpoint needs its teacher's file, for the frozen encoder."""
-        source, out, int8, calibrate = self.checkpoint, self.out, self.int8, self.calibrate
-        pooling, representation, takes_pixels = self.pooling, self.representation, self.preprocessing == "in"
+        source, out, takes_pixels = self.checkpoint, self.out, self.preprocessing == "in"
         check_out_file(out, overwrite=self.overwrite)
         if out.suffix not in (".safetensors", *PROGRAMS):
             raise InputError(f"{out} must end in .safetensors, .onnx or .pt2")
-        if out.suffix == ".safetensors" and (pooling or representation or takes_pixels):
+        if out.suffix == ".safetensors" and (self.pooling or self.representation or takes_pixels):
             raise InputError(
                 f"{out}: a .safetensors file holds every embedding; --pooling, --representation and --preprocessing "
                 "are only for .onnx and .pt2"
             )
-        if (int8 and out.suffix != ".onnx") or (calibrate and not int8):
+        if (self.int8 and out.suffix != ".onnx") or (self.calibrate and not self.int8):
             raise InputError(f"{out}: --int8 is only for .onnx, and --calibrate only for --int8")
 
         from d2v_composer.checkpoints.model_file import timm_call
@@ -78,12 +77,12 @@ class Export(Command):
         student, _ = load_any(source, teacher=self.teacher)
         if isinstance(student, Teacher):
             raise InputError(f"{source} is a teacher; expected a training checkpoint or an exported student")
-        if (int8 or takes_pixels) and len(student.encoder.free_axes) > 1:  # what calibrates would have one length
+        if (self.int8 or takes_pixels) and len(student.encoder.free_axes) > 1:  # what calibrates would have one length
             raise InputError(
-                f"{'--int8' if int8 else '--preprocessing in'}: only for images; this model takes "
+                f"{'--int8' if self.int8 else '--preprocessing in'}: only for images; this model takes "
                 f"{student.encoder.input_name}"
             )
-        embedding = student.choose_embedding(pooling, representation)
+        embedding = student.choose_embedding(self.pooling, self.representation)
         print(f"embedding: {student.describe(embedding)}")
         if out.suffix == ".safetensors":
             save_with_card(student, source, out)
@@ -92,8 +91,8 @@ class Export(Command):
                 steps = [f"import timm, d2v_composer; model = {timm_call(student, out)}"]
         else:
             program = Program(student, embedding, takes_pixels)
-            if int8:
-                images = verification.read_samples(student, calibrate, MAX_INT8_IMAGES, takes_pixels)
+            if self.int8:
+                images = verification.read_samples(student, self.calibrate, MAX_INT8_IMAGES, takes_pixels)
                 with tempfile.TemporaryDirectory() as folder:
                     export_program(program, exact := Path(folder) / "float32.onnx")
                     quantize(exact, out, images[1::2])
@@ -103,8 +102,8 @@ class Export(Command):
             if source.endswith(".safetensors") and not self.verify:
                 steps.append(d2v("verify", out, "--student", source))
             print(size_of(student, out))
-        if self.verify or int8:
-            images = calibrate if int8 else verification.SHIPPED[student.encoder.input_name]
+        if self.verify or self.int8:
+            images = self.calibrate if self.int8 else verification.SHIPPED[student.encoder.input_name]
             verification.verify(out, student, runtime=None if self.verify else ["onnxruntime"], images=images)
         print_next(*steps)
 
