@@ -62,11 +62,13 @@ MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name."""
-    if name not in MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
+if not TYPE_CHECKING:  # for which each name has its own type
+
+    def __getattr__(name: str) -> object:
+        """Import a public name."""
+        if name not in MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,7 @@
 """Align a student with its teacher: fit its alignment at a run's end, or before a retrieval."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,18 +13,14 @@ from torch import Tensor
 
 from d2v_composer.callbacks.algorithms import broadcast_statistics
 from d2v_composer.callbacks.trainer_state import has_ended
-from d2v_composer.data.modality import collate
+from d2v_composer.data.modality import Samples, collate
 from d2v_composer.evaluation.embedded_set import move_batch
 from d2v_composer.evaluation.nearest_neighbors import Ranks
-from d2v_composer.evaluation.rows import STUDENT, TEACHER
+from d2v_composer.evaluation.rows import TEACHER
 from d2v_composer.models.alignment import Moments, side_by_side
 from d2v_composer.models.names import EMBEDDING
 from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.sources.source import Int64Array, map_in_workers
-
-EmbedAll = Callable[..., dict[str, Tensor]]
-"""A function that embeds a batch and returns every embedding by name, (B, D) each."""
-
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +38,6 @@ class AlignStudent(Callback):
         samples: The samples to fit to: a map-style dataset of torch, or a list, the same on all ranks. Each sample is
             an image, (3, height, width) uint8; all have one size. Only whole batches are used.
         device_batch_size: Number of samples embedded at once on each device.
-        embeds: Functions that embed a batch with ``student`` and ``teacher``; default: the model's.
         workers: Number of processes that load samples.
 
     Attributes:
@@ -60,17 +55,16 @@ class AlignStudent(Callback):
     def __init__(
         self,
         model: DistillationModel,
-        samples: Any,
+        samples: Samples,
         *,
         device_batch_size: int = 64,
-        embeds: Mapping[str, EmbedAll] | None = None,
         workers: int = 0,
     ) -> None:
         size = min(device_batch_size, len(samples))
         self.batches = np.arange(len(samples) // size * size).reshape(-1, size)
         self.student, self.samples, self.workers = model.student, samples, workers
         self.of = model.teacher.embedding
-        self.embeds = embeds or {STUDENT: model.embed_all, **model.retrieval_baselines()}
+        self.embed_student, self.embed_teacher = model.embed_all, model.retrieval_baselines()[TEACHER]
         self.targets: list[Tensor] = []  # of this rank's samples, embedded once
         self.batch, self.statistics = -1, dict[str, Any]()
 
@@ -124,9 +118,9 @@ class AlignStudent(Callback):
         loaded = map_in_workers(self._load, mine, self.workers, torch.cuda.is_available())
         for step, (first, samples) in enumerate(zip(rounds, loaded, strict=True)):
             batch = move_batch(samples, to_device)
-            rows = side_by_side(self.embeds[STUDENT](*batch), inputs)
+            rows = side_by_side(self.embed_student(*batch), inputs)
             if step == len(self.targets):
-                self.targets.append(self.embeds[TEACHER](*batch)[EMBEDDING].float().cpu())
+                self.targets.append(self.embed_teacher(*batch)[EMBEDDING].float().cpu())
             shares = rows, self.targets[step].to(rows.device)
             yield from zip(*(ranks.gather(share[None], count - first) for share in shares), strict=True)
 

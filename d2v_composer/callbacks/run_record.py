@@ -48,12 +48,8 @@ class RunRecord(Callback):
         fixed: Sequence[str],
         defaults: Mapping[str, Any],
     ) -> None:
-        self.record, self.folder, self.fixed, self.defaults = (
-            hide_secrets(record),
-            folder,
-            (*IDENTITIES, *fixed),
-            defaults,
-        )
+        self.record, self.folder, self.defaults = hide_secrets(record), folder, defaults
+        self.fixed = (*IDENTITIES, *fixed)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if self.folder is None or dist.get_global_rank() != 0:

@@ -1,7 +1,7 @@
 """Load teachers and students from files, and write them."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_ne
 from d2v_composer.checkpoints.fairseq import load_data2vec2
 from d2v_composer.checkpoints.model_file import (
     CONFIG_TENSOR,
+    Source,
     Tensors,
     build_loaded,
     build_student,
@@ -28,7 +29,7 @@ from d2v_composer.checkpoints.safe_load import is_checkpoint, load_untrusted
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import ImageSize, NetworkSizes, StudentSizes, TimmConfig
 from d2v_composer.models.names import DATA2VEC2, ENTRY_POINTS, PACKAGE_PREFIX, TIMM_PREFIX, Weights
-from d2v_composer.models.provenance import distillation_of, is_teacher_of, value_at
+from d2v_composer.models.provenance import Record, distillation_of, is_teacher_of, value_at
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.entry_points import find_entry_point
@@ -45,7 +46,7 @@ def load_teacher(
     model: str = DATA2VEC2,
     first_blocks: int | None = None,
     image_size: ImageSize | str | None = None,
-) -> Any:
+) -> Teacher:
     """Load a frozen teacher, in eval mode and float32.
 
     Args:
@@ -62,7 +63,7 @@ def load_teacher(
 
     Returns:
         A :class:`~d2v_composer.models.teacher.Teacher`, whose ``config`` has the sizes and whose ``provenance`` has the
-        origin. It is also a :class:`~d2v_composer.models.backbone.Transformer`, unless ``model`` is ``ext/NAME``.
+        origin. Its ``blocks`` are those after the encoder; the teacher of ``ext/NAME`` may have none.
 
     Raises:
         InputError: The file does not exist, or is not a supported teacher.
@@ -97,7 +98,7 @@ def load_teacher(
     return teacher
 
 
-def load_same_teacher(source: str, record: Any, **options: Any) -> Any:
+def load_same_teacher(source: str, record: Record, **options: Any) -> Teacher:
     """Load the teacher that a student's record names.
 
     Args:
@@ -151,7 +152,7 @@ def save_student(student: Backbone, out: Path, when_complete: Callable[[], objec
     write_model_file(out, kind, sizes, student.provenance, tensors, when_complete)
 
 
-def load_student(path: str | Path) -> Any:
+def load_student(path: str | Path) -> Backbone:
     """Load an exported student, with its classifier if it was fine-tuned; it needs no teacher, checkpoint or YAML.
 
     Args:
@@ -237,7 +238,7 @@ def _with_teacher(student: Backbone, path: str | None) -> Models:
     return student, _as_estimated(load_same_teacher(path, record, **options), student)
 
 
-def _as_estimated(teacher: Any, student: Backbone) -> Any:
+def _as_estimated(teacher: Teacher | None, student: Backbone) -> Teacher | None:
     """Return a teacher whose embedding is the one that the student estimates, as a run may have chosen it."""
     if teacher is not None and (of := student.embedding.of) in teacher.raw_names:
         teacher.raw_embedding = of
@@ -262,13 +263,13 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
     """Load a training run's student, with the run's record and results as provenance, and its teacher."""
     path, aligned = checkpoint.path, checkpoint.saved_by("AlignStudent")
     record = checkpoint.record | _results_of(checkpoint)
-    sizes: Any = read_sizes(path, record["student"]["sizes"])
+    sizes = read_sizes(path, record["student"]["sizes"])
     teacher = _load_teacher_of(record, path, teacher_path)
     prefix = "student."  # the others are the objectives' heads
     tensors = {
         name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)
     }
-    if record["student"]["own_encoder"]:
+    if teacher is None or record["student"]["own_encoder"]:
         student = build_student(path, sizes, tensors)
     else:
         check_fits(path, lambda: own_parts(new_student(sizes, tensors, encoder=teacher.encoder)), tensors)
@@ -284,12 +285,12 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
     return student.eval(), _as_estimated(teacher, student)
 
 
-def _results_of(checkpoint: Checkpoint) -> dict[str, Any]:
+def _results_of(checkpoint: Checkpoint) -> Record:
     """Return the section ``results`` of a run's record: its last accuracies; no section if it measured none."""
     saved = checkpoint.saved_by("ZeroShotRetrieval")
     if not saved.get("history"):
         return {}
-    accuracies, measured = dict[str, dict[str, float]](), dict[str, Any]()
+    accuracies, measured = dict[str, dict[str, float]](), Record()
     for result in saved["results"]:
         rows = accuracies.setdefault(f"{result['dataset']} {result['column']['key']}", {})
         rows[result["row"]] = result["hits"].double().mean().item()
@@ -298,7 +299,7 @@ def _results_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"results": {"accuracies": accuracies, **measured}}
 
 
-def _load_teacher_of(record: Mapping[str, Any], path: Path, teacher_path: str | None) -> Any:
+def _load_teacher_of(record: Record, path: Path, teacher_path: str | None) -> Teacher | None:
     """Load the teacher of a training run whose checkpoint is ``path``, from ``teacher_path`` or where the run had it.
 
     Returns:
@@ -334,7 +335,9 @@ def _load_finetuned(checkpoint: Checkpoint) -> Backbone:
     return _build_with_head(path, read_sizes(path, record["model"]["sizes"]), tensors, record)
 
 
-def _build_with_head(path: Any, sizes: NetworkSizes | StudentSizes, tensors: Tensors, provenance: Any) -> Backbone:
+def _build_with_head(
+    path: Source, sizes: NetworkSizes | StudentSizes, tensors: Tensors, provenance: Record
+) -> Backbone:
     """Build a student, with a classifier if the tensors have one."""
     head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}

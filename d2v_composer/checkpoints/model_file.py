@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,6 +33,7 @@ from d2v_composer.models.data2vec2 import ENCODERS
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.images import is_same
 from d2v_composer.models.names import timm_name
+from d2v_composer.models.provenance import Record
 from d2v_composer.models.student import Student
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, errors_of, reading, reason
@@ -46,8 +47,10 @@ CONFIG_TENSOR = "config_json"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DRAWS = (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)
 
-# Name → tensor, as in a state dict.
 Tensors = Mapping[str, Tensor]
+"""Name → tensor, as in a state dict."""
+Source = str | Path
+"""The file, or another name of a model, in messages."""
 ConfigT = TypeVar("ConfigT", bound=Config)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -56,8 +59,8 @@ class ModelFile(NamedTuple):
     """Contents of a safetensors file; from another program's file, only the tensors."""
 
     kind: str
-    config: dict[str, Any]
-    provenance: dict[str, Any]
+    config: Record
+    provenance: Record
     tensors: Tensors
 
     def expect(self, path: str | Path, kind: str) -> None:
@@ -74,8 +77,8 @@ class ModelFile(NamedTuple):
 def write_model_file(
     path: Path,
     kind: str,
-    config: dict[str, Any],
-    provenance: dict[str, Any],
+    config: Record,
+    provenance: Record,
     tensors: Tensors,
     when_complete: Callable[[], object] = lambda: None,
 ) -> None:
@@ -116,7 +119,7 @@ def read_model_file(path: Path) -> ModelFile:
         return ModelFile(kind, parse_object(metadata["config"]), parse_object(metadata["provenance"]), tensors)
 
 
-def parse_object(text: str | bytes) -> dict[str, Any]:
+def parse_object(text: str | bytes) -> Record:
     """Parse a JSON object from any source, within limits of time and memory.
 
     Raises:
@@ -133,7 +136,7 @@ def is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
-def build_loaded(source: Any, build: Callable[[], ModuleT], tensors: Tensors) -> ModuleT:
+def build_loaded(source: Source, build: Callable[[], ModuleT], tensors: Tensors) -> ModuleT:
     """Build a model from a file's tensors.
 
     Raises:
@@ -155,7 +158,7 @@ class _Unset(TorchFunctionMode):
         return (torch.empty if func is torch.zeros else func)(*args, **kwargs)
 
 
-def check_fits(source: Any, build: Callable[[], nn.Module], tensors: Tensors) -> None:
+def check_fits(source: Source, build: Callable[[], nn.Module], tensors: Tensors) -> None:
     """Check that a file has exactly the tensors of a model, before memory is allocated for the model.
 
     Raises:
@@ -191,7 +194,7 @@ def loading_fault(error: Exception) -> str:
     return (str(error).splitlines()[1:] or [reason(error)])[0].strip()[:300]
 
 
-def read_config(config_class: type[ConfigT], sizes: dict[str, Any]) -> ConfigT:
+def read_config(config_class: type[ConfigT], sizes: Record) -> ConfigT:
     """Read the sizes in a file.
 
     Raises:
@@ -203,7 +206,7 @@ def read_config(config_class: type[ConfigT], sizes: dict[str, Any]) -> ConfigT:
     return config
 
 
-def sizes_of(student: Backbone) -> dict[str, Any]:
+def sizes_of(student: Backbone) -> Record:
     """Return the sizes of a student and its encoder, and what its embedding is, for JSON."""
     config, info = student.encoder.config, student.embedding
     space = "" if student.alignment is None else info.space
@@ -213,7 +216,7 @@ def sizes_of(student: Backbone) -> dict[str, Any]:
     return StudentSizes(encoder=config, student=student.config, embedding=embedding).model_dump(mode="json")
 
 
-def read_sizes(source: Any, stored: dict[str, Any]) -> NetworkSizes | StudentSizes:
+def read_sizes(source: Source, stored: Record) -> NetworkSizes | StudentSizes:
     """Read what :func:`sizes_of` returned.
 
     Raises:
@@ -223,7 +226,9 @@ def read_sizes(source: Any, stored: dict[str, Any]) -> NetworkSizes | StudentSiz
         return read_config(NetworkSizes if "network" in stored else StudentSizes, stored)
 
 
-def build_student(source: Any, sizes: NetworkSizes | StudentSizes, tensors: Tensors, provenance: Any = None) -> Any:
+def build_student(
+    source: Source, sizes: NetworkSizes | StudentSizes, tensors: Tensors, provenance: Record | None = None
+) -> Backbone:
     """Build a student from its sizes and tensors, in eval mode.
 
     Raises:
@@ -234,8 +239,11 @@ def build_student(source: Any, sizes: NetworkSizes | StudentSizes, tensors: Tens
 
 
 def new_student(
-    sizes: NetworkSizes | StudentSizes, tensors: Tensors, provenance: Any = None, encoder: Encoder | None = None
-) -> Any:
+    sizes: NetworkSizes | StudentSizes,
+    tensors: Tensors,
+    provenance: Record | None = None,
+    encoder: Encoder | None = None,
+) -> Backbone:
     """Build a student, to load tensors into: with an alignment if they have one.
 
     Args:
@@ -263,7 +271,7 @@ def new_student(
     return student
 
 
-def from_timm(source: Any, sizes: NetworkSizes, tensors: Tensors, is_classifier: bool) -> Tensors:
+def from_timm(source: Source, sizes: NetworkSizes, tensors: Tensors, is_classifier: bool) -> Tensors:
     """Return the tensors of an exported timm student by our names, with timm's classifier as the alignment or the head.
 
     Raises:
@@ -285,7 +293,7 @@ def from_timm(source: Any, sizes: NetworkSizes, tensors: Tensors, is_classifier:
     return {sizes.prefix + name: tensor for name, tensor in tensors.items()} | last
 
 
-def check_timm_outputs(source: Any, student: Any) -> None:
+def check_timm_outputs(source: Source, student: Backbone) -> None:
     """Check that a student with a timm encoder computes what it did at export, since timm's version may differ.
 
     Raises:
@@ -312,7 +320,7 @@ def build_encoder(config: EncoderConfig) -> Encoder:
     return TimmEncoder(config).freeze()
 
 
-def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], Tensors]:
+def convert_to_timm(source: Source, student: Backbone) -> tuple[Record, Tensors]:
     """Return a student's sizes and tensors for a file, after a check that timm computes the same with them.
 
     Args:
@@ -324,15 +332,17 @@ def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], Tensors]
     """
     import timm  # takes seconds
 
+    from d2v_composer.models.timm_network import TimmNetwork
+
     student = copy.deepcopy(student).cpu().eval()
-    encoder, is_network = student.encoder, isinstance(student.config, TimmNetworkConfig)
+    encoder = student.encoder
     if isinstance(encoder.config, TimmConfig):
         encoder.config = encoder.config.changed(timm=timm.__version__, outputs=student.sample_outputs())
     sizes, (name, options) = sizes_of(student), timm_arguments(student)
     rule = "; a classifier or alignment must be one linear layer on output_cls" if options["num_classes"] else ""
     with errors_of(f"{source}: timm would not compute what the student computes{rule}"), torch.no_grad():
         model: Any = timm.create_model(name, **options)
-        if is_network:
+        if isinstance(encoder, TimmNetwork):
             tensors = encoder.timm_tensors(model, student.head or student.alignment)
         else:
             tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes)}
@@ -345,12 +355,12 @@ def convert_to_timm(source: Any, student: Any) -> tuple[dict[str, Any], Tensors]
     return sizes, tensors
 
 
-def config_tensor(sizes: dict[str, Any]) -> Tensor:
+def config_tensor(sizes: Record) -> Tensor:
     """Return a student's sizes as JSON bytes, uint8."""
     return torch.tensor(list(json.dumps(sizes).encode()), dtype=torch.uint8)
 
 
-def timm_arguments(student: Backbone) -> tuple[str, dict[str, Any]]:
+def timm_arguments(student: Backbone) -> tuple[str, Record]:
     """Return the name and the options with which ``timm.create_model`` builds a student, to load its file.
 
     Its number of classes is that of the classifier or, without one, the width of the alignment.
@@ -361,7 +371,10 @@ def timm_arguments(student: Backbone) -> tuple[str, dict[str, Any]]:
         classes = {"num_classes": 0 if student.alignment is None else student.embedding.width}
     if not isinstance(student.config, TimmNetworkConfig):
         return "d2v2_student", classes
-    return timm_name(student.config.model), cast("Any", student.encoder).options | classes
+    from d2v_composer.models.timm_network import TimmNetwork  # timm takes seconds to import
+
+    assert isinstance(student.encoder, TimmNetwork)
+    return timm_name(student.config.model), student.encoder.options | classes
 
 
 def timm_call(student: Backbone, file: str | Path) -> str:

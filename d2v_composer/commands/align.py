@@ -42,7 +42,7 @@ class Align(Command):
     """Pooling of --to's embedding, instead of its default."""
     representation: Representation | None = None
     """Representation of --to's embedding, instead of its default."""
-    max_samples: Annotated[int, whole(40, 0x100000)] = 20_000
+    max_samples: Annotated[int, whole(20, 0x100000)] = 20_000
     """Maximum number of samples to fit to."""
     workers: Decoders = None
     column: Column = None
@@ -110,8 +110,7 @@ class Align(Command):
         about = {"of": info.of, "space": info.space} | aligned.statistics
         student.provenance = student.provenance | {"alignment": about}
         print_skipped(aligned.skipped)
-        r2 = aligned.statistics["r2"]
-        print(f"R²: {r2:.3f} on a held-out tenth; {aligned.r2_of_half:.3f} if fitted to half of the pairs")
+        print(f"R²: {aligned.statistics['r2']:.3f} on a held-out tenth")
         recall = ", ".join(f"@{k} {share:.3f}" for k, share in aligned.recall.items())
         print(f"recall of the index's own neighbors on {aligned.queries} held-out samples: {recall}")
         save_student(student, out)

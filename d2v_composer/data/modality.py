@@ -158,6 +158,14 @@ class Augmentation(NamedTuple):
         return self.transform(sample, sample_rng(self.seed, *key))
 
 
+class Samples(Protocol):
+    """Samples by number, from 0: a list, or a map-style dataset of torch."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Tensor: ...
+
+
 def collate(samples: Sequence[Tensor], sizes: Sequence[int] = ()) -> tuple[Tensor, ...]:
     """Return a batch's inputs and, if samples were padded with zeros at the end, the lengths, (B,) int64.
 

@@ -28,8 +28,6 @@ from d2v_composer.system.progress import progress_bar
 MAX_QUERIES = 500
 # Pixels alone explain 0.17 of the held-out rows' variance; a map that explains little more finds nothing.
 LEAST_R2 = 0.2
-# So that half of the pairs are enough for a second map.
-LEAST_PAIRS = 2 * MIN_PAIRS
 BLOCK = 4096  # pairs that are summed up at once
 
 
@@ -51,8 +49,6 @@ class Aligned(NamedTuple):
     """Why each unreadable sample was left out."""
     statistics: dict[str, float]
     """Measures of the map; see :attr:`Fit.statistics <d2v_composer.models.alignment.Fit.statistics>`."""
-    r2_of_half: float
-    """R² of a second map, fitted to half of the pairs, to show whether more pairs would help."""
     queries: int
     """Number of held-out samples that were looked up."""
     recall: dict[int, float]
@@ -151,18 +147,15 @@ def align(
     used = [place for place, number in enumerate(numbers) if number not in unreadable]
     places = np.arange(len(used)) if places is None else places[used]
     bank_NP = torch.cat(rows) if callable(target) else torch.from_numpy(np.array(target, np.float32))
-    if len(used) < (least := max(LEAST_PAIRS, bank_NP.shape[1] // 2)):
+    if len(used) < (least := max(MIN_PAIRS, bank_NP.shape[1] // 2)):
         raise InputError(
-            f"{source.root}: expected at least {least} pairs (half the width of the embeddings, or {LEAST_PAIRS} if "
+            f"{source.root}: expected at least {least} pairs (half the width of the embeddings, or {MIN_PAIRS} if "
             f"more), got {len(used)}"
         )
     inputs_MI, targets_MP = torch.cat(inputs), bank_NP[places]
     with errors_of(source.root):
-        moments, half = (
-            Moments(zip(inputs_MI[::step].split(BLOCK), targets_MP[::step].split(BLOCK), strict=True))
-            for step in (1, 2)
-        )
-        fit, trial, fit_to_half = moments.fit(), moments.fit(whole=False), half.fit()
+        moments = Moments(zip(inputs_MI.split(BLOCK), targets_MP.split(BLOCK), strict=True))
+        fit, trial = moments.fit(), moments.fit(whole=False)
     if fit.statistics["r2"] < LEAST_R2:
         raise RunError(
             f"R² of the map is {fit.statistics['r2']:.3f} on held-out rows; do the ids belong to these rows, in order?"
@@ -175,4 +168,4 @@ def align(
     )
     recall = {k: common_fractions(ours[:, :k], theirs[:, :k]).mean().item() for k in (1, NUM_COMMON)}
     model.align(fit.weight, fit.bias, of.of, space=of.space)
-    return Aligned([*unreadable.values()], fit.statistics, fit_to_half.statistics["r2"], len(held_out), recall)
+    return Aligned([*unreadable.values()], fit.statistics, len(held_out), recall)

@@ -112,8 +112,8 @@ def top_k(similarities_QN: Tensor, k: int) -> TopK:
     return TopK(similarities, torch.where(chosen < k * GROUP_SIZE, in_group, remaining))
 
 
-def retrieval_hits(nearest: Tensor, bank_labels: Tensor, query_labels: Tensor, ks: Sequence[int]) -> dict[int, Tensor]:
-    """Return k → mask, (Q,) bool: True if any of a query's k nearest bank images has the query's label.
+def retrieval_hits(nearest: Tensor, bank_labels: Tensor, query_labels: Tensor, ks: Sequence[int]) -> list[Tensor]:
+    """Return for each k a mask, (Q,) bool: True if any of a query's k nearest bank images has the query's label.
 
     Args:
         nearest: (Q, K) indices from :func:`exact_neighbors`.
@@ -122,7 +122,7 @@ def retrieval_hits(nearest: Tensor, bank_labels: Tensor, query_labels: Tensor, k
         ks: Each from 1 to K.
     """
     right_QK = bank_labels[nearest] == query_labels[:, None]
-    return {k: right_QK[:, :k].any(dim=1) for k in ks}
+    return [right_QK[:, :k].any(dim=1) for k in ks]
 
 
 def retrieval_accuracy(
@@ -149,7 +149,7 @@ def retrieval_accuracy(
         {1: 0.5, 3: 1.0}
     """
     hits = retrieval_hits(exact_neighbors(bank, queries, max(ks)).indices, bank_labels, query_labels, ks)
-    return {k: hit.double().mean().item() for k, hit in hits.items()}
+    return {k: hit.double().mean().item() for k, hit in zip(ks, hits, strict=True)}
 
 
 class Ranks(NamedTuple):
@@ -253,22 +253,20 @@ def neighbor_agreement(embeddings: Tensor, others: Tensor, k: int = NUM_COMMON) 
     return common_fractions(*(nearest_others(images, k) for images in (embeddings, others))).mean().item()
 
 
-def nearest_others(images: Tensor, k: int = NUM_COMMON, ranks: Ranks = ONE_RANK, bank: Tensor | None = None) -> Tensor:
+def nearest_others(images: Tensor, k: int = NUM_COMMON) -> Tensor:
     """Return the indices of the k other images nearest to each image by cosine, nearest first, (N, k) int64.
 
     Args:
-        images: Embeddings of all images, on every rank, (N, D).
+        images: Embeddings of all images, (N, D).
         k: From 1 to N - 1.
-        ranks: The processes that share the work.
-        bank: Another model's embeddings of the same images, (N, D), among which to search; default ``images``.
 
     Raises:
         ValueError: k is out of range.
     """
     if not 1 <= k < len(images):
         raise ValueError(f"k must be from 1 to {len(images) - 1}, the number of other images; got {k}")
-    indices = exact_neighbors(images if bank is None else bank, ranks.rows_of_rank(images), k + 1).indices
-    return ranks.gather(others_of(indices, ranks.indices_of_rank(len(images)).to(indices.device)), len(images))
+    nearest = exact_neighbors(images, images, k + 1).indices
+    return others_of(nearest, torch.arange(len(images), device=nearest.device))
 
 
 def others_of(nearest: Tensor, places: Tensor) -> Tensor:

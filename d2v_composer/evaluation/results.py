@@ -112,18 +112,13 @@ def accuracy_interval(hits: Hits) -> Interval:
     return Interval(float(hits.mean()), *np.percentile(resample(hits), [2.5, 97.5]).tolist())
 
 
-def check_comparable(*results: Result) -> None:
-    """Check that results are of one column, of the same queries and of one embedding.
-
-    Raises:
-        ValueError: They are not, so that a difference of them means nothing.
-    """
+def are_comparable(*results: Result) -> bool:
+    """Return whether results are of one column, of the same queries and of one embedding."""
     ways = {result.info.made_by for result in results} - {"teacher"}
     places = {(result.dataset, result.column, len(result.hits)) for result in results}
     embeddings = {(result.embedding, result.info.of) for result in results}
     spaces = {result.info.space for result in results if result.info.made_by != "raw"}
-    if max(map(len, (ways, places, embeddings, spaces))) > 1:
-        raise ValueError(f"{', '.join(result.row for result in results)} cannot be compared: their embeddings differ")
+    return max(map(len, (ways, places, embeddings, spaces))) == 1
 
 
 class GapClosed(NamedTuple):
@@ -141,12 +136,8 @@ def gap_closed(cells: Mapping[str, Result]) -> GapClosed | None:
     It is stated if the teacher is clearly better than the untrained student, and its interval is narrower than
     ``WIDEST``.
     """
-    if not cells.keys() >= {*GAP}:
-        return None
-    try:
-        check_comparable(*(cells[row] for row in GAP))
-    except ValueError:  # a resume changed how the embedding is made
-        return None
+    if not (cells.keys() >= {*GAP} and are_comparable(*(cells[row] for row in GAP))):
+        return None  # a resume may change how the embedding is made
     untrained, student, teacher = hits = [cells[row].hits.double().numpy() for row in GAP]
     if (gap := teacher.mean() - untrained.mean()) <= 0:
         return GapClosed(None)

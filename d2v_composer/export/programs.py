@@ -279,7 +279,7 @@ class TimmStudent(Student):
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
 
-    def get_classifier(self) -> nn.Module:
+    def get_classifier(self) -> nn.Module | None:
         return self.head
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -300,7 +300,7 @@ class TimmStudent(Student):
         for name, part in zip(self.representations, x.chunk(len(self.representations), dim=-1), strict=True):
             pooled |= features.poolings(part, f"{name}_")
         joined = side_by_side(pooled, self.pooled)
-        return joined if pre_logits else self.head(joined)
+        return joined if pre_logits or self.head is None else self.head(joined)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))

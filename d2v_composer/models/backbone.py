@@ -17,6 +17,7 @@ from d2v_composer.models.attention import FfnBlock
 from d2v_composer.models.encoder import Encoder, Freezable, Inputs, Tokens, count_flop
 from d2v_composer.models.features import Features
 from d2v_composer.models.names import EMBEDDING, JOINT, MadeBy, Pooling, Representation
+from d2v_composer.models.provenance import Record
 from d2v_composer.models.targets import LayerMean
 from d2v_composer.system.errors import InputError
 
@@ -71,7 +72,7 @@ def keep_trained_tensors(module: nn.Module, state_dict: dict, prefix: str, local
         del state_dict[name]
 
 
-def check_tensors(module: nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
+def check_tensors(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Check that a state dict has exactly a module's tensors, because Composer may load without ``strict``.
 
     Raises:
@@ -103,21 +104,23 @@ class Backbone(nn.Module, ABC):
     Attributes:
         embed_dim: Channels of features and embeddings; the encoder's, unless a student is narrower.
         layer_mean: Settings with which this model computes its ``layer_mean`` embeddings.
-        head: The classifier of a fine-tuned student's embeddings, a module, or ``None``.
+        head: The classifier of a fine-tuned student's embeddings, or ``None``.
+        blocks: The blocks after the encoder; a model that is one module has none.
         raw_embedding: Name of the embedding to which :data:`~d2v_composer.models.names.EMBEDDING` is equal without an
             alignment: a teacher's own, and in a student the one of that name.
         alignment: The :class:`~d2v_composer.models.alignment.Alignment` that makes the embedding; or ``None``.
     """
 
-    def __init__(self, encoder: Encoder, config: Any, provenance: dict[str, Any] | None = None) -> None:
+    def __init__(self, encoder: Encoder, config: Any, provenance: Record | None = None) -> None:
         super().__init__()
         self.encoder = encoder
         self.config: Any = config  # a subclass has its own class of configs
-        self.provenance = provenance or {}
+        self.blocks = nn.ModuleList()
+        self.provenance: Record = provenance or {}
         self.embed_dim = encoder.embed_dim
         self.layer_mean = LayerMean.of(config)
-        self.head: Any = None  # a module
-        self.alignment: Any = None  # a module
+        self.head: nn.Module | None = None
+        self.alignment: Alignment | None = None
         self.raw_embedding = f"output_{self.default_pooling}"
 
     @abstractmethod
@@ -130,8 +133,8 @@ class Backbone(nn.Module, ABC):
 
     @property
     def block_list(self) -> list[Any]:
-        """The blocks after the encoder."""
-        return []
+        """The blocks after the encoder, which are of several classes."""
+        return list(self.blocks)
 
     def checkpoint_activations(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass (``enable``), or keep them in memory; by default, do nothing."""
@@ -239,6 +242,19 @@ class Backbone(nn.Module, ABC):
         with frozen_use():
             return self.encoder(Inputs(images, lengths)).x
 
+    def forward_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Return the model's output and every FFN output, (B, T, D) each, given the result of :meth:`encode`.
+
+        A model without blocks has its output as the only one. ``padding_mask``, (B, T), is true for tokens that no
+        other token may see.
+
+        Example:
+            >>> output, ffn_outputs = teacher.forward_blocks(teacher.encode(images))
+            >>> output.shape, len(ffn_outputs)
+            (torch.Size([2, 65, 192]), 6)
+        """
+        return self.features(Tokens(x, padding_mask)).with_output(list)
+
     def represent(self, features: Features, representation: Representation) -> Tensor:
         """Return a representation, (B, T, D), with gradient."""
         if representation == "layer_mean":
@@ -253,7 +269,7 @@ class Backbone(nn.Module, ABC):
         if name == JOINT:
             assert features.joint is not None
             return features.joint(features.output).float()
-        representation: Any = "layer_mean" if name.startswith("layer_mean") else "output"
+        representation: Representation = "layer_mean" if name.startswith("layer_mean") else "output"
         return features.poolings(self.represent(features, representation), f"{representation}_")[name]
 
     def embed_all(
@@ -361,16 +377,11 @@ class Transformer(Backbone):
     norm: nn.Module
 
     def __init__(
-        self, encoder: Encoder, blocks: Sequence[FfnBlock], config: Any, provenance: dict[str, Any] | None = None
+        self, encoder: Encoder, blocks: Sequence[FfnBlock], config: Any, provenance: Record | None = None
     ) -> None:
         super().__init__(encoder, config, provenance)
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.Identity()
-
-    @property
-    def block_list(self) -> list[Any]:
-        """The blocks after the encoder."""
-        return list(self.blocks)
 
     @abstractmethod
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
@@ -399,18 +410,6 @@ class Transformer(Backbone):
             padding_mask,
             window_weights,
         )
-
-    def forward_blocks(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Return the model's output and every FFN output, (B, T, D) each, given the result of :meth:`encode`.
-
-        ``padding_mask``, (B, T), is true for tokens that no other token may see.
-
-        Example:
-            >>> output, ffn_outputs = teacher.forward_blocks(teacher.encode(images))
-            >>> output.shape, len(ffn_outputs)
-            (torch.Size([2, 65, 192]), 6)
-        """
-        return self.features(Tokens(x, padding_mask)).with_output(list)
 
     def checkpoint_activations(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass (``enable``), or keep them in memory."""

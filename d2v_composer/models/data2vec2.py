@@ -21,6 +21,7 @@ from d2v_composer.models.configs import (
 )
 from d2v_composer.models.encoder import Data2Vec2Encoder
 from d2v_composer.models.images import ImageEncoder
+from d2v_composer.models.provenance import Record
 from d2v_composer.models.student import Init
 from d2v_composer.models.targets import LayerMean
 from d2v_composer.models.teacher import Teacher
@@ -43,7 +44,7 @@ class Data2Vec2(Transformer, Teacher):
     config: TeacherConfig
     encoder: Data2Vec2Encoder
 
-    def __init__(self, config: TeacherConfig, provenance: dict[str, Any] | None = None) -> None:
+    def __init__(self, config: TeacherConfig, provenance: Record | None = None) -> None:
         hidden_dim = int(config.embed_dim * config.mlp_ratio)
         blocks = [Block(config.embed_dim, config.num_heads, hidden_dim, config.norm_eps) for _ in range(config.depth)]
         super().__init__(ENCODERS[type(config.encoder)](config.encoder), blocks, config, provenance)

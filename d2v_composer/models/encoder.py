@@ -18,7 +18,7 @@ from d2v_composer.models.attention import Alibi, Block, attention_bias, autocast
 from d2v_composer.models.configs import Config, EncoderConfig
 
 
-def count_flop(model: nn.Module, compute: Callable[[], object]) -> dict[Any, int]:
+def count_flop(model: nn.Module, compute: Callable[[], object]) -> dict[object, int]:
     """Count the operations of a model's computation in eval mode, 2 per multiply-accumulate.
 
     Returns:
@@ -130,7 +130,7 @@ class Encoder(Freezable):
 
     @property
     def block_list(self) -> list[Any]:
-        """The encoder's blocks; by default there are none."""
+        """The encoder's blocks, which are of several classes; by default there are none."""
         return []
 
     @abstractmethod

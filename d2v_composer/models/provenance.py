@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+Record = dict[str, Any]
+"""A record as JSON or YAML has it: name → value of any kind, since other versions and programs wrote some of them."""
+
 # Largest difference of two records of a teacher's outputs, relative to their norm. Processors differ by less than 1e-5;
 # weights converted to bfloat16 moved the outputs of tests/golden's audio teacher by 0.016.
 OUTPUT_TOLERANCE = 0.03

@@ -4,7 +4,7 @@ Shapes: B inputs, T tokens, D channels of the encoder, d of a narrower student.
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from d2v_composer.models.attention import Block, attention_bias, init_linear_lay
 from d2v_composer.models.backbone import Transformer
 from d2v_composer.models.configs import MAX_WIDTH, StudentConfig, check_whole
 from d2v_composer.models.encoder import Encoder, build_alibi
+from d2v_composer.models.provenance import Record
 
 Init = Literal["random", "teacher_attention", "teacher_blocks"]
 
@@ -35,7 +36,7 @@ class Student(Transformer):
         ValueError: The sizes do not fit the encoder's.
     """
 
-    def __init__(self, encoder: Encoder, config: StudentConfig, provenance: dict[str, Any] | None = None) -> None:
+    def __init__(self, encoder: Encoder, config: StudentConfig, provenance: Record | None = None) -> None:
         width, norm_eps = encoder.config.embed_dim, encoder.config.norm_eps
         dim = width if config.embed_dim is None else config.embed_dim
         check_whole("student.embed_dim", dim, 1, width)

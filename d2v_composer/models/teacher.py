@@ -14,7 +14,7 @@ from typing_extensions import Self
 from d2v_composer.models.backbone import Backbone, hash_tensors
 from d2v_composer.models.configs import StudentConfig, TimmNetworkConfig
 from d2v_composer.models.encoder import Encoder, Freezable, Tokens
-from d2v_composer.models.names import ExtraTokens, check_choice
+from d2v_composer.models.names import ExtraTokens, Normalization, check_choice
 from d2v_composer.models.student import Init, Student
 
 
@@ -112,8 +112,14 @@ class Teacher(Backbone, Freezable):
         model: str | None = None,
         pretrained: bool = False,
         freeze_copied: bool = False,
-        **sizes: Any,
-    ) -> Any:
+        *,
+        depth: int | None = None,
+        mlp_ratio: float | None = None,
+        alibi: bool | None = None,
+        embed_dim: int | None = None,
+        normalization: Normalization | None = None,
+        final_layer_norm: bool | None = None,
+    ) -> Backbone:
         """Build a trainable student: blocks on :meth:`student_encoder`, or a timm model.
 
         Args:
@@ -123,8 +129,9 @@ class Teacher(Backbone, Freezable):
                 trains; it takes images of this teacher's size, normalized as for this teacher.
             pretrained: Start from timm's weights of ``model``.
             freeze_copied: Train only what ``init`` does not copy.
-            **sizes: Fields of :class:`~d2v_composer.models.configs.StudentConfig`, such as ``depth``, ``mlp_ratio`` and
-                ``alibi``; default those of the thesis chapter, and ``final_layer_norm`` the teacher's.
+            depth, mlp_ratio, alibi, embed_dim, normalization, final_layer_norm: Fields of
+                :class:`~d2v_composer.models.configs.StudentConfig`; default: those of the thesis chapter, and
+                ``final_layer_norm`` the teacher's.
 
         Returns:
             A :class:`~d2v_composer.models.student.Student`, or with ``model`` a
@@ -139,7 +146,15 @@ class Teacher(Backbone, Freezable):
             True
         """
         check_choice("init", init, Init)
-        sizes = {name: value for name, value in sizes.items() if value is not None}
+        fields = {
+            "depth": depth,
+            "mlp_ratio": mlp_ratio,
+            "alibi": alibi,
+            "embed_dim": embed_dim,
+            "normalization": normalization,
+            "final_layer_norm": final_layer_norm,
+        }
+        sizes = {name: value for name, value in fields.items() if value is not None}
         if freeze_copied and init != "teacher_attention":
             raise ValueError("freeze_copied: must be false without init teacher_attention, or nothing would be trained")
         if model is not None:
@@ -152,13 +167,16 @@ class Teacher(Backbone, Freezable):
         student = Student(encoder, config, provenance)
         if self.raw_embedding in student.raw_names:
             student.raw_embedding = self.raw_embedding
-        if init == "random":
-            return student
-        sources = self.init_sources(init)
-        if config.depth > len(sources):
+        if init != "random":
+            self._initialize(student, init, freeze_copied)
+        return student
+
+    def _initialize(self, student: Student, init: Init, freeze_copied: bool) -> None:
+        """Copy this teacher's first blocks, or their attention, into a student; see :meth:`build_student`."""
+        sources, depth = self.init_sources(init), len(student.blocks)
+        if depth > len(sources):
             raise ValueError(
-                f"init {init} needs a depth of at most {len(sources)}, the number of the teacher's blocks; got "
-                f"{config.depth}"
+                f"init {init} needs a depth of at most {len(sources)}, the number of the teacher's blocks; got {depth}"
             )
         try:
             for block, source in zip(student.block_list, sources, strict=False):
@@ -167,9 +185,8 @@ class Teacher(Backbone, Freezable):
                 copied.requires_grad_(not freeze_copied)
         except RuntimeError as error:  # the message's first line is a title
             raise ValueError(f"init {init} needs the teacher's sizes: {str(error).splitlines()[1].strip()}") from error
-        return student
 
-    def build_network(self, model: str, pretrained: bool, **options: Any) -> Any:
+    def build_network(self, model: str, pretrained: bool, **options: Any) -> Backbone:
         """Build a student that is a timm model; see :meth:`build_student`."""
         defaults = {name: field.default for name, field in StudentConfig.model_fields.items()}
         options = {

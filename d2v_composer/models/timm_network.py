@@ -16,6 +16,7 @@ from d2v_composer.models.encoder import Inputs, Tokens
 from d2v_composer.models.features import Features
 from d2v_composer.models.images import PixelEncoder
 from d2v_composer.models.names import JOINT, timm_name
+from d2v_composer.models.provenance import Record
 from d2v_composer.system.errors import reason
 
 
@@ -180,9 +181,7 @@ class NetworkStudent(Backbone):
 
     encoder: TimmNetwork
 
-    def __init__(
-        self, config: TimmNetworkConfig, provenance: dict[str, Any] | None = None, pretrained: bool = False
-    ) -> None:
+    def __init__(self, config: TimmNetworkConfig, provenance: Record | None = None, pretrained: bool = False) -> None:
         super().__init__(TimmNetwork(config, pretrained), config, provenance)
 
     @property

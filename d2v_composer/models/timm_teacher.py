@@ -33,6 +33,7 @@ from d2v_composer.models.encoder import Freezable, Inputs, Tokens
 from d2v_composer.models.features import Features
 from d2v_composer.models.images import PatchProjection, PixelEncoder
 from d2v_composer.models.names import JOINT, timm_name
+from d2v_composer.models.provenance import Record
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
 
@@ -371,7 +372,7 @@ class TimmTeacher(Transformer, Teacher):
         self,
         model: nn.Module,
         config: TeacherConfig,
-        provenance: dict[str, Any] | None = None,
+        provenance: Record | None = None,
         has_head: bool = False,
     ) -> None:
         head, pooling = TimmHead(model) if has_head else None, cast("Any", model).global_pool

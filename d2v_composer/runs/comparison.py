@@ -85,7 +85,7 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
     if value_at(record, "student.own_encoder"):
         return Student(build_encoder(model.encoder.config), model.config)
     if teacher is not None:
-        return teacher.build_student(**model.config.model_dump(), init=init)
+        return teacher.build_student(**model.config.model_dump(exclude={"kind"}), init=init)
     is_tuned = has_tuned_encoder(model.provenance)
     if init == "random" and not is_tuned:
         return Student(model.encoder, model.config)

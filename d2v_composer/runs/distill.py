@@ -19,13 +19,14 @@ from d2v_composer.checkpoints.model_file import sizes_of
 from d2v_composer.config.resume import FIXED, NEW_TARGETS, keys_marked
 from d2v_composer.config.schema import TeacherSection, TrainConfig
 from d2v_composer.data import build_augmentation, modality_of
+from d2v_composer.data.modality import Samples
 from d2v_composer.evaluation.embedded_set import Embed
 from d2v_composer.evaluation.evaluate import cost, share_encoders
 from d2v_composer.evaluation.rows import STUDENT, TEACHER
 from d2v_composer.models.alignment import MIN_PAIRS
 from d2v_composer.models.names import DATA2VEC2
 from d2v_composer.models.precision import choose_precision, name_precision
-from d2v_composer.models.provenance import value_at
+from d2v_composer.models.provenance import Record, value_at
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives.compilation import check_compiler, compile_model
 from d2v_composer.objectives.distillation import DistillationModel
@@ -52,8 +53,8 @@ def train_student(
     callbacks: Sequence[Callback] = (),
     *,
     teacher: Teacher | None = None,
-    train_dataloader: DataLoader | None = None,
-    alignment_samples: Any = None,
+    train_dataloader: DataLoader[object] | None = None,
+    alignment_samples: Samples | None = None,
     algorithms: Sequence[Algorithm] = (),
     loggers: Sequence[LoggerDestination] = (),
     when_built: Callable[[Trainer], object] = lambda trainer: None,
@@ -127,8 +128,8 @@ def train_student(
 
 
 def build_data(
-    config: TrainConfig, model: DistillationModel, given: DataLoader | None, samples: Any
-) -> tuple[DataLoader, KeptTargets | None, Any, dict[str, Any], str]:
+    config: TrainConfig, model: DistillationModel, given: DataLoader[object] | None, samples: Samples | None
+) -> tuple[DataLoader[object], KeptTargets | None, Samples | None, Record, str]:
     """Build the loader, unless one is ``given``, and what depends on the data.
 
     Returns:
@@ -251,7 +252,7 @@ def fitted_width(config: TrainConfig, model: DistillationModel) -> int:
     return model.teacher.embedding.width if is_fitted else 0
 
 
-def build_alignment(config: TrainConfig, model: DistillationModel, samples: Any) -> AlignStudent | None:
+def build_alignment(config: TrainConfig, model: DistillationModel, samples: Samples | None) -> AlignStudent | None:
     """Build the callback that fits the student's alignment; ``None`` if it trains, or if the run has none.
 
     Args:
@@ -264,11 +265,11 @@ def build_alignment(config: TrainConfig, model: DistillationModel, samples: Any)
     """
     if samples is None or not fitted_width(config, model):
         return None
+    chosen = evenly_spaced(len(samples), config.alignment.max_samples)
     align = AlignStudent(
         model,
-        Subset(samples, evenly_spaced(len(samples), config.alignment.max_samples)),
+        Subset(samples, chosen),  # pyright: ignore[reportArgumentType]: torch's class takes any samples by number
         device_batch_size=config.device_eval_batch_size,
-        embeds=embeds_of(config, model),
         workers=config.train_loader.num_workers,
     )
     if (count := align.batches.size) < MIN_PAIRS:

@@ -17,6 +17,7 @@ from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import export as export_student
 from d2v_composer.export import programs
+from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import SAMPLE_RATE, height_and_width
 from d2v_composer.models.student import Student
 from d2v_composer.system.errors import InputError
@@ -57,7 +58,7 @@ def student(request: pytest.FixtureRequest, exported: Path, tmp_path_factory: py
     return path
 
 
-def batches_for(student: Student) -> list[Tensor]:
+def batches_for(student: Backbone) -> list[Tensor]:
     """Return batches of several sizes: normalized images, or clips of several lengths."""
     generator = torch.Generator().manual_seed(0)
     if student.encoder.input_name == "waveforms":

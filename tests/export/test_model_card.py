@@ -162,6 +162,7 @@ def test_a_card_has_no_results_of_other_weights_or_of_another_alignment(change: 
     if change == "weights":
         next(student.blocks.parameters()).data.add_(1)
     else:
+        assert student.alignment is not None
         student.align(student.alignment.weight + 1, student.alignment.bias, "output_cls")
     assert "None are recorded" in card_of(student, tmp_path / "after")[1]
 

@@ -141,6 +141,7 @@ def test_a_narrower_student_learns_the_embedding_alone() -> None:
     embeddings = student.embed_all(IMAGES)
     names = [f"{kind}_{pooling}" for kind in ("output", "layer_mean") for pooling in ("cls", "mean")]
     joined = torch.cat([embeddings[name] for name in names], dim=1)
+    assert student.alignment is not None
     expected = torch.nn.functional.linear(joined, student.alignment.weight, student.alignment.bias)
     torch.testing.assert_close(embeddings["embedding"], expected)
     prediction, target, *_ = model(IMAGES)

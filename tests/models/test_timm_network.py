@@ -134,7 +134,7 @@ def test_what_only_the_pooled_feature_needs_does_not_train_without_cls() -> None
     assert not teacher.has_cls_token
     student = teacher.build_student(model="timm/mobilenetv3_small_050")
     train(DistillationModel(teacher, student), IMAGES, steps=1)
-    assert not student.encoder.model.conv_head.weight.requires_grad
+    assert not student.get_parameter("encoder.model.conv_head.weight").requires_grad
 
 
 @pytest.mark.parametrize("name", ["coat_tiny", "qwen3_vit_88m_enc"])

@@ -11,6 +11,7 @@ from d2v_composer.config.load import load_config
 from d2v_composer.models.attention import Block
 from d2v_composer.models.configs import RELEASED
 from d2v_composer.models.data2vec2 import Data2Vec2
+from d2v_composer.models.student import Student
 from gated_store import GatedStore
 from helpers import QUICKSTART, ROOT, failure, log_of, map_of, run_command, succeed
 
@@ -35,6 +36,8 @@ def test_distill_yaml_has_each_row_of_the_chapters_table() -> None:
         student = Data2Vec2(teacher).build_student(**config.student.model_dump())
     block, clipping = student.block_list[0], config.algorithms.gradient_clipping
     assert clipping is not None
+    assert isinstance(student, Student)
+    assert student.alibi is not None
     resolved = {
         "Transformer Blocks": len(student.blocks),
         "Embed Dim": student.embed_dim,

@@ -179,6 +179,7 @@ def test_the_classifier_loads_in_timm_with_its_head(finetuned: Path, labeled: Pa
         accuracy = (model(images).argmax(1) == test.labels).double().mean().item()
     assert log_of(finetuned)["metrics/test/top1"][12] == pytest.approx(accuracy)
     again, _ = load_any(out)
+    assert again.head is not None
     torch.testing.assert_close(again.head(again.embed(test.samples)), model(images))
 
 

@@ -221,6 +221,7 @@ def test_a_classifier_is_timms_own(tuned: Path, labeled: Path, tmp_path: Path) -
     model = printed["model"].eval()
     assert model.get_classifier().weight.any()
     classifier, _ = load_any(tuned / "latest-rank0.pt")
+    assert classifier.head is not None
     test = load_labeled_set("mds", labeled, image_size=32, interpolation="bicubic").test
     logits = model(classifier.encoder.prepare(test.samples)).detach()
     torch.testing.assert_close(logits, classifier.head(classifier.embed(test.samples, "cls")))

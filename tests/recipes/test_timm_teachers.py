@@ -215,6 +215,7 @@ def test_a_map_to_another_embedding_is_not_compared_with_texts(
     exported: Path, classes: Path, labeled: Path, tmp_path: Path
 ) -> None:
     student, out = load_student(exported), tmp_path / "student.safetensors"
+    assert student.alignment is not None
     student.alignment.of = "output_cls"
     save_student(student, out)
     with pytest.raises(InputError, match="zero_shot needs an embedding that texts share"):

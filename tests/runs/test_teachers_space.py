@@ -82,6 +82,7 @@ def test_every_file_has_the_map_of_the_last_batch(uninterrupted: Path, pixels: T
     trained, _ = load_models(str(checkpoint))
     expected = trained.embed(pixels)
     fitted = map_of(uninterrupted)
+    assert trained.alignment is not None
     assert torch.equal(trained.alignment.weight, fitted["weight"])
     export.main([str(checkpoint), str(path)])
     assert "| embedding | output_cls, 48 channels, estimated by an alignment |" in (tmp_path / "README.md").read_text()
@@ -101,7 +102,7 @@ def test_a_checkpoint_before_the_first_map_has_none(uninterrupted: Path) -> None
 def test_timm_alone_computes_the_map_of_its_own_model(pixels: Tensor, tmp_path: Path) -> None:
     torch.manual_seed(0)
     student = load_teacher(TEACHER_FILE).build_student(model="timm/test_byobnet")
-    student.eval().align(torch.randn(24, student.encoder.num_pooled), torch.randn(24), "output_cls")
+    student.eval().align(torch.randn(24, student.width_of("output_cls")), torch.randn(24), "output_cls")
     save_student(student, tmp_path / "network.safetensors")
     export.main([str(tmp_path / "network.safetensors"), str(tmp_path / "student.safetensors")])
     again = load_student(tmp_path / "student.safetensors")
@@ -285,8 +286,8 @@ def with_nan(rows: np.ndarray) -> np.ndarray:
     [
         (lambda ids, rows: (np.char.add("cats/", ids), rows), r"has no row for a sample of .*'cats/000.jpg#?0?'"),
         (
-            lambda ids, rows: (ids[:39], rows[:39]),
-            r"expected at least 40 pairs \(half the width of the embeddings, or 40 if more\), got 39",
+            lambda ids, rows: (ids[:23], rows[:23]),
+            r"expected at least 24 pairs \(half the width of the embeddings, or 20 if more\), got 23",
         ),
         (lambda ids, rows: (ids, with_nan(rows)), r"the row of 007.jpg\S* has numbers that are not finite"),
         (lambda ids, rows: (ids, rows[:-1]), r"one id each, got float32 \(119, \d+\), 120 ids"),
@@ -322,10 +323,10 @@ def test_what_does_not_go_together_is_refused(
 def test_the_fewest_pairs_make_a_map_and_fewer_readable_samples_none(
     exported: Path, embedded: Path, tmp_path: Path
 ) -> None:
-    photos = write_files(tmp_path / "photos", {f"{number:03}.jpg": encoded_image(number) for number in range(40)})
+    photos = write_files(tmp_path / "photos", {f"{number:03}.jpg": encoded_image(number) for number in range(24)})
     run_align(exported, photos, tmp_path / "out.safetensors", "--index", embedded)
     (photos / "007.jpg").write_bytes(b"")
-    with pytest.raises(InputError, match=r"expected at least 40 pairs .*, got 39"):
+    with pytest.raises(InputError, match=r"expected at least 24 pairs .*, got 23"):
         run_align(exported, photos, tmp_path / "again.safetensors", "--to", TEACHER_FILE)
 
 
@@ -366,7 +367,7 @@ def test_an_evaluation_has_no_row_of_a_map_that_an_untrained_student_lacks(label
     teacher, out = load_teacher(TEACHER_FILE), tmp_path / "student.safetensors"
     student = teacher.build_student(model="timm/test_byobnet").eval()
     space = teacher.embedding.space
-    student.align(torch.randn(48, student.encoder.num_pooled), torch.randn(48), "output_cls", space=space)
+    student.align(torch.randn(48, student.width_of("output_cls")), torch.randn(48), "output_cls", space=space)
     student.provenance |= {"teacher": teacher.provenance}
     save_student(student, out)
     options = [datasets_of(labeled), f"out={tmp_path}"]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from d2v_composer.evaluation.nearest_neighbors import TopK
+from d2v_composer.evaluation.nearest_neighbors import TopK, retrieval_hits
 
 BANKS = ("train", "test")
 VIEWS = ("first view", "second view")
@@ -101,6 +101,6 @@ class Metric(NamedTuple):
 
 def hits_at(pair: Pair, bank: str, queries: str, columns: Sequence[Column]) -> list[Tensor]:
     """Return for each column whether one of a query's k nearest has its label, (Q,) bool."""
-    nearest = pair.nearest(bank, queries, max(column.k or 0 for column in columns)).indices
-    is_right_QK = pair.labels(bank)[nearest] == pair.labels(queries)[:, None]
-    return [is_right_QK[:, : column.k].any(dim=1) for column in columns]
+    ks = [column.k or 0 for column in columns]
+    nearest = pair.nearest(bank, queries, max(ks)).indices
+    return retrieval_hits(nearest, pair.labels(bank), pair.labels(queries), ks)
