@@ -34,7 +34,7 @@ POLL_SECONDS = 0.5
 
 class Ablations(Command):
     given: Positional[tuple[str, ...]] = ()
-    """Changes to all rows, after the study's folder; default: yamls/ablations/data2vec2."""
+    """The study's folder (default: yamls/ablations/data2vec2), then changes to all its rows, each as key=value."""
     images: PlaceHere = Path("datasets")
     """Folder with CIFAR-10."""
     whole: bool = False

@@ -1,6 +1,6 @@
 """Load teachers and students from files, and write them."""
 
-import sys
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,13 @@ from d2v_composer.models.configs import ImageSize, NetworkSizes, StudentSizes, T
 from d2v_composer.models.names import DATA2VEC2, ENTRY_POINTS, PACKAGE_PREFIX, TIMM_PREFIX, Weights
 from d2v_composer.models.provenance import Record, distillation_of, is_teacher_of, value_at
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.system.command_line import d2v
 from d2v_composer.system.entry_points import find_entry_point
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.fetch import is_remote
 
 Models = tuple[Backbone, Teacher | None]
+
+log = logging.getLogger(__name__)
 
 
 def load_teacher(
@@ -111,10 +112,9 @@ def load_same_teacher(source: str, record: Record, **options: Any) -> Teacher:
     """
     teacher = load_teacher(None if source == options.get("model") else source, **options)
     if not is_teacher_of(record, teacher):
-        raise InputError(
-            f"{source}: not this student's teacher: sha256 {teacher.provenance['sha256']}, "
-            f"expected {value_at(record, 'teacher.sha256')}, and the same outputs"
-        )
+        found, expected = teacher.provenance["sha256"], value_at(record, "teacher.sha256")
+        fault = "its outputs differ" if found == expected else f"sha256 {found}, expected {expected}"
+        raise InputError(f"{source}: not this student's teacher: {fault}")
     return teacher
 
 
@@ -174,10 +174,7 @@ def load_student(path: str | Path) -> Backbone:
     """
     file = fetch_model(path)
     if not is_safetensors(file):
-        raise InputError(
-            f"{path}: expected an exported student; export a training checkpoint first: "
-            f"{d2v('export', path, 'student.safetensors')}"
-        )
+        raise InputError(f"{path}: expected an exported student; export a training checkpoint first, with d2v export")
     stored = read_model_file(file)
     if not (is_classifier := stored.kind == "classifier"):
         stored.expect(path, "student")
@@ -280,7 +277,7 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
         student.align(aligned["weight"], aligned["bias"], about["of"], space=about["space"])
         record["alignment"] = about
         if (fitted := aligned["batch"]) != (trained := checkpoint.trained("batch")):
-            print(f"{path}: the alignment is of batch {fitted}, the student of batch {trained}", file=sys.stderr)
+            log.warning("%s: the alignment is of batch %d, the student of batch %d", path, fitted, trained)
     student.provenance = record
     return student.eval(), _as_estimated(teacher, student)
 
@@ -303,7 +300,7 @@ def _load_teacher_of(record: Record, path: Path, teacher_path: str | None) -> Te
     """Load the teacher of a training run whose checkpoint is ``path``, from ``teacher_path`` or where the run had it.
 
     Returns:
-        The teacher; ``None``, with a printed line, if the run's is gone and the student has an encoder of its own.
+        The teacher; ``None``, with a warning, if the run's is gone and the student has an encoder of its own.
     """
     options = dict(record["config"]["teacher"])
     trained_with, model = options.pop("checkpoint"), options["model"]
@@ -316,7 +313,7 @@ def _load_teacher_of(record: Record, path: Path, teacher_path: str | None) -> Te
         advice = "" if model.startswith(PACKAGE_PREFIX) else f"; {how}"
         if not record["student"]["own_encoder"]:
             raise InputError(f"{error}{advice}") from error
-        print(f"going on without the teacher: {error}{advice}", file=sys.stderr)
+        log.warning("going on without the teacher: %s%s", error, advice)
         return None
 
 

@@ -28,6 +28,7 @@ COMMANDS = {
     "export": "export a student as safetensors, ONNX or torch.export",
     "verify": "check what an exported file computes in each runtime",
     "embed": "embed a collection of images or audio clips",
+    "search": "find the nearest rows of an index, or its near-duplicates",
     "align": "let a student search an index that another model made",
     "merge": "merge the parts of a conversion or of embeddings",
     "benchmark": "measure the speed of training, data and retrieval against baselines",

@@ -64,7 +64,7 @@ class Step(Benchmark):
     no_compile: bool = False
     """Measure without torch.compile."""
     overrides: Positional[tuple[str, ...]] = ()
-    """Settings of distill.yaml for 'ours', such as half_residual=true compile=default."""
+    """Settings of distill.yaml for 'ours', such as compile=default."""
 
 
 class Data(Benchmark):

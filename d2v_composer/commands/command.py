@@ -87,7 +87,7 @@ class Command(BaseModel):
             flag = f"--{name.replace('_', '-')}"
             options: dict[str, Any] = {"required": is_needed, "action": "append" if is_list else "store"}
             if "positional" in field.metadata:
-                flag, metavar = name, "key=value" if is_list else metavar
+                flag = name
                 options = {"nargs": "*" if is_list else None if is_needed else "?"}
             options = {"action": "store_true"} if bool in kinds else options | {"metavar": metavar}
             actions[name] = parser.add_argument(flag, help=_describe(field), **options)

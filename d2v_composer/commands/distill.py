@@ -35,7 +35,7 @@ from d2v_composer.system.processes import global_rank, is_launched, relaunch_on_
 class Distill(Command):
     source: Annotated[Samples, IS_ABSOLUTE]
     changes: Positional[tuple[str, ...]] = ()
-    """Settings to change."""
+    """Settings to change, each as key=value."""
     teacher: Annotated[str, IS_ABSOLUTE]
     """A path or address of a data2vec 2.0 or EAT model, or timm/NAME."""
     out: PlaceHere

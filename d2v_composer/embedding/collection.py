@@ -33,6 +33,7 @@ from d2v_composer.models.backbone import Backbone, hash_weights
 from d2v_composer.models.names import EMBEDDING, PrecisionName
 from d2v_composer.models.precision import choose_precision, precision_of
 from d2v_composer.sources.source import Source, hash_of, map_in_threads, map_in_workers
+from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, check_outputs, exists, is_remote, put
 from d2v_composer.system.files import acquire, read_json, sole_user, write_atomically
@@ -70,6 +71,10 @@ class IndexRecord(TypedDict):
     model: str
     """Hash of the model's sizes and weights."""
     embedding: EmbeddingInfo
+    source: str
+    """Folder or address to which the ids belong."""
+    modality: str
+    """``image`` or ``audio``."""
 
 
 class Embedded(NamedTuple):
@@ -187,6 +192,7 @@ def embed_source(
         embedding = Embedded(total - len(reasons), info.width, reasons, resumed, seconds)
         blocks = (chunk.read_block(source) for chunk in chunks)
         about = {"reference": dict(reference), "model": plan["model"], "embedding": info._asdict()}
+        about |= {"source": hide_secrets(str(place)), "modality": source.modality.name}
         _write_table(out, blocks, embedding, np.dtype(options.dtype), overwrite, about, part)
     return embedding
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from d2v_composer.evaluation.embedded_set import EmbeddedSet
-from d2v_composer.evaluation.metrics.agreement import nearest_others
+from d2v_composer.evaluation.metrics.agreement import AGREEMENT, nearest_others
 from d2v_composer.evaluation.metrics.metric import CLASSES, VIEWS, Pair
 from d2v_composer.evaluation.metrics.retrieval import RETRIEVAL
 from d2v_composer.evaluation.nearest_neighbors import TopK, exact_neighbors
@@ -59,8 +59,11 @@ def measure(
                     continue
                 for column, hits in zip(columns, metric.hits(pair, columns), strict=True):
                     nearest = None
-                    if is_headline and metric is RETRIEVAL and column == columns[0]:
-                        nearest = pair.nearest("train", "test", max(settings.ks)).indices.int().cpu()
+                    if is_headline and column == columns[0]:
+                        if metric is RETRIEVAL:
+                            nearest = pair.nearest("train", "test", max(settings.ks)).indices.int().cpu()
+                        elif metric is AGREEMENT and not labeled.has_labels:
+                            nearest = nearest_others(pair)[:, : max(settings.ks)].int().cpu()
                     about = row.title, dataset, column, queries.embedding, info_of_queries
                     yield Result(*about, is_headline or needs_texts, hits.cpu(), nearest=nearest)
 

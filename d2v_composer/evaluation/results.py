@@ -46,7 +46,8 @@ class Result(NamedTuple):
     batch: int = 0
     """Number of training batches after which a run measured the row."""
     nearest: Tensor | None = None
-    """The train images nearest to each test image, nearest first, (Q, K) int32."""
+    """The train images or, without labels, the other test images nearest to each test image, nearest first, (Q, K)
+    int32."""
 
     def plain(self) -> dict[str, Any]:
         """Return the fields as plain values, for a checkpoint."""

@@ -103,16 +103,18 @@ def row_of(model: str, color: str = "") -> Row:
     return Row(model, "" if model in (UNTRAINED, STUDENT) else model, color, Side(model), Side(model))
 
 
+# Colors that color-blind people can tell apart (Okabe and Ito 2008).
+BLUE, SKY, VERMILION, GREEN, GRAY = "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#999999"
 ROWS = {
     row.title: row
     for row in (
-        row_of("pixels", "C2"),
-        row_of("log_mel", "C2"),
-        row_of("encoder", "C3"),
+        row_of("pixels", GRAY),
+        row_of("log_mel", GRAY),
+        row_of("encoder", GREEN),
         row_of(UNTRAINED),
-        row_of(STUDENT, "C0"),
-        Row(IN_INDEX, "in_index", "C4", Side(STUDENT, EMBEDDING), Side(TEACHER, EMBEDDING)),
-        row_of(TEACHER, "C1"),
+        row_of(STUDENT, BLUE),
+        Row(IN_INDEX, "in_index", SKY, Side(STUDENT, EMBEDDING), Side(TEACHER, EMBEDDING)),
+        row_of(TEACHER, VERMILION),
     )
 }
 """Title → row, in the order of tables."""

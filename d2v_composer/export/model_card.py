@@ -99,6 +99,7 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
             cost=cost,
             modality=modality,
             network=network,
+            shares_encoder=not value_at(record, "student.own_encoder"),
             timm_call=timm_call(student, out.name),
             embedding=student.embedding,
             tables=read_evaluation(Path(source).parent, hash_weights(student)).get("tables", ""),

@@ -28,7 +28,7 @@ from d2v_composer.export.check_program import RUNTIMES
 from d2v_composer.models.alignment import side_by_side
 from d2v_composer.models.attention import Alibi
 from d2v_composer.models.backbone import Backbone
-from d2v_composer.models.configs import EncoderConfig, StudentSizes
+from d2v_composer.models.configs import EncoderConfig, StudentSizes, height_and_width
 from d2v_composer.models.encoder import Tokens
 from d2v_composer.models.features import Features
 from d2v_composer.models.images import is_same
@@ -273,6 +273,9 @@ class TimmStudent(Student):
         # DDP refuses trainable parameters without gradient.
         self.blocks[-1].norm2.requires_grad_("output" in self.representations)
         self.num_features = self.embed_dim * len(self.representations)
+        if (sizes := self.encoder.config).modality == "image":
+            reduction = height_and_width(sizes.image_size)[0] // sizes.grid_size[0]
+            self.feature_info = [{"num_chs": self.num_features, "reduction": reduction, "module": "blocks"}]
         self.head_hidden_size = sum(map(self.width_of, self.pooled))
         self.num_classes = num_classes
         self.head = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
@@ -292,6 +295,23 @@ class TimmStudent(Student):
             return self.represent(features, *self.representations)
         output_and_mean = features.with_output(lambda layers: self.layer_mean.average(layers, features))
         return torch.cat(output_and_mean, dim=-1)
+
+    def forward_intermediates(
+        self, x: Tensor, indices: Any = None, output_fmt: str = "NCHW", intermediates_only: bool = False, **_: Any
+    ) -> Any:
+        """Return the features and a list with their only scale, for timm's ``features_only``.
+
+        Args:
+            x: See :meth:`forward_features`; images.
+            indices: Not used: there is one scale.
+            output_fmt: ``NCHW``: the scale is (B, C, rows, columns); ``NLC``: (B, rows · columns, C).
+            intermediates_only: Return only the list.
+        """
+        features = self.forward_features(x)
+        cells = features[:, self.num_extra_tokens :]
+        if output_fmt == "NCHW":
+            cells = cells.transpose(1, 2).unflatten(2, self.encoder.config.grid_size)
+        return [cells] if intermediates_only else (features, [cells])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map features to the head's outputs, or with ``pre_logits`` to pooled features, (B, ``head_hidden_size``)."""
@@ -351,12 +371,13 @@ def build_timm_student(pretrained: bool = False, **kwargs: Any) -> TimmStudent:
     """Build a student for timm, to load a file into (see :class:`TimmStudent`).
 
     Raises:
-        ValueError: ``features_only`` is true: timm would ask for the layers before the file says how many there are.
+        ValueError: ``features_only`` is true, but not ``pretrained``: the sizes of feature maps are in a file.
     """
     from timm.models import build_model_with_cfg  # takes seconds
 
-    if kwargs.pop("features_only", False):
-        raise ValueError("features_only: d2v2_student has no feature maps; use its forward_features, (B, T, D)")
+    if kwargs.get("features_only") and not pretrained:
+        raise ValueError("features_only: d2v2_student needs pretrained=True, pretrained_cfg_overlay=dict(file=FILE)")
+    kwargs["feature_cfg"] = {"feature_cls": "getter", "out_indices": (0,)}
     not_ours: Any = ("in_chans", "img_size")  # timm's defaults; the file has its own
     kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or pretrained_cfg(None)  # timm gives None
     return build_model_with_cfg(TimmStudent, "d2v2_student", pretrained, kwargs_filter=not_ours, **kwargs)

@@ -1,13 +1,14 @@
 """Plot a run as matplotlib figures."""
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib import style
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from d2v_composer.config.schema import OPTIMIZERS
@@ -15,11 +16,12 @@ from d2v_composer.evaluation.evaluate import Evaluation
 from d2v_composer.evaluation.metrics import METRICS, RETRIEVAL
 from d2v_composer.evaluation.metrics.metric import Column
 from d2v_composer.evaluation.results import accuracy_interval, gap_closed_by_step, pivot
-from d2v_composer.evaluation.rows import ROWS, TEACHER, UNTRAINED, metric_key
+from d2v_composer.evaluation.rows import ROWS, STUDENT, TEACHER, UNTRAINED, metric_key
 from d2v_composer.models.names import EMBEDDING, RAW_EMBEDDINGS
 from d2v_composer.report.run import Run
 
 WIDTH, HEIGHT, DPI = 6.4, 3.9, 150
+LABEL_HEIGHT = 0.065  # of the axes
 STYLE: dict[Any, Any] = {
     **style.library["tableau-colorblind10"],
     "axes.grid": True,
@@ -74,22 +76,23 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
         for (name, title), columns in plots.items():
             if lines := _accuracies(run, dataset, columns):
                 yield name, plot(title, "%", lines)
-        names = {"": "headline", **{name: name for name in (*RAW_EMBEDDINGS, EMBEDDING)}}
+        names = {"": STUDENT, **{name: name for name in (*RAW_EMBEDDINGS, EMBEDDING)}}
         gaps = {text: (gap_closed_by_step(run.log, dataset, name, ks[0]), {}) for name, text in names.items()}
         if lines := {name: line for name, line in gaps.items() if line[0]}:
             yield (
                 f"gap_closed_{dataset}",
-                gap_plot(f"How much of the teacher gap is closed?\n{dataset}, top-{ks[0]}", lines),
+                gap_plot(
+                    f"How much of the teacher gap is closed?\n{dataset}, top-{ks[0]}, mean of the banks with a gap",
+                    lines,
+                ),
             )
 
 
 def gap_plot(title: str, lines: Mapping[str, Line]) -> Figure:
     """Plot the teacher gap closed over the training steps, with lines for the untrained student and the teacher."""
     levels: dict[str, Line] = {TEACHER: (1, {"color": "k"}), UNTRAINED: (0, {"color": "k", "linestyle": ":"})}
-    figure = plot(title, "%", {**lines, **levels})
-    low, high = figure.axes[0].get_ylim()
-    figure.axes[0].set_ylim(max(low, -0.3), min(high, 1.3))  # where the gap is small, a share may be anything
-    return figure
+    # Where the gap is small, a share may be anything.
+    return plot(title, "%", {**lines, **levels}, limits=(-0.3, 1.3))
 
 
 def _accuracies(run: Run, dataset: str, columns: Sequence[Column]) -> dict[str, Line]:
@@ -157,20 +160,22 @@ def to_png(figure: Figure) -> bytes:
 
 
 @mpl.rc_context(STYLE)
-def plot(title: str, scale: str, lines: Mapping[str, Line]) -> Figure:
-    """Plot lines over the batches; long lines get a running mean.
+def plot(title: str, scale: str, lines: Mapping[str, Line], limits: tuple[float, float] | None = None) -> Figure:
+    """Plot lines over the batches, each labeled where it ends; long lines get a running mean.
 
     Args:
         title: Title of the plot.
         scale: "%" for shares, "log", or "".
         lines: Label → line.
+        limits: The lowest and the highest value that the plot may show; default: all values.
     """
     figure = Figure(figsize=(WIDTH, HEIGHT))
     axes = figure.subplots()
     axes.set(title=title, xlabel="training step")
+    ends = list[tuple[float, str, Any]]()
     for label, (values, look) in lines.items():
         if not isinstance(values, Mapping):
-            axes.axhline(values, label=label, **look)
+            ends.append((values, label, axes.axhline(values, label=label, **look).get_color()))
             continue
         steps = [step for step in sorted(values) if np.isfinite(values[step])]
         numbers, width = [values[step] for step in steps], max(1, len(steps) // 100)
@@ -178,10 +183,38 @@ def plot(title: str, scale: str, lines: Mapping[str, Line]) -> Figure:
         [line] = axes.plot(steps[width - 1 :], means, label=label, marker="." if len(steps) < 50 else "", **look)
         if width > 1:
             axes.plot(steps, numbers, color=line.get_color(), alpha=0.3, linewidth=0.7)
+        if numbers:
+            ends.append((means[-1], label, line.get_color()))
     if scale == "%":
         axes.yaxis.set_major_formatter(percent)
     elif axes.dataLim.y0 > 0:
         axes.set(yscale="log") if scale == "log" else axes.set_ylim(bottom=0)
+    if limits is not None:
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, limits[0]), min(high, limits[1]))
     if len(lines) > 1:
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        label_ends(axes, ends)
     return figure
+
+
+def label_ends(axes: Axes, ends: Iterable[tuple[float, str, Any]]) -> None:
+    """Write labels to the right of the axes, each at the height of its line's end, moved apart where they would touch.
+
+    Args:
+        axes: The axes, with their limits.
+        ends: Height of each line's end, in the units of the axis, its label and its color.
+    """
+    axes.get_ylim()  # matplotlib chooses the limits only when they are asked for
+    to_share = axes.transData + axes.transAxes.inverted()
+    labels = sorted((to_share.transform((0, height))[1].clip(0, 1), label, color) for height, label, color in ends)
+    places = list[float]()
+    for share, _, _ in labels:
+        places.append(max(share, places[-1] + LABEL_HEIGHT if places else 0))
+    highest = 1.0
+    for number in reversed(range(len(places))):
+        places[number] = min(places[number], highest)
+        highest = places[number] - LABEL_HEIGHT
+    for (share, label, color), place in zip(labels, places, strict=True):
+        options = {"xycoords": "axes fraction", "textcoords": "axes fraction", "va": "center", "color": color}
+        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
+        axes.annotate(label, (1, share), (1.04, place), size="small", arrowprops=arrow, **options)

@@ -15,12 +15,11 @@ from d2v_composer.evaluation.metrics.retrieval import retrieval_from
 from d2v_composer.evaluation.results import GapClosed, Result, gap_closed, last_batch, pivot, read_results
 from d2v_composer.evaluation.rows import GAP, IN_INDEX, STUDENT, TEACHER, UNTRAINED, metric_key
 from d2v_composer.evaluation.run_log import Log, read_jsonl
+from d2v_composer.report.gallery import SHOWN_SIZE
 from d2v_composer.report.tables import percent
 from d2v_composer.sources.labeled import ONLY_SAMPLES, EvaluationSet, open_labeled_sets
 from d2v_composer.system.errors import InputError, reading
 
-# Side of the images of a folder in a gallery, in pixels.
-SHOWN_SIZE = 96
 # Shares of the teacher gap. A student that closes less than ENOUGH gets advice: to train longer, if the batches since
 # the measurement before the last closed at least RISING.
 ENOUGH, RISING = 0.9, 0.02

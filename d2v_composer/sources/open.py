@@ -79,7 +79,9 @@ class Files:
     @property
     def has_paths(self) -> bool:
         """True if samples are listed with paths, not with labels of a column."""
-        return not self.has_columns or (self.container.suffix == TAR and self.columns.labels is None)
+        if self.container is None or not self.has_columns:
+            return True
+        return self.container.suffix == TAR and self.columns.labels is None
 
     def _have_folders(self, labels: Sequence[Any]) -> bool:
         return not self.has_columns or (self.has_paths and any("/" in path for path in labels))

@@ -99,10 +99,9 @@ class RunFolder(NamedTuple):
         address = Address.parse(text)
         if address.scheme not in ("", *STORES) or not re.fullmatch(r"[\w.-]*", address.bucket):
             raise ValueError(f"expected a folder or an address in one of {', '.join(STORES)}, got {text!r}")
-        local = address.path or "." if address.is_remote else text
-        place_to_write(local)
-        check_path(local)
-        return cls(Path(local), text.rstrip("/") if address.is_remote else None)
+        place_to_write(text)
+        check_path(address.path)
+        return cls(Path(address.path), text.rstrip("/") if address.is_remote else None)
 
     def __str__(self) -> str:
         return self.address or str(self.local)
@@ -112,11 +111,11 @@ def place_to_write(text: str | Path) -> str:
     """Return the address without a slash at its end, or the absolute path, of what a command writes.
 
     Raises:
-        ValueError: The text is empty, or the root of a file system.
+        ValueError: The text is empty, or the root of a file system or of a store.
     """
-    path = os.path.expanduser(text)
-    place = path.rstrip("/") if "://" in path else os.path.abspath(path)
-    if not path or os.path.dirname(place) == place:
+    address = Address.parse(os.path.expanduser(text))
+    place = str(text).rstrip("/") if address.is_remote else os.path.abspath(address.path)
+    if not address.path or os.path.dirname(place) == place:
         raise ValueError(f"expected a place to write that is neither empty nor a root, got {str(text)!r}")
     return place
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file
 
@@ -78,8 +77,3 @@ def test_an_index_has_a_known_suffix(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("id,embedding")
     with pytest.raises(InputError, match=r"rows.csv cannot be read: expected .npy or .parquet$"):
         read_index(str(tmp_path / "rows.csv"))
-
-
-def test_a_student_in_timm_has_no_feature_maps() -> None:
-    with pytest.raises(ValueError, match=r"^features_only: d2v2_student has no feature maps; use its forward_features"):
-        timm.create_model("d2v2_student", features_only=True)

@@ -94,6 +94,24 @@ def test_timm_loads_an_exported_student(narrow: Path, images: Tensor) -> None:
     assert (data["interpolation"], data["crop_pct"]) == ("bicubic", 1.0)
 
 
+@pytest.mark.parametrize("options", [{}, {"representation": "output"}])
+def test_its_grid_is_timms_one_scale(options: dict[str, str], narrow: Path, images: Tensor) -> None:
+    """By the call that loads any exported student's features."""
+    file = {"pretrained_cfg_overlay": {"file": str(narrow)}}
+    model: Any = timm.create_model("d2v2_student", features_only=True, pretrained=True, **file, **options).eval()
+    student = create("d2v2_student", checkpoint_path=str(narrow), **options)
+    with torch.inference_mode():
+        [grid], features = model(images), student.forward_features(images)
+        assert_close(grid.flatten(2).transpose(1, 2), features[:, student.num_extra_tokens :])
+        assert_close(student.forward_intermediates(images, output_fmt="NLC")[1][0], features[:, 1:])
+    assert (model.feature_info.channels(), model.feature_info.reduction()) == (
+        [grid.shape[1]],
+        [images.shape[3] // grid.shape[3]],
+    )
+    with pytest.raises(ValueError, match=r"^features_only: d2v2_student needs pretrained=True"):
+        timm.create_model("d2v2_student", features_only=True)
+
+
 def test_fine_tuning_and_a_hubs_folder(narrow: Path, images: Tensor, tmp_path: Path) -> None:
     """A classifier on the student, trained for a step, saved as timm saves for the hub, and loaded from there."""
     model = create("d2v2_student", checkpoint_path=str(narrow), num_classes=7).train()

@@ -60,7 +60,7 @@ def test_help_shows_docstrings_and_defaults(capsys: pytest.CaptureFixture[str]) 
     assert shown.startswith("usage: d2v paint [-h] [--color {red,blue}] [--width WIDTH]")
     assert str(__doc__) in shown
     for line in (
-        "key=value Settings",
+        "SETTINGS Settings",
         "--color {red,blue} The color; default: red",
         "--skip-hidden Skip hidden layers --",
     ):

@@ -36,6 +36,7 @@ from d2v_composer.models.configs import ImageEncoderConfig, StudentConfig
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.names import EMBEDDING
 from d2v_composer.models.student import Student
+from d2v_composer.sources import NAMES
 from d2v_composer.system import fetch
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError
 from d2v_composer.system.files import sole_user
@@ -380,8 +381,8 @@ def test_an_embedding_that_is_not_finite_is_refused(
     ("source", "out", "options", "message"),
     [
         ("s3://bucket/images", "o.npy", [], "s3://bucket/images cannot be listed (Unable to locate credentials)"),
-        ("*.tar", "o.npy", [], "*.tar: no Parquet files, tars or zips"),
-        ("photos", "o.npy", ["--local", "c"], "photos: expected Parquet files, tars or zips, or MDS in a folder (in a"),
+        ("*.tar", "o.npy", [], f"*.tar: no {NAMES}"),
+        ("photos", "o.npy", ["--local", "c"], f"photos: expected {NAMES}, or MDS in a folder (in a"),
         ("photos", "o.csv", [], "o.csv must end in .npy or .parquet"),
         ("photos", "half.npy", [], "half.ids.npy already exists; choose another file, or "),
         ("photos", "other.npy", [], "other.model.json already exists; choose another file, or "),

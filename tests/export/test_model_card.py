@@ -80,6 +80,15 @@ def test_a_student_without_a_record_has_a_card(tmp_path: Path) -> None:
     assert "None are recorded" in text
 
 
+def test_a_student_on_a_stem_of_its_own_has_nothing_of_its_teacher(tmp_path: Path) -> None:
+    """As a student of a CNN; tests/recipes/test_module_teacher.py trains one."""
+    _, own = card_of(small_student(student={"own_encoder": True}), tmp_path / "own")
+    _, shared = card_of(small_student(student={"own_encoder": False}), tmp_path / "shared")
+    for words in ("on the first layers of its teacher", "the teacher's own", "in the encoder"):
+        assert (words in own, words in shared) == (False, True), words
+    assert "2 blocks on a stem of its own" in own
+
+
 def test_a_student_of_sound_says_how_it_takes_clips(tmp_path: Path) -> None:
     license = LICENSES[AudioEncoderConfig]
     teacher = load_teacher(GOLDEN / "audio_base.pt")

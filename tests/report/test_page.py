@@ -29,7 +29,8 @@ from d2v_composer.evaluation.rows import GAP, STUDENT, TEACHER, metric_key
 from d2v_composer.evaluation.run_log import read_jsonl
 from d2v_composer.models.alignment import EmbeddingInfo
 from d2v_composer.report import page
-from d2v_composer.report.page import gallery, write_report
+from d2v_composer.report.gallery import gallery
+from d2v_composer.report.page import write_report
 from d2v_composer.report.plots import accuracy_plots
 from d2v_composer.report.run import Run, read_run
 from d2v_composer.sources.labeled import load_labeled_set
@@ -135,7 +136,7 @@ def test_the_page_and_its_plots_show_the_log(accurate: Run, tmp_path: Path) -> N
         for name, figure in accuracy_plots(accurate)
     }
     closed = drawn["gap_closed_squares"]
-    assert (closed["headline"], closed[WEAK]) == (pytest.approx([0, 0.5]), pytest.approx([0, 2]))
+    assert (closed[STUDENT], closed[WEAK]) == (pytest.approx([0, 0.5]), pytest.approx([0, 2]))
     expected = {"student": [0.2, 0.4], "pixels": [0.1, 0.1], "teacher": [0.6, 0.6]}
     assert drawn["retrieval_squares_bank_train"] == expected
 
@@ -301,6 +302,26 @@ def test_galleries_show_the_neighbors_that_were_counted(model: str, key: str, ru
         assert (neighbor.label == query.label) == hit
     shown = decode_png(torch.frombuffer(bytearray(rows[0][1].picture), dtype=torch.uint8), ImageReadMode.RGB)
     assert torch.equal(shown, bank.samples[first[0]])
+
+
+def test_a_set_without_labels_has_a_gallery(small_data: Path, images: Path, tmp_path: Path) -> None:
+    """The neighbors are those whose agreement was counted; the ones that the teacher finds, too, are marked."""
+    (plain := tmp_path / "plain").mkdir()
+    for path in (images / "test").rglob("*.png"):
+        shutil.copy(path, plain / f"{path.parent.name}{path.name}".replace("<ship>", "ship"))
+    sets = f"retrieval.datasets={{plain: {{format: folder, root: {plain}}}}}"
+    train.main(small_run(tmp_path / "run", small_data, sets, "max_duration=2ba", "scheduler.t_warmup=1ba"))
+    run = read_run(tmp_path / "run")
+    nearest = {result.row: result.nearest for result in run.results if result.nearest is not None}
+    students, teachers = nearest[STUDENT][:, :3], nearest[TEACHER][:, :3]
+    assert not (students == torch.arange(30)[:, None]).any()  # an image is not its own neighbor
+    rows = gallery(run.datasets["plain"], torch.arange(30), {STUDENT: students, TEACHER: teachers})
+    shared = [len({*ours} & {*theirs}) for ours, theirs in zip(students.tolist(), teachers.tolist(), strict=True)]
+    for model in (STUDENT, TEACHER):
+        assert [sum(each.model == model and each.mark == "✓" for each in row) for row in rows] == shared
+    assert 0 < sum(shared) < 90
+    page.write_report(run, tmp_path / "run")
+    assert "the other images that are nearest to it" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_training_succeeds_even_if_its_report_fails(

@@ -22,10 +22,11 @@ from huggingface_hub import constants
 from huggingface_hub.utils._http import reset_sessions
 from streaming.base.format.mds import MDSReader
 
-from containers import FEATURES, write_all, write_parquet, write_tar, write_zip
+from containers import ARCHIVES, FEATURES, write_all, write_parquet, write_tar, write_zip
 from d2v_composer.commands import convert_images, embed
 from d2v_composer.conversion.convert import Conversion, open_samples
 from d2v_composer.data.images import Images
+from d2v_composer.sources import NAMES
 from d2v_composer.sources.labeled import EvaluationSet, load_labeled_set
 from d2v_composer.sources.open import open_source
 from d2v_composer.system.command_line import explain
@@ -509,7 +510,7 @@ def assert_same_samples(ours: EvaluationSet, theirs: EvaluationSet) -> None:
         assert torch.equal(our_split.labels, their_split.labels)
 
 
-@pytest.mark.parametrize("suffix", ["zip", "tar"])
+@pytest.mark.parametrize("suffix", ARCHIVES)
 @pytest.mark.parametrize("format", [None, "same", "parquet"])
 def test_an_evaluation_reads_an_archive_as_the_folder_in_it(format: str | None, suffix: str, tmp_path: Path) -> None:
     """``format`` may be left out, and is refused if it is another one."""
@@ -517,13 +518,13 @@ def test_an_evaluation_reads_an_archive_as_the_folder_in_it(format: str | None, 
     images = {place: encoded_image(number) for number, place in enumerate(places)}
     write_files(tmp_path, images)
     expected = load_labeled_set("folder", tmp_path / "birds", image_size=32)
-    write, archive = {"zip": write_zip, "tar": write_tar}[suffix], tmp_path / f"birds.{suffix}"
-    write(archive, [*images.items()])
+    archive = tmp_path / f"birds{suffix}"
+    ARCHIVES[suffix](archive, [*images.items()])
     if format == "parquet":
-        with pytest.raises(InputError, match=rf"birds.{suffix}: no Parquet files$"):
+        with pytest.raises(InputError, match=rf"birds{suffix}: no Parquet files$"):
             load_labeled_set(format, archive)
         return
-    labeled_set = load_labeled_set(format and suffix, archive, image_size=32)
+    labeled_set = load_labeled_set(format and suffix[1:], archive, image_size=32)
     assert labeled_set.class_names == expected.class_names == ("a", "b")
     assert_same_samples(labeled_set, expected)
 
@@ -541,7 +542,7 @@ def test_files_of_the_hub_are_fetched_once(tmp_path: Path, monkeypatch: pytest.M
             assert len(open_samples(f"hf://datasets/org/{address}")) == count
         fetched = ["data/test-0.parquet", "data/train-0.parquet", "default/train/0.parquet", "train.parquet"]
         assert sorted(server.asked) == fetched
-        for address, line in {"a/none": "no Parquet files, tars or zips", "c": "cannot be listed"}.items():
+        for address, line in {"a/none": f"no {NAMES}", "c": "cannot be listed"}.items():
             with pytest.raises(InputError, match=rf"hf://datasets/org/{address}:? {line}"):
                 open_source(f"hf://datasets/org/{address}", Images())
     with monkeypatch.context() as offline:
@@ -586,9 +587,9 @@ def test_a_store_without_samples_is_one_line(reachable_store: GatedStore, tmp_pa
     write_parquet(tmp_path / "paths.parquet", {"path": ["b.jpg"]})
     reachable_store.client().upload_file(str(tmp_path / "paths.parquet"), "containers-none", "b/paths.parquet")
     for source, line in {
-        **{f"{address}/a{rest}": ": no Parquet files, tars or zips$" for rest in ("", "/*.tar", "/x.tar")},
+        **{f"{address}/a{rest}": f": no {NAMES}$" for rest in ("", "/*.tar", "/x.tar")},
         f"{address}/b": ".*column 'path' holds paths, which are allowed only in a local file",
-        "sftp://host/a": ": expected Parquet files, tars or zips, or MDS in a folder ",
+        "sftp://host/a": f": expected {NAMES}, or MDS in a folder ",
     }.items():
         with pytest.raises(InputError, match=f"^{re.escape(source)}{line}"):
             open_source(source, Images())

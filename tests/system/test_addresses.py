@@ -9,7 +9,7 @@ from composer.utils import parse_uri
 from composer.utils.misc import partial_format
 
 from d2v_composer.config.reference import load_any
-from d2v_composer.system.addresses import Address, RunFolder, check_run_name, hide_secrets
+from d2v_composer.system.addresses import Address, RunFolder, check_run_name, hide_secrets, place_to_write
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.fetch import fetch
 from helpers import time_limit
@@ -40,7 +40,7 @@ def test_composer_saves_where_we_look() -> None:
     assert len(read) > 100
     for text, folder in read.items():
         store, bucket, path = parse_uri(text)
-        assert Path(partial_format(path, run_name="run", rank=0, local_rank=0) or ".") == folder.local, text
+        assert Path(partial_format(path, run_name="run", rank=0, local_rank=0)) == folder.local, text
         assert (folder.address is not None) == (store != "")
         if folder.address is not None:
             assert parse_uri(f"{folder.address}/log.jsonl")[:2] == (store, bucket)
@@ -56,10 +56,17 @@ def test_composer_saves_where_we_look() -> None:
 def test_folders_that_are_refused() -> None:
     for text in (
         *("/x/vit#3", "/x/a\\b", "/x/{rank}", "//x/y", "a:b", "s3:/b/x", "ftp://x/y", "s3://a@b/x", "s3:///x"),
-        *("s3://b c/x", "s3://[b/x", "s3://b/a//c", "s3://b/../c", " /x/y", "/x/\n", ""),
+        *("s3://b c/x", "s3://[b/x", "s3://b/a//c", "s3://b/../c", " /x/y", "/x/\n", "", "s3://b", "s3://b/"),
     ):
         with pytest.raises(ValueError, match=r"expected .*got "):
             RunFolder.parse(text)
+
+
+def test_a_place_to_write_is_an_address_or_an_absolute_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert place_to_write("s3://b/x/") == "s3://b/x"
+    assert place_to_write("dbfs:/Volumes/x") == "dbfs:/Volumes/x"
+    assert place_to_write("x/") == str(tmp_path / "x")
 
 
 def test_addresses_are_parsed() -> None:

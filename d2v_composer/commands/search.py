@@ -1,0 +1,155 @@
+"""Find the images or clips of an index that are nearest to a query, or the index's near-duplicates.
+
+    d2v search photos.npy query.jpg
+    d2v search photos.npy queries --k 5 --html neighbors.html
+    d2v search photos.parquet --id holiday/0012.jpg --json
+    d2v search old.npy query.jpg --model student.safetensors
+    d2v search photos.npy --duplicates --above 0.9 --html duplicates.html
+
+INDEX is what d2v embed wrote. It says which model made it, and this model embeds the queries. --model names the model
+if it moved, or a student that searches its teacher's index; a model of another space is refused. The search is exact,
+by cosine. --duplicates compares all pairs, after it subtracted what all rows have in common; a group is what pairs
+above the threshold connect. --html writes one page with the pictures, or with spectrograms and players, which needs
+the files of the index.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from d2v_composer.commands.command import Command, PlaceHere, Positional, whole
+from d2v_composer.sources import SOURCES
+from d2v_composer.system.command_line import print_next
+from d2v_composer.system.errors import InputError
+from d2v_composer.system.files import check_out_file, write_atomically
+
+if TYPE_CHECKING:
+    from d2v_composer.embedding.align import VectorIndex
+    from d2v_composer.embedding.search import Found
+    from d2v_composer.report.gallery import Shown
+    from d2v_composer.sources.source import Source
+
+SLOW_HOURS = 1 / 60  # what takes longer is announced
+ROWS_SHOWN, SAMPLES_SHOWN = 100, 12  # of a page
+NEIGHBORS_SHOWN = "Each row is a query, and what is nearest to it, with its cosine."
+DUPLICATES_SHOWN = (
+    "Each row is a group of near-duplicates, with the cosine of each with the first, without the mean of all."
+)
+
+
+class Search(Command):
+    index: Positional[str]
+    """NAME.npy, with the ids in NAME.ids.npy, or NAME.parquet, as d2v embed writes them."""
+    query: Positional[tuple[str, ...]] = Field((), description=f"An image or a clip, a folder of them, or {SOURCES}.")
+    id: str | None = None
+    """Search with the row that has this id, instead of QUERY."""
+    duplicates: bool = False
+    """List the groups of near-duplicates in INDEX, instead of QUERY."""
+    above: float = 0.95
+    """Near-duplicates have a greater cosine."""
+    k: Annotated[int, whole(1, 0x10000)] = 10
+    """Number of neighbors of a query."""
+    model: str | None = None
+    """The model that embeds QUERY: a path, s3://, …; or timm/NAME; default: INDEX's own."""
+    as_json: bool = Field(False, alias="json", description="Print JSON.")
+    html: PlaceHere | None = None
+    """Write a page with the pictures to this file."""
+    source: str | None = None
+    """Where the samples of INDEX are, for the page; default: where d2v embed read them."""
+
+    def run(self) -> "list[Found]":
+        """Print what each query finds, or the groups of near-duplicates, and write the page."""
+        path, page = self.index, self.html
+        kinds = {"QUERY": self.query, "--id": self.id, "--duplicates": self.duplicates}
+        if len(given := [name for name, value in kinds.items() if value]) != 1:
+            raise InputError(f"expected one of QUERY, --id and --duplicates; got {' and '.join(given) or 'none'}")
+        if page is not None:
+            check_out_file(page, overwrite=True)
+
+        import torch
+
+        from d2v_composer.embedding.align import read_index
+        from d2v_composer.embedding.search import embed_queries, near_duplicates, search, search_row
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        index, queries = read_index(path), []
+        if self.duplicates:
+            found = near_duplicates(index.rows, self.above, device, _announce)
+        elif self.id:
+            found = [search_row(index, path, self.id, self.k)]
+        else:
+            queries, names, embeddings = embed_queries(index, path, self.query, self.model, device)
+            found = search(index, names, embeddings, self.k)
+        rows = [*_rows(path, index, found, queries, self.source)] if page is not None else []
+        if self.as_json:
+            print(json.dumps([_as_json(each, index.ids) for each in found], indent=1, ensure_ascii=False))
+        else:
+            for each in found:
+                lines = (
+                    f"  {cosine:.4f}  {index.ids[row]}" for row, cosine in zip(each.rows, each.cosines, strict=True)
+                )
+                print("\n".join([each.query or f"{len(each.rows)} near-duplicates", *lines]))
+            if self.duplicates:
+                print(f"groups of near-duplicates: {len(found):,}, with {sum(len(each.rows) for each in found):,} rows")
+        if page is not None:
+            from d2v_composer.report.gallery import render
+
+            about = DUPLICATES_SHOWN if self.duplicates else NEIGHBORS_SHOWN
+            values = {"title": path, "about": about, "rows": rows, "left_out": len(found) - len(rows)}
+            write_atomically(page, render("search.html", **values))
+            if not self.as_json:
+                print_next(f"open {page.absolute().as_uri()}")
+        return found
+
+
+main = Search.main
+
+
+def _announce(hours: float) -> None:
+    if hours > SLOW_HOURS:
+        print(f"comparing all pairs takes about {hours:.1f} hours", file=sys.stderr, flush=True)
+
+
+def _as_json(found: "Found", ids: Any) -> dict[str, Any]:
+    pairs = zip(found.rows, found.cosines, strict=True)
+    rows = [{"id": str(ids[row]), "cosine": float(cosine)} for row, cosine in pairs]
+    return {"query": found.query, "neighbors": rows} if found.query else {"near_duplicates": rows}
+
+
+def _rows(
+    path: str, index: "VectorIndex", found: "Sequence[Found]", queries: "Sequence[Source]", source: str | None
+) -> "Iterator[list[Shown]]":
+    """Yield what the page shows in each row: a query and what it finds, or a group of near-duplicates.
+
+    Raises:
+        InputError: The samples of the index cannot be found.
+    """
+    from d2v_composer.data import MODALITIES
+    from d2v_composer.report.gallery import SHOWN_SIZE, Shown, picture, sound
+    from d2v_composer.sources.open import open_source
+
+    if (made_by := index.made_by) is None:
+        raise InputError(f"--html: {path} does not say of what its rows are; embed the samples again")
+    modality = MODALITIES[made_by["modality"]].of_side(SHOWN_SIZE)
+    samples = open_source(source or made_by["source"], modality)
+    numbers = {str(name): number for number, name in enumerate(samples.ids)}
+
+    def show(of: "Source", number: int, title: str, name: str) -> Shown:
+        sample = of.decode(number)
+        return Shown(title, "", name, picture(sample), sound(sample))
+
+    def show_row(row: int, title: str) -> Shown:
+        if (name := str(index.ids[row])) not in numbers:
+            raise InputError(f"--html: {samples.root} has no {name}; set --source to where the samples of {path} are")
+        return show(samples, numbers[name], title, name)
+
+    asked = ((replace(of, modality=modality), number) for of in queries for number in range(len(of)))
+    for each in found[:ROWS_SHOWN]:
+        first = [show(*query, "query", each.query) for query in [next(asked, None)] if query]
+        first += [] if each.row is None else [show_row(each.row, "query")]
+        pairs = zip(each.rows[:SAMPLES_SHOWN], each.cosines, strict=False)
+        yield first + [show_row(row, f"{cosine:.4f}") for row, cosine in pairs]

@@ -1,0 +1,103 @@
+"""Show samples as pictures and sounds in a page that contains them."""
+
+import base64
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+from matplotlib.image import imsave
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool1d
+
+from d2v_composer.data.audio import encode_flac
+from d2v_composer.models.audio import LogMel
+from d2v_composer.models.configs import SAMPLE_RATE
+from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples
+
+NEIGHBORS_SHOWN = 3
+HEARD = 10 * SAMPLE_RATE  # samples of a clip that are played and drawn
+SHOWN_SIZE = 96  # side of an image, in pixels
+
+
+class Shown(NamedTuple):
+    """A sample in a gallery."""
+
+    model: str
+    """``query``, or the model that found the sample."""
+    mark: str
+    """✓ if the sample is of the query's class, else ✗. Without labels, ✓ if both models find it. The query has none."""
+    label: str
+    picture: bytes
+    """A PNG file."""
+    sound: bytes
+    """A FLAC file; empty for an image."""
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a page made from one of the templates beside this file."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    return environment.get_template(template).render(base64=base64.b64encode, **values)
+
+
+def gallery(labeled: EvaluationSet, chosen: Tensor, nearest: Mapping[str, Tensor]) -> list[list[Shown]]:
+    """Show test samples, each in a row with the samples nearest to it in each model.
+
+    With labels, the neighbors are train samples, marked as right or wrong. Without labels, they are other test samples,
+    marked where both models find them.
+
+    Args:
+        labeled: A data set.
+        chosen: Indices of the test samples, (Q,).
+        nearest: Model → indices of the samples nearest to each test sample, nearest first, (N, K).
+    """
+    train, queries, class_names, _ = labeled
+    bank = train if labeled.has_labels else queries
+
+    def show(model: str, mark: str, split: LabeledSamples, i: Tensor) -> Shown:
+        sample = split.samples[i]
+        label = class_names[split.labels[i]] if labeled.has_labels else ""
+        return Shown(model, mark, label, picture(sample), sound(sample))
+
+    rows = []
+    for query in chosen:
+        row = [show("query", "", queries, query)]
+        found = {model: indices[query, :NEIGHBORS_SHOWN].long() for model, indices in nearest.items()}
+        for model, neighbors in found.items():
+            for i in neighbors:
+                if labeled.has_labels:
+                    mark = "✓" if bank.labels[i] == queries.labels[query] else "✗"
+                else:
+                    mark = "✓" if len(found) > 1 and all(i in others for others in found.values()) else ""
+                row.append(show(model, mark, bank, i))
+        rows.append(row)
+    return rows
+
+
+def picture(sample: Tensor) -> bytes:
+    """Return a picture of a sample as a PNG file.
+
+    Args:
+        sample: An image, (3, height, width) uint8, or a clip, (L,), of which a square log-mel spectrogram is drawn,
+            high pitches on top.
+    """
+    if sample.ndim == 3:
+        pixels = sample.permute(1, 2, 0)
+    else:
+        log_mel_1NM, _ = LogMel()(sample[None, :HEARD])
+        log_mel_MN = log_mel_1NM[0].T.flip(0)
+        pixels = adaptive_avg_pool1d(log_mel_MN, len(log_mel_MN))
+    buffer = io.BytesIO()
+    imsave(buffer, pixels.numpy(), format="png")
+    return buffer.getvalue()
+
+
+def sound(sample: Tensor) -> bytes:
+    """Return a clip, (L,), as a FLAC file; for an image, no bytes."""
+    return encode_flac(sample[:HEARD].numpy()) if sample.ndim == 1 else b""

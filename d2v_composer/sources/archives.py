@@ -1,0 +1,73 @@
+"""List the samples of an archive of folders, whatever its format."""
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from d2v_composer.data.modality import MAX_BYTES
+from d2v_composer.sources import path_of
+from d2v_composer.sources.listing import Pinned
+from d2v_composer.sources.source import Columns, Int64Array, Listed, Names, marks_of
+from d2v_composer.system.errors import InputError, UnreadableSampleError
+
+
+class Member(NamedTuple):
+    """A file in an archive."""
+
+    name: str
+    """Its name in the archive."""
+    path: str
+    """Its path, with slashes; folders end in one."""
+    size: int
+    """Number of bytes when it is read."""
+    place: tuple[int, ...]
+    """Whole numbers by which it is found and read; of all members equally many."""
+    fault: str = ""
+    """Why it cannot be read; '' if it can."""
+
+
+Read = Callable[[BinaryIO, str, int, tuple[int, ...]], bytes]
+"""Reads a member, given the archive and the member's name, size and place."""
+
+
+def list_archive(pinned: Pinned, columns: Columns, members: Iterable[Member], read: Read) -> Listed:
+    """List the samples of an archive, with their paths in it, which tell split and class.
+
+    Raises:
+        InputError: A sample cannot be read, or is there twice.
+    """
+    left_out, names, paths, places = Counter[str](), list[str](), list[str](), array("q")
+    for member in members:
+        path, suffix = path_of(member.path), PurePosixPath(member.path).suffix.lower()
+        if member.path.endswith("/"):
+            continue
+        if not path:
+            left_out["hidden"] += 1
+        elif suffix not in columns.modality.suffixes:
+            left_out[suffix or "without suffix"] += 1
+        elif member.fault:
+            raise InputError(f"{pinned.name}: {path} is {member.fault}")
+        else:
+            names.append(member.name)
+            paths.append(path)
+            places.extend((member.size, *member.place))
+    if twice := next((path for path, count in Counter(paths).items() if count > 1), None):
+        raise InputError(f"{pinned.name} has two members named {twice}")
+    ids = Names(f"{pinned.file.path}/{name}" for name in names)
+    table = np.array(places, np.int64).reshape(len(names), -1 if names else 1)
+    marks = marks_of(len(ids), pinned.file)
+    return Listed(ids, table[:, 0], marks, partial(_load, pinned, ids, table, read), paths, left_out=left_out)
+
+
+def _load(pinned: Pinned, ids: Names, table: Int64Array, read: Read, number: int) -> bytes:
+    """Read a member at its known place; a format's own reader would first read the names of all members."""
+    path = ids[number].removeprefix(pinned.file.path)
+    size, *place = table[number].tolist()
+    if size > MAX_BYTES:
+        raise UnreadableSampleError(f"{pinned.name}{path} has {size:,} bytes, more than {MAX_BYTES:,}")
+    return pinned.read(lambda file: read(file, path[1:], size, tuple(place)), path)
