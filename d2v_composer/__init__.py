@@ -8,11 +8,8 @@ Example:
 
 # A name is imported when it is first used: torch, Composer and timm take seconds together, and few programs use all.
 
-import sys
 from importlib import import_module, metadata
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
@@ -31,7 +28,6 @@ __all__ = [
     "Embedder",
     "FrozenModel",
     "ZeroShotRetrieval",
-    "d2v2_student",
     "knn_accuracy",
     "linear_probe_accuracy",
     "load_config",
@@ -73,46 +69,3 @@ if not TYPE_CHECKING:  # for which each name has its own type
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def d2v2_student(pretrained: bool = False, **kwargs: Any) -> Any:
-    """Build the thesis's student as a timm model, for ``timm.create_model("d2v2_student", checkpoint_path=FILE)``.
-
-    FILE is one that ``d2v export`` wrote; loading it sets the sizes.
-
-    Args:
-        pretrained: Not supported: no weights are published.
-        **kwargs: Arguments of a timm ViT: ``num_classes`` (the width of the file's alignment: the output is the
-            embedding; 0: the output is the features; another number: the head is new), ``global_pool``.
-
-    Returns:
-        A ``torch.nn.Module``: normalized images, (B, 3, S, S) float → (B, ``num_classes``).
-
-    Example:
-        >>> import timm, d2v_composer
-        >>> student = timm.create_model("d2v2_student", checkpoint_path="student.safetensors", num_classes=10)
-        >>> logits = student(torch.rand(2, 3, 32, 32))  # (2, 10); the head is new, the rest is the file's
-    """
-    return import_module(f"{__name__}.export.programs").build_timm_student(pretrained, **kwargs)
-
-
-class _FindTimm:
-    """Import hook that finds timm as usual, and registers the student once timm is really imported."""
-
-    def find_spec(self, fullname: str, *args: Any) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(fullname, *args) if fullname == "timm" else None
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                import_module("timm.models").register_model(d2v2_student)
-
-            spec.loader.exec_module = exec_module  # for this import alone
-        return spec
-
-
-if "timm" in sys.modules:
-    import_module("timm.models").register_model(d2v2_student)
-else:
-    sys.meta_path.insert(0, _FindTimm())

@@ -26,6 +26,7 @@ FIELDS, COMMANDS = ROOT / "yamls" / "README.md", ROOT / "recipes" / "guides" / "
 # Module → its public names.
 PUBLIC = {
     "d2v_composer": d2v_composer.__all__,
+    "d2v_composer.timm_models": ["d2v2_student"],
     "d2v_composer.callbacks": list(d2v_composer.callbacks.MODULES),
     "d2v_composer.models.teacher": ["Teacher"],
     "d2v_composer.models.student": ["Student"],

@@ -23,7 +23,11 @@ METHODS = (
     Teacher.targets,
     Teacher.build_student,
 )
-NAMES = [member for module in ("d2v_composer", "d2v_composer.callbacks") for member in resolve(module)]
+NAMES = [
+    member
+    for module in ("d2v_composer", "d2v_composer.timm_models", "d2v_composer.callbacks")
+    for member in resolve(module)
+]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ LEVELS = [
     ("config",),
     ("callbacks", "embedding", "report", "training_data"),
     ("export", "runs"),
-    ("benchmarks", "d2v_composer/__init__.py"),
+    ("benchmarks", "d2v_composer/__init__.py", "timm_models"),
     ("commands",),
     ("recipes",),
 ]
@@ -123,7 +123,8 @@ def test_the_promises_import_no_module_of_the_package() -> None:
             continue
         seen.add(path)
         for _, name, _ in imported(ast.parse(path.read_text())):
-            internal += [f"{path.name} imports {name}"] if name.startswith("d2v_composer.") else []
+            is_public = not name.startswith("d2v_composer.") or name == "d2v_composer.timm_models"
+            internal += [] if is_public else [f"{path.name} imports {name}"]
             files = [folder / f"{name.replace('.', '/')}.py" for folder in (tests, path.parent)]
             left += [file for file in files if file.is_file()]
     assert tests / "helpers.py" in seen

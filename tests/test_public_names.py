@@ -118,4 +118,4 @@ def names_used() -> Iterator[str]:
 
 @pytest.mark.parametrize("name", [*d2v_composer.__all__, *d2v_composer.callbacks.MODULES])
 def test_each_public_name_is_used_here(name: str) -> None:
-    assert name in set(names_used()) | {"d2v2_student"}  # timm calls it
+    assert name in set(names_used())

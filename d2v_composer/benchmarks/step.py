@@ -35,7 +35,6 @@ from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.runs.trainer import build_optimizer, build_trainer
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.processes import obey_signals
-from d2v_composer.system.third_party import lean_engine
 
 NAIVE, EAGER, OURS, TRAINER, PRODUCT = "naive", "eager", "ours", "trainer", "matrix product alone"
 LOSS_TOLERANCE = 1e-3
@@ -77,7 +76,7 @@ def benchmark(
         only: The only contender to measure, besides ``trainer``.
         loop: ``trainer`` also measures a step in Composer's Trainer.
         trace: File for a profile of the last contender, in Chrome's format, with a table beside it.
-        overrides: Settings of distill.yaml, such as ``half_residual=true``.
+        overrides: Settings of distill.yaml, such as ``compile=default``.
 
     Raises:
         InputError: There is no compiler, or ``overrides`` name a student.
@@ -148,7 +147,6 @@ def build_run(
         return partial(repeat, partial(train_step, partial(naive_loss, teacher, student), optimizer, dtype, images))
     ours = copy.deepcopy(model).to(images.device)
     ours.teacher.cast_weights(dtype)
-    ours.teacher.encoder.half_residual = config.half_residual
     if name != EAGER and config.compile:
         compile_model(ours, choice=config.compile)
     optimizer = build_optimizer(config.optimizer, ours)
@@ -180,8 +178,7 @@ def in_trainer(
     at_end.callback(trainer.close)
 
     def run(times: int) -> Tensor:
-        with lean_engine(trainer):
-            trainer.fit(duration=f"{times}ba")
+        trainer.fit(duration=f"{times}ba")
         obey_signals()
         return torch.tensor(trainer.state.total_loss_dict["loss/train/total"])
 

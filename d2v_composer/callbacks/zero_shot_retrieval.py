@@ -283,7 +283,7 @@ class ZeroShotRetrieval(Callback):
                 of_model = weights.get(models[result.row], "")
                 self.results.append(result._replace(batch=batch, nearest=shown, weights=of_model))
         metrics = {
-            metric_key(result.dataset, result.column, name, result.row): result.hits.double().mean().item()
+            metric_key(result.dataset, result.column, name, result.row): result.accuracy
             for result in results
             for name in ([""] if result.is_headline else []) + ([result.embedding] if settings.needs_all else [])
         }

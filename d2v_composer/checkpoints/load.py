@@ -17,7 +17,6 @@ from d2v_composer.checkpoints.model_file import (
     build_student,
     check_fits,
     check_timm_outputs,
-    convert_to_timm,
     from_timm,
     is_safetensors,
     new_student,
@@ -26,6 +25,7 @@ from d2v_composer.checkpoints.model_file import (
     write_model_file,
 )
 from d2v_composer.checkpoints.safe_load import is_checkpoint, load_untrusted
+from d2v_composer.checkpoints.timm_student import convert_to_timm
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import ImageSize, NetworkSizes, StudentSizes, TimmConfig
 from d2v_composer.models.names import DATA2VEC2, ENTRY_POINTS, PACKAGE_PREFIX, TIMM_PREFIX, Weights
@@ -147,7 +147,7 @@ def save_student(student: Backbone, out: Path, when_complete: Callable[[], objec
     Raises:
         InputError: timm would compute something else with the file.
     """
-    kind = "classifier" if isinstance(student.head, nn.Linear) else "student"  # timm's may be an Identity
+    kind = "classifier" if isinstance(student.head, nn.Linear) else "student"
     sizes, tensors = convert_to_timm(out, student)
     write_model_file(out, kind, sizes, student.provenance, tensors, when_complete)
 

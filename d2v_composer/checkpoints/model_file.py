@@ -4,7 +4,6 @@ A student is blocks on an encoder, or a whole timm model. timm reads only tensor
 a tensor, too, ``config_json``; in a file of a timm model, the tensors have timm's own names.
 """
 
-import copy
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -32,11 +31,10 @@ from d2v_composer.models.configs import (
 from d2v_composer.models.data2vec2 import ENCODERS
 from d2v_composer.models.encoder import Encoder
 from d2v_composer.models.images import is_same
-from d2v_composer.models.names import timm_name
 from d2v_composer.models.provenance import Record
 from d2v_composer.models.student import Student
 from d2v_composer.system.addresses import hide_secrets
-from d2v_composer.system.errors import InputError, errors_of, reading, reason
+from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.files import out_file
 
 FORMAT_VERSIONS: dict[str, int] = {"teacher": 2, "student": 5, "classifier": 4}
@@ -320,66 +318,6 @@ def build_encoder(config: EncoderConfig) -> Encoder:
     return TimmEncoder(config).freeze()
 
 
-def convert_to_timm(source: Source, student: Backbone) -> tuple[Record, Tensors]:
-    """Return a student's sizes and tensors for a file, after a check that timm computes the same with them.
-
-    Args:
-        source: Name of the student in errors.
-        student: The student; if it has a head, the head reads the embedding.
-
-    Raises:
-        InputError: timm computes something else.
-    """
-    import timm  # takes seconds
-
-    from d2v_composer.models.timm_network import TimmNetwork
-
-    student = copy.deepcopy(student).cpu().eval()
-    encoder = student.encoder
-    if isinstance(encoder.config, TimmConfig):
-        encoder.config = encoder.config.changed(timm=timm.__version__, outputs=student.sample_outputs())
-    sizes, (name, options) = sizes_of(student), timm_arguments(student)
-    rule = "; a classifier or alignment must be one linear layer on output_cls" if options["num_classes"] else ""
-    with errors_of(f"{source}: timm would not compute what the student computes{rule}"), torch.no_grad():
-        model: Any = timm.create_model(name, **options)
-        if isinstance(encoder, TimmNetwork):
-            tensors = encoder.timm_tensors(model, student.head or student.alignment)
-        else:
-            tensors = student.state_dict() | {CONFIG_TENSOR: config_tensor(sizes)}
-        model.load_state_dict(tensors)
-        inputs = torch.randn_like(encoder.example(1))
-        expected = student.embed(inputs)
-        expected = student.head(expected) if isinstance(student.head, nn.Linear) else expected
-        if not is_same(model.eval()(inputs), expected):
-            raise ValueError("the outputs differ")
-    return sizes, tensors
-
-
 def config_tensor(sizes: Record) -> Tensor:
     """Return a student's sizes as JSON bytes, uint8."""
     return torch.tensor(list(json.dumps(sizes).encode()), dtype=torch.uint8)
-
-
-def timm_arguments(student: Backbone) -> tuple[str, Record]:
-    """Return the name and the options with which ``timm.create_model`` builds a student, to load its file.
-
-    Its number of classes is that of the classifier or, without one, the width of the alignment.
-    """
-    if isinstance(student.head, nn.Linear):
-        classes = {"num_classes": student.head.out_features}
-    else:
-        classes = {"num_classes": 0 if student.alignment is None else student.embedding.width}
-    if not isinstance(student.config, TimmNetworkConfig):
-        return "d2v2_student", classes
-    from d2v_composer.models.timm_network import TimmNetwork  # timm takes seconds to import
-
-    assert isinstance(student.encoder, TimmNetwork)
-    return timm_name(student.config.model), student.encoder.options | classes
-
-
-def timm_call(student: Backbone, file: str | Path) -> str:
-    """Return the line of Python with which timm loads a student's file."""
-    name, options = timm_arguments(student)
-    options |= {"checkpoint_path": str(file)}
-    arguments = [f"{key}={value!r}" for key, value in options.items() if value is not None]
-    return f"timm.create_model({', '.join([repr(name), *arguments])})"

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     if (int8 and out.suffix != ".onnx") or (calibrate and not int8):
         raise InputError(f"{out}: --int8 is only for .onnx, and --calibrate only for --int8")
 
-    from d2v_composer.checkpoints.model_file import timm_call
+    from d2v_composer.checkpoints.timm_student import timm_call
     from d2v_composer.config.reference import load_any
     from d2v_composer.export import verification
     from d2v_composer.export.model_card import save_with_card, size_of
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
         save_with_card(student, source, out)
         steps = [d2v("embed", out, "SOURCE", "embeddings.npy")]
         if student.head is not None:
-            steps = [f"import timm, d2v_composer; model = {timm_call(student, out)}"]
+            steps = [f"import timm, d2v_composer.timm_models; model = {timm_call(student, out)}"]
     else:
         program = Program(student, embedding, takes_pixels)
         if int8:

@@ -65,34 +65,41 @@ class ModelReference(TimmSizes):
         return hide_secrets({name: value for name, value in fields.items() if value is not None})
 
     def load(self) -> "Models":
-        """Load the model, and its teacher.
-
-        Returns:
-            A student and its teacher, or ``None`` in place of an unknown teacher; if ``model`` is a teacher, it comes
-            twice.
-
-        Raises:
-            InputError: A file is corrupt, or not supported, or a field does not apply to this kind of model.
-        """
-        from d2v_composer.checkpoints.load import load_models, load_teacher  # torch takes seconds to import
-        from d2v_composer.models.teacher import Teacher
-
-        path, weights = self.model, self.weights
-        sizes: Any = {"first_blocks": self.first_blocks, "image_size": self.image_size}
-        if path.startswith(TIMM_PREFIX) and not Path(path).exists():
-            model = teacher = load_teacher(self.checkpoint, weights, model=path, **sizes)
-        elif given := [name for name, value in {"checkpoint": self.checkpoint, **sizes}.items() if value is not None]:
-            raise InputError(f"{' and '.join(given)}: only for timm/NAME models; got {path}")
-        else:
-            model, teacher = load_models(path, weights, self.teacher)
-        if isinstance(model, Teacher):
-            if self.teacher is not None:
-                raise InputError(f"{path} is not a student, so a teacher ({self.teacher}) is not allowed")
-        elif weights != "model":  # the student's record says which its teacher has
-            raise InputError(f"weights: {path} is a student, which has no {weights} weights; set weights=model")
-        return model, teacher
+        """Load the model, and its teacher; see :func:`load_any`."""
+        return load_any(self.model, self.checkpoint, self.weights, self.teacher, self.first_blocks, self.image_size)
 
 
-def load_any(model: str | Path, **fields: Any) -> "Models":
-    """Load a model and its teacher, given fields of :class:`ModelReference`; see :meth:`ModelReference.load`."""
-    return ModelReference.model_construct(model=str(model), **fields).load()
+def load_any(
+    model: str | Path,
+    checkpoint: str | None = None,
+    weights: Weights = "model",
+    teacher: str | None = None,
+    first_blocks: int | None = None,
+    image_size: int | str | None = None,
+) -> "Models":
+    """Load a model, and its teacher; the arguments are the fields of :class:`ModelReference`.
+
+    Returns:
+        A student and its teacher, or ``None`` in place of an unknown teacher; if ``model`` is a teacher, it comes
+        twice.
+
+    Raises:
+        InputError: A file is corrupt, or not supported, or an argument does not apply to this kind of model.
+    """
+    from d2v_composer.checkpoints.load import load_models, load_teacher  # torch takes seconds to import
+    from d2v_composer.models.teacher import Teacher
+
+    path = str(model)
+    sizes: Any = {"first_blocks": first_blocks, "image_size": image_size}
+    if path.startswith(TIMM_PREFIX) and not Path(path).exists():
+        loaded = its_teacher = load_teacher(checkpoint, weights, model=path, **sizes)
+    elif given := [name for name, value in {"checkpoint": checkpoint, **sizes}.items() if value is not None]:
+        raise InputError(f"{' and '.join(given)}: only for timm/NAME models; got {path}")
+    else:
+        loaded, its_teacher = load_models(path, weights, teacher)
+    if isinstance(loaded, Teacher):
+        if teacher is not None:
+            raise InputError(f"{path} is not a student, so a teacher ({teacher}) is not allowed")
+    elif weights != "model":  # the student's record says which its teacher has
+        raise InputError(f"weights: {path} is a student, which has no {weights} weights; set weights=model")
+    return loaded, its_teacher

@@ -480,8 +480,6 @@ class TrainConfig(TrainerConfig):
     compile: Annotated[Any, IS_MODE, NEW_TARGETS] = False
     """true: use torch.compile, on a GPU with one CUDA graph for encoder and target. ``default``: without CUDA graphs.
     ``max-autotune-no-cudagraphs``: also try Triton's matmuls, which takes minutes longer at the start."""
-    half_residual: Annotated[bool, NEW_TARGETS] = False
-    """Keep the residual stream of encoder and teacher in the precision's dtype instead of float32."""
     activation_checkpointing: bool = False
     """Recompute the student's blocks in the backward pass instead of keeping their activations."""
     teacher: TeacherSection

@@ -107,7 +107,7 @@ class Embedder:
         precision: Any = name_precision(self.precision)
         if precision == "amp_fp16" and device == "cpu":
             raise InputError("precision: amp_fp16 needs a GPU; on a CPU, use fp32, amp_bf16 or auto")
-        model, _ = load_any(**vars(self))
+        model, _ = load_any(self.model, self.checkpoint, self.weights, self.teacher, self.first_blocks, self.image_size)
         modality = modality_of(model.encoder.config)
         embedding = model.choose_embedding(self.pooling, self.representation)
         options = EmbeddingOptions(

@@ -19,7 +19,7 @@ from d2v_composer.data.modality import Augmentation, Modality
 from d2v_composer.evaluation.embedded_set import Embed, embed_set
 from d2v_composer.evaluation.measurement import measure
 from d2v_composer.evaluation.metrics.metric import Column
-from d2v_composer.evaluation.results import Interval, Result, accuracy_interval, gap_closed, pivot
+from d2v_composer.evaluation.results import Interval, Result, gap_closed, pivot
 from d2v_composer.evaluation.rows import rows_of
 from d2v_composer.evaluation.settings import Settings
 from d2v_composer.models.alignment import EmbeddingInfo
@@ -145,7 +145,7 @@ class Evaluation(NamedTuple):
                 "alignment": result.info.fingerprint,
                 "weights": result.weights,
             }
-            | cell(result.dataset, result.column, accuracy_interval(result.hits.numpy()))
+            | cell(result.dataset, result.column, result.interval)
             for result in self.results
         ]
         table = io.StringIO(newline="")

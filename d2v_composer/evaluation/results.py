@@ -49,6 +49,16 @@ class Result(NamedTuple):
     """The train images or, without labels, the other test images nearest to each test image, nearest first, (Q, K)
     int32."""
 
+    @property
+    def accuracy(self) -> float:
+        """The mean of the hits, from 0 to 1."""
+        return self.hits.double().mean().item()
+
+    @property
+    def interval(self) -> "Interval":
+        """The accuracy with its interval."""
+        return accuracy_interval(self.hits.numpy())
+
     def plain(self) -> dict[str, Any]:
         """Return the fields as plain values, for a checkpoint."""
         return self._asdict() | {"column": self.column._asdict(), "info": self.info._asdict()}

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from d2v_composer.checkpoints.load import save_student
-from d2v_composer.checkpoints.model_file import timm_call
+from d2v_composer.checkpoints.timm_student import timm_call
 from d2v_composer.data import MODALITIES
 from d2v_composer.evaluation.evaluate import cost, read_evaluation
 from d2v_composer.evaluation.rows import ROWS

@@ -1,39 +1,25 @@
-"""Export a student to ONNX, also in int8, or torch.export, and as a timm model that loads its file."""
+"""Export a student to ONNX, also in int8, or torch.export."""
 
 import copy
 import io
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from d2v_composer.checkpoints.load import load_student
-from d2v_composer.checkpoints.model_file import (
-    CONFIG_TENSOR,
-    build_encoder,
-    build_student,
-    check_timm_outputs,
-    config_tensor,
-    parse_object,
-    read_config,
-)
 from d2v_composer.export.check_program import RUNTIMES
-from d2v_composer.models.alignment import side_by_side
 from d2v_composer.models.attention import Alibi
 from d2v_composer.models.backbone import Backbone
-from d2v_composer.models.configs import EncoderConfig, StudentSizes, height_and_width
-from d2v_composer.models.encoder import Tokens
-from d2v_composer.models.features import Features
 from d2v_composer.models.images import is_same
-from d2v_composer.models.names import EMBEDDING, Representation
-from d2v_composer.models.student import Student
+from d2v_composer.models.names import EMBEDDING
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.files import out_file
 
@@ -228,156 +214,3 @@ def quantize(program: Path, out: Path, images: Tensor) -> None:
             weight_type=QuantType.QInt8,
             extra_options={"OpTypesToExcludeOutputQuantization": QUANTIZED_OPS},
         )
-
-
-# timm's names of poolings.
-POOLINGS = {"token": "cls", "avg": "mean_patches"}
-
-
-class TimmStudent(Student):
-    """timm's interface to a student: features, pooling, a classifier to fine-tune.
-
-    It is empty until it loads a file of ``d2v export``, which has the sizes. The encoder stays frozen; the blocks and
-    the head train.
-
-    Args:
-        num_classes: Outputs of the head. The width of the file's alignment: the head is the alignment, and the output
-            is the embedding. 0: no head, the pooled features are the output. Any other number: a new head of zeros.
-        global_pool: ``token``: CLS; ``avg``: the mean of the patches; ``mean``: the mean of all tokens. Default: the
-            poolings that the file's alignment reads, side by side; without an alignment, its raw embedding.
-        representation: The features: ``output`` of the last block, or ``layer_mean``. Default: those that the
-            alignment reads, side by side.
-    """
-
-    def __init__(self, num_classes: int = 0, global_pool: Any = None, representation: Any = None) -> None:
-        nn.Module.__init__(self)
-        self.num_classes, self.global_pool, self.representation = num_classes, global_pool, representation
-        self.loaded: Any = None
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head with a zero-initialized one, or remove it if there are 0 classes.
-
-        Raises:
-            InputError: The model has no embedding with this pooling and the representation asked for.
-        """
-        self.global_pool = global_pool or self.global_pool
-        pooling: Any = POOLINGS.get(self.global_pool, self.global_pool)
-        if pooling or self.representation:
-            self.pooled = [self.choose_embedding(pooling, self.representation)]
-        else:
-            is_raw = self.loaded.embedding.made_by == "raw"
-            self.pooled = [self.raw_embedding] if is_raw else self.alignment_inputs
-        self.representations: list[Any] = [
-            kind for kind in get_args(Representation) if any(name.startswith(kind) for name in self.pooled)
-        ]
-        # DDP refuses trainable parameters without gradient.
-        self.blocks[-1].norm2.requires_grad_("output" in self.representations)
-        self.num_features = self.embed_dim * len(self.representations)
-        if (sizes := self.encoder.config).modality == "image":
-            reduction = height_and_width(sizes.image_size)[0] // sizes.grid_size[0]
-            self.feature_info = [{"num_chs": self.num_features, "reduction": reduction, "module": "blocks"}]
-        self.head_hidden_size = sum(map(self.width_of, self.pooled))
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
-        for parameter in self.head.parameters():
-            nn.init.zeros_(parameter)
-
-    def get_classifier(self) -> nn.Module | None:
-        return self.head
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Map images, (B, 3, S, S), normalized as in ``pretrained_cfg``, or waveforms to features, (B, T, D).
-
-        If the head reads both representations, they are side by side, (B, T, 2 D).
-        """
-        features = self.features(Tokens(self.encode(x)))
-        if len(self.representations) == 1:
-            return self.represent(features, *self.representations)
-        output_and_mean = features.with_output(lambda layers: self.layer_mean.average(layers, features))
-        return torch.cat(output_and_mean, dim=-1)
-
-    def forward_intermediates(
-        self, x: Tensor, indices: Any = None, output_fmt: str = "NCHW", intermediates_only: bool = False, **_: Any
-    ) -> Any:
-        """Return the features and a list with their only scale, for timm's ``features_only``.
-
-        Args:
-            x: See :meth:`forward_features`; images.
-            indices: Not used: there is one scale.
-            output_fmt: ``NCHW``: the scale is (B, C, rows, columns); ``NLC``: (B, rows · columns, C).
-            intermediates_only: Return only the list.
-        """
-        features = self.forward_features(x)
-        cells = features[:, self.num_extra_tokens :]
-        if output_fmt == "NCHW":
-            cells = cells.transpose(1, 2).unflatten(2, self.encoder.config.grid_size)
-        return [cells] if intermediates_only else (features, [cells])
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map features to the head's outputs, or with ``pre_logits`` to pooled features, (B, ``head_hidden_size``)."""
-        features = Features.of_layer(x, self.num_extra_tokens, self.has_cls_token)
-        pooled = dict[str, Tensor]()
-        for name, part in zip(self.representations, x.chunk(len(self.representations), dim=-1), strict=True):
-            pooled |= features.poolings(part, f"{name}_")
-        joined = side_by_side(pooled, self.pooled)
-        return joined if pre_logits or self.head is None else self.head(joined)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.checkpoint_activations(enable)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Save the sizes with the tensors, so that a loaded model has the same."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + CONFIG_TENSOR] = config_tensor(self.loaded.model_dump(mode="json"))
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the tensors of an exported student, or of this model, and take on their sizes; both are checked.
-
-        If the tensors have no head of this model's size, the model keeps its own.
-
-        Raises:
-            InputError: The sizes are missing, the tensors do not fit them, or the model lacks the chosen embedding.
-        """
-        tensors = dict(state_dict)
-        if (stored := tensors.pop(CONFIG_TENSOR, None)) is None:
-            raise InputError(f"no tensor {CONFIG_TENSOR}: not a file written by d2v export")
-        with reading(CONFIG_TENSOR):
-            sizes = read_config(StudentSizes, parse_object(stored.cpu().numpy().tobytes()))
-        last = {name: tensors.pop(name) for name in [*tensors] if name.startswith(("head.", "alignment."))}
-        with_raw = sizes.changed(embedding=sizes.embedding.changed(made_by="raw"))
-        check_timm_outputs(CONFIG_TENSOR, build_student(CONFIG_TENSOR, with_raw, tensors))
-        if self.loaded != sizes:
-            self.loaded = sizes
-            super().__init__(build_encoder(sizes.encoder), sizes.student)
-            self.raw_embedding = sizes.embedding.raw
-            self.pretrained_cfg = self.default_cfg = pretrained_cfg(sizes.encoder)
-            self.reset_classifier(self.num_classes)
-        if self.num_classes != len(last.get("alignment.bias", ())):
-            last = {name: tensor for name, tensor in last.items() if name.startswith("head.") and self.num_classes}
-        head = {name.replace("alignment.", "head."): tensor for name, tensor in last.items()}
-        return super().load_state_dict(tensors | head, bool(head), assign)
-
-
-def pretrained_cfg(config: EncoderConfig | None) -> dict[str, Any]:
-    """Return timm's record of the model, with the preprocessing for timm's ``resolve_data_config``."""
-    preprocessing = {} if config is None else config.timm_preprocessing
-    return {"architecture": "d2v2_student", "num_classes": 0, "classifier": "head", **preprocessing}
-
-
-def build_timm_student(pretrained: bool = False, **kwargs: Any) -> TimmStudent:
-    """Build a student for timm, to load a file into (see :class:`TimmStudent`).
-
-    Raises:
-        ValueError: ``features_only`` is true, but not ``pretrained``: the sizes of feature maps are in a file.
-    """
-    from timm.models import build_model_with_cfg  # takes seconds
-
-    if kwargs.get("features_only") and not pretrained:
-        raise ValueError("features_only: d2v2_student needs pretrained=True, pretrained_cfg_overlay=dict(file=FILE)")
-    kwargs["feature_cfg"] = {"feature_cls": "getter", "out_indices": (0,)}
-    not_ours: Any = ("in_chans", "img_size")  # timm's defaults; the file has its own
-    kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or pretrained_cfg(None)  # timm gives None
-    return build_model_with_cfg(TimmStudent, "d2v2_student", pretrained, kwargs_filter=not_ours, **kwargs)

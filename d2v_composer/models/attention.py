@@ -218,9 +218,9 @@ class Block(FfnBlock):
     ) -> tuple[Tensor | None, Tensor]:
         if self.norm0 is not None:
             x_BTD = self.norm0(x_BTD)
-        attended_BTD = self.norm1(x_BTD + self.attn(x_BTD, context)).to(x_BTD.dtype)
+        attended_BTD = self.norm1(x_BTD + self.attn(x_BTD, context))
         ffn_output_BTD = self.mlp(attended_BTD)
-        output_BTD = self.norm2(attended_BTD + ffn_output_BTD).to(x_BTD.dtype) if needs_output else None
+        output_BTD = self.norm2(attended_BTD + ffn_output_BTD) if needs_output else None
         return output_BTD, ffn_output_BTD
 
 

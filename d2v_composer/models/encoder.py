@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import Self
 
-from d2v_composer.models.attention import Alibi, Block, attention_bias, autocast_dtype
+from d2v_composer.models.attention import Alibi, Block, attention_bias
 from d2v_composer.models.configs import Config, EncoderConfig
 
 
@@ -107,8 +107,6 @@ class Encoder(Freezable):
 
     Attributes:
         alibi: ALiBi's bias for the encoder's blocks, if they have one.
-        half_residual: Keep the residual stream of the encoder's and the teacher's blocks in autocast's dtype, not in
-            float32.
         baseline: The name of the embedding :meth:`raw` in tables.
         input_name: The name of the inputs in an exported program.
     """
@@ -121,7 +119,6 @@ class Encoder(Freezable):
         super().__init__()
         self.config: Any = config  # a subclass has its own class of configs
         self.alibi = None
-        self.half_residual = False
 
     @property
     def embed_dim(self) -> int:
@@ -206,8 +203,6 @@ class Encoder(Freezable):
         """
         padding_mask = self.padding_mask(inputs.lengths, inputs.values.shape[-1])
         x_BTD = self.embed_tokens(inputs)
-        if self.half_residual:
-            x_BTD = x_BTD.to(autocast_dtype(x_BTD))
         for block, context in zip(self.block_list, self.block_contexts(x_BTD, padding_mask), strict=False):
             x_BTD, _ = block(x_BTD, context)
         return Tokens(x_BTD, padding_mask, inputs.window_weights)

@@ -31,7 +31,7 @@ from d2v_composer.models.configs import (
 )
 from d2v_composer.models.encoder import Freezable, Inputs, Tokens
 from d2v_composer.models.features import Features
-from d2v_composer.models.images import PatchProjection, PixelEncoder
+from d2v_composer.models.images import PixelEncoder
 from d2v_composer.models.names import JOINT, timm_name
 from d2v_composer.models.provenance import Record
 from d2v_composer.models.student import Init
@@ -96,12 +96,12 @@ class TimmBlock(FfnBlock):
     ) -> tuple[Tensor | None, Tensor]:
         block, arguments = self.block, {} if context is None else {self.kind.context: context}
         if self.kind.is_post_norm:
-            attended_BTD = (x_BTD + block.norm1(block.attn(x_BTD, **arguments))).to(x_BTD.dtype)
+            attended_BTD = x_BTD + block.norm1(block.attn(x_BTD, **arguments))
             ffn_output_BTD = block.norm2(block.mlp(attended_BTD))
         else:
-            attended_BTD = (x_BTD + self.scale(1, block.attn(block.norm1(x_BTD), **arguments))).to(x_BTD.dtype)
+            attended_BTD = x_BTD + self.scale(1, block.attn(block.norm1(x_BTD), **arguments))
             ffn_output_BTD = self.scale(2, block.mlp(block.norm2(attended_BTD)))
-        return (attended_BTD + ffn_output_BTD).to(x_BTD.dtype) if needs_output else None, ffn_output_BTD
+        return attended_BTD + ffn_output_BTD if needs_output else None, ffn_output_BTD
 
     def scale(self, branch: int, x_BTD: Tensor) -> Tensor:
         """Apply the LayerScale of a branch, if it has one."""
@@ -337,8 +337,6 @@ class TimmEncoder(PixelEncoder):
                     raise ValueError(f"{config.model} has {name} {value} in timm {timm.__version__}, not {given}")
             parts = TimmParts.of(model)
         self.stem: Any = parts.stem
-        patches: Any = self.stem.patch_embed.proj
-        patches.__class__ = PatchProjection  # an image is whole patches: build_timm_model allows no other size
         self.blocks = nn.ModuleList(parts.blocks[: config.first_blocks])
         self.contexts = parts.contexts.of_blocks(0, config.first_blocks)
         if is_new:

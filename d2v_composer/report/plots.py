@@ -15,7 +15,7 @@ from d2v_composer.config.schema import OPTIMIZERS
 from d2v_composer.evaluation.evaluate import Evaluation
 from d2v_composer.evaluation.metrics import METRICS, RETRIEVAL
 from d2v_composer.evaluation.metrics.metric import Column
-from d2v_composer.evaluation.results import accuracy_interval, gap_closed_by_step, pivot
+from d2v_composer.evaluation.results import gap_closed_by_step, pivot
 from d2v_composer.evaluation.rows import ROWS, STUDENT, TEACHER, UNTRAINED, metric_key
 from d2v_composer.models.names import EMBEDDING, RAW_EMBEDDINGS
 from d2v_composer.report.run import Run
@@ -128,7 +128,7 @@ def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Fi
             if column.k in evaluation.settings.ks[1:]:  # the first says enough
                 continue
             names = sorted(cells.keys() & speeds, key=lambda name: speeds[name])
-            values, lows, highs = np.array([accuracy_interval(cells[name].hits.numpy()) for name in names]).T
+            values, lows, highs = np.array([cells[name].interval for name in names]).T
             places = [speeds[name] for name in names]
             axes.errorbar(places, values, (values - lows, highs - values), label=column.heading, marker="o")
             best |= {name: max(best.get(name, 0), high) for name, high in zip(names, highs, strict=True)}

@@ -102,7 +102,7 @@ def verdicts(run: Run) -> Iterator[str]:
 
 
 def _found(column: Column, cells: Mapping[str, Result], gap: GapClosed, unit: str) -> str:
-    shown = {row: f"{100 * result.hits.double().mean().item():.1f} %" for row, result in cells.items()}
+    shown = {row: f"{100 * result.accuracy:.1f} %" for row, result in cells.items()}
     if IN_INDEX in cells:
         beside = f"in its teacher's index, where the teacher scores {shown[TEACHER]} ({column.heading})"
         said = f"the student scores {shown[IN_INDEX]} {beside}; in an index of its own it scores {shown[STUDENT]}"
@@ -124,7 +124,7 @@ def _next(run: Run, dataset: str, column: Column, cells: Mapping[str, Result], g
         return f"Measure it {how}."
     if gap.interval.value >= ENOUGH:
         return "Export it, or fine-tune it: there is little left to close."
-    untrained, student, teacher = (cells[row].hits.double().mean().item() for row in GAP)
+    untrained, student, teacher = (cells[row].accuracy for row in GAP)
     batch = last_batch(run.results)
     logged = run.log.get(metric_key(dataset, column), {})  # may go beyond the last checkpoint
     before = {0: untrained, **{step: value for step, value in logged.items() if step < batch}}

@@ -12,7 +12,6 @@ from d2v_composer.evaluation.metrics.retrieval import retrieval_from
 from d2v_composer.evaluation.results import (
     Interval,
     Result,
-    accuracy_interval,
     gap_closed,
     gap_closed_by_step,
     heading,
@@ -50,7 +49,7 @@ def accuracy_tables(results: Sequence[Result], datasets: Iterable[str]) -> Itera
             title += f", batch {batch}" if batch else ""
             labels = {row: label(result, embedding) for cells in columns.values() for row, result in cells.items()}
             lines = [
-                [labels[row], *(percent_of(cells[row]) if row in cells else "–" for cells in columns.values())]
+                [labels[row], *(percent(cells[row].interval) if row in cells else "–" for cells in columns.values())]
                 for row in sorted(labels, key=lambda row: (*ROWS, row).index(row))
             ]
             if any(closed := [gap_closed(cells) for cells in columns.values()]):
@@ -87,11 +86,6 @@ def cost_table(
         rates = [f"{rates[name]:.1f}" if name in rates else "–" for rates in speeds.values()]
         rows.append([name, f"{millions:.2f}", f"{4 * millions:.1f}", f"{cost['gflop']:.2f}", *rates])
     return [head, *rows]
-
-
-def percent_of(result: Result) -> str:
-    """Return an accuracy in %, with its interval."""
-    return percent(accuracy_interval(result.hits.numpy()))
 
 
 def percent(interval: Interval) -> str:

@@ -193,7 +193,6 @@ def accelerate(config: TrainConfig, model: DistillationModel) -> None:
     Raises:
         InputError: timm cannot recompute this student's activations.
     """
-    model.teacher.encoder.half_residual = config.half_residual
     model.teacher.cast_weights(choose_precision(config.precision).dtype)
     if config.compile:
         compile_model(model, config.compile)

@@ -38,7 +38,7 @@ from d2v_composer.checkpoints.checkpoint import (
     find_newest,
     read_checkpoint,
 )
-from d2v_composer.checkpoints.model_file import convert_to_timm
+from d2v_composer.checkpoints.timm_student import convert_to_timm
 from d2v_composer.config.load import deep_merge, defaults
 from d2v_composer.config.resume import FIXED, FIXED_IF_COMPARED, keys_marked
 from d2v_composer.config.schema import (
@@ -65,7 +65,7 @@ from d2v_composer.system.files import sha256
 from d2v_composer.system.machine import describe_machine, package_versions
 from d2v_composer.system.processes import allow_open_files, if_interrupted, num_nodes, num_ranks
 from d2v_composer.system.ranks import join_ranks, node_leaders_first, rank_zero_first
-from d2v_composer.system.third_party import lean_engine, patched_composer
+from d2v_composer.system.third_party import patched_composer
 
 
 def build_trainer(
@@ -433,8 +433,7 @@ def _fit(trainer: Trainer, config: TrainerConfig, header: Mapping[str, str]) -> 
     if trainer.state.timestamp < config.max_duration:
         if dist.get_global_rank() == 0:
             print(_describe(trainer, config, header))
-        with lean_engine(trainer):
-            trainer.fit()
+        trainer.fit()
         checkpoints.end_training(trainer.state)
         return
     if dist.get_global_rank() == 0:  # Composer would raise an error

@@ -183,7 +183,7 @@ def test_what_targets_depend_on(small_data: Path, many_shards: Path) -> None:
     harmless = (*harmless, "train_loader.flip=0")  # another image, see above
     assert seed(*harmless) == seed()
     others = (
-        *("seed=18", "precision=amp_bf16", "half_residual=true", "train_loader.views=3"),
+        *("seed=18", "precision=amp_bf16", "train_loader.views=3"),
         *("teacher.first_blocks=1", "student.depth=2"),
         *("targets.extra_tokens=drop", "objectives.embedding.weight=1", "global_train_batch_size=32"),
     )

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from timm.models import load_checkpoint
 from torch import Tensor
 
+import d2v_composer.timm_models  # noqa: F401  (registers the student)
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.fairseq import convert_teacher
 from d2v_composer.checkpoints.load import save_student
+from d2v_composer.checkpoints.timm_student import TimmWrapper
 from d2v_composer.commands import convert_teacher as convert_command
-from d2v_composer.export.programs import TimmStudent
 from d2v_composer.models.backbone import Backbone, Transformer
 from d2v_composer.models.configs import height_and_width
 from d2v_composer.models.teacher import Teacher
@@ -183,7 +184,7 @@ def test_an_exported_student_is_the_same(name: str, options: dict[str, Any], tmp
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
     model: Any = timm.create_model("d2v2_student", checkpoint_path=str(path), representation="layer_mean").eval()
     layer_mean = expected[f"layer_mean_{student.default_pooling}"]
-    assert torch.equal(model(model.encoder.normalized(inputs)).detach(), layer_mean)
+    assert torch.equal(model(model.student.encoder.normalized(inputs)).detach(), layer_mean)
 
 
 # Files with one altered size: each is refused, or its model embeds as before.
@@ -259,9 +260,9 @@ def embeddings(model: Transformer) -> Tensor:
 
 def timm_model(path: Path) -> Transformer:
     """Load like create_model with a checkpoint_path."""
-    model = TimmStudent()
+    model = TimmWrapper()
     load_checkpoint(model, str(path))
-    return model.eval()
+    return model.eval().student
 
 
 def outcome(load: Callable[[Path], Any], path: Path, expected: Tensor) -> str:

@@ -16,11 +16,12 @@ from timm.data.config import resolve_data_config
 from timm.models import save_for_hf
 from torch import Tensor
 
+import d2v_composer.timm_models  # noqa: F401  (registers the student)
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import save_student
+from d2v_composer.checkpoints.timm_student import TimmWrapper
 from d2v_composer.commands import embed as embed_command
 from d2v_composer.commands import export as export_student
-from d2v_composer.export.programs import TimmStudent
 from d2v_composer.models.alignment import side_by_side
 from d2v_composer.models.configs import ImageEncoderConfig, height_and_width
 from d2v_composer.models.images import ImageEncoder
@@ -58,9 +59,9 @@ def assert_close(ours: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE)
 
 
-def create(name: str, **options: Any) -> TimmStudent:
+def create(name: str, **options: Any) -> TimmWrapper:
     model = timm.create_model(name, **options)
-    assert isinstance(model, TimmStudent)
+    assert isinstance(model, TimmWrapper)
     return model.eval()
 
 
@@ -86,8 +87,8 @@ def test_timm(narrow: Path, images: Tensor) -> None:
         output = create("d2v2_student", **options)
         assert_close(output.forward_features(images), student.forward_blocks(student.encode(images))[0])
         assert_close(output(images), student.embed(images, "mean_patches"))
-    assert all(parameter.requires_grad for parameter in output.blocks.parameters())
-    assert not any(parameter.requires_grad for parameter in model.block_list[-1].norm2.parameters())  # not used
+    assert all(parameter.requires_grad for parameter in output.student.blocks.parameters())
+    assert not any(parameter.requires_grad for parameter in model.student.block_list[-1].norm2.parameters())  # not used
     assert model.num_features == features.shape[2] == student.embed_dim
     data = resolve_data_config(model=model)
     assert (data["input_size"], data["mean"]) == (tuple(images.shape[1:]), student.encoder.config.image_mean)
@@ -95,14 +96,14 @@ def test_timm(narrow: Path, images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"representation": "output"}])
-def test_its_grid_is_timms_one_scale(options: dict[str, str], narrow: Path, images: Tensor) -> None:
+def test_its_grid_is_timms_one_scale(options: dict[str, Any], narrow: Path, images: Tensor) -> None:
     """By the call that loads any exported student's features."""
     file = {"pretrained_cfg_overlay": {"file": str(narrow)}}
     model: Any = timm.create_model("d2v2_student", features_only=True, pretrained=True, **file, **options).eval()
     student = create("d2v2_student", checkpoint_path=str(narrow), **options)
     with torch.inference_mode():
         [grid], features = model(images), student.forward_features(images)
-        assert_close(grid.flatten(2).transpose(1, 2), features[:, student.num_extra_tokens :])
+        assert_close(grid.flatten(2).transpose(1, 2), features[:, student.student.num_extra_tokens :])
         assert_close(student.forward_intermediates(images, output_fmt="NLC")[1][0], features[:, 1:])
     assert (model.feature_info.channels(), model.feature_info.reduction()) == (
         [grid.shape[1]],
@@ -116,14 +117,14 @@ def test_fine_tuning_and_a_hubs_folder(narrow: Path, images: Tensor, tmp_path: P
     """A classifier on the student, trained for a step, saved as timm saves for the hub, and loaded from there."""
     model = create("d2v2_student", checkpoint_path=str(narrow), num_classes=7).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    frozen = model.encode(images)
+    frozen = model.student.encode(images)
     optimizer = torch.optim.SGD(trained, lr=0.1)
     for _ in range(2):  # the head starts as zeros, and the blocks behind it without a gradient
         torch.nn.functional.cross_entropy(model(images), torch.arange(5)).backward()
         optimizer.step()
     assert all(parameter.grad is not None for parameter in trained)
-    assert any(parameter.grad is not None and parameter.grad.any() for parameter in model.blocks.parameters())
-    assert torch.equal(model.encode(images), frozen)
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in model.student.blocks.parameters())
+    assert torch.equal(model.student.encode(images), frozen)
 
     save_for_hf(model, str(tmp_path))
     assert json.loads((tmp_path / "config.json").read_text())["architecture"] == "d2v2_student"
@@ -142,11 +143,12 @@ def test_a_classifier_of_sound_takes_waveforms(tmp_path: Path) -> None:
     save_student(student, tmp_path / "student.safetensors")
     model = create("d2v2_student", checkpoint_path=str(tmp_path / "student.safetensors"), num_classes=3)
     torch.nn.init.normal_(model.get_parameter("head.weight"))
-    save_student(model, tmp_path / "classifier.safetensors")
+    student.head = model.head
+    save_student(student, tmp_path / "classifier.safetensors")
     again = create("d2v2_student", checkpoint_path=str(tmp_path / "classifier.safetensors"), num_classes=3)
     waveforms = 0.1 * torch.randn(2, 8000)
     assert torch.equal(again(waveforms), model(waveforms))
-    assert torch.equal(model.forward_head(model.forward_features(waveforms), True), model.embed(waveforms))
+    assert torch.equal(model.forward_head(model.forward_features(waveforms), True), model.student.embed(waveforms))
 
 
 def test_timm_refuses_other_files(exported: Path, tmp_path: Path) -> None:

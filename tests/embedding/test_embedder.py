@@ -17,8 +17,8 @@ from PIL import Image
 from d2v_composer import Embedder, load_teacher
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed as embed_command
-from d2v_composer.config.reference import ModelReference
 from d2v_composer.data.images import Images
+from d2v_composer.embedding import embedder
 from d2v_composer.sources.labeled import load_labeled_set
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, encoded_clip, encoded_image, run_command, saved, write_files
@@ -168,8 +168,8 @@ def test_copies_in_a_process_load_the_model_once_and_a_new_one_reads_a_new_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, teacher = tmp_path / "student.safetensors", load_teacher(TEACHER)
-    loads, load = [], ModelReference.load
-    monkeypatch.setattr(ModelReference, "load", lambda reference: loads.append(1) or load(reference))
+    loads, load = [], embedder.load_any
+    monkeypatch.setattr(embedder, "load_any", lambda *arguments: loads.append(1) or load(*arguments))
 
     def export() -> Embedder:
         save_student(teacher.build_student(depth=1), path)

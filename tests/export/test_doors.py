@@ -10,10 +10,10 @@ import timm
 import torch
 from torch import Tensor
 
-import d2v_composer  # noqa: F401  (registers the model with timm)
+import d2v_composer.timm_models  # noqa: F401  (registers the student)
 from d2v_composer import Embedder, FrozenModel, load_student, load_teacher
 from d2v_composer.checkpoints.load import save_student
-from d2v_composer.checkpoints.model_file import timm_call
+from d2v_composer.checkpoints.timm_student import timm_call
 from d2v_composer.commands import embed, export
 from d2v_composer.data import modality_of
 from helpers import GOLDEN, encoded_clip, encoded_image, write_files

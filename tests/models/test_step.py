@@ -118,22 +118,6 @@ def test_losses_in_bfloat16_are_close(model: DistillationModel, images: Tensor) 
     np.testing.assert_allclose(train(in_bf16, few, lr=2e-3), expected, rtol=0.01)
 
 
-def test_a_half_residual_stream_ends_before_the_student(model: DistillationModel, images: Tensor) -> None:
-    halved = copy.deepcopy(model)
-    halved.teacher.encoder.half_residual = True
-    images = images[:2]
-    assert halved.teacher.encode(images).dtype == torch.float32  # outside autocast
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        _, expected = model.frozen_pass(Inputs(images))
-        tokens, targets = halved.frozen_pass(Inputs(images))
-        assert tokens is not None
-        x, target = tokens.x, targets["tokens"]
-        assert all(output.dtype == torch.bfloat16 for output, _ in halved.teacher.iterate_blocks(x))
-        assert all(output.dtype == torch.float32 for output, _ in halved.student.iterate_blocks(x))
-    assert (target.dtype, x.dtype) == (torch.float32, torch.bfloat16)
-    assert torch.cosine_similarity(target, expected["tokens"], dim=-1).mean() > 0.999
-
-
 def compile_for_a_gpu(model: DistillationModel, choice: bool | str, results: Any = None) -> list[dict[str, Any]]:
     """Compile a model as on a GPU, into functions that return ``results``; return the options of each CUDA graph."""
     asked: list[dict[str, Any]] = []

@@ -10,7 +10,7 @@ from torch.nn.functional import layer_norm
 
 from d2v_composer import DistillationModel, load_student, load_teacher
 from d2v_composer.checkpoints.load import save_student
-from d2v_composer.checkpoints.model_file import timm_call
+from d2v_composer.checkpoints.timm_student import timm_call
 from d2v_composer.models.configs import ImageEncoderConfig, TeacherConfig, TimmNetworkConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.timm_network import NetworkStudent

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from streaming import MDSWriter
 
+import d2v_composer.timm_models  # noqa: F401  (registers the student)
 from d2v_composer import load_student, load_teacher
 from helpers import (
     D2V,

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 
+import d2v_composer.timm_models  # noqa: F401  (registers the student)
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.config.load import load_finetune_config
@@ -173,7 +174,7 @@ def test_the_classifier_loads_in_timm_with_its_head(finetuned: Path, labeled: Pa
     student, teacher = load_any(finetuned / "latest-rank0.pt")
     assert teacher is None
     with torch.no_grad():
-        images = model.encoder.prepare(test.samples)
+        images = model.student.encoder.prepare(test.samples)
         pooled = model.forward_head(model.forward_features(images), pre_logits=True)
         torch.testing.assert_close(student.embed(test.samples), pooled)
         accuracy = (model(images).argmax(1) == test.labels).double().mean().item()

@@ -1,6 +1,5 @@
-"""The programs and the lines of the guides on serving and searching give what ``d2v embed`` and numpy give."""
+"""The page and the lines of the guide on searching find what numpy finds in the embeddings of ``d2v embed``."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -20,23 +19,12 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 from d2v_composer.commands import embed
-from d2v_composer.data.images import Images
-from d2v_composer.sources.open import open_source
-from helpers import ROOT, truncated, write_files
-from recipes import onnx_embed
+from helpers import ROOT
 from small_students import student_with_program
 
 GUIDES = ROOT / "recipes" / "guides"
 PHOTOS = Path(skimage.__file__).parent / "data"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# Embeds in a process that can import neither torch nor the package; the lines of the guide replace its functions.
-EMBED = """
-import sys
-sys.modules.update(torch=None, d2v_composer=None)
-import onnx_embed
-exec(sys.argv.pop(1), vars(onnx_embed))
-onnx_embed.main(*sys.argv[1:])
-"""
 
 
 def lines(page: str, section: str, language: str) -> list[str]:
@@ -45,10 +33,8 @@ def lines(page: str, section: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def run_python(folder: Path, code: str, *arguments: str) -> str:
-    paths = os.pathsep.join([str(ROOT / "recipes"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+def run_python(folder: Path, code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -78,60 +64,6 @@ def load(folder: Path, name: str) -> tuple[list[str], np.ndarray]:
     """Return ids, and embeddings of length 1."""
     rows = np.load(folder / f"{name}.npy")
     return np.load(folder / f"{name}.ids.npy").tolist(), rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-def check_program(folder: Path, name: str, replaced: str = "") -> None:
-    run_python(folder, EMBED, replaced, "student.onnx", "photos", f"{name}.npy")
-    (ids, ours), (their_ids, theirs) = load(folder, "photos"), load(folder, name)
-    assert their_ids == ids
-    assert len(ids) == 8
-    assert (ours * theirs).sum(axis=1).min() > 0.99999
-
-
-def test_onnxruntime_alone_embeds_as_the_command_does(folder: Path) -> None:
-    check_program(folder, "alone")
-
-
-def test_onnxruntime_alone_lists_what_the_command_lists(tmp_path: Path) -> None:
-    """Each image once, whatever links there are: to its folder, to a parent, to another folder, to itself."""
-    write_files(tmp_path, dict.fromkeys(("photos/a/b/b.jpg", "photos/.trash/c.jpg", "others/others.jpg"), b""))
-    for name, target in {"0": "photos", "1": "photos/a", "2": "others", "3.jpg": "photos/a/b/b.jpg"}.items():
-        (tmp_path / "photos" / "a" / name).symlink_to(tmp_path / target)
-    expected = ["a/2/others.jpg", "a/b/b.jpg"]
-    assert onnx_embed.list_images(tmp_path / "photos") == expected
-    assert [*open_source(str(tmp_path / "photos"), Images()).ids] == expected
-
-
-@pytest.mark.parametrize("name", ["photos.npy", "photos.ids.npy"])
-def test_onnxruntime_alone_replaces_nothing(tmp_path: Path, name: str) -> None:
-    """It says so before it reads a file."""
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(SystemExit, match=rf"^{tmp_path / name} exists; choose another OUT$"):
-        onnx_embed.main("none.onnx", "none", str(tmp_path / "photos.npy"))
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
-
-
-def test_onnxruntime_alone_skips_what_it_cannot_read(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    photos = write_files(tmp_path / "photos", {"cut.jpg": truncated((PHOTOS / "rocket.jpg").read_bytes())})
-    arguments = str(folder / "student.onnx"), str(photos), str(tmp_path / "photos.npy")
-    with pytest.raises(SystemExit, match=f"^{photos}: no image can be read; supported suffixes are .jpg, "):
-        onnx_embed.main(*arguments)
-    shutil.copy(folder / "photos" / "small.png", photos)
-    onnx_embed.main(*arguments)
-    assert capsys.readouterr().err.startswith("skipped cut.jpg: image file is truncated")
-    (ids, rows), (their_ids, theirs) = load(tmp_path, "photos"), load(folder, "photos")
-    assert ids == ["small.png"]
-    np.testing.assert_allclose(rows[0], theirs[their_ids.index("small.png")], atol=1e-5)
-
-
-@pytest.mark.slow
-def test_openvino_by_the_lines_of_the_guide(folder: Path) -> None:
-    if find_spec("openvino") is None:
-        pytest.skip("openvino is not installed")
-    [code] = lines("deploy.md", "In Python, without torch", "python")
-    check_program(folder, "openvino", code)
 
 
 @pytest.mark.slow

@@ -6,8 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.nn.functional import cosine_similarity
 
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import save_student
@@ -49,7 +52,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_student(student, folder / "runs" / "photos" / "student.safetensors")
     student.alignment, student.head = None, torch.nn.Linear(student.embed_dim, 5)
     save_student(student, folder / "classifier.safetensors")
-    photos = write_files(folder / "photos", {f"{number:02}.jpg": encoded_image(number) for number in range(12)})
+    photos = write_files(folder / "photos", {f"{number:02}.jpg": encoded_image(number, 48) for number in range(11)})
+    record = Image.Exif()
+    record[0x0112] = 6  # on its side
+    Image.open(photos / "00.jpg").save(photos / "11.jpg", exif=record)
     embed.main([str(folder / "student.safetensors"), str(photos), str(folder / "photos.npy"), "--workers", "0"])
     config = TimmNetworkConfig(model="timm/resnet18", timm="", image_size=112, interpolation="bicubic")
     network = NetworkStudent(config)
@@ -87,6 +93,10 @@ def test_a_page_runs(page: str, files: Path, tmp_path: Path, monkeypatch: pytest
         exec(compile(block, page, "exec"), names)
     if page == "README.md":
         assert (names["embeddings"].shape, names["targets"].shape) == ((2, 192), (2, 65, 192))
+    if page == "deploy.md":
+        expected = torch.from_numpy(np.load("photos.npy"))
+        for given in (names["embeddings"], *(names[name] for name in ["by_openvino"] if name in names)):
+            assert cosine_similarity(torch.from_numpy(given), expected).min() > 0.99999
     if page == "export-and-embed.md":
         torch.testing.assert_close(names["logits"], torch.zeros(2, 100))
         torch.testing.assert_close(names["by_timm"], names["embeddings"], rtol=1e-5, atol=1e-5)

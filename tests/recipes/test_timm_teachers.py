@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import normalize
 from torch.testing import assert_close
 
+import d2v_composer.timm_models  # noqa: F401  (registers the student)
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed, evaluate
