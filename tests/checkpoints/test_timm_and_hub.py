@@ -65,7 +65,7 @@ def create(name: str, **options: Any) -> TimmWrapper:
     return model.eval()
 
 
-def test_timm(narrow: Path, images: Tensor) -> None:
+def test_timm_loads_an_exported_student(narrow: Path, images: Tensor) -> None:
     """With as many classes as the alignment has outputs, the model gives the embedding; with 0, its features."""
     model, student = create("d2v2_student", num_classes=48, checkpoint_path=str(narrow)), load_student(narrow)
     with torch.inference_mode():
