@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -71,6 +72,16 @@ def test_outputs_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     torch.save(contents, path := tmp_path / "teacher.pt")
     with pytest.raises(InputError, match=f"^{path}: the teacher's outputs are not finite$"):
         load_teacher(path)
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e-14, float("nan"), float("inf")])
+def test_rows_of_an_index_have_a_length_in_float32(scale: float, tmp_path: Path) -> None:
+    np.save(
+        tmp_path / "rows.npy", np.array([[1, 2], [1, scale * 2]] if scale > 1 else scale * np.ones((2, 2)), np.float32)
+    )
+    np.save(tmp_path / "rows.ids.npy", np.array(["a", "b"]))
+    with pytest.raises(InputError, match=r"has numbers that are not finite, or too large or too small$"):
+        read_index(str(tmp_path / "rows.npy"))
 
 
 def test_an_index_has_a_known_suffix(tmp_path: Path) -> None:
