@@ -159,12 +159,14 @@ def assign(merged: Any, key: str, value: Any) -> None:
     OmegaConf.update(merged, key, value, merge=isinstance(value, dict) and not is_mapping)
 
 
-def explain(schema: type[BaseModel], error: Any) -> list[str]:
+def explain(schema: type[RunConfig], error: Any) -> list[str]:
     """Return the lines for one pydantic error: 'key.path: problem, got X'."""
     place, value = error["loc"], error["input"]
     key = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in place)
     if error["type"] == "extra_forbidden":
-        problems = [f"no such key{suggest(str(place[-1]), [*section_at(schema, place[:-1]).model_fields])}"]
+        allowed = [*section_at(schema, place[:-1]).model_fields]
+        new = schema.moved.get(key.lstrip("."))
+        problems = [f"no such key; write {new}" if new else f"no such key{suggest(str(place[-1]), allowed)}"]
     elif error["type"] == "value_error":  # ours; '.below: problem' continues the key
         problems = str(error["ctx"]["error"]).splitlines()
     else:
