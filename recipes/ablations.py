@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from d2v_composer.commands.options import make_parser
+from d2v_composer.commands.command import Command, PlaceHere, Positional
 from d2v_composer.system import command_line
 from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.errors import InputError, reading
@@ -32,29 +32,43 @@ STUDIES = ROOT / "yamls" / "ablations"
 POLL_SECONDS = 0.5
 
 
-def main(argv: Sequence[str]) -> None:
-    """Train the missing rows, and print the table."""
-    arguments = make_parser(__doc__, "ablations").parse_intermixed_args(argv)
-    given = arguments.given
-    study = Path(given.pop(0)) if given and "=" not in given[0] else STUDIES / "data2vec2"
-    rows = read_rows(study, arguments.rows)
-    out, datasets = arguments.out or Path("runs/ablations", study.name), arguments.images
-    folders = {name: out / name.replace(" ", "_") for name in rows}
+class Ablations(Command):
+    given: Positional[tuple[str, ...]] = ()
+    """The study's folder (default: yamls/ablations/data2vec2), then changes to all its rows, each as key=value."""
+    images: PlaceHere = Path("datasets")
+    """Folder with CIFAR-10."""
+    whole: bool = False
+    """Use all of CIFAR-10; default: its first 10,000 + 2,000 images."""
+    out: PlaceHere | None = None
+    """Folder for the runs; default: runs/ablations/ and the study's name."""
+    rows: tuple[str, ...] | None = None
+    """A row to train besides the first; may be repeated; default: all rows."""
 
-    from d2v_composer.conversion.convert import convert_cifar10  # takes seconds
-    from d2v_composer.evaluation.run_log import read_jsonl
-    from d2v_composer.report.tables import study_table
+    def run(self) -> None:
+        """Train the missing rows, and print the table."""
+        has_study = self.given and "=" not in self.given[0]
+        study, changes = (Path(self.given[0]), self.given[1:]) if has_study else (STUDIES / "data2vec2", self.given)
+        rows = read_rows(study, self.rows)
+        out, datasets = self.out or Path("runs/ablations", study.name), self.images
+        folders = {name: out / name.replace(" ", "_") for name in rows}
 
-    images = datasets / ("cifar10" if arguments.whole else "cifar10_sample")
-    commands = {name: train_command(study, rows[name], given, folders[name], images) for name in rows}
-    check_rows(commands, folders)
-    convert_cifar10(datasets, images, *(() if arguments.whole else (10_000, 2_000)))
-    for row in rows.values():
-        if number := row.get("num_images"):
-            convert_cifar10(datasets, first_images(images, row), number, 0)
-    train_rows(commands, folders)
-    print(study_table({name: read_jsonl(folder / "log.jsonl") for name, folder in folders.items()}))
-    print_next(d2v("report", next(iter(folders.values()))))
+        from d2v_composer.conversion.convert import convert_cifar10  # takes seconds
+        from d2v_composer.evaluation.run_log import read_jsonl
+        from d2v_composer.report.tables import study_table
+
+        images = datasets / ("cifar10" if self.whole else "cifar10_sample")
+        commands = {name: train_command(study, rows[name], changes, folders[name], images) for name in rows}
+        check_rows(commands, folders)
+        convert_cifar10(datasets, images, *(() if self.whole else (10_000, 2_000)))
+        for row in rows.values():
+            if number := row.get("num_images"):
+                convert_cifar10(datasets, first_images(images, row), number, 0)
+        train_rows(commands, folders)
+        print(study_table({name: read_jsonl(folder / "log.jsonl") for name, folder in folders.items()}))
+        print_next(d2v("report", next(iter(folders.values()))))
+
+
+main = Ablations.main
 
 
 def read_rows(study: Path, names: Sequence[str] | None = None) -> dict[str, Mapping[str, Any]]:

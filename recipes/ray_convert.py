@@ -23,7 +23,7 @@ from d2v_composer.commands import convert_images, merge
 PARTS = 64  # each is the work of one core
 
 
-convert = ray.remote(convert_images.main)
+convert = ray.remote(lambda command: convert_images.main(command))
 
 
 def main(*argv: str) -> None:

@@ -5,20 +5,19 @@ containers in recipes/guides/sources.md.
 ``python tests/reference.py FOLDER`` writes HTML of the public names there, with pdoc.
 """
 
-import argparse
 import ast
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from argparse import ArgumentParser
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
-from unittest.mock import patch
 
 import d2v_composer
 import d2v_composer.callbacks
+from d2v_composer.commands.command import Command
 from d2v_composer.sources import CONTAINERS
 
 ROOT = Path(__file__).parent.parent
@@ -49,29 +48,12 @@ while running; 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 
-class ParsedError(Exception):
-    """Raised where a command has parsed its arguments: its parser, and what it found."""
-
-
-def parse(main: Callable[[Any], Any], argv: list[str]) -> tuple[argparse.ArgumentParser, Any]:
-    """Call a command until it has parsed its arguments; return the parser and, unless they ask for help, the result."""
-
-    def stopping(parse: Callable[..., Any]) -> Callable[..., None]:
-        def stop(self: argparse.ArgumentParser, *arguments: Any) -> None:
-            raise ParsedError(self, None if argv == ["--help"] else parse(self, *arguments))
-
-        return stop
-
-    kind = argparse.ArgumentParser
-    with ExitStack() as stack:
-        for name in ("parse_args", "parse_intermixed_args"):
-            stack.enter_context(patch.object(kind, name, stopping(getattr(kind, name))))
-        try:
-            main(argv)
-        except ParsedError as parsed:
-            parser, result = parsed.args
-            return parser, result
-    raise AssertionError(f"{argv}: it has run")
+def commands_in(name: str, file: str) -> dict[str, type[Command]]:
+    """Return the class of a command, or of each command in it; none if its arguments are a YAML's."""
+    module = import_module(file.removesuffix(".py").replace("/", "."))
+    inner = {f"{name} {benchmark}": kind for benchmark, kind in getattr(module, "BENCHMARKS", {}).items()}
+    own = vars(module).get(Path(file).stem.title().replace("_", ""))
+    return inner or ({name: own} if isinstance(own, type) and issubclass(own, Command) else {})
 
 
 def fields_page() -> str:
@@ -112,28 +94,21 @@ def describe(command: str, file: str) -> Iterator[str]:
     text = re.sub(ITEMS, lambda items: re.sub("^", "- ", items[0].strip(), flags=re.MULTILINE) + "\n\n", text)
     yield f"## {command}\n\n{text}"
     # Other recipes import Composer, and have no options that their text does not name.
-    if "make_parser" in source and (command.startswith("d2v") or "ablations" in command):
-        module = import_module(file.removesuffix(".py").replace("/", "."))
-        parser, _ = parse(module.main, ["--help"])
-        yield from table(command, parser)
+    if command.startswith("d2v") or "ablations" in command:
+        for name, kind in commands_in(command, file).items():
+            yield from [f"### {name}\n"] * (name != command)
+            yield from table(kind)
 
 
-def table(command: str, parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Yield the table of a parser's arguments, and those of the commands in it."""
-    rows, inner = [], {}
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            inner = action.choices
-        elif not isinstance(action, argparse._HelpAction):
-            choices = "{" + ",".join(action.choices) + "}" if action.choices else action.dest.upper()
-            words = [*action.option_strings[:1], *([] if action.nargs == 0 else [str(action.metavar or choices)])]
-            needed = "required; " if action.required and action.option_strings else ""
-            rows.append(f"| `{' '.join(words)}` | {needed}{action.help or ''} |")
+def table(kind: type[Command]) -> Iterator[str]:
+    """Yield the table of a command's arguments."""
+    rows = []
+    for action in kind.add_arguments(ArgumentParser()).values():
+        words = [*action.option_strings, *([] if action.nargs == 0 else [str(action.metavar)])]
+        needed = "Required. " if action.required and action.option_strings else ""
+        rows.append(f"| `{' '.join(words)}` | {needed}{action.help} |")
     if rows:
         yield "\n".join(["| argument | meaning |", "|---|---|", *rows, ""])
-    for name, subparser in inner.items():
-        yield f"### {command} {name}\n"
-        yield from table(f"{command} {name}", subparser)
 
 
 def resolve(module: str) -> list[Any]:

@@ -21,7 +21,7 @@ from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabeledSe
 from d2v_composer.system import fetch
 from d2v_composer.system.errors import InputError
 from helpers import ROOT
-from recipes import ablations
+from recipes.ablations import Ablations
 
 FOLDERS = (".github", "recipes", "yamls", "tests", "d2v_composer")
 PAGES = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("**/*.md"))])
@@ -115,14 +115,15 @@ def problems(program: str, argv: Sequence[str]) -> Iterator[str]:
             given = arguments[0] if is_yaml and (ROOT / arguments[0]).exists() else shipped
             load([str(ROOT / given), *arguments[is_yaml:]])
         elif name == "ablations.py":
-            _, args = reference.parse(ablations.main, arguments)
-            changes = [argument for argument in args.given if "=" in argument]
+            changes = [word for word in Ablations.parse(arguments).given if "=" in word]
         elif name == "ray_embed.py":
             if not 3 <= len(arguments) <= 4:
                 yield f"expected MODEL SOURCE OUT [COLUMN], got {arguments}"
         elif (name := name.replace("ray_convert.py", "convert-images")) in COMMANDS:
-            _, args = reference.parse(import_module(f"d2v_composer.commands.{name.replace('-', '_')}").main, arguments)
-            changes = getattr(args, "changes", ())
+            kinds = reference.commands_in(name, f"d2v_composer/commands/{name.replace('-', '_')}.py")
+            if name not in kinds:
+                name, arguments = f"{name} {arguments[0]}", arguments[1:]
+            changes = getattr(kinds[name].parse(arguments), "changes", ())
         else:
             yield f"no command {name}"
         if changes:

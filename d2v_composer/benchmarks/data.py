@@ -40,11 +40,12 @@ MIN_CROP = 0.6  # side, as a share of the largest crop's
 
 
 def benchmark(
-    images: Path | None = None,
-    num_images: int = 1000,
-    workers: int = 0,
-    remote: str | None = None,
-    repeats: int = 5,
+    *,
+    images: Path | None,
+    num_images: int,
+    workers: int,
+    remote: str | None,
+    repeats: int,
 ) -> dict[str, Any]:
     """Write the images as shards, and return each loader's images per second.
 

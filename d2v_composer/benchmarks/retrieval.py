@@ -18,9 +18,7 @@ PRODUCT_PART = 2048
 TIES = 1e-3
 
 
-def benchmark(
-    bank: int = 50_000, queries: int = 10_000, dim: int = 768, k: int = 20, repeats: int = 5
-) -> dict[str, Any]:
+def benchmark(*, bank: int, queries: int, dim: int, k: int, repeats: int) -> dict[str, Any]:
     """Measure queries per second of each search, on the same random vectors; faiss uses the CPU.
 
     Raises:

@@ -55,28 +55,20 @@ SIZES = {**{name: (config, 5) for name, config in RELEASED.items()}, "quickstart
 
 
 def benchmark(
-    size: str = "base",
-    precision: str = "auto",
-    batch_size: int | None = None,
-    repeats: int = 5,
-    compiles: bool = True,
-    only: str | None = None,
-    loop: str = "bare",
-    trace: Path | None = None,
-    overrides: Sequence[str] = (),
+    *,
+    size: str,
+    precision: str,
+    batch_size: int | None,
+    repeats: int,
+    no_compile: bool,
+    only: str | None,
+    loop: str,
+    trace: Path | None,
+    overrides: Sequence[str],
 ) -> dict[str, Any]:
     """Measure images per second of each contender.
 
-    Args:
-        size: A key of ``SIZES``.
-        precision: A value of a YAML's ``precision``.
-        batch_size: Number of images, or of clips of five seconds, in a step; default: 256 on a GPU, 8 on a CPU.
-        repeats: Number of measured passes.
-        compiles: Use torch.compile in ``ours`` and ``trainer``; otherwise, ``ours`` is left out.
-        only: The only contender to measure, besides ``trainer``.
-        loop: ``trainer`` also measures a step in Composer's Trainer.
-        trace: File for a profile of the last contender, in Chrome's format, with a table beside it.
-        overrides: Settings of distill.yaml, such as ``compile=default``.
+    The arguments are the options of ``d2v benchmark step``.
 
     Raises:
         InputError: There is no compiler, or ``overrides`` name a student.
@@ -88,7 +80,9 @@ def benchmark(
     batch_size = batch_size or (256 if on_gpu else 8)
     # A list of batches does not tell their size. On a CPU, memory_monitor warns.
     batch = [f"device_train_microbatch_size={batch_size}", *([] if on_gpu else ["callbacks.memory_monitor=null"])]
-    config = load_config([str(DISTILL), f"precision={precision}", f"compile={compiles}", *CHANGES, *batch, *overrides])
+    config = load_config(
+        [str(DISTILL), f"precision={precision}", f"compile={not no_compile}", *CHANGES, *batch, *overrides]
+    )
     check_compiler(config.compile)
     if config.student.model is not None:
         raise InputError(f"student.model: must be null, got {config.student.model}: --size names the models")
@@ -97,7 +91,7 @@ def benchmark(
     encoder = model.teacher.encoder
     images = encoder.noise(batch_size).to("cuda" if on_gpu else "cpu")
     flop = model.flops_per_batch(images[:1])
-    names = [only] if only else [NAIVE, EAGER, OURS][: 2 + compiles]
+    names = [only] if only else [NAIVE, EAGER, OURS][: 3 - no_compile]
     contender = names[-1]
     names += [TRAINER] if loop == TRAINER else []
     with ExitStack() as at_end:

@@ -1,9 +1,10 @@
 """Distill vision transformers into small students: the commands that need no clone of the repository.
 
+usage: d2v COMMAND [arguments]; d2v COMMAND --help describes them; d2v --version
+
 distill is the shortest way. Step by step: convert-teacher, convert-images, train, then evaluate, export and embed.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -11,6 +12,7 @@ from typing import Any, NoReturn
 
 import d2v_composer
 from d2v_composer.system import command_line
+from d2v_composer.system.errors import InputError
 
 COMMANDS = {
     "distill": "distill a student from a folder of images or audio, in one command",
@@ -37,25 +39,17 @@ COMMANDS = {
 def main(argv: Sequence[str]) -> Any:
     """Run a command; import only its own module."""
     name, *rest = argv or [""]
-    if name not in COMMANDS:
-        parse(argv)
-    sys.argv = [f"d2v {name}", *rest]  # argparse names the program by it
-    return import_module(f"d2v_composer.commands.{name.replace('-', '_')}").main(rest)
-
-
-def parse(argv: Sequence[str]) -> NoReturn:
-    """Answer --help and --version, or reject invalid arguments."""
+    if name in COMMANDS:
+        sys.argv = [f"d2v {name}", *rest]  # argparse names the program by it
+        return import_module(f"d2v_composer.commands.{name.replace('-', '_')}").main(rest)
+    if name == "--version":
+        return print(f"d2v-composer {d2v_composer.__version__}")
     commands = "\n".join(f"  {name:<18}{what}" for name, what in COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog="d2v",
-        description=__doc__,
-        epilog=f"commands; d2v COMMAND --help describes each:\n{commands}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"d2v-composer {d2v_composer.__version__}")
-    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of the commands below")
-    parser.parse_args(argv)
-    raise AssertionError  # parse_args has exited
+    command_line.show_help([name], f"{__doc__}\n{commands}")
+
+    from d2v_composer.config.types import suggest  # a fifth of a second
+
+    raise InputError(f"d2v {name}: no such command{suggest(name, [*COMMANDS])}")
 
 
 def run() -> NoReturn:

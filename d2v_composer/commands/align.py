@@ -10,78 +10,112 @@ out to measure R² and recall: the share of a sample's nearest neighbors in the 
 student with the matrix.
 """
 
-from collections.abc import Sequence
+from typing import Annotated
 
-from d2v_composer.commands.options import choose_workers, make_parser
+from d2v_composer.commands.command import (
+    Column,
+    Command,
+    Decoders,
+    PlaceHere,
+    Positional,
+    Samples,
+    choose_workers,
+    whole,
+)
+from d2v_composer.models.names import Pooling, Representation
 from d2v_composer.system.command_line import d2v, print_next, print_skipped
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file
 
 
-def main(argv: Sequence[str]) -> None:
-    """Fit the map, print its R² and recall, and write the student."""
-    arguments = make_parser(__doc__, "align").parse_args(argv)
-    out, path = arguments.out, arguments.index
-    if (path is None) == (arguments.to is None):
-        raise InputError("expected --index or --to, and not both")
-    if path is not None and (arguments.pooling or arguments.representation):
-        raise InputError("--pooling and --representation apply only to --to; rows of an --index are already pooled")
-    if out.suffix != ".safetensors":
-        raise InputError(f"{out} must end in .safetensors")
-    check_out_file(out, overwrite=arguments.overwrite)
+class Align(Command):
+    model: Positional[str]
+    """A checkpoint or an exported student: a path, s3://, …."""
+    source: Samples
+    out: Positional[PlaceHere]
+    """The student's file to write, NAME.safetensors."""
+    index: str | None = None
+    """NAME.npy, with the ids in NAME.ids.npy, or NAME.parquet, as d2v embed writes them."""
+    to: str | None = None
+    """A model that embeds SOURCE now: a path, s3://, …; or timm/NAME."""
+    pooling: Pooling | None = None
+    """Pooling of --to's embedding, instead of its default."""
+    representation: Representation | None = None
+    """Representation of --to's embedding, instead of its default."""
+    max_samples: Annotated[int, whole(20, 0x100000)] = 20_000
+    """Maximum number of samples to fit to."""
+    workers: Decoders = None
+    column: Column = None
+    overwrite: bool = False
+    """Replace OUT if it exists."""
 
-    import torch
+    def run(self) -> None:
+        """Fit the map, print its R² and recall, and write the student."""
+        out, path = self.out, self.index
+        if (path is None) == (self.to is None):
+            raise InputError("expected --index or --to, and not both")
+        if path is not None and (self.pooling or self.representation):
+            raise InputError("--pooling and --representation apply only to --to; rows of an --index are already pooled")
+        if out.suffix != ".safetensors":
+            raise InputError(f"{out} must end in .safetensors")
+        check_out_file(out, overwrite=self.overwrite)
 
-    from d2v_composer.checkpoints.load import save_student
-    from d2v_composer.config.reference import load_any
-    from d2v_composer.data import modality_of
-    from d2v_composer.embedding.align import align, match, read_index
-    from d2v_composer.export.model_card import size_of
-    from d2v_composer.models.alignment import EmbeddingInfo
-    from d2v_composer.models.names import EMBEDDING
-    from d2v_composer.models.provenance import distillation_of, value_at
-    from d2v_composer.models.teacher import Teacher
-    from d2v_composer.sources.labeled import evenly_spaced
-    from d2v_composer.sources.open import open_source
-    from d2v_composer.sources.source import name_counts
+        import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    student, _ = load_any(arguments.model)
-    if isinstance(student, Teacher):
-        raise InputError(f"{arguments.model} is a teacher; expected a student")
-    student.head = None  # a classifier's weights give a student, too
-    student.eval().to(device)
-    source = open_source(arguments.source, modality_of(student.encoder.config), column=arguments.column)
-    if path is not None:
-        index = read_index(path)
-        numbers, places, num_repeated = match(source, index, path, arguments.max_samples)
-        print(
-            f"pairs: {len(numbers):,} of {len(source):,} samples and {len(index.ids):,} rows; left out "
-            f"{num_repeated:,} rows with repeated ids"
-        )
-        target, place = index.rows, path
-        unknown = EmbeddingInfo("unknown embedding", "raw", index.rows.shape[1], "")
-        info = unknown if index.made_by is None else index.made_by["embedding"]
-    else:
-        teacher, _ = load_any(arguments.to)
-        if (modality := teacher.encoder.config.modality) != (own := student.encoder.config.modality):
-            raise InputError(f"--to: {arguments.to} takes {modality}, but {arguments.model} takes {own}")
-        teacher.use_embedding(arguments.pooling, arguments.representation)
-        teacher.eval().to(device)
-        target, places = lambda *inputs: teacher.embed_all(*inputs)[EMBEDDING], None
-        numbers = evenly_spaced(len(source), arguments.max_samples)
-        info, place = teacher.embedding, arguments.to
-    if info.space.partition(" ")[0] != value_at(distillation_of(student.provenance), "teacher.sha256"):
-        info = info._replace(of=f"{place}, {info.of}")
-    print("other files:", name_counts(source.left_out))
-    workers = choose_workers(arguments.workers, device)
-    aligned = align(student, source, numbers, target, places, device, workers, info)
-    about = {"of": info.of, "space": info.space} | aligned.statistics
-    student.provenance = student.provenance | {"alignment": about}
-    print_skipped(aligned.skipped)
-    print(f"R²: {aligned.statistics['r2']:.3f} on a held-out tenth")
-    recall = ", ".join(f"@{k} {share:.3f}" for k, share in aligned.recall.items())
-    print(f"recall of the index's own neighbors on {aligned.queries} held-out samples: {recall}")
-    save_student(student, out)
-    print(size_of(student, out))
-    print_next(d2v("embed", out, "QUERIES", "queries.npy"))
+        from d2v_composer.checkpoints.load import save_student
+        from d2v_composer.config.reference import load_any
+        from d2v_composer.data import modality_of
+        from d2v_composer.embedding.align import align, match, read_index
+        from d2v_composer.export.model_card import size_of
+        from d2v_composer.models.alignment import EmbeddingInfo
+        from d2v_composer.models.names import EMBEDDING
+        from d2v_composer.models.provenance import distillation_of, value_at
+        from d2v_composer.models.teacher import Teacher
+        from d2v_composer.sources.labeled import evenly_spaced
+        from d2v_composer.sources.open import open_source
+        from d2v_composer.sources.source import name_counts
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        student, _ = load_any(self.model)
+        if isinstance(student, Teacher):
+            raise InputError(f"{self.model} is a teacher; expected a student")
+        student.head = None  # a classifier's weights give a student, too
+        student.eval().to(device)
+        source = open_source(self.source, modality_of(student.encoder.config), column=self.column)
+        if path is not None:
+            index = read_index(path)
+            numbers, places, num_repeated = match(source, index, path, self.max_samples)
+            print(
+                f"pairs: {len(numbers):,} of {len(source):,} samples and {len(index.ids):,} rows; left out "
+                f"{num_repeated:,} rows with repeated ids"
+            )
+            target, place = index.rows, path
+            unknown = EmbeddingInfo("unknown embedding", "raw", index.rows.shape[1], "")
+            info = unknown if index.made_by is None else index.made_by["embedding"]
+        else:
+            assert self.to is not None  # because there is no index
+            teacher, _ = load_any(self.to)
+            if (modality := teacher.encoder.config.modality) != (own := student.encoder.config.modality):
+                raise InputError(f"--to: {self.to} takes {modality}, but {self.model} takes {own}")
+            teacher.use_embedding(self.pooling, self.representation)
+            teacher.eval().to(device)
+            target, places = lambda *inputs: teacher.embed_all(*inputs)[EMBEDDING], None
+            numbers = evenly_spaced(len(source), self.max_samples)
+            info, place = teacher.embedding, self.to
+        if info.space.partition(" ")[0] != value_at(distillation_of(student.provenance), "teacher.sha256"):
+            info = info._replace(of=f"{place}, {info.of}")
+        print("other files:", name_counts(source.left_out))
+        workers = choose_workers(self.workers, device)
+        aligned = align(student, source, numbers, target, places, device, workers, info)
+        about = {"of": info.of, "space": info.space} | aligned.statistics
+        student.provenance = student.provenance | {"alignment": about}
+        print_skipped(aligned.skipped)
+        print(f"R²: {aligned.statistics['r2']:.3f} on a held-out tenth")
+        recall = ", ".join(f"@{k} {share:.3f}" for k, share in aligned.recall.items())
+        print(f"recall of the index's own neighbors on {aligned.queries} held-out samples: {recall}")
+        save_student(student, out)
+        print(size_of(student, out))
+        print_next(d2v("embed", out, "QUERIES", "queries.npy"))
+
+
+main = Align.main

@@ -1,5 +1,7 @@
 """Measure speed on this machine: our code and other programs, interleaved in one process.
 
+usage: d2v benchmark {step,data,retrieval} [options]
+
     d2v benchmark step --precision fp32
     d2v benchmark step --size large --json step.json
     d2v benchmark step --loop trainer --only ours --batch-size 32 --trace trace.json
@@ -14,33 +16,93 @@ step and retrieval use the GPU if there is one; CUDA_VISIBLE_DEVICES= hides it.
 data and retrieval need `pip install -e '.[benchmark]'`.
 """
 
-import argparse
 import json
 import shlex
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from d2v_composer.commands.options import add_options
+from pydantic import Field
+
+from d2v_composer.commands.command import Command, PlaceHere, Positional, one_of, whole
+from d2v_composer.config.types import suggest
 from d2v_composer.models.configs import RELEASED
-from d2v_composer.system.command_line import make_parser
+from d2v_composer.models.names import PrecisionChoice
+from d2v_composer.system.command_line import show_help
+from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import write_atomically
+
+SIZES = (*RELEASED, "quickstart")
+Number = Annotated[int, whole(1, 0x80000000)]
+
+
+class Benchmark(Command):
+    repeats: Number = 5
+    """Number of measured passes."""
+    report: PlaceHere | None = Field(None, alias="json")
+    """File to write the result to, as JSON."""
+
+    def run(self) -> dict[str, Any]:
+        """Return the rates, and the setting in which they were measured."""
+        module = import_module(f"d2v_composer.benchmarks.{type(self).__name__.lower()}")
+        return module.benchmark(**self.model_dump(exclude={"report"}))
+
+
+class Step(Benchmark):
+    size: Annotated[str, one_of(SIZES)] = Field("base", description=f"Size of teacher and student: {', '.join(SIZES)}.")
+    batch_size: Number | None = None
+    """Images, or clips of 5 s, per step; default: 8, or 256 on a GPU."""
+    precision: PrecisionChoice = "auto"
+    """Precision of the step."""
+    only: Literal["naive", "eager", "ours"] | None = None
+    """Measure only this contender."""
+    loop: Literal["bare", "trainer"] = "bare"
+    """``trainer``: also measure 'ours' in Composer's Trainer, on batches in memory."""
+    trace: PlaceHere | None = None
+    """Write a profile of the last contender to this file, for chrome://tracing or Perfetto."""
+    no_compile: bool = False
+    """Measure without torch.compile."""
+    overrides: Positional[tuple[str, ...]] = ()
+    """Settings of distill.yaml for 'ours', such as compile=default."""
+
+
+class Data(Benchmark):
+    images: Path | None = None
+    """Folder with one subfolder per class; default: crops of scikit-image's photographs."""
+    num_images: Number = 1000
+    """Number of images to read."""
+    workers: int = 0
+    """Worker processes; 0 reads in one process on one core."""
+    remote: str | None = None
+    """An empty folder in a store, to write shards to and read them from."""
+
+
+class Retrieval(Benchmark):
+    bank: Number = 50_000
+    """Number of vectors to search."""
+    queries: Number = 10_000
+    """Number of vectors to find neighbors of."""
+    dim: Number = 768
+    """Dimensions of a vector."""
+    k: Number = 20
+    """Neighbors per query."""
+
+
+BENCHMARKS = {kind.__name__.lower(): kind for kind in (Step, Data, Retrieval)}
 
 
 def main(argv: Sequence[str]) -> None:
     """Run a benchmark, and print and write its result."""
-    parser = make_parser(__doc__)
-    benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    for name in ("step", "data", "retrieval"):
-        benchmark = benchmarks.add_parser(name, argument_default=argparse.SUPPRESS)
-        add_options(benchmark, f"benchmark {name}", sizes=(*RELEASED, "quickstart"))
-    options = vars(parser.parse_args(argv))
-    name, out = options.pop("benchmark"), options.pop("json", None)
+    show_help(argv[:1], __doc__)
+    name, *rest = argv or [""]
+    if name not in BENCHMARKS:
+        raise InputError(f"BENCHMARK: no such benchmark {name!r}{suggest(name, [*BENCHMARKS])}")
+    options = BENCHMARKS[name].parse(rest, f"d2v benchmark {name}")
 
     from d2v_composer.benchmarks import format_result
 
-    module = import_module(f"d2v_composer.benchmarks.{name}")
-    result = module.benchmark(**options)
-    command = shlex.join(["d2v", "benchmark", *argv])
+    result, command = options.run(), shlex.join(["d2v", "benchmark", *argv])
     print(f"{command}\n{format_result(result)}")
-    if out is not None:
-        write_atomically(out, json.dumps({"command": command, **result}, indent=1) + "\n")
+    if options.report is not None:
+        write_atomically(options.report, json.dumps({"command": command, **result}, indent=1) + "\n")

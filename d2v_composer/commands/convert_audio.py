@@ -14,17 +14,23 @@ other tars, it is a word in the file's name, or else in its folders' names. Labe
 with lines 'clip,class', or --label-column.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
-from d2v_composer.commands.convert_images import convert_and_report
-from d2v_composer.commands.options import make_parser
+from pydantic import Field
+
+from d2v_composer.commands.command import Positional
+from d2v_composer.commands.convert_images import Convert
+from d2v_composer.sources import SOURCES
 
 
-def main(argv: Sequence[str]) -> Any:
-    """Convert, print a report, and return the result; ``None`` if the part exists already."""
-    arguments = make_parser(__doc__, "convert-audio", sample="clip").parse_args(argv)
+class ConvertAudio(Convert):
+    source: Positional[str] = Field(description=f"A folder of audio files, or {SOURCES}.")
 
-    from d2v_composer.data.audio import Audio
+    def run(self) -> Any:
+        """Convert, print a report, and return the result; ``None`` if the part exists already."""
+        from d2v_composer.data.audio import Audio
 
-    return convert_and_report(arguments, Audio(), "distill_audio")
+        return self.convert(Audio(), "distill_audio")
+
+
+main = ConvertAudio.main

@@ -9,36 +9,61 @@ Reading a checkpoint runs none of its code. The command prints which tensors it 
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from typing import Literal
 
-from d2v_composer.commands.options import make_parser
+from d2v_composer.commands.command import Command, Embedding, PlaceHere, Positional
+from d2v_composer.models.names import Weights
 from d2v_composer.system.command_line import print_next, training
 from d2v_composer.system.files import check_out_file
 
 
-def main(argv: Sequence[str]) -> None:
-    """Convert a teacher, and print the used and the unused tensors of its file."""
-    arguments = make_parser(__doc__, "convert-teacher").parse_args(argv)
-    check_out_file(arguments.out, overwrite=arguments.overwrite)
+class ConvertTeacher(Command):
+    source: Positional[str]
+    """The checkpoint: a path, https://, s3://, …."""
+    out: Positional[PlaceHere]
+    """The file to write, NAME.safetensors."""
+    weights: Weights = "model"
+    """Weights to keep."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Type of the stored weights."""
+    license: str | None = None
+    """A note on the weights' license, stored in the file."""
+    embedding: Embedding = None
+    target_length: int | None = None
+    """EAT: the fixed length of its spectrograms, a multiple of 16; default: as in the file."""
+    log_mel_mean: float | None = None
+    """EAT: mean of the data; default: AudioSet's, -4.268."""
+    log_mel_std: float | None = None
+    """EAT: deviation of the data; default: AudioSet's, 4.569."""
+    overwrite: bool = False
+    """Replace OUT if it exists."""
 
-    import torch
+    def run(self) -> None:
+        """Convert a teacher, and print the used and the unused tensors of its file."""
+        check_out_file(self.out, overwrite=self.overwrite)
 
-    from d2v_composer.checkpoints.fairseq import convert_teacher
+        import torch
 
-    names = ("target_length", "log_mel_mean", "log_mel_std")
-    spectrogram = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    out, options = arguments.out, (arguments.weights, getattr(torch, arguments.dtype), arguments.license)
-    teacher, left = convert_teacher(arguments.source, out, *options, arguments.embedding, **spectrogram)
-    config, provenance = teacher.config, teacher.provenance
-    print(f"{provenance['source']} (sha256 of its weights: {provenance['sha256']})")
-    print(
-        f"{config.modality} model: width {config.embed_dim}, {config.num_heads} heads, "
-        f"{config.prenet_depth} + {config.depth} blocks, {teacher.encoder.num_tokens()} tokens of "
-        f"{' x '.join(map(str, teacher.encoder.example(1).shape[1:]))} inputs"
-    )
-    for verb, names in (("used", list(teacher.state_dict())), ("left out", left)):
-        print(f"{verb} {len(names)} tensors")
-        for group, count in Counter(name.rsplit(".", 1)[0] for name in names).items():
-            print(f"  {group} ({count})")
-    print(f"wrote {out}: {provenance['weights']} weights, {provenance['dtype']}, {out.stat().st_size / 1e6:.1f} MB")
-    print_next(*training(config.recipe, f"teacher.checkpoint={out}"))
+        from d2v_composer.checkpoints.fairseq import convert_teacher
+
+        spectrogram = self.model_dump(include={"target_length", "log_mel_mean", "log_mel_std"}, exclude_none=True)
+        out, dtype = self.out, getattr(torch, self.dtype)
+        teacher, left = convert_teacher(
+            self.source, out, self.weights, dtype, self.license, self.embedding, **spectrogram
+        )
+        config, provenance = teacher.config, teacher.provenance
+        print(f"{provenance['source']} (sha256 of its weights: {provenance['sha256']})")
+        print(
+            f"{config.modality} model: width {config.embed_dim}, {config.num_heads} heads, "
+            f"{config.prenet_depth} + {config.depth} blocks, {teacher.encoder.num_tokens()} tokens of "
+            f"{' x '.join(map(str, teacher.encoder.example(1).shape[1:]))} inputs"
+        )
+        for verb, names in (("used", list(teacher.state_dict())), ("left out", left)):
+            print(f"{verb} {len(names)} tensors")
+            for group, count in Counter(name.rsplit(".", 1)[0] for name in names).items():
+                print(f"  {group} ({count})")
+        print(f"wrote {out}: {provenance['weights']} weights, {provenance['dtype']}, {out.stat().st_size / 1e6:.1f} MB")
+        print_next(*training(config.recipe, f"teacher.checkpoint={out}"))
+
+
+main = ConvertTeacher.main

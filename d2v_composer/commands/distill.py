@@ -8,7 +8,7 @@
 
 SOURCE is a folder of images (of audio, for an audio teacher), a data set on the Hugging Face hub, or another source
 that d2v embed reads. A tenth of its samples, at most 5,000, measures the student; these and their exact copies are
-never trained on. Sizes and duration follow from the number of samples, the teacher and the device. DIR must be new or
+never trained on. Sizes and duration follow from the number of samples, the teacher and the device. OUT must be new or
 empty. It receives distill.yaml (all settings, also for d2v train), the samples in images/ or clips/, the run with its
 report.html, and student.safetensors. key=value changes a setting; `d2v fields training` lists them.
 Run the same command again to resume after any interruption.
@@ -16,41 +16,68 @@ Run the same command again to resume after any interruption.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Annotated
 
-from d2v_composer.commands.options import make_parser
+from d2v_composer.commands.command import (
+    IS_ABSOLUTE,
+    Column,
+    Command,
+    PlaceHere,
+    Positional,
+    Samples,
+)
 from d2v_composer.system.addresses import STUDENT_FILE
 from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.processes import global_rank, is_launched, relaunch_on_gpus
 
 
+class Distill(Command):
+    source: Annotated[Samples, IS_ABSOLUTE]
+    changes: Positional[tuple[str, ...]] = ()
+    """Settings to change, each as key=value."""
+    teacher: Annotated[str, IS_ABSOLUTE]
+    """A path or address of a data2vec 2.0 or EAT model, or timm/NAME."""
+    out: PlaceHere
+    """The folder for samples, run and student."""
+    column: Column = None
+
+    def run(self, argv: Sequence[str] | None = None) -> None:
+        """Prepare a run, or go on with one; then export its student.
+
+        Args:
+            argv: The command line, which starts again on every GPU of this machine; ``None``: this process trains.
+        """
+        if any(change.startswith(("run_name=", "save_folder=")) for change in self.changes):
+            raise InputError("run_name and save_folder: use --out instead")
+
+        from d2v_composer.checkpoints.checkpoint import LATEST
+        from d2v_composer.config.reference import load_any
+        from d2v_composer.export.model_card import save_with_card
+        from d2v_composer.runs.distill import build_teacher, train_student
+        from d2v_composer.runs.prepare import Request, prepare, read_settings, update_settings
+
+        request = Request(**self.model_dump())
+        try:
+            plan = None if is_launched() else prepare(request)
+            if argv is not None:
+                relaunch_on_gpus("distill", *argv)
+            if plan is None:
+                config = read_settings(request)
+                # Before the seed is set, in every call: a student's random weights come after it.
+                teacher = None if is_launched() else build_teacher(config)
+            else:
+                config, teacher, _ = plan
+            train_student(config, teacher=teacher, when_built=partial(update_settings, request, config))
+            if global_rank() == 0:
+                latest, exported = str(request.out / LATEST), request.out / STUDENT_FILE
+                student, _ = load_any(latest)
+                save_with_card(student, latest, exported)
+                print_next(d2v("embed", exported, "SOURCE", "embeddings.npy"))
+        except InputError as error:  # settings that follow from --out
+            raise InputError(*(str(line).replace("save_folder", "--out") for line in error.args)) from error
+
+
 def main(argv: Sequence[str]) -> None:
-    """Prepare a run, or go on with one, on every GPU; then export its student."""
-    arguments = make_parser(__doc__, "distill").parse_intermixed_args(argv)
-    if any(change.startswith(("run_name=", "save_folder=")) for change in arguments.changes):
-        raise InputError("run_name and save_folder: use --out instead")
-
-    from d2v_composer.checkpoints.checkpoint import LATEST
-    from d2v_composer.config.reference import load_any
-    from d2v_composer.export.model_card import save_with_card
-    from d2v_composer.runs.distill import build_teacher, train_student
-    from d2v_composer.runs.prepare import Request, prepare, read_settings, update_settings
-
-    request = Request(**vars(arguments))
-    try:
-        plan = None if is_launched() else prepare(request)
-        relaunch_on_gpus("distill", *argv)
-        if plan is None:
-            config = read_settings(request)
-            # Before the seed is set, in every call: a student's random weights come after it.
-            teacher = None if is_launched() else build_teacher(config)
-        else:
-            config, teacher, _ = plan
-        train_student(config, teacher=teacher, when_built=partial(update_settings, request, config))
-        if global_rank() == 0:
-            latest, exported = str(request.out / LATEST), request.out / STUDENT_FILE
-            student, _ = load_any(latest)
-            save_with_card(student, latest, exported)
-            print_next(d2v("embed", exported, "SOURCE", "embeddings.npy"))
-    except InputError as error:  # settings that follow from --out
-        raise InputError(*(str(line).replace("save_folder", "--out") for line in error.args)) from error
+    """Run the command line."""
+    Distill.parse(argv).run(argv)

@@ -19,76 +19,124 @@ An interrupted run leaves no OUT; run the same command again to resume it.
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from dataclasses import fields
+from typing import Annotated, Any, Literal
 
-from d2v_composer.commands.options import choose_workers, make_parser
+from pydantic import ByteSize, Field
+
+from d2v_composer.commands.command import (
+    Column,
+    Command,
+    Decoders,
+    PartOfWork,
+    Place,
+    PlaceHere,
+    Positional,
+    Samples,
+    choose_workers,
+    whole,
+)
 from d2v_composer.config.reference import ModelReference
+from d2v_composer.config.types import PathText
+from d2v_composer.models.names import PrecisionChoice
+from d2v_composer.sources import IDS
 from d2v_composer.system.command_line import d2v, print_next, print_skipped, reading_of
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.processes import ALL, local_rank, relaunch_on_gpus
 
 
+class Embed(ModelReference, Command):
+    model: Positional[PathText]
+    """A checkpoint, an exported student or a teacher: a path, s3://, …; or timm/NAME."""
+    source: Samples
+    out: Positional[Place] = Field(
+        description=f"NAME.npy or NAME.parquet, here or in a store; an id is {IDS}, a path, or a number in MDS."
+    )
+    precision: PrecisionChoice = "fp32"
+    """Precision of the model; auto is faster."""
+    normalize: bool = False
+    """Scale embeddings to length 1."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Type of the stored numbers."""
+    batch_size: Annotated[int, whole(1, 0x100000)] | None = None
+    """Samples that the model takes at once; default: 256 images, or 4 clips."""
+    workers: Decoders = None
+    local: PlaceHere | None = None
+    """Folder that caches the shards of a remote MDS data set."""
+    cache_limit: ByteSize | None = None
+    """Maximum size of --local, such as 60gb; default: no limit."""
+    column: Column = None
+    part: PartOfWork = None
+    skip_unreadable: bool = False
+    """Skip unreadable files and list them."""
+    overwrite: bool = False
+    """Replace OUT if it exists, once the new one is complete."""
+
+    def run(self) -> Any:
+        """Embed, print a report, and return the result; ``None`` if the part exists already."""
+        out, part, plan = self.out, self.part, None
+
+        import torch
+
+        from d2v_composer.conversion.parts import Parts
+        from d2v_composer.embedding.collection import check_ids, check_out, embed_source, record_of
+        from d2v_composer.embedding.embedder import Embedder
+        from d2v_composer.sources.open import open_source
+        from d2v_composer.sources.source import name_counts
+
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank())
+        parts = Parts(out)
+        if part:
+            out = parts.path(part)
+        check_out(out, overwrite=self.overwrite or bool(part))
+        names = {argument.name for argument in fields(Embedder)}
+        model, modality, options, device = Embedder(**self.model_dump(include=names)).load()
+        source = open_source(
+            self.source,
+            modality,
+            column=self.column,
+            cache=self.local,
+            cache_limit=self.cache_limit,
+            part=part or ALL,
+        )
+        files = (f"{source.root}/{name[:-2]}" for name in map(str, source.ids) if name.endswith("#0"))
+        if self.overwrite and os.path.realpath(out) in map(os.path.realpath, files):
+            raise InputError(f"{out} is among the source's files; choose another OUT")
+        if out.endswith(".parquet"):
+            check_ids(source.ids)
+        print(f"embedding: {model.describe(options.embedding)}")
+        if part:
+            plan = record_of(model, source, part, options, device)
+            if parts.has(part, plan):
+                print(f"part {part.number} of {part.total} exists already")
+                return None
+        print("other files:", name_counts(source.left_out))
+        embedding = embed_source(
+            model,
+            source,
+            out,
+            options,
+            device=device,
+            workers=choose_workers(self.workers, device),
+            skip_unreadable=self.skip_unreadable,
+            overwrite=self.overwrite,
+            part=plan,
+            reference=self.describe(),
+        )
+        if embedding.resumed:
+            print(f"resumed an interrupted run after {embedding.resumed} {modality.unit}")
+        print_skipped(embedding.skipped)
+        num_now = embedding.images + len(embedding.skipped) - embedding.resumed
+        rate = f", {num_now / embedding.seconds:.0f} {modality.unit}/s" if num_now else ""
+        print(f"wrote {out}: {embedding.images} embeddings of {embedding.channels} dimensions{rate}")
+        print_next(d2v("merge", self.out) if part else reading_of(out))
+        return embedding
+
+
 def main(argv: Sequence[str]) -> Any:
-    """Embed on every GPU, print a report, and return the result; ``None`` if the part exists already."""
-    parser = make_parser(__doc__, "embed")
-    ModelReference.add_flags(parser.add_argument)
-    arguments = parser.parse_args(argv)
+    """Run the command line on every GPU of this machine."""
+    command = Embed.parse(argv)
     with suppress(ModuleNotFoundError):  # without Composer, one GPU
         relaunch_on_gpus("embed", *argv)
-    out, part, plan = arguments.out, arguments.part, None
-
-    import torch
-
-    from d2v_composer.conversion.parts import Parts
-    from d2v_composer.embedding.collection import check_ids, check_out, embed_source, record_of
-    from d2v_composer.embedding.embedder import Embedder
-    from d2v_composer.sources.open import open_source
-    from d2v_composer.sources.source import name_counts
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
-    parts = Parts(out)
-    if part:
-        out = parts.path(part)
-    check_out(out, overwrite=arguments.overwrite or bool(part))
-    model, modality, options, device = Embedder(*(getattr(arguments, name) for name in Embedder.__match_args__)).load()
-    source = open_source(
-        arguments.source,
-        modality,
-        column=arguments.column,
-        cache=arguments.local,
-        cache_limit=arguments.cache_limit,
-        part=part or ALL,
-    )
-    files = (f"{source.root}/{name[:-2]}" for name in map(str, source.ids) if name.endswith("#0"))
-    if arguments.overwrite and os.path.realpath(out) in map(os.path.realpath, files):
-        raise InputError(f"{out} is among the source's files; choose another OUT")
-    if out.endswith(".parquet"):
-        check_ids(source.ids)
-    print(f"embedding: {model.describe(options.embedding)}")
-    if part:
-        plan = record_of(model, source, part, options, device)
-        if parts.has(part, plan):
-            print(f"part {part.number} of {part.total} exists already")
-            return None
-    print("other files:", name_counts(source.left_out))
-    embedding = embed_source(
-        model,
-        source,
-        out,
-        options,
-        device=device,
-        workers=choose_workers(arguments.workers, device),
-        skip_unreadable=arguments.skip_unreadable,
-        overwrite=arguments.overwrite,
-        part=plan,
-        reference=ModelReference.model_construct(**vars(arguments)).describe(),
-    )
-    if embedding.resumed:
-        print(f"resumed an interrupted run after {embedding.resumed} {modality.unit}")
-    print_skipped(embedding.skipped)
-    num_now = embedding.images + len(embedding.skipped) - embedding.resumed
-    rate = f", {num_now / embedding.seconds:.0f} {modality.unit}/s" if num_now else ""
-    print(f"wrote {out}: {embedding.images} embeddings of {embedding.channels} dimensions{rate}")
-    print_next(d2v("merge", arguments.out) if part else reading_of(out))
-    return embedding
+    return command.run()

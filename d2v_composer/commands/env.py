@@ -5,26 +5,28 @@
 It lists the machine, torch's build, the GPUs, and the versions of all packages that d2v-composer can use.
 """
 
-from collections.abc import Sequence
 from importlib import metadata
 
-from d2v_composer.system.command_line import make_parser
+from d2v_composer.commands.command import Command
 
 
-def main(argv: Sequence[str]) -> None:
-    """Print versions and machine, one a line."""
-    make_parser(__doc__).parse_args(argv)
+class Env(Command):
+    def run(self) -> None:
+        """Print versions and machine, one a line."""
+        import torch.version
+        from packaging.requirements import Requirement
 
-    import torch.version
-    from packaging.requirements import Requirement
+        from d2v_composer.system.machine import describe_machine, package_versions
 
-    from d2v_composer.system.machine import describe_machine, package_versions
+        build = {"cuda": torch.version.cuda, "rocm": torch.version.hip, "cpu": torch.backends.cpu.get_cpu_capability()}
+        packages = [Requirement(text).name for text in metadata.requires("d2v-composer") or []]
+        about = package_versions(*packages) | describe_machine()
+        about |= {f"torch {name}": value for name, value in build.items()}
+        for i in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(i)
+            about[f"gpu {i}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute {gpu.major}.{gpu.minor}"
+        for name, value in about.items():
+            print(f"{name:<32}{value or 'none'}")
 
-    build = {"cuda": torch.version.cuda, "rocm": torch.version.hip, "cpu": torch.backends.cpu.get_cpu_capability()}
-    packages = [Requirement(text).name for text in metadata.requires("d2v-composer") or []]
-    about = package_versions(*packages) | describe_machine() | {f"torch {name}": value for name, value in build.items()}
-    for i in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(i)
-        about[f"gpu {i}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, compute {gpu.major}.{gpu.minor}"
-    for name, value in about.items():
-        print(f"{name:<32}{value or 'none'}")
+
+main = Env.main

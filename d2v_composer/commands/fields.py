@@ -8,23 +8,29 @@ SECTION is training, evaluation, fine-tuning or datasets, or a section of the YA
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from d2v_composer.commands.options import make_parser
+from d2v_composer.commands.command import Command, Positional
 from d2v_composer.system.errors import InputError
 
 HEAD = "| key | default | description |\n|---|---|---|"
 
 
-def main(argv: Sequence[str]) -> None:
-    """Print the tables of one section, or all tables."""
-    section = make_parser(__doc__, "fields").parse_args(argv).section
-    tables = list(find_tables())
-    if not (texts := [text for *names, text in tables if section in (None, *names)]):
-        allowed = dict.fromkeys(name for *names, _ in tables for name in names)
-        raise InputError(f"SECTION: no such section {section!r} (allowed: {', '.join(filter(None, allowed))})")
-    print("\n\n".join(texts))
+class Fields(Command):
+    section: Positional[str | None] = None
+    """A section; default: all."""
+
+    def run(self) -> None:
+        """Print the tables of one section, or all tables."""
+        tables = list(find_tables())
+        if not (texts := [text for *names, text in tables if self.section in (None, *names)]):
+            allowed = dict.fromkeys(name for *names, _ in tables for name in names)
+            raise InputError(f"SECTION: no such section {self.section!r} (allowed: {', '.join(filter(None, allowed))})")
+        print("\n\n".join(texts))
+
+
+main = Fields.main
 
 
 def find_tables() -> Iterator[tuple[str, str, str]]:

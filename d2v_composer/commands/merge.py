@@ -9,30 +9,36 @@ OUT becomes what one command would have made, if all parts exist and have the sa
 conversion stay in OUT/parts. The parts of embeddings, in OUT.parts, are no longer needed.
 """
 
-from collections.abc import Sequence
-
-from d2v_composer.commands.options import make_parser
+from d2v_composer.commands.command import Command, Place, Positional
 from d2v_composer.system.command_line import print_next, print_skipped, reading_of, training_on
 
 
-def main(argv: Sequence[str]) -> None:
-    """Merge, and print a report."""
-    arguments = make_parser(__doc__, "merge").parse_args(argv)
-    out = arguments.out
+class Merge(Command):
+    out: Positional[Place]
+    """OUT of the parts: a folder, NAME.npy or NAME.parquet, here or in a store."""
+    overwrite: bool = False
+    """Replace embeddings in OUT."""
 
-    from d2v_composer.conversion.parts import TABLE_SUFFIXES
+    def run(self) -> None:
+        """Merge, and print a report."""
+        out = self.out
 
-    if out.endswith(TABLE_SUFFIXES):
-        from d2v_composer.embedding.collection import merge_embeddings
+        from d2v_composer.conversion.parts import TABLE_SUFFIXES
 
-        merged = merge_embeddings(out, overwrite=arguments.overwrite)
-        wrote, following = f"{merged.images} embeddings of {merged.channels} dimensions", (reading_of(out),)
-    else:
-        from d2v_composer.conversion import convert
+        if out.endswith(TABLE_SUFFIXES):
+            from d2v_composer.embedding.collection import merge_embeddings
 
-        merged = convert.merge_shards(out)
-        wrote = f"{merged.samples} samples in {merged.shards} shards"
-        following = training_on(out, "distill_audio" if merged.lengths else "distill")
-    print(f"wrote {out}: {wrote}")
-    print_skipped(merged.skipped)
-    print_next(*following)
+            merged = merge_embeddings(out, overwrite=self.overwrite)
+            wrote, following = f"{merged.images} embeddings of {merged.channels} dimensions", (reading_of(out),)
+        else:
+            from d2v_composer.conversion import convert
+
+            merged = convert.merge_shards(out)
+            wrote = f"{merged.samples} samples in {merged.shards} shards"
+            following = training_on(out, "distill_audio" if merged.lengths else "distill")
+        print(f"wrote {out}: {wrote}")
+        print_skipped(merged.skipped)
+        print_next(*following)
+
+
+main = Merge.main

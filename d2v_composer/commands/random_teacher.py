@@ -7,9 +7,7 @@ SIZE is base, large or huge for data2vec 2.0's image models; base_audio or large
 for EAT; or timm/NAME.
 """
 
-from collections.abc import Sequence
-
-from d2v_composer.commands.options import make_parser
+from d2v_composer.commands.command import Command, Embedding, PlaceHere, Positional
 from d2v_composer.models.configs import RELEASED, ImageConfig
 from d2v_composer.models.names import DATA2VEC2
 from d2v_composer.system.command_line import print_next, training
@@ -17,32 +15,43 @@ from d2v_composer.system.errors import errors_of
 from d2v_composer.system.files import check_out_file
 
 
-def main(argv: Sequence[str]) -> None:
-    """Write the teacher, and print its size and the next step."""
-    arguments = make_parser(__doc__, "random-teacher").parse_args(argv)
-    size, out = arguments.size, arguments.out
-    check_out_file(out, overwrite=arguments.overwrite)
+class RandomTeacher(Command):
+    size: Positional[str]
+    """A size above, or timm/NAME."""
+    out: Positional[PlaceHere]
+    """The file to write, NAME.safetensors."""
+    embedding: Embedding = None
+    overwrite: bool = False
+    """Replace OUT if it exists."""
 
-    import torch
+    def run(self) -> None:
+        """Write the teacher, and print its size and the next step."""
+        size, out = self.size, self.out
+        check_out_file(out, overwrite=self.overwrite)
 
-    from d2v_composer.checkpoints.model_file import write_model_file
-    from d2v_composer.models.data2vec2 import Data2Vec2
-    from d2v_composer.models.timm_teacher import build_timm_model, materialize
+        import torch
 
-    torch.manual_seed(0)
-    config = RELEASED.get(size)
-    provenance = {"source": f"random {size}", "weights": "model", "license": "none: random weights"}
-    with errors_of(f"SIZE is not {', '.join(RELEASED)}"):
-        model = materialize(build_timm_model(size)) if config is None else Data2Vec2(config, provenance)
-    tensors = model.state_dict()
-    for name, tensor in tensors.items():  # LayerScale becomes 1: timm's 1e-5 would leave nothing of a block
-        is_drawn = tensor.ndim > 1 and not name.endswith("alibi_scale")
-        tensor.normal_(std=0.02) if is_drawn else tensor.fill_(not name.endswith("bias"))
-    if isinstance(model, Data2Vec2):
-        model.identify()
-    if arguments.embedding is not None:
-        provenance["embedding"] = arguments.embedding
-    write_model_file(out, "teacher", config.model_dump(mode="json") if config else {}, provenance, tensors)
-    print(f"wrote {out}: {sum(map(torch.numel, tensors.values())) / 1e6:.1f} M random parameters")
-    teacher = f"teacher.model={DATA2VEC2 if config else size}", f"teacher.checkpoint={out}"
-    print_next(*training((config or ImageConfig).recipe, *teacher))
+        from d2v_composer.checkpoints.model_file import write_model_file
+        from d2v_composer.models.data2vec2 import Data2Vec2
+        from d2v_composer.models.timm_teacher import build_timm_model, materialize
+
+        torch.manual_seed(0)
+        config = RELEASED.get(size)
+        provenance = {"source": f"random {size}", "weights": "model", "license": "none: random weights"}
+        with errors_of(f"SIZE is not {', '.join(RELEASED)}"):
+            model = materialize(build_timm_model(size)) if config is None else Data2Vec2(config, provenance)
+        tensors = model.state_dict()
+        for name, tensor in tensors.items():  # LayerScale becomes 1: timm's 1e-5 would leave nothing of a block
+            is_drawn = tensor.ndim > 1 and not name.endswith("alibi_scale")
+            tensor.normal_(std=0.02) if is_drawn else tensor.fill_(not name.endswith("bias"))
+        if isinstance(model, Data2Vec2):
+            model.identify()
+        if self.embedding is not None:
+            provenance["embedding"] = self.embedding
+        write_model_file(out, "teacher", config.model_dump(mode="json") if config else {}, provenance, tensors)
+        print(f"wrote {out}: {sum(map(torch.numel, tensors.values())) / 1e6:.1f} M random parameters")
+        teacher = f"teacher.model={DATA2VEC2 if config else size}", f"teacher.checkpoint={out}"
+        print_next(*training((config or ImageConfig).recipe, *teacher))
+
+
+main = RandomTeacher.main

@@ -7,21 +7,25 @@ The page needs no other file and no network. Training writes it at the end; use 
 progress or was interrupted.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from d2v_composer.commands.options import make_parser
+from d2v_composer.commands.command import Command, PlaceHere, Positional
 from d2v_composer.system.command_line import print_next
 
 
-def main(argv: Sequence[str]) -> list[Path]:
-    """Write the report of a run, and print its path."""
-    folder = make_parser(__doc__, "report").parse_args(argv).folder
+class Report(Command):
+    run_folder: Positional[PlaceHere]
+    """A run's save_folder, such as runs/quickstart."""
 
-    from d2v_composer.report.page import write_report
-    from d2v_composer.report.run import read_run
+    def run(self) -> list[Path]:
+        """Write the report of a run, and print its path."""
+        from d2v_composer.report.page import write_report
+        from d2v_composer.report.run import read_run
 
-    written = write_report(read_run(folder), folder)
-    print(f"wrote {written[0]} and {len(written) - 1} plots in {folder / 'report'}")
-    print_next(f"open {written[0].as_uri()}")
-    return written
+        written = write_report(read_run(self.run_folder), self.run_folder)
+        print(f"wrote {written[0]} and {len(written) - 1} plots in {self.run_folder / 'report'}")
+        print_next(f"open {written[0].as_uri()}")
+        return written
+
+
+main = Report.main

@@ -17,9 +17,12 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from d2v_composer.commands.options import make_parser
+from pydantic import Field
+
+from d2v_composer.commands.command import Command, PlaceHere, Positional, whole
+from d2v_composer.sources import SOURCES
 from d2v_composer.system.command_line import print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file, write_atomically
@@ -38,48 +41,72 @@ DUPLICATES_SHOWN = (
 )
 
 
-def main(argv: Sequence[str]) -> "list[Found]":
-    """Print what each query finds, or the groups of near-duplicates, and write the page."""
-    arguments = make_parser(__doc__, "search").parse_args(argv)
-    path, page = arguments.index, arguments.html
-    kinds = {"QUERY": arguments.query, "--id": arguments.id, "--duplicates": arguments.duplicates}
-    if len(given := [name for name, value in kinds.items() if value]) != 1:
-        raise InputError(f"expected one of QUERY, --id and --duplicates; got {' and '.join(given) or 'none'}")
-    if page is not None:
-        check_out_file(page, overwrite=True)
+class Search(Command):
+    index: Positional[str]
+    """NAME.npy, with the ids in NAME.ids.npy, or NAME.parquet, as d2v embed writes them."""
+    query: Positional[tuple[str, ...]] = Field((), description=f"An image or a clip, a folder of them, or {SOURCES}.")
+    id: str | None = None
+    """Search with the row that has this id, instead of QUERY."""
+    duplicates: bool = False
+    """List the groups of near-duplicates in INDEX, instead of QUERY."""
+    above: float = 0.95
+    """Near-duplicates have a greater cosine."""
+    k: Annotated[int, whole(1, 0x10000)] = 10
+    """Number of neighbors of a query."""
+    model: str | None = None
+    """The model that embeds QUERY: a path, s3://, …; or timm/NAME; default: INDEX's own."""
+    as_json: bool = Field(False, alias="json", description="Print JSON.")
+    html: PlaceHere | None = None
+    """Write a page with the pictures to this file."""
+    source: str | None = None
+    """Where the samples of INDEX are, for the page; default: where d2v embed read them."""
 
-    import torch
+    def run(self) -> "list[Found]":
+        """Print what each query finds, or the groups of near-duplicates, and write the page."""
+        path, page = self.index, self.html
+        kinds = {"QUERY": self.query, "--id": self.id, "--duplicates": self.duplicates}
+        if len(given := [name for name, value in kinds.items() if value]) != 1:
+            raise InputError(f"expected one of QUERY, --id and --duplicates; got {' and '.join(given) or 'none'}")
+        if page is not None:
+            check_out_file(page, overwrite=True)
 
-    from d2v_composer.embedding.align import read_index
-    from d2v_composer.embedding.search import embed_queries, near_duplicates, search, search_row
+        import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    index, queries = read_index(path), []
-    if arguments.duplicates:
-        found = near_duplicates(index.rows, arguments.above, device, _announce)
-    elif arguments.id:
-        found = [search_row(index, path, arguments.id, arguments.k)]
-    else:
-        queries, names, embeddings = embed_queries(index, path, arguments.query, arguments.model, device)
-        found = search(index, names, embeddings, arguments.k)
-    rows = [*_rows(path, index, found, queries, arguments.source)] if page is not None else []
-    if arguments.json:
-        print(json.dumps([_as_json(each, index.ids) for each in found], indent=1, ensure_ascii=False))
-    else:
-        for each in found:
-            lines = (f"  {cosine:.4f}  {index.ids[row]}" for row, cosine in zip(each.rows, each.cosines, strict=True))
-            print("\n".join([each.query or f"{len(each.rows)} near-duplicates", *lines]))
-        if arguments.duplicates:
-            print(f"groups of near-duplicates: {len(found):,}, with {sum(len(each.rows) for each in found):,} rows")
-    if page is not None:
-        from d2v_composer.report.gallery import render
+        from d2v_composer.embedding.align import read_index
+        from d2v_composer.embedding.search import embed_queries, near_duplicates, search, search_row
 
-        about = DUPLICATES_SHOWN if arguments.duplicates else NEIGHBORS_SHOWN
-        values = {"title": path, "about": about, "rows": rows, "left_out": len(found) - len(rows)}
-        write_atomically(page, render("search.html", **values))
-        if not arguments.json:
-            print_next(f"open {page.absolute().as_uri()}")
-    return found
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        index, queries = read_index(path), []
+        if self.duplicates:
+            found = near_duplicates(index.rows, self.above, device, _announce)
+        elif self.id:
+            found = [search_row(index, path, self.id, self.k)]
+        else:
+            queries, names, embeddings = embed_queries(index, path, self.query, self.model, device)
+            found = search(index, names, embeddings, self.k)
+        rows = [*_rows(path, index, found, queries, self.source)] if page is not None else []
+        if self.as_json:
+            print(json.dumps([_as_json(each, index.ids) for each in found], indent=1, ensure_ascii=False))
+        else:
+            for each in found:
+                lines = (
+                    f"  {cosine:.4f}  {index.ids[row]}" for row, cosine in zip(each.rows, each.cosines, strict=True)
+                )
+                print("\n".join([each.query or f"{len(each.rows)} near-duplicates", *lines]))
+            if self.duplicates:
+                print(f"groups of near-duplicates: {len(found):,}, with {sum(len(each.rows) for each in found):,} rows")
+        if page is not None:
+            from d2v_composer.report.gallery import render
+
+            about = DUPLICATES_SHOWN if self.duplicates else NEIGHBORS_SHOWN
+            values = {"title": path, "about": about, "rows": rows, "left_out": len(found) - len(rows)}
+            write_atomically(page, render("search.html", **values))
+            if not self.as_json:
+                print_next(f"open {page.absolute().as_uri()}")
+        return found
+
+
+main = Search.main
 
 
 def _announce(hours: float) -> None:

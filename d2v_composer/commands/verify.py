@@ -14,23 +14,54 @@ in range. The numbers go to EXPORTED.verify.json and to the model card beside th
 machine with other runtimes: the script in it prints the same numbers, and needs only numpy and the runtime.
 """
 
-from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
 
-from d2v_composer.commands.options import make_parser
+from pydantic import Field
+
+from d2v_composer.commands.command import Command, PlaceHere, Positional, one_of
 from d2v_composer.export.check_program import RUNTIMES
 from d2v_composer.system.errors import InputError
 
+BY_SUFFIX = ", ".join(f"{name} for {runtime.suffix}" for name, runtime in RUNTIMES.items())
 
-def main(argv: Sequence[str]) -> None:
-    """Measure an exported file in each runtime, or write the kit for another machine."""
-    about = ", ".join(f"{name} for {runtime.suffix}" for name, runtime in RUNTIMES.items())
-    arguments = vars(make_parser(__doc__, "verify", runtimes=RUNTIMES, about_runtimes=about).parse_args(argv))
-    path = arguments.pop("student") or arguments["exported"].with_suffix(".safetensors")
-    if not path.exists():
-        raise InputError(f"{path}: no such file; name the student's .safetensors file by --student")
 
-    from d2v_composer.checkpoints.load import load_student
-    from d2v_composer.export.verification import SHIPPED, verify
+class Verify(Command):
+    exported: Positional[PlaceHere]
+    """A file of d2v export: .onnx, .pt2 or .safetensors."""
+    student: Path | None = None
+    """The same student's .safetensors file; default: EXPORTED with that suffix."""
+    runtime: tuple[Annotated[str, one_of(RUNTIMES)], ...] | None = Field(
+        None, description=f"{BY_SUFFIX}; may be repeated; default: all installed."
+    )
+    images: str | None = None
+    """Images, audio or MDS shards; default: CIFAR-10 images or spoken words that ship with d2v."""
+    cosine: float | None = None
+    """Minimum cosine to PyTorch; default: 0.999, or 0.98 for an int8 file."""
+    difference: float | None = None
+    """Maximum relative difference; default: 0.0001, or no limit for an int8 file."""
+    kit: PlaceHere | None = None
+    """Write a folder with which another machine measures the file."""
 
-    student, images = load_student(path), arguments.pop("images")
-    verify(student=student, images=images or SHIPPED[student.encoder.input_name], **arguments)
+    def run(self) -> None:
+        """Measure an exported file in each runtime, or write the kit for another machine."""
+        path = self.student or self.exported.with_suffix(".safetensors")
+        if not path.exists():
+            raise InputError(f"{path}: no such file; name the student's .safetensors file by --student")
+
+        from d2v_composer.checkpoints.load import load_student
+        from d2v_composer.export.verification import SHIPPED, verify
+
+        student = load_student(path)
+        verify(
+            self.exported,
+            student,
+            images=self.images or SHIPPED[student.encoder.input_name],
+            runtime=self.runtime,
+            cosine=self.cosine,
+            difference=self.difference,
+            kit=self.kit,
+        )
+
+
+main = Verify.main

@@ -1,6 +1,5 @@
 """Read a YAML and its overrides into a config. Only this module uses OmegaConf."""
 
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from os import devnull
@@ -15,20 +14,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from d2v_composer.config.schema import NEEDS_DATA, EvaluateConfig, FinetuneConfig, RunConfig, TrainConfig
-from d2v_composer.config.types import suggest
+from d2v_composer.config.types import describe_problem, suggest
 from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.processes import let_first_rank_report
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
-
-# Where pydantic's words do not tell what a YAML needs.
-MESSAGES = {
-    "missing": "is required",
-    "string_type": "must be text, in quotes if it is a number",
-    "byte_size": "must be bytes or a size such as '100gb'",
-    "dict_type": "must be a section of keys and values",
-    "model_type": "must be a section of keys and values",
-}
 
 
 def load_config(argv: Sequence[str], values: Mapping[str, Any] = {}, *, needs_data: bool = False) -> TrainConfig:
@@ -102,6 +92,8 @@ def merge_settings(schema: type[BaseModel], argv: Sequence[str], preset: Mapping
     """
     if not argv:
         raise InputError("no YAML given: expected FILE.yaml [dotted.key=value …]; --help shows examples")
+    if options := [word for word in argv if word.startswith("--")]:
+        raise InputError(*(f"{word}: no such option; a setting is key=value, such as seed=3" for word in options))
     path, *overrides = argv
     OmegaConf.register_resolver("here", lambda name: str(Path(path).resolve().parent / name), replace=True)
     values = read_yaml(path)
@@ -161,19 +153,14 @@ def assign(merged: Any, key: str, value: Any) -> None:
 
 def explain(schema: type[RunConfig], error: Any) -> list[str]:
     """Return the lines for one pydantic error: 'key.path: problem, got X'."""
-    place, value = error["loc"], error["input"]
+    place = error["loc"]
     key = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in place)
     if error["type"] == "extra_forbidden":
         allowed = [*section_at(schema, place[:-1]).model_fields]
         new = schema.moved.get(key.lstrip("."))
         problems = [f"no such key; write {new}" if new else f"no such key{suggest(str(place[-1]), allowed)}"]
-    elif error["type"] == "value_error":  # ours; '.below: problem' continues the key
-        problems = str(error["ctx"]["error"]).splitlines()
-    else:
-        problem = MESSAGES.get(error["type"]) or re.sub(r"^\w+ should", "must", error["msg"])
-        problems = [
-            problem if error["type"] == "missing" else f"{problem}, got {'null' if value is None else repr(value)}"
-        ]
+    else:  # '.below: problem' continues the key
+        problems = describe_problem(error).splitlines()
     return [(key + text if text.startswith(".") else f"{key}: {text}").lstrip(".") for text in problems]
 
 

@@ -1,9 +1,8 @@
 """The model that a user names: its fields in a YAML, its flags on a command line, and what it loads."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, PlainValidator
 
@@ -45,21 +44,9 @@ class ModelReference(TimmSizes):
     representation: Representation | None = None
     """Representation of a raw embedding, to use instead of the model's embedding: ``output`` or ``layer_mean``."""
 
-    @classmethod
-    def add_flags(cls, add: Callable[..., Any]) -> None:
-        """Add a flag for each field except the model, with an ``argparse`` parser's ``add_argument``."""
-        for name, field in cls.model_fields.items():
-            kinds = (field.annotation, *get_args(field.annotation))
-            choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), None)
-            help_text = " ".join((field.description or "").rstrip(".").split()).replace("``", "")
-            help_text = help_text.replace("null: ", "default: ")
-            if not field.is_required():
-                kind = int if name == "first_blocks" else str
-                add(f"--{name.replace('_', '-')}", type=kind, choices=choices, default=field.default, help=help_text)
-
     def describe(self) -> dict[str, Any]:
         """Return the fields that are set, with absolute paths and without secrets, to load the model again later."""
-        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        fields = {name: getattr(self, name) for name in ModelReference.model_fields}
         files = {name: os.path.abspath(fields[name]) for name in ("model", "checkpoint", "teacher") if fields[name]}
         fields |= {name: path for name, path in files.items() if os.path.exists(path)}
         return hide_secrets({name: value for name, value in fields.items() if value is not None})

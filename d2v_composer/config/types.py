@@ -18,12 +18,29 @@ from d2v_composer.system.errors import errors_of
 
 # Also the largest seed: ranks and epochs add to it, and numpy's seeds end at 2^32.
 MAX_INT = (1 << 31) - 1
+# Where pydantic's words do not tell what a YAML needs.
+MESSAGES = {
+    "missing": "is required",
+    "string_type": "must be text, in quotes if it is a number",
+    "byte_size": "must be bytes or a size such as '100gb'",
+    "byte_size_unit": "must be bytes or a size such as '100gb'",
+    "dict_type": "must be a section of keys and values",
+    "model_type": "must be a section of keys and values",
+}
 
 
 def suggest(name: str, allowed: Sequence[str]) -> str:
     """Return the end of a message about an unknown name: the nearest allowed name, and all allowed names."""
     nearest = difflib.get_close_matches(name, allowed, n=1)
     return f"{f'; did you mean {nearest[0]}?' if nearest else ''} (allowed: {', '.join(allowed) or 'none'})"
+
+
+def describe_problem(error: Mapping[str, Any]) -> str:
+    """Return what is wrong with a value, given one of pydantic's errors; a line for each problem that we found."""
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    problem, value = MESSAGES.get(error["type"]) or re.sub(r"^\w+ should", "must", error["msg"]), error["input"]
+    return problem if error["type"] == "missing" else f"{problem}, got {'null' if value is None else repr(value)}"
 
 
 def checked(check: Callable[[Any], object]) -> AfterValidator:

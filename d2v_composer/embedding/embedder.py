@@ -55,7 +55,7 @@ class Embedder:
     teacher: str | None = None
     checkpoint: str | None = None
     first_blocks: int | None = None
-    image_size: str | None = None
+    image_size: int | str | None = None
     made: int = field(default_factory=time_ns, init=False)
     """Time of creation: an embedder equals only its own copies, since the file of a later one may have changed."""
 

@@ -4,7 +4,6 @@ Exit status: 0; 2 with a line per bad input; 1 with a line for a foreseen failur
 traceback for a fault of ours.
 """
 
-import argparse
 import gc
 import os
 import shlex
@@ -94,37 +93,6 @@ def show_help(argv: Sequence[str], text: str | None) -> None:
     if HELP & {*argv}:
         print(text)
         sys.exit(0)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)  # one line, without the usage
-
-
-def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser whose ``--help`` shows a command's docstring exactly as written."""
-    return _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-
-def whole(smallest: int, largest: int) -> Callable[[str], int]:
-    """Return an argparse type: a whole number in a range."""
-
-    def parse(text: str) -> int:
-        if not (text.isdecimal() and smallest <= int(text) <= largest):
-            raise argparse.ArgumentTypeError(f"must be from {smallest} to {largest}, got {text!r}")
-        return int(text)
-
-    return parse
-
-
-def size(text: str) -> int:
-    """Parse a number of bytes, such as 60gb (6e10) or 60gib, as in a YAML."""
-    from pydantic import ByteSize, TypeAdapter  # a fifth of a second
-
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be bytes or a size such as '60gb', got {text!r}") from error
 
 
 def print_next(*steps: str) -> None:

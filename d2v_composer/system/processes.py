@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import popen_fork, resource_tracker
@@ -304,10 +303,14 @@ class Part(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parse I/N, as an argparse type."""
+        """Parse I/N.
+
+        Raises:
+            ValueError: The text is something else.
+        """
         number, _, count = text.partition("/")
         if not (number.isdecimal() and count.isdecimal() and int(number) < int(count) <= 100_000):
-            raise ArgumentTypeError(f"must be I/N with I from 0 to N - 1, got {text!r}")
+            raise ValueError(f"must be I/N with I from 0 to N - 1, got {text!r}")
         return cls(int(number), int(count))
 
     @property

@@ -70,7 +70,7 @@ def test_a_batch_has_targets_if_those_of_all_its_samples_were_kept(tmp_path: Pat
 
 
 def test_only_a_whole_row_of_the_same_settings_is_read(tmp_path: Path) -> None:
-    """26: what a loss of power may leave of a row counts as not written."""
+    """Promise 26: what a loss of power may leave of a row counts as not written."""
     kept, first = open_kept(tmp_path), sample(1, 3)
     keep(kept, [first], torch.ones(1, WIDTH))
     assert targets_of(open_kept(tmp_path), first) is not None
@@ -82,7 +82,7 @@ def test_only_a_whole_row_of_the_same_settings_is_read(tmp_path: Path) -> None:
 
 
 def test_a_row_is_of_one_image(tmp_path: Path) -> None:
-    """12: rows that change places, and those of images that were made anew, count as not written."""
+    """Promise 12: rows that change places, and those of images that were made anew, count as not written."""
     kept, first, second = open_kept(tmp_path), sample(0, 0), sample(0, 1)
     keep(kept, [first, second], torch.randn(2, WIDTH))
     assert targets_of(kept, first, second) is not None
@@ -136,7 +136,7 @@ def test_the_teacher_runs_once_for_each_view(
 
 
 def test_a_file_in_a_folder_that_is_no_runs_is_left_alone(tmp_path: Path) -> None:
-    """7: on a node without rank 0, which locks the run's folder."""
+    """Promise 7: on a node without rank 0, which locks the run's folder."""
     (tmp_path / "targets").write_bytes(b"mine")
     with pytest.raises(InputError, match=r"save_folder: .*/targets is not of this run; choose another save_folder"):
         open_kept(tmp_path)

@@ -65,7 +65,7 @@ def create(name: str, **options: Any) -> TimmWrapper:
     return model.eval()
 
 
-def test_timm(narrow: Path, images: Tensor) -> None:
+def test_timm_loads_an_exported_student(narrow: Path, images: Tensor) -> None:
     """With as many classes as the alignment has outputs, the model gives the embedding; with 0, its features."""
     model, student = create("d2v2_student", num_classes=48, checkpoint_path=str(narrow)), load_student(narrow)
     with torch.inference_mode():
@@ -98,7 +98,7 @@ def test_timm(narrow: Path, images: Tensor) -> None:
 @pytest.mark.parametrize("options", [{}, {"representation": "output"}])
 def test_its_grid_is_timms_one_scale(options: dict[str, Any], narrow: Path, images: Tensor) -> None:
     """By the call that loads any exported student's features."""
-    file = {"pretrained_cfg_overlay": {"file": str(narrow)}}
+    file: Any = {"pretrained_cfg_overlay": {"file": str(narrow)}}
     model: Any = timm.create_model("d2v2_student", features_only=True, pretrained=True, **file, **options).eval()
     student = create("d2v2_student", checkpoint_path=str(narrow), **options)
     with torch.inference_mode():

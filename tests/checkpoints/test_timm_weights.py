@@ -65,7 +65,7 @@ FILES: dict[str, Callable[[dict[str, Tensor]], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("what", FILES)
-def test_pytorch_files(what: str, tmp_path: Path) -> None:
+def test_pytorch_files_of_every_layout_give_timms_features(what: str, tmp_path: Path) -> None:
     model = random_vit(NAME)
     torch.save(FILES[what](model.state_dict()), tmp_path / "weights.pth")
     teacher = load_teacher(tmp_path / "weights.pth", model=MODEL)
@@ -121,7 +121,7 @@ def test_a_bias_that_timms_filter_drops_is_refused_unless_it_is_zero(tmp_path: P
         load_teacher(path, model=f"timm/{name}")
 
 
-def test_provenance(file: Path) -> None:
+def test_provenance_names_the_file_its_hash_and_its_license(file: Path) -> None:
     provenance = load_teacher(file, model=MODEL).provenance
     assert len(provenance.pop("sha256")) == 64
     assert provenance.pop("outputs")

@@ -331,7 +331,9 @@ def test_new_ids_are_never_beside_old_embeddings_in_a_store(
 def test_a_full_disk_is_one_line(
     tmp_path: Path, photos: Path, limit: int, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """14: the line names a folder on that disk, also if OUT is in a store; 41 rows of 192 bytes, 8 in a chunk."""
+    """Promise 14: the line names a folder on that disk, also if OUT is in a store; 41 rows of 192 bytes, 8 in
+    a chunk.
+    """
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(fetch, "list_etags", lambda *_: {})  # nothing is in the store
     out = str(tmp_path / "out.npy") if place == "folder" else "s3://bucket/out.npy"

@@ -155,7 +155,7 @@ def test_options_are_those_of_the_command(tmp_path: Path) -> None:
         Embedder(str(GOLDEN / "audio_base.pt"), pooling="cls").load()
 
 
-def test_clips_of_sound(tmp_path: Path) -> None:
+def test_clips_have_the_embeddings_that_the_command_gives(tmp_path: Path) -> None:
     clips = [encoded_clip(i, 2000 + 531 * i) for i in range(6)]
     model = str(GOLDEN / "audio_base.pt")
     rows = by_command(tmp_path, model, clips, ".flac", "--pooling", "mean")

@@ -69,7 +69,9 @@ def nearest_by_force(images: Tensor, k: int) -> Tensor:
 
 @pytest.mark.parametrize("k", [1, 10])
 def test_agreement_is_a_brute_force(k: int) -> None:
-    """23: the widths differ and a part is shared; all lie far from the origin, so that cosines are close to 1."""
+    """Promise 23: the widths differ and a part is shared; all lie far from the origin, so that cosines are
+    close to 1.
+    """
     shared, first_part, second_part = random_vectors(400, 400, 400, dim=8)
     first, second = torch.cat([shared, first_part], dim=1) + 20, torch.cat([shared, second_part[:, :4]], dim=1) + 20
     ours, theirs = nearest_by_force(first, k), nearest_by_force(second, k)

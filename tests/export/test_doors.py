@@ -94,7 +94,7 @@ def test_python_the_command_and_engines(exported: Path, expected: Tensor) -> Non
     np.testing.assert_allclose(of_engine["embedding"], expected, **TOLERANCE)
 
 
-def test_timm(exported: Path, sample: Tensor, expected: Tensor) -> None:
+def test_timm_gives_the_embedding(exported: Path, sample: Tensor, expected: Tensor) -> None:
     """By the call of the model card, with as many classes as the embedding has channels."""
     student = load_student(exported)
     model = eval(timm_call(student, exported), {"timm": timm}).eval()
@@ -104,7 +104,7 @@ def test_timm(exported: Path, sample: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.slow
-def test_programs(exported: Path, sample: Tensor, expected: Tensor) -> None:
+def test_onnx_and_torch_export_give_the_embedding(exported: Path, sample: Tensor, expected: Tensor) -> None:
     """And the page for a browser, which runs the ONNX file."""
     inputs = prepared(exported, sample)
     for suffix in ("onnx", "pt2"):
@@ -118,7 +118,7 @@ def test_programs(exported: Path, sample: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.slow
-def test_int8(exported: Path, sample: Tensor, expected: Tensor) -> None:
+def test_int8_is_close_to_the_embedding(exported: Path, sample: Tensor, expected: Tensor) -> None:
     if sample.ndim == 2:
         pytest.skip("int8 is only for images")
     photos = write_files(exported.parent / "photos", {f"{i:03}.jpg": encoded_image(i) for i in range(64)})

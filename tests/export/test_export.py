@@ -144,7 +144,9 @@ def test_onnx_is_one_file(small: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_int8(exported: Path, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_int8_quantizes_every_linear_layer(
+    exported: Path, small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "student.onnx"
     raw = "--pooling", "cls", "--representation", "layer_mean"  # the embedding's mean hides int8's rounding
     export(exported, path, "--int8", "--calibrate", small_data, *raw)

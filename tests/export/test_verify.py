@@ -279,7 +279,7 @@ def test_the_command_measures_beside_pytorch(student: Path, tmp_path: Path, suff
 
 
 @pytest.mark.slow
-def test_sound(tmp_path: Path) -> None:
+def test_clips_of_two_lengths_are_verified(tmp_path: Path) -> None:
     torch.manual_seed(0)
     student, program = tmp_path / "student.safetensors", tmp_path / "student.onnx"
     save_student(load_teacher(GOLDEN / "audio_base.pt", first_blocks=1).build_student(depth=1), student)

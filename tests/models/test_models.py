@@ -44,7 +44,7 @@ def teacher() -> Data2Vec2:
     return load_data2vec2(GOLDEN / "tiny_base.pt", "model")
 
 
-def test_paper_sizes(paper_model: DistillationModel) -> None:
+def test_sizes_are_the_papers(paper_model: DistillationModel) -> None:
     groups = (
         paper_model.student.blocks.parameters(),
         paper_model.teacher.parameters(),
@@ -56,7 +56,7 @@ def test_paper_sizes(paper_model: DistillationModel) -> None:
     assert not any(parameter.requires_grad for parameter in paper_model.teacher.parameters())
 
 
-def test_paper_cost(paper_model: DistillationModel) -> None:
+def test_flops_are_the_papers(paper_model: DistillationModel) -> None:
     images = torch.randn(1, 3, 224, 224)
     with FlopCounterMode(display=False) as counter:
         total_loss(paper_model, images).backward()

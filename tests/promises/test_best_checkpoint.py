@@ -67,7 +67,7 @@ def saved_in(path: Path) -> dict[str, Any]:
 def test_the_best_checkpoint_is_of_the_highest_mean_and_has_its_map(
     undisturbed: Run, labeled: Path, tmp_path: Path
 ) -> None:
-    """15: the newest one is kept beside it; commands read it like any other."""
+    """Promise 15: the newest one is kept beside it; commands read it like any other."""
     path, best = undisturbed.folder / BEST, best_of(undisturbed)
     assert 0 < best < 14
     saved = saved_in(path)

@@ -65,12 +65,12 @@ def seconds_of_help(*command: str | Path) -> float:
 
 @pytest.mark.parametrize("command", [[D2V_SCRIPT], [sys.executable, ROOT / "recipes" / "train.py"]])
 def test_help_comes_within_a_second(command: list[str | Path]) -> None:
-    """19: one of three calls must be that fast, because others may use this machine."""
+    """Promise 19: one of three calls must be that fast, because others may use this machine."""
     assert any(seconds_of_help(*command) < 1 for _ in range(3))
 
 
 def test_every_command_describes_itself() -> None:
-    """19."""
+    """Promise 19: d2v --help lists it, and its own --help names it."""
     listed = d2v("--help").stdout
     for name in COMMANDS:
         assert name in listed
@@ -82,7 +82,9 @@ def test_every_command_describes_itself() -> None:
 
 
 def test_each_command_names_the_next(small_data: Path, labeled: Path, tmp_path: Path) -> None:
-    """19: what each command prints leads from a teacher to embeddings, also outside of the repository's folder."""
+    """Promise 19: what each command prints leads from a teacher to embeddings, also outside of the
+    repository's folder.
+    """
     ended = d2v("convert-teacher", TEACHER, "teacher.safetensors", cwd=tmp_path)
     assert "teacher.checkpoint=" in ended.stdout, ended.stderr
     few = ("max_duration=2ba", "scheduler.t_warmup=0ba", "retrieval.baselines=[]", "alignment.max_samples=0")
@@ -108,7 +110,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_a_terminal_gets_a_bar(small_data: Path, tmp_path: Path) -> None:
-    """19: tests/promises/test_run.py shows what a pipe gets."""
+    """Promise 19: tests/promises/test_run.py shows what a pipe gets."""
     ours, theirs = pty.openpty()
     os.set_blocking(ours, False)
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
@@ -131,7 +133,7 @@ def test_a_terminal_gets_a_bar(small_data: Path, tmp_path: Path) -> None:
 
 
 def test_lines_arrive_at_once_in_a_pipe_and_a_reader_may_leave(small_data: Path, tmp_path: Path) -> None:
-    """19."""
+    """Promise 19: output is not held back, and head -1 leads to no traceback."""
     program = start_python(*train_command(small_run(tmp_path / "run", small_data, "max_duration=100000ba"))[1:])
     wait_until(lambda: "training" in program.stdout, seconds=60)
     program.kill()
@@ -160,7 +162,7 @@ NO_STDOUT = "standard output cannot be written: No space left on device"
     ],
 )
 def test_streams_and_temporary_folders_that_fail_are_one_line(command: str, status: int, line: str) -> None:
-    """18: closed, full, or without a reader."""
+    """Promise 18: closed, full, or without a reader."""
     script, train = shlex.quote(str(D2V_SCRIPT)), f"{sys.executable} {ROOT / 'recipes' / 'train.py'}"
     command = f"set -o pipefail; {command.replace('d2v ', f'{script} ').replace('train ', f'{train} ')}"
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
@@ -170,7 +172,7 @@ def test_streams_and_temporary_folders_that_fail_are_one_line(command: str, stat
 
 
 def test_a_hub_out_of_reach_is_asked_once(tmp_path: Path) -> None:
-    """6, 18: its client would warn of each of ten attempts."""
+    """Promises 6 and 18: its client would warn of each of ten attempts."""
     variables = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     ended = run_command(D2V_SCRIPT, "embed", "hf://org/photos", tmp_path, tmp_path / "out.npy", environment=variables)
     assert failure(ended, 2).startswith("error: no student.safetensors in org/photos on the Hugging Face hub")
@@ -178,7 +180,7 @@ def test_a_hub_out_of_reach_is_asked_once(tmp_path: Path) -> None:
 
 
 def test_each_slip_of_a_config_has_a_line(small_data: Path, tmp_path: Path) -> None:
-    """18: all slips are reported at once, each with its key, before anything is built."""
+    """Promise 18: all slips are reported at once, each with its key, before anything is built."""
     unknown = {"sead": "3", "train_loader.remot": "x", "optimizer.lrr": "1"}
     wrong = {"optimizer.weight_decay": "little", "scheduler.t_warmup": "3xy", "seed": "-1", "student.depth": "0"}
     slips = {**unknown, **wrong, "prediction": "best"}
@@ -206,7 +208,7 @@ def test_each_slip_of_a_config_has_a_line(small_data: Path, tmp_path: Path) -> N
     ],
 )
 def test_a_wrong_setting_is_one_line(override: str, words: list[str], small_data: Path, tmp_path: Path) -> None:
-    """18: the line names the key and what is allowed."""
+    """Promise 18: the line names the key and what is allowed."""
     line = refused_run(small_run(tmp_path / "run", small_data, override), cwd=tmp_path)
     assert line.startswith("error: ")
     assert [word for word in words if word not in line] == [], line
@@ -261,7 +263,9 @@ KINDS = [
 
 
 def test_wrong_kinds_of_files_are_one_line(wrong: dict[str, Path], small_data: Path, tmp_path: Path) -> None:
-    """18: a folder, a file or nothing in place of another ends with status 2 and its path; nothing is half-made."""
+    """Promise 18: a folder, a file or nothing in place of another ends with status 2 and its path; nothing is
+    half-made.
+    """
     problems = []
     for kind in KINDS:
         command, _, rest = kind.format(**wrong, teacher=TEACHER).partition(" ")
@@ -377,7 +381,9 @@ def try_out(recipe: Recipe, mutation: Mutation, folder: Path, run: Path) -> str 
     ],
 )
 def test_a_slip_is_refused_or_accepted_as_written(name: str, num: int | None, labeled: Path, tmp_path: Path) -> None:
-    """18: a key that is dropped, misspelt, doubled, moved or changed ends in one line, or in the run that it means."""
+    """Promise 18: a key that is dropped, misspelt, doubled, moved or changed ends in one line, or in the run
+    that it means.
+    """
     run, wrong = tmp_path / "run", []
     for i, mutation in enumerate(mutations(small_config(RUNS[name], labeled, run), num)):
         shutil.rmtree(run, ignore_errors=True)
@@ -388,7 +394,7 @@ def test_a_slip_is_refused_or_accepted_as_written(name: str, num: int | None, la
 
 
 def test_retrieval_works_in_anyones_run(labeled: Path) -> None:
-    """22, 23: the callback measures what the final weights give, and leaves the model in training mode."""
+    """Promises 22 and 23: the callback measures what the final weights give, and leaves the model in training mode."""
     small = load_labeled_set("mds", labeled, image_size=32, interpolation="bicubic")
     model, callback = Classifier(3 * 32 * 32), ZeroShotRetrieval({"small": small}, interval="3ba", at_start=True)
     fit(model, DataLoader(TensorDataset(*small.train), batch_size=16), "8ba", callbacks=[callback])
@@ -406,7 +412,7 @@ def test_retrieval_works_in_anyones_run(labeled: Path) -> None:
 
 
 def test_public_names_import_nothing_that_they_do_not_use() -> None:
-    """19: a name is imported when it is first used."""
+    """Promise 19: a name is imported when it is first used."""
     code = """
 import sys, d2v_composer
 heavy = {"torch", "composer", "timm", "streaming"}
@@ -419,7 +425,7 @@ assert heavy & set(sys.modules) == {"torch"}
 
 
 def test_one_import_registers_the_student_with_timm() -> None:
-    """17."""
+    """Promise 17: d2v_composer.timm_models does, and d2v_composer alone does not."""
     code = """
 import d2v_composer, timm
 assert not timm.is_model("d2v2_student")

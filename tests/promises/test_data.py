@@ -112,7 +112,9 @@ def undisturbed(many_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_epochs_are_whole_though_killed(
     store: GatedStore, undisturbed: Record, tmp_path: Path, ranks: int, workers: int
 ) -> None:
-    """3, 4, 8: a run killed at any batch resumes on 3 - ranks with the same batches and pixels; its cache is small."""
+    """Promises 3, 4 and 8: a run killed at any batch resumes on 3 - ranks with the same batches and pixels;
+    its cache is small.
+    """
     overrides = SMALL_CACHE, f"train_loader.num_workers={workers}"
     kill_at = random.randint(BATCHES_PER_EPOCH + 1, 2 * BATCHES_PER_EPOCH - 1)
     kill = {"AT": f"batch_start {kill_at} kill"}
@@ -144,7 +146,9 @@ def bytes_in(folder: Path) -> int:
 def test_epochs_are_whole_though_the_store_fails(
     store: GatedStore, undisturbed: Record, tmp_path: Path, ranks: int, workers: int
 ) -> None:
-    """4, 6: answers are cut, empty, errors, short, slow or wrong; later, the store is down for two seconds."""
+    """Promises 4 and 6: answers are cut, empty, errors, short, slow or wrong; later, the store is down for
+    two seconds.
+    """
     for number, fault in enumerate(FAULTS):
         store.faults[f"cloud/images/shard.{3 * number:05}.mds"] = [fault]
     with from_store(store, tmp_path, SMALL_CACHE, f"train_loader.num_workers={workers}", ranks=ranks) as programs:
@@ -167,7 +171,7 @@ def wait_for_batch(folder: Path, batch: int) -> None:
     [(2, 0), pytest.param(1, 0, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow)],
 )
 def test_a_run_ends_if_the_store_stays_unreachable(store: GatedStore, tmp_path: Path, ranks: int, workers: int) -> None:
-    """4, 6, 18: it ends once train_loader.timeout is over, and one line names a shard."""
+    """Promises 4, 6 and 18: it ends once train_loader.timeout is over, and one line names a shard."""
     overrides = SMALL_CACHE, f"train_loader.num_workers={workers}", "train_loader.timeout=3"
     with from_store(store, tmp_path, *overrides, ranks=ranks) as programs:
         wait_for_batch(tmp_path, 2)
@@ -193,7 +197,7 @@ def named_shard(programs: list[Program]) -> None:
 
 @DAMAGES
 def test_a_damaged_shard_of_a_folder_is_named(many_shards: Path, tmp_path: Path, damage: Damage) -> None:
-    """4, 5, 7, 18: the shard is missing, altered or truncated; the folder stays as it is."""
+    """Promises 4, 5, 7 and 18: the shard is missing, altered or truncated; the folder stays as it is."""
     images = shutil.copytree(many_shards, tmp_path / "images")
     content = (images / NAMED).read_bytes()
     (images / NAMED).unlink()
@@ -209,7 +213,7 @@ def test_a_damaged_shard_of_a_folder_is_named(many_shards: Path, tmp_path: Path,
 def test_a_damaged_shard_of_a_store_is_named(
     store: GatedStore, many_shards: Path, tmp_path: Path, damage: Damage
 ) -> None:
-    """4, 5, 18: the cache does not keep it."""
+    """Promises 4, 5 and 18: the cache does not keep it."""
     content = damage and damage((many_shards / NAMED).read_bytes())
     overrides = SMALL_CACHE, "train_loader.timeout=5", "train_loader.num_workers=1"
     with store.replaced("cloud", f"images/{NAMED}", content), from_store(store, tmp_path, *overrides) as programs:
@@ -218,7 +222,7 @@ def test_a_damaged_shard_of_a_store_is_named(
 
 
 def test_a_cached_shard_is_verified(store: GatedStore, many_shards: Path, undisturbed: Record, tmp_path: Path) -> None:
-    """5, 7: an altered shard of an earlier run is fetched again; a file that is not ours stays."""
+    """Promises 5 and 7: an altered shard of an earlier run is fetched again; a file that is not ours stays."""
     cache = shutil.copytree(many_shards, tmp_path / "cache")
     for name, damage in {"shard.00003.mds": flip_bit, "shard.00011.mds": truncated}.items():
         (cache / name).write_bytes(damage((cache / name).read_bytes()))
@@ -232,7 +236,7 @@ def test_a_cached_shard_is_verified(store: GatedStore, many_shards: Path, undist
 
 
 def test_runs_beside_each_other_do_not_disturb(store: GatedStore, undisturbed: Record, tmp_path: Path) -> None:
-    """7: each run has its own TMPDIR; of two in one cache, one may be refused in a line."""
+    """Promise 7: each run has its own TMPDIR; of two in one cache, one may be refused in a line."""
     caches = {"alone": tmp_path / "own", "one": tmp_path / "cache", "two": tmp_path / "cache"}
     programs = {}
     with ExitStack() as runs:
@@ -250,7 +254,7 @@ def test_runs_beside_each_other_do_not_disturb(store: GatedStore, undisturbed: R
 
 @pytest.mark.slow
 def test_each_node_fetches_its_own_share(store: GatedStore, tmp_path: Path) -> None:
-    """8: there are two nodes of one rank each, with their own caches."""
+    """Promise 8: there are two nodes of one rank each, with their own caches."""
     caches = tmp_path / "cache-${oc.env:NODE_RANK}"
     options = "max_duration=6ba", "train_loader.num_canonical_nodes=2"
     with from_store(store, tmp_path, *options, cache=caches, ranks=2, num_nodes=2) as nodes:
@@ -263,7 +267,7 @@ def test_each_node_fetches_its_own_share(store: GatedStore, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("bad", ["truncated", "missing", "of another data set"])
 def test_a_bad_index_in_the_store_is_one_line(store: GatedStore, many_shards: Path, tmp_path: Path, bad: str) -> None:
-    """5, 18: the index in the cache stays as it was."""
+    """Promises 5 and 18: the index in the cache stays as it was."""
     index = (many_shards / "index.json").read_bytes()
     other = json.loads(index)
     other["shards"].pop()
@@ -278,7 +282,7 @@ def test_a_bad_index_in_the_store_is_one_line(store: GatedStore, many_shards: Pa
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_is_named(tmp_path: Path, workers: int) -> None:
-    """4, 18."""
+    """Promises 4 and 18: by its number, from a worker, too."""
     data = write_mds(tmp_path / "data", [*(encoded_image(i) for i in range(31)), b"not a picture"])
     line = refused_run(small_run(tmp_path / "run", data, f"train_loader.num_workers={workers}"))
     assert "sample 31 of " in line
@@ -295,7 +299,9 @@ def kill_once(holds: Callable[[], bool], *command: str | Path) -> None:
 
 
 def test_a_conversion_is_whole_or_nothing(tmp_path: Path) -> None:
-    """9: after two kills, the same command ends with the same bytes, which Streaming reads; a bad image is named."""
+    """Promise 9: after two kills, the same command ends with the same bytes, which Streaming reads; a bad
+    image is named.
+    """
     images = [encoded_image(i, size=64) for i in range(8)]
     files = {f"{label}/{i:04}.jpg": images[i % 8] for i, label in product(range(500), "ab")}
     photos = write_files(tmp_path / "photos", files | {"b/0300.jpg": b"not a picture"})
@@ -318,7 +324,7 @@ def test_a_conversion_is_whole_or_nothing(tmp_path: Path) -> None:
 
 
 def test_embed_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    """21: it is killed and interrupted at random moments; one line says how to go on."""
+    """Promise 21: it is killed and interrupted at random moments; one line says how to go on."""
     model, source, options = GOLDEN / "tiny_base.pt", QUICKSTART / "cifar10" / "train", ("--batch-size", "50")
     succeed("embed", model, source, tmp_path / "whole.npy", *options)
     command = ["embed", model, source, tmp_path / "killed.npy", "--workers", "1", *options]
@@ -402,7 +408,9 @@ def uninterrupted_audio(clips: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_a_killed_audio_run_goes_on_with_the_same_batches(
     clips: Path, uninterrupted_audio: Path, tmp_path: Path, ranks: int, then: int, workers: int
 ) -> None:
-    """3, 4, 10: killed at any batch, it resumes on other ranks, in microbatches, with the same batches and crops."""
+    """Promises 3, 4 and 10: killed at any batch, it resumes on other ranks, in microbatches, with the same
+    batches and crops.
+    """
     num_workers = f"train_loader.num_workers={workers}"
     train_audio_until_killed(tmp_path, clips, random.randint(3, 11), num_workers, ranks=ranks)
     train_audio(tmp_path, clips, num_workers, "device_train_microbatch_size=4", ranks=then)
@@ -413,7 +421,9 @@ def test_a_killed_audio_run_goes_on_with_the_same_batches(
 def test_a_resumed_audio_run_ends_bit_for_bit_or_is_refused(
     clips: Path, uninterrupted_audio: Path, tmp_path: Path
 ) -> None:
-    """4, 10, 12: a resume within an epoch names a changed option of the loader, or the change has no effect."""
+    """Promises 4, 10 and 12: a resume within an epoch names a changed option of the loader, or the change has
+    no effect.
+    """
     train_audio_until_killed(tmp_path, clips, 9)
     changes = {"crop_seconds": "0.2", "shuffle": "false", "shuffle_block_size": "32", "num_canonical_nodes": "2"}
     line = refused_run(audio_run(tmp_path, clips, *(f"train_loader.{name}={value}" for name, value in changes.items())))
@@ -429,7 +439,9 @@ def test_a_resumed_audio_run_ends_bit_for_bit_or_is_refused(
 def test_an_audio_run_from_a_store(
     sounds: Path, uninterrupted_audio: Path, object_store: GatedStore, tmp_path: Path
 ) -> None:
-    """4, 6: clips that were converted to a store give the losses of a folder; without lengths, one line says so."""
+    """Promises 4 and 6: clips that were converted to a store give the losses of a folder; without lengths,
+    one line says so.
+    """
     address, reach = object_store.create_bucket("sound"), object_store.environment
     source = [sounds, f"{address}/train", "--labels", "none", "--shard-size", "60kb"]
     succeed("convert-audio", *source, environment=reach)

@@ -114,7 +114,7 @@ def copied(distilled: Path, tmp_path: Path) -> Path:
 
 
 def test_a_folder_becomes_a_student(distilled: Path, photos: Path) -> None:
-    """4, 8, 9: the student is measured on a tenth of the images, which is not trained on in any form."""
+    """Promises 4, 8 and 9: the student is measured on a tenth of the images, which is not trained on in any form."""
     assert load_student(distilled / "student.safetensors").config.depth == 5
     settings = yaml.safe_load((distilled / "distill.yaml").read_text())
     assert settings["max_duration"] == "4ba"
@@ -139,7 +139,7 @@ def test_a_folder_becomes_a_student(distilled: Path, photos: Path) -> None:
     ],
 )
 def test_a_damaged_file_of_ours_is_named(file: str, content: str, photos: Path, copied: Path) -> None:
-    """18."""
+    """Promise 18: the message has the file's path."""
     (copied / file).write_text(content)
     line = failure(d2v(*command(photos, copied, *SHORT)), 2)
     assert str(copied / file) in line
@@ -185,7 +185,7 @@ def started(moment: str, photos: Path, out: Path) -> Iterator[Program]:
     "moment", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in MOMENTS if name not in QUICK)]
 )
 def test_the_same_command_goes_on_after_a_kill(moment: str, distilled: Path, photos: Path, tmp_path: Path) -> None:
-    """10: the second call ends with the tensors of an undisturbed one."""
+    """Promise 10: the second call ends with the tensors of an undisturbed one."""
     out = tmp_path / "run"
     with started(moment, photos, out) as program:
         program.kill()
@@ -201,7 +201,7 @@ def test_the_same_command_goes_on_after_a_kill(moment: str, distilled: Path, pho
 @pytest.mark.slow  # a lock is waited for: ten seconds
 @pytest.mark.parametrize("moment", ["shard", "export"])
 def test_two_calls_at_once(moment: str, distilled: Path, photos: Path, tmp_path: Path) -> None:
-    """7: one of them ends in one line that names the other, or both are right."""
+    """Promise 7: one of them ends in one line that names the other, or both are right."""
     out = tmp_path / "run"
     with started(moment, photos, out) as program:
         if moment == "shard":
@@ -253,7 +253,7 @@ def counts_in(said: str) -> dict[str, str]:
 
 
 def test_what_is_left_out_is_counted(mixed: Path, tmp_path: Path) -> None:
-    """8, 9: every name is in one of the printed counts."""
+    """Promises 8 and 9: every name is in one of the printed counts."""
     out = tmp_path / "run"
     counts = counts_in(output := distill(mixed, out, changes=SHORTEST))
     assert sorted(counts["other files"].split(", ")) == OTHER_FILES
@@ -276,7 +276,7 @@ def test_what_is_left_out_is_counted(mixed: Path, tmp_path: Path) -> None:
 
 
 def test_other_commands_count_the_same_files(mixed: Path, tmp_path: Path) -> None:
-    """8."""
+    """Promise 8: d2v embed and d2v convert-images leave out what d2v distill leaves out."""
     embedded = succeed("embed", TEACHER, mixed, tmp_path / "photos.npy", "--skip-unreadable", "--workers", "0")
     converted = succeed("convert-images", mixed, tmp_path / "mds", "--labels", "none", "--skip-unreadable")
     for ended in (embedded, converted):
@@ -284,7 +284,9 @@ def test_other_commands_count_the_same_files(mixed: Path, tmp_path: Path) -> Non
 
 
 def test_what_is_read_is_what_was_listed(photos: Path, tmp_path: Path) -> None:
-    """8: a kill comes between the two conversions, then the source changes; held-out images must not be trained on."""
+    """Promise 8: a kill comes between the two conversions, then the source changes; held-out images must not
+    be trained on.
+    """
     source, out = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "run"
     with started("held-out samples", source, out):
         pass
@@ -305,7 +307,7 @@ def test_what_is_read_is_what_was_listed(photos: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [os.fsdecode(b"caf\xe9"), "two\nlines"])
 def test_a_source_of_any_name_goes_on(name: str, photos: Path, tmp_path: Path) -> None:
-    """10: the name is Latin-1, or has a newline; the data sets are the user's."""
+    """Promise 10: the name is Latin-1, or has a newline; the data sets are the user's."""
     source, changes = shutil.copytree(photos, tmp_path / name), (*SHORTEST, "retrieval.datasets={}")
     distill(source, tmp_path / "run", changes=changes)
     assert "this run is complete at 1ba" in distill(source, tmp_path / "run", changes=changes)
@@ -324,7 +326,9 @@ def project(photos: Path, small_data: Path, tmp_path: Path) -> Path:
 
 
 def test_what_is_not_ours_stays(project: Path, photos: Path) -> None:
-    """7, 11: OUT belongs to the user, is a link of his, is inside the source or equal to it, or is another run's."""
+    """Promises 7 and 11: OUT belongs to the user, is a link of his, is inside the source or equal to it, or
+    is another run's.
+    """
     before = contents_of(project)
     for source, out, problem in (
         (photos, ".", "--out: .*project holds files that are not ours, such as "),
@@ -347,7 +351,7 @@ def test_what_is_not_ours_stays(project: Path, photos: Path) -> None:
 
 
 def test_a_refused_change_changes_nothing(copied: Path, distilled: Path, photos: Path, tmp_path: Path) -> None:
-    """11, 12: the original command works next."""
+    """Promises 11 and 12: the original command works next."""
     before = contents_of(copied)
     for changes, problem in (
         (["student.depth=3"], "student.depth: checkpoint has 5, config has 3; .*another --out"),
@@ -380,7 +384,7 @@ def test_a_refused_change_changes_nothing(copied: Path, distilled: Path, photos:
 
 @pytest.mark.parametrize("settings", ["distill.yaml", "run.yaml"])
 def test_a_copy_of_the_settings_trains_another_run(settings: str, distilled: Path, tmp_path: Path) -> None:
-    """7, 10: the new run has a folder of its own name, beside OUT."""
+    """Promises 7 and 10: the new run has a folder of its own name, beside OUT."""
     before, copy = contents_of(distilled), shutil.copy(distilled / settings, tmp_path / "mine.yaml")
     ended = d2v("train", copy, f"run_name={settings}", "max_duration=2ba")
     assert f"saved in {distilled.parent / settings}\n" in ended.stdout, ended.stderr
@@ -389,7 +393,9 @@ def test_a_copy_of_the_settings_trains_another_run(settings: str, distilled: Pat
 
 
 def test_a_refused_change_before_the_training_changes_nothing(photos: Path, distilled: Path, tmp_path: Path) -> None:
-    """7, 11: settings that only the built run can refuse are not kept; the user's folders in OUT are not touched."""
+    """Promises 7 and 11: settings that only the built run can refuse are not kept; the user's folders in OUT
+    are not touched.
+    """
     out = tmp_path / "run"
     with started("held-out samples", photos, out):
         pass
@@ -416,7 +422,7 @@ def test_a_refused_change_before_the_training_changes_nothing(photos: Path, dist
 
 
 def test_bad_input_is_one_line(photos: Path, tmp_path: Path) -> None:
-    """18: the line comes before anything is written."""
+    """Promise 18: the line comes before anything is written."""
     few, out = write_images(tmp_path / "few", ["0.jpg"]), tmp_path / "run"
     none = write_files(tmp_path / "none", {f"{i}.heic": b"" for i in range(3)})
     for source, to, teacher, changes, problem in (
@@ -435,7 +441,7 @@ def test_bad_input_is_one_line(photos: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_without_images_to_train_on_is_one_line(tmp_path: Path) -> None:
-    """8, 18: all images are corrupt, or copies of those that are held out."""
+    """Promises 8 and 18: all images are corrupt, or copies of those that are held out."""
     corrupt = {f"{i}.jpg": b"corrupt %d" % i for i in range(NUM_IMAGES)}
     copies = dict.fromkeys(corrupt, encoded_image(0))
     for name, files, problem in (
@@ -446,7 +452,7 @@ def test_a_folder_without_images_to_train_on_is_one_line(tmp_path: Path) -> None
 
 
 def test_a_data_set_of_any_column_and_mode_is_distilled(tmp_path: Path) -> None:
-    """4, 8: its labels, here texts, are not read; equal images are on one side."""
+    """Promises 4 and 8: its labels, here texts, are not read; equal images are on one side."""
     source, out = tmp_path / "mds", tmp_path / "run"
     with MDSWriter(out=str(source), columns={"photo": "pil", "label": "str"}, size_limit=1 << 14) as writer:
         for i in range(NUM_IMAGES + 10):
@@ -460,7 +466,7 @@ def test_a_data_set_of_any_column_and_mode_is_distilled(tmp_path: Path) -> None:
 
 
 def test_parquet_files_in_a_store_are_distilled(object_store: GatedStore, tmp_path: Path) -> None:
-    """4, 8: each row is used once, copies are on one side, and a bad row is left out."""
+    """Promises 4 and 8: each row is used once, copies are on one side, and a bad row is left out."""
     out, images = tmp_path / "run", [encoded_image(i % NUM_IMAGES) for i in range(NUM_IMAGES + 10)]
     images[7] = b"no image"
     address = object_store.create_bucket("distill-parquet")
@@ -487,7 +493,7 @@ def shards(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_corrupt_shard_is_named(shards: Path, copied: Path, photos: Path, tmp_path: Path) -> None:
-    """5: one shard is of the source, and one of OUT."""
+    """Promise 5: one shard is of the source, and one of OUT."""
     source, out = shutil.copytree(shards, tmp_path / "mds"), tmp_path / "run"
     shard = source / "shard.00001.mds"
     whole = shard.read_bytes()
@@ -545,7 +551,7 @@ def test_held_out_clips_are_short_enough_to_be_evaluated(sounds: Path, tmp_path:
 
 
 def test_samples_of_other_settings_are_not_mixed(sounds: Path, tmp_path: Path) -> None:
-    """23: an interrupted call had held-out samples of another length."""
+    """Promise 23: an interrupted call had held-out samples of another length."""
     out, teacher = tmp_path / "run", GOLDEN / "audio_base.pt"
     program = start_python(*D2V, *command(sounds, out, *SHORT, "train_loader.crop_seconds=0.2", teacher=teacher))
     wait_until(lambda: (out / "clips" / "test" / "index.json").exists(), seconds=60)
@@ -576,7 +582,7 @@ def test_a_data_set_in_a_store_leaves_no_shards_behind(
 
 @pytest.mark.slow
 def test_ranks_share_what_the_first_process_prepared(photos: Path, tmp_path: Path) -> None:
-    """10: ranks start together as on several GPUs, and once more with changed settings."""
+    """Promise 10: ranks start together as on several GPUs, and once more with changed settings."""
     out = tmp_path / "run"
     with started("training samples", photos, out):
         pass

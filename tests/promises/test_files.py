@@ -175,7 +175,7 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_a_hostile_model_is_refused(what: str, tmp_path: Path) -> None:
-    """16: the public functions refuse it as a teacher and as a student."""
+    """Promise 16: the public functions refuse it as a teacher and as a student."""
     (tmp_path / "secret").write_text("mine")
     (tmp_path / "secret").chmod(0o600)
     HOSTILE[what](tmp_path / "model.pt")
@@ -191,7 +191,7 @@ QUICK = ("a zip bomb", "code in a teacher", "code in a checkpoint", "a truncated
     "what", [what if what in QUICK else pytest.param(what, marks=pytest.mark.slow) for what in HOSTILE]
 )
 def test_commands_refuse_a_hostile_model(what: str, small_data: Path, tmp_path: Path) -> None:
-    """16, 18: it is the model of a command, a run's teacher, or its load_path."""
+    """Promises 16 and 18: it is the model of a command, a run's teacher, or its load_path."""
     path, out = tmp_path / "model.pt", tmp_path / "out"
     HOSTILE[what](path)
     train = train_command(small_run(out / "run", small_data))[1:]
@@ -235,7 +235,7 @@ SIZES: dict[str, Callable[[dict[str, Any]], str]] = {
     "what", [pytest.param(what, marks=pytest.mark.slow) if what == "a million lists" else what for what in SIZES]
 )
 def test_sizes_that_would_need_all_memory_or_time_are_refused(what: str, exported: Path, tmp_path: Path) -> None:
-    """16."""
+    """Promise 16: a student's file claims them in its metadata."""
     path = tmp_path / "student.safetensors"
     path.write_bytes(exported.read_bytes())
     change_student(path, SIZES[what])
@@ -268,7 +268,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_a_checkpoint_of_wrong_contents_is_refused(
     what: str, uninterrupted: Path, small_data: Path, tmp_path: Path
 ) -> None:
-    """16, 18: export refuses it; a run's load_path refuses wrong weights, from which it would train on."""
+    """Promises 16 and 18: export refuses it; a run's load_path refuses wrong weights, from which it would train on."""
     checkpoint = load_checkpoint(uninterrupted / "latest-rank0.pt")
     CHANGES[what](checkpoint["state"])
     path = tmp_path / "other.pt"
@@ -337,7 +337,7 @@ def pictures() -> dict[str, dict[str, bytes]]:
 
 
 def test_images_are_read_right_or_named(tmp_path: Path) -> None:
-    """16, 18: bombs and fragments are named; 16 bits do not become white; PostScript reaches no program."""
+    """Promises 16 and 18: bombs and fragments are named; 16 bits do not become white; PostScript reaches no program."""
     contents, photos, out = pictures(), tmp_path / "photos", tmp_path / "photos.npy"
     for folder, files in contents.items():
         write_files(photos / folder, files)
@@ -365,7 +365,9 @@ def write_index(folder: Path, change: Callable[[str], str]) -> None:
 
 
 def test_an_index_with_false_claims_is_refused(tmp_path: Path) -> None:
-    """16, 18: it names a file outside of the folder, or nests; tests/sources/test_mds.py has other claims."""
+    """Promises 16 and 18: it names a file outside of the folder, or nests; tests/sources/test_mds.py has
+    other claims.
+    """
     write_index(tmp_path / "train", lambda index: index.replace("shard.00000.mds", "../../etc/passwd"))
     write_index(tmp_path / "nested", lambda index: '{"shards": ' + "[" * 100_000)
     for folder in (tmp_path / "train", tmp_path / "nested"):
@@ -376,7 +378,7 @@ def test_an_index_with_false_claims_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_column_of_pickles_runs_nothing(tmp_path: Path) -> None:
-    """16: Streaming's own reader would run the code."""
+    """Promise 16: Streaming's own reader would run the code."""
     canary = tmp_path / "canary"
     for split in ("train", "test"):
         with MDSWriter(out=str(tmp_path / split), columns={"image": "bytes", "label": "pkl"}) as writer:
@@ -389,7 +391,7 @@ def test_a_column_of_pickles_runs_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.campaign) for seed in range(2, 20))])
 def test_a_shard_with_wrong_offsets_is_read_or_refused(seed: int, tmp_path: Path) -> None:
-    """16, 18: the shard has the right size, and no hash in the index."""
+    """Promises 16 and 18: the shard has the right size, and no hash in the index."""
     shard = write_mds(tmp_path, [encoded_image(i) for i in range(32)]) / "shard.00000.mds"
     contents, dice = bytearray(shard.read_bytes()), np.random.default_rng(seed)
     start = int(dice.integers(4, 60))  # in the table of the samples' offsets
@@ -401,7 +403,9 @@ def test_a_shard_with_wrong_offsets_is_read_or_refused(seed: int, tmp_path: Path
 
 
 def test_an_exported_student_computes_the_same(uninterrupted: Path, exported: Path, tmp_path: Path) -> None:
-    """17: it needs no file of the teacher, and is a timm model, too; tests/checkpoints has the other formats."""
+    """Promise 17: it needs no file of the teacher, and is a timm model, too; tests/checkpoints has the other
+    formats.
+    """
     student, teacher = load_student(exported), load_teacher(TEACHER)
     trained = {name.removeprefix("student."): tensor for name, tensor in student_of(uninterrupted).items()}
     ours = student.state_dict()
@@ -420,7 +424,7 @@ def test_an_exported_student_computes_the_same(uninterrupted: Path, exported: Pa
 
 
 def test_a_teacher_cannot_be_exported(tmp_path: Path) -> None:
-    """18."""
+    """Promise 18: the line names the file, and none is written."""
     line = failure(d2v("export", TEACHER, tmp_path / "none.safetensors"), 2)
     assert f"{TEACHER} is a teacher" in line
     assert not (tmp_path / "none.safetensors").exists()

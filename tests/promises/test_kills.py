@@ -95,7 +95,7 @@ SLOW = [(2, 1)]
 def test_a_run_killed_at_a_random_moment_resumes_to_the_same_weights(
     number: int, ranks: int, undisturbed: Callable[[int], Path], labeled: Path, tmp_path: Path
 ) -> None:
-    """10."""
+    """Promise 10: with one rank, bit for bit."""
     expected, command = undisturbed(ranks), quickstart(tmp_path, labeled)
     with started_ranks(*command, ranks=ranks) as programs:
         holds, wait = moment_of(number)
@@ -169,7 +169,7 @@ def step_of(run: Run) -> int:
 def test_a_long_run_does_not_leak(
     labeled: Path, tmp_path: Path, temporary: Path, num_steps: int, warm_up: int, interval: int
 ) -> None:
-    """11: it has many epochs, checkpoints and retrievals, and is killed in its first third."""
+    """Promise 11: it has many epochs, checkpoints and retrievals, and is killed in its first third."""
     settings = f"max_duration={num_steps}ba", f"save_interval={interval}ba", f"retrieval.interval={interval}ba"
     settings += "global_train_batch_size=4", "student.depth=1", "train_loader.num_workers=1"
     settings += f"retrieval.{datasets_of(labeled)}", "retrieval.baselines=[]", "retrieval.at_start=false"

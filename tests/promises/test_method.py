@@ -103,22 +103,22 @@ def assert_same_arrays(ours: Arrays, golden: Golden, prefix: str = "") -> None:
 
 
 @pytest.mark.parametrize("golden", [*IMAGES, *SOUND_TEACHERS, "eat_base"], indirect=True)
-def test_teacher(golden: Golden) -> None:
-    """1: encoder, blocks and targets, with and without extra tokens, have the reference's numbers."""
+def test_a_teacher_computes_the_references_numbers(golden: Golden) -> None:
+    """Promise 1: encoder, blocks and targets, with and without extra tokens, have the reference's numbers."""
     assert_same_arrays(compute(golden.teacher(), *golden.inputs), golden)
 
 
 @pytest.mark.parametrize("golden", [*SOUND_TEACHERS, "eat_base"], indirect=True)
-def test_averaged_weights(golden: Golden) -> None:
-    """1."""
+def test_averaged_weights_compute_the_references_numbers(golden: Golden) -> None:
+    """Promise 1: with weights='ema', arrays are those of the reference's averaged weights."""
     averaged = golden.teacher("ema")
     assert averaged.config == golden.teacher().config
     assert_same_arrays(compute(averaged, *golden.inputs), golden, "ema_")
 
 
 @pytest.mark.parametrize("golden", SOUND_TEACHERS, indirect=True)
-def test_waveforms_and_alibi(golden: Golden) -> None:
-    """1."""
+def test_waveforms_and_alibi_are_the_references(golden: Golden) -> None:
+    """Promise 1: normalized waveforms and ALiBi's biases have the reference's numbers."""
     teacher, arrays = golden.teacher(), golden.arrays
     assert_same_numbers(teacher.encoder.prepare(arrays["waveforms"]), arrays["inputs"])
     ours = compute(teacher, arrays["waveforms"])
@@ -130,7 +130,7 @@ def test_waveforms_and_alibi(golden: Golden) -> None:
 
 @pytest.mark.parametrize("golden", SOUND_TEACHERS, indirect=True)
 def test_a_clip_in_a_padded_batch_gives_what_it_gives_alone(golden: Golden) -> None:
-    """1."""
+    """Promise 1: mask and outputs are the reference's of each clip alone."""
     teacher, arrays, lengths = golden.teacher(), golden.arrays, golden.arrays["lengths"]
     ours = compute(teacher, padded_waveforms(arrays), lengths)
     assert torch.equal(teacher.padding_mask(lengths), arrays["padded_frame_mask"])
@@ -151,8 +151,8 @@ def padded_waveforms(arrays: Arrays) -> Tensor:
 
 
 @pytest.mark.parametrize("golden", ["audio_base"], indirect=True)
-def test_short_clips(golden: Golden) -> None:
-    """1."""
+def test_short_clips_have_the_references_outputs(golden: Golden) -> None:
+    """Promise 1: clips of a few frames have the reference's outputs."""
     names = [name for name in golden.arrays if name.startswith("short_") and name.endswith("_inputs")]
     assert names
     for name in names:
@@ -160,8 +160,8 @@ def test_short_clips(golden: Golden) -> None:
         assert_same_numbers(output, golden.arrays[name.replace("_inputs", "_teacher_out")])
 
 
-def test_student(golden: Golden) -> None:
-    """1: ALiBi, blocks and prediction have the reference's numbers."""
+def test_a_student_computes_the_references_numbers(golden: Golden) -> None:
+    """Promise 1: ALiBi, blocks and prediction have the reference's numbers."""
     arrays = golden.arrays
     model, batch = golden.distillation()
     x = model.teacher.encode(*golden.inputs)
@@ -174,8 +174,8 @@ def test_student(golden: Golden) -> None:
     assert_same_numbers(model(batch).regressions["tokens"].prediction, arrays["student_prediction"])
 
 
-def test_loss_and_gradients(golden: Golden) -> None:
-    """1."""
+def test_loss_and_gradients_are_the_references(golden: Golden) -> None:
+    """Promise 1: the first block's and the last block's gradients have the reference's numbers, too."""
     model, batch = golden.distillation(prediction="layer_mean")
     loss = model.loss(model(batch), batch)
     assert_same_numbers(loss, golden.arrays["loss"].reshape(()))
@@ -185,15 +185,15 @@ def test_loss_and_gradients(golden: Golden) -> None:
         assert_same_numbers(model.student.get_parameter(f"{name}.weight").grad, golden.arrays[gradient])
 
 
-def test_loss_of_the_last_block(golden: Golden) -> None:
-    """1."""
+def test_the_loss_of_the_last_block_is_the_references(golden: Golden) -> None:
+    """Promise 1: it is the reference's loss with prediction: last_block."""
     model, batch = golden.distillation(prediction="last_block")
     assert_same_numbers(model.loss(model(batch), batch), golden.arrays["loss_last_block"].reshape(()))
 
 
 @pytest.mark.parametrize("golden", IMAGES, indirect=True)
 def test_only_the_students_blocks_are_trained_and_images_are_encoded_once(golden: Golden) -> None:
-    """2: tests/models shows that sizes and FLOPs are the paper's."""
+    """Promise 2: tests/models shows that sizes and FLOPs are the paper's."""
     (model, images), calls = golden.distillation(), []
     model.teacher.encoder.register_forward_hook(lambda *_: calls.append(1))
     model.loss(model(images), images)
@@ -205,8 +205,8 @@ def test_only_the_students_blocks_are_trained_and_images_are_encoded_once(golden
 
 
 @pytest.mark.parametrize("golden", ["eat_base"], indirect=True)
-def test_another_length_of_eat(golden: Golden, tmp_path: Path) -> None:
-    """1."""
+def test_eat_of_another_length_computes_the_references_numbers(golden: Golden, tmp_path: Path) -> None:
+    """Promise 1: convert-teacher sets length, mean and deviation of the spectrograms, as the reference has them."""
     options, long, other = ["--target-length", "112"], tmp_path / "long.safetensors", tmp_path / "other.safetensors"
     succeed("convert-teacher", EAT, long, *options)
     assert_same_arrays(compute(load_teacher(long), golden.arrays["waveform_0"][None]), golden, "other_")
@@ -231,7 +231,7 @@ def eats_student() -> Any:
 
 
 def test_embeddings_of_a_long_clip_of_eat_are_the_mean_of_its_windows(eats_student: Any) -> None:
-    """1: a window counts as long as it lasts."""
+    """Promise 1: a window counts as long as it lasts."""
     clip = noise(1, num_samples(sum(LONG)))
     starts = [0, LONG[0] * HOP, (LONG[0] + LONG[1]) * HOP]
     windows = [clip[:, start:][:, : num_samples(frames)] for start, frames in zip(starts, LONG, strict=True)]
@@ -240,21 +240,21 @@ def test_embeddings_of_a_long_clip_of_eat_are_the_mean_of_its_windows(eats_stude
 
 
 def test_a_long_and_a_short_clip_of_eat_give_together_what_they_give_alone(eats_student: Any) -> None:
-    """1: in a padded batch, the noise behind the short clip's end does not count."""
+    """Promise 1: in a padded batch, the noise behind the short clip's end does not count."""
     clips, end = noise(2, num_samples(sum(LONG))), 9000
     alone = torch.cat([eats_student.embed(clips[:1]), eats_student.embed(clips[1:, :end])])
     assert_close(eats_student.embed(clips, lengths=torch.tensor([clips.shape[1], end])), alone)
 
 
 def test_a_clip_of_eat_without_a_whole_frame_has_an_embedding(eats_student: Any) -> None:
-    """1: a long clip stands beside it in the batch."""
+    """Promise 1: a long clip stands beside it in the batch."""
     clips = noise(2, num_samples(sum(LONG)))
     assert eats_student.embed(clips, lengths=torch.tensor([clips.shape[1], FRAME - 100])).isfinite().all()
 
 
 @pytest.mark.slow
 def test_distill_takes_eat(tmp_path: Path) -> None:
-    """17: a folder of sound becomes a student's file that embeds, also in another program."""
+    """Promise 17: a folder of sound becomes a student's file that embeds, also in another program."""
     sounds, out = tmp_path / "sounds", tmp_path / "out"
     sounds.mkdir()
     for seed in range(200):

@@ -75,7 +75,7 @@ def tensors(embedded: Sequence[NDArray[Any]]) -> list[torch.Tensor]:
 
 
 def test_retrieval_is_a_brute_force(embedded: Embedded) -> None:
-    """23: accuracy is the share of queries with one of their label among the k nearest."""
+    """Promise 23: accuracy is the share of queries with one of their label among the k nearest."""
     _, bank_labels, _, query_labels = embedded
     nearest = np.argsort(-similarities(embedded), axis=1, kind="stable")
     accuracies = retrieval_accuracy(*tensors(embedded), ks=(1, 3, 10))  # pyright: ignore
@@ -86,7 +86,7 @@ def test_retrieval_is_a_brute_force(embedded: Embedded) -> None:
 
 @pytest.mark.parametrize(("k", "temperature"), [(20, 0.07), (5, 0.5)])
 def test_knn_is_a_brute_force(embedded: Embedded, k: int, temperature: float) -> None:
-    """23: each of the k nearest votes with exp(cosine / temperature)."""
+    """Promise 23: each of the k nearest votes with exp(cosine / temperature)."""
     _, bank_labels, _, query_labels = embedded
     cosines = similarities(embedded)
     nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
@@ -99,7 +99,7 @@ def test_knn_is_a_brute_force(embedded: Embedded, k: int, temperature: float) ->
 
 
 def test_the_linear_probe_is_scikit_learns(embedded: Embedded) -> None:
-    """23: they agree to 0.3 points, at a strength near ours that is best for scikit-learn on the queries."""
+    """Promise 23: they agree to 0.3 points, at a strength near ours that is best for scikit-learn on the queries."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
@@ -115,7 +115,7 @@ def test_the_linear_probe_is_scikit_learns(embedded: Embedded) -> None:
 
 
 def test_an_evaluation_measures_what_a_brute_force_does(tmp_path: Path) -> None:
-    """23: d2v evaluate's accuracies of a teacher are those of its embeddings here, in float64."""
+    """Promise 23: d2v evaluate's accuracies of a teacher are those of its embeddings here, in float64."""
     teacher, parts = load_teacher(GOLDEN / "tiny_base.pt"), []
     for split, num in (("train", 200), ("test", 100)):
         images, pixels, labels = read_cifar(split, num)
@@ -170,7 +170,7 @@ NOT_MEASURED = "the untrained student is not measured: init teacher_blocks needs
 def test_the_untrained_student_is_the_runs(
     of_teacher_blocks: Path, exported: Path, labeled: Path, tmp_path: Path
 ) -> None:
-    """23: an evaluation gives it the numbers that the run measured before its first batch."""
+    """Promise 23: an evaluation gives it the numbers that the run measured before its first batch."""
     models = f"model={exported}", f"teacher={GOLDEN / 'tiny_base.pt'}"
     ended = succeed("evaluate", datasets_of(labeled), "ks=[1]", f"out={tmp_path}", *models)
     assert NOT_MEASURED not in ended.stderr
@@ -184,14 +184,16 @@ def test_the_untrained_student_is_the_runs(
 def test_without_its_teacher_the_untrained_student_is_not_measured(
     exported: Path, labeled: Path, tmp_path: Path
 ) -> None:
-    """23: a line says why."""
+    """Promise 23: a line says why."""
     ended = succeed("evaluate", datasets_of(labeled), "ks=[1]", f"out={tmp_path}", f"model={exported}")
     assert NOT_MEASURED in ended.stderr
     assert accuracies_of_untrained(tmp_path) == {}
 
 
 def test_a_finished_run_prints_its_table_again(small_data: Path, labeled: Path, tmp_path: Path) -> None:
-    """10, 23: rows and measures are those of the call that trained it, and the checkpoint does not change."""
+    """Promises 10 and 23: rows and measures are those of the call that trained it, and the checkpoint does
+    not change.
+    """
     sets = f"retrieval.datasets={{small: {{format: mds, root: {labeled / 'test'}, label_column: null}}}}"
     few = "retrieval.at_start=true", "max_duration=2ba", "scheduler.t_warmup=1ba"
     arguments, checkpoint = small_run(tmp_path, small_data, sets, *few), tmp_path / "latest-rank0.pt"
@@ -204,7 +206,7 @@ def test_a_finished_run_prints_its_table_again(small_data: Path, labeled: Path, 
 
 
 def test_another_teacher_is_refused(of_teacher_blocks: Path, exported: Path, labeled: Path, tmp_path: Path) -> None:
-    """23: an exported student and a checkpoint take their own teacher alone, which may be converted."""
+    """Promise 23: an exported student and a checkpoint take their own teacher alone, which may be converted."""
     converted, other = (tmp_path / f"{name}.safetensors" for name in ("converted", "other"))
     succeed("convert-teacher", GOLDEN / "tiny_base.pt", converted, "--dtype", "float16")
     contents = torch.load(GOLDEN / "tiny_base.pt", weights_only=False)
@@ -243,7 +245,7 @@ def test_an_evaluation_replaces_only_its_own(labeled: Path, tmp_path: Path) -> N
 
 
 def test_test_images_among_the_train_images_are_counted(labeled: Path, small_data: Path, tmp_path: Path) -> None:
-    """23: they make every model right; equal pixels count, also in different files."""
+    """Promise 23: they make every model right; equal pixels count, also in different files."""
     said = "warning: small: {} of {} test images are also among the train images\n"
     model = f"model={GOLDEN / 'tiny_base.pt'}"
     run = small_run(tmp_path / "run", small_data, f"retrieval.{datasets_of(labeled)}", "max_duration=1ba")

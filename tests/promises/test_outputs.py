@@ -105,7 +105,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, photos: Path) -> Place
     ],
 )
 def test_a_file_of_no_record_of_ours_is_not_replaced(place: Place, command: tuple[str, ...], foreign: str) -> None:
-    """7, 11: one line names it, and nothing is written beside it."""
+    """Promises 7 and 11: one line names it, and nothing is written beside it."""
     place.write(foreign, b"{}")
     assert place.name("o") in failure(d2v(*place.command(*command), **place.options), 2)
     assert place.contents() == {foreign: b"{}"}
@@ -124,7 +124,7 @@ RECORD = "o.npy.parts/00000-of-00002"
 def test_what_died_on_another_machine_is_made_again(
     place: Place, command: tuple[str, ...], left: Mapping[str, bytes], finished: str
 ) -> None:
-    """9, 10: only a record of ours, beside the output, shows whose it is."""
+    """Promises 9 and 10: only a record of ours, beside the output, shows whose it is."""
     for name, content in left.items():
         place.write(name, content)
     succeed(*place.command(*command), **place.options)
@@ -143,7 +143,9 @@ def test_what_died_on_another_machine_is_made_again(
 def test_what_came_meanwhile_is_not_replaced(
     command: list[str], outputs: set[str], store: GatedStore, photos: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """7, 11: the second command has looked for its outputs, and waits for its model, until the first has ended."""
+    """Promises 7 and 11: the second command has looked for its outputs, and waits for its model, until the
+    first has ended.
+    """
     model, place = TEACHER if command[0] == "embed" else str(uninterrupted / "latest-rank0.pt"), Place(tmp_path, None)
     store.client().upload_file(model, BUCKET, "model.pt")
     name, _, *rest = command
@@ -182,7 +184,9 @@ WRITERS = (
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("out", ["", "/", "//.", "s3://bucket/"])
 def test_no_place_is_refused(writer: str, out: str, photos: Path, tmp_path: Path) -> None:
-    """7, 18: an empty place, as of an unset variable, or a root, is one line; nothing of this folder is touched."""
+    """Promises 7 and 18: an empty place, as of an unset variable, or a root, is one line; nothing of this
+    folder is touched.
+    """
     write_files(
         tmp_path, {"shard.00007.mds": b"of another data set", "o.npy": b"", "o.onnx": b"", "o.safetensors": b""}
     )
@@ -264,7 +268,9 @@ def read_table(path: Path) -> tuple[list[Any], np.ndarray]:
     ],
 )
 def test_parts_of_a_conversion(sources: Sources, tmp_path: Path, kind: str, count: int) -> None:
-    """9: parts share the files if there are enough; else they share whole shards, which are those of one command."""
+    """Promise 9: parts share the files if there are enough; else they share whole shards, which are those of
+    one command.
+    """
     (source, *options), whole, out = sources[kind], tmp_path / "whole", tmp_path / "out"
     convert(sources[kind], whole)
     make_parts(count, "convert-images", source, out, *options, *SMALL_SHARDS)
@@ -294,7 +300,9 @@ def test_parts_of_a_conversion(sources: Sources, tmp_path: Path, kind: str, coun
     ],
 )
 def test_parts_of_embeddings(sources: Sources, tmp_path: Path, kind: str, count: int, suffix: str) -> None:
-    """21: parts share batches, and the rows have the same bits, or share files, and the rows are nearly the same."""
+    """Promise 21: parts share batches, and the rows have the same bits, or share files, and the rows are
+    nearly the same.
+    """
     source, whole, out = sources[kind], tmp_path / f"whole{suffix}", tmp_path / f"out{suffix}"
     embed(source, whole)
     make_parts(count, "embed", TEACHER, source[0], out, *SMALL_BATCHES)
@@ -331,7 +339,7 @@ def remove_second_half(table: Path) -> None:
 
 
 def test_a_missing_part_is_named(halves: Path) -> None:
-    """9, 21."""
+    """Promises 9 and 21: merging a conversion or embeddings asks for the part by its number."""
     out, table = halves / "out", halves / "table.npy"
     shutil.rmtree(out / "parts" / "00001-of-00002")
     remove_second_half(table)
@@ -340,7 +348,7 @@ def test_a_missing_part_is_named(halves: Path) -> None:
 
 
 def test_parts_of_another_command_are_named(sources: Sources, halves: Path) -> None:
-    """9, 21: they are of other images, made otherwise, doubled, or one of another number of parts."""
+    """Promises 9 and 21: they are of other images, made otherwise, doubled, or one of another number of parts."""
     out, table = halves / "out", halves / "table.npy"
     first, second = (out / "parts" / f"0000{number}-of-00002" for number in range(2))
     another = "differs from this command in source, labels, label_column; remove it"
@@ -359,7 +367,7 @@ def test_parts_of_another_command_are_named(sources: Sources, halves: Path) -> N
 
 
 def test_parts_whose_images_changed_are_not_merged(tmp_path: Path) -> None:
-    """9: a Parquet file of paths is the same, but not the images that it names."""
+    """Promise 9: a Parquet file of paths is the same, but not the images that it names."""
     names = [f"{number}.png" for number in range(8)]
     source = [str(write_parquet(write_images(tmp_path, names) / "x.parquet", {"path": names}))]
     embed(source, tmp_path / "o.npy", "--part", "0/2")
@@ -369,7 +377,7 @@ def test_parts_whose_images_changed_are_not_merged(tmp_path: Path) -> None:
 
 
 def test_parts_with_other_labels_are_not_merged(sources: Sources, tmp_path: Path) -> None:
-    """9: labels may come from another column, or from another CSV file with the same classes."""
+    """Promise 9: labels may come from another column, or from another CSV file with the same classes."""
     (tmp_path / "other.csv").write_text("\n".join(f"{number:05}.png,{-number % 4}" for number in range(NUM_IMAGES)))
     for kind, options in (("folder", ["--labels", str(tmp_path / "other.csv")]), ("tars", ["--label-column", "txt"])):
         source, out = sources[kind], tmp_path / kind
@@ -379,7 +387,7 @@ def test_parts_with_other_labels_are_not_merged(sources: Sources, tmp_path: Path
 
 
 def test_a_damaged_part_is_named(halves: Path) -> None:
-    """5, 9, 21: a shard or an index is damaged, rows are cut, or ids are missing."""
+    """Promises 5, 9 and 21: a shard or an index is damaged, rows are cut, or ids are missing."""
     out, table = halves / "out", halves / "table.npy"
     shard = next((out / "parts" / "00001-of-00002").glob("*.mds"))
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -397,7 +405,7 @@ def test_a_damaged_part_is_named(halves: Path) -> None:
 
 
 def test_a_part_is_refused_in_one_line(sources: Sources, tmp_path: Path) -> None:
-    """7, 18: it would stand beside the user's files, or is none of the parts."""
+    """Promises 7 and 18: it would stand beside the user's files, or is none of the parts."""
     mine = write_files(tmp_path / "mine", {"notes.txt": b""})
     refused = d2v("convert-images", *sources["folder"], mine, *PART)
     said = f"error: {mine} holds something other than parts: notes.txt; choose another OUT"
@@ -408,7 +416,7 @@ def test_a_part_is_refused_in_one_line(sources: Sources, tmp_path: Path) -> None
 
 
 def test_a_killed_part_goes_on_where_its_source_has_another_path(tmp_path: Path) -> None:
-    """21."""
+    """Promise 21: what was embedded counts, though SOURCE has moved."""
     images = [encoded_image(number % 50, size=16) for number in range(1200)]
     here, options = write_mds(tmp_path / "here", images), (tmp_path / "out.npy", "--batch-size", "64", "--part", "0/1")
     killed = start_python(*D2V, "embed", TEACHER, here, *options)
@@ -419,7 +427,7 @@ def test_a_killed_part_goes_on_where_its_source_has_another_path(tmp_path: Path)
 
 
 def test_ranks_embed_to_the_same_bytes(tmp_path: Path) -> None:
-    """21: killed with two ranks, a run goes on with one."""
+    """Promise 21: killed with two ranks, a run goes on with one."""
     data = write_mds(tmp_path / "data", [encoded_image(number % 50, size=16) for number in range(3000)])
     whole, out, options = tmp_path / "whole.npy", tmp_path / "out.npy", ("--batch-size", "64", "--workers", "0")
     succeed("embed", TEACHER, data, whole, *options)
@@ -437,7 +445,7 @@ def test_ranks_embed_to_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_parts_in_a_store(sources: Sources, object_store: GatedStore, tmp_path: Path) -> None:
-    """9, 21: each part is made on a machine that shares nothing with the others but the store."""
+    """Promises 9 and 21: each part is made on a machine that shares nothing with the others but the store."""
     source, bucket = sources["tars"], object_store.create_bucket("parts")
     data, table = f"{bucket}/data", f"{bucket}/table.npy"
     convert(source, tmp_path / "whole")

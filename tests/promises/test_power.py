@@ -27,7 +27,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 
 def test_a_small_conversion_survives_a_loss_of_power(inputs: Inputs, tmp_path: Path) -> None:
-    """26: this is the smallest of the campaign's cases; in four states, the command runs again."""
+    """Promise 26: this is the smallest of the campaign's cases; in four states, the command runs again."""
     trial = record_trial(converting(6), inputs, tmp_path)
     for number, state in enumerate(trial.states(100)):
         problem = trial.judge(state, repeats=number % 25 == 0)
@@ -37,7 +37,7 @@ def test_a_small_conversion_survives_a_loss_of_power(inputs: Inputs, tmp_path: P
 def test_a_run_goes_on_with_the_lock_and_the_log_that_were_left(
     uninterrupted: Path, small_data: Path, tmp_path: Path
 ) -> None:
-    """26: the lock's file has zeros, and the log ends within a line."""
+    """Promise 26: the lock's file has zeros, and the log ends within a line."""
     folder = shutil.copytree(uninterrupted, tmp_path / "run", symlinks=True)
     (folder / ".in_use").write_bytes(bytes(20))
     with (folder / "log.jsonl").open("ab") as log:
@@ -51,7 +51,7 @@ def test_a_run_goes_on_with_the_lock_and_the_log_that_were_left(
 @pytest.mark.campaign
 @pytest.mark.parametrize(("name", "resumes"), [*((name, False) for name in CASES), *((name, True) for name in RESUMED)])
 def test_a_command_survives_a_loss_of_power(name: str, resumes: bool, inputs: Inputs, tmp_path: Path) -> None:
-    """9, 10, 12, 17, 21, 26."""
+    """Promises 9, 10, 12, 17, 21 and 26: the disk may be in any of many states; the next call gives no wrong result."""
     start = time.monotonic()
     trial = record_trial(CASES[name], inputs, tmp_path, resumes=resumes)
     counts, failures = list[int](), []
@@ -71,7 +71,9 @@ def test_a_command_survives_a_loss_of_power(name: str, resumes: bool, inputs: In
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_flush_that_is_taken_out_is_found(name: str, inputs: Inputs, tmp_path: Path) -> None:
-    """26: without the last flush of a file or of a folder, some state has lost or torn what an ended command made."""
+    """Promise 26: without the last flush of a file or of a folder, some state has lost or torn what an ended
+    command made.
+    """
     trial = record_trial(CASES[name], inputs, tmp_path)
     flushes = [
         (i, operation.path == "." or (trial.out / operation.path).is_dir())

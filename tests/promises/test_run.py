@@ -57,7 +57,9 @@ def batch_of(checkpoint: Path) -> int:
 # Batch 6 starts an epoch, 3 and 9 are within one; the checkpoints before them are those of batches 6, 2 and 8.
 @pytest.mark.parametrize("batch", [6, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (3, 9))])
 def test_a_killed_run_resumes_bit_for_bit(run: Run, uninterrupted: Path, tmp_path: Path, batch: int) -> None:
-    """3, 10: it ends with the bits of a run without a kill; resumed on two ranks, it has the same losses."""
+    """Promises 3 and 10: it ends with the bits of a run without a kill; resumed on two ranks, it has the same
+    losses.
+    """
     run.train_until_killed(f"batch_start {batch}")
     assert len(run.losses) == batch
     together = run.copied_to(tmp_path / "together")
@@ -70,7 +72,7 @@ def test_a_killed_run_resumes_bit_for_bit(run: Run, uninterrupted: Path, tmp_pat
 
 @pytest.mark.slow
 def test_a_killed_run_of_fixed_views_resumes_bit_for_bit(run: Run, small_data: Path, tmp_path: Path) -> None:
-    """10: its file of targets has some from after the checkpoint, and up to two damaged ones."""
+    """Promise 10: its file of targets has some from after the checkpoint, and up to two damaged ones."""
     whole = Run(tmp_path / "whole", small_data, "train_loader.views=1")
     whole.train()
     run.train_until_killed("after_forward 3", "train_loader.views=1")
@@ -83,7 +85,7 @@ def test_a_killed_run_of_fixed_views_resumes_bit_for_bit(run: Run, small_data: P
 
 
 def test_a_run_whose_worker_is_killed_ends_and_resumes(run: Run, uninterrupted: Path) -> None:
-    """10, 18: the kernel kills a worker when memory is short."""
+    """Promises 10 and 18: the kernel kills a worker when memory is short."""
     program = run.start_until("pauses", ONE_WORKER, AT="batch_end 8 pause")
     _, *workers = family_of(program.pid)
     assert workers
@@ -105,7 +107,9 @@ def test_a_run_whose_worker_is_killed_ends_and_resumes(run: Run, uninterrupted: 
     ],
 )
 def test_a_signal_saves_and_ends(sent: signal.Signals, to_all: bool, run: Run, uninterrupted: Path) -> None:
-    """10, 11: SLURM, systemd and a terminal signal every process, kill and Docker one; the same command resumes."""
+    """Promises 10 and 11: SLURM, systemd and a terminal signal every process, kill and Docker one; the same
+    command resumes.
+    """
     program = run.start_training(UNSAVED, "train_loader.num_workers=2")
     family = family_of(program.pid)
     (os.killpg if to_all else os.kill)(program.pid, sent)
@@ -121,7 +125,7 @@ def test_a_signal_saves_and_ends(sent: signal.Signals, to_all: bool, run: Run, u
 
 @pytest.mark.parametrize("moment", ["before_forward 0", "batch_start 3"])
 def test_a_second_ctrl_c_ends_at_once(moment: str, run: Run) -> None:
-    """11: before the first batch, when there is nothing to save, the first one does."""
+    """Promise 11: before the first batch, when there is nothing to save, the first one does."""
     program = run.start_until("hangs", UNSAVED, ONE_WORKER, AT=f"{moment} hang")
     family = family_of(program.pid)
     assert len(family) > 1
@@ -137,7 +141,7 @@ def test_a_second_ctrl_c_ends_at_once(moment: str, run: Run) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_end_at_once(run: Run) -> None:
-    """11: one of them waits for the other in a collective."""
+    """Promise 11: one of them waits for the other in a collective."""
     with started_ranks(*traced(run.arguments), ranks=2, environment={"AT": "batch_start 0 hang"}) as programs:
         wait_until(lambda: "hangs" in programs[0].stdout, seconds=60)
         for program in programs:
@@ -165,7 +169,7 @@ def launched(run: Run, *overrides: str) -> Iterator[tuple[subprocess.Popen[str],
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
 def test_ranks_save_at_one_batch_when_their_launcher_ends(run: Run, sent: signal.Signals) -> None:
-    """11: all get the signal, and the launcher passes it on once more; or the launcher alone is killed."""
+    """Promise 11: all get the signal, and the launcher passes it on once more; or the launcher alone is killed."""
     with launched(run, UNSAVED, "max_duration=10000ba") as (launcher, ranks):
         to_all = sent in (signal.SIGTERM, signal.SIGINT)
         (os.killpg if to_all else os.kill)(launcher.pid, sent)
@@ -177,7 +181,7 @@ def test_ranks_save_at_one_batch_when_their_launcher_ends(run: Run, sent: signal
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_run_ends_when_one_of_its_ranks_is_killed(victim: int, run: Run) -> None:
-    """10, 11: the other rank does not wait, and the launcher names the killed one."""
+    """Promises 10 and 11: the other rank does not wait, and the launcher names the killed one."""
     with launched(run, *ENDLESS) as (launcher, ranks):
         ranks[victim].kill()
         said, _ = launcher.communicate(timeout=60)
@@ -187,7 +191,9 @@ def test_a_run_ends_when_one_of_its_ranks_is_killed(victim: int, run: Run) -> No
 
 
 def test_a_signal_in_a_retrieval(small_data: Path, labeled: Path, tmp_path: Path) -> None:
-    """10, 11: the resumed run repeats batch 10's retrieval, which was cut short; the last one is finished at once."""
+    """Promises 10 and 11: the resumed run repeats batch 10's retrieval, which was cut short; the last one is
+    finished at once.
+    """
     options = f"retrieval.{datasets_of(labeled)}", "retrieval.baselines=[]", "retrieval.interval=5ba", UNSAVED
     undisturbed, run = (Run(tmp_path / name, small_data, *options) for name in ("undisturbed", "stopped"))
     undisturbed.train()
@@ -204,7 +210,9 @@ def test_a_signal_in_a_retrieval(small_data: Path, labeled: Path, tmp_path: Path
 
 
 def test_a_resumes_log_has_no_number_of_weights_that_no_file_holds(run: Run, labeled: Path) -> None:
-    """10, 23: the retrieval of batch 6 is of weights that the kill took, and the resumed run measures others."""
+    """Promises 10 and 23: the retrieval of batch 6 is of weights that the kill took, and the resumed run
+    measures others.
+    """
     key = "metrics/small/bank_train/top1"
     sets = f"retrieval.{datasets_of(labeled)}", "retrieval.baselines=[]"
     options = (*sets, "save_interval=4ba", "alignment.max_samples=0")
@@ -233,7 +241,7 @@ def steps_in(run: Run) -> list[int]:
 def test_after_training_a_run_ends_at_once_and_the_same_command_makes_its_report(
     sent: signal.Signals, name: str, run: Run
 ) -> None:
-    """11: the signal comes while a plot hangs."""
+    """Promise 11: the signal comes while a plot hangs."""
     options = "max_duration=1ba", "scheduler.t_warmup=0ba", "report=true"
     program = run.start_until("hangs", *options, HANG="matplotlib.figure Figure savefig")
     program.send_signal(sent)
@@ -250,7 +258,7 @@ def test_after_training_a_run_ends_at_once_and_the_same_command_makes_its_report
 def test_a_damaged_newest_checkpoint_is_skipped(
     damage: Callable[[bytes], bytes], uninterrupted: Path, small_data: Path, tmp_path: Path
 ) -> None:
-    """12: a warning names it, and the run ends with the same bits."""
+    """Promise 12: a warning names it, and the run ends with the same bits."""
     run = Run(uninterrupted, small_data).copied_to(tmp_path / "run")
     newest = run.folder / "ep2-ba14-rank0.pt"
     newest.write_bytes(damage(newest.read_bytes()))
@@ -261,7 +269,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(
 
 
 def test_what_a_run_is_cannot_be_changed(uninterrupted: Path, small_data: Path, labeled: Path) -> None:
-    """12: the line names each change."""
+    """Promise 12: the line names each change."""
     changes = ["seed=18", "student.depth=2", "student.alibi=false", "optimizer.lr=0.001"]
     changes += ["objectives.tokens.extra_tokens=drop", "objectives.tokens.prediction=last_block"]
     changes += ["global_train_batch_size=8", "train_loader.column=image", "teacher.first_blocks=1"]
@@ -277,7 +285,7 @@ def test_what_a_run_is_cannot_be_changed(uninterrupted: Path, small_data: Path, 
 
 
 def test_other_images_of_the_same_sizes_are_another_data_set(small_data: Path, tmp_path: Path) -> None:
-    """12: also if the index has no hashes, as Streaming's has none by default."""
+    """Promise 12: also if the index has no hashes, as Streaming's has none by default."""
     data = shutil.copytree(small_data, tmp_path / "data")
     run = Run(tmp_path / "run", data, "max_duration=4ba")
     run.train_until_killed("batch_start 3")
@@ -292,7 +300,7 @@ def test_other_images_of_the_same_sizes_are_another_data_set(small_data: Path, t
 
 @pytest.mark.parametrize("name", ["run.yaml", "notes.txt"])
 def test_a_folder_of_other_files_is_refused(name: str, run: Run) -> None:
-    """7, 11: the folder stays as it was."""
+    """Promises 7 and 11: the folder stays as it was."""
     write_files(run.folder, {name: b"mine"})
     line = run.refused()
     assert f"save_folder: {run.folder} holds files that are not ours, such as {name}; choose another" in line
@@ -300,7 +308,7 @@ def test_a_folder_of_other_files_is_refused(name: str, run: Run) -> None:
 
 
 def test_a_used_folder_is_refused_unless_it_is_resumed(uninterrupted: Path, small_data: Path) -> None:
-    """7, 11: another run's checkpoints, log, record and report stay."""
+    """Promises 7 and 11: another run's checkpoints, log, record and report stay."""
     before = contents_of(uninterrupted)
     line = Run(uninterrupted, small_data).refused("autoresume=false", "save_interval=1ba", "report=true")
     said = f"autoresume: must be true, because {uninterrupted} holds a run's checkpoints; a new run needs another save_"
@@ -309,7 +317,9 @@ def test_a_used_folder_is_refused_unless_it_is_resumed(uninterrupted: Path, smal
 
 
 def test_a_checkpoint_that_does_not_fit_is_named(uninterrupted: Path, run: Run, tmp_path: Path) -> None:
-    """11, 12: it is a finished run's, or has other settings or tensors; nothing is left behind each time."""
+    """Promises 11 and 12: it is a finished run's, or has other settings or tensors; nothing is left behind
+    each time.
+    """
     finished, foreign = uninterrupted / "latest-rank0.pt", tmp_path / "foreign.pt"
     checkpoint = load_checkpoint(uninterrupted / "ep1-ba12-rank0.pt")
     del checkpoint["state"]["callbacks"]["RunRecord"]
@@ -327,7 +337,9 @@ def test_a_checkpoint_that_does_not_fit_is_named(uninterrupted: Path, run: Run, 
 
 
 def test_a_run_takes_only_the_weights_of_a_checkpoint(uninterrupted: Path, run: Run) -> None:
-    """10, 12: steps, order and optimizer are the new run's, whose settings may differ; then it resumes itself."""
+    """Promises 10 and 12: steps, order and optimizer are the new run's, whose settings may differ; then it
+    resumes itself.
+    """
     finished = uninterrupted / "latest-rank0.pt"
     options = f"load_path={finished}", "load_weights_only=true", "seed=18", "optimizer.lr=1e-30", "max_duration=4ba"
     said = run.train(*options, "save_interval=1ba", "save_num_checkpoints_to_keep=-1").stdout
@@ -345,7 +357,9 @@ def test_a_run_takes_only_the_weights_of_a_checkpoint(uninterrupted: Path, run: 
 
 
 def test_a_record_starts_another_run(small_data: Path, tmp_path: Path) -> None:
-    """10, 18: the run has a folder of its own name and the precision asked for, and prints next commands that exist."""
+    """Promises 10 and 18: the run has a folder of its own name and the precision asked for, and prints next
+    commands that exist.
+    """
     Run(Path("runs/{run_name}"), small_data, *SHORT, "precision=auto", cwd=tmp_path).train()
     run = tmp_path / "runs" / "quickstart"
     before, record = contents_of(run), yaml.safe_load((run / "run.yaml").read_text())
@@ -359,7 +373,7 @@ def test_a_record_starts_another_run(small_data: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_killed_before_its_first_checkpoint_leaves_no_log_to_the_next(run: Run) -> None:
-    """7: the next run in this folder may have other settings."""
+    """Promise 7: the next run in this folder may have other settings."""
     run.train_until_killed("batch_start 5", UNSAVED)
     assert len(run.losses) == 5
     run.train(*SHORT, "seed=18")
@@ -367,7 +381,7 @@ def test_a_run_killed_before_its_first_checkpoint_leaves_no_log_to_the_next(run:
 
 
 def test_a_run_with_a_nan_loss_ends_before_it_saves(run: Run) -> None:
-    """13, 18."""
+    """Promises 13 and 18: the newest checkpoint has finite weights."""
     options = "optimizer.lr=1e20", "algorithms.gradient_clipping=null", "save_interval=1ba", "scheduler.t_warmup=0ba"
     line = run.refused(*options, status=1)
     assert f"batch {batch_of(run.newest)}: the training loss is nan; earlier checkpoints are kept" in line
@@ -386,7 +400,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_fills_ends_the_run_in_one_line(small_data: Path, small_disk: Path) -> None:
-    """14: the checkpoint before is whole, and the run goes on where there is room."""
+    """Promise 14: the checkpoint before is whole, and the run goes on where there is room."""
     run = Run(small_disk / "run", small_data)
     line = run.refused(status=1)
     assert "No space left" in line
@@ -396,7 +410,7 @@ def test_a_disk_that_fills_ends_the_run_in_one_line(small_data: Path, small_disk
 
 
 def test_a_run_whose_folder_vanishes_ends_in_one_line(run: Run) -> None:
-    """14."""
+    """Promise 14: the line names the folder."""
     program = run.start_training(*ENDLESS)
     shutil.rmtree(run.folder, ignore_errors=True)
     shutil.rmtree(run.folder, ignore_errors=True)  # it may have written meanwhile
@@ -405,7 +419,7 @@ def test_a_run_whose_folder_vanishes_ends_in_one_line(run: Run) -> None:
 
 
 def test_a_folder_that_vanishes_during_the_last_measurement_ends_the_run_in_one_line(run: Run) -> None:
-    """14, 19: else the next commands would be named for a checkpoint that is not there."""
+    """Promises 14 and 19: else the next commands would be named for a checkpoint that is not there."""
     program = run.start_until("pauses", AT="batch_checkpoint 14 pause")
     shutil.rmtree(run.folder)
     program.wait(60)
@@ -419,7 +433,7 @@ def test_a_resume_at_an_epochs_end_warns_of_nothing(run: Run) -> None:
 
 
 def test_a_pointer_that_is_a_loop_of_links_is_mended(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
-    """12."""
+    """Promise 12: the run goes on from its newest checkpoint."""
     run = Run(uninterrupted, small_data).copied_to(tmp_path / "run")
     (run.folder / "latest-rank0.pt").unlink()
     (run.folder / "latest-rank0.pt").symlink_to("latest-rank0.pt")
@@ -429,7 +443,7 @@ def test_a_pointer_that_is_a_loop_of_links_is_mended(uninterrupted: Path, small_
 
 @pytest.mark.parametrize("kind", ["folder", "device", "file"])
 def test_targets_that_are_no_file_of_the_run_are_refused(kind: str, run: Run, tmp_path: Path) -> None:
-    """7, 18: nothing is written to what a link names."""
+    """Promises 7 and 18: nothing is written to what a link names."""
     (tmp_path / "mine").write_bytes(b"mine")
     write_files(run.folder, {".in_use": b"\nprocess 1 of another\n"})
     targets = run.folder / "targets.f16"
@@ -439,12 +453,12 @@ def test_targets_that_are_no_file_of_the_run_are_refused(kind: str, run: Run, tm
 
 
 def test_a_callback_that_cannot_close_hides_no_error(run: Run) -> None:
-    """18: a log on a full disk, whose rest cannot be written at the end, either."""
+    """Promise 18: a log on a full disk, whose rest cannot be written at the end, either."""
     assert "/dev/full cannot be written: No space left" in run.refused("loggers.jsonl.filename=/dev/full", status=1)
 
 
 def test_a_run_leaves_two_checkpoints_a_log_and_a_record(uninterrupted: Path) -> None:
-    """15: the record says what the run was."""
+    """Promise 15: the record says what the run was."""
     names = {path.name for path in uninterrupted.iterdir() if not path.name.startswith(".")}
     assert names == {"ep1-ba12-rank0.pt", "ep2-ba14-rank0.pt", "latest-rank0.pt", "log.jsonl", "run.yaml"}
     record = yaml.safe_load((uninterrupted / "run.yaml").read_text())
@@ -470,7 +484,7 @@ def saving(run: Run) -> Iterator[Program]:
 def test_readers_and_a_second_run_beside_a_run_that_saves(
     run: Run, saving: Program, labeled: Path, tmp_path: Path
 ) -> None:
-    """20: evaluate, export, embed and report; 7, 18: a second run is refused, and told which process to stop.
+    """Promise 20: evaluate, export, embed and report; 7, 18: a second run is refused, and told which process to stop.
 
     15: at the end of the first, five checkpoints are left.
     """
@@ -492,7 +506,7 @@ def test_readers_and_a_second_run_beside_a_run_that_saves(
 
 
 def test_the_quickstart_opens_with_what_it_trains_and_warns_of_nothing(tmp_path: Path) -> None:
-    """19: a fresh process shows the warnings of all imports; a pipe gets lines, no bar."""
+    """Promise 19: a fresh process shows the warnings of all imports; a pipe gets lines, no bar."""
     folder = tmp_path / "run"
     options = ["precision=fp32", "max_duration=4ba", "scheduler.t_warmup=2ba", "global_train_batch_size=8"]
     options += ["retrieval.max_images=16", "alignment.max_samples=20", "callbacks.health=null", "report=false"]

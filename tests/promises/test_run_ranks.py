@@ -69,7 +69,7 @@ def test_microbatches_give_the_same_losses(uninterrupted: Path, run: Run) -> Non
 
 @pytest.mark.slow
 def test_a_fresh_run_trains_with_static_graphs(run: Run, tmp_path: Path) -> None:
-    """24: the evaluation before the first step ends with a batch of 51 images instead of 64."""
+    """Promise 24: the evaluation before the first step ends with a batch of 51 images instead of 64."""
     few = "compile=true", "max_duration=2ba", "scheduler.t_warmup=1ba", "retrieval.probes=[]"
     program = run.start(*WITH_RETRIEVAL, *few, BACKEND="static", GRAPHS=str(tmp_path / "counts"))
     assert program.wait(300) == 0, program.stderr
@@ -137,7 +137,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory, small_data: Path) -> Run:
 
 
 def test_a_narrow_students_checkpoint_holds_all_that_trains_and_ranks_train_as_one(narrow: Run, run: Run) -> None:
-    """3, 8, 10: these are the input projection, the blocks and the objective's head."""
+    """Promises 3, 8 and 10: these are the input projection, the blocks and the objective's head."""
     shapes = {name: tensor.shape for name, tensor in student_of(narrow.folder).items() if ".blocks." not in name}
     assert shapes == {
         "student.input_proj.weight": (20, 48),
@@ -150,7 +150,7 @@ def test_a_narrow_students_checkpoint_holds_all_that_trains_and_ranks_train_as_o
 
 
 def test_evaluate_embed_and_export_read_the_narrow_embedding(narrow: Run, labeled: Path, tmp_path: Path) -> None:
-    """17, 21: they read the checkpoint, and its exported file."""
+    """Promises 17 and 21: they read the checkpoint, and its exported file."""
     exported = tmp_path / "student.safetensors"
     succeed("export", narrow.newest, exported)
     for options, width in (((), 48), (("--pooling", "cls"), 20)):  # the teacher's embedding, and the student's own

@@ -85,7 +85,9 @@ def in_store(store: GatedStore, small_data: Path, tmp_path: Path) -> InStore:
 def test_a_killed_run_resumes_on_another_machine(
     store: GatedStore, in_store: InStore, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """6, 10, 15: the store is down for a while; the run ends with the same bits, and keeps two checkpoints there."""
+    """Promises 6, 10 and 15: the store is down for a while; the run ends with the same bits, and keeps two
+    checkpoints there.
+    """
     cache = f"train_loader.local={tmp_path / 'cache'}"
     options = IMAGES, TEACHER, cache, "train_loader.num_workers=1", "save_interval=5ba", "report=true"
     here, there, third = (in_store("killed", *options, cwd=tmp_path / name) for name in ("here", "there", "third"))
@@ -113,7 +115,7 @@ def test_a_killed_run_resumes_on_another_machine(
 
 
 def test_a_store_that_denies_writing_ends_the_run_before_it_trains(store: GatedStore, in_store: InStore) -> None:
-    """11, 18: it ends in seconds, without the retries for a store that is unreachable."""
+    """Promises 11 and 18: it ends in seconds, without the retries for a store that is unreachable."""
     run, start = in_store("denied"), time.monotonic()
     run.options["environment"] = store.reader_environment
     line = run.refused(status=1)
@@ -133,7 +135,7 @@ def test_a_store_that_denies_writing_ends_the_run_before_it_trains(store: GatedS
 def test_a_folder_in_a_store_that_holds_other_files_is_refused(
     names: list[str], override: str, said: str, in_store: InStore
 ) -> None:
-    """7, 11."""
+    """Promises 7 and 11: what is there stays, and nothing is added, here or there."""
     run = in_store(override)
     for name in names:
         run.put(name, f"runs/x/{NEWEST}".encode())
@@ -145,7 +147,7 @@ def test_a_folder_in_a_store_that_holds_other_files_is_refused(
 def test_a_refused_run_uploads_nothing_and_the_right_ones_work_next(
     in_store: InStore, small_data: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """11: the folder is of a run without a store, which then goes on without, and later with one."""
+    """Promise 11: the folder is of a run without a store, which then goes on without, and later with one."""
     run, local = in_store("moved"), Run(Path("runs/moved"), small_data, cwd=tmp_path)
     shutil.copytree(uninterrupted, run.folder, symlinks=True)
     assert "seed: checkpoint has 17, config has 18" in run.refused("seed=18")
@@ -158,7 +160,7 @@ def test_a_refused_run_uploads_nothing_and_the_right_ones_work_next(
 
 
 def test_a_refused_run_leaves_no_copy_of_a_stores_checkpoint(in_store: InStore, uninterrupted: Path) -> None:
-    """11: the copy would lie beside another run's files, or become another run's checkpoint."""
+    """Promise 11: the copy would lie beside another run's files, or become another run's checkpoint."""
     run = in_store("copied")
     run.put_checkpoints(NEWEST, **{NEWEST: (uninterrupted / NEWEST).read_bytes()})
     assert "seed: checkpoint has 17, config has 18" in run.refused("seed=18")
@@ -166,7 +168,7 @@ def test_a_refused_run_leaves_no_copy_of_a_stores_checkpoint(in_store: InStore, 
 
 
 def test_a_checkpoint_of_a_store_comes_with_its_log(in_store: InStore, uninterrupted: Path) -> None:
-    """23: this machine's log is longer, but was left behind, and is replaced."""
+    """Promise 23: this machine's log is longer, but was left behind, and is replaced."""
     run = in_store("logged")
     run.put_checkpoints(NEWEST, **{name: (uninterrupted / name).read_bytes() for name in (BEFORE, NEWEST)})
     run.put("log.jsonl", b'{"step": 13, "loss/train/total": 1.0}\n')
@@ -182,7 +184,7 @@ def test_a_checkpoint_of_a_store_comes_with_its_log(in_store: InStore, uninterru
 def test_the_best_checkpoint_is_in_the_store(
     store: GatedStore, in_store: InStore, labeled: Path, tmp_path: Path
 ) -> None:
-    """10, 15: also if a kill came before its upload; another machine gets it with the checkpoint."""
+    """Promises 10 and 15: also if a kill came before its upload; another machine gets it with the checkpoint."""
     options = f"retrieval.{datasets_of(labeled)}", "retrieval.baselines=[]", "save_best=true", "retrieval.interval=2ba"
     best = "best-rank0.pt"
     run = in_store("best", *options, "save_num_checkpoints_to_keep=1")
@@ -201,7 +203,9 @@ def test_the_best_checkpoint_is_in_the_store(
 
 @pytest.mark.slow
 def test_a_damaged_newest_checkpoint_of_a_store_is_skipped(in_store: InStore, uninterrupted: Path) -> None:
-    """12: a warning names it; where none is whole, or reading is denied, the run does not start over in silence."""
+    """Promise 12: a warning names it; where none is whole, or reading is denied, the run does not start over
+    in silence.
+    """
     run, hopeless, whole = in_store("damaged"), in_store("hopeless"), (uninterrupted / BEFORE).read_bytes()
     run.put_checkpoints(NEWEST, **{BEFORE: whole, NEWEST: whole[:1000]})
     denied = run.start(AWS_SECRET_ACCESS_KEY="wrong")
@@ -223,7 +227,7 @@ def test_a_damaged_newest_checkpoint_of_a_store_is_skipped(in_store: InStore, un
 def test_a_store_that_fails_during_a_save_and_is_back(
     fault: str, store: GatedStore, in_store: InStore, uninterrupted: Path
 ) -> None:
-    """6, 10: the run trains on meanwhile, and all that is stored in the end is whole."""
+    """Promises 6 and 10: the run trains on meanwhile, and all that is stored in the end is whole."""
     run = in_store(fault, KEEP_ALL)
     faults = {f"PUT {BUCKET}/runs/{fault}/{name}": [fault] * 7 for name in ("ep1-ba10-rank0.pt", POINTER, NEWEST)}
     store.faults |= faults  # seven: more than boto3's own attempts
@@ -246,7 +250,9 @@ def test_a_store_that_fails_during_a_save_and_is_back(
 def test_a_store_that_fails_during_a_save_and_stays_away(
     fault: str, is_awaited: bool, store: GatedStore, in_store: InStore, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """6, 10, 18: what was stored before is whole, and another machine goes on from it, without or after an error."""
+    """Promises 6, 10 and 18: what was stored before is whole, and another machine goes on from it, without or
+    after an error.
+    """
     name, options, before, newest = (
         f"away-{fault}",
         "save_num_checkpoints_to_keep=-1",
@@ -273,7 +279,7 @@ def test_a_store_that_fails_during_a_save_and_stays_away(
 
 @pytest.mark.slow
 def test_sigterm_to_all_processes_still_uploads_the_checkpoint(in_store: InStore, uninterrupted: Path) -> None:
-    """10, 11: data workers and uploaders receive the signal as well, and another machine resumes."""
+    """Promises 10 and 11: data workers and uploaders receive the signal as well, and another machine resumes."""
     run = in_store("everyone", "save_interval=1000ba", "train_loader.num_workers=1")
     program = run.start_training()
     os.killpg(program.pid, signal.SIGTERM)
@@ -301,7 +307,7 @@ def test_sigterm_to_all_processes_still_uploads_the_checkpoint(in_store: InStore
 def test_what_a_store_does_not_give_is_one_line(
     store: GatedStore, tmp_path: Path, override: str, change: dict[str, str], said: str
 ) -> None:
-    """6, 18: a file is missing, or access is denied."""
+    """Promises 6 and 18: a file is missing, or access is denied."""
     environment = store.environment | {"TORCH_HOME": str(tmp_path / "torch")} | change
     arguments = small_run(tmp_path / "run", tmp_path / "cache", IMAGES, override, "train_loader.timeout=2")
     ended = run_command(*train_command(arguments), environment=environment)

@@ -73,7 +73,7 @@ def run_from(web: Web, folder: Path, *overrides: str, **variables: str) -> Run:
 
 
 def test_a_run_and_what_is_made_of_it(web: Web, labeled: Path, tmp_path: Path) -> None:
-    """25: the same command resumes, and no command writes or prints a secret."""
+    """Promise 25: the same command resumes, and no command writes or prints a secret."""
     sets, moved = datasets_of(labeled), web.address("tiny_base.pt")
     run = run_from(web, tmp_path, f"retrieval.{sets}", "retrieval.baselines=[]")
     first, again = run.train(), run.train("max_duration=4ba")
@@ -90,7 +90,7 @@ def test_a_run_and_what_is_made_of_it(web: Web, labeled: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_loggers_and_a_checkpoint_of_another_run(web: Web, tmp_path: Path) -> None:
-    """25: W&B and MLflow keep no secret either."""
+    """Promise 25: W&B and MLflow keep no secret either."""
     run = run_from(web, tmp_path / "first", WANDB_MODE="offline")
     first = run.train()
     shutil.copy(run.newest, web.folder / "checkpoint.pt")
@@ -104,7 +104,7 @@ def test_loggers_and_a_checkpoint_of_another_run(web: Web, tmp_path: Path) -> No
 
 
 def test_a_student_and_other_commands(web: Web, uninterrupted: Path, tmp_path: Path) -> None:
-    """25: commands read a student that needs a login, and what they make has no secret."""
+    """Promise 25: commands read a student that needs a login, and what they make has no secret."""
     student, environment = web.address("student.safetensors"), {"TORCH_HOME": str(tmp_path / "torch")}
     ended = d2v("export", uninterrupted / "latest-rank0.pt", web.folder / "student.safetensors")
     assert ended.returncode == 0, ended.stderr
@@ -119,7 +119,7 @@ def test_a_student_and_other_commands(web: Web, uninterrupted: Path, tmp_path: P
 
 
 def test_what_is_refused(web: Web, tmp_path: Path) -> None:
-    """25: a file is not there, a password has any characters, or a slip stands beside it."""
+    """Promise 25: a file is not there, a password has any characters, or a slip stands beside it."""
     gone, odd = web.address("gone.pt"), f"https://someone:hunter{chr(92)}7qXw@127.0.0.1:9/a/k9Ztrap?key=topsecret"
     for arguments in (
         ["embed", gone, tmp_path, tmp_path / "a.npy"],

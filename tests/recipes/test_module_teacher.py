@@ -93,7 +93,7 @@ def test_a_run_resumes_only_with_it(run: Path, package: Path, small_data: Path) 
 
 
 def test_a_name_that_two_packages_offer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """12: the order of sys.path must not decide which teacher is meant."""
+    """Promise 12: the order of sys.path must not decide which teacher is meant."""
     for name in ("mine", "other"):
         install(tmp_path / name, name, f"[d2v_composer.teachers]\nmine = {name}:load\n")
         monkeypatch.syspath_prepend(tmp_path / name)
@@ -120,7 +120,7 @@ def own_teacher(**changes: Any) -> FrozenModel:
 
 
 def test_a_resume_with_another_teacher_is_refused(small_data: Path, tmp_path: Path) -> None:
-    """12: it may differ by what processors round differently."""
+    """Promise 12: it may differ by what processors round differently."""
     changes = ("retrieval.pooling=mean_patches", "alignment.max_samples=0", "scheduler.t_warmup=0ba")
     arguments = settings(tmp_path, small_data, "blocks", *changes, "max_duration=1ba")
     train_student(load_config(arguments), teacher=own_teacher())
@@ -132,7 +132,7 @@ def test_a_resume_with_another_teacher_is_refused(small_data: Path, tmp_path: Pa
 
 
 def test_bad_input_is_one_line(package: Path, small_data: Path, tmp_path: Path) -> None:
-    """18: a module without CLS."""
+    """Promise 18: a module without CLS."""
     code = (package / "mine.py").read_text().replace("(images)", "(images)[:, 1:]").replace("True", "False")
     (tmp_path / "mine.py").write_text(code)
     changes = settings(

@@ -183,7 +183,9 @@ def test_ranks_may_normalize_together(trained: Path, small_data: Path, tmp_path:
         ),
     ],
 )
-def test_what_cannot_be(small_data: Path, tmp_path: Path, change: str, message: str) -> None:
+def test_settings_that_a_timm_student_cannot_have_are_refused(
+    small_data: Path, tmp_path: Path, change: str, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         train(small_run(tmp_path / "run", small_data, *NETWORK, change))
     assert not (tmp_path / "run").exists()

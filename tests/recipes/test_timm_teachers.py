@@ -128,7 +128,7 @@ def test_files_give_the_embedding(exported: Path, tmp_path: Path) -> None:
     assert classifier(images).shape == (3, 3)
 
 
-def test_both_embed(exported: Path, teacher: Path, labeled: Path, tmp_path: Path) -> None:
+def test_student_and_timm_teacher_embed(exported: Path, teacher: Path, labeled: Path, tmp_path: Path) -> None:
     of_timm, out = ["timm/test_vit", "--checkpoint", str(teacher), "--image-size", "48x64"], tmp_path / "embeddings.npy"
     for model, width in (
         ([str(exported)], 128),

@@ -104,7 +104,7 @@ def test_a_student_in_its_teachers_index() -> None:
     assert {*re.findall(r"-?\d+\.\d", said)} <= numbers
 
 
-def test_no_gap() -> None:
+def test_a_teacher_that_is_no_better_leaves_no_gap_to_close() -> None:
     run = run_of(TOP1, 0.3, 0.3, 0.4)
     assert closed(run) == "–"
     shown, _ = scores("bank train top-1", 30, 40, 30)

@@ -529,7 +529,7 @@ def test_an_evaluation_reads_an_archive_as_the_folder_in_it(format: str | None, 
     assert_same_samples(labeled_set, expected)
 
 
-def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_the_hub_are_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A commit's files are fetched once; without them, the bot's; offline, one line."""
     hub, columns = tmp_path / "hub" / "org", {"image": [IMAGE] * 3}
     write_parquet(hub / "a" / "main" / "data" / "train-0.parquet", columns)

@@ -93,7 +93,7 @@ def test_reads_what_streaming_reads(folder: Path, encoding: str) -> None:
 def test_refuses_an_entry_with_false_claims(
     folder: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any]
 ) -> None:
-    """16, 18: tests/promises/test_files.py has a command that does."""
+    """Promises 16 and 18: tests/promises/test_files.py has a command that does."""
     data = shutil.copytree(folder, tmp_path / "data")
     index = json.loads((data / "index.json").read_text())
     change(index["shards"][0])

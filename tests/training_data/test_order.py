@@ -103,7 +103,7 @@ def prompts(rng: np.random.Generator, number: int) -> Lengths:
 
 @pytest.mark.parametrize("canonical_nodes", [1, 2, 4])
 def test_an_epoch_has_each_sample_once_and_the_same_batches_on_any_ranks(canonical_nodes: int) -> None:
-    """3, 4, 8: also in an epoch that is resumed after any batch; a node keeps its part of the order."""
+    """Promises 3, 4 and 8: also in an epoch that is resumed after any batch; a node keeps its part of the order."""
     lengths = prompts(np.random.default_rng(1), 1000)
     order = build_order(1000, 48, lengths, shuffle_block_size=200, num_canonical_nodes=canonical_nodes)
     expected = np.sort(batches_of(order))
@@ -121,7 +121,7 @@ def test_an_epoch_has_each_sample_once_and_the_same_batches_on_any_ranks(canonic
 
 
 def test_a_nodes_samples_are_its_part_of_streamings_order() -> None:
-    """8: so its shards are too."""
+    """Promise 8: so its shards are too."""
     lengths = prompts(np.random.default_rng(1), 4000)
     options = {"shuffle_block_size": 500, "num_canonical_nodes": 4}
     parts = [global_batches(build_order(4000, 64, sizes, **options), EPOCH, 4, 1) for sizes in (lengths, None)]
