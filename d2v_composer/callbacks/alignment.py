@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from d2v_composer.evaluation.nearest_neighbors import Ranks
 from d2v_composer.evaluation.rows import TEACHER
 from d2v_composer.models.alignment import Moments, side_by_side
 from d2v_composer.models.names import EMBEDDING
+from d2v_composer.models.provenance import Record
 from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.sources.source import Int64Array, map_in_workers
 
@@ -66,19 +66,19 @@ class AlignStudent(Callback):
         self.of = model.teacher.embedding
         self.embed_student, self.embed_teacher = model.embed_all, model.retrieval_baselines()[TEACHER]
         self.targets: list[Tensor] = []  # of this rank's samples, embedded once
-        self.batch, self.statistics = -1, dict[str, Any]()
+        self.batch, self.statistics = -1, Record()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         self.fit_at_end(state)
 
     epoch_checkpoint = batch_checkpoint
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Record:
         alignment = self.student.alignment
         fitted = {} if alignment is None else {name: tensor.cpu() for name, tensor in alignment.state_dict().items()}
         return {"batch": self.batch, "about": self.statistics, **fitted}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Record) -> None:
         self.batch, self.statistics = state["batch"], state["about"]
         if "weight" in state:
             self.student.align(state["weight"], state["bias"], self.of.of, space=self.of.space)

@@ -6,7 +6,6 @@ Shapes: B images or clips, T tokens, D channels.
 import logging
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from composer.core import Callback, Event, State, Time, TimeUnit
@@ -17,6 +16,7 @@ from torch import Tensor
 from d2v_composer.callbacks.trainer_state import due_every, loss_scale
 from d2v_composer.evaluation.run_log import HEALTH_STATES
 from d2v_composer.models.features import mean_over_time
+from d2v_composer.models.provenance import Record
 from d2v_composer.objectives.objective import Outputs, Regression
 from d2v_composer.objectives.tokens import regression_loss
 
@@ -70,9 +70,9 @@ class Health(Callback):
         self.lowest_loss = math.inf
         self.scale = 0.0
         self.present: set[str] = set()
-        self.microbatch: Any = None
+        self.microbatch: object = None
 
-    def regression(self, outputs: Any, batch: Any) -> Regression:
+    def regression(self, outputs: object, batch: object) -> Regression:
         """Return the prediction and the target of the last microbatch, on the model's device."""
         if isinstance(outputs, Outputs):
             outputs = next(iter(outputs.regressions.values()))
@@ -90,10 +90,10 @@ class Health(Callback):
             self.measure(state, logger)
         self.microbatch = None
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Record:
         return {"lowest_loss": self.lowest_loss}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Record) -> None:
         self.lowest_loss = state["lowest_loss"]
 
     @torch.no_grad()

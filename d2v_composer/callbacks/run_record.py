@@ -9,7 +9,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from d2v_composer.models.provenance import is_same_but_for_rounding, value_at
+from d2v_composer.models.provenance import Record, is_same_but_for_rounding, value_at
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import write_atomically
@@ -43,10 +43,10 @@ class RunRecord(Callback):
 
     def __init__(
         self,
-        record: dict[str, Any],
+        record: Record,
         folder: Path | None,
         fixed: Sequence[str],
-        defaults: Mapping[str, Any],
+        defaults: Record,
     ) -> None:
         self.record, self.folder, self.defaults = hide_secrets(record), folder, defaults
         self.fixed = (*IDENTITIES, *fixed)
@@ -58,10 +58,10 @@ class RunRecord(Callback):
         write_atomically(path, yaml.safe_dump(self.record, sort_keys=False))
         logger.upload_file(path.name, path, overwrite=True)  # if the folder is in a store
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Record:
         return {"record": self.record}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Record) -> None:
         """Check that this run may resume from a checkpoint, given the record in it.
 
         Raises:
@@ -70,7 +70,7 @@ class RunRecord(Callback):
         if changes := self.changes(state["record"]):
             raise InputError(f"{changes}; a new run needs another save_folder, and no load_path")
 
-    def changes(self, before: Mapping[str, Any], keys: Sequence[str] = ()) -> str:
+    def changes(self, before: Record, keys: Sequence[str] = ()) -> str:
         """Describe the differences from an earlier record at dotted ``keys`` (default: the fixed ones); '' if none."""
         records = hide_secrets(before), self.record, self.defaults
         groups = (find_changes(key, *(value_at(record, key) for record in records)) for key in keys or self.fixed)

@@ -31,6 +31,7 @@ from d2v_composer.evaluation.settings import Settings
 from d2v_composer.models.alignment import EmbeddingInfo
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.names import EMBEDDING
+from d2v_composer.models.provenance import Record
 from d2v_composer.sources.labeled import EvaluationSet
 from d2v_composer.system.errors import InputError
 
@@ -148,7 +149,7 @@ class ZeroShotRetrieval(Callback):
         self.needs_alignment = headline == EMBEDDING or "zero_shot" in probes
         self.progress_bar = progress_bar
         self.is_due = due_every(interval, {Event.BATCH_END, Event.EPOCH_END})
-        self.history: list[dict[str, Any]] = []
+        self.history: list[Record] = []
         self.baseline_metrics: dict[str, float] = {}
         self.of_teacher: dict[str, EmbeddedSet] = {}  # embeddings that rows of the student are compared with
         self.results: list[Result] = []
@@ -189,10 +190,10 @@ class ZeroShotRetrieval(Callback):
         if self.is_due(state, Event.EPOCH_END):
             self.evaluate(state, logger)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Record:
         return {name: getattr(self, name) for name in KEPT} | {"results": [result.plain() for result in self.results]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Record) -> None:
         """Restore the measurements.
 
         Raises:

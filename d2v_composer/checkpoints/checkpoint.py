@@ -9,11 +9,11 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from d2v_composer.checkpoints.safe_load import check_archive, fault_of
+from d2v_composer.models.provenance import Record
 from d2v_composer.system.addresses import MARK, RunFolder
 from d2v_composer.system.errors import InputError, reading, reason
 from d2v_composer.system.fetch import (
@@ -76,7 +77,7 @@ class Checkpoint(NamedTuple):
     """A checkpoint that was read."""
 
     path: Path
-    contents: dict[str, Any]
+    contents: Record
     """The state as Composer saves it; a file from elsewhere may hold anything."""
 
     @property
@@ -93,12 +94,12 @@ class Checkpoint(NamedTuple):
         """Return how long the run has trained, in ``batch`` or ``epoch``."""
         return int(self.contents["state"]["timestamp"]["Timestamp"][unit])
 
-    def saved_by(self, callback: str) -> Mapping[str, Any]:
+    def saved_by(self, callback: str) -> Record:
         """Return what a callback saved, given its class's name; empty if the run had none."""
         return self.contents["state"]["callbacks"].get(callback, {})
 
     @property
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         """The record of the run."""
         return self.saved_by("RunRecord")["record"]
 
@@ -365,7 +366,7 @@ def upload_checkpoint(path: Path, address: str) -> None:
         put(pointer, f"{address}/{STORED_POINTER}", denial_passes=True)
 
 
-def drop_unused_scaler(checkpoint: dict[str, Any], precision: str) -> None:
+def drop_unused_scaler(checkpoint: Record, precision: str) -> None:
     """Remove the loss scaler's state from a checkpoint unless both the run that saved it and this one use amp_fp16.
 
     Only amp_fp16 scales the loss, with a scaler of its own class. In other precisions, the Trainer's scaler is unused:

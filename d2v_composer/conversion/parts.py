@@ -4,13 +4,13 @@ A part exists once its last file does. The record beside it has the part's numbe
 """
 
 import re
-from collections.abc import Mapping
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from d2v_composer.models.provenance import Record
 from d2v_composer.sources.mds import INDEX, SUMMARY
 from d2v_composer.sources.source import Source
 from d2v_composer.system.addresses import place_to_write
@@ -22,7 +22,7 @@ from d2v_composer.system.processes import Part
 TABLE_SUFFIXES = (".npy", ".parquet")
 
 
-def plan_of(source: Source, part: Part, **settings: Any) -> dict[str, Any]:
+def plan_of(source: Source, part: Part, **settings: Any) -> Record:
     """Return a part's record: its number, and the source, version and settings that all parts must share."""
     same = {"unit": source.modality.unit, "source": source.content, "version": version("d2v-composer")}
     return part._asdict() | same | settings
@@ -58,7 +58,7 @@ class Parts:
         """Return the path or address of a part."""
         return f"{self.folder}/{part.name}{self.suffix}"
 
-    def has(self, part: Part, plan: Mapping[str, Any]) -> bool:
+    def has(self, part: Part, plan: Record) -> bool:
         """Return True if a part exists; otherwise check that it can be made.
 
         Raises:
@@ -71,7 +71,7 @@ class Parts:
             raise InputError(f"{self.out} holds something other than parts: {min(names)}; choose another OUT")
         return False
 
-    def read_all(self) -> dict[Part, dict[str, Any]]:
+    def read_all(self) -> dict[Part, Record]:
         """Return the record of each part, in order.
 
         Raises:
@@ -97,7 +97,7 @@ class Parts:
         paths = {path.relative_to(self.folder).as_posix(): path for path in Path(self.folder).rglob("*")}
         return {name: File.of(name, path) for name, path in paths.items()}
 
-    def _read(self, part: Part, plan: Mapping[str, Any], whose: str) -> dict[str, Any]:
+    def _read(self, part: Part, plan: Record, whose: str) -> Record:
         with reading(address := f"{self.folder}/{part.name}{self._record}"):
             record = self.load(address)
             has = record["part"]
@@ -116,4 +116,4 @@ class Parts:
         """
         with reading(address), TemporaryDirectory() as folder:
             path = fetch_if_remote(address, Path(folder))
-            return read_json(path, dict[str, Any]) if path.exists() else None
+            return read_json(path, Record) if path.exists() else None

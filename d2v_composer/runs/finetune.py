@@ -1,9 +1,9 @@
 """Build a fine-tuning run from its config (backbone, data, Trainer); then train, report and close."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from composer import Trainer
 from composer.core import Callback, DataSpec, Evaluator
@@ -19,6 +19,7 @@ from d2v_composer.models.backbone import hash_weights
 from d2v_composer.models.classification import Classifier
 from d2v_composer.models.configs import EncoderConfig
 from d2v_composer.models.precision import choose_precision
+from d2v_composer.models.provenance import Record
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.report.tables import format_table
 from d2v_composer.runs.trainer import (
@@ -122,7 +123,7 @@ class LabeledData(NamedTuple):
     class_names: tuple[str, ...]
     """Name of each label; empty if the labels are only numbers."""
     num_classes: int
-    about: Mapping[str, Any]
+    about: Record
     """Description for the run's record: modality, location, number and hash of the train samples, hash of the test
     samples and their labels."""
 

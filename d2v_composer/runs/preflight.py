@@ -26,6 +26,7 @@ from d2v_composer.config.reference import load_any
 from d2v_composer.config.schema import TrainConfig
 from d2v_composer.data import MODALITIES
 from d2v_composer.evaluation.run_log import read_jsonl
+from d2v_composer.models.provenance import Record
 from d2v_composer.sources.mds import INDEX
 from d2v_composer.sources.shards import fetch_index
 from d2v_composer.system.addresses import PREFLIGHT, RunFolder
@@ -85,7 +86,7 @@ class Rehearsal:
 
     def __init__(self, argv: Sequence[str], config: TrainConfig, train_script: Path) -> None:
         self.command, self.config, self.ranks = [str(train_script), *argv], config, dist.get_local_world_size()
-        self.data: dict[str, Any] = {}
+        self.data: Record = {}
         """The section ``data`` of the run's record: modality, location and number of samples."""
         self.logged: dict[str, dict[int, float]] = {}
         self.temporary = TemporaryDirectory()

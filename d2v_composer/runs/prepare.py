@@ -31,7 +31,7 @@ from d2v_composer.models.configs import (
     parse_image_size,
 )
 from d2v_composer.models.names import DATA2VEC2, TIMM_PREFIX
-from d2v_composer.models.provenance import value_at
+from d2v_composer.models.provenance import Record, value_at
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.runs.distill import build_model, build_teacher, choose_embeds
 from d2v_composer.runs.trainer import build_callbacks
@@ -73,7 +73,7 @@ class Request(NamedTuple):
         """Path of the YAML with all settings of the run."""
         return self.out / SETTINGS
 
-    def check(self, **more: Any) -> dict[str, Any]:
+    def check(self, **more: Any) -> Record:
         """Check that OUT, if an earlier call began there, is of this request; the settings are in a file of their own.
 
         Args:
@@ -87,7 +87,7 @@ class Request(NamedTuple):
         """
         about = hide_secrets({"source": self.source, "teacher": self.teacher, "column": self.column, **more})
         path = self.out / REQUEST
-        before = read_json(path, dict[str, Any]) if path.exists() else about
+        before = read_json(path, Record) if path.exists() else about
         for name, value in about.items():
             if (begun := before.get(name)) != value:
                 raise InputError(f"{self.out} was begun with {name} {begun!r}, not {value!r}; choose another --out")
@@ -270,7 +270,7 @@ def as_yaml(value: Any) -> str:
     return yaml.safe_dump([value], default_flow_style=True, width=math.inf).strip()[1:-1]
 
 
-def choose_settings(num_samples: int, teacher: TeacherConfig) -> dict[str, Any]:
+def choose_settings(num_samples: int, teacher: TeacherConfig) -> Record:
     """Choose sizes and duration: the quickstart's on a CPU, the thesis's on GPUs.
 
     Args:
@@ -307,7 +307,7 @@ def choose_settings(num_samples: int, teacher: TeacherConfig) -> dict[str, Any]:
     return chosen
 
 
-def conversion_options(modality: Modality, config: TrainConfig, held_out: bool) -> dict[str, Any]:
+def conversion_options(modality: Modality, config: TrainConfig, held_out: bool) -> Record:
     """Return the options of :func:`convert` that shrink images, or shorten held-out clips, to what the run needs."""
     if isinstance(modality, Images):
         image_size = parse_image_size(config.teacher.image_size or modality.image_size)

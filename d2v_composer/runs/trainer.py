@@ -52,10 +52,11 @@ from d2v_composer.config.schema import (
 from d2v_composer.config.types import class_path
 from d2v_composer.data import MODALITIES
 from d2v_composer.evaluation.run_log import read_jsonl
-from d2v_composer.models.backbone import check_tensors
+from d2v_composer.models.backbone import Backbone, check_tensors
 from d2v_composer.models.configs import TimmNetworkConfig
 from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.precision import choose_precision, name_precision
+from d2v_composer.models.provenance import Record
 from d2v_composer.system.addresses import RunFolder, hide_secrets
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError, RunError, errors_of, reading, reason
@@ -71,7 +72,7 @@ def build_trainer(
     config: TrainerConfig,
     model: ComposerModel,
     train_loader: DataLoader | Sequence[Any],
-    record_sections: Mapping[str, Any],
+    record_sections: Record,
     *,
     compares_microbatches: bool = False,
     run_callbacks: Sequence[Callback] = (),
@@ -223,7 +224,7 @@ def _share_newest(folder: RunFolder, resumes: bool, accept: Callable[[Checkpoint
 
 def check_network(
     key: str,
-    student: Any,
+    student: Backbone,
     config: TrainerConfig,
     head: nn.Linear | None = None,
 ) -> None:
@@ -350,7 +351,7 @@ def build_loggers(config: TrainerConfig, unit: str) -> list[LoggerDestination]:
     return loggers
 
 
-def arguments_in(folder: RunFolder, name: str) -> dict[str, Any]:
+def arguments_in(folder: RunFolder, name: str) -> Record:
     """Return the arguments that let a logger write into the run's folder, unless the environment sets its location."""
     local = folder.local.absolute()
     if name == "jsonl":
@@ -366,9 +367,7 @@ def arguments_in(folder: RunFolder, name: str) -> dict[str, Any]:
     return {}
 
 
-def build_run_record(
-    config: TrainerConfig, compares_microbatches: bool = False, **contents: Mapping[str, Any]
-) -> RunRecord:
+def build_run_record(config: TrainerConfig, compares_microbatches: bool = False, **contents: Record) -> RunRecord:
     """Build the record of config, model, data and machine that is saved in the run's folder and checkpoints.
 
     A ``sha256`` in the ``contents`` identifies weights or samples; for ``compares_microbatches``, see

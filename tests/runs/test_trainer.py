@@ -192,3 +192,10 @@ def test_the_teacher_is_found_from_another_folder(
     train_student(load_config(small_run(tmp_path, small_data, *changes)))
     monkeypatch.chdir(tmp_path)
     assert load_any("latest-rank0.pt")[1] is not None
+
+
+def test_a_relative_path_of_a_teacher_is_found_from_any_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record of a run keeps it."""
+    monkeypatch.chdir(GOLDEN)
+    config = load_config([str(QUICKSTART.with_suffix(".yaml")), "teacher.checkpoint=tiny_base.pt"])
+    assert config.teacher.checkpoint == str(GOLDEN / "tiny_base.pt")
