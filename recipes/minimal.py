@@ -135,7 +135,7 @@ def alibi(sizes: dict) -> Tensor:
     return pad(-torch.tensor(slopes)[:, None, None] * distance_NN, (sizes["num_extra_tokens"], 0) * 2)
 
 
-# 3. The loss. The target is data2vec 2.0's (section 3); the prediction is made of the student's layers in the same way.
+# 3. The loss, `objectives.tokens` of a YAML: data2vec 2.0's target (section 3), and a prediction made in the same way.
 def norm_mean(ffn_outputs: list[Tensor]) -> Tensor:
     """Normalize each channel over an image's tokens, average the layers, normalize each token: (B, T, D)."""
     mean_BTD = torch.stack([instance_norm(ffn_BTD.mT).mT for ffn_BTD in ffn_outputs]).mean(dim=0)

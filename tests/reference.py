@@ -30,7 +30,9 @@ PUBLIC = {
     "d2v_composer.models.teacher": ["Teacher"],
     "d2v_composer.models.student": ["Student"],
     "d2v_composer.models.backbone": ["Backbone", "Transformer"],
+    "d2v_composer.models.configs": ["TargetOptions"],
     "d2v_composer.models.targets": ["LayerMean"],
+    "d2v_composer.objectives.objective": ["Outputs", "Regression"],
 }
 # Lines of a docstring such as 'step: images/s'.
 ITEMS = re.compile("(?:^[a-z-]+: .*\\n){2,}", re.MULTILINE)

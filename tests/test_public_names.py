@@ -84,8 +84,8 @@ def test_the_model_that_trains() -> None:
     teacher = FrozenModel(Patches(3, 48, 8, 8), image_size=32, grid_size=(4, 4), has_cls_token=False, source="random")
     student = teacher.build_student(depth=1)
     model = DistillationModel(teacher, student)
-    regression = model.forward(IMAGES)
-    loss: Tensor = model.losses((regression,))["total"]
+    outputs = model.forward(IMAGES)
+    loss: Tensor = model.losses(outputs.regressions)["total"]
     assert loss.ndim == 0
     callbacks: list[Callback] = [NanGuard(), Health(), Throughput(), AlignStudent(model, list(IMAGES))]
     assert [*callbacks, GradientNorm(), JSONLLogger("log.jsonl"), ProgressLogger(bar=False)]

@@ -17,7 +17,7 @@ from d2v_composer.callbacks.trainer_state import due_every, loss_scale
 from d2v_composer.evaluation.run_log import HEALTH_STATES
 from d2v_composer.models.features import mean_over_time
 from d2v_composer.models.provenance import Record
-from d2v_composer.objectives.objective import Regression
+from d2v_composer.objectives.objective import Outputs, Regression
 from d2v_composer.objectives.tokens import regression_loss
 
 # Below this share of the target's variance, the prediction counts as the same for all inputs.
@@ -49,8 +49,9 @@ class Health(Callback):
     is more than 1.5 times the lowest such mean; *non_finite*, some numbers are infinite or NaN; *scaler_skips*, the
     loss scale fell, because steps with infinite gradients were skipped.
 
-    In any Composer run, the model must return a :class:`~d2v_composer.objectives.objective.Regression`; for other
-    models, override :meth:`regression`.
+    In any Composer run, the model must return a :class:`~d2v_composer.objectives.objective.Regression`, or
+    :class:`~d2v_composer.objectives.objective.Outputs`, of which the first one is measured; for other models, override
+    :meth:`regression`.
 
     Args:
         interval: Time between measurements, a Composer time string.
@@ -73,6 +74,8 @@ class Health(Callback):
 
     def regression(self, outputs: object, batch: object) -> Regression:
         """Return the prediction and the target of the last microbatch, on the model's device."""
+        if isinstance(outputs, Outputs):
+            outputs = next(iter(outputs.regressions.values()))
         if not isinstance(outputs, Regression):
             raise TypeError(f"Health: the model must return a Regression, got {type(outputs).__name__}")
         return outputs

@@ -72,11 +72,10 @@ class KeptTargets(Callback):
 
     def after_forward(self, state: State, logger: Logger) -> None:
         """Write the targets of a batch that has none."""
-        if "targets" in state.batch:
-            return
         outputs: Any = state.outputs
-        targets = [regression.target.flatten(1) for regression in (outputs, *outputs.others)]
-        values = torch.cat(targets, dim=1).half().cpu().numpy()
+        if outputs.kept_targets is None:
+            return
+        values = outputs.kept_targets.cpu().numpy()
         with writing(self.path):
             origins = state.batch["origin"].tolist()
             for offset, origin, row in zip(self._offsets(state.batch), origins, values, strict=True):

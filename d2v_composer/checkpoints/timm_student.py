@@ -159,7 +159,7 @@ class TimmWrapper(nn.Module):
         features = student.features(Tokens(student.encode(x)))
         if len(self.representations) == 1:
             return student.represent(features, *self.representations)
-        output_and_mean = features.with_output(lambda layers: student.layer_mean.average(layers, features))
+        output_and_mean = features.with_output(lambda layers: student.layer_mean(layers, features))
         return torch.cat(output_and_mean, dim=-1)
 
     def forward_intermediates(

@@ -151,12 +151,14 @@ def assign(merged: Any, key: str, value: Any) -> None:
     OmegaConf.update(merged, key, value, merge=isinstance(value, dict) and not is_mapping)
 
 
-def explain(schema: type[BaseModel], error: Any) -> list[str]:
+def explain(schema: type[RunConfig], error: Any) -> list[str]:
     """Return the lines for one pydantic error: 'key.path: problem, got X'."""
     place = error["loc"]
     key = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in place)
     if error["type"] == "extra_forbidden":
-        problems = [f"no such key{suggest(str(place[-1]), [*section_at(schema, place[:-1]).model_fields])}"]
+        allowed = [*section_at(schema, place[:-1]).model_fields]
+        new = schema.moved.get(key.lstrip("."))
+        problems = [f"no such key; write {new}" if new else f"no such key{suggest(str(place[-1]), allowed)}"]
     else:  # '.below: problem' continues the key
         problems = describe_problem(error).splitlines()
     return [(key + text if text.startswith(".") else f"{key}: {text}").lstrip(".") for text in problems]

@@ -5,9 +5,9 @@ MosaicML's llm-foundry, where it has them. ``train_loader`` is flat: llm-foundry
 Durations are Composer time strings: '5000ba' batches, '2ep' epochs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import AfterValidator, BaseModel, ByteSize, Field, ValidationInfo, create_model, model_validator
@@ -47,13 +47,9 @@ from d2v_composer.models.configs import STRICT, BlockSizes
 from d2v_composer.models.names import (
     DATA2VEC2,
     TIMM_PREFIX,
-    ExtraTokens,
-    Normalization,
     Pooling,
     PrecisionChoice,
-    Prediction,
     Representation,
-    TargetSource,
     Weights,
 )
 from d2v_composer.models.student import Init
@@ -171,26 +167,6 @@ class StudentOptions(BlockSizes, Section):
     freeze_copied: bool = False
     """Keep what ``init`` copies as it is, and train the rest. The author of the thesis did so with
     ``teacher_attention``."""
-
-
-class TargetsConfig(Section):
-    """The target that the student regresses."""
-
-    extra_tokens: ExtraTokens = "regress"
-    """Treatment of CLS and registers. ``regress``: like patches. ``drop``: exclude them from InstanceNorm and the loss,
-    and regress CLS to the mean target with weight 0.01, as in data2vec 2.0's pre-training."""
-    average_top_k_layers: Count | None = None
-    """Number of the teacher's last blocks in the target; null: the teacher's own setting."""
-    source: TargetSource = "ffn"
-    """``ffn``: FFN outputs of the teacher's blocks. ``block``: the blocks' outputs (in a pre-norm ViT, the residual
-    stream)."""
-    normalization: Normalization | None = None
-    """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in data2vec
-    2.0. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. null: ``instance``; with
-    ``student.model``, ``layer``."""
-    final_layer_norm: bool | None = None
-    """End target, prediction and ``layer_mean`` with a LayerNorm. null: as in the teacher's pre-training, which is
-    false for data2vec 2.0's audio models."""
 
 
 class Objectives(Section):
@@ -392,6 +368,8 @@ class RetrievalConfig(LookupConfig):
 class RunConfig(Section):
     """Fields of training and of evaluation."""
 
+    moved: ClassVar[Mapping[str, str]] = {}
+    """Former key → the key to write instead."""
     seed: Annotated[Whole, FIXED] = 17
     """Seed of random weights, sample order and augmentation."""
     precision: SupportedPrecision = "fp32"
@@ -477,6 +455,7 @@ class TrainerConfig(RunConfig):
 class TrainConfig(TrainerConfig):
     """Fields of ``d2v train``, ``d2v distill``, recipes/train.py and recipes/preflight.py."""
 
+    moved = {"prediction": "objectives.tokens.prediction", "targets": "objectives.tokens"}
     compile: Annotated[Any, IS_MODE, NEW_TARGETS] = False
     """true: use torch.compile, on a GPU with one CUDA graph for encoder and target. ``default``: without CUDA graphs.
     ``max-autotune-no-cudagraphs``: also try Triton's matmuls, which takes minutes longer at the start."""
@@ -484,10 +463,6 @@ class TrainConfig(TrainerConfig):
     """Recompute the student's blocks in the backward pass instead of keeping their activations."""
     teacher: TeacherSection
     student: Annotated[StudentOptions, FIXED] = StudentOptions()
-    prediction: Annotated[Prediction, FIXED] = "layer_mean"
-    """``layer_mean``: the normalized mean of the student's FFN outputs, as in the thesis's code. ``last_block``: the
-    student's last block's output, not normalized."""
-    targets: Annotated[TargetsConfig, FIXED] = TargetsConfig()
     objectives: Annotated[ObjectivesConfig, FIXED] = ObjectivesConfig()  # pyright: ignore[reportInvalidTypeForm]
     train_loader: TrainLoaderConfig  # pyright: ignore[reportIncompatibleVariableOverride, reportGeneralTypeIssues]
     alignment: Annotated[AlignmentConfig, NEW_RESULT] = AlignmentConfig()

@@ -118,7 +118,7 @@ class Backbone(nn.Module, ABC):
         self.blocks = nn.ModuleList()
         self.provenance: Record = provenance or {}
         self.embed_dim = encoder.embed_dim
-        self.layer_mean = LayerMean.of(config)
+        self.layer_mean = LayerMean(config.normalization, config.final_layer_norm)
         self.head: nn.Module | None = None
         self.alignment: Alignment | None = None
         self.raw_embedding = f"output_{self.default_pooling}"
@@ -258,7 +258,7 @@ class Backbone(nn.Module, ABC):
     def represent(self, features: Features, representation: Representation) -> Tensor:
         """Return a representation, (B, T, D), with gradient."""
         if representation == "layer_mean":
-            return self.layer_mean.average(features.layers(), features)
+            return self.layer_mean(features.layers(), features)
         return features.output
 
     def read(self, features: Features, name: str = EMBEDDING) -> Tensor:

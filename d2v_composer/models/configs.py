@@ -25,7 +25,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, ValidationError
 from typing_extensions import Self
 
-from d2v_composer.models.names import RAW_EMBEDDINGS, MadeBy, Normalization
+from d2v_composer.models.names import RAW_EMBEDDINGS, ExtraTokens, MadeBy, Normalization, TargetSource
 
 Shape = Annotated[tuple[int, int], Field(strict=False)]
 """(height, width) in pixels, or rows and columns."""
@@ -390,6 +390,36 @@ RELEASED = {name: TeacherConfig(**sizes) for name, sizes in _SIZES.items()}
 """Name → sizes of Meta's models and of EAT's; a name without a modality is an image model."""
 
 
+class TargetOptions(BaseModel):
+    """How a target is made of a teacher's layers, as a YAML and :meth:`Teacher.targets` have it."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    source: TargetSource = "ffn"
+    """``ffn``: FFN outputs of the teacher's blocks. ``block``: the blocks' outputs (in a pre-norm ViT, the residual
+    stream)."""
+    average_top_k_layers: Annotated[int, Field(ge=1)] | None = None
+    """Number of the teacher's last blocks in the target; null: the teacher's own setting."""
+    normalization: Normalization | None = None
+    """Normalization of each layer in target, prediction and ``layer_mean``. ``instance``: over tokens, as in data2vec
+    2.0. ``layer``: over channels, which keeps the mean over tokens that mean pooling uses. null: ``instance``; with
+    ``student.model``, ``layer``."""
+    final_layer_norm: bool | None = None
+    """End target, prediction and ``layer_mean`` with a LayerNorm. null: as in the teacher's pre-training, which is
+    false for data2vec 2.0's audio models."""
+    extra_tokens: ExtraTokens = "regress"
+    """Treatment of CLS and registers. ``regress``: like patches. ``drop``: exclude them from InstanceNorm and the loss,
+    and regress CLS to the mean target with weight 0.01, as in data2vec 2.0's pre-training."""
+
+    def num_dropped(self, num_extra_tokens: int) -> int:
+        """Return the number of first tokens that target and loss leave out, given how many are extra tokens."""
+        return num_extra_tokens if self.extra_tokens == "drop" else 0
+
+
+class TargetConfig(TargetOptions, Config):
+    """The options of one target, checked."""
+
+
 class BlockSizes(BaseModel):
     """Sizes of a student's blocks, as a YAML and a file have them."""
 
@@ -414,7 +444,6 @@ class StudentConfig(BlockSizes, Config):
     """Normalization of each layer in target, prediction and ``layer_mean``."""
     final_layer_norm: bool = True
     """End target, prediction and ``layer_mean`` with a LayerNorm."""
-    average_top_k_layers: ClassVar = None  # a target's
 
 
 class TimmNetworkConfig(TimmConfig):
@@ -427,7 +456,6 @@ class TimmNetworkConfig(TimmConfig):
     """End target and prediction with a LayerNorm."""
     num_extra_tokens: ClassVar = 0
     has_cls_token: ClassVar = True  # the pooled feature
-    average_top_k_layers: ClassVar = None  # a target's
 
 
 class EmbeddingConfig(Config):

@@ -23,7 +23,6 @@ from d2v_composer.models.encoder import Data2Vec2Encoder
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.provenance import Record
 from d2v_composer.models.student import Init
-from d2v_composer.models.targets import LayerMean
 from d2v_composer.models.teacher import Teacher
 
 ENCODERS: dict[type[Any], type[Data2Vec2Encoder]] = {
@@ -68,7 +67,6 @@ class Data2Vec2(Transformer, Teacher):
         top_k = min(self.config.average_top_k_layers, depth)
         encoder = self.encoder.config.changed(prenet_depth=first_blocks)
         self.config = self.config.changed(encoder=encoder, depth=depth, average_top_k_layers=top_k)
-        self.layer_mean = LayerMean.of(self.config)
         self.encoder.config = encoder
         self.encoder.context_encoder["blocks"] = nn.ModuleList(blocks[:first_blocks])
         self.blocks = nn.ModuleList(blocks[first_blocks:])

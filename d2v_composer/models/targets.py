@@ -1,4 +1,4 @@
-"""Compute the normalized mean of layers, by pure functions of tensors; :class:`LayerMean` has a model's settings.
+"""Compute the normalized mean of layers, which is a target, a prediction, or an embedding before its pooling.
 
 Shapes: B inputs, E extra tokens, N patches or frames, T = E + N time steps (tokens), D channels.
 Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), section 3; fairseq ``make_targets``.
@@ -6,16 +6,16 @@ Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), section 3; fairseq
 
 from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import Any, Literal, NamedTuple, cast, get_origin
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import layer_norm
 
-from d2v_composer.models.configs import check_whole
+from d2v_composer.models.configs import TargetOptions, check_whole
 from d2v_composer.models.features import Features, mean_over_time
-from d2v_composer.models.names import JOINT, ExtraTokens, Normalization, Prediction, TargetSource, check_choice
+from d2v_composer.models.names import JOINT, Normalization, check_choice
 
 NORM_EPS = 1e-5
 
@@ -138,60 +138,31 @@ def instance_norm_gradient(
     return ((grad_BTD - through_statistics_BTD) * scale_B1D).to(layer_BTD.dtype)
 
 
-class LayerMean(NamedTuple):
-    """The settings by which layers become target, prediction and ``layer_mean`` embeddings, the same for all three."""
+class LayerMean(nn.Module):
+    """norm_mean with the settings of a model: its ``layer_mean`` embeddings, and what a loss makes of layers.
 
-    normalization: Normalization = "instance"
-    """Normalization of each layer: ``instance`` over tokens, or ``layer`` over channels."""
-    final_layer_norm: bool = True
-    """End with a LayerNorm; data2vec 2.0's audio models do not."""
-    source: TargetSource = "ffn"
-    """Layers of the target: FFN outputs, or the blocks' outputs, ``block``."""
-    average_top_k_layers: int | None = None
-    """Number of last blocks in the target; ``None``: all."""
-    extra_tokens: ExtraTokens = "regress"
-    """``regress`` them like patches; or ``drop`` them before InstanceNorm, as data2vec 2.0's pre-training does."""
-    prediction: Prediction = "layer_mean"
-    """What is regressed: ``layer_mean`` of the student's FFN outputs, or ``last_block``, its output, not normalized."""
-    norm_mean: Callable[..., Tensor] = norm_mean
-    """:func:`norm_mean`, or its compiled version."""
+    Args:
+        normalization, final_layer_norm: See :func:`norm_mean`.
 
-    @classmethod
-    def of(cls, config: Any) -> "LayerMean":
-        """Take the settings of a teacher's or a student's config."""
-        return cls(config.normalization, config.final_layer_norm, average_top_k_layers=config.average_top_k_layers)
+    Raises:
+        ValueError: The normalization is unknown.
+    """
 
-    def changed(self, **options: Any) -> "LayerMean":
-        """Return a copy with other values; ``None`` keeps a value.
+    def __init__(self, normalization: Normalization = "instance", final_layer_norm: bool = True) -> None:
+        super().__init__()
+        check_choice("normalization", normalization, Normalization)
+        self.normalization: Normalization = normalization
+        self.final_layer_norm = final_layer_norm
+        self.norm_mean: Callable[..., Tensor] = norm_mean  # or its compiled version
 
-        Raises:
-            ValueError: A value is unknown.
-        """
-        changed = self._replace(**{name: value for name, value in options.items() if value is not None})
-        for name, choices in LayerMean.__annotations__.items():
-            if get_origin(choices) is Literal:
-                check_choice(name, getattr(changed, name), choices)
-        return changed
+    def changed(self, normalization: Normalization | None = None, final_layer_norm: bool | None = None) -> "LayerMean":
+        """Return one with other settings; ``None`` keeps a setting."""
+        is_final = self.final_layer_norm if final_layer_norm is None else final_layer_norm
+        return LayerMean(normalization or self.normalization, is_final)
 
-    def target(self, features: Features) -> Tensor:
-        """Compute the target from a teacher's features: (B, T, D) float32, without dropped tokens.
-
-        Raises:
-            ValueError: The teacher has fewer layers than ``average_top_k_layers``.
-        """
-        top_k = features.num_layers if self.average_top_k_layers is None else self.average_top_k_layers
-        check_whole("average_top_k_layers", top_k, 1, features.num_layers)
-        layers = islice(features.layers(self.source), features.num_layers - top_k, None)
-        num_dropped = self.num_dropped(features)
-        return self.average(layers, features, num_dropped)[:, num_dropped:]
-
-    def average(self, layers: Iterable[Tensor], features: Features, num_dropped: int = 0) -> Tensor:
+    def forward(self, layers: Iterable[Tensor], features: Features, num_dropped: int = 0) -> Tensor:
         """Compute the mean of layers, (B, T, D) float32; statistics skip padding and ``num_dropped`` first tokens."""
         return self.norm_mean(layers, num_dropped, self.normalization, self.final_layer_norm, features.padding_mask)
-
-    def num_dropped(self, features: Features) -> int:
-        """Return the number of first tokens that the loss leaves out."""
-        return features.num_extra_tokens if self.extra_tokens == "drop" else 0
 
     def embeddings(self, features: Features) -> dict[str, Tensor]:
         """Compute every embedding of a model, (B, D) float32, by name: poolings of its output and of its layers."""
@@ -199,7 +170,7 @@ class LayerMean(NamedTuple):
             output = features.output
             pooled = features.poolings(output, "output_")
         else:
-            output, mean = features.with_output(lambda layers: self.average(layers, features))
+            output, mean = features.with_output(lambda layers: self(layers, features))
             both = features.poolings(output, "output_") | features.poolings(mean, "layer_mean_")
             pooled = {name: both[name] for name in self.names(features.has_cls_token)}
         return pooled if features.joint is None else pooled | {JOINT: features.joint(output).float()}
@@ -213,3 +184,21 @@ class LayerMean(NamedTuple):
         is_zero = self.normalization == "instance" and not self.final_layer_norm
         of_layers = [name for name in names if name == "cls" or not is_zero]
         return [*(f"output_{name}" for name in names), *(f"layer_mean_{name}" for name in of_layers)]
+
+
+def target_of(features: Features, options: TargetOptions, top_k: int, layer_mean: LayerMean) -> Tensor:
+    """Compute the target from a teacher's features: (B, T, D) float32, without dropped tokens.
+
+    Args:
+        features: The teacher's features.
+        options: Which layers and tokens.
+        top_k: Number of last layers.
+        layer_mean: Normalizes and averages the layers.
+
+    Raises:
+        ValueError: The teacher has fewer layers than ``top_k``.
+    """
+    check_whole("average_top_k_layers", top_k, 1, features.num_layers)
+    layers = islice(features.layers(options.source), features.num_layers - top_k, None)
+    num_dropped = options.num_dropped(features.num_extra_tokens)
+    return layer_mean(layers, features, num_dropped)[:, num_dropped:]

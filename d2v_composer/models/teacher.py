@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from d2v_composer.models.backbone import Backbone, hash_tensors
-from d2v_composer.models.configs import StudentConfig, TimmNetworkConfig
+from d2v_composer.models.configs import StudentConfig, TargetConfig, TimmNetworkConfig
 from d2v_composer.models.encoder import Encoder, Freezable, Tokens
 from d2v_composer.models.names import ExtraTokens, Normalization, check_choice
 from d2v_composer.models.student import Init, Student
+from d2v_composer.models.targets import target_of
 
 
 class Teacher(Backbone, Freezable):
@@ -88,7 +89,7 @@ class Teacher(Backbone, Freezable):
             extra_tokens: ``regress`` them like patches, or ``drop`` them before InstanceNorm, as data2vec 2.0's
                 pre-training does.
             padding_mask: (B, T), true for padding, from :meth:`padding_mask`; targets of padding mean nothing.
-            **options: Further fields of :class:`~d2v_composer.models.targets.LayerMean`; default: as in this
+            **options: Further fields of :class:`~d2v_composer.models.configs.TargetOptions`; default: as in this
                 teacher's pre-training. ``average_top_k_layers`` is then a data2vec 2.0 model's own (for images, all of
                 base's, 18 of large's 24, 24 of huge's 32), and all blocks of any other teacher.
 
@@ -96,15 +97,17 @@ class Teacher(Backbone, Freezable):
             (B, T, D) float32; without the extra tokens (B, N, D).
 
         Raises:
-            ValueError: The teacher has fewer blocks than asked for, or ``source`` or ``normalization`` is unknown.
+            ValueError: An option is unknown, or the teacher has fewer blocks than asked for.
 
         Example:
             >>> y = teacher.targets(teacher.encode(images))
             >>> y.shape
             torch.Size([2, 65, 192])
         """
-        layer_mean = self.layer_mean.changed(extra_tokens=extra_tokens, **options)
-        return layer_mean.target(self.features(Tokens(x, padding_mask)))
+        config = TargetConfig(extra_tokens=extra_tokens, **options)
+        layer_mean = self.layer_mean.changed(config.normalization, config.final_layer_norm)
+        top_k = config.average_top_k_layers or self.config.average_top_k_layers
+        return target_of(self.features(Tokens(x, padding_mask)), config, top_k, layer_mean)
 
     def build_student(
         self,

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from d2v_composer.models.attention import FfnBlock
 from d2v_composer.models.encoder import Encoder
-from d2v_composer.models.targets import instance_norm_mean, norm_mean
+from d2v_composer.models.targets import LayerMean, instance_norm_mean, norm_mean
 from d2v_composer.system.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def compile_model(model: "DistillationModel", choice: bool | str = True) -> None
             part.embed_tokens = compiled(part.embed_tokens, mode)
         elif isinstance(part, FfnBlock):
             part.forward = compiled(part.forward, mode)
-        elif hasattr(part, "layer_mean"):
-            part.layer_mean = part.layer_mean.changed(norm_mean=compiled_norm_mean)
+        elif isinstance(part, LayerMean):
+            part.norm_mean = compiled_norm_mean
     model.losses = compiled(model.losses, mode)
     if not torch.cuda.is_available():
         for encoder in encoders:

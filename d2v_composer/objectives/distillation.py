@@ -5,11 +5,11 @@ Shapes: B inputs, S pixels per side, E extra tokens, N patches or frames, T = E 
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from composer.models import ComposerModel
-from torch import Tensor, nn
+from torch import Tensor, cat, nn
 
 from d2v_composer.models.backbone import (
     Backbone,
@@ -20,17 +20,16 @@ from d2v_composer.models.backbone import (
     keep_trained_tensors,
 )
 from d2v_composer.models.encoder import Inputs, Tokens, count_flop
-from d2v_composer.models.names import ExtraTokens, Prediction
 from d2v_composer.models.precision import cpu_autocast
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives import OBJECTIVES
-from d2v_composer.objectives.objective import Regression
+from d2v_composer.objectives.objective import Outputs, Regression
 
 Batch = Tensor | Mapping[str, Any]
 EmbeddingT = TypeVar("EmbeddingT")
 
 
-def has_targets(batch: Batch) -> bool:
+def has_targets(batch: Batch) -> TypeGuard[Mapping[str, Any]]:
     """Return True if a batch needs no teacher."""
     return isinstance(batch, Mapping) and "targets" in batch
 
@@ -62,29 +61,22 @@ class DistillationModel(ComposerModel):
     audio teacher it has ``audio``, (B, L) float, and, if clips are padded, ``lengths``, (B,) int64. Labels and other
     entries are not read.
 
-    A batch may have ``targets``, (B, W) float16: each objective's target, flattened. Then the teacher does not run.
+    With ``keeps_targets``, a batch may have ``targets``: the ``kept_targets`` of an earlier step with its images. Then
+    the teacher does not run.
 
     Args:
         teacher: The frozen teacher.
         student: A student on the teacher's encoder, or on its own encoder with as many tokens.
-        prediction: ``layer_mean``: norm_mean of the student's FFN outputs, like the target; ``last_block``: the last
-            block's output, not normalized.
-        extra_tokens: ``regress`` all tokens alike; ``drop``, as in data2vec 2.0's pre-training: exclude the extra
-            tokens from InstanceNorm and the loss, and regress CLS, if there is one, to the mean target with weight
-            0.01.
-        objectives: Name → section of each objective, as in a YAML; default: only ``tokens``. Callbacks see the results
-            of the first one.
+        objectives: Name → section of each objective, as in a YAML; default: only ``tokens``. Health measures the first
+            one.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
-        keeps_targets: Round targets to float16, the precision of kept ones, so that it makes no difference which are
-            kept.
-        **targets: Further fields of :class:`~d2v_composer.models.targets.LayerMean`; default: the student's config, and
-            the teacher's own ``average_top_k_layers``.
+        keeps_targets: Return ``kept_targets``, and round all targets to float16, their precision, so that it makes no
+            difference which are kept.
 
     Attributes:
-        layer_mean: Settings with which ``layer_mean`` embeddings of student and teacher are computed to compare them.
         flop: Numbers of operations in a step with one input; see :func:`~d2v_composer.models.encoder.count_flop`.
         teacher_flop: Number of operations that an input's kept targets save; 0 without ``keeps_targets``.
-        target_shapes: Objective → shape of an input's target.
+        target_shapes: Objective → shape of an input's target, with ``keeps_targets``.
 
     Raises:
         ValueError: An option's value is unknown, or does not fit the teacher.
@@ -99,27 +91,20 @@ class DistillationModel(ComposerModel):
         self,
         teacher: Teacher,
         student: Backbone,
-        prediction: Prediction = "layer_mean",
-        extra_tokens: ExtraTokens = "regress",
         objectives: Mapping[str, Any] = {"tokens": {}},
         cpu_bf16: bool = False,
         keeps_targets: bool = False,
-        **targets: Any,
     ) -> None:
         super().__init__()
         self.teacher: Any = teacher  # an instance of the given class
         self.student: Any = student
         self.cpu_bf16, self.keeps_targets = cpu_bf16, keeps_targets
-        self.layer_mean = student.layer_mean.changed(prediction=prediction, extra_tokens=extra_tokens, **targets)
         terms = {name: OBJECTIVES[name].Options.model_validate(section) for name, section in objectives.items()}
-        built = {
-            name: OBJECTIVES[name](term, teacher, student, self.layer_mean)
-            for name, term in terms.items()
-            if term.weight
-        }
+        built = {name: OBJECTIVES[name](term, teacher, student) for name, term in terms.items() if term.weight}
         self.objectives: Any = nn.ModuleDict(built)
+        self.target_shapes: dict[str, torch.Size] = {}
+        self.teacher_flop = self._try_teacher() if keeps_targets else 0
         self.flop = count_flop(student, self._dry_run)
-        self.teacher_flop = self._count_teacher_flop() if keeps_targets else 0
         # Frozen, and equal on all ranks: DDP would broadcast them before every forward pass.
         frozen = frozen_prefixes(self)
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers() if name.startswith(frozen)]
@@ -130,16 +115,15 @@ class DistillationModel(ComposerModel):
 
     def _dry_run(self) -> None:
         """Compute the loss of one input and its gradients, and freeze the parameters that get none."""
-        outputs = self(self.student.encoder.example(1))
-        regressions = outputs, *outputs.others
-        self.target_shapes = {
-            name: regression.target.shape[1:] for name, regression in zip(self.objectives, regressions, strict=True)
-        }
-        freeze_unused_parameters(self, self.losses(regressions)["total"])
+        freeze_unused_parameters(self, self.losses(self(self.student.encoder.example(1)).regressions)["total"])
 
-    def _count_teacher_flop(self) -> int:
+    @torch.no_grad()
+    def _try_teacher(self) -> int:
+        """Take the targets' shapes from those of one input; return the number of operations that they cost."""
         encoder = self.teacher.encoder
-        flop = sum(count_flop(self.teacher, partial(self.targets_of, encoder(Inputs(encoder.example(1))))).values())
+        tokens = encoder(Inputs(encoder.example(1)))
+        self.target_shapes = {name: target.shape[1:] for name, target in self.targets_of(tokens).items()}
+        flop = sum(count_flop(self.teacher, partial(self.targets_of, tokens)).values())
         return flop if self.student.encoder is encoder else flop + encoder.flop()
 
     @property
@@ -147,22 +131,24 @@ class DistillationModel(ComposerModel):
         """True if the loss depends on which inputs are in a microbatch."""
         return any(objective.compares == "microbatch" for objective in self.objectives.values())
 
-    def forward(self, batch: Batch) -> Regression:
-        """Compute prediction and target of each objective from a batch."""
+    def forward(self, batch: Batch) -> Outputs:
+        """Compute the regression of each objective from a batch."""
         with cpu_autocast(self.cpu_bf16):
             inputs = self.inputs_of(batch)
+            tokens = kept = None
             if has_targets(batch):
-                tokens, targets = None, self.split_targets(batch)
+                targets = self.split_targets(batch["targets"])
             else:
                 tokens, targets = self.frozen_pass(inputs)
                 if self.keeps_targets:
-                    targets = {name: target.half().float() for name, target in targets.items()}
+                    kept = cat([target.flatten(1) for target in targets.values()], dim=1).half()
+                    targets = self.split_targets(kept)
             features = self.student.features(self.student.encoder(inputs) if tokens is None else tokens)
             features = features.for_readers(len(targets))
-            first, *rest = (
-                objective.regression(features, targets[name]) for name, objective in self.objectives.items()
-            )
-        return first._replace(others=tuple(rest))
+            regressions = {
+                name: objective.regression(features, targets[name]) for name, objective in self.objectives.items()
+            }
+        return Outputs(regressions, kept)
 
     def inputs_of(self, batch: Batch) -> Inputs:
         """Return the inputs of a batch."""
@@ -170,9 +156,9 @@ class DistillationModel(ComposerModel):
             return Inputs(batch)
         return Inputs(batch[self.student.encoder.config.modality], batch.get("lengths"))
 
-    def split_targets(self, batch: Any) -> dict[str, Tensor]:
-        """Return the target of each objective, from a batch's ``targets``."""
-        parts = batch["targets"].float().split([shape.numel() for shape in self.target_shapes.values()], dim=1)
+    def split_targets(self, kept: Tensor) -> dict[str, Tensor]:
+        """Return the target of each objective, float32, from ``kept_targets``."""
+        parts = kept.float().split([shape.numel() for shape in self.target_shapes.values()], dim=1)
         shapes = self.target_shapes.items()
         return {name: part.unflatten(1, shape) for (name, shape), part in zip(shapes, parts, strict=True)}
 
@@ -187,25 +173,25 @@ class DistillationModel(ComposerModel):
         features = self.teacher.features(tokens).for_readers(len(self.objectives))
         return {name: objective.target(features) for name, objective in self.objectives.items()}
 
-    def loss(self, outputs: Regression, batch: Batch) -> Any:
+    def loss(self, outputs: Outputs, batch: Batch) -> Any:
         """Return the weighted sum of the objectives' losses, a scalar; ``batch`` is unused.
 
         With several objectives, return a dict of what Composer logs: each one's loss by its name, and ``total``.
         """
-        losses = self.losses((outputs, *outputs.others))
-        return losses if outputs.others else losses["total"]
+        losses = self.losses(outputs.regressions)
+        return losses if len(outputs.regressions) > 1 else losses["total"]
 
-    def losses(self, regressions: tuple[Regression, ...]) -> dict[str, Tensor]:
+    def losses(self, regressions: dict[str, Regression]) -> dict[str, Tensor]:
         """Return each objective's loss by name, and the weighted sum as ``total``."""
-        pairs = zip(self.objectives.items(), regressions, strict=True)
-        with torch.autocast(regressions[0].target.device.type, enabled=False):
-            losses = {name: objective.loss(regression) for (name, objective), regression in pairs}
+        device = next(iter(regressions.values())).target.device
+        with torch.autocast(device.type, enabled=False):
+            losses = {name: objective.loss(regressions[name]) for name, objective in self.objectives.items()}
         total = sum(objective.weight * losses[name] for name, objective in self.objectives.items())
         return {**losses, "total": cast("Tensor", total)}
 
     def embed_all(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Return the student's embeddings; see :meth:`~d2v_composer.models.backbone.Backbone.embed_all`."""
-        return self.compute(partial(self.student.embed_all, layer_mean=self.layer_mean), *inputs)
+        return self.compute(self.student.embed_all, *inputs)
 
     def compute(self, function: Callable[..., EmbeddingT], *inputs: Tensor | None) -> EmbeddingT:
         """Call a function of this model's parts in the model's precision."""
@@ -222,4 +208,4 @@ class DistillationModel(ComposerModel):
 
     def retrieval_baselines(self) -> dict[str, Callable[..., dict[str, Tensor]]]:
         """Return name → function that embeds a batch, for the model to compare the student with: the teacher."""
-        return {"teacher": partial(self.compute, partial(self.teacher.embed_all, layer_mean=self.layer_mean))}
+        return {"teacher": partial(self.compute, partial(self.teacher.embed_all, layer_mean=self.student.layer_mean))}

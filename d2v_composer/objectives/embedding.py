@@ -8,7 +8,6 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.features import Features
-from d2v_composer.models.targets import LayerMean
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives.objective import Objective, Regression, Term, Weight
 
@@ -24,8 +23,8 @@ class EmbeddingRegression(Objective):
         """Weight of this term, 1 minus the cosine similarity of the student's embedding to its teacher's; 0: no such
         term, and the student's embedding is fitted after training instead."""
 
-    def __init__(self, options: Options, teacher: Teacher, student: Backbone, layer_mean: LayerMean) -> None:
-        super().__init__(options, teacher, student, layer_mean)
+    def __init__(self, options: Options, teacher: Teacher, student: Backbone) -> None:
+        super().__init__(options, teacher, student)
         student.train_alignment(teacher.embedding)
         self.read_teacher, self.read_student = teacher.read, student.read
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import STRICT
 from d2v_composer.models.features import Features
-from d2v_composer.models.targets import LayerMean
 from d2v_composer.models.teacher import Teacher
 
 Weight = Annotated[float, Field(ge=0)]
@@ -28,7 +27,7 @@ class Term(BaseModel):
 
 
 class Regression(NamedTuple):
-    """Prediction and target of a step, float32."""
+    """An objective's prediction and what it is compared with, float32."""
 
     prediction: Tensor
     """(B, T, D); (B, N, D) without the extra tokens; for an embedding, (B, D)."""
@@ -38,8 +37,16 @@ class Regression(NamedTuple):
     """(B, D), if CLS is regressed to the mean target instead of its own."""
     padding_mask: Tensor | None = None
     """(B, T) bool: true for tokens that the loss leaves out."""
-    others: "tuple[Regression, ...]" = ()
-    """Regressions of further objectives."""
+
+
+class Outputs(NamedTuple):
+    """Results of a step."""
+
+    regressions: dict[str, Regression]
+    """Name of each objective → its regression."""
+    kept_targets: Tensor | None = None
+    """(B, W) float16: the targets of all objectives, side by side, with which a batch needs no teacher. ``None`` if the
+    batch had them, or if the model keeps none."""
 
 
 class Objective(nn.Module, ABC):
@@ -51,7 +58,6 @@ class Objective(nn.Module, ABC):
         options: The term's section in a YAML.
         teacher: The frozen teacher, which runs once for all objectives.
         student: The student, which trains.
-        layer_mean: Settings with which target and prediction are computed from layers.
 
     Attributes:
         Options: Fields of the section.
@@ -66,7 +72,7 @@ class Objective(nn.Module, ABC):
     compares: ClassVar[Literal["inputs", "microbatch"]] = "inputs"
     head: Any  # a module
 
-    def __init__(self, options: Any, teacher: Teacher, student: Backbone, layer_mean: LayerMean) -> None:
+    def __init__(self, options: Any, teacher: Teacher, student: Backbone) -> None:
         super().__init__()
         self.weight: float = options.weight
         self.head = nn.Identity()

@@ -11,8 +11,10 @@ from torch.nn.functional import interpolate, mse_loss
 
 from d2v_composer.models.attention import init_linear_layers
 from d2v_composer.models.backbone import Backbone, Transformer
+from d2v_composer.models.configs import TargetOptions
 from d2v_composer.models.features import Features, mean_over_time
-from d2v_composer.models.targets import LayerMean
+from d2v_composer.models.names import Prediction
+from d2v_composer.models.targets import target_of
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives.objective import Objective, Regression, Term, Weight
 
@@ -30,38 +32,41 @@ class LayerRegression(Objective):
         ValueError: An option does not fit the teacher.
     """
 
-    class Options(Term):
+    class Options(TargetOptions, Term):
+        prediction: Prediction = "layer_mean"
+        """``layer_mean``: the normalized mean of the student's FFN outputs, as in the thesis's code. ``last_block``:
+        the student's last block's output, not normalized."""
         cls_weight: Annotated[float, Field(ge=0, le=1)] | None = None
         """Share of CLS in the loss; null: 1 / T, the share of any of the T tokens."""
         weight: Weight = 1.0
         """Weight of this term; 0: no such term."""
 
-    def __init__(self, options: Options, teacher: Teacher, student: Backbone, layer_mean: LayerMean) -> None:
-        super().__init__(options, teacher, student, layer_mean)
+    def __init__(self, options: Options, teacher: Teacher, student: Backbone) -> None:
+        super().__init__(options, teacher, student)
         has_cls, widths = teacher.has_cls_token, (student.embed_dim, teacher.embed_dim)
         self.is_grid = not isinstance(student, Transformer)
-        if options.cls_weight is not None and (layer_mean.extra_tokens != "regress" or not has_cls):
+        if options.cls_weight is not None and (options.extra_tokens != "regress" or not has_cls):
             raise ValueError("cls_weight: allowed only with extra_tokens 'regress' and a teacher that has CLS")
         if self.is_grid:
             self.head = GridHead(student.encoder, teacher)
         elif widths[0] != widths[1]:
             self.head = nn.Linear(*widths)
         init_linear_layers(self.head)
-        top_k = layer_mean.average_top_k_layers or teacher.config.average_top_k_layers
-        self.options, self.layer_mean = options, layer_mean.changed(average_top_k_layers=top_k)
+        self.options, self.top_k = options, options.average_top_k_layers or teacher.config.average_top_k_layers
+        self.layer_mean = student.layer_mean.changed(options.normalization, options.final_layer_norm)
 
     def target(self, features: Features) -> Tensor:
         features = features.without_registers() if self.is_grid else features
-        return self.layer_mean.target(features)
+        return target_of(features, self.options, self.top_k, self.layer_mean)
 
     def regression(self, features: Features, target: Tensor) -> Regression:
         features, project = (self.head(features), nn.Identity()) if self.is_grid else (features, self.head)
-        num_dropped = self.layer_mean.num_dropped(features)
-        if self.layer_mean.prediction == "last_block":
+        num_dropped = self.options.num_dropped(features.num_extra_tokens)
+        if self.options.prediction == "last_block":
             prediction = project(features.output)
         else:  # statistics skip the tokens that the target's skip
-            prediction = self.layer_mean.average(map(project, features.layers()), features, num_dropped)
-        has_cls_loss = self.layer_mean.extra_tokens == "drop" and features.has_cls_token
+            prediction = self.layer_mean(map(project, features.layers()), features, num_dropped)
+        has_cls_loss = self.options.extra_tokens == "drop" and features.has_cls_token
         mask = None if features.padding_mask is None else features.padding_mask[:, num_dropped:]
         return Regression(prediction[:, num_dropped:], target, prediction[:, 0] if has_cls_loss else None, mask)
 

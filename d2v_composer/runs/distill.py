@@ -154,7 +154,7 @@ def build_data(
 
 
 def build_model(config: TrainConfig, teacher: Teacher | None = None) -> DistillationModel:
-    """Build the model from the sections ``teacher``, ``student``, ``prediction``, ``targets`` and ``objectives``.
+    """Build the model from the sections ``teacher``, ``student`` and ``objectives``.
 
     Raises:
         InputError: The teacher's file cannot be used, or another setting does not fit the teacher.
@@ -162,23 +162,21 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
     with node_leaders_first("the teacher"):
         teacher = teacher or build_teacher(config)
     choose_embedding(config, teacher)
-    targets, modality = config.targets, modality_of(teacher.config)
+    modality = modality_of(teacher.config)
     if config.train_loader.views is not None and modality.has_lengths:
         raise InputError(f"train_loader.views: must be null for a teacher of {modality.unit}")
     check_compiler(config.compile)
     with errors_of("student"):
-        normalization = targets.model_dump(include={"normalization", "final_layer_norm"})
+        normalization = config.objectives.tokens.model_dump(include={"normalization", "final_layer_norm"})
         student = teacher.build_student(**config.student.model_dump(), **normalization)
     check_network("student.model", student, config)
-    with errors_of("targets"):
+    with errors_of("objectives.tokens"):
         model = DistillationModel(
             teacher,
             student,
-            config.prediction,
             objectives=dict(config.objectives),
             cpu_bf16=choose_precision(config.precision).cpu_bf16,
             keeps_targets=config.train_loader.views is not None,
-            **targets.model_dump(include={"extra_tokens", "average_top_k_layers", "source"}),
         )
     if model.compares_microbatches and config.device_train_microbatch_size == "auto":
         raise InputError(
@@ -347,5 +345,5 @@ def embeds_of(config: TrainConfig, model: DistillationModel) -> dict[str, Any]:
     """Return name → function that embeds a batch, for pixels or log_mel, the encoder alone, teacher and student."""
     models = {TEACHER: model.teacher, STUDENT: model.student}
     fill_to = config.device_eval_batch_size if config.compile else 0
-    shared = share_encoders(model.teacher, models, model.layer_mean, fill_to)
+    shared = share_encoders(model.teacher, models, model.student.layer_mean, fill_to)
     return {name: partial(model.compute, embed) for name, embed in shared.items()}

@@ -14,6 +14,7 @@ from composer.core import Timestamp
 from d2v_composer.callbacks.kept_targets import KeptTargets
 from d2v_composer.config.load import load_config
 from d2v_composer.data.images import Images
+from d2v_composer.objectives.objective import Outputs
 from d2v_composer.runs.distill import build_kept_targets, build_model, train_student
 from d2v_composer.sources.mds import Index
 from d2v_composer.system.errors import InputError
@@ -49,8 +50,7 @@ def sample(view: int, sample_id: int, pixel: int = 0) -> dict[str, Any]:
 
 
 def keep(kept: KeptTargets, samples: list[dict[str, Any]], targets: torch.Tensor) -> None:
-    outputs = SimpleNamespace(target=targets[:, :3], others=(SimpleNamespace(target=targets[:, 3:, None]),))
-    state: Any = SimpleNamespace(batch=kept.collate(samples), outputs=outputs)
+    state: Any = SimpleNamespace(batch=kept.collate(samples), outputs=Outputs({}, targets.half()))
     kept.after_forward(state, None)  # pyright: ignore[reportArgumentType]
 
 
@@ -185,7 +185,7 @@ def test_what_targets_depend_on(small_data: Path, many_shards: Path) -> None:
     others = (
         *("seed=18", "precision=amp_bf16", "train_loader.views=3"),
         *("teacher.first_blocks=1", "student.depth=2"),
-        *("targets.extra_tokens=drop", "objectives.embedding.weight=1", "global_train_batch_size=32"),
+        *("objectives.tokens.extra_tokens=drop", "objectives.embedding.weight=1", "global_train_batch_size=32"),
     )
     seeds = [seed(), seed(data=many_shards), *map(seed, others)]
     model.teacher.provenance = model.teacher.provenance | {"sha256": "another"}

@@ -34,8 +34,7 @@ PAPER = {
     "max_duration": "30000ba",
     "global_train_batch_size": 256,
     "student": {"depth": 5, "mlp_ratio": 3.0, "alibi": True, "init": "random"},
-    "prediction": "layer_mean",
-    "targets": {"extra_tokens": "regress"},
+    "objectives": {"tokens": {"prediction": "layer_mean", "extra_tokens": "regress"}},
     "optimizer": {"lr": 5e-4, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.01},
     "scheduler": {"t_warmup": "3000ba", "alpha_f": 0.0},
     "algorithms": {"gradient_clipping": {"clipping_threshold": 2.0}},
@@ -88,6 +87,8 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SLIPS = {
+    "prediction=last_block": "prediction: no such key; write objectives.tokens.prediction",
+    "targets.source=block": "targets: no such key; write objectives.tokens",
     "student.dept=3": "student.dept: no such key; did you mean depth? (allowed: depth, mlp_ratio, alibi, ",
     "callbacks.speed_monitor={window: 3}": "callbacks.speed_monitor.window: no such argument; did you mean window_s",
     "callbacks.speed_monitor={window_size: .inf}": "callbacks.speed_monitor.window_size.float: must be a finite",

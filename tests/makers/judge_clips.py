@@ -35,7 +35,7 @@ def judge(student: Student, teacher: Teacher, clips: Tensor) -> dict[str, np.nda
             tokens = student.encoder(Inputs(batch))
             for model, averages in ((student, predicted), (teacher, wanted)):
                 features = model.features(tokens)
-                averages.append(student.layer_mean.average(features.layers(), features))
+                averages.append(student.layer_mean(features.layers(), features))
     prediction_BTD, target_BTD = torch.cat(predicted), torch.cat(wanted)
     variance = (target_BTD - target_BTD.mean(dim=(0, 1))).square().mean()
     nearest = [nearest_others(x_BTD.mean(dim=1)) for x_BTD in (prediction_BTD, target_BTD)]

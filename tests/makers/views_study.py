@@ -96,7 +96,7 @@ def print_ratio(path: str, *options: str) -> None:
     teacher = load_teacher(path, **dict(option.split("=") for option in options))
     model = DistillationModel(teacher, teacher.build_student(depth=5), keeps_targets=True)
     images = teacher.encoder.example(32)
-    targets = torch.cat([model(images).target.flatten(1)], dim=1).half()
+    targets = model(images).kept_targets
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for step in range(2 * PAIRS):
         batch = {"image": images} | ({"targets": targets} if step % 2 else {})

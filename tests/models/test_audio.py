@@ -63,7 +63,7 @@ def gradients_of(student: Any, loss: Tensor) -> list[Tensor]:
 def test_the_loss_of_a_padded_batch_is_that_of_its_clips(teacher: Any, options: Any) -> None:
     """Each clip counts alike, in the loss and its gradient: so it depends on neither ranks nor microbatches."""
     student = teacher.build_student(depth=2)
-    model = DistillationModel(teacher, student, **options)
+    model = DistillationModel(teacher, student, objectives={"tokens": options})
     loss = total_loss(model, {"audio": sound(), "lengths": LENGTHS})
     gradients = gradients_of(student, loss)
     alone = torch.stack([total_loss(model, clip) for clip in clips_of(sound())]).mean()

@@ -67,18 +67,19 @@ def test_flops_are_the_papers(paper_model: DistillationModel) -> None:
 
 
 @pytest.mark.parametrize("width", [None, 20])
-@pytest.mark.parametrize(("prediction", "extra_tokens"), [("layer_mean", "regress"), ("last_block", "drop")])
+@pytest.mark.parametrize("tokens", [{}, {"prediction": "last_block", "extra_tokens": "drop"}])
 def test_every_trainable_parameter_gets_a_gradient(
-    teacher: Data2Vec2, prediction: str, extra_tokens: str, width: int | None
+    teacher: Data2Vec2, tokens: dict[str, str], width: int | None
 ) -> None:
     student = teacher.build_student(depth=2, embed_dim=width)
-    train(DistillationModel(teacher, student, prediction, extra_tokens), IMAGES, steps=1)  # pyright: ignore
+    train(DistillationModel(teacher, student, objectives={"tokens": tokens}), IMAGES, steps=1)
     assert not any(module.training for module in teacher.modules())
 
 
 def test_dropped_extra_tokens_mirror_the_target(teacher: Data2Vec2) -> None:
     student = teacher.build_student(depth=2)
-    regression = DistillationModel(teacher, student, extra_tokens="drop")(IMAGES)
+    model = DistillationModel(teacher, student, objectives={"tokens": {"extra_tokens": "drop"}})
+    regression = model(IMAGES).regressions["tokens"]
     x = teacher.encode(IMAGES)
     patches_only = norm_mean(layer[:, 1:] for layer in student.forward_blocks(x)[1])
     torch.testing.assert_close(regression.prediction, patches_only)
@@ -178,7 +179,8 @@ def test_copied_attention_that_is_frozen_stays_the_teachers(teacher: Data2Vec2) 
 @pytest.mark.parametrize("prediction", ["layer_mean", "last_block"])
 @pytest.mark.parametrize("width", [None, 20])
 def test_the_cost_of_a_step(teacher: Data2Vec2, width: int | None, prediction: Any) -> None:
-    model = DistillationModel(teacher, teacher.build_student(depth=2, embed_dim=width), prediction)
+    student = teacher.build_student(depth=2, embed_dim=width)
+    model = DistillationModel(teacher, student, objectives={"tokens": {"prediction": prediction}})
     assert model.flops_per_batch(IMAGES) == flops_of_a_step(model, IMAGES)
 
 
@@ -191,7 +193,9 @@ def test_a_narrow_student(teacher: Data2Vec2) -> None:
     assert widths == {20}
     torch.testing.assert_close(student.embed(IMAGES, "mean", "layer_mean"), norm_mean(layers).mean(1))
     head = model.objectives["tokens"].head
-    torch.testing.assert_close(model(IMAGES).prediction, norm_mean(head(layer) for layer in layers))
+    torch.testing.assert_close(
+        model(IMAGES).regressions["tokens"].prediction, norm_mean(head(layer) for layer in layers)
+    )
 
 
 def test_widths_of_a_student(teacher: Data2Vec2) -> None:

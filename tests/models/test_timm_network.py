@@ -112,13 +112,14 @@ def test_registers_are_left_out() -> None:
     """CLS, four registers, 4 × 4 patches."""
     built, pictures = random_vit("vit_small_patch14_reg4_dinov2", img_size=56), random_images(2, 56)
     teacher = TimmTeacher(built, teacher_config("timm/vit_small_patch14_reg4_dinov2", built))
-    model = DistillationModel(teacher, teacher.build_student(model="timm/resnet10t"), source="block")
+    student = teacher.build_student(model="timm/resnet10t")
+    model = DistillationModel(teacher, student, objectives={"tokens": {"source": "block"}})
     _, targets = model.frozen_pass(model.inputs_of(pictures))
     layers = [block for block, _ in teacher.iterate_blocks(teacher.encode(pictures))]
     kept = [torch.cat([layer[:, :1], layer[:, 5:]], dim=1) for layer in layers]
     expected = layer_norm(torch.stack([layer_norm(layer, (384,)) for layer in kept]).mean(dim=0), (384,))
     torch.testing.assert_close(targets["tokens"], expected)
-    assert model(pictures).prediction.shape == expected.shape
+    assert model(pictures).regressions["tokens"].prediction.shape == expected.shape
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])

@@ -136,7 +136,7 @@ def test_a_student_learns_on_its_encoder(name: str, source: Any) -> None:
     torch.manual_seed(0)
     teacher = build_teacher(name)
     student = teacher.build_student(depth=2)
-    model = DistillationModel(teacher, student, source=source)
+    model = DistillationModel(teacher, student, objectives={"tokens": {"source": source}})
     assert student.get_parameter("blocks.0.norm0.weight").requires_grad
     assert set(model.state_dict()) == {f"student.blocks.{name}" for name in student.blocks.state_dict()}
     losses = train(model, images_for(teacher.config, 4), steps=5)
@@ -153,9 +153,10 @@ def test_registers_are_not_cls() -> None:
     assert student.embedding[:2] == teacher.embedding._replace(made_by="raw")[:2] == ("output_mean_patches", "raw")
     with pytest.raises(InputError, match=r"this model has no .*_cls; it has output_mean"):
         student.choose_embedding("cls")
-    outputs = DistillationModel(teacher, student, extra_tokens="drop")(images)
-    assert outputs.cls_prediction is None
-    assert outputs.prediction.shape == outputs.target.shape == (2, 16, 48)
+    model = DistillationModel(teacher, student, objectives={"tokens": {"extra_tokens": "drop"}})
+    regression = model(images).regressions["tokens"]
+    assert regression.cls_prediction is None
+    assert regression.prediction.shape == regression.target.shape == (2, 16, 48)
 
 
 def test_a_student_starts_from_an_attention_of_its_kind() -> None:
@@ -224,7 +225,7 @@ def test_its_image_embedding_is_timms(name: str, outputs: int) -> None:
     torch.manual_seed(0)
     student = teacher.build_student(depth=1)
     distillation = DistillationModel(teacher, student, objectives={"tokens": {}, "embedding": {"weight": 1.0}})
-    assert_equal_to_1e_5(distillation(images).others[0].target, normalize(expected))
+    assert_equal_to_1e_5(distillation(images).regressions["embedding"].target, normalize(expected))
     assert student.embed(images).shape == expected.shape
     train(distillation, images, steps=1)
     assert {name.split(".")[1] for name in distillation.state_dict()} == {"blocks", "alignment"}

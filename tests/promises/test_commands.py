@@ -200,7 +200,7 @@ def test_each_slip_of_a_config_has_a_line(small_data: Path, tmp_path: Path) -> N
     [
         ("teacher.checkpoint=nowhere.pt", ["teacher.checkpoint", "nowhere.pt", "no such file"]),
         ("global_train_batch_size=97", ["96 samples", "global_train_batch_size 97"]),
-        ("targets.average_top_k_layers=4", ["average_top_k_layers", "3", "4"]),
+        ("objectives.tokens.average_top_k_layers=4", ["average_top_k_layers", "3", "4"]),
         ("callbacks.speed_monitor.window_size=0", ["window_size", "> 0"]),
         ("callbacks.speed_moniter={}", ["speed_monitor"]),
         ("save_folder=/proc/nothing", ["save_folder", "/proc/nothing"]),

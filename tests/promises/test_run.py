@@ -270,9 +270,10 @@ def test_a_damaged_newest_checkpoint_is_skipped(
 
 def test_what_a_run_is_cannot_be_changed(uninterrupted: Path, small_data: Path, labeled: Path) -> None:
     """Promise 12: the line names each change."""
-    changes = ["seed=18", "student.depth=2", "student.alibi=false", "optimizer.lr=0.001", "targets.extra_tokens=drop"]
-    changes += ["global_train_batch_size=8", "train_loader.column=image", "prediction=last_block"]
-    changes += ["teacher.first_blocks=1", "alignment.pooling=cls", "alignment.representation=output"]
+    changes = ["seed=18", "student.depth=2", "student.alibi=false", "optimizer.lr=0.001"]
+    changes += ["objectives.tokens.extra_tokens=drop", "objectives.tokens.prediction=last_block"]
+    changes += ["global_train_batch_size=8", "train_loader.column=image", "teacher.first_blocks=1"]
+    changes += ["alignment.pooling=cls", "alignment.representation=output"]
     before, run = contents_of(uninterrupted), Run(uninterrupted, small_data)
     line = run.refused(*changes)
     names = [change.partition("=")[0] for change in changes]

@@ -183,7 +183,8 @@ def config_of(study: Path, row: Mapping[str, Any]) -> TrainConfig:
 
 def reading_of(config: TrainConfig) -> tuple[Any, ...]:
     """Return what the embeddings of the untrained student and the teacher depend on."""
-    return config.targets.normalization, config.teacher.first_blocks, config.student.embed_dim, config.student.model
+    tokens, student = config.objectives.tokens, config.student
+    return tokens.normalization, config.teacher.first_blocks, student.embed_dim, student.model
 
 
 @pytest.mark.parametrize("path", sorted(ablations.STUDIES.glob("*/rows.yaml")), ids=lambda path: path.parent.name)
@@ -202,7 +203,7 @@ def test_every_row_is_a_valid_run(path: Path, monkeypatch: pytest.MonkeyPatch) -
         is_another_reading = reading_of(config) != reading_of(base)
         measures_baselines = config.retrieval.at_start and "teacher" in config.retrieval.baselines
         assert measures_baselines == (name == "base" or is_another_reading), name
-        models = str((config.teacher, config.student, config.targets, config.objectives, config.prediction))
+        models = str((config.teacher, config.student, config.objectives))
         need_weights = config.student.model or config.objectives.embedding.weight
         if models not in built and not need_weights:
             built.add(models)
