@@ -170,9 +170,7 @@ class Index:
         """
         if not self.modality.has_lengths:
             return None
-        path = self.folder / SUMMARY
-        summary = read_json(path, Summary) if path.exists() else Summary()
-        lengths = np.array(summary.get("lengths", []), np.int64)
+        lengths = np.array(self._listed_lengths, np.int64)
         if len(lengths) != len(self):
             raise InputError(
                 f"{self.source}: expected the lengths of {len(self)} samples in {SUMMARY}, got {len(lengths)}; convert "
@@ -191,7 +189,7 @@ class Index:
         """
         shards = progress_bar(self.shards, desc="hashing", unit="shards")
         contents: list[Any] = [(shard.samples, shard.raw.bytes, self._hashes(shard)) for shard in shards]
-        contents += [] if self.lengths is None else self.lengths.tolist()
+        contents += self._listed_lengths if self.modality.has_lengths else []
         return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -203,6 +201,12 @@ class Index:
         """Describe the data set: where it is, and its content."""
         place = {"modality": self.modality.name, "location": self.source}
         return {**place, "sha256": self.sha256, "samples": len(self), "shards": len(self.shards)}
+
+    @property
+    def _listed_lengths(self) -> list[int]:
+        """The lengths in the summary of a conversion; empty for another maker's data set."""
+        path = self.folder / SUMMARY
+        return read_json(path, Summary).get("lengths", []) if path.exists() else []
 
     def _hashes(self, shard: Shard) -> Mapping[str, str]:
         if shard.raw.hashes or self.remote is not None:
