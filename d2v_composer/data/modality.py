@@ -159,11 +159,11 @@ class Augmentation(NamedTuple):
 
 
 class Samples(Protocol):
-    """Samples by number, from 0: a list, or a map-style dataset of torch."""
+    """Samples by number, from 0, a tensor each: a list, or a map-style dataset of torch."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, number: int, /) -> Tensor: ...
+    def __getitem__(self, number: int, /) -> Any: ...  # what torchvision's transforms return is untyped
 
 
 def collate(samples: Sequence[Tensor], sizes: Sequence[int] = ()) -> tuple[Tensor, ...]:
