@@ -41,7 +41,7 @@ from d2v_composer.system import fetch
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError
 from d2v_composer.system.files import sole_user
 from gated_store import GatedStore
-from helpers import GOLDEN, QUICKSTART, ROOT, encoded_image, flip_bit, time_limit, write_files, write_images
+from helpers import GOLDEN, encoded_image, flip_bit, time_limit, write_files, write_images
 
 TEACHER = GOLDEN / "tiny_base.pt"
 SIZE = 32
@@ -416,16 +416,3 @@ def test_out_is_no_file_of_the_source(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=rf"^{out} is among the source's files; choose another OUT$"):
             embed(TEACHER, given, out, "--overwrite")
     assert source.read_bytes() == before
-
-
-def test_near_duplicates_as_in_the_guide(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = shutil.copytree(photos, tmp_path / "photos")
-    shutil.copyfile(source / "03.jpg", source / "b" / "copy.jpg")
-    embed(QUICKSTART / "teacher.safetensors", source, tmp_path / "photos.npy")
-    section = (ROOT / "recipes" / "guides" / "search.md").read_text().split("## Near-duplicates")[1]
-    [code] = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    namespace: dict = {}
-    exec(code, namespace)
-    assert ("03.jpg", "b/copy.jpg") in namespace["duplicates"]
-    assert len(namespace["duplicates"]) < len(image_paths(source))

@@ -235,6 +235,7 @@ def test_a_cached_shard_is_verified(store: GatedStore, many_shards: Path, undist
         assert (cache / name).read_bytes() == (many_shards / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_runs_beside_each_other_do_not_disturb(store: GatedStore, undisturbed: Record, tmp_path: Path) -> None:
     """Promise 7: each run has its own TMPDIR; of two in one cache, one may be refused in a line."""
     caches = {"alone": tmp_path / "own", "one": tmp_path / "cache", "two": tmp_path / "cache"}

@@ -465,6 +465,7 @@ def test_a_data_set_of_any_column_and_mode_is_distilled(tmp_path: Path) -> None:
     assert not {*held} & {*trained}
 
 
+@pytest.mark.slow
 def test_parquet_files_in_a_store_are_distilled(object_store: GatedStore, tmp_path: Path) -> None:
     """Promises 4 and 8: each row is used once, copies are on one side, and a bad row is left out."""
     out, images = tmp_path / "run", [encoded_image(i % NUM_IMAGES) for i in range(NUM_IMAGES + 10)]

@@ -190,6 +190,7 @@ def test_a_run_ends_when_one_of_its_ranks_is_killed(victim: int, run: Run) -> No
     assert f"Rank {victim} crashed with exit code -9" in said
 
 
+@pytest.mark.slow
 def test_a_signal_in_a_retrieval(small_data: Path, labeled: Path, tmp_path: Path) -> None:
     """Promises 10 and 11: the resumed run repeats batch 10's retrieval, which was cut short; the last one is
     finished at once.
@@ -505,6 +506,7 @@ def test_readers_and_a_second_run_beside_a_run_that_saves(
     assert len(checkpoints_of(run.folder)) == 5
 
 
+@pytest.mark.slow
 def test_the_quickstart_opens_with_what_it_trains_and_warns_of_nothing(tmp_path: Path) -> None:
     """Promise 19: a fresh process shows the warnings of all imports; a pipe gets lines, no bar."""
     folder = tmp_path / "run"

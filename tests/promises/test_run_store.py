@@ -167,6 +167,7 @@ def test_a_refused_run_leaves_no_copy_of_a_stores_checkpoint(in_store: InStore, 
     assert not run.folder.exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_store_comes_with_its_log(in_store: InStore, uninterrupted: Path) -> None:
     """Promise 23: this machine's log is longer, but was left behind, and is replaced."""
     run = in_store("logged")
@@ -181,6 +182,7 @@ def test_a_checkpoint_of_a_store_comes_with_its_log(in_store: InStore, uninterru
     assert run.losses == {13: 1.0}
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_in_the_store(
     store: GatedStore, in_store: InStore, labeled: Path, tmp_path: Path
 ) -> None:

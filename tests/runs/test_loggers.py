@@ -39,6 +39,7 @@ def expected_losses(folder: Path) -> list[float]:
     return [losses[step] for step in sorted(losses)]
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_metrics(folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
