@@ -1,5 +1,6 @@
 """A student in its teacher's space: the same map on any ranks, in every file, measured in the teacher's index."""
 
+import os
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -375,6 +376,14 @@ def test_an_evaluation_has_no_row_of_a_map_that_an_untrained_student_lacks(label
     table = (tmp_path / "evaluation.csv").read_text()
     assert "student in the teacher's index" in table
     assert "untrained student" not in table
+    assert "encoder" not in table  # a student with an encoder of its own
+
+
+def test_align_writes_one_file(exported: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(here)
+    run_align(exported, photos, Path("out.safetensors"), "--to", TEACHER_FILE)
+    assert os.listdir(here) == ["out.safetensors"]
 
 
 def batches_of_rows(run: Path) -> dict[str, int]:
