@@ -73,7 +73,7 @@ class Command(BaseModel):
             from d2v_composer.config.types import describe_problem
 
             problems = [(actions[str(problem["loc"][0])], describe_problem(problem)) for problem in error.errors()]
-            raise InputError(*(ArgumentError(*problem) for problem in problems)) from error
+            raise InputError(*(str(ArgumentError(*problem)) for problem in problems)) from error
 
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> dict[str, Action]:

@@ -40,6 +40,7 @@ from d2v_composer.config.reference import ModelReference
 from d2v_composer.config.types import PathText
 from d2v_composer.models.names import PrecisionChoice
 from d2v_composer.sources import IDS
+from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.command_line import d2v, print_next, print_skipped, reading_of
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.processes import ALL, local_rank, relaunch_on_gpus
@@ -106,6 +107,7 @@ class Embed(ModelReference, Command):
         if out.endswith(".parquet"):
             check_ids(source.ids)
         print(f"embedding: {model.describe(options.embedding)}")
+        place = self.source if "://" in self.source else os.path.abspath(self.source)
         if part:
             plan = record_of(model, source, part, options, device)
             if parts.has(part, plan):
@@ -122,7 +124,7 @@ class Embed(ModelReference, Command):
             skip_unreadable=self.skip_unreadable,
             overwrite=self.overwrite,
             part=plan,
-            reference=self.describe(),
+            made_from={"reference": self.describe(), "source": hide_secrets(place), "column": self.column},
         )
         if embedding.resumed:
             print(f"resumed an interrupted run after {embedding.resumed} {modality.unit}")

@@ -14,7 +14,6 @@ the files of the index.
 """
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,8 +32,9 @@ if TYPE_CHECKING:
     from d2v_composer.report.gallery import Shown
     from d2v_composer.sources.source import Source
 
-SLOW_HOURS = 1 / 60  # what takes longer is announced
-ROWS_SHOWN, SAMPLES_SHOWN = 100, 12  # of a page
+DEFAULT_K, DEFAULT_ABOVE = 10, 0.95
+ROWS_SHOWN, SAMPLES_SHOWN = 100, 24  # of a page
+LIMITS_SHOWN = f"At most {SAMPLES_SHOWN} of a row are shown."
 NEIGHBORS_SHOWN = "Each row is a query, and what is nearest to it, with its cosine."
 DUPLICATES_SHOWN = (
     "Each row is a group of near-duplicates, with the cosine of each with the first, without the mean of all."
@@ -49,10 +49,10 @@ class Search(Command):
     """Search with the row that has this id, instead of QUERY."""
     duplicates: bool = False
     """List the groups of near-duplicates in INDEX, instead of QUERY."""
-    above: float = 0.95
-    """Near-duplicates have a greater cosine."""
-    k: Annotated[int, whole(1, 0x10000)] = 10
-    """Number of neighbors of a query."""
+    above: float | None = None
+    """Near-duplicates have a greater cosine; default: 0.95."""
+    k: Annotated[int, whole(1, 0x10000)] | None = None
+    """Number of neighbors of a query; default: 10."""
     model: str | None = None
     """The model that embeds QUERY: a path, s3://, …; or timm/NAME; default: INDEX's own."""
     as_json: bool = Field(False, alias="json", description="Print JSON.")
@@ -60,6 +60,8 @@ class Search(Command):
     """Write a page with the pictures to this file."""
     source: str | None = None
     """Where the samples of INDEX are, for the page; default: where d2v embed read them."""
+    overwrite: bool = False
+    """Replace PAGE if it exists."""
 
     def run(self) -> "list[Found]":
         """Print what each query finds, or the groups of near-duplicates, and write the page."""
@@ -67,8 +69,16 @@ class Search(Command):
         kinds = {"QUERY": self.query, "--id": self.id, "--duplicates": self.duplicates}
         if len(given := [name for name, value in kinds.items() if value]) != 1:
             raise InputError(f"expected one of QUERY, --id and --duplicates; got {' and '.join(given) or 'none'}")
+        for name, value, needed, is_met in (
+            ("--k", self.k, "QUERY or --id", not self.duplicates),
+            ("--model", self.model, "QUERY", bool(self.query)),
+            ("--above", self.above, "--duplicates", self.duplicates),
+            ("--source", self.source, "--html", page is not None),
+        ):
+            if value is not None and not is_met:
+                raise InputError(f"{name}: applies only to {needed}")
         if page is not None:
-            check_out_file(page, overwrite=True)
+            check_out_file(page, overwrite=self.overwrite)
 
         import torch
 
@@ -76,31 +86,31 @@ class Search(Command):
         from d2v_composer.embedding.search import embed_queries, near_duplicates, search, search_row
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        index, queries = read_index(path), []
+        index, queries, k = read_index(path), [], self.k or DEFAULT_K
+        samples = None if page is None else _open_samples(path, index, self.source)
         if self.duplicates:
-            found = near_duplicates(index.rows, self.above, device, _announce)
+            found = near_duplicates(index.rows, DEFAULT_ABOVE if self.above is None else self.above, device)
         elif self.id:
-            found = [search_row(index, path, self.id, self.k)]
+            found = [search_row(index, path, self.id, k)]
         else:
             queries, names, embeddings = embed_queries(index, path, self.query, self.model, device)
-            found = search(index, names, embeddings, self.k)
-        rows = [*_rows(path, index, found, queries, self.source)] if page is not None else []
+            found = search(index, names, embeddings, k)
         if self.as_json:
             print(json.dumps([_as_json(each, index.ids) for each in found], indent=1, ensure_ascii=False))
         else:
             for each in found:
-                lines = (
-                    f"  {cosine:.4f}  {index.ids[row]}" for row, cosine in zip(each.rows, each.cosines, strict=True)
-                )
+                pairs = zip(each.rows, each.cosines, strict=True)
+                lines = (f"  {cosine:.4f}  {index.ids[row]}" for row, cosine in pairs)
                 print("\n".join([each.query or f"{len(each.rows)} near-duplicates", *lines]))
             if self.duplicates:
                 print(f"groups of near-duplicates: {len(found):,}, with {sum(len(each.rows) for each in found):,} rows")
-        if page is not None:
+        if page is not None and samples is not None:
             from d2v_composer.report.gallery import render
 
             about = DUPLICATES_SHOWN if self.duplicates else NEIGHBORS_SHOWN
-            values = {"title": path, "about": about, "rows": rows, "left_out": len(found) - len(rows)}
-            write_atomically(page, render("search.html", **values))
+            rows = [*_rows(index, found, queries, samples)]
+            values = {"title": path, "about": f"{about} {LIMITS_SHOWN}", "rows": rows}
+            write_atomically(page, render("search.html", left_out=len(found) - len(rows), **values))
             if not self.as_json:
                 print_next(f"open {page.absolute().as_uri()}")
         return found
@@ -109,33 +119,41 @@ class Search(Command):
 main = Search.main
 
 
-def _announce(hours: float) -> None:
-    if hours > SLOW_HOURS:
-        print(f"comparing all pairs takes about {hours:.1f} hours", file=sys.stderr, flush=True)
-
-
 def _as_json(found: "Found", ids: Any) -> dict[str, Any]:
     pairs = zip(found.rows, found.cosines, strict=True)
     rows = [{"id": str(ids[row]), "cosine": float(cosine)} for row, cosine in pairs]
     return {"query": found.query, "neighbors": rows} if found.query else {"near_duplicates": rows}
 
 
-def _rows(
-    path: str, index: "VectorIndex", found: "Sequence[Found]", queries: "Sequence[Source]", source: str | None
-) -> "Iterator[list[Shown]]":
-    """Yield what the page shows in each row: a query and what it finds, or a group of near-duplicates.
+def _open_samples(path: str, index: "VectorIndex", source: str | None) -> "Source":
+    """Open the samples of an index as small pictures, or as sound.
 
     Raises:
-        InputError: The samples of the index cannot be found.
+        InputError: The samples cannot be found, or the first row is not among them.
     """
     from d2v_composer.data import MODALITIES
-    from d2v_composer.report.gallery import SHOWN_SIZE, Shown, picture, sound
+    from d2v_composer.report.gallery import SHOWN_SIZE
     from d2v_composer.sources.open import open_source
 
     if (made_by := index.made_by) is None:
         raise InputError(f"--html: {path} does not say of what its rows are; embed the samples again")
     modality = MODALITIES[made_by["modality"]].of_side(SHOWN_SIZE)
-    samples = open_source(source or made_by["source"], modality)
+    hint = f"; set --source to where the samples of {path} are"
+    try:
+        samples = open_source(source or made_by["source"], modality, column=made_by["column"])
+    except InputError as error:
+        raise InputError(f"--html: {error}{hint}") from error
+    if missing := sorted({*index.ids.tolist()} - {*map(str, samples.ids)}):
+        raise InputError(f"--html: {samples.root} lacks {len(missing):,} of the samples, such as {missing[0]}{hint}")
+    return samples
+
+
+def _rows(
+    index: "VectorIndex", found: "Sequence[Found]", queries: "Sequence[Source]", samples: "Source"
+) -> "Iterator[list[Shown]]":
+    """Yield what the page shows in each row: a query and what it finds, or a group of near-duplicates."""
+    from d2v_composer.report.gallery import Shown, picture, sound
+
     numbers = {str(name): number for number, name in enumerate(samples.ids)}
 
     def show(of: "Source", number: int, title: str, name: str) -> Shown:
@@ -143,11 +161,10 @@ def _rows(
         return Shown(title, "", name, picture(sample), sound(sample))
 
     def show_row(row: int, title: str) -> Shown:
-        if (name := str(index.ids[row])) not in numbers:
-            raise InputError(f"--html: {samples.root} has no {name}; set --source to where the samples of {path} are")
+        name = str(index.ids[row])
         return show(samples, numbers[name], title, name)
 
-    asked = ((replace(of, modality=modality), number) for of in queries for number in range(len(of)))
+    asked = ((replace(of, modality=samples.modality), number) for of in queries for number in range(len(of)))
     for each in found[:ROWS_SHOWN]:
         first = [show(*query, "query", each.query) for query in [next(asked, None)] if query]
         first += [] if each.row is None else [show_row(each.row, "query")]

@@ -19,9 +19,11 @@ from d2v_composer.embedding.collection import INDEX_KEY, IndexRecord, about_file
 from d2v_composer.evaluation.nearest_neighbors import NUM_COMMON, common_fractions, exact_neighbors, others_of
 from d2v_composer.models.alignment import HELD_OUT, MIN_PAIRS, EmbeddingInfo, Moments, side_by_side
 from d2v_composer.models.backbone import Backbone
+from d2v_composer.sources import listed
 from d2v_composer.sources.labeled import evenly_spaced
 from d2v_composer.sources.source import Int64Array, Source, map_in_workers
 from d2v_composer.system.errors import InputError, RunError, errors_of, reading
+from d2v_composer.system.fetch import is_remote
 from d2v_composer.system.progress import progress_bar
 
 # Held-out samples that are looked up in the index.
@@ -29,6 +31,7 @@ MAX_QUERIES = 500
 # Pixels alone explain 0.17 of the held-out rows' variance; a map that explains little more finds nothing.
 LEAST_R2 = 0.2
 BLOCK = 4096  # pairs that are summed up at once
+FLOATS = tuple(map(np.dtype, ("float16", "float32", "float64")))  # of an index
 
 
 class VectorIndex(NamedTuple):
@@ -63,6 +66,8 @@ def read_index(path: str) -> VectorIndex:
         InputError: A file is missing, or does not hold one row of finite floats for each id.
     """
     with reading(path):
+        if is_remote(path):
+            raise ValueError("an index is read from this machine; copy it here, with the files beside it")
         if path.endswith(".npy"):
             ids, rows = np.load(ids_file(path)), np.load(path, mmap_mode="r")
             stored = about.read_bytes() if (about := Path(about_file(path))).exists() else None
@@ -74,11 +79,15 @@ def read_index(path: str) -> VectorIndex:
             table = read_table(path, columns=["id", "embedding"]).combine_chunks()
             stored = (table.schema.metadata or {}).get(INDEX_KEY)
             ids, column = np.array(table["id"].to_pylist()), table["embedding"].combine_chunks()
-            rows = column.flatten().to_numpy(zero_copy_only=False).reshape(len(ids), -1)
-            if set(column.value_lengths().to_pylist()) != {rows.shape[1]}:
+            widths = set(column.value_lengths().to_pylist())
+            if len(widths) > 1:
                 raise ValueError("its embeddings differ in width")
-        if rows.ndim != 2 or not rows.shape[1] or rows.dtype.kind != "f" or len(rows) != len(ids):
-            raise ValueError(f"expected rows of numbers, one id each, got {rows.dtype} {rows.shape}, {len(ids)} ids")
+            rows = column.flatten().to_numpy(zero_copy_only=False).reshape(len(ids), *widths)
+        if rows.ndim != 2 or not rows.size or rows.dtype not in FLOATS or len(rows) != len(ids):
+            kinds = f"{listed(map(str, FLOATS))} of this machine's byte order"
+            raise ValueError(
+                f"expected rows of {kinds}, one id each, got {rows.dtype.str} {rows.shape}, {len(ids)} ids"
+            )
         for first in range(0, len(rows), 1 << 14):
             largest = np.abs(rows[first : first + (1 << 14)]).max(axis=1).astype(np.float64)
             # In float32, the length of other rows would be infinite, or so short that it is not normalized.

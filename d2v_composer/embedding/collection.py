@@ -33,7 +33,6 @@ from d2v_composer.models.backbone import Backbone, hash_weights
 from d2v_composer.models.names import EMBEDDING, PrecisionName
 from d2v_composer.models.precision import choose_precision, precision_of
 from d2v_composer.sources.source import Source, hash_of, map_in_threads, map_in_workers
-from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, check_outputs, exists, is_remote, put
 from d2v_composer.system.files import acquire, read_json, sole_user, write_atomically
@@ -72,7 +71,9 @@ class IndexRecord(TypedDict):
     """Hash of the model's sizes and weights."""
     embedding: EmbeddingInfo
     source: str
-    """Folder or address to which the ids belong."""
+    """SOURCE of ``d2v embed``, to which the ids belong, with an absolute path."""
+    column: str | None
+    """Its ``--column``."""
     modality: str
     """``image`` or ``audio``."""
 
@@ -130,7 +131,7 @@ def embed_source(
     skip_unreadable: bool = False,
     overwrite: bool = False,
     part: Mapping[str, Any] | None = None,
-    reference: Mapping[str, Any] = {},
+    made_from: Mapping[str, Any],
 ) -> Embedded:
     """Embed every sample of a source, or of its part, into a file, or resume an interrupted run.
 
@@ -148,7 +149,7 @@ def embed_source(
         skip_unreadable: Skip and list unreadable samples instead of stopping.
         overwrite: Replace ``out``.
         part: The :func:`record_of` a part.
-        reference: See :class:`IndexRecord`.
+        made_from: The fields ``reference``, ``source`` and ``column`` of :class:`IndexRecord`.
 
     Raises:
         InputError: A sample is unreadable, an embedding is not finite, another process writes the file or has written
@@ -170,7 +171,7 @@ def embed_source(
         theirs, resumed = deque(chunk for chunk in left if chunk.rank != rank), total - to_do
         with progress_bar(total=total, initial=resumed, desc="embedding", unit=unit) as bar:
             batches = [(chunk, batch) for chunk in left if chunk.rank == rank for batch in chunk.batches]
-            embedded = _embed_batches(model, source, [batch for _, batch in batches], options, device, workers)
+            embedded = embed_batches(model, source, [batch for _, batch in batches], options, device, workers)
             rows, skipped = list[NDArray](), list[tuple[int, str]]()
             for (chunk, batch), (block, unreadable) in zip(batches, embedded, strict=True):
                 skipped += unreadable
@@ -191,13 +192,12 @@ def embed_source(
         _check_skipped(reasons, skip_unreadable, unit)  # an interrupted run may have skipped them
         embedding = Embedded(total - len(reasons), info.width, reasons, resumed, seconds)
         blocks = (chunk.read_block(source) for chunk in chunks)
-        about = {"reference": dict(reference), "model": plan["model"], "embedding": info._asdict()}
-        about |= {"source": hide_secrets(str(place)), "modality": source.modality.name}
+        about = {"model": plan["model"], "embedding": info._asdict(), "modality": source.modality.name, **made_from}
         _write_table(out, blocks, embedding, np.dtype(options.dtype), overwrite, about, part)
     return embedding
 
 
-def _embed_batches(
+def embed_batches(
     model: Backbone, source: Source, batches: Sequence[range], options: EmbeddingOptions, device: str, workers: int
 ) -> Iterator[tuple[NDArray, list[tuple[int, str]]]]:
     """Yield for each batch the embeddings of its readable samples, and the number and reason of each unreadable one.

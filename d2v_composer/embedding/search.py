@@ -1,27 +1,31 @@
-"""Search an index exactly, and find its near-duplicates, in bounded memory.
+"""Search an index exactly, and find its near-duplicates, by blocks, so that an index may be larger than the memory.
 
 Shapes: N rows of the index, Q queries, K neighbors, D channels.
 """
 
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.functional import normalize
 
 from d2v_composer.config.reference import load_any
 from d2v_composer.data import modality_of
 from d2v_composer.embedding.align import VectorIndex
-from d2v_composer.embedding.collection import EmbeddingOptions, embed_batch, load_batch
+from d2v_composer.embedding.collection import EmbeddingOptions, IndexRecord, embed_batches
 from d2v_composer.evaluation.nearest_neighbors import exact_neighbors
+from d2v_composer.models.backbone import Backbone, hash_weights
+from d2v_composer.models.names import EMBEDDING
+from d2v_composer.models.precision import precision_of
 from d2v_composer.sources.open import open_source
 from d2v_composer.sources.source import Int64Array, Source
 from d2v_composer.system.errors import InputError
+from d2v_composer.system.progress import progress_bar
 
 # Rows of the index that are compared at once: 64 MiB of cosines.
 BLOCK = 1 << 12
@@ -57,36 +61,50 @@ def embed_queries(
     Raises:
         InputError: The model cannot be loaded, or embeds into another space, or a query is unreadable.
     """
-    made_by = index.made_by
-    if made_by is None and model is None:
+    made_by, reference = index.made_by, dict[str, Any]()
+    if made_by is not None:
+        reference = dict(made_by["reference"])
+    elif model is None:
         raise InputError(f"{path} does not say which model made it; name the model with --model")
+    raw = {name: reference.pop(name, None) for name in ("pooling", "representation")}
     try:
-        loaded, _ = load_any(**made_by["reference"]) if made_by and model is None else load_any(model or "")
+        loaded, _ = load_any(model) if model is not None else load_any(**reference)
     except InputError as error:
-        raise error if model else InputError(f"{error}; {path} was made by it; if it moved, set --model") from error
-    fields: dict[str, Any] = made_by["reference"] if made_by and model is None else {}
-    name = loaded.choose_embedding(fields.get("pooling"), fields.get("representation"))
-    info = loaded.describe(name)
-    if made_by and not info.is_in_space_of(made_by["embedding"]):
+        if model is not None:
+            raise
+        raise InputError(f"{error}; {path} was made by it; if it moved, set --model") from error
+    name = EMBEDDING
+    if made_by is not None and (name := _matching_embedding(loaded, made_by, raw)) is None:
         raise InputError(
             f"{path} has the embedding {made_by['embedding']} of {made_by['reference']['model']}; "
-            f"{model or 'the file that is there now'} embeds into another space: {info}"
+            f"{model or 'the file that is there now'} embeds into another space: {loaded.embedding}"
         )
-    if info.width != index.rows.shape[1]:
-        raise InputError(f"{path} has rows of {index.rows.shape[1]} channels, and {model} gives {info.width}")
+    if (width := loaded.describe(name).width) != index.rows.shape[1]:
+        raise InputError(f"{path} has rows of {index.rows.shape[1]} channels, and {model} gives {width}")
     loaded.eval().to(device)
-    options, sources, names, parts = EmbeddingOptions(name), [], [], []
+    options, sources, names, parts = EmbeddingOptions(name), list[Source](), list[str](), list[Tensor]()
     for query in queries:
-        source = open_source(query, modality_of(loaded.encoder.config))
-        sources.append(source)
-        for first in range(0, len(source), source.modality.batch_size):
-            numbers = range(len(source))[first : first + source.modality.batch_size]
-            batch, unreadable = load_batch(source.decode, numbers)
+        sources.append(source := open_source(query, modality_of(loaded.encoder.config)))
+        size = source.modality.batch_size
+        batches = [range(first, min(first + size, len(source))) for first in range(0, len(source), size)]
+        for block, unreadable in embed_batches(loaded, source, batches, options, device, workers=0):
             if unreadable:
                 raise InputError(unreadable[0][1])
-            names += map(source.name, numbers)
-            parts.append(torch.from_numpy(embed_batch(loaded, batch, options, device)))
+            parts.append(torch.from_numpy(block))
+        names += map(source.name, range(len(source)))
     return sources, names, torch.cat(parts)
+
+
+def _matching_embedding(model: Backbone, made_by: IndexRecord, raw: Mapping[str, Any]) -> str | None:
+    """Return the name of the model's embedding that is in the space of an index; ``None`` if there is none."""
+    has_its_weights = hash_weights(model) == made_by["model"]
+    for name in (EMBEDDING, f"{raw['representation'] or 'output'}_{raw['pooling'] or model.default_pooling}"):
+        if name == EMBEDDING or name in model.raw_names:
+            info, of_index = model.describe(name), made_by["embedding"]
+            # An index of unknown space is in the space of the model that made it.
+            if info.is_in_space_of(of_index) or (has_its_weights and info == of_index):
+                return name
+    return None
 
 
 def search(index: VectorIndex, names: Sequence[str], queries: Tensor, k: int) -> list[Found]:
@@ -118,19 +136,17 @@ def as_tensor(rows: NDArray[Any]) -> Tensor:
         return torch.from_numpy(rows)
 
 
-def near_duplicates(
-    rows: NDArray[np.floating], above: float, device: str = "cpu", announce: Callable[[float], None] = lambda _: None
-) -> list[Found]:
+def near_duplicates(rows: NDArray[np.floating], above: float, device: str = "cpu") -> list[Found]:
     """Group rows whose cosine, after the mean of all rows was subtracted, is greater than ``above``.
 
-    Embeddings have much in common, so that their cosines are near 1; without the mean, they differ clearly. A group is
-    what pairs connect: two of its rows may be less similar than ``above``. All N² / 2 pairs are compared, by blocks.
+    Embeddings have much in common, so that their cosines are near 1; without the mean, they differ clearly. Of a few
+    rows, the mean tells little. A group is what pairs connect: two of its rows may be less similar than ``above``. All
+    N² / 2 pairs are compared, by blocks.
 
     Args:
         rows: The index, (N, D), of any float type; it may be mapped from a file.
         above: Least cosine of a pair, from -1 to 1.
         device: cpu or cuda.
-        announce: Called once, with the estimated hours, after the first block was compared.
 
     Returns:
         The groups, the largest first.
@@ -138,25 +154,31 @@ def near_duplicates(
     mean_D = np.zeros(rows.shape[1])
     for first in range(0, len(rows), BLOCK):
         mean_D += rows[first : first + BLOCK].sum(axis=0, dtype=np.float64) / len(rows)
-
-    def unit(first: int) -> Tensor:
-        block = torch.from_numpy((rows[first : first + BLOCK] - mean_D).astype(np.float32))
-        return normalize(block.to(device), dim=1)
-
     labels, starts = np.arange(len(rows)), range(0, len(rows), BLOCK)
-    begun = time.perf_counter()
-    for first in starts:
-        unit_BD = unit(first)
-        for second in starts[starts.index(first) :]:
-            cosines_BB = unit_BD @ (unit_BD if second == first else unit(second)).T
-            pairs = (cosines_BB > above).nonzero().cpu().numpy()
-            _join(labels, pairs[:, 0] + first, pairs[:, 1] + second)
-            if first == second == 0:
-                num_blocks = len(starts) * (len(starts) + 1) / 2
-                announce((time.perf_counter() - begun) * num_blocks / 3600)
+    total = len(starts) * (len(starts) + 1) // 2
+    with precision_of(None, device), progress_bar(total=total, desc="comparing", unit="blocks") as bar:
+        for first in starts:
+            unit_BD = _centered(rows[first : first + BLOCK], mean_D).float().to(device)
+            for second in range(first, len(rows), BLOCK):
+                others_BD = _centered(rows[second : second + BLOCK], mean_D).float().to(device)
+                similar = (unit_BD @ others_BD.T > above).nonzero().cpu().numpy()
+                _join(labels, similar[:, 0] + first, similar[:, 1] + second)
+                bar.update()
     by_label = np.argsort(labels, kind="stable")
     groups = [group for group in np.split(by_label, np.flatnonzero(np.diff(labels[by_label])) + 1) if len(group) > 1]
-    return [_group(rows, mean_D, numbers) for numbers in sorted(groups, key=len, reverse=True)]
+    found = list[Found]()
+    for group in sorted(groups, key=len, reverse=True):
+        blocks = [group[first : first + BLOCK] for first in range(0, len(group), BLOCK)]
+        first_D = _centered(rows[group[:1]], mean_D)[0]
+        found.append(Found("", group, np.concatenate([_centered(rows[block], mean_D) @ first_D for block in blocks])))
+    return found
+
+
+def _centered(rows: NDArray[np.floating], mean_D: NDArray[np.float64]) -> Tensor:
+    """Return rows, (B, D), minus the mean, with length 1, in float64; what equals the mean is alike."""
+    rest_BD = torch.from_numpy(rows - mean_D)
+    is_mean_B = vector_norm(rest_BD, dim=1) <= 1e-6 * np.linalg.norm(mean_D)
+    return normalize(torch.where(is_mean_B[:, None], 1.0, rest_BD), dim=1)
 
 
 def _join(labels: Int64Array, first: Int64Array, second: Int64Array) -> None:
@@ -168,8 +190,3 @@ def _join(labels: Int64Array, first: Int64Array, second: Int64Array) -> None:
         np.minimum.at(labels, high[apart], low[apart])
         while (labels[labels] != labels).any():
             labels[:] = labels[labels]
-
-
-def _group(rows: NDArray[np.floating], mean_D: NDArray[np.float64], numbers: Int64Array) -> Found:
-    unit_MD = normalize(torch.from_numpy(np.asarray(rows[numbers]) - mean_D), dim=1)
-    return Found("", numbers, (unit_MD @ unit_MD[0]).numpy())

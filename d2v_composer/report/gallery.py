@@ -25,10 +25,11 @@ class Shown(NamedTuple):
     """A sample in a gallery."""
 
     model: str
-    """``query``, or the model that found the sample."""
+    """The line below the picture: ``query``, the model that found the sample, or its cosine with the query."""
     mark: str
     """✓ if the sample is of the query's class, else ✗. Without labels, ✓ if both models find it. The query has none."""
     label: str
+    """The class, or the sample's id."""
     picture: bytes
     """A PNG file."""
     sound: bytes

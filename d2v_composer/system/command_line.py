@@ -1,4 +1,4 @@
-"""Run a command: exit status, error lines, parser, next steps.
+"""Run a command: exit status, error lines, next steps.
 
 Exit status: 0; 2 with a line per bad input; 1 with a line for a foreseen failure; 130 or 143 after a signal; 1 with a
 traceback for a fault of ours.

@@ -132,7 +132,11 @@ def test_a_moved_model_or_samples_are_named(indexes: Path, tmp_path: Path) -> No
     with pytest.raises(InputError, match="/moved/photos"):
         found(*query, "--model", TEACHER, "--html", tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
-    found(*query, "--model", TEACHER, "--html", tmp_path / "page.html", "--source", indexes / "photos")
+    page = "--html", tmp_path / "page.html", "--source", indexes / "photos"
+    found(*query, "--model", TEACHER, *page)
+    with pytest.raises(InputError, match=r"page\.html already exists"):
+        found(*query, "--model", TEACHER, *page)
+    found(*query, "--model", TEACHER, *page, "--overwrite")
 
 
 @pytest.mark.parametrize(
@@ -144,6 +148,8 @@ def test_a_moved_model_or_samples_are_named(indexes: Path, tmp_path: Path) -> No
         (["photos/1.png", "--model", "unaligned.safetensors"], "another space"),
         (["photos/1.png", "--model", str(GOLDEN / "tiny_base.pt")], "another space"),
         (["photos/none.png"], "none.png"),
+        (["photos/1.png", "--above", "0.9"], "--above: applies only to --duplicates"),
+        (["--id", "1.png", "--source", "photos"], "--source: applies only to --html"),
     ],
 )
 def test_one_line_says_what_is_wrong(
@@ -167,3 +173,36 @@ def test_an_index_of_unknown_origin_needs_a_model(indexes: Path, tmp_path: Path)
     assert found(index, query, "--model", TEACHER, "--k", "1")[0].rows.tolist() == [1]
     with pytest.raises(InputError, match="does not say of what its rows are"):
         found(index, "--duplicates", "--html", tmp_path / "page.html")
+
+
+def test_an_index_of_a_raw_embedding_is_searched_by_it(indexes: Path, tmp_path: Path) -> None:
+    index, photos = tmp_path / "raw.npy", indexes / "photos"
+    embed.main([str(GOLDEN / "tiny_base.pt"), str(photos), str(index), "--pooling", "mean"])
+    for model in ([], ["--model", GOLDEN / "tiny_base.pt"]):
+        (each,) = found(index, photos / "4.png", "--k", "1", *model)
+        assert (each.rows.tolist(), each.cosines[0]) == ([6], pytest.approx(1, abs=1e-6))
+
+
+def test_equal_rows_are_duplicates() -> None:
+    rows = np.tile(np.random.default_rng(0).normal(size=8).astype(np.float32), (5, 1))
+    assert [group.rows.tolist() for group in near_duplicates(rows, above=0.95)] == [[0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (np.zeros((0, 8), np.float32), r"expected rows of float16, float32 or float64.*, 0 ids"),
+        (np.ones((2, 8), ">f4"), "got >f4"),
+        (np.full((2, 8), np.nan, np.float32), "the row of a has numbers that are not finite"),
+    ],
+)
+def test_rows_that_cannot_be_compared(tmp_path: Path, rows: NDArray, message: str) -> None:
+    np.save(tmp_path / "i.npy", rows)
+    np.save(tmp_path / "i.ids.npy", np.array(["a", "b"][: len(rows)], str))
+    with pytest.raises(InputError, match=message):
+        found(tmp_path / "i.npy", "--duplicates")
+
+
+def test_an_index_in_a_store_is_refused() -> None:
+    with pytest.raises(InputError, match="an index is read from this machine; copy it here"):
+        found("s3://bucket/photos.npy", "--duplicates")

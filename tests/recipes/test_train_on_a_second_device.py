@@ -202,6 +202,6 @@ def test_an_exported_student_embeds_as_on_the_host(here: Path, labeled: Path, tm
         out = tmp_path / f"{device}.npy"
         options = EmbeddingOptions(batch_size=40)
         source = open_source(str(labeled / "test"), Images.of(student.encoder.config))
-        embed_source(student.to(device), source, out, options, device=device, workers=0)
+        embed_source(student.to(device), source, out, options, device=device, workers=0, made_from={})
         embedded.append(np.load(out))
     np.testing.assert_allclose(*embedded, atol=1e-4)
