@@ -85,9 +85,7 @@ def read_index(path: str) -> VectorIndex:
             rows = column.flatten().to_numpy(zero_copy_only=False).reshape(len(ids), *widths)
         if rows.ndim != 2 or not rows.size or rows.dtype not in FLOATS or len(rows) != len(ids):
             kinds = f"{listed(map(str, FLOATS))} of this machine's byte order"
-            raise ValueError(
-                f"expected rows of {kinds}, one id each, got {rows.dtype.str} {rows.shape}, {len(ids)} ids"
-            )
+            raise ValueError(f"expected rows of {kinds}, one id each, got {rows.dtype} {rows.shape}, {len(ids)} ids")
         for first in range(0, len(rows), 1 << 14):
             largest = np.abs(rows[first : first + (1 << 14)]).max(axis=1).astype(np.float64)
             # In float32, the length of other rows would be infinite, or so short that it is not normalized.

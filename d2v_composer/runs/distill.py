@@ -170,7 +170,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
         normalization = config.objectives.tokens.model_dump(include={"normalization", "final_layer_norm"})
         student = teacher.build_student(**config.student.model_dump(), **normalization)
     check_network("student.model", student, config)
-    with errors_of("objectives"):
+    with errors_of("objectives.tokens"):
         model = DistillationModel(
             teacher,
             student,
