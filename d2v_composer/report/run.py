@@ -12,7 +12,15 @@ from d2v_composer.data import MODALITIES
 from d2v_composer.data.modality import Modality
 from d2v_composer.evaluation.metrics.metric import Column
 from d2v_composer.evaluation.metrics.retrieval import retrieval_from
-from d2v_composer.evaluation.results import GapClosed, Result, gap_closed, last_batch, pivot, read_results
+from d2v_composer.evaluation.results import (
+    GapClosed,
+    Result,
+    are_comparable,
+    gap_closed,
+    last_batch,
+    pivot,
+    read_results,
+)
 from d2v_composer.evaluation.rows import GAP, IN_INDEX, STUDENT, TEACHER, UNTRAINED, metric_key
 from d2v_composer.evaluation.run_log import Log, read_jsonl
 from d2v_composer.report.gallery import SHOWN_SIZE
@@ -103,7 +111,7 @@ def verdicts(run: Run) -> Iterator[str]:
 
 def _found(column: Column, cells: Mapping[str, Result], gap: GapClosed, unit: str) -> str:
     shown = {row: f"{100 * result.accuracy:.1f} %" for row, result in cells.items()}
-    if IN_INDEX in cells:
+    if IN_INDEX in cells and are_comparable(cells[IN_INDEX], cells[TEACHER]):
         beside = f"in its teacher's index, where the teacher scores {shown[TEACHER]} ({column.heading})"
         said = f"the student scores {shown[IN_INDEX]} {beside}; in an index of its own it scores {shown[STUDENT]}"
     else:

@@ -104,6 +104,21 @@ def test_a_student_in_its_teachers_index() -> None:
     assert {*re.findall(r"-?\d+\.\d", said)} <= numbers
 
 
+def test_numbers_of_two_embeddings_are_not_in_one_sentence() -> None:
+    """A run whose tables are by a raw embedding still has its student in its teacher's index, by the map."""
+    run = run_of(TOP1, 0.6, 0.2, 0.4)
+    raw = [
+        result._replace(embedding="output_cls", info=EmbeddingInfo("output_cls", "raw", 8, ""))
+        for result in run.results
+    ]
+    in_index = result_of("student in the teacher's index", TOP1, torch.arange(4000) < 2200, 300)
+    [said] = verdicts(run._replace(results=[*raw, in_index]))
+    shown, from_untrained = scores("bank train top-1", 20, 40, 60)
+    assert said.startswith(shown)
+    assert from_untrained in said
+    assert "55.0" not in said
+
+
 def test_a_teacher_that_is_no_better_leaves_no_gap_to_close() -> None:
     run = run_of(TOP1, 0.3, 0.3, 0.4)
     assert closed(run) == "–"
