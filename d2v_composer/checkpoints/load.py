@@ -11,7 +11,7 @@ from d2v_composer.checkpoints.checkpoint import Checkpoint, fetch_model, read_ne
 from d2v_composer.checkpoints.fairseq import load_data2vec2
 from d2v_composer.checkpoints.model_file import (
     CONFIG_TENSOR,
-    Source,
+    ModelName,
     Tensors,
     build_loaded,
     build_student,
@@ -333,7 +333,7 @@ def _load_finetuned(checkpoint: Checkpoint) -> Backbone:
 
 
 def _build_with_head(
-    path: Source, sizes: NetworkSizes | StudentSizes, tensors: Tensors, provenance: Record
+    path: ModelName, sizes: NetworkSizes | StudentSizes, tensors: Tensors, provenance: Record
 ) -> Backbone:
     """Build a student, with a classifier if the tensors have one."""
     head = {name.removeprefix("head."): tensor for name, tensor in tensors.items() if name.startswith("head.")}

@@ -47,7 +47,7 @@ DRAWS = (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)
 
 Tensors = Mapping[str, Tensor]
 """Name → tensor, as in a state dict."""
-Source = str | Path
+ModelName = str | Path
 """The file, or another name of a model, in messages."""
 ConfigT = TypeVar("ConfigT", bound=Config)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -134,7 +134,7 @@ def is_safetensors(path: Path) -> bool:
         return file.read(9)[8:] == b"{"
 
 
-def build_loaded(source: Source, build: Callable[[], ModuleT], tensors: Tensors) -> ModuleT:
+def build_loaded(source: ModelName, build: Callable[[], ModuleT], tensors: Tensors) -> ModuleT:
     """Build a model from a file's tensors.
 
     Raises:
@@ -156,7 +156,7 @@ class _Unset(TorchFunctionMode):
         return (torch.empty if func is torch.zeros else func)(*args, **kwargs)
 
 
-def check_fits(source: Source, build: Callable[[], nn.Module], tensors: Tensors) -> None:
+def check_fits(source: ModelName, build: Callable[[], nn.Module], tensors: Tensors) -> None:
     """Check that a file has exactly the tensors of a model, before memory is allocated for the model.
 
     Raises:
@@ -214,7 +214,7 @@ def sizes_of(student: Backbone) -> Record:
     return StudentSizes(encoder=config, student=student.config, embedding=embedding).model_dump(mode="json")
 
 
-def read_sizes(source: Source, stored: Record) -> NetworkSizes | StudentSizes:
+def read_sizes(source: ModelName, stored: Record) -> NetworkSizes | StudentSizes:
     """Read what :func:`sizes_of` returned.
 
     Raises:
@@ -225,7 +225,7 @@ def read_sizes(source: Source, stored: Record) -> NetworkSizes | StudentSizes:
 
 
 def build_student(
-    source: Source, sizes: NetworkSizes | StudentSizes, tensors: Tensors, provenance: Record | None = None
+    source: ModelName, sizes: NetworkSizes | StudentSizes, tensors: Tensors, provenance: Record | None = None
 ) -> Backbone:
     """Build a student from its sizes and tensors, in eval mode.
 
@@ -269,7 +269,7 @@ def new_student(
     return student
 
 
-def from_timm(source: Source, sizes: NetworkSizes, tensors: Tensors, is_classifier: bool) -> Tensors:
+def from_timm(source: ModelName, sizes: NetworkSizes, tensors: Tensors, is_classifier: bool) -> Tensors:
     """Return the tensors of an exported timm student by our names, with timm's classifier as the alignment or the head.
 
     Raises:
@@ -291,7 +291,7 @@ def from_timm(source: Source, sizes: NetworkSizes, tensors: Tensors, is_classifi
     return {sizes.prefix + name: tensor for name, tensor in tensors.items()} | last
 
 
-def check_timm_outputs(source: Source, student: Backbone) -> None:
+def check_timm_outputs(source: ModelName, student: Backbone) -> None:
     """Check that a student with a timm encoder computes what it did at export, since timm's version may differ.
 
     Raises:

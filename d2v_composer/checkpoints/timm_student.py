@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from d2v_composer.checkpoints.model_file import (
     CONFIG_TENSOR,
-    Source,
+    ModelName,
     Tensors,
     build_student,
     check_timm_outputs,
@@ -35,7 +35,7 @@ NAME = "d2v2_student"
 POOLINGS = {"token": "cls", "avg": "mean_patches"}
 
 
-def convert_to_timm(source: Source, student: Backbone) -> tuple[Record, Tensors]:
+def convert_to_timm(source: ModelName, student: Backbone) -> tuple[Record, Tensors]:
     """Return a student's sizes and tensors for a file, after a check that timm computes the same with them.
 
     Args:

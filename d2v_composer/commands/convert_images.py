@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class Convert(Command):
-    """What conversions of images and of audio share."""
+    """The arguments and the work that conversions of images and of audio have in common."""
 
     source: Positional[str]
     out: Positional[Place]

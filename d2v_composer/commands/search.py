@@ -14,7 +14,7 @@ the files of the index.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,7 +87,7 @@ class Search(Command):
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         index, queries, k = read_index(path), [], self.k or DEFAULT_K
-        samples = None if page is None else _open_samples(path, index, self.source)
+        opened = None if page is None else _open_samples(path, index, self.source)
         if self.duplicates:
             found = near_duplicates(index.rows, DEFAULT_ABOVE if self.above is None else self.above, device)
         elif self.id:
@@ -104,11 +104,11 @@ class Search(Command):
                 print("\n".join([each.query or f"{len(each.rows)} near-duplicates", *lines]))
             if self.duplicates:
                 print(f"groups of near-duplicates: {len(found):,}, with {sum(len(each.rows) for each in found):,} rows")
-        if page is not None and samples is not None:
+        if page is not None and opened is not None:
             from d2v_composer.report.gallery import render
 
             about = DUPLICATES_SHOWN if self.duplicates else NEIGHBORS_SHOWN
-            rows = [*_rows(index, found, queries, samples)]
+            rows = [*_rows(index.ids, found, queries, *opened)]
             values = {"title": path, "about": f"{about} {LIMITS_SHOWN}", "rows": rows}
             write_atomically(page, render("search.html", left_out=len(found) - len(rows), **values))
             if not self.as_json:
@@ -125,11 +125,11 @@ def _as_json(found: "Found", ids: Any) -> dict[str, Any]:
     return {"query": found.query, "neighbors": rows} if found.query else {"near_duplicates": rows}
 
 
-def _open_samples(path: str, index: "VectorIndex", source: str | None) -> "Source":
-    """Open the samples of an index as small pictures, or as sound.
+def _open_samples(path: str, index: "VectorIndex", source: str | None) -> "tuple[Source, dict[str, int]]":
+    """Open the samples of an index as small pictures, or as sound; return them, and id → number.
 
     Raises:
-        InputError: The samples cannot be found, or the first row is not among them.
+        InputError: The samples cannot be found, or some are missing.
     """
     from d2v_composer.data import MODALITIES
     from d2v_composer.report.gallery import SHOWN_SIZE
@@ -143,25 +143,24 @@ def _open_samples(path: str, index: "VectorIndex", source: str | None) -> "Sourc
         samples = open_source(source or made_by["source"], modality, column=made_by["column"])
     except InputError as error:
         raise InputError(f"--html: {error}{hint}") from error
-    if missing := sorted({*index.ids.tolist()} - {*map(str, samples.ids)}):
+    numbers = {str(name): number for number, name in enumerate(samples.ids)}
+    if missing := sorted({*index.ids.tolist()} - numbers.keys()):
         raise InputError(f"--html: {samples.root} lacks {len(missing):,} of the samples, such as {missing[0]}{hint}")
-    return samples
+    return samples, numbers
 
 
 def _rows(
-    index: "VectorIndex", found: "Sequence[Found]", queries: "Sequence[Source]", samples: "Source"
+    ids: Any, found: "Sequence[Found]", queries: "Sequence[Source]", samples: "Source", numbers: Mapping[str, int]
 ) -> "Iterator[list[Shown]]":
     """Yield what the page shows in each row: a query and what it finds, or a group of near-duplicates."""
     from d2v_composer.report.gallery import Shown, picture, sound
-
-    numbers = {str(name): number for number, name in enumerate(samples.ids)}
 
     def show(of: "Source", number: int, title: str, name: str) -> Shown:
         sample = of.decode(number)
         return Shown(title, "", name, picture(sample), sound(sample))
 
     def show_row(row: int, title: str) -> Shown:
-        name = str(index.ids[row])
+        name = str(ids[row])
         return show(samples, numbers[name], title, name)
 
     asked = ((replace(of, modality=samples.modality), number) for of in queries for number in range(len(of)))

@@ -63,7 +63,7 @@ class EmbeddingOptions(NamedTuple):
 
 
 class IndexRecord(TypedDict):
-    """What made an index: metadata of NAME.parquet under ``INDEX_KEY``, or NAME.model.json beside NAME.npy."""
+    """An index's model and samples: NAME.parquet's metadata under ``INDEX_KEY``, or NAME.model.json beside NAME.npy."""
 
     reference: dict[str, Any]
     """The fields of :class:`~d2v_composer.config.reference.ModelReference` that load the model again."""

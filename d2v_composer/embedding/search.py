@@ -80,7 +80,7 @@ def embed_queries(
             f"{model or 'the file that is there now'} embeds into another space: {loaded.embedding}"
         )
     if (width := loaded.describe(name).width) != index.rows.shape[1]:
-        raise InputError(f"{path} has rows of {index.rows.shape[1]} channels, and {model} gives {width}")
+        raise InputError(f"{path} has rows of {index.rows.shape[1]} channels, and the model gives {width}")
     loaded.eval().to(device)
     options, sources, names, parts = EmbeddingOptions(name), list[Source](), list[str](), list[Tensor]()
     for query in queries:
@@ -122,9 +122,11 @@ def search_row(index: VectorIndex, path: str, name: str, k: int) -> Found:
     """
     rows = np.flatnonzero(index.ids == name)
     if len(rows) != 1:
-        like = f"; its ids look like {str(index.ids[0])!r}" if len(index.ids) else ""
-        raise InputError(f"--id: expected the id of one row; {len(rows) or 'no'} rows of {path} have {name!r}{like}")
-    (found,) = search(index, [name], as_tensor(index.rows[rows]), k + 1)
+        raise InputError(
+            f"--id: expected the id of one row; {len(rows) or 'no'} rows of {path} have {name!r}; its ids look like "
+            f"{str(index.ids[0])!r}"
+        )
+    (found,) = search(index, [name], torch.from_numpy(index.rows[rows]), k + 1)
     others = np.flatnonzero(found.rows != rows[0])[:k]
     return Found(name, found.rows[others], found.cosines[others], int(rows[0]))
 
