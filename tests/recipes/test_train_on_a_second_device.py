@@ -123,6 +123,7 @@ EVERYTHING = (
     "scheduler.t_warmup=1ba",
     "device_train_microbatch_size=6",
     "save_num_checkpoints_to_keep=1",
+    "retrieval.embeddings=all",
     "retrieval.interval=2ba",
     "callbacks.health={interval: 1ba}",
     "callbacks.memory_monitor={}",
