@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from d2v_composer.config.schema import NEEDS_DATA, EvaluateConfig, FinetuneConfig, RunConfig, TrainConfig
+from d2v_composer.config.schema import NEEDS_DATA, DetectConfig, EvaluateConfig, FinetuneConfig, RunConfig, TrainConfig
 from d2v_composer.config.types import describe_problem, suggest
 from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.processes import let_first_rank_report
@@ -45,6 +45,11 @@ def load_config(argv: Sequence[str], values: Mapping[str, Any] = {}, *, needs_da
 def load_finetune_config(argv: Sequence[str]) -> FinetuneConfig:
     """Read and check the arguments of a fine-tuning run, as :func:`load_config` does."""
     return load_checked(FinetuneConfig, argv)
+
+
+def load_detect_config(argv: Sequence[str]) -> DetectConfig:
+    """Read and check the arguments of a detector's run, as :func:`load_config` does."""
+    return load_checked(DetectConfig, argv)
 
 
 def load_evaluate_config(argv: Sequence[str]) -> EvaluateConfig:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from d2v_composer.checkpoints.load import Models
 
 
+ImageSizeText = Annotated[int | str, PlainValidator(read_image_size)]
+
+
 class TimmSizes(BaseModel):
     """Sizes of a timm model."""
 
@@ -23,7 +26,7 @@ class TimmSizes(BaseModel):
 
     first_blocks: Annotated[Whole | None, FIXED] = None
     """Blocks in the shared encoder; null: for timm, a sixth of the model's blocks; for data2vec2, as in its file."""
-    image_size: Annotated[Annotated[int | str, PlainValidator(read_image_size)] | None, FIXED] = None
+    image_size: Annotated[ImageSizeText | None, FIXED] = None
     """timm: pixels per side, or HEIGHTxWIDTH; null: the model's own."""
 
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ByteSize, Field, ValidationInfo, create_model, model_validator
 from typing_extensions import Self
 
-from d2v_composer.config.reference import ModelReference, TimmSizes
+from d2v_composer.config.reference import ImageSizeText, ModelReference, TimmSizes
 from d2v_composer.config.resume import FIXED, FIXED_IF_COMPARED, NEW_RESULT, NEW_TARGETS
 from d2v_composer.config.types import (
     IS_MODE,
@@ -181,20 +181,34 @@ SECTIONS: Any = {name: (objective.Options, objective.Options()) for name, object
 ObjectivesConfig = create_model("ObjectivesConfig", __base__=Objectives, __doc__=Objectives.__doc__, **SECTIONS)
 
 
-class ShardLoaderConfig(Section):
-    """Workers and augmentation of training images, and how they are streamed from MDS shards."""
+class LoaderConfig(Section):
+    """Workers and augmentation of training images."""
 
     num_workers: Annotated[int, Field(ge=0, le=1000)] = 8
     """Processes per device that decode samples and put their batches into /dev/shm; if /dev/shm is too small, the run
     fails at the start. 0: the training process decodes the samples."""
     prefetch_factor: PrefetchFactor = 2
     """Batches that each worker prepares ahead."""
+    flip: Annotated[Fraction, NEW_RESULT] = 0.5
+    """Probability of a horizontal flip."""
+
+    @property
+    def store_seconds(self) -> float:
+        """How long the samples' store may be unreachable, in seconds; 0 without a store."""
+        return 0.0
+
+    def faults(self, batch_size: int) -> Iterator[str]:
+        """Yield '.key: problem' for each value that does not suit a global batch size."""
+        yield from ()
+
+
+class ShardLoaderConfig(LoaderConfig):
+    """Workers and augmentation of training images, and how they are streamed from MDS shards."""
+
     crop_scale: Annotated[Range, must("be at most 1", lambda scale: scale[1] <= 1), NEW_RESULT] = (0.08, 1.0)
     """Smallest and largest area of a random crop, as a fraction of the image."""
     crop_ratio: Annotated[Range, NEW_RESULT] = (3 / 4, 4 / 3)
     """Smallest and largest ratio of width to height of a random crop."""
-    flip: Annotated[Fraction, NEW_RESULT] = 0.5
-    """Probability of a horizontal flip."""
     # The order of clips is by their length in a batch.
     crop_seconds: Annotated[float, Field(ge=0.045, le=3600), FIXED] = 15.6
     """Audio: length of the longest clip. Longer clips are cropped at random; shorter ones are padded to the longest in
@@ -217,6 +231,16 @@ class ShardLoaderConfig(Section):
     def needs_samples_of_a_node(self) -> bool:
         """True if each node must read the same samples in every epoch, because it stores something for each."""
         return self.remote is not None  # its shards
+
+    @property
+    def store_seconds(self) -> float:
+        return 0.0 if self.remote is None else self.timeout
+
+    def faults(self, batch_size: int) -> Iterator[str]:
+        if batch_size % (parts := self.num_canonical_nodes):  # each part gives whole samples to a batch
+            yield f".num_canonical_nodes: must divide global_train_batch_size {batch_size}, got {parts}"
+        if self.needs_samples_of_a_node and parts % (nodes := num_nodes()):
+            yield f".num_canonical_nodes: must be divisible by the {nodes} nodes, got {parts}"
 
 
 class TrainLoaderConfig(ShardLoaderConfig):
@@ -393,7 +417,7 @@ class TrainerConfig(RunConfig):
     """Number of images in a step, across all devices."""
     device_train_microbatch_size: Annotated[Microbatch | None, FIXED_IF_COMPARED] = None
     """Number of images in a device's forward pass; null: its whole batch; 'auto': halved until it fits on the GPU."""
-    train_loader: ShardLoaderConfig = ShardLoaderConfig()
+    train_loader: LoaderConfig = LoaderConfig()
     optimizer: Annotated[OptimizerConfig, FIXED] = OptimizerConfig()
     scheduler: Annotated[SchedulerConfig, NEW_RESULT] = SchedulerConfig()
     algorithms: Annotated[AlgorithmsConfig, NEW_RESULT] = AlgorithmsConfig()
@@ -435,10 +459,7 @@ class TrainerConfig(RunConfig):
             yield f".{self.long_warmup()}"
         if (size := self.global_train_batch_size) % num_ranks():
             yield f".global_train_batch_size: must be divisible by the {num_ranks()} ranks, got {size}"
-        if size % (parts := self.train_loader.num_canonical_nodes):  # each part gives whole samples to a batch
-            yield f".train_loader.num_canonical_nodes: must divide global_train_batch_size {size}, got {parts}"
-        if self.train_loader.needs_samples_of_a_node and parts % (nodes := num_nodes()):
-            yield f".train_loader.num_canonical_nodes: must be divisible by the {nodes} nodes, got {parts}"
+        yield from (f".train_loader{fault}" for fault in self.train_loader.faults(size))
         if self.load_weights_only and self.load_path is None:
             yield ".load_weights_only: must be false without a load_path"
         if self.device_train_microbatch_size == "auto" and not has_gpu():
@@ -523,7 +544,19 @@ class ClassifierAlgorithmsConfig(AlgorithmsConfig):
             yield ".cutmix: must be null with mixup, because Composer cannot mix labels twice"
 
 
-class FinetuneConfig(TrainerConfig, ModelReference):
+class LabeledRunConfig(TrainerConfig):
+    """Fields of runs that train with labels."""
+
+    eval_interval: Duration = "1ep"
+    """Time between evaluations, in batches or epochs; there is always one at the end of the run."""
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        if self.callbacks.get("health") is not None:
+            yield ".callbacks.health: must be null in a run with labels, which has no teacher targets"
+
+
+class FinetuneConfig(LabeledRunConfig, ModelReference):
     """Fields of recipes/finetune.py."""
 
     train_encoder: Annotated[bool, FIXED] = False
@@ -531,8 +564,7 @@ class FinetuneConfig(TrainerConfig, ModelReference):
     dataset: LabeledSetConfig
     """The MDS data set: the images in ROOT/train are for training, those in ROOT/test for evaluation. With
     ``train_loader.remote``, ROOT/train is the cache."""
-    eval_interval: Duration = "1ep"
-    """Time between evaluations, in batches or epochs; there is always one at the end of the run."""
+    train_loader: ShardLoaderConfig = ShardLoaderConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
     optimizer: Annotated[LayerwiseOptimizerConfig, FIXED] = LayerwiseOptimizerConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
     algorithms: Annotated[ClassifierAlgorithmsConfig, NEW_RESULT] = ClassifierAlgorithmsConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -543,8 +575,50 @@ class FinetuneConfig(TrainerConfig, ModelReference):
             yield f".dataset.format: must be mds, got {self.dataset.format}; {advice}"
         if self.dataset.label_column is None:
             yield ".dataset.label_column: must name a column: fine-tuning needs labels"
-        if self.callbacks.get("health") is not None:
-            yield ".callbacks.health: must be null in a fine-tuning run, which has no teacher targets"
+
+
+class CocoConfig(Section):
+    """Images with boxes."""
+
+    images: LocalFolder
+    """Folder of the images."""
+    annotations: LocalFolder | None = None
+    """COCO's JSON file with the boxes; null: the only .json file in ``images``."""
+
+
+class CocoSplits(Section):
+    """The images with boxes."""
+
+    train: CocoConfig
+    test: CocoConfig
+
+
+class DetectorOptimizerConfig(OptimizerConfig):
+    """The optimizer, with a learning rate of its own for the backbone."""
+
+    backbone_lr_ratio: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """Ratio of the backbone's learning rate to ``lr``, that of the rest."""
+
+
+class DetectConfig(LabeledRunConfig):
+    """Fields of recipes/detect.py."""
+
+    model: PathText
+    """The backbone: an exported student or a training checkpoint (a path, https://, s3://, …), or timm/NAME."""
+    pretrained: bool = True
+    """For timm/NAME: start from timm's weights, from the Hugging Face hub. false: from random weights."""
+    image_size: Annotated[ImageSizeText | None, FIXED] = None
+    """Pixels per side, or HEIGHTxWIDTH, to which images are enlarged or shrunk, with a margin that keeps their
+    proportions; null: the backbone's."""
+    detector: Annotated[Literal["faster_rcnn", "retinanet"], FIXED] = "faster_rcnn"
+    """torchvision's ``faster_rcnn`` or ``retinanet``, on a feature pyramid."""
+    channels: Annotated[Count, FIXED] = 256
+    """Channels of the feature pyramid and of the heads; Faster R-CNN's last layers are four times as wide."""
+    frozen_stages: Annotated[Whole, FIXED] = 0
+    """Number of first parts of the backbone that are not trained: 1, the stem (in a student of blocks, the encoder,
+    which is always frozen); 2, also the first stage or block; and so on."""
+    dataset: CocoSplits
+    optimizer: Annotated[DetectorOptimizerConfig, FIXED] = DetectorOptimizerConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class EvaluateConfig(RunConfig, LookupConfig, ModelReference):

@@ -53,10 +53,19 @@ def load_pretrained(model: str) -> "NetworkStudent":
     Raises:
         ValueError: timm has no such model or no weights of it, or its features have no grid.
     """
+    student, pretrained = NetworkStudent(config_of(model), pretrained=True), timm.get_pretrained_cfg(timm_name(model))
+    if width := projection_width(pretrained.num_classes if pretrained else None):
+        projection = create_network(student.config, pretrained=True, num_classes=width)[0].get_classifier()
+        student.align(projection.weight.data, projection.bias.data, JOINT, "teacher")
+    return student
+
+
+def config_of(model: str) -> TimmNetworkConfig:
+    """Return the config of a timm model with timm's preprocessing."""
     pretrained = timm.get_pretrained_cfg(timm_name(model))
     data = resolve_data_config(pretrained_cfg=pretrained.to_dict() if pretrained else {})
     in_chans, *shape = data["input_size"]
-    config = TimmNetworkConfig(
+    return TimmNetworkConfig(
         model=model,
         timm=timm.__version__,
         in_chans=in_chans,
@@ -65,11 +74,6 @@ def load_pretrained(model: str) -> "NetworkStudent":
         image_std=data["std"],
         interpolation=data["interpolation"],
     )
-    student = NetworkStudent(config, pretrained=True)
-    if width := projection_width(pretrained.num_classes if pretrained else None):
-        projection = create_network(config, pretrained=True, num_classes=width)[0].get_classifier()
-        student.align(projection.weight.data, projection.bias.data, JOINT, "teacher")
-    return student
 
 
 def projection_width(num_classes: int | None) -> int:

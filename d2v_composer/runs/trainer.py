@@ -395,7 +395,7 @@ def build_run_record(config: TrainerConfig, compares_microbatches: bool = False,
 def join_and_seed(config: TrainerConfig) -> None:
     """Raise the open-file limit, join the ranks, and seed. Call it first, on every rank."""
     allow_open_files()
-    join_ranks(0 if config.train_loader.remote is None else config.train_loader.timeout)
+    join_ranks(config.train_loader.store_seconds)
     reproducibility.seed_all(config.seed)
 
 
