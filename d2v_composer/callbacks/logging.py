@@ -26,13 +26,13 @@ from d2v_composer.system.fetch import put
 from d2v_composer.system.files import write_atomically
 from d2v_composer.system.progress import Lines
 
-# Keys of the accuracies that progress shows: metrics/DATASET/[ROW/]bank_train/topK, of the headline; and
-# metrics/test/topK, of a fine-tuned classifier.
-ACCURACY = re.compile(r"metrics/(?:test|([^/]+)/(?:([^/]+)/)?bank_train)/top(\d+)")
+# Keys of the accuracies that progress shows: metrics/DATASET/[ROW/]bank_train/topK, of the headline; metrics/test/topK,
+# of a fine-tuned classifier; metrics/test/map_50, of a detector.
+ACCURACY = re.compile(r"metrics/(?:test|([^/]+)/(?:([^/]+)/)?bank_train)/(top\d+|map_50)")
 # The part of a key between an accuracy's name and the embedding's.
 BELOW_AN_ACCURACY = re.compile(r"(/top\d+)/")
 # Part of a key → the row's name in tables; the untrained student's key is the student's.
-TITLES = {row.key: title for title, row in ROWS.items()}
+TITLES = {row.key: title for title, row in ROWS.items()} | {"map_50": "AP50"}
 # Logged number → how progress shows it.
 SHOWN = {
     "loss/train/total": "loss {:.4f}",
@@ -83,11 +83,13 @@ class ProgressLogger(LoggerDestination):
         self.latest |= metrics
         for key, accuracy in metrics.items():
             if (match := ACCURACY.fullmatch(key)) is not None:
-                dataset, row, k = match.groups()
+                dataset, row, name = match.groups()
                 what = f"retrieval at batch {step}: {dataset}, {TITLES.get(row or '', row)}, bank train"
                 what = what if dataset else f"evaluation at batch {step}:"
                 if dist.get_global_rank() == 0:
-                    tqdm.write(f"{what} top-{k} {accuracy:.1%}", file=self.stream)
+                    tqdm.write(
+                        f"{what} {TITLES.get(name, name.replace('top', 'top-'))} {accuracy:.1%}", file=self.stream
+                    )
                     self.stream.flush()
 
     def batch_end(self, state: State, logger: Logger) -> None:

@@ -16,6 +16,8 @@ from d2v_composer.report.tables import accuracy_tables, cost_table
 from d2v_composer.system.files import write_atomically
 
 QUERIES = 12
+# Metric of labeled test samples → what the page calls it.
+TESTED = {"top1": "top-1", "top5": "top-5", "map": "average precision", "map_50": "average precision at an IoU of 0.5"}
 
 
 def write_report(run: Run, folder: Path) -> list[Path]:
@@ -39,7 +41,7 @@ def write_report(run: Run, folder: Path) -> list[Path]:
         ],
         answers=list(verdicts(run)),
         tables=[*accuracy_tables(run.results, run.retrieval["datasets"]), *cost_tables(run)],
-        accuracies={k: latest(run.log.get(f"metrics/test/top{k}", {})) for k in (1, 5)},
+        accuracies={name: latest(run.log.get(f"metrics/test/{key}", {})) for key, name in TESTED.items()},
         results=results,
         training=training,
         unit=run.modality.unit,

@@ -34,6 +34,11 @@ STYLE: dict[Any, Any] = {
 # log key → its name in the legend.
 CURVES = {
     "accuracy": ("Accuracy on the test {}", "%", {"metrics/test/top1": "top-1", "metrics/test/top5": "top-5"}),
+    "precision": (
+        "Average precision on the test {}",
+        "%",
+        {"metrics/test/map": "all IoUs", "metrics/test/map_50": "IoU 0.5"},
+    ),
     "loss": ("Loss", "log", {"loss/train/total": "training", "metrics/test/loss": "test"}),
     "learning_rate": ("Learning rate", "", {kind.log_key: "" for kind in OPTIMIZERS.values()}),
     "gradient_norm": ("Gradient norm before clipping", "log", {"l2_norm/grad/global": ""}),

@@ -91,8 +91,8 @@ def read_coco(folder: Path, file: Path | None, with_crowds: bool) -> Boxes:
             parsed = _File.model_validate_json(content)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            place = ".".join(map(str, first["loc"])) or "not a JSON file"
-            raise ValueError(f"not annotations in COCO's format: {place}: {first['msg']}") from error
+            place = ".".join(map(str, first["loc"])) or "the file"
+            raise InputError(f"{file}: not annotations in COCO's format: {place}: {first['msg']}") from error
     images, categories = parsed.images, sorted(parsed.categories, key=lambda category: category.id)
     position = {image.id: number for number, image in enumerate(images)}
     label_of = {category.id: label for label, category in enumerate(categories, 1)}
