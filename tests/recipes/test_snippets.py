@@ -20,8 +20,8 @@ from d2v_composer.models.timm_network import NetworkStudent
 from helpers import GOLDEN, QUICKSTART, ROOT, encoded_image, run_training, write_files
 
 PAGES = {path.name: path for path in (ROOT / "README.md", *(ROOT / "recipes" / "guides").glob("*.md"))}
-# own-teacher.md: test_module_teacher.py. sources.md and text.md: a data set of the user's, weights from the network.
-ELSEWHERE = {"own-teacher.md", "sources.md", "text.md"}
+ELSEWHERE = {"sources.md"}
+"""A data set of the user's."""
 SLOW = {"composer.md", "deploy.md"}
 """A training on 4,480 images; exports."""
 
