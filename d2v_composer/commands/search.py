@@ -136,7 +136,7 @@ def _open_samples(path: str, index: "VectorIndex", source: str | None) -> "tuple
     from d2v_composer.sources.open import open_source
 
     if (made_by := index.made_by) is None:
-        raise InputError(f"--html: {path} does not say of what its rows are; embed the samples again")
+        raise InputError(f"--html: {path} does not say from which samples its rows were made; run d2v embed again")
     modality = MODALITIES[made_by["modality"]].of_side(SHOWN_SIZE)
     hint = f"; set --source to where the samples of {path} are"
     try:

@@ -128,7 +128,9 @@ CONTRADICTIONS = {
     ("train_loader.remote=s3://bucket/images",): (
         "train_loader.num_canonical_nodes: must be divisible by the 3 nodes, got 1"
     ),
-    ("precision=amp_fp16",): "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or",
+    (
+        "precision=amp_fp16",
+    ): "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU, set fp32, amp_bf16 or",
     ("device_train_microbatch_size=auto",): "device_train_microbatch_size: 'auto' needs a GPU",
     ("train_loader.views=4",): "train_loader.num_canonical_nodes: must be divisible by the 3 nodes, got 1",
     (

@@ -250,7 +250,9 @@ def test_a_second_process_for_one_file_is_refused(photos: Path, tmp_path: Path) 
         time.sleep(1)
         assert second.running()
         shutil.rmtree(folder)
-    with pytest.raises(InputError, match=r"out\.npy: another process is writing it$"):
+    with pytest.raises(
+        InputError, match=r"out\.npy: another process is writing this file; wait for it, or choose another OUT$"
+    ):
         second.result()
 
 

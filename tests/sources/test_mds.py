@@ -231,7 +231,10 @@ def test_a_data_set_is_its_bytes_or_says_that_it_is_known_by_sizes(small_data: P
 def test_nodes_with_other_data_are_refused(small_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_node_rank", lambda: 0)
     monkeypatch.setattr(dist, "all_gather_object", lambda this: [this, this, (1, this[1]), (2, "another")])
-    with pytest.raises(InputError, match=rf"^{small_data}: the data set on node 2 differs from the one on node 0$"):
+    with pytest.raises(
+        InputError,
+        match=rf"^{small_data}: the data set on node 2 differs from the one on node 0; all nodes need the same data$",
+    ):
         train_loader(small_data)
 
 
