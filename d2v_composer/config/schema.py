@@ -485,7 +485,7 @@ class TrainConfig(TrainerConfig):
         yield from super().contradictions()
         measures_top1 = any(self.retrieval.datasets.values()) and 1 in self.retrieval.ks
         if self.save_best and (self.save_folder is None or not measures_top1):
-            yield ".save_best: must be false unless save_folder and retrieval.datasets are set, and 1 is in retrieval.ks"
+            yield ".save_best: must be false unless save_folder and retrieval.datasets are set and retrieval.ks has 1"
         if self.train_loader.views is not None and self.save_folder is None:
             yield ".train_loader.views: must be null without a save_folder, which holds the views' targets"
 

@@ -180,8 +180,8 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
         )
     if model.compares_microbatches and config.device_train_microbatch_size == "auto":
         raise InputError(
-            "device_train_microbatch_size: must be a number or null, got 'auto', because a term of the loss compares the "
-            "inputs of a microbatch"
+            "device_train_microbatch_size: must be a number or null, got 'auto', because a term of the loss compares "
+            "the inputs of a microbatch"
         )
     return model
 
