@@ -138,9 +138,9 @@ CONTRADICTIONS = {
         "train_loader.num_canonical_nodes=3",
         "save_folder=null",
     ): "train_loader.views: must be null without a save_folder, which holds",
-    ("save_best=true", "save_folder=null"): "save_best: must be false without a save_folder",
-    ("save_best=true", "retrieval.datasets.cifar10=null"): "save_best: must be false without a",
-    ("save_best=true", "retrieval.ks=[3]"): "save_best: must be false without a",
+    ("save_best=true", "save_folder=null"): "save_best: must be false unless save_folder",
+    ("save_best=true", "retrieval.datasets.cifar10=null"): "save_best: must be false unless save_folder",
+    ("save_best=true", "retrieval.ks=[3]"): "save_best: must be false unless save_folder",
 }
 
 
