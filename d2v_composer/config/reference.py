@@ -25,27 +25,31 @@ class TimmSizes(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     first_blocks: Annotated[Whole | None, FIXED] = None
-    """Blocks in the shared encoder; null: for timm, a sixth of the model's blocks; for data2vec2, as in its file."""
+    """Number of the model's first blocks that are part of the shared encoder. null: of a timm model, a sixth; of a
+    data2vec 2.0 model, as many as its file says."""
     image_size: Annotated[ImageSizeText | None, FIXED] = None
-    """timm: pixels per side, or HEIGHTxWIDTH; null: the model's own."""
+    """Size of a timm model's images: pixels per side, or HEIGHTxWIDTH; null: the model's own size."""
 
 
 class ModelReference(TimmSizes):
     """A trained model, and which of its embeddings to use."""
 
     model: PathText
-    """A data2vec 2.0 teacher's file, a training checkpoint or an exported student: a path, https://, s3://, …; or
-    timm/NAME."""
+    """File of a data2vec 2.0 teacher, of a training checkpoint or of an exported student, as a path or an address
+    (https://, s3://, …); or timm/NAME."""
     checkpoint: AddressText | None = None
-    """Weights of a timm model: a .safetensors or PyTorch file; null: timm's own, from the Hugging Face hub."""
+    """Weights of a timm model: a .safetensors or PyTorch file; null: timm's pretrained weights, from the Hugging Face
+    hub."""
     weights: Weights = "model"
-    """Weights to take from a data2vec2 teacher's file: ``model``, as trained, or ``ema``, their moving average."""
+    """Weights to take from a data2vec 2.0 teacher's file: ``model``, as trained, or ``ema``, their moving average."""
     teacher: PathText | None = None
-    """Path of the student's teacher; null: the path in a training checkpoint, or none for an exported student."""
+    """Path of the student's teacher. null: the path that a training checkpoint names; for an exported student, none."""
     pooling: Pooling | None = None
-    """Pooling of a raw embedding, to use instead of the model's embedding: ``cls``, ``mean`` or ``mean_patches``."""
+    """Pooling of the raw embedding that is used instead of the model's embedding: ``cls``, ``mean`` of all tokens, or
+    ``mean_patches``."""
     representation: Representation | None = None
-    """Representation of a raw embedding, to use instead of the model's embedding: ``output`` or ``layer_mean``."""
+    """Representation of the raw embedding that is used instead of the model's embedding: ``output`` of the last block,
+    or ``layer_mean``, the normalized mean of the FFN outputs."""
 
     def describe(self) -> dict[str, Any]:
         """Return the fields that are set, with absolute paths and without secrets, to load the model again later."""
@@ -84,12 +88,12 @@ def load_any(
     if path.startswith(TIMM_PREFIX) and not Path(path).exists():
         loaded = its_teacher = load_teacher(checkpoint, weights, model=path, **sizes)
     elif given := [name for name, value in {"checkpoint": checkpoint, **sizes}.items() if value is not None]:
-        raise InputError(f"{' and '.join(given)}: only for timm/NAME models; got {path}")
+        raise InputError(f"{' and '.join(given)} can be set only for timm/NAME, got {path}")
     else:
         loaded, its_teacher = load_models(path, weights, teacher)
     if isinstance(loaded, Teacher):
         if teacher is not None:
-            raise InputError(f"{path} is not a student, so a teacher ({teacher}) is not allowed")
+            raise InputError(f"{path} is not a student, so it has no teacher; leave out teacher={teacher}")
     elif weights != "model":  # the student's record says which its teacher has
         raise InputError(f"weights: {path} is a student, which has no {weights} weights; set weights=model")
     return loaded, its_teacher

@@ -127,9 +127,7 @@ class Section(BaseModel):
 def check_precision(choice: str) -> None:
     """Raise ValueError if this machine cannot compute in a precision."""
     if choice == "amp_fp16" and not has_gpu():
-        raise ValueError(
-            "amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or amp_bf16 or auto"
-        )
+        raise ValueError("amp_fp16 needs a GPU, and this machine has none; on a CPU, set fp32, amp_bf16 or auto")
 
 
 def has_gpu() -> bool:
@@ -143,29 +141,32 @@ class TeacherSection(TimmSizes, Section):
     """The frozen teacher."""
 
     model: Annotated[Text, IS_TEACHER] = DATA2VEC2
-    """``data2vec2``; ``timm/NAME`` with a NAME that ``timm.create_model`` accepts; or ``ext/NAME``, a teacher that an
-    installed package offers or that you pass in Python."""
+    """``data2vec2``, a data2vec 2.0 or EAT model; ``timm/NAME``, with a NAME that ``timm.create_model`` accepts; or
+    ``ext/NAME``, a teacher that an installed package offers or that you pass in Python."""
     checkpoint: FoundAddress | None
-    """Path or address. data2vec2: fairseq's .pt or a converted .safetensors. timm: a .safetensors or PyTorch file;
-    null: timm's pretrained weights, from the Hugging Face hub. ext: what the package takes."""
+    """Path or address of the weights. data2vec2: fairseq's .pt file, or a .safetensors file that ``d2v
+    convert-teacher`` wrote. timm: a .safetensors or PyTorch file; null: timm's pretrained weights, from the Hugging
+    Face hub. ext: what the package takes."""
     weights: Weights = "model"
-    """Weights to take from a data2vec2 file: ``model``, as trained, or ``ema``, their moving average."""
+    """Weights to take from a data2vec 2.0 file: ``model``, as trained, or ``ema``, their moving average."""
 
 
 class StudentOptions(BlockSizes, Section):
     """The student: the arguments of ``Teacher.build_student``."""
 
     model: Annotated[Text, must("be timm/NAME", lambda name: name.startswith(TIMM_PREFIX))] | None = None
-    """null: blocks on the teacher's encoder, as in the thesis chapter. timm/NAME: the whole timm model; its features
-    must form a grid, and the other fields, except ``pretrained``, must keep their defaults."""
+    """null: new blocks on the teacher's encoder, as in the thesis chapter. timm/NAME: the whole timm model is the
+    student. The model's features must form a grid, and the section's other fields, except ``pretrained``, must keep
+    their defaults."""
     pretrained: bool = False
     """With ``model``: start from timm's pretrained weights, fetched from the Hugging Face hub."""
 
     init: Init = "random"
-    """``random``: our choice, because the thesis chapter names none. ``teacher_attention``: copy the attention of the
-    teacher's first blocks. ``teacher_blocks``: copy those blocks whole."""
+    """Initial weights of the student's blocks. ``random``: our choice, because the thesis chapter specifies none.
+    ``teacher_attention``: copy the attention layers of the teacher's first blocks. ``teacher_blocks``: copy these
+    blocks whole."""
     freeze_copied: bool = False
-    """Keep what ``init`` copies as it is, and train the rest. The author of the thesis did so with
+    """Freeze the weights that ``init`` copies, and train the others, as the author of the thesis did with
     ``teacher_attention``."""
 
 
@@ -185,10 +186,10 @@ class LoaderConfig(Section):
     """Workers and augmentation of training images."""
 
     num_workers: Annotated[int, Field(ge=0, le=1000)] = 8
-    """Processes per device that decode samples and put their batches into /dev/shm; if /dev/shm is too small, the run
-    fails at the start. 0: the training process decodes the samples."""
+    """Number of processes per device that decode samples. They put batches into /dev/shm; if /dev/shm is too small, the
+    run fails at the start. 0: the training process decodes the samples."""
     prefetch_factor: PrefetchFactor = 2
-    """Batches that each worker prepares ahead."""
+    """Number of batches that each worker prepares ahead."""
     flip: Annotated[Fraction, NEW_RESULT] = 0.5
     """Probability of a horizontal flip."""
 
@@ -211,21 +212,22 @@ class ShardLoaderConfig(LoaderConfig):
     """Smallest and largest ratio of width to height of a random crop."""
     # The order of clips is by their length in a batch.
     crop_seconds: Annotated[float, Field(ge=0.045, le=3600), FIXED] = 15.6
-    """Audio: length of the longest clip. Longer clips are cropped at random; shorter ones are padded to the longest in
-    a batch."""
+    """Largest length of an audio clip, in seconds. Longer clips are cropped at random; shorter clips are padded to the
+    longest one in their batch."""
     remote: AddressText | None = None
-    """Address of the MDS data set (s3://, gs://, …); null: it is on this machine."""
+    """Address of the MDS data set in an object store (s3://, gs://, …); null: the data set is in ``local``."""
     timeout: Annotated[float, Field(ge=1, le=1e6)] = 600.0
     """Seconds during which an unreachable store is retried before the run fails."""
     shuffle: Annotated[bool, FIXED] = True
     """Shuffle the samples in every epoch, with Streaming's py1e algorithm."""
     shuffle_block_size: Annotated[Count, FIXED] = 1 << 16
-    """Number of samples that are shuffled together; their shards are in use at the same time."""
+    """Number of samples that are shuffled among each other. Their shards are in use at the same time."""
     num_canonical_nodes: Annotated[Count, FIXED] = 1
-    """Streaming's unit of the sample order: the number of nodes, or a multiple of it."""
+    """Number of equal parts into which Streaming cuts the order of the samples. On several nodes, set their number or a
+    multiple of it, so that each node reads shards of its own."""
     cache_limit: Annotated[ByteSize, Field(ge=1), AfterValidator(int)] | None = None
-    """Largest size of the cache of a remote data set, in bytes or as '100gb'; null: no limit. If ``shuffle_block_size``
-    samples are larger, an epoch fetches shards several times."""
+    """Largest size of the cache of a remote data set, in bytes or as '100gb'; null: no limit. If the cache is smaller
+    than the shards of ``shuffle_block_size`` samples, an epoch fetches shards several times."""
 
     @property
     def needs_samples_of_a_node(self) -> bool:
@@ -247,14 +249,15 @@ class TrainLoaderConfig(ShardLoaderConfig):
     """The training samples."""
 
     local: LocalFolder
-    """An MDS folder; with ``remote``, the cache."""
+    """Folder of the MDS data set; with ``remote``, folder of its cache."""
     column: Annotated[Text | None, FIXED] = None
-    """Column of encoded files (bytes, jpeg, png) or pixels (pil); null: ``image`` or ``audio``. Streaming's own
-    converters call it x."""
+    """Name of the column that holds the samples, as encoded files (bytes, jpeg, png) or pixels (pil); null: ``image``
+    or ``audio``. Streaming's own converter of ImageNet calls the column x."""
     views: Annotated[Count | None, FIXED] = None
-    """Number of fixed views (crops and flips) of each image: each epoch uses the next one, and after as many epochs the
-    first again, in a new order. null: new views in every epoch. From a view's second epoch on, its targets are read
-    from a file in ``save_folder`` (2 bytes per value; the run deletes it at its end), and the teacher does not run."""
+    """Number of fixed views of each image, that is, of crops and flips; null: a new view in every epoch. Each epoch
+    uses the next view, and after the last one the first view again. From a view's second epoch on, its target is read
+    from a file in ``save_folder``, and the teacher does not run. The file takes 2 bytes per value, and is deleted at
+    the end of the run."""
 
     @property
     def needs_samples_of_a_node(self) -> bool:
@@ -277,21 +280,21 @@ class TrainLoaderConfig(ShardLoaderConfig):
 
 
 class OptimizerConfig(Section):
-    """The optimizer."""
+    """The optimizer, AdamW."""
 
     name: Annotated[Text, must(f"be one of {', '.join(OPTIMIZERS)}", OPTIMIZERS.__contains__)] = "adamw"
-    """``adamw``: torch.optim.AdamW, fused. ``decoupled_adamw``: Composer's DecoupledAdamW, as in llm-foundry."""
+    """``adamw``: torch.optim.AdamW with its fused kernel. ``decoupled_adamw``: Composer's DecoupledAdamW."""
     lr: Positive = 5e-4
     """Learning rate at the end of the warm-up."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.98)
-    """Decay rates of the first and the second moment."""
+    """Decay rates of the running means of the gradient and of its square."""
     eps: Positive = 1e-6
-    """Number added to the denominator of each update."""
+    """Small number that is added to the denominator of each update."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Weight decay: each step multiplies the weights by 1 - learning rate · weight_decay; with ``decoupled_adamw``, by
+    """Weight decay. Each step multiplies the weights by 1 - learning rate · weight_decay; with ``decoupled_adamw``, by
     1 - weight_decay · learning rate / ``lr``."""
     decay_norms_and_biases: bool = False
-    """Decay 1-D parameters too: norms and biases."""
+    """Also decay the parameters of norms and the biases. false: decay only matrices."""
 
 
 class SchedulerConfig(Section):
@@ -320,23 +323,25 @@ class AlgorithmsConfig(Section):
 
 
 class LabeledSetConfig(Section):
-    """A set to measure embeddings on: labeled train and test images, or test images without labels."""
+    """A data set on which embeddings are measured: labeled train and test samples, or test samples without labels."""
 
     format: Annotated[Literal[FORMATS] | None, Field(description=FORMAT)] = None  # pyright: ignore[reportInvalidTypeForm]
     root: AddressText
-    """CIFAR: the folder of torchvision's files. speech_commands: what speech_commands_v0.02.tar.gz unpacks to; its
-    validation clips are not used. Others: a folder with MDS, or with the same class folders, in ROOT/train and
-    ROOT/test; or a SOURCE of ``d2v embed`` with train and test (or validation) in its file or folder names."""
+    """Place of the data set. CIFAR: the folder with torchvision's files. speech_commands: the unpacked
+    speech_commands_v0.02.tar.gz, whose validation clips are not used. Others: a folder with MDS shards, or with the
+    same class folders, in ROOT/train and ROOT/test; or a SOURCE of ``d2v embed`` whose file or folder names contain
+    train and test (or validation)."""
     download: bool = False
-    """Download CIFAR if it is missing."""
+    """Download CIFAR to ``root`` if it is missing there."""
     column: Annotated[Text | None, FIXED] = None
-    """Column of images or audio. null: in MDS ``image`` or ``audio``, else the only one."""
+    """Name of the column that holds the images or the audio; null: ``image`` or ``audio`` in MDS, and the only such
+    column elsewhere."""
     label_column: Annotated[Text | None, FIXED] = "label"
-    """Column of labels (in tars, ``cls`` or ``json:KEY``), unless folders are classes; null: no labels. Without labels
-    (null, or a folder without class folders), only the probes ``agreement`` and ``instance`` run, on the test split or,
-    if ROOT has no splits, on all of ROOT."""
+    """Name of the column that holds the labels (in tars, ``cls`` or ``json:KEY``), unless folders are classes; null:
+    the set has no labels. On a set without labels, only the probes ``agreement`` and ``instance`` are measured: on the
+    test split or, if ROOT has no splits, on all of ROOT."""
     class_embeddings: PathText | None = None
-    """For the probe ``zero_shot``: a .npy file, (C, P) float, of a text tower's embeddings of the classes, in the order
+    """For the probe ``zero_shot``: a .npy file with a text tower's embedding of each class, (C, P) float, in the order
     of the class names."""
 
     def contradictions(self) -> Iterator[str]:
@@ -348,45 +353,46 @@ class AlignmentConfig(Section):
     """The alignment: the map from the student's raw embeddings to its teacher's embedding, fitted in closed form."""
 
     max_samples: Annotated[Whole, must(f"be 0, or at least {MIN_PAIRS}", lambda n: n == 0 or n >= MIN_PAIRS)] = 20000
-    """Maximum number of training samples to fit the alignment to; 0: none. It is fitted at the end of the run, and
-    before each retrieval whose embedding or probes need it."""
+    """Maximum number of training samples to which the alignment is fitted; 0: no alignment. It is fitted at the end of
+    the run, and before each retrieval that measures the embedding or a probe which needs it."""
     pooling: Annotated[Pooling | None, FIXED] = None
-    """Pooling of the teacher's embedding, instead of its default: ``cls``, ``mean`` or ``mean_patches``."""
+    """Pooling of the teacher's embedding to which the student is mapped: ``cls``, ``mean`` of all tokens, or
+    ``mean_patches``; null: the teacher's default."""
     representation: Annotated[Representation | None, FIXED] = None
-    """Representation of the teacher's embedding, instead of its default: ``output`` of the last block, or
-    ``layer_mean``, which the loss regresses."""
+    """Representation of the teacher's embedding to which the student is mapped: ``output`` of the last block, or
+    ``layer_mean``, which the loss regresses; null: the teacher's default."""
 
 
 class LookupConfig(Section):
     """Retrieval by nearest neighbors, during training or in an evaluation."""
 
     ks: Annotated[list[Count], Field(min_length=1)] = [1, 3]
-    """Report top-k accuracy for each k: the fraction of queries whose k nearest images include one with their label."""
+    """Values of k for the top-k accuracy, the fraction of queries with a sample of their class among the k nearest."""
     probes: Annotated[list[Literal[PROBE_NAMES]], Field(description=PROBES_ABOUT)] = []  # pyright: ignore[reportInvalidTypeForm]
     baselines: list[Literal[BASELINES]] = ["teacher"]  # pyright: ignore[reportInvalidTypeForm]
-    """Models to compare the student with: ``pixels`` (for audio, ``log_mel``, the mean spectrum), the frozen
-    ``encoder`` if the student shares its teacher's, the ``teacher``. A run measures them once."""
+    """Models to compare the student with, measured once in a run: ``pixels`` or, for audio, ``log_mel``, the mean
+    spectrum; the frozen ``encoder``, if the student shares its teacher's; the ``teacher``."""
     embeddings: Literal["all"] | None = None
-    """Embeddings to measure: ``all``, or null: the one that tables show."""
+    """Embeddings to measure. null: the one that tables show. ``all``: the raw embeddings, too."""
     datasets: dict[str, LabeledSetConfig | None] = {}
-    """Name → labeled set; null turns one off."""
+    """Name → labeled data set. null turns off a set that the YAML has."""
     max_images: Count | None = None
-    """Maximum number of images from each split, taken at even intervals; null: all."""
+    """Maximum number of samples from each split, taken at even intervals; null: all."""
 
 
 class RetrievalConfig(LookupConfig):
     """Retrieval during training, by the callback ZeroShotRetrieval."""
 
     pooling: Pooling | None = None
-    """Pooling of a raw embedding that tables show in place of the embedding: ``cls``, ``mean`` of all tokens, or
-    ``mean_patches``."""
+    """Pooling of the raw embedding that tables show instead of the student's embedding: ``cls``, ``mean`` of all
+    tokens, or ``mean_patches``."""
     representation: Representation | None = None
-    """Representation of a raw embedding that tables show in place of the embedding: ``output`` of the last block, or
-    ``layer_mean``, the normalized mean of the FFN outputs."""
+    """Representation of the raw embedding that tables show instead of the student's embedding: ``output`` of the last
+    block, or ``layer_mean``, the normalized mean of the FFN outputs."""
     interval: Duration = "5000ba"
-    """Time between measurements, in batches or epochs; there is always one at the end of the run."""
+    """Time between measurements, in batches or epochs. There is always one at the end of the run."""
     at_start: bool = False
-    """Measure the untrained student too."""
+    """Measure the untrained student, too."""
 
 
 class RunConfig(Section):
@@ -395,11 +401,12 @@ class RunConfig(Section):
     moved: ClassVar[Mapping[str, str]] = {}
     """Former key → the key to write instead."""
     seed: Annotated[Whole, FIXED] = 17
-    """Seed of random weights, sample order and augmentation."""
+    """Seed of the random weights, of the order of the samples and of their augmentation."""
     precision: SupportedPrecision = "fp32"
-    """``fp32``, ``amp_bf16``, ``amp_fp16`` (GPU only), or ``auto``: the fastest that this machine supports."""
+    """``fp32``, ``amp_bf16``, ``amp_fp16`` (only on a GPU), or ``auto``. ``auto`` is amp_bf16 on a GPU with bfloat16
+    and on a CPU with AVX512-BF16, amp_fp16 on another GPU, and fp32 on another CPU."""
     device_eval_batch_size: Count = 256
-    """Number of images that each device embeds per batch."""
+    """Number of images or clips that each device embeds at once."""
 
 
 class TrainerConfig(RunConfig):
@@ -408,44 +415,46 @@ class TrainerConfig(RunConfig):
     run_name: Annotated[Text, checked(check_run_name)] = "distill"
     """Name of the run in logs and in the default ``save_folder``."""
     precision: Annotated[SupportedPrecision, NEW_RESULT] = "amp_fp16"
-    """``fp32``, ``amp_bf16``, ``amp_fp16`` (GPU only), or ``auto``: the fastest that this machine supports."""
+    """``fp32``, ``amp_bf16``, ``amp_fp16`` (only on a GPU), or ``auto``. ``auto`` is amp_bf16 on a GPU with bfloat16
+    and on a CPU with AVX512-BF16, amp_fp16 on another GPU, and fp32 on another CPU."""
     allow_tf32: Annotated[bool, NEW_TARGETS] = True
-    """Let a GPU multiply float32 matrices in TF32, as Composer does. This is faster, with only 10 mantissa bits."""
+    """Let a GPU multiply float32 matrices in TF32, which is faster, but keeps only 10 bits of the mantissa."""
     max_duration: Annotated[Duration, NEW_RESULT] = "30000ba"
     """Length of the run, in batches or epochs."""
     global_train_batch_size: Annotated[Count, FIXED] = 256
-    """Number of images in a step, across all devices."""
+    """Number of images or clips in a step of the optimizer, over all devices."""
     device_train_microbatch_size: Annotated[Microbatch | None, FIXED_IF_COMPARED] = None
-    """Number of images in a device's forward pass; null: its whole batch; 'auto': halved until it fits on the GPU."""
+    """Number of images or clips in a device's forward pass. null: the device's whole batch. 'auto': half of it, again
+    and again until it fits in the GPU's memory."""
     train_loader: LoaderConfig = LoaderConfig()
     optimizer: Annotated[OptimizerConfig, FIXED] = OptimizerConfig()
     scheduler: Annotated[SchedulerConfig, NEW_RESULT] = SchedulerConfig()
     algorithms: Annotated[AlgorithmsConfig, NEW_RESULT] = AlgorithmsConfig()
     callbacks: Annotated[Arguments, arguments_of(CALLBACKS)] = {}
-    """Name → arguments, {} for the defaults; null turns one off. Names: health, lr_monitor, memory_monitor,
-    nan_monitor, optimizer_monitor, runtime_estimator, speed_monitor, system_metrics_monitor; ``ext/NAME`` for an
-    installed package's."""
+    """Name of a callback → its arguments, {} for the defaults. null turns off a callback that the YAML has. Names:
+    health, lr_monitor, memory_monitor, nan_monitor, optimizer_monitor, runtime_estimator, speed_monitor,
+    system_metrics_monitor, and ``ext/NAME`` for a callback of an installed package."""
     loggers: Annotated[Arguments, arguments_of(LOGGERS)] = {}
-    """Name → arguments, {} for the defaults; null turns one off. Names: jsonl, mlflow, tensorboard, wandb;
-    ``ext/NAME`` for an installed package's."""
+    """Name of a logger → its arguments, {} for the defaults. null turns off a logger that the YAML has. Names: jsonl,
+    mlflow, tensorboard, wandb, and ``ext/NAME`` for a logger of an installed package."""
     progress_bar: bool = True
-    """Show a progress bar on a terminal; elsewhere, print a line every ten seconds. false: neither."""
+    """Show a progress bar on a terminal, and print a line every ten seconds elsewhere. false: do neither."""
     report: bool = True
     """Write report.html at the end of the run; ``d2v report`` writes one at any time."""
     save_folder: Annotated[PathText, checked(RunFolder.parse)] | None = "runs/{run_name}"
-    """Folder of the run's checkpoints, log and record, on this machine or in an object store. It may hold nothing
-    else. null: save nothing. ``{run_name}`` stands for the name."""
+    """Folder of the run's checkpoints, log and record, on this machine or in an object store. The folder must be empty
+    or this run's. null: save nothing. ``{run_name}`` stands for the name of the run."""
     # In batches only: a resume from an epoch's end would replay that epoch's order and shift all later ones.
     save_interval: Batches = "1000ba"
     """Time between checkpoints, in batches."""
     save_num_checkpoints_to_keep: Annotated[int, Field(ge=-1), must("be at least 1, or -1 for all", bool)] = 3
-    """Number of newest checkpoints to keep; -1: all."""
+    """Number of checkpoints to keep, the newest ones; -1: all."""
     autoresume: bool = True
-    """Resume from the newest checkpoint in ``save_folder``. false: refuse a folder that has checkpoints."""
+    """Resume from the newest checkpoint in ``save_folder``. false: refuse a ``save_folder`` that has checkpoints."""
     load_path: Annotated[Annotated[PathText, checked(check_file)] | None, NEW_TARGETS] = None
     """Checkpoint to resume from if ``save_folder`` has none."""
     load_weights_only: bool = False
-    """Take only the student's weights from ``load_path``: steps, order of samples and optimizer begin anew, and all
+    """Take only the student's weights from ``load_path``. Steps, order of samples and optimizer begin anew, and all
     settings may differ."""
 
     @property
@@ -463,7 +472,7 @@ class TrainerConfig(RunConfig):
         if self.load_weights_only and self.load_path is None:
             yield ".load_weights_only: must be false without a load_path"
         if self.device_train_microbatch_size == "auto" and not has_gpu():
-            yield ".device_train_microbatch_size: 'auto' needs a GPU, and this machine has none; give a number or null"
+            yield ".device_train_microbatch_size: 'auto' needs a GPU, and this machine has none; set a number or null"
 
     def long_warmup(self, why: str = "") -> str:
         """Return the error line for a warm-up longer than the run: Composer would silently never reach ``lr``."""
@@ -478,8 +487,9 @@ class TrainConfig(TrainerConfig):
 
     moved = {"prediction": "objectives.tokens.prediction", "targets": "objectives.tokens"}
     compile: Annotated[Any, IS_MODE, NEW_TARGETS] = False
-    """true: use torch.compile, on a GPU with one CUDA graph for encoder and target. ``default``: without CUDA graphs.
-    ``max-autotune-no-cudagraphs``: also try Triton's matmuls, which takes minutes longer at the start."""
+    """true: use torch.compile and, on a GPU, launch encoder and target as one CUDA graph. ``default``: use
+    torch.compile without CUDA graphs. ``max-autotune-no-cudagraphs``: also try Triton's matrix products, which takes
+    minutes longer at the start."""
     activation_checkpointing: bool = False
     """Recompute the student's blocks in the backward pass instead of keeping their activations."""
     teacher: TeacherSection
@@ -489,14 +499,14 @@ class TrainConfig(TrainerConfig):
     alignment: Annotated[AlignmentConfig, NEW_RESULT] = AlignmentConfig()
     retrieval: Annotated[RetrievalConfig, NEW_RESULT] = RetrievalConfig()
     save_best: bool = False
-    """Also keep the checkpoint with the highest ``metrics/mean/top1``, saved when this is measured, as
-    ``best-rank0.pt``."""
+    """Also keep the checkpoint with the highest ``metrics/mean/top1``, the mean over data sets and banks, as
+    ``best-rank0.pt``. It is saved when the retrieval measures it."""
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
         measures_top1 = any(self.retrieval.datasets.values()) and 1 in self.retrieval.ks
         if self.save_best and (self.save_folder is None or not measures_top1):
-            yield ".save_best: must be false without a save_folder, retrieval.datasets or 1 in retrieval.ks"
+            yield ".save_best: must be false unless save_folder and retrieval.datasets are set and retrieval.ks has 1"
         if self.train_loader.views is not None and self.save_folder is None:
             yield ".train_loader.views: must be null without a save_folder, which holds the views' targets"
 
@@ -505,14 +515,14 @@ class LayerwiseOptimizerConfig(OptimizerConfig):
     """The optimizer, with a learning rate for each depth."""
 
     layer_decay: Annotated[float, Field(ge=0.01, le=1)] = 1.0
-    """Ratio of a block's learning rate to the next block's; the head's learning rate is ``lr``."""
+    """Ratio of a block's learning rate to that of the block after it. The head's learning rate is ``lr``."""
 
 
 class LabelSmoothingConfig(Section):
     """Composer's LabelSmoothing."""
 
     smoothing: Fraction = 0.1
-    """Smoothing, from 0 (the label alone) to 1 (all classes alike)."""
+    """Strength of the smoothing, from 0 (the label alone) to 1 (all classes alike)."""
 
 
 class MixUpConfig(Section):
@@ -533,9 +543,9 @@ class ClassifierAlgorithmsConfig(AlgorithmsConfig):
     """Composer's algorithms: {} or arguments turn one on, null turns it off."""
 
     mixup: MixUpConfig | None = None
-    """Composer's MixUp; not with cutmix."""
+    """Composer's MixUp, which cannot be combined with cutmix."""
     cutmix: CutMixConfig | None = None
-    """Composer's CutMix; not with mixup."""
+    """Composer's CutMix, which cannot be combined with mixup."""
     label_smoothing: LabelSmoothingConfig | None = None
     """Composer's LabelSmoothing."""
 
@@ -560,7 +570,7 @@ class FinetuneConfig(LabeledRunConfig, ModelReference):
     """Fields of recipes/finetune.py."""
 
     train_encoder: Annotated[bool, FIXED] = False
-    """Train the encoder too, except data2vec's fixed positions and BEiT's relative position biases."""
+    """Train the encoder, too, except data2vec's fixed positions and BEiT's relative position biases."""
     dataset: LabeledSetConfig
     """The MDS data set: the images in ROOT/train are for training, those in ROOT/test for evaluation. With
     ``train_loader.remote``, ROOT/train is the cache."""
@@ -628,10 +638,10 @@ class EvaluateConfig(RunConfig, LookupConfig, ModelReference):
     """Models to compare the student with: ``pixels`` or, for audio, ``log_mel``; the frozen ``encoder`` if the student
     shares its teacher's; the ``teacher``, if it is known."""
     out: Annotated[LocalFolder, AfterValidator(place_to_write)] | None = None
-    """Folder for evaluation.json and evaluation.csv."""
+    """Folder to which evaluation.json and evaluation.csv are written; null: write no files."""
     rivals: Annotated[tuple[PathText, ...], Field(strict=False)] = ()
-    """Further models in the same tables: timm/NAME, with timm's weights and preprocessing, or paths or addresses of
-    students and teachers. With rivals, speeds are measured, too."""
+    """Further models to show in the same tables: timm/NAME, with timm's weights and preprocessing, or a path or an
+    address of a student or a teacher. With rivals, the models' speeds are measured, too."""
 
     def contradictions(self) -> Iterator[str]:
         if not any(self.datasets.values()):

@@ -428,12 +428,12 @@ class BlockSizes(BaseModel):
     depth: Depth = 5
     """Number of blocks."""
     mlp_ratio: PositiveFloat = 3.0
-    """Ratio of a block's MLP width to its number of channels."""
+    """Ratio of the width of a block's MLP to the block's number of channels."""
     alibi: bool = True
-    """Add the 2-D ALiBi bias to attention, as in the thesis chapter."""
+    """Add ALiBi to attention, a bias by the distance between two tokens, as in the thesis chapter."""
     embed_dim: Width | None = None
-    """Channels of blocks and embeddings, at most the encoder's; null: the encoder's. A narrower student has a linear
-    layer before its blocks and, only for the regression, one after them."""
+    """Number of channels of the blocks and of the raw embeddings, at most the encoder's; null: the encoder's. A
+    narrower student has a linear layer before its blocks and, only while it is trained, one after them."""
 
 
 class StudentConfig(BlockSizes, Config):

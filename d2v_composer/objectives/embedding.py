@@ -20,8 +20,8 @@ class EmbeddingRegression(Objective):
 
     class Options(Term):
         weight: Weight = 0.0
-        """Weight of this term, 1 minus the cosine similarity of the student's embedding to its teacher's; 0: no such
-        term, and the student's embedding is fitted after training instead."""
+        """Weight of this term in the loss: 1 minus the cosine similarity of the student's embedding to its teacher's. 0
+        leaves it out; the alignment is then fitted after training instead."""
 
     def __init__(self, options: Options, teacher: Teacher, student: Backbone) -> None:
         super().__init__(options, teacher, student)

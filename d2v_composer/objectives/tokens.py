@@ -34,12 +34,12 @@ class LayerRegression(Objective):
 
     class Options(TargetOptions, Term):
         prediction: Prediction = "layer_mean"
-        """``layer_mean``: the normalized mean of the student's FFN outputs, as in the thesis's code. ``last_block``:
-        the student's last block's output, not normalized."""
+        """What the student predicts the target with. ``layer_mean``: the normalized mean of its FFN outputs, as in the
+        thesis's code. ``last_block``: the output of its last block, not normalized."""
         cls_weight: Annotated[float, Field(ge=0, le=1)] | None = None
-        """Share of CLS in the loss; null: 1 / T, the share of any of the T tokens."""
+        """Share of CLS in the loss, from 0 to 1; null: 1 / T, as each of the T tokens has."""
         weight: Weight = 1.0
-        """Weight of this term; 0: no such term."""
+        """Weight of this term in the loss; 0 leaves it out."""
 
     def __init__(self, options: Options, teacher: Teacher, student: Backbone) -> None:
         super().__init__(options, teacher, student)

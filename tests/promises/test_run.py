@@ -223,7 +223,7 @@ def test_a_resumes_log_has_no_number_of_weights_that_no_file_holds(run: Run, lab
     assert [*run.log[key]] == [0, 3, 6]
     succeed("report", run.folder)
     report = (run.folder / "report.html").read_text()
-    assert "Zero-shot retrieval on small, embedding: raw output_cls, batch 3, " in report
+    assert "Zero-shot retrieval on small, embedding: raw output_cls, batch 3<" in report
     run.train(*options, "retrieval.interval=100ba")
     assert [*run.log[key]] == [0, 3, 14]
     assert steps_in(run) == [0, 1, 2, 3, 4, *range(4, 14)]
@@ -449,7 +449,7 @@ def test_targets_that_are_no_file_of_the_run_are_refused(kind: str, run: Run, tm
     write_files(run.folder, {".in_use": b"\nprocess 1 of another\n"})
     targets = run.folder / "targets.f16"
     targets.mkdir() if kind == "folder" else targets.symlink_to("/dev/zero" if kind == "device" else tmp_path / "mine")
-    assert f"{targets} is not of this run" in run.refused("train_loader.views=1")
+    assert f"{targets} was written by another run" in run.refused("train_loader.views=1")
     assert (tmp_path / "mine").read_bytes() == b"mine"
 
 

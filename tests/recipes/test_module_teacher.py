@@ -35,8 +35,9 @@ KINDS = {"blocks": ["student.depth=2"], "network": ["student.depth=5", "student.
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the guide's script, which a second folder in it offers as an installed package."""
-    folder, guide = tmp_path_factory.mktemp("package"), (ROOT / "recipes/guides/own-teacher.md").read_text()
-    code, entry = re.findall("```(?:python|toml)\n(.*?)```", guide, flags=re.DOTALL)
+    folder, guide = tmp_path_factory.mktemp("package"), (ROOT / "recipes/guides/students.md").read_text()
+    section = guide.split("## Your own model as the teacher\n")[1]
+    code, entry = re.findall("```(?:python|toml)\n(.*?)```", section, flags=re.DOTALL)
     (folder / "mine.py").write_text(code)
     install(folder / "installed", "mine", re.sub('.*"(.*)".*\n', r"[\1]\n", entry, count=1).replace('"', ""))
     return folder
