@@ -6,6 +6,7 @@ Shapes: B images of S pixels per side (or height and width), up to M boxes in ea
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
@@ -69,11 +71,11 @@ class FeatureMaps(nn.Module):
         self.indices = sorted(index for stride, index in last_of_stride.items() if stride >= first)
         maps = [maps[index] for index in self.indices]
         self.strides = [shape[0] // grid.shape[2] for grid in maps]
-        if uneven := [
-            s for s, grid in zip(self.strides, maps, strict=True) if (s * grid.shape[2], s * grid.shape[3]) != shape
-        ]:
-            size = "x".join(map(str, shape))
-            raise InputError(f"image_size: must be divisible by the strides of the backbone, {uneven}; got {size}")
+        grids = [
+            (stride * grid.shape[2], stride * grid.shape[3]) for stride, grid in zip(self.strides, maps, strict=True)
+        ]
+        if any(grid != shape for grid in grids):
+            raise InputError(f"image_size: must be divisible by all strides of the backbone; got {shape[0]}x{shape[1]}")
         extra = LastLevelMaxPool() if kind == "faster_rcnn" else LastLevelP6P7(channels, channels)
         is_pyramid = len(maps) > 1
         self.pyramid = FeaturePyramidNetwork([grid.shape[1] for grid in maps], channels, extra if is_pyramid else None)
@@ -242,7 +244,10 @@ def build_net(kind: Kind, features: FeatureMaps, channels: int, num_labels: int)
         sizes = tuple(tuple(round(stride * size) for size in octave) for stride in strides)
     anchors = AnchorGenerator(sizes, (RATIOS,) * len(sizes))
     if kind == "retinanet":
-        return RetinaNet(features, num_labels, anchor_generator=anchors, detections_per_img=100)
+        # Norms, as in torchvision's second version: without them, narrow heads hardly learn.
+        norm = partial(nn.GroupNorm, math.gcd(32, channels))
+        head = RetinaNetHead(channels, anchors.num_anchors_per_location()[0], num_labels, norm)
+        return RetinaNet(features, num_labels, anchor_generator=anchors, head=head, detections_per_img=100)
     names = [str(level) for level in range(len(features.strides))]
     pool = MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2)
     # torchvision would round a stride of 14 to 16.
