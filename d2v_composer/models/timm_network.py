@@ -202,5 +202,17 @@ class NetworkStudent(Backbone):
     def features(self, tokens: Tokens) -> Features:
         return Features.of_layer(tokens.x, 0, True, pooled=tokens.pooled)
 
+    def resized(self, image_size: Any) -> "NetworkStudent":
+        """Return a student with these weights for images of another size; timm resizes its positions, if it has any.
+
+        Raises:
+            ValueError: timm cannot build the model for this size.
+        """
+        resized = NetworkStudent(self.config.changed(image_size=image_size), self.provenance)
+        weights: Any = {"state_dict": self.encoder.model.state_dict(), "num_classes": 0}
+        name, options = timm_name(self.config.model), resized.encoder.options
+        resized.encoder.model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=weights, **options)
+        return resized.eval()
+
     def checkpoint_activations(self, enable: bool = True) -> None:
         self.encoder.model.set_grad_checkpointing(enable)  # an AssertionError if timm has none for this model

@@ -128,11 +128,7 @@ def load_backbone(config: DetectConfig) -> Backbone:
         own = student.encoder.config.image_size
         raise InputError(f"image_size: must be {own}, the only one of a student of blocks, got {size}")
     with errors_of("image_size"):
-        enlarged = NetworkStudent(student.config.changed(image_size=size), student.provenance)
-        if hasattr(model := student.encoder.model, "set_input_size"):  # positions
-            model.set_input_size(img_size=height_and_width(enlarged.config.image_size))
-        enlarged.load_state_dict(student.state_dict())
-    return enlarged
+        return student.resized(size)
 
 
 def read_split(config: DetectConfig, name: str) -> Boxes:

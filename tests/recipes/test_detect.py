@@ -254,31 +254,22 @@ def test_timms_features_are_the_students_own(name: str, students: Callable[[str]
     overlay = {"file": str(path), "num_classes": 24}
     model: Any = timm.create_model(name, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     student, images = load_student(path), torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
-    with torch.inference_mode():
+    with torch.no_grad():
         maps = [grid.movedim(3, 1) if name.startswith("swin") else grid for grid in model.eval()(images)]
         its = student.encoder.model.forward_features(images)  # with the last norm, if the model has one
         detected = FeatureMaps(student, 8, "faster_rcnn").maps(images)
     assert len(detected) == (1 if "vit" in name else 4)
     for ours, expected in zip(detected, maps[-len(detected) :], strict=True):
         close(ours, expected)
-    last = maps[-1]
-    if its.ndim == 3:  # tokens, the first is CLS
-        cells = student.encoder.model.norm(last.flatten(2).transpose(1, 2))
-        close(cells, its[:, 1:])
-    elif name.startswith("swin"):
-        close(student.encoder.model.norm(last.movedim(1, 3)), its)
-    else:
-        close(student.encoder.model.norm_pre(last) if "convnext" in name else last, conv_head(student, name, last, its))
-
-
-def conv_head(student: Any, name: str, last: Tensor, its: Tensor) -> Tensor:
-    """EfficientNet's last features are one convolution behind the last stage."""
-    if name != "test_efficientnet":
-        return its
-    model = student.encoder.model
-    with torch.inference_mode():
-        close(model.bn2(model.conv_head(last)), its)
-    return last
+        last = maps[-1]
+        if its.ndim == 3:  # tokens, the first is CLS
+            close(student.encoder.model.norm(last.flatten(2).transpose(1, 2)), its[:, 1:])
+        elif name.startswith("swin"):
+            close(student.encoder.model.norm(last.movedim(1, 3)), its)
+        elif name == "test_efficientnet":  # its last features are one convolution behind the last stage
+            close(student.encoder.model.bn2(student.encoder.model.conv_head(last)), its)
+        else:
+            close(student.encoder.model.norm_pre(last) if "convnext" in name else last, its)
 
 
 def test_blocks_have_the_grid_of_timms_student(tmp_path: Path) -> None:
@@ -294,10 +285,11 @@ def test_blocks_have_the_grid_of_timms_student(tmp_path: Path) -> None:
     )
     student = load_student(path)
     images = torch.randn(2, *student.encoder.example(1).shape[1:])
-    with torch.inference_mode():
+    with torch.no_grad():
         close(FeatureMaps(student, 8, "faster_rcnn").maps(images)[0], model.eval()(images)[0])
 
 
+@pytest.mark.filterwarnings("ignore:torch.searchsorted")  # timm's, where it resizes Swin's biases
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "swin_tiny_patch4_window7_224"])
 def test_a_backbone_takes_larger_images(
     name: str, students: Callable[[str], Path], scenes: Path, tmp_path: Path
@@ -309,7 +301,7 @@ def test_a_backbone_takes_larger_images(
     options: dict[str, Any] = {} if ARCHITECTURES[name] is None else {"img_size": (128, 128)}
     overlay = {"file": str(path), "num_classes": 24}
     model: Any = timm.create_model(name, features_only=True, pretrained=True, pretrained_cfg_overlay=overlay, **options)
-    with torch.inference_mode():
+    with torch.no_grad():
         last = model.eval()(images)[-1]
         expected = last.movedim(3, 1) if name.startswith("swin") else last
         close(FeatureMaps(student, 8, "faster_rcnn").maps(images)[-1], expected)
@@ -317,8 +309,7 @@ def test_a_backbone_takes_larger_images(
 
 def test_the_backbone_goes_back_to_timm(detector: Path, tmp_path: Path) -> None:
     out = tmp_path / "backbone.safetensors"
-    shown = succeed("export", detector / "latest-rank0.pt", out).stdout
-    assert "timm.create_model('test_resnet', num_classes=0, checkpoint_path=" in shown
+    succeed("export", detector / "latest-rank0.pt", out)
     model: Any = timm.create_model("test_resnet", num_classes=0, checkpoint_path=str(out))
     trained = student_of(detector)
     prefix = f"{Detector.STUDENT}encoder.model."
