@@ -64,6 +64,11 @@ class Result(NamedTuple):
         return self._asdict() | {"column": self.column._asdict(), "info": self.info._asdict()}
 
     @property
+    def is_raw(self) -> bool:
+        """True for a student's own embedding in place of its teacher's."""
+        return self.embedding == EMBEDDING and self.info.made_by == "raw"
+
+    @property
     def embedding_text(self) -> str:
         """The embedding in words, such as "the teacher's output_cls"."""
         return self.info.in_words(self.embedding)
