@@ -16,6 +16,7 @@ import reference
 from d2v_composer.commands.__main__ import COMMANDS
 from d2v_composer.commands.fields import main as print_fields
 from d2v_composer.config import schema as fields
+from d2v_composer.config.detection import DetectConfig
 from d2v_composer.config.load import (
     find_section,
     load_config,
@@ -23,7 +24,7 @@ from d2v_composer.config.load import (
     load_evaluate_config,
     load_finetune_config,
 )
-from d2v_composer.config.schema import DetectConfig, EvaluateConfig, FinetuneConfig, LabeledSetConfig, TrainConfig
+from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabeledSetConfig, TrainConfig
 from d2v_composer.system import fetch
 from d2v_composer.system.errors import InputError
 from helpers import ROOT

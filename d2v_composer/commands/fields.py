@@ -38,8 +38,9 @@ def find_tables() -> Iterator[tuple[str, str, str]]:
 
     Fields that are the same as in training are only named.
     """
+    from d2v_composer.config.detection import DetectConfig
     from d2v_composer.config.load import find_section
-    from d2v_composer.config.schema import DetectConfig, EvaluateConfig, FinetuneConfig, LabeledSetConfig, TrainConfig
+    from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabeledSetConfig, TrainConfig
 
     def find_rows(schema: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         for name, field in schema.model_fields.items():

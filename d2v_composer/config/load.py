@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from d2v_composer.config.schema import NEEDS_DATA, DetectConfig, EvaluateConfig, FinetuneConfig, RunConfig, TrainConfig
+from d2v_composer.config.detection import DetectConfig
+from d2v_composer.config.schema import NEEDS_DATA, EvaluateConfig, FinetuneConfig, RunConfig, TrainConfig
 from d2v_composer.config.types import describe_problem, suggest
 from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.processes import let_first_rank_report

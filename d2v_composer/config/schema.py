@@ -13,7 +13,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ByteSize, Field, ValidationInfo, create_model, model_validator
 from typing_extensions import Self
 
-from d2v_composer.config.reference import ImageSizeText, ModelReference, TimmSizes
+from d2v_composer.config.reference import ModelReference, TimmSizes
 from d2v_composer.config.resume import FIXED, FIXED_IF_COMPARED, NEW_RESULT, NEW_TARGETS
 from d2v_composer.config.types import (
     IS_MODE,
@@ -193,11 +193,6 @@ class LoaderConfig(Section):
     flip: Annotated[Fraction, NEW_RESULT] = 0.5
     """Probability of a horizontal flip."""
 
-    @property
-    def store_seconds(self) -> float:
-        """How long the samples' store may be unreachable, in seconds; 0 without a store."""
-        return 0.0
-
     def faults(self, batch_size: int) -> Iterator[str]:
         """Yield '.key: problem' for each value that does not suit a global batch size."""
         yield from ()
@@ -233,10 +228,6 @@ class ShardLoaderConfig(LoaderConfig):
     def needs_samples_of_a_node(self) -> bool:
         """True if each node must read the same samples in every epoch, because it stores something for each."""
         return self.remote is not None  # its shards
-
-    @property
-    def store_seconds(self) -> float:
-        return 0.0 if self.remote is None else self.timeout
 
     def faults(self, batch_size: int) -> Iterator[str]:
         if batch_size % (parts := self.num_canonical_nodes):  # each part gives whole samples to a batch
@@ -585,50 +576,6 @@ class FinetuneConfig(LabeledRunConfig, ModelReference):
             yield f".dataset.format: must be mds, got {self.dataset.format}; {advice}"
         if self.dataset.label_column is None:
             yield ".dataset.label_column: must name a column: fine-tuning needs labels"
-
-
-class CocoConfig(Section):
-    """Images with boxes."""
-
-    images: LocalFolder
-    """Folder of the images."""
-    annotations: LocalFolder | None = None
-    """COCO's JSON file with the boxes; null: the only .json file in ``images``."""
-
-
-class CocoSplits(Section):
-    """The images with boxes."""
-
-    train: CocoConfig
-    test: CocoConfig
-
-
-class DetectorOptimizerConfig(OptimizerConfig):
-    """The optimizer, with a learning rate of its own for the backbone."""
-
-    backbone_lr_ratio: Annotated[float, Field(gt=0, le=10)] = 1.0
-    """Ratio of the backbone's learning rate to ``lr``, that of the rest."""
-
-
-class DetectConfig(LabeledRunConfig):
-    """Fields of recipes/detect.py."""
-
-    model: PathText
-    """The backbone: an exported student or a training checkpoint (a path, https://, s3://, …), or timm/NAME."""
-    pretrained: bool = True
-    """For timm/NAME: start from timm's weights, from the Hugging Face hub. false: from random weights."""
-    image_size: Annotated[ImageSizeText | None, FIXED] = None
-    """Pixels per side, or HEIGHTxWIDTH, to which images are enlarged or shrunk, with a margin that keeps their
-    proportions; null: the backbone's."""
-    detector: Annotated[Literal["faster_rcnn", "retinanet"], FIXED] = "faster_rcnn"
-    """torchvision's ``faster_rcnn`` or ``retinanet``, on a feature pyramid."""
-    channels: Annotated[Count, FIXED] = 256
-    """Channels of the feature pyramid and of the heads; Faster R-CNN's last layers are four times as wide."""
-    frozen_stages: Annotated[Whole, FIXED] = 0
-    """Number of first parts of the backbone that are not trained: 1, the stem (in a student of blocks, the encoder,
-    which is always frozen); 2, also the first stage or block; and so on."""
-    dataset: CocoSplits
-    optimizer: Annotated[DetectorOptimizerConfig, FIXED] = DetectorOptimizerConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class EvaluateConfig(RunConfig, LookupConfig, ModelReference):

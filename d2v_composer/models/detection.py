@@ -106,7 +106,7 @@ class Unchanged(GeneralizedRCNNTransform):
 class AveragePrecision(MeanAveragePrecision):
     """COCO's average precision, the mean over classes and ``iou_thresholds``; -1 without boxes."""
 
-    def compute(self) -> Tensor:
+    def compute(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().compute()["map"]
 
     def _sync_dist(self, *_: Any, **__: Any) -> None:
@@ -204,7 +204,7 @@ class Detector(ComposerModel):
         images, *rest = batch
         return self.net.backbone.student.encoder.normalized(images), *rest
 
-    def loss(self, outputs: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    def loss(self, outputs: dict[str, Tensor], batch: Batch) -> Any:
         """Return torchvision's losses, and their sum as ``total``."""
         return {**outputs, "total": torch.stack([*outputs.values()]).sum()}
 

@@ -13,7 +13,7 @@ from d2v_composer.callbacks.algorithms import SharedStatistics
 from d2v_composer.checkpoints.checkpoint import LATEST
 from d2v_composer.checkpoints.load import load_models
 from d2v_composer.checkpoints.model_file import sizes_of
-from d2v_composer.config.schema import CocoConfig, DetectConfig
+from d2v_composer.config.detection import CocoConfig, DetectConfig
 from d2v_composer.models.backbone import Backbone, hash_weights
 from d2v_composer.models.configs import height_and_width
 from d2v_composer.models.detection import Detector

@@ -256,20 +256,21 @@ def test_timms_features_are_the_students_own(name: str, students: Callable[[str]
     student, images = load_student(path), torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         maps = [grid.movedim(3, 1) if name.startswith("swin") else grid for grid in model.eval()(images)]
-        its = student.encoder.model.forward_features(images)  # with the last norm, if the model has one
+        network: Any = student.encoder.model
+        its = network.forward_features(images)  # with the last norm, if the model has one
         detected = FeatureMaps(student, 8, "faster_rcnn").maps(images)
     assert len(detected) == (1 if "vit" in name else 4)
     for ours, expected in zip(detected, maps[-len(detected) :], strict=True):
         close(ours, expected)
         last = maps[-1]
         if its.ndim == 3:  # tokens, the first is CLS
-            close(student.encoder.model.norm(last.flatten(2).transpose(1, 2)), its[:, 1:])
+            close(network.norm(last.flatten(2).transpose(1, 2)), its[:, 1:])
         elif name.startswith("swin"):
-            close(student.encoder.model.norm(last.movedim(1, 3)), its)
+            close(network.norm(last.movedim(1, 3)), its)
         elif name == "test_efficientnet":  # its last features are one convolution behind the last stage
-            close(student.encoder.model.bn2(student.encoder.model.conv_head(last)), its)
+            close(network.bn2(network.conv_head(last)), its)
         else:
-            close(student.encoder.model.norm_pre(last) if "convnext" in name else last, its)
+            close(network.norm_pre(last) if "convnext" in name else last, its)
 
 
 def test_blocks_have_the_grid_of_timms_student(tmp_path: Path) -> None:
