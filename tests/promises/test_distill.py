@@ -360,8 +360,8 @@ def test_a_refused_change_changes_nothing(copied: Path, distilled: Path, photos:
         (
             ["max_duration=2ba", "retrieval.ks=[1,5]", "alignment.max_samples=0"],
             r"copied holds a run with other settings: max_duration: checkpoint has 4ba, config has 2ba; "
-            r"retrieval.ks: checkpoint has \[1, 3\], config has \[1, 5\]; "
-            r"alignment.max_samples: checkpoint has 20000, config has 0; ",
+            r"alignment.max_samples: checkpoint has 20000, config has 0; "
+            r"retrieval.ks: checkpoint has \[1, 3\], config has \[1, 5\]; ",
         ),
         (
             ["max_duration=6ba"],

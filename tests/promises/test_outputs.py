@@ -164,6 +164,7 @@ def test_what_came_meanwhile_is_not_replaced(
 # Commands that write; OUT is the place.
 DISTILLS = "distill photos --teacher TEACHER --out OUT"
 EMBEDS = "embed TEACHER photos OUT"
+EVALUATES = "evaluate model=TEACHER out=OUT"
 TRAINS = "train quickstart save_folder=OUT"
 WRITERS = (
     "align TEACHER photos OUT --index o.npy",
@@ -173,7 +174,7 @@ WRITERS = (
     "convert-teacher TEACHER OUT",
     DISTILLS,
     EMBEDS,
-    "evaluate model=TEACHER out=OUT",
+    EVALUATES,
     "export TEACHER OUT",
     "merge OUT",
     "random-teacher base OUT",
@@ -188,8 +189,8 @@ WRITERS = (
     ("writer", "out"),
     [
         *((writer, "") for writer in WRITERS),
-        # Their places are of three kinds: anywhere, on this machine, and a run's.
-        *itertools.product((EMBEDS, DISTILLS, TRAINS), ("/", "//.", "s3://bucket/")),
+        # Their places are of four kinds: anywhere, on this machine, a run's, and a comparison's.
+        *itertools.product((EMBEDS, DISTILLS, TRAINS, EVALUATES), ("/", "//.", "s3://bucket/")),
     ],
 )
 def test_no_place_is_refused(writer: str, out: str, photos: Path, tmp_path: Path) -> None:
