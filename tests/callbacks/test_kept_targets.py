@@ -18,7 +18,7 @@ from d2v_composer.objectives.objective import Outputs
 from d2v_composer.runs.distill import build_kept_targets, build_model, train_student
 from d2v_composer.sources.mds import Index
 from d2v_composer.system.errors import InputError
-from d2v_composer.training_data.order import EpochOrder
+from d2v_composer.training_data.sampler import EpochOrder
 from helpers import GOLDEN, losses_of, small_run
 
 VIEWS, WIDTH = 3, 5

@@ -16,7 +16,7 @@ from d2v_composer.checkpoints.load import load_models, save_student
 from d2v_composer.commands import align, embed, evaluate, export, merge
 from d2v_composer.config.reference import ModelReference
 from d2v_composer.embedding.align import read_index
-from d2v_composer.embedding.collection import IndexRecord
+from d2v_composer.embedding.embed_source import IndexRecord
 from d2v_composer.evaluation.embedded_set import embed_set
 from d2v_composer.evaluation.measurement import measure
 from d2v_composer.evaluation.results import Result
