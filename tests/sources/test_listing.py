@@ -70,7 +70,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_named(kind: str, tmp_path: 
         images_of(source)
     again = open_source(str(tmp_path / "here" / kind), Images())
     assert {*images_of(again)} != {*IMAGES}
-    assert np.count_nonzero(again.marks == source.marks) == {"paths": 5, "folder": 5}.get(kind, 4)
+    assert np.count_nonzero(again.fingerprints == source.fingerprints) == {"paths": 5, "folder": 5}.get(kind, 4)
     os.utime(tmp_path / "here" / KINDS[kind])
     assert open_source(str(tmp_path / "here" / kind), Images()).content != again.content
 
