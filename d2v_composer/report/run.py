@@ -132,6 +132,8 @@ def _next(run: Run, dataset: str, column: Column, cells: Mapping[str, Result], g
         return f"Measure it {how}."
     if gap.interval.value >= ENOUGH:
         return "Export it, or fine-tune it: there is little left to close."
+    if gap.interval.low <= 0:
+        return "Train it longer: so far, it is not clearly better than the untrained student."
     untrained, student, teacher = (cells[row].accuracy for row in GAP)
     batch = last_batch(run.results)
     logged = run.log.get(metric_key(dataset, column), {})  # may go beyond the last checkpoint
