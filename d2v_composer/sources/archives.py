@@ -71,5 +71,5 @@ def _load(snapshot: FileSnapshot, ids: PackedStrings, table: Int64Array, read: R
     path = ids[number].removeprefix(snapshot.file.path)
     size, *place = table[number].tolist()
     if size > MAX_BYTES:
-        raise UnreadableSampleError(f"{snapshot.name}{path} has {size:,} bytes, more than {MAX_BYTES:,}")
+        raise UnreadableSampleError(f"{snapshot.name}{path} has {size:,} bytes; the limit is {MAX_BYTES:,}")
     return snapshot.read(lambda file: read(file, path[1:], size, tuple(place)), path)

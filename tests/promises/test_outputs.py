@@ -162,27 +162,37 @@ def test_what_came_meanwhile_is_not_replaced(
 
 
 # Commands that write; OUT is the place.
+DISTILLS = "distill photos --teacher TEACHER --out OUT"
+EMBEDS = "embed TEACHER photos OUT"
+EVALUATES = "evaluate model=TEACHER out=OUT"
+TRAINS = "train quickstart save_folder=OUT"
 WRITERS = (
     "align TEACHER photos OUT --index o.npy",
     "benchmark step --json OUT",
     "convert-audio photos OUT",
     "convert-images photos OUT --labels none",
     "convert-teacher TEACHER OUT",
-    "distill photos --teacher TEACHER --out OUT",
-    "embed TEACHER photos OUT",
-    "evaluate model=TEACHER out=OUT",
+    DISTILLS,
+    EMBEDS,
+    EVALUATES,
     "export TEACHER OUT",
     "merge OUT",
     "random-teacher base OUT",
     "report OUT",
-    "train quickstart save_folder=OUT",
+    TRAINS,
     "verify OUT",
     "verify o.onnx --kit OUT",
 )
 
 
-@pytest.mark.parametrize("writer", WRITERS)
-@pytest.mark.parametrize("out", ["", "/", "//.", "s3://bucket/"])
+@pytest.mark.parametrize(
+    ("writer", "out"),
+    [
+        *((writer, "") for writer in WRITERS),
+        # Their places are of four kinds: anywhere, on this machine, a run's, and a comparison's.
+        *itertools.product((EMBEDS, DISTILLS, TRAINS, EVALUATES), ("/", "//.", "s3://bucket/")),
+    ],
+)
 def test_no_place_is_refused(writer: str, out: str, photos: Path, tmp_path: Path) -> None:
     """Promises 7 and 18: an empty place, as of an unset variable, or a root, is one line; nothing of this
     folder is touched.
@@ -391,7 +401,7 @@ def test_a_damaged_part_is_named(halves: Path) -> None:
     out, table = halves / "out", halves / "table.npy"
     shard = next((out / "parts" / "00001-of-00002").glob("*.mds"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    assert not_merged(out).endswith(f"{shard.name} is missing or damaged; remove this part")
+    assert not_merged(out).endswith(f"{shard.name} is missing or damaged; remove this part, and run its command again")
     index = out / "parts" / "00000-of-00002" / "index.json"
     index.write_bytes(index.read_bytes()[:-1])
     assert not_merged(out).startswith(f"error: {index} cannot be read: ")
@@ -458,7 +468,7 @@ def test_parts_in_a_store(sources: Sources, object_store: GatedStore, tmp_path: 
             assert all("of 3 parts, these are missing: " in not_merged(out, **reach) for out in (data, table))
     shard = max(key for key in object_store.objects("parts") if key.endswith(".mds"))
     with object_store.replaced("parts", shard, b"x"):
-        assert "is missing or damaged; remove this part" in not_merged(data, **reach)
+        assert "is missing or damaged; remove this part, and run its command again" in not_merged(data, **reach)
     for out in (data, table):
         succeed("merge", out, **reach)
     write_files(tmp_path, object_store.objects("parts"))
