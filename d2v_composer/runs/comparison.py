@@ -168,7 +168,7 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
         if (
             untrained is not None
             and headline == EMBEDDING
-            and not align_untrained(untrained.to(device), model, teacher)
+            and not align_untrained(untrained.eval().to(device), model, teacher)
         ):
             untrained = None
     places = [*map(hide_secrets, config.rivals)]
