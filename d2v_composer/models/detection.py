@@ -30,7 +30,7 @@ from d2v_composer.models.backbone import Backbone, check_tensors, freeze_unused_
 from d2v_composer.models.configs import height_and_width
 from d2v_composer.models.encoder import Inputs
 from d2v_composer.models.precision import cpu_autocast
-from d2v_composer.models.timm_network import NetworkStudent
+from d2v_composer.models.timm_network import TimmStudent
 from d2v_composer.system.errors import InputError
 
 Kind = Literal["faster_rcnn", "retinanet"]
@@ -84,7 +84,7 @@ class FeatureMaps(nn.Module):
     def maps(self, images: Tensor) -> list[Tensor]:
         """Return the student's maps of normalized images, (B, C, rows, columns) each, as timm's features_only does."""
         student = self.student
-        if isinstance(student, NetworkStudent):
+        if isinstance(student, TimmStudent):
             return student.encoder.model.forward_intermediates(images, self.indices, intermediates_only=True)
         cells = student.features(student.encoder(Inputs(images))).output[:, student.num_extra_tokens :]
         return [cells.transpose(1, 2).unflatten(2, student.encoder.config.grid_size)]
@@ -157,7 +157,7 @@ class Detector(ComposerModel):
         super().__init__()
         self.cpu_bf16 = cpu_bf16
         student.requires_grad_(True)
-        if not isinstance(student, NetworkStudent):
+        if not isinstance(student, TimmStudent):
             student.encoder.freeze()
         features = FeatureMaps(student.eval(), channels, kind)
         freeze_unused_parameters(
@@ -222,7 +222,7 @@ class Detector(ComposerModel):
 
 def stages_of(student: Backbone) -> list[list[nn.Parameter]]:
     """Return the parameters of a student's parts: stem and stages or, of a student of blocks, encoder and blocks."""
-    if not isinstance(student, NetworkStudent):
+    if not isinstance(student, TimmStudent):
         return [list(part.parameters()) for part in (student.encoder, *student.block_list)]
     model: Any = student.encoder.model
     groups = group_parameters(model, model.group_matcher(coarse=True))

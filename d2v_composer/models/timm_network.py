@@ -45,7 +45,7 @@ def create_network(
     return model, options
 
 
-def load_pretrained(model: str) -> "NetworkStudent":
+def load_pretrained(model: str) -> "TimmStudent":
     """Load a timm model with timm's weights and preprocessing, to compare others with it.
 
     A final projection, such as CLIP's, makes its embedding.
@@ -53,7 +53,7 @@ def load_pretrained(model: str) -> "NetworkStudent":
     Raises:
         ValueError: timm has no such model or no weights of it, or its features have no grid.
     """
-    student, pretrained = NetworkStudent(config_of(model), pretrained=True), timm.get_pretrained_cfg(timm_name(model))
+    student, pretrained = TimmStudent(config_of(model), pretrained=True), timm.get_pretrained_cfg(timm_name(model))
     if width := projection_width(pretrained.num_classes if pretrained else None):
         projection = create_network(student.config, pretrained=True, num_classes=width)[0].get_classifier()
         student.align(projection.weight.data, projection.bias.data, JOINT, "teacher")
@@ -91,7 +91,7 @@ def classifier_prefixes(config: TimmNetworkConfig) -> tuple[str, ...]:
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
-class TimmNetwork(PixelEncoder):
+class TimmBackbone(PixelEncoder):
     """A whole timm model as an encoder: the cells of its last feature map are the tokens.
 
     Args:
@@ -172,21 +172,21 @@ class TimmNetwork(PixelEncoder):
         return Tokens(self.cells(features), pooled=self.model.forward_head(features, pre_logits=True))
 
 
-class NetworkStudent(Backbone):
+class TimmStudent(Backbone):
     """A student that is a timm model; the whole model is its encoder.
 
     Its raw embeddings are those of timm: ``output_cls`` is ``forward_head(…, pre_logits=True)``, ``output_mean`` and
     ``output_mean_patches`` are the mean of the feature map. In a file, its alignment is timm's classifier.
 
     Args:
-        config, pretrained: See :class:`TimmNetwork`.
+        config, pretrained: See :class:`TimmBackbone`.
         provenance: See :class:`~d2v_composer.models.backbone.Backbone`.
     """
 
-    encoder: TimmNetwork
+    encoder: TimmBackbone
 
     def __init__(self, config: TimmNetworkConfig, provenance: Record | None = None, pretrained: bool = False) -> None:
-        super().__init__(TimmNetwork(config, pretrained), config, provenance)
+        super().__init__(TimmBackbone(config, pretrained), config, provenance)
 
     @property
     def raw_names(self) -> list[str]:
@@ -202,13 +202,13 @@ class NetworkStudent(Backbone):
     def features(self, tokens: Tokens) -> Features:
         return Features.of_layer(tokens.x, 0, True, pooled=tokens.pooled)
 
-    def resized(self, image_size: Any) -> "NetworkStudent":
+    def resized(self, image_size: Any) -> "TimmStudent":
         """Return a student with these weights for images of another size; timm resizes its positions, if it has any.
 
         Raises:
             ValueError: timm cannot build the model for this size.
         """
-        resized = NetworkStudent(self.config.changed(image_size=image_size), self.provenance)
+        resized = TimmStudent(self.config.changed(image_size=image_size), self.provenance)
         weights: Any = {"state_dict": self.encoder.model.state_dict(), "num_classes": 0}
         name, options = timm_name(self.config.model), resized.encoder.options
         resized.encoder.model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=weights, **options)

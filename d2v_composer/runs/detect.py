@@ -20,7 +20,7 @@ from d2v_composer.models.detection import Detector
 from d2v_composer.models.names import TIMM_PREFIX
 from d2v_composer.models.precision import choose_precision
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.models.timm_network import NetworkStudent, config_of
+from d2v_composer.models.timm_network import TimmStudent, config_of
 from d2v_composer.runs.finetune import EVALUATOR
 from d2v_composer.runs.trainer import (
     build_optimizer,
@@ -115,7 +115,7 @@ def load_backbone(config: DetectConfig) -> Backbone:
         with errors_of("model"):
             network = config_of(config.model)
             network = network if size is None else network.changed(image_size=size)
-            return NetworkStudent(network, pretrained=config.pretrained)
+            return TimmStudent(network, pretrained=config.pretrained)
     if not config.pretrained:
         raise InputError(f"pretrained: must be true unless the model is timm/NAME, got {config.model}")
     student, _ = load_models(config.model)
@@ -124,7 +124,7 @@ def load_backbone(config: DetectConfig) -> Backbone:
     student.head = student.alignment = None  # of the weights before this run
     if size in (None, student.encoder.config.image_size):
         return student
-    if not isinstance(student, NetworkStudent):
+    if not isinstance(student, TimmStudent):
         own = student.encoder.config.image_size
         raise InputError(f"image_size: must be {own}, the only one of a student of blocks, got {size}")
     with errors_of("image_size"):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
-from d2v_composer.sources.source import Int64Array, Names
+from d2v_composer.sources.source import Int64Array, PackedStrings
 from d2v_composer.system.errors import InputError, reading
 
 SMALLEST = 0.1
@@ -49,7 +49,7 @@ class Boxes(NamedTuple):
     """Images of a folder and their boxes."""
 
     folder: Path
-    names: Names
+    names: PackedStrings
     """Path of each image in the folder."""
     sizes: Int64Array
     """Width and height of each image, (N, 2)."""
@@ -120,7 +120,7 @@ def read_coco(folder: Path, file: Path | None, with_crowds: bool) -> Boxes:
     digest.update(repr(sorted(lengths.items())).encode())
     return Boxes(
         folder,
-        Names(image.file_name for image in images),
+        PackedStrings(image.file_name for image in images),
         sizes,
         np.searchsorted(owner[kept], np.arange(len(images) + 1)),
         inside[kept].astype(np.float32),

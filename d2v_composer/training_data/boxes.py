@@ -13,7 +13,7 @@ from d2v_composer.data.images import read_image, resized_crop
 from d2v_composer.data.modality import sample_rng
 from d2v_composer.sources.coco import Boxes
 from d2v_composer.system.errors import InputError, reading
-from d2v_composer.training_data.order import EpochOrder, OrderedSamples, Sample
+from d2v_composer.training_data.sampler import EpochOrder, OrderedSamples, Sample
 
 
 class BoxedSamples(OrderedSamples):

@@ -20,7 +20,7 @@ from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.config.load import load_detect_config
 from d2v_composer.models.detection import Detector, FeatureMaps
-from d2v_composer.models.timm_network import NetworkStudent, config_of
+from d2v_composer.models.timm_network import TimmStudent, config_of
 from d2v_composer.runs.detect import detect as run
 from d2v_composer.runs.detect import load_backbone
 from d2v_composer.sources.coco import read_coco
@@ -187,7 +187,7 @@ def test_a_detector_finds_what_it_was_trained_on(kind: Any, tmp_path: Path) -> N
     content["annotations"] = [{"image_id": n, "category_id": 3, "bbox": box_of(n)} for n in range(4)]
     (folder / "boxes.json").write_text(json.dumps(content))
     torch.manual_seed(0)
-    student = NetworkStudent(config_of(SMALL).changed(image_size=96))
+    student = TimmStudent(config_of(SMALL).changed(image_size=96))
     model = Detector(student, 2, kind, channels=16).train()
     samples = BoxedSamples(read_coco(folder, None, with_crowds=False), (96, 96), "bicubic", flip=0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
@@ -231,7 +231,7 @@ def students(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         path, size = folder / f"{name}.safetensors", ARCHITECTURES[name]
         if not path.exists():
             torch.manual_seed(1)
-            student = NetworkStudent(config_of(f"timm/{name}").changed(image_size=size or 64))
+            student = TimmStudent(config_of(f"timm/{name}").changed(image_size=size or 64))
             for name_of_buffer, tensor in student.named_buffers():
                 if "running_" in name_of_buffer:
                     tensor.add_(0.1 * torch.rand_like(tensor))
