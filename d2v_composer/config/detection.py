@@ -1,6 +1,6 @@
 """Every field of a detector's YAML, besides those of all runs."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
@@ -15,8 +15,8 @@ class CocoConfig(Section):
 
     images: LocalFolder
     """Folder of the images."""
-    annotations: LocalFolder | None = None
-    """COCO's JSON file with the boxes; null: the only .json file in ``images``."""
+    annotations: LocalFolder
+    """COCO's JSON file with the boxes."""
 
 
 class CocoSplits(Section):
@@ -43,10 +43,8 @@ class DetectConfig(LabeledRunConfig):
     image_size: Annotated[ImageSizeText | None, FIXED] = None
     """Pixels per side, or HEIGHTxWIDTH, to which images are enlarged or shrunk, with a margin that keeps their
     proportions; null: the backbone's."""
-    detector: Annotated[Literal["faster_rcnn", "retinanet"], FIXED] = "faster_rcnn"
-    """torchvision's ``faster_rcnn`` or ``retinanet``, on a feature pyramid."""
-    channels: Annotated[Count, FIXED] = 256
-    """Channels of the feature pyramid and of the heads; Faster R-CNN's last layers are four times as wide."""
+    channels: Annotated[Count, Field(multiple_of=8), FIXED] = 256
+    """Channels of the feature pyramid and of the heads, a multiple of 8."""
     frozen_stages: Annotated[Whole, FIXED] = 0
     """Number of first parts of the backbone that are not trained: 1, the stem (in a student of blocks, the encoder,
     which is always frozen); 2, also the first stage or block; and so on."""

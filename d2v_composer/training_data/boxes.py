@@ -29,7 +29,6 @@ class BoxedSamples(OrderedSamples):
         flip: Probability of a horizontal flip.
         seed: Seed of the flips and of the order; a flip depends on it, the epoch and the image alone.
         epoch_size: Number of samples in an epoch; default: all.
-        shuffle: Shuffle the samples in each epoch.
     """
 
     def __init__(
@@ -40,10 +39,9 @@ class BoxedSamples(OrderedSamples):
         flip: float = 0.0,
         seed: int = 0,
         epoch_size: int | None = None,
-        shuffle: bool = True,
     ) -> None:
         self.source, self.size, self.interpolation, self.flip, self.seed = source, size, interpolation, flip, seed
-        self.order = EpochOrder(np.array([len(source)]), shuffle=shuffle, seed=seed, epoch_size=epoch_size)
+        self.order = EpochOrder(np.array([len(source)]), seed=seed, epoch_size=epoch_size)
 
     def __len__(self) -> int:
         return len(self.source)
