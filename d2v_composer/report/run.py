@@ -121,8 +121,9 @@ def _found(column: Column, cells: Mapping[str, Result], gap: GapClosed, unit: st
         return f"{said}, {percent(gap.interval, 0)} % {way}."
     if not gap.queries_needed:
         return f"{said}; the teacher is no better than the untrained student, {shown[UNTRAINED]}."
-    doubt = f"too few {unit} to tell ({len(cells[STUDENT].hits):,}); {gap.queries_needed:,} or more would"
-    return f"{said}; how much of the gap from the untrained student's {shown[UNTRAINED]} that closes: {doubt}."
+    few = f"{len(cells[STUDENT].hits):,} {unit} are too few to tell how much of the gap"
+    enough = f"{gap.queries_needed:,} or more would do"
+    return f"{said}; {few} from the untrained student's {shown[UNTRAINED]} training closes ({enough})."
 
 
 def _next(run: Run, dataset: str, column: Column, cells: Mapping[str, Result], gap: GapClosed) -> str:
@@ -132,6 +133,8 @@ def _next(run: Run, dataset: str, column: Column, cells: Mapping[str, Result], g
         return f"Measure it {how}."
     if gap.interval.value >= ENOUGH:
         return "Export it, or fine-tune it: there is little left to close."
+    if gap.interval.low <= 0:
+        return "Train it longer: so far, it is not clearly better than the untrained student."
     untrained, student, teacher = (cells[row].accuracy for row in GAP)
     batch = last_batch(run.results)
     logged = run.log.get(metric_key(dataset, column), {})  # may go beyond the last checkpoint
