@@ -17,6 +17,7 @@ from d2v_composer.evaluation.metrics.retrieval import retrieval_from
 from d2v_composer.evaluation.rows import GAP, ROWS, STUDENT, metric_key
 from d2v_composer.evaluation.run_log import Log
 from d2v_composer.models.alignment import EmbeddingInfo
+from d2v_composer.models.names import EMBEDDING
 
 NUM_RESAMPLES = 2000
 # A gap closed is stated if its 95 % interval is narrower than this share of the gap.
@@ -61,6 +62,11 @@ class Result(NamedTuple):
     def plain(self) -> dict[str, Any]:
         """Return the fields as plain values, for a checkpoint."""
         return self._asdict() | {"column": self.column._asdict(), "info": self.info._asdict()}
+
+    @property
+    def is_raw(self) -> bool:
+        """True for a student's own embedding in place of its teacher's."""
+        return self.embedding == EMBEDDING and self.info.made_by == "raw"
 
     @property
     def embedding_text(self) -> str:
