@@ -105,7 +105,8 @@ def heading(cells: Mapping[str, Result]) -> str:
 def label(result: Result, of_table: str) -> str:
     """Return a row's title and, if its embedding is another one than the table's, this embedding."""
     is_other = result.embedding and result.embedding_text != of_table
-    return f"{result.row} ({'raw' if result.is_raw else result.embedding_text})" if is_other else result.row
+    is_raw = result.embedding == EMBEDDING and result.info.made_by == "raw"
+    return f"{result.row} ({'raw' if is_raw else result.embedding_text})" if is_other else result.row
 
 
 class Interval(NamedTuple):
