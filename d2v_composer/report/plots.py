@@ -30,15 +30,12 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
+# Metric of labeled test samples → its name.
+TESTED = {"top1": "top-1", "top5": "top-5", "map": "average precision", "map_50": "average precision at an IoU of 0.5"}
 # File name → title, in which {} stands for the samples' unit; "%" for shares, "log" for a logarithmic axis, or ""; and
 # log key → its name in the legend.
 CURVES = {
-    "accuracy": ("Accuracy on the test {}", "%", {"metrics/test/top1": "top-1", "metrics/test/top5": "top-5"}),
-    "precision": (
-        "Average precision on the test {}",
-        "%",
-        {"metrics/test/map": "all IoUs", "metrics/test/map_50": "IoU 0.5"},
-    ),
+    "accuracy": ("Accuracy on the test {}", "%", {f"metrics/test/{key}": name for key, name in TESTED.items()}),
     "loss": ("Loss", "log", {"loss/train/total": "training", "metrics/test/loss": "test"}),
     "learning_rate": ("Learning rate", "", {kind.log_key: "" for kind in OPTIMIZERS.values()}),
     "gradient_norm": ("Gradient norm before clipping", "log", {"l2_norm/grad/global": ""}),
@@ -125,7 +122,7 @@ def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Fi
         batch_size: The batch size of the speed.
         unit: Name of the samples, in plural.
     """
-    datasets, speeds = [*evaluation.class_names], evaluation.speeds[batch_size]
+    datasets, speeds = [*evaluation.datasets], evaluation.speeds[batch_size]
     figure = Figure(figsize=(8, 5 * len(datasets)))
     for dataset, axes in zip(datasets, figure.subplots(len(datasets), squeeze=False).flat, strict=True):
         best: dict[str, float] = {}

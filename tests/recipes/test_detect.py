@@ -119,6 +119,7 @@ def detector(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> Path:
     shown = detect(*small_detection(folder, scenes, "report=true"))
     assert "train     16 images, 32 boxes, 0 boxes left out\n" in shown.stdout
     assert "test      5 images, 10 boxes, 0 boxes left out\n" in shown.stdout
+    assert "batch 6: metrics/test/map_50 " in shown.stderr
     assert re.search(
         "^test images, batch 6: average precision .* %, at an IoU of 0.5 .* %$", shown.stdout, re.MULTILINE
     )
@@ -132,8 +133,8 @@ def test_a_run_logs_its_losses_and_its_precision(detector: Path) -> None:
     for step, total in losses_of(detector).items():
         assert sum(log[part][step] for part in parts) == pytest.approx(total, rel=1e-5)
     assert log["metrics/test/map"].keys() == log["metrics/test/map_50"].keys() == {4, 6}
-    assert "average precision on the test images" in (detector / "report.html").read_text()
-    assert (detector / "report" / "precision.png").is_file()
+    assert "average precision at an IoU of 0.5 on the test images: " in (detector / "report.html").read_text()
+    assert (detector / "report" / "accuracy.png").is_file()
 
 
 @pytest.mark.parametrize("moment", ["batch_start 5", pytest.param("eval_batch_end 4", marks=pytest.mark.slow)])
