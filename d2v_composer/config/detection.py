@@ -43,8 +43,8 @@ class DetectConfig(LabeledRunConfig):
     image_size: Annotated[ImageSizeText | None, FIXED] = None
     """Pixels per side, or HEIGHTxWIDTH, to which images are enlarged or shrunk, with a margin that keeps their
     proportions; null: the backbone's."""
-    channels: Annotated[Count, Field(multiple_of=8), FIXED] = 256
-    """Channels of the feature pyramid and of the heads, a multiple of 8."""
+    channels: Annotated[Count, FIXED] = 256
+    """Channels of the feature pyramid and of the heads."""
     frozen_stages: Annotated[Whole, FIXED] = 0
     """Number of first parts of the backbone that are not trained: 1, the stem (in a student of blocks, the encoder,
     which is always frozen); 2, also the first stage or block; and so on."""

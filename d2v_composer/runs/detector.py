@@ -3,6 +3,7 @@
 Shapes: B images, up to M boxes in each, C channels of a map.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
@@ -33,8 +34,12 @@ Batch = Sequence[Tensor]
 FIRST_STRIDE = 8
 SIZES, RATIOS = (4, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3)), (0.5, 1.0, 2.0)
 
-# Channels that a norm of the heads takes together; torchvision's 32 groups of 256 channels have as many.
-GROUP = 8
+
+class Norm(nn.GroupNorm):
+    """GroupNorm that also takes one value alone, of a channel of a map with one cell: the result is the bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class FeatureMaps(nn.Module):
@@ -100,7 +105,7 @@ class Detector(ComposerModel):
     Args:
         student: The backbone; ``requires_grad`` of its parameters is changed.
         num_classes: Number of classes.
-        channels: Channels of the feature pyramid and of the heads, a multiple of 8.
+        channels: Channels of the feature pyramid and of the heads.
         frozen_stages: Number of first parts of the backbone that are not trained: the stem, then stages or blocks.
         cpu_bf16: Compute in bfloat16 autocast on a CPU, where Composer's Trainer only accepts fp32.
 
@@ -132,7 +137,7 @@ class Detector(ComposerModel):
                 parameter.requires_grad_(False)
         anchors = tuple(tuple(round(stride * size) for size in SIZES) for stride in features.strides)
         # Norms, as in torchvision's second version: without them, narrow heads hardly learn.
-        norm = partial(nn.GroupNorm, channels // GROUP)
+        norm = partial(Norm, math.gcd(32, channels))
         shape = height_and_width(sizes.image_size)
         self.net = RetinaNet(
             features,
