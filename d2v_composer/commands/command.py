@@ -94,7 +94,7 @@ class Command(BaseModel):
         return actions
 
 
-def _kinds_in(annotation: Any) -> Iterator[Any]:
+def _kinds_in(annotation: object) -> Iterator[object]:
     yield annotation
     for inner in get_args(annotation):
         yield from _kinds_in(inner)
@@ -115,7 +115,7 @@ class _Parser(ArgumentParser):
 def whole(smallest: int, largest: int) -> BeforeValidator:
     """Return a validator of a whole number in a range."""
 
-    def check(value: Any) -> Any:
+    def check(value: object) -> object:
         if not (str(value).isdecimal() and smallest <= int(value) <= largest):
             raise ValueError(f"must be from {smallest} to {largest}, got {value!r}")
         return value

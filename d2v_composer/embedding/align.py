@@ -6,7 +6,7 @@ Shapes: N rows of the index, M pairs, B samples of a batch, I inputs of the map,
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class VectorIndex(NamedTuple):
 
     ids: NDArray[np.str_]
     """Id of each row, (N,)."""
-    rows: NDArray[Any]
+    rows: NDArray
     """Embeddings, (N, P), of any float type."""
     made_by: IndexRecord | None
     """``None`` if the index does not say."""
@@ -122,7 +122,7 @@ def align(
     model: Backbone,
     source: Source,
     numbers: Sequence[int],
-    target: NDArray[Any] | Callable[..., Tensor],
+    target: NDArray | Callable[..., Tensor],
     places: Int64Array | None,
     device: str,
     workers: int,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 from composer import Trainer
 from composer.core import Algorithm, Callback
@@ -341,7 +340,7 @@ def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, E
     return headline, student, {name: known[name] for name in retrieval.baselines if name in known}
 
 
-def embeds_of(config: TrainConfig, model: DistillationModel) -> dict[str, Any]:
+def embeds_of(config: TrainConfig, model: DistillationModel) -> Record:
     """Return name → function that embeds a batch, for pixels or log_mel, the encoder alone, teacher and student."""
     models = {TEACHER: model.teacher, STUDENT: model.student}
     fill_to = config.device_eval_batch_size if config.compile else 0

@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 import torch
 from composer.utils import dist, get_device
@@ -64,7 +63,7 @@ def leaders_first(leaders: Collection[int], what: str) -> Iterator[None]:
     if dist.get_world_size() == 1:
         yield
         return
-    store: Any = torch.distributed.distributed_c10d._get_default_store()
+    store = torch.distributed.distributed_c10d._get_default_store()
     turn, rank = f"d2v_composer/{next(_turns)}", dist.get_global_rank()
     try:
         if rank in leaders:
@@ -82,7 +81,7 @@ def leaders_first(leaders: Collection[int], what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _outcome(store: Any, key: str) -> Iterator[None]:
+def _outcome(store: torch.distributed.Store, key: str) -> Iterator[None]:
     """Write heartbeats to the store while the ``with`` block runs, then the block's outcome."""
     ended, outcome = threading.Event(), OK
 
@@ -105,7 +104,7 @@ def _outcome(store: Any, key: str) -> Iterator[None]:
         store.set(key, outcome)
 
 
-def _wait(store: Any, key: str, who: str) -> None:
+def _wait(store: torch.distributed.Store, key: str, who: str) -> None:
     """Wait for a leader to end its block, and raise its error."""
     last, deadline = "", time.monotonic() + SILENT_SECONDS
     while last != OK:
