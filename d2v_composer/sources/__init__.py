@@ -6,11 +6,7 @@ records.
 
 from collections.abc import Callable, Iterable
 from importlib import import_module
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
-
-if TYPE_CHECKING:
-    from d2v_composer.sources.listing import Pinned
-    from d2v_composer.sources.source import Columns, Listed
+from typing import Any, NamedTuple
 
 
 class Container(NamedTuple):
@@ -28,7 +24,7 @@ class Container(NamedTuple):
     """Module whose ``list_samples`` lists the samples of a file; imported when it is needed."""
 
     @property
-    def list_samples(self) -> "Callable[[Pinned, BinaryIO, Columns], Listed]":
+    def list_samples(self) -> Callable[..., Any]:  # a Listed, whose module imports this one
         return import_module(f"{__package__}.{self.module}").list_samples
 
 
