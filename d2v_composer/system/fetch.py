@@ -136,8 +136,8 @@ def fetch(address: str | Path, version: str = "", *, again: bool = False) -> Pat
     address = str(address)
     if on_hub := HUB.fullmatch(address):
         kind, repository, revision, name = on_hub.groups()
-        repo_type = "dataset" if kind else None
-        return fetch_from_hub(repository, [name or STUDENT_FILE], revision, again=again, repo_type=repo_type)
+        options = {"repo_type": "dataset"} if kind else {}
+        return fetch_from_hub(repository, [name or STUDENT_FILE], revision, again=again, **options)
     key = hashlib.sha256(f"{canonical_address(address)}{version}".encode()).hexdigest()[:16]
     name = f"{key}-{file_name(address)[-100:]}"
     path = cache_folder() / name
@@ -179,7 +179,7 @@ def _renew(address: str, path: Path, version: str, again: bool) -> None:
 
 
 def fetch_from_hub(
-    repository: str, names: Sequence[str], revision: str | None, *, again: bool = False, repo_type: str | None = None
+    repository: str, names: Sequence[str], revision: str | None, *, again: bool = False, **options: Any
 ) -> Path:
     """Return the local path of the first file in ``names`` that a repository on the Hugging Face hub has now.
 
@@ -191,7 +191,7 @@ def fetch_from_hub(
         names: Paths in the repository.
         revision: A branch, a tag or a commit; a cached file of a commit is used without asking the hub.
         again: Replace the copy in the cache, because it is damaged.
-        repo_type: ``dataset``; default: a model.
+        options: ``repo_type``.
 
     Raises:
         InputError: The repository has none of the files, or the hub is not reachable and its cache has none.
@@ -203,21 +203,14 @@ def fetch_from_hub(
     from_caches = (True, False) if is_known and not again else (False,)
     try:
         if not is_known:
-            HfApi().repo_info(repository, revision=revision, timeout=CONNECT_SECONDS, repo_type=repo_type)
+            HfApi().repo_info(repository, revision=revision, timeout=CONNECT_SECONDS, **options)
     except (OSError, ValueError) as error:
         problem, from_caches = reason(error)[:200], (True,)  # its client would try, and warn, for half a minute
         log.warning("%s: the Hugging Face hub does not answer (%s); using its cache", repository, problem)
+    options |= {"force_download": True} if again else {}
     for from_cache, name in product(from_caches, names):
         try:
-            path = hf_hub_download(
-                repository,
-                name,
-                repo_type=repo_type,
-                revision=revision,
-                force_download=again,
-                local_files_only=from_cache,
-            )
-            return Path(path)
+            return Path(hf_hub_download(repository, name, revision=revision, local_files_only=from_cache, **options))
         except (OSError, ValueError) as error:
             problem = problem or reason(error)[:200]
     raise InputError(f"no {' or '.join(names)} in {repository} on the Hugging Face hub or in its cache: {problem}")
