@@ -113,7 +113,7 @@ class TimmWrapper(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int = 0, global_pool: str | None = None, representation: Representation | None = None
+        self, num_classes: int = 0, global_pool: Any = None, representation: Representation | None = None
     ) -> None:
         super().__init__()
         self.num_classes, self.global_pool, self.representation = num_classes, global_pool, representation

@@ -115,7 +115,7 @@ class _Parser(ArgumentParser):
 def whole(smallest: int, largest: int) -> BeforeValidator:
     """Return a validator of a whole number in a range."""
 
-    def check(value: object) -> object:
+    def check(value: Any) -> Any:
         if not (str(value).isdecimal() and smallest <= int(value) <= largest):
             raise ValueError(f"must be from {smallest} to {largest}, got {value!r}")
         return value

@@ -6,7 +6,7 @@ from os import devnull
 from os.path import isfile
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -183,7 +183,7 @@ def section_at(schema: type[BaseModel], place: Sequence[str | int]) -> type[Base
     return schema
 
 
-def find_section(kind: object) -> type[BaseModel] | None:
+def find_section(kind: Any) -> type[BaseModel] | None:
     """Return the section class in a type, such as ``S | None`` or ``dict[str, S]``; ``None`` if there is none."""
     with suppress(TypeError):
         if issubclass(kind, BaseModel):

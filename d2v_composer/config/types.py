@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from os.path import abspath, exists, expanduser
 from pkgutil import resolve_name
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, JsonValue
 from pydantic_core import ErrorDetails
@@ -18,7 +18,6 @@ from d2v_composer.system.addresses import Address, check_path
 from d2v_composer.system.entry_points import find_entry_point
 from d2v_composer.system.errors import errors_of
 
-ValueT = TypeVar("ValueT")
 # Also the largest seed: ranks and epochs add to it, and numpy's seeds end at 2^32.
 MAX_INT = (1 << 31) - 1
 # Where pydantic's words do not tell what a YAML needs.
@@ -46,20 +45,20 @@ def describe_problem(error: ErrorDetails) -> str:
     return problem if error["type"] == "missing" else f"{problem}, got {'null' if value is None else repr(value)}"
 
 
-def checked(check: Callable[[ValueT], object]) -> AfterValidator:
+def checked(check: Callable[[Any], object]) -> AfterValidator:
     """Return a validator that calls a function, which raises ValueError for a wrong value."""
 
-    def validate(value: ValueT) -> ValueT:
+    def validate(value: Any) -> Any:
         check(value)
         return value
 
     return AfterValidator(validate)
 
 
-def must(rule: str, holds: Callable[[ValueT], object]) -> AfterValidator:
+def must(rule: str, holds: Callable[[Any], object]) -> AfterValidator:
     """Return a validator with one rule, whose text continues 'must …', such as 'be at most 1'."""
 
-    def validate(value: ValueT) -> ValueT:
+    def validate(value: Any) -> Any:
         if not holds(value):
             raise ValueError(f"must {rule}, got {value!r}")
         return value
@@ -88,7 +87,7 @@ def check_file(address: str) -> None:
         raise ValueError(f"{address}: {missing}")
 
 
-def class_path(name: str, known: Mapping[str, str]) -> str | None:
+def class_path(name: str, known: Mapping[str, str]) -> Any:
     """Return 'module:class' of a callback or logger; ``None`` if there is none of this name.
 
     Args:

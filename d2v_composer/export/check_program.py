@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 FOLDER = Path(__file__).parent
-Embed = Callable[[np.ndarray], np.ndarray]
+Embed = Callable[[np.ndarray], Any]
 """Maps inputs, (B, …) float32 or uint8, to embeddings, (B, D)."""
 
 

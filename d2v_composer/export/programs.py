@@ -33,7 +33,7 @@ PIXELS = "uint8, (B, H, W, channels)"
 EXTRA_FILES = ("preprocessing.json", "embedding")
 
 
-def build_bias(alibi: Alibi, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def build_bias(alibi: Any, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Compute in a program what :meth:`Alibi.unscaled` keeps."""
     return alibi.build(num_tokens, alibi.slopes_of_heads).to(dtype)
 

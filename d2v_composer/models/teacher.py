@@ -5,6 +5,7 @@ Shapes: B inputs, E extra tokens, N patches, T = E + N tokens, D channels.
 
 from collections.abc import Mapping, Sequence
 from reprlib import repr as short  # a list in a file may hold another one a million times
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ class Teacher(Backbone, Freezable):
 
     @torch.no_grad()
     def targets(
-        self, x: Tensor, extra_tokens: ExtraTokens = "regress", padding_mask: Tensor | None = None, **options: object
+        self, x: Tensor, extra_tokens: ExtraTokens = "regress", padding_mask: Tensor | None = None, **options: Any
     ) -> Tensor:
         """Compute the regression targets: norm_mean of the last blocks' FFN outputs.
 

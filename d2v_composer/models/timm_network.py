@@ -35,7 +35,7 @@ def create_network(
         ValueError: timm has no such model, or not at this image size, or no weights of it.
     """
     name = timm_name(config.model)
-    options: Record = {"num_classes": num_classes} | ({} if config.in_chans == 3 else {"in_chans": config.in_chans})
+    options: Any = {"num_classes": num_classes} | ({} if config.in_chans == 3 else {"in_chans": config.in_chans})
     sized = {"img_size": height_and_width(config.image_size)} | options
     try:
         try:
@@ -154,7 +154,7 @@ class TimmNetwork(PixelEncoder):
             return features[:, self.num_prefix_tokens :]
         return features.flatten(1, 2) if self.is_channels_last else features.flatten(2).transpose(1, 2)
 
-    def timm_tensors(self, model: TimmModule, head: nn.Module | None) -> dict[str, Tensor]:
+    def timm_tensors(self, model: Any, head: nn.Module | None) -> dict[str, Tensor]:
         """Return the state dict for a ``model`` that timm built with a classifier, which is ``head``."""
         tensors = model.state_dict() | self.model.state_dict()
         for prefix in classifier_prefixes(self.config):  # a convolution, or two layers

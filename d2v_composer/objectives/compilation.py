@@ -71,7 +71,7 @@ def compile_model(model: "DistillationModel", choice: bool | str = True) -> None
 
 
 def compiled(
-    function: Callable[P, R], mode: str | None = None, options: dict[str, bool] | None = None
+    function: Callable[P, R], mode: str | None = None, options: dict[str, str | int | bool] | None = None
 ) -> Callable[P, R]:
     """Compile a function as a single graph for each input shape; calling it fails if that is impossible."""
     # By default torch makes a dimension symbolic in all later graphs once it has seen two sizes of it.
