@@ -17,6 +17,7 @@ from d2v_composer.evaluation.metrics.retrieval import retrieval_from
 from d2v_composer.evaluation.rows import GAP, ROWS, STUDENT, metric_key
 from d2v_composer.evaluation.run_log import Log
 from d2v_composer.models.alignment import EmbeddingInfo
+from d2v_composer.models.names import EMBEDDING
 
 NUM_RESAMPLES = 2000
 # A gap closed is stated if its 95 % interval is narrower than this share of the gap.
@@ -63,6 +64,11 @@ class Result(NamedTuple):
         return self._asdict() | {"column": self.column._asdict(), "info": self.info._asdict()}
 
     @property
+    def is_raw(self) -> bool:
+        """True for a student's own embedding in place of its teacher's."""
+        return self.embedding == EMBEDDING and self.info.made_by == "raw"
+
+    @property
     def embedding_text(self) -> str:
         """The embedding in words, such as "the teacher's output_cls"."""
         return self.info.in_words(self.embedding)
@@ -99,7 +105,8 @@ def heading(cells: Mapping[str, Result]) -> str:
 def label(result: Result, of_table: str) -> str:
     """Return a row's title and, if its embedding is another one than the table's, this embedding."""
     is_other = result.embedding and result.embedding_text != of_table
-    return f"{result.row} ({'raw' if result.is_raw else result.embedding_text})" if is_other else result.row
+    is_raw = result.embedding == EMBEDDING and result.info.made_by == "raw"
+    return f"{result.row} ({'raw' if is_raw else result.embedding_text})" if is_other else result.row
 
 
 class Interval(NamedTuple):
