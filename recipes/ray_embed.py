@@ -15,6 +15,7 @@ of their own. Every machine must reach MODEL, SOURCE and OUT. The cluster needs 
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from d2v_composer.system.command_line import show_help
 
@@ -30,11 +31,11 @@ from d2v_composer.system.errors import reading
 from d2v_composer.system.fetch import fetch
 
 
-def read_samples(tar: dict[str, str]) -> Iterator[dict[str, str | bytes]]:
+def read_samples(tar: dict[str, str]) -> Iterator[dict[str, Any]]:
     """Yield a tar's samples: the key, and the content of each member under its suffix."""
     with reading(tar["address"]), fetch(tar["address"], tar["version"]).open("rb") as file:
         for key, members in read_tar(file):
-            sample: dict[str, str | bytes] = {"__key__": key}
+            sample: dict[str, Any] = {"__key__": key}
             for suffix, offset, size in members:
                 file.seek(offset)
                 sample[suffix] = file.read(size)

@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from itertools import chain, takewhile
 from os.path import splitext
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -86,7 +87,7 @@ class Files:
     def _have_folders(self, labels: Sequence[Json]) -> bool:
         return not self.has_columns or (self.has_paths and any("/" in path for path in labels))
 
-    def find_splits(self, *names: str) -> dict[str, dict[int, str]] | dict[str, list[File]]:
+    def find_splits(self, *names: str) -> dict[str, Any]:  # two forms, which in_folders tells apart
         """Return split → number of a sample → path, if samples are in folders; otherwise, split → its files.
 
         Raises:

@@ -28,7 +28,8 @@ from d2v_composer.system.processes import ALL, Part, die_with_parent
 
 AHEAD = 64  # results of threads that wait in memory
 Int64Array = NDArray[np.int64]
-ItemT, ResultT = TypeVar("ItemT"), TypeVar("ResultT")
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 
 class Names(Sequence[str]):

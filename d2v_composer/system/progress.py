@@ -21,7 +21,7 @@ def progress_bar(*iterable: Iterable[T], desc: str, unit: str, **options: Any) -
 class Lines(tqdm):
     """A bar that prints a line every ten seconds instead of overwriting one."""
 
-    def __init__(self, *iterable: Iterable, **options: Any) -> None:
+    def __init__(self, *iterable: Any, **options: Any) -> None:
         pace = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "miniters": 1}
         super().__init__(*iterable, leave=False, **pace, **options)
         # Else tqdm.write would print its line again.

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from composer.utils import dist, get_device
@@ -81,7 +82,7 @@ def leaders_first(leaders: Collection[int], what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _outcome(store: torch.distributed.Store, key: str) -> Iterator[None]:
+def _outcome(store: Any, key: str) -> Iterator[None]:
     """Write heartbeats to the store while the ``with`` block runs, then the block's outcome."""
     ended, outcome = threading.Event(), OK
 
@@ -104,7 +105,7 @@ def _outcome(store: torch.distributed.Store, key: str) -> Iterator[None]:
         store.set(key, outcome)
 
 
-def _wait(store: torch.distributed.Store, key: str, who: str) -> None:
+def _wait(store: Any, key: str, who: str) -> None:
     """Wait for a leader to end its block, and raise its error."""
     last, deadline = "", time.monotonic() + SILENT_SECONDS
     while last != OK:
