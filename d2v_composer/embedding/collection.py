@@ -502,4 +502,4 @@ def load_batch(
 
     decoded = [*zip(numbers, map_in_threads(attempt, numbers), strict=True)]
     samples = [sample for _, sample in decoded if isinstance(sample, Tensor)]
-    return collate(samples) if samples else (), [row for row in decoded if isinstance(row[1], str)]
+    return collate(samples) if samples else (), [(number, text) for number, text in decoded if isinstance(text, str)]
