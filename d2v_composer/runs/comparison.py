@@ -72,11 +72,11 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
     if isinstance(model, Teacher):
         return model.build_student()
     if isinstance(model.config, TimmNetworkConfig):
-        from d2v_composer.models.timm_network import NetworkStudent  # timm takes seconds to import
+        from d2v_composer.models.timm_network import TimmStudent  # timm takes seconds to import
 
         is_pretrained = value_at(distillation_of(model.provenance), "config.student.pretrained") or False
         try:
-            return NetworkStudent(model.config, pretrained=is_pretrained)
+            return TimmStudent(model.config, pretrained=is_pretrained)
         except ValueError as error:  # the hub cannot be reached
             print(f"the untrained student is not measured: {error}", file=sys.stderr)
             return None
@@ -168,7 +168,7 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
         if (
             untrained is not None
             and headline == EMBEDDING
-            and not align_untrained(untrained.to(device), model, teacher)
+            and not align_untrained(untrained.eval().to(device), model, teacher)
         ):
             untrained = None
     places = [*map(hide_secrets, config.rivals)]
