@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from composer import Trainer
 from composer.core import Algorithm, Callback
 from composer.loggers import LoggerDestination
@@ -168,6 +169,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
     check_compiler(config.compile)
     with errors_of("student"):
         normalization = config.objectives.tokens.model_dump(include={"normalization", "final_layer_norm"})
+        torch.manual_seed(config.seed)  # here, so that an evaluation builds the same untrained student
         student = teacher.build_student(**config.student.model_dump(), **normalization)
     check_network("student.model", student, config)
     with errors_of("objectives.tokens"):
