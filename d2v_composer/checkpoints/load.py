@@ -283,17 +283,19 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
 
 
 def _results_of(checkpoint: Checkpoint) -> Record:
-    """Return the section ``results`` of a run's record: its last accuracies; no section if it measured none."""
+    """Return the section ``results`` of a run's record: its last accuracies, and what embedded each row's queries.
+
+    There is no section if the run measured nothing.
+    """
     saved = checkpoint.saved_by("ZeroShotRetrieval")
     if not saved.get("history"):
         return {}
-    accuracies, measured = dict[str, dict[str, float]](), Record()
+    accuracies, queries = dict[str, dict[str, float]](), Record()
     for result in saved["results"]:
         rows = accuracies.setdefault(f"{result['dataset']} {result['column']['key']}", {})
         rows[result["row"]] = result["hits"].double().mean().item()
-        if result["row"] == "student":
-            measured = {"weights": result["weights"], "embedding": result["embedding"], **result["info"]}
-    return {"results": {"accuracies": accuracies, **measured}}
+        queries[result["row"]] = {name: result[name] for name in ("weights", "embedding", "info")}
+    return {"results": {"accuracies": accuracies, "queries": queries}}
 
 
 def _load_teacher_of(record: Record, path: Path, teacher_path: str | None) -> Teacher | None:

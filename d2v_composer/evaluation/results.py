@@ -17,7 +17,6 @@ from d2v_composer.evaluation.metrics.retrieval import retrieval_from
 from d2v_composer.evaluation.rows import GAP, ROWS, STUDENT, metric_key
 from d2v_composer.evaluation.run_log import Log
 from d2v_composer.models.alignment import EmbeddingInfo
-from d2v_composer.models.names import EMBEDDING
 
 NUM_RESAMPLES = 2000
 # A gap closed is stated if its 95 % interval is narrower than this share of the gap.
@@ -64,16 +63,9 @@ class Result(NamedTuple):
         return self._asdict() | {"column": self.column._asdict(), "info": self.info._asdict()}
 
     @property
-    def is_raw(self) -> bool:
-        """True for a student's own embedding in place of its teacher's."""
-        return self.embedding == EMBEDDING and self.info.made_by == "raw"
-
-    @property
     def embedding_text(self) -> str:
         """The embedding in words, such as "the teacher's output_cls"."""
-        if self.embedding != EMBEDDING or self.info.of == EMBEDDING:
-            return self.embedding
-        return f"raw {self.info.of}" if self.is_raw else f"the teacher's {self.info.of}"
+        return self.info.in_words(self.embedding)
 
 
 def read_results(saved: Iterable[Mapping[str, Any]]) -> list[Result]:
@@ -107,7 +99,7 @@ def heading(cells: Mapping[str, Result]) -> str:
 def label(result: Result, of_table: str) -> str:
     """Return a row's title and, if its embedding is another one than the table's, this embedding."""
     is_other = result.embedding and result.embedding_text != of_table
-    return f"{result.row} ({result.embedding_text})" if is_other else result.row
+    return f"{result.row} ({'raw' if result.is_raw else result.embedding_text})" if is_other else result.row
 
 
 class Interval(NamedTuple):

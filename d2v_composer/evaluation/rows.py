@@ -9,7 +9,7 @@ from d2v_composer.models.names import EMBEDDING
 
 UNTRAINED, STUDENT, TEACHER = GAP = ("untrained student", "student", "teacher")
 """The models between which the teacher gap lies; agreement compares with the teacher."""
-IN_INDEX = f"{STUDENT} in the teacher's index"
+IN_INDEX = "in the teacher's index"
 GAP_CLOSED = "teacher gap closed"
 
 

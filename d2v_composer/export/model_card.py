@@ -13,10 +13,11 @@ from d2v_composer.checkpoints.load import save_student
 from d2v_composer.checkpoints.timm_student import timm_call
 from d2v_composer.data import MODALITIES
 from d2v_composer.evaluation.evaluate import cost, read_evaluation
-from d2v_composer.evaluation.rows import ROWS
+from d2v_composer.evaluation.rows import IN_INDEX, ROWS, STUDENT, TEACHER
+from d2v_composer.models.alignment import EmbeddingInfo
 from d2v_composer.models.backbone import hash_weights
 from d2v_composer.models.names import timm_name
-from d2v_composer.models.provenance import value_at
+from d2v_composer.models.provenance import Record, value_at
 from d2v_composer.system.errors import reading, writing
 from d2v_composer.system.files import check_out_file, write_atomically
 
@@ -74,12 +75,8 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
     with reading(source):
         record = {"teacher": {}, "data": {}, "versions": {}, "command": "not recorded"} | student.provenance
         teacher = {"model": "", "source": "", "license": ""} | record["teacher"]
-        results = record.get("results")
-        if results and (results.get("weights"), results.get("fingerprint")) != (
-            student.identify_weights(),
-            student.embedding.fingerprint,
-        ):
-            results = None  # of other weights, or by another alignment
+        results = {"accuracies": {}, "queries": {}} | record.get("results", {})
+        by_embedding, titles = choose_rows(results["queries"], student)
         stated, start = [teacher["license"] or ""], None
         if network and value_at(record, "config.student.pretrained"):
             import timm  # the import takes seconds
@@ -103,8 +100,9 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
             timm_call=timm_call(student, out.name),
             embedding=student.embedding,
             tables=read_evaluation(Path(source).parent, hash_weights(student)).get("tables", ""),
-            results=results,
-            rows=[row for row in ROWS if results and any(row in cells for cells in results["accuracies"].values())],
+            accuracies=results["accuracies"],
+            by_embedding=by_embedding,
+            titles=titles,
             file=out.name,
             quote=shlex.quote,
         )
@@ -115,6 +113,35 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
         return f"wrote {readme}: the model card; license: {license}"
 
     return write
+
+
+def choose_rows(queries: Record, student: Any) -> tuple[str, dict[str, str]]:
+    """Choose the rows of a run's results that are of a student as it is.
+
+    Args:
+        queries: Row → what embedded its queries: ``weights``, ``embedding`` (its name) and ``info``.
+        student: The student. Its rows by other weights or by another alignment are left out; without its own row,
+            all are.
+
+    Returns:
+        The embedding of the table in words; row → its title, which has the row's embedding if that is another one.
+    """
+    infos = {row: EmbeddingInfo(**about["info"]) for row, about in queries.items()}
+    weights, fingerprints = student.identify_weights(), ("", student.embedding.fingerprint)
+    rows = [
+        row
+        for row in ROWS
+        if row in infos
+        and (
+            row not in (STUDENT, IN_INDEX)
+            or (queries[row]["weights"] == weights and infos[row].fingerprint in fingerprints)
+        )
+    ]
+    if STUDENT not in rows:
+        return "", {}
+    texts = {row: infos[row].in_words(queries[row]["embedding"]) for row in rows}
+    heading = texts.get(TEACHER, texts[STUDENT])
+    return heading, {row: row if texts[row] in ("", heading) else f"{row} ({texts[row]})" for row in rows}
 
 
 def add_section(readme: Path, heading: str, text: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from d2v_composer.models.encoder import Freezable
-from d2v_composer.models.names import MadeBy
+from d2v_composer.models.names import EMBEDDING, MadeBy
 
 # Ridge strengths that are tried, as multiples of the inputs' mean variance.
 STRENGTHS = [10.0**power for power in range(-8, 2)]
@@ -47,6 +47,12 @@ class EmbeddingInfo(NamedTuple):
     def is_in_space_of(self, other: "EmbeddingInfo") -> bool:
         """Return whether a cosine between the two embeddings means something."""
         return self.space == other.space != ""
+
+    def in_words(self, name: str) -> str:
+        """Return the embedding ``name`` of a model as tables write it, such as "the teacher's output_cls"."""
+        if name != EMBEDDING or self.of == EMBEDDING:
+            return name
+        return f"raw {self.of}" if self.made_by == "raw" else f"the teacher's {self.of}"
 
     def __str__(self) -> str:
         return f"{self.of}, {self.width} channels, {MADE_BY[self.made_by]}"

@@ -118,7 +118,7 @@ def _found(column: Column, cells: Mapping[str, Result], gap: GapClosed, unit: st
         said = f"the student scores {shown[STUDENT]}, and its teacher {shown[TEACHER]} ({column.heading})"
     if gap.interval is not None:
         way = f"of the way from the untrained student's {shown[UNTRAINED]} to the teacher"
-        return f"{said}, {percent(gap.interval)} % {way}."
+        return f"{said}, {percent(gap.interval, 0)} % {way}."
     if not gap.queries_needed:
         return f"{said}; the teacher is no better than the untrained student, {shown[UNTRAINED]}."
     doubt = f"too few {unit} to tell ({len(cells[STUDENT].hits):,}); {gap.queries_needed:,} or more would"
@@ -132,6 +132,8 @@ def _next(run: Run, dataset: str, column: Column, cells: Mapping[str, Result], g
         return f"Measure it {how}."
     if gap.interval.value >= ENOUGH:
         return "Export it, or fine-tune it: there is little left to close."
+    if gap.interval.low <= 0:
+        return "Train it longer: so far, it is not clearly better than the untrained student."
     untrained, student, teacher = (cells[row].accuracy for row in GAP)
     batch = last_batch(run.results)
     logged = run.log.get(metric_key(dataset, column), {})  # may go beyond the last checkpoint

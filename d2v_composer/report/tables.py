@@ -53,8 +53,9 @@ def accuracy_tables(results: Sequence[Result], datasets: Iterable[str]) -> Itera
                 for row in sorted(labels, key=lambda row: (*ROWS, row).index(row))
             ]
             if any(closed := [gap_closed(cells) for cells in columns.values()]):
-                lines.append([GAP_CLOSED, *(percent(gap.interval) if gap and gap.interval else "–" for gap in closed)])
-            yield f"{title}, {table.unit} [95 % interval]", [["", *(column.heading for column in columns)], *lines]
+                shown = [percent(gap.interval, 0) if gap and gap.interval else "–" for gap in closed]
+                lines.append([GAP_CLOSED, *shown])
+            yield title, [["in % [95 % interval]", *(column.heading for column in columns)], *lines]
 
 
 def format_tables(results: Sequence[Result], datasets: Iterable[str]) -> str:
@@ -88,9 +89,10 @@ def cost_table(
     return [head, *rows]
 
 
-def percent(interval: Interval) -> str:
+def percent(interval: Interval, decimals: int = 1) -> str:
     """Return an interval in %."""
-    return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+    value, low, high = (f"{100 * share:.{decimals}f}" for share in interval)
+    return f"{value} [{low}, {high}]"
 
 
 def study_table(logs: Mapping[str, Log]) -> str:

@@ -23,7 +23,8 @@ from d2v_composer.models.configs import AudioEncoderConfig, ImageEncoderConfig
 from d2v_composer.models.images import ImageEncoder
 from d2v_composer.models.student import Student, StudentConfig
 from d2v_composer.system.errors import InputError
-from helpers import GOLDEN, QUICKSTART, datasets_of, load_checkpoint
+from helpers import GOLDEN, QUICKSTART, datasets_of, load_checkpoint, small_run
+from recipes import train
 
 
 def small_student(**provenance: Any) -> Student:
@@ -156,7 +157,7 @@ def test_the_runs_last_retrieval_is_in_the_card(uninterrupted: Path, tmp_path: P
     card = (tmp_path / "exported" / "README.md").read_text()
     assert "\n".join(["", *table, ""]) in card
     assert "\nmetrics: [accuracy]\n" in card
-    assert "The run's last retrieval, by the embedding, without intervals." in card
+    assert "The run's last retrieval, by the teacher's output_cls, without intervals." in card
 
 
 @pytest.mark.parametrize("change", ["weights", "alignment"])
@@ -164,9 +165,9 @@ def test_a_card_has_no_results_of_other_weights_or_of_another_alignment(change: 
     """As after d2v align, or in a checkpoint between two retrievals."""
     student = small_student()
     student.align(torch.eye(student.embed_dim, 4 * student.embed_dim), torch.zeros(student.embed_dim), "output_cls")
-    results = {"accuracies": {"small bank_train/top1": {"student": 0.5}}, "embedding": "embedding"}
-    results |= {"weights": student.identify_weights(), "fingerprint": student.embedding.fingerprint}
-    student.provenance["results"] = results
+    about = {"weights": student.identify_weights(), "embedding": "embedding", "info": student.embedding._asdict()}
+    accuracies = {"small bank_train/top1": {"student": 0.5}}
+    student.provenance["results"] = {"accuracies": accuracies, "queries": {"student": about}}
     assert "| small bank_train/top1 | 0.500 |" in card_of(student, tmp_path / "before")[1]
     if change == "weights":
         next(student.blocks.parameters()).data.add_(1)
@@ -174,6 +175,34 @@ def test_a_card_has_no_results_of_other_weights_or_of_another_alignment(change: 
         assert student.alignment is not None
         student.align(student.alignment.weight + 1, student.alignment.bias, "output_cls")
     assert "None are recorded" in card_of(student, tmp_path / "after")[1]
+
+
+RAW = ("retrieval.representation=output", "retrieval.pooling=cls")
+
+
+@pytest.mark.parametrize(
+    ("options", "heading", "row"),
+    [
+        pytest.param(
+            RAW,
+            "output_cls",
+            "| student | student in the teacher's index (the teacher's output_cls) |",
+            marks=pytest.mark.slow,
+        ),
+        (("alignment.max_samples=0",), "the teacher's output_cls", "| student (raw output_cls) |"),
+    ],
+)
+def test_a_card_names_the_embedding_of_each_row(
+    options: tuple[str, ...], heading: str, row: str, small_data: Path, labeled: Path, tmp_path: Path
+) -> None:
+    """A run by raw embeddings, and one without an alignment."""
+    train.main(
+        small_run(tmp_path / "run", small_data, f"retrieval.{datasets_of(labeled)}", "max_duration=4ba", *options)
+    )
+    run_export(tmp_path / "run" / "latest-rank0.pt", tmp_path / "student.safetensors")
+    card = (tmp_path / "README.md").read_text()
+    assert f"The run's last retrieval, by {heading}, without intervals." in card
+    assert row in card
 
 
 def test_a_readme_that_export_did_not_write_is_kept(tmp_path: Path) -> None:

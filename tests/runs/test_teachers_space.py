@@ -20,7 +20,7 @@ from d2v_composer.embedding.collection import IndexRecord
 from d2v_composer.evaluation.embedded_set import embed_set
 from d2v_composer.evaluation.measurement import measure
 from d2v_composer.evaluation.results import Result
-from d2v_composer.evaluation.rows import STUDENT, TEACHER, UNTRAINED, rows_of
+from d2v_composer.evaluation.rows import IN_INDEX, STUDENT, TEACHER, UNTRAINED, rows_of
 from d2v_composer.evaluation.settings import Settings
 from d2v_composer.models.alignment import EmbeddingInfo
 from d2v_composer.models.names import EMBEDDING
@@ -155,7 +155,7 @@ class Measured:
 def test_the_student_is_looked_up_in_its_teachers_index() -> None:
     hits = {(result.row, result.column): result.hits for result in Measured().results(UNTRAINED, STUDENT, TEACHER)}
     rows = dict.fromkeys(row for row, _ in hits)
-    assert [*rows] == [UNTRAINED, STUDENT, f"{STUDENT} in the teacher's index", TEACHER]
+    assert [*rows] == [UNTRAINED, STUDENT, IN_INDEX, TEACHER]
     columns = dict.fromkeys(column for _, column in hits)
     assert [column.name for column in columns] == ["retrieval", "retrieval", "agreement"]
     for row, column in hits:
@@ -168,11 +168,10 @@ def test_every_embedding_is_measured_by_its_name_alone() -> None:
     results = {
         (result.row, result.embedding, result.column.key): result for result in measured.results(STUDENT, TEACHER)
     }
-    in_index = f"{STUDENT} in the teacher's index"
     named = {(row, name) for row, name, _ in results}
-    assert named == {*product((STUDENT, TEACHER), ("own", EMBEDDING)), (in_index, EMBEDDING)}
+    assert named == {*product((STUDENT, TEACHER), ("own", EMBEDDING)), (IN_INDEX, EMBEDDING)}
     for (row, name, _), result in results.items():
-        assert result.is_headline == (name == "own" or row == in_index)
+        assert result.is_headline == (name == "own" or row == IN_INDEX)
     own, mapped = (results[STUDENT, name, "agreement@10"].hits.mean() for name in ("own", EMBEDDING))
     assert own < mapped == 1  # each is compared with the teacher's of the same name
     assert results[STUDENT, "own", "bank_train/top1"].info == ("own", "raw", 4, "", "")
@@ -374,7 +373,7 @@ def test_an_evaluation_has_no_row_of_a_map_that_an_untrained_student_lacks(label
     options = [datasets_of(labeled), f"out={tmp_path}"]
     evaluate.main([f"model={out}", f"teacher={TEACHER_FILE}", *options])
     table = (tmp_path / "evaluation.csv").read_text()
-    assert "student in the teacher's index" in table
+    assert IN_INDEX in table
     assert "untrained student" not in table
     assert "encoder" not in table  # a student with an encoder of its own
 
@@ -398,7 +397,7 @@ def test_a_resume_without_the_map_keeps_no_row_of_it(small_data: Path, labeled: 
     run_training(*run, "max_duration=4ba", "alignment.max_samples=0")
     batches = batches_of_rows(tmp_path)
     assert batches["student"] == 4
-    assert "student in the teacher's index" not in batches
+    assert IN_INDEX not in batches
 
 
 @pytest.mark.parametrize("number", [1, 19])

@@ -12,7 +12,7 @@ from d2v_composer.evaluation.metrics.metric import Column, Metric, Pair, Table
 from d2v_composer.evaluation.nearest_neighbors import NUM_COMMON, common_fractions, others_of
 
 WITHOUT_LABELS = Table(
-    "without_labels", "Measured without labels", "Does it find what its teacher finds, without labels?", "in %"
+    "without_labels", "Measured without labels", "Does it find what its teacher finds, without labels?"
 )
 
 

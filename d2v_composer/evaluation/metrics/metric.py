@@ -27,7 +27,6 @@ class Table(NamedTuple):
     """The beginning of the table's title."""
     question: str
     """The title of the plot, in which {unit} stands for the samples' unit."""
-    unit: str = "accuracy in %"
 
 
 class Column(NamedTuple):
