@@ -17,6 +17,7 @@ from d2v_composer.evaluation.metrics.retrieval import retrieval_from
 from d2v_composer.evaluation.rows import GAP, ROWS, STUDENT, metric_key
 from d2v_composer.evaluation.run_log import Log
 from d2v_composer.models.alignment import EmbeddingInfo
+from d2v_composer.models.names import EMBEDDING
 
 NUM_RESAMPLES = 2000
 # A gap closed is stated if its 95 % interval is narrower than this share of the gap.
@@ -98,8 +99,10 @@ def heading(cells: Mapping[str, Result]) -> str:
 
 def label(result: Result, of_table: str) -> str:
     """Return a row's title and, if its embedding is another one than the table's, this embedding."""
-    is_other = result.embedding and result.embedding_text != of_table
-    return f"{result.row} ({'raw' if result.is_raw else result.embedding_text})" if is_other else result.row
+    if result.embedding_text in ("", of_table):
+        return result.row
+    is_raw = result.embedding == EMBEDDING and result.info.made_by == "raw"
+    return f"{result.row} ({'raw' if is_raw else result.embedding_text})"
 
 
 class Interval(NamedTuple):
