@@ -180,7 +180,7 @@ def test_the_untrained_student_is_the_runs(
         ("seed=3",),
         ("student.embed_dim=24", "objectives.embedding.weight=1"),
         ("alignment.max_samples=0",),
-        ("student.model=timm/resnet10t",),
+        ("student.depth=5", "student.model=timm/test_byobnet"),
     ],
     ids=["fitted alignment", "trained alignment", "no alignment", "a timm model"],
 )
