@@ -314,7 +314,8 @@ class FolderLock:
         if other not in ("", folder.address):
             self.path.write_text(content)  # the lock may have emptied it
             raise InputError(
-                f"save_folder: {folder.local} holds the files of {other}, not of {folder.address or 'this run'}"
+                f"save_folder: {folder.local} holds the files of {other}, not of {folder.address or 'this run'}; "
+                "choose another save_folder"
             )
         self.mark((folder.address or "") if new_folders else other)
 

@@ -82,12 +82,12 @@ def load_teacher(
         return load_timm_teacher(path, model, first_blocks, image_size)
     if model.startswith(PACKAGE_PREFIX):
         if first_blocks is not None or image_size is not None:
-            raise InputError(f"{model}: its package fixes first_blocks and image_size; leave them out")
+            raise InputError(f"{model}: leave out first_blocks and image_size, which the package of this model fixes")
         return load_external(path, model)
     if model != DATA2VEC2:
         raise InputError(f"model: must be {DATA2VEC2}, timm/NAME or ext/NAME, got {model!r}")
     if path is None:
-        raise InputError(f"checkpoint: {DATA2VEC2} needs a file")
+        raise InputError(f"checkpoint: {DATA2VEC2} needs the path of a file, got null")
     if image_size is not None:
         raise InputError(f"image_size: cannot be set for {DATA2VEC2}, whose file fixes it")
     teacher = load_data2vec2(path, weights)
@@ -277,7 +277,12 @@ def _load_trained(checkpoint: Checkpoint, teacher_path: str | None) -> Models:
         student.align(aligned["weight"], aligned["bias"], about["of"], space=about["space"])
         record["alignment"] = about
         if (fitted := aligned["batch"]) != (trained := checkpoint.trained("batch")):
-            log.warning("%s: the alignment is of batch %d, the student of batch %d", path, fitted, trained)
+            log.warning(
+                "%s: the alignment was fitted at batch %d, but the student's weights are of batch %d",
+                path,
+                fitted,
+                trained,
+            )
     student.provenance = record
     return student.eval(), _as_estimated(teacher, student)
 

@@ -53,7 +53,7 @@ class Align(Command):
         """Fit the map, print its R² and recall, and write the student."""
         out, path = self.out, self.index
         if (path is None) == (self.to is None):
-            raise InputError("expected --index or --to, and not both")
+            raise InputError(f"expected either --index or --to, got {'neither' if path is None else 'both'}")
         if path is not None and (self.pooling or self.representation):
             raise InputError("--pooling and --representation apply only to --to; rows of an --index are already pooled")
         if out.suffix != ".safetensors":

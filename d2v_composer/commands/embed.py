@@ -54,7 +54,7 @@ class Embed(ModelReference, Command):
         description=f"NAME.npy or NAME.parquet, here or in a store; an id is {IDS}, a path, or a number in MDS."
     )
     precision: PrecisionChoice = "fp32"
-    """Precision of the model; auto is faster."""
+    """Precision in which the model computes; auto: the fastest that this machine supports."""
     normalize: bool = False
     """Scale embeddings to length 1."""
     dtype: Literal["float32", "float16"] = "float32"

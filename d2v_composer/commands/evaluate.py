@@ -10,9 +10,10 @@ usage: d2v evaluate [FILE.yaml] model=PATH [key=value …]
 
 The model is a teacher's file, a training checkpoint, an exported student, or a timm ViT. The tables show retrieval and,
 with ``probes='[knn, linear, agreement, instance, zero_shot]'``, further measures; agreement and instance need no
-labels. All are of the embedding, unless pooling and representation choose a raw one. ``rivals`` adds further models to
-the tables, with their size and speed. The folder ``out`` receives the results, with ``embeddings=all`` those of every
-embedding, as JSON and CSV and, with rivals, a picture of quality over speed. `d2v fields evaluation` lists all fields.
+labels. They are measured in the model's embedding, unless pooling and representation choose a raw one. ``rivals`` adds
+further models to the tables, with their size and speed. The results are written to the folder ``out``, as JSON and CSV
+and, with rivals, as a picture of quality over speed; with ``embeddings=all``, they have every embedding. `d2v fields
+evaluation` lists all fields.
 """
 
 from collections.abc import Sequence

@@ -6,11 +6,11 @@
     d2v search old.npy query.jpg --model student.safetensors
     d2v search photos.npy --duplicates --above 0.9 --html duplicates.html
 
-INDEX is what d2v embed wrote. It says which model made it, and this model embeds the queries. --model names the model
-if it moved, or a student that searches its teacher's index; a model of another space is refused. The search is exact,
-by cosine. --duplicates compares all pairs, after it subtracted what all rows have in common; a group is what pairs
-above the threshold connect. --html writes one page with the pictures, or with spectrograms and players, which needs
-the files of the index.
+INDEX is what d2v embed wrote; it names the model that made it, and this model embeds the queries. With --model, another
+model does: the same one at another place, or a student that searches its teacher's index. A model whose embeddings lie
+in another space is refused. The search is exact, by cosine. --duplicates compares all pairs of rows, after the mean row
+is subtracted; rows that pairs above the threshold connect are one group. --html writes one page with pictures, or with
+spectrograms and players; for this, the samples of the index must be readable.
 """
 
 import json
@@ -50,7 +50,7 @@ class Search(Command):
     duplicates: bool = False
     """List the groups of near-duplicates in INDEX, instead of QUERY."""
     above: float | None = None
-    """Near-duplicates have a greater cosine; default: 0.95."""
+    """Cosine above which two rows are near-duplicates; default: 0.95."""
     k: Annotated[int, whole(1, 0x10000)] | None = None
     """Number of neighbors of a query; default: 10."""
     model: str | None = None
@@ -136,7 +136,7 @@ def _open_samples(path: str, index: "VectorIndex", source: str | None) -> "tuple
     from d2v_composer.sources.open import open_source
 
     if (made_by := index.made_by) is None:
-        raise InputError(f"--html: {path} does not say of what its rows are; embed the samples again")
+        raise InputError(f"--html: {path} does not say from which samples its rows were made; run d2v embed again")
     modality = MODALITIES[made_by["modality"]].of_side(SHOWN_SIZE)
     hint = f"; set --source to where the samples of {path} are"
     try:

@@ -85,12 +85,12 @@ def load_any(
     if path.startswith(TIMM_PREFIX) and not Path(path).exists():
         loaded = its_teacher = load_teacher(checkpoint, weights, model=path, **sizes)
     elif given := [name for name, value in {"checkpoint": checkpoint, **sizes}.items() if value is not None]:
-        raise InputError(f"{' and '.join(given)}: only for timm/NAME models; got {path}")
+        raise InputError(f"{' and '.join(given)} can be set only for timm/NAME, got {path}")
     else:
         loaded, its_teacher = load_models(path, weights, teacher)
     if isinstance(loaded, Teacher):
         if teacher is not None:
-            raise InputError(f"{path} is not a student, so a teacher ({teacher}) is not allowed")
+            raise InputError(f"{path} is not a student, so it has no teacher; leave out teacher={teacher}")
     elif weights != "model":  # the student's record says which its teacher has
         raise InputError(f"weights: {path} is a student, which has no {weights} weights; set weights=model")
     return loaded, its_teacher

@@ -127,9 +127,7 @@ class Section(BaseModel):
 def check_precision(choice: str) -> None:
     """Raise ValueError if this machine cannot compute in a precision."""
     if choice == "amp_fp16" and not has_gpu():
-        raise ValueError(
-            "amp_fp16 needs a GPU, and this machine has none; on a CPU: precision=fp32 or amp_bf16 or auto"
-        )
+        raise ValueError("amp_fp16 needs a GPU, and this machine has none; on a CPU, set fp32, amp_bf16 or auto")
 
 
 def has_gpu() -> bool:
@@ -453,7 +451,7 @@ class TrainerConfig(RunConfig):
         if self.load_weights_only and self.load_path is None:
             yield ".load_weights_only: must be false without a load_path"
         if self.device_train_microbatch_size == "auto" and not has_gpu():
-            yield ".device_train_microbatch_size: 'auto' needs a GPU, and this machine has none; give a number or null"
+            yield ".device_train_microbatch_size: 'auto' needs a GPU, and this machine has none; set a number or null"
 
     def long_warmup(self, why: str = "") -> str:
         """Return the error line for a warm-up longer than the run: Composer would silently never reach ``lr``."""
@@ -487,7 +485,7 @@ class TrainConfig(TrainerConfig):
         yield from super().contradictions()
         measures_top1 = any(self.retrieval.datasets.values()) and 1 in self.retrieval.ks
         if self.save_best and (self.save_folder is None or not measures_top1):
-            yield ".save_best: must be false without a save_folder, retrieval.datasets or 1 in retrieval.ks"
+            yield ".save_best: must be false unless save_folder and retrieval.datasets are set and retrieval.ks has 1"
         if self.train_loader.views is not None and self.save_folder is None:
             yield ".train_loader.views: must be null without a save_folder, which holds the views' targets"
 

@@ -277,7 +277,7 @@ def convert(
     summary = {"classes": class_names, "seed": seed, **options} | ({"part": plan} if plan else {})
     with sole_user(work / "lock", LOCK_SECONDS) as alone:
         if not alone:
-            raise InputError(f"{out}: another conversion is writing there")
+            raise InputError(f"{out}: another conversion is writing to this folder; wait for it, or choose another OUT")
         _check_out(out, work)
         _write_json(out, work, {SUMMARY: summary})  # from now on, it says that OUT is ours
         task = _Task(source, groups, options, skip_unreadable, out, work, records, list_etags(out))
@@ -326,7 +326,9 @@ def merge_shards(out: str) -> Conversion:
             raw, name = entry["raw_data"], Path(entry["raw_data"]["basename"]).name
             shard = parts.files.get(f"{part.name}/{name}")
             if shard is None or (shard.version and shard.size != raw["bytes"]):  # some stores tell neither
-                raise InputError(f"{parts.path(part)}: {name} is missing or damaged; remove this part")
+                raise InputError(
+                    f"{parts.path(part)}: {name} is missing or damaged; remove this part, and run its command again"
+                )
             entries.append(entry | {"raw_data": raw | {"basename": f"parts/{part.name}/{name}"}})
     summary = next(iter(records.values()))
     unit = summary.pop("part")["unit"]

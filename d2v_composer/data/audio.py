@@ -40,13 +40,13 @@ def open_clip(encoded: bytes, longest: int) -> soundfile.SoundFile:
     if file.format not in AUDIO_FORMATS:
         raise UnreadableSampleError(f"the format is {file.format}, expected one of {', '.join(AUDIO_FORMATS)}")
     if file.channels > MAX_CHANNELS:
-        raise UnreadableSampleError(f"{file.channels} channels, more than {MAX_CHANNELS}")
+        raise UnreadableSampleError(f"it has {file.channels} channels; the limit is {MAX_CHANNELS}")
     if not low <= file.samplerate <= high:
-        raise UnreadableSampleError(f"{file.samplerate} samples a second, expected {low} to {high}")
+        raise UnreadableSampleError(f"its sample rate is {file.samplerate} Hz; expected {low} to {high} Hz")
     if file.frames == UNKNOWN:
-        raise UnreadableSampleError("the header states no length; encode to a file, not to a pipe")
+        raise UnreadableSampleError("its header states no length; encode it to a file, not to a pipe")
     if file.frames > longest * file.samplerate:
-        raise UnreadableSampleError(f"{file.frames / file.samplerate:,.0f} s long, more than {longest}")
+        raise UnreadableSampleError(f"it is {file.frames / file.samplerate:,.0f} s long; the limit is {longest} s")
     if file.format == "OGG":  # libsndfile ends without an error where the file does
         page = encoded[encoded.rfind(b"OggS") :]
         is_last = len(page) > 27 and page[5] & 4
@@ -89,11 +89,11 @@ def read_span(file: soundfile.SoundFile, start: int, count: int) -> NDArray[np.f
     blocks = [resampler.resample_chunk(block) for block in read_blocks(file, count)]
     clip = np.concatenate([*blocks, resampler.resample_chunk(np.zeros(0, np.float32), last=True)])
     if len(clip) < MIN_LENGTH:
-        raise UnreadableSampleError(f"{len(clip)} samples at 16 kHz, expected at least {MIN_LENGTH}")
+        raise UnreadableSampleError(f"it has {len(clip)} samples at 16 kHz; expected at least {MIN_LENGTH}")
     if not np.isfinite(clip).all():
-        raise UnreadableSampleError("some samples are not finite")
+        raise UnreadableSampleError("some of its samples are not finite")
     if (loudest := np.abs(clip).max()) > MAX_LOUDNESS:
-        raise UnreadableSampleError(f"samples up to {loudest:,.0f}, expected -1 to 1")
+        raise UnreadableSampleError(f"its samples reach {loudest:,.0f}; expected -1 to 1")
     return clip
 
 

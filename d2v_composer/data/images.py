@@ -48,9 +48,9 @@ def open_image(encoded: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(encoded), formats=IMAGE_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnreadableSampleError(f"more than {limit} pixels") from error
+        raise UnreadableSampleError(f"it has more than {limit} pixels") from error
     if limit is not None and image.width * image.height > limit:
-        raise UnreadableSampleError(f"{image.width} x {image.height} pixels, more than {limit}")
+        raise UnreadableSampleError(f"it has {image.width} x {image.height} pixels; the limit is {limit}")
     return image
 
 
@@ -75,10 +75,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # Pillow would clip values above 255
         pixels = np.asarray(image)
         if pixels.min() < 0 or pixels.max() >= 1 << 16:
-            raise ValueError("has 32-bit values")
+            raise ValueError("it has 32-bit values, which are no colors")
         return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("has floating-point values")
+        raise ValueError("it has floating-point values, which are no colors")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 

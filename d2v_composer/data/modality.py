@@ -115,7 +115,7 @@ def read_sample_file(path: Path) -> bytes:
         if not stat.S_ISREG(status.st_mode):  # reading a pipe could wait for ever
             raise UnreadableSampleError(f"{path} is not a regular file")
         if status.st_size > MAX_BYTES:
-            raise UnreadableSampleError(f"{path} has {status.st_size:,} bytes, more than {MAX_BYTES:,}")
+            raise UnreadableSampleError(f"{path} has {status.st_size:,} bytes; the limit is {MAX_BYTES:,}")
         return path.read_bytes()
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG):

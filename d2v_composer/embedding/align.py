@@ -168,7 +168,8 @@ def align(
         fit, trial = moments.fit(), moments.fit(whole=False)
     if fit.statistics["r2"] < LEAST_R2:
         raise RunError(
-            f"R² of the map is {fit.statistics['r2']:.3f} on held-out rows; do the ids belong to these rows, in order?"
+            f"R² of the map is {fit.statistics['r2']:.3f} on held-out rows; check that the ids belong to these rows, "
+            "in the same order"
         )
     held_out = range(HELD_OUT - 1, len(used), HELD_OUT)
     held_out = [held_out[place] for place in evenly_spaced(len(held_out), MAX_QUERIES)]

@@ -233,7 +233,7 @@ def _sole_writer(out: str, folder: Path, lock: str = ".lock") -> Iterator[None]:
     """
     with writing(folder), sole_user(folder / lock, LOCK_SECONDS) as alone:
         if not alone:
-            raise InputError(f"{out}: another process is writing it")
+            raise InputError(f"{out}: another process is writing this file; wait for it, or choose another OUT")
         yield
     with suppress(OSError):
         folder.rmdir()

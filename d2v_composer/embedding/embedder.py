@@ -106,7 +106,9 @@ class Embedder:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         precision: Any = name_precision(self.precision)
         if precision == "amp_fp16" and device == "cpu":
-            raise InputError("precision: amp_fp16 needs a GPU; on a CPU, use fp32, amp_bf16 or auto")
+            raise InputError(
+                "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU, set fp32, amp_bf16 or auto"
+            )
         model, _ = load_any(self.model, self.checkpoint, self.weights, self.teacher, self.first_blocks, self.image_size)
         modality = modality_of(model.encoder.config)
         embedding = model.choose_embedding(self.pooling, self.representation)

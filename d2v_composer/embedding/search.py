@@ -72,7 +72,7 @@ def embed_queries(
     except InputError as error:
         if model is not None:
             raise
-        raise InputError(f"{error}; {path} was made by it; if it moved, set --model") from error
+        raise InputError(f"{error}; this model made {path}; if the model moved, name it with --model") from error
     name = EMBEDDING
     if made_by is not None and (name := _matching_embedding(loaded, made_by, raw)) is None:
         raise InputError(
@@ -80,7 +80,10 @@ def embed_queries(
             f"{model or 'the file that is there now'} embeds into another space: {loaded.embedding}"
         )
     if (width := loaded.describe(name).width) != index.rows.shape[1]:
-        raise InputError(f"{path} has rows of {index.rows.shape[1]} channels, and the model gives {width}")
+        raise InputError(
+            f"{path} has rows of {index.rows.shape[1]} channels, but the model's embeddings have {width}; "
+            "name another model with --model"
+        )
     loaded.eval().to(device)
     options, sources, names, parts = EmbeddingOptions(name), list[Source](), list[str](), list[Tensor]()
     for query in queries:

@@ -64,6 +64,11 @@ class Result(NamedTuple):
         return self._asdict() | {"column": self.column._asdict(), "info": self.info._asdict()}
 
     @property
+    def is_raw(self) -> bool:
+        """True for a student's own embedding in place of its teacher's."""
+        return self.embedding == EMBEDDING and self.info.made_by == "raw"
+
+    @property
     def embedding_text(self) -> str:
         """The embedding in words, such as "the teacher's output_cls"."""
         return self.info.in_words(self.embedding)
@@ -99,10 +104,9 @@ def heading(cells: Mapping[str, Result]) -> str:
 
 def label(result: Result, of_table: str) -> str:
     """Return a row's title and, if its embedding is another one than the table's, this embedding."""
-    if result.embedding_text in ("", of_table):
-        return result.row
+    is_other = result.embedding and result.embedding_text != of_table
     is_raw = result.embedding == EMBEDDING and result.info.made_by == "raw"
-    return f"{result.row} ({'raw' if is_raw else result.embedding_text})"
+    return f"{result.row} ({'raw' if is_raw else result.embedding_text})" if is_other else result.row
 
 
 class Interval(NamedTuple):

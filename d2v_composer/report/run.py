@@ -121,8 +121,9 @@ def _found(column: Column, cells: Mapping[str, Result], gap: GapClosed, unit: st
         return f"{said}, {percent(gap.interval, 0)} % {way}."
     if not gap.queries_needed:
         return f"{said}; the teacher is no better than the untrained student, {shown[UNTRAINED]}."
-    doubt = f"too few {unit} to tell ({len(cells[STUDENT].hits):,}); {gap.queries_needed:,} or more would"
-    return f"{said}; how much of the gap from the untrained student's {shown[UNTRAINED]} that closes: {doubt}."
+    few = f"{len(cells[STUDENT].hits):,} {unit} are too few to tell how much of the gap"
+    enough = f"{gap.queries_needed:,} or more would do"
+    return f"{said}; {few} from the untrained student's {shown[UNTRAINED]} training closes ({enough})."
 
 
 def _next(run: Run, dataset: str, column: Column, cells: Mapping[str, Result], gap: GapClosed) -> str:

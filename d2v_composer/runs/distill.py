@@ -182,7 +182,8 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
         )
     if model.compares_microbatches and config.device_train_microbatch_size == "auto":
         raise InputError(
-            "device_train_microbatch_size: must be a number or null, got 'auto': a loss compares a microbatch's inputs"
+            "device_train_microbatch_size: must be a number or null, got 'auto', because a term of the loss compares "
+            "the inputs of a microbatch"
         )
     return model
 
@@ -242,7 +243,9 @@ def choose_embedding(config: TrainConfig, teacher: Teacher) -> None:
     with errors_of("alignment"):
         teacher.use_embedding(alignment.pooling, alignment.representation)
     if alignment.representation == "layer_mean" and section.first_blocks is not None and section.model == DATA2VEC2:
-        raise InputError("alignment.representation: layer_mean needs all layers of the teacher; unset first_blocks")
+        raise InputError(
+            "alignment.representation: layer_mean needs all layers of the teacher; unset teacher.first_blocks"
+        )
 
 
 def fitted_width(config: TrainConfig, model: DistillationModel) -> int:

@@ -108,9 +108,8 @@ def build_trainer(
     record = build_run_record(config, compares_microbatches, **record_sections)
     precision = choose_precision(config.precision).trainer
     # First lock the folder, then select the checkpoint in it: another run could still write one.
-    advice = "; the same command resumes" if config.autoresume else ""
     keep = config.save_num_checkpoints_to_keep
-    checkpoints = Checkpoints(folder, config.save_interval, keep, uploads, advice, stop, save_best)
+    checkpoints = Checkpoints(folder, config.save_interval, keep, uploads, resume_advice(config), stop, save_best)
     checkpoint, is_resumed = find_checkpoint(config, model, [record, *run_callbacks])
     with patched_composer(checkpoint and checkpoint.contents):
         return Trainer(
@@ -216,7 +215,10 @@ def _share_newest(folder: RunFolder, resumes: bool, accept: Callable[[Checkpoint
             if address is not None:
                 download_checkpoint(address, path)
             if sha256(path) != digest:
-                raise InputError(f"{address or path} differs from the checkpoint with that name on node 0")
+                raise InputError(
+                    f"{address or path} differs from the checkpoint with that name on node 0; "
+                    "all nodes need the same save_folder, in a store or on a shared file system"
+                )
         if newest is None:
             accept(newest := read_checkpoint(path))
         return newest
@@ -399,6 +401,11 @@ def join_and_seed(config: TrainerConfig) -> None:
     reproducibility.seed_all(config.seed)
 
 
+def resume_advice(config: TrainerConfig) -> str:
+    """Return the end of a message about a run that stopped: the same command resumes a run that saves checkpoints."""
+    return "; the same command resumes" if config.autoresume and config.save_folder is not None else ""
+
+
 def fit_and_close(
     trainer: Trainer, config: TrainerConfig, header: Mapping[str, str], report: Callable[[], None]
 ) -> None:
@@ -421,7 +428,8 @@ def fit_and_close(
         # Not trainer.close(), which waits for all ranks: some may not have failed.
         trainer.engine.close()
         if isinstance(error, RuntimeError) and re.match(r"DataLoader worker .* (killed by|exited)", str(error)):
-            raise RunError(f"{reason(error)}; the same command resumes") from error
+            advice = "if the machine's memory ran out, lower train_loader.num_workers"
+            raise RunError(f"{reason(error)}; {advice}{resume_advice(config)}") from error
         raise
     trainer.close()
 

@@ -69,5 +69,5 @@ def _load(pinned: Pinned, ids: Names, table: Int64Array, read: Read, number: int
     path = ids[number].removeprefix(pinned.file.path)
     size, *place = table[number].tolist()
     if size > MAX_BYTES:
-        raise UnreadableSampleError(f"{pinned.name}{path} has {size:,} bytes, more than {MAX_BYTES:,}")
+        raise UnreadableSampleError(f"{pinned.name}{path} has {size:,} bytes; the limit is {MAX_BYTES:,}")
     return pinned.read(lambda file: read(file, path[1:], size, tuple(place)), path)

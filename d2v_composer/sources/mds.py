@@ -39,7 +39,7 @@ class Summary(TypedDict, total=False):
 def _read_pil(data: bytes) -> Image.Image:
     width, height, mode_size = np.frombuffer(data[:12], np.uint32).tolist()
     if width * height > 8 * len(data):  # Pillow allocates them first; mode 1 has 8 pixels in a byte
-        raise ValueError(f"{len(data)} bytes for {width} x {height} pixels")
+        raise ValueError(f"its {len(data)} bytes do not fit {width} x {height} pixels")
     return Image.frombytes(data[12 : 12 + mode_size].decode(), (width, height), data[12 + mode_size :])
 
 
@@ -101,7 +101,7 @@ class Shard(NamedTuple):
             file.seek(4 * (1 + number))
             begin, end = np.frombuffer(file.read(8), np.uint32).tolist()
             if not begin < end <= self.raw.bytes:
-                raise ValueError(f"sample from offset {begin} to {end}")
+                raise ValueError(f"the sample's offsets in the shard are {begin} and {end}")
             file.seek(begin)
             data = file.read(end - begin)
         num_varying = sum(size is None for _, size, _ in self.columns)
@@ -113,7 +113,7 @@ class Shard(NamedTuple):
                 sample[name] = decode(data[at : at + size])
             at += size
         if at != len(data):  # a slice beyond the end is short, in silence
-            raise ValueError(f"columns of {at} bytes in a sample of {len(data)} bytes")
+            raise ValueError(f"the sample has {len(data)} bytes, but its columns have {at}")
         return sample
 
 

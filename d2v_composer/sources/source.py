@@ -264,7 +264,8 @@ def map_in_workers(
         cause = (str(error).strip() or type(error).__name__).splitlines()[-1]
         if isinstance(error, RuntimeError) and not cause.startswith("DataLoader worker (pid"):
             raise
-        raise RunError(f"reading failed ({cause}); the same command resumes") from error
+        advice = "if the machine's memory ran out, use fewer workers; then run the same command again"
+        raise RunError(f"reading failed ({cause}); {advice}") from error
 
 
 def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:

@@ -52,11 +52,14 @@ def read_train_index(
     # With other data on a node, some samples would be read twice, others never.
     digests = dist.all_gather_object((dist.get_node_rank(), digest))
     if nodes := sorted({node for node, digest in digests if digest not in ("", digests[0][1])}):
-        raise InputError(f"{local}: the data set on node {nodes[0]} differs from the one on node 0")
+        raise InputError(
+            f"{local}: the data set on node {nodes[0]} differs from the one on node 0; all nodes need the same data"
+        )
     index.sha256 = digests[0][1]
     if len(index) < batch_size:
         raise InputError(
-            f"{local} has {len(index)} samples, fewer than one batch of global_train_batch_size {batch_size}"
+            f"{local} has {len(index)} samples, fewer than one batch of global_train_batch_size {batch_size}; "
+            "lower global_train_batch_size"
         )
     return index
 

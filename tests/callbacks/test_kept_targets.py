@@ -138,7 +138,9 @@ def test_the_teacher_runs_once_for_each_view(
 def test_a_file_in_a_folder_that_is_no_runs_is_left_alone(tmp_path: Path) -> None:
     """Promise 7: on a node without rank 0, which locks the run's folder."""
     (tmp_path / "targets").write_bytes(b"mine")
-    with pytest.raises(InputError, match=r"save_folder: .*/targets is not of this run; choose another save_folder"):
+    with pytest.raises(
+        InputError, match=r"save_folder: .*/targets was written by another run; choose another save_folder"
+    ):
         open_kept(tmp_path)
     assert (tmp_path / "targets").read_bytes() == b"mine"
 

@@ -177,7 +177,7 @@ def test_a_worker_that_is_killed_is_one_line(photos: Path, tmp_path: Path, monke
     """As by the kernel if memory runs short."""
     end = "d2v_composer.sources.source.read_sample_file"
     monkeypatch.setattr(end, lambda path: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(RunError, match=r"^reading failed \(DataLoader worker \(pid.*resumes$"):
+    with pytest.raises(RunError, match=r"^reading failed \(DataLoader worker \(pid.*then run the same command again$"):
         embed(TEACHER, photos, tmp_path / "photos.npy", workers=1)
 
 
@@ -250,7 +250,9 @@ def test_a_second_process_for_one_file_is_refused(photos: Path, tmp_path: Path) 
         time.sleep(1)
         assert second.running()
         shutil.rmtree(folder)
-    with pytest.raises(InputError, match=r"out\.npy: another process is writing it$"):
+    with pytest.raises(
+        InputError, match=r"out\.npy: another process is writing this file; wait for it, or choose another OUT$"
+    ):
         second.result()
 
 

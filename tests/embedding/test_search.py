@@ -126,7 +126,7 @@ def test_a_moved_model_or_samples_are_named(indexes: Path, tmp_path: Path) -> No
     record["reference"]["model"], record["source"] = "/moved/teacher.safetensors", "/moved/photos"
     about.write_text(json.dumps(record))
     query = (tmp_path / "photos.npy", indexes / "photos/1.png")
-    with pytest.raises(InputError, match=r"/moved/teacher\.safetensors.*set --model"):
+    with pytest.raises(InputError, match=r"/moved/teacher\.safetensors.*name it with --model"):
         found(*query)
     assert found(*query, "--model", TEACHER, "--k", "1")[0].rows.tolist() == [1]
     with pytest.raises(InputError, match="/moved/photos"):
@@ -168,10 +168,10 @@ def test_an_index_of_unknown_origin_needs_a_model(indexes: Path, tmp_path: Path)
     index, query = tmp_path / "photos.npy", indexes / "photos/1.png"
     with pytest.raises(InputError, match="does not say which model made it; name the model with --model"):
         found(index, query)
-    with pytest.raises(InputError, match=r"rows of 192 channels.*gives 48"):
+    with pytest.raises(InputError, match=r"rows of 192 channels, but the model's embeddings have 48"):
         found(index, query, "--model", GOLDEN / "tiny_base.pt")
     assert found(index, query, "--model", TEACHER, "--k", "1")[0].rows.tolist() == [1]
-    with pytest.raises(InputError, match="does not say of what its rows are"):
+    with pytest.raises(InputError, match="does not say from which samples its rows were made"):
         found(index, "--duplicates", "--html", tmp_path / "page.html")
 
 

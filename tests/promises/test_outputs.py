@@ -391,7 +391,7 @@ def test_a_damaged_part_is_named(halves: Path) -> None:
     out, table = halves / "out", halves / "table.npy"
     shard = next((out / "parts" / "00001-of-00002").glob("*.mds"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    assert not_merged(out).endswith(f"{shard.name} is missing or damaged; remove this part")
+    assert not_merged(out).endswith(f"{shard.name} is missing or damaged; remove this part, and run its command again")
     index = out / "parts" / "00000-of-00002" / "index.json"
     index.write_bytes(index.read_bytes()[:-1])
     assert not_merged(out).startswith(f"error: {index} cannot be read: ")
@@ -458,7 +458,7 @@ def test_parts_in_a_store(sources: Sources, object_store: GatedStore, tmp_path: 
             assert all("of 3 parts, these are missing: " in not_merged(out, **reach) for out in (data, table))
     shard = max(key for key in object_store.objects("parts") if key.endswith(".mds"))
     with object_store.replaced("parts", shard, b"x"):
-        assert "is missing or damaged; remove this part" in not_merged(data, **reach)
+        assert "is missing or damaged; remove this part, and run its command again" in not_merged(data, **reach)
     for out in (data, table):
         succeed("merge", out, **reach)
     write_files(tmp_path, object_store.objects("parts"))

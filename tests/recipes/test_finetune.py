@@ -221,7 +221,9 @@ def test_a_slip_is_one_line(overrides: list[str], message: str, student: Path, l
 
 def test_too_few_images_are_refused_before_anything_is_written(student: Path, labeled: Path, tmp_path: Path) -> None:
     line = refused(small_finetuning(tmp_path / "run", student, labeled, "global_train_batch_size=97"))
-    assert line.endswith("train has 96 samples, fewer than one batch of global_train_batch_size 97")
+    assert line.endswith(
+        "train has 96 samples, fewer than one batch of global_train_batch_size 97; lower global_train_batch_size"
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -192,7 +192,7 @@ def test_a_wrong_file_is_one_line(kind: str, contents: Any, options: str, line: 
     [
         (("flag_bits", 1), "x.zip: a.jpg is encrypted, or compressed by a method other than deflate"),
         (("compress_type", 9), "x.zip: a.jpg is encrypted, or compressed by a method other"),
-        (("file_size", 1 << 31), "x.zip/a.jpg has 2,147,483,648 bytes, more than 1,073,741,824; --skip"),
+        (("file_size", 1 << 31), "x.zip/a.jpg has 2,147,483,648 bytes; the limit is 1,073,741,824; --skip"),
     ],
 )
 def test_what_a_zip_must_not_hold_is_one_line(change: tuple[str, int], line: str, tmp_path: Path) -> None:
