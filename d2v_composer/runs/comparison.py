@@ -122,7 +122,7 @@ def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | Non
         return False
     samples = (collate([*map(source.decode, numbers.tolist())]) for numbers in batches)
     inputs = ([tensor.to(device) for tensor in batch] for batch in samples)
-    embeds, names = (untrained.to(device).embed_all, teacher.to(device).embed_all), untrained.alignment_inputs
+    embeds, names = (untrained.eval().to(device).embed_all, teacher.to(device).embed_all), untrained.alignment_inputs
     with torch.inference_mode():
         pairs = ([embed(*batch) for embed in embeds] for batch in inputs)
         moments = Moments((side_by_side(ours, names), theirs[EMBEDDING]) for ours, theirs in pairs)
