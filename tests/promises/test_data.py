@@ -215,7 +215,7 @@ def test_a_damaged_shard_of_a_store_is_named(
 ) -> None:
     """Promises 4, 5 and 18: the cache does not keep it."""
     content = damage and damage((many_shards / NAMED).read_bytes())
-    overrides = SMALL_CACHE, "train_loader.timeout=5", "train_loader.num_workers=1"
+    overrides = SMALL_CACHE, "train_loader.timeout=3", "train_loader.num_workers=1"
     with store.replaced("cloud", f"images/{NAMED}", content), from_store(store, tmp_path, *overrides) as programs:
         named_shard(programs)
     assert not (tmp_path / "cache" / NAMED).exists()

@@ -162,27 +162,37 @@ def test_what_came_meanwhile_is_not_replaced(
 
 
 # Commands that write; OUT is the place.
+DISTILLS = "distill photos --teacher TEACHER --out OUT"
+EMBEDS = "embed TEACHER photos OUT"
+EVALUATES = "evaluate model=TEACHER out=OUT"
+TRAINS = "train quickstart save_folder=OUT"
 WRITERS = (
     "align TEACHER photos OUT --index o.npy",
     "benchmark step --json OUT",
     "convert-audio photos OUT",
     "convert-images photos OUT --labels none",
     "convert-teacher TEACHER OUT",
-    "distill photos --teacher TEACHER --out OUT",
-    "embed TEACHER photos OUT",
-    "evaluate model=TEACHER out=OUT",
+    DISTILLS,
+    EMBEDS,
+    EVALUATES,
     "export TEACHER OUT",
     "merge OUT",
     "random-teacher base OUT",
     "report OUT",
-    "train quickstart save_folder=OUT",
+    TRAINS,
     "verify OUT",
     "verify o.onnx --kit OUT",
 )
 
 
-@pytest.mark.parametrize("writer", WRITERS)
-@pytest.mark.parametrize("out", ["", "/", "//.", "s3://bucket/"])
+@pytest.mark.parametrize(
+    ("writer", "out"),
+    [
+        *((writer, "") for writer in WRITERS),
+        # Their places are of four kinds: anywhere, on this machine, a run's, and a comparison's.
+        *itertools.product((EMBEDS, DISTILLS, TRAINS, EVALUATES), ("/", "//.", "s3://bucket/")),
+    ],
+)
 def test_no_place_is_refused(writer: str, out: str, photos: Path, tmp_path: Path) -> None:
     """Promises 7 and 18: an empty place, as of an unset variable, or a root, is one line; nothing of this
     folder is touched.

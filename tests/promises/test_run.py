@@ -63,7 +63,7 @@ def test_a_killed_run_resumes_bit_for_bit(run: Run, uninterrupted: Path, tmp_pat
     run.train_until_killed(f"batch_start {batch}")
     assert len(run.losses) == batch
     together = run.copied_to(tmp_path / "together")
-    run.train()
+    assert "Warning" not in run.train().stderr
     assert_same_student(run.folder, uninterrupted)
     assert run.losses == losses_of(uninterrupted)
     together.train_on_ranks(ONE_WORKER)
@@ -426,11 +426,6 @@ def test_a_folder_that_vanishes_during_the_last_measurement_ends_the_run_in_one_
     program.wait(60)
     assert f"{run.folder} or its lock .in_use was removed" in failure(program, 1)
     assert "next:" not in program.stdout
-
-
-def test_a_resume_at_an_epochs_end_warns_of_nothing(run: Run) -> None:
-    run.train_until_killed("batch_start 6")
-    assert "Warning" not in run.train().stderr
 
 
 def test_a_pointer_that_is_a_loop_of_links_is_mended(uninterrupted: Path, small_data: Path, tmp_path: Path) -> None:
