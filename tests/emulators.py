@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 import requests
 
 from gated_store import HOST, copy
-from helpers import free_port, wait_until
+from helpers import time_limit
 
 CONTAINER = "container"
 ACCOUNT, ACCOUNT_KEY = "account", "a2V5a2V5a2V5a2V5"
@@ -75,28 +76,40 @@ class Tunnel(BaseRequestHandler):
             copy(self.request, behind)
 
 
+def listening_port(server: subprocess.Popen[str]) -> int:
+    """The port that an emulator has chosen, which it prints; read until then, so that no other program takes it."""
+    assert server.stdout is not None
+    lines = []
+    for line in server.stdout:
+        lines.append(line)
+        if address := re.search(r"listens on https://[\d.]+:(\d+)", line):
+            threading.Thread(target=server.stdout.read, daemon=True).start()  # a full pipe would stop the server
+            return int(address[1])
+    pytest.fail(f"azurite has ended: {''.join(lines)}")
+
+
 @contextmanager
 def azure_store(folder: Path) -> Iterator[dict[str, str]]:
     """A server with a container; yields an account's variables, and a proxy's, because clients know only Azure."""
     azurite = shutil.which("azurite-blob")
     if azurite is None:
         pytest.skip("no azurite: npm install -g azurite")
-    certificate, key, port = folder / "certificate.pem", folder / "key.pem", free_port()
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
     request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate]
     names = ["-subj", f"/CN={AZURE_HOST}", "-addext", f"subjectAltName=DNS:{AZURE_HOST}"]
     subprocess.run([*request, *names], capture_output=True, check=True)
-    options = ["--blobHost", HOST, "--blobPort", str(port), "--cert", certificate, "--key", key]
+    options = ["--blobHost", HOST, "--blobPort", "0", "--cert", certificate, "--key", key]
     options += ["--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry", "--silent"]
     variables = os.environ | {"AZURITE_ACCOUNTS": f"{ACCOUNT}:{ACCOUNT_KEY}"}
-    handler = type("TunnelToPort", (Tunnel,), {"port": port})
     with (
-        subprocess.Popen([azurite, *options], cwd=folder, env=variables, stdout=subprocess.DEVNULL) as server,
-        ThreadingTCPServer((HOST, 0), handler) as proxy,
+        subprocess.Popen([azurite, *options], cwd=folder, env=variables, stdout=subprocess.PIPE, text=True) as server,
+        ThreadingTCPServer((HOST, 0), Tunnel) as proxy,
     ):
         proxy.daemon_threads = True
         threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         try:
-            wait_until(lambda: socket.socket().connect_ex((HOST, port)) == 0, 30)
+            with time_limit(120):
+                Tunnel.port = listening_port(server)
             yield {
                 "https_proxy": f"http://{HOST}:{proxy.server_address[1]}",
                 "REQUESTS_CA_BUNDLE": str(certificate),

@@ -16,7 +16,7 @@ from d2v_composer.data.images import Images, RandomResizedCropFlip
 from d2v_composer.sources.mds import Index
 from d2v_composer.sources.shards import fetch_index
 from d2v_composer.system.processes import die_with_parent
-from d2v_composer.training_data.order import EpochOrder, StreamingSamples
+from d2v_composer.training_data.sampler import EpochOrder, StreamingSamples
 from helpers import time_limit
 
 

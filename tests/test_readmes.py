@@ -211,7 +211,7 @@ def test_the_messages_of_the_troubleshooting_guide_are_printed() -> None:
     guide = (ROOT / "recipes" / "guides" / "troubleshooting.md").read_text()
     listed = guide.split("## By message")[1].split("## By symptom")[0]
     messages = re.findall(r"^\| `(.+?)` \|", listed, flags=re.MULTILINE)
-    assert len(messages) > 10
+    assert len(messages) == sum(line.startswith("| `") for line in listed.splitlines()) > 0
     paths = [path for folder in ("d2v_composer", "recipes") for path in (ROOT / folder).rglob("*.py")]
     printed = [text for path in paths for text in texts(path)]
     for message in messages:

@@ -25,7 +25,7 @@ from d2v_composer.data.images import Images, RandomResizedCropFlip
 from d2v_composer.sources.mds import Index
 from d2v_composer.sources.shards import fetch_index
 from d2v_composer.system.errors import reading
-from d2v_composer.training_data.order import StreamingSamples
+from d2v_composer.training_data.sampler import StreamingSamples
 
 BATCH_SIZE, IMAGE_SIZE, SEED = 64, 224, 17
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

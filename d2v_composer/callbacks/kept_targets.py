@@ -64,7 +64,7 @@ class KeptTargets(Callback):
         mark = self.path.with_name(MARK)
         is_file = self.path.is_file() and not self.path.is_symlink()
         if os.path.lexists(self.path) and not (is_file and mark.exists()):  # no mark: on a node without rank 0
-            raise InputError(f"save_folder: {self.path} was written by another run; choose another save_folder")
+            raise InputError(f"save_folder: {self.path} is not a file of this run; choose another save_folder")
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()  # the folder is the run's on each node

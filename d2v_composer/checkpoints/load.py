@@ -160,7 +160,7 @@ def load_student(path: str | Path) -> Backbone:
 
     Returns:
         A :class:`~d2v_composer.models.student.Student`, the frozen encoder and the trained blocks, or a
-        :class:`~d2v_composer.models.timm_network.NetworkStudent`; in eval mode and float32.
+        :class:`~d2v_composer.models.timm_network.TimmStudent`; in eval mode and float32.
         :meth:`~d2v_composer.models.backbone.Backbone.embed` computes an embedding; ``provenance`` is the record of the
         run. On a GPU, torch rounds convolutions to 10 bits unless you set ``torch.backends.cudnn.allow_tf32`` to false.
 

@@ -256,9 +256,9 @@ def new_student(
         student = Student(encoder or build_encoder(sizes.encoder), sizes.student, provenance)
     else:
         with torch.device("cpu"):  # torch._dynamo cannot be imported on the meta device
-            from d2v_composer.models.timm_network import NetworkStudent  # timm takes seconds to import
+            from d2v_composer.models.timm_network import TimmStudent  # timm takes seconds to import
 
-        student = NetworkStudent(sizes.network, provenance)
+        student = TimmStudent(sizes.network, provenance)
     info = sizes.embedding
     if info.raw not in student.raw_names or (info.made_by != "raw") != ("alignment.weight" in tensors):
         raise ValueError(f"expected an embedding that is raw or has an alignment, got {info}")

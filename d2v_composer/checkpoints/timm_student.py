@@ -47,7 +47,7 @@ def convert_to_timm(source: ModelName, student: Backbone) -> tuple[Record, Tenso
     """
     import timm  # takes seconds
 
-    from d2v_composer.models.timm_network import TimmNetwork
+    from d2v_composer.models.timm_network import TimmBackbone
 
     student = copy.deepcopy(student).cpu().eval()
     encoder = student.encoder
@@ -57,7 +57,7 @@ def convert_to_timm(source: ModelName, student: Backbone) -> tuple[Record, Tenso
     rule = "; a classifier or alignment must be one linear layer on output_cls" if options["num_classes"] else ""
     with errors_of(f"{source}: timm would not compute what the student computes{rule}"), torch.no_grad():
         model: Any
-        if isinstance(encoder, TimmNetwork):
+        if isinstance(encoder, TimmBackbone):
             model = timm.create_model(name, **options)
             tensors = encoder.timm_tensors(model, student.head or student.alignment)
         else:
@@ -83,9 +83,9 @@ def timm_arguments(student: Backbone) -> tuple[str, Record]:
         classes = {"num_classes": 0 if student.alignment is None else student.embedding.width}
     if not isinstance(student.config, TimmNetworkConfig):
         return NAME, classes
-    from d2v_composer.models.timm_network import TimmNetwork  # timm takes seconds to import
+    from d2v_composer.models.timm_network import TimmBackbone  # timm takes seconds to import
 
-    assert isinstance(student.encoder, TimmNetwork)
+    assert isinstance(student.encoder, TimmBackbone)
     return timm_name(student.config.model), student.encoder.options | classes
 
 

@@ -54,8 +54,8 @@ class Distill(Command):
         from d2v_composer.checkpoints.checkpoint import LATEST
         from d2v_composer.config.reference import load_any
         from d2v_composer.export.model_card import save_with_card
+        from d2v_composer.runs.auto_config import Request, prepare, read_settings, update_settings
         from d2v_composer.runs.distill import build_teacher, train_student
-        from d2v_composer.runs.prepare import Request, prepare, read_settings, update_settings
 
         request = Request(**self.model_dump())
         try:

@@ -80,7 +80,7 @@ class Embed(ModelReference, Command):
         import torch
 
         from d2v_composer.conversion.parts import Parts
-        from d2v_composer.embedding.collection import check_ids, check_out, embed_source, record_of
+        from d2v_composer.embedding.embed_source import check_ids, check_out, embed_source, record_of
         from d2v_composer.embedding.embedder import Embedder
         from d2v_composer.sources.open import open_source
         from d2v_composer.sources.source import name_counts

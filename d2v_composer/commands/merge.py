@@ -26,7 +26,7 @@ class Merge(Command):
         from d2v_composer.conversion.parts import TABLE_SUFFIXES
 
         if out.endswith(TABLE_SUFFIXES):
-            from d2v_composer.embedding.collection import merge_embeddings
+            from d2v_composer.embedding.embed_source import merge_embeddings
 
             merged = merge_embeddings(out, overwrite=self.overwrite)
             wrote, following = f"{merged.images} embeddings of {merged.channels} dimensions", (reading_of(out),)

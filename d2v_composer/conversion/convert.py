@@ -271,7 +271,8 @@ def convert(
     _check_out(out, work)
     groups = source.part.of(_groups(source, options.get("resize"), seed, shard_bytes))
     labels = source.label and [*map(source.label, range(len(source)))]
-    contents = source.marks.tolist(), labels, source.modality.name, options, seed, shard_bytes, version("d2v-composer")
+    fingerprints, modality = source.fingerprints.tolist(), source.modality.name
+    contents = fingerprints, labels, modality, options, seed, shard_bytes, version("d2v-composer")
     records = work / hash_of(*contents)[:16]
     class_names = None if source.label is None else source.class_names
     summary = {"classes": class_names, "seed": seed, **options} | ({"part": plan} if plan else {})

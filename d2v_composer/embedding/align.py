@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from torch.nn.functional import linear
 
-from d2v_composer.embedding.collection import INDEX_KEY, IndexRecord, about_file, ids_file, load_batch
+from d2v_composer.embedding.embed_source import INDEX_KEY, IndexRecord, about_file, ids_file, load_batch
 from d2v_composer.evaluation.nearest_neighbors import NUM_COMMON, common_fractions, exact_neighbors, others_of
 from d2v_composer.models.alignment import HELD_OUT, MIN_PAIRS, EmbeddingInfo, Moments, side_by_side
 from d2v_composer.models.backbone import Backbone

@@ -15,7 +15,7 @@ from PIL import Image
 from d2v_composer.config.reference import load_any
 from d2v_composer.data import modality_of
 from d2v_composer.data.modality import Modality, decoding, read_sample_file
-from d2v_composer.embedding.collection import EmbeddingOptions, embed_batch, load_batch
+from d2v_composer.embedding.embed_source import EmbeddingOptions, embed_batch, load_batch
 from d2v_composer.models.names import Pooling, PrecisionChoice, Representation, Weights
 from d2v_composer.models.precision import name_precision
 from d2v_composer.system.errors import InputError

@@ -42,17 +42,17 @@ def measure(
         settings: The settings.
         infos: Model → what its embedding is, if known.
     """
-    lookup = Lookup(embedded, labeled, settings, infos)
+    pairs = PairLoader(embedded, labeled, settings, infos)
     metrics = [(metric, settings.columns(labeled, metric)) for metric in settings.metrics(labeled)]
     for row in rows:
         names, info = embedded[row.queries.model]["test"], infos.get(row.queries.model)
         for queries, bank, is_headline in row.sides(names, settings.headline, info):
-            pair = lookup.pair(queries, bank)
+            pair = pairs.pair(queries, bank)
             pair.title = f"{dataset}, {row.title}" if is_headline and settings.ranks.rank == 0 else ""
-            info_of_queries = lookup.info(queries)
+            info_of_queries = pairs.info(queries)
             for metric, columns in metrics:
                 if needs_texts := "texts" in metric.needs:  # are the bank, so that one row of a model is enough
-                    is_measured = queries == bank and lookup.fits_texts(queries, info_of_queries)
+                    is_measured = queries == bank and pairs.fits_texts(queries, info_of_queries)
                 else:
                     is_measured = is_headline or settings.needs_all
                 if not is_measured:
@@ -68,7 +68,7 @@ def measure(
                     yield Result(*about, is_headline or needs_texts, hits.cpu(), nearest=nearest)
 
 
-class Lookup:
+class PairLoader:
     """A set's embeddings by every model, as pairs of queries and a bank on the device."""
 
     def __init__(

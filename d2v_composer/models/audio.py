@@ -24,7 +24,7 @@ from d2v_composer.models.targets import instance_norm
 FRAME, HOP, NUM_POINTS, LOWEST_HERTZ, LOG_FLOOR = 400, 160, 512, 20.0, torch.finfo(torch.float32).eps
 
 
-class Sound(Encoder):
+class Waveforms(Encoder):
     """The part that all audio encoders share: checks, padding and baseline of waveforms.
 
     Attributes:
@@ -57,7 +57,7 @@ class Sound(Encoder):
         return mean_over_time(log_mel_BNM, padding_mask=padding_BN)[:, 0]
 
 
-class AudioEncoder(Sound, Data2Vec2Encoder):
+class AudioEncoder(Waveforms, Data2Vec2Encoder):
     """Convolutions, projection, positional convolutions, extra tokens, LayerNorm, ``prenet_depth`` blocks.
 
     Inputs are waveforms, (B, L) float in [-1, 1], 16 kHz mono, not normalized. Padding changes nothing: a clip has the
@@ -204,7 +204,7 @@ def mel_filters() -> Tensor:
     return torch.minimum((mels_P1 - left_M) / width, (left_M + 2 * width - mels_P1) / width).clamp(min=0)
 
 
-class EatEncoder(Sound, Data2Vec2Encoder):
+class EatEncoder(Waveforms, Data2Vec2Encoder):
     """EAT's: log-mel spectrogram, patch embedding, fixed positions, CLS, LayerNorm, ``prenet_depth`` blocks.
 
     Inputs are waveforms, (B, L) float in [-1, 1], 16 kHz mono. A spectrogram has ``target_length`` frames. A shorter

@@ -138,7 +138,7 @@ class Teacher(Backbone, Freezable):
 
         Returns:
             A :class:`~d2v_composer.models.student.Student`, or with ``model`` a
-            :class:`~d2v_composer.models.timm_network.NetworkStudent`.
+            :class:`~d2v_composer.models.timm_network.TimmStudent`.
 
         Raises:
             ValueError: A size is out of range or, for a copy, differs from the teacher's; or an option is unknown.
@@ -203,13 +203,13 @@ class Teacher(Backbone, Freezable):
         with torch.device("cpu"):  # torch._dynamo cannot be imported on the meta device
             from timm import __version__  # takes seconds to import
 
-            from d2v_composer.models.timm_network import NetworkStudent
+            from d2v_composer.models.timm_network import TimmStudent
 
         names = ("image_size", "in_chans", "image_mean", "image_std", "interpolation")
         preprocessing = {name: getattr(sizes, name) for name in names}
         config = TimmNetworkConfig(model=model, timm=__version__, **preprocessing, **options)
         start = {"config": {"student": {"pretrained": pretrained}}, "student": {"own_encoder": True}}  # as in a record
         try:
-            return NetworkStudent(config, {"teacher": self.provenance, **start}, pretrained)
+            return TimmStudent(config, {"teacher": self.provenance, **start}, pretrained)
         except ValueError as error:
             raise ValueError(f"model: {error}") from error

@@ -45,7 +45,7 @@ def create_network(
     return model, options
 
 
-def load_pretrained(model: str) -> "NetworkStudent":
+def load_pretrained(model: str) -> "TimmStudent":
     """Load a timm model with timm's weights and preprocessing, to compare others with it.
 
     A final projection, such as CLIP's, makes its embedding.
@@ -65,7 +65,7 @@ def load_pretrained(model: str) -> "NetworkStudent":
         image_std=data["std"],
         interpolation=data["interpolation"],
     )
-    student = NetworkStudent(config, pretrained=True)
+    student = TimmStudent(config, pretrained=True)
     if width := projection_width(pretrained.num_classes if pretrained else None):
         projection = create_network(config, pretrained=True, num_classes=width)[0].get_classifier()
         student.align(projection.weight.data, projection.bias.data, JOINT, "teacher")
@@ -87,7 +87,7 @@ def classifier_prefixes(config: TimmNetworkConfig) -> tuple[str, ...]:
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 
 
-class TimmNetwork(PixelEncoder):
+class TimmBackbone(PixelEncoder):
     """A whole timm model as an encoder: the cells of its last feature map are the tokens.
 
     Args:
@@ -168,21 +168,21 @@ class TimmNetwork(PixelEncoder):
         return Tokens(self.cells(features), pooled=self.model.forward_head(features, pre_logits=True))
 
 
-class NetworkStudent(Backbone):
+class TimmStudent(Backbone):
     """A student that is a timm model; the whole model is its encoder.
 
     Its raw embeddings are those of timm: ``output_cls`` is ``forward_head(…, pre_logits=True)``, ``output_mean`` and
     ``output_mean_patches`` are the mean of the feature map. In a file, its alignment is timm's classifier.
 
     Args:
-        config, pretrained: See :class:`TimmNetwork`.
+        config, pretrained: See :class:`TimmBackbone`.
         provenance: See :class:`~d2v_composer.models.backbone.Backbone`.
     """
 
-    encoder: TimmNetwork
+    encoder: TimmBackbone
 
     def __init__(self, config: TimmNetworkConfig, provenance: Record | None = None, pretrained: bool = False) -> None:
-        super().__init__(TimmNetwork(config, pretrained), config, provenance)
+        super().__init__(TimmBackbone(config, pretrained), config, provenance)
 
     @property
     def raw_names(self) -> list[str]:

@@ -80,7 +80,7 @@ class GridHead(nn.Module):
     The grid is resized to the teacher's, bilinearly.
 
     Args:
-        encoder: The network, a :class:`~d2v_composer.models.timm_network.TimmNetwork`.
+        encoder: The network, a :class:`~d2v_composer.models.timm_network.TimmBackbone`.
         teacher: The teacher, of which only the sizes matter: D channels, its grid, and whether it has CLS.
     """
 

@@ -73,11 +73,11 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
     if isinstance(model, Teacher):
         return model.build_student()
     if isinstance(model.config, TimmNetworkConfig):
-        from d2v_composer.models.timm_network import NetworkStudent  # timm takes seconds to import
+        from d2v_composer.models.timm_network import TimmStudent  # timm takes seconds to import
 
         is_pretrained = value_at(distillation_of(model.provenance), "config.student.pretrained") or False
         try:
-            return NetworkStudent(model.config, pretrained=is_pretrained)
+            return TimmStudent(model.config, pretrained=is_pretrained)
         except ValueError as error:  # the hub cannot be reached
             print(f"the untrained student is not measured: {error}", file=sys.stderr)
             return None

@@ -88,7 +88,7 @@ def train_student(
     raise_on_all_ranks(problem and f"train_loader{problem}")  # before the teacher is fetched
     model = build_model(config, teacher)
     costs = {STUDENT: cost(model.student, fitted_width(config, model)), TEACHER: cost(model.teacher)}
-    accelerate(config, model)
+    apply_precision_and_compile(config, model)
     modality = modality_of(model.teacher.config)
     train_dataloader, kept, samples, data, shown = build_data(config, model, train_dataloader, alignment_samples)
     align, stop = build_alignment(config, model, samples), Stop()
@@ -188,7 +188,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
     return model
 
 
-def accelerate(config: TrainConfig, model: DistillationModel) -> None:
+def apply_precision_and_compile(config: TrainConfig, model: DistillationModel) -> None:
     """Cast the teacher to the run's precision and, if the config says so, compile and recompute activations.
 
     Raises:

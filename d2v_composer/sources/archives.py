@@ -11,8 +11,8 @@ import numpy as np
 
 from d2v_composer.data.modality import MAX_BYTES
 from d2v_composer.sources import path_of
-from d2v_composer.sources.listing import Pinned
-from d2v_composer.sources.source import Columns, Int64Array, Listed, Names, marks_of
+from d2v_composer.sources.listing import FileSnapshot
+from d2v_composer.sources.source import Columns, Int64Array, PackedStrings, SampleListing, fingerprints_of
 from d2v_composer.system.errors import InputError, UnreadableSampleError
 
 
@@ -35,7 +35,7 @@ Read = Callable[[BinaryIO, str, int, tuple[int, ...]], bytes]
 """Reads a member, given the archive and the member's name, size and place."""
 
 
-def list_archive(pinned: Pinned, columns: Columns, members: Iterable[Member], read: Read) -> Listed:
+def list_archive(snapshot: FileSnapshot, columns: Columns, members: Iterable[Member], read: Read) -> SampleListing:
     """List the samples of an archive, with their paths in it, which tell split and class.
 
     Raises:
@@ -51,23 +51,25 @@ def list_archive(pinned: Pinned, columns: Columns, members: Iterable[Member], re
         elif suffix not in columns.modality.suffixes:
             left_out[suffix or "without suffix"] += 1
         elif member.fault:
-            raise InputError(f"{pinned.name}: {path} is {member.fault}")
+            raise InputError(f"{snapshot.name}: {path} is {member.fault}")
         else:
             names.append(member.name)
             paths.append(path)
             places.extend((member.size, *member.place))
     if twice := next((path for path, count in Counter(paths).items() if count > 1), None):
-        raise InputError(f"{pinned.name} has two members named {twice}")
-    ids = Names(f"{pinned.file.path}/{name}" for name in names)
+        raise InputError(f"{snapshot.name} has two members named {twice}")
+    ids = PackedStrings(f"{snapshot.file.path}/{name}" for name in names)
     table = np.array(places, np.int64).reshape(len(names), -1 if names else 1)
-    marks = marks_of(len(ids), pinned.file)
-    return Listed(ids, table[:, 0], marks, partial(_load, pinned, ids, table, read), paths, left_out=left_out)
+    fingerprints = fingerprints_of(len(ids), snapshot.file)
+    return SampleListing(
+        ids, table[:, 0], fingerprints, partial(_load, snapshot, ids, table, read), paths, left_out=left_out
+    )
 
 
-def _load(pinned: Pinned, ids: Names, table: Int64Array, read: Read, number: int) -> bytes:
+def _load(snapshot: FileSnapshot, ids: PackedStrings, table: Int64Array, read: Read, number: int) -> bytes:
     """Read a member at its known place; a format's own reader would first read the names of all members."""
-    path = ids[number].removeprefix(pinned.file.path)
+    path = ids[number].removeprefix(snapshot.file.path)
     size, *place = table[number].tolist()
     if size > MAX_BYTES:
-        raise UnreadableSampleError(f"{pinned.name}{path} has {size:,} bytes; the limit is {MAX_BYTES:,}")
-    return pinned.read(lambda file: read(file, path[1:], size, tuple(place)), path)
+        raise UnreadableSampleError(f"{snapshot.name}{path} has {size:,} bytes; the limit is {MAX_BYTES:,}")
+    return snapshot.read(lambda file: read(file, path[1:], size, tuple(place)), path)

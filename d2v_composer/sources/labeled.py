@@ -246,7 +246,7 @@ def open_cifar(name: str, root: Path, download: bool) -> dict[str, Source]:
             label=lambda number, dataset=dataset: dataset.targets[number],
             class_names=tuple(dataset.classes),
             sizes=np.full(len(dataset), 3 * SIDE**2),
-            marks=np.arange(len(dataset)),
+            fingerprints=np.arange(len(dataset)),
             content=split,
         )
         for split, dataset in splits.items()

@@ -36,7 +36,7 @@ class Listing(NamedTuple):
     """True if the user named a file or a glob in ``root``."""
 
 
-class Pinned(NamedTuple):
+class FileSnapshot(NamedTuple):
     """A listed file, or its copy, on this machine. Reading it fails if it has changed since it was listed."""
 
     name: str

@@ -17,13 +17,13 @@ import numpy as np
 
 from d2v_composer.data.modality import Modality
 from d2v_composer.sources import CONTAINERS, NAMES, Container, listed, path_of
-from d2v_composer.sources.listing import Pinned, list_files
+from d2v_composer.sources.listing import FileSnapshot, list_files
 from d2v_composer.sources.mds import INDEX, Index, is_mds
 from d2v_composer.sources.shards import fetch_index
 from d2v_composer.sources.source import (
     Columns,
-    Listed,
-    Names,
+    PackedStrings,
+    SampleListing,
     Source,
     hash_of,
     list_folder,
@@ -220,14 +220,14 @@ class Files:
             return parts[part].load(number - ends[part] + len(parts[part].sizes))
 
         listed_labels = chain.from_iterable(part.labels for part in parts)
-        labels: Sequence[Any] = Names(listed_labels) if self.has_paths else [*listed_labels]
+        labels: Sequence[Any] = PackedStrings(listed_labels) if self.has_paths else [*listed_labels]
         source = Source(
             root=self.root,
             modality=modality,
-            ids=Names(chain.from_iterable(part.ids for part in parts)),
+            ids=PackedStrings(chain.from_iterable(part.ids for part in parts)),
             load=load,
             sizes=np.concatenate([part.sizes for part in parts]),
-            marks=np.concatenate([part.marks for part in parts]),
+            fingerprints=np.concatenate([part.fingerprints for part in parts]),
             content=hash_of(
                 fetch.is_remote(self.root) and self.root,
                 [file[:3] for file in self.files],
@@ -240,10 +240,10 @@ class Files:
         )
         return source, labels, parts[0].class_names
 
-    def _list(self, file: File) -> Listed:
+    def _list(self, file: File) -> SampleListing:
         assert self.container is not None
-        pinned = Pinned.of(self.root, file)
-        samples: Listed = pinned.read(partial(self.container.list_samples, pinned, columns=self.columns))
+        snapshot = FileSnapshot.of(self.root, file)
+        samples: SampleListing = snapshot.read(partial(self.container.list_samples, snapshot, columns=self.columns))
         if self._have_folders(samples.labels) and len(words := split_words(file.path, SPLITS)) == 1:  # a zip of a split
             folder = f"{words.pop()}/"
             paths = [path if f"/{folder}" in f"/{path.lower()}" else folder + path for path in samples.labels]

@@ -11,8 +11,16 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from d2v_composer.sources import CHOOSE
-from d2v_composer.sources.listing import Pinned
-from d2v_composer.sources.source import Columns, Listed, Names, hash_of, load_listed, mark_of, marks_of
+from d2v_composer.sources.listing import FileSnapshot
+from d2v_composer.sources.source import (
+    Columns,
+    PackedStrings,
+    SampleListing,
+    fingerprint_of,
+    fingerprints_of,
+    hash_of,
+    load_listed,
+)
 from d2v_composer.system.errors import InputError, UnreadableSampleError
 from d2v_composer.system.fetch import File, is_remote
 
@@ -22,7 +30,7 @@ BYTES, PATH = r"(?:large_)?binary|struct<([^<>]*, )?bytes: (?:large_)?binary\b.*
 _one_reader = Lock()  # one thread at a time decodes a row group
 
 
-def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
+def list_samples(snapshot: FileSnapshot, file: BinaryIO, columns: Columns) -> SampleListing:
     """List the rows of a Parquet file.
 
     Raises:
@@ -31,7 +39,7 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
     """
     import pyarrow.parquet
 
-    name, folder, column, label = pinned.name, pinned.path.parent, columns.samples, columns.labels
+    name, folder, column, label = snapshot.name, snapshot.path.parent, columns.samples, columns.labels
     with pyarrow.parquet.ParquetFile(file) as opened:
         schema, metadata = opened.schema_arrow, opened.metadata
         types = {field.name: str(field.type) for field in schema}
@@ -49,38 +57,47 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
         labels = opened.read([label])[0].to_pylist() if label else []
         hub = json.loads((schema.metadata or {}).get(b"huggingface", "{}")).get("info", {}).get("features", {})
         class_names = hub.get(label, {}).get("names", ())
-        ids = Names(f"{pinned.file.path}#{row}" for row in range(metadata.num_rows))
-        marks = marks_of(len(ids), pinned.file, column)
+        ids = PackedStrings(f"{snapshot.file.path}#{row}" for row in range(metadata.num_rows))
+        fingerprints = fingerprints_of(len(ids), snapshot.file, column)
         if chosen[0] in of_bytes:
             groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
             rows = [group.num_rows for group in groups]
             means = [group.total_byte_size // max(group.num_rows, 1) for group in groups]
-            load = partial(_load_row, pinned, chosen[0], np.cumsum([0, *rows]).tolist())
-            return Listed(ids, np.repeat(np.array(means, np.int64), rows), marks, load, labels, class_names)
+            load = partial(_load_row, snapshot, chosen[0], np.cumsum([0, *rows]).tolist())
+            return SampleListing(
+                ids, np.repeat(np.array(means, np.int64), rows), fingerprints, load, labels, class_names
+            )
         if is_remote(name):
             raise InputError(f"{name}: column {chosen[0]!r} holds paths, which are allowed only in a local file")
-        paths = Names(path or "" for path in opened.read(chosen)[0].to_pylist())
+        paths = PackedStrings(path or "" for path in opened.read(chosen)[0].to_pylist())
     files = [File.of(path, folder / path) if os.path.isfile(folder / path) else None for path in paths]
-    hashes, sizes = np.array([*map(mark_of, files)], np.int64), np.array([item.size if item else 0 for item in files])
+    hashes = np.array([*map(fingerprint_of, files)], np.int64)
+    sizes = np.array([item.size if item else 0 for item in files])
     content = hash_of([file and file[:3] for file in files])
-    return Listed(
-        ids, sizes, marks + hashes, partial(load_listed, folder, paths, hashes), labels, class_names, content=content
+    return SampleListing(
+        ids,
+        sizes,
+        fingerprints + hashes,
+        partial(load_listed, folder, paths, hashes),
+        labels,
+        class_names,
+        content=content,
     )
 
 
-def _load_row(pinned: Pinned, column: str, starts: list[int], row: int) -> bytes:
+def _load_row(snapshot: FileSnapshot, column: str, starts: list[int], row: int) -> bytes:
     group = bisect_right(starts, row) - 1
     with _one_reader:
-        rows = _row_group(pinned, column, group)
+        rows = _row_group(snapshot, column, group)
     value = rows[row - starts[group]].as_py()
     value = value["bytes"] if isinstance(value, dict) else value
     if value is None:
-        raise UnreadableSampleError(f"{pinned.name}#{row} is null")
+        raise UnreadableSampleError(f"{snapshot.name}#{row} is null")
     return value
 
 
 @lru_cache(maxsize=1)
-def _row_group(pinned: Pinned, column: str, group: int) -> Any:
+def _row_group(snapshot: FileSnapshot, column: str, group: int) -> Any:
     """Read a row group's samples; each process caches its last one."""
     import pyarrow.parquet
 
@@ -88,4 +105,4 @@ def _row_group(pinned: Pinned, column: str, group: int) -> Any:
         with pyarrow.parquet.ParquetFile(file, page_checksum_verification=True) as opened:
             return opened.read_row_group(group, [column], use_threads=False)[0]
 
-    return pinned.read(read, f", row group {group}")
+    return snapshot.read(read, f", row group {group}")

@@ -29,14 +29,14 @@ AHEAD = 64  # results of threads that wait in memory
 Int64Array = NDArray[np.int64]
 
 
-class Names(Sequence[str]):
-    """Names in one block of memory, which forked workers share; reading a list's strings would copy them.
+class PackedStrings(Sequence[str]):
+    """Strings in one block of memory, which forked workers share; reading a list's strings would copy them.
 
-    In a NumPy array, each name would take as much memory as the longest.
+    In a NumPy array, each string would take as much memory as the longest.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
-        encoded = [os.fsencode(name) for name in names]
+    def __init__(self, strings: Iterable[str]) -> None:
+        encoded = [os.fsencode(string) for string in strings]
         self._ends = np.cumsum([0, *map(len, encoded)])
         self._bytes = b"".join(encoded)
 
@@ -59,7 +59,7 @@ class Source:
         label: Returns the label of a sample by number; ``None`` without labels.
         class_names: Name of each class; empty if labels are only numbers.
         sizes: Approximate number of bytes of each sample, (N,) int64.
-        marks: A number for each sample, (N,) int64, that changes if the sample's file does.
+        fingerprints: A number for each sample, (N,) int64, that changes if the sample's file does.
         content: Hash of the paths, sizes and versions of all files, or of an MDS data set's index, wherever they are;
             the same for each part.
         left_out: Kind of other files → their number.
@@ -70,12 +70,12 @@ class Source:
 
     root: str
     modality: Modality
-    ids: Names | Int64Array
+    ids: PackedStrings | Int64Array
     load: Callable[[int], Any]
     label: Callable[[int], int] | None = None
     class_names: tuple[str, ...] = ()
     sizes: Int64Array
-    marks: Int64Array
+    fingerprints: Int64Array
     content: str
     left_out: Mapping[str, int] = field(default_factory=dict)
     keeps_files: bool = False
@@ -87,7 +87,7 @@ class Source:
 
     def name(self, number: int) -> str:
         """Return the name of a sample for error messages."""
-        has_names = isinstance(self.ids, Names)
+        has_names = isinstance(self.ids, PackedStrings)
         return f"{self.root}/{self.ids[number]}" if has_names else f"sample {self.ids[number]} of {self.root}"
 
     def decode(self, number: int) -> Tensor:
@@ -106,9 +106,9 @@ class Source:
         load, label, ids = self.load, self.label, self.ids
         return replace(
             self,
-            ids=Names(map(ids.__getitem__, chosen)) if isinstance(ids, Names) else ids[chosen],
+            ids=PackedStrings(map(ids.__getitem__, chosen)) if isinstance(ids, PackedStrings) else ids[chosen],
             sizes=self.sizes[chosen],
-            marks=self.marks[chosen],
+            fingerprints=self.fingerprints[chosen],
             load=lambda number: load(int(chosen[number])),
             label=None if label is None else lambda number: label(int(chosen[number])),
         )
@@ -145,12 +145,12 @@ class Columns(NamedTuple):
     """Column of the labels; default: no labels."""
 
 
-class Listed(NamedTuple):
+class SampleListing(NamedTuple):
     """Samples of one file or folder, with the fields of :class:`Source`."""
 
-    ids: Names
+    ids: PackedStrings
     sizes: Int64Array
-    marks: Int64Array
+    fingerprints: Int64Array
     load: Callable[[int], bytes]
     labels: Sequence[Any]
     """Label of each sample; for samples in folders, the path of each."""
@@ -175,7 +175,7 @@ def open_mds(index: Index, cache_limit: int | None = None) -> Source:
         load=lambda number: shards[number][index.column],
         label=label if index.labels else None,
         sizes=np.full(len(index), sum(shard.raw.bytes for shard in index.shards) // len(index)),  # all may be copies
-        marks=marks_of(len(index), content),
+        fingerprints=fingerprints_of(len(index), content),
         content=content,
     )
 
@@ -192,14 +192,15 @@ def whole_label(value: Any, source: str) -> int:
     raise InputError(f"{source}: its label must be a whole number, got {value!r:.40}")
 
 
-def list_folder(root: Path, files: Sequence[File]) -> Listed:
+def list_folder(root: Path, files: Sequence[File]) -> SampleListing:
     """List the files in a folder that are samples."""
-    paths, marks = Names(file.path for file in files), np.array([*map(mark_of, files)], np.int64)
+    paths = PackedStrings(file.path for file in files)
+    fingerprints = np.array([*map(fingerprint_of, files)], np.int64)
     sizes = np.array([file.size for file in files], np.int64)
-    return Listed(paths, sizes, marks, partial(load_listed, root, paths, marks), [*paths])
+    return SampleListing(paths, sizes, fingerprints, partial(load_listed, root, paths, fingerprints), [*paths])
 
 
-def load_listed(folder: Path, paths: Names, marks: Int64Array, number: int) -> bytes:
+def load_listed(folder: Path, paths: PackedStrings, fingerprints: Int64Array, number: int) -> bytes:
     """Read one of the files in a folder.
 
     Raises:
@@ -209,7 +210,7 @@ def load_listed(folder: Path, paths: Names, marks: Int64Array, number: int) -> b
     path = folder / paths[number]
     with reading(path):
         content = read_sample_file(path)
-        if mark_of(File.of(paths[number], path)) != marks[number]:
+        if fingerprint_of(File.of(paths[number], path)) != fingerprints[number]:
             raise RunError(f"{path} has changed since it was listed; run the same command again")
         return content
 
@@ -278,9 +279,9 @@ def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iter
             yield from pool.map(function, items[start : start + AHEAD])
 
 
-def marks_of(count: int, *contents: object) -> Int64Array:
-    """Return :attr:`Source.marks` of the samples in one file, which change if ``contents`` do."""
-    return mark_of(*contents) + np.arange(count)
+def fingerprints_of(count: int, *contents: object) -> Int64Array:
+    """Return :attr:`Source.fingerprints` of the samples in one file, which change if ``contents`` do."""
+    return fingerprint_of(*contents) + np.arange(count)
 
 
 def hash_of(*contents: object) -> str:
@@ -288,6 +289,6 @@ def hash_of(*contents: object) -> str:
     return hashlib.sha256(repr(contents).encode()).hexdigest()
 
 
-def mark_of(*contents: object) -> int:
-    """Return a hash as a whole number for :attr:`Source.marks`."""
+def fingerprint_of(*contents: object) -> int:
+    """Return a hash as a whole number for :attr:`Source.fingerprints`."""
     return int(hash_of(*contents)[:15], 16)

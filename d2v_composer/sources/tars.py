@@ -12,8 +12,8 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from d2v_composer.sources import CHOOSE, path_of
-from d2v_composer.sources.listing import Pinned
-from d2v_composer.sources.source import Columns, Int64Array, Listed, Names, marks_of
+from d2v_composer.sources.listing import FileSnapshot
+from d2v_composer.sources.source import Columns, Int64Array, PackedStrings, SampleListing, fingerprints_of
 from d2v_composer.system.errors import InputError
 
 # A member: key and suffixes.
@@ -22,14 +22,14 @@ MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
 LEAST_ZEROS, MOST_ZEROS = 1 << 10, 1 << 20
 
 
-def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
+def list_samples(snapshot: FileSnapshot, file: BinaryIO, columns: Columns) -> SampleListing:
     """List the samples of a tar, with their paths in it or, if ``columns``, which are suffixes, say so, their labels.
 
     Raises:
         InputError: A key has several samples or no label, or two samples have the same key.
         ValueError: The tar is damaged; see :func:`read_tar`.
     """
-    name, modality = pinned.name, columns.modality
+    name, modality = snapshot.name, columns.modality
     left_out, keys, offsets, sizes = Counter[str](), list[str](), array("q"), array("q")
     labels, paths = list[Any](), list[str]()
     labeled, _, key_of_label = (columns.labels or "").partition(":")
@@ -60,9 +60,12 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
         sizes.append(fields[images[0]][1])
     if twice := next((key for key, count in Counter(keys).items() if count > 1), None):
         raise InputError(f"{name}: two samples have the key {twice}, and other samples lie between them")
-    ids, marks = Names(f"{pinned.file.path}/{key}" for key in keys), marks_of(len(keys), pinned.file, columns.samples)
-    load = partial(_load, pinned, np.array(offsets), np.array(sizes))
-    return Listed(ids, np.array(sizes), marks, load, labels if labeled else Names(paths), left_out=left_out)
+    ids = PackedStrings(f"{snapshot.file.path}/{key}" for key in keys)
+    fingerprints = fingerprints_of(len(keys), snapshot.file, columns.samples)
+    load = partial(_load, snapshot, np.array(offsets), np.array(sizes))
+    return SampleListing(
+        ids, np.array(sizes), fingerprints, load, labels if labeled else PackedStrings(paths), left_out=left_out
+    )
 
 
 def read_tar(file: BinaryIO) -> Iterator[tuple[str | None, list[tuple[str, int, int]]]]:
@@ -106,5 +109,5 @@ def read_bytes(file: BinaryIO, offset: int, size: int) -> bytes:
     return file.read(size)
 
 
-def _load(pinned: Pinned, offsets: Int64Array, sizes: Int64Array, number: int) -> bytes:
-    return pinned.read(lambda file: read_bytes(file, offsets[number], sizes[number]))
+def _load(snapshot: FileSnapshot, offsets: Int64Array, sizes: Int64Array, number: int) -> bytes:
+    return snapshot.read(lambda file: read_bytes(file, offsets[number], sizes[number]))

@@ -5,11 +5,11 @@ from typing import BinaryIO
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipExtFile, ZipFile, ZipInfo
 
 from d2v_composer.sources.archives import Member, list_archive
-from d2v_composer.sources.listing import Pinned
-from d2v_composer.sources.source import Columns, Listed
+from d2v_composer.sources.listing import FileSnapshot
+from d2v_composer.sources.source import Columns, SampleListing
 
 
-def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
+def list_samples(snapshot: FileSnapshot, file: BinaryIO, columns: Columns) -> SampleListing:
     """List the samples of a zip; see :func:`list_archive`.
 
     Raises:
@@ -20,7 +20,7 @@ def list_samples(pinned: Pinned, file: BinaryIO, columns: Columns) -> Listed:
         members = archive.infolist()
     if members and (before := min(member.header_offset for member in members)):
         raise ValueError(f"{before} bytes precede its first member: it is damaged, or joined to another")
-    return list_archive(pinned, columns, map(_describe, members), _read)
+    return list_archive(snapshot, columns, map(_describe, members), _read)
 
 
 def _describe(member: ZipInfo) -> Member:

@@ -13,7 +13,7 @@ While :func:`patched_composer` is active:
 Other modules also use internals of packages:
 
 - ``objectives/compilation.py`` sets options of torch 2.7's Dynamo and Inductor.
-- ``training_data/order.py`` calls Streaming 0.13.0's ``get_sampling`` and ``get_shuffle``, which order the samples.
+- ``training_data/sampler.py`` calls Streaming 0.13.0's ``get_sampling`` and ``get_shuffle``, which order the samples.
 - ``system/ranks.py`` uses the default store of torch 2.7's process group; ``system/fetch.py`` botocore's
   ``_raw_stream``, because botocore's own reads block until full.
 """

@@ -22,7 +22,7 @@ from d2v_composer.sources.source import worker_options
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.files import check_room
 from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
-from d2v_composer.training_data.order import StreamingSamples, collate_clips, padded_sizes
+from d2v_composer.training_data.sampler import StreamingSamples, collate_clips, padded_sizes
 
 # Grace beyond two shard timeouts before a silent worker counts as hung.
 HANGING_SECONDS = 300

@@ -18,7 +18,7 @@ from d2v_composer.objectives.objective import Outputs
 from d2v_composer.runs.distill import build_kept_targets, build_model, train_student
 from d2v_composer.sources.mds import Index
 from d2v_composer.system.errors import InputError
-from d2v_composer.training_data.order import EpochOrder
+from d2v_composer.training_data.sampler import EpochOrder
 from helpers import GOLDEN, losses_of, small_run
 
 VIEWS, WIDTH = 3, 5
@@ -139,7 +139,7 @@ def test_a_file_in_a_folder_that_is_no_runs_is_left_alone(tmp_path: Path) -> Non
     """Promise 7: on a node without rank 0, which locks the run's folder."""
     (tmp_path / "targets").write_bytes(b"mine")
     with pytest.raises(
-        InputError, match=r"save_folder: .*/targets was written by another run; choose another save_folder"
+        InputError, match=r"save_folder: .*/targets is not a file of this run; choose another save_folder"
     ):
         open_kept(tmp_path)
     assert (tmp_path / "targets").read_bytes() == b"mine"

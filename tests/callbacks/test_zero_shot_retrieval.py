@@ -212,7 +212,8 @@ def test_a_resume_may_add_probes(first: ZeroShotRetrieval, resumed: ZeroShotRetr
 
 def test_the_table_shows_added_probes(resumed: ZeroShotRetrieval) -> None:
     _, head, *rows = format_tables(resumed.results, ["set"]).split("\n\n")[1].splitlines()
-    assert re.split(" {2,}", head.strip()) == ["20-NN weighted", "20-NN majority", "linear probe"]
+    columns = ["20-NN weighted", "20-NN majority", "linear probe"]
+    assert re.split(" {2,}", head.strip()) == ["in % [95 % interval]", *columns]
     assert all(f"{100 * knn_accuracy(*BANK_AND_QUERIES):.1f} [" in row for row in rows)
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from d2v_composer.models.configs import ImageEncoderConfig, TeacherConfig
-from d2v_composer.runs import prepare
+from d2v_composer.runs import auto_config
 from helpers import write_images
 
 
@@ -27,7 +27,7 @@ def test_sizes_follow_from_images_teacher_and_device(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     teacher = TeacherConfig(encoder=ImageEncoderConfig(embed_dim=192), depth=8, average_top_k_layers=8)
-    chosen = prepare.choose_settings(num_images, teacher)
+    chosen = auto_config.choose_settings(num_images, teacher)
     sizes = tuple(chosen[key] for key in ("max_duration", "global_train_batch_size", "optimizer.lr"))
     assert sizes == expected
     assert "teacher.image_size" not in chosen
@@ -39,6 +39,6 @@ def test_the_teacher_of_the_plan_has_the_size_that_it_chose(tmp_path: Path) -> N
     save_file(timm.create_model("test_vit").state_dict(), weights)
     photos = write_images(tmp_path / "photos", [f"{i}.jpg" for i in range(200)])
     changes = (f"teacher.checkpoint={weights}",)
-    request = prepare.Request(str(photos), "timm/test_vit", tmp_path / "run", changes=changes)
-    plan = prepare.make_plan(request, tmp_path / "fetched")
+    request = auto_config.Request(str(photos), "timm/test_vit", tmp_path / "run", changes=changes)
+    plan = auto_config.make_plan(request, tmp_path / "fetched")
     assert plan.config.teacher.image_size == plan.teacher.config.image_size == 112

@@ -29,8 +29,8 @@ from d2v_composer.commands import convert_teacher, export
 from d2v_composer.commands import embed as embed_command
 from d2v_composer.data.images import Images
 from d2v_composer.data.modality import read_sample_file
-from d2v_composer.embedding import collection as embedding
-from d2v_composer.embedding.collection import Embedded
+from d2v_composer.embedding import embed_source as embedding
+from d2v_composer.embedding.embed_source import Embedded
 from d2v_composer.models.backbone import Transformer
 from d2v_composer.models.configs import ImageEncoderConfig, StudentConfig
 from d2v_composer.models.images import ImageEncoder

@@ -9,7 +9,7 @@ import torch
 from d2v_composer import load_teacher
 from d2v_composer.commands import embed as embed_command
 from d2v_composer.data.audio import Audio
-from d2v_composer.embedding.collection import Embedded
+from d2v_composer.embedding.embed_source import Embedded
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, encoded_clip, truncated, write_files
 

@@ -32,7 +32,7 @@ from d2v_composer.evaluation.results import Result, accuracy_interval, gap_close
 from d2v_composer.evaluation.rows import GAP, metric_key
 from d2v_composer.models.alignment import EmbeddingInfo
 from d2v_composer.models.encoder import Encoder
-from d2v_composer.models.timm_network import NetworkStudent
+from d2v_composer.models.timm_network import TimmStudent
 from d2v_composer.sources.labeled import load_labeled_set
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, QUICKSTART, ROOT, datasets_of, write_images, write_mds
@@ -112,7 +112,7 @@ def rivals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A student with another layer_mean than its teacher, and one that takes larger images."""
     folder, teacher = tmp_path_factory.mktemp("rivals"), load_teacher(GOLDEN / "tiny_base.pt")
     network = teacher.build_student(model="timm/test_byobnet").config.changed(image_size=64, interpolation="bilinear")
-    students = {"layer_mean": teacher.build_student(depth=1, normalization="layer"), "output": NetworkStudent(network)}
+    students = {"layer_mean": teacher.build_student(depth=1, normalization="layer"), "output": TimmStudent(network)}
     for name, student in students.items():
         save_student(student, folder / f"{name}.safetensors")
     return {name: folder / f"{name}.safetensors" for name in students}

@@ -186,7 +186,7 @@ RAW = ("retrieval.representation=output", "retrieval.pooling=cls")
         pytest.param(
             RAW,
             "output_cls",
-            "| student | student in the teacher's index (the teacher's output_cls) |",
+            "| student | in the teacher's index (the teacher's output_cls) |",
             marks=pytest.mark.slow,
         ),
         (("alignment.max_samples=0",), "the teacher's output_cls", "| student (raw output_cls) |"),

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from d2v_composer import Embedder
-from d2v_composer.embedding.collection import embed_batch, load_batch
+from d2v_composer.embedding.embed_source import embed_batch, load_batch
 from d2v_composer.sources.open import open_source
 
 BATCH, BATCHES = 64, 4

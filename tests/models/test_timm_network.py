@@ -13,7 +13,7 @@ from d2v_composer.checkpoints.load import save_student
 from d2v_composer.checkpoints.timm_student import timm_call
 from d2v_composer.models.configs import ImageEncoderConfig, TeacherConfig, TimmNetworkConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
-from d2v_composer.models.timm_network import NetworkStudent
+from d2v_composer.models.timm_network import TimmStudent
 from d2v_composer.models.timm_teacher import TimmTeacher, teacher_config
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN
@@ -79,7 +79,7 @@ def test_a_file_computes_the_same_in_timm_or_is_not_written(tmp_path: Path, name
     """The features of a student, and the logits of a fine-tuned one."""
     torch.manual_seed(0)
     data = {"timm": timm.__version__, "image_size": size, "interpolation": "bicubic"}
-    student = NetworkStudent(TimmNetworkConfig(model=f"timm/{name}", **data)).eval()
+    student = TimmStudent(TimmNetworkConfig(model=f"timm/{name}", **data)).eval()
     for key, buffer in student.named_buffers():
         if "running_" in key:  # as after training
             buffer.add_(torch.rand_like(buffer))

@@ -245,7 +245,14 @@ if __name__ == "__main__":
 
     import torch
 
-    ours = ("runs.distill", "report.page", "export.programs", "config.load", "commands.command", "embedding.collection")
+    ours = (
+        "runs.distill",
+        "report.page",
+        "export.programs",
+        "config.load",
+        "commands.command",
+        "embedding.embed_source",
+    )
     # timm imports wandb, which reads the docstrings of its classes: seconds, if many modules are there already.
     for name in ("wandb", "timm", "composer", "streaming", *(f"d2v_composer.{name}" for name in ours)):
         with suppress(ImportError):  # its place may change, and a later import takes only longer

@@ -444,7 +444,7 @@ def test_targets_that_are_no_file_of_the_run_are_refused(kind: str, run: Run, tm
     write_files(run.folder, {".in_use": b"\nprocess 1 of another\n"})
     targets = run.folder / "targets.f16"
     targets.mkdir() if kind == "folder" else targets.symlink_to("/dev/zero" if kind == "device" else tmp_path / "mine")
-    assert f"{targets} was written by another run" in run.refused("train_loader.views=1")
+    assert f"{targets} is not a file of this run" in run.refused("train_loader.views=1")
     assert (tmp_path / "mine").read_bytes() == b"mine"
 
 

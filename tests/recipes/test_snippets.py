@@ -16,7 +16,7 @@ from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed, export
 from d2v_composer.models.configs import TimmNetworkConfig
-from d2v_composer.models.timm_network import NetworkStudent
+from d2v_composer.models.timm_network import TimmStudent
 from helpers import GOLDEN, QUICKSTART, ROOT, encoded_image, run_training, write_files
 
 PAGES = {path.name: path for path in (ROOT / "README.md", *(ROOT / "recipes" / "guides").glob("*.md"))}
@@ -58,7 +58,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.open(photos / "00.jpg").save(photos / "11.jpg", exif=record)
     embed.main([str(folder / "student.safetensors"), str(photos), str(folder / "photos.npy"), "--workers", "0"])
     config = TimmNetworkConfig(model="timm/resnet18", timm="", image_size=112, interpolation="bicubic")
-    network = NetworkStudent(config)
+    network = TimmStudent(config)
     network.align(torch.randn(384, 512), torch.randn(384), "output_cls")
     (folder / "runs" / "resnet18").mkdir()
     save_student(network, folder / "runs" / "resnet18" / "student.safetensors")

@@ -23,7 +23,7 @@ from d2v_composer.checkpoints.load import load_student
 from d2v_composer.commands import export as export_student
 from d2v_composer.config.load import load_evaluate_config
 from d2v_composer.data.images import Images
-from d2v_composer.embedding.collection import EmbeddingOptions, embed_source
+from d2v_composer.embedding.embed_source import EmbeddingOptions, embed_source
 from d2v_composer.runs.comparison import build_comparison
 from d2v_composer.sources.open import open_source
 from helpers import datasets_of, load_checkpoint, log_of, losses_of, small_run, student_of

@@ -16,7 +16,7 @@ from d2v_composer.checkpoints.load import load_models, save_student
 from d2v_composer.commands import align, embed, evaluate, export, merge
 from d2v_composer.config.reference import ModelReference
 from d2v_composer.embedding.align import read_index
-from d2v_composer.embedding.collection import IndexRecord
+from d2v_composer.embedding.embed_source import IndexRecord
 from d2v_composer.evaluation.embedded_set import embed_set
 from d2v_composer.evaluation.measurement import measure
 from d2v_composer.evaluation.results import Result
@@ -24,7 +24,7 @@ from d2v_composer.evaluation.rows import IN_INDEX, STUDENT, TEACHER, UNTRAINED, 
 from d2v_composer.evaluation.settings import Settings
 from d2v_composer.models.alignment import EmbeddingInfo
 from d2v_composer.models.names import EMBEDDING
-from d2v_composer.models.timm_network import NetworkStudent
+from d2v_composer.models.timm_network import TimmStudent
 from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples
 from d2v_composer.system.errors import InputError, RunError
 from helpers import (
@@ -107,7 +107,7 @@ def test_timm_alone_computes_the_map_of_its_own_model(pixels: Tensor, tmp_path: 
     save_student(student, tmp_path / "network.safetensors")
     export.main([str(tmp_path / "network.safetensors"), str(tmp_path / "student.safetensors")])
     again = load_student(tmp_path / "student.safetensors")
-    assert isinstance(again, NetworkStudent)
+    assert isinstance(again, TimmStudent)
     expected = student.embed(pixels)
     torch.testing.assert_close(again.embed(pixels), expected)
     computed = computed_by_timm_alone(tmp_path, student.encoder.prepare(pixels))

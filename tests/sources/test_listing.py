@@ -70,7 +70,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_named(kind: str, tmp_path: 
         images_of(source)
     again = open_source(str(tmp_path / "here" / kind), Images())
     assert {*images_of(again)} != {*IMAGES}
-    assert np.count_nonzero(again.marks == source.marks) == {"paths": 5, "folder": 5}.get(kind, 4)
+    assert np.count_nonzero(again.fingerprints == source.fingerprints) == {"paths": 5, "folder": 5}.get(kind, 4)
     os.utime(tmp_path / "here" / KINDS[kind])
     assert open_source(str(tmp_path / "here" / kind), Images()).content != again.content
 
@@ -184,7 +184,7 @@ def test_an_interrupted_conversion_goes_on_with_its_own_source(interrupted: list
 def test_an_interrupted_call_goes_on_with_its_own_version(
     package: str, resumes: bool, interrupted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("d2v_composer.embedding.collection.CHUNK", 2)
+    monkeypatch.setattr("d2v_composer.embedding.embed_source.CHUNK", 2)
     table = [TEACHER, str(tmp_path / "a"), str(tmp_path / "a.npy"), "--batch-size", "2", "--workers", "0"]
     with pytest.raises(InputError, match=r"5\.jpg: cannot decode as an image"):
         embed.main(table)

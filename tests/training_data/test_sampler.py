@@ -23,7 +23,7 @@ from d2v_composer.data.modality import Modality, collate
 from d2v_composer.sources.mds import Index
 from d2v_composer.system.errors import InputError
 from d2v_composer.training_data.loader import build_train_loader
-from d2v_composer.training_data.order import EpochOrder, Sample, padded_sizes
+from d2v_composer.training_data.sampler import EpochOrder, Sample, padded_sizes
 from helpers import write_mds
 from streams import global_batches, open_images
 

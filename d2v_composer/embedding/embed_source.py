@@ -258,8 +258,8 @@ def _cut(source: Source, plan: Mapping[str, Any], folder: Path) -> list[_Chunk]:
     batches = source.part.of([range(first, min(first + size, len(source))) for first in range(0, len(source), size)])
     for first in range(0, len(batches), per_chunk := max(1, CHUNK // size)):
         some = batches[first : first + per_chunk]
-        marks = source.marks[some[0].start : some[-1].stop]
-        name = f"{hash_of(plan, marks.tobytes())[:32]}.npz"
+        fingerprints = source.fingerprints[some[0].start : some[-1].stop]
+        name = f"{hash_of(plan, fingerprints.tobytes())[:32]}.npz"
         chunks.append(_Chunk(some, folder / name, len(chunks) % num_ranks()))
     return chunks
 
