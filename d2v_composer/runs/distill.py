@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from composer import Trainer
 from composer.core import Algorithm, Callback
 from composer.loggers import LoggerDestination
@@ -167,6 +168,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
     check_compiler(config.compile)
     with errors_of("student"):
         normalization = config.objectives.tokens.model_dump(include={"normalization", "final_layer_norm"})
+        torch.manual_seed(config.seed)  # here, so that an evaluation builds the same untrained student
         student = teacher.build_student(**config.student.model_dump(), **normalization)
     check_network("student.model", student, config)
     with errors_of("objectives.tokens"):
