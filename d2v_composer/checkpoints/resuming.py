@@ -24,7 +24,8 @@ from d2v_composer.models.provenance import Record
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.files import partial_file, sha256
-from d2v_composer.system.ranks import node_leaders_first, num_nodes, rank_zero_first
+from d2v_composer.system.processes import num_nodes
+from d2v_composer.system.ranks import node_leaders_first, rank_zero_first
 
 log = logging.getLogger(__name__)
 
