@@ -20,8 +20,6 @@ from d2v_composer.models.timm_network import TimmStudent
 from helpers import GOLDEN, QUICKSTART, ROOT, encoded_image, run_training, write_files
 
 PAGES = {path.name: path for path in (ROOT / "README.md", *(ROOT / "recipes" / "guides").glob("*.md"))}
-ELSEWHERE = {"sources.md"}
-"""A data set of the user's."""
 SLOW = {"composer.md", "deploy.md"}
 """A training on 4,480 images; exports."""
 
@@ -78,7 +76,7 @@ def with_sound(folder: Path) -> Path:
     "page",
     [
         pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page
-        for page in sorted(PAGES.keys() - ELSEWHERE)
+        for page in sorted(PAGES)
         if blocks_of(page)
     ],
 )
