@@ -52,12 +52,8 @@ def install(folder: Path, name: str, entry_points: str) -> None:
 
 
 def settings(folder: Path, data: Path, kind: str, *overrides: str) -> list[str]:
-    changes = [
-        "retrieval.representation=output",
-        "teacher.model=ext/own_teacher",
-        "teacher.checkpoint=null",
-        *KINDS[kind],
-    ]
+    teacher = "teacher.model=ext/own_teacher", "teacher.checkpoint=null"
+    changes = ["retrieval.representation=output", *teacher, *KINDS[kind]]
     return small_run(folder, data, *changes, "max_duration=4ba", *overrides)
 
 

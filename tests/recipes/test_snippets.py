@@ -74,11 +74,7 @@ def with_sound(folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     "page",
-    [
-        pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page
-        for page in sorted(PAGES)
-        if blocks_of(page)
-    ],
+    [pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page for page in sorted(PAGES) if blocks_of(page)],
 )
 def test_a_page_runs(page: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = with_sound(tmp_path) if page == "audio.md" else files
