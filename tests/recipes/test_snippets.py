@@ -91,7 +91,6 @@ def test_a_page_runs(page: str, files: Path, tmp_path: Path, monkeypatch: pytest
         for given in (names["embeddings"], *(names[name] for name in ["by_openvino"] if name in names)):
             assert cosine_similarity(torch.from_numpy(given), expected).min() > 0.99999
     if page == "export-and-embed.md":
-        torch.testing.assert_close(names["logits"], torch.zeros(2, 100))
         torch.testing.assert_close(names["by_timm"], names["embeddings"], rtol=1e-5, atol=1e-5)
     if page == "students.md":
         assert [names[name].shape for name in ("embeddings", "pooled", "logits")] == [(1, 384), (1, 512), (1, 10)]
