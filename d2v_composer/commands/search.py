@@ -43,13 +43,13 @@ DUPLICATES_SHOWN = (
 
 class Search(Command):
     index: Positional[str]
-    """NAME.npy, with the ids in NAME.ids.npy, or NAME.parquet, as d2v embed writes them."""
+    """NAME.npy, with the ids in NAME.ids.npy, or NAME.parquet, as d2v embed writes them, here or in a store."""
     query: Positional[tuple[str, ...]] = Field((), description=f"An image or a clip, a folder of them, or {SOURCES}.")
     id: str | None = None
     """Search with the row that has this id, instead of QUERY."""
     duplicates: bool = False
     """List the groups of near-duplicates in INDEX, instead of QUERY."""
-    above: float | None = None
+    above: Annotated[float, Field(ge=-1, lt=1)] | None = None
     """Cosine above which two rows are near-duplicates; default: 0.95."""
     k: Annotated[int, whole(1, 0x10000)] | None = None
     """Number of neighbors of a query; default: 10."""

@@ -5,7 +5,6 @@ Shapes: N rows of the index, M pairs, B samples of a batch, I inputs of the map,
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ from d2v_composer.sources import listed
 from d2v_composer.sources.labeled import evenly_spaced
 from d2v_composer.sources.source import Int64Array, Source, map_in_workers
 from d2v_composer.system.errors import InputError, RunError, errors_of, reading
-from d2v_composer.system.fetch import is_remote
+from d2v_composer.system.fetch import exists, fetch
 from d2v_composer.system.progress import progress_bar
 
 # Held-out samples that are looked up in the index.
@@ -62,38 +61,47 @@ class Aligned(NamedTuple):
 def read_index(path: str) -> VectorIndex:
     """Read what ``d2v embed`` writes: NAME.npy with NAME.ids.npy, or NAME.parquet with the columns id and embedding.
 
+    Args:
+        path: A path, or an address in a store, whose files are kept in the cache.
+
     Raises:
         InputError: A file is missing, or does not hold one row of finite floats for each id.
     """
     with reading(path):
-        if is_remote(path):
-            raise ValueError("an index is read from this machine; copy it here, with the files beside it")
         if path.endswith(".npy"):
-            ids, rows = np.load(ids_file(path)), np.load(path, mmap_mode="r")
-            stored = about.read_bytes() if (about := Path(about_file(path))).exists() else None
+            rows, stored = np.load(fetch(path), mmap_mode="r"), None
+            with reading(names := ids_file(path)):
+                ids = np.load(fetch(names)).astype(str)
+                if ids.shape != (len(rows),):
+                    raise ValueError(f"expected one id for each of the {len(rows)} rows, got an array of {ids.shape}")
+            if exists(about := about_file(path)):
+                stored = fetch(about).read_bytes()
         elif not path.endswith(".parquet"):
             raise ValueError("expected .npy or .parquet")
         else:
             from pyarrow.parquet import read_table  # an extra
 
-            table = read_table(path, columns=["id", "embedding"]).combine_chunks()
+            table, about = read_table(fetch(path), columns=["id", "embedding"]).combine_chunks(), path
             stored = (table.schema.metadata or {}).get(INDEX_KEY)
-            ids, column = np.array(table["id"].to_pylist()), table["embedding"].combine_chunks()
+            ids, column = np.array(table["id"].to_pylist(), str), table["embedding"].combine_chunks()
             widths = set(column.value_lengths().to_pylist())
             if len(widths) > 1:
                 raise ValueError("its embeddings differ in width")
             rows = column.flatten().to_numpy(zero_copy_only=False).reshape(len(ids), *widths)
-        if rows.ndim != 2 or not rows.size or rows.dtype not in FLOATS or len(rows) != len(ids):
+        if not rows.size:
+            raise ValueError("it is empty")
+        if rows.ndim != 2 or rows.dtype not in FLOATS:
             kinds = f"{listed(map(str, FLOATS))} of this machine's byte order"
-            raise ValueError(f"expected rows of {kinds}, one id each, got {rows.dtype} {rows.shape}, {len(ids)} ids")
+            raise ValueError(f"expected rows of {kinds}, got {rows.dtype} {rows.shape}")
         for first in range(0, len(rows), 1 << 14):
             largest = np.abs(rows[first : first + (1 << 14)]).max(axis=1).astype(np.float64)
             # In float32, the length of other rows would be infinite, or so short that it is not normalized.
             if not (is_usable := (largest == 0) | ((largest > 1e-9) & (largest < 1e15))).all():
                 number = first + int(is_usable.argmin())
                 raise ValueError(f"the row of {ids[number]} has numbers that are not finite, or too large or too small")
+    with reading(about):
         made_by = None if stored is None else TypeAdapter(IndexRecord).validate_json(stored)
-        return VectorIndex(ids.astype(str), rows, made_by)
+    return VectorIndex(ids, rows, made_by)
 
 
 def match(source: Source, index: VectorIndex, path: str, maximum: int) -> tuple[list[int], Int64Array, int]:
