@@ -7,6 +7,7 @@ teacher whose outputs differ.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import timm
 import torch
@@ -20,7 +21,7 @@ class Tokens(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2)
+        self.vit: Any = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return (B, 17, 192), CLS and then the patches row by row, of normalized images, (B, 3, 32, 32)."""
