@@ -5,7 +5,7 @@ Shapes: N rows of the index, M pairs, B samples of a batch, I inputs of the map,
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class VectorIndex(NamedTuple):
 
     ids: NDArray[np.str_]
     """Id of each row, (N,)."""
-    rows: NDArray[Any]
+    rows: NDArray
     """Embeddings, (N, P), of any float type."""
     made_by: IndexRecord | None
     """``None`` if the index does not say."""
@@ -130,7 +130,7 @@ def align(
     model: Backbone,
     source: Source,
     numbers: Sequence[int],
-    target: NDArray[Any] | Callable[..., Tensor],
+    target: NDArray | Callable[..., Tensor],
     places: Int64Array | None,
     device: str,
     workers: int,

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, DistributedSampler
 from typing_extensions import override
 
 from d2v_composer.data.modality import Transform, collate, sample_rng
+from d2v_composer.models.provenance import Record
 from d2v_composer.sources.mds import Index
 from d2v_composer.sources.shards import Shards
 from d2v_composer.sources.source import Int64Array, whole_label
@@ -178,12 +179,12 @@ class OrderedSamples(Dataset[Any]):
 
     order: EpochOrder
 
-    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+    def state_dict(self, num_samples: int, from_beginning: bool) -> Record:
         """Return the state after this many samples of the epoch, which Composer counts over all ranks and saves."""
         assert from_beginning
         return {"epoch": self.order.current_epoch, "sample_in_epoch": num_samples}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Record) -> None:
         """Resume an epoch; Composer calls this."""
         self.order.resume(**state)
 
