@@ -4,7 +4,8 @@ usage: composer recipes/detect.py FILE.yaml model=PATH [dotted.key=value …]
 
     composer recipes/detect.py yamls/detect.yaml model=student.safetensors
     composer recipes/detect.py yamls/detect.yaml model=student.safetensors run_name=photos image_size=640 \\
-        dataset.train.images=photos/train dataset.test.images=photos/test
+        dataset.train.images=photos/train dataset.train.annotations=photos/train.json \\
+        dataset.test.images=photos/test dataset.test.annotations=photos/test.json
     composer recipes/detect.py yamls/detect.yaml model=timm/resnet18 pretrained=false run_name=scratch
 
 composer starts a process for each GPU; on one device, python does the same. `d2v fields detection` lists every field.
