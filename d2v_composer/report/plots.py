@@ -216,6 +216,7 @@ def label_ends(axes: Axes, ends: Iterable[tuple[float, str, Any]]) -> None:
         places[number] = min(places[number], highest)
         highest = places[number] - LABEL_HEIGHT
     for (share, label, color), place in zip(labels, places, strict=True):
-        options = {"xycoords": "axes fraction", "textcoords": "axes fraction", "va": "center"}
         arrow = {"arrowstyle": "-", "color": color, "linewidth": 1.5, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
-        axes.annotate(label, (1, share), (1.04, place), size="small", arrowprops=arrow, **options)
+        axes.annotate(
+            label, (1, share), (1.04, place), xycoords="axes fraction", size="small", va="center", arrowprops=arrow
+        )
