@@ -204,7 +204,8 @@ def label_ends(axes: Axes, ends: Iterable[tuple[float, str, Any]]) -> None:
 
     Args:
         axes: The axes, with their limits.
-        ends: Height of each line's end, in the units of the axis, its label and its color.
+        ends: Height of each line's end, in the units of the axis, its label and its color, in which a line leads to the
+            label. The text is black, because pale colors are hard to read.
     """
     axes.get_ylim()  # matplotlib chooses the limits only when they are asked for
     to_share = axes.transData + axes.transAxes.inverted()
@@ -217,6 +218,7 @@ def label_ends(axes: Axes, ends: Iterable[tuple[float, str, Any]]) -> None:
         places[number] = min(places[number], highest)
         highest = places[number] - LABEL_HEIGHT
     for (share, label, color), place in zip(labels, places, strict=True):
-        options = {"xycoords": "axes fraction", "textcoords": "axes fraction", "va": "center", "color": color}
-        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
-        axes.annotate(label, (1, share), (1.04, place), size="small", arrowprops=arrow, **options)
+        arrow = {"arrowstyle": "-", "color": color, "linewidth": 1.5, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
+        axes.annotate(
+            label, (1, share), (1.04, place), xycoords="axes fraction", size="small", va="center", arrowprops=arrow
+        )
