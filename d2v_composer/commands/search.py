@@ -27,7 +27,7 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file, write_atomically
 
 if TYPE_CHECKING:
-    from d2v_composer.embedding.align import VectorIndex
+    from d2v_composer.embedding.index import VectorIndex
     from d2v_composer.embedding.search import Found
     from d2v_composer.report.gallery import Shown
     from d2v_composer.sources.source import Source
@@ -82,7 +82,7 @@ class Search(Command):
 
         import torch
 
-        from d2v_composer.embedding.align import read_index
+        from d2v_composer.embedding.index import read_index
         from d2v_composer.embedding.search import embed_queries, near_duplicates, search, search_row
 
         device = "cuda" if torch.cuda.is_available() else "cpu"

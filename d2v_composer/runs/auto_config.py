@@ -12,7 +12,6 @@ import torch
 import yaml
 from composer import Trainer
 
-from d2v_composer.callbacks.checkpointing import FolderLock
 from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.callbacks.trainer_state import find_callback
 from d2v_composer.config.load import load_config
@@ -43,6 +42,7 @@ from d2v_composer.system.command_line import print_skipped
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.fetch import is_remote, names_in
 from d2v_composer.system.files import check_out_file, check_owned, read_json, write_atomically
+from d2v_composer.system.folder_lock import FolderLock
 from d2v_composer.system.processes import global_rank
 
 # A tenth, twenty, is held out: each held-out sample needs ten neighbors among the others, and some may be unreadable.

@@ -95,9 +95,7 @@ def page(folder: Path) -> Iterator[Page]:
 
 def check_neighbors(page: Page, folder: Path, name: str, tolerance: float = 1e-3) -> None:
     """The page shows for one of the photos what numpy finds in the embeddings of the command."""
-    ids, rows = np.load(folder / "photos.ids.npy").tolist(), np.load(folder / "photos.npy").astype(float)
-    rows -= rows.mean(axis=0)
-    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    ids, unit = load(folder, "photos")
     cosines = dict(zip(ids, unit @ unit[ids.index(name)], strict=True))
     page.wait_for_function("document.querySelector('#found b')")
     cells = [text.split(" ", 1) for text in page.locator("#found button").all_text_contents()]
