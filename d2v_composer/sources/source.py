@@ -241,7 +241,7 @@ def worker_options(num_workers: int, prefetch_factor: int, for_gpu: bool, timeou
 def map_in_workers(
     function: Callable[[Any], Any], items: Sequence[Any], workers: int, for_gpu: bool = False
 ) -> Iterator[Any]:
-    """Yield a function's result for each item, in order, computed ahead by worker processes.
+    """Yield a function's result for each item, in order, computed ahead by worker processes; a single item has none.
 
     Raises:
         RunError: A worker was killed.
@@ -254,7 +254,7 @@ def map_in_workers(
         except (InputError, RunError) as problem:
             return None, problem
 
-    options = worker_options(workers, 2, for_gpu)
+    options = worker_options(min(workers, len(items)) if len(items) > 1 else 0, 2, for_gpu)
     try:
         # Without a name, it ends with the loop: an error that torch raises would hold it, and its workers the lock.
         for result, problem in DataLoader(items, batch_size=None, collate_fn=call, **options):  # pyright: ignore[reportArgumentType]: items have a length
@@ -272,7 +272,7 @@ def map_in_workers(
 def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
     """Yield a function's result for each item, in order, computed by as many threads as torch may use.
 
-    Decoders release Python's lock. In a worker process, torch uses one thread.
+    Decoders, files and hashes release Python's lock. In a worker process, torch uses one thread.
     """
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for start in range(0, len(items), AHEAD):
