@@ -17,11 +17,11 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from d2v_composer.commands.command import Command, PlaceHere, Positional
+from d2v_composer.models.provenance import Json
 from d2v_composer.system import command_line
 from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.errors import InputError, reading
@@ -71,7 +71,7 @@ class Ablations(Command):
 main = Ablations.main
 
 
-def read_rows(study: Path, names: Sequence[str] | None = None) -> dict[str, Mapping[str, Any]]:
+def read_rows(study: Path, names: Sequence[str] | None = None) -> dict[str, Mapping[str, Json]]:
     """Read the first row of a study and those in ``names``; ``None`` reads all rows.
 
     Returns:
@@ -140,7 +140,9 @@ def train_rows(commands: Mapping[str, Sequence[str]], folders: Mapping[str, Path
         raise InputError(*problems)
 
 
-def train_command(study: Path, row: Mapping[str, Any], changes: Sequence[str], folder: Path, images: Path) -> list[str]:
+def train_command(
+    study: Path, row: Mapping[str, Json], changes: Sequence[str], folder: Path, images: Path
+) -> list[str]:
     """Return the command that trains or resumes a row; the row's changes override ``changes``, which all rows share."""
     settings = {
         "run_name": folder.name,
@@ -153,12 +155,12 @@ def train_command(study: Path, row: Mapping[str, Any], changes: Sequence[str], f
     return [sys.executable, str(ROOT / "recipes" / "train.py"), base, *changes, *as_overrides(row), *overrides]
 
 
-def first_images(images: Path, row: Mapping[str, Any]) -> Path:
+def first_images(images: Path, row: Mapping[str, Json]) -> Path:
     """Return the folder of the images that a row trains on: ``images``, or the folder of its first ``num_images``."""
     return images.with_name(f"cifar10_{row['num_images']}") if "num_images" in row else images
 
 
-def as_overrides(row: Mapping[str, Any]) -> list[str]:
+def as_overrides(row: Mapping[str, Json]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in row.items() if key != "num_images"]
 
 

@@ -23,7 +23,7 @@ LEVELS = [
     ("recipes",),
 ]
 LEVEL_OF_ROOM = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-MAX_LINES_OF_FILE, MAX_LINES_OF_FUNCTION = 600, 80
+MAX_LINES_OF_FILE, MAX_LINES_OF_FUNCTION = 600, 60  # of a function without its docstring
 
 
 class Import(NamedTuple):
@@ -106,7 +106,10 @@ def test_files_and_functions_are_short() -> None:
             long.append(f"{path.relative_to(ROOT)}: {num_lines} lines, at most {MAX_LINES_OF_FILE}")
         for node in ast.walk(TREES[name]):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                docstring = node.body[0] if ast.get_docstring(node) else None
                 size = (node.end_lineno or 0) - node.lineno + 1
+                if docstring is not None:
+                    size -= (docstring.end_lineno or 0) - docstring.lineno + 1
                 if size > MAX_LINES_OF_FUNCTION:
                     long.append(f"{name}.{node.name}: {size} lines, at most {MAX_LINES_OF_FUNCTION}")
     assert not long, "\n".join(long)

@@ -30,6 +30,7 @@ SCHEMAS = (TrainConfig, EvaluateConfig, FinetuneConfig)
 READERS = {
     "train": (load_config, "yamls/distill.yaml"),
     "train.py": (load_config, "yamls/distill.yaml"),
+    "own_teacher.py": (load_config, "yamls/quickstart.yaml"),
     "preflight.py": (load_config, "yamls/distill.yaml"),
     "run.py": (load_config, "yamls/distill.yaml"),
     "evaluate": (load_evaluate_config, "yamls/evaluate.yaml"),
@@ -85,14 +86,18 @@ def test_dotted_keys_exist(page: Path) -> None:
     assert [key for key in named if key not in known and not key.startswith(free)] == []
 
 
+# Suffix of a file → its lines of shell.
+SHELL = {
+    ".md": r"^```(?:sh|bash|console)\n((?s:.*?))^```",
+    ".yaml": r"^#   ((?:d2v|composer|python) .*)$",
+    ".sh": r"^([^#\n](?:.*\\\n)*.*)$",
+}
 PROGRAM = re.compile(r"d2v|d2v_composer\.commands|(\.?/)?recipes/(launch/)?\w+\.py")
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of each command in a page's shell blocks or a YAML's header, from ``d2v`` or ``recipes/NAME.py`` on."""
-    in_page, in_header = r"^```(?:sh|bash|console)\n((?s:.*?))^```", r"^#   ((?:d2v|composer|python) .*)$"
-    pattern = in_header if page.suffix == ".yaml" else in_page
-    for block in re.findall(pattern, page.read_text(), flags=re.MULTILINE):
+    """The words of each command in a page's shell, a YAML's header or a script, from ``d2v`` or a recipe on."""
+    for block in re.findall(SHELL[page.suffix], page.read_text(), flags=re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.shlex(line, posix=True, punctuation_chars=True)
             words.whitespace_split = True
@@ -132,7 +137,11 @@ def problems(program: str, argv: Sequence[str]) -> Iterator[str]:
         yield from (line for line in map(str, error.args) if not re.search("got '[A-Z]+'$", line))  # such as N
 
 
-@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "yamls").rglob("*.yaml"))], ids=name_of)
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, *sorted((ROOT / "yamls").rglob("*.yaml")), ROOT / "yamls" / "ablations" / "commands.sh"],
+    ids=name_of,
+)
 def test_commands_are_right(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fields, "has_gpu", lambda: True)
     monkeypatch.setattr(fetch, "find_missing_file", lambda address: None)

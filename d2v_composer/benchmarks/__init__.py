@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from d2v_composer.evaluation.embedded_set import Embed
 from d2v_composer.evaluation.evaluate import Evaluation
 from d2v_composer.models.precision import precision_of
+from d2v_composer.models.provenance import Json, Record
 from d2v_composer.report.tables import format_table
 from d2v_composer.system.machine import describe_machine, package_versions
 from d2v_composer.system.progress import progress_bar
@@ -76,8 +76,8 @@ def measure_speeds(
 
 
 def result_of(
-    setting: Mapping[str, Any], unit: str, rates: Mapping[str, Rates], compared: Sequence[tuple[str, str]]
-) -> dict[str, Any]:
+    setting: Mapping[str, Json], unit: str, rates: Mapping[str, Rates], compared: Sequence[tuple[str, str]]
+) -> Record:
     """Return a benchmark's result for JSON; a ratio is the median over rounds, as a slow round slows both programs."""
     return {
         **setting,
@@ -92,7 +92,7 @@ def result_of(
     }
 
 
-def format_result(result: Mapping[str, Any]) -> str:
+def format_result(result: Mapping[str, Json]) -> str:
     """Format :func:`result_of`'s result: the setting, the table and the ratios."""
     settings = [f"{name}: {value}" for name, value in result.items() if name not in ("unit", "rows", "ratios")]
     rows = [[row["name"], *(f"{of(row['rates']):,.2f}" for of in (np.median, min, max))] for row in result["rows"]]

@@ -5,7 +5,7 @@ whole epoch; worker processes persist between passes. After the warm-up pass, al
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from torchvision.datasets import ImageFolder
 
 from d2v_composer.benchmarks import interleave, one_core, result_of
 from d2v_composer.data.images import Images, RandomResizedCropFlip
+from d2v_composer.models.provenance import Record
 from d2v_composer.sources.mds import Index
 from d2v_composer.sources.shards import fetch_index
 from d2v_composer.system.errors import reading
@@ -46,7 +47,7 @@ def benchmark(
     workers: int,
     remote: str | None,
     repeats: int,
-) -> dict[str, Any]:
+) -> Record:
     """Write the images as shards, and return each loader's images per second.
 
     Raises:
@@ -120,7 +121,7 @@ def build_ours(local: Path, remote: str | None, options: dict[str, Any]) -> Data
     return DataLoader(dataset, sampler=dataset.order, **options)
 
 
-def augment() -> Callable[[Any], Tensor]:
+def augment() -> Callable[..., Tensor]:
     """Return the training transform of PIL images that most tutorials use."""
     bicubic = transforms.InterpolationMode.BICUBIC
     return transforms.Compose(
@@ -133,7 +134,7 @@ def augment() -> Callable[[Any], Tensor]:
     )
 
 
-def take_all(loader: Any, num_images: int) -> None:
+def take_all(loader: Iterable, num_images: int) -> None:
     """Read every batch of one epoch.
 
     Raises:

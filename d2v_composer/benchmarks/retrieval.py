@@ -1,7 +1,5 @@
 """Compare the exact neighbor search with the bare matrix product of queries and bank, and with faiss."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -9,6 +7,7 @@ from torch.nn.functional import normalize
 from d2v_composer.benchmarks import interleave, result_of
 from d2v_composer.evaluation.nearest_neighbors import nearest_neighbors
 from d2v_composer.models.precision import precision_of
+from d2v_composer.models.provenance import Record
 from d2v_composer.system.errors import InputError
 
 PRODUCT, OURS, FAISS = "matrix product alone", "ours", "faiss IndexFlatIP"
@@ -18,7 +17,7 @@ PRODUCT_PART = 2048
 TIES = 1e-3
 
 
-def benchmark(*, bank: int, queries: int, dim: int, k: int, repeats: int) -> dict[str, Any]:
+def benchmark(*, bank: int, queries: int, dim: int, k: int, repeats: int) -> Record:
     """Measure queries per second of each search, on the same random vectors; faiss uses the CPU.
 
     Raises:

@@ -29,6 +29,7 @@ from d2v_composer.models.attention import init_linear_layers
 from d2v_composer.models.configs import RELEASED, ImageEncoderConfig, TeacherConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.precision import PRECISIONS, choose_precision, name_precision
+from d2v_composer.models.provenance import Record
 from d2v_composer.models.targets import NORM_EPS
 from d2v_composer.objectives.compilation import check_compiler, compile_model
 from d2v_composer.objectives.distillation import DistillationModel
@@ -65,7 +66,7 @@ def benchmark(
     loop: str,
     trace: Path | None,
     overrides: Sequence[str],
-) -> dict[str, Any]:
+) -> Record:
     """Measure images per second of each contender.
 
     The arguments are the options of ``d2v benchmark step``.
@@ -179,7 +180,7 @@ def in_trainer(
     return run
 
 
-def profile_steps(run: Callable[[int], Tensor], trace: Path | None) -> dict[str, Any]:
+def profile_steps(run: Callable[[int], Tensor], trace: Path | None) -> Record:
     """Profile some steps: names of attention kernels, GPU kernels and milliseconds per step, peak memory in GB."""
     with profile() as profiler:
         run(PROFILED_STEPS)

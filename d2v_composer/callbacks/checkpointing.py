@@ -5,12 +5,8 @@ The run's folder is locked, so that one run at a time uses it.
 
 import logging
 import math
-import os
-import platform
 import signal
 import sys
-import weakref
-from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,35 +15,33 @@ import torch
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
-from composer.utils.checkpoint import save_checkpoint
-from torch import Tensor
 from tqdm import tqdm
 
 from d2v_composer.callbacks.alignment import AlignStudent
 from d2v_composer.callbacks.logging import Uploads
 from d2v_composer.callbacks.trainer_state import find_callback, has_ended, loss_scale
-from d2v_composer.checkpoints.checkpoint import (
-    BEST,
-    LATEST,
-    LOG,
+from d2v_composer.checkpoints.checkpoint import BEST, LATEST, LOG
+from d2v_composer.checkpoints.saving import (
+    ADVICE,
     prune,
     prune_store,
     publish,
     upload_checkpoint,
     upload_missing,
+    write_state,
 )
 from d2v_composer.system import processes
 from d2v_composer.system.addresses import MARK, RunFolder
-from d2v_composer.system.errors import InputError, RunError, writing
-from d2v_composer.system.fetch import names_in, put
-from d2v_composer.system.files import acquire, check_owned, missing_parts, move, release
+from d2v_composer.system.errors import RunError, writing
+from d2v_composer.system.fetch import put
+from d2v_composer.system.files import move
+from d2v_composer.system.folder_lock import FolderLock
 from d2v_composer.system.ranks import rank_zero_first
 
 NOTICE = "Interrupted: saving after this batch; a second Ctrl-C stops the run immediately, without saving"
 # What the ranks agree on: the greatest wins.
 STOPS = (None, signal.SIGTERM, signal.SIGINT)
 REMOVED = len(STOPS)
-ADVICE = "earlier checkpoints are kept: resume with another precision, or start a new run with a lower optimizer.lr"
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +155,7 @@ class Checkpoints(Callback):
         with rank_zero_first("the uploads"):  # a file that is replaced during its upload arrives in pieces of both
             if self.uploads is not None:
                 self.uploads.wait()
-        self._write(state, path := self.folder.local / BEST, move)
+        write_state(state, path := self.folder.local / BEST, move)
         if self.uploads is not None and dist.get_global_rank() == 0:
             self.uploads.start(self.uploads.upload, path)
 
@@ -171,19 +165,6 @@ class Checkpoints(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best = state.get("best", self.best)  # earlier releases kept none
 
-    def _write(self, state: State, path: Path, publish: Callable[[Path, Path], None]) -> None:
-        """Write the state to a partial file, which rank 0 then gives its name by ``publish``."""
-        # A kill leaves a file that the next checkpoint replaces.
-        partial = path.with_name("checkpoint.partial")
-        with writing(path.parent):
-            try:
-                save_checkpoint(state, str(partial), ignore_keys=check_finite)  # a callable gets the contents
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
-            if dist.get_global_rank() == 0:
-                publish(partial, path)
-
     def _save(self, state: State) -> None:
         batch = int(state.timestamp.batch)
         if self.folder is None or batch == self.last_saved:
@@ -192,7 +173,7 @@ class Checkpoints(Callback):
         if (align := find_callback(state, AlignStudent)) is not None:
             align.fit_at_end(state)
         path = self.folder.local / f"ep{int(state.timestamp.epoch)}-ba{batch}-rank0.pt"
-        self._write(state, path, publish)
+        write_state(state, path, publish)
         with writing(self.folder.local):
             if dist.get_global_rank() == 0:
                 if self.uploads is None:
@@ -279,60 +260,6 @@ class Checkpoints(Callback):
             self.lock.release()
 
 
-# Workers of a killed run may hold its lock for a while.
-LOCK_WAIT_SECONDS = 10.0
-
-
-class FolderLock:
-    """Keep other runs on this machine out of a run's folder: two runs would resume from each other's checkpoints.
-
-    If the lock made the folder and nothing else was written there, the folder is removed on release.
-
-    Args:
-        folder: The run's folder. Its file :data:`MARK` names the store to which the run's files are copied.
-
-    Raises:
-        InputError: Another run uses the folder, or the folder holds other files or cannot be written.
-    """
-
-    def __init__(self, folder: RunFolder) -> None:
-        self.path = folder.local / MARK
-        check_owned(folder.local, names_in(folder.local), MARK, "save_folder")
-        new_folders = missing_parts(self.path)
-        try:
-            content = self.path.read_text(errors="replace") if self.path.exists() else ""
-            lock = acquire(self.path, wait=LOCK_WAIT_SECONDS)
-        except OSError as error:
-            raise InputError(f"save_folder: {folder.local} cannot be written ({error.strerror})") from error
-        # A loss of power may have left a part, or zeros.
-        other, user = content.splitlines() if content.count("\n") == 2 else ("", "it")
-        if lock is None:
-            raise InputError(
-                f"save_folder: {folder.local} is in use by another run: choose another save_folder, or stop {user}"
-            )
-        self.status, self.release = os.stat(self.path), weakref.finalize(self, release, lock, new_folders)
-        if other not in ("", folder.address):
-            self.path.write_text(content)  # the lock may have emptied it
-            raise InputError(
-                f"save_folder: {folder.local} holds the files of {other}, not of {folder.address or 'this run'}; "
-                "choose another save_folder"
-            )
-        self.mark((folder.address or "") if new_folders else other)
-
-    def mark(self, address: str) -> None:
-        """Write the address of the run's store, if any, and which process uses the folder."""
-        self.path.write_text(f"{address}\nprocess {os.getpid()} of {platform.node()}\n")
-
-    def is_removed(self) -> bool:
-        """Return True if the folder or its lock was removed, even if the path now names a new file."""
-        try:
-            return not os.path.samestat(os.stat(self.path), self.status)
-        except FileNotFoundError:
-            return True
-        except OSError:  # a file system that is away for a moment must not end the run
-            return False
-
-
 # fairseq's --min-loss-scale: below it every step is skipped.
 MIN_LOSS_SCALE = 1e-4
 
@@ -367,26 +294,3 @@ class NanGuard(Callback):
                 f"batch {batch}: the loss scale fell to {scale:g} because the gradients are not finite, and every "
                 f"step is skipped; {ADVICE}"
             )
-
-
-def check_finite(checkpoint: dict[str, Any]) -> None:
-    """Check the weights and the optimizer's moments before a checkpoint is written, on all ranks.
-
-    Raises:
-        FloatingPointError: A number is not finite.
-    """
-    state = checkpoint["state"]
-    tensors = named_tensors({part: state[part] for part in ("model", "optimizers")})
-    mine = next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
-    if culprit := next((name for name in dist.all_gather_object(mine) if name is not None), None):
-        batches = state["timestamp"]["Timestamp"]["batch"]
-        raise FloatingPointError(f"batch {int(batches) - 1}: {culprit} is not finite; {ADVICE}")
-
-
-def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in nested containers, named by their keys."""
-    if isinstance(value, Tensor):
-        yield name.removeprefix("."), value
-    elif isinstance(value, Mapping | list | tuple):
-        for key, member in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from named_tensors(member, f"{name}.{key}")

@@ -44,7 +44,7 @@ class KeptTargets(Callback):
         made_from: All that decides the targets of an augmented image: the teacher and the settings.
     """
 
-    def __init__(self, path: Path, num_samples: int, views: int, width: int, made_from: Any) -> None:
+    def __init__(self, path: Path, num_samples: int, views: int, width: int, made_from: object) -> None:
         self.path, self.num_samples, self.row_bytes = path, num_samples, 2 * width + CHECKSUM
         self.num_bytes = views * num_samples * self.row_bytes
         self.seed = xxh3_64_intdigest(json.dumps(made_from, sort_keys=True))

@@ -19,20 +19,16 @@ from composer.utils import dist
 from tqdm import tqdm
 
 from d2v_composer.callbacks.trainer_state import unwrapped
-from d2v_composer.evaluation.rows import ROWS
 from d2v_composer.evaluation.run_log import read_lines
 from d2v_composer.system.errors import RunError, writing
 from d2v_composer.system.fetch import put
 from d2v_composer.system.files import write_atomically
 from d2v_composer.system.progress import Lines
 
-# Keys of the accuracies that progress shows: metrics/DATASET/[ROW/]bank_train/topK, of the headline; and
-# metrics/test/topK, of a fine-tuned classifier.
-ACCURACY = re.compile(r"metrics/(?:test|([^/]+)/(?:([^/]+)/)?bank_train)/top(\d+)")
+# Keys of the accuracies that progress shows, of the headline; metrics/test/topK is of a fine-tuned classifier.
+ACCURACY = re.compile(r"metrics/(test|.+/(bank_train|instance))/top\d+|metrics/.+/agreement@\d+")
 # The part of a key between an accuracy's name and the embedding's.
-BELOW_AN_ACCURACY = re.compile(r"(/top\d+)/")
-# Part of a key → the row's name in tables; the untrained student's key is the student's.
-TITLES = {row.key: title for title, row in ROWS.items()}
+BELOW_AN_ACCURACY = re.compile(r"(/top\d+|@\d+)/")
 # Logged number → how progress shows it.
 SHOWN = {
     "loss/train/total": "loss {:.4f}",
@@ -48,7 +44,7 @@ log = logging.getLogger(__name__)
 class ProgressLogger(LoggerDestination):
     """Show the loss, the speed, the share of time spent waiting for data and the time left, on rank 0.
 
-    Each accuracy of a retrieval or of a classifier's evaluation has a line of its own.
+    Each accuracy of a retrieval or of a classifier's evaluation has a line of its own, with its log key.
 
     The numbers are those that the Trainer, :class:`~d2v_composer.callbacks.Throughput` and
     :class:`~d2v_composer.callbacks.ZeroShotRetrieval` log; missing ones are omitted.
@@ -82,13 +78,9 @@ class ProgressLogger(LoggerDestination):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         self.latest |= metrics
         for key, accuracy in metrics.items():
-            if (match := ACCURACY.fullmatch(key)) is not None:
-                dataset, row, k = match.groups()
-                what = f"retrieval at batch {step}: {dataset}, {TITLES.get(row or '', row)}, bank train"
-                what = what if dataset else f"evaluation at batch {step}:"
-                if dist.get_global_rank() == 0:
-                    tqdm.write(f"{what} top-{k} {accuracy:.1%}", file=self.stream)
-                    self.stream.flush()
+            if ACCURACY.fullmatch(key) and dist.get_global_rank() == 0:
+                tqdm.write(f"batch {step}: {key} {accuracy:.1%}", file=self.stream)
+                self.stream.flush()
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if self.bar is None:
@@ -222,14 +214,14 @@ class Uploads(LoggerDestination):
 
 
 class RunMLFlowLogger(MLFlowLogger):
-    """Composer's MLFlowLogger, with ``…/top1.output_cls`` instead of ``…/top1/output_cls``.
+    """Composer's MLFlowLogger, with ``…/top1.output_cls`` instead of ``…/top1/output_cls``, and ``_`` for ``@``.
 
     MLflow's file store keeps each metric in a file of the same name, so ``top1`` would have to be a file and a folder.
-    If one metric of a call cannot be written, MLflow silently loses all of them.
+    A name cannot have ``@``. If one metric of a call cannot be written, MLflow silently loses all of them.
     """
 
     def rename(self, key: str) -> str:
-        return super().rename(BELOW_AN_ACCURACY.sub(r"\1.", key))
+        return super().rename(BELOW_AN_ACCURACY.sub(r"\1.", key).replace("@", "_"))
 
 
 class Throughput(Callback):

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from d2v_composer.models.provenance import Record, is_same_but_for_rounding, value_at
+from d2v_composer.models.provenance import Json, Record, is_same_but_for_rounding, value_at
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import write_atomically
@@ -77,7 +76,7 @@ class RunRecord(Callback):
         return "; ".join(change for changes in groups for change in changes)
 
 
-def find_changes(key: str, before: Any, now: Any, default: Any = None) -> Iterator[str]:
+def find_changes(key: str, before: Json, now: Json, default: Json = None) -> Iterator[str]:
     """Yield a description of each changed field at or below a dotted key."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in dict.fromkeys([*now, *before]):

@@ -19,6 +19,7 @@ from d2v_composer.checkpoints.safe_load import Stub, is_checkpoint, load_untrust
 from d2v_composer.models.configs import AudioEncoderConfig, EatEncoderConfig, ImageEncoderConfig, TeacherConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.names import Weights
+from d2v_composer.models.provenance import Record
 from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError, errors_of, reading
 
@@ -88,7 +89,7 @@ def read_fairseq_checkpoint(path: str | Path, file: Path, weights: Weights) -> t
     return teacher, [name for name in stored if name.startswith(left)]
 
 
-def _section(container: Any, name: str) -> dict[str, Any] | None:
+def _section(container: object, name: str) -> Record | None:
     """Return the value of a name in a section (a dict or another program's object); ``None`` if it is missing."""
     # dict's own methods: a pickle may set attributes of an OrderedDict, such as `items`.
     section = dict.get(container, name) if isinstance(container, dict) else None
@@ -98,7 +99,7 @@ def _section(container: Any, name: str) -> dict[str, Any] | None:
     return None
 
 
-def _fields(section: dict[Any, Any]) -> dict[Any, Any]:
+def _fields(section: Record) -> Record:
     """Return the fields that a section sets, but not interpolated ones: they equal our defaults."""
     values = {name: value.get("_val") if isinstance(value, Stub) else value for name, value in section.items()}
     # Not str(value): a list may hold another one twice, 60 times over.
@@ -109,7 +110,7 @@ def _fields(section: dict[Any, Any]) -> dict[Any, Any]:
     }
 
 
-def _read_config(kind: type[Any], model: dict[Any, Any], section: dict[Any, Any]) -> TeacherConfig:
+def _read_config(kind: type[Any], model: Record, section: Record) -> TeacherConfig:
     """Read a teacher's sizes, with data2vec's defaults for missing fields; the shape of ALiBi's scale comes later.
 
     Raises:
@@ -123,7 +124,7 @@ def _read_config(kind: type[Any], model: dict[Any, Any], section: dict[Any, Any]
             "ALiBi is supported only as the released models use it: alibi_dims 2, alibi_distance manhattan, not learned"
         )
     # The section has what only the modality's encoder has, the model all else.
-    values: dict[str, Any] = section | model | {"num_alibi_heads": 0}
+    values = section | model | {"num_alibi_heads": 0}
     if "input_size" in section:
         values["image_size"] = section["input_size"]
     encoder = kind(**{name: values[name] for name in kind.model_fields if name in values})

@@ -29,7 +29,7 @@ from d2v_composer.checkpoints.timm_student import convert_to_timm
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.configs import ImageSize, NetworkSizes, StudentSizes, TimmConfig
 from d2v_composer.models.names import DATA2VEC2, ENTRY_POINTS, PACKAGE_PREFIX, TIMM_PREFIX, Weights
-from d2v_composer.models.provenance import Record, distillation_of, is_teacher_of, value_at
+from d2v_composer.models.provenance import Json, Record, distillation_of, is_teacher_of, value_at
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.system.entry_points import find_entry_point
 from d2v_composer.system.errors import InputError, errors_of
@@ -99,7 +99,7 @@ def load_teacher(
     return teacher
 
 
-def load_same_teacher(source: str, record: Record, **options: Any) -> Teacher:
+def load_same_teacher(source: str, record: Record, **options: Json) -> Teacher:
     """Load the teacher that a student's record names.
 
     Args:
@@ -111,7 +111,7 @@ def load_same_teacher(source: str, record: Record, **options: Any) -> Teacher:
         InputError: As :func:`load_teacher`; or it comes from another file. A converted file counts as the original.
     """
     teacher = load_teacher(None if source == options.get("model") else source, **options)
-    if not is_teacher_of(record, teacher):
+    if not is_teacher_of(record, teacher.provenance):
         found, expected = teacher.provenance["sha256"], value_at(record, "teacher.sha256")
         fault = "its outputs differ" if found == expected else f"sha256 {found}, expected {expected}"
         raise InputError(f"{source}: not this student's teacher: {fault}")
@@ -230,7 +230,7 @@ def _with_teacher(student: Backbone, path: str | None) -> Models:
     has_own = value_at(record, "student.own_encoder")
     settings = value_at(record, "config.teacher") if has_own else dict(sizes) | {"first_blocks": sizes.prenet_depth}
     names = ("first_blocks", "model", "image_size") if has_own or isinstance(sizes, TimmConfig) else ("first_blocks",)
-    options: Any = {name: settings[name] for name in names if name in (settings or {})}
+    options: Record = {name: settings[name] for name in names if name in (settings or {})}
     options["weights"] = value_at(record, "teacher.weights") or "model"
     return student, _as_estimated(load_same_teacher(path, record, **options), student)
 

@@ -33,10 +33,10 @@ class Stub(dict[Any, Any]):
 
     __hash__: Any = object.__hash__  # an enum may be a key
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, *args: object) -> None:
         super().__init__()
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         self.update(state if isinstance(state, dict) else {})
 
 
@@ -54,7 +54,7 @@ def load_untrusted(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def is_checkpoint(contents: Any) -> bool:
+def is_checkpoint(contents: object) -> bool:
     """Return True if the contents of a file are a Composer checkpoint."""
     return isinstance(contents, dict) and "state" in contents
 
@@ -111,7 +111,7 @@ def _check_pickle(pickled: bytes) -> None:
         ValueError: The pickle would take torch's interpreter too long, or more memory than the file has numbers.
     """
     # For each object in the pickle: how many tuples it is made of.
-    stack, marks, memo = list[int](), list[int](), dict[Any, int]()
+    stack, marks, memo = list[int](), list[int](), dict[object, int]()
     for opcode, argument, _ in pickletools.genops(pickled):
         needed = opcode.stack_before
         if pickletools.markobject in needed:

@@ -56,7 +56,7 @@ def convert_to_timm(source: ModelName, student: Backbone) -> tuple[Record, Tenso
     sizes, (name, options) = sizes_of(student), timm_arguments(student)
     rule = "; a classifier or alignment must be one linear layer on output_cls" if options["num_classes"] else ""
     with errors_of(f"{source}: timm would not compute what the student computes{rule}"), torch.no_grad():
-        model: Any
+        model: nn.Module
         if isinstance(encoder, TimmBackbone):
             model = timm.create_model(name, **options)
             tensors = encoder.timm_tensors(model, student.head or student.alignment)
@@ -112,7 +112,9 @@ class TimmWrapper(nn.Module):
             alignment reads, side by side.
     """
 
-    def __init__(self, num_classes: int = 0, global_pool: Any = None, representation: Any = None) -> None:
+    def __init__(
+        self, num_classes: int = 0, global_pool: Any = None, representation: Representation | None = None
+    ) -> None:
         super().__init__()
         self.num_classes, self.global_pool, self.representation = num_classes, global_pool, representation
         self.student: Any = None  # a Student, once a file is loaded; its StudentSizes
@@ -132,7 +134,7 @@ class TimmWrapper(nn.Module):
         else:
             is_raw = self.sizes.embedding.made_by == "raw"
             self.pooled = [student.raw_embedding] if is_raw else student.alignment_inputs
-        self.representations: list[Any] = [
+        self.representations: list[Representation] = [
             kind for kind in get_args(Representation) if any(name.startswith(kind) for name in self.pooled)
         ]
         # DDP refuses trainable parameters without gradient.
@@ -163,8 +165,8 @@ class TimmWrapper(nn.Module):
         return torch.cat(output_and_mean, dim=-1)
 
     def forward_intermediates(
-        self, x: Tensor, indices: Any = None, output_fmt: str = "NCHW", intermediates_only: bool = False, **_: Any
-    ) -> Any:
+        self, x: Tensor, indices: object = None, output_fmt: str = "NCHW", intermediates_only: bool = False, **_: object
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Return the features and a list with their only scale, for timm's ``features_only``.
 
         Args:
@@ -194,12 +196,12 @@ class TimmWrapper(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.student.checkpoint_activations(enable)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         """Save the sizes with the tensors, so that a loaded model has the same."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + CONFIG_TENSOR] = config_tensor(self.sizes.model_dump(mode="json"))
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         """Build the student of an exported file, or of this model's own state dict; both are checked.
 
         If the tensors have no head of this model's size, the model keeps its own.

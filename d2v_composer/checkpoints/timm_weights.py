@@ -28,7 +28,8 @@ from d2v_composer.checkpoints.model_file import (
 )
 from d2v_composer.checkpoints.safe_load import load_untrusted
 from d2v_composer.models.configs import ImageSize
-from d2v_composer.models.timm_network import projection_width
+from d2v_composer.models.provenance import Json, Record
+from d2v_composer.models.timm_network import TimmModule, projection_width
 from d2v_composer.models.timm_teacher import TimmTeacher, build_timm_model, materialize, teacher_config
 from d2v_composer.system.addresses import file_name
 from d2v_composer.system.errors import InputError, errors_of
@@ -63,7 +64,7 @@ def load_timm_teacher(
         config = teacher_config(model, built, first_blocks)
     except ValueError as error:
         raise InputError(str(error)) from error
-    pretrained: Mapping[str, Any] = built.pretrained_cfg  # pyright: ignore[reportAssignmentType]: timm sets it
+    pretrained: Record = built.pretrained_cfg  # pyright: ignore[reportAssignmentType]: timm sets it
     file = fetch_pretrained(model, pretrained) if path is None else fetch_model(path)
     stored, about = read_state_dict(file)
     num_classes = len(stored["head.weight"]) if "head.weight" in stored else pretrained["num_classes"]
@@ -85,7 +86,7 @@ def load_timm_teacher(
         return TimmTeacher(built, config, provenance, has_head).identify(stored)
 
 
-def fetch_pretrained(model: str, pretrained: Mapping[str, Any]) -> Path:
+def fetch_pretrained(model: str, pretrained: Mapping[str, Json]) -> Path:
     """Return the path of timm's pretrained weights in the hub's cache; fetch them if they are missing.
 
     Raises:
@@ -101,7 +102,7 @@ def fetch_pretrained(model: str, pretrained: Mapping[str, Any]) -> Path:
         ) from error
 
 
-def read_state_dict(file: Path) -> tuple[Tensors, dict[str, Any]]:
+def read_state_dict(file: Path) -> tuple[Tensors, Record]:
     """Read all tensors of a weight file, and its provenance if it is one of ours.
 
     Raises:
@@ -123,7 +124,7 @@ def read_state_dict(file: Path) -> tuple[Tensors, dict[str, Any]]:
     return tensors, provenance
 
 
-def load_weights(built: Any, model: str, stored: Tensors) -> bool:
+def load_weights(built: TimmModule, model: str, stored: Tensors) -> bool:
     """Load a file's tensors through timm's filter, which renames them and resamples positions to the model's grid.
 
     Returns:
@@ -159,7 +160,7 @@ def load_weights(built: Any, model: str, stored: Tensors) -> bool:
     return bool(built.num_classes or getattr(built, "attn_pool", None) is not None) and of_head.isdisjoint(missing)
 
 
-def checkpoint_filter(built: Any, model: str) -> Callable[..., Tensors]:
+def checkpoint_filter(built: TimmModule, model: str) -> Callable[..., Tensors]:
     """Return the filter that timm's factory uses for a model."""
     if isinstance(built, Eva):
         return eva.checkpoint_filter_fn

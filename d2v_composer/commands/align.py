@@ -65,13 +65,11 @@ class Align(Command):
         from d2v_composer.checkpoints.load import save_student
         from d2v_composer.config.reference import load_any
         from d2v_composer.data import modality_of
-        from d2v_composer.embedding.align import align, match, read_index
+        from d2v_composer.embedding.align import align, pairs_of_index, pairs_of_model
+        from d2v_composer.embedding.index import read_index
         from d2v_composer.export.model_card import size_of
-        from d2v_composer.models.alignment import EmbeddingInfo
-        from d2v_composer.models.names import EMBEDDING
         from d2v_composer.models.provenance import distillation_of, value_at
         from d2v_composer.models.teacher import Teacher
-        from d2v_composer.sources.labeled import evenly_spaced
         from d2v_composer.sources.open import open_source
         from d2v_composer.sources.source import name_counts
 
@@ -84,30 +82,24 @@ class Align(Command):
         source = open_source(self.source, modality_of(student.encoder.config), column=self.column)
         if path is not None:
             index = read_index(path)
-            numbers, places, num_repeated = match(source, index, path, self.max_samples)
+            pairs, num_repeated = pairs_of_index(source, index, path, self.max_samples)
             print(
-                f"pairs: {len(numbers):,} of {len(source):,} samples and {len(index.ids):,} rows; left out "
+                f"pairs: {len(pairs.numbers):,} of {len(source):,} samples and {len(index.ids):,} rows; left out "
                 f"{num_repeated:,} rows with repeated ids"
             )
-            target, place = index.rows, path
-            unknown = EmbeddingInfo("unknown embedding", "raw", index.rows.shape[1], "")
-            info = unknown if index.made_by is None else index.made_by["embedding"]
         else:
             assert self.to is not None  # because there is no index
             teacher, _ = load_any(self.to)
             if (modality := teacher.encoder.config.modality) != (own := student.encoder.config.modality):
                 raise InputError(f"--to: {self.to} takes {modality}, but {self.model} takes {own}")
             teacher.use_embedding(self.pooling, self.representation)
-            teacher.eval().to(device)
-            target, places = lambda *inputs: teacher.embed_all(*inputs)[EMBEDDING], None
-            numbers = evenly_spaced(len(source), self.max_samples)
-            info, place = teacher.embedding, self.to
-        if info.space.partition(" ")[0] != value_at(distillation_of(student.provenance), "teacher.sha256"):
-            info = info._replace(of=f"{place}, {info.of}")
+            pairs = pairs_of_model(source, teacher.eval().to(device), self.max_samples)
+        if pairs.of.space.partition(" ")[0] != value_at(distillation_of(student.provenance), "teacher.sha256"):
+            pairs = pairs._replace(of=pairs.of._replace(of=f"{path or self.to}, {pairs.of.of}"))
         print("other files:", name_counts(source.left_out))
         workers = choose_workers(self.workers, device)
-        aligned = align(student, source, numbers, target, places, device, workers, info)
-        about = {"of": info.of, "space": info.space} | aligned.statistics
+        aligned = align(student, source, pairs, device, workers)
+        about = {"of": pairs.of.of, "space": pairs.of.space} | aligned.statistics
         student.provenance = student.provenance | {"alignment": about}
         print_skipped(aligned.skipped)
         print(f"R²: {aligned.statistics['r2']:.3f} on a held-out tenth")

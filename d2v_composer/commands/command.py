@@ -94,7 +94,7 @@ class Command(BaseModel):
         return actions
 
 
-def _kinds_in(annotation: Any) -> Iterator[Any]:
+def _kinds_in(annotation: object) -> Iterator[object]:
     yield annotation
     for inner in get_args(annotation):
         yield from _kinds_in(inner)

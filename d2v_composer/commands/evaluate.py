@@ -11,15 +11,16 @@ usage: d2v evaluate [FILE.yaml] model=PATH [key=value …]
 The model is a teacher's file, a training checkpoint, an exported student, or a timm ViT. The tables show retrieval and,
 with ``probes='[knn, linear, agreement, instance, zero_shot]'``, further measures; agreement and instance need no
 labels. They are measured in the model's embedding, unless pooling and representation choose a raw one. ``rivals`` adds
-further models to the tables, with their size and speed. The results are written to the folder ``out``, as JSON and CSV
-and, with rivals, as a picture of quality over speed; with ``embeddings=all``, they have every embedding. `d2v fields
-evaluation` lists all fields.
+further models to the tables, with their size and speed. The results are written to the folder ``out``, as JSON, CSV, a
+page with what the student finds and, with rivals, a picture of quality over speed; with ``embeddings=all``, they have
+every embedding. `d2v fields evaluation` lists all fields.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from d2v_composer.system import command_line
+from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import write_atomically
@@ -62,8 +63,13 @@ def main(argv: Sequence[str]) -> None:
         picture = Path(config.out) / "evaluation.png"
         picture.unlink(missing_ok=True)  # an earlier call's, of other numbers
         evaluation.write(picture.parent, {"config": config.model_dump(mode="json"), **about})
+        from d2v_composer.report.gallery import galleries, render  # matplotlib takes a second
+
+        found = list(galleries(evaluation.datasets, evaluation.results, modality.unit))
+        page = render("evaluation.html", title=hide_secrets(config.model), tables=tables, found=found)
+        write_atomically(picture.with_suffix(".html"), page)
         if config.rivals:
-            from d2v_composer.report.plots import quality_over_speed, to_png  # matplotlib takes a second
+            from d2v_composer.report.plots import quality_over_speed, to_png
 
             write_atomically(picture, to_png(quality_over_speed(evaluation, BATCH_SIZES[-1], modality.unit)))
     if config.model.endswith("-rank0.pt"):

@@ -27,7 +27,7 @@ from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import check_out_file, write_atomically
 
 if TYPE_CHECKING:
-    from d2v_composer.embedding.align import VectorIndex
+    from d2v_composer.embedding.index import VectorIndex
     from d2v_composer.embedding.search import Found
     from d2v_composer.report.gallery import Shown
     from d2v_composer.sources.source import Source
@@ -43,13 +43,13 @@ DUPLICATES_SHOWN = (
 
 class Search(Command):
     index: Positional[str]
-    """NAME.npy, with the ids in NAME.ids.npy, or NAME.parquet, as d2v embed writes them."""
+    """NAME.npy, with the ids in NAME.ids.npy, or NAME.parquet, as d2v embed writes them, here or in a store."""
     query: Positional[tuple[str, ...]] = Field((), description=f"An image or a clip, a folder of them, or {SOURCES}.")
     id: str | None = None
     """Search with the row that has this id, instead of QUERY."""
     duplicates: bool = False
     """List the groups of near-duplicates in INDEX, instead of QUERY."""
-    above: float | None = None
+    above: Annotated[float, Field(ge=-1, lt=1)] | None = None
     """Cosine above which two rows are near-duplicates; default: 0.95."""
     k: Annotated[int, whole(1, 0x10000)] | None = None
     """Number of neighbors of a query; default: 10."""
@@ -82,7 +82,7 @@ class Search(Command):
 
         import torch
 
-        from d2v_composer.embedding.align import read_index
+        from d2v_composer.embedding.index import read_index
         from d2v_composer.embedding.search import embed_queries, near_duplicates, search, search_row
 
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,16 +12,18 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from d2v_composer.config.schema import NEEDS_DATA, EvaluateConfig, FinetuneConfig, RunConfig, TrainConfig
 from d2v_composer.config.types import describe_problem, suggest
+from d2v_composer.models.provenance import Json, Record
 from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.processes import let_first_rank_report
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
-def load_config(argv: Sequence[str], values: Mapping[str, Any] = {}, *, needs_data: bool = False) -> TrainConfig:
+def load_config(argv: Sequence[str], values: Mapping[str, Json] = {}, *, needs_data: bool = False) -> TrainConfig:
     """Read and check a YAML and its overrides.
 
     ``${here:FILE}`` in a YAML is FILE beside that YAML.
@@ -54,7 +56,7 @@ def load_evaluate_config(argv: Sequence[str]) -> EvaluateConfig:
 
 
 def load_checked(
-    schema: type[ConfigT], argv: Sequence[str], values: Mapping[str, Any] = {}, context: str | None = None
+    schema: type[ConfigT], argv: Sequence[str], values: Mapping[str, Json] = {}, context: str | None = None
 ) -> ConfigT:
     problems: list[str] = []
     try:
@@ -69,7 +71,7 @@ def load_checked(
     raise InputError(*dict.fromkeys(problems))
 
 
-def read_yaml(path: str | Path) -> Any:
+def read_yaml(path: str | Path) -> Json:
     """Read a YAML mapping, without resolving its references.
 
     Raises:
@@ -85,7 +87,9 @@ def read_yaml(path: str | Path) -> Any:
     return OmegaConf.to_container(settings)
 
 
-def merge_settings(schema: type[BaseModel], argv: Sequence[str], preset: Mapping[str, Any], problems: list[str]) -> Any:
+def merge_settings(
+    schema: type[BaseModel], argv: Sequence[str], preset: Mapping[str, Json], problems: list[str]
+) -> Json:
     """Merge defaults, YAML, ``preset`` and overrides, in this order, and resolve references.
 
     An override that cannot be read adds a line to ``problems``.
@@ -115,13 +119,13 @@ def merge_settings(schema: type[BaseModel], argv: Sequence[str], preset: Mapping
         raise InputError(*problems, f"{error.full_key or path}: {str(error).splitlines()[0]}") from error
 
 
-def deep_merge(below: Mapping[Any, Any], above: Any) -> dict[Any, Any]:
+def deep_merge(below: Record, above: Record) -> Record:
     """Merge nested keys and values, ``above`` over ``below``; unlike OmegaConf's merge, accept any types."""
     both = {key: value for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
     return {**below, **above, **{key: deep_merge(below[key], value) for key, value in both.items()}}
 
 
-def defaults(schema: type[BaseModel]) -> dict[str, Any]:
+def defaults(schema: type[BaseModel]) -> Record:
     """Return the default of every field as a plain value; references and overrides of single list items need them."""
     required = {
         name: find_section(field.annotation) for name, field in schema.model_fields.items() if field.is_required()
@@ -130,7 +134,7 @@ def defaults(schema: type[BaseModel]) -> dict[str, Any]:
     return schema.model_construct().model_dump(mode="json") | sections
 
 
-def parse_override(schema: type[BaseModel], override: str) -> tuple[str, Any]:
+def parse_override(schema: type[BaseModel], override: str) -> tuple[str, Json]:
     """Return key and value of one ``dotted.key=value``. In a field of text, only null and quotes are read as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key or key.startswith("-"):
@@ -144,14 +148,14 @@ def parse_override(schema: type[BaseModel], override: str) -> tuple[str, Any]:
     return key, value["value"]
 
 
-def assign(merged: Any, key: str, value: Any) -> None:
+def assign(merged: DictConfig, key: str, value: Json) -> None:
     """Set the value of a dotted key."""
     # A section keeps its other fields. A mapping of data sets, callbacks or loggers is replaced, empty or not.
     is_mapping = key.startswith(("callbacks", "loggers")) or key.endswith("datasets")
     OmegaConf.update(merged, key, value, merge=isinstance(value, dict) and not is_mapping)
 
 
-def explain(schema: type[RunConfig], error: Any) -> list[str]:
+def explain(schema: type[RunConfig], error: ErrorDetails) -> list[str]:
     """Return the lines for one pydantic error: 'key.path: problem, got X'."""
     place = error["loc"]
     key = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in place)
@@ -164,7 +168,7 @@ def explain(schema: type[RunConfig], error: Any) -> list[str]:
     return [(key + text if text.startswith(".") else f"{key}: {text}").lstrip(".") for text in problems]
 
 
-def is_text(kind: Any) -> bool:
+def is_text(kind: object) -> bool:
     """Return True if a field's type is text, or text or null."""
     if get_origin(kind) is Annotated:
         return is_text(get_args(kind)[0])

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, PlainValidator
 from d2v_composer.config.resume import FIXED
 from d2v_composer.config.types import AddressText, PathText, Whole, read_image_size
 from d2v_composer.models.names import TIMM_PREFIX, Pooling, Representation, Weights
+from d2v_composer.models.provenance import Record
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 
@@ -48,7 +49,7 @@ class ModelReference(TimmSizes):
     """Representation of the raw embedding that is used instead of the model's embedding: ``output`` of the last block,
     or ``layer_mean``, the normalized mean of the FFN outputs."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Record:
         """Return the fields that are set, with absolute paths and without secrets, to load the model again later."""
         fields = {name: getattr(self, name) for name in ModelReference.model_fields}
         files = {name: os.path.abspath(fields[name]) for name in ("model", "checkpoint", "teacher") if fields[name]}

@@ -89,7 +89,7 @@ class OptimizerKind(NamedTuple):
 
     path: str
     """The class, imported when chosen."""
-    arguments: dict[str, Any]
+    arguments: dict[str, bool]
     """Arguments besides the fields."""
 
     @property

@@ -9,9 +9,11 @@ from pkgutil import resolve_name
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, JsonValue
+from pydantic_core import ErrorDetails
 
 from d2v_composer.models.configs import parse_image_size
 from d2v_composer.models.names import CALLBACKS_GROUP, DATA2VEC2, PACKAGE_PREFIX, TIMM_PREFIX
+from d2v_composer.models.provenance import Record
 from d2v_composer.system.addresses import Address, check_path
 from d2v_composer.system.entry_points import find_entry_point
 from d2v_composer.system.errors import errors_of
@@ -35,10 +37,10 @@ def suggest(name: str, allowed: Sequence[str]) -> str:
     return f"{f'; did you mean {nearest[0]}?' if nearest else ''} (allowed: {', '.join(allowed) or 'none'})"
 
 
-def describe_problem(error: Mapping[str, Any]) -> str:
+def describe_problem(error: ErrorDetails) -> str:
     """Return what is wrong with a value, given one of pydantic's errors; a line for each problem that we found."""
     if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
+        return str(error["ctx"]["error"])  # pyright: ignore[reportTypedDictNotRequiredAccess]
     problem, value = MESSAGES.get(error["type"]) or re.sub(r"^\w+ should", "must", error["msg"]), error["input"]
     return problem if error["type"] == "missing" else f"{problem}, got {'null' if value is None else repr(value)}"
 
@@ -69,7 +71,7 @@ def duration(pattern: str, example: str) -> AfterValidator:
     return must(f"be a duration such as {example}", re.compile(pattern).fullmatch)
 
 
-def read_image_size(size: Any) -> int | str:
+def read_image_size(size: object) -> int | str:
     """Return an image size as a number, if it is square, or 'HEIGHTxWIDTH', so that a resume can compare sizes."""
     parsed = parse_image_size(size)
     return parsed if isinstance(parsed, int) else "x".join(map(str, parsed))
@@ -105,7 +107,7 @@ def arguments_of(known: Mapping[str, str]) -> AfterValidator:
     """Return a validator of a mapping from names of callbacks or loggers to arguments; see :func:`class_path`."""
     names = [*known, f"{PACKAGE_PREFIX}NAME, an entry point of the group {CALLBACKS_GROUP}"]
 
-    def check(chosen: Mapping[str, Mapping[str, Any] | None]) -> None:
+    def check(chosen: Mapping[str, Record | None]) -> None:
         lines: list[str] = []
         for name, arguments in chosen.items():
             if (path := class_path(name, known)) is None:

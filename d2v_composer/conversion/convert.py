@@ -10,13 +10,13 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from streaming import MDSWriter
@@ -24,6 +24,7 @@ from typing_extensions import TypedDict
 
 from d2v_composer.conversion.parts import Parts
 from d2v_composer.data.images import Images
+from d2v_composer.models.provenance import Json, Record
 from d2v_composer.sources.labeled import open_cifar
 from d2v_composer.sources.mds import INDEX, SUMMARY, ShardFile
 from d2v_composer.sources.open import open_source
@@ -44,7 +45,7 @@ MAX_HELD_OUT = 5000
 IMAGES = Images()  # a conversion does not resize images to a model's size
 
 
-def open_samples(source: str | Path, split: str | None = None, part: Part = ALL, **options: Any) -> Source:
+def open_samples(source: str | Path, split: str | None = None, part: Part = ALL, **options: Json) -> Source:
     """Open the images or the clips of a split.
 
     Args:
@@ -128,9 +129,9 @@ def _sha256(content: bytes) -> str:
 class _Finished(TypedDict):
     """The record of a finished shard; see :meth:`_Task.finish_shard`."""
 
-    entry: dict[str, Any] | None
+    entry: Record | None
     etag: str | None
-    skipped: list[Any]
+    skipped: list[str]
     lengths: list[int]
 
 
@@ -140,7 +141,7 @@ class _Task(NamedTuple):
     source: Source
     groups: Sequence[Int64Array]
     """Numbers of the samples in each shard."""
-    options: dict[str, Any]
+    options: Record
     """Options of the encoding."""
     skip_unreadable: bool
     out: str
@@ -152,7 +153,7 @@ class _Task(NamedTuple):
     etags: dict[str, str]
     """Name → ETag of the objects in ``out`` that this process knows; empty unless ``out`` is in S3."""
 
-    def finish_shard(self, number: int) -> dict[str, Any]:
+    def finish_shard(self, number: int) -> Record:
         """Write a group's shard, unless it exists.
 
         Returns:
@@ -161,7 +162,7 @@ class _Task(NamedTuple):
         """
         record, name = self.records / f"{number}.json", f"shard.{number:05}.mds"
         if record.exists():
-            done: Any = read_json(record, _Finished)
+            done: Json = read_json(record, _Finished)
             path = Path(self.out, name)
             is_whole = (
                 done["entry"] is None
@@ -244,8 +245,8 @@ def convert(
     workers: int = 1,
     shard_bytes: int = 1 << 26,
     skip_unreadable: bool = False,
-    plan: Mapping[str, Any] | None = None,
-    **options: Any,
+    plan: Record | None = None,
+    **options: Json,
 ) -> Conversion:
     """Write samples to an MDS data set with their modality's columns (``image`` or ``audio``) and, if known, ``label``.
 
@@ -347,7 +348,7 @@ def merge_shards(out: str) -> Conversion:
     return Conversion(summary[unit], summary.get("lengths", []), num_bytes, len(entries), summary["skipped"], 0)
 
 
-def _write_json(out: str, work: Path | None, files: Mapping[str, Any]) -> None:
+def _write_json(out: str, work: Path | None, files: Record) -> None:
     """Write files by name; the index, which finishes a data set, comes last."""
     for name, content in files.items():
         with _published(out, name, work) as path:

@@ -8,9 +8,8 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from d2v_composer.models.provenance import Record
+from d2v_composer.models.provenance import Json, Record
 from d2v_composer.sources.mds import INDEX, SUMMARY
 from d2v_composer.sources.source import Source
 from d2v_composer.system.addresses import place_to_write
@@ -22,7 +21,7 @@ from d2v_composer.system.processes import Part
 TABLE_SUFFIXES = (".npy", ".parquet")
 
 
-def plan_of(source: Source, part: Part, **settings: Any) -> Record:
+def plan_of(source: Source, part: Part, **settings: Json) -> Record:
     """Return a part's record: its number, and the source, version and settings that all parts must share."""
     same = {"unit": source.modality.unit, "source": source.content, "version": version("d2v-composer")}
     return part._asdict() | same | settings
@@ -108,7 +107,7 @@ class Parts:
             return record
 
     @staticmethod
-    def load(address: str) -> Any:
+    def load(address: str) -> Json:
         """Return the content of a JSON file of ours; ``None`` if there is no such file.
 
         Raises:

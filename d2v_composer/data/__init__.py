@@ -1,6 +1,6 @@
 """Decode, store, augment and batch images and audio; find a modality by an encoder's config or by name."""
 
-from typing import Any
+from pydantic import BaseModel
 
 from d2v_composer.data.audio import Audio
 from d2v_composer.data.images import Images
@@ -16,7 +16,7 @@ def modality_of(config: EncoderConfig) -> Modality:
     return MODALITIES[config.modality].of(config)
 
 
-def build_augmentation(loader: Any, modality: Modality, seed: int, for_views: bool = False) -> Augmentation:
+def build_augmentation(loader: BaseModel, modality: Modality, seed: int, for_views: bool = False) -> Augmentation:
     """Build the augmentation of the training samples, or of the views of a sample in an evaluation.
 
     Args:

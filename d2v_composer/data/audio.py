@@ -4,7 +4,7 @@ import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from d2v_composer.data.modality import Modality, decoding
 from d2v_composer.models.configs import SAMPLE_RATE
+from d2v_composer.models.provenance import Json
 from d2v_composer.system.errors import UnreadableSampleError
 
 AUDIO_FORMATS = ("FLAC", "WAV", "WAVEX", "RF64", "OGG", "MP3")
@@ -153,7 +154,7 @@ class Audio(Modality):
             return torch.from_numpy(read_span(file, 0, file.frames))
 
     @classmethod
-    def encode(cls, stored: bytes, source: str, **options: Any) -> tuple[bytes, int]:
+    def encode(cls, stored: bytes, source: str, **options: Json) -> tuple[bytes, int]:
         """Keep a 16 kHz mono FLAC, WAV or OGG file; convert all others to 16 kHz mono FLAC of 16 bits.
 
         Only the first ``most_seconds`` of a clip are kept.
@@ -168,6 +169,6 @@ class Audio(Modality):
             stored = encode_flac(clip)
         return stored, len(clip)
 
-    def augmentation(self, for_views: bool, **options: Any) -> RandomCrop:
+    def augmentation(self, for_views: bool, **options: Json) -> RandomCrop:
         # A view takes half of a clip: if a crop took the whole clip, both views would be the same.
         return RandomCrop(round(options["crop_seconds"] * SAMPLE_RATE), 0.5 if for_views else 1.0)

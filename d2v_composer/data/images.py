@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from d2v_composer.data.modality import Modality, decoding
 from d2v_composer.models.configs import ImageSize, height_and_width
+from d2v_composer.models.provenance import Json
 from d2v_composer.system.errors import InputError, UnreadableSampleError
 
 CROP_ATTEMPTS = 10
@@ -310,7 +311,7 @@ class Images(Modality):
     def of_side(cls, side: int) -> "Images":
         return cls(side)
 
-    def augmentation(self, for_views: bool, **options: Any) -> RandomResizedCropFlip:
+    def augmentation(self, for_views: bool, **options: Json) -> RandomResizedCropFlip:
         scale, ratio, flip = (options[name] for name in ("crop_scale", "crop_ratio", "flip"))
         return RandomResizedCropFlip(self.image_size, scale, ratio, flip, self.interpolation)
 

@@ -15,8 +15,11 @@ from torch.nn.functional import pad
 from typing_extensions import Self
 
 from d2v_composer.models.configs import EncoderConfig
+from d2v_composer.models.provenance import Json
 from d2v_composer.system.errors import UnreadableSampleError
 
+Stored = Any
+"""A sample as a source has it: a file's bytes, or what a column holds; each modality takes its own."""
 MAX_BYTES = 1 << 30  # limit of a file, because files are read whole
 
 
@@ -33,7 +36,7 @@ class Transform(Protocol):
         """Length of the longest result; ``None`` if all results have one size."""
         ...
 
-    def __call__(self, sample: Any, rng: np.random.Generator, source: str = "sample") -> Tensor: ...
+    def __call__(self, sample: Stored, rng: np.random.Generator, source: str = "sample") -> Tensor: ...
 
 
 class Modality(ABC):
@@ -72,11 +75,11 @@ class Modality(ABC):
         return cls()
 
     @abstractmethod
-    def decode(self, stored: Any, source: str) -> Tensor:
+    def decode(self, stored: Stored, source: str) -> Tensor:
         """Decode a whole sample, for an evaluation.
 
         Args:
-            stored: A file's bytes, or what a column holds.
+            stored: The sample.
             source: The sample's name for errors.
 
         Raises:
@@ -85,7 +88,7 @@ class Modality(ABC):
 
     @classmethod
     @abstractmethod
-    def encode(cls, stored: Any, source: str, **options: Any) -> tuple[bytes, int | None]:
+    def encode(cls, stored: Stored, source: str, **options: Json) -> tuple[bytes, int | None]:
         """Return a sample as a file that every reader can decode, and the sample's length if lengths vary.
 
         Raises:
@@ -93,7 +96,7 @@ class Modality(ABC):
         """
 
     @abstractmethod
-    def augmentation(self, for_views: bool, **options: Any) -> Transform:
+    def augmentation(self, for_views: bool, **options: Json) -> Transform:
         """Return the augmentation for training or, with ``for_views``, the one that makes the views of a sample."""
 
     def stack(self, samples: Iterator[Tensor], count: int) -> Tensor | list[Tensor]:
@@ -124,7 +127,7 @@ def read_sample_file(path: Path) -> bytes:
 
 
 @contextmanager
-def decoding(stored: Any, source: str, kind: str) -> Iterator[None]:
+def decoding(stored: object, source: str, kind: str) -> Iterator[None]:
     """Convert any error raised in a ``with`` block that decodes a sample to one line that names the sample.
 
     Raises:

@@ -5,25 +5,23 @@ Shapes: N rows of the index, M pairs, B samples of a batch, I inputs of the map,
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 from torch import Tensor
 from torch.nn.functional import linear
 
-from d2v_composer.embedding.embed_source import INDEX_KEY, IndexRecord, about_file, ids_file, load_batch
+from d2v_composer.embedding.embed_source import load_batch
+from d2v_composer.embedding.index import VectorIndex
 from d2v_composer.evaluation.nearest_neighbors import NUM_COMMON, common_fractions, exact_neighbors, others_of
 from d2v_composer.models.alignment import HELD_OUT, MIN_PAIRS, EmbeddingInfo, Moments, side_by_side
 from d2v_composer.models.backbone import Backbone
-from d2v_composer.sources import listed
+from d2v_composer.models.names import EMBEDDING
 from d2v_composer.sources.labeled import evenly_spaced
 from d2v_composer.sources.source import Int64Array, Source, map_in_workers
-from d2v_composer.system.errors import InputError, RunError, errors_of, reading
-from d2v_composer.system.fetch import is_remote
+from d2v_composer.system.errors import InputError, RunError, errors_of
 from d2v_composer.system.progress import progress_bar
 
 # Held-out samples that are looked up in the index.
@@ -31,18 +29,6 @@ MAX_QUERIES = 500
 # Pixels alone explain 0.17 of the held-out rows' variance; a map that explains little more finds nothing.
 LEAST_R2 = 0.2
 BLOCK = 4096  # pairs that are summed up at once
-FLOATS = tuple(map(np.dtype, ("float16", "float32", "float64")))  # of an index
-
-
-class VectorIndex(NamedTuple):
-    """Embeddings with their ids."""
-
-    ids: NDArray[np.str_]
-    """Id of each row, (N,)."""
-    rows: NDArray[Any]
-    """Embeddings, (N, P), of any float type."""
-    made_by: IndexRecord | None
-    """``None`` if the index does not say."""
 
 
 class Aligned(NamedTuple):
@@ -59,49 +45,24 @@ class Aligned(NamedTuple):
     own row does not count."""
 
 
-def read_index(path: str) -> VectorIndex:
-    """Read what ``d2v embed`` writes: NAME.npy with NAME.ids.npy, or NAME.parquet with the columns id and embedding.
+class Pairs(NamedTuple):
+    """Samples of a source, and the embedding to which each is to be mapped."""
 
-    Raises:
-        InputError: A file is missing, or does not hold one row of finite floats for each id.
-    """
-    with reading(path):
-        if is_remote(path):
-            raise ValueError("an index is read from this machine; copy it here, with the files beside it")
-        if path.endswith(".npy"):
-            ids, rows = np.load(ids_file(path)), np.load(path, mmap_mode="r")
-            stored = about.read_bytes() if (about := Path(about_file(path))).exists() else None
-        elif not path.endswith(".parquet"):
-            raise ValueError("expected .npy or .parquet")
-        else:
-            from pyarrow.parquet import read_table  # an extra
-
-            table = read_table(path, columns=["id", "embedding"]).combine_chunks()
-            stored = (table.schema.metadata or {}).get(INDEX_KEY)
-            ids, column = np.array(table["id"].to_pylist()), table["embedding"].combine_chunks()
-            widths = set(column.value_lengths().to_pylist())
-            if len(widths) > 1:
-                raise ValueError("its embeddings differ in width")
-            rows = column.flatten().to_numpy(zero_copy_only=False).reshape(len(ids), *widths)
-        if rows.ndim != 2 or not rows.size or rows.dtype not in FLOATS or len(rows) != len(ids):
-            kinds = f"{listed(map(str, FLOATS))} of this machine's byte order"
-            raise ValueError(f"expected rows of {kinds}, one id each, got {rows.dtype} {rows.shape}, {len(ids)} ids")
-        for first in range(0, len(rows), 1 << 14):
-            largest = np.abs(rows[first : first + (1 << 14)]).max(axis=1).astype(np.float64)
-            # In float32, the length of other rows would be infinite, or so short that it is not normalized.
-            if not (is_usable := (largest == 0) | ((largest > 1e-9) & (largest < 1e15))).all():
-                number = first + int(is_usable.argmin())
-                raise ValueError(f"the row of {ids[number]} has numbers that are not finite, or too large or too small")
-        made_by = None if stored is None else TypeAdapter(IndexRecord).validate_json(stored)
-        return VectorIndex(ids.astype(str), rows, made_by)
+    numbers: Sequence[int]
+    """The samples' numbers, (M,)."""
+    target: NDArray | Callable[..., Tensor]
+    """The index, (N, P); or a function that embeds a batch, (B, P), of which all rows make one."""
+    places: Int64Array | None
+    """The samples' rows in the index, (M,); ``None`` for a function."""
+    of: EmbeddingInfo
+    """Description of the embeddings of the target."""
 
 
-def match(source: Source, index: VectorIndex, path: str, maximum: int) -> tuple[list[int], Int64Array, int]:
+def pairs_of_index(source: Source, index: VectorIndex, path: str, maximum: int) -> tuple[Pairs, int]:
     """Find samples of a source in an index by their ids: all, or ``maximum`` at even intervals.
 
     Returns:
-        The samples' numbers; the row of each in the index, (M,); and how many rows are left out because they share an
-        id with another row.
+        The pairs, and how many rows are left out because they share an id with another row.
 
     Raises:
         InputError: The index has none of the samples; the message names it by ``path``.
@@ -115,35 +76,33 @@ def match(source: Source, index: VectorIndex, path: str, maximum: int) -> tuple[
             f"{path} has no row for a sample of {source.root}: its ids look like {there}, the samples' like {here}"
         )
     numbers = [numbers[place] for place in evenly_spaced(len(numbers), maximum)]
-    return numbers, np.array([rows[str(source.ids[number])] for number in numbers]), int(counts[counts > 1].sum())
+    found = np.array([rows[str(source.ids[number])] for number in numbers])
+    unknown = EmbeddingInfo("unknown embedding", "raw", index.rows.shape[1], "")
+    of = unknown if index.made_by is None else index.made_by["embedding"]
+    return Pairs(numbers, index.rows, found, of), int(counts[counts > 1].sum())
 
 
-def align(
-    model: Backbone,
-    source: Source,
-    numbers: Sequence[int],
-    target: NDArray[Any] | Callable[..., Tensor],
-    places: Int64Array | None,
-    device: str,
-    workers: int,
-    of: EmbeddingInfo,
-) -> Aligned:
+def pairs_of_model(source: Source, model: Backbone, maximum: int) -> Pairs:
+    """Pair samples of a source, all or ``maximum`` at even intervals, with the embedding that a model gives them."""
+    numbers = evenly_spaced(len(source), maximum)
+    return Pairs(numbers, lambda *inputs: model.embed_all(*inputs)[EMBEDDING], None, model.embedding)
+
+
+def align(model: Backbone, source: Source, pairs: Pairs, device: str, workers: int) -> Aligned:
     """Fit a map from a model's embeddings to other embeddings of the same samples, and give it to the model.
 
     Args:
         model: The model, in eval mode on the device.
         source: The samples.
-        numbers: The numbers of the samples to fit to, (M,).
-        target: The index, (N, P); or a function that embeds a batch, (B, P), of which all rows make one.
-        places: The samples' rows in the index, (M,); ``None`` for a function.
+        pairs: The samples to fit to, and their other embeddings.
         device: cpu or cuda.
         workers: Number of processes that decode samples.
-        of: Description of the other embeddings.
 
     Raises:
         InputError: Too few samples can be read.
         RunError: R² is below ``LEAST_R2``: the rows seem to be of other samples.
     """
+    numbers, target, places, of = pairs
     size, unreadable, inputs, rows = source.modality.batch_size, dict[int, str](), list[Tensor](), list[Tensor]()
     batches = [numbers[first : first + size] for first in range(0, len(numbers), size)]
     loaded = map_in_workers(partial(load_batch, source.decode), batches, workers, device == "cuda")

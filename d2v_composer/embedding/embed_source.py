@@ -24,6 +24,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
+from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from d2v_composer.conversion.parts import TABLE_SUFFIXES, Parts, fetch_if_remote, plan_of
@@ -32,6 +33,7 @@ from d2v_composer.models.alignment import EmbeddingInfo
 from d2v_composer.models.backbone import Backbone, hash_weights
 from d2v_composer.models.names import EMBEDDING, PrecisionName
 from d2v_composer.models.precision import choose_precision, precision_of
+from d2v_composer.models.provenance import Json, Record
 from d2v_composer.sources.source import Source, hash_of, map_in_threads, map_in_workers
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, check_outputs, exists, is_remote, put
@@ -65,7 +67,7 @@ class EmbeddingOptions(NamedTuple):
 class IndexRecord(TypedDict):
     """An index's model and samples: NAME.parquet's metadata under ``INDEX_KEY``, or NAME.model.json beside NAME.npy."""
 
-    reference: dict[str, Any]
+    reference: Record
     """The fields of :class:`~d2v_composer.config.reference.ModelReference` that load the model again."""
     model: str
     """Hash of the model's sizes and weights."""
@@ -130,8 +132,8 @@ def embed_source(
     workers: int,
     skip_unreadable: bool = False,
     overwrite: bool = False,
-    part: Mapping[str, Any] | None = None,
-    made_from: Mapping[str, Any],
+    part: Mapping[str, Json] | None = None,
+    made_from: Mapping[str, Json],
 ) -> Embedded:
     """Embed every sample of a source, or of its part, into a file, or resume an interrupted run.
 
@@ -217,7 +219,7 @@ def embed_batches(
         yield block, unreadable
 
 
-def record_of(model: Backbone, source: Source, part: Part, options: EmbeddingOptions, device: str) -> dict[str, Any]:
+def record_of(model: Backbone, source: Source, part: Part, options: EmbeddingOptions, device: str) -> Record:
     """Return a part's record of embeddings; see :class:`~d2v_composer.conversion.parts.Parts`."""
     settings = options._asdict() | {"embedding": str(model.describe(options.embedding))}
     return plan_of(source, part, model=hash_weights(model), device=device, **settings)
@@ -239,7 +241,7 @@ def _sole_writer(out: str, folder: Path, lock: str = ".lock") -> Iterator[None]:
         folder.rmdir()
 
 
-def check_ids(ids: Iterable[Any]) -> None:
+def check_ids(ids: Iterable[object]) -> None:
     """Check that Parquet can store the ids of samples.
 
     Raises:
@@ -252,7 +254,7 @@ def check_ids(ids: Iterable[Any]) -> None:
             raise InputError(f"{name!r} is not UTF-8, as Parquet needs; rename it, or write NAME.npy") from error
 
 
-def _cut(source: Source, plan: Mapping[str, Any], folder: Path) -> list[_Chunk]:
+def _cut(source: Source, plan: Mapping[str, Json], folder: Path) -> list[_Chunk]:
     """Cut a source, or its part, into chunks of batches; a chunk's name is a hash of what its embeddings depend on."""
     size, chunks = plan["batch_size"], list[_Chunk]()
     batches = source.part.of([range(first, min(first + size, len(source))) for first in range(0, len(source), size)])
@@ -264,13 +266,13 @@ def _cut(source: Source, plan: Mapping[str, Any], folder: Path) -> list[_Chunk]:
     return chunks
 
 
-def _count(theirs: deque[_Chunk], bar: Any) -> None:
+def _count(theirs: deque[_Chunk], bar: tqdm) -> None:
     """Advance the bar by the samples that the other ranks have embedded since the last call."""
     while theirs and theirs[0].path.exists():
         bar.update(len(theirs.popleft().samples))
 
 
-def _wait(theirs: deque[_Chunk], bar: Any, folder: Path) -> None:
+def _wait(theirs: deque[_Chunk], bar: tqdm, folder: Path) -> None:
     """Wait until the other ranks have embedded their samples.
 
     Raises:
@@ -294,9 +296,9 @@ def _check_skipped(reasons: Sequence[str], skip_unreadable: bool, unit: str) -> 
         raise InputError(f"{reasons[0]}; --skip-unreadable skips such {unit}")
 
 
-def _check_plan(folder: Path, plan: Mapping[str, Any]) -> None:
+def _check_plan(folder: Path, plan: Mapping[str, Json]) -> None:
     recorded = folder / PLAN
-    before = read_json(recorded, dict[str, Any]) if recorded.exists() else plan
+    before = read_json(recorded, Record) if recorded.exists() else plan
     if changed := [key.replace("_", " ") for key in plan if before.get(key) != plan[key]]:
         raise InputError(
             f"{folder}: an interrupted run had a different {', '.join(changed)}; delete that folder, or choose another "
@@ -324,7 +326,7 @@ def merge_embeddings(out: str, *, overwrite: bool) -> Embedded:
     return embedding
 
 
-def _read_part(address: str, record: Mapping[str, Any], folder: Path) -> Iterator[tuple[NDArray, NDArray]]:
+def _read_part(address: str, record: Mapping[str, Json], folder: Path) -> Iterator[tuple[NDArray, NDArray]]:
     """Yield the ids and embeddings of a part.
 
     Raises:
@@ -358,8 +360,8 @@ def _write_table(
     embedding: Embedded,
     dtype: np.dtype,
     overwrite: bool,
-    about: Mapping[str, Any],
-    part: Mapping[str, Any] | None = None,
+    about: Mapping[str, Json],
+    part: Mapping[str, Json] | None = None,
 ) -> None:
     """Write ids and embeddings, move them to ``out``, and remove the folder of chunks.
 
@@ -410,7 +412,7 @@ def _write_array(path: Path, blocks: Iterable[NDArray], shape: tuple[int, ...], 
 
 
 def _write_parquet(
-    path: Path, blocks: Iterable[tuple[NDArray, NDArray]], width: int, dtype: np.dtype, about: Mapping[str, Any]
+    path: Path, blocks: Iterable[tuple[NDArray, NDArray]], width: int, dtype: np.dtype, about: Mapping[str, Json]
 ) -> None:
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
@@ -426,7 +428,7 @@ def _write_parquet(
             writer.write_batch(pa.record_batch([pa.array(ids.tolist(), id_type), embeddings], schema))
 
 
-def check_out(out: str, *, overwrite: bool, part: Mapping[str, Any] | None = None) -> None:
+def check_out(out: str, *, overwrite: bool, part: Mapping[str, Json] | None = None) -> None:
     """Check that embeddings can be written to ``out``, before the work starts and again before they are moved there.
 
     Files that a killed run of ours began to move to ``out`` may be replaced.
@@ -500,4 +502,4 @@ def load_batch(
 
     decoded = [*zip(numbers, map_in_threads(attempt, numbers), strict=True)]
     samples = [sample for _, sample in decoded if isinstance(sample, Tensor)]
-    return collate(samples) if samples else (), [row for row in decoded if isinstance(row[1], str)]
+    return collate(samples) if samples else (), [(number, text) for number, text in decoded if isinstance(text, str)]

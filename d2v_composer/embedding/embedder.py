@@ -16,6 +16,7 @@ from d2v_composer.config.reference import load_any
 from d2v_composer.data import modality_of
 from d2v_composer.data.modality import Modality, decoding, read_sample_file
 from d2v_composer.embedding.embed_source import EmbeddingOptions, embed_batch, load_batch
+from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.names import Pooling, PrecisionChoice, Representation, Weights
 from d2v_composer.models.precision import name_precision
 from d2v_composer.system.errors import InputError
@@ -92,7 +93,7 @@ class Embedder:
         return batch.append_column("error", pyarrow.array(errors, "string"))
 
     @lru_cache(4)  # noqa: B019  (an engine may ship copies to one process, one with each task; some take turns)
-    def load(self) -> tuple[Any, Modality, EmbeddingOptions, str]:
+    def load(self) -> tuple[Backbone, Modality, EmbeddingOptions, str]:
         """Load the model, in eval mode, onto the GPU if there is one, and choose the embedding.
 
         Returns:

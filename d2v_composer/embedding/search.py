@@ -16,8 +16,8 @@ from torch.nn.functional import normalize
 
 from d2v_composer.config.reference import load_any
 from d2v_composer.data import modality_of
-from d2v_composer.embedding.align import VectorIndex
 from d2v_composer.embedding.embed_source import EmbeddingOptions, IndexRecord, embed_batches
+from d2v_composer.embedding.index import VectorIndex
 from d2v_composer.evaluation.nearest_neighbors import exact_neighbors
 from d2v_composer.models.backbone import Backbone, hash_weights
 from d2v_composer.models.names import EMBEDDING

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -96,8 +96,8 @@ class Evaluation(NamedTuple):
     """Name → hash of the model's weights."""
     load: Callable[[Modality], tuple[Mapping[str, EvaluationSet], Augmentation]]
     """Returns a group's data sets, by name, and the augmentation that makes the views of their samples."""
-    class_names: dict[str, Sequence[str]]
-    """Data set → the name of each label; empty if the labels are only numbers."""
+    datasets: dict[str, EvaluationSet]
+    """The data sets, as the model takes their samples."""
     results: list[Result]
     speeds: dict[int, dict[str, float]]
     """Batch size → name → inputs per second, if it was measured."""
@@ -116,7 +116,7 @@ class Evaluation(NamedTuple):
             to_device = partial(Tensor.to, device=device)
             settings = self.settings._replace(augment=augment, to_device=to_device, progress="")
             for dataset, labeled in datasets.items():
-                self.class_names[dataset] = labeled.class_names
+                self.datasets.setdefault(dataset, labeled)  # the first group is the model's
                 print(
                     f"embedding {sum(labeled.num_samples):,} samples of {dataset}: {', '.join(embeds)}", file=sys.stderr
                 )
@@ -154,11 +154,11 @@ class Evaluation(NamedTuple):
         writer.writerows(rows)
         entries = {
             "embedding": self.settings.headline,
-            "class_names": self.class_names,
+            "class_names": {name: labeled.class_names for name, labeled in self.datasets.items()},
             "results": rows,
             "teacher_gap_closed": [
                 cell(dataset, column, closed.interval)
-                for dataset in self.class_names
+                for dataset in self.datasets
                 for column, cells in pivot(self.results, dataset).items()
                 if (closed := gap_closed(cells)) is not None and closed.interval is not None
             ],
@@ -191,7 +191,7 @@ def check_replaceable(folder: Path, weights: str) -> None:
     Raises:
         InputError: A file cannot be written, or has the results of other weights.
     """
-    for path in (folder / f"evaluation.{suffix}" for suffix in ("json", "csv", "png")):
+    for path in (folder / f"evaluation.{suffix}" for suffix in ("json", "csv", "png", "html")):
         check_out_file(path)
         if os.path.lexists(path) and not read_evaluation(folder, weights):
             raise InputError(f"out: {path} has the results of other weights; remove it, or choose another folder")

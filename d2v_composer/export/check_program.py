@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 FOLDER = Path(__file__).parent
+Embed = Callable[[np.ndarray], Any]
+"""Maps inputs, (B, …) float32 or uint8, to embeddings, (B, D)."""
 
 
 class Runtime(NamedTuple):
@@ -26,25 +28,24 @@ class Runtime(NamedTuple):
     suffix: str
     """Suffix of its files."""
     package: str
-    load: Callable[[str], Any]
-    """Maps a file to a function: inputs, (B, …) float32 or uint8 → embeddings, (B, D)."""
+    load: Callable[[str], Embed]
 
 
-def load_onnxruntime(file: str) -> Any:
+def load_onnxruntime(file: str) -> Embed:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=onnxruntime.get_available_providers())
     return lambda x: session.run(None, {session.get_inputs()[0].name: x})[0]
 
 
-def load_openvino(file: str, **config: str) -> Any:
+def load_openvino(file: str, **config: str) -> Embed:
     import openvino  # pyright: ignore[reportMissingImports]
 
     model = openvino.Core().compile_model(file, "CPU", config)
     return lambda x: model(x)[0]
 
 
-def load_litert(file: str) -> Any:
+def load_litert(file: str) -> Embed:
     from ai_edge_litert.interpreter import Interpreter  # pyright: ignore[reportMissingImports]
 
     runner = Interpreter(file).get_signature_runner()  # takes one sample
@@ -52,7 +53,7 @@ def load_litert(file: str) -> Any:
     return lambda x: np.concatenate([next(iter(runner(**{name: row[None]}).values())) for row in x])
 
 
-def load_executorch(file: str) -> Any:
+def load_executorch(file: str) -> Embed:
     import torch
     from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 
@@ -60,14 +61,14 @@ def load_executorch(file: str) -> Any:
     return lambda x: method.execute([torch.from_numpy(x)])[0].numpy().copy()
 
 
-def load_exported(file: str) -> Any:
+def load_exported(file: str) -> Embed:
     import torch
 
     run = torch.export.load(file).module()
     return lambda x: run(torch.from_numpy(x)).numpy()
 
 
-def load_pytorch(file: str) -> Any:
+def load_pytorch(file: str) -> Embed:
     import torch
 
     from d2v_composer.checkpoints.load import load_student

@@ -81,11 +81,10 @@ class AudioEncoder(Waveforms, Data2Vec2Encoder):
         # The names of fairseq's modules, some of which have no weights.
         self.local_encoder = nn.ModuleDict({"conv_layers": nn.ModuleList(layers)})
         self.project_features = nn.ModuleDict({"1": nn.LayerNorm(channels), "2": nn.Linear(channels, dim)})
-        kernel = max(3, config.conv_pos_width // config.conv_pos_depth)
-        sizes: dict[str, Any] = {"padding": kernel // 2, "groups": config.conv_pos_groups}
+        kernel, groups = max(3, config.conv_pos_width // config.conv_pos_depth), config.conv_pos_groups
         convolutions = nn.ModuleDict(
             {
-                str(number): nn.ModuleDict({"0": nn.Conv1d(dim, dim, kernel, **sizes)})
+                str(number): nn.ModuleDict({"0": nn.Conv1d(dim, dim, kernel, 1, kernel // 2, groups=groups)})
                 for number in range(1, config.conv_pos_depth + 1)
             }
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from d2v_composer.models.alignment import Alignment, EmbeddingInfo, hash_tensors
 from d2v_composer.models.attention import FfnBlock
@@ -88,7 +89,7 @@ def check_tensors(module: nn.Module, state_dict: dict[str, Tensor], prefix: str,
         raise InputError(f"tensor {name}: checkpoint has {shapes[0]}, model has {shapes[1]}")
 
 
-def expect_no_frozen_tensors(module: nn.Module, incompatible_keys: Any) -> None:
+def expect_no_frozen_tensors(module: nn.Module, incompatible_keys: _IncompatibleKeys) -> None:
     """Let strict loading accept a state dict without the frozen parts."""
     incompatible_keys.missing_keys.clear()
 

@@ -19,13 +19,17 @@ import re
 from functools import cached_property
 from pathlib import Path
 from reprlib import repr as short  # a list in a file may hold another one a million times
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, ValidationError
 from typing_extensions import Self
 
 from d2v_composer.models.names import RAW_EMBEDDINGS, ExtraTokens, MadeBy, Normalization, TargetSource
+from d2v_composer.models.provenance import Record
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shape = Annotated[tuple[int, int], Field(strict=False)]
 """(height, width) in pixels, or rows and columns."""
@@ -48,10 +52,11 @@ Depth = Annotated[int, Field(ge=1, le=MAX_DEPTH)]
 Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 RawName = Literal[tuple(RAW_EMBEDDINGS)]  # pyright: ignore[reportInvalidTypeForm]
 T = TypeVar("T")
+LengthT = TypeVar("LengthT", int, "Tensor")
 Tuple = Annotated[tuple[T, ...], Field(strict=False)]  # JSON has lists
 
 
-def check_whole(name: str, value: Any, minimum: int, maximum: int) -> None:
+def check_whole(name: str, value: object, minimum: int, maximum: int) -> None:
     """Raise ValueError, with the name of the size, unless the value is a whole number in the range."""
     if type(value) is not int or not minimum <= value <= maximum:
         raise ValueError(f"{name} must be a whole number from {minimum} to {maximum}, got {short(value)}")
@@ -90,7 +95,7 @@ class Config(BaseModel):
 
     model_config = STRICT
 
-    def __init__(self, /, **values: Any) -> None:
+    def __init__(self, /, **values: object) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -100,7 +105,7 @@ class Config(BaseModel):
     def check(self) -> None:
         """Raise ValueError if values that are within their own limits contradict each other."""
 
-    def changed(self, **values: Any) -> Self:
+    def changed(self, **values: object) -> Self:
         """Return a copy with these values changed."""
         return type(self)(**(self.model_dump() | values))
 
@@ -166,7 +171,7 @@ class ImageConfig(Config):
                 raise ValueError(f"{name} must have in_chans {self.in_chans} numbers, got {short(values)}")
 
     @property
-    def timm_preprocessing(self: Any) -> dict[str, Any]:
+    def timm_preprocessing(self: Any) -> Record:
         return {
             "input_size": (self.in_chans, *height_and_width(self.image_size)),
             "fixed_input_size": True,
@@ -209,7 +214,7 @@ class SoundConfig(Config):
 
     modality: ClassVar = "audio"
     sample_rate: ClassVar = SAMPLE_RATE
-    timm_preprocessing: ClassVar[dict[str, Any]] = {}
+    timm_preprocessing: ClassVar[Record] = {}
     recipe: ClassVar = "distill_audio"
 
 
@@ -253,7 +258,7 @@ class AudioEncoderConfig(Data2Vec2EncoderConfig, SoundConfig):
             samples = (samples - 1) * stride + kernel
         return samples
 
-    def num_frames(self, num_samples: Any, num_convolutions: int | None = None) -> Any:
+    def num_frames(self, num_samples: LengthT, num_convolutions: int | None = None) -> LengthT:
         """Return how many frames ``num_samples`` (int or tensor) give after all convolutions or the first few."""
         for _, kernel, stride in self.convolutions[:num_convolutions]:
             num_samples = (num_samples - kernel) // stride + 1

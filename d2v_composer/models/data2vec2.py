@@ -5,7 +5,6 @@ Source: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525), fairseq ``data2vec
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from d2v_composer.models.audio import AudioEncoder, EatEncoder
 from d2v_composer.models.backbone import Transformer
 from d2v_composer.models.configs import (
     AudioEncoderConfig,
+    Config,
     EatEncoderConfig,
     ImageEncoderConfig,
     TeacherConfig,
@@ -25,7 +25,7 @@ from d2v_composer.models.provenance import Record
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
 
-ENCODERS: dict[type[Any], type[Data2Vec2Encoder]] = {
+ENCODERS: dict[type[Config], type[Data2Vec2Encoder]] = {
     ImageEncoderConfig: ImageEncoder,
     AudioEncoderConfig: AudioEncoder,
     EatEncoderConfig: EatEncoder,

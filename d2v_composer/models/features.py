@@ -52,9 +52,11 @@ class Features:
     """Computes the embedding ``joint``, (B, P), from the output; ``None`` without this embedding."""
 
     @classmethod
-    def of_layer(cls, x_BTD: Tensor, num_extra_tokens: int, has_cls_token: bool, **fields: Any) -> "Features":
+    def of_layer(
+        cls, x_BTD: Tensor, num_extra_tokens: int, has_cls_token: bool, pooled: Tensor | None = None
+    ) -> "Features":
         """Return the features of a model that gives only its output."""
-        return cls(lambda _: [(x_BTD, x_BTD)], 1, nn.Identity(), num_extra_tokens, has_cls_token, **fields)
+        return cls(lambda _: [(x_BTD, x_BTD)], 1, nn.Identity(), num_extra_tokens, has_cls_token, pooled=pooled)
 
     def layers(self, source: TargetSource = "ffn") -> Iterator[Tensor]:
         """Yield each block's FFN output or, with the source ``block``, its output, (B, T, D)."""

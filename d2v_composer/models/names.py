@@ -4,7 +4,7 @@ This module imports no torch, so ``--help`` shows them within a second.
 """
 
 from reprlib import repr as short  # a list in a file may hold another one a million times
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 DATA2VEC2 = "data2vec2"
 """Default of ``teacher.model``."""
@@ -44,7 +44,7 @@ Weights = Literal["model", "ema"]
 """Weights of a teacher's file: the trained ones, or their moving average."""
 
 
-def check_choice(name: str, value: Any, choices: Any) -> None:
+def check_choice(name: str, value: object, choices: object) -> None:
     """Raise ValueError, with the name of the option, unless the value is one of a Literal's values."""
     if value not in get_args(choices):
         raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {short(value)}")

@@ -61,7 +61,7 @@ def precision_of(dtype: torch.dtype | None, device: str) -> Iterator[None]:
             switch.allow_tf32 = is_allowed
 
 
-def cpu_autocast(is_on: bool) -> AbstractContextManager[Any]:
+def cpu_autocast(is_on: bool) -> AbstractContextManager[object]:
     """Return a context in which a CPU computes in bfloat16 if ``is_on``."""
     # Not autocast(enabled=False), which would disable the caller's.
     return torch.autocast("cpu", torch.bfloat16) if is_on else nullcontext()

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-Record = dict[str, Any]
+Json = Any
+"""Content of a JSON or YAML file, or a part of it."""
+Record = dict[str, Json]
 """A record as JSON or YAML has it: name → value of any kind, since other versions and programs wrote some of them."""
 
 # Largest difference of two records of a teacher's outputs, relative to their norm. Processors differ by less than 1e-5;
@@ -13,20 +15,20 @@ Record = dict[str, Any]
 OUTPUT_TOLERANCE = 0.03
 
 
-def value_at(record: Any, key: str) -> Any:
+def value_at(record: Json, key: str) -> Json:
     """Return the value of a dotted key; ``None`` if it is missing."""
     for part in key.split("."):
         record = record.get(part) if isinstance(record, Mapping) else None
     return record
 
 
-def distillation_of(provenance: Any) -> Any:
+def distillation_of(provenance: Json) -> Json:
     """Return the record of the run that distilled a student, even if it was fine-tuned since."""
     before = value_at(provenance, "model.provenance")
     return provenance if before is None else distillation_of(before)
 
 
-def has_tuned_encoder(provenance: Any) -> bool:
+def has_tuned_encoder(provenance: Json) -> bool:
     """Return True if the run that distilled a student, or a fine-tuning run, trained its encoder too."""
     before = value_at(provenance, "model.provenance")
     if before is None:
@@ -34,13 +36,13 @@ def has_tuned_encoder(provenance: Any) -> bool:
     return bool(value_at(provenance, "config.train_encoder")) or has_tuned_encoder(before)
 
 
-def is_teacher_of(record: Any, model: Any) -> bool:
-    """Return True if a model is the teacher that a student's record names, by its weights and by what it computes."""
-    (sha256, outputs), own = (value_at(record, f"teacher.{key}") for key in ("sha256", "outputs")), model.provenance
+def is_teacher_of(record: Json, own: Record) -> bool:
+    """Return True if a student's record names the teacher with this provenance, by its weights and what it computes."""
+    sha256, outputs = (value_at(record, f"teacher.{key}") for key in ("sha256", "outputs"))
     return sha256 == own.get("sha256") and is_same_but_for_rounding(outputs, own.get("outputs"))
 
 
-def is_same_but_for_rounding(outputs: Any, expected: Any) -> bool:
+def is_same_but_for_rounding(outputs: Json, expected: Json) -> bool:
     """Return True if a teacher's recorded outputs are the expected ones, apart from rounding."""
     with suppress(TypeError, ValueError):  # a file's record may hold anything
         return math.dist(outputs, expected) <= OUTPUT_TOLERANCE * math.hypot(*expected)

@@ -15,6 +15,7 @@ from d2v_composer.models.backbone import Backbone, hash_tensors
 from d2v_composer.models.configs import StudentConfig, TargetConfig, TimmNetworkConfig
 from d2v_composer.models.encoder import Encoder, Freezable, Tokens
 from d2v_composer.models.names import ExtraTokens, Normalization, check_choice
+from d2v_composer.models.provenance import Record
 from d2v_composer.models.student import Init, Student
 from d2v_composer.models.targets import target_of
 
@@ -161,7 +162,7 @@ class Teacher(Backbone, Freezable):
         if freeze_copied and init != "teacher_attention":
             raise ValueError("freeze_copied: must be false without init teacher_attention, or nothing would be trained")
         if model is not None:
-            return self.build_network(model, pretrained, **sizes, **({} if init == "random" else {"init": init}))
+            return self.build_network(model, pretrained, sizes | ({} if init == "random" else {"init": init}))
         if pretrained:
             raise ValueError("pretrained: must be false without a model timm/NAME")
         config = StudentConfig(**{"final_layer_norm": self.layer_mean.final_layer_norm, **sizes})
@@ -189,7 +190,7 @@ class Teacher(Backbone, Freezable):
         except RuntimeError as error:  # the message's first line is a title
             raise ValueError(f"init {init} needs the teacher's sizes: {str(error).splitlines()[1].strip()}") from error
 
-    def build_network(self, model: str, pretrained: bool, **options: Any) -> Backbone:
+    def build_network(self, model: str, pretrained: bool, options: Record) -> Backbone:
         """Build a student that is a timm model; see :meth:`build_student`."""
         defaults = {name: field.default for name, field in StudentConfig.model_fields.items()}
         options = {

@@ -19,10 +19,13 @@ from d2v_composer.models.names import JOINT, timm_name
 from d2v_composer.models.provenance import Record
 from d2v_composer.system.errors import reason
 
+TimmModule = Any
+"""A module of timm's: torch's types do not tell which attributes it has."""
+
 
 def create_network(
     config: TimmNetworkConfig, pretrained: bool = False, num_classes: int = 0
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[TimmModule, Record]:
     """Build timm's model, by default without its classifier.
 
     Returns:
@@ -36,7 +39,7 @@ def create_network(
     sized = {"img_size": height_and_width(config.image_size)} | options
     try:
         try:
-            model: Any = timm.create_model(name, pretrained, **sized)
+            model = timm.create_model(name, pretrained, **sized)
             options = sized
         except TypeError:  # no such argument: the model takes images of any size
             model = timm.create_model(name, pretrained, **options)
@@ -82,7 +85,7 @@ def projection_width(num_classes: int | None) -> int:
 
 def classifier_prefixes(config: TimmNetworkConfig) -> tuple[str, ...]:
     """Return the prefixes of the names of a timm model's classifier tensors."""
-    pretrained: Any = timm.get_pretrained_cfg(timm_name(config.model))
+    pretrained = timm.get_pretrained_cfg(timm_name(config.model))
     names = getattr(pretrained, "classifier", None) or ()
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
 

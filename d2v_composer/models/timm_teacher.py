@@ -36,6 +36,7 @@ from d2v_composer.models.names import JOINT, timm_name
 from d2v_composer.models.provenance import Record
 from d2v_composer.models.student import Init
 from d2v_composer.models.teacher import Teacher
+from d2v_composer.models.timm_network import TimmModule
 
 CLASSES = (VisionTransformer, Eva, Beit)
 # Fields in which a file may differ from timm: weights of another tag may have another preprocessing.
@@ -67,7 +68,7 @@ KINDS: dict[type[nn.Module], Kind] = {
 
 
 @torch.no_grad()
-def fuse_biases(attention: Any) -> None:
+def fuse_biases(attention: TimmModule) -> None:
     """Join the biases of queries, keys and values once; timm joins them at every call."""
     if getattr(attention, "q_bias", None) is not None:
         joined = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
@@ -87,7 +88,7 @@ class TimmBlock(FfnBlock):
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.block: Any = block
+        self.block: TimmModule = block
         self.kind = KINDS[type(block)]
         fuse_biases(self.block.attn)
 
@@ -147,12 +148,12 @@ class FixedContexts(nn.Module):
 
 
 @torch.no_grad()
-def take_contexts(model: Any) -> FixedContexts:
+def take_contexts(model: TimmModule) -> FixedContexts:
     """Remove the contexts of all blocks from a model, and return them."""
     num_blocks = len(model.blocks)
     if isinstance(model, Beit):
         return FixedContexts(take_relative_bias(model), num_blocks, is_cast=True)
-    rope: Any = getattr(model, "rope", None)
+    rope: TimmModule = getattr(model, "rope", None)
     if rope is None:
         return FixedContexts(None, num_blocks)
     model.rope = None
@@ -160,7 +161,7 @@ def take_contexts(model: Any) -> FixedContexts:
     return FixedContexts(table if model.rope_mixed else table[None], num_blocks)
 
 
-def take_relative_bias(model: Any) -> Tensor | None:
+def take_relative_bias(model: TimmModule) -> Tensor | None:
     """Remove the relative biases from a model, and return each block's own with the shared one added, if it has any."""
     attentions = [block.attn for block in model.blocks if block.attn.relative_position_bias_table is not None]
     biases = [gather(attention) for attention in attentions]
@@ -173,7 +174,7 @@ def take_relative_bias(model: Any) -> Tensor | None:
     return pad_rows(torch.stack(biases)) if biases else None
 
 
-def gather(part: Any) -> Tensor:
+def gather(part: TimmModule) -> Tensor:
     """Return the bias of each pair of tokens, (1, H, T, T)."""
     return part.relative_position_bias_table[part.relative_position_index].permute(2, 0, 1)[None]
 
@@ -196,7 +197,7 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None, num_
             f"{model} is a {type(built).__name__}; only timm's classes "
             f"{', '.join(kind.__name__ for kind in CLASSES)} can be teachers"
         )
-    stem: Any = built.patch_embed
+    stem: TimmModule = built.patch_embed
     if type(stem) is not PatchEmbed:
         raise ValueError(f"{model} has a {type(stem).__name__} stem; only PatchEmbed is supported")
     if unknown := [type(block).__name__ for block in built.blocks if type(block) not in KINDS]:
@@ -215,7 +216,7 @@ def build_timm_model(model: str, image_size: ImageSize | str | None = None, num_
     return create_on_meta(name, num_classes=num_outputs, img_size=shape).eval()
 
 
-def create_on_meta(name: str, **options: Any) -> Any:
+def create_on_meta(name: str, **options: Any) -> TimmModule:
     """Call timm's factory on the meta device.
 
     Raises:
@@ -228,7 +229,7 @@ def create_on_meta(name: str, **options: Any) -> Any:
         raise ValueError(f"timm/{name}: {error}") from error
 
 
-def teacher_config(model: str, built: Any, first_blocks: int | None = None) -> TeacherConfig:
+def teacher_config(model: str, built: TimmModule, first_blocks: int | None = None) -> TeacherConfig:
     """Return the sizes of a built model.
 
     Args:
@@ -273,7 +274,7 @@ class TimmParts(NamedTuple):
     """The final norm; an Identity in some models."""
 
     @classmethod
-    def of(cls, model: Any) -> "TimmParts":
+    def of(cls, model: TimmModule) -> "TimmParts":
         """Take a model apart, in place; timm's own code still computes everything before the blocks."""
         contexts = take_contexts(model)
         blocks, norm = [TimmBlock(block) for block in model.blocks], model.norm
@@ -289,8 +290,7 @@ def materialize(module: ModuleT) -> ModuleT:
     if device.type != "meta":
         module.to_empty(device=device)
         for part in module.modules():
-            if hasattr(part, "init_non_persistent_buffers"):
-                cast("Any", part).init_non_persistent_buffers()
+            getattr(part, "init_non_persistent_buffers", lambda: None)()
     return module
 
 
@@ -301,7 +301,7 @@ class TimmHead(Freezable):
         model: The model, before it is taken apart.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: TimmModule) -> None:
         super().__init__()
         self.width = model.num_classes or model.embed_dim
         self.model = copy.copy(model)
@@ -336,7 +336,7 @@ class TimmEncoder(PixelEncoder):
                 if name not in OF_A_FILE and value != (given := getattr(config, name)):
                     raise ValueError(f"{config.model} has {name} {value} in timm {timm.__version__}, not {given}")
             parts = TimmParts.of(model)
-        self.stem: Any = parts.stem
+        self.stem: TimmModule = parts.stem
         self.blocks = nn.ModuleList(parts.blocks[: config.first_blocks])
         self.contexts = parts.contexts.of_blocks(0, config.first_blocks)
         if is_new:
@@ -368,12 +368,12 @@ class TimmTeacher(Transformer, Teacher):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: TimmModule,
         config: TeacherConfig,
         provenance: Record | None = None,
         has_head: bool = False,
     ) -> None:
-        head, pooling = TimmHead(model) if has_head else None, cast("Any", model).global_pool
+        head, pooling = TimmHead(model) if has_head else None, model.global_pool
         parts = TimmParts.of(model)
         first, num_blocks = config.first_blocks, len(parts.blocks)
         encoder = TimmEncoder(cast("TimmEncoderConfig", config.encoder), parts)

@@ -70,10 +70,12 @@ def compile_model(model: "DistillationModel", choice: bool | str = True) -> None
         model.frozen_pass = captured(model.frozen_pass) if is_captured else compiled(model.frozen_pass, mode)
 
 
-def compiled(function: Callable[P, R], mode: str | None = None, **options: Any) -> Callable[P, R]:
+def compiled(
+    function: Callable[P, R], mode: str | None = None, options: dict[str, str | int | bool] | None = None
+) -> Callable[P, R]:
     """Compile a function as a single graph for each input shape; calling it fails if that is impossible."""
     # By default torch makes a dimension symbolic in all later graphs once it has seen two sizes of it.
-    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode, **options)
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode, options=options)
 
 
 def compiled_with_weights(frozen_pass: Callable[P, R], mode: str | None) -> Callable[P, R]:

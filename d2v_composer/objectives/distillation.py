@@ -25,11 +25,11 @@ from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives import OBJECTIVES
 from d2v_composer.objectives.objective import Outputs, Regression
 
-Batch = Tensor | Mapping[str, Any]
+Batch = Tensor | Mapping[str, Tensor]
 EmbeddingT = TypeVar("EmbeddingT")
 
 
-def has_targets(batch: Batch) -> TypeGuard[Mapping[str, Any]]:
+def has_targets(batch: Batch) -> TypeGuard[Mapping[str, Tensor]]:
     """Return True if a batch needs no teacher."""
     return isinstance(batch, Mapping) and "targets" in batch
 
@@ -91,7 +91,7 @@ class DistillationModel(ComposerModel):
         self,
         teacher: Teacher,
         student: Backbone,
-        objectives: Mapping[str, Any] = {"tokens": {}},
+        objectives: Mapping[str, object] = {"tokens": {}},
         cpu_bf16: bool = False,
         keeps_targets: bool = False,
     ) -> None:
@@ -101,7 +101,7 @@ class DistillationModel(ComposerModel):
         self.cpu_bf16, self.keeps_targets = cpu_bf16, keeps_targets
         terms = {name: OBJECTIVES[name].Options.model_validate(section) for name, section in objectives.items()}
         built = {name: OBJECTIVES[name](term, teacher, student) for name, term in terms.items() if term.weight}
-        self.objectives: Any = nn.ModuleDict(built)
+        self.objectives: Any = nn.ModuleDict(built)  # of objectives, which torch's type forgets
         self.target_shapes: dict[str, torch.Size] = {}
         self.teacher_flop = self._try_teacher() if keeps_targets else 0
         self.flop = count_flop(student, self._dry_run)
@@ -173,7 +173,7 @@ class DistillationModel(ComposerModel):
         features = self.teacher.features(tokens).for_readers(len(self.objectives))
         return {name: objective.target(features) for name, objective in self.objectives.items()}
 
-    def loss(self, outputs: Outputs, batch: Batch) -> Any:
+    def loss(self, outputs: Outputs, batch: Batch) -> Any:  # Composer takes a dict, too, but its type does not say so
         """Return the weighted sum of the objectives' losses, a scalar; ``batch`` is unused.
 
         With several objectives, return a dict of what Composer logs: each one's loss by its name, and ``total``.

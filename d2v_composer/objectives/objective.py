@@ -4,7 +4,7 @@ Shapes: B inputs, T tokens, E extra tokens, N patches or frames, D channels of t
 """
 
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
@@ -70,9 +70,9 @@ class Objective(nn.Module, ABC):
 
     Options: ClassVar[type[Term]] = Term
     compares: ClassVar[Literal["inputs", "microbatch"]] = "inputs"
-    head: Any  # a module
+    head: nn.Module
 
-    def __init__(self, options: Any, teacher: Teacher, student: Backbone) -> None:
+    def __init__(self, options: Term, teacher: Teacher, student: Backbone) -> None:
         super().__init__()
         self.weight: float = options.weight
         self.head = nn.Identity()

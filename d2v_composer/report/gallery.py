@@ -2,21 +2,24 @@
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import torch
 from matplotlib.image import imsave
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool1d
+from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d
 
 from d2v_composer.data.audio import encode_flac
+from d2v_composer.evaluation.results import Result
+from d2v_composer.evaluation.rows import STUDENT, TEACHER
 from d2v_composer.models.audio import LogMel
 from d2v_composer.models.configs import SAMPLE_RATE
 from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples
 
-NEIGHBORS_SHOWN = 3
+QUERIES, NEIGHBORS_SHOWN = 12, 3
 HEARD = 10 * SAMPLE_RATE  # samples of a clip that are played and drawn
 SHOWN_SIZE = 96  # side of an image, in pixels
 
@@ -24,7 +27,7 @@ SHOWN_SIZE = 96  # side of an image, in pixels
 class Shown(NamedTuple):
     """A sample in a gallery."""
 
-    model: str
+    title: str
     """The line below the picture: ``query``, the model that found the sample, or its cosine with the query."""
     mark: str
     """✓ if the sample is of the query's class, else ✗. Without labels, ✓ if both models find it. The query has none."""
@@ -47,6 +50,27 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(base64=base64.b64encode, **values)
 
 
+def galleries(
+    datasets: Mapping[str, EvaluationSet], results: Sequence[Result], unit: str
+) -> Iterator[tuple[str, str, list[list[Shown]]]]:
+    """Yield each data set's name, and its gallery's note and rows, of test samples that are the same in every run."""
+    for name, labeled in datasets.items():
+        nearest = {
+            row: result.nearest
+            for row in (STUDENT, TEACHER)
+            for result in results
+            if (result.row, result.dataset) == (row, name) and result.nearest is not None
+        }
+        if STUDENT in nearest:
+            chosen = torch.randperm(len(labeled.test.labels), generator=torch.Generator().manual_seed(0))[:QUERIES]
+            of, marks = (
+                ("train", "✓ of its class, ✗ of another") if labeled.has_labels else ("other", "✓ found by both")
+            )
+            beside = ", and in its teacher's" if TEACHER in nearest else ""
+            about = f"A query, then the {of} {unit} that are nearest to it in the trained student's embedding{beside}"
+            yield name, f"{about}: {marks}.", gallery(labeled, chosen, nearest)
+
+
 def gallery(labeled: EvaluationSet, chosen: Tensor, nearest: Mapping[str, Tensor]) -> list[list[Shown]]:
     """Show test samples, each in a row with the samples nearest to it in each model.
 
@@ -63,7 +87,8 @@ def gallery(labeled: EvaluationSet, chosen: Tensor, nearest: Mapping[str, Tensor
 
     def show(model: str, mark: str, split: LabeledSamples, i: Tensor) -> Shown:
         sample = split.samples[i]
-        label = class_names[split.labels[i]] if labeled.has_labels else ""
+        number = int(split.labels[i])
+        label = (class_names[number] if class_names else str(number)) if labeled.has_labels else ""
         return Shown(model, mark, label, picture(sample), sound(sample))
 
     rows = []
@@ -85,10 +110,12 @@ def picture(sample: Tensor) -> bytes:
     """Return a picture of a sample as a PNG file.
 
     Args:
-        sample: An image, (3, height, width) uint8, or a clip, (L,), of which a square log-mel spectrogram is drawn,
+        sample: A square image, (3, side, side) uint8, or a clip, (L,), of which a square log-mel spectrogram is drawn,
             high pitches on top.
     """
     if sample.ndim == 3:
+        if sample.shape[1] > SHOWN_SIZE:
+            sample = adaptive_avg_pool2d(sample.float(), SHOWN_SIZE).byte()
         pixels = sample.permute(1, 2, 0)
     else:
         log_mel_1NM, _ = LogMel()(sample[None, :HEARD])

@@ -4,18 +4,14 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import torch
 import yaml
 
-from d2v_composer.evaluation.rows import STUDENT, TEACHER
 from d2v_composer.evaluation.run_log import HEALTH_STATES
-from d2v_composer.report.gallery import Shown, gallery, render
+from d2v_composer.report.gallery import galleries, render
 from d2v_composer.report.plots import accuracy_plots, curves, to_png
 from d2v_composer.report.run import Run, latest, verdicts
 from d2v_composer.report.tables import accuracy_tables, cost_table
 from d2v_composer.system.files import write_atomically
-
-QUERIES = 12
 
 
 def write_report(run: Run, folder: Path) -> list[Path]:
@@ -43,7 +39,7 @@ def write_report(run: Run, folder: Path) -> list[Path]:
         results=results,
         training=training,
         unit=run.modality.unit,
-        galleries=dict(_galleries(run)),
+        found=list(galleries(run.datasets, run.results, run.modality.unit)),
         dump=partial(yaml.safe_dump, sort_keys=False, allow_unicode=True),
     )
     files = {f"report/{name}.png": png for name, png in results + training}
@@ -57,23 +53,3 @@ def cost_tables(run: Run) -> Iterator[tuple[str, list[list[str]]]]:
     """Yield a distillation's table of sizes."""
     if costs := run.record.get("costs"):
         yield "Size and computation of what d2v export writes", cost_table(costs, run.modality.cost_unit)
-
-
-def _galleries(run: Run) -> Iterator[tuple[str, tuple[str, list[list[Shown]]]]]:
-    """Yield each data set's name, and its gallery's note and rows, of test samples that are the same in every run."""
-    for name, labeled in run.datasets.items():
-        nearest = {
-            row: result.nearest
-            for row in (STUDENT, TEACHER)
-            for result in run.results
-            if (result.row, result.dataset) == (row, name) and result.nearest is not None
-        }
-        if STUDENT in nearest:
-            chosen = torch.randperm(len(labeled.test.labels), generator=torch.Generator().manual_seed(0))[:QUERIES]
-            of, marks = (
-                ("train", "✓ of its class, ✗ of another") if labeled.has_labels else ("other", "✓ found by both")
-            )
-            beside = ", and in its teacher's" if TEACHER in nearest else ""
-            unit = run.modality.unit
-            about = f"A query, then the {of} {unit} that are nearest to it in the trained student's embedding{beside}"
-            yield name, (f"{about}: {marks}.", gallery(labeled, chosen, nearest))

@@ -120,7 +120,7 @@ def quality_over_speed(evaluation: Evaluation, batch_size: int, unit: str) -> Fi
         batch_size: The batch size of the speed.
         unit: Name of the samples, in plural.
     """
-    datasets, speeds = [*evaluation.class_names], evaluation.speeds[batch_size]
+    datasets, speeds = [*evaluation.datasets], evaluation.speeds[batch_size]
     figure = Figure(figsize=(8, 5 * len(datasets)))
     for dataset, axes in zip(datasets, figure.subplots(len(datasets), squeeze=False).flat, strict=True):
         best: dict[str, float] = {}

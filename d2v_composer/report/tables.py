@@ -72,7 +72,7 @@ def evaluation_tables(evaluation: Evaluation, unit: str) -> str:
         unit: The unit of GFLOP and speed: image or audio second.
     """
     head, *rows = cost_table(evaluation.costs, unit, evaluation.speeds)
-    tables = format_tables(evaluation.results, evaluation.class_names)
+    tables = format_tables(evaluation.results, evaluation.datasets)
     return f"{tables}\n\n{format_table(head, rows)}"
 
 

@@ -6,13 +6,12 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import yaml
 from composer import Trainer
 
-from d2v_composer.callbacks.checkpointing import FolderLock
 from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.callbacks.trainer_state import find_callback
 from d2v_composer.config.load import load_config
@@ -31,7 +30,7 @@ from d2v_composer.models.configs import (
     parse_image_size,
 )
 from d2v_composer.models.names import DATA2VEC2, TIMM_PREFIX
-from d2v_composer.models.provenance import Record, value_at
+from d2v_composer.models.provenance import Json, Record, value_at
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.runs.distill import build_model, build_teacher, choose_embeds
 from d2v_composer.runs.trainer import build_callbacks
@@ -43,6 +42,7 @@ from d2v_composer.system.command_line import print_skipped
 from d2v_composer.system.errors import InputError, errors_of, reading
 from d2v_composer.system.fetch import is_remote, names_in
 from d2v_composer.system.files import check_out_file, check_owned, read_json, write_atomically
+from d2v_composer.system.folder_lock import FolderLock
 from d2v_composer.system.processes import global_rank
 
 # A tenth, twenty, is held out: each held-out sample needs ten neighbors among the others, and some may be unreadable.
@@ -73,7 +73,7 @@ class Request(NamedTuple):
         """Path of the YAML with all settings of the run."""
         return self.out / SETTINGS
 
-    def check(self, **more: Any) -> Record:
+    def check(self, **more: Json) -> Record:
         """Check that OUT, if an earlier call began there, is of this request; the settings are in a file of their own.
 
         Args:
@@ -212,7 +212,9 @@ def convert_samples(request: Request, plan: Plan) -> None:
         print_skipped(done.skipped)
 
 
-def configure(request: Request, samples: Path, chosen: Mapping[str, Any], path: str | Path = os.devnull) -> TrainConfig:
+def configure(
+    request: Request, samples: Path, chosen: Mapping[str, Json], path: str | Path = os.devnull
+) -> TrainConfig:
     """Return the run's config: a YAML, then the chosen settings, the command's own and the changes; later ones win.
 
     Raises:
@@ -265,7 +267,7 @@ def write_settings(request: Request, config: TrainConfig) -> None:
         write_atomically(request.settings, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 
-def as_yaml(value: Any) -> str:
+def as_yaml(value: Json) -> str:
     """Return a value on one line, as an override has it."""
     return yaml.safe_dump([value], default_flow_style=True, width=math.inf).strip()[1:-1]
 

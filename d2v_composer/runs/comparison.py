@@ -22,6 +22,7 @@ from d2v_composer.models.precision import precision_of
 from d2v_composer.models.provenance import distillation_of, has_tuned_encoder, value_at
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
+from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.sources.labeled import EvaluationSet, open_labeled_sets
 from d2v_composer.sources.mds import Index, choose_pairs
 from d2v_composer.sources.source import open_mds
@@ -94,22 +95,22 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
     return None
 
 
-def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | None) -> bool:
+def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | None, device: str) -> bool:
     """Give an untrained student an alignment of its own, made as the student's.
 
-    It is fitted to the same training samples.
+    It is fitted to the same training samples or, if the run trains it, has the run's random weights.
 
     Returns:
         True; False, after a line on stderr, if this cannot be done.
     """
-    info, device = model.embedding, next(untrained.parameters()).device
-    source, batches = None, []
+    info, source, batches = model.embedding, None, []
     if info.made_by in ("teacher", "raw"):
-        return True
-    if info.made_by == "training":
-        untrained.train_alignment(info)
+        untrained.raw_embedding = model.raw_embedding
         return True
     config, modality = value_at(distillation_of(model.provenance), "config"), modality_of(model.encoder.config)
+    if info.made_by == "training" and teacher is not None:
+        DistillationModel(teacher, untrained, objectives=config["objectives"])  # draws as the run's did
+        return True
     with suppress(InputError, LookupError, TypeError):
         loader, sizes = config["train_loader"], (config["seed"], config["alignment"]["max_samples"])
         if loader["remote"] is None:  # else it is a cache
@@ -121,7 +122,7 @@ def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | Non
         return False
     samples = (collate([*map(source.decode, numbers.tolist())]) for numbers in batches)
     inputs = ([tensor.to(device) for tensor in batch] for batch in samples)
-    embeds, names = (untrained.embed_all, teacher.to(device).embed_all), untrained.alignment_inputs
+    embeds, names = (untrained.eval().to(device).embed_all, teacher.to(device).embed_all), untrained.alignment_inputs
     with torch.inference_mode():
         pairs = ([embed(*batch) for embed in embeds] for batch in inputs)
         moments = Moments((side_by_side(ours, names), theirs[EMBEDDING]) for ours, theirs in pairs)
@@ -160,16 +161,13 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
     model, teacher = config.load()
     modality = modality_of(model.encoder.config)
     with torch.random.fork_rng(), reading(config.model):
-        torch.manual_seed(config.seed)
+        run_seed = value_at(distillation_of(model.provenance), "config.seed")
+        torch.manual_seed(config.seed if run_seed is None else run_seed)  # as the run's build_model does
         untrained = build_untrained(model, teacher)
         recorded = value_at(model.provenance, "config.train_loader") or {}
         loader = ShardLoaderConfig(**{name: recorded[name] for name in modality.options & recorded.keys()})
         headline = model.choose_embedding(config.pooling, config.representation)
-        if (
-            untrained is not None
-            and headline == EMBEDDING
-            and not align_untrained(untrained.eval().to(device), model, teacher)
-        ):
+        if untrained is not None and headline == EMBEDDING and not align_untrained(untrained, model, teacher, device):
             untrained = None
     places = [*map(hide_secrets, config.rivals)]
     if taken := [place for place in places if place in (*ROWS, GAP_CLOSED) or places.count(place) > 1]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
+import torch
 from composer import Trainer
 from composer.core import Algorithm, Callback
 from composer.loggers import LoggerDestination
@@ -168,6 +168,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
     check_compiler(config.compile)
     with errors_of("student"):
         normalization = config.objectives.tokens.model_dump(include={"normalization", "final_layer_norm"})
+        torch.manual_seed(config.seed)  # here, so that an evaluation builds the same untrained student
         student = teacher.build_student(**config.student.model_dump(), **normalization)
     check_network("student.model", student, config)
     with errors_of("objectives.tokens"):
@@ -344,7 +345,7 @@ def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, E
     return headline, student, {name: known[name] for name in retrieval.baselines if name in known}
 
 
-def embeds_of(config: TrainConfig, model: DistillationModel) -> dict[str, Any]:
+def embeds_of(config: TrainConfig, model: DistillationModel) -> Record:
     """Return name → function that embeds a batch, for pixels or log_mel, the encoder alone, teacher and student."""
     models = {TEACHER: model.teacher, STUDENT: model.student}
     fill_to = config.device_eval_batch_size if config.compile else 0

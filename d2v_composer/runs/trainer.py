@@ -34,10 +34,9 @@ from d2v_composer.checkpoints.checkpoint import (
     LOG,
     Checkpoint,
     download_checkpoint,
-    drop_unused_scaler,
-    find_newest,
     read_checkpoint,
 )
+from d2v_composer.checkpoints.resuming import drop_unused_scaler, share_newest
 from d2v_composer.checkpoints.timm_student import convert_to_timm
 from d2v_composer.config.load import deep_merge, defaults
 from d2v_composer.config.resume import FIXED, FIXED_IF_COMPARED, keys_marked
@@ -61,9 +60,8 @@ from d2v_composer.system.addresses import RunFolder, hide_secrets
 from d2v_composer.system.command_line import d2v
 from d2v_composer.system.errors import InputError, RunError, errors_of, reading, reason
 from d2v_composer.system.fetch import cache_folder, is_remote
-from d2v_composer.system.files import sha256
 from d2v_composer.system.machine import describe_machine, package_versions
-from d2v_composer.system.processes import allow_open_files, if_interrupted, num_nodes, num_ranks
+from d2v_composer.system.processes import allow_open_files, if_interrupted, num_ranks
 from d2v_composer.system.ranks import join_ranks, node_leaders_first, rank_zero_first
 from d2v_composer.system.third_party import patched_composer
 
@@ -168,7 +166,7 @@ def find_checkpoint(
             check_tensors(model, checkpoint.tensors, "")
 
     folder = config.run_folder
-    if folder is not None and (newest := _share_newest(folder, config.autoresume, accept)) is not None:
+    if folder is not None and (newest := share_newest(folder, config.autoresume, accept)) is not None:
         return newest, True
     if config.load_path is None:
         return None, True
@@ -189,39 +187,6 @@ def find_checkpoint(
             )
     accept(start)
     return start, True
-
-
-def _share_newest(folder: RunFolder, resumes: bool, accept: Callable[[Checkpoint], None]) -> Checkpoint | None:
-    """Bring rank 0's newest checkpoint to every node, and read it; ``None`` for a new run.
-
-    Raises:
-        InputError: A node cannot get the checkpoint, or has a different file of that name, so that it would train
-            other weights.
-    """
-    on_several_nodes = num_nodes() > 1
-    newest, shared = None, [("", "")]
-    with rank_zero_first("the newest checkpoint"):
-        if dist.get_global_rank() == 0:
-            newest = find_newest(folder, accept, resumes=resumes, uploads=on_several_nodes)
-            if newest is not None:
-                shared = [(newest.path.name, sha256(newest.path) if on_several_nodes else "")]
-    dist.broadcast_object_list(shared)
-    name, digest = shared[0]
-    if not name:
-        return None
-    path, address = folder.local / name, folder.address and f"{folder.address}/{name}"
-    with node_leaders_first("the checkpoint"), reading(path):
-        if on_several_nodes and dist.get_local_rank() == 0 and not (path.is_file() and sha256(path) == digest):
-            if address is not None:
-                download_checkpoint(address, path)
-            if sha256(path) != digest:
-                raise InputError(
-                    f"{address or path} differs from the checkpoint with that name on node 0; "
-                    "all nodes need the same save_folder, in a store or on a shared file system"
-                )
-        if newest is None:
-            accept(newest := read_checkpoint(path))
-        return newest
 
 
 def check_network(

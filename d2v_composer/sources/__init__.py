@@ -24,7 +24,7 @@ class Container(NamedTuple):
     """Module whose ``list_samples`` lists the samples of a file; imported when it is needed."""
 
     @property
-    def list_samples(self) -> Callable[..., Any]:
+    def list_samples(self) -> Callable[..., Any]:  # a SampleListing, whose module imports this one
         return import_module(f"{__package__}.{self.module}").list_samples
 
 

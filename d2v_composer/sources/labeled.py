@@ -21,6 +21,7 @@ from xxhash import xxh3_128_digest
 from d2v_composer.data.images import Images
 from d2v_composer.data.modality import Modality, collate
 from d2v_composer.models.configs import ImageSize
+from d2v_composer.models.provenance import Json
 from d2v_composer.sources.mds import SUMMARY, Index, Summary, is_mds
 from d2v_composer.sources.open import NONE, SPLITS, find_files, open_source
 from d2v_composer.sources.source import Columns, Source, map_in_threads, name_counts, open_mds
@@ -177,7 +178,7 @@ def load_labeled_set(
 
 
 def open_labeled_sets(
-    section: Mapping[str, Any], modality: Modality, **changes: Any
+    section: Mapping[str, Json], modality: Modality, **changes: Json
 ) -> dict[str, Callable[[], EvaluationSet]]:
     """Return name → function that loads the set, numbered, for the data sets of a section that null does not turn off.
 
@@ -188,7 +189,7 @@ def open_labeled_sets(
         **changes: Other values of arguments of :func:`load_labeled_set`.
     """
 
-    def load(options: Mapping[str, Any]) -> EvaluationSet:
+    def load(options: Mapping[str, Json]) -> EvaluationSet:
         return load_labeled_set(
             modality=modality, **{"max_images": section.get("max_images"), **options, **changes}
         ).numbered()
@@ -333,7 +334,7 @@ def read_class_names(root: Path) -> tuple[str, ...]:
     return names
 
 
-def collate_labeled(pairs: Sequence[tuple[Tensor, Any]]) -> list[Tensor]:
+def collate_labeled(pairs: Sequence[tuple[Tensor, int | Tensor]]) -> list[Tensor]:
     """Return a batch of samples with labels: inputs, labels and, if some samples are padded, their lengths."""
     samples, labels = zip(*pairs, strict=True)
     values, *lengths = collate(samples)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from typing_extensions import TypedDict
 
-from d2v_composer.data.modality import Modality
+from d2v_composer.data.modality import Modality, Stored
+from d2v_composer.models.provenance import Json, Record
 from d2v_composer.sources import CHOOSE
 from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.files import read_json
@@ -32,7 +33,7 @@ ALIGNMENT_SHARDS = 64
 class Summary(TypedDict, total=False):
     """The part of a conversion's summary that readers need; the file also has the settings."""
 
-    classes: list[Any] | None
+    classes: list[Json] | None
     lengths: list[int]
 
 
@@ -48,7 +49,7 @@ def _number(dtype: str) -> Callable[[bytes], int | float]:
 
 
 NUMBERS = [*(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), "float16", "float32", "float64"]
-ENCODINGS: dict[str, Callable[[bytes], Any]] = {
+ENCODINGS: dict[str, Callable[[bytes], Stored]] = {
     **dict.fromkeys(("bytes", "jpeg", "png"), bytes),  # files, which we decode only with decoders that we allow
     "pil": _read_pil,
     **{dtype: _number(dtype) for dtype in NUMBERS},
@@ -87,10 +88,10 @@ class Shard(NamedTuple):
     raw: ShardFile
     zipped: ShardFile | None
     compression: str | None
-    columns: list[tuple[str, int | None, Callable[[bytes], Any] | None]]
+    columns: list[tuple[str, int | None, Callable[[bytes], Stored] | None]]
     """Name, bytes (``None``: they vary) and decoder (``None``: not read) of each column."""
 
-    def read(self, path: Path, number: int) -> dict[str, Any]:
+    def read(self, path: Path, number: int) -> dict[str, Stored]:
         """Read the wanted columns of a sample from the shard's raw file.
 
         Raises:
@@ -188,7 +189,7 @@ class Index:
             InputError: A shard cannot be read.
         """
         shards = progress_bar(self.shards, desc="hashing", unit="shards")
-        contents: list[Any] = [(shard.samples, shard.raw.bytes, self._hashes(shard)) for shard in shards]
+        contents: list[Json] = [(shard.samples, shard.raw.bytes, self._hashes(shard)) for shard in shards]
         contents += self._listed_lengths if self.modality.has_lengths else []
         return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
@@ -197,7 +198,7 @@ class Index:
         """True if ``sha256`` depends on every byte of the samples."""
         return self.remote is None or all(shard.raw.hashes for shard in self.shards)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Record:
         """Describe the data set: where it is, and its content."""
         place = {"modality": self.modality.name, "location": self.source}
         return {**place, "sha256": self.sha256, "samples": len(self), "shards": len(self.shards)}
@@ -217,7 +218,7 @@ class Index:
         with reading(path):
             return {"xxh128": xxhash.xxh128_hexdigest(path.read_bytes())}
 
-    def _parse(self, entry: Mapping[str, Any]) -> Shard:
+    def _parse(self, entry: Record) -> Shard:
         raw, zipped = (entry[kind] and ShardFile(**entry[kind]) for kind in ("raw_data", "zip_data"))
         for file in filter(None, (raw, zipped)):
             if Path(file.basename).is_absolute() or ".." in Path(file.basename).parts:

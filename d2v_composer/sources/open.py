@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from d2v_composer.data.modality import Modality
+from d2v_composer.models.provenance import Json
 from d2v_composer.sources import CONTAINERS, NAMES, Container, listed, path_of
 from d2v_composer.sources.listing import FileSnapshot, list_files
 from d2v_composer.sources.mds import INDEX, Index, is_mds
@@ -83,10 +84,10 @@ class Files:
             return True
         return self.container.suffix == TAR and self.columns.labels is None
 
-    def _have_folders(self, labels: Sequence[Any]) -> bool:
+    def _have_folders(self, labels: Sequence[Json]) -> bool:
         return not self.has_columns or (self.has_paths and any("/" in path for path in labels))
 
-    def find_splits(self, *names: str) -> dict[str, Any]:
+    def find_splits(self, *names: str) -> dict[str, Any]:  # two forms, which in_folders tells apart
         """Return split → number of a sample → path, if samples are in folders; otherwise, split → its files.
 
         Raises:
@@ -187,7 +188,7 @@ class Files:
         )
 
     @cached_property
-    def _opened(self) -> tuple[Source, Sequence[Any], Sequence[str]]:
+    def _opened(self) -> tuple[Source, Sequence[Json], Sequence[str]]:
         """Open all samples, file by file, in each file's order; remote files are fetched first.
 
         Returns:
@@ -220,7 +221,7 @@ class Files:
             return parts[part].load(number - ends[part] + len(parts[part].sizes))
 
         listed_labels = chain.from_iterable(part.labels for part in parts)
-        labels: Sequence[Any] = PackedStrings(listed_labels) if self.has_paths else [*listed_labels]
+        labels: Sequence[Json] = PackedStrings(listed_labels) if self.has_paths else [*listed_labels]
         source = Source(
             root=self.root,
             modality=modality,

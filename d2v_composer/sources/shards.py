@@ -19,10 +19,10 @@ from contextlib import suppress
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 from torch.utils.data import get_worker_info
 
+from d2v_composer.data.modality import Stored
 from d2v_composer.sources.mds import INDEX, SUMMARY, Index
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, ShardError, reading, reason, writing
@@ -127,7 +127,7 @@ class Shards:
         if self.remote is not None:
             self._remove_abandoned()
 
-    def __getitem__(self, sample_id: int) -> dict[str, Any]:
+    def __getitem__(self, sample_id: int) -> dict[str, Stored]:
         """Return a sample as column → value: images as files or raw pixels, labels as numbers.
 
         Raises:

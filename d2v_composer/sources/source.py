@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import Self
 
-from d2v_composer.data.modality import Modality, read_sample_file
+from d2v_composer.data.modality import Modality, Stored, read_sample_file
+from d2v_composer.models.provenance import Json
 from d2v_composer.sources.mds import Index
 from d2v_composer.sources.shards import Shards
 from d2v_composer.system.errors import InputError, RunError, reading
@@ -27,6 +28,8 @@ from d2v_composer.system.processes import ALL, Part, die_with_parent
 
 AHEAD = 64  # results of threads that wait in memory
 Int64Array = NDArray[np.int64]
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 
 class PackedStrings(Sequence[str]):
@@ -71,7 +74,7 @@ class Source:
     root: str
     modality: Modality
     ids: PackedStrings | Int64Array
-    load: Callable[[int], Any]
+    load: Callable[[int], Stored]
     label: Callable[[int], int] | None = None
     class_names: tuple[str, ...] = ()
     sizes: Int64Array
@@ -152,7 +155,7 @@ class SampleListing(NamedTuple):
     sizes: Int64Array
     fingerprints: Int64Array
     load: Callable[[int], bytes]
-    labels: Sequence[Any]
+    labels: Sequence[Json]
     """Label of each sample; for samples in folders, the path of each."""
     class_names: Sequence[str] = ()
     left_out: Mapping[str, int] = {}
@@ -180,7 +183,7 @@ def open_mds(index: Index, cache_limit: int | None = None) -> Source:
     )
 
 
-def whole_label(value: Any, source: str) -> int:
+def whole_label(value: Json, source: str) -> int:
     """Return a label as a whole number.
 
     Raises:
@@ -239,8 +242,8 @@ def worker_options(num_workers: int, prefetch_factor: int, for_gpu: bool, timeou
 
 
 def map_in_workers(
-    function: Callable[[Any], Any], items: Sequence[Any], workers: int, for_gpu: bool = False
-) -> Iterator[Any]:
+    function: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int, for_gpu: bool = False
+) -> Iterator[ResultT]:
     """Yield a function's result for each item, in order, computed ahead by worker processes; a single item has none.
 
     Raises:
@@ -248,7 +251,7 @@ def map_in_workers(
         Exception: The function raised it. If it is no InputError or RunError, its text has the worker's traceback.
     """
 
-    def call(item: Any) -> tuple[Any, Exception | None]:
+    def call(item: ItemT) -> tuple[Any, Exception | None]:
         try:
             return function(item), None
         except (InputError, RunError) as problem:
@@ -269,7 +272,7 @@ def map_in_workers(
         raise RunError(f"reading failed ({cause}); {advice}") from error
 
 
-def map_in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+def map_in_threads(function: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> Iterator[ResultT]:
     """Yield a function's result for each item, in order, computed by as many threads as torch may use.
 
     Decoders, files and hashes release Python's lock. In a worker process, torch uses one thread.

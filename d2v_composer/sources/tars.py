@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from d2v_composer.models.provenance import Json
 from d2v_composer.sources import CHOOSE, path_of
 from d2v_composer.sources.listing import FileSnapshot
 from d2v_composer.sources.source import Columns, Int64Array, PackedStrings, SampleListing, fingerprints_of
@@ -31,7 +32,7 @@ def list_samples(snapshot: FileSnapshot, file: BinaryIO, columns: Columns) -> Sa
     """
     name, modality = snapshot.name, columns.modality
     left_out, keys, offsets, sizes = Counter[str](), list[str](), array("q"), array("q")
-    labels, paths = list[Any](), list[str]()
+    labels, paths = list[Json](), list[str]()
     labeled, _, key_of_label = (columns.labels or "").partition(":")
     for key, members in read_tar(file):
         if key is None:

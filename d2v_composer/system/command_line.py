@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from d2v_composer.system import processes
 from d2v_composer.system.addresses import hide_secrets
@@ -24,7 +24,7 @@ from d2v_composer.system.files import shorten_socket_paths
 HELP = {"-h", "--help"}
 
 
-def run(main: Callable[[Sequence[str]], Any]) -> NoReturn:
+def run(main: Callable[[Sequence[str]], object]) -> NoReturn:
     """Call ``main`` with the command line's arguments, then exit."""
     status: int | None = 0
     try:

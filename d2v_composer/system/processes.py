@@ -17,12 +17,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import popen_fork, resource_tracker
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO, TypeVar
 
-from typing_extensions import Self
+from typing_extensions import Buffer, Self
 
 from d2v_composer.system.errors import RunError
 
+T = TypeVar("T")
 SIGNAL_NAMES = {signal.SIGINT: "Interrupted", signal.SIGTERM: "SIGTERM"}
 PR_SET_PDEATHSIG = 1
 STDOUT = 1
@@ -32,7 +33,8 @@ _received: signal.Signals | None = None
 _is_deferred = False
 _notice: str | None = None
 _explanations: list[Callable[[], str | None]] = []
-_previous: dict[signal.Signals, Any] = {}
+Handlers = dict[signal.Signals, Any]  # what signal.signal returns has no public type
+_previous: Handlers = {}
 
 
 def handle_signals() -> None:
@@ -120,7 +122,7 @@ def end_by_signal(signum: signal.Signals) -> None:
     _end(": ".join([SIGNAL_NAMES[signum], *filter(None, explanations)]))
 
 
-def _set_handlers() -> dict[signal.Signals, Any]:
+def _set_handlers() -> Handlers:
     """Set the handler of the signals in the main thread, and return the former handlers."""
     return {signum: signal.signal(signum, lambda number, _: _receive(number)) for signum in _not_ignored()}
 
@@ -154,7 +156,7 @@ def _end(line: str) -> None:
     os._exit(128 + (_received or signal.SIGINT))
 
 
-def _print(line: str, stream: Any) -> None:
+def _print(line: str, stream: TextIO) -> None:
     """Print a line over a progress bar, even if the main thread is printing."""
     with suppress(OSError, ValueError):  # a killed launcher may have closed the terminal
         clear = "\r\033[K" if stream.isatty() else ""
@@ -202,7 +204,7 @@ def allow_open_files() -> None:
 class _Output(io.FileIO):
     """An output that becomes /dev/null, for child processes, too, when its reader exits or its disk is full."""
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Buffer, /) -> int | None:
         try:
             return super().write(data)
         except OSError as error:
@@ -317,7 +319,7 @@ class Part(NamedTuple):
     def name(self) -> str:
         return f"{self.number:05}-of-{self.total:05}"
 
-    def of(self, items: list[Any]) -> list[Any]:
+    def of(self, items: list[T]) -> list[T]:
         """Return this part of a list."""
         first, end = (len(items) * number // self.total for number in (self.number, self.number + 1))
         return items[first:end]

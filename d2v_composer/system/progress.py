@@ -1,15 +1,17 @@
 """Show progress: a bar on a terminal, lines in a pipe or file."""
 
 import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+T = TypeVar("T")
 LINE_SECONDS = 10.0
 """Seconds between two lines; shorter work prints none."""
 
 
-def progress_bar(*iterable: Any, desc: str, unit: str, **options: Any) -> tqdm:
+def progress_bar(*iterable: Iterable[T], desc: str, unit: str, **options: Any) -> "tqdm[T]":
     """Return a tqdm bar that disappears when it is done; if stderr is no terminal, the bar prints lines instead."""
     if sys.stderr.isatty():
         return tqdm(*iterable, desc=desc, unit=unit, leave=False, **options)
@@ -29,5 +31,5 @@ class Lines(tqdm):
         if msg is None:  # tqdm's own format pads the rate
             print(str(self) if self.bar_format else " ".join(str(self).split()), file=self.fp, flush=True)
 
-    def clear(self, *_: Any, **__: Any) -> None:
+    def clear(self, *_: object, **__: object) -> None:
         """Do nothing, so that printed lines stay."""

@@ -64,7 +64,7 @@ def leaders_first(leaders: Collection[int], what: str) -> Iterator[None]:
     if dist.get_world_size() == 1:
         yield
         return
-    store: Any = torch.distributed.distributed_c10d._get_default_store()
+    store = torch.distributed.distributed_c10d._get_default_store()
     turn, rank = f"d2v_composer/{next(_turns)}", dist.get_global_rank()
     try:
         if rank in leaders:

@@ -22,7 +22,6 @@ import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from unittest.mock import patch
 
 from composer.utils import checkpoint, dist
@@ -41,7 +40,7 @@ logging.getLogger("composer.core.engine").addFilter(_shorten)
 
 
 @contextmanager
-def patched_composer(loaded: Any) -> Iterator[None]:
+def patched_composer(loaded: object) -> Iterator[None]:
     """Patch Composer while a Trainer is constructed in the ``with`` block.
 
     Args:

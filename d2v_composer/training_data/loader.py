@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +70,7 @@ def build_train_loader(
     *,
     num_classes: int = 1,
     is_compiled: bool = False,
-    collate: Callable[[Any], Any] | None = None,
+    collate: Callable[..., object] | None = None,
     extra_bytes: int = 0,
 ) -> DataLoader:
     """Build this rank's loader from ``train_loader``: augmented samples, with labels if the index has them.

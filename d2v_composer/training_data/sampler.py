@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, DistributedSampler
 from typing_extensions import override
 
 from d2v_composer.data.modality import Transform, collate, sample_rng
+from d2v_composer.models.provenance import Record
 from d2v_composer.sources.mds import Index
 from d2v_composer.sources.shards import Shards
 from d2v_composer.sources.source import Int64Array, whole_label
@@ -236,11 +237,11 @@ class StreamingSamples(Dataset[Any]):
             raise InputError(f"{source}: its label must be a number from 0 to {self.num_classes - 1}, got {label}")
         return values, label
 
-    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+    def state_dict(self, num_samples: int, from_beginning: bool) -> Record:
         """Return the state after this many samples of the epoch, which Composer counts over all ranks and saves."""
         assert from_beginning
         return {"epoch": self.order.current_epoch, "sample_in_epoch": num_samples}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Record) -> None:
         """Resume an epoch; Composer calls this."""
         self.order.resume(**state)

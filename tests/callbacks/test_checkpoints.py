@@ -12,11 +12,13 @@ from unittest.mock import patch
 
 import pytest
 
-from d2v_composer.callbacks.checkpointing import Checkpoints, FolderLock
+from d2v_composer.callbacks.checkpointing import Checkpoints
 from d2v_composer.callbacks.logging import Uploads
-from d2v_composer.checkpoints.checkpoint import LATEST, outdated, prune_store
+from d2v_composer.checkpoints.checkpoint import LATEST
+from d2v_composer.checkpoints.saving import outdated, prune_store
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError, RunError
+from d2v_composer.system.folder_lock import FolderLock
 from gated_store import GatedStore
 
 BUCKET = "saved"

@@ -15,21 +15,16 @@ import torch
 from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints import checkpoint as checkpoints
 from d2v_composer.checkpoints import load as loading
-from d2v_composer.checkpoints.checkpoint import (
-    LATEST,
-    CorruptCheckpointError,
-    drop_unused_scaler,
-    find_newest,
-    read_checkpoint,
-)
+from d2v_composer.checkpoints import resuming
+from d2v_composer.checkpoints.checkpoint import LATEST, CorruptCheckpointError, read_checkpoint
 from d2v_composer.checkpoints.load import save_student
+from d2v_composer.checkpoints.resuming import drop_unused_scaler, find_newest
 from d2v_composer.commands import embed, evaluate
 from d2v_composer.commands import export as export_student
 from d2v_composer.config.load import load_evaluate_config
 from d2v_composer.config.reference import load_any
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.targets import norm_mean
-from d2v_composer.runs import trainer
 from d2v_composer.runs.comparison import build_comparison
 from d2v_composer.system.addresses import RunFolder
 from d2v_composer.system.errors import InputError
@@ -254,7 +249,7 @@ def test_composer_gets_what_was_checked(
     run_folder: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resume reads its checkpoint once: it runs no code of a file that replaces it after the check."""
-    read, paths = trainer.find_newest, []
+    read, paths = resuming.find_newest, []
 
     def read_and_replace(*arguments: Any, **options: Any) -> Any:
         newest = read(*arguments, **options)
@@ -266,7 +261,7 @@ def test_composer_gets_what_was_checked(
         (tmp_path / "replacement.pt").replace(newest.path)
         return newest
 
-    monkeypatch.setattr(trainer, "find_newest", read_and_replace)
+    monkeypatch.setattr(resuming, "find_newest", read_and_replace)
     trained = train.main(small_run(run_folder, small_data, "max_duration=15ba"))
     assert (paths, trained.state.timestamp.batch.value) == ([run_folder / "ep2-ba14-rank0.pt"], 15)
     assert not (tmp_path / "canary").exists()

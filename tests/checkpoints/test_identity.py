@@ -13,7 +13,7 @@ from d2v_composer import load_student, load_teacher
 from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import align, convert_teacher, random_teacher
 from d2v_composer.config.reference import load_any
-from d2v_composer.embedding.align import read_index
+from d2v_composer.embedding.index import read_index
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, encoded_image, write_files
 from small_vits import random_vit

@@ -15,6 +15,7 @@ from d2v_composer.checkpoints.load import save_student
 from d2v_composer.commands import embed, search
 from d2v_composer.embedding.search import Found, near_duplicates
 from d2v_composer.system.errors import InputError
+from gated_store import GatedStore
 from helpers import GOLDEN, QUICKSTART, encoded_clip, encoded_image, saved, write_files
 
 TEACHER = QUICKSTART / "teacher.safetensors"
@@ -150,6 +151,8 @@ def test_a_moved_model_or_samples_are_named(indexes: Path, tmp_path: Path) -> No
         (["photos/none.png"], "none.png"),
         (["photos/1.png", "--above", "0.9"], "--above: applies only to --duplicates"),
         (["--id", "1.png", "--source", "photos"], "--source: applies only to --html"),
+        (["--duplicates", "--above", "2"], "--above.*less than 1"),
+        (["--duplicates", "--above", "nan"], "--above"),
     ],
 )
 def test_one_line_says_what_is_wrong(
@@ -191,7 +194,7 @@ def test_equal_rows_are_duplicates() -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (np.zeros((0, 8), np.float32), r"expected rows of float16, float32 or float64.*, 0 ids"),
+        (np.zeros((0, 8), np.float32), r"i\.npy cannot be read: it is empty"),
         (np.ones((2, 8), ">f4"), "got >f4"),
         (np.full((2, 8), np.nan, np.float32), "the row of a has numbers that are not finite"),
     ],
@@ -203,6 +206,52 @@ def test_rows_that_cannot_be_compared(tmp_path: Path, rows: NDArray, message: st
         found(tmp_path / "i.npy", "--duplicates")
 
 
-def test_an_index_in_a_store_is_refused() -> None:
-    with pytest.raises(InputError, match="an index is read from this machine; copy it here"):
-        found("s3://bucket/photos.npy", "--duplicates")
+@pytest.mark.parametrize(
+    ("name", "contents", "message"),
+    [
+        ("photos.ids.npy", None, r"photos\.ids\.npy"),
+        (
+            "photos.ids.npy",
+            np.full((14, 1), "a"),
+            r"photos\.ids\.npy cannot be read: expected one id for each of the 14",
+        ),
+        ("photos.ids.npy", np.full(14, b"\xff"), r"photos\.ids\.npy cannot be read: 'ascii' codec can't decode"),
+        ("photos.model.json", b"{}", r"photos\.model\.json cannot be read"),
+    ],
+    ids=["no ids", "a column of ids", "bytes", "no model"],
+)
+def test_the_damaged_file_beside_an_index_is_named(
+    indexes: Path, tmp_path: Path, name: str, contents: NDArray | bytes | None, message: str
+) -> None:
+    for file in indexes.glob("photos.*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / name).unlink()
+    if isinstance(contents, bytes):
+        (tmp_path / name).write_bytes(contents)
+    elif contents is not None:
+        np.save(tmp_path / name, contents)
+    with pytest.raises(InputError, match=message):
+        found(tmp_path / "photos.npy", "--duplicates")
+
+
+def test_a_page_shows_ids_that_are_not_unicode(tmp_path: Path) -> None:
+    images = {f"{number}.png": encoded_image(number) for number in range(3)}
+    write_files(tmp_path / "photos", images)
+    os.rename(os.fsencode(tmp_path / "photos/2.png"), os.fsencode(tmp_path / "photos") + b"/\xff.png")
+    embed.main([str(TEACHER), str(tmp_path / "photos"), str(tmp_path / "i.npy")])
+    found(tmp_path / "i.npy", "--id", "1.png", "--html", tmp_path / "page.html")
+    assert "\\udcff.png" in (tmp_path / "page.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize("form", ["npy", "parquet"])
+def test_an_index_is_read_from_a_store(
+    indexes: Path, reachable_store: GatedStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: str
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    address = reachable_store.create_bucket(f"search-{form}")
+    for file in indexes.glob("photos.*"):
+        reachable_store.client().upload_file(str(file), f"search-{form}", file.name)
+    (here,), (there,) = (
+        found(f"{place}/photos.{form}", indexes / "photos/7.png", "--k", "4") for place in (indexes, address)
+    )
+    assert here.rows.tolist() == there.rows.tolist()

@@ -208,6 +208,9 @@ def test_images_without_labels_are_judged_without(uninterrupted: Path, tmp_path:
     measures = {(row["bank"], row["measure"], row["k"]) for row in judged.report["results"]}
     assert measures == {("", "agreement", 10), ("", "instance", 1), ("", "instance", 3)}
     assert judged.report["class_names"] == {"photos": []}
+    page = (tmp_path / "evaluation.html").read_text()
+    assert "What the student finds in photos" in page
+    assert page.count("<img src=") == 12 * (1 + 3 + 3)
 
 
 def test_more_neighbors_than_images_are_refused() -> None:

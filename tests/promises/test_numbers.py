@@ -171,11 +171,35 @@ def test_the_untrained_student_is_the_runs(
     of_teacher_blocks: Path, exported: Path, labeled: Path, tmp_path: Path
 ) -> None:
     """Promise 23: an evaluation gives it the numbers that the run measured before its first batch."""
-    models = f"model={exported}", f"teacher={GOLDEN / 'tiny_base.pt'}"
-    ended = succeed("evaluate", datasets_of(labeled), "ks=[1]", f"out={tmp_path}", *models)
-    assert NOT_MEASURED not in ended.stderr
-    accuracies, logged = accuracies_of_untrained(tmp_path), log_of(of_teacher_blocks)
-    assert accuracies
+    check_untrained(of_teacher_blocks, exported, labeled, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("seed=3",),
+        ("student.embed_dim=24", "objectives.embedding.weight=1"),
+        ("alignment.max_samples=0",),
+        ("student.depth=5", "student.model=timm/test_byobnet"),
+    ],
+    ids=["fitted alignment", "trained alignment", "no alignment", "a timm model"],
+)
+def test_a_random_untrained_student_is_the_runs(
+    changes: tuple[str, ...], small_data: Path, labeled: Path, tmp_path: Path
+) -> None:
+    """Promise 23: it has the run's random weights, and an alignment that is made as the run's was."""
+    sets, few = f"retrieval.{datasets_of(labeled)}", ("max_duration=2ba", "scheduler.t_warmup=1ba")
+    run_training(*small_run(tmp_path / "run", small_data, sets, "retrieval.at_start=true", *few, *changes))
+    check_untrained(tmp_path / "run", tmp_path / "run" / "latest-rank0.pt", labeled, tmp_path)
+
+
+def check_untrained(run: Path, student: Path, labeled: Path, out: Path) -> None:
+    """Evaluate a run's student, and compare the untrained student's accuracies with those in the run's log."""
+    models = f"model={student}", f"teacher={GOLDEN / 'tiny_base.pt'}"
+    ended = succeed("evaluate", datasets_of(labeled), "ks=[1]", f"out={out}", *models)
+    assert "not measured" not in ended.stderr
+    accuracies, logged = accuracies_of_untrained(out), log_of(run)
+    assert len(accuracies) == 2
     for (bank, embedding), accuracy in accuracies.items():
         assert embedding == "embedding"
         assert accuracy == pytest.approx(logged[f"metrics/small/bank_{bank}/top1"][0])

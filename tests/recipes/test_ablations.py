@@ -252,7 +252,7 @@ def test_the_readmes_tables_show_what_the_csv_of_their_section_holds() -> None:
                 held = [value for result in results if name in result for value in result]
                 assert {*re.findall(r"-?[\d.]+", " ".join(cells))} <= {*held}, (named[1], name)
             checked.append(named[1])
-    assert checked == ["data2vec2", "choices", "width", "cifar10", "timm", "timm_epoch", "objectives", "audio"]
+    assert checked == ["data2vec2", "choices", "cifar10", "timm", "timm_epoch", "objectives", "audio"]
 
 
 def test_the_teachers_index_shows_the_mean_of_its_seeds() -> None:

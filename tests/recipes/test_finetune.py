@@ -159,7 +159,7 @@ def test_a_teacher_learns_to_classify_real_images(tmp_path: Path) -> None:
     model, images = QUICKSTART / "teacher.safetensors", QUICKSTART / "cifar10"
     result = finetune(*small_finetuning(tmp_path, model, images, *options))
     assert log_of(tmp_path)["metrics/test/top1"][16] > 0.2  # chance is 0.1
-    assert "evaluation at batch 16: top-1 " in result.stderr
+    assert "batch 16: metrics/test/top1 " in result.stderr
     assert "test images, batch 16, accuracy in %" in result.stdout
     assert "top-1 on the test images" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "report" / "accuracy.png").is_file()

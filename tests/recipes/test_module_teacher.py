@@ -1,7 +1,8 @@
-"""Anyone's module as the teacher, by the script of the guide."""
+"""Anyone's module as the teacher, by recipes/own_teacher.py and the entry point of the guide."""
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,11 +35,10 @@ KINDS = {"blocks": ["student.depth=2"], "network": ["student.depth=5", "student.
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the guide's script, which a second folder in it offers as an installed package."""
+    """A folder with the recipe, which a second folder in it offers as an installed package."""
     folder, guide = tmp_path_factory.mktemp("package"), (ROOT / "recipes/guides/students.md").read_text()
-    section = guide.split("## Your own model as the teacher\n")[1]
-    code, entry = re.findall("```(?:python|toml)\n(.*?)```", section, flags=re.DOTALL)
-    (folder / "mine.py").write_text(code)
+    [entry] = re.findall("```toml\n(.*?)```", guide, flags=re.DOTALL)
+    shutil.copy(ROOT / "recipes" / "own_teacher.py", folder)
     install(folder / "installed", "mine", re.sub('.*"(.*)".*\n', r"[\1]\n", entry, count=1).replace('"', ""))
     return folder
 
@@ -52,14 +52,15 @@ def install(folder: Path, name: str, entry_points: str) -> None:
 
 
 def settings(folder: Path, data: Path, kind: str, *overrides: str) -> list[str]:
-    changes = ["retrieval.representation=output", "teacher.model=ext/mine", "teacher.checkpoint=null", *KINDS[kind]]
+    teacher = "teacher.model=ext/own_teacher", "teacher.checkpoint=null"
+    changes = ["retrieval.representation=output", *teacher, *KINDS[kind]]
     return small_run(folder, data, *changes, "max_duration=4ba", *overrides)
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def run(request: Any, package: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / request.param
-    ended = run_command(sys.executable, package / "mine.py", *settings(folder, small_data, request.param)[1:])
+    ended = run_command(sys.executable, package / "own_teacher.py", *settings(folder, small_data, request.param)[1:])
     assert ended.returncode == 0, ended.stderr
     return folder
 
@@ -87,7 +88,7 @@ def evaluated(folder: Path, *options: str) -> tuple[set[str], str]:
 
 def test_a_run_resumes_only_with_it(run: Path, package: Path, small_data: Path) -> None:
     arguments = settings(run, small_data, run.name, "max_duration=6ba")
-    assert "teacher.model: no installed package offers ext/mine by an entry point" in refused_run(arguments)
+    assert "teacher.model: no installed package offers ext/own_teacher by an entry point" in refused_run(arguments)
     ended = run_command(sys.executable, "-c", INSTALLED, package, package / "installed", *train_command(arguments)[1:])
     assert ended.returncode == 0, ended.stderr
     assert load_checkpoint(run / "latest-rank0.pt")["state"]["timestamp"]["Timestamp"]["batch"] == 6
@@ -134,7 +135,7 @@ def test_a_resume_with_another_teacher_is_refused(small_data: Path, tmp_path: Pa
 
 def test_bad_input_is_one_line(package: Path, small_data: Path, tmp_path: Path) -> None:
     """Promise 18: a module without CLS."""
-    code = (package / "mine.py").read_text().replace("(images)", "(images)[:, 1:]").replace("True", "False")
+    code = (package / "own_teacher.py").read_text().replace("(images)", "(images)[:, 1:]").replace("True", "False")
     (tmp_path / "mine.py").write_text(code)
     changes = settings(
         tmp_path / "run", small_data, "blocks", "retrieval.datasets={a: {root: a}}", "retrieval.pooling=cls"

@@ -196,6 +196,7 @@ def test_the_table_of_a_study_compares_each_row_with_its_own_baselines() -> None
 
 def test_each_measure_is_a_line_through_the_models_in_order_of_speed() -> None:
     load: Any = None
+    sets: Any = dict.fromkeys(("first", "second"))
     speeds: dict[int, dict[str, float]] = {1: {"fast": 3, "slow": 5}, 64: {"fast": 900, "slow": 30}}
     right = {"pixels": 10, "fast": 40, "slow": 60}
     columns = [retrieval_from("train", 1), retrieval_from("train", 3), LINEAR]
@@ -206,7 +207,7 @@ def test_each_measure_is_a_line_through_the_models_in_order_of_speed() -> None:
         for dataset in ("first", "second")
     ]
     settings = Settings("output_mean", (1, 3), ["linear"], None, 64)
-    evaluation = Evaluation({}, {}, settings, {}, {}, load, {"first": [], "second": []}, results, speeds)
+    evaluation = Evaluation({}, {}, settings, {}, {}, load, sets, results, speeds)
     figure = quality_over_speed(evaluation, 64, "images")
     assert [axes.get_title("left") for axes in figure.axes] == [
         f"Quality over speed on {name}, with 95 % intervals" for name in ("first", "second")

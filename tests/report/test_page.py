@@ -296,7 +296,7 @@ def test_galleries_show_the_neighbors_that_were_counted(model: str, key: str, ru
     assert hits.double().mean().item() == max(run.log[f"metrics/squares/{key}bank_train/top1"].items())[1]
     rows = gallery(squares, torch.arange(4), {model: first[:, None]})
     for (query, neighbor), hit in zip(rows, hits, strict=False):
-        assert (query.model, neighbor.model) == ("query", model)
+        assert (query.title, neighbor.title) == ("query", model)
         assert (query.mark, neighbor.mark, neighbor.sound) == ("", "✓" if hit else "✗", b"")
         assert query.label in names
         assert (neighbor.label == query.label) == hit
@@ -318,7 +318,7 @@ def test_a_set_without_labels_has_a_gallery(small_data: Path, images: Path, tmp_
     rows = gallery(run.datasets["plain"], torch.arange(30), {STUDENT: students, TEACHER: teachers})
     shared = [len({*ours} & {*theirs}) for ours, theirs in zip(students.tolist(), teachers.tolist(), strict=True)]
     for model in (STUDENT, TEACHER):
-        assert [sum(each.model == model and each.mark == "✓" for each in row) for row in rows] == shared
+        assert [sum(each.title == model and each.mark == "✓" for each in row) for row in rows] == shared
     assert 0 < sum(shared) < 90
     page.write_report(run, tmp_path / "run")
     assert "the other images that are nearest to it" in (tmp_path / "run" / "report.html").read_text()

@@ -21,16 +21,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory, small_data: Path, labeled: 
     """Return the folder of a run with every logger, started in an empty folder; it says little."""
     started_in = tmp_path_factory.mktemp("loggers")
     folder = started_in / "runs" / "mine"
-    sets = f"retrieval.{datasets_of(labeled, 'squares')}"
-    arguments = small_run(folder, small_data, sets, "retrieval.interval=4ba", "run_name=mine", "max_duration=4ba", *ALL)
+    sets = f"retrieval.{datasets_of(labeled, 'squares')}", "retrieval.interval=4ba", "retrieval.probes=[agreement]"
+    arguments = small_run(folder, small_data, *sets, "run_name=mine", "max_duration=4ba", *ALL)
     result = run_command(*train_command(arguments), cwd=started_in, environment={"WANDB_MODE": "offline"})
     assert result.returncode == 0, result.stderr
     assert [path.name for path in started_in.iterdir()] == ["runs"]
     pattern = re.compile(
-        r"wandb: |warning: squares: 48 of 48 test images |.* INFO mlflow\.|batch \d+/4 |retrieval at batch \d+: |$"
+        r"wandb: |warning: squares: 48 of 48 test images |.* INFO mlflow\.|batch \d+/4 |batch \d+: metrics/|$"
     )
     assert [line for line in result.stderr.splitlines() if pattern.match(line) is None] == []
+    (folder / "stderr").write_text(result.stderr)
     return folder
+
+
+def test_the_console_names_accuracies_as_the_log_does(folder: Path) -> None:
+    log, shown = read_jsonl(folder / "log.jsonl"), dict[str, str]()
+    for line in (folder / "stderr").read_text().splitlines():
+        if match := re.fullmatch(r"batch (\d+): (\S+) ([\d.]+%)", line):
+            assert match[3] == f"{log[match[2]][int(match[1])]:.1%}"
+            shown[match[2]] = match[1]
+    rows, names = ("", "in_index/", "teacher/", "pixels/"), ("bank_train/top1", "bank_train/top3", "agreement@10")
+    assert shown.keys() == {f"metrics/squares/{row}{name}" for row in rows for name in names}
 
 
 def expected_losses(folder: Path) -> list[float]:
@@ -46,6 +57,7 @@ def test_tensorboard_has_the_metrics(folder: Path) -> None:
     events = EventAccumulator(str(folder / "tensorboard_logs" / "mine"))
     events.Reload()
     losses = [event.value for event in events.Scalars("loss/train/total")]
+    assert read_jsonl(folder / "log.jsonl").keys() <= {*events.Tags()["scalars"]}
     np.testing.assert_allclose(losses, expected_losses(folder), rtol=1e-6)
 
 
@@ -59,14 +71,16 @@ def test_mlflow_has_the_metrics(folder: Path) -> None:
     assert (logged.info.run_name, logged.info.status) == ("mine", "FINISHED")
     history = {point.step: point.value for point in client.get_metric_history(logged.info.run_id, "loss/train/total")}
     np.testing.assert_allclose([history[step] for step in sorted(history)], expected_losses(folder), rtol=1e-6)
-    ours = {re.sub(r"(/top\d+)/", r"\1.", key) for key in read_jsonl(folder / "log.jsonl")}
+    ours = {re.sub(r"(/top\d+|@10)/", r"\1.", key).replace("@", "_") for key in read_jsonl(folder / "log.jsonl")}
     assert ours <= logged.data.metrics.keys()
 
 
 def test_wandb_has_the_metrics(folder: Path) -> None:
     (offline,) = (folder / "wandb").glob("offline-run-*")
     (file,) = offline.glob("*.wandb")
-    losses = [row["loss/train/total"] for row in read_wandb(file) if "loss/train/total" in row]
+    rows = [*read_wandb(file)]
+    assert read_jsonl(folder / "log.jsonl").keys() <= {key for row in rows for key in row}
+    losses = [row["loss/train/total"] for row in rows if "loss/train/total" in row]
     np.testing.assert_allclose(losses, expected_losses(folder), rtol=1e-6)
 
 

@@ -1,0 +1,147 @@
+"""Find the checkpoint from which a run goes on, in its folder or its store, and bring it to every node."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from composer.utils import dist
+
+from d2v_composer.checkpoints.checkpoint import (
+    BEST,
+    LATEST,
+    LOG,
+    Checkpoint,
+    CorruptCheckpointError,
+    download,
+    download_checkpoint,
+    newest_first,
+    read_checkpoint,
+    stored_checkpoints,
+)
+from d2v_composer.checkpoints.saving import point_at, upload_checkpoint
+from d2v_composer.models.provenance import Record
+from d2v_composer.system.addresses import RunFolder
+from d2v_composer.system.errors import InputError, reading
+from d2v_composer.system.files import partial_file, sha256
+from d2v_composer.system.processes import num_nodes
+from d2v_composer.system.ranks import node_leaders_first, rank_zero_first
+
+log = logging.getLogger(__name__)
+
+
+def find_newest(
+    folder: RunFolder, accept: Callable[[Checkpoint], object], *, resumes: bool = True, uploads: bool = False
+) -> Checkpoint | None:
+    """Read a run's newest complete checkpoint, from its local folder or its store; ``None`` if there is none.
+
+    Once a checkpoint is accepted, ``latest-rank0.pt`` points at it. With a checkpoint from the store, the log is
+    downloaded, too, because another machine went on with the run.
+
+    Candidates are the targets of the pointers ``latest-rank0.pt``, here and in the store, and the checkpoints before
+    them; without a pointer, all local checkpoints. Truncated or corrupt ones are skipped with a warning.
+
+    Args:
+        folder: The run's folder.
+        accept: Function that raises if a checkpoint is of another run; called before anything changes.
+        resumes: If false, checkpoints in the folder are an error.
+        uploads: Upload a local checkpoint, for other nodes, even if the store has one of that name: after a change of
+            machines, that one may differ.
+
+    Raises:
+        InputError: The store cannot be read or holds other files, no checkpoint is complete, a checkpoint is not one
+            of this package, or there are checkpoints although ``resumes`` is false.
+        Exception: ``accept`` raised it.
+        RunError: The store cannot be written.
+    """
+    pointer = folder.local / LATEST
+    here = newest_first(
+        (path.name for path in folder.local.glob("*.pt")), pointer.readlink().name if pointer.is_symlink() else None
+    )
+    there = [] if folder.address is None else stored_checkpoints(folder.address)
+    if (here or there) and not resumes:
+        raise InputError(
+            f"autoresume: must be true, because {folder} holds a run's checkpoints; a new run needs another save_folder"
+        )
+    local_log = folder.local / LOG
+
+    def read_one(name: str) -> Checkpoint | None:
+        path = folder.local / name
+        if name in here:
+            with _skipped_if_corrupt():
+                accept(checkpoint := read_checkpoint(path))
+                if uploads and folder.address is not None:
+                    upload_checkpoint(path, folder.address)
+                return checkpoint
+        if name in there:
+            with _skipped_if_corrupt(), partial_file(path) as fetched:
+                download_checkpoint(f"{folder.address}/{name}", fetched)
+                accept(checkpoint := read_checkpoint(fetched)._replace(path=path))
+                download(f"{folder.address}/{LOG}", local_log)
+                download(f"{folder.address}/{BEST}", folder.local / BEST)
+                return checkpoint
+        return None
+
+    newest = next(filter(None, map(read_one, newest_first({*here, *there}))), None)
+    if newest is None:
+        if here or there:
+            raise InputError(f"{folder}: none of its checkpoints is complete; remove them to restart")
+        return None
+    if os.path.realpath(pointer) != os.path.realpath(newest.path):  # another machine saved it, or it is damaged
+        point_at(newest.path)
+    if folder.address is not None and not local_log.exists():
+        download(f"{folder.address}/{LOG}", local_log)
+    return newest
+
+
+@contextmanager
+def _skipped_if_corrupt() -> Iterator[None]:
+    """Warn of a corrupt checkpoint, and go on after the ``with`` block."""
+    try:
+        yield
+    except CorruptCheckpointError as error:
+        log.warning("%s: skipped", error)
+
+
+def share_newest(folder: RunFolder, resumes: bool, accept: Callable[[Checkpoint], None]) -> Checkpoint | None:
+    """Bring rank 0's newest checkpoint to every node, and read it; ``None`` for a new run.
+
+    Raises:
+        InputError: A node cannot get the checkpoint, or has a different file of that name, so that it would train
+            other weights.
+    """
+    on_several_nodes = num_nodes() > 1
+    newest, shared = None, [("", "")]
+    with rank_zero_first("the newest checkpoint"):
+        if dist.get_global_rank() == 0:
+            newest = find_newest(folder, accept, resumes=resumes, uploads=on_several_nodes)
+            if newest is not None:
+                shared = [(newest.path.name, sha256(newest.path) if on_several_nodes else "")]
+    dist.broadcast_object_list(shared)
+    name, digest = shared[0]
+    if not name:
+        return None
+    path, address = folder.local / name, folder.address and f"{folder.address}/{name}"
+    with node_leaders_first("the checkpoint"), reading(path):
+        if on_several_nodes and dist.get_local_rank() == 0 and not (path.is_file() and sha256(path) == digest):
+            if address is not None:
+                download_checkpoint(address, path)
+            if sha256(path) != digest:
+                raise InputError(
+                    f"{address or path} differs from the checkpoint with that name on node 0; "
+                    "all nodes need the same save_folder, in a store or on a shared file system"
+                )
+        if newest is None:
+            accept(newest := read_checkpoint(path))
+        return newest
+
+
+def drop_unused_scaler(checkpoint: Record, precision: str) -> None:
+    """Remove the loss scaler's state from a checkpoint unless both the run that saved it and this one use amp_fp16.
+
+    Only amp_fp16 scales the loss, with a scaler of its own class. In other precisions, the Trainer's scaler is unused:
+    on a CPU it is disabled and saves an empty state; on a GPU it is enabled and refuses an empty state.
+    """
+    state = checkpoint["state"]
+    if "scaler" in state and not (precision == "amp_fp16" and state["scaler"].get("GradScaler")):
+        del state["scaler"]

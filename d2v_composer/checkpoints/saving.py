@@ -1,0 +1,136 @@
+"""Save a run's checkpoints: write one, give it its name, upload it, and remove the outdated ones.
+
+The callback :class:`~d2v_composer.callbacks.checkpointing.Checkpoints` decides when.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from composer.core import State
+from composer.utils import dist
+from composer.utils.checkpoint import save_checkpoint
+from torch import Tensor
+
+from d2v_composer.checkpoints.checkpoint import BEST, LATEST, LOG, STORED_POINTER, newest_first, stored_checkpoints
+from d2v_composer.system.addresses import RunFolder
+from d2v_composer.system.errors import reason, writing
+from d2v_composer.system.fetch import list_names, open_store, put
+from d2v_composer.system.files import flush, move
+
+ADVICE = "earlier checkpoints are kept: resume with another precision, or start a new run with a lower optimizer.lr"
+
+log = logging.getLogger(__name__)
+
+
+def write_state(state: State, path: Path, publish: Callable[[Path, Path], None]) -> None:
+    """Write a run's state to a partial file, which rank 0 then gives its name by ``publish``.
+
+    Raises:
+        FloatingPointError: A number is not finite.
+        RunError: The file cannot be written.
+    """
+    # A kill leaves a file that the next checkpoint replaces.
+    partial = path.with_name("checkpoint.partial")
+    with writing(path.parent):
+        try:
+            save_checkpoint(state, str(partial), ignore_keys=check_finite)  # a callable gets the contents
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        if dist.get_global_rank() == 0:
+            publish(partial, path)
+
+
+def publish(partial: Path, checkpoint: Path) -> None:
+    """Rename a complete checkpoint, then point ``latest-rank0.pt`` at it; readers find the old or the new one."""
+    with suppress(FileNotFoundError):
+        flush(checkpoint.with_name(LOG))  # a resumed run logs only what follows
+    move(partial, checkpoint)
+    point_at(checkpoint)
+
+
+def point_at(checkpoint: Path) -> None:
+    """Let ``latest-rank0.pt`` point at a checkpoint."""
+    pointer = checkpoint.with_name(".latest.partial")
+    pointer.unlink(missing_ok=True)
+    pointer.symlink_to(checkpoint.name)
+    pointer.replace(checkpoint.with_name(LATEST))
+    flush(checkpoint.parent)
+
+
+def prune(folder: Path, num_to_keep: int) -> None:
+    """Remove the outdated checkpoints from a folder."""
+    names = [path.name for path in folder.iterdir()]
+    for name in outdated(names, (folder / LATEST).readlink().name, num_to_keep):
+        (folder / name).unlink(missing_ok=True)
+
+
+def prune_store(address: str, pointed_at: str, num_to_keep: int) -> None:
+    """Remove the outdated checkpoints from a run's folder in S3; a failure must not stop the run."""
+    store, key = open_store(address)
+    from composer.utils.object_store import S3ObjectStore
+
+    if not isinstance(store, S3ObjectStore):  # Composer's other clients cannot delete
+        return
+    try:
+        for name in outdated(list_names(address), pointed_at, num_to_keep):
+            store.client.delete_object(Bucket=store.bucket, Key=f"{key}/{name}".lstrip("/"))
+    except Exception as error:  # noqa: BLE001
+        log.warning("%s: could not remove old checkpoints (%s)", address, reason(error))
+
+
+def outdated(names: Iterable[str], pointed_at: str, num_to_keep: int) -> list[str]:
+    """Return the names of the checkpoints to remove: never the pointer's target or a newer one."""
+    return [] if num_to_keep < 0 else newest_first(names, pointed_at)[num_to_keep:]
+
+
+def upload_checkpoint(path: Path, address: str) -> None:
+    """Upload a checkpoint to a run's folder in a store, then the pointer to it."""
+    from composer.utils import parse_uri
+    from composer.utils.file_helpers import create_symlink_file
+
+    put(path, f"{address}/{path.name}", denial_passes=True)
+    with TemporaryDirectory() as folder:
+        create_symlink_file(parse_uri(f"{address}/{path.name}")[2], pointer := Path(folder) / STORED_POINTER)
+        put(pointer, f"{address}/{STORED_POINTER}", denial_passes=True)
+
+
+def upload_missing(folder: RunFolder) -> None:
+    """Upload a run's newest checkpoint if its store lacks it: a run was killed before the upload, or had no store.
+
+    Raises:
+        RunError: The store cannot be written.
+    """
+    newest = Path(os.path.realpath(folder.local / LATEST))
+    if folder.address is not None and newest.exists() and newest.name not in stored_checkpoints(folder.address)[:1]:
+        if (best := newest.with_name(BEST)).exists():
+            put(best, f"{folder.address}/{BEST}", denial_passes=True)
+        upload_checkpoint(newest, folder.address)
+
+
+def check_finite(checkpoint: dict[str, Any]) -> None:
+    """Check the weights and the optimizer's moments before a checkpoint is written, on all ranks.
+
+    Raises:
+        FloatingPointError: A number is not finite.
+    """
+    state = checkpoint["state"]
+    tensors = named_tensors({part: state[part] for part in ("model", "optimizers")})
+    mine = next((name for name, tensor in tensors if not tensor.isfinite().all()), None)
+    if culprit := next((name for name in dist.all_gather_object(mine) if name is not None), None):
+        batches = state["timestamp"]["Timestamp"]["batch"]
+        raise FloatingPointError(f"batch {int(batches) - 1}: {culprit} is not finite; {ADVICE}")
+
+
+def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in nested containers, named by their keys."""
+    if isinstance(value, Tensor):
+        yield name.removeprefix("."), value
+    elif isinstance(value, Mapping | list | tuple):
+        for key, member in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from named_tensors(member, f"{name}.{key}")

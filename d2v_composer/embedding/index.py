@@ -1,0 +1,74 @@
+"""Read an index, which is what ``d2v embed`` writes: embeddings with their ids, and the model that made them.
+
+Shapes: N rows of the index, P channels.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
+
+from d2v_composer.embedding.embed_source import INDEX_KEY, IndexRecord, about_file, ids_file
+from d2v_composer.sources import listed
+from d2v_composer.system.errors import reading
+from d2v_composer.system.fetch import exists, fetch
+
+FLOATS = tuple(map(np.dtype, ("float16", "float32", "float64")))  # of an index
+
+
+class VectorIndex(NamedTuple):
+    """Embeddings with their ids."""
+
+    ids: NDArray[np.str_]
+    """Id of each row, (N,)."""
+    rows: NDArray
+    """Embeddings, (N, P), of any float type."""
+    made_by: IndexRecord | None
+    """``None`` if the index does not say."""
+
+
+def read_index(path: str) -> VectorIndex:
+    """Read what ``d2v embed`` writes: NAME.npy with NAME.ids.npy, or NAME.parquet with the columns id and embedding.
+
+    Args:
+        path: A path, or an address in a store, whose files are kept in the cache.
+
+    Raises:
+        InputError: A file is missing, or does not hold one row of finite floats for each id.
+    """
+    with reading(path):
+        if path.endswith(".npy"):
+            rows, stored = np.load(fetch(path), mmap_mode="r"), None
+            with reading(names := ids_file(path)):
+                ids = np.load(fetch(names)).astype(str)
+                if ids.shape != (len(rows),):
+                    raise ValueError(f"expected one id for each of the {len(rows)} rows, got an array of {ids.shape}")
+            if exists(about := about_file(path)):
+                stored = fetch(about).read_bytes()
+        elif not path.endswith(".parquet"):
+            raise ValueError("expected .npy or .parquet")
+        else:
+            from pyarrow.parquet import read_table  # an extra
+
+            table, about = read_table(fetch(path), columns=["id", "embedding"]).combine_chunks(), path
+            stored = (table.schema.metadata or {}).get(INDEX_KEY)
+            ids, column = np.array(table["id"].to_pylist(), str), table["embedding"].combine_chunks()
+            widths = set(column.value_lengths().to_pylist())
+            if len(widths) > 1:
+                raise ValueError("its embeddings differ in width")
+            rows = column.flatten().to_numpy(zero_copy_only=False).reshape(len(ids), *widths)
+        if not rows.size:
+            raise ValueError("it is empty")
+        if rows.ndim != 2 or rows.dtype not in FLOATS:
+            kinds = f"{listed(map(str, FLOATS))} of this machine's byte order"
+            raise ValueError(f"expected rows of {kinds}, got {rows.dtype} {rows.shape}")
+        for first in range(0, len(rows), 1 << 14):
+            largest = np.abs(rows[first : first + (1 << 14)]).max(axis=1).astype(np.float64)
+            # In float32, the length of other rows would be infinite, or so short that it is not normalized.
+            if not (is_usable := (largest == 0) | ((largest > 1e-9) & (largest < 1e15))).all():
+                number = first + int(is_usable.argmin())
+                raise ValueError(f"the row of {ids[number]} has numbers that are not finite, or too large or too small")
+    with reading(about):
+        made_by = None if stored is None else TypeAdapter(IndexRecord).validate_json(stored)
+    return VectorIndex(ids, rows, made_by)

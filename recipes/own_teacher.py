@@ -1,0 +1,44 @@
+"""Distill from a module of your own: replace ``Tokens`` and the options in ``load`` by yours.
+
+usage: python recipes/own_teacher.py [dotted.key=value …]
+
+It distills the quickstart's images from a ViT with random weights. The same command resumes the run, and refuses a
+teacher whose outputs differ.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+
+from d2v_composer import FrozenModel, load_config, train_student
+from d2v_composer.system import command_line
+
+
+class Tokens(torch.nn.Module):
+    """Any module that maps images to tokens can teach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vit: Any = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return (B, 17, 192), CLS and then the patches row by row, of normalized images, (B, 3, 32, 32)."""
+        return self.vit.forward_features(images)
+
+
+def load(checkpoint: str | None = None) -> FrozenModel:
+    """Load the teacher; as ``ext/NAME`` of an installed package, with the YAML's ``teacher.checkpoint``."""
+    torch.manual_seed(0)
+    options = {"image_size": 32, "grid_size": (4, 4), "has_cls_token": True}
+    return FrozenModel(Tokens(), source="random weights", license="Apache-2.0", **options)
+
+
+def main(argv: Sequence[str]) -> None:
+    settings = ["teacher.model=ext/own_teacher", "teacher.checkpoint=null", "run_name=own_teacher"]
+    train_student(load_config(["yamls/quickstart.yaml", *settings, *argv]), teacher=load())
+
+
+if __name__ == "__main__":
+    command_line.run(main)  # bad input is one line

