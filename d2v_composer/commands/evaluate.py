@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     from d2v_composer.evaluation.evaluate import check_replaceable
     from d2v_composer.models.backbone import hash_weights
     from d2v_composer.models.precision import choose_precision
-    from d2v_composer.report.tables import evaluation_tables
+    from d2v_composer.report.tables import accuracy_tables, cost_table, evaluation_tables
     from d2v_composer.runs.comparison import build_comparison
     from d2v_composer.system.machine import describe_machine, package_versions
 
@@ -66,7 +66,9 @@ def main(argv: Sequence[str]) -> None:
         from d2v_composer.report.gallery import galleries, render  # matplotlib takes a second
 
         found = list(galleries(evaluation.datasets, evaluation.results, modality.unit))
-        page = render("evaluation.html", title=hide_secrets(config.model), tables=tables, found=found)
+        costs = "Size and computation", cost_table(evaluation.costs, modality.cost_unit, evaluation.speeds)
+        shown = [*accuracy_tables(evaluation.results, evaluation.datasets), costs]
+        page = render("evaluation.html", title=hide_secrets(config.model), tables=shown, found=found)
         write_atomically(picture.with_suffix(".html"), page)
         if config.rivals:
             from d2v_composer.report.plots import quality_over_speed, to_png

@@ -180,7 +180,9 @@ class Backbone(nn.Module, ABC):
         return self.embed_dim
 
     def choose_embedding(self, pooling: Pooling | None = None, representation: Representation | None = None) -> str:
-        """Return the name of the raw embedding with this pooling and representation; with neither, of the embedding.
+        """Return the name of the raw embedding with this pooling and representation.
+
+        With neither, return the name of the embedding that :meth:`embed` computes.
 
         Raises:
             InputError: The model has no such embedding.

@@ -30,10 +30,12 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
+# Metric of labeled test samples → its name.
+TESTED = {"top1": "top-1", "top5": "top-5", "map": "average precision", "map_50": "average precision at an IoU of 0.5"}
 # File name → title, in which {} stands for the samples' unit; "%" for shares, "log" for a logarithmic axis, or ""; and
 # log key → its name in the legend.
 CURVES = {
-    "accuracy": ("Accuracy on the test {}", "%", {"metrics/test/top1": "top-1", "metrics/test/top5": "top-5"}),
+    "accuracy": ("Accuracy on the test {}", "%", {f"metrics/test/{key}": name for key, name in TESTED.items()}),
     "loss": ("Loss", "log", {"loss/train/total": "training", "metrics/test/loss": "test"}),
     "learning_rate": ("Learning rate", "", {kind.log_key: "" for kind in OPTIMIZERS.values()}),
     "gradient_norm": ("Gradient norm before clipping", "log", {"l2_norm/grad/global": ""}),
@@ -82,7 +84,7 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
             yield (
                 f"gap_closed_{dataset}",
                 gap_plot(
-                    f"How much of the teacher gap is closed?\n{dataset}, top-{ks[0]}, mean of the banks with a gap",
+                    f"How much of the teacher gap is closed?\n{dataset}, top-{ks[0]}, mean of banks with a known gap",
                     lines,
                 ),
             )
@@ -202,7 +204,8 @@ def label_ends(axes: Axes, ends: Iterable[tuple[float, str, Any]]) -> None:
 
     Args:
         axes: The axes, with their limits.
-        ends: Height of each line's end, in the units of the axis, its label and its color.
+        ends: Height of each line's end, in the units of the axis, its label and its color, in which a line leads to the
+            label. The text is black, because pale colors are hard to read.
     """
     axes.get_ylim()  # matplotlib chooses the limits only when they are asked for
     to_share = axes.transData + axes.transAxes.inverted()
@@ -215,6 +218,7 @@ def label_ends(axes: Axes, ends: Iterable[tuple[float, str, Any]]) -> None:
         places[number] = min(places[number], highest)
         highest = places[number] - LABEL_HEIGHT
     for (share, label, color), place in zip(labels, places, strict=True):
-        options = {"xycoords": "axes fraction", "textcoords": "axes fraction", "va": "center", "color": color}
-        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
-        axes.annotate(label, (1, share), (1.04, place), size="small", arrowprops=arrow, **options)
+        arrow = {"arrowstyle": "-", "color": color, "linewidth": 1.5, "shrinkA": 1, "shrinkB": 0, "relpos": (0, 0.5)}
+        axes.annotate(
+            label, (1, share), (1.04, place), xycoords="axes fraction", size="small", va="center", arrowprops=arrow
+        )

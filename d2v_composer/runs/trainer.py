@@ -46,6 +46,7 @@ from d2v_composer.config.schema import (
     OPTIMIZERS,
     AlgorithmsConfig,
     OptimizerConfig,
+    ShardLoaderConfig,
     TrainerConfig,
 )
 from d2v_composer.config.types import class_path
@@ -362,7 +363,8 @@ def build_run_record(config: TrainerConfig, compares_microbatches: bool = False,
 def join_and_seed(config: TrainerConfig) -> None:
     """Raise the open-file limit, join the ranks, and seed. Call it first, on every rank."""
     allow_open_files()
-    join_ranks(0 if config.train_loader.remote is None else config.train_loader.timeout)
+    loader = config.train_loader
+    join_ranks(loader.timeout if isinstance(loader, ShardLoaderConfig) and loader.remote is not None else 0)
     reproducibility.seed_all(config.seed)
 
 

@@ -210,6 +210,7 @@ def test_images_without_labels_are_judged_without(uninterrupted: Path, tmp_path:
     assert judged.report["class_names"] == {"photos": []}
     page = (tmp_path / "evaluation.html").read_text()
     assert "What the student finds in photos" in page
+    assert "<td>teacher</td>" in page
     assert page.count("<img src=") == 12 * (1 + 3 + 3)
 
 
