@@ -159,7 +159,7 @@ class Backbone(nn.Module, ABC):
         return self.describe(EMBEDDING)
 
     made_by: MadeBy = "raw"
-    """What makes the embedding without an alignment."""
+    """What makes the embedding of a model that has no alignment."""
 
     def identify_weights(self) -> str:
         """Return the hash of a teacher's weights and preprocessing, or of a student's sizes and trained weights."""

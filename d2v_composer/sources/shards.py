@@ -267,7 +267,7 @@ class Shards:
         """Make space for a shard by evicting the least recently used ones.
 
         Raises:
-            NoRoomError: Shards that are being fetched take the room.
+            NoRoomError: The cache has no room until other shards are fetched.
         """
         # Suppressed: another program may remove the cache.
         with suppress(FileNotFoundError), sole_user(self._locks / "room", self.timeout) as is_our_turn:
