@@ -94,6 +94,8 @@ def test_dotted_keys_exist(page: Path) -> None:
     assert [key for key in named if key not in known and not key.startswith(free)] == []
 
 
+# Script → how many arguments it may have.
+POSITIONALS = {"ray_embed.py": (3, 4), "embed_onnx.py": (3,)}
 # Suffix of a file → its lines of shell.
 SHELL = {
     ".md": r"^```(?:sh|bash|console)\n((?s:.*?))^```",
@@ -129,9 +131,9 @@ def problems(program: str, argv: Sequence[str]) -> Iterator[str]:
             load([str(ROOT / given), *arguments[is_yaml:]])
         elif name == "ablations.py":
             changes = [word for word in Ablations.parse(arguments).given if "=" in word]
-        elif name == "ray_embed.py":
-            if not 3 <= len(arguments) <= 4:
-                yield f"expected MODEL SOURCE OUT [COLUMN], got {arguments}"
+        elif name in POSITIONALS:
+            if len(arguments) not in POSITIONALS[name]:
+                yield f"expected MODEL SOURCE OUT, got {arguments}"
         elif (name := name.replace("ray_convert.py", "convert-images")) in COMMANDS:
             kinds = reference.commands_in(name, f"d2v_composer/commands/{name.replace('-', '_')}.py")
             if name not in kinds:

@@ -180,8 +180,8 @@ class ShardLoaderConfig(LoaderConfig):
     shuffle_block_size: Annotated[Count, FIXED] = 1 << 16
     """Number of samples that are shuffled among each other. Their shards are in use at the same time."""
     num_canonical_nodes: Annotated[Count, FIXED] = 1
-    """Number of equal parts into which Streaming cuts the order of the samples. On several nodes, set their number or a
-    multiple of it, so that each node reads shards of its own."""
+    """Number of equal parts into which Streaming cuts the order of the samples. On several nodes, set the number of
+    nodes or a multiple of it, so that each node reads shards of its own."""
     cache_limit: Annotated[ByteSize, Field(ge=1), AfterValidator(int)] | None = None
     """Largest size of the cache of a remote data set, in bytes or as '100gb'; null: no limit. If the cache is smaller
     than the shards of ``shuffle_block_size`` samples, an epoch fetches shards several times."""

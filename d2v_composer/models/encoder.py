@@ -156,14 +156,17 @@ class Encoder(Freezable):
 
     @abstractmethod
     def example(self, count: int) -> Tensor:
-        """Return inputs of zeros, as after :meth:`prepare`."""
+        """Return ``count`` prepared inputs, all zeros: what :meth:`prepare` returns."""
 
     @abstractmethod
     def noise(self, count: int) -> Tensor:
-        """Return random inputs as before :meth:`prepare`, to measure with: uint8 images, or clips of five seconds."""
+        """Return ``count`` random inputs of :meth:`prepare` to measure with: uint8 images, or clips of five seconds."""
 
     def fixed_inputs(self, count: int) -> Tensor:
-        """Return inputs as before :meth:`prepare`, the same on every machine, to recognize a model by its outputs."""
+        """Return ``count`` inputs of :meth:`prepare` that are the same on every machine.
+
+        A model's outputs for these inputs identify the model.
+        """
         zeros = self.example(count)
         pattern = torch.arange(zeros.numel()).mul(7919).remainder(251).view(zeros.shape)
         return pattern.to(torch.uint8) if self.config.modality == "image" else pattern / 125 - 1

@@ -40,7 +40,7 @@ class Run(NamedTuple):
     """The sections of run.yaml: config, command, versions, hardware, data, and teacher or model."""
     log: Log
     datasets: Mapping[str, EvaluationSet] = {}
-    """Name → data set, of those that can still be read; each label has a name."""
+    """Name → data set, if its samples can still be read. Each label has a class name."""
     results: Sequence[Result] = ()
     """Results, as in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
 

@@ -188,7 +188,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
 
 
 def apply_precision_and_compile(config: TrainConfig, model: DistillationModel) -> None:
-    """Cast the teacher to the run's precision and, if the config says so, compile and recompute activations.
+    """Cast the teacher to the run's precision; if the config says so, compile the model and recompute its activations.
 
     Raises:
         InputError: timm cannot recompute this student's activations.

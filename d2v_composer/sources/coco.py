@@ -17,7 +17,7 @@ from d2v_composer.system.errors import InputError, reading
 from d2v_composer.system.files import sha256
 
 SMALLEST = 0.1
-"""Smallest width and height of a box, in pixels: those of smaller ones would vanish in float32."""
+"""Smallest width and height of a box, in pixels; at large coordinates, float32 would round smaller ones to 0."""
 
 
 class _Image(BaseModel):
