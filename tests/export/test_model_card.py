@@ -189,7 +189,7 @@ RAW = ("retrieval.representation=output", "retrieval.pooling=cls")
             "| student | in the teacher's index (the teacher's output_cls) |",
             marks=pytest.mark.slow,
         ),
-        (("alignment.max_samples=0",), "the teacher's output_cls", "| student (raw output_cls) |"),
+        (("alignment.max_samples=0",), "the teacher's output_cls", "| student (raw) |"),
     ],
 )
 def test_a_card_names_the_embedding_of_each_row(

@@ -16,10 +16,10 @@ from composer.core import Event, State, Time, Timestamp
 from torch import nn
 
 from d2v_composer.config import schema as schema_module
+from d2v_composer.config.choices import OPTIMIZERS
 from d2v_composer.config.load import defaults, load_checked, load_config
 from d2v_composer.config.reference import load_any
 from d2v_composer.config.schema import (
-    OPTIMIZERS,
     AlgorithmsConfig,
     FinetuneConfig,
     OptimizerConfig,
