@@ -16,7 +16,14 @@ import reference
 from d2v_composer.commands.__main__ import COMMANDS
 from d2v_composer.commands.fields import main as print_fields
 from d2v_composer.config import schema as fields
-from d2v_composer.config.load import find_section, load_config, load_evaluate_config, load_finetune_config
+from d2v_composer.config.detection import DetectConfig
+from d2v_composer.config.load import (
+    find_section,
+    load_config,
+    load_detect_config,
+    load_evaluate_config,
+    load_finetune_config,
+)
 from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabeledSetConfig, TrainConfig
 from d2v_composer.system import fetch
 from d2v_composer.system.errors import InputError
@@ -25,7 +32,7 @@ from recipes.ablations import Ablations
 
 FOLDERS = (".github", "recipes", "yamls", "tests", "d2v_composer")
 PAGES = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("**/*.md"))])
-SCHEMAS = (TrainConfig, EvaluateConfig, FinetuneConfig)
+SCHEMAS = (TrainConfig, EvaluateConfig, FinetuneConfig, DetectConfig)
 # Reader of a YAML → how it is checked, and the YAML that stands for one that is not in the repository.
 READERS = {
     "train": (load_config, "yamls/distill.yaml"),
@@ -35,6 +42,7 @@ READERS = {
     "run.py": (load_config, "yamls/distill.yaml"),
     "evaluate": (load_evaluate_config, "yamls/evaluate.yaml"),
     "finetune.py": (load_finetune_config, "yamls/finetune.yaml"),
+    "detect.py": (load_detect_config, "yamls/detect.yaml"),
 }
 
 
@@ -86,6 +94,8 @@ def test_dotted_keys_exist(page: Path) -> None:
     assert [key for key in named if key not in known and not key.startswith(free)] == []
 
 
+# Script → how many arguments it may have.
+POSITIONALS = {"ray_embed.py": (3, 4), "embed_onnx.py": (3,)}
 # Suffix of a file → its lines of shell.
 SHELL = {
     ".md": r"^```(?:sh|bash|console)\n((?s:.*?))^```",
@@ -121,9 +131,9 @@ def problems(program: str, argv: Sequence[str]) -> Iterator[str]:
             load([str(ROOT / given), *arguments[is_yaml:]])
         elif name == "ablations.py":
             changes = [word for word in Ablations.parse(arguments).given if "=" in word]
-        elif name == "ray_embed.py":
-            if not 3 <= len(arguments) <= 4:
-                yield f"expected MODEL SOURCE OUT [COLUMN], got {arguments}"
+        elif name in POSITIONALS:
+            if len(arguments) not in POSITIONALS[name]:
+                yield f"expected MODEL SOURCE OUT, got {arguments}"
         elif (name := name.replace("ray_convert.py", "convert-images")) in COMMANDS:
             kinds = reference.commands_in(name, f"d2v_composer/commands/{name.replace('-', '_')}.py")
             if name not in kinds:
@@ -195,9 +205,6 @@ def test_every_field_is_described_with_its_choices() -> None:
             assert about or section not in (None, LabeledSetConfig), f"{schema.__name__}.{name}"
             missing = {choice for choice in choices(field.annotation) if choice not in about}
             assert not missing, f"{schema.__name__}.{name}: {missing}"
-    described = {name: TrainConfig.model_fields[name].description or "" for name in ("callbacks", "loggers")}
-    assert [name for name in fields.CALLBACKS if name not in described["callbacks"]] == []
-    assert [name for name in fields.LOGGERS if name not in described["loggers"]] == []
 
 
 def test_the_tree_is_the_real_one() -> None:

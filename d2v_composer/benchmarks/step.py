@@ -133,7 +133,7 @@ def build_run(
         config: Config of the training.
         images: The batch of every step.
         steps: Length of an epoch of the Trainer.
-        at_end: Stack that closes the Trainer at its end.
+        at_end: Closes the Trainer when this stack is closed.
     """
     dtype = PRECISIONS[config.precision]
     if name == NAIVE:

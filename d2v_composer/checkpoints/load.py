@@ -335,7 +335,9 @@ def _load_finetuned(checkpoint: Checkpoint) -> Backbone:
     path, record = checkpoint.path, checkpoint.record
     if record["model"]["kind"] != "student":
         raise InputError(f"{path} is a fine-tuned teacher, which can neither be exported nor embed images")
-    tensors = {name.removeprefix("backbone."): tensor for name, tensor in checkpoint.tensors.items()}
+    prefix = record["model"].get("prefix", "backbone.")  # a detector's backbone is deeper, and its heads stay there
+    names = (name for name in checkpoint.tensors if name.startswith((prefix, "head.")))
+    tensors = {name.removeprefix(prefix): checkpoint.tensors[name] for name in names}
     return _build_with_head(path, read_sizes(path, record["model"]["sizes"]), tensors, record)
 
 

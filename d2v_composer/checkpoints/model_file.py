@@ -54,7 +54,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class ModelFile(NamedTuple):
-    """Contents of a safetensors file; from another program's file, only the tensors."""
+    """Contents of a safetensors file. A file that another program wrote fills only ``tensors``."""
 
     kind: str
     config: Record

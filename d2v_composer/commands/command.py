@@ -101,7 +101,7 @@ def _kinds_in(annotation: object) -> Iterator[object]:
 
 
 def _describe(field: FieldInfo) -> str:
-    """Return a field's docstring and, unless that names it, the default."""
+    """Return a field's docstring and, unless the docstring names it, the field's default."""
     text = " ".join((field.description or "").split()).rstrip(".").replace("``", "").replace("null: ", "default: ")
     shows_default = isinstance(field.default, str | int | float | Path) and not isinstance(field.default, bool)
     return f"{text}; default: {field.default}" if shows_default and "default: " not in text else text

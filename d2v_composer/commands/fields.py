@@ -3,7 +3,7 @@
     d2v fields
     d2v fields optimizer
 
-SECTION is training, evaluation, fine-tuning or datasets, or a section of the YAMLs.
+SECTION is training, evaluation, fine-tuning, detection or datasets, or a section of the YAMLs.
 """
 
 import json
@@ -38,6 +38,7 @@ def find_tables() -> Iterator[tuple[str, str, str]]:
 
     Fields that are the same as in training are only named.
     """
+    from d2v_composer.config.detection import DetectConfig
     from d2v_composer.config.load import find_section
     from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabeledSetConfig, TrainConfig
 
@@ -51,7 +52,12 @@ def find_tables() -> Iterator[tuple[str, str, str]]:
                 yield from find_rows(section, f"{prefix}{name}.")
 
     training = set(find_rows(TrainConfig))
-    readers = {"evaluation": EvaluateConfig, "fine-tuning": FinetuneConfig, "datasets": LabeledSetConfig}
+    readers = {
+        "evaluation": EvaluateConfig,
+        "fine-tuning": FinetuneConfig,
+        "detection": DetectConfig,
+        "datasets": LabeledSetConfig,
+    }
     for reader, schema in {"training": TrainConfig, **readers}.items():
         sections, shared = {"": list[str]()}, list[str]()
         for key, row in find_rows(schema):

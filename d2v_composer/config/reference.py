@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from d2v_composer.checkpoints.load import Models
 
 
+ImageSizeText = Annotated[int | str, PlainValidator(read_image_size)]
+
+
 class TimmSizes(BaseModel):
     """Sizes of a timm model."""
 
@@ -25,7 +28,7 @@ class TimmSizes(BaseModel):
     first_blocks: Annotated[Whole | None, FIXED] = None
     """Number of the model's first blocks that are part of the shared encoder. null: of a timm model, a sixth; of a
     data2vec 2.0 model, as many as its file says."""
-    image_size: Annotated[Annotated[int | str, PlainValidator(read_image_size)] | None, FIXED] = None
+    image_size: Annotated[ImageSizeText | None, FIXED] = None
     """Size of a timm model's images: pixels per side, or HEIGHTxWIDTH; null: the model's own size."""
 
 

@@ -14,7 +14,7 @@ class OnResume(Enum):
     FIXED_IF_COMPARED = auto()
     """It is refused in a run whose loss compares the inputs of a microbatch."""
     NEW_TARGETS = auto()
-    """It goes on, and computes the targets that the run has kept again."""
+    """It goes on, but computes again the targets that the run has stored."""
     NEW_RESULT = auto()
     """It goes on, to another result; ``d2v distill`` refuses it, because its OUT has the result of one command."""
 

@@ -7,12 +7,13 @@ Durations are Composer time strings: '5000ba' batches, '2ep' epochs.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, BaseModel, ByteSize, Field, ValidationInfo, create_model, model_validator
 from typing_extensions import Self
 
+from d2v_composer.config.choices import CALLBACKS, LOGGERS, OPTIMIZERS, about
 from d2v_composer.config.reference import ModelReference, TimmSizes
 from d2v_composer.config.resume import FIXED, FIXED_IF_COMPARED, NEW_RESULT, NEW_TARGETS
 from d2v_composer.config.types import (
@@ -64,45 +65,6 @@ PROBE_NAMES = tuple(metric.name for metric in PROBES)
 PROBES_ABOUT = "Further metrics of the test images: " + "; ".join(
     f"``{metric.name}`` {metric.about}{'' if 'labels' in metric.needs else ' (needs no labels)'}" for metric in PROBES
 )
-# Names of the callbacks and loggers that a YAML may choose → their classes, imported when chosen.
-CALLBACKS = {
-    "health": "d2v_composer.callbacks.health:Health",
-    "lr_monitor": "composer.callbacks:LRMonitor",
-    "memory_monitor": "composer.callbacks:MemoryMonitor",
-    "nan_monitor": "composer.callbacks:NaNMonitor",
-    "optimizer_monitor": "composer.callbacks:OptimizerMonitor",
-    "runtime_estimator": "composer.callbacks:RuntimeEstimator",
-    "speed_monitor": "composer.callbacks:SpeedMonitor",
-    "system_metrics_monitor": "composer.callbacks:SystemMetricsMonitor",
-}
-
-LOGGERS = {
-    "jsonl": "d2v_composer.callbacks.logging:JSONLLogger",
-    "mlflow": "d2v_composer.callbacks.logging:RunMLFlowLogger",
-    "tensorboard": "composer.loggers:TensorboardLogger",
-    "wandb": "composer.loggers:WandBLogger",
-}
-
-
-class OptimizerKind(NamedTuple):
-    """An optimizer that a YAML may choose; it takes the fields of :class:`OptimizerConfig`."""
-
-    path: str
-    """The class, imported when chosen."""
-    arguments: dict[str, bool]
-    """Arguments besides the fields."""
-
-    @property
-    def log_key(self) -> str:
-        """The key below which Composer's LRMonitor logs the learning rate of the first group."""
-        return f"lr-{self.path.partition(':')[2]}/group0"
-
-
-OPTIMIZERS = {
-    "adamw": OptimizerKind("torch.optim:AdamW", {"fused": True}),
-    "decoupled_adamw": OptimizerKind("composer.optim:DecoupledAdamW", {}),
-}
-"""Name → optimizer."""
 
 # Context in which a config is validated if its training samples must be there.
 NEEDS_DATA = "needs data"
@@ -182,20 +144,29 @@ SECTIONS: Any = {name: (objective.Options, objective.Options()) for name, object
 ObjectivesConfig = create_model("ObjectivesConfig", __base__=Objectives, __doc__=Objectives.__doc__, **SECTIONS)
 
 
-class ShardLoaderConfig(Section):
-    """Workers and augmentation of training images, and how they are streamed from MDS shards."""
+class LoaderConfig(Section):
+    """Workers and augmentation of training images."""
 
     num_workers: Annotated[int, Field(ge=0, le=1000)] = 8
     """Number of processes per device that decode samples. They put batches into /dev/shm; if /dev/shm is too small, the
     run fails at the start. 0: the training process decodes the samples."""
     prefetch_factor: PrefetchFactor = 2
     """Number of batches that each worker prepares ahead."""
+    flip: Annotated[Fraction, NEW_RESULT] = 0.5
+    """Probability of a horizontal flip."""
+
+    def faults(self, batch_size: int) -> Iterator[str]:
+        """Yield '.key: problem' for each value that does not suit a global batch size."""
+        yield from ()
+
+
+class ShardLoaderConfig(LoaderConfig):
+    """Workers and augmentation of training images, and how they are streamed from MDS shards."""
+
     crop_scale: Annotated[Range, must("be at most 1", lambda scale: scale[1] <= 1), NEW_RESULT] = (0.08, 1.0)
     """Smallest and largest area of a random crop, as a fraction of the image."""
     crop_ratio: Annotated[Range, NEW_RESULT] = (3 / 4, 4 / 3)
     """Smallest and largest ratio of width to height of a random crop."""
-    flip: Annotated[Fraction, NEW_RESULT] = 0.5
-    """Probability of a horizontal flip."""
     # The order of clips is by their length in a batch.
     crop_seconds: Annotated[float, Field(ge=0.045, le=3600), FIXED] = 15.6
     """Largest length of an audio clip, in seconds. Longer clips are cropped at random; shorter clips are padded to the
@@ -209,8 +180,8 @@ class ShardLoaderConfig(Section):
     shuffle_block_size: Annotated[Count, FIXED] = 1 << 16
     """Number of samples that are shuffled among each other. Their shards are in use at the same time."""
     num_canonical_nodes: Annotated[Count, FIXED] = 1
-    """Number of equal parts into which Streaming cuts the order of the samples. On several nodes, set their number or a
-    multiple of it, so that each node reads shards of its own."""
+    """Number of equal parts into which Streaming cuts the order of the samples. On several nodes, set the number of
+    nodes or a multiple of it, so that each node reads shards of its own."""
     cache_limit: Annotated[ByteSize, Field(ge=1), AfterValidator(int)] | None = None
     """Largest size of the cache of a remote data set, in bytes or as '100gb'; null: no limit. If the cache is smaller
     than the shards of ``shuffle_block_size`` samples, an epoch fetches shards several times."""
@@ -219,6 +190,12 @@ class ShardLoaderConfig(Section):
     def needs_samples_of_a_node(self) -> bool:
         """True if each node must read the same samples in every epoch, because it stores something for each."""
         return self.remote is not None  # its shards
+
+    def faults(self, batch_size: int) -> Iterator[str]:
+        if batch_size % (parts := self.num_canonical_nodes):  # each part gives whole samples to a batch
+            yield f".num_canonical_nodes: must divide global_train_batch_size {batch_size}, got {parts}"
+        if self.needs_samples_of_a_node and parts % (nodes := num_nodes()):
+            yield f".num_canonical_nodes: must be divisible by the {nodes} nodes, got {parts}"
 
 
 class TrainLoaderConfig(ShardLoaderConfig):
@@ -402,17 +379,12 @@ class TrainerConfig(RunConfig):
     device_train_microbatch_size: Annotated[Microbatch | None, FIXED_IF_COMPARED] = None
     """Number of images or clips in a device's forward pass. null: the device's whole batch. 'auto': half of it, again
     and again until it fits in the GPU's memory."""
-    train_loader: ShardLoaderConfig = ShardLoaderConfig()
+    train_loader: LoaderConfig = LoaderConfig()
     optimizer: Annotated[OptimizerConfig, FIXED] = OptimizerConfig()
     scheduler: Annotated[SchedulerConfig, NEW_RESULT] = SchedulerConfig()
     algorithms: Annotated[AlgorithmsConfig, NEW_RESULT] = AlgorithmsConfig()
-    callbacks: Annotated[Arguments, arguments_of(CALLBACKS)] = {}
-    """Name of a callback → its arguments, {} for the defaults. null turns off a callback that the YAML has. Names:
-    health, lr_monitor, memory_monitor, nan_monitor, optimizer_monitor, runtime_estimator, speed_monitor,
-    system_metrics_monitor, and ``ext/NAME`` for a callback of an installed package."""
-    loggers: Annotated[Arguments, arguments_of(LOGGERS)] = {}
-    """Name of a logger → its arguments, {} for the defaults. null turns off a logger that the YAML has. Names: jsonl,
-    mlflow, tensorboard, wandb, and ``ext/NAME`` for a logger of an installed package."""
+    callbacks: Annotated[Arguments, arguments_of(CALLBACKS), Field(description=about("callback", CALLBACKS))] = {}
+    loggers: Annotated[Arguments, arguments_of(LOGGERS), Field(description=about("logger", LOGGERS))] = {}
     progress_bar: bool = True
     """Show a progress bar on a terminal, and print a line every ten seconds elsewhere. false: do neither."""
     report: bool = True
@@ -444,10 +416,7 @@ class TrainerConfig(RunConfig):
             yield f".{self.long_warmup()}"
         if (size := self.global_train_batch_size) % num_ranks():
             yield f".global_train_batch_size: must be divisible by the {num_ranks()} ranks, got {size}"
-        if size % (parts := self.train_loader.num_canonical_nodes):  # each part gives whole samples to a batch
-            yield f".train_loader.num_canonical_nodes: must divide global_train_batch_size {size}, got {parts}"
-        if self.train_loader.needs_samples_of_a_node and parts % (nodes := num_nodes()):
-            yield f".train_loader.num_canonical_nodes: must be divisible by the {nodes} nodes, got {parts}"
+        yield from (f".train_loader{fault}" for fault in self.train_loader.faults(size))
         if self.load_weights_only and self.load_path is None:
             yield ".load_weights_only: must be false without a load_path"
         if self.device_train_microbatch_size == "auto" and not has_gpu():
@@ -533,7 +502,19 @@ class ClassifierAlgorithmsConfig(AlgorithmsConfig):
             yield ".cutmix: must be null with mixup, because Composer cannot mix labels twice"
 
 
-class FinetuneConfig(TrainerConfig, ModelReference):
+class LabeledRunConfig(TrainerConfig):
+    """Fields of runs that train with labels."""
+
+    eval_interval: Duration = "1ep"
+    """Time between evaluations, in batches or epochs; there is always one at the end of the run."""
+
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
+        if self.callbacks.get("health") is not None:
+            yield ".callbacks.health: must be null in a run with labels, which has no teacher targets"
+
+
+class FinetuneConfig(LabeledRunConfig, ModelReference):
     """Fields of recipes/finetune.py."""
 
     train_encoder: Annotated[bool, FIXED] = False
@@ -541,8 +522,7 @@ class FinetuneConfig(TrainerConfig, ModelReference):
     dataset: LabeledSetConfig
     """The MDS data set: the images in ROOT/train are for training, those in ROOT/test for evaluation. With
     ``train_loader.remote``, ROOT/train is the cache."""
-    eval_interval: Duration = "1ep"
-    """Time between evaluations, in batches or epochs; there is always one at the end of the run."""
+    train_loader: ShardLoaderConfig = ShardLoaderConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
     optimizer: Annotated[LayerwiseOptimizerConfig, FIXED] = LayerwiseOptimizerConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
     algorithms: Annotated[ClassifierAlgorithmsConfig, NEW_RESULT] = ClassifierAlgorithmsConfig()  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -553,8 +533,6 @@ class FinetuneConfig(TrainerConfig, ModelReference):
             yield f".dataset.format: must be mds, got {self.dataset.format}; {advice}"
         if self.dataset.label_column is None:
             yield ".dataset.label_column: must name a column: fine-tuning needs labels"
-        if self.callbacks.get("health") is not None:
-            yield ".callbacks.health: must be null in a fine-tuning run, which has no teacher targets"
 
 
 class EvaluateConfig(RunConfig, LookupConfig, ModelReference):

@@ -28,7 +28,7 @@ from d2v_composer.models.provenance import Json, Record
 from d2v_composer.sources.labeled import open_cifar
 from d2v_composer.sources.mds import INDEX, SUMMARY, ShardFile
 from d2v_composer.sources.open import open_source
-from d2v_composer.sources.source import Int64Array, Source, hash_of, map_in_workers
+from d2v_composer.sources.source import Int64Array, Source, hash_of, map_in_threads, map_in_workers
 from d2v_composer.system.addresses import place_to_write
 from d2v_composer.system.errors import InputError, RunError, UnreadableSampleError, reading, writing
 from d2v_composer.system.fetch import cache_folder, is_remote, list_etags, names_in, put
@@ -78,7 +78,7 @@ def _cifar10_images(folder: Path, split: str) -> Source:
     return replace(splits[split], load=load_png, keeps_files=True)
 
 
-def hold_out(source: Source, record: Path, workers: int = 0) -> tuple[dict[str, Source], int]:
+def hold_out(source: Source, record: Path) -> tuple[dict[str, Source], int]:
     """Split samples into ``test`` (a tenth, at most 5,000, and all exact copies of them) and ``train`` (the rest).
 
     The hash of a sample's id decides.
@@ -86,28 +86,27 @@ def hold_out(source: Source, record: Path, workers: int = 0) -> tuple[dict[str, 
     Args:
         source: The samples.
         record: A JSON file, which gets the hashes of the held-out contents.
-        workers: Processes that read samples to compare them.
 
     Returns:
         The two parts, and the number of copies among the samples of ``test``.
     """
     by_hash = sorted(range(len(source)), key=lambda number: _sha256(os.fsencode(str(source.ids[number]))))
     numbers = sorted(by_hash[: min(len(source) // 10, MAX_HELD_OUT)])
-    hashed = _hash_contents(source, numbers, workers)
+    hashed = _hash_contents(source, numbers)
     held = {sha256 for _, sha256 in hashed.values()} - {""}
     write_atomically(record, json.dumps(sorted(held)))
     # If a source knows the sizes of its samples, a copy has the size of one of these.
     is_sized = all(source.sizes[number] == size for number, (size, _) in hashed.items())
     may_be_copies = np.isin(source.sizes, source.sizes[numbers]) if is_sized else np.full(len(source), True)
     may_be_copies[numbers] = False
-    hashed |= _hash_contents(source, np.flatnonzero(may_be_copies).tolist(), workers)
+    hashed |= _hash_contents(source, np.flatnonzero(may_be_copies).tolist())
     test = sorted(number for number, (_, sha256) in hashed.items() if sha256 in held)
     num_copies = len(test) - len({hashed[number] for number in test})
     train = np.delete(np.arange(len(source)), test)
     return {"test": source.select(test), "train": source.select(train)}, num_copies
 
 
-def _hash_contents(source: Source, numbers: Sequence[int], workers: int) -> dict[int, tuple[int, str]]:
+def _hash_contents(source: Source, numbers: Sequence[int]) -> dict[int, tuple[int, str]]:
     """Return number → size and hash of the stored sample, for ``numbers``; the hash of an unreadable sample is ''."""
 
     def hash_content(number: int) -> tuple[int, str]:
@@ -118,7 +117,7 @@ def _hash_contents(source: Source, numbers: Sequence[int], workers: int) -> dict
         content = stored if isinstance(stored, bytes) else stored.tobytes()
         return len(content), _sha256(content)
 
-    hashes = map_in_workers(hash_content, numbers, workers if numbers else 0)
+    hashes = map_in_threads(hash_content, numbers)
     bar = progress_bar(hashes, total=len(numbers), desc="comparing", unit=source.modality.unit)
     return dict(zip(numbers, bar, strict=True))
 

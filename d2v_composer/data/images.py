@@ -117,7 +117,7 @@ class CuttableJpeg(NamedTuple):
 
     @classmethod
     def parse(cls, encoded: bytes, source: str) -> "CuttableJpeg | None":
-        """Read the header; return ``None`` for images that Pillow must decode: other formats, truncated, turned."""
+        """Read the header. Return ``None`` if Pillow must decode the file: not a JPEG, truncated, or EXIF-rotated."""
         # Pillow rejects a file without its end, which a decoder that stops early cannot notice. A truncated file does
         # not end like this by chance: the marker cannot occur within the coded pixels.
         if not (encoded.startswith(JPEG_START) and encoded.endswith(b"\xff\xd9")):

@@ -19,7 +19,7 @@ from d2v_composer.models.provenance import Json
 from d2v_composer.system.errors import UnreadableSampleError
 
 Stored = Any
-"""A sample as a source has it: a file's bytes, or what a column holds; each modality takes its own."""
+"""A sample as a source has it: a file's bytes, or what a column holds; each modality accepts its own kinds."""
 MAX_BYTES = 1 << 30  # limit of a file, because files are read whole
 
 

@@ -366,7 +366,7 @@ def _write_table(
     """Write ids and embeddings, move them to ``out``, and remove the folder of chunks.
 
     Raises:
-        InputError: A file has come to ``out`` meanwhile; see :func:`check_out`.
+        InputError: Another program has meanwhile written to ``out``; see :func:`check_out`.
     """
     complete, files = (folder := _partial_folder(out)) / "embeddings", {}
     if out.endswith(".npy"):

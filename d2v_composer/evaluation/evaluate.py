@@ -97,7 +97,7 @@ class Evaluation(NamedTuple):
     load: Callable[[Modality], tuple[Mapping[str, EvaluationSet], Augmentation]]
     """Returns a group's data sets, by name, and the augmentation that makes the views of their samples."""
     datasets: dict[str, EvaluationSet]
-    """The data sets, as the model takes their samples."""
+    """Name → data set, whose samples are loaded as the evaluated model takes them."""
     results: list[Result]
     speeds: dict[int, dict[str, float]]
     """Batch size → name → inputs per second, if it was measured."""

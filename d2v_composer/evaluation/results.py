@@ -17,7 +17,6 @@ from d2v_composer.evaluation.metrics.retrieval import retrieval_from
 from d2v_composer.evaluation.rows import GAP, ROWS, STUDENT, metric_key
 from d2v_composer.evaluation.run_log import Log
 from d2v_composer.models.alignment import EmbeddingInfo
-from d2v_composer.models.names import EMBEDDING
 
 NUM_RESAMPLES = 2000
 # A gap closed is stated if its 95 % interval is narrower than this share of the gap.
@@ -64,11 +63,6 @@ class Result(NamedTuple):
         return self._asdict() | {"column": self.column._asdict(), "info": self.info._asdict()}
 
     @property
-    def is_raw(self) -> bool:
-        """True for a student's own embedding in place of its teacher's."""
-        return self.embedding == EMBEDDING and self.info.made_by == "raw"
-
-    @property
     def embedding_text(self) -> str:
         """The embedding in words, such as "the teacher's output_cls"."""
         return self.info.in_words(self.embedding)
@@ -96,17 +90,14 @@ def pivot(results: Iterable[Result], dataset: str) -> dict[Column, dict[str, Res
     return columns
 
 
-def heading(cells: Mapping[str, Result]) -> str:
-    """Return the embedding of a table in words: the teacher's, the student's or the first row's that has a name."""
-    ordered = [cells[row] for row in GAP[::-1] if row in cells] + [*cells.values()]
-    return next((result.embedding_text for result in ordered if result.embedding), "")
+def heading(texts: Mapping[str, str]) -> str:
+    """Return a table's embedding, given row → its embedding in words: the teacher's, the student's, or the first."""
+    return next((texts[row] for row in (*GAP[::-1], *texts) if texts.get(row)), "")
 
 
-def label(result: Result, of_table: str) -> str:
-    """Return a row's title and, if its embedding is another one than the table's, this embedding."""
-    is_other = result.embedding and result.embedding_text != of_table
-    is_raw = result.embedding == EMBEDDING and result.info.made_by == "raw"
-    return f"{result.row} ({'raw' if is_raw else result.embedding_text})" if is_other else result.row
+def label(row: str, text: str, of_table: str) -> str:
+    """Return a row's title and, if its embedding ``text`` is another one than the table's, this embedding."""
+    return row if text in ("", of_table) else f"{row} ({'raw' if text.startswith('raw ') else text})"
 
 
 class Interval(NamedTuple):

@@ -13,7 +13,8 @@ from d2v_composer.checkpoints.load import save_student
 from d2v_composer.checkpoints.timm_student import timm_call
 from d2v_composer.data import MODALITIES
 from d2v_composer.evaluation.evaluate import cost, read_evaluation
-from d2v_composer.evaluation.rows import IN_INDEX, ROWS, STUDENT, TEACHER
+from d2v_composer.evaluation.results import heading, label
+from d2v_composer.evaluation.rows import ROWS, STUDENT
 from d2v_composer.models.alignment import EmbeddingInfo
 from d2v_composer.models.backbone import hash_weights
 from d2v_composer.models.names import timm_name
@@ -128,20 +129,19 @@ def choose_rows(queries: Record, student: Any) -> tuple[str, dict[str, str]]:
     """
     infos = {row: EmbeddingInfo(**about["info"]) for row, about in queries.items()}
     weights, fingerprints = student.identify_weights(), ("", student.embedding.fingerprint)
-    rows = [
-        row
-        for row in ROWS
-        if row in infos
+    texts = {
+        title: infos[title].in_words(queries[title]["embedding"])
+        for title, row in ROWS.items()
+        if title in infos
         and (
-            row not in (STUDENT, IN_INDEX)
-            or (queries[row]["weights"] == weights and infos[row].fingerprint in fingerprints)
+            STUDENT not in row.models
+            or (queries[title]["weights"] == weights and infos[title].fingerprint in fingerprints)
         )
-    ]
-    if STUDENT not in rows:
+    }
+    if STUDENT not in texts:
         return "", {}
-    texts = {row: infos[row].in_words(queries[row]["embedding"]) for row in rows}
-    heading = texts.get(TEACHER, texts[STUDENT])
-    return heading, {row: row if texts[row] in ("", heading) else f"{row} ({texts[row]})" for row in rows}
+    of_table = heading(texts)
+    return of_table, {title: label(title, text, of_table) for title, text in texts.items()}
 
 
 def add_section(readme: Path, heading: str, text: str) -> None:

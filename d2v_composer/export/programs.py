@@ -34,7 +34,7 @@ EXTRA_FILES = ("preprocessing.json", "embedding")
 
 
 def build_bias(alibi: Any, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Compute in a program what :meth:`Alibi.unscaled` keeps."""
+    """Return the bias of :meth:`Alibi.unscaled`, computed anew: an exported program keeps no tensor between calls."""
     return alibi.build(num_tokens, alibi.slopes_of_heads).to(dtype)
 
 
@@ -106,7 +106,7 @@ def read_metadata(path: Path, student: Backbone) -> tuple[str, bool, bool]:
     """Return which embedding a student's exported file computes, whether in int8, and whether from pixels.
 
     Raises:
-        InputError: The file cannot be read, the student has no such embedding, or the file's preprocessing is another.
+        InputError: The file cannot be read, the student has no such embedding, or the file's preprocessing differs.
     """
     stored, is_int8 = {"embedding": ""}, False
     with reading(path):

@@ -204,7 +204,7 @@ def mel_filters() -> Tensor:
 
 
 class EatEncoder(Waveforms, Data2Vec2Encoder):
-    """EAT's: log-mel spectrogram, patch embedding, fixed positions, CLS, LayerNorm, ``prenet_depth`` blocks.
+    """EAT's encoder: log-mel spectrogram, patch embedding, fixed positions, CLS, LayerNorm, ``prenet_depth`` blocks.
 
     Inputs are waveforms, (B, L) float in [-1, 1], 16 kHz mono. A spectrogram has ``target_length`` frames. A shorter
     clip is filled up, as in pre-training, and no token is padding. A longer clip is cut off, unless :meth:`windows`

@@ -159,7 +159,7 @@ class Backbone(nn.Module, ABC):
         return self.describe(EMBEDDING)
 
     made_by: MadeBy = "raw"
-    """What makes the embedding without an alignment."""
+    """What makes the embedding of a model that has no alignment."""
 
     def identify_weights(self) -> str:
         """Return the hash of a teacher's weights and preprocessing, or of a student's sizes and trained weights."""
@@ -180,7 +180,9 @@ class Backbone(nn.Module, ABC):
         return self.embed_dim
 
     def choose_embedding(self, pooling: Pooling | None = None, representation: Representation | None = None) -> str:
-        """Return the name of the raw embedding with this pooling and representation; with neither, of the embedding.
+        """Return the name of the raw embedding with this pooling and representation.
+
+        With neither, return the name of the embedding that :meth:`embed` computes.
 
         Raises:
             InputError: The model has no such embedding.

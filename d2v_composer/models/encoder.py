@@ -147,7 +147,7 @@ class Encoder(Freezable):
         """Return the first block's input, (B, T, D)."""
 
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
-        """Return each block's context, perhaps followed by the contexts of a teacher's blocks."""
+        """Return the context of each of the encoder's blocks."""
         return []
 
     @abstractmethod
@@ -156,14 +156,17 @@ class Encoder(Freezable):
 
     @abstractmethod
     def example(self, count: int) -> Tensor:
-        """Return inputs of zeros, as after :meth:`prepare`."""
+        """Return ``count`` prepared inputs, all zeros: what :meth:`prepare` returns."""
 
     @abstractmethod
     def noise(self, count: int) -> Tensor:
-        """Return random inputs as before :meth:`prepare`, to measure with: uint8 images, or clips of five seconds."""
+        """Return ``count`` random inputs of :meth:`prepare` to measure with: uint8 images, or clips of five seconds."""
 
     def fixed_inputs(self, count: int) -> Tensor:
-        """Return inputs as before :meth:`prepare`, the same on every machine, to recognize a model by its outputs."""
+        """Return ``count`` inputs of :meth:`prepare` that are the same on every machine.
+
+        A model's outputs for these inputs identify the model.
+        """
         zeros = self.example(count)
         pattern = torch.arange(zeros.numel()).mul(7919).remainder(251).view(zeros.shape)
         return pattern.to(torch.uint8) if self.config.modality == "image" else pattern / 125 - 1
@@ -203,7 +206,7 @@ class Encoder(Freezable):
         """
         padding_mask = self.padding_mask(inputs.lengths, inputs.values.shape[-1])
         x_BTD = self.embed_tokens(inputs)
-        for block, context in zip(self.block_list, self.block_contexts(x_BTD, padding_mask), strict=False):
+        for block, context in zip(self.block_list, self.block_contexts(x_BTD, padding_mask), strict=True):
             x_BTD, _ = block(x_BTD, context)
         return Tokens(x_BTD, padding_mask, inputs.window_weights)
 

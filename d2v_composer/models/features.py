@@ -59,7 +59,7 @@ class Features:
         return cls(lambda _: [(x_BTD, x_BTD)], 1, nn.Identity(), num_extra_tokens, has_cls_token, pooled=pooled)
 
     def layers(self, source: TargetSource = "ffn") -> Iterator[Tensor]:
-        """Yield each block's FFN output or, with the source ``block``, its output, (B, T, D)."""
+        """Yield each block's FFN output, (B, T, D); with the source ``block``, the block's whole output."""
         if source == "ffn":
             return (ffn_output for _, ffn_output in self.run(False))
         return (output for output, _ in self.run(True))

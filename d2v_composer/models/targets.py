@@ -67,7 +67,10 @@ def norm_mean(
 
 
 def average(layers: Iterable[Tensor], final_layer_norm: bool = False) -> Tensor:
-    """Return the mean of layers, with a LayerNorm if asked; from a generator, one at a time is in memory."""
+    """Return the mean of layers, (B, T, D), then with ``final_layer_norm`` its LayerNorm.
+
+    If ``layers`` is a generator, only one layer at a time is in memory.
+    """
     sum_BTD: Tensor | None = None
     num_layers = 0
     for layer_BTD in layers:

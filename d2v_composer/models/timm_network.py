@@ -56,10 +56,19 @@ def load_pretrained(model: str) -> "TimmStudent":
     Raises:
         ValueError: timm has no such model or no weights of it, or its features have no grid.
     """
+    student, pretrained = TimmStudent(config_of(model), pretrained=True), timm.get_pretrained_cfg(timm_name(model))
+    if width := projection_width(pretrained.num_classes if pretrained else None):
+        projection = create_network(student.config, pretrained=True, num_classes=width)[0].get_classifier()
+        student.align(projection.weight.data, projection.bias.data, JOINT, "teacher")
+    return student
+
+
+def config_of(model: str) -> TimmNetworkConfig:
+    """Return the config of a timm model with timm's preprocessing."""
     pretrained = timm.get_pretrained_cfg(timm_name(model))
     data = resolve_data_config(pretrained_cfg=pretrained.to_dict() if pretrained else {})
     in_chans, *shape = data["input_size"]
-    config = TimmNetworkConfig(
+    return TimmNetworkConfig(
         model=model,
         timm=timm.__version__,
         in_chans=in_chans,
@@ -68,11 +77,6 @@ def load_pretrained(model: str) -> "TimmStudent":
         image_std=data["std"],
         interpolation=data["interpolation"],
     )
-    student = TimmStudent(config, pretrained=True)
-    if width := projection_width(pretrained.num_classes if pretrained else None):
-        projection = create_network(config, pretrained=True, num_classes=width)[0].get_classifier()
-        student.align(projection.weight.data, projection.bias.data, JOINT, "teacher")
-    return student
 
 
 def projection_width(num_classes: int | None) -> int:
@@ -200,6 +204,18 @@ class TimmStudent(Backbone):
 
     def features(self, tokens: Tokens) -> Features:
         return Features.of_layer(tokens.x, 0, True, pooled=tokens.pooled)
+
+    def resized(self, image_size: Any) -> "TimmStudent":
+        """Return a student with these weights for images of another size; timm resizes its positions, if it has any.
+
+        Raises:
+            ValueError: timm cannot build the model for this size.
+        """
+        resized = TimmStudent(self.config.changed(image_size=image_size), self.provenance)
+        weights: Any = {"state_dict": self.encoder.model.state_dict(), "num_classes": 0}
+        name, options = timm_name(self.config.model), resized.encoder.options
+        resized.encoder.model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=weights, **options)
+        return resized.eval()
 
     def checkpoint_activations(self, enable: bool = True) -> None:
         self.encoder.model.set_grad_checkpointing(enable)  # an AssertionError if timm has none for this model

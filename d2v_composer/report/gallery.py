@@ -53,7 +53,10 @@ def render(template: str, **values: Any) -> str:
 def galleries(
     datasets: Mapping[str, EvaluationSet], results: Sequence[Result], unit: str
 ) -> Iterator[tuple[str, str, list[list[Shown]]]]:
-    """Yield each data set's name, and its gallery's note and rows, of test samples that are the same in every run."""
+    """Yield a data set's name, and the note and the rows of its gallery.
+
+    The queries are test samples, chosen by a fixed seed: every run shows the same ones.
+    """
     for name, labeled in datasets.items():
         nearest = {
             row: result.nearest
@@ -64,7 +67,9 @@ def galleries(
         if STUDENT in nearest:
             chosen = torch.randperm(len(labeled.test.labels), generator=torch.Generator().manual_seed(0))[:QUERIES]
             of, marks = (
-                ("train", "✓ of its class, ✗ of another") if labeled.has_labels else ("other", "✓ found by both")
+                ("train", "✓ of the query's class, ✗ of another")
+                if labeled.has_labels
+                else ("other", "✓ found by both")
             )
             beside = ", and in its teacher's" if TEACHER in nearest else ""
             about = f"A query, then the {of} {unit} that are nearest to it in the trained student's embedding{beside}"

@@ -8,7 +8,7 @@ import yaml
 
 from d2v_composer.evaluation.run_log import HEALTH_STATES
 from d2v_composer.report.gallery import galleries, render
-from d2v_composer.report.plots import accuracy_plots, curves, to_png
+from d2v_composer.report.plots import TESTED, accuracy_plots, curves, to_png
 from d2v_composer.report.run import Run, latest, verdicts
 from d2v_composer.report.tables import accuracy_tables, cost_table
 from d2v_composer.system.files import write_atomically
@@ -35,7 +35,7 @@ def write_report(run: Run, folder: Path) -> list[Path]:
         ],
         answers=list(verdicts(run)),
         tables=[*accuracy_tables(run.results, run.retrieval["datasets"]), *cost_tables(run)],
-        accuracies={k: latest(run.log.get(f"metrics/test/top{k}", {})) for k in (1, 5)},
+        accuracies={name: latest(run.log.get(f"metrics/test/{key}", {})) for key, name in TESTED.items()},
         results=results,
         training=training,
         unit=run.modality.unit,

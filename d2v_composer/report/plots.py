@@ -11,7 +11,7 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from d2v_composer.config.schema import OPTIMIZERS
+from d2v_composer.config.choices import OPTIMIZERS
 from d2v_composer.evaluation.evaluate import Evaluation
 from d2v_composer.evaluation.metrics import METRICS, RETRIEVAL
 from d2v_composer.evaluation.metrics.metric import Column
@@ -30,10 +30,12 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
+# Metric of labeled test samples → its name.
+TESTED = {"top1": "top-1", "top5": "top-5", "map": "average precision", "map_50": "average precision at an IoU of 0.5"}
 # File name → title, in which {} stands for the samples' unit; "%" for shares, "log" for a logarithmic axis, or ""; and
 # log key → its name in the legend.
 CURVES = {
-    "accuracy": ("Accuracy on the test {}", "%", {"metrics/test/top1": "top-1", "metrics/test/top5": "top-5"}),
+    "accuracy": ("Accuracy on the test {}", "%", {f"metrics/test/{key}": name for key, name in TESTED.items()}),
     "loss": ("Loss", "log", {"loss/train/total": "training", "metrics/test/loss": "test"}),
     "learning_rate": ("Learning rate", "", {kind.log_key: "" for kind in OPTIMIZERS.values()}),
     "gradient_norm": ("Gradient norm before clipping", "log", {"l2_norm/grad/global": ""}),
@@ -82,7 +84,7 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
             yield (
                 f"gap_closed_{dataset}",
                 gap_plot(
-                    f"How much of the teacher gap is closed?\n{dataset}, top-{ks[0]}, mean of the banks with a gap",
+                    f"How much of the teacher gap is closed?\n{dataset}, top-{ks[0]}, mean of banks with a known gap",
                     lines,
                 ),
             )

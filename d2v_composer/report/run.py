@@ -40,7 +40,7 @@ class Run(NamedTuple):
     """The sections of run.yaml: config, command, versions, hardware, data, and teacher or model."""
     log: Log
     datasets: Mapping[str, EvaluationSet] = {}
-    """Name → data set, of those that can still be read; each label has a name."""
+    """Name → data set, if its samples can still be read. Each label has a class name."""
     results: Sequence[Result] = ()
     """Results, as in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
 
@@ -51,7 +51,7 @@ class Run(NamedTuple):
 
     @property
     def retrieval(self) -> Mapping[str, Any]:
-        """The section ``retrieval`` of the config; in a fine-tuning run, it has no data sets."""
+        """The section ``retrieval`` of the config; in a run with labels, it has no data sets."""
         config = self.record["config"]
         return {"datasets": {}, "max_images": None} if "dataset" in config else config["retrieval"]
 
@@ -62,7 +62,7 @@ def latest(values: Mapping[int, float]) -> float | None:
 
 
 def read_run(folder: Path) -> Run:
-    """Read the folder of a finished or unfinished run of ``recipes/train.py`` or ``recipes/finetune.py``.
+    """Read the folder of a finished or unfinished run of ``recipes/train.py``, ``finetune.py`` or ``detect.py``.
 
     Results and neighbors are those of the newest checkpoint. Data sets that cannot be read, or have changed since, are
     left out, with a printed line.

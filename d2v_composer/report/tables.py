@@ -44,13 +44,14 @@ def accuracy_tables(results: Sequence[Result], datasets: Iterable[str]) -> Itera
             columns = {column: cells for column, cells in of_dataset.items() if column.metric in names}
             if not columns:
                 continue
-            embedding = heading({row: result for cells in columns.values() for row, result in cells.items()})
+            texts = {row: result.embedding_text for cells in columns.values() for row, result in cells.items()}
+            embedding = heading(texts)
             title = f"{table.title} on {dataset}" + (f", embedding: {embedding}" if embedding else "")
             title += f", batch {batch}" if batch else ""
-            labels = {row: label(result, embedding) for cells in columns.values() for row, result in cells.items()}
             lines = [
-                [labels[row], *(percent(cells[row].interval) if row in cells else "–" for cells in columns.values())]
-                for row in sorted(labels, key=lambda row: (*ROWS, row).index(row))
+                [label(row, texts[row], embedding)]
+                + [percent(cells[row].interval) if row in cells else "–" for cells in columns.values()]
+                for row in sorted(texts, key=lambda row: (*ROWS, row).index(row))
             ]
             if any(closed := [gap_closed(cells) for cells in columns.values()]):
                 shown = [percent(gap.interval, 0) if gap and gap.interval else "–" for gap in closed]

@@ -1,1 +1,1 @@
-"""Run from a checked config to the report: ``distill.train_student``, ``finetune.finetune``."""
+"""Run a checked config, up to the report: ``distill.train_student``, ``finetune.finetune``, ``detect.detect``."""

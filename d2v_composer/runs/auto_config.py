@@ -190,7 +190,7 @@ def convert_samples(request: Request, plan: Plan) -> None:
         InputError: An earlier call began with other samples or options, or too few samples are left to train on.
     """
     config, source, modality = plan.config, plan.source, plan.source.modality
-    samples, workers = request.out / modality.unit, os.cpu_count() or 1
+    samples = request.out / modality.unit
     splits = {split: conversion_options(modality, config, split == "test") for split in ("test", "train")}
     made_from = {modality.unit: len(source), "list of files": source.content, "conversion": splits}
     about = request.check(**made_from)
@@ -201,13 +201,13 @@ def convert_samples(request: Request, plan: Plan) -> None:
     if not splits:
         return
     print(f"other files: {name_counts(source.left_out)}")
-    parts, num_copies = hold_out(source, samples / f"{HELD_OUT}.json", workers)
+    parts, num_copies = hold_out(source, samples / f"{HELD_OUT}.json")
     print(f"copies of held-out {modality.unit}, also held out: {num_copies}")
     if (left := len(parts["train"])) < (batch := config.global_train_batch_size):
         left_to_train = f"the number of {modality.unit} left to train on"
         raise InputError(f"global_train_batch_size: must be at most {left}, {left_to_train}; got {batch}")
     for split, options in splits.items():
-        done = convert(parts[split], samples / split, workers=workers, **options, skip_unreadable=True)
+        done = convert(parts[split], samples / split, workers=os.cpu_count() or 1, **options, skip_unreadable=True)
         print(f"{samples / split}: {done.samples} {modality.unit}")
         print_skipped(done.skipped)
 

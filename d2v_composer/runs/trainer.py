@@ -30,7 +30,6 @@ from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.callbacks.trainer_state import find_callback
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.checkpoint import (
-    ALGORITHMS,
     LOG,
     Checkpoint,
     download_checkpoint,
@@ -38,14 +37,13 @@ from d2v_composer.checkpoints.checkpoint import (
 )
 from d2v_composer.checkpoints.resuming import drop_unused_scaler, share_newest
 from d2v_composer.checkpoints.timm_student import convert_to_timm
+from d2v_composer.config.choices import ALGORITHMS, CALLBACKS, LOGGERS, OPTIMIZERS
 from d2v_composer.config.load import deep_merge, defaults
 from d2v_composer.config.resume import FIXED, FIXED_IF_COMPARED, keys_marked
 from d2v_composer.config.schema import (
-    CALLBACKS,
-    LOGGERS,
-    OPTIMIZERS,
     AlgorithmsConfig,
     OptimizerConfig,
+    ShardLoaderConfig,
     TrainerConfig,
 )
 from d2v_composer.config.types import class_path
@@ -362,7 +360,8 @@ def build_run_record(config: TrainerConfig, compares_microbatches: bool = False,
 def join_and_seed(config: TrainerConfig) -> None:
     """Raise the open-file limit, join the ranks, and seed. Call it first, on every rank."""
     allow_open_files()
-    join_ranks(0 if config.train_loader.remote is None else config.train_loader.timeout)
+    loader = config.train_loader
+    join_ranks(loader.timeout if isinstance(loader, ShardLoaderConfig) and loader.remote is not None else 0)
     reproducibility.seed_all(config.seed)
 
 

@@ -33,7 +33,8 @@ CONTAINERS = (
         ".parquet",
         "Parquet files",
         "FILE.parquet#ROW",
-        "a column of bytes, of paths relative to the file or of the hub's images: the only one, or `--column`",
+        "a column of files' bytes, of paths relative to the file or of the hub's images; if several fit, `--column` "
+        "chooses",
         "a column",
         "parquet",
     ),

@@ -26,7 +26,7 @@ class Member(NamedTuple):
     size: int
     """Number of bytes when it is read."""
     place: tuple[int, ...]
-    """Whole numbers by which it is found and read; of all members equally many."""
+    """Whole numbers by which the member is found and read; all members have equally many."""
     fault: str = ""
     """Why it cannot be read; '' if it can."""
 

@@ -342,7 +342,10 @@ def collate_labeled(pairs: Sequence[tuple[Tensor, int | Tensor]]) -> list[Tensor
 
 
 def eval_batches(labeled: LabeledSamples, batch_size: int) -> DataLoader:
-    """Return a loader of this rank's samples, not augmented. Composer drops samples that fill up the last batch."""
+    """Return a loader of this rank's samples, not augmented.
+
+    A sampler repeats samples until all ranks have equally many; Composer leaves the repeated ones out of metrics.
+    """
     from composer.utils import dist
 
     dataset: Any = list(zip(*labeled, strict=True))

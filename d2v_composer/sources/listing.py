@@ -144,7 +144,7 @@ def list_files(source: str, suffixes: tuple[str, ...], needs: Mapping[str, str])
 
 
 def matched_parts(glob: Sequence[str], parts: Sequence[str]) -> frozenset[int]:
-    """Return how many leading parts of a glob a path can use up; a path that fits can use up all, ``len(glob)``."""
+    """Return the numbers of leading parts of a glob that can match a whole path; ``len(glob)`` if the path fits."""
     counts = {0}
     for part in ("", *parts):
         if part:

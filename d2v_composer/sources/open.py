@@ -335,7 +335,7 @@ def find_files(
     split: str | None = NONE,
     kind: str | None = None,
 ) -> Files | None:
-    """List the files of a source that are of one kind: samples in a folder here, or a container's.
+    """List the files of a source, all of one kind: samples in a folder on this machine, or containers of samples.
 
     Parquet files beside tars of the same names are img2dataset's tables, and left out.
 

@@ -223,10 +223,10 @@ class Shards:
     def _fetch(self, shard_id: int, timeout: float) -> bool:
         """Fetch and verify a shard, unless another thread does.
 
-        When ``timeout`` is over, no other thread is waited for: this one's own error tells what the store says.
+        If ``timeout``, in seconds, is 0, fetch the shard even if another thread does, to raise the store's own error.
 
         Returns:
-            False if another thread fetches the shard, or if shards that are being fetched take the room in the cache.
+            False if another thread fetches the shard, or if the cache has no room until other shards are fetched.
         """
         path, shard = self._paths[shard_id], self.shards[shard_id]
         stored = shard.zipped or shard.raw
@@ -267,7 +267,7 @@ class Shards:
         """Make space for a shard by evicting the least recently used ones.
 
         Raises:
-            NoRoomError: Shards that are being fetched take the room.
+            NoRoomError: The cache has no room until other shards are fetched.
         """
         # Suppressed: another program may remove the cache.
         with suppress(FileNotFoundError), sole_user(self._locks / "room", self.timeout) as is_our_turn:

@@ -244,7 +244,7 @@ def worker_options(num_workers: int, prefetch_factor: int, for_gpu: bool, timeou
 def map_in_workers(
     function: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int, for_gpu: bool = False
 ) -> Iterator[ResultT]:
-    """Yield a function's result for each item, in order, computed ahead by worker processes.
+    """Yield a function's result for each item, in order, computed ahead by worker processes; a single item has none.
 
     Raises:
         RunError: A worker was killed.
@@ -257,7 +257,7 @@ def map_in_workers(
         except (InputError, RunError) as problem:
             return None, problem
 
-    options = worker_options(workers, 2, for_gpu)
+    options = worker_options(min(workers, len(items)) if len(items) > 1 else 0, 2, for_gpu)
     try:
         # Without a name, it ends with the loop: an error that torch raises would hold it, and its workers the lock.
         for result, problem in DataLoader(items, batch_size=None, collate_fn=call, **options):  # pyright: ignore[reportArgumentType]: items have a length
@@ -275,7 +275,7 @@ def map_in_workers(
 def map_in_threads(function: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> Iterator[ResultT]:
     """Yield a function's result for each item, in order, computed by as many threads as torch may use.
 
-    Decoders release Python's lock. In a worker process, torch uses one thread.
+    Decoders, files and hashes release Python's lock. In a worker process, torch uses one thread.
     """
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for start in range(0, len(items), AHEAD):

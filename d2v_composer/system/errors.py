@@ -14,6 +14,7 @@ EXTRAS = {
     **dict.fromkeys(("boto3", "botocore", "composer", "streaming", "torchmetrics"), "train"),
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "onnx"),
     "pyarrow": "parquet",
+    "pycocotools": "detect",
 }
 
 

@@ -224,7 +224,7 @@ def _discard(descriptor: int) -> None:
 def prepare_streams() -> None:
     """Print each line immediately; survive closed streams, and readers that exit, as in ``d2v report runs/a | head``.
 
-    A full disk is a RunError if it is standard output's.
+    If the disk of standard output is full, that is a RunError.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # else a file of ours would take its number, and what others print

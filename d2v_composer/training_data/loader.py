@@ -11,7 +11,7 @@ import torch
 from composer.utils import dist
 from torch.utils.data import DataLoader
 
-from d2v_composer.config.schema import ShardLoaderConfig, TrainerConfig, TrainLoaderConfig
+from d2v_composer.config.schema import LoaderConfig, TrainerConfig, TrainLoaderConfig
 from d2v_composer.data import build_augmentation
 from d2v_composer.data.modality import Modality
 from d2v_composer.sources.labeled import collate_labeled
@@ -132,7 +132,7 @@ def build_train_loader(
     )
 
 
-def check_memory(loader: ShardLoaderConfig, batch_size: int, sample_bytes: int) -> None:
+def check_memory(loader: LoaderConfig, batch_size: int, sample_bytes: int) -> None:
     """Check that the node has the shared memory for its ranks' batches.
 
     SIGBUS would silently kill a process that writes more than is free.

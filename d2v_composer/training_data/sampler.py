@@ -174,7 +174,22 @@ def collate_clips(samples: Sequence[dict[str, Any]], name: str, sizes: Sequence[
     return {name: inputs, "sample_id": sample_ids} | ({"lengths": lengths[0]} if lengths else {})
 
 
-class StreamingSamples(Dataset[Any]):
+class OrderedSamples(Dataset[Any]):
+    """Samples whose epochs a DataLoader reads with ``sampler=dataset.order``, also after a resume."""
+
+    order: EpochOrder
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> Record:
+        """Return the state after this many samples of the epoch, which Composer counts over all ranks and saves."""
+        assert from_beginning
+        return {"epoch": self.order.current_epoch, "sample_in_epoch": num_samples}
+
+    def load_state_dict(self, state: Record) -> None:
+        """Resume an epoch; Composer calls this."""
+        self.order.resume(**state)
+
+
+class StreamingSamples(OrderedSamples):
     """Augmented samples from a column of an MDS data set; ``DataLoader(dataset, sampler=dataset.order)`` reads epochs.
 
     An epoch has every sample exactly once, or fails with an error that names the shard. A sample is ``{"image": (3, S,
@@ -236,12 +251,3 @@ class StreamingSamples(Dataset[Any]):
         if not 0 <= label < self.num_classes:
             raise InputError(f"{source}: its label must be a number from 0 to {self.num_classes - 1}, got {label}")
         return values, label
-
-    def state_dict(self, num_samples: int, from_beginning: bool) -> Record:
-        """Return the state after this many samples of the epoch, which Composer counts over all ranks and saves."""
-        assert from_beginning
-        return {"epoch": self.order.current_epoch, "sample_in_epoch": num_samples}
-
-    def load_state_dict(self, state: Record) -> None:
-        """Resume an epoch; Composer calls this."""
-        self.order.resume(**state)

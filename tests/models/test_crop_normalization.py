@@ -1,6 +1,7 @@
 """A crop of sound may be normalized over itself, as training does; data2vec's pre-training does so over the clip.
 
-recipes/guides/method.md has the numbers that ``-m slow -s`` prints.
+``-m slow -s`` prints a student's loss on whole clips after training with either: 0.0128 and 0.0132 in float32 on an
+AMD EPYC.
 """
 
 from typing import Any

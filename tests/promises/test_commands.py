@@ -147,16 +147,16 @@ NO_STDOUT = "standard output cannot be written: No space left on device"
 @pytest.mark.parametrize(
     ("command", "status", "line"),
     [
-        ("d2v fields >&-", 0, ""),
-        ("d2v fields <&- >&-", 0, ""),
+        ("d2v --version >&-", 0, ""),
+        ("d2v --version <&- >&-", 0, ""),
         ("d2v fields > /dev/full", 1, NO_STDOUT),
         ("d2v --help > /dev/full", 1, NO_STDOUT),
         ("train --help > /dev/full", 1, NO_STDOUT),
         ("train --help >&-", 0, ""),
-        ("d2v fields 2>&-", 0, ""),
+        ("d2v --version 2>&-", 0, ""),
         ("d2v fieldss 2>&-", 2, ""),
         ("d2v fieldss 2> /dev/full", 2, ""),
-        ("d2v fields | true", 0, ""),
+        ("d2v --version | true", 0, ""),
         ("train --help | true", 0, ""),
         ("ulimit -f 0; d2v fields | cat", 2, "No usable temporary directory"),  # no file can be written anywhere
     ],

@@ -4,7 +4,6 @@ What is sound's alone, but for batches of similar length, is in tests/conversion
 """
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -25,7 +24,6 @@ from helpers import (
     D2V,
     GOLDEN,
     NUM_IMAGES,
-    QUICKSTART,
     ROOT,
     Record,
     assert_gone,
@@ -73,7 +71,8 @@ def store(object_store: GatedStore, many_shards: Path) -> GatedStore:
 
 def two_epochs(folder: Path, data: Path, *overrides: str, **options: Any) -> Programs:
     """Start a run of two epochs that records its samples in ``folder``/samples."""
-    arguments = ["max_duration=12ba", f"global_train_batch_size={BATCH_SIZE}", *overrides]
+    smallest = "student.depth=1", "alignment.max_samples=0", "callbacks={}"
+    arguments = ["max_duration=12ba", f"global_train_batch_size={BATCH_SIZE}", *smallest, *overrides]
     return recorded(folder, small_run(folder / "run", data, *arguments), **options)
 
 
@@ -107,7 +106,7 @@ def undisturbed(many_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize(
     ("ranks", "workers"),
-    [(1, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 0), (1, 0), (2, 3)])],
+    [(1, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 0), (1, 0), (2, 3)])],
 )
 def test_epochs_are_whole_though_killed(
     store: GatedStore, undisturbed: Record, tmp_path: Path, ranks: int, workers: int
@@ -322,26 +321,6 @@ def test_a_conversion_is_whole_or_nothing(tmp_path: Path) -> None:
     dataset: Any = StreamingDataset(local=str(out), shuffle=False, batch_size=1)
     assert len(dataset) == 999
     assert Counter(int(dataset[i]["label"]) for i in range(len(dataset))) == {0: 500, 1: 499}
-
-
-def test_embed_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    """Promise 21: it is killed and interrupted at random moments; one line says how to go on."""
-    model, source, options = GOLDEN / "tiny_base.pt", QUICKSTART / "cifar10" / "train", ("--batch-size", "50")
-    succeed("embed", model, source, tmp_path / "whole.npy", *options)
-    command = ["embed", model, source, tmp_path / "killed.npy", "--workers", "1", *options]
-    for number, sent in enumerate((signal.SIGKILL, signal.SIGINT, signal.SIGTERM)):
-        program = start_python(*D2V, *command)
-        wait_until(lambda program=program: len(family_of(program.pid)) > 1, seconds=60)
-        time.sleep(0.3 + number / 10)  # it embeds for few seconds in all
-        family = family_of(program.pid)
-        os.killpg(program.pid, sent)
-        assert program.wait(30) == (-sent if sent == signal.SIGKILL else 128 + sent), program.stderr
-        assert_gone(family)
-        assert sent == signal.SIGKILL or program.stderr.splitlines()[-1].startswith(("Interrupted", "SIGTERM"))
-        assert not (tmp_path / "killed.npy").exists()
-    succeed(*command)
-    assert (tmp_path / "killed.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
-    assert np.isfinite(np.load(tmp_path / "killed.npy")).all()
 
 
 # Sound: batches of similar length.

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,10 +25,12 @@ from helpers import (
     D2V,
     GOLDEN,
     ROOT,
+    assert_gone,
     contents_of,
     d2v,
     encoded_image,
     failure,
+    family_of,
     run_ranks,
     start_python,
     started_ranks,
@@ -436,20 +439,31 @@ def test_a_killed_part_goes_on_where_its_source_has_another_path(tmp_path: Path)
     assert "resumed an interrupted run after " in succeed("embed", TEACHER, there, *options).stdout
 
 
-def test_ranks_embed_to_the_same_bytes(tmp_path: Path) -> None:
-    """Promise 21: killed with two ranks, a run goes on with one."""
+def test_ranks_and_interrupted_commands_embed_to_the_same_bytes(tmp_path: Path) -> None:
+    """Promise 21: killed with two ranks, then interrupted twice with one, it goes on, and one line says how to."""
     data = write_mds(tmp_path / "data", [encoded_image(number % 50, size=16) for number in range(3000)])
-    whole, out, options = tmp_path / "whole.npy", tmp_path / "out.npy", ("--batch-size", "64", "--workers", "0")
-    succeed("embed", TEACHER, data, whole, *options)
+    whole, out, options = tmp_path / "whole.npy", tmp_path / "out.npy", ("--batch-size", "64", "--workers")
+    succeed("embed", TEACHER, data, whole, *options, "0")
     command = ("embed", TEACHER, data, out, *options)
-    with started_ranks(*D2V, *command, ranks=2) as ranks:
+    with started_ranks(*D2V, *command, "0", ranks=2) as ranks:
         wait_until(lambda: [*tmp_path.glob(".out.npy.partial/*.npz")], seconds=60)
         for process in ranks:
             process.kill()
-    assert "resumed an interrupted run after " in succeed(*command).stdout
+    for sent, name in ((signal.SIGINT, "Interrupted"), (signal.SIGTERM, "SIGTERM")):
+        program = start_python(*D2V, *command, "1")
+        wait_until(lambda program=program: len(family_of(program.pid)) > 1, seconds=60)
+        time.sleep(random.uniform(0, 0.1))
+        family = family_of(program.pid)
+        os.killpg(program.pid, sent)
+        assert program.wait(30) == 128 + sent, program.stderr
+        assert_gone(family)
+        assert program.stderr.splitlines()[-1].startswith(name)
+        assert not out.exists()
+    assert "resumed an interrupted run after " in succeed(*command, "1").stdout
     assert out.read_bytes() == whole.read_bytes()
-    run_ranks(*D2V, *command, "--overwrite")
+    run_ranks(*D2V, *command, "0", "--overwrite")
     assert out.read_bytes() == whole.read_bytes()
+    assert np.isfinite(np.load(out)).all()
     assert not (tmp_path / ".out.npy.partial").exists()
 
 

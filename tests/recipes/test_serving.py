@@ -1,10 +1,9 @@
-"""The page and the lines of the guide on searching find what numpy finds in the embeddings of ``d2v embed``."""
+"""The browser page of the guide on searching finds what numpy finds in the embeddings of ``d2v embed``."""
 
 import re
 import shutil
 import subprocess
 import sys
-from ast import literal_eval
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -32,12 +31,6 @@ def lines(page: str, section: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def run_python(folder: Path, code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random student, also in ONNX, and photos of several sizes with its embeddings."""
@@ -63,18 +56,6 @@ def load(folder: Path, name: str) -> tuple[list[str], np.ndarray]:
     """Return ids, and embeddings of length 1."""
     rows = np.load(folder / f"{name}.npy")
     return np.load(folder / f"{name}.ids.npy").tolist(), rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
-@pytest.mark.slow
-def test_search_by_the_lines_of_the_guide(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("faiss")
-    [code] = lines("search.md", "Nearest neighbors", "python")
-    cosine_of = literal_eval(run_python(shutil.copytree(folder, tmp_path / "folder"), code))
-    ids, unit = load(folder, "photos")
-    cosines = unit @ unit[0]
-    nearest = np.argsort(-cosines)[:6]
-    assert list(cosine_of) == [ids[i] for i in nearest]
-    assert list(cosine_of.values()) == pytest.approx(cosines[nearest].tolist(), abs=1e-6)
 
 
 class Quiet(SimpleHTTPRequestHandler):

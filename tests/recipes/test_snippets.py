@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from d2v_composer.models.timm_network import TimmStudent
 from helpers import GOLDEN, QUICKSTART, ROOT, encoded_image, run_training, write_files
 
 PAGES = {path.name: path for path in (ROOT / "README.md", *(ROOT / "recipes" / "guides").glob("*.md"))}
-SLOW = {"composer.md", "deploy.md"}
-"""A training on 4,480 images; exports."""
+SLOW = {"composer.md"}
+"""A training on 4,480 images."""
 
 
 def blocks_of(page: str) -> list[str]:
@@ -78,22 +79,25 @@ def with_sound(folder: Path) -> Path:
 )
 def test_a_page_runs(page: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = with_sound(tmp_path) if page == "audio.md" else files
-    if page == "deploy.md":
-        export.main([str(folder / "student.safetensors"), str(folder / "student.onnx"), "--overwrite"])
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {"__name__": page}
     for block in blocks_of(page):
         exec(compile(block, page, "exec"), names)
     if page == "README.md":
         assert (names["embeddings"].shape, names["targets"].shape) == ((2, 192), (2, 65, 192))
-    if page == "deploy.md":
-        expected = torch.from_numpy(np.load("photos.npy"))
-        for given in (names["embeddings"], *(names[name] for name in ["by_openvino"] if name in names)):
-            assert cosine_similarity(torch.from_numpy(given), expected).min() > 0.99999
     if page == "export-and-embed.md":
         torch.testing.assert_close(names["by_timm"], names["embeddings"], rtol=1e-5, atol=1e-5)
     if page == "students.md":
         assert [names[name].shape for name in ("embeddings", "pooled", "logits")] == [(1, 384), (1, 512), (1, 10)]
+
+
+@pytest.mark.slow
+def test_the_recipe_without_torch_embeds_as_the_command(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(files)
+    export.main(["student.safetensors", "student.onnx", "--overwrite"])
+    runpy.run_path(str(ROOT / "recipes" / "embed_onnx.py"))["main"]("student.onnx", "photos", "by_onnx.npy")
+    given, expected = (torch.from_numpy(np.load(name)) for name in ("by_onnx.npy", "photos.npy"))
+    assert cosine_similarity(given, expected).min() > 0.99999
 
 
 def test_the_toy_teacher_names_its_embedding() -> None:

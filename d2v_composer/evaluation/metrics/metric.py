@@ -62,7 +62,7 @@ class Pair:
     search: Callable[[Tensor, Tensor, int], TopK]
     """Returns each query's k nearest in a bank, given bank, queries and k."""
     teacher: Callable[[], Tensor]
-    """Returns the teacher's nearest others of each test image, (Q, K)."""
+    """Returns the K other test images that are nearest to each test image in the teacher's embedding, (Q, K)."""
     widths: Mapping[str, int] = field(default_factory=dict)
     """Bank → the largest number of neighbors that any metric asks for."""
     title: str = ""

@@ -1,0 +1,133 @@
+"""Read images with boxes: a folder of images, and a JSON file in COCO's format.
+
+Shapes: N images, K boxes of all images, one image's after another's.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
+
+from d2v_composer.sources.source import Int64Array, PackedStrings
+from d2v_composer.system.errors import InputError, reading
+from d2v_composer.system.files import sha256
+
+SMALLEST = 0.1
+"""Smallest width and height of a box, in pixels; at large coordinates, float32 would round smaller ones to 0."""
+
+
+class _Image(BaseModel):
+    id: int
+    file_name: str
+    width: int = Field(gt=0)
+    height: int = Field(gt=0)
+
+
+class _Annotation(BaseModel):
+    image_id: int
+    category_id: int
+    bbox: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
+    iscrowd: bool = False
+
+
+class _Category(BaseModel):
+    id: int
+    name: str
+
+
+class _File(BaseModel):
+    images: list[_Image]
+    annotations: list[_Annotation]
+    categories: list[_Category]
+
+
+class Boxes(NamedTuple):
+    """Images of a folder and their boxes."""
+
+    folder: Path
+    names: PackedStrings
+    """Path of each image in the folder."""
+    sizes: Int64Array
+    """Width and height of each image, (N, 2)."""
+    first: Int64Array
+    """Number of each image's first box, and K, (N + 1,)."""
+    boxes: NDArray[np.float32]
+    """Left, top, right, bottom, in pixels, (K, 4)."""
+    labels: Int64Array
+    """Label of each box, (K,): the position of its category in ``class_names``, from 1."""
+    crowds: NDArray[np.bool_]
+    """Boxes around several things, (K,)."""
+    class_names: Mapping[int, str]
+    """Category's id → its name, by ascending id; ids may have gaps."""
+    left_out: int
+    """Number of boxes that were left out."""
+    sha256: str
+    """Hash of the JSON file."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def read_coco(folder: Path, file: Path, with_crowds: bool) -> Boxes:
+    """Read and check COCO's JSON file, and find the images.
+
+    Boxes are cut off at the image's edge. Those without area in the image are left out; without ``with_crowds``, crowds
+    too.
+
+    Raises:
+        InputError: A line for each kind of problem: an image is missing, an id occurs twice, or the file is not COCO's.
+    """
+    with reading(file):
+        try:
+            parsed = _File.model_validate_json(file.read_bytes())
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"])) or "the file"
+            raise InputError(f"{file}: not annotations in COCO's format: {place}: {first['msg']}") from error
+    images, categories = parsed.images, sorted(parsed.categories, key=lambda category: category.id)
+    position = {image.id: number for number, image in enumerate(images)}
+    label_of = {category.id: label for label, category in enumerate(categories, 1)}
+    rows = parsed.annotations
+    problems: dict[str, Iterable[object]] = {
+        "images that are not in the folder": (
+            name for image in images if not (folder / (name := image.file_name)).is_file()
+        ),
+        "images with the id of another": repeated(image.id for image in images),
+        "images with the name of another": repeated(image.file_name for image in images),
+        "categories with the id of another": repeated(category.id for category in categories),
+        "images that have boxes and are not listed": {row.image_id for row in rows} - position.keys(),
+        "categories that have boxes and are not listed": {row.category_id for row in rows} - label_of.keys(),
+    }
+    found = {kind: cases for kind, them in problems.items() if (cases := sorted(them, key=str))}
+    if found or not images:
+        lines = [f"{len(cases)} {kind}; the first: {cases[0]}" for kind, cases in found.items()] or ["no images"]
+        raise InputError(*(f"{file}: {line}" for line in lines))
+    rows.sort(key=lambda row: position[row.image_id])  # stable
+    owner = np.array([position[row.image_id] for row in rows], np.int64)
+    sizes = np.array([(image.width, image.height) for image in images], np.int64)
+    boxes = np.array([row.bbox for row in rows]).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    boxes = np.clip(boxes, 0, np.tile(sizes[owner], 2))
+    crowds = np.array([row.iscrowd for row in rows], bool)
+    kept = (boxes[:, 2:] - boxes[:, :2] >= SMALLEST).all(1) & (with_crowds | ~crowds)
+    return Boxes(
+        folder,
+        PackedStrings(image.file_name for image in images),
+        sizes,
+        np.searchsorted(owner[kept], np.arange(len(images) + 1)),
+        boxes[kept].astype(np.float32),
+        np.array([label_of[row.category_id] for row in rows], np.int64)[kept],
+        crowds[kept],
+        {category.id: category.name for category in categories},
+        int((~kept).sum()),
+        sha256(file),
+    )
+
+
+def repeated(values: Iterable[object]) -> list[object]:
+    """Return the values that occur more than once."""
+    return [value for value, count in Counter(values).items() if count > 1]

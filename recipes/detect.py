@@ -1,0 +1,37 @@
+"""Train a detector on the features of a student, with boxes in COCO's format: train, evaluate, save, report.
+
+usage: composer recipes/detect.py FILE.yaml model=PATH [dotted.key=value …]
+
+    composer recipes/detect.py yamls/detect.yaml model=student.safetensors
+    composer recipes/detect.py yamls/detect.yaml model=student.safetensors run_name=photos image_size=640 \\
+        dataset.train.images=photos/train dataset.train.annotations=photos/train.json \\
+        dataset.test.images=photos/test dataset.test.annotations=photos/test.json
+    composer recipes/detect.py yamls/detect.yaml model=timm/resnet18 pretrained=false run_name=scratch
+
+composer starts a process for each GPU; on one device, python does the same. `d2v fields detection` lists every field.
+Run the same command again to resume.
+"""
+
+import d2v_composer.system.machine  # noqa: F401  (first: torch reads the environment when it is imported)
+
+# isort: split
+from collections.abc import Sequence
+
+from d2v_composer.system import command_line
+
+if __name__ == "__main__":
+    command_line.begin(__doc__)
+
+from composer import Callback, Trainer
+
+from d2v_composer.config.load import load_detect_config
+from d2v_composer.runs.detect import detect
+
+
+def main(argv: Sequence[str], callbacks: Sequence[Callback] = ()) -> Trainer:
+    """Train a detector, given a YAML and its overrides, and further callbacks."""
+    return detect(load_detect_config(argv), callbacks)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
