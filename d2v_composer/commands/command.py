@@ -165,4 +165,6 @@ PartOfWork = Annotated[
     PartText | None,
     Field(description="Make part I/N (I from 0), on any machine; then d2v merge OUT joins all parts."),
 ]
-Samples = Annotated[Positional[str], Field(description=f"A folder of images or audio files, or {SOURCES}.")]
+Samples = Annotated[
+    Positional[str], Field(min_length=1, description=f"A folder of images or audio files, or {SOURCES}.")
+]

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Annotated
 
+from pydantic import Field
+
 from d2v_composer.commands.command import (
     IS_ABSOLUTE,
     Column,
@@ -36,7 +38,7 @@ class Distill(Command):
     source: Annotated[Samples, IS_ABSOLUTE]
     changes: Positional[tuple[str, ...]] = ()
     """Settings to change, each as key=value."""
-    teacher: Annotated[str, IS_ABSOLUTE]
+    teacher: Annotated[str, Field(min_length=1), IS_ABSOLUTE]
     """A path or address of a data2vec 2.0 or EAT model, or timm/NAME."""
     out: PlaceHere
     """The folder for samples, run and student."""
