@@ -8,7 +8,8 @@ normalized FFN outputs regresses the mean of the teacher's. The page is in the o
 
 Sources: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525); ALiBi (Press et al. 2022, arXiv:2108.12409); a thesis
 chapter on distilled unimodal data2vec 2.0 (Tim Cares 2024, github.com/TimCares/MasterThesis).
-Shapes: B images, S pixels a side, E extra tokens (CLS), N patches, T = E + N, D channels, H heads, K = D / H, Q queries
+Shapes: B images, S pixels a side, E extra tokens (CLS), N patches, T = E + N, D channels, H heads, K = D / H; a bank of
+M images, Q queries; L layers
 """
 
 import io
@@ -137,7 +138,7 @@ def alibi(sizes: dict) -> Tensor:
 
 # 3. The loss, `objectives.tokens` of a YAML: data2vec 2.0's target (section 3), and a prediction made in the same way.
 def norm_mean(ffn_outputs: list[Tensor]) -> Tensor:
-    """Normalize each channel over an image's tokens, average the layers, normalize each token: (B, T, D)."""
+    """Return LayerNorm(1/L Σ_l InstanceNorm(F_l)), (B, T, D): F_l is an FFN output, whose channels are normalized."""
     mean_BTD = torch.stack([instance_norm(ffn_BTD.mT).mT for ffn_BTD in ffn_outputs]).mean(dim=0)
     return layer_norm(mean_BTD, mean_BTD.shape[-1:])
 
@@ -146,7 +147,7 @@ def step(teacher: Teacher, student: Student, images: Tensor) -> tuple[Tensor, Te
     """Return target and prediction, (B, T, D), and their mean squared error over images, tokens and channels."""
     with torch.no_grad():
         x_BTD = teacher.encoder(images)  # once, for both
-        target_BTD = norm_mean(teacher(x_BTD)[1])
+        target_BTD = norm_mean(teacher(x_BTD)[1][-teacher.sizes["average_top_k_layers"] :])
     prediction_BTD = norm_mean(student(x_BTD)[1])
     return target_BTD, prediction_BTD, mse_loss(prediction_BTD, target_BTD)
 
@@ -159,12 +160,12 @@ def retrieve(teacher: Teacher, model: nn.Module) -> str:
     for split in ("train", "test"):
         loader = DataLoader(Images(split), batch_size=256)
         batches = [(model(teacher.encoder(images))[0][:, 0], labels) for images, labels in loader]
-        cls_ND, labels_N = map(torch.cat, zip(*batches, strict=True))
-        embedded[split] = normalize(cls_ND), labels_N
+        cls_MD, labels_M = map(torch.cat, zip(*batches, strict=True))
+        embedded[split] = normalize(cls_MD), labels_M
     found = []
     for bank, queries in (("train", "test"), ("test", "train")):
-        (bank_ND, labels_N), (query_QD, label_Q) = embedded[bank], embedded[queries]
-        is_right_Q3 = labels_N[(query_QD @ bank_ND.T).topk(3).indices] == label_Q[:, None]
+        (bank_MD, labels_M), (query_QD, label_Q) = embedded[bank], embedded[queries]
+        is_right_Q3 = labels_M[(query_QD @ bank_MD.T).topk(3).indices] == label_Q[:, None]
         found += [f"bank {bank} top-{k} {100 * is_right_Q3[:, :k].any(dim=1).float().mean():.1f} %" for k in (1, 3)]
     return ", ".join(found)
 
@@ -175,9 +176,8 @@ def main() -> None:
     teacher = Teacher(DATA / "teacher.safetensors")
     student = Student(teacher.sizes)
     print("untrained student:", retrieve(teacher, student))
-    crop = transforms.RandomResizedCrop(
-        teacher.sizes["image_size"], (0.35, 1.0), interpolation=Image.Resampling.BICUBIC
-    )
+    size, bicubic = teacher.sizes["image_size"], Image.Resampling.BICUBIC
+    crop = transforms.RandomResizedCrop(size, (0.35, 1.0), interpolation=bicubic)  # the chapter: (0.08, 1.0)
     images = Images("train", crop, transforms.RandomHorizontalFlip(), shuffle=True)
     loader = DataLoader(images, BATCH_SIZE, drop_last=True)
     optimizer = torch.optim.AdamW(student.parameters(), LEARNING_RATE, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01)

@@ -138,7 +138,7 @@ def small_run(folder: Path, data: Path, *overrides: str) -> list[str]:
         "global_train_batch_size=16",
         "scheduler.t_warmup=4ba",
         "save_interval=2ba",
-        "student.depth=3",
+        "student.depth=2",
         "train_loader.num_workers=0",
         "report=false",  # seconds
         *overrides,

@@ -120,6 +120,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, small_data: Path) ->
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, uninterrupted: Path) -> Path:
-    """The student of that run, three blocks with ALiBi; read-only."""
+    """The student of that run, two blocks with ALiBi; read-only."""
     name, checkpoint = "student.safetensors", uninterrupted / "latest-rank0.pt"
     return made_once(tmp_path_factory, "exported", lambda folder: succeed("export", checkpoint, folder / name)) / name

@@ -20,9 +20,29 @@ from d2v_composer.models.alignment import Moments, side_by_side
 from d2v_composer.models.names import EMBEDDING
 from d2v_composer.models.provenance import Record
 from d2v_composer.objectives.distillation import DistillationModel
+from d2v_composer.sources.mds import Index
 from d2v_composer.sources.source import Int64Array, map_in_workers
 
 log = logging.getLogger(__name__)
+
+
+# At most this many shards are read for the map, so that few are fetched from a store; we write 64 MiB each.
+ALIGNMENT_SHARDS = 64
+
+
+def choose_alignment_samples(index: Index, seed: int, max_samples: int, batch_size: int) -> Int64Array:
+    """Return the numbers of the training samples to fit an alignment to, (number of batches, batch size).
+
+    They come from at most ``ALIGNMENT_SHARDS`` shards, so that a data set in a store is not fetched whole.
+    """
+    rng, ends = np.random.default_rng(seed), np.cumsum([shard.samples for shard in index.shards])
+    shards, chosen = np.split(np.arange(ends[-1]), ends[:-1]), min(ALIGNMENT_SHARDS, len(ends))
+    numbers = np.concatenate([shards[i] for i in np.sort(rng.choice(len(ends), chosen, replace=False))])
+    numbers = np.sort(rng.choice(numbers, min(max_samples, len(numbers)), replace=False))
+    if index.lengths is not None:
+        numbers = numbers[np.argsort(index.lengths[numbers], kind="stable")]
+    batch_size = max(1, min(batch_size, len(numbers)))
+    return numbers[: len(numbers) // batch_size * batch_size].reshape(-1, batch_size)
 
 
 class AlignStudent(Callback):
@@ -86,12 +106,13 @@ class AlignStudent(Callback):
     def fit_at_end(self, state: State) -> None:
         """Fit the map if the run has ended; at the end of a batch, a callback such as EarlyStopper may still end it."""
         if has_ended(state):
-            self.fit(state, state.device.tensor_to_device)
+            self.fit(state)
 
-    def fit(self, state: State, to_device: Callable[[Tensor], Tensor]) -> None:
+    def fit(self, state: State, before_batch: Callable[[], None] = lambda: None) -> None:
         """Fit the map and give it to the student, unless this was done after the same batch.
 
         Call it on all ranks. If the map cannot be fitted, the student gets none, and a warning is logged.
+        ``before_batch`` is called before each batch of samples; it may raise to end the fit.
         """
         if self.batch == (batch := int(state.timestamp.batch)):
             return
@@ -99,7 +120,7 @@ class AlignStudent(Callback):
         student = self.student
         precision = get_precision_context(state.precision, state.precision_config)
         with model_eval_mode(state.model), torch.no_grad(), precision:
-            moments = Moments(self.pairs(to_device, student.alignment_inputs))
+            moments = Moments(self.pairs(state.device.tensor_to_device, before_batch, student.alignment_inputs))
         try:
             fit = moments.fit()
         except ValueError as error:  # the run must not be lost
@@ -110,13 +131,16 @@ class AlignStudent(Callback):
         about = {"of": self.of.of, "space": self.of.space, "batch": batch}
         self.batch, self.statistics = batch, about | fit.statistics
 
-    def pairs(self, to_device: Callable[[Tensor], Tensor], inputs: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+    def pairs(
+        self, to_device: Callable[[Tensor], Tensor], before_batch: Callable[[], None], inputs: list[str]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the inputs, (N, I), and targets, (N, P), of every batch, in the same order on every rank."""
         ranks, count = Ranks(dist.get_global_rank(), dist.get_world_size()), len(self.batches)
         rounds = range(0, count, ranks.world_size)
         mine = [self.batches[min(first + ranks.rank, count - 1)] for first in rounds]
         loaded = map_in_workers(self._load, mine, self.workers, torch.cuda.is_available())
         for step, (first, samples) in enumerate(zip(rounds, loaded, strict=True)):
+            before_batch()
             batch = move_batch(samples, to_device)
             rows = side_by_side(self.embed_student(*batch), inputs)
             if step == len(self.targets):

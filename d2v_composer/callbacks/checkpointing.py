@@ -151,7 +151,7 @@ class Checkpoints(Callback):
             return
         self.best = mean
         if (align := find_callback(state, AlignStudent)) is not None:
-            align.fit(state, state.device.tensor_to_device)
+            align.fit(state)
         with rank_zero_first("the uploads"):  # a file that is replaced during its upload arrives in pieces of both
             if self.uploads is not None:
                 self.uploads.wait()

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from composer.core import Callback, Event, State, Timestamp, get_precision_context
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist, model_eval_mode
-from torch import Tensor
 from torchmetrics import MeanMetric
 
 from d2v_composer.callbacks.algorithms import broadcast_statistics
@@ -230,7 +228,7 @@ class ZeroShotRetrieval(Callback):
         if (align := self.align) is not None and (
             align.student.alignment is not None or self.needs_alignment or has_ended(state)
         ):
-            align.fit(state, partial(self._to_device, state))
+            align.fit(state, self._stop_if_due)
         rows = [row for row in rows_of([*(self.baselines or {}), student], self.infos()) if student in row.models]
         outdated = {row.title for row in ROWS.values() if student in row.models}
         metrics = self._measure(rows, outdated, state, logger)
@@ -250,7 +248,9 @@ class ZeroShotRetrieval(Callback):
         start, results, batch = time.monotonic(), list[Result](), int(state.timestamp.batch)
         ranks = Ranks(dist.get_global_rank(), dist.get_world_size())
         progress = "retrieval " if self.progress_bar and ranks.rank == 0 else None
-        settings = self.settings._replace(to_device=partial(self._to_device, state), ranks=ranks, progress=progress)
+        settings = self.settings._replace(
+            to_device=state.device.tensor_to_device, before_batch=self._stop_if_due, ranks=ranks, progress=progress
+        )
         infos = self.infos()
         embeds = {**(self.baselines or {}), STUDENT: self.embed_student, UNTRAINED: self.embed_student}
         broadcast_statistics(state.model)
@@ -294,10 +294,9 @@ class ZeroShotRetrieval(Callback):
         logger.log_metrics(metrics)
         return metrics
 
-    def _to_device(self, state: State, tensor: Tensor) -> Tensor:
-        if self.should_stop():  # before each batch of images, and each search
+    def _stop_if_due(self) -> None:
+        if self.should_stop():
             raise _StoppedError
-        return state.device.tensor_to_device(tensor)
 
 
 def run_evaluation_events(state: State, logger: Logger, metrics: Mapping[str, float]) -> None:

@@ -52,13 +52,6 @@ OUR_GLOBALS = [
     TorchVersion,
     *(type(np.dtype(name)) for name in ("uint32", "uint64", "int64", "float64")),
 ]
-ALGORITHMS = {
-    "gradient_clipping": "d2v_composer.callbacks.algorithms:GradientClipping",
-    "mixup": "composer.algorithms:MixUp",
-    "cutmix": "composer.algorithms:CutMix",
-    "label_smoothing": "composer.algorithms:LabelSmoothing",
-}
-"""Name in the section ``algorithms`` → the class of which its fields are the arguments."""
 
 ReadT = TypeVar("ReadT")
 

@@ -7,12 +7,13 @@ Durations are Composer time strings: '5000ba' batches, '2ep' epochs.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import AfterValidator, BaseModel, ByteSize, Field, ValidationInfo, create_model, model_validator
 from typing_extensions import Self
 
+from d2v_composer.config.choices import CALLBACKS, LOGGERS, OPTIMIZERS, about
 from d2v_composer.config.reference import ModelReference, TimmSizes
 from d2v_composer.config.resume import FIXED, FIXED_IF_COMPARED, NEW_RESULT, NEW_TARGETS
 from d2v_composer.config.types import (
@@ -64,45 +65,6 @@ PROBE_NAMES = tuple(metric.name for metric in PROBES)
 PROBES_ABOUT = "Further metrics of the test images: " + "; ".join(
     f"``{metric.name}`` {metric.about}{'' if 'labels' in metric.needs else ' (needs no labels)'}" for metric in PROBES
 )
-# Names of the callbacks and loggers that a YAML may choose → their classes, imported when chosen.
-CALLBACKS = {
-    "health": "d2v_composer.callbacks.health:Health",
-    "lr_monitor": "composer.callbacks:LRMonitor",
-    "memory_monitor": "composer.callbacks:MemoryMonitor",
-    "nan_monitor": "composer.callbacks:NaNMonitor",
-    "optimizer_monitor": "composer.callbacks:OptimizerMonitor",
-    "runtime_estimator": "composer.callbacks:RuntimeEstimator",
-    "speed_monitor": "composer.callbacks:SpeedMonitor",
-    "system_metrics_monitor": "composer.callbacks:SystemMetricsMonitor",
-}
-
-LOGGERS = {
-    "jsonl": "d2v_composer.callbacks.logging:JSONLLogger",
-    "mlflow": "d2v_composer.callbacks.logging:RunMLFlowLogger",
-    "tensorboard": "composer.loggers:TensorboardLogger",
-    "wandb": "composer.loggers:WandBLogger",
-}
-
-
-class OptimizerKind(NamedTuple):
-    """An optimizer that a YAML may choose; it takes the fields of :class:`OptimizerConfig`."""
-
-    path: str
-    """The class, imported when chosen."""
-    arguments: dict[str, bool]
-    """Arguments besides the fields."""
-
-    @property
-    def log_key(self) -> str:
-        """The key below which Composer's LRMonitor logs the learning rate of the first group."""
-        return f"lr-{self.path.partition(':')[2]}/group0"
-
-
-OPTIMIZERS = {
-    "adamw": OptimizerKind("torch.optim:AdamW", {"fused": True}),
-    "decoupled_adamw": OptimizerKind("composer.optim:DecoupledAdamW", {}),
-}
-"""Name → optimizer."""
 
 # Context in which a config is validated if its training samples must be there.
 NEEDS_DATA = "needs data"
@@ -421,13 +383,8 @@ class TrainerConfig(RunConfig):
     optimizer: Annotated[OptimizerConfig, FIXED] = OptimizerConfig()
     scheduler: Annotated[SchedulerConfig, NEW_RESULT] = SchedulerConfig()
     algorithms: Annotated[AlgorithmsConfig, NEW_RESULT] = AlgorithmsConfig()
-    callbacks: Annotated[Arguments, arguments_of(CALLBACKS)] = {}
-    """Name of a callback → its arguments, {} for the defaults. null turns off a callback that the YAML has. Names:
-    health, lr_monitor, memory_monitor, nan_monitor, optimizer_monitor, runtime_estimator, speed_monitor,
-    system_metrics_monitor, and ``ext/NAME`` for a callback of an installed package."""
-    loggers: Annotated[Arguments, arguments_of(LOGGERS)] = {}
-    """Name of a logger → its arguments, {} for the defaults. null turns off a logger that the YAML has. Names: jsonl,
-    mlflow, tensorboard, wandb, and ``ext/NAME`` for a logger of an installed package."""
+    callbacks: Annotated[Arguments, arguments_of(CALLBACKS), Field(description=about("callback", CALLBACKS))] = {}
+    loggers: Annotated[Arguments, arguments_of(LOGGERS), Field(description=about("logger", LOGGERS))] = {}
     progress_bar: bool = True
     """Show a progress bar on a terminal, and print a line every ten seconds elsewhere. false: do neither."""
     report: bool = True

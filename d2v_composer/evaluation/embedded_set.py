@@ -58,6 +58,7 @@ def embed_set(
         batches = sizes.argsort(descending=True, stable=True).split(settings.batch_size)
         shown, is_hidden = f"{settings.progress}{dataset} {part}", settings.progress is None
         for places in progress_bar(batches, desc=shown, unit="batches", disable=is_hidden):
+            settings.before_batch()
             numbers = mine[places].tolist()
             batch = [samples[i] for i in numbers]
             if settings.augment is not None and part in VIEWS:

@@ -102,6 +102,7 @@ class PairLoader:
 
     def search(self, bank: Tensor, queries: Tensor, k: int) -> TopK:
         """Search with this rank's share of the queries; return the neighbors of all, (Q, k)."""
+        self.settings.before_batch()
         ranks = self.settings.ranks
         nearest = exact_neighbors(bank, ranks.rows_of_rank(queries), k)
         return TopK(*(ranks.gather(tensor, len(queries)) for tensor in nearest))

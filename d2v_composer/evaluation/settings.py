@@ -33,6 +33,8 @@ class Settings(NamedTuple):
     """Whether every embedding is measured, or the headline alone."""
     to_device: Callable[[Tensor], Tensor] = lambda tensor: tensor
     """Moves a tensor to the device that embeds and searches."""
+    before_batch: Callable[[], None] = lambda: None
+    """Called before each batch of images and each search; it may raise to end the measurement."""
     ranks: Ranks = ONE_RANK
     """The processes that share the work."""
     progress: str | None = None

@@ -147,7 +147,7 @@ class Encoder(Freezable):
         """Return the first block's input, (B, T, D)."""
 
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
-        """Return each block's context, perhaps followed by the contexts of a teacher's blocks."""
+        """Return the context of each of the encoder's blocks."""
         return []
 
     @abstractmethod
@@ -206,7 +206,7 @@ class Encoder(Freezable):
         """
         padding_mask = self.padding_mask(inputs.lengths, inputs.values.shape[-1])
         x_BTD = self.embed_tokens(inputs)
-        for block, context in zip(self.block_list, self.block_contexts(x_BTD, padding_mask), strict=False):
+        for block, context in zip(self.block_list, self.block_contexts(x_BTD, padding_mask), strict=True):
             x_BTD, _ = block(x_BTD, context)
         return Tokens(x_BTD, padding_mask, inputs.window_weights)
 

@@ -117,10 +117,10 @@ def check_compiler(choice: bool | str) -> None:
     Raises:
         InputError: ``choice`` is to compile, and Python's headers or a C++ compiler are missing.
     """
-    missing, headers = "", sysconfig.get_path("include")
+    missing, headers = list[str](), sysconfig.get_path("include")
     if not Path(headers, "Python.h").is_file():
-        missing = f"Python's headers (python3-dev), and {headers} has no Python.h"
+        missing.append(f"Python's headers (python3-dev; {headers} has no Python.h)")
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-        missing = "a C++ compiler, and neither g++ nor clang++ was found"
+        missing.append("a C++ compiler (neither g++ nor clang++ was found)")
     if choice and missing:
-        raise InputError(f"compile: needs {missing}; install it, or set compile=false")
+        raise InputError(f"compile: needs {' and '.join(missing)}; install what is missing, or set compile=false")

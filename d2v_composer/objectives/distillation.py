@@ -9,7 +9,7 @@ from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from composer.models import ComposerModel
-from torch import Tensor, cat, nn
+from torch import Tensor, cat
 
 from d2v_composer.models.backbone import (
     Backbone,
@@ -22,7 +22,7 @@ from d2v_composer.models.backbone import (
 from d2v_composer.models.encoder import Inputs, Tokens, count_flop
 from d2v_composer.models.precision import cpu_autocast
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.objectives import OBJECTIVES
+from d2v_composer.objectives import build_objectives
 from d2v_composer.objectives.objective import Outputs, Regression
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -99,12 +99,10 @@ class DistillationModel(ComposerModel):
         self.teacher: Any = teacher  # an instance of the given class
         self.student: Any = student
         self.cpu_bf16, self.keeps_targets = cpu_bf16, keeps_targets
-        terms = {name: OBJECTIVES[name].Options.model_validate(section) for name, section in objectives.items()}
-        built = {name: OBJECTIVES[name](term, teacher, student) for name, term in terms.items() if term.weight}
-        self.objectives: Any = nn.ModuleDict(built)  # of objectives, which torch's type forgets
+        self.objectives: Any = build_objectives(objectives, teacher, student)  # torch's type forgets their class
         self.target_shapes: dict[str, torch.Size] = {}
         self.teacher_flop = self._try_teacher() if keeps_targets else 0
-        self.flop = count_flop(student, self._dry_run)
+        self.flop = count_flop(student, self._freeze_unused)  # which takes a step with one input
         # Frozen, and equal on all ranks: DDP would broadcast them before every forward pass.
         frozen = frozen_prefixes(self)
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers() if name.startswith(frozen)]
@@ -113,8 +111,8 @@ class DistillationModel(ComposerModel):
         self.register_load_state_dict_pre_hook(check_tensors)
         self.register_load_state_dict_post_hook(expect_no_frozen_tensors)
 
-    def _dry_run(self) -> None:
-        """Compute the loss of one input and its gradients, and freeze the parameters that get none."""
+    def _freeze_unused(self) -> None:
+        """Freeze the parameters that get no gradient from the loss of one input."""
         freeze_unused_parameters(self, self.losses(self(self.student.encoder.example(1)).regressions)["total"])
 
     @torch.no_grad()

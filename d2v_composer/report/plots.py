@@ -11,7 +11,7 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from d2v_composer.config.schema import OPTIMIZERS
+from d2v_composer.config.choices import OPTIMIZERS
 from d2v_composer.evaluation.evaluate import Evaluation
 from d2v_composer.evaluation.metrics import METRICS, RETRIEVAL
 from d2v_composer.evaluation.metrics.metric import Column

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from d2v_composer.callbacks.alignment import choose_alignment_samples
 from d2v_composer.checkpoints.model_file import build_encoder
 from d2v_composer.config.reference import load_any
 from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ShardLoaderConfig
@@ -22,9 +23,9 @@ from d2v_composer.models.precision import precision_of
 from d2v_composer.models.provenance import distillation_of, has_tuned_encoder, value_at
 from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
-from d2v_composer.objectives.distillation import DistillationModel
+from d2v_composer.objectives import build_objectives
 from d2v_composer.sources.labeled import EvaluationSet, open_labeled_sets
-from d2v_composer.sources.mds import Index, choose_pairs
+from d2v_composer.sources.mds import Index
 from d2v_composer.sources.source import open_mds
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, errors_of, reading
@@ -109,13 +110,13 @@ def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | Non
         return True
     config, modality = value_at(distillation_of(model.provenance), "config"), modality_of(model.encoder.config)
     if info.made_by == "training" and teacher is not None:
-        DistillationModel(teacher, untrained, objectives=config["objectives"])  # draws as the run's did
+        build_objectives(config["objectives"], teacher, untrained)  # with the random numbers of the run
         return True
     with suppress(InputError, LookupError, TypeError):
         loader, sizes = config["train_loader"], (config["seed"], config["alignment"]["max_samples"])
         if loader["remote"] is None:  # else it is a cache
             source = open_mds(index := Index(Path(loader["local"]), modality, loader["column"]))
-            batches = choose_pairs(index, *sizes, config["device_eval_batch_size"])
+            batches = choose_alignment_samples(index, *sizes, config["device_eval_batch_size"])
     if source is None or teacher is None or not teacher.embedding.is_in_space_of(info):
         needed = "the run's teacher (teacher=PATH)" if teacher is None else f"{info.of} of the run's training data"
         print(f"the untrained student is not measured: its alignment needs {needed}", file=sys.stderr)

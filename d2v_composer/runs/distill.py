@@ -9,7 +9,7 @@ from composer.core import Algorithm, Callback
 from composer.loggers import LoggerDestination
 from torch.utils.data import DataLoader, Subset
 
-from d2v_composer.callbacks.alignment import AlignStudent
+from d2v_composer.callbacks.alignment import AlignStudent, choose_alignment_samples
 from d2v_composer.callbacks.checkpointing import Stop
 from d2v_composer.callbacks.kept_targets import KeptTargets
 from d2v_composer.callbacks.run_record import IDENTITIES
@@ -41,7 +41,7 @@ from d2v_composer.runs.trainer import (
     write_run_report,
 )
 from d2v_composer.sources.labeled import evenly_spaced
-from d2v_composer.sources.mds import Index, choose_pairs
+from d2v_composer.sources.mds import Index
 from d2v_composer.sources.source import Source, open_mds
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
@@ -150,7 +150,7 @@ def build_data(
     collated = {} if kept is None else {"collate": kept.collate, "extra_bytes": kept.row_bytes}
     built = build_train_loader(config, loader, index, is_compiled=config.compile is not False, **collated)
     shown = f"{len(index):,} in {index.source}{'' if index.has_hashes else ', known by sizes: its index has no hashes'}"
-    return built, kept, open_some(config, index), index.describe(), shown
+    return built, kept, open_alignment_samples(config, index), index.describe(), shown
 
 
 def build_model(config: TrainConfig, teacher: Teacher | None = None) -> DistillationModel:
@@ -171,7 +171,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
         torch.manual_seed(config.seed)  # here, so that an evaluation builds the same untrained student
         student = teacher.build_student(**config.student.model_dump(), **normalization)
     check_network("student.model", student, config)
-    with errors_of("objectives.tokens"):
+    with errors_of("objectives"):
         model = DistillationModel(
             teacher,
             student,
@@ -278,9 +278,9 @@ def build_alignment(config: TrainConfig, model: DistillationModel, samples: Samp
     return align
 
 
-def open_some(config: TrainConfig, index: Index) -> Source:
+def open_alignment_samples(config: TrainConfig, index: Index) -> Source:
     """Open ``alignment.max_samples`` training samples, to fit an alignment to; clips are sorted by length."""
-    numbers = choose_pairs(index, config.seed, config.alignment.max_samples, config.device_eval_batch_size)
+    numbers = choose_alignment_samples(index, config.seed, config.alignment.max_samples, config.device_eval_batch_size)
     return open_mds(index, config.train_loader.cache_limit).select(numbers.ravel())
 
 

@@ -30,7 +30,6 @@ from d2v_composer.callbacks.run_record import RunRecord
 from d2v_composer.callbacks.trainer_state import find_callback
 from d2v_composer.callbacks.zero_shot_retrieval import ZeroShotRetrieval
 from d2v_composer.checkpoints.checkpoint import (
-    ALGORITHMS,
     LOG,
     Checkpoint,
     download_checkpoint,
@@ -38,12 +37,10 @@ from d2v_composer.checkpoints.checkpoint import (
 )
 from d2v_composer.checkpoints.resuming import drop_unused_scaler, share_newest
 from d2v_composer.checkpoints.timm_student import convert_to_timm
+from d2v_composer.config.choices import ALGORITHMS, CALLBACKS, LOGGERS, OPTIMIZERS
 from d2v_composer.config.load import deep_merge, defaults
 from d2v_composer.config.resume import FIXED, FIXED_IF_COMPARED, keys_marked
 from d2v_composer.config.schema import (
-    CALLBACKS,
-    LOGGERS,
-    OPTIMIZERS,
     AlgorithmsConfig,
     OptimizerConfig,
     ShardLoaderConfig,

@@ -113,7 +113,7 @@ def test_an_exported_checkpoint_has_a_card(
     run_export(uninterrupted / "latest-rank0.pt", tmp_path / "student.safetensors")
     assert f"wrote {tmp_path / 'README.md'}: the model card; license: unknown" in capsys.readouterr().out
     card = (tmp_path / "README.md").read_text()
-    assert "3 blocks on the first layers of its teacher. d2v-composer trained it on 96 images" in card
+    assert "2 blocks on the first layers of its teacher. d2v-composer trained it on 96 images" in card
     assert "recipes/train.py" in card
     assert f"torch {torch.__version__.partition('+')[0]}" in card
 

@@ -88,7 +88,6 @@ def test_a_file_computes_the_same_in_timm_or_is_not_written(tmp_path: Path, name
     expected = student.embed(pictures)
     model = eval(timm_call(student, path)).eval()
     torch.testing.assert_close(model(pictures), expected)
-    torch.testing.assert_close(load_student(path).embed(pictures), expected)
     student.head = torch.nn.Linear(expected.shape[1], 3)
     if problem:
         with pytest.raises(InputError, match=f"timm would not compute what the student computes; .*{problem}"):

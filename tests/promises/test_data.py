@@ -71,7 +71,8 @@ def store(object_store: GatedStore, many_shards: Path) -> GatedStore:
 
 def two_epochs(folder: Path, data: Path, *overrides: str, **options: Any) -> Programs:
     """Start a run of two epochs that records its samples in ``folder``/samples."""
-    arguments = ["max_duration=12ba", f"global_train_batch_size={BATCH_SIZE}", *overrides]
+    smallest = "student.depth=1", "alignment.max_samples=0", "callbacks={}"
+    arguments = ["max_duration=12ba", f"global_train_batch_size={BATCH_SIZE}", *smallest, *overrides]
     return recorded(folder, small_run(folder / "run", data, *arguments), **options)
 
 
@@ -105,7 +106,7 @@ def undisturbed(many_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize(
     ("ranks", "workers"),
-    [(1, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 0), (1, 0), (2, 3)])],
+    [(1, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 0), (1, 0), (2, 3)])],
 )
 def test_epochs_are_whole_though_killed(
     store: GatedStore, undisturbed: Record, tmp_path: Path, ranks: int, workers: int

@@ -162,6 +162,7 @@ MOMENTS = {
     "export": {"HANG": "jinja2 Template render"},
 }
 QUICK = ("shard", "checkpoint", "export")
+ALONE = [pytest.param((name,), marks=pytest.mark.slow) for name in MOMENTS]
 
 
 @contextmanager
@@ -181,15 +182,16 @@ def started(moment: str, photos: Path, out: Path) -> Iterator[Program]:
         program.kill()
 
 
-@pytest.mark.parametrize(
-    "moment", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in MOMENTS if name not in QUICK)]
-)
-def test_the_same_command_goes_on_after_a_kill(moment: str, distilled: Path, photos: Path, tmp_path: Path) -> None:
-    """Promise 10: the second call ends with the tensors of an undisturbed one."""
+@pytest.mark.parametrize("moments", [QUICK, *ALONE], ids=" ".join)
+def test_the_same_command_goes_on_after_kills(
+    moments: tuple[str, ...], distilled: Path, photos: Path, tmp_path: Path
+) -> None:
+    """Promise 10: the last call ends with the tensors of an undisturbed one."""
     out = tmp_path / "run"
-    with started(moment, photos, out) as program:
-        program.kill()
-        assert program.wait(20) == -signal.SIGKILL, program.stderr
+    for moment in moments:
+        with started(moment, photos, out) as program:
+            program.kill()
+            assert program.wait(20) == -signal.SIGKILL, program.stderr
     distill(photos, out)
     assert_same_student(out, distilled)
     ours, expected = (load_student(folder / "student.safetensors").state_dict() for folder in (out, distilled))
@@ -305,10 +307,10 @@ def test_what_is_read_is_what_was_listed(photos: Path, tmp_path: Path) -> None:
     assert not {*held} & {*samples_of(out / "images" / "train")}
 
 
-@pytest.mark.parametrize("name", [os.fsdecode(b"caf\xe9"), "two\nlines"])
-def test_a_source_of_any_name_goes_on(name: str, photos: Path, tmp_path: Path) -> None:
-    """Promise 10: the name is Latin-1, or has a newline; the data sets are the user's."""
-    source, changes = shutil.copytree(photos, tmp_path / name), (*SHORTEST, "retrieval.datasets={}")
+def test_a_source_of_any_name_goes_on(photos: Path, tmp_path: Path) -> None:
+    """Promise 10: the name is Latin-1, and has a newline; the data sets are the user's."""
+    source, changes = tmp_path / os.fsdecode(b"caf\xe9\nlines"), (*SHORTEST, "retrieval.datasets={}")
+    shutil.copytree(photos, source)
     distill(source, tmp_path / "run", changes=changes)
     assert "this run is complete at 1ba" in distill(source, tmp_path / "run", changes=changes)
 

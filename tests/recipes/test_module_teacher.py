@@ -57,7 +57,7 @@ def settings(folder: Path, data: Path, kind: str, *overrides: str) -> list[str]:
     return small_run(folder, data, *changes, "max_duration=4ba", *overrides)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=["blocks", pytest.param("network", marks=pytest.mark.slow)])
 def run(request: Any, package: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / request.param
     ended = run_command(sys.executable, package / "own_teacher.py", *settings(folder, small_data, request.param)[1:])

@@ -44,15 +44,15 @@ def test_the_quickstart_with_sound_runs(tmp_path: Path) -> None:
 
 
 def check_outputs(notebook: Any, *, has_student: bool) -> None:
-    """Check what the cells show: a table of accuracies, then two pictures."""
+    """Check what the cells show: a table of accuracies, then three pictures."""
     outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
     text = "".join("".join(output.get("text", "")) for output in outputs)
     assert ("No student yet" in text) is not has_student
     rows = re.findall(r"^(\w+)" + 3 * r" +[\d.]+" + "$", text, flags=re.MULTILINE)
     assert rows == ["untrained", *["student"] * has_student, "teacher"]
     kinds = [output["output_type"] for output in outputs]
-    assert kinds == ["stream"] * kinds.count("stream") + ["display_data"] * 2
-    assert all("image/png" in output["data"] for output in outputs[-2:])
+    assert kinds == ["stream"] * kinds.count("stream") + ["display_data"] * 3
+    assert all("image/png" in output["data"] for output in outputs[-3:])
 
 
 @pytest.mark.slow

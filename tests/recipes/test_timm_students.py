@@ -191,6 +191,7 @@ def test_settings_that_a_timm_student_cannot_have_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_timm_would_compute_otherwise_is_not_trained(small_data: Path, tmp_path: Path) -> None:
     """timm's head has two layers after the pooled feature."""
     name, student = "timm/caformer_s18", tmp_path / "student.safetensors"

@@ -127,7 +127,6 @@ EVERYTHING = (
     "retrieval.interval=2ba",
     "callbacks.health={interval: 1ba}",
     "callbacks.memory_monitor={}",
-    "callbacks.nan_monitor={}",
     "callbacks.optimizer_monitor={batch_log_interval: 1}",
     "callbacks.runtime_estimator={}",
     "callbacks.speed_monitor={window_size: 1}",
