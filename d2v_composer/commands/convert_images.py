@@ -109,7 +109,7 @@ class Convert(Command):
 
 
 class ConvertImages(Convert):
-    source: Positional[str] = Field(description=f"A folder of images, cifar10:FOLDER, or {SOURCES}.")
+    source: Positional[str] = Field(min_length=1, description=f"A folder of images, cifar10:FOLDER, or {SOURCES}.")
     resize: Annotated[int, whole(1, 65500)] | None = None
     """Number of pixels to which the short side is shrunk; default: no change."""
     quality: Annotated[int, whole(1, 100)] = 90
