@@ -112,7 +112,7 @@ def test_each_slip_is_a_line(words: tuple[str, ...], lines: list[str]) -> None:
     ],
 )
 def test_an_unset_variable_is_not_the_current_folder(words: list[str], empty: str) -> None:
-    with pytest.raises(InputError, match=f"^argument {empty}: must have at least 1 character, got ''$"):
+    with pytest.raises(InputError, match=f"^argument {empty}: must not be empty$"):
         d2v(words)
 
 
