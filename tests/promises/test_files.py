@@ -413,7 +413,7 @@ def test_an_exported_student_computes_the_same(uninterrupted: Path, exported: Pa
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     with torch.no_grad():
         assert torch.equal(student.encode(images), teacher.encode(images))
-        again = teacher.build_student(depth=3)
+        again = teacher.build_student(depth=2)
         again.load_state_dict(trained, strict=False)
         fitted = map_of(uninterrupted)
         again.align(fitted["weight"], fitted["bias"], teacher.embedding.of)
