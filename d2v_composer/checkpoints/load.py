@@ -236,8 +236,11 @@ def _with_teacher(student: Backbone, path: str | None) -> Models:
 
 
 def _as_estimated(teacher: Teacher | None, student: Backbone) -> Teacher | None:
-    """Return a teacher whose embedding is the one that the student estimates, as a run may have chosen it."""
-    if teacher is not None and (of := student.embedding.of) in teacher.raw_names:
+    """Return a teacher whose embedding is the one that the student estimates or, without an alignment, the run's."""
+    if teacher is not None and student.embedding.made_by == "raw":  # may have another name, such as a timm student's
+        chosen: Any = value_at(distillation_of(student.provenance), "config.alignment") or {}
+        teacher.use_embedding(chosen.get("pooling"), chosen.get("representation"))
+    elif teacher is not None and (of := student.embedding.of) in teacher.raw_names:
         teacher.raw_embedding = of
     return teacher
 

@@ -140,11 +140,19 @@ def _absolute(place: str) -> str:
     return place if "://" in place or place.startswith(TIMM_PREFIX) else os.path.abspath(os.path.expanduser(place))
 
 
+def _given(text: str) -> str:
+    if not text:  # an unset variable of the shell: as a path, it would be the current folder
+        raise ValueError("must not be empty")
+    return text
+
+
 def choose_workers(asked: int | None, device: str) -> int:
     """Return the number of processes that decode samples; by default, ``CORES`` for a GPU and none for a CPU."""
     return (CORES if device == "cuda" else 0) if asked is None else asked
 
 
+# Not min_length, because with it pydantic refuses a name that is no UTF-8.
+IS_GIVEN = AfterValidator(_given)
 # Keeps an address or timm/NAME, and makes a local path absolute.
 IS_ABSOLUTE = AfterValidator(_absolute)
 # What a command writes, here or in a store; or only here.
@@ -165,4 +173,4 @@ PartOfWork = Annotated[
     PartText | None,
     Field(description="Make part I/N (I from 0), on any machine; then d2v merge OUT joins all parts."),
 ]
-Samples = Annotated[Positional[str], Field(description=f"A folder of images or audio files, or {SOURCES}.")]
+Samples = Annotated[Positional[str], IS_GIVEN, Field(description=f"A folder of images or audio files, or {SOURCES}.")]

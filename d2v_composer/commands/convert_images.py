@@ -27,6 +27,7 @@ from pydantic import ByteSize, Field
 
 from d2v_composer.commands.command import (
     CORES,
+    IS_GIVEN,
     Column,
     Command,
     PartOfWork,
@@ -109,7 +110,9 @@ class Convert(Command):
 
 
 class ConvertImages(Convert):
-    source: Positional[str] = Field(description=f"A folder of images, cifar10:FOLDER, or {SOURCES}.")
+    source: Annotated[Positional[str], IS_GIVEN] = Field(
+        description=f"A folder of images, cifar10:FOLDER, or {SOURCES}."
+    )
     resize: Annotated[int, whole(1, 65500)] | None = None
     """Number of pixels to which the short side is shrunk; default: no change."""
     quality: Annotated[int, whole(1, 100)] = 90

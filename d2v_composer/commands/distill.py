@@ -20,6 +20,7 @@ from typing import Annotated
 
 from d2v_composer.commands.command import (
     IS_ABSOLUTE,
+    IS_GIVEN,
     Column,
     Command,
     PlaceHere,
@@ -36,7 +37,7 @@ class Distill(Command):
     source: Annotated[Samples, IS_ABSOLUTE]
     changes: Positional[tuple[str, ...]] = ()
     """Settings to change, each as key=value."""
-    teacher: Annotated[str, IS_ABSOLUTE]
+    teacher: Annotated[str, IS_GIVEN, IS_ABSOLUTE]
     """A path or address of a data2vec 2.0 or EAT model, or timm/NAME."""
     out: PlaceHere
     """The folder for samples, run and student."""

@@ -3,6 +3,7 @@
 Shapes: N rows of the index, P channels.
 """
 
+import json
 from typing import NamedTuple
 
 import numpy as np
@@ -70,5 +71,6 @@ def read_index(path: str) -> VectorIndex:
                 number = first + int(is_usable.argmin())
                 raise ValueError(f"the row of {ids[number]} has numbers that are not finite, or too large or too small")
     with reading(about):
-        made_by = None if stored is None else TypeAdapter(IndexRecord).validate_json(stored)
+        # Not validate_json, because the name of the folder of samples may be no UTF-8.
+        made_by = None if stored is None else TypeAdapter(IndexRecord).validate_python(json.loads(stored))
     return VectorIndex(ids, rows, made_by)

@@ -104,6 +104,7 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
             accuracies=results["accuracies"],
             by_embedding=by_embedding,
             titles=titles,
+            pages=[name for name in ("report.html", "evaluation.html") if out.with_name(name).exists()],
             file=out.name,
             quote=shlex.quote,
         )

@@ -18,7 +18,7 @@ from d2v_composer.models.attention import FfnBlock
 from d2v_composer.models.encoder import Encoder, Freezable, Inputs, Tokens, count_flop
 from d2v_composer.models.features import Features
 from d2v_composer.models.names import EMBEDDING, JOINT, MadeBy, Pooling, Representation
-from d2v_composer.models.provenance import Record
+from d2v_composer.models.provenance import Record, has_tuned_encoder
 from d2v_composer.models.targets import LayerMean
 from d2v_composer.system.errors import InputError
 
@@ -50,12 +50,11 @@ def freeze_unused_parameters(model: nn.Module, result: Tensor) -> None:
         parameter.grad = None
 
 
-def hash_weights(model: "Backbone", only_trained: bool = False) -> str:
+def hash_weights(model: "Backbone", left_out: tuple[str, ...] = ()) -> str:
     """Return a hash of a model's sizes and weights, not of its file, which a run in progress may have replaced.
 
-    With ``only_trained``, frozen parts are left out, which a run may hold in another dtype than a file.
+    Tensors whose names begin with one of ``left_out`` do not count.
     """
-    left_out = frozen_prefixes(model) if only_trained else ()
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(left_out)}
     return hash_tensors(tensors, (model.encoder.config, model.config))
 
@@ -162,8 +161,14 @@ class Backbone(nn.Module, ABC):
     """What makes the embedding of a model that has no alignment."""
 
     def identify_weights(self) -> str:
-        """Return the hash of a teacher's weights and preprocessing, or of a student's sizes and trained weights."""
-        return self.provenance.get("sha256") or hash_weights(self, only_trained=True)
+        """Return the hash of a teacher's weights and preprocessing, or of a student's sizes and trained weights.
+
+        A student's frozen parts do not count, because a run may hold them in another dtype than a file. An encoder that
+        a run trained counts, although it is frozen once it is loaded.
+        """
+        trained = ("encoder.",) if has_tuned_encoder(self.provenance) else ()
+        left_out = tuple(prefix for prefix in frozen_prefixes(self) if not prefix.startswith(trained))
+        return self.provenance.get("sha256") or hash_weights(self, left_out)
 
     def describe(self, name: str) -> EmbeddingInfo:
         """Return the description of an embedding, by name."""

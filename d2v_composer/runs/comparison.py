@@ -177,8 +177,7 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
     models = {name: candidate.eval().to(device) for name, candidate in compared if candidate is not None}
     first = teacher or model
     embeds = share_encoders(first, models, model.layer_mean)
-    is_shared = model.encoder is first.encoder or not has_tuned_encoder(model.provenance)
-    shown = {*config.baselines, UNTRAINED, STUDENT} - (set() if is_shared else {"encoder"})
+    shown = {*config.baselines, UNTRAINED, STUDENT} - ({"encoder"} if has_tuned_encoder(model.provenance) else set())
     embeds = {name: embed for name, embed in embeds.items() if name in shown}
     groups, parts = {modality: embeds}, {"encoder": first.encoder, **models}
     for place, name in zip(config.rivals, places, strict=True):

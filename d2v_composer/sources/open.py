@@ -163,6 +163,7 @@ class Files:
                 "--split train or --split none"
             )
         source = self.open().select([*chosen])
+        hint = "a class is a folder in train; for no classes, convert with --labels none"
         if labels is None and not has_classes:
             labels = file if (file := Path(self.root, f"LOC_{name}_solution.csv")).is_file() else NONE
         if labels == NONE:
@@ -174,7 +175,10 @@ class Files:
             with reading(labels), open(labels, encoding="utf-8-sig", newline="") as file:
                 rows = [row for row in csv.reader(file) if len(row) > 1]
             end = " " if KAGGLE_LABELS.fullmatch(Path(labels).name) else "\n"  # in Kaggle's, boxes follow the class
-            classes = {path_of(row[0]): row[1].strip().partition(end)[0] for row in rows}
+            classes = dict[str, str]()
+            for path, name in ((path_of(row[0]), row[1].strip().partition(end)[0]) for row in rows):
+                if classes.setdefault(path, name) != name:
+                    raise InputError(f"{labels}: {path} has two classes, {classes[path]} and {name}")
 
             def class_of(number: int, path: str) -> str:
                 known = (classes.get(name) for whole in (path, all_ids[number]) for name in (whole, splitext(whole)[0]))
@@ -183,9 +187,8 @@ class Files:
             all_ids = self.open().ids
             names = [*map(class_of, chosen, chosen.values())]
             class_names = sorted({*map(class_of, of_train, of_train.values())} - {""}) or class_names
-        return source.with_classes(
-            names, class_names, "a class is a folder in train; for no classes, convert with --labels none"
-        )
+            hint = f"{labels} must have a line 'sample,class' for each sample"
+        return source.with_classes(names, class_names, hint)
 
     @cached_property
     def _opened(self) -> tuple[Source, Sequence[Json], Sequence[str]]:

@@ -101,6 +101,21 @@ def test_each_slip_is_a_line(words: tuple[str, ...], lines: list[str]) -> None:
     assert all(line.startswith(expected) for line, expected in zip(said, lines, strict=True)), said
 
 
+@pytest.mark.parametrize(
+    ("words", "empty"),
+    [
+        (["distill", "", "--teacher", "timm/x", "--out", "out"], "SOURCE"),
+        (["distill", "photos", "--teacher", "", "--out", "out"], "--teacher"),
+        (["convert-images", "", "out"], "SOURCE"),
+        (["embed", "student.safetensors", "", "out.npy"], "SOURCE"),
+        (["align", "student.safetensors", "", "out.safetensors", "--to", "timm/x"], "SOURCE"),
+    ],
+)
+def test_an_unset_variable_is_not_the_current_folder(words: list[str], empty: str) -> None:
+    with pytest.raises(InputError, match=f"^argument {empty}: must not be empty$"):
+        d2v(words)
+
+
 def test_a_name_of_a_table_is_suggested() -> None:
     with pytest.raises(
         InputError, match=r"^argument NAME: no such name 'quikstart'; did you mean quickstart\? \(allowed"

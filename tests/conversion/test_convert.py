@@ -122,6 +122,23 @@ def test_class_names_of_a_file_may_have_several_words(tmp_path: Path) -> None:
     assert labels_of(listing) == [2, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("a.jpg,cat\nb.jpg,dog\na.jpg,dog", r"labels\.csv: a\.jpg has two classes, cat and dog$"),
+        ("a.jpg,cat", r"b\.jpg: .*got ''; \S+labels\.csv must have a line 'sample,class' for each sample$"),
+        ("a.jpg;cat\nb.jpg;dog", r"a\.jpg: .*got ''; \S+labels\.csv must have a line 'sample,class' for each sample$"),
+    ],
+)
+def test_a_file_of_labels_has_one_for_each_sample(tmp_path: Path, lines: str, message: str) -> None:
+    write_images(tmp_path / "in", ("a.jpg", "b.jpg"))
+    (tmp_path / "labels.csv").write_text(lines)
+    with pytest.raises(InputError, match=message):
+        open_samples(tmp_path / "in", labels=tmp_path / "labels.csv")
+    (tmp_path / "labels.csv").write_text("a.jpg,cat\nb.jpg,dog\na.jpg,cat")
+    assert labels_of(open_samples(tmp_path / "in", labels=tmp_path / "labels.csv")) == [0, 1]
+
+
 def test_a_class_may_have_the_name_of_a_split(tmp_path: Path) -> None:
     write_images(tmp_path, ("car/1.jpg", "plane/1.jpg", "train/1.jpg"))
     listing = open_samples(tmp_path, "none")

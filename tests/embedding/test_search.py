@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,15 @@ def test_the_page_holds_the_pictures(indexes: Path, tmp_path: Path, query: list[
     assert "third.jpg" in page
     assert page.count("<img src=") == page.count("data:image/png;base64,") >= 2
     assert "http" not in page.replace("http-equiv", "")  # it needs no network
+
+
+@pytest.mark.parametrize("form", ["npy", "parquet"])
+def test_the_folder_of_samples_may_be_no_utf8(indexes: Path, tmp_path: Path, form: str) -> None:
+    folder, index = tmp_path / os.fsdecode(b"caf\xe9"), tmp_path / f"index.{form}"
+    shutil.copytree(indexes / "photos", folder)
+    embed.main([str(TEACHER), str(folder), str(index)])
+    (first,) = found(index, folder / "3.png", "--k", "1", "--html", tmp_path / "page.html")
+    assert first.cosines[0] == pytest.approx(1)
 
 
 def test_sound_is_shown_and_played(tmp_path: Path) -> None:

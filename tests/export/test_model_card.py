@@ -127,8 +127,11 @@ def test_a_card_has_the_evaluation_of_its_weights(exported: Path, labeled: Path,
     for content in (evaluation.read_text(), '{"weights": "of another student"}', "another program's"):
         evaluation.write_text(content)
         run_export(student, out, "--overwrite")
-        is_measured = "Zero-shot retrieval on small" in out.with_name("README.md").read_text()
-        assert is_measured == ("results" in content)
+        card = out.with_name("README.md").read_text()
+        assert ("Zero-shot retrieval on small" in card) == ("results" in content)
+    assert ".html](" not in card
+    run_export(student, beside := tmp_path / "copy.safetensors")
+    assert "[evaluation.html](evaluation.html) shows which images" in beside.with_name("README.md").read_text()
 
 
 def test_the_runs_last_retrieval_is_in_the_card(uninterrupted: Path, tmp_path: Path) -> None:

@@ -1,7 +1,17 @@
-"""Replay recorded operations, and build the states of a folder that a loss of power may leave; README.md has the model.
+"""Replay recorded operations, and build the states of a folder that a loss of power may leave.
 
-The names in a folder change in their order, and reach the disk up to any point of it, folders independently of each
-other. What is written to a file reaches the disk in blocks, in any order or not at all.
+The model:
+
+- The names in a folder change in their order. A crash may lose any number of the last changes, but none from before the
+  folder's last fsync. Folders lose their changes independently of each other; a move between two folders is in both or
+  in neither.
+- An fsync of a file or a folder also keeps the names under which it and the folders above it were created. It keeps no
+  later rename: that takes an fsync of the folder in which the rename was.
+- What was written to a file since its last fsync reaches the disk in blocks of 4 KiB, in any order or not at all. A
+  block that did not reach the disk has its old content or, beyond the file's old end, zeros. The file has its old size,
+  its new one, or any between them. If the file was emptied since, this change may be lost, or be the only one that is
+  kept.
+- What was flushed stays. Locks, shared memory and everything outside the folder are gone.
 """
 
 import math

@@ -58,9 +58,10 @@ def settings(folder: Path, data: Path, kind: str, *overrides: str) -> list[str]:
 
 
 @pytest.fixture(scope="module", params=["blocks", pytest.param("network", marks=pytest.mark.slow)])
-def run(request: Any, package: Path, small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(request: Any, package: Path, small_data: Path, labeled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / request.param
-    ended = run_command(sys.executable, package / "own_teacher.py", *settings(folder, small_data, request.param)[1:])
+    options = settings(folder, small_data, request.param, f"retrieval.{datasets_of(labeled)}")
+    ended = run_command(sys.executable, package / "own_teacher.py", *options[1:])
     assert ended.returncode == 0, ended.stderr
     return folder
 
@@ -68,11 +69,12 @@ def run(request: Any, package: Path, small_data: Path, tmp_path_factory: pytest.
 def test_its_student_is_exported_and_evaluated_without_the_code(run: Path, labeled: Path, tmp_path: Path) -> None:
     out, checkpoint = tmp_path / "student.safetensors", run / "latest-rank0.pt"
     succeed("export", checkpoint, out)
+    assert "The run's last retrieval" in (tmp_path / "README.md").read_text()
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     assert load_student(out).embed(images).isfinite().all()
     for model in (checkpoint, out):  # which have the same weights, so the second replaces the results of the first
-        rows, said = evaluated(tmp_path, f"model={model}", datasets_of(labeled))
-        assert rows == {"pixels", "student"}
+        rows, said = evaluated(tmp_path, f"model={model}", datasets_of(labeled), "baselines=[pixels,encoder]")
+        assert rows == {"pixels", "student"}  # its encoder is its own
         assert "the untrained student is not measured: its alignment needs the run's teacher (teacher=PATH)" in said
         rows, said = evaluated(tmp_path, f"model={model}", datasets_of(labeled), "pooling=mean")  # needs no alignment
         assert rows == {"pixels", "untrained student", "student"}

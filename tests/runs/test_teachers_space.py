@@ -1,5 +1,6 @@
 """A student in its teacher's space: the same map on any ranks, in every file, measured in the teacher's index."""
 
+import csv
 import os
 from collections.abc import Callable
 from itertools import product
@@ -29,6 +30,7 @@ from d2v_composer.sources.labeled import EvaluationSet, LabeledSamples
 from d2v_composer.system.errors import InputError, RunError
 from helpers import (
     GOLDEN,
+    QUICKSTART,
     contents_of,
     datasets_of,
     encoded_image,
@@ -416,3 +418,16 @@ def test_the_teachers_embedding_is_its_own_whatever_the_run_sets(small_data: Pat
     assert not torch.allclose(shared["layer_mean_cls"], expected)
     line = refused_run(small_run(tmp_path, small_data, "alignment.representation=layer_mean", "teacher.first_blocks=3"))
     assert "alignment.representation: layer_mean needs all layers of the teacher" in line
+
+
+def test_a_teacher_has_its_own_embedding_beside_a_student_without_a_map(labeled: Path, tmp_path: Path) -> None:
+    """Such a timm student has timm's pooled feature, which is named otherwise."""
+    teacher_file, out = QUICKSTART / "teacher.safetensors", tmp_path / "student.safetensors"
+    teacher = load_teacher(teacher_file)
+    student = teacher.build_student(model="timm/test_byobnet").eval()
+    student.provenance |= {"teacher": teacher.provenance}
+    save_student(student, out)
+    evaluate.main([f"model={out}", f"teacher={teacher_file}", datasets_of(labeled), f"out={tmp_path}"])
+    rows = csv.DictReader((tmp_path / "evaluation.csv").read_text().splitlines())
+    found = {row["candidate"]: row["of"] for row in rows if row["candidate"] != "pixels"}
+    assert found == {"untrained student": "output_cls", "student": "output_cls", "teacher": "output_mean"}
