@@ -42,8 +42,8 @@ class Images(StreamingDataset):
 
 def main() -> None:
     args, seed, batch_size = parser.parse_args(), 17, 32 // dist.get_world_size()
-    reproducibility.seed_all(seed)
     teacher = load_teacher(args.teacher)
+    reproducibility.seed_all(seed)  # the student's weights are drawn next
     model, side = DistillationModel(teacher, teacher.build_student(depth=5)), teacher.encoder.config.image_size
     images = Images(remote=args.remote, local=args.local, batch_size=batch_size, shuffle=True, shuffle_seed=seed)
     augment = Compose([RandomResizedCrop(side, (0.35, 1)), RandomHorizontalFlip(), PILToTensor()])
