@@ -20,29 +20,9 @@ from d2v_composer.models.alignment import Moments, side_by_side
 from d2v_composer.models.names import EMBEDDING
 from d2v_composer.models.provenance import Record
 from d2v_composer.objectives.distillation import DistillationModel
-from d2v_composer.sources.mds import Index
 from d2v_composer.sources.source import Int64Array, map_in_workers
 
 log = logging.getLogger(__name__)
-
-
-# At most this many shards are read for the map, so that few are fetched from a store; we write 64 MiB each.
-ALIGNMENT_SHARDS = 64
-
-
-def choose_alignment_samples(index: Index, seed: int, max_samples: int, batch_size: int) -> Int64Array:
-    """Return the numbers of the training samples to fit an alignment to, (number of batches, batch size).
-
-    They come from at most ``ALIGNMENT_SHARDS`` shards, so that a data set in a store is not fetched whole.
-    """
-    rng, ends = np.random.default_rng(seed), np.cumsum([shard.samples for shard in index.shards])
-    shards, chosen = np.split(np.arange(ends[-1]), ends[:-1]), min(ALIGNMENT_SHARDS, len(ends))
-    numbers = np.concatenate([shards[i] for i in np.sort(rng.choice(len(ends), chosen, replace=False))])
-    numbers = np.sort(rng.choice(numbers, min(max_samples, len(numbers)), replace=False))
-    if index.lengths is not None:
-        numbers = numbers[np.argsort(index.lengths[numbers], kind="stable")]
-    batch_size = max(1, min(batch_size, len(numbers)))
-    return numbers[: len(numbers) // batch_size * batch_size].reshape(-1, batch_size)
 
 
 class AlignStudent(Callback):

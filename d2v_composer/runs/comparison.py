@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from d2v_composer.callbacks.alignment import choose_alignment_samples
 from d2v_composer.checkpoints.model_file import build_encoder
 from d2v_composer.config.reference import load_any
 from d2v_composer.config.schema import EvaluateConfig, LookupConfig, ShardLoaderConfig
@@ -25,7 +24,7 @@ from d2v_composer.models.student import Student
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.objectives import build_objectives
 from d2v_composer.sources.labeled import EvaluationSet, open_labeled_sets
-from d2v_composer.sources.mds import Index
+from d2v_composer.sources.mds import Index, choose_alignment_samples
 from d2v_composer.sources.source import open_mds
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError, errors_of, reading

@@ -9,7 +9,7 @@ from composer.core import Algorithm, Callback
 from composer.loggers import LoggerDestination
 from torch.utils.data import DataLoader, Subset
 
-from d2v_composer.callbacks.alignment import AlignStudent, choose_alignment_samples
+from d2v_composer.callbacks.alignment import AlignStudent
 from d2v_composer.callbacks.checkpointing import Stop
 from d2v_composer.callbacks.kept_targets import KeptTargets
 from d2v_composer.callbacks.run_record import IDENTITIES
@@ -41,7 +41,7 @@ from d2v_composer.runs.trainer import (
     write_run_report,
 )
 from d2v_composer.sources.labeled import evenly_spaced
-from d2v_composer.sources.mds import Index
+from d2v_composer.sources.mds import Index, choose_alignment_samples
 from d2v_composer.sources.source import Source, open_mds
 from d2v_composer.system.errors import InputError, errors_of
 from d2v_composer.system.ranks import node_leaders_first, raise_on_all_ranks
@@ -171,7 +171,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
         torch.manual_seed(config.seed)  # here, so that an evaluation builds the same untrained student
         student = teacher.build_student(**config.student.model_dump(), **normalization)
     check_network("student.model", student, config)
-    with errors_of("objectives"):
+    with errors_of("objectives.tokens"):  # the others name themselves
         model = DistillationModel(
             teacher,
             student,

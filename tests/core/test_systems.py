@@ -72,7 +72,7 @@ def here(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     said = run_core(root / "here")
     assert re.search(r"^cpu +\S.*\n(.*\n)*?cores +[1-9]", said, re.MULTILINE)
     imported = re.findall(r"^imported: ?(.*)$", said, re.MULTILINE)
-    assert imported[1:7] == [*["torch"] * 4, *["matplotlib torch"] * 2]  # from convert-teacher to init
+    assert imported[1:7] == [*["torch"] * 2, *["matplotlib torch"] * 4]  # from convert-teacher to init
     assert {"python", "torch"} <= {line.partition(" ")[0] for line in said.splitlines()}
     return root / "here"
 

@@ -196,7 +196,7 @@ def test_every_row_is_a_valid_run(path: Path, monkeypatch: pytest.MonkeyPatch) -
         return TimmTeacher(built, teacher_config(model, built, first_blocks))
 
     monkeypatch.setattr(timm_weights, "load_timm_teacher", load_timm_teacher)
-    monkeypatch.setattr(DistillationModel, "_dry_run", lambda _: None)  # the meta device computes nothing
+    monkeypatch.setattr(DistillationModel, "_freeze_unused", lambda _: None)  # the meta device computes nothing
     base, built = config_of(path.parent, {}), set[str]()
     for name, row in read_rows(path.parent).items():
         config = config_of(path.parent, row)
