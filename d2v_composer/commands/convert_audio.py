@@ -14,17 +14,17 @@ other tars, it is a word in the file's name, or else in its folders' names. Labe
 with lines 'clip,class', or --label-column.
 """
 
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field
 
-from d2v_composer.commands.command import IS_GIVEN, Positional
+from d2v_composer.commands.command import Samples
 from d2v_composer.commands.convert_images import Convert
 from d2v_composer.sources import SOURCES
 
 
 class ConvertAudio(Convert):
-    source: Annotated[Positional[str], IS_GIVEN] = Field(description=f"A folder of audio files, or {SOURCES}.")
+    source: Samples = Field(description=f"A folder of audio files, or {SOURCES}.")
 
     def run(self) -> Any:
         """Convert, print a report, and return the result; ``None`` if the part exists already."""

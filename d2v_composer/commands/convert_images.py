@@ -27,12 +27,12 @@ from pydantic import ByteSize, Field
 
 from d2v_composer.commands.command import (
     CORES,
-    IS_GIVEN,
     Column,
     Command,
     PartOfWork,
     Place,
     Positional,
+    Samples,
     whole,
 )
 from d2v_composer.sources import LABEL_COLUMN, SOURCES
@@ -110,9 +110,7 @@ class Convert(Command):
 
 
 class ConvertImages(Convert):
-    source: Annotated[Positional[str], IS_GIVEN] = Field(
-        description=f"A folder of images, cifar10:FOLDER, or {SOURCES}."
-    )
+    source: Samples = Field(description=f"A folder of images, cifar10:FOLDER, or {SOURCES}.")
     resize: Annotated[int, whole(1, 65500)] | None = None
     """Number of pixels to which the short side is shrunk; default: no change."""
     quality: Annotated[int, whole(1, 100)] = 90

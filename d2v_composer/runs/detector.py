@@ -43,7 +43,7 @@ class Norm(nn.GroupNorm):
 
 
 class FeatureMaps(nn.Module):
-    """What torchvision calls the backbone: a student's feature maps, and a feature pyramid on them.
+    """A student's feature maps and a feature pyramid on them, which torchvision calls the backbone.
 
     A CNN, or a Swin, has a map for each stride; a ViT, and a student of blocks, has one map.
 
