@@ -10,6 +10,7 @@ run it again: it goes on.
 """
 
 import sys
+from collections.abc import Sequence
 
 from d2v_composer.system.command_line import show_help
 
@@ -23,7 +24,9 @@ from d2v_composer.commands import convert_images, merge
 PARTS = 64  # each is the work of one core
 
 
-convert = ray.remote(lambda command: convert_images.main(command))
+@ray.remote
+def convert(command: Sequence[str]) -> None:
+    convert_images.main(command)
 
 
 def main(*argv: str) -> None:
