@@ -132,7 +132,15 @@ class ZeroShotRetrieval(Callback):
         if "agreement" in probes and baselines is not None and TEACHER not in baselines:
             raise ValueError("agreement needs a baseline named teacher")
         has_teacher = baselines is None or TEACHER in baselines  # else fit_start asks the model
-        self.settings = Settings(headline, tuple(ks), probes, augment, device_batch_size, has_teacher, all_embeddings)
+        self.settings = Settings(
+            headline,
+            tuple(ks),
+            probes,
+            augment,
+            batch_size=device_batch_size,
+            has_teacher=has_teacher,
+            needs_all=all_embeddings,
+        )
         self.conditions: dict[str, str] = {}
         for name, labeled in datasets.items():
             self.settings.check(name, labeled)

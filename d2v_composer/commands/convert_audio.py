@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import Field
 
 from d2v_composer.commands.command import Samples
-from d2v_composer.commands.convert_images import Convert
+from d2v_composer.commands.conversion import Convert
 from d2v_composer.sources import SOURCES
 
 

@@ -7,9 +7,10 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,8 @@ def share_encoders(
     return embeds
 
 
-class Evaluation(NamedTuple):
+@dataclass
+class Evaluation:
     """Models to compare, and their results."""
 
     groups: Mapping[Modality, dict[str, Embed]]
@@ -96,10 +98,10 @@ class Evaluation(NamedTuple):
     """Name → hash of the model's weights."""
     load: Callable[[Modality], tuple[Mapping[str, EvaluationSet], Augmentation]]
     """Returns a group's data sets, by name, and the augmentation that makes the views of their samples."""
-    datasets: dict[str, EvaluationSet]
+    datasets: dict[str, EvaluationSet] = field(default_factory=dict)
     """Name → data set, whose samples are loaded as the evaluated model takes them."""
-    results: list[Result]
-    speeds: dict[int, dict[str, float]]
+    results: list[Result] = field(default_factory=list)
+    speeds: dict[int, dict[str, float]] = field(default_factory=dict)
     """Batch size → name → inputs per second, if it was measured."""
 
     def run(self, device: str, autocast_dtype: torch.dtype | None = None) -> None:

@@ -1,1 +1,1 @@
-"""Teachers, students and their shared parts; only :mod:`.classification` imports Composer."""
+"""Teachers, students and their shared parts."""

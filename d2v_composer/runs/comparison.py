@@ -186,10 +186,10 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
         headline,
         config.ks,
         config.probes,
-        None,
-        config.device_eval_batch_size,
-        TEACHER in embeds,
-        bool(config.embeddings),
+        augment=None,  # each modality has its own
+        batch_size=config.device_eval_batch_size,
+        has_teacher=TEACHER in embeds,
+        needs_all=bool(config.embeddings),
     )
 
     def load(taken: Modality) -> tuple[dict[str, EvaluationSet], Augmentation]:
@@ -203,4 +203,4 @@ def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Eva
     infos = {"encoder": first.embedding}
     infos |= {name: part.embedding for name, part in parts.items() if isinstance(part, Backbone)}
     weights = {name: part.identify_weights() for name, part in parts.items() if isinstance(part, Backbone)}
-    return model, Evaluation(groups, costs, settings, infos, weights, load, {}, [], {})
+    return model, Evaluation(groups, costs, settings, infos, weights, load)

@@ -16,12 +16,12 @@ from d2v_composer.checkpoints.model_file import sizes_of
 from d2v_composer.config.schema import FinetuneConfig, TrainLoaderConfig
 from d2v_composer.data import modality_of
 from d2v_composer.models.backbone import hash_weights
-from d2v_composer.models.classification import Classifier
 from d2v_composer.models.configs import EncoderConfig
 from d2v_composer.models.precision import choose_precision
 from d2v_composer.models.provenance import Record
 from d2v_composer.models.teacher import Teacher
 from d2v_composer.report.tables import format_table
+from d2v_composer.runs.classifier import Classifier
 from d2v_composer.runs.trainer import (
     build_optimizer,
     build_trainer,

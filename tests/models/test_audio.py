@@ -11,12 +11,12 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
 from d2v_composer.checkpoints.load import load_teacher
-from d2v_composer.models.classification import Classifier
 from d2v_composer.models.configs import RELEASED, AudioEncoderConfig, TeacherConfig, parse_convolutions
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.encoder import Inputs
 from d2v_composer.objectives.compilation import compile_model
 from d2v_composer.objectives.distillation import DistillationModel
+from d2v_composer.runs.classifier import Classifier
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN, assert_same_numbers, refused_by
 from steps import flops_of_a_step, total_loss

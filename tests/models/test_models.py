@@ -13,13 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from d2v_composer.checkpoints.fairseq import load_data2vec2
 from d2v_composer.checkpoints.load import load_teacher
-from d2v_composer.models.classification import Classifier
 from d2v_composer.models.configs import ImageEncoderConfig, TeacherConfig
 from d2v_composer.models.data2vec2 import Data2Vec2
 from d2v_composer.models.images import resize, resize_in_float
 from d2v_composer.models.targets import norm_mean
 from d2v_composer.objectives.distillation import DistillationModel
 from d2v_composer.objectives.tokens import regression_loss
+from d2v_composer.runs.classifier import Classifier
 from d2v_composer.system.errors import InputError
 from helpers import GOLDEN
 from steps import flops_of_a_step, random_images, total_loss, train

@@ -207,7 +207,7 @@ def test_each_measure_is_a_line_through_the_models_in_order_of_speed() -> None:
         for dataset in ("first", "second")
     ]
     settings = Settings("output_mean", (1, 3), ["linear"], None, 64)
-    evaluation = Evaluation({}, {}, settings, {}, {}, load, sets, results, speeds)
+    evaluation = Evaluation({}, {}, settings, {}, {}, load, datasets=sets, results=results, speeds=speeds)
     figure = quality_over_speed(evaluation, 64, "images")
     assert [axes.get_title("left") for axes in figure.axes] == [
         f"Quality over speed on {name}, with 95 % intervals" for name in ("first", "second")

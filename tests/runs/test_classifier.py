@@ -4,7 +4,7 @@ import torch
 
 from d2v_composer import load_teacher
 from d2v_composer.config.schema import LayerwiseOptimizerConfig
-from d2v_composer.models.classification import Classifier
+from d2v_composer.runs.classifier import Classifier
 from d2v_composer.runs.trainer import build_optimizer
 from helpers import GOLDEN
 
