@@ -24,7 +24,6 @@ from d2v_composer.commands import convert_images, merge
 PARTS = 64  # each is the work of one core
 
 
-@ray.remote
 def convert(command: Sequence[str]) -> None:
     convert_images.main(command)
 
@@ -32,7 +31,8 @@ def convert(command: Sequence[str]) -> None:
 def main(*argv: str) -> None:
     """Convert the missing parts, and merge all."""
     commands = ([*argv, "--workers", "1", "--part", f"{part}/{PARTS}"] for part in range(PARTS))
-    ray.get([convert.remote(command) for command in commands])
+    remote = ray.remote(convert)
+    ray.get([remote.remote(command) for command in commands])
     merge.main([argv[1]])
 
 
