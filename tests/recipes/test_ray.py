@@ -153,7 +153,7 @@ def test_ray_converts_as_the_command_while_tasks_are_killed(
             threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
         convert_images.main(argv)
 
-    monkeypatch.setattr(ray_convert, "convert", ray.remote(convert))
+    monkeypatch.setattr(ray_convert, "convert", convert)
     monkeypatch.setattr(ray_convert, "PARTS", 5)
     succeed("convert-images", sources / "rows", whole, "--workers", "1", skip)
     ray_convert.main(str(sources / "rows"), str(out), skip)
