@@ -1,10 +1,10 @@
-"""The whole method on one page: distill a frozen data2vec 2.0 teacher into a small student, without labels.
+"""The method on one page: distill a frozen data2vec 2.0 teacher into a small student, without labels.
 
 usage: python recipes/minimal.py
 
-It needs torch, torchvision, safetensors and Streaming; neither d2v_composer nor Composer. Teacher and student share one
-frozen encoder, which runs once per step; only the student's blocks are trained. At every token, the mean of their
-normalized FFN outputs regresses the mean of the teacher's. The page is in the order in which the data flow.
+It needs torch, torchvision, safetensors and Streaming. Teacher and student share one frozen encoder, which runs once
+per step; only the student's blocks are trained. At every token, the mean of their normalized FFN outputs regresses the
+mean of the teacher's. A run of d2v_composer also fits a linear map to the teacher's embedding at its end.
 
 Sources: data2vec 2.0 (Baevski et al. 2022, arXiv:2212.07525); ALiBi (Press et al. 2022, arXiv:2108.12409); a thesis
 chapter on distilled unimodal data2vec 2.0 (Tim Cares 2024, github.com/TimCares/MasterThesis).
@@ -66,7 +66,7 @@ class Block(nn.Module):
 
 
 class Layers(nn.Module):
-    """A LayerNorm, if there is one, and blocks; returns the last block's output and the FFN output of every block."""
+    """A LayerNorm, if one is given, then blocks; returns the last block's output and the FFN output of every block."""
 
     def __init__(self, sizes: dict, depth: int, mlp_ratio: float, norm: nn.Module | None = None) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def alibi(sizes: dict) -> Tensor:
 
 # 3. The loss, `objectives.tokens` of a YAML: data2vec 2.0's target (section 3), and a prediction made in the same way.
 def norm_mean(ffn_outputs: list[Tensor]) -> Tensor:
-    """Return LayerNorm(1/L Σ_l InstanceNorm(F_l)), (B, T, D): F_l is an FFN output, whose channels are normalized."""
+    """Return LayerNorm(1/L Σ_l InstanceNorm(F_l)), (B, T, D): InstanceNorm is per channel, over an image's T."""
     mean_BTD = torch.stack([instance_norm(ffn_BTD.mT).mT for ffn_BTD in ffn_outputs]).mean(dim=0)
     return layer_norm(mean_BTD, mean_BTD.shape[-1:])
 
@@ -170,7 +170,7 @@ def retrieve(teacher: Teacher, model: nn.Module) -> str:
     return ", ".join(found)
 
 
-# 5. Training: AdamW with a linear warm-up and a cosine to 0.
+# 5. Training: AdamW, which decays norms and biases, too; a linear warm-up and a cosine to 0.
 def main() -> None:
     torch.manual_seed(17)
     teacher = Teacher(DATA / "teacher.safetensors")
