@@ -8,7 +8,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from d2v_composer.models.provenance import Json, Record, is_same_but_for_rounding, value_at
+from d2v_composer.models.provenance import Json, Record, are_of_one_teacher, value_at
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.errors import InputError
 from d2v_composer.system.files import write_atomically
@@ -82,5 +82,5 @@ def find_changes(key: str, before: Json, now: Json, default: Json = None) -> Ite
         for name in dict.fromkeys([*now, *before]):
             usual = value_at(default, name)
             yield from find_changes(f"{key}.{name}", before.get(name, usual), now.get(name), usual)
-    elif before != now and not (key == "teacher.outputs" and is_same_but_for_rounding(before, now)):
+    elif before != now and not (key == "teacher.outputs" and are_of_one_teacher(before, now)):
         yield f"{IDENTITIES.get(key, key.removeprefix('config.'))}: checkpoint has {before}, config has {now}"

@@ -249,6 +249,11 @@ class ZeroShotRetrieval(Callback):
         names = {UNTRAINED: STUDENT, STUDENT: STUDENT, "encoder": TEACHER, TEACHER: TEACHER}
         return {name: self.models[model].embedding for name, model in names.items() if model in self.models}
 
+    def weights(self, rows: Sequence[Row]) -> dict[str, str]:
+        """Return hashes of the weights of the rows' models that are known."""
+        names = {name: {UNTRAINED: STUDENT}.get(name, name) for name in (row.queries.model for row in rows)}
+        return {name: self.models[model].identify_weights() for name, model in names.items() if model in self.models}
+
     def _measure(
         self, rows: Sequence[Row], outdated: Collection[str], state: State, logger: Logger
     ) -> dict[str, float]:
@@ -259,7 +264,7 @@ class ZeroShotRetrieval(Callback):
         settings = self.settings._replace(
             to_device=state.device.tensor_to_device, before_batch=self._stop_if_due, ranks=ranks, progress=progress
         )
-        infos = self.infos()
+        infos, weights = self.infos(), self.weights(rows)
         embeds = {**(self.baselines or {}), STUDENT: self.embed_student, UNTRAINED: self.embed_student}
         broadcast_statistics(state.model)
         precision = get_precision_context(state.precision, state.precision_config)
@@ -273,7 +278,7 @@ class ZeroShotRetrieval(Callback):
                     embedded[TEACHER] = self.of_teacher[dataset]
                 used = {model: embed for model, embed in embeds.items() if model in models - embedded.keys()}
                 embedded |= embed_set(used, dataset, labeled, settings, infos)
-                results += measure(rows, embedded, dataset, labeled, settings, infos)
+                results += measure(rows, embedded, dataset, labeled, settings, infos, weights)
                 self.of_teacher[dataset] = {
                     part: {
                         name: vectors
@@ -283,13 +288,10 @@ class ZeroShotRetrieval(Callback):
                     for part, embeddings in embedded.get(TEACHER, {}).items()
                 }
         self.results = [result for result in self.results if result.row not in outdated]
-        models = {row.title: {UNTRAINED: STUDENT}.get(row.queries.model, row.queries.model) for row in rows}
-        weights = {name: self.models[name].identify_weights() for name in self.models.keys() & models.values()}
         for result in results:
             if result.is_headline:
                 shown = result.nearest if result.row in (STUDENT, TEACHER) else None
-                of_model = weights.get(models[result.row], "")
-                self.results.append(result._replace(batch=batch, nearest=shown, weights=of_model))
+                self.results.append(result._replace(batch=batch, nearest=shown))
         metrics = {
             metric_key(result.dataset, result.column, name, result.row): result.accuracy
             for result in results

@@ -390,7 +390,7 @@ def _write_table(
         digests = [*map(_digest, [*files.values(), complete])]
         record = {"part": part, "digests": digests, "about": about} | embedding._asdict()
         write_atomically(folder / "record.json", json.dumps(record))
-        files = {_record_of(out): folder / "record.json"} | files
+        files = {_record_file(out): folder / "record.json"} | files
     check_out(out, overwrite=overwrite, part=part)
     (folder / MOVING).touch()
     if not is_remote(out):
@@ -445,7 +445,7 @@ def check_out(out: str, *, overwrite: bool, part: Mapping[str, Json] | None = No
         import pyarrow  # noqa: F401  (if it is missing, this error says what to install)
     is_ours = (_partial_folder(out) / MOVING).exists()
     if part is not None:
-        outputs.append(record := _record_of(out))
+        outputs.append(record := _record_file(out))
         with reading(record):
             is_ours = is_ours or (exists(record) and "part" in Parts.load(record))
     check_outputs(*outputs, overwrite=overwrite or is_ours)
@@ -467,7 +467,7 @@ def about_file(out: str) -> str:
     return f"{out.removesuffix('.npy')}.model.json"
 
 
-def _record_of(out: str) -> str:
+def _record_file(out: str) -> str:
     return f"{out.rpartition('.')[0]}.json"
 
 

@@ -74,7 +74,7 @@ def share_encoders(
         return {name: embedding[: len(inputs[0])] for name, embedding in read(known[encoder]).items()}
 
     encoder = first.encoder
-    embeds: dict[str, Embed] = {encoder.baseline: lambda *inputs: encoder.raw(Inputs(*inputs))}
+    embeds: dict[str, Embed] = {encoder.baseline: lambda *inputs: encoder.baseline_of(Inputs(*inputs))}
     if first.block_list:  # else the encoder is all of the model
         embeds["encoder"] = partial(embed, encoder, lambda tokens: first.features(tokens).poolings(tokens.x, "output_"))
     for name, model in models.items():
@@ -114,7 +114,6 @@ class Evaluation:
         for modality, embeds in self.groups.items():
             datasets, augment = self.load(modality)
             rows = rows_of(embeds, self.infos)
-            models = {row.title: row.queries.model for row in rows}
             to_device = partial(Tensor.to, device=device)
             settings = self.settings._replace(augment=augment, to_device=to_device, progress="")
             for dataset, labeled in datasets.items():
@@ -124,9 +123,7 @@ class Evaluation:
                 )
                 with torch.inference_mode(), precision_of(autocast_dtype, device):
                     embedded = embed_set(embeds, dataset, labeled, settings, self.infos)
-                    for result in measure(rows, embedded, dataset, labeled, settings, self.infos):
-                        weights = self.weights.get(models[result.row], "")
-                        self.results.append(result._replace(weights=weights))
+                    self.results += measure(rows, embedded, dataset, labeled, settings, self.infos, self.weights)
 
     def write(self, folder: Path, context: dict[str, Any]) -> None:
         """Write ``evaluation.json`` and ``evaluation.csv`` to a folder, each atomically.

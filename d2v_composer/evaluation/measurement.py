@@ -29,6 +29,7 @@ def measure(
     labeled: EvaluationSet,
     settings: Settings,
     infos: Mapping[str, EmbeddingInfo] = {},
+    weights: Mapping[str, str] = {},
 ) -> Iterator[Result]:
     """Yield a result for each row, embedding and column; each rank takes its share of the queries.
 
@@ -41,6 +42,7 @@ def measure(
         labeled: The set.
         settings: The settings.
         infos: Model → what its embedding is, if known.
+        weights: Model → hash of its weights, if known.
     """
     pairs = PairLoader(embedded, labeled, settings, infos)
     metrics = [(metric, settings.columns(labeled, metric)) for metric in settings.metrics(labeled)]
@@ -65,7 +67,8 @@ def measure(
                         elif metric is AGREEMENT and not labeled.has_labels:
                             nearest = nearest_others(pair)[:, : max(settings.ks)].int().cpu()
                     about = row.title, dataset, column, queries.embedding, info_of_queries
-                    yield Result(*about, is_headline or needs_texts, hits.cpu(), nearest=nearest)
+                    of_model = weights.get(row.queries.model, "")
+                    yield Result(*about, is_headline or needs_texts, hits.cpu(), of_model, nearest=nearest)
 
 
 class PairLoader:

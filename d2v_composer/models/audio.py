@@ -51,7 +51,7 @@ class Waveforms(Encoder):
     def noise(self, count: int) -> Tensor:
         return 0.1 * torch.randn(count, 5 * SAMPLE_RATE)
 
-    def raw(self, inputs: Inputs) -> Tensor:
+    def baseline_of(self, inputs: Inputs) -> Tensor:
         """Return the mean of the log-mel spectrogram over time, (B, M)."""
         log_mel_BNM, padding_BN = LogMel().to(inputs.values.device)(inputs.values, inputs.lengths)
         return mean_over_time(log_mel_BNM, padding_mask=padding_BN)[:, 0]

@@ -19,7 +19,7 @@ from d2v_composer.models.encoder import Encoder, Freezable, Inputs, Tokens, coun
 from d2v_composer.models.features import Features
 from d2v_composer.models.names import EMBEDDING, JOINT, MadeBy, Pooling, Representation
 from d2v_composer.models.provenance import Record, has_tuned_encoder
-from d2v_composer.models.targets import LayerMean
+from d2v_composer.models.targets import LayerMean, embeddings_of, names_of
 from d2v_composer.system.errors import InputError
 
 # What is kept of a model's outputs for fixed inputs: how many numbers of each kind, and the prime that spreads them.
@@ -150,7 +150,7 @@ class Backbone(nn.Module, ABC):
     @property
     def raw_names(self) -> list[str]:
         """The names of all raw embeddings."""
-        return self.layer_mean.names(self.has_cls_token)
+        return names_of(self.layer_mean, self.has_cls_token)
 
     @property
     def embedding(self) -> EmbeddingInfo:
@@ -272,7 +272,7 @@ class Backbone(nn.Module, ABC):
     def read(self, features: Features, name: str = EMBEDDING) -> Tensor:
         """Return one embedding of a model's features by name, (B, D) float32, with gradient."""
         if name == EMBEDDING and self.alignment is not None:
-            return self.alignment(self.layer_mean.embeddings(features))
+            return self.alignment(embeddings_of(features, self.layer_mean))
         name = self.raw_embedding if name == EMBEDDING else name
         if name == JOINT:
             assert features.joint is not None
@@ -326,7 +326,7 @@ class Backbone(nn.Module, ABC):
         """Compute every embedding from the encoder's tokens, without gradient; see :meth:`embed_all`."""
         with frozen_use():
             features = self.features(tokens)
-            embeddings = (layer_mean or self.layer_mean).embeddings(features)
+            embeddings = embeddings_of(features, layer_mean or self.layer_mean)
             if self.alignment is not None:
                 embedding = self.alignment(embeddings)
             elif layer_mean is not None and self.raw_embedding.startswith("layer_mean"):

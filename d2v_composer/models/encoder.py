@@ -172,7 +172,7 @@ class Encoder(Freezable):
         return pattern.to(torch.uint8) if self.config.modality == "image" else pattern / 125 - 1
 
     @abstractmethod
-    def raw(self, inputs: Inputs) -> Tensor:
+    def baseline_of(self, inputs: Inputs) -> Tensor:
         """Return an embedding that no model computes, (B, features), as a baseline for all models."""
 
     @property

@@ -10,9 +10,9 @@ Json = Any
 Record = dict[str, Json]
 """A record as JSON or YAML has it: name → value of any kind, since other versions and programs wrote some of them."""
 
-# Largest difference of two records of a teacher's outputs, relative to their norm. Processors differ by less than 1e-5;
-# weights converted to bfloat16 moved the outputs of tests/golden's audio teacher by 0.016.
-OUTPUT_TOLERANCE = 0.03
+# Largest difference of two records of one teacher's outputs, relative to their norm. Processors differ by less than
+# 1e-5; weights converted to bfloat16 moved the outputs of tests/golden's audio teacher by 0.016.
+IDENTITY_TOLERANCE = 0.03
 
 
 def value_at(record: Json, key: str) -> Json:
@@ -39,11 +39,11 @@ def has_tuned_encoder(provenance: Json) -> bool:
 def is_teacher_of(record: Json, own: Record) -> bool:
     """Return True if a student's record names the teacher with this provenance, by its weights and what it computes."""
     sha256, outputs = (value_at(record, f"teacher.{key}") for key in ("sha256", "outputs"))
-    return sha256 == own.get("sha256") and is_same_but_for_rounding(outputs, own.get("outputs"))
+    return sha256 == own.get("sha256") and are_of_one_teacher(outputs, own.get("outputs"))
 
 
-def is_same_but_for_rounding(outputs: Json, expected: Json) -> bool:
-    """Return True if a teacher's recorded outputs are the expected ones, apart from rounding."""
+def are_of_one_teacher(outputs: Json, expected: Json) -> bool:
+    """Return True if recorded outputs are as close to the expected ones as those of one teacher, in any precision."""
     with suppress(TypeError, ValueError):  # a file's record may hold anything
-        return math.dist(outputs, expected) <= OUTPUT_TOLERANCE * math.hypot(*expected)
+        return math.dist(outputs, expected) <= IDENTITY_TOLERANCE * math.hypot(*expected)
     return False

@@ -167,26 +167,28 @@ class LayerMean(nn.Module):
         """Compute the mean of layers, (B, T, D) float32; statistics skip padding and ``num_dropped`` first tokens."""
         return self.norm_mean(layers, num_dropped, self.normalization, self.final_layer_norm, features.padding_mask)
 
-    def embeddings(self, features: Features) -> dict[str, Tensor]:
-        """Compute every embedding of a model, (B, D) float32, by name: poolings of its output and of its layers."""
-        if features.pooled is not None:
-            output = features.output
-            pooled = features.poolings(output, "output_")
-        else:
-            output, mean = features.with_output(lambda layers: self(layers, features))
-            both = features.poolings(output, "output_") | features.poolings(mean, "layer_mean_")
-            pooled = {name: both[name] for name in self.names(features.has_cls_token)}
-        return pooled if features.joint is None else pooled | {JOINT: features.joint(output).float()}
 
-    def names(self, has_cls_token: bool) -> list[str]:
-        """Return the names of all embeddings of a model's output and ``layer_mean``.
+def embeddings_of(features: Features, layer_mean: LayerMean) -> dict[str, Tensor]:
+    """Compute every embedding of a model, (B, D) float32, by name: poolings of its output and of its layers."""
+    if features.pooled is not None:
+        output = features.output
+        pooled = features.poolings(output, "output_")
+    else:
+        output, mean = features.with_output(lambda layers: layer_mean(layers, features))
+        both = features.poolings(output, "output_") | features.poolings(mean, "layer_mean_")
+        pooled = {name: both[name] for name in names_of(layer_mean, features.has_cls_token)}
+    return pooled if features.joint is None else pooled | {JOINT: features.joint(output).float()}
 
-        Without a final LayerNorm, means of an instance-normalized ``layer_mean`` are left out, because they are 0.
-        """
-        names = ["cls", "mean", "mean_patches"][not has_cls_token :]
-        is_zero = self.normalization == "instance" and not self.final_layer_norm
-        of_layers = [name for name in names if name == "cls" or not is_zero]
-        return [*(f"output_{name}" for name in names), *(f"layer_mean_{name}" for name in of_layers)]
+
+def names_of(layer_mean: LayerMean, has_cls_token: bool) -> list[str]:
+    """Return the names of all embeddings of a model's output and ``layer_mean``.
+
+    Without a final LayerNorm, means of an instance-normalized ``layer_mean`` are left out, because they are 0.
+    """
+    names = ["cls", "mean", "mean_patches"][not has_cls_token :]
+    is_zero = layer_mean.normalization == "instance" and not layer_mean.final_layer_norm
+    of_layers = [name for name in names if name == "cls" or not is_zero]
+    return [*(f"output_{name}" for name in names), *(f"layer_mean_{name}" for name in of_layers)]
 
 
 def target_of(features: Features, options: TargetOptions, top_k: int, layer_mean: LayerMean) -> Tensor:

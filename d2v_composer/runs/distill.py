@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from composer import Trainer
@@ -35,9 +36,9 @@ from d2v_composer.runs.comparison import build_labeled_sets
 from d2v_composer.runs.trainer import (
     build_optimizer,
     build_trainer,
-    check_network,
     fit_and_close,
     join_and_seed,
+    try_timm_student,
     write_run_report,
 )
 from d2v_composer.sources.labeled import evenly_spaced
@@ -89,17 +90,17 @@ def train_student(
     costs = {STUDENT: cost(model.student, fitted_width(config, model)), TEACHER: cost(model.teacher)}
     apply_precision_and_compile(config, model)
     modality = modality_of(model.teacher.config)
-    train_dataloader, kept, samples, data, shown = build_data(config, model, train_dataloader, alignment_samples)
-    align, stop = build_alignment(config, model, samples), Stop()
+    data = build_data(config, model, train_dataloader, alignment_samples)
+    align, stop = build_alignment(config, model, data.alignment_samples), Stop()
     retrieval = build_retrieval(config, model, align, stop)
     student = model.student.provenance["student"] | {"sizes": sizes_of(model.student)}
     trainer = build_trainer(
         config,
         model,
-        train_dataloader,
-        {"teacher": model.teacher.provenance, "student": student, "data": data, "costs": costs},
+        data.loader,
+        {"teacher": model.teacher.provenance, "student": student, "data": data.about, "costs": costs},
         compares_microbatches=model.compares_microbatches,
-        run_callbacks=[callback for callback in (kept, align, retrieval) if callback is not None],
+        run_callbacks=[callback for callback in (data.kept, align, retrieval) if callback is not None],
         callbacks=callbacks,
         algorithms=algorithms,
         loggers=loggers,
@@ -108,8 +109,8 @@ def train_student(
         optimizers=build_optimizer(config.optimizer, model),
     )
     when_built(trainer)
-    header = {modality.unit: shown}
-    if kept is not None:
+    header = {modality.unit: data.shown}
+    if (kept := data.kept) is not None:
         header["targets"] = f"{config.train_loader.views} views, {kept.num_bytes / 1e6:,.0f} MB in {kept.path}"
     fitted = model.teacher.embedding._replace(made_by="alignment")
     header["embedding"] = str(model.student.embedding if align is None else fitted)
@@ -127,14 +128,24 @@ def train_student(
     return trainer
 
 
+class TrainingData(NamedTuple):
+    """The data of a run, and what depends on them."""
+
+    loader: DataLoader[object]
+    kept: KeptTargets | None
+    """The callback that keeps the targets of fixed views."""
+    alignment_samples: Samples | None
+    """The samples to which the student's alignment is fitted."""
+    about: Record
+    """The section ``data`` of the run's record."""
+    shown: str
+    """A description for the log."""
+
+
 def build_data(
     config: TrainConfig, model: DistillationModel, given: DataLoader[object] | None, samples: Samples | None
-) -> tuple[DataLoader[object], KeptTargets | None, Samples | None, Record, str]:
+) -> TrainingData:
     """Build the loader, unless one is ``given``, and what depends on the data.
-
-    Returns:
-        The loader; the callback that keeps targets; samples to fit the map to; the record's section ``data``; and the
-        data in a few words.
 
     Raises:
         InputError: The data cannot be used, or there are fixed views but a loader is given.
@@ -144,13 +155,13 @@ def build_data(
         if loader.views is not None:
             raise InputError("train_loader.views: must be null with a train_dataloader of your own")
         shown = f"of train_dataloader{'' if samples is not None else '; no alignment without alignment_samples'}"
-        return given, None, samples, {"modality": modality.name}, shown
+        return TrainingData(given, None, samples, {"modality": modality.name}, shown)
     index = read_train_index(loader, modality, config.global_train_batch_size)
     kept = build_kept_targets(config, model, index)
     collated = {} if kept is None else {"collate": kept.collate, "extra_bytes": kept.row_bytes}
     built = build_train_loader(config, loader, index, is_compiled=config.compile is not False, **collated)
     shown = f"{len(index):,} in {index.source}{'' if index.has_hashes else ', known by sizes: its index has no hashes'}"
-    return built, kept, open_alignment_samples(config, index), index.describe(), shown
+    return TrainingData(built, kept, open_alignment_samples(config, index), index.describe(), shown)
 
 
 def build_model(config: TrainConfig, teacher: Teacher | None = None) -> DistillationModel:
@@ -161,7 +172,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
     """
     with node_leaders_first("the teacher"):
         teacher = teacher or build_teacher(config)
-    choose_embedding(config, teacher)
+    set_teachers_embedding(config, teacher)
     modality = modality_of(teacher.config)
     if config.train_loader.views is not None and modality.has_lengths:
         raise InputError(f"train_loader.views: must be null for a teacher of {modality.unit}")
@@ -170,7 +181,7 @@ def build_model(config: TrainConfig, teacher: Teacher | None = None) -> Distilla
         normalization = config.objectives.tokens.model_dump(include={"normalization", "final_layer_norm"})
         torch.manual_seed(config.seed)  # here, so that an evaluation builds the same untrained student
         student = teacher.build_student(**config.student.model_dump(), **normalization)
-    check_network("student.model", student, config)
+    try_timm_student("student.model", student, config)
     with errors_of("objectives.tokens"):  # the others name themselves
         model = DistillationModel(
             teacher,
@@ -232,7 +243,7 @@ def build_kept_targets(config: TrainConfig, model: DistillationModel, index: Ind
     return KeptTargets(folder.local / "targets.f16", len(index), loader.views, width, made_from)
 
 
-def choose_embedding(config: TrainConfig, teacher: Teacher) -> None:
+def set_teachers_embedding(config: TrainConfig, teacher: Teacher) -> None:
     """Let the teacher's embedding be the one that the section ``alignment`` names, if it names one.
 
     Raises:
@@ -345,7 +356,7 @@ def choose_embeds(config: TrainConfig, model: DistillationModel) -> tuple[str, E
     return headline, student, {name: known[name] for name in retrieval.baselines if name in known}
 
 
-def embeds_of(config: TrainConfig, model: DistillationModel) -> Record:
+def embeds_of(config: TrainConfig, model: DistillationModel) -> dict[str, Embed]:
     """Return name → function that embeds a batch, for pixels or log_mel, the encoder alone, teacher and student."""
     models = {TEACHER: model.teacher, STUDENT: model.student}
     fill_to = config.device_eval_batch_size if config.compile else 0

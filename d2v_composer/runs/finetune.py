@@ -25,9 +25,9 @@ from d2v_composer.runs.classifier import Classifier
 from d2v_composer.runs.trainer import (
     build_optimizer,
     build_trainer,
-    check_network,
     fit_and_close,
     join_and_seed,
+    try_timm_student,
     write_run_report,
 )
 from d2v_composer.sources.labeled import LabeledSamples, eval_batches, load_mds, read_class_names
@@ -76,7 +76,7 @@ def finetune(config: FinetuneConfig, callbacks: Sequence[Callback] = ()) -> Trai
     }
     cpu_bf16 = choose_precision(config.precision).cpu_bf16
     model = Classifier(backbone, data.num_classes, train_encoder=config.train_encoder, cpu_bf16=cpu_bf16)
-    check_network("model", backbone, config, model.head)
+    try_timm_student("model", backbone, config, model.head)
     tested = eval_batches(data.test, config.device_eval_batch_size)
     trainer = build_trainer(
         config,

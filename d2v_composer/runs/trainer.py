@@ -187,7 +187,7 @@ def find_checkpoint(
     return start, True
 
 
-def check_network(
+def try_timm_student(
     key: str,
     student: Backbone,
     config: TrainerConfig,

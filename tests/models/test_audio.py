@@ -83,7 +83,7 @@ def test_embeddings_do_not_depend_on_padding(group_normalized: Any) -> None:
         for name, embedding in embeddings.items():
             for i in range(len(LENGTHS)):
                 assert_same_numbers(embedding[i : i + 1], alone[i][name])
-    raw = group_normalized.encoder.raw
+    raw = group_normalized.encoder.baseline_of
     alone = torch.cat([raw(Inputs(clip)) for clip in clips_of(sound())])
     torch.testing.assert_close(raw(Inputs(sound(), LENGTHS)), alone)
 
