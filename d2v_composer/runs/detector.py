@@ -136,7 +136,8 @@ class Detector(ComposerModel):
             for parameter in stage:
                 parameter.requires_grad_(False)
         anchors = tuple(tuple(round(stride * size) for size in SIZES) for stride in features.strides)
-        # Norms, as in torchvision's second version: without them, narrow heads hardly learn.
+        # Norms, as in torchvision's second version: without them, narrow heads hardly learn. 32 channels in 4 groups
+        # learned half as much as in 32: an AP50 of 3.8 % instead of 9.3 % (detect.md's ResNet-18, random, seed 1).
         norm = partial(Norm, math.gcd(32, channels))
         shape = height_and_width(sizes.image_size)
         self.net = RetinaNet(
