@@ -1,8 +1,9 @@
-"""Print a table and draw AP50 over steps, of detectors that were trained from several starts, each with several seeds.
+"""Print tables and draw AP50 over steps, of detectors with several backbones, starts and seeds.
 
     python tests/makers/detectors.py runs/detectors .github/assets/detectors.png
 
-RUNS has a folder START-SEED for each run of recipes/detect.py. Intervals are of 95 %, Student's t over the seeds.
+RUNS has a folder BACKBONE/START-SEED for each run of recipes/detect.py. Intervals are of 95 %, Student's t over the
+seeds. A gain is the mean over seeds of what a start ends above random weights.
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -18,7 +19,8 @@ from d2v_composer.report.plots import STYLE
 
 # Half the width of a 95 % interval of the mean, in standard errors, by number of seeds.
 STUDENTS_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
-TITLES = {"scratch": "random weights", "toy": "student of the toy teacher", "vit": "student of the ViT-S"}
+TITLES = {"mobilenetv4": "MobileNetV4", "resnet18": "ResNet-18"}
+TITLES |= {"scratch": "random weights", "toy": "student of the toy teacher", "vit": "student of the ViT-S"}
 
 parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
 parser.add_argument("runs", type=Path)
@@ -33,23 +35,32 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def main() -> None:
     args = parser.parse_args()
-    curves: dict[str, list[dict[int, float]]] = defaultdict(list)
-    for log in sorted(args.runs.glob("*/log.jsonl")):
+    curves: dict[str, dict[str, dict[str, dict[int, float]]]] = defaultdict(lambda: defaultdict(dict))
+    for log in sorted(args.runs.glob("*/*/log.jsonl")):
+        start, _, seed = log.parent.name.rpartition("-")
         if points := read_jsonl(log).get("metrics/test/map_50"):
-            curves[log.parent.name.rpartition("-")[0]].append(points)
-    figure = Figure(figsize=(6.4, 3.9))
-    axes = figure.subplots()
-    for start, seeds in curves.items():
-        steps = sorted(set.intersection(*map(set, seeds)))
-        cells = {step: interval([100 * points[step] for points in seeds]) for step in steps}
-        means, halves = np.array([*cells.values()]).T
-        (line,) = axes.plot(steps, means, marker="o", label=f"{TITLES.get(start, start)}, {len(seeds)} seeds")
-        axes.fill_between(steps, means - halves, means + halves, color=line.get_color(), alpha=0.2)
-        row = " | ".join(f"{mean:.1f} ± {half:.1f}" for mean, half in cells.values())
-        print(f"| {TITLES.get(start, start)} ({len(seeds)}) | {row} |  steps {steps}")
-    axes.set(xlabel="step", ylabel="AP50, %", title="Detectors from three starts, with 95 % intervals")
-    axes.set_ylim(bottom=0)
-    axes.legend()
+            curves[log.parent.parent.name][start][seed] = {step: 100 * value for step, value in points.items()}
+    figure = Figure(figsize=(8.6, 3.9), layout="constrained")
+    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    for axes, (backbone, starts) in zip(panels, curves.items(), strict=True):
+        steps, last = list[int](), {}
+        for shift, (start, seeds) in zip((-4, 0, 4), starts.items(), strict=True):  # apart, so that all are seen
+            steps = sorted(set.intersection(*map(set, seeds.values())))
+            cells = {step: interval([points[step] for points in seeds.values()]) for step in steps}
+            means, halves = np.array([*cells.values()]).T
+            axes.errorbar(np.add(steps, shift), means, halves, marker="o", capsize=3, label=TITLES[start])
+            row = " | ".join(f"{mean:.1f} ± {half:.1f}" for mean, half in cells.values())
+            print(f"| {TITLES[start]} | {row} |  {backbone}, seeds {', '.join(seeds)}, steps {steps}")
+            last[start] = {seed: points[steps[-1]] for seed, points in seeds.items()}
+        scratch = last.pop("scratch")
+        for start, ends in last.items():
+            gain, half = interval([ends[seed] - scratch[seed] for seed in ends])
+            print(f"{backbone}, {TITLES[start]}: gain {gain:.1f} ± {half:.1f}")
+        axes.set(xlabel="step", title=TITLES[backbone], xticks=steps)
+    panels[0].set_ylabel("AP50, %")
+    panels[0].set_ylim(bottom=0)
+    panels[0].legend(loc="upper left")
+    figure.suptitle("Detectors from three starts: means over seeds, with 95 % intervals")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=110, metadata={"Software": None})
 
