@@ -1,9 +1,10 @@
-"""Embed a folder of JPEGs with an exported student, without torch and without this package: a script to copy.
+"""Embed a folder of images with an exported student, without torch and without this package: a script to copy.
 
 usage: python recipes/embed_onnx.py student.onnx photos embeddings.npy
 
 It needs numpy, onnxruntime and Pillow. The images are prepared as the file's metadata say. The embeddings, (N, D), are
-those of ``d2v embed``, up to pixels of a decoded JPEG that differ by 1 of 255.
+those of ``d2v embed``, up to pixels of a decoded JPEG that differ by 1 of 255. Their files' names, (N,), go to
+embeddings.ids.npy. Files that Pillow does not know by their suffix are left out.
 """
 
 import json
@@ -28,9 +29,13 @@ def main(file: str, folder: str, out: str) -> None:
         pixels = np.asarray(upright.resize((width, height), interpolation))
         return ((pixels / np.float32(255) - mean) / std).transpose(2, 0, 1)
 
-    images = np.stack([prepare(path) for path in sorted(Path(folder).rglob("*.jpg"))])
+    known = Image.registered_extensions()
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in known)
+    images = np.stack([*map(prepare, paths)])
     outputs: Any = session.run(None, {"images": images})
     np.save(out, outputs[0])
+    np.save(Path(out).with_suffix(".ids.npy"), [path.relative_to(folder).as_posix() for path in paths])
+    print(f"embedded {len(paths)} images")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Distill from a module of your own: replace ``Tokens`` and the options in ``load`` by yours.
+"""Distill from a module of your own: replace ``Tokens``, and in ``load`` source, license and options, by yours.
 
 usage: python recipes/own_teacher.py [dotted.key=value …]
 
@@ -32,7 +32,7 @@ def load(checkpoint: str | None = None) -> FrozenModel:
     """Load the teacher; as ``ext/NAME`` of an installed package, with the YAML's ``teacher.checkpoint``."""
     torch.manual_seed(0)
     options = {"image_size": 32, "grid_size": (4, 4), "has_cls_token": True}
-    return FrozenModel(Tokens(), source="random weights", license="Apache-2.0", **options)
+    return FrozenModel(Tokens(), source="random weights", license="unknown", **options)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -28,13 +28,13 @@ log = logging.getLogger(__name__)
 class AlignStudent(Callback):
     """Fit a linear map from the student's raw embeddings to its teacher's, at a run's end, or by :meth:`fit`.
 
-    The samples are training samples without augmentation. N are in a batch; the map has I inputs and P channels.
+    The samples are training samples without augmentation. N are in a batch; the alignment has I inputs and P channels.
 
-    Each rank embeds a share of the batches, and all ranks add up the same sums in the same order. So the map has the
-    same bits on any number of ranks, and after a resume.
+    Each rank embeds a share of the batches, and all ranks add up the same sums in the same order. So the alignment has
+    the same bits on any number of ranks, and after a resume.
 
     Args:
-        model: The model that trains; its student gets the map.
+        model: The model that trains; its student gets the alignment.
         samples: The samples to fit to: a map-style dataset of torch, or a list, the same on all ranks. Each sample is
             an image, (3, height, width) uint8; all have one size. Only whole batches are used.
         device_batch_size: Number of samples embedded at once on each device.
@@ -42,9 +42,9 @@ class AlignStudent(Callback):
 
     Attributes:
         of: Description of the teacher's embedding.
-        batch: Number of training batches after which the map was last fitted; -1 for never. Checkpoints keep it.
+        batch: Number of training batches after which the alignment was last fitted; -1 for never. Checkpoints keep it.
         statistics: ``of``, ``space``, ``batch`` and :attr:`Fit.statistics
-            <d2v_composer.models.alignment.Fit.statistics>`. Checkpoints keep this, too, and the map.
+            <d2v_composer.models.alignment.Fit.statistics>`. Checkpoints keep this, too, and the alignment.
 
     Example:
         >>> from d2v_composer.callbacks import AlignStudent
@@ -84,14 +84,14 @@ class AlignStudent(Callback):
             self.student.align(state["weight"], state["bias"], self.of.of, space=self.of.space)
 
     def fit_at_end(self, state: State) -> None:
-        """Fit the map if the run has ended; at the end of a batch, a callback such as EarlyStopper may still end it."""
+        """Fit the alignment if the run has ended; after a batch, a callback such as EarlyStopper may still end it."""
         if has_ended(state):
             self.fit(state)
 
     def fit(self, state: State, before_batch: Callable[[], None] = lambda: None) -> None:
-        """Fit the map and give it to the student, unless this was done after the same batch.
+        """Fit the alignment and give it to the student, unless this was done after the same batch.
 
-        Call it on all ranks. If the map cannot be fitted, the student gets none, and a warning is logged.
+        Call it on all ranks. If the alignment cannot be fitted, the student gets none, and a warning is logged.
         ``before_batch`` is called before each batch of samples; it may raise to end the fit.
         """
         if self.batch == (batch := int(state.timestamp.batch)):

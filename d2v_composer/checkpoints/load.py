@@ -1,4 +1,4 @@
-"""Load teachers and students from files, and write them."""
+"""Load teachers and students from files, and write students."""
 
 import logging
 from collections.abc import Callable

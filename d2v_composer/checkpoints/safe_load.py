@@ -2,7 +2,7 @@
 
 torch's ``weights_only`` interpreter calls only functions that it knows to be safe; the classes that fairseq, OmegaConf
 or a training program name are replaced by :class:`Stub`. Before the interpreter starts, :func:`check_archive` checks
-the rest.
+what torch does not: sizes, checksums and the pickle.
 """
 
 import pickletools

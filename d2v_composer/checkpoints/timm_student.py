@@ -197,7 +197,7 @@ class TimmWrapper(nn.Module):
         self.student.checkpoint_activations(enable)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        """Save the sizes with the tensors, so that a loaded model has the same."""
+        """Save the sizes with the tensors: :meth:`load_state_dict` builds the student from both."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + CONFIG_TENSOR] = config_tensor(self.sizes.model_dump(mode="json"))
 

@@ -50,7 +50,7 @@ class Align(Command):
     """Replace OUT if it exists."""
 
     def run(self) -> None:
-        """Fit the map, print its R² and recall, and write the student."""
+        """Fit the alignment, print its R² and recall, and write the student."""
         out, path = self.out, self.index
         if (path is None) == (self.to is None):
             raise InputError(f"expected either --index or --to, got {'neither' if path is None else 'both'}")
@@ -102,7 +102,7 @@ class Align(Command):
         about = {"of": pairs.of.of, "space": pairs.of.space} | aligned.statistics
         student.provenance = student.provenance | {"alignment": about}
         print_skipped(aligned.skipped)
-        print(f"R²: {aligned.statistics['r2']:.3f} on a held-out tenth")
+        print(f"R² of the alignment, on a held-out tenth of the pairs: {aligned.statistics['r2']:.3f}")
         recall = ", ".join(f"@{k} {share:.3f}" for k, share in aligned.recall.items())
         print(f"recall of the index's own neighbors on {aligned.queries} held-out samples: {recall}")
         save_student(student, out)

@@ -55,8 +55,9 @@ class ConvertTeacher(Command):
         print(f"{provenance['source']} (sha256 of its weights: {provenance['sha256']})")
         print(
             f"{config.modality} model: width {config.embed_dim}, {config.num_heads} heads, "
-            f"{config.prenet_depth} + {config.depth} blocks, {teacher.encoder.num_tokens()} tokens of "
-            f"{' x '.join(map(str, teacher.encoder.example(1).shape[1:]))} inputs"
+            f"{config.prenet_depth} blocks in the encoder and {config.depth} others, "
+            f"{teacher.encoder.num_tokens()} tokens for an input of "
+            f"{' x '.join(map(str, teacher.encoder.example(1).shape[1:]))}"
         )
         for verb, names in (("used", list(teacher.state_dict())), ("left out", left)):
             print(f"{verb} {len(names)} tensors")

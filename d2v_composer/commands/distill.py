@@ -47,7 +47,8 @@ class Distill(Command):
         """Prepare a run, or go on with one; then export its student.
 
         Args:
-            argv: The command line, which starts again on every GPU of this machine; ``None``: this process trains.
+            argv: Arguments of the command, which is started again on each of several GPUs; ``None``: train in this
+                process.
         """
         if any(change.startswith(("run_name=", "save_folder=")) for change in self.changes):
             raise InputError("run_name and save_folder: use --out instead")

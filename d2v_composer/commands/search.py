@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 DEFAULT_K, DEFAULT_ABOVE = 10, 0.95
 ROWS_SHOWN, SAMPLES_SHOWN = 100, 24  # of a page
 LIMITS_SHOWN = f"At most {SAMPLES_SHOWN} of a row are shown."
-NEIGHBORS_SHOWN = "Each row is a query, and what is nearest to it, with its cosine."
+NEIGHBORS_SHOWN = "Each row has a query and the samples nearest to it, with their cosines."
 DUPLICATES_SHOWN = (
-    "Each row is a group of near-duplicates, with the cosine of each with the first, without the mean of all."
+    "Each row is a group of near-duplicates, with each one's cosine to the first, after the mean of all is subtracted."
 )
 
 
@@ -46,9 +46,9 @@ class Search(Command):
     """NAME.npy, with the ids in NAME.ids.npy, or NAME.parquet, as d2v embed writes them, here or in a store."""
     query: Positional[tuple[str, ...]] = Field((), description=f"An image or a clip, a folder of them, or {SOURCES}.")
     id: str | None = None
-    """Search with the row that has this id, instead of QUERY."""
+    """Search with the row that has this id; takes no QUERY."""
     duplicates: bool = False
-    """List the groups of near-duplicates in INDEX, instead of QUERY."""
+    """List the groups of near-duplicates in INDEX; takes no QUERY."""
     above: Annotated[float, Field(ge=-1, lt=1)] | None = None
     """Cosine above which two rows are near-duplicates; default: 0.95."""
     k: Annotated[int, whole(1, 0x10000)] | None = None

@@ -118,8 +118,8 @@ class StudentOptions(BlockSizes, Section):
 
     model: Annotated[Text, must("be timm/NAME", lambda name: name.startswith(TIMM_PREFIX))] | None = None
     """null: new blocks on the teacher's encoder, as in the thesis chapter. timm/NAME: the whole timm model is the
-    student. The model's features must form a grid, and the section's other fields, except ``pretrained``, must keep
-    their defaults."""
+    student. The model's features must form a grid or be tokens, and the section's other fields, except
+    ``pretrained``, must keep their defaults."""
     pretrained: bool = False
     """With ``model``: start from timm's pretrained weights, fetched from the Hugging Face hub."""
 
@@ -303,7 +303,7 @@ class LabeledSetConfig(Section):
 
 
 class AlignmentConfig(Section):
-    """The alignment: the map from the student's raw embeddings to its teacher's embedding, fitted in closed form."""
+    """The alignment: a linear map, fitted in closed form, from the student's raw embeddings to its teacher's."""
 
     max_samples: Annotated[Whole, must(f"be 0, or at least {MIN_PAIRS}", lambda n: n == 0 or n >= MIN_PAIRS)] = 20000
     """Maximum number of training samples to which the alignment is fitted; 0: no alignment. It is fitted at the end of

@@ -24,8 +24,8 @@ MAX_INT = (1 << 31) - 1
 MESSAGES = {
     "missing": "is required",
     "string_type": "must be text, in quotes if it is a number",
-    "byte_size": "must be bytes or a size such as '100gb'",
-    "byte_size_unit": "must be bytes or a size such as '100gb'",
+    "byte_size": "must be a number of bytes, or a size such as '100gb'",
+    "byte_size_unit": "must be a number of bytes, or a size such as '100gb'",
     "dict_type": "must be a section of keys and values",
     "model_type": "must be a section of keys and values",
 }

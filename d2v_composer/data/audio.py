@@ -155,9 +155,9 @@ class Audio(Modality):
 
     @classmethod
     def encode(cls, stored: bytes, source: str, **options: Json) -> tuple[bytes, int]:
-        """Keep a 16 kHz mono FLAC, WAV or OGG file; convert all others to 16 kHz mono FLAC of 16 bits.
+        """Keep a 16 kHz mono FLAC, WAV or OGG file of at most ``most_seconds``.
 
-        Only the first ``most_seconds`` of a clip are kept.
+        All others are cut to that length and converted to 16 kHz mono FLAC of 16 bits.
         """
         with decoding(stored, source, KIND), open_clip(stored, MAX_SECONDS) as file:
             whole = read_span(file, 0, file.frames)

@@ -76,10 +76,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # Pillow would clip values above 255
         pixels = np.asarray(image)
         if pixels.min() < 0 or pixels.max() >= 1 << 16:
-            raise ValueError("it has 32-bit values, which are no colors")
+            raise ValueError("it has values below 0 or above 65,535, which are not colors")
         return Image.fromarray((pixels >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("it has floating-point values, which are no colors")
+        raise ValueError("it has floating-point values, which are not colors")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -278,7 +278,7 @@ class Images(Modality):
         return cls(config.image_size, config.interpolation)
 
     def decode(self, stored: bytes | Image.Image, source: str) -> Tensor:
-        """Decode and resize an image to (3, height, width) uint8: a JPEG as in training, others by Pillow's filter."""
+        """Decode and resize an image to (3, height, width) uint8: JPEGs by torch's filter, others by Pillow's."""
         height, width = height_and_width(self.image_size)
         if isinstance(stored, bytes) and stored.startswith(JPEG_START):
             image = read_image(stored, source)

@@ -1,6 +1,6 @@
 """Align a student with an existing index of any model, or with a teacher, on the samples of a source.
 
-Shapes: N rows of the index, M pairs, B samples of a batch, I inputs of the map, P channels of the index.
+Shapes: N rows of the index, M pairs, B samples of a batch, I inputs of the alignment, P channels of the index.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ class Aligned(NamedTuple):
     skipped: list[str]
     """Why each unreadable sample was left out."""
     statistics: dict[str, float]
-    """Measures of the map; see :attr:`Fit.statistics <d2v_composer.models.alignment.Fit.statistics>`."""
+    """Measures of the alignment; see :attr:`Fit.statistics <d2v_composer.models.alignment.Fit.statistics>`."""
     queries: int
     """Number of held-out samples that were looked up."""
     recall: dict[int, float]
@@ -127,8 +127,8 @@ def align(model: Backbone, source: Source, pairs: Pairs, device: str, workers: i
         fit, trial = moments.fit(), moments.fit(whole=False)
     if fit.statistics["r2"] < LEAST_R2:
         raise RunError(
-            f"R² of the map is {fit.statistics['r2']:.3f} on held-out rows; check that the ids belong to these rows, "
-            "in the same order"
+            f"R² of the alignment is {fit.statistics['r2']:.3f} on held-out rows: either the ids do not belong to "
+            "these rows, in this order, or the student must train longer"
         )
     held_out = range(HELD_OUT - 1, len(used), HELD_OUT)
     held_out = [held_out[place] for place in evenly_spaced(len(held_out), MAX_QUERIES)]

@@ -63,7 +63,7 @@ def read_index(path: str) -> VectorIndex:
             raise ValueError("it is empty")
         if rows.ndim != 2 or rows.dtype not in FLOATS:
             kinds = f"{listed(map(str, FLOATS))} of this machine's byte order"
-            raise ValueError(f"expected rows of {kinds}, got {rows.dtype} {rows.shape}")
+            raise ValueError(f"expected (N, D) rows of {kinds}, got {rows.dtype} {rows.shape}")
         for first in range(0, len(rows), 1 << 14):
             largest = np.abs(rows[first : first + (1 << 14)]).max(axis=1).astype(np.float64)
             # In float32, the length of other rows would be infinite, or so short that it is not normalized.

@@ -193,4 +193,6 @@ def check_replaceable(folder: Path, weights: str) -> None:
     for path in (folder / f"evaluation.{suffix}" for suffix in ("json", "csv", "png", "html")):
         check_out_file(path)
         if os.path.lexists(path) and not read_evaluation(folder, weights):
-            raise InputError(f"out: {path} has the results of other weights; remove it, or choose another folder")
+            raise InputError(
+                f"out: {path} exists, and no results of these weights are with it; remove it, or choose another folder"
+            )

@@ -65,8 +65,8 @@ class Alignment(Freezable):
 
     Args:
         inputs: Names of the embeddings to concatenate.
-        weight: Matrix of the map, (P, I).
-        bias: Bias of the map, (P,).
+        weight: Matrix of the alignment, (P, I).
+        bias: Bias of the alignment, (P,).
         of, made_by, space: See :class:`EmbeddingInfo`.
     """
 
@@ -117,9 +117,9 @@ class Fit(NamedTuple):
 
 
 class Moments:
-    """Sums over pairs of inputs and targets, in float64, from which :meth:`fit` computes the map without the pairs.
+    """Sums over pairs of inputs and targets, in float64, from which :meth:`fit` computes an alignment.
 
-    Sums are added in the order of the calls, so the map has the same bits whichever processes embed the pairs.
+    Sums are added in the order of the calls, so the alignment has the same bits whichever processes embed the pairs.
 
     Args:
         pairs: Arguments of the first calls of :meth:`add`.
@@ -146,7 +146,7 @@ class Moments:
         Args:
             whole: Fit the returned map to all pairs; otherwise, only to those that are not held out.
 
-        Source: Hoerl and Kennard 1970, Technometrics 12(1); the map minimizes |Y - XW - b|² + ridge |W|².
+        Source: Hoerl and Kennard 1970, Technometrics 12(1); the alignment minimizes |Y - XW - b|² + ridge |W|².
 
         Raises:
             ValueError: There are fewer than ``MIN_PAIRS`` pairs, or embeddings are not finite or all alike.
@@ -157,7 +157,7 @@ class Moments:
         inputs, targets = self.inputs, self.targets
         means, values_I, basis_II, products_IP = self._decomposed(fitted)
         scatter = scatter_about(held_out, means)
-        # The squared error of the map is a quadratic function of how much each eigenvector is shrunk.
+        # The squared error of the alignment is a quadratic function of how much each eigenvector is shrunk.
         linear_I = (products_IP * (basis_II.T @ scatter[inputs, targets])).sum(dim=1)
         square_II = (basis_II.T @ scatter[inputs, inputs] @ basis_II) * (products_IP @ products_IP.T)
         total = scatter[targets, targets].trace()

@@ -77,7 +77,10 @@ class Alibi(nn.Module):
         return aligned((self.unscaled(num_tokens, torch.float32, x_BTD.device) * scale).to(dtype))
 
     def unscaled(self, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return the bias with a scale of 1, (1, H, T, T), in the same memory at every call."""
+        """Return the bias with a scale of 1, (1, H, T, T).
+
+        It is a view of a tensor that is kept for each dtype and device, and rebuilt if T outgrows it.
+        """
         key = (dtype, device)
         longest = self.kept[key].shape[-1] if key in self.kept else 0
         if longest < num_tokens:

@@ -202,7 +202,7 @@ class Backbone(nn.Module, ABC):
         return name
 
     def use_embedding(self, pooling: Pooling | None, representation: Representation | None) -> None:
-        """Let the embedding without an alignment be the raw one with these; with neither, change nothing.
+        """Let :meth:`embed` give this raw embedding where there is no alignment; with neither argument, change nothing.
 
         Raises:
             InputError: The model has no such embedding.

@@ -147,7 +147,7 @@ class Encoder(Freezable):
         """Return the first block's input, (B, T, D)."""
 
     def block_contexts(self, x_BTD: Tensor, padding_mask: Tensor | None = None) -> list[Tensor | None]:
-        """Return the context of each of the encoder's blocks."""
+        """Return the attention bias or rotary positions of each of the encoder's blocks; ``None`` if it has neither."""
         return []
 
     @abstractmethod

@@ -33,7 +33,7 @@ def is_equal_but_for_rounding(outputs: Tensor, expected: Tensor) -> bool:
 
 
 def name_precision(choice: str) -> str:
-    """Resolve a precision: ``auto`` is the fastest one for which the GPU or the CPU has instructions."""
+    """Resolve ``auto``: amp_bf16 if the device has bfloat16 instructions; else amp_fp16 on a GPU, fp32 on a CPU."""
     if choice != "auto":
         return choice
     if torch.cuda.is_available():

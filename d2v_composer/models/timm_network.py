@@ -200,7 +200,7 @@ class TimmStudent(Backbone):
 
     @property
     def alignment_inputs(self) -> list[str]:
-        return ["output_cls"]  # so that the map is timm's classifier
+        return ["output_cls"]  # so that the alignment is timm's classifier
 
     def features(self, tokens: Tokens) -> Features:
         return Features.of_layer(tokens.x, 0, True, pooled=tokens.pooled)

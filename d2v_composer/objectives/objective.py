@@ -79,7 +79,10 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def target(self, features: Features) -> Tensor:
-        """Compute the target from the teacher's features."""
+        """Compute the target of each input from the teacher's features, (B, …).
+
+        What depends on the other inputs of a batch belongs in :meth:`regression`, because targets may be kept.
+        """
 
     @abstractmethod
     def regression(self, features: Features, target: Tensor) -> Regression:
@@ -87,4 +90,4 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, regression: Regression) -> Tensor:
-        """Return the distance, a scalar."""
+        """Return the loss of a prediction against its target, a scalar, which is finite for a single input, too."""

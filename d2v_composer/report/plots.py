@@ -84,7 +84,8 @@ def accuracy_plots(run: Run) -> Iterator[tuple[str, Figure]]:
             yield (
                 f"gap_closed_{dataset}",
                 gap_plot(
-                    f"How much of the teacher gap is closed?\n{dataset}, top-{ks[0]}, mean of banks with a known gap",
+                    f"How much of the teacher gap is closed?\n{dataset}, top-{ks[0]}, "
+                    "mean of the banks in which the teacher is better",
                     lines,
                 ),
             )

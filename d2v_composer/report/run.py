@@ -129,11 +129,13 @@ def _found(column: Column, cells: Mapping[str, Result], gap: GapClosed, unit: st
 def _next(run: Run, dataset: str, column: Column, cells: Mapping[str, Result], gap: GapClosed) -> str:
     if gap.interval is None:
         unit = run.modality.unit
-        how = f"on more test {unit}" if gap.queries_needed else f"on other {unit}, or with another teacher"
-        return f"Measure it {how}."
-    if gap.interval.value >= ENOUGH:
+        if not gap.queries_needed:
+            return f"Measure it on other {unit}, or with another teacher."
+        if cells[STUDENT].accuracy > cells[UNTRAINED].accuracy:
+            return f"Measure it on more test {unit}."
+    elif gap.interval.value >= ENOUGH:
         return "Export it, or fine-tune it: there is little left to close."
-    if gap.interval.low <= 0:
+    if gap.interval is None or gap.interval.low <= 0:
         return "Train it longer: so far, it is not clearly better than the untrained student."
     untrained, student, teacher = (cells[row].accuracy for row in GAP)
     batch = last_batch(run.results)

@@ -32,9 +32,10 @@ def format_table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str 
 
 
 def accuracy_tables(results: Sequence[Result], datasets: Iterable[str]) -> Iterator[tuple[str, list[list[str]]]]:
-    """Yield the title of each data set's tables, with the embedding's name, and the lines: a head, then the rows.
+    """Yield each table's title, with the embedding's name, and its lines: a head, then the rows.
 
-    Cells are in %, with 95 % intervals. The last row is the teacher gap closed. A row of another embedding says which.
+    Cells are in %, with 95 % intervals. If a column has a teacher gap closed, the last row has it. A row of another
+    embedding says which.
     """
     batch = last_batch(results)
     for dataset in datasets:

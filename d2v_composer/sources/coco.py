@@ -54,7 +54,7 @@ class Boxes(NamedTuple):
     sizes: Int64Array
     """Width and height of each image, (N, 2)."""
     first: Int64Array
-    """Number of each image's first box, and K, (N + 1,)."""
+    """Index of each image's first box in ``boxes``, then K, the number of boxes, (N + 1,)."""
     boxes: NDArray[np.float32]
     """Left, top, right, bottom, in pixels, (K, 4)."""
     labels: Int64Array

@@ -302,7 +302,10 @@ def _open_speech_commands(root: Path, modality: Modality) -> list[Source]:
     is_test, is_used = np.isin([*clips.ids], test), ~np.isin([*clips.ids], test + validation)
     splits = [clips.select(np.flatnonzero(mask)) for mask in (is_used, is_test)]
     if not all(map(len, splits)):
-        raise InputError(f"{root}: expected WORD/*.wav, some in {TEST_LIST}, some in no list; got {len(clips)} clips")
+        raise InputError(
+            f"{root}: expected clips WORD/*.wav, some in {TEST_LIST} and some in no list; one of the "
+            f"two has none of the {len(clips)} clips"
+        )
     return splits
 
 

@@ -26,7 +26,7 @@ from d2v_composer.system.progress import progress_bar
 
 INDEX = "index.json"
 SUMMARY = "conversion.json"
-# At most this many shards are read for the map, so that few are fetched from a store; we write 64 MiB each.
+# At most this many shards are read for the alignment, so that few are fetched from a store; we write 64 MiB each.
 ALIGNMENT_SHARDS = 64
 
 

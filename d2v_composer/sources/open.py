@@ -100,7 +100,8 @@ class Files:
             words = split_words(file.path, names)
             if len(words.intersection(SPLITS)) > 1:
                 raise InputError(
-                    f"{self.root}/{file.path}: is it {listed(sorted(words))}? Choose files by a glob, with --split none"
+                    f"{self.root}/{file.path}: its name has the words of several splits, {listed(sorted(words))}; "
+                    "choose files with a glob, and --split none"
                 )
             for word in words:
                 splits.setdefault(word, []).append(file)

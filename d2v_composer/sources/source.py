@@ -196,7 +196,7 @@ def whole_label(value: Json, source: str) -> int:
 
 
 def list_folder(root: Path, files: Sequence[File]) -> SampleListing:
-    """List the files in a folder that are samples."""
+    """Return the listing of a folder's given files as samples, each read when it is needed."""
     paths = PackedStrings(file.path for file in files)
     fingerprints = np.array([*map(fingerprint_of, files)], np.int64)
     sizes = np.array([file.size for file in files], np.int64)

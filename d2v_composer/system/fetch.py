@@ -206,7 +206,7 @@ def fetch_from_hub(
             HfApi().repo_info(repository, revision=revision, timeout=CONNECT_SECONDS, **options)
     except (OSError, ValueError) as error:
         problem, from_caches = reason(error)[:200], (True,)  # its client would try, and warn, for half a minute
-        log.warning("%s: the Hugging Face hub does not answer (%s); using its cache", repository, problem)
+        log.warning("%s: not available on the Hugging Face hub (%s); using its cache", repository, problem)
     options |= {"force_download": True} if again else {}
     for from_cache, name in product(from_caches, names):
         try:

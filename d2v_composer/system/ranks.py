@@ -32,7 +32,7 @@ def join_ranks(longest_wait: float) -> None:
     rank's if a node runs fewer ranks than it has GPUs.
 
     Args:
-        longest_wait: Seconds for which another rank may wait for its images: a collective waits longer.
+        longest_wait: Seconds for which another rank may wait for its samples; collectives time out later than that.
     """
     device = get_device(None)  # makes a GPU the current device
     if dist.get_world_size() > 1:

@@ -3,6 +3,7 @@
 import ast
 import re
 import runpy
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,21 @@ def test_a_page_runs(page: str, files: Path, tmp_path: Path, monkeypatch: pytest
 def test_the_recipe_without_torch_embeds_as_the_command(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(files)
     export.main(["student.safetensors", "student.onnx", "--overwrite"])
-    runpy.run_path(str(ROOT / "recipes" / "embed_onnx.py"))["main"]("student.onnx", "photos", "by_onnx.npy")
-    given, expected = (torch.from_numpy(np.load(name)) for name in ("by_onnx.npy", "photos.npy"))
+    mixed = files / "mixed"
+    (mixed / "in a folder").mkdir(parents=True)
+    for number, path in enumerate(sorted((files / "photos").iterdir())):
+        if number % 2:
+            Image.open(path).save(mixed / "in a folder" / f"{path.stem}.PNG")
+        else:
+            shutil.copy(path, mixed / f"{path.stem}.jpeg")
+    embed.main(["student.safetensors", "mixed", "expected.npy"])
+    (mixed / "notes.txt").write_text("no image")
+    runpy.run_path(str(ROOT / "recipes" / "embed_onnx.py"))["main"]("student.onnx", "mixed", "by_onnx.npy")
+    assert sorted(np.load("by_onnx.ids.npy")) == sorted(np.load("expected.ids.npy"))
+    given, expected = (
+        torch.from_numpy(np.load(f"{name}.npy")[np.argsort(np.load(f"{name}.ids.npy"))])
+        for name in ("by_onnx", "expected")
+    )
     assert cosine_similarity(given, expected).min() > 0.99999
 
 

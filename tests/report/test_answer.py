@@ -144,6 +144,9 @@ def test_too_few_queries_make_no_percentage(queries: int, teacher: float) -> Non
     enough = int(doubt[1].replace(",", ""))
     assert enough > queries
     assert closed(run_of(TOP1, teacher, 0.2, 0.25, queries=2 * enough)) != "–"
+    [said] = verdicts(run_of(TOP1, teacher, 0.2, 0.15, queries=queries))
+    assert "too few" in said
+    assert said.endswith("Train it longer: so far, it is not clearly better than the untrained student.")
 
 
 @pytest.mark.parametrize("change", ["of", "made_by", "space"])

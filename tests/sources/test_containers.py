@@ -407,8 +407,12 @@ def test_splits_and_classes(tmp_path: Path) -> None:
         (["val-0", "test-0"], None, "no split 'train'; available: val, test$"),
         (["train-0"], "(", "no split '\\('; available: train$"),
         (["0"], "val", "no split 'val'; available: none; omit --split$"),
-        (["train_test-0", "val-0"], "val", "x/train_test-0.tar: is it test or train\\? Choose files by a glob"),
-        (["train/val/0"], None, "x/train/val/0.tar: is it train or val"),
+        (
+            ["train_test-0", "val-0"],
+            "val",
+            "x/train_test-0.tar: its name has the words of several splits, test or train; choose",
+        ),
+        (["train/val/0"], None, "x/train/val/0.tar: its name has the words of several splits, train or val"),
     ],
 )
 def test_a_split_is_a_word_of_the_files_name_or_else_of_its_folders(

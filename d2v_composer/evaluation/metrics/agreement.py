@@ -25,7 +25,7 @@ def hits(pair: Pair, columns: Sequence[Column]) -> list[Tensor]:
 
 
 def nearest_others(pair: Pair) -> Tensor:
-    """Return the nearest test images of each test image but itself, (Q, ``NUM_COMMON``)."""
+    """Return the indices of each test image's nearest other test images, (Q, ``NUM_COMMON``)."""
     nearest = pair.nearest("test", "test", NUM_COMMON + 1).indices
     return others_of(nearest, torch.arange(len(nearest), device=nearest.device))
 
