@@ -19,7 +19,7 @@ from d2v_composer.models.alignment import EmbeddingInfo
 from d2v_composer.models.backbone import hash_weights
 from d2v_composer.models.names import timm_name
 from d2v_composer.models.provenance import Record, value_at
-from d2v_composer.system.errors import reading, writing
+from d2v_composer.system.errors import reading
 from d2v_composer.system.files import check_out_file, write_atomically
 
 CARD_MARK = "d2v export wrote this file and replaces it: remove this line to keep your changes"
@@ -110,8 +110,7 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
         )
 
     def write() -> str:
-        with writing(readme):
-            write_atomically(readme, card)
+        write_atomically(readme, card)
         return f"wrote {readme}: the model card; license: {license}"
 
     return write

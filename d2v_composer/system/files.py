@@ -157,8 +157,12 @@ def out_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:
-    """Write a complete file, or leave ``path`` as it was."""
-    with partial_file(path) as partial:
+    """Write a complete file, or leave ``path`` as it was.
+
+    Raises:
+        RunError: The file cannot be written: the disk is full or fails, or the folder is read-only.
+    """
+    with writing(path), partial_file(path) as partial:
         # A file's name may be no UTF-8.
         partial.write_bytes(contents.encode(errors="backslashreplace") if isinstance(contents, str) else contents)
 

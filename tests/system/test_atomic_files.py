@@ -7,9 +7,11 @@ import stat
 import sys
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from d2v_composer.system.errors import RunError
 from d2v_composer.system.files import (
     acquire,
     find_partials,
@@ -30,6 +32,14 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_disk_that_fails_is_one_line_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise 18: an error while writing, unlike one of opening, names no file of its own."""
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(RunError, match=rf"^{tmp_path}/file cannot be written: Input/output error$"):
+        write_atomically(tmp_path / "file", "text")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_result_gets_the_permissions_of_any_new_file(tmp_path: Path) -> None:
