@@ -94,7 +94,8 @@ def read_tar(file: BinaryIO) -> Iterator[tuple[str | None, list[tuple[str, int, 
                 yield key, members
                 members = []
             key = name and name[1]
-            kind = name[2] if name else "members without a key" if path else "hidden"
+            unnamed = "members without a key" if member.isreg() else "links and devices"
+            kind = name[2] if name else unnamed if path else "hidden"
             members.append((kind, member.offset_data, member.size))
         # tarfile takes a damaged header for the end, and misses a cut between two members.
         rest = read_bytes(file, tar.offset, MOST_ZEROS + 1)
