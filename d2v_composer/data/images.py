@@ -278,7 +278,7 @@ class Images(Modality):
         return cls(config.image_size, config.interpolation)
 
     def decode(self, stored: bytes | Image.Image, source: str) -> Tensor:
-        """Decode and resize an image to (3, height, width) uint8: JPEGs by torch's filter, others by Pillow's."""
+        """Decode and resize an image to (3, height, width) uint8: JPEGs with torch's filter, others with Pillow's."""
         height, width = height_and_width(self.image_size)
         if isinstance(stored, bytes) and stored.startswith(JPEG_START):
             image = read_image(stored, source)

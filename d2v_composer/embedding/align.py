@@ -32,7 +32,7 @@ BLOCK = 4096  # pairs that are summed up at once
 
 
 class Aligned(NamedTuple):
-    """The measures of a map that :func:`align` fitted, and the samples that it left out."""
+    """The measures of an alignment that :func:`align` fitted, and the samples that it left out."""
 
     skipped: list[str]
     """Why each unreadable sample was left out."""
@@ -89,7 +89,7 @@ def pairs_of_model(source: Source, model: Backbone, maximum: int) -> Pairs:
 
 
 def align(model: Backbone, source: Source, pairs: Pairs, device: str, workers: int) -> Aligned:
-    """Fit a map from a model's embeddings to other embeddings of the same samples, and give it to the model.
+    """Fit an alignment of a model's embeddings to other embeddings of the same samples, and give it to the model.
 
     Args:
         model: The model, in eval mode on the device.

@@ -75,7 +75,7 @@ class IndexRecord(TypedDict):
     source: str
     """SOURCE of ``d2v embed``, to which the ids belong, with an absolute path."""
     column: str | None
-    """Its ``--column``."""
+    """``--column`` of that ``d2v embed``."""
     modality: str
     """``image`` or ``audio``."""
 
@@ -90,7 +90,7 @@ class Embedded(NamedTuple):
     resumed: int
     """Number of samples that an interrupted run had embedded."""
     seconds: float
-    """Time taken by the other samples."""
+    """Seconds that this run took to embed the other samples."""
 
 
 class _Chunk(NamedTuple):

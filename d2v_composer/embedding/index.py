@@ -26,7 +26,7 @@ class VectorIndex(NamedTuple):
     rows: NDArray
     """Embeddings, (N, P), of any float type."""
     made_by: IndexRecord | None
-    """``None`` if the index does not say."""
+    """Model and samples of the index; ``None`` if the index does not state them."""
 
 
 def read_index(path: str) -> VectorIndex:

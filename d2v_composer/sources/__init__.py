@@ -66,7 +66,7 @@ def listed(words: Iterable[str]) -> str:
 NAMES = listed(container.plural for container in CONTAINERS)
 # What a SOURCE may be besides a folder of files, and the help of --column and --label-column.
 SOURCES = f"MDS, {NAMES} (a file, folder or glob, here or in a store: s3://, …), or hf://datasets/ORG/NAME"
-COLUMN = "The column of samples (in tars, the suffix of their files); default: the only one (in MDS, image or audio)."
+COLUMN = "Column of the samples (in tars, suffix of their files); default: the only such one (in MDS, image or audio)."
 CHOOSE = "choose one with --column, or column and label_column in a YAML"
 LABEL_COLUMN = ", ".join(f"for {container.plural} {container.labels}" for container in CONTAINERS if container.labels)
 # Values of ``format`` of a labeled set; those of LOCAL need a folder on this machine.

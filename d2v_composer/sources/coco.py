@@ -60,7 +60,7 @@ class Boxes(NamedTuple):
     labels: Int64Array
     """Label of each box, (K,): the position of its category in ``class_names``, from 1."""
     crowds: NDArray[np.bool_]
-    """Boxes around several things, (K,)."""
+    """Whether each box surrounds several things (COCO's ``iscrowd``), (K,)."""
     class_names: Mapping[int, str]
     """Category's id → its name, by ascending id; ids may have gaps."""
     left_out: int

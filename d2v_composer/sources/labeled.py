@@ -303,8 +303,8 @@ def _open_speech_commands(root: Path, modality: Modality) -> list[Source]:
     splits = [clips.select(np.flatnonzero(mask)) for mask in (is_used, is_test)]
     if not all(map(len, splits)):
         raise InputError(
-            f"{root}: expected clips WORD/*.wav, some in {TEST_LIST} and some in no list; one of the "
-            f"two has none of the {len(clips)} clips"
+            f"{root}: expected clips WORD/*.wav, some of them named in {TEST_LIST} and others in neither list; one of "
+            f"the two splits is empty ({len(clips)} clips in all)"
         )
     return splits
 

@@ -65,7 +65,7 @@ class ShardFile(NamedTuple):
     basename: str
     bytes: int
     hashes: Mapping[str, str]
-    """Name of an algorithm in hashlib or xxhash → the content's hash by it; may be empty."""
+    """Name of an algorithm in hashlib or xxhash → the content's hash with it; may be empty."""
 
     def find_fault(self, path: Path) -> str | None:
         """Return an error message if a file differs from its entry, or ``None``."""

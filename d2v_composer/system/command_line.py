@@ -107,7 +107,7 @@ def print_skipped(reasons: Sequence[str]) -> None:
 
 
 def training(yaml: str, *changes: str) -> tuple[str, str]:
-    """Return the command lines that train as one of the package's YAMLs says, with changes; they need no clone."""
+    """Return the command lines that train with one of the package's YAMLs and with changes; they need no clone."""
     return f"{d2v('init', yaml)} > {yaml}.yaml", d2v("train", f"{yaml}.yaml", *changes)
 
 

@@ -183,8 +183,8 @@ def fetch_from_hub(
 ) -> Path:
     """Return the local path of the first file in ``names`` that a repository on the Hugging Face hub has now.
 
-    If the hub does not answer, the copy in its cache is used, with a warning. The hub's own variables apply: HF_HOME,
-    HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
+    If the hub does not give access to the repository, the copy in the local cache is used, with a warning. The hub's
+    own variables apply: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
 
     Args:
         repository: ORG/NAME.

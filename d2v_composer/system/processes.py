@@ -90,7 +90,7 @@ def obey_signals() -> None:
 
 
 def forget_signals() -> None:
-    """Restore the handlers of a foreign program; a command keeps ours, since it is about to exit."""
+    """Restore the former signal handlers, except in a command, which is about to exit."""
     global _is_deferred, _received
     if not _is_watching:
         _restore_handlers()

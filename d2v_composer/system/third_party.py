@@ -1,7 +1,7 @@
 """Patches to Composer 0.32.1's internals, with the reason for each.
 
-- A callback whose ``close`` or ``post_close`` fails is one line. Composer logs a traceback, after which nobody would
-  find why the run ended.
+- If a callback's ``close`` or ``post_close`` fails, one line is logged. Composer logs a traceback, after which nobody
+  would find why the run ended.
 
 While :func:`patched_composer` is active:
 

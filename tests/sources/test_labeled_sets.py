@@ -182,6 +182,6 @@ def test_what_is_wrong_with_speech_commands_is_one_line(speech_commands: Path, t
     refused(r"/go/0_nohash_0\.wav: cannot decode as a FLAC, WAV, OGG or MP3 file", modality=Audio())
     (speech_commands / "testing_list.txt").write_text("")
     refused(
-        r"expected clips WORD.*; one of the two has none of the 15 clips",
+        r"expected clips WORD.*; one of the two splits is empty .15 clips in all",
         modality=Audio(),
     )
