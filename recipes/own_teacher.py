@@ -1,4 +1,4 @@
-"""Distill from a module of your own: replace ``Tokens``, and in ``load`` source, license and options, by yours.
+"""Distill from your own module: replace ``Tokens``, and the source, license and options in ``load``, with yours.
 
 usage: python recipes/own_teacher.py [dotted.key=value …]
 

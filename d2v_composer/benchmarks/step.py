@@ -132,7 +132,7 @@ def build_run(
         model: The model, which is copied.
         config: Config of the training.
         images: The batch of every step.
-        steps: Length of an epoch of the Trainer.
+        steps: Number of batches in an epoch of the Trainer.
         at_end: Closes the Trainer when this stack is closed.
     """
     dtype = PRECISIONS[config.precision]
@@ -181,7 +181,7 @@ def in_trainer(
 
 
 def profile_steps(run: Callable[[int], Tensor], trace: Path | None) -> Record:
-    """Profile some steps: names of attention kernels, GPU kernels and milliseconds per step, peak memory in GB."""
+    """Profile three steps; return their attention kernels, GPU kernels and GPU ms per step, and the peak memory in GB."""
     with profile() as profiler:
         run(PROFILED_STEPS)
     events = profiler.key_averages()
@@ -234,7 +234,7 @@ def norm_mean(layers: list[Tensor], final_layer_norm: bool) -> Tensor:
 def train_step(
     loss_of: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, dtype: torch.dtype, images: Tensor
 ) -> Tensor:
-    """Train one step; return its loss. float16 gradients are not scaled, because scaling takes no time."""
+    """Train one step; return its loss. float16 gradients are not scaled: only the time counts."""
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         loss = loss_of(images)
     loss.backward()

@@ -1,4 +1,4 @@
-"""Align a student with its teacher: fit its alignment at a run's end, or before a retrieval."""
+"""Fit a student's alignment with its teacher, at a run's end or before a retrieval."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 class AlignStudent(Callback):
     """Fit a linear map from the student's raw embeddings to its teacher's, at a run's end, or by :meth:`fit`.
 
-    The samples are training samples without augmentation. N are in a batch; the alignment has I inputs and P channels.
+    The samples are training samples without augmentation. A batch has N samples; the alignment has I inputs and P outputs.
 
     Each rank embeds a share of the batches, and all ranks add up the same sums in the same order. So the alignment has
     the same bits on any number of ranks, and after a resume.
@@ -36,7 +36,7 @@ class AlignStudent(Callback):
     Args:
         model: The model that trains; its student gets the alignment.
         samples: The samples to fit to: a map-style dataset of torch, or a list, the same on all ranks. Each sample is
-            an image, (3, height, width) uint8; all have one size. Only whole batches are used.
+            an image, (3, height, width) uint8, all of one size, or a clip, (L,) float32. Only whole batches are used.
         device_batch_size: Number of samples embedded at once on each device.
         workers: Number of processes that load samples.
 

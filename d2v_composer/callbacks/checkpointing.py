@@ -143,7 +143,7 @@ class Checkpoints(Callback):
             self._save(state)
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        """Save a model whose mean of top-1 is the highest so far, with its map into the teacher's space."""
+        """Save a model whose mean top-1 accuracy is the highest so far, with its alignment."""
         if self.folder is None or not self.save_best or state.dataloader_label != "retrieval":
             return
         mean = float(state.eval_metrics["retrieval"]["mean/top1"].compute())
@@ -209,7 +209,7 @@ class Checkpoints(Callback):
         self.stop.signal = STOPS[code]
 
     def begin(self) -> None:
-        """Mark the folder, here and in the store, as the run's, now that nothing can refuse the run.
+        """Mark the folder, here and in the store, as the run's. Call it when nothing can refuse the run anymore.
 
         Without a checkpoint to go on from, the log is deleted. A newest checkpoint that the store lacks is uploaded.
 

@@ -26,12 +26,12 @@ CHECKSUM = 8  # bytes at the end of a row
 
 
 class KeptTargets(Callback):
-    """A file of targets: each batch's are written to it, and later epochs read them.
+    """Write each batch's targets to a file, from which later epochs read them.
 
     The file has a row for each view of each sample: the targets in float16, and a checksum of them and of what they
-    were computed from: the augmented image, the teacher and the settings. A row that is missing, damaged or of anything
-    else counts as not written: its batch runs the teacher. So nothing else must be known of the file, whatever killed
-    the run that wrote it.
+    were computed from: the augmented image, the teacher and the settings. A row that is missing, damaged or
+    computed from anything else counts as not written, and the teacher runs for its batch. So a file can be used even if
+    the run that wrote it was killed.
 
     The ranks of a node share the file, as do nodes whose folder is on a shared file system. It is deleted at the end of
     the run.
@@ -71,7 +71,7 @@ class KeptTargets(Callback):
             self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def after_forward(self, state: State, logger: Logger) -> None:
-        """Write the targets of a batch that has none."""
+        """Write the targets of a batch for which the teacher ran."""
         outputs: Any = state.outputs
         if outputs.kept_targets is None:
             return

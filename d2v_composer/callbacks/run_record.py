@@ -37,7 +37,7 @@ class RunRecord(Callback):
             (identity and location), as plain containers. Secrets in them are hidden.
         folder: The folder of ``run.yaml``, or ``None``.
         fixed: Dotted keys of the record that a resume must not change, besides :data:`IDENTITIES`.
-        defaults: Values of keys that the record of an earlier version lacks.
+        defaults: Values of keys that a record lacks if an earlier version of this package wrote it.
     """
 
     def __init__(

@@ -228,7 +228,7 @@ class ZeroShotRetrieval(Callback):
     def measure_student(self, state: State, logger: Logger) -> None:
         """Measure the student's rows on all sets; then keep and log the results.
 
-        The student's map is fitted first. All earlier results of the student are dropped.
+        The student's alignment is fitted first, where it is needed. All earlier results of the student are dropped.
         """
         batch = int(state.timestamp.batch)
         student = STUDENT if batch else UNTRAINED
@@ -245,12 +245,12 @@ class ZeroShotRetrieval(Callback):
         run_evaluation_events(state, logger, metrics)
 
     def infos(self) -> dict[str, EmbeddingInfo]:
-        """Return what the embeddings are of the models that are known."""
+        """Return name → what the model's embedding is, for the models that are known."""
         names = {UNTRAINED: STUDENT, STUDENT: STUDENT, "encoder": TEACHER, TEACHER: TEACHER}
         return {name: self.models[model].embedding for name, model in names.items() if model in self.models}
 
     def weights(self, rows: Sequence[Row]) -> dict[str, str]:
-        """Return hashes of the weights of the rows' models that are known."""
+        """Return name → hash of the model's weights, for the rows' models that are known."""
         names = {name: {UNTRAINED: STUDENT}.get(name, name) for name in (row.queries.model for row in rows)}
         return {name: self.models[model].identify_weights() for name, model in names.items() if model in self.models}
 
@@ -312,7 +312,7 @@ class ZeroShotRetrieval(Callback):
 def run_evaluation_events(state: State, logger: Logger, metrics: Mapping[str, float]) -> None:
     """Give accuracies to other callbacks as Composer's Trainer does after an evaluation of its own.
 
-    Loggers get no events: Composer's look for the evaluation among the Trainer's own, and have the logged numbers.
+    Loggers get no events: Composer's own would look for this evaluation in the Trainer, and the numbers are logged.
     """
     state.eval_metrics["retrieval"] = {}
     for key, accuracy in metrics.items():

@@ -1,4 +1,4 @@
-"""Align a student with an existing index, or with a teacher, so that its embedding is that other model's.
+"""Align a student with an existing index, or with a teacher, so that its embedding is in that model's space.
 
     d2v align student.safetensors photos aligned.safetensors --index photos.npy
     d2v align student.safetensors photos aligned.safetensors --to teacher.safetensors --pooling mean

@@ -117,7 +117,7 @@ def whole(smallest: int, largest: int) -> BeforeValidator:
 
     def check(value: Any) -> Any:
         if not (str(value).isdecimal() and smallest <= int(value) <= largest):
-            raise ValueError(f"must be from {smallest} to {largest}, got {value!r}")
+            raise ValueError(f"must be a whole number from {smallest} to {largest}, got {value!r}")
         return value
 
     return BeforeValidator(check)
@@ -167,7 +167,9 @@ Decoders = Annotated[
 ]
 Embedding = Annotated[
     Annotated[str, one_of(RAW_EMBEDDINGS)] | None,
-    Field(description=f"The teacher's embedding, to store in the file: {listed(RAW_EMBEDDINGS)}; default: its kind's."),
+    Field(
+        description=f"The teacher's embedding, to store in the file: {listed(RAW_EMBEDDINGS)}; default: its model's."
+    ),
 ]
 PartOfWork = Annotated[
     PartText | None,

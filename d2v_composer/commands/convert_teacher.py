@@ -32,9 +32,9 @@ class ConvertTeacher(Command):
     target_length: int | None = None
     """EAT: the fixed length of its spectrograms, a multiple of 16; default: as in the file."""
     log_mel_mean: float | None = None
-    """EAT: mean of the data; default: AudioSet's, -4.268."""
+    """EAT: mean of the log-mel values; default: AudioSet's, -4.268."""
     log_mel_std: float | None = None
-    """EAT: deviation of the data; default: AudioSet's, 4.569."""
+    """EAT: standard deviation of the log-mel values; default: AudioSet's, 4.569."""
     overwrite: bool = False
     """Replace OUT if it exists."""
 

@@ -7,7 +7,7 @@
     d2v distill 'hf://datasets/ORG/NAME/data/train-*' --teacher teacher.safetensors --out runs/photos
 
 SOURCE is a folder of images (of audio, for an audio teacher), a data set on the Hugging Face hub, or another source
-that d2v embed reads. A tenth of its samples, at most 5,000, measures the student; these and their exact copies are
+that d2v embed reads. A tenth of its samples, at most 5,000, tests the student; these and their exact copies are
 never trained on. Sizes and duration follow from the number of samples, the teacher and the device. OUT must be new or
 empty. It receives distill.yaml (all settings, also for d2v train), the samples in images/ or clips/, the run with its
 report.html, and student.safetensors. key=value changes a setting; `d2v fields training` lists them.

@@ -54,7 +54,8 @@ class Embed(ModelReference, Command):
         description=f"NAME.npy or NAME.parquet, here or in a store; an id is {IDS}, a path, or a number in MDS."
     )
     precision: PrecisionChoice = "fp32"
-    """Precision in which the model computes; auto: the fastest that this machine supports."""
+    """Precision in which the model computes; auto: on a GPU amp_bf16, or amp_fp16 without bfloat16; on a CPU amp_bf16
+    with AVX512-BF16, else fp32."""
     normalize: bool = False
     """Scale embeddings to length 1."""
     dtype: Literal["float32", "float16"] = "float32"

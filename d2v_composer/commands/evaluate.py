@@ -10,7 +10,7 @@ usage: d2v evaluate [FILE.yaml] model=PATH [key=value …]
 
 The model is a teacher's file, a training checkpoint, an exported student, or a timm ViT. The tables show retrieval and,
 with ``probes='[knn, linear, agreement, instance, zero_shot]'``, further measures; agreement and instance need no
-labels. They are measured in the model's embedding, unless pooling and representation choose a raw one. ``rivals`` adds
+labels. All are measured in the model's embedding, unless pooling and representation choose a raw one. ``rivals`` adds
 further models to the tables, with their size and speed. The results are written to the folder ``out``, as JSON, CSV, a
 page with what the student finds and, with rivals, a picture of quality over speed; with ``embeddings=all``, they have
 every embedding. `d2v fields evaluation` lists all fields.

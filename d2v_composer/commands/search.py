@@ -6,8 +6,8 @@
     d2v search old.npy query.jpg --model student.safetensors
     d2v search photos.npy --duplicates --above 0.9 --html duplicates.html
 
-INDEX is what d2v embed wrote; it names the model that made it, and this model embeds the queries. With --model, another
-model does: the same one at another place, or a student that searches its teacher's index. A model whose embeddings lie
+INDEX is what d2v embed wrote; it names the model that made it, and this model embeds the queries. With --model, the model
+named there does: the same one at another place, or a student that searches its teacher's index. A model whose embeddings lie
 in another space is refused. The search is exact, by cosine. --duplicates compares all pairs of rows, after the mean row
 is subtracted; rows that pairs above the threshold connect are one group. --html writes one page with pictures, or with
 spectrograms and players; for this, the samples of the index must be readable.
@@ -61,7 +61,7 @@ class Search(Command):
     source: str | None = None
     """Where the samples of INDEX are, for the page; default: where d2v embed read them."""
     overwrite: bool = False
-    """Replace PAGE if it exists."""
+    """Replace the page if it exists."""
 
     def run(self) -> "list[Found]":
         """Print what each query finds, or the groups of near-duplicates, and write the page."""

@@ -1,4 +1,4 @@
-"""Measure what an exported file computes in each runtime of this machine, against PyTorch.
+"""Compare what an exported file computes in each runtime of this machine with PyTorch.
 
     d2v verify student.onnx
     d2v verify student.onnx --runtime openvino --images photos

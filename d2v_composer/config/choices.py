@@ -20,7 +20,7 @@ ALGORITHMS = {
     "cutmix": "composer.algorithms:CutMix",
     "label_smoothing": "composer.algorithms:LabelSmoothing",
 }
-"""Name in the section ``algorithms`` → the class of which its fields are the arguments."""
+"""Name in the section ``algorithms`` → class; its arguments are the fields of this name."""
 
 LOGGERS = {
     "jsonl": "d2v_composer.callbacks.logging:JSONLLogger",

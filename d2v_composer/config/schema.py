@@ -542,7 +542,7 @@ class EvaluateConfig(RunConfig, LookupConfig, ModelReference):
     """Models to compare the student with: ``pixels`` or, for audio, ``log_mel``; the frozen ``encoder`` if the student
     shares its teacher's; the ``teacher``, if it is known."""
     out: Annotated[LocalFolder, AfterValidator(place_to_write)] | None = None
-    """Folder to which evaluation.json and evaluation.csv are written; null: write no files."""
+    """Folder for the results: evaluation.json, .csv, .html and, with rivals, .png; null: write no files."""
     rivals: Annotated[tuple[PathText, ...], Field(strict=False)] = ()
     """Further models to show in the same tables: timm/NAME, with timm's weights and preprocessing, or a path or an
     address of a student or a teacher. With rivals, the models' speeds are measured, too."""

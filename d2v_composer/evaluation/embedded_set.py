@@ -36,8 +36,8 @@ def embed_set(
 ) -> dict[str, EmbeddedSet]:
     """Embed this rank's share of all parts with every model, in one pass over the samples.
 
-    Clips of a similar length share a batch; the longest come first. The views of test images, which depend on the
-    image's number alone, are embedded if a metric needs them.
+    Clips of a similar length share a batch; the longest come first. The views of test images, whose augmentation
+    depends on the image's number alone, are embedded if a metric needs them.
 
     Args:
         embeds: Name → model on the device.
@@ -47,7 +47,7 @@ def embed_set(
         infos: Name → what the model's embedding is, if known.
 
     Returns:
-        Name of a model → embeddings: all, or the headline and the model's own, as the settings say.
+        Name of a model → embeddings: all or, as the settings say, the headline and ``embedding``.
     """
     parts = ({"train": labeled.train} if labeled.has_labels else {}) | {"test": labeled.test}
     parts |= dict.fromkeys(VIEWS, labeled.test) if settings.needs(labeled, "views") else {}
@@ -79,6 +79,6 @@ def embed_set(
 
 
 def move_batch(batch: tuple[Tensor, ...], to_device: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Move a batch of :func:`collate` to a device: the samples by ``to_device``, then their lengths to the same."""
+    """Move a batch of :func:`collate` to a device: the samples by ``to_device``, then their lengths to the same device."""
     values = to_device(batch[0])
     return [values, *(lengths.to(values.device) for lengths in batch[1:])]

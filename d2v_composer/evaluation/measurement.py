@@ -33,7 +33,7 @@ def measure(
 ) -> Iterator[Result]:
     """Yield a result for each row, embedding and column; each rank takes its share of the queries.
 
-    One embedding is looked up at a time, because all would take gigabytes on the device.
+    One embedding is looked up at a time, because all at once may take gigabytes on the device.
 
     Args:
         rows: The rows to measure.
@@ -111,7 +111,7 @@ class PairLoader:
         return TopK(*(ranks.gather(tensor, len(queries)) for tensor in nearest))
 
     def info(self, side: Side) -> EmbeddingInfo:
-        """Return what an embedding is."""
+        """Return the description of a side's embedding."""
         if side.embedding == EMBEDDING and side.model in self.infos:
             return self.infos[side.model]
         return EmbeddingInfo(side.embedding, "raw", self.embedded[side.model]["test"][side.embedding].shape[1], "")
@@ -134,7 +134,7 @@ class PairLoader:
         return self.settings.to_device(getattr(self.labeled, part).labels)
 
     def _neighbors_of_teacher(self, embedding: str) -> Tensor:
-        """Return the teacher's nearest others by its embedding of the same name or, if it has none, by its headline."""
+        """Return each test image's nearest others in the teacher's embedding of this name, or its headline, (N, K)."""
         names = self.embedded[TEACHER]["test"]
         if embedding not in names:
             embedding = find_headline(self.settings.headline, names, self.infos.get(TEACHER))

@@ -128,7 +128,7 @@ class GapClosed(NamedTuple):
     interval: Interval | None
     """``None`` if it cannot be told."""
     queries_needed: int = 0
-    """About how many queries could tell it, if these are too few; 0 if the teacher is no better."""
+    """About how many queries would be enough, if there are too few; else 0."""
 
 
 def gap_closed(cells: Mapping[str, Result]) -> GapClosed | None:

@@ -84,7 +84,7 @@ class Row(NamedTuple):
 def find_headline(headline: str, names: Collection[str], info: EmbeddingInfo | None) -> str:
     """Return the headline's name among a model's embeddings.
 
-    What lacks it, such as the encoder alone, has the output that is pooled in the same way; or its only embedding.
+    A model without it, such as the encoder alone, is shown by its output pooled in the same way, or its only embedding.
 
     Raises:
         ValueError: The model has no such embedding.

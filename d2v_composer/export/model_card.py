@@ -58,7 +58,7 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
         out: The exported file.
 
     Raises:
-        InputError: README.md cannot be read or written, or the record is not one of ours.
+        InputError: README.md cannot be read or written, or the record lacks what this package writes.
     """
     readme = out.with_name("README.md")
     check_out_file(readme)
@@ -117,7 +117,7 @@ def plan_model_card(student: Any, source: str, out: Path) -> Callable[[], str]:
 
 
 def choose_rows(queries: Record, student: Any) -> tuple[str, dict[str, str]]:
-    """Choose the rows of a run's results that are of a student as it is.
+    """Choose the rows of a run's results that were measured with a student's present weights and alignment.
 
     Args:
         queries: Row → what embedded its queries: ``weights``, ``embedding`` (its name) and ``info``.

@@ -34,14 +34,14 @@ EXTRA_FILES = ("preprocessing.json", "embedding")
 
 
 def build_bias(alibi: Any, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the bias of :meth:`Alibi.unscaled`, computed anew: an exported program keeps no tensor between calls."""
+    """Return :meth:`Alibi.unscaled`, (1, H, T, T), computed anew: an exported program keeps no tensor between calls."""
     return alibi.build(num_tokens, alibi.slopes_of_heads).to(dtype)
 
 
 class Program(nn.Module):
     """A copy of a student that maps inputs to embeddings, (B, D) float32, to be traced.
 
-    Inputs are normalized images, (B, 3, S, S) float; or waveforms of any but equal length, (B, L) float in [-1, 1] at
+    Inputs are normalized images, (B, 3, S, S) float; or waveforms of one length, (B, L) float in [-1, 1] at
     16 kHz: a program knows no padding.
 
     Args:

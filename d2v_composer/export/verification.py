@@ -1,4 +1,4 @@
-"""Measure what an exported file computes in each runtime of this machine, against PyTorch."""
+"""Compare what an exported file computes in each runtime of this machine with PyTorch."""
 
 import json
 import os

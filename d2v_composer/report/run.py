@@ -40,7 +40,7 @@ class Run(NamedTuple):
     """The sections of run.yaml: config, command, versions, hardware, data, and teacher or model."""
     log: Log
     datasets: Mapping[str, EvaluationSet] = {}
-    """Name → data set, if its samples can still be read. Each label has a class name."""
+    """Name → data set, if its samples can still be read."""
     results: Sequence[Result] = ()
     """Results, as in :class:`~d2v_composer.callbacks.ZeroShotRetrieval`."""
 

@@ -35,7 +35,7 @@ def accuracy_tables(results: Sequence[Result], datasets: Iterable[str]) -> Itera
     """Yield each table's title, with the embedding's name, and its lines: a head, then the rows.
 
     Cells are in %, with 95 % intervals. If a column has a teacher gap closed, the last row has it. A row of another
-    embedding says which.
+    embedding names it.
     """
     batch = last_batch(results)
     for dataset in datasets:

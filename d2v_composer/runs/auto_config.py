@@ -64,7 +64,7 @@ class Request(NamedTuple):
     """Absolute path or address of a file, or timm/NAME."""
     out: Path
     column: str | None = None
-    """Column of the samples; ``None``: the only one."""
+    """The column that holds the samples; ``None``: the only such column."""
     changes: tuple[str, ...] = ()
     """Settings that replace the chosen ones, each as dotted.key=value."""
 
@@ -74,7 +74,7 @@ class Request(NamedTuple):
         return self.out / SETTINGS
 
     def check(self, **more: Json) -> Record:
-        """Check that OUT, if an earlier call began there, is of this request; the settings are in a file of their own.
+        """Check that OUT, if an earlier call began there, was begun with the same request; settings may differ.
 
         Args:
             **more: What else OUT is made from.
@@ -83,7 +83,7 @@ class Request(NamedTuple):
             All that OUT is made from, without secrets.
 
         Raises:
-            InputError: Something was different; or an earlier call's file is damaged.
+            InputError: An argument was different, or an earlier call's file is damaged.
         """
         about = hide_secrets({"source": self.source, "teacher": self.teacher, "column": self.column, **more})
         path = self.out / REQUEST

@@ -39,7 +39,7 @@ def build_labeled_sets(lookup: LookupConfig, modality: Modality, embedding: Embe
     Args:
         lookup: A section with the fields ``datasets``, ``probes`` and ``max_images``.
         modality: Modality of the samples.
-        embedding: What is compared with ``class_embeddings``; only ``joint`` is a text tower's.
+        embedding: The embedding to compare with ``class_embeddings``; only ``joint`` is in their space.
 
     Raises:
         InputError: A data set cannot be used.
@@ -96,7 +96,7 @@ def build_untrained(model: Backbone, teacher: Teacher | None) -> Backbone | None
 
 
 def align_untrained(untrained: Backbone, model: Backbone, teacher: Teacher | None, device: str) -> bool:
-    """Give an untrained student an alignment of its own, made as the student's.
+    """Give an untrained student an alignment of its own, made in the same way as the trained student's.
 
     It is fitted to the same training samples or, if the run trains it, has the run's random weights.
 
@@ -150,7 +150,7 @@ def load_rival(place: str, modality: str) -> Backbone:
 
 
 def build_comparison(config: EvaluateConfig, device: str) -> tuple[Backbone, Evaluation]:
-    """Load a model, and pixels, the encoder alone, an untrained student, the teacher if known, and rivals to compare.
+    """Load a model, and what it is compared with: baselines, an untrained student, the teacher if known, and rivals.
 
     Returns:
         The model, and the evaluation to run.

@@ -55,7 +55,7 @@ def detect(config: DetectConfig, callbacks: Sequence[Callback] = ()) -> Trainer:
     train, test = (read_split(config, name) for name in ("train", "test"))
     if train.class_names != test.class_names:  # labels are their positions
         differing = dict(train.class_names.items() ^ test.class_names.items())
-        raise InputError(f"dataset: train and test have different categories, of the ids {sorted(differing)}")
+        raise InputError(f"dataset: train and test have different categories, with the ids {sorted(differing)}")
     with node_leaders_first("the model"):
         student = load_backbone(config)
     about = {

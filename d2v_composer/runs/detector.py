@@ -36,7 +36,7 @@ SIZES, RATIOS = (4, 4 * 2 ** (1 / 3), 4 * 2 ** (2 / 3)), (0.5, 1.0, 2.0)
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm that also takes one value alone, of a channel of a map with one cell: the result is the bias."""
+    """GroupNorm that also takes groups of one value, as in a map with one cell; the result is then the bias."""
 
     def forward(self, input: Tensor) -> Tensor:
         return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)

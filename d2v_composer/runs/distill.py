@@ -67,7 +67,7 @@ def train_student(
         callbacks, algorithms, loggers: Further ones, besides the YAML's.
         teacher: The config's teacher, if it is loaded already.
         train_dataloader: This rank's loader, instead of ``train_loader``; the run does not check what it reads.
-        alignment_samples: With a ``train_dataloader``, the samples of :class:`AlignStudent`; default: no map.
+        alignment_samples: With a ``train_dataloader``, the samples of :class:`AlignStudent`; default: no alignment.
         when_built: Called with the Trainer before the training, when no bad input can end the run anymore.
 
     Returns:
@@ -265,7 +265,7 @@ def fitted_width(config: TrainConfig, model: DistillationModel) -> int:
 
 
 def build_alignment(config: TrainConfig, model: DistillationModel, samples: Samples | None) -> AlignStudent | None:
-    """Build the callback that fits the student's alignment; ``None`` if it trains, or if the run has none.
+    """Build the callback that fits the student's alignment; ``None`` if the run trains the alignment or has none.
 
     Args:
         config: Config of the run.
@@ -303,7 +303,7 @@ def build_retrieval(
     Args:
         config: Config of the run.
         model: Model that the run trains.
-        align: Callback that fits the student's map, if the run has one.
+        align: Callback that fits the student's alignment, if the run has one.
         stop: Signal that ends a measurement.
 
     Raises:

@@ -358,7 +358,7 @@ def build_run_record(config: TrainerConfig, compares_microbatches: bool = False,
 
 
 def join_and_seed(config: TrainerConfig) -> None:
-    """Raise the open-file limit, join the ranks, and seed. Call it first, on every rank."""
+    """Raise the open-file limit, join the ranks, and seed all generators. Call it first, on every rank."""
     allow_open_files()
     loader = config.train_loader
     join_ranks(loader.timeout if isinstance(loader, ShardLoaderConfig) and loader.remote is not None else 0)

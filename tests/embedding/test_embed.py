@@ -389,7 +389,12 @@ def test_an_embedding_that_is_not_finite_is_refused(
         ("photos", "half.npy", [], "half.ids.npy already exists; choose another file, or "),
         ("photos", "other.npy", [], "other.model.json already exists; choose another file, or "),
         ("photos", "o.npy", ["--precision", "amp_fp16"], "precision: amp_fp16 needs a GPU"),
-        ("photos", "o.npy", ["--batch-size", "0"], "argument --batch-size: must be from 1 to 1048576, got '0'"),
+        (
+            "photos",
+            "o.npy",
+            ["--batch-size", "0"],
+            "argument --batch-size: must be a whole number from 1 to 1048576, got '0'",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_one_line(

@@ -352,7 +352,7 @@ def other_categories(content: dict[str, Any]) -> None:
             "model: expected a student of images or timm/NAME, got .*base.pt$",
         ),
         ([f"model={GOLDEN / 'tiny_base.pt'}"], "pretrained: must be true unless the model is timm/NAME"),
-        (boxes_of("test", Path("{other}")), r"dataset: train and test have different categories, of the ids \[7\]$"),
+        (boxes_of("test", Path("{other}")), r"dataset: train and test have different categories, with the ids \[7\]$"),
         (boxes_of("train", Path("{other}/none")), r"dataset\.train: .*none/boxes\.json cannot be read: "),
         (["dataset.train.images={other}/none"], r"boxes\.json: 16 images that are not in the folder; the first: 0"),
     ],

@@ -32,7 +32,7 @@ def nearest_others(pair: Pair) -> Tensor:
 
 AGREEMENT = Metric(
     "agreement",
-    "is the share of an image's 10 nearest that the teacher finds, too",
+    "is the share of an image's 10 nearest neighbors that the teacher finds, too",
     WITHOUT_LABELS,
     frozenset({"teacher"}),
     columns,

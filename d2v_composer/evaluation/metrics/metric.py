@@ -30,7 +30,7 @@ class Table(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A number that a metric gives of each query: a column of tables."""
+    """A number that a metric gives for each query: a column of tables."""
 
     metric: str
     """Name of the metric."""
@@ -70,7 +70,7 @@ class Pair:
     found: dict[tuple[str, str], TopK] = field(default_factory=dict)
 
     def nearest(self, bank: str, queries: str, k: int) -> TopK:
-        """Return the k nearest in a part of the bank for each query of a part, (Q, k), all of a smaller bank.
+        """Return, for each query of a part, the k nearest in a part of the bank, (Q, k); of a smaller bank, all.
 
         A search serves all metrics.
         """
