@@ -181,7 +181,7 @@ def in_trainer(
 
 
 def profile_steps(run: Callable[[int], Tensor], trace: Path | None) -> Record:
-    """Profile three steps; return their attention kernels, GPU kernels and GPU ms per step, and the peak memory in GB."""
+    """Profile three steps: names of attention kernels; GPU kernels and GPU ms per step; peak memory in GB."""
     with profile() as profiler:
         run(PROFILED_STEPS)
     events = profiler.key_averages()

@@ -75,7 +75,7 @@ class SeededBatches(Callback):
 
 
 def broadcast_statistics(model: torch.nn.Module) -> None:
-    """Give all ranks the BatchNorm statistics of rank 0, which a checkpoint stores; in training, each rank has its own."""
+    """Give all ranks the BatchNorm statistics of rank 0, which a checkpoint stores; ranks differ in training."""
     for name, buffer in model.named_buffers():
         if "running_" in name:
             dist.broadcast(buffer, 0)

@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 class AlignStudent(Callback):
     """Fit a linear map from the student's raw embeddings to its teacher's, at a run's end, or by :meth:`fit`.
 
-    The samples are training samples without augmentation. A batch has N samples; the alignment has I inputs and P outputs.
+    The samples are training samples without augmentation. A batch has N of them; the alignment has I inputs and P
+    outputs.
 
     Each rank embeds a share of the batches, and all ranks add up the same sums in the same order. So the alignment has
     the same bits on any number of ranks, and after a resume.

@@ -6,11 +6,11 @@
     d2v search old.npy query.jpg --model student.safetensors
     d2v search photos.npy --duplicates --above 0.9 --html duplicates.html
 
-INDEX is what d2v embed wrote; it names the model that made it, and this model embeds the queries. With --model, the model
-named there does: the same one at another place, or a student that searches its teacher's index. A model whose embeddings lie
-in another space is refused. The search is exact, by cosine. --duplicates compares all pairs of rows, after the mean row
-is subtracted; rows that pairs above the threshold connect are one group. --html writes one page with pictures, or with
-spectrograms and players; for this, the samples of the index must be readable.
+INDEX is what d2v embed wrote; it names the model that made it, and this model embeds the queries. With --model, the
+model named there does: the same one at another place, or a student that searches its teacher's index. A model whose
+embeddings lie in another space is refused. The search is exact, by cosine. --duplicates compares all pairs of rows,
+after the mean row is subtracted; rows that pairs above the threshold connect are one group. --html writes one page with
+pictures, or with spectrograms and players; for this, the samples of the index must be readable.
 """
 
 import json

@@ -141,7 +141,7 @@ def defaults(schema: type[BaseModel]) -> Record:
 
 
 def parse_override(schema: type[BaseModel], override: str) -> tuple[str, Json]:
-    """Return key and value of one ``dotted.key=value``. In a field of text, only null and quoted text are read as YAML."""
+    """Return key and value of one ``dotted.key=value``. In a text field, only null and quoted text are read as YAML."""
     key, equals, text = override.partition("=")
     if not equals or not key or key.startswith("-"):
         raise ValueError(f"got {key!r}")

@@ -79,6 +79,6 @@ def embed_set(
 
 
 def move_batch(batch: tuple[Tensor, ...], to_device: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Move a batch of :func:`collate` to a device: the samples by ``to_device``, then their lengths to the same device."""
+    """Move a batch of :func:`collate` to a device: the samples by ``to_device``, then their lengths likewise."""
     values = to_device(batch[0])
     return [values, *(lengths.to(values.device) for lengths in batch[1:])]
