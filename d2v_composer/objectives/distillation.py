@@ -46,9 +46,9 @@ class DistillationModel(ComposerModel):
                           │                                   ├─ loss · weight, summed over objectives
                           └─ student ─ Features ─ prediction ─┘
 
-    Parameters of the student on which no loss depends are frozen. Checkpoints hold only what trains: neither the
-    teacher nor a frozen encoder. Loading verifies that they are complete, even with ``strict=False``, which Composer
-    uses.
+    Parameters of the student on which no loss depends are frozen. Checkpoints leave out the teacher, and the
+    student's encoder if it is frozen. Loading verifies that they have all other tensors, even with ``strict=False``,
+    which Composer uses.
 
     Source: the target is data2vec 2.0's (Baevski et al. 2022, arXiv:2212.07525, section 3; fairseq's ``make_targets``).
     Shared encoder and loss over all tokens are those of the thesis chapter *distilled unimodal data2vec 2.0*
