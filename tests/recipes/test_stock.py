@@ -132,7 +132,7 @@ def test_two_ranks_are_killed_and_resume_from_a_store(labeled: Path, tmp_path: P
         "remote": "s3://stock/images",
         "local": tmp_path / "cache",
         "save_folder": f"{address}/run",
-        "max_duration": "12ba",
+        "max_duration": "24ba",
     }
     given = arguments(tmp_path, labeled, **places)
     environment = object_store.environment | {"SLOW": "8"}
@@ -149,4 +149,4 @@ def test_two_ranks_are_killed_and_resume_from_a_store(labeled: Path, tmp_path: P
             rank.kill()
     saved = int(re.findall(rb"ba(\d+)", object_store.objects("stock-run")[pointer])[0])
     run_ranks(str(SCRIPT), *given, ranks=2, environment=object_store.environment, folders=folders)
-    assert_ended(tmp_path, [*range(saved, 12)])
+    assert_ended(tmp_path, [*range(saved, 24)])
