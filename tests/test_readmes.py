@@ -25,6 +25,7 @@ from d2v_composer.config.load import (
     load_finetune_config,
 )
 from d2v_composer.config.schema import EvaluateConfig, FinetuneConfig, LabeledSetConfig, TrainConfig
+from d2v_composer.models import precision
 from d2v_composer.system import fetch
 from d2v_composer.system.errors import InputError
 from helpers import ROOT
@@ -153,7 +154,8 @@ def problems(program: str, argv: Sequence[str]) -> Iterator[str]:
     ids=name_of,
 )
 def test_commands_are_right(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fields, "has_gpu", lambda: True)
+    for module in (fields, precision):
+        monkeypatch.setattr(module, "has_gpu", lambda: True)
     monkeypatch.setattr(fetch, "find_missing_file", lambda address: None)
     wrong = {shlex.join(command): list(problems(command[0], command[1:])) for command in commands(page)}
     assert {command: lines for command, lines in wrong.items() if lines} == {}

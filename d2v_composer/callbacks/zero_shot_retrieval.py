@@ -84,8 +84,8 @@ class ZeroShotRetrieval(Callback):
         augment: Makes the views for ``instance``.
         align: Fits the student's alignment: before each evaluation if ``headline`` is the embedding or a probe needs
             it, otherwise only at the end of training.
-        models: The student and the teacher, by these names: results say what their embeddings are, and the student's is
-            looked up in the teacher's index if both are in one space.
+        models: Name → model, for ``student``, ``teacher`` and any other baseline: results say what their embeddings
+            are, and the student's is looked up in the teacher's index if both are in one space.
         should_stop: Asked before each batch of images; must be False until training begins, and the same on all ranks.
             True ends the evaluation; the run that resumes repeats it first.
         device_batch_size: Images embedded at once on each device.
@@ -246,7 +246,7 @@ class ZeroShotRetrieval(Callback):
 
     def infos(self) -> dict[str, EmbeddingInfo]:
         """Return name → what the model's embedding is, for the models that are known."""
-        names = {UNTRAINED: STUDENT, STUDENT: STUDENT, "encoder": TEACHER, TEACHER: TEACHER}
+        names = {UNTRAINED: STUDENT, "encoder": TEACHER} | {name: name for name in self.models}
         return {name: self.models[model].embedding for name, model in names.items() if model in self.models}
 
     def weights(self, rows: Sequence[Row]) -> dict[str, str]:

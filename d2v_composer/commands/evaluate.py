@@ -23,7 +23,6 @@ from d2v_composer.system import command_line
 from d2v_composer.system.addresses import hide_secrets
 from d2v_composer.system.command_line import d2v, print_next
 from d2v_composer.system.errors import InputError
-from d2v_composer.system.files import write_atomically
 
 
 def main(argv: Sequence[str]) -> None:
@@ -32,13 +31,13 @@ def main(argv: Sequence[str]) -> None:
 
     import torch
 
-    from d2v_composer.benchmarks import BATCH_SIZES, measure_speeds
+    from d2v_composer.benchmarks import measure_speeds
     from d2v_composer.config.load import load_evaluate_config
     from d2v_composer.data import modality_of
     from d2v_composer.evaluation.evaluate import check_replaceable
     from d2v_composer.models.backbone import hash_weights
     from d2v_composer.models.precision import choose_precision
-    from d2v_composer.report.tables import accuracy_tables, cost_table, evaluation_tables
+    from d2v_composer.report.tables import evaluation_tables
     from d2v_composer.runs.comparison import build_comparison
     from d2v_composer.system.machine import describe_machine, package_versions
 
@@ -60,20 +59,10 @@ def main(argv: Sequence[str]) -> None:
     print(tables)
     if config.out is not None:
         about = {"machine": describe_machine(), "versions": package_versions(), "weights": weights, "tables": tables}
-        picture = Path(config.out) / "evaluation.png"
-        picture.unlink(missing_ok=True)  # an earlier call's, of other numbers
-        evaluation.write(picture.parent, {"config": config.model_dump(mode="json"), **about})
-        from d2v_composer.report.gallery import galleries, render  # matplotlib takes a second
+        from d2v_composer.report.evaluation import write_evaluation  # matplotlib takes a second
 
-        found = list(galleries(evaluation.datasets, evaluation.results, modality.unit))
-        costs = "Size and computation", cost_table(evaluation.costs, modality.cost_unit, evaluation.speeds)
-        shown = [*accuracy_tables(evaluation.results, evaluation.datasets), costs]
-        page = render("evaluation.html", title=hide_secrets(config.model), tables=shown, found=found)
-        write_atomically(picture.with_suffix(".html"), page)
-        if config.rivals:
-            from d2v_composer.report.plots import quality_over_speed, to_png
-
-            write_atomically(picture, to_png(quality_over_speed(evaluation, BATCH_SIZES[-1], modality.unit)))
+        context = {"config": config.model_dump(mode="json"), **about}
+        write_evaluation(evaluation, Path(config.out), hide_secrets(config.model), modality, context)
     if config.model.endswith("-rank0.pt"):
         moved = [] if config.teacher is None else ["--teacher", config.teacher]
         step = d2v("export", config.model, "student.safetensors", *moved)

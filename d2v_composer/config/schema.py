@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import AfterValidator, BaseModel, ByteSize, Field, ValidationInfo, create_model, model_validator
 from typing_extensions import Self
 
@@ -53,6 +52,7 @@ from d2v_composer.models.names import (
     Representation,
     Weights,
 )
+from d2v_composer.models.precision import check_precision, has_gpu
 from d2v_composer.models.student import Init
 from d2v_composer.objectives import OBJECTIVES
 from d2v_composer.sources import FORMAT, FORMATS, LOCAL
@@ -84,16 +84,6 @@ class Section(BaseModel):
         if lines := list(self.contradictions()):
             raise ValueError("\n".join(lines))
         return self
-
-
-def check_precision(choice: str) -> None:
-    """Raise ValueError if this machine cannot compute in a precision."""
-    if choice == "amp_fp16" and not has_gpu():
-        raise ValueError("amp_fp16 needs a GPU, and this machine has none; on a CPU, set fp32, amp_bf16 or auto")
-
-
-def has_gpu() -> bool:
-    return torch.cuda.is_available()
 
 
 SupportedPrecision = Annotated[PrecisionChoice, checked(check_precision)]

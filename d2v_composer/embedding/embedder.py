@@ -18,8 +18,8 @@ from d2v_composer.data.modality import Modality, decoding, read_sample_file
 from d2v_composer.embedding.embed_source import EmbeddingOptions, embed_batch, load_batch
 from d2v_composer.models.backbone import Backbone
 from d2v_composer.models.names import Pooling, PrecisionChoice, Representation, Weights
-from d2v_composer.models.precision import name_precision
-from d2v_composer.system.errors import InputError
+from d2v_composer.models.precision import check_precision, name_precision
+from d2v_composer.system.errors import errors_of
 
 
 @dataclass(unsafe_hash=True)
@@ -106,10 +106,8 @@ class Embedder:
             os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         precision: Any = name_precision(self.precision)
-        if precision == "amp_fp16" and device == "cpu":
-            raise InputError(
-                "precision: amp_fp16 needs a GPU, and this machine has none; on a CPU, set fp32, amp_bf16 or auto"
-            )
+        with errors_of("precision"):
+            check_precision(precision)
         model, _ = load_any(self.model, self.checkpoint, self.weights, self.teacher, self.first_blocks, self.image_size)
         modality = modality_of(model.encoder.config)
         embedding = model.choose_embedding(self.pooling, self.representation)

@@ -43,6 +43,20 @@ def name_precision(choice: str) -> str:
     return "amp_bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def check_precision(choice: str) -> None:
+    """Check that this machine can compute in a precision.
+
+    Raises:
+        ValueError: The precision needs a GPU, and there is none.
+    """
+    if choice == "amp_fp16" and not has_gpu():
+        raise ValueError("amp_fp16 needs a GPU, and this machine has none; on a CPU, set fp32, amp_bf16 or auto")
+
+
 def choose_precision(choice: str) -> Precision:
     """Return the settings for computing in a precision on this machine's GPU, or on its CPU if it has none."""
     name = name_precision(choice)

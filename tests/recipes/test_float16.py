@@ -15,7 +15,7 @@ from composer.core import precision
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from d2v_composer.config import schema
+from d2v_composer.models import precision as our_precision
 from helpers import losses_of, small_run
 from recipes import train
 
@@ -64,7 +64,7 @@ def allow_float16(monkeypatch: pytest.MonkeyPatch, **scaler: float) -> None:
     autocast = SimpleNamespace(
         cuda=torch.cuda, float16=torch.float16, autocast=lambda _, dtype: torch.autocast("cpu", dtype)
     )
-    monkeypatch.setattr(schema, "has_gpu", lambda: True)
+    monkeypatch.setattr(our_precision, "has_gpu", lambda: True)
     monkeypatch.setattr(precision, "DeviceCPU", ())  # no device is one that refuses
     monkeypatch.setattr(precision, "is_xla_installed", lambda: True)
     monkeypatch.setattr(precision, "torch", autocast)
