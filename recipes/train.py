@@ -1,4 +1,4 @@
-"""Distill a student: train, save, retrieve, report.
+"""Distill a student: train, save checkpoints, measure retrieval and write a report.
 
 usage: composer recipes/train.py FILE.yaml [dotted.key=value …]
 

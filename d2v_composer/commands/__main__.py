@@ -1,8 +1,9 @@
-"""Distill vision transformers into small students: the commands that need no clone of the repository.
+"""Distill vision and audio transformers into small students: the commands that need no clone of the repository.
 
-usage: d2v COMMAND [arguments]; d2v COMMAND --help describes them; d2v --version
+usage: d2v COMMAND [arguments]; d2v COMMAND --help shows the arguments; d2v --version
 
-distill is the shortest way. Step by step: convert-teacher, convert-images, train, then evaluate, export and embed.
+distill does everything in one command. For single steps, run convert-teacher, convert-images, train, then evaluate,
+export and embed.
 """
 
 import sys
@@ -26,9 +27,9 @@ COMMANDS = {
     "report": "write a run's curves, tables and images to one HTML page",
     "evaluate": "compare a model with its teacher and baselines",
     "export": "export a student as safetensors, ONNX or torch.export",
-    "verify": "check what an exported file computes in each runtime",
+    "verify": "compare what an exported file computes in each runtime with PyTorch",
     "embed": "embed a collection of images or audio clips",
-    "search": "find the nearest rows of an index, or its near-duplicates",
+    "search": "find the samples in an index that are nearest to a query, or near-duplicates",
     "align": "let a student search an index that another model made",
     "merge": "merge the parts of a conversion or of embeddings",
     "benchmark": "measure the speed of training, data and retrieval against baselines",
@@ -37,10 +38,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str]) -> Any:
-    """Run a command; import only its own module."""
+    """Run the command that the first word names, and return its result; import only that command's module."""
     name, *rest = argv or [""]
     if name in COMMANDS:
-        sys.argv = [f"d2v {name}", *rest]  # argparse names the program by it
+        sys.argv = [f"d2v {name}", *rest]  # argparse takes the program's name from it
         return import_module(f"d2v_composer.commands.{name.replace('-', '_')}").main(rest)
     if name == "--version":
         return print(f"d2v-composer {d2v_composer.__version__}")

@@ -1,13 +1,14 @@
-"""Align a student with an existing index, or with a teacher, so that its embedding is in that model's space.
+"""Align a student: map its embedding to the space of an existing index, or of another model such as its teacher.
 
     d2v align student.safetensors photos aligned.safetensors --index photos.npy
     d2v align student.safetensors photos aligned.safetensors --to teacher.safetensors --pooling mean
     d2v embed aligned.safetensors queries queries.npy
 
 One matrix maps the student's raw embeddings to those of the index, whatever model made the index. The matrix is fitted
-in closed form to the samples of SOURCE whose ids the index has or, with --to, to all samples. A tenth of them is held
-out to measure R² and recall: the share of a sample's nearest neighbors in the index that the student finds. OUT is the
-student with the matrix.
+in closed form to the samples of SOURCE whose ids are in the index or, with --to, to all samples, but to at most
+--max-samples. To measure the fit, a tenth of these samples is held out. R² is the share of their variance that the
+matrix explains, and recall the share of their nearest neighbors in the index that the student also finds; with --to,
+the other model's embeddings of the samples take the place of the index. OUT is the student with the matrix.
 """
 
 from typing import Annotated
@@ -30,20 +31,20 @@ from d2v_composer.system.files import check_out_file
 
 class Align(Command):
     model: Positional[str]
-    """A checkpoint or an exported student: a path, s3://, …."""
+    """Training checkpoint or exported file of a student: a path, s3://, …."""
     source: Samples
     out: Positional[PlaceHere]
-    """The student's file to write, NAME.safetensors."""
+    """File to which the aligned student is written, NAME.safetensors."""
     index: str | None = None
-    """NAME.npy, with the ids in NAME.ids.npy, or NAME.parquet, as d2v embed writes them."""
+    """Index to align with: NAME.npy, with the ids in NAME.ids.npy, or NAME.parquet, as d2v embed writes them."""
     to: str | None = None
-    """A model that embeds SOURCE now: a path, s3://, …; or timm/NAME."""
+    """Model to align with, instead of an index: a path, s3://, …; or timm/NAME."""
     pooling: Pooling | None = None
-    """Pooling of --to's embedding, instead of its default."""
+    """Pooling of a raw embedding of --to, instead of that model's own embedding."""
     representation: Representation | None = None
-    """Representation of --to's embedding, instead of its default."""
+    """Representation of a raw embedding of --to, instead of that model's own embedding."""
     max_samples: Annotated[int, whole(20, 0x100000)] = 20_000
-    """Maximum number of samples to fit to."""
+    """Maximum number of samples to which the matrix is fitted."""
     workers: Decoders = None
     column: Column = None
     overwrite: bool = False
@@ -104,7 +105,7 @@ class Align(Command):
         print_skipped(aligned.skipped)
         print(f"R² of the alignment, on a held-out tenth of the pairs: {aligned.statistics['r2']:.3f}")
         recall = ", ".join(f"@{k} {share:.3f}" for k, share in aligned.recall.items())
-        print(f"recall of the index's own neighbors on {aligned.queries} held-out samples: {recall}")
+        print(f"recall of the nearest neighbors in {path or self.to}, on {aligned.queries} held-out samples: {recall}")
         save_student(student, out)
         print(size_of(student, out))
         print_next(d2v("embed", out, "QUERIES", "queries.npy"))

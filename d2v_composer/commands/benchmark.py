@@ -1,4 +1,4 @@
-"""Measure speed on this machine: our code and other programs, interleaved in one process.
+"""Measure the speed of d2v-composer and of other programs on this machine, in turns and in one process.
 
 usage: d2v benchmark {step,data,retrieval} [options]
 
@@ -9,10 +9,10 @@ usage: d2v benchmark {step,data,retrieval} [options]
     d2v benchmark data --remote s3://BUCKET/benchmark
     d2v benchmark retrieval
 
-step: images/s of a training step, compared with a naive program.
-data: images/s of the training data, compared with torchvision's ImageFolder; --remote adds a store.
+step: images/s, or clips/s, of a training step, compared with a naive program.
+data: images/s that a training loader delivers, compared with torchvision's ImageFolder; --remote also reads a store.
 retrieval: queries/s of the neighbor search, compared with a bare matmul and faiss.
-step and retrieval use the GPU if there is one; CUDA_VISIBLE_DEVICES= hides it.
+step and retrieval use the GPU if there is one; CUDA_VISIBLE_DEVICES= hides the GPU.
 data and retrieval need `pip install -e '.[benchmark]'`.
 """
 
@@ -39,12 +39,12 @@ Number = Annotated[int, whole(1, 0x80000000)]
 
 class Benchmark(Command):
     repeats: Number = 5
-    """Number of measured passes."""
+    """Number of measured passes of each program."""
     report: PlaceHere | None = Field(None, alias="json")
     """File to write the result to, as JSON."""
 
     def run(self) -> dict[str, Any]:
-        """Return the rates, and the setting in which they were measured."""
+        """Measure, and return the rates and the setting in which they were measured."""
         module = import_module(f"d2v_composer.benchmarks.{type(self).__name__.lower()}")
         return module.benchmark(**self.model_dump(exclude={"report"}))
 
@@ -52,48 +52,48 @@ class Benchmark(Command):
 class Step(Benchmark):
     size: Annotated[str, one_of(SIZES)] = Field("base", description=f"Size of teacher and student: {', '.join(SIZES)}.")
     batch_size: Number | None = None
-    """Images, or clips of 5 s, per step; default: 8, or 256 on a GPU."""
+    """Number of images, or of 5 s clips, in a step; default: 8 on a CPU, 256 on a GPU."""
     precision: PrecisionChoice = "auto"
     """Precision of the step."""
     only: Literal["naive", "eager", "ours"] | None = None
-    """Measure only this contender."""
+    """Measure only one program: the naive one, or d2v-composer without (eager) or with (ours) torch.compile."""
     loop: Literal["bare", "trainer"] = "bare"
-    """``trainer``: also measure 'ours' in Composer's Trainer, on batches in memory."""
+    """trainer: also measure 'ours' in Composer's Trainer, on batches in memory."""
     trace: PlaceHere | None = None
-    """Write a profile of the last contender to this file, for chrome://tracing or Perfetto."""
+    """File to which a profile of the last program is written, for chrome://tracing or Perfetto."""
     no_compile: bool = False
     """Measure without torch.compile."""
     overrides: Positional[tuple[str, ...]] = ()
-    """Settings of distill.yaml for 'ours', such as compile=default."""
+    """Settings that replace those of distill.yaml for 'ours', such as compile=default."""
 
 
 class Data(Benchmark):
     images: Path | None = None
-    """Folder with one subfolder per class; default: crops of scikit-image's photographs."""
+    """Folder of images, with a subfolder for each class; default: crops of scikit-image's photographs."""
     num_images: Number = 1000
     """Number of images to read."""
     workers: int = 0
-    """Worker processes; 0 reads in one process on one core."""
+    """Number of worker processes; 0: the main process reads, on one core."""
     remote: str | None = None
-    """An empty folder in a store, to write shards to and read them from."""
+    """Address of an empty folder in a store, to which shards are written and from which they are read."""
 
 
 class Retrieval(Benchmark):
     bank: Number = 50_000
     """Number of vectors to search."""
     queries: Number = 10_000
-    """Number of vectors to find neighbors of."""
+    """Number of vectors whose neighbors are searched."""
     dim: Number = 768
-    """Dimensions of a vector."""
+    """Number of dimensions of a vector."""
     k: Number = 20
-    """Neighbors per query."""
+    """Number of neighbors that are found for each query."""
 
 
 BENCHMARKS = {kind.__name__.lower(): kind for kind in (Step, Data, Retrieval)}
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run a benchmark, and print and write its result."""
+    """Run a benchmark, print its result and, with --json, write the result to a file."""
     show_help(argv[:1], __doc__)
     name, *rest = argv or [""]
     if name not in BENCHMARKS:

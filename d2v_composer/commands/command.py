@@ -23,9 +23,9 @@ from d2v_composer.system.processes import Part, local_ranks
 
 T = TypeVar("T")
 CORES = max(1, (os.cpu_count() or 1) // local_ranks())
-"""This rank's share of the machine's cores."""
+"""Number of CPU cores for each rank on this machine, at least 1."""
 Positional = Annotated[T, "positional"]
-"""The type of an argument without a flag; a tuple takes all that remain."""
+"""``Positional[T]`` is the type of an argument without a flag; a tuple takes all remaining words."""
 
 
 class Command(BaseModel):
@@ -43,12 +43,12 @@ class Command(BaseModel):
 
     @classmethod
     def main(cls, argv: Sequence[str]) -> Any:
-        """Run a command line."""
+        """Parse a command line, run the command and return its result."""
         return cls.parse(argv).run()
 
     @classmethod
     def parse(cls, argv: Sequence[str], program: str | None = None) -> Self:
-        """Read a command line; ``--help`` shows the arguments below the docstring of the command's module.
+        """Parse a command line; ``--help`` shows the arguments below the docstring of the command's module.
 
         Args:
             argv: The words after the command's name.
@@ -77,7 +77,7 @@ class Command(BaseModel):
 
     @classmethod
     def add_arguments(cls, parser: ArgumentParser) -> dict[str, Action]:
-        """Add the arguments to a parser; return them by name."""
+        """Add the command's arguments to a parser; return name → argparse's action."""
         actions = {}
         for key, field in cls.model_fields.items():
             name, kinds = field.alias or key, [*_kinds_in(field.annotation)]
@@ -101,7 +101,7 @@ def _kinds_in(annotation: object) -> Iterator[object]:
 
 
 def _describe(field: FieldInfo) -> str:
-    """Return a field's docstring and, unless the docstring names it, the field's default."""
+    """Return a field's help: its docstring and, unless the docstring states a default, the field's default."""
     text = " ".join((field.description or "").split()).rstrip(".").replace("``", "").replace("null: ", "default: ")
     shows_default = isinstance(field.default, str | int | float | Path) and not isinstance(field.default, bool)
     return f"{text}; default: {field.default}" if shows_default and "default: " not in text else text
@@ -113,7 +113,7 @@ class _Parser(ArgumentParser):
 
 
 def whole(smallest: int, largest: int) -> BeforeValidator:
-    """Return a validator of a whole number in a range."""
+    """Return a validator of whole numbers from ``smallest`` to ``largest``, both included."""
 
     def check(value: Any) -> Any:
         if not (str(value).isdecimal() and smallest <= int(value) <= largest):
@@ -124,7 +124,7 @@ def whole(smallest: int, largest: int) -> BeforeValidator:
 
 
 def one_of(allowed: Collection[str]) -> AfterValidator:
-    """Return a validator of the names in a table; for names that are typed out, there is Literal."""
+    """Return a validator that accepts only these names, which come from a table; for fixed names, use Literal."""
 
     def check(name: str) -> str:
         if name not in allowed:
@@ -147,7 +147,7 @@ def _given(text: str) -> str:
 
 
 def choose_workers(asked: int | None, device: str) -> int:
-    """Return the number of processes that decode samples; by default, ``CORES`` for a GPU and none for a CPU."""
+    """Return the number of processes that decode samples: ``asked``, or by default ``CORES`` on cuda and 0 on cpu."""
     return (CORES if device == "cuda" else 0) if asked is None else asked
 
 
@@ -163,16 +163,16 @@ PartText = Annotated[Part, BeforeValidator(lambda part: Part.parse(part) if isin
 Column = Annotated[str | None, Field(description=COLUMN)]
 Decoders = Annotated[
     Annotated[int, whole(0, 1024)] | None,
-    Field(description="Decoding processes (on Linux); default: with a GPU one per core, else 0 (decode in threads)."),
+    Field(description="Decoding processes, on Linux; default: one per core with a GPU, else 0 (threads decode)."),
 ]
 Embedding = Annotated[
     Annotated[str, one_of(RAW_EMBEDDINGS)] | None,
     Field(
-        description=f"The teacher's embedding, to store in the file: {listed(RAW_EMBEDDINGS)}; default: its model's."
+        description=f"The teacher's embedding, named in the file: {listed(RAW_EMBEDDINGS)}; default: the model's own."
     ),
 ]
 PartOfWork = Annotated[
     PartText | None,
-    Field(description="Make part I/N (I from 0), on any machine; then d2v merge OUT joins all parts."),
+    Field(description="Make only part I of N (I from 0), on any machine; d2v merge OUT joins all parts."),
 ]
 Samples = Annotated[Positional[str], IS_GIVEN, Field(description=f"A folder of images or audio files, or {SOURCES}.")]

@@ -1,4 +1,4 @@
-"""The arguments and the work that conversions of images and of audio have in common."""
+"""The base class of the commands that convert images and audio to MDS shards."""
 
 import os
 import time
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class Convert(Command):
-    """The arguments and the work that conversions of images and of audio have in common."""
+    """The arguments and the work that ``d2v convert-images`` and ``d2v convert-audio`` have in common."""
 
     source: Positional[str]
     out: Positional[Place]
-    """A folder, s3://bucket/prefix, gs://, …."""
+    """Folder of the MDS data set that is written, here or in a store: s3://bucket/prefix, gs://, …."""
     split: str | None = None
     """The split to convert, or none to convert all of SOURCE; default: train."""
     labels: str | None = None
@@ -29,7 +29,7 @@ class Convert(Command):
     column: Column = None
     label_column: str | None = Field(None, description=f"The labels: {LABEL_COLUMN}; default: no labels.")
     workers: Annotated[int, whole(1, 1024)] = CORES
-    """Worker processes; default: one per core."""
+    """Number of worker processes; default: one per core."""
     seed: Annotated[int, whole(0, 0x100000000)] = 0
     """Seed for the order of the samples."""
     shard_size: ByteSize = ByteSize(64_000_000)
@@ -39,7 +39,16 @@ class Convert(Command):
     """Skip samples that are missing or corrupt, and list them."""
 
     def convert(self, modality: "Modality", yaml: str, **options: Any) -> Any:
-        """Convert, and print a report that names the YAML for the next step."""
+        """Convert the samples, or one part of them, print a report and the next commands, and return the result.
+
+        Args:
+            modality: Modality of the samples.
+            yaml: Name of the YAML that the next commands train with.
+            **options: Further arguments of the conversion.
+
+        Returns:
+            The conversion; ``None`` if the part exists already.
+        """
         from d2v_composer.conversion.convert import convert, open_samples
         from d2v_composer.conversion.parts import Parts, plan_of
         from d2v_composer.models.configs import SAMPLE_RATE

@@ -10,8 +10,8 @@
 
 cifar10:FOLDER downloads CIFAR-10 to FOLDER if it is missing there; its pixels are unchanged.
 For an S3-compatible store, set S3_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
-An interrupted conversion leaves no index.json, so nothing reads it as a data set. The same command resumes it; with
-other settings, the conversion starts over.
+An interrupted conversion leaves no index.json, so nothing reads it as a data set. The same command resumes the
+conversion; with other settings, it starts over.
 The images are in SOURCE/SPLIT or SOURCE, or in a single folder there that holds all of them, such as Kaggle's
 ILSVRC/Data/CLS-LOC. In zips and in tars with folders, SPLIT is a folder; for Parquet files and other tars, it is a word
 in the file's name, or else in its folders' names. Labels come from class folders, Kaggle's LOC_SPLIT_solution.csv, a
@@ -30,12 +30,12 @@ from d2v_composer.sources import SOURCES
 class ConvertImages(Convert):
     source: Samples = Field(description=f"A folder of images, cifar10:FOLDER, or {SOURCES}.")
     resize: Annotated[int, whole(1, 65500)] | None = None
-    """Number of pixels to which the short side is shrunk; default: no change."""
+    """Number of pixels to which the short side of a larger image is shrunk; default: no change."""
     quality: Annotated[int, whole(1, 100)] = 90
-    """Quality of re-encoded JPEGs."""
+    """Quality of re-encoded JPEGs, from 1 to 100."""
 
     def run(self) -> Any:
-        """Convert, print a report, and return the result; ``None`` if the part exists already."""
+        """Convert the images, print a report, and return the result; ``None`` if the part exists already."""
         from d2v_composer.conversion.convert import IMAGES
 
         yaml = "cifar10" if self.source.startswith("cifar10:") else "distill"

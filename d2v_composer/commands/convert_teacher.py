@@ -23,18 +23,18 @@ class ConvertTeacher(Command):
     out: Positional[PlaceHere]
     """The file to write, NAME.safetensors."""
     weights: Weights = "model"
-    """Weights to keep."""
+    """Weights to keep: model, as trained, or ema, their moving average."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Type of the stored weights."""
     license: str | None = None
     """A note on the weights' license, stored in the file."""
     embedding: Embedding = None
     target_length: int | None = None
-    """EAT: the fixed length of its spectrograms, a multiple of 16; default: as in the file."""
+    """For EAT: length of a spectrogram in frames, a multiple of 16; default: as in the file."""
     log_mel_mean: float | None = None
-    """EAT: mean of the log-mel values; default: AudioSet's, -4.268."""
+    """For EAT: mean of the log-mel values; default: AudioSet's, -4.268."""
     log_mel_std: float | None = None
-    """EAT: standard deviation of the log-mel values; default: AudioSet's, 4.569."""
+    """For EAT: standard deviation of the log-mel values; default: AudioSet's, 4.569."""
     overwrite: bool = False
     """Replace OUT if it exists."""
 

@@ -1,4 +1,4 @@
-"""Distill a student from images or audio alone: no labels, no YAML, no clone.
+"""Distill a student from images or audio, without labels, a YAML or a clone of the repository.
 
     d2v distill photos --teacher timm/vit_small_patch14_dinov2.lvd142m --out runs/photos
     d2v distill recordings --teacher base_libri.pt --out runs/recordings
@@ -8,10 +8,10 @@
 
 SOURCE is a folder of images (of audio, for an audio teacher), a data set on the Hugging Face hub, or another source
 that d2v embed reads. A tenth of its samples, at most 5,000, tests the student; these and their exact copies are
-never trained on. Sizes and duration follow from the number of samples, the teacher and the device. OUT must be new or
-empty. It receives distill.yaml (all settings, also for d2v train), the samples in images/ or clips/, the run with its
-report.html, and student.safetensors. key=value changes a setting; `d2v fields training` lists them.
-Run the same command again to resume after any interruption.
+never trained on. Batch size, duration and other settings follow from the number of samples, the teacher and the
+machine. OUT must be new or empty. It receives distill.yaml (all settings, also for d2v train), the samples in images/
+or clips/, the run with its report.html, and student.safetensors. key=value changes a setting; `d2v fields training`
+lists all settings. Run the same command again to resume an interrupted run.
 """
 
 from collections.abc import Sequence
@@ -40,11 +40,11 @@ class Distill(Command):
     teacher: Annotated[str, IS_GIVEN, IS_ABSOLUTE]
     """A path or address of a data2vec 2.0 or EAT model, or timm/NAME."""
     out: PlaceHere
-    """The folder for samples, run and student."""
+    """Folder for the samples, the run and the student."""
     column: Column = None
 
     def run(self, argv: Sequence[str] | None = None) -> None:
-        """Prepare a run, or go on with one; then export its student.
+        """Prepare a run and train, or resume an interrupted run; then export its student.
 
         Args:
             argv: Arguments of the command, which is started again on each of several GPUs; ``None``: train in this
@@ -81,5 +81,5 @@ class Distill(Command):
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the command line."""
+    """Parse a command line, and distill a student on every GPU of this machine."""
     Distill.parse(argv).run(argv)

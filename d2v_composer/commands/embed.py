@@ -9,11 +9,11 @@
     composer -n 2 -m d2v_composer.commands embed student.safetensors photos photos.npy
 
 Read NAME.npy, (N, D), with np.load(…, mmap_mode="r"); the ids are in NAME.ids.npy. NAME.parquet has the columns id and
-embedding. NAME.model.json, or the Parquet file's metadata, says which model and which of its embeddings it is.
+embedding. NAME.model.json, or the metadata of NAME.parquet, names the model and which of its embeddings was stored.
 Images are resized to the model's size without cropping; clips are embedded whole.
 If Composer is installed, the command uses all GPUs of this machine, or as many processes as Composer's launcher starts.
-Any number of processes writes the same bytes.
-An interrupted run leaves no OUT; run the same command again to resume it.
+The bytes of OUT do not depend on the number of processes.
+An interrupted run does not write OUT; run the same command again to resume the run.
 """
 
 import os
@@ -51,7 +51,7 @@ class Embed(ModelReference, Command):
     """A checkpoint, an exported student or a teacher: a path, s3://, …; or timm/NAME."""
     source: Samples
     out: Positional[Place] = Field(
-        description=f"NAME.npy or NAME.parquet, here or in a store; an id is {IDS}, a path, or a number in MDS."
+        description=f"NAME.npy or NAME.parquet, here or in a store; a sample's id is {IDS}, a path, or a number in MDS."
     )
     precision: PrecisionChoice = "fp32"
     """Precision in which the model computes; auto: on a GPU amp_bf16, or amp_fp16 without bfloat16; on a CPU amp_bf16
@@ -61,7 +61,7 @@ class Embed(ModelReference, Command):
     dtype: Literal["float32", "float16"] = "float32"
     """Type of the stored numbers."""
     batch_size: Annotated[int, whole(1, 0x100000)] | None = None
-    """Samples that the model takes at once; default: 256 images, or 4 clips."""
+    """Number of samples that the model takes at once; default: 256 images, or 4 clips."""
     workers: Decoders = None
     local: PlaceHere | None = None
     """Folder that caches the shards of a remote MDS data set."""
@@ -70,12 +70,12 @@ class Embed(ModelReference, Command):
     column: Column = None
     part: PartOfWork = None
     skip_unreadable: bool = False
-    """Skip unreadable files and list them."""
+    """Skip samples that cannot be read, and list them."""
     overwrite: bool = False
     """Replace OUT if it exists, once the new one is complete."""
 
     def run(self) -> Any:
-        """Embed, print a report, and return the result; ``None`` if the part exists already."""
+        """Embed the samples, print a report, and return the result; ``None`` if the part exists already."""
         out, part, plan = self.out, self.part, None
 
         import torch
@@ -138,7 +138,7 @@ class Embed(ModelReference, Command):
 
 
 def main(argv: Sequence[str]) -> Any:
-    """Run the command line on every GPU of this machine."""
+    """Parse a command line, and embed on every GPU of this machine or, without Composer, on one."""
     command = Embed.parse(argv)
     with suppress(ModuleNotFoundError):  # without Composer, one GPU
         relaunch_on_gpus("embed", *argv)

@@ -1,4 +1,4 @@
-"""Print what a bug report needs.
+"""Print the machine and the versions that a bug report needs.
 
     d2v env
 
@@ -12,7 +12,7 @@ from d2v_composer.commands.command import Command
 
 class Env(Command):
     def run(self) -> None:
-        """Print versions and machine, one a line."""
+        """Print the versions and the machine, one item on a line."""
         import torch.version
         from packaging.requirements import Requirement
 

@@ -1,4 +1,4 @@
-"""Measure a model's embedding, and compare it with its teacher, an untrained student and pixels.
+"""Measure a model's embedding, and compare it with its teacher, an untrained student and simple baselines.
 
 usage: d2v evaluate [FILE.yaml] model=PATH [key=value …]
 
@@ -11,9 +11,9 @@ usage: d2v evaluate [FILE.yaml] model=PATH [key=value …]
 The model is a teacher's file, a training checkpoint, an exported student, or a timm ViT. The tables show retrieval and,
 with ``probes='[knn, linear, agreement, instance, zero_shot]'``, further measures; agreement and instance need no
 labels. All are measured in the model's embedding, unless pooling and representation choose a raw one. ``rivals`` adds
-further models to the tables, with their size and speed. The results are written to the folder ``out``, as JSON, CSV, a
-page with what the student finds and, with rivals, a picture of quality over speed; with ``embeddings=all``, they have
-every embedding. `d2v fields evaluation` lists all fields.
+further models to the tables, with their size and speed. The folder ``out`` receives the results as JSON and CSV, a page
+with what the student finds and, with rivals, a picture of quality over speed; ``embeddings=all`` also measures all raw
+embeddings. `d2v fields evaluation` lists all fields.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from d2v_composer.system.errors import InputError
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print the tables, and write them to ``out``."""
+    """Evaluate a model: print the tables and, if ``out`` is set, write the results to that folder."""
     command_line.show_help(argv, __doc__)
 
     import torch

@@ -33,23 +33,23 @@ MAX_INT8_IMAGES = 256
 
 class Export(Command):
     checkpoint: Positional[str]
-    """A checkpoint or an exported student: a path, s3://, …."""
+    """Training checkpoint or exported file of a student: a path, s3://, …."""
     out: Positional[PlaceHere]
-    """A file: .safetensors, .onnx or .pt2."""
+    """File to write: NAME.safetensors, NAME.onnx or NAME.pt2."""
     teacher: str | None = None
-    """The teacher's file; default: the path used in training."""
+    """The teacher's file, for a training checkpoint; default: the path that was used in training."""
     pooling: Pooling | None = None
     """Only for .onnx and .pt2: pooling of a raw embedding, instead of the student's embedding."""
     representation: Representation | None = None
     """Only for .onnx and .pt2: representation of a raw embedding, instead of the student's embedding."""
     preprocessing: Literal["in", "out"] = "out"
-    """``in``: for .onnx and .pt2, which then take images as decoded, (B, S, S, 3) uint8."""
+    """Only for .onnx and .pt2: in: the file also normalizes images; it takes them as decoded, (B, S, S, 3) uint8."""
     int8: bool = False
-    """Only for .onnx: quantize linear layers to 8 bits with onnxruntime, and measure what this loses."""
+    """Only for .onnx: quantize linear layers to 8 bits with onnxruntime, and compare the result with PyTorch."""
     calibrate: str | None = None
-    """Images or MDS shards to calibrate --int8; default: the run's retrieval images."""
+    """Images or MDS shards that calibrate --int8; default: the run's retrieval images."""
     verify: bool = False
-    """Then measure OUT in each runtime, as d2v verify does."""
+    """After the export, measure OUT in each installed runtime, as d2v verify does."""
     overwrite: bool = False
     """Replace OUT if it exists."""
 

@@ -19,7 +19,7 @@ HEAD = "| key | default | description |\n|---|---|---|"
 
 class Fields(Command):
     section: Positional[str | None] = None
-    """A section; default: all."""
+    """Section whose fields are printed; default: all sections."""
 
     def run(self) -> None:
         """Print the tables of one section, or all tables."""
@@ -34,9 +34,9 @@ main = Fields.main
 
 
 def find_tables() -> Iterator[tuple[str, str, str]]:
-    """Yield what reads a section ('training', …), the section's name ('' at the top) and its table, as Markdown.
+    """Yield, for each section: what reads it ('training', …), its name ('' at the top), and its table, as Markdown.
 
-    Fields that are the same as in training are only named.
+    Of fields that are the same as in training, a table lists only the names.
     """
     from d2v_composer.config.detection import DetectConfig
     from d2v_composer.config.load import find_section
@@ -67,7 +67,7 @@ def find_tables() -> Iterator[tuple[str, str, str]]:
                 sections.setdefault(key.partition(".")[0] if "." in key else "", []).append(row)
         for section, rows in sections.items():
             about = f"## {reader.capitalize()}\n\n{schema.__doc__}"
-            about += f" These are the same as in training: {', '.join(shared)}." if shared else ""
+            about += f" These fields are the same as in training: {', '.join(shared)}." if shared else ""
             if section:
                 about = f"### {section}\n\n{find_section(schema.model_fields[section].annotation).__doc__}"
             yield reader, section, "\n".join([f"{about}\n\n{HEAD}", *rows]).replace("``", "`")

@@ -29,7 +29,7 @@ READERS = {
 
 
 class Init(Command):
-    name: Positional[Annotated[str, one_of(NAMES)]] = Field(description=", ".join(NAMES))
+    name: Positional[Annotated[str, one_of(NAMES)]] = Field(description=f"Name of the YAML: {', '.join(NAMES)}")
 
     def run(self) -> None:
         """Print the YAML to stdout, and the next step to stderr."""

@@ -5,8 +5,8 @@
     d2v embed student.safetensors photos photos.npy --part 0/16
     d2v merge photos.npy
 
-OUT becomes what one command would have made, if all parts exist and have the same settings. The shards of a
-conversion stay in OUT/parts. The parts of embeddings, in OUT.parts, are no longer needed.
+If all parts exist and have the same settings, OUT becomes what one command without --part would have made. The shards
+of a conversion stay in OUT/parts. The parts of embeddings, in OUT.parts, are not needed after the merge.
 """
 
 from d2v_composer.commands.command import Command, Place, Positional
@@ -15,12 +15,12 @@ from d2v_composer.system.command_line import print_next, print_skipped, reading_
 
 class Merge(Command):
     out: Positional[Place]
-    """OUT of the parts: a folder, NAME.npy or NAME.parquet, here or in a store."""
+    """OUT of the commands with --part: a folder, NAME.npy or NAME.parquet, here or in a store."""
     overwrite: bool = False
-    """Replace embeddings in OUT."""
+    """Replace the embeddings in OUT if they exist."""
 
     def run(self) -> None:
-        """Merge, and print a report."""
+        """Merge the parts, and print a report."""
         out = self.out
 
         from d2v_composer.conversion.parts import TABLE_SUFFIXES

@@ -1,4 +1,4 @@
-"""Write a teacher with random weights, the same each time, to try and measure runs without the real one.
+"""Write a teacher with random weights, always the same, to try and time runs without a real teacher.
 
     d2v random-teacher base teacher.safetensors
     d2v random-teacher timm/vit_base_patch14_dinov2 teacher.safetensors
@@ -17,7 +17,7 @@ from d2v_composer.system.files import check_out_file
 
 class RandomTeacher(Command):
     size: Positional[str]
-    """A size above, or timm/NAME."""
+    """Size or model of the teacher, as above."""
     out: Positional[PlaceHere]
     """The file to write, NAME.safetensors."""
     embedding: Embedding = None
@@ -38,7 +38,7 @@ class RandomTeacher(Command):
         torch.manual_seed(0)
         config = RELEASED.get(size)
         provenance = {"source": f"random {size}", "weights": "model", "license": "none: random weights"}
-        with errors_of(f"SIZE is not {', '.join(RELEASED)}"):
+        with errors_of(f"SIZE must be {', '.join(RELEASED)} or timm/NAME"):
             model = materialize(build_timm_model(size)) if config is None else Data2Vec2(config, provenance)
         tensors = model.state_dict()
         for name, tensor in tensors.items():  # LayerScale becomes 1: timm's 1e-5 would leave nothing of a block

@@ -1,10 +1,10 @@
-"""Draw a run's report: report.html and report/*.png in its folder.
+"""Draw a run's report: report.html and report/*.png in the folder of the run.
 
     d2v report runs/quickstart
     d2v report /mnt/runs/distill
 
-The page needs no other file and no network. Training writes it at the end; use this command for a run that is still in
-progress or was interrupted.
+The page needs no other file and no network. Training writes the page at the end; use this command for a run
+that is still in progress or was interrupted.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ class Report(Command):
     """A run's save_folder, such as runs/quickstart."""
 
     def run(self) -> list[Path]:
-        """Write the report of a run, and print its path."""
+        """Write the report of a run, print its path, and return the paths of the page and the plots."""
         from d2v_composer.report.page import write_report
         from d2v_composer.report.run import read_run
 

@@ -6,11 +6,11 @@
     d2v search old.npy query.jpg --model student.safetensors
     d2v search photos.npy --duplicates --above 0.9 --html duplicates.html
 
-INDEX is what d2v embed wrote; it names the model that made it, and this model embeds the queries. With --model, the
-model named there does: the same one at another place, or a student that searches its teacher's index. A model whose
-embeddings lie in another space is refused. The search is exact, by cosine. --duplicates compares all pairs of rows,
-after the mean row is subtracted; rows that pairs above the threshold connect are one group. --html writes one page with
-pictures, or with spectrograms and players; for this, the samples of the index must be readable.
+INDEX is what d2v embed wrote; it names the model that made it, and this model embeds the queries. --model
+names another model for the queries, such as a moved file, or a student that searches its teacher's index; a model whose
+embeddings lie in another space is refused. The search is exact, by cosine. --duplicates subtracts the mean of all rows,
+then compares all pairs; rows that are connected by pairs with a cosine above --above form one group. --html writes one
+page with pictures, or with spectrograms and players; for this, the samples of the index must be readable.
 """
 
 import json
@@ -34,16 +34,17 @@ if TYPE_CHECKING:
 
 DEFAULT_K, DEFAULT_ABOVE = 10, 0.95
 ROWS_SHOWN, SAMPLES_SHOWN = 100, 24  # of a page
-LIMITS_SHOWN = f"At most {SAMPLES_SHOWN} of a row are shown."
+LIMITS_SHOWN = f"A row shows at most {SAMPLES_SHOWN} samples."
 NEIGHBORS_SHOWN = "Each row has a query and the samples nearest to it, with their cosines."
 DUPLICATES_SHOWN = (
-    "Each row is a group of near-duplicates, with each one's cosine to the first, after the mean of all is subtracted."
+    "Each row is a group of near-duplicates. Their cosines are with the first sample of the group, after the mean of "
+    "all embeddings is subtracted."
 )
 
 
 class Search(Command):
     index: Positional[str]
-    """NAME.npy, with the ids in NAME.ids.npy, or NAME.parquet, as d2v embed writes them, here or in a store."""
+    """The index that d2v embed wrote, here or in a store: NAME.npy, with the ids in NAME.ids.npy, or NAME.parquet."""
     query: Positional[tuple[str, ...]] = Field((), description=f"An image or a clip, a folder of them, or {SOURCES}.")
     id: str | None = None
     """Search with the row that has this id; takes no QUERY."""
@@ -52,19 +53,19 @@ class Search(Command):
     above: Annotated[float, Field(ge=-1, lt=1)] | None = None
     """Cosine above which two rows are near-duplicates; default: 0.95."""
     k: Annotated[int, whole(1, 0x10000)] | None = None
-    """Number of neighbors of a query; default: 10."""
+    """Number of neighbors to find for each query; default: 10."""
     model: str | None = None
     """The model that embeds QUERY: a path, s3://, …; or timm/NAME; default: INDEX's own."""
     as_json: bool = Field(False, alias="json", description="Print JSON.")
     html: PlaceHere | None = None
-    """Write a page with the pictures to this file."""
+    """HTML file to write, with pictures, or spectrograms and players."""
     source: str | None = None
-    """Where the samples of INDEX are, for the page; default: where d2v embed read them."""
+    """SOURCE of the samples of INDEX, for --html; default: the SOURCE that d2v embed read."""
     overwrite: bool = False
-    """Replace the page if it exists."""
+    """Replace the HTML file if it exists."""
 
     def run(self) -> "list[Found]":
-        """Print what each query finds, or the groups of near-duplicates, and write the page."""
+        """Print and return what each query finds, or the groups of near-duplicates; with --html, write the page."""
         path, page = self.index, self.html
         kinds = {"QUERY": self.query, "--id": self.id, "--duplicates": self.duplicates}
         if len(given := [name for name, value in kinds.items() if value]) != 1:
@@ -126,10 +127,10 @@ def _as_json(found: "Found", ids: Any) -> dict[str, Any]:
 
 
 def _open_samples(path: str, index: "VectorIndex", source: str | None) -> "tuple[Source, dict[str, int]]":
-    """Open the samples of an index as small pictures, or as sound; return them, and id → number.
+    """Open the samples of an index as small pictures, or as sound; return them, and id → position in the source.
 
     Raises:
-        InputError: The samples cannot be found, or some are missing.
+        InputError: The index does not name its samples, or they cannot be opened, or some are missing.
     """
     from d2v_composer.data import MODALITIES
     from d2v_composer.report.gallery import SHOWN_SIZE

@@ -1,12 +1,12 @@
-"""Distill a student: train, save, retrieve, report.
+"""Distill a student with the settings in a YAML: train, save checkpoints, measure retrieval and write a report.
 
 usage: d2v train FILE.yaml [dotted.key=value …]
 
     d2v init quickstart > quickstart.yaml
     d2v train quickstart.yaml run_name=longer max_duration=10ep student.depth=2
 
-It trains on every GPU of this machine, or on the CPU; in a clone, `composer -n N recipes/train.py …` uses N GPUs.
-`d2v fields training` lists every field. Run the same command again to resume.
+Training uses every GPU of this machine, or the CPU; in a clone, `composer -n N recipes/train.py …` uses N GPUs.
+`d2v fields training` lists every field. Run the same command again to resume a run that saves checkpoints.
 """
 
 from collections.abc import Sequence
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Train on every GPU of this machine."""
+    """Train with a YAML on every GPU of this machine."""
     command_line.show_help(argv, __doc__)
     relaunch_on_gpus("train", *argv)
     train(argv)
 
 
 def train(argv: Sequence[str], callbacks: "Sequence[Callback]" = ()) -> "Trainer":
-    """Train a student, and print how to evaluate and export it.
+    """Train a student and, if the run is saved, print the commands that evaluate and export the student.
 
     Args:
-        argv: A YAML and its overrides.
-        callbacks: Further callbacks, besides the YAML's.
+        argv: The YAML's path, then any number of ``dotted.key=value``.
+        callbacks: Callbacks to use besides those in the YAML.
     """
     import yaml
 

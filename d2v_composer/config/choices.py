@@ -12,7 +12,7 @@ CALLBACKS = {
     "speed_monitor": "composer.callbacks:SpeedMonitor",
     "system_metrics_monitor": "composer.callbacks:SystemMetricsMonitor",
 }
-"""Name in the section ``callbacks`` → class."""
+"""Name in the section ``callbacks`` → 'module:class'."""
 
 ALGORITHMS = {
     "gradient_clipping": "d2v_composer.callbacks.algorithms:GradientClipping",
@@ -20,7 +20,7 @@ ALGORITHMS = {
     "cutmix": "composer.algorithms:CutMix",
     "label_smoothing": "composer.algorithms:LabelSmoothing",
 }
-"""Name in the section ``algorithms`` → class; its arguments are the fields of this name."""
+"""Name in the section ``algorithms`` → 'module:class'; the fields below that name are its arguments."""
 
 LOGGERS = {
     "jsonl": "d2v_composer.callbacks.logging:JSONLLogger",
@@ -28,11 +28,11 @@ LOGGERS = {
     "tensorboard": "composer.loggers:TensorboardLogger",
     "wandb": "composer.loggers:WandBLogger",
 }
-"""Name in the section ``loggers`` → class."""
+"""Name in the section ``loggers`` → 'module:class'."""
 
 
 def about(kind: str, names: Iterable[str]) -> str:
-    """Describe a field that gives each chosen callback or logger its arguments."""
+    """Return the description of the field ``callbacks`` or ``loggers``."""
     return (
         f"Name of a {kind} → its arguments, {{}} for the defaults. null turns off a {kind} that the YAML has. Names: "
         f"{', '.join(names)}, and ``ext/NAME`` for a {kind} of an installed package."
@@ -43,9 +43,9 @@ class OptimizerKind(NamedTuple):
     """An optimizer that a YAML may choose; it takes the fields of ``OptimizerConfig``."""
 
     path: str
-    """The class, imported when chosen."""
+    """'module:class', imported when the optimizer is chosen."""
     arguments: dict[str, bool]
-    """Arguments besides the fields."""
+    """Further arguments of the class."""
 
     @property
     def log_key(self) -> str:

@@ -1,4 +1,4 @@
-"""Every field of a detector's YAML, besides those of all runs."""
+"""Every field of a detector's YAML, besides the fields that all runs have."""
 
 from typing import Annotated
 
@@ -11,16 +11,16 @@ from d2v_composer.config.types import Count, LocalFolder, PathText, Whole
 
 
 class CocoConfig(Section):
-    """Images with boxes."""
+    """A split of the data set: images with boxes."""
 
     images: LocalFolder
     """Folder of the images."""
     annotations: LocalFolder
-    """COCO's JSON file with the boxes."""
+    """JSON file in COCO's format, with the boxes."""
 
 
 class CocoSplits(Section):
-    """The images with boxes."""
+    """The data set: images with boxes, to train on and to test on."""
 
     train: CocoConfig
     test: CocoConfig
@@ -30,7 +30,7 @@ class DetectorOptimizerConfig(OptimizerConfig):
     """The optimizer, with a learning rate of its own for the backbone."""
 
     backbone_lr_ratio: Annotated[float, Field(gt=0, le=10)] = 1.0
-    """Ratio of the backbone's learning rate to ``lr``, that of the rest."""
+    """Ratio of the backbone's learning rate to ``lr``, the learning rate of all other layers."""
 
 
 class DetectConfig(LabeledRunConfig):
@@ -44,7 +44,7 @@ class DetectConfig(LabeledRunConfig):
     """Pixels per side, or HEIGHTxWIDTH, to which images are enlarged or shrunk, with a margin that keeps their
     proportions; null: the backbone's."""
     channels: Annotated[Count, FIXED] = 256
-    """Channels of the feature pyramid and of the heads."""
+    """Number of channels of the feature pyramid and of the heads."""
     frozen_stages: Annotated[Whole, FIXED] = 0
     """Number of first parts of the backbone that are not trained: 1, the stem (in a student of blocks, the encoder,
     which is always frozen); 2, also the first stage or block; and so on."""

@@ -27,15 +27,15 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 def load_config(argv: Sequence[str], values: Mapping[str, Json] = {}, *, needs_data: bool = False) -> TrainConfig:
     """Read and check a YAML and its overrides.
 
-    ``${here:FILE}`` in a YAML is FILE beside that YAML.
+    ``${here:FILE}`` in a YAML stands for the path of FILE beside that YAML.
 
     Args:
         argv: The YAML's path, then any number of ``dotted.key=value``.
-        values: Dotted key → value; these replace the YAML's values, and overrides replace these.
-        needs_data: Missing training samples are an error, too.
+        values: Dotted key → value, to replace the YAML's value; an override replaces both.
+        needs_data: Also refuse a config without training samples.
 
     Raises:
-        InputError: A key or value is wrong; the error has a line for each, with what is allowed.
+        InputError: Keys or values are wrong; the error has a line for each, which says what is allowed.
 
     Example:
         >>> config = load_config(["quickstart.yaml", "student.depth=2"])
@@ -81,7 +81,7 @@ def read_yaml(path: str | Path) -> Json:
     """Read a YAML mapping, without resolving its references.
 
     Raises:
-        InputError: The file is not a YAML mapping, or has a key twice.
+        InputError: The file cannot be read, is not a YAML mapping, or has a key twice.
     """
     with reading(path):
         try:
@@ -126,13 +126,13 @@ def merge_settings(
 
 
 def deep_merge(below: Record, above: Record) -> Record:
-    """Merge nested keys and values, ``above`` over ``below``; unlike OmegaConf's merge, accept any types."""
+    """Merge nested dicts, ``above`` over ``below``; unlike in OmegaConf's merge, a value may change its type."""
     both = {key: value for key, value in above.items() if isinstance(value, dict) and isinstance(below.get(key), dict)}
     return {**below, **above, **{key: deep_merge(below[key], value) for key, value in both.items()}}
 
 
 def defaults(schema: type[BaseModel]) -> Record:
-    """Return the default of every field as a plain value; references and overrides of single list items need them."""
+    """Return every field's default as a plain value; references and overrides of list items need the defaults."""
     required = {
         name: find_section(field.annotation) for name, field in schema.model_fields.items() if field.is_required()
     }
@@ -155,7 +155,7 @@ def parse_override(schema: type[BaseModel], override: str) -> tuple[str, Json]:
 
 
 def assign(merged: DictConfig, key: str, value: Json) -> None:
-    """Set the value of a dotted key."""
+    """Set the value of a dotted key in ``merged``."""
     # A section keeps its other fields. A mapping of data sets, callbacks or loggers is replaced, empty or not.
     is_mapping = key.startswith(("callbacks", "loggers")) or key.endswith("datasets")
     OmegaConf.update(merged, key, value, merge=isinstance(value, dict) and not is_mapping)
@@ -175,14 +175,14 @@ def explain(schema: type[RunConfig], error: ErrorDetails) -> list[str]:
 
 
 def is_text(kind: object) -> bool:
-    """Return True if a field's type is text, or text or null."""
+    """Return whether a field takes only text, or only text and null."""
     if get_origin(kind) is Annotated:
         return is_text(get_args(kind)[0])
     return kind in (str, NoneType) or (bool(get_args(kind)) and all(map(is_text, get_args(kind))))
 
 
 def section_at(schema: type[BaseModel], place: Sequence[str | int]) -> type[BaseModel]:
-    """Return the section at a dotted path in the config."""
+    """Return the class of the section at a path of keys."""
     for name in place:
         if name in schema.model_fields:  # other names are those of data sets
             schema = find_section(schema.model_fields[str(name)].annotation) or schema

@@ -1,4 +1,4 @@
-"""The model that a user names: its fields in a YAML, its flags on a command line, and what it loads."""
+"""Reference to a model: its fields in a YAML, which are also options of commands, and loading the model."""
 
 import os
 from pathlib import Path
@@ -26,8 +26,8 @@ class TimmSizes(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     first_blocks: Annotated[Whole | None, FIXED] = None
-    """Number of the model's first blocks that are part of the shared encoder. null: of a timm model, a sixth; of a
-    data2vec 2.0 model, as many as its file says."""
+    """Number of the model's first blocks that are part of the shared encoder. null: for a timm model, a sixth of its
+    blocks; for a data2vec 2.0 model, the number in its file."""
     image_size: Annotated[ImageSizeText | None, FIXED] = None
     """Size of a timm model's images: pixels per side, or HEIGHTxWIDTH; null: the model's own size."""
 
@@ -36,15 +36,16 @@ class ModelReference(TimmSizes):
     """A trained model, and which of its embeddings to use."""
 
     model: PathText
-    """File of a data2vec 2.0 teacher, of a training checkpoint or of an exported student, as a path or an address
-    (https://, s3://, …); or timm/NAME."""
+    """A data2vec 2.0 teacher, a training checkpoint or an exported student: the path or address of its file (https://,
+    s3://, …); or timm/NAME."""
     checkpoint: AddressText | None = None
     """Weights of a timm model: a .safetensors or PyTorch file; null: timm's pretrained weights, from the Hugging Face
     hub."""
     weights: Weights = "model"
     """Weights to take from a data2vec 2.0 teacher's file: ``model``, as trained, or ``ema``, their moving average."""
     teacher: PathText | None = None
-    """Path of the student's teacher. null: the path that a training checkpoint names; for an exported student, none."""
+    """Path of the student's teacher. null: the path that a training checkpoint names; for an exported student, no
+    teacher."""
     pooling: Pooling | None = None
     """Pooling of the raw embedding that is used instead of the model's embedding: ``cls``, ``mean`` of all tokens, or
     ``mean_patches``."""
@@ -53,7 +54,7 @@ class ModelReference(TimmSizes):
     or ``layer_mean``, the normalized mean of the FFN outputs."""
 
     def describe(self) -> Record:
-        """Return the fields that are set, with absolute paths and without secrets, to load the model again later."""
+        """Return the fields that are set, to load the model again later; paths are absolute, and secrets are hidden."""
         fields = {name: getattr(self, name) for name in ModelReference.model_fields}
         files = {name: os.path.abspath(fields[name]) for name in ("model", "checkpoint", "teacher") if fields[name]}
         fields |= {name: path for name, path in files.items() if os.path.exists(path)}
@@ -75,7 +76,7 @@ def load_any(
     """Load a model, and its teacher; the arguments are the fields of :class:`ModelReference`.
 
     Returns:
-        A student and its teacher, or ``None`` in place of an unknown teacher; if ``model`` is a teacher, it comes
+        The student, and its teacher or ``None`` if the teacher is not known; if ``model`` is a teacher, the teacher
         twice.
 
     Raises:

@@ -7,16 +7,16 @@ from pydantic import BaseModel
 
 
 class OnResume(Enum):
-    """A field's mark: what happens to a resume with another value than the checkpoint's. Without a mark, it goes on."""
+    """What a resume does if a field has another value than in the checkpoint. Without a mark, the run goes on."""
 
     FIXED = auto()
-    """It is refused: it would ignore the change, or silently mix old and new samples or targets."""
+    """The resume is refused: it would ignore the change, or silently mix old and new samples or targets."""
     FIXED_IF_COMPARED = auto()
-    """It is refused in a run whose loss compares the inputs of a microbatch."""
+    """The resume is refused if the loss compares the inputs of a microbatch with each other."""
     NEW_TARGETS = auto()
-    """It goes on, but computes again the targets that the run has stored."""
+    """The run goes on, but computes again the targets that it has stored."""
     NEW_RESULT = auto()
-    """It goes on, to another result; ``d2v distill`` refuses it, because its OUT has the result of one command."""
+    """The run goes on, to another result; ``d2v distill`` refuses the change: its OUT has the result of one command."""
 
 
 FIXED, FIXED_IF_COMPARED, NEW_TARGETS, NEW_RESULT = OnResume

@@ -1,7 +1,8 @@
 """Every field of a YAML: name, type, limits, default and description; ``d2v fields`` prints them.
 
 The fields of the Trainer, ``optimizer``, ``scheduler``, ``algorithms``, ``callbacks`` and ``loggers`` have the names of
-MosaicML's llm-foundry, where it has them. ``train_loader`` is flat: llm-foundry has ``name`` and ``dataset`` in it.
+MosaicML's llm-foundry, where llm-foundry has such fields. ``train_loader`` is flat: in llm-foundry, it has the sections
+``name`` and ``dataset``.
 Durations are Composer time strings: '5000ba' batches, '2ep' epochs.
 """
 
@@ -62,7 +63,7 @@ from d2v_composer.system.processes import num_nodes, num_ranks
 
 BASELINES = tuple(title for title, row in ROWS.items() if not row.changes_in_training)
 PROBE_NAMES = tuple(metric.name for metric in PROBES)
-PROBES_ABOUT = "Further metrics of the test images: " + "; ".join(
+PROBES_ABOUT = "Further metrics of the test samples: " + "; ".join(
     f"``{metric.name}`` {metric.about}{'' if 'labels' in metric.needs else ' (needs no labels)'}" for metric in PROBES
 )
 
@@ -135,7 +136,7 @@ ObjectivesConfig = create_model("ObjectivesConfig", __base__=Objectives, __doc__
 
 
 class LoaderConfig(Section):
-    """Workers and augmentation of training images."""
+    """Worker processes that load the training samples, and augmentation of images."""
 
     num_workers: Annotated[int, Field(ge=0, le=1000)] = 8
     """Number of processes per device that decode samples. They put batches into /dev/shm; if /dev/shm is too small, the
@@ -143,7 +144,7 @@ class LoaderConfig(Section):
     prefetch_factor: PrefetchFactor = 2
     """Number of batches that each worker prepares ahead."""
     flip: Annotated[Fraction, NEW_RESULT] = 0.5
-    """Probability of a horizontal flip."""
+    """Probability that an image is flipped horizontally."""
 
     def faults(self, batch_size: int) -> Iterator[str]:
         """Yield '.key: problem' for each value that does not suit a global batch size."""
@@ -151,10 +152,10 @@ class LoaderConfig(Section):
 
 
 class ShardLoaderConfig(LoaderConfig):
-    """Workers and augmentation of training images, and how they are streamed from MDS shards."""
+    """Worker processes that load the training samples, augmentation, and streaming from MDS shards."""
 
     crop_scale: Annotated[Range, must("be at most 1", lambda scale: scale[1] <= 1), NEW_RESULT] = (0.08, 1.0)
-    """Smallest and largest area of a random crop, as a fraction of the image."""
+    """Smallest and largest area of a random crop, as a fraction of the image's area."""
     crop_ratio: Annotated[Range, NEW_RESULT] = (3 / 4, 4 / 3)
     """Smallest and largest ratio of width to height of a random crop."""
     # The order of clips is by their length in a batch.
@@ -168,7 +169,8 @@ class ShardLoaderConfig(LoaderConfig):
     shuffle: Annotated[bool, FIXED] = True
     """Shuffle the samples in every epoch, with Streaming's py1e algorithm."""
     shuffle_block_size: Annotated[Count, FIXED] = 1 << 16
-    """Number of samples that are shuffled among each other. Their shards are in use at the same time."""
+    """Number of samples in a block whose samples are shuffled with each other. The shards of a block are in use at the
+    same time."""
     num_canonical_nodes: Annotated[Count, FIXED] = 1
     """Number of equal parts into which Streaming cuts the order of the samples. On several nodes, set the number of
     nodes or a multiple of it, so that each node reads shards of its own."""
@@ -197,10 +199,10 @@ class TrainLoaderConfig(ShardLoaderConfig):
     """Name of the column that holds the samples, as encoded files (bytes, jpeg, png) or pixels (pil); null: ``image``
     or ``audio``. Streaming's own converter of ImageNet calls the column x."""
     views: Annotated[Count | None, FIXED] = None
-    """Number of fixed views of each image, that is, of crops and flips; null: a new view in every epoch. Each epoch
-    uses the next view, and after the last one the first view again. From a view's second epoch on, its target is read
-    from a file in ``save_folder``, and the teacher does not run. The file takes 2 bytes per value, and is deleted at
-    the end of the run."""
+    """Only for images: number of fixed views of each image, that is, of crops and flips; null: a new view in every
+    epoch. Each epoch uses the next view, and after the last one the first view again. From a view's second epoch on,
+    its target is read from a file in ``save_folder``, and the teacher does not run. The file takes 2 bytes per value,
+    and is deleted at the end of the run."""
 
     @property
     def needs_samples_of_a_node(self) -> bool:
@@ -211,8 +213,9 @@ class TrainLoaderConfig(ShardLoaderConfig):
         if self.remote is not None or is_mds(Path(self.local)):
             return None
         return (
-            f".remote: must be the address of an MDS data set, such as s3://BUCKET/imagenet/train, because there is "
-            f"none in train_loader.local, {self.local}; the YAMLs for ImageNet take it from the variable IMAGENET"
+            f".remote: must be the address of an MDS data set, such as s3://BUCKET/imagenet/train, because "
+            f"train_loader.local, {self.local}, has none; the YAMLs for ImageNet take the address from the environment "
+            "variable IMAGENET"
         )
 
     @model_validator(mode="after")
@@ -284,8 +287,8 @@ class LabeledSetConfig(Section):
     the set has no labels. On a set without labels, only the probes ``agreement`` and ``instance`` are measured: on the
     test split or, if ROOT has no splits, on all of ROOT."""
     class_embeddings: PathText | None = None
-    """For the probe ``zero_shot``: a .npy file with a text tower's embedding of each class, (C, P) float, in the order
-    of the class names."""
+    """For the probe ``zero_shot``: a .npy file with a text tower's embedding of each class, (classes, channels) float,
+    in the order of the class names."""
 
     def contradictions(self) -> Iterator[str]:
         if self.format in LOCAL and "://" in self.root:
@@ -293,11 +296,11 @@ class LabeledSetConfig(Section):
 
 
 class AlignmentConfig(Section):
-    """The alignment: a linear map, fitted in closed form, from the student's raw embeddings to its teacher's."""
+    """A linear map, fitted in closed form, from the student's raw embeddings to the teacher's embedding."""
 
     max_samples: Annotated[Whole, must(f"be 0, or at least {MIN_PAIRS}", lambda n: n == 0 or n >= MIN_PAIRS)] = 20000
-    """Maximum number of training samples to which the alignment is fitted; 0: no alignment. It is fitted at the end of
-    the run, and before each retrieval that measures the embedding or a probe which needs it."""
+    """Maximum number of training samples to which the alignment is fitted; 0: no alignment. The fit is made at the end
+    of the run, and before each retrieval that shows the aligned embedding or measures ``zero_shot``."""
     pooling: Annotated[Pooling | None, FIXED] = None
     """Pooling of the teacher's embedding to which the student is mapped: ``cls``, ``mean`` of all tokens, or
     ``mean_patches``; null: the teacher's default."""
@@ -316,7 +319,7 @@ class LookupConfig(Section):
     """Models to compare the student with, measured once in a run: ``pixels`` or, for audio, ``log_mel``, the mean
     spectrum; the frozen ``encoder``, if the student shares its teacher's; the ``teacher``."""
     embeddings: Literal["all"] | None = None
-    """Embeddings to measure. null: the one that tables show. ``all``: the raw embeddings, too."""
+    """Embeddings to measure. null: only the embedding that tables show. ``all``: the raw embeddings, too."""
     datasets: dict[str, LabeledSetConfig | None] = {}
     """Name → labeled data set. null turns off a set that the YAML has."""
     max_images: Count | None = None
@@ -333,9 +336,9 @@ class RetrievalConfig(LookupConfig):
     """Representation of the raw embedding that tables show instead of the student's embedding: ``output`` of the last
     block, or ``layer_mean``, the normalized mean of the FFN outputs."""
     interval: Duration = "5000ba"
-    """Time between measurements, in batches or epochs. There is always one at the end of the run."""
+    """Time between measurements, in batches or epochs. The last measurement is at the end of the run."""
     at_start: bool = False
-    """Measure the untrained student, too."""
+    """Also measure the untrained student, before the first batch."""
 
 
 class RunConfig(Section):
@@ -367,8 +370,8 @@ class TrainerConfig(RunConfig):
     global_train_batch_size: Annotated[Count, FIXED] = 256
     """Number of images or clips in a step of the optimizer, over all devices."""
     device_train_microbatch_size: Annotated[Microbatch | None, FIXED_IF_COMPARED] = None
-    """Number of images or clips in a device's forward pass. null: the device's whole batch. 'auto': half of it, again
-    and again until it fits in the GPU's memory."""
+    """Number of images or clips in a device's forward pass. null: the device's whole batch. 'auto': Composer
+    halves the number until a microbatch fits in the GPU's memory."""
     train_loader: LoaderConfig = LoaderConfig()
     optimizer: Annotated[OptimizerConfig, FIXED] = OptimizerConfig()
     scheduler: Annotated[SchedulerConfig, NEW_RESULT] = SchedulerConfig()
@@ -381,7 +384,7 @@ class TrainerConfig(RunConfig):
     """Write report.html at the end of the run; ``d2v report`` writes one at any time."""
     save_folder: Annotated[PathText, checked(RunFolder.parse)] | None = "runs/{run_name}"
     """Folder of the run's checkpoints, log and record, on this machine or in an object store. The folder must be empty
-    or this run's. null: save nothing. ``{run_name}`` stands for the name of the run."""
+    or belong to this run. null: save nothing. ``{run_name}`` stands for the name of the run."""
     # In batches only: a resume from an epoch's end would replay that epoch's order and shift all later ones.
     save_interval: Batches = "1000ba"
     """Time between checkpoints, in batches."""
@@ -437,8 +440,8 @@ class TrainConfig(TrainerConfig):
     alignment: Annotated[AlignmentConfig, NEW_RESULT] = AlignmentConfig()
     retrieval: Annotated[RetrievalConfig, NEW_RESULT] = RetrievalConfig()
     save_best: bool = False
-    """Also keep the checkpoint with the highest ``metrics/mean/top1``, the mean over data sets and banks, as
-    ``best-rank0.pt``. It is saved when the retrieval measures it."""
+    """Also keep, as ``best-rank0.pt``, the checkpoint with the highest ``metrics/mean/top1``, the mean top-1 accuracy
+    over data sets and banks. The checkpoint is saved when this accuracy is measured."""
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
@@ -496,7 +499,7 @@ class LabeledRunConfig(TrainerConfig):
     """Fields of runs that train with labels."""
 
     eval_interval: Duration = "1ep"
-    """Time between evaluations, in batches or epochs; there is always one at the end of the run."""
+    """Time between evaluations, in batches or epochs. The last evaluation is at the end of the run."""
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
@@ -519,7 +522,7 @@ class FinetuneConfig(LabeledRunConfig, ModelReference):
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
         if self.dataset.format not in (None, "mds"):
-            advice = "write ROOT/train and ROOT/test by d2v convert-images or convert-audio"
+            advice = "write ROOT/train and ROOT/test with d2v convert-images or convert-audio"
             yield f".dataset.format: must be mds, got {self.dataset.format}; {advice}"
         if self.dataset.label_column is None:
             yield ".dataset.label_column: must name a column: fine-tuning needs labels"

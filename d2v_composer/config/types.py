@@ -38,7 +38,7 @@ def suggest(name: str, allowed: Sequence[str]) -> str:
 
 
 def describe_problem(error: ErrorDetails) -> str:
-    """Return what is wrong with a value, given one of pydantic's errors; a line for each problem that we found."""
+    """Describe an error that pydantic found; an error raised by a check of this package may have several lines."""
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])  # pyright: ignore[reportTypedDictNotRequiredAccess]
     problem, value = MESSAGES.get(error["type"]) or re.sub(r"^\w+ should", "must", error["msg"]), error["input"]
@@ -56,7 +56,7 @@ def checked(check: Callable[[Any], object]) -> AfterValidator:
 
 
 def must(rule: str, holds: Callable[[Any], object]) -> AfterValidator:
-    """Return a validator with one rule, whose text continues 'must …', such as 'be at most 1'."""
+    """Return a validator that raises ValueError('must RULE, got VALUE') unless ``holds(value)``."""
 
     def validate(value: Any) -> Any:
         if not holds(value):
@@ -78,7 +78,7 @@ def read_image_size(size: object) -> int | str:
 
 
 def check_file(address: str) -> None:
-    """Raise ValueError if an address is a local path at which there is no file, or which Composer would not read."""
+    """Raise ValueError if a local path has no file, or if Composer cannot read such a path; accept remote addresses."""
     from d2v_composer.system.fetch import find_missing_file  # torch takes seconds to import
 
     if not Address.parse(address).is_remote:
@@ -88,11 +88,11 @@ def check_file(address: str) -> None:
 
 
 def class_path(name: str, known: Mapping[str, str]) -> Any:
-    """Return 'module:class' of a callback or logger; ``None`` if there is none of this name.
+    """Return 'module:class' of a callback or logger; ``None`` if no callback or logger has the name.
 
     Args:
-        name: Its name; ``ext/NAME`` is an entry point of the group :data:`CALLBACKS_GROUP`.
-        known: Name → class.
+        name: Name in the YAML; ``ext/NAME`` is an entry point of the group :data:`CALLBACKS_GROUP`.
+        known: Name → 'module:class'.
 
     Raises:
         InputError: Two packages offer the name.
@@ -104,7 +104,7 @@ def class_path(name: str, known: Mapping[str, str]) -> Any:
 
 
 def arguments_of(known: Mapping[str, str]) -> AfterValidator:
-    """Return a validator of a mapping from names of callbacks or loggers to arguments; see :func:`class_path`."""
+    """Return a validator of the mapping: name of a callback or logger → its arguments; see :func:`class_path`."""
     names = [*known, f"{PACKAGE_PREFIX}NAME, an entry point of the group {CALLBACKS_GROUP}"]
 
     def check(chosen: Mapping[str, Record | None]) -> None:

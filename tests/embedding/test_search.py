@@ -1,4 +1,4 @@
-"""d2v search finds the nearest rows of an index and its near-duplicates, shows them, and refuses other spaces."""
+"""d2v search finds the samples nearest to a query, and near-duplicates, shows them, and refuses other spaces."""
 
 import io
 import json
