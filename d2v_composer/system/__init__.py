@@ -1,1 +1,1 @@
-"""The machine: files, locks, stores, processes and nodes. Independent of models and training."""
+"""Use the machine: files, locks, stores, processes and nodes. Nothing here depends on models or training."""

@@ -50,10 +50,10 @@ class Address(NamedTuple):
     """A file or folder: local, on a web server or in an object store."""
 
     scheme: str
-    """Empty for a local path."""
+    """Scheme such as ``s3``; empty for a local path."""
     bucket: str
     path: str
-    """Local path; in a store, the key without a trailing slash."""
+    """Local path; in a store, the key without a trailing slash; on a web server, the text after the host."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -92,8 +92,10 @@ class RunFolder(NamedTuple):
     def parse(cls, text: str, run_name: str = "run") -> Self:
         """Parse a ``save_folder``, in which ``{run_name}`` is Composer's placeholder.
 
+        If it is an address in a store, the key is also the path of the local folder.
+
         Raises:
-            ValueError: The text is malformed, or Composer would save elsewhere.
+            ValueError: The text is malformed, empty or a root, or Composer would save elsewhere.
         """
         text = text.replace("{run_name}", run_name)
         address = Address.parse(text)
@@ -108,10 +110,10 @@ class RunFolder(NamedTuple):
 
 
 def place_to_write(text: str | Path) -> str:
-    """Return the address without a slash at its end, or the absolute path, of what a command writes.
+    """Return the absolute path of what a command writes; in a store, the address without a slash at its end.
 
     Raises:
-        ValueError: The text is empty, or the root of a file system or of a store.
+        ValueError: The text is empty, a malformed address, or the root of a file system or of a store.
     """
     address = Address.parse(os.path.expanduser(text))
     place = str(text).rstrip("/") if address.is_remote else os.path.abspath(address.path)
@@ -121,13 +123,13 @@ def place_to_write(text: str | Path) -> str:
 
 
 def check_run_name(name: str) -> None:
-    """Check that a name works as a folder name, locally and in every store.
+    """Check that a run's name works as a folder name, locally and in every store.
 
     Raises:
-        ValueError: The name has a '/' or other characters that are not allowed.
+        ValueError: The name is '.' or '..', or has a '/' or other characters that are not allowed.
     """
     if "/" in name or name in (".", ".."):
-        raise ValueError(f"expected a name without '/', got {name!r}")
+        raise ValueError(f"expected a name without '/', other than '.' and '..', got {name!r}")
     check_path(name)
 
 
@@ -145,7 +147,8 @@ def check_path(path: str) -> None:
 def canonical_address(address: str) -> str:
     """Return an address without login, signature and fragment: an address with another signature means the same file.
 
-    Other query parameters stay, since they may identify the file. Hash the result; do not show it.
+    Other query parameters stay, since they may identify the file. The result may still hold a token: hash it, and do
+    not show it.
     """
     return _rewrite(address, lambda name: not SIGNATURE.fullmatch(name))
 

@@ -1,7 +1,7 @@
-"""Run a command: exit status, error lines, next steps.
+"""Run a command, print each error that a user can mend in one line, and print the next steps.
 
-Exit status: 0; 2 with a line per bad input; 1 with a line for a foreseen failure; 130 or 143 after a signal; 1 with a
-traceback for a fault of ours.
+The exit status is 0 after success; 2, with a line for each bad input; 1, with a line for a foreseen failure or a
+traceback for any other error; and 130 or 143 after SIGINT or SIGTERM.
 """
 
 import gc
@@ -51,7 +51,7 @@ def run(main: Callable[[Sequence[str]], object]) -> NoReturn:
 
 
 def explain(error: BaseException) -> tuple[int | None, list[str]]:
-    """Return the exit status and the lines to print; the status is ``None`` if the traceback must be shown."""
+    """Return an error's exit status and the lines to print; the status is ``None`` if the traceback must be shown."""
     if isinstance(error, InputError | RunError | FloatingPointError):
         # A data worker's error has a whole traceback as its message; our message is the last line.
         lines = [str(problem).strip().splitlines()[-1] for problem in error.args]
@@ -62,14 +62,14 @@ def explain(error: BaseException) -> tuple[int | None, list[str]]:
     if (fault := find_full_disk(error)) is not None:
         return 1, [f"error: {fault.filename or 'a file'} cannot be written: {fault.strerror}"]
     if isinstance(error, RuntimeError) and "gloo/transport" in str(error):  # a connection to another rank broke
-        return 1, ["error: another rank has ended or hangs; its own message says why"]
+        return 1, ["error: another rank has ended or hangs; look for an error in that rank's output"]
     if isinstance(error, OSError) and error.filename is not None:  # the machine's, such as a file in the way
         return 2, [f"error: {error.filename2 or error.filename}: {error.strerror}"]
     return None, []
 
 
 def _prepare() -> None:
-    """Handle streams and signals, and hide other packages' warnings on which no user can act, in children, too."""
+    """Prepare streams and signals, and hide other packages' warnings that no user can act on, in children, too."""
     processes.prepare_streams()
     # multiprocessing (Python 3.10 to 3.12): its resource tracker removes what a process that ended without clean-up
     # left in shared memory, and counts it. The tracker takes over this process's options.
@@ -82,14 +82,14 @@ def _prepare() -> None:
 
 
 def begin(text: str | None) -> None:
-    """Start a recipe with imports that take seconds: answer ``--help``, and let Ctrl-C end the imports."""
+    """Prepare a recipe before its slow imports: print ``text`` for ``--help``, and let Ctrl-C end the imports."""
     _prepare()
     if HELP & {*sys.argv[1:]}:
         run(lambda argv: show_help(argv, text))
 
 
 def show_help(argv: Sequence[str], text: str | None) -> None:
-    """Print a command's help and exit if ``--help`` is given; commands that take a YAML have no parser."""
+    """Print ``text`` and exit if ``--help`` is given, for a command that has no parser of its own."""
     if HELP & {*argv}:
         print(text)
         sys.exit(0)
@@ -102,28 +102,28 @@ def print_next(*steps: str) -> None:
 
 
 def print_skipped(reasons: Sequence[str]) -> None:
-    """Print how many samples were skipped, and why each."""
+    """Print how many samples were skipped, and the reason for each."""
     print("\n  ".join([f"skipped as unreadable: {len(reasons) or 'none'}", *reasons]))
 
 
 def training(yaml: str, *changes: str) -> tuple[str, str]:
-    """Return the command lines that train with one of the package's YAMLs and with changes; they need no clone."""
+    """Return two command lines that need no clone: the first writes ``yaml``, the second trains with it and changes."""
     return f"{d2v('init', yaml)} > {yaml}.yaml", d2v("train", f"{yaml}.yaml", *changes)
 
 
 def training_on(out: str, yaml: str) -> tuple[str, str]:
-    """Return the command lines that train on a data set."""
+    """Return the command lines of :func:`training` on the data set at ``out``, a folder or an address."""
     return training(yaml, f"train_loader.remote={out}" if "://" in out else f"train_loader.local={out}")
 
 
 def reading_of(out: str) -> str:
-    """Return the line of Python that reads embeddings."""
+    """Return a line of Python that reads the embeddings in ``out``, a .npy or .parquet file."""
     table = f"pandas.read_parquet({out!r})" if out.endswith(".parquet") else f"numpy.load({out!r}, mmap_mode='r')"
     return f"import {table.partition('.')[0]}; embeddings = {table}"
 
 
 def d2v(*arguments: str | Path) -> str:
-    """Return a command line of d2v as one would type it here, even if the environment is not activated."""
+    """Return a d2v command line that works in the current folder, even if the environment is not activated."""
     script = Path(sys.executable).with_name("d2v")
     # Without a script beside it, as pip's --user and Windows have it, d2v is on the PATH.
     is_on_path = shutil.which("d2v") == str(script) or not script.exists()

@@ -1,4 +1,4 @@
-"""Find what installed packages offer by entry points."""
+"""Find the entry points of installed packages."""
 
 from importlib.metadata import EntryPoint, entry_points
 
@@ -6,10 +6,10 @@ from d2v_composer.system.errors import InputError
 
 
 def find_entry_point(group: str, name: str) -> EntryPoint | None:
-    """Return the entry point that an installed package offers under a name; ``None`` if no package offers one.
+    """Return the entry point ``name`` of a group that an installed package offers; ``None`` if no package offers it.
 
     Raises:
-        InputError: Several packages offer one. Which of them Python finds first depends on the order of ``sys.path``.
+        InputError: Several packages offer it. Which of them Python finds first depends on the order of ``sys.path``.
     """
     entries = [*entry_points(group=group, name=name)]
     if len(entries) > 1:

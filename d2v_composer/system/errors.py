@@ -29,7 +29,7 @@ class InputError(_ShownError, ValueError):
     """Bad input: a file, setting or data set, or several of them. A command prints the lines and exits with status 2.
 
     Args:
-        args: One line per problem, each of which names the thing and what is allowed.
+        args: One line per problem, each of which names the bad input and what is allowed.
     """
 
     def __str__(self) -> str:
@@ -37,7 +37,7 @@ class InputError(_ShownError, ValueError):
 
 
 class UnreadableSampleError(InputError):
-    """A sample is missing, corrupt or of another format; other samples may be readable."""
+    """A sample is missing, corrupt or not of a supported format; other samples may be readable."""
 
 
 class RunError(_ShownError, RuntimeError):
@@ -45,7 +45,7 @@ class RunError(_ShownError, RuntimeError):
 
 
 class ShardError(RunError):
-    """A shard cannot be fetched or does not match its index."""
+    """A shard is missing or corrupt, cannot be fetched, or does not match its index."""
 
 
 def reason(error: BaseException) -> str:
@@ -57,12 +57,12 @@ def reason(error: BaseException) -> str:
 
 
 def find_extra(error: BaseException) -> str | None:
-    """Return the extra of this package that installs a missing import."""
+    """Return the extra of d2v-composer that installs the package whose import failed; ``None`` if no extra does."""
     return EXTRAS.get((error.name or "").partition(".")[0]) if isinstance(error, ModuleNotFoundError) else None
 
 
 def find_full_disk(error: BaseException | None) -> OSError | None:
-    """Return the full-disk or quota error behind an error: torch's archive writer wraps it in its own."""
+    """Return the full-disk or quota error behind an error, if any: torch's archive writer raises its own error."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
             return error
@@ -88,10 +88,10 @@ def reading(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Convert an OSError, or one that a full disk has caused, to one line with the path that the ``with`` block writes.
+    """Convert an OSError, or an error behind which is a full disk, to one line with the path that a block writes.
 
     Raises:
-        RunError: The block raised such an error.
+        RunError: The ``with`` block raised such an error. Other errors pass unchanged.
     """
     try:
         yield
@@ -104,10 +104,10 @@ def writing(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def errors_of(key: str, kind: type[Exception] = Exception) -> Iterator[None]:
-    """Convert an error raised in the block to one line that names a config key.
+    """Convert an error raised in the ``with`` block to one line that names a config key.
 
     Raises:
-        InputError: The block raised a ``kind``.
+        InputError: The block raised an error of the class ``kind``.
     """
     try:
         yield

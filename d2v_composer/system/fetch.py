@@ -64,10 +64,10 @@ log = logging.getLogger(__name__)
 ResultT = TypeVar("ResultT")
 
 _asked: dict[Path, float] = {}
-"""Cached file → when this process last asked its server whether it has changed, by the monotonic clock."""
+"""Cached file → when this process last asked the server whether the file has changed, in monotonic seconds."""
 
 _keeps_inodes: dict[int, bool] = {}
-"""Device → whether a file keeps its inode. A mounted store, which has no identity, may give another every time."""
+"""Device → whether its files keep their inode numbers. A mounted store, whose file system has the ID 0, may not."""
 
 
 class UnchangedError(ValueError):
@@ -80,11 +80,11 @@ class File(NamedTuple):
     path: str
     """Path below the folder or address that was listed."""
     size: int = 0
-    """Size in bytes; 0 if the store does not tell."""
+    """Size in bytes; 0 if the store does not report it."""
     version: str = ""
-    """Time of the last change in ns; in S3, the ETag; on the hub, the commit; empty if the store does not tell."""
+    """Time of the last change in ns; in S3, the ETag; on the hub, the commit; empty if the store reports none."""
     number: int = 0
-    """The inode, which only this machine's file system knows."""
+    """Inode number of a file on this machine; 0 for other files, and where inode numbers do not last."""
 
     @classmethod
     def of(cls, path: str, place: str | Path | int, status: os.stat_result | None = None) -> Self:
@@ -115,19 +115,20 @@ def is_remote(address: str | Path) -> bool:
 def fetch(address: str | Path, version: str = "", *, again: bool = False) -> Path:
     """Return the local path of a file; fetch a remote file unless it is cached and has not changed since.
 
-    If the server cannot tell whether it changed, use the cached file, with a warning.
+    If a cached file cannot be fetched again, or its server does not say whether it has changed, use the cached file,
+    with a warning.
 
     Args:
         address: A path, https://…, or an object store's address that mosaicml-streaming reads: s3://, gs://, oci://,
             azure://, …. Remote files are cached in :func:`cache_folder`. A presigned address with a new signature is
-            the same file; signatures, logins and queries are not written to the disk. Or hf://ORG/NAME, a student on
-            the Hugging Face hub; hf://ORG/NAME@REVISION/FILE for another revision and file; hf://datasets/… for a data
-            set's.
-        version: The only version to fetch. Each version has a copy of its own in the cache.
-        again: Replace the copy, because it is damaged.
+            the same file; signatures, logins and queries are not written to the disk. Or hf://ORG/NAME for the student
+            in a model of the Hugging Face hub; hf://ORG/NAME@REVISION/FILE for another revision and file of the model;
+            or hf://datasets/ORG/NAME@REVISION/FILE for a file of a data set.
+        version: The only version to fetch; default: the newest. Each version has a copy of its own in the cache.
+        again: Replace the cached copy, because it is damaged.
 
     Raises:
-        InputError: The file does not exist, has another version, or cannot be fetched.
+        InputError: No copy is cached, and the file does not exist, has another version, or cannot be fetched.
     """
     if not is_remote(address):
         if (missing := find_missing_file(str(address))) is not None:
@@ -181,20 +182,20 @@ def _renew(address: str, path: Path, version: str, again: bool) -> None:
 def fetch_from_hub(
     repository: str, names: Sequence[str], revision: str | None, *, again: bool = False, **options: Any
 ) -> Path:
-    """Return the local path of the first file in ``names`` that a repository on the Hugging Face hub has now.
+    """Fetch the first file in ``names`` that a repository on the Hugging Face hub has, and return its local path.
 
     If the hub does not give access to the repository, the copy in the local cache is used, with a warning. The hub's
-    own variables apply: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
+    environment variables apply: HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
 
     Args:
-        repository: ORG/NAME.
+        repository: The repository's name, ORG/NAME.
         names: Paths in the repository.
         revision: A branch, a tag or a commit; a cached file of a commit is used without asking the hub.
         again: Replace the copy in the cache, because it is damaged.
-        options: ``repo_type``.
+        options: ``repo_type="dataset"`` for a data set; nothing for a model.
 
     Raises:
-        InputError: The repository has none of the files, or the hub is not reachable and its cache has none.
+        InputError: The repository has none of the files, or the hub gives no access and the local cache has none.
     """
     from huggingface_hub import HfApi, hf_hub_download
 
@@ -206,14 +207,16 @@ def fetch_from_hub(
             HfApi().repo_info(repository, revision=revision, timeout=CONNECT_SECONDS, **options)
     except (OSError, ValueError) as error:
         problem, from_caches = reason(error)[:200], (True,)  # its client would try, and warn, for half a minute
-        log.warning("%s: not available on the Hugging Face hub (%s); using its cache", repository, problem)
+        log.warning("%s: not available on the Hugging Face hub (%s); using the local cache", repository, problem)
     options |= {"force_download": True} if again else {}
     for from_cache, name in product(from_caches, names):
         try:
             return Path(hf_hub_download(repository, name, revision=revision, local_files_only=from_cache, **options))
         except (OSError, ValueError) as error:
             problem = problem or reason(error)[:200]
-    raise InputError(f"no {' or '.join(names)} in {repository} on the Hugging Face hub or in its cache: {problem}")
+    raise InputError(
+        f"no {' or '.join(names)} in {repository} on the Hugging Face hub or in the local cache: {problem}"
+    )
 
 
 def find_missing_file(address: str) -> str | None:
@@ -263,7 +266,9 @@ def exists(address: str) -> bool:
 
 
 def names_in(folder: str | Path) -> list[str]:
-    """Return the names in a local folder, or the paths of all files below a folder in a store; none if it is missing.
+    """Return the names in a local folder, or the paths of all files below a folder in a store.
+
+    If the folder is missing, the list is empty.
 
     Raises:
         InputError: The folder cannot be listed.
@@ -293,7 +298,7 @@ def put(path: Path, address: str, denial_passes: bool = False) -> None:
     """Move a file to its final path, or upload it to a store; retry for ten minutes while the store is unreachable.
 
     Args:
-        path: The file.
+        path: The complete file; if ``address`` is local, on the same disk.
         address: The file's final path or address.
         denial_passes: Also retry while the store denies the upload, because it has allowed an earlier one.
 
@@ -316,19 +321,19 @@ def transfer(address: str, path: Path, timeout: float, known: str | None = None)
 
     Args:
         address: Address of the file; see :func:`fetch`.
-        path: The local file.
+        path: The local file to write.
         timeout: Seconds until an answer, and between parts; a steady download may take longer.
         known: The version that is at hand, which is not fetched again.
 
     Returns:
-        The file's version: its ETag, or else its time and size; '' if the server or the store's client tells neither.
+        The file's version: the ETag, or else the time of the last change and the size; '' if neither is reported.
 
     Raises:
         UnchangedError: The file has the known version.
         FileNotFoundError: The file does not exist in S3.
-        ConnectionError: The connection broke.
-        TimeoutError: The rate was below :data:`LEAST_RATE`.
-        Exception: Other errors of the store's client.
+        ConnectionError: S3 sent only a part of the file.
+        TimeoutError: S3 sent less than :data:`LEAST_RATE`.
+        Exception: Another error of the store's client.
     """
     if address.startswith(("https://", "http://")):
         return _transfer_from_web(address, path, timeout, known)
@@ -396,7 +401,7 @@ def list_store(folder: str, name: str = "") -> list[File]:
 
     Args:
         folder: The address, in one of :data:`~d2v_composer.system.addresses.STORES`, without a slash at the end.
-        name: List only the files whose paths begin like this.
+        name: List only the files whose paths below the folder begin with this text.
 
     Raises:
         InputError: The folder cannot be listed.
@@ -408,11 +413,11 @@ def list_store(folder: str, name: str = "") -> list[File]:
 
 
 def list_etags(folder: str, name: str = "") -> dict[str, str]:
-    """Return the ETags of the objects in a folder in S3, by name, without subfolders; for any other folder, none.
+    """Return name → ETag of the objects in a folder in S3, but not in its subfolders; empty for any other folder.
 
     Args:
         folder: The address, without a slash at the end.
-        name: List only the objects whose names begin like this.
+        name: List only the objects whose names begin with this text.
 
     Raises:
         RunError: The store cannot be listed.
@@ -448,7 +453,7 @@ def open_store(address: str) -> "tuple[ObjectStore, str]":
 
 
 def list_names(address: str) -> list[str]:
-    """Return the names of the files below a store's folder; the client's errors pass unchanged."""
+    """Return the files below a folder in a store, as paths from that folder; the client's errors pass unchanged."""
     return [file.path for file in _list(address)]
 
 
@@ -488,11 +493,11 @@ def retry(
     ``lasting_attempts``, others after ``timeout``. Each failure is logged.
 
     Args:
-        attempt: Called at least once.
-        what: Name of what is attempted, for the log.
+        attempt: The function to call, at least once.
+        what: Address that the function uses, for the log.
         timeout: Seconds in which new attempts start; a running attempt is not interrupted.
         lasting_attempts: Number of attempts for lasting faults; 1 reports a wrong address or key immediately.
-        denial_passes: Treat a store that denies access as unreachable.
+        denial_passes: Treat a store that answers 401, 403 or 404 as unreachable.
     """
     start = time.monotonic()
     pause, num_lasting = FIRST_PAUSE, 0

@@ -1,6 +1,6 @@
 """Write local files atomically, so that readers and restarts find them complete or not at all, and lock them.
 
-Each file of ours gets its name in :func:`move`.
+Files get their final names in :func:`move`; only a cached shard, which may be lost with the power, does not.
 """
 
 import errno
@@ -37,13 +37,13 @@ KindT = TypeVar("KindT")
 log = logging.getLogger(__name__)
 
 _free: set[Path] = set()
-"""Paths at which a command found no file; a file that has come there since is not replaced."""
+"""Paths at which a command found no file; a file that was created there since is not replaced."""
 
 
 def check_out_file(path: Path, *, overwrite: bool = True) -> None:
-    """Check, before the work starts, that a file can be written; its folder may not exist yet.
+    """Check, before the work starts, that a file can be written; its folder need not exist.
 
-    Without ``overwrite``, :func:`move` also refuses a file that exists by then.
+    Without ``overwrite``, :func:`move` also refuses to replace a file that was created since this check.
 
     Raises:
         InputError: The path is a folder or an object store's address, its folder is not writable, or a file exists
@@ -82,17 +82,17 @@ def flush(path: Path) -> None:
 
 
 def move(partial: Path, path: Path) -> None:
-    """Give a complete file its name, and replace an old one.
+    """Rename a complete file to its final path, and replace an old file there.
 
-    When this returns, the file survives a loss of power; whenever the power fails before, ``path`` is as it was, or
-    the whole file.
+    When this returns, the file survives a loss of power. If the power fails earlier, ``path`` is as it was before, or
+    is the whole new file.
 
     Args:
         partial: The file, in a folder on the same disk.
         path: Its final path.
 
     Raises:
-        InputError: :func:`check_out_file` found no file there, and now there is one.
+        InputError: :func:`check_out_file`, without ``overwrite``, found no file there, and now there is one.
     """
     flush(partial)  # or the name might reach the disk before the content
     if path in _free:
@@ -103,20 +103,20 @@ def move(partial: Path, path: Path) -> None:
 
 
 def check_owned(folder: Path | str, names: Iterable[str], mark: str, key: str) -> None:
-    """Check that a folder, local or in a store, is missing, empty or ours; a folder of ours has the file ``mark``.
+    """Check that a folder, local or in a store, is missing, empty, or one that d2v wrote, which has the file ``mark``.
 
     Args:
         folder: The folder's path or address.
         names: The names or paths in the folder.
-        mark: The name of a file that only we write there.
+        mark: The name of a file that only d2v writes there.
         key: The setting that chooses the folder, for the error.
 
     Raises:
-        InputError: The folder holds other files, which must not be mixed with ours.
+        InputError: The folder has files but no ``mark``; d2v's files must not be mixed with them.
     """
     inside = {name.partition("/")[0] for name in names}
     if mark not in inside and (foreign := sorted(inside - {PREFLIGHT})):
-        raise InputError(f"{key}: {folder} holds files that are not ours, such as {foreign[0]}; choose another folder")
+        raise InputError(f"{key}: {folder} holds foreign files, such as {foreign[0]}; choose another folder")
 
 
 @contextmanager
@@ -128,7 +128,7 @@ def partial_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
 
     Args:
         path: The final path. Missing folders are made.
-        sync: Survive a loss of power, as :func:`move` does. If false, a loss of power may leave a torn file.
+        sync: Make the file survive a loss of power, as :func:`move` does. If false, a loss of power may damage it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.randbits(32)}.partial")
@@ -144,7 +144,7 @@ def partial_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def out_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path for a command's result like :func:`partial_file`; give it a new file's usual permissions.
+    """Yield a temporary path like :func:`partial_file`, for a command's result, which gets a new file's permissions.
 
     Raises:
         RunError: The disk is full or fails.
@@ -203,12 +203,12 @@ def acquire(path: Path, wait: float = 0) -> FileLock | None:
 
 
 def missing_parts(path: Path) -> list[Path]:
-    """Return those of a path and the folders above it that do not exist yet, from the path upwards."""
+    """Return a path and the folders above it without those that exist, from the path upwards."""
     return [part for part in (path, *path.parents) if not part.exists()]
 
 
 def release(lock: FileLock, made: Sequence[Path]) -> None:
-    """Unlock a file, and remove the file and folders in ``made`` unless something else was added to them."""
+    """Unlock a file; first remove the file and folders in ``made``, unless something else was added to them."""
     with suppress(OSError):
         if made and [*made[0].parent.iterdir()] == [made[0]]:
             made[0].unlink()
@@ -239,15 +239,15 @@ def shorten_socket_paths() -> None:
 
 
 def check_room(folder: Path, what: str, total: int, stored: int, advice: str, limit: int | None = None) -> str | None:
-    """Return an error message if a disk lacks space for a node's share of what all nodes store.
+    """Return an error message if a disk lacks space for a node's share of what all nodes store; otherwise ``None``.
 
     Args:
         folder: The folder on this node, which need not exist.
-        what: What is stored, for the message.
+        what: Plural noun for what is stored, for the message.
         total: Bytes on all nodes together.
         stored: Bytes that are in the folder already.
-        advice: What needs less space, for the message.
-        limit: Largest number of bytes on a node.
+        advice: How the user can save space, for the message.
+        limit: Largest number of bytes on a node; default: no limit.
     """
     share = total // num_nodes()
     needed = min(share, limit or share) - stored
@@ -261,10 +261,10 @@ def check_room(folder: Path, what: str, total: int, stored: int, advice: str, li
 
 
 def read_json(path: Path, kind: type[KindT]) -> KindT:
-    """Read a JSON file of ours, given its schema: a type such as list[str], or a TypedDict.
+    """Read a JSON file whose content must be of the type ``kind``, such as ``list[str]`` or a TypedDict.
 
     Raises:
-        InputError: The file cannot be read, or its content is of another kind.
+        InputError: The file cannot be read, or its content is of another type.
     """
     from pydantic import TypeAdapter, ValidationError  # a fifth of a second
 

@@ -1,4 +1,4 @@
-"""The lock of a run's folder, so that one run at a time uses it."""
+"""Lock a run's folder, so that one run at a time uses it."""
 
 import os
 import platform
@@ -19,10 +19,11 @@ class FolderLock:
     If the lock made the folder and nothing else was written there, the folder is removed on release.
 
     Args:
-        folder: The run's folder. Its file :data:`MARK` names the store to which the run's files are copied.
+        folder: The run's folder. Its file :data:`MARK` has the address to which the run's files are copied, if any.
 
     Raises:
-        InputError: Another run uses the folder, or the folder holds other files or cannot be written.
+        InputError: Another run uses the folder, or the folder holds other files, such as those of a run that copies to
+            another address, or cannot be written.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -50,7 +51,7 @@ class FolderLock:
         self.mark((folder.address or "") if new_folders else other)
 
     def mark(self, address: str) -> None:
-        """Write the address of the run's store, if any, and which process uses the folder."""
+        """Write to the lock file the address to which the run's files are copied, if any, and this process's ID."""
         self.path.write_text(f"{address}\nprocess {os.getpid()} of {platform.node()}\n")
 
     def is_removed(self) -> bool:

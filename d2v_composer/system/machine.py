@@ -1,8 +1,8 @@
-"""Describe the machine, and share its cores. Importing this module sets what torch reads when it is imported.
+"""Describe the machine, and share its cores. Importing this module sets environment variables: do so before torch.
 
 torch computes on the CPU with a pool of OpenMP threads (libgomp). By default each process has as many threads as there
-are cores, and a thread that waits for the others spins for milliseconds. Alone on its machine, that is as fast as it
-gets; but two such processes on two cores take each other's time slices, and fall to a few percent of their speed.
+are cores, and a thread that waits for the others spins for milliseconds. That is fastest for a process alone on its
+machine; but two such processes on two cores take each other's time slices, and fall to a few percent of their speed.
 """
 
 import os
@@ -29,8 +29,8 @@ def available_cores() -> int:
 def share_cores() -> None:
     """Divide the cores among the ranks of this machine, and put waiting threads to sleep early.
 
-    torch.compile would start up to 32 workers for each rank. Settings of the user's own (``OMP_NUM_THREADS``,
-    ``OMP_WAIT_POLICY``, ``GOMP_SPINCOUNT``, ``TORCHINDUCTOR_COMPILE_THREADS``) are kept.
+    The ranks also share the workers of torch.compile, of which each rank would start up to 32. Variables that the user
+    has set (``OMP_NUM_THREADS``, ``OMP_WAIT_POLICY``, ``GOMP_SPINCOUNT``, ``TORCHINDUCTOR_COMPILE_THREADS``) are kept.
     """
     if local_ranks() > 1:
         share = max(1, available_cores() // local_ranks())
@@ -41,7 +41,7 @@ def share_cores() -> None:
 
 
 def describe_machine() -> dict[str, str | int]:
-    """Return the processor, GPU ('' for none), cores available to this process, memory and system."""
+    """Return the processor, GPU ('' for none), cores available to this process, memory in GiB and operating system."""
     import psutil
     import torch  # reads what share_cores sets
 
@@ -58,7 +58,7 @@ def describe_machine() -> dict[str, str | int]:
 
 
 def package_versions(*names: str) -> dict[str, str | None]:
-    """Return the versions of Python, our packages and other distributions; ``None`` if not installed."""
+    """Return name → version of Python, :data:`OUR_PACKAGES` and other ``names``; ``None`` for a missing package."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in (*OUR_PACKAGES, *names):
         try:

@@ -1,8 +1,9 @@
-"""Signals, child processes and open files of a command; the ranks and parts that share its work.
+"""Handle a command's signals, child processes and open files, and the ranks and parts that share its work.
 
-A command blocks SIGINT and SIGTERM in its first line. All its threads and children inherit the mask, so that no signal
-to the whole group, as schedulers and terminals send it, reaches a data worker or an upload.
-One thread awaits the signals. On Windows, which has no masks, handlers take its place; commands have no children there.
+A command blocks SIGINT and SIGTERM in its first line. All its threads and children inherit this signal mask, so that no
+signal to the whole process group, which schedulers and terminals send, reaches a data worker or an upload.
+One thread awaits the signals. On Windows, which has no masks, handlers replace the thread; commands have no children
+there.
 """
 
 import ctypes
@@ -38,10 +39,10 @@ _previous: Handlers = {}
 
 
 def handle_signals() -> None:
-    """Exit immediately on SIGINT or SIGTERM, with status 130 or 143, unless :func:`defer_signals` is called.
+    """From now on, exit immediately on SIGINT or SIGTERM (status 130 or 143), unless :func:`defer_signals` is called.
 
-    Call it in the first line, before imports that start threads. A shell lets jobs in the background ignore SIGINT;
-    they go on ignoring it. A rank also receives SIGTERM when Composer's launcher dies.
+    Call this in the first line, before imports that start threads. A background job of a shell, which ignores SIGINT
+    from its start, goes on ignoring it. A rank also receives SIGTERM when Composer's launcher dies.
     """
     global _is_watching
     if _is_watching:
@@ -64,7 +65,7 @@ def handle_signals() -> None:
 
 
 def received() -> signal.Signals | None:
-    """Return the first signal that arrived; later exceptions, such as a lost rank, are its consequence."""
+    """Return the first signal that arrived, if any; later exceptions, such as a lost rank, are its consequence."""
     return _received
 
 
@@ -72,7 +73,7 @@ def defer_signals(notice: str | None = None) -> None:
     """From now on, only record the first signal (see :func:`received`); a second Ctrl-C still ends the process.
 
     Args:
-        notice: Printed by rank 0 after the first Ctrl-C.
+        notice: Text that rank 0 prints after the first Ctrl-C.
     """
     global _is_deferred, _notice
     if not (_is_deferred or _is_watching):  # a program of somebody else's, which has its own handlers
@@ -90,7 +91,7 @@ def obey_signals() -> None:
 
 
 def forget_signals() -> None:
-    """Restore the former signal handlers, except in a command, which is about to exit."""
+    """Forget a recorded signal and restore the former handlers, except in a command, which is about to exit."""
     global _is_deferred, _received
     if not _is_watching:
         _restore_handlers()
@@ -107,7 +108,8 @@ def if_interrupted(explain: Callable[[], str | None]) -> Iterator[None]:
     """If a signal ends the process in this ``with`` block, clean up, and print what is left and how to resume.
 
     Args:
-        explain: Returns the end of the line. It runs in another thread, and may end what the block has started.
+        explain: Returns the text to print after the signal's name, or ``None``. It runs in another thread, and may stop
+            and remove what the block has started.
     """
     _explanations.append(explain)
     try:
@@ -117,7 +119,7 @@ def if_interrupted(explain: Callable[[], str | None]) -> Iterator[None]:
 
 
 def end_by_signal(signum: signal.Signals) -> None:
-    """Print the signal's line, kill the children and exit immediately. Files are written atomically."""
+    """Print the signal's line, kill the children and exit immediately; atomic writes leave no file half-written."""
     explanations = [explain() for explain in reversed(_explanations)]
     _end(": ".join([SIGNAL_NAMES[signum], *filter(None, explanations)]))
 
@@ -177,7 +179,7 @@ def die_with_parent() -> None:
 def start_program(arguments: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
     """Start another program in its own session, with no signals blocked; it dies with this process.
 
-    A program of ours blocks and watches the signals itself, whatever it inherits.
+    A command of d2v blocks and watches the signals itself, whatever mask it inherits.
     """
 
     def prepare() -> None:
@@ -202,7 +204,7 @@ def allow_open_files() -> None:
 
 
 class _Output(io.FileIO):
-    """An output that becomes /dev/null, for child processes, too, when its reader exits or its disk is full."""
+    """An output stream that becomes /dev/null, also for child processes, when its reader exits or its disk is full."""
 
     def write(self, data: Buffer, /) -> int | None:
         try:
@@ -224,7 +226,7 @@ def _discard(descriptor: int) -> None:
 def prepare_streams() -> None:
     """Print each line immediately; survive closed streams, and readers that exit, as in ``d2v report runs/a | head``.
 
-    If the disk of standard output is full, that is a RunError.
+    If standard output is a file and its disk is full, the print raises a RunError.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # else a file of ours would take its number, and what others print
@@ -250,7 +252,7 @@ def is_launched() -> bool:
 
 
 def relaunch_on_gpus(*arguments: str) -> None:
-    """With several GPUs, replace this process with Composer's launcher, which runs the d2v command on each."""
+    """With several GPUs and no launcher yet, replace this process with Composer's, which runs d2v on each GPU."""
     import torch
 
     if is_launched() or torch.cuda.device_count() < 2:
@@ -305,14 +307,14 @@ class Part(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parse I/N.
+        """Parse I/N, part I of N parts.
 
         Raises:
-            ValueError: The text is something else.
+            ValueError: The text is something else, I is not below N, or N is above 100,000.
         """
         number, _, count = text.partition("/")
         if not (number.isdecimal() and count.isdecimal() and int(number) < int(count) <= 100_000):
-            raise ValueError(f"must be I/N with I from 0 to N - 1, got {text!r}")
+            raise ValueError(f"must be I/N with 0 <= I < N <= 100,000, got {text!r}")
         return cls(int(number), int(count))
 
     @property

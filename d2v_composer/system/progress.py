@@ -12,14 +12,14 @@ LINE_SECONDS = 10.0
 
 
 def progress_bar(*iterable: Iterable[T], desc: str, unit: str, **options: Any) -> "tqdm[T]":
-    """Return a tqdm bar that disappears when it is done; if stderr is no terminal, the bar prints lines instead."""
+    """Return a tqdm bar that disappears when it is done; if stderr is not a terminal, the bar prints lines instead."""
     if sys.stderr.isatty():
         return tqdm(*iterable, desc=desc, unit=unit, leave=False, **options)
     return Lines(*iterable, desc=desc, unit=f" {unit}", ncols=0, **options)
 
 
 class Lines(tqdm):
-    """A bar that prints a line every ten seconds instead of overwriting one."""
+    """A progress bar that prints a new line every ten seconds instead of overwriting its line."""
 
     def __init__(self, *iterable: Any, **options: Any) -> None:
         pace = {"delay": LINE_SECONDS, "mininterval": LINE_SECONDS, "miniters": 1}

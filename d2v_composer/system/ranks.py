@@ -1,4 +1,4 @@
-"""Ranks of a run: how they join, wait for each other and fail together."""
+"""Let the ranks of a run join, wait for each other and fail together."""
 
 import itertools
 import threading
@@ -14,7 +14,7 @@ from d2v_composer.system.errors import InputError, reason
 
 # Composer's default timeout of every collective: how long a rank waits after another one crashed.
 COLLECTIVE_SECONDS = 300.0
-# Grace of a collective beyond the longest wait of a rank for its images.
+# Seconds by which a collective's timeout exceeds the longest wait of a rank for its samples.
 LATE_SECONDS = 60
 # A leader sends a heartbeat while it works; after SILENT_SECONDS without one, it counts as dead.
 BEAT_SECONDS, SILENT_SECONDS, POLL_SECONDS = 5.0, 60.0, 0.2
@@ -52,10 +52,11 @@ def rank_zero_first(what: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def leaders_first(leaders: Collection[int], what: str) -> Iterator[None]:
-    """Let some ranks run a ``with`` block, such as a download, before the others run it. All ranks must call this.
+    """Let ``leaders`` run a ``with`` block, such as a download, before the other ranks do. All ranks must call this.
 
     The block may take hours. No collective waits meanwhile: it would time out, as in Composer's
-    ``run_local_rank_zero_first``. Each leader writes its outcome to the process group's store.
+    ``run_local_rank_zero_first``. Each leader writes its outcome to the process group's store; ``what`` names the block
+    in errors.
 
     Raises:
         InputError: On the waiting ranks, if a leader raised it.

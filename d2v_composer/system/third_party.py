@@ -1,21 +1,21 @@
 """Patches to Composer 0.32.1's internals, with the reason for each.
 
-- If a callback's ``close`` or ``post_close`` fails, one line is logged. Composer logs a traceback, after which nobody
-  would find why the run ended.
+- If a callback's ``close`` or ``post_close`` fails, one line is logged. Composer would log a traceback, which hides why
+  the run ended.
 
 While :func:`patched_composer` is active:
 
 - ``dist.get_node_signal_file_name``: the name of a signal file includes the node. Composer gives all nodes the same
   name, and in a shared folder each node deletes the others' file.
 - ``checkpoint._torch_load_with_validation`` returns the contents that the caller has read and checked. Composer 0.32.1
-  would unpickle whatever a file names.
+  would unpickle the file without such a check.
 
 Other modules also use internals of packages:
 
 - ``objectives/compilation.py`` sets options of torch 2.7's Dynamo and Inductor.
 - ``training_data/sampler.py`` calls Streaming 0.13.0's ``get_sampling`` and ``get_shuffle``, which order the samples.
-- ``system/ranks.py`` uses the default store of torch 2.7's process group; ``system/fetch.py`` botocore's
-  ``_raw_stream``, because botocore's own reads block until full.
+- ``system/ranks.py`` uses the default store of torch 2.7's process group.
+- ``system/fetch.py`` uses botocore's ``_raw_stream``: botocore's own reads wait until they have all bytes asked for.
 """
 
 import logging

@@ -90,7 +90,7 @@ def test_help_shows_docstrings_and_defaults(capsys: pytest.CaptureFixture[str]) 
             ("a.png", "--out", "/"),
             ["argument --out: expected a place to write that is neither empty nor a root, got '/'"],
         ),
-        (("a.png", *OUT, "--part", "3/3"), ["argument --part: must be I/N with I from 0 to N - 1, got '3/3'"]),
+        (("a.png", *OUT, "--part", "3/3"), ["argument --part: must be I/N with 0 <= I < N <= 100,000, got '3/3'"]),
     ],
 )
 def test_each_slip_is_a_line(words: tuple[str, ...], lines: list[str]) -> None:

@@ -333,16 +333,16 @@ def test_what_is_not_ours_stays(project: Path, photos: Path) -> None:
     """
     before = contents_of(project)
     for source, out, problem in (
-        (photos, ".", "--out: .*project holds files that are not ours, such as "),
-        ("images/source", ".", "--out: .*project holds files that are not ours, such as "),
-        ("images/source", "images", "--out: .*images holds files that are not ours, such as source"),
+        (photos, ".", "--out: .*project holds foreign files, such as "),
+        ("images/source", ".", "--out: .*project holds foreign files, such as "),
+        ("images/source", "images", "--out: .*images holds foreign files, such as source"),
         ("images/source", "images/source", "source is inside the folder of samples, "),
         ("images/source", "images/source/run", "run is inside the folder of samples, "),
         ("images/source", "into", "into is inside the folder of samples, "),
-        (photos, "link", "--out: .*link holds files that are not ours, such as train"),
+        (photos, "link", "--out: .*link holds foreign files, such as train"),
         (photos, "gone", "gone/distill.yaml cannot be written"),
         (photos, "clips/train/index.json", "index.json/distill.yaml cannot be written"),
-        (photos, "copied", "--out: .*copied holds files that are not ours, such as distill.json"),
+        (photos, "copied", "--out: .*copied holds foreign files, such as distill.json"),
         (photos, "run", "run holds a run of another command; choose another --out"),
         (photos, "new[1]", r"--out: expected letters, .*new\[1\]'"),
         (photos, "s3://bucket/run", "expected a local file, not one in an object store"),

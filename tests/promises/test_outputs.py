@@ -425,7 +425,7 @@ def test_a_part_is_refused_in_one_line(sources: Sources, tmp_path: Path) -> None
     assert failure(refused, 2) == said
     assert os.listdir(mine) == ["notes.txt"]
     refused = d2v("embed", TEACHER, sources["folder"][0], tmp_path / "table.npy", "--part", "3/3")
-    assert failure(refused, 2) == "error: argument --part: must be I/N with I from 0 to N - 1, got '3/3'"
+    assert failure(refused, 2) == "error: argument --part: must be I/N with 0 <= I < N <= 100,000, got '3/3'"
 
 
 def test_a_killed_part_goes_on_where_its_source_has_another_path(tmp_path: Path) -> None:

@@ -304,7 +304,7 @@ def test_a_folder_of_other_files_is_refused(name: str, run: Run) -> None:
     """Promises 7 and 11: the folder stays as it was."""
     write_files(run.folder, {name: b"mine"})
     line = run.refused()
-    assert f"save_folder: {run.folder} holds files that are not ours, such as {name}; choose another" in line
+    assert f"save_folder: {run.folder} holds foreign files, such as {name}; choose another" in line
     assert contents_of(run.folder) == {name: b"mine"}
 
 

@@ -128,7 +128,7 @@ def test_a_store_that_denies_writing_ends_the_run_before_it_trains(store: GatedS
 @pytest.mark.parametrize(
     ("names", "override", "said"),
     [
-        (["notes.txt"], "seed=17", "save_folder: {} holds files that are not ours, such as notes.txt; choose another"),
+        (["notes.txt"], "seed=17", "save_folder: {} holds foreign files, such as notes.txt; choose another"),
         ([NEWEST, POINTER], "autoresume=false", "autoresume: must be true, because {} holds a run's check"),
     ],
 )

@@ -135,7 +135,7 @@ def test_the_hub_has_a_newer_revision(
     assert not caplog.records
     assert fetch(name).read_text() == "new"
     [said] = caplog.messages
-    assert re.fullmatch(r"org/net: not available on the Hugging Face hub \(.*\); using its cache", said)
+    assert re.fullmatch(r"org/net: not available on the Hugging Face hub \(.*\); using the local cache", said)
 
 
 def test_an_empty_answer_is_not_an_empty_folder(store: GatedStore) -> None:
